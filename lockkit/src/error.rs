@@ -1,0 +1,199 @@
+//! What can go wrong, in one type.
+//!
+//! [`Error`] is one word wide, so that a `Result` with a guard costs no more than the guard; what happened stands
+//! behind it in [`ErrorKind`]. Programs mostly ask the predicates ([`Error::is_held`] and its like); messages say
+//! which lock, who holds it and since when, and what the system said.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::owner::{Owner, spoken};
+
+/// The result of everything in lockkit that can fail.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a lock was not taken, released or looked at.
+///
+/// ```
+/// # fn main() -> lockkit::Result<()> {
+/// let lock = lockkit::NamedLock::new("lockkit-doc-error")?;
+/// let guard = lock.lock()?;
+/// let error = lock.try_lock().unwrap_err();
+/// assert!(error.is_held() && error.is_temporary());
+/// assert_eq!(error.owner().unwrap().pid(), std::process::id());
+/// # Ok(()) }
+/// ```
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub struct Error(Box<ErrorKind>);
+
+/// What happened; see [`Error::kind`].
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// Somebody else holds the lock, and the caller did not want to wait.
+    #[error("{lock} is held{}", by(.owner))]
+    Held {
+        /// Which lock, for people: its kind and its name.
+        lock: String,
+        /// Who holds it, where that is known.
+        owner: Option<Box<Owner>>,
+    },
+    /// The lock was still held when the time to wait was over.
+    #[error("{lock} was still held{} after waiting {}", by(.owner), spoken(*.waited))]
+    Timeout {
+        /// Which lock, for people: its kind and its name.
+        lock: String,
+        /// How long the caller has waited.
+        waited: Duration,
+        /// Who holds it, where that is known.
+        owner: Option<Box<Owner>>,
+    },
+    /// The [`CancelToken`](crate::CancelToken) of the wait was cancelled before the lock was taken.
+    #[error("waiting for {lock} was cancelled")]
+    Cancelled {
+        /// Which lock, for people: its kind and its name.
+        lock: String,
+    },
+    /// A name that breaks the rule of lock names.
+    #[error("{name:?} is no lock name: {rule}")]
+    InvalidName {
+        /// The name, cut to its first 80 characters.
+        name: String,
+        /// The rule that it breaks.
+        rule: &'static str,
+    },
+    /// Another user sits on the name, or owns the folder in which the lock must live, and is not trusted with it.
+    #[error("{lock} is occupied by another user: uid {uid}{}; only that user or root can give it up", of_pid(*.pid))]
+    ForeignOwner {
+        /// Which lock or folder.
+        lock: String,
+        /// The other user.
+        uid: u32,
+        /// The other user's process, where it is known.
+        pid: Option<u32>,
+    },
+    /// A folder or file in which a lock must live could be tampered with by other users, and is not used.
+    #[error("{} is not safe to keep locks in: {problem}", .path.display())]
+    Insecure {
+        /// The folder or file.
+        path: PathBuf,
+        /// What is wrong with it and what would mend it.
+        problem: &'static str,
+    },
+    /// The file was deleted or replaced again and again while the lock on it was being taken, or while it was held.
+    #[error("{} was deleted or replaced by somebody else while its lock was in use", .path.display())]
+    RogueDeletion {
+        /// The file.
+        path: PathBuf,
+    },
+    /// This system has no such thing, or none that could keep the promise.
+    #[error("{what} is not supported on this system")]
+    Unsupported {
+        /// The thing asked for.
+        what: &'static str,
+    },
+    /// The system refused something that the lock needs.
+    #[error("cannot {action} {}", .path.display())]
+    Io {
+        /// What was attempted, as a verb: "open", "bind".
+        action: &'static str,
+        /// On what. Abstract sockets are written with a leading `@`, as `ss` and `netstat` do.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+fn by(owner: &Option<Box<Owner>>) -> String {
+    owner.as_ref().map(|owner| format!(" by {}", owner.describe())).unwrap_or_default()
+}
+
+fn of_pid(pid: Option<u32>) -> String {
+    pid.map(|pid| format!(", pid {pid}")).unwrap_or_default()
+}
+
+impl Error {
+    /// What happened, to match on.
+    pub fn kind(&self) -> &ErrorKind {
+        &self.0
+    }
+
+    /// Somebody else holds the lock, and the call did not wait.
+    pub fn is_held(&self) -> bool {
+        matches!(self.kind(), ErrorKind::Held { .. })
+    }
+
+    /// The time to wait was over before the lock came free.
+    pub fn is_timeout(&self) -> bool {
+        matches!(self.kind(), ErrorKind::Timeout { .. })
+    }
+
+    /// The wait was cancelled.
+    pub fn is_cancelled(&self) -> bool {
+        matches!(self.kind(), ErrorKind::Cancelled { .. })
+    }
+
+    /// Trying again after a short sleep may well succeed: the lock was held, or the wait for it ran out.
+    pub fn is_temporary(&self) -> bool {
+        self.is_held() || self.is_timeout()
+    }
+
+    /// Who holds the lock, where the error is about that and it is known.
+    pub fn owner(&self) -> Option<&Owner> {
+        match self.kind() {
+            ErrorKind::Held { owner, .. } | ErrorKind::Timeout { owner, .. } => owner.as_deref(),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn io(action: &'static str, path: impl AsRef<Path>, source: impl Into<io::Error>) -> Self {
+        ErrorKind::Io { action, path: path.as_ref().to_owned(), source: source.into() }.into()
+    }
+}
+
+impl From<ErrorKind> for Error {
+    fn from(kind: ErrorKind) -> Self {
+        Self(Box::new(kind))
+    }
+}
+
+/// A held lock is `WouldBlock`, a wait that ran out `TimedOut`, a cancelled one `Interrupted`; what came from the
+/// system keeps its kind. The lockkit error stays reachable through `get_ref`.
+impl From<Error> for io::Error {
+    fn from(error: Error) -> Self {
+        let kind = match error.kind() {
+            ErrorKind::Held { .. } => io::ErrorKind::WouldBlock,
+            ErrorKind::Timeout { .. } => io::ErrorKind::TimedOut,
+            ErrorKind::Cancelled { .. } => io::ErrorKind::Interrupted,
+            ErrorKind::InvalidName { .. } => io::ErrorKind::InvalidInput,
+            ErrorKind::ForeignOwner { .. } | ErrorKind::Insecure { .. } => io::ErrorKind::PermissionDenied,
+            ErrorKind::RogueDeletion { .. } => io::ErrorKind::NotFound,
+            ErrorKind::Unsupported { .. } => io::ErrorKind::Unsupported,
+            ErrorKind::Io { source, .. } => source.kind(),
+        };
+        Self::new(kind, error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_is_one_word_wide() {
+        assert_eq!(size_of::<Error>(), size_of::<usize>());
+        assert_eq!(size_of::<Result<()>>(), size_of::<usize>());
+    }
+
+    #[test]
+    fn an_io_error_keeps_the_kind_the_message_and_the_cause() {
+        let error = Error::io("open", "/x", io::Error::from(io::ErrorKind::NotFound));
+        let io: io::Error = error.into();
+        assert_eq!(io.kind(), io::ErrorKind::NotFound);
+        assert_eq!(io.to_string(), "cannot open /x");
+        let ours = io.get_ref().and_then(|inner| inner.downcast_ref::<Error>()).unwrap();
+        assert!(std::error::Error::source(ours).is_some());
+    }
+}

@@ -1,0 +1,97 @@
+//! What `#[single_instance]` calls: taking a name at the start of a function, and saying politely that it is held.
+
+use std::io::Write;
+use std::time::Duration;
+
+use crate::error::{Error, Result};
+use crate::lock::Recovered;
+use crate::named::{NamedGuard, NamedLock, Scope};
+use crate::wait::Wait;
+
+/// How a single-instance `main` exits when the name is held, unless `exit_code` says otherwise: `EX_TEMPFAIL` of
+/// [sysexits.h](https://man7.org/linux/man-pages/man3/sysexits.h.3head.html), "try again later".
+pub const EXIT_HELD: i32 = 75;
+
+/// How a single-instance `main` exits when the name could not be asked for at all: `EX_OSERR` of
+/// [sysexits.h](https://man7.org/linux/man-pages/man3/sysexits.h.3head.html).
+pub const EXIT_FAILED: i32 = 71;
+
+/// What a function with `#[single_instance]` returns when the name is held: `Err` of the error, or `None`.
+#[diagnostic::on_unimplemented(
+    message = "a function with `#[single_instance]` must be able to return that the name is held",
+    label = "this return type cannot say that the name is held",
+    note = "return `Result<_, E>` where `E: From<lockkit::Error>`, or `Option<_>`",
+    note = "or wait for the name with `wait = \"forever\"`, or say what to return with `on_held = path::to::handler`"
+)]
+pub trait Refusal {
+    /// The value that says so.
+    fn refused(error: Error) -> Self;
+}
+
+impl<T, E: From<Error>> Refusal for std::result::Result<T, E> {
+    fn refused(error: Error) -> Self {
+        Err(error.into())
+    }
+}
+
+impl<T> Refusal for Option<T> {
+    fn refused(_: Error) -> Self {
+        None
+    }
+}
+
+/// Fails to compile unless `name` keeps the rule of lock names.
+#[doc(hidden)]
+pub const fn checked_name(name: &'static str) -> &'static str {
+    match crate::name::check(name) {
+        Ok(()) => name,
+        Err(rule) => panic!("{}", rule),
+    }
+}
+
+/// Takes the name as the attribute's arguments say; `wait` of `None` is for ever.
+#[doc(hidden)]
+pub fn enter(name: &'static str, scope: Scope, wait: Option<Duration>) -> Result<NamedGuard> {
+    let wait = match wait {
+        None => Wait::forever(),
+        Some(Duration::ZERO) => Wait::none(),
+        Some(limit) => Wait::at_most(limit),
+    };
+    NamedLock::builder(name).scope(scope).build()?.acquire(&wait)
+}
+
+/// Says on standard error why the program does not start, and exits.
+#[doc(hidden)]
+pub fn exit(name: &str, error: &Error, exit_held: i32) -> ! {
+    let (line, code) = match error.owner() {
+        _ if !error.is_temporary() => (format!("{name} cannot start: {}", chain(error)), EXIT_FAILED),
+        Some(owner) => (format!("{name} is already running: {}", owner.describe()), exit_held),
+        None => (format!("{name} is already running"), exit_held),
+    };
+    say(&line);
+    std::process::exit(code)
+}
+
+/// Says on standard error that the previous owner died.
+#[doc(hidden)]
+pub fn tell_recovered(name: &str, recovered: &Recovered) {
+    say(&format!("{name}: the last owner died without releasing it: {recovered}"));
+}
+
+/// For a function that waits for ever and cannot return an error.
+#[doc(hidden)]
+pub fn give_up(error: &Error) -> ! {
+    panic!("#[single_instance] could not take its name: {}", chain(error))
+}
+
+fn chain(error: &Error) -> String {
+    match std::error::Error::source(error) {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    }
+}
+
+fn say(line: &str) {
+    // A closed standard error is no reason to fail.
+    let _ = writeln!(std::io::stderr(), "{line}");
+}

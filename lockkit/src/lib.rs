@@ -1,0 +1,58 @@
+//! Locks that outlive a process boundary: each gives an owned guard, and dropping the guard releases.
+//!
+//! A crash never leaves a lock stuck, never lets two in, and the next owner is told about it.
+//!
+//! | type | a lock on | pick it for |
+//! |---|---|---|
+//! | [`NamedLock`] | a name on this machine | single-instance programs, cron jobs, daemons |
+//! | [`FileLock`] | a path | guarding a file, working together with flock(1) |
+//!
+//! ```
+//! use lockkit::prelude::*;
+//! # fn main() -> lockkit::Result<()> {
+//! let lock = NamedLock::new("lockkit-doc-crate")?;
+//! {
+//!     let _guard = lock.lock()?;
+//!     // One process at a time is here.
+//! }
+//! # Ok(()) }
+//! ```
+//!
+//! [`single_instance`] puts a named lock around a whole function:
+//! ```no_run
+//! # #[cfg(feature = "macros")]
+//! #[lockkit::single_instance("com.example.backup")]
+//! fn main() {
+//!     println!("no other one of me runs");
+//! }
+//! # #[cfg(not(feature = "macros"))] fn main() {}
+//! ```
+
+#![warn(missing_docs)]
+#![deny(unsafe_code)]
+
+mod error;
+mod file;
+pub mod instance;
+mod lock;
+mod name;
+mod named;
+mod owner;
+mod sys;
+mod wait;
+
+pub use error::{Error, ErrorKind, Result};
+pub use file::{FileGuard, FileLock};
+pub use lock::{Guard, Lock, Recovered};
+#[cfg(feature = "macros")]
+pub use lockkit_macros::single_instance;
+pub use named::{Backend, NamedGuard, NamedLock, NamedLockBuilder, Scope};
+pub use owner::{Liveness, Owner};
+pub use wait::{CancelToken, Wait};
+
+/// What most programs need, for one `use`.
+pub mod prelude {
+    pub use crate::{CancelToken, FileLock, Guard, Lock, NamedLock, Wait};
+    #[cfg(feature = "macros")]
+    pub use lockkit_macros::single_instance;
+}

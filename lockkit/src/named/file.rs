@@ -1,0 +1,77 @@
+//! A named lock as a file in a private folder, locked with flock.
+//!
+//! The folder stands at a fixed place (see [`folder`](crate::sys::folder)). The file holds the record of its holder
+//! (see [`mark`]), and is never deleted. While a lock of it is in use the folder itself is locked, shared: that is how
+//! [systemd-tmpfiles] is told to leave a folder's files alone.
+//!
+//! [systemd-tmpfiles]: https://systemd.io/TEMPORARY_DIRECTORIES/
+
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use super::mark::{self, Slate};
+use crate::error::Result;
+use crate::file::{FileGuard, FileLock};
+use crate::lock::Recovered;
+use crate::owner::{Liveness, Owner};
+use crate::sys::flock::{self, Mode};
+use crate::sys::folder::{self, Sharing};
+use crate::wait::{Subject, Wait};
+
+/// Where the folders stand. Emptied when the system starts, or cleaned of what is old and not locked; private to a
+/// container, which has its own names anyway.
+const BASE: &str = "/tmp";
+
+#[derive(Debug)]
+pub(super) struct FolderLock {
+    name: String,
+    sharing: Sharing,
+    opened: OnceLock<Opened>,
+}
+
+#[derive(Debug)]
+struct Opened {
+    /// Locked, shared, against cleaners.
+    _folder: File,
+    lock: FileLock,
+}
+
+impl FolderLock {
+    pub(super) fn new(name: &str, sharing: Sharing) -> Self {
+        Self { name: name.to_owned(), sharing, opened: OnceLock::new() }
+    }
+
+    pub(super) fn acquire(&self, wait: &Wait, subject: &dyn Subject) -> Result<(FileGuard, Option<Recovered>)> {
+        let guard = self.open()?.lock.acquire_as(wait, subject)?;
+        let recovered = mark::take(guard.file());
+        Ok((guard, recovered))
+    }
+
+    pub(super) fn release(&self, guard: FileGuard) -> Result<()> {
+        guard.file().wipe();
+        guard.release()
+    }
+
+    pub(super) fn owner(&self) -> Option<Owner> {
+        let path = self.path(&folder::open_in(BASE.as_ref(), self.sharing).ok()?.path);
+        let owner = mark::holder(&File::open(path).ok()?)?;
+        (owner.liveness() != Liveness::Dead).then_some(owner)
+    }
+
+    fn open(&self) -> Result<&Opened> {
+        if let Some(opened) = self.opened.get() {
+            return Ok(opened);
+        }
+        let folder = folder::open_in(BASE.as_ref(), self.sharing)?;
+        let lock = FileLock::own(self.path(&folder.path), self.sharing.file_mode());
+        let folder = File::from(folder.fd);
+        // Somebody may hold it exclusively for a while, to clean it; no lock fails for that.
+        let _ = flock::try_lock(&folder, Mode::Shared);
+        Ok(self.opened.get_or_init(|| Opened { _folder: folder, lock }))
+    }
+
+    fn path(&self, folder: &std::path::Path) -> PathBuf {
+        folder.join(format!("{}.lock", self.name))
+    }
+}

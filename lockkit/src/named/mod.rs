@@ -1,0 +1,307 @@
+//! Locks on a name, valid for all processes of a user or of the machine.
+//!
+//! [`NamedLock`] is the public face; how the lock is held is a [`Backend`]: a listening socket (`socket`, Linux) or a
+//! locked file in a private folder (`file`, everywhere else, and on request). What a holder that dies leaves for the
+//! next one to find is the same small record for both (`mark`).
+
+mod file;
+mod mark;
+#[cfg(target_os = "linux")]
+mod socket;
+
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::lock::{Guard, Recovered, lock_methods};
+use crate::name;
+use crate::owner::Owner;
+use crate::sys::folder::{self, Sharing};
+use crate::sys::fork;
+use crate::wait::{Subject, Wait};
+
+/// Who shares a name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Scope {
+    /// The processes of one user, by effective uid. Only that user and root are ever handed the lock.
+    #[default]
+    User,
+    /// All processes of the machine. Every user can take such a lock, so every user can keep the others waiting: use it
+    /// among users that trust each other.
+    Machine,
+}
+
+/// How a [`NamedLock`] is held. Locks with different backends know nothing of each other: all processes that share a
+/// name must use the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Backend {
+    /// The best that the system has: [`Socket`](Self::Socket) on Linux, [`File`](Self::File) elsewhere.
+    #[default]
+    Auto,
+    /// An abstract Unix socket, Linux only. Waiters are served first come, first served, and woken by the kernel. The
+    /// name belongs to the network namespace, so containers with a network of their own have names of their own.
+    Socket,
+    /// A locked file in a private folder below `/tmp`. The name belongs to the file system, so processes that see
+    /// another `/tmp` have names of their own. Waiters with a limit look again every few milliseconds.
+    File,
+}
+
+/// A lock on a name: one owner at a time among all processes of a user, or of the machine.
+///
+/// For single-instance programs, cron jobs and daemons. It needs no cleaning up: the kernel frees the name when its
+/// holder ends, however it ends. Cloning gives another handle on the same lock.
+///
+/// Not for guarding data on a file system that several machines share (use a lease), nor against other users who know
+/// the name and mean ill with [`Scope::Machine`].
+///
+/// ```
+/// use lockkit::NamedLock;
+/// # fn main() -> lockkit::Result<()> {
+/// let lock = NamedLock::new("lockkit-doc-named")?;
+/// let guard = lock.lock()?;
+/// if let Some(died) = guard.recovered() {
+///     eprintln!("the previous owner died inside: {died}");
+/// }
+/// # Ok(()) }
+/// ```
+#[derive(Clone, Debug)]
+pub struct NamedLock(Arc<Named>);
+
+#[derive(Debug)]
+struct Named {
+    name: String,
+    scope: Scope,
+    engine: Engine,
+}
+
+#[derive(Debug)]
+enum Engine {
+    #[cfg(target_os = "linux")]
+    Socket(socket::SocketLock),
+    File(file::FolderLock),
+}
+
+#[derive(Debug)]
+enum Hold {
+    #[cfg(target_os = "linux")]
+    Socket(fork::Shielded),
+    File(crate::file::FileGuard),
+}
+
+impl NamedLock {
+    /// A lock on `name` for the processes of this user. Nothing is taken or made yet.
+    ///
+    /// # Errors
+    /// [`InvalidName`](crate::ErrorKind::InvalidName) unless the name starts with an ASCII letter and goes on with
+    /// ASCII letters, digits, `-`, `_` and `.`, in 1 to 80 bytes.
+    pub fn new(name: &str) -> Result<Self> {
+        Self::builder(name).build()
+    }
+
+    /// A lock on `name` with a choice of [`Scope`] and [`Backend`].
+    ///
+    /// ```
+    /// use lockkit::{NamedLock, Scope};
+    /// # fn main() -> lockkit::Result<()> {
+    /// let lock = NamedLock::builder("lockkit-doc-builder").scope(Scope::Machine).build()?;
+    /// # Ok(()) }
+    /// ```
+    pub fn builder(name: &str) -> NamedLockBuilder<'_> {
+        NamedLockBuilder { name, scope: Scope::default(), backend: Backend::default() }
+    }
+
+    /// The name.
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    /// Takes the lock, waiting as `wait` says.
+    ///
+    /// Waiting costs no polling on the socket backend: the kernel wakes the waiter when the lock is handed to it, when
+    /// the holder dies, at its deadline and at its cancellation. Only while the holder's queue of 4,096 (or
+    /// `net.core.somaxconn`) is full of waiters, living or not, does a further one look again every few milliseconds;
+    /// each waiter that gave up keeps its place there until the next release.
+    ///
+    /// # Errors
+    /// [`Held`](crate::ErrorKind::Held), [`Timeout`](crate::ErrorKind::Timeout) or
+    /// [`Cancelled`](crate::ErrorKind::Cancelled) as `wait` has it;
+    /// [`ForeignOwner`](crate::ErrorKind::ForeignOwner) when a user who is not trusted with a [`Scope::User`] lock sits
+    /// on its name, or owns the folder where the file backend must keep it;
+    /// [`Insecure`](crate::ErrorKind::Insecure) when that folder is open to others;
+    /// [`Io`](crate::ErrorKind::Io) when the system refuses, as when no descriptor is left.
+    pub fn acquire(&self, wait: &Wait) -> Result<NamedGuard> {
+        let (hold, recovered) = match &self.0.engine {
+            #[cfg(target_os = "linux")]
+            Engine::Socket(engine) => {
+                let (socket, recovered) = engine.acquire(wait, &*self.0)?;
+                (Hold::Socket(socket), recovered)
+            }
+            Engine::File(engine) => {
+                let (file, recovered) = engine.acquire(wait, &*self.0)?;
+                (Hold::File(file), recovered)
+            }
+        };
+        Ok(NamedGuard {
+            named: self.0.clone(),
+            hold: Some(hold),
+            recovered: recovered.map(Box::new),
+            generation: fork::generation(),
+        })
+    }
+
+    /// Who holds the lock now; `None` when nobody does. By the time it returns it may already be past.
+    ///
+    /// Where the holder has left no record (see [`NamedGuard::recovered`]) the socket backend asks the kernel, which
+    /// takes one place in the holder's queue of waiters until the next release.
+    ///
+    /// # Errors
+    /// [`Io`](crate::ErrorKind::Io) when the holder cannot be asked because its queue is full.
+    pub fn owner(&self) -> Result<Option<Owner>> {
+        self.0.owner()
+    }
+}
+
+lock_methods!(NamedLock, NamedGuard);
+
+impl Named {
+    fn owner(&self) -> Result<Option<Owner>> {
+        match &self.engine {
+            #[cfg(target_os = "linux")]
+            Engine::Socket(engine) => engine.owner(),
+            Engine::File(engine) => Ok(engine.owner()),
+        }
+    }
+}
+
+impl Subject for Named {
+    fn describe(&self) -> String {
+        match self.scope {
+            Scope::User => format!("the named lock {:?}", self.name),
+            Scope::Machine => format!("the machine-wide named lock {:?}", self.name),
+        }
+    }
+
+    fn holder(&self) -> Option<Owner> {
+        self.owner().unwrap_or_default()
+    }
+}
+
+/// Makes a [`NamedLock`]; see [`NamedLock::builder`].
+#[derive(Clone, Copy, Debug)]
+#[must_use = "a builder makes nothing until `build`"]
+pub struct NamedLockBuilder<'n> {
+    name: &'n str,
+    scope: Scope,
+    backend: Backend,
+}
+
+impl NamedLockBuilder<'_> {
+    /// Who shares the name; [`Scope::User`] unless told otherwise.
+    pub fn scope(mut self, scope: Scope) -> Self {
+        self.scope = scope;
+        self
+    }
+
+    /// How the lock is held; [`Backend::Auto`] unless told otherwise.
+    pub fn backend(mut self, backend: Backend) -> Self {
+        self.backend = backend;
+        self
+    }
+
+    /// The lock. Nothing is taken or made yet.
+    ///
+    /// # Errors
+    /// [`InvalidName`](crate::ErrorKind::InvalidName) as in [`NamedLock::new`];
+    /// [`Unsupported`](crate::ErrorKind::Unsupported) for [`Backend::Socket`] outside Linux.
+    pub fn build(self) -> Result<NamedLock> {
+        let name = name::checked(self.name)?;
+        let sharing = match self.scope {
+            Scope::User => Sharing::User(folder::effective_uid()),
+            Scope::Machine => Sharing::Machine,
+        };
+        let engine = match self.backend {
+            Backend::File => Engine::File(file::FolderLock::new(name, sharing)),
+            #[cfg(target_os = "linux")]
+            Backend::Auto | Backend::Socket => Engine::Socket(socket::SocketLock::new(name, sharing)?),
+            #[cfg(not(target_os = "linux"))]
+            Backend::Auto => Engine::File(file::FolderLock::new(name, sharing)),
+            #[cfg(not(target_os = "linux"))]
+            Backend::Socket => {
+                return Err(crate::ErrorKind::Unsupported { what: "the socket backend of named locks" }.into());
+            }
+        };
+        Ok(NamedLock(Arc::new(Named { name: name.to_owned(), scope: self.scope, engine })))
+    }
+}
+
+/// A held [`NamedLock`]; dropping it releases.
+///
+/// A forked child's copy of a guard holds nothing: the lock stays with the parent.
+#[must_use = "a guard that is dropped at once releases its lock at once; bind it to a name such as `_guard`"]
+#[derive(Debug)]
+pub struct NamedGuard {
+    named: Arc<Named>,
+    /// Taken by the release.
+    hold: Option<Hold>,
+    recovered: Option<Box<Recovered>>,
+    /// The process that holds, for a forked child has a copy.
+    generation: u32,
+}
+
+impl NamedGuard {
+    /// Releases now and says what went wrong.
+    ///
+    /// # Errors
+    /// [`Io`](crate::ErrorKind::Io) from the file backend when the kernel refuses to unlock; the lock is released all
+    /// the same. The socket backend has none.
+    pub fn release(mut self) -> Result<()> {
+        self.give_back()
+    }
+
+    /// Whether the previous owner died holding the lock, and who that was.
+    ///
+    /// The file backend keeps the record in the lock file: every death is reported, with its owner, but for one between
+    /// the start of the machine and the first lock, or after somebody deleted the file. The socket backend keeps it in
+    /// memory, below `/dev/shm`: every death is reported, with its owner, as long as that folder is there for both
+    /// processes and nobody deletes the record (systemd does at a user's last logout, with `RemoveIPC`). Without it a
+    /// waiter that saw the holder die still knows that it died, not who it was; one that comes later knows nothing.
+    /// With [`Scope::Machine`] the record is open to all users, and may lie.
+    pub fn recovered(&self) -> Option<&Recovered> {
+        self.recovered.as_deref()
+    }
+
+    fn give_back(&mut self) -> Result<()> {
+        let Some(hold) = self.hold.take() else { return Ok(()) };
+        if self.generation != fork::generation() {
+            return Ok(());
+        }
+        match (&self.named.engine, hold) {
+            #[cfg(target_os = "linux")]
+            (Engine::Socket(engine), Hold::Socket(socket)) => {
+                engine.release(socket);
+                Ok(())
+            }
+            (Engine::File(engine), Hold::File(file)) => engine.release(file),
+            #[cfg(target_os = "linux")]
+            _ => unreachable!("a hold belongs to the engine that made it"),
+        }
+    }
+}
+
+impl Guard for NamedGuard {
+    fn release(self) -> Result<()> {
+        self.release()
+    }
+
+    fn recovered(&self) -> Option<&Recovered> {
+        self.recovered()
+    }
+}
+
+impl Drop for NamedGuard {
+    fn drop(&mut self) {
+        // Closing the descriptor releases, too, so a failure here leaves nothing locked.
+        let _ = self.give_back();
+    }
+}

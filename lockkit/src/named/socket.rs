@@ -1,0 +1,239 @@
+//! A named lock as a listening socket: who listens at the name holds it, and releasing passes the socket on.
+//!
+//! - *Acquire*: bind the abstract name and listen; that is holding. If the name is taken, connect to the holder and
+//!   wait on the connection: the queue of connections that the holder has not accepted is the queue of waiters, first
+//!   come, first served.
+//! - *Release*: accept the first connection whose peer is trusted and still there, and send it the listening socket.
+//!   The name is taken throughout, so nobody barges in. With no waiter left, close the socket.
+//! - *Death* of the holder closes its socket: each waiter sees its connection hang up and goes back to bind. A waiter
+//!   that dies, also with the lock on its way to it, is closed and skipped in the same manner.
+//!
+//! The new owner listens again, so that the credentials which the kernel shows to whoever connects are its own.
+//! What a dead holder leaves behind is told by a record in memory (see [`mark`]); without a place for one, a waiter
+//! still knows that its connection hung up without a word.
+
+use std::os::fd::AsFd;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+
+use super::mark::Mark;
+use crate::error::{Error, ErrorKind, Result};
+use crate::lock::Recovered;
+use crate::owner::{Liveness, Owner};
+use crate::sys::event;
+use crate::sys::folder::Sharing;
+use crate::sys::fork::Shielded;
+use crate::sys::seqpacket::{self, Address, Peer, Reached, Received};
+use crate::wait::{Backoff, Subject, Wait};
+
+/// How long a lock that is just being released, or whose holder is dying, may still look held to somebody who does
+/// not want to wait.
+const MOMENT: Duration = Duration::from_millis(50);
+
+#[derive(Debug)]
+pub(super) struct SocketLock {
+    name: String,
+    sharing: Sharing,
+    address: Address,
+    mark: OnceLock<Option<Mark>>,
+}
+
+/// What came of one attempt.
+enum Attempt {
+    /// The lock is taken.
+    Won(Shielded),
+    /// It is held, and this connection stands in the holder's queue.
+    Queued(Shielded),
+    /// It is held, but nobody can be reached: the holder is about to listen or to end, or has a full queue.
+    Unreachable,
+}
+
+impl SocketLock {
+    pub(super) fn new(name: &str, sharing: Sharing) -> Result<Self> {
+        let socket = match sharing {
+            Sharing::User(uid) => format!("lockkit/u{uid}/{name}"),
+            Sharing::Machine => format!("lockkit/machine/{name}"),
+        };
+        let address = seqpacket::address(&socket).map_err(|error| Error::io("name", format!("@{socket}"), error))?;
+        Ok(Self { name: name.to_owned(), sharing, address, mark: OnceLock::new() })
+    }
+
+    pub(super) fn acquire(&self, wait: &Wait, subject: &dyn Subject) -> Result<(Shielded, Option<Recovered>)> {
+        wait.check(subject)?;
+        if let Some(socket) = self.listen()? {
+            return Ok((socket, self.begin(false)));
+        }
+        let Some(patience) = wait.patience()? else {
+            return self.acquire_in_a_moment(subject);
+        };
+        let mut backoff = Backoff::new();
+        let mut hung_up = false;
+        loop {
+            let waited = match self.attempt(subject)? {
+                Attempt::Won(socket) => return Ok((socket, self.begin(hung_up))),
+                Attempt::Unreachable => patience.sleep(backoff.next())?,
+                Attempt::Queued(connection) => {
+                    let waited = patience.readable(connection.as_fd())?;
+                    // Also when the time is over: what has arrived is taken.
+                    match self.receive(&connection)? {
+                        Received::Lock(socket) => {
+                            self.call_it_mine(&socket)?;
+                            self.begin(false);
+                            return Ok((socket, None));
+                        }
+                        Received::HungUp => hung_up = true,
+                        Received::Released => hung_up = false,
+                        Received::Nothing => {}
+                    }
+                    backoff = Backoff::new();
+                    waited
+                }
+            };
+            if let Err(gave_up) = waited {
+                return Err(patience.error(gave_up, subject));
+            }
+        }
+    }
+
+    /// Takes the lock if it is free, or comes free on its own: a holder that lives is not waited for.
+    #[cold]
+    fn acquire_in_a_moment(&self, subject: &dyn Subject) -> Result<(Shielded, Option<Recovered>)> {
+        let start = Instant::now();
+        let mut backoff = Backoff::new();
+        loop {
+            let known = self.living_holder();
+            let owner = match known {
+                Some(_) => known,
+                None => match self.attempt(subject)? {
+                    Attempt::Won(socket) => return Ok((socket, self.begin(false))),
+                    Attempt::Queued(connection) => owner_of(self.peer(&connection)?),
+                    Attempt::Unreachable => None,
+                },
+            };
+            let ending = owner.as_ref().is_none_or(|owner| owner.liveness() == Liveness::Dead);
+            if !ending || start.elapsed() >= MOMENT {
+                return Err(ErrorKind::Held { lock: subject.describe(), owner: owner.map(Box::new) }.into());
+            }
+            std::thread::sleep(backoff.next());
+        }
+    }
+
+    /// Binds the name, or queues up at its holder.
+    fn attempt(&self, subject: &dyn Subject) -> Result<Attempt> {
+        if let Some(socket) = self.listen()? {
+            return Ok(Attempt::Won(socket));
+        }
+        match seqpacket::connect(&self.address).map_err(|error| self.io("connect to", error))? {
+            Reached::Nobody | Reached::Full => Ok(Attempt::Unreachable),
+            Reached::Queue(connection) => {
+                let Peer { uid, pid } = self.peer(&connection)?;
+                if self.trusts(uid) {
+                    return Ok(Attempt::Queued(connection));
+                }
+                let pid = (pid != 0).then_some(pid);
+                Err(ErrorKind::ForeignOwner { lock: subject.describe(), uid, pid }.into())
+            }
+        }
+    }
+
+    fn listen(&self) -> Result<Option<Shielded>> {
+        seqpacket::listen_at(&self.address).map_err(|error| self.io("bind", error))
+    }
+
+    fn call_it_mine(&self, socket: &Shielded) -> Result<()> {
+        seqpacket::listen(socket).map_err(|error| self.io("listen on", error))
+    }
+
+    fn receive(&self, connection: &Shielded) -> Result<Received> {
+        seqpacket::receive(connection, &self.address).map_err(|error| self.io("receive", error))
+    }
+
+    fn peer(&self, connection: &Shielded) -> Result<Peer> {
+        seqpacket::peer(&**connection).map_err(|error| self.io("ask who holds", error))
+    }
+
+    /// Passes the lock on to the first waiter, or frees it.
+    pub(super) fn release(&self, socket: Shielded) {
+        if let Some(mark) = self.mark() {
+            mark.wipe();
+        }
+        if self.pass_on(&socket) || self.mark().is_some() {
+            return;
+        }
+        // Who queued up since would take the closing for a death, with no record to tell it otherwise.
+        if seqpacket::refuse_more(&socket).is_ok() {
+            while let Some(connection) = seqpacket::accept(&socket) {
+                let _ = seqpacket::tell_released(&connection);
+            }
+        }
+    }
+
+    fn pass_on(&self, socket: &Shielded) -> bool {
+        // More can only have come while these were looked at; they will see the socket close and bind.
+        for _ in 0..=seqpacket::BACKLOG {
+            // Looking is cheap, accepting is not, and mostly nobody waits.
+            if !event::is_readable(socket.as_fd()) {
+                return false;
+            }
+            let Some(waiter) = seqpacket::accept(socket) else {
+                return false;
+            };
+            let trusted = seqpacket::peer(&waiter).is_ok_and(|peer| self.trusts(peer.uid));
+            if trusted && seqpacket::hand_over(&waiter, socket).is_ok() {
+                return true;
+            }
+        }
+        false
+    }
+
+    fn trusts(&self, uid: u32) -> bool {
+        match self.sharing {
+            Sharing::User(own) => uid == own || uid == 0,
+            Sharing::Machine => true,
+        }
+    }
+
+    pub(super) fn owner(&self) -> Result<Option<Owner>> {
+        if let Some(owner) = self.living_holder() {
+            return Ok(Some(owner));
+        }
+        match seqpacket::connect(&self.address).map_err(|error| self.io("connect to", error))? {
+            Reached::Nobody => Ok(None),
+            Reached::Full => Err(self.io("ask who holds", Errno::AGAIN)),
+            Reached::Queue(connection) => Ok(owner_of(self.peer(&connection)?)),
+        }
+    }
+
+    /// The holder by the record, unless it has died since. Asking costs the holder nothing, where a connection would
+    /// take a place in its queue until it releases.
+    fn living_holder(&self) -> Option<Owner> {
+        let owner = self.mark()?.holder()?;
+        (owner.liveness() != Liveness::Dead).then_some(owner)
+    }
+
+    /// Writes down who holds now, and says whether the holder before died.
+    fn begin(&self, hung_up: bool) -> Option<Recovered> {
+        match self.mark() {
+            Some(mark) => mark.take(),
+            None => hung_up.then(|| Recovered::new(None)),
+        }
+    }
+
+    fn mark(&self) -> Option<&Mark> {
+        self.mark.get_or_init(|| Mark::open(&self.name, self.sharing).ok()).as_ref()
+    }
+
+    fn io(&self, action: &'static str, error: Errno) -> Error {
+        let name = self.address.abstract_name().unwrap_or_default();
+        Error::io(action, format!("@{}", String::from_utf8_lossy(name)), error)
+    }
+}
+
+fn owner_of(peer: Peer) -> Option<Owner> {
+    match peer.pid {
+        0 => Some(Owner::hidden()),
+        pid => Owner::of(pid),
+    }
+}

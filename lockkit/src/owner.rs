@@ -1,0 +1,256 @@
+//! Who holds a lock, and whether that process still lives.
+//!
+//! A pid alone is never enough: it is given out again, means another process in another container, and nothing at all
+//! on another host. An [`Owner`] is a pid with its process's start time, the boot, the pid namespace and the host it
+//! belongs to. What cannot be compared is [`Liveness::Unknown`], and unknown counts as alive.
+
+use std::cell::RefCell;
+use std::time::{Duration, SystemTime};
+
+use crate::sys::fork;
+use crate::sys::process::{self, Probe};
+
+/// A process that holds a lock, or held it.
+///
+/// ```
+/// use lockkit::{Liveness, Owner};
+/// let me = Owner::current();
+/// assert_eq!(me.pid(), std::process::id());
+/// assert_eq!(me.liveness(), Liveness::Alive);
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Owner {
+    pub(crate) pid: u32,
+    pub(crate) start: Option<u64>,
+    pub(crate) boot: Option<u128>,
+    pub(crate) namespace: Option<u64>,
+    pub(crate) host: Option<String>,
+    pub(crate) program: Option<String>,
+    pub(crate) acquired: Option<SystemTime>,
+}
+
+/// Whether an owner still lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Liveness {
+    /// The very process runs.
+    Alive,
+    /// It has ended: its pid is free, given to a later process, or left to a zombie, or its host has booted since.
+    Dead,
+    /// It cannot be told from here, for it belongs to another host or another pid namespace. Counts as alive, always.
+    Unknown,
+}
+
+impl Owner {
+    /// This process.
+    pub fn current() -> Self {
+        thread_local! {
+            /// Reading it costs tens of microseconds, so each thread keeps it until a fork makes it another's.
+            static CURRENT: RefCell<Option<(u32, Owner)>> = const { RefCell::new(None) };
+        }
+        let generation = fork::generation();
+        let cached = CURRENT.try_with(|current| match &mut *current.borrow_mut() {
+            Some((made, owner)) if *made == generation => owner.clone(),
+            current => current.insert((generation, Self::read(std::process::id()))).1.clone(),
+        });
+        // A thread that is ending has no thread-local store any more.
+        cached.unwrap_or_else(|_| Self::read(std::process::id()))
+    }
+
+    /// The process that has `pid` in this process's pid namespace now; `None` when there is none, or only a zombie.
+    pub fn of(pid: u32) -> Option<Self> {
+        matches!(process::probe(pid), Probe::Running(_)).then(|| Self::read(pid))
+    }
+
+    /// A process of this host that another pid namespace hides.
+    pub(crate) fn hidden() -> Self {
+        Self {
+            pid: 0,
+            start: None,
+            boot: process::boot_id(),
+            namespace: None,
+            host: Some(process::host().to_owned()),
+            program: None,
+            acquired: None,
+        }
+    }
+
+    fn read(pid: u32) -> Self {
+        let start = match process::probe(pid) {
+            Probe::Running(start) => start,
+            Probe::Gone | Probe::Ended => None,
+        };
+        Self {
+            pid,
+            start,
+            boot: process::boot_id(),
+            namespace: process::pid_namespace(),
+            host: Some(process::host().to_owned()),
+            program: process::program(pid),
+            acquired: None,
+        }
+    }
+
+    /// Its pid, as a number of its own pid namespace; 0 when that namespace hides it from this process.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// The name of the program that it runs, for people, as far as it is known.
+    pub fn program(&self) -> Option<&str> {
+        self.program.as_deref()
+    }
+
+    /// The host that it runs on: the host's name and, where there is one, the id of its installation.
+    pub fn host(&self) -> Option<&str> {
+        self.host.as_deref()
+    }
+
+    /// When it took the lock, by the wall clock, for people; nothing is decided by it.
+    pub fn acquired(&self) -> Option<SystemTime> {
+        self.acquired
+    }
+
+    /// Whether it still lives. Asks the system anew each time.
+    ///
+    /// A process that has been killed counts as dead from the moment at which it can run no more code of its own, even
+    /// if the kernel has yet to take it apart.
+    pub fn liveness(&self) -> Liveness {
+        match (self.boot, process::boot_id()) {
+            (Some(then), Some(now)) if then != now => {
+                // The same host has booted since, or it is another host, of which nothing can be told.
+                return match self.host.as_deref() == Some(process::host()) {
+                    true => Liveness::Dead,
+                    false => Liveness::Unknown,
+                };
+            }
+            (Some(_), Some(_)) => {}
+            _ => return Liveness::Unknown,
+        }
+        if self.namespace.is_none() || self.namespace != process::pid_namespace() {
+            return Liveness::Unknown;
+        }
+        match (process::probe(self.pid), self.start) {
+            (Probe::Gone | Probe::Ended, _) => Liveness::Dead,
+            (Probe::Running(Some(now)), Some(then)) if now != then => Liveness::Dead,
+            (Probe::Running(_), _) => Liveness::Alive,
+        }
+    }
+
+    /// For people: `pid 4242 (backup), since 2026-11-20 17:03:11 UTC (42 s ago)`, as far as it is known.
+    pub fn describe(&self) -> String {
+        let mut text = match self.pid {
+            0 => "a process of another pid namespace".to_owned(),
+            pid => format!("pid {pid}"),
+        };
+        if let Some(program) = &self.program {
+            text += &format!(" ({})", program.escape_debug());
+        }
+        if self.host.as_deref().is_some_and(|host| host != process::host()) {
+            text += &format!(" on host {}", self.host.as_deref().unwrap_or_default().escape_debug());
+        }
+        if let Some(acquired) = self.acquired {
+            text += &format!(", since {}", utc(acquired));
+            if let Ok(ago) = acquired.elapsed() {
+                text += &format!(" ({} ago)", spoken(ago));
+            }
+        }
+        text
+    }
+}
+
+/// A moment as people write it, to the second: `2026-11-20 17:03:11 UTC`.
+fn utc(moment: SystemTime) -> String {
+    /// The last second of the year 9999: a damaged record may claim any number.
+    const LAST: u64 = 253_402_300_799;
+    let seconds = moment.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs().min(LAST);
+    let (mut days, clock) = (seconds / 86_400, seconds % 86_400);
+    let leap = |year: u64| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    let mut year = 1970;
+    while days >= 365 + u64::from(leap(year)) {
+        days -= 365 + u64::from(leap(year));
+        year += 1;
+    }
+    let february = 28 + u64::from(leap(year));
+    let mut month = 1;
+    for length in [31, february, 31, 30, 31, 30, 31, 31, 30, 31, 30] {
+        if days < length {
+            break;
+        }
+        days -= length;
+        month += 1;
+    }
+    let (hour, minute, second) = (clock / 3600, clock / 60 % 60, clock % 60);
+    format!("{year}-{month:02}-{:02} {hour:02}:{minute:02}:{second:02} UTC", days + 1)
+}
+
+/// A span of time as people say it, in its two largest units: `2 min 5 s`.
+pub(crate) fn spoken(span: Duration) -> String {
+    let seconds = span.as_secs();
+    match seconds {
+        0 => format!("{} ms", span.as_millis()),
+        1..60 => format!("{seconds} s"),
+        60..3600 => format!("{} min {} s", seconds / 60, seconds % 60),
+        3600..86_400 => format!("{} h {} min", seconds / 3600, seconds / 60 % 60),
+        _ => format!("{} d {} h", seconds / 86_400, seconds / 3600 % 24),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn moments_read_as_the_calendar_has_them() {
+        for (seconds, text) in [
+            (0, "1970-01-01 00:00:00 UTC"),
+            (951_782_400, "2000-02-29 00:00:00 UTC"),
+            (1_709_251_199, "2024-02-29 23:59:59 UTC"),
+            (1_735_689_599, "2024-12-31 23:59:59 UTC"),
+            (4_107_542_400, "2100-03-01 00:00:00 UTC"),
+        ] {
+            assert_eq!(utc(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)), text);
+        }
+    }
+
+    #[test]
+    fn spans_are_said_in_their_two_largest_units() {
+        for (span, text) in [
+            (Duration::from_micros(2500), "2 ms"),
+            (Duration::from_secs(59), "59 s"),
+            (Duration::from_secs(125), "2 min 5 s"),
+            (Duration::from_secs(7260), "2 h 1 min"),
+            (Duration::from_secs(90_000), "1 d 1 h"),
+        ] {
+            assert_eq!(spoken(span), text);
+        }
+    }
+
+    #[test]
+    fn a_later_process_with_the_same_pid_is_not_the_owner() {
+        let mut owner = Owner::current();
+        owner.start = owner.start.map(|start| start + 1);
+        assert_eq!(owner.liveness(), Liveness::Dead);
+    }
+
+    #[test]
+    fn an_earlier_boot_of_this_host_is_dead_and_another_host_unknown() {
+        let mut owner = Owner::current();
+        owner.boot = owner.boot.map(|boot| boot ^ 1);
+        assert_eq!(owner.liveness(), Liveness::Dead);
+        owner.host = Some("elsewhere".into());
+        assert_eq!(owner.liveness(), Liveness::Unknown);
+        owner.host = None;
+        assert_eq!(owner.liveness(), Liveness::Unknown);
+    }
+
+    #[test]
+    fn another_pid_namespace_is_unknown_whatever_the_pid() {
+        let mut owner = Owner::current();
+        owner.pid = i32::MAX as u32;
+        assert_eq!(owner.liveness(), Liveness::Dead);
+        owner.namespace = owner.namespace.map(|namespace| namespace + 1);
+        assert_eq!(owner.liveness(), Liveness::Unknown);
+        owner.namespace = None;
+        assert_eq!(owner.liveness(), Liveness::Unknown);
+    }
+}

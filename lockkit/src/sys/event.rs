@@ -1,0 +1,107 @@
+//! An event that wakes whoever waits for it, and the one wait that everything here sleeps in.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Instant;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+/// An event: once set, it stays set.
+pub(crate) struct Event {
+    /// Readable once the event is set.
+    fd: OwnedFd,
+    /// Where writing sets it, on systems without `eventfd`.
+    #[cfg(not(target_os = "linux"))]
+    writer: OwnedFd,
+}
+
+impl Event {
+    #[cfg(target_os = "linux")]
+    pub(crate) fn new() -> io::Result<Self> {
+        use rustix::event::{EventfdFlags, eventfd};
+        Ok(Self { fd: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)? })
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    pub(crate) fn new() -> io::Result<Self> {
+        let (fd, writer) = rustix::pipe::pipe()?;
+        for end in [&fd, &writer] {
+            rustix::io::fcntl_setfd(end, rustix::io::FdFlags::CLOEXEC)?;
+        }
+        rustix::io::ioctl_fionbio(&writer, true)?;
+        Ok(Self { fd, writer })
+    }
+
+    /// Wakes everybody who waits, now and later.
+    pub(crate) fn set(&self) {
+        #[cfg(target_os = "linux")]
+        let writer = &self.fd;
+        #[cfg(not(target_os = "linux"))]
+        let writer = &self.writer;
+        // A write can only fail because the event is set many times over already.
+        let _ = rustix::io::write(writer, &1_u64.to_ne_bytes());
+    }
+}
+
+impl AsFd for Event {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// What ended a [`wait`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Woke {
+    /// The descriptor has something to read, or has hung up.
+    Ready,
+    /// The event was set.
+    Cancelled,
+    /// The moment came.
+    TimedOut,
+}
+
+/// Sleeps until `fd` can be read, `cancel` is set or `until` has come, whichever is first. Where two come together the
+/// descriptor wins: what it brings would be lost otherwise.
+///
+/// poll(2); signals do not end the wait.
+pub(crate) fn wait(
+    fd: Option<BorrowedFd<'_>>,
+    cancel: Option<BorrowedFd<'_>>,
+    until: Option<Instant>,
+) -> io::Result<Woke> {
+    loop {
+        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+        let timeout = left.and_then(|left| Timespec::try_from(left).ok());
+        let mut polled: [PollFd<'_>; 2];
+        let mut only: [PollFd<'_>; 1];
+        let polled: &mut [PollFd<'_>] = match (fd, cancel) {
+            (Some(fd), Some(cancel)) => {
+                polled = [watch(fd), watch(cancel)];
+                &mut polled
+            }
+            (Some(one), None) | (None, Some(one)) => {
+                only = [watch(one)];
+                &mut only
+            }
+            (None, None) => &mut [],
+        };
+        match poll(polled, timeout.as_ref()) {
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(error) => return Err(error.into()),
+            Ok(0) if until.is_some_and(|until| Instant::now() >= until) => return Ok(Woke::TimedOut),
+            Ok(0) => continue,
+            Ok(_) if fd.is_some() && !polled[0].revents().is_empty() => return Ok(Woke::Ready),
+            Ok(_) => return Ok(Woke::Cancelled),
+        }
+    }
+}
+
+/// Whether `fd` can be read now.
+pub(crate) fn is_readable(fd: BorrowedFd<'_>) -> bool {
+    let mut polled = [watch(fd)];
+    matches!(poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(1))
+}
+
+fn watch(fd: BorrowedFd<'_>) -> PollFd<'_> {
+    PollFd::from_borrowed_fd(fd, PollFlags::IN)
+}

@@ -1,0 +1,53 @@
+//! Whole-file locks: flock(2), through `fs2`.
+//!
+//! The only module that knows the crate. Its gaps are closed here: a wait that a signal interrupts goes on, and a
+//! lock that somebody else holds is a `false`, not an error to compare.
+
+use std::fs::File;
+use std::io;
+
+use fs2::FileExt;
+
+/// How much a lock on a file excludes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// Other shared ones are welcome.
+    Shared,
+    /// Nobody else.
+    Exclusive,
+}
+
+/// Takes the lock, waiting in the kernel for as long as it takes.
+pub(crate) fn lock(file: &File, mode: Mode) -> io::Result<()> {
+    retried(|| match mode {
+        Mode::Shared => FileExt::lock_shared(file),
+        Mode::Exclusive => FileExt::lock_exclusive(file),
+    })
+}
+
+/// Takes the lock if it is free; says whether it was.
+pub(crate) fn try_lock(file: &File, mode: Mode) -> io::Result<bool> {
+    let tried = retried(|| match mode {
+        Mode::Shared => FileExt::try_lock_shared(file),
+        Mode::Exclusive => FileExt::try_lock_exclusive(file),
+    });
+    match tried {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Gives the lock back, also where a forked child still has the descriptor.
+pub(crate) fn unlock(file: &File) -> io::Result<()> {
+    retried(|| FileExt::unlock(file))
+}
+
+fn retried(mut call: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}

@@ -1,0 +1,208 @@
+//! What a forked child must not keep.
+//!
+//! A lock lives in a descriptor, and `fork` copies descriptors: a child that outlives its parent would keep the
+//! parent's lock, and a name would stay taken after its release for as long as the child lives. Programs started with
+//! exec are no concern, for every descriptor here is close-on-exec. For a plain fork, a handler registered with
+//! [pthread_atfork(3)] runs in the child and puts an inert pipe end in the place of every [`Shielded`] descriptor. The
+//! child's copies of the guards stay valid objects, whose descriptors close as usual and lock nothing.
+//!
+//! Making a descriptor and noting it down happens with forks held off, so no child slips in between. A process made
+//! with a raw `clone` system call runs no handlers and is not covered.
+//!
+//! [pthread_atfork(3)]: https://man7.org/linux/man-pages/man3/pthread_atfork.3.html
+
+use std::ffi::c_int;
+use std::mem::ManuallyDrop;
+use std::ops::Deref;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr;
+use std::sync::Once;
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, Ordering};
+
+/// How many forks lie between the first process to use lockkit and this one.
+static GENERATION: AtomicU32 = AtomicU32::new(0);
+/// Threads that are making or closing a shielded descriptor right now.
+static BUSY: AtomicU32 = AtomicU32::new(0);
+/// Forks under way right now.
+static FORKING: AtomicU32 = AtomicU32::new(0);
+/// The shielded descriptors. Never shrinks: as many chunks as were ever needed at once.
+static DESCRIPTORS: Chunk = Chunk::new();
+
+/// A slot without a descriptor.
+const EMPTY: RawFd = -1;
+
+struct Chunk {
+    slots: [AtomicI32; 62],
+    next: AtomicPtr<Chunk>,
+}
+
+impl Chunk {
+    const fn new() -> Self {
+        Self { slots: [const { AtomicI32::new(EMPTY) }; 62], next: AtomicPtr::new(ptr::null_mut()) }
+    }
+
+    fn next(&self) -> Option<&'static Self> {
+        // SAFETY: `next` is null or a chunk that `grow` leaked, and so lives for ever.
+        unsafe { self.next.load(Ordering::Acquire).as_ref() }
+    }
+
+    fn grow(&self) -> &'static Self {
+        let fresh = Box::into_raw(Box::new(Self::new()));
+        match self.next.compare_exchange(ptr::null_mut(), fresh, Ordering::AcqRel, Ordering::Acquire) {
+            // SAFETY: just made by `Box::into_raw`, and from here on only reachable through `next`, which nobody frees.
+            Ok(_) => unsafe { &*fresh },
+            Err(first) => {
+                // SAFETY: `fresh` comes from `Box::into_raw` above and was shared with nobody.
+                drop(unsafe { Box::from_raw(fresh) });
+                // SAFETY: not null, or the exchange had worked; leaked like every chunk in `next`.
+                unsafe { &*first }
+            }
+        }
+    }
+}
+
+fn note_down(fd: RawFd) -> &'static AtomicI32 {
+    let mut chunk: &'static Chunk = &DESCRIPTORS;
+    loop {
+        for slot in &chunk.slots {
+            if slot.load(Ordering::Relaxed) == EMPTY
+                && slot.compare_exchange(EMPTY, fd, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+            {
+                return slot;
+            }
+        }
+        chunk = match chunk.next() {
+            Some(next) => next,
+            None => chunk.grow(),
+        };
+    }
+}
+
+/// A descriptor that holds a lock, or a place in the queue for one: a forked child gets an inert one instead.
+#[derive(Debug)]
+pub(crate) struct Shielded<T: AsFd = OwnedFd> {
+    descriptor: ManuallyDrop<T>,
+    slot: &'static AtomicI32,
+}
+
+impl<T: AsFd> Shielded<T> {
+    /// Makes a descriptor with `make` and shields it, with no fork in between.
+    pub(crate) fn new<E>(make: impl FnOnce() -> Result<T, E>) -> Result<Self, E> {
+        let _held_off = HoldOff::new();
+        let descriptor = make()?;
+        let slot = note_down(descriptor.as_fd().as_raw_fd());
+        Ok(Self { descriptor: ManuallyDrop::new(descriptor), slot })
+    }
+}
+
+impl<T: AsFd> Deref for Shielded<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.descriptor
+    }
+}
+
+impl<T: AsFd> Drop for Shielded<T> {
+    fn drop(&mut self) {
+        let _held_off = HoldOff::new();
+        self.slot.store(EMPTY, Ordering::Release);
+        // SAFETY: dropped once, here, and not used afterwards.
+        unsafe { ManuallyDrop::drop(&mut self.descriptor) };
+    }
+}
+
+/// Which process this is, counted in forks. Two equal numbers in one process image mean that no fork lies between.
+pub(crate) fn generation() -> u32 {
+    install();
+    GENERATION.load(Ordering::Relaxed)
+}
+
+/// While it lives, `fork` in another thread waits.
+struct HoldOff;
+
+impl HoldOff {
+    fn new() -> Self {
+        install();
+        loop {
+            BUSY.fetch_add(1, Ordering::SeqCst);
+            if FORKING.load(Ordering::SeqCst) == 0 {
+                return Self;
+            }
+            BUSY.fetch_sub(1, Ordering::SeqCst);
+            std::thread::yield_now();
+        }
+    }
+}
+
+impl Drop for HoldOff {
+    fn drop(&mut self) {
+        BUSY.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+unsafe extern "C" {
+    fn pthread_atfork(
+        prepare: Option<unsafe extern "C" fn()>,
+        parent: Option<unsafe extern "C" fn()>,
+        child: Option<unsafe extern "C" fn()>,
+    ) -> c_int;
+}
+
+fn install() {
+    static INSTALLED: Once = Once::new();
+    INSTALLED.call_once(|| {
+        // It fails only without memory for its list; then a forked child keeps what it inherits, as it does with
+        // every other lock library.
+        // SAFETY: the three handlers are functions of this program, sound to call at any time.
+        let _ = unsafe { pthread_atfork(Some(before_fork), Some(after_fork_in_parent), Some(after_fork_in_child)) };
+    });
+}
+
+/// Lets the threads that are inside a [`HoldOff`] come out. Bounded, because a fork from a signal handler may have
+/// interrupted such a thread itself, which then never comes out.
+unsafe extern "C" fn before_fork() {
+    FORKING.fetch_add(1, Ordering::SeqCst);
+    for _ in 0..100_000 {
+        if BUSY.load(Ordering::SeqCst) == 0 {
+            return;
+        }
+        std::thread::yield_now();
+    }
+}
+
+unsafe extern "C" fn after_fork_in_parent() {
+    FORKING.fetch_sub(1, Ordering::SeqCst);
+}
+
+/// Only what POSIX allows after a fork of a process with threads: atomics, `pipe`, `dup2`, `close`.
+unsafe extern "C" fn after_fork_in_child() {
+    GENERATION.fetch_add(1, Ordering::Relaxed);
+    FORKING.store(0, Ordering::SeqCst);
+    BUSY.store(0, Ordering::SeqCst);
+    let inert = rustix::pipe::pipe().ok().map(|(reader, _writer)| reader);
+    let mut chunk = Some(&DESCRIPTORS);
+    while let Some(here) = chunk {
+        for slot in &here.slots {
+            let fd = slot.load(Ordering::Relaxed);
+            if fd != EMPTY {
+                disarm(fd, inert.as_ref());
+            }
+        }
+        chunk = here.next();
+    }
+}
+
+fn disarm(fd: RawFd, inert: Option<&OwnedFd>) {
+    // SAFETY: the slot holds a descriptor that this process image owns; the guard that owns it is a copy which this
+    // handler, the only code that runs, may act for. It stays open unless no inert one could be made: then it is
+    // closed here, because a lock that nobody can release is worse than a number closed twice.
+    let mut lock = ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(fd) });
+    let replaced = inert.is_some_and(|inert| {
+        rustix::io::dup2(inert, &mut lock).is_ok()
+            && rustix::io::fcntl_setfd(&*lock, rustix::io::FdFlags::CLOEXEC).is_ok()
+    });
+    if !replaced {
+        drop(ManuallyDrop::into_inner(lock));
+    }
+}

@@ -1,0 +1,173 @@
+//! Which process is which, and whether it still lives.
+//!
+//! On Linux a process is told from a later one with the same pid by its start time in kernel ticks since boot
+//! ([proc_pid_stat(5)], field 22), which no setting of the clock moves. Elsewhere it is what `sysinfo` gives, in seconds.
+//! `sysinfo` also gives the program's name for people.
+//!
+//! [proc_pid_stat(5)]: https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
+
+use std::fs;
+use std::path::Path;
+use std::sync::OnceLock;
+
+use rustix::process::{Pid, test_kill_process};
+use sysinfo::{ProcessRefreshKind, ProcessesToUpdate, System, UpdateKind};
+
+/// What the system says of a pid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Probe {
+    /// No process has it.
+    Gone,
+    /// The process that has it runs no code any more: it was killed and is being taken apart, or is a zombie.
+    Ended,
+    /// A process has it, which started then, where the system lets us see that.
+    Running(Option<u64>),
+}
+
+/// Looks at `pid`, as a number of this process's own pid namespace. What cannot be seen counts as running.
+pub(crate) fn probe(pid: u32) -> Probe {
+    let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) else {
+        return Probe::Gone;
+    };
+    // EPERM is an answer, too: a process of another user. /proc may be mounted so that it hides those.
+    if test_kill_process(pid) == Err(rustix::io::Errno::SRCH) {
+        return Probe::Gone;
+    }
+    started(pid)
+}
+
+#[cfg(target_os = "linux")]
+fn started(pid: Pid) -> Probe {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()));
+    stat.ok().and_then(|stat| parse_stat(&stat)).unwrap_or(Probe::Running(None))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn started(pid: Pid) -> Probe {
+    let pid = pid.as_raw_nonzero().get() as u32;
+    match look(pid, ProcessRefreshKind::nothing(), |process| (process.status(), process.start_time())) {
+        Some((sysinfo::ProcessStatus::Zombie | sysinfo::ProcessStatus::Dead, _)) => Probe::Ended,
+        Some((_, start)) => Probe::Running(Some(start)),
+        None => Probe::Running(None),
+    }
+}
+
+/// Reads a line of `/proc/<pid>/stat`. The program's name, in parentheses, may itself hold spaces and parentheses.
+#[cfg(target_os = "linux")]
+fn parse_stat(stat: &str) -> Option<Probe> {
+    /// The field's number in the manual page, counted from the first one behind the name.
+    const STATE: usize = 3 - 3;
+    const THREADS: usize = 20 - 3;
+    const START: usize = 22 - 3;
+    const EXIT_CODE: usize = 52 - 3;
+
+    let fields: Vec<&str> = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace().collect();
+    let start = fields.get(START)?.parse().ok()?;
+    let threads: i64 = fields.get(THREADS)?.parse().ok()?;
+    let ended = match *fields.get(STATE)? {
+        // A first thread may have ended on its own while the process goes on in others.
+        "Z" | "X" | "x" => threads <= 1,
+        // A killed process looks alive until it is taken apart, but its exit code is set. A stopped one shows the
+        // signal that stopped it in the same place, and may well go on.
+        _ => fields.get(EXIT_CODE).and_then(|code| code.parse().ok()).is_some_and(is_fatal),
+    };
+    Some(if ended { Probe::Ended } else { Probe::Running(Some(start)) })
+}
+
+#[cfg(target_os = "linux")]
+fn is_fatal(exit_code: i32) -> bool {
+    use rustix::process::Signal;
+    let stops = [Signal::STOP, Signal::TSTP, Signal::TTIN, Signal::TTOU];
+    exit_code != 0 && !stops.iter().any(|stop| stop.as_raw() == exit_code)
+}
+
+/// The program that `pid` runs, for people: its file's name, or what the system calls it.
+pub(crate) fn program(pid: u32) -> Option<String> {
+    look(pid, ProcessRefreshKind::nothing().with_exe(UpdateKind::Always), |process| {
+        let file = process.exe().and_then(Path::file_name).filter(|name| !name.is_empty());
+        file.unwrap_or(process.name()).to_string_lossy().into_owned()
+    })
+}
+
+fn look<T>(pid: u32, what: ProcessRefreshKind, read: impl FnOnce(&sysinfo::Process) -> T) -> Option<T> {
+    let pid = sysinfo::Pid::from_u32(pid);
+    let mut system = System::new();
+    system.refresh_processes_specifics(ProcessesToUpdate::Some(&[pid]), false, what.without_tasks());
+    system.process(pid).map(read)
+}
+
+/// What tells this boot of this kernel from every other one; `None` where the system does not say.
+pub(crate) fn boot_id() -> Option<u128> {
+    static BOOT: OnceLock<Option<u128>> = OnceLock::new();
+    *BOOT.get_or_init(read_boot_id)
+}
+
+#[cfg(target_os = "linux")]
+fn read_boot_id() -> Option<u128> {
+    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    u128::from_str_radix(&text.trim().replace('-', ""), 16).ok()
+}
+
+/// Seconds since the epoch at which the system started: good enough to see that it was started again.
+#[cfg(not(target_os = "linux"))]
+fn read_boot_id() -> Option<u128> {
+    Some(u128::from(System::boot_time()))
+}
+
+/// The pid namespace of this process, as the number that `/proc/self/ns/pid` shows; 0 where there are none.
+pub(crate) fn pid_namespace() -> Option<u64> {
+    #[cfg(target_os = "linux")]
+    return Some(std::os::unix::fs::MetadataExt::ino(&fs::metadata("/proc/self/ns/pid").ok()?));
+    #[cfg(not(target_os = "linux"))]
+    return Some(0);
+}
+
+/// This host: its name, and the id of its installation where there is one, so that two hosts which were given the same
+/// name, or were cloned from one image, still differ.
+pub(crate) fn host() -> &'static str {
+    static HOST: OnceLock<String> = OnceLock::new();
+    HOST.get_or_init(|| {
+        let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        match fs::read_to_string("/etc/machine-id").map(|id| id.trim().to_owned()) {
+            Ok(id) if !id.is_empty() => format!("{name}/{id}"),
+            _ => name,
+        }
+    })
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    fn stat(state: &str, threads: u32, exit_code: i32) -> String {
+        let middle = "1 1 1 0 -1 4194304 1 1 0 0 1 1 0 0 20 0";
+        let tail = "0 ".repeat(29);
+        format!("42 (a) b ( c)) {state} {middle} {threads} 0 777 {tail}{exit_code}\n")
+    }
+
+    #[test]
+    fn a_stat_line_tells_the_running_from_the_ended() {
+        let running = Some(Probe::Running(Some(777)));
+        assert_eq!(parse_stat(&stat("R", 1, 0)), running);
+        assert_eq!(parse_stat(&stat("T", 1, 19)), running, "stopped, not killed");
+        assert_eq!(parse_stat(&stat("Z", 3, 0)), running, "only the first thread has ended");
+        assert_eq!(parse_stat(&stat("Z", 1, 0)), Some(Probe::Ended));
+        assert_eq!(parse_stat(&stat("R", 1, 9)), Some(Probe::Ended), "killed, not yet gone");
+        assert_eq!(parse_stat("42 (cut"), None);
+        assert_eq!(parse_stat("42 (cut) R 1 1"), None);
+    }
+
+    #[test]
+    fn this_process_runs_and_keeps_its_start_time() {
+        let now = probe(std::process::id());
+        assert!(matches!(now, Probe::Running(Some(_))));
+        assert_eq!(probe(std::process::id()), now);
+    }
+
+    #[test]
+    fn a_pid_beyond_every_limit_is_gone() {
+        assert_eq!(probe(0), Probe::Gone);
+        assert_eq!(probe(i32::MAX as u32), Probe::Gone);
+        assert_eq!(probe(u32::MAX), Probe::Gone);
+    }
+}

@@ -1,0 +1,178 @@
+//! Abstract Unix sockets that listen, queue and hand themselves over: [unix(7)].
+//!
+//! The kernel gives an abstract name to one socket at a time and takes it back when the last descriptor of that socket
+//! is closed, however its process ended. No file is involved.
+//!
+//! [unix(7)]: https://man7.org/linux/man-pages/man7/unix.7.html
+
+use std::hint::black_box;
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::cmsg_space;
+use rustix::io::{Errno, Result, retry_on_intr};
+use rustix::net::sockopt::{socket_acceptconn, socket_peercred};
+use rustix::net::{
+    self, AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+};
+
+use super::fork::Shielded;
+
+pub(crate) type Address = SocketAddrUnix;
+
+/// How many connections may wait to be accepted; the kernel's own bound, `net.core.somaxconn`, is as large by default.
+pub(crate) const BACKLOG: i32 = 4096;
+
+/// Goes with the socket: the receiver holds the lock now.
+const HANDED_OVER: u8 = b'L';
+/// Goes alone: the lock was released, and is free.
+const RELEASED: u8 = b'F';
+
+/// The process at the other end of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Peer {
+    pub(crate) uid: u32,
+    /// 0 when it lives in a pid namespace that this process does not see.
+    pub(crate) pid: u32,
+}
+
+/// The address of the abstract socket `name`.
+pub(crate) fn address(name: &str) -> Result<Address> {
+    SocketAddrUnix::new_abstract_name(name.as_bytes())
+}
+
+fn socket() -> Result<OwnedFd> {
+    net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)
+}
+
+/// A listening socket with the address, or `None` when somebody else has it.
+pub(crate) fn listen_at(address: &Address) -> Result<Option<Shielded>> {
+    let socket = Shielded::new(socket)?;
+    match retry_on_intr(|| net::bind(&*socket, address)) {
+        Ok(()) => {}
+        Err(Errno::ADDRINUSE) => return Ok(None),
+        Err(error) => return Err(error),
+    }
+    listen(&socket)?;
+    Ok(Some(socket))
+}
+
+/// Makes this process the one that [`peer`] names to whoever connects.
+pub(crate) fn listen(socket: &Shielded) -> Result<()> {
+    net::listen(&**socket, BACKLOG)
+}
+
+/// What became of an attempt to connect.
+pub(crate) enum Reached {
+    /// In the queue of whoever listens at the address.
+    Queue(Shielded),
+    /// The address is taken but nobody listens, as while its owner is starting or ending; or it is free.
+    Nobody,
+    /// The queue has no room.
+    Full,
+}
+
+/// Queues up at the socket that listens at `address`.
+pub(crate) fn connect(address: &Address) -> Result<Reached> {
+    let connection = Shielded::new(socket)?;
+    match retry_on_intr(|| net::connect(&*connection, address)) {
+        Ok(()) => Ok(Reached::Queue(connection)),
+        Err(Errno::CONNREFUSED) => Ok(Reached::Nobody),
+        Err(Errno::AGAIN) => Ok(Reached::Full),
+        Err(error) => Err(error),
+    }
+}
+
+/// Who is at the other end: for a connection the process that last called `listen`, for an accepted one the process
+/// that connected.
+pub(crate) fn peer(connection: impl AsFd) -> Result<Peer> {
+    let credentials = socket_peercred(connection)?;
+    // The type says that a pid is never 0, yet that is what the kernel writes for a pid of another namespace. Behind
+    // the black box the compiler cannot conclude anything from the type.
+    let pid = black_box(credentials.pid.as_raw_nonzero().get());
+    Ok(Peer { uid: credentials.uid.as_raw(), pid: pid.unsigned_abs() })
+}
+
+/// Takes the next connection out of the queue; `None` when nothing can be taken.
+pub(crate) fn accept(socket: &Shielded) -> Option<OwnedFd> {
+    loop {
+        match net::accept_with(&**socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+            Ok(connection) => return Some(connection),
+            Err(Errno::INTR | Errno::CONNABORTED) => {}
+            Err(_) => return None,
+        }
+    }
+}
+
+/// Lets nobody queue up any more.
+pub(crate) fn refuse_more(socket: &Shielded) -> Result<()> {
+    net::shutdown(&**socket, net::Shutdown::Read)
+}
+
+/// Gives the socket itself to the peer; fails when the peer is gone.
+pub(crate) fn hand_over(connection: &OwnedFd, socket: &Shielded) -> Result<()> {
+    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let descriptors = [socket.as_fd()];
+    control.push(SendAncillaryMessage::ScmRights(&descriptors));
+    send(connection, HANDED_OVER, &mut control)
+}
+
+/// Tells the peer that the lock is free now; fails when the peer is gone.
+pub(crate) fn tell_released(connection: &OwnedFd) -> Result<()> {
+    send(connection, RELEASED, &mut SendAncillaryBuffer::default())
+}
+
+fn send(connection: &OwnedFd, message: u8, control: &mut SendAncillaryBuffer<'_, '_, '_>) -> Result<()> {
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    let message = [message];
+    retry_on_intr(|| net::sendmsg(connection, &[IoSlice::new(&message)], control, flags)).map(drop)
+}
+
+/// What a connection brought.
+pub(crate) enum Received {
+    /// The listening socket of the address: the lock.
+    Lock(Shielded),
+    /// Word that the lock is free.
+    Released,
+    /// The end: the holder died, or closed its socket without a word.
+    HungUp,
+    /// Nothing yet.
+    Nothing,
+}
+
+/// Reads what the holder sent through `connection`, without waiting for it. What claims to be the socket that listens
+/// at `address` is looked at before it is believed.
+pub(crate) fn receive(connection: &Shielded, address: &Address) -> Result<Received> {
+    let mut message = [0];
+    let mut read = 0;
+    // Shielded from its first moment on, for it may be the lock.
+    let brought = Shielded::new(|| {
+        let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let received =
+            retry_on_intr(|| net::recvmsg(&**connection, &mut [IoSliceMut::new(&mut message)], &mut control, flags));
+        read = received.map_err(Some)?.bytes;
+        let descriptor = control.drain().find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+            _ => None,
+        });
+        descriptor.ok_or(None)
+    });
+    match brought {
+        Ok(socket) if is_listening_at(&socket, address) => Ok(Received::Lock(socket)),
+        Ok(_) => Ok(Received::HungUp),
+        Err(None) if read == 1 && message[0] == RELEASED => Ok(Received::Released),
+        Err(None | Some(Errno::CONNRESET)) => Ok(Received::HungUp),
+        Err(Some(Errno::AGAIN)) => Ok(Received::Nothing),
+        Err(Some(error)) => Err(error),
+    }
+}
+
+fn is_listening_at(socket: &Shielded, address: &Address) -> bool {
+    socket_acceptconn(&**socket) == Ok(true)
+        && net::getsockname(&**socket).and_then(Address::try_from).is_ok_and(|found| found == *address)
+}
