@@ -21,6 +21,7 @@ use rustix::fs::{Mode as Permissions, OFlags, RawMode, fchmod};
 use crate::error::{Error, ErrorKind, Result};
 use crate::lock::{Guard, Recovered, lock_methods};
 use crate::owner::Owner;
+use crate::steps::step;
 use crate::sys::flock::{self, Mode};
 use crate::sys::fork::{self, Shielded};
 use crate::wait::{Backoff, Subject, Wait};
@@ -176,12 +177,17 @@ impl Inner {
             match Shielded::new(|| options.open(&self.path)) {
                 Err(error) if error.kind() == Io::AlreadyExists => continue,
                 Ok(file) if self.wary => {
+                    step("file made");
                     // The umask is not ours to change, but the file's mode is.
                     fchmod(&*file, Permissions::from_raw_mode(self.mode as RawMode))
                         .map_err(|error| Error::io("change the mode of", &self.path, error))?;
                     return Ok(file);
                 }
-                made => return made.map_err(|error| Error::io("create", &self.path, error)),
+                Ok(file) => {
+                    step("file made");
+                    return Ok(file);
+                }
+                Err(error) => return Err(Error::io("create", &self.path, error)),
             }
         }
         Err(ErrorKind::RogueDeletion { path: self.path.clone() }.into())

@@ -38,6 +38,11 @@ mod lock;
 mod name;
 mod named;
 mod owner;
+#[cfg(feature = "steps")]
+#[doc(hidden)]
+pub mod steps;
+#[cfg(not(feature = "steps"))]
+mod steps;
 mod sys;
 mod wait;
 

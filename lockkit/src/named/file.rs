@@ -15,6 +15,7 @@ use crate::error::Result;
 use crate::file::{FileGuard, FileLock};
 use crate::lock::Recovered;
 use crate::owner::{Liveness, Owner};
+use crate::steps::step;
 use crate::sys::flock::{self, Mode};
 use crate::sys::folder::{self, Sharing};
 use crate::wait::{Subject, Wait};
@@ -50,6 +51,7 @@ impl FolderLock {
 
     pub(super) fn release(&self, guard: FileGuard) -> Result<()> {
         guard.file().wipe();
+        step("record wiped");
         guard.release()
     }
 

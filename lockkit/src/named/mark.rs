@@ -24,6 +24,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::lock::Recovered;
 use crate::owner::Owner;
+use crate::steps::step;
 use crate::sys::process;
 #[cfg(target_os = "linux")]
 use crate::{
@@ -118,6 +119,7 @@ pub(super) fn take(slate: &(impl Slate + ?Sized)) -> Option<Recovered> {
     mine[6] = now.as_nanos() as u64;
     mine[SUM] = sum(&mine);
     slate.write(&mine);
+    step("holder written down");
     (before[STATE] != WIPED).then(|| Recovered::new(decode(&before)))
 }
 

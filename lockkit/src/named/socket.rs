@@ -22,6 +22,7 @@ use super::mark::Mark;
 use crate::error::{Error, ErrorKind, Result};
 use crate::lock::Recovered;
 use crate::owner::{Liveness, Owner};
+use crate::steps::step;
 use crate::sys::event;
 use crate::sys::folder::Sharing;
 use crate::sys::fork::Shielded;
@@ -158,6 +159,7 @@ impl SocketLock {
     pub(super) fn release(&self, socket: Shielded) {
         if let Some(mark) = self.mark() {
             mark.wipe();
+            step("record wiped");
         }
         if self.pass_on(&socket) || self.mark().is_some() {
             return;

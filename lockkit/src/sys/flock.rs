@@ -8,6 +8,8 @@ use std::io;
 
 use fs2::FileExt;
 
+use crate::steps::step;
+
 /// How much a lock on a file excludes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
@@ -47,7 +49,10 @@ fn retried(mut call: impl FnMut() -> io::Result<()>) -> io::Result<()> {
     loop {
         match call() {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            result => return result,
+            result => {
+                step("flock called");
+                return result;
+            }
         }
     }
 }

@@ -12,6 +12,7 @@ use rustix::fs::{FileType, Mode, OFlags, RawMode, fchmod, fstat, mkdir, open, op
 use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::steps::step;
 
 /// Who shares a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -59,7 +60,10 @@ impl Folder {
                 // Made by somebody else just now.
                 Err(Errno::EXIST) => openat(&self.fd, name, flags, Mode::empty()),
                 // The umask is not ours to change, but the file's mode is.
-                Ok(file) => fchmod(&file, mode).map(|()| file),
+                Ok(file) => {
+                    step("file made");
+                    fchmod(&file, mode).map(|()| file)
+                }
                 failed => failed,
             },
             opened => opened,
@@ -92,7 +96,7 @@ pub(crate) fn open_in(base: &Path, sharing: Sharing) -> Result<Folder> {
     let fd = match open(&path, flags, Mode::empty()) {
         Err(Errno::NOENT) => {
             match mkdir(&path, Mode::from_raw_mode(sharing.mode())) {
-                Ok(()) | Err(Errno::EXIST) => {}
+                Ok(()) | Err(Errno::EXIST) => step("folder made"),
                 Err(error) => return Err(Error::io("create the folder", &path, error)),
             }
             open(&path, flags, Mode::empty())

@@ -19,6 +19,7 @@ use rustix::net::{
 };
 
 use super::fork::Shielded;
+use crate::steps::step;
 
 pub(crate) type Address = SocketAddrUnix;
 
@@ -55,13 +56,16 @@ pub(crate) fn listen_at(address: &Address) -> Result<Option<Shielded>> {
         Err(Errno::ADDRINUSE) => return Ok(None),
         Err(error) => return Err(error),
     }
+    step("name bound");
     listen(&socket)?;
     Ok(Some(socket))
 }
 
 /// Makes this process the one that [`peer`] names to whoever connects.
 pub(crate) fn listen(socket: &Shielded) -> Result<()> {
-    net::listen(&**socket, BACKLOG)
+    net::listen(&**socket, BACKLOG)?;
+    step("socket listens");
+    Ok(())
 }
 
 /// What became of an attempt to connect.
@@ -78,7 +82,10 @@ pub(crate) enum Reached {
 pub(crate) fn connect(address: &Address) -> Result<Reached> {
     let connection = Shielded::new(socket)?;
     match retry_on_intr(|| net::connect(&*connection, address)) {
-        Ok(()) => Ok(Reached::Queue(connection)),
+        Ok(()) => {
+            step("queued up");
+            Ok(Reached::Queue(connection))
+        }
         Err(Errno::CONNREFUSED) => Ok(Reached::Nobody),
         Err(Errno::AGAIN) => Ok(Reached::Full),
         Err(error) => Err(error),
@@ -99,7 +106,10 @@ pub(crate) fn peer(connection: impl AsFd) -> Result<Peer> {
 pub(crate) fn accept(socket: &Shielded) -> Option<OwnedFd> {
     loop {
         match net::accept_with(&**socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
-            Ok(connection) => return Some(connection),
+            Ok(connection) => {
+                step("waiter accepted");
+                return Some(connection);
+            }
             Err(Errno::INTR | Errno::CONNABORTED) => {}
             Err(_) => return None,
         }
@@ -108,7 +118,9 @@ pub(crate) fn accept(socket: &Shielded) -> Option<OwnedFd> {
 
 /// Lets nobody queue up any more.
 pub(crate) fn refuse_more(socket: &Shielded) -> Result<()> {
-    net::shutdown(&**socket, net::Shutdown::Read)
+    net::shutdown(&**socket, net::Shutdown::Read)?;
+    step("socket refuses");
+    Ok(())
 }
 
 /// Gives the socket itself to the peer; fails when the peer is gone.
@@ -128,7 +140,9 @@ pub(crate) fn tell_released(connection: &OwnedFd) -> Result<()> {
 fn send(connection: &OwnedFd, message: u8, control: &mut SendAncillaryBuffer<'_, '_, '_>) -> Result<()> {
     let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
     let message = [message];
-    retry_on_intr(|| net::sendmsg(connection, &[IoSlice::new(&message)], control, flags)).map(drop)
+    retry_on_intr(|| net::sendmsg(connection, &[IoSlice::new(&message)], control, flags))?;
+    step("message sent");
+    Ok(())
 }
 
 /// What a connection brought.
@@ -156,6 +170,7 @@ pub(crate) fn receive(connection: &Shielded, address: &Address) -> Result<Receiv
         let received =
             retry_on_intr(|| net::recvmsg(&**connection, &mut [IoSliceMut::new(&mut message)], &mut control, flags));
         read = received.map_err(Some)?.bytes;
+        step("message received");
         let descriptor = control.drain().find_map(|message| match message {
             RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
             _ => None,

@@ -1,0 +1,58 @@
+//! Steps at which a test can have this process killed.
+//!
+//! Every place in the library where something outside the process has just changed says so with [`step`]. In builds
+//! with debug assertions and the feature `steps`, which only lockkit's own tests turn on, a test can let the process
+//! kill itself at one of them; in all others a step is nothing.
+
+/// Whether this build has steps.
+#[cfg(feature = "steps")]
+pub const ENABLED: bool = cfg!(debug_assertions);
+
+#[cfg(all(feature = "steps", debug_assertions))]
+mod armed {
+    use parking_lot::Mutex;
+
+    static PASSED: Mutex<(usize, Vec<&'static str>)> = Mutex::new((usize::MAX, Vec::new()));
+
+    pub(crate) fn step(what: &'static str) {
+        let mut passed = PASSED.lock();
+        passed.1.push(what);
+        if passed.1.len() == passed.0 {
+            let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+        }
+    }
+
+    pub(super) fn arm(at: usize) {
+        *PASSED.lock() = (at, Vec::new());
+    }
+
+    pub(super) fn passed() -> Vec<&'static str> {
+        PASSED.lock().1.clone()
+    }
+}
+
+#[cfg(all(feature = "steps", debug_assertions))]
+pub(crate) use armed::step;
+
+/// Something outside the process has just changed.
+#[cfg(not(all(feature = "steps", debug_assertions)))]
+#[inline(always)]
+pub(crate) fn step(_what: &'static str) {}
+
+/// Kills this process at the step numbered `at`, counted from 1 from here on.
+#[cfg(feature = "steps")]
+pub fn kill_at(at: usize) {
+    #[cfg(debug_assertions)]
+    armed::arm(at);
+    #[cfg(not(debug_assertions))]
+    let _ = at;
+}
+
+/// The steps passed since [`kill_at`].
+#[cfg(feature = "steps")]
+pub fn passed() -> Vec<&'static str> {
+    #[cfg(debug_assertions)]
+    return armed::passed();
+    #[cfg(not(debug_assertions))]
+    Vec::new()
+}

@@ -1,0 +1,263 @@
+//! A second process that takes and releases locks as it is told: one command a line, one answer a line.
+//!
+//! | command | answer |
+//! |---|---|
+//! | `try`, `lock`, `lock-for MS` | `held`, `held recovered PID`, or `error KIND: text` |
+//! | `release` | `released`, or an error |
+//! | `owner` | `owner PID` or `owner none` |
+//! | `fork` | `forked PID`: a forked child, alive until it is killed |
+//! | `fork-drop` | `dropped`: a forked child has dropped its copy of the guard and ended |
+//! | `spawn` | `spawned PID`: a program started in the ordinary way, alive until it is killed |
+//! | `panic` | `panicked`: a thread took the lock and panicked holding it |
+//! | `starve` | `starved`: no descriptor is left; `feed` gives them back |
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::Duration;
+
+use lockkit::{ErrorKind, Wait};
+
+use crate::kinds::{AnyGuard, Spec};
+use crate::{LIVELY, program};
+
+/// The handle on an actor; dropping it kills the actor and waits for its end.
+pub struct Actor {
+    child: Child,
+    commands: Option<ChildStdin>,
+    answers: Receiver<String>,
+    /// Commands without an answer so far.
+    open: usize,
+}
+
+impl Actor {
+    /// Starts one for the lock `spec`.
+    pub fn start(spec: &Spec) -> Self {
+        Self::start_with(spec, |_| {})
+    }
+
+    /// Starts one, its command changed by `change`: another user, other variables.
+    pub fn start_with(spec: &Spec, change: impl FnOnce(&mut Command)) -> Self {
+        let mut command = Command::new(program("actor"));
+        command.arg(spec.to_string()).stdin(Stdio::piped()).stdout(Stdio::piped());
+        change(&mut command);
+        Self::run(command)
+    }
+
+    /// Starts one as another user.
+    pub fn start_as(spec: &Spec, uid: u32) -> Self {
+        // The program may lie below a folder that the other user cannot enter, so it is called by its descriptor.
+        let file = std::fs::File::open(program("actor")).expect("the actor's file");
+        let path = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&file));
+        let mut command = Command::new(path);
+        command.arg(spec.to_string()).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.uid(uid).gid(uid).current_dir("/");
+        Self::run(command)
+    }
+
+    fn run(mut command: Command) -> Self {
+        let mut child = command.spawn().expect("the actor starts");
+        let commands = child.stdin.take();
+        let output = BufReader::new(child.stdout.take().expect("a pipe"));
+        let (send, answers) = channel();
+        std::thread::spawn(move || {
+            for line in output.lines().map_while(Result::ok) {
+                if send.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        Self { child, commands, answers, open: 0 }
+    }
+
+    /// Its pid.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Gives a command without waiting for the answer.
+    pub fn tell(&mut self, command: &str) {
+        // One that has ended gives no answer, which says more than a failure to write.
+        let _ = writeln!(self.commands.as_mut().expect("a pipe"), "{command}");
+        self.open += 1;
+    }
+
+    /// The next answer.
+    pub fn answer(&mut self) -> String {
+        match self.answers.recv_timeout(LIVELY) {
+            Ok(answer) => {
+                self.open = self.open.saturating_sub(1);
+                answer
+            }
+            Err(RecvTimeoutError::Disconnected) => "gone".to_owned(),
+            Err(RecvTimeoutError::Timeout) => panic!("the actor {} does not answer", self.pid()),
+        }
+    }
+
+    /// Expects that the command it was given has no answer yet.
+    pub fn expect_silence(&mut self) {
+        assert_eq!(self.answers.try_recv().ok(), None);
+    }
+
+    /// Whether it was given a command whose answer nobody has taken.
+    pub fn is_busy(&self) -> bool {
+        self.open > 0
+    }
+
+    /// Gives a command and waits for the answer.
+    pub fn ask(&mut self, command: &str) -> String {
+        self.tell(command);
+        self.answer()
+    }
+
+    /// Asks, and expects exactly `answer`.
+    pub fn expect(&mut self, command: &str, answer: &str) {
+        assert_eq!(self.ask(command), answer, "to {command:?}");
+    }
+
+    /// Gives a command that makes it wait for a lock, and returns once it sleeps.
+    pub fn tell_to_wait(&mut self, command: &str) {
+        self.tell(command);
+        self.wait_until_it_waits_or_ends();
+    }
+
+    /// Returns once it sleeps in a wait for a lock, or has ended.
+    pub fn wait_until_it_waits_or_ends(&mut self) {
+        let pid = self.pid();
+        // Reading a command is a sleep, too, so the proof is that it sleeps somewhere else.
+        let reading = || {
+            let call = std::fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap_or_default();
+            call.starts_with("0 ") || call.starts_with("running")
+        };
+        crate::until("the actor waits for the lock", || {
+            (crate::sleeps(pid, pid) && !reading()) || self.child.try_wait().is_ok_and(|ended| ended.is_some())
+        });
+    }
+
+    /// SIGKILL, and its end.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        signal_pid(self.pid(), signal);
+    }
+
+    /// Its end, with its exit status, after its commands have ended.
+    pub fn finish(mut self) -> std::process::ExitStatus {
+        self.commands = None;
+        self.child.wait().expect("a child can be waited for")
+    }
+}
+
+impl Drop for Actor {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Sends a signal to any process; one that is gone already is none to worry about.
+pub fn signal_pid(pid: u32, signal: rustix::process::Signal) {
+    if let Some(pid) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) {
+        let _ = rustix::process::kill_process(pid, signal);
+    }
+}
+
+/// The actor's own side: carries out commands until there are no more.
+pub fn serve(spec: &Spec) {
+    let lock = spec.open();
+    let mut guard: Option<Box<dyn AnyGuard>> = None;
+    let mut hoard = Vec::new();
+    for line in std::io::stdin().lines().map_while(Result::ok) {
+        let mut take = |wait: &Wait| match lock.acquire(wait) {
+            Ok(taken) => {
+                let answer = match taken.recovered() {
+                    Some(pid) => format!("held recovered {pid}"),
+                    None => "held".to_owned(),
+                };
+                guard = Some(taken);
+                answer
+            }
+            Err(error) => describe(&error),
+        };
+        let (command, argument) = line.split_once(' ').unwrap_or((&line, ""));
+        let answer = match command {
+            "try" => take(&Wait::none()),
+            "lock" => take(&Wait::forever()),
+            "lock-for" => take(&Wait::at_most(Duration::from_millis(argument.parse().expect("milliseconds")))),
+            "release" => match guard.take().map(AnyGuard::release) {
+                Some(Ok(())) => "released".to_owned(),
+                Some(Err(error)) => describe(&error),
+                None => "error NotHeld".to_owned(),
+            },
+            "owner" => lock.owner().map_or("owner none".to_owned(), |pid| format!("owner {pid}")),
+            "fork" => match fork::fork() {
+                Ok(fork::Fork::Child) => loop {
+                    std::thread::park();
+                },
+                Ok(fork::Fork::Parent(pid)) => format!("forked {pid}"),
+                Err(error) => format!("error fork: {error}"),
+            },
+            "fork-drop" => match fork::fork() {
+                Ok(fork::Fork::Child) => {
+                    drop(guard.take());
+                    std::process::exit(0);
+                }
+                Ok(fork::Fork::Parent(pid)) => {
+                    let pid = rustix::process::Pid::from_raw(pid);
+                    let ended = rustix::process::waitpid(pid, rustix::process::WaitOptions::empty());
+                    assert!(ended.is_ok_and(|ended| ended.is_some_and(|(_, status)| status.exit_status() == Some(0))));
+                    "dropped".to_owned()
+                }
+                Err(error) => format!("error fork: {error}"),
+            },
+            "spawn" => {
+                let child = Command::new("sleep").arg("600").stdin(Stdio::null()).stdout(Stdio::null()).spawn();
+                format!("spawned {}", child.expect("sleep starts").id())
+            }
+            "panic" => {
+                let result = std::thread::scope(|scope| {
+                    scope
+                        .spawn(|| {
+                            let _guard = lock.acquire(&Wait::none()).expect("free");
+                            std::panic::resume_unwind(Box::new("on purpose"));
+                        })
+                        .join()
+                });
+                assert!(result.is_err());
+                "panicked".to_owned()
+            }
+            "starve" => {
+                while let Ok(file) = std::fs::File::open("/dev/null") {
+                    hoard.push(file);
+                }
+                "starved".to_owned()
+            }
+            "feed" => {
+                hoard.clear();
+                "fed".to_owned()
+            }
+            _ => format!("error unknown command {line:?}"),
+        };
+        println!("{answer}");
+    }
+}
+
+/// An error as the actor answers it: its kind first.
+fn describe(error: &lockkit::Error) -> String {
+    let kind = match error.kind() {
+        ErrorKind::Held { .. } => "Held",
+        ErrorKind::Timeout { .. } => "Timeout",
+        ErrorKind::Cancelled { .. } => "Cancelled",
+        ErrorKind::ForeignOwner { .. } => "ForeignOwner",
+        ErrorKind::Insecure { .. } => "Insecure",
+        ErrorKind::RogueDeletion { .. } => "RogueDeletion",
+        ErrorKind::Io { .. } => "Io",
+        _ => "Other",
+    };
+    let source = std::error::Error::source(error).map(|source| format!(": {source}"));
+    format!("error {kind}: {error}{}", source.unwrap_or_default())
+}

@@ -1,0 +1,17 @@
+//! The second process of the tests; see `lockkit_tests::actor`, `chaos` and `steps`.
+
+use lockkit_tests::{Spec, actor, chaos, steps};
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [spec] => actor::serve(&Spec::parse(spec)),
+        [spec, "chaos", log, seed] => chaos::take_part(&Spec::parse(spec), log.as_ref(), seed.parse().expect("a seed")),
+        [spec, "stress", counter, rounds] => {
+            lockkit_tests::suite::count_up(&Spec::parse(spec), counter.as_ref(), rounds.parse().expect("a number"));
+        }
+        [spec, "closed-input"] => lockkit_tests::suite::lock_on_descriptor_zero(&Spec::parse(spec)),
+        [spec, "steps", scenario] => steps::play(&Spec::parse(spec), scenario),
+        _ => panic!("actor SPEC [chaos LOG SEED | stress COUNTER ROUNDS | closed-input | steps SCENARIO]"),
+    }
+}

@@ -1,0 +1,228 @@
+//! Many processes take one lock at random while a conductor kills and stops them; the log of who held when is checked.
+//!
+//! Each process appends a record to a shared log when it has come in and before it goes out. Records have a size that
+//! divides a page, so an append is whole or not there, kill or no kill. Times are CLOCK_MONOTONIC, which all share.
+
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use lockkit::Wait;
+use rustix::process::Signal;
+use rustix::time::{ClockId, clock_gettime};
+
+use crate::actor::signal_pid;
+use crate::{Kind, Spec, program};
+
+const RECORD: usize = 32;
+const IN: u32 = 1;
+const OUT: u32 = 2;
+
+/// Nobody died before.
+const NOBODY: u32 = u32::MAX;
+
+/// A record of the log.
+#[derive(Clone, Copy, Debug)]
+struct Event {
+    nanos: u64,
+    pid: u32,
+    what: u32,
+    recovered: u32,
+}
+
+fn now() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+fn append(log: &mut File, what: u32, recovered: u32) {
+    let mut record = [0; RECORD];
+    record[..8].copy_from_slice(&now().to_ne_bytes());
+    for (at, word) in [std::process::id(), what, recovered].into_iter().enumerate() {
+        record[8 + 4 * at..][..4].copy_from_slice(&word.to_ne_bytes());
+    }
+    log.write_all(&record).expect("the log takes a record");
+}
+
+fn read(log: &Path) -> Vec<Event> {
+    let bytes = std::fs::read(log).expect("a log");
+    assert_eq!(bytes.len() % RECORD, 0, "the log has whole records only");
+    let mut events: Vec<Event> = bytes
+        .chunks_exact(RECORD)
+        .map(|record| {
+            let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|byte| record[at + byte]));
+            let nanos = u64::from_ne_bytes(std::array::from_fn(|byte| record[byte]));
+            Event { nanos, pid: word(8), what: word(12), recovered: word(16) }
+        })
+        .collect();
+    events.sort_by_key(|event| event.nanos);
+    events
+}
+
+/// Numbers that look random, the same for the same seed (xorshift).
+pub struct Dice(u64);
+
+impl Dice {
+    /// From a seed.
+    pub fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    /// From 0 to `sides` - 1.
+    pub fn roll(&mut self, sides: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % sides
+    }
+}
+
+/// The part of one process: locks in every manner until it is killed.
+pub fn take_part(spec: &Spec, log: &Path, seed: u64) {
+    let lock = spec.open();
+    let mut log = OpenOptions::new().append(true).open(log).expect("the log");
+    let mut dice = Dice::new(seed);
+    loop {
+        let wait = match dice.roll(3) {
+            0 => Wait::none(),
+            1 => Wait::at_most(Duration::from_micros(dice.roll(20_000))),
+            _ => Wait::forever(),
+        };
+        match lock.acquire(&wait) {
+            Ok(guard) => {
+                append(&mut log, IN, guard.recovered().unwrap_or(NOBODY));
+                let hold = Instant::now() + Duration::from_micros(dice.roll(300));
+                while Instant::now() < hold {
+                    std::hint::spin_loop();
+                }
+                append(&mut log, OUT, NOBODY);
+                guard.release().expect("what is held can be released");
+            }
+            Err(error) => assert!(error.is_temporary(), "{error}"),
+        }
+    }
+}
+
+/// What a run came to.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Tally {
+    /// How often somebody came in.
+    pub holds: usize,
+    /// How many were killed.
+    pub kills: usize,
+    /// How many of those were inside.
+    pub died_inside: usize,
+}
+
+/// Lets 12 processes loose on a lock of `kind` for `span`, kills and stops them at random, and checks that no two were
+/// ever inside, that the lock is free within a second of the last death, and that the next owner was told of a death
+/// exactly when its predecessor died inside.
+pub fn run(kind: Kind, span: Duration) -> Tally {
+    let spec = kind.fresh();
+    let folder = tempfile::tempdir().expect("a folder");
+    let log = folder.path().join("log");
+    File::create(&log).expect("a log");
+    let mut dice = Dice::new(now());
+    let mut deaths: HashMap<u32, u64> = HashMap::new();
+    let start = |dice: &mut Dice| {
+        let seed = dice.roll(u64::MAX).to_string();
+        let mut command = Command::new(program("actor"));
+        command.arg(spec.to_string()).arg("chaos").arg(&log).arg(seed).stdin(Stdio::null());
+        command.spawn().expect("a process starts")
+    };
+    let kill = |child: &mut Child, deaths: &mut HashMap<u32, u64>| {
+        let called = now();
+        child.kill().expect("a child can be killed");
+        let status = child.wait().expect("a child can be waited for");
+        let by = std::os::unix::process::ExitStatusExt::signal(&status);
+        assert_eq!(by, Some(9), "a process failed on its own: {status}");
+        assert_eq!(deaths.insert(child.id(), called), None, "a pid came twice");
+    };
+
+    let mut processes: Vec<Child> = (0..12).map(|_| start(&mut dice)).collect();
+    let end = Instant::now() + span;
+    while Instant::now() < end {
+        let victim = dice.roll(12) as usize;
+        if dice.roll(3) == 0 {
+            signal_pid(processes[victim].id(), Signal::STOP);
+            std::thread::sleep(Duration::from_micros(dice.roll(20_000)));
+            signal_pid(processes[victim].id(), Signal::CONT);
+        } else {
+            std::thread::sleep(Duration::from_micros(dice.roll(4_000)));
+            kill(&mut processes[victim], &mut deaths);
+            processes[victim] = start(&mut dice);
+        }
+    }
+    for process in &mut processes {
+        kill(process, &mut deaths);
+    }
+    let lock = spec.open();
+    let guard = lock.acquire(&Wait::at_most(Duration::from_secs(1))).expect("free within a second of the last death");
+    append(&mut OpenOptions::new().append(true).open(&log).expect("the log"), IN, guard.recovered().unwrap_or(NOBODY));
+    drop(guard);
+    drop(lock);
+    let tally = check(&read(&log), &deaths, kind.tells_deaths());
+    spec.clean();
+    tally
+}
+
+fn check(events: &[Event], deaths: &HashMap<u32, u64>, tells_deaths: bool) -> Tally {
+    /// One stay inside.
+    struct Hold {
+        pid: u32,
+        from: u64,
+        until: u64,
+        died: bool,
+        recovered: u32,
+    }
+    let mut holds: Vec<Hold> = Vec::new();
+    let mut inside: HashMap<u32, usize> = HashMap::new();
+    for event in events {
+        if event.what == IN {
+            assert!(!inside.contains_key(&event.pid), "{event:?} came in twice");
+            inside.insert(event.pid, holds.len());
+            let until = deaths.get(&event.pid).copied().unwrap_or(u64::MAX);
+            holds.push(Hold { pid: event.pid, from: event.nanos, until, died: true, recovered: event.recovered });
+        } else {
+            let at = inside.remove(&event.pid).expect("who goes out came in");
+            (holds[at].until, holds[at].died) = (event.nanos, false);
+        }
+    }
+    for pair in holds.windows(2) {
+        let [before, after] = pair else { unreachable!("windows of two") };
+        assert!(
+            before.until <= after.from,
+            "{} was inside until {} when {} came in at {}",
+            before.pid,
+            before.until,
+            after.pid,
+            after.from
+        );
+        if !tells_deaths {
+            continue;
+        }
+        match after.recovered {
+            NOBODY => assert!(!before.died, "{} was not told that {} died inside", after.pid, before.pid),
+            died => {
+                // Its predecessor, or one that had just taken the lock, or was just giving it back, and was killed
+                // before it could write so.
+                let death = deaths.get(&died).copied();
+                assert!(
+                    death.is_some_and(|death| before.from <= death && death <= after.from),
+                    "{} was told that {died} died, which it did at {death:?}, after {} was inside from {}",
+                    after.pid,
+                    before.pid,
+                    before.from
+                );
+            }
+        }
+    }
+    Tally {
+        holds: holds.len() - 1,
+        kills: deaths.len(),
+        died_inside: holds.iter().filter(|hold| hold.died && hold.until != u64::MAX).count(),
+    }
+}

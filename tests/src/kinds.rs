@@ -1,0 +1,156 @@
+//! The kinds of lock under test.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use lockkit::{Backend, FileLock, Guard, Lock, NamedLock, Result, Scope, Wait};
+
+/// A lock of any kind.
+pub trait AnyLock: Send + Sync {
+    /// As [`Lock::acquire`].
+    fn acquire(&self, wait: &Wait) -> Result<Box<dyn AnyGuard>>;
+    /// The owner's pid, for kinds that know it.
+    fn owner(&self) -> Option<u32>;
+}
+
+/// A held lock of any kind.
+pub trait AnyGuard: Send {
+    /// The pid of the owner that died before, 0 for an unknown one, `None` when none died.
+    fn recovered(&self) -> Option<u32>;
+    /// As [`Guard::release`].
+    fn release(self: Box<Self>) -> Result<()>;
+}
+
+impl<G: Guard + 'static> AnyGuard for G {
+    fn recovered(&self) -> Option<u32> {
+        let died = Guard::recovered(self)?;
+        Some(died.owner().map_or(0, |owner| owner.pid()))
+    }
+
+    fn release(self: Box<Self>) -> Result<()> {
+        Guard::release(*self)
+    }
+}
+
+struct Any<L> {
+    lock: L,
+    owner: fn(&L) -> Option<u32>,
+}
+
+impl<L: Lock<Guard: 'static> + Send + Sync> AnyLock for Any<L> {
+    fn acquire(&self, wait: &Wait) -> Result<Box<dyn AnyGuard>> {
+        Ok(Box::new(self.lock.acquire(wait)?))
+    }
+
+    fn owner(&self) -> Option<u32> {
+        (self.owner)(&self.lock)
+    }
+}
+
+/// A kind of lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// [`NamedLock`] on a socket.
+    NamedSocket,
+    /// [`NamedLock`] on a socket, for the whole machine.
+    MachineSocket,
+    /// [`NamedLock`] on a file.
+    NamedFile,
+    /// [`FileLock`], exclusive.
+    File,
+}
+
+const KINDS: [(Kind, &str); 4] = [
+    (Kind::NamedSocket, "named-socket"),
+    (Kind::MachineSocket, "machine-socket"),
+    (Kind::NamedFile, "named-file"),
+    (Kind::File, "file"),
+];
+
+impl Kind {
+    /// A lock that nobody else uses.
+    pub fn fresh(self) -> Spec {
+        let name = crate::fresh_name("lockkit-test");
+        let at = match self {
+            Self::File => std::env::temp_dir().join(format!("{name}.lock")).display().to_string(),
+            _ => name,
+        };
+        Spec { kind: self, at }
+    }
+
+    /// Whether the next owner is told of a death.
+    pub fn tells_deaths(self) -> bool {
+        self != Self::File
+    }
+
+    /// Whether waiters are served first come, first served.
+    pub fn is_fair(self) -> bool {
+        matches!(self, Self::NamedSocket | Self::MachineSocket)
+    }
+}
+
+/// One lock, as text: `KIND:WHERE`.
+#[derive(Clone, Debug)]
+pub struct Spec {
+    kind: Kind,
+    at: String,
+}
+
+impl Spec {
+    /// Reads what `Display` wrote.
+    pub fn parse(text: &str) -> Self {
+        let (name, at) = text.split_once(':').expect("KIND:WHERE");
+        let (kind, _) = KINDS.into_iter().find(|(_, known)| *known == name).expect("a known kind");
+        Self { kind, at: at.to_owned() }
+    }
+
+    /// Its kind.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Its name or path.
+    pub fn at(&self) -> &str {
+        &self.at
+    }
+
+    /// A handle on the lock.
+    pub fn open(&self) -> Box<dyn AnyLock> {
+        let named = |scope, backend| {
+            let lock = NamedLock::builder(&self.at).scope(scope).backend(backend).build().expect("a valid name");
+            let owner = |lock: &NamedLock| lock.owner().expect("an owner can be asked for").map(|owner| owner.pid());
+            Box::new(Any { lock, owner }) as Box<dyn AnyLock>
+        };
+        match self.kind {
+            Kind::NamedSocket => named(Scope::User, Backend::Socket),
+            Kind::MachineSocket => named(Scope::Machine, Backend::Socket),
+            Kind::NamedFile => named(Scope::User, Backend::File),
+            Kind::File => Box::new(Any { lock: FileLock::new(&self.at), owner: |_| None }),
+        }
+    }
+
+    /// The files that a lock leaves on disk or in memory by design, which a test takes away.
+    fn files(&self) -> Vec<PathBuf> {
+        let uid = rustix::process::geteuid().as_raw();
+        match self.kind {
+            Kind::NamedSocket => vec![format!("/dev/shm/lockkit-u{uid}/{}", self.at).into()],
+            Kind::MachineSocket => vec![format!("/dev/shm/lockkit-machine/{}", self.at).into()],
+            Kind::NamedFile => vec![format!("/tmp/lockkit-u{uid}/{}.lock", self.at).into()],
+            Kind::File => vec![PathBuf::from(&self.at)],
+        }
+    }
+
+    /// Takes away what the lock left; call it when nobody uses it any more.
+    pub fn clean(&self) {
+        for file in self.files() {
+            let _ = std::fs::remove_file(file);
+        }
+    }
+}
+
+impl fmt::Display for Spec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (_, name) = KINDS.into_iter().find(|(kind, _)| *kind == self.kind).expect("every kind has a name");
+        write!(f, "{name}:{}", self.at)
+    }
+}

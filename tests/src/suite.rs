@@ -1,0 +1,379 @@
+//! The cases that every kind of lock must pass.
+//!
+//! Each is a function of the [`Kind`]; [`suite!`](crate::suite!) makes a test of each for one kind. A new kind gets
+//! them all by being a [`Kind`].
+
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use lockkit::{CancelToken, Wait};
+use rustix::process::Signal;
+
+use crate::actor::signal_pid;
+use crate::kinds::AnyGuard;
+use crate::{Actor, Belongings, Kind, LIVELY, Spec, chaos, program, sleeps, steps, thread_id, until};
+
+/// Makes a module `$module` with a test for every case of the suite, for one kind of lock.
+#[macro_export]
+macro_rules! suite {
+    ($module:ident, $kind:expr) => {
+        $crate::suite!($module, $kind;
+            a_lock_is_taken_and_released_and_taken_again,
+            a_second_taker_in_this_process_is_refused_until_the_first_releases,
+            a_taker_that_timed_out_gets_in_after_the_release,
+            a_waiter_is_cancelled_at_once,
+            a_cancelled_token_refuses_even_a_free_lock,
+            two_locks_do_not_block_each_other,
+            a_waiter_goes_on_when_another_process_releases,
+            a_killed_holder_frees_the_lock_for_the_next_waiter,
+            a_killed_holder_frees_the_lock_for_a_newcomer,
+            a_killed_waiter_does_not_hold_up_the_next,
+            a_stopped_waiter_that_gave_up_does_not_take_the_lock_later,
+            ten_workers_count_to_two_thousand_without_losing_one,
+            a_started_program_does_not_inherit_the_lock,
+            a_forked_child_does_not_inherit_the_lock,
+            a_forked_child_that_drops_the_guard_does_not_release_it,
+            waiters_that_gave_up_leave_nothing_behind,
+            a_panic_releases,
+            a_guard_can_be_dropped_on_another_thread,
+            descriptor_zero_is_a_lock_like_any_other,
+            without_descriptors_the_error_is_clear_and_nothing_is_lost,
+            a_process_killed_at_any_step_blocks_nobody,
+            chaos_never_lets_two_in,
+        );
+    };
+    ($module:ident, $kind:expr; $($case:ident,)*) => {
+        mod $module {
+            $(#[test]
+            fn $case() {
+                $crate::suite::$case($kind);
+            })*
+        }
+    };
+}
+
+/// A short wait, for takers that are meant to time out.
+const SHORT: Wait = Wait::at_most(Duration::from_millis(20));
+
+#[allow(missing_docs)] // Their names are sentences.
+mod cases {
+    use super::*;
+
+    pub fn a_lock_is_taken_and_released_and_taken_again(kind: Kind) {
+        let spec = kind.fresh();
+        let lock = spec.open();
+        for wait in [Wait::none(), Wait::forever(), Wait::at_most(LIVELY), SHORT] {
+            let guard = lock.acquire(&wait).unwrap();
+            assert_eq!(guard.recovered(), None);
+            guard.release().unwrap();
+        }
+        spec.clean();
+    }
+
+    pub fn a_second_taker_in_this_process_is_refused_until_the_first_releases(kind: Kind) {
+        let spec = kind.fresh();
+        let lock = spec.open();
+        let guard = lock.acquire(&Wait::none()).unwrap();
+        for taker in [&lock, &spec.open()] {
+            let error = taker.acquire(&Wait::none()).err().unwrap();
+            assert!(error.is_held() && error.is_temporary(), "{error}");
+            assert!(taker.acquire(&SHORT).err().unwrap().is_timeout());
+        }
+        drop(guard);
+        lock.acquire(&Wait::none()).unwrap();
+        spec.clean();
+    }
+
+    pub fn a_taker_that_timed_out_gets_in_after_the_release(kind: Kind) {
+        let spec = kind.fresh();
+        let mut holder = Actor::start(&spec);
+        holder.expect("lock", "held");
+        let lock = spec.open();
+        for _ in 0..3 {
+            assert!(lock.acquire(&SHORT).err().unwrap().is_timeout());
+        }
+        holder.expect("release", "released");
+        lock.acquire(&Wait::none()).unwrap();
+        spec.clean();
+    }
+
+    pub fn a_waiter_is_cancelled_at_once(kind: Kind) {
+        let spec = kind.fresh();
+        let lock = spec.open();
+        let guard = lock.acquire(&Wait::none()).unwrap();
+        for wait in [Wait::forever(), Wait::at_most(LIVELY)] {
+            let token = CancelToken::new();
+            let wait = wait.or_cancelled(&token);
+            std::thread::scope(|scope| {
+                let (send, thread) = std::sync::mpsc::channel();
+                let waiter = scope.spawn(|| {
+                    send.send(thread_id()).unwrap();
+                    drop(send);
+                    lock.acquire(&wait).err().unwrap()
+                });
+                let thread = thread.recv().unwrap();
+                until("the waiter sleeps", || sleeps(std::process::id(), thread));
+                token.cancel();
+                assert!(waiter.join().unwrap().is_cancelled());
+            });
+        }
+        drop(guard);
+        lock.acquire(&Wait::none()).unwrap();
+        spec.clean();
+    }
+
+    pub fn a_cancelled_token_refuses_even_a_free_lock(kind: Kind) {
+        let spec = kind.fresh();
+        let token = CancelToken::new();
+        token.cancel();
+        let lock = spec.open();
+        assert!(lock.acquire(&Wait::none().or_cancelled(&token)).err().unwrap().is_cancelled());
+        lock.acquire(&Wait::none()).unwrap();
+        spec.clean();
+    }
+
+    pub fn two_locks_do_not_block_each_other(kind: Kind) {
+        let (one, other) = (kind.fresh(), kind.fresh());
+        let _first = one.open().acquire(&Wait::none()).unwrap();
+        let _second = other.open().acquire(&Wait::none()).unwrap();
+        one.clean();
+        other.clean();
+    }
+
+    pub fn a_waiter_goes_on_when_another_process_releases(kind: Kind) {
+        let spec = kind.fresh();
+        let (mut holder, mut waiter) = (Actor::start(&spec), Actor::start(&spec));
+        for command in ["lock", "lock-for 30000"] {
+            holder.expect("try", "held");
+            waiter.tell_to_wait(command);
+            waiter.expect_silence();
+            holder.expect("release", "released");
+            assert_eq!(waiter.answer(), "held");
+            assert!(holder.ask("try").starts_with("error Held"));
+            waiter.expect("release", "released");
+        }
+        spec.clean();
+    }
+
+    pub fn a_killed_holder_frees_the_lock_for_the_next_waiter(kind: Kind) {
+        let spec = kind.fresh();
+        let (mut holder, mut waiter) = (Actor::start(&spec), Actor::start(&spec));
+        holder.expect("lock", "held");
+        waiter.tell_to_wait("lock");
+        holder.kill();
+        assert_eq!(waiter.answer(), told(kind, holder.pid()));
+        waiter.expect("release", "released");
+        Actor::start(&spec).expect("try", "held");
+        spec.clean();
+    }
+
+    pub fn a_killed_holder_frees_the_lock_for_a_newcomer(kind: Kind) {
+        let spec = kind.fresh();
+        let mut holder = Actor::start(&spec);
+        holder.expect("lock", "held");
+        holder.kill();
+        let mut next = Actor::start(&spec);
+        next.expect("try", &told(kind, holder.pid()));
+        next.expect("release", "released");
+        next.expect("try", "held");
+        spec.clean();
+    }
+
+    pub fn a_killed_waiter_does_not_hold_up_the_next(kind: Kind) {
+        let spec = kind.fresh();
+        let [mut holder, mut dies, mut next] = [(); 3].map(|()| Actor::start(&spec));
+        holder.expect("lock", "held");
+        dies.tell_to_wait("lock");
+        next.tell_to_wait("lock");
+        dies.kill();
+        holder.expect("release", "released");
+        assert_eq!(next.answer(), "held");
+        spec.clean();
+    }
+
+    pub fn a_stopped_waiter_that_gave_up_does_not_take_the_lock_later(kind: Kind) {
+        let spec = kind.fresh();
+        let [mut holder, mut stopped, mut next] = [(); 3].map(|()| Actor::start(&spec));
+        holder.expect("lock", "held");
+        assert!(stopped.ask("lock-for 1").starts_with("error Timeout"));
+        stopped.signal(Signal::STOP);
+        next.tell_to_wait("lock");
+        holder.expect("release", "released");
+        assert_eq!(next.answer(), "held");
+        stopped.signal(Signal::CONT);
+        assert!(stopped.ask("try").starts_with("error Held"));
+        spec.clean();
+    }
+
+    pub fn ten_workers_count_to_two_thousand_without_losing_one(kind: Kind) {
+        let spec = kind.fresh();
+        let folder = tempfile::tempdir().unwrap();
+        let counter = folder.path().join("counter");
+        std::fs::write(&counter, "0").unwrap();
+        let workers: Vec<_> = (0..10)
+            .map(|_| {
+                let mut command = Command::new(program("actor"));
+                command.arg(spec.to_string()).arg("stress").arg(&counter).arg("200");
+                command.stdin(Stdio::null()).spawn().unwrap()
+            })
+            .collect();
+        for mut worker in workers {
+            assert!(worker.wait().unwrap().success());
+        }
+        assert_eq!(std::fs::read_to_string(counter).unwrap(), "2000");
+        spec.clean();
+    }
+
+    pub fn a_started_program_does_not_inherit_the_lock(kind: Kind) {
+        inherited_by("spawn", "spawned ", kind);
+    }
+
+    pub fn a_forked_child_does_not_inherit_the_lock(kind: Kind) {
+        inherited_by("fork", "forked ", kind);
+    }
+
+    /// The child outlives the release once, and its killed parent once.
+    fn inherited_by(command: &str, answer: &str, kind: Kind) {
+        let spec = kind.fresh();
+        for killed in [false, true] {
+            let mut holder = Actor::start(&spec);
+            holder.expect("lock", "held");
+            let child = holder.ask(command);
+            let child: u32 = child.strip_prefix(answer).expect(&child).parse().unwrap();
+            let mut next = Actor::start(&spec);
+            assert!(next.ask("try").starts_with("error Held"));
+            if killed {
+                holder.kill();
+                next.expect("try", &told(kind, holder.pid()));
+            } else {
+                holder.expect("release", "released");
+                next.expect("try", "held");
+            }
+            next.expect("release", "released");
+            signal_pid(child, Signal::KILL);
+        }
+        spec.clean();
+    }
+
+    pub fn a_forked_child_that_drops_the_guard_does_not_release_it(kind: Kind) {
+        let spec = kind.fresh();
+        let (mut holder, mut next) = (Actor::start(&spec), Actor::start(&spec));
+        holder.expect("lock", "held");
+        holder.expect("fork-drop", "dropped");
+        assert!(next.ask("try").starts_with("error Held"));
+        next.tell_to_wait("lock");
+        holder.expect("release", "released");
+        assert_eq!(next.answer(), "held");
+        spec.clean();
+    }
+
+    pub fn waiters_that_gave_up_leave_nothing_behind(kind: Kind) {
+        let spec = kind.fresh();
+        let mut holder = Actor::start(&spec);
+        holder.expect("lock", "held");
+        let mut waiter = Actor::start(&spec);
+        assert!(waiter.ask("lock-for 1").starts_with("error Timeout"));
+        let before = Belongings::of(waiter.pid());
+        for _ in 0..200 {
+            assert!(waiter.ask("lock-for 1").starts_with("error Timeout"));
+        }
+        assert_eq!(Belongings::of(waiter.pid()), before);
+        holder.expect("release", "released");
+        waiter.expect("try", "held");
+        spec.clean();
+    }
+
+    pub fn a_panic_releases(kind: Kind) {
+        let spec = kind.fresh();
+        let mut panics = Actor::start(&spec);
+        panics.expect("panic", "panicked");
+        Actor::start(&spec).expect("try", "held");
+        spec.clean();
+    }
+
+    pub fn a_guard_can_be_dropped_on_another_thread(kind: Kind) {
+        let spec = kind.fresh();
+        let lock = spec.open();
+        let guard: Box<dyn AnyGuard> = lock.acquire(&Wait::none()).unwrap();
+        std::thread::spawn(move || drop(guard)).join().unwrap();
+        lock.acquire(&Wait::none()).unwrap();
+        spec.clean();
+    }
+
+    pub fn descriptor_zero_is_a_lock_like_any_other(kind: Kind) {
+        let spec = kind.fresh();
+        let mut command = Command::new(program("actor"));
+        command.arg(spec.to_string()).arg("closed-input").stdin(Stdio::null());
+        assert!(command.status().unwrap().success());
+        spec.clean();
+    }
+
+    pub fn without_descriptors_the_error_is_clear_and_nothing_is_lost(kind: Kind) {
+        let spec = kind.fresh();
+        let mut starved = Actor::start_with(&spec, |command| {
+            // A limit low enough to be reached soon.
+            let program = command.get_program().to_owned();
+            let spec = spec.to_string();
+            *command = Command::new("sh");
+            command.args(["-c", "ulimit -n 64 && exec \"$0\" \"$1\""]).arg(program).arg(spec);
+            command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        });
+        starved.expect("starve", "starved");
+        for command in ["try", "lock", "lock-for 1000"] {
+            let answer = starved.ask(command);
+            assert!(answer.starts_with("error Io") && answer.contains("Too many open files"), "{answer}");
+        }
+        let mut other = Actor::start(&spec);
+        other.expect("try", "held");
+        other.expect("release", "released");
+        starved.expect("feed", "fed");
+        starved.expect("lock", "held");
+        starved.expect("starve", "starved");
+        starved.expect("release", "released");
+        other.expect("try", "held");
+        spec.clean();
+    }
+
+    pub fn a_process_killed_at_any_step_blocks_nobody(kind: Kind) {
+        steps::kill_at_every_step(kind);
+    }
+
+    pub fn chaos_never_lets_two_in(kind: Kind) {
+        let seconds = std::env::var("LOCKKIT_CHAOS_SECONDS").map_or(20, |text| text.parse().expect("whole seconds"));
+        let tally = chaos::run(kind, Duration::from_secs(seconds));
+        println!("{kind:?}: {tally:?}");
+        assert!(tally.holds > 100 && tally.kills > 10 && tally.died_inside > 0, "it was no chaos: {tally:?}");
+    }
+}
+pub use cases::*;
+
+/// What the owner after a killed one answers.
+fn told(kind: Kind, died: u32) -> String {
+    match kind.tells_deaths() {
+        true => format!("held recovered {died}"),
+        false => "held".to_owned(),
+    }
+}
+
+/// A worker of the counting case: reads a number and writes the next one, which only works one at a time.
+pub fn count_up(spec: &Spec, counter: &Path, rounds: u32) {
+    let lock = spec.open();
+    for _ in 0..rounds {
+        let _guard = lock.acquire(&Wait::forever()).expect("the lock");
+        let count: u32 = std::fs::read_to_string(counter).expect("a counter").parse().expect("a number");
+        std::fs::File::create(counter).expect("a counter").write_all((count + 1).to_string().as_bytes()).expect("room");
+    }
+}
+
+/// Closes standard input, so that the lock gets its descriptor, and sees that all is as ever.
+pub fn lock_on_descriptor_zero(spec: &Spec) {
+    nix::unistd::close(0).expect("standard input was open");
+    let lock = spec.open();
+    let guard = lock.acquire(&Wait::none()).expect("free");
+    assert!(std::fs::symlink_metadata("/proc/self/fd/0").is_ok(), "something took the descriptor");
+    assert!(spec.open().acquire(&Wait::none()).err().expect("held").is_held());
+    drop(guard);
+    drop(spec.open().acquire(&Wait::none()).expect("free again"));
+}
