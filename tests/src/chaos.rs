@@ -106,6 +106,13 @@ pub fn take_part(spec: &Spec, log: &Path, seed: u64) {
     }
 }
 
+/// When a process died: between the call that killed it and the moment at which its end was known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Death {
+    called: u64,
+    known: u64,
+}
+
 /// What a run came to.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Tally {
@@ -126,20 +133,20 @@ pub fn run(kind: Kind, span: Duration) -> Tally {
     let log = folder.path().join("log");
     File::create(&log).expect("a log");
     let mut dice = Dice::new(now());
-    let mut deaths: HashMap<u32, u64> = HashMap::new();
+    let mut deaths: HashMap<u32, Death> = HashMap::new();
     let start = |dice: &mut Dice| {
         let seed = dice.roll(u64::MAX).to_string();
         let mut command = Command::new(program("actor"));
         command.arg(spec.to_string()).arg("chaos").arg(&log).arg(seed).stdin(Stdio::null());
         command.spawn().expect("a process starts")
     };
-    let kill = |child: &mut Child, deaths: &mut HashMap<u32, u64>| {
+    let kill = |child: &mut Child, deaths: &mut HashMap<u32, Death>| {
         let called = now();
         child.kill().expect("a child can be killed");
         let status = child.wait().expect("a child can be waited for");
         let by = std::os::unix::process::ExitStatusExt::signal(&status);
         assert_eq!(by, Some(9), "a process failed on its own: {status}");
-        assert_eq!(deaths.insert(child.id(), called), None, "a pid came twice");
+        assert_eq!(deaths.insert(child.id(), Death { called, known: now() }), None, "a pid came twice");
     };
 
     let mut processes: Vec<Child> = (0..12).map(|_| start(&mut dice)).collect();
@@ -169,7 +176,7 @@ pub fn run(kind: Kind, span: Duration) -> Tally {
     tally
 }
 
-fn check(events: &[Event], deaths: &HashMap<u32, u64>, tells_deaths: bool) -> Tally {
+fn check(events: &[Event], deaths: &HashMap<u32, Death>, tells_deaths: bool) -> Tally {
     /// One stay inside.
     struct Hold {
         pid: u32,
@@ -184,7 +191,7 @@ fn check(events: &[Event], deaths: &HashMap<u32, u64>, tells_deaths: bool) -> Ta
         if event.what == IN {
             assert!(!inside.contains_key(&event.pid), "{event:?} came in twice");
             inside.insert(event.pid, holds.len());
-            let until = deaths.get(&event.pid).copied().unwrap_or(u64::MAX);
+            let until = deaths.get(&event.pid).map_or(u64::MAX, |death| death.called.max(event.nanos));
             holds.push(Hold { pid: event.pid, from: event.nanos, until, died: true, recovered: event.recovered });
         } else {
             let at = inside.remove(&event.pid).expect("who goes out came in");
@@ -211,7 +218,7 @@ fn check(events: &[Event], deaths: &HashMap<u32, u64>, tells_deaths: bool) -> Ta
                 // before it could write so.
                 let death = deaths.get(&died).copied();
                 assert!(
-                    death.is_some_and(|death| before.from <= death && death <= after.from),
+                    death.is_some_and(|death| before.from <= death.known && death.called <= after.from),
                     "{} was told that {died} died, which it did at {death:?}, after {} was inside from {}",
                     after.pid,
                     before.pid,

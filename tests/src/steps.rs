@@ -10,7 +10,7 @@ use crate::{Actor, Kind, Spec};
 /// What the victim does. In each it takes the lock and releases it.
 const SCENARIOS: [&str; 3] = [
     // Nobody else is there.
-    "alone", // The lock is held at first, and handed over.
+    "alone",   // The lock is held at first, and handed over.
     "waiting", // Another process waits when it releases.
     "followed",
 ];
