@@ -56,7 +56,7 @@ fn started(pid: Pid) -> Probe {
 #[cfg(target_os = "linux")]
 fn parse_stat(stat: &str) -> Option<Probe> {
     /// The field's number in the manual page, counted from the first one behind the name.
-    const STATE: usize = 3 - 3;
+    const STATE: usize = 0;
     const THREADS: usize = 20 - 3;
     const START: usize = 22 - 3;
     const EXIT_CODE: usize = 52 - 3;
