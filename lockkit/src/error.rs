@@ -88,6 +88,69 @@ pub enum ErrorKind {
         /// The file.
         path: PathBuf,
     },
+    /// Every lock of a table is allocated.
+    #[error("{table} has no lock left to allocate: {allocated} of {capacity} are allocated")]
+    Exhausted {
+        /// Which table.
+        table: String,
+        /// How many locks it has.
+        capacity: u32,
+        /// How many of them are allocated.
+        allocated: u32,
+    },
+    /// A number beyond the end of a table of locks.
+    #[error("{table} has no lock {id}: its capacity is {capacity}")]
+    NoSuchLock {
+        /// Which table.
+        table: String,
+        /// The number.
+        id: u32,
+        /// How many locks the table has; they are numbered from 0.
+        capacity: u32,
+    },
+    /// The lock with this number is allocated already.
+    #[error("{lock} is allocated already")]
+    AlreadyAllocated {
+        /// Which lock, for people.
+        lock: String,
+    },
+    /// A lock was freed that is not allocated.
+    #[error("{lock} is not allocated, so it cannot be freed")]
+    NotAllocated {
+        /// Which lock, for people.
+        lock: String,
+    },
+    /// A lock was unlocked that this process does not hold.
+    #[error("{lock} is not locked by this process, so it cannot be unlocked")]
+    NotLocked {
+        /// Which lock, for people.
+        lock: String,
+    },
+    /// A file is not a table of locks as this version of lockkit lays it out: it is something else, cut short, or made
+    /// by another version or for another kind of machine.
+    #[error("{} is no lock table that this program can use: {problem}", .path.display())]
+    LayoutMismatch {
+        /// The file.
+        path: PathBuf,
+        /// What does not fit.
+        problem: &'static str,
+    },
+    /// A table of locks was to be made with no locks, or with more than the largest table has.
+    #[error("a lock table has 1 to {most} locks, not {capacity}")]
+    InvalidCapacity {
+        /// What was asked for.
+        capacity: u32,
+        /// The most that can be had.
+        most: u32,
+    },
+    /// As many processes as can share a table of locks have it open already.
+    #[error("{table} is in use by {most} processes, and has no place for another")]
+    TooManyProcesses {
+        /// Which table.
+        table: String,
+        /// How many can share it.
+        most: u32,
+    },
     /// This system has no such thing, or none that could keep the promise.
     #[error("{what} is not supported on this system")]
     Unsupported {
@@ -169,7 +232,12 @@ impl From<Error> for io::Error {
             ErrorKind::Cancelled { .. } => io::ErrorKind::Interrupted,
             ErrorKind::InvalidName { .. } => io::ErrorKind::InvalidInput,
             ErrorKind::ForeignOwner { .. } | ErrorKind::Insecure { .. } => io::ErrorKind::PermissionDenied,
-            ErrorKind::RogueDeletion { .. } => io::ErrorKind::NotFound,
+            ErrorKind::RogueDeletion { .. } | ErrorKind::NoSuchLock { .. } => io::ErrorKind::NotFound,
+            ErrorKind::Exhausted { .. } | ErrorKind::TooManyProcesses { .. } => io::ErrorKind::QuotaExceeded,
+            ErrorKind::AlreadyAllocated { .. } => io::ErrorKind::AlreadyExists,
+            ErrorKind::NotAllocated { .. } | ErrorKind::NotLocked { .. } => io::ErrorKind::InvalidInput,
+            ErrorKind::InvalidCapacity { .. } => io::ErrorKind::InvalidInput,
+            ErrorKind::LayoutMismatch { .. } => io::ErrorKind::InvalidData,
             ErrorKind::Unsupported { .. } => io::ErrorKind::Unsupported,
             ErrorKind::Io { source, .. } => source.kind(),
         };

@@ -209,7 +209,8 @@ impl Inner {
             opened => opened,
         }?;
         let found = file.metadata()?;
-        if self.wary && !(found.is_file() && found.nlink() == 1) {
+        // One without a name was deleted just now, which shows once it is locked.
+        if self.wary && !(found.is_file() && found.nlink() <= 1) {
             return Err(io::Error::new(Io::InvalidInput, "not a plain file of its own"));
         }
         match found.is_file() || found.is_dir() {
@@ -263,14 +264,34 @@ impl FileGuard {
         None
     }
 
+    /// As [`release`](Self::release), and looks at the file once it is unlocked.
+    pub(crate) fn release_and<T>(mut self, look: impl FnOnce(&File) -> T) -> Result<T> {
+        let Some(file) = self.file.take() else { unreachable!("a guard has its file until it releases") };
+        self.unlock(&file)?;
+        let seen = look(&file);
+        self.keep(file);
+        Ok(seen)
+    }
+
     fn give_back(&mut self) -> Result<()> {
         let Some(file) = self.file.take() else { return Ok(()) };
+        self.unlock(&file)?;
+        self.keep(file);
+        Ok(())
+    }
+
+    fn unlock(&self, file: &File) -> Result<()> {
         // In a forked child the lock is the parent's, and the descriptor here an inert one.
+        match self.generation == fork::generation() {
+            true => flock::unlock(file).map_err(|error| Error::io("unlock", &self.lock.path, error)),
+            false => Ok(()),
+        }
+    }
+
+    fn keep(&self, file: Shielded<File>) {
         if self.generation == fork::generation() {
-            flock::unlock(&file).map_err(|error| Error::io("unlock", &self.lock.path, error))?;
             self.lock.keep(file);
         }
-        Ok(())
     }
 }
 

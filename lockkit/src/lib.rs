@@ -6,6 +6,7 @@
 //! |---|---|---|
 //! | [`NamedLock`] | a name on this machine | single-instance programs, cron jobs, daemons |
 //! | [`FileLock`] | a path | guarding a file, working together with flock(1) |
+//! | [`LockManager`] | a number out of a table | thousands of fine locks |
 //!
 //! ```
 //! use lockkit::prelude::*;
@@ -35,6 +36,7 @@ mod error;
 mod file;
 pub mod instance;
 mod lock;
+mod manager;
 mod name;
 mod named;
 mod owner;
@@ -51,13 +53,16 @@ pub use file::{FileGuard, FileLock};
 pub use lock::{Guard, Lock, Recovered};
 #[cfg(feature = "macros")]
 pub use lockkit_macros::single_instance;
+pub use manager::{
+    FileLockManager, HeldLock, InMemoryLockManager, LockManager, ManagedGuard, ManagedLock, ShmLockManager,
+};
 pub use named::{Backend, NamedGuard, NamedLock, NamedLockBuilder, Scope};
 pub use owner::{Liveness, Owner};
 pub use wait::{CancelToken, Wait};
 
 /// What most programs need, for one `use`.
 pub mod prelude {
-    pub use crate::{CancelToken, FileLock, Guard, Lock, NamedLock, Wait};
+    pub use crate::{CancelToken, FileLock, Guard, Lock, LockManager, NamedLock, Wait};
     #[cfg(feature = "macros")]
     pub use lockkit_macros::single_instance;
 }

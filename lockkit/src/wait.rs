@@ -205,6 +205,23 @@ impl Patience {
         }
     }
 
+    /// How long a sleep may last that no token can end: at most `pause`, not beyond the limit, and never so long that a
+    /// cancellation goes unseen for more than a few milliseconds.
+    pub(crate) fn portion(&self, pause: Duration) -> std::result::Result<Duration, GaveUp> {
+        /// How often a waiter looks at its token.
+        const GLANCE: Duration = Duration::from_millis(2);
+        let pause = match &self.cancel {
+            Some((token, _)) if token.is_cancelled() => return Err(GaveUp::Cancelled),
+            Some(_) => pause.min(GLANCE),
+            None => pause,
+        };
+        let Some(until) = self.until else { return Ok(pause) };
+        match until.saturating_duration_since(Instant::now()) {
+            Duration::ZERO => Err(GaveUp::TimedOut),
+            left => Ok(left.min(pause)),
+        }
+    }
+
     fn wait(&self, fd: Option<BorrowedFd<'_>>, until: Option<Instant>) -> Result<Waited> {
         let cancel = self.cancel.as_ref().map(|(_, event)| event.as_fd());
         match event::wait(fd, cancel, until).map_err(|error| Error::io("wait on", "a lock", error))? {
@@ -244,19 +261,26 @@ pub(crate) trait Subject {
 
 /// Pauses between attempts where nothing wakes the waiter: each twice the one before, within bounds that keep both
 /// the delay after a release and the processor time small.
-pub(crate) struct Backoff(Duration);
+pub(crate) struct Backoff {
+    next: Duration,
+    longest: Duration,
+}
 
 impl Backoff {
     const FIRST: Duration = Duration::from_micros(50);
     const LONGEST: Duration = Duration::from_millis(5);
 
     pub(crate) fn new() -> Self {
-        Self(Self::FIRST)
+        Self::between(Self::FIRST, Self::LONGEST)
+    }
+
+    pub(crate) fn between(first: Duration, longest: Duration) -> Self {
+        Self { next: first, longest }
     }
 
     pub(crate) fn next(&mut self) -> Duration {
-        let pause = self.0;
-        self.0 = (pause * 2).min(Self::LONGEST);
+        let pause = self.next;
+        self.next = (pause * 2).min(self.longest);
         pause
     }
 }

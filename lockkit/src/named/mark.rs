@@ -38,9 +38,9 @@ use crate::{
 use rustix::fs::{FallocateFlags, fallocate, fstatfs};
 
 /// The length of a record in words.
-pub(super) const WORDS: usize = 12;
+pub(crate) const WORDS: usize = 12;
 /// The length of a record in bytes.
-pub(super) const BYTES: usize = WORDS * WORD;
+pub(crate) const BYTES: usize = WORDS * WORD;
 const WORD: usize = size_of::<u64>();
 
 const STATE: usize = 0;
@@ -57,7 +57,7 @@ type Words = [u64; WORDS];
 
 /// Where a record stands. Reading what cannot be read gives a wiped one, and writing what cannot be written is left:
 /// both lose a report only.
-pub(super) trait Slate {
+pub(crate) trait Slate {
     fn read(&self) -> Words;
     fn write(&self, record: &Words);
     fn wipe(&self);
@@ -112,7 +112,7 @@ impl Slate for [AtomicU64] {
 }
 
 /// Writes down that this process holds the lock from now on, and says who died holding it before.
-pub(super) fn take(slate: &(impl Slate + ?Sized)) -> Option<Recovered> {
+pub(crate) fn take(slate: &(impl Slate + ?Sized)) -> Option<Recovered> {
     let before = slate.read();
     let mut mine = current();
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
@@ -124,7 +124,7 @@ pub(super) fn take(slate: &(impl Slate + ?Sized)) -> Option<Recovered> {
 }
 
 /// Who holds the lock, or died holding it, by the record.
-pub(super) fn holder(slate: &(impl Slate + ?Sized)) -> Option<Owner> {
+pub(crate) fn holder(slate: &(impl Slate + ?Sized)) -> Option<Owner> {
     decode(&slate.read())
 }
 
@@ -192,7 +192,7 @@ fn sum(words: &Words) -> u64 {
 /// The record of a lock that is no file itself, kept in memory where no disk is involved and no full one matters.
 #[cfg(target_os = "linux")]
 #[derive(Debug)]
-pub(super) struct Mark {
+pub(crate) struct Mark {
     file: File,
     mapping: Option<Mapping>,
 }
@@ -204,7 +204,7 @@ impl Mark {
     /// Opens or makes the record of the lock `name`.
     ///
     /// It is mapped where its memory cannot be pulled away: a file in memory, complete, that only this user can change.
-    pub(super) fn open(name: &str, sharing: Sharing) -> Result<Self> {
+    pub(crate) fn open(name: &str, sharing: Sharing) -> Result<Self> {
         let folder = folder::open_in(Self::MEMORY.as_ref(), sharing)?;
         let file = folder.open_file(name, sharing)?;
         let private = matches!(sharing, Sharing::User(_));
@@ -213,21 +213,21 @@ impl Mark {
         Ok(Self { file, mapping })
     }
 
-    pub(super) fn take(&self) -> Option<Recovered> {
+    pub(crate) fn take(&self) -> Option<Recovered> {
         match &self.mapping {
             Some(mapping) => take(mapping.words()),
             None => take(&self.file),
         }
     }
 
-    pub(super) fn holder(&self) -> Option<Owner> {
+    pub(crate) fn holder(&self) -> Option<Owner> {
         match &self.mapping {
             Some(mapping) => holder(mapping.words()),
             None => holder(&self.file),
         }
     }
 
-    pub(super) fn wipe(&self) {
+    pub(crate) fn wipe(&self) {
         match &self.mapping {
             Some(mapping) => mapping.words().wipe(),
             None => self.file.wipe(),

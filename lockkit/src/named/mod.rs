@@ -5,7 +5,7 @@
 //! next one to find is the same small record for both (`mark`).
 
 mod file;
-mod mark;
+pub(crate) mod mark;
 #[cfg(target_os = "linux")]
 mod socket;
 

@@ -8,9 +8,12 @@
 //! | [`flock`] | whole-file locks, through `fs2` | file locks |
 //! | [`folder`] | the private folders, at fixed places | named locks |
 //! | [`fork`] | descriptors that a forked child does not keep | every held lock |
+//! | [`futex`] | sleeping until a shared word changes | waiting for a lock in shared memory |
 //! | [`mapping`] | shared memory as atomic words | what a crash leaves behind |
+//! | [`ofd`] | locks on a byte of an open file | which processes still use a lock table |
 //! | [`process`] | which process is which, and whether it lives | owners |
 //! | [`seqpacket`] | abstract sockets that hand themselves over | named locks on Linux |
+//! | [`table`] | the layout of a lock table in shared memory | numbered locks |
 
 #![allow(unsafe_code)]
 
@@ -18,7 +21,13 @@ pub(crate) mod event;
 pub(crate) mod flock;
 pub(crate) mod folder;
 pub(crate) mod fork;
+#[cfg(all(target_os = "linux", not(loom)))]
+pub(crate) mod futex;
 pub(crate) mod mapping;
+#[cfg(all(target_os = "linux", not(loom)))]
+pub(crate) mod ofd;
 pub(crate) mod process;
 #[cfg(target_os = "linux")]
 pub(crate) mod seqpacket;
+#[cfg(all(target_os = "linux", not(loom)))]
+pub(crate) mod table;

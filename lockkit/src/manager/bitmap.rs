@@ -1,0 +1,358 @@
+//! Which numbers of a table are allocated: a bit for each, and above them a bit for each word of those that is full.
+//!
+//! The bits are the truth; taking one is a compare-and-swap, so no number is given out twice. The rest makes it fast: a
+//! hint says where room was last, the upper bits skip what is full, 4096 numbers at a look. Both may be wrong for a
+//! moment, or for longer when a process is killed between two of its writes: a search that finds nothing by them looks
+//! at every word before it says so.
+//!
+//! The count is kept beside the bits. A kill between the two leaves it wrong by one, until somebody finds the table full
+//! or opens it while nobody else uses it: then it is counted anew. Its upper half counts the changes, so that a recount
+//! notices when it was overtaken.
+
+use super::seam::{AtomicU32, AtomicU64, Ordering};
+use crate::steps::step;
+
+const BITS: u32 = u64::BITS;
+/// What one allocation adds to the count, and one free: the upper half grows with both.
+const ONE_MORE: u64 = (1 << 32) + 1;
+const ONE_LESS: u64 = (1 << 32) - 1;
+
+/// The bits of a table, wherever they stand.
+#[derive(Clone, Copy)]
+pub(super) struct Bitmap<'t> {
+    /// A bit for each number.
+    pub(super) words: &'t [AtomicU64],
+    /// A bit for each word: it has no room.
+    pub(super) full: &'t [AtomicU64],
+    /// How many bits are set; above, how often that has changed.
+    pub(super) count: &'t AtomicU64,
+    /// A word that may have room.
+    pub(super) hint: &'t AtomicU32,
+    /// How many numbers there are.
+    pub(super) capacity: u32,
+}
+
+impl Bitmap<'_> {
+    /// Allocates a number, a low one if there is a choice; `None` when all are.
+    #[inline]
+    pub(super) fn allocate(&self) -> Option<u32> {
+        let start = self.hint.load(Ordering::Relaxed) as usize;
+        match self.words.get(start).and_then(|_| self.claim_in(start)) {
+            Some(id) => Some(id),
+            None => self.allocate_from(start),
+        }
+    }
+
+    #[cold]
+    fn allocate_from(&self, start: usize) -> Option<u32> {
+        let before = self.count.load(Ordering::SeqCst);
+        let (upper, from) = (start / BITS as usize % self.full.len(), start % BITS as usize);
+        for round in 0..=self.full.len() {
+            let at = (upper + round) % self.full.len();
+            // In the first one only what lies behind the start; the last round sees to the rest of it.
+            let mut roomy =
+                !self.full[at].load(Ordering::Relaxed) & if round == 0 { u64::MAX << from } else { u64::MAX };
+            while roomy != 0 {
+                let word = at * BITS as usize + roomy.trailing_zeros() as usize;
+                roomy &= roomy - 1;
+                if word < self.words.len()
+                    && let Some(id) = self.claim_in(word)
+                {
+                    self.hint.store(word as u32, Ordering::Relaxed);
+                    return Some(id);
+                }
+            }
+        }
+        for word in 0..self.words.len() {
+            if let Some(id) = self.claim_in(word) {
+                self.full[word / BITS as usize].fetch_and(!bit(word), Ordering::SeqCst);
+                return Some(id);
+            }
+        }
+        self.recount(before);
+        None
+    }
+
+    /// Allocates `id`; `false` when it is allocated.
+    pub(super) fn allocate_at(&self, id: u32) -> bool {
+        let word = (id / BITS) as usize;
+        if self.words[word].fetch_or(1 << (id % BITS), Ordering::SeqCst) & 1 << (id % BITS) != 0 {
+            return false;
+        }
+        self.note_one_more(word);
+        true
+    }
+
+    /// Frees `id`; `false` when it is not allocated.
+    #[inline]
+    pub(super) fn free(&self, id: u32) -> bool {
+        let word = (id / BITS) as usize;
+        if self.words[word].fetch_and(!(1 << (id % BITS)), Ordering::SeqCst) & 1 << (id % BITS) == 0 {
+            return false;
+        }
+        self.note_less(word, ONE_LESS);
+        true
+    }
+
+    /// Frees every number.
+    pub(super) fn free_all(&self) {
+        for (word, bits) in self.words.iter().enumerate() {
+            if bits.load(Ordering::Relaxed) != 0 {
+                let freed = bits.swap(0, Ordering::SeqCst).count_ones();
+                self.note_less(word, ONE_LESS.wrapping_mul(freed.into()));
+            }
+        }
+        self.hint.store(0, Ordering::Relaxed);
+    }
+
+    /// How many numbers are allocated.
+    pub(super) fn allocated(&self) -> u32 {
+        // The bits go before the count, so for a moment it may fall below nothing.
+        let count = self.count.load(Ordering::Relaxed) as u32 as i32;
+        count.clamp(0, self.capacity as i32) as u32
+    }
+
+    /// Puts the count right, unless somebody allocates or frees meanwhile.
+    pub(super) fn recount_now(&self) {
+        self.recount(self.count.load(Ordering::SeqCst));
+    }
+
+    fn recount(&self, before: u64) {
+        let bits: u32 = (0..self.words.len()).map(|at| self.words[at].load(Ordering::SeqCst).count_ones()).sum();
+        if before as u32 != bits {
+            let after = (before >> 32).wrapping_add(1) << 32 | u64::from(bits);
+            let _ = self.count.compare_exchange(before, after, Ordering::SeqCst, Ordering::Relaxed);
+        }
+    }
+
+    /// Allocates the lowest number of a word that is free.
+    #[inline]
+    fn claim_in(&self, word: usize) -> Option<u32> {
+        let mut seen = self.words[word].load(Ordering::Relaxed);
+        loop {
+            let free = !seen & self.mask(word);
+            if free == 0 {
+                return None;
+            }
+            let lowest = free & free.wrapping_neg();
+            match self.words[word].compare_exchange_weak(seen, seen | lowest, Ordering::SeqCst, Ordering::Relaxed) {
+                Ok(_) => {
+                    self.note_one_more(word);
+                    return Some(word as u32 * BITS + lowest.trailing_zeros());
+                }
+                Err(changed) => seen = changed,
+            }
+        }
+    }
+
+    #[inline]
+    fn note_one_more(&self, word: usize) {
+        step("number allocated");
+        self.count.fetch_add(ONE_MORE, Ordering::Relaxed);
+        step("allocation counted");
+        if self.is_full(word) {
+            let upper = &self.full[word / BITS as usize];
+            upper.fetch_or(bit(word), Ordering::SeqCst);
+            step("word marked full");
+            // Somebody may have freed a number in it before the mark was there to be taken away.
+            if !self.is_full(word) {
+                upper.fetch_and(!bit(word), Ordering::SeqCst);
+            }
+        }
+    }
+
+    #[inline]
+    fn note_less(&self, word: usize, change: u64) {
+        step("number freed");
+        let upper = &self.full[word / BITS as usize];
+        if upper.load(Ordering::SeqCst) & bit(word) != 0 {
+            upper.fetch_and(!bit(word), Ordering::SeqCst);
+        }
+        step("word marked roomy");
+        if (word as u32) < self.hint.load(Ordering::Relaxed) {
+            self.hint.store(word as u32, Ordering::Relaxed);
+        }
+        self.count.fetch_add(change, Ordering::Relaxed);
+        step("free counted");
+    }
+
+    fn is_full(&self, word: usize) -> bool {
+        !self.words[word].load(Ordering::SeqCst) & self.mask(word) == 0
+    }
+
+    /// The bits of a word that stand for numbers: all, but in the last one.
+    fn mask(&self, word: usize) -> u64 {
+        match self.capacity - word as u32 * BITS {
+            left if left < BITS => (1 << left) - 1,
+            _ => u64::MAX,
+        }
+    }
+}
+
+/// The upper bit of a word.
+fn bit(word: usize) -> u64 {
+    1 << (word % BITS as usize)
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Owned {
+        words: Vec<AtomicU64>,
+        full: Vec<AtomicU64>,
+        count: AtomicU64,
+        hint: AtomicU32,
+        capacity: u32,
+    }
+
+    impl Owned {
+        fn new(capacity: u32) -> Self {
+            let words = capacity.div_ceil(BITS);
+            let zeros = |count: u32| (0..count).map(|_| AtomicU64::new(0)).collect();
+            Self { words: zeros(words), full: zeros(words.div_ceil(BITS)), capacity, ..Self::default() }
+        }
+
+        fn bitmap(&self) -> Bitmap<'_> {
+            let Self { words, full, count, hint, capacity } = self;
+            Bitmap { words, full, count, hint, capacity: *capacity }
+        }
+    }
+
+    #[test]
+    fn numbers_come_in_order_and_each_once() {
+        for capacity in [1, 63, 64, 65, 4096, 4097, 10_000] {
+            let owned = Owned::new(capacity);
+            let bitmap = owned.bitmap();
+            for id in 0..capacity {
+                assert_eq!(bitmap.allocate(), Some(id));
+            }
+            assert_eq!(bitmap.allocate(), None);
+            assert_eq!(bitmap.allocated(), capacity);
+            for id in [capacity - 1, capacity / 2, 0] {
+                assert!(bitmap.free(id));
+                assert!(!bitmap.free(id));
+                assert_eq!(bitmap.allocate(), Some(id), "the only one that is free");
+            }
+            bitmap.free_all();
+            assert_eq!(bitmap.allocated(), 0);
+            assert_eq!(bitmap.allocate(), Some(0));
+        }
+    }
+
+    #[test]
+    fn it_does_what_a_set_does() {
+        let owned = Owned::new(9000);
+        let bitmap = owned.bitmap();
+        let mut set = BTreeSet::new();
+        let mut dice: u64 = 42;
+        for _ in 0..200_000 {
+            dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let id = (dice >> 33) as u32 % 9000;
+            match dice >> 61 {
+                0..4 => match bitmap.allocate() {
+                    Some(id) => assert!(set.insert(id)),
+                    None => assert_eq!(set.len(), 9000),
+                },
+                4 => assert_eq!(bitmap.allocate_at(id), set.insert(id)),
+                _ => assert_eq!(bitmap.free(id), set.remove(&id)),
+            }
+            assert_eq!(bitmap.allocated() as usize, set.len());
+        }
+    }
+
+    #[test]
+    fn what_a_killed_process_left_wrong_is_put_right() {
+        let owned = Owned::new(130);
+        let bitmap = owned.bitmap();
+        // A mark on a word that has room, and a hint that leads nowhere.
+        owned.full[0].store(7, Ordering::SeqCst);
+        owned.hint.store(77, Ordering::SeqCst);
+        let all: BTreeSet<u32> = (0..130).map_while(|_| bitmap.allocate()).collect();
+        assert_eq!(all.len(), 130);
+        // A bit without its count.
+        owned.words[1].fetch_and(!1, Ordering::SeqCst);
+        owned.words[1].fetch_or(1, Ordering::SeqCst);
+        owned.count.fetch_sub(1, Ordering::SeqCst);
+        assert_eq!(bitmap.allocated(), 129);
+        assert_eq!(bitmap.allocate(), None);
+        assert_eq!(bitmap.allocated(), 130);
+        // And a count without its bit.
+        owned.words[2].store(0, Ordering::SeqCst);
+        bitmap.recount_now();
+        assert_eq!(bitmap.allocated(), 128);
+    }
+}
+
+#[cfg(all(loom, test))]
+mod models {
+    use std::sync::Arc;
+
+    use loom::thread;
+
+    use super::*;
+
+    struct Owned {
+        words: [AtomicU64; 2],
+        full: [AtomicU64; 1],
+        count: AtomicU64,
+        hint: AtomicU32,
+    }
+
+    impl Owned {
+        /// A table of 66 in which `free` are free.
+        fn with_free(free: &[u32]) -> Arc<Self> {
+            let mut words = [u64::MAX, 0b11];
+            for id in free {
+                words[(id / BITS) as usize] &= !(1 << (id % BITS));
+            }
+            let full = u64::from(words[0] == u64::MAX) | u64::from(words[1] == 0b11) << 1;
+            Arc::new(Self {
+                words: words.map(AtomicU64::new),
+                full: [AtomicU64::new(full)],
+                count: AtomicU64::new(66 - free.len() as u64),
+                hint: AtomicU32::new(0),
+            })
+        }
+
+        fn bitmap(&self) -> Bitmap<'_> {
+            let Self { words, full, count, hint } = self;
+            Bitmap { words, full, count, hint, capacity: 66 }
+        }
+    }
+
+    #[test]
+    fn loom_no_number_is_given_out_twice() {
+        loom::model(|| {
+            let owned = Owned::with_free(&[5, 64]);
+            let other = thread::spawn({
+                let owned = owned.clone();
+                move || owned.bitmap().allocate()
+            });
+            let (mine, other) = (owned.bitmap().allocate(), other.join().unwrap());
+            assert!(mine.is_some() && other.is_some() && mine != other);
+            assert_eq!(owned.bitmap().allocated(), 66);
+        });
+    }
+
+    #[test]
+    fn loom_what_is_freed_can_be_had_again() {
+        loom::model(|| {
+            let owned = Owned::with_free(&[64]);
+            let other = thread::spawn({
+                let owned = owned.clone();
+                move || assert!(owned.bitmap().free(3))
+            });
+            let first = owned.bitmap().allocate();
+            assert!(first.is_some());
+            other.join().unwrap();
+            let second = owned.bitmap().allocate();
+            assert!(second.is_some() && second != first);
+            assert_eq!(owned.bitmap().allocate(), None);
+            assert_eq!(owned.bitmap().allocated(), 66);
+        });
+    }
+}

@@ -1,0 +1,339 @@
+//! A table of locks as files in a folder, one for each lock.
+//!
+//! ```text
+//! next        the number that the next allocation tries first; locked while anything is allocated or freed
+//! 17.lock     lock 17: who holds it (see `named::mark`), and behind that whether it is allocated
+//! ```
+//! Holding lock 17 is holding flock on the file `17.lock`. Whether it is allocated is a byte in the file, so a lock that
+//! was freed still has its file as long as somebody holds it. A file is removed only by who holds both it and `next`, and
+//! only if its number is not allocated: so the path leads to the same file for everybody, and who waited for one that
+//! was removed meanwhile notices and starts again ([`FileLock`]). Locking a freed number makes a file that is not
+//! allocated, and the release removes it. Who is killed in between leaves such a file to the next user of the number.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use super::{Handle, HeldLock, LockManager, ManagedLock};
+use crate::error::{Error, ErrorKind, Result};
+use crate::file::{FileGuard, FileLock};
+use crate::lock::Recovered;
+use crate::named::mark::{self, Slate};
+use crate::owner::{Liveness, Owner};
+use crate::steps::step;
+use crate::sys::fork;
+use crate::wait::{Subject, Wait};
+
+/// A table of locks as files in a folder, for the processes of one machine. Cloning gives another handle on it.
+///
+/// For where there is no memory to share, or where a few locks are to be seen in the file system. It has no limit but
+/// the file system's. A lock costs a few microseconds, where [`ShmLockManager`](crate::ShmLockManager) takes
+/// nanoseconds. Not on a file system that several machines share. Nobody but its managers should touch the folder.
+///
+/// ```
+/// use lockkit::{FileLockManager, LockManager};
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let folder = std::env::temp_dir().join(format!("lockkit-doc-locks-{}", std::process::id()));
+/// let manager = FileLockManager::create(&folder)?;
+/// let lock = manager.allocate()?;
+/// drop(FileLockManager::open(&folder)?.retrieve(lock.id())?.lock()?);
+/// lock.free()?;
+/// # std::fs::remove_dir_all(folder)?;
+/// # Ok(()) }
+/// ```
+#[derive(Clone, Debug)]
+pub struct FileLockManager(Arc<Folder>);
+
+#[derive(Debug)]
+struct Folder {
+    path: PathBuf,
+    /// Held while anything is allocated or freed.
+    next: FileLock,
+    /// What this process holds through this manager; here and not in the guards, so that `unlock` finds it.
+    held: Mutex<Holds>,
+}
+
+#[derive(Debug, Default)]
+struct Holds {
+    guards: BTreeMap<u32, Entry>,
+    turns: u64,
+}
+
+#[derive(Debug)]
+struct Entry {
+    guard: FileGuard,
+    turn: u64,
+    /// The process that holds, for a forked child has a copy.
+    generation: u32,
+}
+
+/// Where a lock's file says whether it is allocated.
+const ALLOCATED_AT: u64 = mark::BYTES as u64;
+/// What it says there; anything else is no.
+const ALLOCATED: u8 = b'A';
+
+impl FileLockManager {
+    /// Makes the folder `folder`, where nothing may be yet, with mode 0700, and a table in it.
+    ///
+    /// # Errors
+    /// [`Io`](ErrorKind::Io) when something is there already (`AlreadyExists`), or the system refuses.
+    pub fn create(folder: impl AsRef<Path>) -> Result<Self> {
+        let folder = folder.as_ref();
+        fs::DirBuilder::new().mode(0o700).create(folder).map_err(|error| Error::io("create", folder, error))?;
+        step("folder made");
+        Self::open(folder)
+    }
+
+    /// Opens the table in the folder `folder`.
+    ///
+    /// # Errors
+    /// [`Io`](ErrorKind::Io) when there is no such folder, or the system refuses.
+    pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
+        let failed = |error| Error::io("open", folder.as_ref(), error);
+        let path = folder.as_ref().canonicalize().map_err(failed)?;
+        if !path.is_dir() {
+            return Err(failed(io::ErrorKind::NotADirectory.into()));
+        }
+        let next = FileLock::own(path.join("next"), 0o600);
+        Ok(Self(Arc::new(Folder { path, next, held: Mutex::default() })))
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.0.path
+    }
+
+    fn lock(&self, id: u32) -> FolderLock {
+        FolderLock { folder: self.0.clone(), id, file: FileLock::own(self.0.file(id), 0o600) }
+    }
+}
+
+impl LockManager for FileLockManager {
+    fn allocate(&self) -> Result<ManagedLock> {
+        let next = self.0.next.lock()?;
+        let first = read_next(next.file());
+        for id in (first..=u32::MAX).chain(0..first) {
+            if self.0.claim(id)? {
+                let after = id.wrapping_add(1);
+                self.0.write_next(next.file(), after)?;
+                return Ok(ManagedLock(Handle::File(self.lock(id))));
+            }
+        }
+        let table = format!("the lock table {}", self.0.path.display());
+        Err(ErrorKind::Exhausted { table, capacity: u32::MAX, allocated: u32::MAX }.into())
+    }
+
+    fn retrieve(&self, id: u32) -> Result<ManagedLock> {
+        Ok(ManagedLock(Handle::File(self.lock(id))))
+    }
+
+    fn allocate_at(&self, id: u32) -> Result<ManagedLock> {
+        let _next = self.0.next.lock()?;
+        let lock = self.lock(id);
+        match self.0.claim(id)? {
+            true => Ok(ManagedLock(Handle::File(lock))),
+            false => Err(ErrorKind::AlreadyAllocated { lock: lock.describe() }.into()),
+        }
+    }
+
+    fn available(&self) -> Result<Option<u32>> {
+        Ok(None)
+    }
+
+    fn held(&self) -> Result<Vec<HeldLock>> {
+        let mut held = Vec::new();
+        for id in self.0.ids()? {
+            held.extend(self.lock(id).holder().map(|owner| HeldLock { id, owner }));
+        }
+        Ok(held)
+    }
+
+    fn free_all(&self) -> Result<()> {
+        let next = self.0.next.lock()?;
+        for id in self.0.ids()? {
+            self.lock(id).free_locked()?;
+        }
+        self.0.write_next(next.file(), 0)
+    }
+}
+
+fn read_next(file: &File) -> u32 {
+    let mut bytes = [0; 4];
+    match file.read_exact_at(&mut bytes, 0) {
+        Ok(()) => u32::from_ne_bytes(bytes),
+        Err(_) => 0,
+    }
+}
+
+fn is_allocated(file: &File) -> bool {
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, ALLOCATED_AT).is_ok() && byte == [ALLOCATED]
+}
+
+impl Folder {
+    fn file(&self, id: u32) -> PathBuf {
+        self.path.join(format!("{id}.lock"))
+    }
+
+    /// The numbers that have files.
+    fn ids(&self) -> Result<Vec<u32>> {
+        let failed = |error| Error::io("list", &self.path, error);
+        let mut ids = Vec::new();
+        for entry in fs::read_dir(&self.path).map_err(failed)? {
+            let name = entry.map_err(failed)?.file_name();
+            ids.extend(name.to_str().and_then(|name| name.strip_suffix(".lock")?.parse::<u32>().ok()));
+        }
+        ids.sort_unstable();
+        Ok(ids)
+    }
+
+    fn write_next(&self, file: &File, next: u32) -> Result<()> {
+        let failed = |error| Error::io("write", self.path.join("next"), error);
+        file.write_all_at(&next.to_ne_bytes(), 0).map_err(failed)?;
+        step("next number written");
+        Ok(())
+    }
+
+    /// Allocates `id`, which is false when it is; only for who holds `next`.
+    fn claim(&self, id: u32) -> Result<bool> {
+        let path = self.file(id);
+        let failed = |error| Error::io("allocate", &path, error);
+        let mut options = File::options();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        let file = options.open(&path).map_err(failed)?;
+        step("lock file made");
+        if is_allocated(&file) {
+            return Ok(false);
+        }
+        file.write_all_at(&[ALLOCATED], ALLOCATED_AT).map_err(failed)?;
+        step("marked allocated");
+        Ok(true)
+    }
+}
+
+/// A lock of the table.
+#[derive(Clone, Debug)]
+pub(super) struct FolderLock {
+    folder: Arc<Folder>,
+    id: u32,
+    file: FileLock,
+}
+
+/// A lock of the table, held.
+#[derive(Debug)]
+pub(super) struct FolderHold {
+    lock: FolderLock,
+    turn: u64,
+}
+
+impl FolderLock {
+    pub(super) fn id(&self) -> u32 {
+        self.id
+    }
+
+    pub(super) fn acquire(&self, wait: &Wait) -> Result<(FolderHold, Option<Box<Recovered>>)> {
+        let guard = self.file.acquire_as(wait, self)?;
+        let recovered = mark::take(guard.file()).map(Box::new);
+        let mut held = self.folder.held.lock();
+        held.turns += 1;
+        let turn = held.turns;
+        held.guards.insert(self.id, Entry { guard, turn, generation: fork::generation() });
+        drop(held);
+        Ok((FolderHold { lock: self.clone(), turn }, recovered))
+    }
+
+    pub(super) fn unlock(&self) -> Result<()> {
+        self.release(|_| true)
+    }
+
+    fn release(&self, which: impl FnOnce(&Entry) -> bool) -> Result<()> {
+        let mut held = self.folder.held.lock();
+        let mine = |entry: &Entry| entry.generation == fork::generation();
+        let entry = match held.guards.get(&self.id) {
+            Some(entry) if mine(entry) && which(entry) => held.guards.remove(&self.id),
+            _ => None,
+        };
+        drop(held);
+        let Some(Entry { guard, .. }) = entry else {
+            return Err(ErrorKind::NotLocked { lock: self.describe() }.into());
+        };
+        guard.file().wipe();
+        step("record wiped");
+        // Looked at after it was unlocked: who frees it later finds it unlocked and removes it, who freed it before has
+        // left that to us.
+        let allocated = guard.release_and(is_allocated)?;
+        if !allocated {
+            let _next = self.folder.next.lock()?;
+            self.remove_if_free()?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn free(&self) -> Result<()> {
+        let _next = self.folder.next.lock()?;
+        match self.free_locked()? {
+            true => Ok(()),
+            false => Err(ErrorKind::NotAllocated { lock: self.describe() }.into()),
+        }
+    }
+
+    /// Frees it, unless it is free; only for who holds `next`.
+    fn free_locked(&self) -> Result<bool> {
+        let path = self.file.path();
+        let failed = |error| Error::io("free", path, error);
+        let file = match File::options().read(true).write(true).open(path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(failed(error)),
+        };
+        let was = is_allocated(&file);
+        if was {
+            file.write_all_at(&[0], ALLOCATED_AT).map_err(failed)?;
+            step("marked free");
+        }
+        self.remove_if_free()?;
+        Ok(was)
+    }
+
+    /// Removes the file unless it is allocated or somebody holds it, who will do this after releasing; only for who holds
+    /// `next`.
+    fn remove_if_free(&self) -> Result<()> {
+        let path = self.file.path();
+        // Locking it would make it. Nobody else can remove it meanwhile.
+        if !path.exists() {
+            return Ok(());
+        }
+        match self.file.try_lock() {
+            // What an owner that died has left is for the next one to be told.
+            Ok(guard) if !is_allocated(guard.file()) && mark::holder(guard.file()).is_none() => {
+                fs::remove_file(path).map_err(|error| Error::io("remove", path, error))?;
+                step("lock file removed");
+                Ok(())
+            }
+            Err(error) if !error.is_held() => Err(error),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl FolderHold {
+    pub(super) fn release(self) -> Result<()> {
+        self.lock.release(|entry| entry.turn == self.turn)
+    }
+}
+
+impl Subject for FolderLock {
+    fn describe(&self) -> String {
+        format!("lock {} of the lock table {}", self.id, self.folder.path.display())
+    }
+
+    fn holder(&self) -> Option<Owner> {
+        let owner = mark::holder(&File::open(self.file.path()).ok()?)?;
+        (owner.liveness() != Liveness::Dead).then_some(owner)
+    }
+}

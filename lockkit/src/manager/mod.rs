@@ -1,0 +1,280 @@
+//! Tables of numbered locks.
+//!
+//! A [`LockManager`] gives out numbers; each is a [`ManagedLock`], the same for every process that retrieves it. Three
+//! managers keep the same rules: `shm` in shared memory, for thousands of fine locks at nanoseconds each; `file` with a
+//! file for each lock, where there is no shared memory; `memory` inside one process, for tests.
+//!
+//! `word` is the lock word in shared memory and `bitmap` the allocation, both free of system calls, so that [loom] can
+//! check them. Allocating and locking know nothing of each other: a lock that is not allocated works all the same, for
+//! somebody may still hold on to a number that was freed.
+//!
+//! [loom]: https://docs.rs/loom
+
+#[cfg_attr(not(all(target_os = "linux", not(loom))), allow(dead_code))]
+mod bitmap;
+mod file;
+mod memory;
+mod seam;
+#[cfg(all(target_os = "linux", not(loom)))]
+mod shm;
+#[cfg(not(all(target_os = "linux", not(loom))))]
+#[path = "shm_absent.rs"]
+mod shm;
+#[cfg_attr(not(all(target_os = "linux", not(loom))), allow(dead_code))]
+mod word;
+
+use crate::error::Result;
+use crate::lock::{Guard, Recovered, lock_methods};
+use crate::owner::Owner;
+use crate::sys::fork;
+use crate::wait::Wait;
+
+pub use file::FileLockManager;
+pub use memory::InMemoryLockManager;
+pub use shm::ShmLockManager;
+
+/// A table of locks with numbers from 0 on, which gives them out and takes them back.
+///
+/// After podman's [libpod/lock]: a number is allocated to something, written down with it, and retrieved by every process
+/// that works on the thing.
+///
+/// ```
+/// use lockkit::{InMemoryLockManager, LockManager};
+/// # fn main() -> lockkit::Result<()> {
+/// let manager: Box<dyn LockManager> = Box::new(InMemoryLockManager::new(2048)?);
+/// let lock = manager.allocate()?;
+/// {
+///     let _guard = manager.retrieve(lock.id())?.lock()?;
+///     assert_eq!(manager.held()?[0].id(), lock.id());
+/// }
+/// lock.free()?;
+/// assert_eq!(manager.available()?, Some(2048));
+/// # Ok(()) }
+/// ```
+///
+/// [libpod/lock]: https://github.com/containers/podman/tree/main/libpod/lock
+pub trait LockManager: Send + Sync {
+    /// A lock that was free so far, with its new number.
+    ///
+    /// # Errors
+    /// [`Exhausted`](crate::ErrorKind::Exhausted) when all are allocated; what else the manager says.
+    fn allocate(&self) -> Result<ManagedLock>;
+
+    /// The lock with the number `id`: the same one for every process, allocated or not.
+    ///
+    /// # Errors
+    /// [`NoSuchLock`](crate::ErrorKind::NoSuchLock) beyond the end of the table; what else the manager says.
+    fn retrieve(&self, id: u32) -> Result<ManagedLock>;
+
+    /// The lock with the number `id`, allocated by this call: for those who have numbers written down and begin with a
+    /// new table, as after a restart.
+    ///
+    /// # Errors
+    /// [`AlreadyAllocated`](crate::ErrorKind::AlreadyAllocated) when it was;
+    /// [`NoSuchLock`](crate::ErrorKind::NoSuchLock) beyond the end of the table; what else the manager says.
+    fn allocate_at(&self, id: u32) -> Result<ManagedLock>;
+
+    /// How many locks are left to allocate; `None` where there is no limit. It is a counter, not a scan, and by the time
+    /// it returns may be past.
+    ///
+    /// # Errors
+    /// What the manager says.
+    fn available(&self) -> Result<Option<u32>>;
+
+    /// The locks that somebody holds now, by number. Never waits for any of them, so with others at work it is no
+    /// snapshot: each entry was true at some moment of the call.
+    ///
+    /// # Errors
+    /// What the manager says.
+    fn held(&self) -> Result<Vec<HeldLock>>;
+
+    /// Frees every lock.
+    ///
+    /// Dangerous: whoever has a number written down goes on using it, while the next allocation gives it to somebody
+    /// else. Only for a program that knows to be alone, and gives out all numbers anew afterwards
+    /// ([`allocate_at`](Self::allocate_at)). Locks that are held stay held.
+    ///
+    /// # Errors
+    /// What the manager says.
+    fn free_all(&self) -> Result<()>;
+}
+
+/// A lock of a [`LockManager`]. Cloning gives another handle on the same lock.
+///
+/// Not reentrant: a thread that takes it twice waits for itself. Not fair to the last: who comes at the right moment may
+/// overtake those who wait, though none of them for long.
+#[derive(Clone, Debug)]
+pub struct ManagedLock(Handle);
+
+#[derive(Clone, Debug)]
+enum Handle {
+    Shm(shm::ShmLock),
+    File(file::FolderLock),
+    Memory(memory::MemoryLock),
+}
+
+/// What a guard gives back.
+#[derive(Debug)]
+enum Hold {
+    Shm(shm::ShmHold),
+    File(file::FolderHold),
+    Memory(memory::MemoryHold),
+}
+
+impl ManagedLock {
+    /// Its number.
+    pub fn id(&self) -> u32 {
+        match &self.0 {
+            Handle::Shm(lock) => lock.id(),
+            Handle::File(lock) => lock.id(),
+            Handle::Memory(lock) => lock.id(),
+        }
+    }
+
+    /// Gives the number back, so that it can be allocated again. The lock itself goes on working, for those who still
+    /// have it; whether somebody holds it makes no difference.
+    ///
+    /// # Errors
+    /// [`NotAllocated`](crate::ErrorKind::NotAllocated) when it is not allocated;
+    /// [`Io`](crate::ErrorKind::Io) when the system refuses.
+    pub fn free(&self) -> Result<()> {
+        match &self.0 {
+            Handle::Shm(lock) => lock.free(),
+            Handle::File(lock) => lock.free(),
+            Handle::Memory(lock) => lock.free(),
+        }
+    }
+
+    /// Takes the lock, waiting as `wait` says.
+    ///
+    /// # Errors
+    /// [`Held`](crate::ErrorKind::Held), [`Timeout`](crate::ErrorKind::Timeout) or
+    /// [`Cancelled`](crate::ErrorKind::Cancelled) as `wait` has it; [`Io`](crate::ErrorKind::Io) when the system refuses;
+    /// [`TooManyProcesses`](crate::ErrorKind::TooManyProcesses) in a forked child for which a shared table has no place.
+    #[inline]
+    pub fn acquire(&self, wait: &Wait) -> Result<ManagedGuard> {
+        let (hold, recovered) = match &self.0 {
+            Handle::Shm(lock) => {
+                let (hold, recovered) = lock.acquire(wait)?;
+                (Hold::Shm(hold), recovered)
+            }
+            Handle::File(lock) => {
+                let (hold, recovered) = lock.acquire(wait)?;
+                (Hold::File(hold), recovered)
+            }
+            Handle::Memory(lock) => (Hold::Memory(lock.acquire(wait)?), None),
+        };
+        Ok(ManagedGuard { hold: Some(hold), recovered, generation: fork::generation() })
+    }
+
+    /// Gives back what this process took and whose guard it gave away to [`std::mem::forget`]: for programs that offer
+    /// `lock` and `unlock` to others and cannot keep a guard in between. Everybody else drops the guard.
+    ///
+    /// A guard that is still there gives nothing back after this.
+    ///
+    /// # Errors
+    /// [`NotLocked`](crate::ErrorKind::NotLocked) when this process does not hold the lock; with a
+    /// [`FileLockManager`] or an [`InMemoryLockManager`], when it was not taken through this manager or a clone of it.
+    ///
+    /// ```
+    /// use lockkit::{InMemoryLockManager, LockManager};
+    /// # fn main() -> lockkit::Result<()> {
+    /// let lock = InMemoryLockManager::new(1)?.allocate()?;
+    /// std::mem::forget(lock.lock()?);
+    /// lock.unlock()?;
+    /// assert!(lock.unlock().is_err());
+    /// # Ok(()) }
+    /// ```
+    pub fn unlock(&self) -> Result<()> {
+        match &self.0 {
+            Handle::Shm(lock) => lock.unlock(),
+            Handle::File(lock) => lock.unlock(),
+            Handle::Memory(lock) => lock.unlock(),
+        }
+    }
+}
+
+lock_methods!(ManagedLock, ManagedGuard);
+
+/// A held [`ManagedLock`]; dropping it releases.
+///
+/// A forked child's copy of a guard holds nothing: the lock stays with the parent.
+#[must_use = "a guard that is dropped at once releases its lock at once; bind it to a name such as `_guard`"]
+#[derive(Debug)]
+pub struct ManagedGuard {
+    /// Taken by the release.
+    hold: Option<Hold>,
+    recovered: Option<Box<Recovered>>,
+    /// The process that holds, for a forked child has a copy.
+    generation: u32,
+}
+
+impl ManagedGuard {
+    /// Releases now and says what went wrong.
+    ///
+    /// # Errors
+    /// [`NotLocked`](crate::ErrorKind::NotLocked) when [`ManagedLock::unlock`] has given the lock back already;
+    /// [`Io`](crate::ErrorKind::Io) from a [`FileLockManager`] when the system refuses.
+    pub fn release(mut self) -> Result<()> {
+        self.give_back()
+    }
+
+    /// Whether the previous owner died holding the lock, and who that was. Every death is told, whichever way the lock
+    /// was taken; the owner is unknown only when its place in the table was given to another process in between, or its
+    /// record is damaged.
+    ///
+    /// In an [`InMemoryLockManager`] nobody dies, so it is always `None`.
+    pub fn recovered(&self) -> Option<&Recovered> {
+        self.recovered.as_deref()
+    }
+
+    #[inline]
+    fn give_back(&mut self) -> Result<()> {
+        let Some(hold) = self.hold.take() else { return Ok(()) };
+        if self.generation != fork::generation() {
+            return Ok(());
+        }
+        match hold {
+            Hold::Shm(hold) => hold.release(),
+            Hold::File(hold) => hold.release(),
+            Hold::Memory(hold) => hold.release(),
+        }
+    }
+}
+
+impl Guard for ManagedGuard {
+    fn release(self) -> Result<()> {
+        self.release()
+    }
+
+    fn recovered(&self) -> Option<&Recovered> {
+        self.recovered()
+    }
+}
+
+impl Drop for ManagedGuard {
+    #[inline]
+    fn drop(&mut self) {
+        // What fails here was given back already, or is freed when its file is closed.
+        let _ = self.give_back();
+    }
+}
+
+/// A lock that somebody holds; see [`LockManager::held`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeldLock {
+    id: u32,
+    owner: Owner,
+}
+
+impl HeldLock {
+    /// Its number.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Who holds it; [`Owner::acquired`] says since when.
+    pub fn owner(&self) -> &Owner {
+        &self.owner
+    }
+}

@@ -1,0 +1,622 @@
+//! A table of locks in shared memory.
+//!
+//! The layout stands in [`table`], the lock word in [`word`], the allocation in [`bitmap`]; here is what ties them
+//! together: files, processes and sleeping.
+//!
+//! A process takes a *slot* of the table and keeps a kernel lock on the slot's first byte for as long as it lives. A lock
+//! word names its owner by slot and generation of the slot. So an owner is dead when its slot is of a later generation
+//! or its byte is not locked: the kernel answers, no pid does, and it holds across pid namespaces. The next user of a slot
+//! raises its generation first, so that it is never taken for the dead one.
+//!
+//! A process attaches to a table once and for its life, whatever the number of managers it opens: their memory is never
+//! unmapped, so that a guard is a plain reference and costs no counting.
+//!
+//! A page of cells is reserved in the file before its first lock is handed out, so that a full file system is an error
+//! there and not a SIGBUS later.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
+
+use parking_lot::Mutex;
+use rustix::fs::{AtFlags, CWD, FallocateFlags, Mode, OFlags, fallocate, ftruncate, linkat, openat};
+use rustix::io::Errno;
+use rustix::time::{ClockId, clock_gettime};
+
+use super::bitmap::Bitmap;
+use super::word::{self, OWNER, Slept, Taken, World};
+use super::{Handle, HeldLock, LockManager, ManagedLock};
+use crate::error::{Error, ErrorKind, Result};
+use crate::lock::Recovered;
+use crate::named::mark;
+use crate::owner::Owner;
+use crate::steps::step;
+use crate::sys::fork::{self, Shielded};
+use crate::sys::table::{self, Cell, LOCKS_PER_PAGE, MOST, SLOTS, Shape, Table};
+use crate::sys::{folder, futex, ofd};
+use crate::wait::{Backoff, GaveUp, Patience, Subject, Wait};
+
+/// A table of locks in shared memory, for the processes of one machine. Linux only.
+///
+/// Taking and releasing a lock that is free costs some ten nanoseconds and no system call. A process that dies holding
+/// locks, thousands of them if need be, leaves each to its next owner, who is told ([`ManagedGuard::recovered`]) at
+/// once when it comes later and within 10 ms when it waits.
+///
+/// The table is a file, best in a file system in memory such as `/dev/shm` or `/run`, which starts empty with the
+/// machine: the locks on numbers that were written down are then allocated again with
+/// [`allocate_at`](LockManager::allocate_at). It belongs to the user that made it, with mode 0600; who can write to it
+/// can break every lock in it. It takes memory as locks are first used, 4 KiB for each 64 of them.
+///
+/// A process stays attached to a table until it ends, also when every handle on it is gone: for a few tables each, not
+/// for thousands that come and go. At most 4094 processes share a table. Do not shorten the file while it is in use: a
+/// process that touches a lock that is not there any more is ended by the system (SIGBUS). Do not put it on a file
+/// system that several machines share.
+///
+/// ```
+/// # #[cfg(target_os = "linux")]
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use lockkit::{LockManager, ShmLockManager};
+/// # let path = format!("/dev/shm/lockkit-doc-shm-{}", std::process::id());
+/// let manager = ShmLockManager::open_or_create(&path, 2048)?;
+/// let lock = manager.allocate()?;
+/// {
+///     let guard = lock.lock()?;
+///     if let Some(died) = guard.recovered() {
+///         eprintln!("the previous owner died inside: {died}");
+///     }
+/// }
+/// lock.free()?;
+/// # std::fs::remove_file(path)?;
+/// # Ok(()) }
+/// # #[cfg(not(target_os = "linux"))] fn main() {}
+/// ```
+///
+/// Sources: [futex(2)](https://man7.org/linux/man-pages/man2/futex.2.html),
+/// open file description locks in [fcntl(2)](https://man7.org/linux/man-pages/man2/fcntl.2.html).
+///
+/// [`ManagedGuard::recovered`]: crate::ManagedGuard::recovered
+#[derive(Clone, Copy)]
+pub struct ShmLockManager(&'static Attached);
+
+impl ShmLockManager {
+    /// Makes a table of `capacity` locks at `path`, where nothing may be yet. It appears there complete.
+    ///
+    /// # Errors
+    /// [`InvalidCapacity`](ErrorKind::InvalidCapacity) for 0, or more than 16,777,216;
+    /// [`Io`](ErrorKind::Io) when something is there already (`AlreadyExists`), or the system refuses, as when the file
+    /// system has no room or cannot make files without a name (`O_TMPFILE`);
+    /// [`Unsupported`](ErrorKind::Unsupported) outside Linux.
+    pub fn create(path: impl AsRef<Path>, capacity: u32) -> Result<Self> {
+        make(path.as_ref(), capacity)?;
+        Self::open(path)
+    }
+
+    /// Opens the table at `path`, which says how many locks it has.
+    ///
+    /// # Errors
+    /// [`Io`](ErrorKind::Io) when there is none (`NotFound`), or the system refuses;
+    /// [`LayoutMismatch`](ErrorKind::LayoutMismatch) when it is something else, or damaged;
+    /// [`ForeignOwner`](ErrorKind::ForeignOwner) when it belongs to another user, who is not root;
+    /// [`TooManyProcesses`](ErrorKind::TooManyProcesses) when 4094 processes use it;
+    /// [`Unsupported`](ErrorKind::Unsupported) outside Linux.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let path = std::path::absolute(path).map_err(|error| Error::io("find", path, error))?;
+        Ok(Self(Attached::at(path)?))
+    }
+
+    /// Opens the table at `path`, or makes it with `capacity` locks. Any number of processes may do so at once: they get
+    /// the same table, with the capacity that the first one wanted.
+    ///
+    /// # Errors
+    /// As [`create`](Self::create) and [`open`](Self::open), but for what is there or is not.
+    pub fn open_or_create(path: impl AsRef<Path>, capacity: u32) -> Result<Self> {
+        loop {
+            match Self::open(&path) {
+                Err(error) if is_io(&error, io::ErrorKind::NotFound) => {}
+                opened => return opened,
+            }
+            match make(path.as_ref(), capacity) {
+                Err(error) if !is_io(&error, io::ErrorKind::AlreadyExists) => return Err(error),
+                _ => {}
+            }
+        }
+    }
+
+    /// How many locks the table has.
+    pub fn capacity(&self) -> u32 {
+        self.0.capacity
+    }
+
+    /// The path by which this process opened the table first.
+    pub fn path(&self) -> &Path {
+        &self.0.path
+    }
+
+    fn lock(&self, id: u32) -> Result<ShmLock> {
+        let table = self.0;
+        let Some(cell) = table.cells.get(id as usize) else {
+            return Err(ErrorKind::NoSuchLock { table: table.describe(), id, capacity: table.capacity }.into());
+        };
+        table.reserve(id)?;
+        Ok(ShmLock { table, cell, id })
+    }
+}
+
+impl fmt::Debug for ShmLockManager {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ShmLockManager").field("path", &self.0.path).field("capacity", &self.0.capacity).finish()
+    }
+}
+
+impl LockManager for ShmLockManager {
+    #[inline]
+    fn allocate(&self) -> Result<ManagedLock> {
+        match self.0.bitmap().allocate() {
+            Some(id) => match self.lock(id) {
+                Ok(lock) => Ok(ManagedLock(Handle::Shm(lock))),
+                Err(error) => {
+                    self.0.bitmap().free(id);
+                    Err(error)
+                }
+            },
+            None => {
+                let (capacity, allocated) = (self.0.capacity, self.0.bitmap().allocated());
+                Err(ErrorKind::Exhausted { table: self.0.describe(), capacity, allocated }.into())
+            }
+        }
+    }
+
+    fn retrieve(&self, id: u32) -> Result<ManagedLock> {
+        Ok(ManagedLock(Handle::Shm(self.lock(id)?)))
+    }
+
+    fn allocate_at(&self, id: u32) -> Result<ManagedLock> {
+        let lock = self.lock(id)?;
+        match self.0.bitmap().allocate_at(id) {
+            true => Ok(ManagedLock(Handle::Shm(lock))),
+            false => Err(ErrorKind::AlreadyAllocated { lock: lock.describe() }.into()),
+        }
+    }
+
+    fn available(&self) -> Result<Option<u32>> {
+        Ok(Some(self.0.capacity - self.0.bitmap().allocated()))
+    }
+
+    fn held(&self) -> Result<Vec<HeldLock>> {
+        self.0.me()?;
+        let (mut held, mut known) = (Vec::new(), HashMap::new());
+        for (page, cells) in self.0.table.used_cells() {
+            for (at, cell) in cells.iter().enumerate() {
+                let lock = ShmLock { table: self.0, cell, id: page * LOCKS_PER_PAGE + at as u32 };
+                held.extend(lock.living_owner(&mut known).map(|owner| HeldLock { id: lock.id, owner }));
+            }
+        }
+        Ok(held)
+    }
+
+    fn free_all(&self) -> Result<()> {
+        self.0.bitmap().free_all();
+        Ok(())
+    }
+}
+
+fn is_io(error: &Error, kind: io::ErrorKind) -> bool {
+    matches!(error.kind(), ErrorKind::Io { source, .. } if source.kind() == kind)
+}
+
+/// Makes a table without a name, and links it to `path` when it is complete: a process killed in between leaves nothing.
+fn make(path: &Path, capacity: u32) -> Result<()> {
+    if capacity == 0 || capacity > MOST {
+        return Err(ErrorKind::InvalidCapacity { capacity, most: MOST }.into());
+    }
+    let failed = |error| Error::io("create", path, error);
+    let folder = match path.parent() {
+        Some(folder) if folder != Path::new("") => folder,
+        _ => Path::new("."),
+    };
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    let file = File::from(openat(CWD, folder, flags, Mode::from_raw_mode(0o600)).map_err(failed)?);
+    step("nameless file made");
+    let shape = Shape::of(capacity);
+    ftruncate(&file, shape.size).map_err(failed)?;
+    reserve(&file, shape.bitmaps()).map_err(failed)?;
+    file.write_all_at(&table::header(capacity), 0).map_err(|error| Error::io("create", path, error))?;
+    step("table written");
+    let own = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
+    linkat(CWD, own, CWD, path, AtFlags::SYMLINK_FOLLOW).map_err(failed)?;
+    step("table linked");
+    Ok(())
+}
+
+/// Has the file system set room aside for a range of bytes. Where it cannot, room is taken when it is used.
+fn reserve(file: &File, (offset, length): (u64, u64)) -> std::result::Result<(), Errno> {
+    match fallocate(file, FallocateFlags::KEEP_SIZE, offset, length) {
+        Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+        result => result,
+    }
+}
+
+/// A table as this process uses it.
+struct Attached {
+    path: PathBuf,
+    /// Device and inode.
+    identity: (u64, u64),
+    table: &'static Table,
+    /// Those of `table`.
+    cells: &'static [Cell],
+    capacity: u32,
+    /// This process as lock words name it, and above it the fork generation for which that holds.
+    me: AtomicU64,
+    /// The open file that holds the slot's lock. A forked child's copy holds nothing. The mapping is made of another one,
+    /// for a mapping keeps its open file, and a forked child keeps the mapping.
+    slot: Mutex<Shielded<File>>,
+}
+
+/// What this process is attached to.
+static ATTACHED: Mutex<Vec<&'static Attached>> = Mutex::new(Vec::new());
+
+/// How lock words name an owner: the number of its slot, from 1 on, in the lower bits, and above it the slot's generation.
+const SLOT_BITS: u32 = 12;
+const SLOT: u32 = (1 << SLOT_BITS) - 1;
+const GENERATION: u32 = OWNER >> SLOT_BITS;
+/// Somebody who died, without a slot any more.
+const DIED: u32 = SLOT;
+const _: () = assert!(SLOTS < DIED);
+
+impl Attached {
+    fn at(path: PathBuf) -> Result<&'static Self> {
+        let mut attached = ATTACHED.lock();
+        let slot = open_file(&path)?;
+        let identity = identity(&path, &slot)?;
+        if let Some(known) = attached.iter().find(|known| known.identity == identity) {
+            known.me()?;
+            return Ok(known);
+        }
+        let capacity = check(&path, &slot)?;
+        let mapped = open_file(&path)?;
+        if self::identity(&path, &mapped)? != identity {
+            return Err(ErrorKind::RogueDeletion { path }.into());
+        }
+        let table = Table::map(&mapped, capacity).map_err(|error| Error::io("map", &path, error))?;
+        let (first, last) = (Shape::slot(0).0, Shape::slot(SLOTS).0);
+        let alone =
+            !ofd::is_locked(&slot, first, last - first).map_err(|error| Error::io("ask who uses", &path, error))?;
+        let me = take_slot(&table, &path, &slot)?;
+        let table: &'static Table = Box::leak(Box::new(table));
+        let fresh: &'static Self = Box::leak(Box::new(Self {
+            path,
+            identity,
+            table,
+            cells: table.cells(),
+            capacity,
+            me: AtomicU64::new(me),
+            slot: Mutex::new(slot),
+        }));
+        if alone {
+            fresh.bitmap().recount_now();
+        }
+        attached.push(fresh);
+        Ok(fresh)
+    }
+
+    /// This process as lock words name it.
+    #[inline]
+    fn me(&self) -> Result<u32> {
+        let me = self.me.load(Ordering::Relaxed);
+        if (me >> 32) as u32 == fork::generation() { Ok(me as u32) } else { self.me_after_fork() }
+    }
+
+    /// A forked child is another process, and needs a slot of its own.
+    #[cold]
+    fn me_after_fork(&self) -> Result<u32> {
+        let mut slot = self.slot.lock();
+        let mut me = self.me.load(Ordering::Relaxed);
+        if (me >> 32) as u32 != fork::generation() {
+            let own = open_file(&self.path)?;
+            if identity(&self.path, &own)? != self.identity {
+                return Err(ErrorKind::RogueDeletion { path: self.path.clone() }.into());
+            }
+            me = take_slot(self.table, &self.path, &own)?;
+            *slot = own;
+            self.me.store(me, Ordering::Relaxed);
+        }
+        Ok(me as u32)
+    }
+
+    #[inline]
+    fn bitmap(&self) -> Bitmap<'_> {
+        let header = self.table.header();
+        Bitmap {
+            words: self.table.allocated(),
+            full: self.table.full(),
+            count: &header.count.0,
+            hint: &header.hint.0,
+            capacity: self.capacity,
+        }
+    }
+
+    /// Has room for the lock `id` set aside in the file before somebody touches it.
+    #[inline]
+    fn reserve(&self, id: u32) -> Result<()> {
+        let page = (id / LOCKS_PER_PAGE) as usize;
+        match self.table.touched()[page / 64].load(Ordering::Acquire) & 1 << (page % 64) {
+            0 => self.reserve_page(page),
+            _ => Ok(()),
+        }
+    }
+
+    #[cold]
+    fn reserve_page(&self, page: usize) -> Result<()> {
+        self.me()?;
+        reserve(&self.slot.lock(), self.table.shape().page_of_cells(page))
+            .map_err(|error| Error::io("make room in", &self.path, error))?;
+        step("page of locks reserved");
+        self.table.touched()[page / 64].fetch_or(1 << (page % 64), Ordering::Release);
+        step("page of locks marked");
+        Ok(())
+    }
+
+    /// Whether the owner of a lock has died. What the kernel does not say counts as alive.
+    fn is_dead(&self, owner: u32) -> bool {
+        let at = (owner & SLOT) - 1;
+        let Some(slot) = self.table.slots().get(at as usize) else { return true };
+        if slot.generation.load(Ordering::Acquire) & GENERATION != owner >> SLOT_BITS {
+            return true;
+        }
+        if u64::from(owner) == self.me.load(Ordering::Relaxed) & u64::from(u32::MAX) {
+            return false;
+        }
+        ofd::is_locked(&self.slot.lock(), Shape::slot(at).0, 1).is_ok_and(|locked| !locked)
+    }
+
+    /// Who an owner is, or was, while its slot tells.
+    fn owner(&self, owner: u32) -> Option<Owner> {
+        let slot = self.table.slots().get((owner & SLOT).checked_sub(1)? as usize)?;
+        let same = || slot.generation.load(Ordering::Acquire) & GENERATION == owner >> SLOT_BITS;
+        // The generation changes before the record does.
+        same().then(|| mark::holder(&slot.record[..])).flatten().filter(|_| same())
+    }
+
+    fn describe(&self) -> String {
+        format!("the lock table {}", self.path.display())
+    }
+}
+
+impl fmt::Debug for Attached {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Attached").field(&self.path).finish()
+    }
+}
+
+fn open_file(path: &Path) -> Result<Shielded<File>> {
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let mut options = File::options();
+    options.read(true).write(true).custom_flags(flags.bits() as i32);
+    Shielded::new(|| options.open(path)).map_err(|error| Error::io("open", path, error))
+}
+
+fn identity(path: &Path, file: &File) -> Result<(u64, u64)> {
+    let found = file.metadata().map_err(|error| Error::io("look at", path, error))?;
+    Ok((found.dev(), found.ino()))
+}
+
+/// Looks at a file before any of it is mapped; says how many locks it has.
+fn check(path: &Path, file: &File) -> Result<u32> {
+    let mismatch = |problem| Error::from(ErrorKind::LayoutMismatch { path: path.to_owned(), problem });
+    let found = file.metadata().map_err(|error| Error::io("look at", path, error))?;
+    if !found.is_file() {
+        return Err(mismatch("it is not a plain file"));
+    }
+    // Its owner can shorten it under us.
+    if found.uid() != folder::effective_uid() && found.uid() != 0 {
+        let lock = format!("the lock table {}", path.display());
+        return Err(ErrorKind::ForeignOwner { lock, uid: found.uid(), pid: None }.into());
+    }
+    let mut header = [0; 20];
+    match file.read_exact_at(&mut header, 0) {
+        Ok(()) => table::capacity(&header, found.len()).map_err(mismatch),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(mismatch("it is too short")),
+        Err(error) => Err(Error::io("read", path, error)),
+    }
+}
+
+/// Takes a slot that no living process has, with `file`, and writes down who this is. Says how lock words name this
+/// process, and above it for which fork generation.
+fn take_slot(table: &Table, path: &Path, file: &File) -> Result<u64> {
+    let fork = u64::from(fork::generation()) << 32;
+    let start = table.header().next_slot.0.fetch_add(1, Ordering::Relaxed) % SLOTS;
+    for at in (start..SLOTS).chain(0..start) {
+        let (offset, length) = Shape::slot(at);
+        if !ofd::try_lock(file, offset).map_err(|error| Error::io("lock a slot of", path, error))? {
+            continue;
+        }
+        step("slot locked");
+        reserve(file, (offset.into(), length.into())).map_err(|error| Error::io("make room in", path, error))?;
+        let slot = &table.slots()[at as usize];
+        let generation = slot.generation.fetch_add(1, Ordering::AcqRel).wrapping_add(1) & GENERATION;
+        step("slot of a new generation");
+        if generation == 0 {
+            forget_generations(table, at);
+        }
+        mark::take(&slot.record[..]);
+        return Ok(fork | u64::from(generation << SLOT_BITS | (at + 1)));
+    }
+    Err(ErrorKind::TooManyProcesses { table: format!("the lock table {}", path.display()), most: SLOTS }.into())
+}
+
+/// Once in 262,144 times that a slot is taken its generations begin anew. Locks that a dead user of it still holds must
+/// not be taken for the new one's, so they become locks of somebody who died.
+#[cold]
+fn forget_generations(table: &Table, slot: u32) {
+    for cell in table.used_cells().flat_map(|(_, cells)| cells) {
+        let _ = cell.word.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |word| {
+            (word & SLOT == slot + 1).then_some(word & !OWNER | DIED)
+        });
+    }
+}
+
+/// A lock of the table.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ShmLock {
+    table: &'static Attached,
+    cell: &'static Cell,
+    id: u32,
+}
+
+/// A lock of the table, held.
+#[derive(Debug)]
+pub(super) struct ShmHold {
+    lock: ShmLock,
+    owner: u32,
+    turn: u32,
+}
+
+impl ShmLock {
+    pub(super) fn id(&self) -> u32 {
+        self.id
+    }
+
+    pub(super) fn free(&self) -> Result<()> {
+        match self.table.bitmap().free(self.id) {
+            true => Ok(()),
+            false => Err(ErrorKind::NotAllocated { lock: self.describe() }.into()),
+        }
+    }
+
+    #[inline]
+    pub(super) fn acquire(&self, wait: &Wait) -> Result<(ShmHold, Option<Box<Recovered>>)> {
+        wait.check(self)?;
+        let owner = self.table.me()?;
+        let taken = match word::take_free(&self.cell.word, owner) {
+            true => Taken::Clean,
+            false => self.acquire_held(owner, wait)?,
+        };
+        step("lock word taken");
+        let recovered = match taken {
+            Taken::Clean => None,
+            Taken::From(died) => Some(self.recovered(died)),
+        };
+        // Only the holder writes these, and the lock carries the writes to the next.
+        let turn = self.cell.turn.load(Ordering::Relaxed).wrapping_add(1);
+        self.cell.turn.store(turn, Ordering::Relaxed);
+        self.cell.since.store(now(), Ordering::Relaxed);
+        step("owner written down");
+        Ok((ShmHold { lock: *self, owner, turn }, recovered))
+    }
+
+    #[cold]
+    fn acquire_held(&self, owner: u32, wait: &Wait) -> Result<Taken> {
+        let word = &self.cell.word;
+        let Some(patience) = wait.patience()? else {
+            return word::take_now(word, owner, |owner| self.table.is_dead(owner)).ok_or_else(|| self.held());
+        };
+        let mut sleeper = Sleeper {
+            table: self.table,
+            patience: &patience,
+            ticks: Backoff::between(FIRST_TICK * 2, LAST_TICK),
+            tick: FIRST_TICK,
+        };
+        word::take(word, owner, &mut sleeper).map_err(|stopped| match stopped {
+            Stopped::GaveUp(gave_up) => patience.error(gave_up, self),
+            Stopped::Failed(error) => Error::io("wait on a lock of", &self.table.path, error),
+        })
+    }
+
+    #[cold]
+    fn recovered(&self, died: u32) -> Box<Recovered> {
+        let owner = self.table.owner(died).map(|owner| self.since(owner));
+        Box::new(Recovered::new(owner))
+    }
+
+    fn since(&self, mut owner: Owner) -> Owner {
+        let since = Duration::from_nanos(self.cell.since.load(Ordering::Relaxed));
+        owner.acquired = SystemTime::UNIX_EPOCH.checked_add(since);
+        owner
+    }
+
+    /// Who holds the lock, unless it has died.
+    fn living_owner(&self, known: &mut HashMap<u32, Option<Owner>>) -> Option<Owner> {
+        let held_by = self.cell.word.load(Ordering::Acquire) & OWNER;
+        if held_by == word::FREE {
+            return None;
+        }
+        let look = || if self.table.is_dead(held_by) { None } else { self.table.owner(held_by) };
+        let owner = known.entry(held_by).or_insert_with(look).clone().map(|owner| self.since(owner));
+        owner.filter(|_| self.cell.word.load(Ordering::Acquire) & OWNER == held_by)
+    }
+
+    pub(super) fn unlock(&self) -> Result<()> {
+        let turn = self.cell.turn.load(Ordering::Relaxed);
+        ShmHold { lock: *self, owner: self.table.me()?, turn }.release()
+    }
+}
+
+impl ShmHold {
+    #[inline]
+    pub(super) fn release(self) -> Result<()> {
+        let cell = self.lock.cell;
+        let mine = cell.turn.load(Ordering::Relaxed) == self.turn;
+        match mine && word::release(&cell.word, self.owner, futex::wake_one) {
+            true => Ok(()),
+            false => Err(ErrorKind::NotLocked { lock: self.lock.describe() }.into()),
+        }
+    }
+}
+
+impl Subject for ShmLock {
+    fn describe(&self) -> String {
+        format!("lock {} of {}", self.id, self.table.describe())
+    }
+
+    fn holder(&self) -> Option<Owner> {
+        self.living_owner(&mut HashMap::new())
+    }
+}
+
+/// How long a waiter sleeps at most before it looks whether the owner lives: at first, and in the end.
+const FIRST_TICK: Duration = Duration::from_millis(1);
+const LAST_TICK: Duration = Duration::from_millis(10);
+
+/// A waiter.
+struct Sleeper<'p> {
+    table: &'static Attached,
+    patience: &'p Patience,
+    ticks: Backoff,
+    tick: Duration,
+}
+
+enum Stopped {
+    GaveUp(GaveUp),
+    Failed(io::Error),
+}
+
+impl World for Sleeper<'_> {
+    type GaveUp = Stopped;
+
+    fn is_dead(&self, owner: u32) -> bool {
+        self.table.is_dead(owner)
+    }
+
+    fn sleep(&mut self, word: &AtomicU32, seen: u32) -> std::result::Result<Slept, Stopped> {
+        let portion = self.patience.portion(self.tick).map_err(Stopped::GaveUp)?;
+        match futex::wait(word, seen, portion).map_err(Stopped::Failed)? {
+            futex::Woke::Early => Ok(Slept::Woken),
+            futex::Woke::TimedOut => {
+                self.tick = self.ticks.next();
+                Ok(Slept::Tick)
+            }
+        }
+    }
+}
+
+/// Nanoseconds since the epoch, by a clock that is read without asking its hardware.
+fn now() -> u64 {
+    let now = clock_gettime(ClockId::RealtimeCoarse);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}

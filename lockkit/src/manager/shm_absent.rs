@@ -1,0 +1,106 @@
+//! In the place of `shm` where there are no futexes: a manager that cannot be had.
+
+use std::path::Path;
+
+use super::{HeldLock, LockManager, ManagedLock};
+use crate::error::{ErrorKind, Result};
+use crate::lock::Recovered;
+use crate::wait::Wait;
+
+/// A table of locks in shared memory: Linux only. On this system nobody can have one.
+#[derive(Clone, Copy, Debug)]
+pub struct ShmLockManager(Never);
+
+/// What cannot be.
+#[derive(Clone, Copy, Debug)]
+enum Never {}
+
+fn unsupported<T>() -> Result<T> {
+    Err(ErrorKind::Unsupported { what: "a lock table in shared memory" }.into())
+}
+
+impl ShmLockManager {
+    /// # Errors
+    /// [`Unsupported`](ErrorKind::Unsupported), always.
+    pub fn create(_path: impl AsRef<Path>, _capacity: u32) -> Result<Self> {
+        unsupported()
+    }
+
+    /// # Errors
+    /// [`Unsupported`](ErrorKind::Unsupported), always.
+    pub fn open(_path: impl AsRef<Path>) -> Result<Self> {
+        unsupported()
+    }
+
+    /// # Errors
+    /// [`Unsupported`](ErrorKind::Unsupported), always.
+    pub fn open_or_create(_path: impl AsRef<Path>, _capacity: u32) -> Result<Self> {
+        unsupported()
+    }
+
+    /// How many locks the table has.
+    pub fn capacity(&self) -> u32 {
+        match self.0 {}
+    }
+
+    /// The path by which this process opened the table first.
+    pub fn path(&self) -> &Path {
+        match self.0 {}
+    }
+}
+
+impl LockManager for ShmLockManager {
+    fn allocate(&self) -> Result<ManagedLock> {
+        match self.0 {}
+    }
+
+    fn retrieve(&self, _id: u32) -> Result<ManagedLock> {
+        match self.0 {}
+    }
+
+    fn allocate_at(&self, _id: u32) -> Result<ManagedLock> {
+        match self.0 {}
+    }
+
+    fn available(&self) -> Result<Option<u32>> {
+        match self.0 {}
+    }
+
+    fn held(&self) -> Result<Vec<HeldLock>> {
+        match self.0 {}
+    }
+
+    fn free_all(&self) -> Result<()> {
+        match self.0 {}
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct ShmLock(Never);
+
+#[derive(Debug)]
+pub(super) struct ShmHold(Never);
+
+impl ShmLock {
+    pub(super) fn id(&self) -> u32 {
+        match self.0 {}
+    }
+
+    pub(super) fn free(&self) -> Result<()> {
+        match self.0 {}
+    }
+
+    pub(super) fn acquire(&self, _wait: &Wait) -> Result<(ShmHold, Option<Box<Recovered>>)> {
+        match self.0 {}
+    }
+
+    pub(super) fn unlock(&self) -> Result<()> {
+        match self.0 {}
+    }
+}
+
+impl ShmHold {
+    pub(super) fn release(self) -> Result<()> {
+        match self.0 {}
+    }
+}

@@ -1,0 +1,325 @@
+//! The word that is a lock in shared memory.
+//!
+//! | word | meaning |
+//! |---|---|
+//! | `FREE` | nobody holds it, and nobody need be woken |
+//! | owner | held |
+//! | owner, `WAITERS` | held, and somebody may be asleep on the word: whoever releases wakes one |
+//! | owner, `WAITERS`, `KEPT` | a waiter has slept for a whole tick: the release keeps the lock for those who sleep |
+//! | `WAITERS`, `KEPT` | released and kept: only those who have slept take it, and who asks without waiting |
+//!
+//! Whoever comes at the right moment may take a free lock before a woken waiter does, because handing over would cost
+//! two context switches for each hold. But a waiter presses for `KEPT` after each tick, so nobody overtakes it for ever,
+//! and hand-overs stay as rare as ticks. Should the one it is kept for die, the others notice within a tick.
+//!
+//! An owner is dead or alive by what [`World`] says, asked at first sight and then once a tick. A dead owner's word is
+//! taken from it with a compare-and-swap, so one of many wins, and knows that it took over.
+
+use super::seam::{AtomicU32, Ordering};
+
+/// Nobody holds the lock.
+pub(super) const FREE: u32 = 0;
+/// Who holds it; 0 for nobody.
+pub(super) const OWNER: u32 = KEPT - 1;
+/// Kept for those who sleep, or to be kept when it is released.
+const KEPT: u32 = 1 << 30;
+/// Somebody may be asleep.
+const WAITERS: u32 = 1 << 31;
+
+/// What the word does not know: who lives, and how to sleep.
+pub(super) trait World {
+    /// Why a waiter stops waiting.
+    type GaveUp;
+    /// Whether the owner has died. Once it has, it stays so.
+    fn is_dead(&self, owner: u32) -> bool;
+    /// Sleeps on the word until somebody wakes this thread or a tick is over, unless the word is not `seen` any more;
+    /// or says that it is time to give up.
+    fn sleep(&mut self, word: &AtomicU32, seen: u32) -> Result<Slept, Self::GaveUp>;
+}
+
+/// What ended a sleep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Slept {
+    /// Somebody woke this thread, or the word had changed before it slept.
+    Woken,
+    /// A tick is over.
+    Tick,
+}
+
+/// The lock is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Taken {
+    /// From nobody.
+    Clean,
+    /// From an owner that died holding it.
+    From(u32),
+}
+
+/// Takes a free lock that nobody waits for.
+#[inline]
+pub(super) fn take_free(word: &AtomicU32, owner: u32) -> bool {
+    word.compare_exchange(FREE, owner, Ordering::Acquire, Ordering::Relaxed).is_ok()
+}
+
+/// Takes the lock unless a living owner holds it.
+#[cold]
+pub(super) fn take_now(word: &AtomicU32, owner: u32, is_dead: impl Fn(u32) -> bool) -> Option<Taken> {
+    attempt(word, owner, Stance { entitled: true, leave: 0, look: true }, is_dead).ok()
+}
+
+/// Takes the lock as soon as it can be had.
+#[cold]
+pub(super) fn take<W: World>(word: &AtomicU32, owner: u32, world: &mut W) -> Result<Taken, W::GaveUp> {
+    let mut stance = Stance { entitled: false, leave: 0, look: true };
+    let mut press = 0;
+    loop {
+        let seen = match attempt(word, owner, stance, |owner| world.is_dead(owner)) {
+            Ok(taken) => return Ok(taken),
+            Err(seen) => seen,
+        };
+        let waiting = seen | WAITERS | if seen & OWNER == 0 { 0 } else { press };
+        if waiting != seen && word.compare_exchange(seen, waiting, Ordering::Relaxed, Ordering::Relaxed).is_err() {
+            continue;
+        }
+        // Who gives up now, after it was woken, has just seen to it that the next release wakes another.
+        let slept = world.sleep(word, waiting)?;
+        // Others may sleep as well, and nobody counts them.
+        stance = Stance { entitled: true, leave: WAITERS, look: slept == Slept::Tick };
+        press = if slept == Slept::Tick { KEPT } else { 0 };
+    }
+}
+
+/// How somebody tries to take the lock.
+#[derive(Clone, Copy)]
+struct Stance {
+    /// Takes also what is kept.
+    entitled: bool,
+    /// What to leave in the word.
+    leave: u32,
+    /// Looks whether the owner lives.
+    look: bool,
+}
+
+/// Takes the lock if it can be had now; else says what the word was.
+fn attempt(word: &AtomicU32, owner: u32, stance: Stance, is_dead: impl Fn(u32) -> bool) -> Result<Taken, u32> {
+    let mut seen = word.load(Ordering::Relaxed);
+    loop {
+        let taken = match seen & OWNER {
+            0 if seen & KEPT == 0 || stance.entitled => Taken::Clean,
+            0 => return Err(seen),
+            holder if stance.look && is_dead(holder) => Taken::From(holder),
+            _ => return Err(seen),
+        };
+        let next = owner | stance.leave | (seen & WAITERS);
+        match word.compare_exchange(seen, next, Ordering::Acquire, Ordering::Relaxed) {
+            Ok(_) => return Ok(taken),
+            Err(changed) => seen = changed,
+        }
+    }
+}
+
+/// Gives the lock back; `false` when `owner` does not hold it. `wake` wakes one thread that sleeps on the word, and says
+/// whether there was one.
+#[inline]
+pub(super) fn release(word: &AtomicU32, owner: u32, wake: impl Fn(&AtomicU32) -> bool) -> bool {
+    match word.compare_exchange(owner, FREE, Ordering::Release, Ordering::Relaxed) {
+        Ok(_) => true,
+        Err(seen) => release_to_waiters(word, owner, seen, wake),
+    }
+}
+
+#[cold]
+fn release_to_waiters(word: &AtomicU32, owner: u32, mut seen: u32, wake: impl Fn(&AtomicU32) -> bool) -> bool {
+    loop {
+        if seen & OWNER != owner {
+            return false;
+        }
+        let next = if seen & KEPT == 0 { FREE } else { KEPT | WAITERS };
+        match word.compare_exchange(seen, next, Ordering::Release, Ordering::Relaxed) {
+            Ok(_) => {
+                crate::steps::step("lock word given back to waiters");
+                if seen & WAITERS != 0 && !wake(word) && next != FREE {
+                    // Nobody slept, so it need not be kept.
+                    let _ = word.compare_exchange(next, FREE, Ordering::Relaxed, Ordering::Relaxed);
+                }
+                crate::steps::step("waiter woken");
+                return true;
+            }
+            Err(changed) => seen = changed,
+        }
+    }
+}
+
+#[cfg(all(loom, test))]
+mod models {
+    use std::sync::Arc;
+
+    use loom::cell::UnsafeCell;
+    use loom::sync::{Condvar, Mutex};
+    use loom::thread;
+
+    use super::*;
+
+    /// A futex without ticks, so that a wake-up that gets lost shows as a deadlock.
+    #[derive(Default)]
+    struct Futex {
+        sleepers: Mutex<(u32, u32)>,
+        woken: Condvar,
+    }
+
+    impl Futex {
+        fn sleep(&self, word: &AtomicU32, seen: u32) {
+            let mut sleepers = self.sleepers.lock().unwrap();
+            if word.load(Ordering::SeqCst) != seen {
+                return;
+            }
+            sleepers.0 += 1;
+            while sleepers.1 == 0 {
+                sleepers = self.woken.wait(sleepers).unwrap();
+            }
+            sleepers.0 -= 1;
+            sleepers.1 -= 1;
+        }
+
+        fn wake(&self) -> bool {
+            let mut sleepers = self.sleepers.lock().unwrap();
+            if sleepers.0 == sleepers.1 {
+                return false;
+            }
+            sleepers.1 += 1;
+            self.woken.notify_all();
+            true
+        }
+    }
+
+    struct Model {
+        word: AtomicU32,
+        futex: Futex,
+        /// What the lock protects; loom sees two who touch it at once.
+        inside: UnsafeCell<()>,
+    }
+
+    impl Model {
+        fn new(word: u32) -> Arc<Self> {
+            Arc::new(Self { word: AtomicU32::new(word), futex: Futex::default(), inside: UnsafeCell::new(()) })
+        }
+
+        fn enter(&self) {
+            self.inside.with_mut(|_| ());
+        }
+    }
+
+    /// How a waiter's sleeps go: the first ones end by a tick, as many as `ticks`; then only waking helps.
+    struct Waiter<'m> {
+        model: &'m Model,
+        dead: u32,
+        ticks: u32,
+        gives_up: bool,
+    }
+
+    impl World for Waiter<'_> {
+        type GaveUp = ();
+
+        fn is_dead(&self, owner: u32) -> bool {
+            owner == self.dead
+        }
+
+        fn sleep(&mut self, word: &AtomicU32, seen: u32) -> Result<Slept, ()> {
+            if self.ticks > 0 {
+                self.ticks -= 1;
+                thread::yield_now();
+                return Ok(Slept::Tick);
+            }
+            if self.gives_up {
+                return Err(());
+            }
+            self.model.futex.sleep(word, seen);
+            Ok(Slept::Woken)
+        }
+    }
+
+    /// Takes and releases once; says from whom it took.
+    fn visit(model: &Model, owner: u32, dead: u32, ticks: u32, gives_up: bool) -> Option<Taken> {
+        let mut waiter = Waiter { model, dead, ticks, gives_up };
+        let taken = match take_free(&model.word, owner) {
+            true => Taken::Clean,
+            false => take(&model.word, owner, &mut waiter).ok()?,
+        };
+        model.enter();
+        assert!(release(&model.word, owner, |_| model.futex.wake()));
+        Some(taken)
+    }
+
+    fn explore(model: impl Fn() + Send + Sync + 'static) {
+        let mut builder = loom::model::Builder::new();
+        builder.preemption_bound = Some(3);
+        builder.check(model);
+    }
+
+    #[test]
+    fn loom_two_never_hold_it_and_no_wake_up_is_lost() {
+        explore(|| {
+            let model = Model::new(FREE);
+            let others: Vec<_> = [2, 3]
+                .map(|owner| {
+                    let model = model.clone();
+                    thread::spawn(move || assert!(visit(&model, owner, 9, 0, false).is_some()))
+                })
+                .into();
+            assert!(visit(&model, 1, 9, 0, false).is_some());
+            for other in others {
+                other.join().unwrap();
+            }
+        });
+    }
+
+    #[test]
+    fn loom_a_waiter_that_presses_gets_it_kept_and_nobody_is_left_asleep() {
+        explore(|| {
+            let model = Model::new(FREE);
+            let others: Vec<_> = [(2, 1), (3, 0)]
+                .map(|(owner, ticks)| {
+                    let model = model.clone();
+                    thread::spawn(move || assert!(visit(&model, owner, 9, ticks, false).is_some()))
+                })
+                .into();
+            assert!(visit(&model, 1, 9, 0, false).is_some());
+            for other in others {
+                other.join().unwrap();
+            }
+        });
+    }
+
+    #[test]
+    fn loom_a_waiter_that_gives_up_takes_no_wake_up_with_it() {
+        explore(|| {
+            let model = Model::new(FREE);
+            let others: Vec<_> = [(2, true), (3, false)]
+                .map(|(owner, gives_up)| {
+                    let model = model.clone();
+                    thread::spawn(move || {
+                        assert!(visit(&model, owner, 9, 0, gives_up).is_some() || gives_up);
+                    })
+                })
+                .into();
+            assert!(visit(&model, 1, 9, 0, false).is_some());
+            for other in others {
+                other.join().unwrap();
+            }
+        });
+    }
+
+    #[test]
+    fn loom_one_of_many_takes_over_from_the_dead() {
+        explore(|| {
+            let model = Model::new(9 | WAITERS);
+            let other = thread::spawn({
+                let model = model.clone();
+                move || visit(&model, 2, 9, 0, false).unwrap()
+            });
+            let mine = visit(&model, 1, 9, 0, false).unwrap();
+            let other = other.join().unwrap();
+            assert_eq!([mine, other].iter().filter(|taken| **taken == Taken::From(9)).count(), 1);
+        });
+    }
+}

@@ -1,0 +1,36 @@
+//! Sleeping until a word of shared memory changes: [futex(2)].
+//!
+//! [futex(2)]: https://man7.org/linux/man-pages/man2/futex.2.html
+
+use std::io;
+use std::sync::atomic::AtomicU32;
+use std::time::Duration;
+
+use rustix::event::Timespec;
+use rustix::io::Errno;
+use rustix::thread::futex::{self, Flags};
+
+/// What ended a sleep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Woke {
+    /// The word was another one already, or somebody woke this thread, or a signal did.
+    Early,
+    /// The time is over.
+    TimedOut,
+}
+
+/// Sleeps until somebody calls [`wake_one`] for `word`, in this process or another, but at most `limit`, and only if
+/// `word` is still `expected`.
+pub(crate) fn wait(word: &AtomicU32, expected: u32, limit: Duration) -> io::Result<Woke> {
+    let limit = Timespec::try_from(limit).ok();
+    match futex::wait(word, Flags::empty(), expected, limit.as_ref()) {
+        Ok(()) | Err(Errno::AGAIN | Errno::INTR) => Ok(Woke::Early),
+        Err(Errno::TIMEDOUT) => Ok(Woke::TimedOut),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Wakes the thread that has slept longest on `word`; says whether there was one.
+pub(crate) fn wake_one(word: &AtomicU32) -> bool {
+    futex::wake(word, Flags::empty(), 1).is_ok_and(|woken| woken > 0)
+}
