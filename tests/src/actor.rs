@@ -56,6 +56,13 @@ impl Actor {
         Self::run(command)
     }
 
+    /// Starts one that works on a table of locks; see [`managers::serve`](crate::managers::serve).
+    pub fn start_at(table: &crate::managers::Table) -> Self {
+        let mut command = Command::new(program("actor"));
+        command.arg("table").arg(table.to_string()).stdin(Stdio::piped()).stdout(Stdio::piped());
+        Self::run(command)
+    }
+
     fn run(mut command: Command) -> Self {
         let mut child = command.spawn().expect("the actor starts");
         let commands = child.stdin.take();
@@ -247,7 +254,7 @@ pub fn serve(spec: &Spec) {
 }
 
 /// An error as the actor answers it: its kind first.
-fn describe(error: &lockkit::Error) -> String {
+pub fn describe(error: &lockkit::Error) -> String {
     let kind = match error.kind() {
         ErrorKind::Held { .. } => "Held",
         ErrorKind::Timeout { .. } => "Timeout",
@@ -255,6 +262,13 @@ fn describe(error: &lockkit::Error) -> String {
         ErrorKind::ForeignOwner { .. } => "ForeignOwner",
         ErrorKind::Insecure { .. } => "Insecure",
         ErrorKind::RogueDeletion { .. } => "RogueDeletion",
+        ErrorKind::Exhausted { .. } => "Exhausted",
+        ErrorKind::NoSuchLock { .. } => "NoSuchLock",
+        ErrorKind::AlreadyAllocated { .. } => "AlreadyAllocated",
+        ErrorKind::NotAllocated { .. } => "NotAllocated",
+        ErrorKind::NotLocked { .. } => "NotLocked",
+        ErrorKind::LayoutMismatch { .. } => "LayoutMismatch",
+        ErrorKind::TooManyProcesses { .. } => "TooManyProcesses",
         ErrorKind::Io { .. } => "Io",
         _ => "Other",
     };

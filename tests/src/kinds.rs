@@ -3,7 +3,9 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use lockkit::{Backend, FileLock, Guard, Lock, NamedLock, Result, Scope, Wait};
+use lockkit::{Backend, FileLock, Guard, Lock, LockManager, ManagedLock, NamedLock, Result, Scope, Wait};
+
+use crate::managers::{self, Table};
 
 /// A lock of any kind.
 pub trait AnyLock: Send + Sync {
@@ -47,6 +49,23 @@ impl<L: Lock<Guard: 'static> + Send + Sync> AnyLock for Any<L> {
     }
 }
 
+/// A lock of a manager.
+struct Managed {
+    manager: Box<dyn LockManager>,
+    lock: ManagedLock,
+}
+
+impl AnyLock for Managed {
+    fn acquire(&self, wait: &Wait) -> Result<Box<dyn AnyGuard>> {
+        Ok(Box::new(self.lock.acquire(wait)?))
+    }
+
+    fn owner(&self) -> Option<u32> {
+        let held = self.manager.held().expect("held locks can be listed");
+        held.iter().find(|held| held.id() == self.lock.id()).map(|held| held.owner().pid())
+    }
+}
+
 /// A kind of lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -58,9 +77,14 @@ pub enum Kind {
     NamedFile,
     /// [`FileLock`], exclusive.
     File,
+    /// The first lock of a table, allocated.
+    Managed(managers::Kind),
 }
 
-const KINDS: [(Kind, &str); 4] = [
+const KINDS: [(Kind, &str); 7] = [
+    (Kind::Managed(managers::Kind::Shm), "shm"),
+    (Kind::Managed(managers::Kind::Folder), "folder"),
+    (Kind::Managed(managers::Kind::Memory), "memory"),
     (Kind::NamedSocket, "named-socket"),
     (Kind::MachineSocket, "machine-socket"),
     (Kind::NamedFile, "named-file"),
@@ -72,6 +96,7 @@ impl Kind {
     pub fn fresh(self) -> Spec {
         let name = crate::fresh_name("lockkit-test");
         let at = match self {
+            Self::Managed(kind) => kind.fresh().name().to_owned(),
             Self::File => std::env::temp_dir().join(format!("{name}.lock")).display().to_string(),
             _ => name,
         };
@@ -81,6 +106,11 @@ impl Kind {
     /// Whether the next owner is told of a death.
     pub fn tells_deaths(self) -> bool {
         self != Self::File
+    }
+
+    /// Whether taking the lock may need a descriptor.
+    pub fn needs_descriptors(self) -> bool {
+        self != Self::Managed(managers::Kind::Shm)
     }
 
     /// Whether waiters are served first come, first served.
@@ -126,6 +156,12 @@ impl Spec {
             Kind::MachineSocket => named(Scope::Machine, Backend::Socket),
             Kind::NamedFile => named(Scope::User, Backend::File),
             Kind::File => Box::new(Any { lock: FileLock::new(&self.at), owner: |_| None }),
+            Kind::Managed(kind) => {
+                let manager = Table::at(kind, &self.at).open();
+                // Whoever comes first allocates it.
+                let lock = manager.allocate_at(0).or_else(|_| manager.retrieve(0)).expect("a first lock");
+                Box::new(Managed { manager, lock })
+            }
         }
     }
 
@@ -137,6 +173,10 @@ impl Spec {
             Kind::MachineSocket => vec![format!("/dev/shm/lockkit-machine/{}", self.at).into()],
             Kind::NamedFile => vec![format!("/tmp/lockkit-u{uid}/{}.lock", self.at).into()],
             Kind::File => vec![PathBuf::from(&self.at)],
+            Kind::Managed(kind) => {
+                Table::at(kind, &self.at).clean();
+                vec![]
+            }
         }
     }
 

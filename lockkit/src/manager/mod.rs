@@ -107,6 +107,7 @@ pub trait LockManager: Send + Sync {
 pub struct ManagedLock(Handle);
 
 #[derive(Clone, Debug)]
+#[cfg_attr(not(all(target_os = "linux", not(loom))), allow(dead_code))]
 enum Handle {
     Shm(shm::ShmLock),
     File(file::FolderLock),

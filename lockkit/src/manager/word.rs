@@ -16,6 +16,7 @@
 //! taken from it with a compare-and-swap, so one of many wins, and knows that it took over.
 
 use super::seam::{AtomicU32, Ordering};
+use crate::steps::step;
 
 /// Nobody holds the lock.
 pub(super) const FREE: u32 = 0;
@@ -81,6 +82,7 @@ pub(super) fn take<W: World>(word: &AtomicU32, owner: u32, world: &mut W) -> Res
         if waiting != seen && word.compare_exchange(seen, waiting, Ordering::Relaxed, Ordering::Relaxed).is_err() {
             continue;
         }
+        step("waiter announced");
         // Who gives up now, after it was woken, has just seen to it that the next release wakes another.
         let slept = world.sleep(word, waiting)?;
         // Others may sleep as well, and nobody counts them.
@@ -123,7 +125,10 @@ fn attempt(word: &AtomicU32, owner: u32, stance: Stance, is_dead: impl Fn(u32) -
 #[inline]
 pub(super) fn release(word: &AtomicU32, owner: u32, wake: impl Fn(&AtomicU32) -> bool) -> bool {
     match word.compare_exchange(owner, FREE, Ordering::Release, Ordering::Relaxed) {
-        Ok(_) => true,
+        Ok(_) => {
+            step("lock word given back");
+            true
+        }
         Err(seen) => release_to_waiters(word, owner, seen, wake),
     }
 }
@@ -137,12 +142,12 @@ fn release_to_waiters(word: &AtomicU32, owner: u32, mut seen: u32, wake: impl Fn
         let next = if seen & KEPT == 0 { FREE } else { KEPT | WAITERS };
         match word.compare_exchange(seen, next, Ordering::Release, Ordering::Relaxed) {
             Ok(_) => {
-                crate::steps::step("lock word given back to waiters");
+                step("lock word given back to waiters");
                 if seen & WAITERS != 0 && !wake(word) && next != FREE {
                     // Nobody slept, so it need not be kept.
                     let _ = word.compare_exchange(next, FREE, Ordering::Relaxed, Ordering::Relaxed);
                 }
-                crate::steps::step("waiter woken");
+                step("waiter woken");
                 return true;
             }
             Err(changed) => seen = changed,

@@ -1,6 +1,6 @@
 //! The second process of the tests; see `lockkit_tests::actor`, `chaos` and `steps`.
 
-use lockkit_tests::{Spec, actor, chaos, steps};
+use lockkit_tests::{Spec, actor, chaos, managers, steps};
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -10,8 +10,11 @@ fn main() {
         [spec, "stress", counter, rounds] => {
             lockkit_tests::suite::count_up(&Spec::parse(spec), counter.as_ref(), rounds.parse().expect("a number"));
         }
+        ["table", table] => managers::serve(&managers::Table::parse(table)),
         [spec, "closed-input"] => lockkit_tests::suite::lock_on_descriptor_zero(&Spec::parse(spec)),
         [spec, "steps", scenario] => steps::play(&Spec::parse(spec), scenario),
-        _ => panic!("actor SPEC [chaos LOG SEED | stress COUNTER ROUNDS | closed-input | steps SCENARIO]"),
+        _ => panic!(
+            "actor SPEC [chaos LOG SEED | stress COUNTER ROUNDS | closed-input | steps SCENARIO] | actor table TABLE"
+        ),
     }
 }

@@ -1,0 +1,610 @@
+//! Tables of locks under test, and the cases that every manager must pass.
+//!
+//! A second process, started with [`Actor::start_at`], works on a table as it is told:
+//!
+//! | command | answer |
+//! |---|---|
+//! | `allocate`, `allocate-at ID` | `allocated ID` |
+//! | `try ID`, `lock ID` | `held`, `held recovered PID` |
+//! | `release ID`, `unlock ID`, `free ID` | `ok` |
+//! | `hold N` | `holds N`: the locks 0 to N - 1 |
+//! | `fork-die ID` | `died PID`: a forked child took the lock and ended without releasing |
+//! | `churn ID ROUNDS LOG` | `churned`: took a lock that others free and allocate, and saw nobody else inside |
+//! | `kill-at STEP` | `armed` |
+//!
+//! or `error KIND: text`.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fmt;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::time::Duration;
+
+use lockkit::{
+    ErrorKind, FileLockManager, InMemoryLockManager, Liveness, LockManager, ManagedGuard, Owner, ShmLockManager, Wait,
+};
+
+use crate::actor::describe;
+use crate::{Actor, LIVELY};
+
+/// A kind of table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// [`ShmLockManager`]
+    Shm,
+    /// [`FileLockManager`]
+    Folder,
+    /// [`InMemoryLockManager`]
+    Memory,
+}
+
+/// How many locks a table under test has, where it has a limit.
+pub const CAPACITY: u32 = 128;
+
+impl Kind {
+    /// A table that nobody else uses.
+    pub fn fresh(self) -> Table {
+        let name = crate::fresh_name("lockkit-table");
+        let at = match self {
+            Self::Shm => format!("/dev/shm/{name}"),
+            Self::Folder => std::env::temp_dir().join(name).display().to_string(),
+            Self::Memory => name,
+        };
+        Table { kind: self, at }
+    }
+
+    fn is_limited(self) -> bool {
+        self != Self::Folder
+    }
+}
+
+/// One table, as text: `KIND:WHERE`.
+#[derive(Clone, Debug)]
+pub struct Table {
+    kind: Kind,
+    at: String,
+}
+
+impl Table {
+    /// The table of `kind` at a path, or with a name.
+    pub fn at(kind: Kind, at: &str) -> Self {
+        Self { kind, at: at.to_owned() }
+    }
+
+    /// Reads what `Display` wrote.
+    pub fn parse(text: &str) -> Self {
+        let (kind, at) = text.split_once(':').expect("KIND:WHERE");
+        let kind = [Kind::Shm, Kind::Folder, Kind::Memory].into_iter().find(|known| format!("{known:?}") == kind);
+        Self { kind: kind.expect("a known kind"), at: at.to_owned() }
+    }
+
+    /// Its path.
+    pub fn path(&self) -> PathBuf {
+        PathBuf::from(&self.at)
+    }
+
+    /// Its path or name, as text.
+    pub fn name(&self) -> &str {
+        &self.at
+    }
+
+    /// A manager of the table, which the first one makes.
+    pub fn open(&self) -> Box<dyn LockManager> {
+        self.open_with(CAPACITY)
+    }
+
+    /// A manager of the table, which the first one makes with `capacity`.
+    pub fn open_with(&self, capacity: u32) -> Box<dyn LockManager> {
+        static IN_MEMORY: Mutex<Option<HashMap<String, InMemoryLockManager>>> = Mutex::new(None);
+        match self.kind {
+            Kind::Shm => Box::new(ShmLockManager::open_or_create(&self.at, capacity).expect("a table")),
+            Kind::Folder => {
+                let manager = FileLockManager::create(&self.at).or_else(|_| FileLockManager::open(&self.at));
+                Box::new(manager.expect("a folder"))
+            }
+            Kind::Memory => {
+                let mut tables = IN_MEMORY.lock().expect("no panic inside");
+                let tables = tables.get_or_insert_default();
+                let new = || InMemoryLockManager::new(capacity).expect("a table");
+                Box::new(tables.entry(self.at.clone()).or_insert_with(new).clone())
+            }
+        }
+    }
+
+    /// Takes away what is left of it; call it when nobody uses it any more.
+    pub fn clean(&self) {
+        let _ = match self.kind {
+            Kind::Shm => std::fs::remove_file(&self.at),
+            Kind::Folder => std::fs::remove_dir_all(&self.at),
+            Kind::Memory => Ok(()),
+        };
+    }
+
+    /// The files of the locks, for a folder.
+    pub fn lock_files(&self) -> BTreeSet<String> {
+        let names = std::fs::read_dir(&self.at).expect("a folder").map(|entry| entry.expect("an entry").file_name());
+        names.map(|name| name.into_string().expect("text")).filter(|name| name.ends_with(".lock")).collect()
+    }
+}
+
+impl fmt::Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}:{}", self.kind, self.at)
+    }
+}
+
+/// The second process's side: works on the table until there are no more commands.
+pub fn serve(table: &Table) {
+    let manager = table.open();
+    let mut guards = HashMap::new();
+    for line in std::io::stdin().lines().map_while(Result::ok) {
+        let answer = obey(&line, &*manager, &mut guards);
+        println!("{}", answer.unwrap_or_else(|error| describe(&error)));
+    }
+}
+
+fn obey(
+    line: &str,
+    manager: &dyn LockManager,
+    guards: &mut HashMap<u32, ManagedGuard>,
+) -> Result<String, lockkit::Error> {
+    let words: Vec<&str> = line.split(' ').collect();
+    let number = |at: usize| words[at].parse::<u32>().expect("a number");
+    let mut take = |id: u32, wait: &Wait| {
+        let guard = manager.retrieve(id)?.acquire(wait)?;
+        let died = guard.recovered().map(|died| died.owner().map_or(0, Owner::pid));
+        guards.insert(id, guard);
+        Ok(died.map_or("held".to_owned(), |died| format!("held recovered {died}")))
+    };
+    match words[0] {
+        "allocate" => manager.allocate().map(|lock| format!("allocated {}", lock.id())),
+        "allocate-at" => manager.allocate_at(number(1)).map(|lock| format!("allocated {}", lock.id())),
+        "try" => take(number(1), &Wait::none()),
+        "lock" => take(number(1), &Wait::forever()),
+        "release" => {
+            guards.remove(&number(1)).expect("a guard").release()?;
+            Ok("ok".to_owned())
+        }
+        "unlock" => manager.retrieve(number(1))?.unlock().map(|()| "ok".to_owned()),
+        "free" => manager.retrieve(number(1))?.free().map(|()| "ok".to_owned()),
+        "hold" => {
+            for id in 0..number(1) {
+                take(id, &Wait::none())?;
+            }
+            Ok(format!("holds {}", number(1)))
+        }
+        "fork-die" => match fork::fork().expect("a fork") {
+            fork::Fork::Child => {
+                // Its own, for the parent's slot is the parent's.
+                std::mem::forget(manager.retrieve(number(1))?.try_lock()?);
+                rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL)
+                    .expect("a process can kill itself");
+                unreachable!("it is dead");
+            }
+            fork::Fork::Parent(child) => {
+                let pid = rustix::process::Pid::from_raw(child);
+                rustix::process::waitpid(pid, rustix::process::WaitOptions::empty()).expect("a child");
+                Ok(format!("died {child}"))
+            }
+        },
+        "churn" => {
+            let inside = Path::new(words[3]);
+            for round in 0..number(2) {
+                let lock = manager.retrieve(number(1))?;
+                let guard = lock.lock()?;
+                File::options().write(true).create_new(true).open(inside).expect("nobody else is inside");
+                // Freed or not, it excludes.
+                let _ = if round % 2 == 0 { lock.free() } else { manager.allocate_at(number(1)).map(drop) };
+                std::fs::remove_file(inside).expect("it is there");
+                guard.release()?;
+            }
+            Ok("churned".to_owned())
+        }
+        "kill-at" => {
+            lockkit::steps::kill_at(number(1) as usize);
+            Ok("armed".to_owned())
+        }
+        _ => Ok(format!("error unknown command {line:?}")),
+    }
+}
+
+/// Makes a module `$module` with a test for every case that holds for all managers.
+#[macro_export]
+macro_rules! managers {
+    ($module:ident, $kind:expr) => {
+        $crate::managers!($module, $kind;
+            a_lock_is_allocated_locked_unlocked_and_freed,
+            allocations_differ_until_there_are_no_more,
+            what_is_freed_can_be_allocated_again,
+            freeing_what_is_not_allocated_is_an_error,
+            unlocking_what_is_not_locked_is_an_error,
+            a_guard_gives_nothing_back_after_an_unlock,
+            a_number_can_be_allocated_by_name_once,
+            freeing_all_makes_the_first_available_again,
+            locks_can_be_released_in_any_order_and_a_second_locker_waits,
+            a_lock_stays_usable_after_it_was_freed,
+            held_locks_are_listed_with_owner_and_time_without_waiting,
+            threads_allocate_and_free_without_sharing_a_number,
+        );
+    };
+    ($module:ident, $kind:expr; $($case:ident,)*) => {
+        mod $module {
+            $(#[test]
+            fn $case() {
+                $crate::managers::$case($kind);
+            })*
+        }
+    };
+}
+
+#[allow(missing_docs)] // Their names are sentences.
+mod cases {
+    use super::*;
+
+    pub fn a_lock_is_allocated_locked_unlocked_and_freed(kind: Kind) {
+        let table = kind.fresh();
+        let manager = table.open();
+        let lock = manager.allocate().unwrap();
+        let guard = lock.lock().unwrap();
+        assert_eq!(guard.recovered(), None);
+        assert!(lock.try_lock().unwrap_err().is_held());
+        guard.release().unwrap();
+        std::mem::forget(lock.lock().unwrap());
+        lock.unlock().unwrap();
+        lock.try_lock().unwrap().release().unwrap();
+        lock.free().unwrap();
+        table.clean();
+    }
+
+    pub fn allocations_differ_until_there_are_no_more(kind: Kind) {
+        let table = kind.fresh();
+        let manager = table.open();
+        let ids: BTreeSet<u32> = (0..CAPACITY).map(|_| manager.allocate().unwrap().id()).collect();
+        assert_eq!(ids.len(), CAPACITY as usize);
+        if kind.is_limited() {
+            assert_eq!(manager.available().unwrap(), Some(0));
+            let error = manager.allocate().unwrap_err();
+            let told = matches!(error.kind(), ErrorKind::Exhausted { capacity: CAPACITY, allocated: CAPACITY, .. });
+            assert!(told, "{error}");
+        } else {
+            assert_eq!(manager.available().unwrap(), None);
+        }
+        table.clean();
+    }
+
+    pub fn what_is_freed_can_be_allocated_again(kind: Kind) {
+        let table = kind.fresh();
+        let manager = table.open();
+        let locks: Vec<_> = (0..CAPACITY).map(|_| manager.allocate().unwrap()).collect();
+        for lock in [&locks[77], &locks[0], &locks[127]] {
+            lock.free().unwrap();
+            let next = manager.allocate().unwrap();
+            if kind.is_limited() {
+                assert_eq!(next.id(), lock.id());
+            }
+        }
+        table.clean();
+    }
+
+    pub fn freeing_what_is_not_allocated_is_an_error(kind: Kind) {
+        let table = kind.fresh();
+        let manager = table.open();
+        let lock = manager.retrieve(7).unwrap();
+        let refused = || matches!(lock.free().unwrap_err().kind(), ErrorKind::NotAllocated { .. });
+        assert!(refused());
+        manager.allocate_at(7).unwrap();
+        lock.free().unwrap();
+        assert!(refused());
+        if kind.is_limited() {
+            assert_eq!(manager.available().unwrap(), Some(CAPACITY));
+        }
+        table.clean();
+    }
+
+    pub fn unlocking_what_is_not_locked_is_an_error(kind: Kind) {
+        let table = kind.fresh();
+        let lock = table.open().allocate().unwrap();
+        let refused = || matches!(lock.unlock().unwrap_err().kind(), ErrorKind::NotLocked { .. });
+        assert!(refused());
+        std::mem::forget(lock.lock().unwrap());
+        lock.unlock().unwrap();
+        assert!(refused());
+        table.clean();
+    }
+
+    pub fn a_guard_gives_nothing_back_after_an_unlock(kind: Kind) {
+        let table = kind.fresh();
+        let lock = table.open().allocate().unwrap();
+        let (first, second) = (lock.lock().unwrap(), {
+            lock.unlock().unwrap();
+            lock.lock().unwrap()
+        });
+        assert!(matches!(first.release().unwrap_err().kind(), ErrorKind::NotLocked { .. }));
+        assert!(lock.try_lock().unwrap_err().is_held());
+        second.release().unwrap();
+        table.clean();
+    }
+
+    pub fn a_number_can_be_allocated_by_name_once(kind: Kind) {
+        let table = kind.fresh();
+        let manager = table.open();
+        assert_eq!(manager.allocate_at(42).unwrap().id(), 42);
+        let taken = |id| matches!(manager.allocate_at(id).unwrap_err().kind(), ErrorKind::AlreadyAllocated { .. });
+        assert!(taken(42));
+        assert!(taken(manager.allocate().unwrap().id()));
+        if kind.is_limited() {
+            let absent = |error: lockkit::Error| {
+                matches!(error.kind(), ErrorKind::NoSuchLock { id: CAPACITY, capacity: CAPACITY, .. })
+            };
+            assert!(absent(manager.allocate_at(CAPACITY).unwrap_err()));
+            assert!(absent(manager.retrieve(CAPACITY).unwrap_err()));
+            assert!(manager.retrieve(u32::MAX).is_err());
+            assert_eq!(manager.available().unwrap(), Some(CAPACITY - 2));
+        }
+        for id in 0..CAPACITY {
+            let _ = manager.allocate_at(id);
+        }
+        assert!((0..CAPACITY).all(taken));
+        table.clean();
+    }
+
+    pub fn freeing_all_makes_the_first_available_again(kind: Kind) {
+        let table = kind.fresh();
+        let manager = table.open();
+        let first = manager.allocate().unwrap();
+        for _ in 1..100 {
+            manager.allocate().unwrap();
+        }
+        let held = first.lock().unwrap();
+        manager.free_all().unwrap();
+        assert!(first.try_lock().unwrap_err().is_held(), "locks that are held stay held");
+        if kind.is_limited() {
+            assert_eq!(manager.available().unwrap(), Some(CAPACITY));
+        }
+        assert_eq!(manager.allocate().unwrap().id(), first.id());
+        held.release().unwrap();
+        table.clean();
+    }
+
+    pub fn locks_can_be_released_in_any_order_and_a_second_locker_waits(kind: Kind) {
+        let table = kind.fresh();
+        let manager = table.open();
+        let (a, b) = (manager.allocate().unwrap(), manager.allocate().unwrap());
+        let (held_a, held_b) = (a.lock().unwrap(), b.lock().unwrap());
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| manager.retrieve(a.id()).unwrap().lock_for(LIVELY).unwrap().release().unwrap());
+            held_b.release().unwrap();
+            b.lock().unwrap().release().unwrap();
+            assert!(!waiter.is_finished());
+            held_a.release().unwrap();
+            waiter.join().unwrap();
+        });
+        table.clean();
+    }
+
+    pub fn a_lock_stays_usable_after_it_was_freed(kind: Kind) {
+        let table = kind.fresh();
+        let manager = table.open();
+        let lock = manager.allocate().unwrap();
+        let held = lock.lock().unwrap();
+        lock.free().unwrap();
+        assert!(manager.retrieve(lock.id()).unwrap().try_lock().unwrap_err().is_held(), "freed while held");
+        held.release().unwrap();
+        let held = lock.lock().unwrap();
+        assert!(lock.try_lock().unwrap_err().is_held(), "locked while free");
+        assert_eq!(manager.allocate_at(lock.id()).unwrap().id(), lock.id(), "locking does not allocate");
+        assert!(lock.try_lock().unwrap_err().is_held(), "allocated while held");
+        held.release().unwrap();
+        lock.free().unwrap();
+        drop(lock.lock().unwrap());
+        if kind == Kind::Folder {
+            assert_eq!(table.lock_files(), BTreeSet::new());
+        }
+        table.clean();
+    }
+
+    pub fn held_locks_are_listed_with_owner_and_time_without_waiting(kind: Kind) {
+        let table = kind.fresh();
+        let manager = table.open();
+        assert_eq!(manager.held().unwrap(), []);
+        let before = std::time::SystemTime::now() - Duration::from_secs(1);
+        let guards = [3, 77].map(|id| manager.retrieve(id).unwrap().lock().unwrap());
+        let held = manager.held().unwrap();
+        assert_eq!(held.iter().map(|held| held.id()).collect::<Vec<_>>(), [3, 77]);
+        for lock in &held {
+            assert_eq!(lock.owner().pid(), std::process::id());
+            assert_eq!(lock.owner().liveness(), Liveness::Alive);
+            assert!(lock.owner().acquired().unwrap() >= before);
+        }
+        let error = manager.retrieve(77).unwrap().try_lock().unwrap_err();
+        assert_eq!(error.owner().unwrap().pid(), std::process::id());
+        drop(guards);
+        assert_eq!(manager.held().unwrap(), []);
+        table.clean();
+    }
+
+    pub fn threads_allocate_and_free_without_sharing_a_number(kind: Kind) {
+        let table = kind.fresh();
+        let manager = table.open();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..100 {
+                        let locks: Vec<_> = (0..8).map(|_| manager.allocate().unwrap()).collect();
+                        for lock in &locks {
+                            drop(lock.try_lock().expect("nobody else has it"));
+                            lock.free().unwrap();
+                        }
+                    }
+                });
+            }
+        });
+        if kind.is_limited() {
+            assert_eq!(manager.available().unwrap(), Some(CAPACITY));
+        }
+        table.clean();
+    }
+}
+pub use cases::*;
+
+/// The cases of managers that processes share.
+#[macro_export]
+macro_rules! shared_managers {
+    ($module:ident, $kind:expr) => {
+        $crate::managers!($module, $kind;
+            a_number_is_the_same_lock_in_another_process,
+            a_lock_that_was_freed_still_excludes_other_processes,
+            all_that_a_killed_process_held_is_recovered,
+            a_forked_child_holds_locks_of_its_own,
+            a_process_killed_at_any_step_of_allocation_corrupts_nothing,
+            processes_free_and_allocate_a_lock_while_others_are_inside,
+        );
+    };
+}
+
+#[allow(missing_docs)] // Their names are sentences.
+mod shared_cases {
+    use super::*;
+
+    pub fn a_number_is_the_same_lock_in_another_process(kind: Kind) {
+        let table = kind.fresh();
+        let manager = table.open();
+        let mut other = Actor::start_at(&table);
+        let lock = manager.allocate().unwrap();
+        let id = lock.id();
+        let held = lock.lock().unwrap();
+        assert!(other.ask(&format!("try {id}")).starts_with("error Held"));
+        assert!(other.ask(&format!("unlock {id}")).starts_with("error NotLocked"), "somebody else's");
+        other.tell_to_wait(&format!("lock {id}"));
+        held.release().unwrap();
+        assert_eq!(other.answer(), "held");
+        assert_eq!(manager.held().unwrap()[0].owner().pid(), other.pid());
+        assert_eq!(lock.try_lock().unwrap_err().owner().unwrap().pid(), other.pid());
+        other.expect(&format!("release {id}"), "ok");
+        let next = other.ask("allocate");
+        assert!(next.starts_with("allocated ") && next != format!("allocated {id}"), "{next}");
+        other.expect(&format!("free {id}"), "ok");
+        assert!(matches!(lock.free().unwrap_err().kind(), ErrorKind::NotAllocated { .. }));
+        table.clean();
+    }
+
+    pub fn a_lock_that_was_freed_still_excludes_other_processes(kind: Kind) {
+        let table = kind.fresh();
+        let manager = table.open();
+        let mut other = Actor::start_at(&table);
+        let lock = manager.allocate_at(5).unwrap();
+        other.expect("lock 5", "held");
+        lock.free().unwrap();
+        assert!(lock.try_lock().unwrap_err().is_held());
+        other.expect("release 5", "ok");
+        let held = lock.lock().unwrap();
+        assert!(other.ask("try 5").starts_with("error Held"));
+        other.tell_to_wait("lock 5");
+        held.release().unwrap();
+        assert_eq!(other.answer(), "held");
+        other.kill();
+        let told = lock.lock().unwrap();
+        assert_eq!(told.recovered().unwrap().owner().unwrap().pid(), other.pid());
+        drop(told);
+        if kind == Kind::Folder {
+            assert_eq!(table.lock_files(), BTreeSet::new());
+        }
+        table.clean();
+    }
+
+    pub fn all_that_a_killed_process_held_is_recovered(kind: Kind) {
+        // Each lock of a folder costs a descriptor.
+        let count = if kind == Kind::Shm { 4096 } else { 500 };
+        let table = kind.fresh();
+        let manager = table.open_with(count);
+        let mut holder = Actor::start_at(&table);
+        holder.expect(&format!("hold {count}"), &format!("holds {count}"));
+        assert_eq!(manager.held().unwrap().len(), count as usize);
+        holder.kill();
+        assert_eq!(manager.held().unwrap(), [], "the dead hold nothing");
+        for id in 0..count {
+            let guard = manager.retrieve(id).unwrap().try_lock().unwrap();
+            assert_eq!(guard.recovered().expect("recovered").owner().unwrap().pid(), holder.pid(), "{id}");
+            guard.release().unwrap();
+            assert_eq!(manager.retrieve(id).unwrap().try_lock().unwrap().recovered(), None);
+        }
+        table.clean();
+    }
+
+    pub fn a_forked_child_holds_locks_of_its_own(kind: Kind) {
+        let table = kind.fresh();
+        let _manager = table.open();
+        let mut parent = Actor::start_at(&table);
+        parent.expect("lock 1", "held");
+        let died = parent.ask("fork-die 2");
+        let child = died.strip_prefix("died ").expect(&died).to_owned();
+        parent.expect("try 2", &format!("held recovered {child}"));
+        parent.expect("release 2", "ok");
+        parent.expect("release 1", "ok");
+        parent.expect("try 1", "held");
+        table.clean();
+    }
+
+    pub fn a_process_killed_at_any_step_of_allocation_corrupts_nothing(kind: Kind) {
+        if !lockkit::steps::ENABLED {
+            println!("left out: this build has no steps to be killed at; they need debug assertions");
+            return;
+        }
+        for command in ["allocate", "allocate-at 63", "free 0"] {
+            for step in 1.. {
+                let table = kind.fresh();
+                // One word of 64 that fills up, and another.
+                let manager = table.open_with(66);
+                for id in 0..63 {
+                    manager.allocate_at(id).unwrap();
+                }
+                let mut victim = Actor::start_at(&table);
+                victim.expect(&format!("kill-at {step}"), "armed");
+                let answer = victim.ask(command);
+                // Nobody holds the table now, so who opens it next counts anew.
+                let table_now = table.clone();
+                drop(manager);
+                let mut other = Actor::start_at(&table_now);
+                let mut seen = BTreeSet::new();
+                for _ in 0..66 {
+                    let next = other.ask("allocate");
+                    match next.strip_prefix("allocated ") {
+                        Some(id) => assert!(seen.insert(id.to_owned()), "{id} twice"),
+                        None => assert!(next.starts_with("error Exhausted"), "{next}"),
+                    }
+                }
+                if kind.is_limited() {
+                    // All that was free has been given out: 3, less what the victim got, more what it freed.
+                    assert!((2..=4).contains(&seen.len()), "{command} killed at {step}: {seen:?}");
+                    assert_eq!(table.open().available().unwrap(), Some(0), "{command} killed at {step}");
+                }
+                table.clean();
+                if answer != "gone" {
+                    assert!(step > 3, "{kind:?}: only {step} steps to {command}");
+                    break;
+                }
+            }
+        }
+    }
+
+    pub fn processes_free_and_allocate_a_lock_while_others_are_inside(kind: Kind) {
+        let table = kind.fresh();
+        let _manager = table.open();
+        let folder = tempfile::tempdir().unwrap();
+        let inside = folder.path().join("inside");
+        let mut churners: Vec<_> = (0..4).map(|_| Actor::start_at(&table)).collect();
+        for churner in &mut churners {
+            churner.tell(&format!("churn 9 300 {}", inside.display()));
+        }
+        for churner in &mut churners {
+            assert_eq!(churner.answer(), "churned");
+        }
+        let _ = table.open().retrieve(9).unwrap().free();
+        if kind == Kind::Folder {
+            assert_eq!(table.lock_files(), BTreeSet::new());
+        }
+        table.clean();
+    }
+}
+pub use shared_cases::*;
