@@ -144,8 +144,9 @@ fn release_to_waiters(word: &AtomicU32, owner: u32, mut seen: u32, wake: impl Fn
             Ok(_) => {
                 step("lock word given back to waiters");
                 if seen & WAITERS != 0 && !wake(word) && next != FREE {
-                    // Nobody slept, so it need not be kept.
+                    // Nobody slept, so it need not be kept; but somebody may have gone to sleep since, because it was.
                     let _ = word.compare_exchange(next, FREE, Ordering::Relaxed, Ordering::Relaxed);
+                    wake(word);
                 }
                 step("waiter woken");
                 return true;
@@ -160,6 +161,7 @@ mod models {
     use std::sync::Arc;
 
     use loom::cell::UnsafeCell;
+    use loom::sync::atomic::AtomicBool;
     use loom::sync::{Condvar, Mutex};
     use loom::thread;
 
@@ -200,13 +202,20 @@ mod models {
     struct Model {
         word: AtomicU32,
         futex: Futex,
+        /// Whether the owner 9 has died.
+        dead: AtomicBool,
         /// What the lock protects; loom sees two who touch it at once.
         inside: UnsafeCell<()>,
     }
 
     impl Model {
         fn new(word: u32) -> Arc<Self> {
-            Arc::new(Self { word: AtomicU32::new(word), futex: Futex::default(), inside: UnsafeCell::new(()) })
+            Arc::new(Self {
+                word: AtomicU32::new(word),
+                futex: Futex::default(),
+                dead: AtomicBool::new(false),
+                inside: UnsafeCell::new(()),
+            })
         }
 
         fn enter(&self) {
@@ -217,7 +226,6 @@ mod models {
     /// How a waiter's sleeps go: the first ones end by a tick, as many as `ticks`; then only waking helps.
     struct Waiter<'m> {
         model: &'m Model,
-        dead: u32,
         ticks: u32,
         gives_up: bool,
     }
@@ -226,7 +234,7 @@ mod models {
         type GaveUp = ();
 
         fn is_dead(&self, owner: u32) -> bool {
-            owner == self.dead
+            owner == 9 && self.model.dead.load(Ordering::SeqCst)
         }
 
         fn sleep(&mut self, word: &AtomicU32, seen: u32) -> Result<Slept, ()> {
@@ -244,8 +252,8 @@ mod models {
     }
 
     /// Takes and releases once; says from whom it took.
-    fn visit(model: &Model, owner: u32, dead: u32, ticks: u32, gives_up: bool) -> Option<Taken> {
-        let mut waiter = Waiter { model, dead, ticks, gives_up };
+    fn visit(model: &Model, owner: u32, ticks: u32, gives_up: bool) -> Option<Taken> {
+        let mut waiter = Waiter { model, ticks, gives_up };
         let taken = match take_free(&model.word, owner) {
             true => Taken::Clean,
             false => take(&model.word, owner, &mut waiter).ok()?,
@@ -268,10 +276,10 @@ mod models {
             let others: Vec<_> = [2, 3]
                 .map(|owner| {
                     let model = model.clone();
-                    thread::spawn(move || assert!(visit(&model, owner, 9, 0, false).is_some()))
+                    thread::spawn(move || assert!(visit(&model, owner, 0, false).is_some()))
                 })
                 .into();
-            assert!(visit(&model, 1, 9, 0, false).is_some());
+            assert!(visit(&model, 1, 0, false).is_some());
             for other in others {
                 other.join().unwrap();
             }
@@ -285,10 +293,10 @@ mod models {
             let others: Vec<_> = [(2, 1), (3, 0)]
                 .map(|(owner, ticks)| {
                     let model = model.clone();
-                    thread::spawn(move || assert!(visit(&model, owner, 9, ticks, false).is_some()))
+                    thread::spawn(move || assert!(visit(&model, owner, ticks, false).is_some()))
                 })
                 .into();
-            assert!(visit(&model, 1, 9, 0, false).is_some());
+            assert!(visit(&model, 1, 0, false).is_some());
             for other in others {
                 other.join().unwrap();
             }
@@ -303,11 +311,11 @@ mod models {
                 .map(|(owner, gives_up)| {
                     let model = model.clone();
                     thread::spawn(move || {
-                        assert!(visit(&model, owner, 9, 0, gives_up).is_some() || gives_up);
+                        assert!(visit(&model, owner, 0, gives_up).is_some() || gives_up);
                     })
                 })
                 .into();
-            assert!(visit(&model, 1, 9, 0, false).is_some());
+            assert!(visit(&model, 1, 0, false).is_some());
             for other in others {
                 other.join().unwrap();
             }
@@ -315,14 +323,55 @@ mod models {
     }
 
     #[test]
-    fn loom_one_of_many_takes_over_from_the_dead() {
+    fn loom_a_lock_kept_for_one_that_gave_up_goes_to_the_next() {
         explore(|| {
-            let model = Model::new(9 | WAITERS);
+            let model = Model::new(1);
+            let others: Vec<_> = [(2, 1, true), (3, 0, false)]
+                .map(|(owner, ticks, gives_up)| {
+                    let model = model.clone();
+                    thread::spawn(move || {
+                        assert!(visit(&model, owner, ticks, gives_up).is_some() || gives_up);
+                    })
+                })
+                .into();
+            assert!(release(&model.word, 1, |_| model.futex.wake()));
+            for other in others {
+                other.join().unwrap();
+            }
+        });
+    }
+
+    #[test]
+    fn loom_who_takes_a_kept_lock_without_waiting_leaves_nobody_asleep() {
+        explore(|| {
+            let model = Model::new(1);
+            let others: Vec<_> = [(2, 1), (3, 0)]
+                .map(|(owner, ticks)| {
+                    let model = model.clone();
+                    thread::spawn(move || assert!(visit(&model, owner, ticks, false).is_some()))
+                })
+                .into();
+            assert!(release(&model.word, 1, |_| model.futex.wake()));
+            if take_now(&model.word, 1, |_| false).is_some() {
+                model.enter();
+                assert!(release(&model.word, 1, |_| model.futex.wake()));
+            }
+            for other in others {
+                other.join().unwrap();
+            }
+        });
+    }
+
+    #[test]
+    fn loom_one_of_many_takes_over_from_the_dead_and_wakes_who_slept_before_the_death() {
+        explore(|| {
+            let model = Model::new(9);
             let other = thread::spawn({
                 let model = model.clone();
-                move || visit(&model, 2, 9, 0, false).unwrap()
+                move || visit(&model, 2, 0, false).unwrap()
             });
-            let mine = visit(&model, 1, 9, 0, false).unwrap();
+            model.dead.store(true, Ordering::SeqCst);
+            let mine = visit(&model, 1, 0, false).unwrap();
             let other = other.join().unwrap();
             assert_eq!([mine, other].iter().filter(|taken| **taken == Taken::From(9)).count(), 1);
         });
