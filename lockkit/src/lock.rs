@@ -107,6 +107,7 @@ macro_rules! lock_methods {
             ///
             /// # Errors
             /// [`Held`](crate::ErrorKind::Held) when it is not, and what [`acquire`](Self::acquire) adds.
+            #[inline]
             pub fn try_lock(&self) -> $crate::Result<$guard> {
                 $crate::Lock::try_lock(self)
             }
@@ -115,6 +116,7 @@ macro_rules! lock_methods {
             ///
             /// # Errors
             /// Those that [`acquire`](Self::acquire) adds.
+            #[inline]
             pub fn lock(&self) -> $crate::Result<$guard> {
                 $crate::Lock::lock(self)
             }
@@ -124,6 +126,7 @@ macro_rules! lock_methods {
             /// # Errors
             /// [`Timeout`](crate::ErrorKind::Timeout) when it was still held then, and what
             /// [`acquire`](Self::acquire) adds.
+            #[inline]
             pub fn lock_for(&self, limit: std::time::Duration) -> $crate::Result<$guard> {
                 $crate::Lock::lock_for(self, limit)
             }
@@ -132,6 +135,7 @@ macro_rules! lock_methods {
         impl $crate::Lock for $lock {
             type Guard = $guard;
 
+            #[inline]
             fn acquire(&self, wait: &$crate::Wait) -> $crate::Result<$guard> {
                 self.acquire(wait)
             }

@@ -322,7 +322,7 @@ impl FolderLock {
 }
 
 impl FolderHold {
-    pub(super) fn release(self) -> Result<()> {
+    pub(super) fn release(&self) -> Result<()> {
         self.lock.release(|entry| entry.turn == self.turn)
     }
 }

@@ -199,7 +199,7 @@ impl MemoryLock {
 }
 
 impl MemoryHold {
-    pub(super) fn release(self) -> Result<()> {
+    pub(super) fn release(&self) -> Result<()> {
         self.lock.release(|entry| entry.turn == self.turn)
     }
 }

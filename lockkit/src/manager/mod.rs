@@ -165,7 +165,7 @@ impl ManagedLock {
             }
             Handle::Memory(lock) => (Hold::Memory(lock.acquire(wait)?), None),
         };
-        Ok(ManagedGuard { hold: Some(hold), recovered, generation: fork::generation() })
+        Ok(ManagedGuard { hold, recovered, generation: fork::generation(), released: false })
     }
 
     /// Gives back what this process took and whose guard it gave away to [`std::mem::forget`]: for programs that offer
@@ -203,11 +203,11 @@ lock_methods!(ManagedLock, ManagedGuard);
 #[must_use = "a guard that is dropped at once releases its lock at once; bind it to a name such as `_guard`"]
 #[derive(Debug)]
 pub struct ManagedGuard {
-    /// Taken by the release.
-    hold: Option<Hold>,
+    hold: Hold,
     recovered: Option<Box<Recovered>>,
     /// The process that holds, for a forked child has a copy.
     generation: u32,
+    released: bool,
 }
 
 impl ManagedGuard {
@@ -231,11 +231,11 @@ impl ManagedGuard {
 
     #[inline]
     fn give_back(&mut self) -> Result<()> {
-        let Some(hold) = self.hold.take() else { return Ok(()) };
-        if self.generation != fork::generation() {
+        if self.released || self.generation != fork::generation() {
             return Ok(());
         }
-        match hold {
+        self.released = true;
+        match &self.hold {
             Hold::Shm(hold) => hold.release(),
             Hold::File(hold) => hold.release(),
             Hold::Memory(hold) => hold.release(),

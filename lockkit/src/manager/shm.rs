@@ -551,6 +551,11 @@ impl ShmLock {
         owner.filter(|_| self.cell.word.load(Ordering::Acquire) & OWNER == held_by)
     }
 
+    #[cold]
+    fn not_locked(&self) -> Error {
+        ErrorKind::NotLocked { lock: self.describe() }.into()
+    }
+
     pub(super) fn unlock(&self) -> Result<()> {
         let turn = self.cell.turn.load(Ordering::Relaxed);
         ShmHold { lock: *self, owner: self.table.me()?, turn }.release()
@@ -559,12 +564,12 @@ impl ShmLock {
 
 impl ShmHold {
     #[inline]
-    pub(super) fn release(self) -> Result<()> {
+    pub(super) fn release(&self) -> Result<()> {
         let cell = self.lock.cell;
         let mine = cell.turn.load(Ordering::Relaxed) == self.turn;
         match mine && word::release(&cell.word, self.owner, futex::wake_one) {
             true => Ok(()),
-            false => Err(ErrorKind::NotLocked { lock: self.lock.describe() }.into()),
+            false => Err(self.lock.not_locked()),
         }
     }
 }
@@ -616,6 +621,7 @@ impl World for Sleeper<'_> {
 }
 
 /// Nanoseconds since the epoch, by a clock that is read without asking its hardware.
+#[inline]
 fn now() -> u64 {
     let now = clock_gettime(ClockId::RealtimeCoarse);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64

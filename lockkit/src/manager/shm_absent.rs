@@ -100,7 +100,7 @@ impl ShmLock {
 }
 
 impl ShmHold {
-    pub(super) fn release(self) -> Result<()> {
+    pub(super) fn release(&self) -> Result<()> {
         match self.0 {}
     }
 }

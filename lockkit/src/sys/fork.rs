@@ -113,6 +113,7 @@ impl<T: AsFd> Drop for Shielded<T> {
 }
 
 /// Which process this is, counted in forks. Two equal numbers in one process image mean that no fork lies between.
+#[inline]
 pub(crate) fn generation() -> u32 {
     install();
     GENERATION.load(Ordering::Relaxed)
@@ -149,6 +150,7 @@ unsafe extern "C" {
     ) -> c_int;
 }
 
+#[inline]
 fn install() {
     static INSTALLED: Once = Once::new();
     INSTALLED.call_once(|| {
