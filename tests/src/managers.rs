@@ -4,6 +4,7 @@
 //!
 //! | command | answer |
 //! |---|---|
+//! | `open` | `opened`; everything else opens the table, too, if it is not |
 //! | `allocate`, `allocate-at ID` | `allocated ID` |
 //! | `try ID`, `lock ID` | `held`, `held recovered PID` |
 //! | `release ID`, `unlock ID`, `free ID` | `ok` |
@@ -96,20 +97,22 @@ impl Table {
 
     /// A manager of the table, which the first one makes with `capacity`.
     pub fn open_with(&self, capacity: u32) -> Box<dyn LockManager> {
+        self.try_open(capacity).expect("a table")
+    }
+
+    /// As [`open_with`](Self::open_with), where that may fail.
+    pub fn try_open(&self, capacity: u32) -> lockkit::Result<Box<dyn LockManager>> {
         static IN_MEMORY: Mutex<Option<HashMap<String, InMemoryLockManager>>> = Mutex::new(None);
-        match self.kind {
-            Kind::Shm => Box::new(ShmLockManager::open_or_create(&self.at, capacity).expect("a table")),
-            Kind::Folder => {
-                let manager = FileLockManager::create(&self.at).or_else(|_| FileLockManager::open(&self.at));
-                Box::new(manager.expect("a folder"))
-            }
+        Ok(match self.kind {
+            Kind::Shm => Box::new(ShmLockManager::open_or_create(&self.at, capacity)?),
+            Kind::Folder => Box::new(FileLockManager::create(&self.at).or_else(|_| FileLockManager::open(&self.at))?),
             Kind::Memory => {
                 let mut tables = IN_MEMORY.lock().expect("no panic inside");
                 let tables = tables.get_or_insert_default();
-                let new = || InMemoryLockManager::new(capacity).expect("a table");
-                Box::new(tables.entry(self.at.clone()).or_insert_with(new).clone())
+                let new = InMemoryLockManager::new(capacity)?;
+                Box::new(tables.entry(self.at.clone()).or_insert(new).clone())
             }
-        }
+        })
     }
 
     /// Takes away what is left of it; call it when nobody uses it any more.
@@ -136,10 +139,19 @@ impl fmt::Display for Table {
 
 /// The second process's side: works on the table until there are no more commands.
 pub fn serve(table: &Table) {
-    let manager = table.open();
+    let mut manager: Option<Box<dyn LockManager>> = None;
     let mut guards = HashMap::new();
     for line in std::io::stdin().lines().map_while(Result::ok) {
-        let answer = obey(&line, &*manager, &mut guards);
+        let answer = match line.split_once(' ') {
+            Some(("kill-at", step)) => {
+                lockkit::steps::kill_at(step.parse().expect("a number"));
+                Ok("armed".to_owned())
+            }
+            _ => match &manager {
+                Some(manager) => obey(&line, &**manager, &mut guards),
+                None => table.try_open(CAPACITY).and_then(|opened| obey(&line, &**manager.insert(opened), &mut guards)),
+            },
+        };
         println!("{}", answer.unwrap_or_else(|error| describe(&error)));
     }
 }
@@ -201,10 +213,7 @@ fn obey(
             }
             Ok("churned".to_owned())
         }
-        "kill-at" => {
-            lockkit::steps::kill_at(number(1) as usize);
-            Ok("armed".to_owned())
-        }
+        "open" => Ok("opened".to_owned()),
         _ => Ok(format!("error unknown command {line:?}")),
     }
 }
@@ -560,6 +569,7 @@ mod shared_cases {
                     manager.allocate_at(id).unwrap();
                 }
                 let mut victim = Actor::start_at(&table);
+                victim.expect("open", "opened");
                 victim.expect(&format!("kill-at {step}"), "armed");
                 let answer = victim.ask(command);
                 // Nobody holds the table now, so who opens it next counts anew.

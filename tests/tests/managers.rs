@@ -9,3 +9,237 @@ shared_managers!(shared_shm, lockkit_tests::managers::Kind::Shm);
 shared_managers!(shared_folder, lockkit_tests::managers::Kind::Folder);
 suite!(shm_lock, lockkit_tests::Kind::Managed(lockkit_tests::managers::Kind::Shm));
 suite!(folder_lock, lockkit_tests::Kind::Managed(lockkit_tests::managers::Kind::Folder));
+
+/// Excludes threads only, so it has the cases of the suite that need no second process.
+mod in_memory_lock {
+    const KIND: lockkit_tests::Kind = lockkit_tests::Kind::Managed(lockkit_tests::managers::Kind::Memory);
+
+    #[test]
+    fn keeps_the_rules_that_need_no_second_process() {
+        use lockkit_tests::suite::*;
+        a_lock_is_taken_and_released_and_taken_again(KIND);
+        a_second_taker_in_this_process_is_refused_until_the_first_releases(KIND);
+        a_waiter_is_cancelled_at_once(KIND);
+        a_cancelled_token_refuses_even_a_free_lock(KIND);
+        two_locks_do_not_block_each_other(KIND);
+        a_guard_can_be_dropped_on_another_thread(KIND);
+    }
+
+    #[test]
+    fn capacity_zero_is_refused() {
+        assert!(lockkit::InMemoryLockManager::new(0).is_err());
+    }
+}
+
+mod shared_memory {
+    use std::collections::BTreeSet;
+    use std::io::ErrorKind as Io;
+    use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+    use std::path::Path;
+
+    use lockkit::{ErrorKind, LockManager, ShmLockManager};
+    use lockkit_tests::managers::{Kind, Table};
+    use lockkit_tests::{Actor, until};
+
+    fn io_kind(error: &lockkit::Error) -> Option<Io> {
+        match error.kind() {
+            ErrorKind::Io { source, .. } => Some(source.kind()),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn create_refuses_what_is_there_and_open_what_is_not() {
+        let table = Kind::Shm.fresh();
+        assert_eq!(io_kind(&ShmLockManager::open(table.path()).unwrap_err()), Some(Io::NotFound));
+        let manager = ShmLockManager::create(table.path(), 10).unwrap();
+        assert_eq!(manager.path(), table.path());
+        assert_eq!(io_kind(&ShmLockManager::create(table.path(), 10).unwrap_err()), Some(Io::AlreadyExists));
+        assert_eq!(std::fs::metadata(table.path()).unwrap().permissions().mode() & 0o7777, 0o600);
+        table.clean();
+    }
+
+    #[test]
+    fn a_capacity_of_none_or_too_many_is_refused() {
+        let table = Kind::Shm.fresh();
+        for capacity in [0, (1 << 24) + 1, u32::MAX] {
+            let error = ShmLockManager::create(table.path(), capacity).unwrap_err();
+            assert!(matches!(error.kind(), ErrorKind::InvalidCapacity { .. }), "{error}");
+            assert!(!table.path().exists());
+        }
+    }
+
+    #[test]
+    fn openers_get_the_capacity_that_the_creator_wanted() {
+        let table = Kind::Shm.fresh();
+        table.open_with(10);
+        assert_eq!(ShmLockManager::open_or_create(table.path(), 500).unwrap().capacity(), 10);
+        let mut other = Actor::start_at(&table);
+        assert!(other.ask("allocate-at 10").starts_with("error NoSuchLock"));
+        other.expect("allocate-at 9", "allocated 9");
+        table.clean();
+    }
+
+    #[test]
+    fn eight_processes_that_create_at_once_end_up_in_one_table() {
+        for _ in 0..30 {
+            let table = Kind::Shm.fresh();
+            let mut racers: Vec<_> = (0..8).map(|_| Actor::start_at(&table)).collect();
+            for racer in &mut racers {
+                racer.tell("allocate");
+            }
+            let ids: BTreeSet<String> = racers.iter_mut().map(|racer| racer.answer()).collect();
+            assert_eq!(ids.len(), 8, "{ids:?}");
+            assert!(ids.iter().all(|answer| answer.starts_with("allocated ")), "{ids:?}");
+            table.clean();
+        }
+    }
+
+    /// What opening `path` comes to in another process, which has never seen it.
+    fn opened_elsewhere(path: &Path) -> String {
+        let mut other = Actor::start_at(&Table::at(Kind::Shm, path.to_str().unwrap()));
+        other.ask("open")
+    }
+
+    #[test]
+    fn what_is_no_whole_table_of_this_layout_is_refused_and_never_touched() {
+        let table = Kind::Shm.fresh();
+        assert_eq!(opened_elsewhere(&table.path()), "opened");
+        let file = std::fs::File::options().read(true).write(true).open(table.path()).unwrap();
+        let size = file.metadata().unwrap().len();
+        let mut header = [0; 20];
+        file.read_exact_at(&mut header, 0).unwrap();
+        let refused = |what: &str| {
+            let answer = opened_elsewhere(&table.path());
+            assert!(answer.starts_with("error LayoutMismatch"), "{what}: {answer}");
+        };
+        for length in [0, 7, 4096, size / 2, size - 1, size + 4096] {
+            file.set_len(length).unwrap();
+            refused(&format!("{length} bytes"));
+            file.set_len(size).unwrap();
+            file.write_all_at(&header, 0).unwrap();
+        }
+        assert_eq!(opened_elsewhere(&table.path()), "opened");
+        for at in 0..header.len() {
+            file.write_all_at(&[header[at] ^ 0x40], at as u64).unwrap();
+            refused(&format!("byte {at}"));
+            file.write_all_at(&header, 0).unwrap();
+        }
+        table.clean();
+        std::fs::create_dir(table.path()).unwrap();
+        assert!(opened_elsewhere(&table.path()).starts_with("error"));
+        std::fs::remove_dir(table.path()).unwrap();
+    }
+
+    #[test]
+    fn a_symlink_is_not_followed() {
+        let (table, link) = (Kind::Shm.fresh(), Kind::Shm.fresh());
+        table.open();
+        std::os::unix::fs::symlink(table.path(), link.path()).unwrap();
+        assert!(ShmLockManager::open(link.path()).is_err());
+        table.clean();
+        link.clean();
+    }
+
+    #[test]
+    fn a_million_locks_take_less_than_a_mebibyte_until_they_are_used() {
+        let table = Kind::Shm.fresh();
+        let manager = table.open_with(1_000_000);
+        let used = || std::fs::metadata(table.path()).unwrap().blocks() * 512;
+        assert!(used() < 1 << 20, "{}", used());
+        assert_eq!(manager.available().unwrap(), Some(1_000_000));
+        for id in [0, 500_000, 999_999] {
+            drop(manager.allocate_at(id).unwrap().lock().unwrap());
+        }
+        assert_eq!(manager.held().unwrap(), []);
+        assert!(used() < 1 << 20, "{}", used());
+        table.clean();
+    }
+
+    #[test]
+    fn a_process_killed_while_it_makes_a_table_leaves_nothing_or_a_whole_one() {
+        if !lockkit::steps::ENABLED {
+            return;
+        }
+        let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+        for step in 1.. {
+            let path = folder.path().join(format!("table-{step}"));
+            let mut victim = Actor::start_at(&Table::at(Kind::Shm, path.to_str().unwrap()));
+            victim.expect(&format!("kill-at {step}"), "armed");
+            let answer = victim.ask("open");
+            if path.exists() {
+                assert_eq!(opened_elsewhere(&path), "opened");
+                std::fs::remove_file(&path).unwrap();
+            }
+            assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "litter after step {step}");
+            if answer != "gone" {
+                assert!(step > 5, "only {step} steps");
+                return;
+            }
+        }
+    }
+
+    #[test]
+    fn as_many_processes_as_there_are_slots_and_one_is_too_many() {
+        let table = Kind::Shm.fresh();
+        ShmLockManager::create(table.path(), 10).unwrap();
+        // A lock on every slot, as 4094 processes would have.
+        let file = std::fs::File::options().read(true).write(true).open(table.path()).unwrap();
+        let everybody = nix::libc::flock {
+            l_type: nix::libc::F_WRLCK as i16,
+            l_whence: nix::libc::SEEK_SET as i16,
+            l_start: 4096 + 2 * 128,
+            l_len: 4092 * 128,
+            l_pid: 0,
+        };
+        nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_OFD_SETLK(&everybody)).unwrap();
+        // This process has one of the first two; one is left.
+        let mut last = Actor::start_at(&table);
+        last.expect("open", "opened");
+        assert!(opened_elsewhere(&table.path()).starts_with("error TooManyProcesses"));
+        last.kill();
+        assert_eq!(opened_elsewhere(&table.path()), "opened");
+        table.clean();
+    }
+
+    #[test]
+    fn a_process_attaches_once_however_often_it_opens() {
+        let table = Kind::Shm.fresh();
+        let first = ShmLockManager::create(table.path(), 10).unwrap();
+        let descriptors = || {
+            std::fs::read_dir("/proc/self/fd")
+                .unwrap()
+                .filter(|fd| {
+                    let to = std::fs::read_link(fd.as_ref().unwrap().path()).unwrap_or_default();
+                    to == table.path()
+                })
+                .count()
+        };
+        assert_eq!(descriptors(), 1);
+        let lock = first.allocate().unwrap();
+        let guard = lock.lock().unwrap();
+        let again = ShmLockManager::open(table.path()).unwrap();
+        assert!(again.retrieve(lock.id()).unwrap().try_lock().unwrap_err().is_held());
+        assert_eq!(descriptors(), 1);
+        drop(guard);
+        table.clean();
+    }
+
+    #[test]
+    fn a_waiter_takes_over_within_moments_of_the_death() {
+        let table = Kind::Shm.fresh();
+        let manager = table.open();
+        for _ in 0..20 {
+            let (mut holder, mut waiter) = (Actor::start_at(&table), Actor::start_at(&table));
+            holder.expect("lock 3", "held");
+            waiter.tell_to_wait("lock 3");
+            holder.kill();
+            until("the waiter holds it", || {
+                manager.held().unwrap().iter().any(|held| held.owner().pid() == waiter.pid())
+            });
+            assert_eq!(waiter.answer(), format!("held recovered {}", holder.pid()));
+            waiter.expect("release 3", "ok");
+        }
+        table.clean();
+    }
+}

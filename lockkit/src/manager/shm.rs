@@ -626,3 +626,73 @@ fn now() -> u64 {
     let now = clock_gettime(ClockId::RealtimeCoarse);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Fresh(ShmLockManager);
+
+    impl Fresh {
+        fn new(name: &str) -> Self {
+            let path = format!("/dev/shm/lockkit-unit-{name}-{}", std::process::id());
+            Self(ShmLockManager::create(path, 100).unwrap())
+        }
+
+        /// Takes another slot, as another process would.
+        fn take_slot(&self) -> (Shielded<File>, u32) {
+            let Attached { table, path, .. } = self.0.0;
+            let file = open_file(path).unwrap();
+            let me = take_slot(table, path, &file).unwrap();
+            (file, me as u32)
+        }
+
+        fn word(&self, id: u32) -> &AtomicU32 {
+            drop(self.0.retrieve(id).unwrap());
+            &self.0.0.cells[id as usize].word
+        }
+    }
+
+    impl Drop for Fresh {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_file(self.0.path());
+        }
+    }
+
+    #[test]
+    fn an_owner_is_dead_when_its_slot_is_unlocked_or_taken_again() {
+        let fresh = Fresh::new("dead");
+        let (file, other) = fresh.take_slot();
+        fresh.word(7).store(other, Ordering::SeqCst);
+        let lock = fresh.0.retrieve(7).unwrap();
+        assert!(lock.try_lock().unwrap_err().is_held());
+        assert_eq!(fresh.0.held().unwrap().len(), 1);
+        drop(file);
+        assert_eq!(fresh.0.held().unwrap(), []);
+        let guard = lock.try_lock().unwrap();
+        assert_eq!(guard.recovered().unwrap().owner().unwrap().pid(), std::process::id());
+        drop(guard);
+        // The same slot for somebody else: it is alive again, but who held the lock is not.
+        fresh.word(7).store(other, Ordering::SeqCst);
+        fresh.0.0.table.header().next_slot.0.fetch_sub(1, Ordering::SeqCst);
+        let (_file, another) = fresh.take_slot();
+        assert_eq!(another & SLOT, other & SLOT);
+        assert_eq!(lock.try_lock().unwrap().recovered().unwrap().owner(), None);
+    }
+
+    #[test]
+    fn locks_of_the_dead_stay_theirs_when_a_slots_generations_begin_anew() {
+        let fresh = Fresh::new("anew");
+        let (file, other) = fresh.take_slot();
+        let at = (other & SLOT) - 1;
+        // What the first generation of the slot left, long ago.
+        fresh.word(7).store(at + 1, Ordering::SeqCst);
+        fresh.0.0.table.slots()[at as usize].generation.store(GENERATION, Ordering::SeqCst);
+        drop(file);
+        fresh.0.0.table.header().next_slot.0.fetch_sub(1, Ordering::SeqCst);
+        let (_file, first_again) = fresh.take_slot();
+        assert_eq!(first_again, at + 1, "it looks like the one that died");
+        let guard = fresh.0.retrieve(7).unwrap().try_lock().unwrap();
+        assert_eq!(guard.recovered().unwrap().owner(), None);
+    }
+}

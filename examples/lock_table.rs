@@ -1,0 +1,53 @@
+//! Worker processes share a table of locks; one is killed in the middle of its work, and the next owner is told.
+//!
+//! Each worker updates one account after another, each under the lock with its number. The first worker dies inside
+//! account 2 (`abort`); whoever comes next finds out, checks the account before using it, and goes on.
+//!
+//! Run with `cargo run -p lockkit-examples --example lock_table`.
+
+use std::process::Command;
+use std::time::Duration;
+
+use lockkit::{LockManager, ShmLockManager};
+
+const ACCOUNTS: u32 = 4;
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    match std::env::args().collect::<Vec<_>>().as_slice() {
+        [_, table, worker] => work(table, worker.parse()?),
+        _ => conduct(),
+    }
+}
+
+fn conduct() -> Result<(), Box<dyn std::error::Error>> {
+    let path = format!("/dev/shm/lockkit-example-{}", std::process::id());
+    let table = ShmLockManager::create(&path, 1024)?;
+    for _ in 0..ACCOUNTS {
+        println!("account {} has a lock", table.allocate()?.id());
+    }
+    let workers: Result<Vec<_>, _> = (0..3)
+        .map(|worker| Command::new(std::env::current_exe()?).arg(&path).arg(worker.to_string()).spawn())
+        .collect();
+    for mut worker in workers? {
+        println!("a worker ended: {}", worker.wait()?);
+    }
+    println!("{} of 1024 locks are left, {} are held", table.available()?.unwrap_or_default(), table.held()?.len());
+    std::fs::remove_file(path)?;
+    Ok(())
+}
+
+fn work(table: &str, worker: u32) -> Result<(), Box<dyn std::error::Error>> {
+    let table = ShmLockManager::open(table)?;
+    for account in 0..ACCOUNTS {
+        let guard = table.retrieve(account)?.lock()?;
+        if let Some(died) = guard.recovered() {
+            println!("worker {worker} checks account {account}, for its last owner died inside: {died}");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+        if (worker, account) == (0, 2) {
+            std::process::abort();
+        }
+        guard.release()?;
+    }
+    Ok(())
+}
