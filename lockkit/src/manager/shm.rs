@@ -505,7 +505,7 @@ impl ShmLock {
         // Only the holder writes these, and the lock carries the writes to the next.
         let turn = self.cell.turn.load(Ordering::Relaxed).wrapping_add(1);
         self.cell.turn.store(turn, Ordering::Relaxed);
-        self.cell.since.store(now(), Ordering::Relaxed);
+        self.cell.since.store(nanos(ClockId::RealtimeCoarse), Ordering::Relaxed);
         step("owner written down");
         Ok((ShmHold { lock: *self, owner, turn }, recovered))
     }
@@ -517,7 +517,7 @@ impl ShmLock {
             return word::take_now(word, owner, |owner| self.table.is_dead(owner)).ok_or_else(|| self.held());
         };
         let mut sleeper = Sleeper {
-            table: self.table,
+            lock: *self,
             patience: &patience,
             ticks: Backoff::between(FIRST_TICK * 2, LAST_TICK),
             tick: FIRST_TICK,
@@ -586,11 +586,14 @@ impl Subject for ShmLock {
 
 /// How long a waiter sleeps at most before it looks whether the owner lives: at first, and in the end.
 const FIRST_TICK: Duration = Duration::from_millis(1);
-const LAST_TICK: Duration = Duration::from_millis(10);
+const LAST_TICK: Duration = Duration::from_millis(5);
+/// How often a lock that is fought for is kept for those who sleep: often enough that nobody waits for seconds, and so
+/// seldom that the context switches do not show.
+const PRESS: Duration = Duration::from_millis(1);
 
 /// A waiter.
 struct Sleeper<'p> {
-    table: &'static Attached,
+    lock: ShmLock,
     patience: &'p Patience,
     ticks: Backoff,
     tick: Duration,
@@ -605,7 +608,15 @@ impl World for Sleeper<'_> {
     type GaveUp = Stopped;
 
     fn is_dead(&self, owner: u32) -> bool {
-        self.table.is_dead(owner)
+        self.lock.table.is_dead(owner)
+    }
+
+    fn may_press(&self) -> bool {
+        let now = nanos(ClockId::Monotonic);
+        let pressed = self.lock.cell.pressed.load(Ordering::Relaxed);
+        // What lies in the future is of an earlier boot.
+        let may = pressed > now || now - pressed >= PRESS.as_nanos() as u64;
+        may && self.lock.cell.pressed.compare_exchange(pressed, now, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 
     fn sleep(&mut self, word: &AtomicU32, seen: u32) -> std::result::Result<Slept, Stopped> {
@@ -620,10 +631,9 @@ impl World for Sleeper<'_> {
     }
 }
 
-/// Nanoseconds since the epoch, by a clock that is read without asking its hardware.
 #[inline]
-fn now() -> u64 {
-    let now = clock_gettime(ClockId::RealtimeCoarse);
+fn nanos(clock: ClockId) -> u64 {
+    let now = clock_gettime(clock);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 

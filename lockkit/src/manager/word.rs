@@ -5,12 +5,13 @@
 //! | `FREE` | nobody holds it, and nobody need be woken |
 //! | owner | held |
 //! | owner, `WAITERS` | held, and somebody may be asleep on the word: whoever releases wakes one |
-//! | owner, `WAITERS`, `KEPT` | a waiter has slept for a whole tick: the release keeps the lock for those who sleep |
+//! | owner, `WAITERS`, `KEPT` | a waiter has pressed: the release keeps the lock for those who sleep |
 //! | `WAITERS`, `KEPT` | released and kept: only those who have slept take it, and who asks without waiting |
 //!
 //! Whoever comes at the right moment may take a free lock before a woken waiter does, because handing over would cost
-//! two context switches for each hold. But a waiter presses for `KEPT` after each tick, so nobody overtakes it for ever,
-//! and hand-overs stay as rare as ticks. Should the one it is kept for die, the others notice within a tick.
+//! two context switches for each hold. But now and then a waiter presses for `KEPT` after a tick, so that nobody is
+//! overtaken for ever; one of them at a time, as [`World::may_press`] has it, so that it stays rare however many wait.
+//! Should the one it is kept for die, the others notice within a tick.
 //!
 //! An owner is dead or alive by what [`World`] says, asked at first sight and then once a tick. A dead owner's word is
 //! taken from it with a compare-and-swap, so one of many wins, and knows that it took over.
@@ -33,6 +34,8 @@ pub(super) trait World {
     type GaveUp;
     /// Whether the owner has died. Once it has, it stays so.
     fn is_dead(&self, owner: u32) -> bool;
+    /// Whether the lock should be kept for the waiters at its next release: asked after a tick.
+    fn may_press(&self) -> bool;
     /// Sleeps on the word until somebody wakes this thread or a tick is over, unless the word is not `seen` any more;
     /// or says that it is time to give up.
     fn sleep(&mut self, word: &AtomicU32, seen: u32) -> Result<Slept, Self::GaveUp>;
@@ -87,7 +90,7 @@ pub(super) fn take<W: World>(word: &AtomicU32, owner: u32, world: &mut W) -> Res
         let slept = world.sleep(word, waiting)?;
         // Others may sleep as well, and nobody counts them.
         stance = Stance { entitled: true, leave: WAITERS, look: slept == Slept::Tick };
-        press = if slept == Slept::Tick { KEPT } else { 0 };
+        press = if slept == Slept::Tick && world.may_press() { KEPT } else { 0 };
     }
 }
 
@@ -235,6 +238,10 @@ mod models {
 
         fn is_dead(&self, owner: u32) -> bool {
             owner == 9 && self.model.dead.load(Ordering::SeqCst)
+        }
+
+        fn may_press(&self) -> bool {
+            true
         }
 
         fn sleep(&mut self, word: &AtomicU32, seen: u32) -> Result<Slept, ()> {

@@ -77,7 +77,9 @@ pub(crate) struct Cell {
     pub(crate) turn: AtomicU32,
     /// When it was taken, in nanoseconds since the epoch, by the coarse clock.
     pub(crate) since: AtomicU64,
-    _reserved: [AtomicU64; 6],
+    /// When a waiter last pressed for it, in nanoseconds of the monotonic clock.
+    pub(crate) pressed: AtomicU64,
+    _reserved: [AtomicU64; 5],
 }
 
 const _: () = {
@@ -96,6 +98,7 @@ const _: () = {
     assert!(offset_of!(Cell, word) == 0);
     assert!(offset_of!(Cell, turn) == 4);
     assert!(offset_of!(Cell, since) == 8);
+    assert!(offset_of!(Cell, pressed) == 16);
     assert!(LOCKS_PER_PAGE == u64::BITS);
     assert!(PAGE + SLOTS as usize * size_of::<Slot>() == 528_128);
     assert!(Shape::of(1).full == 528_384);
