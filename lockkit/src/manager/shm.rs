@@ -450,7 +450,7 @@ fn take_slot(table: &Table, path: &Path, file: &File) -> Result<u64> {
     Err(ErrorKind::TooManyProcesses { table: format!("the lock table {}", path.display()), most: SLOTS }.into())
 }
 
-/// Once in 262,144 times that a slot is taken its generations begin anew. Locks that a dead user of it still holds must
+/// Once in 131,072 times that a slot is taken its generations begin anew. Locks that a dead user of it still holds must
 /// not be taken for the new one's, so they become locks of somebody who died.
 #[cold]
 fn forget_generations(table: &Table, slot: u32) {

@@ -1,17 +1,18 @@
 //! The word that is a lock in shared memory.
 //!
-//! | word | meaning |
-//! |---|---|
-//! | `FREE` | nobody holds it, and nobody need be woken |
-//! | owner | held |
-//! | owner, `WAITERS` | held, and somebody may be asleep on the word: whoever releases wakes one |
-//! | owner, `WAITERS`, `KEPT` | a waiter has pressed: the release keeps the lock for those who sleep |
-//! | `WAITERS`, `KEPT` | released and kept: only those who have slept take it, and who asks without waiting |
+//! An owner or none, and three flags:
 //!
-//! Whoever comes at the right moment may take a free lock before a woken waiter does, because handing over would cost
-//! two context switches for each hold. But now and then a waiter presses for `KEPT` after a tick, so that nobody is
-//! overtaken for ever; one of them at a time, as [`World::may_press`] has it, so that it stays rare however many wait.
-//! Should the one it is kept for die, the others notice within a tick.
+//! | flag | meaning |
+//! |---|---|
+//! | `WAITERS` | somebody may be asleep on the word: a release wakes one |
+//! | `AWAKE` | one was woken and has yet to look: until then a release wakes no other |
+//! | `KEPT` | a waiter has pressed: the release keeps the lock for those who have slept |
+//!
+//! Without an owner and without `KEPT` the lock is free for all. Whoever comes at the right moment may take it before the
+//! woken waiter does, because handing over would cost two context switches for each hold. But now and then a waiter
+//! presses for `KEPT` after a tick, so that nobody is overtaken for ever; one of them at a time, as
+//! [`World::may_press`] has it, so that it stays rare however many wait. Should a woken waiter die, the others notice
+//! within a tick.
 //!
 //! An owner is dead or alive by what [`World`] says, asked at first sight and then once a tick. A dead owner's word is
 //! taken from it with a compare-and-swap, so one of many wins, and knows that it took over.
@@ -22,8 +23,10 @@ use crate::steps::step;
 /// Nobody holds the lock.
 pub(super) const FREE: u32 = 0;
 /// Who holds it; 0 for nobody.
-pub(super) const OWNER: u32 = KEPT - 1;
-/// Kept for those who sleep, or to be kept when it is released.
+pub(super) const OWNER: u32 = AWAKE - 1;
+/// A waiter is on its way.
+const AWAKE: u32 = 1 << 29;
+/// Kept for those who have slept, or to be kept when it is released.
 const KEPT: u32 = 1 << 30;
 /// Somebody may be asleep.
 const WAITERS: u32 = 1 << 31;
@@ -59,37 +62,40 @@ pub(super) enum Taken {
     From(u32),
 }
 
-/// Takes a free lock that nobody waits for.
+/// Takes a lock that is free for all.
 #[inline]
 pub(super) fn take_free(word: &AtomicU32, owner: u32) -> bool {
-    word.compare_exchange(FREE, owner, Ordering::Acquire, Ordering::Relaxed).is_ok()
+    let take = |seen| word.compare_exchange(seen, seen | owner, Ordering::Acquire, Ordering::Relaxed);
+    match take(FREE) {
+        Ok(_) => true,
+        Err(seen) => seen & (OWNER | KEPT) == 0 && take(seen).is_ok(),
+    }
 }
 
 /// Takes the lock unless a living owner holds it.
 #[cold]
 pub(super) fn take_now(word: &AtomicU32, owner: u32, is_dead: impl Fn(u32) -> bool) -> Option<Taken> {
-    attempt(word, owner, Stance { entitled: true, leave: 0, look: true }, is_dead).ok()
+    attempt(word, owner, Stance { entitled: true, rested: false, look: true }, is_dead).ok()
 }
 
 /// Takes the lock as soon as it can be had.
 #[cold]
 pub(super) fn take<W: World>(word: &AtomicU32, owner: u32, world: &mut W) -> Result<Taken, W::GaveUp> {
-    let mut stance = Stance { entitled: false, leave: 0, look: true };
+    let mut stance = Stance { entitled: false, rested: false, look: true };
     let mut press = 0;
     loop {
         let seen = match attempt(word, owner, stance, |owner| world.is_dead(owner)) {
             Ok(taken) => return Ok(taken),
             Err(seen) => seen,
         };
-        let waiting = seen | WAITERS | if seen & OWNER == 0 { 0 } else { press };
+        let waiting = stance.arrive(seen) | WAITERS | if seen & OWNER == 0 { 0 } else { press };
         if waiting != seen && word.compare_exchange(seen, waiting, Ordering::Relaxed, Ordering::Relaxed).is_err() {
             continue;
         }
         step("waiter announced");
         // Who gives up now, after it was woken, has just seen to it that the next release wakes another.
         let slept = world.sleep(word, waiting)?;
-        // Others may sleep as well, and nobody counts them.
-        stance = Stance { entitled: true, leave: WAITERS, look: slept == Slept::Tick };
+        stance = Stance { entitled: true, rested: true, look: slept == Slept::Tick };
         press = if slept == Slept::Tick && world.may_press() { KEPT } else { 0 };
     }
 }
@@ -99,10 +105,18 @@ pub(super) fn take<W: World>(word: &AtomicU32, owner: u32, world: &mut W) -> Res
 struct Stance {
     /// Takes also what is kept.
     entitled: bool,
-    /// What to leave in the word.
-    leave: u32,
+    /// Has slept, and may be the one that was woken.
+    rested: bool,
     /// Looks whether the owner lives.
     look: bool,
+}
+
+impl Stance {
+    /// The flags once this one has come: if it has slept, nobody is on the way any more, and others may sleep as well,
+    /// whom nobody counts.
+    fn arrive(self, seen: u32) -> u32 {
+        if self.rested { seen & !AWAKE | WAITERS } else { seen }
+    }
 }
 
 /// Takes the lock if it can be had now; else says what the word was.
@@ -115,7 +129,7 @@ fn attempt(word: &AtomicU32, owner: u32, stance: Stance, is_dead: impl Fn(u32) -
             holder if stance.look && is_dead(holder) => Taken::From(holder),
             _ => return Err(seen),
         };
-        let next = owner | stance.leave | (seen & WAITERS);
+        let next = owner | stance.arrive(seen) & (WAITERS | AWAKE);
         match word.compare_exchange(seen, next, Ordering::Acquire, Ordering::Relaxed) {
             Ok(_) => return Ok(taken),
             Err(changed) => seen = changed,
@@ -142,19 +156,33 @@ fn release_to_waiters(word: &AtomicU32, owner: u32, mut seen: u32, wake: impl Fn
         if seen & OWNER != owner {
             return false;
         }
-        let next = if seen & KEPT == 0 { FREE } else { KEPT | WAITERS };
+        let (next, to_wake) = match seen & (AWAKE | WAITERS) {
+            0 => (FREE, false),
+            WAITERS => (AWAKE | (seen & KEPT), true),
+            _ => (seen & !OWNER, false),
+        };
         match word.compare_exchange(seen, next, Ordering::Release, Ordering::Relaxed) {
             Ok(_) => {
                 step("lock word given back to waiters");
-                if seen & WAITERS != 0 && !wake(word) && next != FREE {
-                    // Nobody slept, so it need not be kept; but somebody may have gone to sleep since, because it was.
-                    let _ = word.compare_exchange(next, FREE, Ordering::Relaxed, Ordering::Relaxed);
-                    wake(word);
+                if to_wake {
+                    wake_one(word, wake);
+                    step("waiter woken");
                 }
-                step("waiter woken");
                 return true;
             }
             Err(changed) => seen = changed,
+        }
+    }
+}
+
+/// Wakes one who sleeps on the word, which says so already. If nobody does it takes that back, and looks again for who
+/// went to sleep in between.
+fn wake_one(word: &AtomicU32, wake: impl Fn(&AtomicU32) -> bool) {
+    while !wake(word) {
+        let left = word.fetch_and(!(AWAKE | KEPT), Ordering::Relaxed) & !(AWAKE | KEPT);
+        let sleeper = left == WAITERS;
+        if !sleeper || word.compare_exchange(left, AWAKE, Ordering::Relaxed, Ordering::Relaxed).is_err() {
+            return;
         }
     }
 }
