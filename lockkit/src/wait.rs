@@ -70,6 +70,12 @@ impl Wait {
         self
     }
 
+    /// Whether nothing can cancel it.
+    #[inline]
+    pub(crate) fn is_bare(&self) -> bool {
+        self.cancel.is_none()
+    }
+
     /// Refuses what was cancelled before it began.
     pub(crate) fn check(&self, subject: &dyn Subject) -> Result<()> {
         match &self.cancel {

@@ -154,6 +154,17 @@ impl ManagedLock {
     /// [`TooManyProcesses`](crate::ErrorKind::TooManyProcesses) in a forked child for which a shared table has no place.
     #[inline]
     pub fn acquire(&self, wait: &Wait) -> Result<ManagedGuard> {
+        // What thousands of locks mostly are, in shared memory and free, is worth a few instructions in the caller.
+        if let Handle::Shm(lock) = &self.0
+            && let Some(hold) = lock.acquire_free(wait)
+        {
+            return Ok(ManagedGuard::new(Hold::Shm(hold), None));
+        }
+        self.acquire_any(wait)
+    }
+
+    #[inline(never)]
+    fn acquire_any(&self, wait: &Wait) -> Result<ManagedGuard> {
         let (hold, recovered) = match &self.0 {
             Handle::Shm(lock) => {
                 let (hold, recovered) = lock.acquire(wait)?;
@@ -165,7 +176,7 @@ impl ManagedLock {
             }
             Handle::Memory(lock) => (Hold::Memory(lock.acquire(wait)?), None),
         };
-        Ok(ManagedGuard { hold, recovered, generation: fork::generation(), released: false })
+        Ok(ManagedGuard::new(hold, recovered))
     }
 
     /// Gives back what this process took and whose guard it gave away to [`std::mem::forget`]: for programs that offer
@@ -211,6 +222,11 @@ pub struct ManagedGuard {
 }
 
 impl ManagedGuard {
+    #[inline]
+    fn new(hold: Hold, recovered: Option<Box<Recovered>>) -> Self {
+        Self { hold, recovered, generation: fork::generation(), released: false }
+    }
+
     /// Releases now and says what went wrong.
     ///
     /// # Errors

@@ -305,11 +305,20 @@ impl Attached {
         Ok(fresh)
     }
 
+    /// This process as lock words name it, unless it has forked since it attached.
+    #[inline]
+    fn known_me(&self) -> Option<u32> {
+        let me = self.me.load(Ordering::Relaxed);
+        ((me >> 32) as u32 == fork::generation()).then_some(me as u32)
+    }
+
     /// This process as lock words name it.
     #[inline]
     fn me(&self) -> Result<u32> {
-        let me = self.me.load(Ordering::Relaxed);
-        if (me >> 32) as u32 == fork::generation() { Ok(me as u32) } else { self.me_after_fork() }
+        match self.known_me() {
+            Some(me) => Ok(me),
+            None => self.me_after_fork(),
+        }
     }
 
     /// A forked child is another process, and needs a slot of its own.
@@ -489,7 +498,13 @@ impl ShmLock {
         }
     }
 
+    /// Takes the lock if it is free and nothing is in the way.
     #[inline]
+    pub(super) fn acquire_free(&self, wait: &Wait) -> Option<ShmHold> {
+        let owner = self.table.known_me()?;
+        (wait.is_bare() && word::take_free(&self.cell.word, owner)).then(|| self.begin(owner))
+    }
+
     pub(super) fn acquire(&self, wait: &Wait) -> Result<(ShmHold, Option<Box<Recovered>>)> {
         wait.check(self)?;
         let owner = self.table.me()?;
@@ -497,17 +512,22 @@ impl ShmLock {
             true => Taken::Clean,
             false => self.acquire_held(owner, wait)?,
         };
-        step("lock word taken");
         let recovered = match taken {
             Taken::Clean => None,
             Taken::From(died) => Some(self.recovered(died)),
         };
-        // Only the holder writes these, and the lock carries the writes to the next.
+        Ok((self.begin(owner), recovered))
+    }
+
+    /// Writes down that the lock was taken. Only the holder writes that, and the lock carries the writes to the next.
+    #[inline]
+    fn begin(&self, owner: u32) -> ShmHold {
+        step("lock word taken");
         let turn = self.cell.turn.load(Ordering::Relaxed).wrapping_add(1);
         self.cell.turn.store(turn, Ordering::Relaxed);
         self.cell.since.store(nanos(ClockId::RealtimeCoarse), Ordering::Relaxed);
         step("owner written down");
-        Ok((ShmHold { lock: *self, owner, turn }, recovered))
+        ShmHold { lock: *self, owner, turn }
     }
 
     #[cold]

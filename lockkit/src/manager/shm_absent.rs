@@ -90,6 +90,10 @@ impl ShmLock {
         match self.0 {}
     }
 
+    pub(super) fn acquire_free(&self, _wait: &Wait) -> Option<ShmHold> {
+        match self.0 {}
+    }
+
     pub(super) fn acquire(&self, _wait: &Wait) -> Result<(ShmHold, Option<Box<Recovered>>)> {
         match self.0 {}
     }
