@@ -37,6 +37,7 @@ pub trait Lock {
     ///
     /// # Errors
     /// [`Held`](crate::ErrorKind::Held) when it is not, and what [`acquire`](Self::acquire) adds.
+    #[inline]
     fn try_lock(&self) -> Result<Self::Guard> {
         self.acquire(&Wait::none())
     }
@@ -45,6 +46,7 @@ pub trait Lock {
     ///
     /// # Errors
     /// Those that the kind of lock adds to [`acquire`](Self::acquire).
+    #[inline]
     fn lock(&self) -> Result<Self::Guard> {
         self.acquire(&Wait::forever())
     }

@@ -156,9 +156,9 @@ impl ManagedLock {
     pub fn acquire(&self, wait: &Wait) -> Result<ManagedGuard> {
         // What thousands of locks mostly are, in shared memory and free, is worth a few instructions in the caller.
         if let Handle::Shm(lock) = &self.0
-            && let Some(hold) = lock.acquire_free(wait)
+            && let Some(taken) = lock.acquire_free(wait)
         {
-            return Ok(ManagedGuard::new(Hold::Shm(hold), None));
+            return Ok(ManagedGuard::new(Hold::Shm(lock.hold(taken)), None));
         }
         self.acquire_any(wait)
     }
@@ -216,15 +216,18 @@ lock_methods!(ManagedLock, ManagedGuard);
 pub struct ManagedGuard {
     hold: Hold,
     recovered: Option<Box<Recovered>>,
-    /// The process that holds, for a forked child has a copy.
-    generation: u32,
-    released: bool,
+    /// The process that holds, for a forked child has a copy; or [`RELEASED`](Self::RELEASED). As wide as the fields
+    /// beside it, for processors stall on reading at once what was written in parts.
+    generation: u64,
 }
 
 impl ManagedGuard {
+    /// No fork generation.
+    const RELEASED: u64 = u64::MAX;
+
     #[inline]
     fn new(hold: Hold, recovered: Option<Box<Recovered>>) -> Self {
-        Self { hold, recovered, generation: fork::generation(), released: false }
+        Self { hold, recovered, generation: fork::generation().into() }
     }
 
     /// Releases now and says what went wrong.
@@ -247,10 +250,10 @@ impl ManagedGuard {
 
     #[inline]
     fn give_back(&mut self) -> Result<()> {
-        if self.released || self.generation != fork::generation() {
+        if self.generation != fork::generation().into() {
             return Ok(());
         }
-        self.released = true;
+        self.generation = Self::RELEASED;
         match &self.hold {
             Hold::Shm(hold) => hold.release(),
             Hold::File(hold) => hold.release(),

@@ -482,8 +482,26 @@ pub(super) struct ShmLock {
 #[derive(Debug)]
 pub(super) struct ShmHold {
     lock: ShmLock,
-    owner: u32,
-    turn: u32,
+    acquired: Acquired,
+}
+
+/// Who took a lock, in the upper half, and which acquisition it was: one number, for processors stall on reading at once
+/// what was written in parts.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Acquired(u64);
+
+impl Acquired {
+    fn new(owner: u32, turn: u32) -> Self {
+        Self(u64::from(owner) << 32 | u64::from(turn))
+    }
+
+    fn owner(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
+
+    fn turn(self) -> u32 {
+        self.0 as u32
+    }
 }
 
 impl ShmLock {
@@ -500,7 +518,7 @@ impl ShmLock {
 
     /// Takes the lock if it is free and nothing is in the way.
     #[inline]
-    pub(super) fn acquire_free(&self, wait: &Wait) -> Option<ShmHold> {
+    pub(super) fn acquire_free(&self, wait: &Wait) -> Option<Acquired> {
         let owner = self.table.known_me()?;
         (wait.is_bare() && word::take_free(&self.cell.word, owner)).then(|| self.begin(owner))
     }
@@ -516,18 +534,23 @@ impl ShmLock {
             Taken::Clean => None,
             Taken::From(died) => Some(self.recovered(died)),
         };
-        Ok((self.begin(owner), recovered))
+        Ok((self.hold(self.begin(owner)), recovered))
     }
 
     /// Writes down that the lock was taken. Only the holder writes that, and the lock carries the writes to the next.
     #[inline]
-    fn begin(&self, owner: u32) -> ShmHold {
+    fn begin(&self, owner: u32) -> Acquired {
         step("lock word taken");
         let turn = self.cell.turn.load(Ordering::Relaxed).wrapping_add(1);
         self.cell.turn.store(turn, Ordering::Relaxed);
         self.cell.since.store(nanos(ClockId::RealtimeCoarse), Ordering::Relaxed);
         step("owner written down");
-        ShmHold { lock: *self, owner, turn }
+        Acquired::new(owner, turn)
+    }
+
+    #[inline]
+    pub(super) fn hold(&self, acquired: Acquired) -> ShmHold {
+        ShmHold { lock: *self, acquired }
     }
 
     #[cold]
@@ -578,7 +601,7 @@ impl ShmLock {
 
     pub(super) fn unlock(&self) -> Result<()> {
         let turn = self.cell.turn.load(Ordering::Relaxed);
-        ShmHold { lock: *self, owner: self.table.me()?, turn }.release()
+        self.hold(Acquired::new(self.table.me()?, turn)).release()
     }
 }
 
@@ -586,8 +609,8 @@ impl ShmHold {
     #[inline]
     pub(super) fn release(&self) -> Result<()> {
         let cell = self.lock.cell;
-        let mine = cell.turn.load(Ordering::Relaxed) == self.turn;
-        match mine && word::release(&cell.word, self.owner, futex::wake_one) {
+        let mine = cell.turn.load(Ordering::Relaxed) == self.acquired.turn();
+        match mine && word::release(&cell.word, self.acquired.owner(), futex::wake_one) {
             true => Ok(()),
             false => Err(self.lock.not_locked()),
         }

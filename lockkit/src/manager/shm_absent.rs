@@ -13,7 +13,7 @@ pub struct ShmLockManager(Never);
 
 /// What cannot be.
 #[derive(Clone, Copy, Debug)]
-enum Never {}
+pub(super) enum Never {}
 
 fn unsupported<T>() -> Result<T> {
     Err(ErrorKind::Unsupported { what: "a lock table in shared memory" }.into())
@@ -90,7 +90,11 @@ impl ShmLock {
         match self.0 {}
     }
 
-    pub(super) fn acquire_free(&self, _wait: &Wait) -> Option<ShmHold> {
+    pub(super) fn acquire_free(&self, _wait: &Wait) -> Option<Never> {
+        match self.0 {}
+    }
+
+    pub(super) fn hold(&self, _taken: Never) -> ShmHold {
         match self.0 {}
     }
 
