@@ -71,6 +71,7 @@ impl Wait {
     }
 
     /// Whether nothing can cancel it.
+    #[cfg_attr(not(all(target_os = "linux", not(loom))), allow(dead_code))]
     #[inline]
     pub(crate) fn is_bare(&self) -> bool {
         self.cancel.is_none()

@@ -65,11 +65,9 @@ pub(super) enum Taken {
 /// Takes a lock that is free for all.
 #[inline]
 pub(super) fn take_free(word: &AtomicU32, owner: u32) -> bool {
-    let take = |seen| word.compare_exchange(seen, seen | owner, Ordering::Acquire, Ordering::Relaxed);
-    match take(FREE) {
-        Ok(_) => true,
-        Err(seen) => seen & (OWNER | KEPT) == 0 && take(seen).is_ok(),
-    }
+    let seen = word.load(Ordering::Relaxed);
+    seen & (OWNER | KEPT) == 0
+        && word.compare_exchange(seen, seen | owner, Ordering::Acquire, Ordering::Relaxed).is_ok()
 }
 
 /// Takes the lock unless a living owner holds it.
@@ -153,29 +151,14 @@ fn attempt(word: &AtomicU32, owner: u32, stance: Stance, is_dead: impl Fn(u32) -
 /// whether there was one.
 #[inline]
 pub(super) fn release(word: &AtomicU32, owner: u32, wake: impl Fn(&AtomicU32) -> bool) -> bool {
-    match word.compare_exchange(owner, FREE, Ordering::Release, Ordering::Relaxed) {
-        Ok(_) => {
-            step("lock word given back");
-            true
-        }
-        Err(seen) => release_to_waiters(word, owner, seen, wake),
-    }
-}
-
-#[cold]
-fn release_to_waiters(word: &AtomicU32, owner: u32, mut seen: u32, wake: impl Fn(&AtomicU32) -> bool) -> bool {
-    loop {
-        if seen & OWNER != owner {
-            return false;
-        }
-        let (next, to_wake) = match seen & (AWAKE | WAITERS) {
-            0 => (FREE, false),
-            WAITERS => (AWAKE | (seen & KEPT), true),
-            _ => (seen & !OWNER, false),
-        };
+    let mut seen = word.load(Ordering::Relaxed);
+    while seen & OWNER == owner {
+        // Whoever is awake will see to those who sleep.
+        let to_wake = seen & (WAITERS | AWAKE) == WAITERS;
+        let next = if to_wake { AWAKE | seen & KEPT } else { seen & !OWNER };
         match word.compare_exchange(seen, next, Ordering::Release, Ordering::Relaxed) {
             Ok(_) => {
-                step("lock word given back to waiters");
+                step("lock word given back");
                 if to_wake {
                     wake_one(word, wake);
                     step("waiter woken");
@@ -185,10 +168,12 @@ fn release_to_waiters(word: &AtomicU32, owner: u32, mut seen: u32, wake: impl Fn
             Err(changed) => seen = changed,
         }
     }
+    false
 }
 
 /// Wakes one who sleeps on the word, which says so already. If nobody does it takes that back, and looks again for who
 /// went to sleep in between.
+#[cold]
 fn wake_one(word: &AtomicU32, wake: impl Fn(&AtomicU32) -> bool) {
     while !wake(word) {
         let left = word.fetch_and(!(AWAKE | KEPT), Ordering::Relaxed) & !(AWAKE | KEPT);
