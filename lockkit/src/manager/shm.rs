@@ -632,7 +632,7 @@ const FIRST_TICK: Duration = Duration::from_micros(500);
 const LAST_TICK: Duration = Duration::from_millis(5);
 /// How often a lock that is fought for is kept for those who sleep: often enough that nobody waits for seconds, and so
 /// seldom that the context switches do not show.
-const PRESS: Duration = Duration::from_micros(500);
+const PRESS: Duration = Duration::from_millis(1);
 
 /// A waiter.
 struct Sleeper<'p> {

@@ -82,7 +82,6 @@ pub(super) fn take<W: World>(word: &AtomicU32, owner: u32, world: &mut W) -> Res
     let mut stance = Stance { entitled: false, rested: false, look: true };
     let mut press = 0;
     loop {
-        spin(word);
         let seen = match attempt(word, owner, stance, |owner| world.is_dead(owner)) {
             Ok(taken) => return Ok(taken),
             Err(seen) => seen,
@@ -96,17 +95,6 @@ pub(super) fn take<W: World>(word: &AtomicU32, owner: u32, world: &mut W) -> Res
         let slept = world.sleep(word, waiting)?;
         stance = Stance { entitled: true, rested: true, look: slept == Slept::Tick };
         press = if slept == Slept::Tick && world.may_press() { KEPT } else { 0 };
-    }
-}
-
-/// Waits a moment, as long as a system call takes, for what may come free in less.
-fn spin(word: &AtomicU32) {
-    const LOOKS: u32 = if cfg!(loom) { 0 } else { 100 };
-    for _ in 0..LOOKS {
-        if word.load(Ordering::Relaxed) & OWNER == 0 {
-            return;
-        }
-        std::hint::spin_loop();
     }
 }
 
