@@ -73,13 +73,13 @@ pub(super) fn take_free(word: &AtomicU32, owner: u32) -> bool {
 /// Takes the lock unless a living owner holds it.
 #[cold]
 pub(super) fn take_now(word: &AtomicU32, owner: u32, is_dead: impl Fn(u32) -> bool) -> Option<Taken> {
-    attempt(word, owner, Stance { entitled: true, rested: false, look: true }, is_dead).ok()
+    attempt(word, owner, Stance { entitled: true, rested: false, awake: false, look: true }, is_dead).ok()
 }
 
 /// Takes the lock as soon as it can be had.
 #[cold]
 pub(super) fn take<W: World>(word: &AtomicU32, owner: u32, world: &mut W) -> Result<Taken, W::GaveUp> {
-    let mut stance = Stance { entitled: false, rested: false, look: true };
+    let mut stance = Stance { entitled: false, rested: false, awake: false, look: true };
     let mut press = 0;
     loop {
         let seen = match attempt(word, owner, stance, |owner| world.is_dead(owner)) {
@@ -93,8 +93,10 @@ pub(super) fn take<W: World>(word: &AtomicU32, owner: u32, world: &mut W) -> Res
         step("waiter announced");
         // Who gives up now, after it was woken, has just seen to it that the next release wakes another.
         let slept = world.sleep(word, waiting)?;
-        stance = Stance { entitled: true, rested: true, look: slept == Slept::Tick };
-        press = if slept == Slept::Tick && world.may_press() { KEPT } else { 0 };
+        let tick = slept == Slept::Tick;
+        let pressing = tick && world.may_press();
+        stance = Stance { entitled: true, rested: true, awake: !tick || pressing, look: tick };
+        press = if pressing { KEPT } else { 0 };
     }
 }
 
@@ -103,17 +105,19 @@ pub(super) fn take<W: World>(word: &AtomicU32, owner: u32, world: &mut W) -> Res
 struct Stance {
     /// Takes also what is kept.
     entitled: bool,
-    /// Has slept, and may be the one that was woken.
+    /// Has slept, as others may, whom nobody counts.
     rested: bool,
+    /// Is the one that was woken, or stands in for one that may have died on its way.
+    awake: bool,
     /// Looks whether the owner lives.
     look: bool,
 }
 
 impl Stance {
-    /// The flags once this one has come: if it has slept, nobody is on the way any more, and others may sleep as well,
-    /// whom nobody counts.
+    /// The word once this one has come.
     fn arrive(self, seen: u32) -> u32 {
-        if self.rested { seen & !AWAKE | WAITERS } else { seen }
+        let seen = if self.awake { seen & !AWAKE } else { seen };
+        if self.rested { seen | WAITERS } else { seen }
     }
 }
 
