@@ -9,6 +9,7 @@
 //! | `fork-drop` | `dropped`: a forked child has dropped its copy of the guard and ended |
 //! | `spawn` | `spawned PID`: a program started in the ordinary way, alive until it is killed |
 //! | `panic` | `panicked`: a thread took the lock and panicked holding it |
+//! | `hold-name NAME`, `time-out-name NAME`, `clean-name NAME` | `done`: the same with any named lock |
 //! | `starve` | `starved`: no descriptor is left; `feed` gives them back |
 
 use std::io::{BufRead, BufReader, Write};
@@ -45,15 +46,14 @@ impl Actor {
         Self::run(command)
     }
 
-    /// Starts one as another user.
+    /// Starts one as another user, which only root can; see [`another_user`](crate::another_user).
     pub fn start_as(spec: &Spec, uid: u32) -> Self {
-        // The program may lie below a folder that the other user cannot enter, so it is called by its descriptor.
-        let file = std::fs::File::open(program("actor")).expect("the actor's file");
-        let path = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&file));
-        let mut command = Command::new(path);
-        command.arg(spec.to_string()).stdin(Stdio::piped()).stdout(Stdio::piped());
-        command.uid(uid).gid(uid).current_dir("/");
-        Self::run(command)
+        Self::run(as_user(uid, [spec.to_string()]))
+    }
+
+    /// Starts the actor in another part than that of serving a lock: `rogue` is what it does, as the user `uid`.
+    pub fn start_rogue(rogue: [&str; 2], uid: u32) -> Self {
+        Self::run(as_user(uid, rogue))
     }
 
     fn run(mut command: Command) -> Self {
@@ -159,6 +159,21 @@ impl Drop for Actor {
     }
 }
 
+/// The actor as another user's command. It is copied to where every user may run it.
+fn as_user<S: AsRef<std::ffi::OsStr>>(uid: u32, arguments: impl IntoIterator<Item = S>) -> Command {
+    use std::os::unix::fs::PermissionsExt;
+    static COPY: std::sync::OnceLock<tempfile::TempDir> = std::sync::OnceLock::new();
+    let folder = COPY.get_or_init(|| {
+        let folder = tempfile::Builder::new().permissions(std::fs::Permissions::from_mode(0o755)).tempdir();
+        let folder = folder.expect("a folder");
+        std::fs::copy(program("actor"), folder.path().join("actor")).expect("a copy of the actor");
+        folder
+    });
+    let mut command = Command::new(folder.path().join("actor"));
+    command.args(arguments).uid(uid).gid(uid).current_dir("/").stdin(Stdio::piped()).stdout(Stdio::piped());
+    command
+}
+
 /// Sends a signal to any process; one that is gone already is none to worry about.
 pub fn signal_pid(pid: u32, signal: rustix::process::Signal) {
     if let Some(pid) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) {
@@ -171,6 +186,7 @@ pub fn serve(spec: &Spec) {
     let lock = spec.open();
     let mut guard: Option<Box<dyn AnyGuard>> = None;
     let mut hoard = Vec::new();
+    let mut names = Vec::new();
     for line in std::io::stdin().lines().map_while(Result::ok) {
         let mut take = |wait: &Wait| match lock.acquire(wait) {
             Ok(taken) => {
@@ -229,6 +245,19 @@ pub fn serve(spec: &Spec) {
                 });
                 assert!(result.is_err());
                 "panicked".to_owned()
+            }
+            "hold-name" => {
+                names.push(lockkit::NamedLock::new(argument).and_then(|lock| lock.lock()).expect("a free name"));
+                "done".to_owned()
+            }
+            "time-out-name" => {
+                let lock = lockkit::NamedLock::new(argument).expect("a name");
+                assert!(lock.lock_for(Duration::from_micros(100)).is_err_and(|error| error.is_timeout()));
+                "done".to_owned()
+            }
+            "clean-name" => {
+                Spec::parse(&format!("named-socket:{argument}")).clean();
+                "done".to_owned()
             }
             "starve" => {
                 while let Ok(file) = std::fs::File::open("/dev/null") {

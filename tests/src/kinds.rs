@@ -56,14 +56,17 @@ pub enum Kind {
     MachineSocket,
     /// [`NamedLock`] on a file.
     NamedFile,
+    /// [`NamedLock`] on a file, for the whole machine.
+    MachineFile,
     /// [`FileLock`], exclusive.
     File,
 }
 
-const KINDS: [(Kind, &str); 4] = [
+const KINDS: [(Kind, &str); 5] = [
     (Kind::NamedSocket, "named-socket"),
     (Kind::MachineSocket, "machine-socket"),
     (Kind::NamedFile, "named-file"),
+    (Kind::MachineFile, "machine-file"),
     (Kind::File, "file"),
 ];
 
@@ -125,17 +128,19 @@ impl Spec {
             Kind::NamedSocket => named(Scope::User, Backend::Socket),
             Kind::MachineSocket => named(Scope::Machine, Backend::Socket),
             Kind::NamedFile => named(Scope::User, Backend::File),
+            Kind::MachineFile => named(Scope::Machine, Backend::File),
             Kind::File => Box::new(Any { lock: FileLock::new(&self.at), owner: |_| None }),
         }
     }
 
     /// The files that a lock leaves on disk or in memory by design, which a test takes away.
-    fn files(&self) -> Vec<PathBuf> {
+    pub fn files(&self) -> Vec<PathBuf> {
         let uid = rustix::process::geteuid().as_raw();
         match self.kind {
             Kind::NamedSocket => vec![format!("/dev/shm/lockkit-u{uid}/{}", self.at).into()],
             Kind::MachineSocket => vec![format!("/dev/shm/lockkit-machine/{}", self.at).into()],
             Kind::NamedFile => vec![format!("/tmp/lockkit-u{uid}/{}.lock", self.at).into()],
+            Kind::MachineFile => vec![format!("/tmp/lockkit-machine/{}.lock", self.at).into()],
             Kind::File => vec![PathBuf::from(&self.at)],
         }
     }

@@ -43,7 +43,8 @@ pub enum Backend {
     /// name belongs to the network namespace, so containers with a network of their own have names of their own.
     Socket,
     /// A locked file in a private folder below `/tmp`. The name belongs to the file system, so processes that see
-    /// another `/tmp` have names of their own. Waiters with a limit look again every few milliseconds.
+    /// another `/tmp` have names of their own. Waiters with a limit look again every few milliseconds. Deleting the
+    /// file of a lock that is held, which only its user and root can, lets a second holder in.
     File,
 }
 
