@@ -1,5 +1,7 @@
 //! The function that the attribute stands on, and the statement that goes in front of its body.
 
+use std::time::Duration;
+
 use proc_macro2::{Span, TokenStream};
 use quote::{ToTokens, quote, quote_spanned};
 use syn::ext::IdentExt;
@@ -77,13 +79,9 @@ impl Function {
             None | Some(Scope::User) => quote!(User),
             Some(Scope::Machine) => quote!(Machine),
         };
-        let wait = match args.wait {
-            Some(Wait::Forever) => quote!(::core::option::Option::None),
-            wait => {
-                let limit = match wait {
-                    Some(Wait::AtMost(limit)) => limit,
-                    _ => Default::default(),
-                };
+        let wait = match args.wait.unwrap_or(Wait::AtMost(Duration::ZERO)) {
+            Wait::Forever => quote!(::core::option::Option::None),
+            Wait::AtMost(limit) => {
                 let (seconds, nanos) = (limit.as_secs(), limit.subsec_nanos());
                 quote!(::core::option::Option::Some(::core::time::Duration::new(#seconds, #nanos)))
             }
@@ -99,8 +97,8 @@ impl Function {
                         #recovered
                         __guard
                     }
-                    // A handler may exit, and then there is nothing to return.
-                    #[allow(unreachable_code)]
+                    // What is returned may be the call of a function that never returns.
+                    #[allow(unreachable_code, clippy::diverging_sub_expression)]
                     ::core::result::Result::Err(__error) => { #refuse }
                 }
             };
@@ -148,6 +146,7 @@ impl Function {
             return Err(Error::new_spanned(&given.key, message));
         }
         match (&self.signature.output, args.wait) {
+            // See `Returns`: the first `return` tells it the type, the second one returns or gives up.
             (ReturnType::Type(_, kind), Some(Wait::Forever)) if !is_opaque(kind) => Ok(quote_spanned! {here=>
                 use ::lockkit::instance::OrGiveUp as _;
                 let __returns = ::lockkit::instance::Returns::new();

@@ -15,7 +15,7 @@ use proc_macro::TokenStream;
 use crate::args::Args;
 use crate::function::Function;
 
-/// See [`lockkit::single_instance`](https://docs.rs/lockkit/latest/lockkit/attr.single_instance.html).
+#[expect(missing_docs, reason = "lockkit documents it, and rustdoc would append to that page what stood here")]
 #[proc_macro_attribute]
 pub fn single_instance(args: TokenStream, item: TokenStream) -> TokenStream {
     let holding = syn::parse::<Args>(args).and_then(|args| syn::parse::<Function>(item.clone())?.holding(&args));

@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::panic::catch_unwind;
 use std::pin::pin;
+use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::task::{Context, Poll, Waker};
 use std::thread;
@@ -20,6 +21,20 @@ fn is_held(name: &str) -> bool {
 
 fn hold(name: &str) -> NamedGuard {
     NamedLock::new(name).unwrap().try_lock().unwrap()
+}
+
+const TASK: &str = "LOCKKIT_TEST_TASK";
+
+/// This very program, to run the one `test` again as a child that does `task`.
+fn child(test: &str, task: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args([test, "--exact", "--nocapture"]).env(TASK, task).stdout(Stdio::null());
+    command
+}
+
+/// What this process is to do as a child.
+fn child_task() -> Option<String> {
+    std::env::var(TASK).ok()
 }
 
 /// Asserts that `call` runs with `name` held and leaves it free.
@@ -379,8 +394,6 @@ fn an_async_method_may_borrow() {
 #[test]
 fn a_handler_is_told_that_the_previous_owner_died() {
     const NAME: &str = "lockkit-test-macro-recovered";
-    const CHILD: &str = "LOCKKIT_TEST_MACRO_RECOVERED_CHILD";
-
     thread_local! {
         static DEAD: std::cell::Cell<Option<u32>> = const { std::cell::Cell::new(None) };
     }
@@ -395,21 +408,82 @@ fn a_handler_is_told_that_the_previous_owner_died() {
         Some(is_held(NAME))
     }
 
-    if std::env::var_os(CHILD).is_some() {
+    if child_task().is_some() {
         std::mem::forget(hold(NAME));
         std::process::abort();
     }
-    let this_test = "a_handler_is_told_that_the_previous_owner_died";
-    let mut child = std::process::Command::new(std::env::current_exe().unwrap())
-        .args([this_test, "--exact"])
-        .env(CHILD, "1")
-        .stdout(std::process::Stdio::null())
-        .spawn()
-        .unwrap();
+    let mut child = child("a_handler_is_told_that_the_previous_owner_died", "die").spawn().unwrap();
     assert!(!child.wait().unwrap().success());
     assert_holds(NAME, || work().unwrap());
     assert_eq!(DEAD.get(), Some(child.id()));
     DEAD.set(None);
     assert_holds(NAME, || work().unwrap());
     assert_eq!(DEAD.get(), None, "a release is no death");
+}
+
+#[test]
+fn a_main_that_finds_its_name_held_says_so_and_exits() {
+    const NAME: &str = "lockkit-test-macro-main";
+
+    fn plain() {
+        #[single_instance(NAME)]
+        fn main() {}
+        main()
+    }
+
+    fn waiting() {
+        #[single_instance(NAME, wait = "50ms")]
+        fn main() -> Result<(), String> {
+            Ok(())
+        }
+        main().unwrap()
+    }
+
+    fn with_code() {
+        #[single_instance(NAME, exit_code = 3)]
+        fn main() -> std::process::ExitCode {
+            std::process::ExitCode::SUCCESS
+        }
+        assert_eq!(main(), std::process::ExitCode::SUCCESS)
+    }
+
+    fn with_handler() {
+        #[single_instance(NAME, on_held = say_so)]
+        fn main() {}
+        fn say_so(error: lockkit::Error) {
+            eprintln!("handled: {error}");
+        }
+        main()
+    }
+
+    match child_task().as_deref() {
+        None => {}
+        Some("plain") => return plain(),
+        Some("waiting") => return waiting(),
+        Some("with code") => return with_code(),
+        Some("with handler") => return with_handler(),
+        Some(_) => lockkit::instance::exit(NAME, &NamedLock::new("0").unwrap_err(), 75),
+    }
+    let held = hold(NAME);
+    let pid = std::process::id();
+    let running = format!("{NAME} is already running: pid {pid} (");
+    let handled = format!("handled: the named lock {NAME:?} is held by pid {pid} (");
+    let failed = format!("{NAME} cannot start: \"0\" is no lock name");
+    for (task, code, said) in [
+        ("plain", 75, &running),
+        ("waiting", 75, &running),
+        ("with code", 3, &running),
+        ("with handler", 0, &handled),
+        ("fail", 71, &failed),
+    ] {
+        let output = child("a_main_that_finds_its_name_held_says_so_and_exits", task).output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{task}: {stderr}");
+        assert!(stderr.starts_with(said) && stderr.lines().count() == 1, "{task}: {stderr}");
+    }
+    drop(held);
+    for task in ["plain", "waiting", "with code", "with handler"] {
+        let output = child("a_main_that_finds_its_name_held_says_so_and_exits", task).output().unwrap();
+        assert!(output.status.success() && output.stderr.is_empty(), "{task}: {output:?}");
+    }
 }

@@ -97,6 +97,16 @@ fn no_error_of_ours() -> Result<u8, String> {
     Ok(8)
 }
 
+#[single_instance("lockkit-ui-async", wait = "forever")]
+async fn future<T: Clone>(value: &T) -> Vec<T> {
+    std::future::ready(()).await;
+    vec![value.clone()]
+}
+
+fn is_send<T: Send>(_: &T) -> bool {
+    true
+}
+
 /// Names that the attribute must neither take nor be taken in by.
 mod hostile {
     #![allow(non_camel_case_types, non_upper_case_globals, unused)]
@@ -177,5 +187,6 @@ fn main() {
     assert_eq!(named_by_a_macro(), None);
     assert_eq!(named_as_the_package(), Some(()));
     assert_eq!(no_error_of_ours(), Ok(8));
+    assert!(is_send(&future(&1)));
     assert_eq!(with_items(), Some(3));
 }
