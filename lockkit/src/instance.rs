@@ -1,4 +1,8 @@
 //! What `#[single_instance]` calls: taking a name at the start of a function, and saying politely that it is held.
+//!
+//! Programs need only what is documented here. The rest is for the code that the attribute writes, which takes a name
+//! with `enter` and, if that fails, leaves the function: `main` by `exit`, others by returning a [`Refusal`], and those
+//! that wait for ever and return something else by `give_up`.
 
 use std::io::Write;
 use std::marker::PhantomData;
@@ -19,7 +23,27 @@ pub const EXIT_FAILED: i32 = 71;
 
 /// What a function with `#[single_instance]` returns when the name is held: `Err` of the error, or `None`.
 ///
-/// Implement it for a return type of your own that can say so.
+/// Implement it for a return type of your own that can say so:
+/// ```
+/// use lockkit::instance::Refusal;
+///
+/// enum Outcome {
+///     Done,
+///     Skipped,
+/// }
+///
+/// impl Refusal for Outcome {
+///     fn refused(_: lockkit::Error) -> Self {
+///         Self::Skipped
+///     }
+/// }
+///
+/// # #[cfg(feature = "macros")]
+/// #[lockkit::single_instance("lockkit-doc-outcome")]
+/// fn work() -> Outcome {
+///     Outcome::Done
+/// }
+/// ```
 // The compiler would list these impls, or what they ask for, instead of the notes below, which say it all.
 #[diagnostic::on_unimplemented(
     message = "a function with `#[single_instance]` must be able to return that the name is held",
@@ -106,13 +130,15 @@ pub fn enter(name: &'static str, scope: Scope, wait: Option<Duration>) -> Result
 /// Says on standard error why the program does not start, and exits.
 #[doc(hidden)]
 pub fn exit(name: &str, error: &Error, exit_held: i32) -> ! {
-    let (line, code) = match error.owner() {
-        _ if !error.is_temporary() => (format!("{name} cannot start: {}", chain(error)), EXIT_FAILED),
-        Some(owner) => (format!("{name} is already running: {}", owner.describe()), exit_held),
-        None => (format!("{name} is already running"), exit_held),
-    };
-    say(&line);
-    std::process::exit(code)
+    if !(error.is_held() || error.is_timeout()) {
+        say(&format!("{name} cannot start: {}", chain(error)));
+        std::process::exit(EXIT_FAILED);
+    }
+    match error.owner() {
+        Some(owner) => say(&format!("{name} is already running: {}", owner.describe())),
+        None => say(&format!("{name} is already running")),
+    }
+    std::process::exit(exit_held)
 }
 
 /// Says on standard error that the previous owner died.
