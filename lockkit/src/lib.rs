@@ -50,6 +50,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use file::{FileGuard, FileLock};
 pub use lock::{Guard, Lock, Recovered};
 #[cfg(feature = "macros")]
+#[doc = include_str!("single_instance.md")]
 pub use lockkit_macros::single_instance;
 pub use named::{Backend, NamedGuard, NamedLock, NamedLockBuilder, Scope};
 pub use owner::{Liveness, Owner};
@@ -57,7 +58,7 @@ pub use wait::{CancelToken, Wait};
 
 /// What most programs need, for one `use`.
 pub mod prelude {
-    pub use crate::{CancelToken, FileLock, Guard, Lock, NamedLock, Wait};
     #[cfg(feature = "macros")]
-    pub use lockkit_macros::single_instance;
+    pub use crate::single_instance;
+    pub use crate::{CancelToken, FileLock, Guard, Lock, NamedLock, Wait};
 }

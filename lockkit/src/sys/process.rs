@@ -55,21 +55,22 @@ fn started(pid: Pid) -> Probe {
 /// Reads a line of `/proc/<pid>/stat`. The program's name, in parentheses, may itself hold spaces and parentheses.
 #[cfg(target_os = "linux")]
 fn parse_stat(stat: &str) -> Option<Probe> {
-    /// The field's number in the manual page, counted from the first one behind the name.
-    const STATE: usize = 3 - 3;
-    const THREADS: usize = 20 - 3;
-    const START: usize = 22 - 3;
-    const EXIT_CODE: usize = 52 - 3;
+    /// The number that the manual page gives to the first field behind the name, which is the state.
+    const STATE: usize = 3;
+    const THREADS: usize = 20;
+    const START: usize = 22;
+    const EXIT_CODE: usize = 52;
 
     let fields: Vec<&str> = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace().collect();
-    let start = fields.get(START)?.parse().ok()?;
-    let threads: i64 = fields.get(THREADS)?.parse().ok()?;
-    let ended = match *fields.get(STATE)? {
+    let field = |number: usize| fields.get(number - STATE).copied();
+    let start = field(START)?.parse().ok()?;
+    let threads: i64 = field(THREADS)?.parse().ok()?;
+    let ended = match field(STATE)? {
         // A first thread may have ended on its own while the process goes on in others.
         "Z" | "X" | "x" => threads <= 1,
         // A killed process looks alive until it is taken apart, but its exit code is set. A stopped one shows the
         // signal that stopped it in the same place, and may well go on.
-        _ => fields.get(EXIT_CODE).and_then(|code| code.parse().ok()).is_some_and(is_fatal),
+        _ => field(EXIT_CODE).and_then(|code| code.parse().ok()).is_some_and(is_fatal),
     };
     Some(if ended { Probe::Ended } else { Probe::Running(Some(start)) })
 }
