@@ -276,18 +276,31 @@ fn a_lock_file_that_is_a_link_to_another_file_is_refused() {
 }
 
 #[test]
-fn without_a_place_for_records_a_waiter_still_hears_of_a_death() {
+fn without_memory_for_records_deaths_are_told_by_a_file() {
     let Some(user) = another_user() else { return };
     let [_, memory] = user.folders();
     // It belongs to root, so this user does not trust it.
     std::fs::create_dir(&memory).unwrap();
+    let spec = Kind::NamedSocket.fresh();
+    let mut first = Actor::start_as(&spec, user.uid);
+    first.expect("lock", "held");
+    first.kill();
+    Actor::start_as(&spec, user.uid).expect("try", &format!("held recovered {}", first.pid()));
+}
+
+#[test]
+fn without_any_place_for_records_the_lock_works_and_tells_no_deaths() {
+    let Some(user) = another_user() else { return };
+    for folder in user.folders() {
+        std::fs::create_dir(&folder).unwrap();
+    }
     let spec = Kind::NamedSocket.fresh();
     let [mut first, mut second, mut third] = [(); 3].map(|()| Actor::start_as(&spec, user.uid));
     first.expect("lock", "held");
     second.expect("owner", &format!("owner {}", first.pid()));
     second.tell_to_wait("lock");
     first.kill();
-    assert_eq!(second.answer(), "held recovered 0");
+    assert_eq!(second.answer(), "held");
     third.tell_to_wait("lock");
     second.expect("release", "released");
     assert_eq!(third.answer(), "held");

@@ -7,7 +7,7 @@
 //! [systemd-tmpfiles]: https://systemd.io/TEMPORARY_DIRECTORIES/
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use super::mark::{self, Slate};
@@ -19,10 +19,6 @@ use crate::steps::step;
 use crate::sys::flock::{self, Mode};
 use crate::sys::folder::{self, Sharing};
 use crate::wait::{Subject, Wait};
-
-/// Where the folders stand. Emptied when the system starts, or cleaned of what is old and not locked; private to a
-/// container, which has its own names anyway.
-const BASE: &str = "/tmp";
 
 #[derive(Debug)]
 pub(super) struct FolderLock {
@@ -56,7 +52,7 @@ impl FolderLock {
     }
 
     pub(super) fn owner(&self) -> Option<Owner> {
-        let path = self.path(&folder::open_in(BASE.as_ref(), self.sharing).ok()?.path);
+        let path = self.path(&folder::open_in(folder::BASE, self.sharing).ok()?.path);
         let owner = mark::holder(&File::open(path).ok()?)?;
         (owner.liveness() != Liveness::Dead).then_some(owner)
     }
@@ -65,7 +61,7 @@ impl FolderLock {
         if let Some(opened) = self.opened.get() {
             return Ok(opened);
         }
-        let folder = folder::open_in(BASE.as_ref(), self.sharing)?;
+        let folder = folder::open_in(folder::BASE, self.sharing)?;
         let lock = FileLock::own(self.path(&folder.path), self.sharing.file_mode());
         let folder = File::from(folder.fd);
         // Somebody may hold it exclusively for a while, to clean it; no lock fails for that.
@@ -73,7 +69,7 @@ impl FolderLock {
         Ok(self.opened.get_or_init(|| Opened { _folder: folder, lock }))
     }
 
-    fn path(&self, folder: &std::path::Path) -> PathBuf {
+    fn path(&self, folder: &Path) -> PathBuf {
         folder.join(format!("{}.lock", self.name))
     }
 }

@@ -12,12 +12,14 @@
 //! 2      start time
 //! 3      pid namespace
 //! 4, 5   boot id, low word first
-//! 6      when acquired, nanoseconds since the epoch
-//! 7..11  program name, UTF-8, filled with zeros
-//! 11     sum of the words 1 to 10, so that half a record is not believed
+//! 6..10  program name, UTF-8, filled with zeros
+//! 10     sum of the words 1 to 9, so that half a record is not believed
+//! 11     when acquired, nanoseconds since the epoch
+//! 12     whether somebody waits: set by waiters that have queued up, cleared by a holder that finds no queue
 //! ```
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
@@ -38,20 +40,24 @@ use crate::{
 use rustix::fs::{FallocateFlags, fallocate, fstatfs};
 
 /// The length of a record in words.
-pub(super) const WORDS: usize = 12;
-/// The length of a record in bytes.
-pub(super) const BYTES: usize = WORDS * WORD;
+const WORDS: usize = 13;
 const WORD: usize = size_of::<u64>();
 
 const STATE: usize = 0;
-const BODY: std::ops::Range<usize> = 1..SUM;
-const PROGRAM: std::ops::Range<usize> = 7..SUM;
-const SUM: usize = 11;
+const IDENTITY: Range<usize> = 1..SUM;
+const PROGRAM: Range<usize> = 6..SUM;
+const SUM: usize = 10;
+const ACQUIRED: usize = 11;
+#[cfg(target_os = "linux")]
+const WAITED_FOR: usize = 12;
+
+/// The words that a holder writes: all but what waiters write.
+const WRITTEN_BY_HOLDER: Range<usize> = STATE..ACQUIRED + 1;
 
 /// The holder released, or there never was one.
 const WIPED: u64 = 0;
 /// A holder is inside, or died there. Changes with the layout.
-const WRITTEN: u64 = u64::from_ne_bytes(*b"lockkit1");
+const WRITTEN: u64 = u64::from_ne_bytes(*b"lockkit2");
 
 type Words = [u64; WORDS];
 
@@ -66,7 +72,7 @@ pub(super) trait Slate {
 /// In a file, through system calls: for files that a hostile user or a full disk could pull away from under a mapping.
 impl Slate for File {
     fn read(&self) -> Words {
-        let mut bytes = [0; BYTES];
+        let mut bytes = [0; WRITTEN_BY_HOLDER.end * WORD];
         let mut words = [WIPED; WORDS];
         if self.read_exact_at(&mut bytes, 0).is_ok() {
             for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(WORD)) {
@@ -77,7 +83,7 @@ impl Slate for File {
     }
 
     fn write(&self, record: &Words) {
-        let mut bytes = [0; BYTES];
+        let mut bytes = [0; WRITTEN_BY_HOLDER.end * WORD];
         for (word, bytes) in record.iter().zip(bytes.chunks_exact_mut(WORD)) {
             bytes.copy_from_slice(&word.to_ne_bytes());
         }
@@ -92,16 +98,12 @@ impl Slate for File {
 /// In shared memory.
 impl Slate for [AtomicU64] {
     fn read(&self) -> Words {
-        // The state comes first and is looked at again last: a record that changes meanwhile is no record.
-        let state = self[STATE].load(Ordering::Acquire);
-        let mut words: Words = std::array::from_fn(|at| self[at].load(Ordering::Acquire));
-        words[STATE] = state;
-        words
+        std::array::from_fn(|at| self[at].load(Ordering::Acquire))
     }
 
     fn write(&self, record: &Words) {
-        for at in 1..WORDS {
-            self[at].store(record[at], Ordering::Release);
+        for at in WRITTEN_BY_HOLDER.skip(1) {
+            self[at].store(record[at], Ordering::Relaxed);
         }
         self[STATE].store(record[STATE], Ordering::Release);
     }
@@ -116,8 +118,7 @@ pub(super) fn take(slate: &(impl Slate + ?Sized)) -> Option<Recovered> {
     let before = slate.read();
     let mut mine = current();
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    mine[6] = now.as_nanos() as u64;
-    mine[SUM] = sum(&mine);
+    mine[ACQUIRED] = now.as_nanos() as u64;
     slate.write(&mine);
     step("holder written down");
     (before[STATE] != WIPED).then(|| Recovered::new(decode(&before)))
@@ -162,6 +163,7 @@ fn encode(owner: &Owner) -> Words {
         bytes[..letters.len()].copy_from_slice(letters);
         *word = u64::from_ne_bytes(bytes);
     }
+    words[SUM] = sum(&words);
     words
 }
 
@@ -180,13 +182,14 @@ fn decode(words: &Words) -> Option<Owner> {
         // A named lock is this machine's; an earlier boot of it is told by the boot id.
         host: Some(process::host().to_owned()),
         program: String::from_utf8(program).ok().filter(|program| !program.is_empty()),
-        acquired: some(words[6]).and_then(|nanos| SystemTime::UNIX_EPOCH.checked_add(Duration::from_nanos(nanos))),
+        acquired: some(words[ACQUIRED])
+            .and_then(|nanos| SystemTime::UNIX_EPOCH.checked_add(Duration::from_nanos(nanos))),
     })
 }
 
 /// FNV-1a over words: it guards against halves, not against forgers.
 fn sum(words: &Words) -> u64 {
-    words[BODY].iter().fold(0xcbf2_9ce4_8422_2325, |sum, word| (sum ^ word).wrapping_mul(0x0000_0100_0000_01b3))
+    words[IDENTITY].iter().fold(0xcbf2_9ce4_8422_2325, |sum, word| (sum ^ word).wrapping_mul(0x0000_0100_0000_01b3))
 }
 
 /// The record of a lock that is no file itself, kept in memory where no disk is involved and no full one matters.
@@ -199,16 +202,18 @@ pub(super) struct Mark {
 
 #[cfg(target_os = "linux")]
 impl Mark {
-    const MEMORY: &str = "/dev/shm";
-
-    /// Opens or makes the record of the lock `name`.
-    ///
-    /// It is mapped where its memory cannot be pulled away: a file in memory, complete, that only this user can change.
+    /// Opens or makes the record of the lock `name`: in memory, or where the file backend has its locks if there is no
+    /// memory to be had.
     pub(super) fn open(name: &str, sharing: Sharing) -> Result<Self> {
-        let folder = folder::open_in(Self::MEMORY.as_ref(), sharing)?;
+        Self::open_in("/dev/shm", name, sharing).or_else(|_| Self::open_in(folder::BASE, name, sharing))
+    }
+
+    /// It is mapped where its memory cannot be pulled away: a file in memory, complete, that only this user can change.
+    fn open_in(base: &str, name: &str, sharing: Sharing) -> Result<Self> {
+        let folder = folder::open_in(base, sharing)?;
         let file = folder.open_file(name, sharing)?;
         let private = matches!(sharing, Sharing::User(_));
-        let complete = || fallocate(&file, FallocateFlags::empty(), 0, BYTES as u64).is_ok();
+        let complete = || fallocate(&file, FallocateFlags::empty(), 0, (WORDS * WORD) as u64).is_ok();
         let mapping = if private && is_in_memory(&file) && complete() { Mapping::new(&file, WORDS).ok() } else { None };
         Ok(Self { file, mapping })
     }
@@ -232,6 +237,25 @@ impl Mark {
             Some(mapping) => mapping.words().wipe(),
             None => self.file.wipe(),
         }
+    }
+
+    /// Says that somebody waits; to be called once in the queue.
+    pub(super) fn set_waited_for(&self) {
+        if let Some(mapping) = &self.mapping {
+            mapping.words()[WAITED_FOR].store(1, Ordering::SeqCst);
+        }
+    }
+
+    /// Says that nobody waits; to be called by the holder that found its queue empty, before it closes it.
+    pub(super) fn clear_waited_for(&self) {
+        if let Some(mapping) = &self.mapping {
+            mapping.words()[WAITED_FOR].store(0, Ordering::SeqCst);
+        }
+    }
+
+    /// Whether somebody may wait. Only a mapped record is quicker to ask than the queue itself.
+    pub(super) fn may_be_waited_for(&self) -> bool {
+        self.mapping.as_ref().is_none_or(|mapping| mapping.words()[WAITED_FOR].load(Ordering::SeqCst) != 0)
     }
 }
 
@@ -275,8 +299,7 @@ mod tests {
     fn a_long_program_name_is_cut_between_characters() {
         let mut owner = Owner::current();
         owner.program = Some("é".repeat(40));
-        let mut words = encode(&owner);
-        words[SUM] = sum(&words);
+        let words = encode(&owner);
         assert_eq!(decode(&words).unwrap().program, Some("é".repeat(16)));
     }
 }

@@ -8,9 +8,10 @@
 //! - *Death* of the holder closes its socket: each waiter sees its connection hang up and goes back to bind. A waiter
 //!   that dies, also with the lock on its way to it, is closed and skipped in the same manner.
 //!
-//! The new owner listens again, so that the credentials which the kernel shows to whoever connects are its own.
-//! What a dead holder leaves behind is told by a record in memory (see [`mark`]); without a place for one, a waiter
-//! still knows that its connection hung up without a word.
+//! The new owner listens again, so that the credentials which the kernel shows to whoever connects are its own. What a
+//! dead holder leaves behind is told by a record in memory (see [`mark`](super::mark)). The same record says whether
+//! anybody waits, which saves the holder from asking the kernel at every release; a waiter that it does not know of sees
+//! its connection hang up, as at a death, and goes back to bind.
 
 use std::os::fd::AsFd;
 use std::sync::OnceLock;
@@ -38,7 +39,7 @@ pub(super) struct SocketLock {
     name: String,
     sharing: Sharing,
     address: Address,
-    mark: OnceLock<Option<Mark>>,
+    mark: OnceLock<Mark>,
 }
 
 /// What came of one attempt.
@@ -64,29 +65,30 @@ impl SocketLock {
     pub(super) fn acquire(&self, wait: &Wait, subject: &dyn Subject) -> Result<(Shielded, Option<Recovered>)> {
         wait.check(subject)?;
         if let Some(socket) = self.listen()? {
-            return Ok((socket, self.begin(false)));
+            return Ok((socket, self.begin()));
         }
         let Some(patience) = wait.patience()? else {
             return self.acquire_in_a_moment(subject);
         };
         let mut backoff = Backoff::new();
-        let mut hung_up = false;
         loop {
             let waited = match self.attempt(subject)? {
-                Attempt::Won(socket) => return Ok((socket, self.begin(hung_up))),
+                Attempt::Won(socket) => return Ok((socket, self.begin())),
                 Attempt::Unreachable => patience.sleep(backoff.next())?,
                 Attempt::Queued(connection) => {
+                    if let Some(mark) = self.mark() {
+                        mark.set_waited_for();
+                        step("waiter written down");
+                    }
                     let waited = patience.readable(connection.as_fd())?;
                     // Also when the time is over: what has arrived is taken.
                     match self.receive(&connection)? {
                         Received::Lock(socket) => {
                             self.call_it_mine(&socket)?;
-                            self.begin(false);
+                            self.begin();
                             return Ok((socket, None));
                         }
-                        Received::HungUp => hung_up = true,
-                        Received::Released => hung_up = false,
-                        Received::Nothing => {}
+                        Received::HungUp | Received::Nothing => {}
                     }
                     backoff = Backoff::new();
                     waited
@@ -108,7 +110,7 @@ impl SocketLock {
             let owner = match known {
                 Some(_) => known,
                 None => match self.attempt(subject)? {
-                    Attempt::Won(socket) => return Ok((socket, self.begin(false))),
+                    Attempt::Won(socket) => return Ok((socket, self.begin())),
                     Attempt::Queued(connection) => owner_of(self.peer(&connection)?),
                     Attempt::Unreachable => None,
                 },
@@ -157,18 +159,14 @@ impl SocketLock {
 
     /// Passes the lock on to the first waiter, or frees it.
     pub(super) fn release(&self, socket: Shielded) {
-        if let Some(mark) = self.mark() {
-            mark.wipe();
-            step("record wiped");
-        }
-        if self.pass_on(&socket) || self.mark().is_some() {
+        let Some(mark) = self.mark() else {
+            self.pass_on(&socket);
             return;
-        }
-        // Who queued up since would take the closing for a death, with no record to tell it otherwise.
-        if seqpacket::refuse_more(&socket).is_ok() {
-            while let Some(connection) = seqpacket::accept(&socket) {
-                let _ = seqpacket::tell_released(&connection);
-            }
+        };
+        mark.wipe();
+        step("record wiped");
+        if mark.may_be_waited_for() && !self.pass_on(&socket) {
+            mark.clear_waited_for();
         }
     }
 
@@ -216,15 +214,19 @@ impl SocketLock {
     }
 
     /// Writes down who holds now, and says whether the holder before died.
-    fn begin(&self, hung_up: bool) -> Option<Recovered> {
-        match self.mark() {
-            Some(mark) => mark.take(),
-            None => hung_up.then(|| Recovered::new(None)),
-        }
+    fn begin(&self) -> Option<Recovered> {
+        self.mark()?.take()
     }
 
+    /// The record, as soon as it could be opened: what prevents that may pass.
     fn mark(&self) -> Option<&Mark> {
-        self.mark.get_or_init(|| Mark::open(&self.name, self.sharing).ok()).as_ref()
+        match self.mark.get() {
+            None => {
+                let mark = Mark::open(&self.name, self.sharing).ok()?;
+                Some(self.mark.get_or_init(|| mark))
+            }
+            opened => opened,
+        }
     }
 
     fn io(&self, action: &'static str, error: Errno) -> Error {
