@@ -5,7 +5,7 @@
 //! | `try`, `lock`, `lock-for MS` | `held`, `held recovered PID`, or `error KIND: text` |
 //! | `release` | `released`, or an error |
 //! | `owner` | `owner PID` or `owner none` |
-//! | `fork` | `forked PID`: a forked child, alive until it is killed |
+//! | `fork` | `forked PID`: a forked child, alive until it is killed, or for a while |
 //! | `fork-drop` | `dropped`: a forked child has dropped its copy of the guard and ended |
 //! | `spawn` | `spawned PID`: a program started in the ordinary way, alive until it is killed |
 //! | `panic` | `panicked`: a thread took the lock and panicked holding it |
@@ -211,9 +211,10 @@ pub fn serve(spec: &Spec) {
             },
             "owner" => lock.owner().map_or("owner none".to_owned(), |pid| format!("owner {pid}")),
             "fork" => match fork::fork() {
-                Ok(fork::Fork::Child) => loop {
-                    std::thread::park();
-                },
+                Ok(fork::Fork::Child) => {
+                    std::thread::sleep(LIVELY);
+                    std::process::exit(0);
+                }
                 Ok(fork::Fork::Parent(pid)) => format!("forked {pid}"),
                 Err(error) => format!("error fork: {error}"),
             },
@@ -231,7 +232,9 @@ pub fn serve(spec: &Spec) {
                 Err(error) => format!("error fork: {error}"),
             },
             "spawn" => {
-                let child = Command::new("sleep").arg("600").stdin(Stdio::null()).stdout(Stdio::null()).spawn();
+                let mut sleep = Command::new("sleep");
+                sleep.arg(LIVELY.as_secs().to_string());
+                let child = sleep.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
                 format!("spawned {}", child.expect("sleep starts").id())
             }
             "panic" => {

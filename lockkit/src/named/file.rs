@@ -39,7 +39,7 @@ impl FolderLock {
         Self { name: name.to_owned(), sharing, opened: OnceLock::new() }
     }
 
-    pub(super) fn acquire(&self, wait: &Wait, subject: &dyn Subject) -> Result<(FileGuard, Option<Recovered>)> {
+    pub(super) fn acquire(&self, wait: &Wait, subject: &dyn Subject) -> Result<(FileGuard, Option<Box<Recovered>>)> {
         let guard = self.open()?.lock.acquire_as(wait, subject)?;
         let recovered = mark::take(guard.file());
         Ok((guard, recovered))

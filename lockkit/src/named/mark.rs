@@ -18,6 +18,7 @@
 //! 12     whether somebody waits: set by waiters that have queued up, cleared by a holder that finds no queue
 //! ```
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -27,7 +28,7 @@ use std::time::{Duration, SystemTime};
 use crate::lock::Recovered;
 use crate::owner::Owner;
 use crate::steps::step;
-use crate::sys::process;
+use crate::sys::{fork, process};
 #[cfg(target_os = "linux")]
 use crate::{
     error::Result,
@@ -61,28 +62,30 @@ const WRITTEN: u64 = u64::from_ne_bytes(*b"lockkit2");
 
 type Words = [u64; WORDS];
 
-/// Where a record stands. Reading what cannot be read gives a wiped one, and writing what cannot be written is left:
-/// both lose a report only.
+/// Where a record stands. What cannot be read is no record, and what cannot be written is left: both lose a report only.
 pub(super) trait Slate {
-    fn read(&self) -> Words;
-    fn write(&self, record: &Words);
+    /// The record, unless it is wiped.
+    fn read(&self) -> Option<Words>;
+    /// Writes down the holder `record`, and when it acquired.
+    fn write(&self, record: &Words, acquired: u64);
     fn wipe(&self);
 }
 
 /// In a file, through system calls: for files that a hostile user or a full disk could pull away from under a mapping.
 impl Slate for File {
-    fn read(&self) -> Words {
+    fn read(&self) -> Option<Words> {
         let mut bytes = [0; WRITTEN_BY_HOLDER.end * WORD];
-        let mut words = [WIPED; WORDS];
-        if self.read_exact_at(&mut bytes, 0).is_ok() {
-            for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(WORD)) {
-                *word = u64::from_ne_bytes(std::array::from_fn(|at| bytes[at]));
-            }
+        self.read_exact_at(&mut bytes, 0).ok()?;
+        let mut words = [0; WORDS];
+        for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(WORD)) {
+            *word = u64::from_ne_bytes(std::array::from_fn(|at| bytes[at]));
         }
-        words
+        (words[STATE] != WIPED).then_some(words)
     }
 
-    fn write(&self, record: &Words) {
+    fn write(&self, record: &Words, acquired: u64) {
+        let mut record = *record;
+        record[ACQUIRED] = acquired;
         let mut bytes = [0; WRITTEN_BY_HOLDER.end * WORD];
         for (word, bytes) in record.iter().zip(bytes.chunks_exact_mut(WORD)) {
             bytes.copy_from_slice(&word.to_ne_bytes());
@@ -96,16 +99,18 @@ impl Slate for File {
 }
 
 /// In shared memory.
-impl Slate for [AtomicU64] {
-    fn read(&self) -> Words {
-        std::array::from_fn(|at| self[at].load(Ordering::Acquire))
+impl Slate for [AtomicU64; WORDS] {
+    fn read(&self) -> Option<Words> {
+        let written = self[STATE].load(Ordering::Acquire) != WIPED;
+        written.then(|| std::array::from_fn(|at| self[at].load(Ordering::Acquire)))
     }
 
-    fn write(&self, record: &Words) {
-        for at in WRITTEN_BY_HOLDER.skip(1) {
+    fn write(&self, record: &Words, acquired: u64) {
+        for at in STATE + 1..ACQUIRED {
             self[at].store(record[at], Ordering::Relaxed);
         }
-        self[STATE].store(record[STATE], Ordering::Release);
+        self[ACQUIRED].store(acquired, Ordering::Relaxed);
+        self[STATE].store(WRITTEN, Ordering::Release);
     }
 
     fn wipe(&self) {
@@ -114,35 +119,37 @@ impl Slate for [AtomicU64] {
 }
 
 /// Writes down that this process holds the lock from now on, and says who died holding it before.
-pub(super) fn take(slate: &(impl Slate + ?Sized)) -> Option<Recovered> {
+pub(super) fn take(slate: &impl Slate) -> Option<Box<Recovered>> {
     let before = slate.read();
-    let mut mine = current();
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    mine[ACQUIRED] = now.as_nanos() as u64;
-    slate.write(&mine);
+    write_current(slate);
     step("holder written down");
-    (before[STATE] != WIPED).then(|| Recovered::new(decode(&before)))
+    before.map(|before| Box::new(Recovered::new(decode(&before))))
 }
 
 /// Who holds the lock, or died holding it, by the record.
-pub(super) fn holder(slate: &(impl Slate + ?Sized)) -> Option<Owner> {
-    decode(&slate.read())
+pub(super) fn holder(slate: &impl Slate) -> Option<Owner> {
+    decode(&slate.read()?)
 }
 
-/// This process's record; when it acquired is left open.
-fn current() -> Words {
+fn write_current(slate: &impl Slate) {
     thread_local! {
-        static RECORD: std::cell::Cell<Option<(u32, Words)>> = const { std::cell::Cell::new(None) };
+        /// This process's record, and the fork generation that it belongs to.
+        static CURRENT: RefCell<Option<(u32, Words)>> = const { RefCell::new(None) };
     }
-    let generation = crate::sys::fork::generation();
-    if let Ok(Some((made, words))) = RECORD.try_with(std::cell::Cell::get)
-        && made == generation
-    {
-        return words;
+    let generation = fork::generation();
+    let written = CURRENT.try_with(|current| match &mut *current.borrow_mut() {
+        Some((made, record)) if *made == generation => slate.write(record, now()),
+        current => slate.write(&current.insert((generation, encode(&Owner::current()))).1, now()),
+    });
+    // A thread that is ending has no thread-local store any more.
+    if written.is_err() {
+        slate.write(&encode(&Owner::current()), now());
     }
-    let words = encode(&Owner::current());
-    let _ = RECORD.try_with(|record| record.set(Some((generation, words))));
-    words
+}
+
+/// Nanoseconds since the epoch.
+fn now() -> u64 {
+    SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_nanos() as u64
 }
 
 fn encode(owner: &Owner) -> Words {
@@ -218,44 +225,39 @@ impl Mark {
         Ok(Self { file, mapping })
     }
 
-    pub(super) fn take(&self) -> Option<Recovered> {
-        match &self.mapping {
-            Some(mapping) => take(mapping.words()),
-            None => take(&self.file),
-        }
+    pub(super) fn take(&self) -> Option<Box<Recovered>> {
+        self.words().map_or_else(|| take(&self.file), take)
     }
 
     pub(super) fn holder(&self) -> Option<Owner> {
-        match &self.mapping {
-            Some(mapping) => holder(mapping.words()),
-            None => holder(&self.file),
-        }
+        self.words().map_or_else(|| holder(&self.file), holder)
     }
 
     pub(super) fn wipe(&self) {
-        match &self.mapping {
-            Some(mapping) => mapping.words().wipe(),
-            None => self.file.wipe(),
-        }
+        self.words().map_or_else(|| self.file.wipe(), Slate::wipe);
+    }
+
+    fn words(&self) -> Option<&[AtomicU64; WORDS]> {
+        self.mapping.as_ref()?.words().first_chunk()
     }
 
     /// Says that somebody waits; to be called once in the queue.
     pub(super) fn set_waited_for(&self) {
-        if let Some(mapping) = &self.mapping {
-            mapping.words()[WAITED_FOR].store(1, Ordering::SeqCst);
+        if let Some(words) = self.words() {
+            words[WAITED_FOR].store(1, Ordering::SeqCst);
         }
     }
 
     /// Says that nobody waits; to be called by the holder that found its queue empty, before it closes it.
     pub(super) fn clear_waited_for(&self) {
-        if let Some(mapping) = &self.mapping {
-            mapping.words()[WAITED_FOR].store(0, Ordering::SeqCst);
+        if let Some(words) = self.words() {
+            words[WAITED_FOR].store(0, Ordering::SeqCst);
         }
     }
 
     /// Whether somebody may wait. Only a mapped record is quicker to ask than the queue itself.
     pub(super) fn may_be_waited_for(&self) -> bool {
-        self.mapping.as_ref().is_none_or(|mapping| mapping.words()[WAITED_FOR].load(Ordering::SeqCst) != 0)
+        self.words().is_none_or(|words| words[WAITED_FOR].load(Ordering::SeqCst) != 0)
     }
 }
 
@@ -275,7 +277,7 @@ mod tests {
 
     #[test]
     fn a_record_tells_the_next_owner_who_died() {
-        let slate: &[AtomicU64] = &memory();
+        let slate = &memory();
         assert_eq!(take(slate), None, "nobody was here before");
         let died = take(slate).unwrap().owner().cloned().unwrap();
         let mut me = Owner::current();
@@ -288,11 +290,11 @@ mod tests {
 
     #[test]
     fn half_a_record_is_a_death_without_a_name() {
-        let slate: &[AtomicU64] = &memory();
+        let slate = &memory();
         take(slate);
         slate[2].fetch_add(1, Ordering::Relaxed);
         assert_eq!(holder(slate), None);
-        assert_eq!(take(slate), Some(Recovered::new(None)));
+        assert_eq!(take(slate), Some(Box::new(Recovered::new(None))));
     }
 
     #[test]

@@ -143,12 +143,7 @@ impl NamedLock {
                 (Hold::File(file), recovered)
             }
         };
-        Ok(NamedGuard {
-            named: self.0.clone(),
-            hold: Some(hold),
-            recovered: recovered.map(Box::new),
-            generation: fork::generation(),
-        })
+        Ok(NamedGuard { named: self.0.clone(), hold: Some(hold), recovered, generation: fork::generation() })
     }
 
     /// Who holds the lock now; `None` when nobody does. By the time it returns it may already be past.

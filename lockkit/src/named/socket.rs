@@ -62,7 +62,7 @@ impl SocketLock {
         Ok(Self { name: name.to_owned(), sharing, address, mark: OnceLock::new() })
     }
 
-    pub(super) fn acquire(&self, wait: &Wait, subject: &dyn Subject) -> Result<(Shielded, Option<Recovered>)> {
+    pub(super) fn acquire(&self, wait: &Wait, subject: &dyn Subject) -> Result<(Shielded, Option<Box<Recovered>>)> {
         wait.check(subject)?;
         if let Some(socket) = self.listen()? {
             return Ok((socket, self.begin()));
@@ -102,7 +102,7 @@ impl SocketLock {
 
     /// Takes the lock if it is free, or comes free on its own: a holder that lives is not waited for.
     #[cold]
-    fn acquire_in_a_moment(&self, subject: &dyn Subject) -> Result<(Shielded, Option<Recovered>)> {
+    fn acquire_in_a_moment(&self, subject: &dyn Subject) -> Result<(Shielded, Option<Box<Recovered>>)> {
         let start = Instant::now();
         let mut backoff = Backoff::new();
         loop {
@@ -214,7 +214,7 @@ impl SocketLock {
     }
 
     /// Writes down who holds now, and says whether the holder before died.
-    fn begin(&self) -> Option<Recovered> {
+    fn begin(&self) -> Option<Box<Recovered>> {
         self.mark()?.take()
     }
 

@@ -21,8 +21,6 @@ use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, Ordering};
 
 /// How many forks lie between the first process to use lockkit and this one.
 static GENERATION: AtomicU32 = AtomicU32::new(0);
-/// Threads that are making or closing a shielded descriptor right now.
-static BUSY: AtomicU32 = AtomicU32::new(0);
 /// Forks under way right now.
 static FORKING: AtomicU32 = AtomicU32::new(0);
 /// The shielded descriptors. Never shrinks: as many chunks as were ever needed at once.
@@ -30,6 +28,8 @@ static DESCRIPTORS: Chunk = Chunk::new();
 
 /// A slot without a descriptor.
 const EMPTY: RawFd = -1;
+/// A slot whose descriptor is being made or closed; forks wait for that.
+const BUSY: RawFd = -2;
 
 struct Chunk {
     slots: [AtomicI32; 62],
@@ -61,21 +61,38 @@ impl Chunk {
     }
 }
 
-fn note_down(fd: RawFd) -> &'static AtomicI32 {
+/// Every slot there is.
+fn slots() -> impl Iterator<Item = &'static AtomicI32> {
+    std::iter::successors(Some(&DESCRIPTORS), |chunk| chunk.next()).flat_map(|chunk| &chunk.slots)
+}
+
+/// A slot of this thread's own, busy.
+fn occupy() -> &'static AtomicI32 {
+    install();
     let mut chunk: &'static Chunk = &DESCRIPTORS;
     loop {
-        for slot in &chunk.slots {
-            if slot.load(Ordering::Relaxed) == EMPTY
-                && slot.compare_exchange(EMPTY, fd, Ordering::AcqRel, Ordering::Relaxed).is_ok()
-            {
-                return slot;
-            }
+        let free = |slot: &&AtomicI32| slot.load(Ordering::Relaxed) == EMPTY && make_busy(slot, EMPTY);
+        if let Some(slot) = chunk.slots.iter().find(free) {
+            return slot;
         }
         chunk = match chunk.next() {
             Some(next) => next,
             None => chunk.grow(),
         };
     }
+}
+
+/// Makes the slot busy if it is `from`, and says whether it was. From then on no fork is under way, and none begins,
+/// until the slot is something else: either the fork sees that it is busy, or this thread sees the fork.
+fn make_busy(slot: &AtomicI32, from: RawFd) -> bool {
+    while slot.compare_exchange(from, BUSY, Ordering::SeqCst, Ordering::Relaxed).is_ok() {
+        if FORKING.load(Ordering::SeqCst) == 0 {
+            return true;
+        }
+        slot.store(from, Ordering::SeqCst);
+        std::thread::yield_now();
+    }
+    false
 }
 
 /// A descriptor that holds a lock, or a place in the queue for one: a forked child gets an inert one instead.
@@ -88,10 +105,10 @@ pub(crate) struct Shielded<T: AsFd = OwnedFd> {
 impl<T: AsFd> Shielded<T> {
     /// Makes a descriptor with `make` and shields it, with no fork in between.
     pub(crate) fn new<E>(make: impl FnOnce() -> Result<T, E>) -> Result<Self, E> {
-        let _held_off = HoldOff::new();
-        let descriptor = make()?;
-        let slot = note_down(descriptor.as_fd().as_raw_fd());
-        Ok(Self { descriptor: ManuallyDrop::new(descriptor), slot })
+        let slot = occupy();
+        let made = make();
+        slot.store(made.as_ref().map_or(EMPTY, |descriptor| descriptor.as_fd().as_raw_fd()), Ordering::SeqCst);
+        Ok(Self { descriptor: ManuallyDrop::new(made?), slot })
     }
 }
 
@@ -105,10 +122,10 @@ impl<T: AsFd> Deref for Shielded<T> {
 
 impl<T: AsFd> Drop for Shielded<T> {
     fn drop(&mut self) {
-        let _held_off = HoldOff::new();
-        self.slot.store(EMPTY, Ordering::Release);
+        make_busy(self.slot, self.descriptor.as_fd().as_raw_fd());
         // SAFETY: dropped once, here, and not used afterwards.
         unsafe { ManuallyDrop::drop(&mut self.descriptor) };
+        self.slot.store(EMPTY, Ordering::SeqCst);
     }
 }
 
@@ -116,29 +133,6 @@ impl<T: AsFd> Drop for Shielded<T> {
 pub(crate) fn generation() -> u32 {
     install();
     GENERATION.load(Ordering::Relaxed)
-}
-
-/// While it lives, `fork` in another thread waits.
-struct HoldOff;
-
-impl HoldOff {
-    fn new() -> Self {
-        install();
-        loop {
-            BUSY.fetch_add(1, Ordering::SeqCst);
-            if FORKING.load(Ordering::SeqCst) == 0 {
-                return Self;
-            }
-            BUSY.fetch_sub(1, Ordering::SeqCst);
-            std::thread::yield_now();
-        }
-    }
-}
-
-impl Drop for HoldOff {
-    fn drop(&mut self) {
-        BUSY.fetch_sub(1, Ordering::SeqCst);
-    }
 }
 
 unsafe extern "C" {
@@ -159,12 +153,12 @@ fn install() {
     });
 }
 
-/// Lets the threads that are inside a [`HoldOff`] come out. Bounded, because a fork from a signal handler may have
-/// interrupted such a thread itself, which then never comes out.
+/// Waits until no slot is busy. Not for ever: a fork from a signal handler may have interrupted the very thread that
+/// keeps one busy.
 unsafe extern "C" fn before_fork() {
     FORKING.fetch_add(1, Ordering::SeqCst);
     for _ in 0..100_000 {
-        if BUSY.load(Ordering::SeqCst) == 0 {
+        if slots().all(|slot| slot.load(Ordering::SeqCst) != BUSY) {
             return;
         }
         std::thread::yield_now();
@@ -175,21 +169,17 @@ unsafe extern "C" fn after_fork_in_parent() {
     FORKING.fetch_sub(1, Ordering::SeqCst);
 }
 
-/// Only what POSIX allows after a fork of a process with threads: atomics, `pipe`, `dup2`, `close`.
+/// Only what POSIX allows after a fork of a process with threads: atomics, `pipe`, `dup2`, `fcntl`, `close`.
 unsafe extern "C" fn after_fork_in_child() {
     GENERATION.fetch_add(1, Ordering::Relaxed);
     FORKING.store(0, Ordering::SeqCst);
-    BUSY.store(0, Ordering::SeqCst);
     let inert = rustix::pipe::pipe().ok().map(|(reader, _writer)| reader);
-    let mut chunk = Some(&DESCRIPTORS);
-    while let Some(here) = chunk {
-        for slot in &here.slots {
-            let fd = slot.load(Ordering::Relaxed);
-            if fd != EMPTY {
-                disarm(fd, inert.as_ref());
-            }
+    for slot in slots() {
+        match slot.load(Ordering::Relaxed) {
+            EMPTY => {}
+            BUSY => slot.store(EMPTY, Ordering::Relaxed),
+            fd => disarm(fd, inert.as_ref()),
         }
-        chunk = here.next();
     }
 }
 
