@@ -12,7 +12,7 @@
 //! | `hold-name NAME`, `time-out-name NAME`, `clean-name NAME` | `done`: the same with any named lock |
 //! | `starve` | `starved`: no descriptor is left; `feed` gives them back |
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -210,14 +210,23 @@ pub fn serve(spec: &Spec) {
                 None => "error NotHeld".to_owned(),
             },
             "owner" => lock.owner().map_or("owner none".to_owned(), |pid| format!("owner {pid}")),
-            "fork" => match fork::fork() {
-                Ok(fork::Fork::Child) => {
-                    std::thread::sleep(LIVELY);
-                    std::process::exit(0);
+            "fork" => {
+                let (mut ready, child) = std::io::pipe().expect("a pipe");
+                match fork::fork() {
+                    Ok(fork::Fork::Child) => {
+                        drop(child);
+                        std::thread::sleep(LIVELY);
+                        std::process::exit(0);
+                    }
+                    Ok(fork::Fork::Parent(pid)) => {
+                        drop(child);
+                        // What a fork does in the child is done once the child has closed its end.
+                        assert_eq!(ready.read(&mut [0]).ok(), Some(0));
+                        format!("forked {pid}")
+                    }
+                    Err(error) => format!("error fork: {error}"),
                 }
-                Ok(fork::Fork::Parent(pid)) => format!("forked {pid}"),
-                Err(error) => format!("error fork: {error}"),
-            },
+            }
             "fork-drop" => match fork::fork() {
                 Ok(fork::Fork::Child) => {
                     drop(guard.take());

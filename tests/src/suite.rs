@@ -36,6 +36,7 @@ macro_rules! suite {
             a_forked_child_does_not_inherit_the_lock,
             a_forked_child_that_drops_the_guard_does_not_release_it,
             waiters_that_gave_up_leave_nothing_behind,
+            programs_that_are_being_started_do_not_keep_a_released_lock,
             a_panic_releases,
             a_guard_can_be_dropped_on_another_thread,
             descriptor_zero_is_a_lock_like_any_other,
@@ -282,6 +283,22 @@ mod cases {
         assert_eq!(Belongings::of(waiter.pid()), before);
         holder.expect("release", "released");
         waiter.expect("try", "held");
+        spec.clean();
+    }
+
+    pub fn programs_that_are_being_started_do_not_keep_a_released_lock(kind: Kind) {
+        let spec = kind.fresh();
+        let lock = spec.open();
+        std::thread::scope(|scope| {
+            let starter = scope.spawn(|| {
+                for _ in 0..100 {
+                    assert!(Command::new("true").status().unwrap().success());
+                }
+            });
+            while !starter.is_finished() {
+                drop(lock.acquire(&Wait::none()).unwrap());
+            }
+        });
         spec.clean();
     }
 

@@ -30,8 +30,8 @@ use crate::sys::fork::Shielded;
 use crate::sys::seqpacket::{self, Address, Peer, Reached, Received};
 use crate::wait::{Backoff, Subject, Wait};
 
-/// How long a lock that is just being released, or whose holder is dying, may still look held to somebody who does
-/// not want to wait.
+/// For how long somebody who does not want to wait looks again at a lock that seems to be held by nobody alive: its holder
+/// is about to begin or to end, or its socket is still open in a child that is about to start a program.
 const MOMENT: Duration = Duration::from_millis(50);
 
 #[derive(Debug)]
@@ -82,13 +82,8 @@ impl SocketLock {
                     }
                     let waited = patience.readable(connection.as_fd())?;
                     // Also when the time is over: what has arrived is taken.
-                    match self.receive(&connection)? {
-                        Received::Lock(socket) => {
-                            self.call_it_mine(&socket)?;
-                            self.begin();
-                            return Ok((socket, None));
-                        }
-                        Received::HungUp | Received::Nothing => {}
+                    if let Received::Lock(socket) = self.receive(&connection)? {
+                        return self.take_over(socket);
                     }
                     backoff = Backoff::new();
                     waited
@@ -100,27 +95,32 @@ impl SocketLock {
         }
     }
 
-    /// Takes the lock if it is free, or comes free on its own: a holder that lives is not waited for.
+    /// Takes the lock if it is free, or if the record names no living holder and it comes free within a [`MOMENT`].
     #[cold]
     fn acquire_in_a_moment(&self, subject: &dyn Subject) -> Result<(Shielded, Option<Box<Recovered>>)> {
-        let start = Instant::now();
+        let moment = Instant::now() + MOMENT;
         let mut backoff = Backoff::new();
-        loop {
-            let known = self.living_holder();
-            let owner = match known {
-                Some(_) => known,
+        let mut queued = None;
+        while self.living_holder().is_none() && Instant::now() < moment {
+            let pause = backoff.next();
+            match &queued {
                 None => match self.attempt(subject)? {
                     Attempt::Won(socket) => return Ok((socket, self.begin())),
-                    Attempt::Queued(connection) => owner_of(self.peer(&connection)?),
-                    Attempt::Unreachable => None,
+                    Attempt::Queued(connection) => queued = Some(connection),
+                    Attempt::Unreachable => std::thread::sleep(pause),
                 },
-            };
-            let ending = owner.as_ref().is_none_or(|owner| owner.liveness() == Liveness::Dead);
-            if !ending || start.elapsed() >= MOMENT {
-                return Err(ErrorKind::Held { lock: subject.describe(), owner: owner.map(Box::new) }.into());
+                Some(connection) => {
+                    event::wait(Some(connection.as_fd()), None, Some(Instant::now() + pause))
+                        .map_err(|error| Error::io("wait on", self.path(), error))?;
+                    match self.receive(connection)? {
+                        Received::Lock(socket) => return self.take_over(socket),
+                        Received::HungUp => queued = None,
+                        Received::Nothing => {}
+                    }
+                }
             }
-            std::thread::sleep(backoff.next());
         }
+        Err(subject.held())
     }
 
     /// Binds the name, or queues up at its holder.
@@ -145,8 +145,12 @@ impl SocketLock {
         seqpacket::listen_at(&self.address).map_err(|error| self.io("bind", error))
     }
 
-    fn call_it_mine(&self, socket: &Shielded) -> Result<()> {
-        seqpacket::listen(socket).map_err(|error| self.io("listen on", error))
+    /// Makes the socket that the holder before handed over this process's own.
+    fn take_over(&self, socket: Shielded) -> Result<(Shielded, Option<Box<Recovered>>)> {
+        seqpacket::listen(&socket).map_err(|error| self.io("listen on", error))?;
+        // A record that is still there is older than the holder before, who released.
+        self.begin();
+        Ok((socket, None))
     }
 
     fn receive(&self, connection: &Shielded) -> Result<Received> {
@@ -230,8 +234,11 @@ impl SocketLock {
     }
 
     fn io(&self, action: &'static str, error: Errno) -> Error {
-        let name = self.address.abstract_name().unwrap_or_default();
-        Error::io(action, format!("@{}", String::from_utf8_lossy(name)), error)
+        Error::io(action, self.path(), error)
+    }
+
+    fn path(&self) -> String {
+        format!("@{}", String::from_utf8_lossy(self.address.abstract_name().unwrap_or_default()))
     }
 }
 
