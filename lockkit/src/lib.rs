@@ -62,3 +62,8 @@ pub mod prelude {
     pub use crate::single_instance;
     pub use crate::{CancelToken, FileLock, Guard, Lock, NamedLock, Wait};
 }
+
+/// Compiles what README shows.
+#[cfg(all(doctest, feature = "macros"))]
+#[doc = include_str!("../../README.md")]
+struct Readme;
