@@ -290,6 +290,10 @@ impl Place {
                 created => return created.map_err(|error| Error::io("create", &self.path, error)),
             }
         }
+        if self.path.is_symlink() {
+            let dangles = io::Error::new(Io::NotFound, "it is a symlink to a file that does not exist");
+            return Err(Error::io("open", &self.path, dangles));
+        }
         Err(ErrorKind::RogueDeletion { path: self.path.clone() }.into())
     }
 
