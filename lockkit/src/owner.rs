@@ -50,7 +50,12 @@ impl Owner {
         let generation = fork::generation();
         let cached = CURRENT.try_with(|current| match &mut *current.borrow_mut() {
             Some((made, owner)) if *made == generation => owner.clone(),
-            current => current.insert((generation, Self::read(std::process::id()))).1.clone(),
+            current => {
+                let owner = Self::read(std::process::id());
+                // What could not be read, for want of a descriptor perhaps, is asked for again next time.
+                *current = owner.start.map(|_| (generation, owner.clone()));
+                owner
+            }
         });
         // A thread that is ending has no thread-local store any more.
         cached.unwrap_or_else(|_| Self::read(std::process::id()))
@@ -72,6 +77,13 @@ impl Owner {
             program: None,
             acquired: None,
         }
+    }
+
+    /// The process of this pid namespace that had `pid`, and has ended, whatever has the pid now.
+    pub(crate) fn ended(pid: u32) -> Self {
+        /// No process starts at the same tick as the kernel.
+        const NEVER: u64 = 0;
+        Self { pid, start: Some(NEVER), namespace: process::pid_namespace(), ..Self::hidden() }
     }
 
     fn read(pid: u32) -> Self {
@@ -136,6 +148,17 @@ impl Owner {
         }
     }
 
+    /// Whether it belongs to this run of this kernel, whose file locks it then shares.
+    pub(crate) fn is_of_this_boot(&self) -> bool {
+        self.boot.is_some() && self.boot == process::boot_id()
+    }
+
+    /// Whether it is the process that asks, or a program that ran in it before an exec.
+    pub(crate) fn is_this_process(&self) -> bool {
+        let me = Self::current();
+        (self.pid, self.start, self.boot, self.namespace) == (me.pid, me.start, me.boot, me.namespace)
+    }
+
     /// For people: `pid 4242 (backup), since 2026-11-20 17:03:11 UTC (42 s ago)`, as far as it is known.
     pub fn describe(&self) -> String {
         let mut text = match self.pid {
@@ -159,7 +182,7 @@ impl Owner {
 }
 
 /// A moment as people write it, to the second: `2026-11-20 17:03:11 UTC`.
-fn utc(moment: SystemTime) -> String {
+pub(crate) fn utc(moment: SystemTime) -> String {
     /// The last second of the year 9999: a damaged record may claim any number.
     const LAST: u64 = 253_402_300_799;
     let seconds = moment.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs().min(LAST);

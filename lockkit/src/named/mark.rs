@@ -32,10 +32,11 @@ use crate::{
     sys::{
         folder::{self, Sharing},
         mapping::Mapping,
+        unnamed,
     },
 };
 #[cfg(target_os = "linux")]
-use rustix::fs::{FallocateFlags, fallocate, fstatfs};
+use rustix::fs::{FallocateFlags, fallocate};
 
 /// The length of a record in words.
 pub(super) const WORDS: usize = 12;
@@ -209,7 +210,7 @@ impl Mark {
         let file = folder.open_file(name, sharing)?;
         let private = matches!(sharing, Sharing::User(_));
         let complete = || fallocate(&file, FallocateFlags::empty(), 0, BYTES as u64).is_ok();
-        let mapping = if private && is_in_memory(&file) && complete() { Mapping::new(&file, WORDS).ok() } else { None };
+        let mapping = if private && unnamed::is_in_memory(&file) && complete() { Mapping::new(&file, WORDS).ok() } else { None };
         Ok(Self { file, mapping })
     }
 
@@ -233,12 +234,6 @@ impl Mark {
             None => self.file.wipe(),
         }
     }
-}
-
-#[cfg(target_os = "linux")]
-fn is_in_memory(file: &File) -> bool {
-    const TMPFS_MAGIC: u64 = 0x0102_1994;
-    fstatfs(file).is_ok_and(|system| system.f_type as u64 == TMPFS_MAGIC)
 }
 
 #[cfg(test)]

@@ -93,6 +93,15 @@ impl<T: AsFd> Shielded<T> {
         let slot = note_down(descriptor.as_fd().as_raw_fd());
         Ok(Self { descriptor: ManuallyDrop::new(descriptor), slot })
     }
+
+    /// Lets forked children keep the descriptor from here on.
+    pub(crate) fn unshield(self) -> T {
+        let _held_off = HoldOff::new();
+        let mut shielded = ManuallyDrop::new(self);
+        shielded.slot.store(EMPTY, Ordering::Release);
+        // SAFETY: taken once, here; `shielded` is never dropped nor used afterwards.
+        unsafe { ManuallyDrop::take(&mut shielded.descriptor) }
+    }
 }
 
 impl<T: AsFd> Deref for Shielded<T> {

@@ -11,6 +11,7 @@
 //! | [`mapping`] | shared memory as atomic words | what a crash leaves behind |
 //! | [`process`] | which process is which, and whether it lives | owners |
 //! | [`seqpacket`] | abstract sockets that hand themselves over | named locks on Linux |
+//! | [`unnamed`] | files that are complete before they have a name | pidfiles |
 
 #![allow(unsafe_code)]
 
@@ -22,3 +23,4 @@ pub(crate) mod mapping;
 pub(crate) mod process;
 #[cfg(target_os = "linux")]
 pub(crate) mod seqpacket;
+pub(crate) mod unnamed;
