@@ -20,6 +20,7 @@ const LOOK: Duration = Duration::from_micros(60);
 fn main() {
     let folder = std::env::temp_dir().join(format!("lockkit-bench-{}", std::process::id()));
     std::fs::create_dir(&folder).expect("a folder");
+    println!("{:<44} {:>10} {:>10} {:>7} {:>10}", "", "ours", "peer", "ratio", "bound");
     let held = [cycle(&folder), looks(&folder)].concat().into_iter().all(|held| held);
     std::fs::remove_dir_all(&folder).expect("the folder goes");
     std::process::exit(i32::from(!held));
@@ -28,13 +29,10 @@ fn main() {
 fn cycle(folder: &Path) -> Vec<bool> {
     let ours = PidFile::new(folder.join("ours.pid")).expect("an absolute path");
     let mut theirs = fslock::LockFile::open(&folder.join("theirs.pid")).expect("a file");
-    let [ours, theirs] = medians([
-        &mut || ours.lock().expect("free").release().expect("ours"),
-        &mut || {
-            theirs.lock_with_pid().expect("free");
-            theirs.unlock().expect("ours");
-        },
-    ]);
+    let [ours, theirs] = medians([&mut || ours.lock().expect("free").release().expect("ours"), &mut || {
+        theirs.lock_with_pid().expect("free");
+        theirs.unlock().expect("ours");
+    }]);
     let ratio = ours.as_secs_f64() / theirs.as_secs_f64();
     vec![
         row("PidFile cycle", ours, None, CYCLE, ours <= CYCLE),

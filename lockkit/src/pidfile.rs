@@ -499,6 +499,7 @@ fn read_settled(file: &File) -> io::Result<Vec<u8>> {
 /// Replaces `old`, all that the file says, with `new`. One write does it, which covers all of `old`, so no kill leaves
 /// a mixture. If that fails `old` is put back.
 fn overwrite(file: &File, new: &str, old: &[u8]) -> io::Result<()> {
+    let before = file.metadata()?.modified()?;
     let mut bytes = new.as_bytes().to_vec();
     bytes.resize(new.len().max(old.len()), b'\n');
     let written = file.write_all_at(&bytes, 0).and_then(|()| {
@@ -508,9 +509,10 @@ fn overwrite(file: &File, new: &str, old: &[u8]) -> io::Result<()> {
             false => Ok(()),
         }
     });
-    if written.is_err() {
+    if written.is_err() && !read(file).is_ok_and(|bytes| bytes == old) {
         let _ = file.write_all_at(old, 0);
         let _ = file.set_len(old.len() as u64);
+        let _ = file.set_modified(before);
     }
     written
 }

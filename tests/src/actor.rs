@@ -49,7 +49,7 @@ impl Actor {
     pub fn start_as(spec: &Spec, uid: u32) -> Self {
         // The program may lie below a folder that the other user cannot enter, so it is called by its descriptor.
         let file = std::fs::File::open(program("actor")).expect("the actor's file");
-        let path = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&file));
+        let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
         let mut command = Command::new(path);
         command.arg(spec.to_string()).stdin(Stdio::piped()).stdout(Stdio::piped());
         command.uid(uid).gid(uid).current_dir("/");

@@ -210,7 +210,8 @@ impl Mark {
         let file = folder.open_file(name, sharing)?;
         let private = matches!(sharing, Sharing::User(_));
         let complete = || fallocate(&file, FallocateFlags::empty(), 0, BYTES as u64).is_ok();
-        let mapping = if private && unnamed::is_in_memory(&file) && complete() { Mapping::new(&file, WORDS).ok() } else { None };
+        let mapping =
+            if private && unnamed::is_in_memory(&file) && complete() { Mapping::new(&file, WORDS).ok() } else { None };
         Ok(Self { file, mapping })
     }
 

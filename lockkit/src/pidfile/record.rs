@@ -86,8 +86,7 @@ fn pid(text: &[u8]) -> Result<u32, &'static str> {
 }
 
 fn owner<'l>(pid: u32, lines: impl Iterator<Item = &'l str>) -> Owner {
-    let mut owner =
-        Owner { pid, start: None, boot: None, namespace: None, host: None, program: None, acquired: None };
+    let mut owner = Owner { pid, start: None, boot: None, namespace: None, host: None, program: None, acquired: None };
     for (key, value) in lines.filter_map(|line| line.split_once(' ')) {
         match key {
             "start" => owner.start = value.parse().ok(),
