@@ -587,6 +587,39 @@ fn a_small_full_file_system_is_an_error_that_leaves_nothing() {
     assert_eq!(left, ["full"]);
 }
 
+/// An actor that sees no /proc, if the machine allows that.
+fn start_without_proc(spec: &Spec) -> Option<Actor> {
+    let script = "mount -t tmpfs none /proc";
+    let allowed = Command::new("unshare").args(["-m", "sh", "-c", script]).stderr(Stdio::null()).status();
+    allowed.is_ok_and(|status| status.success()).then(|| {
+        Actor::start_with(spec, |command| {
+            let (program, spec) = (command.get_program().to_owned(), command.get_args().next().unwrap().to_owned());
+            *command = Command::new("unshare");
+            command.args(["-m", "sh", "-c", &format!("{script} && exec \"$0\" \"$1\"")]).arg(program).arg(spec);
+            command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        })
+    })
+}
+
+#[test]
+fn where_a_file_cannot_be_named_after_it_was_written_it_is_made_in_place() {
+    let (folder, path) = place();
+    let Some(mut without) = start_without_proc(&spec(&path)) else {
+        return left_out("mounting a file system is not allowed here");
+    };
+    let mut waiter = Actor::start(&spec(&path));
+    for _ in 0..20 {
+        without.expect("try", "held");
+        assert_eq!(first_line(&path), without.pid().to_string());
+        assert!(lock(&path).try_lock().unwrap_err().is_held());
+        waiter.tell_to_wait("lock");
+        without.expect("release", "released");
+        assert_eq!(waiter.answer(), "held");
+        waiter.expect("release", "released");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+}
+
 #[test]
 fn a_record_is_held_while_its_owner_lives_even_without_the_lock() {
     // As when a daemon closes every descriptor that it has.
@@ -773,7 +806,8 @@ fn service_managers_read_the_pid_out_of_the_first_line() {
 
 /// The program, where the machine has it.
 fn installed(name: &str) -> Option<PathBuf> {
-    ["/usr/sbin", "/usr/bin", "/sbin"].iter().map(|folder| Path::new(folder).join(name)).find(|path| path.is_file())
+    let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin";
+    path.split(':').map(|folder| Path::new(folder).join(name)).find(|path| path.is_file())
 }
 
 #[test]
