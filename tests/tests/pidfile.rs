@@ -745,6 +745,11 @@ fn daemonized(order: &str) {
     assert_eq!(lock(&path).try_lock().unwrap_err().owner().unwrap().pid().to_string(), child);
     waits.expect_silence();
     polls.expect_silence();
+    // Not by the record alone: the parent's end has not unlocked the file either.
+    if let Some(flock) = installed("flock") {
+        let free = Command::new(flock).arg("--nonblock").arg(&path).arg("true").status().unwrap();
+        assert_eq!(free.code(), Some(1));
+    }
 
     daemon.expect("release", "released");
     // Neither is told of a death, and each gets its turn.
@@ -856,10 +861,14 @@ fn the_pidfile_of_nginx_is_honoured() {
     let (folder, path) = place();
     let config = folder.path().join("nginx.conf");
     let at = folder.path().display();
+    let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+        .map(|what| format!("{what}_temp_path {at}/{what};\n"))
+        .concat();
     write(
         &config,
         format!(
-            "pid {at}/app.pid; error_log {at}/error.log; events {{}} http {{ access_log off; server {{ listen unix:{at}/socket; }} }}"
+            "pid {at}/app.pid;\nerror_log {at}/error.log;\nevents {{}}\n\
+             http {{\n{temporary}access_log off;\nserver {{ listen unix:{at}/socket; }}\n}}\n"
         ),
     );
     let run = |extra: &[&str]| {
