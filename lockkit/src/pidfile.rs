@@ -348,7 +348,7 @@ impl PidFile {
             Claim::Held => return Ok(Attempt::Claimed),
             Claim::Free(died) => died,
         };
-        let record = record();
+        let record = own_record();
         if let Err(error) = overwrite(&file, &record, &bytes) {
             if made {
                 let _ = fs::remove_file(&self.path);
@@ -376,7 +376,7 @@ impl PidFile {
         };
         // Does not wait: nobody else has it open.
         flock::lock(&file, Mode::Exclusive).map_err(|error| Error::io("lock", &self.path, error))?;
-        let record = record();
+        let record = own_record();
         file.write_all_at(record.as_bytes(), 0).map_err(|error| Error::io("write", &self.path, error))?;
         match unnamed::name(&file, &self.path) {
             Ok(()) => {}
@@ -518,7 +518,7 @@ fn overwrite(file: &File, new: &str, old: &[u8]) -> io::Result<()> {
 }
 
 /// The record of this process, which takes the lock now.
-fn record() -> String {
+fn own_record() -> String {
     record::write(&Owner { acquired: Some(SystemTime::now()), ..Owner::current() })
 }
 
@@ -628,7 +628,7 @@ impl PidGuard {
     pub fn rewrite(&mut self) -> Result<()> {
         self.verify()?;
         let Some(file) = &self.file else { return Err(self.rogue()) };
-        let record = record();
+        let record = own_record();
         overwrite(file, &record, self.record.as_bytes()).map_err(|error| Error::io("write", &self.path, error))?;
         (self.record, self.generation) = (record, fork::generation());
         Ok(())

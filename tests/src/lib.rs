@@ -2,7 +2,7 @@
 //!
 //! - [`Kind`] is a kind of lock under test, and [`Spec`] one lock of it, which any process can open from its text.
 //! - [`Actor`] is a second process (the program `actor` of this package) that takes and releases locks as it is told.
-//! - [`suite`] has the cases that every kind must pass; [`suite!`] makes tests of them.
+//! - [`mod@suite`] has the cases that every kind must pass; [`suite!`] makes tests of them.
 //! - [`chaos`] lets a conductor kill and stop many processes at random, and checks the log of who held when.
 
 pub mod actor;

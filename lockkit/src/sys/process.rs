@@ -58,11 +58,12 @@ fn started(pid: Pid) -> Probe {
 /// Reads a line of `/proc/<pid>/stat`. The program's name, in parentheses, may itself hold spaces and parentheses.
 #[cfg(target_os = "linux")]
 fn parse_stat(stat: &str) -> Option<Probe> {
-    /// The field's number in the manual page, counted from the first one behind the name.
-    const STATE: usize = 3 - 3;
-    const THREADS: usize = 20 - 3;
-    const START: usize = 22 - 3;
-    const EXIT_CODE: usize = 52 - 3;
+    /// The number in the manual page of the first field behind the name; the others are counted from it.
+    const FIRST: usize = 3;
+    const STATE: usize = 3 - FIRST;
+    const THREADS: usize = 20 - FIRST;
+    const START: usize = 22 - FIRST;
+    const EXIT_CODE: usize = 52 - FIRST;
 
     let fields: Vec<&str> = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace().collect();
     let start = fields.get(START)?.parse().ok()?;
