@@ -186,7 +186,8 @@ impl Owner {
     /// Whether it is the process that asks, or a program that ran in it before an exec.
     pub(crate) fn is_this_process(&self) -> bool {
         let me = Self::current();
-        (self.pid, self.start, self.boot, self.namespace) == (me.pid, me.start, me.boot, me.namespace)
+        me.start.is_some()
+            && (self.pid, self.start, self.boot, self.namespace) == (me.pid, me.start, me.boot, me.namespace)
     }
 
     /// For people: `pid 4242 (backup), since 2026-11-20 17:03:11 UTC (42 s ago)`, as far as it is known.

@@ -1,19 +1,12 @@
 //! A lock on a path that says who holds it: the pidfile of a daemon.
 //!
-//! Two things hold a pidfile: flock(2) on the file that the path names, and the identity that stands in it. Whoever
-//! wants it takes the flock first, sees that the path still names the file, and only then reads and judges what it
-//! says, so two never take over one stale file. Unknown is never stolen:
-//! - A record of lockkit's ([`record`]): held while its owner lives, also without the flock, which an exec or a closed
-//!   descriptor loses. An owner that cannot be looked up from here, in another pid namespace, is gone if it belongs to
-//!   this boot of this kernel, for the kernel has just given us the flock that it held for life. One that belongs to
-//!   another host may hold a flock that does not reach us: held.
-//! - A bare pid, another program's: held while a process has it, unless that one started after the file was written.
-//! - A bare pid or a record of this very process: free, since nobody else is us. It is from before an exec, from a
-//!   supervisor that wrote it for us, or from an earlier container in which the same pid ran.
-//! - Neither: somebody may be in the middle of writing; held until it is [`YOUNG`] no more. A blank line is free.
+//! Two things hold a pidfile: flock(2) on the file that the path names, and the identity that stands in it ([`mod@record`]).
+//! Whoever wants it takes the flock first, sees that the path still names that file, and only then judges what it says
+//! ([`claim`]), so two never take over one stale file, and one that waits for another program's process holds no lock.
 //!
 //! A new file is written and locked before the path names it (`O_TMPFILE`), so nobody sees half of one. An existing one
-//! is overwritten with a single write. The release removes it, still locked; waiters for it see that and start again.
+//! is overwritten with a single write that leaves nothing of it. The release removes the file, still locked; whoever
+//! waited for that file finds that the path names it no more, and starts again.
 //!
 //! The open file is shared with forked children, as FreeBSD's pidfile(3) has it: a daemon's parent may be gone before
 //! the child calls `rewrite`, and in between nobody must get in. So a child that does not drop its copy of the guard
@@ -178,7 +171,10 @@ impl PidFile {
             attempt = match locked {
                 Some(file) if patience.is_endless() => {
                     flock::lock(&file, Mode::Exclusive).map_err(|error| Error::io("lock", &self.path, error))?;
-                    self.settle(file, false)?
+                    match self.settle(file, false)? {
+                        Attempt::Replaced => self.attempt()?,
+                        settled => settled,
+                    }
                 }
                 _ => {
                     if let Err(gave_up) = patience.sleep(backoff.next())? {
@@ -233,8 +229,8 @@ impl PidFile {
                 Liveness::Alive | Liveness::Unknown => PidStatus::Running(*owner),
             },
             Content::Foreign(pid) => match foreign_lives(pid, &file, &found) {
-                true => PidStatus::Running(foreign_owner(pid, &found)),
-                false => PidStatus::Stale(Owner::ended(pid)),
+                true => PidStatus::Running(writer(Owner::of(pid).unwrap_or_else(|| Owner::ended(pid)), &found)),
+                false => PidStatus::Stale(writer(Owner::ended(pid), &found)),
             },
         })
     }
@@ -257,7 +253,13 @@ impl PidFile {
     pub fn remove_stale(path: impl Into<PathBuf>) -> Result<bool> {
         let pid_file = Self::new(path)?;
         let path = &*pid_file.path;
-        let Some(file) = pid_file.open()? else { return Ok(false) };
+        let file = match pid_file.open() {
+            Ok(Some(file)) => file,
+            Ok(None) => return Ok(false),
+            // One that we must not write to may still be seen to be none of our business.
+            Err(error) if is_denied(&error) && pid_file.holder().is_some() => return Ok(false),
+            Err(error) => return Err(error),
+        };
         if !flock::try_lock(&file, Mode::Exclusive).map_err(|error| Error::io("lock", path, error))?
             || !is_at(path, &file)?
         {
@@ -505,7 +507,7 @@ fn overwrite(file: &File, new: &str, old: &[u8]) -> io::Result<()> {
     let written = file.write_all_at(&bytes, 0).and_then(|()| {
         step("record written");
         match new.len() < old.len() {
-            true => file.set_len(new.len() as u64),
+            true => file.set_len(new.len() as u64).map(|()| step("rest cut off")),
             false => Ok(()),
         }
     });
@@ -522,7 +524,15 @@ fn own_record() -> String {
     record::write(&Owner { acquired: Some(SystemTime::now()), ..Owner::current() })
 }
 
-/// Who may still hold a file that says `bytes`, and whose flock is ours.
+/// Who may still hold a file that says `bytes`, and whose flock is ours. Unknown is never stolen:
+/// - A record of lockkit's: held while its owner lives, also without the flock, which an exec or a closed descriptor
+///   loses. An owner that cannot be looked up from here, in another pid namespace, is gone if it belongs to this boot
+///   of this kernel, which has just given us the flock that it held for life. One of another host, or one that does not
+///   say, may hold a flock that does not reach us: held.
+/// - A bare pid, another program's: held while a process has it that did not start after the file was written.
+/// - Either of this very process: free, since nobody else is us. It is from before an exec, or from a supervisor that
+///   wrote it for us, or from an earlier container in which the same pid ran.
+/// - Neither: somebody may be in the middle of writing; held until it is [`YOUNG`] no more. A blank line is free.
 fn claim(bytes: &[u8], file: &File, found: &Metadata) -> Claim {
     match record::parse(bytes) {
         Content::Blank => Claim::Free(None),
@@ -530,7 +540,7 @@ fn claim(bytes: &[u8], file: &File, found: &Metadata) -> Claim {
         Content::Invalid(_) => Claim::Free(None),
         Content::Foreign(pid) if pid == std::process::id() => Claim::Free(None),
         Content::Foreign(pid) if foreign_lives(pid, file, found) => Claim::Held,
-        Content::Foreign(pid) => Claim::Free(Some(Owner::ended(pid))),
+        Content::Foreign(pid) => Claim::Free(Some(writer(Owner::ended(pid), found))),
         Content::Ours(owner) if owner.is_this_process() => Claim::Free(None),
         Content::Ours(owner) => match owner.liveness() {
             Liveness::Alive => Claim::Held,
@@ -567,8 +577,9 @@ fn started_later(start: u64, file: &File, found: &Metadata) -> Option<bool> {
     Some(!clock_was_set && process::started_at(start)? > written.checked_add(REUSE_MARGIN)?)
 }
 
-fn foreign_owner(pid: u32, found: &Metadata) -> Owner {
-    Owner { acquired: found.modified().ok(), ..Owner::of(pid).unwrap_or_else(|| Owner::ended(pid)) }
+/// The owner of a file that another program wrote: it took the lock, as far as it is one, when it did.
+fn writer(owner: Owner, found: &Metadata) -> Owner {
+    Owner { acquired: found.modified().ok(), ..owner }
 }
 
 /// A held [`PidFile`]; dropping it removes the file and releases.

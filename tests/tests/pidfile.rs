@@ -216,7 +216,7 @@ fn a_waiter_gets_in_when_the_foreign_process_ends_and_hardly_computes_until_then
 #[test]
 fn a_foreign_pid_whose_process_started_after_the_file_was_written_is_stale() {
     let (_folder, path) = place();
-    if lock_has_just_booted() {
+    if has_just_booted() {
         return left_out("the system started so recently that the file would seem older");
     }
     let later = Foreign::start();
@@ -231,7 +231,7 @@ fn a_foreign_pid_whose_process_started_after_the_file_was_written_is_stale() {
     }
 }
 
-fn lock_has_just_booted() -> bool {
+fn has_just_booted() -> bool {
     let uptime = fs::read_to_string("/proc/uptime").unwrap();
     uptime.split('.').next().unwrap().parse::<u64>().unwrap() < 2 * LONG_AGO.as_secs()
 }
@@ -328,6 +328,43 @@ fn a_stale_file_is_taken_over_by_exactly_one_of_eight_racers() {
         let winner = &mut racers[winners[0]];
         assert_eq!(first_line(&path), winner.pid().to_string());
         winner.expect("release", "released");
+    }
+}
+
+#[test]
+fn a_process_killed_at_any_step_of_taking_over_a_stale_file_leaves_one_that_can_be_taken_over() {
+    if !lockkit::steps::ENABLED {
+        return left_out("this build has no steps to be killed at; they need debug assertions");
+    }
+    let (folder, path) = place();
+    // Longer than what replaces it, so that there is something to cut off.
+    let record = record_of_the_dead() + &"key and value\n".repeat(30);
+    let dead: u32 = record.lines().next().unwrap().parse().unwrap();
+    for at in 1.. {
+        write(&path, &record);
+        let mut victim = Actor::start_with(&spec(&path), |command| {
+            command.arg("steps").arg("alone");
+        });
+        victim.expect(&at.to_string(), "ready");
+        let last = victim.ask("go");
+        let pid = victim.pid();
+        victim.kill();
+        match PidFile::inspect(&path).unwrap() {
+            PidStatus::Stale(owner) => assert!([pid, dead].contains(&owner.pid()), "step {at}: {owner:?}"),
+            PidStatus::Absent => {}
+            other => panic!("step {at}: {other:?}"),
+        }
+        let left = fs::read_to_string(&path).ok();
+        let guard = lock(&path).try_lock().unwrap();
+        let recovered = guard.recovered().and_then(|died| died.owner()).map(|owner| owner.pid().to_string());
+        assert_eq!(recovered, left.and_then(|text| text.lines().next().map(str::to_owned)), "step {at}");
+        guard.release().unwrap();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        if last != "gone" {
+            println!("{last}");
+            assert!(last.contains("rest cut off"), "{last}");
+            break;
+        }
     }
 }
 

@@ -191,7 +191,6 @@ mod tests {
             ("  4242\n", 4242),
             ("00042 \r\n", 42),
             ("42\n/var/lib/postgresql\n1700000000\n", 42),
-            ("4194304\n", 4_194_304),
         ] {
             assert_eq!(parse(text.as_bytes()), Content::Foreign(pid), "{text:?}");
         }
@@ -200,6 +199,8 @@ mod tests {
     #[test]
     fn what_is_no_pid_is_invalid_with_the_rule_it_breaks() {
         let long = "1".repeat(40);
+        let [highest, beyond] = [process::MOST_PID, process::MOST_PID + 1].map(|pid| pid.to_string());
+        assert_eq!(parse(highest.as_bytes()), Content::Foreign(process::MOST_PID));
         let longer = format!("1\n{}", " ".repeat(MOST_READ));
         for (text, rule) in [
             ("", "empty"),
@@ -214,7 +215,7 @@ mod tests {
             ("\u{665}", "digits"),
             ("0", "pid 0"),
             ("000\n", "pid 0"),
-            ("4194305\n", "so large"),
+            (&beyond, "so large"),
             ("4294967297\n", "so large"),
             (&long, "so large"),
             (&longer, "longer than"),
