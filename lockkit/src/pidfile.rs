@@ -254,7 +254,7 @@ impl PidFile {
         let pid_file = Self::new(path)?;
         let path = &*pid_file.path;
         let file = match pid_file.open() {
-            Ok(Some(file)) => file,
+            Ok(Some((file, _))) => file,
             Ok(None) => return Ok(false),
             // One that we must not write to may still be seen to be none of our business.
             Err(error) if is_denied(&error) && pid_file.holder().is_some() => return Ok(false),
@@ -280,14 +280,9 @@ impl PidFile {
     fn attempt(&self) -> Result<Attempt> {
         for _ in 0..MOST_REPLACEMENTS {
             let attempt = match self.open() {
-                Ok(Some(file)) => {
-                    // Whoever makes a file in place must get the lock on it, so nobody else tries while it is empty.
-                    let found = file.metadata().map_err(|error| Error::io("look at", &self.path, error))?;
-                    match found.len() == 0 && is_young(&found) {
-                        true => Attempt::Claimed,
-                        false => self.lock_existing(file, false)?,
-                    }
-                }
+                // Whoever makes a file in place must get the lock on it, so nobody else tries while it is empty.
+                Ok(Some((_, found))) if found.len() == 0 && is_young(&found) => Attempt::Claimed,
+                Ok(Some((file, _))) => self.lock_existing(file, false)?,
                 Ok(None) => self.create()?,
                 // A file that we must not write to may still say who holds it.
                 Err(error) => match self.holder() {
@@ -303,30 +298,34 @@ impl PidFile {
     }
 
     /// The file that the path names, for reading and writing; `None` when there is none.
-    fn open(&self) -> Result<Option<Shielded<File>>> {
+    fn open(&self) -> Result<Option<(Shielded<File>, Metadata)>> {
         let path = &*self.path;
         // Looked at first, because merely opening a FIFO or a device may do something.
-        let seen = match fs::symlink_metadata(path) {
+        match fs::symlink_metadata(path) {
             Err(error) if error.kind() == Io::NotFound => return Ok(None),
-            seen => seen.map_err(|error| Error::io("look at", path, error))?,
-        };
-        if seen.is_symlink() {
-            let problem = "it is a symbolic link; use the path that it leads to";
-            return Err(ErrorKind::Insecure { path: path.to_owned(), problem }.into());
-        }
-        if !seen.is_file() {
-            return Err(Error::io("lock", path, not_a_plain_file()));
-        }
-        if seen.nlink() > 1 {
-            let problem = "it is a hard link to a file that has other names";
-            return Err(ErrorKind::Insecure { path: path.to_owned(), problem }.into());
+            seen => self.check_plain(&seen.map_err(|error| Error::io("look at", path, error))?)?,
         }
         let mut options = OpenOptions::new();
         options.read(true).write(true).custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits() as i32);
-        match Shielded::new(|| options.open(path)) {
-            Err(error) if error.kind() == Io::NotFound => Ok(None),
-            opened => opened.map(Some).map_err(|error| Error::io("open", path, error)),
-        }
+        let file = match Shielded::new(|| options.open(path)) {
+            Err(error) if error.kind() == Io::NotFound => return Ok(None),
+            opened => opened.map_err(|error| Error::io("open", path, error))?,
+        };
+        // And again, because somebody may have put something else there in between.
+        let found = file.metadata().map_err(|error| Error::io("look at", path, error))?;
+        self.check_plain(&found)?;
+        Ok(Some((file, found)))
+    }
+
+    /// Refuses what is better not written to.
+    fn check_plain(&self, found: &Metadata) -> Result<()> {
+        let problem = match found {
+            found if found.is_symlink() => "it is a symbolic link; use the path that it leads to",
+            found if !found.is_file() => return Err(Error::io("lock", &self.path, not_a_plain_file())),
+            found if found.nlink() > 1 => "it is a hard link to a file that has other names",
+            _ => return Ok(()),
+        };
+        Err(ErrorKind::Insecure { path: self.path.to_path_buf(), problem }.into())
     }
 
     fn lock_existing(&self, file: Shielded<File>, made: bool) -> Result<Attempt> {
