@@ -285,10 +285,8 @@ impl PidFile {
                 Ok(Some((file, _))) => self.lock_existing(file, false)?,
                 Ok(None) => self.create()?,
                 // A file that we must not write to may still say who holds it.
-                Err(error) => match self.holder() {
-                    Some(_) if is_denied(&error) => Attempt::Claimed,
-                    _ => return Err(error),
-                },
+                Err(error) if is_denied(&error) && self.holder().is_some() => Attempt::Claimed,
+                Err(error) => return Err(error),
             };
             if !matches!(attempt, Attempt::Replaced) {
                 return Ok(attempt);
