@@ -6,6 +6,7 @@
 //! |---|---|---|
 //! | [`NamedLock`] | a name on this machine | single-instance programs, cron jobs, daemons |
 //! | [`FileLock`] | a path | guarding a file, working together with flock(1) |
+//! | [`PidFile`] | a path that says who holds it | daemons, `kill $(cat …)`, systemd |
 //!
 //! ```
 //! use lockkit::prelude::*;
@@ -38,6 +39,7 @@ mod lock;
 mod name;
 mod named;
 mod owner;
+mod pidfile;
 #[cfg(feature = "steps")]
 #[doc(hidden)]
 pub mod steps;
@@ -54,13 +56,14 @@ pub use lock::{Guard, Lock, Recovered};
 pub use lockkit_macros::single_instance;
 pub use named::{Backend, NamedGuard, NamedLock, NamedLockBuilder, Scope};
 pub use owner::{Liveness, Owner};
+pub use pidfile::{PidFile, PidGuard, PidStatus};
 pub use wait::{CancelToken, Wait};
 
 /// What most programs need, for one `use`.
 pub mod prelude {
     #[cfg(feature = "macros")]
     pub use crate::single_instance;
-    pub use crate::{CancelToken, FileLock, Guard, Lock, NamedLock, Wait};
+    pub use crate::{CancelToken, FileLock, Guard, Lock, NamedLock, PidFile, Wait};
 }
 
 /// Compiles what README shows.

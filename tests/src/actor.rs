@@ -296,6 +296,7 @@ fn describe(error: &lockkit::Error) -> String {
         ErrorKind::ForeignOwner { .. } => "ForeignOwner",
         ErrorKind::Insecure { .. } => "Insecure",
         ErrorKind::RogueDeletion { .. } => "RogueDeletion",
+        ErrorKind::InvalidPid { .. } => "InvalidPid",
         ErrorKind::Io { .. } => "Io",
         _ => "Other",
     };

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use lockkit::{Backend, FileLock, Guard, Lock, NamedLock, Result, Scope, Wait};
+use lockkit::{Backend, FileLock, Guard, Lock, NamedLock, PidFile, PidStatus, Result, Scope, Wait};
 
 /// A lock of any kind.
 pub trait AnyLock: Send + Sync {
@@ -60,6 +60,8 @@ pub enum Kind {
     MachineFile,
     /// [`FileLock`], exclusive.
     File,
+    /// [`PidFile`].
+    PidFile,
 }
 
 const KINDS: [(Kind, &str); 5] = [
@@ -68,6 +70,7 @@ const KINDS: [(Kind, &str); 5] = [
     (Kind::NamedFile, "named-file"),
     (Kind::MachineFile, "machine-file"),
     (Kind::File, "file"),
+    (Kind::PidFile, "pidfile"),
 ];
 
 impl Kind {
@@ -76,6 +79,7 @@ impl Kind {
         let name = crate::fresh_name("lockkit-test");
         let at = match self {
             Self::File => std::env::temp_dir().join(format!("{name}.lock")).display().to_string(),
+            Self::PidFile => std::env::temp_dir().join(format!("{name}.pid")).display().to_string(),
             _ => name,
         };
         Spec { kind: self, at }
@@ -84,6 +88,12 @@ impl Kind {
     /// Whether the next owner is told of a death.
     pub fn tells_deaths(self) -> bool {
         self != Self::File
+    }
+
+    /// Whether a forked child keeps what its killed parent held. Of a pidfile it does, for it may be a daemon that has
+    /// yet to say so.
+    pub fn survives_in_a_forked_child(self) -> bool {
+        self == Self::PidFile
     }
 
     /// Whether waiters are served first come, first served.
@@ -130,6 +140,13 @@ impl Spec {
             Kind::NamedFile => named(Scope::User, Backend::File),
             Kind::MachineFile => named(Scope::Machine, Backend::File),
             Kind::File => Box::new(Any { lock: FileLock::new(&self.at), owner: |_| None }),
+            Kind::PidFile => {
+                let owner = |lock: &PidFile| match PidFile::inspect(lock.path()) {
+                    Ok(PidStatus::Running(owner)) => Some(owner.pid()),
+                    _ => None,
+                };
+                Box::new(Any { lock: PidFile::new(&self.at).expect("an absolute path"), owner })
+            }
         }
     }
 
@@ -141,7 +158,7 @@ impl Spec {
             Kind::MachineSocket => vec![format!("/dev/shm/lockkit-machine/{}", self.at).into()],
             Kind::NamedFile => vec![format!("/tmp/lockkit-u{uid}/{}.lock", self.at).into()],
             Kind::MachineFile => vec![format!("/tmp/lockkit-machine/{}.lock", self.at).into()],
-            Kind::File => vec![PathBuf::from(&self.at)],
+            Kind::File | Kind::PidFile => vec![PathBuf::from(&self.at)],
         }
     }
 

@@ -247,6 +247,14 @@ mod cases {
             assert!(next.ask("try").starts_with("error Held"));
             if killed {
                 holder.kill();
+                if command == "fork" && kind.survives_in_a_forked_child() {
+                    assert!(next.ask("try").starts_with("error Held"));
+                    signal_pid(child, Signal::KILL);
+                    next.tell("lock");
+                    assert_eq!(next.answer(), told(kind, holder.pid()));
+                    next.expect("release", "released");
+                    continue;
+                }
                 next.expect("try", &told(kind, holder.pid()));
             } else {
                 holder.expect("release", "released");

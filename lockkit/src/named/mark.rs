@@ -35,10 +35,11 @@ use crate::{
     sys::{
         folder::{self, Sharing},
         mapping::Mapping,
+        unnamed,
     },
 };
 #[cfg(target_os = "linux")]
-use rustix::fs::{FallocateFlags, fallocate, fstatfs};
+use rustix::fs::{FallocateFlags, fallocate};
 
 /// The length of a record in words.
 const WORDS: usize = 13;
@@ -221,7 +222,8 @@ impl Mark {
         let file = folder.open_file(name, sharing)?;
         let private = matches!(sharing, Sharing::User(_));
         let complete = || fallocate(&file, FallocateFlags::empty(), 0, (WORDS * WORD) as u64).is_ok();
-        let mapping = if private && is_in_memory(&file) && complete() { Mapping::new(&file, WORDS).ok() } else { None };
+        let mapping =
+            if private && unnamed::is_in_memory(&file) && complete() { Mapping::new(&file, WORDS).ok() } else { None };
         Ok(Self { file, mapping })
     }
 
@@ -259,12 +261,6 @@ impl Mark {
     pub(super) fn may_be_waited_for(&self) -> bool {
         self.words().is_none_or(|words| words[WAITED_FOR].load(Ordering::SeqCst) != 0)
     }
-}
-
-#[cfg(target_os = "linux")]
-fn is_in_memory(file: &File) -> bool {
-    const TMPFS_MAGIC: u64 = 0x0102_1994;
-    fstatfs(file).is_ok_and(|system| system.f_type as u64 == TMPFS_MAGIC)
 }
 
 #[cfg(test)]

@@ -110,6 +110,14 @@ impl<T: AsFd> Shielded<T> {
         slot.store(made.as_ref().map_or(EMPTY, |descriptor| descriptor.as_fd().as_raw_fd()), Ordering::SeqCst);
         Ok(Self { descriptor: ManuallyDrop::new(made?), slot })
     }
+
+    /// Lets forked children keep the descriptor from here on.
+    pub(crate) fn unshield(self) -> T {
+        let mut shielded = ManuallyDrop::new(self);
+        shielded.slot.store(EMPTY, Ordering::SeqCst);
+        // SAFETY: taken once, here; `shielded` is never dropped nor used afterwards.
+        unsafe { ManuallyDrop::take(&mut shielded.descriptor) }
+    }
 }
 
 impl<T: AsFd> Deref for Shielded<T> {

@@ -12,6 +12,7 @@
 //! | [`process`] | which process is which, and whether it lives | owners |
 //! | [`seqpacket`] | abstract sockets that hand themselves over | named locks on Linux |
 //! | [`slot`] | a value that one thread at a time takes | kept descriptors |
+//! | [`unnamed`] | files that are complete before they have a name | pidfiles |
 
 #![allow(unsafe_code)]
 
@@ -24,3 +25,4 @@ pub(crate) mod process;
 #[cfg(target_os = "linux")]
 pub(crate) mod seqpacket;
 pub(crate) mod slot;
+pub(crate) mod unnamed;

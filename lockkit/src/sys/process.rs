@@ -9,8 +9,11 @@
 use std::fs;
 use std::path::Path;
 use std::sync::OnceLock;
+use std::time::{Duration, SystemTime};
 
 use rustix::process::{Pid, test_kill_process};
+#[cfg(target_os = "linux")]
+use rustix::time::{ClockId, clock_gettime};
 use sysinfo::{ProcessRefreshKind, ProcessesToUpdate, System, UpdateKind};
 
 /// What the system says of a pid.
@@ -82,6 +85,33 @@ fn is_fatal(exit_code: i32) -> bool {
     exit_code != 0 && !stops.iter().any(|stop| stop.as_raw() == exit_code)
 }
 
+/// The highest pid that the kernel gives out: `PID_MAX_LIMIT` on Linux.
+pub(crate) const MOST_PID: u32 = if cfg!(target_os = "linux") { 1 << 22 } else { i32::MAX as u32 };
+
+/// When the system started, by the wall clock as it is set now; `None` where nothing tells.
+#[cfg(target_os = "linux")]
+pub(crate) fn booted_at() -> Option<SystemTime> {
+    let up = clock_gettime(ClockId::Boottime);
+    SystemTime::now().checked_sub(Duration::try_from(up).ok()?)
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn booted_at() -> Option<SystemTime> {
+    SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(System::boot_time()))
+}
+
+/// The `start` of a [`Probe`] by the wall clock as it is set now.
+#[cfg(target_os = "linux")]
+pub(crate) fn started_at(start: u64) -> Option<SystemTime> {
+    let since_boot = Duration::from_secs_f64(start as f64 / rustix::param::clock_ticks_per_second() as f64);
+    booted_at()?.checked_add(since_boot)
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn started_at(start: u64) -> Option<SystemTime> {
+    SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(start))
+}
+
 /// The program that `pid` runs, for people: its file's name, or what the system calls it.
 pub(crate) fn program(pid: u32) -> Option<String> {
     look(pid, ProcessRefreshKind::nothing().with_exe(UpdateKind::Always), |process| {
@@ -99,8 +129,9 @@ fn look<T>(pid: u32, what: ProcessRefreshKind, read: impl FnOnce(&sysinfo::Proce
 
 /// What tells this boot of this kernel from every other one; `None` where the system does not say.
 pub(crate) fn boot_id() -> Option<u128> {
-    static BOOT: OnceLock<Option<u128>> = OnceLock::new();
-    *BOOT.get_or_init(read_boot_id)
+    static BOOT: OnceLock<u128> = OnceLock::new();
+    // What could not be read, for want of a descriptor perhaps, is asked for again next time.
+    BOOT.get().copied().or_else(|| read_boot_id().map(|boot| *BOOT.get_or_init(|| boot)))
 }
 
 #[cfg(target_os = "linux")]
@@ -128,7 +159,7 @@ pub(crate) fn pid_namespace() -> Option<u64> {
 pub(crate) fn host() -> &'static str {
     static HOST: OnceLock<String> = OnceLock::new();
     HOST.get_or_init(|| {
-        let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        let name = rustix::system::uname().nodename().to_string_lossy().replace(char::is_control, "?");
         match fs::read_to_string("/etc/machine-id").map(|id| id.trim().to_owned()) {
             Ok(id) if !id.is_empty() => format!("{name}/{id}"),
             _ => name,
