@@ -159,17 +159,12 @@ impl Drop for Actor {
     }
 }
 
-/// The actor as another user's command. It is copied to where every user may run it.
+/// The actor as another user's command. The program may lie below a folder that the other user cannot enter, so it is
+/// called by a descriptor.
 fn as_user<S: AsRef<std::ffi::OsStr>>(uid: u32, arguments: impl IntoIterator<Item = S>) -> Command {
-    use std::os::unix::fs::PermissionsExt;
-    static COPY: std::sync::OnceLock<tempfile::TempDir> = std::sync::OnceLock::new();
-    let folder = COPY.get_or_init(|| {
-        let folder = tempfile::Builder::new().permissions(std::fs::Permissions::from_mode(0o755)).tempdir();
-        let folder = folder.expect("a folder");
-        std::fs::copy(program("actor"), folder.path().join("actor")).expect("a copy of the actor");
-        folder
-    });
-    let mut command = Command::new(folder.path().join("actor"));
+    static FILE: std::sync::OnceLock<std::fs::File> = std::sync::OnceLock::new();
+    let file = FILE.get_or_init(|| std::fs::File::open(program("actor")).expect("the actor's file"));
+    let mut command = Command::new(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file)));
     command.args(arguments).uid(uid).gid(uid).current_dir("/").stdin(Stdio::piped()).stdout(Stdio::piped());
     command
 }

@@ -64,7 +64,7 @@ pub enum Kind {
     PidFile,
 }
 
-const KINDS: [(Kind, &str); 5] = [
+const KINDS: [(Kind, &str); 6] = [
     (Kind::NamedSocket, "named-socket"),
     (Kind::MachineSocket, "machine-socket"),
     (Kind::NamedFile, "named-file"),
