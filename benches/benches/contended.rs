@@ -4,6 +4,7 @@
 //!   from just before the release to just after the other's acquisition.
 //! - *Crowd*: many processes take the lock over and over and hold it for a moment. What counts is how often it is taken,
 //!   and how long the unluckiest one waited.
+//! - *Timed wait*: the processor time of a waiter that gives up after a while.
 //! - *Death*: a holder is killed while another process waits. The time runs from just before the kill.
 //!
 //! Ours and the peer's turns alternate in blocks. A further lock is one more [`Comparison`]; a peer for it is one more
@@ -11,13 +12,14 @@
 
 use std::fs::File;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use lockkit::NamedLock;
+use lockkit::{FileLock, NamedLock};
 use lockkit_benches::arguments;
 use lockkit_benches::process::{self, Peer, now, spin};
 use lockkit_benches::table::{self, Bound, Row, Value};
 use rustix::fs::{FlockOperation, flock};
+use rustix::time::{ClockId, clock_gettime};
 
 const COMPARISONS: &[Comparison] = &[Comparison {
     ours: &NAMED_LOCK,
@@ -89,10 +91,14 @@ struct Length {
     /// Blocks of the crowd, and the length of one.
     crowd: (u32, Duration),
     deaths: u32,
+    /// How long a timed wait is.
+    wait: Duration,
 }
 
-const FULL: Length = Length { hand_over: (20, 200), crowd: (2, Duration::from_secs(2)), deaths: 300 };
-const QUICK: Length = Length { hand_over: (2, 50), crowd: (1, Duration::from_millis(300)), deaths: 10 };
+const FULL: Length =
+    Length { hand_over: (20, 200), crowd: (2, Duration::from_secs(2)), deaths: 300, wait: Duration::from_secs(5) };
+const QUICK: Length =
+    Length { hand_over: (2, 50), crowd: (1, Duration::from_millis(300)), deaths: 10, wait: Duration::from_millis(500) };
 
 /// Measures a comparison with files in a folder.
 type Experiment = fn(&Comparison, &Path, &Length) -> Vec<Row>;
@@ -118,6 +124,10 @@ fn main() {
                 rows.extend(experiment(comparison, folder.path(), &length));
             }
         }
+    }
+    if "contended/FileLock/timed-wait".contains(&filter) {
+        println!("contended/FileLock/timed-wait");
+        rows.push(timed_wait(folder.path(), length.wait));
     }
     table::print(&rows);
 }
@@ -304,6 +314,32 @@ fn crowd_child(hold: &mut Hold, parent: &mut Peer) {
         asked = now();
     }
     parent.say(format_args!("{taken} {longest_wait}"));
+}
+
+/// The processor time that a wait for a held lock takes of this thread until it gives up.
+fn timed_wait(folder: &Path, limit: Duration) -> Row {
+    let busy = |wait: &dyn Fn()| {
+        let used = || Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).expect("it is not negative");
+        let before = used();
+        wait();
+        Value::Time(used() - before)
+    };
+    let lock = FileLock::new(folder.join("waited-for"));
+    let _held = lock.lock().unwrap();
+    let file = File::open(lock.path()).unwrap();
+    Row {
+        name: format!("FileLock, waiting {limit:?}, processor time"),
+        ours: busy(&|| assert!(lock.lock_for(limit).is_err_and(|error| error.is_timeout()))),
+        peer: "poll every 1 ms",
+        theirs: busy(&|| {
+            let end = Instant::now() + limit;
+            while Instant::now() < end {
+                assert!(flock(&file, FlockOperation::NonBlockingLockExclusive).is_err());
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }),
+        bound: Bound::Time(limit / 100),
+    }
 }
 
 const WAITER: &str = "waiter";

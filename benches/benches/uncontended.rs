@@ -1,4 +1,4 @@
-//! Taking and giving back a lock that nobody else wants, beside what the peers take for it.
+//! Taking and giving back a lock that nobody else wants, and looking at one, beside what the peers take for it.
 //!
 //! Criterion runs every contender on its own. On a machine whose speed changes from one second to the next, numbers
 //! that were taken one after the other make no ratio; so the contenders of a comparison are then measured again, in
@@ -11,9 +11,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkGroup, Criterion, measurement::WallTime};
-use lockkit::{Backend, NamedLock};
+use lockkit::{Backend, FileLock, NamedLock, PidFile};
 use lockkit_benches::arguments;
 use lockkit_benches::table::{self, Bound, Row, Value};
+use rustix::fs::{FlockOperation, flock};
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 const NAME: &str = "lockkit-bench-uncontended";
@@ -32,6 +33,25 @@ fn comparisons(folder: &Path) -> Vec<Comparison> {
             peers: vec![(bare_socket(), Bound::Ratio(1.2)), (single_instance(), Bound::Ratio(1.2))],
         },
         Comparison {
+            ours: file_lock(&file("file-lock")),
+            peers: vec![
+                (named_lock(&file("named-lock")), Bound::Ratio(1.25)),
+                (fd_lock(&file("fd-lock")), Bound::Ratio(1.35)),
+                (bare_flock(&file("flock")), Bound::None),
+            ],
+        },
+        Comparison {
+            ours: pid_file(&file("ours.pid")),
+            peers: vec![
+                (fslock_with_pid(&file("fslock.pid")), Bound::Ratio(0.2)),
+                (file_written_and_removed(&file("bare.pid")), Bound::Time(Duration::from_micros(40))),
+            ],
+        },
+        Comparison {
+            ours: inspect(&file("held.pid")),
+            peers: vec![(file_read(&file("read.pid")), Bound::Time(Duration::from_micros(60)))],
+        },
+        Comparison {
             ours: named("NamedLock, Backend::File", Backend::File),
             peers: vec![
                 (named_lock(&file("named-lock")), Bound::None),
@@ -45,6 +65,38 @@ fn comparisons(folder: &Path) -> Vec<Comparison> {
 fn named(title: &'static str, backend: Backend) -> Contender {
     let lock = NamedLock::builder(NAME).backend(backend).build().unwrap();
     Contender::new(title, move || drop(lock.lock().unwrap()))
+}
+
+fn file_lock(path: &Path) -> Contender {
+    let lock = FileLock::new(path);
+    Contender::new("FileLock", move || drop(lock.lock().unwrap()))
+}
+
+fn pid_file(path: &Path) -> Contender {
+    let lock = PidFile::new(path).unwrap();
+    Contender::new("PidFile", move || drop(lock.lock().unwrap()))
+}
+
+/// A look at a file that a living process wrote without lockkit, which is the dearest.
+fn inspect(path: &Path) -> Contender {
+    std::fs::write(path, format!("{}\n", std::process::id())).unwrap();
+    let path = path.to_owned();
+    Contender::new("PidFile::inspect", move || drop(PidFile::inspect(&path).unwrap()))
+}
+
+fn file_read(path: &Path) -> Contender {
+    std::fs::write(path, format!("{}\n", std::process::id())).unwrap();
+    let path = path.to_owned();
+    Contender::new("reading a file", move || drop(std::fs::read(&path).unwrap()))
+}
+
+/// What a pidfile costs without any lock.
+fn file_written_and_removed(path: &Path) -> Contender {
+    let path = path.to_owned();
+    Contender::new("file made, removed", move || {
+        std::fs::write(&path, "12345\n").unwrap();
+        std::fs::remove_file(&path).unwrap();
+    })
 }
 
 /// The least that taking a name and listening there can cost.
@@ -73,6 +125,23 @@ fn named_lock(path: &Path) -> Contender {
 fn fd_lock(path: &Path) -> Contender {
     let mut lock = fd_lock::RwLock::new(File::create(path).unwrap());
     Contender::new("fd-lock", move || drop(lock.write().unwrap()))
+}
+
+/// As `File::lock` of the standard library does, which is younger than the oldest compiler that this is for.
+fn bare_flock(path: &Path) -> Contender {
+    let file = File::create(path).unwrap();
+    Contender::new("bare flock", move || {
+        flock(&file, FlockOperation::LockExclusive).unwrap();
+        flock(&file, FlockOperation::Unlock).unwrap();
+    })
+}
+
+fn fslock_with_pid(path: &Path) -> Contender {
+    let mut lock = fslock::LockFile::open(path).unwrap();
+    Contender::new("fslock, with pid", move || {
+        lock.lock_with_pid().unwrap();
+        lock.unlock().unwrap();
+    })
 }
 
 fn fslock(path: &Path) -> Contender {
@@ -123,19 +192,24 @@ impl Comparison {
         let mut contenders: Vec<&mut Contender> =
             std::iter::once(&mut self.ours).chain(self.peers.iter_mut().map(|(peer, _)| peer)).collect();
         let mut blocks = vec![Vec::new(); contenders.len()];
+        let slowest = contenders.iter_mut().map(|contender| contender.time(8) / 8).max().unwrap_or_default();
+        let cycles = (length.block.as_nanos() / slowest.as_nanos().max(1)).max(1) as u64;
         for _ in 0..length.blocks {
             for (contender, blocks) in contenders.iter_mut().zip(&mut blocks) {
-                blocks.push(contender.time(length.cycles));
+                blocks.push(contender.time(cycles));
             }
         }
-        let mut cycles = blocks.iter_mut().map(|blocks| Value::Time(table::median(blocks) / length.cycles as u32));
+        let mut cycles = blocks.iter_mut().map(|blocks| Value::Time(table::median(blocks) / cycles as u32));
         let ours = cycles.next().expect("there is one of ours");
         self.peers
             .iter()
             .zip(cycles)
-            .map(|((peer, bound), theirs)| {
-                let name = format!("{}, acquire + release", self.ours.name);
-                Row { name, ours, peer: peer.name, theirs, bound: *bound }
+            .map(|((peer, bound), theirs)| Row {
+                name: self.ours.name.to_owned(),
+                ours,
+                peer: peer.name,
+                theirs,
+                bound: *bound,
             })
             .collect()
     }
@@ -145,7 +219,8 @@ impl Comparison {
 #[derive(Clone, Copy)]
 struct Length {
     blocks: u32,
-    cycles: u64,
+    /// How long the slowest contender's may be.
+    block: Duration,
 }
 
 fn main() {
@@ -156,8 +231,8 @@ fn main() {
         .measurement_time(Duration::from_secs(2))
         .configure_from_args();
     let length = match arguments::is_quick() {
-        true => Length { blocks: 5, cycles: 200 },
-        false => Length { blocks: 150, cycles: 2000 },
+        true => Length { blocks: 5, block: Duration::from_millis(1) },
+        false => Length { blocks: 150, block: Duration::from_millis(6) },
     };
 
     let mut rows = Vec::new();

@@ -257,9 +257,9 @@ impl Mark {
         }
     }
 
-    /// Whether somebody may wait. Only a mapped record is quicker to ask than the queue itself.
-    pub(super) fn may_be_waited_for(&self) -> bool {
-        self.words().is_none_or(|words| words[WAITED_FOR].load(Ordering::SeqCst) != 0)
+    /// Whether somebody waits; `None` when the record is not mapped, for then it is quicker to ask the queue itself.
+    pub(super) fn is_waited_for(&self) -> Option<bool> {
+        Some(self.words()?[WAITED_FOR].load(Ordering::SeqCst) != 0)
     }
 }
 

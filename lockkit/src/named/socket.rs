@@ -154,7 +154,14 @@ impl SocketLock {
     }
 
     fn receive(&self, connection: &Shielded) -> Result<Received> {
-        seqpacket::receive(connection, &self.address).map_err(|error| self.io("receive", error))
+        let received = seqpacket::receive(connection).map_err(|error| self.io("receive", error))?;
+        match (received, self.sharing) {
+            // Anybody may have sent it.
+            (Received::Lock(socket), Sharing::Machine) if !seqpacket::listens_at(&socket, &self.address) => {
+                Ok(Received::HungUp)
+            }
+            (received, _) => Ok(received),
+        }
     }
 
     fn peer(&self, connection: &Shielded) -> Result<Peer> {
@@ -169,7 +176,12 @@ impl SocketLock {
         };
         mark.wipe();
         step("record wiped");
-        if mark.may_be_waited_for() && !self.pass_on(&socket) {
+        let waited_for = match mark.is_waited_for() {
+            Some(waited_for) => waited_for,
+            // Looking is cheap, accepting is not, and mostly nobody waits.
+            None => event::is_readable(socket.as_fd()),
+        };
+        if waited_for && !self.pass_on(&socket) {
             mark.clear_waited_for();
         }
     }
@@ -177,13 +189,7 @@ impl SocketLock {
     fn pass_on(&self, socket: &Shielded) -> bool {
         // More can only have come while these were looked at; they will see the socket close and bind.
         for _ in 0..=seqpacket::BACKLOG {
-            // Looking is cheap, accepting is not, and mostly nobody waits.
-            if !event::is_readable(socket.as_fd()) {
-                return false;
-            }
-            let Some(waiter) = seqpacket::accept(socket) else {
-                return false;
-            };
+            let Some(waiter) = seqpacket::accept(socket) else { return false };
             let trusted = seqpacket::peer(&waiter).is_ok_and(|peer| self.trusts(peer.uid));
             if trusted && seqpacket::hand_over(&waiter, socket).is_ok() {
                 return true;

@@ -136,9 +136,8 @@ pub(crate) enum Received {
     Nothing,
 }
 
-/// Reads what the holder sent through `connection`, without waiting for it. What claims to be the socket that listens
-/// at `address` is looked at before it is believed.
-pub(crate) fn receive(connection: &Shielded, address: &Address) -> Result<Received> {
+/// Reads what the holder sent through `connection`, without waiting for it.
+pub(crate) fn receive(connection: &Shielded) -> Result<Received> {
     // Shielded from its first moment on, for it may be the lock.
     let brought = Shielded::new(|| {
         let mut message = MESSAGE;
@@ -156,14 +155,15 @@ pub(crate) fn receive(connection: &Shielded, address: &Address) -> Result<Receiv
         descriptor.ok_or(None)
     });
     match brought {
-        Ok(socket) if is_listening_at(&socket, address) => Ok(Received::Lock(socket)),
-        Ok(_) | Err(None | Some(Errno::CONNRESET)) => Ok(Received::HungUp),
+        Ok(socket) => Ok(Received::Lock(socket)),
+        Err(None | Some(Errno::CONNRESET)) => Ok(Received::HungUp),
         Err(Some(Errno::AGAIN)) => Ok(Received::Nothing),
         Err(Some(error)) => Err(error),
     }
 }
 
-fn is_listening_at(socket: &Shielded, address: &Address) -> bool {
+/// Whether the socket is the one that listens at `address`.
+pub(crate) fn listens_at(socket: &Shielded, address: &Address) -> bool {
     socket_acceptconn(&**socket) == Ok(true)
         && net::getsockname(&**socket).and_then(Address::try_from).is_ok_and(|found| found == *address)
 }
