@@ -5,7 +5,8 @@
 //! | type | a lock on | pick it for |
 //! |---|---|---|
 //! | [`NamedLock`] | a name on this machine | single-instance programs, cron jobs, daemons |
-//! | [`FileLock`] | a path | guarding a file, working together with flock(1) |
+//! | [`FileLock`] | a path, exclusive or shared | guarding a file or folder, working together with flock(1) |
+//! | [`PidFile`] | a path whose file says who holds it | daemons, `kill $(cat …)`, systemd's `PIDFile=` |
 //! | [`PidFile`] | a path that says who holds it | daemons, `kill $(cat …)`, systemd |
 //!
 //! ```
