@@ -1,6 +1,6 @@
 //! Steps at which a test can have this process killed.
 //!
-//! Every place in the library where something outside the process has just changed says so with [`step`]. In builds
+//! Every place in the library where something outside the process has just changed says so with `step`. In builds
 //! with debug assertions and the feature `steps`, which only lockkit's own tests turn on, a test can let the process
 //! kill itself at one of them; in all others a step is nothing.
 
