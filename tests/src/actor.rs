@@ -7,6 +7,7 @@
 //! | `owner` | `owner PID` or `owner none` |
 //! | `fork` | `forked PID`: a forked child, alive until it is killed, or for a while |
 //! | `fork-drop` | `dropped`: a forked child has dropped its copy of the guard and ended |
+//! | `fork-often` | `free`: children that were forked while threads took and released the lock live, and do not keep it |
 //! | `spawn` | `spawned PID`: a program started in the ordinary way, alive until it is killed |
 //! | `panic` | `panicked`: a thread took the lock and panicked holding it |
 //! | `hold-name NAME`, `time-out-name NAME`, `clean-name NAME` | `done`: the same with any named lock |
@@ -15,12 +16,14 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
 use lockkit::{ErrorKind, Wait};
 
-use crate::kinds::{AnyGuard, Spec};
+use crate::chaos::Dice;
+use crate::kinds::{AnyGuard, AnyLock, Spec};
 use crate::{LIVELY, program};
 
 /// The handle on an actor; dropping it kills the actor and waits for its end.
@@ -235,6 +238,7 @@ pub fn serve(spec: &Spec) {
                 }
                 Err(error) => format!("error fork: {error}"),
             },
+            "fork-often" => fork_often(&*lock),
             "spawn" => {
                 let mut sleep = Command::new("sleep");
                 sleep.arg(LIVELY.as_secs().to_string());
@@ -280,6 +284,40 @@ pub fn serve(spec: &Spec) {
         };
         println!("{answer}");
     }
+}
+
+/// Forks at many moments of an acquisition and a release; then the lock must be free, though the children live.
+fn fork_often(lock: &dyn AnyLock) -> String {
+    let stop = AtomicBool::new(false);
+    let children: Vec<i32> = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                let _ = lock.acquire(&Wait::at_most(Duration::from_millis(100)));
+            }
+        });
+        let mut dice = Dice::new(std::process::id().into());
+        let children = (0..400)
+            .map(|_| {
+                // Only to come at another moment of the other thread.
+                std::thread::sleep(Duration::from_micros(dice.roll(3000)));
+                match fork::fork().expect("a process can be forked") {
+                    fork::Fork::Child => {
+                        std::thread::sleep(LIVELY);
+                        std::process::exit(0);
+                    }
+                    fork::Fork::Parent(pid) => pid,
+                }
+            })
+            .collect();
+        stop.store(true, Ordering::Relaxed);
+        children
+    });
+    let answer = lock.acquire(&Wait::at_most(LIVELY / 10)).map_or_else(|error| describe(&error), |_| "free".to_owned());
+    for pid in children.into_iter().filter_map(rustix::process::Pid::from_raw) {
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
+    }
+    answer
 }
 
 /// An error as the actor answers it: its kind first.

@@ -34,6 +34,7 @@ macro_rules! suite {
             ten_workers_count_to_two_thousand_without_losing_one,
             a_started_program_does_not_inherit_the_lock,
             a_forked_child_does_not_inherit_the_lock,
+            children_forked_at_any_moment_do_not_keep_the_lock,
             a_forked_child_that_drops_the_guard_does_not_release_it,
             waiters_that_gave_up_leave_nothing_behind,
             programs_that_are_being_started_do_not_keep_a_released_lock,
@@ -263,6 +264,12 @@ mod cases {
             next.expect("release", "released");
             signal_pid(child, Signal::KILL);
         }
+        spec.clean();
+    }
+
+    pub fn children_forked_at_any_moment_do_not_keep_the_lock(kind: Kind) {
+        let spec = kind.fresh();
+        Actor::start(&spec).expect("fork-often", "free");
         spec.clean();
     }
 

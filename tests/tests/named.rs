@@ -276,6 +276,17 @@ fn a_lock_file_that_is_a_link_to_another_file_is_refused() {
 }
 
 #[test]
+fn a_fifo_in_the_place_of_a_lock_file_does_not_hang_who_asks_for_the_owner() {
+    let spec = Kind::MachineFile.fresh();
+    let [path] = &spec.files()[..] else { panic!("one file") };
+    drop(spec.open().acquire(&Wait::none()).unwrap());
+    std::fs::remove_file(path).unwrap();
+    nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    Actor::start(&spec).expect("owner", "owner none");
+    spec.clean();
+}
+
+#[test]
 fn without_memory_for_records_deaths_are_told_by_a_file() {
     let Some(user) = another_user() else { return };
     let [_, memory] = user.folders();

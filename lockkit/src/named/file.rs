@@ -10,13 +10,15 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use rustix::fs::{Mode, OFlags, open};
+
 use super::mark::{self, Slate};
 use crate::error::Result;
 use crate::file::{FileGuard, FileLock};
 use crate::lock::Recovered;
 use crate::owner::{Liveness, Owner};
 use crate::steps::step;
-use crate::sys::flock::{self, Mode};
+use crate::sys::flock;
 use crate::sys::folder::{self, Sharing};
 use crate::wait::{Subject, Wait};
 
@@ -53,7 +55,9 @@ impl FolderLock {
 
     pub(super) fn owner(&self) -> Option<Owner> {
         let path = self.path(&folder::open_in(folder::BASE, self.sharing).ok()?.path);
-        let owner = mark::holder(&File::open(path).ok()?)?;
+        // Somebody may have put a link or a FIFO there, which must not be followed or waited for.
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let owner = mark::holder(&File::from(open(path, flags, Mode::empty()).ok()?))?;
         (owner.liveness() != Liveness::Dead).then_some(owner)
     }
 
@@ -65,7 +69,7 @@ impl FolderLock {
         let lock = FileLock::own(self.path(&folder.path), self.sharing.file_mode());
         let folder = File::from(folder.fd);
         // Somebody may hold it exclusively for a while, to clean it; no lock fails for that.
-        let _ = flock::try_lock(&folder, Mode::Shared);
+        let _ = flock::try_lock(&folder, flock::Mode::Shared);
         Ok(self.opened.get_or_init(|| Opened { _folder: folder, lock }))
     }
 

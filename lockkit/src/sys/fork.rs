@@ -30,6 +30,14 @@ static DESCRIPTORS: Chunk = Chunk::new();
 const EMPTY: RawFd = -1;
 /// A slot whose descriptor is being made or closed; forks wait for that.
 const BUSY: RawFd = -2;
+/// The highest [`claim`]: all from here down are claims, and forks wait for those, too.
+const CLAIMED: RawFd = -3;
+
+/// What stands in a slot while its thread finds out whether a fork is under way, and tells what stood there before: a
+/// child that is forked at that very moment must find the descriptor. It is its own inverse.
+const fn claim(slot: RawFd) -> RawFd {
+    CLAIMED + EMPTY - slot
+}
 
 struct Chunk {
     slots: [AtomicI32; 62],
@@ -85,8 +93,9 @@ fn occupy() -> &'static AtomicI32 {
 /// Makes the slot busy if it is `from`, and says whether it was. From then on no fork is under way, and none begins,
 /// until the slot is something else: either the fork sees that it is busy, or this thread sees the fork.
 fn make_busy(slot: &AtomicI32, from: RawFd) -> bool {
-    while slot.compare_exchange(from, BUSY, Ordering::SeqCst, Ordering::Relaxed).is_ok() {
+    while slot.compare_exchange(from, claim(from), Ordering::SeqCst, Ordering::Relaxed).is_ok() {
         if FORKING.load(Ordering::SeqCst) == 0 {
+            slot.store(BUSY, Ordering::SeqCst);
             return true;
         }
         slot.store(from, Ordering::SeqCst);
@@ -166,7 +175,7 @@ fn install() {
 unsafe extern "C" fn before_fork() {
     FORKING.fetch_add(1, Ordering::SeqCst);
     for _ in 0..100_000 {
-        if slots().all(|slot| slot.load(Ordering::SeqCst) != BUSY) {
+        if slots().all(|slot| slot.load(Ordering::SeqCst) > BUSY) {
             return;
         }
         std::thread::yield_now();
@@ -183,10 +192,15 @@ unsafe extern "C" fn after_fork_in_child() {
     FORKING.store(0, Ordering::SeqCst);
     let inert = rustix::pipe::pipe().ok().map(|(reader, _writer)| reader);
     for slot in slots() {
-        match slot.load(Ordering::Relaxed) {
-            EMPTY => {}
-            BUSY => slot.store(EMPTY, Ordering::Relaxed),
-            fd => disarm(fd, inert.as_ref()),
+        // A thread that claimed it is not here to put back what stood there.
+        let held = match slot.load(Ordering::Relaxed) {
+            BUSY => EMPTY,
+            claimed @ ..=CLAIMED => claim(claimed),
+            held => held,
+        };
+        slot.store(held, Ordering::Relaxed);
+        if held != EMPTY {
+            disarm(held, inert.as_ref());
         }
     }
 }

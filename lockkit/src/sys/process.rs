@@ -71,6 +71,8 @@ fn parse_stat(stat: &str) -> Option<Probe> {
     let ended = match field(STATE)? {
         // A first thread may have ended on its own while the process goes on in others.
         "Z" | "X" | "x" => threads <= 1,
+        // A traced one shows whatever its tracer stopped it at.
+        "t" => false,
         // A killed process looks alive until it is taken apart, but its exit code is set. A stopped one shows the
         // signal that stopped it in the same place, and may well go on.
         _ => field(EXIT_CODE).and_then(|code| code.parse().ok()).is_some_and(is_fatal),
@@ -182,6 +184,7 @@ mod tests {
         let running = Some(Probe::Running(Some(777)));
         assert_eq!(parse_stat(&stat("R", 1, 0)), running);
         assert_eq!(parse_stat(&stat("T", 1, 19)), running, "stopped, not killed");
+        assert_eq!(parse_stat(&stat("t", 1, 5)), running, "in a debugger");
         assert_eq!(parse_stat(&stat("Z", 3, 0)), running, "only the first thread has ended");
         assert_eq!(parse_stat(&stat("Z", 1, 0)), Some(Probe::Ended));
         assert_eq!(parse_stat(&stat("R", 1, 9)), Some(Probe::Ended), "killed, not yet gone");
