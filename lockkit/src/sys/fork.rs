@@ -28,13 +28,11 @@ static DESCRIPTORS: Chunk = Chunk::new();
 
 /// A slot without a descriptor.
 const EMPTY: RawFd = -1;
-/// A slot whose descriptor is being made or closed; forks wait for that.
-const BUSY: RawFd = -2;
-/// The highest [`claim`]: all from here down are claims, and forks wait for those, too.
-const CLAIMED: RawFd = -3;
+/// The highest [`claim`]: all from here down are claims.
+const CLAIMED: RawFd = -2;
 
-/// What stands in a slot while its thread finds out whether a fork is under way, and tells what stood there before: a
-/// child that is forked at that very moment must find the descriptor. It is its own inverse.
+/// What stands in a slot while its thread makes or closes the descriptor; forks wait for that. It tells what stood there
+/// before, for a thread that finds a fork under way puts that back, and the child must find it, too. It is its own inverse.
 const fn claim(slot: RawFd) -> RawFd {
     CLAIMED + EMPTY - slot
 }
@@ -74,12 +72,12 @@ fn slots() -> impl Iterator<Item = &'static AtomicI32> {
     std::iter::successors(Some(&DESCRIPTORS), |chunk| chunk.next()).flat_map(|chunk| &chunk.slots)
 }
 
-/// A slot of this thread's own, busy.
+/// A slot of this thread's own, claimed.
 fn occupy() -> &'static AtomicI32 {
     install();
     let mut chunk: &'static Chunk = &DESCRIPTORS;
     loop {
-        let free = |slot: &&AtomicI32| slot.load(Ordering::Relaxed) == EMPTY && make_busy(slot, EMPTY);
+        let free = |slot: &&AtomicI32| slot.load(Ordering::Relaxed) == EMPTY && take_claim(slot, EMPTY);
         if let Some(slot) = chunk.slots.iter().find(free) {
             return slot;
         }
@@ -90,12 +88,11 @@ fn occupy() -> &'static AtomicI32 {
     }
 }
 
-/// Makes the slot busy if it is `from`, and says whether it was. From then on no fork is under way, and none begins,
-/// until the slot is something else: either the fork sees that it is busy, or this thread sees the fork.
-fn make_busy(slot: &AtomicI32, from: RawFd) -> bool {
+/// Claims the slot if it is `from`, and says whether it was. From then on no fork is under way, and none begins, until
+/// the slot is something else: either the fork sees the claim, or this thread sees the fork.
+fn take_claim(slot: &AtomicI32, from: RawFd) -> bool {
     while slot.compare_exchange(from, claim(from), Ordering::SeqCst, Ordering::Relaxed).is_ok() {
         if FORKING.load(Ordering::SeqCst) == 0 {
-            slot.store(BUSY, Ordering::SeqCst);
             return true;
         }
         slot.store(from, Ordering::SeqCst);
@@ -139,7 +136,7 @@ impl<T: AsFd> Deref for Shielded<T> {
 
 impl<T: AsFd> Drop for Shielded<T> {
     fn drop(&mut self) {
-        make_busy(self.slot, self.descriptor.as_fd().as_raw_fd());
+        take_claim(self.slot, self.descriptor.as_fd().as_raw_fd());
         // SAFETY: dropped once, here, and not used afterwards.
         unsafe { ManuallyDrop::drop(&mut self.descriptor) };
         self.slot.store(EMPTY, Ordering::SeqCst);
@@ -170,12 +167,12 @@ fn install() {
     });
 }
 
-/// Waits until no slot is busy. Not for ever: a fork from a signal handler may have interrupted the very thread that
-/// keeps one busy.
+/// Waits until no slot is claimed. Not for ever: a fork from a signal handler may have interrupted the very thread that
+/// keeps the claim.
 unsafe extern "C" fn before_fork() {
     FORKING.fetch_add(1, Ordering::SeqCst);
     for _ in 0..100_000 {
-        if slots().all(|slot| slot.load(Ordering::SeqCst) > BUSY) {
+        if slots().all(|slot| slot.load(Ordering::SeqCst) > CLAIMED) {
             return;
         }
         std::thread::yield_now();
@@ -194,7 +191,6 @@ unsafe extern "C" fn after_fork_in_child() {
     for slot in slots() {
         // A thread that claimed it is not here to put back what stood there.
         let held = match slot.load(Ordering::Relaxed) {
-            BUSY => EMPTY,
             claimed @ ..=CLAIMED => claim(claimed),
             held => held,
         };
