@@ -1,1 +1,27 @@
-//! x
+//! Lockkit's locks beside their peers. Linux only.
+//!
+//! `cargo bench -p lockkit-benches` runs two programs, and each ends in a [`table`] that says which bounds held:
+//! - `uncontended`: taking and giving back a lock that nobody else wants. Criterion runs every contender.
+//! - `contended`: what processes see that want a lock which another one has. It times events in several processes,
+//!   which criterion cannot, so it is a plain program.
+//!
+//! Every ratio is between numbers of one run, taken in turns, so that a noisy machine disturbs both sides alike. A row
+//! that is behind fails nothing: on a machine that does other things as well the table informs, it does not judge.
+//!
+//! Behind `--`, both programs take a part of a benchmark's name, to run only what contains it, and `--quick`, to see
+//! in seconds that everything runs.
+//!
+//! This library is what the programs share: their [`arguments`], the [`process`]es that they start, and the table.
+
+pub mod arguments;
+pub mod process;
+pub mod table;
+
+use lockkit::NamedGuard;
+
+/// Waits until no other run is under way, which would measure this one as much as itself. The runs of a user can
+/// therefore all use the same lock names; a lock leaves a small record behind for every name.
+pub fn alone() -> NamedGuard {
+    let lock = lockkit::NamedLock::new("lockkit-benches").expect("the name is valid");
+    lock.lock().expect("the lock on the benches can be taken")
+}

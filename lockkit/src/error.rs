@@ -64,6 +64,23 @@ pub enum ErrorKind {
         /// The rule that it breaks.
         rule: &'static str,
     },
+    /// A path that does not start at the root: it would name another file after a change of the working folder, as
+    /// daemons make one.
+    #[error("{} is no absolute path", .path.display())]
+    RelativePath {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A file that stands where a pidfile is wanted, and is none. It was left as it is.
+    #[error("{} is no pidfile: {rule}, and it begins with \"{text}\"", .path.display())]
+    InvalidPid {
+        /// The file.
+        path: PathBuf,
+        /// The beginning of its first line, escaped.
+        text: String,
+        /// The rule that it breaks.
+        rule: &'static str,
+    },
     /// Another user sits on the name, or owns the folder in which the lock must live, and is not trusted with it.
     #[error("{lock} is occupied by another user: uid {uid}{}; only that user or root can give it up", of_pid(*.pid))]
     ForeignOwner {
@@ -230,7 +247,8 @@ impl From<Error> for io::Error {
             ErrorKind::Held { .. } => io::ErrorKind::WouldBlock,
             ErrorKind::Timeout { .. } => io::ErrorKind::TimedOut,
             ErrorKind::Cancelled { .. } => io::ErrorKind::Interrupted,
-            ErrorKind::InvalidName { .. } => io::ErrorKind::InvalidInput,
+            ErrorKind::InvalidName { .. } | ErrorKind::RelativePath { .. } => io::ErrorKind::InvalidInput,
+            ErrorKind::InvalidPid { .. } => io::ErrorKind::InvalidData,
             ErrorKind::ForeignOwner { .. } | ErrorKind::Insecure { .. } => io::ErrorKind::PermissionDenied,
             ErrorKind::RogueDeletion { .. } | ErrorKind::NoSuchLock { .. } => io::ErrorKind::NotFound,
             ErrorKind::Exhausted { .. } | ErrorKind::TooManyProcesses { .. } => io::ErrorKind::QuotaExceeded,

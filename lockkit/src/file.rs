@@ -4,18 +4,22 @@
 //! with what the path names now, and the acquisition starts again if somebody deleted or replaced the file meanwhile:
 //! whoever holds the lock holds it on the file that the next taker will open. The file is never deleted here.
 //!
-//! Each acquisition has an open file of its own, so threads exclude each other exactly as processes do. Files are kept
-//! between acquisitions, which then cost no open. A wait without an end sits in the kernel; one with a limit or a token
+//! Each acquisition has an open file of its own, so threads exclude each other exactly as processes do. One is
+//! kept between acquisitions, so that mostly none is opened. A wait without an end sits in the kernel; one with a limit or a token
 //! tries again on a timer, because a thread blocked in flock could not be called back.
+//!
+//! The comparison costs more than the lock, and is left out for a file that was locked here less than [`BLINK`] ago and
+//! compared less than [`SOON`] ago, as in a tight loop. A blink is too short for another process to take the lock,
+//! delete the file and release, so whoever deletes it while holding the lock, as one must, is never missed. A file that
+//! is deleted without holding its lock is noticed by the first acquisition after [`SOON`].
 
-use std::fs::{File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, ErrorKind as Io};
-use std::ops::Deref;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
 use rustix::fs::{Mode as Permissions, OFlags, RawMode, fchmod};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -24,24 +28,51 @@ use crate::owner::Owner;
 use crate::steps::step;
 use crate::sys::flock::{self, Mode};
 use crate::sys::fork::{self, Shielded};
+use crate::sys::slot::Slot;
 use crate::wait::{Backoff, Subject, Wait};
 
 /// How often a file may be replaced under an acquisition before it is called rogue.
 const MOST_REPLACEMENTS: u32 = 100;
 
-/// A lock on a file.
+/// From one lock here to the next, with the unlock in between: less time than it takes to lock, delete and unlock beside
+/// that. A machine that is slower at the former compares each time.
+const BLINK: Duration = Duration::from_nanos(600);
+
+/// For how long a comparison is good for locks that follow each other in a [`BLINK`].
+const SOON: Duration = Duration::from_millis(1);
+
+/// A lock on a file or folder, exclusive or shared.
 ///
-/// Cloning gives another handle on the same lock. It excludes every process that locks the same file with flock(2),
-/// the `flock` command among them.
+/// It excludes every process that locks the same file with flock(2), the `flock` command among them. Cloning gives
+/// another handle on the same lock.
+///
+/// The file may hold anything; locking does not touch its content. It is made when it is missing, and never deleted:
+/// deleting it needs its lock, and then locks that are waited for go on with the next file of that name. One that is
+/// deleted without holding the lock cannot protect its holder, for the next taker makes a new file.
+///
+/// A lock is shared or exclusive from its acquisition to its release. There is no upgrade and no downgrade, because
+/// flock does not promise to convert a lock without letting somebody in between ([flock(2)], "Converting a lock").
+///
+/// Not for a file system that other machines write to, unless it is known to pass flock on to them, as NFS does since
+/// Linux 2.6.12 and 9p does not; there, use a lease. Not where a waiter must not starve: the kernel serves waiters in
+/// order, but one with a limit or a token looks again only every few milliseconds.
+///
+/// [flock(2)]: https://man7.org/linux/man-pages/man2/flock.2.html
 ///
 /// ```
+/// use std::io::Write;
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # let folder = std::env::temp_dir().join(format!("lockkit-doc-file-{}", std::process::id()));
 /// # std::fs::create_dir_all(&folder)?;
 /// let lock = lockkit::FileLock::new(folder.join("data.lock"));
-/// let guard = lock.lock()?;
-/// assert!(lock.try_lock().unwrap_err().is_held());
-/// drop(guard);
+/// {
+///     let guard = lock.lock()?;
+///     guard.file().write_all(b"mine")?;
+///     assert!(lock.try_lock_shared().unwrap_err().is_held());
+/// }
+/// let reader = lock.lock_shared()?;
+/// let another = lock.lock_shared()?;
+/// # drop((reader, another));
 /// # std::fs::remove_dir_all(folder)?;
 /// # Ok(()) }
 /// ```
@@ -50,56 +81,120 @@ pub struct FileLock(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
+    place: Place,
+    /// The open file of an earlier acquisition.
+    spare: Slot<Open>,
+}
+
+/// Where the file is, and how it is made.
+#[derive(Clone, Debug)]
+struct Place {
     path: PathBuf,
     /// The permissions of a file made here.
     mode: u32,
+    /// Whether missing folders are made.
+    parents: bool,
     /// The folder is open to other users, who may have put something else in the file's place.
     wary: bool,
-    /// Open files that no guard uses, and the fork generation they belong to.
-    spare: Mutex<(u32, Vec<Shielded<File>>)>,
+}
+
+#[derive(Debug)]
+struct Open {
+    file: Shielded<File>,
+    /// The process that opened it: what a forked child has is inert.
+    generation: u32,
+    /// When it was last seen to be the file at the path.
+    compared: Option<Instant>,
+    /// When it was last known to be locked.
+    held: Option<Instant>,
 }
 
 impl FileLock {
-    /// A lock on the file at `path`, which is made when it is first locked and missing. Nothing happens to the file
-    /// until then.
+    /// A lock on the file or folder at `path`. Nothing happens there until it is first locked; then a missing file is
+    /// made.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self::with(path.into(), 0o600, false)
-    }
-
-    fn with(path: PathBuf, mode: u32, wary: bool) -> Self {
-        Self(Arc::new(Inner { path, mode, wary, spare: Mutex::default() }))
+        Self::at(Place { path: path.into(), mode: 0o600, parents: false, wary: false })
     }
 
     /// A lock on a file of lockkit's own, which has exactly `mode`, and which no symlink, hard link or special file
     /// may stand for.
     pub(crate) fn own(path: PathBuf, mode: u32) -> Self {
-        Self::with(path, mode, true)
+        Self::at(Place { path, mode, parents: false, wary: true })
+    }
+
+    fn at(place: Place) -> Self {
+        Self(Arc::new(Inner { place, spare: Slot::empty() }))
     }
 
     /// The permissions that a file gets when locking makes it, less the process's umask; 0600 unless told otherwise.
     pub fn create_with_mode(self, mode: u32) -> Self {
-        Self::with(self.0.path.clone(), mode, self.0.wary)
+        Self::at(Place { mode, ..self.0.place.clone() })
+    }
+
+    /// Makes missing folders on the way to the file, too, with the permissions that the process's umask leaves.
+    pub fn create_parents(self) -> Self {
+        Self::at(Place { parents: true, ..self.0.place.clone() })
     }
 
     /// The path of the file.
     pub fn path(&self) -> &Path {
-        &self.0.path
+        &self.0.place.path
     }
 
-    /// Takes the lock, waiting as `wait` says.
+    /// Takes the lock for this owner alone, waiting as `wait` says.
+    ///
+    /// An endless wait sleeps in the kernel. One with a limit or a token looks again after pauses that grow from 50
+    /// microseconds to 5 milliseconds.
     ///
     /// # Errors
     /// [`Held`](ErrorKind::Held), [`Timeout`](ErrorKind::Timeout) or [`Cancelled`](ErrorKind::Cancelled) as `wait` has
-    /// it; [`Io`](ErrorKind::Io) when the file cannot be opened, made or locked;
+    /// it; [`Io`](ErrorKind::Io) when the file cannot be opened, made or locked, or is neither a file nor a folder;
     /// [`RogueDeletion`](ErrorKind::RogueDeletion) when somebody replaces it all the time.
     pub fn acquire(&self, wait: &Wait) -> Result<FileGuard> {
         self.acquire_as(wait, &*self.0)
     }
 
+    /// Takes the lock together with everybody else who takes it shared, waiting as `wait` says.
+    ///
+    /// # Errors
+    /// As [`acquire`](Self::acquire).
+    pub fn acquire_shared(&self, wait: &Wait) -> Result<FileGuard> {
+        self.guard(Mode::Shared, wait, &*self.0)
+    }
+
+    /// Takes the lock shared if nobody has it exclusively now.
+    ///
+    /// # Errors
+    /// [`Held`](ErrorKind::Held) when somebody has, and what [`acquire`](Self::acquire) adds.
+    pub fn try_lock_shared(&self) -> Result<FileGuard> {
+        self.acquire_shared(&Wait::none())
+    }
+
+    /// Takes the lock shared, waiting for it as long as it takes.
+    ///
+    /// # Errors
+    /// Those that [`acquire`](Self::acquire) adds.
+    pub fn lock_shared(&self) -> Result<FileGuard> {
+        self.acquire_shared(&Wait::forever())
+    }
+
+    /// Takes the lock shared, waiting for it at most `limit`.
+    ///
+    /// # Errors
+    /// [`Timeout`](ErrorKind::Timeout) when it was still held exclusively then, and what [`acquire`](Self::acquire)
+    /// adds.
+    pub fn lock_shared_for(&self, limit: Duration) -> Result<FileGuard> {
+        self.acquire_shared(&Wait::at_most(limit))
+    }
+
     /// As [`acquire`](Self::acquire), with errors that speak of `subject`.
     pub(crate) fn acquire_as(&self, wait: &Wait, subject: &dyn Subject) -> Result<FileGuard> {
-        let file = self.0.acquire(wait, subject)?;
-        Ok(FileGuard { file: Some(file), generation: fork::generation(), lock: self.0.clone() })
+        self.guard(Mode::Exclusive, wait, subject)
+    }
+
+    fn guard(&self, mode: Mode, wait: &Wait, subject: &dyn Subject) -> Result<FileGuard> {
+        let open = self.0.acquire(mode, wait, subject)?;
+        Ok(FileGuard { open: Some(open), mode, lock: self.0.clone() })
     }
 }
 
@@ -107,7 +202,7 @@ lock_methods!(FileLock, FileGuard);
 
 impl Subject for Inner {
     fn describe(&self) -> String {
-        format!("the lock on {}", self.path.display())
+        format!("the lock on {}", self.place.path.display())
     }
 
     /// The kernel does not say.
@@ -117,44 +212,56 @@ impl Subject for Inner {
 }
 
 impl Inner {
-    fn acquire(&self, wait: &Wait, subject: &dyn Subject) -> Result<Shielded<File>> {
+    fn acquire(&self, mode: Mode, wait: &Wait, subject: &dyn Subject) -> Result<Box<Open>> {
         wait.check(subject)?;
         for _ in 0..MOST_REPLACEMENTS {
-            let file = match self.take_spare() {
-                Some(file) => file,
-                None => self.open()?,
+            let generation = fork::generation();
+            let mut open = match self.spare.take() {
+                Some(open) if open.generation == generation => open,
+                _ => Box::new(Open { file: self.place.open()?, generation, compared: None, held: None }),
             };
-            self.flock(&file, wait, subject)?;
-            if self.is_still_at_path(&file)? {
-                return Ok(file);
+            self.lock(&open.file, mode, wait, subject)?;
+            let now = Instant::now();
+            let within = |span, moment: Option<Instant>| moment.is_some_and(|moment| now - moment < span);
+            let compared = within(BLINK, open.held.replace(now)) && within(SOON, open.compared);
+            if compared && !self.place.wary {
+                return Ok(open);
+            }
+            if self.place.names(&open.file)? {
+                open.compared = Some(now);
+                open.held = Some(Instant::now());
+                return Ok(open);
             }
         }
-        Err(ErrorKind::RogueDeletion { path: self.path.clone() }.into())
+        Err(ErrorKind::RogueDeletion { path: self.place.path.clone() }.into())
     }
 
-    fn flock(&self, file: &File, wait: &Wait, subject: &dyn Subject) -> Result<()> {
-        let failed = |error| Error::io("lock", &self.path, error);
-        if flock::try_lock(file, Mode::Exclusive).map_err(failed)? {
+    fn lock(&self, file: &File, mode: Mode, wait: &Wait, subject: &dyn Subject) -> Result<()> {
+        let failed = |error| Error::io("lock", &self.place.path, error);
+        if flock::try_lock(file, mode).map_err(failed)? {
             return Ok(());
         }
         let Some(patience) = wait.patience()? else {
             return Err(subject.held());
         };
         if patience.is_endless() {
-            return flock::lock(file, Mode::Exclusive).map_err(failed);
+            return flock::lock(file, mode).map_err(failed);
         }
         let mut backoff = Backoff::new();
         loop {
             if let Err(gave_up) = patience.sleep(backoff.next())? {
                 return Err(patience.error(gave_up, subject));
             }
-            if flock::try_lock(file, Mode::Exclusive).map_err(failed)? {
+            if flock::try_lock(file, mode).map_err(failed)? {
                 return Ok(());
             }
         }
     }
+}
 
-    fn is_still_at_path(&self, file: &File) -> Result<bool> {
+impl Place {
+    /// Whether the path still leads to the open `file`.
+    fn names(&self, file: &File) -> Result<bool> {
         let failed = |error| Error::io("look at", &self.path, error);
         let open = file.metadata().map_err(failed)?;
         match std::fs::metadata(&self.path) {
@@ -172,31 +279,41 @@ impl Inner {
                 Err(error) if error.kind() == Io::NotFound => {}
                 opened => return opened.map_err(|error| Error::io("open", &self.path, error)),
             }
-            let mut options = OpenOptions::new();
-            options.read(true).write(true).create_new(true).mode(self.mode);
-            match Shielded::new(|| options.open(&self.path)) {
-                Err(error) if error.kind() == Io::AlreadyExists => continue,
-                Ok(file) if self.wary => {
-                    step("file made");
-                    // The umask is not ours to change, but the file's mode is.
-                    fchmod(&*file, Permissions::from_raw_mode(self.mode as RawMode))
-                        .map_err(|error| Error::io("change the mode of", &self.path, error))?;
-                    return Ok(file);
+            match self.create() {
+                Err(error) if error.kind() == Io::AlreadyExists => {}
+                Err(error) if error.kind() == Io::NotFound && self.parents => {
+                    let folder = self.path.parent().unwrap_or(&self.path);
+                    let made = DirBuilder::new().recursive(true).create(folder);
+                    made.map_err(|error| Error::io("create the folder", folder, error))?;
+                    step("folders made");
                 }
-                Ok(file) => {
-                    step("file made");
-                    return Ok(file);
-                }
-                Err(error) => return Err(Error::io("create", &self.path, error)),
+                created => return created.map_err(|error| Error::io("create", &self.path, error)),
             }
+        }
+        if self.path.is_symlink() {
+            let dangles = io::Error::new(Io::NotFound, "it is a symlink to a file that does not exist");
+            return Err(Error::io("open", &self.path, dangles));
         }
         Err(ErrorKind::RogueDeletion { path: self.path.clone() }.into())
     }
 
+    fn create(&self) -> io::Result<Shielded<File>> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true).mode(self.mode);
+        let file = Shielded::new(|| options.open(&self.path))?;
+        step("file made");
+        if self.wary {
+            // The umask is not ours to change, but the file's mode is.
+            fchmod(&*file, Permissions::from_raw_mode(self.mode as RawMode))?;
+        }
+        Ok(file)
+    }
+
     /// For writing where that is allowed, as some file systems want it for an exclusive lock; else for reading.
     fn open_existing(&self) -> io::Result<Shielded<File>> {
-        // A FIFO must not keep the call waiting for its other end.
-        let flags = OFlags::NONBLOCK | if self.wary { OFlags::NOFOLLOW } else { OFlags::empty() };
+        // A FIFO must not keep the call waiting for its other end, nor a terminal become this process's own.
+        let mut flags = OFlags::NONBLOCK | OFlags::NOCTTY;
+        flags.set(OFlags::NOFOLLOW, self.wary);
         let open = |writing| {
             let mut options = OpenOptions::new();
             options.read(true).write(writing).custom_flags(flags.bits() as i32);
@@ -218,43 +335,39 @@ impl Inner {
             false => Err(io::Error::new(Io::InvalidInput, "neither a file nor a folder")),
         }
     }
-
-    fn take_spare(&self) -> Option<Shielded<File>> {
-        let mut spare = self.spare.lock();
-        if spare.0 != fork::generation() {
-            *spare = (fork::generation(), Vec::new());
-        }
-        spare.1.pop()
-    }
-
-    fn keep(&self, file: Shielded<File>) {
-        let mut spare = self.spare.lock();
-        if spare.0 == fork::generation() {
-            spare.1.push(file);
-        }
-    }
 }
 
-/// A held [`FileLock`]; dropping it releases.
+/// A held [`FileLock`], shared or exclusive; dropping it releases.
+///
+/// A forked child's copy of a guard holds nothing, and its file is an empty pipe: the lock stays with the parent.
 #[must_use = "a guard that is dropped at once releases its lock at once; bind it to a name such as `_guard`"]
 #[derive(Debug)]
 pub struct FileGuard {
     /// Taken by the release.
-    file: Option<Shielded<File>>,
-    generation: u32,
+    open: Option<Box<Open>>,
+    mode: Mode,
     lock: Arc<Inner>,
 }
 
 impl FileGuard {
-    /// The locked file, for reading, and for writing where its permissions allow it.
+    /// The locked file, for reading, and for writing where its permissions allow it. Its position goes on from one
+    /// acquisition to the next; seek, or read and write at offsets.
     pub fn file(&self) -> &File {
-        self.file.as_ref().expect("a guard has its file until it releases").deref()
+        match &self.open {
+            Some(open) => &open.file,
+            None => unreachable!("only the release takes it, and ends the guard"),
+        }
+    }
+
+    /// Whether others may hold it shared at the same time.
+    pub fn is_shared(&self) -> bool {
+        self.mode == Mode::Shared
     }
 
     /// Releases now and says what went wrong.
     ///
     /// # Errors
-    /// [`Io`](ErrorKind::Io) when the kernel refuses to unlock, which it does for no known reason.
+    /// [`Io`](ErrorKind::Io) when the kernel refuses to unlock. The lock is released all the same.
     pub fn release(mut self) -> Result<()> {
         self.give_back()
     }
@@ -266,31 +379,32 @@ impl FileGuard {
 
     /// As [`release`](Self::release), and looks at the file once it is unlocked.
     pub(crate) fn release_and<T>(mut self, look: impl FnOnce(&File) -> T) -> Result<T> {
-        let Some(file) = self.file.take() else { unreachable!("a guard has its file until it releases") };
-        self.unlock(&file)?;
-        let seen = look(&file);
-        self.keep(file);
+        let Some(open) = self.open.take() else { unreachable!("only the release takes it, and ends the guard") };
+        self.unlock(&open)?;
+        let seen = look(&open.file);
+        self.keep(open);
         Ok(seen)
     }
 
     fn give_back(&mut self) -> Result<()> {
-        let Some(file) = self.file.take() else { return Ok(()) };
-        self.unlock(&file)?;
-        self.keep(file);
+        let Some(open) = self.open.take() else { return Ok(()) };
+        self.unlock(&open)?;
+        self.keep(open);
         Ok(())
     }
 
-    fn unlock(&self, file: &File) -> Result<()> {
+    fn unlock(&self, open: &Open) -> Result<()> {
         // In a forked child the lock is the parent's, and the descriptor here an inert one.
-        match self.generation == fork::generation() {
-            true => flock::unlock(file).map_err(|error| Error::io("unlock", &self.lock.path, error)),
+        match open.generation == fork::generation() {
+            // If this fails, closing the file releases.
+            true => flock::unlock(&open.file).map_err(|error| Error::io("unlock", &self.lock.place.path, error)),
             false => Ok(()),
         }
     }
 
-    fn keep(&self, file: Shielded<File>) {
-        if self.generation == fork::generation() {
-            self.lock.keep(file);
+    fn keep(&self, open: Box<Open>) {
+        if open.generation == fork::generation() {
+            self.lock.spare.put(open);
         }
     }
 }

@@ -1,6 +1,11 @@
 //! What `#[single_instance]` calls: taking a name at the start of a function, and saying politely that it is held.
+//!
+//! Programs need only what is documented here. The rest is for the code that the attribute writes, which takes a name
+//! with `enter` and, if that fails, leaves the function: `main` by `exit`, others by returning a [`Refusal`], and those
+//! that wait for ever and return something else by `give_up`.
 
 use std::io::Write;
+use std::marker::PhantomData;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
@@ -17,10 +22,33 @@ pub const EXIT_HELD: i32 = 75;
 pub const EXIT_FAILED: i32 = 71;
 
 /// What a function with `#[single_instance]` returns when the name is held: `Err` of the error, or `None`.
+///
+/// Implement it for a return type of your own that can say so:
+/// ```
+/// use lockkit::instance::Refusal;
+///
+/// enum Outcome {
+///     Done,
+///     Skipped,
+/// }
+///
+/// impl Refusal for Outcome {
+///     fn refused(_: lockkit::Error) -> Self {
+///         Self::Skipped
+///     }
+/// }
+///
+/// # #[cfg(feature = "macros")]
+/// #[lockkit::single_instance("lockkit-doc-outcome")]
+/// fn work() -> Outcome {
+///     Outcome::Done
+/// }
+/// ```
+// The compiler would list these impls, or what they ask for, instead of the notes below, which say it all.
 #[diagnostic::on_unimplemented(
     message = "a function with `#[single_instance]` must be able to return that the name is held",
-    label = "this return type cannot say that the name is held",
-    note = "return `Result<_, E>` where `E: From<lockkit::Error>`, or `Option<_>`",
+    label = "`{Self}` cannot say that the name is held",
+    note = "a `Result<_, E>` can if `E: From<lockkit::Error>`, and an `Option<_>` always can",
     note = "or wait for the name with `wait = \"forever\"`, or say what to return with `on_held = path::to::handler`"
 )]
 pub trait Refusal {
@@ -28,20 +56,59 @@ pub trait Refusal {
     fn refused(error: Error) -> Self;
 }
 
+#[diagnostic::do_not_recommend]
 impl<T, E: From<Error>> Refusal for std::result::Result<T, E> {
     fn refused(error: Error) -> Self {
         Err(error.into())
     }
 }
 
+#[diagnostic::do_not_recommend]
 impl<T> Refusal for Option<T> {
     fn refused(_: Error) -> Self {
         None
     }
 }
 
+/// What a function that waits for ever returns, `R`, found by inference. Such a function may return anything: it passes
+/// the error on where `R` is a [`Refusal`], and gives up otherwise.
+///
+/// `value` is never called: it stands in a `return`, to tell the compiler what `R` is. Then `refuse` is the method here
+/// if `R` is a `Refusal`, for methods of a type go before those of a trait, and that of [`OrGiveUp`] if it is not.
+#[doc(hidden)]
+#[derive(Debug, Default)]
+pub struct Returns<R>(PhantomData<fn() -> R>);
+
+impl<R> Returns<R> {
+    pub const fn new() -> Self {
+        Self(PhantomData)
+    }
+
+    pub fn value(&self) -> R {
+        unreachable!("it only names a type")
+    }
+}
+
+impl<R: Refusal> Returns<R> {
+    pub fn refuse(&self, error: Error) -> R {
+        R::refused(error)
+    }
+}
+
+#[doc(hidden)]
+pub trait OrGiveUp {
+    fn refuse(&self, error: Error) -> !;
+}
+
+impl<R> OrGiveUp for Returns<R> {
+    fn refuse(&self, error: Error) -> ! {
+        give_up(&error)
+    }
+}
+
 /// Fails to compile unless `name` keeps the rule of lock names.
 #[doc(hidden)]
+#[track_caller]
 pub const fn checked_name(name: &'static str) -> &'static str {
     match crate::name::check(name) {
         Ok(()) => name,
@@ -63,13 +130,15 @@ pub fn enter(name: &'static str, scope: Scope, wait: Option<Duration>) -> Result
 /// Says on standard error why the program does not start, and exits.
 #[doc(hidden)]
 pub fn exit(name: &str, error: &Error, exit_held: i32) -> ! {
-    let (line, code) = match error.owner() {
-        _ if !error.is_temporary() => (format!("{name} cannot start: {}", chain(error)), EXIT_FAILED),
-        Some(owner) => (format!("{name} is already running: {}", owner.describe()), exit_held),
-        None => (format!("{name} is already running"), exit_held),
-    };
-    say(&line);
-    std::process::exit(code)
+    if !(error.is_held() || error.is_timeout()) {
+        say(&format!("{name} cannot start: {}", chain(error)));
+        std::process::exit(EXIT_FAILED);
+    }
+    match error.owner() {
+        Some(owner) => say(&format!("{name} is already running: {}", owner.describe())),
+        None => say(&format!("{name} is already running")),
+    }
+    std::process::exit(exit_held)
 }
 
 /// Says on standard error that the previous owner died.

@@ -5,7 +5,8 @@
 //! | type | a lock on | pick it for |
 //! |---|---|---|
 //! | [`NamedLock`] | a name on this machine | single-instance programs, cron jobs, daemons |
-//! | [`FileLock`] | a path | guarding a file, working together with flock(1) |
+//! | [`FileLock`] | a path, exclusive or shared | guarding a file or folder, working together with flock(1) |
+//! | [`PidFile`] | a path whose file says who holds it | daemons, `kill $(cat …)`, systemd's `PIDFile=` |
 //! | [`LockManager`] | a number out of a table | thousands of fine locks |
 //!
 //! ```
@@ -40,6 +41,7 @@ mod manager;
 mod name;
 mod named;
 mod owner;
+mod pidfile;
 #[cfg(feature = "steps")]
 #[doc(hidden)]
 pub mod steps;
@@ -52,17 +54,24 @@ pub use error::{Error, ErrorKind, Result};
 pub use file::{FileGuard, FileLock};
 pub use lock::{Guard, Lock, Recovered};
 #[cfg(feature = "macros")]
+#[doc = include_str!("single_instance.md")]
 pub use lockkit_macros::single_instance;
 pub use manager::{
     FileLockManager, HeldLock, InMemoryLockManager, LockManager, ManagedGuard, ManagedLock, ShmLockManager,
 };
 pub use named::{Backend, NamedGuard, NamedLock, NamedLockBuilder, Scope};
 pub use owner::{Liveness, Owner};
+pub use pidfile::{PidFile, PidGuard, PidStatus};
 pub use wait::{CancelToken, Wait};
 
 /// What most programs need, for one `use`.
 pub mod prelude {
-    pub use crate::{CancelToken, FileLock, Guard, Lock, LockManager, NamedLock, Wait};
     #[cfg(feature = "macros")]
-    pub use lockkit_macros::single_instance;
+    pub use crate::single_instance;
+    pub use crate::{CancelToken, FileLock, Guard, Lock, LockManager, NamedLock, PidFile, Wait};
 }
+
+/// Compiles what README shows.
+#[cfg(all(doctest, feature = "macros"))]
+#[doc = include_str!("../../README.md")]
+struct Readme;

@@ -12,12 +12,20 @@ use crate::sys::process::{self, Probe};
 
 /// A process that holds a lock, or held it.
 ///
+/// Besides the pid it knows when the process started (on Linux in ticks of the kernel since boot, field 22 of
+/// [proc_pid_stat(5)], which no setting of the clock moves), the boot ([random(4)], `boot_id`), the pid namespace
+/// ([pid_namespaces(7)]) and the host. Two owners are equal if all of that is, and when they took the lock.
+///
 /// ```
 /// use lockkit::{Liveness, Owner};
 /// let me = Owner::current();
 /// assert_eq!(me.pid(), std::process::id());
 /// assert_eq!(me.liveness(), Liveness::Alive);
 /// ```
+///
+/// [proc_pid_stat(5)]: https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
+/// [random(4)]: https://man7.org/linux/man-pages/man4/random.4.html
+/// [pid_namespaces(7)]: https://man7.org/linux/man-pages/man7/pid_namespaces.7.html
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Owner {
     pub(crate) pid: u32,
@@ -41,7 +49,12 @@ pub enum Liveness {
 }
 
 impl Owner {
-    /// This process.
+    /// This process, when it has taken no lock yet. Cheap after the first call of a thread.
+    ///
+    /// ```
+    /// let me = lockkit::Owner::current();
+    /// assert_eq!((me.pid(), me.acquired()), (std::process::id(), None));
+    /// ```
     pub fn current() -> Self {
         thread_local! {
             /// Reading it costs tens of microseconds, so each thread keeps it until a fork makes it another's.
@@ -50,13 +63,33 @@ impl Owner {
         let generation = fork::generation();
         let cached = CURRENT.try_with(|current| match &mut *current.borrow_mut() {
             Some((made, owner)) if *made == generation => owner.clone(),
-            current => current.insert((generation, Self::read(std::process::id()))).1.clone(),
+            current => {
+                let owner = Self::read(std::process::id());
+                // What could not be read, for want of a descriptor perhaps, is asked for again next time.
+                *current = owner.start.map(|_| (generation, owner.clone()));
+                owner
+            }
         });
         // A thread that is ending has no thread-local store any more.
         cached.unwrap_or_else(|_| Self::read(std::process::id()))
     }
 
     /// The process that has `pid` in this process's pid namespace now; `None` when there is none, or only a zombie.
+    ///
+    /// Keep it rather than the pid, and [`liveness`](Self::liveness) goes on telling this process from a later one.
+    ///
+    /// ```
+    /// use lockkit::{Liveness, Owner};
+    /// # fn main() -> std::io::Result<()> {
+    /// let mut child = std::process::Command::new("sleep").arg("60").spawn()?;
+    /// let owner = Owner::of(child.id()).expect("it runs");
+    /// assert_eq!(owner.liveness(), Liveness::Alive);
+    /// child.kill()?;
+    /// child.wait()?;
+    /// assert_eq!(owner.liveness(), Liveness::Dead);
+    /// assert_eq!(Owner::of(0), None);
+    /// # Ok(()) }
+    /// ```
     pub fn of(pid: u32) -> Option<Self> {
         matches!(process::probe(pid), Probe::Running(_)).then(|| Self::read(pid))
     }
@@ -72,6 +105,13 @@ impl Owner {
             program: None,
             acquired: None,
         }
+    }
+
+    /// The process of this pid namespace that had `pid`, and has ended, whatever has the pid now.
+    pub(crate) fn ended(pid: u32) -> Self {
+        /// No process starts at the same tick as the kernel.
+        const NEVER: u64 = 0;
+        Self { pid, start: Some(NEVER), namespace: process::pid_namespace(), ..Self::hidden() }
     }
 
     fn read(pid: u32) -> Self {
@@ -112,7 +152,9 @@ impl Owner {
 
     /// Whether it still lives. Asks the system anew each time.
     ///
-    /// A process that has been killed counts as dead from the moment at which it can run no more code of its own, even
+    /// A process of another user lives, too, though it must not be signalled (`EPERM`), and so does one that is
+    /// stopped. A zombie is dead. One that was recorded in another pid namespace or on another host is unknown, for its
+    /// pid means nothing here, unless this host has booted since. A process that has been killed counts as dead from the moment at which it can run no more code of its own, even
     /// if the kernel has yet to take it apart.
     pub fn liveness(&self) -> Liveness {
         match (self.boot, process::boot_id()) {
@@ -136,7 +178,24 @@ impl Owner {
         }
     }
 
+    /// Whether it belongs to this run of this kernel, whose file locks it then shares.
+    pub(crate) fn is_of_this_boot(&self) -> bool {
+        self.boot.is_some() && self.boot == process::boot_id()
+    }
+
+    /// Whether it is the process that asks, or a program that ran in it before an exec.
+    pub(crate) fn is_this_process(&self) -> bool {
+        let me = Self::current();
+        me.start.is_some()
+            && (self.pid, self.start, self.boot, self.namespace) == (me.pid, me.start, me.boot, me.namespace)
+    }
+
     /// For people: `pid 4242 (backup), since 2026-11-20 17:03:11 UTC (42 s ago)`, as far as it is known.
+    ///
+    /// ```
+    /// let text = lockkit::Owner::current().describe();
+    /// assert!(text.starts_with(&format!("pid {} (", std::process::id())));
+    /// ```
     pub fn describe(&self) -> String {
         let mut text = match self.pid {
             0 => "a process of another pid namespace".to_owned(),
@@ -159,7 +218,7 @@ impl Owner {
 }
 
 /// A moment as people write it, to the second: `2026-11-20 17:03:11 UTC`.
-fn utc(moment: SystemTime) -> String {
+pub(crate) fn utc(moment: SystemTime) -> String {
     /// The last second of the year 9999: a damaged record may claim any number.
     const LAST: u64 = 253_402_300_799;
     let seconds = moment.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs().min(LAST);

@@ -5,21 +5,25 @@
 //! | `try`, `lock`, `lock-for MS` | `held`, `held recovered PID`, or `error KIND: text` |
 //! | `release` | `released`, or an error |
 //! | `owner` | `owner PID` or `owner none` |
-//! | `fork` | `forked PID`: a forked child, alive until it is killed |
+//! | `fork` | `forked PID`: a forked child, alive until it is killed, or for a while |
 //! | `fork-drop` | `dropped`: a forked child has dropped its copy of the guard and ended |
+//! | `fork-often` | `free`: children that were forked while threads took and released the lock live, and do not keep it |
 //! | `spawn` | `spawned PID`: a program started in the ordinary way, alive until it is killed |
 //! | `panic` | `panicked`: a thread took the lock and panicked holding it |
+//! | `hold-name NAME`, `time-out-name NAME`, `clean-name NAME` | `done`: the same with any named lock |
 //! | `starve` | `starved`: no descriptor is left; `feed` gives them back |
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
 use lockkit::{ErrorKind, Wait};
 
-use crate::kinds::{AnyGuard, Spec};
+use crate::chaos::Dice;
+use crate::kinds::{AnyGuard, AnyLock, Spec};
 use crate::{LIVELY, program};
 
 /// The handle on an actor; dropping it kills the actor and waits for its end.
@@ -45,15 +49,14 @@ impl Actor {
         Self::run(command)
     }
 
-    /// Starts one as another user.
+    /// Starts one as another user, which only root can; see [`another_user`](crate::another_user).
     pub fn start_as(spec: &Spec, uid: u32) -> Self {
-        // The program may lie below a folder that the other user cannot enter, so it is called by its descriptor.
-        let file = std::fs::File::open(program("actor")).expect("the actor's file");
-        let path = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&file));
-        let mut command = Command::new(path);
-        command.arg(spec.to_string()).stdin(Stdio::piped()).stdout(Stdio::piped());
-        command.uid(uid).gid(uid).current_dir("/");
-        Self::run(command)
+        Self::run(as_user(uid, [spec.to_string()]))
+    }
+
+    /// Starts the actor in another part than that of serving a lock: `rogue` is what it does, as the user `uid`.
+    pub fn start_rogue(rogue: [&str; 2], uid: u32) -> Self {
+        Self::run(as_user(uid, rogue))
     }
 
     /// Starts one that works on a table of locks; see [`managers::serve`](crate::managers::serve).
@@ -166,6 +169,16 @@ impl Drop for Actor {
     }
 }
 
+/// The actor as another user's command. The program may lie below a folder that the other user cannot enter, so it is
+/// called by a descriptor.
+fn as_user<S: AsRef<std::ffi::OsStr>>(uid: u32, arguments: impl IntoIterator<Item = S>) -> Command {
+    static FILE: std::sync::OnceLock<std::fs::File> = std::sync::OnceLock::new();
+    let file = FILE.get_or_init(|| std::fs::File::open(program("actor")).expect("the actor's file"));
+    let mut command = Command::new(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file)));
+    command.args(arguments).uid(uid).gid(uid).current_dir("/").stdin(Stdio::piped()).stdout(Stdio::piped());
+    command
+}
+
 /// Sends a signal to any process; one that is gone already is none to worry about.
 pub fn signal_pid(pid: u32, signal: rustix::process::Signal) {
     if let Some(pid) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) {
@@ -178,6 +191,7 @@ pub fn serve(spec: &Spec) {
     let lock = spec.open();
     let mut guard: Option<Box<dyn AnyGuard>> = None;
     let mut hoard = Vec::new();
+    let mut names = Vec::new();
     for line in std::io::stdin().lines().map_while(Result::ok) {
         let mut take = |wait: &Wait| match lock.acquire(wait) {
             Ok(taken) => {
@@ -201,13 +215,23 @@ pub fn serve(spec: &Spec) {
                 None => "error NotHeld".to_owned(),
             },
             "owner" => lock.owner().map_or("owner none".to_owned(), |pid| format!("owner {pid}")),
-            "fork" => match fork::fork() {
-                Ok(fork::Fork::Child) => loop {
-                    std::thread::park();
-                },
-                Ok(fork::Fork::Parent(pid)) => format!("forked {pid}"),
-                Err(error) => format!("error fork: {error}"),
-            },
+            "fork" => {
+                let (mut ready, child) = std::io::pipe().expect("a pipe");
+                match fork::fork() {
+                    Ok(fork::Fork::Child) => {
+                        drop(child);
+                        std::thread::sleep(LIVELY);
+                        std::process::exit(0);
+                    }
+                    Ok(fork::Fork::Parent(pid)) => {
+                        drop(child);
+                        // What a fork does in the child is done once the child has closed its end.
+                        assert_eq!(ready.read(&mut [0]).ok(), Some(0));
+                        format!("forked {pid}")
+                    }
+                    Err(error) => format!("error fork: {error}"),
+                }
+            }
             "fork-drop" => match fork::fork() {
                 Ok(fork::Fork::Child) => {
                     drop(guard.take());
@@ -221,8 +245,11 @@ pub fn serve(spec: &Spec) {
                 }
                 Err(error) => format!("error fork: {error}"),
             },
+            "fork-often" => fork_often(&*lock),
             "spawn" => {
-                let child = Command::new("sleep").arg("600").stdin(Stdio::null()).stdout(Stdio::null()).spawn();
+                let mut sleep = Command::new("sleep");
+                sleep.arg(LIVELY.as_secs().to_string());
+                let child = sleep.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
                 format!("spawned {}", child.expect("sleep starts").id())
             }
             "panic" => {
@@ -236,6 +263,19 @@ pub fn serve(spec: &Spec) {
                 });
                 assert!(result.is_err());
                 "panicked".to_owned()
+            }
+            "hold-name" => {
+                names.push(lockkit::NamedLock::new(argument).and_then(|lock| lock.lock()).expect("a free name"));
+                "done".to_owned()
+            }
+            "time-out-name" => {
+                let lock = lockkit::NamedLock::new(argument).expect("a name");
+                assert!(lock.lock_for(Duration::from_micros(100)).is_err_and(|error| error.is_timeout()));
+                "done".to_owned()
+            }
+            "clean-name" => {
+                Spec::parse(&format!("named-socket:{argument}")).clean();
+                "done".to_owned()
             }
             "starve" => {
                 while let Ok(file) = std::fs::File::open("/dev/null") {
@@ -251,6 +291,40 @@ pub fn serve(spec: &Spec) {
         };
         println!("{answer}");
     }
+}
+
+/// Forks at many moments of an acquisition and a release; then the lock must be free, though the children live.
+fn fork_often(lock: &dyn AnyLock) -> String {
+    let stop = AtomicBool::new(false);
+    let children: Vec<i32> = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                let _ = lock.acquire(&Wait::at_most(Duration::from_millis(100)));
+            }
+        });
+        let mut dice = Dice::new(std::process::id().into());
+        let children = (0..400)
+            .map(|_| {
+                // Only to come at another moment of the other thread.
+                std::thread::sleep(Duration::from_micros(dice.roll(3000)));
+                match fork::fork().expect("a process can be forked") {
+                    fork::Fork::Child => {
+                        std::thread::sleep(LIVELY);
+                        std::process::exit(0);
+                    }
+                    fork::Fork::Parent(pid) => pid,
+                }
+            })
+            .collect();
+        stop.store(true, Ordering::Relaxed);
+        children
+    });
+    let answer = lock.acquire(&Wait::at_most(LIVELY / 10)).map_or_else(|error| describe(&error), |_| "free".to_owned());
+    for pid in children.into_iter().filter_map(rustix::process::Pid::from_raw) {
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
+    }
+    answer
 }
 
 /// An error as the actor answers it: its kind first.
@@ -269,6 +343,7 @@ pub fn describe(error: &lockkit::Error) -> String {
         ErrorKind::NotLocked { .. } => "NotLocked",
         ErrorKind::LayoutMismatch { .. } => "LayoutMismatch",
         ErrorKind::TooManyProcesses { .. } => "TooManyProcesses",
+        ErrorKind::InvalidPid { .. } => "InvalidPid",
         ErrorKind::Io { .. } => "Io",
         _ => "Other",
     };

@@ -3,7 +3,9 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use lockkit::{Backend, FileLock, Guard, Lock, LockManager, ManagedLock, NamedLock, Result, Scope, Wait};
+use lockkit::{
+    Backend, FileLock, Guard, Lock, LockManager, ManagedLock, NamedLock, PidFile, PidStatus, Result, Scope, Wait,
+};
 
 use crate::managers::{self, Table};
 
@@ -75,20 +77,26 @@ pub enum Kind {
     MachineSocket,
     /// [`NamedLock`] on a file.
     NamedFile,
+    /// [`NamedLock`] on a file, for the whole machine.
+    MachineFile,
     /// [`FileLock`], exclusive.
     File,
+    /// [`PidFile`].
+    PidFile,
     /// The first lock of a table, allocated.
     Managed(managers::Kind),
 }
 
-const KINDS: [(Kind, &str); 7] = [
+const KINDS: [(Kind, &str); 9] = [
     (Kind::Managed(managers::Kind::Shm), "shm"),
     (Kind::Managed(managers::Kind::Folder), "folder"),
     (Kind::Managed(managers::Kind::Memory), "memory"),
     (Kind::NamedSocket, "named-socket"),
     (Kind::MachineSocket, "machine-socket"),
     (Kind::NamedFile, "named-file"),
+    (Kind::MachineFile, "machine-file"),
     (Kind::File, "file"),
+    (Kind::PidFile, "pidfile"),
 ];
 
 impl Kind {
@@ -98,6 +106,7 @@ impl Kind {
         let at = match self {
             Self::Managed(kind) => kind.fresh().name().to_owned(),
             Self::File => std::env::temp_dir().join(format!("{name}.lock")).display().to_string(),
+            Self::PidFile => std::env::temp_dir().join(format!("{name}.pid")).display().to_string(),
             _ => name,
         };
         Spec { kind: self, at }
@@ -111,6 +120,12 @@ impl Kind {
     /// Whether taking the lock may need a descriptor.
     pub fn needs_descriptors(self) -> bool {
         self != Self::Managed(managers::Kind::Shm)
+    }
+
+    /// Whether a forked child keeps what its killed parent held. Of a pidfile it does, for it may be a daemon that has
+    /// yet to say so.
+    pub fn survives_in_a_forked_child(self) -> bool {
+        self == Self::PidFile
     }
 
     /// Whether waiters are served first come, first served.
@@ -155,6 +170,7 @@ impl Spec {
             Kind::NamedSocket => named(Scope::User, Backend::Socket),
             Kind::MachineSocket => named(Scope::Machine, Backend::Socket),
             Kind::NamedFile => named(Scope::User, Backend::File),
+            Kind::MachineFile => named(Scope::Machine, Backend::File),
             Kind::File => Box::new(Any { lock: FileLock::new(&self.at), owner: |_| None }),
             Kind::Managed(kind) => {
                 let manager = Table::at(kind, &self.at).open();
@@ -162,17 +178,25 @@ impl Spec {
                 let lock = manager.allocate_at(0).or_else(|_| manager.retrieve(0)).expect("a first lock");
                 Box::new(Managed { manager, lock })
             }
+            Kind::PidFile => {
+                let owner = |lock: &PidFile| match PidFile::inspect(lock.path()) {
+                    Ok(PidStatus::Running(owner)) => Some(owner.pid()),
+                    _ => None,
+                };
+                Box::new(Any { lock: PidFile::new(&self.at).expect("an absolute path"), owner })
+            }
         }
     }
 
     /// The files that a lock leaves on disk or in memory by design, which a test takes away.
-    fn files(&self) -> Vec<PathBuf> {
+    pub fn files(&self) -> Vec<PathBuf> {
         let uid = rustix::process::geteuid().as_raw();
         match self.kind {
             Kind::NamedSocket => vec![format!("/dev/shm/lockkit-u{uid}/{}", self.at).into()],
             Kind::MachineSocket => vec![format!("/dev/shm/lockkit-machine/{}", self.at).into()],
             Kind::NamedFile => vec![format!("/tmp/lockkit-u{uid}/{}.lock", self.at).into()],
-            Kind::File => vec![PathBuf::from(&self.at)],
+            Kind::MachineFile => vec![format!("/tmp/lockkit-machine/{}.lock", self.at).into()],
+            Kind::File | Kind::PidFile => vec![PathBuf::from(&self.at)],
             Kind::Managed(kind) => {
                 Table::at(kind, &self.at).clean();
                 vec![]

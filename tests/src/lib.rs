@@ -2,15 +2,16 @@
 //!
 //! - [`Kind`] is a kind of lock under test, and [`Spec`] one lock of it, which any process can open from its text.
 //! - [`Actor`] is a second process (the program `actor` of this package) that takes and releases locks as it is told.
-//! - [`suite`](mod@suite) has the cases that every kind must pass; [`suite!`] makes tests of them.
-//! - [`managers`](mod@managers) has the tables of locks under test, the cases that every manager must pass, and a second process that
-//!   works on a table as it is told.
+//! - [`mod@suite`] has the cases that every kind must pass; [`suite!`] makes tests of them.
+//! - [`mod@managers`] has the tables of locks under test, the cases that every manager must pass, and a second process
+//!   that works on a table as it is told.
 //! - [`chaos`] lets a conductor kill and stop many processes at random, and checks the log of who held when.
 
 pub mod actor;
 pub mod chaos;
 pub mod kinds;
 pub mod managers;
+pub mod rogue;
 pub mod steps;
 pub mod suite;
 
@@ -46,6 +47,41 @@ pub fn fresh_name(prefix: &str) -> String {
     format!("{prefix}-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
 }
 
+/// A user that nobody else is, for tests in which another one is needed; `None`, with a word on it, where this process
+/// may not act as others. Dropping it takes away what lockkit made for that user.
+pub fn another_user() -> Option<AnotherUser> {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    if !rustix::process::geteuid().is_root() {
+        println!("left out: only root can act as another user");
+        return None;
+    }
+    let uid = 1_000_000 + std::process::id() * 100 + COUNT.fetch_add(1, Ordering::Relaxed);
+    Some(AnotherUser { uid })
+}
+
+/// See [`another_user`].
+#[derive(Debug)]
+pub struct AnotherUser {
+    /// Its uid.
+    pub uid: u32,
+}
+
+impl AnotherUser {
+    /// The folders that lockkit uses for this user: that of the file backend, and that of the records in memory.
+    pub fn folders(&self) -> [PathBuf; 2] {
+        ["/tmp", "/dev/shm"].map(|base| PathBuf::from(format!("{base}/lockkit-u{}", self.uid)))
+    }
+}
+
+impl Drop for AnotherUser {
+    fn drop(&mut self) {
+        for folder in self.folders() {
+            let _ = std::fs::remove_dir_all(&folder).or_else(|_| std::fs::remove_file(&folder));
+        }
+    }
+}
+
 /// What this process has open and running, to see that nothing is left behind.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Belongings {
@@ -61,8 +97,7 @@ impl Belongings {
     }
 }
 
-/// A token that a thread cancels once this process has `threads` threads asleep in a wait; used to cancel a waiter
-/// that is known to wait.
+/// Whether a thread of the process `pid` sleeps, as a waiter does.
 pub fn sleeps(pid: u32, thread: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/task/{thread}/stat")).unwrap_or_default();
     stat.rsplit(')').next().unwrap_or_default().trim_start().starts_with('S')

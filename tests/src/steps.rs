@@ -8,12 +8,11 @@ use lockkit::Wait;
 use crate::{Actor, Kind, Spec};
 
 /// What the victim does. In each it takes the lock and releases it.
-const SCENARIOS: [&str; 3] = [
-    // Nobody else is there.
-    "alone",   // The lock is held at first, and handed over.
-    "waiting", // Another process waits when it releases.
-    "followed",
-];
+///
+/// - `alone`: nobody else is there.
+/// - `waiting`: the lock is held at first, and handed over.
+/// - `followed`: another process waits when it releases.
+const SCENARIOS: [&str; 3] = ["alone", "waiting", "followed"];
 
 /// The victim's side: plays `scenario`, is killed at the step that it is told, and prints the steps that it passed.
 pub fn play(spec: &Spec, scenario: &str) {

@@ -34,8 +34,10 @@ macro_rules! suite {
             ten_workers_count_to_two_thousand_without_losing_one,
             a_started_program_does_not_inherit_the_lock,
             a_forked_child_does_not_inherit_the_lock,
+            children_forked_at_any_moment_do_not_keep_the_lock,
             a_forked_child_that_drops_the_guard_does_not_release_it,
             waiters_that_gave_up_leave_nothing_behind,
+            programs_that_are_being_started_do_not_keep_a_released_lock,
             a_panic_releases,
             a_guard_can_be_dropped_on_another_thread,
             descriptor_zero_is_a_lock_like_any_other,
@@ -246,6 +248,14 @@ mod cases {
             assert!(next.ask("try").starts_with("error Held"));
             if killed {
                 holder.kill();
+                if command == "fork" && kind.survives_in_a_forked_child() {
+                    assert!(next.ask("try").starts_with("error Held"));
+                    signal_pid(child, Signal::KILL);
+                    next.tell("lock");
+                    assert_eq!(next.answer(), told(kind, holder.pid()));
+                    next.expect("release", "released");
+                    continue;
+                }
                 next.expect("try", &told(kind, holder.pid()));
             } else {
                 holder.expect("release", "released");
@@ -254,6 +264,12 @@ mod cases {
             next.expect("release", "released");
             signal_pid(child, Signal::KILL);
         }
+        spec.clean();
+    }
+
+    pub fn children_forked_at_any_moment_do_not_keep_the_lock(kind: Kind) {
+        let spec = kind.fresh();
+        Actor::start(&spec).expect("fork-often", "free");
         spec.clean();
     }
 
@@ -282,6 +298,22 @@ mod cases {
         assert_eq!(Belongings::of(waiter.pid()), before);
         holder.expect("release", "released");
         waiter.expect("try", "held");
+        spec.clean();
+    }
+
+    pub fn programs_that_are_being_started_do_not_keep_a_released_lock(kind: Kind) {
+        let spec = kind.fresh();
+        let lock = spec.open();
+        std::thread::scope(|scope| {
+            let starter = scope.spawn(|| {
+                for _ in 0..100 {
+                    assert!(Command::new("true").status().unwrap().success());
+                }
+            });
+            while !starter.is_finished() {
+                drop(lock.acquire(&Wait::none()).unwrap());
+            }
+        });
         spec.clean();
     }
 

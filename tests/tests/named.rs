@@ -1,7 +1,334 @@
 //! NamedLock: every case of the suite on each backend, and what is its own.
 
-use lockkit_tests::suite;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::time::Duration;
+
+use lockkit::{Backend, ErrorKind, NamedLock, Scope, Wait};
+use lockkit_tests::actor::Actor;
+use lockkit_tests::{Belongings, Kind, Spec, another_user, fresh_name, rogue, suite};
 
 suite!(socket, lockkit_tests::Kind::NamedSocket);
 suite!(machine, lockkit_tests::Kind::MachineSocket);
 suite!(file, lockkit_tests::Kind::NamedFile);
+
+/// The kinds for one user.
+const OWN: [Kind; 2] = [Kind::NamedSocket, Kind::NamedFile];
+
+/// The abstract name of a lock of the user `uid`.
+fn abstract_name(uid: u32, name: &str) -> String {
+    format!("lockkit/u{uid}/{name}")
+}
+
+fn my_uid() -> u32 {
+    rustix::process::geteuid().as_raw()
+}
+
+#[test]
+fn a_bad_name_is_refused_with_the_rule_it_breaks() {
+    for (name, rule) in [
+        ("", "empty"),
+        ("42", "letter"),
+        ("9lives", "letter"),
+        ("a b", "space"),
+        ("a\0b", "NUL"),
+        ("a/b", "slash"),
+        (&*"x".repeat(81), "80 bytes"),
+    ] {
+        let error = NamedLock::new(name).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::InvalidName { .. }));
+        assert!(error.to_string().contains(rule), "{error}");
+    }
+    NamedLock::new("a").unwrap();
+    NamedLock::new("test-42").unwrap();
+}
+
+#[test]
+fn the_longest_name_works_on_every_backend() {
+    let backends = [Backend::Socket, Backend::File];
+    for (scope, backend) in [Scope::User, Scope::Machine].into_iter().flat_map(|scope| backends.map(|b| (scope, b))) {
+        let name = format!("{:x<80}", fresh_name("lockkit-test"));
+        let lock = NamedLock::builder(&name).scope(scope).backend(backend).build().unwrap();
+        let guard = lock.lock().unwrap();
+        assert!(lock.try_lock().unwrap_err().is_held());
+        drop(guard);
+        for kind in ["named-socket", "named-file", "machine-socket", "machine-file"] {
+            Spec::parse(&format!("{kind}:{name}")).clean();
+        }
+    }
+}
+
+#[test]
+fn the_owner_is_known_while_it_holds_and_named_in_the_error() {
+    for kind in OWN {
+        let spec = kind.fresh();
+        let [mut holder, mut other] = [(); 2].map(|()| Actor::start(&spec));
+        other.expect("owner", "owner none");
+        holder.expect("lock", "held");
+        other.expect("owner", &format!("owner {}", holder.pid()));
+        let held = other.ask("try");
+        assert!(held.contains(&format!("is held by pid {} (actor), since ", holder.pid())), "{held}");
+        let timeout = other.ask("lock-for 1");
+        assert!(timeout.contains(&format!("by pid {} (actor)", holder.pid())), "{timeout}");
+        other.tell_to_wait("lock");
+        holder.expect("release", "released");
+        assert_eq!(other.answer(), "held");
+        holder.expect("owner", &format!("owner {}", other.pid()));
+        other.expect("release", "released");
+        holder.expect("owner", "owner none");
+        spec.clean();
+    }
+}
+
+#[test]
+fn waiters_are_served_first_come_first_served() {
+    let spec = Kind::NamedSocket.fresh();
+    let mut holder = Actor::start(&spec);
+    holder.expect("lock", "held");
+    let mut waiters: Vec<Actor> = (0..8).map(|_| Actor::start(&spec)).collect();
+    for waiter in &mut waiters {
+        waiter.tell_to_wait("lock");
+    }
+    for waiter in &mut waiters {
+        holder.expect("release", "released");
+        assert_eq!(waiter.answer(), "held");
+        std::mem::swap(&mut holder, waiter);
+    }
+    spec.clean();
+}
+
+#[test]
+fn variables_of_the_environment_do_not_make_it_another_lock() {
+    for kind in OWN {
+        let spec = kind.fresh();
+        let folder = tempfile::tempdir().unwrap();
+        let mut holder = Actor::start(&spec);
+        holder.expect("lock", "held");
+        let mut other = Actor::start_with(&spec, |command| {
+            for variable in ["TMPDIR", "TMP", "HOME", "XDG_RUNTIME_DIR", "XDG_STATE_HOME", "XDG_CACHE_HOME"] {
+                command.env(variable, folder.path());
+            }
+        });
+        assert!(other.ask("try").starts_with("error Held"));
+        assert_eq!(folder.path().read_dir().unwrap().count(), 0);
+        spec.clean();
+    }
+}
+
+#[test]
+fn two_hundred_names_waited_for_leave_no_thread_and_no_descriptor() {
+    let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start(&Kind::NamedSocket.fresh()));
+    let names: Vec<String> = (0..200).map(|_| fresh_name("lockkit-test")).collect();
+    let mut all = |command: &str| {
+        for name in &names {
+            holder.expect(&format!("{command} {name}"), "done");
+        }
+    };
+    all("hold-name");
+    waiter.expect(&format!("time-out-name {}", names[0]), "done");
+    let before = Belongings::of(waiter.pid());
+    for name in &names {
+        waiter.expect(&format!("time-out-name {name}"), "done");
+    }
+    assert_eq!(Belongings::of(waiter.pid()), before);
+    all("clean-name");
+}
+
+#[test]
+fn a_queue_full_of_dead_waiters_delays_the_next_but_loses_nothing() {
+    let spec = Kind::NamedSocket.fresh();
+    let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start(&spec));
+    holder.expect("lock", "held");
+    let mut dead = 0;
+    while rogue::connect(&abstract_name(my_uid(), spec.at())).is_some() {
+        dead += 1;
+    }
+    // As many as net.core.somaxconn allows, but 4,096 at the most.
+    assert!(dead >= 128, "the queue took only {dead}");
+    assert!(waiter.ask("try").starts_with("error Held"));
+    assert!(waiter.ask("lock-for 10").starts_with("error Timeout"));
+    waiter.tell_to_wait("lock");
+    holder.expect("release", "released");
+    assert_eq!(waiter.answer(), "held");
+    // Its own queue is empty again.
+    assert!(rogue::connect(&abstract_name(my_uid(), spec.at())).is_some());
+    spec.clean();
+}
+
+#[test]
+fn a_name_that_another_user_sits_on_is_said_to_be_foreign() {
+    let Some(stranger) = another_user() else { return };
+    let spec = Kind::NamedSocket.fresh();
+    let mut squatter = Actor::start_rogue(["squat", &abstract_name(my_uid(), spec.at())], stranger.uid);
+    assert_eq!(squatter.answer(), "squatting");
+    let lock = spec.open();
+    for wait in [Wait::none(), Wait::forever(), Wait::at_most(Duration::from_secs(10))] {
+        let error = lock.acquire(&wait).err().unwrap();
+        match error.kind() {
+            ErrorKind::ForeignOwner { uid, pid, .. } => {
+                assert_eq!((*uid, *pid), (stranger.uid, Some(squatter.pid())));
+            }
+            _ => panic!("{error}"),
+        }
+    }
+    squatter.kill();
+    drop(lock.acquire(&Wait::none()).unwrap());
+    spec.clean();
+}
+
+#[test]
+fn a_stranger_in_the_queue_is_passed_over() {
+    let Some(stranger) = another_user() else { return };
+    let spec = Kind::NamedSocket.fresh();
+    let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start(&spec));
+    holder.expect("lock", "held");
+    let mut rogue = Actor::start_rogue(["queue", &abstract_name(my_uid(), spec.at())], stranger.uid);
+    assert_eq!(rogue.answer(), "queued");
+    waiter.tell_to_wait("lock");
+    holder.expect("release", "released");
+    assert_eq!(waiter.answer(), "held");
+    assert_eq!(rogue.answer(), "turned away");
+    spec.clean();
+}
+
+#[test]
+fn users_have_names_of_their_own_and_share_those_of_the_machine() {
+    let Some(user) = another_user() else { return };
+    for kind in [Kind::NamedSocket, Kind::NamedFile, Kind::MachineSocket, Kind::MachineFile] {
+        let spec = kind.fresh();
+        let mut mine = Actor::start(&spec);
+        let mut theirs = Actor::start_as(&spec, user.uid);
+        mine.expect("try", "held");
+        if OWN.contains(&kind) {
+            theirs.expect("try", "held");
+        } else {
+            assert!(theirs.ask("try").starts_with("error Held"));
+            theirs.tell_to_wait("lock");
+            mine.expect("release", "released");
+            assert_eq!(theirs.answer(), "held");
+            let held = mine.ask("try");
+            assert!(held.contains(&format!("by pid {}", theirs.pid())), "{held}");
+            theirs.kill();
+            mine.expect("lock", &format!("held recovered {}", theirs.pid()));
+        }
+        spec.clean();
+    }
+}
+
+#[test]
+fn the_lock_file_belongs_to_the_acting_user_and_to_nobody_else() {
+    let Some(user) = another_user() else { return };
+    let spec = Kind::NamedFile.fresh();
+    let mut actor = Actor::start_as(&spec, user.uid);
+    actor.expect("try", "held");
+    let [folder, _] = user.folders();
+    for (path, mode) in [(folder.clone(), 0o700), (folder.join(format!("{}.lock", spec.at())), 0o600)] {
+        let found = path.symlink_metadata().unwrap();
+        assert_eq!((found.uid(), found.mode() & 0o7777), (user.uid, mode), "{}", path.display());
+    }
+}
+
+#[test]
+fn a_folder_that_somebody_else_prepared_is_refused() {
+    let elsewhere = tempfile::tempdir().unwrap();
+    let Some(user) = another_user() else { return };
+    let [folder, _] = user.folders();
+    let spec = Kind::NamedFile.fresh();
+    let refuses = |expected: &str, because: &str| {
+        let answer = Actor::start_as(&spec, user.uid).ask("try");
+        assert!(answer.starts_with(&format!("error {expected}")), "{answer}");
+        assert!(answer.contains(because), "{answer}");
+    };
+
+    std::fs::create_dir(&folder).unwrap();
+    refuses("ForeignOwner", "uid 0");
+    std::os::unix::fs::chown(&folder, Some(user.uid), None).unwrap();
+    std::fs::set_permissions(&folder, PermissionsExt::from_mode(0o770)).unwrap();
+    refuses("Insecure", "0700");
+    std::fs::remove_dir(&folder).unwrap();
+
+    symlink(elsewhere.path(), &folder).unwrap();
+    refuses("Io", "open the folder");
+    std::fs::remove_file(&folder).unwrap();
+
+    std::fs::write(&folder, "").unwrap();
+    refuses("Io", "open the folder");
+    std::fs::remove_file(&folder).unwrap();
+    assert_eq!(elsewhere.path().read_dir().unwrap().count(), 0);
+}
+
+#[test]
+fn a_lock_file_that_is_a_link_to_another_file_is_refused() {
+    let victim = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(victim.path(), "precious").unwrap();
+    let spec = Kind::NamedFile.fresh();
+    let [path] = &spec.files()[..] else { panic!("one file") };
+    drop(spec.open().acquire(&Wait::none()).unwrap());
+    std::fs::remove_file(path).unwrap();
+    symlink(victim.path(), path).unwrap();
+    let error = spec.open().acquire(&Wait::none()).err().unwrap();
+    assert!(matches!(error.kind(), ErrorKind::Io { action: "open", .. }), "{error}");
+    std::fs::remove_file(path).unwrap();
+    std::fs::hard_link(victim.path(), path).unwrap();
+    let error = spec.open().acquire(&Wait::none()).err().unwrap();
+    assert!(matches!(error.kind(), ErrorKind::Io { action: "open", .. }), "{error}");
+    assert_eq!(std::fs::read_to_string(victim.path()).unwrap(), "precious");
+    spec.clean();
+}
+
+#[test]
+fn a_fifo_in_the_place_of_a_lock_file_does_not_hang_who_asks_for_the_owner() {
+    let spec = Kind::MachineFile.fresh();
+    let [path] = &spec.files()[..] else { panic!("one file") };
+    drop(spec.open().acquire(&Wait::none()).unwrap());
+    std::fs::remove_file(path).unwrap();
+    nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    Actor::start(&spec).expect("owner", "owner none");
+    spec.clean();
+}
+
+#[test]
+fn without_memory_for_records_deaths_are_told_by_a_file() {
+    let Some(user) = another_user() else { return };
+    let [_, memory] = user.folders();
+    // It belongs to root, so this user does not trust it.
+    std::fs::create_dir(&memory).unwrap();
+    let spec = Kind::NamedSocket.fresh();
+    let mut first = Actor::start_as(&spec, user.uid);
+    first.expect("lock", "held");
+    first.kill();
+    Actor::start_as(&spec, user.uid).expect("try", &format!("held recovered {}", first.pid()));
+}
+
+#[test]
+fn without_any_place_for_records_the_lock_works_and_tells_no_deaths() {
+    let Some(user) = another_user() else { return };
+    for folder in user.folders() {
+        std::fs::create_dir(&folder).unwrap();
+    }
+    let spec = Kind::NamedSocket.fresh();
+    let [mut first, mut second, mut third] = [(); 3].map(|()| Actor::start_as(&spec, user.uid));
+    first.expect("lock", "held");
+    second.expect("owner", &format!("owner {}", first.pid()));
+    second.tell_to_wait("lock");
+    first.kill();
+    assert_eq!(second.answer(), "held");
+    third.tell_to_wait("lock");
+    second.expect("release", "released");
+    assert_eq!(third.answer(), "held");
+    third.kill();
+    Actor::start_as(&spec, user.uid).expect("try", "held");
+}
+
+#[test]
+fn a_lock_file_deleted_under_the_holder_is_noticed_by_the_next_owner_of_the_new_file() {
+    let spec = Kind::NamedFile.fresh();
+    let lock = spec.open();
+    let guard = lock.acquire(&Wait::none()).unwrap();
+    spec.clean();
+    drop(guard);
+    // The kept descriptor leads to the deleted file, so it is not used again.
+    let guard = lock.acquire(&Wait::none()).unwrap();
+    assert!(spec.open().acquire(&Wait::none()).err().unwrap().is_held());
+    drop(guard);
+    spec.clean();
+}

@@ -238,7 +238,7 @@ impl FolderLock {
 
     pub(super) fn acquire(&self, wait: &Wait) -> Result<(FolderHold, Option<Box<Recovered>>)> {
         let guard = self.file.acquire_as(wait, self)?;
-        let recovered = mark::take(guard.file()).map(Box::new);
+        let recovered = mark::take(guard.file());
         let mut held = self.folder.held.lock();
         held.turns += 1;
         let turn = held.turns;

@@ -389,7 +389,7 @@ impl Attached {
         let slot = self.table.slots().get((owner & SLOT).checked_sub(1)? as usize)?;
         let same = || slot.generation.load(Ordering::Acquire) & GENERATION == owner >> SLOT_BITS;
         // The generation changes before the record does.
-        same().then(|| mark::holder(&slot.record[..])).flatten().filter(|_| same())
+        same().then(|| mark::holder(&slot.record)).flatten().filter(|_| same())
     }
 
     fn describe(&self) -> String {
@@ -453,7 +453,7 @@ fn take_slot(table: &Table, path: &Path, file: &File) -> Result<u64> {
         if generation == 0 {
             forget_generations(table, at);
         }
-        mark::take(&slot.record[..]);
+        mark::take(&slot.record);
         return Ok(fork | u64::from(generation << SLOT_BITS | (at + 1)));
     }
     Err(ErrorKind::TooManyProcesses { table: format!("the lock table {}", path.display()), most: SLOTS }.into())

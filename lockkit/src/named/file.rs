@@ -7,8 +7,10 @@
 //! [systemd-tmpfiles]: https://systemd.io/TEMPORARY_DIRECTORIES/
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+
+use rustix::fs::{Mode, OFlags, open};
 
 use super::mark::{self, Slate};
 use crate::error::Result;
@@ -16,13 +18,9 @@ use crate::file::{FileGuard, FileLock};
 use crate::lock::Recovered;
 use crate::owner::{Liveness, Owner};
 use crate::steps::step;
-use crate::sys::flock::{self, Mode};
+use crate::sys::flock;
 use crate::sys::folder::{self, Sharing};
 use crate::wait::{Subject, Wait};
-
-/// Where the folders stand. Emptied when the system starts, or cleaned of what is old and not locked; private to a
-/// container, which has its own names anyway.
-const BASE: &str = "/tmp";
 
 #[derive(Debug)]
 pub(super) struct FolderLock {
@@ -43,7 +41,7 @@ impl FolderLock {
         Self { name: name.to_owned(), sharing, opened: OnceLock::new() }
     }
 
-    pub(super) fn acquire(&self, wait: &Wait, subject: &dyn Subject) -> Result<(FileGuard, Option<Recovered>)> {
+    pub(super) fn acquire(&self, wait: &Wait, subject: &dyn Subject) -> Result<(FileGuard, Option<Box<Recovered>>)> {
         let guard = self.open()?.lock.acquire_as(wait, subject)?;
         let recovered = mark::take(guard.file());
         Ok((guard, recovered))
@@ -56,8 +54,10 @@ impl FolderLock {
     }
 
     pub(super) fn owner(&self) -> Option<Owner> {
-        let path = self.path(&folder::open_in(BASE.as_ref(), self.sharing).ok()?.path);
-        let owner = mark::holder(&File::open(path).ok()?)?;
+        let path = self.path(&folder::open_in(folder::BASE, self.sharing).ok()?.path);
+        // Somebody may have put a link or a FIFO there, which must not be followed or waited for.
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let owner = mark::holder(&File::from(open(path, flags, Mode::empty()).ok()?))?;
         (owner.liveness() != Liveness::Dead).then_some(owner)
     }
 
@@ -65,15 +65,15 @@ impl FolderLock {
         if let Some(opened) = self.opened.get() {
             return Ok(opened);
         }
-        let folder = folder::open_in(BASE.as_ref(), self.sharing)?;
+        let folder = folder::open_in(folder::BASE, self.sharing)?;
         let lock = FileLock::own(self.path(&folder.path), self.sharing.file_mode());
         let folder = File::from(folder.fd);
         // Somebody may hold it exclusively for a while, to clean it; no lock fails for that.
-        let _ = flock::try_lock(&folder, Mode::Shared);
+        let _ = flock::try_lock(&folder, flock::Mode::Shared);
         Ok(self.opened.get_or_init(|| Opened { _folder: folder, lock }))
     }
 
-    fn path(&self, folder: &std::path::Path) -> PathBuf {
+    fn path(&self, folder: &Path) -> PathBuf {
         folder.join(format!("{}.lock", self.name))
     }
 }

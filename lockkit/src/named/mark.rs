@@ -12,12 +12,15 @@
 //! 2      start time
 //! 3      pid namespace
 //! 4, 5   boot id, low word first
-//! 6      when acquired, nanoseconds since the epoch
-//! 7..11  program name, UTF-8, filled with zeros
-//! 11     sum of the words 1 to 10, so that half a record is not believed
+//! 6..10  program name, UTF-8, filled with zeros
+//! 10     sum of the words 1 to 9, so that half a record is not believed
+//! 11     when acquired, nanoseconds since the epoch
+//! 12     whether somebody waits: set by waiters that have queued up, cleared by a holder that finds no queue
 //! ```
 
+use std::cell::RefCell;
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
@@ -25,59 +28,68 @@ use std::time::{Duration, SystemTime};
 use crate::lock::Recovered;
 use crate::owner::Owner;
 use crate::steps::step;
-use crate::sys::process;
+use crate::sys::{fork, process};
 #[cfg(target_os = "linux")]
 use crate::{
     error::Result,
     sys::{
         folder::{self, Sharing},
         mapping::Mapping,
+        unnamed,
     },
 };
 #[cfg(target_os = "linux")]
-use rustix::fs::{FallocateFlags, fallocate, fstatfs};
+use rustix::fs::{FallocateFlags, fallocate};
 
 /// The length of a record in words.
-pub(crate) const WORDS: usize = 12;
+pub(crate) const WORDS: usize = 13;
 /// The length of a record in bytes.
 pub(crate) const BYTES: usize = WORDS * WORD;
 const WORD: usize = size_of::<u64>();
 
 const STATE: usize = 0;
-const BODY: std::ops::Range<usize> = 1..SUM;
-const PROGRAM: std::ops::Range<usize> = 7..SUM;
-const SUM: usize = 11;
+const IDENTITY: Range<usize> = 1..SUM;
+const PROGRAM: Range<usize> = 6..SUM;
+const SUM: usize = 10;
+const ACQUIRED: usize = 11;
+#[cfg(target_os = "linux")]
+const WAITED_FOR: usize = 12;
+
+/// The words that a holder writes: all but what waiters write.
+const WRITTEN_BY_HOLDER: Range<usize> = STATE..ACQUIRED + 1;
 
 /// The holder released, or there never was one.
 const WIPED: u64 = 0;
 /// A holder is inside, or died there. Changes with the layout.
-const WRITTEN: u64 = u64::from_ne_bytes(*b"lockkit1");
+const WRITTEN: u64 = u64::from_ne_bytes(*b"lockkit2");
 
 type Words = [u64; WORDS];
 
-/// Where a record stands. Reading what cannot be read gives a wiped one, and writing what cannot be written is left:
-/// both lose a report only.
+/// Where a record stands. What cannot be read is no record, and what cannot be written is left: both lose a report only.
 pub(crate) trait Slate {
-    fn read(&self) -> Words;
-    fn write(&self, record: &Words);
+    /// The record, unless it is wiped.
+    fn read(&self) -> Option<Words>;
+    /// Writes down the holder `record`, and when it acquired.
+    fn write(&self, record: &Words, acquired: u64);
     fn wipe(&self);
 }
 
 /// In a file, through system calls: for files that a hostile user or a full disk could pull away from under a mapping.
 impl Slate for File {
-    fn read(&self) -> Words {
-        let mut bytes = [0; BYTES];
-        let mut words = [WIPED; WORDS];
-        if self.read_exact_at(&mut bytes, 0).is_ok() {
-            for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(WORD)) {
-                *word = u64::from_ne_bytes(std::array::from_fn(|at| bytes[at]));
-            }
+    fn read(&self) -> Option<Words> {
+        let mut bytes = [0; WRITTEN_BY_HOLDER.end * WORD];
+        self.read_exact_at(&mut bytes, 0).ok()?;
+        let mut words = [0; WORDS];
+        for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(WORD)) {
+            *word = u64::from_ne_bytes(std::array::from_fn(|at| bytes[at]));
         }
-        words
+        (words[STATE] != WIPED).then_some(words)
     }
 
-    fn write(&self, record: &Words) {
-        let mut bytes = [0; BYTES];
+    fn write(&self, record: &Words, acquired: u64) {
+        let mut record = *record;
+        record[ACQUIRED] = acquired;
+        let mut bytes = [0; WRITTEN_BY_HOLDER.end * WORD];
         for (word, bytes) in record.iter().zip(bytes.chunks_exact_mut(WORD)) {
             bytes.copy_from_slice(&word.to_ne_bytes());
         }
@@ -90,20 +102,18 @@ impl Slate for File {
 }
 
 /// In shared memory.
-impl Slate for [AtomicU64] {
-    fn read(&self) -> Words {
-        // The state comes first and is looked at again last: a record that changes meanwhile is no record.
-        let state = self[STATE].load(Ordering::Acquire);
-        let mut words: Words = std::array::from_fn(|at| self[at].load(Ordering::Acquire));
-        words[STATE] = state;
-        words
+impl Slate for [AtomicU64; WORDS] {
+    fn read(&self) -> Option<Words> {
+        let written = self[STATE].load(Ordering::Acquire) != WIPED;
+        written.then(|| std::array::from_fn(|at| self[at].load(Ordering::Acquire)))
     }
 
-    fn write(&self, record: &Words) {
-        for at in 1..WORDS {
-            self[at].store(record[at], Ordering::Release);
+    fn write(&self, record: &Words, acquired: u64) {
+        for at in STATE + 1..ACQUIRED {
+            self[at].store(record[at], Ordering::Relaxed);
         }
-        self[STATE].store(record[STATE], Ordering::Release);
+        self[ACQUIRED].store(acquired, Ordering::Relaxed);
+        self[STATE].store(WRITTEN, Ordering::Release);
     }
 
     fn wipe(&self) {
@@ -112,36 +122,37 @@ impl Slate for [AtomicU64] {
 }
 
 /// Writes down that this process holds the lock from now on, and says who died holding it before.
-pub(crate) fn take(slate: &(impl Slate + ?Sized)) -> Option<Recovered> {
+pub(crate) fn take(slate: &impl Slate) -> Option<Box<Recovered>> {
     let before = slate.read();
-    let mut mine = current();
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    mine[6] = now.as_nanos() as u64;
-    mine[SUM] = sum(&mine);
-    slate.write(&mine);
+    write_current(slate);
     step("holder written down");
-    (before[STATE] != WIPED).then(|| Recovered::new(decode(&before)))
+    before.map(|before| Box::new(Recovered::new(decode(&before))))
 }
 
 /// Who holds the lock, or died holding it, by the record.
-pub(crate) fn holder(slate: &(impl Slate + ?Sized)) -> Option<Owner> {
-    decode(&slate.read())
+pub(crate) fn holder(slate: &impl Slate) -> Option<Owner> {
+    decode(&slate.read()?)
 }
 
-/// This process's record; when it acquired is left open.
-fn current() -> Words {
+fn write_current(slate: &impl Slate) {
     thread_local! {
-        static RECORD: std::cell::Cell<Option<(u32, Words)>> = const { std::cell::Cell::new(None) };
+        /// This process's record, and the fork generation that it belongs to.
+        static CURRENT: RefCell<Option<(u32, Words)>> = const { RefCell::new(None) };
     }
-    let generation = crate::sys::fork::generation();
-    if let Ok(Some((made, words))) = RECORD.try_with(std::cell::Cell::get)
-        && made == generation
-    {
-        return words;
+    let generation = fork::generation();
+    let written = CURRENT.try_with(|current| match &mut *current.borrow_mut() {
+        Some((made, record)) if *made == generation => slate.write(record, now()),
+        current => slate.write(&current.insert((generation, encode(&Owner::current()))).1, now()),
+    });
+    // A thread that is ending has no thread-local store any more.
+    if written.is_err() {
+        slate.write(&encode(&Owner::current()), now());
     }
-    let words = encode(&Owner::current());
-    let _ = RECORD.try_with(|record| record.set(Some((generation, words))));
-    words
+}
+
+/// Nanoseconds since the epoch.
+fn now() -> u64 {
+    SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_nanos() as u64
 }
 
 fn encode(owner: &Owner) -> Words {
@@ -162,6 +173,7 @@ fn encode(owner: &Owner) -> Words {
         bytes[..letters.len()].copy_from_slice(letters);
         *word = u64::from_ne_bytes(bytes);
     }
+    words[SUM] = sum(&words);
     words
 }
 
@@ -180,13 +192,14 @@ fn decode(words: &Words) -> Option<Owner> {
         // A named lock is this machine's; an earlier boot of it is told by the boot id.
         host: Some(process::host().to_owned()),
         program: String::from_utf8(program).ok().filter(|program| !program.is_empty()),
-        acquired: some(words[6]).and_then(|nanos| SystemTime::UNIX_EPOCH.checked_add(Duration::from_nanos(nanos))),
+        acquired: some(words[ACQUIRED])
+            .and_then(|nanos| SystemTime::UNIX_EPOCH.checked_add(Duration::from_nanos(nanos))),
     })
 }
 
 /// FNV-1a over words: it guards against halves, not against forgers.
 fn sum(words: &Words) -> u64 {
-    words[BODY].iter().fold(0xcbf2_9ce4_8422_2325, |sum, word| (sum ^ word).wrapping_mul(0x0000_0100_0000_01b3))
+    words[IDENTITY].iter().fold(0xcbf2_9ce4_8422_2325, |sum, word| (sum ^ word).wrapping_mul(0x0000_0100_0000_01b3))
 }
 
 /// The record of a lock that is no file itself, kept in memory where no disk is involved and no full one matters.
@@ -199,46 +212,57 @@ pub(crate) struct Mark {
 
 #[cfg(target_os = "linux")]
 impl Mark {
-    const MEMORY: &str = "/dev/shm";
-
-    /// Opens or makes the record of the lock `name`.
-    ///
-    /// It is mapped where its memory cannot be pulled away: a file in memory, complete, that only this user can change.
+    /// Opens or makes the record of the lock `name`: in memory, or where the file backend has its locks if there is no
+    /// memory to be had.
     pub(crate) fn open(name: &str, sharing: Sharing) -> Result<Self> {
-        let folder = folder::open_in(Self::MEMORY.as_ref(), sharing)?;
+        Self::open_in("/dev/shm", name, sharing).or_else(|_| Self::open_in(folder::BASE, name, sharing))
+    }
+
+    /// It is mapped where its memory cannot be pulled away: a file in memory, complete, that only this user can change.
+    fn open_in(base: &str, name: &str, sharing: Sharing) -> Result<Self> {
+        let folder = folder::open_in(base, sharing)?;
         let file = folder.open_file(name, sharing)?;
         let private = matches!(sharing, Sharing::User(_));
         let complete = || fallocate(&file, FallocateFlags::empty(), 0, BYTES as u64).is_ok();
-        let mapping = if private && is_in_memory(&file) && complete() { Mapping::new(&file, WORDS).ok() } else { None };
+        let mapping =
+            if private && unnamed::is_in_memory(&file) && complete() { Mapping::new(&file, WORDS).ok() } else { None };
         Ok(Self { file, mapping })
     }
 
-    pub(crate) fn take(&self) -> Option<Recovered> {
-        match &self.mapping {
-            Some(mapping) => take(mapping.words()),
-            None => take(&self.file),
-        }
+    pub(crate) fn take(&self) -> Option<Box<Recovered>> {
+        self.words().map_or_else(|| take(&self.file), take)
     }
 
     pub(crate) fn holder(&self) -> Option<Owner> {
-        match &self.mapping {
-            Some(mapping) => holder(mapping.words()),
-            None => holder(&self.file),
-        }
+        self.words().map_or_else(|| holder(&self.file), holder)
     }
 
     pub(crate) fn wipe(&self) {
-        match &self.mapping {
-            Some(mapping) => mapping.words().wipe(),
-            None => self.file.wipe(),
+        self.words().map_or_else(|| self.file.wipe(), Slate::wipe);
+    }
+
+    fn words(&self) -> Option<&[AtomicU64; WORDS]> {
+        self.mapping.as_ref()?.words().first_chunk()
+    }
+
+    /// Says that somebody waits; to be called once in the queue.
+    pub(crate) fn set_waited_for(&self) {
+        if let Some(words) = self.words() {
+            words[WAITED_FOR].store(1, Ordering::SeqCst);
         }
     }
-}
 
-#[cfg(target_os = "linux")]
-fn is_in_memory(file: &File) -> bool {
-    const TMPFS_MAGIC: u64 = 0x0102_1994;
-    fstatfs(file).is_ok_and(|system| system.f_type as u64 == TMPFS_MAGIC)
+    /// Says that nobody waits; to be called by the holder that found its queue empty, before it closes it.
+    pub(crate) fn clear_waited_for(&self) {
+        if let Some(words) = self.words() {
+            words[WAITED_FOR].store(0, Ordering::SeqCst);
+        }
+    }
+
+    /// Whether somebody waits; `None` when the record is not mapped, for then it is quicker to ask the queue itself.
+    pub(crate) fn is_waited_for(&self) -> Option<bool> {
+        Some(self.words()?[WAITED_FOR].load(Ordering::SeqCst) != 0)
+    }
 }
 
 #[cfg(test)]
@@ -251,7 +275,7 @@ mod tests {
 
     #[test]
     fn a_record_tells_the_next_owner_who_died() {
-        let slate: &[AtomicU64] = &memory();
+        let slate = &memory();
         assert_eq!(take(slate), None, "nobody was here before");
         let died = take(slate).unwrap().owner().cloned().unwrap();
         let mut me = Owner::current();
@@ -264,19 +288,18 @@ mod tests {
 
     #[test]
     fn half_a_record_is_a_death_without_a_name() {
-        let slate: &[AtomicU64] = &memory();
+        let slate = &memory();
         take(slate);
         slate[2].fetch_add(1, Ordering::Relaxed);
         assert_eq!(holder(slate), None);
-        assert_eq!(take(slate), Some(Recovered::new(None)));
+        assert_eq!(take(slate), Some(Box::new(Recovered::new(None))));
     }
 
     #[test]
     fn a_long_program_name_is_cut_between_characters() {
         let mut owner = Owner::current();
         owner.program = Some("é".repeat(40));
-        let mut words = encode(&owner);
-        words[SUM] = sum(&words);
+        let words = encode(&owner);
         assert_eq!(decode(&words).unwrap().program, Some("é".repeat(16)));
     }
 }

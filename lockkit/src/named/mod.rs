@@ -43,7 +43,8 @@ pub enum Backend {
     /// name belongs to the network namespace, so containers with a network of their own have names of their own.
     Socket,
     /// A locked file in a private folder below `/tmp`. The name belongs to the file system, so processes that see
-    /// another `/tmp` have names of their own. Waiters with a limit look again every few milliseconds.
+    /// another `/tmp` have names of their own. Waiters with a limit look again every few milliseconds. Deleting the
+    /// file of a lock that is held, which only its user and root can, lets a second holder in.
     File,
 }
 
@@ -142,12 +143,7 @@ impl NamedLock {
                 (Hold::File(file), recovered)
             }
         };
-        Ok(NamedGuard {
-            named: self.0.clone(),
-            hold: Some(hold),
-            recovered: recovered.map(Box::new),
-            generation: fork::generation(),
-        })
+        Ok(NamedGuard { named: self.0.clone(), hold: Some(hold), recovered, generation: fork::generation() })
     }
 
     /// Who holds the lock now; `None` when nobody does. By the time it returns it may already be past.
@@ -263,10 +259,11 @@ impl NamedGuard {
     ///
     /// The file backend keeps the record in the lock file: every death is reported, with its owner, but for one between
     /// the start of the machine and the first lock, or after somebody deleted the file. The socket backend keeps it in
-    /// memory, below `/dev/shm`: every death is reported, with its owner, as long as that folder is there for both
-    /// processes and nobody deletes the record (systemd does at a user's last logout, with `RemoveIPC`). Without it a
-    /// waiter that saw the holder die still knows that it died, not who it was; one that comes later knows nothing.
-    /// With [`Scope::Machine`] the record is open to all users, and may lie.
+    /// memory, below `/dev/shm`, or below `/tmp` where that cannot be used: every death is reported, with its owner, as
+    /// long as both processes see the same folder and nobody deletes the record (systemd does at a user's last logout,
+    /// with `RemoveIPC`). A process that cannot open it, because another user has occupied both folders or it has no
+    /// descriptor left, reports none, and leaves none to report. With [`Scope::Machine`] the record is open to all users,
+    /// and may lie.
     pub fn recovered(&self) -> Option<&Recovered> {
         self.recovered.as_deref()
     }

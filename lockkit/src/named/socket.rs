@@ -8,9 +8,10 @@
 //! - *Death* of the holder closes its socket: each waiter sees its connection hang up and goes back to bind. A waiter
 //!   that dies, also with the lock on its way to it, is closed and skipped in the same manner.
 //!
-//! The new owner listens again, so that the credentials which the kernel shows to whoever connects are its own.
-//! What a dead holder leaves behind is told by a record in memory (see [`mark`]); without a place for one, a waiter
-//! still knows that its connection hung up without a word.
+//! The new owner listens again, so that the credentials which the kernel shows to whoever connects are its own. What a
+//! dead holder leaves behind is told by a record in memory (see [`mark`](super::mark)). The same record says whether
+//! anybody waits, which saves the holder from asking the kernel at every release; a waiter that it does not know of sees
+//! its connection hang up, as at a death, and goes back to bind.
 
 use std::os::fd::AsFd;
 use std::sync::OnceLock;
@@ -29,8 +30,8 @@ use crate::sys::fork::Shielded;
 use crate::sys::seqpacket::{self, Address, Peer, Reached, Received};
 use crate::wait::{Backoff, Subject, Wait};
 
-/// How long a lock that is just being released, or whose holder is dying, may still look held to somebody who does
-/// not want to wait.
+/// For how long somebody who does not want to wait looks again at a lock that seems to be held by nobody alive: its holder
+/// is about to begin or to end, or its socket is still open in a child that is about to start a program.
 const MOMENT: Duration = Duration::from_millis(50);
 
 #[derive(Debug)]
@@ -38,7 +39,7 @@ pub(super) struct SocketLock {
     name: String,
     sharing: Sharing,
     address: Address,
-    mark: OnceLock<Option<Mark>>,
+    mark: OnceLock<Mark>,
 }
 
 /// What came of one attempt.
@@ -61,32 +62,28 @@ impl SocketLock {
         Ok(Self { name: name.to_owned(), sharing, address, mark: OnceLock::new() })
     }
 
-    pub(super) fn acquire(&self, wait: &Wait, subject: &dyn Subject) -> Result<(Shielded, Option<Recovered>)> {
+    pub(super) fn acquire(&self, wait: &Wait, subject: &dyn Subject) -> Result<(Shielded, Option<Box<Recovered>>)> {
         wait.check(subject)?;
         if let Some(socket) = self.listen()? {
-            return Ok((socket, self.begin(false)));
+            return Ok((socket, self.begin()));
         }
         let Some(patience) = wait.patience()? else {
             return self.acquire_in_a_moment(subject);
         };
         let mut backoff = Backoff::new();
-        let mut hung_up = false;
         loop {
             let waited = match self.attempt(subject)? {
-                Attempt::Won(socket) => return Ok((socket, self.begin(hung_up))),
+                Attempt::Won(socket) => return Ok((socket, self.begin())),
                 Attempt::Unreachable => patience.sleep(backoff.next())?,
                 Attempt::Queued(connection) => {
+                    if let Some(mark) = self.mark() {
+                        mark.set_waited_for();
+                        step("waiter written down");
+                    }
                     let waited = patience.readable(connection.as_fd())?;
                     // Also when the time is over: what has arrived is taken.
-                    match self.receive(&connection)? {
-                        Received::Lock(socket) => {
-                            self.call_it_mine(&socket)?;
-                            self.begin(false);
-                            return Ok((socket, None));
-                        }
-                        Received::HungUp => hung_up = true,
-                        Received::Released => hung_up = false,
-                        Received::Nothing => {}
+                    if let Received::Lock(socket) = self.receive(&connection)? {
+                        return self.take_over(socket);
                     }
                     backoff = Backoff::new();
                     waited
@@ -98,27 +95,32 @@ impl SocketLock {
         }
     }
 
-    /// Takes the lock if it is free, or comes free on its own: a holder that lives is not waited for.
+    /// Takes the lock if it is free, or if the record names no living holder and it comes free within a [`MOMENT`].
     #[cold]
-    fn acquire_in_a_moment(&self, subject: &dyn Subject) -> Result<(Shielded, Option<Recovered>)> {
-        let start = Instant::now();
+    fn acquire_in_a_moment(&self, subject: &dyn Subject) -> Result<(Shielded, Option<Box<Recovered>>)> {
+        let moment = Instant::now() + MOMENT;
         let mut backoff = Backoff::new();
-        loop {
-            let known = self.living_holder();
-            let owner = match known {
-                Some(_) => known,
+        let mut queued = None;
+        while self.living_holder().is_none() && Instant::now() < moment {
+            let pause = backoff.next();
+            match &queued {
                 None => match self.attempt(subject)? {
-                    Attempt::Won(socket) => return Ok((socket, self.begin(false))),
-                    Attempt::Queued(connection) => owner_of(self.peer(&connection)?),
-                    Attempt::Unreachable => None,
+                    Attempt::Won(socket) => return Ok((socket, self.begin())),
+                    Attempt::Queued(connection) => queued = Some(connection),
+                    Attempt::Unreachable => std::thread::sleep(pause),
                 },
-            };
-            let ending = owner.as_ref().is_none_or(|owner| owner.liveness() == Liveness::Dead);
-            if !ending || start.elapsed() >= MOMENT {
-                return Err(ErrorKind::Held { lock: subject.describe(), owner: owner.map(Box::new) }.into());
+                Some(connection) => {
+                    event::wait(Some(connection.as_fd()), None, Some(Instant::now() + pause))
+                        .map_err(|error| Error::io("wait on", self.path(), error))?;
+                    match self.receive(connection)? {
+                        Received::Lock(socket) => return self.take_over(socket),
+                        Received::HungUp => queued = None,
+                        Received::Nothing => {}
+                    }
+                }
             }
-            std::thread::sleep(backoff.next());
         }
+        Err(subject.held())
     }
 
     /// Binds the name, or queues up at its holder.
@@ -143,12 +145,23 @@ impl SocketLock {
         seqpacket::listen_at(&self.address).map_err(|error| self.io("bind", error))
     }
 
-    fn call_it_mine(&self, socket: &Shielded) -> Result<()> {
-        seqpacket::listen(socket).map_err(|error| self.io("listen on", error))
+    /// Makes the socket that the holder before handed over this process's own.
+    fn take_over(&self, socket: Shielded) -> Result<(Shielded, Option<Box<Recovered>>)> {
+        seqpacket::listen(&socket).map_err(|error| self.io("listen on", error))?;
+        // A record that is still there is older than the holder before, who released.
+        self.begin();
+        Ok((socket, None))
     }
 
     fn receive(&self, connection: &Shielded) -> Result<Received> {
-        seqpacket::receive(connection, &self.address).map_err(|error| self.io("receive", error))
+        let received = seqpacket::receive(connection).map_err(|error| self.io("receive", error))?;
+        match (received, self.sharing) {
+            // Anybody may have sent it.
+            (Received::Lock(socket), Sharing::Machine) if !seqpacket::listens_at(&socket, &self.address) => {
+                Ok(Received::HungUp)
+            }
+            (received, _) => Ok(received),
+        }
     }
 
     fn peer(&self, connection: &Shielded) -> Result<Peer> {
@@ -157,31 +170,26 @@ impl SocketLock {
 
     /// Passes the lock on to the first waiter, or frees it.
     pub(super) fn release(&self, socket: Shielded) {
-        if let Some(mark) = self.mark() {
-            mark.wipe();
-            step("record wiped");
-        }
-        if self.pass_on(&socket) || self.mark().is_some() {
+        let Some(mark) = self.mark() else {
+            self.pass_on(&socket);
             return;
-        }
-        // Who queued up since would take the closing for a death, with no record to tell it otherwise.
-        if seqpacket::refuse_more(&socket).is_ok() {
-            while let Some(connection) = seqpacket::accept(&socket) {
-                let _ = seqpacket::tell_released(&connection);
-            }
+        };
+        mark.wipe();
+        step("record wiped");
+        let waited_for = match mark.is_waited_for() {
+            Some(waited_for) => waited_for,
+            // Looking is cheap, accepting is not, and mostly nobody waits.
+            None => event::is_readable(socket.as_fd()),
+        };
+        if waited_for && !self.pass_on(&socket) {
+            mark.clear_waited_for();
         }
     }
 
     fn pass_on(&self, socket: &Shielded) -> bool {
         // More can only have come while these were looked at; they will see the socket close and bind.
         for _ in 0..=seqpacket::BACKLOG {
-            // Looking is cheap, accepting is not, and mostly nobody waits.
-            if !event::is_readable(socket.as_fd()) {
-                return false;
-            }
-            let Some(waiter) = seqpacket::accept(socket) else {
-                return false;
-            };
+            let Some(waiter) = seqpacket::accept(socket) else { return false };
             let trusted = seqpacket::peer(&waiter).is_ok_and(|peer| self.trusts(peer.uid));
             if trusted && seqpacket::hand_over(&waiter, socket).is_ok() {
                 return true;
@@ -216,20 +224,27 @@ impl SocketLock {
     }
 
     /// Writes down who holds now, and says whether the holder before died.
-    fn begin(&self, hung_up: bool) -> Option<Recovered> {
-        match self.mark() {
-            Some(mark) => mark.take(),
-            None => hung_up.then(|| Recovered::new(None)),
+    fn begin(&self) -> Option<Box<Recovered>> {
+        self.mark()?.take()
+    }
+
+    /// The record, as soon as it could be opened: what prevents that may pass.
+    fn mark(&self) -> Option<&Mark> {
+        match self.mark.get() {
+            None => {
+                let mark = Mark::open(&self.name, self.sharing).ok()?;
+                Some(self.mark.get_or_init(|| mark))
+            }
+            opened => opened,
         }
     }
 
-    fn mark(&self) -> Option<&Mark> {
-        self.mark.get_or_init(|| Mark::open(&self.name, self.sharing).ok()).as_ref()
+    fn io(&self, action: &'static str, error: Errno) -> Error {
+        Error::io(action, self.path(), error)
     }
 
-    fn io(&self, action: &'static str, error: Errno) -> Error {
-        let name = self.address.abstract_name().unwrap_or_default();
-        Error::io(action, format!("@{}", String::from_utf8_lossy(name)), error)
+    fn path(&self) -> String {
+        format!("@{}", String::from_utf8_lossy(self.address.abstract_name().unwrap_or_default()))
     }
 }
 

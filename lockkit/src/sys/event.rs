@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 
 /// An event: once set, it stays set.
 pub(crate) struct Event {
@@ -99,7 +100,8 @@ pub(crate) fn wait(
 /// Whether `fd` can be read now.
 pub(crate) fn is_readable(fd: BorrowedFd<'_>) -> bool {
     let mut polled = [watch(fd)];
-    matches!(poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(1))
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    matches!(retry_on_intr(|| poll(&mut polled, Some(&now))), Ok(1))
 }
 
 fn watch(fd: BorrowedFd<'_>) -> PollFd<'_> {

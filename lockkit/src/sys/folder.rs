@@ -14,6 +14,10 @@ use rustix::io::Errno;
 use crate::error::{Error, ErrorKind, Result};
 use crate::steps::step;
 
+/// Where the folders of named locks stand. Emptied when the system starts, or cleaned of what is old and not locked;
+/// private to a container, which has its own names anyway.
+pub(crate) const BASE: &str = "/tmp";
+
 /// Who shares a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Sharing {
@@ -87,7 +91,8 @@ pub(crate) fn effective_uid() -> u32 {
 /// # Errors
 /// `ForeignOwner` when it belongs to somebody who is not trusted with it, `Insecure` when others could tamper with it,
 /// `Io` when it cannot be made or opened (a symlink in its place is `ELOOP` or `ENOTDIR`).
-pub(crate) fn open_in(base: &Path, sharing: Sharing) -> Result<Folder> {
+pub(crate) fn open_in(base: &str, sharing: Sharing) -> Result<Folder> {
+    let base = Path::new(base);
     let path = match sharing {
         Sharing::User(uid) => base.join(format!("lockkit-u{uid}")),
         Sharing::Machine => base.join("lockkit-machine"),

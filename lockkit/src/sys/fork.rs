@@ -21,8 +21,6 @@ use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, Ordering};
 
 /// How many forks lie between the first process to use lockkit and this one.
 static GENERATION: AtomicU32 = AtomicU32::new(0);
-/// Threads that are making or closing a shielded descriptor right now.
-static BUSY: AtomicU32 = AtomicU32::new(0);
 /// Forks under way right now.
 static FORKING: AtomicU32 = AtomicU32::new(0);
 /// The shielded descriptors. Never shrinks: as many chunks as were ever needed at once.
@@ -30,6 +28,14 @@ static DESCRIPTORS: Chunk = Chunk::new();
 
 /// A slot without a descriptor.
 const EMPTY: RawFd = -1;
+/// The highest [`claim`]: all from here down are claims.
+const CLAIMED: RawFd = -2;
+
+/// What stands in a slot while its thread makes or closes the descriptor; forks wait for that. It tells what stood there
+/// before, for a thread that finds a fork under way puts that back, and the child must find it, too. It is its own inverse.
+const fn claim(slot: RawFd) -> RawFd {
+    CLAIMED + EMPTY - slot
+}
 
 struct Chunk {
     slots: [AtomicI32; 62],
@@ -61,21 +67,38 @@ impl Chunk {
     }
 }
 
-fn note_down(fd: RawFd) -> &'static AtomicI32 {
+/// Every slot there is.
+fn slots() -> impl Iterator<Item = &'static AtomicI32> {
+    std::iter::successors(Some(&DESCRIPTORS), |chunk| chunk.next()).flat_map(|chunk| &chunk.slots)
+}
+
+/// A slot of this thread's own, claimed.
+fn occupy() -> &'static AtomicI32 {
+    install();
     let mut chunk: &'static Chunk = &DESCRIPTORS;
     loop {
-        for slot in &chunk.slots {
-            if slot.load(Ordering::Relaxed) == EMPTY
-                && slot.compare_exchange(EMPTY, fd, Ordering::AcqRel, Ordering::Relaxed).is_ok()
-            {
-                return slot;
-            }
+        let free = |slot: &&AtomicI32| slot.load(Ordering::Relaxed) == EMPTY && take_claim(slot, EMPTY);
+        if let Some(slot) = chunk.slots.iter().find(free) {
+            return slot;
         }
         chunk = match chunk.next() {
             Some(next) => next,
             None => chunk.grow(),
         };
     }
+}
+
+/// Claims the slot if it is `from`, and says whether it was. From then on no fork is under way, and none begins, until
+/// the slot is something else: either the fork sees the claim, or this thread sees the fork.
+fn take_claim(slot: &AtomicI32, from: RawFd) -> bool {
+    while slot.compare_exchange(from, claim(from), Ordering::SeqCst, Ordering::Relaxed).is_ok() {
+        if FORKING.load(Ordering::SeqCst) == 0 {
+            return true;
+        }
+        slot.store(from, Ordering::SeqCst);
+        std::thread::yield_now();
+    }
+    false
 }
 
 /// A descriptor that holds a lock, or a place in the queue for one: a forked child gets an inert one instead.
@@ -88,10 +111,18 @@ pub(crate) struct Shielded<T: AsFd = OwnedFd> {
 impl<T: AsFd> Shielded<T> {
     /// Makes a descriptor with `make` and shields it, with no fork in between.
     pub(crate) fn new<E>(make: impl FnOnce() -> Result<T, E>) -> Result<Self, E> {
-        let _held_off = HoldOff::new();
-        let descriptor = make()?;
-        let slot = note_down(descriptor.as_fd().as_raw_fd());
-        Ok(Self { descriptor: ManuallyDrop::new(descriptor), slot })
+        let slot = occupy();
+        let made = make();
+        slot.store(made.as_ref().map_or(EMPTY, |descriptor| descriptor.as_fd().as_raw_fd()), Ordering::SeqCst);
+        Ok(Self { descriptor: ManuallyDrop::new(made?), slot })
+    }
+
+    /// Lets forked children keep the descriptor from here on.
+    pub(crate) fn unshield(self) -> T {
+        let mut shielded = ManuallyDrop::new(self);
+        shielded.slot.store(EMPTY, Ordering::SeqCst);
+        // SAFETY: taken once, here; `shielded` is never dropped nor used afterwards.
+        unsafe { ManuallyDrop::take(&mut shielded.descriptor) }
     }
 }
 
@@ -105,10 +136,10 @@ impl<T: AsFd> Deref for Shielded<T> {
 
 impl<T: AsFd> Drop for Shielded<T> {
     fn drop(&mut self) {
-        let _held_off = HoldOff::new();
-        self.slot.store(EMPTY, Ordering::Release);
+        take_claim(self.slot, self.descriptor.as_fd().as_raw_fd());
         // SAFETY: dropped once, here, and not used afterwards.
         unsafe { ManuallyDrop::drop(&mut self.descriptor) };
+        self.slot.store(EMPTY, Ordering::SeqCst);
     }
 }
 
@@ -117,29 +148,6 @@ impl<T: AsFd> Drop for Shielded<T> {
 pub(crate) fn generation() -> u32 {
     install();
     GENERATION.load(Ordering::Relaxed)
-}
-
-/// While it lives, `fork` in another thread waits.
-struct HoldOff;
-
-impl HoldOff {
-    fn new() -> Self {
-        install();
-        loop {
-            BUSY.fetch_add(1, Ordering::SeqCst);
-            if FORKING.load(Ordering::SeqCst) == 0 {
-                return Self;
-            }
-            BUSY.fetch_sub(1, Ordering::SeqCst);
-            std::thread::yield_now();
-        }
-    }
-}
-
-impl Drop for HoldOff {
-    fn drop(&mut self) {
-        BUSY.fetch_sub(1, Ordering::SeqCst);
-    }
 }
 
 unsafe extern "C" {
@@ -161,12 +169,12 @@ fn install() {
     });
 }
 
-/// Lets the threads that are inside a [`HoldOff`] come out. Bounded, because a fork from a signal handler may have
-/// interrupted such a thread itself, which then never comes out.
+/// Waits until no slot is claimed. Not for ever: a fork from a signal handler may have interrupted the very thread that
+/// keeps the claim.
 unsafe extern "C" fn before_fork() {
     FORKING.fetch_add(1, Ordering::SeqCst);
     for _ in 0..100_000 {
-        if BUSY.load(Ordering::SeqCst) == 0 {
+        if slots().all(|slot| slot.load(Ordering::SeqCst) > CLAIMED) {
             return;
         }
         std::thread::yield_now();
@@ -177,21 +185,21 @@ unsafe extern "C" fn after_fork_in_parent() {
     FORKING.fetch_sub(1, Ordering::SeqCst);
 }
 
-/// Only what POSIX allows after a fork of a process with threads: atomics, `pipe`, `dup2`, `close`.
+/// Only what POSIX allows after a fork of a process with threads: atomics, `pipe`, `dup2`, `fcntl`, `close`.
 unsafe extern "C" fn after_fork_in_child() {
     GENERATION.fetch_add(1, Ordering::Relaxed);
     FORKING.store(0, Ordering::SeqCst);
-    BUSY.store(0, Ordering::SeqCst);
     let inert = rustix::pipe::pipe().ok().map(|(reader, _writer)| reader);
-    let mut chunk = Some(&DESCRIPTORS);
-    while let Some(here) = chunk {
-        for slot in &here.slots {
-            let fd = slot.load(Ordering::Relaxed);
-            if fd != EMPTY {
-                disarm(fd, inert.as_ref());
-            }
+    for slot in slots() {
+        // A thread that claimed it is not here to put back what stood there.
+        let held = match slot.load(Ordering::Relaxed) {
+            claimed @ ..=CLAIMED => claim(claimed),
+            held => held,
+        };
+        slot.store(held, Ordering::Relaxed);
+        if held != EMPTY {
+            disarm(held, inert.as_ref());
         }
-        chunk = here.next();
     }
 }
 

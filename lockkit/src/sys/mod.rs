@@ -13,7 +13,9 @@
 //! | [`ofd`] | locks on a byte of an open file | which processes still use a lock table |
 //! | [`process`] | which process is which, and whether it lives | owners |
 //! | [`seqpacket`] | abstract sockets that hand themselves over | named locks on Linux |
+//! | [`slot`] | a value that one thread at a time takes | kept descriptors |
 //! | [`table`] | the layout of a lock table in shared memory | numbered locks |
+//! | [`unnamed`] | files that are complete before they have a name | pidfiles |
 
 #![allow(unsafe_code)]
 
@@ -29,5 +31,7 @@ pub(crate) mod ofd;
 pub(crate) mod process;
 #[cfg(target_os = "linux")]
 pub(crate) mod seqpacket;
+pub(crate) mod slot;
 #[cfg(all(target_os = "linux", not(loom)))]
 pub(crate) mod table;
+pub(crate) mod unnamed;

@@ -9,8 +9,11 @@
 use std::fs;
 use std::path::Path;
 use std::sync::OnceLock;
+use std::time::{Duration, SystemTime};
 
 use rustix::process::{Pid, test_kill_process};
+#[cfg(target_os = "linux")]
+use rustix::time::{ClockId, clock_gettime};
 use sysinfo::{ProcessRefreshKind, ProcessesToUpdate, System, UpdateKind};
 
 /// What the system says of a pid.
@@ -55,21 +58,24 @@ fn started(pid: Pid) -> Probe {
 /// Reads a line of `/proc/<pid>/stat`. The program's name, in parentheses, may itself hold spaces and parentheses.
 #[cfg(target_os = "linux")]
 fn parse_stat(stat: &str) -> Option<Probe> {
-    /// The field's number in the manual page, counted from the first one behind the name.
-    const STATE: usize = 0;
-    const THREADS: usize = 20 - 3;
-    const START: usize = 22 - 3;
-    const EXIT_CODE: usize = 52 - 3;
+    /// The number that the manual page gives to the first field behind the name, which is the state.
+    const STATE: usize = 3;
+    const THREADS: usize = 20;
+    const START: usize = 22;
+    const EXIT_CODE: usize = 52;
 
     let fields: Vec<&str> = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace().collect();
-    let start = fields.get(START)?.parse().ok()?;
-    let threads: i64 = fields.get(THREADS)?.parse().ok()?;
-    let ended = match *fields.get(STATE)? {
+    let field = |number: usize| fields.get(number - STATE).copied();
+    let start = field(START)?.parse().ok()?;
+    let threads: i64 = field(THREADS)?.parse().ok()?;
+    let ended = match field(STATE)? {
         // A first thread may have ended on its own while the process goes on in others.
         "Z" | "X" | "x" => threads <= 1,
+        // A traced one shows whatever its tracer stopped it at.
+        "t" => false,
         // A killed process looks alive until it is taken apart, but its exit code is set. A stopped one shows the
         // signal that stopped it in the same place, and may well go on.
-        _ => fields.get(EXIT_CODE).and_then(|code| code.parse().ok()).is_some_and(is_fatal),
+        _ => field(EXIT_CODE).and_then(|code| code.parse().ok()).is_some_and(is_fatal),
     };
     Some(if ended { Probe::Ended } else { Probe::Running(Some(start)) })
 }
@@ -79,6 +85,33 @@ fn is_fatal(exit_code: i32) -> bool {
     use rustix::process::Signal;
     let stops = [Signal::STOP, Signal::TSTP, Signal::TTIN, Signal::TTOU];
     exit_code != 0 && !stops.iter().any(|stop| stop.as_raw() == exit_code)
+}
+
+/// The highest pid that the kernel gives out: `PID_MAX_LIMIT` on Linux.
+pub(crate) const MOST_PID: u32 = if cfg!(target_os = "linux") { 1 << 22 } else { i32::MAX as u32 };
+
+/// When the system started, by the wall clock as it is set now; `None` where nothing tells.
+#[cfg(target_os = "linux")]
+pub(crate) fn booted_at() -> Option<SystemTime> {
+    let up = clock_gettime(ClockId::Boottime);
+    SystemTime::now().checked_sub(Duration::try_from(up).ok()?)
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn booted_at() -> Option<SystemTime> {
+    SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(System::boot_time()))
+}
+
+/// The `start` of a [`Probe`] by the wall clock as it is set now.
+#[cfg(target_os = "linux")]
+pub(crate) fn started_at(start: u64) -> Option<SystemTime> {
+    let since_boot = Duration::from_secs_f64(start as f64 / rustix::param::clock_ticks_per_second() as f64);
+    booted_at()?.checked_add(since_boot)
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn started_at(start: u64) -> Option<SystemTime> {
+    SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(start))
 }
 
 /// The program that `pid` runs, for people: its file's name, or what the system calls it.
@@ -98,8 +131,9 @@ fn look<T>(pid: u32, what: ProcessRefreshKind, read: impl FnOnce(&sysinfo::Proce
 
 /// What tells this boot of this kernel from every other one; `None` where the system does not say.
 pub(crate) fn boot_id() -> Option<u128> {
-    static BOOT: OnceLock<Option<u128>> = OnceLock::new();
-    *BOOT.get_or_init(read_boot_id)
+    static BOOT: OnceLock<u128> = OnceLock::new();
+    // What could not be read, for want of a descriptor perhaps, is asked for again next time.
+    BOOT.get().copied().or_else(|| read_boot_id().map(|boot| *BOOT.get_or_init(|| boot)))
 }
 
 #[cfg(target_os = "linux")]
@@ -127,7 +161,7 @@ pub(crate) fn pid_namespace() -> Option<u64> {
 pub(crate) fn host() -> &'static str {
     static HOST: OnceLock<String> = OnceLock::new();
     HOST.get_or_init(|| {
-        let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        let name = rustix::system::uname().nodename().to_string_lossy().replace(char::is_control, "?");
         match fs::read_to_string("/etc/machine-id").map(|id| id.trim().to_owned()) {
             Ok(id) if !id.is_empty() => format!("{name}/{id}"),
             _ => name,
@@ -150,6 +184,7 @@ mod tests {
         let running = Some(Probe::Running(Some(777)));
         assert_eq!(parse_stat(&stat("R", 1, 0)), running);
         assert_eq!(parse_stat(&stat("T", 1, 19)), running, "stopped, not killed");
+        assert_eq!(parse_stat(&stat("t", 1, 5)), running, "in a debugger");
         assert_eq!(parse_stat(&stat("Z", 3, 0)), running, "only the first thread has ended");
         assert_eq!(parse_stat(&stat("Z", 1, 0)), Some(Probe::Ended));
         assert_eq!(parse_stat(&stat("R", 1, 9)), Some(Probe::Ended), "killed, not yet gone");

@@ -26,10 +26,8 @@ pub(crate) type Address = SocketAddrUnix;
 /// How many connections may wait to be accepted; the kernel's own bound, `net.core.somaxconn`, is as large by default.
 pub(crate) const BACKLOG: i32 = 4096;
 
-/// Goes with the socket: the receiver holds the lock now.
-const HANDED_OVER: u8 = b'L';
-/// Goes alone: the lock was released, and is free.
-const RELEASED: u8 = b'F';
+/// What the socket is sent with, for it cannot be sent alone.
+const MESSAGE: [u8; 1] = *b"L";
 
 /// The process at the other end of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,32 +114,15 @@ pub(crate) fn accept(socket: &Shielded) -> Option<OwnedFd> {
     }
 }
 
-/// Lets nobody queue up any more.
-pub(crate) fn refuse_more(socket: &Shielded) -> Result<()> {
-    net::shutdown(&**socket, net::Shutdown::Read)?;
-    step("socket refuses");
-    Ok(())
-}
-
 /// Gives the socket itself to the peer; fails when the peer is gone.
 pub(crate) fn hand_over(connection: &OwnedFd, socket: &Shielded) -> Result<()> {
     let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     let descriptors = [socket.as_fd()];
     control.push(SendAncillaryMessage::ScmRights(&descriptors));
-    send(connection, HANDED_OVER, &mut control)
-}
-
-/// Tells the peer that the lock is free now; fails when the peer is gone.
-pub(crate) fn tell_released(connection: &OwnedFd) -> Result<()> {
-    send(connection, RELEASED, &mut SendAncillaryBuffer::default())
-}
-
-fn send(connection: &OwnedFd, message: u8, control: &mut SendAncillaryBuffer<'_, '_, '_>) -> Result<()> {
     let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-    let message = [message];
-    retry_on_intr(|| net::sendmsg(connection, &[IoSlice::new(&message)], control, flags))?;
-    step("message sent");
+    retry_on_intr(|| net::sendmsg(connection, &[IoSlice::new(&MESSAGE)], &mut control, flags))?;
+    step("socket sent");
     Ok(())
 }
 
@@ -149,28 +130,24 @@ fn send(connection: &OwnedFd, message: u8, control: &mut SendAncillaryBuffer<'_,
 pub(crate) enum Received {
     /// The listening socket of the address: the lock.
     Lock(Shielded),
-    /// Word that the lock is free.
-    Released,
-    /// The end: the holder died, or closed its socket without a word.
+    /// The end: the holder died, or released without seeing this waiter.
     HungUp,
     /// Nothing yet.
     Nothing,
 }
 
-/// Reads what the holder sent through `connection`, without waiting for it. What claims to be the socket that listens
-/// at `address` is looked at before it is believed.
-pub(crate) fn receive(connection: &Shielded, address: &Address) -> Result<Received> {
-    let mut message = [0];
-    let mut read = 0;
+/// Reads what the holder sent through `connection`, without waiting for it.
+pub(crate) fn receive(connection: &Shielded) -> Result<Received> {
     // Shielded from its first moment on, for it may be the lock.
     let brought = Shielded::new(|| {
+        let mut message = MESSAGE;
         let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
         let received =
             retry_on_intr(|| net::recvmsg(&**connection, &mut [IoSliceMut::new(&mut message)], &mut control, flags));
-        read = received.map_err(Some)?.bytes;
-        step("message received");
+        received.map_err(Some)?;
+        step("socket received");
         let descriptor = control.drain().find_map(|message| match message {
             RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
             _ => None,
@@ -178,16 +155,15 @@ pub(crate) fn receive(connection: &Shielded, address: &Address) -> Result<Receiv
         descriptor.ok_or(None)
     });
     match brought {
-        Ok(socket) if is_listening_at(&socket, address) => Ok(Received::Lock(socket)),
-        Ok(_) => Ok(Received::HungUp),
-        Err(None) if read == 1 && message[0] == RELEASED => Ok(Received::Released),
+        Ok(socket) => Ok(Received::Lock(socket)),
         Err(None | Some(Errno::CONNRESET)) => Ok(Received::HungUp),
         Err(Some(Errno::AGAIN)) => Ok(Received::Nothing),
         Err(Some(error)) => Err(error),
     }
 }
 
-fn is_listening_at(socket: &Shielded, address: &Address) -> bool {
+/// Whether the socket is the one that listens at `address`.
+pub(crate) fn listens_at(socket: &Shielded, address: &Address) -> bool {
     socket_acceptconn(&**socket) == Ok(true)
         && net::getsockname(&**socket).and_then(Address::try_from).is_ok_and(|found| found == *address)
 }

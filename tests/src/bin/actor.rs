@@ -1,10 +1,12 @@
 //! The second process of the tests; see `lockkit_tests::actor`, `chaos` and `steps`.
 
-use lockkit_tests::{Spec, actor, chaos, managers, steps};
+use lockkit_tests::{Spec, actor, chaos, managers, rogue, steps};
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["squat", name] => rogue::squat(name),
+        ["queue", name] => rogue::queue(name),
         [spec] => actor::serve(&Spec::parse(spec)),
         [spec, "chaos", log, seed] => chaos::take_part(&Spec::parse(spec), log.as_ref(), seed.parse().expect("a seed")),
         [spec, "stress", counter, rounds] => {
@@ -14,7 +16,7 @@ fn main() {
         [spec, "closed-input"] => lockkit_tests::suite::lock_on_descriptor_zero(&Spec::parse(spec)),
         [spec, "steps", scenario] => steps::play(&Spec::parse(spec), scenario),
         _ => panic!(
-            "actor SPEC [chaos LOG SEED | stress COUNTER ROUNDS | closed-input | steps SCENARIO] | actor table TABLE"
+            "actor squat NAME | queue NAME | table TABLE | SPEC [chaos LOG SEED | stress COUNTER ROUNDS | closed-input | steps SCENARIO]"
         ),
     }
 }

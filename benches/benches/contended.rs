@@ -1,0 +1,374 @@
+//! What processes see that want a lock which another one has, beside what they see of flock(2).
+//!
+//! - *Hand-over*: two processes hold the lock in turns, each until the other one sleeps waiting for it. The time runs
+//!   from just before the release to just after the other's acquisition.
+//! - *Crowd*: many processes take the lock over and over and hold it for a moment. What counts is how often it is taken,
+//!   and how long the unluckiest one waited.
+//! - *Timed wait*: the processor time of a waiter that gives up after a while.
+//! - *Death*: a holder is killed while another process waits. The time runs from just before the kill.
+//!
+//! Ours and the peer's turns alternate in blocks. A further lock is one more [`Comparison`]; a peer for it is one more
+//! [`Contender`].
+
+use std::fs::File;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use lockkit::{FileLock, NamedLock};
+use lockkit_benches::arguments;
+use lockkit_benches::process::{self, Peer, now, spin};
+use lockkit_benches::table::{self, Bound, Row, Value};
+use rustix::fs::{FlockOperation, flock};
+use rustix::time::{ClockId, clock_gettime};
+
+const COMPARISONS: &[Comparison] = &[Comparison {
+    ours: &NAMED_LOCK,
+    peer: &FLOCK,
+    hand_over: Bound::Ratio(1.5),
+    longest_wait: Bound::Time(Duration::from_millis(50)),
+    death: Bound::None,
+}];
+
+const NAMED_LOCK: Contender = Contender {
+    name: "NamedLock",
+    open: |_| {
+        let lock = NamedLock::new("lockkit-bench-contended").unwrap();
+        Box::new(move |inside| {
+            let _guard = lock.lock().unwrap();
+            inside();
+        })
+    },
+};
+
+const FLOCK: Contender = Contender {
+    name: "flock",
+    open: |folder| {
+        let file = File::create(folder.join("flock")).unwrap();
+        Box::new(move |inside| {
+            flock(&file, FlockOperation::LockExclusive).unwrap();
+            inside();
+            flock(&file, FlockOperation::Unlock).unwrap();
+        })
+    },
+};
+
+/// A lock of ours, a peer, and what ours may take.
+struct Comparison {
+    ours: &'static Contender,
+    peer: &'static Contender,
+    hand_over: Bound,
+    longest_wait: Bound,
+    death: Bound,
+}
+
+/// A lock that several processes can open and hold.
+struct Contender {
+    name: &'static str,
+    /// Opens the lock; what it needs on disk goes into the folder.
+    open: fn(&Path) -> Hold,
+}
+
+/// Takes the lock, waiting for it, does something inside, and releases it.
+type Hold = Box<dyn FnMut(&mut dyn FnMut())>;
+
+impl Contender {
+    fn by_name(name: &str) -> &'static Self {
+        let mut all = COMPARISONS.iter().flat_map(|comparison| [comparison.ours, comparison.peer]);
+        all.find(|contender| contender.name == name).expect("the parent knows the same contenders")
+    }
+
+    /// A child that plays a part with this lock.
+    fn spawn(&self, part: &str, folder: &Path, number: u64) -> Peer {
+        let folder = folder.to_str().expect("the folder's path is UTF-8");
+        Peer::spawn(&[part, self.name, folder, &number.to_string()])
+    }
+}
+
+/// How much is measured.
+struct Length {
+    /// Blocks of hand-overs, and turns of each process in one.
+    hand_over: (u32, u64),
+    /// Blocks of the crowd, and the length of one.
+    crowd: (u32, Duration),
+    deaths: u32,
+    /// How long a timed wait is.
+    wait: Duration,
+}
+
+const FULL: Length =
+    Length { hand_over: (20, 200), crowd: (2, Duration::from_secs(2)), deaths: 300, wait: Duration::from_secs(5) };
+const QUICK: Length =
+    Length { hand_over: (2, 50), crowd: (1, Duration::from_millis(300)), deaths: 10, wait: Duration::from_millis(500) };
+
+/// Measures a comparison with files in a folder.
+type Experiment = fn(&Comparison, &Path, &Length) -> Vec<Row>;
+
+const EXPERIMENTS: [(&str, Experiment); 3] =
+    [("hand-over", Comparison::hand_over), ("crowd", Comparison::crowd), ("death", Comparison::death)];
+
+fn main() {
+    if let Some(part) = process::part() {
+        return play(&part);
+    }
+    let filter = arguments::filter();
+    let _alone = lockkit_benches::alone();
+    let folder = tempfile::tempdir().unwrap();
+    let length = if arguments::is_quick() { QUICK } else { FULL };
+
+    let mut rows = Vec::new();
+    for comparison in COMPARISONS {
+        for (name, experiment) in EXPERIMENTS {
+            let name = format!("contended/{}/{name}", comparison.ours.name);
+            if name.contains(&filter) {
+                println!("{name}");
+                rows.extend(experiment(comparison, folder.path(), &length));
+            }
+        }
+    }
+    if "contended/FileLock/timed-wait".contains(&filter) {
+        println!("contended/FileLock/timed-wait");
+        rows.push(timed_wait(folder.path(), length.wait));
+    }
+    table::print(&rows);
+}
+
+/// What a child does.
+fn play(part: &[String]) {
+    let [part, contender, folder, number] = part else { panic!("a child needs its part") };
+    let mut hold = (Contender::by_name(contender).open)(folder.as_ref());
+    let number = number.parse().expect("the parent sends a number");
+    let mut parent = Peer::parent();
+    match &**part {
+        HAND_OVER => hand_over_child(&mut hold, number, &mut parent),
+        CROWD => crowd_child(&mut hold, &mut parent),
+        WAITER => waiter(&mut hold, &mut parent),
+        VICTIM => victim(&mut hold, &mut parent),
+        _ => panic!("no part is called {part}"),
+    }
+}
+
+impl Comparison {
+    fn row(&self, what: &str, ours: Value, theirs: Value, bound: Bound) -> Row {
+        Row { name: format!("{}, {what}", self.ours.name), ours, peer: self.peer.name, theirs, bound }
+    }
+
+    /// Measures blocks, ours and the peer's in turns.
+    fn in_turns<T>(&self, blocks: u32, mut measure: impl FnMut(&Contender) -> Vec<T>) -> [Vec<T>; 2] {
+        let mut all = [Vec::new(), Vec::new()];
+        for _ in 0..blocks {
+            for (contender, all) in [self.ours, self.peer].into_iter().zip(&mut all) {
+                all.extend(measure(contender));
+            }
+        }
+        all
+    }
+
+    fn hand_over(&self, folder: &Path, length: &Length) -> Vec<Row> {
+        let (blocks, turns) = length.hand_over;
+        let times = self.in_turns(blocks, |contender| hand_overs(contender, folder, turns));
+        let [[ours, our_tail], [theirs, their_tail]] =
+            times.map(|mut times| [table::median(&mut times), table::quantile(&mut times, 0.99)].map(Value::Time));
+        vec![
+            self.row("hand-over, median", ours, theirs, self.hand_over),
+            self.row("hand-over, p99", our_tail, their_tail, Bound::None),
+        ]
+    }
+
+    fn crowd(&self, folder: &Path, length: &Length) -> Vec<Row> {
+        let (blocks, time) = length.crowd;
+        let sum = |shares: Vec<Share>| {
+            let taken: u64 = shares.iter().map(|share| share.taken).sum();
+            let longest = shares.iter().map(|share| share.longest_wait).max().unwrap_or_default();
+            [Value::Time(longest), Value::Rate(taken as f64 / (time * blocks).as_secs_f64())]
+        };
+        let shares = self.in_turns(blocks, |contender| crowd(contender, folder, time));
+        let [[ours, our_rate], [theirs, their_rate]] = shares.map(sum);
+        vec![
+            self.row(&format!("{CROWD_SIZE} processes, longest wait"), ours, theirs, self.longest_wait),
+            self.row(&format!("{CROWD_SIZE} processes, throughput"), our_rate, their_rate, Bound::None),
+        ]
+    }
+
+    fn death(&self, folder: &Path, length: &Length) -> Vec<Row> {
+        let mut waiters = [self.ours, self.peer].map(|contender| contender.spawn(WAITER, folder, 0));
+        let mut times = [Vec::new(), Vec::new()];
+        for _ in 0..length.deaths {
+            for ((contender, waiter), times) in [self.ours, self.peer].iter().zip(&mut waiters).zip(&mut times) {
+                times.push(death(contender, folder, waiter));
+            }
+        }
+        let [ours, theirs] = times.map(|mut times| Value::Time(table::median(&mut times)));
+        vec![self.row("after SIGKILL of the holder, median", ours, theirs, self.death)]
+    }
+}
+
+/// Says a child that does nothing from here on but what it was started for.
+const READY: &str = "ready";
+/// Says a process that has just taken the lock.
+const TAKEN: &str = "taken";
+
+const HAND_OVER: &str = "hand-over";
+
+/// When a process had the lock, and when it was about to release it.
+struct Turn {
+    acquired: u64,
+    released: u64,
+}
+
+fn hand_overs(contender: &Contender, folder: &Path, turns: u64) -> Vec<Duration> {
+    let mut hold = (contender.open)(folder);
+    let mut child = contender.spawn(HAND_OVER, folder, turns);
+    child.expect(READY);
+    let mut mine = Vec::new();
+    for _ in 0..turns {
+        mine.push(take_turn(&mut hold, &mut child));
+        child.expect(TAKEN);
+    }
+    let theirs: Vec<Turn> = (0..turns)
+        .map(|_| {
+            let [acquired, released] = child.hear_numbers();
+            Turn { acquired, released }
+        })
+        .collect();
+    // Mine, theirs, mine, theirs; the last of theirs was handed to nobody.
+    let order: Vec<Turn> = mine.into_iter().zip(theirs).flat_map(|(mine, theirs)| [mine, theirs]).collect();
+    let time = |from: u64, to: u64| to.checked_sub(from).expect("one process at a time holds the lock");
+    order.windows(2).map(|pair| Duration::from_nanos(time(pair[0].released, pair[1].acquired))).collect()
+}
+
+fn hand_over_child(hold: &mut Hold, turns: u64, parent: &mut Peer) {
+    parent.say(READY);
+    let mine: Vec<Turn> = (0..turns)
+        .map(|_| {
+            parent.expect(TAKEN);
+            take_turn(hold, parent)
+        })
+        .collect();
+    for Turn { acquired, released } in mine {
+        parent.say(format_args!("{acquired} {released}"));
+    }
+}
+
+/// Waits for the lock and holds it until the other process waits for it in its turn. The other starts to wait only
+/// when it hears that the lock is held, since a lock that makes no queue would otherwise often go back to the process
+/// that has just released it.
+fn take_turn(hold: &mut Hold, other: &mut Peer) -> Turn {
+    let mut turn = Turn { acquired: 0, released: 0 };
+    hold(&mut || {
+        turn.acquired = now();
+        other.say(TAKEN);
+        other.wait_until_asleep();
+        turn.released = now();
+    });
+    turn
+}
+
+const CROWD: &str = "crowd";
+const CROWD_SIZE: usize = 64;
+/// How long each of the crowd holds the lock.
+const CROWD_HOLD: Duration = Duration::from_micros(20);
+
+/// What one process of the crowd got.
+struct Share {
+    taken: u64,
+    longest_wait: Duration,
+}
+
+fn crowd(contender: &Contender, folder: &Path, time: Duration) -> Vec<Share> {
+    let mut children: Vec<Peer> = (0..CROWD_SIZE).map(|_| contender.spawn(CROWD, folder, 0)).collect();
+    for child in &mut children {
+        child.expect(READY);
+    }
+    // Late enough that all have heard of it.
+    let start = now() + 20_000_000;
+    let end = start + time.as_nanos() as u64;
+    for child in &mut children {
+        child.say(format_args!("{start} {end}"));
+    }
+    children
+        .iter_mut()
+        .map(|child| {
+            let [taken, longest_wait] = child.hear_numbers();
+            Share { taken, longest_wait: Duration::from_nanos(longest_wait) }
+        })
+        .collect()
+}
+
+/// A wait that goes on at the end still counts: for the longest wait with all of its length, for the throughput not at
+/// all.
+fn crowd_child(hold: &mut Hold, parent: &mut Peer) {
+    parent.say(READY);
+    let [start, end] = parent.hear_numbers();
+    std::thread::sleep(Duration::from_nanos(start.saturating_sub(now())));
+    let (mut taken, mut longest_wait) = (0_u64, 0);
+    let mut asked = now();
+    while asked < end {
+        hold(&mut || {
+            let acquired = now();
+            longest_wait = longest_wait.max(acquired - asked);
+            if acquired < end {
+                taken += 1;
+                spin(CROWD_HOLD);
+            }
+        });
+        asked = now();
+    }
+    parent.say(format_args!("{taken} {longest_wait}"));
+}
+
+/// The processor time that a wait for a held lock takes of this thread until it gives up.
+fn timed_wait(folder: &Path, limit: Duration) -> Row {
+    let busy = |wait: &dyn Fn()| {
+        let used = || Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).expect("it is not negative");
+        let before = used();
+        wait();
+        Value::Time(used() - before)
+    };
+    let lock = FileLock::new(folder.join("waited-for"));
+    let _held = lock.lock().unwrap();
+    let file = File::open(lock.path()).unwrap();
+    Row {
+        name: format!("FileLock, waiting {limit:?}, processor time"),
+        ours: busy(&|| assert!(lock.lock_for(limit).is_err_and(|error| error.is_timeout()))),
+        peer: "poll every 1 ms",
+        theirs: busy(&|| {
+            let end = Instant::now() + limit;
+            while Instant::now() < end {
+                assert!(flock(&file, FlockOperation::NonBlockingLockExclusive).is_err());
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }),
+        bound: Bound::Time(limit / 100),
+    }
+}
+
+const WAITER: &str = "waiter";
+const VICTIM: &str = "victim";
+
+fn death(contender: &Contender, folder: &Path, waiter: &mut Peer) -> Duration {
+    let mut holder = contender.spawn(VICTIM, folder, 0);
+    holder.expect(TAKEN);
+    waiter.say("wait");
+    waiter.wait_until_asleep();
+    let killed = now();
+    holder.kill();
+    let [acquired] = waiter.hear_numbers();
+    Duration::from_nanos(acquired.checked_sub(killed).expect("the lock was held until the kill"))
+}
+
+fn victim(hold: &mut Hold, parent: &mut Peer) {
+    hold(&mut || {
+        parent.say(TAKEN);
+        // Nothing comes: the kill does, or the end of the parent.
+        parent.hear();
+    });
+}
+
+fn waiter(hold: &mut Hold, parent: &mut Peer) -> ! {
+    loop {
+        parent.hear();
+        let mut acquired = 0;
+        hold(&mut || acquired = now());
+        parent.say(acquired);
+    }
+}

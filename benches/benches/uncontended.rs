@@ -1,0 +1,250 @@
+//! Taking and giving back a lock that nobody else wants, and looking at one, beside what the peers take for it.
+//!
+//! Criterion runs every contender on its own. On a machine whose speed changes from one second to the next, numbers
+//! that were taken one after the other make no ratio; so the contenders of a comparison are then measured again, in
+//! short blocks that take turns, and the table shows the medians of these blocks.
+//!
+//! A further row is one more contender, or comparison, in [`comparisons`].
+
+use std::fs::File;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use criterion::{BenchmarkGroup, Criterion, measurement::WallTime};
+use lockkit::{Backend, FileLock, NamedLock, PidFile};
+use lockkit_benches::arguments;
+use lockkit_benches::table::{self, Bound, Row, Value};
+use rustix::fs::{FlockOperation, flock};
+use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+const NAME: &str = "lockkit-bench-uncontended";
+
+/// What is compared: one lock of ours with peers that do the same, or less.
+struct Comparison {
+    ours: Contender,
+    peers: Vec<(Contender, Bound)>,
+}
+
+fn comparisons(folder: &Path) -> Vec<Comparison> {
+    let file = |name: &str| folder.join(name);
+    vec![
+        Comparison {
+            ours: named("NamedLock", Backend::Auto),
+            peers: vec![(bare_socket(), Bound::Ratio(1.2)), (single_instance(), Bound::Ratio(1.2))],
+        },
+        Comparison {
+            ours: file_lock(&file("file-lock")),
+            peers: vec![
+                (named_lock(&file("named-lock")), Bound::Ratio(1.25)),
+                (fd_lock(&file("fd-lock")), Bound::Ratio(1.35)),
+                (bare_flock(&file("flock")), Bound::None),
+            ],
+        },
+        Comparison {
+            ours: pid_file(&file("ours.pid")),
+            peers: vec![
+                (fslock_with_pid(&file("fslock.pid")), Bound::Ratio(0.2)),
+                (file_written_and_removed(&file("bare.pid")), Bound::Time(Duration::from_micros(40))),
+            ],
+        },
+        Comparison {
+            ours: inspect(&file("held.pid")),
+            peers: vec![(file_read(&file("read.pid")), Bound::Time(Duration::from_micros(60)))],
+        },
+        Comparison {
+            ours: named("NamedLock, Backend::File", Backend::File),
+            peers: vec![
+                (named_lock(&file("named-lock")), Bound::None),
+                (fd_lock(&file("fd-lock")), Bound::None),
+                (fslock(&file("fslock")), Bound::None),
+            ],
+        },
+    ]
+}
+
+fn named(title: &'static str, backend: Backend) -> Contender {
+    let lock = NamedLock::builder(NAME).backend(backend).build().unwrap();
+    Contender::new(title, move || drop(lock.lock().unwrap()))
+}
+
+fn file_lock(path: &Path) -> Contender {
+    let lock = FileLock::new(path);
+    Contender::new("FileLock", move || drop(lock.lock().unwrap()))
+}
+
+fn pid_file(path: &Path) -> Contender {
+    let lock = PidFile::new(path).unwrap();
+    Contender::new("PidFile", move || drop(lock.lock().unwrap()))
+}
+
+/// A look at a file that a living process wrote without lockkit, which is the dearest.
+fn inspect(path: &Path) -> Contender {
+    std::fs::write(path, format!("{}\n", std::process::id())).unwrap();
+    let path = path.to_owned();
+    Contender::new("PidFile::inspect", move || drop(PidFile::inspect(&path).unwrap()))
+}
+
+fn file_read(path: &Path) -> Contender {
+    std::fs::write(path, format!("{}\n", std::process::id())).unwrap();
+    let path = path.to_owned();
+    Contender::new("reading a file", move || drop(std::fs::read(&path).unwrap()))
+}
+
+/// What a pidfile costs without any lock.
+fn file_written_and_removed(path: &Path) -> Contender {
+    let path = path.to_owned();
+    Contender::new("file made, removed", move || {
+        std::fs::write(&path, "12345\n").unwrap();
+        std::fs::remove_file(&path).unwrap();
+    })
+}
+
+/// The least that taking a name and listening there can cost.
+fn bare_socket() -> Contender {
+    let address = SocketAddrUnix::new_abstract_name(b"lockkit-bench-bare-socket").unwrap();
+    Contender::new("bare socket", move || {
+        let flags = SocketFlags::CLOEXEC;
+        let socket = net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        net::bind(&socket, &address).unwrap();
+        net::listen(&socket, 4096).unwrap();
+    })
+}
+
+fn single_instance() -> Contender {
+    Contender::new("single-instance", || {
+        let instance = single_instance::SingleInstance::new("lockkit-bench-single-instance").unwrap();
+        assert!(instance.is_single());
+    })
+}
+
+fn named_lock(path: &Path) -> Contender {
+    let lock = named_lock::NamedLock::with_path(path).unwrap();
+    Contender::new("named-lock", move || drop(lock.lock().unwrap()))
+}
+
+fn fd_lock(path: &Path) -> Contender {
+    let mut lock = fd_lock::RwLock::new(File::create(path).unwrap());
+    Contender::new("fd-lock", move || drop(lock.write().unwrap()))
+}
+
+/// As `File::lock` of the standard library does, which is younger than the oldest compiler that this is for.
+fn bare_flock(path: &Path) -> Contender {
+    let file = File::create(path).unwrap();
+    Contender::new("bare flock", move || {
+        flock(&file, FlockOperation::LockExclusive).unwrap();
+        flock(&file, FlockOperation::Unlock).unwrap();
+    })
+}
+
+fn fslock_with_pid(path: &Path) -> Contender {
+    let mut lock = fslock::LockFile::open(path).unwrap();
+    Contender::new("fslock, with pid", move || {
+        lock.lock_with_pid().unwrap();
+        lock.unlock().unwrap();
+    })
+}
+
+fn fslock(path: &Path) -> Contender {
+    let mut lock = fslock::LockFile::open(path).unwrap();
+    Contender::new("fslock", move || {
+        lock.lock().unwrap();
+        lock.unlock().unwrap();
+    })
+}
+
+/// A lock that can be taken and given back.
+struct Contender {
+    name: &'static str,
+    /// Does so many times. The loop is inside, so that the cost of the call is none of a cycle's.
+    repeat: Box<dyn FnMut(u64)>,
+}
+
+impl Contender {
+    fn new(name: &'static str, mut cycle: impl FnMut() + 'static) -> Self {
+        let repeat = move |times| {
+            for _ in 0..times {
+                cycle();
+            }
+        };
+        Self { name, repeat: Box::new(repeat) }
+    }
+
+    fn time(&mut self, cycles: u64) -> Duration {
+        let start = Instant::now();
+        (self.repeat)(cycles);
+        start.elapsed()
+    }
+
+    /// Lets criterion measure it; says whether criterion was asked to.
+    fn bench(&mut self, group: &mut BenchmarkGroup<'_, WallTime>) -> bool {
+        let mut asked = false;
+        group.bench_function(self.name, |bencher| {
+            asked = true;
+            bencher.iter_custom(|cycles| self.time(cycles));
+        });
+        asked
+    }
+}
+
+impl Comparison {
+    /// The rows for our lock and each of its peers, the blocks of all of them taking turns.
+    fn rows(mut self, length: Length) -> Vec<Row> {
+        let mut contenders: Vec<&mut Contender> =
+            std::iter::once(&mut self.ours).chain(self.peers.iter_mut().map(|(peer, _)| peer)).collect();
+        let mut blocks = vec![Vec::new(); contenders.len()];
+        let slowest = contenders.iter_mut().map(|contender| contender.time(8) / 8).max().unwrap_or_default();
+        let cycles = (length.block.as_nanos() / slowest.as_nanos().max(1)).max(1) as u64;
+        for _ in 0..length.blocks {
+            for (contender, blocks) in contenders.iter_mut().zip(&mut blocks) {
+                blocks.push(contender.time(cycles));
+            }
+        }
+        let mut cycles = blocks.iter_mut().map(|blocks| Value::Time(table::median(blocks) / cycles as u32));
+        let ours = cycles.next().expect("there is one of ours");
+        self.peers
+            .iter()
+            .zip(cycles)
+            .map(|((peer, bound), theirs)| Row {
+                name: self.ours.name.to_owned(),
+                ours,
+                peer: peer.name,
+                theirs,
+                bound: *bound,
+            })
+            .collect()
+    }
+}
+
+/// How long the blocks are, and how many.
+#[derive(Clone, Copy)]
+struct Length {
+    blocks: u32,
+    /// How long the slowest contender's may be.
+    block: Duration,
+}
+
+fn main() {
+    let _alone = lockkit_benches::alone();
+    let folder = tempfile::tempdir().unwrap();
+    let mut criterion = Criterion::default()
+        .warm_up_time(Duration::from_millis(500))
+        .measurement_time(Duration::from_secs(2))
+        .configure_from_args();
+    let length = match arguments::is_quick() {
+        true => Length { blocks: 5, block: Duration::from_millis(1) },
+        false => Length { blocks: 150, block: Duration::from_millis(6) },
+    };
+
+    let mut rows = Vec::new();
+    for mut comparison in comparisons(folder.path()) {
+        let mut group = criterion.benchmark_group("uncontended");
+        let ours = comparison.ours.bench(&mut group);
+        comparison.peers.retain_mut(|(peer, _)| peer.bench(&mut group));
+        group.finish();
+        if ours {
+            rows.extend(comparison.rows(length));
+        }
+    }
+    criterion.final_summary();
+    table::print(&rows);
+}

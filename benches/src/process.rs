@@ -1,0 +1,163 @@
+//! The processes of a bench: a program starts itself again as its own children, and talks with them in lines.
+//!
+//! A child is told its part by its arguments: [`Peer::spawn`] there is [`part`] here. The two ends are alike from then
+//! on: each is a [`Peer`] of the other. A child does not outlive its parent by much: the parent's ends of the pipes close
+//! with it, and the child ends when it next says or hears something.
+
+use std::env;
+use std::fmt::Display;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write, stdin, stdout};
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::parent_id;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Goes in front of a child's part.
+const CHILD: &str = "--child";
+
+/// How long a process is left alone once it is seen to sleep: the kernel says so a little before it does.
+const SETTLE: Duration = Duration::from_micros(50);
+
+/// The process at the other end of a pair of pipes.
+pub struct Peer {
+    reader: Box<dyn BufRead>,
+    writer: Box<dyn Write>,
+    /// What the kernel says of its state.
+    stat: File,
+    /// Unless it is the parent.
+    child: Option<Child>,
+}
+
+impl Peer {
+    /// Starts this program again, as a child with the given part.
+    ///
+    /// # Panics
+    /// When the system has no room for a process.
+    pub fn spawn(part: &[&str]) -> Self {
+        let program = env::current_exe().expect("the program has a path");
+        let mut child = Command::new(program)
+            .arg(CHILD)
+            .args(part)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("a child can be started");
+        let reader = Box::new(BufReader::new(child.stdout.take().expect("it is piped")));
+        let writer = Box::new(child.stdin.take().expect("it is piped"));
+        Self { reader, writer, stat: stat(child.id()), child: Some(child) }
+    }
+
+    /// The parent of this child.
+    pub fn parent() -> Self {
+        let reader = Box::new(BufReader::new(stdin()));
+        Self { reader, writer: Box::new(stdout()), stat: stat(parent_id()), child: None }
+    }
+
+    /// Sends a line.
+    ///
+    /// # Panics
+    /// When it is a child and has ended. A child whose parent has ended ends here.
+    pub fn say(&mut self, line: impl Display) {
+        if writeln!(self.writer, "{line}").and_then(|()| self.writer.flush()).is_err() {
+            self.has_ended();
+        }
+    }
+
+    /// Waits for a line.
+    ///
+    /// # Panics
+    /// As [`say`](Self::say).
+    pub fn hear(&mut self) -> String {
+        let mut line = String::new();
+        match self.reader.read_line(&mut line) {
+            Ok(length) if length > 0 => line.trim_end().to_owned(),
+            _ => self.has_ended(),
+        }
+    }
+
+    /// Waits for just this line.
+    ///
+    /// # Panics
+    /// When another one comes, and as [`say`](Self::say).
+    pub fn expect(&mut self, line: &str) {
+        assert_eq!(self.hear(), line, "the processes are out of step");
+    }
+
+    fn has_ended(&self) -> ! {
+        match &self.child {
+            Some(child) => panic!("the child {} has ended early", child.id()),
+            // Quietly: whatever ended the parent was told by the parent, or meant all of them.
+            None => std::process::exit(1),
+        }
+    }
+
+    /// Waits for a line of numbers.
+    ///
+    /// # Panics
+    /// When anything else comes, and as [`say`](Self::say).
+    pub fn hear_numbers<const N: usize>(&mut self) -> [u64; N] {
+        let line = self.hear();
+        let numbers: Vec<u64> = line.split(' ').map(|word| word.parse().expect("a number")).collect();
+        numbers.try_into().expect("as many numbers as were agreed")
+    }
+
+    /// Waits until the other process sleeps, be it in a pipe or in a lock, and a moment longer. It returns as well
+    /// when the other has ended.
+    pub fn wait_until_asleep(&self) {
+        while self.is_awake() {
+            std::hint::spin_loop();
+        }
+        spin(SETTLE);
+    }
+
+    /// By the third field of proc_pid_stat(5). The second one, the name in parentheses, may hold anything.
+    fn is_awake(&self) -> bool {
+        let mut line = [0; 512];
+        let Ok(length) = self.stat.read_at(&mut line, 0) else { return false };
+        let name_ends = line[..length].iter().rposition(|byte| *byte == b')').unwrap_or_default();
+        // D is a wait that ends by itself, such as for a page.
+        matches!(line.get(name_ends + 2), Some(b'R' | b'D'))
+    }
+
+    /// Sends a child SIGKILL. Does nothing to a parent.
+    pub fn kill(&mut self) {
+        if let Some(child) = &mut self.child {
+            // It fails when the child was waited for, and so is gone.
+            let _ = child.kill();
+        }
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        self.kill();
+        if let Some(child) = &mut self.child {
+            let _ = child.wait();
+        }
+    }
+}
+
+fn stat(pid: u32) -> File {
+    File::open(format!("/proc/{pid}/stat")).expect("/proc shows the processes")
+}
+
+/// What [`Peer::spawn`] told this process to do, if it is a child.
+pub fn part() -> Option<Vec<String>> {
+    let mut arguments = env::args().skip(1);
+    (arguments.next()? == CHILD).then(|| arguments.collect())
+}
+
+/// Nanoseconds on a clock that all processes share.
+pub fn now() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+/// Keeps the processor busy: a sleep this short would take far longer.
+pub fn spin(time: Duration) {
+    let start = Instant::now();
+    while start.elapsed() < time {
+        std::hint::spin_loop();
+    }
+}

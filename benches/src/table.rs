@@ -1,0 +1,131 @@
+//! The table at the end of a bench program: our number beside a peer's, and whether the bound on it held.
+
+use std::fmt;
+use std::time::Duration;
+
+/// A measured number.
+#[derive(Clone, Copy, Debug)]
+pub enum Value {
+    /// How long something takes; less is better.
+    Time(Duration),
+    /// How often something happens in a second; more is better.
+    Rate(f64),
+}
+
+impl Value {
+    fn number(self) -> f64 {
+        match self {
+            Self::Time(time) => time.as_secs_f64(),
+            Self::Rate(rate) => rate,
+        }
+    }
+}
+
+impl fmt::Display for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (number, unit) = match *self {
+            Self::Time(time) => match time.as_secs_f64() {
+                seconds if seconds < 1e-6 => (seconds * 1e9, "ns"),
+                seconds if seconds < 1e-3 => (seconds * 1e6, "us"),
+                seconds if seconds < 1.0 => (seconds * 1e3, "ms"),
+                seconds => (seconds, "s"),
+            },
+            Self::Rate(rate) => (rate, "/s"),
+        };
+        let decimals = match number {
+            ..10.0 => 2,
+            ..100.0 => 1,
+            _ => 0,
+        };
+        f.pad(&format!("{number:.decimals$} {unit}"))
+    }
+}
+
+/// What our number may be.
+#[derive(Clone, Copy, Debug)]
+pub enum Bound {
+    /// At most this many times the peer's.
+    Ratio(f64),
+    /// At most this long, whatever the peer does.
+    Time(Duration),
+    /// Anything: the row is there for the picture.
+    None,
+}
+
+/// One line of the table.
+#[derive(Debug)]
+pub struct Row {
+    /// What was measured.
+    pub name: String,
+    /// Our number.
+    pub ours: Value,
+    /// Whose number stands beside it.
+    pub peer: &'static str,
+    /// The peer's number.
+    pub theirs: Value,
+    /// What ours may be.
+    pub bound: Bound,
+}
+
+impl Row {
+    fn ratio(&self) -> f64 {
+        self.ours.number() / self.theirs.number()
+    }
+
+    fn held(&self) -> Option<bool> {
+        match self.bound {
+            Bound::Ratio(most) => Some(self.ratio() <= most),
+            Bound::Time(most) => Some(self.ours.number() <= most.as_secs_f64()),
+            Bound::None => None,
+        }
+    }
+}
+
+impl fmt::Display for Row {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let bound = match self.bound {
+            Bound::Ratio(most) => format!("{most:.2}"),
+            Bound::Time(most) => Value::Time(most).to_string(),
+            Bound::None => "-".to_owned(),
+        };
+        let verdict = match self.held() {
+            Some(true) => "held",
+            Some(false) => "behind",
+            None => "-",
+        };
+        let Self { name, ours, peer, theirs, .. } = self;
+        let ratio = self.ratio();
+        write!(f, "{name:<46} {ours:>10}   {peer:<17} {theirs:>10}   {ratio:>5.2}   {bound:>7}   {verdict}")
+    }
+}
+
+/// Prints the rows, if there are any.
+pub fn print(rows: &[Row]) {
+    if rows.is_empty() {
+        return;
+    }
+    let heading = ["row", "ours", "peer", "", "ratio", "bound", "verdict"];
+    let [row, ours, peer, theirs, ratio, bound, verdict] = heading;
+    println!("\n{row:<46} {ours:>10}   {peer:<17} {theirs:>10}   {ratio:>5}   {bound:>7}   {verdict}");
+    for row in rows {
+        println!("{row}");
+    }
+    println!();
+}
+
+/// The time that half of `times` are below.
+///
+/// # Panics
+/// When there are none.
+pub fn median(times: &mut [Duration]) -> Duration {
+    quantile(times, 0.5)
+}
+
+/// The time that the `part` of `times` are below, such as 0.99 of them.
+///
+/// # Panics
+/// When there are none.
+pub fn quantile(times: &mut [Duration], part: f64) -> Duration {
+    let at = ((times.len() - 1) as f64 * part) as usize;
+    *times.select_nth_unstable(at).1
+}

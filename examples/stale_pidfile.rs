@@ -1,0 +1,103 @@
+//! Walks a folder, /run unless told otherwise, and says of each pidfile whether its process still lives, and why.
+//!
+//! ```text
+//! $ cargo run --example stale_pidfile -- /run
+//! PATH                PID   PROGRAM  STATE   WHY
+//! /run/crond.pid      812   cron     alive   runs, and wrote it 2026-11-20 17:03:11 UTC
+//! ```
+//! It changes nothing and disturbs nobody. It exits with 1 when it found one that is not alive.
+
+use std::error::Error;
+use std::fs;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use lockkit::{Liveness, Owner, PidFile, PidStatus};
+
+/// One line of the table.
+type Row = [String; 5];
+
+fn main() -> Result<ExitCode, Box<dyn Error>> {
+    let folder = std::env::args_os().nth(1).map_or("/run".into(), PathBuf::from);
+    let mut files = Vec::new();
+    find(&std::path::absolute(folder)?, &mut files)?;
+    files.sort();
+    let rows: Vec<Row> = files.iter().filter_map(|path| row(path)).collect();
+    print(&rows)?;
+    Ok(ExitCode::from(u8::from(rows.iter().any(|[_, _, _, state, _]| state != "alive"))))
+}
+
+/// Collects the pidfiles below `folder`, without following links.
+fn find(folder: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        let Ok(kind) = fs::symlink_metadata(&path) else { continue };
+        if kind.is_dir() {
+            if let Err(error) = find(&path, files) {
+                eprintln!("{}: {error}", path.display());
+            }
+        } else if kind.is_file() && path.extension().is_some_and(|extension| extension == "pid") {
+            files.push(path);
+        }
+    }
+    Ok(())
+}
+
+/// What is to be said of the pidfile `path`; nothing if it is gone by now.
+fn row(path: &Path) -> Option<Row> {
+    let line = |owner: Option<&Owner>, state: &str, why: String| {
+        let pid = owner.map_or("-".to_owned(), |owner| owner.pid().to_string());
+        let program = owner.and_then(Owner::program).unwrap_or("-").escape_debug().to_string();
+        Some([path.display().to_string(), pid, program, state.to_owned(), why])
+    };
+    match PidFile::inspect(path) {
+        Ok(PidStatus::Absent) => None,
+        Ok(PidStatus::Running(owner)) => {
+            let why = match owner.liveness() {
+                Liveness::Unknown => "belongs to another host or pid namespace, so it counts as alive".to_owned(),
+                _ => format!("runs: {}", owner.describe()),
+            };
+            line(Some(&owner), "alive", why)
+        }
+        Ok(PidStatus::Stale(owner)) => match Owner::of(owner.pid()) {
+            Some(later) => {
+                let program = later.program().unwrap_or("another program").escape_debug();
+                line(Some(&owner), "reused", format!("its process has ended, and the pid is {program}'s now"))
+            }
+            None => line(Some(&owner), "stale", "its process has ended".to_owned()),
+        },
+        Ok(PidStatus::Invalid { age }) => {
+            let seconds = age.as_secs();
+            line(None, "invalid", format!("written {seconds} s ago, and begins with \"{}\"", beginning(path)))
+        }
+        Err(error) => {
+            let source = error.source().map(|source| format!(": {source}")).unwrap_or_default();
+            line(None, "unknown", format!("{error}{source}"))
+        }
+    }
+}
+
+/// The first few letters of a file, made harmless for a terminal.
+fn beginning(path: &Path) -> String {
+    let mut bytes = Vec::new();
+    // What cannot be read any more begins with nothing.
+    let _ = fs::File::open(path).and_then(|file| file.take(20).read_to_end(&mut bytes));
+    String::from_utf8_lossy(&bytes).escape_debug().to_string()
+}
+
+fn print(rows: &[Row]) -> io::Result<()> {
+    let head = ["PATH", "PID", "PROGRAM", "STATE", "WHY"].map(str::to_owned);
+    let mut widths = [0; 4];
+    for row in [&head].into_iter().chain(rows) {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = cell.chars().count().max(*width);
+        }
+    }
+    let mut out = io::stdout().lock();
+    for [path, pid, program, state, why] in [&head].into_iter().chain(rows) {
+        let [a, b, c, d] = widths;
+        writeln!(out, "{path:<a$}  {pid:>b$}  {program:<c$}  {state:<d$}  {why}")?;
+    }
+    Ok(())
+}

@@ -1,0 +1,116 @@
+//! The example as a user meets it: started once, started twice, killed, started with a bad argument.
+
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// As long as a program that does not wait may take on a busy machine.
+const AT_ONCE: Duration = Duration::from_secs(5);
+
+fn example() -> Command {
+    // Test binaries stand in target/<profile>/deps, examples in target/<profile>/examples.
+    let mut path: PathBuf = std::env::current_exe().unwrap();
+    path.pop();
+    path.set_file_name("examples");
+    path.push(format!("single_instance{}", std::env::consts::EXE_SUFFIX));
+    assert!(path.exists(), "{} is missing: cargo build --example single_instance", path.display());
+    Command::new(path)
+}
+
+/// A running example; killed and reaped when dropped, so that a failed test leaves nothing behind.
+struct Running {
+    child: Child,
+    out: BufReader<ChildStdout>,
+}
+
+impl Running {
+    /// Starts one that works for `time`, and waits until it says that it holds the name.
+    fn start(time: &str) -> Self {
+        let mut child = example().arg(time).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let out = BufReader::new(child.stdout.take().unwrap());
+        let mut running = Self { child, out };
+        let line = running.line();
+        let holds = format!("pid {} holds the name", running.child.id());
+        assert!(line.starts_with(&holds), "{line:?}; is another instance running?");
+        running
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.out.read_line(&mut line).unwrap();
+        line
+    }
+
+    /// SIGKILL, and the end of it.
+    fn kill(mut self) -> u32 {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        self.child.id()
+    }
+
+    /// Waits for the end, and gives what it said on standard error.
+    fn finish(mut self) -> String {
+        assert_eq!(self.line(), "done\n");
+        assert!(self.child.wait().unwrap().success());
+        std::io::read_to_string(self.child.stderr.take().unwrap()).unwrap()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended by now.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn stderr(output: &Output) -> &str {
+    std::str::from_utf8(&output.stderr).unwrap()
+}
+
+/// One test, for the example has one name.
+#[test]
+fn the_example_runs_once_says_who_runs_and_survives_its_own_death() {
+    a_second_start_says_who_runs_and_exits_with_75_at_once();
+    a_start_after_a_kill_succeeds_at_once_and_says_who_died();
+    a_start_after_an_orderly_end_says_nothing_of_it();
+    a_bad_argument_gets_a_clear_error();
+}
+
+fn a_second_start_says_who_runs_and_exits_with_75_at_once() {
+    let first = Running::start("1m");
+    let start = Instant::now();
+    let second = example().output().unwrap();
+    assert!(start.elapsed() < AT_ONCE, "{:?}", start.elapsed());
+    assert_eq!(second.status.code(), Some(75));
+    assert_eq!(second.stdout, b"");
+    let said = stderr(&second);
+    assert!(said.starts_with("lockkit-example is already running: pid "), "{said:?}");
+    assert!(said.contains(&format!("pid {} (single_instance), since 2", first.child.id())), "{said:?}");
+    assert!(said.ends_with(" ago)\n"), "{said:?}");
+    assert_eq!(said.lines().count(), 1, "{said:?}");
+    first.kill();
+}
+
+fn a_start_after_a_kill_succeeds_at_once_and_says_who_died() {
+    let killed = Running::start("1m").kill();
+    let start = Instant::now();
+    let next = Running::start("1ms");
+    assert!(start.elapsed() < AT_ONCE, "{:?}", start.elapsed());
+    let said = next.finish();
+    let died = format!("lockkit-example: the last owner died without releasing it: pid {killed} (single_instance)");
+    assert!(said.starts_with(&died), "{said:?}");
+    assert_eq!(said.lines().count(), 1, "{said:?}");
+}
+
+fn a_start_after_an_orderly_end_says_nothing_of_it() {
+    Running::start("0s").finish();
+    assert_eq!(Running::start("0s").finish(), "");
+}
+
+fn a_bad_argument_gets_a_clear_error() {
+    let output = example().arg("soon").output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("\"soon\" is no time to work"), "{}", stderr(&output));
+}

@@ -1,0 +1,65 @@
+//! Runs the example on a folder with one pidfile of each sort.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, SystemTime};
+
+use lockkit::PidFile;
+
+/// The example `name`, beside the test that runs.
+fn example(name: &str) -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let examples = test.ancestors().map(|folder| folder.join("examples").join(name));
+    examples.into_iter().find(|path| path.is_file()).unwrap_or_else(|| panic!("{name} is not built"))
+}
+
+/// Longer ago than the clocks of a file and a process may differ.
+fn backdate(path: &Path) {
+    let file = File::options().write(true).open(path).unwrap();
+    file.set_modified(SystemTime::now() - Duration::from_secs(120)).unwrap();
+}
+
+#[test]
+fn each_pidfile_of_a_folder_gets_a_line_that_says_why() {
+    let folder = std::env::temp_dir().join(format!("lockkit-example-stale-pidfile-{}", std::process::id()));
+    fs::create_dir_all(folder.join("below")).unwrap();
+    let mut daemon = Command::new("sleep").arg("600").stdin(Stdio::null()).spawn().unwrap();
+    let write = |name: &str, text: String| fs::write(folder.join(name), text).unwrap();
+    let held = PidFile::new(folder.join("below/held.pid")).unwrap().lock().unwrap();
+    write("alive.pid", format!("{}\n", daemon.id()));
+    write("dead.pid", "4194304\n".to_owned());
+    write("reused.pid", format!("{}\n", daemon.id()));
+    backdate(&folder.join("reused.pid"));
+    write("invalid.pid", "12 \u{1b}x\n".to_owned());
+    write("notes.txt", "1\n".to_owned());
+
+    let output = Command::new(example("stale_pidfile")).arg(&folder).output().unwrap();
+    let table = String::from_utf8(output.stdout).unwrap();
+    println!("{table}");
+    let lines: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
+    let (me, daemon_pid) = (std::process::id().to_string(), daemon.id().to_string());
+    let line = |name: &str| {
+        let path = folder.join(name).display().to_string();
+        lines.iter().find(|line| line[0] == path).unwrap_or_else(|| panic!("no line for {name}"))
+    };
+    assert_eq!(lines[0], ["PATH", "PID", "PROGRAM", "STATE", "WHY"]);
+    assert_eq!(line("below/held.pid")[1], me);
+    assert_eq!(line("below/held.pid")[3], "alive");
+    assert_eq!(line("alive.pid")[1..4], [daemon_pid.as_str(), "sleep", "alive"]);
+    assert_eq!(line("dead.pid")[1..4], ["4194304", "-", "stale"]);
+    assert_eq!(line("invalid.pid")[1..4], ["-", "-", "invalid"]);
+    assert!(!table.contains('\u{1b}') && !table.contains("notes.txt"));
+    let uptime = fs::read_to_string("/proc/uptime").unwrap();
+    match uptime.split('.').next().unwrap().parse::<u64>().unwrap() {
+        0..300 => println!("left out: the system started so recently that the file would seem older"),
+        _ => assert_eq!(line("reused.pid")[1..4], [daemon_pid.as_str(), "-", "reused"]),
+    }
+    assert_eq!(lines.len(), 6);
+    assert_eq!(output.status.code(), Some(1));
+
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
+    drop(held);
+    fs::remove_dir_all(folder).unwrap();
+}

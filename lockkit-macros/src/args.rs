@@ -1,0 +1,172 @@
+//! The arguments of the attribute: the name, then `key = value` in any order.
+
+use std::time::Duration;
+
+use proc_macro2::Span;
+use syn::ext::IdentExt;
+use syn::parse::{Parse, ParseStream};
+use syn::{Error, Expr, ExprLit, ExprPath, Ident, Lit, Result, Token};
+
+/// What the attribute was told.
+pub(crate) struct Args {
+    /// A constant expression, to be checked where it is used.
+    pub(crate) name: Expr,
+    pub(crate) scope: Option<Scope>,
+    pub(crate) wait: Option<Wait>,
+    pub(crate) exit_code: Option<ExitCode>,
+    /// `fn(lockkit::Error) -> R`, where `R` is what the function returns.
+    pub(crate) on_held: Option<ExprPath>,
+    /// `fn(&lockkit::Recovered)`.
+    pub(crate) on_recovered: Option<ExprPath>,
+}
+
+/// `scope = ...`
+pub(crate) enum Scope {
+    User,
+    Machine,
+}
+
+/// `wait = ...`
+#[derive(Clone, Copy)]
+pub(crate) enum Wait {
+    Forever,
+    AtMost(Duration),
+}
+
+/// `exit_code = ...`
+pub(crate) struct ExitCode {
+    /// Where it stands, for it does not fit every function.
+    pub(crate) key: Ident,
+    pub(crate) code: u8,
+}
+
+impl Parse for Args {
+    fn parse(input: ParseStream) -> Result<Self> {
+        let mut args =
+            Self { name: name(input)?, scope: None, wait: None, exit_code: None, on_held: None, on_recovered: None };
+        while !input.is_empty() {
+            input.parse::<Token![,]>()?;
+            if !input.is_empty() {
+                args.read(input)?;
+            }
+        }
+        match &args {
+            Self { exit_code: Some(ExitCode { key, .. }), on_held: Some(_), .. } => Err(Error::new_spanned(
+                key,
+                "`exit_code` has no effect beside `on_held`, whose handler decides; drop one",
+            )),
+            _ => Ok(args),
+        }
+    }
+}
+
+impl Args {
+    /// Reads one `key = value`.
+    fn read(&mut self, input: ParseStream) -> Result<()> {
+        if !input.peek(Ident::peek_any) {
+            return Err(input.error(format!("after the name, {KEYS}")));
+        }
+        let key = Ident::parse_any(input)?;
+        match key.to_string().as_str() {
+            "scope" => set(&mut self.scope, &key, scope(&value(&key, input)?)?),
+            "wait" => set(&mut self.wait, &key, wait(&value(&key, input)?)?),
+            "exit_code" => {
+                let code = exit_code(&value(&key, input)?)?;
+                set(&mut self.exit_code, &key, ExitCode { key: key.clone(), code })
+            }
+            "on_held" => set(
+                &mut self.on_held,
+                &key,
+                handler(&key, value(&key, input)?, "fn(lockkit::Error) -> R` with the `R` that this function returns")?,
+            ),
+            "on_recovered" => {
+                set(&mut self.on_recovered, &key, handler(&key, value(&key, input)?, "fn(&lockkit::Recovered)`")?)
+            }
+            _ => Err(Error::new_spanned(&key, format!("there is no argument `{key}`; {KEYS}"))),
+        }
+    }
+}
+
+const KEYS: &str =
+    "the arguments are `scope`, `wait`, `exit_code`, `on_held` and `on_recovered`, each as `key = value`";
+
+fn name(input: ParseStream) -> Result<Expr> {
+    const MISSING: &str = "the name to hold comes first, as in `#[single_instance(\"com.example.app\")]`";
+    if input.is_empty() {
+        return Err(Error::new(Span::call_site(), MISSING));
+    }
+    if input.peek(Ident::peek_any) && input.peek2(Token![=]) {
+        return Err(input.error(MISSING));
+    }
+    match ungrouped(input.parse()?) {
+        Expr::Lit(ExprLit { lit, .. }) if !matches!(lit, Lit::Str(_)) => {
+            Err(Error::new_spanned(lit, "the name is a string, or a constant that is one"))
+        }
+        name => Ok(name),
+    }
+}
+
+fn value(key: &Ident, input: ParseStream) -> Result<Expr> {
+    let equals = input.parse::<Option<Token![=]>>()?;
+    if equals.is_none() || input.is_empty() || input.peek(Token![,]) {
+        return Err(Error::new_spanned(key, format!("`{key}` needs a value: `{key} = ...`")));
+    }
+    Ok(ungrouped(input.parse()?))
+}
+
+fn set<T>(slot: &mut Option<T>, key: &Ident, value: T) -> Result<()> {
+    match slot.replace(value) {
+        None => Ok(()),
+        Some(_) => Err(Error::new_spanned(key, format!("`{key}` is given twice"))),
+    }
+}
+
+fn scope(value: &Expr) -> Result<Scope> {
+    match text(value).as_deref() {
+        Some("user") => Ok(Scope::User),
+        Some("machine") => Ok(Scope::Machine),
+        _ => Err(Error::new_spanned(value, "`scope` is \"user\" or \"machine\"")),
+    }
+}
+
+fn wait(value: &Expr) -> Result<Wait> {
+    const ALLOWED: &str = "`wait` is \"forever\", or a time such as \"5s\", \"250ms\" or \"2m\"";
+    match text(value).as_deref() {
+        Some("forever") => Ok(Wait::Forever),
+        Some(time) => match humantime::parse_duration(time) {
+            Ok(limit) => Ok(Wait::AtMost(limit)),
+            Err(error) => Err(Error::new_spanned(value, format!("{ALLOWED}: {error}"))),
+        },
+        None => Err(Error::new_spanned(value, ALLOWED)),
+    }
+}
+
+fn exit_code(value: &Expr) -> Result<u8> {
+    let code = match value {
+        Expr::Lit(ExprLit { lit: Lit::Int(number), .. }) => number.base10_parse().ok(),
+        _ => None,
+    };
+    code.ok_or_else(|| Error::new_spanned(value, "`exit_code` is a whole number from 0 to 255"))
+}
+
+fn handler(key: &Ident, value: Expr, kind: &str) -> Result<ExprPath> {
+    match value {
+        Expr::Path(path) => Ok(path),
+        value => Err(Error::new_spanned(value, format!("`{key}` takes the path of a function, `{kind}"))),
+    }
+}
+
+fn text(value: &Expr) -> Option<String> {
+    match value {
+        Expr::Lit(ExprLit { lit: Lit::Str(text), .. }) => Some(text.value()),
+        _ => None,
+    }
+}
+
+/// Without the invisible delimiters around what a `macro_rules!` macro passed in.
+fn ungrouped(mut value: Expr) -> Expr {
+    while let Expr::Group(group) = value {
+        value = *group.expr;
+    }
+    value
+}

@@ -1,0 +1,2 @@
+#[lockkit::single_instance("com.example.app", timeout = "5s")]
+fn main() {}

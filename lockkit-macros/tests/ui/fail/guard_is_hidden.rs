@@ -1,0 +1,5 @@
+#[lockkit::single_instance("com.example.app")]
+fn main() {
+    drop(__guard);
+    println!("{}", __LOCKKIT_NAME);
+}

@@ -1,0 +1,2 @@
+#[lockkit::single_instance("com.example.app", "com.example.other")]
+fn main() {}

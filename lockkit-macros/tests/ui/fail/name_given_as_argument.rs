@@ -1,0 +1,2 @@
+#[lockkit::single_instance(name = "com.example.app")]
+fn main() {}

@@ -1,0 +1,2 @@
+#[lockkit::single_instance]
+fn main() {}

@@ -1,0 +1,2 @@
+#[lockkit::single_instance(scope = "machine")]
+fn main() {}

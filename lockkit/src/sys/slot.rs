@@ -1,0 +1,71 @@
+//! A place for one value, which any thread can put there or take away without waiting.
+//!
+//! One atomic exchange for each, where a mutex takes two; and none that a fork could leave locked.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, Ordering};
+
+/// Empty, or a boxed value.
+pub(crate) struct Slot<T> {
+    /// Null, or from `Box::into_raw`.
+    value: AtomicPtr<T>,
+    owns: PhantomData<Box<T>>,
+}
+
+impl<T> Slot<T> {
+    pub(crate) const fn empty() -> Self {
+        Self { value: AtomicPtr::new(ptr::null_mut()), owns: PhantomData }
+    }
+
+    /// The value, which is then no longer there.
+    pub(crate) fn take(&self) -> Option<Box<T>> {
+        let value = self.value.swap(ptr::null_mut(), Ordering::Acquire);
+        // SAFETY: a pointer that is not null came from `Box::into_raw` in `put`, and the swap gave it to this call alone.
+        (!value.is_null()).then(|| unsafe { Box::from_raw(value) })
+    }
+
+    /// Puts a value there; drops it if there is one already.
+    pub(crate) fn put(&self, value: Box<T>) {
+        let value = Box::into_raw(value);
+        if self.value.compare_exchange(ptr::null_mut(), value, Ordering::Release, Ordering::Relaxed).is_err() {
+            // SAFETY: the exchange failed, so the pointer just made by `Box::into_raw` is still this call's alone.
+            drop(unsafe { Box::from_raw(value) });
+        }
+    }
+}
+
+impl<T> Drop for Slot<T> {
+    fn drop(&mut self) {
+        drop(self.take());
+    }
+}
+
+impl<T> fmt::Debug for Slot<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Slot").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    #[test]
+    fn a_value_is_taken_once_and_a_second_one_is_not_kept() {
+        let (first, second) = (Arc::new(1), Arc::new(2));
+        let slot = Slot::empty();
+        assert!(slot.take().is_none());
+        slot.put(Box::new(first.clone()));
+        slot.put(Box::new(second.clone()));
+        assert_eq!(Arc::strong_count(&second), 1);
+        assert_eq!(slot.take(), Some(Box::new(first.clone())));
+        assert!(slot.take().is_none());
+        slot.put(Box::new(first.clone()));
+        drop(slot);
+        assert_eq!(Arc::strong_count(&first), 1);
+    }
+}

@@ -1,0 +1,58 @@
+//! A daemon: takes the pidfile PATH, forks, and lets the child go on as the owner.
+//!
+//! One command a line, one answer a line: `fork`, then `rewrite` for the child, then `release`.
+//! ORDER says who is first: with `parent` the parent leaves at once, as daemon(3) does; with `child` it waits for word
+//! from the child, and drops its copy of the guard then.
+
+use std::io::{Read, Write};
+
+use lockkit::PidFile;
+use rustix::process::getppid;
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().collect();
+    let [_, path, order] = &arguments[..] else { panic!("daemon PATH ORDER") };
+    let mut lines = std::io::stdin().lines().map_while(Result::ok);
+    let mut expect = |command: &str| match lines.next() {
+        Some(line) => assert_eq!(line, command),
+        None => std::process::exit(0),
+    };
+    let mut guard = PidFile::new(path).and_then(|file| file.try_lock()).expect("free");
+    println!("held");
+    expect("fork");
+    let parent = std::process::id();
+    let (mut word, mut tell) = std::io::pipe().expect("a pipe");
+    match fork::fork().expect("a child") {
+        fork::Fork::Parent(_) => {
+            drop(tell);
+            if order == "child" {
+                word.read_exact(&mut [0]).expect("word from the child");
+                drop(guard);
+            }
+            std::process::exit(0);
+        }
+        fork::Fork::Child => {
+            let orphaned = || {
+                while getppid().is_some_and(|now| now.as_raw_nonzero().get() as u32 == parent) {
+                    std::thread::yield_now();
+                }
+            };
+            if order == "parent" {
+                orphaned();
+            }
+            println!("forked {}", std::process::id());
+            expect("rewrite");
+            guard.rewrite().expect("it is ours");
+            if order == "child" {
+                tell.write_all(&[0]).expect("the parent listens");
+                orphaned();
+            }
+            println!("rewritten");
+            expect("release");
+            guard.verify().expect("it is ours");
+            guard.release().expect("it is ours");
+            println!("released");
+            expect("end");
+        }
+    }
+}

@@ -1,0 +1,355 @@
+//! FileLock: every case of the suite, and what is its own.
+
+use std::fs::{self, File};
+use std::io::{Read, Seek, Write};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Duration;
+
+use lockkit::{CancelToken, Error, ErrorKind, FileLock, Wait};
+use lockkit_tests::{Actor, Belongings, LIVELY, Spec, another_user, sleeps, suite, thread_id, until};
+use tempfile::TempDir;
+
+suite!(exclusive, lockkit_tests::Kind::File);
+
+fn folder() -> TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+/// Runs `work` while another thread waits with `take`, which must then get in.
+fn while_somebody_waits(take: impl FnOnce() + Send, work: impl FnOnce()) {
+    std::thread::scope(|scope| {
+        let (send, thread) = std::sync::mpsc::channel();
+        let waiter = scope.spawn(move || {
+            send.send(thread_id()).unwrap();
+            drop(send);
+            take();
+        });
+        let thread = thread.recv().unwrap();
+        until("the waiter sleeps", || sleeps(std::process::id(), thread));
+        work();
+        waiter.join().unwrap();
+    });
+}
+
+#[test]
+fn readers_share_and_a_writer_waits_for_the_last_of_them() {
+    let folder = folder();
+    let lock = FileLock::new(folder.path().join("lock"));
+    let first = lock.lock_shared().unwrap();
+    let second = lock.try_lock_shared().unwrap();
+    let third = FileLock::new(lock.path()).lock_shared_for(LIVELY).unwrap();
+    assert!(first.is_shared());
+    for reader in [first, second] {
+        assert!(lock.try_lock().unwrap_err().is_held());
+        reader.release().unwrap();
+    }
+    assert!(lock.lock_for(Duration::from_millis(5)).unwrap_err().is_timeout());
+    while_somebody_waits(|| assert!(!lock.lock().unwrap().is_shared()), || drop(third));
+}
+
+#[test]
+fn a_writer_keeps_readers_out_whichever_way_they_wait() {
+    let folder = folder();
+    let lock = FileLock::new(folder.path().join("lock"));
+    let writer = lock.lock().unwrap();
+    assert!(lock.try_lock_shared().unwrap_err().is_held());
+    assert!(lock.lock_shared_for(Duration::from_millis(5)).unwrap_err().is_timeout());
+    let token = CancelToken::new();
+    while_somebody_waits(
+        || {
+            let wait = Wait::forever().or_cancelled(&token);
+            assert!(lock.acquire_shared(&wait).unwrap_err().is_cancelled());
+        },
+        || token.cancel(),
+    );
+    while_somebody_waits(|| drop(lock.lock_shared().unwrap()), || drop(writer));
+}
+
+#[test]
+fn dropping_one_of_two_readers_lets_no_writer_in() {
+    let folder = folder();
+    let spec = Spec::parse(&format!("file:{}", folder.path().join("lock").display()));
+    let lock = FileLock::new(spec.at());
+    let (one, other) = (lock.lock_shared().unwrap(), lock.lock_shared().unwrap());
+    let mut writer = Actor::start(&spec);
+    drop(one);
+    assert!(writer.ask("try").starts_with("error Held"));
+    drop(other);
+    writer.expect("try", "held");
+}
+
+/// `flock`(1) on `path`, with `options`, running `command`.
+fn flock(options: &[&str], path: &Path, command: &[&str]) -> Child {
+    let mut flock = Command::new("flock");
+    flock.args(options).arg(path).args(command).stdin(Stdio::piped()).stdout(Stdio::piped());
+    flock.spawn().expect("flock(1), of util-linux")
+}
+
+fn succeeds(mut child: Child) -> bool {
+    child.wait().unwrap().success()
+}
+
+#[test]
+fn it_works_together_with_the_flock_command_both_ways() {
+    let folder = folder();
+    let path = folder.path().join("lock");
+    let lock = FileLock::new(&path);
+    let guard = lock.lock().unwrap();
+    assert!(!succeeds(flock(&["-n"], &path, &["true"])));
+    assert!(!succeeds(flock(&["-n", "-s"], &path, &["true"])));
+    drop(guard);
+    let guard = lock.lock_shared().unwrap();
+    assert!(!succeeds(flock(&["-n"], &path, &["true"])));
+    assert!(succeeds(flock(&["-n", "-s"], &path, &["true"])));
+    drop(guard);
+    assert!(succeeds(flock(&["-n"], &path, &["true"])));
+
+    for (options, shared_is_free) in [(&["-x"][..], false), (&["-s"][..], true)] {
+        // It says that it is inside, and stays there until its input ends.
+        let mut holder = flock(options, &path, &["sh", "-c", "echo inside; cat"]);
+        let mut output = holder.stdout.take().unwrap();
+        output.read_exact(&mut [0; 7]).unwrap();
+        assert!(lock.try_lock().unwrap_err().is_held());
+        assert_eq!(lock.try_lock_shared().is_ok(), shared_is_free);
+        while_somebody_waits(|| drop(lock.lock().unwrap()), || drop(holder.stdin.take()));
+        assert!(succeeds(holder));
+    }
+}
+
+#[test]
+fn the_guard_reads_and_writes_the_locked_file() {
+    let folder = folder();
+    let lock = FileLock::new(folder.path().join("lock"));
+    lock.lock().unwrap().file().write_all(b"mine").unwrap();
+    let guard = lock.lock_shared().unwrap();
+    let mut text = String::new();
+    guard.file().rewind().unwrap();
+    guard.file().read_to_string(&mut text).unwrap();
+    assert_eq!(text, "mine");
+}
+
+#[test]
+fn a_new_file_has_the_permissions_asked_for_and_an_old_one_keeps_its_own() {
+    let folder = folder();
+    let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o7777;
+    let path = folder.path().join("private");
+    drop(FileLock::new(&path).lock().unwrap());
+    assert_eq!(mode(&path), 0o600);
+    let path = folder.path().join("open");
+    drop(FileLock::new(&path).create_with_mode(0o640).lock().unwrap());
+    assert_eq!(mode(&path), 0o640);
+    drop(FileLock::new(&path).create_with_mode(0o600).lock().unwrap());
+    assert_eq!(mode(&path), 0o640);
+}
+
+#[test]
+fn missing_folders_are_made_only_when_asked() {
+    let folder = folder();
+    let path = folder.path().join("a/b/lock");
+    let error = FileLock::new(&path).lock().unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::Io { action: "create", .. }), "{error}");
+    assert!(error.to_string().contains("a/b/lock"), "{error}");
+    assert_eq!(folder.path().read_dir().unwrap().count(), 0);
+    drop(FileLock::new(&path).create_parents().lock().unwrap());
+    assert!(path.is_file());
+}
+
+#[test]
+fn a_folder_can_be_locked() {
+    let folder = folder();
+    let lock = FileLock::new(folder.path());
+    let guard = lock.lock().unwrap();
+    assert!(lock.try_lock_shared().unwrap_err().is_held());
+    drop(guard);
+    assert!(succeeds(flock(&["-n"], folder.path(), &["true"])));
+}
+
+/// The error's message with what the system said.
+fn text(error: &Error) -> String {
+    format!("{error}: {}", std::error::Error::source(error).map(ToString::to_string).unwrap_or_default())
+}
+
+#[test]
+fn what_cannot_be_locked_is_refused_with_its_path_and_the_reason() {
+    let folder = folder();
+    let at = |name: &str| folder.path().join(name);
+    rustix::fs::mkfifoat(rustix::fs::CWD, at("fifo"), rustix::fs::Mode::from_raw_mode(0o600)).unwrap();
+    symlink("loop", at("loop")).unwrap();
+    fs::write(at("file"), "").unwrap();
+    symlink("nowhere/at/all", at("dangling")).unwrap();
+    for (path, action, because) in [
+        (at("fifo"), "open", "neither a file nor a folder"),
+        ("/dev/null".into(), "open", "neither a file nor a folder"),
+        (at("loop"), "open", "symbolic link"),
+        (at("file/lock"), "open", "Not a directory"),
+        (at("dangling"), "open", "a symlink to a file that does not exist"),
+        (at("missing/lock"), "create", "No such file"),
+        (at(&"x".repeat(300)), "open", "too long"),
+        (at("nul\0byte"), "open", "NUL byte"),
+    ] {
+        let lock = FileLock::new(&path);
+        let error = [lock.lock(), lock.try_lock_shared()].map(Result::unwrap_err).map(|error| text(&error));
+        for error in error {
+            assert!(error.starts_with(&format!("cannot {action} {}", path.display())), "{error}");
+            assert!(error.contains(because), "{error}");
+        }
+    }
+}
+
+#[test]
+fn a_user_without_the_permissions_is_told_so_and_one_who_may_read_can_lock() {
+    let Some(user) = another_user() else { return };
+    let folder = folder();
+    fs::set_permissions(folder.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    let file = |name: &str, mode| {
+        let path = folder.path().join(name);
+        drop(File::create(&path).unwrap());
+        fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
+        Spec::parse(&format!("file:{}", path.display()))
+    };
+    let mut actor = Actor::start_as(&file("readable", 0o644), user.uid);
+    actor.expect("try", "held");
+    let denied = Actor::start_as(&file("private", 0o600), user.uid).ask("try");
+    assert!(denied.starts_with("error Io: cannot open") && denied.contains("Permission denied"), "{denied}");
+    let spec = Spec::parse(&format!("file:{}", folder.path().join("new").display()));
+    let denied = Actor::start_as(&spec, user.uid).ask("try");
+    assert!(denied.starts_with("error Io: cannot create") && denied.contains("Permission denied"), "{denied}");
+    assert!(!Path::new(spec.at()).exists());
+}
+
+#[test]
+fn a_waiter_on_a_deleted_file_goes_on_with_the_new_one() {
+    let folder = folder();
+    for wait in [Wait::forever(), Wait::at_most(LIVELY)] {
+        for replace in [
+            (|path| fs::remove_file(path).unwrap()) as fn(&Path),
+            |path| fs::rename(path, path.with_extension("old")).unwrap(),
+            |path| {
+                let new = path.with_extension("new");
+                fs::write(&new, "").unwrap();
+                fs::rename(new, path).unwrap();
+            },
+            |path| {
+                let folder = path.parent().unwrap();
+                fs::rename(folder, folder.with_extension("old")).unwrap();
+                fs::create_dir(folder).unwrap();
+            },
+        ] {
+            let path = folder.path().join("inner/lock");
+            let lock = FileLock::new(&path).create_parents();
+            let holder = FileLock::new(&path).create_parents().lock().unwrap();
+            while_somebody_waits(
+                || {
+                    let guard = lock.acquire(&wait).unwrap();
+                    let (open, named) = (guard.file().metadata().unwrap(), fs::metadata(&path).unwrap());
+                    assert_eq!(open.ino(), named.ino());
+                    assert!(FileLock::new(&path).try_lock().unwrap_err().is_held());
+                },
+                || {
+                    replace(&path);
+                    drop(holder);
+                },
+            );
+            fs::remove_dir_all(folder.path().join("inner")).unwrap();
+            let _ = fs::remove_dir_all(folder.path().join("inner.old"));
+        }
+    }
+}
+
+#[test]
+fn deleting_the_file_under_its_lock_never_lets_two_in() {
+    let folder = folder();
+    let path = folder.path().join("lock");
+    let (inside, holds) = (AtomicBool::new(false), AtomicU32::new(0));
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for worker in 0..4 {
+            let (path, inside, holds, stop) = (&path, &inside, &holds, &stop);
+            scope.spawn(move || {
+                let lock = FileLock::new(path);
+                let mut round = worker;
+                while !stop.load(Ordering::Relaxed) {
+                    let guard = lock.lock().unwrap();
+                    assert!(!inside.swap(true, Ordering::SeqCst), "two are inside");
+                    round += 1;
+                    holds.fetch_add(1, Ordering::Relaxed);
+                    inside.store(false, Ordering::SeqCst);
+                    // The last act under the lock, for the next taker may make a new file at once.
+                    if round % 5 == 0 {
+                        fs::remove_file(path).unwrap();
+                    }
+                    drop(guard);
+                }
+            });
+        }
+        until("there were enough rounds", || holds.load(Ordering::Relaxed) > 200_000);
+        stop.store(true, Ordering::Relaxed);
+    });
+}
+
+#[test]
+fn a_file_deleted_by_a_stranger_is_noticed_soon() {
+    let folder = folder();
+    let path = folder.path().join("lock");
+    let lock = FileLock::new(&path);
+    for _ in 0..1000 {
+        drop(lock.lock().unwrap());
+    }
+    fs::remove_file(&path).unwrap();
+    until("the loop has noticed", || {
+        for _ in 0..100 {
+            drop(lock.lock().unwrap());
+        }
+        path.exists()
+    });
+    assert!(FileLock::new(&path).try_lock().is_ok());
+}
+
+#[test]
+fn a_descriptor_is_kept_between_acquisitions_and_closed_with_the_lock() {
+    let folder = folder();
+    let spec = Spec::parse(&format!("file:{}", folder.path().join("lock").display()));
+    let mut actor = Actor::start(&spec);
+    actor.expect("lock", "held");
+    actor.expect("release", "released");
+    let before = Belongings::of(actor.pid());
+    for _ in 0..100 {
+        actor.expect("lock", "held");
+        actor.expect("release", "released");
+    }
+    assert_eq!(Belongings::of(actor.pid()), before);
+}
+
+#[test]
+fn a_full_disk_does_not_matter_to_a_lock_and_a_failed_one_leaves_no_file() {
+    let folder = folder();
+    let mounted = Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=4k,nr_inodes=2", "lockkit-test"])
+        .arg(folder.path())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success());
+    if !mounted {
+        println!("left out: this machine does not let the test mount a small file system");
+        return;
+    }
+    let path = folder.path().join("lock");
+    let full = FileLock::new(&path).lock().and_then(|guard| {
+        let error = guard.file().write_all(&[0; 8192]).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
+        guard.release()
+    });
+    // The only file that fits is there now.
+    let second = FileLock::new(folder.path().join("second")).lock();
+    let again = FileLock::new(&path).lock();
+    let files = folder.path().read_dir().unwrap().count();
+    assert!(Command::new("umount").arg("-l").arg(folder.path()).status().unwrap().success());
+    full.unwrap();
+    drop(again.unwrap());
+    let error = second.unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::Io { action: "create", .. }), "{error}");
+    assert_eq!(files, 1);
+}

@@ -1,0 +1,223 @@
+//! Owner: who is who among real processes, and which of them live.
+//!
+//! Owners that are not of this machine and this moment come out of pidfiles, as they do in life.
+
+use std::fs;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use lockkit::{Liveness, Owner, PidFile, PidStatus};
+use lockkit_tests::actor::signal_pid;
+use lockkit_tests::{Actor, Spec, until};
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+/// The user that the tests act as when they may choose.
+const NOBODY: u32 = 65_534;
+
+fn place() -> (TempDir, PathBuf, Spec) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("app.pid");
+    let spec = Spec::parse(&format!("pidfile:{}", path.display()));
+    (folder, path, spec)
+}
+
+/// The owner that the pidfile names.
+fn named(path: &Path) -> Owner {
+    match PidFile::inspect(path).unwrap() {
+        PidStatus::Running(owner) | PidStatus::Stale(owner) => owner,
+        nobody => panic!("{nobody:?}"),
+    }
+}
+
+/// Changes the line `key` of a record.
+fn change(path: &Path, key: &str, value: &str) {
+    let record = fs::read_to_string(path).unwrap();
+    let old = record.lines().find(|line| line.starts_with(&format!("{key} "))).expect("the line is there");
+    fs::write(path, record.replace(old, &format!("{key} {value}"))).unwrap();
+}
+
+fn sleeper() -> Child {
+    Command::new("sleep").arg("600").stdin(Stdio::null()).spawn().unwrap()
+}
+
+fn end(mut child: Child) {
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+fn state(pid: u32) -> char {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    stat.rsplit(") ").next().unwrap().chars().next().unwrap()
+}
+
+fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+#[test]
+fn a_process_is_alive_until_it_ends_and_then_nobody() {
+    let child = sleeper();
+    let pid = child.id();
+    let owner = Owner::of(pid).unwrap();
+    assert_eq!((owner.pid(), owner.liveness(), owner.acquired()), (pid, Liveness::Alive, None));
+    assert_eq!(owner, Owner::of(pid).unwrap());
+    end(child);
+    assert_eq!(owner.liveness(), Liveness::Dead);
+    assert_eq!(Owner::of(pid), None);
+}
+
+#[test]
+fn a_zombie_is_dead() {
+    let mut child = sleeper();
+    let owner = Owner::of(child.id()).unwrap();
+    child.kill().unwrap();
+    until("it is a zombie", || state(child.id()) == 'Z');
+    assert_eq!(owner.liveness(), Liveness::Dead);
+    assert_eq!(Owner::of(child.id()), None);
+    child.wait().unwrap();
+}
+
+#[test]
+fn a_stopped_process_is_alive() {
+    let child = sleeper();
+    let owner = Owner::of(child.id()).unwrap();
+    signal_pid(child.id(), Signal::STOP);
+    until("it is stopped", || state(child.id()) == 'T');
+    assert_eq!(owner.liveness(), Liveness::Alive);
+    signal_pid(child.id(), Signal::CONT);
+    end(child);
+}
+
+#[test]
+fn a_process_that_is_being_killed_dies_once_and_for_all() {
+    for _ in 0..200 {
+        let mut child = sleeper();
+        let owner = Owner::of(child.id()).unwrap();
+        child.kill().unwrap();
+        let mut died = false;
+        until("it is a zombie", || {
+            let zombie = state(child.id()) == 'Z';
+            let dead = owner.liveness() == Liveness::Dead;
+            assert!(dead || !died, "it came to life again");
+            assert!(dead || !zombie, "a zombie lives");
+            died = dead;
+            zombie
+        });
+        child.wait().unwrap();
+        assert_eq!(owner.liveness(), Liveness::Dead);
+    }
+}
+
+#[test]
+fn a_process_of_another_user_is_alive() {
+    if !is_root() {
+        // Signalling it is refused, which says that it is there.
+        assert_eq!(Owner::of(1).expect("the first process").liveness(), Liveness::Alive);
+        println!("left out: acting as yet another user needs root");
+        return;
+    }
+    let (folder, _, spec) = place();
+    fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    // Root's process, looked at by somebody else, by the same owner's identity and by a bare pid.
+    let mut holder = Actor::start(&spec);
+    holder.expect("try", "held");
+    let mut stranger = Actor::start_as(&spec, NOBODY);
+    stranger.expect("owner", &format!("owner {}", holder.pid()));
+    assert!(stranger.ask("try").starts_with("error Held"));
+    fs::write(spec.at(), "1\n").unwrap();
+    stranger.expect("owner", "owner 1");
+    // And the other way round.
+    let child = Command::new("sleep").arg("600").uid(NOBODY).spawn().unwrap();
+    assert_eq!(Owner::of(child.id()).unwrap().liveness(), Liveness::Alive);
+    end(child);
+}
+
+#[test]
+fn a_later_process_with_the_pid_of_an_owner_is_not_the_owner() {
+    let (_folder, path, spec) = place();
+    let mut holder = Actor::start(&spec);
+    holder.expect("try", "held");
+    assert_eq!(named(&path).liveness(), Liveness::Alive);
+    change(&path, "start", "12345");
+    let owner = named(&path);
+    assert_eq!((owner.pid(), owner.liveness()), (holder.pid(), Liveness::Dead));
+    assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Stale(_)));
+    assert_eq!(Owner::of(holder.pid()).unwrap().liveness(), Liveness::Alive);
+}
+
+#[test]
+fn an_owner_of_an_earlier_boot_is_dead_and_one_of_another_host_unknown() {
+    let (_folder, path, spec) = place();
+    let mut holder = Actor::start(&spec);
+    holder.expect("try", "held");
+    change(&path, "boot", "00000000000000000000000000000001");
+    assert_eq!(named(&path).liveness(), Liveness::Dead);
+    change(&path, "host", "elsewhere/0");
+    let owner = named(&path);
+    assert_eq!((owner.liveness(), owner.host()), (Liveness::Unknown, Some("elsewhere/0")));
+    assert!(owner.describe().contains(" on host elsewhere/0"), "{}", owner.describe());
+}
+
+#[test]
+fn an_owner_in_another_pid_namespace_is_unknown_and_never_stolen_while_it_lives() {
+    let allowed = Command::new("unshare").args(["-p", "-f", "--kill-child", "true"]).stderr(Stdio::null()).status();
+    if !allowed.is_ok_and(|status| status.success()) {
+        println!("left out: making a pid namespace is not allowed here");
+        return;
+    }
+    let (_folder, path, spec) = place();
+    let mut hidden = Actor::start_with(&spec, |command| {
+        let (program, spec) = (command.get_program().to_owned(), command.get_args().next().unwrap().to_owned());
+        *command = Command::new("unshare");
+        command.args(["-p", "-f", "--kill-child", "--mount-proc"]).arg(program).arg(spec);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    });
+    hidden.expect("try", "held");
+    // Here pid 1 is another process.
+    let owner = named(&path);
+    assert_eq!((owner.pid(), owner.liveness()), (1, Liveness::Unknown));
+    assert!(!PidFile::remove_stale(&path).unwrap());
+    let mut taker = Actor::start(&spec);
+    assert!(taker.ask("try").starts_with("error Held"));
+    taker.tell_to_wait("lock");
+    // Killed, it still cannot be looked up from here, but the kernel gives up its lock on the file.
+    hidden.kill();
+    assert_eq!(taker.answer(), "held recovered 1");
+    assert_eq!(owner.liveness(), Liveness::Unknown);
+}
+
+#[test]
+fn a_record_from_another_pid_namespace_is_looked_up_by_those_inside() {
+    let allowed = Command::new("unshare").args(["-p", "-f", "--kill-child", "true"]).stderr(Stdio::null()).status();
+    if !allowed.is_ok_and(|status| status.success()) {
+        println!("left out: making a pid namespace is not allowed here");
+        return;
+    }
+    let (_folder, path, spec) = place();
+    let mut holder = Actor::start(&spec);
+    holder.expect("try", "held");
+    let mut inside = Actor::start_with(&spec, |command| {
+        let (program, spec) = (command.get_program().to_owned(), command.get_args().next().unwrap().to_owned());
+        *command = Command::new("unshare");
+        command.args(["-p", "-f", "--kill-child", "--mount-proc"]).arg(program).arg(spec);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    });
+    // No such pid inside, and still nobody takes it.
+    inside.expect("owner", &format!("owner {}", holder.pid()));
+    assert!(inside.ask("try").starts_with("error Held"));
+    holder.expect("release", "released");
+    inside.expect("try", "held");
+    assert_eq!(named(&path).liveness(), Liveness::Unknown);
+}
+
+#[test]
+fn an_owner_is_described_by_pid_program_and_time() {
+    let (_folder, path, spec) = place();
+    let mut holder = Actor::start(&spec);
+    holder.expect("try", "held");
+    let text = named(&path).describe();
+    assert!(text.starts_with(&format!("pid {} (actor), since 2", holder.pid())), "{text}");
+    assert!(text.ends_with(" ago)"), "{text}");
+}

@@ -1,0 +1,927 @@
+//! PidFile: every case of the suite, and what is its own.
+
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant, SystemTime};
+
+use lockkit::{ErrorKind, PidFile, PidStatus};
+use lockkit_tests::{Actor, Spec, program, suite, until};
+use tempfile::TempDir;
+
+suite!(pidfile, lockkit_tests::Kind::PidFile);
+
+/// A pid that the kernel never gives out: its highest is one less.
+const DEAD: u32 = 4_194_304;
+/// The user that the tests act as when they may choose.
+const NOBODY: u32 = 65_534;
+/// Longer than a file stays young.
+const OLD: Duration = Duration::from_secs(10);
+/// What the margin between the clocks and the coarseness of both leave no doubt about.
+const LONG_AGO: Duration = Duration::from_secs(120);
+
+/// A folder for one test, and the path of a pidfile in it.
+fn place() -> (TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("app.pid");
+    (folder, path)
+}
+
+fn spec(path: &Path) -> Spec {
+    Spec::parse(&format!("pidfile:{}", path.display()))
+}
+
+fn lock(path: &Path) -> PidFile {
+    PidFile::new(path).unwrap()
+}
+
+fn write(path: &Path, text: impl AsRef<[u8]>) {
+    fs::write(path, text).unwrap();
+}
+
+fn write_ago(path: &Path, text: impl AsRef<[u8]>, ago: Duration) {
+    write(path, text);
+    set_age(path, ago);
+}
+
+fn set_age(path: &Path, ago: Duration) {
+    File::options().write(true).open(path).unwrap().set_modified(SystemTime::now() - ago).unwrap();
+}
+
+fn text(path: &Path) -> String {
+    fs::read_to_string(path).unwrap()
+}
+
+fn first_line(path: &Path) -> String {
+    text(path).lines().next().unwrap().to_owned()
+}
+
+fn my_pid() -> String {
+    std::process::id().to_string()
+}
+
+/// A record of lockkit's whose owner was killed, as it left it.
+fn record_of_the_dead() -> String {
+    let (_folder, path) = place();
+    let mut actor = Actor::start(&spec(&path));
+    actor.expect("try", "held");
+    actor.kill();
+    text(&path)
+}
+
+/// A record with the line `key` changed.
+fn with_line(record: &str, key: &str, value: &str) -> String {
+    let change = |line: &str| match line.split_once(' ') {
+        Some((found, _)) if found == key => format!("{key} {value}\n"),
+        _ => format!("{line}\n"),
+    };
+    record.lines().map(change).collect()
+}
+
+/// A process of some other program, killed at the end.
+struct Foreign(Child);
+
+impl Foreign {
+    fn start() -> Self {
+        Self(Command::new("sleep").arg("600").stdin(Stdio::null()).spawn().unwrap())
+    }
+
+    fn pid(&self) -> u32 {
+        self.0.id()
+    }
+
+    fn end(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+impl Drop for Foreign {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// Says why a test, or a part of it, does not run here.
+fn left_out(why: &str) {
+    println!("left out: {why}");
+}
+
+#[test]
+fn a_relative_path_is_refused_everywhere() {
+    for path in ["app.pid", "", "./app.pid", "../run/app.pid"] {
+        for error in [
+            PidFile::new(path).unwrap_err(),
+            PidFile::inspect(path).unwrap_err(),
+            PidFile::remove_stale(path).unwrap_err(),
+        ] {
+            assert!(matches!(error.kind(), ErrorKind::RelativePath { path: told } if told == Path::new(path)));
+            assert_eq!(std::io::Error::from(error).kind(), std::io::ErrorKind::InvalidInput);
+        }
+    }
+}
+
+#[test]
+fn the_file_names_its_owner_as_long_as_it_is_held_and_is_gone_afterwards() {
+    let (folder, path) = place();
+    let guard = lock(&path).try_lock().unwrap();
+    assert_eq!(first_line(&path), my_pid());
+    let PidStatus::Running(owner) = PidFile::inspect(&path).unwrap() else { panic!("it runs") };
+    assert_eq!(owner.pid(), std::process::id());
+    assert!(owner.program().is_some_and(|program| program.starts_with("pidfile")), "{owner:?}");
+    assert!(owner.acquired().is_some_and(|acquired| acquired.elapsed().unwrap() < Duration::from_secs(60)));
+    guard.verify().unwrap();
+    guard.release().unwrap();
+    assert_eq!(PidFile::inspect(&path).unwrap(), PidStatus::Absent);
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn others_can_read_the_file_unless_told_otherwise() {
+    let (_folder, path) = place();
+    let mode = |lock: PidFile| {
+        let _guard = lock.try_lock().unwrap();
+        fs::metadata(&path).unwrap().permissions().mode() & 0o777
+    };
+    assert_eq!(mode(lock(&path)) & 0o600, 0o600);
+    assert_eq!(mode(lock(&path)) & !0o644, 0);
+    assert_eq!(mode(lock(&path).create_with_mode(0o600)), 0o600);
+}
+
+#[test]
+fn held_says_who_and_since_when() {
+    let (_folder, path) = place();
+    let mut holder = Actor::start(&spec(&path));
+    holder.expect("try", "held");
+    let error = lock(&path).try_lock().unwrap_err();
+    assert!(error.is_held());
+    assert_eq!(error.owner().unwrap().pid(), holder.pid());
+    let message = error.to_string();
+    let expected = format!("the pidfile {} is held by pid {} (actor), since ", path.display(), holder.pid());
+    assert!(message.starts_with(&expected), "{message}");
+}
+
+#[test]
+fn a_foreign_file_is_honoured_while_its_process_lives_and_taken_over_afterwards() {
+    let (_folder, path) = place();
+    let mut daemon = Foreign::start();
+    let said = format!("{}\n", daemon.pid());
+    write(&path, &said);
+    for _ in 0..2 {
+        let error = lock(&path).try_lock().unwrap_err();
+        assert!(error.is_held(), "{error}");
+        assert_eq!(error.owner().unwrap().pid(), daemon.pid());
+        assert_eq!(error.owner().unwrap().program(), Some("sleep"));
+    }
+    assert!(lock(&path).lock_for(Duration::from_millis(30)).unwrap_err().is_timeout());
+    assert!(!PidFile::remove_stale(&path).unwrap());
+    assert_eq!(text(&path), said);
+    daemon.end();
+    assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Stale(owner) if owner.pid() == daemon.pid()));
+    let guard = lock(&path).try_lock().unwrap();
+    assert_eq!(guard.recovered().unwrap().owner().unwrap().pid(), daemon.pid());
+    assert_eq!(first_line(&path), my_pid());
+}
+
+#[test]
+fn a_waiter_gets_in_when_the_foreign_process_ends_and_hardly_computes_until_then() {
+    let (_folder, path) = place();
+    for command in ["lock", "lock-for 30000"] {
+        let mut daemon = Foreign::start();
+        write(&path, daemon.pid().to_string());
+        let mut waiter = Actor::start(&spec(&path));
+        waiter.tell_to_wait(command);
+        let computed = || {
+            let stat = fs::read_to_string(format!("/proc/{}/schedstat", waiter.pid())).unwrap();
+            Duration::from_nanos(stat.split(' ').next().unwrap().parse().unwrap())
+        };
+        let (before, start) = (computed(), Instant::now());
+        std::thread::sleep(Duration::from_millis(500));
+        let share = (computed() - before).as_secs_f64() / start.elapsed().as_secs_f64();
+        println!("{command}: {:.2} % of a core", share * 100.0);
+        assert!(share < 0.05, "{share}");
+        waiter.expect_silence();
+        daemon.end();
+        assert_eq!(waiter.answer(), format!("held recovered {}", daemon.pid()));
+        waiter.expect("release", "released");
+    }
+}
+
+#[test]
+fn a_foreign_pid_whose_process_started_after_the_file_was_written_is_stale() {
+    let (_folder, path) = place();
+    if has_just_booted() {
+        return left_out("the system started so recently that the file would seem older");
+    }
+    let later = Foreign::start();
+    for (ago, reused) in [(Duration::ZERO, false), (Duration::from_secs(5), false), (LONG_AGO, true)] {
+        write_ago(&path, later.pid().to_string(), ago);
+        let status = PidFile::inspect(&path).unwrap();
+        match reused {
+            true => assert!(matches!(&status, PidStatus::Stale(owner) if owner.pid() == later.pid()), "{status:?}"),
+            false => assert!(matches!(&status, PidStatus::Running(owner) if owner.pid() == later.pid()), "{status:?}"),
+        }
+        assert_eq!(lock(&path).try_lock().is_ok(), reused);
+    }
+}
+
+fn has_just_booted() -> bool {
+    let uptime = fs::read_to_string("/proc/uptime").unwrap();
+    uptime.split('.').next().unwrap().parse::<u64>().unwrap() < 2 * LONG_AGO.as_secs()
+}
+
+#[test]
+fn a_file_in_memory_older_than_the_boot_proves_nothing_but_that_the_clock_was_set() {
+    let Ok(folder) = tempfile::tempdir_in("/dev/shm") else {
+        return left_out("there is no /dev/shm to write to");
+    };
+    let path = folder.path().join("app.pid");
+    let daemon = Foreign::start();
+    write_ago(&path, daemon.pid().to_string(), Duration::from_secs(20 * 365 * 86_400));
+    assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Running(_)));
+    assert!(lock(&path).try_lock().unwrap_err().is_held());
+}
+
+#[test]
+fn a_file_that_names_this_very_process_is_free_for_it() {
+    // As a supervisor writes it for the program that it starts, or the program itself before an exec.
+    let (_folder, path) = place();
+    let mut actor = Actor::start_with(&spec(&path), |command| {
+        let script = format!("echo $$ > {} && exec \"$0\" \"$1\"", path.display());
+        let (program, spec) = (command.get_program().to_owned(), command.get_args().next().unwrap().to_owned());
+        *command = Command::new("sh");
+        command.args(["-c", &script]).arg(program).arg(spec).stdin(Stdio::piped()).stdout(Stdio::piped());
+    });
+    until("the file is written", || fs::read_to_string(&path).is_ok_and(|text| text.trim() == actor.pid().to_string()));
+    assert!(lock(&path).try_lock().unwrap_err().is_held());
+    actor.expect("try", "held");
+    assert!(actor.ask("try").starts_with("error Held"));
+}
+
+#[test]
+fn a_file_removed_or_replaced_under_its_holder_is_a_rogue_deletion_and_what_is_there_stays() {
+    let (_folder, path) = place();
+    let dead = format!("{DEAD}\n");
+    let changes: [(&dyn Fn(), Option<&str>); 4] = [
+        (&|| fs::remove_file(&path).unwrap(), None),
+        (&|| write(&path, &dead), Some(&dead)),
+        (
+            &|| {
+                fs::remove_file(&path).unwrap();
+                write(&path, &dead);
+            },
+            Some(&dead),
+        ),
+        (&|| write(&path, ""), Some("")),
+    ];
+    for (change, left) in changes {
+        for drops in [false, true] {
+            let mut guard = lock(&path).try_lock().unwrap();
+            change();
+            for error in [guard.verify().unwrap_err(), guard.rewrite().unwrap_err()] {
+                assert!(matches!(error.kind(), ErrorKind::RogueDeletion { path: told } if *told == path), "{error}");
+            }
+            match drops {
+                true => drop(guard),
+                false => {
+                    let error = guard.release().unwrap_err();
+                    assert!(matches!(error.kind(), ErrorKind::RogueDeletion { .. }), "{error}");
+                }
+            }
+            assert_eq!(fs::read_to_string(&path).ok().as_deref(), left);
+            let _ = fs::remove_file(&path);
+        }
+    }
+}
+
+#[test]
+fn a_replaced_file_of_another_owner_stays() {
+    let (_folder, path) = place();
+    let guard = lock(&path).try_lock().unwrap();
+    fs::remove_file(&path).unwrap();
+    let mut other = Actor::start(&spec(&path));
+    other.expect("try", "held");
+    assert!(guard.release().is_err());
+    assert_eq!(first_line(&path), other.pid().to_string());
+    assert!(lock(&path).try_lock().unwrap_err().is_held());
+    other.expect("release", "released");
+}
+
+#[test]
+fn a_stale_file_is_taken_over_by_exactly_one_of_eight_racers() {
+    let (_folder, path) = place();
+    let stale = [format!("{DEAD}\n"), record_of_the_dead()];
+    let mut racers: Vec<Actor> = (0..8).map(|_| Actor::start(&spec(&path))).collect();
+    for round in 0..3000 {
+        write(&path, &stale[round % 2]);
+        racers.iter_mut().for_each(|racer| racer.tell("try"));
+        let answers: Vec<String> = racers.iter_mut().map(Actor::answer).collect();
+        let winners: Vec<usize> = (0..8).filter(|at| answers[*at].starts_with("held recovered")).collect();
+        assert_eq!(winners.len(), 1, "round {round}: {answers:?}");
+        assert_eq!(answers.iter().filter(|answer| answer.starts_with("error Held")).count(), 7, "{answers:?}");
+        let winner = &mut racers[winners[0]];
+        assert_eq!(first_line(&path), winner.pid().to_string());
+        winner.expect("release", "released");
+    }
+}
+
+#[test]
+fn a_process_killed_at_any_step_of_taking_over_a_stale_file_leaves_one_that_can_be_taken_over() {
+    if !lockkit::steps::ENABLED {
+        return left_out("this build has no steps to be killed at; they need debug assertions");
+    }
+    let (folder, path) = place();
+    // Longer than what replaces it, so that there is something to cut off.
+    let record = record_of_the_dead() + &"key and value\n".repeat(30);
+    let dead: u32 = record.lines().next().unwrap().parse().unwrap();
+    for at in 1.. {
+        write(&path, &record);
+        let mut victim = Actor::start_with(&spec(&path), |command| {
+            command.arg("steps").arg("alone");
+        });
+        victim.expect(&at.to_string(), "ready");
+        let last = victim.ask("go");
+        let pid = victim.pid();
+        victim.kill();
+        match PidFile::inspect(&path).unwrap() {
+            PidStatus::Stale(owner) => assert!([pid, dead].contains(&owner.pid()), "step {at}: {owner:?}"),
+            PidStatus::Absent => {}
+            other => panic!("step {at}: {other:?}"),
+        }
+        let left = fs::read_to_string(&path).ok();
+        let guard = lock(&path).try_lock().unwrap();
+        let recovered = guard.recovered().and_then(|died| died.owner()).map(|owner| owner.pid().to_string());
+        assert_eq!(recovered, left.and_then(|text| text.lines().next().map(str::to_owned)), "step {at}");
+        guard.release().unwrap();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        if last != "gone" {
+            println!("{last}");
+            assert!(last.contains("rest cut off"), "{last}");
+            break;
+        }
+    }
+}
+
+#[test]
+fn a_blank_line_is_replaced_at_once() {
+    let (_folder, path) = place();
+    for blank in ["\n", " \n", "\n\n12\n"] {
+        write(&path, blank);
+        let guard = lock(&path).try_lock().unwrap();
+        assert_eq!(first_line(&path), my_pid());
+        assert_eq!(guard.recovered(), None);
+    }
+}
+
+const INVALID: [&str; 12] =
+    ["", "-1", "0", "a", "0x1", "1_0", "12 x", "12x\n", "4194305", "99999999999999999999", "\0\0\0\0", "\u{1b}[2J"];
+
+#[test]
+fn a_young_invalid_file_is_held_and_an_old_one_taken_over() {
+    let (_folder, path) = place();
+    for invalid in INVALID {
+        write(&path, invalid);
+        assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Invalid { age } if age < OLD), "{invalid:?}");
+        let error = lock(&path).try_lock().unwrap_err();
+        assert!(error.is_held() && error.owner().is_none(), "{invalid:?}: {error}");
+        assert!(!PidFile::remove_stale(&path).unwrap(), "{invalid:?}");
+        assert_eq!(text(&path), invalid);
+
+        set_age(&path, OLD);
+        assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Invalid { age } if age >= OLD), "{invalid:?}");
+        let error = PidFile::remove_stale(&path).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::InvalidPid { path: told, .. } if *told == path), "{error}");
+        assert!(!error.to_string().contains(char::is_control), "{error}");
+        assert_eq!(text(&path), invalid);
+        let guard = lock(&path).try_lock().unwrap();
+        assert_eq!((guard.recovered(), first_line(&path)), (None, my_pid()));
+        guard.release().unwrap();
+        assert!(!path.exists());
+    }
+}
+
+#[test]
+fn a_waiter_for_a_young_invalid_file_gets_in_once_it_is_old() {
+    let (_folder, path) = place();
+    write(&path, "12 x");
+    let start = Instant::now();
+    lock(&path).lock_for(Duration::from_secs(20)).unwrap().release().unwrap();
+    assert!(start.elapsed() >= Duration::from_secs(1), "it was young");
+}
+
+#[test]
+fn an_invalid_file_from_the_future_holds_nobody_up() {
+    let (_folder, path) = place();
+    write(&path, "junk");
+    let future = SystemTime::now() + Duration::from_secs(3600);
+    File::options().write(true).open(&path).unwrap().set_modified(future).unwrap();
+    lock(&path).try_lock().unwrap().release().unwrap();
+}
+
+#[test]
+fn a_file_too_long_to_be_a_pidfile_is_refused_and_not_touched() {
+    let (_folder, path) = place();
+    write(&path, format!("{}\n{}", std::process::id(), "x".repeat(5000)));
+    let long = text(&path);
+    set_age(&path, OLD);
+    let gigabyte = path.with_file_name("huge.pid");
+    File::create(&gigabyte).unwrap().set_len(1 << 30).unwrap();
+    set_age(&gigabyte, OLD);
+    for path in [&path, &gigabyte] {
+        assert!(matches!(PidFile::inspect(path).unwrap(), PidStatus::Invalid { .. }));
+        for error in [lock(path).try_lock().unwrap_err(), PidFile::remove_stale(path).unwrap_err()] {
+            assert!(matches!(error.kind(), ErrorKind::InvalidPid { .. }), "{error}");
+            assert!(error.to_string().contains("longer than 4096 bytes"), "{error}");
+            assert!(error.to_string().len() < 500);
+        }
+    }
+    assert_eq!(text(&path), long);
+    assert_eq!(fs::metadata(&gigabyte).unwrap().len(), 1 << 30);
+}
+
+#[test]
+fn a_file_that_names_pid_1_is_not_stolen_by_an_unprivileged_user() {
+    if !is_root() {
+        return left_out("acting as another user needs root");
+    }
+    let (folder, path) = place();
+    fs::set_permissions(folder.path(), Permissions::from_mode(0o777)).unwrap();
+    write(&path, "1\n");
+    // Also when the file could be written.
+    for mode in [0o644, 0o666] {
+        fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+        let mut actor = Actor::start_as(&spec(&path), NOBODY);
+        for command in ["try", "lock-for 20"] {
+            let answer = actor.ask(command);
+            assert!(answer.starts_with("error Held") || answer.starts_with("error Timeout"), "{answer}");
+            assert!(answer.contains("by pid 1"), "{answer}");
+        }
+        assert_eq!(text(&path), "1\n");
+    }
+}
+
+#[test]
+fn a_file_that_may_not_be_written_is_an_error_with_its_path_unless_it_names_a_live_owner() {
+    if !is_root() {
+        return left_out("root may write everything, and acting as another user needs root");
+    }
+    let (folder, path) = place();
+    fs::set_permissions(folder.path(), Permissions::from_mode(0o777)).unwrap();
+    let mut actor = Actor::start_as(&spec(&path), NOBODY);
+    for (said, mode) in [(format!("{DEAD}\n"), 0o644), ("1\n".to_owned(), 0o600)] {
+        write(&path, &said);
+        fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+        let answer = actor.ask("try");
+        assert!(answer.starts_with(&format!("error Io: cannot open {}", path.display())), "{answer}");
+        assert!(answer.contains("Permission denied"), "{answer}");
+        assert_eq!(text(&path), said);
+    }
+    fs::remove_file(&path).unwrap();
+    let _guard = lock(&path).try_lock().unwrap();
+    let answer = actor.ask("try");
+    assert!(answer.starts_with("error Held") && answer.contains(&format!("by pid {}", my_pid())), "{answer}");
+}
+
+#[test]
+fn a_folder_that_may_not_be_written_is_an_error_with_the_path() {
+    if !is_root() {
+        return left_out("root may write everything, and acting as another user needs root");
+    }
+    let (folder, path) = place();
+    fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
+    let answer = Actor::start_as(&spec(&path), NOBODY).ask("try");
+    assert!(answer.starts_with(&format!("error Io: cannot create {}", path.display())), "{answer}");
+    assert!(answer.contains("Permission denied"), "{answer}");
+}
+
+#[test]
+fn an_owner_that_may_not_remove_its_file_any_more_leaves_it_blank() {
+    if !is_root() {
+        return left_out("acting as another user needs root");
+    }
+    let (folder, path) = place();
+    chown(folder.path(), Some(NOBODY), None).unwrap();
+    let mut actor = Actor::start_as(&spec(&path), NOBODY);
+    actor.expect("try", "held");
+    chown(folder.path(), Some(0), Some(0)).unwrap();
+    fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
+    let answer = actor.ask("release");
+    assert!(answer.starts_with(&format!("error Io: cannot remove {}", path.display())), "{answer}");
+    assert_eq!(text(&path), "\n");
+    actor.expect("try", "held");
+    assert_eq!(first_line(&path), actor.pid().to_string());
+}
+
+#[test]
+fn missing_folders_are_made_only_when_asked_for() {
+    let (folder, _) = place();
+    let path = folder.path().join("a/b/app.pid");
+    let error = lock(&path).try_lock().unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::Io { action: "create", path: told, .. } if *told == path), "{error}");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    lock(&path).create_parents().try_lock().unwrap().verify().unwrap();
+    assert!(path.parent().unwrap().is_dir() && !path.exists());
+}
+
+#[test]
+fn what_is_no_plain_file_is_refused_at_once() {
+    let (folder, path) = place();
+    let fifo = folder.path().join("fifo");
+    let made = Command::new("mkfifo").arg(&fifo).status().unwrap();
+    assert!(made.success());
+    for strange in [folder.path(), &fifo, Path::new("/dev/null"), Path::new("/")] {
+        for error in [
+            lock(strange).lock().unwrap_err(),
+            PidFile::inspect(strange).unwrap_err(),
+            PidFile::remove_stale(strange).unwrap_err(),
+        ] {
+            let ErrorKind::Io { path, source, .. } = error.kind() else { panic!("{error}") };
+            assert_eq!((path.as_path(), source.to_string().as_str()), (strange, "it is no plain file"));
+        }
+    }
+    let below = path.join("below");
+    write(&path, "");
+    assert!(matches!(lock(&below).try_lock().unwrap_err().kind(), ErrorKind::Io { .. }));
+}
+
+#[test]
+fn a_link_is_refused_and_what_it_leads_to_is_not_touched() {
+    let (folder, path) = place();
+    let target = folder.path().join("precious");
+    write_ago(&target, "precious", OLD);
+    let refused = |path: &Path| {
+        for error in [lock(path).try_lock().unwrap_err(), PidFile::remove_stale(path).unwrap_err()] {
+            assert!(matches!(error.kind(), ErrorKind::Insecure { path: told, .. } if told == path), "{error}");
+        }
+    };
+    for leads_to in [target.as_path(), Path::new("nowhere"), &path] {
+        symlink(leads_to, &path).unwrap();
+        refused(&path);
+        fs::remove_file(&path).unwrap();
+    }
+    fs::hard_link(&target, &path).unwrap();
+    refused(&path);
+    assert_eq!(text(&target), "precious");
+    // In the folders above, a loop is what the system says it is.
+    symlink("loop", folder.path().join("loop")).unwrap();
+    let error = lock(&folder.path().join("loop/app.pid")).try_lock().unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::Io { .. }), "{error}");
+}
+
+#[test]
+fn a_full_disk_is_an_error_and_costs_nobody_anything() {
+    let (folder, path) = place();
+    // The file size limit stands for the disk, with the signal that comes with it ignored.
+    let start = |blocks: &str| {
+        Actor::start_with(&spec(&path), |command| {
+            let script = format!("trap '' XFSZ && ulimit -f {blocks} && exec \"$0\" \"$1\"");
+            let (program, spec) = (command.get_program().to_owned(), command.get_args().next().unwrap().to_owned());
+            *command = Command::new("bash");
+            command.args(["-c", &script]).arg(program).arg(spec).stdin(Stdio::piped()).stdout(Stdio::piped());
+        })
+    };
+    let mut full = start("0");
+    let answer = full.ask("try");
+    assert!(answer.starts_with(&format!("error Io: cannot write {}", path.display())), "{answer}");
+    assert!(answer.contains("File too large"), "{answer}");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    for stale in [format!("{DEAD}\n"), record_of_the_dead(), String::new()] {
+        write_ago(&path, &stale, OLD);
+        let answer = full.ask("try");
+        assert!(answer.starts_with(&format!("error Io: cannot write {}", path.display())), "{answer}");
+        assert_eq!(text(&path), stale);
+        lock(&path).try_lock().unwrap().release().unwrap();
+    }
+}
+
+#[test]
+fn a_small_full_file_system_is_an_error_that_leaves_nothing() {
+    let (folder, path) = place();
+    let script = format!(
+        "mount -t tmpfs -o size=4k,nr_inodes=8 none {0} && head -c 4096 /dev/zero > {0}/full && exec \"$0\" \"$1\"",
+        folder.path().display()
+    );
+    let allowed = Command::new("unshare").args(["-m", "true"]).stderr(Stdio::null()).status();
+    if !is_root() || !allowed.is_ok_and(|status| status.success()) {
+        return left_out("mounting a file system is not allowed here");
+    }
+    let mut actor = Actor::start_with(&spec(&path), |command| {
+        let (program, spec) = (command.get_program().to_owned(), command.get_args().next().unwrap().to_owned());
+        *command = Command::new("unshare");
+        command.args(["-m", "sh", "-c", &script]).arg(program).arg(spec);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    });
+    let answer = actor.ask("try");
+    assert!(answer.contains("No space left on device"), "{answer}");
+    let seen = format!("/proc/{}/root{}", actor.pid(), folder.path().display());
+    let left: Vec<_> = fs::read_dir(seen).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["full"]);
+}
+
+/// An actor that sees no /proc, if the machine allows that.
+fn start_without_proc(spec: &Spec) -> Option<Actor> {
+    let script = "mount -t tmpfs none /proc";
+    let allowed = Command::new("unshare").args(["-m", "sh", "-c", script]).stderr(Stdio::null()).status();
+    allowed.is_ok_and(|status| status.success()).then(|| {
+        Actor::start_with(spec, |command| {
+            let (program, spec) = (command.get_program().to_owned(), command.get_args().next().unwrap().to_owned());
+            *command = Command::new("unshare");
+            command.args(["-m", "sh", "-c", &format!("{script} && exec \"$0\" \"$1\"")]).arg(program).arg(spec);
+            command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        })
+    })
+}
+
+#[test]
+fn where_a_file_cannot_be_named_after_it_was_written_it_is_made_in_place() {
+    let (folder, path) = place();
+    let Some(mut without) = start_without_proc(&spec(&path)) else {
+        return left_out("mounting a file system is not allowed here");
+    };
+    let mut waiter = Actor::start(&spec(&path));
+    for _ in 0..20 {
+        without.expect("try", "held");
+        assert_eq!(first_line(&path), without.pid().to_string());
+        assert!(lock(&path).try_lock().unwrap_err().is_held());
+        waiter.tell_to_wait("lock");
+        without.expect("release", "released");
+        assert_eq!(waiter.answer(), "held");
+        waiter.expect("release", "released");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+}
+
+#[test]
+fn a_record_is_held_while_its_owner_lives_even_without_the_lock() {
+    // As when a daemon closes every descriptor that it has.
+    let (_folder, path) = place();
+    let elsewhere = path.with_file_name("elsewhere.pid");
+    let mut owner = Actor::start(&spec(&elsewhere));
+    owner.expect("try", "held");
+    write(&path, text(&elsewhere));
+    let error = lock(&path).try_lock().unwrap_err();
+    assert!(error.is_held());
+    assert_eq!(error.owner().unwrap().pid(), owner.pid());
+    let mut waiter = Actor::start(&spec(&path));
+    waiter.tell_to_wait("lock");
+    waiter.expect_silence();
+    owner.kill();
+    assert_eq!(waiter.answer(), format!("held recovered {}", owner.pid()));
+}
+
+#[test]
+fn a_record_of_another_host_is_never_taken_and_one_of_this_machine_is() {
+    let (_folder, path) = place();
+    let record = record_of_the_dead();
+    let another_boot = with_line(&record, "boot", "0123456789abcdef0123456789abcdef");
+    let another_host = with_line(&another_boot, "host", "elsewhere/1");
+    let without_boot =
+        record.lines().filter(|line| !line.starts_with("boot ")).fold(String::new(), |text, line| text + line + "\n");
+    for (record, taken) in [
+        (&record, true),
+        (&with_line(&record, "start", "1"), true),
+        (&another_boot, true),
+        // The lock that its owner held for life is free, on this very kernel.
+        (&with_line(&record, "namespace", "1"), true),
+        (&with_line(&record, "start", "damaged"), true),
+        (&with_line(&record, "namespace", "damaged"), true),
+        (&another_host, false),
+        (&with_line(&another_boot, "host", ""), false),
+        (&without_boot, false),
+    ] {
+        write_ago(&path, record, LONG_AGO);
+        match taken {
+            true => {
+                let guard = lock(&path).try_lock().expect(record);
+                let died = guard.recovered().unwrap().owner().unwrap();
+                assert_eq!(died.pid().to_string(), record.lines().next().unwrap());
+            }
+            false => {
+                assert!(lock(&path).try_lock().unwrap_err().is_held(), "{record}");
+                assert!(!PidFile::remove_stale(&path).unwrap());
+                assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Running(_)));
+                assert_eq!(&text(&path), record);
+            }
+        }
+    }
+}
+
+#[test]
+fn only_a_stale_file_is_removed() {
+    let (_folder, path) = place();
+    assert!(!PidFile::remove_stale(&path).unwrap());
+    for stale in [format!("{DEAD}\n"), record_of_the_dead()] {
+        write(&path, stale);
+        assert!(PidFile::remove_stale(&path).unwrap());
+        assert!(!path.exists());
+    }
+    let mut holder = Actor::start(&spec(&path));
+    holder.expect("try", "held");
+    assert!(!PidFile::remove_stale(&path).unwrap());
+    assert_eq!(first_line(&path), holder.pid().to_string());
+}
+
+#[test]
+fn looking_disturbs_nobody_and_never_sees_half_a_record() {
+    let (_folder, path) = place();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let look = || {
+            let mut looks = 0;
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                match PidFile::inspect(&path).unwrap() {
+                    PidStatus::Running(owner) => assert_eq!(owner.pid(), std::process::id()),
+                    PidStatus::Stale(owner) => assert_eq!(owner.pid(), DEAD),
+                    PidStatus::Absent => {}
+                    PidStatus::Invalid { .. } => panic!("half a record"),
+                }
+                looks += 1;
+            }
+            looks
+        };
+        let looker = scope.spawn(look);
+        for _ in 0..5000 {
+            let guard = lock(&path).try_lock().unwrap();
+            guard.release().unwrap();
+            // Under another name first: what is written in place may be seen empty.
+            let ready = path.with_extension("new");
+            write(&ready, format!("{DEAD}\n"));
+            fs::rename(&ready, &path).unwrap();
+        }
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        println!("{} looks", looker.join().unwrap());
+    });
+}
+
+/// A daemon that forks, and a contender that waits for its pidfile all the time.
+fn daemonized(order: &str) {
+    let (_folder, path) = place();
+    let mut daemon = Actor::start_with(&spec(&path), |command| {
+        *command = Command::new(program("daemon"));
+        command.arg(&path).arg(order).stdin(Stdio::piped()).stdout(Stdio::piped());
+    });
+    assert_eq!(daemon.answer(), "held");
+    let parent = daemon.pid().to_string();
+    assert_eq!(first_line(&path), parent);
+    let [mut waits, mut polls] = [(); 2].map(|()| Actor::start(&spec(&path)));
+    waits.tell_to_wait("lock");
+    polls.tell_to_wait("lock-for 30000");
+
+    let child = daemon.ask("fork");
+    let child = child.strip_prefix("forked ").expect(&child).to_owned();
+    assert!(child != parent && first_line(&path) == parent);
+    assert!(lock(&path).try_lock().unwrap_err().is_held());
+    daemon.expect("rewrite", "rewritten");
+    assert_eq!(first_line(&path), child);
+    assert_eq!(lock(&path).try_lock().unwrap_err().owner().unwrap().pid().to_string(), child);
+    waits.expect_silence();
+    polls.expect_silence();
+    // Not by the record alone: the parent's end has not unlocked the file either.
+    if let Some(flock) = installed("flock") {
+        let free = Command::new(flock).arg("--nonblock").arg(&path).arg("true").status().unwrap();
+        assert_eq!(free.code(), Some(1));
+    }
+
+    daemon.expect("release", "released");
+    // Neither is told of a death, and each gets its turn.
+    let (mut first, mut second) = (waits, polls);
+    until("one of them is in", || first_line_if_any(&path).is_some());
+    if first_line_if_any(&path) != Some(first.pid().to_string()) {
+        std::mem::swap(&mut first, &mut second);
+    }
+    assert_eq!(first.answer(), "held");
+    first.expect("release", "released");
+    assert_eq!(second.answer(), "held");
+}
+
+fn first_line_if_any(path: &Path) -> Option<String> {
+    Some(fs::read_to_string(path).ok()?.lines().next()?.to_owned())
+}
+
+#[test]
+fn a_daemon_keeps_its_file_though_the_parent_leaves_before_the_child_rewrites_it() {
+    for _ in 0..10 {
+        daemonized("parent");
+    }
+}
+
+#[test]
+fn a_daemon_keeps_its_file_though_the_parent_drops_its_guard_after_the_rewrite() {
+    for _ in 0..10 {
+        daemonized("child");
+    }
+}
+
+#[test]
+fn a_daemon_that_is_killed_after_its_fork_is_recovered_from() {
+    let (_folder, path) = place();
+    let mut daemon = Actor::start_with(&spec(&path), |command| {
+        *command = Command::new(program("daemon"));
+        command.arg(&path).arg("parent").stdin(Stdio::piped()).stdout(Stdio::piped());
+    });
+    assert_eq!(daemon.answer(), "held");
+    let child = daemon.ask("fork");
+    let child: u32 = child.strip_prefix("forked ").expect(&child).parse().unwrap();
+    daemon.expect("rewrite", "rewritten");
+    let mut waiter = Actor::start(&spec(&path));
+    waiter.tell_to_wait("lock");
+    lockkit_tests::actor::signal_pid(child, rustix::process::Signal::KILL);
+    assert_eq!(waiter.answer(), format!("held recovered {child}"));
+}
+
+#[test]
+fn service_managers_read_the_pid_out_of_the_first_line() {
+    let (_folder, path) = place();
+    let _guard = lock(&path).try_lock().unwrap();
+    // systemd reads one line, strips spaces and wants a number; a shell reads a word.
+    let read = |script: &str| {
+        let output = Command::new("sh").args(["-c", script]).arg(&path).output().unwrap();
+        assert!(output.status.success(), "{script}: {output:?}");
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    };
+    assert_eq!(read("head -n 1 \"$0\""), my_pid());
+    assert_eq!(read("read pid < \"$0\" && echo $pid"), my_pid());
+    assert_eq!(read("read pid < \"$0\" && kill -0 $pid && echo alive"), "alive");
+}
+
+/// The program, where the machine has it.
+fn installed(name: &str) -> Option<PathBuf> {
+    let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin";
+    path.split(':').map(|folder| Path::new(folder).join(name)).find(|path| path.is_file())
+}
+
+#[test]
+fn start_stop_daemon_and_lockkit_understand_each_other() {
+    let Some(tool) = installed("start-stop-daemon") else {
+        return left_out("there is no start-stop-daemon here");
+    };
+    let (_folder, path) = place();
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(&tool);
+        command.args(arguments).arg("--pidfile").arg(&path).args(["--exec", "/bin/sleep"]);
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        command
+    };
+    let started = run(&["--start", "--background", "--make-pidfile"]).args(["--", "600"]).status().unwrap();
+    assert!(started.success());
+    // It writes the file in place, so for a moment it may be there and empty.
+    let pid = || match PidFile::inspect(&path).unwrap() {
+        PidStatus::Running(owner) => Some(owner.pid()),
+        _ => None,
+    };
+    until("it has written its file", || pid().is_some());
+    let daemon = pid().unwrap();
+    println!("start-stop-daemon wrote {:?}", text(&path));
+    until("it runs the program", || {
+        fs::read_to_string(format!("/proc/{daemon}/comm")).is_ok_and(|name| name.trim() == "sleep")
+    });
+    let error = lock(&path).try_lock().unwrap_err();
+    assert_eq!(error.owner().map(|owner| owner.pid()), Some(daemon));
+    assert!(run(&["--stop", "--retry", "10"]).status().unwrap().success());
+    let guard = lock(&path).lock_for(lockkit_tests::LIVELY).unwrap();
+    assert_eq!(guard.recovered().unwrap().owner().unwrap().pid(), daemon);
+    // It reads ours.
+    let mut status = Command::new(&tool);
+    status.arg("--status").arg("--pidfile").arg(&path);
+    assert_eq!(status.status().unwrap().code(), Some(0), "running");
+    drop(guard);
+    assert_eq!(status.status().unwrap().code(), Some(3), "not running");
+}
+
+#[test]
+fn the_pidfile_of_nginx_is_honoured() {
+    let Some(nginx) = installed("nginx") else {
+        return left_out("there is no nginx here");
+    };
+    let (folder, path) = place();
+    let config = folder.path().join("nginx.conf");
+    let at = folder.path().display();
+    let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+        .map(|what| format!("{what}_temp_path {at}/{what};\n"))
+        .concat();
+    write(
+        &config,
+        format!(
+            "pid {at}/app.pid;\nerror_log {at}/error.log;\nevents {{}}\n\
+             http {{\n{temporary}access_log off;\nserver {{ listen unix:{at}/socket; }}\n}}\n"
+        ),
+    );
+    let run = |extra: &[&str]| {
+        let status = Command::new(&nginx).arg("-p").arg(folder.path()).arg("-c").arg(&config).args(extra).status();
+        assert!(status.unwrap().success());
+    };
+    run(&[]);
+    until("nginx has written its file", || matches!(PidFile::inspect(&path).unwrap(), PidStatus::Running(_)));
+    println!("nginx wrote {:?}", text(&path));
+    let error = lock(&path).try_lock().unwrap_err();
+    assert_eq!(error.owner().unwrap().program(), Some("nginx"));
+    assert_eq!(error.owner().unwrap().pid().to_string(), text(&path).trim());
+    run(&["-s", "stop"]);
+    lock(&path).lock_for(lockkit_tests::LIVELY).unwrap().release().unwrap();
+}
