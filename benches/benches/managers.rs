@@ -1,7 +1,14 @@
-//! Lock managers beside a robust, process-shared pthread mutex, in one run: `cargo bench -p lockkit-benches --bench
-//! managers [uncontended | allocate | open | killed | contended]`.
+//! Lock managers in shared memory beside a robust, process-shared pthread mutex, which is the nearest that C offers.
 //!
-//! Both sides alternate, so that both see the same machine. Workers are forked; each counts in shared memory.
+//! - *Uncontended*: taking and giving back a lock that nobody else wants.
+//! - *Allocate*: allocating a lock and freeing it, in a table that is nearly full beside one that is empty.
+//! - *Open*: opening a table that is there, and attaching a forked child to it, in a large table beside a small one.
+//! - *Death*: a holder is killed while another process waits. The time runs from just before the kill.
+//! - *Contended*: many processes take one lock over and over. What counts is how often it is taken, and how long the
+//!   unluckiest one waited.
+//!
+//! Ours and the peer's turns alternate, so that both see the same machine. Workers are forked, not started anew, for the
+//! mutex stands in memory without a name; each counts in shared memory.
 
 use std::hint::black_box;
 use std::mem::MaybeUninit;
@@ -9,21 +16,45 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use lockkit::{LockManager, ManagedLock, ShmLockManager};
+use lockkit_benches::arguments;
+use lockkit_benches::process::{now, spin};
+use lockkit_benches::table::{self, Bound, Row, Value};
+
+/// How much is measured.
+struct Length {
+    /// Blocks of operations that take turns, and thousands of operations in one.
+    blocks: (u32, u32),
+    opens: u32,
+    deaths: u32,
+    /// Blocks of each crowd, and the length of one.
+    crowd: (u32, Duration),
+}
+
+const FULL: Length = Length { blocks: (15, 300), opens: 50, deaths: 200, crowd: (3, Duration::from_secs(2)) };
+const QUICK: Length = Length { blocks: (3, 20), opens: 5, deaths: 10, crowd: (1, Duration::from_millis(200)) };
+
+type Experiment = fn(&Length) -> Vec<Row>;
+
+const EXPERIMENTS: [(&str, Experiment); 5] = [
+    ("managers/uncontended", uncontended),
+    ("managers/allocate", allocate),
+    ("managers/open", open),
+    ("managers/death", death),
+    ("managers/contended", contended),
+];
 
 fn main() {
-    let which: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
-    let wanted = |name: &str| which.is_empty() || which.iter().any(|argument| argument == name);
-    for (name, bench) in [
-        ("uncontended", uncontended as fn()),
-        ("allocate", allocate),
-        ("open", open),
-        ("killed", killed),
-        ("contended", contended),
-    ] {
-        if wanted(name) {
-            bench();
+    let filter = arguments::filter();
+    let _alone = lockkit_benches::alone();
+    let length = if arguments::is_quick() { QUICK } else { FULL };
+    let mut rows = Vec::new();
+    for (name, experiment) in EXPERIMENTS {
+        if name.contains(&filter) {
+            println!("{name}");
+            rows.extend(experiment(&length));
         }
     }
+    table::print(&rows);
 }
 
 /// A table that is removed at the end.
@@ -77,7 +108,7 @@ impl Robust {
     }
 }
 
-const ROBUST: &str = "robust pthread mutex";
+const ROBUST: &str = "robust pthread";
 
 /// What is measured.
 trait Mutex: Copy {
@@ -107,92 +138,100 @@ impl Mutex for &ManagedLock {
     }
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-fn per_operation(count: u32, mut work: impl FnMut()) -> f64 {
+/// How long a thousand times take, on average over `count` thousands: a duration is too coarse for one.
+fn thousand(count: u32, mut work: impl FnMut()) -> Duration {
     let start = Instant::now();
-    for _ in 0..count {
+    for _ in 0..count * 1000 {
         work();
     }
-    start.elapsed().as_nanos() as f64 / f64::from(count)
+    start.elapsed() / count
 }
 
-fn uncontended() {
+/// The medians of blocks of two kinds that take turns.
+fn in_turns(blocks: u32, mut ours: impl FnMut() -> Duration, mut theirs: impl FnMut() -> Duration) -> [Value; 2] {
+    let mut times = [Vec::new(), Vec::new()];
+    for _ in 0..blocks {
+        times[0].push(ours());
+        times[1].push(theirs());
+    }
+    times.map(|mut times| Value::Time(table::median(&mut times)))
+}
+
+fn uncontended(length: &Length) -> Vec<Row> {
     let table = Table::new(64);
     let (lock, robust) = (table.0.allocate().expect("a lock"), Robust::new());
-    let (mut ours, mut theirs) = (vec![], vec![]);
-    for _ in 0..15 {
-        ours.push(per_operation(1_000_000, || (&lock).with(|| _ = black_box(0))));
-        theirs.push(per_operation(1_000_000, || robust.with(|| _ = black_box(0))));
-    }
-    let (ours, theirs) = (median(ours), median(theirs));
-    println!("lock + unlock: {ours:.1} ns; {} {theirs:.1} ns; {:.2}x", ROBUST, ours / theirs);
+    let (blocks, count) = length.blocks;
+    let [ours, theirs] = in_turns(
+        blocks,
+        || thousand(count, || (&lock).with(|| _ = black_box(0))),
+        || thousand(count, || robust.with(|| _ = black_box(0))),
+    );
+    let name = "1000 times lock and unlock".to_owned();
+    vec![Row { name, ours, peer: ROBUST, theirs, bound: Bound::None }]
 }
 
-fn allocate() {
+fn allocate(length: &Length) -> Vec<Row> {
+    let (blocks, count) = length.blocks;
+    let mut rows = Vec::new();
     for capacity in [2048, 1_000_000] {
-        let table = Table::new(capacity);
-        let cycle = || table.0.allocate().expect("a lock").free().expect("allocated");
-        let empty = median((0..9).map(|_| per_operation(300_000, cycle)).collect());
+        let (table, empty) = (Table::new(capacity), Table::new(capacity));
+        let cycle = |table: &Table| thousand(count, || table.0.allocate().expect("a lock").free().expect("allocated"));
         for _ in 1..capacity {
             table.0.allocate().expect("a lock");
         }
-        let full = median((0..9).map(|_| per_operation(300_000, cycle)).collect());
+        let [full, fresh] = in_turns(blocks, || cycle(&table), || cycle(&empty));
         // Two that lie far apart, so that the hint is wrong each time.
         let far = [capacity - 1, 7].map(|id| table.0.retrieve(id).expect("a lock"));
         let _ = far[0].free();
-        let apart = median(
-            (0..9)
-                .map(|_| {
-                    per_operation(300_000, || {
-                        let _ = far[1].free();
-                        let first = table.0.allocate().expect("a lock");
-                        let second = table.0.allocate().expect("a lock");
-                        let _ = (black_box(first), second.free());
-                    })
-                })
-                .collect(),
-        );
-        println!(
-            "allocate + free of {capacity}: empty {empty:.1} ns, all but one taken {full:.1} ns; \
-             two of each with room at both ends {apart:.1} ns"
-        );
+        let apart = || {
+            thousand(count, || {
+                let _ = far[1].free();
+                let first = table.0.allocate().expect("a lock");
+                let second = table.0.allocate().expect("a lock");
+                let _ = (black_box(first), second.free());
+            })
+        };
+        let [apart, fresh_again] = in_turns(blocks, apart, || cycle(&empty));
+        for (what, ours, theirs) in [("1 left", full, fresh), ("2 far apart", apart, fresh_again)] {
+            let name = format!("1000 allocate and free of {capacity}, {what}");
+            rows.push(Row { name, ours, peer: "empty table", theirs, bound: Bound::None });
+        }
     }
+    rows
 }
 
-fn open() {
-    for capacity in [2048, 1_000_000] {
-        let table = Table::new(capacity);
+fn open(length: &Length) -> Vec<Row> {
+    let opened = |capacity| {
+        // Made by another process, for this one must not have it open.
+        let path = format!("/dev/shm/lockkit-bench-{}-open", std::process::id());
+        fork(|| drop(ShmLockManager::create(&path, capacity))).join();
+        let start = Instant::now();
+        ShmLockManager::open(&path).expect("a table");
+        let elapsed = start.elapsed();
+        std::fs::remove_file(path).expect("it is there");
+        elapsed
+    };
+    let attached = |table: &Table| {
         let first: &AtomicU64 = shared();
-        let (mut cold, mut warm) = (vec![], vec![]);
-        for _ in 0..50 {
-            fork(|| {
-                // It must attach anew, and find out anew who it is.
-                let start = Instant::now();
-                table.0.held().expect("attached");
-                first.store(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
-            })
-            .join();
-            cold.push(first.load(Ordering::Relaxed) as f64 / 1000.0);
-        }
-        for _ in 0..50 {
-            // Made by another process, for this one must not have it open.
-            let path = format!("/dev/shm/lockkit-bench-{}-open", std::process::id());
-            fork(|| drop(ShmLockManager::create(&path, capacity))).join();
+        fork(|| {
+            // It must attach anew, and find out anew who it is.
             let start = Instant::now();
-            ShmLockManager::open(&path).expect("a table");
-            warm.push(start.elapsed().as_nanos() as f64 / 1000.0);
-            std::fs::remove_file(path).expect("it is there");
-        }
-        println!(
-            "open an existing table of {capacity}: {:.1} us; attach a forked child to it: {:.1} us",
-            median(warm),
-            median(cold)
-        );
-    }
+            table.0.held().expect("attached");
+            first.store(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
+        })
+        .join();
+        Duration::from_nanos(first.load(Ordering::Relaxed))
+    };
+    let (large, small) = (1_000_000, 2048);
+    let row = |what: &str, [ours, theirs]: [Value; 2]| {
+        let name = format!("{what} a table of {large}");
+        Row { name, ours, peer: "one of 2048", theirs, bound: Bound::None }
+    };
+    let (large_table, small_table) = (Table::new(large), Table::new(small));
+    vec![
+        row("open", in_turns(length.opens, || opened(large), || opened(small))),
+        row("attach a forked child to", in_turns(length.opens, || attached(&large_table), || attached(&small_table))),
+    ]
 }
 
 /// A forked child.
@@ -222,51 +261,64 @@ impl Child {
     }
 }
 
-/// How long after the holder's death the waiter has the lock.
-fn killed() {
-    fn rounds(mutex: impl Mutex) -> Vec<f64> {
-        let holds: &AtomicBool = shared();
-        let got: &AtomicU64 = shared();
-        let waits: &AtomicBool = shared();
-        let epoch = Instant::now();
-        let mut times: Vec<f64> = (0..200)
-            .map(|round| {
-                holds.store(false, Ordering::SeqCst);
-                waits.store(false, Ordering::SeqCst);
-                let holder = fork(|| {
-                    mutex.with(|| {
-                        holds.store(true, Ordering::SeqCst);
-                        std::thread::sleep(Duration::from_secs(600));
-                    });
-                });
-                while !holds.load(Ordering::SeqCst) {
-                    std::thread::yield_now();
-                }
-                let waiter = fork(|| {
-                    waits.store(true, Ordering::SeqCst);
-                    mutex.with(|| got.store(epoch.elapsed().as_nanos() as u64, Ordering::SeqCst));
-                });
-                while !waits.load(Ordering::SeqCst) {
-                    std::thread::yield_now();
-                }
-                // Waiters of all ages.
-                std::thread::sleep(Duration::from_micros(5_000 + round * 137));
-                let killed = epoch.elapsed().as_nanos() as u64;
-                holder.kill();
-                waiter.join();
-                holder.join();
-                (got.load(Ordering::SeqCst) - killed) as f64 / 1e6
-            })
-            .collect();
-        times.sort_by(f64::total_cmp);
-        times
-    }
+/// Where the processes of a death say how far they are.
+struct Stages {
+    holds: AtomicBool,
+    waits: AtomicBool,
+    /// When the waiter got the lock.
+    got: AtomicU64,
+}
+
+/// How long after the holder's death the waiter has the lock, when it has waited for `age`.
+fn takeover(mutex: impl Mutex, stages: &Stages, age: Duration) -> Duration {
+    let until = |stage: &AtomicBool| {
+        while !stage.load(Ordering::SeqCst) {
+            std::thread::yield_now();
+        }
+    };
+    stages.holds.store(false, Ordering::SeqCst);
+    stages.waits.store(false, Ordering::SeqCst);
+    let holder = fork(|| {
+        mutex.with(|| {
+            stages.holds.store(true, Ordering::SeqCst);
+            std::thread::sleep(Duration::from_secs(600));
+        });
+    });
+    until(&stages.holds);
+    let waiter = fork(|| {
+        stages.waits.store(true, Ordering::SeqCst);
+        mutex.with(|| stages.got.store(now(), Ordering::SeqCst));
+    });
+    until(&stages.waits);
+    std::thread::sleep(age);
+    let killed = now();
+    holder.kill();
+    waiter.join();
+    holder.join();
+    Duration::from_nanos(stages.got.load(Ordering::SeqCst) - killed)
+}
+
+fn death(length: &Length) -> Vec<Row> {
     let table = Table::new(64);
-    let lock = table.0.allocate().expect("a lock");
-    for (name, times) in [("lockkit shared memory", rounds(&lock)), (ROBUST, rounds(Robust::new()))] {
-        let (middle, longest) = (times[times.len() / 2], times[times.len() - 1]);
-        println!("after SIGKILL of the holder: {name}: median {middle:.2} ms, longest {longest:.2} ms");
+    let (lock, robust) = (table.0.allocate().expect("a lock"), Robust::new());
+    let stages = shared();
+    let mut times = [Vec::new(), Vec::new()];
+    for round in 0..length.deaths {
+        // Waiters of all ages.
+        let age = Duration::from_micros(5_000 + u64::from(round) * 137);
+        times[0].push(takeover(&lock, stages, age));
+        times[1].push(takeover(robust, stages, age));
     }
+    let [[ours, our_longest], [theirs, their_longest]] =
+        times.map(|mut times| [table::median(&mut times), table::quantile(&mut times, 1.0)].map(Value::Time));
+    let row = |what, ours, theirs, bound| {
+        let name = format!("after SIGKILL of the holder, {what}");
+        Row { name, ours, peer: ROBUST, theirs, bound }
+    };
+    vec![
+        row("median", ours, theirs, Bound::Time(Duration::from_millis(10))),
+        row("longest", our_longest, their_longest, Bound::None),
+    ]
 }
 
 /// What workers did.
@@ -277,7 +329,8 @@ struct Counters {
     longest: AtomicU64,
 }
 
-fn contend(mutex: impl Mutex, processes: usize, hold: Duration, span: Duration) -> (f64, f64) {
+/// How often a second the lock was taken, and the longest wait for it.
+fn contend(mutex: impl Mutex, processes: usize, hold: Duration, span: Duration) -> (f64, Duration) {
     let counters: &Counters = shared();
     let workers: Vec<Child> = (0..processes)
         .map(|_| {
@@ -286,17 +339,14 @@ fn contend(mutex: impl Mutex, processes: usize, hold: Duration, span: Duration) 
                     std::thread::yield_now();
                 }
                 let (mut done, mut longest) = (0, 0);
-                let mut since = Instant::now();
+                let mut since = now();
                 while !counters.stop.load(Ordering::Relaxed) {
                     mutex.with(|| {
-                        let now = Instant::now();
-                        longest = longest.max(now.duration_since(since).as_nanos() as u64);
-                        while now.elapsed() < hold {
-                            std::hint::spin_loop();
-                        }
+                        longest = longest.max(now() - since);
+                        spin(hold);
                     });
                     done += 1;
-                    since = Instant::now();
+                    since = now();
                 }
                 counters.done.fetch_add(done, Ordering::Relaxed);
                 counters.longest.fetch_max(longest, Ordering::Relaxed);
@@ -311,39 +361,32 @@ fn contend(mutex: impl Mutex, processes: usize, hold: Duration, span: Duration) 
     for worker in workers {
         worker.join();
     }
-    let done = counters.done.load(Ordering::Relaxed) as f64 / elapsed.as_secs_f64();
-    (done, counters.longest.load(Ordering::Relaxed) as f64 / 1e6)
+    let rate = counters.done.load(Ordering::Relaxed) as f64 / elapsed.as_secs_f64();
+    (rate, Duration::from_nanos(counters.longest.load(Ordering::Relaxed)))
 }
 
-fn contended() {
-    let span = Duration::from_secs(2);
+fn contended(length: &Length) -> Vec<Row> {
+    let (blocks, span) = length.crowd;
+    let mut rows = Vec::new();
     for hold in [0, 20].map(Duration::from_micros) {
         for processes in [2, 8, 64] {
             let table = Table::new(64);
-            let lock = table.0.allocate().expect("a lock");
-            let robust = Robust::new();
-            let (mut ours, mut theirs) = (vec![], vec![]);
-            for _ in 0..3 {
-                ours.push(contend(&lock, processes, hold, span));
-                theirs.push(contend(robust, processes, hold, span));
+            let (lock, robust) = (table.0.allocate().expect("a lock"), Robust::new());
+            let mut runs = [Vec::new(), Vec::new()];
+            for _ in 0..blocks {
+                runs[0].push(contend(&lock, processes, hold, span));
+                runs[1].push(contend(robust, processes, hold, span));
             }
-            let middle = |runs: &[(f64, f64)]| {
-                let pick = |which: fn(&(f64, f64)) -> f64| median(runs.iter().map(which).collect());
-                (pick(|run| run.0), pick(|run| run.1))
-            };
-            let ((our_rate, our_wait), (rate, wait)) = (middle(&ours), middle(&theirs));
-            println!(
-                "{processes} processes, holds of {} us: {:.0}/s, longest wait {:.1} ms; {} {:.0}/s, {:.1} ms; \
-                 rate {:.2}x, wait {:.2}x",
-                hold.as_micros(),
-                our_rate,
-                our_wait,
-                ROBUST,
-                rate,
-                wait,
-                our_rate / rate,
-                our_wait / wait
-            );
+            let [(our_rate, our_wait), (rate, wait)] = runs.map(|runs| {
+                let (mut rates, mut waits): (Vec<f64>, Vec<Duration>) = runs.into_iter().unzip();
+                rates.sort_by(f64::total_cmp);
+                (Value::Rate(rates[rates.len() / 2]), Value::Time(table::median(&mut waits)))
+            });
+            for (what, ours, theirs) in [("throughput", our_rate, rate), ("longest wait", our_wait, wait)] {
+                let name = format!("{processes} processes hold {} us, {what}", hold.as_micros());
+                rows.push(Row { name, ours, peer: ROBUST, theirs, bound: Bound::None });
+            }
         }
     }
+    rows
 }
