@@ -219,7 +219,7 @@ impl Mark {
     /// It is mapped where its memory cannot be pulled away: a file in memory, complete, that only this user can change.
     fn open_in(base: &str, name: &str, sharing: Sharing) -> Result<Self> {
         let folder = folder::open_in(base, sharing)?;
-        let file = folder.open_file(name, sharing)?;
+        let file = folder.open_file(&format!("{name}.record"))?;
         let private = matches!(sharing, Sharing::User(_));
         let complete = || fallocate(&file, FallocateFlags::empty(), 0, (WORDS * WORD) as u64).is_ok();
         let mapping =
