@@ -228,6 +228,10 @@ impl Error {
         }
     }
 
+    pub(crate) fn is_io(&self, kind: io::ErrorKind) -> bool {
+        matches!(self.kind(), ErrorKind::Io { source, .. } if source.kind() == kind)
+    }
+
     pub(crate) fn io(action: &'static str, path: impl AsRef<Path>, source: impl Into<io::Error>) -> Self {
         ErrorKind::Io { action, path: path.as_ref().to_owned(), source: source.into() }.into()
     }

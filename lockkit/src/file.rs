@@ -29,7 +29,7 @@ use crate::steps::step;
 use crate::sys::flock::{self, Mode};
 use crate::sys::fork::{self, Shielded};
 use crate::sys::slot::Slot;
-use crate::wait::{Backoff, Subject, Wait};
+use crate::wait::{Backoff, Patience, Subject, Wait};
 
 /// How often a file may be replaced under an acquisition before it is called rogue.
 const MOST_REPLACEMENTS: u32 = 100;
@@ -214,17 +214,19 @@ impl Subject for Inner {
 impl Inner {
     fn acquire(&self, mode: Mode, wait: &Wait, subject: &dyn Subject) -> Result<Box<Open>> {
         wait.check(subject)?;
+        let mut patience = None;
         for _ in 0..MOST_REPLACEMENTS {
             let generation = fork::generation();
             let mut open = match self.spare.take() {
                 Some(open) if open.generation == generation => open,
                 _ => Box::new(Open { file: self.place.open()?, generation, compared: None, held: None }),
             };
-            self.lock(&open.file, mode, wait, subject)?;
+            self.lock(&open.file, mode, wait, &mut patience, subject)?;
             let now = Instant::now();
-            let within = |span, moment: Option<Instant>| moment.is_some_and(|moment| now - moment < span);
-            let compared = within(BLINK, open.held.replace(now)) && within(SOON, open.compared);
-            if compared && !self.place.wary {
+            let since = |moment: Option<Instant>| moment.map_or(Duration::MAX, |moment| now - moment);
+            let (held, compared) = (since(open.held.replace(now)), since(open.compared));
+            // No time at all means a clock too coarse to tell.
+            if !held.is_zero() && held < BLINK && compared < SOON && !self.place.wary {
                 return Ok(open);
             }
             if self.place.names(&open.file)? {
@@ -236,12 +238,23 @@ impl Inner {
         Err(ErrorKind::RogueDeletion { path: self.place.path.clone() }.into())
     }
 
-    fn lock(&self, file: &File, mode: Mode, wait: &Wait, subject: &dyn Subject) -> Result<()> {
+    /// Locks the open file. The patience with which it waits is one for all the files that the path comes to name.
+    fn lock(
+        &self,
+        file: &File,
+        mode: Mode,
+        wait: &Wait,
+        patience: &mut Option<Patience>,
+        subject: &dyn Subject,
+    ) -> Result<()> {
         let failed = |error| Error::io("lock", &self.place.path, error);
         if flock::try_lock(file, mode).map_err(failed)? {
             return Ok(());
         }
-        let Some(patience) = wait.patience()? else {
+        if patience.is_none() {
+            *patience = wait.patience()?;
+        }
+        let Some(patience) = patience else {
             return Err(subject.held());
         };
         if patience.is_endless() {

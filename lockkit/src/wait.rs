@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 use crate::error::{Error, ErrorKind, Result};
 use crate::owner::Owner;
 use crate::sys::event::{self, Event, Woke};
+use crate::sys::fork;
 
 /// How long to wait for a lock.
 ///
@@ -126,8 +127,9 @@ pub struct CancelToken(Arc<TokenState>);
 #[derive(Default)]
 struct TokenState {
     cancelled: AtomicBool,
-    /// Made by the first waiter, so that a token that nobody waits with costs no descriptor.
-    event: Mutex<Option<Arc<Event>>>,
+    /// Made by the first waiter, so that a token that nobody waits with costs no descriptor. A forked child shares its
+    /// parent's, and needs one of its own: the number is the fork generation that it belongs to.
+    event: Mutex<Option<(u32, Arc<Event>)>>,
 }
 
 impl CancelToken {
@@ -140,7 +142,9 @@ impl CancelToken {
     pub fn cancel(&self) {
         // The flag goes first: a waiter looks at it after its event stands in the slot, so it sees one or the other.
         self.0.cancelled.store(true, Ordering::Release);
-        if let Some(event) = &*self.0.event.lock() {
+        if let Some((generation, event)) = &*self.0.event.lock()
+            && *generation == fork::generation()
+        {
             event.set();
         }
     }
@@ -152,14 +156,17 @@ impl CancelToken {
 
     fn event(&self) -> Result<Arc<Event>> {
         let mut slot = self.0.event.lock();
-        if let Some(event) = &*slot {
+        let current = fork::generation();
+        if let Some((generation, event)) = &*slot
+            && *generation == current
+        {
             return Ok(event.clone());
         }
         let event = Arc::new(Event::new().map_err(|error| Error::io("create", "a cancel event", error))?);
         if self.is_cancelled() {
             event.set();
         }
-        *slot = Some(event.clone());
+        *slot = Some((current, event.clone()));
         Ok(event)
     }
 }

@@ -9,6 +9,7 @@
 //! | `fork-drop` | `dropped`: a forked child has dropped its copy of the guard and ended |
 //! | `fork-often` | `free`: children that were forked while threads took and released the lock live, and do not keep it |
 //! | `spawn` | `spawned PID`: a program started in the ordinary way, alive until it is killed |
+//! | `exec` | none: the actor has become another program |
 //! | `panic` | `panicked`: a thread took the lock and panicked holding it |
 //! | `hold-name NAME`, `time-out-name NAME`, `clean-name NAME` | `done`: the same with any named lock |
 //! | `starve` | `starved`: no descriptor is left; `feed` gives them back |
@@ -251,6 +252,10 @@ pub fn serve(spec: &Spec) {
                 sleep.arg(LIVELY.as_secs().to_string());
                 let child = sleep.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
                 format!("spawned {}", child.expect("sleep starts").id())
+            }
+            "exec" => {
+                let mut sleep = Command::new("sleep");
+                format!("error exec: {}", sleep.arg(LIVELY.as_secs().to_string()).stdin(Stdio::null()).exec())
             }
             "panic" => {
                 let result = std::thread::scope(|scope| {

@@ -192,10 +192,10 @@ impl Spec {
     pub fn files(&self) -> Vec<PathBuf> {
         let uid = rustix::process::geteuid().as_raw();
         match self.kind {
-            Kind::NamedSocket => vec![format!("/dev/shm/lockkit-u{uid}/{}", self.at).into()],
-            Kind::MachineSocket => vec![format!("/dev/shm/lockkit-machine/{}", self.at).into()],
+            Kind::NamedSocket => vec![format!("/dev/shm/lockkit-u{uid}/{}.record", self.at).into()],
+            Kind::MachineSocket => vec![format!("/dev/shm/lockkit-machine-{}.record", self.at).into()],
             Kind::NamedFile => vec![format!("/tmp/lockkit-u{uid}/{}.lock", self.at).into()],
-            Kind::MachineFile => vec![format!("/tmp/lockkit-machine/{}.lock", self.at).into()],
+            Kind::MachineFile => vec![format!("/tmp/lockkit-machine-{}.lock", self.at).into()],
             Kind::File | Kind::PidFile => vec![PathBuf::from(&self.at)],
             Kind::Managed(kind) => {
                 Table::at(kind, &self.at).clean();

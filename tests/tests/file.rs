@@ -260,6 +260,30 @@ fn a_waiter_on_a_deleted_file_goes_on_with_the_new_one() {
 }
 
 #[test]
+fn a_deadline_is_one_for_all_the_files_that_the_path_comes_to_name() {
+    let folder = folder();
+    let path = folder.path().join("lock");
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let held = FileLock::new(&path).lock().unwrap();
+        scope.spawn(|| {
+            // Whenever the waiter gets the old file, a new one is held already.
+            let mut held = held;
+            while !stop.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(20));
+                fs::rename(&path, path.with_extension("old")).unwrap();
+                held = FileLock::new(&path).lock().unwrap();
+            }
+            drop(held);
+        });
+        let result = FileLock::new(&path).lock_for(Duration::from_millis(100));
+        stop.store(true, Ordering::Relaxed);
+        // A deadline that began anew with each file would end only when there were too many of them.
+        assert!(result.as_ref().err().is_none_or(Error::is_timeout), "{result:?}");
+    });
+}
+
+#[test]
 fn deleting_the_file_under_its_lock_never_lets_two_in() {
     let folder = folder();
     let path = folder.path().join("lock");

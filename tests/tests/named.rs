@@ -1,11 +1,12 @@
 //! NamedLock: every case of the suite on each backend, and what is its own.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use lockkit::{Backend, ErrorKind, NamedLock, Scope, Wait};
 use lockkit_tests::actor::Actor;
-use lockkit_tests::{Belongings, Kind, Spec, another_user, fresh_name, rogue, suite};
+use lockkit_tests::{Belongings, Kind, Spec, another_user, fresh_name, rogue, suite, until};
 
 suite!(socket, lockkit_tests::Kind::NamedSocket);
 suite!(machine, lockkit_tests::Kind::MachineSocket);
@@ -212,6 +213,119 @@ fn users_have_names_of_their_own_and_share_those_of_the_machine() {
         }
         spec.clean();
     }
+}
+
+#[test]
+fn whichever_user_comes_first_a_machine_wide_lock_is_open_to_all() {
+    let (Some(first), Some(second)) = (another_user(), another_user()) else { return };
+    for kind in [Kind::MachineSocket, Kind::MachineFile] {
+        let spec = kind.fresh();
+        let mut died = Actor::start_as(&spec, first.uid);
+        died.expect("lock", "held");
+        let [mut other, mut root] = [second.uid, 0].map(|uid| Actor::start_as(&spec, uid));
+        for actor in [&mut other, &mut root] {
+            assert!(actor.ask("try").starts_with("error Held"));
+        }
+        died.kill();
+        other.expect("lock", &format!("held recovered {}", died.pid()));
+        other.expect("release", "released");
+        root.expect("lock", "held");
+        spec.clean();
+    }
+}
+
+#[test]
+fn processes_of_pid_namespaces_that_do_not_see_each_other_share_a_name() {
+    let isolated = |spec: &Spec| {
+        Actor::start_with(spec, |command| {
+            let (program, spec) = (command.get_program().to_owned(), spec.to_string());
+            *command = Command::new("unshare");
+            command.args(["--pid", "--fork", "--kill-child"]).arg(program).arg(spec);
+            command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        })
+    };
+    if !Command::new("unshare").args(["--pid", "--fork", "true"]).status().is_ok_and(|status| status.success()) {
+        println!("left out: this machine makes no pid namespaces for the test");
+        return;
+    }
+    let user = another_user();
+    for kind in OWN {
+        let spec = kind.fresh();
+        let (mut here, mut there) = (Actor::start(&spec), isolated(&spec));
+        there.expect("lock", "held");
+        assert!(here.ask("try").starts_with("error Held"));
+        assert!(here.ask("lock-for 1").starts_with("error Timeout"));
+        here.tell("lock");
+        there.expect("release", "released");
+        assert_eq!(here.answer(), "held");
+        assert!(there.ask("try").starts_with("error Held"));
+        assert!(there.ask("owner").starts_with("owner "));
+        there.tell("lock");
+        here.expect("release", "released");
+        assert_eq!(there.answer(), "held");
+        spec.clean();
+    }
+    // Without records there is only what the kernel says, which is nothing of a pid.
+    let Some(user) = user else { return };
+    for folder in user.folders() {
+        std::fs::create_dir(folder).unwrap();
+    }
+    let spec = Kind::NamedSocket.fresh();
+    let mut there = Actor::start_with(&spec, |command| {
+        let (program, spec) = (command.get_program().to_owned(), spec.to_string());
+        *command = Command::new("unshare");
+        command.args(["--pid", "--fork", "--kill-child", "setpriv", "--clear-groups"]);
+        command.args(["--reuid", &user.uid.to_string(), "--regid", &user.uid.to_string()]).arg(program).arg(spec);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    });
+    let mut here = Actor::start_as(&spec, user.uid);
+    here.expect("lock", "held");
+    let held = there.ask("try");
+    assert!(held.contains("is held by a process of another pid namespace"), "{held}");
+    there.tell("lock");
+    here.expect("release", "released");
+    assert_eq!(there.answer(), "held");
+}
+
+#[test]
+fn a_holder_that_becomes_another_program_holds_no_more() {
+    let spec = Kind::NamedSocket.fresh();
+    let (mut holder, mut other) = (Actor::start(&spec), Actor::start(&spec));
+    holder.expect("lock", "held");
+    other.expect("owner", &format!("owner {}", holder.pid()));
+    holder.tell("exec");
+    until("nobody holds it", || other.ask("owner") == "owner none");
+    other.expect("try", &format!("held recovered {}", holder.pid()));
+    spec.clean();
+}
+
+#[test]
+fn a_handle_goes_on_when_its_folder_was_deleted() {
+    let Some(user) = another_user() else { return };
+    let spec = Kind::NamedFile.fresh();
+    let mut actor = Actor::start_as(&spec, user.uid);
+    for _ in 0..3 {
+        actor.expect("lock", "held");
+        actor.expect("release", "released");
+        std::fs::remove_dir_all(&user.folders()[0]).unwrap();
+    }
+}
+
+#[test]
+fn the_record_of_one_lock_is_never_the_file_of_another() {
+    let Some(user) = another_user() else { return };
+    let [_, memory] = user.folders();
+    std::fs::create_dir(&memory).unwrap();
+    let file = Kind::NamedFile.fresh();
+    let mut holder = Actor::start_as(&file, user.uid);
+    holder.expect("lock", "held");
+    for suffix in ["lock", "record"] {
+        let socket = Spec::parse(&format!("named-socket:{}.{suffix}", file.at()));
+        let mut other = Actor::start_as(&socket, user.uid);
+        other.expect("lock", "held");
+        other.expect("release", "released");
+    }
+    holder.expect("owner", &format!("owner {}", holder.pid()));
 }
 
 #[test]

@@ -1,15 +1,16 @@
 //! A named lock as a file in a private folder, locked with flock.
 //!
 //! The folder stands at a fixed place (see [`folder`](crate::sys::folder)). The file holds the record of its holder
-//! (see [`mark`]), and is never deleted. While a lock of it is in use the folder itself is locked, shared: that is how
-//! [systemd-tmpfiles] is told to leave a folder's files alone.
+//! (see [`mark`]), and is never deleted. While a lock of it is in use a user's folder itself is locked, shared: that is
+//! how [systemd-tmpfiles] is told to leave a folder's files alone.
 //!
 //! [systemd-tmpfiles]: https://systemd.io/TEMPORARY_DIRECTORIES/
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::io;
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use rustix::fs::{Mode, OFlags, open};
 
 use super::mark::{self, Slate};
@@ -26,23 +27,30 @@ use crate::wait::{Subject, Wait};
 pub(super) struct FolderLock {
     name: String,
     sharing: Sharing,
-    opened: OnceLock<Opened>,
+    opened: Mutex<Option<Arc<Opened>>>,
 }
 
 #[derive(Debug)]
 struct Opened {
-    /// Locked, shared, against cleaners.
+    /// A user's is locked, shared, against cleaners.
     _folder: File,
     lock: FileLock,
 }
 
 impl FolderLock {
     pub(super) fn new(name: &str, sharing: Sharing) -> Self {
-        Self { name: name.to_owned(), sharing, opened: OnceLock::new() }
+        Self { name: name.to_owned(), sharing, opened: Mutex::default() }
     }
 
     pub(super) fn acquire(&self, wait: &Wait, subject: &dyn Subject) -> Result<(FileGuard, Option<Box<Recovered>>)> {
-        let guard = self.open()?.lock.acquire_as(wait, subject)?;
+        let guard = match self.open()?.lock.acquire_as(wait, subject) {
+            // Somebody has deleted the folder since.
+            Err(error) if error.is_io(io::ErrorKind::NotFound) => {
+                *self.opened.lock() = None;
+                self.open()?.lock.acquire_as(wait, subject)?
+            }
+            acquired => acquired?,
+        };
         let recovered = mark::take(guard.file());
         Ok((guard, recovered))
     }
@@ -54,26 +62,29 @@ impl FolderLock {
     }
 
     pub(super) fn owner(&self) -> Option<Owner> {
-        let path = self.path(&folder::open_in(folder::BASE, self.sharing).ok()?.path);
+        let path = folder::open_in(folder::BASE, self.sharing).ok()?.file(&self.file());
         // Somebody may have put a link or a FIFO there, which must not be followed or waited for.
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
         let owner = mark::holder(&File::from(open(path, flags, Mode::empty()).ok()?))?;
         (owner.liveness() != Liveness::Dead).then_some(owner)
     }
 
-    fn open(&self) -> Result<&Opened> {
-        if let Some(opened) = self.opened.get() {
-            return Ok(opened);
+    fn open(&self) -> Result<Arc<Opened>> {
+        let mut opened = self.opened.lock();
+        if let Some(opened) = &*opened {
+            return Ok(opened.clone());
         }
         let folder = folder::open_in(folder::BASE, self.sharing)?;
-        let lock = FileLock::own(self.path(&folder.path), self.sharing.file_mode());
+        let lock = FileLock::own(folder.file(&self.file()), self.sharing.file_mode());
         let folder = File::from(folder.fd);
-        // Somebody may hold it exclusively for a while, to clean it; no lock fails for that.
-        let _ = flock::try_lock(&folder, flock::Mode::Shared);
-        Ok(self.opened.get_or_init(|| Opened { _folder: folder, lock }))
+        if let Sharing::User(_) = self.sharing {
+            // Somebody may hold it exclusively for a while, to clean it; no lock fails for that.
+            let _ = flock::try_lock(&folder, flock::Mode::Shared);
+        }
+        Ok(opened.insert(Arc::new(Opened { _folder: folder, lock })).clone())
     }
 
-    fn path(&self, folder: &Path) -> PathBuf {
-        folder.join(format!("{}.lock", self.name))
+    fn file(&self) -> String {
+        format!("{}.lock", self.name)
     }
 }

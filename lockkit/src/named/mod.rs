@@ -119,6 +119,10 @@ impl NamedLock {
 
     /// Takes the lock, waiting as `wait` says.
     ///
+    /// Not waiting means not waiting for a holder that lives. A lock that the last holder's record says is nobody's, but
+    /// whose name is still taken, as while a killed process is taken apart or a program is being started, is given up to
+    /// a second to come free.
+    ///
     /// Waiting costs no polling on the socket backend: the kernel wakes the waiter when the lock is handed to it, when
     /// the holder dies, at its deadline and at its cancellation. Only while the holder's queue of 4,096 (or
     /// `net.core.somaxconn`) is full of waiters, living or not, does a further one look again every few milliseconds;
@@ -128,7 +132,8 @@ impl NamedLock {
     /// [`Held`](crate::ErrorKind::Held), [`Timeout`](crate::ErrorKind::Timeout) or
     /// [`Cancelled`](crate::ErrorKind::Cancelled) as `wait` has it;
     /// [`ForeignOwner`](crate::ErrorKind::ForeignOwner) when a user who is not trusted with a [`Scope::User`] lock sits
-    /// on its name, or owns the folder where the file backend must keep it;
+    /// on its name, or owns the folder where the file backend must keep it (one that has bound the name without
+    /// listening there cannot be told from a holder that is just starting, so that is `Held` by nobody known);
     /// [`Insecure`](crate::ErrorKind::Insecure) when that folder is open to others;
     /// [`Io`](crate::ErrorKind::Io) when the system refuses, as when no descriptor is left.
     pub fn acquire(&self, wait: &Wait) -> Result<NamedGuard> {
@@ -149,7 +154,8 @@ impl NamedLock {
     /// Who holds the lock now; `None` when nobody does. By the time it returns it may already be past.
     ///
     /// Where the holder has left no record (see [`NamedGuard::recovered`]) the socket backend asks the kernel, which
-    /// takes one place in the holder's queue of waiters until the next release.
+    /// takes one place in the holder's queue of waiters until the next release. The file backend knows only the record,
+    /// and so names a holder that has started another program in its place (exec) until the next one takes the lock.
     ///
     /// # Errors
     /// [`Io`](crate::ErrorKind::Io) when the holder cannot be asked because its queue is full.

@@ -32,7 +32,7 @@ use crate::wait::{Backoff, Subject, Wait};
 
 /// For how long somebody who does not want to wait looks again at a lock that seems to be held by nobody alive: its holder
 /// is about to begin or to end, or its socket is still open in a child that is about to start a program.
-const MOMENT: Duration = Duration::from_millis(50);
+const MOMENT: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 pub(super) struct SocketLock {
@@ -98,10 +98,10 @@ impl SocketLock {
     /// Takes the lock if it is free, or if the record names no living holder and it comes free within a [`MOMENT`].
     #[cold]
     fn acquire_in_a_moment(&self, subject: &dyn Subject) -> Result<(Shielded, Option<Box<Recovered>>)> {
-        let moment = Instant::now() + MOMENT;
+        let moment = Instant::now() + if self.mark().is_some() { MOMENT } else { Duration::ZERO };
         let mut backoff = Backoff::new();
         let mut queued = None;
-        while self.living_holder().is_none() && Instant::now() < moment {
+        while self.living_holder().is_none() {
             let pause = backoff.next();
             match &queued {
                 None => match self.attempt(subject)? {
@@ -118,6 +118,9 @@ impl SocketLock {
                         Received::Nothing => {}
                     }
                 }
+            }
+            if Instant::now() >= moment {
+                break;
             }
         }
         Err(subject.held())
@@ -207,7 +210,9 @@ impl SocketLock {
 
     pub(super) fn owner(&self) -> Result<Option<Owner>> {
         if let Some(owner) = self.living_holder() {
-            return Ok(Some(owner));
+            // A holder that starts another program in its place leaves its record, and the name.
+            let free = seqpacket::is_free(&self.address).map_err(|error| self.io("bind", error))?;
+            return Ok((!free).then_some(owner));
         }
         match seqpacket::connect(&self.address).map_err(|error| self.io("connect to", error))? {
             Reached::Nobody => Ok(None),

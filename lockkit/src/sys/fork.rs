@@ -11,7 +11,6 @@
 //!
 //! [pthread_atfork(3)]: https://man7.org/linux/man-pages/man3/pthread_atfork.3.html
 
-use std::ffi::c_int;
 use std::mem::ManuallyDrop;
 use std::ops::Deref;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -150,14 +149,6 @@ pub(crate) fn generation() -> u32 {
     GENERATION.load(Ordering::Relaxed)
 }
 
-unsafe extern "C" {
-    fn pthread_atfork(
-        prepare: Option<unsafe extern "C" fn()>,
-        parent: Option<unsafe extern "C" fn()>,
-        child: Option<unsafe extern "C" fn()>,
-    ) -> c_int;
-}
-
 #[inline]
 fn install() {
     static INSTALLED: Once = Once::new();
@@ -165,7 +156,8 @@ fn install() {
         // It fails only without memory for its list; then a forked child keeps what it inherits, as it does with
         // every other lock library.
         // SAFETY: the three handlers are functions of this program, sound to call at any time.
-        let _ = unsafe { pthread_atfork(Some(before_fork), Some(after_fork_in_parent), Some(after_fork_in_child)) };
+        let _ =
+            unsafe { libc::pthread_atfork(Some(before_fork), Some(after_fork_in_parent), Some(after_fork_in_child)) };
     });
 }
 

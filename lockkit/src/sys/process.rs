@@ -156,8 +156,8 @@ pub(crate) fn pid_namespace() -> Option<u64> {
     return Some(0);
 }
 
-/// This host: its name, and the id of its installation where there is one, so that two hosts which were given the same
-/// name, or were cloned from one image, still differ.
+/// This host: its name, and the id of its installation where there is one, so that two hosts that were given the same
+/// name still differ. Two that were cloned from one image with their names do not.
 pub(crate) fn host() -> &'static str {
     static HOST: OnceLock<String> = OnceLock::new();
     HOST.get_or_init(|| {

@@ -5,14 +5,13 @@
 //!
 //! [unix(7)]: https://man7.org/linux/man-pages/man7/unix.7.html
 
-use std::hint::black_box;
-use std::io::{IoSlice, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use rustix::cmsg_space;
 use rustix::io::{Errno, Result, retry_on_intr};
-use rustix::net::sockopt::{socket_acceptconn, socket_peercred};
+use rustix::net::sockopt::socket_acceptconn;
 use rustix::net::{
     self, AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
@@ -66,6 +65,16 @@ pub(crate) fn listen(socket: &Shielded) -> Result<()> {
     Ok(())
 }
 
+/// Whether nobody has the address. Takes it for a moment, in which nobody else can.
+pub(crate) fn is_free(address: &Address) -> Result<bool> {
+    let socket = Shielded::new(socket)?;
+    match retry_on_intr(|| net::bind(&*socket, address)) {
+        Ok(()) => Ok(true),
+        Err(Errno::ADDRINUSE) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// What became of an attempt to connect.
 pub(crate) enum Reached {
     /// In the queue of whoever listens at the address.
@@ -92,12 +101,21 @@ pub(crate) fn connect(address: &Address) -> Result<Reached> {
 
 /// Who is at the other end: for a connection the process that last called `listen`, for an accepted one the process
 /// that connected.
+///
+/// Not rustix's `socket_peercred`, whose type says that a pid is never 0: that is what the kernel writes for a process of
+/// a pid namespace that this one does not see.
 pub(crate) fn peer(connection: impl AsFd) -> Result<Peer> {
-    let credentials = socket_peercred(connection)?;
-    // The type says that a pid is never 0, yet that is what the kernel writes for a pid of another namespace. Behind
-    // the black box the compiler cannot conclude anything from the type.
-    let pid = black_box(credentials.pid.as_raw_nonzero().get());
-    Ok(Peer { uid: credentials.uid.as_raw(), pid: pid.unsigned_abs() })
+    let mut found = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut length = size_of::<libc::ucred>() as libc::socklen_t;
+    let descriptor = connection.as_fd().as_raw_fd();
+    // SAFETY: the kernel writes at most `length` bytes to `found`, which has as many, and any bytes are a value of it.
+    let status = unsafe {
+        libc::getsockopt(descriptor, libc::SOL_SOCKET, libc::SO_PEERCRED, (&raw mut found).cast(), &raw mut length)
+    };
+    match status {
+        0 => Ok(Peer { uid: found.uid, pid: found.pid.unsigned_abs() }),
+        _ => Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)),
+    }
 }
 
 /// Takes the next connection out of the queue; `None` when nothing can be taken.

@@ -1,0 +1,38 @@
+//! What Wait and CancelToken promise among processes.
+
+use std::process::exit;
+
+use lockkit::{CancelToken, NamedLock, Wait};
+use lockkit_tests::{fresh_name, sleeps, thread_id, until};
+use rustix::process::{Pid, WaitOptions, waitpid};
+
+#[test]
+fn a_token_cancelled_in_a_forked_child_cancels_nothing_in_the_parent() {
+    let lock = NamedLock::new(&fresh_name("lockkit-test")).unwrap();
+    let _held = lock.lock().unwrap();
+    let token = CancelToken::new();
+    std::thread::scope(|scope| {
+        let (send, thread) = std::sync::mpsc::channel();
+        let waiter = scope.spawn({
+            let (lock, token) = (&lock, &token);
+            move || {
+                send.send(thread_id()).unwrap();
+                lock.acquire(&Wait::forever().or_cancelled(token)).unwrap_err()
+            }
+        });
+        let thread = thread.recv().unwrap();
+        until("the waiter sleeps", || sleeps(std::process::id(), thread));
+        match fork::fork().unwrap() {
+            fork::Fork::Child => {
+                token.cancel();
+                exit(0);
+            }
+            fork::Fork::Parent(child) => {
+                waitpid(Pid::from_raw(child), WaitOptions::empty()).unwrap();
+            }
+        }
+        assert!(!token.is_cancelled() && !waiter.is_finished());
+        token.cancel();
+        assert!(waiter.join().unwrap().is_cancelled());
+    });
+}
