@@ -2,8 +2,8 @@
 //!
 //! - *Hand-over*: two processes hold the lock in turns, each until the other one sleeps waiting for it. The time runs
 //!   from just before the release to just after the other's acquisition.
-//! - *Crowd*: many processes take the lock over and over and hold it for a moment. What counts is how often it is taken,
-//!   and how long the unluckiest one waited.
+//! - *Crowd*: many processes take the lock over and over and hold it for a moment. What counts is how often it is
+//!   taken, and how long the unluckiest one waited.
 //! - *Timed wait*: the processor time of a waiter that gives up after a while.
 //! - *Death*: a holder is killed while another process waits. The time runs from just before the kill.
 //!

@@ -7,8 +7,8 @@
 //! - *Contended*: many processes take one lock over and over. What counts is how often it is taken, and how long the
 //!   unluckiest one waited.
 //!
-//! Ours and the peer's turns alternate, so that both see the same machine. Workers are forked, not started anew, for the
-//! mutex stands in memory without a name; each counts in shared memory.
+//! Ours and the peer's turns alternate, so that both see the same machine. Workers are forked, not started anew, for
+//! the mutex stands in memory without a name; each counts in shared memory.
 
 use std::hint::black_box;
 use std::mem::MaybeUninit;

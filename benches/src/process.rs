@@ -1,8 +1,8 @@
 //! The processes of a bench: a program starts itself again as its own children, and talks with them in lines.
 //!
 //! A child is told its part by its arguments: [`Peer::spawn`] there is [`part`] here. The two ends are alike from then
-//! on: each is a [`Peer`] of the other. A child does not outlive its parent by much: the parent's ends of the pipes close
-//! with it, and the child ends when it next says or hears something.
+//! on: each is a [`Peer`] of the other. A child does not outlive its parent by much: the parent's ends of the pipes
+//! close with it, and the child ends when it next says or hears something.
 
 use std::env;
 use std::fmt::Display;

@@ -1,7 +1,7 @@
 //! What the compiler says: every error message, and code that must compile without a warning.
 //!
-//! The expected output is that of the current stable compiler. `TRYBUILD=overwrite cargo test -p lockkit-macros --test ui`
-//! writes it anew; read what has changed.
+//! The expected output is that of the current stable compiler. `TRYBUILD=overwrite cargo test -p lockkit-macros --test
+//! ui` writes it anew; read what has changed.
 
 #[test]
 fn every_error_stands_at_the_token_at_fault() {

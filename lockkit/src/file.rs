@@ -4,9 +4,9 @@
 //! with what the path names now, and the acquisition starts again if somebody deleted or replaced the file meanwhile:
 //! whoever holds the lock holds it on the file that the next taker will open. The file is never deleted here.
 //!
-//! Each acquisition has an open file of its own, so threads exclude each other exactly as processes do. One is
-//! kept between acquisitions, so that mostly none is opened. A wait without an end sits in the kernel; one with a limit or a token
-//! tries again on a timer, because a thread blocked in flock could not be called back.
+//! Each acquisition has an open file of its own, so threads exclude each other exactly as processes do. One is kept
+//! between acquisitions, so that mostly none is opened. A wait without an end sits in the kernel; one with a limit or a
+//! token tries again on a timer, because a thread blocked in flock could not be called back.
 //!
 //! The comparison costs more than the lock, and is left out for a file that was locked here less than [`BLINK`] ago and
 //! compared less than [`SOON`] ago, as in a tight loop. A blink is too short for another process to take the lock,
@@ -34,8 +34,8 @@ use crate::wait::{Backoff, Patience, Subject, Wait};
 /// How often a file may be replaced under an acquisition before it is called rogue.
 const MOST_REPLACEMENTS: u32 = 100;
 
-/// From one lock here to the next, with the unlock in between: less time than it takes to lock, delete and unlock beside
-/// that. A machine that is slower at the former compares each time.
+/// From one lock here to the next, with the unlock in between: less time than it takes to lock, delete and unlock
+/// beside that. A machine that is slower at the former compares each time.
 const BLINK: Duration = Duration::from_nanos(600);
 
 /// For how long a comparison is good for locks that follow each other in a [`BLINK`].

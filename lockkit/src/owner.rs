@@ -154,8 +154,8 @@ impl Owner {
     ///
     /// A process of another user lives, too, though it must not be signalled (`EPERM`), and so does one that is
     /// stopped. A zombie is dead. One that was recorded in another pid namespace or on another host is unknown, for its
-    /// pid means nothing here, unless this host has booted since. A process that has been killed counts as dead from the moment at which it can run no more code of its own, even
-    /// if the kernel has yet to take it apart.
+    /// pid means nothing here, unless this host has booted since. A process that has been killed counts as dead from
+    /// the moment at which it can run no more code of its own, even if the kernel has yet to take it apart.
     pub fn liveness(&self) -> Liveness {
         match (self.boot, process::boot_id()) {
             (Some(then), Some(now)) if then != now => {

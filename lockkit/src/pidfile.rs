@@ -1,8 +1,9 @@
 //! A lock on a path that says who holds it: the pidfile of a daemon.
 //!
-//! Two things hold a pidfile: flock(2) on the file that the path names, and the identity that stands in it ([`mod@record`]).
-//! Whoever wants it takes the flock first, sees that the path still names that file, and only then judges what it says
-//! ([`claim`]), so two never take over one stale file, and one that waits for another program's process holds no lock.
+//! Two things hold a pidfile: flock(2) on the file that the path names, and the identity that stands in it
+//! ([`mod@record`]). Whoever wants it takes the flock first, sees that the path still names that file, and only then
+//! judges what it says ([`claim`]), so two never take over one stale file, and one that waits for another program's
+//! process holds no lock.
 //!
 //! A new file is written and locked before the path names it (`O_TMPFILE`), so nobody sees half of one. An existing one
 //! is overwritten with a single write that leaves nothing of it. The release removes the file, still locked; whoever

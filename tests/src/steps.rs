@@ -61,8 +61,8 @@ fn is_written(steps: &[String]) -> bool {
     last.is_some_and(|step| WRITTEN.contains(&step.as_str()))
 }
 
-/// Plays `scenario` with a kill at step `at`, and sees that the next taker gets in, and whether it is `told` of the death
-/// as it should be, where that is given. If the victim survived, the steps that it passed.
+/// Plays `scenario` with a kill at step `at`, and sees that the next taker gets in, and whether it is `told` of the
+/// death as it should be, where that is given. If the victim survived, the steps that it passed.
 fn kill_at(kind: Kind, scenario: &str, at: usize, told: Option<bool>) -> Option<Vec<String>> {
     let spec = kind.fresh();
     let mut other = Actor::start(&spec);

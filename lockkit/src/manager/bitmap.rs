@@ -5,9 +5,9 @@
 //! moment, or for longer when a process is killed between two of its writes: a search that finds nothing by them looks
 //! at every word before it says so.
 //!
-//! The count is kept beside the bits. A kill between the two leaves it wrong by one, until somebody finds the table full
-//! or opens it while nobody else uses it: then it is counted anew. Its upper half counts the changes, so that a recount
-//! notices when it was overtaken.
+//! The count is kept beside the bits. A kill between the two leaves it wrong by one, until somebody finds the table
+//! full or opens it while nobody else uses it: then it is counted anew. Its upper half counts the changes, so that a
+//! recount notices when it was overtaken.
 
 use super::seam::{AtomicU32, AtomicU64, Ordering};
 use crate::steps::step;

@@ -4,11 +4,12 @@
 //! next        the number that the next allocation tries first; locked while anything is allocated or freed
 //! 17.lock     lock 17: who holds it (see `named::mark`), and behind that whether it is allocated
 //! ```
-//! Holding lock 17 is holding flock on the file `17.lock`. Whether it is allocated is a byte in the file, so a lock that
-//! was freed still has its file as long as somebody holds it. A file is removed only by who holds both it and `next`, and
-//! only if its number is not allocated: so the path leads to the same file for everybody, and who waited for one that
-//! was removed meanwhile notices and starts again ([`FileLock`]). Locking a freed number makes a file that is not
-//! allocated, and the release removes it. Who is killed in between leaves such a file to the next user of the number.
+//! Holding lock 17 is holding flock on the file `17.lock`. Whether it is allocated is a byte in the file, so a lock
+//! that was freed still has its file as long as somebody holds it. A file is removed only by who holds both it and
+//! `next`, and only if its number is not allocated: so the path leads to the same file for everybody, and who waited
+//! for one that was removed meanwhile notices and starts again ([`FileLock`]). Locking a freed number makes a file that
+//! is not allocated, and the release removes it. Who is killed in between leaves such a file to the next user of the
+//! number.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -300,8 +301,8 @@ impl FolderLock {
         Ok(was)
     }
 
-    /// Removes the file unless it is allocated or somebody holds it, who will do this after releasing; only for who holds
-    /// `next`.
+    /// Removes the file unless it is allocated or somebody holds it, who will do this after releasing; only for who
+    /// holds `next`.
     fn remove_if_free(&self) -> Result<()> {
         let path = self.file.path();
         // Locking it would make it. Nobody else can remove it meanwhile.

@@ -35,8 +35,8 @@ pub use shm::ShmLockManager;
 
 /// A table of locks with numbers from 0 on, which gives them out and takes them back.
 ///
-/// After podman's [libpod/lock]: a number is allocated to something, written down with it, and retrieved by every process
-/// that works on the thing.
+/// After podman's [libpod/lock]: a number is allocated to something, written down with it, and retrieved by every
+/// process that works on the thing.
 ///
 /// ```
 /// use lockkit::{InMemoryLockManager, LockManager};
@@ -74,8 +74,8 @@ pub trait LockManager: Send + Sync {
     /// [`NoSuchLock`](crate::ErrorKind::NoSuchLock) beyond the end of the table; what else the manager says.
     fn allocate_at(&self, id: u32) -> Result<ManagedLock>;
 
-    /// How many locks are left to allocate; `None` where there is no limit. It is a counter, not a scan, and by the time
-    /// it returns may be past.
+    /// How many locks are left to allocate; `None` where there is no limit. It is a counter, not a scan, and by the
+    /// time it returns may be past.
     ///
     /// # Errors
     /// What the manager says.
@@ -101,8 +101,8 @@ pub trait LockManager: Send + Sync {
 
 /// A lock of a [`LockManager`]. Cloning gives another handle on the same lock.
 ///
-/// Not reentrant: a thread that takes it twice waits for itself. Not fair to the last: who comes at the right moment may
-/// overtake those who wait, though none of them for long.
+/// Not reentrant: a thread that takes it twice waits for itself. Not fair to the last: who comes at the right moment
+/// may overtake those who wait, though none of them for long.
 #[derive(Clone, Debug)]
 pub struct ManagedLock(Handle);
 
@@ -150,8 +150,9 @@ impl ManagedLock {
     ///
     /// # Errors
     /// [`Held`](crate::ErrorKind::Held), [`Timeout`](crate::ErrorKind::Timeout) or
-    /// [`Cancelled`](crate::ErrorKind::Cancelled) as `wait` has it; [`Io`](crate::ErrorKind::Io) when the system refuses;
-    /// [`TooManyProcesses`](crate::ErrorKind::TooManyProcesses) in a forked child for which a shared table has no place.
+    /// [`Cancelled`](crate::ErrorKind::Cancelled) as `wait` has it; [`Io`](crate::ErrorKind::Io) when the system
+    /// refuses; [`TooManyProcesses`](crate::ErrorKind::TooManyProcesses) in a forked child for which a shared table has
+    /// no place.
     #[inline]
     pub fn acquire(&self, wait: &Wait) -> Result<ManagedGuard> {
         // What thousands of locks mostly are, in shared memory and free, is worth a few instructions in the caller.

@@ -3,10 +3,10 @@
 //! The layout stands in [`table`], the lock word in [`word`], the allocation in [`bitmap`]; here is what ties them
 //! together: files, processes and sleeping.
 //!
-//! A process takes a *slot* of the table and keeps a kernel lock on the slot's first byte for as long as it lives. A lock
-//! word names its owner by slot and generation of the slot. So an owner is dead when its slot is of a later generation
-//! or its byte is not locked: the kernel answers, no pid does, and it holds across pid namespaces. The next user of a slot
-//! raises its generation first, so that it is never taken for the dead one.
+//! A process takes a *slot* of the table and keeps a kernel lock on the slot's first byte for as long as it lives. A
+//! lock word names its owner by slot and generation of the slot. So an owner is dead when its slot is of a later
+//! generation or its byte is not locked: the kernel answers, no pid does, and it holds across pid namespaces. The next
+//! user of a slot raises its generation first, so that it is never taken for the dead one.
 //!
 //! A process attaches to a table once and for its life, whatever the number of managers it opens: their memory is never
 //! unmapped, so that a guard is a plain reference and costs no counting.
@@ -110,8 +110,8 @@ impl ShmLockManager {
         Ok(Self(Attached::at(path)?))
     }
 
-    /// Opens the table at `path`, or makes it with `capacity` locks. Any number of processes may do so at once: they get
-    /// the same table, with the capacity that the first one wanted.
+    /// Opens the table at `path`, or makes it with `capacity` locks. Any number of processes may do so at once: they
+    /// get the same table, with the capacity that the first one wanted.
     ///
     /// # Errors
     /// As [`create`](Self::create) and [`open`](Self::open), but for what is there or is not.
@@ -210,7 +210,8 @@ fn is_io(error: &Error, kind: io::ErrorKind) -> bool {
     matches!(error.kind(), ErrorKind::Io { source, .. } if source.kind() == kind)
 }
 
-/// Makes a table without a name, and links it to `path` when it is complete: a process killed in between leaves nothing.
+/// Makes a table without a name, and links it to `path` when it is complete: a process killed in between leaves
+/// nothing.
 fn make(path: &Path, capacity: u32) -> Result<()> {
     if capacity == 0 || capacity > MOST {
         return Err(ErrorKind::InvalidCapacity { capacity, most: MOST }.into());
@@ -253,15 +254,16 @@ struct Attached {
     capacity: u32,
     /// This process as lock words name it, and above it the fork generation for which that holds.
     me: AtomicU64,
-    /// The open file that holds the slot's lock. A forked child's copy holds nothing. The mapping is made of another one,
-    /// for a mapping keeps its open file, and a forked child keeps the mapping.
+    /// The open file that holds the slot's lock. A forked child's copy holds nothing. The mapping is made of another
+    /// one, for a mapping keeps its open file, and a forked child keeps the mapping.
     slot: Mutex<Shielded<File>>,
 }
 
 /// What this process is attached to.
 static ATTACHED: Mutex<Vec<&'static Attached>> = Mutex::new(Vec::new());
 
-/// How lock words name an owner: the number of its slot, from 1 on, in the lower bits, and above it the slot's generation.
+/// How lock words name an owner: the number of its slot, from 1 on, in the lower bits, and above it the slot's
+/// generation.
 const SLOT_BITS: u32 = 12;
 const SLOT: u32 = (1 << SLOT_BITS) - 1;
 const GENERATION: u32 = OWNER >> SLOT_BITS;
@@ -485,8 +487,8 @@ pub(super) struct ShmHold {
     acquired: Acquired,
 }
 
-/// Who took a lock, in the upper half, and which acquisition it was: one number, for processors stall on reading at once
-/// what was written in parts.
+/// Who took a lock, in the upper half, and which acquisition it was: one number, for processors stall on reading at
+/// once what was written in parts.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Acquired(u64);
 

@@ -8,8 +8,8 @@
 //! | `AWAKE` | one was woken and has yet to look: until then a release wakes no other |
 //! | `KEPT` | a waiter has pressed: the release keeps the lock for those who have slept |
 //!
-//! Without an owner and without `KEPT` the lock is free for all. Whoever comes at the right moment may take it before the
-//! woken waiter does, because handing over would cost two context switches for each hold. But now and then a waiter
+//! Without an owner and without `KEPT` the lock is free for all. Whoever comes at the right moment may take it before
+//! the woken waiter does, because handing over would cost two context switches for each hold. But now and then a waiter
 //! presses for `KEPT` after a tick, so that nobody is overtaken for ever; one of them at a time, as
 //! [`World::may_press`] has it, so that it stays rare however many wait. Should a woken waiter die, the others notice
 //! within a tick.
@@ -139,8 +139,8 @@ fn attempt(word: &AtomicU32, owner: u32, stance: Stance, is_dead: impl Fn(u32) -
     }
 }
 
-/// Gives the lock back; `false` when `owner` does not hold it. `wake` wakes one thread that sleeps on the word, and says
-/// whether there was one.
+/// Gives the lock back; `false` when `owner` does not hold it. `wake` wakes one thread that sleeps on the word, and
+/// says whether there was one.
 #[inline]
 pub(super) fn release(word: &AtomicU32, owner: u32, wake: impl Fn(&AtomicU32) -> bool) -> bool {
     let mut seen = word.load(Ordering::Relaxed);

@@ -5,7 +5,8 @@
 //! the holder before died, and who that was. Only the holder writes, and the lock itself carries the writes from one
 //! holder to the next. The record excludes nobody: losing it loses a report, never the lock.
 //!
-//! A record is [`WORDS`] 64-bit words, native byte order. A writer sets the state last, and wipes nothing but the state:
+//! A record is [`WORDS`] 64-bit words, native byte order. A writer sets the state last, and wipes nothing but the
+//! state:
 //! ```text
 //! 0      state: WIPED or WRITTEN
 //! 1      pid
@@ -67,7 +68,8 @@ const WRITTEN: u64 = u64::from_ne_bytes(*b"lockkit2");
 
 type Words = [u64; WORDS];
 
-/// Where a record stands. What cannot be read is no record, and what cannot be written is left: both lose a report only.
+/// Where a record stands. What cannot be read is no record, and what cannot be written is left: both lose a report
+/// only.
 pub(crate) trait Slate {
     /// The record, unless it is wiped.
     fn read(&self) -> Option<Words>;

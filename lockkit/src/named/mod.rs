@@ -119,9 +119,9 @@ impl NamedLock {
 
     /// Takes the lock, waiting as `wait` says.
     ///
-    /// Not waiting means not waiting for a holder that lives. A lock that the last holder's record says is nobody's, but
-    /// whose name is still taken, as while a killed process is taken apart or a program is being started, is given up to
-    /// a second to come free.
+    /// Not waiting means not waiting for a holder that lives. A lock that the last holder's record says is nobody's,
+    /// but whose name is still taken, as while a killed process is taken apart or a program is being started, is given
+    /// up to a second to come free.
     ///
     /// Waiting costs no polling on the socket backend: the kernel wakes the waiter when the lock is handed to it, when
     /// the holder dies, at its deadline and at its cancellation. Only while the holder's queue of 4,096 (or
@@ -268,8 +268,8 @@ impl NamedGuard {
     /// memory, below `/dev/shm`, or below `/tmp` where that cannot be used: every death is reported, with its owner, as
     /// long as both processes see the same folder and nobody deletes the record (systemd does at a user's last logout,
     /// with `RemoveIPC`). A process that cannot open it, because another user has occupied both folders or it has no
-    /// descriptor left, reports none, and leaves none to report. With [`Scope::Machine`] the record is open to all users,
-    /// and may lie.
+    /// descriptor left, reports none, and leaves none to report. With [`Scope::Machine`] the record is open to all
+    /// users, and may lie.
     pub fn recovered(&self) -> Option<&Recovered> {
         self.recovered.as_deref()
     }

@@ -10,8 +10,8 @@
 //!
 //! The new owner listens again, so that the credentials which the kernel shows to whoever connects are its own. What a
 //! dead holder leaves behind is told by a record in memory (see [`mark`](super::mark)). The same record says whether
-//! anybody waits, which saves the holder from asking the kernel at every release; a waiter that it does not know of sees
-//! its connection hang up, as at a death, and goes back to bind.
+//! anybody waits, which saves the holder from asking the kernel at every release; a waiter that it does not know of
+//! sees its connection hang up, as at a death, and goes back to bind.
 
 use std::os::fd::AsFd;
 use std::sync::OnceLock;
@@ -30,8 +30,8 @@ use crate::sys::fork::Shielded;
 use crate::sys::seqpacket::{self, Address, Peer, Reached, Received};
 use crate::wait::{Backoff, Subject, Wait};
 
-/// For how long somebody who does not want to wait looks again at a lock that seems to be held by nobody alive: its holder
-/// is about to begin or to end, or its socket is still open in a child that is about to start a program.
+/// For how long somebody who does not want to wait looks again at a lock that seems to be held by nobody alive: its
+/// holder is about to begin or to end, or its socket is still open in a child that is about to start a program.
 const MOMENT: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]

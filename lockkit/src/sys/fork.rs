@@ -30,8 +30,9 @@ const EMPTY: RawFd = -1;
 /// The highest [`claim`]: all from here down are claims.
 const CLAIMED: RawFd = -2;
 
-/// What stands in a slot while its thread makes or closes the descriptor; forks wait for that. It tells what stood there
-/// before, for a thread that finds a fork under way puts that back, and the child must find it, too. It is its own inverse.
+/// What stands in a slot while its thread makes or closes the descriptor; forks wait for that. It tells what stood
+/// there before, for a thread that finds a fork under way puts that back, and the child must find it, too. It is its
+/// own inverse.
 const fn claim(slot: RawFd) -> RawFd {
     CLAIMED + EMPTY - slot
 }

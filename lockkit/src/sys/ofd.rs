@@ -1,7 +1,7 @@
 //! Locks on one byte of a file that belong to an open file, not to a process: `F_OFD_SETLK` in [fcntl(2)].
 //!
-//! The kernel drops them when the last descriptor of the open file is closed, however that comes about, and tells anyone
-//! who has the file whether one is there. Through `libc`, for rustix has no such call.
+//! The kernel drops them when the last descriptor of the open file is closed, however that comes about, and tells
+//! anyone who has the file whether one is there. Through `libc`, for rustix has no such call.
 //!
 //! [fcntl(2)]: https://man7.org/linux/man-pages/man2/fcntl.2.html
 

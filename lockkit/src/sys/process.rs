@@ -1,8 +1,8 @@
 //! Which process is which, and whether it still lives.
 //!
 //! On Linux a process is told from a later one with the same pid by its start time in kernel ticks since boot
-//! ([proc_pid_stat(5)], field 22), which no setting of the clock moves. Elsewhere it is what `sysinfo` gives, in seconds.
-//! `sysinfo` also gives the program's name for people.
+//! ([proc_pid_stat(5)], field 22), which no setting of the clock moves. Elsewhere it is what `sysinfo` gives, in
+//! seconds. `sysinfo` also gives the program's name for people.
 //!
 //! [proc_pid_stat(5)]: https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
 

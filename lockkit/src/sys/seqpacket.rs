@@ -102,8 +102,8 @@ pub(crate) fn connect(address: &Address) -> Result<Reached> {
 /// Who is at the other end: for a connection the process that last called `listen`, for an accepted one the process
 /// that connected.
 ///
-/// Not rustix's `socket_peercred`, whose type says that a pid is never 0: that is what the kernel writes for a process of
-/// a pid namespace that this one does not see.
+/// Not rustix's `socket_peercred`, whose type says that a pid is never 0: that is what the kernel writes for a process
+/// of a pid namespace that this one does not see.
 pub(crate) fn peer(connection: impl AsFd) -> Result<Peer> {
     let mut found = libc::ucred { pid: 0, uid: 0, gid: 0 };
     let mut length = size_of::<libc::ucred>() as libc::socklen_t;

@@ -22,7 +22,8 @@ impl<T> Slot<T> {
     /// The value, which is then no longer there.
     pub(crate) fn take(&self) -> Option<Box<T>> {
         let value = self.value.swap(ptr::null_mut(), Ordering::Acquire);
-        // SAFETY: a pointer that is not null came from `Box::into_raw` in `put`, and the swap gave it to this call alone.
+        // SAFETY: a pointer that is not null came from `Box::into_raw` in `put`, and the swap gave it to this call
+        // alone.
         (!value.is_null()).then(|| unsafe { Box::from_raw(value) })
     }
 

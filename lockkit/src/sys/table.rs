@@ -241,8 +241,8 @@ impl Table {
         self.part(self.shape.cells, self.shape.capacity as usize)
     }
 
-    /// The cells that may have been used, page by page, with the number of the page. The others are not touched, for that
-    /// would take memory for them.
+    /// The cells that may have been used, page by page, with the number of the page. The others are not touched, for
+    /// that would take memory for them.
     pub(crate) fn used_cells(&self) -> impl Iterator<Item = (u32, &[Cell])> {
         let pages = self.cells().chunks(LOCKS_PER_PAGE as usize).zip(0..);
         let touched = self.touched();
@@ -255,9 +255,9 @@ impl Table {
         let words = &self.mapping.words()[offset / 8..][..count * size_of::<T>() / 8];
         let start = words.as_ptr().cast::<T>();
         debug_assert!(start.is_aligned());
-        // SAFETY: `words` is mapped for as long as `self` lives, is as long as `count` of `T`, and aligned, for a mapping
-        // starts at a page and each part at a multiple of a cache line; `Shared` says that any bytes are a `T`, and that
-        // it changes through atomics only.
+        // SAFETY: `words` is mapped for as long as `self` lives, is as long as `count` of `T`, and aligned, for a
+        // mapping starts at a page and each part at a multiple of a cache line; `Shared` says that any bytes are a `T`,
+        // and that it changes through atomics only.
         unsafe { std::slice::from_raw_parts(start, count) }
     }
 }
