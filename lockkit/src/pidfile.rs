@@ -552,9 +552,12 @@ fn age(found: &Metadata) -> Option<Duration> {
     SystemTime::now().duration_since(found.modified().ok()?).ok()
 }
 
-/// Whether the file was written just now. A time in the future, which is the clock's fault, is not just now.
+/// Whether the file was written just now, by a clock that may run as far ahead of ours, as a file server's does. A time
+/// further in the future, which is the clock's fault, is not just now.
 fn is_young(found: &Metadata) -> bool {
-    age(found).is_some_and(|age| age < YOUNG)
+    let Ok(written) = found.modified() else { return false };
+    let apart = SystemTime::now().duration_since(written).unwrap_or_else(|ahead| ahead.duration());
+    apart < YOUNG
 }
 
 /// Whether the process that another program's file names may be the one that it was written for.

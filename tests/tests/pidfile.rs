@@ -425,6 +425,18 @@ fn an_invalid_file_from_the_future_holds_nobody_up() {
 }
 
 #[test]
+fn a_young_file_is_held_also_when_the_clock_of_its_file_system_runs_a_little_ahead() {
+    let (_folder, path) = place();
+    for said in ["", "12 x"] {
+        write(&path, said);
+        let ahead = SystemTime::now() + Duration::from_secs(1);
+        File::options().write(true).open(&path).unwrap().set_modified(ahead).unwrap();
+        assert!(lock(&path).try_lock().unwrap_err().is_held(), "{said:?}");
+        assert_eq!(text(&path), said);
+    }
+}
+
+#[test]
 fn a_file_too_long_to_be_a_pidfile_is_refused_and_not_touched() {
     let (_folder, path) = place();
     write(&path, format!("{}\n{}", std::process::id(), "x".repeat(5000)));
