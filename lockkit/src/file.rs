@@ -333,9 +333,7 @@ impl Place {
             Shielded::new(|| options.open(&self.path))
         };
         let file = match open(true) {
-            Err(error) if matches!(error.kind(), Io::PermissionDenied | Io::ReadOnlyFilesystem | Io::IsADirectory) => {
-                open(false)
-            }
+            Err(error) if for_reading_only(error.kind()) => open(false),
             opened => opened,
         }?;
         let found = file.metadata()?;
@@ -347,6 +345,13 @@ impl Place {
             false => Err(io::Error::new(Io::InvalidInput, "neither a file nor a folder")),
         }
     }
+}
+
+/// Whether a file that could not be opened for writing for this reason may still be opened for reading. A program that
+/// runs is one of those.
+fn for_reading_only(reason: Io) -> bool {
+    use Io::{ExecutableFileBusy, IsADirectory, PermissionDenied, ReadOnlyFilesystem};
+    matches!(reason, PermissionDenied | ReadOnlyFilesystem | IsADirectory | ExecutableFileBusy)
 }
 
 /// A held [`FileLock`], shared or exclusive; dropping it releases.

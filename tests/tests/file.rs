@@ -167,6 +167,14 @@ fn a_folder_can_be_locked() {
     assert!(succeeds(flock(&["-n"], folder.path(), &["true"])));
 }
 
+#[test]
+fn a_program_that_runs_can_be_locked() {
+    let lock = FileLock::new(std::env::current_exe().unwrap());
+    let guard = lock.lock().unwrap();
+    assert!(lock.try_lock_shared().unwrap_err().is_held());
+    drop(guard);
+}
+
 /// The error's message with what the system said.
 fn text(error: &Error) -> String {
     format!("{error}: {}", std::error::Error::source(error).map(ToString::to_string).unwrap_or_default())
