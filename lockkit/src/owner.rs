@@ -215,6 +215,9 @@ impl Owner {
         }
         if self.host.as_deref().is_some_and(|host| host != process::host()) {
             text += &format!(" on host {}", self.host.as_deref().unwrap_or_default().escape_debug());
+        } else if self.namespace.is_some_and(|namespace| process::pid_namespace() != Some(namespace)) {
+            // Whoever reads it must not take it for a pid of this one.
+            text += " in another pid namespace";
         }
         if let Some(acquired) = self.acquired {
             text += &format!(", since {}", utc(acquired));

@@ -178,6 +178,8 @@ fn an_owner_in_another_pid_namespace_is_unknown_and_never_stolen_while_it_lives(
     // Here pid 1 is another process.
     let owner = named(&path);
     assert_eq!((owner.pid(), owner.liveness()), (1, Liveness::Unknown));
+    let text = owner.describe();
+    assert!(text.starts_with("pid 1 (actor) in another pid namespace, since "), "{text}");
     assert!(!PidFile::remove_stale(&path).unwrap());
     let mut taker = Actor::start(&spec);
     assert!(taker.ask("try").starts_with("error Held"));
