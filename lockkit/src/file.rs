@@ -324,7 +324,12 @@ impl Place {
 
     /// For writing where that is allowed, as some file systems want it for an exclusive lock; else for reading.
     fn open_existing(&self) -> io::Result<Shielded<File>> {
-        // A FIFO must not keep the call waiting for its other end, nor a terminal become this process's own.
+        let unfit = || io::Error::new(Io::InvalidInput, "neither a file nor a folder");
+        // Looked at first, because merely opening a FIFO or a device may do something.
+        if std::fs::metadata(&self.path).is_ok_and(|found| !found.is_file() && !found.is_dir()) {
+            return Err(unfit());
+        }
+        // One put there since must not keep the call waiting for its other end, nor become this process's terminal.
         let mut flags = OFlags::NONBLOCK | OFlags::NOCTTY;
         flags.set(OFlags::NOFOLLOW, self.wary);
         let open = |writing| {
@@ -342,7 +347,7 @@ impl Place {
         }
         match found.is_file() || found.is_dir() {
             true => Ok(file),
-            false => Err(io::Error::new(Io::InvalidInput, "neither a file nor a folder")),
+            false => Err(unfit()),
         }
     }
 }
