@@ -547,6 +547,11 @@ fn claim(bytes: &[u8], file: &File, found: &Metadata) -> Claim {
     }
 }
 
+/// Whether it is a record of lockkit's whose owner may live.
+fn names_a_live_owner(bytes: &[u8]) -> bool {
+    matches!(record::parse(bytes), Content::Ours(owner) if owner.liveness() != Liveness::Dead)
+}
+
 /// How long ago the file was last written; `None` when that lies in the future.
 fn age(found: &Metadata) -> Option<Duration> {
     SystemTime::now().duration_since(found.modified().ok()?).ok()
@@ -671,7 +676,7 @@ impl PidGuard {
         let removed = match self.says(&file) {
             Ok(bytes) if bytes == self.record.as_bytes() => self.remove(&file),
             // Written through the same open file, by a child that owns it now: unlocking would take it from the child.
-            Ok(bytes) if matches!(record::parse(&bytes), Content::Ours(_)) => return Ok(()),
+            Ok(bytes) if names_a_live_owner(&bytes) => return Ok(()),
             Ok(_) => Err(self.rogue()),
             Err(error) => Err(error),
         };

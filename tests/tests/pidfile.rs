@@ -268,7 +268,8 @@ fn a_file_that_names_this_very_process_is_free_for_it() {
 fn a_file_removed_or_replaced_under_its_holder_is_a_rogue_deletion_and_what_is_there_stays() {
     let (_folder, path) = place();
     let dead = format!("{DEAD}\n");
-    let changes: [(&dyn Fn(), Option<&str>); 4] = [
+    let record = record_of_the_dead();
+    let changes: [(&dyn Fn(), Option<&str>); 5] = [
         (&|| fs::remove_file(&path).unwrap(), None),
         (&|| write(&path, &dead), Some(&dead)),
         (
@@ -279,6 +280,7 @@ fn a_file_removed_or_replaced_under_its_holder_is_a_rogue_deletion_and_what_is_t
             Some(&dead),
         ),
         (&|| write(&path, ""), Some("")),
+        (&|| write(&path, &record), Some(&record)),
     ];
     for (change, left) in changes {
         for drops in [false, true] {
