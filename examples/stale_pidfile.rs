@@ -3,9 +3,10 @@
 //! ```text
 //! $ cargo run --example stale_pidfile -- /run
 //! PATH                PID   PROGRAM  STATE   WHY
-//! /run/crond.pid      812   cron     alive   runs, and wrote it 2026-11-20 17:03:11 UTC
+//! /run/crond.pid      812   cron     alive   runs: pid 812 (cron), since 2026-11-20 17:03:11 UTC (3 h 2 min ago)
 //! ```
-//! It changes nothing and disturbs nobody. It exits with 1 when it found one that is not alive.
+//! It changes nothing and disturbs nobody. It exits with 1 when it found one that is not alive, and with 2
+//! when it cannot read the folder.
 
 use std::error::Error;
 use std::fs;
@@ -21,7 +22,10 @@ type Row = [String; 5];
 fn main() -> Result<ExitCode, Box<dyn Error>> {
     let folder = std::env::args_os().nth(1).map_or("/run".into(), PathBuf::from);
     let mut files = Vec::new();
-    find(&std::path::absolute(folder)?, &mut files)?;
+    if let Err(error) = find(&std::path::absolute(&folder)?, &mut files) {
+        eprintln!("{}: {error}", folder.display());
+        return Ok(ExitCode::from(2));
+    }
     files.sort();
     let rows: Vec<Row> = files.iter().filter_map(|path| row(path)).collect();
     print(&rows)?;
@@ -49,7 +53,7 @@ fn row(path: &Path) -> Option<Row> {
     let line = |owner: Option<&Owner>, state: &str, why: String| {
         let pid = owner.map_or("-".to_owned(), |owner| owner.pid().to_string());
         let program = owner.and_then(Owner::program).unwrap_or("-").escape_debug().to_string();
-        Some([path.display().to_string(), pid, program, state.to_owned(), why])
+        Some([path.display().to_string().replace(char::is_control, "?"), pid, program, state.to_owned(), why])
     };
     match PidFile::inspect(path) {
         Ok(PidStatus::Absent) => None,

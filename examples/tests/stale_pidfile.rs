@@ -33,6 +33,7 @@ fn each_pidfile_of_a_folder_gets_a_line_that_says_why() {
     backdate(&folder.join("reused.pid"));
     write("invalid.pid", "12 \u{1b}x\n".to_owned());
     write("notes.txt", "1\n".to_owned());
+    write("blank\u{1b}.pid", "\n".to_owned());
 
     let output = Command::new(example("stale_pidfile")).arg(&folder).output().unwrap();
     let table = String::from_utf8(output.stdout).unwrap();
@@ -49,13 +50,14 @@ fn each_pidfile_of_a_folder_gets_a_line_that_says_why() {
     assert_eq!(line("alive.pid")[1..4], [daemon_pid.as_str(), "sleep", "alive"]);
     assert_eq!(line("dead.pid")[1..4], ["4194304", "-", "stale"]);
     assert_eq!(line("invalid.pid")[1..4], ["-", "-", "invalid"]);
+    assert_eq!(line("blank?.pid")[1..4], ["-", "-", "invalid"]);
     assert!(!table.contains('\u{1b}') && !table.contains("notes.txt"));
     let uptime = fs::read_to_string("/proc/uptime").unwrap();
     match uptime.split('.').next().unwrap().parse::<u64>().unwrap() {
         0..300 => println!("left out: the system started so recently that the file would seem older"),
         _ => assert_eq!(line("reused.pid")[1..4], [daemon_pid.as_str(), "-", "reused"]),
     }
-    assert_eq!(lines.len(), 6);
+    assert_eq!(lines.len(), 7);
     assert_eq!(output.status.code(), Some(1));
 
     daemon.kill().unwrap();

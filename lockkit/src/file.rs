@@ -47,7 +47,7 @@ const SOON: Duration = Duration::from_millis(1);
 /// another handle on the same lock.
 ///
 /// The file may hold anything; locking does not touch its content. It is made when it is missing, and never deleted:
-/// deleting it needs its lock, and then locks that are waited for go on with the next file of that name. One that is
+/// deleting it needs its exclusive lock, and then locks that are waited for go on with the next file of that name. One that is
 /// deleted without holding the lock cannot protect its holder, for the next taker makes a new file.
 ///
 /// A lock is shared or exclusive from its acquisition to its release. There is no upgrade and no downgrade, because
@@ -324,7 +324,12 @@ impl Place {
 
     /// For writing where that is allowed, as some file systems want it for an exclusive lock; else for reading.
     fn open_existing(&self) -> io::Result<Shielded<File>> {
-        // A FIFO must not keep the call waiting for its other end, nor a terminal become this process's own.
+        let unfit = || io::Error::new(Io::InvalidInput, "neither a file nor a folder");
+        // Looked at first, because merely opening a FIFO or a device may do something.
+        if std::fs::metadata(&self.path).is_ok_and(|found| !found.is_file() && !found.is_dir()) {
+            return Err(unfit());
+        }
+        // One put there since must not keep the call waiting for its other end, nor become this process's terminal.
         let mut flags = OFlags::NONBLOCK | OFlags::NOCTTY;
         flags.set(OFlags::NOFOLLOW, self.wary);
         let open = |writing| {
@@ -333,9 +338,7 @@ impl Place {
             Shielded::new(|| options.open(&self.path))
         };
         let file = match open(true) {
-            Err(error) if matches!(error.kind(), Io::PermissionDenied | Io::ReadOnlyFilesystem | Io::IsADirectory) => {
-                open(false)
-            }
+            Err(error) if for_reading_only(error.kind()) => open(false),
             opened => opened,
         }?;
         let found = file.metadata()?;
@@ -345,9 +348,16 @@ impl Place {
         }
         match found.is_file() || found.is_dir() {
             true => Ok(file),
-            false => Err(io::Error::new(Io::InvalidInput, "neither a file nor a folder")),
+            false => Err(unfit()),
         }
     }
+}
+
+/// Whether a file that could not be opened for writing for this reason may still be opened for reading. A program that
+/// runs is one of those.
+fn for_reading_only(reason: Io) -> bool {
+    use Io::{ExecutableFileBusy, IsADirectory, PermissionDenied, ReadOnlyFilesystem};
+    matches!(reason, PermissionDenied | ReadOnlyFilesystem | IsADirectory | ExecutableFileBusy)
 }
 
 /// A held [`FileLock`], shared or exclusive; dropping it releases.

@@ -64,14 +64,22 @@ impl Owner {
         let cached = CURRENT.try_with(|current| match &mut *current.borrow_mut() {
             Some((made, owner)) if *made == generation => owner.clone(),
             current => {
-                let owner = Self::read(std::process::id());
+                let owner = Self::myself();
                 // What could not be read, for want of a descriptor perhaps, is asked for again next time.
                 *current = owner.start.map(|_| (generation, owner.clone()));
                 owner
             }
         });
         // A thread that is ending has no thread-local store any more.
-        cached.unwrap_or_else(|_| Self::read(std::process::id()))
+        cached.unwrap_or_else(|_| Self::myself())
+    }
+
+    fn myself() -> Self {
+        let pid = std::process::id();
+        match process::probe(pid) {
+            Probe::Running(start) => Self::read(pid, start),
+            Probe::Gone | Probe::Ended => Self::read(pid, None),
+        }
     }
 
     /// The process that has `pid` in this process's pid namespace now; `None` when there is none, or only a zombie.
@@ -91,7 +99,10 @@ impl Owner {
     /// # Ok(()) }
     /// ```
     pub fn of(pid: u32) -> Option<Self> {
-        matches!(process::probe(pid), Probe::Running(_)).then(|| Self::read(pid))
+        match process::probe(pid) {
+            Probe::Running(start) => Some(Self::read(pid, start)),
+            Probe::Gone | Probe::Ended => None,
+        }
     }
 
     /// A process of this host that another pid namespace hides.
@@ -114,11 +125,9 @@ impl Owner {
         Self { pid, start: Some(NEVER), namespace: process::pid_namespace(), ..Self::hidden() }
     }
 
-    fn read(pid: u32) -> Self {
-        let start = match process::probe(pid) {
-            Probe::Running(start) => start,
-            Probe::Gone | Probe::Ended => None,
-        };
+    /// The process that has `pid`, which was seen to have started then. What is looked up for people may already be a
+    /// later one's.
+    fn read(pid: u32, start: Option<u64>) -> Self {
         Self {
             pid,
             start,
@@ -206,6 +215,9 @@ impl Owner {
         }
         if self.host.as_deref().is_some_and(|host| host != process::host()) {
             text += &format!(" on host {}", self.host.as_deref().unwrap_or_default().escape_debug());
+        } else if self.namespace.is_some_and(|namespace| process::pid_namespace() != Some(namespace)) {
+            // Whoever reads it must not take it for a pid of this one.
+            text += " in another pid namespace";
         }
         if let Some(acquired) = self.acquired {
             text += &format!(", since {}", utc(acquired));

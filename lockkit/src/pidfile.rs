@@ -548,14 +548,22 @@ fn claim(bytes: &[u8], file: &File, found: &Metadata) -> Claim {
     }
 }
 
+/// Whether it is a record of lockkit's whose owner may live.
+fn names_a_live_owner(bytes: &[u8]) -> bool {
+    matches!(record::parse(bytes), Content::Ours(owner) if owner.liveness() != Liveness::Dead)
+}
+
 /// How long ago the file was last written; `None` when that lies in the future.
 fn age(found: &Metadata) -> Option<Duration> {
     SystemTime::now().duration_since(found.modified().ok()?).ok()
 }
 
-/// Whether the file was written just now. A time in the future, which is the clock's fault, is not just now.
+/// Whether the file was written just now, by a clock that may run as far ahead of ours, as a file server's does. A time
+/// further in the future, which is the clock's fault, is not just now.
 fn is_young(found: &Metadata) -> bool {
-    age(found).is_some_and(|age| age < YOUNG)
+    let Ok(written) = found.modified() else { return false };
+    let apart = SystemTime::now().duration_since(written).unwrap_or_else(|ahead| ahead.duration());
+    apart < YOUNG
 }
 
 /// Whether the process that another program's file names may be the one that it was written for.
@@ -669,7 +677,7 @@ impl PidGuard {
         let removed = match self.says(&file) {
             Ok(bytes) if bytes == self.record.as_bytes() => self.remove(&file),
             // Written through the same open file, by a child that owns it now: unlocking would take it from the child.
-            Ok(bytes) if matches!(record::parse(&bytes), Content::Ours(_)) => return Ok(()),
+            Ok(bytes) if names_a_live_owner(&bytes) => return Ok(()),
             Ok(_) => Err(self.rogue()),
             Err(error) => Err(error),
         };

@@ -167,6 +167,33 @@ fn a_folder_can_be_locked() {
     assert!(succeeds(flock(&["-n"], folder.path(), &["true"])));
 }
 
+#[test]
+fn a_reader_of_a_fifo_is_not_disturbed_by_who_tries_to_lock_it() {
+    let folder = folder();
+    let fifo = folder.path().join("fifo");
+    rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::from_raw_mode(0o600)).unwrap();
+    let mut reader = Command::new("cat").arg(&fifo).stdout(Stdio::null()).spawn().unwrap();
+    until("it waits for a writer", || {
+        let stat = |what| fs::read_to_string(format!("/proc/{}/{what}", reader.id())).unwrap_or_default();
+        stat("comm").trim() == "cat" && sleeps(reader.id(), reader.id())
+    });
+    assert!(FileLock::new(&fifo).lock().is_err());
+    // It would see the end of the file at once.
+    std::thread::sleep(Duration::from_millis(100));
+    let ended = reader.try_wait().unwrap();
+    reader.kill().unwrap();
+    reader.wait().unwrap();
+    assert_eq!(ended, None);
+}
+
+#[test]
+fn a_program_that_runs_can_be_locked() {
+    let lock = FileLock::new(std::env::current_exe().unwrap());
+    let guard = lock.lock().unwrap();
+    assert!(lock.try_lock_shared().unwrap_err().is_held());
+    drop(guard);
+}
+
 /// The error's message with what the system said.
 fn text(error: &Error) -> String {
     format!("{error}: {}", std::error::Error::source(error).map(ToString::to_string).unwrap_or_default())

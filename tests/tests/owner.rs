@@ -178,6 +178,8 @@ fn an_owner_in_another_pid_namespace_is_unknown_and_never_stolen_while_it_lives(
     // Here pid 1 is another process.
     let owner = named(&path);
     assert_eq!((owner.pid(), owner.liveness()), (1, Liveness::Unknown));
+    let text = owner.describe();
+    assert!(text.starts_with("pid 1 (actor) in another pid namespace, since "), "{text}");
     assert!(!PidFile::remove_stale(&path).unwrap());
     let mut taker = Actor::start(&spec);
     assert!(taker.ask("try").starts_with("error Held"));
@@ -220,4 +222,38 @@ fn an_owner_is_described_by_pid_program_and_time() {
     let text = named(&path).describe();
     assert!(text.starts_with(&format!("pid {} (actor), since 2", holder.pid())), "{text}");
     assert!(text.ends_with(" ago)"), "{text}");
+}
+
+#[test]
+fn a_process_is_not_judged_by_what_a_proc_of_another_pid_namespace_says_of_its_pid() {
+    // Inside, the pid of what is a zombie out here, which the /proc of out here still shows.
+    let (_folder, path, spec) = place();
+    let mut zombie = sleeper();
+    zombie.kill().unwrap();
+    until("it is a zombie", || state(zombie.id()) == 'Z');
+    let script = format!(
+        "echo {} > /proc/sys/kernel/ns_last_pid; sleep 600 < /dev/null > /dev/null & echo $! > {}; exec \"$0\" \"$1\"",
+        zombie.id() - 1,
+        path.display()
+    );
+    let allowed = Command::new("unshare")
+        .args(["-p", "-f", "--kill-child", "sh", "-c", "echo 100 > /proc/sys/kernel/ns_last_pid"])
+        .stderr(Stdio::null())
+        .status();
+    if !allowed.is_ok_and(|status| status.success()) {
+        println!("left out: choosing a pid in a namespace is not allowed here");
+        return zombie.wait().map(drop).unwrap();
+    }
+    let mut inside = Actor::start_with(&spec, |command| {
+        let (program, spec) = (command.get_program().to_owned(), command.get_args().next().unwrap().to_owned());
+        *command = Command::new("unshare");
+        command.args(["-p", "-f", "--kill-child", "sh", "-c", &script]).arg(program).arg(spec);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    });
+    until("the file is written", || fs::read_to_string(&path).is_ok_and(|text| text.ends_with('\n')));
+    assert_eq!(fs::read_to_string(&path).unwrap(), format!("{}\n", zombie.id()));
+    let answer = inside.ask("try");
+    assert!(answer.starts_with("error Held"), "{answer}");
+    inside.kill();
+    zombie.wait().unwrap();
 }

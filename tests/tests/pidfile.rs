@@ -268,7 +268,8 @@ fn a_file_that_names_this_very_process_is_free_for_it() {
 fn a_file_removed_or_replaced_under_its_holder_is_a_rogue_deletion_and_what_is_there_stays() {
     let (_folder, path) = place();
     let dead = format!("{DEAD}\n");
-    let changes: [(&dyn Fn(), Option<&str>); 4] = [
+    let record = record_of_the_dead();
+    let changes: [(&dyn Fn(), Option<&str>); 5] = [
         (&|| fs::remove_file(&path).unwrap(), None),
         (&|| write(&path, &dead), Some(&dead)),
         (
@@ -279,6 +280,7 @@ fn a_file_removed_or_replaced_under_its_holder_is_a_rogue_deletion_and_what_is_t
             Some(&dead),
         ),
         (&|| write(&path, ""), Some("")),
+        (&|| write(&path, &record), Some(&record)),
     ];
     for (change, left) in changes {
         for drops in [false, true] {
@@ -422,6 +424,18 @@ fn an_invalid_file_from_the_future_holds_nobody_up() {
     let future = SystemTime::now() + Duration::from_secs(3600);
     File::options().write(true).open(&path).unwrap().set_modified(future).unwrap();
     lock(&path).try_lock().unwrap().release().unwrap();
+}
+
+#[test]
+fn a_young_file_is_held_also_when_the_clock_of_its_file_system_runs_a_little_ahead() {
+    let (_folder, path) = place();
+    for said in ["", "12 x"] {
+        write(&path, said);
+        let ahead = SystemTime::now() + Duration::from_secs(1);
+        File::options().write(true).open(&path).unwrap().set_modified(ahead).unwrap();
+        assert!(lock(&path).try_lock().unwrap_err().is_held(), "{said:?}");
+        assert_eq!(text(&path), said);
+    }
 }
 
 #[test]

@@ -41,8 +41,19 @@ pub(crate) fn probe(pid: u32) -> Probe {
 
 #[cfg(target_os = "linux")]
 fn started(pid: Pid) -> Probe {
+    if !proc_is_of_this_namespace() {
+        return Probe::Running(None);
+    }
     let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()));
     stat.ok().and_then(|stat| parse_stat(&stat)).unwrap_or(Probe::Running(None))
+}
+
+/// A process in a pid namespace without a /proc of its own sees that of an outer one, where its pids are other
+/// processes'.
+#[cfg(target_os = "linux")]
+fn proc_is_of_this_namespace() -> bool {
+    let me = fs::read_link("/proc/self").ok();
+    me.and_then(|me| me.to_str()?.parse().ok()) == Some(std::process::id())
 }
 
 #[cfg(not(target_os = "linux"))]
