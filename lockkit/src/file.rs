@@ -47,8 +47,8 @@ const SOON: Duration = Duration::from_millis(1);
 /// another handle on the same lock.
 ///
 /// The file may hold anything; locking does not touch its content. It is made when it is missing, and never deleted:
-/// deleting it needs its exclusive lock, and then locks that are waited for go on with the next file of that name. One that is
-/// deleted without holding the lock cannot protect its holder, for the next taker makes a new file.
+/// deleting it needs its exclusive lock, and then locks that are waited for go on with the next file of that name. One
+/// that is deleted without holding the lock cannot protect its holder, for the next taker makes a new file.
 ///
 /// A lock is shared or exclusive from its acquisition to its release. There is no upgrade and no downgrade, because
 /// flock does not promise to convert a lock without letting somebody in between ([flock(2)], "Converting a lock").

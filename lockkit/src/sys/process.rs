@@ -7,6 +7,8 @@
 //! [proc_pid_stat(5)]: https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
 
 use std::fs;
+#[cfg(target_os = "linux")]
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::OnceLock;
 use std::time::{Duration, SystemTime};
@@ -159,12 +161,17 @@ fn read_boot_id() -> Option<u128> {
     Some(u128::from(System::boot_time()))
 }
 
-/// The pid namespace of this process, as the number that `/proc/self/ns/pid` shows; 0 where there are none.
+/// The namespaces of this process in which pids and start times count, as one number: that of the pid namespace in the
+/// lower half, as `/proc/self/ns/pid` shows it, and that of the time namespace, where there is one, in the upper. 0 on
+/// systems without any.
 pub(crate) fn pid_namespace() -> Option<u64> {
     #[cfg(target_os = "linux")]
-    return Some(std::os::unix::fs::MetadataExt::ino(&fs::metadata("/proc/self/ns/pid").ok()?));
+    {
+        let number = |name: &str| fs::metadata(format!("/proc/self/ns/{name}")).map(|found| found.ino());
+        Some(number("pid").ok()? | number("time").unwrap_or_default() << 32)
+    }
     #[cfg(not(target_os = "linux"))]
-    return Some(0);
+    Some(0)
 }
 
 /// This host: its name, and the id of its installation where there is one, so that two hosts that were given the same
