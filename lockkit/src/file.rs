@@ -103,6 +103,8 @@ struct Open {
     file: Shielded<File>,
     /// The process that opened it: what a forked child has is inert.
     generation: u32,
+    /// Whether this acquisition made it.
+    made: bool,
     /// When it was last seen to be the file at the path.
     compared: Option<Instant>,
     /// When it was last known to be locked.
@@ -219,9 +221,19 @@ impl Inner {
             let generation = fork::generation();
             let mut open = match self.spare.take() {
                 Some(open) if open.generation == generation => open,
-                _ => Box::new(Open { file: self.place.open()?, generation, compared: None, held: None }),
+                _ => {
+                    let (file, made) = self.place.open()?;
+                    Box::new(Open { file, made, generation, compared: None, held: None })
+                }
             };
-            self.lock(&open.file, mode, wait, &mut patience, subject)?;
+            let made = std::mem::take(&mut open.made);
+            if let Err(error) = self.lock(&open.file, mode, wait, &mut patience, subject) {
+                // Where flock does not work nobody else has it locked, and nothing is to stay behind.
+                if made && matches!(error.kind(), ErrorKind::Io { action: "lock", .. }) {
+                    let _ = std::fs::remove_file(&self.place.path);
+                }
+                return Err(error);
+            }
             let now = Instant::now();
             let since = |moment: Option<Instant>| moment.map_or(Duration::MAX, |moment| now - moment);
             let (held, compared) = (since(open.held.replace(now)), since(open.compared));
@@ -286,11 +298,16 @@ impl Place {
 
     /// Opens the file, or makes it: never both in one step, which the kernel refuses for another user's file in a
     /// sticky folder (`fs.protected_regular`).
-    fn open(&self) -> Result<Shielded<File>> {
+    ///
+    /// Also says whether it was made.
+    fn open(&self) -> Result<(Shielded<File>, bool)> {
         for _ in 0..MOST_REPLACEMENTS {
             match self.open_existing() {
                 Err(error) if error.kind() == Io::NotFound => {}
-                opened => return opened.map_err(|error| Error::io("open", &self.path, error)),
+                opened => {
+                    let file = opened.map_err(|error| Error::io("open", &self.path, error))?;
+                    return Ok((file, false));
+                }
             }
             match self.create() {
                 Err(error) if error.kind() == Io::AlreadyExists => {}
@@ -300,7 +317,10 @@ impl Place {
                     made.map_err(|error| Error::io("create the folder", folder, error))?;
                     step("folders made");
                 }
-                created => return created.map_err(|error| Error::io("create", &self.path, error)),
+                created => {
+                    let file = created.map_err(|error| Error::io("create", &self.path, error))?;
+                    return Ok((file, true));
+                }
             }
         }
         if self.path.is_symlink() {

@@ -328,9 +328,16 @@ impl PidFile {
     }
 
     fn lock_existing(&self, file: Shielded<File>, made: bool) -> Result<Attempt> {
-        match flock::try_lock(&file, Mode::Exclusive).map_err(|error| Error::io("lock", &self.path, error))? {
-            true => self.settle(file, made),
-            false => Ok(Attempt::Locked(file)),
+        match flock::try_lock(&file, Mode::Exclusive) {
+            Ok(true) => self.settle(file, made),
+            Ok(false) => Ok(Attempt::Locked(file)),
+            Err(error) => {
+                // Where flock does not work nobody else has it locked, and nothing is to stay behind.
+                if made {
+                    let _ = fs::remove_file(&self.path);
+                }
+                Err(Error::io("lock", &self.path, error))
+            }
         }
     }
 

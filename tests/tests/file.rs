@@ -375,6 +375,33 @@ fn a_descriptor_is_kept_between_acquisitions_and_closed_with_the_lock() {
 }
 
 #[test]
+fn where_flock_does_not_work_the_error_says_so_and_no_file_stays_behind() {
+    let folder = folder();
+    for kind in ["file", "pidfile"] {
+        let spec = Spec::parse(&format!("{kind}:{}", folder.path().join("lock").display()));
+        let strace = || {
+            let mut strace = Command::new("strace");
+            strace.args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=flock", "-e", "inject=flock:error=ENOLCK"]);
+            strace
+        };
+        if !strace().arg("true").status().is_ok_and(|status| status.success()) {
+            println!("left out: strace is not here, or may not trace");
+            return;
+        }
+        let mut actor = Actor::start_with(&spec, |command| {
+            let program = command.get_program().to_owned();
+            *command = strace();
+            command.arg(program).arg(spec.to_string()).stdin(Stdio::piped()).stdout(Stdio::piped());
+        });
+        for command in ["try", "lock", "lock-for 10"] {
+            let answer = actor.ask(command);
+            assert!(answer.starts_with("error Io: cannot lock") && answer.contains("No locks available"), "{answer}");
+            assert!(!Path::new(spec.at()).exists());
+        }
+    }
+}
+
+#[test]
 fn a_full_disk_does_not_matter_to_a_lock_and_a_failed_one_leaves_no_file() {
     let folder = folder();
     let mounted = Command::new("mount")
