@@ -113,7 +113,7 @@ impl<T: AsFd> Shielded<T> {
     pub(crate) fn new<E>(make: impl FnOnce() -> Result<T, E>) -> Result<Self, E> {
         let slot = occupy();
         let made = make();
-        slot.store(made.as_ref().map_or(EMPTY, |descriptor| descriptor.as_fd().as_raw_fd()), Ordering::SeqCst);
+        slot.store(made.as_ref().map_or(EMPTY, |descriptor| descriptor.as_fd().as_raw_fd()), Ordering::Release);
         Ok(Self { descriptor: ManuallyDrop::new(made?), slot })
     }
 
@@ -139,7 +139,7 @@ impl<T: AsFd> Drop for Shielded<T> {
         take_claim(self.slot, self.descriptor.as_fd().as_raw_fd());
         // SAFETY: dropped once, here, and not used afterwards.
         unsafe { ManuallyDrop::drop(&mut self.descriptor) };
-        self.slot.store(EMPTY, Ordering::SeqCst);
+        self.slot.store(EMPTY, Ordering::Release);
     }
 }
 
