@@ -5,6 +5,7 @@
 //! - *Crowd*: many processes take the lock over and over and hold it for a moment. What counts is how often it is
 //!   taken, and how long the unluckiest one waited.
 //! - *Timed wait*: the processor time of a waiter that gives up after a while.
+//! - *Giving up*: how late a waiter is that times out, or is cancelled, at worst.
 //! - *Death*: a holder is killed while another process waits. The time runs from just before the kill.
 //!
 //! Ours and the peer's turns alternate in blocks. A further lock is one more [`Comparison`]; a peer for it is one more
@@ -14,7 +15,7 @@ use std::fs::File;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use lockkit::{FileLock, NamedLock};
+use lockkit::{CancelToken, FileLock, NamedLock, Wait};
 use lockkit_benches::arguments;
 use lockkit_benches::process::{self, Peer, now, spin};
 use lockkit_benches::table::{self, Bound, Row, Value};
@@ -128,6 +129,10 @@ fn main() {
     if "contended/FileLock/timed-wait".contains(&filter) {
         println!("contended/FileLock/timed-wait");
         rows.push(timed_wait(folder.path(), length.wait));
+    }
+    if "contended/NamedLock/giving-up".contains(&filter) {
+        println!("contended/NamedLock/giving-up");
+        rows.extend(giving_up());
     }
     table::print(&rows);
 }
@@ -314,6 +319,47 @@ fn crowd_child(hold: &mut Hold, parent: &mut Peer) {
         asked = now();
     }
     parent.say(format_args!("{taken} {longest_wait}"));
+}
+
+/// How much later than it should a waiter for a held lock gives up, at worst.
+fn giving_up() -> [Row; 2] {
+    const ROUNDS: usize = 50;
+    const LIMIT: Duration = Duration::from_millis(10);
+    let lock = NamedLock::new("lockkit-bench-contended").unwrap();
+    let _held = lock.lock().unwrap();
+    let worst = |late: &dyn Fn() -> Duration| Value::Time((0..ROUNDS).map(|_| late()).max().unwrap_or_default());
+    let timed_out = || {
+        let start = Instant::now();
+        assert!(lock.lock_for(LIMIT).is_err_and(|error| error.is_timeout()));
+        start.elapsed().saturating_sub(LIMIT)
+    };
+    let slept = || {
+        let start = Instant::now();
+        std::thread::sleep(LIMIT);
+        start.elapsed().saturating_sub(LIMIT)
+    };
+    let cancelled = || {
+        let token = CancelToken::new();
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| {
+                assert!(lock.acquire(&Wait::forever().or_cancelled(&token)).is_err_and(|error| error.is_cancelled()));
+                Instant::now()
+            });
+            std::thread::sleep(LIMIT);
+            let start = Instant::now();
+            token.cancel();
+            waiter.join().expect("the waiter is well").saturating_duration_since(start)
+        })
+    };
+    let sleep = worst(&slept);
+    let bound = Bound::Time(Duration::from_millis(5));
+    [("timing out", worst(&timed_out)), ("being cancelled", worst(&cancelled))].map(|(what, ours)| Row {
+        name: format!("NamedLock, late at {what}, worst of {ROUNDS}"),
+        ours,
+        peer: "a sleep",
+        theirs: sleep,
+        bound,
+    })
 }
 
 /// The processor time that a wait for a held lock takes of this thread until it gives up.
