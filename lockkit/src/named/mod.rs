@@ -42,9 +42,10 @@ pub enum Backend {
     /// An abstract Unix socket, Linux only. Waiters are served first come, first served, and woken by the kernel. The
     /// name belongs to the network namespace, so containers with a network of their own have names of their own.
     Socket,
-    /// A locked file in a private folder below `/tmp`. The name belongs to the file system, so processes that see
-    /// another `/tmp` have names of their own. Waiters with a limit look again every few milliseconds. Deleting the
-    /// file of a lock that is held, which only its user and root can, lets a second holder in.
+    /// A locked file in a private folder below `/tmp`, or with [`Scope::Machine`] in `/tmp` itself. The name belongs to
+    /// the file system, so processes that see another `/tmp` have names of their own. Waiters with a limit look again
+    /// every few milliseconds. Deleting the file of a lock that is held, which only its user and root can, lets a
+    /// second holder in.
     File,
 }
 
