@@ -31,7 +31,7 @@ struct Length {
 }
 
 const FULL: Length = Length { blocks: (15, 300), opens: 50, deaths: 200, crowd: (3, Duration::from_secs(2)) };
-const QUICK: Length = Length { blocks: (3, 20), opens: 5, deaths: 10, crowd: (1, Duration::from_millis(200)) };
+const QUICK: Length = Length { blocks: (3, 20), opens: 5, deaths: 10, crowd: (1, Duration::from_millis(100)) };
 
 type Experiment = fn(&Length) -> Vec<Row>;
 
@@ -167,7 +167,7 @@ fn uncontended(length: &Length) -> Vec<Row> {
         || thousand(count, || robust.with(|| _ = black_box(0))),
     );
     let name = "1000 times lock and unlock".to_owned();
-    vec![Row { name, ours, peer: ROBUST, theirs, bound: Bound::None }]
+    vec![Row { name, ours, peer: ROBUST, theirs, bound: Bound::Ratio(1.5) }]
 }
 
 fn allocate(length: &Length) -> Vec<Row> {
@@ -180,6 +180,9 @@ fn allocate(length: &Length) -> Vec<Row> {
             table.0.allocate().expect("a lock");
         }
         let [full, fresh] = in_turns(blocks, || cycle(&table), || cycle(&empty));
+        let bound = Bound::Time(Duration::from_micros(60));
+        let name = format!("1000 allocate and free of {capacity}, empty");
+        rows.push(Row { name, ours: fresh, peer: "nearly full table", theirs: full, bound });
         // Two that lie far apart, so that the hint is wrong each time.
         let far = [capacity - 1, 7].map(|id| table.0.retrieve(id).expect("a lock"));
         let _ = far[0].free();
@@ -192,9 +195,11 @@ fn allocate(length: &Length) -> Vec<Row> {
             })
         };
         let [apart, fresh_again] = in_turns(blocks, apart, || cycle(&empty));
-        for (what, ours, theirs) in [("1 left", full, fresh), ("2 far apart", apart, fresh_again)] {
+        for (what, ours, theirs, bound) in
+            [("1 left", full, fresh, bound), ("2 far apart", apart, fresh_again, Bound::None)]
+        {
             let name = format!("1000 allocate and free of {capacity}, {what}");
-            rows.push(Row { name, ours, peer: "empty table", theirs, bound: Bound::None });
+            rows.push(Row { name, ours, peer: "empty table", theirs, bound });
         }
     }
     rows
@@ -223,14 +228,16 @@ fn open(length: &Length) -> Vec<Row> {
         Duration::from_nanos(first.load(Ordering::Relaxed))
     };
     let (large, small) = (1_000_000, 2048);
-    let row = |what: &str, [ours, theirs]: [Value; 2]| {
+    let row = |what: &str, [ours, theirs]: [Value; 2], bound| {
         let name = format!("{what} a table of {large}");
-        Row { name, ours, peer: "one of 2048", theirs, bound: Bound::None }
+        Row { name, ours, peer: "one of 2048", theirs, bound }
     };
     let (large_table, small_table) = (Table::new(large), Table::new(small));
+    let open = in_turns(length.opens, || opened(large), || opened(small));
+    let attach = in_turns(length.opens, || attached(&large_table), || attached(&small_table));
     vec![
-        row("open", in_turns(length.opens, || opened(large), || opened(small))),
-        row("attach a forked child to", in_turns(length.opens, || attached(&large_table), || attached(&small_table))),
+        row("open", open, Bound::Time(Duration::from_micros(60))),
+        row("attach a forked child to", attach, Bound::None),
     ]
 }
 
@@ -316,8 +323,8 @@ fn death(length: &Length) -> Vec<Row> {
         Row { name, ours, peer: ROBUST, theirs, bound }
     };
     vec![
-        row("median", ours, theirs, Bound::Time(Duration::from_millis(10))),
-        row("longest", our_longest, their_longest, Bound::None),
+        row("median", ours, theirs, Bound::Time(Duration::from_millis(3))),
+        row("longest", our_longest, their_longest, Bound::Time(Duration::from_millis(10))),
     ]
 }
 
@@ -382,9 +389,12 @@ fn contended(length: &Length) -> Vec<Row> {
                 rates.sort_by(f64::total_cmp);
                 (Value::Rate(rates[rates.len() / 2]), Value::Time(table::median(&mut waits)))
             });
-            for (what, ours, theirs) in [("throughput", our_rate, rate), ("longest wait", our_wait, wait)] {
+            for (what, ours, theirs, bound) in [
+                ("throughput", our_rate, rate, Bound::AtLeast(0.8)),
+                ("longest wait", our_wait, wait, Bound::Ratio(0.5)),
+            ] {
                 let name = format!("{processes} processes hold {} us, {what}", hold.as_micros());
-                rows.push(Row { name, ours, peer: ROBUST, theirs, bound: Bound::None });
+                rows.push(Row { name, ours, peer: ROBUST, theirs, bound });
             }
         }
     }

@@ -46,6 +46,8 @@ impl fmt::Display for Value {
 pub enum Bound {
     /// At most this many times the peer's.
     Ratio(f64),
+    /// At least this many times the peer's.
+    AtLeast(f64),
     /// At most this long, whatever the peer does.
     Time(Duration),
     /// Anything: the row is there for the picture.
@@ -75,6 +77,7 @@ impl Row {
     fn held(&self) -> Option<bool> {
         match self.bound {
             Bound::Ratio(most) => Some(self.ratio() <= most),
+            Bound::AtLeast(least) => Some(self.ratio() >= least),
             Bound::Time(most) => Some(self.ours.number() <= most.as_secs_f64()),
             Bound::None => None,
         }
@@ -85,6 +88,7 @@ impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let bound = match self.bound {
             Bound::Ratio(most) => format!("{most:.2}"),
+            Bound::AtLeast(least) => format!("> {least:.2}"),
             Bound::Time(most) => Value::Time(most).to_string(),
             Bound::None => "-".to_owned(),
         };

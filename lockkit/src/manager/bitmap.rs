@@ -55,12 +55,14 @@ impl Bitmap<'_> {
             while roomy != 0 {
                 let word = at * BITS as usize + roomy.trailing_zeros() as usize;
                 roomy &= roomy - 1;
-                if word < self.words.len()
-                    && let Some(id) = self.claim_in(word)
-                {
+                if word >= self.words.len() {
+                    continue;
+                }
+                if let Some(id) = self.claim_in(word) {
                     self.hint.store(word as u32, Ordering::Relaxed);
                     return Some(id);
                 }
+                self.mark_full(word);
             }
         }
         for word in 0..self.words.len() {
@@ -79,7 +81,7 @@ impl Bitmap<'_> {
         if self.words[word].fetch_or(1 << (id % BITS), Ordering::SeqCst) & 1 << (id % BITS) != 0 {
             return false;
         }
-        self.note_one_more(word);
+        self.note_one_more();
         true
     }
 
@@ -137,7 +139,7 @@ impl Bitmap<'_> {
             let lowest = free & free.wrapping_neg();
             match self.words[word].compare_exchange_weak(seen, seen | lowest, Ordering::SeqCst, Ordering::Relaxed) {
                 Ok(_) => {
-                    self.note_one_more(word);
+                    self.note_one_more();
                     return Some(word as u32 * BITS + lowest.trailing_zeros());
                 }
                 Err(changed) => seen = changed,
@@ -146,18 +148,21 @@ impl Bitmap<'_> {
     }
 
     #[inline]
-    fn note_one_more(&self, word: usize) {
+    fn note_one_more(&self) {
         step("number allocated");
         self.count.fetch_add(ONE_MORE, Ordering::Relaxed);
         step("allocation counted");
-        if self.is_full(word) {
-            let upper = &self.full[word / BITS as usize];
-            upper.fetch_or(bit(word), Ordering::SeqCst);
-            step("word marked full");
-            // Somebody may have freed a number in it before the mark was there to be taken away.
-            if !self.is_full(word) {
-                upper.fetch_and(!bit(word), Ordering::SeqCst);
-            }
+    }
+
+    /// Has the next searches skip a word in which one has found no room. Allocating the last of it does not mark it yet,
+    /// for where that one comes and goes the mark would, too.
+    fn mark_full(&self, word: usize) {
+        let upper = &self.full[word / BITS as usize];
+        upper.fetch_or(bit(word), Ordering::SeqCst);
+        step("word marked full");
+        // Somebody may have freed a number in it before the mark was there to be taken away.
+        if !self.is_full(word) {
+            upper.fetch_and(!bit(word), Ordering::SeqCst);
         }
     }
 

@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::{Handle, HeldLock, LockManager, ManagedLock};
+use super::{Handle, HeldLock, LockManager, ManagedLock, Releases};
 use crate::error::{Error, ErrorKind, Result};
 use crate::file::{FileGuard, FileLock};
 use crate::lock::Recovered;
@@ -322,8 +322,8 @@ impl FolderLock {
     }
 }
 
-impl FolderHold {
-    pub(super) fn release(&self) -> Result<()> {
+impl Releases for FolderHold {
+    fn release(&mut self) -> Result<()> {
         self.lock.release(|entry| entry.turn == self.turn)
     }
 }

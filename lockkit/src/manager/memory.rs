@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
-use super::{Handle, HeldLock, LockManager, ManagedLock};
+use super::{Handle, HeldLock, LockManager, ManagedLock, Releases};
 use crate::error::{ErrorKind, Result};
 use crate::owner::Owner;
 use crate::wait::{Subject, Wait};
@@ -198,8 +198,8 @@ impl MemoryLock {
     }
 }
 
-impl MemoryHold {
-    pub(super) fn release(&self) -> Result<()> {
+impl Releases for MemoryHold {
+    fn release(&mut self) -> Result<()> {
         self.lock.release(|entry| entry.turn == self.turn)
     }
 }

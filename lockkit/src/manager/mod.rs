@@ -23,6 +23,8 @@ mod shm;
 #[cfg_attr(not(all(target_os = "linux", not(loom))), allow(dead_code))]
 mod word;
 
+use std::fmt;
+
 use crate::error::Result;
 use crate::lock::{Guard, Recovered, lock_methods};
 use crate::owner::Owner;
@@ -117,9 +119,47 @@ enum Handle {
 /// What a guard gives back.
 #[derive(Debug)]
 enum Hold {
-    Shm(shm::ShmHold),
-    File(file::FolderHold),
-    Memory(memory::MemoryHold),
+    /// In shared memory, from nobody who died: small, for a guard is moved about while others wait for its lock.
+    Lean(shm::ShmHold),
+    Full(Box<dyn AnyHold>),
+}
+
+/// A hold of any manager, and who died before it.
+trait AnyHold: fmt::Debug + Send + Sync {
+    fn release(&mut self) -> Result<()>;
+    fn recovered(&self) -> Option<&Recovered>;
+}
+
+#[derive(Debug)]
+struct Full<H> {
+    hold: H,
+    recovered: Option<Box<Recovered>>,
+    /// The process that holds, for a forked child has a copy; `None` once released.
+    generation: Option<u32>,
+}
+
+impl<H: Releases + 'static> Full<H> {
+    fn hold((hold, recovered): (H, Option<Box<Recovered>>)) -> Hold {
+        Hold::Full(Box::new(Self { hold, recovered, generation: Some(fork::generation()) }))
+    }
+}
+
+impl<H: Releases> AnyHold for Full<H> {
+    fn release(&mut self) -> Result<()> {
+        match self.generation.take() == Some(fork::generation()) {
+            true => self.hold.release(),
+            false => Ok(()),
+        }
+    }
+
+    fn recovered(&self) -> Option<&Recovered> {
+        self.recovered.as_deref()
+    }
+}
+
+/// What one manager gives back, once.
+trait Releases: fmt::Debug + Send + Sync {
+    fn release(&mut self) -> Result<()>;
 }
 
 impl ManagedLock {
@@ -159,25 +199,21 @@ impl ManagedLock {
         if let Handle::Shm(lock) = &self.0
             && let Some(taken) = lock.acquire_free(wait)
         {
-            return Ok(ManagedGuard::new(Hold::Shm(lock.hold(taken)), None));
+            return Ok(ManagedGuard(Hold::Lean(taken)));
         }
-        self.acquire_any(wait)
+        self.acquire_any(wait).map(ManagedGuard)
     }
 
     #[inline(never)]
-    fn acquire_any(&self, wait: &Wait) -> Result<ManagedGuard> {
-        let (hold, recovered) = match &self.0 {
-            Handle::Shm(lock) => {
-                let (hold, recovered) = lock.acquire(wait)?;
-                (Hold::Shm(hold), recovered)
-            }
-            Handle::File(lock) => {
-                let (hold, recovered) = lock.acquire(wait)?;
-                (Hold::File(hold), recovered)
-            }
-            Handle::Memory(lock) => (Hold::Memory(lock.acquire(wait)?), None),
-        };
-        Ok(ManagedGuard::new(hold, recovered))
+    fn acquire_any(&self, wait: &Wait) -> Result<Hold> {
+        match &self.0 {
+            Handle::Shm(lock) => Ok(match lock.acquire(wait)? {
+                (hold, None) => Hold::Lean(hold),
+                told => Full::hold(told),
+            }),
+            Handle::File(lock) => Ok(Full::hold(lock.acquire(wait)?)),
+            Handle::Memory(lock) => Ok(Full::hold((lock.acquire(wait)?, None))),
+        }
     }
 
     /// Gives back what this process took and whose guard it gave away to [`std::mem::forget`]: for programs that offer
@@ -214,23 +250,9 @@ lock_methods!(ManagedLock, ManagedGuard);
 /// A forked child's copy of a guard holds nothing: the lock stays with the parent.
 #[must_use = "a guard that is dropped at once releases its lock at once; bind it to a name such as `_guard`"]
 #[derive(Debug)]
-pub struct ManagedGuard {
-    hold: Hold,
-    recovered: Option<Box<Recovered>>,
-    /// The process that holds, for a forked child has a copy; or [`RELEASED`](Self::RELEASED). As wide as the fields
-    /// beside it, for processors stall on reading at once what was written in parts.
-    generation: u64,
-}
+pub struct ManagedGuard(Hold);
 
 impl ManagedGuard {
-    /// No fork generation.
-    const RELEASED: u64 = u64::MAX;
-
-    #[inline]
-    fn new(hold: Hold, recovered: Option<Box<Recovered>>) -> Self {
-        Self { hold, recovered, generation: fork::generation().into() }
-    }
-
     /// Releases now and says what went wrong.
     ///
     /// # Errors
@@ -246,19 +268,17 @@ impl ManagedGuard {
     ///
     /// In an [`InMemoryLockManager`] nobody dies, so it is always `None`.
     pub fn recovered(&self) -> Option<&Recovered> {
-        self.recovered.as_deref()
+        match &self.0 {
+            Hold::Lean(_) => None,
+            Hold::Full(full) => full.recovered(),
+        }
     }
 
     #[inline]
     fn give_back(&mut self) -> Result<()> {
-        if self.generation != fork::generation().into() {
-            return Ok(());
-        }
-        self.generation = Self::RELEASED;
-        match &self.hold {
-            Hold::Shm(hold) => hold.release(),
-            Hold::File(hold) => hold.release(),
-            Hold::Memory(hold) => hold.release(),
+        match &mut self.0 {
+            Hold::Lean(hold) => hold.release(),
+            Hold::Full(full) => full.release(),
         }
     }
 }

@@ -29,8 +29,8 @@ use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 
 use super::bitmap::Bitmap;
-use super::word::{self, OWNER, Slept, Taken, World};
-use super::{Handle, HeldLock, LockManager, ManagedLock};
+use super::word::{self, Fairness, OWNER, Slept, Taken, World};
+use super::{Handle, HeldLock, LockManager, ManagedLock, Releases};
 use crate::error::{Error, ErrorKind, Result};
 use crate::lock::Recovered;
 use crate::named::mark;
@@ -311,7 +311,7 @@ impl Attached {
     #[inline]
     fn known_me(&self) -> Option<u32> {
         let me = self.me.load(Ordering::Relaxed);
-        ((me >> 32) as u32 == fork::generation()).then_some(me as u32)
+        ((me >> 32) as u32 == fork::noted_generation()).then_some(me as u32)
     }
 
     /// This process as lock words name it.
@@ -480,30 +480,15 @@ pub(super) struct ShmLock {
     id: u32,
 }
 
-/// A lock of the table, held.
+/// A lock of the table, held. Its parts are of one width, for processors stall on reading at once what was written in
+/// several.
 #[derive(Debug)]
 pub(super) struct ShmHold {
-    lock: ShmLock,
-    acquired: Acquired,
-}
-
-/// Who took a lock, in the upper half, and which acquisition it was: one number, for processors stall on reading at
-/// once what was written in parts.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Acquired(u64);
-
-impl Acquired {
-    fn new(owner: u32, turn: u32) -> Self {
-        Self(u64::from(owner) << 32 | u64::from(turn))
-    }
-
-    fn owner(self) -> u32 {
-        (self.0 >> 32) as u32
-    }
-
-    fn turn(self) -> u32 {
-        self.0 as u32
-    }
+    cell: &'static Cell,
+    /// Who took it, in the upper half, and which acquisition it was.
+    acquired: u64,
+    /// The process that holds, for a forked child has a copy; or [`RELEASED`](Self::RELEASED).
+    generation: u64,
 }
 
 impl ShmLock {
@@ -520,7 +505,7 @@ impl ShmLock {
 
     /// Takes the lock if it is free and nothing is in the way.
     #[inline]
-    pub(super) fn acquire_free(&self, wait: &Wait) -> Option<Acquired> {
+    pub(super) fn acquire_free(&self, wait: &Wait) -> Option<ShmHold> {
         let owner = self.table.known_me()?;
         (wait.is_bare() && word::take_free(&self.cell.word, owner)).then(|| self.begin(owner))
     }
@@ -536,23 +521,18 @@ impl ShmLock {
             Taken::Clean => None,
             Taken::From(died) => Some(self.recovered(died)),
         };
-        Ok((self.hold(self.begin(owner)), recovered))
+        Ok((self.begin(owner), recovered))
     }
 
     /// Writes down that the lock was taken. Only the holder writes that, and the lock carries the writes to the next.
     #[inline]
-    fn begin(&self, owner: u32) -> Acquired {
+    fn begin(&self, owner: u32) -> ShmHold {
         step("lock word taken");
         let turn = self.cell.turn.load(Ordering::Relaxed).wrapping_add(1);
         self.cell.turn.store(turn, Ordering::Relaxed);
         self.cell.since.store(nanos(ClockId::RealtimeCoarse), Ordering::Relaxed);
         step("owner written down");
-        Acquired::new(owner, turn)
-    }
-
-    #[inline]
-    pub(super) fn hold(&self, acquired: Acquired) -> ShmHold {
-        ShmHold { lock: *self, acquired }
+        ShmHold::new(self.cell, owner, turn)
     }
 
     #[cold]
@@ -596,26 +576,55 @@ impl ShmLock {
         owner.filter(|_| self.cell.word.load(Ordering::Acquire) & OWNER == held_by)
     }
 
-    #[cold]
-    fn not_locked(&self) -> Error {
-        ErrorKind::NotLocked { lock: self.describe() }.into()
-    }
-
     pub(super) fn unlock(&self) -> Result<()> {
         let turn = self.cell.turn.load(Ordering::Relaxed);
-        self.hold(Acquired::new(self.table.me()?, turn)).release()
+        ShmHold::new(self.cell, self.table.me()?, turn).release()
     }
 }
 
 impl ShmHold {
+    /// No fork generation.
+    const RELEASED: u64 = u64::MAX;
+
     #[inline]
-    pub(super) fn release(&self) -> Result<()> {
-        let cell = self.lock.cell;
-        let mine = cell.turn.load(Ordering::Relaxed) == self.acquired.turn();
-        match mine && word::release(&cell.word, self.acquired.owner(), futex::wake_one) {
-            true => Ok(()),
-            false => Err(self.lock.not_locked()),
+    fn new(cell: &'static Cell, owner: u32, turn: u32) -> Self {
+        let acquired = u64::from(owner) << 32 | u64::from(turn);
+        Self { cell, acquired, generation: fork::noted_generation().into() }
+    }
+
+    /// Gives the lock back, once, in the process that took it.
+    #[inline]
+    pub(super) fn release(&mut self) -> Result<()> {
+        if self.generation != fork::noted_generation().into() {
+            return Ok(());
         }
+        self.generation = Self::RELEASED;
+        let (owner, turn) = ((self.acquired >> 32) as u32, self.acquired as u32);
+        let mine = self.cell.turn.load(Ordering::Relaxed) == turn;
+        match mine && word::release(&self.cell.word, owner, &self.cell) {
+            true => Ok(()),
+            false => Err(self.not_locked()),
+        }
+    }
+
+    #[cold]
+    fn not_locked(&self) -> Error {
+        let attached = ATTACHED.lock();
+        let table = attached.iter().find(|table| table.cells.as_ptr_range().contains(&std::ptr::from_ref(self.cell)));
+        let lock = match table {
+            Some(table) => {
+                let offset = std::ptr::from_ref(self.cell).addr() - table.cells.as_ptr().addr();
+                ShmLock { table, cell: self.cell, id: (offset / size_of::<Cell>()) as u32 }.describe()
+            }
+            None => "a lock of a lock table".to_owned(),
+        };
+        ErrorKind::NotLocked { lock }.into()
+    }
+}
+
+impl Releases for ShmHold {
+    fn release(&mut self) -> Result<()> {
+        self.release()
     }
 }
 
@@ -632,9 +641,37 @@ impl Subject for ShmLock {
 /// How long a waiter sleeps at most before it looks whether the owner lives: at first, and in the end.
 const FIRST_TICK: Duration = Duration::from_micros(500);
 const LAST_TICK: Duration = Duration::from_millis(5);
-/// How often a lock that is fought for is kept for those who sleep: often enough that nobody waits for seconds, and so
-/// seldom that the context switches do not show.
-const PRESS: Duration = Duration::from_millis(1);
+/// How often a waiter that was woken in vain may have the lock kept: often enough that nobody waits long, and so seldom
+/// that the spinning does not show.
+const PRESS: Duration = Duration::from_micros(200);
+/// How often a release may keep the lock for a waiter that gets no processor, which costs two context switches.
+const YIELD: Duration = Duration::from_millis(1);
+
+/// How long until the lock has not been kept for `pause`. When that is now, it has just been kept.
+#[inline]
+fn until_due(cell: &Cell, pause: Duration) -> Duration {
+    let now = nanos(ClockId::Monotonic);
+    // What lies in the future is of an earlier boot.
+    let since = now.checked_sub(cell.kept.load(Ordering::Relaxed)).map_or(pause, Duration::from_nanos);
+    let left = pause.saturating_sub(since);
+    if left.is_zero() {
+        cell.kept.store(now, Ordering::Relaxed);
+    }
+    left
+}
+
+impl Fairness for &Cell {
+    #[inline]
+    fn keeps(&self) -> bool {
+        /// Of so many releases in a tight loop one looks at the clock.
+        const LOOKS: u32 = 16;
+        self.turn.load(Ordering::Relaxed).is_multiple_of(LOOKS) && until_due(self, YIELD).is_zero()
+    }
+
+    fn wake(&self, word: &AtomicU32) -> bool {
+        futex::wake_one(word)
+    }
+}
 
 /// A waiter.
 struct Sleeper<'p> {
@@ -656,12 +693,27 @@ impl World for Sleeper<'_> {
         self.lock.table.is_dead(owner)
     }
 
-    fn may_press(&self) -> bool {
-        let now = nanos(ClockId::Monotonic);
-        let pressed = self.lock.cell.pressed.load(Ordering::Relaxed);
-        // What lies in the future is of an earlier boot.
-        let may = pressed > now || now - pressed >= PRESS.as_nanos() as u64;
-        may && self.lock.cell.pressed.compare_exchange(pressed, now, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+    fn nap(&self) {
+        let left = until_due(self.lock.cell, PRESS);
+        if let Ok(left) = self.patience.portion(left)
+            && !left.is_zero()
+        {
+            std::thread::sleep(left);
+        }
+    }
+
+    fn spin(&self, word: &AtomicU32) {
+        /// Longer than a short hold, and shorter by far than what sleeping and being woken takes.
+        const LONGEST: Duration = Duration::from_micros(5);
+        let until = nanos(ClockId::Monotonic) + LONGEST.as_nanos() as u64;
+        while nanos(ClockId::Monotonic) < until {
+            for _ in 0..32 {
+                if word.load(Ordering::Relaxed) & OWNER == word::FREE {
+                    return;
+                }
+                std::hint::spin_loop();
+            }
+        }
     }
 
     fn sleep(&mut self, word: &AtomicU32, seen: u32) -> std::result::Result<Slept, Stopped> {

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{HeldLock, LockManager, ManagedLock};
+use super::{HeldLock, LockManager, ManagedLock, Releases};
 use crate::error::{ErrorKind, Result};
 use crate::lock::Recovered;
 use crate::wait::Wait;
@@ -90,11 +90,7 @@ impl ShmLock {
         match self.0 {}
     }
 
-    pub(super) fn acquire_free(&self, _wait: &Wait) -> Option<Never> {
-        match self.0 {}
-    }
-
-    pub(super) fn hold(&self, _taken: Never) -> ShmHold {
+    pub(super) fn acquire_free(&self, _wait: &Wait) -> Option<ShmHold> {
         match self.0 {}
     }
 
@@ -107,8 +103,8 @@ impl ShmLock {
     }
 }
 
-impl ShmHold {
-    pub(super) fn release(&self) -> Result<()> {
+impl Releases for ShmHold {
+    fn release(&mut self) -> Result<()> {
         match self.0 {}
     }
 }

@@ -6,13 +6,14 @@
 //! |---|---|
 //! | `WAITERS` | somebody may be asleep on the word: a release wakes one |
 //! | `AWAKE` | one was woken and has yet to look: until then a release wakes no other |
-//! | `KEPT` | a waiter has pressed: the release keeps the lock for those who have slept |
+//! | `KEPT` | the lock is for those who have slept, and not for who comes by: now, or from the next release on |
 //!
 //! Without an owner and without `KEPT` the lock is free for all. Whoever comes at the right moment may take it before
-//! the woken waiter does, because handing over would cost two context switches for each hold. But now and then a waiter
-//! presses for `KEPT` after a tick, so that nobody is overtaken for ever; one of them at a time, as
-//! [`World::may_press`] has it, so that it stays rare however many wait. Should a woken waiter die, the others notice
-//! within a tick.
+//! the woken waiter does, because handing over would cost two context switches for each hold. So that nobody is
+//! overtaken for ever, a waiter that was woken in vain *presses*: it has the lock kept, and spins until the release,
+//! which is soon where locks are held shortly. It may do so once in a while; until then it naps, and no other is woken.
+//! And a release that finds a woken waiter still not there, for it gets no processor, keeps the lock now and then: who
+//! would overtake goes to sleep then, and leaves it one. Should a woken waiter die, the others notice within a tick.
 //!
 //! An owner is dead or alive by what [`World`] says, asked at first sight and then once a tick. A dead owner's word is
 //! taken from it with a compare-and-swap, so one of many wins, and knows that it took over.
@@ -26,7 +27,7 @@ pub(super) const FREE: u32 = 0;
 pub(super) const OWNER: u32 = AWAKE - 1;
 /// A waiter is on its way.
 const AWAKE: u32 = 1 << 29;
-/// Kept for those who have slept, or to be kept when it is released.
+/// Kept for those who have slept.
 const KEPT: u32 = 1 << 30;
 /// Somebody may be asleep.
 const WAITERS: u32 = 1 << 31;
@@ -37,11 +38,22 @@ pub(super) trait World {
     type GaveUp;
     /// Whether the owner has died. Once it has, it stays so.
     fn is_dead(&self, owner: u32) -> bool;
-    /// Whether the lock should be kept for the waiters at its next release: asked after a tick.
-    fn may_press(&self) -> bool;
+    /// Lets time pass until a waiter that was woken in vain may press, or until it is time to give up, which the next
+    /// sleep will say.
+    fn nap(&self);
+    /// Looks at the word again and again until it has no owner, but not for long.
+    fn spin(&self, word: &AtomicU32);
     /// Sleeps on the word until somebody wakes this thread or a tick is over, unless the word is not `seen` any more;
     /// or says that it is time to give up.
     fn sleep(&mut self, word: &AtomicU32, seen: u32) -> Result<Slept, Self::GaveUp>;
+}
+
+/// What a release does for waiters.
+pub(super) trait Fairness {
+    /// Whether the lock should be kept for the one that was woken and has yet to look. May be asked very often.
+    fn keeps(&self) -> bool;
+    /// Wakes one thread that sleeps on the word; says whether there was one.
+    fn wake(&self, word: &AtomicU32) -> bool;
 }
 
 /// What ended a sleep.
@@ -80,13 +92,20 @@ pub(super) fn take_now(word: &AtomicU32, owner: u32, is_dead: impl Fn(u32) -> bo
 #[cold]
 pub(super) fn take<W: World>(word: &AtomicU32, owner: u32, world: &mut W) -> Result<Taken, W::GaveUp> {
     let mut stance = Stance { entitled: false, rested: false, awake: false, look: true };
-    let mut press = 0;
+    let mut in_vain = false;
     loop {
         let seen = match attempt(word, owner, stance, |owner| world.is_dead(owner)) {
             Ok(taken) => return Ok(taken),
             Err(seen) => seen,
         };
-        let waiting = stance.arrive(seen) | WAITERS | if seen & OWNER == 0 { 0 } else { press };
+        if std::mem::take(&mut in_vain) {
+            world.nap();
+            if press(word) {
+                world.spin(word);
+            }
+            continue;
+        }
+        let waiting = stance.arrive(seen);
         if waiting != seen && word.compare_exchange(seen, waiting, Ordering::Relaxed, Ordering::Relaxed).is_err() {
             continue;
         }
@@ -94,10 +113,15 @@ pub(super) fn take<W: World>(word: &AtomicU32, owner: u32, world: &mut W) -> Res
         // Who gives up now, after it was woken, has just seen to it that the next release wakes another.
         let slept = world.sleep(word, waiting)?;
         let tick = slept == Slept::Tick;
-        let pressing = tick && world.may_press();
-        stance = Stance { entitled: true, rested: true, awake: !tick || pressing, look: tick };
-        press = if pressing { KEPT } else { 0 };
+        stance = Stance { entitled: true, rested: true, awake: !tick, look: tick };
+        in_vain = !tick;
     }
+}
+
+/// Has the next release keep the lock for the one that is awake; `false` when nobody holds it any more.
+fn press(word: &AtomicU32) -> bool {
+    let pressed = |seen| (seen & OWNER != 0).then_some(seen | AWAKE | KEPT);
+    word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, pressed).is_ok()
 }
 
 /// How somebody tries to take the lock.
@@ -107,17 +131,22 @@ struct Stance {
     entitled: bool,
     /// Has slept, as others may, whom nobody counts.
     rested: bool,
-    /// Is the one that was woken, or stands in for one that may have died on its way.
+    /// Is the one that was woken.
     awake: bool,
     /// Looks whether the owner lives.
     look: bool,
 }
 
 impl Stance {
-    /// The word once this one has come.
+    /// The word once this one has come, and waits.
     fn arrive(self, seen: u32) -> u32 {
-        let seen = if self.awake { seen & !AWAKE } else { seen };
-        if self.rested { seen | WAITERS } else { seen }
+        WAITERS | if self.awake { seen & !AWAKE } else { seen }
+    }
+
+    /// The flags once this one has taken the lock. It stands in for the one that was woken, which may have died on its
+    /// way.
+    fn take(self, seen: u32) -> u32 {
+        if self.rested { WAITERS } else { seen & (WAITERS | AWAKE) }
     }
 }
 
@@ -131,28 +160,42 @@ fn attempt(word: &AtomicU32, owner: u32, stance: Stance, is_dead: impl Fn(u32) -
             holder if stance.look && is_dead(holder) => Taken::From(holder),
             _ => return Err(seen),
         };
-        let next = owner | stance.arrive(seen) & (WAITERS | AWAKE);
-        match word.compare_exchange(seen, next, Ordering::Acquire, Ordering::Relaxed) {
+        match word.compare_exchange(seen, owner | stance.take(seen), Ordering::Acquire, Ordering::Relaxed) {
             Ok(_) => return Ok(taken),
             Err(changed) => seen = changed,
         }
     }
 }
 
-/// Gives the lock back; `false` when `owner` does not hold it. `wake` wakes one thread that sleeps on the word, and
-/// says whether there was one.
+/// Gives the lock back; `false` when `owner` does not hold it.
 #[inline]
-pub(super) fn release(word: &AtomicU32, owner: u32, wake: impl Fn(&AtomicU32) -> bool) -> bool {
-    let mut seen = word.load(Ordering::Relaxed);
+pub(super) fn release(word: &AtomicU32, owner: u32, fairness: &impl Fairness) -> bool {
+    // A guess: a processor stalls on looking first at what it has just exchanged.
+    match word.compare_exchange(owner, FREE, Ordering::Release, Ordering::Relaxed) {
+        Ok(_) => {
+            step("lock word given back");
+            true
+        }
+        Err(seen) => release_flagged(word, seen, owner, fairness),
+    }
+}
+
+#[inline(never)]
+fn release_flagged(word: &AtomicU32, mut seen: u32, owner: u32, fairness: &impl Fairness) -> bool {
+    let mut keeps = None;
     while seen & OWNER == owner {
         // Whoever is awake will see to those who sleep.
         let to_wake = seen & (WAITERS | AWAKE) == WAITERS;
-        let next = if to_wake { AWAKE | seen & KEPT } else { seen & !OWNER };
+        let next = match seen & AWAKE {
+            0 if to_wake => AWAKE | seen & KEPT,
+            AWAKE if *keeps.get_or_insert_with(|| fairness.keeps()) => seen & !OWNER | KEPT,
+            _ => seen & !OWNER,
+        };
         match word.compare_exchange(seen, next, Ordering::Release, Ordering::Relaxed) {
             Ok(_) => {
                 step("lock word given back");
                 if to_wake {
-                    wake_one(word, wake);
+                    wake_one(word, fairness);
                     step("waiter woken");
                 }
                 return true;
@@ -166,8 +209,8 @@ pub(super) fn release(word: &AtomicU32, owner: u32, wake: impl Fn(&AtomicU32) ->
 /// Wakes one who sleeps on the word, which says so already. If nobody does it takes that back, and looks again for who
 /// went to sleep in between.
 #[cold]
-fn wake_one(word: &AtomicU32, wake: impl Fn(&AtomicU32) -> bool) {
-    while !wake(word) {
+fn wake_one(word: &AtomicU32, fairness: &impl Fairness) {
+    while !fairness.wake(word) {
         let left = word.fetch_and(!(AWAKE | KEPT), Ordering::Relaxed) & !(AWAKE | KEPT);
         let sleeper = left == WAITERS;
         if !sleeper || word.compare_exchange(left, AWAKE, Ordering::Relaxed, Ordering::Relaxed).is_err() {
@@ -224,13 +267,16 @@ mod models {
         futex: Futex,
         /// Whether the owner 9 has died.
         dead: AtomicBool,
+        /// Whether releases keep the lock for waiters.
+        fair: bool,
         /// What the lock protects; loom sees two who touch it at once.
         inside: UnsafeCell<()>,
     }
 
     impl Model {
-        fn new(word: u32) -> Arc<Self> {
+        fn new(word: u32, fair: bool) -> Arc<Self> {
             Arc::new(Self {
+                fair,
                 word: AtomicU32::new(word),
                 futex: Futex::default(),
                 dead: AtomicBool::new(false),
@@ -240,6 +286,16 @@ mod models {
 
         fn enter(&self) {
             self.inside.with_mut(|_| ());
+        }
+    }
+
+    impl Fairness for Model {
+        fn keeps(&self) -> bool {
+            self.fair
+        }
+
+        fn wake(&self, _word: &AtomicU32) -> bool {
+            self.futex.wake()
         }
     }
 
@@ -257,8 +313,12 @@ mod models {
             owner == 9 && self.model.dead.load(Ordering::SeqCst)
         }
 
-        fn may_press(&self) -> bool {
-            true
+        fn nap(&self) {
+            thread::yield_now();
+        }
+
+        fn spin(&self, _word: &AtomicU32) {
+            thread::yield_now();
         }
 
         fn sleep(&mut self, word: &AtomicU32, seen: u32) -> Result<Slept, ()> {
@@ -283,7 +343,7 @@ mod models {
             false => take(&model.word, owner, &mut waiter).ok()?,
         };
         model.enter();
-        assert!(release(&model.word, owner, |_| model.futex.wake()));
+        assert!(release(&model.word, owner, model));
         Some(taken)
     }
 
@@ -296,7 +356,7 @@ mod models {
     #[test]
     fn loom_two_never_hold_it_and_no_wake_up_is_lost() {
         explore(|| {
-            let model = Model::new(FREE);
+            let model = Model::new(FREE, false);
             let others: Vec<_> = [2, 3]
                 .map(|owner| {
                     let model = model.clone();
@@ -311,9 +371,9 @@ mod models {
     }
 
     #[test]
-    fn loom_a_waiter_that_presses_gets_it_kept_and_nobody_is_left_asleep() {
+    fn loom_a_lock_that_is_kept_at_each_release_leaves_nobody_asleep() {
         explore(|| {
-            let model = Model::new(FREE);
+            let model = Model::new(FREE, true);
             let others: Vec<_> = [(2, 1), (3, 0)]
                 .map(|(owner, ticks)| {
                     let model = model.clone();
@@ -330,7 +390,7 @@ mod models {
     #[test]
     fn loom_a_waiter_that_gives_up_takes_no_wake_up_with_it() {
         explore(|| {
-            let model = Model::new(FREE);
+            let model = Model::new(FREE, false);
             let others: Vec<_> = [(2, true), (3, false)]
                 .map(|(owner, gives_up)| {
                     let model = model.clone();
@@ -349,7 +409,7 @@ mod models {
     #[test]
     fn loom_a_lock_kept_for_one_that_gave_up_goes_to_the_next() {
         explore(|| {
-            let model = Model::new(1);
+            let model = Model::new(1, true);
             let others: Vec<_> = [(2, 1, true), (3, 0, false)]
                 .map(|(owner, ticks, gives_up)| {
                     let model = model.clone();
@@ -358,7 +418,7 @@ mod models {
                     })
                 })
                 .into();
-            assert!(release(&model.word, 1, |_| model.futex.wake()));
+            assert!(release(&model.word, 1, &*model));
             for other in others {
                 other.join().unwrap();
             }
@@ -368,17 +428,17 @@ mod models {
     #[test]
     fn loom_who_takes_a_kept_lock_without_waiting_leaves_nobody_asleep() {
         explore(|| {
-            let model = Model::new(1);
+            let model = Model::new(1, true);
             let others: Vec<_> = [(2, 1), (3, 0)]
                 .map(|(owner, ticks)| {
                     let model = model.clone();
                     thread::spawn(move || assert!(visit(&model, owner, ticks, false).is_some()))
                 })
                 .into();
-            assert!(release(&model.word, 1, |_| model.futex.wake()));
+            assert!(release(&model.word, 1, &*model));
             if take_now(&model.word, 1, |_| false).is_some() {
                 model.enter();
-                assert!(release(&model.word, 1, |_| model.futex.wake()));
+                assert!(release(&model.word, 1, &*model));
             }
             for other in others {
                 other.join().unwrap();
@@ -389,7 +449,7 @@ mod models {
     #[test]
     fn loom_one_of_many_takes_over_from_the_dead_and_wakes_who_slept_before_the_death() {
         explore(|| {
-            let model = Model::new(9);
+            let model = Model::new(9, false);
             let other = thread::spawn({
                 let model = model.clone();
                 move || visit(&model, 2, 0, false).unwrap()

@@ -147,6 +147,12 @@ impl<T: AsFd> Drop for Shielded<T> {
 #[inline]
 pub(crate) fn generation() -> u32 {
     install();
+    noted_generation()
+}
+
+/// What [`generation`] says, for code that comes after a first call of it.
+#[inline]
+pub(crate) fn noted_generation() -> u32 {
     GENERATION.load(Ordering::Relaxed)
 }
 

@@ -77,8 +77,8 @@ pub(crate) struct Cell {
     pub(crate) turn: AtomicU32,
     /// When it was taken, in nanoseconds since the epoch, by the coarse clock.
     pub(crate) since: AtomicU64,
-    /// When a waiter last pressed for it, in nanoseconds of the monotonic clock.
-    pub(crate) pressed: AtomicU64,
+    /// When a release last kept it for waiters, in nanoseconds of the monotonic clock.
+    pub(crate) kept: AtomicU64,
     _reserved: [AtomicU64; 5],
 }
 
@@ -98,7 +98,7 @@ const _: () = {
     assert!(offset_of!(Cell, word) == 0);
     assert!(offset_of!(Cell, turn) == 4);
     assert!(offset_of!(Cell, since) == 8);
-    assert!(offset_of!(Cell, pressed) == 16);
+    assert!(offset_of!(Cell, kept) == 16);
     assert!(LOCKS_PER_PAGE == u64::BITS);
     assert!(PAGE + SLOTS as usize * size_of::<Slot>() == 528_128);
     assert!(Shape::of(1).full == 528_384);
