@@ -375,7 +375,8 @@ impl Attached {
 
     /// Whether the owner of a lock has died. What the kernel does not say counts as alive.
     fn is_dead(&self, owner: u32) -> bool {
-        let at = (owner & SLOT) - 1;
+        // A damaged word may name no slot at all.
+        let at = (owner & SLOT).wrapping_sub(1);
         let Some(slot) = self.table.slots().get(at as usize) else { return true };
         if slot.generation.load(Ordering::Acquire) & GENERATION != owner >> SLOT_BITS {
             return true;
@@ -733,6 +734,16 @@ mod tests {
         let (_file, another) = fresh.take_slot();
         assert_eq!(another & SLOT, other & SLOT);
         assert_eq!(lock.try_lock().unwrap().recovered().unwrap().owner(), None);
+    }
+
+    #[test]
+    fn a_damaged_word_that_names_no_slot_is_of_somebody_who_died() {
+        let fresh = Fresh::new("damaged");
+        for owner in [1 << SLOT_BITS, SLOTS + 1, OWNER] {
+            fresh.word(7).store(owner, Ordering::SeqCst);
+            assert_eq!(fresh.0.held().unwrap(), []);
+            assert_eq!(fresh.0.retrieve(7).unwrap().try_lock().unwrap().recovered().unwrap().owner(), None);
+        }
     }
 
     #[test]
