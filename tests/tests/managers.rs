@@ -203,6 +203,39 @@ mod shared_memory {
     }
 
     #[test]
+    fn a_process_killed_while_a_slots_generations_begin_anew_leaves_the_dead_theirs() {
+        if !lockkit::steps::ENABLED {
+            return;
+        }
+        let [first_slot, slot_size, next_slot] = [4096, 128, 192];
+        let mut killed = 0;
+        for step in 1.. {
+            let table = Kind::Shm.fresh();
+            assert_eq!(opened_elsewhere(&table.path()), "opened");
+            let file = std::fs::File::options().read(true).write(true).open(table.path()).unwrap();
+            let write = |number: u32, at: u64| file.write_all_at(&number.to_ne_bytes(), at).unwrap();
+            // Slot 7 is at its last generation, and its first one still holds a lock, long dead.
+            let cells = file.metadata().unwrap().len() - 2 * 4096;
+            Actor::start_at(&table).expect("try 0", "held");
+            write((1 << 17) - 1, first_slot + 7 * slot_size);
+            write(1 << 12 | 8, cells);
+            write(7, next_slot);
+            let mut victim = Actor::start_at(&table);
+            victim.expect(&format!("kill-at {step}"), "armed");
+            let answer = victim.ask("open");
+            victim.kill();
+            write(7, next_slot);
+            assert_eq!(Actor::start_at(&table).ask("try 0"), "held recovered 0", "killed at step {step}");
+            table.clean();
+            if answer != "gone" {
+                assert!(killed >= 3, "only {killed} steps");
+                return;
+            }
+            killed += 1;
+        }
+    }
+
+    #[test]
     fn a_process_attaches_once_however_often_it_opens() {
         let table = Kind::Shm.fresh();
         let first = ShmLockManager::create(table.path(), 10).unwrap();

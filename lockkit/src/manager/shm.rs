@@ -20,7 +20,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
@@ -451,11 +451,18 @@ fn take_slot(table: &Table, path: &Path, file: &File) -> Result<u64> {
         step("slot locked");
         reserve(file, (offset.into(), length.into())).map_err(|error| Error::io("make room in", path, error))?;
         let slot = &table.slots()[at as usize];
-        let generation = slot.generation.fetch_add(1, Ordering::AcqRel).wrapping_add(1) & GENERATION;
-        step("slot of a new generation");
-        if generation == 0 {
+        // Nobody else changes it while this process has the slot.
+        let generation = slot.generation.load(Ordering::Acquire).wrapping_add(1);
+        if generation & GENERATION == 0 {
+            // First, so that a kill in between leaves it to the next.
             forget_generations(table, at);
+            step("generations forgotten");
         }
+        slot.generation.store(generation, Ordering::Release);
+        // No reader may find what is written into the record with the old generation.
+        fence(Ordering::SeqCst);
+        let generation = generation & GENERATION;
+        step("slot of a new generation");
         mark::take(&slot.record);
         return Ok(fork | u64::from(generation << SLOT_BITS | (at + 1)));
     }
