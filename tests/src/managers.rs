@@ -18,7 +18,9 @@
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::fs::File;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -463,6 +465,7 @@ macro_rules! shared_managers {
     ($module:ident, $kind:expr) => {
         $crate::managers!($module, $kind;
             a_number_is_the_same_lock_in_another_process,
+            a_table_has_the_same_modes_whatever_the_umask,
             a_lock_that_was_freed_still_excludes_other_processes,
             all_that_a_killed_process_held_is_recovered,
             a_forked_child_holds_locks_of_its_own,
@@ -495,6 +498,30 @@ mod shared_cases {
         assert!(next.starts_with("allocated ") && next != format!("allocated {id}"), "{next}");
         other.expect(&format!("free {id}"), "ok");
         assert!(matches!(lock.free().unwrap_err().kind(), ErrorKind::NotAllocated { .. }));
+        table.clean();
+    }
+
+    pub fn a_table_has_the_same_modes_whatever_the_umask(kind: Kind) {
+        let table = kind.fresh();
+        let mut other = Actor::start_at_with(&table, |command| {
+            let (program, table) = (command.get_program().to_owned(), table.to_string());
+            *command = Command::new("sh");
+            command.args(["-c", "umask 777 && exec \"$0\" table \"$1\""]).arg(program).arg(table);
+            command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        });
+        for command in ["allocate-at 0", "try 0"] {
+            let answer = other.ask(command);
+            assert!(!answer.starts_with("error"), "{answer}");
+        }
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+        if kind == Kind::Folder {
+            assert_eq!(mode(&table.path()), 0o700);
+            for file in std::fs::read_dir(table.path()).unwrap() {
+                assert_eq!(mode(&file.unwrap().path()), 0o600);
+            }
+        } else {
+            assert_eq!(mode(&table.path()), 0o600);
+        }
         table.clean();
     }
 

@@ -14,11 +14,12 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use rustix::fs::{Mode, OFlags, fchmod};
 
 use super::{Handle, HeldLock, LockManager, ManagedLock};
 use crate::error::{Error, ErrorKind, Result};
@@ -85,7 +86,10 @@ impl FileLockManager {
     /// [`Io`](ErrorKind::Io) when something is there already (`AlreadyExists`), or the system refuses.
     pub fn create(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
-        fs::DirBuilder::new().mode(0o700).create(folder).map_err(|error| Error::io("create", folder, error))?;
+        let failed = |error| Error::io("create", folder, error);
+        fs::DirBuilder::new().mode(0o700).create(folder).map_err(failed)?;
+        // The umask is not ours to change, but the folder's mode is.
+        fs::set_permissions(folder, fs::Permissions::from_mode(0o700)).map_err(failed)?;
         step("folder made");
         Self::open(folder)
     }
@@ -206,11 +210,14 @@ impl Folder {
         let failed = |error| Error::io("allocate", &path, error);
         let mut options = File::options();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        options.custom_flags((OFlags::NOFOLLOW | OFlags::NOCTTY).bits() as i32);
         let file = options.open(&path).map_err(failed)?;
         step("lock file made");
         if is_allocated(&file) {
             return Ok(false);
         }
+        // The umask is not ours to change, but the file's mode is.
+        fchmod(&file, Mode::from_raw_mode(0o600)).map_err(|error| failed(error.into()))?;
         file.write_all_at(&[ALLOCATED], ALLOCATED_AT).map_err(failed)?;
         step("marked allocated");
         Ok(true)

@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
-use rustix::fs::{AtFlags, CWD, FallocateFlags, Mode, OFlags, fallocate, ftruncate, linkat, openat};
+use rustix::fs::{AtFlags, CWD, FallocateFlags, Mode, OFlags, fallocate, fchmod, ftruncate, linkat, openat};
 use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 
@@ -223,6 +223,8 @@ fn make(path: &Path, capacity: u32) -> Result<()> {
     };
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     let file = File::from(openat(CWD, folder, flags, Mode::from_raw_mode(0o600)).map_err(failed)?);
+    // The umask is not ours to change, but the file's mode is.
+    fchmod(&file, Mode::from_raw_mode(0o600)).map_err(failed)?;
     step("nameless file made");
     let shape = Shape::of(capacity);
     ftruncate(&file, shape.size).map_err(failed)?;
@@ -237,7 +239,7 @@ fn make(path: &Path, capacity: u32) -> Result<()> {
 
 /// Has the file system set room aside for a range of bytes. Where it cannot, room is taken when it is used.
 fn reserve(file: &File, (offset, length): (u64, u64)) -> std::result::Result<(), Errno> {
-    match fallocate(file, FallocateFlags::KEEP_SIZE, offset, length) {
+    match rustix::io::retry_on_intr(|| fallocate(file, FallocateFlags::KEEP_SIZE, offset, length)) {
         Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
         result => result,
     }
@@ -407,7 +409,7 @@ impl fmt::Debug for Attached {
 }
 
 fn open_file(path: &Path) -> Result<Shielded<File>> {
-    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
     let mut options = File::options();
     options.read(true).write(true).custom_flags(flags.bits() as i32);
     Shielded::new(|| options.open(path)).map_err(|error| Error::io("open", path, error))
