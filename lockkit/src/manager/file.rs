@@ -28,7 +28,7 @@ use crate::lock::Recovered;
 use crate::named::mark::{self, Slate};
 use crate::owner::{Liveness, Owner};
 use crate::steps::step;
-use crate::sys::fork;
+use crate::sys::fork::{self, NoFork};
 use crate::wait::{Subject, Wait};
 
 /// A table of locks as files in a folder, for the processes of one machine. Cloning gives another handle on it.
@@ -57,6 +57,7 @@ struct Folder {
     /// Held while anything is allocated or freed.
     next: FileLock,
     /// What this process holds through this manager; here and not in the guards, so that `unlock` finds it.
+    /// Locked with forks held off.
     held: Mutex<Holds>,
 }
 
@@ -247,11 +248,13 @@ impl FolderLock {
     pub(super) fn acquire(&self, wait: &Wait) -> Result<(FolderHold, Option<Box<Recovered>>)> {
         let guard = self.file.acquire_as(wait, self)?;
         let recovered = mark::take(guard.file());
+        let no_fork = NoFork::hold();
         let mut held = self.folder.held.lock();
         held.turns += 1;
         let turn = held.turns;
-        held.guards.insert(self.id, Entry { guard, turn, generation: fork::generation() });
-        drop(held);
+        // What a forked child had there of its parent's is closed when forks may come again.
+        let inherited = held.guards.insert(self.id, Entry { guard, turn, generation: fork::generation() });
+        drop((held, no_fork, inherited));
         Ok((FolderHold { lock: self.clone(), turn }, recovered))
     }
 
@@ -260,13 +263,14 @@ impl FolderLock {
     }
 
     fn release(&self, which: impl FnOnce(&Entry) -> bool) -> Result<()> {
+        let no_fork = NoFork::hold();
         let mut held = self.folder.held.lock();
         let mine = |entry: &Entry| entry.generation == fork::generation();
         let entry = match held.guards.get(&self.id) {
             Some(entry) if mine(entry) && which(entry) => held.guards.remove(&self.id),
             _ => None,
         };
-        drop(held);
+        drop((held, no_fork));
         let Some(Entry { guard, .. }) = entry else {
             return Err(ErrorKind::NotLocked { lock: self.describe() }.into());
         };

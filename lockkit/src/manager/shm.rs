@@ -36,7 +36,7 @@ use crate::lock::Recovered;
 use crate::named::mark;
 use crate::owner::Owner;
 use crate::steps::step;
-use crate::sys::fork::{self, Shielded};
+use crate::sys::fork::{self, NoFork, Shielded};
 use crate::sys::table::{self, Cell, LOCKS_PER_PAGE, MOST, SLOTS, Shape, Table};
 use crate::sys::{folder, futex, ofd};
 use crate::wait::{Backoff, GaveUp, Patience, Subject, Wait};
@@ -256,12 +256,12 @@ struct Attached {
     capacity: u32,
     /// This process as lock words name it, and above it the fork generation for which that holds.
     me: AtomicU64,
-    /// The open file that holds the slot's lock. A forked child's copy holds nothing. The mapping is made of another
+    /// The open file that holds the slot's lock. Locked with forks held off. A forked child's copy holds nothing. The mapping is made of another
     /// one, for a mapping keeps its open file, and a forked child keeps the mapping.
     slot: Mutex<Shielded<File>>,
 }
 
-/// What this process is attached to.
+/// What this process is attached to. Locked with forks held off.
 static ATTACHED: Mutex<Vec<&'static Attached>> = Mutex::new(Vec::new());
 
 /// How lock words name an owner: the number of its slot, from 1 on, in the lower bits, and above it the slot's
@@ -275,17 +275,20 @@ const _: () = assert!(SLOTS < DIED);
 
 impl Attached {
     fn at(path: PathBuf) -> Result<&'static Self> {
-        let mut attached = ATTACHED.lock();
+        // Files are opened and closed without the mutex, for with it no fork may come.
         let slot = open_file(&path)?;
         let identity = identity(&path, &slot)?;
-        if let Some(known) = attached.iter().find(|known| known.identity == identity) {
-            known.me()?;
-            return Ok(known);
-        }
         let capacity = check(&path, &slot)?;
         let mapped = open_file(&path)?;
         if self::identity(&path, &mapped)? != identity {
             return Err(ErrorKind::RogueDeletion { path }.into());
+        }
+        let no_fork = NoFork::hold();
+        let mut attached = ATTACHED.lock();
+        if let Some(known) = attached.iter().copied().find(|known| known.identity == identity) {
+            drop((attached, no_fork));
+            known.me()?;
+            return Ok(known);
         }
         let table = Table::map(&mapped, capacity).map_err(|error| Error::io("map", &path, error))?;
         let (first, last) = (Shape::slot(0).0, Shape::slot(SLOTS).0);
@@ -328,15 +331,17 @@ impl Attached {
     /// A forked child is another process, and needs a slot of its own.
     #[cold]
     fn me_after_fork(&self) -> Result<u32> {
+        let mut own = open_file(&self.path)?;
+        if identity(&self.path, &own)? != self.identity {
+            return Err(ErrorKind::RogueDeletion { path: self.path.clone() }.into());
+        }
+        let _no_fork = NoFork::hold();
         let mut slot = self.slot.lock();
         let mut me = self.me.load(Ordering::Relaxed);
         if (me >> 32) as u32 != fork::generation() {
-            let own = open_file(&self.path)?;
-            if identity(&self.path, &own)? != self.identity {
-                return Err(ErrorKind::RogueDeletion { path: self.path.clone() }.into());
-            }
             me = take_slot(self.table, &self.path, &own)?;
-            *slot = own;
+            // What is no longer needed is closed when the mutex is free again.
+            std::mem::swap(&mut *slot, &mut own);
             self.me.store(me, Ordering::Relaxed);
         }
         Ok(me as u32)
@@ -367,6 +372,7 @@ impl Attached {
     #[cold]
     fn reserve_page(&self, page: usize) -> Result<()> {
         self.me()?;
+        let _no_fork = NoFork::hold();
         reserve(&self.slot.lock(), self.table.shape().page_of_cells(page))
             .map_err(|error| Error::io("make room in", &self.path, error))?;
         step("page of locks reserved");
@@ -386,6 +392,7 @@ impl Attached {
         if u64::from(owner) == self.me.load(Ordering::Relaxed) & u64::from(u32::MAX) {
             return false;
         }
+        let _no_fork = NoFork::hold();
         ofd::is_locked(&self.slot.lock(), Shape::slot(at).0, 1).is_ok_and(|locked| !locked)
     }
 
