@@ -1,7 +1,8 @@
 //! A table of locks as files in a folder, one for each lock.
 //!
 //! ```text
-//! next        the number that the next allocation tries first; locked while anything is allocated or freed
+//! next        what kind of folder this is, and the number that the next allocation tries first; locked while anything
+//!             is allocated or freed
 //! 17.lock     lock 17: who holds it (see `named::mark`), and behind that whether it is allocated
 //! ```
 //! Holding lock 17 is holding flock on the file `17.lock`. Whether it is allocated is a byte in the file, so a lock
@@ -14,7 +15,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -28,6 +29,7 @@ use crate::lock::Recovered;
 use crate::named::mark::{self, Slate};
 use crate::owner::{Liveness, Owner};
 use crate::steps::step;
+use crate::sys::folder;
 use crate::sys::fork::{self, NoFork};
 use crate::wait::{Subject, Wait};
 
@@ -35,7 +37,11 @@ use crate::wait::{Subject, Wait};
 ///
 /// For where there is no memory to share, or where a few locks are to be seen in the file system. It has no limit but
 /// the file system's. A lock costs a few microseconds, where [`ShmLockManager`](crate::ShmLockManager) takes
-/// nanoseconds. Not on a file system that several machines share. Nobody but its managers should touch the folder.
+/// nanoseconds. Not on a file system that several machines share. Nobody but its managers should touch the folder, which
+/// is one user's.
+///
+/// Each lock that is held takes a descriptor, and each [`ManagedLock`] that was ever locked keeps one for the next time:
+/// keep numbers rather than thousands of handles.
 ///
 /// ```
 /// use lockkit::{FileLockManager, LockManager};
@@ -98,7 +104,11 @@ impl FileLockManager {
     /// Opens the table in the folder `folder`.
     ///
     /// # Errors
-    /// [`Io`](ErrorKind::Io) when there is no such folder, or the system refuses.
+    /// [`Io`](ErrorKind::Io) when there is no such folder, or the system refuses;
+    /// [`LayoutMismatch`](ErrorKind::LayoutMismatch) when other things are in it than a table of this version; an empty
+    /// one becomes a table;
+    /// [`ForeignOwner`](ErrorKind::ForeignOwner) when it belongs to another user, who is not root;
+    /// [`Insecure`](ErrorKind::Insecure) when others may put files there.
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
         let failed = |error| Error::io("open", folder.as_ref(), error);
         let path = folder.as_ref().canonicalize().map_err(failed)?;
@@ -106,7 +116,9 @@ impl FileLockManager {
             return Err(failed(io::ErrorKind::NotADirectory.into()));
         }
         let next = FileLock::own(path.join("next"), 0o600);
-        Ok(Self(Arc::new(Folder { path, next, held: Mutex::default() })))
+        let folder = Folder { path, next, held: Mutex::default() };
+        folder.check()?;
+        Ok(Self(Arc::new(folder)))
     }
 
     /// The folder.
@@ -125,8 +137,8 @@ impl LockManager for FileLockManager {
         let first = read_next(next.file());
         for id in (first..=u32::MAX).chain(0..first) {
             if self.0.claim(id)? {
-                let after = id.wrapping_add(1);
-                self.0.write_next(next.file(), after)?;
+                // It is allocated, come what may; without this the next allocation looks a little longer.
+                let _ = self.0.write_next(next.file(), id.wrapping_add(1));
                 return Ok(ManagedLock(Handle::File(self.lock(id))));
             }
         }
@@ -168,9 +180,17 @@ impl LockManager for FileLockManager {
     }
 }
 
+/// How the file `next` starts, the version last; the number is behind it.
+const HEADER: [u8; 12] = *b"lockkitF\0\0\0\x01";
+
+fn is_table(next: &File) -> bool {
+    let mut bytes = [0; HEADER.len()];
+    next.read_exact_at(&mut bytes, 0).is_ok() && bytes == HEADER
+}
+
 fn read_next(file: &File) -> u32 {
     let mut bytes = [0; 4];
-    match file.read_exact_at(&mut bytes, 0) {
+    match file.read_exact_at(&mut bytes, HEADER.len() as u64) {
         Ok(()) => u32::from_ne_bytes(bytes),
         Err(_) => 0,
     }
@@ -184,6 +204,38 @@ fn is_allocated(file: &File) -> bool {
 impl Folder {
     fn file(&self, id: u32) -> PathBuf {
         self.path.join(format!("{id}.lock"))
+    }
+
+    /// Looks at the folder before anything in it is touched, and makes a table of an empty one, which is what a `create`
+    /// that was killed leaves.
+    fn check(&self) -> Result<()> {
+        let failed = |error| Error::io("open", &self.path, error);
+        let found = fs::metadata(&self.path).map_err(failed)?;
+        if found.uid() != folder::effective_uid() && found.uid() != 0 {
+            let lock = format!("the lock table {}", self.path.display());
+            return Err(ErrorKind::ForeignOwner { lock, uid: found.uid(), pid: None }.into());
+        }
+        if found.mode() & 0o022 != 0 {
+            let problem = "others than its owner may write to it; take that permission away (mode 0700)";
+            return Err(ErrorKind::Insecure { path: self.path.clone(), problem }.into());
+        }
+        let mismatch = |problem| Err(ErrorKind::LayoutMismatch { path: self.path.clone(), problem }.into());
+        let is_made = || File::open(self.path.join("next")).is_ok_and(|next| is_table(&next));
+        if is_made() {
+            return Ok(());
+        }
+        for entry in fs::read_dir(&self.path).map_err(failed)? {
+            // Unless somebody else has just made the table.
+            if entry.map_err(failed)?.file_name() != "next" && !is_made() {
+                return mismatch("there are other things in it");
+            }
+        }
+        let next = self.next.lock()?;
+        match next.file().metadata().map_err(failed)?.len() {
+            0 => self.write_next(next.file(), 0),
+            _ if is_table(next.file()) => Ok(()),
+            _ => mismatch("its file `next` does not start as that of a lock table does"),
+        }
     }
 
     /// The numbers that have files.
@@ -200,7 +252,10 @@ impl Folder {
 
     fn write_next(&self, file: &File, next: u32) -> Result<()> {
         let failed = |error| Error::io("write", self.path.join("next"), error);
-        file.write_all_at(&next.to_ne_bytes(), 0).map_err(failed)?;
+        let mut bytes = [0; HEADER.len() + 4];
+        bytes[..HEADER.len()].copy_from_slice(&HEADER);
+        bytes[HEADER.len()..].copy_from_slice(&next.to_ne_bytes());
+        file.write_all_at(&bytes, 0).map_err(failed)?;
         step("next number written");
         Ok(())
     }
