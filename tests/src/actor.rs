@@ -62,8 +62,14 @@ impl Actor {
 
     /// Starts one that works on a table of locks; see [`managers::serve`](crate::managers::serve).
     pub fn start_at(table: &crate::managers::Table) -> Self {
+        Self::start_at_with(table, |_| {})
+    }
+
+    /// As [`start_at`](Self::start_at), with its command changed by `change`.
+    pub fn start_at_with(table: &crate::managers::Table, change: impl FnOnce(&mut Command)) -> Self {
         let mut command = Command::new(program("actor"));
         command.arg("table").arg(table.to_string()).stdin(Stdio::piped()).stdout(Stdio::piped());
+        change(&mut command);
         Self::run(command)
     }
 

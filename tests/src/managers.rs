@@ -10,6 +10,7 @@
 //! | `release ID`, `unlock ID`, `free ID` | `ok` |
 //! | `hold N` | `holds N`: the locks 0 to N - 1 |
 //! | `fork-die ID` | `died PID`: a forked child took the lock and ended without releasing |
+//! | `fork-often ID OTHER` | `forked`: while threads tried for ID, forked children took OTHER, each after the other |
 //! | `churn ID ROUNDS LOG` | `churned`: took a lock that others free and allocate, and saw nobody else inside |
 //! | `kill-at STEP` | `armed` |
 //!
@@ -18,8 +19,11 @@
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::fs::File;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use lockkit::{
@@ -200,6 +204,33 @@ fn obey(
                 Ok(format!("died {child}"))
             }
         },
+        "fork-often" => {
+            let stop = AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                for _ in 0..2 {
+                    scope.spawn(|| {
+                        while !stop.load(Ordering::Relaxed) {
+                            drop(manager.retrieve(number(1)).and_then(|lock| lock.try_lock()));
+                        }
+                    });
+                }
+                let taken = (0..200).all(|_| match fork::fork().expect("a fork") {
+                    fork::Fork::Child => {
+                        // Should it hang, it is not to outlive the test.
+                        let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
+                        let taken = manager.retrieve(number(2)).and_then(|lock| lock.try_lock()?.release());
+                        std::process::exit(taken.is_err().into());
+                    }
+                    fork::Fork::Parent(child) => {
+                        let pid = rustix::process::Pid::from_raw(child);
+                        let ended = rustix::process::waitpid(pid, rustix::process::WaitOptions::empty());
+                        ended.is_ok_and(|ended| ended.is_some_and(|(_, status)| status.exit_status() == Some(0)))
+                    }
+                });
+                stop.store(true, Ordering::Relaxed);
+                Ok(if taken { "forked".to_owned() } else { "error in a child".to_owned() })
+            })
+        }
         "churn" => {
             let inside = Path::new(words[3]);
             for round in 0..number(2) {
@@ -463,9 +494,11 @@ macro_rules! shared_managers {
     ($module:ident, $kind:expr) => {
         $crate::managers!($module, $kind;
             a_number_is_the_same_lock_in_another_process,
+            a_table_has_the_same_modes_whatever_the_umask,
             a_lock_that_was_freed_still_excludes_other_processes,
             all_that_a_killed_process_held_is_recovered,
             a_forked_child_holds_locks_of_its_own,
+            children_forked_at_any_moment_can_take_locks,
             a_process_killed_at_any_step_of_allocation_corrupts_nothing,
             processes_free_and_allocate_a_lock_while_others_are_inside,
         );
@@ -495,6 +528,30 @@ mod shared_cases {
         assert!(next.starts_with("allocated ") && next != format!("allocated {id}"), "{next}");
         other.expect(&format!("free {id}"), "ok");
         assert!(matches!(lock.free().unwrap_err().kind(), ErrorKind::NotAllocated { .. }));
+        table.clean();
+    }
+
+    pub fn a_table_has_the_same_modes_whatever_the_umask(kind: Kind) {
+        let table = kind.fresh();
+        let mut other = Actor::start_at_with(&table, |command| {
+            let (program, table) = (command.get_program().to_owned(), table.to_string());
+            *command = Command::new("sh");
+            command.args(["-c", "umask 777 && exec \"$0\" table \"$1\""]).arg(program).arg(table);
+            command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        });
+        for command in ["allocate-at 0", "try 0"] {
+            let answer = other.ask(command);
+            assert!(!answer.starts_with("error"), "{answer}");
+        }
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+        if kind == Kind::Folder {
+            assert_eq!(mode(&table.path()), 0o700);
+            for file in std::fs::read_dir(table.path()).unwrap() {
+                assert_eq!(mode(&file.unwrap().path()), 0o600);
+            }
+        } else {
+            assert_eq!(mode(&table.path()), 0o600);
+        }
         table.clean();
     }
 
@@ -552,6 +609,17 @@ mod shared_cases {
         parent.expect("release 2", "ok");
         parent.expect("release 1", "ok");
         parent.expect("try 1", "held");
+        table.clean();
+    }
+
+    pub fn children_forked_at_any_moment_can_take_locks(kind: Kind) {
+        let table = kind.fresh();
+        let manager = table.open();
+        for held in [true, false] {
+            // Whoever finds a lock held asks whether its owner lives; whoever finds it free takes it.
+            let _guard = held.then(|| manager.retrieve(1).unwrap().lock().unwrap());
+            Actor::start_at(&table).expect("fork-often 1 2", "forked");
+        }
         table.clean();
     }
 

@@ -31,6 +31,77 @@ mod in_memory_lock {
     }
 }
 
+mod in_a_folder {
+    use std::os::unix::fs::PermissionsExt;
+
+    use lockkit::{ErrorKind, FileLockManager, LockManager};
+    use lockkit_tests::managers::{Kind, Table};
+    use lockkit_tests::{Actor, another_user};
+
+    #[test]
+    fn a_folder_that_is_no_table_is_refused_and_left_as_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let refused = || {
+            let error = FileLockManager::open(folder.path()).unwrap_err();
+            assert!(matches!(error.kind(), ErrorKind::LayoutMismatch { .. }), "{error}");
+        };
+        std::fs::write(path("17.lock"), "").unwrap();
+        refused();
+        assert!(!path("next").exists());
+        for content in ["", "notes", "lockkitF\0\0\0\x02\0\0\0\0"] {
+            std::fs::write(path("next"), content).unwrap();
+            refused();
+            assert_eq!(std::fs::read_to_string(path("next")).unwrap(), content);
+        }
+        std::fs::remove_file(path("17.lock")).unwrap();
+        refused();
+        std::fs::remove_file(path("next")).unwrap();
+        // An empty one is what a `create` leaves that was killed.
+        let first = FileLockManager::open(folder.path()).unwrap();
+        assert_eq!(first.allocate().unwrap().id(), 0);
+        assert_eq!(FileLockManager::open(folder.path()).unwrap().allocate().unwrap().id(), 1);
+        assert!(FileLockManager::open(path("next")).is_err());
+        assert!(FileLockManager::open(path("absent")).is_err());
+        assert!(FileLockManager::create(folder.path()).is_err());
+    }
+
+    #[test]
+    fn a_folder_that_others_may_write_to_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        for mode in [0o777, 0o770, 0o1777] {
+            std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(mode)).unwrap();
+            let error = FileLockManager::open(folder.path()).unwrap_err();
+            assert!(matches!(error.kind(), ErrorKind::Insecure { .. }), "{error}");
+        }
+        std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o700)).unwrap();
+        if let Some(other) = another_user() {
+            std::os::unix::fs::chown(folder.path(), Some(other.uid), None).unwrap();
+            let error = FileLockManager::open(folder.path()).unwrap_err();
+            assert!(matches!(error.kind(), ErrorKind::ForeignOwner { .. }), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_process_killed_while_it_makes_a_table_leaves_one_that_opens() {
+        if !lockkit::steps::ENABLED {
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        for step in 1.. {
+            let table = Table::at(Kind::Folder, folder.path().join(step.to_string()).to_str().unwrap());
+            let mut victim = Actor::start_at(&table);
+            victim.expect(&format!("kill-at {step}"), "armed");
+            let answer = victim.ask("open");
+            Actor::start_at(&table).expect("allocate", "allocated 0");
+            if answer != "gone" {
+                assert!(step > 2, "only {step} steps");
+                return;
+            }
+        }
+    }
+}
+
 mod shared_memory {
     use std::collections::BTreeSet;
     use std::io::ErrorKind as Io;
@@ -200,6 +271,37 @@ mod shared_memory {
         last.kill();
         assert_eq!(opened_elsewhere(&table.path()), "opened");
         table.clean();
+    }
+
+    #[test]
+    fn a_process_killed_while_a_slots_generations_begin_anew_leaves_the_dead_theirs() {
+        if !lockkit::steps::ENABLED {
+            return;
+        }
+        let [first_slot, slot_size, next_slot] = [4096, 128, 192];
+        for step in 1.. {
+            let table = Kind::Shm.fresh();
+            assert_eq!(opened_elsewhere(&table.path()), "opened");
+            let file = std::fs::File::options().read(true).write(true).open(table.path()).unwrap();
+            let write = |number: u32, at: u64| file.write_all_at(&number.to_ne_bytes(), at).unwrap();
+            // Slot 7 is at its last generation, and its first one still holds a lock, long dead.
+            let cells = file.metadata().unwrap().len() - 2 * 4096;
+            Actor::start_at(&table).expect("try 0", "held");
+            write((1 << 17) - 1, first_slot + 7 * slot_size);
+            write(1 << 12 | 8, cells);
+            write(7, next_slot);
+            let mut victim = Actor::start_at(&table);
+            victim.expect(&format!("kill-at {step}"), "armed");
+            let answer = victim.ask("open");
+            victim.kill();
+            write(7, next_slot);
+            assert_eq!(Actor::start_at(&table).ask("try 0"), "held recovered 0", "killed at step {step}");
+            table.clean();
+            if answer != "gone" {
+                assert!(step > 3, "only {step} steps");
+                return;
+            }
+        }
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! A table of locks as files in a folder, one for each lock.
 //!
 //! ```text
-//! next        the number that the next allocation tries first; locked while anything is allocated or freed
+//! next        what kind of folder this is, and the number that the next allocation tries first; locked while anything
+//!             is allocated or freed
 //! 17.lock     lock 17: who holds it (see `named::mark`), and behind that whether it is allocated
 //! ```
 //! Holding lock 17 is holding flock on the file `17.lock`. Whether it is allocated is a byte in the file, so a lock
@@ -14,11 +15,12 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use rustix::fs::{Mode, OFlags, fchmod};
 
 use super::{Handle, HeldLock, LockManager, ManagedLock, Releases};
 use crate::error::{Error, ErrorKind, Result};
@@ -27,14 +29,19 @@ use crate::lock::Recovered;
 use crate::named::mark::{self, Slate};
 use crate::owner::{Liveness, Owner};
 use crate::steps::step;
-use crate::sys::fork;
+use crate::sys::folder;
+use crate::sys::fork::{self, NoFork};
 use crate::wait::{Subject, Wait};
 
 /// A table of locks as files in a folder, for the processes of one machine. Cloning gives another handle on it.
 ///
 /// For where there is no memory to share, or where a few locks are to be seen in the file system. It has no limit but
 /// the file system's. A lock costs a few microseconds, where [`ShmLockManager`](crate::ShmLockManager) takes
-/// nanoseconds. Not on a file system that several machines share. Nobody but its managers should touch the folder.
+/// nanoseconds. Not on a file system that several machines share. Nobody but its managers should touch the folder, which
+/// is one user's.
+///
+/// Each lock that is held takes a descriptor, and each [`ManagedLock`] that was ever locked keeps one for the next time:
+/// keep numbers rather than thousands of handles.
 ///
 /// ```
 /// use lockkit::{FileLockManager, LockManager};
@@ -56,6 +63,7 @@ struct Folder {
     /// Held while anything is allocated or freed.
     next: FileLock,
     /// What this process holds through this manager; here and not in the guards, so that `unlock` finds it.
+    /// Locked with forks held off.
     held: Mutex<Holds>,
 }
 
@@ -85,7 +93,10 @@ impl FileLockManager {
     /// [`Io`](ErrorKind::Io) when something is there already (`AlreadyExists`), or the system refuses.
     pub fn create(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
-        fs::DirBuilder::new().mode(0o700).create(folder).map_err(|error| Error::io("create", folder, error))?;
+        let failed = |error| Error::io("create", folder, error);
+        fs::DirBuilder::new().mode(0o700).create(folder).map_err(failed)?;
+        // The umask is not ours to change, but the folder's mode is.
+        fs::set_permissions(folder, fs::Permissions::from_mode(0o700)).map_err(failed)?;
         step("folder made");
         Self::open(folder)
     }
@@ -93,7 +104,11 @@ impl FileLockManager {
     /// Opens the table in the folder `folder`.
     ///
     /// # Errors
-    /// [`Io`](ErrorKind::Io) when there is no such folder, or the system refuses.
+    /// [`Io`](ErrorKind::Io) when there is no such folder, or the system refuses;
+    /// [`LayoutMismatch`](ErrorKind::LayoutMismatch) when other things are in it than a table of this version; an empty
+    /// one becomes a table;
+    /// [`ForeignOwner`](ErrorKind::ForeignOwner) when it belongs to another user, who is not root;
+    /// [`Insecure`](ErrorKind::Insecure) when others may put files there.
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
         let failed = |error| Error::io("open", folder.as_ref(), error);
         let path = folder.as_ref().canonicalize().map_err(failed)?;
@@ -101,7 +116,9 @@ impl FileLockManager {
             return Err(failed(io::ErrorKind::NotADirectory.into()));
         }
         let next = FileLock::own(path.join("next"), 0o600);
-        Ok(Self(Arc::new(Folder { path, next, held: Mutex::default() })))
+        let folder = Folder { path, next, held: Mutex::default() };
+        folder.check()?;
+        Ok(Self(Arc::new(folder)))
     }
 
     /// The folder.
@@ -120,8 +137,8 @@ impl LockManager for FileLockManager {
         let first = read_next(next.file());
         for id in (first..=u32::MAX).chain(0..first) {
             if self.0.claim(id)? {
-                let after = id.wrapping_add(1);
-                self.0.write_next(next.file(), after)?;
+                // It is allocated, come what may; without this the next allocation looks a little longer.
+                let _ = self.0.write_next(next.file(), id.wrapping_add(1));
                 return Ok(ManagedLock(Handle::File(self.lock(id))));
             }
         }
@@ -163,9 +180,17 @@ impl LockManager for FileLockManager {
     }
 }
 
+/// How the file `next` starts, the version last; the number is behind it.
+const HEADER: [u8; 12] = *b"lockkitF\0\0\0\x01";
+
+fn is_table(next: &File) -> bool {
+    let mut bytes = [0; HEADER.len()];
+    next.read_exact_at(&mut bytes, 0).is_ok() && bytes == HEADER
+}
+
 fn read_next(file: &File) -> u32 {
     let mut bytes = [0; 4];
-    match file.read_exact_at(&mut bytes, 0) {
+    match file.read_exact_at(&mut bytes, HEADER.len() as u64) {
         Ok(()) => u32::from_ne_bytes(bytes),
         Err(_) => 0,
     }
@@ -179,6 +204,38 @@ fn is_allocated(file: &File) -> bool {
 impl Folder {
     fn file(&self, id: u32) -> PathBuf {
         self.path.join(format!("{id}.lock"))
+    }
+
+    /// Looks at the folder before anything in it is touched, and makes a table of an empty one, which is what a `create`
+    /// that was killed leaves.
+    fn check(&self) -> Result<()> {
+        let failed = |error| Error::io("open", &self.path, error);
+        let found = fs::metadata(&self.path).map_err(failed)?;
+        if found.uid() != folder::effective_uid() && found.uid() != 0 {
+            let lock = format!("the lock table {}", self.path.display());
+            return Err(ErrorKind::ForeignOwner { lock, uid: found.uid(), pid: None }.into());
+        }
+        if found.mode() & 0o022 != 0 {
+            let problem = "others than its owner may write to it; take that permission away (mode 0700)";
+            return Err(ErrorKind::Insecure { path: self.path.clone(), problem }.into());
+        }
+        let mismatch = |problem| Err(ErrorKind::LayoutMismatch { path: self.path.clone(), problem }.into());
+        let is_made = || File::open(self.path.join("next")).is_ok_and(|next| is_table(&next));
+        if is_made() {
+            return Ok(());
+        }
+        for entry in fs::read_dir(&self.path).map_err(failed)? {
+            // Unless somebody else has just made the table.
+            if entry.map_err(failed)?.file_name() != "next" && !is_made() {
+                return mismatch("there are other things in it");
+            }
+        }
+        let next = self.next.lock()?;
+        match next.file().metadata().map_err(failed)?.len() {
+            0 => self.write_next(next.file(), 0),
+            _ if is_table(next.file()) => Ok(()),
+            _ => mismatch("its file `next` does not start as that of a lock table does"),
+        }
     }
 
     /// The numbers that have files.
@@ -195,7 +252,10 @@ impl Folder {
 
     fn write_next(&self, file: &File, next: u32) -> Result<()> {
         let failed = |error| Error::io("write", self.path.join("next"), error);
-        file.write_all_at(&next.to_ne_bytes(), 0).map_err(failed)?;
+        let mut bytes = [0; HEADER.len() + 4];
+        bytes[..HEADER.len()].copy_from_slice(&HEADER);
+        bytes[HEADER.len()..].copy_from_slice(&next.to_ne_bytes());
+        file.write_all_at(&bytes, 0).map_err(failed)?;
         step("next number written");
         Ok(())
     }
@@ -206,11 +266,14 @@ impl Folder {
         let failed = |error| Error::io("allocate", &path, error);
         let mut options = File::options();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        options.custom_flags((OFlags::NOFOLLOW | OFlags::NOCTTY).bits() as i32);
         let file = options.open(&path).map_err(failed)?;
         step("lock file made");
         if is_allocated(&file) {
             return Ok(false);
         }
+        // The umask is not ours to change, but the file's mode is.
+        fchmod(&file, Mode::from_raw_mode(0o600)).map_err(|error| failed(error.into()))?;
         file.write_all_at(&[ALLOCATED], ALLOCATED_AT).map_err(failed)?;
         step("marked allocated");
         Ok(true)
@@ -240,11 +303,13 @@ impl FolderLock {
     pub(super) fn acquire(&self, wait: &Wait) -> Result<(FolderHold, Option<Box<Recovered>>)> {
         let guard = self.file.acquire_as(wait, self)?;
         let recovered = mark::take(guard.file());
+        let no_fork = NoFork::hold();
         let mut held = self.folder.held.lock();
         held.turns += 1;
         let turn = held.turns;
-        held.guards.insert(self.id, Entry { guard, turn, generation: fork::generation() });
-        drop(held);
+        // What a forked child had there of its parent's is closed when forks may come again.
+        let inherited = held.guards.insert(self.id, Entry { guard, turn, generation: fork::generation() });
+        drop((held, no_fork, inherited));
         Ok((FolderHold { lock: self.clone(), turn }, recovered))
     }
 
@@ -253,13 +318,14 @@ impl FolderLock {
     }
 
     fn release(&self, which: impl FnOnce(&Entry) -> bool) -> Result<()> {
+        let no_fork = NoFork::hold();
         let mut held = self.folder.held.lock();
         let mine = |entry: &Entry| entry.generation == fork::generation();
         let entry = match held.guards.get(&self.id) {
             Some(entry) if mine(entry) && which(entry) => held.guards.remove(&self.id),
             _ => None,
         };
-        drop(held);
+        drop((held, no_fork));
         let Some(Entry { guard, .. }) = entry else {
             return Err(ErrorKind::NotLocked { lock: self.describe() }.into());
         };

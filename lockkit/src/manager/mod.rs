@@ -191,8 +191,10 @@ impl ManagedLock {
     /// # Errors
     /// [`Held`](crate::ErrorKind::Held), [`Timeout`](crate::ErrorKind::Timeout) or
     /// [`Cancelled`](crate::ErrorKind::Cancelled) as `wait` has it; [`Io`](crate::ErrorKind::Io) when the system
-    /// refuses; [`TooManyProcesses`](crate::ErrorKind::TooManyProcesses) in a forked child for which a shared table has
-    /// no place.
+    /// refuses. A forked child opens a shared table anew when it first takes a lock, so there it may also be
+    /// [`TooManyProcesses`](crate::ErrorKind::TooManyProcesses) when the table has no place for it,
+    /// [`RogueDeletion`](crate::ErrorKind::RogueDeletion) when the table's file was replaced, and
+    /// [`Io`](crate::ErrorKind::Io) when it was deleted or the process may not open it any more.
     #[inline]
     pub fn acquire(&self, wait: &Wait) -> Result<ManagedGuard> {
         // What thousands of locks mostly are, in shared memory and free, is worth a few instructions in the caller.

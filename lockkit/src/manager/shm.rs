@@ -20,11 +20,11 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
-use rustix::fs::{AtFlags, CWD, FallocateFlags, Mode, OFlags, fallocate, ftruncate, linkat, openat};
+use rustix::fs::{AtFlags, CWD, FallocateFlags, Mode, OFlags, fallocate, fchmod, ftruncate, linkat, openat};
 use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 
@@ -36,7 +36,7 @@ use crate::lock::Recovered;
 use crate::named::mark;
 use crate::owner::Owner;
 use crate::steps::step;
-use crate::sys::fork::{self, Shielded};
+use crate::sys::fork::{self, NoFork, Shielded};
 use crate::sys::table::{self, Cell, LOCKS_PER_PAGE, MOST, SLOTS, Shape, Table};
 use crate::sys::{folder, futex, ofd};
 use crate::wait::{Backoff, GaveUp, Patience, Subject, Wait};
@@ -223,6 +223,8 @@ fn make(path: &Path, capacity: u32) -> Result<()> {
     };
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     let file = File::from(openat(CWD, folder, flags, Mode::from_raw_mode(0o600)).map_err(failed)?);
+    // The umask is not ours to change, but the file's mode is.
+    fchmod(&file, Mode::from_raw_mode(0o600)).map_err(failed)?;
     step("nameless file made");
     let shape = Shape::of(capacity);
     ftruncate(&file, shape.size).map_err(failed)?;
@@ -237,7 +239,7 @@ fn make(path: &Path, capacity: u32) -> Result<()> {
 
 /// Has the file system set room aside for a range of bytes. Where it cannot, room is taken when it is used.
 fn reserve(file: &File, (offset, length): (u64, u64)) -> std::result::Result<(), Errno> {
-    match fallocate(file, FallocateFlags::KEEP_SIZE, offset, length) {
+    match rustix::io::retry_on_intr(|| fallocate(file, FallocateFlags::KEEP_SIZE, offset, length)) {
         Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
         result => result,
     }
@@ -254,12 +256,12 @@ struct Attached {
     capacity: u32,
     /// This process as lock words name it, and above it the fork generation for which that holds.
     me: AtomicU64,
-    /// The open file that holds the slot's lock. A forked child's copy holds nothing. The mapping is made of another
+    /// The open file that holds the slot's lock. Locked with forks held off. A forked child's copy holds nothing. The mapping is made of another
     /// one, for a mapping keeps its open file, and a forked child keeps the mapping.
     slot: Mutex<Shielded<File>>,
 }
 
-/// What this process is attached to.
+/// What this process is attached to. Locked with forks held off.
 static ATTACHED: Mutex<Vec<&'static Attached>> = Mutex::new(Vec::new());
 
 /// How lock words name an owner: the number of its slot, from 1 on, in the lower bits, and above it the slot's
@@ -273,17 +275,20 @@ const _: () = assert!(SLOTS < DIED);
 
 impl Attached {
     fn at(path: PathBuf) -> Result<&'static Self> {
-        let mut attached = ATTACHED.lock();
+        // Files are opened and closed without the mutex, for with it no fork may come.
         let slot = open_file(&path)?;
         let identity = identity(&path, &slot)?;
-        if let Some(known) = attached.iter().find(|known| known.identity == identity) {
-            known.me()?;
-            return Ok(known);
-        }
         let capacity = check(&path, &slot)?;
         let mapped = open_file(&path)?;
         if self::identity(&path, &mapped)? != identity {
             return Err(ErrorKind::RogueDeletion { path }.into());
+        }
+        let no_fork = NoFork::hold();
+        let mut attached = ATTACHED.lock();
+        if let Some(known) = attached.iter().copied().find(|known| known.identity == identity) {
+            drop((attached, no_fork));
+            known.me()?;
+            return Ok(known);
         }
         let table = Table::map(&mapped, capacity).map_err(|error| Error::io("map", &path, error))?;
         let (first, last) = (Shape::slot(0).0, Shape::slot(SLOTS).0);
@@ -326,15 +331,17 @@ impl Attached {
     /// A forked child is another process, and needs a slot of its own.
     #[cold]
     fn me_after_fork(&self) -> Result<u32> {
+        let mut own = open_file(&self.path)?;
+        if identity(&self.path, &own)? != self.identity {
+            return Err(ErrorKind::RogueDeletion { path: self.path.clone() }.into());
+        }
+        let _no_fork = NoFork::hold();
         let mut slot = self.slot.lock();
         let mut me = self.me.load(Ordering::Relaxed);
         if (me >> 32) as u32 != fork::generation() {
-            let own = open_file(&self.path)?;
-            if identity(&self.path, &own)? != self.identity {
-                return Err(ErrorKind::RogueDeletion { path: self.path.clone() }.into());
-            }
             me = take_slot(self.table, &self.path, &own)?;
-            *slot = own;
+            // What is no longer needed is closed when the mutex is free again.
+            std::mem::swap(&mut *slot, &mut own);
             self.me.store(me, Ordering::Relaxed);
         }
         Ok(me as u32)
@@ -365,6 +372,7 @@ impl Attached {
     #[cold]
     fn reserve_page(&self, page: usize) -> Result<()> {
         self.me()?;
+        let _no_fork = NoFork::hold();
         reserve(&self.slot.lock(), self.table.shape().page_of_cells(page))
             .map_err(|error| Error::io("make room in", &self.path, error))?;
         step("page of locks reserved");
@@ -375,7 +383,8 @@ impl Attached {
 
     /// Whether the owner of a lock has died. What the kernel does not say counts as alive.
     fn is_dead(&self, owner: u32) -> bool {
-        let at = (owner & SLOT) - 1;
+        // A damaged word may name no slot at all.
+        let at = (owner & SLOT).wrapping_sub(1);
         let Some(slot) = self.table.slots().get(at as usize) else { return true };
         if slot.generation.load(Ordering::Acquire) & GENERATION != owner >> SLOT_BITS {
             return true;
@@ -383,6 +392,7 @@ impl Attached {
         if u64::from(owner) == self.me.load(Ordering::Relaxed) & u64::from(u32::MAX) {
             return false;
         }
+        let _no_fork = NoFork::hold();
         ofd::is_locked(&self.slot.lock(), Shape::slot(at).0, 1).is_ok_and(|locked| !locked)
     }
 
@@ -406,7 +416,7 @@ impl fmt::Debug for Attached {
 }
 
 fn open_file(path: &Path) -> Result<Shielded<File>> {
-    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
     let mut options = File::options();
     options.read(true).write(true).custom_flags(flags.bits() as i32);
     Shielded::new(|| options.open(path)).map_err(|error| Error::io("open", path, error))
@@ -450,11 +460,18 @@ fn take_slot(table: &Table, path: &Path, file: &File) -> Result<u64> {
         step("slot locked");
         reserve(file, (offset.into(), length.into())).map_err(|error| Error::io("make room in", path, error))?;
         let slot = &table.slots()[at as usize];
-        let generation = slot.generation.fetch_add(1, Ordering::AcqRel).wrapping_add(1) & GENERATION;
-        step("slot of a new generation");
-        if generation == 0 {
+        // Nobody else changes it while this process has the slot.
+        let generation = slot.generation.load(Ordering::Acquire).wrapping_add(1);
+        if generation & GENERATION == 0 {
+            // First, so that a kill in between leaves it to the next.
             forget_generations(table, at);
+            step("generations forgotten");
         }
+        slot.generation.store(generation, Ordering::Release);
+        // No reader may find what is written into the record with the old generation.
+        fence(Ordering::SeqCst);
+        let generation = generation & GENERATION;
+        step("slot of a new generation");
         mark::take(&slot.record);
         return Ok(fork | u64::from(generation << SLOT_BITS | (at + 1)));
     }
@@ -785,6 +802,16 @@ mod tests {
         let (_file, another) = fresh.take_slot();
         assert_eq!(another & SLOT, other & SLOT);
         assert_eq!(lock.try_lock().unwrap().recovered().unwrap().owner(), None);
+    }
+
+    #[test]
+    fn a_damaged_word_that_names_no_slot_is_of_somebody_who_died() {
+        let fresh = Fresh::new("damaged");
+        for owner in [1 << SLOT_BITS, SLOTS + 1, OWNER] {
+            fresh.word(7).store(owner, Ordering::SeqCst);
+            assert_eq!(fresh.0.held().unwrap(), []);
+            assert_eq!(fresh.0.retrieve(7).unwrap().try_lock().unwrap().recovered().unwrap().owner(), None);
+        }
     }
 
     #[test]

@@ -143,6 +143,24 @@ impl<T: AsFd> Drop for Shielded<T> {
     }
 }
 
+/// Holds forks off until it is dropped: for a mutex that a forked child needs, and must not find locked by a thread that
+/// it does not have. Made before the mutex is locked. No shielded descriptor may be made or dropped meanwhile, for that
+/// waits for forks.
+#[derive(Debug)]
+pub(crate) struct NoFork(&'static AtomicI32);
+
+impl NoFork {
+    pub(crate) fn hold() -> Self {
+        Self(occupy())
+    }
+}
+
+impl Drop for NoFork {
+    fn drop(&mut self) {
+        self.0.store(EMPTY, Ordering::Release);
+    }
+}
+
 /// Which process this is, counted in forks. Two equal numbers in one process image mean that no fork lies between.
 #[inline]
 pub(crate) fn generation() -> u32 {
