@@ -269,7 +269,7 @@ pub(crate) trait Subject {
     fn holder(&self) -> Option<Owner>;
     /// The error for somebody who does not wait.
     fn held(&self) -> Error {
-        ErrorKind::Held { lock: self.describe(), owner: self.holder().map(Box::new) }.into()
+        ErrorKind::Held { lock: self.describe(), owner: self.holder().map(Box::new), source: None }.into()
     }
 }
 
