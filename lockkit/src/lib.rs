@@ -38,6 +38,7 @@ mod error;
 mod file;
 pub mod instance;
 pub mod lease;
+mod lines;
 mod lock;
 mod manager;
 mod name;

@@ -1,12 +1,16 @@
 //! The options of a lease, and which of them go together.
 
+use std::fmt;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
+
+use parking_lot::Mutex;
 
 use super::clock::{Clock, SystemClock};
 use super::file::FileStore;
 use super::store::{LeaseName, LeaseStore};
+use super::tenure::Terms;
 use super::{Inner, Lease, Loss};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -16,8 +20,11 @@ const UNREADABLE: Duration = Duration::from_secs(2);
 const RETRY_LIMIT: u32 = 4;
 const RETRY_DELAY: Duration = Duration::from_millis(25);
 
+/// A store that keeps a shorter ttl than this can be asked every [`HEARTBEAT`].
+const QUICK: Duration = Duration::from_secs(1);
+
 /// The shortest ttl: below it, what is taken off for safety and the time of a request leave nothing.
-const SMALLEST_TTL: Duration = Duration::from_millis(30);
+pub(super) const SMALLEST_TTL: Duration = Duration::from_millis(30);
 /// The longest ttl: whoever needs a longer one does not need a lease.
 const LONGEST_TTL: Duration = Duration::from_secs(365 * 86_400);
 
@@ -35,6 +42,12 @@ pub(super) struct Options {
     pub(super) retry_limit: u32,
     pub(super) retry_delay: Duration,
     pub(super) clock: Arc<dyn Clock>,
+}
+
+impl Options {
+    pub(super) fn terms(&self) -> Terms {
+        Terms { ttl: self.ttl, heartbeat: self.heartbeat, progress: self.progress }
+    }
 }
 
 /// Makes a [`Lease`]; see [`Lease::file`] and [`Lease::with_store`].
@@ -78,7 +91,7 @@ impl LeaseBuilder {
             held_error: None,
             retry_limit: RETRY_LIMIT,
             retry_delay: RETRY_DELAY,
-            clock: Arc::new(SystemClock),
+            clock: system_clock(),
             unreadable: None,
             file_mode: None,
             folder_mode: None,
@@ -228,6 +241,156 @@ impl LeaseBuilder {
     /// characters; [`Io`](ErrorKind::Io) when the path of a file is empty, or the working folder of a relative one is
     /// gone.
     pub fn build(self) -> Result<Lease> {
-        todo!("the next commit")
+        let (smallest, step) = match &self.place {
+            Place::File(_) => (SMALLEST_TTL, Duration::from_nanos(1)),
+            Place::Store(store, _) => {
+                let profile = store.profile();
+                (profile.smallest_ttl.max(SMALLEST_TTL), profile.ttl_step)
+            }
+        };
+        let ttl = self.ttl.unwrap_or(TTL.max(smallest));
+        refuse_if(ttl < smallest, "ttl", || {
+            format!("{ttl:?} is shorter than {smallest:?}, the shortest that can be kept")
+        })?;
+        refuse_if(ttl > LONGEST_TTL, "ttl", || format!("{ttl:?} is longer than a year"))?;
+        let ttl = whole_steps(ttl, step);
+        let usual = if smallest < QUICK { HEARTBEAT } else { ttl };
+        let heartbeat = self.heartbeat.unwrap_or(usual.min(ttl / 4));
+        refuse_if(heartbeat.is_zero(), "heartbeat", || "it is zero".into())?;
+        refuse_if(heartbeat > ttl / 3, "heartbeat", || {
+            format!("{heartbeat:?} is more than a third of the ttl, {ttl:?}, so that one late beat may lose the lease")
+        })?;
+        if let Some(within) = self.progress {
+            refuse_if(within < heartbeat, "require_progress", || {
+                format!("{within:?} is shorter than a heartbeat, {heartbeat:?}, and nobody would notice in time")
+            })?;
+        }
+        refuse_if(self.retry_delay.is_zero(), "acquire_retry_delay", || "it is zero".into())?;
+        let unreadable = self.unreadable.unwrap_or(UNREADABLE);
+        refuse_if(unreadable.is_zero(), "invalid_pid_lock_stale_threshold", || {
+            "it is zero, so that a record which is just being written would be reclaimed".into()
+        })?;
+        let (file_mode, folder_mode) = (self.file_mode.unwrap_or(0o600), self.folder_mode.unwrap_or(0o700));
+        for (option, mode, least) in
+            [("file_write_mode", file_mode, 0o600), ("directory_write_mode", folder_mode, 0o700)]
+        {
+            refuse_if(mode & !0o7777 != 0, option, || format!("{mode:#o} is no mode"))?;
+            refuse_if(mode & least != least, option, || format!("{mode:#o} would shut its own maker out"))?;
+        }
+        let (name, store): (_, Arc<dyn LeaseStore>) = match self.place {
+            Place::File(path) => {
+                let path = std::path::absolute(&path).map_err(|error| Error::io("make absolute", &path, error))?;
+                let store = FileStore {
+                    heartbeat,
+                    unreadable,
+                    retry_delay: self.retry_delay,
+                    file_mode,
+                    folder_mode,
+                    clock: self.clock.clone(),
+                    observer: Mutex::default(),
+                    path,
+                };
+                (LeaseName::of_path(&store.path), Arc::new(store))
+            }
+            Place::Store(store, key) => {
+                for (option, given) in [
+                    ("invalid_pid_lock_stale_threshold", self.unreadable.is_some()),
+                    ("file_write_mode", self.file_mode.is_some()),
+                    ("directory_write_mode", self.folder_mode.is_some()),
+                ] {
+                    refuse_if(given, option, || "this lease is not kept in a file".into())?;
+                }
+                (LeaseName::new(&key)?, store)
+            }
+        };
+        let options = Options {
+            ttl,
+            heartbeat,
+            progress: self.progress,
+            on_lost: self.on_lost,
+            held_error: self.held_error,
+            retry_limit: self.retry_limit,
+            retry_delay: self.retry_delay,
+            clock: self.clock,
+        };
+        Ok(Lease(Arc::new(Inner { name, store, options })))
+    }
+}
+
+impl fmt::Debug for LeaseBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let place: &dyn fmt::Debug = match &self.place {
+            Place::File(path) => path,
+            Place::Store(_, key) => key,
+        };
+        let mut shown = f.debug_struct("LeaseBuilder");
+        shown.field("place", place).field("ttl", &self.ttl).field("heartbeat", &self.heartbeat).finish_non_exhaustive()
+    }
+}
+
+fn refuse_if(wrong: bool, option: &'static str, problem: impl FnOnce() -> String) -> Result<()> {
+    if wrong { Err(ErrorKind::InvalidOption { option, problem: problem() }.into()) } else { Ok(()) }
+}
+
+/// The next whole multiple of `step`.
+fn whole_steps(ttl: Duration, step: Duration) -> Duration {
+    let step = step.as_nanos().max(1);
+    u64::try_from(ttl.as_nanos().div_ceil(step) * step).map_or(ttl, Duration::from_nanos)
+}
+
+/// One for all leases, so that they are told to count by the same.
+fn system_clock() -> Arc<dyn Clock> {
+    static CLOCK: LazyLock<Arc<dyn Clock>> = LazyLock::new(|| Arc::new(SystemClock));
+    CLOCK.clone()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    fn refused(builder: LeaseBuilder) -> &'static str {
+        match builder.build().unwrap_err().kind() {
+            ErrorKind::InvalidOption { option, problem } => {
+                assert!(!problem.is_empty());
+                option
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_does_not_go_together_is_refused_by_name() {
+        let file = || Lease::file("/nowhere/lease");
+        assert_eq!(refused(file().ttl(MS)), "ttl");
+        assert_eq!(refused(file().ttl(Duration::MAX)), "ttl");
+        assert_eq!(refused(file().heartbeat(Duration::ZERO)), "heartbeat");
+        assert_eq!(refused(file().ttl(MS * 300).heartbeat(MS * 101)), "heartbeat");
+        assert_eq!(refused(file().require_progress(MS * 249)), "require_progress");
+        assert_eq!(refused(file().acquire_retry_delay(Duration::ZERO)), "acquire_retry_delay");
+        assert_eq!(
+            refused(file().invalid_pid_lock_stale_threshold(Duration::ZERO)),
+            "invalid_pid_lock_stale_threshold"
+        );
+        assert_eq!(refused(file().file_write_mode(0o444)), "file_write_mode");
+        assert_eq!(refused(file().directory_write_mode(0o10700)), "directory_write_mode");
+        assert!(file().ttl(MS * 300).heartbeat(MS * 100).require_progress(MS * 100).build().is_ok());
+        assert!(Lease::file("").build().is_err());
+    }
+
+    #[test]
+    fn a_short_ttl_has_a_short_heartbeat_unless_told_otherwise() {
+        let heartbeat = |ttl| Lease::file("/nowhere/lease").ttl(ttl).build().unwrap().0.options.heartbeat;
+        assert_eq!(heartbeat(MS * 100), MS * 25);
+        assert_eq!(heartbeat(TTL), HEARTBEAT);
+        assert_eq!(heartbeat(TTL * 100), HEARTBEAT);
+    }
+
+    #[test]
+    fn a_ttl_is_asked_for_in_whole_steps() {
+        assert_eq!(whole_steps(MS * 1001, MS * 1000), MS * 2000);
+        assert_eq!(whole_steps(MS * 2000, MS * 1000), MS * 2000);
+        assert_eq!(whole_steps(MS, Duration::ZERO), MS);
     }
 }

@@ -37,6 +37,7 @@ use std::time::Duration;
 pub use builder::LeaseBuilder;
 use builder::Options;
 pub use clock::{Clock, ManualClock, SystemClock};
+use heart::Heart;
 use held::Held;
 pub use held::LostSignal;
 pub use store::{
@@ -48,7 +49,7 @@ pub use tenure::LossReason;
 use crate::error::{Error, ErrorKind, Result};
 use crate::lock::{Guard, Recovered, lock_methods};
 use crate::owner::Owner;
-use crate::wait::{Subject, Wait};
+use crate::wait::{Patience, Subject, Wait};
 
 /// A lock with a time to live: one owner at a time among all processes that reach its record, on one host or several.
 ///
@@ -240,17 +241,120 @@ impl Lease {
 }
 
 impl Inner {
-    fn acquire(&self, _: &Wait) -> Result<LeaseGuard> {
-        todo!()
+    fn acquire(self: &Arc<Self>, wait: &Wait) -> Result<LeaseGuard> {
+        let options = &self.options;
+        let mut found = Found { lease: self, owner: None };
+        wait.check(&found)?;
+        let heart =
+            Heart::start().map_err(|error| Error::io("start the heartbeat thread for", self.name.as_str(), error))?;
+        let mut claim = ClaimId::random();
+        let mut patience = None;
+        let mut failures = 0;
+        loop {
+            let sent = options.clock.now();
+            let failure = match self.store.try_acquire(&self.name, &claim, options.ttl, self.request()) {
+                Ok(Attempt::Granted(mut grant)) => {
+                    if options.clock.now() < options.terms().valid_until(sent, grant.ttl()) {
+                        let recovered = grant.take_recovered();
+                        return Ok(LeaseGuard { held: Held::begin(self.clone(), grant, heart, sent), recovered });
+                    }
+                    let _ = self.store.release(&grant, self.request());
+                    claim = ClaimId::random();
+                    StoreError::refused("its answer came too late")
+                }
+                Ok(Attempt::Busy(seen)) => {
+                    failures = 0;
+                    found.owner = seen.owner().cloned();
+                    let patience = match &mut patience {
+                        Some(patience) => patience,
+                        none => match wait.patience()? {
+                            Some(patience) => none.insert(patience),
+                            None => return Err(found.held()),
+                        },
+                    };
+                    self.park(&seen, patience, &found)?;
+                    continue;
+                }
+                Err(error @ StoreError::Misuse(_)) => return Err(self.failed(error)),
+                Err(error) => error,
+            };
+            // The same claim again: if the store did it after all, it gives the same grant.
+            failures += 1;
+            if failures > options.retry_limit {
+                return Err(self.failed(failure));
+            }
+            // Also who does not wait for a holder waits for the store.
+            let pause = match wait.patience()? {
+                Some(fresh) => patience.get_or_insert(fresh).sleep(options.retry_delay)?,
+                None => {
+                    std::thread::sleep(options.retry_delay);
+                    Ok(())
+                }
+            };
+            if let (Err(gave_up), Some(patience)) = (pause, &patience) {
+                return Err(patience.error(gave_up, &found));
+            }
+        }
     }
+
+    /// Waits for a change of what was seen, until it runs out or the patience does.
+    fn park(&self, seen: &Seen, patience: &Patience, found: &Found<'_>) -> Result<()> {
+        /// What is said to run out now is asked for again a moment later.
+        const MOMENT: Duration = Duration::from_millis(1);
+        /// A clock that no other process reads may run as it likes.
+        const PRIVATE: Duration = Duration::from_millis(5);
+
+        let options = &self.options;
+        let mut limit = seen.expires_in().unwrap_or(options.ttl).max(MOMENT);
+        if !self.store.profile().wakes_waiters {
+            limit = limit.min(options.retry_delay);
+        }
+        if options.clock.shared_id().is_none() {
+            limit = limit.min(PRIVATE);
+        }
+        let by = patience.until().map_or(Deadline::after(limit), |until| Deadline::after(limit).min(until.into()));
+        let stop = patience.token().cloned().unwrap_or_default();
+        let failed = self.store.park(&self.name, seen, by, &stop).is_err();
+        let pause = if failed { patience.sleep(options.retry_delay)? } else { Ok(()) };
+        pause.and_then(|()| patience.portion(Duration::MAX).map(drop)).map_err(|gave_up| patience.error(gave_up, found))
+    }
+
     fn look(&self) -> Result<Option<Seen>> {
-        todo!()
+        self.store.look(&self.name, self.request()).map_err(|error| self.failed(error))
     }
+
+    /// By when a request must have ended that is asked for now: well within a ttl.
     fn request(&self) -> Deadline {
-        todo!()
+        Deadline::after(self.options.ttl / 4)
     }
+
+    fn describe(&self) -> String {
+        format!("the lease {}", self.name)
+    }
+
     fn failed(&self, error: StoreError) -> Error {
-        error.into_error(|| format!("the lease {}", self.name))
+        error.into_error(|| self.describe())
+    }
+}
+
+/// A lease that was found held.
+struct Found<'l> {
+    lease: &'l Inner,
+    owner: Option<Owner>,
+}
+
+impl Subject for Found<'_> {
+    fn describe(&self) -> String {
+        self.lease.describe()
+    }
+
+    fn holder(&self) -> Option<Owner> {
+        self.owner.clone()
+    }
+
+    fn held(&self) -> Error {
+        let source = self.lease.options.held_error.as_ref().map(|error| error());
+        ErrorKind::Held { lock: self.describe(), owner: self.holder().map(Box::new), source }.into()
     }
 }
 

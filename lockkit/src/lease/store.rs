@@ -390,7 +390,7 @@ pub struct Seen {
     cursor: u64,
     claim: Option<ClaimId>,
     token: Option<u64>,
-    owner: Option<Owner>,
+    owner: Option<Box<Owner>>,
     expires_in: Option<Duration>,
 }
 
@@ -414,7 +414,7 @@ impl Seen {
 
     /// Adds who holds it.
     pub fn with_owner(mut self, owner: Owner) -> Self {
-        self.owner = Some(owner);
+        self.owner = Some(Box::new(owner));
         self
     }
 
@@ -441,7 +441,7 @@ impl Seen {
 
     /// Who holds it, where that is known.
     pub fn owner(&self) -> Option<&Owner> {
-        self.owner.as_ref()
+        self.owner.as_deref()
     }
 
     /// How long it had, then, until it runs out unless it is renewed, where that is known. Nothing at all means that it
@@ -512,6 +512,17 @@ impl StoreError {
         Self::Misuse(cause.into())
     }
 
+    /// What it says, with all its causes.
+    pub(super) fn in_full(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            text += &format!(": {error}");
+            cause = error.source();
+        }
+        text
+    }
+
     /// The error of an operation on `lock` that ends with this one.
     pub(super) fn into_error(self, lock: impl FnOnce() -> String) -> crate::Error {
         let (cause, kind): (Cause, fn(Cause) -> Self) = match self {
@@ -569,6 +580,13 @@ impl Deadline {
     /// Whether it has come.
     pub fn is_past(self) -> bool {
         self.remaining().is_zero()
+    }
+}
+
+/// That moment.
+impl From<Instant> for Deadline {
+    fn from(moment: Instant) -> Self {
+        Self(moment)
     }
 }
 
