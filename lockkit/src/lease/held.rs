@@ -156,7 +156,10 @@ impl Held {
         self.ended.cancel();
         // What did not work now the heartbeat tries again, as long as the record may stand in the way of others.
         match told {
-            Err(_) => self.lock().left_to_heart = true,
+            Err(_) => {
+                self.lock().left_to_heart = true;
+                self.heart.serve(self.clone(), self.now());
+            }
             Ok(_) => self.heart.released(),
         }
         match told {
@@ -205,8 +208,13 @@ impl Held {
         {
             self.call(reason);
         }
-        if left_to_heart && self.give_back(self.request()).is_err() && self.now() < until {
-            return Some(self.now() + self.lease.options.heartbeat);
+        if left_to_heart {
+            let told = self.give_back(self.request());
+            let now = self.now();
+            if told.is_err() && now < until {
+                return Some(now + self.lease.options.heartbeat);
+            }
+            self.lock().left_to_heart = false;
         }
         None
     }

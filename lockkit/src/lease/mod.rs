@@ -28,6 +28,8 @@ mod observer;
 mod record;
 mod store;
 mod tenure;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::path::PathBuf;
