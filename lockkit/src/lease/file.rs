@@ -255,7 +255,7 @@ impl FileStore {
             Content::Newer => return Err(self.newer()),
             Content::Junk => {
                 let print = record::print(bytes);
-                let (age, _) = self.observe(print, None);
+                let age = self.observe(print, None);
                 return Ok(match self.unreadable.checked_sub(age) {
                     None | Some(Duration::ZERO) => Verdict::Free(None),
                     Some(left) => Verdict::Held(Seen::new(print).with_expires_in(left)),
@@ -270,15 +270,14 @@ impl FileStore {
         }
         let clock = self.clock.shared_id();
         let noted = clock.and_then(|clock| record.noted(clock));
-        let (age, new) = self.observe(record.print(), noted);
+        let age = self.observe(record.print(), noted);
         let seen = self.seen(&record, age);
         if seen.expires_in() == Some(Duration::ZERO) {
             return Ok(Verdict::Free(Some(record)));
         }
-        // Whoever has seen a beat before needs no note; so one who waits writes one at most.
         if let Some(clock) = clock
-            && new
             && noted.is_none()
+            && self.observer.try_lock().is_none_or(|mut observer| observer.is_to_note())
         {
             record.note(clock, self.clock.now());
             // A note that is lost costs time only.
@@ -288,15 +287,12 @@ impl FileStore {
         Ok(Verdict::Held(seen))
     }
 
-    /// How long what has this print has been seen so, and whether nothing has been seen before.
-    fn observe(&self, print: u64, noted: Option<Duration>) -> (Duration, bool) {
+    /// How long what has this print has been seen so.
+    fn observe(&self, print: u64, noted: Option<Duration>) -> Duration {
         let now = self.clock.now();
         match self.observer.try_lock() {
-            Some(mut observer) => {
-                let new = observer.is_new();
-                (observer.unchanged_for(print, now, noted), new)
-            }
-            None => (Observer::default().unchanged_for(print, now, noted), true),
+            Some(mut observer) => observer.unchanged_for(print, now, noted),
+            None => Observer::default().unchanged_for(print, now, noted),
         }
     }
 
@@ -323,14 +319,14 @@ impl FileStore {
                 Content::Ours(record) if !record.is_held() => return Ok(None),
                 Content::Ours(record) => {
                     let noted = self.clock.shared_id().and_then(|clock| record.noted(clock));
-                    let (age, _) = self.observe(record.print(), noted);
+                    let age = self.observe(record.print(), noted);
                     return Ok(Some(self.seen(&record, age)));
                 }
                 // Somebody may be writing just now: it counts as junk when it is the same twice.
                 Content::Junk => {
                     let print = record::print(&bytes);
                     if before.replace(print) == Some(print) {
-                        let (age, _) = self.observe(print, None);
+                        let age = self.observe(print, None);
                         return Ok(Some(Seen::new(print).with_expires_in(self.unreadable.saturating_sub(age))));
                     }
                 }

@@ -11,6 +11,8 @@ use std::time::Duration;
 pub(super) struct Observer {
     /// What the record was the last time, and since when it has been seen so.
     seen: Option<(u64, Duration)>,
+    /// Whether it has left a note for others.
+    has_noted: bool,
 }
 
 impl Observer {
@@ -27,9 +29,10 @@ impl Observer {
         now.saturating_sub(since)
     }
 
-    /// Whether it has never seen any.
-    pub(super) fn is_new(&self) -> bool {
-        self.seen.is_none()
+    /// Whether it is to leave a note for who comes after it. Once: from then on it goes by its own sight, so those who
+    /// wait do not wake each other with notes.
+    pub(super) fn is_to_note(&mut self) -> bool {
+        !std::mem::replace(&mut self.has_noted, true)
     }
 }
 

@@ -31,7 +31,7 @@ impl Folder {
     }
 
     fn lease(&self) -> LeaseBuilder {
-        Lease::file(self.path()).ttl(MS * 300).heartbeat(MS * 50)
+        Lease::file(self.path()).ttl(MS * 1000).heartbeat(MS * 50)
     }
 
     fn record(&self) -> Record {
@@ -91,12 +91,12 @@ fn beats_keep_it_beyond_its_ttl_and_a_second_taker_out() {
     let folder = Folder::new();
     let lease = folder.lease().build().unwrap();
     let guard = lease.lock().unwrap();
-    let error = lease.lock_for(MS * 700).unwrap_err();
+    let error = lease.lock_for(MS * 1500).unwrap_err();
     assert!(error.is_timeout());
     assert_eq!(error.owner().unwrap().pid(), std::process::id());
     guard.check().unwrap();
-    assert!(guard.remaining() > MS * 200);
-    assert!(folder.record().beat() >= 10);
+    assert!(guard.remaining() > Duration::ZERO);
+    assert!(folder.record().beat() >= 5);
 }
 
 #[test]
@@ -108,7 +108,7 @@ fn a_stranger_that_is_silent_is_taken_over_after_its_ttl_by_a_waiter() {
     assert!(lease.try_lock().unwrap_err().is_held());
     let guard = lease.lock_for(MS * 5000).unwrap();
     let took = began.elapsed();
-    assert!(took >= MS * 300 && took < MS * 400, "{took:?}");
+    assert!(took >= MS * 300 && took < MS * 600, "{took:?}");
     assert!(guard.token() > 1_700_000_000_000_000, "the last writer was of another boot");
     assert_eq!(guard.recovered().unwrap().owner().unwrap().host(), Some("elsewhere"));
 }
@@ -117,7 +117,11 @@ fn a_stranger_that_is_silent_is_taken_over_after_its_ttl_by_a_waiter() {
 fn programs_that_try_once_take_over_in_the_end() {
     let folder = Folder::new();
     folder.write(held_by(&stranger(), 41));
-    let try_once = || folder.lease().build().unwrap().try_lock();
+    let try_once = || {
+        let lease = folder.lease().build().unwrap();
+        assert!(matches!(lease.status().unwrap(), LeaseStatus::Held(_)));
+        lease.try_lock()
+    };
     let began = Instant::now();
     let mut tries = 0;
     let _guard = loop {
@@ -129,7 +133,7 @@ fn programs_that_try_once_take_over_in_the_end() {
         thread::sleep(MS * 20);
     };
     let took = began.elapsed();
-    assert!(took >= MS * 300 && took < MS * 400 && tries > 5, "{took:?}, {tries}");
+    assert!(took >= MS * 300 && took < MS * 600 && tries > 3, "{took:?}, {tries}");
 }
 
 #[test]
@@ -150,7 +154,7 @@ fn junk_is_held_while_fresh_and_then_reclaimed() {
         assert_eq!(fs::read(folder.path()).unwrap(), junk.as_bytes(), "it is left as it is");
         let began = Instant::now();
         let guard = lease.lock_for(MS * 5000).unwrap();
-        assert!(began.elapsed() < MS * 300);
+        assert!(began.elapsed() < MS * 500);
         assert!(guard.recovered().is_some() && guard.token() > 1_700_000_000_000_000);
     }
 }
@@ -240,7 +244,8 @@ fn a_release_reaches_a_waiter_at_once() {
         let (taken, _guard) = waiter.join().unwrap().unwrap();
         fastest = fastest.min(taken - released);
     }
-    assert!(!cfg!(target_os = "linux") || fastest < MS * 5, "{fastest:?}");
+    // Who only looked from time to time would take up to 50 ms; on an idle machine it is below one.
+    assert!(!cfg!(target_os = "linux") || fastest < MS * 20, "{fastest:?}");
 }
 
 #[test]
@@ -257,7 +262,7 @@ fn a_cancelled_wait_ends_at_once() {
     let cancelled = Instant::now();
     stop.cancel();
     let (is_cancelled, ended) = waiter.join().unwrap().unwrap_err();
-    assert!(is_cancelled && ended - cancelled < MS * 50);
+    assert!(is_cancelled && ended - cancelled < MS * 100);
 }
 
 #[test]
@@ -329,15 +334,15 @@ fn who_is_stopped_inside_a_step_keeps_others_waiting_but_not_for_long() {
     let began = Instant::now();
     assert!(lease.try_lock().unwrap_err().is_held());
     assert!(lease.lock_for(MS * 50).unwrap_err().is_timeout());
-    assert!(began.elapsed() < MS * 100);
+    assert!(began.elapsed() < MS * 300);
     drop(stuck);
-    let guard = lease.lock_for(MS * 100).unwrap();
+    let guard = lease.lock_for(MS * 500).unwrap();
     let stuck = fs::File::options().read(true).write(true).open(folder.path()).unwrap();
     fs2::FileExt::lock_exclusive(&stuck).unwrap();
     let error = guard.release().unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::Io { .. }), "{error:?}");
     drop(stuck);
-    assert!(lease.lock_for(MS * 150).is_ok(), "the heartbeat made up for it");
+    assert!(lease.lock_for(MS * 500).is_ok(), "the heartbeat made up for it");
 }
 
 #[test]
@@ -358,6 +363,8 @@ struct Faulty {
     panics: AtomicBool,
     /// The next grant is made, but the answer is not given.
     swallows: AtomicBool,
+    /// Renewals take as long as they may.
+    hangs: AtomicBool,
     renewals: AtomicUsize,
 }
 
@@ -369,6 +376,7 @@ impl Faulty {
             fails: Default::default(),
             panics: Default::default(),
             swallows: Default::default(),
+            hangs: Default::default(),
             renewals: Default::default(),
         })
     }
@@ -409,8 +417,12 @@ impl LeaseStore for Faulty {
         }
     }
 
-    fn renew(&self, grant: &Grant, _: Deadline) -> Result<Renewal, StoreError> {
+    fn renew(&self, grant: &Grant, by: Deadline) -> Result<Renewal, StoreError> {
         self.renewals.fetch_add(1, Ordering::Relaxed);
+        if self.hangs.load(Ordering::Relaxed) {
+            thread::sleep(by.remaining());
+            return Err(StoreError::unknown("no answer"));
+        }
         if self.panics.swap(false, Ordering::Relaxed) {
             std::panic::resume_unwind(Box::new(()));
         }
@@ -497,6 +509,39 @@ fn doubt_lasts_to_the_deadline_and_then_has_a_reason() {
     assert!(matches!(guard.lost().reason(), Some(LossReason::Store(_))));
     let error = guard.check().unwrap_err().to_string();
     assert!(error.ends_with("told to"), "{error}");
+}
+
+#[test]
+fn a_store_that_hangs_costs_no_other_store_its_leases() {
+    let folder = Folder::new();
+    let guard = Lease::file(folder.path()).ttl(MS * 1000).heartbeat(MS * 100).build().unwrap().lock().unwrap();
+    let store = Faulty::new(&ManualClock::new());
+    let hung: Vec<_> = (0..50)
+        .map(|n| Lease::with_store(store.clone(), n.to_string()).build().unwrap())
+        .map(|lease| {
+            store.record.lock().1 = None;
+            lease.lock().unwrap()
+        })
+        .collect();
+    store.hangs.store(true, Ordering::Relaxed);
+    let (began, beat) = (Instant::now(), folder.record().beat());
+    while began.elapsed() < MS * 3500 {
+        guard.check().unwrap();
+        thread::sleep(MS * 10);
+    }
+    assert!(folder.record().beat() - beat >= 10, "{}", folder.record().beat() - beat);
+    assert!(hung.iter().all(|guard| !guard.is_held()));
+    let began = Instant::now();
+    drop(hung);
+    assert!(began.elapsed() < MS * 1000);
+}
+
+#[test]
+fn a_lease_and_all_that_belongs_to_it_may_go_to_any_thread() {
+    fn check<T: Send + Sync + 'static>() {}
+    check::<Lease>();
+    check::<LeaseGuard>();
+    check::<LostSignal>();
 }
 
 #[test]
