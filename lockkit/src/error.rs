@@ -8,6 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::lease::{LossReason, StoreError};
 use crate::owner::{Owner, spoken};
 
 /// The result of everything in lockkit that can fail.
@@ -39,6 +40,9 @@ pub enum ErrorKind {
         lock: String,
         /// Who holds it, where that is known.
         owner: Option<Box<Owner>>,
+        /// The program's own word for it, of a lease that has one
+        /// ([`held_error`](crate::LeaseBuilder::held_error)).
+        source: Option<Box<dyn std::error::Error + Send + Sync>>,
     },
     /// The lock was still held when the time to wait was over.
     #[error("{lock} was still held{} after waiting {}", by(.owner), spoken(*.waited))]
@@ -143,14 +147,38 @@ pub enum ErrorKind {
         /// Which lock, for people.
         lock: String,
     },
-    /// A file is not a table of locks as this version of lockkit lays it out: it is something else, cut short, or made
-    /// by another version or for another kind of machine.
-    #[error("{} is no lock table that this program can use: {problem}", .path.display())]
+    /// A file is not laid out as this version of lockkit has it. One of a table of locks is something else, cut short,
+    /// or made by another version or for another kind of machine; one of a lease was written by a later version.
+    #[error("{} is no lock that this program can use: {problem}", .path.display())]
     LayoutMismatch {
         /// The file.
         path: PathBuf,
         /// What does not fit.
         problem: &'static str,
+    },
+    /// An option of a lease that cannot be, alone or together with the others.
+    #[error("{option} cannot be so: {problem}")]
+    InvalidOption {
+        /// The method of the builder.
+        option: &'static str,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A lease is not held any more.
+    #[error("{lock} is lost: {reason}")]
+    LeaseLost {
+        /// Which lease, for people.
+        lock: String,
+        /// Why.
+        reason: LossReason,
+    },
+    /// The store of a lease did not do what it was asked, again and again.
+    #[error("{lock} could not be reached")]
+    Store {
+        /// Which lease, for people.
+        lock: String,
+        /// What the store said the last time.
+        source: StoreError,
     },
     /// A table of locks was to be made with no locks, or with more than the largest table has.
     #[error("a lock table has 1 to {most} locks, not {capacity}")]
@@ -260,6 +288,8 @@ impl From<Error> for io::Error {
             ErrorKind::NotAllocated { .. } | ErrorKind::NotLocked { .. } => io::ErrorKind::InvalidInput,
             ErrorKind::InvalidCapacity { .. } => io::ErrorKind::InvalidInput,
             ErrorKind::LayoutMismatch { .. } => io::ErrorKind::InvalidData,
+            ErrorKind::InvalidOption { .. } => io::ErrorKind::InvalidInput,
+            ErrorKind::LeaseLost { .. } | ErrorKind::Store { .. } => io::ErrorKind::Other,
             ErrorKind::Unsupported { .. } => io::ErrorKind::Unsupported,
             ErrorKind::Io { source, .. } => source.kind(),
         };

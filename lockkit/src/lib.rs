@@ -7,6 +7,7 @@
 //! | [`NamedLock`] | a name on this machine | single-instance programs, cron jobs, daemons |
 //! | [`FileLock`] | a path, exclusive or shared | guarding a file or folder, working together with flock(1) |
 //! | [`PidFile`] | a path whose file says who holds it | daemons, `kill $(cat …)`, systemd's `PIDFile=` |
+//! | [`Lease`] | a key, for a time that a heartbeat renews | leaders, shared disks, several hosts |
 //! | [`LockManager`] | a number out of a table | thousands of fine locks |
 //!
 //! ```
@@ -36,6 +37,8 @@
 mod error;
 mod file;
 pub mod instance;
+pub mod lease;
+mod lines;
 mod lock;
 mod manager;
 mod name;
@@ -52,6 +55,7 @@ mod wait;
 
 pub use error::{Error, ErrorKind, Result};
 pub use file::{FileGuard, FileLock};
+pub use lease::{Lease, LeaseBuilder, LeaseGuard, LeaseStatus, Loss, LossReason, LostSignal};
 pub use lock::{Guard, Lock, Recovered};
 #[cfg(feature = "macros")]
 #[doc = include_str!("single_instance.md")]
@@ -68,7 +72,7 @@ pub use wait::{CancelToken, Wait};
 pub mod prelude {
     #[cfg(feature = "macros")]
     pub use crate::single_instance;
-    pub use crate::{CancelToken, FileLock, Guard, Lock, LockManager, NamedLock, PidFile, Wait};
+    pub use crate::{CancelToken, FileLock, Guard, Lease, Lock, LockManager, NamedLock, PidFile, Wait};
 }
 
 /// Compiles what README shows.

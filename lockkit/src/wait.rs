@@ -154,7 +154,8 @@ impl CancelToken {
         self.0.cancelled.load(Ordering::Acquire)
     }
 
-    fn event(&self) -> Result<Arc<Event>> {
+    /// What becomes readable when it is cancelled.
+    pub(crate) fn event(&self) -> Result<Arc<Event>> {
         let mut slot = self.0.event.lock();
         let current = fork::generation();
         if let Some((generation, event)) = &*slot
@@ -207,12 +208,31 @@ impl Patience {
         self.wait(Some(fd), self.until)
     }
 
+    /// Waits until `fd` has something to read, but no longer than `pause`, which is then `Ok`, too.
+    pub(crate) fn readable_within(&self, fd: BorrowedFd<'_>, pause: Duration) -> Result<Waited> {
+        self.pause(Some(fd), pause)
+    }
+
+    /// The moment to give up at.
+    pub(crate) fn until(&self) -> Option<Instant> {
+        self.until
+    }
+
+    /// What may cancel it.
+    pub(crate) fn token(&self) -> Option<&CancelToken> {
+        self.cancel.as_ref().map(|(token, _)| token)
+    }
+
     /// Lets `pause` pass.
     pub(crate) fn sleep(&self, pause: Duration) -> Result<Waited> {
+        self.pause(None, pause)
+    }
+
+    fn pause(&self, fd: Option<BorrowedFd<'_>>, pause: Duration) -> Result<Waited> {
         let wake = Instant::now() + pause;
         match self.until {
-            Some(until) if until < wake => self.wait(None, self.until),
-            _ => Ok(self.wait(None, Some(wake))?.or_else(|gave_up| match gave_up {
+            Some(until) if until < wake => self.wait(fd, self.until),
+            _ => Ok(self.wait(fd, Some(wake))?.or_else(|gave_up| match gave_up {
                 GaveUp::TimedOut => Ok(()),
                 GaveUp::Cancelled => Err(gave_up),
             })),
@@ -269,7 +289,7 @@ pub(crate) trait Subject {
     fn holder(&self) -> Option<Owner>;
     /// The error for somebody who does not wait.
     fn held(&self) -> Error {
-        ErrorKind::Held { lock: self.describe(), owner: self.holder().map(Box::new) }.into()
+        ErrorKind::Held { lock: self.describe(), owner: self.holder().map(Box::new), source: None }.into()
     }
 }
 

@@ -12,15 +12,13 @@
 //! ```
 //! The first line is all that other programs read. It follows the [Filesystem Hierarchy Standard], 3.15.2: a reader
 //! ignores spaces around the pid, leading zeros, a missing newline and further lines. Nothing else may stand there. The
-//! second line tells a record of lockkit from what another program writes, and names the format. Behind it each line
-//! is a key and a value; an unknown key is passed over, and a damaged value leaves its field unknown.
+//! second line tells a record of lockkit from what another program writes, and names the format. Behind it stands who the
+//! owner is ([`lines`]).
 //!
 //! [Filesystem Hierarchy Standard]: https://refspecs.linuxfoundation.org/FHS_3.0/fhs/ch03s15.html
 
-use std::fmt::Write;
-use std::time::{Duration, SystemTime};
-
-use crate::owner::{Owner, utc};
+use crate::lines;
+use crate::owner::Owner;
 use crate::sys::process;
 
 /// As much of a file is read. What is longer is no pidfile.
@@ -30,9 +28,6 @@ const MARK: &str = "lockkit 1";
 
 /// What a released file says that could not be removed. No half of a pid looks like it.
 pub(super) const BLANK: &str = "\n";
-
-/// The longest program name that is written down, in characters.
-const LONGEST_PROGRAM: usize = 64;
 
 /// What a file was found to say.
 #[derive(Debug, PartialEq, Eq)]
@@ -67,7 +62,7 @@ pub(super) fn parse(bytes: &[u8]) -> Content {
     let rest = String::from_utf8_lossy(&bytes[end.map_or(bytes.len(), |end| end + 1)..]);
     let mut lines = rest.lines();
     match lines.next() {
-        Some(MARK) => Content::Ours(Box::new(owner(pid, lines))),
+        Some(MARK) => Content::Ours(Box::new(lines::read(pid, lines))),
         _ => Content::Foreign(pid),
     }
 }
@@ -85,58 +80,11 @@ fn pid(text: &[u8]) -> Result<u32, &'static str> {
     }
 }
 
-fn owner<'l>(pid: u32, lines: impl Iterator<Item = &'l str>) -> Owner {
-    let mut owner = Owner { pid, start: None, boot: None, namespace: None, host: None, program: None, acquired: None };
-    for (key, value) in lines.filter_map(|line| line.split_once(' ')) {
-        match key {
-            "start" => owner.start = value.parse().ok(),
-            "boot" => owner.boot = u128::from_str_radix(value, 16).ok(),
-            "namespace" => owner.namespace = value.parse().ok(),
-            "host" => owner.host = Some(value.to_owned()),
-            "program" => owner.program = Some(value.to_owned()),
-            "acquired" => owner.acquired = moment(value),
-            _ => {}
-        }
-    }
-    owner
-}
-
-fn moment(value: &str) -> Option<SystemTime> {
-    let (seconds, nanos) = value.split(' ').next()?.split_once('.')?;
-    let nanos = Duration::from_nanos(nanos.parse::<u32>().ok()?.into());
-    SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds.parse().ok()?).checked_add(nanos)?)
-}
-
 /// The record of `owner`.
 pub(super) fn write(owner: &Owner) -> String {
     let mut text = format!("{}\n{MARK}\n", owner.pid);
-    // Writing into a string does not fail.
-    let mut line = |key: &str, value: std::fmt::Arguments<'_>| writeln!(text, "{key} {value}").unwrap_or_default();
-    if let Some(start) = owner.start {
-        line("start", format_args!("{start}"));
-    }
-    if let Some(boot) = owner.boot {
-        line("boot", format_args!("{boot:032x}"));
-    }
-    if let Some(namespace) = owner.namespace {
-        line("namespace", format_args!("{namespace}"));
-    }
-    if let Some(host) = &owner.host {
-        line("host", format_args!("{host}"));
-    }
-    if let Some(program) = &owner.program {
-        let program: String = program.chars().take(LONGEST_PROGRAM).map(printable).collect();
-        line("program", format_args!("{program}"));
-    }
-    if let Some(acquired) = owner.acquired {
-        let since = acquired.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        line("acquired", format_args!("{}.{:09} ({})", since.as_secs(), since.subsec_nanos(), utc(acquired)));
-    }
+    lines::write(owner, &mut text);
     text
-}
-
-fn printable(letter: char) -> char {
-    if letter.is_control() { '?' } else { letter }
 }
 
 /// The beginning of the first line, for people.
@@ -149,6 +97,8 @@ pub(super) fn shown(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::time::SystemTime;
+
     use super::*;
 
     #[test]

@@ -11,11 +11,13 @@
 //! | [`futex`] | sleeping until a shared word changes | waiting for a lock in shared memory |
 //! | [`mapping`] | shared memory as atomic words | what a crash leaves behind |
 //! | [`ofd`] | locks on a byte of an open file | which processes still use a lock table |
+//! | [`per_process`] | a value that a forked child does not inherit | the heartbeat of leases |
 //! | [`process`] | which process is which, and whether it lives | owners |
 //! | [`seqpacket`] | abstract sockets that hand themselves over | named locks on Linux |
 //! | [`slot`] | a value that one thread at a time takes | kept descriptors |
 //! | [`table`] | the layout of a lock table in shared memory | numbered locks |
-//! | [`unnamed`] | files that are complete before they have a name | pidfiles |
+//! | [`unnamed`] | files that are complete before they have a name | pidfiles, leases |
+//! | [`watch`] | being woken when a file changes | waiting for a lease |
 
 #![allow(unsafe_code)]
 
@@ -28,6 +30,7 @@ pub(crate) mod futex;
 pub(crate) mod mapping;
 #[cfg(all(target_os = "linux", not(loom)))]
 pub(crate) mod ofd;
+pub(crate) mod per_process;
 pub(crate) mod process;
 #[cfg(target_os = "linux")]
 pub(crate) mod seqpacket;
@@ -35,3 +38,4 @@ pub(crate) mod slot;
 #[cfg(all(target_os = "linux", not(loom)))]
 pub(crate) mod table;
 pub(crate) mod unnamed;
+pub(crate) mod watch;

@@ -174,6 +174,12 @@ pub(crate) fn pid_namespace() -> Option<u64> {
     Some(0)
 }
 
+/// What tells the clock that counts from the start of the system, as this process sees it, from every other one: the
+/// boot, and the time namespace, which shifts it.
+pub(crate) fn clock_id() -> Option<u128> {
+    Some(boot_id()? ^ u128::from(pid_namespace()? >> 32))
+}
+
 /// This host: its name, and the id of its installation where there is one, so that two hosts that were given the same
 /// name still differ. Two that were cloned from one image with their names do not.
 pub(crate) fn host() -> &'static str {

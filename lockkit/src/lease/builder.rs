@@ -1,0 +1,396 @@
+//! The options of a lease, and which of them go together.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::{Arc, LazyLock};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use super::clock::{Clock, SystemClock};
+use super::file::FileStore;
+use super::store::{LeaseName, LeaseStore};
+use super::tenure::Terms;
+use super::{Inner, Lease, Loss};
+use crate::error::{Error, ErrorKind, Result};
+
+const TTL: Duration = Duration::from_secs(3);
+const HEARTBEAT: Duration = Duration::from_millis(250);
+const UNREADABLE: Duration = Duration::from_secs(2);
+const RETRY_LIMIT: u32 = 4;
+const RETRY_DELAY: Duration = Duration::from_millis(25);
+
+/// A store that keeps a shorter ttl than this can be asked every [`HEARTBEAT`].
+const QUICK: Duration = Duration::from_secs(1);
+
+/// The shortest ttl: below it, what is taken off for safety and the time of a request leave nothing.
+pub(super) const SMALLEST_TTL: Duration = Duration::from_millis(30);
+/// The longest ttl: whoever needs a longer one does not need a lease.
+const LONGEST_TTL: Duration = Duration::from_secs(365 * 86_400);
+
+/// An error of the program's own, made anew for each time that it is needed.
+pub(super) type HeldError = Arc<dyn Fn() -> Box<dyn std::error::Error + Send + Sync> + Send + Sync>;
+pub(super) type OnLost = Arc<dyn Fn(&Loss) + Send + Sync>;
+
+/// What a lease was built with, found consistent.
+pub(super) struct Options {
+    pub(super) ttl: Duration,
+    pub(super) heartbeat: Duration,
+    pub(super) progress: Option<Duration>,
+    pub(super) on_lost: Option<OnLost>,
+    pub(super) held_error: Option<HeldError>,
+    pub(super) retry_limit: u32,
+    pub(super) retry_delay: Duration,
+    pub(super) clock: Arc<dyn Clock>,
+}
+
+impl Options {
+    pub(super) fn terms(&self) -> Terms {
+        Terms { ttl: self.ttl, heartbeat: self.heartbeat, progress: self.progress }
+    }
+}
+
+/// Makes a [`Lease`]; see [`Lease::file`] and [`Lease::with_store`].
+#[must_use = "a builder makes nothing until `build`"]
+pub struct LeaseBuilder {
+    place: Place,
+    ttl: Option<Duration>,
+    heartbeat: Option<Duration>,
+    progress: Option<Duration>,
+    on_lost: Option<OnLost>,
+    held_error: Option<HeldError>,
+    retry_limit: u32,
+    retry_delay: Duration,
+    clock: Arc<dyn Clock>,
+    unreadable: Option<Duration>,
+    file_mode: Option<u32>,
+    folder_mode: Option<u32>,
+}
+
+enum Place {
+    File(PathBuf),
+    Store(Arc<dyn LeaseStore>, String),
+}
+
+impl LeaseBuilder {
+    pub(super) fn of_file(path: PathBuf) -> Self {
+        Self::at(Place::File(path))
+    }
+
+    pub(super) fn of_store(store: Arc<dyn LeaseStore>, key: String) -> Self {
+        Self::at(Place::Store(store, key))
+    }
+
+    fn at(place: Place) -> Self {
+        Self {
+            place,
+            ttl: None,
+            heartbeat: None,
+            progress: None,
+            on_lost: None,
+            held_error: None,
+            retry_limit: RETRY_LIMIT,
+            retry_delay: RETRY_DELAY,
+            clock: system_clock(),
+            unreadable: None,
+            file_mode: None,
+            folder_mode: None,
+        }
+    }
+
+    /// How long the lease lasts after its last renewal; 3 seconds unless told otherwise, or the shortest that the store
+    /// can keep, if that is longer. Who wants the lease waits as long for a holder that is silent.
+    #[doc(alias = "lease_stale_threshold")]
+    pub fn ttl(mut self, ttl: Duration) -> Self {
+        self.ttl = Some(ttl);
+        self
+    }
+
+    /// How often it is renewed, at most a third of the ttl. Unless told otherwise every 250 ms, or a quarter of the ttl
+    /// where that is shorter, or the store keeps no ttl below a second.
+    #[doc(alias = "lease_heartbeat_interval")]
+    pub fn heartbeat(mut self, heartbeat: Duration) -> Self {
+        self.heartbeat = Some(heartbeat);
+        self
+    }
+
+    /// What to call when a held lease is lost: once for each loss, and not at a release. It runs on a thread of its
+    /// own, so it may take its time; on the heartbeat thread if none can be started. A panic in it is caught and ends
+    /// there.
+    ///
+    /// ```
+    /// # fn main() -> lockkit::Result<()> {
+    /// let lease = lockkit::Lease::file("/tmp/lockkit-doc-on-lost")
+    ///     .on_lost(|loss| {
+    ///         eprintln!("{} is lost: {}", loss.lock, loss.reason);
+    ///         std::process::exit(75);
+    ///     })
+    ///     .build()?;
+    /// # Ok(()) }
+    /// ```
+    #[doc(alias = "on_lease_lost")]
+    pub fn on_lost(mut self, call: impl Fn(&Loss) + Send + Sync + 'static) -> Self {
+        self.on_lost = Some(Arc::new(call));
+        self
+    }
+
+    /// Renews the lease only while [`progress`](super::LeaseGuard::progress) has been called within this time, first
+    /// counted from the acquisition. So a worker that hangs loses its lease, a ttl after it stopped being renewed,
+    /// instead of keeping it for as long as its process lives.
+    ///
+    /// ```
+    /// # fn main() -> lockkit::Result<()> {
+    /// # let path = std::env::temp_dir().join(format!("lockkit-doc-lease-progress-{}", std::process::id()));
+    /// use std::time::Duration;
+    /// let lease = lockkit::Lease::file(&path).require_progress(Duration::from_secs(30)).build()?;
+    /// let guard = lease.lock()?;
+    /// for item in ["one", "two"] {
+    ///     guard.check()?;
+    ///     // Work on it.
+    ///     guard.progress();
+    /// }
+    /// # drop(guard);
+    /// # std::fs::remove_file(path).unwrap();
+    /// # Ok(()) }
+    /// ```
+    pub fn require_progress(mut self, within: Duration) -> Self {
+        self.progress = Some(within);
+        self
+    }
+
+    /// An error of the program's own, for when the lease is held by somebody else and the caller does not wait. It
+    /// becomes the source of the [`Held`](ErrorKind::Held) error, which stays one.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let path = std::env::temp_dir().join(format!("lockkit-doc-lease-held-{}", std::process::id()));
+    /// use std::error::Error;
+    ///
+    /// #[derive(Debug, PartialEq)]
+    /// struct BuildRuns;
+    /// impl std::fmt::Display for BuildRuns {
+    ///     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+    ///         f.write_str("a build is running already")
+    ///     }
+    /// }
+    /// impl Error for BuildRuns {}
+    ///
+    /// let lease = lockkit::Lease::file(&path).held_error(|| BuildRuns).build()?;
+    /// let guard = lease.try_lock()?;
+    /// let error = lease.try_lock().unwrap_err();
+    /// assert!(error.is_held());
+    /// assert_eq!(error.source().and_then(|source| source.downcast_ref()), Some(&BuildRuns));
+    /// # drop(guard);
+    /// # std::fs::remove_file(path)?;
+    /// # Ok(()) }
+    /// ```
+    pub fn held_error<E>(mut self, error: impl Fn() -> E + Send + Sync + 'static) -> Self
+    where
+        E: std::error::Error + Send + Sync + 'static,
+    {
+        self.held_error = Some(Arc::new(move || Box::new(error())));
+        self
+    }
+
+    /// How often in a row an attempt is repeated that the store refused, or did not answer, before acquiring fails; 4
+    /// times unless told otherwise. Finding the lease held is no failure.
+    pub fn acquire_retry_limit(mut self, limit: u32) -> Self {
+        self.retry_limit = limit;
+        self
+    }
+
+    /// The pause between such attempts, and between looks at a held lease where nothing wakes the waiter; 25 ms unless
+    /// told otherwise.
+    pub fn acquire_retry_delay(mut self, delay: Duration) -> Self {
+        self.retry_delay = delay;
+        self
+    }
+
+    /// For a file: how long a record that cannot be read must have been seen unchanged before it is reclaimed; 2
+    /// seconds unless told otherwise. Its holder, if it lives, writes it anew at its next beat. One that is stopped
+    /// just when its record is spoilt may overlap with the next owner by what its ttl is longer than this.
+    pub fn invalid_pid_lock_stale_threshold(mut self, age: Duration) -> Self {
+        self.unreadable = Some(age);
+        self
+    }
+
+    /// For a file: its permissions when it is made, less the process's umask; 0600 unless told otherwise.
+    pub fn file_write_mode(mut self, mode: u32) -> Self {
+        self.file_mode = Some(mode);
+        self
+    }
+
+    /// For a file: the permissions of folders that are made for it, less the process's umask; 0700 unless told
+    /// otherwise.
+    pub fn directory_write_mode(mut self, mode: u32) -> Self {
+        self.folder_mode = Some(mode);
+        self
+    }
+
+    /// The clock to count by; [`SystemClock`] unless told otherwise.
+    pub fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
+        self.clock = clock;
+        self
+    }
+
+    /// The lease. Nothing is taken or made yet.
+    ///
+    /// # Errors
+    /// [`InvalidOption`](ErrorKind::InvalidOption) when the options do not go together, with the reason;
+    /// [`InvalidName`](ErrorKind::InvalidName) for a key that is empty, longer than 200 bytes or has control
+    /// characters; [`Io`](ErrorKind::Io) when the path of a file is empty, or the working folder of a relative one is
+    /// gone.
+    pub fn build(self) -> Result<Lease> {
+        let (smallest, step) = match &self.place {
+            Place::File(_) => (SMALLEST_TTL, Duration::from_nanos(1)),
+            Place::Store(store, _) => {
+                let profile = store.profile();
+                (profile.smallest_ttl.max(SMALLEST_TTL), profile.ttl_step)
+            }
+        };
+        let ttl = self.ttl.unwrap_or(TTL.max(smallest));
+        refuse_if(ttl < smallest, "ttl", || {
+            format!("{ttl:?} is shorter than {smallest:?}, the shortest that can be kept")
+        })?;
+        refuse_if(ttl > LONGEST_TTL, "ttl", || format!("{ttl:?} is longer than a year"))?;
+        let ttl = whole_steps(ttl, step);
+        let usual = if smallest < QUICK { HEARTBEAT } else { ttl };
+        let heartbeat = self.heartbeat.unwrap_or(usual.min(ttl / 4));
+        refuse_if(heartbeat.is_zero(), "heartbeat", || "it is zero".into())?;
+        refuse_if(heartbeat > ttl / 3, "heartbeat", || {
+            format!("{heartbeat:?} is more than a third of the ttl, {ttl:?}, so that one late beat may lose the lease")
+        })?;
+        if let Some(within) = self.progress {
+            refuse_if(within < heartbeat, "require_progress", || {
+                format!("{within:?} is shorter than a heartbeat, {heartbeat:?}, and nobody would notice in time")
+            })?;
+        }
+        refuse_if(self.retry_delay.is_zero(), "acquire_retry_delay", || "it is zero".into())?;
+        let unreadable = self.unreadable.unwrap_or(UNREADABLE);
+        refuse_if(unreadable.is_zero(), "invalid_pid_lock_stale_threshold", || {
+            "it is zero, so that a record which is just being written would be reclaimed".into()
+        })?;
+        let (file_mode, folder_mode) = (self.file_mode.unwrap_or(0o600), self.folder_mode.unwrap_or(0o700));
+        for (option, mode, least) in
+            [("file_write_mode", file_mode, 0o600), ("directory_write_mode", folder_mode, 0o700)]
+        {
+            refuse_if(mode & !0o7777 != 0, option, || format!("{mode:#o} is no mode"))?;
+            refuse_if(mode & least != least, option, || format!("{mode:#o} would shut its own maker out"))?;
+        }
+        let (name, store): (_, Arc<dyn LeaseStore>) = match self.place {
+            Place::File(path) => {
+                let path = std::path::absolute(&path).map_err(|error| Error::io("make absolute", &path, error))?;
+                let store = FileStore {
+                    heartbeat,
+                    unreadable,
+                    retry_delay: self.retry_delay,
+                    file_mode,
+                    folder_mode,
+                    clock: self.clock.clone(),
+                    observer: Mutex::default(),
+                    path,
+                };
+                (LeaseName::of_path(&store.path), Arc::new(store))
+            }
+            Place::Store(store, key) => {
+                for (option, given) in [
+                    ("invalid_pid_lock_stale_threshold", self.unreadable.is_some()),
+                    ("file_write_mode", self.file_mode.is_some()),
+                    ("directory_write_mode", self.folder_mode.is_some()),
+                ] {
+                    refuse_if(given, option, || "this lease is not kept in a file".into())?;
+                }
+                (LeaseName::new(&key)?, store)
+            }
+        };
+        let options = Options {
+            ttl,
+            heartbeat,
+            progress: self.progress,
+            on_lost: self.on_lost,
+            held_error: self.held_error,
+            retry_limit: self.retry_limit,
+            retry_delay: self.retry_delay,
+            clock: self.clock,
+        };
+        Ok(Lease(Arc::new(Inner { name, store, options })))
+    }
+}
+
+impl fmt::Debug for LeaseBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let place: &dyn fmt::Debug = match &self.place {
+            Place::File(path) => path,
+            Place::Store(_, key) => key,
+        };
+        let mut shown = f.debug_struct("LeaseBuilder");
+        shown.field("place", place).field("ttl", &self.ttl).field("heartbeat", &self.heartbeat).finish_non_exhaustive()
+    }
+}
+
+fn refuse_if(wrong: bool, option: &'static str, problem: impl FnOnce() -> String) -> Result<()> {
+    if wrong { Err(ErrorKind::InvalidOption { option, problem: problem() }.into()) } else { Ok(()) }
+}
+
+/// The next whole multiple of `step`.
+fn whole_steps(ttl: Duration, step: Duration) -> Duration {
+    let step = step.as_nanos().max(1);
+    u64::try_from(ttl.as_nanos().div_ceil(step) * step).map_or(ttl, Duration::from_nanos)
+}
+
+/// One for all leases, so that they are told to count by the same.
+fn system_clock() -> Arc<dyn Clock> {
+    static CLOCK: LazyLock<Arc<dyn Clock>> = LazyLock::new(|| Arc::new(SystemClock));
+    CLOCK.clone()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    fn refused(builder: LeaseBuilder) -> &'static str {
+        match builder.build().unwrap_err().kind() {
+            ErrorKind::InvalidOption { option, problem } => {
+                assert!(!problem.is_empty());
+                option
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_does_not_go_together_is_refused_by_name() {
+        let file = || Lease::file("/nowhere/lease");
+        assert_eq!(refused(file().ttl(MS)), "ttl");
+        assert_eq!(refused(file().ttl(Duration::MAX)), "ttl");
+        assert_eq!(refused(file().heartbeat(Duration::ZERO)), "heartbeat");
+        assert_eq!(refused(file().ttl(MS * 300).heartbeat(MS * 101)), "heartbeat");
+        assert_eq!(refused(file().require_progress(MS * 249)), "require_progress");
+        assert_eq!(refused(file().acquire_retry_delay(Duration::ZERO)), "acquire_retry_delay");
+        assert_eq!(
+            refused(file().invalid_pid_lock_stale_threshold(Duration::ZERO)),
+            "invalid_pid_lock_stale_threshold"
+        );
+        assert_eq!(refused(file().file_write_mode(0o444)), "file_write_mode");
+        assert_eq!(refused(file().directory_write_mode(0o10700)), "directory_write_mode");
+        assert!(file().ttl(MS * 300).heartbeat(MS * 100).require_progress(MS * 100).build().is_ok());
+        assert!(Lease::file("").build().is_err());
+    }
+
+    #[test]
+    fn a_short_ttl_has_a_short_heartbeat_unless_told_otherwise() {
+        let heartbeat = |ttl| Lease::file("/nowhere/lease").ttl(ttl).build().unwrap().0.options.heartbeat;
+        assert_eq!(heartbeat(MS * 100), MS * 25);
+        assert_eq!(heartbeat(TTL), HEARTBEAT);
+        assert_eq!(heartbeat(TTL * 100), HEARTBEAT);
+    }
+
+    #[test]
+    fn a_ttl_is_asked_for_in_whole_steps() {
+        assert_eq!(whole_steps(MS * 1001, MS * 1000), MS * 2000);
+        assert_eq!(whole_steps(MS * 2000, MS * 1000), MS * 2000);
+        assert_eq!(whole_steps(MS, Duration::ZERO), MS);
+    }
+}

@@ -1,0 +1,577 @@
+//! The store that is built in: a file for each lease.
+//!
+//! Every step opens the file, takes its flock, sees that the path still names it, reads the record, decides, writes it
+//! in place, unlocks and closes. So each step is one for all processes, and a process that is killed in the middle has
+//! changed all or nothing. Nobody waits in flock(2) itself, for somebody may be stopped inside: it is tried again until
+//! the step's deadline, and who wants the lease counts it as held.
+//!
+//! Who may take a record that says it is held: see [`FileStore::judge`]. What becomes of the token:
+//! - It is the one before and 1, as long as the record was last written on this boot of this machine.
+//! - Else, or where there is no readable record, it is also at least the microseconds since the epoch. A deleted record
+//!   does not make it start again, nor does a power cut that took the last tokens back. The wall clock is a seed only,
+//!   good for that as long as it is not set back beyond the last deletion or power cut.
+//!
+//! What a holder does when its record is not as it left it:
+//! - Another claim, or none: it was taken over, or evicted. Lost.
+//! - Deleted or spoilt, and nobody has claimed it: it writes the record anew. Under the flock, and with the path naming
+//!   that very file, nobody else can be taking it at that moment, and until its deadline the lease is still its own.
+//!   Who comes first after a deletion wins: the record then names somebody else.
+
+use std::fs::{DirBuilder, File};
+use std::io::{self, ErrorKind as Io};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{DirBuilderExt, FileExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
+
+use parking_lot::Mutex;
+use rustix::fs::{FileType, Mode as Permissions, OFlags, RawMode, Stat, fstat, lstat, open};
+use rustix::io::Errno;
+
+use super::builder::SMALLEST_TTL;
+use super::clock::Clock;
+use super::observer::Observer;
+use super::record::{self, Content, Record, SIZE};
+use super::store::{
+    Attempt, ClaimId, Deadline, Durability, Expiry, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
+    StoreProfile, sleep,
+};
+use crate::error::{Error, ErrorKind};
+use crate::owner::{Liveness, Owner};
+use crate::steps::step;
+use crate::sys::event;
+use crate::sys::flock::{self, Mode};
+use crate::sys::fork::Shielded;
+use crate::sys::{folder, unnamed, watch};
+use crate::wait::{Backoff, CancelToken};
+
+type Result<T, E = StoreError> = std::result::Result<T, E>;
+
+/// How long a renewal tries to get the flock. A step lasts some microseconds, so whoever has it longer is not running;
+/// and other leases are to beat, too.
+const OCCUPIED: Duration = Duration::from_millis(20);
+/// How long an attempt to acquire does. Somebody is inside, so it is truly held, and the waiter must look at its limit
+/// and its token.
+const TAKEN: Duration = Duration::from_millis(4);
+/// How often in a row the file may be replaced under a step.
+const MOST_REPLACEMENTS: u32 = 100;
+/// How often a waiter looks whether an owner lives that it can look up; nothing wakes it when that dies.
+const LOOK: Duration = Duration::from_millis(50);
+/// How often a reader without the flock reads again that has met somebody writing.
+const MOST_READS: u32 = 8;
+
+pub(super) struct FileStore {
+    pub(super) path: PathBuf,
+    pub(super) heartbeat: Duration,
+    /// How long a record that cannot be read counts as held.
+    pub(super) unreadable: Duration,
+    pub(super) retry_delay: Duration,
+    pub(super) file_mode: u32,
+    pub(super) folder_mode: u32,
+    pub(super) clock: Arc<dyn Clock>,
+    /// What this process has seen of the record. Whoever does not get it at once goes without, so that a fork which
+    /// left it locked in the child does no harm: the notes in the record do the same work.
+    pub(super) observer: Mutex<Observer>,
+}
+
+/// What a step found at the path.
+enum Place<'s> {
+    /// The file, with its flock.
+    Locked(Locked<'s>),
+    /// Somebody else has its flock, and keeps it.
+    Occupied,
+    /// None.
+    Absent,
+}
+
+/// The file that the path names, as long as it is locked.
+struct Locked<'s> {
+    file: Shielded<File>,
+    store: &'s FileStore,
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        // If it fails, closing the file unlocks.
+        let _ = flock::unlock(&self.file);
+    }
+}
+
+/// What a taker makes of a record.
+enum Verdict {
+    /// It may take the lease, after this record, if it could be read.
+    Free(Option<Box<Record>>),
+    /// The same claim has it already: an earlier request was done after all.
+    Mine(Box<Record>),
+    Held(Seen),
+}
+
+/// The beats of a grant, which are never repeated: an observer that saw one before goes on counting from then.
+#[derive(Default)]
+struct Beats(AtomicU64);
+
+impl Beats {
+    fn next(&self, written: u64) -> u64 {
+        let next = self.0.load(Ordering::Relaxed).max(written).saturating_add(1);
+        self.0.store(next, Ordering::Relaxed);
+        next
+    }
+}
+
+impl LeaseStore for FileStore {
+    fn profile(&self) -> StoreProfile {
+        StoreProfile {
+            smallest_ttl: SMALLEST_TTL,
+            expiry: Expiry::Observer,
+            // Where it cannot be woken it looks at the retry delay itself.
+            wakes_waiters: true,
+            ..StoreProfile::new(Durability::Local)
+        }
+    }
+
+    fn try_acquire(&self, name: &LeaseName, claim: &ClaimId, ttl: Duration, by: Deadline) -> Result<Attempt> {
+        let granted = |token| Grant::new(name, claim, token, ttl).with_handle(Beats::default());
+        for _ in 0..MOST_REPLACEMENTS {
+            let locked = match self.lock(by.min(Deadline::after(TAKEN)))? {
+                Place::Locked(locked) => locked,
+                Place::Occupied => return Ok(Attempt::Busy(self.look_unlocked()?.unwrap_or(Seen::new(0)))),
+                Place::Absent => {
+                    let token = seed();
+                    match self.create(self.own_record(claim, token, ttl))? {
+                        true => return Ok(Attempt::Granted(granted(token))),
+                        false => continue,
+                    }
+                }
+            };
+            let bytes = locked.read()?;
+            let before = match self.judge(&locked, &bytes, claim)? {
+                Verdict::Held(seen) => return Ok(Attempt::Busy(seen)),
+                Verdict::Mine(record) => {
+                    let grant = granted(record.token());
+                    locked.beat(record, &grant, &bytes)?;
+                    return Ok(Attempt::Granted(grant));
+                }
+                Verdict::Free(before) => before,
+            };
+            let token = token_after(before.as_deref())?;
+            locked.write(&mut self.own_record(claim, token, ttl), &bytes)?;
+            let grant = granted(token);
+            return Ok(Attempt::Granted(match before {
+                Some(before) if !before.is_held() => grant,
+                before => grant.recovered_from(before.and_then(|before| before.owner())),
+            }));
+        }
+        Err(self.replaced())
+    }
+
+    fn renew(&self, grant: &Grant, by: Deadline) -> Result<Renewal> {
+        let extended = Renewal::Extended { ttl: grant.ttl() };
+        for _ in 0..MOST_REPLACEMENTS {
+            let locked = match self.lock(by.min(Deadline::after(OCCUPIED)))? {
+                Place::Locked(locked) => locked,
+                Place::Occupied => return Err(self.occupied()),
+                Place::Absent => match self.create(self.record_again(grant))? {
+                    true => return Ok(extended),
+                    false => continue,
+                },
+            };
+            let bytes = locked.read()?;
+            return match record::parse(&bytes) {
+                Content::Ours(record) if is_of(&record, grant) => locked.beat(record, grant, &bytes).map(|()| extended),
+                Content::Ours(record) if record.is_held() => Ok(Renewal::Lost { by: record.owner() }),
+                Content::Ours(_) | Content::Newer => Ok(Renewal::Lost { by: None }),
+                Content::Junk => locked.write(&mut self.record_again(grant), &bytes).map(|()| extended),
+            };
+        }
+        Err(self.replaced())
+    }
+
+    fn release(&self, grant: &Grant, by: Deadline) -> Result<Released> {
+        self.free_if(by, |content, _| match content {
+            Content::Ours(record) if is_of(&record, grant) => Some(record),
+            _ => None,
+        })
+    }
+
+    fn look(&self, _: &LeaseName, _: Deadline) -> Result<Option<Seen>> {
+        self.look_unlocked()
+    }
+
+    fn evict(&self, _: &LeaseName, seen: &Seen, by: Deadline) -> Result<Released> {
+        self.free_if(by, |content, bytes| match content {
+            Content::Ours(record) if record.is_held() => seen.is_same_holder(&seen_holder(&record)).then_some(record),
+            // What cannot be read had a token that nobody knows.
+            Content::Junk if seen.is_same_holder(&Seen::new(record::print(bytes))) => {
+                let nobody = ClaimId::from_number(0);
+                Some(Box::new(self.own_record(&nobody, seed(), Duration::ZERO)))
+            }
+            _ => None,
+        })
+    }
+
+    fn park(&self, _: &LeaseName, seen: &Seen, by: Deadline, stop: &CancelToken) -> Result<()> {
+        // First watch, then look, so that nothing falls in between.
+        let watch = watch::changes_of(&self.path).ok();
+        let Some(file) = self.open_for_reading()? else { return Ok(()) };
+        let bytes = read(&file).map_err(|error| self.failed("read", error))?;
+        drop(file);
+        let look = match record::parse(&bytes) {
+            Content::Ours(record) if record.print() == seen.cursor() => {
+                match record.owner().is_some_and(|owner| owner.liveness() == Liveness::Alive) {
+                    true => LOOK,
+                    // inotify(7) does not tell what another host does.
+                    false => record.heartbeat().clamp(self.retry_delay.min(LOOK), LOOK * 20),
+                }
+            }
+            Content::Junk if record::print(&bytes) == seen.cursor() => LOOK,
+            _ => return Ok(()),
+        };
+        match watch {
+            Some(watch) => {
+                let event = stop.event().map_err(StoreError::refused)?;
+                let until = by.min(Deadline::after(look));
+                event::wait(Some(watch.as_fd()), Some(event.as_fd()), Some(until.moment()))
+                    .map(drop)
+                    .map_err(|error| self.failed("wait for", error))
+            }
+            None => sleep(by.min(Deadline::after(look.min(self.retry_delay))), stop),
+        }
+    }
+}
+
+impl FileStore {
+    /// Who may take what the locked file says. Unknown is never taken on that ground:
+    /// - a record that says it is free: everybody;
+    /// - held, by an owner that is dead by its identity: everybody, at once;
+    /// - held, by whom it may be: who has seen the same beat for the ttl that stands in the record, by its own clock,
+    ///   or finds noted by another process of this clock that it did;
+    /// - one that cannot be read: who has seen it so for [`FileStore::unreadable`], by its own clock;
+    /// - one of a later version: nobody.
+    fn judge(&self, locked: &Locked<'_>, bytes: &[u8], claim: &ClaimId) -> Result<Verdict> {
+        let mut record = match record::parse(bytes) {
+            Content::Ours(record) => record,
+            Content::Newer => return Err(self.newer()),
+            Content::Junk => {
+                let print = record::print(bytes);
+                let age = self.observe(print, None);
+                return Ok(match self.unreadable.checked_sub(age) {
+                    None | Some(Duration::ZERO) => Verdict::Free(None),
+                    Some(left) => Verdict::Held(Seen::new(print).with_expires_in(left)),
+                });
+            }
+        };
+        if !record.is_held() {
+            return Ok(Verdict::Free(Some(record)));
+        }
+        if record.claim() == *claim {
+            return Ok(Verdict::Mine(record));
+        }
+        let clock = self.clock.shared_id();
+        let noted = clock.and_then(|clock| record.noted(clock));
+        let age = self.observe(record.print(), noted);
+        let seen = self.seen(&record, age);
+        if seen.expires_in() == Some(Duration::ZERO) {
+            return Ok(Verdict::Free(Some(record)));
+        }
+        if let Some(clock) = clock
+            && noted.is_none()
+            && self.observer.try_lock().is_none_or(|mut observer| observer.is_to_note())
+        {
+            record.note(clock, self.clock.now());
+            // A note that is lost costs time only.
+            let _ = locked.file.write_all_at(record.seal(), 0);
+            step("note written");
+        }
+        Ok(Verdict::Held(seen))
+    }
+
+    /// How long what has this print has been seen so.
+    fn observe(&self, print: u64, noted: Option<Duration>) -> Duration {
+        let now = self.clock.now();
+        match self.observer.try_lock() {
+            Some(mut observer) => observer.unchanged_for(print, now, noted),
+            None => Observer::default().unchanged_for(print, now, noted),
+        }
+    }
+
+    /// What there is to see of a held record that has been as it is for so long.
+    fn seen(&self, record: &Record, unchanged_for: Duration) -> Seen {
+        let seen = seen_holder(record);
+        let owner = record.owner();
+        let is_dead = owner.as_ref().is_some_and(|owner| owner.liveness() == Liveness::Dead);
+        let left = if is_dead { Duration::ZERO } else { record.ttl().saturating_sub(unchanged_for) };
+        let seen = seen.with_expires_in(left);
+        match owner {
+            Some(owner) => seen.with_owner(owner),
+            None => seen,
+        }
+    }
+
+    fn look_unlocked(&self) -> Result<Option<Seen>> {
+        let Some(file) = self.open_for_reading()? else { return Ok(None) };
+        let mut before = None;
+        for _ in 0..MOST_READS {
+            let bytes = read(&file).map_err(|error| self.failed("read", error))?;
+            match record::parse(&bytes) {
+                Content::Newer => return Err(self.newer()),
+                Content::Ours(record) if !record.is_held() => return Ok(None),
+                Content::Ours(record) => {
+                    let noted = self.clock.shared_id().and_then(|clock| record.noted(clock));
+                    let age = self.observe(record.print(), noted);
+                    return Ok(Some(self.seen(&record, age)));
+                }
+                // Somebody may be writing just now: it counts as junk when it is the same twice.
+                Content::Junk => {
+                    let print = record::print(&bytes);
+                    if before.replace(print) == Some(print) {
+                        let age = self.observe(print, None);
+                        return Ok(Some(Seen::new(print).with_expires_in(self.unreadable.saturating_sub(age))));
+                    }
+                }
+            }
+        }
+        Ok(Some(Seen::new(before.unwrap_or_default())))
+    }
+
+    /// Frees the record that `which` makes of what the file says, unless it makes none of it.
+    fn free_if(&self, by: Deadline, which: impl FnOnce(Content, &[u8]) -> Option<Box<Record>>) -> Result<Released> {
+        match self.lock(by)? {
+            Place::Absent => Ok(Released::NotMine),
+            Place::Occupied => Err(self.occupied()),
+            Place::Locked(locked) => {
+                let bytes = locked.read()?;
+                match which(record::parse(&bytes), &bytes) {
+                    Some(mut record) => {
+                        record.set_free();
+                        locked.write(&mut record, &bytes).map(|()| Released::Done)
+                    }
+                    None => Ok(Released::NotMine),
+                }
+            }
+        }
+    }
+
+    /// The file that the path names, locked.
+    fn lock(&self, by: Deadline) -> Result<Place<'_>> {
+        for _ in 0..MOST_REPLACEMENTS {
+            let Some((file, found)) = self.open()? else { return Ok(Place::Absent) };
+            let mut backoff = Backoff::new();
+            while !flock::try_lock(&file, Mode::Exclusive).map_err(|error| self.failed("lock", error))? {
+                if by.is_past() {
+                    return Ok(Place::Occupied);
+                }
+                std::thread::sleep(backoff.next().min(by.remaining()));
+            }
+            let locked = Locked { file, store: self };
+            match lstat(&self.path) {
+                Ok(named) if (named.st_dev, named.st_ino) == (found.st_dev, found.st_ino) => {
+                    return Ok(Place::Locked(locked));
+                }
+                Ok(_) | Err(Errno::NOENT) => {}
+                Err(error) => return Err(self.failed("look at", error.into())),
+            }
+        }
+        Err(self.replaced())
+    }
+
+    /// The file that the path names, if it is one that may be written to.
+    fn open(&self) -> Result<Option<(Shielded<File>, Stat)>> {
+        // Not blocking, so that no FIFO keeps the call, and no terminal becomes this process's.
+        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let file = match Shielded::new(|| open(&self.path, flags, Permissions::empty()).map(File::from)) {
+            Err(Errno::NOENT) => return Ok(None),
+            Err(Errno::LOOP) => return Err(self.insecure("it is a symbolic link; use the path that it leads to")),
+            opened => opened.map_err(|error| self.failed("open", error.into()))?,
+        };
+        let found = fstat(&*file).map_err(|error| self.failed("look at", error.into()))?;
+        if FileType::from_raw_mode(found.st_mode as RawMode) != FileType::RegularFile {
+            return Err(self.insecure("it is no plain file"));
+        }
+        if found.st_nlink > 1 {
+            return Err(self.insecure("it is a hard link to a file that has other names"));
+        }
+        if found.st_uid != 0 && found.st_uid != folder::effective_uid() {
+            let lock = format!("the lease {}", self.path.display());
+            return Err(StoreError::misuse(Error::from(ErrorKind::ForeignOwner {
+                lock,
+                uid: found.st_uid,
+                pid: None,
+            })));
+        }
+        Ok(Some((file, found)))
+    }
+
+    fn open_for_reading(&self) -> Result<Option<File>> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
+        match open(&self.path, flags, Permissions::empty()) {
+            Err(Errno::NOENT) => Ok(None),
+            opened => opened.map(|file| Some(File::from(file))).map_err(|error| self.failed("open", error.into())),
+        }
+    }
+
+    /// Makes the file with this record, whole before the path names it; says whether it did, or somebody else came
+    /// first.
+    #[cold]
+    fn create(&self, mut record: Record) -> Result<bool> {
+        let folder = self.path.parent().unwrap_or(&self.path);
+        let failed = |error| self.failed("create", error);
+        let file = match Shielded::new(|| unnamed::file_in(folder, self.file_mode)) {
+            Err(error) if error.kind() == Io::NotFound => {
+                let made = DirBuilder::new().recursive(true).mode(self.folder_mode).create(folder);
+                made.map_err(|error| failed_at("create the folder", folder, error))?;
+                step("folders made");
+                Shielded::new(|| unnamed::file_in(folder, self.file_mode))
+            }
+            made => made,
+        };
+        let file = match file {
+            Err(error) if error.kind() == Io::Unsupported => return self.create_in_place(&mut record),
+            file => file.map_err(failed)?,
+        };
+        file.write_all_at(record.seal(), 0).map_err(|error| self.failed("write", error))?;
+        // Once in the life of a file, so that no power cut leaves an empty one, which programs that only ever try once
+        // would find held for ever.
+        file.sync_data().map_err(|error| self.failed("write", error))?;
+        match unnamed::name(&file, &self.path) {
+            Ok(()) => {
+                step("file named");
+                Ok(true)
+            }
+            Err(error) if error.kind() == Io::AlreadyExists => Ok(false),
+            Err(error) if error.kind() == Io::Unsupported => self.create_in_place(&mut record),
+            Err(error) => Err(failed(error)),
+        }
+    }
+
+    /// As [`create`](Self::create), where a file system has no files without a name: others may see it empty, which
+    /// counts as held for a while, also if the maker is killed at that moment.
+    #[cold]
+    fn create_in_place(&self, record: &mut Record) -> Result<bool> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let mode = Permissions::from_raw_mode(self.file_mode as RawMode);
+        let file = match Shielded::new(|| open(&self.path, flags, mode).map(File::from)) {
+            Err(Errno::EXIST) => return Ok(false),
+            file => file.map_err(|error| self.failed("create", error.into()))?,
+        };
+        step("file made");
+        if !flock::try_lock(&file, Mode::Exclusive).map_err(|error| self.failed("lock", error))? {
+            return Ok(false);
+        }
+        // Nobody takes an empty file that is so young, so it is still ours.
+        Locked { file, store: self }.write(record, &[]).map(|()| true)
+    }
+
+    /// The record of this process, which takes the lease now.
+    fn own_record(&self, claim: &ClaimId, token: u64, ttl: Duration) -> Record {
+        let owner = Owner { acquired: Some(SystemTime::now()), ..Owner::current() };
+        Record::held(claim, token, ttl, self.heartbeat, &owner)
+    }
+
+    /// The record of a grant that was deleted or spoilt.
+    #[cold]
+    fn record_again(&self, grant: &Grant) -> Record {
+        let mut record = self.own_record(grant.claim(), grant.token(), grant.ttl());
+        record.set_beat(next_beat(grant, 0));
+        record
+    }
+
+    fn insecure(&self, problem: &'static str) -> StoreError {
+        StoreError::misuse(Error::from(ErrorKind::Insecure { path: self.path.clone(), problem }))
+    }
+
+    fn newer(&self) -> StoreError {
+        let problem = "it is the lease of a later version of lockkit";
+        StoreError::misuse(Error::from(ErrorKind::LayoutMismatch { path: self.path.clone(), problem }))
+    }
+
+    fn replaced(&self) -> StoreError {
+        StoreError::refused(Error::from(ErrorKind::RogueDeletion { path: self.path.clone() }))
+    }
+
+    fn occupied(&self) -> StoreError {
+        let stuck = io::Error::new(Io::TimedOut, "somebody has locked it and does not go on");
+        self.failed("lock", stuck)
+    }
+
+    fn failed(&self, action: &'static str, error: io::Error) -> StoreError {
+        failed_at(action, &self.path, error)
+    }
+}
+
+impl Locked<'_> {
+    fn read(&self) -> Result<Vec<u8>> {
+        read(&self.file).map_err(|error| self.store.failed("read", error))
+    }
+
+    /// Replaces what the file says, which begins with `old`. One write does it, within one page. If that fails `old` is
+    /// put back.
+    fn write(&self, record: &mut Record, old: &[u8]) -> Result<()> {
+        let written = self.file.write_all_at(record.seal(), 0);
+        step("record written");
+        written.map_err(|error| {
+            let _ = self.file.write_all_at(old, 0);
+            StoreError::unknown(Error::io("write", &self.store.path, error))
+        })
+    }
+
+    /// Writes the next beat of `grant` into its record, which stands in the file as `old`.
+    fn beat(&self, mut record: Box<Record>, grant: &Grant, old: &[u8]) -> Result<()> {
+        record.set_beat(next_beat(grant, record.beat()));
+        self.write(&mut record, old)
+    }
+}
+
+/// The token of who comes after this record.
+fn token_after(before: Option<&Record>) -> Result<u64> {
+    let Some(before) = before else { return Ok(seed()) };
+    let next = before.token().checked_add(1).ok_or_else(|| StoreError::misuse("the tokens are used up"))?;
+    match before.owner().is_some_and(|owner| owner.is_of_this_boot()) {
+        true => Ok(next),
+        false => Ok(next.max(seed())),
+    }
+}
+
+/// Microseconds since the epoch: nobody takes a lease so often.
+fn seed() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_micros()).unwrap_or(u64::MAX / 2).max(1)
+}
+
+fn next_beat(grant: &Grant, written: u64) -> u64 {
+    grant.handle::<Beats>().map_or(written.saturating_add(1), |beats| beats.next(written))
+}
+
+fn seen_holder(record: &Record) -> Seen {
+    Seen::new(record.print()).with_claim(record.claim()).with_token(record.token())
+}
+
+fn is_of(record: &Record, grant: &Grant) -> bool {
+    record.is_held() && record.claim() == *grant.claim() && record.token() == grant.token()
+}
+
+/// The beginning of a file, as much as a record is long.
+fn read(file: &File) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0; SIZE];
+    let mut filled = 0;
+    while filled < bytes.len() {
+        match file.read_at(&mut bytes[filled..], filled as u64) {
+            Ok(0) => break,
+            Ok(more) => filled += more,
+            Err(error) if error.kind() == Io::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    bytes.truncate(filled);
+    Ok(bytes)
+}
+
+/// What no waiting heals is the caller's to mend.
+fn failed_at(action: &'static str, path: &Path, error: io::Error) -> StoreError {
+    use Io::{InvalidFilename, IsADirectory, NotADirectory, PermissionDenied, ReadOnlyFilesystem};
+    let lasting =
+        matches!(error.kind(), PermissionDenied | ReadOnlyFilesystem | IsADirectory | NotADirectory | InvalidFilename);
+    let error = Error::io(action, path, error);
+    if lasting { StoreError::misuse(error) } else { StoreError::refused(error) }
+}

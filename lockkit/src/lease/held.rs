@@ -1,0 +1,360 @@
+//! A held lease, as its guard, its watchers and the heartbeat share it.
+//!
+//! The state is under a mutex that nobody keeps while a store is asked, so whoever wants to know never waits for one. A
+//! forked child has a copy, perhaps of a locked mutex; it asks for the generation first, and touches nothing else.
+
+use std::fmt;
+use std::os::fd::AsFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use super::builder::OnLost;
+use super::clock::Clock;
+use super::heart::Heart;
+use super::store::{Deadline, Grant, Released, Renewal, StoreError};
+use super::tenure::{LossReason, Next, Tenure};
+use super::{Inner, Loss};
+use crate::error::{Error, ErrorKind, Result};
+use crate::owner::Owner;
+use crate::sys::fork;
+use crate::wait::{CancelToken, Subject, Wait};
+
+/// The longest that one renewal or release may take, besides a quarter of the ttl.
+const LONGEST_REQUEST: Duration = Duration::from_millis(250);
+
+/// What a release may take at least, however long it had to wait for a renewal.
+const SHORTEST_REQUEST: Duration = Duration::from_millis(20);
+
+pub(super) struct Held {
+    lease: Arc<Inner>,
+    grant: Grant,
+    heart: &'static Heart,
+    /// The process that holds, for a forked child has a copy.
+    generation: u32,
+    /// Cancelled when it has ended.
+    ended: CancelToken,
+    state: Mutex<State>,
+    /// A renewal under way has come back.
+    answered: Condvar,
+    /// `on_lost` is still to be called, by the heartbeat, because no thread could be had for it.
+    owes_call: AtomicBool,
+}
+
+struct State {
+    tenure: Tenure,
+    /// The heartbeat has asked the store to renew, and has no answer yet.
+    asking: bool,
+    /// The record may still say that it is held: the heartbeat is to release.
+    left_to_heart: bool,
+}
+
+impl Held {
+    /// What was granted by a request sent then. The first beat comes after half a heartbeat to a whole one, by chance,
+    /// so that a thousand leases taken at once do not beat at once for ever.
+    pub(super) fn begin(lease: Arc<Inner>, grant: Grant, heart: &'static Heart, sent: Duration) -> Arc<Self> {
+        let options = &lease.options;
+        let terms = options.terms();
+        let half = terms.heartbeat / 2;
+        let due = sent + half + half.mul_f64(grant.claim().number() as u16 as f64 / f64::from(u16::MAX));
+        let tenure = Tenure::new(terms, sent, grant.ttl(), options.clock.now(), due);
+        let held = Arc::new(Self {
+            lease,
+            grant,
+            heart,
+            generation: fork::generation(),
+            ended: CancelToken::new(),
+            state: Mutex::new(State { tenure, asking: false, left_to_heart: false }),
+            answered: Condvar::new(),
+            owes_call: AtomicBool::new(false),
+        });
+        heart.serve(held.clone(), due);
+        held
+    }
+
+    pub(super) fn name(&self) -> &str {
+        self.lease.name.as_str()
+    }
+
+    pub(super) fn token(&self) -> u64 {
+        self.grant.token()
+    }
+
+    pub(super) fn clock(&self) -> &Arc<dyn Clock> {
+        &self.lease.options.clock
+    }
+
+    pub(super) fn now(&self) -> Duration {
+        self.clock().now()
+    }
+
+    /// What tells its store from others.
+    pub(super) fn store_id(&self) -> usize {
+        Arc::as_ptr(&self.lease.store).cast::<()>() as usize
+    }
+
+    /// Whether it is held now, and if not, why.
+    pub(super) fn check(self: &Arc<Self>) -> std::result::Result<(), LossReason> {
+        if self.is_inherited() {
+            return Err(LossReason::Forked);
+        }
+        let now = self.now();
+        let mut state = self.lock();
+        if let Some(reason) = state.tenure.expire(now) {
+            drop(state);
+            self.tell(reason.clone());
+            return Err(reason);
+        }
+        state.tenure.ended().cloned().map_or(Ok(()), Err)
+    }
+
+    /// Whether it has ended, and the heartbeat has nothing more to do for it.
+    pub(super) fn is_over(&self) -> bool {
+        let state = self.lock();
+        state.tenure.ended().is_some() && !state.left_to_heart && !self.owes_call.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn remaining(self: &Arc<Self>) -> Duration {
+        match self.check() {
+            Ok(()) => self.lock().tenure.remaining(self.now()),
+            Err(_) => Duration::ZERO,
+        }
+    }
+
+    pub(super) fn progress(&self) {
+        if !self.is_inherited() {
+            let now = self.now();
+            self.lock().tenure.progress(now);
+        }
+    }
+
+    /// Ends it and tells the store. Once; later calls do nothing.
+    pub(super) fn release(self: &Arc<Self>) -> Result<()> {
+        if self.is_inherited() {
+            return Ok(());
+        }
+        self.check().map_err(|reason| self.lost(reason))?;
+        let by = self.request();
+        let mut state = self.lock();
+        if let Some(reason) = state.tenure.ended() {
+            return Err(self.lost(reason.clone()));
+        }
+        state.tenure.release();
+        // A renewal that arrives after the release must not bring the record back.
+        while state.asking && !by.is_past() {
+            let waited = self.answered.wait_timeout(state, by.remaining());
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        let asking = state.asking;
+        drop(state);
+        let told = match asking {
+            true => Err(StoreError::unknown("it is still busy with a renewal")),
+            false => self.give_back(by.max(Deadline::after(SHORTEST_REQUEST))),
+        };
+        self.ended.cancel();
+        // What did not work now the heartbeat tries again, as long as the record may stand in the way of others.
+        match told {
+            Err(_) => {
+                self.lock().left_to_heart = true;
+                self.heart.serve(self.clone(), self.now());
+            }
+            Ok(_) => self.heart.released(),
+        }
+        match told {
+            Ok(Released::Done) => Ok(()),
+            Ok(Released::NotMine) => Err(self.lost(LossReason::TakenOver { by: None })),
+            Err(error) => Err(self.lease.failed(error)),
+        }
+    }
+
+    fn give_back(&self, by: Deadline) -> Result<Released, StoreError> {
+        protected(|| self.lease.store.release(&self.grant, by))
+    }
+
+    /// Does what is to be done now, on the heartbeat thread; says when to come again, if ever.
+    pub(super) fn beat(self: &Arc<Self>) -> Option<Duration> {
+        let now = self.now();
+        let mut state = self.lock();
+        let mut next = state.tenure.beat(now);
+        if matches!(next, Next::Renew) {
+            state.asking = true;
+            drop(state);
+            let answer = protected(|| self.lease.store.renew(&self.grant, self.request()));
+            // The store may have done it after all.
+            let in_force = !matches!(answer, Ok(Renewal::Lost { .. }));
+            let answered = self.now();
+            state = self.lock();
+            state.asking = false;
+            next = state.tenure.answered(now, answered, answer);
+            // Nobody is to wait for what nobody holds. A guard that waits for the answer releases itself.
+            match state.tenure.ended() {
+                None => {}
+                Some(LossReason::Released) => self.answered.notify_all(),
+                Some(_) => state.left_to_heart = in_force,
+            }
+        }
+        let (left_to_heart, until) = (state.left_to_heart, state.tenure.until());
+        let ended = state.tenure.ended().cloned();
+        drop(state);
+        match next {
+            Next::Sleep(until) => return Some(until),
+            Next::Tell(reason) => self.tell(reason),
+            Next::Renew | Next::Nothing => {}
+        }
+        if self.owes_call.swap(false, Ordering::Relaxed)
+            && let Some(reason) = ended
+        {
+            self.call(reason);
+        }
+        if left_to_heart {
+            let told = self.give_back(self.request());
+            let now = self.now();
+            if told.is_err() && now < until {
+                return Some(now + self.lease.options.heartbeat);
+            }
+            self.lock().left_to_heart = false;
+        }
+        None
+    }
+
+    /// The error that says that it is not held any more.
+    pub(super) fn lost(&self, reason: LossReason) -> Error {
+        ErrorKind::LeaseLost { lock: self.describe(), reason }.into()
+    }
+
+    /// Tells everybody of a loss. Whoever ended the tenure calls it, so it is called once.
+    #[cold]
+    fn tell(self: &Arc<Self>, reason: LossReason) {
+        self.ended.cancel();
+        let Some(call) = self.lease.options.on_lost.clone() else { return };
+        let loss = self.loss(reason);
+        let spawned = thread::Builder::new().name("lockkit-lost".into()).spawn(move || call_caught(&call, &loss));
+        if spawned.is_err() {
+            self.owes_call.store(true, Ordering::Relaxed);
+            self.heart.serve(self.clone(), self.now());
+        }
+    }
+
+    fn call(&self, reason: LossReason) {
+        if let Some(call) = &self.lease.options.on_lost {
+            call_caught(call, &self.loss(reason));
+        }
+    }
+
+    fn loss(&self, reason: LossReason) -> Loss {
+        Loss { lock: self.describe(), token: self.token(), reason }
+    }
+
+    fn request(&self) -> Deadline {
+        Deadline::after((self.lease.options.ttl / 4).min(LONGEST_REQUEST))
+    }
+
+    fn is_inherited(&self) -> bool {
+        self.generation != fork::generation()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing in here is left half done by a panic.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Subject for Held {
+    fn describe(&self) -> String {
+        self.lease.describe()
+    }
+
+    fn holder(&self) -> Option<Owner> {
+        Some(Owner::current())
+    }
+}
+
+/// What a store says, also if it panics: the heartbeat serves others, too.
+fn protected<T>(ask: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
+    catch_unwind(AssertUnwindSafe(ask)).unwrap_or_else(|_| Err(StoreError::unknown("the store panicked")))
+}
+
+fn call_caught(call: &OnLost, loss: &Loss) {
+    // The panic has been reported by its hook, and concerns nobody else.
+    let _ = catch_unwind(AssertUnwindSafe(|| call(loss)));
+}
+
+/// Tells of the loss of a lease, or of its release. Clones tell of the same one, and all outlive the guard.
+#[derive(Clone)]
+pub struct LostSignal(Arc<Held>);
+
+impl LostSignal {
+    pub(super) fn new(held: Arc<Held>) -> Self {
+        Self(held)
+    }
+
+    /// Whether the lease is not held any more, by the clock: as [`is_held`](super::LeaseGuard::is_held) has it.
+    pub fn is_lost(&self) -> bool {
+        self.reason().is_some()
+    }
+
+    /// Why the lease is not held any more; `None` while it is.
+    pub fn reason(&self) -> Option<LossReason> {
+        self.0.check().err()
+    }
+
+    /// A token that is cancelled at the loss or the release, to end waits for other locks with. The heartbeat thread
+    /// cancels it, or whoever else finds the lease lost first.
+    ///
+    /// ```
+    /// # fn main() -> lockkit::Result<()> {
+    /// # let path = std::env::temp_dir().join(format!("lockkit-doc-lease-token-{}", std::process::id()));
+    /// use lockkit::{Lease, NamedLock, Wait};
+    /// let leader = Lease::file(&path).build()?.lock()?;
+    /// // Waits for as long as this process leads.
+    /// let wait = Wait::forever().or_cancelled(&leader.lost().token());
+    /// let guard = NamedLock::new("lockkit-doc-lease-token")?.acquire(&wait)?;
+    /// # drop((guard, leader));
+    /// # std::fs::remove_file(path).unwrap();
+    /// # Ok(()) }
+    /// ```
+    pub fn token(&self) -> CancelToken {
+        if self.0.is_inherited() {
+            let token = CancelToken::new();
+            token.cancel();
+            return token;
+        }
+        self.0.ended.clone()
+    }
+
+    /// Waits for the loss or the release, as long as `wait` says.
+    ///
+    /// # Errors
+    /// [`Timeout`](ErrorKind::Timeout), or [`Held`](ErrorKind::Held) without waiting, when the lease is still held by
+    /// then; [`Cancelled`](ErrorKind::Cancelled); [`Io`](ErrorKind::Io) when no descriptor is left to wait with.
+    pub fn wait(&self, wait: &Wait) -> Result<LossReason> {
+        let held = &self.0;
+        let mut patience = None;
+        loop {
+            if let Err(reason) = held.check() {
+                return Ok(reason);
+            }
+            wait.check(&**held)?;
+            let patience = match &mut patience {
+                Some(patience) => patience,
+                none => match wait.patience()? {
+                    Some(patience) => none.insert(patience),
+                    None => return Err(held.held()),
+                },
+            };
+            // The heartbeat may itself be late in noticing the end.
+            let event = held.ended.event()?;
+            if let Err(gave_up) = patience.readable_within(event.as_fd(), held.remaining())? {
+                return Err(patience.error(gave_up, &**held));
+            }
+        }
+    }
+}
+
+impl fmt::Debug for LostSignal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LostSignal").field("reason", &self.reason()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,475 @@
+//! Leases: a lock with a time to live, a fencing token, and an honest answer to "do I still hold it?".
+//!
+//! A lease is a record that says who holds a key, and for how long from its last renewal. One heartbeat thread renews
+//! all leases of a process. A holder that cannot renew, because it was stopped, cut off or is hung, loses the lease when
+//! its time is over, and **knows it**: [`LeaseGuard::is_held`] counts by the holder's own clock, from before the request
+//! that was granted, less one part in a hundred and 2 ms. So it turns false before anybody else can get in, as long as
+//! no clock runs wrong by more than that, and whether or not a heartbeat has run since. No two clocks are compared.
+//!
+//! What no lease can do is stop a holder between asking `is_held` and what it then does. For that there is the
+//! [`token`](LeaseGuard::token), greater with every owner: let what the lease guards refuse a lower one than it has
+//! seen.
+//!
+//! How it works: `tenure` is the state of a held lease, pure; `heart` is the thread; `store` is what a place for
+//! records owes, `file` the one that is built in, `record` what stands in its file, `observer` the rule by which a
+//! record that does not change runs out, and `clock` the time.
+//!
+//! Leases are from C. Gray and D. Cheriton, *Leases: An Efficient Fault-Tolerant Mechanism for Distributed File Cache
+//! Consistency* (SOSP 1989). Why they need fencing: M. Kleppmann, [How to do distributed locking] (2016).
+//!
+//! [How to do distributed locking]: https://martin.kleppmann.com/2016/02/08/how-to-do-distributed-locking.html
+
+mod builder;
+mod clock;
+mod file;
+mod heart;
+mod held;
+mod observer;
+mod record;
+mod store;
+mod tenure;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+pub use builder::LeaseBuilder;
+use builder::Options;
+pub use clock::{Clock, ManualClock, SystemClock};
+use heart::Heart;
+use held::Held;
+pub use held::LostSignal;
+pub use store::{
+    Attempt, ClaimId, Deadline, Durability, Expiry, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
+    StoreProfile,
+};
+pub use tenure::LossReason;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::lock::{Guard, Recovered, lock_methods};
+use crate::owner::Owner;
+use crate::wait::{Patience, Subject, Wait};
+
+/// A lock with a time to live: one owner at a time among all processes that reach its record, on one host or several.
+///
+/// For leaders, and for work on a shared disk. It frees itself when its holder is dead, stopped, hung or cut off for
+/// longer than its ttl, where every other lock of this crate waits for a holder that lives. The price is that a holder
+/// can lose it: ask [`is_held`](LeaseGuard::is_held) or [`check`](LeaseGuard::check) before each thing that matters,
+/// watch [`lost`](LeaseGuard::lost), and give the [`token`](LeaseGuard::token) along with every write.
+///
+/// Not for a single machine where a holder that is stopped should keep its lock
+/// ([`NamedLock`](crate::NamedLock), [`FileLock`](crate::FileLock)), nor where losing it half-way through does harm
+/// and nothing checks the token.
+///
+/// [`file`](Self::file) keeps the record in a file; [`with_store`](Self::with_store) wherever a [`LeaseStore`] can.
+/// Cloning gives another handle on the same lease.
+///
+/// ```
+/// # fn main() -> lockkit::Result<()> {
+/// # let path = std::env::temp_dir().join(format!("lockkit-doc-lease-{}", std::process::id()));
+/// use lockkit::Lease;
+///
+/// let lease = Lease::file(&path).build()?;
+/// let guard = lease.lock()?;
+/// while guard.is_held() {
+///     // Lead, and write with guard.token().
+/// #   break;
+/// }
+/// guard.release()?;
+/// # std::fs::remove_file(path).unwrap();
+/// # Ok(()) }
+/// ```
+#[derive(Clone)]
+pub struct Lease(Arc<Inner>);
+
+struct Inner {
+    name: LeaseName,
+    store: Arc<dyn LeaseStore>,
+    options: Options,
+}
+
+/// Who holds a lease; see [`Lease::status`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum LeaseStatus {
+    /// Nobody.
+    Free,
+    /// Somebody, as far as the record tells, or it cannot be read and counts as held. [`Seen::expires_in`] of zero
+    /// means that the next to come will take it over.
+    Held(Seen),
+}
+
+/// How a lease was lost; what [`on_lost`](LeaseBuilder::on_lost) is told.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Loss {
+    /// Which lease, for people.
+    pub lock: String,
+    /// The token under which it was held.
+    pub token: u64,
+    /// Why.
+    pub reason: LossReason,
+}
+
+impl Lease {
+    /// A lease whose record is a file, on this machine or on a file system that several share and whose flock(2)
+    /// reaches all of them.
+    ///
+    /// The file is made at the first acquisition, with the folders that it needs, and never deleted, because it keeps
+    /// the token: do not delete it either. The path is made absolute by [`build`](LeaseBuilder::build), so a later
+    /// change of the working folder changes nothing.
+    ///
+    /// Every step, also each heartbeat, opens, locks, rewrites and closes the file, some 5 µs in memory: no descriptor
+    /// is kept, so ten thousand leases need no more of them than one. The file is not synced at each step: what a power
+    /// cut takes back is allowed for, because a token is then drawn from the wall clock.
+    ///
+    /// Who wants a held lease takes it over when its owner is dead by its identity (the same host, or an earlier boot of
+    /// it), or when its beat has not changed for the ttl that stands in the record, by the clock of who wants it. A
+    /// program that tries only once each time it is started, as from cron, gets there too: it leaves a note of when it
+    /// first saw that beat, which the next one on the same machine goes on from.
+    ///
+    /// A record that cannot be read counts as held until a waiter has seen it unchanged for
+    /// [`invalid_pid_lock_stale_threshold`](LeaseBuilder::invalid_pid_lock_stale_threshold). Programs that only ever
+    /// try once cannot leave a note in it, and never get there; [`evict`](Self::evict) does. One of a later version of
+    /// the format is never touched.
+    ///
+    /// ```
+    /// # fn main() -> lockkit::Result<()> {
+    /// # let folder = std::env::temp_dir().join(format!("lockkit-doc-leases-{}", std::process::id()));
+    /// use std::time::Duration;
+    /// use lockkit::Lease;
+    ///
+    /// let lease = Lease::file(folder.join("leader"))
+    ///     .ttl(Duration::from_secs(5))
+    ///     .on_lost(|loss| eprintln!("{} is lost: {}", loss.lock, loss.reason))
+    ///     .build()?;
+    /// let guard = lease.try_lock()?;
+    /// assert!(lease.try_lock().unwrap_err().is_held());
+    /// # drop(guard);
+    /// # std::fs::remove_dir_all(folder).unwrap();
+    /// # Ok(()) }
+    /// ```
+    pub fn file(path: impl Into<PathBuf>) -> LeaseBuilder {
+        LeaseBuilder::of_file(path.into())
+    }
+
+    /// A lease on `key` in `store`. Share one store among all its leases.
+    ///
+    /// [`LeaseStore`] has an example.
+    pub fn with_store(store: Arc<dyn LeaseStore>, key: impl Into<String>) -> LeaseBuilder {
+        LeaseBuilder::of_store(store, key.into())
+    }
+
+    /// The name under which the store keeps it; of a file, its path.
+    pub fn name(&self) -> &str {
+        self.0.name.as_str()
+    }
+
+    /// Takes the lease, waiting as `wait` says.
+    ///
+    /// The heartbeat thread is started first, once for the process. A waiter for a file is woken by the release (by
+    /// inotify(7) on Linux; elsewhere it looks at its [retry delay](LeaseBuilder::acquire_retry_delay)), and looks
+    /// every 50 ms whether an owner of this host still lives. The wait leaves no thread and no descriptor behind.
+    ///
+    /// # Errors
+    /// [`Held`](ErrorKind::Held), [`Timeout`](ErrorKind::Timeout) or [`Cancelled`](ErrorKind::Cancelled) as `wait` has
+    /// it; [`Io`](ErrorKind::Io) when the heartbeat thread cannot be started, or the file not be made, opened, locked
+    /// or written; [`Store`](ErrorKind::Store) when another store fails as often as
+    /// [`acquire_retry_limit`](LeaseBuilder::acquire_retry_limit) has it. Of a file also
+    /// [`LayoutMismatch`](ErrorKind::LayoutMismatch) when a later version wrote it,
+    /// [`ForeignOwner`](ErrorKind::ForeignOwner) when another user than this one or root owns it, and
+    /// [`Insecure`](ErrorKind::Insecure) when it is a link or no plain file.
+    pub fn acquire(&self, wait: &Wait) -> Result<LeaseGuard> {
+        self.0.acquire(wait)
+    }
+
+    /// Who holds the lease now; `None` when nobody does, or nothing tells who. By the time it returns it may already
+    /// be past.
+    ///
+    /// # Errors
+    /// As [`status`](Self::status).
+    pub fn owner(&self) -> Result<Option<Owner>> {
+        Ok(self.0.look()?.and_then(|seen| seen.owner().cloned()))
+    }
+
+    /// What the record says now. Changes nothing and waits for nobody.
+    ///
+    /// ```
+    /// # fn main() -> lockkit::Result<()> {
+    /// # let path = std::env::temp_dir().join(format!("lockkit-doc-lease-status-{}", std::process::id()));
+    /// use lockkit::{Lease, LeaseStatus};
+    /// match Lease::file(&path).build()?.status()? {
+    ///     LeaseStatus::Held(seen) => println!("token {:?}, held by {:?}", seen.token(), seen.owner()),
+    ///     _ => println!("free"),
+    /// }
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Io`](ErrorKind::Io) or [`Store`](ErrorKind::Store) when the record cannot be read;
+    /// [`LayoutMismatch`](ErrorKind::LayoutMismatch) when a later version wrote it.
+    pub fn status(&self) -> Result<LeaseStatus> {
+        Ok(self.0.look()?.map_or(LeaseStatus::Free, LeaseStatus::Held))
+    }
+
+    /// Takes the lease from the holder that was seen, and from no other: says whether it did, which is not when it has
+    /// been released or taken by somebody else since. The holder is not asked. It learns of it at its next beat, and
+    /// until then believes that it holds: make sure that it is gone, or that its token is checked.
+    ///
+    /// ```
+    /// # fn main() -> lockkit::Result<()> {
+    /// # let path = std::env::temp_dir().join(format!("lockkit-doc-lease-evict-{}", std::process::id()));
+    /// # use lockkit::{Lease, LeaseStatus};
+    /// # let lease = Lease::file(&path).build()?;
+    /// let guard = lease.lock()?;
+    /// if let LeaseStatus::Held(seen) = lease.status()? {
+    ///     assert!(lease.evict(&seen)?);
+    /// }
+    /// assert_eq!(lease.status()?, LeaseStatus::Free);
+    /// # drop(guard);
+    /// # std::fs::remove_file(path).unwrap();
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`acquire`](Self::acquire), without those of the wait.
+    pub fn evict(&self, seen: &Seen) -> Result<bool> {
+        let evicted = self.0.store.evict(&self.0.name, seen, self.0.request());
+        evicted.map(|done| done == Released::Done).map_err(|error| self.0.failed(error))
+    }
+}
+
+impl Inner {
+    fn acquire(self: &Arc<Self>, wait: &Wait) -> Result<LeaseGuard> {
+        let options = &self.options;
+        let mut found = Found { lease: self, owner: None };
+        wait.check(&found)?;
+        let heart =
+            Heart::start().map_err(|error| Error::io("start the heartbeat thread for", self.name.as_str(), error))?;
+        let mut claim = ClaimId::random();
+        let mut patience = None;
+        let mut failures = 0;
+        loop {
+            let sent = options.clock.now();
+            let failure = match self.store.try_acquire(&self.name, &claim, options.ttl, self.request()) {
+                Ok(Attempt::Granted(mut grant)) => {
+                    if options.clock.now() < options.terms().valid_until(sent, grant.ttl()) {
+                        let recovered = grant.take_recovered();
+                        return Ok(LeaseGuard { held: Held::begin(self.clone(), grant, heart, sent), recovered });
+                    }
+                    let _ = self.store.release(&grant, self.request());
+                    claim = ClaimId::random();
+                    StoreError::refused("its answer came too late")
+                }
+                Ok(Attempt::Busy(seen)) => {
+                    failures = 0;
+                    found.owner = seen.owner().cloned();
+                    let patience = match &mut patience {
+                        Some(patience) => patience,
+                        none => match wait.patience()? {
+                            Some(patience) => none.insert(patience),
+                            None => return Err(found.held()),
+                        },
+                    };
+                    self.park(&seen, patience, &found)?;
+                    continue;
+                }
+                Err(error @ StoreError::Misuse(_)) => return Err(self.failed(error)),
+                Err(error) => error,
+            };
+            // The same claim again: if the store did it after all, it gives the same grant.
+            failures += 1;
+            if failures > options.retry_limit {
+                return Err(self.failed(failure));
+            }
+            // Also who does not wait for a holder waits for the store.
+            let pause = match wait.patience()? {
+                Some(fresh) => patience.get_or_insert(fresh).sleep(options.retry_delay)?,
+                None => {
+                    std::thread::sleep(options.retry_delay);
+                    Ok(())
+                }
+            };
+            if let (Err(gave_up), Some(patience)) = (pause, &patience) {
+                return Err(patience.error(gave_up, &found));
+            }
+        }
+    }
+
+    /// Waits for a change of what was seen, until it runs out or the patience does.
+    fn park(&self, seen: &Seen, patience: &Patience, found: &Found<'_>) -> Result<()> {
+        /// What is said to run out now is asked for again a moment later.
+        const MOMENT: Duration = Duration::from_millis(1);
+        /// A clock that no other process reads may run as it likes.
+        const PRIVATE: Duration = Duration::from_millis(5);
+
+        let options = &self.options;
+        let mut limit = seen.expires_in().unwrap_or(options.ttl).max(MOMENT);
+        if !self.store.profile().wakes_waiters {
+            limit = limit.min(options.retry_delay);
+        }
+        if options.clock.shared_id().is_none() {
+            limit = limit.min(PRIVATE);
+        }
+        let by = patience.until().map_or(Deadline::after(limit), |until| Deadline::after(limit).min(until.into()));
+        let stop = patience.token().cloned().unwrap_or_default();
+        let failed = self.store.park(&self.name, seen, by, &stop).is_err();
+        let pause = if failed { patience.sleep(options.retry_delay)? } else { Ok(()) };
+        pause.and_then(|()| patience.portion(Duration::MAX).map(drop)).map_err(|gave_up| patience.error(gave_up, found))
+    }
+
+    fn look(&self) -> Result<Option<Seen>> {
+        self.store.look(&self.name, self.request()).map_err(|error| self.failed(error))
+    }
+
+    /// By when a request must have ended that is asked for now: well within a ttl.
+    fn request(&self) -> Deadline {
+        Deadline::after(self.options.ttl / 4)
+    }
+
+    fn describe(&self) -> String {
+        format!("the lease {}", self.name)
+    }
+
+    fn failed(&self, error: StoreError) -> Error {
+        error.into_error(|| self.describe())
+    }
+}
+
+/// A lease that was found held.
+struct Found<'l> {
+    lease: &'l Inner,
+    owner: Option<Owner>,
+}
+
+impl Subject for Found<'_> {
+    fn describe(&self) -> String {
+        self.lease.describe()
+    }
+
+    fn holder(&self) -> Option<Owner> {
+        self.owner.clone()
+    }
+
+    fn held(&self) -> Error {
+        let source = self.lease.options.held_error.as_ref().map(|error| error());
+        ErrorKind::Held { lock: self.describe(), owner: self.holder().map(Box::new), source }.into()
+    }
+}
+
+lock_methods!(Lease, LeaseGuard);
+
+impl fmt::Debug for Lease {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Options { ttl, heartbeat, progress, .. } = &self.0.options;
+        let mut shown = f.debug_struct("Lease");
+        shown.field("name", &self.0.name.as_str()).field("ttl", ttl).field("heartbeat", heartbeat);
+        shown.field("require_progress", progress).finish_non_exhaustive()
+    }
+}
+
+/// A held [`Lease`]; dropping it releases, and waits for that as long as a request to the store may take.
+///
+/// A guard is held until its lease is lost, and a lost lease stays lost. A forked child's copy of a guard is not held,
+/// and dropping it does nothing. A guard that is leaked (`mem::forget`) goes on being renewed until the process ends.
+///
+/// All methods may be called from any thread. None but dropping and releasing touches the store.
+#[must_use = "a guard that is dropped at once releases its lock at once; bind it to a name such as `_guard`"]
+pub struct LeaseGuard {
+    held: Arc<Held>,
+    recovered: Option<Box<Recovered>>,
+}
+
+impl LeaseGuard {
+    /// The fencing token: greater than that of every earlier owner of this lease. Give it along with each write to what
+    /// the lease guards, and have that refuse a lower one than it has seen.
+    pub fn token(&self) -> u64 {
+        self.held.token()
+    }
+
+    /// Whether the lease is held now, by the clock and not only by the last heartbeat: the first to ask after the time
+    /// is over finds it lost. Some 50 ns.
+    pub fn is_held(&self) -> bool {
+        self.held.check().is_ok()
+    }
+
+    /// How long the lease lasts if it is not renewed; nothing once it is lost.
+    pub fn remaining(&self) -> Duration {
+        self.held.remaining()
+    }
+
+    /// As [`is_held`](Self::is_held), to be used with `?`.
+    ///
+    /// # Errors
+    /// [`LeaseLost`](ErrorKind::LeaseLost) with the reason when it is not held any more.
+    pub fn check(&self) -> Result<()> {
+        self.held.check().map_err(|reason| self.held.lost(reason))
+    }
+
+    /// What tells of the loss, to be watched elsewhere. It outlives the guard.
+    ///
+    /// ```
+    /// # fn main() -> lockkit::Result<()> {
+    /// # let path = std::env::temp_dir().join(format!("lockkit-doc-lease-lost-{}", std::process::id()));
+    /// use lockkit::{Lease, LossReason, Wait};
+    /// let guard = Lease::file(&path).build()?.lock()?;
+    /// let lost = guard.lost();
+    /// let watcher = std::thread::spawn(move || lost.wait(&Wait::forever()));
+    /// drop(guard);
+    /// assert!(matches!(watcher.join().unwrap()?, LossReason::Released));
+    /// # std::fs::remove_file(path).unwrap();
+    /// # Ok(()) }
+    /// ```
+    pub fn lost(&self) -> LostSignal {
+        LostSignal::new(self.held.clone())
+    }
+
+    /// Says that the work goes on. Where [`require_progress`](LeaseBuilder::require_progress) asks for it, the lease is
+    /// only renewed while this is called often enough.
+    pub fn progress(&self) {
+        self.held.progress();
+    }
+
+    /// Releases now and says what went wrong.
+    ///
+    /// # Errors
+    /// [`LeaseLost`](ErrorKind::LeaseLost) when it had been lost before; [`Io`](ErrorKind::Io) or
+    /// [`Store`](ErrorKind::Store) when the store could not be told: the lease then runs out by itself.
+    pub fn release(self) -> Result<()> {
+        self.held.release()
+    }
+
+    /// Whether the previous owner did not release: it died, or was silent for its ttl, or its record was unreadable.
+    /// Who that was, where it is known.
+    pub fn recovered(&self) -> Option<&Recovered> {
+        self.recovered.as_deref()
+    }
+}
+
+impl Guard for LeaseGuard {
+    fn release(self) -> Result<()> {
+        self.release()
+    }
+
+    fn recovered(&self) -> Option<&Recovered> {
+        self.recovered()
+    }
+}
+
+impl Drop for LeaseGuard {
+    fn drop(&mut self) {
+        // What could not be released runs out by itself.
+        let _ = self.held.release();
+    }
+}
+
+impl fmt::Debug for LeaseGuard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut shown = f.debug_struct("LeaseGuard");
+        shown.field("name", &self.held.name()).field("token", &self.token()).field("remaining", &self.remaining());
+        shown.field("recovered", &self.recovered).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,410 @@
+//! What stands in the file of a lease.
+//!
+//! ```text
+//! lockkit lease 1
+//! sum     8c1b6b3a2f9d0e47
+//! state   held
+//! token   00001795194191048576
+//! claim   5e1bd5a2c4c94f0cbd2cf1c9f6dd4c8c
+//! beat    00000000000000000017
+//! ttl     00000000003000000000 ns
+//! every   00000000000250000000 ns
+//! saw     00000000000000000000000000000000 00000000000000000000 ns
+//! ...
+//! pid 4242
+//! start 181264
+//! ...
+//! ```
+//! Every field down to the notes stands at a fixed place, and the whole is filled with newlines to a fixed length: a
+//! beat changes a few digits in place and never needs new space on the disk. The four `saw` lines are the notes of
+//! observers: by which clock, and when, one first saw this beat. Behind them stands who the owner is
+//! ([`lines`]), or the last one was, where the state is `free`. What a file has beyond that length does not count.
+//!
+//! The sum is FNV-1a over the record as 64-bit words, little-endian, without the two words that hold the sum itself. It
+//! guards against halves and accidents, not against forgers.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use super::store::ClaimId;
+use crate::lines;
+use crate::owner::Owner;
+
+/// The length of a record in bytes.
+pub(super) const SIZE: usize = 1024;
+
+const FAMILY: &[u8] = b"lockkit lease ";
+const MAGIC: &[u8; 16] = b"lockkit lease 1\n";
+const SUM: Range<usize> = 24..40;
+const STATE: Range<usize> = 49..53;
+const TOKEN: Range<usize> = 62..82;
+const CLAIM: Range<usize> = 91..123;
+const BEAT: Range<usize> = 132..152;
+const TTL: Range<usize> = 161..181;
+const EVERY: Range<usize> = 193..213;
+const NOTES: Range<usize> = 217..477;
+const OWNER: Range<usize> = 477..SIZE;
+
+const HELD: &[u8; 4] = b"held";
+const FREE: &[u8; 4] = b"free";
+
+/// A note that nobody has written.
+const NOTE: &[u8; 65] = b"saw     00000000000000000000000000000000 00000000000000000000 ns\n";
+/// Where in a note the clock stands.
+const CLOCK: Range<usize> = 8..40;
+/// Where in a note the time stands.
+const TIME: Range<usize> = 41..61;
+
+/// All up to the notes.
+const HEAD: &[u8; NOTES.start] = b"lockkit lease 1
+sum     0000000000000000
+state   free
+token   00000000000000000000
+claim   00000000000000000000000000000000
+beat    00000000000000000000
+ttl     00000000000000000000 ns
+every   00000000000000000000 ns
+";
+
+/// A record that is whole.
+#[derive(Clone, PartialEq, Eq)]
+pub(super) struct Record([u8; SIZE]);
+
+/// What a file was found to say.
+#[derive(Debug)]
+pub(super) enum Content {
+    Ours(Box<Record>),
+    /// A record of a later version, which must be left alone.
+    Newer,
+    /// Neither: empty, cut short, damaged, or something else.
+    Junk,
+}
+
+/// Reads what a file says, from its first [`SIZE`] bytes or as many as it has.
+pub(super) fn parse(bytes: &[u8]) -> Content {
+    if let Some(version) = bytes.strip_prefix(FAMILY) {
+        let digits = version.iter().take_while(|byte| byte.is_ascii_digit()).count();
+        let newer = version[0..digits].trim_ascii_start() != b"1" && version.first().is_some_and(|byte| *byte != b'0');
+        if newer && (1..=9).contains(&digits) && version.get(digits) == Some(&b'\n') {
+            return Content::Newer;
+        }
+    }
+    let Some(Ok(bytes)) = bytes.get(..SIZE).map(<[u8; SIZE]>::try_from) else { return Content::Junk };
+    let record = Box::new(Record(bytes));
+    let sound = record.0.starts_with(MAGIC) && record.0[SUM] == record.sum() && record.is_well_formed();
+    if sound { Content::Ours(record) } else { Content::Junk }
+}
+
+/// What tells one content of a file from another.
+pub(super) fn print(bytes: &[u8]) -> u64 {
+    fnv(FNV_BASIS, bytes)
+}
+
+const FNV_BASIS: u64 = 0xcbf2_9ce4_8422_2325;
+
+/// FNV-1a over the words of `bytes`, of which the last may be a part, on top of `sum`.
+fn fnv(sum: u64, bytes: &[u8]) -> u64 {
+    bytes.chunks(8).fold(sum, |sum, bytes| {
+        let mut word = [0; 8];
+        word[..bytes.len()].copy_from_slice(bytes);
+        (sum ^ u64::from_le_bytes(word)).wrapping_mul(0x0000_0100_0000_01b3)
+    })
+}
+
+impl Record {
+    /// One of a lease that is held: the first beat of `claim`.
+    pub(super) fn held(claim: &ClaimId, token: u64, ttl: Duration, heartbeat: Duration, owner: &Owner) -> Self {
+        let mut record = Self([b'\n'; SIZE]);
+        record.0[..HEAD.len()].copy_from_slice(HEAD);
+        record.0[STATE].copy_from_slice(HELD);
+        record.set_number(TOKEN, token);
+        record.set_hex(CLAIM, claim.number());
+        record.set_number(TTL, nanos(ttl));
+        record.set_number(EVERY, nanos(heartbeat));
+        record.clear_notes();
+        let mut text = format!("pid {}\n", owner.pid);
+        lines::write(owner, &mut text);
+        // What does not fit is for people only: program and time stand last.
+        let end = text.len().min(OWNER.len());
+        let end = text.as_bytes()[..end].iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);
+        record.0[OWNER.start..][..end].copy_from_slice(&text.as_bytes()[..end]);
+        record
+    }
+
+    /// Makes it free. The token stays.
+    pub(super) fn set_free(&mut self) {
+        self.0[STATE].copy_from_slice(FREE);
+        self.set_hex(CLAIM, 0);
+        self.clear_notes();
+    }
+
+    pub(super) fn is_held(&self) -> bool {
+        self.0[STATE] == *HELD
+    }
+
+    pub(super) fn token(&self) -> u64 {
+        self.number(TOKEN).unwrap_or_default()
+    }
+
+    pub(super) fn claim(&self) -> ClaimId {
+        ClaimId::from_number(self.hex(CLAIM).unwrap_or_default())
+    }
+
+    pub(super) fn beat(&self) -> u64 {
+        self.number(BEAT).unwrap_or_default()
+    }
+
+    /// The next beat, which nobody has seen yet.
+    pub(super) fn set_beat(&mut self, beat: u64) {
+        self.set_number(BEAT, beat);
+        self.clear_notes();
+    }
+
+    pub(super) fn ttl(&self) -> Duration {
+        Duration::from_nanos(self.number(TTL).unwrap_or_default())
+    }
+
+    pub(super) fn heartbeat(&self) -> Duration {
+        Duration::from_nanos(self.number(EVERY).unwrap_or_default())
+    }
+
+    /// Who holds it, or held it last.
+    pub(super) fn owner(&self) -> Option<Owner> {
+        let text = String::from_utf8_lossy(&self.0[OWNER]);
+        let (pid, rest) = text.strip_prefix("pid ")?.split_once('\n')?;
+        Some(lines::read(pid.parse().ok()?, rest.lines()))
+    }
+
+    /// When an observer first saw this beat by this clock, as it has noted.
+    pub(super) fn noted(&self, clock: u128) -> Option<Duration> {
+        let note = self.notes().find(|note| self.hex(within(note, CLOCK)) == Some(clock))?;
+        self.number(within(&note, TIME)).map(Duration::from_nanos)
+    }
+
+    /// Notes that an observer first saw this beat then, by this clock. Where there is no place left, the oldest note
+    /// goes: with more hosts than places that each try once in a while, that host counts anew.
+    pub(super) fn note(&mut self, clock: u128, now: Duration) {
+        let of_clock = |note: &Range<usize>| self.hex(within(note, CLOCK)).is_some_and(|id| id == clock || id == 0);
+        let note = self.notes().find(of_clock).unwrap_or_else(|| {
+            self.0.copy_within(NOTES.start + NOTE.len()..NOTES.end, NOTES.start);
+            NOTES.end - NOTE.len()..NOTES.end
+        });
+        self.set_hex(within(&note, CLOCK), clock);
+        self.set_number(within(&note, TIME), nanos(now));
+    }
+
+    /// What is the same as long as the record says the same, whatever observers note in it.
+    pub(super) fn print(&self) -> u64 {
+        print(&self.0[STATE.start..BEAT.end])
+    }
+
+    /// The bytes to write.
+    pub(super) fn seal(&mut self) -> &[u8; SIZE] {
+        let sum = self.sum();
+        self.0[SUM].copy_from_slice(&sum);
+        &self.0
+    }
+
+    fn sum(&self) -> [u8; SUM.end - SUM.start] {
+        let sum = fnv(fnv(FNV_BASIS, &self.0[..SUM.start]), &self.0[SUM.end..]);
+        hex_digits(sum.into())
+    }
+
+    fn is_well_formed(&self) -> bool {
+        (self.0[STATE] == *HELD || self.0[STATE] == *FREE)
+            && [TOKEN, BEAT, TTL, EVERY].into_iter().all(|field| self.number(field).is_some())
+            && self.hex(CLAIM).is_some()
+    }
+
+    fn notes(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        NOTES.step_by(NOTE.len()).map(|start| start..start + NOTE.len())
+    }
+
+    fn clear_notes(&mut self) {
+        for note in self.notes() {
+            self.0[note].copy_from_slice(NOTE);
+        }
+    }
+
+    fn number(&self, field: Range<usize>) -> Option<u64> {
+        self.0[field].iter().try_fold(0_u64, |number, byte| {
+            let digit = byte.is_ascii_digit().then(|| byte - b'0')?;
+            number.checked_mul(10)?.checked_add(digit.into())
+        })
+    }
+
+    fn set_number(&mut self, field: Range<usize>, mut number: u64) {
+        for digit in self.0[field].iter_mut().rev() {
+            *digit = b'0' + (number % 10) as u8;
+            number /= 10;
+        }
+    }
+
+    fn hex(&self, field: Range<usize>) -> Option<u128> {
+        self.0[field].iter().try_fold(0_u128, |number, byte| {
+            let digit = char::from(*byte).to_digit(16)?;
+            Some(number << 4 | u128::from(digit))
+        })
+    }
+
+    fn set_hex(&mut self, field: Range<usize>, number: u128) {
+        self.0[field].copy_from_slice(&hex_digits::<32>(number));
+    }
+}
+
+impl std::fmt::Debug for Record {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(String::from_utf8_lossy(&self.0).trim_end())
+    }
+}
+
+fn within(note: &Range<usize>, part: Range<usize>) -> Range<usize> {
+    note.start + part.start..note.start + part.end
+}
+
+fn hex_digits<const N: usize>(number: u128) -> [u8; N] {
+    std::array::from_fn(|at| b"0123456789abcdef"[(number >> (4 * (N - 1 - at)) & 0xf) as usize])
+}
+
+/// Nanoseconds, of which there is room for 584 years.
+fn nanos(span: Duration) -> u64 {
+    u64::try_from(span.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const S: Duration = Duration::from_secs(1);
+
+    fn me() -> Owner {
+        Owner { acquired: Some(SystemTime::now()), ..Owner::current() }
+    }
+
+    fn record() -> Record {
+        let mut record = Record::held(&ClaimId::from_number(0xabc), 7, S * 3, S / 4, &me());
+        record.set_beat(42);
+        record
+    }
+
+    fn reread(record: &mut Record) -> Record {
+        match parse(record.seal()) {
+            Content::Ours(record) => *record,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_record_reads_as_its_documentation_shows() {
+        let mut record = record();
+        let text = String::from_utf8(record.seal().to_vec()).unwrap();
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines[0], "lockkit lease 1");
+        assert_eq!(lines[2], "state   held");
+        assert_eq!(lines[3], "token   00000000000000000007");
+        assert_eq!(lines[4], "claim   00000000000000000000000000000abc");
+        assert_eq!(lines[5], "beat    00000000000000000042");
+        assert_eq!(lines[6], "ttl     00000000003000000000 ns");
+        assert_eq!(lines[7], "every   00000000000250000000 ns");
+        assert_eq!(lines[12], format!("pid {}", std::process::id()));
+    }
+
+    #[test]
+    fn a_freed_record_keeps_its_token_and_who_it_was() {
+        let mut freed = record();
+        freed.set_free();
+        let freed = reread(&mut freed);
+        assert!(!freed.is_held());
+        assert_eq!((freed.token(), freed.claim().number(), freed.owner().unwrap().pid()), (7, 0, std::process::id()));
+    }
+
+    #[test]
+    fn notes_are_of_one_beat_and_change_nothing_else() {
+        let mut record = record();
+        let print = record.print();
+        for clock in 1..=5 {
+            record.note(clock, S * clock as u32);
+        }
+        let record = &mut reread(&mut record);
+        assert_eq!(record.print(), print);
+        assert_eq!(record.noted(1), None, "four have room");
+        assert_eq!((2..=5).map(|clock| record.noted(clock).unwrap()).sum::<Duration>(), S * 14);
+        record.note(3, S * 30);
+        assert_eq!((record.noted(3), record.noted(4)), (Some(S * 30), Some(S * 4)));
+        record.set_beat(43);
+        assert_ne!(record.print(), print);
+        assert!((1..=5).all(|clock| record.noted(clock).is_none()));
+    }
+
+    #[test]
+    fn a_later_version_is_told_from_junk() {
+        for newer in ["lockkit lease 2\n", "lockkit lease 10\nflavour sour\n"] {
+            assert!(matches!(parse(newer.as_bytes()), Content::Newer), "{newer:?}");
+        }
+        for junk in
+            ["", "\n", "lockkit lease 1\n", "lockkit lease 2", "lockkit lease 0\n", "lockkit lease 02\n", "4242"]
+        {
+            assert!(matches!(parse(junk.as_bytes()), Content::Junk), "{junk:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_written_reads_back(
+            claim: u128, token: u64, beat: u64, ttl: u64, every: u64, pid in 1..=u32::MAX, start: Option<u64>,
+            boot: Option<u128>, namespace: Option<u64>, program in proptest::option::of(".*"), clock in 1_u128..,
+            seen: u64,
+        ) {
+            let owner = Owner { pid, start, boot, namespace, program, ..me() };
+            let [ttl, every, seen] = [ttl, every, seen].map(Duration::from_nanos);
+            let mut record = Record::held(&ClaimId::from_number(claim), token, ttl, every, &owner);
+            record.set_beat(beat);
+            record.note(clock, seen);
+            let record = reread(&mut record);
+            prop_assert_eq!((record.claim().number(), record.token(), record.beat()), (claim, token, beat));
+            prop_assert_eq!((record.ttl(), record.heartbeat(), record.noted(clock)), (ttl, every, Some(seen)));
+            let read = record.owner().unwrap();
+            prop_assert_eq!((read.pid, read.start, read.boot), (pid, start, boot));
+            prop_assert_eq!((read.namespace, read.host, read.acquired), (namespace, owner.host, owner.acquired));
+        }
+
+        #[test]
+        fn any_bytes_are_read_without_harm(bytes in proptest::collection::vec(any::<u8>(), 0..2 * SIZE)) {
+            prop_assert!(!matches!(parse(&bytes), Content::Ours(_)));
+        }
+
+        #[test]
+        fn any_tail_behind_the_first_line_is_read_without_harm(tail in proptest::collection::vec(any::<u8>(), 0..SIZE)) {
+            parse(&[FAMILY, &tail].concat());
+        }
+
+        #[test]
+        fn a_sealed_record_with_any_fields_is_read_without_harm(
+            tail in proptest::collection::vec(prop_oneof![Just(b'\n'), Just(b' '), any::<u8>()], SIZE - MAGIC.len()),
+        ) {
+            let mut record = Record([MAGIC.as_slice(), &tail].concat().try_into().unwrap());
+            if let Content::Ours(mut record) = parse(record.seal()) {
+                record.owner();
+                record.noted(1);
+                record.note(1, S);
+            }
+            record.owner();
+        }
+
+        #[test]
+        fn no_change_of_a_byte_goes_unseen(at in 0..SIZE, change in 1_u8..) {
+            let mut bytes = *record().seal();
+            bytes[at] ^= change;
+            prop_assert!(!matches!(parse(&bytes), Content::Ours(_)));
+        }
+
+        #[test]
+        fn no_cut_goes_unseen(length in 0..SIZE) {
+            prop_assert!(!matches!(parse(&record().seal()[..length]), Content::Ours(_)));
+        }
+    }
+}

@@ -1,0 +1,610 @@
+//! What a lease asks of the place where its record is kept.
+//!
+//! A [`LeaseStore`] takes steps that are each one whole for everybody who uses the store, and says how to wait for a
+//! change. Everything else is the lease's business: how long a grant is good for, when to beat, what a failure means,
+//! when it is lost. So a store for another engine is five requests long, and cannot get the timing wrong.
+
+use std::any::Any;
+use std::collections::hash_map::RandomState;
+use std::fmt;
+use std::hash::BuildHasher;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use super::clock::{Clock, SystemClock};
+use crate::error::{ErrorKind, Result};
+use crate::lock::Recovered;
+use crate::owner::Owner;
+use crate::sys::fork;
+use crate::wait::{CancelToken, Wait};
+
+type Cause = Box<dyn std::error::Error + Send + Sync>;
+
+/// Keeps the records of leases.
+///
+/// What every store owes:
+/// - [`try_acquire`](Self::try_acquire) is one indivisible step: a name that is absent, free, expired, or already of
+///   the same claim becomes the claim's, with a token above every earlier one of that name (a claim that has it
+///   already keeps its token).
+/// - [`renew`](Self::renew), [`release`](Self::release) and [`evict`](Self::evict) compare the claim and the token
+///   in the step in which they change the record.
+/// - No request takes longer than its [`Deadline`]. One heartbeat thread serves all leases of a process, so what hangs
+///   beyond it holds up the beats of other leases.
+/// - A request that may have taken effect, though no answer came, is [`StoreError::Unknown`].
+///
+/// A store needs no clock of its own that anybody compares: it promises to keep a record for the ttl from when it got
+/// the request, and the lease counts from before it sent it.
+///
+/// A store in memory, for the threads of one process:
+/// ```
+/// use std::collections::HashMap;
+/// use std::sync::{Arc, Condvar, Mutex};
+/// use std::time::{Duration, Instant};
+/// use lockkit::lease::{
+///     Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
+///     StoreProfile,
+/// };
+/// use lockkit::{CancelToken, Lease};
+///
+/// #[derive(Default)]
+/// struct Memory(Mutex<HashMap<String, Record>>);
+///
+/// #[derive(Default)]
+/// struct Record { holder: Option<(ClaimId, Instant, Duration)>, token: u64 }
+///
+/// impl Record {
+///     fn seen(&self) -> Option<Seen> {
+///         let (claim, until, _) = self.holder?;
+///         let left = until.saturating_duration_since(Instant::now());
+///         Some(Seen::new(self.token).with_claim(claim).with_token(self.token).with_expires_in(left))
+///     }
+///     fn is_of(&self, grant: &Grant) -> bool {
+///         self.token == grant.token() && self.holder.is_some_and(|(claim, ..)| claim == *grant.claim())
+///     }
+/// }
+///
+/// impl LeaseStore for Memory {
+///     fn profile(&self) -> StoreProfile {
+///         StoreProfile::new(Durability::Memory)
+///     }
+///     fn try_acquire(&self, name: &LeaseName, claim: &ClaimId, ttl: Duration, _: Deadline)
+///         -> Result<Attempt, StoreError> {
+///         let mut records = self.0.lock().unwrap();
+///         let record = records.entry(name.as_str().to_owned()).or_default();
+///         let (now, old) = (Instant::now(), record.holder);
+///         match old {
+///             Some((holder, until, _)) if holder != *claim && until > now => {
+///                 return Ok(Attempt::Busy(record.seen().expect("it is held")));
+///             }
+///             Some((holder, ..)) if holder == *claim => {}
+///             _ => record.token += 1,
+///         }
+///         record.holder = Some((*claim, now + ttl, ttl));
+///         Ok(Attempt::Granted(Grant::new(name, claim, record.token, ttl)))
+///     }
+///     fn renew(&self, grant: &Grant, _: Deadline) -> Result<Renewal, StoreError> {
+///         match self.0.lock().unwrap().get_mut(grant.name().as_str()) {
+///             Some(record) if record.is_of(grant) => {
+///                 record.holder = Some((*grant.claim(), Instant::now() + grant.ttl(), grant.ttl()));
+///                 Ok(Renewal::Extended { ttl: grant.ttl() })
+///             }
+///             _ => Ok(Renewal::Lost { by: None }),
+///         }
+///     }
+///     fn release(&self, grant: &Grant, _: Deadline) -> Result<Released, StoreError> {
+///         match self.0.lock().unwrap().get_mut(grant.name().as_str()) {
+///             Some(record) if record.is_of(grant) => {
+///                 record.holder = None;
+///                 Ok(Released::Done)
+///             }
+///             _ => Ok(Released::NotMine),
+///         }
+///     }
+///     fn look(&self, name: &LeaseName, _: Deadline) -> Result<Option<Seen>, StoreError> {
+///         Ok(self.0.lock().unwrap().get(name.as_str()).and_then(Record::seen))
+///     }
+///     fn evict(&self, name: &LeaseName, seen: &Seen, _: Deadline) -> Result<Released, StoreError> {
+///         match self.0.lock().unwrap().get_mut(name.as_str()) {
+///             Some(record) if record.seen().is_some_and(|now| now.is_same_holder(seen)) => {
+///                 record.holder = None;
+///                 Ok(Released::Done)
+///             }
+///             _ => Ok(Released::NotMine),
+///         }
+///     }
+/// }
+///
+/// # fn main() -> lockkit::Result<()> {
+/// let store = Arc::new(Memory::default());
+/// let first = Lease::with_store(store.clone(), "nightly").build()?.lock()?;
+/// assert!(Lease::with_store(store.clone(), "nightly").build()?.try_lock().unwrap_err().is_held());
+/// let token = first.token();
+/// first.release()?;
+/// assert!(Lease::with_store(store, "nightly").build()?.lock()?.token() > token);
+/// # Ok(()) }
+/// ```
+pub trait LeaseStore: Send + Sync {
+    /// What it can do. Always the same.
+    fn profile(&self) -> StoreProfile;
+
+    /// Makes the name `claim`'s for `ttl`, unless somebody else has it. Repeated with the same claim after
+    /// [`StoreError::Unknown`], it returns the grant that the earlier request may have made.
+    ///
+    /// # Errors
+    /// As [`StoreError`] has them, here and below.
+    fn try_acquire(
+        &self,
+        name: &LeaseName,
+        claim: &ClaimId,
+        ttl: Duration,
+        by: Deadline,
+    ) -> Result<Attempt, StoreError>;
+
+    /// Makes the grant good for another ttl from now, if it is still in force.
+    ///
+    /// # Errors
+    /// An error is doubt, which the lease removes by asking again until the grant has run out.
+    fn renew(&self, grant: &Grant, by: Deadline) -> Result<Renewal, StoreError>;
+
+    /// Gives the name free, if it is still the grant's. The token stays, so that the next one is greater.
+    ///
+    /// # Errors
+    /// After an error the grant runs out by itself.
+    fn release(&self, grant: &Grant, by: Deadline) -> Result<Released, StoreError>;
+
+    /// Who has the name now; `None` when it is free. Changes nothing.
+    ///
+    /// # Errors
+    /// As [`StoreError`] has them.
+    fn look(&self, name: &LeaseName, by: Deadline) -> Result<Option<Seen>, StoreError>;
+
+    /// Takes the name from the holder that was `seen`, and from no other.
+    ///
+    /// # Errors
+    /// As [`StoreError`] has them.
+    fn evict(&self, name: &LeaseName, seen: &Seen, by: Deadline) -> Result<Released, StoreError>;
+
+    /// Waits until something has changed since `seen`, `by` has come or `stop` is cancelled. It may return for nothing
+    /// at all; the lease then tries again, and bounds each wait by [`Seen::expires_in`].
+    ///
+    /// A store that can be told of changes registers for them before it looks whether anything has changed already.
+    /// Unless told otherwise, it only lets the time pass: the lease then keeps `by` to
+    /// [`acquire_retry_delay`](super::LeaseBuilder::acquire_retry_delay), because
+    /// [`wakes_waiters`](StoreProfile::wakes_waiters) is false.
+    ///
+    /// # Errors
+    /// After an error the lease tries again at its retry delay.
+    fn park(&self, name: &LeaseName, seen: &Seen, by: Deadline, stop: &CancelToken) -> Result<(), StoreError> {
+        let _ = (name, seen);
+        sleep(by, stop)
+    }
+}
+
+/// Lets the time pass until `by` or `stop`.
+pub(super) fn sleep(by: Deadline, stop: &CancelToken) -> Result<(), StoreError> {
+    let slept = Wait::until(by.moment()).or_cancelled(stop).patience().and_then(|patience| match patience {
+        Some(patience) => patience.sleep(by.remaining()).map(drop),
+        None => Ok(()),
+    });
+    slept.map_err(StoreError::refused)
+}
+
+/// What a [`LeaseStore`] can do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct StoreProfile {
+    /// The shortest ttl that it can keep; nothing, unless told otherwise.
+    pub smallest_ttl: Duration,
+    /// Ttls are whole multiples of this, so longer ones are asked for where needed; a nanosecond, unless told
+    /// otherwise.
+    pub ttl_step: Duration,
+    /// What its records last through.
+    pub durability: Durability,
+    /// Who finds out that a grant has run out; the store, unless told otherwise.
+    pub expiry: Expiry,
+    /// Whether [`park`](LeaseStore::park) wakes at a change; not, unless told otherwise.
+    pub wakes_waiters: bool,
+}
+
+impl StoreProfile {
+    /// One that keeps any ttl, finds out itself what has run out, and wakes nobody.
+    pub const fn new(durability: Durability) -> Self {
+        Self {
+            smallest_ttl: Duration::ZERO,
+            ttl_step: Duration::from_nanos(1),
+            durability,
+            expiry: Expiry::Store,
+            wakes_waiters: false,
+        }
+    }
+}
+
+/// What the records of a store last through, and so how far its leases and their tokens can be relied on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Durability {
+    /// The process: for tests.
+    Memory,
+    /// What a file lasts through: the end of every process, and as a rule of the machine.
+    Local,
+    /// The restart of its one primary server, but not the failover to another.
+    Primary,
+    /// The loss of any minority of its servers.
+    Quorum,
+}
+
+/// Who finds out that a grant has run out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Expiry {
+    /// The store, by its own clock.
+    Store,
+    /// Who wants the lease, by having seen its record unchanged for a ttl.
+    Observer,
+}
+
+/// The name under which a store keeps a lease.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct LeaseName(Arc<str>);
+
+impl LeaseName {
+    /// The longest name, in bytes.
+    pub const LONGEST: usize = 200;
+
+    /// A name that every store can keep.
+    ///
+    /// # Errors
+    /// [`InvalidName`](ErrorKind::InvalidName) unless it has 1 to 200 bytes and no control characters.
+    pub fn new(name: &str) -> Result<Self> {
+        let rule = match name {
+            "" => "it is empty",
+            name if name.len() > Self::LONGEST => "it is longer than 200 bytes",
+            name if name.contains(char::is_control) => "it has control characters",
+            name => return Ok(Self(name.into())),
+        };
+        Err(ErrorKind::InvalidName { name: name.chars().take(80).collect(), rule }.into())
+    }
+
+    /// The name of a file's lease, which the store knows by itself.
+    pub(super) fn of_path(path: &std::path::Path) -> Self {
+        Self(path.to_string_lossy().into())
+    }
+
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for LeaseName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// One acquisition, told from every other one: 128 bits by chance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ClaimId(u128);
+
+impl ClaimId {
+    /// A new one.
+    pub fn random() -> Self {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        // The keys are random, but a forked child has its parent's: what is hashed differs for any two calls that may
+        // have the same keys.
+        let call = (std::process::id(), fork::generation(), COUNT.fetch_add(1, Ordering::Relaxed), SystemClock.now());
+        let keys = RandomState::new();
+        Self(u128::from(keys.hash_one((0, call))) << 64 | u128::from(keys.hash_one((1, call))))
+    }
+
+    /// The claim of this number, as [`number`](Self::number) gave it.
+    pub const fn from_number(number: u128) -> Self {
+        Self(number)
+    }
+
+    /// As a number, for a store to keep.
+    pub const fn number(self) -> u128 {
+        self.0
+    }
+}
+
+/// 32 hexadecimal digits.
+impl fmt::Display for ClaimId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+/// What came of an attempt to acquire.
+#[derive(Debug)]
+pub enum Attempt {
+    /// The name is the claim's.
+    Granted(Grant),
+    /// Somebody else has it.
+    Busy(Seen),
+}
+
+/// A name that was given to a claim.
+#[derive(Clone, Debug)]
+pub struct Grant {
+    name: LeaseName,
+    claim: ClaimId,
+    token: u64,
+    ttl: Duration,
+    handle: Option<Arc<dyn Any + Send + Sync>>,
+    recovered: Option<Box<Recovered>>,
+}
+
+impl Grant {
+    /// The grant of `name` to `claim` for `ttl` from when the store got the request.
+    pub fn new(name: &LeaseName, claim: &ClaimId, token: u64, ttl: Duration) -> Self {
+        Self { name: name.clone(), claim: *claim, token, ttl, handle: None, recovered: None }
+    }
+
+    /// Adds what the store needs to find it again, such as the number of a session.
+    pub fn with_handle(mut self, handle: impl Any + Send + Sync) -> Self {
+        self.handle = Some(Arc::new(handle));
+        self
+    }
+
+    /// Says that the previous owner did not release, and who that was where it is known.
+    pub fn recovered_from(mut self, owner: Option<Owner>) -> Self {
+        self.recovered = Some(Box::new(Recovered::new(owner)));
+        self
+    }
+
+    /// The name.
+    pub fn name(&self) -> &LeaseName {
+        &self.name
+    }
+
+    /// The claim.
+    pub fn claim(&self) -> &ClaimId {
+        &self.claim
+    }
+
+    /// The fencing token: greater than that of every earlier grant of the name.
+    pub fn token(&self) -> u64 {
+        self.token
+    }
+
+    /// How long it is good for.
+    pub fn ttl(&self) -> Duration {
+        self.ttl
+    }
+
+    /// What the store added, if it is of this type.
+    pub fn handle<T: Any>(&self) -> Option<&T> {
+        self.handle.as_deref()?.downcast_ref()
+    }
+
+    pub(super) fn take_recovered(&mut self) -> Option<Box<Recovered>> {
+        self.recovered.take()
+    }
+}
+
+/// Who has a name, as a store saw it at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seen {
+    cursor: u64,
+    claim: Option<ClaimId>,
+    token: Option<u64>,
+    owner: Option<Box<Owner>>,
+    expires_in: Option<Duration>,
+}
+
+impl Seen {
+    /// A holder, in a record whose every change changes `cursor`.
+    pub const fn new(cursor: u64) -> Self {
+        Self { cursor, claim: None, token: None, owner: None, expires_in: None }
+    }
+
+    /// Adds the claim of the holder.
+    pub fn with_claim(mut self, claim: ClaimId) -> Self {
+        self.claim = Some(claim);
+        self
+    }
+
+    /// Adds the token of the holder.
+    pub fn with_token(mut self, token: u64) -> Self {
+        self.token = Some(token);
+        self
+    }
+
+    /// Adds who holds it.
+    pub fn with_owner(mut self, owner: Owner) -> Self {
+        self.owner = Some(Box::new(owner));
+        self
+    }
+
+    /// Adds how long from now it has until it runs out, unless it is renewed.
+    pub fn with_expires_in(mut self, left: Duration) -> Self {
+        self.expires_in = Some(left);
+        self
+    }
+
+    /// What changes with every change of the record.
+    pub fn cursor(&self) -> u64 {
+        self.cursor
+    }
+
+    /// The claim of the holder, where there is a record that can be read.
+    pub fn claim(&self) -> Option<ClaimId> {
+        self.claim
+    }
+
+    /// The token of the holder, where there is a record that can be read.
+    pub fn token(&self) -> Option<u64> {
+        self.token
+    }
+
+    /// Who holds it, where that is known.
+    pub fn owner(&self) -> Option<&Owner> {
+        self.owner.as_deref()
+    }
+
+    /// How long it had, then, until it runs out unless it is renewed, where that is known. Nothing at all means that it
+    /// has run out, or that its owner is dead, and the next to come will take it over.
+    pub fn expires_in(&self) -> Option<Duration> {
+        self.expires_in
+    }
+
+    /// Whether the other one is of the same holder, however often that has renewed in between. Of records that nobody
+    /// can read: whether it is the very same.
+    pub fn is_same_holder(&self, other: &Self) -> bool {
+        match (self.claim, other.claim) {
+            (None, None) => self.cursor == other.cursor,
+            _ => (self.claim, self.token) == (other.claim, other.token),
+        }
+    }
+}
+
+/// What came of a renewal.
+#[derive(Debug)]
+pub enum Renewal {
+    /// It is good for this long from when the store got the request.
+    Extended {
+        /// The ttl that the store granted.
+        ttl: Duration,
+    },
+    /// The name is not the claim's any more.
+    Lost {
+        /// Who has it now, where that is known.
+        by: Option<Owner>,
+    },
+}
+
+/// What came of a release or an eviction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Released {
+    /// The name is free.
+    Done,
+    /// It was not that claim's any more, and nothing was changed.
+    NotMine,
+}
+
+/// Why a store did not do what it was asked.
+#[derive(Debug)]
+pub enum StoreError {
+    /// It took no effect; the same may work later.
+    Refused(Cause),
+    /// It may have taken effect: no answer came, or it broke off.
+    Unknown(Cause),
+    /// It took no effect, and never will: the request, the name or the store's place is not right. A lockkit
+    /// [`Error`](crate::Error) as cause is what acquiring then fails with.
+    Misuse(Cause),
+}
+
+impl StoreError {
+    /// [`Refused`](Self::Refused), by this.
+    pub fn refused(cause: impl Into<Cause>) -> Self {
+        Self::Refused(cause.into())
+    }
+
+    /// [`Unknown`](Self::Unknown), by this.
+    pub fn unknown(cause: impl Into<Cause>) -> Self {
+        Self::Unknown(cause.into())
+    }
+
+    /// [`Misuse`](Self::Misuse), by this.
+    pub fn misuse(cause: impl Into<Cause>) -> Self {
+        Self::Misuse(cause.into())
+    }
+
+    /// What it says, with all its causes.
+    pub(super) fn in_full(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            text += &format!(": {error}");
+            cause = error.source();
+        }
+        text
+    }
+
+    /// The error of an operation on `lock` that ends with this one.
+    pub(super) fn into_error(self, lock: impl FnOnce() -> String) -> crate::Error {
+        let (cause, kind): (Cause, fn(Cause) -> Self) = match self {
+            Self::Refused(cause) => (cause, Self::Refused),
+            Self::Unknown(cause) => (cause, Self::Unknown),
+            Self::Misuse(cause) => (cause, Self::Misuse),
+        };
+        match cause.downcast::<crate::Error>() {
+            Ok(error) => *error,
+            Err(cause) => ErrorKind::Store { lock: lock(), source: kind(cause) }.into(),
+        }
+    }
+}
+
+impl fmt::Display for StoreError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Refused(_) => "the store refused",
+            Self::Unknown(_) => "the store may or may not have done it",
+            Self::Misuse(_) => "the store cannot do this",
+        })
+    }
+}
+
+impl std::error::Error for StoreError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        let (Self::Refused(cause) | Self::Unknown(cause) | Self::Misuse(cause)) = self;
+        Some(&**cause)
+    }
+}
+
+/// The moment by which a request must have ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Deadline(Instant);
+
+impl Deadline {
+    /// The longest that anything here waits in one go.
+    const FAR: Duration = Duration::from_secs(3600);
+
+    /// As long from now; at most an hour.
+    pub fn after(limit: Duration) -> Self {
+        Self(Instant::now() + limit.min(Self::FAR))
+    }
+
+    /// The moment.
+    pub fn moment(self) -> Instant {
+        self.0
+    }
+
+    /// How long it is until then; nothing, once it is past.
+    pub fn remaining(self) -> Duration {
+        self.0.saturating_duration_since(Instant::now())
+    }
+
+    /// Whether it has come.
+    pub fn is_past(self) -> bool {
+        self.remaining().is_zero()
+    }
+}
+
+/// That moment.
+impl From<Instant> for Deadline {
+    fn from(moment: Instant) -> Self {
+        Self(moment)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_two_claims_are_the_same() {
+        let claims: std::collections::HashSet<_> = (0..1000).map(|_| ClaimId::random()).collect();
+        assert_eq!(claims.len(), 1000);
+    }
+
+    #[test]
+    fn a_name_fits_every_store() {
+        assert_eq!(LeaseName::new("a/b c").unwrap().as_str(), "a/b c");
+        for bad in ["", "a\n", &"x".repeat(201)] {
+            assert!(matches!(LeaseName::new(bad).unwrap_err().kind(), ErrorKind::InvalidName { .. }));
+        }
+    }
+}

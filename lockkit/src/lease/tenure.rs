@@ -1,0 +1,397 @@
+//! The state of a held lease: what happens to it goes in, what is to be done comes out.
+//!
+//! No thread, no clock and no store is in here, so every rule of time is tested by saying what time it is. The times
+//! are those of the lease's clock.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::store::{Renewal, StoreError};
+use crate::owner::Owner;
+
+/// What a grant is worth less, for a clock of the holder's that runs slow by up to one part in a hundred against the
+/// store's or an observer's, or is read late.
+const DRIFT: u32 = 100;
+const MARGIN: Duration = Duration::from_millis(2);
+
+/// A failed renewal is repeated after a quarter of a heartbeat, but no sooner than this.
+const SOONEST_RETRY: Duration = Duration::from_millis(10);
+
+/// Why a lease is not held any more.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LossReason {
+    /// Its time was over before it was renewed: the process was stopped, or asleep with the machine, or it did not
+    /// call [`progress`](super::LeaseGuard::progress).
+    #[error("it was not renewed in time")]
+    Expired,
+    /// The record names somebody else, or was given free by force.
+    #[error("it was taken over{}", .by.as_ref().map(|by| format!(" by {}", by.describe())).unwrap_or_default())]
+    TakenOver {
+        /// Who has it, where that is known.
+        by: Option<Box<Owner>>,
+    },
+    /// Its guard released it.
+    #[error("it was released")]
+    Released,
+    /// Its time was over, because the store did not renew it; what it said the last time.
+    #[error("it could not be renewed in time: {}", .0.in_full())]
+    Store(Arc<StoreError>),
+    /// This is a forked child's copy of its guard: the lease stays with the parent.
+    #[error("it is held by the parent of this forked process")]
+    Forked,
+}
+
+/// What a lease was taken with.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Terms {
+    pub(super) ttl: Duration,
+    pub(super) heartbeat: Duration,
+    /// How long the holder may go without progress before the beats stop.
+    pub(super) progress: Option<Duration>,
+}
+
+impl Terms {
+    /// Until when a request that was sent then makes the lease good, where the store granted `granted`.
+    pub(super) fn valid_until(&self, sent: Duration, granted: Duration) -> Duration {
+        let ttl = self.ttl.min(granted);
+        sent + (ttl - ttl / DRIFT).saturating_sub(MARGIN)
+    }
+}
+
+/// A lease from its grant to its end.
+#[derive(Debug)]
+pub(super) struct Tenure {
+    terms: Terms,
+    /// Until when it is held. Only a renewal moves it.
+    until: Duration,
+    /// Set once, for ever.
+    ended: Option<LossReason>,
+    /// What the store has said since the last renewal instead of renewing.
+    doubt: Option<Arc<StoreError>>,
+    /// When the holder last said that its work goes on.
+    progressed: Duration,
+    /// When the next beat is due.
+    due: Duration,
+}
+
+/// What the heartbeat is to do next.
+#[derive(Debug)]
+pub(super) enum Next {
+    /// Ask the store to renew, and say what it answered.
+    Renew,
+    /// Nothing until then.
+    Sleep(Duration),
+    /// Tell of the loss, which was found just now.
+    Tell(LossReason),
+    /// Nothing, ever.
+    Nothing,
+}
+
+impl Tenure {
+    /// A lease that was granted by a request sent then, and of which the first beat is due at `due`.
+    pub(super) fn new(terms: Terms, sent: Duration, granted: Duration, now: Duration, due: Duration) -> Self {
+        let until = terms.valid_until(sent, granted);
+        Self { terms, until, ended: None, doubt: None, progressed: now, due }
+    }
+
+    /// Why it is not held any more.
+    pub(super) fn ended(&self) -> Option<&LossReason> {
+        self.ended.as_ref()
+    }
+
+    /// Until when the last renewal was good, also if it has ended since.
+    pub(super) fn until(&self) -> Duration {
+        self.until
+    }
+
+    /// How long it lasts if it is not renewed.
+    pub(super) fn remaining(&self, now: Duration) -> Duration {
+        if self.ended.is_some() { Duration::ZERO } else { self.until.saturating_sub(now) }
+    }
+
+    /// Ends it if its time is over, and returns the reason if that is found just now.
+    pub(super) fn expire(&mut self, now: Duration) -> Option<LossReason> {
+        let over = self.ended.is_none() && now >= self.until;
+        over.then(|| {
+            let reason = self.doubt.take().map_or(LossReason::Expired, LossReason::Store);
+            self.ended.insert(reason).clone()
+        })
+    }
+
+    /// The holder's work goes on.
+    pub(super) fn progress(&mut self, now: Duration) {
+        self.progressed = now;
+    }
+
+    /// Ends it, because its guard goes.
+    pub(super) fn release(&mut self) {
+        self.ended.get_or_insert(LossReason::Released);
+    }
+
+    /// The heartbeat asks what to do.
+    pub(super) fn beat(&mut self, now: Duration) -> Next {
+        if let Some(reason) = self.expire(now) {
+            return Next::Tell(reason);
+        }
+        if self.ended.is_some() {
+            return Next::Nothing;
+        }
+        if now < self.due {
+            return self.sleep();
+        }
+        match self.terms.progress {
+            Some(within) if now.saturating_sub(self.progressed) > within => {
+                self.due = now + self.terms.heartbeat;
+                self.sleep()
+            }
+            _ => Next::Renew,
+        }
+    }
+
+    /// What the store answered to a renewal that was sent then.
+    pub(super) fn answered(
+        &mut self,
+        sent: Duration,
+        now: Duration,
+        answer: std::result::Result<Renewal, StoreError>,
+    ) -> Next {
+        if self.ended.is_some() {
+            return Next::Nothing;
+        }
+        let heartbeat = self.terms.heartbeat;
+        match answer {
+            Ok(Renewal::Extended { ttl }) => {
+                // Also where the time was over before the answer came and nobody has noticed: the claim was in force
+                // all along, or the store would not have renewed it.
+                self.until = self.until.max(self.terms.valid_until(sent, ttl));
+                self.doubt = None;
+                // At the same beat of the bar as before, so that beats that were spread stay so.
+                self.due = (self.due + heartbeat).max(now + heartbeat / 2);
+            }
+            Ok(Renewal::Lost { by }) => {
+                return Next::Tell(self.ended.insert(LossReason::TakenOver { by: by.map(Box::new) }).clone());
+            }
+            Err(error) => {
+                self.doubt = Some(Arc::new(error));
+                self.due = now + (heartbeat / 4).max(SOONEST_RETRY.min(heartbeat));
+            }
+        }
+        match self.expire(now) {
+            Some(reason) => Next::Tell(reason),
+            None => self.sleep(),
+        }
+    }
+
+    /// The end must be noticed, too, though nobody asks.
+    fn sleep(&self) -> Next {
+        Next::Sleep(self.due.min(self.until))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::clock::{Clock, ManualClock};
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+    const TERMS: Terms = Terms { ttl: Duration::from_secs(3), heartbeat: Duration::from_millis(250), progress: None };
+    /// 99 in a hundred of the ttl, less 2 ms.
+    const GOOD_FOR: Duration = Duration::from_millis(2968);
+
+    fn tenure(terms: Terms, clock: &ManualClock) -> Tenure {
+        let now = clock.now();
+        Tenure::new(terms, now, terms.ttl, now, now + terms.heartbeat)
+    }
+
+    fn renewed() -> std::result::Result<Renewal, StoreError> {
+        Ok(Renewal::Extended { ttl: TERMS.ttl })
+    }
+
+    fn renew(tenure: &mut Tenure, now: Duration) {
+        assert!(matches!(tenure.beat(now), Next::Renew));
+        assert!(matches!(tenure.answered(now, now, renewed()), Next::Sleep(_)));
+    }
+
+    #[test]
+    fn it_is_held_to_the_moment_and_not_beyond() {
+        let clock = ManualClock::new();
+        let mut tenure = tenure(TERMS, &clock);
+        assert_eq!(tenure.remaining(clock.now()), GOOD_FOR);
+        clock.advance(GOOD_FOR - Duration::from_nanos(1));
+        assert!(tenure.expire(clock.now()).is_none() && tenure.ended().is_none());
+        clock.advance(Duration::from_nanos(1));
+        assert!(matches!(tenure.expire(clock.now()), Some(LossReason::Expired)));
+        assert!(tenure.expire(clock.now()).is_none(), "it is told once");
+        assert!(matches!(tenure.ended(), Some(LossReason::Expired)));
+        assert_eq!(tenure.remaining(clock.now()), Duration::ZERO);
+    }
+
+    #[test]
+    fn it_counts_from_before_the_request_and_by_the_shorter_ttl() {
+        assert_eq!(TERMS.valid_until(MS * 100, TERMS.ttl), MS * 100 + GOOD_FOR);
+        assert_eq!(TERMS.valid_until(MS * 100, MS * 1000), MS * (100 + 988));
+        assert_eq!(TERMS.valid_until(MS * 100, MS * 9000), MS * 100 + GOOD_FOR);
+        assert_eq!(TERMS.valid_until(MS * 100, MS), MS * 100);
+    }
+
+    #[test]
+    fn beats_keep_it_for_as_long_as_they_come() {
+        let clock = ManualClock::new();
+        let mut tenure = tenure(TERMS, &clock);
+        for beat in 1..=1000_u32 {
+            assert!(matches!(tenure.beat(clock.now()), Next::Sleep(due) if due == TERMS.heartbeat * beat));
+            clock.advance(TERMS.heartbeat);
+            renew(&mut tenure, clock.now());
+            assert_eq!(tenure.remaining(clock.now()), GOOD_FOR);
+        }
+        assert!(tenure.ended().is_none());
+    }
+
+    #[test]
+    fn a_late_beat_does_not_shift_the_next_and_two_never_come_close() {
+        let clock = ManualClock::new();
+        let mut tenure = tenure(TERMS, &clock);
+        clock.advance(MS * 300);
+        renew(&mut tenure, clock.now());
+        assert!(matches!(tenure.beat(clock.now()), Next::Sleep(due) if due == MS * 500));
+        clock.advance(MS * 400);
+        renew(&mut tenure, clock.now());
+        assert!(matches!(tenure.beat(clock.now()), Next::Sleep(due) if due == MS * 825));
+    }
+
+    #[test]
+    fn failures_are_repeated_to_the_end_and_then_named() {
+        let clock = ManualClock::new();
+        let mut tenure = tenure(TERMS, &clock);
+        clock.advance(TERMS.heartbeat);
+        let mut tries = 0;
+        let reason = loop {
+            match tenure.beat(clock.now()) {
+                Next::Renew => {
+                    tries += 1;
+                    let answer = Err(StoreError::refused("no space left"));
+                    assert!(matches!(tenure.answered(clock.now(), clock.now(), answer), Next::Sleep(_)));
+                }
+                Next::Sleep(until) => clock.advance(until - clock.now()),
+                Next::Tell(reason) => break reason,
+                Next::Nothing => panic!("it was not told"),
+            }
+        };
+        assert_eq!(clock.now(), GOOD_FOR);
+        assert!((40..50).contains(&tries), "every 62.5 ms of 2718, not {tries} times");
+        assert!(matches!(reason, LossReason::Store(_)));
+        assert!(reason.to_string().ends_with("no space left"), "{reason}");
+        assert!(matches!(tenure.beat(clock.now()), Next::Nothing));
+    }
+
+    #[test]
+    fn a_failure_that_heals_leaves_no_doubt() {
+        let clock = ManualClock::new();
+        let mut tenure = tenure(TERMS, &clock);
+        clock.advance(MS * 2900);
+        assert!(matches!(tenure.beat(clock.now()), Next::Renew));
+        let answer = Err(StoreError::unknown("no answer"));
+        assert!(matches!(tenure.answered(clock.now(), clock.now(), answer), Next::Sleep(_)));
+        clock.advance(MS * 65);
+        renew(&mut tenure, clock.now());
+        assert_eq!(tenure.remaining(clock.now()), GOOD_FOR);
+        clock.advance(GOOD_FOR);
+        assert!(matches!(tenure.expire(clock.now()), Some(LossReason::Expired)));
+    }
+
+    #[test]
+    fn somebody_else_in_the_record_ends_it_at_once() {
+        let clock = ManualClock::new();
+        let mut tenure = tenure(TERMS, &clock);
+        clock.advance(TERMS.heartbeat);
+        assert!(matches!(tenure.beat(clock.now()), Next::Renew));
+        let answer = Ok(Renewal::Lost { by: Some(Owner::current()) });
+        assert!(matches!(
+            tenure.answered(clock.now(), clock.now(), answer),
+            Next::Tell(LossReason::TakenOver { by: Some(_) })
+        ));
+        assert_eq!(tenure.remaining(clock.now()), Duration::ZERO);
+    }
+
+    #[test]
+    fn what_is_lost_stays_lost_whatever_the_store_then_says() {
+        let clock = ManualClock::new();
+        let mut tenure = tenure(TERMS, &clock);
+        clock.advance(MS * 2900);
+        let sent = clock.now();
+        assert!(matches!(tenure.beat(sent), Next::Renew));
+        clock.advance(MS * 100);
+        assert!(tenure.expire(clock.now()).is_some(), "somebody asked before the answer came");
+        assert!(matches!(tenure.answered(sent, clock.now(), renewed()), Next::Nothing));
+        tenure.release();
+        assert!(matches!(tenure.ended(), Some(LossReason::Expired)));
+    }
+
+    #[test]
+    fn an_answer_after_the_end_that_nobody_noticed_still_counts() {
+        let clock = ManualClock::new();
+        let mut tenure = tenure(TERMS, &clock);
+        clock.advance(MS * 2900);
+        let sent = clock.now();
+        assert!(matches!(tenure.beat(sent), Next::Renew));
+        clock.advance(MS * 100);
+        assert!(matches!(tenure.answered(sent, clock.now(), renewed()), Next::Sleep(_)));
+        assert_eq!(tenure.remaining(clock.now()), GOOD_FOR - MS * 100);
+    }
+
+    #[test]
+    fn an_answer_that_comes_a_ttl_late_does_not() {
+        let clock = ManualClock::new();
+        let mut tenure = tenure(TERMS, &clock);
+        clock.advance(TERMS.heartbeat);
+        let sent = clock.now();
+        assert!(matches!(tenure.beat(sent), Next::Renew));
+        clock.advance(TERMS.ttl);
+        assert!(matches!(tenure.answered(sent, clock.now(), renewed()), Next::Tell(LossReason::Expired)));
+    }
+
+    #[test]
+    fn a_released_one_is_not_told_as_lost() {
+        let clock = ManualClock::new();
+        let mut tenure = tenure(TERMS, &clock);
+        tenure.release();
+        clock.advance(TERMS.ttl);
+        assert!(tenure.expire(clock.now()).is_none());
+        assert!(matches!(tenure.beat(clock.now()), Next::Nothing));
+        assert!(matches!(tenure.ended(), Some(LossReason::Released)));
+    }
+
+    #[test]
+    fn without_progress_the_beats_stop_and_it_runs_out() {
+        let clock = ManualClock::new();
+        let terms = Terms { progress: Some(MS * 1000), ..TERMS };
+        let mut tenure = tenure(terms, &clock);
+        let mut renewals = 0;
+        while tenure.ended().is_none() {
+            match tenure.beat(clock.now()) {
+                Next::Renew => {
+                    renewals += 1;
+                    tenure.answered(clock.now(), clock.now(), renewed());
+                }
+                Next::Sleep(until) => clock.advance(until - clock.now()),
+                Next::Tell(_) | Next::Nothing => {}
+            }
+        }
+        assert_eq!(renewals, 4, "at 250, 500, 750 and 1000 ms");
+        assert_eq!(clock.now(), MS * 1000 + GOOD_FOR);
+        assert!(matches!(tenure.ended(), Some(LossReason::Expired)));
+    }
+
+    #[test]
+    fn progress_in_time_starts_the_beats_again() {
+        let clock = ManualClock::new();
+        let mut tenure = tenure(Terms { progress: Some(MS * 1000), ..TERMS }, &clock);
+        clock.advance(MS * 2000);
+        assert!(matches!(tenure.beat(clock.now()), Next::Sleep(due) if due == MS * 2250));
+        tenure.progress(clock.now());
+        clock.advance(MS * 250);
+        renew(&mut tenure, clock.now());
+        assert_eq!(tenure.remaining(clock.now()), GOOD_FOR);
+    }
+}

@@ -1,0 +1,601 @@
+//! The lease and its file store together, within one process.
+
+use std::fs;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Instant;
+
+use super::record::{Content, Record, SIZE};
+use super::*;
+use crate::wait::CancelToken;
+
+const MS: Duration = Duration::from_millis(1);
+
+/// A path of its own below a folder in memory, removed at the end.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let base = if cfg!(target_os = "linux") { PathBuf::from("/dev/shm") } else { std::env::temp_dir() };
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = base.join(format!("lockkit-lease-{}-{count}", std::process::id()));
+        fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+
+    fn path(&self) -> PathBuf {
+        self.0.join("lease")
+    }
+
+    fn lease(&self) -> LeaseBuilder {
+        Lease::file(self.path()).ttl(MS * 1000).heartbeat(MS * 50)
+    }
+
+    fn record(&self) -> Record {
+        match record::parse(&fs::read(self.path()).unwrap()) {
+            Content::Ours(record) => *record,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn write(&self, mut record: Record) {
+        fs::write(self.path(), record.seal()).unwrap();
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        fs::remove_dir_all(&self.0).unwrap();
+    }
+}
+
+/// An owner of whom nothing can be told from here.
+fn stranger() -> Owner {
+    Owner { host: Some("elsewhere".into()), boot: Some(7), ..Owner::current() }
+}
+
+fn held_by(owner: &Owner, token: u64) -> Record {
+    Record::held(&ClaimId::random(), token, MS * 300, MS * 50, owner)
+}
+
+fn eventually(what: &str, is_so: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !is_so() {
+        assert!(began.elapsed() < MS * 5000, "{what}");
+        thread::sleep(MS);
+    }
+}
+
+#[test]
+fn tokens_grow_by_one_and_the_file_stays() {
+    let folder = Folder::new();
+    let lease = folder.lease().build().unwrap();
+    let mut last = lease.try_lock().unwrap().token();
+    assert!(last > 1_700_000_000_000_000, "it begins at the time");
+    for _ in 0..100 {
+        let guard = lease.try_lock().unwrap();
+        assert_eq!(guard.token(), last + 1);
+        assert!(guard.recovered().is_none());
+        last = guard.token();
+        guard.release().unwrap();
+    }
+    assert_eq!(lease.status().unwrap(), LeaseStatus::Free);
+    assert_eq!(fs::read(folder.path()).unwrap().len(), SIZE);
+}
+
+#[test]
+fn beats_keep_it_beyond_its_ttl_and_a_second_taker_out() {
+    let folder = Folder::new();
+    let lease = folder.lease().build().unwrap();
+    let guard = lease.lock().unwrap();
+    let error = lease.lock_for(MS * 1500).unwrap_err();
+    assert!(error.is_timeout());
+    assert_eq!(error.owner().unwrap().pid(), std::process::id());
+    guard.check().unwrap();
+    assert!(guard.remaining() > Duration::ZERO);
+    assert!(folder.record().beat() >= 5);
+}
+
+#[test]
+fn a_stranger_that_is_silent_is_taken_over_after_its_ttl_by_a_waiter() {
+    let folder = Folder::new();
+    folder.write(held_by(&stranger(), 41));
+    let began = Instant::now();
+    let lease = folder.lease().build().unwrap();
+    assert!(lease.try_lock().unwrap_err().is_held());
+    let guard = lease.lock_for(MS * 5000).unwrap();
+    let took = began.elapsed();
+    assert!(took >= MS * 300 && took < MS * 600, "{took:?}");
+    assert!(guard.token() > 1_700_000_000_000_000, "the last writer was of another boot");
+    assert_eq!(guard.recovered().unwrap().owner().unwrap().host(), Some("elsewhere"));
+}
+
+#[test]
+fn programs_that_try_once_take_over_in_the_end() {
+    let folder = Folder::new();
+    folder.write(held_by(&stranger(), 41));
+    let try_once = || {
+        let lease = folder.lease().build().unwrap();
+        assert!(matches!(lease.status().unwrap(), LeaseStatus::Held(_)));
+        lease.try_lock()
+    };
+    let began = Instant::now();
+    let mut tries = 0;
+    let _guard = loop {
+        match try_once() {
+            Ok(guard) => break guard,
+            Err(error) => assert!(error.is_held()),
+        }
+        tries += 1;
+        thread::sleep(MS * 20);
+    };
+    let took = began.elapsed();
+    assert!(took >= MS * 300 && took < MS * 600 && tries > 3, "{took:?}, {tries}");
+}
+
+#[test]
+fn a_dead_owner_is_taken_over_at_once() {
+    let folder = Folder::new();
+    folder.write(held_by(&Owner::ended(1), 41));
+    let guard = folder.lease().build().unwrap().try_lock().unwrap();
+    assert_eq!((guard.token(), guard.recovered().unwrap().owner().unwrap().pid()), (42, 1));
+}
+
+#[test]
+fn junk_is_held_while_fresh_and_then_reclaimed() {
+    for junk in ["", "4242\n", &"x".repeat(3000), "lockkit lease 1\n"] {
+        let folder = Folder::new();
+        fs::write(folder.path(), junk).unwrap();
+        let lease = folder.lease().invalid_pid_lock_stale_threshold(MS * 200).build().unwrap();
+        assert!(lease.try_lock().unwrap_err().is_held());
+        assert_eq!(fs::read(folder.path()).unwrap(), junk.as_bytes(), "it is left as it is");
+        let began = Instant::now();
+        let guard = lease.lock_for(MS * 5000).unwrap();
+        assert!(began.elapsed() < MS * 500);
+        assert!(guard.recovered().is_some() && guard.token() > 1_700_000_000_000_000);
+    }
+}
+
+#[test]
+fn a_record_of_a_later_version_is_left_alone() {
+    let folder = Folder::new();
+    fs::write(folder.path(), "lockkit lease 2\n").unwrap();
+    let lease = folder.lease().build().unwrap();
+    for error in [lease.try_lock().unwrap_err(), lease.status().unwrap_err()] {
+        assert!(matches!(error.kind(), ErrorKind::LayoutMismatch { .. }), "{error:?}");
+    }
+    assert_eq!(fs::read(folder.path()).unwrap(), b"lockkit lease 2\n");
+}
+
+#[test]
+fn a_holder_mends_a_record_that_was_spoilt_or_deleted() {
+    let folder = Folder::new();
+    let guard = folder.lease().build().unwrap().lock().unwrap();
+    let spoil: [&dyn Fn(); 4] = [
+        &|| fs::write(folder.path(), "junk").unwrap(),
+        &|| fs::write(folder.path(), "").unwrap(),
+        &|| fs::remove_file(folder.path()).unwrap(),
+        &|| {
+            fs::write(folder.0.join("other"), "junk").unwrap();
+            fs::rename(folder.0.join("other"), folder.path()).unwrap();
+        },
+    ];
+    for spoil in spoil {
+        spoil();
+        eventually("it is mended", || {
+            fs::read(folder.path()).is_ok_and(|bytes| matches!(record::parse(&bytes), Content::Ours(_)))
+        });
+        assert_eq!(folder.record().token(), guard.token());
+    }
+    guard.release().unwrap();
+}
+
+#[test]
+fn a_beat_is_never_written_twice() {
+    let folder = Folder::new();
+    let guard = folder.lease().build().unwrap().lock().unwrap();
+    let old = folder.record();
+    eventually("it beats", || folder.record().beat() > old.beat() + 2);
+    let last = folder.record().beat();
+    folder.write(old);
+    eventually("it beats", || folder.record().beat() > last);
+    drop(guard);
+}
+
+#[test]
+fn a_foreign_record_ends_it_once_and_is_not_touched() {
+    let folder = Folder::new();
+    let (tell, told) = mpsc::channel();
+    let lease = folder.lease().on_lost(move |loss| tell.send(loss.clone()).unwrap()).build().unwrap();
+    let guard = lease.lock().unwrap();
+    let signal = guard.lost();
+    let mut foreign = held_by(&stranger(), 3);
+    let foreign_bytes = *foreign.seal();
+    folder.write(foreign);
+    let loss = told.recv_timeout(MS * 2000).unwrap();
+    assert!(matches!(&loss.reason, LossReason::TakenOver { by: Some(by) } if by.host() == Some("elsewhere")));
+    assert_eq!(loss.token, guard.token());
+    assert!(!guard.is_held() && signal.is_lost() && signal.token().is_cancelled());
+    assert_eq!(guard.remaining(), Duration::ZERO);
+    assert!(matches!(guard.check().unwrap_err().kind(), ErrorKind::LeaseLost { .. }));
+    assert!(matches!(guard.release().unwrap_err().kind(), ErrorKind::LeaseLost { .. }));
+    assert!(matches!(signal.reason(), Some(LossReason::TakenOver { .. })), "for ever");
+    assert_eq!(fs::read(folder.path()).unwrap(), foreign_bytes);
+    assert!(told.recv_timeout(MS * 100).is_err(), "told twice");
+}
+
+#[test]
+fn a_release_reaches_a_waiter_at_once() {
+    let folder = Folder::new();
+    let lease = folder.lease().build().unwrap();
+    let mut fastest = Duration::MAX;
+    for _ in 0..10 {
+        let guard = lease.lock().unwrap();
+        let waiter = thread::spawn({
+            let lease = lease.clone();
+            move || lease.lock().map(|guard| (Instant::now(), guard))
+        });
+        thread::sleep(MS * 20);
+        let released = Instant::now();
+        guard.release().unwrap();
+        let (taken, _guard) = waiter.join().unwrap().unwrap();
+        fastest = fastest.min(taken - released);
+    }
+    // Who only looked from time to time would take up to 50 ms; on an idle machine it is below one.
+    assert!(!cfg!(target_os = "linux") || fastest < MS * 20, "{fastest:?}");
+}
+
+#[test]
+fn a_cancelled_wait_ends_at_once() {
+    let folder = Folder::new();
+    let lease = folder.lease().build().unwrap();
+    let _guard = lease.lock().unwrap();
+    let stop = CancelToken::new();
+    let waiter = thread::spawn({
+        let (lease, wait) = (lease.clone(), Wait::forever().or_cancelled(&stop));
+        move || lease.acquire(&wait).map(drop).map_err(|error| (error.is_cancelled(), Instant::now()))
+    });
+    thread::sleep(MS * 30);
+    let cancelled = Instant::now();
+    stop.cancel();
+    let (is_cancelled, ended) = waiter.join().unwrap().unwrap_err();
+    assert!(is_cancelled && ended - cancelled < MS * 100);
+}
+
+#[test]
+fn only_the_holder_that_was_seen_is_evicted() {
+    let folder = Folder::new();
+    let lease = folder.lease().build().unwrap();
+    let first = lease.lock().unwrap();
+    let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("it is held") };
+    assert_eq!((seen.token(), seen.owner().unwrap().pid()), (Some(first.token()), std::process::id()));
+    drop(first);
+    let second = lease.lock().unwrap();
+    assert!(!lease.evict(&seen).unwrap());
+    let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("it is held") };
+    assert!(lease.evict(&seen).unwrap());
+    let third = lease.try_lock().unwrap();
+    assert_eq!(third.token(), second.token() + 1);
+    let reason = second.lost().wait(&Wait::at_most(MS * 2000)).unwrap();
+    assert!(matches!(reason, LossReason::TakenOver { by: Some(_) }));
+    assert!(third.is_held());
+    drop(third);
+    fs::write(folder.path(), "junk").unwrap();
+    let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("it counts as held") };
+    assert!(lease.evict(&seen).unwrap());
+    assert!(lease.try_lock().is_ok());
+}
+
+#[test]
+fn without_progress_it_is_lost_and_on_lost_may_panic() {
+    let folder = Folder::new();
+    static CALLS: AtomicUsize = AtomicUsize::new(0);
+    let lease = folder.lease().require_progress(MS * 100).on_lost(|_| {
+        CALLS.fetch_add(1, Ordering::Relaxed);
+        std::panic::resume_unwind(Box::new(()));
+    });
+    let guard = lease.build().unwrap().lock().unwrap();
+    let began = Instant::now();
+    while began.elapsed() < MS * 600 {
+        guard.progress();
+        guard.check().unwrap();
+        thread::sleep(MS * 10);
+    }
+    let reason = guard.lost().wait(&Wait::at_most(MS * 2000)).unwrap();
+    assert!(matches!(reason, LossReason::Expired));
+    eventually("on_lost is called", || CALLS.load(Ordering::Relaxed) == 1);
+    assert!(folder.lease().build().unwrap().lock_for(MS * 2000).is_ok(), "the heartbeat goes on");
+}
+
+#[test]
+fn a_link_is_refused_and_so_is_what_is_no_file() {
+    let folder = Folder::new();
+    let lease = folder.lease().build().unwrap();
+    drop(lease.lock().unwrap());
+    fs::hard_link(folder.path(), folder.0.join("second")).unwrap();
+    assert!(matches!(lease.try_lock().unwrap_err().kind(), ErrorKind::Insecure { .. }));
+    fs::remove_file(folder.path()).unwrap();
+    std::os::unix::fs::symlink("second", folder.path()).unwrap();
+    assert!(matches!(lease.try_lock().unwrap_err().kind(), ErrorKind::Insecure { .. }));
+    let folder_itself = Lease::file(&folder.0).build().unwrap();
+    assert!(folder_itself.try_lock().is_err());
+}
+
+#[test]
+fn who_is_stopped_inside_a_step_keeps_others_waiting_but_not_for_long() {
+    let folder = Folder::new();
+    let lease = folder.lease().build().unwrap();
+    drop(lease.lock().unwrap());
+    let stuck = fs::File::options().read(true).write(true).open(folder.path()).unwrap();
+    fs2::FileExt::lock_exclusive(&stuck).unwrap();
+    let began = Instant::now();
+    assert!(lease.try_lock().unwrap_err().is_held());
+    assert!(lease.lock_for(MS * 50).unwrap_err().is_timeout());
+    assert!(began.elapsed() < MS * 300);
+    drop(stuck);
+    let guard = lease.lock_for(MS * 500).unwrap();
+    let stuck = fs::File::options().read(true).write(true).open(folder.path()).unwrap();
+    fs2::FileExt::lock_exclusive(&stuck).unwrap();
+    let error = guard.release().unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::Io { .. }), "{error:?}");
+    drop(stuck);
+    assert!(lease.lock_for(MS * 500).is_ok(), "the heartbeat made up for it");
+}
+
+#[test]
+fn folders_are_made_and_modes_kept() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = Folder::new();
+    let path = folder.0.join("a/b/lease");
+    drop(Lease::file(&path).build().unwrap().lock().unwrap());
+    let mode = |path: &std::path::Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+    assert_eq!((mode(&path), mode(path.parent().unwrap())), (0o600, 0o700));
+}
+
+/// A store in memory that fails as it is told, by a clock of its own.
+struct Faulty {
+    clock: ManualClock,
+    record: parking_lot::Mutex<(u64, Option<(ClaimId, Duration)>)>,
+    fails: AtomicBool,
+    panics: AtomicBool,
+    /// The next grant is made, but the answer is not given.
+    swallows: AtomicBool,
+    /// Renewals take as long as they may.
+    hangs: AtomicBool,
+    renewals: AtomicUsize,
+}
+
+impl Faulty {
+    fn new(clock: &ManualClock) -> Arc<Self> {
+        Arc::new(Self {
+            clock: clock.clone(),
+            record: Default::default(),
+            fails: Default::default(),
+            panics: Default::default(),
+            swallows: Default::default(),
+            hangs: Default::default(),
+            renewals: Default::default(),
+        })
+    }
+
+    fn lease(self: &Arc<Self>) -> LeaseBuilder {
+        Lease::with_store(self.clone(), "faulty").clock(Arc::new(self.clock.clone())).acquire_retry_delay(MS)
+    }
+}
+
+impl LeaseStore for Faulty {
+    fn profile(&self) -> StoreProfile {
+        StoreProfile::new(Durability::Memory)
+    }
+
+    fn try_acquire(
+        &self,
+        name: &LeaseName,
+        claim: &ClaimId,
+        ttl: Duration,
+        _: Deadline,
+    ) -> Result<Attempt, StoreError> {
+        if self.fails.load(Ordering::Relaxed) {
+            return Err(StoreError::refused("told to"));
+        }
+        let (token, holder) = &mut *self.record.lock();
+        let now = self.clock.now();
+        match holder {
+            Some((held, until)) if held != claim && *until > now => {
+                return Ok(Attempt::Busy(Seen::new(*token).with_expires_in(*until - now)));
+            }
+            Some((held, _)) if held == claim => {}
+            _ => *token += 1,
+        }
+        *holder = Some((*claim, now + ttl));
+        match self.swallows.swap(false, Ordering::Relaxed) {
+            true => Err(StoreError::unknown("no answer")),
+            false => Ok(Attempt::Granted(Grant::new(name, claim, *token, ttl))),
+        }
+    }
+
+    fn renew(&self, grant: &Grant, by: Deadline) -> Result<Renewal, StoreError> {
+        self.renewals.fetch_add(1, Ordering::Relaxed);
+        if self.hangs.load(Ordering::Relaxed) {
+            thread::sleep(by.remaining());
+            return Err(StoreError::unknown("no answer"));
+        }
+        if self.panics.swap(false, Ordering::Relaxed) {
+            std::panic::resume_unwind(Box::new(()));
+        }
+        if self.fails.load(Ordering::Relaxed) {
+            return Err(StoreError::refused("told to"));
+        }
+        match &mut self.record.lock().1 {
+            Some((claim, until)) if claim == grant.claim() => {
+                *until = self.clock.now() + grant.ttl();
+                Ok(Renewal::Extended { ttl: grant.ttl() })
+            }
+            _ => Ok(Renewal::Lost { by: None }),
+        }
+    }
+
+    fn release(&self, grant: &Grant, _: Deadline) -> Result<Released, StoreError> {
+        let holder = &mut self.record.lock().1;
+        match holder.take_if(|(claim, _)| claim == grant.claim()) {
+            Some(_) => Ok(Released::Done),
+            None => Ok(Released::NotMine),
+        }
+    }
+
+    fn look(&self, _: &LeaseName, _: Deadline) -> Result<Option<Seen>, StoreError> {
+        Ok(None)
+    }
+
+    fn evict(&self, _: &LeaseName, _: &Seen, _: Deadline) -> Result<Released, StoreError> {
+        Err(StoreError::misuse("not here"))
+    }
+}
+
+#[test]
+fn a_grant_whose_answer_was_lost_is_the_same_when_asked_for_again() {
+    let clock = ManualClock::new();
+    let store = Faulty::new(&clock);
+    store.swallows.store(true, Ordering::Relaxed);
+    assert_eq!(store.lease().build().unwrap().try_lock().unwrap().token(), 1);
+}
+
+#[test]
+fn a_store_that_fails_is_asked_again_and_then_given_up() {
+    let clock = ManualClock::new();
+    let store = Faulty::new(&clock);
+    store.fails.store(true, Ordering::Relaxed);
+    let error = store.lease().acquire_retry_limit(2).build().unwrap().try_lock().unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::Store { .. }), "{error:?}");
+}
+
+#[test]
+fn the_heartbeat_goes_by_the_clock_of_the_lease() {
+    let clock = ManualClock::new();
+    let store = Faulty::new(&clock);
+    let guard = store.lease().build().unwrap().lock().unwrap();
+    for beat in 1..=10 {
+        clock.advance(MS * 250);
+        eventually("it beats", || store.renewals.load(Ordering::Relaxed) >= beat);
+        eventually("it is renewed", || guard.remaining() == MS * 2968);
+    }
+    store.panics.store(true, Ordering::Relaxed);
+    clock.advance(MS * 250);
+    eventually("it is asked again after a panic", || {
+        clock.advance(MS);
+        store.renewals.load(Ordering::Relaxed) >= 12
+    });
+    assert!(guard.is_held());
+    clock.advance(MS * 3000);
+    assert!(!guard.is_held(), "the first to ask after a jump finds it lost, or the heartbeat before");
+    assert!(matches!(guard.lost().reason(), Some(LossReason::Expired)));
+}
+
+#[test]
+fn doubt_lasts_to_the_deadline_and_then_has_a_reason() {
+    let clock = ManualClock::new();
+    let store = Faulty::new(&clock);
+    let guard = store.lease().build().unwrap().lock().unwrap();
+    store.fails.store(true, Ordering::Relaxed);
+    clock.advance(MS * 300);
+    eventually("it is asked", || store.renewals.load(Ordering::Relaxed) >= 1);
+    clock.advance(MS * 2600);
+    eventually("it is asked", || store.renewals.load(Ordering::Relaxed) >= 2);
+    assert!(guard.is_held());
+    clock.advance(MS * 100);
+    assert!(matches!(guard.lost().reason(), Some(LossReason::Store(_))));
+    let error = guard.check().unwrap_err().to_string();
+    assert!(error.ends_with("told to"), "{error}");
+}
+
+#[test]
+fn a_store_that_hangs_costs_no_other_store_its_leases() {
+    let folder = Folder::new();
+    let guard = Lease::file(folder.path()).ttl(MS * 1000).heartbeat(MS * 100).build().unwrap().lock().unwrap();
+    let store = Faulty::new(&ManualClock::new());
+    let hung: Vec<_> = (0..50)
+        .map(|n| Lease::with_store(store.clone(), n.to_string()).build().unwrap())
+        .map(|lease| {
+            store.record.lock().1 = None;
+            lease.lock().unwrap()
+        })
+        .collect();
+    store.hangs.store(true, Ordering::Relaxed);
+    let (began, beat) = (Instant::now(), folder.record().beat());
+    while began.elapsed() < MS * 3500 {
+        guard.check().unwrap();
+        thread::sleep(MS * 10);
+    }
+    assert!(folder.record().beat() - beat >= 10, "{}", folder.record().beat() - beat);
+    assert!(hung.iter().all(|guard| !guard.is_held()));
+    let began = Instant::now();
+    drop(hung);
+    assert!(began.elapsed() < MS * 1000);
+}
+
+#[test]
+fn a_lease_and_all_that_belongs_to_it_may_go_to_any_thread() {
+    fn check<T: Send + Sync + 'static>() {}
+    check::<Lease>();
+    check::<LeaseGuard>();
+    check::<LostSignal>();
+}
+
+#[test]
+fn a_thousand_leases_dropped_at_once_are_all_free() {
+    let folder = Folder::new();
+    let leases: Vec<_> = (0..1000).map(|n| Lease::file(folder.0.join(n.to_string())).build().unwrap()).collect();
+    let guards: Vec<_> = leases.iter().map(|lease| lease.try_lock().unwrap()).collect();
+    drop(guards);
+    assert!(leases.iter().all(|lease| lease.try_lock().is_ok()));
+}
+
+/// Not a test of speed, but what it prints is one: `cargo test --release -p lockkit speed -- --ignored --nocapture`.
+#[test]
+#[ignore = "takes time; for people"]
+fn speed() {
+    let folder = Folder::new();
+    let lease = Lease::file(folder.path()).build().unwrap();
+    drop(lease.lock().unwrap());
+    let mut pairs: Vec<_> = (0..10_000)
+        .map(|_| {
+            let began = Instant::now();
+            drop(lease.try_lock().unwrap());
+            began.elapsed()
+        })
+        .collect();
+    pairs.sort();
+    println!("acquire + release {:?}, slowest {:?}", pairs[pairs.len() / 2], &pairs[pairs.len() - 5..]);
+    let guard = lease.lock().unwrap();
+    let grant = match lease.0.store.try_acquire(&lease.0.name, &folder.record().claim(), MS * 3000, lease.0.request()) {
+        Ok(Attempt::Granted(grant)) => grant,
+        other => panic!("{other:?}"),
+    };
+    let began = Instant::now();
+    for _ in 0..10_000 {
+        lease.0.store.renew(&grant, lease.0.request()).unwrap();
+    }
+    println!("renew {:?}", began.elapsed() / 10_000);
+    let began = Instant::now();
+    for _ in 0..1_000_000 {
+        assert!(guard.is_held());
+    }
+    println!("is_held {:?}", began.elapsed() / 1_000_000);
+    let many: Vec<_> = (0..10_000)
+        .map(|n| {
+            let path = folder.0.join(format!("many-{n}"));
+            Lease::file(path).heartbeat(MS * 1000).build().unwrap().lock().unwrap()
+        })
+        .collect();
+    let used = || rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    thread::sleep(MS * 1000);
+    let (cpu, began) = (used(), Instant::now());
+    thread::sleep(MS * 10_000);
+    let (spent, wall) = (used(), began.elapsed());
+    let spent = (spent.tv_sec - cpu.tv_sec) as f64 + (spent.tv_nsec - cpu.tv_nsec) as f64 / 1e9;
+    println!("10,000 leases: {:.1}% of a core", 100.0 * spent / wall.as_secs_f64());
+    assert!(many.iter().all(LeaseGuard::is_held));
+}
