@@ -7,7 +7,8 @@
 //!
 //! The count is kept beside the bits. A kill between the two leaves it wrong by one, until somebody finds the table
 //! full or opens it while nobody else uses it: then it is counted anew. Its upper half counts the changes, so that a
-//! recount notices when it was overtaken.
+//! recount notices when it was overtaken; and the upper half of that the recounts, so that who has changed a bit and
+//! has yet to count it notices that a recount came between, which may have seen the bit or not, and counts anew.
 
 use super::seam::{AtomicU32, AtomicU64, Ordering};
 use crate::steps::step;
@@ -16,6 +17,13 @@ const BITS: u32 = u64::BITS;
 /// What one allocation adds to the count, and one free: the upper half grows with both.
 const ONE_MORE: u64 = (1 << 32) + 1;
 const ONE_LESS: u64 = (1 << 32) - 1;
+/// What a recount adds. So many changes look like one, too, which costs a recount in vain.
+const RECOUNT: u64 = 1 << 48;
+
+/// Which recount a count comes from.
+fn epoch(count: u64) -> u64 {
+    count / RECOUNT
+}
 
 /// The bits of a table, wherever they stand.
 #[derive(Clone, Copy)]
@@ -45,7 +53,6 @@ impl Bitmap<'_> {
 
     #[cold]
     fn allocate_from(&self, start: usize) -> Option<u32> {
-        let before = self.count.load(Ordering::SeqCst);
         let (upper, from) = (start / BITS as usize % self.full.len(), start % BITS as usize);
         for round in 0..=self.full.len() {
             let at = (upper + round) % self.full.len();
@@ -71,17 +78,18 @@ impl Bitmap<'_> {
                 return Some(id);
             }
         }
-        self.recount(before);
+        self.recount();
         None
     }
 
     /// Allocates `id`; `false` when it is allocated.
     pub(super) fn allocate_at(&self, id: u32) -> bool {
         let word = (id / BITS) as usize;
+        let epoch = self.epoch();
         if self.words[word].fetch_or(1 << (id % BITS), Ordering::SeqCst) & 1 << (id % BITS) != 0 {
             return false;
         }
-        self.note_one_more();
+        self.note_one_more(epoch);
         true
     }
 
@@ -89,10 +97,11 @@ impl Bitmap<'_> {
     #[inline]
     pub(super) fn free(&self, id: u32) -> bool {
         let word = (id / BITS) as usize;
+        let epoch = self.epoch();
         if self.words[word].fetch_and(!(1 << (id % BITS)), Ordering::SeqCst) & 1 << (id % BITS) == 0 {
             return false;
         }
-        self.note_less(word, ONE_LESS);
+        self.note_less(epoch, word, ONE_LESS);
         true
     }
 
@@ -100,8 +109,9 @@ impl Bitmap<'_> {
     pub(super) fn free_all(&self) {
         for (word, bits) in self.words.iter().enumerate() {
             if bits.load(Ordering::Relaxed) != 0 {
+                let epoch = self.epoch();
                 let freed = bits.swap(0, Ordering::SeqCst).count_ones();
-                self.note_less(word, ONE_LESS.wrapping_mul(freed.into()));
+                self.note_less(epoch, word, ONE_LESS.wrapping_mul(freed.into()));
             }
         }
         self.hint.store(0, Ordering::Relaxed);
@@ -114,22 +124,38 @@ impl Bitmap<'_> {
         count.clamp(0, self.capacity as i32) as u32
     }
 
-    /// Puts the count right, unless somebody allocates or frees meanwhile.
-    pub(super) fn recount_now(&self) {
-        self.recount(self.count.load(Ordering::SeqCst));
+    /// Puts the count right, unless others go on changing it all the time.
+    #[cold]
+    pub(super) fn recount(&self) {
+        const ATTEMPTS: u32 = 64;
+        for _ in 0..ATTEMPTS {
+            let before = self.count.load(Ordering::SeqCst);
+            let bits: u32 = self.words.iter().map(|word| word.load(Ordering::SeqCst).count_ones()).sum();
+            let after = (before >> 32 << 32).wrapping_add(RECOUNT) | u64::from(bits);
+            if self.count.compare_exchange(before, after, Ordering::SeqCst, Ordering::Relaxed).is_ok() {
+                return;
+            }
+        }
     }
 
-    fn recount(&self, before: u64) {
-        let bits: u32 = (0..self.words.len()).map(|at| self.words[at].load(Ordering::SeqCst).count_ones()).sum();
-        if before as u32 != bits {
-            let after = (before >> 32).wrapping_add(1) << 32 | u64::from(bits);
-            let _ = self.count.compare_exchange(before, after, Ordering::SeqCst, Ordering::Relaxed);
+    /// To be asked before a bit is changed.
+    #[inline]
+    fn epoch(&self) -> u64 {
+        epoch(self.count.load(Ordering::SeqCst))
+    }
+
+    /// Counts what was changed since `epoch`.
+    #[inline]
+    fn count(&self, epoch: u64, change: u64) {
+        if self::epoch(self.count.fetch_add(change, Ordering::SeqCst)) != epoch {
+            self.recount();
         }
     }
 
     /// Allocates the lowest number of a word that is free.
     #[inline]
     fn claim_in(&self, word: usize) -> Option<u32> {
+        let epoch = self.epoch();
         let mut seen = self.words[word].load(Ordering::Relaxed);
         loop {
             let free = !seen & self.mask(word);
@@ -139,7 +165,7 @@ impl Bitmap<'_> {
             let lowest = free & free.wrapping_neg();
             match self.words[word].compare_exchange_weak(seen, seen | lowest, Ordering::SeqCst, Ordering::Relaxed) {
                 Ok(_) => {
-                    self.note_one_more();
+                    self.note_one_more(epoch);
                     return Some(word as u32 * BITS + lowest.trailing_zeros());
                 }
                 Err(changed) => seen = changed,
@@ -148,9 +174,9 @@ impl Bitmap<'_> {
     }
 
     #[inline]
-    fn note_one_more(&self) {
+    fn note_one_more(&self, epoch: u64) {
         step("number allocated");
-        self.count.fetch_add(ONE_MORE, Ordering::Relaxed);
+        self.count(epoch, ONE_MORE);
         step("allocation counted");
     }
 
@@ -167,7 +193,7 @@ impl Bitmap<'_> {
     }
 
     #[inline]
-    fn note_less(&self, word: usize, change: u64) {
+    fn note_less(&self, epoch: u64, word: usize, change: u64) {
         step("number freed");
         let upper = &self.full[word / BITS as usize];
         if upper.load(Ordering::SeqCst) & bit(word) != 0 {
@@ -177,7 +203,7 @@ impl Bitmap<'_> {
         if (word as u32) < self.hint.load(Ordering::Relaxed) {
             self.hint.store(word as u32, Ordering::Relaxed);
         }
-        self.count.fetch_add(change, Ordering::Relaxed);
+        self.count(epoch, change);
         step("free counted");
     }
 
@@ -287,7 +313,7 @@ mod tests {
         assert_eq!(bitmap.allocated(), 130);
         // And a count without its bit.
         owned.words[2].store(0, Ordering::SeqCst);
-        bitmap.recount_now();
+        bitmap.recount();
         assert_eq!(bitmap.allocated(), 128);
     }
 }
@@ -340,6 +366,22 @@ mod models {
             let (mine, other) = (owned.bitmap().allocate(), other.join().unwrap());
             assert!(mine.is_some() && other.is_some() && mine != other);
             assert_eq!(owned.bitmap().allocated(), 66);
+        });
+    }
+
+    #[test]
+    fn loom_the_count_is_right_whoever_counts_anew_meanwhile() {
+        loom::model(|| {
+            let owned = Owned::with_free(&[64]);
+            let other = thread::spawn({
+                let owned = owned.clone();
+                move || owned.bitmap().allocate()
+            });
+            let mine = owned.bitmap().allocate();
+            let got = [mine, other.join().unwrap()];
+            assert!(got == [Some(64), None] || got == [None, Some(64)]);
+            assert!(owned.bitmap().free(64) && owned.bitmap().free(3));
+            assert_eq!(owned.bitmap().allocated(), 64);
         });
     }
 

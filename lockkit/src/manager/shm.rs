@@ -306,7 +306,7 @@ impl Attached {
             slot: Mutex::new(slot),
         }));
         if alone {
-            fresh.bitmap().recount_now();
+            fresh.bitmap().recount();
         }
         attached.push(fresh);
         Ok(fresh)
