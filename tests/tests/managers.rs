@@ -83,6 +83,21 @@ mod in_a_folder {
     }
 
     #[test]
+    fn a_freed_lock_leaves_no_file_even_if_its_owner_died() {
+        let table = Kind::Folder.fresh();
+        let manager = table.open();
+        for all in [false, true] {
+            let id = manager.allocate().unwrap().id();
+            let mut holder = Actor::start_at(&table);
+            holder.expect(&format!("lock {id}"), "held");
+            holder.kill();
+            if all { manager.free_all() } else { manager.retrieve(id).unwrap().free() }.unwrap();
+            assert_eq!(table.lock_files().len(), 0);
+        }
+        table.clean();
+    }
+
+    #[test]
     fn a_process_killed_while_it_makes_a_table_leaves_one_that_opens() {
         if !lockkit::steps::ENABLED {
             return;
@@ -107,6 +122,7 @@ mod shared_memory {
     use std::io::ErrorKind as Io;
     use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
     use std::path::Path;
+    use std::process::{Command, Stdio};
 
     use lockkit::{ErrorKind, LockManager, ShmLockManager};
     use lockkit_tests::managers::{Kind, Table};
@@ -198,7 +214,7 @@ mod shared_memory {
         }
         table.clean();
         std::fs::create_dir(table.path()).unwrap();
-        assert!(opened_elsewhere(&table.path()).starts_with("error"));
+        assert!(opened_elsewhere(&table.path()).starts_with("error LayoutMismatch"));
         std::fs::remove_dir(table.path()).unwrap();
     }
 
@@ -224,6 +240,54 @@ mod shared_memory {
         }
         assert_eq!(manager.held().unwrap(), []);
         assert!(used() < 1 << 20, "{}", used());
+        table.clean();
+    }
+
+    #[test]
+    fn a_full_file_system_is_an_error_and_ends_nobody() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", "size=1m", "lockkit-test"]).arg(folder.path()).stderr(Stdio::null());
+        if !mount.status().is_ok_and(|status| status.success()) {
+            println!("left out: this machine does not let the test mount a small file system");
+            return;
+        }
+        let table = Table::at(Kind::Shm, folder.path().join("table").to_str().unwrap());
+        let manager = table.open_with(1_000_000);
+        let mut other = Actor::start_at(&table);
+        other.expect("try 0", "held");
+        let filler = std::fs::File::create(folder.path().join("filler")).unwrap();
+        let full = (0..).find(|page| filler.write_all_at(&[1; 4096], page * 4096).is_err());
+        assert!(full.is_some_and(|pages| pages > 0));
+        let error = manager.retrieve(999_999).unwrap_err();
+        assert_eq!(io_kind(&error), Some(Io::StorageFull), "{error}");
+        let error = manager.allocate_at(500_000).unwrap_err();
+        assert_eq!(io_kind(&error), Some(Io::StorageFull), "{error}");
+        assert_eq!(manager.available().unwrap(), Some(1_000_000));
+        // What has its room goes on.
+        assert!(manager.retrieve(0).unwrap().try_lock().unwrap_err().is_held());
+        other.expect("release 0", "ok");
+        drop(manager.retrieve(63).unwrap().lock().unwrap());
+        filler.set_len(0).unwrap();
+        manager.allocate_at(500_000).unwrap().lock().unwrap().release().unwrap();
+        drop((other, filler));
+        assert!(Command::new("umount").arg("-l").arg(folder.path()).status().unwrap().success());
+    }
+
+    #[test]
+    fn the_count_is_right_after_a_fight_for_the_last_locks() {
+        let table = Kind::Shm.fresh();
+        let manager = table.open_with(8);
+        for _ in 0..20 {
+            let mut rivals: Vec<_> = (0..4).map(|_| Actor::start_at(&table)).collect();
+            for rival in &mut rivals {
+                rival.tell("grab-all 300");
+            }
+            for rival in &mut rivals {
+                assert_eq!(rival.answer(), "grabbed");
+            }
+            assert_eq!(manager.available().unwrap(), Some(8));
+        }
         table.clean();
     }
 

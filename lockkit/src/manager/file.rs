@@ -43,6 +43,11 @@ use crate::wait::{Subject, Wait};
 /// Each lock that is held takes a descriptor, and each [`ManagedLock`] that was ever locked keeps one for the next time:
 /// keep numbers rather than thousands of handles.
 ///
+/// A process that is stopped while it allocates or frees holds up all others that do, and releases of freed locks, until
+/// it goes on or dies. Freeing a lock whose owner died inside forgets that. [`held`](LockManager::held) goes by what
+/// owners have written down: it goes on listing one that has started another program in its place, which ends its hold,
+/// and one that died in another pid namespace, until the next owner comes.
+///
 /// ```
 /// use lockkit::{FileLockManager, LockManager};
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -376,8 +381,8 @@ impl FolderLock {
             return Ok(());
         }
         match self.file.try_lock() {
-            // What an owner that died has left is for the next one to be told.
-            Ok(guard) if !is_allocated(guard.file()) && mark::holder(guard.file()).is_none() => {
+            // With it goes what an owner that died has left: who is given the number next has nothing to do with that.
+            Ok(guard) if !is_allocated(guard.file()) => {
                 fs::remove_file(path).map_err(|error| Error::io("remove", path, error))?;
                 step("lock file removed");
                 Ok(())

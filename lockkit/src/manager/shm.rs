@@ -53,8 +53,11 @@ use crate::wait::{Backoff, GaveUp, Patience, Subject, Wait};
 /// can break every lock in it. It takes memory as locks are first used, 4 KiB for each 64 of them.
 ///
 /// A process stays attached to a table until it ends, also when every handle on it is gone: for a few tables each, not
-/// for thousands that come and go. At most 4094 processes share a table. Do not shorten the file while it is in use: a
-/// process that touches a lock that is not there any more is ended by the system (SIGBUS). Do not put it on a file
+/// for thousands that come and go. At most 4094 processes share a table. A process that closes descriptors which it did
+/// not open, as some daemons do at their start, gives away what it holds; let it attach afterwards. A forked child
+/// attaches anew when it first uses the table, and needs the file still to be there and to be its own. Do not shorten the file while it is in use: a
+/// process that touches a lock that is not there any more is ended by the system (SIGBUS). The same comes of a full file
+/// system that cannot set room aside (fallocate(2)); those in memory, ext4, XFS and btrfs can. Do not put it on a file
 /// system that several machines share.
 ///
 /// ```
@@ -419,7 +422,14 @@ fn open_file(path: &Path) -> Result<Shielded<File>> {
     let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
     let mut options = File::options();
     options.read(true).write(true).custom_flags(flags.bits() as i32);
-    Shielded::new(|| options.open(path)).map_err(|error| Error::io("open", path, error))
+    Shielded::new(|| options.open(path)).map_err(|error| match error.kind() {
+        io::ErrorKind::IsADirectory => no_plain_file(path),
+        _ => Error::io("open", path, error),
+    })
+}
+
+fn no_plain_file(path: &Path) -> Error {
+    ErrorKind::LayoutMismatch { path: path.to_owned(), problem: "it is not a plain file" }.into()
 }
 
 fn identity(path: &Path, file: &File) -> Result<(u64, u64)> {
@@ -432,7 +442,7 @@ fn check(path: &Path, file: &File) -> Result<u32> {
     let mismatch = |problem| Error::from(ErrorKind::LayoutMismatch { path: path.to_owned(), problem });
     let found = file.metadata().map_err(|error| Error::io("look at", path, error))?;
     if !found.is_file() {
-        return Err(mismatch("it is not a plain file"));
+        return Err(no_plain_file(path));
     }
     // Its owner can shorten it under us.
     if found.uid() != folder::effective_uid() && found.uid() != 0 {
@@ -594,8 +604,19 @@ impl ShmLock {
     }
 
     pub(super) fn unlock(&self) -> Result<()> {
-        let turn = self.cell.turn.load(Ordering::Relaxed);
-        ShmHold::new(self.cell, self.table.me()?, turn).release()
+        let owner = self.table.me()?;
+        if self.cell.word.load(Ordering::Relaxed) & OWNER != owner {
+            return Err(self.not_locked());
+        }
+        // No guard of this acquisition gives back what somebody takes from here on.
+        let turn = self.cell.turn.load(Ordering::Relaxed).wrapping_add(1);
+        self.cell.turn.store(turn, Ordering::Relaxed);
+        ShmHold::new(self.cell, owner, turn).release()
+    }
+
+    #[cold]
+    fn not_locked(&self) -> Error {
+        ErrorKind::NotLocked { lock: self.describe() }.into()
     }
 }
 
@@ -626,16 +647,17 @@ impl ShmHold {
 
     #[cold]
     fn not_locked(&self) -> Error {
-        let attached = ATTACHED.lock();
-        let table = attached.iter().find(|table| table.cells.as_ptr_range().contains(&std::ptr::from_ref(self.cell)));
-        let lock = match table {
+        let cell = std::ptr::from_ref(self.cell);
+        let no_fork = NoFork::hold();
+        let table = ATTACHED.lock().iter().copied().find(|table| table.cells.as_ptr_range().contains(&cell));
+        drop(no_fork);
+        match table {
             Some(table) => {
-                let offset = std::ptr::from_ref(self.cell).addr() - table.cells.as_ptr().addr();
-                ShmLock { table, cell: self.cell, id: (offset / size_of::<Cell>()) as u32 }.describe()
+                let offset = cell.addr() - table.cells.as_ptr().addr();
+                ShmLock { table, cell: self.cell, id: (offset / size_of::<Cell>()) as u32 }.not_locked()
             }
-            None => "a lock of a lock table".to_owned(),
-        };
-        ErrorKind::NotLocked { lock }.into()
+            None => ErrorKind::NotLocked { lock: "a lock of a lock table".to_owned() }.into(),
+        }
     }
 }
 

@@ -1,0 +1,23 @@
+//! Runs the example: its first worker dies inside account 2, and somebody must be told.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+/// The example `name`, beside the test that runs.
+fn example(name: &str) -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let examples = test.ancestors().map(|folder| folder.join("examples").join(name));
+    examples.into_iter().find(|path| path.is_file()).unwrap_or_else(|| panic!("{name} is not built"))
+}
+
+#[test]
+fn the_owner_after_a_death_is_told_and_all_locks_are_free_at_the_end() {
+    let output = Command::new(example("lock_table")).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let told = String::from_utf8(output.stdout).unwrap();
+    let lines = |part: &str| told.lines().filter(|line| line.contains(part)).count();
+    assert_eq!(lines("checks account 2, for its last owner died inside: pid "), 1, "{told}");
+    assert_eq!(lines("checks account"), 1, "{told}");
+    assert_eq!(lines("a worker ended: exit status: 0"), 2, "{told}");
+    assert_eq!(told.lines().last(), Some("1020 of 1024 locks are left, 0 are held"), "{told}");
+}
