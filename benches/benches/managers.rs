@@ -5,7 +5,9 @@
 //! - *Open*: opening a table that is there, and attaching a forked child to it, in a large table beside a small one.
 //! - *Death*: a holder is killed while another process waits. The time runs from just before the kill.
 //! - *Contended*: many processes take one lock over and over. What counts is how often it is taken, and how long the
-//!   unluckiest one waited.
+//!   unluckiest one waited. Two processes that hold the mutex for no time at all hardly ever starve each other: what
+//!   they wait longest for is the machine, which pauses each of them now and then. How long, a row says for two that
+//!   share no lock at all.
 //!
 //! Ours and the peer's turns alternate, so that both see the same machine. Workers are forked, not started anew, for
 //! the mutex stands in memory without a name; each counts in shared memory.
@@ -135,6 +137,17 @@ impl Mutex for &ManagedLock {
         let guard = self.lock().expect("the lock");
         inside();
         drop(guard);
+    }
+}
+
+/// No lock at all.
+#[derive(Clone, Copy)]
+struct Nothing;
+
+impl Mutex for Nothing {
+    #[inline]
+    fn with(self, inside: impl FnOnce()) {
+        inside();
     }
 }
 
@@ -379,22 +392,37 @@ fn contended(length: &Length) -> Vec<Row> {
         for processes in [2, 8, 64] {
             let table = Table::new(64);
             let (lock, robust) = (table.0.allocate().expect("a lock"), Robust::new());
-            let mut runs = [Vec::new(), Vec::new()];
+            let mut runs = [Vec::new(), Vec::new(), Vec::new()];
             for _ in 0..blocks {
                 runs[0].push(contend(&lock, processes, hold, span));
                 runs[1].push(contend(robust, processes, hold, span));
+                if processes == 2 {
+                    runs[2].push(contend(Nothing, processes, hold, span));
+                }
             }
-            let [(our_rate, our_wait), (rate, wait)] = runs.map(|runs| {
+            let medians = |runs: Vec<(f64, Duration)>| {
                 let (mut rates, mut waits): (Vec<f64>, Vec<Duration>) = runs.into_iter().unzip();
                 rates.sort_by(f64::total_cmp);
                 (Value::Rate(rates[rates.len() / 2]), Value::Time(table::median(&mut waits)))
-            });
+            };
+            let [ours, theirs, alone] = runs;
+            let ((our_rate, our_wait), (rate, wait)) = (medians(ours), medians(theirs));
             for (what, ours, theirs, bound) in [
                 ("throughput", our_rate, rate, Bound::AtLeast(0.8)),
                 ("longest wait", our_wait, wait, Bound::Ratio(0.5)),
             ] {
                 let name = format!("{processes} processes hold {} us, {what}", hold.as_micros());
                 rows.push(Row { name, ours, peer: ROBUST, theirs, bound });
+            }
+            if !alone.is_empty() {
+                let name = format!("{processes} processes hold {} us, the lock's share", hold.as_micros());
+                rows.push(Row {
+                    name,
+                    ours: our_wait,
+                    peer: "no lock, a pause",
+                    theirs: medians(alone).1,
+                    bound: Bound::None,
+                });
             }
         }
     }
