@@ -15,25 +15,50 @@ use std::fs::File;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use lockkit::{CancelToken, FileLock, NamedLock, Wait};
+use lockkit::{CancelToken, FileLock, NamedLock, PidFile, Wait};
 use lockkit_benches::arguments;
 use lockkit_benches::process::{self, Peer, now, spin};
 use lockkit_benches::table::{self, Bound, Row, Value};
 use rustix::fs::{FlockOperation, flock};
 use rustix::time::{ClockId, clock_gettime};
 
-const COMPARISONS: &[Comparison] = &[Comparison {
-    ours: &NAMED_LOCK,
-    peer: &FLOCK,
-    hand_over: Bound::Ratio(1.5),
-    longest_wait: Bound::Time(Duration::from_millis(50)),
-    death: Bound::None,
-}];
+const COMPARISONS: &[Comparison] = &[
+    Comparison {
+        ours: &NAMED_LOCK,
+        peer: &FLOCK,
+        hand_over: Bound::Ratio(1.5),
+        longest_wait: Bound::Time(Duration::from_millis(50)),
+    },
+    Comparison { ours: &FILE_LOCK, peer: &FD_LOCK, hand_over: Bound::None, longest_wait: Bound::None },
+    Comparison { ours: &PID_FILE, peer: &FSLOCK_WITH_PID, hand_over: Bound::None, longest_wait: Bound::None },
+];
 
 const NAMED_LOCK: Contender = Contender {
     name: "NamedLock",
     open: |_| {
         let lock = NamedLock::new("lockkit-bench-contended").unwrap();
+        Box::new(move |inside| {
+            let _guard = lock.lock().unwrap();
+            inside();
+        })
+    },
+};
+
+const FILE_LOCK: Contender = Contender {
+    name: "FileLock",
+    open: |folder| {
+        let lock = FileLock::new(folder.join("file-lock"));
+        Box::new(move |inside| {
+            let _guard = lock.lock().unwrap();
+            inside();
+        })
+    },
+};
+
+const PID_FILE: Contender = Contender {
+    name: "PidFile",
+    open: |folder| {
+        let lock = PidFile::new(folder.join("ours.pid")).unwrap();
         Box::new(move |inside| {
             let _guard = lock.lock().unwrap();
             inside();
@@ -53,13 +78,36 @@ const FLOCK: Contender = Contender {
     },
 };
 
+const FD_LOCK: Contender = Contender {
+    name: "fd-lock",
+    open: |folder| {
+        let mut lock = fd_lock::RwLock::new(File::create(folder.join("fd-lock")).unwrap());
+        Box::new(move |inside| {
+            let _guard = lock.write().unwrap();
+            inside();
+        })
+    },
+};
+
+const FSLOCK_WITH_PID: Contender = Contender {
+    name: "fslock, with pid",
+    open: |folder| {
+        let mut lock = fslock::LockFile::open(&folder.join("fslock.pid")).unwrap();
+        Box::new(move |inside| {
+            lock.lock_with_pid().unwrap();
+            inside();
+            lock.unlock().unwrap();
+        })
+    },
+};
+
 /// A lock of ours, a peer, and what ours may take.
 struct Comparison {
     ours: &'static Contender,
     peer: &'static Contender,
     hand_over: Bound,
+    /// Of the largest crowd.
     longest_wait: Bound,
-    death: Bound,
 }
 
 /// A lock that several processes can open and hold.
@@ -97,9 +145,9 @@ struct Length {
 }
 
 const FULL: Length =
-    Length { hand_over: (20, 200), crowd: (2, Duration::from_secs(2)), deaths: 300, wait: Duration::from_secs(5) };
+    Length { hand_over: (20, 200), crowd: (3, Duration::from_millis(700)), deaths: 200, wait: Duration::from_secs(5) };
 const QUICK: Length =
-    Length { hand_over: (2, 50), crowd: (1, Duration::from_millis(300)), deaths: 10, wait: Duration::from_millis(500) };
+    Length { hand_over: (2, 50), crowd: (1, Duration::from_millis(50)), deaths: 10, wait: Duration::from_millis(500) };
 
 /// Measures a comparison with files in a folder.
 type Experiment = fn(&Comparison, &Path, &Length) -> Vec<Row>;
@@ -145,7 +193,7 @@ fn play(part: &[String]) {
     let mut parent = Peer::parent();
     match &**part {
         HAND_OVER => hand_over_child(&mut hold, number, &mut parent),
-        CROWD => crowd_child(&mut hold, &mut parent),
+        CROWD => crowd_child(&mut hold, number, &mut parent),
         WAITER => waiter(&mut hold, &mut parent),
         VICTIM => victim(&mut hold, &mut parent),
         _ => panic!("no part is called {part}"),
@@ -186,12 +234,18 @@ impl Comparison {
             let longest = shares.iter().map(|share| share.longest_wait).max().unwrap_or_default();
             [Value::Time(longest), Value::Rate(taken as f64 / (time * blocks).as_secs_f64())]
         };
-        let shares = self.in_turns(blocks, |contender| crowd(contender, folder, time));
-        let [[ours, our_rate], [theirs, their_rate]] = shares.map(sum);
-        vec![
-            self.row(&format!("{CROWD_SIZE} processes, longest wait"), ours, theirs, self.longest_wait),
-            self.row(&format!("{CROWD_SIZE} processes, throughput"), our_rate, their_rate, Bound::None),
-        ]
+        let mut rows = Vec::new();
+        for hold in CROWD_HOLDS {
+            for size in CROWD_SIZES {
+                let shares = self.in_turns(blocks, |contender| crowd(contender, folder, size, hold, time));
+                let [[ours, our_rate], [theirs, their_rate]] = shares.map(sum);
+                let what = format!("{size} processes hold {} us", hold.as_micros());
+                let bound = if (size, hold) == LARGEST { self.longest_wait } else { Bound::None };
+                rows.push(self.row(&format!("{what}, longest wait"), ours, theirs, bound));
+                rows.push(self.row(&format!("{what}, throughput"), our_rate, their_rate, Bound::None));
+            }
+        }
+        rows
     }
 
     fn death(&self, folder: &Path, length: &Length) -> Vec<Row> {
@@ -203,7 +257,7 @@ impl Comparison {
             }
         }
         let [ours, theirs] = times.map(|mut times| Value::Time(table::median(&mut times)));
-        vec![self.row("after SIGKILL of the holder, median", ours, theirs, self.death)]
+        vec![self.row("after SIGKILL of the holder, median", ours, theirs, Bound::None)]
     }
 }
 
@@ -269,9 +323,11 @@ fn take_turn(hold: &mut Hold, other: &mut Peer) -> Turn {
 }
 
 const CROWD: &str = "crowd";
-const CROWD_SIZE: usize = 64;
+const CROWD_SIZES: [usize; 3] = [2, 8, 64];
 /// How long each of the crowd holds the lock.
-const CROWD_HOLD: Duration = Duration::from_micros(20);
+const CROWD_HOLDS: [Duration; 2] = [Duration::ZERO, Duration::from_micros(20)];
+/// The crowd that waits longest.
+const LARGEST: (usize, Duration) = (CROWD_SIZES[2], CROWD_HOLDS[1]);
 
 /// What one process of the crowd got.
 struct Share {
@@ -279,8 +335,9 @@ struct Share {
     longest_wait: Duration,
 }
 
-fn crowd(contender: &Contender, folder: &Path, time: Duration) -> Vec<Share> {
-    let mut children: Vec<Peer> = (0..CROWD_SIZE).map(|_| contender.spawn(CROWD, folder, 0)).collect();
+fn crowd(contender: &Contender, folder: &Path, size: usize, hold: Duration, time: Duration) -> Vec<Share> {
+    let hold = hold.as_nanos() as u64;
+    let mut children: Vec<Peer> = (0..size).map(|_| contender.spawn(CROWD, folder, hold)).collect();
     for child in &mut children {
         child.expect(READY);
     }
@@ -301,7 +358,7 @@ fn crowd(contender: &Contender, folder: &Path, time: Duration) -> Vec<Share> {
 
 /// A wait that goes on at the end still counts: for the longest wait with all of its length, for the throughput not at
 /// all.
-fn crowd_child(hold: &mut Hold, parent: &mut Peer) {
+fn crowd_child(hold: &mut Hold, inside: u64, parent: &mut Peer) {
     parent.say(READY);
     let [start, end] = parent.hear_numbers();
     std::thread::sleep(Duration::from_nanos(start.saturating_sub(now())));
@@ -313,7 +370,7 @@ fn crowd_child(hold: &mut Hold, parent: &mut Peer) {
             longest_wait = longest_wait.max(acquired - asked);
             if acquired < end {
                 taken += 1;
-                spin(CROWD_HOLD);
+                spin(Duration::from_nanos(inside));
             }
         });
         asked = now();

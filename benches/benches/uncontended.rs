@@ -11,10 +11,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkGroup, Criterion, measurement::WallTime};
-use lockkit::{Backend, FileLock, NamedLock, PidFile};
+use lockkit::{Backend, FileLock, InMemoryLockManager, LockManager, NamedLock, PidFile};
 use lockkit_benches::arguments;
 use lockkit_benches::table::{self, Bound, Row, Value};
-use rustix::fs::{FlockOperation, flock};
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 const NAME: &str = "lockkit-bench-uncontended";
@@ -37,13 +36,16 @@ fn comparisons(folder: &Path) -> Vec<Comparison> {
             peers: vec![
                 (named_lock(&file("named-lock")), Bound::Ratio(1.25)),
                 (fd_lock(&file("fd-lock")), Bound::Ratio(1.35)),
-                (bare_flock(&file("flock")), Bound::None),
+                (fs4(&file("fs4")), Bound::None),
+                (std_file(&file("std")), Bound::None),
             ],
         },
         Comparison {
             ours: pid_file(&file("ours.pid")),
             peers: vec![
                 (fslock_with_pid(&file("fslock.pid")), Bound::Ratio(0.2)),
+                (pidlock(&file("pidlock.pid")), Bound::None),
+                (gix_lock(&file("gix-lock")), Bound::None),
                 (file_written_and_removed(&file("bare.pid")), Bound::Time(Duration::from_micros(40))),
             ],
         },
@@ -51,6 +53,7 @@ fn comparisons(folder: &Path) -> Vec<Comparison> {
             ours: inspect(&file("held.pid")),
             peers: vec![(file_read(&file("read.pid")), Bound::Time(Duration::from_micros(60)))],
         },
+        Comparison { ours: in_memory(), peers: vec![(parking_lot(), Bound::None)] },
         Comparison {
             ours: named("NamedLock, Backend::File", Backend::File),
             peers: vec![
@@ -75,6 +78,17 @@ fn file_lock(path: &Path) -> Contender {
 fn pid_file(path: &Path) -> Contender {
     let lock = PidFile::new(path).unwrap();
     Contender::new("PidFile", move || drop(lock.lock().unwrap()))
+}
+
+/// What a test pays that has it in the place of a table in shared memory: it writes down who holds what.
+fn in_memory() -> Contender {
+    let lock = InMemoryLockManager::new(8).unwrap().allocate().unwrap();
+    Contender::new("InMemoryLockManager's lock", move || drop(lock.lock().unwrap()))
+}
+
+fn parking_lot() -> Contender {
+    let lock = parking_lot::Mutex::new(());
+    Contender::new("parking_lot", move || drop(std::hint::black_box(&lock).lock()))
 }
 
 /// A look at a file that a living process wrote without lockkit, which is the dearest.
@@ -127,12 +141,40 @@ fn fd_lock(path: &Path) -> Contender {
     Contender::new("fd-lock", move || drop(lock.write().unwrap()))
 }
 
-/// As `File::lock` of the standard library does, which is younger than the oldest compiler that this is for.
-fn bare_flock(path: &Path) -> Contender {
+fn fs4(path: &Path) -> Contender {
     let file = File::create(path).unwrap();
-    Contender::new("bare flock", move || {
-        flock(&file, FlockOperation::LockExclusive).unwrap();
-        flock(&file, FlockOperation::Unlock).unwrap();
+    Contender::new("fs4", move || {
+        fs4::FileExt::lock(&file).unwrap();
+        fs4::FileExt::unlock(&file).unwrap();
+    })
+}
+
+fn std_file(path: &Path) -> Contender {
+    let file = File::create(path).unwrap();
+    Contender::new("std File::lock", move || {
+        file.lock().unwrap();
+        file.unlock().unwrap();
+    })
+}
+
+/// A file that is there or not, without any lock on it.
+fn pidlock(path: &Path) -> Contender {
+    let path = path.to_owned();
+    Contender::new("pidlock", move || {
+        let mut lock = pidlock::Pidlock::new_validated(&path).unwrap();
+        lock.acquire().unwrap();
+        lock.release().unwrap();
+    })
+}
+
+/// The same, with another way to die without it.
+fn gix_lock(path: &Path) -> Contender {
+    let path = path.to_owned();
+    Contender::new("gix-lock", move || {
+        drop(
+            gix_lock::Marker::acquire_to_hold_resource(&path, gix_lock::acquire::Fail::Immediately, None, 0)
+                .unwrap(),
+        );
     })
 }
 
