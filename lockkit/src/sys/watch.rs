@@ -1,8 +1,8 @@
 //! Being woken when a file changes: [inotify(7)].
 //!
 //! The kernel takes milliseconds, often more than ten, to close an inotify descriptor: it waits until nobody looks at
-//! what was watched, on the whole machine. Who has been woken has no time for that. So a process keeps one descriptor for
-//! its next watch, and only those that are used beside it are closed.
+//! what was watched, on the whole machine. Who has been woken has no time for that. So a process keeps one descriptor
+//! for its next watch, and only those that are used beside it are closed.
 //!
 //! [inotify(7)]: https://man7.org/linux/man-pages/man7/inotify.7.html
 
