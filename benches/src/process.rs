@@ -36,13 +36,15 @@ impl Peer {
     /// When the system has no room for a process.
     pub fn spawn(part: &[&str]) -> Self {
         let program = env::current_exe().expect("the program has a path");
-        let mut child = Command::new(program)
-            .arg(CHILD)
-            .args(part)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("a child can be started");
+        Self::start(Command::new(program).arg(CHILD).args(part))
+    }
+
+    /// Starts another program as a child, which then talks in lines as well.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    pub fn start(program: &mut Command) -> Self {
+        let mut child = program.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("a child can be started");
         let reader = Box::new(BufReader::new(child.stdout.take().expect("it is piped")));
         let writer = Box::new(child.stdin.take().expect("it is piped"));
         Self { reader, writer, stat: stat(child.id()), child: Some(child) }

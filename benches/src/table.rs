@@ -10,14 +10,26 @@ pub enum Value {
     Time(Duration),
     /// How often something happens in a second; more is better.
     Rate(f64),
+    /// A part of a processor's time; less is better.
+    Share(f64),
+    /// How many there are; less is better.
+    Count(usize),
+    /// Nothing was measured: there is no peer, or none that runs on this machine.
+    None,
 }
 
 impl Value {
-    fn number(self) -> f64 {
+    fn number(self) -> Option<f64> {
         match self {
-            Self::Time(time) => time.as_secs_f64(),
-            Self::Rate(rate) => rate,
+            Self::Time(time) => Some(time.as_secs_f64()),
+            Self::Rate(number) | Self::Share(number) => Some(number),
+            Self::Count(count) => Some(count as f64),
+            Self::None => None,
         }
+    }
+
+    fn is_at_most(self, most: f64) -> Option<bool> {
+        self.number().map(|number| number <= most)
     }
 }
 
@@ -31,6 +43,9 @@ impl fmt::Display for Value {
                 seconds => (seconds, "s"),
             },
             Self::Rate(rate) => (rate, "/s"),
+            Self::Share(share) => (share * 100.0, "%"),
+            Self::Count(count) => return f.pad(&count.to_string()),
+            Self::None => return f.pad("-"),
         };
         let decimals = match number {
             ..10.0 => 2,
@@ -50,6 +65,10 @@ pub enum Bound {
     AtLeast(f64),
     /// At most this long, whatever the peer does.
     Time(Duration),
+    /// At most this part of a processor.
+    Share(f64),
+    /// At most so many.
+    Count(usize),
     /// Anything: the row is there for the picture.
     None,
 }
@@ -70,15 +89,17 @@ pub struct Row {
 }
 
 impl Row {
-    fn ratio(&self) -> f64 {
-        self.ours.number() / self.theirs.number()
+    fn ratio(&self) -> Option<f64> {
+        Some(self.ours.number()? / self.theirs.number()?)
     }
 
     fn held(&self) -> Option<bool> {
         match self.bound {
-            Bound::Ratio(most) => Some(self.ratio() <= most),
-            Bound::AtLeast(least) => Some(self.ratio() >= least),
-            Bound::Time(most) => Some(self.ours.number() <= most.as_secs_f64()),
+            Bound::Ratio(most) => self.ratio().map(|ratio| ratio <= most),
+            Bound::AtLeast(least) => self.ratio().map(|ratio| ratio >= least),
+            Bound::Time(most) => self.ours.is_at_most(most.as_secs_f64()),
+            Bound::Share(most) => self.ours.is_at_most(most),
+            Bound::Count(most) => self.ours.is_at_most(most as f64),
             Bound::None => None,
         }
     }
@@ -90,6 +111,8 @@ impl fmt::Display for Row {
             Bound::Ratio(most) => format!("{most:.2}"),
             Bound::AtLeast(least) => format!("> {least:.2}"),
             Bound::Time(most) => Value::Time(most).to_string(),
+            Bound::Share(most) => Value::Share(most).to_string(),
+            Bound::Count(most) => Value::Count(most).to_string(),
             Bound::None => "-".to_owned(),
         };
         let verdict = match self.held() {
@@ -98,8 +121,8 @@ impl fmt::Display for Row {
             None => "-",
         };
         let Self { name, ours, peer, theirs, .. } = self;
-        let ratio = self.ratio();
-        write!(f, "{name:<46} {ours:>10}   {peer:<17} {theirs:>10}   {ratio:>5.2}   {bound:>7}   {verdict}")
+        let ratio = self.ratio().map_or("-".to_owned(), |ratio| format!("{ratio:.2}"));
+        write!(f, "{name:<46} {ours:>10}   {peer:<17} {theirs:>10}   {ratio:>5}   {bound:>7}   {verdict}")
     }
 }
 

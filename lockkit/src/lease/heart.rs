@@ -6,7 +6,8 @@
 //!
 //! One request at a time is under way, so a store that hangs delays the beats of others, by as long as a request may
 //! take: a quarter of its ttl, and at most 250 ms. Afterwards that store rests for as long as it took, whatever is due
-//! there, so others get half of the time at least.
+//! there, so others get half of the time at least. It rests no longer than a request may take: what takes longer than
+//! that is rather a process that was stopped, and its leases have no time to lose.
 //!
 //! A forked child has a heart of its own, without the beats of its parent's leases, once it takes a lease. The mutex is
 //! the standard library's, because parking_lot's waits go through a table of the whole process, which a fork could leave
@@ -147,8 +148,8 @@ impl Heart {
                             let began = Instant::now();
                             let next = beat.held.beat();
                             let took = began.elapsed();
-                            if took > SLOW {
-                                resting.push((beat.held.store_id(), Instant::now() + took));
+                            if let Some(rest) = rest_after(took, beat.held.longest_request()) {
+                                resting.push((beat.held.store_id(), Instant::now() + rest));
                             }
                             next
                         }
@@ -226,6 +227,11 @@ impl Queue {
     }
 }
 
+/// How long a store rests after a request that took so long, where one may take `longest`.
+fn rest_after(took: Duration, longest: Duration) -> Option<Duration> {
+    (took > SLOW).then(|| took.min(longest))
+}
+
 /// How long the store is still to rest.
 fn rest(resting: &mut Vec<(usize, Instant)>, store: usize) -> Option<Duration> {
     if resting.is_empty() {
@@ -234,4 +240,18 @@ fn rest(resting: &mut Vec<(usize, Instant)>, store: usize) -> Option<Duration> {
     let now = Instant::now();
     resting.retain(|(_, until)| *until > now);
     resting.iter().find(|(resting, _)| *resting == store).map(|(_, until)| *until - now)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_store_rests_for_as_long_as_it_took_but_not_for_as_long_as_the_process_was_stopped() {
+        const MS: Duration = Duration::from_millis(1);
+        assert_eq!(rest_after(MS, MS * 250), None);
+        assert_eq!(rest_after(MS * 40, MS * 250), Some(MS * 40));
+        // A lease of 3 s that was renewed just before a stop of 1.6 s has 1.4 s left.
+        assert_eq!(rest_after(MS * 1600, MS * 250), Some(MS * 250));
+    }
 }

@@ -248,7 +248,12 @@ impl Held {
     }
 
     fn request(&self) -> Deadline {
-        Deadline::after((self.lease.options.ttl / 4).min(LONGEST_REQUEST))
+        Deadline::after(self.longest_request())
+    }
+
+    /// How long a request may take.
+    pub(super) fn longest_request(&self) -> Duration {
+        (self.lease.options.ttl / 4).min(LONGEST_REQUEST)
     }
 
     fn is_inherited(&self) -> bool {

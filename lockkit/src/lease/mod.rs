@@ -172,7 +172,8 @@ impl Lease {
     ///
     /// The heartbeat thread is started first, once for the process. A waiter for a file is woken by the release (by
     /// inotify(7) on Linux; elsewhere it looks at its [retry delay](LeaseBuilder::acquire_retry_delay)), and looks
-    /// every 50 ms whether an owner of this host still lives. The wait leaves no thread and no descriptor behind.
+    /// every 50 ms whether an owner of this host still lives. The wait leaves no thread behind. On Linux the process
+    /// keeps one descriptor from its first wait on, for the next.
     ///
     /// # Errors
     /// [`Held`](ErrorKind::Held), [`Timeout`](ErrorKind::Timeout) or [`Cancelled`](ErrorKind::Cancelled) as `wait` has

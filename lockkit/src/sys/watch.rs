@@ -1,25 +1,109 @@
 //! Being woken when a file changes: [inotify(7)].
 //!
+//! The kernel takes milliseconds, often more than ten, to close an inotify descriptor: it waits until nobody looks at
+//! what was watched, on the whole machine. Who has been woken has no time for that. So a process keeps one descriptor
+//! for its next watch, and only those that are used beside it are closed.
+//!
 //! [inotify(7)]: https://man7.org/linux/man-pages/man7/inotify.7.html
 
-use std::io;
-use std::os::fd::OwnedFd;
-use std::path::Path;
-
-/// A descriptor that can be read once the file at `path` has been written, cut, replaced, moved or removed from now on.
-/// It sees only what this machine does to it. An error where there is no such thing, or no more of them to be had.
 #[cfg(target_os = "linux")]
-pub(crate) fn changes_of(path: &Path) -> io::Result<OwnedFd> {
-    use rustix::fs::inotify::{CreateFlags, WatchFlags, add_watch, init};
-    let watch = init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
-    // A file that is removed or replaced while somebody has it open changes its link count at once (`ATTRIB`), and is
-    // gone (`DELETE_SELF`) only when that one has closed it.
-    let changes = WatchFlags::MODIFY | WatchFlags::ATTRIB | WatchFlags::MOVE_SELF | WatchFlags::DELETE_SELF;
-    add_watch(&watch, path, changes | WatchFlags::DONT_FOLLOW)?;
-    Ok(watch)
-}
+pub(crate) use inotify::changes_of;
 
 #[cfg(not(target_os = "linux"))]
-pub(crate) fn changes_of(_: &Path) -> io::Result<OwnedFd> {
-    Err(io::ErrorKind::Unsupported.into())
+pub(crate) fn changes_of(_: &std::path::Path) -> std::io::Result<std::os::fd::OwnedFd> {
+    Err(std::io::ErrorKind::Unsupported.into())
+}
+
+#[cfg(target_os = "linux")]
+mod inotify {
+    use std::io;
+    use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+    use std::path::Path;
+    use std::sync::{Mutex, PoisonError};
+
+    use rustix::fs::inotify::{CreateFlags, WatchFlags, add_watch, init, remove_watch};
+
+    use crate::sys::per_process::PerProcess;
+
+    /// What the next watch of this process uses: without a watch, and with nothing to read.
+    static SPARE: PerProcess<Mutex<Option<OwnedFd>>> = PerProcess::new();
+
+    fn exchange_spare(with: Option<OwnedFd>) -> Option<OwnedFd> {
+        let mut spare = SPARE.get(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut spare, with)
+    }
+
+    /// Watches a file until it is dropped. Can be read once the file has changed.
+    pub(crate) struct Watch {
+        /// There until it is dropped.
+        inotify: Option<OwnedFd>,
+        number: i32,
+    }
+
+    /// A watch that can be read once the file at `path` has been written, cut, replaced, moved or removed from now on,
+    /// and now and then for nothing. It sees only what this machine does to it. An error where there is no such thing,
+    /// or no more of them to be had.
+    pub(crate) fn changes_of(path: &Path) -> io::Result<Watch> {
+        let inotify = match exchange_spare(None) {
+            Some(spare) => spare,
+            None => init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?,
+        };
+        // A file that is removed or replaced while somebody has it open changes its link count at once (`ATTRIB`), and
+        // is gone (`DELETE_SELF`) only when that one has closed it.
+        let changes = WatchFlags::MODIFY | WatchFlags::ATTRIB | WatchFlags::MOVE_SELF | WatchFlags::DELETE_SELF;
+        match add_watch(&inotify, path, changes | WatchFlags::DONT_FOLLOW) {
+            Ok(number) => Ok(Watch { inotify: Some(inotify), number }),
+            Err(error) => {
+                drop(exchange_spare(Some(inotify)));
+                Err(error.into())
+            }
+        }
+    }
+
+    impl AsFd for Watch {
+        fn as_fd(&self) -> BorrowedFd<'_> {
+            self.inotify.as_ref().expect("it is not dropped yet").as_fd()
+        }
+    }
+
+    impl Drop for Watch {
+        fn drop(&mut self) {
+            let Some(inotify) = self.inotify.take() else { return };
+            // It fails when the file is gone.
+            let _ = remove_watch(&inotify, self.number);
+            // That tells of itself, behind the changes. It does not block.
+            while rustix::io::read(&inotify, &mut [0; 1024]).is_ok_and(|length| length > 0) {}
+            drop(exchange_spare(Some(inotify)));
+        }
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use std::fs;
+        use std::time::{Duration, Instant};
+
+        use super::*;
+        use crate::sys::event::{self, Woke};
+
+        #[test]
+        fn each_watch_sees_the_changes_of_its_own_time_only() {
+            let path = std::env::temp_dir().join(format!("lockkit-watch-{}", std::process::id()));
+            let is_woken = |watch: &Watch| {
+                let soon = Instant::now() + Duration::from_millis(20);
+                matches!(event::wait(Some(watch.as_fd()), None, Some(soon)).unwrap(), Woke::Ready)
+            };
+            for _ in 0..3 {
+                fs::write(&path, "before").unwrap();
+                let watch = changes_of(&path).unwrap();
+                assert!(!is_woken(&watch));
+                fs::write(&path, "now").unwrap();
+                assert!(is_woken(&watch));
+                drop(watch);
+                let watch = changes_of(&path).unwrap();
+                fs::remove_file(&path).unwrap();
+                assert!(is_woken(&watch));
+            }
+            assert!(changes_of(&path).is_err());
+        }
+    }
 }

@@ -1,0 +1,369 @@
+//! Leases in files: what they cost when nobody else wants them, how fast they change hands, and what many take.
+//!
+//! - *Uncontended*: acquiring and releasing, beside `SoftFileLease` of Python's filelock in the same folder.
+//! - *Renewal*: one beat of the heartbeat, out of a thousand that are due at once, beside what it costs to open a file,
+//!   to write as many bytes and to close it. The leases go by a clock that jumps from one beat to the next.
+//! - *Is held*: asking the guard, beside reading the clock.
+//! - *Hand-over*: a process releases, and another that waits acquires. The time runs from just before the release.
+//! - *Thousand*: acquiring and dropping a thousand leases of new files, beside filelock's.
+//! - *Many*: what the heartbeat of ten thousand leases takes of a processor, and whether it keeps them.
+//!
+//! Ours and the peer's turns alternate, so that both see the same machine. Files stand in memory, but for one row.
+//! Where filelock cannot be installed, for want of python3, venv, pip or a package index, its column stays empty.
+
+use std::fs::{self, File};
+use std::hint::black_box;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use lockkit::lease::{Clock, ManualClock, SystemClock};
+use lockkit::{Lease, LeaseGuard};
+use lockkit_benches::arguments;
+use lockkit_benches::process::{self, Peer, now};
+use lockkit_benches::table::{self, Bound, Row, Value};
+use rustix::fs::{FlockOperation, flock};
+use rustix::time::{ClockId, clock_gettime};
+use tempfile::TempDir;
+
+/// How much is measured.
+struct Length {
+    /// Blocks of operations that take turns, and operations in one.
+    blocks: (u32, u32),
+    hand_overs: u32,
+    /// Rounds of acquiring and dropping, and how many leases.
+    thousand: (u32, usize),
+    /// How many beat, and for how long.
+    many: (usize, Duration),
+}
+
+const FULL: Length =
+    Length { blocks: (15, 500), hand_overs: 500, thousand: (5, 1000), many: (10_000, Duration::from_secs(10)) };
+const QUICK: Length =
+    Length { blocks: (3, 20), hand_overs: 10, thousand: (1, 100), many: (1000, Duration::from_millis(1500)) };
+
+type Experiment = fn(&Length) -> Vec<Row>;
+
+const EXPERIMENTS: [(&str, Experiment); 6] = [
+    ("leases/uncontended", uncontended),
+    ("leases/renewal", renewal),
+    ("leases/is-held", is_held),
+    ("leases/hand-over", hand_over),
+    ("leases/thousand", thousand),
+    ("leases/many", many),
+];
+
+fn main() {
+    if let Some(part) = process::part() {
+        return waiter(&part);
+    }
+    let filter = arguments::filter();
+    let _alone = lockkit_benches::alone();
+    let length = if arguments::is_quick() { QUICK } else { FULL };
+    let mut rows = Vec::new();
+    for (name, experiment) in EXPERIMENTS {
+        if name.contains(&filter) {
+            println!("{name}");
+            rows.extend(experiment(&length));
+        }
+    }
+    table::print(&rows);
+}
+
+/// A folder in memory, where nothing is measured of a disk. Removed at the end.
+fn in_memory() -> TempDir {
+    tempfile::tempdir_in("/dev/shm").expect("a folder")
+}
+
+fn lease(path: impl AsRef<Path>) -> Lease {
+    Lease::file(path.as_ref()).build().expect("the options go together")
+}
+
+fn acquire(lease: &Lease) -> LeaseGuard {
+    lease.try_lock().expect("nobody else takes it")
+}
+
+/// The medians of blocks of two kinds that take turns.
+fn in_turns(
+    blocks: u32,
+    mut ours: impl FnMut() -> Duration,
+    mut theirs: impl FnMut() -> Option<Duration>,
+) -> [Value; 2] {
+    let mut times = [Vec::new(), Vec::new()];
+    for _ in 0..blocks {
+        times[0].push(ours());
+        times[1].extend(theirs());
+    }
+    times.map(|mut times| if times.is_empty() { Value::None } else { Value::Time(table::median(&mut times)) })
+}
+
+/// How long one takes, on average.
+fn each(count: u32, mut work: impl FnMut()) -> Duration {
+    let start = Instant::now();
+    for _ in 0..count {
+        work();
+    }
+    start.elapsed() / count
+}
+
+/// A process of Python's that takes leases of filelock.
+struct Filelock(Peer);
+
+impl Filelock {
+    const NAME: &str = "filelock lease";
+
+    /// Installs it if need be; `None`, and a line that says why, where that is not possible.
+    fn start() -> Option<Self> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("filelock");
+        let place = Path::new(env!("CARGO_TARGET_TMPDIR")).join("filelock");
+        let install = Command::new(folder.join("install.sh")).arg(place).output();
+        let python = install.map_err(|error| error.to_string()).and_then(|output| match output.status.success() {
+            true => Ok(String::from_utf8_lossy(&output.stdout).trim_end().to_owned()),
+            false => Err(String::from_utf8_lossy(&output.stderr).trim_end().to_owned()),
+        });
+        match python {
+            Ok(python) => {
+                let mut peer = Peer::start(Command::new(python).arg(folder.join("peer.py")));
+                println!("  beside SoftFileLease of filelock {}", peer.hear());
+                Some(Self(peer))
+            }
+            Err(problem) => {
+                println!("  without filelock, which cannot be installed: {problem}");
+                None
+            }
+        }
+    }
+
+    fn cycles(&mut self, path: &Path, count: u32) -> Duration {
+        self.0.say(format_args!("cycles {count} {}", path.display()));
+        let [all] = self.0.hear_numbers();
+        Duration::from_nanos(all) / count
+    }
+
+    /// How long it takes to acquire so many, and to release them.
+    fn many(&mut self, folder: &Path, count: usize) -> [Duration; 2] {
+        self.0.say(format_args!("many {count} {}", folder.display()));
+        self.0.hear_numbers().map(Duration::from_nanos)
+    }
+}
+
+fn uncontended(length: &Length) -> Vec<Row> {
+    let (blocks, count) = length.blocks;
+    let mut filelock = Filelock::start();
+    [("in memory", in_memory()), ("on disk", tempfile::tempdir().expect("a folder"))]
+        .into_iter()
+        .map(|(place, folder)| {
+            let one = lease(folder.path().join("ours"));
+            let path = folder.path().join("theirs");
+            let [ours, theirs] = in_turns(
+                blocks,
+                || each(count, || drop(acquire(&one))),
+                || filelock.as_mut().map(|filelock| filelock.cycles(&path, count)),
+            );
+            let name = format!("acquire and release, {place}");
+            Row { name, ours, peer: Filelock::NAME, theirs, bound: Bound::Ratio(0.25) }
+        })
+        .collect()
+}
+
+fn renewal(length: &Length) -> Vec<Row> {
+    const COUNT: u32 = 1000;
+    /// As long as the record of a lease.
+    const RECORD: [u8; 1024] = [b'x'; 1024];
+    const HEARTBEAT: Duration = Duration::from_millis(250);
+    let folder = in_memory();
+    let jumping = ManualClock::new();
+    let clock: Arc<dyn Clock> = Arc::new(jumping.clone());
+    let guards: Vec<LeaseGuard> = (0..COUNT)
+        .map(|number| {
+            let lease = Lease::file(folder.path().join(number.to_string())).heartbeat(HEARTBEAT).clock(clock.clone());
+            acquire(&lease.build().expect("the options go together"))
+        })
+        .collect();
+    let fresh = guards[0].remaining() - HEARTBEAT / 2;
+    let path = folder.path().join("bare");
+    let [ours, theirs] = in_turns(
+        length.blocks.0,
+        || {
+            let start = Instant::now();
+            jumping.advance(HEARTBEAT);
+            for guard in &guards {
+                while guard.remaining() < fresh {
+                    thread::sleep(Duration::from_micros(50));
+                    // A store that had to wait is left alone for a time, which must pass.
+                    jumping.advance(Duration::from_micros(50));
+                }
+            }
+            start.elapsed() / COUNT
+        },
+        || {
+            Some(each(COUNT, || {
+                let file = File::options().write(true).create(true).truncate(false).open(&path).expect("a file");
+                file.write_all_at(&RECORD, 0).expect("there is room");
+            }))
+        },
+    );
+    let bound = Bound::Time(Duration::from_micros(10));
+    vec![Row { name: "renewal, one of 1000".to_owned(), ours, peer: "open, write, close", theirs, bound }]
+}
+
+fn is_held(length: &Length) -> Vec<Row> {
+    let (blocks, count) = length.blocks;
+    let folder = in_memory();
+    let guard = acquire(&lease(folder.path().join("lease")));
+    let [ours, theirs] = in_turns(
+        blocks,
+        || each(count, || assert!((0..1000).all(|_| guard.is_held()))),
+        || Some(each(count, || (0..1000).for_each(|_| _ = black_box(clock_gettime(ClockId::Boottime))))),
+    );
+    vec![Row { name: "1000 times is_held".to_owned(), ours, peer: "reading the clock", theirs, bound: Bound::None }]
+}
+
+/// Acquires, does something inside, and releases.
+type Hold = Box<dyn FnMut(&mut dyn FnMut())>;
+
+/// Opens what is to be held, in the folder.
+type Open = fn(&Path) -> Hold;
+
+/// What hands over: a lease of ours, and what is woken by the kernel.
+const HAND_OVER: [(&str, Open); 2] = [
+    ("lease", |folder| {
+        let lease = lease(folder.join("lease"));
+        Box::new(move |inside| {
+            let guard = lease.lock().expect("the lease");
+            inside();
+            guard.release().expect("it is still held");
+        })
+    }),
+    ("flock", |folder| {
+        let file = File::create(folder.join("flock")).expect("a file");
+        Box::new(move |inside| {
+            flock(&file, FlockOperation::LockExclusive).expect("the lock");
+            inside();
+            flock(&file, FlockOperation::Unlock).expect("it is held");
+        })
+    }),
+];
+
+/// A child: acquires whenever it is told to, and says when it had it.
+fn waiter(part: &[String]) {
+    let [kind, folder] = part else { panic!("a child needs its part") };
+    let (_, open) = HAND_OVER.iter().find(|(name, _)| name == kind).expect("the parent knows the same kinds");
+    let mut hold = open(folder.as_ref());
+    let mut parent = Peer::parent();
+    loop {
+        parent.hear();
+        let mut acquired = 0;
+        hold(&mut || acquired = now());
+        parent.say(acquired);
+    }
+}
+
+fn hand_over(length: &Length) -> Vec<Row> {
+    let folder = in_memory();
+    let path = folder.path().to_str().expect("the folder's path is UTF-8");
+    let mut contenders =
+        HAND_OVER.map(|(kind, open)| (open(folder.path()), Peer::spawn(&[kind, path]), Vec::<Duration>::new()));
+    for round in 0..length.hand_overs {
+        for (hold, waiter, times) in &mut contenders {
+            let mut released = 0;
+            hold(&mut || {
+                waiter.say("wait");
+                waiter.wait_until_asleep();
+                // Waiters of all ages.
+                thread::sleep(Duration::from_micros(u64::from(round % 100) * 37));
+                released = now();
+            });
+            let [acquired] = waiter.hear_numbers();
+            times.push(Duration::from_nanos(acquired.checked_sub(released).expect("one at a time holds it")));
+        }
+    }
+    let [[ours, our_longest], [theirs, their_longest]] = contenders
+        .map(|(.., mut times)| [table::median(&mut times), table::quantile(&mut times, 1.0)].map(Value::Time));
+    let bound = Bound::Time(Duration::from_millis(5));
+    let row = |what, ours, theirs| Row { name: format!("hand-over, {what}"), ours, peer: "flock", theirs, bound };
+    vec![row("median", ours, theirs), row("longest", our_longest, their_longest)]
+}
+
+fn thousand(length: &Length) -> Vec<Row> {
+    let (rounds, count) = length.thousand;
+    let mut filelock = Filelock::start();
+    let (mut ours, mut theirs) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
+    let note = |all: &mut [Vec<Duration>; 2], times: [Duration; 2]| {
+        all.iter_mut().zip(times).for_each(|(all, time)| all.push(time));
+    };
+    for _ in 0..rounds {
+        let folder = in_memory();
+        let leases: Vec<Lease> = (0..count).map(|number| lease(folder.path().join(format!("ours-{number}")))).collect();
+        let start = Instant::now();
+        let guards: Vec<LeaseGuard> = leases.iter().map(acquire).collect();
+        let acquired = start.elapsed();
+        drop(guards);
+        note(&mut ours, [acquired, start.elapsed() - acquired]);
+        if let Some(filelock) = &mut filelock {
+            note(&mut theirs, filelock.many(folder.path(), count));
+        }
+    }
+    let names = [format!("acquire {count} leases, new files"), format!("drop {count} leases")];
+    let value = |mut times: Vec<Duration>| match times.is_empty() {
+        true => Value::None,
+        false => Value::Time(table::median(&mut times)),
+    };
+    let rows = names.into_iter().zip(ours.map(value)).zip(theirs.map(value));
+    rows.map(|((name, ours), theirs)| Row { name, ours, peer: Filelock::NAME, theirs, bound: Bound::None }).collect()
+}
+
+/// Lets the time pass, and says for how long at most this program did not run, by the clock that leases go by.
+fn longest_stop(span: Duration) -> Duration {
+    const NAP: Duration = Duration::from_millis(50);
+    let start = SystemClock.now();
+    let (mut last, mut longest) = (start, Duration::ZERO);
+    while last - start < span {
+        thread::sleep(NAP);
+        let now = SystemClock.now();
+        longest = longest.max((now - last).saturating_sub(NAP));
+        last = now;
+    }
+    longest
+}
+
+fn many(length: &Length) -> Vec<Row> {
+    const HEARTBEAT: Duration = Duration::from_secs(1);
+    let (count, span) = length.many;
+    let folder = in_memory();
+    let guards: Vec<LeaseGuard> = (0..count)
+        .map(|number| {
+            let lease = Lease::file(folder.path().join(number.to_string())).heartbeat(HEARTBEAT);
+            acquire(&lease.build().expect("the options go together"))
+        })
+        .collect();
+    // All beat from here on.
+    thread::sleep(HEARTBEAT);
+    let used = || Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).expect("it is not negative");
+    let (start, before) = (Instant::now(), used());
+    let stopped = longest_stop(span);
+    let share = (used() - before).as_secs_f64() / start.elapsed().as_secs_f64();
+    // All but this one.
+    let threads = fs::read_dir("/proc/self/task").expect("/proc shows the threads").count() - 1;
+    let lost: Vec<_> = guards.iter().filter_map(|guard| guard.check().err()).collect();
+    if let Some(first) = lost.first() {
+        println!("  {first}");
+    }
+    if stopped > HEARTBEAT {
+        println!(
+            "  something stopped this program for {stopped:?}; leases do not survive 3 s of that, nor should they"
+        );
+    }
+    let row = |what: &str, ours, bound| {
+        let name = format!("{count} leases beat each second, {what}");
+        Row { name, ours, peer: "-", theirs: Value::None, bound }
+    };
+    vec![
+        row("processor", Value::Share(share), Bound::Share(0.15)),
+        row("threads", Value::Count(threads), Bound::Count(1)),
+        row("lost", Value::Count(lost.len()), Bound::Count(0)),
+    ]
+}

@@ -1,0 +1,189 @@
+//! Processes of which one leads, and a resource that refuses whoever does not lead any more.
+//!
+//! Three workers want one lease. Whoever has it counts: it reads a number from a resource and writes the next one, with
+//! its token. The first leader is killed, and the next is told. That one is stopped between reading and writing, for
+//! longer than its lease lasts, and another takes over. Let go on, it finishes what it was about to do, for it asked
+//! before whether it leads. But the resource has seen a later token by then, and refuses the write.
+//!
+//! Run with `cargo run --example leader`. [`work`] is what to copy, and [`Resource::write`] what to ask of whatever a
+//! lease guards: a database, a disk, a service.
+
+use std::error::Error;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::{Child, Command};
+use std::thread;
+use std::time::Duration;
+
+use lockkit::Lease;
+use rustix::process::{Pid, Signal, kill_process};
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+fn main() -> Result<()> {
+    if let Some(folder) = std::env::args_os().nth(1) {
+        return work(Path::new(&folder));
+    }
+    let folder = std::env::temp_dir().join(format!("lockkit-example-leader-{}", std::process::id()));
+    std::fs::create_dir(&folder)?;
+    let conducted = conduct(&folder);
+    std::fs::remove_dir_all(&folder)?;
+    conducted
+}
+
+/// A worker: waits until it leads, leads until it does not, and waits again.
+fn work(folder: &Path) -> Result<()> {
+    let me = std::process::id();
+    let lease =
+        Lease::file(folder.join("lease")).ttl(Duration::from_secs(2)).heartbeat(Duration::from_millis(200)).build()?;
+    loop {
+        let guard = lease.lock()?;
+        match guard.recovered() {
+            Some(before) => println!("{me} leads with token {}; unreleased by {before}", guard.token()),
+            None => println!("{me} leads with token {}", guard.token()),
+        }
+        let mut resource = Connection::new(UnixStream::connect(folder.join("resource"))?);
+        resource.say(&me.to_string())?;
+        // Asking saves work. It cannot say what is true a moment later; that is why each write has the token.
+        while guard.is_held() {
+            let number: u64 = resource.ask("read")?.parse()?;
+            thread::sleep(Duration::from_millis(20));
+            if resource.ask(&format!("write {} {}", guard.token(), number + 1))? == "refused" {
+                println!("{me} is refused");
+            }
+        }
+        if let Err(lost) = guard.release() {
+            println!("{me} does not lead any more: {lost}");
+        }
+    }
+}
+
+/// What the lease guards. It knows nothing of leases.
+#[derive(Default)]
+struct Resource {
+    number: u64,
+    /// The highest token that it has seen.
+    token: u64,
+}
+
+impl Resource {
+    /// Takes the number, unless somebody with a later token has been here: says whether it did.
+    fn write(&mut self, token: u64, number: u64) -> bool {
+        if token < self.token {
+            println!("the resource refuses {number} with token {token}, for it has seen {}", self.token);
+            return false;
+        }
+        (self.number, self.token) = (number, token);
+        println!("the resource takes {number} with token {token}");
+        true
+    }
+
+    /// Answers a leader until it has asked for so many writes, or has hung up.
+    fn serve(&mut self, leader: &mut Connection, writes: usize) -> Result<()> {
+        let mut asked = 0;
+        while asked < writes {
+            let Some(request) = leader.hear()? else { break };
+            match request.split(' ').collect::<Vec<_>>().as_slice() {
+                ["read"] => leader.say(&self.number.to_string())?,
+                ["write", token, number] => {
+                    asked += 1;
+                    leader.say(if self.write(token.parse()?, number.parse()?) { "taken" } else { "refused" })?;
+                }
+                _ => return Err(format!("{request:?} is no request").into()),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Starts the workers, plays the resource, and does to the leaders what happens to leaders.
+fn conduct(folder: &Path) -> Result<()> {
+    let leaders = UnixListener::bind(folder.join("resource"))?;
+    let mut resource = Resource::default();
+    let mut workers = Workers::start(3, folder)?;
+
+    let (pid, mut first) = next(&leaders)?;
+    resource.serve(&mut first, 3)?;
+    println!("{pid} is killed");
+    let killed = workers.get(pid)?;
+    killed.kill()?;
+    killed.wait()?;
+
+    let (pid, mut second) = next(&leaders)?;
+    resource.serve(&mut second, 3)?;
+    // It has asked for the number, so it believes that it leads, and waits for the answer.
+    second.hear()?;
+    println!("{pid} is stopped");
+    let stopped = Pid::from_child(workers.get(pid)?);
+    kill_process(stopped, Signal::STOP)?;
+    second.say(&resource.number.to_string())?;
+
+    let (_, mut third) = next(&leaders)?;
+    resource.serve(&mut third, 3)?;
+    println!("{pid} goes on");
+    kill_process(stopped, Signal::CONT)?;
+    resource.serve(&mut second, usize::MAX)?;
+    println!("the number is {}, and no count was lost", resource.number);
+    drop(workers);
+    Ok(())
+}
+
+/// The next leader: its pid, and what it asks.
+fn next(leaders: &UnixListener) -> Result<(u32, Connection)> {
+    let mut leader = Connection::new(leaders.accept()?.0);
+    let pid = leader.hear()?.ok_or("a leader hung up at once")?;
+    Ok((pid.parse()?, leader))
+}
+
+/// The workers, who are killed at the end, whatever has become of them.
+struct Workers(Vec<Child>);
+
+impl Workers {
+    fn start(count: usize, folder: &Path) -> Result<Self> {
+        let mut workers = Self(Vec::new());
+        for _ in 0..count {
+            workers.0.push(Command::new(std::env::current_exe()?).arg(folder).spawn()?);
+        }
+        Ok(workers)
+    }
+
+    fn get(&mut self, pid: u32) -> Result<&mut Child> {
+        self.0.iter_mut().find(|worker| worker.id() == pid).ok_or_else(|| format!("{pid} is no worker").into())
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        for worker in &mut self.0 {
+            // One was killed before.
+            let _ = worker.kill();
+            let _ = worker.wait();
+        }
+    }
+}
+
+/// Lines to and from another process.
+struct Connection(BufReader<UnixStream>);
+
+impl Connection {
+    fn new(stream: UnixStream) -> Self {
+        Self(BufReader::new(stream))
+    }
+
+    fn say(&mut self, line: &str) -> Result<()> {
+        Ok(writeln!(self.0.get_mut(), "{line}")?)
+    }
+
+    /// The next line, unless the other one has hung up.
+    fn hear(&mut self) -> Result<Option<String>> {
+        let mut line = String::new();
+        let length = self.0.read_line(&mut line)?;
+        Ok((length > 0).then(|| line.trim_end().to_owned()))
+    }
+
+    fn ask(&mut self, question: &str) -> Result<String> {
+        self.say(question)?;
+        self.hear()?.ok_or_else(|| "the resource is gone".into())
+    }
+}

@@ -1,0 +1,66 @@
+//! Runs the example, and reads what it says.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// As long as the example may take on a busy machine; it takes a little more than its ttl of 2 s.
+const A_FEW_SECONDS: Duration = Duration::from_secs(30);
+
+/// The example, beside the test that runs.
+fn example() -> Command {
+    let test = std::env::current_exe().unwrap();
+    let examples: Vec<PathBuf> = test.ancestors().map(|folder| folder.join("examples/leader")).collect();
+    Command::new(examples.into_iter().find(|path| path.is_file()).expect("cargo build --example leader"))
+}
+
+/// Who leads by this line, with which token, and what else it says.
+fn leads(line: &str) -> (&str, u64, &str) {
+    let (pid, rest) = line.split_once(" leads with token ").unwrap_or_else(|| panic!("nobody leads: {line:?}"));
+    let (token, rest) = rest.split_once(';').unwrap_or((rest, ""));
+    (pid, token.parse().unwrap(), rest)
+}
+
+#[test]
+fn a_killed_leader_is_followed_and_a_stopped_one_is_refused_and_knows_it() {
+    let start = Instant::now();
+    let output = example().output().unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    println!("{said}");
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    assert!(output.status.success(), "{}", output.status);
+    assert!(start.elapsed() < A_FEW_SECONDS, "{:?}", start.elapsed());
+
+    let mut lines = said.lines();
+    let mut next = || lines.next().expect("it says more");
+    let (first, token, recovered) = leads(next());
+    assert_eq!(recovered, "", "nobody led before");
+    for number in 1..=3 {
+        assert_eq!(next(), format!("the resource takes {number} with token {token}"));
+    }
+    assert_eq!(next(), format!("{first} is killed"));
+
+    let (second, old, recovered) = leads(next());
+    assert!(old > token);
+    assert!(recovered.starts_with(&format!(" unreleased by pid {first} (leader)")), "{recovered:?}");
+    for number in 4..=6 {
+        assert_eq!(next(), format!("the resource takes {number} with token {old}"));
+    }
+    assert_eq!(next(), format!("{second} is stopped"));
+
+    let (third, new, recovered) = leads(next());
+    assert!(new > old);
+    assert!(third != first && third != second);
+    assert!(recovered.starts_with(&format!(" unreleased by pid {second} (leader)")), "{recovered:?}");
+    for number in 7..=9 {
+        assert_eq!(next(), format!("the resource takes {number} with token {new}"));
+    }
+    assert_eq!(next(), format!("{second} goes on"));
+    assert_eq!(next(), format!("the resource refuses 7 with token {old}, for it has seen {new}"));
+    assert_eq!(next(), format!("{second} is refused"));
+    let lost = next();
+    assert!(lost.starts_with(&format!("{second} does not lead any more: ")), "{lost:?}");
+    assert!(lost.ends_with("is lost: it was not renewed in time"), "{lost:?}");
+    assert_eq!(next(), "the number is 9, and no count was lost");
+    assert_eq!(lines.next(), None);
+}
