@@ -171,10 +171,7 @@ fn pidlock(path: &Path) -> Contender {
 fn gix_lock(path: &Path) -> Contender {
     let path = path.to_owned();
     Contender::new("gix-lock", move || {
-        drop(
-            gix_lock::Marker::acquire_to_hold_resource(&path, gix_lock::acquire::Fail::Immediately, None, 0)
-                .unwrap(),
-        );
+        drop(gix_lock::Marker::acquire_to_hold_resource(&path, gix_lock::acquire::Fail::Immediately, None, 0).unwrap());
     })
 }
 

@@ -1,11 +1,14 @@
 //! Lockkit's locks beside their peers. Linux only.
 //!
-//! `cargo bench -p lockkit-benches` runs four programs, and each ends in a [`table`] that says which bounds held:
+//! `cargo bench -p lockkit-benches` runs these programs, and each ends in a [`table`] that says which bounds held:
 //! - `uncontended`: taking and giving back a lock that nobody else wants. Criterion runs every contender.
 //! - `contended`: what processes see that want a lock which another one has. It times events in several processes,
 //!   which criterion cannot, so it is a plain program.
 //! - `managers`: tables of locks in shared memory, beside a robust pthread mutex. A plain program as well.
 //! - `leases`: file leases, beside those of Python's filelock, which it installs below `target`. Plain as well.
+//!
+//! - `memory`: bytes and descriptors of a lock.
+//! - `verdict`: one table of all that, each row with its best peer; it also writes `docs/BENCHMARKS.md`.
 //!
 //! Every ratio is between numbers of one run, taken in turns, so that a noisy machine disturbs both sides alike. A row
 //! that is behind fails nothing: on a machine that does other things as well the table informs, it does not judge.

@@ -1,6 +1,8 @@
-//! The table at the end of a bench program: our number beside a peer's, and whether the bound on it held.
+//! The table at the end of a bench program: our number beside a peer's, and whether the bound on it held. It is kept
+//! beside the program as well, for `verdict`, which makes one table of all.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// A measured number.
@@ -105,8 +107,13 @@ impl Row {
     }
 }
 
-impl fmt::Display for Row {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+/// What a line says, column by column.
+type Cells = [String; 7];
+
+const HEADING: [&str; 7] = ["row", "ours", "peer", "", "ratio", "bound", "verdict"];
+
+impl Row {
+    fn cells(&self) -> Cells {
         let bound = match self.bound {
             Bound::Ratio(most) => format!("{most:.2}"),
             Bound::AtLeast(least) => format!("> {least:.2}"),
@@ -122,22 +129,93 @@ impl fmt::Display for Row {
         };
         let Self { name, ours, peer, theirs, .. } = self;
         let ratio = self.ratio().map_or("-".to_owned(), |ratio| format!("{ratio:.2}"));
-        write!(f, "{name:<46} {ours:>10}   {peer:<17} {theirs:>10}   {ratio:>5}   {bound:>7}   {verdict}")
+        [name.clone(), ours.to_string(), (*peer).to_owned(), theirs.to_string(), ratio, bound, verdict.to_owned()]
+    }
+
+    /// The better the peer, the greater.
+    fn rank(&self) -> f64 {
+        match self.theirs {
+            Value::Rate(rate) => rate,
+            Value::None => f64::NEG_INFINITY,
+            other => -other.number().unwrap_or(f64::INFINITY),
+        }
     }
 }
 
-/// Prints the rows, if there are any.
+fn line([row, ours, peer, theirs, ratio, bound, verdict]: &[impl fmt::Display; 7]) -> String {
+    format!("{row:<47} {ours:>10}   {peer:<17} {theirs:>10}   {ratio:>6}   {bound:>7}   {verdict}")
+}
+
+/// Prints the rows, if there are any, and keeps them for [`kept`].
+///
+/// # Panics
+/// When they cannot be kept.
 pub fn print(rows: &[Row]) {
     if rows.is_empty() {
         return;
     }
-    let heading = ["row", "ours", "peer", "", "ratio", "bound", "verdict"];
-    let [row, ours, peer, theirs, ratio, bound, verdict] = heading;
-    println!("\n{row:<46} {ours:>10}   {peer:<17} {theirs:>10}   {ratio:>5}   {bound:>7}   {verdict}");
+    println!("\n{}", line(&HEADING));
+    let mut kept = String::new();
     for row in rows {
-        println!("{row}");
+        let cells = row.cells();
+        println!("{}", line(&cells));
+        kept += &format!("{}\t{}\n", row.rank(), cells.join("\t"));
     }
     println!();
+    let program = std::env::current_exe().expect("the program has a path");
+    // Its name ends in a hash.
+    let program = program.file_stem().and_then(|name| name.to_str()?.split('-').next()).expect("it has a name");
+    std::fs::create_dir_all(folder()).expect("the build's folder can be written to");
+    std::fs::write(folder().join(program), kept).expect("the build's folder can be written to");
+}
+
+/// Where rows are kept: beside the program, so that they belong to the same build.
+fn folder() -> PathBuf {
+    let program = std::env::current_exe().expect("the program has a path");
+    program.parent().expect("it is in a folder").join("lockkit-bench-rows")
+}
+
+/// The rows that a program kept when it ran last. Of those about one thing that have no bound only the one with the
+/// best peer.
+///
+/// # Panics
+/// When what it kept cannot be read.
+pub fn kept(program: &str) -> Vec<Cells> {
+    let text = match std::fs::read_to_string(folder().join(program)) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Vec::new(),
+        Err(error) => panic!("cannot read what {program} kept: {error}"),
+    };
+    let rows: Vec<(f64, Cells)> = text
+        .lines()
+        .map(|line| {
+            let (rank, cells) = line.split_once('\t').expect("a rank");
+            let cells: Vec<String> = cells.split('\t').map(str::to_owned).collect();
+            (rank.parse().expect("a number"), cells.try_into().expect("seven cells"))
+        })
+        .collect();
+    let is_best = |rank: f64, name: &str| rows.iter().all(|(other, cells)| cells[0] != name || *other <= rank);
+    rows.iter()
+        .filter(|(rank, cells)| cells[5] != "-" || is_best(*rank, &cells[0]))
+        .map(|(_, cells)| cells.clone())
+        .collect()
+}
+
+/// One table of rows, as Markdown has it.
+pub fn markdown(rows: &[Cells]) -> String {
+    let heading = ["row", "ours", "best peer", "", "ratio", "bound", "verdict"];
+    let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
+    let mut text = line(&heading.map(str::to_owned))
+        + &line(&["---", "--:", "---", "--:", "--:", "--:", "---"].map(str::to_owned));
+    for row in rows {
+        text += &line(row);
+    }
+    text
+}
+
+/// One table of rows, for a terminal.
+pub fn plain(rows: &[Cells]) -> String {
+    rows.iter().fold(line(&HEADING) + "\n", |text, row| text + &line(row) + "\n")
 }
 
 /// The time that half of `times` are below.

@@ -1,0 +1,169 @@
+//! What a lock takes besides time: bytes of this process's heap and descriptors, for a lock that nobody holds, and for
+//! one that is held. What the kernel keeps for a descriptor is not counted.
+//!
+//! The peers are the same libraries as in `uncontended`. A thousand of each, and the average.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::any::Any;
+use std::fs::File;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use lockkit::{FileLock, Lease, LockManager, NamedLock, PidFile, ShmLockManager};
+use lockkit_benches::arguments;
+use lockkit_benches::table::{self, Bound, Row, Value};
+
+/// Counts the bytes that are in use.
+struct Counting;
+
+static IN_USE: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: it hands everything to the system's allocator, and counts.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        IN_USE.fetch_add(layout.size(), Ordering::Relaxed);
+        // SAFETY: the caller's promises are those that the system's allocator asks for.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        IN_USE.fetch_sub(layout.size(), Ordering::Relaxed);
+        // SAFETY: as above.
+        unsafe { System.dealloc(memory, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+const MANY: usize = 200;
+
+/// What one of many takes.
+struct Cost {
+    bytes: usize,
+    descriptors: usize,
+}
+
+fn descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd").expect("the process has descriptors").count()
+}
+
+/// What one of the things that `make` makes takes.
+fn cost(make: &mut dyn FnMut(usize) -> Box<dyn Any>) -> Cost {
+    // What only the first one costs.
+    drop(make(MANY));
+    let mut kept = Vec::with_capacity(MANY);
+    let before = (IN_USE.load(Ordering::Relaxed), descriptors());
+    kept.extend((0..MANY).map(make));
+    let after = (IN_USE.load(Ordering::Relaxed), descriptors());
+    Cost { bytes: (after.0 - before.0) / MANY, descriptors: (after.1 - before.1) / MANY }
+}
+
+/// A lock, free and held.
+struct Contender {
+    name: &'static str,
+    free: Box<dyn FnMut(usize) -> Box<dyn Any>>,
+    held: Box<dyn FnMut(usize) -> Box<dyn Any>>,
+}
+
+fn contender<L: 'static, G: 'static>(
+    name: &'static str,
+    new: impl Fn(usize) -> L + Clone + 'static,
+    hold: impl Fn(L) -> G + 'static,
+) -> Contender {
+    let make = new.clone();
+    Contender { name, free: Box::new(move |at| Box::new(make(at))), held: Box::new(move |at| Box::new(hold(new(at)))) }
+}
+
+fn contenders(folder: &Path) -> Vec<(Contender, Contender)> {
+    let path = |name: &'static str| {
+        let folder = folder.to_owned();
+        move |at: usize| folder.join(format!("{name}-{at}"))
+    };
+    let (file, fd, pid, fslock, lease) = (path("file"), path("fd"), path("pid"), path("fslock"), path("lease"));
+    let table = ShmLockManager::create(folder.join("table"), 1024).expect("a table");
+    vec![
+        (
+            contender(
+                "NamedLock",
+                |at| NamedLock::new(&format!("lockkit-bench-memory-{at}")).expect("a name"),
+                |lock| (lock.lock().expect("free"), lock),
+            ),
+            contender(
+                "single-instance",
+                |_| (),
+                |()| {
+                    single_instance::SingleInstance::new(&format!("lockkit-{}", IN_USE.fetch_add(0, Ordering::Relaxed)))
+                },
+            ),
+        ),
+        (
+            contender("FileLock", move |at| FileLock::new(file(at)), |lock| (lock.lock().expect("free"), lock)),
+            contender(
+                "fd-lock",
+                move |at| fd_lock::RwLock::new(File::create(fd(at)).expect("room")),
+                |lock| {
+                    let mut lock = Box::new(lock);
+                    std::mem::forget(lock.write().expect("free"));
+                    lock
+                },
+            ),
+        ),
+        (
+            contender(
+                "PidFile",
+                move |at| PidFile::new(pid(at)).expect("a path"),
+                |lock| (lock.lock().expect("free"), lock),
+            ),
+            contender(
+                "fslock, with pid",
+                move |at| fslock::LockFile::open(&fslock(at)).expect("room"),
+                |mut lock| {
+                    lock.lock_with_pid().expect("free");
+                    lock
+                },
+            ),
+        ),
+        (
+            contender(
+                "Lease",
+                move |at| Lease::file(lease(at)).build().expect("a path"),
+                |lease| (lease.lock().expect("free"), lease),
+            ),
+            contender("nothing", |_| (), |()| ()),
+        ),
+        (
+            contender(
+                "ShmLockManager's lock",
+                move |_| table.allocate().expect("a lock"),
+                |lock| (lock.lock().expect("free"), lock),
+            ),
+            contender("parking_lot", |_| parking_lot::Mutex::new(0_u8), |lock| lock),
+        ),
+    ]
+}
+
+fn main() {
+    if !"memory".contains(&arguments::filter()) {
+        return;
+    }
+    let _alone = lockkit_benches::alone();
+    let folder = tempfile::tempdir_in("/dev/shm").expect("memory to make files in");
+    let mut rows = Vec::new();
+    for (mut ours, mut peer) in contenders(folder.path()) {
+        for (state, ours_cost, peer_cost) in
+            [("free", cost(&mut ours.free), cost(&mut peer.free)), ("held", cost(&mut ours.held), cost(&mut peer.held))]
+        {
+            let row = |what: &str, ours_value, theirs| Row {
+                name: format!("{}, {state}, {what}", ours.name),
+                ours: ours_value,
+                peer: peer.name,
+                theirs,
+                bound: Bound::None,
+            };
+            rows.push(row("bytes", Value::Count(ours_cost.bytes), Value::Count(peer_cost.bytes)));
+            rows.push(row("descriptors", Value::Count(ours_cost.descriptors), Value::Count(peer_cost.descriptors)));
+        }
+    }
+    table::print(&rows);
+}
