@@ -160,6 +160,16 @@ fn junk_is_held_while_fresh_and_then_reclaimed() {
 }
 
 #[test]
+fn junk_is_held_for_longer_than_its_holder_takes_to_mend_it() {
+    let folder = Folder::new();
+    let lease = Lease::file(folder.path()).ttl(MS * 30_000).heartbeat(MS * 10_000).build().unwrap();
+    let guard = lease.lock().unwrap();
+    fs::write(folder.path(), "junk").unwrap();
+    assert!(lease.lock_for(MS * 2300).unwrap_err().is_timeout());
+    assert!(guard.is_held());
+}
+
+#[test]
 fn a_record_of_a_later_version_is_left_alone() {
     let folder = Folder::new();
     fs::write(folder.path(), "lockkit lease 2\n").unwrap();
