@@ -5,8 +5,8 @@
 //! stays there until it comes up, or until such ones are more than half of all; a release never searches.
 //!
 //! One request at a time is under way, so a store that hangs delays the beats of others, by as long as a request may
-//! take: a quarter of its ttl, and at most 250 ms. Afterwards that store rests for as long as it took, whatever is due
-//! there, so others get half of the time at least.
+//! take: a quarter of its ttl, and at most 250 ms. Afterwards that store rests for as long as it took, and no longer than
+//! it may take, whatever is due there, so others get half of the time at least.
 //!
 //! A forked child has a heart of its own, without the beats of its parent's leases, once it takes a lease. The mutex is
 //! the standard library's, because parking_lot's waits go through a table of the whole process, which a fork could leave
@@ -15,13 +15,15 @@
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 use std::io;
+use std::mem;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Wake, Waker};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::clock::Clock;
-use super::held::Held;
+use super::held::{Held, LONGEST_REQUEST};
 use crate::sys::per_process::PerProcess;
 
 /// How much later than due a beat may be done, to be done together with the next.
@@ -105,7 +107,12 @@ impl Heart {
         let heart = HEART.get(Self::default);
         let mut queue = heart.lock();
         if !queue.runs {
-            thread::Builder::new().name("lockkit-lease".into()).spawn(move || heart.run())?;
+            thread::Builder::new().name("lockkit-lease".into()).spawn(move || {
+                // What a program's own clock or store panics with, as when it is dropped, must not end the other leases.
+                while catch_unwind(AssertUnwindSafe(|| heart.run())).is_err() {
+                    thread::sleep(SLOW);
+                }
+            })?;
             queue.runs = true;
         }
         Ok(heart)
@@ -122,14 +129,20 @@ impl Heart {
 
     /// A lease that it serves was released.
     pub(super) fn released(&self) {
+        let mut over = Vec::new();
         let mut queue = self.lock();
         queue.ended += 1;
         if queue.ended > FEW && queue.ended > queue.rings.iter().map(|ring| ring.beats.len()).sum::<usize>() / 2 {
             for ring in &mut queue.rings {
-                ring.beats.retain(|beat| !beat.held.is_over());
+                let beats = mem::take(&mut ring.beats).into_vec();
+                let (ended, going): (Vec<_>, Vec<_>) = beats.into_iter().partition(|beat| beat.held.is_over());
+                ring.beats = going.into();
+                over.push(ended);
             }
             queue.ended = 0;
         }
+        // They go without the lock: with them may go a store, or a callback that holds a lease itself.
+        drop(queue);
     }
 
     fn run(&'static self) {
@@ -148,7 +161,7 @@ impl Heart {
                             let next = beat.held.beat();
                             let took = began.elapsed();
                             if took > SLOW {
-                                resting.push((beat.held.store_id(), Instant::now() + took));
+                                resting.push((beat.held.store_id(), Instant::now() + took.min(LONGEST_REQUEST)));
                             }
                             next
                         }

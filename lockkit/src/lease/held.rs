@@ -23,7 +23,7 @@ use crate::sys::fork;
 use crate::wait::{CancelToken, Subject, Wait};
 
 /// The longest that one renewal or release may take, besides a quarter of the ttl.
-const LONGEST_REQUEST: Duration = Duration::from_millis(250);
+pub(super) const LONGEST_REQUEST: Duration = Duration::from_millis(250);
 
 /// What a release may take at least, however long it had to wait for a renewal.
 const SHORTEST_REQUEST: Duration = Duration::from_millis(20);

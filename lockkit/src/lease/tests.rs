@@ -321,6 +321,45 @@ fn without_progress_it_is_lost_and_on_lost_may_panic() {
 }
 
 #[test]
+fn a_callback_may_hold_another_lease() {
+    let folder = Folder::new();
+    let path = folder.0.clone();
+    let (tell, told) = mpsc::channel();
+    thread::spawn(move || {
+        for n in 0..200 {
+            let inner = Lease::file(path.join(format!("inner-{n}"))).build().unwrap();
+            let inner = (n % 3 == 0).then(|| inner.lock().unwrap());
+            let outer = Lease::file(path.join(format!("outer-{n}"))).ttl(MS * 60_000).heartbeat(MS * 20_000);
+            let outer = outer.on_lost(move |_| assert!(inner.as_ref().is_none_or(LeaseGuard::is_held)));
+            drop(outer.build().unwrap().lock().unwrap());
+        }
+        tell.send(()).unwrap();
+    });
+    told.recv_timeout(MS * 10_000).expect("the beats of ended leases go without a lock that a release needs");
+}
+
+#[test]
+fn what_panics_when_it_is_dropped_costs_no_other_lease() {
+    struct Bomb;
+    impl Drop for Bomb {
+        fn drop(&mut self) {
+            assert!(thread::current().name() == Some("lockkit-lease"), "it is the heartbeat that drops it last");
+            std::panic::resume_unwind(Box::new(()));
+        }
+    }
+    let folder = Folder::new();
+    let bomb = Bomb;
+    let lease = Lease::file(folder.0.join("bomb")).heartbeat(MS * 10).on_lost(move |_| _ = &bomb).build().unwrap();
+    let guard = lease.lock().unwrap();
+    drop(lease);
+    drop(guard);
+    thread::sleep(MS * 50);
+    let guard = folder.lease().build().unwrap().lock().unwrap();
+    thread::sleep(MS * 1200);
+    guard.check().unwrap();
+}
+
+#[test]
 fn a_link_is_refused_and_so_is_what_is_no_file() {
     let folder = Folder::new();
     let lease = folder.lease().build().unwrap();
