@@ -40,8 +40,8 @@ pub use builder::LeaseBuilder;
 use builder::Options;
 pub use clock::{Clock, ManualClock, SystemClock};
 use heart::Heart;
-use held::Held;
 pub use held::LostSignal;
+use held::{Held, SHORTEST_REQUEST};
 pub use store::{
     Attempt, ClaimId, Deadline, Durability, Expiry, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
     StoreProfile,
@@ -52,6 +52,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::lock::{Guard, Recovered, lock_methods};
 use crate::owner::Owner;
 use crate::wait::{Patience, Subject, Wait};
+
+/// The longest that a request may take which somebody waits for, besides a quarter of the ttl.
+const LONGEST_ATTEMPT: Duration = Duration::from_secs(2);
 
 /// A lock with a time to live: one owner at a time among all processes that reach its record, on one host or several.
 ///
@@ -174,6 +177,9 @@ impl Lease {
     /// inotify(7) on Linux; elsewhere it looks at its [retry delay](LeaseBuilder::acquire_retry_delay)), and looks
     /// every 50 ms whether an owner of this host still lives. The wait leaves no thread and no descriptor behind.
     ///
+    /// Also who does not wait for a holder waits for the store: each attempt may take a quarter of the ttl, at most 2
+    /// seconds, and no longer than the limit of the wait.
+    ///
     /// # Errors
     /// [`Held`](ErrorKind::Held), [`Timeout`](ErrorKind::Timeout) or [`Cancelled`](ErrorKind::Cancelled) as `wait` has
     /// it; [`Io`](ErrorKind::Io) when the heartbeat thread cannot be started, or the file not be made, opened, locked
@@ -250,14 +256,21 @@ impl Inner {
         let heart =
             Heart::start().map_err(|error| Error::io("start the heartbeat thread for", self.name.as_str(), error))?;
         let mut claim = ClaimId::random();
-        let mut patience = None;
+        // From here on, so that a limit also bounds a store that does not answer.
+        let patience = wait.patience()?;
+        let mut recovered = None;
         let mut failures = 0;
         loop {
+            let by = match patience.as_ref().and_then(Patience::until) {
+                Some(until) => self.request().min(Deadline::from(until).max(Deadline::after(SHORTEST_REQUEST))),
+                None => self.request(),
+            };
             let sent = options.clock.now();
-            let failure = match self.store.try_acquire(&self.name, &claim, options.ttl, self.request()) {
+            let failure = match self.store.try_acquire(&self.name, &claim, options.ttl, by) {
                 Ok(Attempt::Granted(mut grant)) => {
+                    // Also of a grant that came too late to be used.
+                    recovered = grant.take_recovered().or(recovered);
                     if options.clock.now() < options.terms().valid_until(sent, grant.ttl()) {
-                        let recovered = grant.take_recovered();
                         return Ok(LeaseGuard { held: Held::begin(self.clone(), grant, heart, sent), recovered });
                     }
                     let _ = self.store.release(&grant, self.request());
@@ -267,14 +280,10 @@ impl Inner {
                 Ok(Attempt::Busy(seen)) => {
                     failures = 0;
                     found.owner = seen.owner().cloned();
-                    let patience = match &mut patience {
-                        Some(patience) => patience,
-                        none => match wait.patience()? {
-                            Some(patience) => none.insert(patience),
-                            None => return Err(found.held()),
-                        },
-                    };
-                    self.park(&seen, patience, &found)?;
+                    match &patience {
+                        Some(patience) => self.park(&seen, patience, &found)?,
+                        None => return Err(found.held()),
+                    }
                     continue;
                 }
                 Err(error @ StoreError::Misuse(_)) => return Err(self.failed(error)),
@@ -286,15 +295,11 @@ impl Inner {
                 return Err(self.failed(failure));
             }
             // Also who does not wait for a holder waits for the store.
-            let pause = match wait.patience()? {
-                Some(fresh) => patience.get_or_insert(fresh).sleep(options.retry_delay)?,
-                None => {
-                    std::thread::sleep(options.retry_delay);
-                    Ok(())
+            match &patience {
+                Some(patience) => {
+                    patience.sleep(options.retry_delay)?.map_err(|gave_up| patience.error(gave_up, &found))?;
                 }
-            };
-            if let (Err(gave_up), Some(patience)) = (pause, &patience) {
-                return Err(patience.error(gave_up, &found));
+                None => std::thread::sleep(options.retry_delay),
             }
         }
     }
@@ -325,9 +330,9 @@ impl Inner {
         self.store.look(&self.name, self.request()).map_err(|error| self.failed(error))
     }
 
-    /// By when a request must have ended that is asked for now: well within a ttl.
+    /// By when a request must have ended that is asked for now: well within a ttl, and while somebody still waits.
     fn request(&self) -> Deadline {
-        Deadline::after(self.options.ttl / 4)
+        Deadline::after((self.options.ttl / 4).min(LONGEST_ATTEMPT))
     }
 
     fn describe(&self) -> String {
