@@ -6,7 +6,8 @@
 //! that was granted, less one part in a hundred and 2 ms. So it turns false before anybody else can get in, as long as
 //! no clock runs wrong by more than that, and whether or not a heartbeat has run since. No two clocks are compared.
 //!
-//! What no lease can do is stop a holder between asking `is_held` and what it then does. For that there is the
+//! What no lease can do is stop a holder between asking `is_held` and what it then does; nor tell it that the virtual
+//! machine in which it runs was paused or put back to a snapshot, where its clock stands still. For that there is the
 //! [`token`](LeaseGuard::token), greater with every owner: let what the lease guards refuse a lower one than it has
 //! seen.
 //!
@@ -122,8 +123,9 @@ impl Lease {
     /// reaches all of them.
     ///
     /// The file is made at the first acquisition, with the folders that it needs, and never deleted, because it keeps
-    /// the token: do not delete it either. The path is made absolute by [`build`](LeaseBuilder::build), so a later
-    /// change of the working folder changes nothing.
+    /// the token: do not delete it either. Who comes after a deletion gets the lease at once, while its holder learns of
+    /// it at its next beat; where nobody came, that beat makes the file anew, with its folders. The path is made absolute
+    /// by [`build`](LeaseBuilder::build), so a later change of the working folder changes nothing.
     ///
     /// Every step, also each heartbeat, opens, locks, rewrites and closes the file, some 5 µs in memory: no descriptor
     /// is kept, so ten thousand leases need no more of them than one. The file is not synced at each step: what a power
