@@ -229,10 +229,10 @@ impl Patience {
     }
 
     fn pause(&self, fd: Option<BorrowedFd<'_>>, pause: Duration) -> Result<Waited> {
-        let wake = Instant::now() + pause;
+        let wake = Instant::now().checked_add(pause);
         match self.until {
-            Some(until) if until < wake => self.wait(fd, self.until),
-            _ => Ok(self.wait(fd, Some(wake))?.or_else(|gave_up| match gave_up {
+            Some(until) if wake.is_none_or(|wake| until < wake) => self.wait(fd, self.until),
+            _ => Ok(self.wait(fd, wake)?.or_else(|gave_up| match gave_up {
                 GaveUp::TimedOut => Ok(()),
                 GaveUp::Cancelled => Err(gave_up),
             })),
@@ -327,6 +327,12 @@ mod tests {
     fn a_limit_beyond_the_clock_is_for_ever() {
         let patience = Wait::at_most(Duration::MAX).patience().unwrap().unwrap();
         assert!(patience.is_endless());
+    }
+
+    #[test]
+    fn a_pause_beyond_the_clock_ends_with_the_limit() {
+        let patience = Wait::at_most(Duration::from_millis(5)).patience().unwrap().unwrap();
+        assert_eq!(patience.sleep(Duration::MAX).unwrap(), Err(GaveUp::TimedOut));
     }
 
     #[test]

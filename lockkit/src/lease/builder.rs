@@ -206,9 +206,10 @@ impl LeaseBuilder {
         self
     }
 
-    /// For a file: how long a record that cannot be read must have been seen unchanged before it is reclaimed; 2
-    /// seconds unless told otherwise. Its holder, if it lives, writes it anew at its next beat. One that is stopped
-    /// just when its record is spoilt may overlap with the next owner by what its ttl is longer than this.
+    /// For a file: how long a record that cannot be read must have been seen unchanged before it is reclaimed, at least
+    /// a heartbeat; unless told otherwise 2 seconds, or two heartbeats if that is longer. Its holder, if it lives,
+    /// writes it anew at its next beat. One that is stopped just when its record is spoilt may overlap with the next
+    /// owner by what its ttl is longer than this.
     pub fn invalid_pid_lock_stale_threshold(mut self, age: Duration) -> Self {
         self.unreadable = Some(age);
         self
@@ -266,9 +267,11 @@ impl LeaseBuilder {
             })?;
         }
         refuse_if(self.retry_delay.is_zero(), "acquire_retry_delay", || "it is zero".into())?;
-        let unreadable = self.unreadable.unwrap_or(UNREADABLE);
-        refuse_if(unreadable.is_zero(), "invalid_pid_lock_stale_threshold", || {
-            "it is zero, so that a record which is just being written would be reclaimed".into()
+        let unreadable = self.unreadable.unwrap_or(UNREADABLE.max(heartbeat * 2));
+        refuse_if(unreadable < heartbeat, "invalid_pid_lock_stale_threshold", || {
+            format!(
+                "{unreadable:?} is shorter than a heartbeat, {heartbeat:?}, at which its holder would write it anew"
+            )
         })?;
         let (file_mode, folder_mode) = (self.file_mode.unwrap_or(0o600), self.folder_mode.unwrap_or(0o700));
         for (option, mode, least) in
@@ -370,7 +373,7 @@ mod tests {
         assert_eq!(refused(file().require_progress(MS * 249)), "require_progress");
         assert_eq!(refused(file().acquire_retry_delay(Duration::ZERO)), "acquire_retry_delay");
         assert_eq!(
-            refused(file().invalid_pid_lock_stale_threshold(Duration::ZERO)),
+            refused(file().heartbeat(MS * 250).invalid_pid_lock_stale_threshold(MS * 249)),
             "invalid_pid_lock_stale_threshold"
         );
         assert_eq!(refused(file().file_write_mode(0o444)), "file_write_mode");

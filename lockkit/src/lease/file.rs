@@ -451,16 +451,20 @@ impl FileStore {
     fn create_in_place(&self, record: &mut Record) -> Result<bool> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let mode = Permissions::from_raw_mode(self.file_mode as RawMode);
-        let file = match Shielded::new(|| open(&self.path, flags, mode).map(File::from)) {
+        match open(&self.path, flags, mode) {
             Err(Errno::EXIST) => return Ok(false),
-            file => file.map_err(|error| self.failed("create", error.into()))?,
-        };
-        step("file made");
-        if !flock::try_lock(&file, Mode::Exclusive).map_err(|error| self.failed("lock", error))? {
-            return Ok(false);
+            made => drop(made.map_err(|error| self.failed("create", error.into()))?),
         }
-        // Nobody takes an empty file that is so young, so it is still ours.
-        Locked { file, store: self }.write(record, &[]).map(|()| true)
+        step("file made");
+        match self.lock(Deadline::after(OCCUPIED))? {
+            // Nobody takes what is so young; only a holder whose own record was deleted may have written into it.
+            Place::Locked(locked) if locked.read()?.is_empty() => {
+                locked.write(record, &[])?;
+                locked.file.sync_data().map_err(|error| self.failed("write", error))?;
+                Ok(true)
+            }
+            _ => Ok(false),
+        }
     }
 
     /// The record of this process, which takes the lease now.
@@ -574,4 +578,49 @@ fn failed_at(action: &'static str, path: &Path, error: io::Error) -> StoreError 
         matches!(error.kind(), PermissionDenied | ReadOnlyFilesystem | IsADirectory | NotADirectory | InvalidFilename);
     let error = Error::io(action, path, error);
     if lasting { StoreError::misuse(error) } else { StoreError::refused(error) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+    use std::{fs, thread};
+
+    use super::super::SystemClock;
+    use super::*;
+
+    #[test]
+    fn who_looks_into_a_file_that_is_just_being_made_does_not_spoil_it() {
+        let base = if cfg!(target_os = "linux") { PathBuf::from("/dev/shm") } else { std::env::temp_dir() };
+        let path = base.join(format!("lockkit-lease-made-{}", std::process::id()));
+        let ttl = Duration::from_secs(1);
+        let store = FileStore {
+            path: path.clone(),
+            heartbeat: ttl / 4,
+            unreadable: ttl,
+            retry_delay: ttl,
+            file_mode: 0o600,
+            folder_mode: 0o700,
+            clock: Arc::new(SystemClock),
+            observer: Mutex::default(),
+        };
+        let is_over = AtomicBool::new(false);
+        let spoilt = thread::scope(|scope| {
+            scope.spawn(|| {
+                while !is_over.load(Ordering::Relaxed) {
+                    // It may also have been deleted again.
+                    let _ = store.lock(Deadline::after(Duration::ZERO));
+                }
+            });
+            let make = || store.create_in_place(&mut store.own_record(&ClaimId::random(), 1, ttl));
+            let is_spoilt = |_: &u32| {
+                let made = make().unwrap();
+                fs::remove_file(&path).unwrap();
+                !made
+            };
+            let spoilt = (0..2000).filter(is_spoilt).count();
+            is_over.store(true, Ordering::Relaxed);
+            spoilt
+        });
+        assert_eq!(spoilt, 0);
+    }
 }

@@ -16,6 +16,8 @@
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 use std::io;
+use std::mem;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Wake, Waker};
 use std::thread;
@@ -106,7 +108,12 @@ impl Heart {
         let heart = HEART.get(Self::default);
         let mut queue = heart.lock();
         if !queue.runs {
-            thread::Builder::new().name("lockkit-lease".into()).spawn(move || heart.run())?;
+            thread::Builder::new().name("lockkit-lease".into()).spawn(move || {
+                // What a program's own clock or store panics with, as when it is dropped, must not end the other leases.
+                while catch_unwind(AssertUnwindSafe(|| heart.run())).is_err() {
+                    thread::sleep(SLOW);
+                }
+            })?;
             queue.runs = true;
         }
         Ok(heart)
@@ -123,14 +130,20 @@ impl Heart {
 
     /// A lease that it serves was released.
     pub(super) fn released(&self) {
+        let mut over = Vec::new();
         let mut queue = self.lock();
         queue.ended += 1;
         if queue.ended > FEW && queue.ended > queue.rings.iter().map(|ring| ring.beats.len()).sum::<usize>() / 2 {
             for ring in &mut queue.rings {
-                ring.beats.retain(|beat| !beat.held.is_over());
+                let beats = mem::take(&mut ring.beats).into_vec();
+                let (ended, going): (Vec<_>, Vec<_>) = beats.into_iter().partition(|beat| beat.held.is_over());
+                ring.beats = going.into();
+                over.push(ended);
             }
             queue.ended = 0;
         }
+        // They go without the lock: with them may go a store, or a callback that holds a lease itself.
+        drop(queue);
     }
 
     fn run(&'static self) {

@@ -25,8 +25,8 @@ use crate::wait::{CancelToken, Subject, Wait};
 /// The longest that one renewal or release may take, besides a quarter of the ttl.
 const LONGEST_REQUEST: Duration = Duration::from_millis(250);
 
-/// What a release may take at least, however long it had to wait for a renewal.
-const SHORTEST_REQUEST: Duration = Duration::from_millis(20);
+/// What a request is given at least, also a release that had to wait long for a renewal.
+pub(super) const SHORTEST_REQUEST: Duration = Duration::from_millis(20);
 
 pub(super) struct Held {
     lease: Arc<Inner>,

@@ -6,7 +6,8 @@
 //! that was granted, less one part in a hundred and 2 ms. So it turns false before anybody else can get in, as long as
 //! no clock runs wrong by more than that, and whether or not a heartbeat has run since. No two clocks are compared.
 //!
-//! What no lease can do is stop a holder between asking `is_held` and what it then does. For that there is the
+//! What no lease can do is stop a holder between asking `is_held` and what it then does; nor tell it that the virtual
+//! machine in which it runs was paused or put back to a snapshot, where its clock stands still. For that there is the
 //! [`token`](LeaseGuard::token), greater with every owner: let what the lease guards refuse a lower one than it has
 //! seen.
 //!
@@ -40,8 +41,8 @@ pub use builder::LeaseBuilder;
 use builder::Options;
 pub use clock::{Clock, ManualClock, SystemClock};
 use heart::Heart;
-use held::Held;
 pub use held::LostSignal;
+use held::{Held, SHORTEST_REQUEST};
 pub use store::{
     Attempt, ClaimId, Deadline, Durability, Expiry, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
     StoreProfile,
@@ -52,6 +53,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::lock::{Guard, Recovered, lock_methods};
 use crate::owner::Owner;
 use crate::wait::{Patience, Subject, Wait};
+
+/// The longest that a request may take which somebody waits for, besides a quarter of the ttl.
+const LONGEST_ATTEMPT: Duration = Duration::from_secs(2);
 
 /// A lock with a time to live: one owner at a time among all processes that reach its record, on one host or several.
 ///
@@ -119,8 +123,9 @@ impl Lease {
     /// reaches all of them.
     ///
     /// The file is made at the first acquisition, with the folders that it needs, and never deleted, because it keeps
-    /// the token: do not delete it either. The path is made absolute by [`build`](LeaseBuilder::build), so a later
-    /// change of the working folder changes nothing.
+    /// the token: do not delete it either. Who comes after a deletion gets the lease at once, while its holder learns of
+    /// it at its next beat; where nobody came, that beat makes the file anew, with its folders. The path is made absolute
+    /// by [`build`](LeaseBuilder::build), so a later change of the working folder changes nothing.
     ///
     /// Every step, also each heartbeat, opens, locks, rewrites and closes the file, some 5 µs in memory: no descriptor
     /// is kept, so ten thousand leases need no more of them than one. The file is not synced at each step: what a power
@@ -174,6 +179,9 @@ impl Lease {
     /// inotify(7) on Linux; elsewhere it looks at its [retry delay](LeaseBuilder::acquire_retry_delay)), and looks
     /// every 50 ms whether an owner of this host still lives. The wait leaves no thread behind. On Linux the process
     /// keeps one descriptor from its first wait on, for the next.
+    ///
+    /// Also who does not wait for a holder waits for the store: each attempt may take a quarter of the ttl, at most 2
+    /// seconds, and no longer than the limit of the wait.
     ///
     /// # Errors
     /// [`Held`](ErrorKind::Held), [`Timeout`](ErrorKind::Timeout) or [`Cancelled`](ErrorKind::Cancelled) as `wait` has
@@ -251,14 +259,21 @@ impl Inner {
         let heart =
             Heart::start().map_err(|error| Error::io("start the heartbeat thread for", self.name.as_str(), error))?;
         let mut claim = ClaimId::random();
-        let mut patience = None;
+        // From here on, so that a limit also bounds a store that does not answer.
+        let patience = wait.patience()?;
+        let mut recovered = None;
         let mut failures = 0;
         loop {
+            let by = match patience.as_ref().and_then(Patience::until) {
+                Some(until) => self.request().min(Deadline::from(until).max(Deadline::after(SHORTEST_REQUEST))),
+                None => self.request(),
+            };
             let sent = options.clock.now();
-            let failure = match self.store.try_acquire(&self.name, &claim, options.ttl, self.request()) {
+            let failure = match self.store.try_acquire(&self.name, &claim, options.ttl, by) {
                 Ok(Attempt::Granted(mut grant)) => {
+                    // Also of a grant that came too late to be used.
+                    recovered = grant.take_recovered().or(recovered);
                     if options.clock.now() < options.terms().valid_until(sent, grant.ttl()) {
-                        let recovered = grant.take_recovered();
                         return Ok(LeaseGuard { held: Held::begin(self.clone(), grant, heart, sent), recovered });
                     }
                     let _ = self.store.release(&grant, self.request());
@@ -268,14 +283,10 @@ impl Inner {
                 Ok(Attempt::Busy(seen)) => {
                     failures = 0;
                     found.owner = seen.owner().cloned();
-                    let patience = match &mut patience {
-                        Some(patience) => patience,
-                        none => match wait.patience()? {
-                            Some(patience) => none.insert(patience),
-                            None => return Err(found.held()),
-                        },
-                    };
-                    self.park(&seen, patience, &found)?;
+                    match &patience {
+                        Some(patience) => self.park(&seen, patience, &found)?,
+                        None => return Err(found.held()),
+                    }
                     continue;
                 }
                 Err(error @ StoreError::Misuse(_)) => return Err(self.failed(error)),
@@ -287,15 +298,11 @@ impl Inner {
                 return Err(self.failed(failure));
             }
             // Also who does not wait for a holder waits for the store.
-            let pause = match wait.patience()? {
-                Some(fresh) => patience.get_or_insert(fresh).sleep(options.retry_delay)?,
-                None => {
-                    std::thread::sleep(options.retry_delay);
-                    Ok(())
+            match &patience {
+                Some(patience) => {
+                    patience.sleep(options.retry_delay)?.map_err(|gave_up| patience.error(gave_up, &found))?;
                 }
-            };
-            if let (Err(gave_up), Some(patience)) = (pause, &patience) {
-                return Err(patience.error(gave_up, &found));
+                None => std::thread::sleep(options.retry_delay),
             }
         }
     }
@@ -326,9 +333,9 @@ impl Inner {
         self.store.look(&self.name, self.request()).map_err(|error| self.failed(error))
     }
 
-    /// By when a request must have ended that is asked for now: well within a ttl.
+    /// By when a request must have ended that is asked for now: well within a ttl, and while somebody still waits.
     fn request(&self) -> Deadline {
-        Deadline::after(self.options.ttl / 4)
+        Deadline::after((self.options.ttl / 4).min(LONGEST_ATTEMPT))
     }
 
     fn describe(&self) -> String {

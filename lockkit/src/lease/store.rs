@@ -30,7 +30,8 @@ type Cause = Box<dyn std::error::Error + Send + Sync>;
 /// - [`renew`](Self::renew), [`release`](Self::release) and [`evict`](Self::evict) compare the claim and the token
 ///   in the step in which they change the record.
 /// - No request takes longer than its [`Deadline`]. One heartbeat thread serves all leases of a process, so what hangs
-///   beyond it holds up the beats of other leases.
+///   beyond it holds up the beats of other leases. A renewal that queues behind the requests of other threads, or behind
+///   who waits in [`park`](Self::park), as for a connection that they share, may come too late.
 /// - A request that may have taken effect, though no answer came, is [`StoreError::Unknown`].
 ///
 /// A store needs no clock of its own that anybody compares: it promises to keep a record for the ttl from when it got
@@ -463,9 +464,9 @@ impl Seen {
 /// What came of a renewal.
 #[derive(Debug)]
 pub enum Renewal {
-    /// It is good for this long from when the store got the request.
+    /// It is good for this long from when the lease asked.
     Extended {
-        /// The ttl that the store granted.
+        /// The ttl that the store granted; of a session that keeps many names, what is left of its own.
         ttl: Duration,
     },
     /// The name is not the claim's any more.

@@ -164,7 +164,7 @@ impl Tenure {
             Ok(Renewal::Extended { ttl }) => {
                 // Also where the time was over before the answer came and nobody has noticed: the claim was in force
                 // all along, or the store would not have renewed it.
-                self.until = self.until.max(self.terms.valid_until(sent, ttl));
+                self.until = self.terms.valid_until(sent, ttl);
                 self.doubt = None;
                 // At the same beat of the bar as before, so that beats that were spread stay so.
                 self.due = (self.due + heartbeat).max(now + heartbeat / 2);
@@ -233,6 +233,16 @@ mod tests {
         assert_eq!(TERMS.valid_until(MS * 100, MS * 1000), MS * (100 + 988));
         assert_eq!(TERMS.valid_until(MS * 100, MS * 9000), MS * 100 + GOOD_FOR);
         assert_eq!(TERMS.valid_until(MS * 100, MS), MS * 100);
+    }
+
+    #[test]
+    fn a_store_that_grants_less_at_a_renewal_is_believed() {
+        let clock = ManualClock::new();
+        let mut tenure = tenure(TERMS, &clock);
+        clock.advance(TERMS.heartbeat);
+        assert!(matches!(tenure.beat(clock.now()), Next::Renew));
+        tenure.answered(clock.now(), clock.now(), Ok(Renewal::Extended { ttl: MS * 1000 }));
+        assert_eq!(tenure.remaining(clock.now()), MS * 988);
     }
 
     #[test]

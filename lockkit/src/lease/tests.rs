@@ -160,6 +160,16 @@ fn junk_is_held_while_fresh_and_then_reclaimed() {
 }
 
 #[test]
+fn junk_is_held_for_longer_than_its_holder_takes_to_mend_it() {
+    let folder = Folder::new();
+    let lease = Lease::file(folder.path()).ttl(MS * 30_000).heartbeat(MS * 10_000).build().unwrap();
+    let guard = lease.lock().unwrap();
+    fs::write(folder.path(), "junk").unwrap();
+    assert!(lease.lock_for(MS * 2300).unwrap_err().is_timeout());
+    assert!(guard.is_held());
+}
+
+#[test]
 fn a_record_of_a_later_version_is_left_alone() {
     let folder = Folder::new();
     fs::write(folder.path(), "lockkit lease 2\n").unwrap();
@@ -311,6 +321,45 @@ fn without_progress_it_is_lost_and_on_lost_may_panic() {
 }
 
 #[test]
+fn a_callback_may_hold_another_lease() {
+    let folder = Folder::new();
+    let path = folder.0.clone();
+    let (tell, told) = mpsc::channel();
+    thread::spawn(move || {
+        for n in 0..200 {
+            let inner = Lease::file(path.join(format!("inner-{n}"))).build().unwrap();
+            let inner = (n % 3 == 0).then(|| inner.lock().unwrap());
+            let outer = Lease::file(path.join(format!("outer-{n}"))).ttl(MS * 60_000).heartbeat(MS * 20_000);
+            let outer = outer.on_lost(move |_| assert!(inner.as_ref().is_none_or(LeaseGuard::is_held)));
+            drop(outer.build().unwrap().lock().unwrap());
+        }
+        tell.send(()).unwrap();
+    });
+    told.recv_timeout(MS * 10_000).expect("the beats of ended leases go without a lock that a release needs");
+}
+
+#[test]
+fn what_panics_when_it_is_dropped_costs_no_other_lease() {
+    struct Bomb;
+    impl Drop for Bomb {
+        fn drop(&mut self) {
+            assert!(thread::current().name() == Some("lockkit-lease"), "it is the heartbeat that drops it last");
+            std::panic::resume_unwind(Box::new(()));
+        }
+    }
+    let folder = Folder::new();
+    let bomb = Bomb;
+    let lease = Lease::file(folder.0.join("bomb")).heartbeat(MS * 10).on_lost(move |_| _ = &bomb).build().unwrap();
+    let guard = lease.lock().unwrap();
+    drop(lease);
+    drop(guard);
+    thread::sleep(MS * 50);
+    let guard = folder.lease().build().unwrap().lock().unwrap();
+    thread::sleep(MS * 1200);
+    guard.check().unwrap();
+}
+
+#[test]
 fn a_link_is_refused_and_so_is_what_is_no_file() {
     let folder = Folder::new();
     let lease = folder.lease().build().unwrap();
@@ -346,6 +395,19 @@ fn who_is_stopped_inside_a_step_keeps_others_waiting_but_not_for_long() {
 }
 
 #[test]
+fn an_eviction_does_not_wait_longer_for_a_longer_ttl() {
+    let folder = Folder::new();
+    let lease = folder.lease().ttl(MS * 60_000).build().unwrap();
+    let _guard = lease.lock().unwrap();
+    let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("it is held") };
+    let stuck = fs::File::options().read(true).write(true).open(folder.path()).unwrap();
+    fs2::FileExt::lock_exclusive(&stuck).unwrap();
+    let began = Instant::now();
+    assert!(lease.evict(&seen).is_err());
+    assert!(began.elapsed() < MS * 5000);
+}
+
+#[test]
 fn folders_are_made_and_modes_kept() {
     use std::os::unix::fs::PermissionsExt;
     let folder = Folder::new();
@@ -363,7 +425,9 @@ struct Faulty {
     panics: AtomicBool,
     /// The next grant is made, but the answer is not given.
     swallows: AtomicBool,
-    /// Renewals take as long as they may.
+    /// The next grant is after somebody who died, and the answer comes a ttl late.
+    stalls: AtomicBool,
+    /// Attempts and renewals take as long as they may.
     hangs: AtomicBool,
     renewals: AtomicUsize,
 }
@@ -376,6 +440,7 @@ impl Faulty {
             fails: Default::default(),
             panics: Default::default(),
             swallows: Default::default(),
+            stalls: Default::default(),
             hangs: Default::default(),
             renewals: Default::default(),
         })
@@ -396,8 +461,12 @@ impl LeaseStore for Faulty {
         name: &LeaseName,
         claim: &ClaimId,
         ttl: Duration,
-        _: Deadline,
+        by: Deadline,
     ) -> Result<Attempt, StoreError> {
+        if self.hangs.load(Ordering::Relaxed) {
+            thread::sleep(by.remaining());
+            return Err(StoreError::unknown("no answer"));
+        }
         if self.fails.load(Ordering::Relaxed) {
             return Err(StoreError::refused("told to"));
         }
@@ -411,9 +480,14 @@ impl LeaseStore for Faulty {
             _ => *token += 1,
         }
         *holder = Some((*claim, now + ttl));
+        let grant = Grant::new(name, claim, *token, ttl);
+        if self.stalls.swap(false, Ordering::Relaxed) {
+            self.clock.advance(ttl);
+            return Ok(Attempt::Granted(grant.recovered_from(None)));
+        }
         match self.swallows.swap(false, Ordering::Relaxed) {
             true => Err(StoreError::unknown("no answer")),
-            false => Ok(Attempt::Granted(Grant::new(name, claim, *token, ttl))),
+            false => Ok(Attempt::Granted(grant)),
         }
     }
 
@@ -461,6 +535,25 @@ fn a_grant_whose_answer_was_lost_is_the_same_when_asked_for_again() {
     let store = Faulty::new(&clock);
     store.swallows.store(true, Ordering::Relaxed);
     assert_eq!(store.lease().build().unwrap().try_lock().unwrap().token(), 1);
+}
+
+#[test]
+fn who_died_before_is_known_also_after_an_answer_that_came_too_late() {
+    let clock = ManualClock::new();
+    let store = Faulty::new(&clock);
+    store.stalls.store(true, Ordering::Relaxed);
+    let guard = store.lease().build().unwrap().lock().unwrap();
+    assert!(guard.recovered().is_some() && guard.token() == 2);
+}
+
+#[test]
+fn a_limit_bounds_also_a_store_that_does_not_answer() {
+    let store = Faulty::new(&ManualClock::new());
+    store.hangs.store(true, Ordering::Relaxed);
+    let lease = store.lease().ttl(MS * 60_000).build().unwrap();
+    let began = Instant::now();
+    assert!(lease.lock_for(MS * 100).unwrap_err().is_timeout());
+    assert!(began.elapsed() >= MS * 100 && began.elapsed() < MS * 500, "{:?}", began.elapsed());
 }
 
 #[test]
