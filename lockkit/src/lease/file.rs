@@ -509,7 +509,7 @@ impl Locked<'_> {
     /// put back.
     fn write(&self, record: &mut Record, old: &[u8]) -> Result<()> {
         let written = self.file.write_all_at(record.seal(), 0);
-        step("record written");
+        step(if record.is_held() { "record written" } else { "record freed" });
         written.map_err(|error| {
             let _ = self.file.write_all_at(old, 0);
             StoreError::unknown(Error::io("write", &self.store.path, error))
