@@ -993,6 +993,58 @@ fn a_process_killed_at_any_step_of_a_takeover_a_beat_or_the_making_of_folders_bl
 }
 
 #[test]
+fn without_files_that_have_no_name_one_of_those_who_make_the_record_at_once_wins_too() {
+    if !faults_can_be_made() {
+        return;
+    }
+    // As on NFS, and where there is no /proc to name them through.
+    let (folder, terms) = place();
+    let mut contenders: Vec<Actor> = (0..6).map(|_| Actor::start_lease(&terms)).collect();
+    // The heartbeat threads start before they are traced.
+    for contender in &mut contenders {
+        take(contender, "lock");
+        contender.expect("release", "released");
+    }
+    // And some are slower than others between making the file and locking it.
+    let faults = contenders
+        .iter()
+        .zip(0..)
+        .map(|(actor, at)| Fault::at(actor.pid(), &["linkat:error=EPERM", &format!("flock:delay_enter={}", 500 * at)]));
+    let _faults: Vec<Fault> = faults.collect();
+    for round in 0..200 {
+        fs::remove_file(&terms.path).unwrap();
+        contenders.iter_mut().for_each(|contender| contender.tell("try"));
+        let answers: Vec<String> = contenders.iter_mut().map(Actor::answer).collect();
+        let winners: Vec<usize> = (0..contenders.len()).filter(|at| answers[*at].starts_with("held ")).collect();
+        assert_eq!(winners.len(), 1, "round {round}: {answers:?}");
+        assert_eq!(answers.iter().filter(|answer| is_held(answer)).count(), 5, "round {round}: {answers:?}");
+        contenders[winners[0]].expect("release", "released");
+    }
+    assert_eq!(folder.path().read_dir().unwrap().count(), 1, "nothing is left but the record");
+}
+
+#[test]
+fn a_record_that_cannot_be_written_where_no_file_is_without_a_name_is_not_left_half_made() {
+    if !faults_can_be_made() {
+        return;
+    }
+    let (folder, terms) = place();
+    let mut actor = Actor::start_lease(&terms);
+    // The heartbeat thread starts before it is traced.
+    take(&mut actor, "try");
+    actor.expect("release", "released");
+    fs::remove_file(&terms.path).unwrap();
+    let fault = Fault::at(actor.pid(), &["linkat:error=EPERM", "pwrite64:error=ENOSPC:when=2+2"]);
+    for command in ["try", "lock"] {
+        let answer = actor.ask(command);
+        assert!(answer.starts_with("error Io: cannot write") && answer.contains("No space left"), "{answer}");
+        assert_eq!(folder.path().read_dir().unwrap().count(), 0);
+    }
+    drop(fault);
+    take(&mut actor, "try");
+}
+
+#[test]
 fn where_the_heartbeat_thread_cannot_start_acquiring_fails_and_nothing_is_held() {
     let Some(user) = another_user() else { return };
     let (folder, terms) = place();

@@ -17,7 +17,7 @@
 //!   that very file, nobody else can be taking it at that moment, and until its deadline the lease is still its own.
 //!   Who comes first after a deletion wins: the record then names somebody else.
 
-use std::fs::{DirBuilder, File};
+use std::fs::{self, DirBuilder, File};
 use std::io::{self, ErrorKind as Io};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt};
@@ -451,16 +451,23 @@ impl FileStore {
     fn create_in_place(&self, record: &mut Record) -> Result<bool> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let mode = Permissions::from_raw_mode(self.file_mode as RawMode);
-        let file = match Shielded::new(|| open(&self.path, flags, mode).map(File::from)) {
+        match Shielded::new(|| open(&self.path, flags, mode).map(File::from)) {
             Err(Errno::EXIST) => return Ok(false),
-            file => file.map_err(|error| self.failed("create", error.into()))?,
-        };
-        step("file made");
-        if !flock::try_lock(&file, Mode::Exclusive).map_err(|error| self.failed("lock", error))? {
-            return Ok(false);
+            file => drop(file.map_err(|error| self.failed("create", error.into()))?),
         }
-        // Nobody takes an empty file that is so young, so it is still ours.
-        Locked { file, store: self }.write(record, &[]).map(|()| true)
+        step("file made");
+        // Who looks at it meanwhile has it locked for a moment and leaves it as it is, for it is so young.
+        match self.lock(Deadline::after(OCCUPIED))? {
+            Place::Locked(locked) if locked.read()?.is_empty() => {
+                let written = locked.write(record, &[]);
+                if written.is_err() {
+                    // An empty one would count as held. While it is locked, nobody else is using it.
+                    let _ = fs::remove_file(&self.path);
+                }
+                written.map(|()| true)
+            }
+            _ => Ok(false),
+        }
     }
 
     /// The record of this process, which takes the lease now.
