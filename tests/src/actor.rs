@@ -73,6 +73,24 @@ impl Actor {
         Self::run(command)
     }
 
+    /// Starts one that works on a lease; see [`leases::serve`](crate::leases::serve).
+    pub fn start_lease(terms: &crate::leases::Terms) -> Self {
+        Self::start_lease_with(terms, |_| {})
+    }
+
+    /// As [`start_lease`](Self::start_lease), with its command changed by `change`.
+    pub fn start_lease_with(terms: &crate::leases::Terms, change: impl FnOnce(&mut Command)) -> Self {
+        let mut command = Command::new(program("actor"));
+        command.arg("lease").arg(terms.to_string()).stdin(Stdio::piped()).stdout(Stdio::piped());
+        change(&mut command);
+        Self::run(command)
+    }
+
+    /// As [`start_lease`](Self::start_lease), as another user, which only root can.
+    pub fn start_lease_as(terms: &crate::leases::Terms, uid: u32) -> Self {
+        Self::run(as_user(uid, ["lease".to_owned(), terms.to_string()]))
+    }
+
     fn run(mut command: Command) -> Self {
         let mut child = command.spawn().expect("the actor starts");
         let commands = child.stdin.take();
@@ -355,6 +373,8 @@ pub fn describe(error: &lockkit::Error) -> String {
         ErrorKind::LayoutMismatch { .. } => "LayoutMismatch",
         ErrorKind::TooManyProcesses { .. } => "TooManyProcesses",
         ErrorKind::InvalidPid { .. } => "InvalidPid",
+        ErrorKind::LeaseLost { .. } => "LeaseLost",
+        ErrorKind::Store { .. } => "Store",
         ErrorKind::Io { .. } => "Io",
         _ => "Other",
     };

@@ -18,44 +18,45 @@ use crate::actor::signal_pid;
 use crate::{Kind, Spec, program};
 
 const RECORD: usize = 32;
-const IN: u32 = 1;
-const OUT: u32 = 2;
+pub(crate) const IN: u32 = 1;
+pub(crate) const OUT: u32 = 2;
 
 /// Nobody died before.
-const NOBODY: u32 = u32::MAX;
+const NOBODY: u64 = u64::MAX;
 
 /// A record of the log.
 #[derive(Clone, Copy, Debug)]
-struct Event {
-    nanos: u64,
-    pid: u32,
-    what: u32,
-    recovered: u32,
+pub(crate) struct Event {
+    pub(crate) nanos: u64,
+    pub(crate) pid: u32,
+    pub(crate) what: u32,
+    /// Who died before; of a lease, the token.
+    pub(crate) number: u64,
 }
 
-fn now() -> u64 {
+pub(crate) fn now() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
-fn append(log: &mut File, what: u32, recovered: u32) {
+pub(crate) fn append(log: &mut File, nanos: u64, what: u32, number: u64) {
     let mut record = [0; RECORD];
-    record[..8].copy_from_slice(&now().to_ne_bytes());
-    for (at, word) in [std::process::id(), what, recovered].into_iter().enumerate() {
-        record[8 + 4 * at..][..4].copy_from_slice(&word.to_ne_bytes());
-    }
+    record[..8].copy_from_slice(&nanos.to_ne_bytes());
+    record[8..16].copy_from_slice(&number.to_ne_bytes());
+    record[16..20].copy_from_slice(&std::process::id().to_ne_bytes());
+    record[20..24].copy_from_slice(&what.to_ne_bytes());
     log.write_all(&record).expect("the log takes a record");
 }
 
-fn read(log: &Path) -> Vec<Event> {
+pub(crate) fn read(log: &Path) -> Vec<Event> {
     let bytes = std::fs::read(log).expect("a log");
     assert_eq!(bytes.len() % RECORD, 0, "the log has whole records only");
     let mut events: Vec<Event> = bytes
         .chunks_exact(RECORD)
         .map(|record| {
             let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|byte| record[at + byte]));
-            let nanos = u64::from_ne_bytes(std::array::from_fn(|byte| record[byte]));
-            Event { nanos, pid: word(8), what: word(12), recovered: word(16) }
+            let long = |at: usize| u64::from_ne_bytes(std::array::from_fn(|byte| record[at + byte]));
+            Event { nanos: long(0), number: long(8), pid: word(16), what: word(20) }
         })
         .collect();
     events.sort_by_key(|event| event.nanos);
@@ -93,12 +94,12 @@ pub fn take_part(spec: &Spec, log: &Path, seed: u64) {
         };
         match lock.acquire(&wait) {
             Ok(guard) => {
-                append(&mut log, IN, guard.recovered().unwrap_or(NOBODY));
+                append(&mut log, now(), IN, guard.recovered().map_or(NOBODY, u64::from));
                 let hold = Instant::now() + Duration::from_micros(dice.roll(300));
                 while Instant::now() < hold {
                     std::hint::spin_loop();
                 }
-                append(&mut log, OUT, NOBODY);
+                append(&mut log, now(), OUT, NOBODY);
                 guard.release().expect("what is held can be released");
             }
             Err(error) => assert!(error.is_temporary(), "{error}"),
@@ -168,7 +169,8 @@ pub fn run(kind: Kind, span: Duration) -> Tally {
     }
     let lock = spec.open();
     let guard = lock.acquire(&Wait::at_most(Duration::from_secs(1))).expect("free within a second of the last death");
-    append(&mut OpenOptions::new().append(true).open(&log).expect("the log"), IN, guard.recovered().unwrap_or(NOBODY));
+    let mut log_file = OpenOptions::new().append(true).open(&log).expect("the log");
+    append(&mut log_file, now(), IN, guard.recovered().map_or(NOBODY, u64::from));
     drop(guard);
     drop(lock);
     let tally = check(&read(&log), &deaths, kind.tells_deaths());
@@ -183,7 +185,7 @@ fn check(events: &[Event], deaths: &HashMap<u32, Death>, tells_deaths: bool) -> 
         from: u64,
         until: u64,
         died: bool,
-        recovered: u32,
+        recovered: u64,
     }
     let mut holds: Vec<Hold> = Vec::new();
     let mut inside: HashMap<u32, usize> = HashMap::new();
@@ -192,7 +194,7 @@ fn check(events: &[Event], deaths: &HashMap<u32, Death>, tells_deaths: bool) -> 
             assert!(!inside.contains_key(&event.pid), "{event:?} came in twice");
             inside.insert(event.pid, holds.len());
             let until = deaths.get(&event.pid).map_or(u64::MAX, |death| death.called.max(event.nanos));
-            holds.push(Hold { pid: event.pid, from: event.nanos, until, died: true, recovered: event.recovered });
+            holds.push(Hold { pid: event.pid, from: event.nanos, until, died: true, recovered: event.number });
         } else {
             let at = inside.remove(&event.pid).expect("who goes out came in");
             (holds[at].until, holds[at].died) = (event.nanos, false);
@@ -216,7 +218,7 @@ fn check(events: &[Event], deaths: &HashMap<u32, Death>, tells_deaths: bool) -> 
             died => {
                 // Its predecessor, or one that had just taken the lock, or was just giving it back, and was killed
                 // before it could write so.
-                let death = deaths.get(&died).copied();
+                let death = u32::try_from(died).ok().and_then(|died| deaths.get(&died)).copied();
                 assert!(
                     death.is_some_and(|death| before.from <= death.known && death.called <= after.from),
                     "{} was told that {died} died, which it did at {death:?}, after {} was inside from {}",

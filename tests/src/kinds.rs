@@ -2,9 +2,10 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use lockkit::{
-    Backend, FileLock, Guard, Lock, LockManager, ManagedLock, NamedLock, PidFile, PidStatus, Result, Scope, Wait,
+    Backend, FileLock, Guard, Lease, Lock, LockManager, ManagedLock, NamedLock, PidFile, PidStatus, Result, Scope, Wait,
 };
 
 use crate::managers::{self, Table};
@@ -83,11 +84,18 @@ pub enum Kind {
     File,
     /// [`PidFile`].
     PidFile,
+    /// [`Lease`] on a file.
+    ///
+    /// Its ttl is longer than anybody in the suite is ever stopped. So it is a lock like any other there: what frees it
+    /// is a release, or that its owner is seen dead, and nobody is taken over alive. What becomes of a holder that is
+    /// silent for longer is judged by the tokens, in the tests of leases. The heartbeat is long enough that hardly one
+    /// falls into a scenario of [`steps`](crate::steps).
+    Lease,
     /// The first lock of a table, allocated.
     Managed(managers::Kind),
 }
 
-const KINDS: [(Kind, &str); 9] = [
+const KINDS: [(Kind, &str); 10] = [
     (Kind::Managed(managers::Kind::Shm), "shm"),
     (Kind::Managed(managers::Kind::Folder), "folder"),
     (Kind::Managed(managers::Kind::Memory), "memory"),
@@ -97,6 +105,7 @@ const KINDS: [(Kind, &str); 9] = [
     (Kind::MachineFile, "machine-file"),
     (Kind::File, "file"),
     (Kind::PidFile, "pidfile"),
+    (Kind::Lease, "lease"),
 ];
 
 impl Kind {
@@ -107,6 +116,7 @@ impl Kind {
             Self::Managed(kind) => kind.fresh().name().to_owned(),
             Self::File => std::env::temp_dir().join(format!("{name}.lock")).display().to_string(),
             Self::PidFile => std::env::temp_dir().join(format!("{name}.pid")).display().to_string(),
+            Self::Lease => std::env::temp_dir().join(format!("{name}.lease")).display().to_string(),
             _ => name,
         };
         Spec { kind: self, at }
@@ -120,6 +130,11 @@ impl Kind {
     /// Whether taking the lock may need a descriptor.
     pub fn needs_descriptors(self) -> bool {
         self != Self::Managed(managers::Kind::Shm)
+    }
+
+    /// Whether a held lock has a descriptor of its own. A lease has none, so it needs one to be given back.
+    pub fn keeps_a_descriptor(self) -> bool {
+        self != Self::Lease
     }
 
     /// Whether a forked child keeps what its killed parent held. Of a pidfile it does, for it may be a daemon that has
@@ -172,6 +187,11 @@ impl Spec {
             Kind::NamedFile => named(Scope::User, Backend::File),
             Kind::MachineFile => named(Scope::Machine, Backend::File),
             Kind::File => Box::new(Any { lock: FileLock::new(&self.at), owner: |_| None }),
+            Kind::Lease => {
+                let builder = Lease::file(&self.at).ttl(crate::LIVELY).heartbeat(Duration::from_secs(2));
+                let owner = |lease: &Lease| lease.owner().expect("an owner can be asked for").map(|owner| owner.pid());
+                Box::new(Any { lock: builder.build().expect("options that go together"), owner })
+            }
             Kind::Managed(kind) => {
                 let manager = Table::at(kind, &self.at).open();
                 // Whoever comes first allocates it.
@@ -196,7 +216,7 @@ impl Spec {
             Kind::MachineSocket => vec![format!("/dev/shm/lockkit-machine-{}.record", self.at).into()],
             Kind::NamedFile => vec![format!("/tmp/lockkit-u{uid}/{}.lock", self.at).into()],
             Kind::MachineFile => vec![format!("/tmp/lockkit-machine-{}.lock", self.at).into()],
-            Kind::File | Kind::PidFile => vec![PathBuf::from(&self.at)],
+            Kind::File | Kind::PidFile | Kind::Lease => vec![PathBuf::from(&self.at)],
             Kind::Managed(kind) => {
                 Table::at(kind, &self.at).clean();
                 vec![]

@@ -5,11 +5,13 @@
 //! - [`mod@suite`] has the cases that every kind must pass; [`suite!`] makes tests of them.
 //! - [`mod@managers`] has the tables of locks under test, the cases that every manager must pass, and a second process
 //!   that works on a table as it is told.
+//! - [`mod@leases`] has a second process that works on a lease as it is told, and forges records.
 //! - [`chaos`] lets a conductor kill and stop many processes at random, and checks the log of who held when.
 
 pub mod actor;
 pub mod chaos;
 pub mod kinds;
+pub mod leases;
 pub mod managers;
 pub mod rogue;
 pub mod steps;

@@ -54,9 +54,9 @@ pub fn kill_at_every_step(kind: Kind) {
 
 /// Whether a process that died after these steps has left word that it held the lock.
 fn is_written(steps: &[String]) -> bool {
-    const WRITTEN: [&str; 3] = ["holder written down", "file named", "lock word taken"];
-    const WIPED: [&str; 4] =
-        ["record wiped", "file removed", "lock word given back", "lock word given back to waiters"];
+    const WRITTEN: [&str; 4] = ["holder written down", "file named", "lock word taken", "record written"];
+    const WIPED: [&str; 5] =
+        ["record wiped", "file removed", "lock word given back", "lock word given back to waiters", "record freed"];
     let last = steps.iter().rev().find(|step| WRITTEN.contains(&step.as_str()) || WIPED.contains(&step.as_str()));
     last.is_some_and(|step| WRITTEN.contains(&step.as_str()))
 }

@@ -368,6 +368,15 @@ mod cases {
         starved.expect("feed", "fed");
         starved.expect("lock", "held");
         starved.expect("starve", "starved");
+        if !kind.keeps_a_descriptor() {
+            // The heartbeat gives it back once there are descriptors again.
+            let answer = starved.ask("release");
+            assert!(answer.starts_with("error Io") && answer.contains("Too many open files"), "{answer}");
+            starved.expect("feed", "fed");
+            other.expect("lock", "held");
+            spec.clean();
+            return;
+        }
         starved.expect("release", "released");
         other.expect("try", "held");
         spec.clean();
@@ -409,7 +418,7 @@ pub fn lock_on_descriptor_zero(spec: &Spec) {
     nix::unistd::close(0).expect("standard input was open");
     let lock = spec.open();
     let guard = lock.acquire(&Wait::none()).expect("free");
-    assert!(std::fs::symlink_metadata("/proc/self/fd/0").is_ok(), "something took the descriptor");
+    assert_eq!(std::fs::symlink_metadata("/proc/self/fd/0").is_ok(), spec.kind().keeps_a_descriptor());
     assert!(spec.open().acquire(&Wait::none()).err().expect("held").is_held());
     drop(guard);
     drop(spec.open().acquire(&Wait::none()).expect("free again"));

@@ -17,7 +17,7 @@
 //!   that very file, nobody else can be taking it at that moment, and until its deadline the lease is still its own.
 //!   Who comes first after a deletion wins: the record then names somebody else.
 
-use std::fs::{DirBuilder, File};
+use std::fs::{self, DirBuilder, File};
 use std::io::{self, ErrorKind as Io};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt};
@@ -451,7 +451,7 @@ impl FileStore {
     fn create_in_place(&self, record: &mut Record) -> Result<bool> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let mode = Permissions::from_raw_mode(self.file_mode as RawMode);
-        match open(&self.path, flags, mode) {
+        match Shielded::new(|| open(&self.path, flags, mode).map(File::from)) {
             Err(Errno::EXIST) => return Ok(false),
             made => drop(made.map_err(|error| self.failed("create", error.into()))?),
         }
@@ -459,9 +459,13 @@ impl FileStore {
         match self.lock(Deadline::after(OCCUPIED))? {
             // Nobody takes what is so young; only a holder whose own record was deleted may have written into it.
             Place::Locked(locked) if locked.read()?.is_empty() => {
-                locked.write(record, &[])?;
-                locked.file.sync_data().map_err(|error| self.failed("write", error))?;
-                Ok(true)
+                let synced = || locked.file.sync_data().map_err(|error| self.failed("write", error));
+                let written = locked.write(record, &[]).and_then(|()| synced());
+                if written.is_err() {
+                    // An empty one would count as held. While it is locked, nobody else is using it.
+                    let _ = fs::remove_file(&self.path);
+                }
+                written.map(|()| true)
             }
             _ => Ok(false),
         }
@@ -513,7 +517,7 @@ impl Locked<'_> {
     /// put back.
     fn write(&self, record: &mut Record, old: &[u8]) -> Result<()> {
         let written = self.file.write_all_at(record.seal(), 0);
-        step("record written");
+        step(if record.is_held() { "record written" } else { "record freed" });
         written.map_err(|error| {
             let _ = self.file.write_all_at(old, 0);
             StoreError::unknown(Error::io("write", &self.store.path, error))

@@ -1,6 +1,6 @@
 //! The second process of the tests; see `lockkit_tests::actor`, `chaos` and `steps`.
 
-use lockkit_tests::{Spec, actor, chaos, managers, rogue, steps};
+use lockkit_tests::{Spec, actor, chaos, leases, managers, rogue, steps};
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -13,10 +13,14 @@ fn main() {
             lockkit_tests::suite::count_up(&Spec::parse(spec), counter.as_ref(), rounds.parse().expect("a number"));
         }
         ["table", table] => managers::serve(&managers::Table::parse(table)),
+        ["lease", terms] => leases::serve(&leases::Terms::parse(terms)),
+        ["lease", terms, "chaos", log, seed] => {
+            leases::take_part(&leases::Terms::parse(terms), log.as_ref(), seed.parse().expect("a seed"));
+        }
         [spec, "closed-input"] => lockkit_tests::suite::lock_on_descriptor_zero(&Spec::parse(spec)),
         [spec, "steps", scenario] => steps::play(&Spec::parse(spec), scenario),
         _ => panic!(
-            "actor squat NAME | queue NAME | table TABLE | SPEC [chaos LOG SEED | stress COUNTER ROUNDS | closed-input | steps SCENARIO]"
+            "actor squat NAME | queue NAME | table TABLE | lease TERMS [chaos LOG SEED] | SPEC [chaos LOG SEED | stress COUNTER ROUNDS | closed-input | steps SCENARIO]"
         ),
     }
 }

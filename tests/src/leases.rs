@@ -1,0 +1,374 @@
+//! Leases on files: a second process that works on one as it is told, a chaos in which holders lose theirs, and forged
+//! records.
+//!
+//! The second process is started with [`Actor::start_lease`]:
+//!
+//! | command | answer |
+//! |---|---|
+//! | `try`, `lock`, `lock-for MS` | `held TOKEN`, or `held TOKEN recovered PID` |
+//! | `release` | `released` |
+//! | `is-held` | `yes`, or `no: REASON` |
+//! | `remaining` | `remaining MICROSECONDS` |
+//! | `wait-lost` | `lost REASON`, once it is |
+//! | `losses` | `losses`, and for each call of `on_lost` the reason and the name of the thread |
+//! | `progress` | `noted` |
+//! | `hold-many N FOLDER` | `holds N`: the leases 0 to N - 1 in a folder; `drop-many` drops them all: `dropped` |
+//! | `fork OTHER` | `parted`: a forked child does not hold its copy, took another lease and kept it, and is gone |
+//! | `limit-threads N`, or `all` | `limited`: its user may have no more threads from now on; means nothing to root |
+//! | `kill-at STEP` | `armed`: see [`lockkit::steps`] |
+//! | `go FOLDER` | `gone there`: that is its working folder now |
+//!
+//! or `error KIND: text`.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use lockkit::{Lease, LeaseBuilder, LeaseGuard, LossReason, Wait};
+use rustix::process::{Resource, Signal, getrlimit, setrlimit};
+
+use crate::actor::{describe, signal_pid};
+use crate::chaos::{Dice, IN, OUT, append, now, read};
+use crate::{Actor, LIVELY, program};
+
+/// A lease on a file and its options, as text: `TTL HEARTBEAT PROGRESS PANICS PATH`, in milliseconds.
+#[derive(Clone, Debug)]
+pub struct Terms {
+    /// Where its record is.
+    pub path: PathBuf,
+    /// Its ttl, in milliseconds.
+    pub ttl: u64,
+    /// Its heartbeat, in milliseconds.
+    pub heartbeat: u64,
+    /// Within how many milliseconds progress is required; 0 where it is not.
+    pub progress: u64,
+    /// Whether `on_lost` panics.
+    pub panics: bool,
+}
+
+impl Terms {
+    /// A lease that is lost soon, but not so soon that a slow machine loses it.
+    pub fn of(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), ttl: 1000, heartbeat: 100, progress: 0, panics: false }
+    }
+
+    /// Reads what `Display` wrote.
+    pub fn parse(text: &str) -> Self {
+        let mut parts = text.splitn(5, ' ');
+        let mut next = || parts.next().expect("TTL HEARTBEAT PROGRESS PANICS PATH");
+        let [ttl, heartbeat, progress] = [(); 3].map(|()| next().parse().expect("milliseconds"));
+        Self { ttl, heartbeat, progress, panics: next() == "true", path: next().into() }
+    }
+
+    /// The lease with these options, not yet built.
+    pub fn builder(&self) -> LeaseBuilder {
+        let [ttl, heartbeat, progress] = [self.ttl, self.heartbeat, self.progress].map(Duration::from_millis);
+        let builder = Lease::file(&self.path).ttl(ttl).heartbeat(heartbeat);
+        if self.progress == 0 { builder } else { builder.require_progress(progress) }
+    }
+
+    /// The lease.
+    pub fn open(&self) -> Lease {
+        self.builder().build().expect("options that go together")
+    }
+}
+
+impl fmt::Display for Terms {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { path, ttl, heartbeat, progress, panics } = self;
+        write!(f, "{ttl} {heartbeat} {progress} {panics} {}", path.display())
+    }
+}
+
+/// A reason as the actor answers it.
+pub fn told(reason: &LossReason) -> String {
+    match reason {
+        LossReason::Expired => "expired".to_owned(),
+        LossReason::TakenOver { by: Some(by) } => format!("taken over by {}", by.pid()),
+        LossReason::TakenOver { by: None } => "taken over".to_owned(),
+        other => other.to_string(),
+    }
+}
+
+/// The actor's side: carries out commands until there are no more.
+pub fn serve(terms: &Terms) {
+    static LOSSES: Mutex<Vec<String>> = Mutex::new(Vec::new());
+    let losses = || LOSSES.lock().expect("nobody panics with it").clone();
+    let panics = terms.panics;
+    let lease = terms.builder().on_lost(move |loss| {
+        let thread = std::thread::current().name().unwrap_or_default().to_owned();
+        LOSSES.lock().expect("nobody panics with it").push(format!(" ({} on {thread})", told(&loss.reason)));
+        if panics {
+            std::panic::resume_unwind(Box::new("on purpose"));
+        }
+    });
+    let lease = lease.build().expect("options that go together");
+    let mut guard: Option<LeaseGuard> = None;
+    let mut many: Vec<LeaseGuard> = Vec::new();
+    for line in std::io::stdin().lines().map_while(Result::ok) {
+        let mut take = |wait: &Wait| match lease.acquire(wait) {
+            Ok(taken) => {
+                let died = taken.recovered().map(|died| died.owner().map_or(0, |owner| owner.pid()));
+                let died = died.map_or(String::new(), |pid| format!(" recovered {pid}"));
+                let answer = format!("held {}{died}", taken.token());
+                guard = Some(taken);
+                answer
+            }
+            Err(error) => describe(&error),
+        };
+        let (command, argument) = line.split_once(' ').unwrap_or((&line, ""));
+        let answer = match command {
+            "try" => take(&Wait::none()),
+            "lock" => take(&Wait::forever()),
+            "lock-for" => take(&Wait::at_most(Duration::from_millis(argument.parse().expect("milliseconds")))),
+            "release" => match guard.take().map(LeaseGuard::release) {
+                Some(Ok(())) => "released".to_owned(),
+                Some(Err(error)) => describe(&error),
+                None => "error NotHeld".to_owned(),
+            },
+            "losses" => format!("losses{}", losses().concat()),
+            "hold-many" => {
+                let (count, folder) = argument.split_once(' ').expect("N FOLDER");
+                let open = |n: usize| Terms { path: Path::new(folder).join(n.to_string()), ..terms.clone() }.open();
+                many = (0..count.parse().expect("N")).map(|n| open(n).try_lock().expect("free")).collect();
+                format!("holds {}", many.len())
+            }
+            "drop-many" => {
+                many.clear();
+                "dropped".to_owned()
+            }
+            "kill-at" => {
+                lockkit::steps::kill_at(argument.parse().expect("the number of a step"));
+                "armed".to_owned()
+            }
+            "go" => {
+                std::env::set_current_dir(argument).expect("a folder");
+                "gone there".to_owned()
+            }
+            "limit-threads" => {
+                let mut limit = getrlimit(Resource::Nproc);
+                limit.current = argument.parse().ok().or(limit.maximum);
+                setrlimit(Resource::Nproc, limit).expect("not above the highest");
+                "limited".to_owned()
+            }
+            _ => match (&guard, command) {
+                (None, _) => "error NotHeld".to_owned(),
+                (Some(guard), "is-held") => match guard.lost().reason() {
+                    None => "yes".to_owned(),
+                    Some(reason) => format!("no: {}", told(&reason)),
+                },
+                (Some(guard), "remaining") => format!("remaining {}", guard.remaining().as_micros()),
+                (Some(guard), "wait-lost") => match guard.lost().wait(&Wait::forever()) {
+                    Ok(reason) => format!("lost {}", told(&reason)),
+                    Err(error) => describe(&error),
+                },
+                (Some(guard), "progress") => {
+                    guard.progress();
+                    "noted".to_owned()
+                }
+                (Some(guard), "fork") => {
+                    let other = Terms { path: argument.into(), ..terms.clone() };
+                    fork_away(guard, &other, || losses().is_empty())
+                }
+                _ => format!("error unknown command {line:?}"),
+            },
+        };
+        println!("{answer}");
+    }
+}
+
+/// A forked child sees that its copy of `guard` is not held, and takes and keeps the lease `other`.
+fn fork_away(guard: &LeaseGuard, other: &Terms, is_quiet: impl Fn() -> bool) -> String {
+    match fork::fork().expect("a process can be forked") {
+        fork::Fork::Child => {
+            let mut sound = matches!(guard.lost().reason(), Some(LossReason::Forked));
+            sound &= !guard.is_held() && guard.remaining().is_zero() && guard.lost().token().is_cancelled();
+            let own = other.open().try_lock();
+            let end = Instant::now() + Duration::from_millis(3 * other.ttl);
+            while Instant::now() < end {
+                sound &= own.as_ref().is_ok_and(LeaseGuard::is_held);
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            drop(own);
+            // Neither this nor the end of the process is a loss, and both leave the parent's record alone.
+            std::process::exit(if sound && is_quiet() { 0 } else { 1 });
+        }
+        fork::Fork::Parent(pid) => {
+            let pid = rustix::process::Pid::from_raw(pid);
+            let ended = rustix::process::waitpid(pid, rustix::process::WaitOptions::empty());
+            let sound = ended.is_ok_and(|ended| ended.is_some_and(|(_, status)| status.exit_status() == Some(0)));
+            if sound { "parted".to_owned() } else { "error fork: the child was wrong".to_owned() }
+        }
+    }
+}
+
+/// Still held at a moment just before.
+const STILL: u32 = 3;
+
+/// The part of one process in the chaos of leases: takes the lease and holds it for a while, or until it is lost.
+pub fn take_part(terms: &Terms, log: &Path, seed: u64) {
+    let lease = terms.open();
+    let mut log = OpenOptions::new().append(true).open(log).expect("the log");
+    let mut dice = Dice::new(seed);
+    loop {
+        match lease.lock_for(Duration::from_micros(dice.roll(20_000))) {
+            Ok(guard) => {
+                append(&mut log, now(), IN, guard.token());
+                let end = Instant::now() + Duration::from_millis(dice.roll(terms.ttl));
+                loop {
+                    let asked = now();
+                    if !guard.is_held() {
+                        append(&mut log, asked, OUT, guard.token());
+                        break;
+                    }
+                    // Held when it was asked, so it was at every moment before.
+                    append(&mut log, asked, STILL, guard.token());
+                    if Instant::now() > end {
+                        break;
+                    }
+                    std::thread::sleep(Duration::from_micros(200));
+                }
+            }
+            Err(error) => assert!(error.is_temporary(), "{error}"),
+        }
+    }
+}
+
+fn record_names(record: &[u8], pid: u32) -> bool {
+    String::from_utf8_lossy(record).lines().any(|line| line == format!("pid {pid}"))
+}
+
+/// What a run came to.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Tally {
+    /// How often somebody held it at some moment.
+    pub holds: usize,
+    /// How often somebody found it lost.
+    pub losses: usize,
+    /// How many were killed.
+    pub kills: usize,
+}
+
+/// Lets processes loose on one lease for `span`, stops them for up to three times its ttl and kills them, and checks
+/// that whoever found itself holding was never one of two, and that the tokens grew from each to the next.
+pub fn run(terms: &Terms, span: Duration) -> Tally {
+    let folder = tempfile::tempdir().expect("a folder");
+    let log = folder.path().join("log");
+    File::create(&log).expect("a log");
+    let mut dice = Dice::new(now());
+    let start = |dice: &mut Dice| {
+        let mut command = Command::new(program("actor"));
+        command.arg("lease").arg(terms.to_string()).arg("chaos").arg(&log).arg(dice.roll(u64::MAX).to_string());
+        command.stdin(Stdio::null()).spawn().expect("a process starts")
+    };
+    let kill = |child: &mut Child| {
+        child.kill().expect("a child can be killed");
+        let status = child.wait().expect("a child can be waited for");
+        let by = std::os::unix::process::ExitStatusExt::signal(&status);
+        assert_eq!(by, Some(9), "a process failed on its own: {status}");
+    };
+    let mut processes: Vec<Child> = (0..6).map(|_| start(&mut dice)).collect();
+    let mut wakes: BTreeMap<Instant, u32> = BTreeMap::new();
+    let mut kills = processes.len();
+    let end = Instant::now() + span;
+    while Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(dice.roll(terms.ttl)));
+        while let Some(entry) = wakes.first_entry().filter(|entry| *entry.key() < Instant::now()) {
+            let pid = entry.remove();
+            // A killed one has another in its place, and its pid to nobody yet.
+            if processes.iter().any(|process| process.id() == pid) {
+                signal_pid(pid, Signal::CONT);
+            }
+        }
+        // Often the holder.
+        let record = std::fs::read(&terms.path).unwrap_or_default();
+        let holder = processes.iter().position(|process| record_names(&record, process.id()));
+        let victim = holder.filter(|_| dice.roll(2) == 0).unwrap_or(dice.roll(6) as usize);
+        if dice.roll(6) == 0 {
+            kill(&mut processes[victim]);
+            kills += 1;
+            processes[victim] = start(&mut dice);
+        } else {
+            signal_pid(processes[victim].id(), Signal::STOP);
+            wakes.insert(Instant::now() + Duration::from_millis(dice.roll(3 * terms.ttl)), processes[victim].id());
+        }
+    }
+    processes.iter_mut().for_each(kill);
+    drop(terms.open().lock_for(LIVELY).expect("nobody alive holds it"));
+
+    let mut holds: HashMap<u64, (u32, u64, u64)> = HashMap::new();
+    let mut losses = 0;
+    for event in read(&log) {
+        match event.what {
+            IN => {
+                let before = holds.insert(event.number, (event.pid, event.nanos, 0));
+                assert_eq!(before, None, "a token was given twice: {event:?}");
+            }
+            STILL => {
+                let (pid, _, until) = holds.get_mut(&event.number).expect("who holds came in");
+                assert_eq!(*pid, event.pid, "two have one token: {event:?}");
+                *until = event.nanos;
+            }
+            _ => losses += 1,
+        }
+    }
+    // Who was stopped before it could look never found itself holding.
+    let mut holds: Vec<_> = holds.into_iter().filter(|(_, (_, _, until))| *until > 0).collect();
+    holds.sort_by_key(|(_, (_, from, _))| *from);
+    for pair in holds.windows(2) {
+        let [(token, (pid, _, until)), (next, (after, from, _))] = pair else { unreachable!("windows of two") };
+        assert!(until <= from, "{pid} found that it held at {until}, when {after} had come in at {from}");
+        assert!(token < next, "{after} came in after {pid} with the token {next}, which is not above {token}");
+    }
+    Tally { holds: holds.len(), losses, kills }
+}
+
+/// A record with some of its lines changed, and its sum set right. Times an hour off, other
+/// hosts and other boots come out of this.
+pub fn forge(record: &[u8], changes: &[(&str, &str)]) -> Vec<u8> {
+    /// How many lines stand at fixed places, and from where on their values do.
+    const FIXED: (usize, usize) = (12, 8);
+    const SIZE: usize = 1024;
+    const SUM: std::ops::Range<usize> = 24..40;
+    let text = std::str::from_utf8(record).expect("text");
+    let mut forged = String::new();
+    for (at, line) in text.trim_end().lines().enumerate() {
+        let (key, _) = line.split_once(' ').expect("a key and a value");
+        match changes.iter().find(|(changed, _)| *changed == key) {
+            None => forged += line,
+            Some((_, value)) if at < FIXED.0 => {
+                forged += &format!("{key:<0$}{value}", FIXED.1);
+                assert!(forged.ends_with(value) && value.len() == line.len() - FIXED.1, "as long as it was");
+            }
+            Some((_, value)) => forged += &format!("{key} {value}"),
+        }
+        forged.push('\n');
+    }
+    let mut forged = forged.into_bytes();
+    forged.resize(SIZE, b'\n');
+    let words = forged[..SUM.start].chunks(8).chain(forged[SUM.end..].chunks(8));
+    let sum = words.fold(0xcbf2_9ce4_8422_2325_u64, |sum, word| {
+        (sum ^ u64::from_le_bytes(word.try_into().expect("eight bytes"))).wrapping_mul(0x0000_0100_0000_01b3)
+    });
+    forged[SUM].copy_from_slice(format!("{sum:016x}").as_bytes());
+    forged
+}
+
+/// The value of the line `key` of a record.
+pub fn line(record: &[u8], key: &str) -> String {
+    let text = String::from_utf8_lossy(record);
+    let line = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
+    line.unwrap_or_else(|| panic!("no {key} in {text}")).trim().to_owned()
+}
+
+/// The record that a killed holder left, under the `terms`.
+pub fn left_by_the_dead(terms: &Terms) -> Vec<u8> {
+    let mut actor = Actor::start_lease(terms);
+    assert!(actor.ask("try").starts_with("held "));
+    actor.kill();
+    std::fs::read(&terms.path).expect("a record")
+}

@@ -1,0 +1,1449 @@
+//! Lease: every case of the suite, and what is its own.
+
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant, SystemTime};
+
+use lockkit::lease::{
+    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
+    StoreProfile,
+};
+use lockkit::{CancelToken, ErrorKind, FileLock, Lease, LeaseStatus, Wait};
+use lockkit_tests::leases::{self, Terms, forge, left_by_the_dead, line};
+use lockkit_tests::{Actor, Belongings, LIVELY, another_user, suite, until};
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+suite!(file_lease, lockkit_tests::Kind::Lease);
+
+/// Longer than a record that cannot be read counts as held.
+const LONG_AGO: Duration = Duration::from_secs(10);
+const HOUR: Duration = Duration::from_secs(3600);
+
+/// A folder for one test, and a lease in it.
+fn place() -> (TempDir, Terms) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("lease");
+    (folder, Terms::of(path))
+}
+
+fn read(terms: &Terms) -> Vec<u8> {
+    fs::read(&terms.path).unwrap()
+}
+
+/// Changes a file in place, but not while somebody has read it and is about to write.
+fn write(terms: &Terms, bytes: impl AsRef<[u8]>) {
+    let _locked = FileLock::new(&terms.path).lock().unwrap();
+    fs::write(&terms.path, bytes).unwrap();
+}
+
+/// Puts another file in its place.
+fn replace(terms: &Terms, bytes: impl AsRef<[u8]>) {
+    let new = terms.path.with_extension("new");
+    fs::write(&new, bytes).unwrap();
+    fs::rename(new, &terms.path).unwrap();
+}
+
+fn set_age(path: &Path, modified: SystemTime) {
+    File::options().write(true).open(path).unwrap().set_modified(modified).unwrap();
+}
+
+/// What a held record says of a holder on another host: nothing can be told of it from here, but it is silent.
+fn of_a_stranger(terms: &Terms) -> Vec<u8> {
+    let (_folder, mut other) = place();
+    other.ttl = terms.ttl;
+    let record = left_by_the_dead(&other);
+    forge(&record, &[("host", "elsewhere"), ("boot", &"7".repeat(32))])
+}
+
+/// Gives the command, and returns the token of the answer `held TOKEN`, with nothing behind it.
+fn take(actor: &mut Actor, command: &str) -> u64 {
+    token(&actor.ask(command))
+}
+
+fn token(answer: &str) -> u64 {
+    let token = answer.strip_prefix("held ").expect(answer);
+    token.parse().unwrap_or_else(|_| panic!("{answer}"))
+}
+
+/// As [`token`], of an answer that tells who died.
+fn token_after(answer: &str, died: u32) -> u64 {
+    token(answer.strip_suffix(&format!(" recovered {died}")).expect(answer))
+}
+
+/// How long the lease lasts that `actor` holds, if it is not renewed.
+fn remaining(actor: &mut Actor) -> Duration {
+    let left = actor.ask("remaining");
+    Duration::from_micros(left.strip_prefix("remaining ").expect(&left).parse().unwrap())
+}
+
+fn is_held(answer: &str) -> bool {
+    answer.starts_with("error Held")
+}
+
+/// The beat that stands in the record, and 0 where there is none, as while it is spoilt.
+fn beat(terms: &Terms) -> u64 {
+    let record = fs::read(&terms.path).unwrap_or_default();
+    if record.len() < 1024 || !record.starts_with(b"lockkit lease 1\n") {
+        return 0;
+    }
+    line(&record, "beat").parse().unwrap()
+}
+
+fn wait_for_beats(terms: &Terms) {
+    let before = beat(terms);
+    until("it beats", || beat(terms) > before + 1);
+}
+
+/// Stops a holder, but not in the middle of a step, which would keep others from theirs for as long.
+fn stop(actor: &Actor, terms: &Terms) {
+    let is_stopped = || fs::read_to_string(format!("/proc/{}/stat", actor.pid())).unwrap().contains(") T ");
+    until("it is stopped between two steps", || {
+        actor.signal(Signal::STOP);
+        until("it is stopped", is_stopped);
+        let is_between = FileLock::new(&terms.path).try_lock().is_ok();
+        if !is_between {
+            actor.signal(Signal::CONT);
+        }
+        is_between
+    });
+}
+
+fn left_out(why: &str) {
+    println!("left out: {why}");
+}
+
+fn succeeds(command: &mut Command) -> bool {
+    command.stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|status| status.success())
+}
+
+#[test]
+fn a_second_acquire_is_held_until_the_release_and_then_works() {
+    #[derive(Debug, PartialEq)]
+    struct BuildRuns;
+    impl std::fmt::Display for BuildRuns {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("a build is running")
+        }
+    }
+    impl std::error::Error for BuildRuns {}
+
+    let (_folder, terms) = place();
+    let mut holder = Actor::start_lease(&terms);
+    let first = take(&mut holder, "try");
+    let lease = terms.builder().held_error(|| BuildRuns).build().unwrap();
+    let error = lease.try_lock().unwrap_err();
+    assert!(error.is_held());
+    assert_eq!(error.owner().unwrap().pid(), holder.pid());
+    let own = std::error::Error::source(&error).and_then(|source| source.downcast_ref());
+    assert_eq!(own, Some(&BuildRuns), "the error of the user's own");
+    holder.expect("release", "released");
+    let second = lease.try_lock().unwrap();
+    assert_eq!((second.token(), second.recovered()), (first + 1, None));
+    assert!(is_held(&holder.ask("try")));
+}
+
+#[test]
+fn a_record_of_the_dead_is_taken_over_with_a_new_claim_and_our_pid_fresh_or_ten_seconds_old() {
+    for age in [Duration::ZERO, LONG_AGO] {
+        let (_folder, terms) = place();
+        let record = left_by_the_dead(&terms);
+        let died: u32 = line(&record, "pid").parse().unwrap();
+        set_age(&terms.path, SystemTime::now() - age);
+        let guard = terms.open().try_lock().unwrap();
+        assert_eq!(guard.recovered().unwrap().owner().unwrap().pid(), died);
+        let now = read(&terms);
+        assert_ne!(line(&now, "claim"), line(&record, "claim"));
+        assert_eq!(line(&now, "pid"), std::process::id().to_string());
+        assert_eq!(line(&now, "token").parse(), Ok(guard.token()));
+        assert_eq!(guard.token(), line(&record, "token").parse::<u64>().unwrap() + 1);
+    }
+}
+
+#[test]
+fn a_record_of_an_earlier_boot_of_this_host_is_taken_over_at_once() {
+    let (_folder, terms) = place();
+    let record = forge(&left_by_the_dead(&terms), &[("boot", &"7".repeat(32)), ("pid", "1"), ("start", "1")]);
+    write(&terms, &record);
+    let before = line(&record, "token").parse::<u64>().unwrap();
+    let guard = terms.open().try_lock().unwrap();
+    assert!(guard.recovered().is_some() && guard.token() > before);
+}
+
+const JUNK: [&str; 6] = ["", "\n", "4242\n", "{\"owner\":1}", "lockkit lease 1\n", "\0\0\0\0"];
+
+#[test]
+fn fresh_junk_counts_as_held_and_is_taken_over_when_a_waiter_has_seen_it_for_two_seconds() {
+    std::thread::scope(|scope| {
+        for junk in JUNK {
+            scope.spawn(move || {
+                let (_folder, terms) = place();
+                write(&terms, junk);
+                // How old the file says it is does not count.
+                set_age(&terms.path, SystemTime::now() - HOUR);
+                let start = Instant::now();
+                let lease = terms.open();
+                let error = lease.try_lock().unwrap_err();
+                assert!(error.is_held() && error.owner().is_none(), "{junk:?}: {error}");
+                assert_eq!(read(&terms), junk.as_bytes(), "it may be another program's");
+                let guard = lease.lock_for(LIVELY).unwrap();
+                assert!(start.elapsed() >= Duration::from_secs(2), "{junk:?}");
+                assert!(guard.recovered().is_some_and(|died| died.owner().is_none()));
+                assert_eq!(line(&read(&terms), "pid"), std::process::id().to_string());
+            });
+        }
+    });
+}
+
+#[test]
+fn the_age_at_which_junk_is_reclaimed_can_be_chosen() {
+    let (_folder, terms) = place();
+    for (age, gets_in) in [(HOUR, false), (Duration::from_millis(10), true)] {
+        write(&terms, "junk");
+        let lease = terms.builder().invalid_pid_lock_stale_threshold(age).build().unwrap();
+        let limit = if gets_in { LIVELY } else { Duration::from_millis(2500) };
+        assert_eq!(lease.lock_for(limit).is_ok(), gets_in);
+    }
+}
+
+#[test]
+fn of_twelve_contenders_on_a_free_path_one_wins_and_eleven_are_told_held() {
+    let (folder, terms) = place();
+    let mut contenders: Vec<Actor> = (0..12).map(|_| Actor::start_lease(&terms)).collect();
+    for round in 0..100 {
+        // In every other round the record is there, and free.
+        if round % 2 == 0 {
+            let _ = fs::remove_file(&terms.path);
+        }
+        contenders.iter_mut().for_each(|contender| contender.tell("try"));
+        let answers: Vec<String> = contenders.iter_mut().map(Actor::answer).collect();
+        let winners: Vec<usize> = (0..12).filter(|at| answers[*at].starts_with("held ")).collect();
+        assert_eq!(winners.len(), 1, "round {round}: {answers:?}");
+        assert_eq!(answers.iter().filter(|answer| is_held(answer)).count(), 11, "round {round}: {answers:?}");
+        token(&answers[winners[0]]);
+        contenders[winners[0]].expect("release", "released");
+    }
+    assert_eq!(folder.path().read_dir().unwrap().count(), 1, "nothing is left but the record");
+}
+
+#[test]
+fn eight_racers_on_one_stale_record_are_never_two_owners() {
+    let (_folder, terms) = place();
+    let stale = left_by_the_dead(&terms);
+    let died = line(&stale, "pid").parse().unwrap();
+    let mut racers: Vec<Actor> = (0..8).map(|_| Actor::start_lease(&terms)).collect();
+    for round in 0..2000 {
+        write(&terms, &stale);
+        racers.iter_mut().for_each(|racer| racer.tell("try"));
+        let answers: Vec<String> = racers.iter_mut().map(Actor::answer).collect();
+        let winners: Vec<usize> = (0..8).filter(|at| answers[*at].starts_with("held ")).collect();
+        assert_eq!(winners.len(), 1, "round {round}: {answers:?}");
+        assert_eq!(answers.iter().filter(|answer| is_held(answer)).count(), 7, "round {round}: {answers:?}");
+        token_after(&answers[winners[0]], died);
+        let winner = &mut racers[winners[0]];
+        assert_eq!(line(&read(&terms), "pid"), winner.pid().to_string());
+        winner.expect("release", "released");
+    }
+}
+
+#[test]
+fn a_release_touches_no_foreign_record_and_brings_back_none() {
+    let (_folder, mut terms) = place();
+    // No beat comes in between.
+    (terms.ttl, terms.heartbeat) = (60_000, 20_000);
+    let lease = terms.open();
+    let stranger = of_a_stranger(&terms);
+    let newer = b"lockkit lease 2\nflavour sour\n";
+    let changes: [&dyn Fn(); 5] = [
+        &|| write(&terms, &stranger),
+        &|| replace(&terms, &stranger),
+        &|| write(&terms, "junk"),
+        &|| replace(&terms, newer),
+        &|| fs::remove_file(&terms.path).unwrap(),
+    ];
+    for change in changes {
+        for drops in [false, true] {
+            let _ = fs::remove_file(&terms.path);
+            let guard = lease.try_lock().unwrap();
+            change();
+            let left = fs::read(&terms.path).ok();
+            match drops {
+                true => drop(guard),
+                false => {
+                    let error = guard.release().unwrap_err();
+                    assert!(matches!(error.kind(), ErrorKind::LeaseLost { .. }), "{error}");
+                }
+            }
+            assert_eq!(fs::read(&terms.path).ok(), left);
+        }
+    }
+}
+
+#[test]
+fn a_change_of_owner_is_told_once_within_two_seconds() {
+    let (_folder, mut terms) = place();
+    (terms.ttl, terms.heartbeat) = (3000, 250);
+    let stranger = of_a_stranger(&terms);
+    let mut holder = Actor::start_lease(&terms);
+    take(&mut holder, "try");
+    holder.tell("wait-lost");
+    holder.expect_silence();
+    write(&terms, &stranger);
+    let start = Instant::now();
+    let by = line(&stranger, "pid");
+    assert_eq!(holder.answer(), format!("lost taken over by {by}"));
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    holder.expect("is-held", &format!("no: taken over by {by}"));
+    holder.expect("remaining", "remaining 0");
+    let once = format!("losses (taken over by {by} on lockkit-lost)");
+    until("it is told", || holder.ask("losses") == once);
+    assert!(holder.ask("release").starts_with("error LeaseLost"));
+    holder.expect("losses", &once);
+    assert_eq!(read(&terms), stranger);
+}
+
+#[test]
+fn a_holder_that_was_stopped_for_longer_than_its_ttl_finds_it_lost_the_moment_it_runs_again() {
+    for taken_over in [false, true] {
+        let (_folder, terms) = place();
+        let [mut holder, mut next] = [(); 2].map(|()| Actor::start_lease(&terms));
+        let old = take(&mut holder, "try");
+        stop(&holder, &terms);
+        if taken_over {
+            let new = token_after(&next.ask("lock"), holder.pid());
+            assert!(new > old, "whoever compares tokens refuses a late write");
+        } else {
+            let start = Instant::now();
+            until("its time is over", || start.elapsed() > Duration::from_millis(terms.ttl));
+        }
+        // The question is there before it runs again.
+        holder.tell("is-held");
+        holder.tell("losses");
+        holder.signal(Signal::CONT);
+        let answer = holder.answer();
+        // If the heartbeat comes first, it may say who it was.
+        assert!(answer.starts_with("no: "), "{answer}");
+        let first = holder.answer();
+        until("it is told", || holder.ask("losses") == "losses (expired on lockkit-lost)");
+        assert!(["losses", "losses (expired on lockkit-lost)"].contains(&&*first), "{first}");
+        assert!(holder.ask("release").starts_with("error LeaseLost"));
+        match taken_over {
+            true => next.expect("is-held", "yes"),
+            // The loser lives, so its record is seen silent for a ttl first, unless it has given it back.
+            false => assert!(next.ask("lock").starts_with("held ")),
+        }
+        next.expect("release", "released");
+        assert!(take(&mut holder, "lock") > old);
+    }
+}
+
+#[test]
+fn a_holder_that_was_stopped_for_less_goes_on() {
+    let (_folder, mut terms) = place();
+    terms.ttl = LIVELY.as_millis() as u64;
+    let [mut holder, mut next] = [(); 2].map(|()| Actor::start_lease(&terms));
+    take(&mut holder, "try");
+    next.tell_to_wait("lock");
+    for _ in 0..5 {
+        stop(&holder, &terms);
+        holder.signal(Signal::CONT);
+        wait_for_beats(&terms);
+        holder.expect("is-held", "yes");
+    }
+    next.expect_silence();
+    holder.expect("release", "released");
+    token(&next.answer());
+}
+
+#[test]
+fn whoever_finds_itself_holding_is_never_one_of_two_however_long_it_was_stopped() {
+    let (_folder, mut terms) = place();
+    (terms.ttl, terms.heartbeat) = (100, 25);
+    let seconds = std::env::var("LOCKKIT_CHAOS_SECONDS").map_or(10, |text| text.parse().expect("whole seconds"));
+    let tally = leases::run(&terms, Duration::from_secs(seconds));
+    println!("{tally:?}");
+    assert!(tally.holds > 20 && tally.losses > 3 && tally.kills > 10, "it was no chaos: {tally:?}");
+}
+
+#[test]
+fn times_in_the_record_and_of_its_file_decide_nothing() {
+    // What a step of the wall clock leaves behind, both ways, and another host's clock that is wrong.
+    for step in [-1, 1] {
+        let (_folder, terms) = place();
+        let at = |now: SystemTime| if step < 0 { now - HOUR } else { now + HOUR };
+        let moment = at(SystemTime::now()).duration_since(SystemTime::UNIX_EPOCH).unwrap();
+        let acquired = format!("{}.000000000 (then)", moment.as_secs());
+
+        // A holder that lives keeps it.
+        let mut holder = Actor::start_lease(&terms);
+        let first = take(&mut holder, "try");
+        // A beat between reading and writing would be taken back, which the next one makes up for.
+        write(&terms, forge(&read(&terms), &[("acquired", &acquired)]));
+        set_age(&terms.path, at(SystemTime::now()));
+        assert!(terms.open().try_lock().unwrap_err().is_held());
+        wait_for_beats(&terms);
+        holder.expect("is-held", "yes");
+        holder.expect("losses", "losses");
+        holder.expect("release", "released");
+        assert_eq!(take(&mut holder, "try"), first + 1);
+        holder.expect("release", "released");
+
+        // One of whom nothing is known is waited for, for a ttl and no longer.
+        write(&terms, forge(&of_a_stranger(&terms), &[("acquired", &acquired)]));
+        set_age(&terms.path, at(SystemTime::now()));
+        let start = Instant::now();
+        let lease = terms.open();
+        assert!(lease.try_lock().unwrap_err().is_held());
+        let guard = lease.lock_for(LIVELY).unwrap();
+        assert!(start.elapsed() >= Duration::from_millis(terms.ttl), "{:?}", start.elapsed());
+        assert_eq!(guard.recovered().unwrap().owner().unwrap().host(), Some("elsewhere"));
+        drop(guard);
+
+        // One that is dead is taken over at once.
+        write(&terms, forge(&left_by_the_dead(&terms), &[("acquired", &acquired)]));
+        set_age(&terms.path, at(SystemTime::now()));
+        assert!(terms.open().try_lock().unwrap().recovered().is_some());
+    }
+}
+
+/// The library of faketime(1), which shows a program a wall clock of its own.
+fn faketime() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    let program = std::env::split_paths(&path).map(|folder| folder.join("faketime")).find(|path| path.is_file())?;
+    let lib = program.parent()?.parent()?.join("lib");
+    let folders = fs::read_dir(&lib).ok()?.filter_map(|entry| Some(entry.ok()?.path())).chain([lib]);
+    folders.map(|folder| folder.join("faketime/libfaketime.so.1")).find(|path| path.is_file())
+}
+
+#[test]
+fn the_wall_clock_stepped_by_an_hour_changes_nothing() {
+    let Some(library) = faketime() else {
+        return left_out("faketime is not here; what a step leaves in files has a test of its own");
+    };
+    let (folder, terms) = place();
+    let clock = folder.path().join("clock");
+    let set = |offset: &str| {
+        // Whole at every moment, for it is read at each look at the clock.
+        fs::write(clock.with_extension("new"), offset).unwrap();
+        fs::rename(clock.with_extension("new"), &clock).unwrap();
+    };
+    let start = || {
+        Actor::start_lease_with(&terms, |command| {
+            command.env("LD_PRELOAD", &library).env("FAKETIME_TIMESTAMP_FILE", &clock);
+            command.env("FAKETIME_NO_CACHE", "1").env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+        })
+    };
+    for step in ["+3600s", "-3600s"] {
+        set("+0s");
+        let [mut holder, mut waiter] = [(); 2].map(|()| start());
+        let first = take(&mut holder, "lock");
+        waiter.tell_to_wait("lock");
+        set(step);
+        let begun = Instant::now();
+        until("twice its ttl is over", || {
+            holder.expect("is-held", "yes");
+            begun.elapsed() > Duration::from_millis(2 * terms.ttl)
+        });
+        waiter.expect_silence();
+        holder.expect("losses", "losses");
+        holder.expect("release", "released");
+        assert_eq!(token(&waiter.answer()), first + 1);
+        let acquired = line(&read(&terms), "acquired");
+        let acquired: i64 = acquired.split('.').next().unwrap().parse().unwrap();
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs() as i64;
+        assert!((3500..3700).contains(&(acquired - now).abs()), "its clock was not stepped");
+        waiter.kill();
+        assert_eq!(token_after(&holder.ask("try"), waiter.pid()), first + 2);
+        holder.expect("release", "released");
+    }
+}
+
+/// An actor that `unshare`(1) starts with these arguments, after the shell commands `first`.
+fn apart(terms: &Terms, arguments: &[&str], first: &str) -> Option<Actor> {
+    let command = |program: &[&str]| {
+        let mut command = Command::new("unshare");
+        command.args(arguments).args(["sh", "-ec", &format!("{first}\nexec \"$@\""), "sh"]).args(program);
+        command
+    };
+    if !succeeds(&mut command(&["true"])) {
+        left_out("this machine does not let the test make what seems another one");
+        return None;
+    }
+    Some(Actor::start_lease_with(terms, |actor| {
+        let program = actor.get_program().to_str().unwrap().to_owned();
+        *actor = command(&[&program, "lease", &terms.to_string()]);
+        actor.stdin(Stdio::piped()).stdout(Stdio::piped());
+    }))
+}
+
+/// An actor on another host, as far as this system can be made one: another name and boot id, and a clock since the
+/// start of the system that is an hour ahead.
+fn on_another_host(terms: &Terms) -> Option<Actor> {
+    let boot = terms.path.with_file_name("boot_id");
+    fs::write(&boot, "01234567-89ab-cdef-0123-456789abcdef\n").unwrap();
+    let clock = fs::read_link("/proc/self/ns/time").ok()?;
+    let first = format!(
+        "echo elsewhere > /proc/sys/kernel/hostname
+        mount --bind {} /proc/sys/kernel/random/boot_id
+        [ $(readlink /proc/self/ns/time) != '{}' ]",
+        boot.display(),
+        clock.display()
+    );
+    apart(terms, &["-m", "-u", "-T", "--boottime", "3600", "--monotonic", "3600"], &first)
+}
+
+/// An actor in another pid namespace, as in a container of its own.
+fn in_a_container(terms: &Terms) -> Option<Actor> {
+    apart(terms, &["--pid", "--fork", "--kill-child", "--mount-proc"], "")
+}
+
+#[test]
+fn two_hosts_whose_clocks_are_an_hour_apart_wait_for_each_others_ttl() {
+    wait_for_each_others_ttl(on_another_host, |stranger| {
+        assert!(line(stranger, "host").starts_with("elsewhere"));
+        assert_eq!(line(stranger, "boot"), "0123456789abcdef0123456789abcdef");
+    });
+}
+
+#[test]
+fn two_containers_of_one_host_wait_for_each_others_ttl() {
+    wait_for_each_others_ttl(in_a_container, |stranger| assert_eq!(line(stranger, "pid"), "1"));
+}
+
+/// Two that cannot see whether the other one lives: an actor as ever, and one that `start` makes, whose record is as
+/// `is_strange` has it.
+fn wait_for_each_others_ttl(start: fn(&Terms) -> Option<Actor>, is_strange: fn(&[u8])) {
+    for stranger_holds in [true, false] {
+        let (_folder, terms) = place();
+        let Some(stranger) = start(&terms) else { return };
+        let here = Actor::start_lease(&terms);
+        let (mut holder, mut other) = if stranger_holds { (stranger, here) } else { (here, stranger) };
+        let first = take(&mut holder, "try");
+        if stranger_holds {
+            is_strange(&read(&terms));
+        }
+        // As long as it beats, it keeps it.
+        let answer = other.ask(&format!("lock-for {}", 2 * terms.ttl));
+        assert!(answer.starts_with("error Timeout"), "{answer}");
+        holder.expect("is-held", "yes");
+        other.tell("lock");
+        other.expect_silence();
+        holder.expect("release", "released");
+        let second = token(&other.answer());
+        assert!(second > first);
+        other.expect("release", "released");
+        let third = take(&mut holder, "lock");
+        assert!(third > second);
+        let died = line(&read(&terms), "pid").parse().unwrap();
+        // A death is not seen there, and waited for until the time of the dead is over.
+        let asked = Instant::now();
+        let left = remaining(&mut holder);
+        holder.kill();
+        assert!(is_held(&other.ask("try")));
+        let fourth = token_after(&other.ask("lock"), died);
+        assert!(asked.elapsed() >= left, "{:?} of {left:?}", asked.elapsed());
+        assert!(fourth > third);
+    }
+}
+
+#[test]
+fn a_record_that_is_deleted_cut_spoilt_or_put_back_is_mended_by_its_holder() {
+    let (_folder, terms) = place();
+    let mut holder = Actor::start_lease(&terms);
+    let first = take(&mut holder, "try");
+    let old = read(&terms);
+    let changes: [&dyn Fn(); 6] = [
+        &|| fs::remove_file(&terms.path).unwrap(),
+        &|| write(&terms, ""),
+        &|| write(&terms, &old[..old.len() / 2]),
+        &|| write(&terms, "x".repeat(3000)),
+        &|| replace(&terms, "junk"),
+        &|| replace(&terms, &old),
+    ];
+    for change in changes {
+        wait_for_beats(&terms);
+        let before = beat(&terms);
+        change();
+        until("it is mended and beats on", || beat(&terms) > before + 2);
+        assert_eq!(line(&read(&terms), "token").parse(), Ok(first));
+        assert!(terms.open().try_lock().unwrap_err().is_held());
+        holder.expect("is-held", "yes");
+    }
+    holder.expect("losses", "losses");
+    holder.expect("release", "released");
+    assert_eq!(take(&mut holder, "try"), first + 1);
+}
+
+#[test]
+fn a_record_that_is_cut_or_spoilt_lets_no_waiter_in() {
+    let (_folder, terms) = place();
+    let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start_lease(&terms));
+    let first = take(&mut holder, "try");
+    let spoils: [&dyn Fn(); 3] = [&|| write(&terms, ""), &|| write(&terms, "junk"), &|| replace(&terms, "junk")];
+    for spoil in spoils {
+        waiter.tell_to_wait("lock");
+        spoil();
+        wait_for_beats(&terms);
+        waiter.expect_silence();
+        holder.expect("is-held", "yes");
+        holder.expect("release", "released");
+        assert!(token(&waiter.answer()) > first);
+        waiter.expect("release", "released");
+        take(&mut holder, "lock");
+    }
+}
+
+#[test]
+fn after_a_deletion_whoever_comes_first_has_it_and_its_token_is_greater() {
+    let (_folder, terms) = place();
+    let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start_lease(&terms));
+    let first = take(&mut holder, "try");
+    waiter.tell_to_wait("lock");
+    // So that the holder cannot be first.
+    stop(&holder, &terms);
+    fs::remove_file(&terms.path).unwrap();
+    let second = token(&waiter.answer());
+    assert!(second > first);
+    holder.signal(Signal::CONT);
+    let answer = holder.ask("wait-lost");
+    // Stopped for so long that its time was over, on a slow machine.
+    assert!([format!("lost taken over by {}", waiter.pid()), "lost expired".into()].contains(&answer), "{answer}");
+    waiter.expect("is-held", "yes");
+    waiter.expect("release", "released");
+    assert_eq!(take(&mut holder, "lock"), second + 1);
+}
+
+#[test]
+fn a_record_of_a_later_version_is_left_alone_by_the_holder_and_by_who_wants_it() {
+    let (_folder, terms) = place();
+    let newer = "lockkit lease 2\nflavour sour\n";
+    let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start_lease(&terms));
+    take(&mut holder, "try");
+    waiter.tell_to_wait("lock");
+    replace(&terms, newer);
+    assert!(waiter.answer().starts_with("error LayoutMismatch"));
+    holder.expect("wait-lost", "lost taken over");
+    for command in ["try", "lock", "lock-for 100"] {
+        assert!(waiter.ask(command).starts_with("error LayoutMismatch"));
+    }
+    for error in [terms.open().status().unwrap_err(), terms.open().owner().unwrap_err()] {
+        assert!(matches!(error.kind(), ErrorKind::LayoutMismatch { .. }), "{error}");
+    }
+    assert!(holder.ask("release").starts_with("error LeaseLost"));
+    assert_eq!(read(&terms), newer.as_bytes());
+}
+
+#[test]
+fn a_waiter_for_a_record_that_is_replaced_by_a_strangers_waits_for_the_stranger() {
+    let (_folder, terms) = place();
+    let stranger = of_a_stranger(&terms);
+    let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start_lease(&terms));
+    take(&mut holder, "try");
+    waiter.tell_to_wait("lock");
+    let start = Instant::now();
+    replace(&terms, &stranger);
+    let by: u32 = line(&stranger, "pid").parse().unwrap();
+    holder.expect("wait-lost", &format!("lost taken over by {by}"));
+    token_after(&waiter.answer(), by);
+    assert!(start.elapsed() >= Duration::from_millis(terms.ttl));
+}
+
+#[test]
+fn who_wants_it_goes_by_the_ttl_in_the_record_and_not_by_its_own() {
+    let (_folder, terms) = place();
+    write(&terms, of_a_stranger(&terms));
+    let hasty = Terms { ttl: 60, heartbeat: 20, ..terms.clone() }.open();
+    let start = Instant::now();
+    drop(hasty.lock_for(LIVELY).unwrap());
+    assert!(start.elapsed() >= Duration::from_millis(terms.ttl), "{:?}", start.elapsed());
+}
+
+#[test]
+fn programs_that_each_try_only_once_take_over_a_silent_stranger_in_the_end() {
+    let (_folder, terms) = place();
+    let stranger = of_a_stranger(&terms);
+    write(&terms, &stranger);
+    let (start, mut refused) = (Instant::now(), 0);
+    until("one gets in", || {
+        let answer = Actor::start_lease(&terms).ask("try");
+        let gets_in = answer.starts_with("held ");
+        if gets_in {
+            token_after(&answer, line(&stranger, "pid").parse().unwrap());
+        } else {
+            assert!(is_held(&answer), "{answer}");
+            refused += 1;
+        }
+        gets_in
+    });
+    assert!(start.elapsed() >= Duration::from_millis(terms.ttl) && refused > 1, "{:?}", start.elapsed());
+}
+
+#[test]
+fn only_the_holder_that_was_seen_is_evicted() {
+    let (_folder, terms) = place();
+    let lease = terms.open();
+    let mut holder = Actor::start_lease(&terms);
+    let first = take(&mut holder, "try");
+    let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("it is held") };
+    assert_eq!((seen.token(), seen.owner().unwrap().pid()), (Some(first), holder.pid()));
+    holder.expect("release", "released");
+    assert!(!lease.evict(&seen).unwrap(), "nobody holds it");
+    take(&mut holder, "try");
+    assert!(!lease.evict(&seen).unwrap(), "it is another one's");
+    let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("it is held") };
+    wait_for_beats(&terms);
+    assert!(lease.evict(&seen).unwrap(), "beats do not make it another one");
+    let answer = holder.ask("wait-lost");
+    assert_eq!(answer, "lost taken over");
+    holder.expect("is-held", "no: taken over");
+    until("it is told", || holder.ask("losses") == "losses (taken over on lockkit-lost)");
+    assert_eq!(lease.try_lock().unwrap().token(), first + 2);
+    // Who only tries once gets rid of junk in no other way.
+    write(&terms, "junk");
+    let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("it counts as held") };
+    assert!(lease.try_lock().unwrap_err().is_held());
+    write(&terms, "other junk");
+    assert!(!lease.evict(&seen).unwrap());
+    let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("it counts as held") };
+    assert!(lease.evict(&seen).unwrap());
+    assert!(lease.try_lock().unwrap().token() > first);
+}
+
+/// A small file system in memory, gone at the end.
+struct SmallDisk(TempDir);
+
+impl SmallDisk {
+    fn mount(options: &str) -> Option<Self> {
+        let folder = tempfile::tempdir().unwrap();
+        let mut mount = Command::new("mount");
+        if succeeds(mount.args(["-t", "tmpfs", "-o", options, "lockkit-test"]).arg(folder.path())) {
+            return Some(Self(folder));
+        }
+        left_out("this machine does not let the test mount a small file system");
+        None
+    }
+
+    fn terms(&self) -> Terms {
+        Terms::of(self.0.path().join("lease"))
+    }
+
+    fn filler(&self) -> PathBuf {
+        self.0.path().join("filler")
+    }
+
+    /// Leaves no room on it.
+    fn fill(&self) {
+        let error = fs::write(self.filler(), vec![0; 1 << 20]).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
+    }
+
+    fn make_room(&self) {
+        fs::remove_file(self.filler()).unwrap();
+    }
+
+    /// Makes it one that can only be read, or one that can be written to; nobody may be writing at that moment.
+    fn remount(&self, how: &str) {
+        let mut mount = Command::new("mount");
+        mount.arg("-o").arg(format!("remount,{how}")).arg(self.0.path());
+        until("it is mounted anew", || succeeds(&mut mount));
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        assert!(succeeds(Command::new("umount").arg("-l").arg(self.0.path())));
+    }
+}
+
+#[test]
+fn on_a_full_disk_nothing_half_made_is_left_and_a_held_lease_goes_on() {
+    let Some(disk) = SmallDisk::mount("size=64k") else { return };
+    let terms = disk.terms();
+    disk.fill();
+    for _ in 0..2 {
+        let error = terms.open().try_lock().unwrap_err();
+        assert_eq!(std::io::Error::from(error).kind(), std::io::ErrorKind::StorageFull);
+        assert_eq!(disk.0.path().read_dir().unwrap().count(), 1, "only what fills it");
+    }
+    // Whoever waits is not kept from its deadline by the repetitions.
+    let lease = terms.builder().acquire_retry_limit(u32::MAX).build().unwrap();
+    assert!(lease.lock_for(Duration::from_millis(200)).unwrap_err().is_timeout());
+    std::thread::scope(|scope| {
+        let waiter = scope.spawn(|| lease.lock_for(LIVELY));
+        disk.make_room();
+        drop(waiter.join().unwrap().unwrap());
+    });
+    let mut holder = Actor::start_lease(&terms);
+    take(&mut holder, "try");
+    disk.fill();
+    let (start, from) = (Instant::now(), beat(&terms));
+    until("twice its ttl is over", || {
+        holder.expect("is-held", "yes");
+        start.elapsed() > Duration::from_millis(2 * terms.ttl)
+    });
+    assert!(beat(&terms) > from);
+    holder.expect("release", "released");
+    take(&mut holder, "try");
+}
+
+#[test]
+fn a_disk_without_room_for_another_file_is_an_error_that_says_so() {
+    let Some(disk) = SmallDisk::mount("size=64k,nr_inodes=1") else { return };
+    let error = disk.terms().open().try_lock().unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::Io { action: "create", .. }), "{error}");
+    assert_eq!(std::io::Error::from(error).kind(), std::io::ErrorKind::StorageFull);
+}
+
+/// Does `harm`, after which a holder cannot renew; `heal` undoes it. The holder is to keep its lease until its
+/// deadline: to go on where it heals before, and else to lose it then, for a reason that says `because`.
+fn is_kept_to_its_deadline(terms: &Terms, harm: impl Fn(&Actor), heal: impl Fn(), because: &str) {
+    for heals in [true, false] {
+        let mut holder = Actor::start_lease(&Terms { ttl: if heals { 10_000 } else { terms.ttl }, ..terms.clone() });
+        take(&mut holder, "try");
+        harm(&holder);
+        let asked = Instant::now();
+        let left = remaining(&mut holder);
+        if heals {
+            until("some beats are missing", || asked.elapsed() > Duration::from_millis(5 * terms.heartbeat));
+            holder.expect("is-held", "yes");
+            heal();
+            until("its time was prolonged", || {
+                let now = asked.elapsed();
+                // By more than a beat that was under way when the harm was done.
+                now + remaining(&mut holder) > left + Duration::from_millis(3 * terms.heartbeat)
+            });
+            holder.expect("losses", "losses");
+            holder.expect("release", "released");
+        } else {
+            holder.tell("wait-lost");
+            let answer = holder.answer();
+            assert!(asked.elapsed() >= left, "{:?} of {left:?}: {answer}", asked.elapsed());
+            let answer = answer.strip_prefix("lost it could not be renewed in time: ").expect(&answer);
+            assert!(answer.contains(because), "{answer}");
+            until("it is told", || holder.ask("losses").matches(because).count() == 1);
+            heal();
+        }
+    }
+}
+
+#[test]
+fn a_deleted_record_for_which_the_disk_has_no_room_is_missed_until_the_deadline() {
+    let Some(disk) = SmallDisk::mount("size=64k") else { return };
+    let aside = disk.0.path().join("aside");
+    is_kept_to_its_deadline(
+        &disk.terms(),
+        |_| {
+            disk.fill();
+            // Where it goes on taking up its room.
+            fs::rename(disk.terms().path, &aside).unwrap();
+        },
+        || {
+            disk.make_room();
+            fs::remove_file(&aside).unwrap();
+        },
+        "No space left",
+    );
+}
+
+#[test]
+fn a_file_system_that_turns_read_only_is_tried_until_the_deadline() {
+    let Some(disk) = SmallDisk::mount("size=64k") else { return };
+    is_kept_to_its_deadline(
+        &disk.terms(),
+        |_| {
+            disk.remount("ro");
+            let error = disk.terms().open().try_lock().unwrap_err();
+            assert!(matches!(error.kind(), ErrorKind::Io { action: "open", .. }), "{error}");
+            assert_eq!(std::io::Error::from(error).kind(), std::io::ErrorKind::ReadOnlyFilesystem);
+        },
+        || disk.remount("rw"),
+        "Read-only file system",
+    );
+}
+
+/// Makes system calls of a process fail, until it is dropped: strace(1), at all its threads.
+struct Fault {
+    strace: Child,
+    victim: u32,
+}
+
+impl Fault {
+    fn at(victim: u32, what: &[&str]) -> Self {
+        let calls: Vec<&str> = what.iter().map(|what| what.split_once(':').unwrap().0).collect();
+        let mut strace = Command::new("strace");
+        strace.args(["-f", "-qq", "-o", "/dev/null", "-e", &format!("trace={}", calls.join(","))]);
+        strace.args(what.iter().flat_map(|what| ["-e".to_owned(), format!("inject={what}")]));
+        let strace = strace.arg("-p").arg(victim.to_string()).spawn().unwrap();
+        let fault = Self { strace, victim };
+        until("every thread is traced", || fault.tracers().all(|traced| traced));
+        fault
+    }
+
+    fn tracers(&self) -> impl Iterator<Item = bool> {
+        let threads = fs::read_dir(format!("/proc/{}/task", self.victim)).unwrap();
+        threads
+            .filter_map(|thread| fs::read_to_string(thread.ok()?.path().join("status")).ok())
+            .map(|status| line(status.replace('\t', " ").as_bytes(), "TracerPid:") != "0")
+    }
+}
+
+impl Drop for Fault {
+    fn drop(&mut self) {
+        lockkit_tests::actor::signal_pid(self.strace.id(), Signal::TERM);
+        self.strace.wait().unwrap();
+    }
+}
+
+/// Whether there is strace(1), and it may trace; with a word on it where not.
+fn faults_can_be_made() -> bool {
+    let can = succeeds(Command::new("strace").args(["-f", "-qq", "-o", "/dev/null", "true"]));
+    if !can {
+        left_out("strace is not here, or may not trace");
+    }
+    can
+}
+
+#[test]
+fn a_disk_that_cannot_be_read_or_written_is_tried_until_the_deadline() {
+    if !faults_can_be_made() {
+        return;
+    }
+    std::thread::scope(|scope| {
+        for (fault, because) in [
+            ("pread64:error=EIO", "Input/output error"),
+            ("pwrite64:error=EDQUOT", "Disk quota exceeded"),
+            ("?open,openat:error=EMFILE", "Too many open files"),
+            ("flock:error=ENOLCK", "No locks available"),
+        ] {
+            scope.spawn(move || {
+                let (_folder, terms) = place();
+                let broken = std::cell::Cell::new(None);
+                let harm = |holder: &Actor| broken.set(Some(Fault::at(holder.pid(), &[fault])));
+                is_kept_to_its_deadline(&terms, harm, || drop(broken.take()), because);
+            });
+        }
+    });
+}
+
+#[test]
+fn a_waiter_that_can_be_told_of_nothing_looks_from_time_to_time() {
+    if !faults_can_be_made() {
+        return;
+    }
+    let (_folder, terms) = place();
+    let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start_lease(&terms));
+    take(&mut waiter, "try");
+    waiter.expect("release", "released");
+    take(&mut holder, "try");
+    let _fault = Fault::at(waiter.pid(), &["inotify_init1:error=EMFILE"]);
+    waiter.tell_to_wait("lock");
+    assert_eq!(watches(waiter.pid()), 0);
+    holder.expect("release", "released");
+    token(&waiter.answer());
+}
+
+#[test]
+fn a_process_killed_at_any_step_of_a_takeover_a_beat_or_the_making_of_folders_blocks_nobody() {
+    /// What comes before the steps.
+    type Prepare<'a> = &'a dyn Fn(&mut Actor, &Terms);
+
+    if !lockkit::steps::ENABLED {
+        return left_out("this build has no steps to be killed at; they need debug assertions");
+    }
+    let (_folder, elsewhere) = place();
+    let dead = left_by_the_dead(&elsewhere);
+    let cases: [(&str, Prepare<'_>); 4] = [
+        ("the record of the dead", &|_, terms| {
+            fs::create_dir_all(terms.path.parent().unwrap()).unwrap();
+            write(terms, &dead);
+        }),
+        ("a folder that is not there", &|_, _| {}),
+        ("beats", &|victim, _| _ = take(victim, "try")),
+        ("a beat after a deletion", &|victim, terms| {
+            take(victim, "try");
+            fs::remove_file(&terms.path).unwrap();
+        }),
+    ];
+    for (case, prepare) in cases {
+        for step in 1.. {
+            let folder = tempfile::tempdir().unwrap();
+            let terms = Terms { heartbeat: 10, ..Terms::of(folder.path().join("a/b/lease")) };
+            let mut victim = Actor::start_lease(&terms);
+            prepare(&mut victim, &terms);
+            victim.expect(&format!("kill-at {step}"), "armed");
+            let beats = case.contains("beat");
+            let answer = victim.ask(if beats { "wait-lost" } else { "try" });
+            victim.kill();
+            let mut next = Actor::start_lease(&terms);
+            assert!(next.ask("lock-for 5000").starts_with("held "), "{case}, killed at step {step}");
+            next.expect("release", "released");
+            take(&mut next, "try");
+            assert_eq!(terms.path.parent().unwrap().read_dir().unwrap().count(), 1, "{case}: litter after {step}");
+            // Beats go on until the step comes.
+            if answer != "gone" || (beats && step == 8) {
+                assert!(step > 2, "{case}: only {step} steps");
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn without_files_that_have_no_name_one_of_those_who_make_the_record_at_once_wins_too() {
+    if !faults_can_be_made() {
+        return;
+    }
+    // As on NFS, and where there is no /proc to name them through.
+    let (folder, terms) = place();
+    let mut contenders: Vec<Actor> = (0..6).map(|_| Actor::start_lease(&terms)).collect();
+    // The heartbeat threads start before they are traced.
+    for contender in &mut contenders {
+        take(contender, "lock");
+        contender.expect("release", "released");
+    }
+    // And some are slower than others between making the file and locking it.
+    let faults = contenders
+        .iter()
+        .zip(0..)
+        .map(|(actor, at)| Fault::at(actor.pid(), &["linkat:error=EPERM", &format!("flock:delay_enter={}", 500 * at)]));
+    let _faults: Vec<Fault> = faults.collect();
+    for round in 0..200 {
+        fs::remove_file(&terms.path).unwrap();
+        contenders.iter_mut().for_each(|contender| contender.tell("try"));
+        let answers: Vec<String> = contenders.iter_mut().map(Actor::answer).collect();
+        let winners: Vec<usize> = (0..contenders.len()).filter(|at| answers[*at].starts_with("held ")).collect();
+        assert_eq!(winners.len(), 1, "round {round}: {answers:?}");
+        assert_eq!(answers.iter().filter(|answer| is_held(answer)).count(), 5, "round {round}: {answers:?}");
+        contenders[winners[0]].expect("release", "released");
+    }
+    assert_eq!(folder.path().read_dir().unwrap().count(), 1, "nothing is left but the record");
+}
+
+#[test]
+fn a_record_that_cannot_be_written_where_no_file_is_without_a_name_is_not_left_half_made() {
+    if !faults_can_be_made() {
+        return;
+    }
+    let (folder, terms) = place();
+    let mut actor = Actor::start_lease(&terms);
+    // The heartbeat thread starts before it is traced.
+    take(&mut actor, "try");
+    actor.expect("release", "released");
+    fs::remove_file(&terms.path).unwrap();
+    let fault = Fault::at(actor.pid(), &["linkat:error=EPERM", "pwrite64:error=ENOSPC:when=2+2"]);
+    for command in ["try", "lock"] {
+        let answer = actor.ask(command);
+        assert!(answer.starts_with("error Io: cannot write") && answer.contains("No space left"), "{answer}");
+        assert_eq!(folder.path().read_dir().unwrap().count(), 0);
+    }
+    drop(fault);
+    take(&mut actor, "try");
+}
+
+#[test]
+fn where_the_heartbeat_thread_cannot_start_acquiring_fails_and_nothing_is_held() {
+    let Some(user) = another_user() else { return };
+    let (folder, terms) = place();
+    chown(folder.path(), Some(user.uid), None).unwrap();
+    let mut poor = Actor::start_lease_as(&terms, user.uid);
+    poor.expect("limit-threads 1", "limited");
+    for command in ["try", "lock", "lock-for 1000"] {
+        let answer = poor.ask(command);
+        let said = format!("error Io: cannot start the heartbeat thread for {}", terms.path.display());
+        assert!(answer.starts_with(&said) && answer.contains("Resource temporarily unavailable"), "{answer}");
+        assert_eq!(folder.path().read_dir().unwrap().count(), 0, "the store was not touched");
+    }
+    poor.expect("limit-threads all", "limited");
+    take(&mut poor, "try");
+    wait_for_beats(&terms);
+    poor.expect("release", "released");
+}
+
+#[test]
+fn where_no_thread_can_be_had_for_on_lost_the_heartbeat_calls_it_once() {
+    let Some(user) = another_user() else { return };
+    let (folder, terms) = place();
+    chown(folder.path(), Some(user.uid), None).unwrap();
+    let stranger = of_a_stranger(&terms);
+    let mut holder = Actor::start_lease_as(&terms, user.uid);
+    take(&mut holder, "try");
+    holder.expect("limit-threads 2", "limited");
+    write(&terms, &stranger);
+    let by = line(&stranger, "pid");
+    holder.expect("wait-lost", &format!("lost taken over by {by}"));
+    let once = format!("losses (taken over by {by} on lockkit-lease)");
+    until("it is told", || holder.ask("losses") == once);
+    // The heartbeat goes on.
+    assert!(holder.ask("lock").starts_with("held "));
+    wait_for_beats(&terms);
+    holder.expect("losses", &once);
+}
+
+#[test]
+fn a_panic_in_on_lost_ends_there() {
+    let (_folder, mut terms) = place();
+    terms.panics = true;
+    let mut holder = Actor::start_lease(&terms);
+    for loss in 1..=2 {
+        write(&terms, of_a_stranger(&terms));
+        // A stranger's in the file, so it is waited for.
+        assert!(holder.ask("lock").starts_with("held "));
+        wait_for_beats(&terms);
+        write(&terms, of_a_stranger(&terms));
+        assert!(holder.ask("wait-lost").starts_with("lost taken over"));
+        until("it is told", || holder.ask("losses").matches("on lockkit-lost").count() == loss);
+    }
+    assert!(holder.ask("lock").starts_with("held "));
+    wait_for_beats(&terms);
+    holder.expect("release", "released");
+}
+
+#[test]
+fn a_guard_dropped_at_any_moment_of_a_beat_leaves_a_free_record_for_good() {
+    let (_folder, terms) = place();
+    let lease = terms.builder().ttl(LIVELY).heartbeat(Duration::from_millis(1)).build().unwrap();
+    let mut last = 0;
+    for round in 0..500 {
+        let guard = lease.try_lock().expect("no beat brought it back");
+        assert!(guard.token() > last && guard.recovered().is_none());
+        last = guard.token();
+        // Beats come every millisecond, so the drop comes at another moment of them each time.
+        std::thread::sleep(Duration::from_micros(round * 7 % 3000));
+        drop(guard);
+        assert_eq!(lease.status().unwrap(), LeaseStatus::Free);
+    }
+}
+
+#[test]
+fn a_forked_child_holds_nothing_of_its_parents_and_can_hold_its_own() {
+    let (folder, terms) = place();
+    let mut parent = Actor::start_lease(&terms);
+    let first = take(&mut parent, "try");
+    parent.expect(&format!("fork {}", folder.path().join("other").display()), "parted");
+    wait_for_beats(&terms);
+    parent.expect("is-held", "yes");
+    parent.expect("losses", "losses");
+    assert!(terms.open().try_lock().unwrap_err().is_held());
+    parent.expect("release", "released");
+    assert_eq!(take(&mut parent, "try"), first + 1);
+}
+
+#[test]
+fn a_thousand_leases_dropped_or_killed_at_once_are_all_free() {
+    // In memory, for each new record is synced.
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    let terms = Terms::of(folder.path().join("lease"));
+    let mut holder = Actor::start_lease(&terms);
+    take(&mut holder, "try");
+    holder.expect("release", "released");
+    let before = Belongings::of(holder.pid());
+    let leases: Vec<Lease> = (0..1000).map(|n| Terms::of(folder.path().join(n.to_string())).open()).collect();
+    let hold = format!("hold-many 1000 {}", folder.path().display());
+    holder.expect(&hold, "holds 1000");
+    assert_eq!(Belongings::of(holder.pid()), before, "one thread for all, and no descriptors");
+    assert!(leases.iter().all(|lease| lease.try_lock().is_err_and(|error| error.is_held())));
+    holder.expect("drop-many", "dropped");
+    assert!(leases.iter().all(|lease| lease.try_lock().unwrap().recovered().is_none()));
+    holder.expect("losses", "losses");
+    holder.expect(&hold, "holds 1000");
+    holder.kill();
+    assert!(leases.iter().all(|lease| lease.try_lock().unwrap().recovered().is_some()));
+}
+
+#[test]
+fn a_worker_that_hangs_loses_its_lease_and_one_that_works_keeps_it() {
+    let (_folder, mut terms) = place();
+    terms.progress = 500;
+    let [mut worker, mut next] = [(); 2].map(|()| Actor::start_lease(&terms));
+    let first = take(&mut worker, "try");
+    next.tell_to_wait("lock");
+    let start = Instant::now();
+    until("it has worked for long", || {
+        worker.expect("progress", "noted");
+        worker.expect("is-held", "yes");
+        start.elapsed() > Duration::from_millis(3 * terms.ttl)
+    });
+    next.expect_silence();
+    // From here on it hangs, though its process lives.
+    assert!(token_after(&next.answer(), worker.pid()) > first);
+    worker.expect("progress", "noted");
+    worker.expect("is-held", "no: expired");
+    until("it is told", || worker.ask("losses") == "losses (expired on lockkit-lost)");
+}
+
+#[test]
+fn attempts_are_repeated_as_often_and_with_such_pauses_as_is_said() {
+    let (folder, terms) = place();
+    let pause = Duration::from_millis(20);
+    // A file in the place of its folder goes away by itself never, and is told at once.
+    fs::write(folder.path().join("file"), "").unwrap();
+    let misplaced = Lease::file(folder.path().join("file/lease")).acquire_retry_limit(u32::MAX).build().unwrap();
+    let error = misplaced.lock().unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::Io { .. }), "{error}");
+    let Some(disk) = SmallDisk::mount("size=64k") else { return };
+    disk.fill();
+    for limit in [0, 1, 10] {
+        let lease =
+            Lease::file(disk.terms().path).acquire_retry_limit(limit).acquire_retry_delay(pause).build().unwrap();
+        for wait in [Wait::none(), Wait::forever(), Wait::at_most(LIVELY)] {
+            let start = Instant::now();
+            let error = lease.acquire(&wait).unwrap_err();
+            assert!(matches!(error.kind(), ErrorKind::Io { .. }), "{error}");
+            assert!(start.elapsed() >= pause * limit, "{:?}", start.elapsed());
+        }
+    }
+    // Finding it held is no failure.
+    let _guard = terms.open().try_lock().unwrap();
+    let lease = terms.builder().acquire_retry_limit(0).build().unwrap();
+    assert!(lease.lock_for(Duration::from_millis(100)).unwrap_err().is_timeout());
+}
+
+/// How many descriptors the process `pid` has that tell it of changes of files.
+fn watches(pid: u32) -> usize {
+    let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    let names = descriptors.filter_map(|descriptor| fs::read_link(descriptor.ok()?.path()).ok());
+    names.filter(|name| name.ends_with("anon_inode:inotify")).count()
+}
+
+#[test]
+fn a_waiter_that_gave_up_leaves_no_watch() {
+    let (_folder, terms) = place();
+    let mut holder = Actor::start_lease(&terms);
+    take(&mut holder, "try");
+    let mut waiter = Actor::start_lease(&terms);
+    assert!(waiter.ask("lock-for 1").starts_with("error Timeout"));
+    let pid = waiter.pid();
+    let before = Belongings::of(pid);
+    waiter.tell_to_wait("lock-for 500");
+    until("it watches", || watches(pid) == 1);
+    assert!(waiter.answer().starts_with("error Timeout"));
+    assert_eq!((watches(pid), Belongings::of(pid)), (0, before));
+}
+
+#[test]
+fn links_to_the_record_are_refused_and_paths_through_linked_folders_are_one() {
+    let (folder, terms) = place();
+    let at = |name: &str| Terms::of(folder.path().join(name));
+    let mut holder = Actor::start_lease(&terms);
+    take(&mut holder, "try");
+    symlink(folder.path(), folder.path().join("here")).unwrap();
+    assert!(is_held(&Actor::start_lease(&at("here/lease")).ask("try")));
+    let name = folder.path().file_name().unwrap().to_str().unwrap();
+    assert!(is_held(&Actor::start_lease(&at(&format!("./here/../{name}/lease"))).ask("try")));
+    let mut relative = Actor::start_lease_with(&Terms::of("lease"), |command| {
+        command.current_dir(folder.path());
+    });
+    assert!(is_held(&relative.ask("try")));
+    relative.expect("go /", "gone there");
+    assert!(is_held(&relative.ask("try")));
+    relative.tell_to_wait("lock");
+    holder.expect("release", "released");
+    token(&relative.answer());
+
+    symlink("lease", folder.path().join("soft")).unwrap();
+    let refused = Actor::start_lease(&at("soft")).ask("try");
+    assert!(refused.starts_with("error Insecure") && refused.contains("symbolic link"), "{refused}");
+    fs::hard_link(&terms.path, folder.path().join("hard")).unwrap();
+    for name in ["lease", "hard"] {
+        let refused = Actor::start_lease(&at(name)).ask("try");
+        assert!(refused.starts_with("error Insecure") && refused.contains("hard link"), "{refused}");
+    }
+    // Who holds it is in doubt as long as there are two, and goes on when there is one again.
+    relative.expect("is-held", "yes");
+    fs::remove_file(folder.path().join("hard")).unwrap();
+    wait_for_beats(&terms);
+    relative.expect("is-held", "yes");
+    symlink("nowhere", folder.path().join("dangling")).unwrap();
+    assert!(Actor::start_lease(&at("dangling")).ask("try").starts_with("error Insecure"));
+    assert!(Actor::start_lease(&at(".")).ask("try").starts_with("error"));
+    rustix::fs::mkfifoat(rustix::fs::CWD, folder.path().join("fifo"), rustix::fs::Mode::from_raw_mode(0o600)).unwrap();
+    assert!(Actor::start_lease(&at("fifo")).ask("try").starts_with("error Insecure"));
+}
+
+#[test]
+fn files_of_other_users_are_refused_but_not_roots() {
+    let Some(user) = another_user() else { return };
+    let Some(third) = another_user() else { return };
+    let (folder, terms) = place();
+    fs::set_permissions(folder.path(), Permissions::from_mode(0o777)).unwrap();
+    let mut theirs = Actor::start_lease_as(&terms, user.uid);
+    take(&mut theirs, "try");
+    theirs.expect("release", "released");
+    assert_eq!(fs::metadata(&terms.path).unwrap().uid(), user.uid);
+    let denied = Actor::start_lease_as(&terms, third.uid).ask("try");
+    assert!(denied.starts_with("error Io: cannot open") && denied.contains("Permission denied"), "{denied}");
+    fs::set_permissions(&terms.path, Permissions::from_mode(0o666)).unwrap();
+    let record = read(&terms);
+    for refused in [Actor::start_lease_as(&terms, third.uid).ask("try"), Actor::start_lease(&terms).ask("lock")] {
+        assert!(refused.starts_with("error ForeignOwner"), "{refused}");
+    }
+    assert_eq!(read(&terms), record);
+    chown(&terms.path, Some(0), None).unwrap();
+    take(&mut Actor::start_lease_as(&terms, third.uid), "try");
+}
+
+#[test]
+fn the_file_and_its_folders_have_the_modes_asked_for() {
+    let (folder, terms) = place();
+    let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o7777;
+    drop(terms.open().lock().unwrap());
+    assert_eq!(mode(&terms.path), 0o600);
+    let path = folder.path().join("a/b/lease");
+    let lease = Lease::file(&path).file_write_mode(0o640).directory_write_mode(0o750).build().unwrap();
+    assert!(!folder.path().join("a").exists(), "nothing is made before it is taken");
+    drop(lease.lock().unwrap());
+    let modes = [&path, path.parent().unwrap(), &folder.path().join("a")].map(mode);
+    assert_eq!(modes, [0o640, 0o750, 0o750]);
+}
+
+/// A store in memory that fails, and keeps renewals waiting, when it is told to.
+#[derive(Default)]
+struct Board {
+    /// The last token, and who holds.
+    record: Mutex<(u64, Option<ClaimId>)>,
+    /// Whether everything fails as a bad disk does.
+    is_broken: AtomicBool,
+    attempts: AtomicUsize,
+    /// Whether renewals do not come back.
+    is_closed: Mutex<bool>,
+    opened: Condvar,
+    /// What was done, in its order.
+    log: Mutex<Vec<&'static str>>,
+}
+
+impl Board {
+    fn note(&self, what: &'static str) {
+        self.log.lock().unwrap().push(what);
+    }
+
+    fn has_done(&self, what: &str) -> bool {
+        self.log.lock().unwrap().contains(&what)
+    }
+
+    fn close(&self, is_closed: bool) {
+        *self.is_closed.lock().unwrap() = is_closed;
+        self.opened.notify_all();
+    }
+
+    fn works(&self) -> Result<(), StoreError> {
+        match self.is_broken.load(Ordering::Relaxed) {
+            true => Err(StoreError::unknown(std::io::Error::from(rustix::io::Errno::IO))),
+            false => Ok(()),
+        }
+    }
+}
+
+impl LeaseStore for Board {
+    fn profile(&self) -> StoreProfile {
+        StoreProfile::new(Durability::Memory)
+    }
+
+    fn try_acquire(
+        &self,
+        name: &LeaseName,
+        claim: &ClaimId,
+        ttl: Duration,
+        _: Deadline,
+    ) -> Result<Attempt, StoreError> {
+        self.attempts.fetch_add(1, Ordering::Relaxed);
+        self.works()?;
+        let (token, holder) = &mut *self.record.lock().unwrap();
+        if holder.is_some_and(|holder| holder != *claim) {
+            return Ok(Attempt::Busy(Seen::new(*token)));
+        }
+        *token += u64::from(holder.replace(*claim).is_none());
+        Ok(Attempt::Granted(Grant::new(name, claim, *token, ttl)))
+    }
+
+    fn renew(&self, grant: &Grant, _: Deadline) -> Result<Renewal, StoreError> {
+        self.note("asked");
+        let is_closed = self.is_closed.lock().unwrap();
+        drop(self.opened.wait_while(is_closed, |is_closed| *is_closed).unwrap());
+        self.works()?;
+        self.note("renewed");
+        // As a careless one would: a renewal brings back what was released.
+        self.record.lock().unwrap().1 = Some(*grant.claim());
+        Ok(Renewal::Extended { ttl: grant.ttl() })
+    }
+
+    fn release(&self, grant: &Grant, _: Deadline) -> Result<Released, StoreError> {
+        self.works()?;
+        self.note("released");
+        match self.record.lock().unwrap().1.take_if(|claim| claim == grant.claim()) {
+            Some(_) => Ok(Released::Done),
+            None => Ok(Released::NotMine),
+        }
+    }
+
+    fn look(&self, _: &LeaseName, _: Deadline) -> Result<Option<Seen>, StoreError> {
+        self.works()?;
+        let (token, holder) = &*self.record.lock().unwrap();
+        Ok(holder.map(|claim| Seen::new(*token).with_claim(claim).with_token(*token)))
+    }
+
+    fn evict(&self, _: &LeaseName, _: &Seen, _: Deadline) -> Result<Released, StoreError> {
+        Err(StoreError::misuse("nobody is evicted here"))
+    }
+}
+
+#[test]
+fn a_guard_dropped_while_a_renewal_is_under_way_is_released_after_it() {
+    for opens_first in [true, false] {
+        let board = Arc::new(Board::default());
+        let lease = Lease::with_store(board.clone(), "key").heartbeat(Duration::from_millis(20)).build().unwrap();
+        let guard = lease.lock().unwrap();
+        board.close(true);
+        board.log.lock().unwrap().clear();
+        until("it is asked to renew", || board.has_done("asked"));
+        if opens_first {
+            let dropper = std::thread::spawn(move || drop(guard));
+            board.close(false);
+            dropper.join().unwrap();
+        } else {
+            // It does not wait for ever, but leaves it to the heartbeat.
+            drop(guard);
+            assert!(!board.has_done("released"));
+            board.close(false);
+            until("it is released", || board.has_done("released"));
+        }
+        assert_eq!(board.log.lock().unwrap().last(), Some(&"released"));
+        assert_eq!(lease.status().unwrap(), LeaseStatus::Free);
+        drop(lease.try_lock().unwrap());
+    }
+}
+
+#[test]
+fn a_broken_store_is_asked_as_often_as_is_said_and_a_lease_outlasts_its_failures() {
+    let board = Arc::new(Board::default());
+    let builder = || Lease::with_store(board.clone(), "key").acquire_retry_delay(Duration::from_millis(5));
+    for limit in [0, 1, 7] {
+        board.is_broken.store(true, Ordering::Relaxed);
+        board.attempts.store(0, Ordering::Relaxed);
+        let error = builder().acquire_retry_limit(limit).build().unwrap().lock().unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::Store { .. }), "{error}");
+        assert_eq!(board.attempts.load(Ordering::Relaxed), limit as usize + 1);
+    }
+    let stop = CancelToken::new();
+    std::thread::scope(|scope| {
+        let lease = builder().acquire_retry_limit(u32::MAX).build().unwrap();
+        let wait = Wait::forever().or_cancelled(&stop);
+        let waiter = scope.spawn(move || lease.acquire(&wait));
+        until("it is asked often", || board.attempts.load(Ordering::Relaxed) > 20);
+        stop.cancel();
+        assert!(waiter.join().unwrap().unwrap_err().is_cancelled());
+    });
+    board.is_broken.store(false, Ordering::Relaxed);
+    let guard = builder().ttl(Duration::from_secs(10)).heartbeat(Duration::from_millis(20)).build().unwrap().lock();
+    let guard = guard.unwrap();
+    board.is_broken.store(true, Ordering::Relaxed);
+    board.log.lock().unwrap().clear();
+    until("it is asked again and again", || board.log.lock().unwrap().len() > 10);
+    assert!(guard.is_held() && !board.has_done("renewed"));
+    board.is_broken.store(false, Ordering::Relaxed);
+    until("it is renewed", || board.has_done("renewed"));
+    guard.release().unwrap();
+}
