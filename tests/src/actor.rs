@@ -45,14 +45,14 @@ impl Actor {
     /// Starts one, its command changed by `change`: another user, other variables.
     pub fn start_with(spec: &Spec, change: impl FnOnce(&mut Command)) -> Self {
         let mut command = Command::new(program("actor"));
-        command.arg(spec.to_string()).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.arg(spec.invite()).stdin(Stdio::piped()).stdout(Stdio::piped());
         change(&mut command);
         Self::run(command)
     }
 
     /// Starts one as another user, which only root can; see [`another_user`](crate::another_user).
     pub fn start_as(spec: &Spec, uid: u32) -> Self {
-        Self::run(as_user(uid, [spec.to_string()]))
+        Self::run(as_user(uid, [spec.invite()]))
     }
 
     /// Starts the actor in another part than that of serving a lock: `rogue` is what it does, as the user `uid`.

@@ -138,7 +138,7 @@ pub fn run(kind: Kind, span: Duration) -> Tally {
     let start = |dice: &mut Dice| {
         let seed = dice.roll(u64::MAX).to_string();
         let mut command = Command::new(program("actor"));
-        command.arg(spec.to_string()).arg("chaos").arg(&log).arg(seed).stdin(Stdio::null());
+        command.arg(spec.invite()).arg("chaos").arg(&log).arg(seed).stdin(Stdio::null());
         command.spawn().expect("a process starts")
     };
     let kill = |child: &mut Child, deaths: &mut HashMap<u32, Death>| {

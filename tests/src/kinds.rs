@@ -1,7 +1,13 @@
 //! The kinds of lock under test.
+//!
+//! A new kind, or a new store of leases, gets every case of the suite by a [`Fixture`], a constant in [`Kind`], its place
+//! in [`KINDS`], and a line `suite!(name, Kind::NAME);` in a file of `tests/tests`.
 
 use std::fmt;
+use std::ops::Deref;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use lockkit::{
@@ -69,99 +75,283 @@ impl AnyLock for Managed {
     }
 }
 
-/// A kind of lock.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// [`NamedLock`] on a socket.
-    NamedSocket,
-    /// [`NamedLock`] on a socket, for the whole machine.
-    MachineSocket,
-    /// [`NamedLock`] on a file.
-    NamedFile,
-    /// [`NamedLock`] on a file, for the whole machine.
-    MachineFile,
-    /// [`FileLock`], exclusive.
-    File,
-    /// [`PidFile`].
-    PidFile,
-    /// [`Lease`] on a file.
-    ///
-    /// Its ttl is longer than anybody in the suite is ever stopped. So it is a lock like any other there: what frees it
-    /// is a release, or that its owner is seen dead, and nobody is taken over alive. What becomes of a holder that is
-    /// silent for longer is judged by the tokens, in the tests of leases. The heartbeat is long enough that hardly one
-    /// falls into a scenario of [`steps`](crate::steps).
-    Lease,
-    /// The first lock of a table, allocated.
-    Managed(managers::Kind),
+/// What the suite must know of a kind of lock: how to make one, so that any process finds it, and what it promises.
+pub trait Fixture: Sync {
+    /// What processes call it between them.
+    fn name(&self) -> &'static str;
+
+    /// Where a lock with a fresh name is: a path, or the name itself.
+    fn place(&self, name: &str) -> String {
+        name.to_owned()
+    }
+
+    /// A handle on the lock at `at`, for the process that was started as number `seat` for it; the test's own has none.
+    fn open(&self, at: &str, seat: Option<usize>) -> Box<dyn AnyLock>;
+
+    /// The files that the lock leaves on disk or in memory by design, which a test takes away.
+    fn files(&self, at: &str) -> Vec<PathBuf> {
+        vec![at.into()]
+    }
+
+    /// Whether the next owner is told of a death.
+    fn tells_deaths(&self) -> bool {
+        true
+    }
+
+    /// Whether taking the lock may need a descriptor.
+    fn needs_descriptors(&self) -> bool {
+        true
+    }
+
+    /// Whether a held lock has a descriptor of its own. Without one it needs one to be given back.
+    fn keeps_a_descriptor(&self) -> bool {
+        true
+    }
+
+    /// Whether a forked child keeps what its killed parent held.
+    fn survives_in_a_forked_child(&self) -> bool {
+        false
+    }
+
+    /// Whether waiters are served first come, first served.
+    fn is_fair(&self) -> bool {
+        false
+    }
 }
 
-const KINDS: [(Kind, &str); 10] = [
-    (Kind::Managed(managers::Kind::Shm), "shm"),
-    (Kind::Managed(managers::Kind::Folder), "folder"),
-    (Kind::Managed(managers::Kind::Memory), "memory"),
-    (Kind::NamedSocket, "named-socket"),
-    (Kind::MachineSocket, "machine-socket"),
-    (Kind::NamedFile, "named-file"),
-    (Kind::MachineFile, "machine-file"),
-    (Kind::File, "file"),
-    (Kind::PidFile, "pidfile"),
-    (Kind::Lease, "lease"),
+/// A [`NamedLock`].
+struct Named(&'static str, Scope, Backend);
+
+impl Fixture for Named {
+    fn name(&self) -> &'static str {
+        self.0
+    }
+
+    fn open(&self, at: &str, _: Option<usize>) -> Box<dyn AnyLock> {
+        let lock = NamedLock::builder(at).scope(self.1).backend(self.2).build().expect("a valid name");
+        let owner = |lock: &NamedLock| lock.owner().expect("an owner can be asked for").map(|owner| owner.pid());
+        Box::new(Any { lock, owner })
+    }
+
+    fn files(&self, at: &str) -> Vec<PathBuf> {
+        let user = format!("lockkit-u{}/", rustix::process::geteuid().as_raw());
+        let sharing = if self.1 == Scope::User { &*user } else { "lockkit-machine-" };
+        vec![match self.2 {
+            Backend::File => format!("/tmp/{sharing}{at}.lock").into(),
+            _ => format!("/dev/shm/{sharing}{at}.record").into(),
+        }]
+    }
+
+    fn is_fair(&self) -> bool {
+        self.2 != Backend::File
+    }
+}
+
+/// A [`FileLock`]. In shared mode the first process that is started takes it shared and all others exclusively, so that
+/// each excludes each other, as everywhere in the suite.
+struct File {
+    shared: bool,
+}
+
+/// A [`FileLock`], taken shared.
+struct Shared(FileLock);
+
+impl AnyLock for Shared {
+    fn acquire(&self, wait: &Wait) -> Result<Box<dyn AnyGuard>> {
+        Ok(Box::new(self.0.acquire_shared(wait)?))
+    }
+
+    fn owner(&self) -> Option<u32> {
+        None
+    }
+}
+
+impl Fixture for File {
+    fn name(&self) -> &'static str {
+        if self.shared { "file-shared" } else { "file" }
+    }
+
+    fn place(&self, name: &str) -> String {
+        std::env::temp_dir().join(format!("{name}.lock")).display().to_string()
+    }
+
+    fn open(&self, at: &str, seat: Option<usize>) -> Box<dyn AnyLock> {
+        let lock = FileLock::new(at);
+        match (self.shared, seat) {
+            (true, Some(0)) => Box::new(Shared(lock)),
+            _ => Box::new(Any { lock, owner: |_| None }),
+        }
+    }
+
+    fn tells_deaths(&self) -> bool {
+        false
+    }
+}
+
+/// A [`PidFile`].
+struct Pid;
+
+impl Fixture for Pid {
+    fn name(&self) -> &'static str {
+        "pidfile"
+    }
+
+    fn place(&self, name: &str) -> String {
+        std::env::temp_dir().join(format!("{name}.pid")).display().to_string()
+    }
+
+    fn open(&self, at: &str, _: Option<usize>) -> Box<dyn AnyLock> {
+        let owner = |lock: &PidFile| match PidFile::inspect(lock.path()) {
+            Ok(PidStatus::Running(owner)) => Some(owner.pid()),
+            _ => None,
+        };
+        Box::new(Any { lock: PidFile::new(at).expect("an absolute path"), owner })
+    }
+
+    /// It may be a daemon that has yet to say so.
+    fn survives_in_a_forked_child(&self) -> bool {
+        true
+    }
+}
+
+/// A [`Lease`] on a file.
+///
+/// Its ttl is longer than anybody in the suite is ever stopped. So it is a lock like any other there: what frees it is a
+/// release, or that its owner is seen dead, and nobody is taken over alive. What becomes of a holder that is silent for
+/// longer is judged by the tokens, in the tests of leases. The heartbeat is long enough that hardly one falls into a
+/// scenario of [`steps`](crate::steps).
+struct FileLease;
+
+impl Fixture for FileLease {
+    fn name(&self) -> &'static str {
+        "lease"
+    }
+
+    fn place(&self, name: &str) -> String {
+        std::env::temp_dir().join(format!("{name}.lease")).display().to_string()
+    }
+
+    fn open(&self, at: &str, _: Option<usize>) -> Box<dyn AnyLock> {
+        let builder = Lease::file(at).ttl(crate::LIVELY).heartbeat(Duration::from_secs(2));
+        let owner = |lease: &Lease| lease.owner().expect("an owner can be asked for").map(|owner| owner.pid());
+        Box::new(Any { lock: builder.build().expect("options that go together"), owner })
+    }
+
+    fn keeps_a_descriptor(&self) -> bool {
+        false
+    }
+}
+
+/// The first lock of a table, allocated.
+struct OfManager(managers::Kind);
+
+impl Fixture for OfManager {
+    fn name(&self) -> &'static str {
+        match self.0 {
+            managers::Kind::Shm => "shm",
+            managers::Kind::Folder => "folder",
+            managers::Kind::Memory => "memory",
+        }
+    }
+
+    fn place(&self, _: &str) -> String {
+        self.0.fresh().name().to_owned()
+    }
+
+    fn open(&self, at: &str, _: Option<usize>) -> Box<dyn AnyLock> {
+        let manager = Table::at(self.0, at).open();
+        // Whoever comes first allocates it.
+        let lock = manager.allocate_at(0).or_else(|_| manager.retrieve(0)).expect("a first lock");
+        Box::new(Managed { manager, lock })
+    }
+
+    fn files(&self, at: &str) -> Vec<PathBuf> {
+        Table::at(self.0, at).clean();
+        vec![]
+    }
+
+    fn needs_descriptors(&self) -> bool {
+        self.0 != managers::Kind::Shm
+    }
+}
+
+/// A kind of lock.
+#[derive(Clone, Copy)]
+pub struct Kind(&'static dyn Fixture);
+
+#[allow(missing_docs)] // They say it themselves.
+impl Kind {
+    pub const NAMED_SOCKET: Self = Self(&Named("named-socket", Scope::User, Backend::Socket));
+    pub const MACHINE_SOCKET: Self = Self(&Named("machine-socket", Scope::Machine, Backend::Socket));
+    pub const NAMED_FILE: Self = Self(&Named("named-file", Scope::User, Backend::File));
+    pub const MACHINE_FILE: Self = Self(&Named("machine-file", Scope::Machine, Backend::File));
+    pub const FILE: Self = Self(&File { shared: false });
+    pub const FILE_SHARED: Self = Self(&File { shared: true });
+    pub const PIDFILE: Self = Self(&Pid);
+    pub const LEASE: Self = Self(&FileLease);
+    pub const SHM: Self = Self(&OfManager(managers::Kind::Shm));
+    pub const FOLDER: Self = Self(&OfManager(managers::Kind::Folder));
+    pub const MEMORY: Self = Self(&OfManager(managers::Kind::Memory));
+}
+
+/// All of them.
+pub const KINDS: [Kind; 11] = [
+    Kind::NAMED_SOCKET,
+    Kind::MACHINE_SOCKET,
+    Kind::NAMED_FILE,
+    Kind::MACHINE_FILE,
+    Kind::FILE,
+    Kind::FILE_SHARED,
+    Kind::PIDFILE,
+    Kind::LEASE,
+    Kind::SHM,
+    Kind::FOLDER,
+    Kind::MEMORY,
 ];
 
 impl Kind {
     /// A lock that nobody else uses.
     pub fn fresh(self) -> Spec {
-        let name = crate::fresh_name("lockkit-test");
-        let at = match self {
-            Self::Managed(kind) => kind.fresh().name().to_owned(),
-            Self::File => std::env::temp_dir().join(format!("{name}.lock")).display().to_string(),
-            Self::PidFile => std::env::temp_dir().join(format!("{name}.pid")).display().to_string(),
-            Self::Lease => std::env::temp_dir().join(format!("{name}.lease")).display().to_string(),
-            _ => name,
-        };
-        Spec { kind: self, at }
-    }
-
-    /// Whether the next owner is told of a death.
-    pub fn tells_deaths(self) -> bool {
-        self != Self::File
-    }
-
-    /// Whether taking the lock may need a descriptor.
-    pub fn needs_descriptors(self) -> bool {
-        self != Self::Managed(managers::Kind::Shm)
-    }
-
-    /// Whether a held lock has a descriptor of its own. A lease has none, so it needs one to be given back.
-    pub fn keeps_a_descriptor(self) -> bool {
-        self != Self::Lease
-    }
-
-    /// Whether a forked child keeps what its killed parent held. Of a pidfile it does, for it may be a daemon that has
-    /// yet to say so.
-    pub fn survives_in_a_forked_child(self) -> bool {
-        self == Self::PidFile
-    }
-
-    /// Whether waiters are served first come, first served.
-    pub fn is_fair(self) -> bool {
-        matches!(self, Self::NamedSocket | Self::MachineSocket)
+        Spec { kind: self, at: self.place(&crate::fresh_name("lockkit-test")), seat: None, seats: Arc::default() }
     }
 }
 
-/// One lock, as text: `KIND:WHERE`.
+impl Deref for Kind {
+    type Target = dyn Fixture;
+
+    fn deref(&self) -> &Self::Target {
+        self.0
+    }
+}
+
+impl fmt::Debug for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// One lock, which other processes open from the text of an [invitation](Self::invite).
 #[derive(Clone, Debug)]
 pub struct Spec {
     kind: Kind,
     at: String,
+    seat: Option<usize>,
+    /// How many processes have been invited.
+    seats: Arc<AtomicUsize>,
 }
 
 impl Spec {
-    /// Reads what `Display` wrote.
+    /// What the next process is told: `KIND#SEAT:WHERE`.
+    pub fn invite(&self) -> String {
+        format!("{:?}#{}:{}", self.kind, self.seats.fetch_add(1, Ordering::Relaxed), self.at)
+    }
+
+    /// Reads an invitation, or `KIND:WHERE`.
     pub fn parse(text: &str) -> Self {
-        let (name, at) = text.split_once(':').expect("KIND:WHERE");
-        let (kind, _) = KINDS.into_iter().find(|(_, known)| *known == name).expect("a known kind");
-        Self { kind, at: at.to_owned() }
+        let (kind, at) = text.split_once(':').expect("KIND#SEAT:WHERE");
+        let (name, seat) = kind.split_once('#').map_or((kind, None), |(name, seat)| (name, seat.parse().ok()));
+        let kind = KINDS.into_iter().find(|known| known.name() == name).expect("a known kind");
+        Self { kind, at: at.to_owned(), seat, seats: Arc::default() }
     }
 
     /// Its kind.
@@ -176,52 +366,17 @@ impl Spec {
 
     /// A handle on the lock.
     pub fn open(&self) -> Box<dyn AnyLock> {
-        let named = |scope, backend| {
-            let lock = NamedLock::builder(&self.at).scope(scope).backend(backend).build().expect("a valid name");
-            let owner = |lock: &NamedLock| lock.owner().expect("an owner can be asked for").map(|owner| owner.pid());
-            Box::new(Any { lock, owner }) as Box<dyn AnyLock>
-        };
-        match self.kind {
-            Kind::NamedSocket => named(Scope::User, Backend::Socket),
-            Kind::MachineSocket => named(Scope::Machine, Backend::Socket),
-            Kind::NamedFile => named(Scope::User, Backend::File),
-            Kind::MachineFile => named(Scope::Machine, Backend::File),
-            Kind::File => Box::new(Any { lock: FileLock::new(&self.at), owner: |_| None }),
-            Kind::Lease => {
-                let builder = Lease::file(&self.at).ttl(crate::LIVELY).heartbeat(Duration::from_secs(2));
-                let owner = |lease: &Lease| lease.owner().expect("an owner can be asked for").map(|owner| owner.pid());
-                Box::new(Any { lock: builder.build().expect("options that go together"), owner })
-            }
-            Kind::Managed(kind) => {
-                let manager = Table::at(kind, &self.at).open();
-                // Whoever comes first allocates it.
-                let lock = manager.allocate_at(0).or_else(|_| manager.retrieve(0)).expect("a first lock");
-                Box::new(Managed { manager, lock })
-            }
-            Kind::PidFile => {
-                let owner = |lock: &PidFile| match PidFile::inspect(lock.path()) {
-                    Ok(PidStatus::Running(owner)) => Some(owner.pid()),
-                    _ => None,
-                };
-                Box::new(Any { lock: PidFile::new(&self.at).expect("an absolute path"), owner })
-            }
-        }
+        self.kind.open(&self.at, self.seat)
     }
 
-    /// The files that a lock leaves on disk or in memory by design, which a test takes away.
+    /// A handle that is to be kept out by those of [`open`](Self::open), in this process as in any other.
+    pub fn rival(&self) -> Box<dyn AnyLock> {
+        self.kind.open(&self.at, None)
+    }
+
+    /// See [`Fixture::files`].
     pub fn files(&self) -> Vec<PathBuf> {
-        let uid = rustix::process::geteuid().as_raw();
-        match self.kind {
-            Kind::NamedSocket => vec![format!("/dev/shm/lockkit-u{uid}/{}.record", self.at).into()],
-            Kind::MachineSocket => vec![format!("/dev/shm/lockkit-machine-{}.record", self.at).into()],
-            Kind::NamedFile => vec![format!("/tmp/lockkit-u{uid}/{}.lock", self.at).into()],
-            Kind::MachineFile => vec![format!("/tmp/lockkit-machine-{}.lock", self.at).into()],
-            Kind::File | Kind::PidFile | Kind::Lease => vec![PathBuf::from(&self.at)],
-            Kind::Managed(kind) => {
-                Table::at(kind, &self.at).clean();
-                vec![]
-            }
-        }
+        self.kind.files(&self.at)
     }
 
     /// Takes away what the lock left; call it when nobody uses it any more.
@@ -229,12 +384,5 @@ impl Spec {
         for file in self.files() {
             let _ = std::fs::remove_file(file);
         }
-    }
-}
-
-impl fmt::Display for Spec {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (_, name) = KINDS.into_iter().find(|(kind, _)| *kind == self.kind).expect("every kind has a name");
-        write!(f, "{name}:{}", self.at)
     }
 }

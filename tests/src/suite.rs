@@ -1,7 +1,7 @@
 //! The cases that every kind of lock must pass.
 //!
 //! Each is a function of the [`Kind`]; [`suite!`](crate::suite!) makes a test of each for one kind. A new kind gets
-//! them all by being a [`Kind`].
+//! them all by a [`Fixture`](crate::kinds::Fixture).
 
 use std::io::Write;
 use std::path::Path;
@@ -217,7 +217,7 @@ mod cases {
         let workers: Vec<_> = (0..10)
             .map(|_| {
                 let mut command = Command::new(program("actor"));
-                command.arg(spec.to_string()).arg("stress").arg(&counter).arg("200");
+                command.arg(spec.invite()).arg("stress").arg(&counter).arg("200");
                 command.stdin(Stdio::null()).spawn().unwrap()
             })
             .collect();
@@ -337,7 +337,7 @@ mod cases {
     pub fn descriptor_zero_is_a_lock_like_any_other(kind: Kind) {
         let spec = kind.fresh();
         let mut command = Command::new(program("actor"));
-        command.arg(spec.to_string()).arg("closed-input").stdin(Stdio::null());
+        command.arg(spec.invite()).arg("closed-input").stdin(Stdio::null());
         assert!(command.status().unwrap().success());
         spec.clean();
     }
@@ -347,7 +347,7 @@ mod cases {
         let mut starved = Actor::start_with(&spec, |command| {
             // A limit low enough to be reached soon.
             let program = command.get_program().to_owned();
-            let spec = spec.to_string();
+            let spec = spec.invite();
             *command = Command::new("sh");
             command.args(["-c", "ulimit -n 64 && exec \"$0\" \"$1\""]).arg(program).arg(spec);
             command.stdin(Stdio::piped()).stdout(Stdio::piped());
@@ -419,7 +419,7 @@ pub fn lock_on_descriptor_zero(spec: &Spec) {
     let lock = spec.open();
     let guard = lock.acquire(&Wait::none()).expect("free");
     assert_eq!(std::fs::symlink_metadata("/proc/self/fd/0").is_ok(), spec.kind().keeps_a_descriptor());
-    assert!(spec.open().acquire(&Wait::none()).err().expect("held").is_held());
+    assert!(spec.rival().acquire(&Wait::none()).err().expect("held").is_held());
     drop(guard);
     drop(spec.open().acquire(&Wait::none()).expect("free again"));
 }

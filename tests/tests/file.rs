@@ -12,7 +12,8 @@ use lockkit::{CancelToken, Error, ErrorKind, FileLock, Wait};
 use lockkit_tests::{Actor, Belongings, LIVELY, Spec, another_user, sleeps, suite, thread_id, until};
 use tempfile::TempDir;
 
-suite!(exclusive, lockkit_tests::Kind::File);
+suite!(exclusive, lockkit_tests::Kind::FILE);
+suite!(shared, lockkit_tests::Kind::FILE_SHARED);
 
 fn folder() -> TempDir {
     tempfile::tempdir().unwrap()
@@ -391,7 +392,7 @@ fn where_flock_does_not_work_the_error_says_so_and_no_file_stays_behind() {
         let mut actor = Actor::start_with(&spec, |command| {
             let program = command.get_program().to_owned();
             *command = strace();
-            command.arg(program).arg(spec.to_string()).stdin(Stdio::piped()).stdout(Stdio::piped());
+            command.arg(program).arg(spec.invite()).stdin(Stdio::piped()).stdout(Stdio::piped());
         });
         for command in ["try", "lock", "lock-for 10"] {
             let answer = actor.ask(command);

@@ -18,7 +18,7 @@ use lockkit_tests::{Actor, Belongings, LIVELY, another_user, suite, until};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
-suite!(file_lease, lockkit_tests::Kind::Lease);
+suite!(file_lease, lockkit_tests::Kind::LEASE);
 
 /// Longer than a record that cannot be read counts as held.
 const LONG_AGO: Duration = Duration::from_secs(10);

@@ -7,12 +7,12 @@ managers!(folder, lockkit_tests::managers::Kind::Folder);
 managers!(memory, lockkit_tests::managers::Kind::Memory);
 shared_managers!(shared_shm, lockkit_tests::managers::Kind::Shm);
 shared_managers!(shared_folder, lockkit_tests::managers::Kind::Folder);
-suite!(shm_lock, lockkit_tests::Kind::Managed(lockkit_tests::managers::Kind::Shm));
-suite!(folder_lock, lockkit_tests::Kind::Managed(lockkit_tests::managers::Kind::Folder));
+suite!(shm_lock, lockkit_tests::Kind::SHM);
+suite!(folder_lock, lockkit_tests::Kind::FOLDER);
 
 /// Excludes threads only, so it has the cases of the suite that need no second process.
 mod in_memory_lock {
-    const KIND: lockkit_tests::Kind = lockkit_tests::Kind::Managed(lockkit_tests::managers::Kind::Memory);
+    const KIND: lockkit_tests::Kind = lockkit_tests::Kind::MEMORY;
 
     #[test]
     fn keeps_the_rules_that_need_no_second_process() {

@@ -8,12 +8,13 @@ use lockkit::{Backend, ErrorKind, NamedLock, Scope, Wait};
 use lockkit_tests::actor::Actor;
 use lockkit_tests::{Belongings, Kind, Spec, another_user, fresh_name, rogue, suite, until};
 
-suite!(socket, lockkit_tests::Kind::NamedSocket);
-suite!(machine, lockkit_tests::Kind::MachineSocket);
-suite!(file, lockkit_tests::Kind::NamedFile);
+suite!(socket, lockkit_tests::Kind::NAMED_SOCKET);
+suite!(machine, lockkit_tests::Kind::MACHINE_SOCKET);
+suite!(file, lockkit_tests::Kind::NAMED_FILE);
 
-/// The kinds for one user.
-const OWN: [Kind; 2] = [Kind::NamedSocket, Kind::NamedFile];
+/// The kinds for one user, and for the whole machine.
+const OWN: [Kind; 2] = [Kind::NAMED_SOCKET, Kind::NAMED_FILE];
+const MACHINE: [Kind; 2] = [Kind::MACHINE_SOCKET, Kind::MACHINE_FILE];
 
 /// The abstract name of a lock of the user `uid`.
 fn abstract_name(uid: u32, name: &str) -> String {
@@ -82,7 +83,7 @@ fn the_owner_is_known_while_it_holds_and_named_in_the_error() {
 
 #[test]
 fn waiters_are_served_first_come_first_served() {
-    let spec = Kind::NamedSocket.fresh();
+    let spec = Kind::NAMED_SOCKET.fresh();
     let mut holder = Actor::start(&spec);
     holder.expect("lock", "held");
     let mut waiters: Vec<Actor> = (0..8).map(|_| Actor::start(&spec)).collect();
@@ -117,7 +118,7 @@ fn variables_of_the_environment_do_not_make_it_another_lock() {
 
 #[test]
 fn two_hundred_names_waited_for_leave_no_thread_and_no_descriptor() {
-    let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start(&Kind::NamedSocket.fresh()));
+    let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start(&Kind::NAMED_SOCKET.fresh()));
     let names: Vec<String> = (0..200).map(|_| fresh_name("lockkit-test")).collect();
     let mut all = |command: &str| {
         for name in &names {
@@ -136,7 +137,7 @@ fn two_hundred_names_waited_for_leave_no_thread_and_no_descriptor() {
 
 #[test]
 fn a_queue_full_of_dead_waiters_delays_the_next_but_loses_nothing() {
-    let spec = Kind::NamedSocket.fresh();
+    let spec = Kind::NAMED_SOCKET.fresh();
     let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start(&spec));
     holder.expect("lock", "held");
     let mut dead = 0;
@@ -158,7 +159,7 @@ fn a_queue_full_of_dead_waiters_delays_the_next_but_loses_nothing() {
 #[test]
 fn a_name_that_another_user_sits_on_is_said_to_be_foreign() {
     let Some(stranger) = another_user() else { return };
-    let spec = Kind::NamedSocket.fresh();
+    let spec = Kind::NAMED_SOCKET.fresh();
     let mut squatter = Actor::start_rogue(["squat", &abstract_name(my_uid(), spec.at())], stranger.uid);
     assert_eq!(squatter.answer(), "squatting");
     let lock = spec.open();
@@ -179,7 +180,7 @@ fn a_name_that_another_user_sits_on_is_said_to_be_foreign() {
 #[test]
 fn a_stranger_in_the_queue_is_passed_over() {
     let Some(stranger) = another_user() else { return };
-    let spec = Kind::NamedSocket.fresh();
+    let spec = Kind::NAMED_SOCKET.fresh();
     let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start(&spec));
     holder.expect("lock", "held");
     let mut rogue = Actor::start_rogue(["queue", &abstract_name(my_uid(), spec.at())], stranger.uid);
@@ -194,12 +195,12 @@ fn a_stranger_in_the_queue_is_passed_over() {
 #[test]
 fn users_have_names_of_their_own_and_share_those_of_the_machine() {
     let Some(user) = another_user() else { return };
-    for kind in [Kind::NamedSocket, Kind::NamedFile, Kind::MachineSocket, Kind::MachineFile] {
+    for (kind, own) in OWN.map(|kind| (kind, true)).into_iter().chain(MACHINE.map(|kind| (kind, false))) {
         let spec = kind.fresh();
         let mut mine = Actor::start(&spec);
         let mut theirs = Actor::start_as(&spec, user.uid);
         mine.expect("try", "held");
-        if OWN.contains(&kind) {
+        if own {
             theirs.expect("try", "held");
         } else {
             assert!(theirs.ask("try").starts_with("error Held"));
@@ -218,7 +219,7 @@ fn users_have_names_of_their_own_and_share_those_of_the_machine() {
 #[test]
 fn whichever_user_comes_first_a_machine_wide_lock_is_open_to_all() {
     let (Some(first), Some(second)) = (another_user(), another_user()) else { return };
-    for kind in [Kind::MachineSocket, Kind::MachineFile] {
+    for kind in MACHINE {
         let spec = kind.fresh();
         let mut died = Actor::start_as(&spec, first.uid);
         died.expect("lock", "held");
@@ -238,7 +239,7 @@ fn whichever_user_comes_first_a_machine_wide_lock_is_open_to_all() {
 fn processes_of_pid_namespaces_that_do_not_see_each_other_share_a_name() {
     let isolated = |spec: &Spec| {
         Actor::start_with(spec, |command| {
-            let (program, spec) = (command.get_program().to_owned(), spec.to_string());
+            let (program, spec) = (command.get_program().to_owned(), spec.invite());
             *command = Command::new("unshare");
             command.args(["--pid", "--fork", "--kill-child"]).arg(program).arg(spec);
             command.stdin(Stdio::piped()).stdout(Stdio::piped());
@@ -270,9 +271,9 @@ fn processes_of_pid_namespaces_that_do_not_see_each_other_share_a_name() {
     for folder in user.folders() {
         std::fs::create_dir(folder).unwrap();
     }
-    let spec = Kind::NamedSocket.fresh();
+    let spec = Kind::NAMED_SOCKET.fresh();
     let mut there = Actor::start_with(&spec, |command| {
-        let (program, spec) = (command.get_program().to_owned(), spec.to_string());
+        let (program, spec) = (command.get_program().to_owned(), spec.invite());
         *command = Command::new("unshare");
         command.args(["--pid", "--fork", "--kill-child", "setpriv", "--clear-groups"]);
         command.args(["--reuid", &user.uid.to_string(), "--regid", &user.uid.to_string()]).arg(program).arg(spec);
@@ -289,7 +290,7 @@ fn processes_of_pid_namespaces_that_do_not_see_each_other_share_a_name() {
 
 #[test]
 fn a_holder_that_becomes_another_program_holds_no_more() {
-    let spec = Kind::NamedSocket.fresh();
+    let spec = Kind::NAMED_SOCKET.fresh();
     let (mut holder, mut other) = (Actor::start(&spec), Actor::start(&spec));
     holder.expect("lock", "held");
     other.expect("owner", &format!("owner {}", holder.pid()));
@@ -302,7 +303,7 @@ fn a_holder_that_becomes_another_program_holds_no_more() {
 #[test]
 fn a_handle_goes_on_when_its_folder_was_deleted() {
     let Some(user) = another_user() else { return };
-    let spec = Kind::NamedFile.fresh();
+    let spec = Kind::NAMED_FILE.fresh();
     let mut actor = Actor::start_as(&spec, user.uid);
     for _ in 0..3 {
         actor.expect("lock", "held");
@@ -316,7 +317,7 @@ fn the_record_of_one_lock_is_never_the_file_of_another() {
     let Some(user) = another_user() else { return };
     let [_, memory] = user.folders();
     std::fs::create_dir(&memory).unwrap();
-    let file = Kind::NamedFile.fresh();
+    let file = Kind::NAMED_FILE.fresh();
     let mut holder = Actor::start_as(&file, user.uid);
     holder.expect("lock", "held");
     for suffix in ["lock", "record"] {
@@ -331,7 +332,7 @@ fn the_record_of_one_lock_is_never_the_file_of_another() {
 #[test]
 fn the_lock_file_belongs_to_the_acting_user_and_to_nobody_else() {
     let Some(user) = another_user() else { return };
-    let spec = Kind::NamedFile.fresh();
+    let spec = Kind::NAMED_FILE.fresh();
     let mut actor = Actor::start_as(&spec, user.uid);
     actor.expect("try", "held");
     let [folder, _] = user.folders();
@@ -346,7 +347,7 @@ fn a_folder_that_somebody_else_prepared_is_refused() {
     let elsewhere = tempfile::tempdir().unwrap();
     let Some(user) = another_user() else { return };
     let [folder, _] = user.folders();
-    let spec = Kind::NamedFile.fresh();
+    let spec = Kind::NAMED_FILE.fresh();
     let refuses = |expected: &str, because: &str| {
         let answer = Actor::start_as(&spec, user.uid).ask("try");
         assert!(answer.starts_with(&format!("error {expected}")), "{answer}");
@@ -374,7 +375,7 @@ fn a_folder_that_somebody_else_prepared_is_refused() {
 fn a_lock_file_that_is_a_link_to_another_file_is_refused() {
     let victim = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(victim.path(), "precious").unwrap();
-    let spec = Kind::NamedFile.fresh();
+    let spec = Kind::NAMED_FILE.fresh();
     let [path] = &spec.files()[..] else { panic!("one file") };
     drop(spec.open().acquire(&Wait::none()).unwrap());
     std::fs::remove_file(path).unwrap();
@@ -391,7 +392,7 @@ fn a_lock_file_that_is_a_link_to_another_file_is_refused() {
 
 #[test]
 fn a_fifo_in_the_place_of_a_lock_file_does_not_hang_who_asks_for_the_owner() {
-    let spec = Kind::MachineFile.fresh();
+    let spec = Kind::MACHINE_FILE.fresh();
     let [path] = &spec.files()[..] else { panic!("one file") };
     drop(spec.open().acquire(&Wait::none()).unwrap());
     std::fs::remove_file(path).unwrap();
@@ -406,7 +407,7 @@ fn without_memory_for_records_deaths_are_told_by_a_file() {
     let [_, memory] = user.folders();
     // It belongs to root, so this user does not trust it.
     std::fs::create_dir(&memory).unwrap();
-    let spec = Kind::NamedSocket.fresh();
+    let spec = Kind::NAMED_SOCKET.fresh();
     let mut first = Actor::start_as(&spec, user.uid);
     first.expect("lock", "held");
     first.kill();
@@ -419,7 +420,7 @@ fn without_any_place_for_records_the_lock_works_and_tells_no_deaths() {
     for folder in user.folders() {
         std::fs::create_dir(&folder).unwrap();
     }
-    let spec = Kind::NamedSocket.fresh();
+    let spec = Kind::NAMED_SOCKET.fresh();
     let [mut first, mut second, mut third] = [(); 3].map(|()| Actor::start_as(&spec, user.uid));
     first.expect("lock", "held");
     second.expect("owner", &format!("owner {}", first.pid()));
@@ -435,7 +436,7 @@ fn without_any_place_for_records_the_lock_works_and_tells_no_deaths() {
 
 #[test]
 fn a_lock_file_deleted_under_the_holder_is_noticed_by_the_next_owner_of_the_new_file() {
-    let spec = Kind::NamedFile.fresh();
+    let spec = Kind::NAMED_FILE.fresh();
     let lock = spec.open();
     let guard = lock.acquire(&Wait::none()).unwrap();
     spec.clean();

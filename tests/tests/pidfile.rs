@@ -10,7 +10,7 @@ use lockkit::{ErrorKind, PidFile, PidStatus};
 use lockkit_tests::{Actor, Spec, program, suite, until};
 use tempfile::TempDir;
 
-suite!(pidfile, lockkit_tests::Kind::PidFile);
+suite!(pidfile, lockkit_tests::Kind::PIDFILE);
 
 /// A pid that the kernel never gives out: its highest is one less.
 const DEAD: u32 = 4_194_304;
