@@ -1,0 +1,27 @@
+//! The table of cases in this package's README is true.
+
+use std::fs;
+use std::path::Path;
+
+#[test]
+fn every_test_that_the_table_of_cases_names_is_there() {
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut code = String::new();
+    for folder in ["src", "tests", "../lockkit/src"] {
+        for entry in fs::read_dir(package.join(folder)).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|extension| extension == "rs") {
+                code += &fs::read_to_string(path).unwrap();
+            }
+        }
+    }
+    let table = fs::read_to_string(package.join("README.md")).unwrap();
+    let rows = table.lines().filter_map(|line| line.strip_prefix("| ")?.split(" | ").nth(1));
+    let names = rows.flat_map(|tests| tests.split(['`', '*'])).filter(|name| name.contains('_'));
+    let mut count = 0;
+    for name in names {
+        assert!(code.contains(&format!("fn {name}(")), "there is no test {name}");
+        count += 1;
+    }
+    assert!(count > 50, "only {count} tests in the table");
+}
