@@ -386,6 +386,7 @@ impl Bench {
         };
         match finest {
             Duration::MAX => Ok(format!("steps of more than 60 ms{offset}")),
+            finest if finest < Duration::from_micros(10) => Ok(format!("steps of {} ns{offset}", finest.as_nanos())),
             finest => Ok(format!("steps of {} µs{offset}", finest.as_micros())),
         }
     }

@@ -32,7 +32,7 @@ use std::ffi::OsString;
 use std::path::Path;
 use std::process::ExitCode;
 
-use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use failure::{Failure, Outcome, code};
 
@@ -93,19 +93,53 @@ fn main() -> ExitCode {
     if arguments.next_if(|first| first == "flock").is_some() {
         return flock::main("flock".as_ref(), arguments.collect());
     }
-    let given = [called].into_iter().chain(arguments);
-    let cli = match Cli::command().try_get_matches_from(given).and_then(|matches| Cli::from_arg_matches(&matches)) {
-        Ok(cli) => cli,
-        Err(error) => {
-            let _ = error.print();
-            // Clap's own code is that of a stale lock here.
-            return ExitCode::from(if error.use_stderr() { code::USAGE } else { code::OK });
-        }
-    };
-    if !matches!(cli.command, Command::Run(_)) {
-        lockkit::command::end_at_a_closed_pipe();
+    if arguments.next_if(|first| first == "run").is_some() {
+        // Its arguments alone: building those of all commands would take longer than all else before the program runs.
+        let command = clap::Command::new("lockkit-run").bin_name("lockkit run").no_binary_name(true);
+        let command = run::Run::augment_args(command).styles(paint::HELP).max_term_width(100);
+        return end(
+            match command.try_get_matches_from(arguments).and_then(|found| run::Run::from_arg_matches(&found)) {
+                Ok(run) => run.carry_out(),
+                Err(error) => misused(&error, "lockkit run --name backup -- rsync -a /home /mnt"),
+            },
+        );
     }
-    match cli.command.carry_out() {
+    lockkit::command::end_at_a_closed_pipe();
+    let given: Vec<_> = [called].into_iter().chain(arguments).collect();
+    let parsed = Cli::command().try_get_matches_from(&given).and_then(|found| Cli::from_arg_matches(&found));
+    end(match parsed {
+        Ok(cli) => cli.command.carry_out(),
+        Err(error) => misused(&error, &example_for(&given)),
+    })
+}
+
+/// Says what is wrong with the arguments, or what was asked for: help or the version.
+fn misused(error: &clap::Error, example: &str) -> Outcome {
+    let _ = error.print();
+    if !error.use_stderr() {
+        return Ok(code::OK);
+    }
+    eprintln!("For example: {example}");
+    // Clap's own code is that of a stale lock here.
+    Ok(code::USAGE)
+}
+
+/// The first example in the help of the command that was meant.
+fn example_for(given: &[OsString]) -> String {
+    let mut command = Cli::command();
+    for argument in given.iter().skip(1) {
+        match command.find_subcommand(argument) {
+            Some(found) => command = found.clone(),
+            None => break,
+        }
+    }
+    let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+    let line = help.lines().find_map(|line| line.find("lockkit ").map(|at| &line[at..])).unwrap_or("lockkit --help");
+    line.split("   ").next().unwrap_or(line).trim_end().to_owned()
+}
+
+fn end(outcome: Outcome) -> ExitCode {
+    match outcome {
         Ok(code) => ExitCode::from(code),
         Err(failure) => {
             failure.show();

@@ -6,11 +6,11 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use lockkit::{FileLock, PidFile, PidStatus, Wait};
+use lockkit::{CancelToken, FileLock, PidFile, PidStatus, Wait};
 
 use crate::failure::{Failure, Outcome, code};
 use crate::place::{self, ScopeArgument};
-use crate::supervise::{self, Hold, Job};
+use crate::supervise::{self, Hold, Job, Signals};
 use crate::waiting::{self, Audience};
 
 /// Run a program while holding a lock.
@@ -46,10 +46,10 @@ pub(crate) struct Run {
     #[arg(long, value_name = "PATH|URL", group = "lock")]
     lease: Option<String>,
     /// Who shares the name.
-    #[arg(long, value_enum, default_value_t, requires = "name")]
-    scope: ScopeArgument,
+    #[arg(long, value_enum)]
+    scope: Option<ScopeArgument>,
     /// Share the lock on the file with others who share it.
-    #[arg(long, requires = "file")]
+    #[arg(long)]
     shared: bool,
     /// Give up at once when the lock is held.
     #[arg(long = "try", conflicts_with = "timeout")]
@@ -61,11 +61,11 @@ pub(crate) struct Run {
     #[arg(long, value_name = "N", default_value_t = code::TEMPORARY)]
     exit_code: u8,
     /// How long the lease lasts without a renewal.
-    #[arg(long, value_name = "TIME", value_parser = place::duration, requires = "lease")]
+    #[arg(long, value_name = "TIME", value_parser = place::duration)]
     ttl: Option<Duration>,
-    /// How long a program may take to end after its lease was lost, before it is killed.
-    #[arg(long, value_name = "TIME", value_parser = place::duration, default_value = "5s", requires = "lease")]
-    grace: Duration,
+    /// How long a program may take to end after its lease was lost, before it is killed; 5s unless told otherwise.
+    #[arg(long, value_name = "TIME", value_parser = place::duration)]
+    grace: Option<Duration>,
     /// Say nothing when the lock is not taken, and while waiting for it.
     #[arg(long, short)]
     quiet: bool,
@@ -77,15 +77,19 @@ pub(crate) struct Run {
     command: Vec<OsString>,
 }
 
+/// How long a program may take to end after its lease was lost, unless told otherwise.
+const GRACE: Duration = Duration::from_secs(5);
+
 impl Run {
     pub(crate) fn carry_out(self) -> Outcome {
+        self.check()?;
         let wait = match self.timeout {
             _ if self.try_once => Wait::none(),
             Some(limit) => Wait::at_most(limit),
             None => Wait::forever(),
         };
         if let Some(name) = &self.name {
-            let lock = place::named(name, self.scope)?;
+            let lock = place::named(name, self.scope.unwrap_or_default())?;
             let looked = lock.clone();
             let holder = move || looked.owner().ok().flatten().map(|owner| owner.describe());
             return self.hold(&format!("the named lock {name:?}"), holder, || lock.acquire(&wait).map(Hold::Named));
@@ -114,6 +118,24 @@ impl Run {
         Err(Failure::usage("a lock is missing").example("lockkit run --name backup -- CMD"))
     }
 
+    /// Refuses options that mean nothing for the kind of lock. Clap's own `requires` lets them pass where what they
+    /// require is excluded by another kind.
+    fn check(&self) -> Result<(), Failure> {
+        let misplaced = [
+            ("--scope", self.scope.is_some(), "--name", self.name.is_some()),
+            ("--shared", self.shared, "--file", self.file.is_some()),
+            ("--ttl", self.ttl.is_some(), "--lease", self.lease.is_some()),
+            ("--grace", self.grace.is_some(), "--lease", self.lease.is_some()),
+        ];
+        match misplaced.into_iter().find(|(_, given, _, fits)| *given && !fits) {
+            Some((option, _, kind, _)) => {
+                let message = format!("{option} goes together with {kind} only");
+                Err(Failure::usage(message).example(format!("lockkit run {kind} … {option} … -- CMD")))
+            }
+            None => Ok(()),
+        }
+    }
+
     /// Takes the lock and runs the program.
     fn hold(
         &self,
@@ -122,7 +144,7 @@ impl Run {
         acquire: impl FnOnce() -> lockkit::Result<Hold>,
     ) -> Outcome {
         let hold = self.acquire(lock, holder, acquire)?;
-        supervise::run(hold, self.job())
+        supervise::run(hold, Signals::block()?, self.job())
     }
 
     /// As [`hold`](Self::hold), for a lease: by a process of its own, which goes on renewing it when this one is killed.
@@ -137,9 +159,20 @@ impl Run {
             let looked = lease.clone();
             let holder = move || looked.owner().ok().flatten().map(|owner| owner.describe());
             let lock = format!("the lease {}", lease.name());
-            let acquire = || lease.acquire(wait).map(|guard| Hold::Lease(guard, loss));
-            let hold = self.acquire(&lock, holder, acquire)?;
-            supervise::run(hold, self.job())
+            // Before the first thread, the heartbeat's: whichever does not block a signal is who gets it.
+            let signals = Signals::block()?;
+            let stop = CancelToken::new();
+            let wait = wait.clone().or_cancelled(&stop);
+            let acquire = || lease.acquire(&wait).map(|guard| Hold::Lease(guard, loss));
+            let hold = signals.cancelling(&stop, || self.acquire(&lock, holder, acquire))?;
+            match hold {
+                // One that came too late to cancel the wait is the program's.
+                Ok(hold) => supervise::run(hold, signals, self.job()),
+                Err(failure) => match signals.first_if(stop.is_cancelled()) {
+                    Some(signal) => Ok(code::SIGNALLED + signal),
+                    None => Err(failure),
+                },
+            }
         })
     }
 
@@ -165,6 +198,6 @@ impl Run {
     }
 
     fn job(&self) -> Job<'_> {
-        Job { command: &self.command, grace: self.grace, quiet: self.quiet }
+        Job { command: &self.command, grace: self.grace.unwrap_or(GRACE), quiet: self.quiet }
     }
 }

@@ -22,7 +22,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use lockkit::{FileGuard, LeaseGuard, Loss, NamedGuard, Owner, PidGuard, Recovered, command};
+use lockkit::{CancelToken, FileGuard, LeaseGuard, Loss, NamedGuard, Owner, PidGuard, Recovered, command};
 use nix::sys::signal::{SigSet, Signal as NixSignal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -116,14 +116,14 @@ const PASSED_ON: [NixSignal; 6] = [
 ];
 
 /// Signals, read instead of delivered.
-struct Signals {
+pub(crate) struct Signals {
     read: SignalFd,
     /// Which were blocked before.
     before: SigSet,
 }
 
 impl Signals {
-    fn block() -> Result<Self, Failure> {
+    pub(crate) fn block() -> Result<Self, Failure> {
         let failed = |error: nix::Error| Failure::io("block signals", error);
         let set: SigSet = PASSED_ON.into_iter().collect();
         let read = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).map_err(failed)?;
@@ -135,6 +135,29 @@ impl Signals {
     /// Lets them be delivered again.
     fn unblock(&self) {
         let _ = self.before.thread_set_mask();
+    }
+
+    /// Does `wait`, and cancels `stop` when a signal comes meanwhile, which stays to be read.
+    pub(crate) fn cancelling<T>(&self, stop: &CancelToken, wait: impl FnOnce() -> T) -> Result<T, Failure> {
+        let (is_done, done) = pipe()?;
+        Ok(std::thread::scope(|scope| {
+            // Without a thread a signal has to wait for the lock, too.
+            let _ = std::thread::Builder::new().spawn_scoped(scope, || {
+                let mut watched = [PollFd::new(&self.read, PollFlags::IN), PollFd::new(&is_done, PollFlags::IN)];
+                if retry_on_intr(|| poll(&mut watched, None)).is_ok() && !watched[0].revents().is_empty() {
+                    stop.cancel();
+                }
+            });
+            let done_with = wait();
+            drop(done);
+            done_with
+        }))
+    }
+
+    /// The number of the first signal that has come, which is read, `if` it is to be.
+    pub(crate) fn first_if(&self, read: bool) -> Option<u8> {
+        let signal = read.then(|| self.read.read_signal().ok().flatten()).flatten()?;
+        u8::try_from(signal.ssi_signo).ok()
     }
 
     /// Passes on what has come to `to`, but for what a terminal sent to both.
@@ -191,8 +214,7 @@ fn pipe() -> Result<(io::PipeReader, io::PipeWriter), Failure> {
 }
 
 /// Runs the program under the lock, releases that, and gives the program's exit status.
-pub(crate) fn run(mut hold: Hold, job: Job<'_>) -> Outcome {
-    let signals = Signals::block()?;
+pub(crate) fn run(mut hold: Hold, signals: Signals, job: Job<'_>) -> Outcome {
     command::wait_for_children();
     let (wait_at_gate, gate) = pipe()?;
     let descriptor = hold.descriptor()?;

@@ -58,10 +58,11 @@ fn show(audience: Audience, lock: &str, holder: &dyn Fn() -> Option<String>, don
     let since = Instant::now();
     let mut pause = AT_ONCE;
     let mut last = None;
+    let coloured = anstream::AutoStream::choice(&std::io::stderr()) != anstream::ColorChoice::Never;
     while let Err(RecvTimeoutError::Timeout) = done.recv_timeout(pause) {
         pause = NEXT;
         let mut held = holder();
-        if let (Some(who), Audience::Terminal) = (&mut held, audience) {
+        if let (Some(who), Audience::Terminal, true) = (&mut held, audience, coloured) {
             *who = paint(ODD, &*who);
         }
         let held = held.map(|who| format!(", held by {who}")).unwrap_or_default();
@@ -69,7 +70,7 @@ fn show(audience: Audience, lock: &str, holder: &dyn Fn() -> Option<String>, don
             Audience::Terminal => {
                 let waited = humantime::format_duration(Duration::from_secs(since.elapsed().as_secs()));
                 // Cleared to its end; one that is longer than the terminal is wide is wrapped off and on again by ?7.
-                let mut terminal = anstream::stderr().lock();
+                let mut terminal = std::io::stderr().lock();
                 let _ = write!(terminal, "\r\x1b[2K\x1b[?7lWaiting for {lock} for {waited}{held}\x1b[?7h");
                 let _ = terminal.flush();
                 last = Some(held);
