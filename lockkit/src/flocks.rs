@@ -1,7 +1,7 @@
 //! Which file locks the kernel has, and whose: what [`FileLock`](crate::FileLock) tells of its holders.
 //!
-//! The kernel lists each flock(2) lock twice: in [proc_locks(5)] by file system and inode, with the process that took it
-//! and those that wait, and in [proc_pid_fdinfo(5)] for each descriptor through which it is held. The second tells
+//! The kernel lists each flock(2) lock twice: in [proc_locks(5)] by file system and inode, with the process that took
+//! it and those that wait, and in [proc_pid_fdinfo(5)] for each descriptor through which it is held. The second tells
 //! which processes keep a lock, also one that they inherited, and by its link the path; the first knows the waiters,
 //! and processes of other users, whose descriptors are theirs to see.
 //!

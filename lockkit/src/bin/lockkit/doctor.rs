@@ -168,6 +168,9 @@ const TABLE: &str = "locks in shared memory exclude another process";
 /// What a check found, or why it did not pass.
 type Found = Result<String, String>;
 
+/// A check.
+type Try = fn(&Bench) -> Found;
+
 /// For how long a second process may take over what ought to be at once.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How often two processes race.
@@ -230,7 +233,7 @@ impl Bench {
     }
 
     fn checks(&self) -> Vec<Check> {
-        let all: [(&'static str, fn(&Self) -> Found); 8] = [
+        let all: [(&'static str, Try); 8] = [
             (FLOCK, Self::flock),
             (SHARED, Self::shared),
             (KILL, Self::kill),

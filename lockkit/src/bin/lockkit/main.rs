@@ -1,8 +1,8 @@
 //! `lockkit`, the command: runs anything under any lock, and shows who holds what.
 //!
 //! For people who never write Rust, and for everybody who looks at locks. Each subcommand is a module with its
-//! arguments and what it does; what several share stands in `failure` (what went wrong, in a sentence, and the exit code
-//! that it has), `place` (how a lock is named on a command line), `look` (what is known of one lock, as text and as
+//! arguments and what it does; what several share stands in `failure` (what went wrong, in a sentence, and its exit
+//! code), `place` (how a lock is named on a command line), `look` (what is known of one lock, as text and as
 //! JSON) and `paint` (colours). Called under the name `flock`, it is flock(1): see `flock`.
 //!
 //! It works on Linux only, for what it does rests on pidfds, signalfd and /proc.

@@ -147,7 +147,7 @@ impl Run {
         supervise::run(hold, Signals::block()?, self.job())
     }
 
-    /// As [`hold`](Self::hold), for a lease: by a process of its own, which goes on renewing it when this one is killed.
+    /// As [`hold`](Self::hold), for a lease: by a process of its own, which goes on when this one is killed.
     fn lead(&self, url: &str, wait: &Wait) -> Outcome {
         let mut builder = place::lease(url)?;
         if let Some(ttl) = self.ttl {

@@ -8,8 +8,8 @@
 //!   does not free it.
 //! - *Pidfiles* name the program, by pid and start time, and stay held as long as that lives.
 //! - *Leases* must be renewed, which only a process can. So the one that holds it is not the one that was called, but a
-//!   child of it ([`behind`]), which goes on when its parent is killed. If the holder itself is killed, the system kills
-//!   the program with it (`PR_SET_PDEATHSIG`), and the fencing token covers the moment in between.
+//!   child of it ([`behind`]), which goes on when its parent is killed. If the holder itself is killed, the system
+//!   kills the program with it (`PR_SET_PDEATHSIG`), and the fencing token covers the moment in between.
 //!
 //! Signals are blocked while the program runs, and read from a signalfd in the same poll in which its end is seen. What
 //! a terminal sends goes to the program anyway, so only signals that a process sent are passed on.
@@ -86,10 +86,13 @@ impl Hold {
     }
 
     /// Says that the program holds it.
-    fn name_holder(&mut self, owner: &Owner) -> Result<(), Failure> {
+    fn name_holder(&mut self, program: &Child, command: &[OsString]) -> Result<(), Failure> {
+        // One that has ended already needs no name.
+        let owner = || Owner::of(program.pid.as_raw_nonzero().get().unsigned_abs());
+        let owner = || owner().map(|owner| owner.with_program(program_name(command)));
         match self {
-            Self::Named(guard) => guard.name_holder(owner),
-            Self::Pidfile(guard) => guard.rewrite_for(owner)?,
+            Self::Named(guard) => owner().iter().for_each(|owner| guard.name_holder(owner)),
+            Self::Pidfile(guard) => owner().iter().try_for_each(|owner| guard.rewrite_for(owner))?,
             Self::File(_) | Self::Lease(..) => {}
         }
         Ok(())
@@ -238,9 +241,7 @@ pub(crate) fn run(mut hold: Hold, signals: Signals, job: Job<'_>) -> Outcome {
         Some(pid) => Child::new(pid)?,
     };
     drop(wait_at_gate);
-    if let Some(owner) = Owner::of(program.pid.as_raw_nonzero().get().unsigned_abs()) {
-        hold.name_holder(&owner.with_program(program_name(job.command)))?;
-    }
+    hold.name_holder(&program, job.command)?;
     let (keeper, gate) = match descriptor {
         Some(descriptor) => {
             let (keeper, gate) = Keeper::start(descriptor, &program, gate)?;

@@ -67,7 +67,7 @@ pub(crate) enum Table {
     },
     /// Free all locks, and give each number that is in use a new one.
     ///
-    /// For when numbers were given out twice, or not given back by programs that are gone. It reads the numbers that are
+    /// For when numbers were given out twice, or not given back by programs that are gone. It reads the numbers
     /// in use, one for each thing that has a lock, from the arguments or the standard input, and prints each with its
     /// new number. A number that comes twice is given two. Nobody may use the table meanwhile: it is refused while a
     /// lock is held.

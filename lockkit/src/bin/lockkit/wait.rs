@@ -13,7 +13,7 @@ use crate::waiting::{self, Audience};
 /// Wait until a lock is free, without taking it.
 ///
 /// A stale lock is free for whoever comes next, so that ends the wait, too. The exit code is 0, or 75 when the time was
-/// over first. By the time it returns somebody else may have taken the lock: to run something under it, use lockkit run.
+/// over first. By the time it returns somebody else may have taken the lock: lockkit run runs something under it.
 #[derive(clap::Args)]
 #[command(after_help = "Example: lockkit wait backup --timeout 1h && shutdown")]
 pub(crate) struct WaitFor {
@@ -48,18 +48,21 @@ impl WaitFor {
         const LONGEST: Duration = Duration::from_millis(50);
         let mut pause = FIRST;
         loop {
+            let begun = Instant::now();
             let sight = look::at(place, self.scope)?;
+            // Looking at a file reads the descriptors of all processes, and is not to take more than a tenth of the time.
+            let looked = begun.elapsed();
             if sight.state != State::Held {
                 return Ok(code::OK);
             }
-            let left = until.map_or(LONGEST, |until| until.saturating_duration_since(Instant::now()));
+            let left = until.map_or(Duration::MAX, |until| until.saturating_duration_since(Instant::now()));
             if left.is_zero() {
                 let holder = sight.holders.first().map(|holder| format!(" by {}", holder.text())).unwrap_or_default();
                 let message = format!("{} is still held{holder}", self.place);
                 let failure = Failure::new(code::TEMPORARY, message).quiet(self.quiet);
                 return Err(failure.example(format!("lockkit wait {} --timeout 1h", self.place)));
             }
-            std::thread::sleep(pause.min(left));
+            std::thread::sleep(pause.max(looked * 10).min(left));
             pause = (pause * 2).min(LONGEST);
         }
     }
