@@ -195,6 +195,26 @@ fn a_held_lock_ends_run_with_the_code_for_it() {
 }
 
 #[test]
+fn nothing_panics_where_nothing_can_be_written() {
+    let lock = Lock::new("--name");
+    let (_running, _) = lock.hold([]);
+    let full = || File::options().write(true).open("/dev/full").expect("a device");
+    let file = lock._folder.path().join("file").display().to_string();
+    let cases: [(&[&str], i32); 6] = [
+        (&["list"], 74),
+        (&["list", "--json"], 74),
+        (&["run", "--try", "--name", &lock.place, "--", "true"], 75),
+        (&["run", "--verbose", "--timeout", "300ms", "--name", &lock.place, "--", "true"], 75),
+        (&["flock", "--verbose", &file, "true"], 0),
+        (&["nonsense"], 64),
+    ];
+    for (arguments, code) in cases {
+        let status = lockkit([]).args(arguments).stdout(full()).stderr(full()).status().expect("lockkit starts");
+        assert_eq!(status.code(), Some(code), "{arguments:?}");
+    }
+}
+
+#[test]
 fn a_machine_wide_name_is_another_than_the_users() {
     let name = fresh_name();
     let mut machine = lockkit(["run", "--name", &name, "--scope", "machine", "--"]);

@@ -106,6 +106,11 @@ impl Failure {
     }
 }
 
+/// Writes a line to the standard error, if that can be written to: unlike the macro it never panics.
+pub(crate) fn note(line: impl std::fmt::Display) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
 /// With a full stop.
 fn sentence(message: &str) -> String {
     let mut letters = message.chars();

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FlockOperation, OFlags, flock};
 use rustix::io::Errno;
 
-use crate::failure::code;
+use crate::failure::{code, note};
 
 /// What flock(1) exits with when it did not get the lock.
 const CONFLICT: u8 = 1;
@@ -72,6 +72,7 @@ const WITH_VALUE: &str = "wE";
 
 /// What it does with the arguments behind its name.
 pub(crate) fn main(called: &OsStr, arguments: Vec<OsString>) -> ExitCode {
+    lockkit::command::end_at_a_closed_pipe();
     let short = Path::new(called).file_name().unwrap_or(called).to_string_lossy().into_owned();
     match (Name { full: called, short }).run(arguments) {
         Ok(code) | Err(End(code)) => ExitCode::from(code),
@@ -119,7 +120,8 @@ impl Name<'_> {
         }
         if options.verbose {
             let took = begun.elapsed();
-            println!("{}: getting lock took {}.{:06} seconds", self.short, took.as_secs(), took.subsec_micros());
+            let took = format!("{}.{:06} seconds", took.as_secs(), took.subsec_micros());
+            self.say(&format!("{}: getting lock took {took}\n", self.short));
         }
         match command.split_first() {
             Some((program, arguments)) => self.execute(&file, program, arguments, &options),
@@ -242,11 +244,11 @@ impl Name<'_> {
                 Err(_) => return Err(self.fail(code::USAGE, "exit code out of range (expected 0 to 255)")),
             },
             'V' => {
-                println!("{} from lockkit {}", self.short, env!("CARGO_PKG_VERSION"));
+                self.say(&format!("{} from lockkit {}\n", self.short, env!("CARGO_PKG_VERSION")));
                 return Err(End(code::OK));
             }
             _ => {
-                print!("{}", help(&self.short));
+                self.say(&help(&self.short));
                 return Err(End(code::OK));
             }
         }
@@ -354,9 +356,8 @@ impl Name<'_> {
     fn execute(&self, file: &File, program: &OsStr, arguments: &[OsString], options: &Options) -> Result<u8, End> {
         lockkit::command::wait_for_children();
         if options.verbose {
-            println!("{}: executing {}", self.short, program.to_string_lossy());
+            self.say(&format!("{}: executing {}\n", self.short, program.to_string_lossy()));
         }
-        let _ = io::stdout().flush();
         if !options.close {
             let inherited = rustix::io::fcntl_setfd(file, rustix::io::FdFlags::empty());
             inherited.map_err(|error| self.fail(code::OS, &text_of(error)))?;
@@ -376,8 +377,14 @@ impl Name<'_> {
         Ok(status.code().or_else(signalled).and_then(|code| u8::try_from(code).ok()).unwrap_or(code::OS))
     }
 
+    /// At once, for the command may write there, too.
+    fn say(&self, text: &str) {
+        let mut out = io::stdout().lock();
+        let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    }
+
     fn warn(&self, message: &str) {
-        eprintln!("{}: {message}", self.short);
+        note(format_args!("{}: {message}", self.short));
     }
 
     fn fail(&self, code: u8, message: &str) -> End {
@@ -387,12 +394,12 @@ impl Name<'_> {
 
     /// As getopt(3) says it, which has the whole name.
     fn misused(&self, message: &str) -> End {
-        eprintln!("{}: {message}", self.full.to_string_lossy());
+        note(format_args!("{}: {message}", self.full.to_string_lossy()));
         self.try_help()
     }
 
     fn try_help(&self) -> End {
-        eprintln!("Try '{} --help' for more information.", self.short);
+        note(format_args!("Try '{} --help' for more information.", self.short));
         End(code::USAGE)
     }
 }

@@ -119,7 +119,7 @@ fn misused(error: &clap::Error, example: &str) -> Outcome {
     if !error.use_stderr() {
         return Ok(code::OK);
     }
-    eprintln!("For example: {example}");
+    failure::note(format_args!("For example: {example}"));
     // Clap's own code is that of a stale lock here.
     Ok(code::USAGE)
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use lockkit::{CancelToken, FileLock, PidFile, PidStatus, Wait};
 
-use crate::failure::{Failure, Outcome, code};
+use crate::failure::{Failure, Outcome, code, note};
 use crate::place::{self, ScopeArgument};
 use crate::supervise::{self, Hold, Job, Signals};
 use crate::waiting::{self, Audience};
@@ -192,7 +192,7 @@ impl Run {
             }
         })?;
         if let (true, Some(died)) = (self.verbose, hold.recovered()) {
-            eprintln!("lockkit: the previous owner died holding {lock}: {died}");
+            note(format_args!("lockkit: the previous owner died holding {lock}: {died}"));
         }
         Ok(hold)
     }

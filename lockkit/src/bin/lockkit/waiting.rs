@@ -7,6 +7,7 @@ use std::io::Write;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
+use crate::failure::note;
 use crate::paint::{ODD, paint};
 
 /// For whom to show a wait.
@@ -76,13 +77,13 @@ fn show(audience: Audience, lock: &str, holder: &dyn Fn() -> Option<String>, don
                 last = Some(held);
             }
             _ if last.as_ref() != Some(&held) => {
-                eprintln!("lockkit: waiting for {lock}{held}");
+                note(format_args!("lockkit: waiting for {lock}{held}"));
                 last = Some(held);
             }
             _ => {}
         }
     }
     if audience == Audience::Terminal && last.is_some() {
-        eprint!("\r\x1b[2K");
+        let _ = write!(std::io::stderr(), "\r\x1b[2K");
     }
 }
