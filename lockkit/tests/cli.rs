@@ -436,6 +436,28 @@ fn a_wait_on_a_terminal_shows_what_for_who_holds_it_and_how_long() {
 }
 
 #[test]
+fn an_interrupt_from_the_terminal_reaches_the_program_once() {
+    for kind in ["--name", "--lease"] {
+        let lock = Lock::new(kind);
+        let (end, mut screen) = terminal();
+        let script = "trap 'echo interrupted' INT; echo ready; i=0; while [ $i -lt 40 ]; do sleep 0.02; i=$((i+1)); \
+                      done; echo ended";
+        let run = lock.run([], script);
+        // Makes the terminal the controlling one, so that it sends signals.
+        let mut session = Command::new("setsid");
+        session.args(["--ctty", "--wait"]).arg(run.get_program()).args(run.get_args());
+        session.stdin(end.try_clone().expect("a terminal")).stderr(end.try_clone().expect("a terminal"));
+        session.stdout(end);
+        let mut session = session.spawn().expect("setsid starts");
+        read_until(&mut screen, |shown| shown.contains("ready"));
+        screen.write_all(b"\x03").expect("a terminal");
+        let shown = read_until(&mut screen, |shown| shown.contains("ended"));
+        assert_eq!(shown.matches("interrupted").count(), 1, "{kind}: {shown}");
+        assert!(session.wait().expect("a child").success(), "{kind}");
+    }
+}
+
+#[test]
 fn no_color_is_heeded_on_a_terminal() {
     let lock = Lock::new("--name");
     let (_running, pid) = lock.hold([]);
@@ -953,4 +975,45 @@ fn a_timed_wait_of_flock_gets_the_lock_when_it_comes_free() {
     let mut holder = Running::start(lockkit(["flock", &file, "sh", "-c", "echo held; sleep 0.3"]));
     assert_eq!(holder.line(), "held");
     assert_eq!(code(["flock", "-w", "30", &file, "true"]), 0);
+}
+
+/// How long it took from the start of `command` until its last line, the time at which it ran, in nanoseconds.
+fn start_of(command: &mut Command) -> Duration {
+    let begun = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("a clock");
+    let said = text(&command.output().expect("it starts").stdout);
+    Duration::from_nanos(said.trim().parse().expect("a time")) - begun
+}
+
+#[test]
+#[ignore = "only a release build on a quiet machine can tell"]
+fn a_program_starts_at_most_half_as_late_again_as_under_flock() {
+    let Some((folder, both)) = both_flocks() else { return };
+    let file = folder.path().join("file").display().to_string();
+    let now = ["date", "+%s%N"];
+    let mut flock = Command::new(&both[0]);
+    flock.arg(&file).args(now);
+    let mut runs = vec![("flock(1)", flock)];
+    let locks = KINDS.map(Lock::new);
+    for (kind, lock) in KINDS.into_iter().zip(&locks) {
+        let mut run = lockkit(["run"]);
+        run.args(&lock.run).args(now);
+        runs.push((kind, run));
+    }
+    let mut times = vec![Vec::new(); runs.len()];
+    for _ in 0..200 {
+        for ((_, run), times) in runs.iter_mut().zip(&mut times) {
+            times.push(start_of(run));
+        }
+    }
+    let medians: Vec<_> = times
+        .iter_mut()
+        .map(|times| {
+            times.sort_unstable();
+            times[times.len() / 2]
+        })
+        .collect();
+    for ((name, _), median) in runs.iter().zip(&medians) {
+        println!("{name}: {median:?}");
+        assert!(*median <= medians[0].mul_f64(1.5), "{name}: {median:?}, flock(1): {:?}", medians[0]);
+    }
 }
