@@ -507,8 +507,8 @@ fn check_form(lock: &Value) {
 fn status_and_list_say_the_same_in_json() {
     let locks = KINDS.map(Lock::new);
     let _held: Vec<_> = locks.iter().map(|lock| lock.hold([])).collect();
-    let mut list = lockkit(["list", "--json"]);
-    let list = json(&list.args(locks[1..].iter().map(|lock| &lock.place)).output().expect("lockkit starts"));
+    let list = output(["list", "--json", &locks[2].place]);
+    let list = json(&list);
     assert_eq!(list["version"], 1);
     let listed = list["locks"].as_array().expect("locks");
     for (lock, kind) in locks.iter().zip(["named", "file", "pidfile", "lease"]) {
@@ -529,6 +529,24 @@ fn status_and_list_say_the_same_in_json() {
     let table = text(&output(["list"]).stdout);
     assert!(table.starts_with("KIND") && table.contains(&locks[0].place), "{table}");
     assert!(!table.contains('\x1b'));
+}
+
+#[test]
+fn what_is_in_a_folder_is_listed_on_request_and_tables_in_use_without() {
+    use lockkit::{LockManager, ShmLockManager};
+    let (folder, paths) = pidfiles();
+    let table = folder.path().join("table");
+    let manager = ShmLockManager::create(&table, 8).expect("a table");
+    let _guard = manager.allocate().and_then(|lock| lock.lock()).expect("a free lock");
+    let kinds = |list: &Output| {
+        let list = json(list);
+        let locks = list["locks"].as_array().expect("locks").iter();
+        let here = locks.filter(|lock| Path::new(lock["name"].as_str().expect("a name")).starts_with(folder.path()));
+        here.map(|lock| lock["kind"].as_str().expect("a kind").to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(kinds(&output(["list", "--json"])), ["table"]);
+    let all = output(["list", "--json", &folder.path().display().to_string()]);
+    assert_eq!(kinds(&all), ["pidfile", "pidfile", "table"], "{paths:?}");
 }
 
 #[test]

@@ -1,7 +1,9 @@
 //! `lockkit list`: every lock that somebody holds, as far as this user may see.
 //!
-//! Named locks and locked files are found by themselves; of pidfiles those in the system's folders for them. Leases and
-//! tables leave no trace in the kernel while nobody touches them, so they are found by path, or in `/dev/shm`.
+//! Named locks and locked files are found by themselves; of pidfiles those in the system's folders for them. A lease
+//! leaves no trace in the kernel while nobody touches it, so `lockkit run` keeps its file open for this; those that other
+//! programs hold are found by path only. A table in shared memory is open, and locked in its own way, in each process
+//! that uses it.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -10,15 +12,16 @@ use lockkit::{FileLock, NamedLock, Scope};
 use serde::Serialize;
 
 use crate::failure::{Failure, Outcome, code};
-use crate::look::{self, Sight, State};
+use crate::look::{self, Kind, Sight, State};
 use crate::paint::{TITLE, paint};
 use crate::place;
 
 /// List the locks that are held: kind, name, state, waiters and holders.
 ///
-/// Shown are the named locks of this user and of the machine, the files that processes of this user have locked (for
-/// root: of everybody), the pidfiles in /run, and the tables in /dev/shm. Leases, and what is elsewhere, are found in
-/// the files and folders that are given.
+/// Shown are the named locks of this user and of the machine; of the processes of this user, or of everybody for root,
+/// the files that they have locked, the leases under which lockkit runs programs, and the tables in shared memory that
+/// they use; the pidfiles in /run, and the tables in /dev/shm. What else there is, such as the leases of other programs,
+/// is found in the files and folders that are given.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -54,13 +57,12 @@ impl List {
                 by_path.insert(path.to_owned(), look::recognised(path).unwrap_or_else(|| look::file(path)));
             }
         }
-        for folder in usual_folders() {
-            for path in entries(&folder) {
-                if let Some(Ok(sight)) = usual(&path).then(|| look::recognised(&path)).flatten()
-                    && sight.state != State::Free
-                {
-                    by_path.insert(path, Ok(sight));
-                }
+        let usual = usual_folders().into_iter().flat_map(|folder| entries(&folder)).filter(|path| is_usual(path));
+        for path in usual.chain(kept_open()) {
+            if let Some(Ok(sight)) = look::recognised(&path)
+                && sight.state != State::Free
+            {
+                by_path.insert(path, Ok(sight));
             }
         }
         for given in &self.paths {
@@ -69,7 +71,9 @@ impl List {
                 Some(sight) => by_path.insert(given, sight),
                 None if given.is_dir() => {
                     for path in entries(&given) {
-                        if let Some(sight) = look::recognised(&path) {
+                        // Many a file begins with a number.
+                        let fits = |sight: &Sight| sight.kind != Kind::Pidfile || has_pid_extension(&path);
+                        if let Some(sight) = look::recognised(&path).filter(|sight| sight.as_ref().map_or(true, fits)) {
                             by_path.insert(path, sight);
                         }
                     }
@@ -104,9 +108,34 @@ fn usual_folders() -> [PathBuf; 3] {
     ["/run".into(), format!("/run/user/{uid}").into(), "/dev/shm".into()]
 }
 
+/// The files that may be leases or tables by how processes keep them open: those of lockkit itself, and those with a
+/// lock on a byte.
+fn kept_open() -> impl Iterator<Item = PathBuf> {
+    let pids = entries(Path::new("/proc")).into_iter().filter(|path| {
+        path.file_name()
+            .and_then(|name| name.to_str())
+            .is_some_and(|name| name.bytes().all(|byte| byte.is_ascii_digit()))
+    });
+    pids.flat_map(|process| {
+        let program = std::fs::read_to_string(process.join("comm")).unwrap_or_default();
+        let is_lockkit = program.trim_end() == "lockkit";
+        entries(&process.join("fdinfo")).into_iter().filter_map(move |info| {
+            let locked = || std::fs::read_to_string(&info).is_ok_and(|info| info.contains(" OFDLCK "));
+            (is_lockkit || locked()).then_some(())?;
+            let path = std::fs::read_link(process.join("fd").join(info.file_name()?)).ok()?;
+            // Not a pipe or a socket, whose links are no paths.
+            path.is_absolute().then_some(path)
+        })
+    })
+}
+
 /// Whether a file in a usual folder is worth opening.
-fn usual(path: &Path) -> bool {
-    path.starts_with("/dev/shm") || path.extension().is_some_and(|extension| extension == "pid")
+fn is_usual(path: &Path) -> bool {
+    path.starts_with("/dev/shm") || has_pid_extension(path)
+}
+
+fn has_pid_extension(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "pid")
 }
 
 fn entries(folder: &Path) -> Vec<PathBuf> {

@@ -3,6 +3,7 @@
 //! The lock is taken here, in one wait; the program is then started and looked after by [`supervise`].
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -166,8 +167,12 @@ impl Run {
             let acquire = || lease.acquire(&wait).map(|guard| Hold::Lease(guard, loss));
             let hold = signals.cancelling(&stop, || self.acquire(&lock, holder, acquire))?;
             match hold {
-                // One that came too late to cancel the wait is the program's.
-                Ok(hold) => supervise::run(hold, signals, self.job()),
+                // A signal that came too late to cancel the wait is the program's.
+                Ok(hold) => {
+                    // For `lockkit list`, which finds a lease by who has its file open.
+                    let _found_by = File::open(lease.name());
+                    supervise::run(hold, signals, self.job())
+                }
                 Err(failure) => match signals.first_if(stop.is_cancelled()) {
                     Some(signal) => Ok(code::SIGNALLED + signal),
                     None => Err(failure),
