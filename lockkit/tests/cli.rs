@@ -363,6 +363,17 @@ fn a_program_that_will_not_end_with_its_lease_is_killed_with_all_it_has_started(
 }
 
 #[test]
+fn what_a_program_under_a_lease_leaves_behind_is_buried() {
+    let lock = Lock::new("--lease");
+    let mut running = Running::start(lock.run([], "(sleep 0.2 & echo $!) ; exec sleep 60"));
+    let left: u32 = running.line().parse().expect("a pid");
+    until("nothing is left of it", || !Path::new(&format!("/proc/{left}")).exists());
+    assert_eq!(lock.status(), 1);
+    signal(running.pid(), Signal::TERM);
+    assert_eq!(running.code(), 128 + 15);
+}
+
+#[test]
 fn a_killed_holder_of_a_lease_takes_its_program_along() {
     let lock = Lock::new("--lease");
     let (mut running, pid) = lock.hold([]);

@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::Path;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use lockkit::{
     Backend, FileLock, FileLockManager, Lease, LeaseStatus, Liveness, LockManager, NamedLock, Owner, PidFile,
@@ -206,6 +206,18 @@ pub(crate) fn at(place: &Place, scope: ScopeArgument) -> Result<Sight, Failure> 
     }
 }
 
+/// The state alone, for who asks again and again: asking who holds a name may cost a place in its queue.
+pub(crate) fn state(place: &Place, scope: ScopeArgument) -> Result<State, Failure> {
+    match place {
+        Place::Name(name) => {
+            place::named(name, scope)?;
+            let held = NamedLock::list(scope.into())?.iter().any(|lock| lock.name() == name);
+            Ok(if held { State::Held } else { State::Free })
+        }
+        Place::Path(_) => Ok(at(place, scope)?.state),
+    }
+}
+
 pub(crate) fn named(lock: &NamedLock) -> Result<Sight, Failure> {
     let mut sight = of_named(lock)?;
     // One kept on request in a file is another lock of the same name, looked at when the usual one is free.
@@ -287,11 +299,16 @@ fn is_locked_by_somebody_hidden(path: &Path) -> bool {
     flock(&file, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK)
 }
 
+/// For as long after its last write a pidfile that names nobody counts as held.
+const YOUNG: Duration = Duration::from_secs(2);
+
 pub(crate) fn pidfile(path: &Path) -> Result<Sight, Failure> {
     let (state, owner) = match PidFile::inspect(path)? {
         PidStatus::Absent => (State::Free, None),
         PidStatus::Running(owner) => (State::Held, Some(owner)),
         PidStatus::Stale(owner) => (State::Stale, Some(owner)),
+        // Somebody may be in the middle of writing it.
+        PidStatus::Invalid { age } if age < YOUNG => (State::Held, None),
         PidStatus::Invalid { .. } => (State::Stale, None),
     };
     let mut sight = Sight::of_path(Kind::Pidfile, path, state);

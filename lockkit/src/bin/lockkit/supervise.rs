@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 use lockkit::{CancelToken, FileGuard, LeaseGuard, Loss, NamedGuard, Owner, PidGuard, Recovered, command};
 use nix::sys::signal::{SigSet, Signal as NixSignal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::process::{
@@ -299,14 +300,17 @@ fn program_name(command: &[OsString]) -> String {
 
 /// Waits for the program's end, passes signals on to it, and ends it when its lease is lost.
 fn attend(program: &Child, signals: &Signals, mut loss: Option<&LossPipe>, job: Job<'_>) -> u8 {
+    /// How often those are buried that the program has left behind, and that have ended since.
+    const REAPING: Duration = Duration::from_secs(1);
+    let leads = loss.is_some();
     let mut patience: Option<Instant> = None;
     loop {
         let mut watched = vec![PollFd::new(&program.pidfd, PollFlags::IN), PollFd::new(&signals.read, PollFlags::IN)];
         watched.extend(loss.map(|loss| PollFd::new(&loss.0, PollFlags::IN)));
-        let timeout = patience.map(|until| {
-            let left = until.saturating_duration_since(Instant::now());
-            Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() }
-        });
+        let left = patience.map(|until| until.saturating_duration_since(Instant::now()));
+        let timeout = left
+            .or(leads.then_some(REAPING))
+            .map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() });
         match poll(&mut watched, timeout.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             // Then it can only be waited for.
@@ -323,6 +327,9 @@ fn attend(program: &Child, signals: &Signals, mut loss: Option<&LossPipe>, job: 
         if ready[1] {
             signals.pass_on(&program.pidfd);
         }
+        if leads {
+            bury_others(program.pid);
+        }
         if ready.get(2) == Some(&true) {
             let mut reason = [0; 512];
             let read = loss.take().and_then(|loss| (&loss.0).read(&mut reason).ok()).unwrap_or_default();
@@ -335,6 +342,18 @@ fn attend(program: &Child, signals: &Signals, mut loss: Option<&LossPipe>, job: 
             signal_descendants(Signal::KILL);
             patience = Some(Instant::now() + Duration::from_millis(100));
         }
+    }
+}
+
+/// Takes note of the end of children but `program`.
+fn bury_others(program: Pid) {
+    let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+    while let Ok(Some(ended)) = waitid(Id::All, look).map(|ended| ended.pid()) {
+        // The program has its turn at the end, and then the others.
+        if ended.as_raw() == program.as_raw_nonzero().get() {
+            return;
+        }
+        let _ = waitpid(Pid::from_raw(ended.as_raw()), WaitOptions::NOHANG);
     }
 }
 

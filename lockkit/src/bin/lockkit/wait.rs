@@ -49,14 +49,15 @@ impl WaitFor {
         let mut pause = FIRST;
         loop {
             let begun = Instant::now();
-            let sight = look::at(place, self.scope)?;
+            let state = look::state(place, self.scope)?;
             // Looking at a file reads the descriptors of all processes, and is not to take more than a tenth of the time.
             let looked = begun.elapsed();
-            if sight.state != State::Held {
+            if state != State::Held {
                 return Ok(code::OK);
             }
             let left = until.map_or(Duration::MAX, |until| until.saturating_duration_since(Instant::now()));
             if left.is_zero() {
+                let sight = look::at(place, self.scope)?;
                 let holder = sight.holders.first().map(|holder| format!(" by {}", holder.text())).unwrap_or_default();
                 let message = format!("{} is still held{holder}", self.place);
                 let failure = Failure::new(code::TEMPORARY, message).quiet(self.quiet);
