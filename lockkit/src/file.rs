@@ -143,6 +143,70 @@ impl FileLock {
         &self.0.place.path
     }
 
+    /// The locks on files that somebody holds now, as far as this process may see: those of its own user's processes,
+    /// and of all when it is root's. A file that is deleted meanwhile is not among them, and neither is one that is
+    /// locked by other means than flock(2). By the time it returns it may already be past. Empty outside Linux.
+    ///
+    /// ```
+    /// # #[cfg(target_os = "linux")]
+    /// # fn main() -> lockkit::Result<()> {
+    /// # let path = std::env::temp_dir().join(format!("lockkit-doc-list-{}", std::process::id()));
+    /// use lockkit::FileLock;
+    /// let guard = FileLock::new(&path).lock()?;
+    /// assert!(FileLock::list().iter().any(|lock| lock.path() == path));
+    /// # std::fs::remove_file(path).unwrap();
+    /// # Ok(()) }
+    /// # #[cfg(not(target_os = "linux"))] fn main() {}
+    /// ```
+    pub fn list() -> Vec<Self> {
+        #[cfg(target_os = "linux")]
+        return crate::flocks::paths().into_iter().map(Self::new).collect();
+        #[cfg(not(target_os = "linux"))]
+        Vec::new()
+    }
+
+    /// Who holds the lock now, exclusively or shared: each process with a descriptor that keeps it, or at least the one
+    /// that took it. Empty when nobody does, when nothing tells who (a process of another pid namespace), and outside
+    /// Linux. Takes and opens nothing, so it disturbs nobody; it reads the descriptors of all processes, which takes
+    /// milliseconds.
+    ///
+    /// ```
+    /// # #[cfg(target_os = "linux")]
+    /// # fn main() -> lockkit::Result<()> {
+    /// # let path = std::env::temp_dir().join(format!("lockkit-doc-holders-{}", std::process::id()));
+    /// let lock = lockkit::FileLock::new(&path);
+    /// let guard = lock.lock()?;
+    /// assert_eq!(lock.holders()?[0].pid(), std::process::id());
+    /// # std::fs::remove_file(path).unwrap();
+    /// # Ok(()) }
+    /// # #[cfg(not(target_os = "linux"))] fn main() {}
+    /// ```
+    ///
+    /// # Errors
+    /// [`Io`](ErrorKind::Io) when the file cannot be looked at, except that nobody holds a missing one.
+    pub fn holders(&self) -> Result<Vec<Owner>> {
+        Ok(self.locked()?.0.into_iter().filter_map(Owner::of).collect())
+    }
+
+    /// How many wait in the kernel for the lock now. Who waits with a limit or a token looks again from time to time,
+    /// and is not among them. None outside Linux.
+    ///
+    /// # Errors
+    /// As [`holders`](Self::holders).
+    pub fn waiters(&self) -> Result<u32> {
+        Ok(self.locked()?.1)
+    }
+
+    fn locked(&self) -> Result<(Vec<u32>, u32)> {
+        #[cfg(target_os = "linux")]
+        match crate::flocks::on(self.path()) {
+            Ok(Some(locked)) => return Ok((locked.pids, locked.waiters)),
+            Err(error) if error.kind() != Io::NotFound => return Err(Error::io("look at", self.path(), error)),
+            _ => {}
+        }
+        Ok((Vec::new(), 0))
+    }
+
     /// Takes the lock for this owner alone, waiting as `wait` says.
     ///
     /// An endless wait sleeps in the kernel. One with a limit or a token looks again after pauses that grow from 50

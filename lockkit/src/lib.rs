@@ -34,8 +34,13 @@
 #![warn(missing_docs)]
 #![deny(unsafe_code)]
 
+#[cfg(all(unix, feature = "cli"))]
+#[doc(hidden)]
+pub mod command;
 mod error;
 mod file;
+#[cfg(target_os = "linux")]
+mod flocks;
 pub mod instance;
 pub mod lease;
 mod lines;

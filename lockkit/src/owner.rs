@@ -139,6 +139,12 @@ impl Owner {
         }
     }
 
+    /// With another program's name: of a process that is about to start that program in its place.
+    pub fn with_program(mut self, program: impl Into<String>) -> Self {
+        self.program = Some(program.into());
+        self
+    }
+
     /// Its pid, as a number of its own pid namespace; 0 when that namespace hides it from this process.
     pub fn pid(&self) -> u32 {
         self.pid

@@ -658,6 +658,35 @@ impl PidGuard {
         Ok(())
     }
 
+    /// Writes another process into the file as the one that holds it: for a supervisor that takes the lock for a child.
+    /// The guard stays here, and dropping it releases as before. Should this process die first, then nobody else gets
+    /// in as long as the process lives that the file names.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let path = std::env::temp_dir().join(format!("lockkit-doc-rewrite-for-{}.pid", std::process::id()));
+    /// use lockkit::{Owner, PidFile, PidStatus};
+    /// let mut guard = PidFile::new(&path)?.try_lock()?;
+    /// let mut child = std::process::Command::new("sleep").arg("60").spawn()?;
+    /// guard.rewrite_for(&Owner::of(child.id()).expect("it runs"))?;
+    /// assert!(matches!(PidFile::inspect(&path)?, PidStatus::Running(owner) if owner.pid() == child.id()));
+    /// child.kill()?;
+    /// child.wait()?;
+    /// guard.release()?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`rewrite`](Self::rewrite).
+    pub fn rewrite_for(&mut self, owner: &Owner) -> Result<()> {
+        self.verify()?;
+        let Some(file) = &self.file else { return Err(self.rogue()) };
+        let record = record::write(&Owner { acquired: Some(SystemTime::now()), ..owner.clone() });
+        overwrite(file, &record, self.record.as_bytes()).map_err(|error| Error::io("write", &self.path, error))?;
+        self.record = record;
+        Ok(())
+    }
+
     /// Removes the file, releases, and says what went wrong.
     ///
     /// A process that has given up the rights that it took to make the file cannot remove it. Then it leaves a blank

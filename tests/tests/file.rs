@@ -432,3 +432,20 @@ fn a_full_disk_does_not_matter_to_a_lock_and_a_failed_one_leaves_no_file() {
     assert!(matches!(error.kind(), ErrorKind::Io { action: "create", .. }), "{error}");
     assert_eq!(files, 1);
 }
+
+#[test]
+fn a_locked_file_is_listed_with_its_holders_and_waiters() {
+    let spec = lockkit_tests::Kind::FILE.fresh();
+    let lock = FileLock::new(spec.at());
+    assert_eq!((lock.holders().unwrap().len(), lock.waiters().unwrap()), (0, 0), "nothing is there");
+    let mut holder = Actor::start(&spec);
+    holder.expect("lock", "held");
+    let mut waiter = Actor::start(&spec);
+    waiter.tell_to_wait("lock");
+    assert_eq!(lock.holders().unwrap().iter().map(lockkit::Owner::pid).collect::<Vec<_>>(), [holder.pid()]);
+    assert_eq!(lock.waiters().unwrap(), 1);
+    assert!(FileLock::list().iter().any(|found| found.path() == lock.path()));
+    drop((holder, waiter));
+    assert!(lock.holders().unwrap().is_empty());
+    assert!(!FileLock::list().iter().any(|found| found.path() == lock.path()));
+}

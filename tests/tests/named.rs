@@ -99,6 +99,44 @@ fn waiters_are_served_first_come_first_served() {
 }
 
 #[test]
+fn held_names_are_listed_with_their_waiters() {
+    for (kind, backend) in OWN.into_iter().zip([Backend::Socket, Backend::File]) {
+        let spec = kind.fresh();
+        let listed = || NamedLock::list(Scope::User).unwrap().into_iter().find(|found| found.name() == spec.at());
+        assert!(listed().is_none(), "free");
+        let mut holder = Actor::start(&spec);
+        holder.expect("lock", "held");
+        let mut waiters = [0; 3].map(|_| Actor::start(&spec));
+        waiters.iter_mut().for_each(|waiter| waiter.tell_to_wait("lock"));
+        let found = listed().unwrap();
+        assert_eq!((found.backend(), found.scope()), (backend, Scope::User));
+        assert_eq!(found.owner().unwrap().unwrap().pid(), holder.pid());
+        assert_eq!(found.waiters().unwrap(), 3);
+        drop((holder, waiters));
+        until("nobody holds it", || listed().is_none());
+    }
+}
+
+#[test]
+fn a_supervisor_can_name_its_child_as_the_holder() {
+    for (kind, backend) in OWN.into_iter().zip([Backend::Socket, Backend::File]) {
+        let spec = kind.fresh();
+        let lock = NamedLock::builder(spec.at()).backend(backend).build().unwrap();
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let guard = lock.lock().unwrap();
+        guard.name_holder(&lockkit::Owner::of(child.id()).unwrap().with_program("work"));
+        let owner = lock.owner().unwrap().unwrap();
+        assert_eq!((owner.pid(), owner.program()), (child.id(), Some("work")));
+        drop(guard.descriptor().unwrap());
+        assert!(lock.try_lock().unwrap_err().is_held(), "closing the copy frees nothing");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        guard.release().unwrap();
+        assert!(lock.try_lock().unwrap().recovered().is_none());
+    }
+}
+
+#[test]
 fn variables_of_the_environment_do_not_make_it_another_lock() {
     for kind in OWN {
         let spec = kind.fresh();

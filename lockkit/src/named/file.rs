@@ -55,6 +55,33 @@ impl FolderLock {
         Ok((guard, recovered))
     }
 
+    /// The names of the locks that somebody holds now. Makes nothing.
+    pub(super) fn list(sharing: Sharing) -> Vec<String> {
+        let Some(folder) = folder::path_in(folder::BASE, sharing) else { return Vec::new() };
+        let prefix = match sharing {
+            Sharing::User(_) => "",
+            Sharing::Machine => "lockkit-machine-",
+        };
+        let held = |entry: std::io::Result<std::fs::DirEntry>| {
+            let name = entry.ok()?.file_name().into_string().ok()?;
+            let name = name.strip_prefix(prefix)?.strip_suffix(".lock")?.to_owned();
+            Self::new(&name, sharing).owner().map(|_| name)
+        };
+        std::fs::read_dir(folder).into_iter().flatten().filter_map(held).collect()
+    }
+
+    /// Who waits for it in the kernel.
+    pub(super) fn waiters(&self) -> Result<u32> {
+        match folder::path_in(folder::BASE, self.sharing) {
+            Some(_) => FileLock::own(self.path()?, self.sharing.file_mode()).waiters(),
+            None => Ok(0),
+        }
+    }
+
+    fn path(&self) -> Result<std::path::PathBuf> {
+        Ok(folder::open_in(folder::BASE, self.sharing)?.file(&self.file()))
+    }
+
     pub(super) fn release(&self, guard: FileGuard) -> Result<()> {
         guard.file().wipe();
         step("record wiped");

@@ -133,6 +133,11 @@ pub(crate) fn take(slate: &impl Slate) -> Option<Box<Recovered>> {
     before.map(|before| Box::new(Recovered::new(decode(&before))))
 }
 
+/// Writes down that `owner` holds the lock from now on: a process for which this one has taken it.
+pub(crate) fn name(slate: &impl Slate, owner: &Owner) {
+    slate.write(&encode(owner), now());
+}
+
 /// Who holds the lock, or died holding it, by the record.
 pub(crate) fn holder(slate: &impl Slate) -> Option<Owner> {
     decode(&slate.read()?)
@@ -240,6 +245,10 @@ impl Mark {
 
     pub(crate) fn take(&self) -> Option<Box<Recovered>> {
         self.words().map_or_else(|| take(&self.file), take)
+    }
+
+    pub(crate) fn name(&self, owner: &Owner) {
+        self.words().map_or_else(|| name(&self.file, owner), |words| name(words, owner));
     }
 
     pub(crate) fn holder(&self) -> Option<Owner> {

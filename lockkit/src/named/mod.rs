@@ -4,14 +4,17 @@
 //! locked file in a private folder (`file`, everywhere else, and on request). What a holder that dies leaves for the
 //! next one to find is the same small record for both (`mark`).
 
+#[cfg(target_os = "linux")]
+mod abstracts;
 mod file;
 pub(crate) mod mark;
 #[cfg(target_os = "linux")]
 mod socket;
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::lock::{Guard, Recovered, lock_methods};
 use crate::name;
 use crate::owner::Owner;
@@ -29,6 +32,15 @@ pub enum Scope {
     /// All processes of the machine. Every user can take such a lock, so every user can keep the others waiting: use it
     /// among users that trust each other.
     Machine,
+}
+
+impl Scope {
+    fn sharing(self) -> Sharing {
+        match self {
+            Self::User => Sharing::User(folder::effective_uid()),
+            Self::Machine => Sharing::Machine,
+        }
+    }
 }
 
 /// How a [`NamedLock`] is held. Locks with different backends know nothing of each other: all processes that share a
@@ -113,9 +125,68 @@ impl NamedLock {
         NamedLockBuilder { name, scope: Scope::default(), backend: Backend::default() }
     }
 
+    /// The locks of this user, or of the machine, that somebody holds now, by name, of every backend. By the time it
+    /// returns it may already be past. Takes and makes nothing.
+    ///
+    /// Of the socket backend those of this network namespace, of the file backend those below this process's `/tmp`,
+    /// as far as their holders are known (see [`owner`](Self::owner)).
+    ///
+    /// ```
+    /// use lockkit::{NamedLock, Scope};
+    /// # fn main() -> lockkit::Result<()> {
+    /// let _guard = NamedLock::new("lockkit-doc-list")?.lock()?;
+    /// assert!(NamedLock::list(Scope::User)?.iter().any(|lock| lock.name() == "lockkit-doc-list"));
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Io`](crate::ErrorKind::Io) when the system does not say which sockets there are.
+    pub fn list(scope: Scope) -> Result<Vec<Self>> {
+        let sharing = scope.sharing();
+        #[cfg(target_os = "linux")]
+        let sockets = socket::SocketLock::list(sharing)?;
+        #[cfg(not(target_os = "linux"))]
+        let sockets = Vec::new();
+        let files = file::FolderLock::list(sharing);
+        let sockets = sockets.into_iter().map(|name| (name, Backend::Auto));
+        let mut found: Vec<_> = sockets.chain(files.into_iter().map(|name| (name, Backend::File))).collect();
+        found.sort_by(|one, other| one.0.cmp(&other.0));
+        // Whoever binds a name that breaks the rule holds no lock of ours.
+        let build =
+            |(name, backend): (String, Backend)| Self::builder(&name).scope(scope).backend(backend).build().ok();
+        Ok(found.into_iter().filter_map(build).collect())
+    }
+
     /// The name.
     pub fn name(&self) -> &str {
         &self.0.name
+    }
+
+    /// Who shares the name.
+    pub fn scope(&self) -> Scope {
+        self.0.scope
+    }
+
+    /// How it is held: never [`Backend::Auto`], but what that means here.
+    pub fn backend(&self) -> Backend {
+        match &self.0.engine {
+            #[cfg(target_os = "linux")]
+            Engine::Socket(_) => Backend::Socket,
+            Engine::File(_) => Backend::File,
+        }
+    }
+
+    /// How many wait for the lock now, at most: with the socket backend, who has given up or looked who holds it is
+    /// counted until the next release. With the file backend only those who wait without a limit are.
+    ///
+    /// # Errors
+    /// [`Io`](crate::ErrorKind::Io) when the system does not say.
+    pub fn waiters(&self) -> Result<u32> {
+        match &self.0.engine {
+            #[cfg(target_os = "linux")]
+            Engine::Socket(engine) => engine.waiters(),
+            Engine::File(engine) => engine.waiters(),
+        }
     }
 
     /// Takes the lock, waiting as `wait` says.
@@ -219,10 +290,7 @@ impl NamedLockBuilder<'_> {
     /// [`Unsupported`](crate::ErrorKind::Unsupported) for [`Backend::Socket`] outside Linux.
     pub fn build(self) -> Result<NamedLock> {
         let name = name::checked(self.name)?;
-        let sharing = match self.scope {
-            Scope::User => Sharing::User(folder::effective_uid()),
-            Scope::Machine => Sharing::Machine,
-        };
+        let sharing = self.scope.sharing();
         let engine = match self.backend {
             Backend::File => Engine::File(file::FolderLock::new(name, sharing)),
             #[cfg(target_os = "linux")]
@@ -273,6 +341,43 @@ impl NamedGuard {
     /// users, and may lie.
     pub fn recovered(&self) -> Option<&Recovered> {
         self.recovered.as_deref()
+    }
+
+    /// Writes down another process as the one that holds: for a supervisor that takes the lock for a child, whom
+    /// [`owner`](NamedLock::owner) then names. The guard stays here, and dropping it releases as before.
+    pub fn name_holder(&self, owner: &Owner) {
+        match (&self.named.engine, &self.hold) {
+            #[cfg(target_os = "linux")]
+            (Engine::Socket(engine), _) => engine.name_holder(owner),
+            (Engine::File(_), Some(Hold::File(file))) => mark::name(file.file(), owner),
+            (Engine::File(_), _) => {}
+        }
+    }
+
+    /// Another descriptor of what holds the lock, close-on-exec, which a forked child keeps: nobody else gets the lock
+    /// as long as one is open, also when this process is killed. Close all copies before the guard is released, or the
+    /// lock stays taken: a release cannot close them.
+    ///
+    /// ```
+    /// use lockkit::NamedLock;
+    /// # fn main() -> lockkit::Result<()> {
+    /// let guard = NamedLock::new("lockkit-doc-descriptor")?.lock()?;
+    /// let for_a_child = guard.descriptor()?;
+    /// drop(for_a_child);
+    /// guard.release()?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Io`](crate::ErrorKind::Io) when no descriptor is left.
+    pub fn descriptor(&self) -> Result<OwnedFd> {
+        let copy = match &self.hold {
+            #[cfg(target_os = "linux")]
+            Some(Hold::Socket(socket)) => socket.try_clone(),
+            Some(Hold::File(file)) => file.file().try_clone().map(OwnedFd::from),
+            None => unreachable!("only the release takes it, and ends the guard"),
+        };
+        copy.map_err(|error| Error::io("copy the descriptor of", &self.named.name, error))
     }
 
     fn give_back(&mut self) -> Result<()> {

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
+use super::abstracts;
 use super::mark::Mark;
 use crate::error::{Error, ErrorKind, Result};
 use crate::lock::Recovered;
@@ -53,11 +54,15 @@ enum Attempt {
 }
 
 impl SocketLock {
+    /// The names of the locks that somebody holds now.
+    pub(super) fn list(sharing: Sharing) -> Result<Vec<String>> {
+        let prefix = prefix(sharing);
+        let held = |socket: abstracts::Abstract| Some(socket.name.strip_prefix(&prefix)?.to_owned());
+        Ok(abstracts::all()?.into_iter().filter(|socket| !socket.queued).filter_map(held).collect())
+    }
+
     pub(super) fn new(name: &str, sharing: Sharing) -> Result<Self> {
-        let socket = match sharing {
-            Sharing::User(uid) => format!("lockkit/u{uid}/{name}"),
-            Sharing::Machine => format!("lockkit/machine/{name}"),
-        };
+        let socket = prefix(sharing) + name;
         let address = seqpacket::address(&socket).map_err(|error| Error::io("name", format!("@{socket}"), error))?;
         Ok(Self { name: name.to_owned(), sharing, address, mark: OnceLock::new() })
     }
@@ -201,6 +206,23 @@ impl SocketLock {
         false
     }
 
+    /// Writes down that `owner` holds the lock.
+    pub(super) fn name_holder(&self, owner: &Owner) {
+        if let Some(mark) = self.mark() {
+            mark.name(owner);
+        }
+    }
+
+    /// The connections in the queue of whoever listens at the name.
+    pub(super) fn waiters(&self) -> Result<u32> {
+        let queued = abstracts::all()?.into_iter().filter(|socket| socket.queued && self.is_at(&socket.name)).count();
+        Ok(queued as u32)
+    }
+
+    fn is_at(&self, name: &str) -> bool {
+        self.address.abstract_name() == Some(name.as_bytes())
+    }
+
     fn trusts(&self, uid: u32) -> bool {
         match self.sharing {
             Sharing::User(own) => uid == own || uid == 0,
@@ -250,6 +272,14 @@ impl SocketLock {
 
     fn path(&self) -> String {
         format!("@{}", String::from_utf8_lossy(self.address.abstract_name().unwrap_or_default()))
+    }
+}
+
+/// What stands before the name of a lock in that of its socket.
+fn prefix(sharing: Sharing) -> String {
+    match sharing {
+        Sharing::User(uid) => format!("lockkit/u{uid}/"),
+        Sharing::Machine => "lockkit/machine/".to_owned(),
     }
 }
 

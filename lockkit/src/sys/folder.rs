@@ -89,6 +89,15 @@ pub(crate) fn effective_uid() -> u32 {
     rustix::process::geteuid().as_raw()
 }
 
+/// The folder for `sharing` below `base`, if it is there; for those who only look.
+pub(crate) fn path_in(base: &str, sharing: Sharing) -> Option<PathBuf> {
+    let path = match sharing {
+        Sharing::User(uid) => Path::new(base).join(format!("lockkit-u{uid}")),
+        Sharing::Machine => PathBuf::from(base),
+    };
+    path.is_dir().then_some(path)
+}
+
 /// Opens the folder for `sharing` below `base`, making a user's where it is missing.
 ///
 /// # Errors

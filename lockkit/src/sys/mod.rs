@@ -4,6 +4,7 @@
 //!
 //! | module | mechanism | behind |
 //! |---|---|---|
+//! | `command` | what no crate offers safely | the command `lockkit` |
 //! | [`event`] | an event to wait for beside a descriptor | cancellation |
 //! | [`flock`] | whole-file locks, through `fs2` | file locks |
 //! | [`folder`] | the private folders, at fixed places | named locks |
@@ -21,6 +22,8 @@
 
 #![allow(unsafe_code)]
 
+#[cfg(all(unix, feature = "cli"))]
+pub(crate) mod command;
 pub(crate) mod event;
 pub(crate) mod flock;
 pub(crate) mod folder;

@@ -129,6 +129,14 @@ pub(crate) fn started_at(start: u64) -> Option<SystemTime> {
 
 /// The program that `pid` runs, for people: its file's name, or what the system calls it.
 pub(crate) fn program(pid: u32) -> Option<String> {
+    // The link alone tells, at a tenth of what sysinfo reads to get there.
+    #[cfg(target_os = "linux")]
+    if let Ok(file) = fs::read_link(format!("/proc/{pid}/exe"))
+        && let Some(name) = file.file_name()
+    {
+        let name = name.to_string_lossy();
+        return Some(name.strip_suffix(" (deleted)").unwrap_or(&name).to_owned());
+    }
     look(pid, ProcessRefreshKind::nothing().with_exe(UpdateKind::Always), |process| {
         let file = process.exe().and_then(Path::file_name).filter(|name| !name.is_empty());
         file.unwrap_or(process.name()).to_string_lossy().into_owned()

@@ -1,0 +1,25 @@
+//! `lockkit completions`: scripts that complete its arguments.
+
+use std::io::Write;
+
+use clap::CommandFactory;
+use clap_complete::Shell;
+
+use crate::failure::{Failure, Outcome, code};
+
+/// Print a script that completes lockkit's arguments in a shell.
+#[derive(clap::Args)]
+#[command(after_help = "Example: lockkit completions bash > ~/.local/share/bash-completion/completions/lockkit")]
+pub(crate) struct Completions {
+    /// The shell.
+    shell: Shell,
+}
+
+impl Completions {
+    pub(crate) fn carry_out(self) -> Outcome {
+        let mut script = Vec::new();
+        clap_complete::generate(self.shell, &mut crate::Cli::command(), "lockkit", &mut script);
+        std::io::stdout().write_all(&script).map_err(|error| Failure::io("write the script", error))?;
+        Ok(code::OK)
+    }
+}

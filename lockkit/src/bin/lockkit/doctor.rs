@@ -1,0 +1,491 @@
+//! `lockkit doctor`: can this file system be trusted with locks?
+//!
+//! It does not go by the name of the file system, but tries: in a folder of its own below the one that it is asked
+//! about, with a second process that it forks and kills. What it cannot try, other hosts, it tells from the kind.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime};
+
+use lockkit::{LockManager, ShmLockManager, Wait};
+use rustix::fs::{AtFlags, CWD, FlockOperation, OFlags, flock, linkat, statfs};
+use rustix::io::{Errno, retry_on_intr};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
+use serde::Serialize;
+
+use crate::failure::{Failure, Outcome, code};
+use crate::look;
+use crate::paint::{BAD, GOOD, ODD, TITLE, paint};
+
+/// Find out whether the file system of a folder can be trusted with locks, and with which.
+///
+/// It tries, with two processes: whether flock excludes, whether a kill releases, whether links and renames are
+/// indivisible, how fine the clock of the files is, and whether tables of locks work there. The exit code is 0 when
+/// every kind of lock can be used, 1 when some cannot, and 2 when none on files can.
+#[derive(clap::Args)]
+#[command(after_help = "Example: lockkit doctor /srv/shared")]
+pub(crate) struct Doctor {
+    /// The folder. Something is made in it for a moment.
+    #[arg(value_name = "DIR")]
+    folder: PathBuf,
+    /// Write JSON: {"version":1,"folder":…,"filesystem":{…},"checks":[…],"advice":[…]}, as docs/CLI.md has it.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Report {
+    version: u32,
+    folder: PathBuf,
+    filesystem: FileSystem,
+    checks: Vec<Check>,
+    advice: Vec<Advice>,
+}
+
+#[derive(Clone, Copy, Serialize)]
+struct FileSystem {
+    kind: &'static str,
+    /// The number that statfs(2) gives.
+    magic: u64,
+    place: Reach,
+}
+
+/// Who else may use the same files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Reach {
+    /// This kernel alone.
+    Local,
+    /// This kernel alone, and nothing of it outlives a restart.
+    Memory,
+    /// Other hosts.
+    Network,
+    /// What it is in truth is known to a program outside the kernel, or to another kernel.
+    Foreign,
+}
+
+#[derive(Serialize)]
+struct Check {
+    name: &'static str,
+    passed: bool,
+    detail: String,
+}
+
+#[derive(Serialize)]
+struct Advice {
+    /// The kind of lock.
+    lock: &'static str,
+    usable: bool,
+    reason: String,
+}
+
+/// What statfs(2) calls the kinds.
+const KINDS: [(u64, &str, Reach); 25] = [
+    (0x6969, "nfs", Reach::Network),
+    (0x517b, "smb", Reach::Network),
+    (0xff53_4d42, "cifs", Reach::Network),
+    (0xfe53_4d42, "smb2", Reach::Network),
+    (0x5346_414f, "afs", Reach::Network),
+    (0x00c3_6400, "ceph", Reach::Network),
+    (0x0bd0_0bd0, "lustre", Reach::Network),
+    (0x4750_4653, "gpfs", Reach::Network),
+    (0x0116_1970, "gfs2", Reach::Network),
+    (0x7461_636f, "ocfs2", Reach::Network),
+    (0x0102_1997, "9p", Reach::Foreign),
+    (0x6573_5546, "fuse", Reach::Foreign),
+    (0x786f_4256, "vboxsf", Reach::Foreign),
+    (0x794c_7630, "overlay", Reach::Local),
+    (0x0102_1994, "tmpfs", Reach::Memory),
+    (0x8584_58f6, "ramfs", Reach::Memory),
+    (0xef53, "ext4", Reach::Local),
+    (0x5846_5342, "xfs", Reach::Local),
+    (0x9123_683e, "btrfs", Reach::Local),
+    (0xf2f5_2010, "f2fs", Reach::Local),
+    (0x2fc1_2fc1, "zfs", Reach::Local),
+    (0xca45_1a4e, "bcachefs", Reach::Local),
+    (0x4d44, "vfat", Reach::Local),
+    (0x2011_bab0, "exfat", Reach::Local),
+    (0x7366_746e, "ntfs3", Reach::Local),
+];
+
+impl Doctor {
+    pub(crate) fn carry_out(self) -> Outcome {
+        let folder = self.folder.canonicalize().map_err(|error| {
+            Failure::io(format!("look at {}", self.folder.display()), error).example("lockkit doctor /srv/shared")
+        })?;
+        let filesystem = FileSystem::of(&folder)?;
+        let bench = Bench::new(&folder)?;
+        let checks = bench.checks();
+        drop(bench);
+        let advice = advise(filesystem, &checks);
+        let report = Report { version: look::VERSION, folder, filesystem, checks, advice };
+        match self.json {
+            true => look::json(&report)?,
+            false => report.show()?,
+        }
+        let unusable = report.advice.iter().filter(|lock| !lock.usable).count();
+        Ok(match unusable {
+            0 => code::OK,
+            // All but the one that needs no files.
+            all if all + 1 == report.advice.len() => 2,
+            _ => 1,
+        })
+    }
+}
+
+impl FileSystem {
+    fn of(folder: &Path) -> Result<Self, Failure> {
+        let found = statfs(folder).map_err(|error| Failure::io(format!("look at {}", folder.display()), error))?;
+        // Some numbers have their highest bit set, and a sign where the type has one.
+        let magic = u64::from(found.f_type as u32);
+        let known = KINDS.iter().find(|(number, ..)| *number == magic);
+        let (kind, place) = known.map_or(("unknown", Reach::Foreign), |(_, kind, place)| (*kind, *place));
+        Ok(Self { kind, magic, place })
+    }
+}
+
+/// A folder to try things in, which goes at the end.
+struct Bench(PathBuf);
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+const FLOCK: &str = "flock excludes another process";
+const SHARED: &str = "shared flocks go together";
+const KILL: &str = "a killed process lets go";
+const LINK: &str = "one of two processes wins a link";
+const RENAME: &str = "a rename is never seen half done";
+const NAMELESS: &str = "a file can be complete before it has a name";
+const CLOCK: &str = "the clock of files";
+const TABLE: &str = "locks in shared memory exclude another process";
+
+/// What a check found, or why it did not pass.
+type Found = Result<String, String>;
+
+/// A check.
+type Try = fn(&Bench) -> Found;
+
+/// For how long a second process may take over what ought to be at once.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How often two processes race.
+const ROUNDS: u32 = 200;
+
+fn told(error: impl Into<io::Error>) -> String {
+    error.into().to_string()
+}
+
+/// A second process, which is killed at the end.
+struct Second(Pid);
+
+impl Second {
+    /// Starts it, and returns once it has said that it is ready.
+    fn start(work: impl FnOnce(&mut io::PipeWriter) -> io::Result<()>) -> Result<Self, String> {
+        let (mut ready, mut word) = io::pipe().map_err(told)?;
+        match lockkit::command::fork().map_err(told)? {
+            None => {
+                drop(ready);
+                let done = work(&mut word).is_ok();
+                std::process::exit(i32::from(!done))
+            }
+            Some(pid) => {
+                drop(word);
+                let second = Self(pid);
+                match ready.read_exact(&mut [0]) {
+                    Ok(()) => Ok(second),
+                    Err(_) => Err("the second process could not do its part".to_owned()),
+                }
+            }
+        }
+    }
+
+    fn ends_well(self) -> bool {
+        let ended = retry_on_intr(|| waitpid(Some(self.0), WaitOptions::empty()));
+        std::mem::forget(self);
+        ended.is_ok_and(|ended| ended.is_some_and(|(_, status)| status.exit_status() == Some(0)))
+    }
+}
+
+impl Drop for Second {
+    fn drop(&mut self) {
+        let _ = kill_process(self.0, Signal::KILL);
+        let _ = retry_on_intr(|| waitpid(Some(self.0), WaitOptions::empty()));
+    }
+}
+
+/// Stays until it is killed.
+fn stay() -> io::Result<()> {
+    std::thread::sleep(PATIENCE * 4);
+    Ok(())
+}
+
+impl Bench {
+    fn new(folder: &Path) -> Result<Self, Failure> {
+        let path = folder.join(format!(".lockkit-doctor-{}", std::process::id()));
+        let made = fs::DirBuilder::new().mode(0o700).create(&path);
+        made.map_err(|error| Failure::io(format!("make anything in {}", folder.display()), error))?;
+        Ok(Self(path))
+    }
+
+    fn checks(&self) -> Vec<Check> {
+        let all: [(&'static str, Try); 8] = [
+            (FLOCK, Self::flock),
+            (SHARED, Self::shared),
+            (KILL, Self::kill),
+            (LINK, Self::link),
+            (RENAME, Self::rename),
+            (NAMELESS, Self::nameless),
+            (CLOCK, Self::clock),
+            (TABLE, Self::table),
+        ];
+        all.into_iter()
+            .map(|(name, check)| match check(self) {
+                Ok(detail) => Check { name, passed: true, detail },
+                Err(detail) => Check { name, passed: false, detail },
+            })
+            .collect()
+    }
+
+    fn open(&self, name: &str) -> io::Result<File> {
+        File::options().read(true).write(true).create(true).truncate(false).open(self.0.join(name))
+    }
+
+    /// A second process that has `name` flocked.
+    fn holder(&self, name: &str, operation: FlockOperation) -> Result<Second, String> {
+        Second::start(|word| {
+            let file = self.open(name)?;
+            flock(&file, operation)?;
+            word.write_all(b"!")?;
+            stay()
+        })
+    }
+
+    fn flock(&self) -> Found {
+        let _second = self.holder("flock", FlockOperation::NonBlockingLockExclusive)?;
+        let file = self.open("flock").map_err(told)?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => Ok("it was kept out".to_owned()),
+            Err(error) => Err(told(error)),
+            Ok(()) => Err("both had the lock at once".to_owned()),
+        }
+    }
+
+    fn shared(&self) -> Found {
+        let _second = self.holder("shared", FlockOperation::NonBlockingLockShared)?;
+        let file = self.open("shared").map_err(told)?;
+        flock(&file, FlockOperation::NonBlockingLockShared).map_err(told)?;
+        match flock(&self.open("shared").map_err(told)?, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => Ok("and keep an exclusive one out".to_owned()),
+            Err(error) => Err(told(error)),
+            Ok(()) => Err("they do not keep an exclusive one out".to_owned()),
+        }
+    }
+
+    fn kill(&self) -> Found {
+        let second = self.holder("kill", FlockOperation::NonBlockingLockExclusive)?;
+        let file = self.open("kill").map_err(told)?;
+        let begun = Instant::now();
+        kill_process(second.0, Signal::KILL).map_err(told)?;
+        loop {
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(format!("after {} µs", begun.elapsed().as_micros())),
+                Err(Errno::WOULDBLOCK) if begun.elapsed() < PATIENCE => {
+                    std::thread::sleep(Duration::from_micros(100));
+                }
+                Err(Errno::WOULDBLOCK) => return Err("its lock was still there after 5 s".to_owned()),
+                Err(error) => return Err(told(error)),
+            }
+        }
+    }
+
+    fn link(&self) -> Found {
+        let wins = |own: &Path| -> io::Result<u32> {
+            fs::write(own, "")?;
+            let mut won = 0;
+            for round in 0..ROUNDS {
+                match fs::hard_link(own, self.0.join(format!("link-{round}"))) {
+                    Ok(()) => won += 1,
+                    Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            Ok(won)
+        };
+        let second = Second::start(|word| {
+            word.write_all(b"!")?;
+            let won = wins(&self.0.join("second"))?;
+            fs::write(self.0.join("won"), won.to_string())
+        })?;
+        let won = wins(&self.0.join("first")).map_err(told)?;
+        if !second.ends_well() {
+            return Err("the second process could not link".to_owned());
+        }
+        let others: u32 =
+            fs::read_to_string(self.0.join("won")).ok().and_then(|won| won.parse().ok()).unwrap_or_default();
+        match won + others == ROUNDS {
+            true => Ok(format!("{ROUNDS} times out of {ROUNDS}")),
+            false => Err(format!("in {ROUNDS} rounds there were {} winners", won + others)),
+        }
+    }
+
+    fn rename(&self) -> Found {
+        const TEXT: &str = "whole";
+        let target = self.0.join("target");
+        fs::write(&target, TEXT).map_err(told)?;
+        let second = Second::start(|word| {
+            word.write_all(b"!")?;
+            for _ in 0..ROUNDS {
+                let fresh = self.0.join("fresh");
+                fs::write(&fresh, TEXT)?;
+                fs::rename(&fresh, &target)?;
+            }
+            Ok(())
+        })?;
+        for _ in 0..ROUNDS {
+            match fs::read_to_string(&target) {
+                Ok(text) if text == TEXT => {}
+                Ok(_) => return Err("a reader saw half a file".to_owned()),
+                Err(error) => return Err(format!("a reader saw no file: {error}")),
+            }
+        }
+        match second.ends_well() {
+            true => Ok(format!("{ROUNDS} times out of {ROUNDS}")),
+            false => Err("the second process could not rename".to_owned()),
+        }
+    }
+
+    fn nameless(&self) -> Found {
+        let mut options = File::options();
+        let made = options.write(true).custom_flags(OFlags::TMPFILE.bits() as i32).open(&self.0).map_err(told)?;
+        let own = format!("/proc/self/fd/{}", made.as_raw_fd());
+        linkat(CWD, own, CWD, self.0.join("named"), AtFlags::SYMLINK_FOLLOW).map_err(told)?;
+        Ok("by O_TMPFILE and linkat".to_owned())
+    }
+
+    fn clock(&self) -> Found {
+        let file = self.open("clock").map_err(told)?;
+        let begun = Instant::now();
+        let (mut last, mut finest) = (None, Duration::MAX);
+        while begun.elapsed() < Duration::from_millis(60) {
+            (&file).write_all(b".").map_err(told)?;
+            let written = file.metadata().and_then(|found| found.modified()).map_err(told)?;
+            let step = last.replace(written).and_then(|last| written.duration_since(last).ok());
+            finest = step.filter(|step| !step.is_zero()).map_or(finest, |step| step.min(finest));
+        }
+        let ahead = last.map(|written| match written.duration_since(SystemTime::now()) {
+            Ok(ahead) => (ahead, "ahead of"),
+            Err(behind) => (behind.duration(), "behind"),
+        });
+        let offset = match ahead {
+            Some((apart, side)) if apart > Duration::from_millis(100) => {
+                format!("; it is {} ms {side} this machine's", apart.as_millis())
+            }
+            _ => String::new(),
+        };
+        match finest {
+            Duration::MAX => Ok(format!("steps of more than 60 ms{offset}")),
+            finest if finest < Duration::from_micros(10) => Ok(format!("steps of {} ns{offset}", finest.as_nanos())),
+            finest => Ok(format!("steps of {} µs{offset}", finest.as_micros())),
+        }
+    }
+
+    fn table(&self) -> Found {
+        let path = self.0.join("table");
+        let said = |error: lockkit::Error| Failure::from(error).message().to_owned();
+        let table = ShmLockManager::create(&path, 64).map_err(said)?;
+        let lock = table.allocate().map_err(said)?;
+        let second = Second::start(|word| {
+            let lock = ShmLockManager::open(&path).and_then(|table| table.retrieve(lock.id()));
+            let _guard = lock.and_then(|lock| lock.try_lock())?;
+            word.write_all(b"!")?;
+            stay()
+        })?;
+        match lock.try_lock() {
+            Err(error) if error.is_held() => {}
+            Err(error) => return Err(said(error)),
+            Ok(_) => return Err("both had the lock at once".to_owned()),
+        }
+        drop(second);
+        let guard = lock.acquire(&Wait::at_most(PATIENCE)).map_err(said)?;
+        match guard.recovered() {
+            Some(_) => Ok("and a killed one's is handed on".to_owned()),
+            None => Err("the death of its holder went unnoticed".to_owned()),
+        }
+    }
+}
+
+const NAMED: &str = "named lock";
+
+fn advise(filesystem: FileSystem, checks: &[Check]) -> Vec<Advice> {
+    let failed = |needed: &[&str]| checks.iter().find(|check| !check.passed && needed.contains(&check.name));
+    let kind = filesystem.kind;
+    let advice = |lock, needed: &[&str], good: &str, elsewhere: Option<&str>| match (failed(needed), elsewhere) {
+        (Some(check), _) => {
+            Advice { lock, usable: false, reason: format!("not so: {} ({})", check.name, check.detail) }
+        }
+        (None, Some(why)) => Advice { lock, usable: false, reason: why.to_owned() },
+        (None, None) => Advice { lock, usable: true, reason: good.to_owned() },
+    };
+    let foreign = format!("{kind} decides outside this kernel what a lock is, and may keep it on this host only");
+    let beyond = (filesystem.place == Reach::Foreign).then_some(foreign.as_str());
+    let other_hosts = matches!(filesystem.place, Reach::Network | Reach::Foreign);
+    let one_machine = other_hosts.then_some("other hosts may have the file, too, and do not share this memory");
+    let pids = other_hosts.then_some("a pid means nothing on another host: use a folder of this machine, such as /run");
+    let file_good = match filesystem.place {
+        Reach::Network => {
+            "flock works here; that it reaches other hosts, try with lockkit doctor's two processes there"
+        }
+        _ => "flock excludes and is released by a kill",
+    };
+    let lease_good = match filesystem.place {
+        Reach::Network => "what is held runs out by itself, also when a host is gone; give its token to what it guards",
+        Reach::Memory => "flock works here, but a restart forgets its tokens: keep it on a disk if they must grow",
+        _ => "each step is whole, and what is held runs out by itself",
+    };
+    vec![
+        Advice {
+            lock: NAMED,
+            usable: true,
+            reason: "it needs no folder at all: the kernel of this machine keeps it".to_owned(),
+        },
+        advice("file lock", &[FLOCK, SHARED, KILL], file_good, beyond),
+        advice("pidfile", &[FLOCK, KILL], "flock and the identity of the owner both hold", pids),
+        advice("lease", &[FLOCK, KILL], lease_good, beyond),
+        advice("table in shared memory", &[TABLE, NAMELESS], "locks of it take nanoseconds", one_machine),
+        advice("table in a folder", &[FLOCK, KILL], "flock excludes and is released by a kill", one_machine),
+    ]
+}
+
+impl Report {
+    fn show(&self) -> Result<(), Failure> {
+        look::say(|out| {
+            let FileSystem { kind, magic, place } = self.filesystem;
+            let reach = match place {
+                Reach::Local => "of this machine",
+                Reach::Memory => "in memory",
+                Reach::Network => "that other hosts may share",
+                Reach::Foreign => "that a program or a kernel outside this one answers for",
+            };
+            writeln!(
+                out,
+                "{} is on {} ({magic:#x}), a file system {reach}.",
+                self.folder.display(),
+                paint(TITLE, kind)
+            )?;
+            for check in &self.checks {
+                let mark = if check.passed { paint(GOOD, "yes") } else { paint(BAD, "no ") };
+                writeln!(out, "  {mark}  {}: {}", check.name, check.detail)?;
+            }
+            writeln!(out, "{}", paint(TITLE, "What to use here:"))?;
+            self.advice.iter().try_for_each(|advice| {
+                let mark = if advice.usable { paint(GOOD, "yes") } else { paint(ODD, "no ") };
+                writeln!(out, "  {mark}  {}: {}", advice.lock, advice.reason)
+            })
+        })
+    }
+}

@@ -1,0 +1,464 @@
+//! `lockkit flock`, and `lockkit` called under the name `flock`: a drop-in for util-linux's [flock(1)].
+//!
+//! Its options, exit codes and messages are flock(1)'s, so clap has no part in this: arguments are read as
+//! getopt_long(3) does, and files are opened and locked as flock(1) does, without what lockkit's own locks add. The
+//! descriptor is inherited by the command, unless `--close` says otherwise.
+//!
+//! [flock(1)]: https://man7.org/linux/man-pages/man1/flock.1.html
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::{Command, ExitCode};
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FlockOperation, OFlags, flock};
+use rustix::io::Errno;
+
+use crate::failure::{code, note};
+
+/// What flock(1) exits with when it did not get the lock.
+const CONFLICT: u8 = 1;
+
+/// The names of a program: as getopt(3) has it, and without the folder, as messages have it.
+struct Name<'n> {
+    full: &'n OsStr,
+    short: String,
+}
+
+/// An exit code with nothing more to say.
+struct End(u8);
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Shared,
+    Exclusive,
+    Unlock,
+}
+
+struct Options {
+    kind: Kind,
+    block: bool,
+    limit: Option<Duration>,
+    conflict: u8,
+    close: bool,
+    fork: bool,
+    verbose: bool,
+}
+
+/// The long options, with the short ones that they stand for; `v` stands for itself.
+const LONG: [(&str, char); 12] = [
+    ("shared", 's'),
+    ("exclusive", 'x'),
+    ("unlock", 'u'),
+    ("nonblocking", 'n'),
+    ("nb", 'n'),
+    ("timeout", 'w'),
+    ("wait", 'w'),
+    ("conflict-exit-code", 'E'),
+    ("close", 'o'),
+    ("no-fork", 'F'),
+    ("verbose", 'v'),
+    ("help", 'h'),
+];
+const VERSION: (&str, char) = ("version", 'V');
+const SHORT: &str = "sexnoFuwEhV";
+const WITH_VALUE: &str = "wE";
+
+/// What it does with the arguments behind its name.
+pub(crate) fn main(called: &OsStr, arguments: Vec<OsString>) -> ExitCode {
+    lockkit::command::end_at_a_closed_pipe();
+    let short = Path::new(called).file_name().unwrap_or(called).to_string_lossy().into_owned();
+    match (Name { full: called, short }).run(arguments) {
+        Ok(code) | Err(End(code)) => ExitCode::from(code),
+    }
+}
+
+impl Name<'_> {
+    fn run(&self, arguments: Vec<OsString>) -> Result<u8, End> {
+        if arguments.is_empty() {
+            self.warn("not enough arguments");
+            return Err(self.try_help());
+        }
+        let (options, rest) = self.options(arguments)?;
+        let (mut file, path, command) = match rest.as_slice() {
+            [] => return Err(self.fail(code::USAGE, "requires file descriptor, file or directory")),
+            [number] => {
+                let number = self.number(number, "bad file descriptor")?;
+                let file = lockkit::command::inherited(number)
+                    .map_err(|error| self.fail(code::DATA, &format!("{number}: {}", text(&error))))?;
+                (file, None, Vec::new())
+            }
+            [path, command @ ..] => (self.open(path)?, Some(path), self.command(command)?),
+        };
+        let begun = Instant::now();
+        let given = rest.first().map(|given| given.to_string_lossy()).unwrap_or_default();
+        if let Err(error) = self.lock(&file, &options)? {
+            // NFS locks by fcntl(2), which wants an exclusively locked file to be open for writing.
+            let writable = match path {
+                Some(path) if options.kind == Kind::Exclusive && matches!(error, Errno::IO | Errno::BADF) => {
+                    OpenOptions::new().read(true).write(true).open(path).ok()
+                }
+                _ => None,
+            };
+            let again = match writable {
+                Some(writable) => {
+                    file = writable;
+                    self.lock(&file, &options)?
+                }
+                None => Err(error),
+            };
+            if let Err(error) = again {
+                let code = if matches!(error, Errno::NOLCK | Errno::NOMEM) { code::OS } else { code::DATA };
+                return Err(self.fail(code, &format!("{given}: {}", text_of(error))));
+            }
+        }
+        if options.verbose {
+            let took = begun.elapsed();
+            let took = format!("{}.{:06} seconds", took.as_secs(), took.subsec_micros());
+            self.say(&format!("{}: getting lock took {took}\n", self.short));
+        }
+        match command.split_first() {
+            Some((program, arguments)) => self.execute(&file, program, arguments, &options),
+            None => Ok(code::OK),
+        }
+    }
+
+    /// Reads the options as getopt_long(3) does that stops at the first argument that is none.
+    fn options(&self, arguments: Vec<OsString>) -> Result<(Options, Vec<OsString>), End> {
+        let mut options = Options {
+            kind: Kind::Exclusive,
+            block: true,
+            limit: None,
+            conflict: CONFLICT,
+            close: false,
+            fork: true,
+            verbose: false,
+        };
+        let mut arguments = arguments.into_iter().peekable();
+        while let Some(argument) = arguments.next_if(|next| next.as_bytes().starts_with(b"-") && next.len() > 1) {
+            if argument == "--" {
+                break;
+            }
+            if let Some(long) = argument.as_bytes().strip_prefix(b"--") {
+                self.long(long, &mut options, &mut arguments)?;
+                continue;
+            }
+            let mut letters = argument.as_bytes()[1..].iter();
+            while let Some(&letter) = letters.next() {
+                let option = char::from(letter);
+                if option == '?' {
+                    return Err(self.try_help());
+                }
+                if !SHORT.contains(option) {
+                    let shown = String::from_utf8_lossy(&[letter]).into_owned();
+                    return Err(self.misused(&format!("invalid option -- '{shown}'")));
+                }
+                let value = match (WITH_VALUE.contains(option), letters.as_slice()) {
+                    (false, _) => None,
+                    (true, []) => match arguments.next() {
+                        Some(value) => Some(value),
+                        None => return Err(self.misused(&format!("option requires an argument -- '{option}'"))),
+                    },
+                    (true, rest) => {
+                        let value = OsStr::from_bytes(rest).to_owned();
+                        letters = [].iter();
+                        Some(value)
+                    }
+                };
+                self.set(option, value.as_deref(), &mut options)?;
+            }
+        }
+        if options.close && !options.fork {
+            return Err(self.fail(code::USAGE, "the --no-fork and --close options are incompatible"));
+        }
+        Ok((options, arguments.collect()))
+    }
+
+    fn long(&self, given: &[u8], options: &mut Options, rest: &mut impl Iterator<Item = OsString>) -> Result<(), End> {
+        let (name, value) = match given.iter().position(|byte| *byte == b'=') {
+            Some(at) => (&given[..at], Some(OsStr::from_bytes(&given[at + 1..]).to_owned())),
+            None => (given, None),
+        };
+        let name = String::from_utf8_lossy(name).into_owned();
+        let all = || LONG.into_iter().chain([VERSION]);
+        let begins: Vec<_> = all().filter(|(long, _)| long.starts_with(&name)).collect();
+        let exact = begins.iter().find(|(long, _)| *long == name).copied();
+        let (long, option) = match (exact, begins.as_slice()) {
+            (Some(exact), _) => exact,
+            (None, []) => {
+                return Err(self.misused(&format!("unrecognized option '--{}'", String::from_utf8_lossy(given))));
+            }
+            // Two names of one option are not ambiguous.
+            (None, [first, others @ ..]) if others.iter().all(|other| other.1 == first.1) => *first,
+            (None, several) => {
+                let names: Vec<_> = several.iter().map(|(long, _)| format!("'--{long}'")).collect();
+                let given = String::from_utf8_lossy(given);
+                return Err(
+                    self.misused(&format!("option '--{given}' is ambiguous; possibilities: {}", names.join(" ")))
+                );
+            }
+        };
+        let value = match (WITH_VALUE.contains(option), value) {
+            (false, Some(_)) => return Err(self.misused(&format!("option '--{long}' doesn't allow an argument"))),
+            (true, None) => match rest.next() {
+                Some(value) => Some(value),
+                None => return Err(self.misused(&format!("option '--{long}' requires an argument"))),
+            },
+            (_, value) => value,
+        };
+        self.set(option, value.as_deref(), options)
+    }
+
+    fn set(&self, option: char, value: Option<&OsStr>, options: &mut Options) -> Result<(), End> {
+        let value = value.unwrap_or_default();
+        match option {
+            's' => options.kind = Kind::Shared,
+            'e' | 'x' => options.kind = Kind::Exclusive,
+            'u' => options.kind = Kind::Unlock,
+            'o' => options.close = true,
+            'F' => options.fork = false,
+            'n' => options.block = false,
+            'v' => options.verbose = true,
+            'w' => {
+                let seconds = value.to_str().and_then(|text| text.trim_ascii_start().parse::<f64>().ok());
+                let Some(seconds) = seconds else {
+                    let text = format!("invalid timeout value: '{}'", value.to_string_lossy());
+                    return Err(self.fail(code::USAGE, &text));
+                };
+                // What the kernel's timer has no room for.
+                let limit =
+                    Duration::try_from_secs_f64(seconds).ok().filter(|limit| i64::try_from(limit.as_secs()).is_ok());
+                let Some(limit) = limit else {
+                    return Err(self.fail(code::OS, "cannot set up timer: Invalid argument"));
+                };
+                options.limit = Some(limit);
+            }
+            'E' => match self.number(value, "invalid exit code")?.try_into() {
+                Ok(conflict) => options.conflict = conflict,
+                Err(_) => return Err(self.fail(code::USAGE, "exit code out of range (expected 0 to 255)")),
+            },
+            'V' => {
+                self.say(&format!("{} from lockkit {}\n", self.short, env!("CARGO_PKG_VERSION")));
+                return Err(End(code::OK));
+            }
+            _ => {
+                self.say(&help(&self.short));
+                return Err(End(code::OK));
+            }
+        }
+        Ok(())
+    }
+
+    /// As strtol(3) reads it, to the end.
+    fn number(&self, text: &OsStr, what: &str) -> Result<i32, End> {
+        let shown = text.to_string_lossy();
+        let digits = shown.trim_ascii_start();
+        let unsigned = digits.strip_prefix(['+', '-']).unwrap_or(digits);
+        let is_number = !unsigned.is_empty() && unsigned.bytes().all(|byte| byte.is_ascii_digit());
+        match digits.parse() {
+            Ok(number) if is_number => Ok(number),
+            _ if is_number => Err(self.fail(code::USAGE, &format!("{what}: '{shown}': {}", text_of(Errno::RANGE)))),
+            _ => Err(self.fail(code::USAGE, &format!("{what}: '{shown}'"))),
+        }
+    }
+
+    /// Opens the file or folder, or makes the file, as anybody may whom the umask lets.
+    fn open(&self, path: &OsStr) -> Result<File, End> {
+        let open = |flags: OFlags, create: bool| {
+            let mut options = OpenOptions::new();
+            // Made with read access only, for which `create` of the standard library has no word.
+            let flags = if create { flags | OFlags::CREATE } else { flags };
+            options.read(true).mode(0o666).custom_flags((flags | OFlags::NOCTTY).bits() as i32).open(path)
+        };
+        let opened = match open(OFlags::empty(), true) {
+            // A folder cannot be opened with O_CREAT.
+            Err(error) if error.kind() == io::ErrorKind::IsADirectory => open(OFlags::empty(), false),
+            opened => opened,
+        };
+        opened.map_err(|error| {
+            let code = match Errno::from_io_error(&error) {
+                Some(Errno::NOMEM | Errno::MFILE | Errno::NFILE) => code::OS,
+                Some(Errno::ROFS | Errno::NOSPC) => code::CANNOT_CREATE,
+                _ => code::NO_INPUT,
+            };
+            self.fail(code, &format!("cannot open lock file {}: {}", path.to_string_lossy(), text(&error)))
+        })
+    }
+
+    /// The command that the arguments behind the file are.
+    fn command(&self, given: &[OsString]) -> Result<Vec<OsString>, End> {
+        match given {
+            [option, command @ ..] if option == "-c" || option == "--command" => {
+                let [command] = command else {
+                    let option = option.to_string_lossy();
+                    return Err(self.fail(code::USAGE, &format!("{option} requires exactly one command argument")));
+                };
+                let shell = std::env::var_os("SHELL").filter(|shell| !shell.is_empty());
+                Ok(vec![shell.unwrap_or_else(|| "/bin/sh".into()), "-c".into(), command.clone()])
+            }
+            command => Ok(command.to_vec()),
+        }
+    }
+
+    /// Takes the lock; the inner error is the system's.
+    fn lock(&self, file: &File, options: &Options) -> Result<Result<(), Errno>, End> {
+        // No time to wait is not to wait, for a timer of no time would never ring.
+        let waits = options.block && options.limit != Some(Duration::ZERO);
+        let limit = options.limit.filter(|_| waits);
+        let tried = match (options.kind, waits, limit) {
+            (Kind::Unlock, ..) => flock(file, FlockOperation::Unlock),
+            (kind, false, _) => flock(file, kind.at_once()),
+            (kind, true, None) => wait(file, kind),
+            (kind, true, Some(limit)) => match flock(file, kind.at_once()) {
+                Err(Errno::WOULDBLOCK) => match self.wait_for(file, kind, limit) {
+                    Some(waited) => waited,
+                    None => {
+                        if options.verbose {
+                            self.warn("timeout while waiting to get lock");
+                        }
+                        return Err(End(options.conflict));
+                    }
+                },
+                tried => tried,
+            },
+        };
+        if tried == Err(Errno::WOULDBLOCK) {
+            if options.verbose {
+                self.warn("failed to get lock");
+            }
+            return Err(End(options.conflict));
+        }
+        Ok(tried)
+    }
+
+    /// Waits in the kernel, on a thread that is left behind when the time is over: this process ends then.
+    fn wait_for(&self, file: &File, kind: Kind, limit: Duration) -> Option<Result<(), Errno>> {
+        let copy = match file.try_clone() {
+            Ok(copy) => copy,
+            Err(error) => return Some(Err(Errno::from_io_error(&error).unwrap_or(Errno::IO))),
+        };
+        let (send, done) = channel();
+        let waiter = std::thread::Builder::new().spawn(move || {
+            let _ = send.send(wait(&copy, kind));
+        });
+        match waiter {
+            Ok(_) => done.recv_timeout(limit).ok(),
+            Err(error) => Some(Err(Errno::from_io_error(&error).unwrap_or(Errno::NOMEM))),
+        }
+    }
+
+    fn execute(&self, file: &File, program: &OsStr, arguments: &[OsString], options: &Options) -> Result<u8, End> {
+        lockkit::command::wait_for_children();
+        if options.verbose {
+            self.say(&format!("{}: executing {}\n", self.short, program.to_string_lossy()));
+        }
+        if !options.close {
+            let inherited = rustix::io::fcntl_setfd(file, rustix::io::FdFlags::empty());
+            inherited.map_err(|error| self.fail(code::OS, &text_of(error)))?;
+        }
+        let mut command = Command::new(program);
+        command.args(arguments);
+        let failed = |error: io::Error| {
+            let code = if error.kind() == io::ErrorKind::OutOfMemory { code::OS } else { code::UNAVAILABLE };
+            self.fail(code, &format!("failed to execute {}: {}", program.to_string_lossy(), text(&error)))
+        };
+        if !options.fork {
+            return Err(failed(command.exec()));
+        }
+        let mut child = command.spawn().map_err(failed)?;
+        let status = child.wait().map_err(|error| self.fail(CONFLICT, &format!("waitpid failed: {}", text(&error))))?;
+        let signalled = || status.signal().map(|signal| signal + i32::from(code::SIGNALLED));
+        Ok(status.code().or_else(signalled).and_then(|code| u8::try_from(code).ok()).unwrap_or(code::OS))
+    }
+
+    /// At once, for the command may write there, too.
+    fn say(&self, text: &str) {
+        let mut out = io::stdout().lock();
+        let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    }
+
+    fn warn(&self, message: &str) {
+        note(format_args!("{}: {message}", self.short));
+    }
+
+    fn fail(&self, code: u8, message: &str) -> End {
+        self.warn(message);
+        End(code)
+    }
+
+    /// As getopt(3) says it, which has the whole name.
+    fn misused(&self, message: &str) -> End {
+        note(format_args!("{}: {message}", self.full.to_string_lossy()));
+        self.try_help()
+    }
+
+    fn try_help(&self) -> End {
+        note(format_args!("Try '{} --help' for more information.", self.short));
+        End(code::USAGE)
+    }
+}
+
+impl Kind {
+    fn at_once(self) -> FlockOperation {
+        match self {
+            Self::Shared => FlockOperation::NonBlockingLockShared,
+            Self::Exclusive => FlockOperation::NonBlockingLockExclusive,
+            Self::Unlock => FlockOperation::NonBlockingUnlock,
+        }
+    }
+}
+
+fn wait(file: &File, kind: Kind) -> Result<(), Errno> {
+    let operation = match kind {
+        Kind::Shared => FlockOperation::LockShared,
+        Kind::Exclusive => FlockOperation::LockExclusive,
+        Kind::Unlock => FlockOperation::Unlock,
+    };
+    rustix::io::retry_on_intr(|| flock(file, operation))
+}
+
+/// What the C library says of the error.
+fn text(error: &io::Error) -> String {
+    let text = error.to_string();
+    text.split(" (os error").next().unwrap_or_default().to_owned()
+}
+
+fn text_of(error: Errno) -> String {
+    text(&error.into())
+}
+
+fn help(name: &str) -> String {
+    format!(
+        "
+Usage:
+ {name} [options] <file>|<directory> <command> [<argument>...]
+ {name} [options] <file>|<directory> -c <command>
+ {name} [options] <file descriptor number>
+
+Manage file locks from shell scripts.
+
+Options:
+ -s, --shared             get a shared lock
+ -x, --exclusive          get an exclusive lock (default)
+ -u, --unlock             remove a lock
+ -n, --nonblock           fail rather than wait
+ -w, --timeout <secs>     wait for a limited amount of time
+ -E, --conflict-exit-code <number>  exit code after conflict or timeout
+ -o, --close              close file descriptor before running command
+ -c, --command <command>  run a single command string through the shell
+ -F, --no-fork            execute command without forking
+     --verbose            increase verbosity
+
+ -h, --help               display this help
+ -V, --version            display version
+
+For more details see flock(1).
+"
+    )
+}

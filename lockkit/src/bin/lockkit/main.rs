@@ -1,0 +1,177 @@
+//! `lockkit`, the command: runs anything under any lock, and shows who holds what.
+//!
+//! For people who never write Rust, and for everybody who looks at locks. Each subcommand is a module with its
+//! arguments and what it does; what several share stands in `failure` (what went wrong, in a sentence, and its exit
+//! code), `place` (how a lock is named on a command line), `look` (what is known of one lock, as text and as
+//! JSON) and `paint` (colours). Called under the name `flock`, it is flock(1): see `flock`.
+//!
+//! It works on Linux only, for what it does rests on pidfds, signalfd and /proc.
+
+#[cfg(not(target_os = "linux"))]
+compile_error!("the command `lockkit` (feature `cli`) needs Linux; the library does not");
+
+mod completions;
+mod doctor;
+mod failure;
+mod flock;
+mod lease;
+mod list;
+mod look;
+mod man;
+mod paint;
+mod pidfile;
+mod place;
+mod run;
+mod status;
+mod supervise;
+mod table;
+mod wait;
+mod waiting;
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+
+use failure::{Failure, Outcome, code};
+
+/// Locks from the command line: run a program under a lock, and see who holds what.
+#[derive(Parser)]
+#[command(name = "lockkit", version, styles = paint::HELP, max_term_width = 100, after_help = EXAMPLES)]
+#[command(subcommand_required = true, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  lockkit run --name backup -- rsync -a /home /mnt     Only one backup runs at a time.
+  lockkit run --try --pidfile /run/app.pid -- app      Fails with 75 if app runs already.
+  lockkit list                                         Shows who holds what.
+  lockkit status backup && echo free                   Tells by its exit code: 0 free, 1 held, 2 stale.
+  lockkit doctor /srv/shared                           Says which locks can be trusted there.
+
+Exit codes besides those of each command: 64 for arguments that make no sense, 65 for a file that is no lock, 66 for a
+missing file, 69 for what this build or system cannot do, 74 for a failure of the system, 75 for a lock that is held,
+77 for what this user may not do.";
+
+#[derive(Subcommand)]
+enum Command {
+    Run(run::Run),
+    // Its arguments are flock(1)'s, which clap cannot parse.
+    /// Do what flock(1) does, with its options, exit codes and messages.
+    #[command(disable_help_flag = true, after_help = "Example: lockkit flock -n /tmp/backup.lock rsync -a /home /mnt")]
+    Flock {
+        /// What flock(1) takes; `lockkit flock --help` shows it.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
+    List(list::List),
+    Status(status::Status),
+    Wait(wait::WaitFor),
+    #[command(subcommand)]
+    Pidfile(pidfile::Pidfile),
+    #[command(subcommand)]
+    Lease(lease::LeaseCommand),
+    #[command(subcommand)]
+    Table(table::Table),
+    Doctor(doctor::Doctor),
+    Completions(completions::Completions),
+    Man(man::Man),
+}
+
+fn main() -> ExitCode {
+    let mut arguments = std::env::args_os();
+    let called = arguments.next().unwrap_or_default();
+    if Path::new(&called).file_name().is_some_and(|name| name == "flock") {
+        return flock::main(&called, arguments.collect());
+    }
+    let mut arguments = arguments.peekable();
+    // Before clap, which would have a word on `--help` and on what it does not know.
+    if arguments.next_if(|first| first == "flock").is_some() {
+        return flock::main("flock".as_ref(), arguments.collect());
+    }
+    if arguments.next_if(|first| first == "run").is_some() {
+        // Its arguments alone: building those of all commands would take longer than all else before the program runs.
+        let command = clap::Command::new("lockkit-run").bin_name("lockkit run").no_binary_name(true);
+        let command = run::Run::augment_args(command).styles(paint::HELP).max_term_width(100);
+        return end(
+            match command.try_get_matches_from(arguments).and_then(|found| run::Run::from_arg_matches(&found)) {
+                Ok(run) => run.carry_out(),
+                Err(error) => misused(&error, "lockkit run --name backup -- rsync -a /home /mnt"),
+            },
+        );
+    }
+    lockkit::command::end_at_a_closed_pipe();
+    let given: Vec<_> = [called].into_iter().chain(arguments).collect();
+    let parsed = Cli::command().try_get_matches_from(&given).and_then(|found| Cli::from_arg_matches(&found));
+    end(match parsed {
+        Ok(cli) => cli.command.carry_out(),
+        Err(error) => misused(&error, &example_for(&given)),
+    })
+}
+
+/// Says what is wrong with the arguments, or what was asked for: help or the version.
+fn misused(error: &clap::Error, example: &str) -> Outcome {
+    let _ = error.print();
+    if !error.use_stderr() {
+        return Ok(code::OK);
+    }
+    failure::note(format_args!("For example: {example}"));
+    // Clap's own code is that of a stale lock here.
+    Ok(code::USAGE)
+}
+
+/// The first example in the help of the command that was meant.
+fn example_for(given: &[OsString]) -> String {
+    let mut command = Cli::command();
+    for argument in given.iter().skip(1) {
+        match command.find_subcommand(argument) {
+            Some(found) => command = found.clone(),
+            None => break,
+        }
+    }
+    let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+    let line = help.lines().find_map(|line| line.find("lockkit ").map(|at| &line[at..])).unwrap_or("lockkit --help");
+    line.split("   ").next().unwrap_or(line).trim_end().to_owned()
+}
+
+fn end(outcome: Outcome) -> ExitCode {
+    match outcome {
+        Ok(code) => ExitCode::from(code),
+        Err(failure) => {
+            failure.show();
+            ExitCode::from(failure.code())
+        }
+    }
+}
+
+impl Command {
+    fn carry_out(self) -> Outcome {
+        match self {
+            Self::Run(run) => run.carry_out(),
+            Self::Flock { .. } => Err(Failure::usage("flock is called by its name: lockkit flock FILE COMMAND")),
+            Self::List(list) => list.carry_out(),
+            Self::Status(status) => status.carry_out(),
+            Self::Wait(wait) => wait.carry_out(),
+            Self::Pidfile(pidfile) => pidfile.carry_out(),
+            Self::Lease(lease) => lease.carry_out(),
+            Self::Table(table) => table.carry_out(),
+            Self::Doctor(doctor) => doctor.carry_out(),
+            Self::Completions(completions) => completions.carry_out(),
+            Self::Man(man) => man.carry_out(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        Cli::command().debug_assert();
+    }
+}

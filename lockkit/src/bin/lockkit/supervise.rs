@@ -1,0 +1,471 @@
+//! Looks after the program that `lockkit run` runs, so that the lock is held for exactly as long as it lives.
+//!
+//! The program is started in a child that waits for a word before it does (the *gate*), so it never runs before what
+//! keeps the lock for it is in place, whenever lockkit is killed. What that is differs:
+//! - *Named locks and files* live in a descriptor. A third process, the *keeper*, has a copy of it, and a pidfd of the
+//!   program. If lockkit is killed the keeper keeps the lock until the program ends; else it leaves just before the
+//!   release. The program itself inherits nothing, so what it leaves running does not keep the lock, and what it closes
+//!   does not free it.
+//! - *Pidfiles* name the program, by pid and start time, and stay held as long as that lives.
+//! - *Leases* must be renewed, which only a process can. So the one that holds it is not the one that was called, but a
+//!   child of it ([`behind`]), which goes on when its parent is killed. If the holder itself is killed, the system
+//!   kills the program with it (`PR_SET_PDEATHSIG`), and the fencing token covers the moment in between.
+//!
+//! Signals are blocked while the program runs, and read from a signalfd in the same poll in which its end is seen. What
+//! a terminal sends goes to the program anyway, so only signals that a process sent are passed on.
+
+use std::ffi::{CStr, OsString};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use lockkit::{CancelToken, FileGuard, LeaseGuard, Loss, NamedGuard, Owner, PidGuard, Recovered, command};
+use nix::sys::signal::{SigSet, Signal as NixSignal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::{Id, WaitPidFlag, waitid};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{Errno, retry_on_intr};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitOptions, WaitStatus, getpid, getppid, kill_process, pidfd_open, pidfd_send_signal,
+    set_child_subreaper, set_parent_process_death_signal, setsid, waitpid,
+};
+
+use crate::failure::{Failure, Outcome, code};
+
+/// A lock that is held.
+pub(crate) enum Hold {
+    Named(NamedGuard),
+    File(FileGuard),
+    Pidfile(PidGuard),
+    /// With what becomes readable at its loss.
+    Lease(LeaseGuard, LossPipe),
+}
+
+/// What is to be run.
+#[derive(Clone, Copy)]
+pub(crate) struct Job<'r> {
+    pub(crate) command: &'r [OsString],
+    /// How long it may take to end after a loss.
+    pub(crate) grace: Duration,
+    pub(crate) quiet: bool,
+}
+
+/// Brings the reason of a loss, as text.
+pub(crate) struct LossPipe(io::PipeReader);
+
+/// A pipe for the loss of a lease, and what writes to it.
+pub(crate) fn loss() -> Result<(LossPipe, impl Fn(&Loss) + Send + Sync), Failure> {
+    let (reader, writer) = io::pipe().map_err(|error| Failure::io("make a pipe", error))?;
+    Ok((LossPipe(reader), move |loss: &Loss| {
+        let _ = (&writer).write_all(format!("{} is lost: {}", loss.lock, loss.reason).as_bytes());
+    }))
+}
+
+impl Hold {
+    pub(crate) fn recovered(&self) -> Option<&Recovered> {
+        match self {
+            Self::Named(guard) => guard.recovered(),
+            Self::File(guard) => guard.recovered(),
+            Self::Pidfile(guard) => guard.recovered(),
+            Self::Lease(guard, _) => guard.recovered(),
+        }
+    }
+
+    /// A descriptor that keeps the lock, where one does.
+    fn descriptor(&self) -> Result<Option<OwnedFd>, Failure> {
+        match self {
+            Self::Named(guard) => Ok(Some(guard.descriptor()?)),
+            Self::File(guard) => {
+                let copy = guard.file().try_clone().map_err(|error| Failure::io("copy a descriptor", error))?;
+                Ok(Some(copy.into()))
+            }
+            Self::Pidfile(_) | Self::Lease(..) => Ok(None),
+        }
+    }
+
+    /// Says that the program holds it.
+    fn name_holder(&mut self, program: &Child, command: &[OsString]) -> Result<(), Failure> {
+        // One that has ended already needs no name.
+        let owner = || Owner::of(program.pid.as_raw_nonzero().get().unsigned_abs());
+        let owner = || owner().map(|owner| owner.with_program(program_name(command)));
+        match self {
+            Self::Named(guard) => owner().iter().for_each(|owner| guard.name_holder(owner)),
+            Self::Pidfile(guard) => owner().iter().try_for_each(|owner| guard.rewrite_for(owner))?,
+            Self::File(_) | Self::Lease(..) => {}
+        }
+        Ok(())
+    }
+
+    fn release(self) -> lockkit::Result<()> {
+        match self {
+            Self::Named(guard) => guard.release(),
+            Self::File(guard) => guard.release(),
+            Self::Pidfile(guard) => guard.release(),
+            Self::Lease(guard, _) => guard.release(),
+        }
+    }
+}
+
+/// The signals that are passed on.
+const PASSED_ON: [NixSignal; 6] = [
+    NixSignal::SIGINT,
+    NixSignal::SIGTERM,
+    NixSignal::SIGHUP,
+    NixSignal::SIGQUIT,
+    NixSignal::SIGUSR1,
+    NixSignal::SIGUSR2,
+];
+
+/// Signals, read instead of delivered.
+pub(crate) struct Signals {
+    read: SignalFd,
+    /// Which were blocked before.
+    before: SigSet,
+}
+
+impl Signals {
+    pub(crate) fn block() -> Result<Self, Failure> {
+        let failed = |error: nix::Error| Failure::io("block signals", error);
+        let set: SigSet = PASSED_ON.into_iter().collect();
+        let read = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).map_err(failed)?;
+        let before = SigSet::thread_get_mask().map_err(failed)?;
+        set.thread_block().map_err(failed)?;
+        Ok(Self { read, before })
+    }
+
+    /// Lets them be delivered again.
+    fn unblock(&self) {
+        let _ = self.before.thread_set_mask();
+    }
+
+    /// Does `wait`, and cancels `stop` when a signal comes meanwhile, which stays to be read.
+    pub(crate) fn cancelling<T>(&self, stop: &CancelToken, wait: impl FnOnce() -> T) -> Result<T, Failure> {
+        let (is_done, done) = pipe()?;
+        Ok(std::thread::scope(|scope| {
+            // Without a thread a signal has to wait for the lock, too.
+            let _ = std::thread::Builder::new().spawn_scoped(scope, || {
+                let mut watched = [PollFd::new(&self.read, PollFlags::IN), PollFd::new(&is_done, PollFlags::IN)];
+                if retry_on_intr(|| poll(&mut watched, None)).is_ok() && !watched[0].revents().is_empty() {
+                    stop.cancel();
+                }
+            });
+            let done_with = wait();
+            drop(done);
+            done_with
+        }))
+    }
+
+    /// The number of the first signal that has come, which is read, `if` it is to be.
+    pub(crate) fn first_if(&self, read: bool) -> Option<u8> {
+        let signal = read.then(|| self.read.read_signal().ok().flatten()).flatten()?;
+        u8::try_from(signal.ssi_signo).ok()
+    }
+
+    /// Passes on what has come to `to`, but for what a terminal sent to both.
+    fn pass_on(&self, to: impl AsFd) {
+        /// The kernel itself sent it.
+        const SI_KERNEL: i32 = 0x80;
+        while let Ok(Some(signal)) = self.read.read_signal() {
+            let number = Signal::from_named_raw(signal.ssi_signo as i32);
+            if let (Some(number), true) = (number, signal.ssi_code != SI_KERNEL) {
+                let _ = pidfd_send_signal(&to, number);
+            }
+        }
+    }
+}
+
+/// A child, and what becomes readable at its end.
+struct Child {
+    pid: Pid,
+    pidfd: OwnedFd,
+}
+
+impl Child {
+    fn new(pid: Pid) -> Result<Self, Failure> {
+        match pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(pidfd) => Ok(Self { pid, pidfd }),
+            Err(error) => {
+                let _ = kill_process(pid, Signal::KILL);
+                Err(Failure::io("watch a child (pidfd_open, of Linux 5.3)", error))
+            }
+        }
+    }
+
+    /// Waits for its end, which has been seen, or must come.
+    fn status(&self) -> Option<u8> {
+        let (_, status) = retry_on_intr(|| waitpid(Some(self.pid), WaitOptions::empty())).ok()??;
+        exit_code(status)
+    }
+}
+
+fn exit_code(status: WaitStatus) -> Option<u8> {
+    match (status.exit_status(), status.terminating_signal()) {
+        (Some(code), _) => u8::try_from(code).ok(),
+        (None, Some(signal)) => u8::try_from(signal).ok().map(|signal| signal.saturating_add(code::SIGNALLED)),
+        (None, None) => None,
+    }
+}
+
+fn fork() -> Result<Option<Pid>, Failure> {
+    command::fork().map_err(|error| Failure::io("start a process", error).with_code(code::OS))
+}
+
+fn pipe() -> Result<(io::PipeReader, io::PipeWriter), Failure> {
+    io::pipe().map_err(|error| Failure::io("make a pipe", error))
+}
+
+/// Runs the program under the lock, releases that, and gives the program's exit status.
+pub(crate) fn run(mut hold: Hold, signals: Signals, job: Job<'_>) -> Outcome {
+    command::wait_for_children();
+    let (wait_at_gate, gate) = pipe()?;
+    let descriptor = hold.descriptor()?;
+    let leads = matches!(hold, Hold::Lease(..));
+    if leads {
+        // What the program leaves behind stays below this process, so that a loss can end it, too.
+        let _ = set_child_subreaper(Some(getpid()));
+    }
+    let me = getpid();
+    let program = match fork()? {
+        None => {
+            drop((gate, descriptor));
+            if leads {
+                let _ = set_parent_process_death_signal(Some(Signal::KILL));
+                if getppid() != Some(me) {
+                    std::process::exit(code::OS.into());
+                }
+            }
+            std::process::exit(become_program(job.command, &hold, wait_at_gate, &signals).into())
+        }
+        Some(pid) => Child::new(pid)?,
+    };
+    drop(wait_at_gate);
+    hold.name_holder(&program, job.command)?;
+    let (keeper, gate) = match descriptor {
+        Some(descriptor) => {
+            let (keeper, gate) = Keeper::start(descriptor, &program, gate)?;
+            (Some(keeper), gate)
+        }
+        None => (None, gate),
+    };
+    // A failure means that the program is gone already, which shows below.
+    let _ = (&gate).write_all(b"!");
+    drop(gate);
+    let status = match &hold {
+        Hold::Lease(_, loss) => attend(&program, &signals, Some(loss), job),
+        _ => attend(&program, &signals, None, job),
+    };
+    if let Some(keeper) = keeper {
+        keeper.dismiss();
+    }
+    match hold.release() {
+        Err(error) if !job.quiet && !leads => Failure::from(error).show(),
+        _ => {}
+    }
+    Ok(status)
+}
+
+/// The child's part. Returns only if the program could not be started, with the exit code that tells so.
+fn become_program(command: &[OsString], hold: &Hold, mut gate: io::PipeReader, signals: &Signals) -> u8 {
+    // The end of the pipe means that nobody holds the lock for this child.
+    if gate.read_exact(&mut [0]).is_err() {
+        return code::OS;
+    }
+    let [program, arguments @ ..] = command else { return code::USAGE };
+    let mut command = Command::new(program);
+    command.args(arguments);
+    if let Hold::Lease(guard, _) = hold {
+        command.env("LOCKKIT_TOKEN", guard.token().to_string());
+    }
+    match hold.recovered() {
+        Some(died) => command.env("LOCKKIT_RECOVERED", died.to_string()),
+        None => command.env_remove("LOCKKIT_RECOVERED"),
+    };
+    signals.unblock();
+    let error = command.exec();
+    let code = match error.kind() {
+        io::ErrorKind::NotFound => code::NOT_FOUND,
+        _ => code::CANNOT_RUN,
+    };
+    Failure::new(code, format!("cannot run {}: {error}", Path::new(program).display())).show();
+    code
+}
+
+fn program_name(command: &[OsString]) -> String {
+    let name = command.first().map(Path::new).and_then(Path::file_name);
+    name.map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+/// Waits for the program's end, passes signals on to it, and ends it when its lease is lost.
+fn attend(program: &Child, signals: &Signals, mut loss: Option<&LossPipe>, job: Job<'_>) -> u8 {
+    /// How often those are buried that the program has left behind, and that have ended since.
+    const REAPING: Duration = Duration::from_secs(1);
+    let leads = loss.is_some();
+    let mut patience: Option<Instant> = None;
+    loop {
+        let mut watched = vec![PollFd::new(&program.pidfd, PollFlags::IN), PollFd::new(&signals.read, PollFlags::IN)];
+        watched.extend(loss.map(|loss| PollFd::new(&loss.0, PollFlags::IN)));
+        let left = patience.map(|until| until.saturating_duration_since(Instant::now()));
+        let timeout = left
+            .or(leads.then_some(REAPING))
+            .map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() });
+        match poll(&mut watched, timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            // Then it can only be waited for.
+            Err(_) => return program.status().unwrap_or(code::OS),
+        }
+        let ready: Vec<bool> = watched.iter().map(|watched| !watched.revents().is_empty()).collect();
+        if ready[0] {
+            let status = program.status().unwrap_or(code::OS);
+            if patience.is_some() {
+                end_descendants(patience);
+            }
+            return status;
+        }
+        if ready[1] {
+            signals.pass_on(&program.pidfd);
+        }
+        if leads {
+            bury_others(program.pid);
+        }
+        if ready.get(2) == Some(&true) {
+            let mut reason = [0; 512];
+            let read = loss.take().and_then(|loss| (&loss.0).read(&mut reason).ok()).unwrap_or_default();
+            let reason = String::from_utf8_lossy(&reason[..read]).into_owned();
+            Failure::new(code::TEMPORARY, format!("{reason}, so the program is ended")).show();
+            signal_descendants(Signal::TERM);
+            patience = Some(Instant::now() + job.grace);
+        }
+        if patience.is_some_and(|until| until <= Instant::now()) {
+            signal_descendants(Signal::KILL);
+            patience = Some(Instant::now() + Duration::from_millis(100));
+        }
+    }
+}
+
+/// Takes note of the end of children but `program`.
+fn bury_others(program: Pid) {
+    let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+    while let Ok(Some(ended)) = waitid(Id::All, look).map(|ended| ended.pid()) {
+        // The program has its turn at the end, and then the others.
+        if ended.as_raw() == program.as_raw_nonzero().get() {
+            return;
+        }
+        let _ = waitpid(Pid::from_raw(ended.as_raw()), WaitOptions::NOHANG);
+    }
+}
+
+/// Waits until what the ended program has left behind has ended, too, and kills what is still there `until` then.
+fn end_descendants(until: Option<Instant>) {
+    while !descendants().is_empty() {
+        if until.is_none_or(|until| until <= Instant::now()) {
+            signal_descendants(Signal::KILL);
+        }
+        while let Ok(Some(_)) = waitpid(None, WaitOptions::NOHANG) {}
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn signal_descendants(signal: Signal) {
+    for pid in descendants() {
+        let _ = kill_process(pid, signal);
+    }
+}
+
+/// All processes below this one, by /proc.
+fn descendants() -> Vec<Pid> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten();
+    let parents: Vec<(i32, i32)> = entries
+        .filter_map(|entry| {
+            let pid = entry.ok()?.file_name().to_str()?.parse().ok()?;
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+            // Behind the name, which may hold anything: the state and the parent.
+            let mut fields = stat.rsplit(')').next()?.split_ascii_whitespace();
+            let (state, parent) = (fields.next()?, fields.next()?.parse().ok()?);
+            (state != "Z").then_some((pid, parent))
+        })
+        .collect();
+    let mut found = vec![getpid().as_raw_nonzero().get()];
+    let mut at = 0;
+    while at < found.len() {
+        let above = found[at];
+        found.extend(parents.iter().filter(|(_, parent)| *parent == above).map(|(pid, _)| *pid));
+        at += 1;
+    }
+    found.into_iter().skip(1).filter_map(Pid::from_raw).collect()
+}
+
+/// The process that keeps a lock when lockkit is killed.
+struct Keeper {
+    pid: Pid,
+    /// Open as long as this process lives.
+    life: io::PipeWriter,
+}
+
+impl Keeper {
+    /// As `ps` shows it, so that who kills every `lockkit` by name leaves it be.
+    const NAME: &CStr = c"lock-keeper";
+
+    /// Starts it. Its copy of the gate is closed, or the program would wait for ever if this process were killed now.
+    fn start(descriptor: OwnedFd, program: &Child, gate: io::PipeWriter) -> Result<(Self, io::PipeWriter), Failure> {
+        let (life_of_parent, life) = pipe()?;
+        match fork()? {
+            None => {
+                drop((gate, life));
+                keep(&program.pidfd, life_of_parent);
+                drop(descriptor);
+                std::process::exit(0)
+            }
+            Some(pid) => Ok((Self { pid, life }, gate)),
+        }
+    }
+
+    /// Has it leave, for the release comes next.
+    fn dismiss(self) {
+        drop(self.life);
+        let _ = retry_on_intr(|| waitpid(Some(self.pid), WaitOptions::empty()));
+    }
+}
+
+/// The keeper's part: returns when the parent has let go of its pipe or been killed, and the program has ended.
+fn keep(program: &OwnedFd, mut parent: io::PipeReader) {
+    // Out of reach of the terminal and of signals to the job, none of which is blocked for the program.
+    let _ = setsid();
+    let _ = rustix::thread::set_name(Keeper::NAME);
+    // Whoever reads what the program writes is not to wait for the keeper.
+    if let Ok(null) = std::fs::File::options().read(true).write(true).open("/dev/null") {
+        let _ = rustix::stdio::dup2_stdin(&null);
+        let _ = rustix::stdio::dup2_stdout(&null);
+        let _ = rustix::stdio::dup2_stderr(&null);
+    }
+    let _ = parent.read_to_end(&mut Vec::new());
+    let mut ended = [PollFd::new(program, PollFlags::IN)];
+    let _ = retry_on_intr(|| poll(&mut ended, None));
+}
+
+/// Has `lead` done by a child, which goes on when this process is killed, and gives its exit code.
+pub(crate) fn behind(lead: impl FnOnce() -> Outcome) -> Outcome {
+    let signals = Signals::block()?;
+    command::wait_for_children();
+    let leader = match fork()? {
+        None => {
+            signals.unblock();
+            let code = lead().unwrap_or_else(|failure| {
+                failure.show();
+                failure.code()
+            });
+            std::process::exit(code.into())
+        }
+        Some(pid) => Child::new(pid)?,
+    };
+    loop {
+        let mut watched = [PollFd::new(&leader.pidfd, PollFlags::IN), PollFd::new(&signals.read, PollFlags::IN)];
+        let polled = retry_on_intr(|| poll(&mut watched, None));
+        if polled.is_err() || !watched[0].revents().is_empty() {
+            return Ok(leader.status().unwrap_or(code::OS));
+        }
+        signals.pass_on(&leader.pidfd);
+    }
+}

@@ -1,0 +1,183 @@
+//! `lockkit table`: tables of numbered locks, in shared memory or in a folder.
+
+use std::collections::BTreeMap;
+use std::io::BufRead;
+use std::path::{Path, PathBuf};
+
+use lockkit::{FileLockManager, LockManager, ShmLockManager};
+
+use crate::failure::{Failure, Outcome, code};
+use crate::lease::confirmed;
+use crate::look;
+use crate::place::Place;
+use crate::status::Form;
+
+/// Make tables of numbered locks, and give out their numbers.
+#[derive(clap::Subcommand)]
+#[command(after_help = "\
+Examples:
+  lockkit table create /dev/shm/app.locks --capacity 2048
+  id=$(lockkit table allocate /dev/shm/app.locks)
+  lockkit table free /dev/shm/app.locks \"$id\"")]
+pub(crate) enum Table {
+    /// Make a table, where nothing may be yet.
+    #[command(after_help = "Example: lockkit table create /dev/shm/app.locks --capacity 2048")]
+    Create {
+        /// Where, best in a file system in memory.
+        path: PathBuf,
+        /// How many locks it has.
+        #[arg(long, value_name = "N", default_value_t = 2048)]
+        capacity: u32,
+        /// Make it a folder with a file for each lock, instead of shared memory. It has no capacity.
+        #[arg(long, conflicts_with = "capacity")]
+        folder: bool,
+    },
+    /// Show who holds which locks, and how many are left to allocate.
+    #[command(after_help = "Example: lockkit table list /dev/shm/app.locks --json")]
+    List {
+        /// The table.
+        path: PathBuf,
+        /// Write JSON: {"version":1,"lock":{…}}, as docs/CLI.md has it.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Allocate a lock, and print its number.
+    #[command(after_help = "Example: id=$(lockkit table allocate /dev/shm/app.locks)")]
+    Allocate {
+        /// The table.
+        path: PathBuf,
+        /// This very one, which must be free.
+        #[arg(long, value_name = "ID")]
+        at: Option<u32>,
+    },
+    /// Give numbers back, so that they can be allocated again.
+    #[command(after_help = "Example: lockkit table free /dev/shm/app.locks 17 18")]
+    Free {
+        /// The table.
+        path: PathBuf,
+        /// The numbers.
+        #[arg(required_unless_present = "all", value_name = "ID")]
+        ids: Vec<u32>,
+        /// All of them. Whoever has a number written down goes on using it, while others are given it anew.
+        #[arg(long, conflicts_with = "ids")]
+        all: bool,
+        /// Do not ask before freeing all.
+        #[arg(long, short)]
+        yes: bool,
+    },
+    /// Free all locks, and give each number that is in use a new one.
+    ///
+    /// For when numbers were given out twice, or not given back by programs that are gone. It reads the numbers
+    /// in use, one for each thing that has a lock, from the arguments or the standard input, and prints each with its
+    /// new number. A number that comes twice is given two. Nobody may use the table meanwhile: it is refused while a
+    /// lock is held.
+    #[command(after_help = "Example: lockkit table renumber /dev/shm/app.locks --yes 17 18 18")]
+    Renumber {
+        /// The table.
+        path: PathBuf,
+        /// The numbers in use; read from the standard input when there are none.
+        #[arg(value_name = "ID")]
+        ids: Vec<u32>,
+        /// Do not ask.
+        #[arg(long, short)]
+        yes: bool,
+    },
+}
+
+fn open(path: &Path) -> Result<Box<dyn LockManager>, Failure> {
+    let example = |error: lockkit::Error| {
+        Failure::from(error).example(format!("lockkit table create {} --capacity 2048", path.display()))
+    };
+    Ok(match path.is_dir() {
+        true => Box::new(FileLockManager::open(path).map_err(example)?),
+        false => Box::new(ShmLockManager::open(path).map_err(example)?),
+    })
+}
+
+impl Table {
+    pub(crate) fn carry_out(self) -> Outcome {
+        match self {
+            Self::Create { path, folder: true, .. } => {
+                FileLockManager::create(path)?;
+                Ok(code::OK)
+            }
+            Self::Create { path, capacity, folder: false } => {
+                ShmLockManager::create(path, capacity)?;
+                Ok(code::OK)
+            }
+            Self::List { path, json } => {
+                // So that what is no table is told from a file that is locked.
+                drop(open(&path)?);
+                let sight = look::at(&Place::Path(path), Default::default())?;
+                match json {
+                    true => look::json(&Form { version: look::VERSION, lock: &sight })?,
+                    false => look::say(|mut out| sight.show(&mut out))?,
+                }
+                Ok(code::OK)
+            }
+            Self::Allocate { path, at } => {
+                let table = open(&path)?;
+                let lock = match at {
+                    Some(id) => table.allocate_at(id)?,
+                    None => table.allocate()?,
+                };
+                look::say(|out| writeln!(out, "{}", lock.id()))?;
+                Ok(code::OK)
+            }
+            Self::Free { path, all: true, yes, .. } => {
+                let table = open(&path)?;
+                agreed(yes, &format!("Free all locks of {}?", path.display()))?;
+                table.free_all()?;
+                Ok(code::OK)
+            }
+            Self::Free { path, ids, .. } => {
+                let table = open(&path)?;
+                for id in ids {
+                    table.retrieve(id)?.free()?;
+                }
+                Ok(code::OK)
+            }
+            Self::Renumber { path, ids, yes } => renumber(&path, ids, yes),
+        }
+    }
+}
+
+fn agreed(yes: bool, question: &str) -> Result<(), Failure> {
+    match yes || confirmed(question)? {
+        true => Ok(()),
+        false => Err(Failure::new(code::TEMPORARY, "the table was left as it is")),
+    }
+}
+
+fn renumber(path: &Path, mut ids: Vec<u32>, yes: bool) -> Outcome {
+    let table = open(path)?;
+    if ids.is_empty() {
+        for line in std::io::stdin().lock().lines() {
+            let line = line.map_err(|error| Failure::io("read the numbers", error))?;
+            let wrong = |_| Failure::usage(format!("{line:?} is no number of a lock")).example("echo 17 | lockkit …");
+            ids.extend(line.split_whitespace().map(|id| id.parse().map_err(wrong)).collect::<Result<Vec<u32>, _>>()?);
+        }
+    }
+    if let Some(held) = table.held()?.first() {
+        let message = format!("lock {} of {} is held by {}", held.id(), path.display(), held.owner().describe());
+        return Err(Failure::new(code::TEMPORARY, message));
+    }
+    agreed(yes, &format!("Free all locks of {}, and give {} numbers anew?", path.display(), ids.len()))?;
+    // Who has a number alone keeps it; the others come after those, so that none of them takes it.
+    let mut uses = BTreeMap::new();
+    table.free_all()?;
+    for id in &ids {
+        *uses.entry(*id).or_insert(0) += 1;
+    }
+    let mut kept = BTreeMap::new();
+    for id in uses.keys() {
+        // One beyond the end of a new table is given another.
+        kept.insert(*id, table.allocate_at(*id).is_ok());
+    }
+    for id in ids {
+        let first = kept.insert(id, false) == Some(true);
+        let new = if first { id } else { table.allocate()?.id() };
+        look::say(|out| writeln!(out, "{id} {new}"))?;
+    }
+    Ok(code::OK)
+}

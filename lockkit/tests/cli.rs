@@ -1,0 +1,1048 @@
+//! The command `lockkit`, driven as people and scripts do: real processes, real signals, a real terminal, and the
+//! machine's own flock(1) beside ours.
+
+#![cfg(target_os = "linux")]
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::symlink;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// How long anything may take that must happen: far more than it needs, for machines can be slow.
+const LIVELY: Duration = Duration::from_secs(30);
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_lockkit");
+
+fn until(what: &str, mut fact: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !fact() {
+        assert!(start.elapsed() < LIVELY, "waited in vain until {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn lockkit<const N: usize>(arguments: [&str; N]) -> Command {
+    let mut command = Command::new(PROGRAM);
+    command.args(arguments).stdin(Stdio::null()).env_remove("NO_COLOR");
+    command
+}
+
+fn output<const N: usize>(arguments: [&str; N]) -> Output {
+    lockkit(arguments).output().expect("lockkit starts")
+}
+
+fn code<const N: usize>(arguments: [&str; N]) -> i32 {
+    code_of(&output(arguments))
+}
+
+fn code_of(output: &Output) -> i32 {
+    output.status.code().unwrap_or_else(|| panic!("{output:?}"))
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn json(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
+}
+
+fn fresh_name() -> String {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    format!("cli-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
+}
+
+fn signal(pid: u32, signal: Signal) {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a pid");
+    let _ = kill_process(pid, signal);
+}
+
+/// Whether a process runs that has not become a zombie.
+fn lives(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(')').next().is_some_and(|rest| !rest.is_empty() && !rest.trim_start().starts_with(['Z', 'X']))
+}
+
+/// A lock as arguments of `run` and of `status`.
+struct Lock {
+    run: [String; 2],
+    place: String,
+    /// Where its file is, as long as it is needed.
+    _folder: TempDir,
+}
+
+const KINDS: [&str; 4] = ["--name", "--file", "--pidfile", "--lease"];
+
+impl Lock {
+    fn new(kind: &str) -> Self {
+        let folder = TempDir::new().expect("a folder");
+        let place = match kind {
+            "--name" => fresh_name(),
+            _ => folder.path().join("lock").display().to_string(),
+        };
+        Self { run: [kind.to_owned(), place.clone()], place, _folder: folder }
+    }
+
+    fn run<const N: usize>(&self, options: [&str; N], script: &str) -> Command {
+        let mut command = lockkit(["run"]);
+        command.args(&self.run).args(options).args(["--", "sh", "-c", script]);
+        command
+    }
+
+    /// Holds it with a program that stays; gives the program's pid, too.
+    fn hold<const N: usize>(&self, options: [&str; N]) -> (Running, u32) {
+        let mut running = Running::start(self.run(options, "echo $$; exec sleep 60"));
+        let pid = running.line().parse().expect("a pid");
+        (running, pid)
+    }
+
+    fn status(&self) -> i32 {
+        code(["status", &self.place])
+    }
+
+    fn try_once(&self) -> i32 {
+        code_of(&self.run(["--try"], "true").output().expect("lockkit starts"))
+    }
+}
+
+/// A program that is killed at the end of the test.
+struct Running {
+    child: Child,
+    lines: Option<BufReader<std::process::ChildStdout>>,
+}
+
+impl Running {
+    fn start(mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).spawn().expect("it starts");
+        let lines = child.stdout.take().map(BufReader::new);
+        Self { child, lines }
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.lines.as_mut().expect("a pipe").read_line(&mut line).expect("a line");
+        line.trim_end().to_owned()
+    }
+
+    fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    fn code(&mut self) -> i32 {
+        let status = self.child.wait().expect("a child");
+        status.code().unwrap_or_else(|| -status.signal().expect("it was killed"))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A program that outlives its parent, which is killed at the end of the test.
+struct Orphan(u32);
+
+impl Drop for Orphan {
+    fn drop(&mut self) {
+        signal(self.0, Signal::KILL);
+    }
+}
+
+#[test]
+fn run_ends_as_its_program_ends() {
+    for kind in KINDS {
+        let lock = Lock::new(kind);
+        let run = |script| code_of(&lock.run([], script).output().expect("lockkit starts"));
+        assert_eq!(run("exit 7"), 7, "{kind}");
+        assert_eq!(run("kill -9 $$"), 128 + 9, "{kind}");
+        assert_eq!(run("kill -TERM $$"), 128 + 15, "{kind}");
+        assert_eq!(lock.status(), 0, "{kind}");
+        let [option, place] = &lock.run;
+        assert_eq!(code(["run", option, place, "--", "/no/such/program"]), 127, "{kind}");
+        assert_eq!(code(["run", option, place, "--", "/etc/passwd"]), 126, "{kind}");
+        assert_eq!(lock.try_once(), 0, "{kind}");
+    }
+}
+
+#[test]
+fn a_held_lock_ends_run_with_the_code_for_it() {
+    for kind in KINDS {
+        let lock = Lock::new(kind);
+        let (_running, pid) = lock.hold([]);
+        let refused = lock.run(["--try"], "true").output().expect("lockkit starts");
+        assert_eq!(code_of(&refused), 75, "{kind}");
+        let said = text(&refused.stderr);
+        assert!(said.contains("is held") && said.ends_with(".\n"), "{kind}: {said}");
+        if ["--name", "--pidfile"].contains(&kind) {
+            assert!(said.contains(&format!("pid {pid} (s")), "{kind}: {said}");
+        }
+        let refused =
+            lock.run(["--timeout", "50ms", "--exit-code", "3", "--quiet"], "true").output().expect("it starts");
+        assert_eq!((code_of(&refused), text(&refused.stderr)), (3, String::new()), "{kind}");
+        assert_eq!(lock.status(), 1, "{kind}");
+    }
+}
+
+#[test]
+fn nothing_panics_where_nothing_can_be_written() {
+    let lock = Lock::new("--name");
+    let (_running, _) = lock.hold([]);
+    let full = || File::options().write(true).open("/dev/full").expect("a device");
+    let file = lock._folder.path().join("file").display().to_string();
+    let cases: [(&[&str], i32); 6] = [
+        (&["list"], 74),
+        (&["list", "--json"], 74),
+        (&["run", "--try", "--name", &lock.place, "--", "true"], 75),
+        (&["run", "--verbose", "--timeout", "300ms", "--name", &lock.place, "--", "true"], 75),
+        (&["flock", "--verbose", &file, "true"], 0),
+        (&["nonsense"], 64),
+    ];
+    for (arguments, code) in cases {
+        let status = lockkit([]).args(arguments).stdout(full()).stderr(full()).status().expect("lockkit starts");
+        assert_eq!(status.code(), Some(code), "{arguments:?}");
+    }
+}
+
+#[test]
+fn a_machine_wide_name_is_another_than_the_users() {
+    let name = fresh_name();
+    let mut machine = lockkit(["run", "--name", &name, "--scope", "machine", "--"]);
+    machine.args(["sh", "-c", "echo held; exec sleep 60"]);
+    let mut machine = Running::start(machine);
+    assert_eq!(machine.line(), "held");
+    assert_eq!(code(["status", &name]), 0);
+    assert_eq!(code(["status", &name, "--scope", "machine"]), 1);
+    assert_eq!(code(["run", "--try", "--name", &name, "--", "true"]), 0);
+    let _ = fs::remove_file(format!("/dev/shm/lockkit-machine-{name}.record"));
+}
+
+#[test]
+fn shared_locks_on_a_file_go_together_and_keep_exclusive_ones_out() {
+    let lock = Lock::new("--file");
+    let (_running, _) = lock.hold(["--shared"]);
+    let run = |options: [&str; 2]| code_of(&lock.run(options, "true").output().expect("lockkit starts"));
+    assert_eq!(run(["--try", "--shared"]), 0);
+    assert_eq!(run(["--try", "--quiet"]), 75);
+}
+
+#[test]
+fn a_killed_lockkit_leaves_the_lock_to_its_program_and_then_free() {
+    for kind in KINDS {
+        let lock = Lock::new(kind);
+        let (mut running, pid) = lock.hold([]);
+        let program = Orphan(pid);
+        running.child.kill().expect("it runs");
+        running.child.wait().expect("a child");
+        // Longer than anything would take that is about to happen.
+        std::thread::sleep(Duration::from_millis(200));
+        assert!(lives(program.0), "{kind}");
+        assert_eq!(lock.status(), 1, "{kind}");
+        assert_eq!(lock.try_once(), 75, "{kind}");
+        let waiter = Running::start(lock.run(["--quiet"], "true"));
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(lives(waiter.pid()), "{kind}: somebody got in");
+        signal(program.0, Signal::KILL);
+        let mut waiter = waiter;
+        assert_eq!(waiter.code(), 0, "{kind}");
+        until("it is free", || lock.status() == 0);
+    }
+}
+
+#[test]
+fn the_lock_outlasts_a_lockkit_that_is_killed_at_any_moment() {
+    // Whatever the moment, as long as the program lives nobody else gets the lock.
+    for kind in ["--name", "--file", "--pidfile"] {
+        let lock = Lock::new(kind);
+        for round in 0..30 {
+            let pid_file = lock._folder.path().join(format!("program-{round}"));
+            let script = format!("echo $$ > {0}.new; mv {0}.new {0}; exec sleep 60", pid_file.display());
+            let mut running = Running::start(lock.run([], &script));
+            std::thread::sleep(Duration::from_micros(700 * round));
+            running.child.kill().expect("it runs");
+            running.child.wait().expect("a child");
+            // A program whose gate was opened writes its pid soon.
+            std::thread::sleep(Duration::from_millis(50));
+            match fs::read_to_string(&pid_file).ok().and_then(|pid| pid.trim().parse().ok()) {
+                Some(pid) => {
+                    let program = Orphan(pid);
+                    assert!(lives(program.0), "{kind}, round {round}");
+                    assert_eq!(lock.try_once(), 75, "{kind}, round {round}");
+                }
+                None => until("it is free", || lock.try_once() == 0),
+            }
+            until("it is free again", || lock.try_once() == 0);
+        }
+    }
+}
+
+#[test]
+fn what_a_program_leaves_running_does_not_keep_the_lock() {
+    for kind in KINDS {
+        let lock = Lock::new(kind);
+        let mut running = Running::start(lock.run([], "sleep 60 > /dev/null & echo $!"));
+        let left = Orphan(running.line().parse().expect("a pid"));
+        assert_eq!(running.code(), 0);
+        assert!(lives(left.0), "{kind}");
+        assert_eq!(lock.try_once(), 0, "{kind}");
+    }
+}
+
+#[test]
+fn what_reads_the_output_of_a_program_waits_for_nobody_else() {
+    let lock = Lock::new("--name");
+    let (mut running, pid) = lock.hold([]);
+    let _program = Orphan(pid);
+    running.child.kill().expect("it runs");
+    signal(pid, Signal::KILL);
+    let mut rest = String::new();
+    running.lines.as_mut().expect("a pipe").read_to_string(&mut rest).expect("its end");
+    assert_eq!(rest, "");
+}
+
+#[test]
+fn signals_are_passed_on() {
+    let script = "for s in INT TERM HUP QUIT USR1 USR2; do trap \"exit 4\\$(echo $s | wc -c)\" $s; done; echo ready; \
+                  while :; do sleep 0.01; done";
+    for kind in KINDS {
+        let lock = Lock::new(kind);
+        for (number, code) in [(Signal::INT, 44), (Signal::TERM, 45), (Signal::HUP, 44), (Signal::USR1, 45)] {
+            let mut running = Running::start(lock.run([], script));
+            assert_eq!(running.line(), "ready");
+            signal(running.pid(), number);
+            assert_eq!(running.code(), code, "{kind} {number:?}");
+        }
+    }
+}
+
+#[test]
+fn a_signal_while_waiting_ends_the_wait() {
+    for kind in KINDS {
+        let lock = Lock::new(kind);
+        let (_running, _) = lock.hold([]);
+        let mut waiter = Running::start(lock.run([], "true"));
+        std::thread::sleep(Duration::from_millis(100));
+        signal(waiter.pid(), Signal::TERM);
+        let code = waiter.code();
+        assert!(code == -15 || code == 128 + 15, "{kind}: {code}");
+        assert_eq!(lock.status(), 1, "{kind}");
+    }
+}
+
+#[test]
+fn a_lost_lease_ends_its_program() {
+    let lock = Lock::new("--lease");
+    let mut running = Running::start(lock.run(["--ttl", "1s"], "echo $LOCKKIT_TOKEN; exec sleep 60"));
+    let token: u64 = running.line().parse().expect("a token");
+    assert_eq!(json(&output(["lease", "show", &lock.place, "--json"]))["lock"]["token"], token);
+    assert_eq!(code(["lease", "steal", "--yes", &lock.place]), 0);
+    assert_eq!(running.code(), 128 + 15);
+}
+
+#[test]
+fn a_program_that_will_not_end_with_its_lease_is_killed_with_all_it_has_started() {
+    let lock = Lock::new("--lease");
+    let script = "trap '' TERM; sleep 60 > /dev/null & echo $!; wait; while :; do sleep 0.05; done";
+    let mut running = Running::start(lock.run(["--grace", "300ms"], script));
+    let below = Orphan(running.line().parse().expect("a pid"));
+    let begun = Instant::now();
+    assert_eq!(code(["lease", "steal", "--yes", &lock.place]), 0);
+    assert_eq!(running.code(), 128 + 9);
+    assert!(begun.elapsed() >= Duration::from_millis(300));
+    until("what it started has ended", || !lives(below.0));
+}
+
+#[test]
+fn what_a_program_under_a_lease_leaves_behind_is_buried() {
+    let lock = Lock::new("--lease");
+    let mut running = Running::start(lock.run([], "(sleep 0.2 & echo $!) ; exec sleep 60"));
+    let left: u32 = running.line().parse().expect("a pid");
+    until("nothing is left of it", || !Path::new(&format!("/proc/{left}")).exists());
+    assert_eq!(lock.status(), 1);
+    signal(running.pid(), Signal::TERM);
+    assert_eq!(running.code(), 128 + 15);
+}
+
+#[test]
+fn a_killed_holder_of_a_lease_takes_its_program_along() {
+    let lock = Lock::new("--lease");
+    let (mut running, pid) = lock.hold([]);
+    let program = Orphan(pid);
+    let shown = json(&output(["lease", "show", &lock.place, "--json"]));
+    let holder = shown["lock"]["holders"][0]["pid"].as_u64().expect("a pid");
+    signal(holder as u32, Signal::KILL);
+    until("the program has ended", || !lives(program.0));
+    assert_eq!(running.code(), 128 + 9);
+}
+
+#[test]
+fn the_next_program_is_told_who_died() {
+    let lock = Lock::new("--pidfile");
+    let (mut running, pid) = lock.hold([]);
+    running.child.kill().expect("it runs");
+    signal(pid, Signal::KILL);
+    until("it is stale", || lock.status() == 2);
+    let told = lock.run(["--verbose"], "echo \"$LOCKKIT_RECOVERED\"").output().expect("lockkit starts");
+    assert!(text(&told.stdout).starts_with(&format!("pid {pid} (s")), "{told:?}");
+    assert!(text(&told.stderr).contains("died"), "{told:?}");
+}
+
+/// A pseudo-terminal: the program's end, and what is shown on it.
+fn terminal() -> (OwnedFd, File) {
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    let screen = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).expect("a terminal");
+    grantpt(&screen).expect("a terminal");
+    unlockpt(&screen).expect("a terminal");
+    let name = ptsname(&screen, Vec::new()).expect("a name").into_string().expect("a plain name");
+    let end = File::options().read(true).write(true).open(name).expect("a terminal");
+    (end.into(), screen.into())
+}
+
+/// Reads what is shown until `fact` holds of it all.
+fn read_until(screen: &mut File, fact: impl Fn(&str) -> bool) -> String {
+    let begun = Instant::now();
+    let mut shown = Vec::new();
+    let mut more = [0; 1024];
+    while !fact(&text(&shown)) {
+        assert!(begun.elapsed() < LIVELY, "{}", text(&shown));
+        let mut watched = [rustix::event::PollFd::new(&*screen, rustix::event::PollFlags::IN)];
+        let tick = rustix::event::Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+        if rustix::event::poll(&mut watched, Some(&tick)).is_ok_and(|ready| ready > 0) {
+            let read = screen.read(&mut more).unwrap_or_default();
+            shown.extend_from_slice(&more[..read]);
+        }
+    }
+    text(&shown)
+}
+
+#[test]
+fn a_wait_on_a_terminal_shows_what_for_who_holds_it_and_how_long() {
+    let lock = Lock::new("--name");
+    let (mut running, pid) = lock.hold([]);
+    let (end, mut screen) = terminal();
+    let mut waiting = lock.run([], "true");
+    let mut waiter = Running::start({
+        waiting.stderr(end.try_clone().expect("a terminal"));
+        waiting
+    });
+    let held = format!("pid {pid} (sh), since ");
+    let shown = read_until(&mut screen, |shown| shown.contains(&held) && shown.contains("for 1s"));
+    assert!(shown.contains(&format!("Waiting for the named lock {:?}", lock.place)), "{shown}");
+    assert!(shown.contains("\x1b[33m"), "coloured: {shown:?}");
+    running.child.kill().expect("it runs");
+    signal(pid, Signal::KILL);
+    assert_eq!(waiter.code(), 0);
+    // The line is gone at the end.
+    read_until(&mut screen, |shown| shown.ends_with("\r\x1b[2K"));
+}
+
+#[test]
+fn an_interrupt_from_the_terminal_reaches_the_program_once() {
+    for kind in ["--name", "--lease"] {
+        let lock = Lock::new(kind);
+        let (end, mut screen) = terminal();
+        let script = "trap 'echo interrupted' INT; echo ready; i=0; while [ $i -lt 40 ]; do sleep 0.02; i=$((i+1)); \
+                      done; echo ended";
+        let run = lock.run([], script);
+        // Makes the terminal the controlling one, so that it sends signals.
+        let mut session = Command::new("setsid");
+        session.args(["--ctty", "--wait"]).arg(run.get_program()).args(run.get_args());
+        session.stdin(end.try_clone().expect("a terminal")).stderr(end.try_clone().expect("a terminal"));
+        session.stdout(end);
+        let mut session = session.spawn().expect("setsid starts");
+        read_until(&mut screen, |shown| shown.contains("ready"));
+        screen.write_all(b"\x03").expect("a terminal");
+        let shown = read_until(&mut screen, |shown| shown.contains("ended"));
+        assert_eq!(shown.matches("interrupted").count(), 1, "{kind}: {shown}");
+        assert!(session.wait().expect("a child").success(), "{kind}");
+    }
+}
+
+#[test]
+fn no_color_is_heeded_on_a_terminal() {
+    let lock = Lock::new("--name");
+    let (_running, pid) = lock.hold([]);
+    let (end, mut screen) = terminal();
+    let mut waiting = lock.run([], "true");
+    waiting.stderr(end.try_clone().expect("a terminal")).env("NO_COLOR", "1");
+    let _waiter = Running::start(waiting);
+    let shown = read_until(&mut screen, |shown| shown.contains(&format!("pid {pid} (sh)")));
+    assert!(!shown.contains("\x1b[33m"), "{shown:?}");
+}
+
+#[test]
+fn a_wait_on_a_pipe_is_silent_unless_told_otherwise() {
+    let lock = Lock::new("--name");
+    let (_running, pid) = lock.hold([]);
+    let wait = |option: &str| {
+        let waited = lock.run(["--timeout", "400ms", option], "true").output().expect("lockkit starts");
+        assert_eq!(code_of(&waited), 75);
+        text(&waited.stderr)
+    };
+    let plain = lock.run(["--timeout", "400ms"], "true").output().expect("lockkit starts");
+    assert!(!text(&plain.stderr).to_lowercase().contains("waiting for"), "{plain:?}");
+    assert_eq!(wait("--quiet"), "");
+    assert!(wait("--verbose").contains(&format!("waiting for the named lock {:?}, held by pid {pid}", lock.place)));
+}
+
+/// Checks what every lock in JSON has.
+fn check_form(lock: &Value) {
+    assert!(["named", "file", "pidfile", "lease", "table"].contains(&lock["kind"].as_str().expect("a kind")), "{lock}");
+    assert!(["free", "held", "stale"].contains(&lock["state"].as_str().expect("a state")), "{lock}");
+    assert!(lock["name"].is_string() && (lock["waiters"].is_u64() || lock["waiters"].is_null()), "{lock}");
+    for holder in lock["holders"].as_array().expect("holders") {
+        assert!(holder["pid"].is_u64(), "{lock}");
+        for (field, fits) in [
+            ("program", Value::is_string as fn(&Value) -> bool),
+            ("host", Value::is_string),
+            ("since", Value::is_string),
+            ("alive", Value::is_boolean),
+        ] {
+            let value = holder.get(field).expect("the field");
+            assert!(value.is_null() || fits(value), "{field} of {lock}");
+        }
+    }
+}
+
+#[test]
+fn status_and_list_say_the_same_in_json() {
+    let locks = KINDS.map(Lock::new);
+    let _held: Vec<_> = locks.iter().map(|lock| lock.hold([])).collect();
+    let list = output(["list", "--json", &locks[2].place]);
+    let list = json(&list);
+    assert_eq!(list["version"], 1);
+    let listed = list["locks"].as_array().expect("locks");
+    for (lock, kind) in locks.iter().zip(["named", "file", "pidfile", "lease"]) {
+        let status = output(["status", &lock.place, "--json"]);
+        assert_eq!(code_of(&status), 1);
+        let status = json(&status);
+        assert_eq!(
+            (&status["version"], &status["lock"]["kind"], &status["lock"]["state"]),
+            (&1.into(), &kind.into(), &"held".into())
+        );
+        check_form(&status["lock"]);
+        assert_ne!(status["lock"]["holders"][0]["pid"], 0);
+        let found: Vec<_> = listed.iter().filter(|found| found["name"] == lock.place.as_str()).collect();
+        assert_eq!(found.len(), 1, "{kind} in {list}");
+        check_form(found[0]);
+        assert_eq!(found[0]["holders"][0]["pid"], status["lock"]["holders"][0]["pid"]);
+    }
+    let table = text(&output(["list"]).stdout);
+    assert!(table.starts_with("KIND") && table.contains(&locks[0].place), "{table}");
+    assert!(!table.contains('\x1b'));
+}
+
+#[test]
+fn what_is_in_a_folder_is_listed_on_request_and_tables_in_use_without() {
+    use lockkit::{LockManager, ShmLockManager};
+    let (folder, paths) = pidfiles();
+    let table = folder.path().join("table");
+    let manager = ShmLockManager::create(&table, 8).expect("a table");
+    let _guard = manager.allocate().and_then(|lock| lock.lock()).expect("a free lock");
+    let kinds = |list: &Output| {
+        let list = json(list);
+        let locks = list["locks"].as_array().expect("locks").iter();
+        let here = locks.filter(|lock| Path::new(lock["name"].as_str().expect("a name")).starts_with(folder.path()));
+        here.map(|lock| lock["kind"].as_str().expect("a kind").to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(kinds(&output(["list", "--json"])), ["table"]);
+    let all = output(["list", "--json", &folder.path().display().to_string()]);
+    assert_eq!(kinds(&all), ["pidfile", "pidfile", "table"], "{paths:?}");
+}
+
+#[test]
+fn waiters_are_counted() {
+    for kind in ["--name", "--file"] {
+        let lock = Lock::new(kind);
+        let (_running, _) = lock.hold([]);
+        let _waiters = [0; 3].map(|_| Running::start(lock.run(["--quiet"], "true")));
+        until("three wait", || json(&output(["status", &lock.place, "--json"]))["lock"]["waiters"] == 3);
+    }
+}
+
+#[test]
+fn wait_returns_when_the_lock_is_free_and_does_not_take_it() {
+    for kind in KINDS {
+        let lock = Lock::new(kind);
+        assert_eq!(code(["wait", &lock.place]), 0, "{kind}");
+        let mut running = Running::start(lock.run([], "echo held; sleep 0.4"));
+        assert_eq!(running.line(), "held");
+        assert_eq!(code(["wait", &lock.place, "--timeout", "50ms"]), 75, "{kind}");
+        assert_eq!(code(["wait", &lock.place, "--timeout", "30s"]), 0, "{kind}");
+        assert_eq!(running.code(), 0, "{kind}");
+    }
+}
+
+/// Folder with a pidfile of a process that lives, one of a process that has ended, and something else.
+fn pidfiles() -> (TempDir, [PathBuf; 3]) {
+    let folder = TempDir::new().expect("a folder");
+    let paths = ["alive.pid", "dead.pid", "notes.txt"].map(|name| folder.path().join(name));
+    let mut ended = Command::new("true").spawn().expect("it starts");
+    ended.wait().expect("a child");
+    fs::write(&paths[0], format!("{}\n", std::process::id())).expect("a file");
+    fs::write(&paths[1], format!("{}\n", ended.id())).expect("a file");
+    fs::write(&paths[2], "4194305\n").expect("a file");
+    (folder, paths)
+}
+
+#[test]
+fn pidfiles_are_checked_and_only_stale_ones_are_removed() {
+    let (folder, paths) = pidfiles();
+    let text_of = |path: &Path| path.display().to_string();
+    let dir = text_of(folder.path());
+    assert_eq!(code(["pidfile", "check", &text_of(&paths[0])]), 1);
+    assert_eq!(code(["pidfile", "check", &text_of(&paths[1])]), 2);
+    assert_eq!(code(["pidfile", "check", &dir]), 1);
+    assert_eq!(code(["pidfile", "check", &text_of(&folder.path().join("none.pid"))]), 0);
+    let form = json(&output(["pidfile", "check", "--json", &dir]));
+    assert_eq!((&form["version"], form["locks"].as_array().map(Vec::len)), (&1.into(), Some(2)));
+    form["locks"].as_array().expect("locks").iter().for_each(check_form);
+    let dry = output(["pidfile", "clean", "--dry-run", &dir]);
+    assert!(text(&dry.stdout).contains("would remove") && paths[1].exists());
+    let clean = output(["pidfile", "clean", &dir]);
+    assert_eq!((code_of(&clean), text(&clean.stdout).lines().count()), (0, 1));
+    assert_eq!(paths.map(|path| path.exists()), [true, false, true]);
+}
+
+#[test]
+fn a_lease_is_shown_released_and_stolen() {
+    let lock = Lock::new("--lease");
+    let url = format!("file://{}", lock.place);
+    assert_eq!(code(["lease", "show", &url]), 0);
+    let (_running, _) = lock.hold([]);
+    let shown = json(&output(["lease", "show", &url, "--json"]));
+    check_form(&shown["lock"]);
+    let (token, holder) = (&shown["lock"]["token"], &shown["lock"]["holders"][0]["pid"]);
+    assert_eq!(code(["lease", "show", &url]), 1);
+    let refused = output(["lease", "release", &url]);
+    assert_eq!(code_of(&refused), 75);
+    assert!(text(&refused.stderr).contains(&format!("pid {holder}")), "{refused:?}");
+    assert_eq!(code(["lease", "release", &url, "--token", "1"]), 75);
+    assert_eq!(code(["lease", "steal", &url]), 64, "nobody to ask");
+    assert_eq!(code(["lease", "show", &url]), 1);
+    assert_eq!(code(["lease", "release", &url, "--token", &token.to_string()]), 0);
+    assert_eq!(code(["lease", "show", &url]), 0);
+}
+
+#[test]
+fn stealing_a_lease_asks_and_names_the_owner() {
+    for (answer, code, after) in [("n\n", 75, 1), ("yes\n", 0, 0)] {
+        let lock = Lock::new("--lease");
+        let (_running, _) = lock.hold([]);
+        let shown = json(&output(["lease", "show", &lock.place, "--json"]));
+        let (end, mut screen) = terminal();
+        let mut steal = lockkit(["lease", "steal", &lock.place]);
+        steal.stdin(end.try_clone().expect("a terminal")).stderr(end.try_clone().expect("a terminal"));
+        let mut steal = Running::start(steal);
+        let asked = read_until(&mut screen, |shown| shown.contains("[y/N]"));
+        assert!(asked.contains(&format!("from pid {} (lockkit)", shown["lock"]["holders"][0]["pid"])), "{asked}");
+        screen.write_all(answer.as_bytes()).expect("a terminal");
+        assert_eq!(steal.code(), code);
+        assert_eq!(lock.status(), after);
+    }
+}
+
+#[test]
+fn an_engine_that_this_build_lacks_is_named() {
+    for url in ["redis://localhost/leader", "postgres://db/leader", "etcd://a,b,c/leader"] {
+        let refused = output(["run", "--lease", url, "--", "true"]);
+        assert_eq!(code_of(&refused), 69);
+        let scheme = url.split(':').next().unwrap_or_default();
+        assert!(text(&refused.stderr).contains(&format!("no engine for {scheme}://")), "{refused:?}");
+        assert_eq!(code(["lease", "show", url]), 69);
+    }
+}
+
+#[test]
+fn tables_give_out_numbers_and_take_them_back() {
+    let folder = TempDir::new_in("/dev/shm").expect("a folder");
+    for kind in [["--capacity", "4"].as_slice(), &["--folder"]] {
+        let path = folder.path().join(kind[0]).display().to_string();
+        let mut create = lockkit(["table", "create", &path]);
+        assert!(create.args(kind).status().expect("lockkit starts").success());
+        assert_eq!(code(["table", "create", &path]), 73, "something is there");
+        let allocate = || text(&output(["table", "allocate", &path]).stdout).trim().to_owned();
+        assert_eq!([allocate(), allocate()], ["0", "1"]);
+        assert_eq!(code(["table", "allocate", &path, "--at", "1"]), 69);
+        assert_eq!(code(["table", "free", &path, "0"]), 0);
+        assert_eq!(code(["table", "free", &path, "0"]), 69);
+        let form = json(&output(["table", "list", &path, "--json"]));
+        check_form(&form["lock"]);
+        assert_eq!(form["lock"]["kind"], "table");
+        let renumbered = output(["table", "renumber", "--yes", &path, "3", "1", "1"]);
+        let numbers = text(&renumbered.stdout);
+        let numbers: Vec<_> = numbers.lines().filter_map(|line| line.split_once(' ')).collect();
+        assert_eq!(numbers[..2], [("3", "3"), ("1", "1")]);
+        assert_eq!(numbers[2].0, "1");
+        assert!(!["1", "3"].contains(&numbers[2].1), "a number of its own: {numbers:?}");
+        assert_eq!(code(["table", "free", &path, "--all"]), 64, "nobody to ask");
+        assert_eq!(code(["table", "free", &path, "--all", "--yes"]), 0);
+    }
+}
+
+#[test]
+fn a_table_shows_who_holds_which_lock() {
+    use lockkit::{LockManager, ShmLockManager};
+    let folder = TempDir::new_in("/dev/shm").expect("a folder");
+    let path = folder.path().join("table");
+    let table = ShmLockManager::create(&path, 8).expect("a table");
+    let lock = table.allocate_at(5).expect("a lock");
+    let _guard = lock.lock().expect("free");
+    let path = path.display().to_string();
+    let status = output(["status", &path, "--json"]);
+    assert_eq!(code_of(&status), 1);
+    let holder = &json(&status)["lock"]["holders"][0];
+    assert_eq!((&holder["lock"], &holder["pid"]), (&5.into(), &std::process::id().into()));
+    assert_eq!(code(["table", "renumber", "--yes", &path, "5"]), 75, "somebody holds one");
+}
+
+#[test]
+fn the_doctor_finds_memory_sound() {
+    let folder = TempDir::new_in("/dev/shm").expect("a folder");
+    let path = folder.path().display().to_string();
+    let report = output(["doctor", &path, "--json"]);
+    assert_eq!(code_of(&report), 0, "{report:?}");
+    let report = json(&report);
+    assert_eq!((&report["version"], &report["filesystem"]["kind"]), (&1.into(), &"tmpfs".into()));
+    assert!(
+        report["checks"]
+            .as_array()
+            .is_some_and(|checks| checks.len() == 8 && checks.iter().all(|check| check["passed"] == true))
+    );
+    assert!(report["advice"].as_array().is_some_and(|advice| advice.iter().all(|lock| lock["usable"] == true)));
+    assert_eq!(fs::read_dir(folder.path()).expect("a folder").count(), 0, "nothing stays behind");
+    let shown = text(&output(["doctor", &path]).stdout);
+    assert!(shown.contains("tmpfs") && shown.contains("What to use here"), "{shown}");
+    assert_eq!(code(["doctor", "/no/such/folder"]), 66);
+}
+
+#[test]
+fn the_doctor_trusts_proc_with_nothing() {
+    assert_ne!(code(["doctor", "/proc/self"]), 0);
+}
+
+#[test]
+fn every_command_has_completions_a_manual_page_and_help_with_an_example() {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let script = output(["completions", shell]);
+        assert!(code_of(&script) == 0 && text(&script.stdout).contains("lockkit"), "{shell}");
+    }
+    let folder = TempDir::new().expect("a folder");
+    assert_eq!(code(["man", &folder.path().display().to_string()]), 0);
+    let commands =
+        ["run", "flock", "list", "status", "wait", "pidfile", "lease", "table", "doctor", "completions", "man"];
+    for command in commands {
+        let page = fs::read_to_string(folder.path().join(format!("lockkit-{command}.1"))).expect(command);
+        assert!(page.contains(".TH"), "{command}");
+        if command != "flock" {
+            let help = output([command, "--help"]);
+            assert_eq!(code_of(&help), 0, "{command}");
+            assert!(text(&help.stdout).contains("Example"), "{command}");
+        }
+    }
+}
+
+#[test]
+fn arguments_that_make_no_sense_are_refused_with_an_example() {
+    let cases: [&[&str]; 9] = [
+        &["nonsense"],
+        &["status"],
+        &["run", "--name", "a"],
+        &["run", "--", "true"],
+        &["run", "--name", "a", "--file", "b", "--", "true"],
+        &["run", "--name", "a/b", "--", "true"],
+        &["run", "--name", "a", "--shared", "--", "true"],
+        &["run", "--name", "a", "--timeout", "soon", "--", "true"],
+        &["table", "free", "/dev/shm/x"],
+    ];
+    for arguments in cases {
+        let refused = lockkit([]).args(arguments).output().expect("lockkit starts");
+        assert_eq!(code_of(&refused), 64, "{arguments:?}");
+        assert!(text(&refused.stderr).contains("For example: lockkit "), "{arguments:?}: {refused:?}");
+        assert!(!text(&refused.stderr).contains('\x1b'));
+    }
+}
+
+/// The machine's flock(1) and ours, each under the name `flock` in a folder of its own, as `sh` would find them.
+fn both_flocks() -> Option<(TempDir, [PathBuf; 2])> {
+    let paths = std::env::var_os("PATH").unwrap_or_default();
+    let Some(real) = std::env::split_paths(&paths).map(|folder| folder.join("flock")).find(|path| path.is_file())
+    else {
+        println!("left out: this machine has no flock(1)");
+        return None;
+    };
+    let folder = TempDir::new().expect("a folder");
+    let both = [("real", real), ("ours", PROGRAM.into())].map(|(name, program)| {
+        fs::create_dir(folder.path().join(name)).expect("a folder");
+        let link = folder.path().join(name).join("flock");
+        symlink(program, &link).expect("a link");
+        link
+    });
+    Some((folder, both))
+}
+
+/// What is to be the same: the code, and both outputs but for the program's own path and times.
+fn outcome(program: &Path, command: &mut Command) -> (i32, String, String) {
+    let ended = command.output().expect("it starts");
+    let plain = |bytes: &[u8]| {
+        let text = text(bytes).replace(&program.display().to_string(), "flock");
+        text.lines()
+            .map(|line| match line.split_once("getting lock took ") {
+                Some((begin, took)) => {
+                    let seconds = took.strip_suffix(" seconds").expect("a time");
+                    assert_eq!(seconds.split_once('.').map(|(_, micros)| micros.len()), Some(6), "{line}");
+                    format!("{begin}getting lock took T seconds\n")
+                }
+                None => format!("{line}\n"),
+            })
+            .collect()
+    };
+    (code_of(&ended), plain(&ended.stdout), plain(&ended.stderr))
+}
+
+#[test]
+fn flock_does_what_the_machines_own_does() {
+    let Some((folder, both)) = both_flocks() else { return };
+    let file = folder.path().join("file").display().to_string();
+    let held = folder.path().join("held").display().to_string();
+    let shared = folder.path().join("shared").display().to_string();
+    let dir = folder.path().join("real").display().to_string();
+    let _held = [("-x", &held), ("-s", &shared)].map(|(kind, path)| {
+        let mut holder = Command::new(&both[0]);
+        holder.args([kind, path, "sh", "-c", "echo held; exec sleep 60"]);
+        let mut holder = Running::start(holder);
+        assert_eq!(holder.line(), "held");
+        holder
+    });
+    let (f, h, s, d) = (&*file, &*held, &*shared, &*dir);
+    let cases: Vec<Vec<&str>> = vec![
+        // Running commands.
+        vec![f, "true"],
+        vec![f, "sh", "-c", "exit 7"],
+        vec![f, "sh", "-c", "kill -9 $$"],
+        vec![f, "sh", "-c", "kill -TERM $$"],
+        vec![f, "-c", "echo said; exit 5"],
+        vec![f, "--command", "echo said"],
+        vec![f, "-c"],
+        vec![f, "-c", "a", "b"],
+        vec![f, "--command"],
+        vec![f, "/no/such/program"],
+        vec![f, "/etc/passwd"],
+        vec![f, "echo", "-n", "--", "-x"],
+        vec![d, "true"],
+        vec!["-x", d, "echo", "said"],
+        vec!["/no/such/folder/file", "true"],
+        vec!["/etc/passwd/file", "true"],
+        vec!["", "true"],
+        // Every option, also in its long forms.
+        vec!["-s", f, "true"],
+        vec!["--shared", f, "true"],
+        vec!["-x", f, "true"],
+        vec!["-e", f, "true"],
+        vec!["--exclusive", f, "true"],
+        vec!["-u", f, "echo", "said"],
+        vec!["--unlock", h, "echo", "said"],
+        vec!["-n", f, "true"],
+        vec!["-n", h, "true"],
+        vec!["--nonblock", h, "true"],
+        vec!["--nonblocking", h, "true"],
+        vec!["--nb", h, "true"],
+        vec!["-n", "--verbose", h, "true"],
+        vec!["-n", "-s", s, "true"],
+        vec!["-ns", s, "true"],
+        vec!["-nx", s, "true"],
+        vec!["-n", "-s", h, "true"],
+        vec!["-w", "0.05", h, "true"],
+        vec!["-w0.05", h, "true"],
+        vec!["-w", "0", h, "true"],
+        vec!["-w", "0", "--verbose", h, "true"],
+        vec!["--wait", "0.05", h, "true"],
+        vec!["--timeout=0.05", h, "true"],
+        vec!["--timeout", "0.05", "--verbose", h, "true"],
+        vec!["-w", "5", f, "true"],
+        vec!["-w", "abc", f, "true"],
+        vec!["-w", "", f, "true"],
+        vec!["-w", "1x", f, "true"],
+        vec!["-w", "-1", f, "true"],
+        vec!["-w", "1e30", f, "true"],
+        vec!["-w", "inf", f, "true"],
+        vec!["-w"],
+        vec!["--wait"],
+        vec!["-E", "42", "-n", h, "true"],
+        vec!["-E42", "-n", h, "true"],
+        vec!["-nE", "42", h, "true"],
+        vec!["--conflict-exit-code", "42", "-w", "0.01", h, "true"],
+        vec!["--conflict-exit-code=0", "-n", h, "true"],
+        vec!["-E", "42", f, "true"],
+        vec!["-E", "256", f, "true"],
+        vec!["-E", "-1", f, "true"],
+        vec!["-E", "x", f, "true"],
+        vec!["-E", "", f, "true"],
+        vec!["-E", " 7", "-n", h, "true"],
+        vec!["-E", "+7", "-n", h, "true"],
+        vec!["-E", "99999999999", f, "true"],
+        vec!["-E", "99999999999999999999999", f, "true"],
+        vec!["-o", f, "true"],
+        vec!["--close", f, "sh", "-c", "ls /proc/self/fd | wc -l"],
+        vec!["-F", f, "sh", "-c", "exit 3"],
+        vec!["--no-fork", f, "/no/such/program"],
+        vec!["-F", "-o", f, "true"],
+        vec!["--verbose", f, "true"],
+        vec!["--verbose", "-s", f, "-c", "echo said"],
+        vec!["--verb", f, "true"],
+        // What is wrong.
+        vec![],
+        vec!["-n"],
+        vec!["-z"],
+        vec!["-nz", f, "true"],
+        vec!["-?"],
+        vec!["--bogus"],
+        vec!["--bogus=1"],
+        vec!["--no", f, "true"],
+        vec!["--ver"],
+        vec!["--w", "0.01", h, "true"],
+        vec!["--shared=1", f, "true"],
+        vec!["-c", "true", f],
+        vec!["--", f, "true"],
+        vec!["--", "-n", "true"],
+        vec!["-", "true"],
+        // Descriptors.
+        vec!["99"],
+        vec!["-1"],
+        vec!["--", "-1"],
+        vec!["abc"],
+        vec!["99999999999"],
+        vec!["0"],
+        vec!["-u", "0"],
+        vec!["-n", "-x", "0"],
+    ];
+    for arguments in cases {
+        let ended = both.each_ref().map(|program| {
+            let mut command = Command::new(program);
+            // A folder of its own, for one case makes files with odd names.
+            command.args(&arguments).stdin(File::open("/etc/hostname").expect("a file")).current_dir(folder.path());
+            command.env("SHELL", "/bin/sh").env("LC_ALL", "C");
+            let (code, stdout, stderr) = outcome(program, &mut command);
+            // When the machine's own has a pipe there, it writes its words behind the command's.
+            let mut lines: Vec<_> = stdout.lines().map(str::to_owned).collect();
+            lines.sort_unstable();
+            (code, lines, stderr)
+        });
+        assert_eq!(ended[1], ended[0], "flock {arguments:?}");
+    }
+}
+
+#[test]
+fn flock_by_descriptor_does_what_the_machines_own_does() {
+    let Some((folder, both)) = both_flocks() else { return };
+    let scripts = [
+        // Held by the shell from the command on, until it closes the descriptor.
+        "exec 9>file; flock -n 9; echo $?; real -n file true; echo $?; exec 9>&-; real -n file true; echo $?",
+        "(flock -x 8; real -n file true; echo $?) 8>file; real -n file true; echo $?",
+        "exec 9>file; flock 9; flock -u 9; real -n file true; echo $?",
+        "exec 9<file; flock -s 9; real -ns file true; echo $?; real -nx file true; echo $?",
+        "exec 8>file 9>file; real 8; flock -n 9; echo $?; flock -n -E 5 --verbose 9; echo $?; flock -w 0.05 9; echo $?",
+        "exec 8>file 9>file; real -s 8; flock -n -s 9; echo $?; flock -n 9; echo $?; flock -u 8; flock -n 9; echo $?",
+        "exec 9>file; flock -n 7; echo $?; flock 9 9>&-; echo $?",
+        // The command inherits the descriptor unless told otherwise, and what it leaves running keeps the lock.
+        "flock file sh -c 'sleep 60 > /dev/null 2>&1 & echo $! > pid'; real -n file true; echo $?; kill $(cat pid)",
+        "flock -o file sh -c 'sleep 60 > /dev/null 2>&1 & echo $! > pid'; real -n file true; echo $?; kill $(cat pid)",
+        // Without a fork the command has flock's own pid.
+        "flock -F file sh -c 'echo $$' & wait $!; [ $! = $! ] && echo same",
+        "flock -F file sh -c 'sleep 60 > /dev/null 2>&1 & echo $! > pid'; real -n file true; echo $?; kill $(cat pid)",
+    ];
+    for script in scripts {
+        let ended = both.each_ref().map(|program| {
+            let work = TempDir::new_in(folder.path()).expect("a folder");
+            fs::write(work.path().join("file"), "").expect("a file");
+            let script = script.replace("real", &both[0].display().to_string());
+            let path =
+                format!("{}:{}", program.parent().expect("a folder").display(), std::env::var("PATH").expect("a path"));
+            let mut command = Command::new("bash");
+            command.args(["-c", &script]).current_dir(work.path()).env("PATH", path).env("LC_ALL", "C");
+            let (code, mut stdout, stderr) = outcome(program, &mut command);
+            if script.contains("echo $$") {
+                stdout = stdout.lines().skip(1).collect();
+            }
+            (code, stdout, stderr)
+        });
+        assert_eq!(ended[1], ended[0], "{script}");
+    }
+}
+
+#[test]
+fn flock_as_a_subcommand_is_the_same_and_excludes_the_machines_own() {
+    let Some((folder, both)) = both_flocks() else { return };
+    let file = folder.path().join("file").display().to_string();
+    let mut holder = lockkit(["flock", &file, "sh", "-c", "echo held; exec sleep 60"]);
+    holder.stderr(Stdio::null());
+    let mut holder = Running::start(holder);
+    assert_eq!(holder.line(), "held");
+    let real = |arguments: &[&str]| Command::new(&both[0]).args(arguments).status().expect("it starts").code();
+    assert_eq!(real(&["-n", &file, "true"]), Some(1));
+    assert_eq!(code(["flock", "-n", &file, "true"]), 1);
+    assert_eq!(code(["run", "--try", "--file", &file, "--", "true"]), 75);
+    assert_eq!(code(["status", &file]), 1);
+    assert!(text(&output(["flock", "--help"]).stdout).contains("flock [options] <file>|<directory> <command>"));
+    assert!(text(&output(["flock", "-V"]).stdout).starts_with("flock from lockkit "));
+}
+
+#[test]
+fn a_timed_wait_of_flock_gets_the_lock_when_it_comes_free() {
+    let folder = TempDir::new().expect("a folder");
+    let file = folder.path().join("file").display().to_string();
+    let mut holder = Running::start(lockkit(["flock", &file, "sh", "-c", "echo held; sleep 0.3"]));
+    assert_eq!(holder.line(), "held");
+    assert_eq!(code(["flock", "-w", "30", &file, "true"]), 0);
+}
+
+/// How long it took from the start of `command` until its last line, the time at which it ran, in nanoseconds.
+fn start_of(command: &mut Command) -> Duration {
+    let begun = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("a clock");
+    let said = text(&command.output().expect("it starts").stdout);
+    Duration::from_nanos(said.trim().parse().expect("a time")) - begun
+}
+
+#[test]
+#[ignore = "only a release build on a quiet machine can tell"]
+fn a_program_starts_at_most_half_as_late_again_as_under_flock() {
+    let Some((folder, both)) = both_flocks() else { return };
+    let file = folder.path().join("file").display().to_string();
+    let now = ["date", "+%s%N"];
+    let mut flock = Command::new(&both[0]);
+    flock.arg(&file).args(now);
+    let mut runs = vec![("flock(1)", flock)];
+    let locks = KINDS.map(Lock::new);
+    for (kind, lock) in KINDS.into_iter().zip(&locks) {
+        let mut run = lockkit(["run"]);
+        run.args(&lock.run).args(now);
+        runs.push((kind, run));
+    }
+    let mut times = vec![Vec::new(); runs.len()];
+    for _ in 0..200 {
+        for ((_, run), times) in runs.iter_mut().zip(&mut times) {
+            times.push(start_of(run));
+        }
+    }
+    let medians: Vec<_> = times
+        .iter_mut()
+        .map(|times| {
+            times.sort_unstable();
+            times[times.len() / 2]
+        })
+        .collect();
+    for ((name, _), median) in runs.iter().zip(&medians) {
+        println!("{name}: {median:?}");
+        assert!(*median <= medians[0].mul_f64(1.5), "{name}: {median:?}, flock(1): {:?}", medians[0]);
+    }
+}
