@@ -9,7 +9,7 @@ use std::process::Command;
 
 use lockkit_benches::table;
 
-const PROGRAMS: [&str; 5] = ["uncontended", "contended", "managers", "leases", "memory"];
+const PROGRAMS: [&str; 6] = ["uncontended", "contended", "managers", "leases", "command", "memory"];
 
 fn main() {
     let rows: Vec<_> = PROGRAMS.into_iter().flat_map(table::kept).collect();

@@ -7,6 +7,7 @@
 //! - `managers`: tables of locks in shared memory, beside a robust pthread mutex. A plain program as well.
 //! - `leases`: file leases, beside those of Python's filelock, which it installs below `target`. Plain as well.
 //!
+//! - `command`: how soon a program runs that `lockkit run` starts, beside flock(1).
 //! - `memory`: bytes and descriptors of a lock.
 //! - `verdict`: one table of all that, each row with its best peer; it also writes `docs/BENCHMARKS.md`.
 //!
