@@ -80,6 +80,14 @@ struct Lock {
     _folder: TempDir,
 }
 
+/// Takes away the record that a named lock leaves for its next holder.
+impl Drop for Lock {
+    fn drop(&mut self) {
+        let uid = rustix::process::geteuid().as_raw();
+        let _ = fs::remove_file(format!("/dev/shm/lockkit-u{uid}/{}.record", self.place));
+    }
+}
+
 const KINDS: [&str; 4] = ["--name", "--file", "--pidfile", "--lease"];
 
 impl Lock {
@@ -92,6 +100,7 @@ impl Lock {
         Self { run: [kind.to_owned(), place.clone()], place, _folder: folder }
     }
 
+    /// The command that runs `script` under it.
     fn run<const N: usize>(&self, options: [&str; N], script: &str) -> Command {
         let mut command = lockkit(["run"]);
         command.args(&self.run).args(options).args(["--", "sh", "-c", script]);
@@ -216,7 +225,8 @@ fn nothing_panics_where_nothing_can_be_written() {
 
 #[test]
 fn a_machine_wide_name_is_another_than_the_users() {
-    let name = fresh_name();
+    let users = Lock::new("--name");
+    let name = users.place.clone();
     let mut machine = lockkit(["run", "--name", &name, "--scope", "machine", "--"]);
     machine.args(["sh", "-c", "echo held; exec sleep 60"]);
     let mut machine = Running::start(machine);
@@ -310,6 +320,15 @@ fn what_reads_the_output_of_a_program_waits_for_nobody_else() {
     assert_eq!(rest, "");
 }
 
+/// `command` with the signals that a shell has its background jobs ignore, as it may this test: what is ignored from the
+/// start no shell can trap.
+fn with_usual_signals(command: &Command) -> Command {
+    let mut usual = Command::new("env");
+    usual.arg("--default-signal=INT,QUIT").arg(command.get_program()).args(command.get_args());
+    usual.stdin(Stdio::null());
+    usual
+}
+
 #[test]
 fn signals_are_passed_on() {
     let script = "for s in INT TERM HUP QUIT USR1 USR2; do trap \"exit 4\\$(echo $s | wc -c)\" $s; done; echo ready; \
@@ -317,7 +336,7 @@ fn signals_are_passed_on() {
     for kind in KINDS {
         let lock = Lock::new(kind);
         for (number, code) in [(Signal::INT, 44), (Signal::TERM, 45), (Signal::HUP, 44), (Signal::USR1, 45)] {
-            let mut running = Running::start(lock.run([], script));
+            let mut running = Running::start(with_usual_signals(&lock.run([], script)));
             assert_eq!(running.line(), "ready");
             signal(running.pid(), number);
             assert_eq!(running.code(), code, "{kind} {number:?}");
@@ -453,7 +472,7 @@ fn an_interrupt_from_the_terminal_reaches_the_program_once() {
         let (end, mut screen) = terminal();
         let script = "trap 'echo interrupted' INT; echo ready; i=0; while [ $i -lt 40 ]; do sleep 0.02; i=$((i+1)); \
                       done; echo ended";
-        let run = lock.run([], script);
+        let run = with_usual_signals(&lock.run([], script));
         // Makes the terminal the controlling one, so that it sends signals.
         let mut session = Command::new("setsid");
         session.args(["--ctty", "--wait"]).arg(run.get_program()).args(run.get_args());
