@@ -13,12 +13,13 @@
 //! | `panic` | `panicked`: a thread took the lock and panicked holding it |
 //! | `hold-name NAME`, `time-out-name NAME`, `clean-name NAME` | `done`: the same with any named lock |
 //! | `starve` | `starved`: no descriptor is left; `feed` gives them back |
+//! | `limit-threads N`, or `all` | `limited`: its user may have no more threads from now on; means nothing to root |
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
 use std::time::Duration;
 
 use lockkit::{ErrorKind, Wait};
@@ -130,6 +131,24 @@ impl Actor {
         }
     }
 
+    /// The next answer, if it is there.
+    pub fn answered(&mut self) -> Option<String> {
+        let answer = match self.answers.try_recv() {
+            Ok(answer) => answer,
+            Err(TryRecvError::Disconnected) => "gone".to_owned(),
+            Err(TryRecvError::Empty) => return None,
+        };
+        self.open = self.open.saturating_sub(1);
+        Some(answer)
+    }
+
+    /// Whether it sleeps, and not because it reads a command.
+    pub fn waits(&self) -> bool {
+        let pid = self.pid();
+        let call = std::fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap_or_default();
+        crate::sleeps(pid, pid) && !call.starts_with("0 ") && !call.starts_with("running")
+    }
+
     /// Expects that the command it was given has no answer yet.
     pub fn expect_silence(&mut self) {
         assert_eq!(self.answers.try_recv().ok(), None);
@@ -159,14 +178,9 @@ impl Actor {
 
     /// Returns once it sleeps in a wait for a lock, or has ended.
     pub fn wait_until_it_waits_or_ends(&mut self) {
-        let pid = self.pid();
         // Reading a command is a sleep, too, so the proof is that it sleeps somewhere else.
-        let reading = || {
-            let call = std::fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap_or_default();
-            call.starts_with("0 ") || call.starts_with("running")
-        };
         crate::until("the actor waits for the lock", || {
-            (crate::sleeps(pid, pid) && !reading()) || self.child.try_wait().is_ok_and(|ended| ended.is_some())
+            self.waits() || self.child.try_wait().is_ok_and(|ended| ended.is_some())
         });
     }
 
@@ -311,6 +325,10 @@ pub fn serve(spec: &Spec) {
                     hoard.push(file);
                 }
                 "starved".to_owned()
+            }
+            "limit-threads" => {
+                crate::faults::limit_threads(argument);
+                "limited".to_owned()
             }
             "feed" => {
                 hoard.clear();

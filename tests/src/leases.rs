@@ -29,7 +29,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use lockkit::{Lease, LeaseBuilder, LeaseGuard, LossReason, Wait};
-use rustix::process::{Resource, Signal, getrlimit, setrlimit};
+use rustix::process::Signal;
 
 use crate::actor::{describe, signal_pid};
 use crate::chaos::{Dice, IN, OUT, append, now, read};
@@ -150,9 +150,7 @@ pub fn serve(terms: &Terms) {
                 "gone there".to_owned()
             }
             "limit-threads" => {
-                let mut limit = getrlimit(Resource::Nproc);
-                limit.current = argument.parse().ok().or(limit.maximum);
-                setrlimit(Resource::Nproc, limit).expect("not above the highest");
+                crate::faults::limit_threads(argument);
                 "limited".to_owned()
             }
             _ => match (&guard, command) {

@@ -6,10 +6,12 @@
 //! - [`mod@managers`] has the tables of locks under test, the cases that every manager must pass, and a second process
 //!   that works on a table as it is told.
 //! - [`mod@leases`] has a second process that works on a lease as it is told, and forges records.
+//! - [`mod@faults`] takes from locks what the system owes them: room, files, processes, uninterrupted sleep.
 //! - [`chaos`] lets a conductor kill and stop many processes at random, and checks the log of who held when.
 
 pub mod actor;
 pub mod chaos;
+pub mod faults;
 pub mod kinds;
 pub mod leases;
 pub mod managers;

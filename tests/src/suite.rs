@@ -396,7 +396,7 @@ mod cases {
 pub use cases::*;
 
 /// What the owner after a killed one answers.
-fn told(kind: Kind, died: u32) -> String {
+pub(crate) fn told(kind: Kind, died: u32) -> String {
     match kind.tells_deaths() {
         true => format!("held recovered {died}"),
         false => "held".to_owned(),

@@ -759,6 +759,8 @@ impl World for Sleeper<'_> {
         let portion = self.patience.portion(self.tick).map_err(Stopped::GaveUp)?;
         match futex::wait(word, seen, portion).map_err(Stopped::Failed)? {
             futex::Woke::Early => Ok(Slept::Woken),
+            // Nobody woke it, and where signals come faster than ticks no other tick would ever be over.
+            futex::Woke::Interrupted => Ok(Slept::Tick),
             futex::Woke::TimedOut => {
                 self.tick = self.ticks.next();
                 Ok(Slept::Tick)

@@ -61,7 +61,7 @@ pub(super) trait Fairness {
 pub(super) enum Slept {
     /// Somebody woke this thread, or the word had changed before it slept.
     Woken,
-    /// A tick is over.
+    /// A tick is over, or was cut short by a signal.
     Tick,
 }
 

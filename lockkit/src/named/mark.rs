@@ -100,9 +100,22 @@ impl Slate for File {
         let _ = self.write_all_at(&bytes, 0);
     }
 
+    /// If it stayed, the next owner would be told of a death that was none.
     fn wipe(&self) {
-        let _ = self.write_all_at(&WIPED.to_ne_bytes(), 0);
+        if self.write_all_at(&WIPED.to_ne_bytes(), 0).is_err() {
+            cut_out(self);
+        }
     }
+}
+
+/// Wipes where writing is refused: what is cut out reads as zeros, takes no room and meets no limit of sizes.
+#[cold]
+fn cut_out(file: &File) {
+    const _: () = assert!(STATE == 0 && WIPED == 0);
+    #[cfg(target_os = "linux")]
+    let _ = fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, WORD as u64);
+    #[cfg(not(target_os = "linux"))]
+    let _ = file.write_all_at(&WIPED.to_ne_bytes(), 0);
 }
 
 /// In shared memory.

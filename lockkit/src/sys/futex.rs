@@ -13,8 +13,10 @@ use rustix::thread::futex::{self, Flags};
 /// What ended a sleep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Woke {
-    /// The word was another one already, or somebody woke this thread, or a signal did.
+    /// The word was another one already, or somebody woke this thread.
     Early,
+    /// A signal came.
+    Interrupted,
     /// The time is over.
     TimedOut,
 }
@@ -24,7 +26,8 @@ pub(crate) enum Woke {
 pub(crate) fn wait(word: &AtomicU32, expected: u32, limit: Duration) -> io::Result<Woke> {
     let limit = Timespec::try_from(limit).ok();
     match futex::wait(word, Flags::empty(), expected, limit.as_ref()) {
-        Ok(()) | Err(Errno::AGAIN | Errno::INTR) => Ok(Woke::Early),
+        Ok(()) | Err(Errno::AGAIN) => Ok(Woke::Early),
+        Err(Errno::INTR) => Ok(Woke::Interrupted),
         Err(Errno::TIMEDOUT) => Ok(Woke::TimedOut),
         Err(error) => Err(error.into()),
     }

@@ -1,0 +1,753 @@
+//! What the system owes a lock, and does not give it: room, files, processes, a sleep that nothing interrupts, and each
+//! single system call.
+//!
+//! In every case whoever asks is answered, with the lock or with an error that says what is missing; nobody is inside
+//! beside the holder; and once all is well again the same process gets in, and another, which is told of no death, for
+//! nobody died. [`faults!`](crate::faults!) makes a test of each case for one kind.
+
+use std::collections::BTreeSet;
+use std::fs::{self, Permissions};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use lockkit::Wait;
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, prlimit, setrlimit};
+
+use crate::actor::signal_pid;
+use crate::{Actor, Belongings, Kind, Spec, another_user, program, suite, until};
+
+/// Makes a module `$module` with a test for every case, for one kind of lock.
+#[macro_export]
+macro_rules! faults {
+    ($module:ident, $kind:expr) => {
+        $crate::faults!($module, $kind;
+            a_limit_of_file_sizes_is_an_error_or_does_not_matter,
+            a_limit_of_processes_is_an_error_or_does_not_matter,
+            a_full_file_system_is_an_error_or_does_not_matter,
+            a_read_only_file_system_is_an_error_or_does_not_matter,
+            folders_that_may_not_be_written_are_an_error_or_do_not_matter,
+            waiters_get_in_give_up_and_see_deaths_in_a_storm_of_signals,
+            a_crowd_in_a_storm_of_signals_counts_without_losing_one,
+            the_standard_descriptors_are_locks_like_any_other,
+            any_system_call_may_fail_once_when_nobody_else_is_there,
+            any_system_call_may_fail_once_when_the_lock_is_passed_on,
+        );
+    };
+    ($module:ident, $kind:expr; $($case:ident,)*) => {
+        mod $module {
+            $(#[test]
+            fn $case() {
+                $crate::faults::$case($kind);
+            })*
+        }
+    };
+}
+
+/// Every way of asking for a lock that nobody has.
+const WAYS: [&str; 3] = ["try", "lock", "lock-for 1000"];
+
+/// How long a taker gets: also a lease that could not be given back is given back by then.
+const TAKE: &str = "lock-for 10000";
+
+/// Asks in every way, and sees that each is answered with the lock or an error that says one of `because`. Says how
+/// often it was the lock.
+fn ask_in_every_way(actor: &mut Actor, because: &[&str]) -> usize {
+    let mut held = 0;
+    for way in WAYS {
+        let answer = actor.ask(way);
+        if answer == "held" {
+            held += 1;
+            is_released_or_says(&actor.ask("release"), because);
+        } else {
+            assert!(answer.starts_with("error "), "{answer}");
+            is_released_or_says(&answer, because);
+        }
+    }
+    held
+}
+
+fn is_released_or_says(answer: &str, because: &[&str]) {
+    let says = because.iter().any(|because| answer.contains(because));
+    assert!(answer == "released" || (answer.starts_with("error ") && says), "{answer}, not for {because:?}");
+}
+
+/// Each gets in, in turn, and keeps the others out. Nobody died, so nobody is told of a death.
+fn all_get_in(actors: &mut [&mut Actor]) {
+    for at in 0..actors.len() {
+        actors[at].expect(TAKE, "held");
+        let other = (at + 1) % actors.len();
+        if other != at {
+            let answer = actors[other].ask("try");
+            assert!(answer.starts_with("error Held"), "{answer}");
+        }
+        actors[at].expect("release", "released");
+    }
+}
+
+/// The files of a lock, of whatever kind: all whose names have that of the lock in it, where locks leave files, and all
+/// that are in the folder that it is. Below `root`, which is another one in another mount namespace.
+pub fn files(spec: &Spec, root: &Path) -> BTreeSet<String> {
+    let name = Path::new(spec.at()).file_name().expect("a name").to_string_lossy().into_owned();
+    let below = |path: &Path| root.join(path.strip_prefix("/").expect("absolute"));
+    let list = |folder: &Path| -> Vec<String> {
+        let entries = fs::read_dir(below(folder)).into_iter().flatten().flatten();
+        entries.map(|entry| folder.join(entry.file_name()).display().to_string()).collect()
+    };
+    let users = ["/tmp", "/dev/shm"].into_iter().flat_map(|base| {
+        let folders = list(Path::new(base)).into_iter().filter(|path| path.contains("/lockkit-u"));
+        folders.map(PathBuf::from).collect::<Vec<_>>()
+    });
+    let folders: BTreeSet<PathBuf> =
+        [PathBuf::from("/tmp"), "/dev/shm".into(), std::env::temp_dir()].into_iter().chain(users).collect();
+    let named = folders.iter().flat_map(|folder| list(folder)).filter(|path| path.contains(&name));
+    let within = Path::new(spec.at()).is_absolute().then(|| list(Path::new(spec.at()))).into_iter().flatten();
+    named.chain(within).collect()
+}
+
+/// The files that one ordinary use of such a lock leaves, with the name of `spec` for its own.
+fn files_of_an_ordinary_use(kind: Kind, spec: &Spec) -> BTreeSet<String> {
+    let other = kind.fresh();
+    Actor::start(&other).expect("try", "held");
+    let mut actor = Actor::start(&other);
+    assert!(actor.ask(TAKE).starts_with("held"));
+    actor.expect("release", "released");
+    let left = files(&other, Path::new("/"));
+    other.clean();
+    let name = |spec: &Spec| Path::new(spec.at()).file_name().expect("a name").to_string_lossy().into_owned();
+    left.into_iter().map(|path| path.replace(&name(&other), &name(spec))).collect()
+}
+
+fn limit(actor: &Actor, resource: Resource, to: Option<u64>) {
+    let maximum = getrlimit(resource).maximum;
+    let pid = Pid::from_raw(actor.pid().cast_signed());
+    prlimit(pid, resource, Rlimit { current: to, maximum }).expect("the limits of a child can be set");
+}
+
+/// Lets the user of this process have no more than `most` threads, or `all` that are allowed. Means nothing to root.
+pub fn limit_threads(most: &str) {
+    let mut limit = getrlimit(Resource::Nproc);
+    limit.current = most.parse().ok().or(limit.maximum);
+    setrlimit(Resource::Nproc, limit).expect("not above the highest");
+}
+
+/// An actor that is not killed by a write beyond the limit, but told.
+fn start_without_sigxfsz(spec: &Spec) -> Actor {
+    Actor::start_with(spec, |command| {
+        let program = command.get_program().to_owned();
+        *command = Command::new("sh");
+        command.args(["-c", "trap '' XFSZ && exec \"$0\" \"$1\""]).arg(program).arg(spec.to_string());
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    })
+}
+
+/// A mount namespace with small file systems of its own at every place where locks leave files.
+struct World {
+    keeper: Child,
+    /// Ends it.
+    _stays: ChildStdin,
+    places: Vec<PathBuf>,
+}
+
+impl World {
+    /// Makes one, or says why that cannot be.
+    fn new() -> Option<Self> {
+        let mut places = vec![PathBuf::from("/tmp"), PathBuf::from("/dev/shm")];
+        let own = std::env::temp_dir();
+        if !places.iter().any(|place| own.starts_with(place)) {
+            places.push(own);
+        }
+        if places.iter().any(|place| program("actor").starts_with(place)) {
+            println!("left out: the programs of the tests lie where this test would mount something else");
+            return None;
+        }
+        let mounts = places.iter().map(|place| {
+            format!("mount -t tmpfs -o size=256k,nr_inodes=64,mode=1777 lockkit-test '{}' && ", place.display())
+        });
+        let script = mounts.collect::<String>() + "echo mounted && exec cat";
+        let mut keeper = Command::new("unshare");
+        keeper.args(["-m", "--propagation", "private", "sh", "-c", &script]);
+        let mut keeper = keeper.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().ok()?;
+        let mut line = String::new();
+        let _ = BufReader::new(keeper.stdout.take()?).read_line(&mut line);
+        let stays = keeper.stdin.take()?;
+        if line != "mounted\n" {
+            let _ = keeper.wait();
+            println!("left out: this machine does not let the test mount file systems of its own");
+            return None;
+        }
+        Some(Self { keeper, _stays: stays, places })
+    }
+
+    /// An actor in there, as root or another user.
+    fn start(&self, spec: &Spec, uid: u32) -> Actor {
+        Actor::start_with(spec, |command| {
+            let program = command.get_program().to_owned();
+            *command = self.command(uid);
+            command.arg(program).arg(spec.to_string()).stdin(Stdio::piped()).stdout(Stdio::piped());
+            command.stderr(Stdio::null());
+        })
+    }
+
+    fn command(&self, uid: u32) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--mount=/proc/{}/ns/mnt", self.keeper.id())).arg("--wd=/");
+        if uid != 0 {
+            command.args([format!("--setuid={uid}"), format!("--setgid={uid}")]);
+        }
+        command
+    }
+
+    /// What is `/` in there, seen from here.
+    fn root(&self) -> PathBuf {
+        format!("/proc/{}/root", self.keeper.id()).into()
+    }
+
+    fn places(&self) -> impl Iterator<Item = PathBuf> {
+        self.places.iter().map(|place| self.root().join(place.strip_prefix("/").expect("absolute")))
+    }
+
+    /// Leaves no room for a byte or a file.
+    fn fill(&self) {
+        for place in self.places() {
+            let folder = place.join("filler");
+            fs::create_dir(&folder).expect("room for a folder");
+            let mut file = fs::File::create(folder.join("bytes")).expect("room for a file");
+            while file.write_all(&[0; 4096]).is_ok() {}
+            for number in 0.. {
+                if fs::File::create(folder.join(number.to_string())).is_err() {
+                    break;
+                }
+            }
+        }
+    }
+
+    fn make_room(&self) {
+        for place in self.places() {
+            fs::remove_dir_all(place.join("filler")).expect("it can be removed");
+        }
+    }
+
+    fn remount(&self, how: &str) {
+        for place in &self.places {
+            let mut mount = self.command(0);
+            mount.args(["mount", "-o"]).arg(format!("remount,{how}")).arg(place);
+            // Somebody who has just ended may still have a file open.
+            until("it is mounted anew", || mount.stderr(Stdio::null()).status().is_ok_and(|status| status.success()));
+        }
+    }
+
+    fn set_modes(&self, mode: u32) {
+        for place in self.places() {
+            fs::set_permissions(place, Permissions::from_mode(mode)).expect("root may");
+        }
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        let _ = self.keeper.kill();
+        let _ = self.keeper.wait();
+    }
+}
+
+/// How often a second the storm comes.
+const GUSTS: u32 = 1000;
+
+/// Signals this process at [`GUSTS`], for as long as it lives. Each interrupts the system call that it falls into: its
+/// handler is set without `SA_RESTART`.
+pub fn raise_a_storm() {
+    use nix::sys::signal::{SaFlags, SigAction, SigEvent, SigHandler, SigSet, SigevNotify, Signal, sigaction};
+    use nix::sys::timer::{Expiration, Timer, TimerSetTimeFlags};
+    static FELT: AtomicU32 = AtomicU32::new(0);
+    extern "C" fn feel(_: i32) {
+        FELT.fetch_add(1, Ordering::Relaxed);
+    }
+    let action = SigAction::new(SigHandler::Handler(feel), SaFlags::empty(), SigSet::empty());
+    // SAFETY: the handler only counts in an atomic, which is allowed at any moment.
+    unsafe { sigaction(Signal::SIGALRM, &action) }.expect("a handler can be set");
+    let event = SigEvent::new(SigevNotify::SigevSignal { signal: Signal::SIGALRM, si_value: 0 });
+    let mut timer = Timer::new(nix::time::ClockId::CLOCK_MONOTONIC, event).expect("a timer");
+    let every = Expiration::Interval((Duration::from_secs(1) / GUSTS).into());
+    timer.set(every, TimerSetTimeFlags::empty()).expect("it can be set");
+    // Dropping it would end it.
+    std::mem::forget(timer);
+    until("the storm is felt", || FELT.load(Ordering::Relaxed) > 10);
+}
+
+fn stormed(spec: &Spec, arguments: &[&str]) -> Command {
+    let mut command = Command::new(program("actor"));
+    command.arg("stormed").arg(spec.to_string()).args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
+    command
+}
+
+/// Takes the lock with none of the three standard descriptors open, so that the lock has them; keeps it until there is
+/// a file `go`; and takes it again.
+pub fn lock_on_the_standard_descriptors(spec: &Spec, go: &Path) {
+    for descriptor in 0..3 {
+        nix::unistd::close(descriptor).expect("it was open");
+    }
+    let lock = spec.open();
+    // Whoever looks whether it is inside takes it for a moment.
+    let guard = lock.acquire(&Wait::at_most(crate::LIVELY)).expect("free");
+    until("it may go on", || go.exists());
+    assert!(spec.open().acquire(&Wait::at_most(Duration::from_millis(5))).err().expect("held").is_timeout());
+    guard.release().expect("it can be released");
+    for wait in [Wait::none(), Wait::forever(), Wait::at_most(crate::LIVELY)] {
+        drop(spec.open().acquire(&wait).expect("free again"));
+    }
+}
+
+/// The errors that the manual pages list for the system calls of locks, as far as they can happen there: not those that
+/// speak of wrong arguments, nor those that say that nothing is there which is. A `close` that fails is left out, for
+/// strace can only keep it from being done, and the kernel closes whatever it says of it.
+const ERRORS: [(&str, &str); 41] = [
+    ("accept4", "EINTR ECONNABORTED EMFILE ENFILE ENOBUFS ENOMEM EPERM"),
+    ("bind", "EACCES EADDRINUSE ENOMEM"),
+    ("chmod", "EACCES EIO ENOMEM EPERM EROFS"),
+    ("clock_nanosleep", "EINTR"),
+    ("clone", "EAGAIN ENOMEM"),
+    ("clone3", "EAGAIN ENOMEM"),
+    ("connect", "EACCES EAGAIN ECONNREFUSED EINTR EPERM"),
+    ("eventfd2", "EMFILE ENFILE ENOMEM"),
+    ("fallocate", "EFBIG EINTR EIO ENOSPC EOPNOTSUPP EPERM"),
+    ("fchmod", "EIO EPERM EROFS"),
+    ("fcntl", "EACCES EAGAIN EINTR ENOLCK"),
+    ("fdatasync", "EDQUOT EINTR EIO ENOSPC EROFS"),
+    ("flock", "EAGAIN EINTR ENOLCK"),
+    ("fstat", "ENOMEM EOVERFLOW"),
+    ("fstatfs", "EINTR EIO ENOMEM ENOSYS"),
+    ("fsync", "EDQUOT EINTR EIO ENOSPC EROFS"),
+    ("ftruncate", "EFBIG EINTR EIO EPERM EROFS"),
+    ("futex", "EAGAIN EINTR ETIMEDOUT"),
+    ("getdents64", "ENOENT"),
+    ("getsockopt", "ENOMEM"),
+    ("inotify_add_watch", "ENOMEM ENOSPC"),
+    ("inotify_init1", "EMFILE ENFILE ENOMEM"),
+    ("inotify_rm_watch", "EINVAL"),
+    ("kill", "EPERM"),
+    ("linkat", "EACCES EDQUOT EEXIST EIO EMLINK ENOENT ENOMEM ENOSPC EPERM EROFS"),
+    ("listen", "EADDRINUSE EOPNOTSUPP"),
+    ("lstat", "EACCES ENOMEM"),
+    ("mkdir", "EACCES EDQUOT EEXIST EMLINK ENOMEM ENOSPC EPERM EROFS"),
+    ("mmap", "EACCES EAGAIN ENFILE ENODEV ENOMEM EPERM"),
+    ("newfstatat", "EACCES ENOMEM"),
+    ("open", "EACCES EDQUOT EINTR EMFILE ENFILE ENOENT ENOMEM ENOSPC EROFS"),
+    ("openat", "EACCES EDQUOT EINTR EMFILE ENFILE ENOENT ENOMEM ENOSPC EROFS"),
+    ("poll", "EINTR ENOMEM"),
+    ("ppoll", "EINTR ENOMEM"),
+    ("pread64", "EINTR EIO"),
+    ("pwrite64", "EDQUOT EFBIG EINTR EIO ENOSPC EPERM"),
+    ("read", "EINTR EIO"),
+    ("readlink", "EACCES EIO ENOMEM"),
+    ("recvmsg", "EAGAIN ECONNREFUSED EINTR ENOMEM"),
+    ("sendmsg", "EAGAIN ECONNRESET EINTR ENOBUFS ENOMEM EPIPE"),
+    ("socket", "EACCES EMFILE ENFILE ENOBUFS ENOMEM"),
+];
+const MORE_ERRORS: [(&str, &str); 4] = [
+    ("stat", "EACCES ENOMEM"),
+    ("statx", "EACCES ENOMEM"),
+    ("unlink", "EACCES EBUSY EIO ENOMEM EPERM EROFS"),
+    ("unlinkat", "EACCES EBUSY EIO ENOMEM EPERM EROFS"),
+];
+
+/// Of how many calls of one name each fails once, counted from the first.
+const CALLS: usize = 6;
+
+/// strace(1) at an actor, at all its threads.
+struct Strace {
+    strace: Child,
+    log: PathBuf,
+    _folder: tempfile::TempDir,
+}
+
+impl Strace {
+    /// Attaches it; `options` say what fails.
+    fn attach(actor: &Actor, options: &[String]) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let log = folder.path().join("log");
+        let mut strace = Command::new("strace");
+        strace.args(["-f", "-qq", "-s", "0", "-o"]).arg(&log).args(options).arg("-p").arg(actor.pid().to_string());
+        let strace = strace.stderr(Stdio::null()).spawn().expect("strace");
+        let is_traced = |task: fs::DirEntry| {
+            let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
+            !status.contains("TracerPid:\t0\n")
+        };
+        until("every thread is traced", || {
+            let mut tasks = fs::read_dir(format!("/proc/{}/task", actor.pid())).into_iter().flatten().flatten();
+            tasks.all(is_traced)
+        });
+        Self { strace, log, _folder: folder }
+    }
+
+    /// Detaches it, and gives what it saw.
+    fn end(&mut self) -> String {
+        signal_pid(self.strace.id(), Signal::TERM);
+        let _ = self.strace.wait();
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+}
+
+impl Drop for Strace {
+    fn drop(&mut self) {
+        let _ = self.strace.kill();
+        let _ = self.strace.wait();
+    }
+}
+
+/// Whether there is strace(1), and it may make system calls fail; with a word on it where not.
+fn calls_can_fail() -> bool {
+    let mut strace = Command::new("strace");
+    strace.args(["-f", "-qq", "-o", "/dev/null", "-e", "inject=flock:error=EINTR", "true"]).stderr(Stdio::null());
+    let can = strace.status().is_ok_and(|status| status.success());
+    if !can {
+        println!("left out: strace is not here, or may not trace");
+    }
+    can
+}
+
+/// The system calls of the thread `thread` in `log` that are a lock's: name, and which of that name.
+fn calls(log: &str, thread: u32) -> Vec<(String, usize)> {
+    let mut counts = std::collections::HashMap::new();
+    let mut calls = Vec::new();
+    for line in log.lines() {
+        let Some((pid, call)) = line.split_once(' ') else { continue };
+        let Some((name, arguments)) = call.trim_start().split_once('(') else { continue };
+        if pid != thread.to_string() || name.contains(' ') {
+            continue;
+        }
+        let count = counts.entry(name.to_owned()).or_insert(0);
+        *count += 1;
+        let is_a_locks = match name {
+            // Commands and answers.
+            "read" => !arguments.starts_with("0,"),
+            // Memory of the process is not the lock's affair.
+            "mmap" => arguments.contains("MAP_SHARED"),
+            "fcntl" => arguments.contains("F_OFD_"),
+            "futex" => arguments.contains("FUTEX_WAIT"),
+            _ => true,
+        };
+        if is_a_locks && *count <= CALLS {
+            calls.push((name.to_owned(), *count));
+        }
+    }
+    calls
+}
+
+fn errors(name: &str) -> impl Iterator<Item = &'static str> {
+    let known = ERRORS.iter().chain(&MORE_ERRORS).filter(move |(known, _)| *known == name);
+    known.flat_map(|(_, errors)| errors.split(' '))
+}
+
+/// What a victim does while it is traced, and another process beside it. Whatever it is told, it answers.
+type Play = fn(victim: &mut Actor, other: &mut Actor);
+
+/// Lets every system call that `play` is seen to make fail once with each error, and sees that nothing is lost.
+fn fail_each_call(kind: Kind, play: Play) {
+    if !calls_can_fail() {
+        return;
+    }
+    let (log, pid, sound) = fail_once(kind, play, None, None);
+    let calls = calls(&log, pid);
+    let faults: Vec<(String, usize, &str)> =
+        calls.iter().flat_map(|(name, at)| errors(name).map(|error| (name.clone(), *at, error))).collect();
+    let names: BTreeSet<&str> = calls.iter().map(|(name, _)| name.as_str()).collect();
+    println!("{kind:?}: {} faults in {}", faults.len(), Vec::from_iter(names).join(" "));
+    assert!(!faults.is_empty() || !kind.needs_descriptors(), "hardly a system call: {log}");
+    let (next, failures) = (Mutex::new(faults.iter()), Mutex::new(Vec::new()));
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                loop {
+                    let Some(fault) = next.lock().expect("no panic with it").next() else { return };
+                    let attempt = || fail_once(kind, play, Some(fault), Some(&sound));
+                    if std::panic::catch_unwind(std::panic::AssertUnwindSafe(attempt)).is_err() {
+                        failures.lock().expect("no panic with it").push(fault);
+                    }
+                }
+            });
+        }
+    });
+    let failures = failures.into_inner().expect("no panic with it");
+    assert!(failures.is_empty(), "{kind:?} does not stand these faults: {failures:?}");
+}
+
+/// What an actor has after it has played and all was well, and what files there are.
+type Sound = (Belongings, BTreeSet<String>);
+
+fn fail_once(
+    kind: Kind,
+    play: Play,
+    fault: Option<&(String, usize, &str)>,
+    sound: Option<&Sound>,
+) -> (String, u32, Sound) {
+    let spec = kind.fresh();
+    let [mut victim, mut other] = [(); 2].map(|()| Actor::start(&spec));
+    // It has read this, so it is where it reads the next command.
+    for actor in [&mut victim, &mut other] {
+        actor.expect("owner", "owner none");
+    }
+    let options = match fault {
+        None => vec![],
+        Some((name, at, error)) => {
+            vec!["-e".to_owned(), format!("trace={name}"), format!("-einject={name}:error={error}:when={at}")]
+        }
+    };
+    let mut strace = Strace::attach(&victim, &options);
+    play(&mut victim, &mut other);
+    let log = strace.end();
+    all_get_in(&mut [&mut other, &mut victim]);
+    let name = |path: String| path.replace(&*Path::new(spec.at()).file_name().expect("a name").to_string_lossy(), "*");
+    let found = (Belongings::of(victim.pid()), files(&spec, Path::new("/")).into_iter().map(name).collect());
+    if let Some(sound) = sound {
+        assert_eq!(&found, sound, "with {fault:?}");
+    }
+    spec.clean();
+    (log, victim.pid(), found)
+}
+
+/// Sees that the victim has answered that it holds the lock, and does; or with an error.
+fn holds(answer: &str, other: &mut Actor) -> bool {
+    if answer == "held" {
+        let answer = other.ask("try");
+        assert!(answer.starts_with("error Held"), "two are inside: {answer}");
+    } else {
+        assert!(answer.starts_with("error "), "{answer}");
+    }
+    answer == "held"
+}
+
+fn play_alone(victim: &mut Actor, other: &mut Actor) {
+    for way in ["try", "lock"] {
+        let answer = victim.ask(way);
+        if holds(&answer, other) {
+            let answer = victim.ask("release");
+            assert!(answer == "released" || answer.starts_with("error "), "{answer}");
+        }
+    }
+}
+
+fn play_passed_on(victim: &mut Actor, other: &mut Actor) {
+    other.expect(TAKE, "held");
+    victim.tell("lock");
+    let mut answer = None;
+    until("the victim waits, or has an answer", || {
+        answer = victim.answered();
+        answer.is_some() || victim.waits()
+    });
+    other.expect("release", "released");
+    let answer = answer.unwrap_or_else(|| victim.answer());
+    if holds(&answer, other) {
+        other.tell_to_wait(TAKE);
+        let answer = victim.ask("release");
+        assert!(answer == "released" || answer.starts_with("error "), "{answer}");
+        assert_eq!(other.answer(), "held");
+        other.expect("release", "released");
+    }
+}
+
+#[allow(missing_docs)] // Their names are sentences.
+mod cases {
+    use super::*;
+
+    pub fn a_limit_of_file_sizes_is_an_error_or_does_not_matter(kind: Kind) {
+        for most in [0, 50] {
+            let spec = kind.fresh();
+            let mut limited = start_without_sigxfsz(&spec);
+            let mut other = Actor::start(&spec);
+            limited.expect("owner", "owner none");
+            limit(&limited, Resource::Fsize, Some(most));
+            let held = ask_in_every_way(&mut limited, &["File too large"]);
+            println!("{kind:?}, no file longer than {most}: held {held} times of {}", WAYS.len());
+            all_get_in(&mut [&mut other]);
+            limit(&limited, Resource::Fsize, None);
+            all_get_in(&mut [&mut limited, &mut other]);
+            // Also for who has it already.
+            limited.expect("lock", "held");
+            limit(&limited, Resource::Fsize, Some(most));
+            is_released_or_says(&limited.ask("release"), &["File too large"]);
+            limit(&limited, Resource::Fsize, None);
+            all_get_in(&mut [&mut other, &mut limited]);
+            assert_eq!(files(&spec, Path::new("/")), files_of_an_ordinary_use(kind, &spec));
+            spec.clean();
+        }
+    }
+
+    pub fn a_limit_of_processes_is_an_error_or_does_not_matter(kind: Kind) {
+        let Some(user) = another_user() else { return };
+        let spec = kind.fresh();
+        let [mut limited, mut other] = [(); 2].map(|()| Actor::start_as(&spec, user.uid));
+        limited.expect("owner", "owner none");
+        other.expect("owner", "owner none");
+        limited.expect("limit-threads 0", "limited");
+        let held = ask_in_every_way(&mut limited, &["Resource temporarily unavailable"]);
+        println!("{kind:?}, no further process: held {held} times of {}", WAYS.len());
+        all_get_in(&mut [&mut other]);
+        limited.expect("limit-threads all", "limited");
+        all_get_in(&mut [&mut limited, &mut other]);
+        limited.expect("lock", "held");
+        limited.expect("limit-threads 0", "limited");
+        limited.expect("release", "released");
+        all_get_in(&mut [&mut other]);
+        spec.clean();
+    }
+
+    pub fn a_full_file_system_is_an_error_or_does_not_matter(kind: Kind) {
+        let Some(world) = World::new() else { return };
+        let spec = kind.fresh();
+        // Those of a table have it open; all others have yet to make their files.
+        let [mut one, mut other] = [(); 2].map(|()| world.start(&spec, 0));
+        one.expect("owner", "owner none");
+        other.expect("owner", "owner none");
+        let before = files(&spec, &world.root());
+        world.fill();
+        let full = &["No space left on device"];
+        let held = ask_in_every_way(&mut one, full);
+        println!("{kind:?}, no room: held {held} times of {}", WAYS.len());
+        if held == 0 {
+            assert_eq!(files(&spec, &world.root()), before, "nothing half made");
+        }
+        world.make_room();
+        all_get_in(&mut [&mut one, &mut other]);
+        one.expect("lock", "held");
+        world.fill();
+        is_released_or_says(&one.ask("release"), full);
+        ask_in_every_way(&mut other, full);
+        world.make_room();
+        all_get_in(&mut [&mut other, &mut one]);
+    }
+
+    pub fn a_read_only_file_system_is_an_error_or_does_not_matter(kind: Kind) {
+        let Some(world) = World::new() else { return };
+        unwritable(kind, &world, 0, || world.remount("ro"), || world.remount("rw"), "Read-only file system");
+    }
+
+    pub fn folders_that_may_not_be_written_are_an_error_or_do_not_matter(kind: Kind) {
+        let (Some(world), Some(user)) = (World::new(), another_user()) else { return };
+        let (close, open) = (|| world.set_modes(0o755), || world.set_modes(0o1777));
+        unwritable(kind, &world, user.uid, close, open, "Permission denied");
+    }
+
+    /// An actor that comes when nothing can be made is told so, if it needs anything, and gets in afterwards.
+    fn unwritable(kind: Kind, world: &World, uid: u32, harm: impl Fn(), heal: impl Fn(), because: &str) {
+        let spec = kind.fresh();
+        harm();
+        let mut early = world.start(&spec, uid);
+        let opened = early.ask("owner");
+        if opened == "gone" {
+            // The actor must have its table to begin with.
+            assert!(matches!(kind, Kind::Managed(_)), "{kind:?} is opened without files");
+        } else {
+            let held = ask_in_every_way(&mut early, &[because]);
+            println!("{kind:?}, {because}: held {held} times of {}", WAYS.len());
+            assert!(held == WAYS.len() || held == 0, "each time the same");
+        }
+        // What it keeps open would keep the file system from being mounted anew.
+        drop(early);
+        heal();
+        let [mut one, mut other] = [(); 2].map(|()| world.start(&spec, uid));
+        all_get_in(&mut [&mut one, &mut other]);
+        drop((one, other));
+        // What is there stays as it is; whether it can be locked is another question.
+        harm();
+        let mut late = world.start(&spec, uid);
+        if late.ask("owner") != "gone" {
+            let held = ask_in_every_way(&mut late, &[because]);
+            println!("{kind:?}, {because}, all made before: held {held} times of {}", WAYS.len());
+        }
+        drop(late);
+        heal();
+        let [mut one, mut other] = [(); 2].map(|()| world.start(&spec, uid));
+        all_get_in(&mut [&mut one, &mut other]);
+    }
+
+    pub fn waiters_get_in_give_up_and_see_deaths_in_a_storm_of_signals(kind: Kind) {
+        let spec = kind.fresh();
+        let mut holder = Actor::start(&spec);
+        let mut waiter = Actor::start_with(&spec, |command| *command = stormed(&spec, &[]));
+        all_get_in(&mut [&mut holder, &mut waiter]);
+        holder.expect("lock", "held");
+        let mut before = None;
+        for span in [1, 30, 300] {
+            let start = Instant::now();
+            let answer = waiter.ask(&format!("lock-for {span}"));
+            assert!(answer.starts_with("error Timeout"), "{answer}");
+            assert!(start.elapsed() >= Duration::from_millis(span), "it gave up before its time");
+        }
+        for way in ["lock", "lock-for 20000", "lock"] {
+            waiter.tell_to_wait(way);
+            holder.expect("release", "released");
+            assert_eq!(waiter.answer(), "held");
+            assert!(holder.ask("try").starts_with("error Held"));
+            holder.tell_to_wait("lock");
+            waiter.expect("release", "released");
+            assert_eq!(holder.answer(), "held");
+            let now = Belongings::of(waiter.pid());
+            assert_eq!(before.get_or_insert_with(|| Belongings::of(waiter.pid())), &now);
+        }
+        for way in ["lock", "lock-for 20000"] {
+            waiter.tell_to_wait(way);
+            holder.kill();
+            assert_eq!(waiter.answer(), suite::told(kind, holder.pid()));
+            waiter.expect("release", "released");
+            holder = Actor::start(&spec);
+            holder.expect("lock", "held");
+        }
+        spec.clean();
+    }
+
+    pub fn a_crowd_in_a_storm_of_signals_counts_without_losing_one(kind: Kind) {
+        let spec = kind.fresh();
+        let folder = tempfile::tempdir().unwrap();
+        let counter = folder.path().join("counter");
+        fs::write(&counter, "0").unwrap();
+        let counter_text = counter.display().to_string();
+        let workers: Vec<_> =
+            (0..5).map(|_| stormed(&spec, &["stress", &counter_text, "60"]).spawn().unwrap()).collect();
+        for mut worker in workers {
+            assert!(worker.wait().unwrap().success());
+        }
+        assert_eq!(fs::read_to_string(counter).unwrap(), "300");
+        assert_eq!(files(&spec, Path::new("/")), files_of_an_ordinary_use(kind, &spec));
+        spec.clean();
+    }
+
+    pub fn the_standard_descriptors_are_locks_like_any_other(kind: Kind) {
+        let spec = kind.fresh();
+        let folder = tempfile::tempdir().unwrap();
+        let go = folder.path().join("go");
+        let mut closed = Command::new(program("actor"));
+        closed.arg(spec.to_string()).arg("closed").arg(&go);
+        let mut closed = closed.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let mut other = Actor::start(&spec);
+        until("it is inside", || {
+            let ended = closed.try_wait().unwrap();
+            assert_eq!(ended, None, "it ended before it was told to");
+            match other.ask("try") {
+                held if held == "held" => {
+                    other.expect("release", "released");
+                    false
+                }
+                answer => answer.starts_with("error Held"),
+            }
+        });
+        fs::write(&go, "").unwrap();
+        assert!(closed.wait().unwrap().success());
+        all_get_in(&mut [&mut other]);
+        assert_eq!(files(&spec, Path::new("/")), files_of_an_ordinary_use(kind, &spec));
+        spec.clean();
+    }
+
+    pub fn any_system_call_may_fail_once_when_nobody_else_is_there(kind: Kind) {
+        fail_each_call(kind, play_alone);
+    }
+
+    pub fn any_system_call_may_fail_once_when_the_lock_is_passed_on(kind: Kind) {
+        fail_each_call(kind, play_passed_on);
+    }
+}
+pub use cases::*;
