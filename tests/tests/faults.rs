@@ -2,12 +2,13 @@
 
 use lockkit_tests::faults;
 
-faults!(named_socket, lockkit_tests::Kind::NamedSocket);
-faults!(machine_socket, lockkit_tests::Kind::MachineSocket);
-faults!(named_file, lockkit_tests::Kind::NamedFile);
-faults!(machine_file, lockkit_tests::Kind::MachineFile);
-faults!(file, lockkit_tests::Kind::File);
-faults!(pidfile, lockkit_tests::Kind::PidFile);
-faults!(lease, lockkit_tests::Kind::Lease);
-faults!(shm_lock, lockkit_tests::Kind::Managed(lockkit_tests::managers::Kind::Shm));
-faults!(folder_lock, lockkit_tests::Kind::Managed(lockkit_tests::managers::Kind::Folder));
+faults!(named_socket, lockkit_tests::Kind::NAMED_SOCKET);
+faults!(machine_socket, lockkit_tests::Kind::MACHINE_SOCKET);
+faults!(named_file, lockkit_tests::Kind::NAMED_FILE);
+faults!(machine_file, lockkit_tests::Kind::MACHINE_FILE);
+faults!(file, lockkit_tests::Kind::FILE);
+faults!(file_shared, lockkit_tests::Kind::FILE_SHARED);
+faults!(pidfile, lockkit_tests::Kind::PIDFILE);
+faults!(lease, lockkit_tests::Kind::LEASE);
+faults!(shm_lock, lockkit_tests::Kind::SHM);
+faults!(folder_lock, lockkit_tests::Kind::FOLDER);
