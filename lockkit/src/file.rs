@@ -295,6 +295,7 @@ impl Inner {
                 // Where flock does not work nobody else has it locked, and nothing is to stay behind.
                 if made && matches!(error.kind(), ErrorKind::Io { action: "lock", .. }) {
                     let _ = std::fs::remove_file(&self.place.path);
+                    step("file that cannot be locked removed");
                 }
                 return Err(error);
             }
@@ -402,6 +403,7 @@ impl Place {
         if self.wary {
             // The umask is not ours to change, but the file's mode is.
             fchmod(&*file, Permissions::from_raw_mode(self.mode as RawMode))?;
+            step("mode of the file set");
         }
         Ok(file)
     }

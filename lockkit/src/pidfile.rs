@@ -385,6 +385,7 @@ impl PidFile {
         flock::lock(&file, Mode::Exclusive).map_err(|error| Error::io("lock", &self.path, error))?;
         let record = own_record();
         file.write_all_at(record.as_bytes(), 0).map_err(|error| Error::io("write", &self.path, error))?;
+        step("nameless file written");
         match unnamed::name(&file, &self.path) {
             Ok(()) => {}
             Err(error) if error.kind() == Io::AlreadyExists => return Ok(Attempt::Replaced),
@@ -518,7 +519,9 @@ fn overwrite(file: &File, new: &str, old: &[u8]) -> io::Result<()> {
     });
     if written.is_err() && !read(file).is_ok_and(|bytes| bytes == old) {
         let _ = file.write_all_at(old, 0);
+        step("old record put back");
         let _ = file.set_len(old.len() as u64);
+        step("old length put back");
         let _ = file.set_modified(before);
     }
     written
@@ -694,7 +697,8 @@ impl PidGuard {
     ///
     /// # Errors
     /// [`RogueDeletion`](ErrorKind::RogueDeletion) when somebody removed, replaced or rewrote the file; what stands in
-    /// its place stays. [`Io`](ErrorKind::Io) when it cannot be removed. It is released all the same.
+    /// its place stays. [`Io`](ErrorKind::Io) when it cannot be removed. It is released all the same, unless it cannot be
+    /// read: then nothing tells whether a forked child has taken it over, and it stays until this process ends.
     pub fn release(mut self) -> Result<()> {
         self.give_back()
     }
@@ -710,7 +714,9 @@ impl PidGuard {
         if self.generation != fork::generation() {
             return Ok(());
         }
-        let removed = match self.says(&file) {
+        // A record that stayed would keep others out for as long as this process lives, so a read that failed is not the
+        // last word.
+        let removed = match self.says(&file).or_else(|_| self.says(&file)) {
             Ok(bytes) if bytes == self.record.as_bytes() => self.remove(&file),
             // Written through the same open file, by a child that owns it now: unlocking would take it from the child.
             Ok(bytes) if names_a_live_owner(&bytes) => return Ok(()),

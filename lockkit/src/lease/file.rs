@@ -431,9 +431,11 @@ impl FileStore {
             file => file.map_err(failed)?,
         };
         file.write_all_at(record.seal(), 0).map_err(|error| self.failed("write", error))?;
+        step("nameless file written");
         // Once in the life of a file, so that no power cut leaves an empty one, which programs that only ever try once
         // would find held for ever.
         file.sync_data().map_err(|error| self.failed("write", error))?;
+        step("nameless file synced");
         match unnamed::name(&file, &self.path) {
             Ok(()) => {
                 step("file named");
@@ -520,6 +522,7 @@ impl Locked<'_> {
         step(if record.is_held() { "record written" } else { "record freed" });
         written.map_err(|error| {
             let _ = self.file.write_all_at(old, 0);
+            step("old record put back");
             StoreError::unknown(Error::io("write", &self.store.path, error))
         })
     }

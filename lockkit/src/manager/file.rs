@@ -100,9 +100,10 @@ impl FileLockManager {
         let folder = folder.as_ref();
         let failed = |error| Error::io("create", folder, error);
         fs::DirBuilder::new().mode(0o700).create(folder).map_err(failed)?;
+        step("folder made");
         // The umask is not ours to change, but the folder's mode is.
         fs::set_permissions(folder, fs::Permissions::from_mode(0o700)).map_err(failed)?;
-        step("folder made");
+        step("mode of the folder set");
         Self::open(folder)
     }
 
@@ -279,6 +280,7 @@ impl Folder {
         }
         // The umask is not ours to change, but the file's mode is.
         fchmod(&file, Mode::from_raw_mode(0o600)).map_err(|error| failed(error.into()))?;
+        step("mode of the lock file set");
         file.write_all_at(&[ALLOCATED], ALLOCATED_AT).map_err(failed)?;
         step("marked allocated");
         Ok(true)

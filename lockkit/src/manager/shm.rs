@@ -226,12 +226,15 @@ fn make(path: &Path, capacity: u32) -> Result<()> {
     };
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     let file = File::from(openat(CWD, folder, flags, Mode::from_raw_mode(0o600)).map_err(failed)?);
+    step("nameless file made");
     // The umask is not ours to change, but the file's mode is.
     fchmod(&file, Mode::from_raw_mode(0o600)).map_err(failed)?;
-    step("nameless file made");
+    step("mode of the file set");
     let shape = Shape::of(capacity);
     ftruncate(&file, shape.size).map_err(failed)?;
+    step("size of the table set");
     reserve(&file, shape.bitmaps()).map_err(failed)?;
+    step("room for the bitmaps reserved");
     file.write_all_at(&table::header(capacity), 0).map_err(|error| Error::io("create", path, error))?;
     step("table written");
     let own = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
@@ -469,6 +472,7 @@ fn take_slot(table: &Table, path: &Path, file: &File) -> Result<u64> {
         }
         step("slot locked");
         reserve(file, (offset.into(), length.into())).map_err(|error| Error::io("make room in", path, error))?;
+        step("room for the slot reserved");
         let slot = &table.slots()[at as usize];
         // Nobody else changes it while this process has the slot.
         let generation = slot.generation.load(Ordering::Acquire).wrapping_add(1);

@@ -103,6 +103,7 @@ impl Slate for File {
     /// If it stayed, the next owner would be told of a death that was none.
     fn wipe(&self) {
         if self.write_all_at(&WIPED.to_ne_bytes(), 0).is_err() {
+            step("record not wiped");
             cut_out(self);
         }
     }
@@ -250,7 +251,11 @@ impl Mark {
         let folder = folder::open_in(base, sharing)?;
         let file = folder.open_file(&format!("{name}.record"))?;
         let private = matches!(sharing, Sharing::User(_));
-        let complete = || fallocate(&file, FallocateFlags::empty(), 0, BYTES as u64).is_ok();
+        let complete = || {
+            let complete = fallocate(&file, FallocateFlags::empty(), 0, BYTES as u64).is_ok();
+            step("room for the record reserved");
+            complete
+        };
         let mapping =
             if private && unnamed::is_in_memory(&file) && complete() { Mapping::new(&file, WORDS).ok() } else { None };
         Ok(Self { file, mapping })

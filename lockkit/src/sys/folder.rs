@@ -69,7 +69,9 @@ impl Folder {
                 // The umask is not ours to change, but the file's mode is.
                 Ok(file) => {
                     step("file made");
-                    fchmod(&file, mode).map(|()| file)
+                    let set = fchmod(&file, mode);
+                    step("mode of the file set");
+                    set.map(|()| file)
                 }
                 failed => failed,
             },
@@ -141,6 +143,7 @@ pub(crate) fn open_in(base: &str, sharing: Sharing) -> Result<Folder> {
     if sharing != Sharing::Machine && mode != 0o700 {
         // The umask took bits away when the folder was made.
         fchmod(&fd, private).map_err(|error| Error::io("change the mode of the folder", &path, error))?;
+        step("mode of the folder set");
     }
     Ok(Folder { fd, path, sharing })
 }

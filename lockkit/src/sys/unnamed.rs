@@ -6,6 +6,9 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 
+#[cfg(target_os = "linux")]
+use crate::steps::step;
+
 /// Makes a file without a name on the file system of `folder`, with `mode` less the umask. Where there is no such
 /// thing the error is of the kind `Unsupported`.
 #[cfg(target_os = "linux")]
@@ -15,7 +18,11 @@ pub(crate) fn file_in(folder: &Path, mode: u32) -> io::Result<File> {
     match open(folder, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::from_raw_mode(mode)) {
         // The last two are what systems say that do not know the flag.
         Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => Err(io::ErrorKind::Unsupported.into()),
-        made => Ok(made?.into()),
+        made => {
+            let file = made?.into();
+            step("nameless file made");
+            Ok(file)
+        }
     }
 }
 
