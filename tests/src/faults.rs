@@ -295,7 +295,7 @@ pub fn lock_on_the_standard_descriptors(spec: &Spec, go: &Path) {
     // Whoever looks whether it is inside takes it for a moment.
     let guard = lock.acquire(&Wait::at_most(crate::LIVELY)).expect("free");
     until("it may go on", || go.exists());
-    assert!(spec.open().acquire(&Wait::at_most(Duration::from_millis(5))).err().expect("held").is_timeout());
+    assert!(spec.rival().acquire(&Wait::at_most(Duration::from_millis(5))).err().expect("held").is_timeout());
     guard.release().expect("it can be released");
     for wait in [Wait::none(), Wait::forever(), Wait::at_most(crate::LIVELY)] {
         drop(spec.open().acquire(&wait).expect("free again"));
