@@ -6,10 +6,9 @@
 //! the step's deadline, and who wants the lease counts it as held.
 //!
 //! Who may take a record that says it is held: see [`FileStore::judge`]. What becomes of the token:
-//! - It is the one before and 1, as long as the record was last written on this boot of this machine.
-//! - Else, or where there is no readable record, it is also at least the microseconds since the epoch. A deleted record
-//!   does not make it start again, nor does a power cut that took the last tokens back. The wall clock is a seed only,
-//!   good for that as long as it is not set back beyond the last deletion or power cut.
+//! - It is above the one before, and at least the microseconds since the epoch, where there is no readable record just
+//!   those. So no token is far ahead of the time, and whatever takes a record back (a deletion, a restored backup, a
+//!   power cut) does not take the tokens back, as long as the wall clock is not set back at the same time, too.
 //!
 //! What a holder does when its record is not as it left it:
 //! - Another claim, or none: it was taken over, or evicted. Lost.
@@ -529,12 +528,8 @@ impl Locked<'_> {
 
 /// The token of who comes after this record.
 fn token_after(before: Option<&Record>) -> Result<u64> {
-    let Some(before) = before else { return Ok(seed()) };
-    let next = before.token().checked_add(1).ok_or_else(|| StoreError::misuse("the tokens are used up"))?;
-    match before.owner().is_some_and(|owner| owner.is_of_this_boot()) {
-        true => Ok(next),
-        false => Ok(next.max(seed())),
-    }
+    let next = before.map_or(Some(1), |before| before.token().checked_add(1));
+    next.map(|next| next.max(seed())).ok_or_else(|| StoreError::misuse("the tokens are used up"))
 }
 
 /// Microseconds since the epoch: nobody takes a lease so often.

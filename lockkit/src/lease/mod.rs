@@ -129,7 +129,8 @@ impl Lease {
     ///
     /// Every step, also each heartbeat, opens, locks, rewrites and closes the file, some 5 µs in memory: no descriptor
     /// is kept, so ten thousand leases need no more of them than one. The file is not synced at each step: what a power
-    /// cut takes back is allowed for, because a token is then drawn from the wall clock.
+    /// cut takes back is allowed for, and so is a deletion or a restored backup, because each new token is at least the
+    /// microseconds since the epoch. The wall clock must only not be set back along with the file.
     ///
     /// Who wants a held lease takes it over when its owner is dead by its identity (the same host, or an earlier boot of
     /// it), or when its beat has not changed for the ttl that stands in the record, by the clock of who wants it. A
