@@ -70,6 +70,8 @@ pub(super) struct FileStore {
     pub(super) file_mode: u32,
     pub(super) folder_mode: u32,
     pub(super) clock: Arc<dyn Clock>,
+    /// The file system that the file is on, by its number; 0 until it has been opened. What hangs is a file system.
+    pub(super) device: AtomicU64,
     /// What this process has seen of the record. Whoever does not get it at once goes without, so that a fork which
     /// left it locked in the child does no harm: the notes in the record do the same work.
     pub(super) observer: Mutex<Observer>,
@@ -126,6 +128,10 @@ impl LeaseStore for FileStore {
             expiry: Expiry::Observer,
             // Where it cannot be woken it looks at the retry delay itself.
             wakes_waiters: true,
+            place: match self.device.load(Ordering::Relaxed) {
+                0 => None,
+                device => Some(device),
+            },
             ..StoreProfile::new(Durability::Local)
         }
     }
@@ -399,6 +405,7 @@ impl FileStore {
                 pid: None,
             })));
         }
+        self.device.store(found.st_dev, Ordering::Relaxed);
         Ok(Some((file, found)))
     }
 
@@ -429,6 +436,8 @@ impl FileStore {
             Err(error) if error.kind() == Io::Unsupported => return self.create_in_place(&mut record),
             file => file.map_err(failed)?,
         };
+        let made = fstat(&*file).map_err(|error| self.failed("look at", error.into()))?;
+        self.device.store(made.st_dev, Ordering::Relaxed);
         file.write_all_at(record.seal(), 0).map_err(|error| self.failed("write", error))?;
         // Once in the life of a file, so that no power cut leaves an empty one, which programs that only ever try once
         // would find held for ever.
@@ -596,6 +605,7 @@ mod tests {
             file_mode: 0o600,
             folder_mode: 0o700,
             clock: Arc::new(SystemClock),
+            device: AtomicU64::default(),
             observer: Mutex::default(),
         };
         let is_over = AtomicBool::new(false);

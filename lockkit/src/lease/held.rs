@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use super::builder::OnLost;
 use super::clock::Clock;
-use super::heart::Heart;
+use super::heart::{Heart, Place};
 use super::store::{Deadline, Grant, Released, Renewal, StoreError};
 use super::tenure::{LossReason, Next, Tenure};
 use super::{Inner, Loss};
@@ -90,9 +90,18 @@ impl Held {
         self.clock().now()
     }
 
-    /// What tells its store from others.
-    pub(super) fn store_id(&self) -> usize {
-        Arc::as_ptr(&self.lease.store).cast::<()>() as usize
+    pub(super) fn ttl(&self) -> Duration {
+        self.lease.options.ttl
+    }
+
+    pub(super) fn heartbeat(&self) -> Duration {
+        self.lease.options.heartbeat
+    }
+
+    /// What its store hangs with.
+    pub(super) fn place(&self) -> Place {
+        let store = &self.lease.store;
+        store.profile().place.map_or(Place::Store(Arc::as_ptr(store).cast::<()>() as usize), Place::Common)
     }
 
     /// Whether it is held now, and if not, why.
@@ -217,6 +226,23 @@ impl Held {
             self.lock().left_to_heart = false;
         }
         None
+    }
+
+    /// As [`beat`](Self::beat), where nothing may be asked of the store for so long: tells of the end.
+    pub(super) fn beat_at_rest(self: &Arc<Self>, rest: Duration) -> Option<Duration> {
+        let now = self.now();
+        let mut state = self.lock();
+        let lost = state.tenure.expire(now);
+        let again = match state.tenure.ended() {
+            None => Some((now + rest).min(state.tenure.until())),
+            // A thread that has asked the store may leave it to do something.
+            Some(_) => (state.asking || state.left_to_heart).then(|| now + rest),
+        };
+        drop(state);
+        if let Some(reason) = lost {
+            self.tell(reason);
+        }
+        again
     }
 
     /// The error that says that it is not held any more.

@@ -30,7 +30,7 @@ type Cause = Box<dyn std::error::Error + Send + Sync>;
 /// - [`renew`](Self::renew), [`release`](Self::release) and [`evict`](Self::evict) compare the claim and the token
 ///   in the step in which they change the record.
 /// - No request takes longer than its [`Deadline`]. One heartbeat thread serves all leases of a process, so what hangs
-///   beyond it holds up the beats of other leases. A renewal that queues behind the requests of other threads, or behind
+///   holds up the beats of other leases until another thread has noticed, and costs a thread for as long. A renewal that queues behind the requests of other threads, or behind
 ///   who waits in [`park`](Self::park), as for a connection that they share, may come too late.
 /// - A request that may have taken effect, though no answer came, is [`StoreError::Unknown`].
 ///
@@ -126,7 +126,7 @@ type Cause = Box<dyn std::error::Error + Send + Sync>;
 /// # Ok(()) }
 /// ```
 pub trait LeaseStore: Send + Sync {
-    /// What it can do. Always the same.
+    /// What it can do. Always the same, but that its place may be found out by the first request. It is asked often.
     fn profile(&self) -> StoreProfile;
 
     /// Makes the name `claim`'s for `ttl`, unless somebody else has it. Repeated with the same claim after
@@ -206,6 +206,9 @@ pub struct StoreProfile {
     pub expiry: Expiry,
     /// Whether [`park`](LeaseStore::park) wakes at a change; not, unless told otherwise.
     pub wakes_waiters: bool,
+    /// What stores have in common that hang as one, such as the server that they reach: while a request to one of them
+    /// hangs, the heartbeat asks none. Each is for itself, unless told otherwise.
+    pub place: Option<u64>,
 }
 
 impl StoreProfile {
@@ -217,6 +220,7 @@ impl StoreProfile {
             durability,
             expiry: Expiry::Store,
             wakes_waiters: false,
+            place: None,
         }
     }
 }

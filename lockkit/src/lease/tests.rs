@@ -465,6 +465,8 @@ struct Faulty {
     stalls: AtomicBool,
     /// Attempts and renewals take as long as they may.
     hangs: AtomicBool,
+    /// Renewals do not return, whatever their deadline, while it is set.
+    freezes: AtomicBool,
     renewals: AtomicUsize,
 }
 
@@ -478,6 +480,7 @@ impl Faulty {
             swallows: Default::default(),
             stalls: Default::default(),
             hangs: Default::default(),
+            freezes: Default::default(),
             renewals: Default::default(),
         })
     }
@@ -529,6 +532,9 @@ impl LeaseStore for Faulty {
 
     fn renew(&self, grant: &Grant, by: Deadline) -> Result<Renewal, StoreError> {
         self.renewals.fetch_add(1, Ordering::Relaxed);
+        while self.freezes.load(Ordering::Relaxed) {
+            thread::sleep(MS);
+        }
         if self.hangs.load(Ordering::Relaxed) {
             thread::sleep(by.remaining());
             return Err(StoreError::unknown("no answer"));
@@ -663,6 +669,77 @@ fn a_store_that_hangs_costs_no_other_store_its_leases() {
     let began = Instant::now();
     drop(hung);
     assert!(began.elapsed() < MS * 1000);
+}
+
+#[test]
+fn a_request_that_does_not_return_keeps_no_other_lease_from_its_beats_and_no_loss_from_being_told() {
+    let folder = Folder::new();
+    let guard = Lease::file(folder.path()).ttl(MS * 400).heartbeat(MS * 50).build().unwrap().lock().unwrap();
+    let frozen = Faulty::new(&ManualClock::new());
+    let stuck: Vec<_> = (0..10)
+        .map(|n| {
+            frozen.record.lock().1 = None;
+            let (tell, told) = mpsc::channel();
+            let lease = Lease::with_store(frozen.clone(), n.to_string()).ttl(MS * 600).heartbeat(MS * 50);
+            (lease.on_lost(move |loss| _ = tell.send(loss.token)).build().unwrap().lock().unwrap(), told)
+        })
+        .collect();
+    frozen.freezes.store(true, Ordering::Relaxed);
+    eventually("it is asked", || frozen.renewals.load(Ordering::Relaxed) > 0);
+    // Another lease, of another store, runs out meanwhile.
+    let clock = ManualClock::new();
+    let (tell, told) = mpsc::channel();
+    let other = Faulty::new(&clock).lease().on_lost(move |_| _ = tell.send(())).build().unwrap().lock().unwrap();
+    let signal = other.lost().token();
+    clock.advance(MS * 10_000);
+    told.recv_timeout(MS * 1500).expect("its loss is told");
+    assert!(signal.is_cancelled());
+    for (guard, told) in &stuck {
+        assert_eq!(told.recv_timeout(MS * 2000).expect("so is that of each lease of the frozen one"), guard.token());
+    }
+    let (began, beat) = (Instant::now(), folder.record().beat());
+    while began.elapsed() < MS * 1000 {
+        guard.check().unwrap();
+        thread::sleep(MS * 5);
+    }
+    assert!(folder.record().beat() - beat > 10);
+    assert_eq!(frozen.renewals.load(Ordering::Relaxed), 1, "one stuck request of one place");
+    frozen.freezes.store(false, Ordering::Relaxed);
+    drop(stuck);
+    frozen.record.lock().1 = None;
+    let again = frozen.lease().heartbeat(MS * 50).build().unwrap().lock().unwrap();
+    eventually("it is asked again", || {
+        frozen.clock.advance(MS);
+        frozen.renewals.load(Ordering::Relaxed) > 3
+    });
+    again.check().unwrap();
+}
+
+#[test]
+fn a_store_that_hangs_costs_no_other_store_its_short_leases() {
+    let folder = Folder::new();
+    let guard = Lease::file(folder.path()).ttl(MS * 200).heartbeat(MS * 20).build().unwrap().lock().unwrap();
+    let hung = Faulty::new(&ManualClock::new());
+    // Each of its requests may take 250 ms.
+    let _slow = Lease::with_store(hung.clone(), "hung").ttl(MS * 4000).build().unwrap().lock().unwrap();
+    hung.hangs.store(true, Ordering::Relaxed);
+    let began = Instant::now();
+    while began.elapsed() < MS * 2000 {
+        guard.check().unwrap();
+        thread::sleep(MS * 5);
+    }
+    assert!(hung.renewals.load(Ordering::Relaxed) > 2);
+}
+
+#[test]
+fn files_of_one_file_system_hang_as_one() {
+    let folder = Folder::new();
+    let lease = |name: &str| Lease::file(folder.0.join(name)).build().unwrap();
+    let (first, second) = (lease("first"), lease("second"));
+    assert_eq!(first.0.store.profile().place, None);
+    let _guards = (first.lock().unwrap(), second.lock().unwrap());
+    let place = first.0.store.profile().place;
+    assert!(place.is_some() && place == second.0.store.profile().place);
 }
 
 #[test]
