@@ -20,7 +20,7 @@
 //! locked.
 
 use std::cmp::Ordering;
-use std::collections::BinaryHeap;
+use std::collections::{BinaryHeap, VecDeque};
 use std::io;
 use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -29,6 +29,8 @@ use std::task::{Wake, Waker};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::Loss;
+use super::builder::OnLost;
 use super::clock::Clock;
 use super::held::Held;
 use crate::sys::per_process::PerProcess;
@@ -56,6 +58,15 @@ pub(super) struct Heart {
     changed: Condvar,
     /// Wakes a deputy that idles.
     served: Condvar,
+    losses: Mutex<Losses>,
+}
+
+/// The losses that `on_lost` is still to be told of.
+#[derive(Default)]
+struct Losses {
+    /// A thread is at it, or the heartbeat will be.
+    told: bool,
+    queue: VecDeque<(OnLost, Loss)>,
 }
 
 #[derive(Default)]
@@ -63,6 +74,8 @@ struct Queue {
     /// Which thread beats, as they are numbered; 0 before there is one.
     beater: u64,
     has_deputy: bool,
+    /// Losses are to be told by the thread that beats, for want of another.
+    owes_telling: bool,
     /// The deputy sleeps until a lease is served.
     deputy_idles: bool,
     /// What the thread that beats is busy with.
@@ -193,6 +206,33 @@ impl Heart {
         }
     }
 
+    /// Has a loss told, after those before it and on a thread that ends when all are.
+    pub(super) fn tell(&'static self, call: OnLost, loss: Loss) {
+        let mut losses = self.losses.lock().unwrap_or_else(PoisonError::into_inner);
+        losses.queue.push_back((call, loss));
+        if mem::replace(&mut losses.told, true) {
+            return;
+        }
+        drop(losses);
+        if thread::Builder::new().name("lockkit-lost".into()).spawn(|| self.tell_all()).is_err() {
+            self.lock().owes_telling = true;
+            self.changed.notify_one();
+        }
+    }
+
+    fn tell_all(&self) {
+        loop {
+            let mut losses = self.losses.lock().unwrap_or_else(PoisonError::into_inner);
+            let Some((call, loss)) = losses.queue.pop_front() else {
+                losses.told = false;
+                return;
+            };
+            drop(losses);
+            // A panic has been reported by its hook, and concerns nobody else. What the callback owns goes in here, too.
+            let _ = catch_unwind(AssertUnwindSafe(move || call(&loss)));
+        }
+    }
+
     /// A lease that it serves was released.
     pub(super) fn released(&self) {
         let mut over = Vec::new();
@@ -255,6 +295,12 @@ impl Heart {
             queue = self.lock();
         }
         while queue.beater == me {
+            if mem::take(&mut queue.owes_telling) {
+                drop(queue);
+                self.tell_all();
+                queue = self.lock();
+                continue;
+            }
             match queue.turn(&bell) {
                 Turn::Beat(mut beat) => {
                     let place = beat.held.place();

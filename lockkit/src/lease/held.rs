@@ -6,12 +6,9 @@
 use std::fmt;
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::Duration;
 
-use super::builder::OnLost;
 use super::clock::Clock;
 use super::heart::{Heart, Place};
 use super::store::{Deadline, Grant, Released, Renewal, StoreError};
@@ -39,8 +36,6 @@ pub(super) struct Held {
     state: Mutex<State>,
     /// A renewal under way has come back.
     answered: Condvar,
-    /// `on_lost` is still to be called, by the heartbeat, because no thread could be had for it.
-    owes_call: AtomicBool,
 }
 
 struct State {
@@ -68,7 +63,6 @@ impl Held {
             ended: CancelToken::new(),
             state: Mutex::new(State { tenure, asking: false, left_to_heart: false }),
             answered: Condvar::new(),
-            owes_call: AtomicBool::new(false),
         });
         heart.serve(held.clone(), due);
         held
@@ -122,7 +116,7 @@ impl Held {
     /// Whether it has ended, and the heartbeat has nothing more to do for it.
     pub(super) fn is_over(&self) -> bool {
         let state = self.lock();
-        state.tenure.ended().is_some() && !state.left_to_heart && !self.owes_call.load(Ordering::Relaxed)
+        state.tenure.ended().is_some() && !state.left_to_heart
     }
 
     pub(super) fn remaining(self: &Arc<Self>) -> Duration {
@@ -205,17 +199,11 @@ impl Held {
             }
         }
         let (left_to_heart, until) = (state.left_to_heart, state.tenure.until());
-        let ended = state.tenure.ended().cloned();
         drop(state);
         match next {
             Next::Sleep(until) => return Some(until),
             Next::Tell(reason) => self.tell(reason),
             Next::Renew | Next::Nothing => {}
-        }
-        if self.owes_call.swap(false, Ordering::Relaxed)
-            && let Some(reason) = ended
-        {
-            self.call(reason);
         }
         if left_to_heart {
             let told = self.give_back(self.request());
@@ -255,22 +243,7 @@ impl Held {
     fn tell(self: &Arc<Self>, reason: LossReason) {
         self.ended.cancel();
         let Some(call) = self.lease.options.on_lost.clone() else { return };
-        let loss = self.loss(reason);
-        let spawned = thread::Builder::new().name("lockkit-lost".into()).spawn(move || call_caught(&call, &loss));
-        if spawned.is_err() {
-            self.owes_call.store(true, Ordering::Relaxed);
-            self.heart.serve(self.clone(), self.now());
-        }
-    }
-
-    fn call(&self, reason: LossReason) {
-        if let Some(call) = &self.lease.options.on_lost {
-            call_caught(call, &self.loss(reason));
-        }
-    }
-
-    fn loss(&self, reason: LossReason) -> Loss {
-        Loss { lock: self.describe(), token: self.token(), reason }
+        self.heart.tell(call, Loss { lock: self.describe(), token: self.token(), reason });
     }
 
     fn request(&self) -> Deadline {
@@ -305,11 +278,6 @@ impl Subject for Held {
 /// What a store says, also if it panics: the heartbeat serves others, too.
 fn protected<T>(ask: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
     catch_unwind(AssertUnwindSafe(ask)).unwrap_or_else(|_| Err(StoreError::unknown("the store panicked")))
-}
-
-fn call_caught(call: &OnLost, loss: &Loss) {
-    // The panic has been reported by its hook, and concerns nobody else.
-    let _ = catch_unwind(AssertUnwindSafe(|| call(loss)));
 }
 
 /// Tells of the loss of a lease, or of its release. Clones tell of the same one, and all outlive the guard.

@@ -743,6 +743,35 @@ fn files_of_one_file_system_hang_as_one() {
 }
 
 #[test]
+fn losses_are_told_one_after_the_other_by_one_thread() {
+    let clock = ManualClock::new();
+    let store = Faulty::new(&clock);
+    let (tell, told) = mpsc::channel();
+    let (inside, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let guards: Vec<_> = (0..200)
+        .map(|n| {
+            store.record.lock().1 = None;
+            let (tell, inside, most) = (tell.clone(), inside.clone(), most.clone());
+            let lease = Lease::with_store(store.clone(), n.to_string()).clock(Arc::new(clock.clone()));
+            let lease = lease.on_lost(move |_| {
+                most.fetch_max(inside.fetch_add(1, Ordering::Relaxed) + 1, Ordering::Relaxed);
+                thread::sleep(MS / 2);
+                assert!(thread::current().name() == Some("lockkit-lost"));
+                inside.fetch_sub(1, Ordering::Relaxed);
+                tell.send(n).unwrap();
+            });
+            lease.build().unwrap().lock().unwrap()
+        })
+        .collect();
+    clock.advance(MS * 10_000);
+    assert!(guards.iter().all(|guard| !guard.is_held()));
+    let mut all: Vec<_> = guards.iter().map(|_| told.recv_timeout(MS * 5000).unwrap()).collect();
+    all.sort_unstable();
+    assert!(all.into_iter().eq(0..200) && told.try_recv().is_err());
+    assert_eq!(most.load(Ordering::Relaxed), 1);
+}
+
+#[test]
 fn a_lease_and_all_that_belongs_to_it_may_go_to_any_thread() {
     fn check<T: Send + Sync + 'static>() {}
     check::<Lease>();
