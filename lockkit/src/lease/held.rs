@@ -156,6 +156,12 @@ impl Held {
             true => Err(StoreError::unknown("it is still busy with a renewal")),
             false => self.give_back(by.max(Deadline::after(SHORTEST_REQUEST))),
         };
+        if let Ok(Released::NotMine) = told {
+            let reason = self.lock().tenure.release_was_too_late();
+            self.heart.released();
+            self.tell(reason.clone());
+            return Err(self.lost(reason));
+        }
         self.ended.cancel();
         // What did not work now the heartbeat tries again, as long as the record may stand in the way of others.
         match told {
@@ -166,8 +172,7 @@ impl Held {
             Ok(_) => self.heart.released(),
         }
         match told {
-            Ok(Released::Done) => Ok(()),
-            Ok(Released::NotMine) => Err(self.lost(LossReason::TakenOver { by: None })),
+            Ok(_) => Ok(()),
             Err(error) => Err(self.lease.failed(error)),
         }
     }

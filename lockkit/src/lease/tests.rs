@@ -743,6 +743,22 @@ fn files_of_one_file_system_hang_as_one() {
 }
 
 #[test]
+fn a_loss_that_is_first_found_at_the_release_is_told_as_one() {
+    let folder = Folder::new();
+    let (tell, told) = mpsc::channel();
+    let lease = folder.lease().ttl(MS * 60_000).heartbeat(MS * 20_000);
+    let lease = lease.on_lost(move |loss| tell.send(loss.clone()).unwrap()).build().unwrap();
+    let guard = lease.lock().unwrap();
+    let (signal, token) = (guard.lost(), guard.token());
+    folder.write(held_by(&stranger(), token + 1));
+    assert!(matches!(guard.release().unwrap_err().kind(), ErrorKind::LeaseLost { .. }));
+    assert!(matches!(signal.reason(), Some(LossReason::TakenOver { .. })) && signal.token().is_cancelled());
+    let loss = told.recv_timeout(MS * 2000).unwrap();
+    assert!(matches!(loss.reason, LossReason::TakenOver { .. }) && loss.token == token);
+    assert!(told.recv_timeout(MS * 50).is_err(), "told twice");
+}
+
+#[test]
 fn losses_are_told_one_after_the_other_by_one_thread() {
     let clock = ManualClock::new();
     let store = Faulty::new(&clock);
