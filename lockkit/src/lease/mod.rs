@@ -52,7 +52,7 @@ pub use tenure::LossReason;
 use crate::error::{Error, ErrorKind, Result};
 use crate::lock::{Guard, Recovered, lock_methods};
 use crate::owner::Owner;
-use crate::wait::{Patience, Subject, Wait};
+use crate::wait::{GaveUp, Patience, Subject, Wait};
 
 /// The longest that a request may take which somebody waits for, besides a quarter of the ttl.
 const LONGEST_ATTEMPT: Duration = Duration::from_secs(2);
@@ -188,7 +188,8 @@ impl Lease {
     /// [`Held`](ErrorKind::Held), [`Timeout`](ErrorKind::Timeout) or [`Cancelled`](ErrorKind::Cancelled) as `wait` has
     /// it; [`Io`](ErrorKind::Io) when the heartbeat thread cannot be started, or the file not be made, opened, locked
     /// or written; [`Store`](ErrorKind::Store) when another store fails as often as
-    /// [`acquire_retry_limit`](LeaseBuilder::acquire_retry_limit) has it. Of a file also
+    /// [`acquire_retry_limit`](LeaseBuilder::acquire_retry_limit) has it, or never answered within the limit of the wait:
+    /// then the request may yet take effect, and the lease be held by nobody for a ttl. Of a file also
     /// [`LayoutMismatch`](ErrorKind::LayoutMismatch) when a later version wrote it,
     /// [`ForeignOwner`](ErrorKind::ForeignOwner) when another user than this one or root owns it, and
     /// [`Insecure`](ErrorKind::Insecure) when it is a link or no plain file.
@@ -264,6 +265,7 @@ impl Inner {
         let patience = wait.patience()?;
         let mut recovered = None;
         let mut failures = 0;
+        let mut is_answered = false;
         loop {
             let by = match patience.as_ref().and_then(Patience::until) {
                 Some(until) => self.request().min(Deadline::from(until).max(Deadline::after(SHORTEST_REQUEST))),
@@ -282,7 +284,7 @@ impl Inner {
                     StoreError::refused("its answer came too late")
                 }
                 Ok(Attempt::Busy(seen)) => {
-                    failures = 0;
+                    (failures, is_answered) = (0, true);
                     found.owner = seen.owner().cloned();
                     match &patience {
                         Some(patience) => self.park(&seen, patience, &found)?,
@@ -300,9 +302,12 @@ impl Inner {
             }
             // Also who does not wait for a holder waits for the store.
             match &patience {
-                Some(patience) => {
-                    patience.sleep(options.retry_delay)?.map_err(|gave_up| patience.error(gave_up, &found))?;
-                }
+                Some(patience) => match patience.sleep(options.retry_delay)? {
+                    Ok(()) => {}
+                    // Nobody said that it is held.
+                    Err(GaveUp::TimedOut) if !is_answered => return Err(self.failed(failure)),
+                    Err(gave_up) => return Err(patience.error(gave_up, &found)),
+                },
                 None => std::thread::sleep(options.retry_delay),
             }
         }
