@@ -164,7 +164,7 @@ impl LeaseStore for FileStore {
             locked.write(&mut self.own_record(claim, token, ttl), &bytes)?;
             let grant = granted(token);
             return Ok(Attempt::Granted(match before {
-                Some(before) if !before.is_held() => grant,
+                Some(before) if !before.is_held() && !before.is_lost() => grant,
                 before => grant.recovered_from(before.and_then(|before| before.owner())),
             }));
         }
@@ -195,7 +195,20 @@ impl LeaseStore for FileStore {
 
     fn release(&self, grant: &Grant, by: Deadline) -> Result<Released> {
         self.free_if(by, |content, _| match content {
-            Content::Ours(record) if is_of(&record, grant) => Some(record),
+            Content::Ours(mut record) if is_of(&record, grant) => {
+                record.set_free();
+                Some(record)
+            }
+            _ => None,
+        })
+    }
+
+    fn give_up(&self, grant: &Grant, by: Deadline) -> Result<Released> {
+        self.free_if(by, |content, _| match content {
+            Content::Ours(mut record) if is_of(&record, grant) => {
+                record.set_lost();
+                Some(record)
+            }
             _ => None,
         })
     }
@@ -206,11 +219,15 @@ impl LeaseStore for FileStore {
 
     fn evict(&self, _: &LeaseName, seen: &Seen, by: Deadline) -> Result<Released> {
         self.free_if(by, |content, bytes| match content {
-            Content::Ours(record) if record.is_held() => seen.is_same_holder(&seen_holder(&record)).then_some(record),
+            Content::Ours(mut record) if record.is_held() && seen.is_same_holder(&seen_holder(&record)) => {
+                record.set_free();
+                Some(record)
+            }
             // What cannot be read had a token that nobody knows.
             Content::Junk if seen.is_same_holder(&Seen::new(record::print(bytes))) => {
-                let nobody = ClaimId::from_number(0);
-                Some(Box::new(self.own_record(&nobody, seed(), Duration::ZERO)))
+                let mut record = self.own_record(&ClaimId::from_number(0), seed(), Duration::ZERO);
+                record.set_free();
+                Some(Box::new(record))
             }
             _ => None,
         })
@@ -248,7 +265,7 @@ impl LeaseStore for FileStore {
 
 impl FileStore {
     /// Who may take what the locked file says. Unknown is never taken on that ground:
-    /// - a record that says it is free: everybody;
+    /// - a record that says it is free, or lost by its owner: everybody;
     /// - held, by an owner that is dead by its identity: everybody, at once;
     /// - held, by whom it may be: who has seen the same beat for the ttl that stands in the record, by its own clock,
     ///   or finds noted by another process of this clock that it did;
@@ -340,7 +357,7 @@ impl FileStore {
         Ok(Some(Seen::new(before.unwrap_or_default())))
     }
 
-    /// Frees the record that `which` makes of what the file says, unless it makes none of it.
+    /// Writes the record of a free lease that `which` makes of what the file says, unless it makes none of it.
     fn free_if(&self, by: Deadline, which: impl FnOnce(Content, &[u8]) -> Option<Box<Record>>) -> Result<Released> {
         match self.lock(by)? {
             Place::Absent => Ok(Released::NotMine),
@@ -348,10 +365,7 @@ impl FileStore {
             Place::Locked(locked) => {
                 let bytes = locked.read()?;
                 match which(record::parse(&bytes), &bytes) {
-                    Some(mut record) => {
-                        record.set_free();
-                        locked.write(&mut record, &bytes).map(|()| Released::Done)
-                    }
+                    Some(mut record) => locked.write(&mut record, &bytes).map(|()| Released::Done),
                     None => Ok(Released::NotMine),
                 }
             }

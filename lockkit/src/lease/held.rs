@@ -4,6 +4,7 @@
 //! forked child has a copy, perhaps of a locked mutex; it asks for the generation first, and touches nothing else.
 
 use std::fmt;
+use std::mem;
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -44,6 +45,8 @@ struct State {
     asking: bool,
     /// The record may still say that it is held: the heartbeat is to release.
     left_to_heart: bool,
+    /// The guard went when it was lost already, and has done what there was to do.
+    is_given_up: bool,
 }
 
 impl Held {
@@ -61,7 +64,7 @@ impl Held {
             heart,
             generation: fork::generation(),
             ended: CancelToken::new(),
-            state: Mutex::new(State { tenure, asking: false, left_to_heart: false }),
+            state: Mutex::new(State { tenure, asking: false, left_to_heart: false, is_given_up: false }),
             answered: Condvar::new(),
         });
         heart.serve(held.clone(), due);
@@ -138,7 +141,14 @@ impl Held {
         if self.is_inherited() {
             return Ok(());
         }
-        self.check().map_err(|reason| self.lost(reason))?;
+        if let Err(reason) = self.check() {
+            // A process that lives is not to keep others waiting for what it has lost.
+            let has_run_out = matches!(reason, LossReason::Expired | LossReason::Store(_));
+            if has_run_out && !mem::replace(&mut self.lock().is_given_up, true) {
+                let _ = protected(|| self.lease.store.give_up(&self.grant, self.request()));
+            }
+            return Err(self.lost(reason));
+        }
         let by = self.request();
         let mut state = self.lock();
         if let Some(reason) = state.tenure.ended() {
@@ -178,7 +188,15 @@ impl Held {
     }
 
     fn give_back(&self, by: Deadline) -> Result<Released, StoreError> {
-        protected(|| self.lease.store.release(&self.grant, by))
+        let is_released = matches!(self.lock().tenure.ended(), Some(LossReason::Released));
+        protected(|| match is_released {
+            true => self.lease.store.release(&self.grant, by),
+            // A renewal that came too late may have made it good again for a store that finds out itself, too.
+            false => match self.lease.store.give_up(&self.grant, by) {
+                Ok(Released::NotMine) => self.lease.store.release(&self.grant, by),
+                told => told,
+            },
+        })
     }
 
     /// Does what is to be done now, on the heartbeat thread; says when to come again, if ever.

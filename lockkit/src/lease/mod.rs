@@ -387,7 +387,8 @@ impl fmt::Debug for Lease {
 
 /// A held [`Lease`]; dropping it releases, and waits for that as long as a request to the store may take.
 ///
-/// A guard is held until its lease is lost, and a lost lease stays lost. A forked child's copy of a guard is not held,
+/// A guard is held until its lease is lost, and a lost lease stays lost; when its guard goes the file is given free, so
+/// that nobody waits any longer, and the next owner is told that it was not released. A forked child's copy of a guard is not held,
 /// and dropping it does nothing. A guard that is leaked (`mem::forget`) goes on being renewed until the process ends.
 ///
 /// All methods may be called from any thread. None but dropping and releasing touches the store.

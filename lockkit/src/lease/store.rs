@@ -154,6 +154,17 @@ pub trait LeaseStore: Send + Sync {
     /// After an error the grant runs out by itself.
     fn release(&self, grant: &Grant, by: Deadline) -> Result<Released, StoreError>;
 
+    /// As [`release`](Self::release), of a grant that has run out by its holder's count: the next owner is told that it
+    /// was not released. Only stores need it where others would go on waiting for what has run out; unless told
+    /// otherwise it does nothing.
+    ///
+    /// # Errors
+    /// As [`release`](Self::release).
+    fn give_up(&self, grant: &Grant, by: Deadline) -> Result<Released, StoreError> {
+        let _ = (grant, by);
+        Ok(Released::NotMine)
+    }
+
     /// Who has the name now; `None` when it is free. Changes nothing.
     ///
     /// # Errors

@@ -760,6 +760,29 @@ fn a_loss_that_is_first_found_at_the_release_is_told_as_one() {
 }
 
 #[test]
+fn what_was_lost_by_time_is_free_when_its_guard_goes_and_still_not_released() {
+    let folder = Folder::new();
+    let clock = ManualClock::new();
+    let lease = Lease::file(folder.path()).ttl(MS * 60_000).heartbeat(MS * 20_000).clock(Arc::new(clock.clone()));
+    let lease = lease.require_progress(MS * 20_000).build().unwrap();
+    let guard = lease.lock().unwrap();
+    let token = guard.token();
+    let signal = guard.lost();
+    let other = Lease::file(folder.path()).ttl(MS * 60_000).heartbeat(MS * 20_000).build().unwrap();
+    let mine = folder.record();
+    clock.advance(MS * 200_000);
+    assert!(!guard.is_held());
+    folder.write(mine);
+    drop(guard);
+    assert!(folder.record().is_lost());
+    assert_eq!(other.status().unwrap(), LeaseStatus::Free);
+    let next = other.try_lock().expect("nobody waits for another ttl");
+    assert!(next.token() > token);
+    assert_eq!(next.recovered().unwrap().owner().unwrap().pid(), std::process::id());
+    assert!(matches!(signal.reason(), Some(LossReason::Expired)), "it stays lost");
+}
+
+#[test]
 fn losses_are_told_one_after_the_other_by_one_thread() {
     let clock = ManualClock::new();
     let store = Faulty::new(&clock);
