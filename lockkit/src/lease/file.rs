@@ -401,16 +401,10 @@ impl FileStore {
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
         let file = match Shielded::new(|| open(&self.path, flags, Permissions::empty()).map(File::from)) {
             Err(Errno::NOENT) => return Ok(None),
-            Err(Errno::LOOP) => return Err(self.insecure("it is a symbolic link; use the path that it leads to")),
+            Err(Errno::LOOP) => return Err(self.is_link()),
             opened => opened.map_err(|error| self.failed("open", error.into()))?,
         };
-        let found = fstat(&*file).map_err(|error| self.failed("look at", error.into()))?;
-        if FileType::from_raw_mode(found.st_mode as RawMode) != FileType::RegularFile {
-            return Err(self.insecure("it is no plain file"));
-        }
-        if found.st_nlink > 1 {
-            return Err(self.insecure("it is a hard link to a file that has other names"));
-        }
+        let found = self.check(&file)?;
         if found.st_uid != 0 && found.st_uid != folder::effective_uid() {
             let lock = format!("the lease {}", self.path.display());
             return Err(StoreError::misuse(Error::from(ErrorKind::ForeignOwner {
@@ -423,11 +417,28 @@ impl FileStore {
         Ok(Some((file, found)))
     }
 
+    /// What the file is, if it is a plain one without other names.
+    fn check(&self, file: &File) -> Result<Stat> {
+        let found = fstat(file).map_err(|error| self.failed("look at", error.into()))?;
+        if FileType::from_raw_mode(found.st_mode as RawMode) != FileType::RegularFile {
+            return Err(self.insecure("it is no plain file"));
+        }
+        if found.st_nlink > 1 {
+            return Err(self.insecure("it is a hard link to a file that has other names"));
+        }
+        Ok(found)
+    }
+
     fn open_for_reading(&self) -> Result<Option<File>> {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
         match open(&self.path, flags, Permissions::empty()) {
             Err(Errno::NOENT) => Ok(None),
-            opened => opened.map(|file| Some(File::from(file))).map_err(|error| self.failed("open", error.into())),
+            Err(Errno::LOOP) => Err(self.is_link()),
+            opened => {
+                let file = opened.map(File::from).map_err(|error| self.failed("open", error.into()))?;
+                self.check(&file)?;
+                Ok(Some(file))
+            }
         }
     }
 
@@ -501,6 +512,10 @@ impl FileStore {
         let mut record = self.own_record(grant.claim(), grant.token(), grant.ttl());
         record.set_beat(next_beat(grant, 0));
         record
+    }
+
+    fn is_link(&self) -> StoreError {
+        self.insecure("it is a symbolic link; use the path that it leads to")
     }
 
     fn insecure(&self, problem: &'static str) -> StoreError {

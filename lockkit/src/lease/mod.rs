@@ -221,7 +221,8 @@ impl Lease {
     ///
     /// # Errors
     /// [`Io`](ErrorKind::Io) or [`Store`](ErrorKind::Store) when the record cannot be read;
-    /// [`LayoutMismatch`](ErrorKind::LayoutMismatch) when a later version wrote it.
+    /// [`LayoutMismatch`](ErrorKind::LayoutMismatch) when a later version wrote it;
+    /// [`Insecure`](ErrorKind::Insecure) when its file is a link or no plain file.
     pub fn status(&self) -> Result<LeaseStatus> {
         Ok(self.0.look()?.map_or(LeaseStatus::Free, LeaseStatus::Held))
     }

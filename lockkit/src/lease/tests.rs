@@ -405,6 +405,12 @@ fn a_link_is_refused_and_so_is_what_is_no_file() {
     fs::remove_file(folder.path()).unwrap();
     std::os::unix::fs::symlink("second", folder.path()).unwrap();
     assert!(matches!(lease.try_lock().unwrap_err().kind(), ErrorKind::Insecure { .. }));
+    assert!(matches!(lease.status().unwrap_err().kind(), ErrorKind::Insecure { .. }));
+    fs::remove_file(folder.path()).unwrap();
+    assert!(std::process::Command::new("mkfifo").arg(folder.path()).status().unwrap().success());
+    for error in [lease.try_lock().unwrap_err(), lease.status().unwrap_err(), lease.owner().unwrap_err()] {
+        assert!(matches!(error.kind(), ErrorKind::Insecure { .. }), "{error:?}");
+    }
     let folder_itself = Lease::file(&folder.0).build().unwrap();
     assert!(folder_itself.try_lock().is_err());
 }
