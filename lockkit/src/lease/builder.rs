@@ -43,6 +43,8 @@ pub(super) struct Options {
     pub(super) retry_limit: u32,
     pub(super) retry_delay: Duration,
     pub(super) clock: Arc<dyn Clock>,
+    /// Its [`shared_id`](Clock::shared_id), which costs system calls.
+    pub(super) clock_id: Option<u128>,
 }
 
 impl Options {
@@ -319,6 +321,7 @@ impl LeaseBuilder {
             held_error: self.held_error,
             retry_limit: self.retry_limit,
             retry_delay: self.retry_delay,
+            clock_id: self.clock.shared_id(),
             clock: self.clock,
         };
         Ok(Lease(Arc::new(Inner { name, store, options })))

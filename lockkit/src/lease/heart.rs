@@ -116,9 +116,10 @@ enum Until {
     Return(u64),
 }
 
-/// The beats by one clock.
+/// The beats by one clock, or by several that show the same.
 struct Ring {
     clock: Arc<dyn Clock>,
+    clock_id: Option<u128>,
     beats: BinaryHeap<Beat>,
 }
 
@@ -167,6 +168,11 @@ impl Wake for Bell {
 }
 
 impl Heart {
+    #[cfg(test)]
+    pub(super) fn rings(&self) -> usize {
+        self.lock().rings.len()
+    }
+
     /// That of this process, which beats from now on if it has not before.
     pub(super) fn start() -> io::Result<&'static Self> {
         static HEART: PerProcess<Heart> = PerProcess::new();
@@ -356,11 +362,15 @@ impl Heart {
 impl Queue {
     /// Says whether it is now the first of its ring.
     fn push(&mut self, beat: Beat) -> bool {
-        let clock = beat.held.clock();
-        let ring = match self.rings.iter().position(|ring| Arc::ptr_eq(&ring.clock, clock)) {
+        let (clock, clock_id) = (beat.held.clock(), beat.held.clock_id());
+        let is_of = |ring: &Ring| match clock_id {
+            Some(_) => ring.clock_id == clock_id,
+            None => Arc::ptr_eq(&ring.clock, clock),
+        };
+        let ring = match self.rings.iter().position(is_of) {
             Some(at) => &mut self.rings[at],
             None => {
-                self.rings.push(Ring { clock: clock.clone(), beats: BinaryHeap::new() });
+                self.rings.push(Ring { clock: clock.clone(), clock_id, beats: BinaryHeap::new() });
                 let last = self.rings.len() - 1;
                 &mut self.rings[last]
             }

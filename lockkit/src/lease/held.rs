@@ -83,6 +83,11 @@ impl Held {
         &self.lease.options.clock
     }
 
+    /// What its clock has in common with others that show the same.
+    pub(super) fn clock_id(&self) -> Option<u128> {
+        self.lease.options.clock_id
+    }
+
     pub(super) fn now(&self) -> Duration {
         self.clock().now()
     }

@@ -789,6 +789,15 @@ fn what_was_lost_by_time_is_free_when_its_guard_goes_and_still_not_released() {
 }
 
 #[test]
+fn system_clocks_are_one_clock_however_many_there_are() {
+    let folder = Folder::new();
+    let lease = |n: u32| Lease::file(folder.0.join(n.to_string())).clock(Arc::new(SystemClock)).build().unwrap();
+    let _guards: Vec<_> = (0..200).map(|n| lease(n).lock().unwrap()).collect();
+    // Other tests have clocks of their own at the same time.
+    assert!(Heart::start().unwrap().rings() < 100);
+}
+
+#[test]
 fn losses_are_told_one_after_the_other_by_one_thread() {
     let clock = ManualClock::new();
     let store = Faulty::new(&clock);
