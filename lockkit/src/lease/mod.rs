@@ -133,7 +133,7 @@ impl Lease {
     /// microseconds since the epoch. The wall clock must only not be set back along with the file.
     ///
     /// Who wants a held lease takes it over when its owner is dead by its identity (the same host, or an earlier boot of
-    /// it), or when its beat has not changed for the ttl that stands in the record, by the clock of who wants it. A
+    /// it, where `/etc/machine-id` tells which host that is), or when its beat has not changed for the ttl that stands in the record, by the clock of who wants it. A
     /// program that tries only once each time it is started, as from cron, gets there too: it leaves a note of when it
     /// first saw that beat, which the next one on the same machine goes on from.
     ///
