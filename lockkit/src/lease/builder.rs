@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
@@ -297,6 +297,7 @@ impl LeaseBuilder {
                     folder_mode,
                     clock: self.clock.clone(),
                     device: AtomicU64::default(),
+                    is_remote: AtomicBool::default(),
                     observer: Mutex::default(),
                     path,
                 };

@@ -22,7 +22,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
@@ -72,6 +72,8 @@ pub(super) struct FileStore {
     pub(super) clock: Arc<dyn Clock>,
     /// The file system that the file is on, by its number; 0 until it has been opened. What hangs is a file system.
     pub(super) device: AtomicU64,
+    /// What is written must be synced to reach those who share the file.
+    pub(super) is_remote: AtomicBool,
     /// What this process has seen of the record. Whoever does not get it at once goes without, so that a fork which
     /// left it locked in the child does no harm: the notes in the record do the same work.
     pub(super) observer: Mutex<Observer>,
@@ -413,8 +415,16 @@ impl FileStore {
                 pid: None,
             })));
         }
-        self.device.store(found.st_dev, Ordering::Relaxed);
+        self.place(&file, &found);
         Ok(Some((file, found)))
+    }
+
+    /// Notes on which file system the file is, and asks of a new one whether it is this machine's own.
+    fn place(&self, file: &File, found: &Stat) {
+        if self.device.load(Ordering::Relaxed) != found.st_dev {
+            self.is_remote.store(!is_local(file), Ordering::Relaxed);
+            self.device.store(found.st_dev, Ordering::Relaxed);
+        }
     }
 
     /// What the file is, if it is a plain one without other names.
@@ -462,7 +472,7 @@ impl FileStore {
             file => file.map_err(failed)?,
         };
         let made = fstat(&*file).map_err(|error| self.failed("look at", error.into()))?;
-        self.device.store(made.st_dev, Ordering::Relaxed);
+        self.place(&file, &made);
         file.write_all_at(record.seal(), 0).map_err(|error| self.failed("write", error))?;
         // Once in the life of a file, so that no power cut leaves an empty one, which programs that only ever try once
         // would find held for ever.
@@ -549,7 +559,11 @@ impl Locked<'_> {
     /// Replaces what the file says, which begins with `old`. One write does it, within one page. If that fails `old` is
     /// put back.
     fn write(&self, record: &mut Record, old: &[u8]) -> Result<()> {
-        let written = self.file.write_all_at(record.seal(), 0);
+        let mut written = self.file.write_all_at(record.seal(), 0);
+        if written.is_ok() && self.store.is_remote.load(Ordering::Relaxed) {
+            // Else it may stand in this machine's memory only, and count here though nobody else sees it.
+            written = self.file.sync_data();
+        }
         step("record written");
         written.map_err(|error| {
             let _ = self.file.write_all_at(old, 0);
@@ -568,6 +582,35 @@ impl Locked<'_> {
 fn token_after(before: Option<&Record>) -> Result<u64> {
     let next = before.map_or(Some(1), |before| before.token().checked_add(1));
     next.map(|next| next.max(seed())).ok_or_else(|| StoreError::misuse("the tokens are used up"))
+}
+
+/// Whether the file is on a file system of this machine's own. One that is not known is not.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+fn is_local(file: &File) -> bool {
+    /// tmpfs, ramfs, ext2 to 4, xfs, btrfs, overlayfs, zfs, f2fs, bcachefs, jfs, fat, exfat: the numbers of [statfs(2)].
+    ///
+    /// [statfs(2)]: https://man7.org/linux/man-pages/man2/statfs.2.html
+    const LOCAL: [u64; 12] = [
+        0x0102_1994,
+        0x8584_58f6,
+        0xef53,
+        0x5846_5342,
+        0x9123_683e,
+        0x794c_7630,
+        0x2fc1_2fc1,
+        0xf2f5_2010,
+        0xca45_1a4e,
+        0x3153_464a,
+        0x4d44,
+        0x2011_bab0,
+    ];
+    // The type of `f_type` differs between systems, and its sign.
+    rustix::fs::fstatfs(file).is_ok_and(|found| LOCAL.contains(&(found.f_type as u64 & 0xffff_ffff)))
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
+fn is_local(_: &File) -> bool {
+    false
 }
 
 /// Microseconds since the epoch: nobody takes a lease so often.
@@ -615,11 +658,17 @@ fn failed_at(action: &'static str, path: &Path, error: io::Error) -> StoreError 
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicBool;
     use std::{fs, thread};
 
     use super::super::SystemClock;
     use super::*;
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn only_file_systems_that_are_known_are_local() {
+        assert!(is_local(&File::open("/dev/shm").unwrap()));
+        assert!(!is_local(&File::open("/proc/self/stat").unwrap()), "none that leases stand on");
+    }
 
     #[test]
     fn who_looks_into_a_file_that_is_just_being_made_does_not_spoil_it() {
@@ -635,6 +684,7 @@ mod tests {
             folder_mode: 0o700,
             clock: Arc::new(SystemClock),
             device: AtomicU64::default(),
+            is_remote: AtomicBool::default(),
             observer: Mutex::default(),
         };
         let is_over = AtomicBool::new(false);

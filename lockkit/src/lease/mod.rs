@@ -128,9 +128,11 @@ impl Lease {
     /// by [`build`](LeaseBuilder::build), so a later change of the working folder changes nothing.
     ///
     /// Every step, also each heartbeat, opens, locks, rewrites and closes the file, some 5 µs in memory: no descriptor
-    /// is kept, so ten thousand leases need no more of them than one. The file is not synced at each step: what a power
+    /// is kept, so ten thousand leases need no more of them than one. On file systems of
+    /// this machine (tmpfs, ext4, xfs, btrfs and their like) the file is not synced at each step: what a power
     /// cut takes back is allowed for, and so is a deletion or a restored backup, because each new token is at least the
-    /// microseconds since the epoch. The wall clock must only not be set back along with the file.
+    /// microseconds since the epoch. The wall clock must only not be set back along with the file. On all others,
+    /// such as NFS, CIFS and FUSE, each step is synced, so that a beat has reached the server before it counts.
     ///
     /// Who wants a held lease takes it over when its owner is dead by its identity (the same host, or an earlier boot of
     /// it, where `/etc/machine-id` tells which host that is), or when its beat has not changed for the ttl that stands in the record, by the clock of who wants it. A
