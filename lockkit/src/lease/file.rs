@@ -34,7 +34,7 @@ use super::clock::Clock;
 use super::observer::Observer;
 use super::record::{self, Content, Record, SIZE};
 use super::store::{
-    Attempt, ClaimId, Deadline, Durability, Expiry, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
+    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
     StoreProfile, sleep,
 };
 use crate::error::{Error, ErrorKind};
@@ -127,7 +127,6 @@ impl LeaseStore for FileStore {
     fn profile(&self) -> StoreProfile {
         StoreProfile {
             smallest_ttl: SMALLEST_TTL,
-            expiry: Expiry::Observer,
             // Where it cannot be woken it looks at the retry delay itself.
             wakes_waiters: true,
             place: match self.device.load(Ordering::Relaxed) {

@@ -44,7 +44,7 @@ use heart::Heart;
 pub use held::LostSignal;
 use held::{Held, SHORTEST_REQUEST};
 pub use store::{
-    Attempt, ClaimId, Deadline, Durability, Expiry, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
+    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
     StoreProfile,
 };
 pub use tenure::LossReason;
@@ -133,6 +133,10 @@ impl Lease {
     /// cut takes back is allowed for, and so is a deletion or a restored backup, because each new token is at least the
     /// microseconds since the epoch. The wall clock must only not be set back along with the file. On all others,
     /// such as NFS, CIFS and FUSE, each step is synced, so that a beat has reached the server before it counts.
+    ///
+    /// What that costs: a process whose descriptors are used up cannot beat, and loses its file leases after a ttl. One
+    /// that is stopped, or killed but not yet gone, in the middle of a step has the file locked for as long, so nobody can
+    /// take the lease or beat meanwhile: keep the file where only those can open it who are to have the lease.
     ///
     /// Who wants a held lease takes it over when its owner is dead by its identity (the same host, or an earlier boot of
     /// it, where `/etc/machine-id` tells which host that is), or when its beat has not changed for the ttl that stands in the record, by the clock of who wants it. A

@@ -213,8 +213,6 @@ pub struct StoreProfile {
     pub ttl_step: Duration,
     /// What its records last through.
     pub durability: Durability,
-    /// Who finds out that a grant has run out; the store, unless told otherwise.
-    pub expiry: Expiry,
     /// Whether [`park`](LeaseStore::park) wakes at a change; not, unless told otherwise.
     pub wakes_waiters: bool,
     /// What stores have in common that hang as one, such as the server that they reach: while a request to one of them
@@ -223,13 +221,12 @@ pub struct StoreProfile {
 }
 
 impl StoreProfile {
-    /// One that keeps any ttl, finds out itself what has run out, and wakes nobody.
+    /// One that keeps any ttl and wakes nobody.
     pub const fn new(durability: Durability) -> Self {
         Self {
             smallest_ttl: Duration::ZERO,
             ttl_step: Duration::from_nanos(1),
             durability,
-            expiry: Expiry::Store,
             wakes_waiters: false,
             place: None,
         }
@@ -248,16 +245,6 @@ pub enum Durability {
     Primary,
     /// The loss of any minority of its servers.
     Quorum,
-}
-
-/// Who finds out that a grant has run out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Expiry {
-    /// The store, by its own clock.
-    Store,
-    /// Who wants the lease, by having seen its record unchanged for a ttl.
-    Observer,
 }
 
 /// The name under which a store keeps a lease.
