@@ -171,11 +171,24 @@ impl Owner {
     /// stopped. A zombie is dead. One that was recorded in another pid namespace or on another host is unknown, for its
     /// pid means nothing here, unless this host has booted since. A process that has been killed counts as dead from
     /// the moment at which it can run no more code of its own, even if the kernel has yet to take it apart.
+    ///
+    /// Whether it is this host is told by the id of its installation (`/etc/machine-id`). Where that is missing, an
+    /// owner from before the last boot is unknown, for another host may have the same name.
     pub fn liveness(&self) -> Liveness {
+        self.liveness_if(|host| host == process::host() && process::has_installation_id(host))
+    }
+
+    /// As [`liveness`](Self::liveness), where the record is taken to be this host's if it has its name: in places that
+    /// hosts do not share as a rule, and where something else decides who may go on.
+    pub(crate) fn liveness_by_name(&self) -> Liveness {
+        self.liveness_if(|host| host == process::host())
+    }
+
+    fn liveness_if(&self, is_here: impl FnOnce(&str) -> bool) -> Liveness {
         match (self.boot, process::boot_id()) {
             (Some(then), Some(now)) if then != now => {
                 // The same host has booted since, or it is another host, of which nothing can be told.
-                return match self.host.as_deref() == Some(process::host()) {
+                return match self.host.as_deref().is_some_and(is_here) {
                     true => Liveness::Dead,
                     false => Liveness::Unknown,
                 };
@@ -313,10 +326,23 @@ mod tests {
     fn an_earlier_boot_of_this_host_is_dead_and_another_host_unknown() {
         let mut owner = Owner::current();
         owner.boot = owner.boot.map(|boot| boot ^ 1);
-        assert_eq!(owner.liveness(), Liveness::Dead);
+        assert_eq!(owner.liveness_by_name(), Liveness::Dead);
+        let has_id = process::has_installation_id(process::host());
+        assert_eq!(owner.liveness(), if has_id { Liveness::Dead } else { Liveness::Unknown });
         owner.host = Some("elsewhere".into());
         assert_eq!(owner.liveness(), Liveness::Unknown);
         owner.host = None;
+        assert_eq!(owner.liveness(), Liveness::Unknown);
+    }
+
+    #[test]
+    fn a_host_that_has_nothing_but_a_name_may_be_another_one() {
+        let mut owner = Owner::current();
+        owner.boot = owner.boot.map(|boot| boot ^ 1);
+        let is_here = |_: &str| true;
+        assert_eq!(owner.liveness_if(is_here), Liveness::Dead);
+        owner.host = Some("localhost".into());
+        assert!(!process::has_installation_id("localhost") && process::has_installation_id("localhost/1f"));
         assert_eq!(owner.liveness(), Liveness::Unknown);
     }
 

@@ -225,7 +225,7 @@ impl PidFile {
         let found = file.metadata().map_err(failed)?;
         Ok(match record::parse(&bytes) {
             Content::Blank | Content::Invalid(_) => PidStatus::Invalid { age: age(&found).unwrap_or_default() },
-            Content::Ours(owner) => match owner.liveness() {
+            Content::Ours(owner) => match owner.liveness_by_name() {
                 Liveness::Dead => PidStatus::Stale(*owner),
                 Liveness::Alive | Liveness::Unknown => PidStatus::Running(*owner),
             },
@@ -550,7 +550,7 @@ fn claim(bytes: &[u8], file: &File, found: &Metadata) -> Claim {
         Content::Foreign(pid) if foreign_lives(pid, file, found) => Claim::Held,
         Content::Foreign(pid) => Claim::Free(Some(writer(Owner::ended(pid), found))),
         Content::Ours(owner) if owner.is_this_process() => Claim::Free(None),
-        Content::Ours(owner) => match owner.liveness() {
+        Content::Ours(owner) => match owner.liveness_by_name() {
             Liveness::Alive => Claim::Held,
             Liveness::Unknown if !owner.is_of_this_boot() => Claim::Held,
             Liveness::Unknown | Liveness::Dead => Claim::Free(Some(*owner)),
@@ -560,7 +560,7 @@ fn claim(bytes: &[u8], file: &File, found: &Metadata) -> Claim {
 
 /// Whether it is a record of lockkit's whose owner may live.
 fn names_a_live_owner(bytes: &[u8]) -> bool {
-    matches!(record::parse(bytes), Content::Ours(owner) if owner.liveness() != Liveness::Dead)
+    matches!(record::parse(bytes), Content::Ours(owner) if owner.liveness_by_name() != Liveness::Dead)
 }
 
 /// How long ago the file was last written; `None` when that lies in the future.

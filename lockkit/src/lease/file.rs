@@ -6,10 +6,9 @@
 //! the step's deadline, and who wants the lease counts it as held.
 //!
 //! Who may take a record that says it is held: see [`FileStore::judge`]. What becomes of the token:
-//! - It is the one before and 1, as long as the record was last written on this boot of this machine.
-//! - Else, or where there is no readable record, it is also at least the microseconds since the epoch. A deleted record
-//!   does not make it start again, nor does a power cut that took the last tokens back. The wall clock is a seed only,
-//!   good for that as long as it is not set back beyond the last deletion or power cut.
+//! - It is above the one before, and at least the microseconds since the epoch, where there is no readable record just
+//!   those. So no token is far ahead of the time, and whatever takes a record back (a deletion, a restored backup, a
+//!   power cut) does not take the tokens back, as long as the wall clock is not set back at the same time, too.
 //!
 //! What a holder does when its record is not as it left it:
 //! - Another claim, or none: it was taken over, or evicted. Lost.
@@ -23,7 +22,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
@@ -35,7 +34,7 @@ use super::clock::Clock;
 use super::observer::Observer;
 use super::record::{self, Content, Record, SIZE};
 use super::store::{
-    Attempt, ClaimId, Deadline, Durability, Expiry, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
+    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
     StoreProfile, sleep,
 };
 use crate::error::{Error, ErrorKind};
@@ -71,6 +70,10 @@ pub(super) struct FileStore {
     pub(super) file_mode: u32,
     pub(super) folder_mode: u32,
     pub(super) clock: Arc<dyn Clock>,
+    /// The file system that the file is on, by its number; 0 until it has been opened. What hangs is a file system.
+    pub(super) device: AtomicU64,
+    /// What is written must be synced to reach those who share the file.
+    pub(super) is_remote: AtomicBool,
     /// What this process has seen of the record. Whoever does not get it at once goes without, so that a fork which
     /// left it locked in the child does no harm: the notes in the record do the same work.
     pub(super) observer: Mutex<Observer>,
@@ -124,9 +127,12 @@ impl LeaseStore for FileStore {
     fn profile(&self) -> StoreProfile {
         StoreProfile {
             smallest_ttl: SMALLEST_TTL,
-            expiry: Expiry::Observer,
             // Where it cannot be woken it looks at the retry delay itself.
             wakes_waiters: true,
+            place: match self.device.load(Ordering::Relaxed) {
+                0 => None,
+                device => Some(device),
+            },
             ..StoreProfile::new(Durability::Local)
         }
     }
@@ -159,7 +165,7 @@ impl LeaseStore for FileStore {
             locked.write(&mut self.own_record(claim, token, ttl), &bytes)?;
             let grant = granted(token);
             return Ok(Attempt::Granted(match before {
-                Some(before) if !before.is_held() => grant,
+                Some(before) if !before.is_held() && !before.is_lost() => grant,
                 before => grant.recovered_from(before.and_then(|before| before.owner())),
             }));
         }
@@ -190,7 +196,20 @@ impl LeaseStore for FileStore {
 
     fn release(&self, grant: &Grant, by: Deadline) -> Result<Released> {
         self.free_if(by, |content, _| match content {
-            Content::Ours(record) if is_of(&record, grant) => Some(record),
+            Content::Ours(mut record) if is_of(&record, grant) => {
+                record.set_free();
+                Some(record)
+            }
+            _ => None,
+        })
+    }
+
+    fn give_up(&self, grant: &Grant, by: Deadline) -> Result<Released> {
+        self.free_if(by, |content, _| match content {
+            Content::Ours(mut record) if is_of(&record, grant) => {
+                record.set_lost();
+                Some(record)
+            }
             _ => None,
         })
     }
@@ -201,11 +220,15 @@ impl LeaseStore for FileStore {
 
     fn evict(&self, _: &LeaseName, seen: &Seen, by: Deadline) -> Result<Released> {
         self.free_if(by, |content, bytes| match content {
-            Content::Ours(record) if record.is_held() => seen.is_same_holder(&seen_holder(&record)).then_some(record),
+            Content::Ours(mut record) if record.is_held() && seen.is_same_holder(&seen_holder(&record)) => {
+                record.set_free();
+                Some(record)
+            }
             // What cannot be read had a token that nobody knows.
             Content::Junk if seen.is_same_holder(&Seen::new(record::print(bytes))) => {
-                let nobody = ClaimId::from_number(0);
-                Some(Box::new(self.own_record(&nobody, seed(), Duration::ZERO)))
+                let mut record = self.own_record(&ClaimId::from_number(0), seed(), Duration::ZERO);
+                record.set_free();
+                Some(Box::new(record))
             }
             _ => None,
         })
@@ -243,7 +266,7 @@ impl LeaseStore for FileStore {
 
 impl FileStore {
     /// Who may take what the locked file says. Unknown is never taken on that ground:
-    /// - a record that says it is free: everybody;
+    /// - a record that says it is free, or lost by its owner: everybody;
     /// - held, by an owner that is dead by its identity: everybody, at once;
     /// - held, by whom it may be: who has seen the same beat for the ttl that stands in the record, by its own clock,
     ///   or finds noted by another process of this clock that it did;
@@ -335,7 +358,7 @@ impl FileStore {
         Ok(Some(Seen::new(before.unwrap_or_default())))
     }
 
-    /// Frees the record that `which` makes of what the file says, unless it makes none of it.
+    /// Writes the record of a free lease that `which` makes of what the file says, unless it makes none of it.
     fn free_if(&self, by: Deadline, which: impl FnOnce(Content, &[u8]) -> Option<Box<Record>>) -> Result<Released> {
         match self.lock(by)? {
             Place::Absent => Ok(Released::NotMine),
@@ -343,10 +366,7 @@ impl FileStore {
             Place::Locked(locked) => {
                 let bytes = locked.read()?;
                 match which(record::parse(&bytes), &bytes) {
-                    Some(mut record) => {
-                        record.set_free();
-                        locked.write(&mut record, &bytes).map(|()| Released::Done)
-                    }
+                    Some(mut record) => locked.write(&mut record, &bytes).map(|()| Released::Done),
                     None => Ok(Released::NotMine),
                 }
             }
@@ -382,16 +402,10 @@ impl FileStore {
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
         let file = match Shielded::new(|| open(&self.path, flags, Permissions::empty()).map(File::from)) {
             Err(Errno::NOENT) => return Ok(None),
-            Err(Errno::LOOP) => return Err(self.insecure("it is a symbolic link; use the path that it leads to")),
+            Err(Errno::LOOP) => return Err(self.is_link()),
             opened => opened.map_err(|error| self.failed("open", error.into()))?,
         };
-        let found = fstat(&*file).map_err(|error| self.failed("look at", error.into()))?;
-        if FileType::from_raw_mode(found.st_mode as RawMode) != FileType::RegularFile {
-            return Err(self.insecure("it is no plain file"));
-        }
-        if found.st_nlink > 1 {
-            return Err(self.insecure("it is a hard link to a file that has other names"));
-        }
+        let found = self.check(&file)?;
         if found.st_uid != 0 && found.st_uid != folder::effective_uid() {
             let lock = format!("the lease {}", self.path.display());
             return Err(StoreError::misuse(Error::from(ErrorKind::ForeignOwner {
@@ -400,14 +414,40 @@ impl FileStore {
                 pid: None,
             })));
         }
+        self.place(&file, &found);
         Ok(Some((file, found)))
+    }
+
+    /// Notes on which file system the file is, and asks of a new one whether it is this machine's own.
+    fn place(&self, file: &File, found: &Stat) {
+        if self.device.load(Ordering::Relaxed) != found.st_dev {
+            self.is_remote.store(!is_local(file), Ordering::Relaxed);
+            self.device.store(found.st_dev, Ordering::Relaxed);
+        }
+    }
+
+    /// What the file is, if it is a plain one without other names.
+    fn check(&self, file: &File) -> Result<Stat> {
+        let found = fstat(file).map_err(|error| self.failed("look at", error.into()))?;
+        if FileType::from_raw_mode(found.st_mode as RawMode) != FileType::RegularFile {
+            return Err(self.insecure("it is no plain file"));
+        }
+        if found.st_nlink > 1 {
+            return Err(self.insecure("it is a hard link to a file that has other names"));
+        }
+        Ok(found)
     }
 
     fn open_for_reading(&self) -> Result<Option<File>> {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
         match open(&self.path, flags, Permissions::empty()) {
             Err(Errno::NOENT) => Ok(None),
-            opened => opened.map(|file| Some(File::from(file))).map_err(|error| self.failed("open", error.into())),
+            Err(Errno::LOOP) => Err(self.is_link()),
+            opened => {
+                let file = opened.map(File::from).map_err(|error| self.failed("open", error.into()))?;
+                self.check(&file)?;
+                Ok(Some(file))
+            }
         }
     }
 
@@ -430,6 +470,8 @@ impl FileStore {
             Err(error) if error.kind() == Io::Unsupported => return self.create_in_place(&mut record),
             file => file.map_err(failed)?,
         };
+        let made = fstat(&*file).map_err(|error| self.failed("look at", error.into()))?;
+        self.place(&file, &made);
         file.write_all_at(record.seal(), 0).map_err(|error| self.failed("write", error))?;
         step("nameless file written");
         // Once in the life of a file, so that no power cut leaves an empty one, which programs that only ever try once
@@ -487,6 +529,10 @@ impl FileStore {
         record
     }
 
+    fn is_link(&self) -> StoreError {
+        self.insecure("it is a symbolic link; use the path that it leads to")
+    }
+
     fn insecure(&self, problem: &'static str) -> StoreError {
         StoreError::misuse(Error::from(ErrorKind::Insecure { path: self.path.clone(), problem }))
     }
@@ -518,8 +564,12 @@ impl Locked<'_> {
     /// Replaces what the file says, which begins with `old`. One write does it, within one page. If that fails `old` is
     /// put back.
     fn write(&self, record: &mut Record, old: &[u8]) -> Result<()> {
-        let written = self.file.write_all_at(record.seal(), 0);
+        let mut written = self.file.write_all_at(record.seal(), 0);
         step(if record.is_held() { "record written" } else { "record freed" });
+        if written.is_ok() && self.store.is_remote.load(Ordering::Relaxed) {
+            // Else it may stand in this machine's memory only, and count here though nobody else sees it.
+            written = self.file.sync_data();
+        }
         written.map_err(|error| {
             let _ = self.file.write_all_at(old, 0);
             step("old record put back");
@@ -536,12 +586,37 @@ impl Locked<'_> {
 
 /// The token of who comes after this record.
 fn token_after(before: Option<&Record>) -> Result<u64> {
-    let Some(before) = before else { return Ok(seed()) };
-    let next = before.token().checked_add(1).ok_or_else(|| StoreError::misuse("the tokens are used up"))?;
-    match before.owner().is_some_and(|owner| owner.is_of_this_boot()) {
-        true => Ok(next),
-        false => Ok(next.max(seed())),
-    }
+    let next = before.map_or(Some(1), |before| before.token().checked_add(1));
+    next.map(|next| next.max(seed())).ok_or_else(|| StoreError::misuse("the tokens are used up"))
+}
+
+/// Whether the file is on a file system of this machine's own. One that is not known is not.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+fn is_local(file: &File) -> bool {
+    /// tmpfs, ramfs, ext2 to 4, xfs, btrfs, overlayfs, zfs, f2fs, bcachefs, jfs, fat, exfat: the numbers of [statfs(2)].
+    ///
+    /// [statfs(2)]: https://man7.org/linux/man-pages/man2/statfs.2.html
+    const LOCAL: [u64; 12] = [
+        0x0102_1994,
+        0x8584_58f6,
+        0xef53,
+        0x5846_5342,
+        0x9123_683e,
+        0x794c_7630,
+        0x2fc1_2fc1,
+        0xf2f5_2010,
+        0xca45_1a4e,
+        0x3153_464a,
+        0x4d44,
+        0x2011_bab0,
+    ];
+    // The type of `f_type` differs between systems, and its sign.
+    rustix::fs::fstatfs(file).is_ok_and(|found| LOCAL.contains(&(found.f_type as u64 & 0xffff_ffff)))
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
+fn is_local(_: &File) -> bool {
+    false
 }
 
 /// Microseconds since the epoch: nobody takes a lease so often.
@@ -589,11 +664,17 @@ fn failed_at(action: &'static str, path: &Path, error: io::Error) -> StoreError 
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicBool;
     use std::{fs, thread};
 
     use super::super::SystemClock;
     use super::*;
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn only_file_systems_that_are_known_are_local() {
+        assert!(is_local(&File::open("/dev/shm").unwrap()));
+        assert!(!is_local(&File::open("/proc/self/stat").unwrap()), "none that leases stand on");
+    }
 
     #[test]
     fn who_looks_into_a_file_that_is_just_being_made_does_not_spoil_it() {
@@ -608,6 +689,8 @@ mod tests {
             file_mode: 0o600,
             folder_mode: 0o700,
             clock: Arc::new(SystemClock),
+            device: AtomicU64::default(),
+            is_remote: AtomicBool::default(),
             observer: Mutex::default(),
         };
         let is_over = AtomicBool::new(false);

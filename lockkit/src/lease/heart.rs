@@ -1,20 +1,26 @@
-//! The one thread that renews all leases of a process.
+//! The thread that renews all leases of a process.
 //!
 //! It sleeps until the first beat is due and then a moment longer ([`SLACK`]), so that beats which come close are done
 //! in one go. Beats stand in a heap by the time they are due, one heap for each clock. That of a lease which has ended
 //! stays there until it comes up, or until such ones are more than half of all; a release never searches.
 //!
-//! One request at a time is under way, so a store that hangs delays the beats of others, by as long as a request may
-//! take: a quarter of its ttl, and at most 250 ms. Afterwards that store rests for as long as it took, whatever is due
-//! there, so others get half of the time at least. It rests no longer than a request may take: what takes longer than
-//! that is rather a process that was stopped, and its leases have no time to lose.
+//! One request at a time is under way. A second thread, the deputy, sleeps beside it and looks four times a second, or
+//! more often where a served ttl is shorter than two seconds, whether the request still is. If so it beats from then on,
+//! and starts another deputy; the thread whose request it was ends when that returns. Until then nothing is asked of that
+//! request's *place* (a store, or the file system of a file), though the ends of its leases are told. So whatever hangs,
+//! and for how long, delays the beats of other places by a quarter of the shortest ttl, at most by half a second, and
+//! costs one thread for each place that hangs.
+//!
+//! A place that took long but returned in time rests for as long as it took, whatever is due there, so others get half
+//! of the time at least. It rests no longer than a request may take: what takes longer than that is rather a process
+//! that was stopped, and its leases have no time to lose.
 //!
 //! A forked child has a heart of its own, without the beats of its parent's leases, once it takes a lease. The mutex is
 //! the standard library's, because parking_lot's waits go through a table of the whole process, which a fork could leave
 //! locked.
 
 use std::cmp::Ordering;
-use std::collections::BinaryHeap;
+use std::collections::{BinaryHeap, VecDeque};
 use std::io;
 use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -23,6 +29,8 @@ use std::task::{Wake, Waker};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::Loss;
+use super::builder::OnLost;
 use super::clock::Clock;
 use super::held::Held;
 use crate::sys::per_process::PerProcess;
@@ -30,8 +38,14 @@ use crate::sys::per_process::PerProcess;
 /// How much later than due a beat may be done, to be done together with the next.
 const SLACK: Duration = Duration::from_millis(3);
 
-/// A request that takes longer makes its store rest.
-const SLOW: Duration = Duration::from_millis(10);
+/// A request that takes longer makes its place rest. A file's that meets a kept flock is shorter.
+const SLOW: Duration = Duration::from_millis(25);
+
+/// How often the deputy looks whether a request is stuck, unless a lease has so short a ttl that it must do so within a
+/// part of that.
+const LOOK: Duration = Duration::from_millis(250);
+const SOONEST_LOOK: Duration = Duration::from_millis(5);
+const LOOKS_IN_A_TTL: u32 = 8;
 
 /// As many beats of ended leases are not worth a clearance.
 const FEW: usize = 64;
@@ -40,20 +54,72 @@ const FEW: usize = 64;
 #[derive(Default)]
 pub(super) struct Heart {
     queue: Mutex<Queue>,
+    /// Wakes the thread that beats.
     changed: Condvar,
+    /// Wakes a deputy that idles.
+    served: Condvar,
+    losses: Mutex<Losses>,
+}
+
+/// The losses that `on_lost` is still to be told of.
+#[derive(Default)]
+struct Losses {
+    /// A thread is at it, or the heartbeat will be.
+    told: bool,
+    queue: VecDeque<(OnLost, Loss)>,
 }
 
 #[derive(Default)]
 struct Queue {
-    runs: bool,
+    /// Which thread beats, as they are numbered; 0 before there is one.
+    beater: u64,
+    has_deputy: bool,
+    /// Losses are to be told by the thread that beats, for want of another.
+    owes_telling: bool,
+    /// The deputy sleeps until a lease is served.
+    deputy_idles: bool,
+    /// What the thread that beats is busy with.
+    request: Option<Request>,
+    rests: Vec<Rest>,
+    /// No lease that is served has a shorter ttl.
+    shortest: Option<Duration>,
     rings: Vec<Ring>,
     /// How many of the beats are of leases that have been released.
     ended: usize,
 }
 
-/// The beats by one clock.
+/// A beat under way.
+struct Request {
+    held: Arc<Held>,
+    began: Instant,
+}
+
+/// What hangs as one: leases whose requests one stuck request is likely to be followed by more stuck ones of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Place {
+    /// A store, by its address.
+    Store(usize),
+    /// What several stores have in common, as they say.
+    Common(u64),
+}
+
+/// A place of which nothing is asked now.
+struct Rest {
+    place: Place,
+    until: Until,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Until {
+    Moment(Instant),
+    /// This thread, which beats no more, has returned.
+    Return(u64),
+}
+
+/// The beats by one clock, or by several that show the same.
 struct Ring {
     clock: Arc<dyn Clock>,
+    clock_id: Option<u128>,
     beats: BinaryHeap<Beat>,
 }
 
@@ -102,29 +168,74 @@ impl Wake for Bell {
 }
 
 impl Heart {
+    #[cfg(test)]
+    pub(super) fn rings(&self) -> usize {
+        self.lock().rings.len()
+    }
+
     /// That of this process, which beats from now on if it has not before.
     pub(super) fn start() -> io::Result<&'static Self> {
         static HEART: PerProcess<Heart> = PerProcess::new();
         let heart = HEART.get(Self::default);
         let mut queue = heart.lock();
-        if !queue.runs {
-            thread::Builder::new().name("lockkit-lease".into()).spawn(move || {
-                // What a program's own clock or store panics with, as when it is dropped, must not end the other leases.
-                while catch_unwind(AssertUnwindSafe(|| heart.run())).is_err() {
-                    thread::sleep(SLOW);
-                }
-            })?;
-            queue.runs = true;
+        if queue.beater == 0 {
+            Self::spawn(move || heart.beat_as(1))?;
+            queue.beater = 1;
+        }
+        if !queue.has_deputy {
+            heart.appoint_deputy(&mut queue);
         }
         Ok(heart)
+    }
+
+    fn spawn(work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+        thread::Builder::new().name("lockkit-lease".into()).spawn(work).map(drop)
+    }
+
+    /// Where no thread can be had, the heart does without until the next acquisition.
+    fn appoint_deputy(&'static self, queue: &mut Queue) {
+        queue.has_deputy = Self::spawn(move || self.beat_as(self.stand_by())).is_ok();
     }
 
     /// Beats for `held` from `due` on until it ends.
     pub(super) fn serve(&self, held: Arc<Held>, due: Duration) {
         let mut queue = self.lock();
-        if queue.push(Beat { due, held }) {
-            drop(queue);
+        queue.shortest = Some(queue.shortest.map_or(held.ttl(), |shortest| shortest.min(held.ttl())));
+        let is_first = queue.push(Beat { due, held });
+        let deputy_idles = mem::take(&mut queue.deputy_idles);
+        drop(queue);
+        if is_first {
             self.changed.notify_one();
+        }
+        if deputy_idles {
+            self.served.notify_one();
+        }
+    }
+
+    /// Has a loss told, after those before it and on a thread that ends when all are.
+    pub(super) fn tell(&'static self, call: OnLost, loss: Loss) {
+        let mut losses = self.losses.lock().unwrap_or_else(PoisonError::into_inner);
+        losses.queue.push_back((call, loss));
+        if mem::replace(&mut losses.told, true) {
+            return;
+        }
+        drop(losses);
+        if thread::Builder::new().name("lockkit-lost".into()).spawn(|| self.tell_all()).is_err() {
+            self.lock().owes_telling = true;
+            self.changed.notify_one();
+        }
+    }
+
+    fn tell_all(&self) {
+        loop {
+            let mut losses = self.losses.lock().unwrap_or_else(PoisonError::into_inner);
+            let Some((call, loss)) = losses.queue.pop_front() else {
+                losses.told = false;
+                return;
+            };
+            drop(losses);
+            // A panic has been reported by its hook, and concerns nobody else. What the callback owns goes in here, too.
+            let _ = catch_unwind(AssertUnwindSafe(move || call(&loss)));
         }
     }
 
@@ -146,38 +257,89 @@ impl Heart {
         drop(queue);
     }
 
-    fn run(&'static self) {
-        let bell = Waker::from(Arc::new(Bell(self)));
-        // Stores at rest, by their address, and until when.
-        let mut resting: Vec<(usize, Instant)> = Vec::new();
+    /// The life of the thread of that number from when it beats.
+    fn beat_as(&'static self, me: u64) {
+        // What a program's own clock or store panics with, as when it is dropped, must not end the other leases.
+        while catch_unwind(AssertUnwindSafe(|| self.run(me))).is_err() {
+            thread::sleep(SLACK);
+        }
+    }
+
+    /// The life of a deputy: until the thread that beats is stuck, whose number and beats it then takes.
+    fn stand_by(&'static self) -> u64 {
         let mut queue = self.lock();
         loop {
+            if queue.request.is_none() && queue.rings.iter().all(|ring| ring.beats.is_empty()) {
+                queue.deputy_idles = true;
+                queue.shortest = None;
+                queue = self.served.wait(queue).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            let look = look_every(queue.shortest);
+            if let Some(request) = queue.request.take_if(|request| request.began.elapsed() >= look) {
+                let stuck = queue.beater;
+                queue.beater += 1;
+                queue.rests.push(Rest { place: request.held.place(), until: Until::Return(stuck) });
+                // The end of that lease is to be told, too.
+                queue.push(Beat { due: Duration::ZERO, held: request.held });
+                self.appoint_deputy(&mut queue);
+                return queue.beater;
+            }
+            queue = self.served.wait_timeout(queue, look).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn run(&'static self, me: u64) {
+        let bell = Waker::from(Arc::new(Bell(self)));
+        let mut queue = self.lock();
+        // Those of a beat that panicked.
+        queue.rests.retain(|rest| rest.until != Until::Return(me));
+        if queue.beater == me {
+            let request = queue.request.take();
+            drop(queue);
+            drop(request);
+            queue = self.lock();
+        }
+        while queue.beater == me {
+            if mem::take(&mut queue.owes_telling) {
+                drop(queue);
+                self.tell_all();
+                queue = self.lock();
+                continue;
+            }
             match queue.turn(&bell) {
                 Turn::Beat(mut beat) => {
+                    let place = beat.held.place();
+                    let began = Instant::now();
+                    queue.request = Some(Request { held: beat.held.clone(), began });
+                    let rest = queue.rest_of(place, began, beat.held.heartbeat());
                     drop(queue);
-                    let next = match rest(&mut resting, beat.held.store_id()) {
-                        Some(rest) => Some(beat.held.now() + rest),
-                        None => {
-                            let began = Instant::now();
-                            let next = beat.held.beat();
-                            let took = began.elapsed();
-                            if let Some(rest) = rest_after(took, beat.held.longest_request()) {
-                                resting.push((beat.held.store_id(), Instant::now() + rest));
-                            }
-                            next
-                        }
+                    let next = match rest {
+                        Some(rest) => beat.held.beat_at_rest(rest),
+                        None => beat.held.beat(),
                     };
-                    // An ended one goes without the lock: it may be the last to hold a store.
-                    let ended = match next {
-                        Some(due) => {
-                            beat.due = due;
-                            queue = self.lock();
-                            queue.push(beat);
-                            continue;
-                        }
-                        None => beat,
-                    };
-                    drop(ended);
+                    let ended = Instant::now();
+                    queue = self.lock();
+                    queue.rests.retain(|rest| rest.until != Until::Return(me));
+                    if let Some(rest) = rest_after(ended - began, beat.held.longest_request()) {
+                        queue.rests.push(Rest { place, until: Until::Moment(ended + rest) });
+                    }
+                    if queue.beater != me {
+                        // The deputy has a beat of its own for that lease. This one may be the last to hold a store.
+                        drop(queue);
+                        drop(beat);
+                        return;
+                    }
+                    // Not the last to hold anything.
+                    queue.request = None;
+                    if let Some(due) = next {
+                        beat.due = due;
+                        queue.push(beat);
+                        continue;
+                    }
+                    // An ended one goes without the lock.
+                    drop(queue);
+                    drop(beat);
                     queue = self.lock();
                     queue.ended = queue.ended.saturating_sub(1);
                 }
@@ -200,11 +362,15 @@ impl Heart {
 impl Queue {
     /// Says whether it is now the first of its ring.
     fn push(&mut self, beat: Beat) -> bool {
-        let clock = beat.held.clock();
-        let ring = match self.rings.iter().position(|ring| Arc::ptr_eq(&ring.clock, clock)) {
+        let (clock, clock_id) = (beat.held.clock(), beat.held.clock_id());
+        let is_of = |ring: &Ring| match clock_id {
+            Some(_) => ring.clock_id == clock_id,
+            None => Arc::ptr_eq(&ring.clock, clock),
+        };
+        let ring = match self.rings.iter().position(is_of) {
             Some(at) => &mut self.rings[at],
             None => {
-                self.rings.push(Ring { clock: clock.clone(), beats: BinaryHeap::new() });
+                self.rings.push(Ring { clock: clock.clone(), clock_id, beats: BinaryHeap::new() });
                 let last = self.rings.len() - 1;
                 &mut self.rings[last]
             }
@@ -212,6 +378,16 @@ impl Queue {
         let first = ring.beats.peek().is_none_or(|first| beat.due < first.due);
         ring.beats.push(beat);
         first
+    }
+
+    /// How long nothing is to be asked of a place; a heartbeat, where nobody knows.
+    fn rest_of(&mut self, place: Place, now: Instant, heartbeat: Duration) -> Option<Duration> {
+        if self.rests.is_empty() {
+            return None;
+        }
+        self.rests.retain(|rest| !matches!(rest.until, Until::Moment(moment) if moment <= now));
+        let rests = self.rests.iter().filter(|rest| rest.place == place);
+        rests.map(|rest| if let Until::Moment(moment) = rest.until { moment - now } else { heartbeat }).max()
     }
 
     fn turn(&mut self, bell: &Waker) -> Turn {
@@ -240,19 +416,14 @@ impl Queue {
     }
 }
 
-/// How long a store rests after a request that took so long, where one may take `longest`.
+/// How long a place rests after a request that took so long, where one may take `longest`.
 fn rest_after(took: Duration, longest: Duration) -> Option<Duration> {
     (took > SLOW).then(|| took.min(longest))
 }
 
-/// How long the store is still to rest.
-fn rest(resting: &mut Vec<(usize, Instant)>, store: usize) -> Option<Duration> {
-    if resting.is_empty() {
-        return None;
-    }
-    let now = Instant::now();
-    resting.retain(|(_, until)| *until > now);
-    resting.iter().find(|(resting, _)| *resting == store).map(|(_, until)| *until - now)
+/// How often the deputy looks, where no ttl is shorter than that.
+fn look_every(shortest: Option<Duration>) -> Duration {
+    shortest.map_or(LOOK, |shortest| (shortest / LOOKS_IN_A_TTL).clamp(SOONEST_LOOK, LOOK))
 }
 
 #[cfg(test)]
@@ -260,11 +431,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_store_rests_for_as_long_as_it_took_but_not_for_as_long_as_the_process_was_stopped() {
+    fn a_place_rests_for_as_long_as_it_took_but_not_for_as_long_as_the_process_was_stopped() {
         const MS: Duration = Duration::from_millis(1);
         assert_eq!(rest_after(MS, MS * 250), None);
         assert_eq!(rest_after(MS * 40, MS * 250), Some(MS * 40));
         // A lease of 3 s that was renewed just before a stop of 1.6 s has 1.4 s left.
         assert_eq!(rest_after(MS * 1600, MS * 250), Some(MS * 250));
+    }
+
+    #[test]
+    fn a_stuck_request_is_noticed_within_a_quarter_of_the_shortest_ttl() {
+        const MS: Duration = Duration::from_millis(1);
+        for ttl in [MS * 40, MS * 100, MS * 1000, MS * 60_000] {
+            // Somewhere within the first look, it began; by the second it has lasted for a whole one.
+            assert!(look_every(Some(ttl)) * 2 <= ttl / 4);
+        }
+        assert_eq!(look_every(Some(MS * 60_000)), LOOK);
     }
 }

@@ -4,16 +4,14 @@
 //! forked child has a copy, perhaps of a locked mutex; it asks for the generation first, and touches nothing else.
 
 use std::fmt;
+use std::mem;
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::Duration;
 
-use super::builder::OnLost;
 use super::clock::Clock;
-use super::heart::Heart;
+use super::heart::{Heart, Place};
 use super::store::{Deadline, Grant, Released, Renewal, StoreError};
 use super::tenure::{LossReason, Next, Tenure};
 use super::{Inner, Loss};
@@ -39,8 +37,6 @@ pub(super) struct Held {
     state: Mutex<State>,
     /// A renewal under way has come back.
     answered: Condvar,
-    /// `on_lost` is still to be called, by the heartbeat, because no thread could be had for it.
-    owes_call: AtomicBool,
 }
 
 struct State {
@@ -49,6 +45,8 @@ struct State {
     asking: bool,
     /// The record may still say that it is held: the heartbeat is to release.
     left_to_heart: bool,
+    /// The guard went when it was lost already, and has done what there was to do.
+    is_given_up: bool,
 }
 
 impl Held {
@@ -66,9 +64,8 @@ impl Held {
             heart,
             generation: fork::generation(),
             ended: CancelToken::new(),
-            state: Mutex::new(State { tenure, asking: false, left_to_heart: false }),
+            state: Mutex::new(State { tenure, asking: false, left_to_heart: false, is_given_up: false }),
             answered: Condvar::new(),
-            owes_call: AtomicBool::new(false),
         });
         heart.serve(held.clone(), due);
         held
@@ -86,13 +83,27 @@ impl Held {
         &self.lease.options.clock
     }
 
+    /// What its clock has in common with others that show the same.
+    pub(super) fn clock_id(&self) -> Option<u128> {
+        self.lease.options.clock_id
+    }
+
     pub(super) fn now(&self) -> Duration {
         self.clock().now()
     }
 
-    /// What tells its store from others.
-    pub(super) fn store_id(&self) -> usize {
-        Arc::as_ptr(&self.lease.store).cast::<()>() as usize
+    pub(super) fn ttl(&self) -> Duration {
+        self.lease.options.ttl
+    }
+
+    pub(super) fn heartbeat(&self) -> Duration {
+        self.lease.options.heartbeat
+    }
+
+    /// What its store hangs with.
+    pub(super) fn place(&self) -> Place {
+        let store = &self.lease.store;
+        store.profile().place.map_or(Place::Store(Arc::as_ptr(store).cast::<()>() as usize), Place::Common)
     }
 
     /// Whether it is held now, and if not, why.
@@ -113,7 +124,7 @@ impl Held {
     /// Whether it has ended, and the heartbeat has nothing more to do for it.
     pub(super) fn is_over(&self) -> bool {
         let state = self.lock();
-        state.tenure.ended().is_some() && !state.left_to_heart && !self.owes_call.load(Ordering::Relaxed)
+        state.tenure.ended().is_some() && !state.left_to_heart
     }
 
     pub(super) fn remaining(self: &Arc<Self>) -> Duration {
@@ -135,7 +146,14 @@ impl Held {
         if self.is_inherited() {
             return Ok(());
         }
-        self.check().map_err(|reason| self.lost(reason))?;
+        if let Err(reason) = self.check() {
+            // A process that lives is not to keep others waiting for what it has lost.
+            let has_run_out = matches!(reason, LossReason::Expired | LossReason::Store(_));
+            if has_run_out && !mem::replace(&mut self.lock().is_given_up, true) {
+                let _ = protected(|| self.lease.store.give_up(&self.grant, self.request()));
+            }
+            return Err(self.lost(reason));
+        }
         let by = self.request();
         let mut state = self.lock();
         if let Some(reason) = state.tenure.ended() {
@@ -153,6 +171,12 @@ impl Held {
             true => Err(StoreError::unknown("it is still busy with a renewal")),
             false => self.give_back(by.max(Deadline::after(SHORTEST_REQUEST))),
         };
+        if let Ok(Released::NotMine) = told {
+            let reason = self.lock().tenure.release_was_too_late();
+            self.heart.released();
+            self.tell(reason.clone());
+            return Err(self.lost(reason));
+        }
         self.ended.cancel();
         // What did not work now the heartbeat tries again, as long as the record may stand in the way of others.
         match told {
@@ -163,14 +187,21 @@ impl Held {
             Ok(_) => self.heart.released(),
         }
         match told {
-            Ok(Released::Done) => Ok(()),
-            Ok(Released::NotMine) => Err(self.lost(LossReason::TakenOver { by: None })),
+            Ok(_) => Ok(()),
             Err(error) => Err(self.lease.failed(error)),
         }
     }
 
     fn give_back(&self, by: Deadline) -> Result<Released, StoreError> {
-        protected(|| self.lease.store.release(&self.grant, by))
+        let is_released = matches!(self.lock().tenure.ended(), Some(LossReason::Released));
+        protected(|| match is_released {
+            true => self.lease.store.release(&self.grant, by),
+            // A renewal that came too late may have made it good again for a store that finds out itself, too.
+            false => match self.lease.store.give_up(&self.grant, by) {
+                Ok(Released::NotMine) => self.lease.store.release(&self.grant, by),
+                told => told,
+            },
+        })
     }
 
     /// Does what is to be done now, on the heartbeat thread; says when to come again, if ever.
@@ -196,17 +227,11 @@ impl Held {
             }
         }
         let (left_to_heart, until) = (state.left_to_heart, state.tenure.until());
-        let ended = state.tenure.ended().cloned();
         drop(state);
         match next {
             Next::Sleep(until) => return Some(until),
             Next::Tell(reason) => self.tell(reason),
             Next::Renew | Next::Nothing => {}
-        }
-        if self.owes_call.swap(false, Ordering::Relaxed)
-            && let Some(reason) = ended
-        {
-            self.call(reason);
         }
         if left_to_heart {
             let told = self.give_back(self.request());
@@ -219,6 +244,23 @@ impl Held {
         None
     }
 
+    /// As [`beat`](Self::beat), where nothing may be asked of the store for so long: tells of the end.
+    pub(super) fn beat_at_rest(self: &Arc<Self>, rest: Duration) -> Option<Duration> {
+        let now = self.now();
+        let mut state = self.lock();
+        let lost = state.tenure.expire(now);
+        let again = match state.tenure.ended() {
+            None => Some((now + rest).min(state.tenure.until())),
+            // A thread that has asked the store may leave it to do something.
+            Some(_) => (state.asking || state.left_to_heart).then(|| now + rest),
+        };
+        drop(state);
+        if let Some(reason) = lost {
+            self.tell(reason);
+        }
+        again
+    }
+
     /// The error that says that it is not held any more.
     pub(super) fn lost(&self, reason: LossReason) -> Error {
         ErrorKind::LeaseLost { lock: self.describe(), reason }.into()
@@ -229,22 +271,7 @@ impl Held {
     fn tell(self: &Arc<Self>, reason: LossReason) {
         self.ended.cancel();
         let Some(call) = self.lease.options.on_lost.clone() else { return };
-        let loss = self.loss(reason);
-        let spawned = thread::Builder::new().name("lockkit-lost".into()).spawn(move || call_caught(&call, &loss));
-        if spawned.is_err() {
-            self.owes_call.store(true, Ordering::Relaxed);
-            self.heart.serve(self.clone(), self.now());
-        }
-    }
-
-    fn call(&self, reason: LossReason) {
-        if let Some(call) = &self.lease.options.on_lost {
-            call_caught(call, &self.loss(reason));
-        }
-    }
-
-    fn loss(&self, reason: LossReason) -> Loss {
-        Loss { lock: self.describe(), token: self.token(), reason }
+        self.heart.tell(call, Loss { lock: self.describe(), token: self.token(), reason });
     }
 
     fn request(&self) -> Deadline {
@@ -279,11 +306,6 @@ impl Subject for Held {
 /// What a store says, also if it panics: the heartbeat serves others, too.
 fn protected<T>(ask: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
     catch_unwind(AssertUnwindSafe(ask)).unwrap_or_else(|_| Err(StoreError::unknown("the store panicked")))
-}
-
-fn call_caught(call: &OnLost, loss: &Loss) {
-    // The panic has been reported by its hook, and concerns nobody else.
-    let _ = catch_unwind(AssertUnwindSafe(|| call(loss)));
 }
 
 /// Tells of the loss of a lease, or of its release. Clones tell of the same one, and all outlive the guard.

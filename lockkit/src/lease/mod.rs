@@ -44,7 +44,7 @@ use heart::Heart;
 pub use held::LostSignal;
 use held::{Held, SHORTEST_REQUEST};
 pub use store::{
-    Attempt, ClaimId, Deadline, Durability, Expiry, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
+    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
     StoreProfile,
 };
 pub use tenure::LossReason;
@@ -52,7 +52,7 @@ pub use tenure::LossReason;
 use crate::error::{Error, ErrorKind, Result};
 use crate::lock::{Guard, Recovered, lock_methods};
 use crate::owner::Owner;
-use crate::wait::{Patience, Subject, Wait};
+use crate::wait::{GaveUp, Patience, Subject, Wait};
 
 /// The longest that a request may take which somebody waits for, besides a quarter of the ttl.
 const LONGEST_ATTEMPT: Duration = Duration::from_secs(2);
@@ -128,11 +128,18 @@ impl Lease {
     /// by [`build`](LeaseBuilder::build), so a later change of the working folder changes nothing.
     ///
     /// Every step, also each heartbeat, opens, locks, rewrites and closes the file, some 5 µs in memory: no descriptor
-    /// is kept, so ten thousand leases need no more of them than one. The file is not synced at each step: what a power
-    /// cut takes back is allowed for, because a token is then drawn from the wall clock.
+    /// is kept, so ten thousand leases need no more of them than one. On file systems of
+    /// this machine (tmpfs, ext4, xfs, btrfs and their like) the file is not synced at each step: what a power
+    /// cut takes back is allowed for, and so is a deletion or a restored backup, because each new token is at least the
+    /// microseconds since the epoch. The wall clock must only not be set back along with the file. On all others,
+    /// such as NFS, CIFS and FUSE, each step is synced, so that a beat has reached the server before it counts.
+    ///
+    /// What that costs: a process whose descriptors are used up cannot beat, and loses its file leases after a ttl. One
+    /// that is stopped, or killed but not yet gone, in the middle of a step has the file locked for as long, so nobody can
+    /// take the lease or beat meanwhile: keep the file where only those can open it who are to have the lease.
     ///
     /// Who wants a held lease takes it over when its owner is dead by its identity (the same host, or an earlier boot of
-    /// it), or when its beat has not changed for the ttl that stands in the record, by the clock of who wants it. A
+    /// it, where `/etc/machine-id` tells which host that is), or when its beat has not changed for the ttl that stands in the record, by the clock of who wants it. A
     /// program that tries only once each time it is started, as from cron, gets there too: it leaves a note of when it
     /// first saw that beat, which the next one on the same machine goes on from.
     ///
@@ -187,7 +194,8 @@ impl Lease {
     /// [`Held`](ErrorKind::Held), [`Timeout`](ErrorKind::Timeout) or [`Cancelled`](ErrorKind::Cancelled) as `wait` has
     /// it; [`Io`](ErrorKind::Io) when the heartbeat thread cannot be started, or the file not be made, opened, locked
     /// or written; [`Store`](ErrorKind::Store) when another store fails as often as
-    /// [`acquire_retry_limit`](LeaseBuilder::acquire_retry_limit) has it. Of a file also
+    /// [`acquire_retry_limit`](LeaseBuilder::acquire_retry_limit) has it, or never answered within the limit of the wait:
+    /// then the request may yet take effect, and the lease be held by nobody for a ttl. Of a file also
     /// [`LayoutMismatch`](ErrorKind::LayoutMismatch) when a later version wrote it,
     /// [`ForeignOwner`](ErrorKind::ForeignOwner) when another user than this one or root owns it, and
     /// [`Insecure`](ErrorKind::Insecure) when it is a link or no plain file.
@@ -219,7 +227,8 @@ impl Lease {
     ///
     /// # Errors
     /// [`Io`](ErrorKind::Io) or [`Store`](ErrorKind::Store) when the record cannot be read;
-    /// [`LayoutMismatch`](ErrorKind::LayoutMismatch) when a later version wrote it.
+    /// [`LayoutMismatch`](ErrorKind::LayoutMismatch) when a later version wrote it;
+    /// [`Insecure`](ErrorKind::Insecure) when its file is a link or no plain file.
     pub fn status(&self) -> Result<LeaseStatus> {
         Ok(self.0.look()?.map_or(LeaseStatus::Free, LeaseStatus::Held))
     }
@@ -263,6 +272,7 @@ impl Inner {
         let patience = wait.patience()?;
         let mut recovered = None;
         let mut failures = 0;
+        let mut is_answered = false;
         loop {
             let by = match patience.as_ref().and_then(Patience::until) {
                 Some(until) => self.request().min(Deadline::from(until).max(Deadline::after(SHORTEST_REQUEST))),
@@ -281,7 +291,7 @@ impl Inner {
                     StoreError::refused("its answer came too late")
                 }
                 Ok(Attempt::Busy(seen)) => {
-                    failures = 0;
+                    (failures, is_answered) = (0, true);
                     found.owner = seen.owner().cloned();
                     match &patience {
                         Some(patience) => self.park(&seen, patience, &found)?,
@@ -299,9 +309,12 @@ impl Inner {
             }
             // Also who does not wait for a holder waits for the store.
             match &patience {
-                Some(patience) => {
-                    patience.sleep(options.retry_delay)?.map_err(|gave_up| patience.error(gave_up, &found))?;
-                }
+                Some(patience) => match patience.sleep(options.retry_delay)? {
+                    Ok(()) => {}
+                    // Nobody said that it is held.
+                    Err(GaveUp::TimedOut) if !is_answered => return Err(self.failed(failure)),
+                    Err(gave_up) => return Err(patience.error(gave_up, &found)),
+                },
                 None => std::thread::sleep(options.retry_delay),
             }
         }
@@ -381,7 +394,8 @@ impl fmt::Debug for Lease {
 
 /// A held [`Lease`]; dropping it releases, and waits for that as long as a request to the store may take.
 ///
-/// A guard is held until its lease is lost, and a lost lease stays lost. A forked child's copy of a guard is not held,
+/// A guard is held until its lease is lost, and a lost lease stays lost; when its guard goes the file is given free, so
+/// that nobody waits any longer, and the next owner is told that it was not released. A forked child's copy of a guard is not held,
 /// and dropping it does nothing. A guard that is leaked (`mem::forget`) goes on being renewed until the process ends.
 ///
 /// All methods may be called from any thread. None but dropping and releasing touches the store.

@@ -18,7 +18,7 @@
 //! Every field down to the notes stands at a fixed place, and the whole is filled with newlines to a fixed length: a
 //! beat changes a few digits in place and never needs new space on the disk. The four `saw` lines are the notes of
 //! observers: by which clock, and when, one first saw this beat. Behind them stands who the owner is
-//! ([`lines`]), or the last one was, where the state is `free`. What a file has beyond that length does not count.
+//! ([`lines`]), or the last one was, where the state is `free`, or `lost` (free, but not by a release). What a file has beyond that length does not count.
 //!
 //! The sum is FNV-1a over the record as 64-bit words, little-endian, without the two words that hold the sum itself. It
 //! guards against halves and accidents, not against forgers.
@@ -47,6 +47,8 @@ const OWNER: Range<usize> = 477..SIZE;
 
 const HELD: &[u8; 4] = b"held";
 const FREE: &[u8; 4] = b"free";
+/// Free, but its last owner did not release: it had lost it before.
+const LOST: &[u8; 4] = b"lost";
 
 /// A note that nobody has written.
 const NOTE: &[u8; 65] = b"saw     00000000000000000000000000000000 00000000000000000000 ns\n";
@@ -138,6 +140,16 @@ impl Record {
         self.clear_notes();
     }
 
+    /// As [`set_free`](Self::set_free), of an owner that had lost it.
+    pub(super) fn set_lost(&mut self) {
+        self.set_free();
+        self.0[STATE].copy_from_slice(LOST);
+    }
+
+    pub(super) fn is_lost(&self) -> bool {
+        self.0[STATE] == *LOST
+    }
+
     pub(super) fn is_held(&self) -> bool {
         self.0[STATE] == *HELD
     }
@@ -211,7 +223,7 @@ impl Record {
     }
 
     fn is_well_formed(&self) -> bool {
-        (self.0[STATE] == *HELD || self.0[STATE] == *FREE)
+        [HELD, FREE, LOST].iter().any(|state| self.0[STATE] == **state)
             && [TOKEN, BEAT, TTL, EVERY].into_iter().all(|field| self.number(field).is_some())
             && self.hex(CLAIM).is_some()
     }
@@ -318,7 +330,11 @@ mod tests {
         let mut freed = record();
         freed.set_free();
         let freed = reread(&mut freed);
-        assert!(!freed.is_held());
+        assert!(!freed.is_held() && !freed.is_lost());
+        let mut lost = record();
+        lost.set_lost();
+        let lost = reread(&mut lost);
+        assert!(!lost.is_held() && lost.is_lost() && lost.owner().is_some());
         assert_eq!((freed.token(), freed.claim().number(), freed.owner().unwrap().pid()), (7, 0, std::process::id()));
     }
 

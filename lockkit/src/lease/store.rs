@@ -30,7 +30,7 @@ type Cause = Box<dyn std::error::Error + Send + Sync>;
 /// - [`renew`](Self::renew), [`release`](Self::release) and [`evict`](Self::evict) compare the claim and the token
 ///   in the step in which they change the record.
 /// - No request takes longer than its [`Deadline`]. One heartbeat thread serves all leases of a process, so what hangs
-///   beyond it holds up the beats of other leases. A renewal that queues behind the requests of other threads, or behind
+///   holds up the beats of other leases until another thread has noticed, and costs a thread for as long. A renewal that queues behind the requests of other threads, or behind
 ///   who waits in [`park`](Self::park), as for a connection that they share, may come too late.
 /// - A request that may have taken effect, though no answer came, is [`StoreError::Unknown`].
 ///
@@ -126,7 +126,7 @@ type Cause = Box<dyn std::error::Error + Send + Sync>;
 /// # Ok(()) }
 /// ```
 pub trait LeaseStore: Send + Sync {
-    /// What it can do. Always the same.
+    /// What it can do. Always the same, but that its place may be found out by the first request. It is asked often.
     fn profile(&self) -> StoreProfile;
 
     /// Makes the name `claim`'s for `ttl`, unless somebody else has it. Repeated with the same claim after
@@ -153,6 +153,17 @@ pub trait LeaseStore: Send + Sync {
     /// # Errors
     /// After an error the grant runs out by itself.
     fn release(&self, grant: &Grant, by: Deadline) -> Result<Released, StoreError>;
+
+    /// As [`release`](Self::release), of a grant that has run out by its holder's count: the next owner is told that it
+    /// was not released. Only stores need it where others would go on waiting for what has run out; unless told
+    /// otherwise it does nothing.
+    ///
+    /// # Errors
+    /// As [`release`](Self::release).
+    fn give_up(&self, grant: &Grant, by: Deadline) -> Result<Released, StoreError> {
+        let _ = (grant, by);
+        Ok(Released::NotMine)
+    }
 
     /// Who has the name now; `None` when it is free. Changes nothing.
     ///
@@ -202,21 +213,22 @@ pub struct StoreProfile {
     pub ttl_step: Duration,
     /// What its records last through.
     pub durability: Durability,
-    /// Who finds out that a grant has run out; the store, unless told otherwise.
-    pub expiry: Expiry,
     /// Whether [`park`](LeaseStore::park) wakes at a change; not, unless told otherwise.
     pub wakes_waiters: bool,
+    /// What stores have in common that hang as one, such as the server that they reach: while a request to one of them
+    /// hangs, the heartbeat asks none. Each is for itself, unless told otherwise.
+    pub place: Option<u64>,
 }
 
 impl StoreProfile {
-    /// One that keeps any ttl, finds out itself what has run out, and wakes nobody.
+    /// One that keeps any ttl and wakes nobody.
     pub const fn new(durability: Durability) -> Self {
         Self {
             smallest_ttl: Duration::ZERO,
             ttl_step: Duration::from_nanos(1),
             durability,
-            expiry: Expiry::Store,
             wakes_waiters: false,
+            place: None,
         }
     }
 }
@@ -233,16 +245,6 @@ pub enum Durability {
     Primary,
     /// The loss of any minority of its servers.
     Quorum,
-}
-
-/// Who finds out that a grant has run out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Expiry {
-    /// The store, by its own clock.
-    Store,
-    /// Who wants the lease, by having seen its record unchanged for a ttl.
-    Observer,
 }
 
 /// The name under which a store keeps a lease.

@@ -129,6 +129,11 @@ impl Tenure {
         self.ended.get_or_insert(LossReason::Released);
     }
 
+    /// The store had given it to somebody else before it was released: it was lost, and nobody knew.
+    pub(super) fn release_was_too_late(&mut self) -> LossReason {
+        self.ended.insert(LossReason::TakenOver { by: None }).clone()
+    }
+
     /// The heartbeat asks what to do.
     pub(super) fn beat(&mut self, now: Duration) -> Next {
         if let Some(reason) = self.expire(now) {

@@ -70,20 +70,56 @@ fn eventually(what: &str, is_so: impl Fn() -> bool) {
 }
 
 #[test]
-fn tokens_grow_by_one_and_the_file_stays() {
+fn tokens_grow_and_the_file_stays() {
     let folder = Folder::new();
     let lease = folder.lease().build().unwrap();
     let mut last = lease.try_lock().unwrap().token();
     assert!(last > 1_700_000_000_000_000, "it begins at the time");
     for _ in 0..100 {
         let guard = lease.try_lock().unwrap();
-        assert_eq!(guard.token(), last + 1);
+        assert!(guard.token() > last);
         assert!(guard.recovered().is_none());
         last = guard.token();
         guard.release().unwrap();
     }
     assert_eq!(lease.status().unwrap(), LeaseStatus::Free);
     assert_eq!(fs::read(folder.path()).unwrap().len(), SIZE);
+}
+
+#[test]
+fn no_deletion_and_no_restored_backup_takes_tokens_back() {
+    let folder = Folder::new();
+    let lease = folder.lease().build().unwrap();
+    let token = || lease.try_lock().unwrap().token();
+    let mut last = token();
+    let backup = fs::read(folder.path()).unwrap();
+    for harm in [0, 1, 2] {
+        for _ in 0..harm * 5 {
+            let next = token();
+            assert!(next > last, "{next} after {last}");
+            last = next;
+        }
+        fs::write(folder.path(), &backup).unwrap();
+        let next = token();
+        assert!(next > last, "{next} after {last} and a restored backup");
+        fs::remove_file(folder.path()).unwrap();
+        let after = token();
+        assert!(after > next, "{after} after {next} and a deletion");
+        last = after;
+    }
+    // Less than the time, though of this boot.
+    folder.write(held_by(&Owner::ended(1), 41));
+    assert!(token() > last);
+}
+
+#[test]
+fn a_token_that_is_ahead_of_the_time_is_followed_by_a_greater_one() {
+    let folder = Folder::new();
+    let ahead = u64::MAX - 1;
+    folder.write(held_by(&Owner::ended(1), ahead));
+    let lease = folder.lease().build().unwrap();
+    assert_eq!(lease.try_lock().unwrap().token(), u64::MAX);
+    assert!(matches!(lease.try_lock().unwrap_err().kind(), ErrorKind::Store { .. }), "they are used up");
 }
 
 #[test]
@@ -109,7 +145,7 @@ fn a_stranger_that_is_silent_is_taken_over_after_its_ttl_by_a_waiter() {
     let guard = lease.lock_for(MS * 5000).unwrap();
     let took = began.elapsed();
     assert!(took >= MS * 300 && took < MS * 600, "{took:?}");
-    assert!(guard.token() > 1_700_000_000_000_000, "the last writer was of another boot");
+    assert!(guard.token() > 1_700_000_000_000_000);
     assert_eq!(guard.recovered().unwrap().owner().unwrap().host(), Some("elsewhere"));
 }
 
@@ -141,7 +177,7 @@ fn a_dead_owner_is_taken_over_at_once() {
     let folder = Folder::new();
     folder.write(held_by(&Owner::ended(1), 41));
     let guard = folder.lease().build().unwrap().try_lock().unwrap();
-    assert_eq!((guard.token(), guard.recovered().unwrap().owner().unwrap().pid()), (42, 1));
+    assert_eq!(guard.recovered().unwrap().owner().unwrap().pid(), 1);
 }
 
 #[test]
@@ -288,7 +324,7 @@ fn only_the_holder_that_was_seen_is_evicted() {
     let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("it is held") };
     assert!(lease.evict(&seen).unwrap());
     let third = lease.try_lock().unwrap();
-    assert_eq!(third.token(), second.token() + 1);
+    assert!(third.token() > second.token());
     let reason = second.lost().wait(&Wait::at_most(MS * 2000)).unwrap();
     assert!(matches!(reason, LossReason::TakenOver { by: Some(_) }));
     assert!(third.is_held());
@@ -369,6 +405,12 @@ fn a_link_is_refused_and_so_is_what_is_no_file() {
     fs::remove_file(folder.path()).unwrap();
     std::os::unix::fs::symlink("second", folder.path()).unwrap();
     assert!(matches!(lease.try_lock().unwrap_err().kind(), ErrorKind::Insecure { .. }));
+    assert!(matches!(lease.status().unwrap_err().kind(), ErrorKind::Insecure { .. }));
+    fs::remove_file(folder.path()).unwrap();
+    assert!(std::process::Command::new("mkfifo").arg(folder.path()).status().unwrap().success());
+    for error in [lease.try_lock().unwrap_err(), lease.status().unwrap_err(), lease.owner().unwrap_err()] {
+        assert!(matches!(error.kind(), ErrorKind::Insecure { .. }), "{error:?}");
+    }
     let folder_itself = Lease::file(&folder.0).build().unwrap();
     assert!(folder_itself.try_lock().is_err());
 }
@@ -429,6 +471,8 @@ struct Faulty {
     stalls: AtomicBool,
     /// Attempts and renewals take as long as they may.
     hangs: AtomicBool,
+    /// Renewals do not return, whatever their deadline, while it is set.
+    freezes: AtomicBool,
     renewals: AtomicUsize,
 }
 
@@ -442,6 +486,7 @@ impl Faulty {
             swallows: Default::default(),
             stalls: Default::default(),
             hangs: Default::default(),
+            freezes: Default::default(),
             renewals: Default::default(),
         })
     }
@@ -493,6 +538,9 @@ impl LeaseStore for Faulty {
 
     fn renew(&self, grant: &Grant, by: Deadline) -> Result<Renewal, StoreError> {
         self.renewals.fetch_add(1, Ordering::Relaxed);
+        while self.freezes.load(Ordering::Relaxed) {
+            thread::sleep(MS);
+        }
         if self.hangs.load(Ordering::Relaxed) {
             thread::sleep(by.remaining());
             return Err(StoreError::unknown("no answer"));
@@ -552,7 +600,8 @@ fn a_limit_bounds_also_a_store_that_does_not_answer() {
     store.hangs.store(true, Ordering::Relaxed);
     let lease = store.lease().ttl(MS * 60_000).build().unwrap();
     let began = Instant::now();
-    assert!(lease.lock_for(MS * 100).unwrap_err().is_timeout());
+    let error = lease.lock_for(MS * 100).unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::Store { .. }), "nobody said that it is held: {error:?}");
     assert!(began.elapsed() >= MS * 100 && began.elapsed() < MS * 500, "{:?}", began.elapsed());
 }
 
@@ -627,6 +676,154 @@ fn a_store_that_hangs_costs_no_other_store_its_leases() {
     let began = Instant::now();
     drop(hung);
     assert!(began.elapsed() < MS * 1000);
+}
+
+#[test]
+fn a_request_that_does_not_return_keeps_no_other_lease_from_its_beats_and_no_loss_from_being_told() {
+    let folder = Folder::new();
+    let guard = Lease::file(folder.path()).ttl(MS * 400).heartbeat(MS * 50).build().unwrap().lock().unwrap();
+    let frozen = Faulty::new(&ManualClock::new());
+    let stuck: Vec<_> = (0..10)
+        .map(|n| {
+            frozen.record.lock().1 = None;
+            let (tell, told) = mpsc::channel();
+            let lease = Lease::with_store(frozen.clone(), n.to_string()).ttl(MS * 600).heartbeat(MS * 50);
+            (lease.on_lost(move |loss| _ = tell.send(loss.token)).build().unwrap().lock().unwrap(), told)
+        })
+        .collect();
+    frozen.freezes.store(true, Ordering::Relaxed);
+    eventually("it is asked", || frozen.renewals.load(Ordering::Relaxed) > 0);
+    // Another lease, of another store, runs out meanwhile.
+    let clock = ManualClock::new();
+    let (tell, told) = mpsc::channel();
+    let other = Faulty::new(&clock).lease().on_lost(move |_| _ = tell.send(())).build().unwrap().lock().unwrap();
+    let signal = other.lost().token();
+    clock.advance(MS * 10_000);
+    told.recv_timeout(MS * 1500).expect("its loss is told");
+    assert!(signal.is_cancelled());
+    for (guard, told) in &stuck {
+        assert_eq!(told.recv_timeout(MS * 2000).expect("so is that of each lease of the frozen one"), guard.token());
+    }
+    let (began, beat) = (Instant::now(), folder.record().beat());
+    while began.elapsed() < MS * 1000 {
+        guard.check().unwrap();
+        thread::sleep(MS * 5);
+    }
+    assert!(folder.record().beat() - beat > 10);
+    assert_eq!(frozen.renewals.load(Ordering::Relaxed), 1, "one stuck request of one place");
+    frozen.freezes.store(false, Ordering::Relaxed);
+    drop(stuck);
+    frozen.record.lock().1 = None;
+    let again = frozen.lease().heartbeat(MS * 50).build().unwrap().lock().unwrap();
+    eventually("it is asked again", || {
+        frozen.clock.advance(MS);
+        frozen.renewals.load(Ordering::Relaxed) > 3
+    });
+    again.check().unwrap();
+}
+
+#[test]
+fn a_store_that_hangs_costs_no_other_store_its_short_leases() {
+    let folder = Folder::new();
+    let guard = Lease::file(folder.path()).ttl(MS * 200).heartbeat(MS * 20).build().unwrap().lock().unwrap();
+    let hung = Faulty::new(&ManualClock::new());
+    // Each of its requests may take 250 ms.
+    let _slow = Lease::with_store(hung.clone(), "hung").ttl(MS * 4000).build().unwrap().lock().unwrap();
+    hung.hangs.store(true, Ordering::Relaxed);
+    let began = Instant::now();
+    while began.elapsed() < MS * 2000 {
+        guard.check().unwrap();
+        thread::sleep(MS * 5);
+    }
+    assert!(hung.renewals.load(Ordering::Relaxed) > 2);
+}
+
+#[test]
+fn files_of_one_file_system_hang_as_one() {
+    let folder = Folder::new();
+    let lease = |name: &str| Lease::file(folder.0.join(name)).build().unwrap();
+    let (first, second) = (lease("first"), lease("second"));
+    assert_eq!(first.0.store.profile().place, None);
+    let _guards = (first.lock().unwrap(), second.lock().unwrap());
+    let place = first.0.store.profile().place;
+    assert!(place.is_some() && place == second.0.store.profile().place);
+}
+
+#[test]
+fn a_loss_that_is_first_found_at_the_release_is_told_as_one() {
+    let folder = Folder::new();
+    let (tell, told) = mpsc::channel();
+    let lease = folder.lease().ttl(MS * 60_000).heartbeat(MS * 20_000);
+    let lease = lease.on_lost(move |loss| tell.send(loss.clone()).unwrap()).build().unwrap();
+    let guard = lease.lock().unwrap();
+    let (signal, token) = (guard.lost(), guard.token());
+    folder.write(held_by(&stranger(), token + 1));
+    assert!(matches!(guard.release().unwrap_err().kind(), ErrorKind::LeaseLost { .. }));
+    assert!(matches!(signal.reason(), Some(LossReason::TakenOver { .. })) && signal.token().is_cancelled());
+    let loss = told.recv_timeout(MS * 2000).unwrap();
+    assert!(matches!(loss.reason, LossReason::TakenOver { .. }) && loss.token == token);
+    assert!(told.recv_timeout(MS * 50).is_err(), "told twice");
+}
+
+#[test]
+fn what_was_lost_by_time_is_free_when_its_guard_goes_and_still_not_released() {
+    let folder = Folder::new();
+    let clock = ManualClock::new();
+    let lease = Lease::file(folder.path()).ttl(MS * 60_000).heartbeat(MS * 20_000).clock(Arc::new(clock.clone()));
+    let lease = lease.require_progress(MS * 20_000).build().unwrap();
+    let guard = lease.lock().unwrap();
+    let token = guard.token();
+    let signal = guard.lost();
+    let other = Lease::file(folder.path()).ttl(MS * 60_000).heartbeat(MS * 20_000).build().unwrap();
+    let mine = folder.record();
+    clock.advance(MS * 200_000);
+    assert!(!guard.is_held());
+    folder.write(mine);
+    drop(guard);
+    assert!(folder.record().is_lost());
+    assert_eq!(other.status().unwrap(), LeaseStatus::Free);
+    let next = other.try_lock().expect("nobody waits for another ttl");
+    assert!(next.token() > token);
+    assert_eq!(next.recovered().unwrap().owner().unwrap().pid(), std::process::id());
+    assert!(matches!(signal.reason(), Some(LossReason::Expired)), "it stays lost");
+}
+
+#[test]
+fn system_clocks_are_one_clock_however_many_there_are() {
+    let folder = Folder::new();
+    let lease = |n: u32| Lease::file(folder.0.join(n.to_string())).clock(Arc::new(SystemClock)).build().unwrap();
+    let _guards: Vec<_> = (0..200).map(|n| lease(n).lock().unwrap()).collect();
+    // Other tests have clocks of their own at the same time.
+    assert!(Heart::start().unwrap().rings() < 100);
+}
+
+#[test]
+fn losses_are_told_one_after_the_other_by_one_thread() {
+    let clock = ManualClock::new();
+    let store = Faulty::new(&clock);
+    let (tell, told) = mpsc::channel();
+    let (inside, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let guards: Vec<_> = (0..200)
+        .map(|n| {
+            store.record.lock().1 = None;
+            let (tell, inside, most) = (tell.clone(), inside.clone(), most.clone());
+            let lease = Lease::with_store(store.clone(), n.to_string()).clock(Arc::new(clock.clone()));
+            let lease = lease.on_lost(move |_| {
+                most.fetch_max(inside.fetch_add(1, Ordering::Relaxed) + 1, Ordering::Relaxed);
+                thread::sleep(MS / 2);
+                assert!(thread::current().name() == Some("lockkit-lost"));
+                inside.fetch_sub(1, Ordering::Relaxed);
+                tell.send(n).unwrap();
+            });
+            lease.build().unwrap().lock().unwrap()
+        })
+        .collect();
+    clock.advance(MS * 10_000);
+    assert!(guards.iter().all(|guard| !guard.is_held()));
+    let mut all: Vec<_> = guards.iter().map(|_| told.recv_timeout(MS * 5000).unwrap()).collect();
+    all.sort_unstable();
+    assert!(all.into_iter().eq(0..200) && told.try_recv().is_err());
+    assert_eq!(most.load(Ordering::Relaxed), 1);
 }
 
 #[test]

@@ -408,6 +408,6 @@ impl Subject for FolderLock {
 
     fn holder(&self) -> Option<Owner> {
         let owner = mark::holder(&File::open(self.file.path()).ok()?)?;
-        (owner.liveness() != Liveness::Dead).then_some(owner)
+        (owner.liveness_by_name() != Liveness::Dead).then_some(owner)
     }
 }

@@ -93,7 +93,7 @@ impl FolderLock {
         // Somebody may have put a link or a FIFO there, which must not be followed or waited for.
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
         let owner = mark::holder(&File::from(open(path, flags, Mode::empty()).ok()?))?;
-        (owner.liveness() != Liveness::Dead).then_some(owner)
+        (owner.liveness_by_name() != Liveness::Dead).then_some(owner)
     }
 
     fn open(&self) -> Result<Arc<Opened>> {

@@ -247,7 +247,7 @@ impl SocketLock {
     /// take a place in its queue until it releases.
     fn living_holder(&self) -> Option<Owner> {
         let owner = self.mark()?.holder()?;
-        (owner.liveness() != Liveness::Dead).then_some(owner)
+        (owner.liveness_by_name() != Liveness::Dead).then_some(owner)
     }
 
     /// Writes down who holds now, and says whether the holder before died.

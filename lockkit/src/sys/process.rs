@@ -201,6 +201,12 @@ pub(crate) fn host() -> &'static str {
     })
 }
 
+/// Whether what [`host`] gave has the id of an installation, besides the name.
+pub(crate) fn has_installation_id(host: &str) -> bool {
+    // No host name has a slash.
+    host.contains('/')
+}
+
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
     use super::*;
