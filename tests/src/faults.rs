@@ -19,7 +19,7 @@ use lockkit::Wait;
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, prlimit, setrlimit};
 
 use crate::actor::signal_pid;
-use crate::{Actor, Belongings, Kind, Spec, another_user, program, suite, until};
+use crate::{Actor, Belongings, Kind, Spec, another_user, program, steps, suite, until};
 
 /// Makes a module `$module` with a test for every case, for one kind of lock.
 #[macro_export]
@@ -34,6 +34,7 @@ macro_rules! faults {
             waiters_get_in_give_up_and_see_deaths_in_a_storm_of_signals,
             a_crowd_in_a_storm_of_signals_counts_without_losing_one,
             the_standard_descriptors_are_locks_like_any_other,
+            a_step_stands_between_every_two_changes,
             any_system_call_may_fail_once_when_nobody_else_is_there,
             any_system_call_may_fail_once_when_the_lock_is_passed_on,
         );
@@ -359,7 +360,7 @@ const MORE_ERRORS: [(&str, &str); 4] = [
 const CALLS: usize = 6;
 
 /// strace(1) at an actor, at all its threads.
-struct Strace {
+pub(crate) struct Strace {
     strace: Child,
     log: PathBuf,
     _folder: tempfile::TempDir,
@@ -367,7 +368,7 @@ struct Strace {
 
 impl Strace {
     /// Attaches it; `options` say what fails.
-    fn attach(actor: &Actor, options: &[String]) -> Self {
+    pub(crate) fn attach(actor: &Actor, options: &[String]) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let log = folder.path().join("log");
         let mut strace = Command::new("strace");
@@ -384,11 +385,16 @@ impl Strace {
         Self { strace, log, _folder: folder }
     }
 
+    /// What it has seen.
+    pub(crate) fn so_far(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
     /// Detaches it, and gives what it saw.
-    fn end(&mut self) -> String {
+    pub(crate) fn end(&mut self) -> String {
         signal_pid(self.strace.id(), Signal::TERM);
         let _ = self.strace.wait();
-        fs::read_to_string(&self.log).unwrap_or_default()
+        self.so_far()
     }
 }
 
@@ -400,7 +406,7 @@ impl Drop for Strace {
 }
 
 /// Whether there is strace(1), and it may make system calls fail; with a word on it where not.
-fn calls_can_fail() -> bool {
+pub(crate) fn calls_can_fail() -> bool {
     let mut strace = Command::new("strace");
     strace.args(["-f", "-qq", "-o", "/dev/null", "-e", "inject=flock:error=EINTR", "true"]).stderr(Stdio::null());
     let can = strace.status().is_ok_and(|status| status.success());
@@ -746,6 +752,10 @@ mod cases {
         all_get_in(&mut [&mut other]);
         assert_eq!(files(&spec, Path::new("/")), files_of_an_ordinary_use(kind, &spec));
         spec.clean();
+    }
+
+    pub fn a_step_stands_between_every_two_changes(kind: Kind) {
+        steps::stand_between_changes(kind);
     }
 
     pub fn any_system_call_may_fail_once_when_nobody_else_is_there(kind: Kind) {
