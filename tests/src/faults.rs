@@ -27,6 +27,7 @@ macro_rules! faults {
     ($module:ident, $kind:expr) => {
         $crate::faults!($module, $kind;
             a_limit_of_file_sizes_is_an_error_or_does_not_matter,
+            a_process_that_a_limit_of_file_sizes_ends_holds_nothing,
             a_limit_of_processes_is_an_error_or_does_not_matter,
             a_full_file_system_is_an_error_or_does_not_matter,
             a_read_only_file_system_is_an_error_or_does_not_matter,
@@ -587,6 +588,22 @@ mod cases {
             assert_eq!(files(&spec, Path::new("/")), files_of_an_ordinary_use(kind, &spec));
             spec.clean();
         }
+    }
+
+    pub fn a_process_that_a_limit_of_file_sizes_ends_holds_nothing(kind: Kind) {
+        let spec = kind.fresh();
+        let [mut limited, mut other] = [(); 2].map(|()| Actor::start(&spec));
+        limited.expect("owner", "owner none");
+        limit(&limited, Resource::Fsize, Some(0));
+        let answer = limited.ask("try");
+        println!("{kind:?}, SIGXFSZ as it is by default: {answer}");
+        assert!(answer == "held" || answer == "gone", "{answer}");
+        limited.kill();
+        let next = other.ask(TAKE);
+        assert!(next == "held" || next == suite::told(kind, limited.pid()), "{next}");
+        other.expect("release", "released");
+        all_get_in(&mut [&mut other, &mut Actor::start(&spec)]);
+        spec.clean();
     }
 
     pub fn a_limit_of_processes_is_an_error_or_does_not_matter(kind: Kind) {

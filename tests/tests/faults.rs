@@ -13,6 +13,13 @@ faults!(lease, lockkit_tests::Kind::Lease);
 faults!(shm_lock, lockkit_tests::Kind::Managed(lockkit_tests::managers::Kind::Shm));
 faults!(folder_lock, lockkit_tests::Kind::Managed(lockkit_tests::managers::Kind::Folder));
 
+// What the suite has of this, for the kind that it leaves out.
+lockkit_tests::suite!(machine_file_of_the_suite, lockkit_tests::Kind::MachineFile;
+    without_descriptors_the_error_is_clear_and_nothing_is_lost,
+    a_process_killed_at_any_step_blocks_nobody,
+    chaos_never_lets_two_in,
+);
+
 #[test]
 fn a_step_stands_between_every_two_changes_of_a_table() {
     use lockkit_tests::managers::Kind::{Folder, Shm};
