@@ -3,7 +3,7 @@
 //! Each process appends a record to a shared log when it has come in and before it goes out. Records have a size that
 //! divides a page, so an append is whole or not there, kill or no kill. Times are CLOCK_MONOTONIC, which all share.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::Path;
@@ -15,7 +15,7 @@ use rustix::process::Signal;
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::actor::signal_pid;
-use crate::{Kind, Spec, program};
+use crate::{Actor, Belongings, Kind, Spec, faults, program};
 
 const RECORD: usize = 32;
 pub(crate) const IN: u32 = 1;
@@ -125,11 +125,20 @@ pub struct Tally {
     pub died_inside: usize,
 }
 
+/// What a process that stands by has once it has used the lock, and the files of the lock then.
+fn belongings_after_a_use(witness: &mut Actor, spec: &Spec) -> (Belongings, BTreeSet<String>) {
+    witness.expect("try", "held");
+    witness.expect("release", "released");
+    (Belongings::of(witness.pid()), faults::files(spec, Path::new("/")))
+}
+
 /// Lets 12 processes loose on a lock of `kind` for `span`, kills and stops them at random, and checks that no two were
 /// ever inside, that the lock is free within a second of the last death, and that the next owner was told of a death
-/// exactly when its predecessor died inside.
+/// exactly when its predecessor died inside. Threads, descriptors and files must be as many afterwards as before.
 pub fn run(kind: Kind, span: Duration) -> Tally {
     let spec = kind.fresh();
+    let mut witness = Actor::start(&spec);
+    let before = belongings_after_a_use(&mut witness, &spec);
     let folder = tempfile::tempdir().expect("a folder");
     let log = folder.path().join("log");
     File::create(&log).expect("a log");
@@ -173,6 +182,7 @@ pub fn run(kind: Kind, span: Duration) -> Tally {
     append(&mut log_file, now(), IN, guard.recovered().map_or(NOBODY, u64::from));
     drop(guard);
     drop(lock);
+    assert_eq!(belongings_after_a_use(&mut witness, &spec), before, "what a process and the lock have");
     let tally = check(&read(&log), &deaths, kind.tells_deaths());
     spec.clean();
     tally

@@ -19,7 +19,7 @@ use lockkit::Wait;
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, prlimit, setrlimit};
 
 use crate::actor::signal_pid;
-use crate::{Actor, Belongings, Kind, Spec, another_user, program, suite, until};
+use crate::{Actor, Belongings, Kind, Spec, another_user, program, steps, suite, until};
 
 /// Makes a module `$module` with a test for every case, for one kind of lock.
 #[macro_export]
@@ -27,6 +27,7 @@ macro_rules! faults {
     ($module:ident, $kind:expr) => {
         $crate::faults!($module, $kind;
             a_limit_of_file_sizes_is_an_error_or_does_not_matter,
+            a_process_that_a_limit_of_file_sizes_ends_holds_nothing,
             a_limit_of_processes_is_an_error_or_does_not_matter,
             a_full_file_system_is_an_error_or_does_not_matter,
             a_read_only_file_system_is_an_error_or_does_not_matter,
@@ -34,6 +35,7 @@ macro_rules! faults {
             waiters_get_in_give_up_and_see_deaths_in_a_storm_of_signals,
             a_crowd_in_a_storm_of_signals_counts_without_losing_one,
             the_standard_descriptors_are_locks_like_any_other,
+            a_step_stands_between_every_two_changes,
             any_system_call_may_fail_once_when_nobody_else_is_there,
             any_system_call_may_fail_once_when_the_lock_is_passed_on,
         );
@@ -359,7 +361,7 @@ const MORE_ERRORS: [(&str, &str); 4] = [
 const CALLS: usize = 6;
 
 /// strace(1) at an actor, at all its threads.
-struct Strace {
+pub(crate) struct Strace {
     strace: Child,
     log: PathBuf,
     _folder: tempfile::TempDir,
@@ -367,7 +369,7 @@ struct Strace {
 
 impl Strace {
     /// Attaches it; `options` say what fails.
-    fn attach(actor: &Actor, options: &[String]) -> Self {
+    pub(crate) fn attach(actor: &Actor, options: &[String]) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let log = folder.path().join("log");
         let mut strace = Command::new("strace");
@@ -384,11 +386,16 @@ impl Strace {
         Self { strace, log, _folder: folder }
     }
 
+    /// What it has seen.
+    pub(crate) fn so_far(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
     /// Detaches it, and gives what it saw.
-    fn end(&mut self) -> String {
+    pub(crate) fn end(&mut self) -> String {
         signal_pid(self.strace.id(), Signal::TERM);
         let _ = self.strace.wait();
-        fs::read_to_string(&self.log).unwrap_or_default()
+        self.so_far()
     }
 }
 
@@ -400,7 +407,7 @@ impl Drop for Strace {
 }
 
 /// Whether there is strace(1), and it may make system calls fail; with a word on it where not.
-fn calls_can_fail() -> bool {
+pub(crate) fn calls_can_fail() -> bool {
     let mut strace = Command::new("strace");
     strace.args(["-f", "-qq", "-o", "/dev/null", "-e", "inject=flock:error=EINTR", "true"]).stderr(Stdio::null());
     let can = strace.status().is_ok_and(|status| status.success());
@@ -583,6 +590,22 @@ mod cases {
         }
     }
 
+    pub fn a_process_that_a_limit_of_file_sizes_ends_holds_nothing(kind: Kind) {
+        let spec = kind.fresh();
+        let [mut limited, mut other] = [(); 2].map(|()| Actor::start(&spec));
+        limited.expect("owner", "owner none");
+        limit(&limited, Resource::Fsize, Some(0));
+        let answer = limited.ask("try");
+        println!("{kind:?}, SIGXFSZ as it is by default: {answer}");
+        assert!(answer == "held" || answer == "gone", "{answer}");
+        limited.kill();
+        let next = other.ask(TAKE);
+        assert!(next == "held" || next == suite::told(kind, limited.pid()), "{next}");
+        other.expect("release", "released");
+        all_get_in(&mut [&mut other, &mut Actor::start(&spec)]);
+        spec.clean();
+    }
+
     pub fn a_limit_of_processes_is_an_error_or_does_not_matter(kind: Kind) {
         let Some(user) = another_user() else { return };
         let spec = kind.fresh();
@@ -746,6 +769,10 @@ mod cases {
         all_get_in(&mut [&mut other]);
         assert_eq!(files(&spec, Path::new("/")), files_of_an_ordinary_use(kind, &spec));
         spec.clean();
+    }
+
+    pub fn a_step_stands_between_every_two_changes(kind: Kind) {
+        steps::stand_between_changes(kind);
     }
 
     pub fn any_system_call_may_fail_once_when_nobody_else_is_there(kind: Kind) {

@@ -20,7 +20,7 @@
 //!
 //! or `error KIND: text`.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
@@ -33,7 +33,7 @@ use rustix::process::Signal;
 
 use crate::actor::{describe, signal_pid};
 use crate::chaos::{Dice, IN, OUT, append, now, read};
-use crate::{Actor, LIVELY, program};
+use crate::{Actor, Belongings, LIVELY, program};
 
 /// A lease on a file and its options, as text: `TTL HEARTBEAT PROGRESS PANICS PATH`, in milliseconds.
 #[derive(Clone, Debug)]
@@ -253,7 +253,18 @@ pub struct Tally {
 
 /// Lets processes loose on one lease for `span`, stops them for up to three times its ttl and kills them, and checks
 /// that whoever found itself holding was never one of two, and that the tokens grew from each to the next.
+///
+/// A process that stands by has as much afterwards as before, and so has the folder of the lease.
 pub fn run(terms: &Terms, span: Duration) -> Tally {
+    let mut witness = Actor::start_lease(terms);
+    let mut use_once = || {
+        assert!(witness.ask("lock-for 30000").starts_with("held "));
+        witness.expect("release", "released");
+        let folder = terms.path.parent().expect("a folder").read_dir().expect("it is there");
+        let files: BTreeSet<_> = folder.map(|entry| entry.expect("an entry").file_name()).collect();
+        (Belongings::of(witness.pid()), files)
+    };
+    let before = use_once();
     let folder = tempfile::tempdir().expect("a folder");
     let log = folder.path().join("log");
     File::create(&log).expect("a log");
@@ -297,6 +308,7 @@ pub fn run(terms: &Terms, span: Duration) -> Tally {
     }
     processes.iter_mut().for_each(kill);
     drop(terms.open().lock_for(LIVELY).expect("nobody alive holds it"));
+    assert_eq!(use_once(), before, "what a process and the folder have");
 
     let mut holds: HashMap<u64, (u32, u64, u64)> = HashMap::new();
     let mut losses = 0;

@@ -5,6 +5,7 @@
 
 use lockkit::Wait;
 
+use crate::faults::{self, Strace};
 use crate::{Actor, Kind, Spec};
 
 /// What the victim does. In each it takes the lock and releases it.
@@ -105,4 +106,125 @@ fn kill_at(kind: Kind, scenario: &str, at: usize, told: Option<bool>) -> Option<
     Actor::start(&spec).expect("try", "held");
     spec.clean();
     survived
+}
+
+/// Whether a process can be seen to pass steps; with a word on it where not.
+fn steps_can_be_seen() -> bool {
+    if !lockkit::steps::ENABLED {
+        println!("left out: this build has no steps; they need debug assertions");
+    }
+    lockkit::steps::ENABLED && faults::calls_can_fail()
+}
+
+/// Sees that a process that takes and releases a lock passes a step between every two system calls that change
+/// something which others see.
+pub fn stand_between_changes(kind: Kind) {
+    if !steps_can_be_seen() {
+        return;
+    }
+    for scenario in SCENARIOS {
+        let spec = kind.fresh();
+        stand_between_changes_at(&spec, scenario);
+        spec.clean();
+    }
+}
+
+/// As [`stand_between_changes`], with a lock that may have been left by somebody, in one scenario.
+pub fn stand_between_changes_at(spec: &Spec, scenario: &str) {
+    if !steps_can_be_seen() {
+        return;
+    }
+    let mut other = Actor::start(spec);
+    let mut player = Actor::start_with(spec, |command| {
+        command.arg("steps").arg(scenario);
+    });
+    player.expect(&usize::MAX.to_string(), "ready");
+    if scenario == "waiting" {
+        other.expect("lock", "held");
+    }
+    let mut strace = Strace::attach(&player, &[]);
+    player.tell("go");
+    match scenario {
+        "waiting" => {
+            player.wait_until_it_waits_or_ends();
+            other.expect("release", "released");
+        }
+        "followed" => {
+            assert_eq!(player.answer(), "held");
+            other.tell_to_wait("lock");
+            player.tell("go");
+        }
+        _ => {}
+    }
+    let passed = player.answer();
+    check_steps(&format!("{:?} {scenario}", spec.kind()), &strace.end());
+    let passed = passed.strip_prefix("passed ").expect("it ends well");
+    println!("{:?} {scenario}: {passed}", spec.kind());
+    assert!(!passed.is_empty(), "{:?} has no steps in {scenario}", spec.kind());
+}
+
+/// As [`stand_between_changes`], for what `player` is told to do, which is armed already.
+pub fn stand_between_changes_of(player: &mut Actor, commands: &[&str]) {
+    if !steps_can_be_seen() {
+        return;
+    }
+    for command in commands {
+        let mut strace = Strace::attach(player, &[]);
+        let answer = player.ask(command);
+        assert!(!answer.starts_with("error"), "{answer}");
+        let seen = check_steps(command, &strace.end());
+        println!("{command}: {seen} steps");
+        assert!(seen > 0, "no step in {command}");
+    }
+}
+
+/// As [`stand_between_changes_of`], for what a process does unasked, as it renews a lease.
+pub fn stand_between_changes_of_the_others(player: &mut Actor) {
+    if !steps_can_be_seen() {
+        return;
+    }
+    let mut strace = Strace::attach(player, &[]);
+    crate::until("it has renewed", || strace.so_far().matches("pwrite64(").count() >= 2);
+    assert!(check_steps("a renewal", &strace.end()) > 0, "no step in a renewal");
+}
+
+/// Looks through what strace saw of a process with steps; says how many there were.
+fn check_steps(what: &str, log: &str) -> usize {
+    const CHANGES: [&str; 19] = [
+        "accept4",
+        "bind",
+        "chmod",
+        "connect",
+        "fallocate",
+        "fchmod",
+        "fdatasync",
+        "flock",
+        "fsync",
+        "ftruncate",
+        "linkat",
+        "listen",
+        "mkdir",
+        "pwrite64",
+        "recvmsg",
+        "rename",
+        "sendmsg",
+        "unlink",
+        "utimensat",
+    ];
+    let mut steps = 0;
+    // What each thread has changed since its last step.
+    let mut changed: std::collections::HashMap<&str, &str> = std::collections::HashMap::new();
+    for line in log.lines() {
+        let Some((thread, call)) = line.split_once(' ') else { continue };
+        let Some((name, rest)) = call.trim_start().split_once('(') else { continue };
+        let makes = rest.contains("O_CREAT") || rest.contains("O_TMPFILE") || rest.contains("F_OFD_SETLK");
+        if name == "getppid" {
+            steps += 1;
+            changed.remove(thread);
+        } else if (CHANGES.contains(&name) || makes) && !rest.contains(") = -1 ") {
+            let before = changed.insert(thread, call);
+            assert!(before.is_none(), "{what}: no step between {before:?} and {call}");
+        }
+    }
+    steps
 }

@@ -1,6 +1,7 @@
 //! Every case of faults, for every kind of lock that processes share.
 
-use lockkit_tests::faults;
+use lockkit_tests::leases::Terms;
+use lockkit_tests::{Actor, Spec, faults, steps};
 
 faults!(named_socket, lockkit_tests::Kind::NAMED_SOCKET);
 faults!(machine_socket, lockkit_tests::Kind::MACHINE_SOCKET);
@@ -12,3 +13,48 @@ faults!(pidfile, lockkit_tests::Kind::PIDFILE);
 faults!(lease, lockkit_tests::Kind::LEASE);
 faults!(shm_lock, lockkit_tests::Kind::SHM);
 faults!(folder_lock, lockkit_tests::Kind::FOLDER);
+
+// What the suite has of this, for the kind that it leaves out.
+lockkit_tests::suite!(machine_file_of_the_suite, lockkit_tests::Kind::MACHINE_FILE;
+    without_descriptors_the_error_is_clear_and_nothing_is_lost,
+    a_process_killed_at_any_step_blocks_nobody,
+    chaos_never_lets_two_in,
+);
+
+#[test]
+fn a_step_stands_between_every_two_changes_of_a_table() {
+    use lockkit_tests::managers::Kind::{Folder, Shm};
+    for kind in [Shm, Folder] {
+        let table = kind.fresh();
+        let mut player = Actor::start_at(&table);
+        player.expect(&format!("kill-at {}", usize::MAX), "armed");
+        steps::stand_between_changes_of(&mut player, &["open", "allocate", "try 0", "release 0", "free 0"]);
+        let mut taker = Actor::start_at(&table);
+        taker.expect("allocate-at 3", "allocated 3");
+        taker.expect("lock 3", "held");
+        taker.kill();
+        steps::stand_between_changes_of(&mut player, &["lock 3", "free 3", "release 3"]);
+        table.clean();
+    }
+}
+
+#[test]
+fn a_step_stands_between_every_two_changes_of_a_takeover_and_a_renewal() {
+    let folder = tempfile::tempdir().unwrap();
+    let terms = Terms::of(folder.path().join("deep").join("lease"));
+    let mut player = Actor::start_lease(&terms);
+    player.expect(&format!("kill-at {}", usize::MAX), "armed");
+    steps::stand_between_changes_of(&mut player, &["try", "release"]);
+    let mut dies = Actor::start_lease(&terms);
+    assert!(dies.ask("try").starts_with("held "));
+    dies.kill();
+    steps::stand_between_changes_of(&mut player, &["lock"]);
+    // Beats go on meanwhile, as many as fall into the time that this takes.
+    steps::stand_between_changes_of_the_others(&mut player);
+
+    let spec = Spec::parse(&format!("pidfile:{}", folder.path().join("pid").display()));
+    let mut dies = Actor::start(&spec);
+    dies.expect("lock", "held");
+    dies.kill();
+    steps::stand_between_changes_at(&spec, "alone");
+}
