@@ -306,8 +306,9 @@ pub fn lock_on_the_standard_descriptors(spec: &Spec, go: &Path) {
 
 /// The errors that the manual pages list for the system calls of locks, as far as they can happen there: not those that
 /// speak of wrong arguments, nor those that say that nothing is there which is. A `close` that fails is left out, for
-/// strace can only keep it from being done, and the kernel closes whatever it says of it.
-const ERRORS: [(&str, &str); 41] = [
+/// strace can only keep it from being done, and the kernel closes whatever it says of it; so is `read`, by which the
+/// actor gets its commands: what locks read of their files they read with `pread64`.
+const ERRORS: [(&str, &str); 40] = [
     ("accept4", "EINTR ECONNABORTED EMFILE ENFILE ENOBUFS ENOMEM EPERM"),
     ("bind", "EACCES EADDRINUSE ENOMEM"),
     ("chmod", "EACCES EIO ENOMEM EPERM EROFS"),
@@ -344,7 +345,6 @@ const ERRORS: [(&str, &str); 41] = [
     ("ppoll", "EINTR ENOMEM"),
     ("pread64", "EINTR EIO"),
     ("pwrite64", "EDQUOT EFBIG EINTR EIO ENOSPC EPERM"),
-    ("read", "EINTR EIO"),
     ("readlink", "EACCES EIO ENOMEM"),
     ("recvmsg", "EAGAIN ECONNREFUSED EINTR ENOMEM"),
     ("sendmsg", "EAGAIN ECONNRESET EINTR ENOBUFS ENOMEM EPIPE"),
@@ -394,6 +394,12 @@ impl Strace {
     /// Detaches it, and gives what it saw.
     pub(crate) fn end(&mut self) -> String {
         signal_pid(self.strace.id(), Signal::TERM);
+        // It may wait for the rest of a process that has ended, and that nobody but us can take away.
+        let end = Instant::now() + Duration::from_secs(2);
+        while self.strace.try_wait().is_ok_and(|ended| ended.is_none()) && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let _ = self.strace.kill();
         let _ = self.strace.wait();
         self.so_far()
     }
@@ -430,8 +436,6 @@ fn calls(log: &str, thread: u32) -> Vec<(String, usize)> {
         let count = counts.entry(name.to_owned()).or_insert(0);
         *count += 1;
         let is_a_locks = match name {
-            // Commands and answers.
-            "read" => !arguments.starts_with("0,"),
             // Memory of the process is not the lock's affair.
             "mmap" => arguments.contains("MAP_SHARED"),
             "fcntl" => arguments.contains("F_OFD_"),

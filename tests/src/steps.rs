@@ -3,6 +3,8 @@
 //! The steps stand in the library (`lockkit::steps`), so the list is what a run really passes: a scenario is played
 //! once to learn them, and then once more for each, with a kill there.
 
+use std::collections::HashMap;
+
 use lockkit::Wait;
 
 use crate::faults::{self, Strace};
@@ -213,17 +215,27 @@ fn check_steps(what: &str, log: &str) -> usize {
     ];
     let mut steps = 0;
     // What each thread has changed since its last step.
-    let mut changed: std::collections::HashMap<&str, &str> = std::collections::HashMap::new();
+    let mut changed: HashMap<&str, String> = HashMap::new();
+    let mut begun: HashMap<&str, String> = HashMap::new();
     for line in log.lines() {
         let Some((thread, call)) = line.split_once(' ') else { continue };
-        let Some((name, rest)) = call.trim_start().split_once('(') else { continue };
+        // What another thread cut in two is put together again.
+        let whole = match call.split_once(" resumed>") {
+            Some((_, end)) => format!("{}{end}", begun.remove(thread).unwrap_or_default()),
+            None => call.trim_start().to_owned(),
+        };
+        if let Some((begin, _)) = whole.split_once(" <unfinished") {
+            begun.insert(thread, begin.to_owned());
+            continue;
+        }
+        let Some((name, rest)) = whole.split_once('(') else { continue };
         let makes = rest.contains("O_CREAT") || rest.contains("O_TMPFILE") || rest.contains("F_OFD_SETLK");
         if name == "getppid" {
             steps += 1;
             changed.remove(thread);
         } else if (CHANGES.contains(&name) || makes) && !rest.contains(") = -1 ") {
-            let before = changed.insert(thread, call);
-            assert!(before.is_none(), "{what}: no step between {before:?} and {call}");
+            let before = changed.insert(thread, whole.clone());
+            assert!(before.is_none(), "{what}: no step between {before:?} and {whole}");
         }
     }
     steps
