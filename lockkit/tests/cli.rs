@@ -469,6 +469,36 @@ fn an_interrupt_from_the_terminal_reaches_the_program_once() {
 }
 
 #[test]
+fn a_program_in_another_group_is_interrupted_and_hears_that_the_terminal_is_gone() {
+    for kind in ["--name", "--lease"] {
+        // With setsid(1) the program leaves the session; without, lockkit leads it and is told alone.
+        for (begin, signal) in [("exec setsid sh -c", "INT"), ("exec sh -c", "HUP")] {
+            let lock = Lock::new(kind);
+            let (end, mut screen) = terminal();
+            let heard = lock._folder.path().join("heard");
+            let script = format!(
+                "{begin} 'trap \"echo > {}; exit\" {signal}; echo ready; while :; do sleep 0.02; done'",
+                heard.display()
+            );
+            let run = lock.run([], &script);
+            let mut session = Command::new("setsid");
+            session.args(["--ctty", "--fork"]).arg(run.get_program()).args(run.get_args());
+            session.stdin(end.try_clone().expect("a terminal")).stderr(end.try_clone().expect("a terminal"));
+            session.stdout(end);
+            session.status().expect("setsid starts");
+            drop(session);
+            read_until(&mut screen, |shown| shown.contains("ready"));
+            match signal {
+                "INT" => screen.write_all(b"\x03").expect("a terminal"),
+                _ => drop(screen),
+            }
+            until("the program has heard of it", || heard.exists());
+            until("the lock is free", || lock.status() == 0);
+        }
+    }
+}
+
+#[test]
 fn no_color_is_heeded_on_a_terminal() {
     let lock = Lock::new("--name");
     let (_running, pid) = lock.hold([]);

@@ -12,11 +12,11 @@
 //!   kills the program with it (`PR_SET_PDEATHSIG`), and the fencing token covers the moment in between.
 //!
 //! Signals are blocked while the program runs, and read from a signalfd in the same poll in which its end is seen. What
-//! a terminal sends goes to the program anyway, so only signals that a process sent are passed on.
+//! a terminal sends goes to the program anyway as long as that is in the same process group, so it is not passed on then.
 
 use std::ffi::{CStr, OsString};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
@@ -29,8 +29,8 @@ use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitOptions, WaitStatus, getpid, getppid, kill_process, pidfd_open, pidfd_send_signal,
-    set_child_subreaper, set_parent_process_death_signal, setsid, waitpid,
+    Pid, PidfdFlags, Signal, WaitOptions, WaitStatus, getpgid, getpgrp, getpid, getppid, getsid, kill_process,
+    pidfd_open, pidfd_send_signal, set_child_subreaper, set_parent_process_death_signal, setsid, waitpid,
 };
 
 use crate::failure::{Failure, Outcome, code};
@@ -164,14 +164,12 @@ impl Signals {
         u8::try_from(signal.ssi_signo).ok()
     }
 
-    /// Passes on what has come to `to`, but for what a terminal sent to both.
-    fn pass_on(&self, to: impl AsFd) {
-        /// The kernel itself sent it.
-        const SI_KERNEL: i32 = 0x80;
+    /// Passes on what has come to `child`, but for what a terminal sent to both.
+    fn pass_on(&self, child: &Child) {
         while let Ok(Some(signal)) = self.read.read_signal() {
-            let number = Signal::from_named_raw(signal.ssi_signo as i32);
-            if let (Some(number), true) = (number, signal.ssi_code != SI_KERNEL) {
-                let _ = pidfd_send_signal(&to, number);
+            let Some(number) = Signal::from_named_raw(signal.ssi_signo as i32) else { continue };
+            if !child.has_got(number, signal.ssi_code) {
+                let _ = pidfd_send_signal(&child.pidfd, number);
             }
         }
     }
@@ -192,6 +190,16 @@ impl Child {
                 Err(Failure::io("watch a child (pidfd_open, of Linux 5.3)", error))
             }
         }
+    }
+
+    /// Whether a signal that came here went to this child, too: a terminal sends it to the group of processes in its
+    /// foreground, but tells the leader of its session alone that it is gone.
+    fn has_got(&self, signal: Signal, code: i32) -> bool {
+        /// The kernel itself sent it.
+        const SI_KERNEL: i32 = 0x80;
+        let to_leader_alone = || signal == Signal::HUP && getsid(None).is_ok_and(|leader| leader == getpid());
+        let same_group = || getpgid(Some(self.pid)).is_ok_and(|group| group == getpgrp());
+        code == SI_KERNEL && same_group() && !to_leader_alone()
     }
 
     /// Waits for its end, which has been seen, or must come.
@@ -325,7 +333,7 @@ fn attend(program: &Child, signals: &Signals, mut loss: Option<&LossPipe>, job: 
             return status;
         }
         if ready[1] {
-            signals.pass_on(&program.pidfd);
+            signals.pass_on(program);
         }
         if leads {
             bury_others(program.pid);
@@ -466,6 +474,6 @@ pub(crate) fn behind(lead: impl FnOnce() -> Outcome) -> Outcome {
         if polled.is_err() || !watched[0].revents().is_empty() {
             return Ok(leader.status().unwrap_or(code::OS));
         }
-        signals.pass_on(&leader.pidfd);
+        signals.pass_on(&leader);
     }
 }
