@@ -292,7 +292,7 @@ fn become_program(command: &[OsString], hold: &Hold, mut gate: io::PipeReader, s
         None => command.env_remove("LOCKKIT_RECOVERED"),
     };
     signals.unblock();
-    let error = command.exec();
+    let error = lockkit::command::as_given(&mut command).exec();
     let code = match error.kind() {
         io::ErrorKind::NotFound => code::NOT_FOUND,
         _ => code::CANNOT_RUN,
