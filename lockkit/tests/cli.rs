@@ -745,6 +745,20 @@ fn the_doctor_finds_memory_sound() {
     let report = json(&report);
     assert_eq!((&report["version"], &report["filesystem"]["kind"]), (&1.into(), &"tmpfs".into()));
     assert!(
+#[test]
+fn a_table_keeps_its_numbers_where_they_cannot_be_told_or_do_not_fit() {
+    let folder = TempDir::new_in("/dev/shm").expect("a folder");
+    let path = folder.path().join("table").display().to_string();
+    assert_eq!(code(["table", "create", &path, "--capacity", "2"]), 0);
+    assert_eq!(text(&output(["table", "allocate", &path]).stdout), "0\n");
+    let left = || json(&output(["table", "list", &path, "--json"]))["lock"]["available"].clone();
+    let full = File::options().write(true).open("/dev/full").expect("a device");
+    let unread = lockkit(["table", "allocate", &path]).stdout(full).status().expect("lockkit starts");
+    assert_eq!((unread.code(), left()), (Some(74), 1.into()));
+    let refused = output(["table", "renumber", "--yes", &path, "0", "0", "0"]);
+    assert_eq!((code_of(&refused), text(&refused.stdout), left()), (69, String::new(), 1.into()));
+}
+
         report["checks"]
             .as_array()
             .is_some_and(|checks| checks.len() == 8 && checks.iter().all(|check| check["passed"] == true))
