@@ -591,6 +591,21 @@ fn what_is_in_a_folder_is_listed_on_request_and_tables_in_use_without() {
 }
 
 #[test]
+fn names_of_files_reach_no_terminal_raw_and_looking_at_a_fifo_does_not_block() {
+    let folder = TempDir::new().expect("a folder");
+    let odd = folder.path().join("a\x1b[31m\nb").display().to_string();
+    let _holder = Running::start(lockkit(["run", "--file", &odd, "--", "sleep", "60"]));
+    until("it is held", || code(["status", &odd]) == 1);
+    for shown in [output(["status", &odd]), output(["list"])] {
+        let shown = text(&shown.stdout);
+        assert!(shown.contains(r"a\u{1b}[31m\nb") && !shown.contains('\x1b'), "{shown:?}");
+    }
+    let fifo = folder.path().join("fifo").display().to_string();
+    assert!(Command::new("mkfifo").arg(&fifo).status().expect("mkfifo starts").success());
+    assert_eq!(code(["status", &fifo]), 0);
+}
+
+#[test]
 fn waiters_are_counted() {
     for kind in ["--name", "--file"] {
         let lock = Lock::new(kind);
@@ -637,11 +652,21 @@ fn pidfiles_are_checked_and_only_stale_ones_are_removed() {
     let form = json(&output(["pidfile", "check", "--json", &dir]));
     assert_eq!((&form["version"], form["locks"].as_array().map(Vec::len)), (&1.into(), Some(2)));
     form["locks"].as_array().expect("locks").iter().for_each(check_form);
+    let dead = fs::read(&paths[1]).expect("a file");
     let dry = output(["pidfile", "clean", "--dry-run", &dir]);
     assert!(text(&dry.stdout).contains("would remove") && paths[1].exists());
     let clean = output(["pidfile", "clean", &dir]);
     assert_eq!((code_of(&clean), text(&clean.stdout).lines().count()), (0, 1));
-    assert_eq!(paths.map(|path| path.exists()), [true, false, true]);
+    assert_eq!(paths.each_ref().map(|path| path.exists()), [true, false, true]);
+    // What a link leads to is left alone, and said to be.
+    let link = folder.path().join("link.pid");
+    fs::write(&paths[2], dead).expect("a file");
+    symlink(&paths[2], &link).expect("a link");
+    for options in [["clean", "--dry-run"].as_slice(), &["clean"]] {
+        let refused = lockkit(["pidfile"]).args(options).arg(&dir).output().expect("lockkit starts");
+        assert_eq!((code_of(&refused), text(&refused.stdout)), (77, String::new()));
+        assert!(link.is_symlink() && paths[2].exists());
+    }
 }
 
 #[test]
@@ -721,6 +746,20 @@ fn tables_give_out_numbers_and_take_them_back() {
 }
 
 #[test]
+fn a_table_keeps_its_numbers_where_they_cannot_be_told_or_do_not_fit() {
+    let folder = TempDir::new_in("/dev/shm").expect("a folder");
+    let path = folder.path().join("table").display().to_string();
+    assert_eq!(code(["table", "create", &path, "--capacity", "2"]), 0);
+    assert_eq!(text(&output(["table", "allocate", &path]).stdout), "0\n");
+    let left = || json(&output(["table", "list", &path, "--json"]))["lock"]["available"].clone();
+    let full = File::options().write(true).open("/dev/full").expect("a device");
+    let unread = lockkit(["table", "allocate", &path]).stdout(full).status().expect("lockkit starts");
+    assert_eq!((unread.code(), left()), (Some(74), 1.into()));
+    let refused = output(["table", "renumber", "--yes", &path, "0", "0", "0"]);
+    assert_eq!((code_of(&refused), text(&refused.stdout), left()), (69, String::new(), 1.into()));
+}
+
+#[test]
 fn a_table_shows_who_holds_which_lock() {
     use lockkit::{LockManager, ShmLockManager};
     let folder = TempDir::new_in("/dev/shm").expect("a folder");
@@ -745,20 +784,6 @@ fn the_doctor_finds_memory_sound() {
     let report = json(&report);
     assert_eq!((&report["version"], &report["filesystem"]["kind"]), (&1.into(), &"tmpfs".into()));
     assert!(
-#[test]
-fn a_table_keeps_its_numbers_where_they_cannot_be_told_or_do_not_fit() {
-    let folder = TempDir::new_in("/dev/shm").expect("a folder");
-    let path = folder.path().join("table").display().to_string();
-    assert_eq!(code(["table", "create", &path, "--capacity", "2"]), 0);
-    assert_eq!(text(&output(["table", "allocate", &path]).stdout), "0\n");
-    let left = || json(&output(["table", "list", &path, "--json"]))["lock"]["available"].clone();
-    let full = File::options().write(true).open("/dev/full").expect("a device");
-    let unread = lockkit(["table", "allocate", &path]).stdout(full).status().expect("lockkit starts");
-    assert_eq!((unread.code(), left()), (Some(74), 1.into()));
-    let refused = output(["table", "renumber", "--yes", &path, "0", "0", "0"]);
-    assert_eq!((code_of(&refused), text(&refused.stdout), left()), (69, String::new(), 1.into()));
-}
-
         report["checks"]
             .as_array()
             .is_some_and(|checks| checks.len() == 8 && checks.iter().all(|check| check["passed"] == true))
@@ -953,6 +978,7 @@ fn flock_does_what_the_machines_own_does() {
         vec!["--bogus"],
         vec!["--bogus=1"],
         vec!["--no", f, "true"],
+        vec!["--n", f, "true"],
         vec!["--ver"],
         vec!["--w", "0.01", h, "true"],
         vec!["--shared=1", f, "true"],
@@ -992,13 +1018,19 @@ fn flock_by_descriptor_does_what_the_machines_own_does() {
     let scripts = [
         // Held by the shell from the command on, until it closes the descriptor.
         "exec 9>file; flock -n 9; echo $?; real -n file true; echo $?; exec 9>&-; real -n file true; echo $?",
-        vec!["--n", f, "true"],
         "(flock -x 8; real -n file true; echo $?) 8>file; real -n file true; echo $?",
         "exec 9>file; flock 9; flock -u 9; real -n file true; echo $?",
         "exec 9<file; flock -s 9; real -ns file true; echo $?; real -nx file true; echo $?",
         "exec 8>file 9>file; real 8; flock -n 9; echo $?; flock -n -E 5 --verbose 9; echo $?; flock -w 0.05 9; echo $?",
         "exec 8>file 9>file; real -s 8; flock -n -s 9; echo $?; flock -n 9; echo $?; flock -u 8; flock -n 9; echo $?",
         "exec 9>file; flock -n 7; echo $?; flock 9 9>&-; echo $?",
+        // Closed ones are not there, whatever Rust's runtime opens in their place.
+        "flock 0 <&-; echo $?; flock 1 2>&1 >&-; echo $?",
+        // Ignored signals stay ignored, and scripts need no first line.
+        "trap '' PIPE; flock file bash -c 'trap -p PIPE'; flock -F file bash -c 'trap -p PIPE'",
+        "flock file bash -c 'trap -p PIPE'; flock -F file bash -c 'trap -p PIPE'",
+        "echo 'echo said $0 $1' > script; chmod +x script; flock file ./script a; flock -F file ./script b",
+        "flock -h > /dev/full; echo $?; flock --verbose file true > /dev/full; echo $?",
         // The command inherits the descriptor unless told otherwise, and what it leaves running keeps the lock.
         "flock file sh -c 'sleep 60 > /dev/null 2>&1 & echo $! > pid'; real -n file true; echo $?; kill $(cat pid)",
         "flock -o file sh -c 'sleep 60 > /dev/null 2>&1 & echo $! > pid'; real -n file true; echo $?; kill $(cat pid)",
@@ -1038,13 +1070,6 @@ fn flock_as_a_subcommand_is_the_same_and_excludes_the_machines_own() {
     assert_eq!(code(["flock", "-n", &file, "true"]), 1);
     assert_eq!(code(["run", "--try", "--file", &file, "--", "true"]), 75);
     assert_eq!(code(["status", &file]), 1);
-        // Closed ones are not there, whatever Rust's runtime opens in their place.
-        "flock 0 <&-; echo $?; flock 1 2>&1 >&-; echo $?",
-        // Ignored signals stay ignored, and scripts need no first line.
-        "trap '' PIPE; flock file bash -c 'trap -p PIPE'; flock -F file bash -c 'trap -p PIPE'",
-        "flock file bash -c 'trap -p PIPE'; flock -F file bash -c 'trap -p PIPE'",
-        "echo 'echo said $0 $1' > script; chmod +x script; flock file ./script a; flock -F file ./script b",
-        "flock -h > /dev/full; echo $?; flock --verbose file true > /dev/full; echo $?",
     assert!(text(&output(["flock", "--help"]).stdout).contains("flock [options] <file>|<directory> <command>"));
     assert!(text(&output(["flock", "-V"]).stdout).starts_with("flock from lockkit "));
 }
