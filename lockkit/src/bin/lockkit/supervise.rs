@@ -251,16 +251,13 @@ pub(crate) fn run(mut hold: Hold, signals: Signals, job: Job<'_>) -> Outcome {
     };
     drop(wait_at_gate);
     hold.name_holder(&program, job.command)?;
-    let (keeper, gate) = match descriptor {
-        Some(descriptor) => {
-            let (keeper, gate) = Keeper::start(descriptor, &program, gate)?;
-            (Some(keeper), gate)
+    let keeper = match descriptor {
+        Some(descriptor) => Some(Keeper::start(descriptor, &program, gate)?),
+        None => {
+            open_gate(gate);
+            None
         }
-        None => (None, gate),
     };
-    // A failure means that the program is gone already, which shows below.
-    let _ = (&gate).write_all(b"!");
-    drop(gate);
     let status = match &hold {
         Hold::Lease(_, loss) => attend(&program, &signals, Some(loss), job),
         _ => attend(&program, &signals, None, job),
@@ -273,6 +270,11 @@ pub(crate) fn run(mut hold: Hold, signals: Signals, job: Job<'_>) -> Outcome {
         _ => {}
     }
     Ok(status)
+}
+
+/// Lets the program start. A failure means that it is gone already, which shows later.
+fn open_gate(mut gate: io::PipeWriter) {
+    let _ = gate.write_all(b"!");
 }
 
 /// The child's part. Returns only if the program could not be started, with the exit code that tells so.
@@ -416,17 +418,18 @@ impl Keeper {
     /// As `ps` shows it, so that who kills every `lockkit` by name leaves it be.
     const NAME: &CStr = c"lock-keeper";
 
-    /// Starts it. Its copy of the gate is closed, or the program would wait for ever if this process were killed now.
-    fn start(descriptor: OwnedFd, program: &Child, gate: io::PipeWriter) -> Result<(Self, io::PipeWriter), Failure> {
+    /// Starts it. It opens the gate itself, once it is out of reach of what is meant for lockkit; this process's end is
+    /// closed, or the program would wait for ever if the keeper were killed before.
+    fn start(descriptor: OwnedFd, program: &Child, gate: io::PipeWriter) -> Result<Self, Failure> {
         let (life_of_parent, life) = pipe()?;
         match fork()? {
             None => {
-                drop((gate, life));
-                keep(&program.pidfd, life_of_parent);
+                drop(life);
+                keep(&program.pidfd, life_of_parent, gate);
                 drop(descriptor);
                 std::process::exit(0)
             }
-            Some(pid) => Ok((Self { pid, life }, gate)),
+            Some(pid) => Ok(Self { pid, life }),
         }
     }
 
@@ -438,10 +441,11 @@ impl Keeper {
 }
 
 /// The keeper's part: returns when the parent has let go of its pipe or been killed, and the program has ended.
-fn keep(program: &OwnedFd, mut parent: io::PipeReader) {
+fn keep(program: &OwnedFd, mut parent: io::PipeReader, gate: io::PipeWriter) {
     // Out of reach of the terminal and of signals to the job, none of which is blocked for the program.
     let _ = setsid();
     let _ = rustix::thread::set_name(Keeper::NAME);
+    open_gate(gate);
     // Whoever reads what the program writes is not to wait for the keeper.
     if let Ok(null) = std::fs::File::options().read(true).write(true).open("/dev/null") {
         let _ = rustix::stdio::dup2_stdin(&null);
