@@ -214,7 +214,7 @@ fn nothing_panics_where_nothing_can_be_written() {
         (&["list", "--json"], 74),
         (&["run", "--try", "--name", &lock.place, "--", "true"], 75),
         (&["run", "--verbose", "--timeout", "300ms", "--name", &lock.place, "--", "true"], 75),
-        (&["flock", "--verbose", &file, "true"], 0),
+        (&["flock", "--verbose", &file, "true"], 1),
         (&["nonsense"], 64),
     ];
     for (arguments, code) in cases {
@@ -488,6 +488,36 @@ fn an_interrupt_from_the_terminal_reaches_the_program_once() {
 }
 
 #[test]
+fn a_program_in_another_group_is_interrupted_and_hears_that_the_terminal_is_gone() {
+    for kind in ["--name", "--lease"] {
+        // With setsid(1) the program leaves the session; without, lockkit leads it and is told alone.
+        for (begin, signal) in [("exec setsid sh -c", "INT"), ("exec sh -c", "HUP")] {
+            let lock = Lock::new(kind);
+            let (end, mut screen) = terminal();
+            let heard = lock._folder.path().join("heard");
+            let script = format!(
+                "{begin} 'trap \"echo > {}; exit\" {signal}; echo ready; while :; do sleep 0.02; done'",
+                heard.display()
+            );
+            let run = lock.run([], &script);
+            let mut session = Command::new("setsid");
+            session.args(["--ctty", "--fork"]).arg(run.get_program()).args(run.get_args());
+            session.stdin(end.try_clone().expect("a terminal")).stderr(end.try_clone().expect("a terminal"));
+            session.stdout(end);
+            session.status().expect("setsid starts");
+            drop(session);
+            read_until(&mut screen, |shown| shown.contains("ready"));
+            match signal {
+                "INT" => screen.write_all(b"\x03").expect("a terminal"),
+                _ => drop(screen),
+            }
+            until("the program has heard of it", || heard.exists());
+            until("the lock is free", || lock.status() == 0);
+        }
+    }
+}
+
+#[test]
 fn no_color_is_heeded_on_a_terminal() {
     let lock = Lock::new("--name");
     let (_running, pid) = lock.hold([]);
@@ -580,6 +610,21 @@ fn what_is_in_a_folder_is_listed_on_request_and_tables_in_use_without() {
 }
 
 #[test]
+fn names_of_files_reach_no_terminal_raw_and_looking_at_a_fifo_does_not_block() {
+    let folder = TempDir::new().expect("a folder");
+    let odd = folder.path().join("a\x1b[31m\nb").display().to_string();
+    let _holder = Running::start(lockkit(["run", "--file", &odd, "--", "sleep", "60"]));
+    until("it is held", || code(["status", &odd]) == 1);
+    for shown in [output(["status", &odd]), output(["list"])] {
+        let shown = text(&shown.stdout);
+        assert!(shown.contains(r"a\u{1b}[31m\nb") && !shown.contains('\x1b'), "{shown:?}");
+    }
+    let fifo = folder.path().join("fifo").display().to_string();
+    assert!(Command::new("mkfifo").arg(&fifo).status().expect("mkfifo starts").success());
+    assert_eq!(code(["status", &fifo]), 0);
+}
+
+#[test]
 fn waiters_are_counted() {
     for kind in ["--name", "--file"] {
         let lock = Lock::new(kind);
@@ -626,11 +671,21 @@ fn pidfiles_are_checked_and_only_stale_ones_are_removed() {
     let form = json(&output(["pidfile", "check", "--json", &dir]));
     assert_eq!((&form["version"], form["locks"].as_array().map(Vec::len)), (&1.into(), Some(2)));
     form["locks"].as_array().expect("locks").iter().for_each(check_form);
+    let dead = fs::read(&paths[1]).expect("a file");
     let dry = output(["pidfile", "clean", "--dry-run", &dir]);
     assert!(text(&dry.stdout).contains("would remove") && paths[1].exists());
     let clean = output(["pidfile", "clean", &dir]);
     assert_eq!((code_of(&clean), text(&clean.stdout).lines().count()), (0, 1));
-    assert_eq!(paths.map(|path| path.exists()), [true, false, true]);
+    assert_eq!(paths.each_ref().map(|path| path.exists()), [true, false, true]);
+    // What a link leads to is left alone, and said to be.
+    let link = folder.path().join("link.pid");
+    fs::write(&paths[2], dead).expect("a file");
+    symlink(&paths[2], &link).expect("a link");
+    for options in [["clean", "--dry-run"].as_slice(), &["clean"]] {
+        let refused = lockkit(["pidfile"]).args(options).arg(&dir).output().expect("lockkit starts");
+        assert_eq!((code_of(&refused), text(&refused.stdout)), (77, String::new()));
+        assert!(link.is_symlink() && paths[2].exists());
+    }
 }
 
 #[test]
@@ -707,6 +762,20 @@ fn tables_give_out_numbers_and_take_them_back() {
         assert_eq!(code(["table", "free", &path, "--all"]), 64, "nobody to ask");
         assert_eq!(code(["table", "free", &path, "--all", "--yes"]), 0);
     }
+}
+
+#[test]
+fn a_table_keeps_its_numbers_where_they_cannot_be_told_or_do_not_fit() {
+    let folder = TempDir::new_in("/dev/shm").expect("a folder");
+    let path = folder.path().join("table").display().to_string();
+    assert_eq!(code(["table", "create", &path, "--capacity", "2"]), 0);
+    assert_eq!(text(&output(["table", "allocate", &path]).stdout), "0\n");
+    let left = || json(&output(["table", "list", &path, "--json"]))["lock"]["available"].clone();
+    let full = File::options().write(true).open("/dev/full").expect("a device");
+    let unread = lockkit(["table", "allocate", &path]).stdout(full).status().expect("lockkit starts");
+    assert_eq!((unread.code(), left()), (Some(74), 1.into()));
+    let refused = output(["table", "renumber", "--yes", &path, "0", "0", "0"]);
+    assert_eq!((code_of(&refused), text(&refused.stdout), left()), (69, String::new(), 1.into()));
 }
 
 #[test]
@@ -928,6 +997,7 @@ fn flock_does_what_the_machines_own_does() {
         vec!["--bogus"],
         vec!["--bogus=1"],
         vec!["--no", f, "true"],
+        vec!["--n", f, "true"],
         vec!["--ver"],
         vec!["--w", "0.01", h, "true"],
         vec!["--shared=1", f, "true"],
@@ -973,6 +1043,13 @@ fn flock_by_descriptor_does_what_the_machines_own_does() {
         "exec 8>file 9>file; real 8; flock -n 9; echo $?; flock -n -E 5 --verbose 9; echo $?; flock -w 0.05 9; echo $?",
         "exec 8>file 9>file; real -s 8; flock -n -s 9; echo $?; flock -n 9; echo $?; flock -u 8; flock -n 9; echo $?",
         "exec 9>file; flock -n 7; echo $?; flock 9 9>&-; echo $?",
+        // Closed ones are not there, whatever Rust's runtime opens in their place.
+        "flock 0 <&-; echo $?; flock 1 2>&1 >&-; echo $?",
+        // Ignored signals stay ignored, and scripts need no first line.
+        "trap '' PIPE; flock file bash -c 'trap -p PIPE'; flock -F file bash -c 'trap -p PIPE'",
+        "flock file bash -c 'trap -p PIPE'; flock -F file bash -c 'trap -p PIPE'",
+        "echo 'echo said $0 $1' > script; chmod +x script; flock file ./script a; flock -F file ./script b",
+        "flock -h > /dev/full; echo $?; flock --verbose file true > /dev/full; echo $?",
         // The command inherits the descriptor unless told otherwise, and what it leaves running keeps the lock.
         "flock file sh -c 'sleep 60 > /dev/null 2>&1 & echo $! > pid'; real -n file true; echo $?; kill $(cat pid)",
         "flock -o file sh -c 'sleep 60 > /dev/null 2>&1 & echo $! > pid'; real -n file true; echo $?; kill $(cat pid)",

@@ -39,7 +39,7 @@ pub(crate) struct Doctor {
 #[derive(Serialize)]
 struct Report {
     version: u32,
-    folder: PathBuf,
+    folder: String,
     filesystem: FileSystem,
     checks: Vec<Check>,
     advice: Vec<Advice>,
@@ -121,6 +121,7 @@ impl Doctor {
         let checks = bench.checks();
         drop(bench);
         let advice = advise(filesystem, &checks);
+        let folder = folder.display().to_string();
         let report = Report { version: look::VERSION, folder, filesystem, checks, advice };
         match self.json {
             true => look::json(&report)?,
@@ -474,7 +475,7 @@ impl Report {
             writeln!(
                 out,
                 "{} is on {} ({magic:#x}), a file system {reach}.",
-                self.folder.display(),
+                look::plain(&self.folder),
                 paint(TITLE, kind)
             )?;
             for check in &self.checks {

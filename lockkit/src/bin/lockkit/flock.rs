@@ -6,6 +6,7 @@
 //!
 //! [flock(1)]: https://man7.org/linux/man-pages/man1/flock.1.html
 
+use std::cell::RefCell;
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -29,6 +30,8 @@ const CONFLICT: u8 = 1;
 struct Name<'n> {
     full: &'n OsStr,
     short: String,
+    /// Why something that was to be said on the standard output was not.
+    unsaid: RefCell<Option<io::Error>>,
 }
 
 /// An exit code with nothing more to say.
@@ -74,8 +77,15 @@ const WITH_VALUE: &str = "wE";
 pub(crate) fn main(called: &OsStr, arguments: Vec<OsString>) -> ExitCode {
     lockkit::command::end_at_a_closed_pipe();
     let short = Path::new(called).file_name().unwrap_or(called).to_string_lossy().into_owned();
-    match (Name { full: called, short }).run(arguments) {
-        Ok(code) | Err(End(code)) => ExitCode::from(code),
+    let name = Name { full: called, short, unsaid: RefCell::default() };
+    let (Ok(code) | Err(End(code))) = name.run(arguments);
+    // As C programs do when they close it at the end.
+    match name.unsaid.take() {
+        Some(error) => {
+            name.warn(&format!("write error: {}", text(&error)));
+            ExitCode::FAILURE
+        }
+        None => ExitCode::from(code),
     }
 }
 
@@ -197,7 +207,10 @@ impl Name<'_> {
             // Two names of one option are not ambiguous.
             (None, [first, others @ ..]) if others.iter().all(|other| other.1 == first.1) => *first,
             (None, several) => {
-                let names: Vec<_> = several.iter().map(|(long, _)| format!("'--{long}'")).collect();
+                // Another name of the first one's option is not told.
+                let first = several.first().map(|(_, option)| *option);
+                let told = several.iter().enumerate().filter(|(at, (_, option))| *at == 0 || Some(*option) != first);
+                let names: Vec<_> = told.map(|(_, (long, _))| format!("'--{long}'")).collect();
                 let given = String::from_utf8_lossy(given);
                 return Err(
                     self.misused(&format!("option '--{given}' is ambiguous; possibilities: {}", names.join(" ")))
@@ -363,7 +376,7 @@ impl Name<'_> {
             inherited.map_err(|error| self.fail(code::OS, &text_of(error)))?;
         }
         let mut command = Command::new(program);
-        command.args(arguments);
+        lockkit::command::as_given(command.args(arguments));
         let failed = |error: io::Error| {
             let code = if error.kind() == io::ErrorKind::OutOfMemory { code::OS } else { code::UNAVAILABLE };
             self.fail(code, &format!("failed to execute {}: {}", program.to_string_lossy(), text(&error)))
@@ -380,7 +393,9 @@ impl Name<'_> {
     /// At once, for the command may write there, too.
     fn say(&self, text: &str) {
         let mut out = io::stdout().lock();
-        let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+        if let Err(error) = out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+            self.unsaid.borrow_mut().get_or_insert(error);
+        }
     }
 
     fn warn(&self, message: &str) {

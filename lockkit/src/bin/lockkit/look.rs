@@ -105,6 +105,15 @@ impl Holder {
     }
 }
 
+/// With control characters, which anybody can give a file's name, written out: they would reach the terminal.
+pub(crate) fn plain(text: &str) -> String {
+    let escape = |letter: char| match letter.is_control() {
+        true => letter.escape_default().to_string(),
+        false => letter.to_string(),
+    };
+    text.chars().map(escape).collect()
+}
+
 fn rfc3339(moment: SystemTime) -> String {
     humantime::format_rfc3339_seconds(moment).to_string()
 }
@@ -159,7 +168,7 @@ impl Sight {
 
     /// One sentence or more.
     pub(crate) fn show(&self, out: &mut impl Write) -> std::io::Result<()> {
-        writeln!(out, "{} {} is {}", self.kind_text(), paint(TITLE, &self.name), self.state.painted())?;
+        writeln!(out, "{} {} is {}", self.kind_text(), paint(TITLE, plain(&self.name)), self.state.painted())?;
         for holder in &self.holders {
             writeln!(out, "  {}: {}", if self.state == State::Stale { "left by" } else { "held by" }, holder.text())?;
         }
@@ -188,7 +197,7 @@ impl Sight {
             held = "-".to_owned();
         }
         let waiters = self.waiters.map_or("-".to_owned(), |waiters| waiters.to_string());
-        [self.kind_text(), self.name.clone(), format!("{:?}", self.state).to_lowercase(), waiters, held]
+        [self.kind_text(), plain(&self.name), format!("{:?}", self.state).to_lowercase(), waiters, held]
     }
 }
 
@@ -295,7 +304,9 @@ pub(crate) fn file(path: &Path) -> Result<Sight, Failure> {
 /// Tries the lock, shared and for a moment, where nothing shows who may have it.
 fn is_locked_by_somebody_hidden(path: &Path) -> bool {
     use rustix::fs::{FlockOperation, flock};
-    let Ok(file) = File::open(path) else { return false };
+    // To open a FIFO would wait for its other end, and a device may do anything when it is opened.
+    let is_harmless = std::fs::metadata(path).is_ok_and(|found| found.is_file() || found.is_dir());
+    let Some(file) = is_harmless.then(|| File::open(path).ok()).flatten() else { return false };
     flock(&file, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK)
 }
 

@@ -73,11 +73,17 @@ fn clean(paths: &[PathBuf], dry_run: bool) -> Outcome {
     let mut worst = code::OK;
     for path in all(paths)? {
         let said = match PidFile::inspect(&path) {
+            Ok(PidStatus::Stale(_)) if path.is_symlink() => {
+                let message = format!("{} is a symbolic link to a stale pidfile, and stays", shown(&path));
+                Failure::new(code::NO_PERMISSION, message).show();
+                worst = code::NO_PERMISSION;
+                continue;
+            }
             Ok(PidStatus::Stale(owner)) if dry_run => {
-                Ok(Some(format!("would remove {}, left by {}", path.display(), owner.describe())))
+                Ok(Some(format!("would remove {}, left by {}", shown(&path), owner.describe())))
             }
             Ok(PidStatus::Stale(owner)) => PidFile::remove_stale(&path)
-                .map(|removed| removed.then(|| format!("removed {}, left by {}", path.display(), owner.describe()))),
+                .map(|removed| removed.then(|| format!("removed {}, left by {}", shown(&path), owner.describe()))),
             other => other.map(|_| None),
         };
         match said {
@@ -92,6 +98,10 @@ fn clean(paths: &[PathBuf], dry_run: bool) -> Outcome {
         }
     }
     Ok(worst)
+}
+
+fn shown(path: &Path) -> String {
+    look::plain(&path.display().to_string())
 }
 
 /// The files among `paths`, and in the folders among them.

@@ -12,11 +12,11 @@
 //!   kills the program with it (`PR_SET_PDEATHSIG`), and the fencing token covers the moment in between.
 //!
 //! Signals are blocked while the program runs, and read from a signalfd in the same poll in which its end is seen. What
-//! a terminal sends goes to the program anyway, so only signals that a process sent are passed on.
+//! a terminal sends goes to the program anyway as long as that is in the same process group, so it is not passed on then.
 
 use std::ffi::{CStr, OsString};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
@@ -29,8 +29,8 @@ use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitOptions, WaitStatus, getpid, getppid, kill_process, pidfd_open, pidfd_send_signal,
-    set_child_subreaper, set_parent_process_death_signal, setsid, waitpid,
+    Pid, PidfdFlags, Signal, WaitOptions, WaitStatus, getpgid, getpgrp, getpid, getppid, getsid, kill_process,
+    pidfd_open, pidfd_send_signal, set_child_subreaper, set_parent_process_death_signal, setsid, waitpid,
 };
 
 use crate::failure::{Failure, Outcome, code};
@@ -164,14 +164,12 @@ impl Signals {
         u8::try_from(signal.ssi_signo).ok()
     }
 
-    /// Passes on what has come to `to`, but for what a terminal sent to both.
-    fn pass_on(&self, to: impl AsFd) {
-        /// The kernel itself sent it.
-        const SI_KERNEL: i32 = 0x80;
+    /// Passes on what has come to `child`, but for what a terminal sent to both.
+    fn pass_on(&self, child: &Child) {
         while let Ok(Some(signal)) = self.read.read_signal() {
-            let number = Signal::from_named_raw(signal.ssi_signo as i32);
-            if let (Some(number), true) = (number, signal.ssi_code != SI_KERNEL) {
-                let _ = pidfd_send_signal(&to, number);
+            let Some(number) = Signal::from_named_raw(signal.ssi_signo as i32) else { continue };
+            if !child.has_got(number, signal.ssi_code) {
+                let _ = pidfd_send_signal(&child.pidfd, number);
             }
         }
     }
@@ -192,6 +190,16 @@ impl Child {
                 Err(Failure::io("watch a child (pidfd_open, of Linux 5.3)", error))
             }
         }
+    }
+
+    /// Whether a signal that came here went to this child, too: a terminal sends it to the group of processes in its
+    /// foreground, but tells the leader of its session alone that it is gone.
+    fn has_got(&self, signal: Signal, code: i32) -> bool {
+        /// The kernel itself sent it.
+        const SI_KERNEL: i32 = 0x80;
+        let to_leader_alone = || signal == Signal::HUP && getsid(None).is_ok_and(|leader| leader == getpid());
+        let same_group = || getpgid(Some(self.pid)).is_ok_and(|group| group == getpgrp());
+        code == SI_KERNEL && same_group() && !to_leader_alone()
     }
 
     /// Waits for its end, which has been seen, or must come.
@@ -243,16 +251,13 @@ pub(crate) fn run(mut hold: Hold, signals: Signals, job: Job<'_>) -> Outcome {
     };
     drop(wait_at_gate);
     hold.name_holder(&program, job.command)?;
-    let (keeper, gate) = match descriptor {
-        Some(descriptor) => {
-            let (keeper, gate) = Keeper::start(descriptor, &program, gate)?;
-            (Some(keeper), gate)
+    let keeper = match descriptor {
+        Some(descriptor) => Some(Keeper::start(descriptor, &program, gate)?),
+        None => {
+            open_gate(gate);
+            None
         }
-        None => (None, gate),
     };
-    // A failure means that the program is gone already, which shows below.
-    let _ = (&gate).write_all(b"!");
-    drop(gate);
     let status = match &hold {
         Hold::Lease(_, loss) => attend(&program, &signals, Some(loss), job),
         _ => attend(&program, &signals, None, job),
@@ -265,6 +270,11 @@ pub(crate) fn run(mut hold: Hold, signals: Signals, job: Job<'_>) -> Outcome {
         _ => {}
     }
     Ok(status)
+}
+
+/// Lets the program start. A failure means that it is gone already, which shows later.
+fn open_gate(mut gate: io::PipeWriter) {
+    let _ = gate.write_all(b"!");
 }
 
 /// The child's part. Returns only if the program could not be started, with the exit code that tells so.
@@ -284,7 +294,7 @@ fn become_program(command: &[OsString], hold: &Hold, mut gate: io::PipeReader, s
         None => command.env_remove("LOCKKIT_RECOVERED"),
     };
     signals.unblock();
-    let error = command.exec();
+    let error = lockkit::command::as_given(&mut command).exec();
     let code = match error.kind() {
         io::ErrorKind::NotFound => code::NOT_FOUND,
         _ => code::CANNOT_RUN,
@@ -325,7 +335,7 @@ fn attend(program: &Child, signals: &Signals, mut loss: Option<&LossPipe>, job: 
             return status;
         }
         if ready[1] {
-            signals.pass_on(&program.pidfd);
+            signals.pass_on(program);
         }
         if leads {
             bury_others(program.pid);
@@ -408,17 +418,18 @@ impl Keeper {
     /// As `ps` shows it, so that who kills every `lockkit` by name leaves it be.
     const NAME: &CStr = c"lock-keeper";
 
-    /// Starts it. Its copy of the gate is closed, or the program would wait for ever if this process were killed now.
-    fn start(descriptor: OwnedFd, program: &Child, gate: io::PipeWriter) -> Result<(Self, io::PipeWriter), Failure> {
+    /// Starts it. It opens the gate itself, once it is out of reach of what is meant for lockkit; this process's end is
+    /// closed, or the program would wait for ever if the keeper were killed before.
+    fn start(descriptor: OwnedFd, program: &Child, gate: io::PipeWriter) -> Result<Self, Failure> {
         let (life_of_parent, life) = pipe()?;
         match fork()? {
             None => {
-                drop((gate, life));
-                keep(&program.pidfd, life_of_parent);
+                drop(life);
+                keep(&program.pidfd, life_of_parent, gate);
                 drop(descriptor);
                 std::process::exit(0)
             }
-            Some(pid) => Ok((Self { pid, life }, gate)),
+            Some(pid) => Ok(Self { pid, life }),
         }
     }
 
@@ -430,10 +441,11 @@ impl Keeper {
 }
 
 /// The keeper's part: returns when the parent has let go of its pipe or been killed, and the program has ended.
-fn keep(program: &OwnedFd, mut parent: io::PipeReader) {
+fn keep(program: &OwnedFd, mut parent: io::PipeReader, gate: io::PipeWriter) {
     // Out of reach of the terminal and of signals to the job, none of which is blocked for the program.
     let _ = setsid();
     let _ = rustix::thread::set_name(Keeper::NAME);
+    open_gate(gate);
     // Whoever reads what the program writes is not to wait for the keeper.
     if let Ok(null) = std::fs::File::options().read(true).write(true).open("/dev/null") {
         let _ = rustix::stdio::dup2_stdin(&null);
@@ -466,6 +478,6 @@ pub(crate) fn behind(lead: impl FnOnce() -> Outcome) -> Outcome {
         if polled.is_err() || !watched[0].revents().is_empty() {
             return Ok(leader.status().unwrap_or(code::OS));
         }
-        signals.pass_on(&leader.pidfd);
+        signals.pass_on(&leader);
     }
 }

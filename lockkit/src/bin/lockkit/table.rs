@@ -121,7 +121,8 @@ impl Table {
                     Some(id) => table.allocate_at(id)?,
                     None => table.allocate()?,
                 };
-                look::say(|out| writeln!(out, "{}", lock.id()))?;
+                // A number that nobody has read is nobody's.
+                look::say(|out| writeln!(out, "{}", lock.id())).inspect_err(|_| drop(lock.free()))?;
                 Ok(code::OK)
             }
             Self::Free { path, all: true, yes, .. } => {
@@ -162,6 +163,15 @@ fn renumber(path: &Path, mut ids: Vec<u32>, yes: bool) -> Outcome {
         let message = format!("lock {} of {} is held by {}", held.id(), path.display(), held.owner().describe());
         return Err(Failure::new(code::TEMPORARY, message));
     }
+    // Before anything is freed: halfway through, the old numbers would be gone and the new ones untold.
+    if !path.is_dir() {
+        let capacity = ShmLockManager::open(path)?.capacity();
+        if ids.len() > capacity as usize {
+            let message = format!("{} has room for {capacity} locks, and {} were given", path.display(), ids.len());
+            let example = format!("lockkit table create {}.new --capacity {}", path.display(), ids.len());
+            return Err(Failure::new(code::UNAVAILABLE, message).example(example));
+        }
+    }
     agreed(yes, &format!("Free all locks of {}, and give {} numbers anew?", path.display(), ids.len()))?;
     // Who has a number alone keeps it; the others come after those, so that none of them takes it.
     let mut uses = BTreeMap::new();
@@ -174,10 +184,12 @@ fn renumber(path: &Path, mut ids: Vec<u32>, yes: bool) -> Outcome {
         // One beyond the end of a new table is given another.
         kept.insert(*id, table.allocate_at(*id).is_ok());
     }
+    let mut renumbered = Vec::with_capacity(ids.len());
     for id in ids {
         let first = kept.insert(id, false) == Some(true);
-        let new = if first { id } else { table.allocate()?.id() };
-        look::say(|out| writeln!(out, "{id} {new}"))?;
+        renumbered.push((id, if first { id } else { table.allocate()?.id() }));
     }
+    // Only now: who stops reading stops this command, which is not to happen halfway.
+    look::say(|out| renumbered.iter().try_for_each(|(id, new)| writeln!(out, "{id} {new}")))?;
     Ok(code::OK)
 }
