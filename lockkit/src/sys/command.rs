@@ -28,6 +28,7 @@ static CLOSED: AtomicU8 = AtomicU8::new(0);
 static PIPE_IGNORED: AtomicBool = AtomicBool::new(false);
 
 /// Looks before Rust's runtime opens closed standard descriptors on /dev/null and ignores SIGPIPE.
+#[cfg(any(target_os = "linux", target_os = "android"))]
 extern "C" fn look() {
     for number in 0..3 {
         // SAFETY: asks only, and fails where nothing is open.
