@@ -1,5 +1,5 @@
-//! How soon a program runs that the command `lockkit` starts under a lock, beside flock(1). The time runs from just before
-//! the start to what `date` says when it runs. Ours and the peer's starts take turns.
+//! How soon a program runs that the command `lockkit` starts under a lock, beside flock(1). The time runs from just
+//! before the start to what `date` says when it runs. Ours and the peer's starts take turns.
 //!
 //! It builds the command first, for this package cannot depend on a program.
 

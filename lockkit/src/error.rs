@@ -205,8 +205,9 @@ pub enum ErrorKind {
     /// The system refused something that the lock needs.
     ///
     /// A write beyond the limit of file sizes (`RLIMIT_FSIZE`, `ulimit -f`) is such an error only in a program that
-    /// ignores or handles `SIGXFSZ`. Rust programs do not by default, so the signal ends them, as it does at every other
-    /// write; what they held is then free like that of any process that died. lockkit changes no signal's handling.
+    /// ignores or handles `SIGXFSZ`. Rust programs do not by default, so the signal ends them, as it does at every
+    /// other write; what they held is then free like that of any process that died. lockkit changes no signal's
+    /// handling.
     #[error("cannot {action} {}", .path.display())]
     Io {
         /// What was attempted, as a verb: "open", "bind".

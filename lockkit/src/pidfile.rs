@@ -697,8 +697,8 @@ impl PidGuard {
     ///
     /// # Errors
     /// [`RogueDeletion`](ErrorKind::RogueDeletion) when somebody removed, replaced or rewrote the file; what stands in
-    /// its place stays. [`Io`](ErrorKind::Io) when it cannot be removed. It is released all the same, unless it cannot be
-    /// read: then nothing tells whether a forked child has taken it over, and it stays until this process ends.
+    /// its place stays. [`Io`](ErrorKind::Io) when it cannot be removed. It is released all the same, unless it cannot
+    /// be read: then nothing tells whether a forked child has taken it over, and it stays until this process ends.
     pub fn release(mut self) -> Result<()> {
         self.give_back()
     }
@@ -714,8 +714,8 @@ impl PidGuard {
         if self.generation != fork::generation() {
             return Ok(());
         }
-        // A record that stayed would keep others out for as long as this process lives, so a read that failed is not the
-        // last word.
+        // A record that stayed would keep others out for as long as this process lives, so a read that failed is not
+        // the last word.
         let removed = match self.says(&file).or_else(|_| self.says(&file)) {
             Ok(bytes) if bytes == self.record.as_bytes() => self.remove(&file),
             // Written through the same open file, by a child that owns it now: unlocking would take it from the child.

@@ -322,8 +322,8 @@ fn what_reads_the_output_of_a_program_waits_for_nobody_else() {
     assert_eq!(rest, "");
 }
 
-/// `command` with the signals that a shell has its background jobs ignore, as it may this test: what is ignored from the
-/// start no shell can trap.
+/// `command` with the signals that a shell has its background jobs ignore, as it may this test: what is ignored from
+/// the start no shell can trap.
 fn with_usual_signals(command: &Command) -> Command {
     let mut usual = Command::new("env");
     usual.arg("--default-signal=INT,QUIT").arg(command.get_program()).args(command.get_args());

@@ -1,7 +1,7 @@
 //! The kinds of lock under test.
 //!
-//! A new kind, or a new store of leases, gets every case of the suite by a [`Fixture`], a constant in [`Kind`], its place
-//! in [`KINDS`], and a line `suite!(name, Kind::NAME);` in a file of `tests/tests`.
+//! A new kind, or a new store of leases, gets every case of the suite by a [`Fixture`], a constant in [`Kind`], its
+//! place in [`KINDS`], and a line `suite!(name, Kind::NAME);` in a file of `tests/tests`.
 
 use std::fmt;
 use std::ops::Deref;
@@ -216,10 +216,10 @@ impl Fixture for Pid {
 
 /// A [`Lease`] on a file.
 ///
-/// Its ttl is longer than anybody in the suite is ever stopped. So it is a lock like any other there: what frees it is a
-/// release, or that its owner is seen dead, and nobody is taken over alive. What becomes of a holder that is silent for
-/// longer is judged by the tokens, in the tests of leases. The heartbeat is long enough that hardly one falls into a
-/// scenario of [`steps`](crate::steps).
+/// Its ttl is longer than anybody in the suite is ever stopped. So it is a lock like any other there: what frees it is
+/// a release, or that its owner is seen dead, and nobody is taken over alive. What becomes of a holder that is silent
+/// for longer is judged by the tokens, in the tests of leases. The heartbeat is long enough that hardly one falls into
+/// a scenario of [`steps`](crate::steps).
 struct FileLease;
 
 impl Fixture for FileLease {

@@ -120,9 +120,10 @@ impl LeaseBuilder {
         self
     }
 
-    /// What to call when a held lease is lost: once for each loss, and not at a release. The losses of a process are told
-    /// one after the other by a thread that is started for them (the heartbeat's if none can be). So it may take its
-    /// time, but who has more leases is told of the next only when it returns. A panic in it is caught and ends there.
+    /// What to call when a held lease is lost: once for each loss, and not at a release. The losses of a process are
+    /// told one after the other by a thread that is started for them (the heartbeat's if none can be). So it may take
+    /// its time, but who has more leases is told of the next only when it returns. A panic in it is caught and ends
+    /// there.
     ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {

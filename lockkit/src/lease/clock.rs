@@ -27,8 +27,8 @@ pub trait Clock: fmt::Debug + Send + Sync {
     fn on_jump(&self, _sleeper: &Waker) {}
 
     /// What tells the clock that other processes read, too, from every other one; `None` for a clock of this process's
-    /// own, which is what it is unless told otherwise. Two readings under the same id can be compared, and leases of one
-    /// process whose clocks have the same are counted by any of them.
+    /// own, which is what it is unless told otherwise. Two readings under the same id can be compared, and leases of
+    /// one process whose clocks have the same are counted by any of them.
     fn shared_id(&self) -> Option<u128> {
         None
     }

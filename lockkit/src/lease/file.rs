@@ -593,7 +593,8 @@ fn token_after(before: Option<&Record>) -> Result<u64> {
 /// Whether the file is on a file system of this machine's own. One that is not known is not.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 fn is_local(file: &File) -> bool {
-    /// tmpfs, ramfs, ext2 to 4, xfs, btrfs, overlayfs, zfs, f2fs, bcachefs, jfs, fat, exfat: the numbers of [statfs(2)].
+    /// tmpfs, ramfs, ext2 to 4, xfs, btrfs, overlayfs, zfs, f2fs, bcachefs, jfs, fat, exfat: the numbers of
+    /// [statfs(2)].
     ///
     /// [statfs(2)]: https://man7.org/linux/man-pages/man2/statfs.2.html
     const LOCAL: [u64; 12] = [

@@ -5,19 +5,19 @@
 //! stays there until it comes up, or until such ones are more than half of all; a release never searches.
 //!
 //! One request at a time is under way. A second thread, the deputy, sleeps beside it and looks four times a second, or
-//! more often where a served ttl is shorter than two seconds, whether the request still is. If so it beats from then on,
-//! and starts another deputy; the thread whose request it was ends when that returns. Until then nothing is asked of that
-//! request's *place* (a store, or the file system of a file), though the ends of its leases are told. So whatever hangs,
-//! and for how long, delays the beats of other places by a quarter of the shortest ttl, at most by half a second, and
-//! costs one thread for each place that hangs.
+//! more often where a served ttl is shorter than two seconds, whether the request still is. If so it beats from then
+//! on, and starts another deputy; the thread whose request it was ends when that returns. Until then nothing is asked
+//! of that request's *place* (a store, or the file system of a file), though the ends of its leases are told. So
+//! whatever hangs, and for how long, delays the beats of other places by a quarter of the shortest ttl, at most by half
+//! a second, and costs one thread for each place that hangs.
 //!
 //! A place that took long but returned in time rests for as long as it took, whatever is due there, so others get half
 //! of the time at least. It rests no longer than a request may take: what takes longer than that is rather a process
 //! that was stopped, and its leases have no time to lose.
 //!
 //! A forked child has a heart of its own, without the beats of its parent's leases, once it takes a lease. The mutex is
-//! the standard library's, because parking_lot's waits go through a table of the whole process, which a fork could leave
-//! locked.
+//! the standard library's, because parking_lot's waits go through a table of the whole process, which a fork could
+//! leave locked.
 
 use std::cmp::Ordering;
 use std::collections::{BinaryHeap, VecDeque};
@@ -234,7 +234,8 @@ impl Heart {
                 return;
             };
             drop(losses);
-            // A panic has been reported by its hook, and concerns nobody else. What the callback owns goes in here, too.
+            // A panic has been reported by its hook, and concerns nobody else. What the callback owns goes in here,
+            // too.
             let _ = catch_unwind(AssertUnwindSafe(move || call(&loss)));
         }
     }

@@ -1,10 +1,11 @@
 //! Leases: a lock with a time to live, a fencing token, and an honest answer to "do I still hold it?".
 //!
 //! A lease is a record that says who holds a key, and for how long from its last renewal. One heartbeat thread renews
-//! all leases of a process. A holder that cannot renew, because it was stopped, cut off or is hung, loses the lease when
-//! its time is over, and **knows it**: [`LeaseGuard::is_held`] counts by the holder's own clock, from before the request
-//! that was granted, less one part in a hundred and 2 ms. So it turns false before anybody else can get in, as long as
-//! no clock runs wrong by more than that, and whether or not a heartbeat has run since. No two clocks are compared.
+//! all leases of a process. A holder that cannot renew, because it was stopped, cut off or is hung, loses the lease
+//! when its time is over, and **knows it**: [`LeaseGuard::is_held`] counts by the holder's own clock, from before the
+//! request that was granted, less one part in a hundred and 2 ms. So it turns false before anybody else can get in, as
+//! long as no clock runs wrong by more than that, and whether or not a heartbeat has run since. No two clocks are
+//! compared.
 //!
 //! What no lease can do is stop a holder between asking `is_held` and what it then does; nor tell it that the virtual
 //! machine in which it runs was paused or put back to a snapshot, where its clock stands still. For that there is the
@@ -123,9 +124,9 @@ impl Lease {
     /// reaches all of them.
     ///
     /// The file is made at the first acquisition, with the folders that it needs, and never deleted, because it keeps
-    /// the token: do not delete it either. Who comes after a deletion gets the lease at once, while its holder learns of
-    /// it at its next beat; where nobody came, that beat makes the file anew, with its folders. The path is made absolute
-    /// by [`build`](LeaseBuilder::build), so a later change of the working folder changes nothing.
+    /// the token: do not delete it either. Who comes after a deletion gets the lease at once, while its holder learns
+    /// of it at its next beat; where nobody came, that beat makes the file anew, with its folders. The path is made
+    /// absolute by [`build`](LeaseBuilder::build), so a later change of the working folder changes nothing.
     ///
     /// Every step, also each heartbeat, opens, locks, rewrites and closes the file, some 5 µs in memory: no descriptor
     /// is kept, so ten thousand leases need no more of them than one. On file systems of
@@ -135,13 +136,14 @@ impl Lease {
     /// such as NFS, CIFS and FUSE, each step is synced, so that a beat has reached the server before it counts.
     ///
     /// What that costs: a process whose descriptors are used up cannot beat, and loses its file leases after a ttl. One
-    /// that is stopped, or killed but not yet gone, in the middle of a step has the file locked for as long, so nobody can
-    /// take the lease or beat meanwhile: keep the file where only those can open it who are to have the lease.
+    /// that is stopped, or killed but not yet gone, in the middle of a step has the file locked for as long, so nobody
+    /// can take the lease or beat meanwhile: keep the file where only those can open it who are to have the lease.
     ///
-    /// Who wants a held lease takes it over when its owner is dead by its identity (the same host, or an earlier boot of
-    /// it, where `/etc/machine-id` tells which host that is), or when its beat has not changed for the ttl that stands in the record, by the clock of who wants it. A
-    /// program that tries only once each time it is started, as from cron, gets there too: it leaves a note of when it
-    /// first saw that beat, which the next one on the same machine goes on from.
+    /// Who wants a held lease takes it over when its owner is dead by its identity (the same host, or an earlier boot
+    /// of it, where `/etc/machine-id` tells which host that is), or when its beat has not changed for the ttl that
+    /// stands in the record, by the clock of who wants it. A program that tries only once each time it is started, as
+    /// from cron, gets there too: it leaves a note of when it first saw that beat, which the next one on the same
+    /// machine goes on from.
     ///
     /// A record that cannot be read counts as held until a waiter has seen it unchanged for
     /// [`invalid_pid_lock_stale_threshold`](LeaseBuilder::invalid_pid_lock_stale_threshold). Programs that only ever
@@ -194,8 +196,8 @@ impl Lease {
     /// [`Held`](ErrorKind::Held), [`Timeout`](ErrorKind::Timeout) or [`Cancelled`](ErrorKind::Cancelled) as `wait` has
     /// it; [`Io`](ErrorKind::Io) when the heartbeat thread cannot be started, or the file not be made, opened, locked
     /// or written; [`Store`](ErrorKind::Store) when another store fails as often as
-    /// [`acquire_retry_limit`](LeaseBuilder::acquire_retry_limit) has it, or never answered within the limit of the wait:
-    /// then the request may yet take effect, and the lease be held by nobody for a ttl. Of a file also
+    /// [`acquire_retry_limit`](LeaseBuilder::acquire_retry_limit) has it, or never answered within the limit of the
+    /// wait: then the request may yet take effect, and the lease be held by nobody for a ttl. Of a file also
     /// [`LayoutMismatch`](ErrorKind::LayoutMismatch) when a later version wrote it,
     /// [`ForeignOwner`](ErrorKind::ForeignOwner) when another user than this one or root owns it, and
     /// [`Insecure`](ErrorKind::Insecure) when it is a link or no plain file.
@@ -395,8 +397,9 @@ impl fmt::Debug for Lease {
 /// A held [`Lease`]; dropping it releases, and waits for that as long as a request to the store may take.
 ///
 /// A guard is held until its lease is lost, and a lost lease stays lost; when its guard goes the file is given free, so
-/// that nobody waits any longer, and the next owner is told that it was not released. A forked child's copy of a guard is not held,
-/// and dropping it does nothing. A guard that is leaked (`mem::forget`) goes on being renewed until the process ends.
+/// that nobody waits any longer, and the next owner is told that it was not released. A forked child's copy of a guard
+/// is not held, and dropping it does nothing. A guard that is leaked (`mem::forget`) goes on being renewed until the
+/// process ends.
 ///
 /// All methods may be called from any thread. None but dropping and releasing touches the store.
 #[must_use = "a guard that is dropped at once releases its lock at once; bind it to a name such as `_guard`"]

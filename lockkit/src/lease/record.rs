@@ -18,7 +18,8 @@
 //! Every field down to the notes stands at a fixed place, and the whole is filled with newlines to a fixed length: a
 //! beat changes a few digits in place and never needs new space on the disk. The four `saw` lines are the notes of
 //! observers: by which clock, and when, one first saw this beat. Behind them stands who the owner is
-//! ([`lines`]), or the last one was, where the state is `free`, or `lost` (free, but not by a release). What a file has beyond that length does not count.
+//! ([`lines`]), or the last one was, where the state is `free`, or `lost` (free, but not by a release). What a file has
+//! beyond that length does not count.
 //!
 //! The sum is FNV-1a over the record as 64-bit words, little-endian, without the two words that hold the sum itself. It
 //! guards against halves and accidents, not against forgers.

@@ -30,8 +30,9 @@ type Cause = Box<dyn std::error::Error + Send + Sync>;
 /// - [`renew`](Self::renew), [`release`](Self::release) and [`evict`](Self::evict) compare the claim and the token
 ///   in the step in which they change the record.
 /// - No request takes longer than its [`Deadline`]. One heartbeat thread serves all leases of a process, so what hangs
-///   holds up the beats of other leases until another thread has noticed, and costs a thread for as long. A renewal that queues behind the requests of other threads, or behind
-///   who waits in [`park`](Self::park), as for a connection that they share, may come too late.
+///   holds up the beats of other leases until another thread has noticed, and costs a thread for as long. A renewal
+///   that queues behind the requests of other threads, or behind who waits in [`park`](Self::park), as for a connection
+///   that they share, may come too late.
 /// - A request that may have taken effect, though no answer came, is [`StoreError::Unknown`].
 ///
 /// A store needs no clock of its own that anybody compares: it promises to keep a record for the ttl from when it got

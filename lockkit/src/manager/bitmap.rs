@@ -180,8 +180,8 @@ impl Bitmap<'_> {
         step("allocation counted");
     }
 
-    /// Has the next searches skip a word in which one has found no room. Allocating the last of it does not mark it yet,
-    /// for where that one comes and goes the mark would, too.
+    /// Has the next searches skip a word in which one has found no room. Allocating the last of it does not mark it
+    /// yet, for where that one comes and goes the mark would, too.
     fn mark_full(&self, word: usize) {
         let upper = &self.full[word / BITS as usize];
         upper.fetch_or(bit(word), Ordering::SeqCst);

@@ -37,16 +37,16 @@ use crate::wait::{Subject, Wait};
 ///
 /// For where there is no memory to share, or where a few locks are to be seen in the file system. It has no limit but
 /// the file system's. A lock costs a few microseconds, where [`ShmLockManager`](crate::ShmLockManager) takes
-/// nanoseconds. Not on a file system that several machines share. Nobody but its managers should touch the folder, which
-/// is one user's.
+/// nanoseconds. Not on a file system that several machines share. Nobody but its managers should touch the folder,
+/// which is one user's.
 ///
-/// Each lock that is held takes a descriptor, and each [`ManagedLock`] that was ever locked keeps one for the next time:
-/// keep numbers rather than thousands of handles.
+/// Each lock that is held takes a descriptor, and each [`ManagedLock`] that was ever locked keeps one for the next
+/// time: keep numbers rather than thousands of handles.
 ///
-/// A process that is stopped while it allocates or frees holds up all others that do, and releases of freed locks, until
-/// it goes on or dies. Freeing a lock whose owner died inside forgets that. [`held`](LockManager::held) goes by what
-/// owners have written down: it goes on listing one that has started another program in its place, which ends its hold,
-/// and one that died in another pid namespace, until the next owner comes.
+/// A process that is stopped while it allocates or frees holds up all others that do, and releases of freed locks,
+/// until it goes on or dies. Freeing a lock whose owner died inside forgets that. [`held`](LockManager::held) goes by
+/// what owners have written down: it goes on listing one that has started another program in its place, which ends its
+/// hold, and one that died in another pid namespace, until the next owner comes.
 ///
 /// ```
 /// use lockkit::{FileLockManager, LockManager};
@@ -212,8 +212,8 @@ impl Folder {
         self.path.join(format!("{id}.lock"))
     }
 
-    /// Looks at the folder before anything in it is touched, and makes a table of an empty one, which is what a `create`
-    /// that was killed leaves.
+    /// Looks at the folder before anything in it is touched, and makes a table of an empty one, which is what a
+    /// `create` that was killed leaves.
     fn check(&self) -> Result<()> {
         let failed = |error| Error::io("open", &self.path, error);
         let found = fs::metadata(&self.path).map_err(failed)?;

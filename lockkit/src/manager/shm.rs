@@ -55,10 +55,10 @@ use crate::wait::{Backoff, GaveUp, Patience, Subject, Wait};
 /// A process stays attached to a table until it ends, also when every handle on it is gone: for a few tables each, not
 /// for thousands that come and go. At most 4094 processes share a table. A process that closes descriptors which it did
 /// not open, as some daemons do at their start, gives away what it holds; let it attach afterwards. A forked child
-/// attaches anew when it first uses the table, and needs the file still to be there and to be its own. Do not shorten the file while it is in use: a
-/// process that touches a lock that is not there any more is ended by the system (SIGBUS). The same comes of a full file
-/// system that cannot set room aside (fallocate(2)); those in memory, ext4, XFS and btrfs can. Do not put it on a file
-/// system that several machines share.
+/// attaches anew when it first uses the table, and needs the file still to be there and to be its own. Do not shorten
+/// the file while it is in use: a process that touches a lock that is not there any more is ended by the system
+/// (SIGBUS). The same comes of a full file system that cannot set room aside (fallocate(2)); those in memory, ext4, XFS
+/// and btrfs can. Do not put it on a file system that several machines share.
 ///
 /// ```
 /// # #[cfg(target_os = "linux")]
@@ -262,8 +262,8 @@ struct Attached {
     capacity: u32,
     /// This process as lock words name it, and above it the fork generation for which that holds.
     me: AtomicU64,
-    /// The open file that holds the slot's lock. Locked with forks held off. A forked child's copy holds nothing. The mapping is made of another
-    /// one, for a mapping keeps its open file, and a forked child keeps the mapping.
+    /// The open file that holds the slot's lock. Locked with forks held off. A forked child's copy holds nothing. The
+    /// mapping is made of another one, for a mapping keeps its open file, and a forked child keeps the mapping.
     slot: Mutex<Shielded<File>>,
 }
 

@@ -12,8 +12,8 @@
 //! ```
 //! The first line is all that other programs read. It follows the [Filesystem Hierarchy Standard], 3.15.2: a reader
 //! ignores spaces around the pid, leading zeros, a missing newline and further lines. Nothing else may stand there. The
-//! second line tells a record of lockkit from what another program writes, and names the format. Behind it stands who the
-//! owner is ([`lines`]).
+//! second line tells a record of lockkit from what another program writes, and names the format. Behind it stands who
+//! the owner is ([`lines`]).
 //!
 //! [Filesystem Hierarchy Standard]: https://refspecs.linuxfoundation.org/FHS_3.0/fhs/ch03s15.html
 

@@ -143,9 +143,9 @@ impl<T: AsFd> Drop for Shielded<T> {
     }
 }
 
-/// Holds forks off until it is dropped: for a mutex that a forked child needs, and must not find locked by a thread that
-/// it does not have. Made before the mutex is locked. No shielded descriptor may be made or dropped meanwhile, for that
-/// waits for forks.
+/// Holds forks off until it is dropped: for a mutex that a forked child needs, and must not find locked by a thread
+/// that it does not have. Made before the mutex is locked. No shielded descriptor may be made or dropped meanwhile, for
+/// that waits for forks.
 #[derive(Debug)]
 pub(crate) struct NoFork(&'static AtomicI32);
 

@@ -1,7 +1,8 @@
 //! A value of which each process has its own, also one that was forked.
 //!
-//! A forked child gets a fresh one at its first use. What it inherited may have been locked by a thread that it does not
-//! have, so it is neither touched nor dropped: it is left where it is, once for each fork that is followed by a use.
+//! A forked child gets a fresh one at its first use. What it inherited may have been locked by a thread that it does
+//! not have, so it is neither touched nor dropped: it is left where it is, once for each fork that is followed by a
+//! use.
 
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, Ordering};

@@ -1,9 +1,9 @@
 //! `lockkit list`: every lock that somebody holds, as far as this user may see.
 //!
 //! Named locks and locked files are found by themselves; of pidfiles those in the system's folders for them. A lease
-//! leaves no trace in the kernel while nobody touches it, so `lockkit run` keeps its file open for this; those that other
-//! programs hold are found by path only. A table in shared memory is open, and locked in its own way, in each process
-//! that uses it.
+//! leaves no trace in the kernel while nobody touches it, so `lockkit run` keeps its file open for this; those that
+//! other programs hold are found by path only. A table in shared memory is open, and locked in its own way, in each
+//! process that uses it.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -20,8 +20,8 @@ use crate::place;
 ///
 /// Shown are the named locks of this user and of the machine; of the processes of this user, or of everybody for root,
 /// the files that they have locked, the leases under which lockkit runs programs, and the tables in shared memory that
-/// they use; the pidfiles in /run, and the tables in /dev/shm. What else there is, such as the leases of other programs,
-/// is found in the files and folders that are given.
+/// they use; the pidfiles in /run, and the tables in /dev/shm. What else there is, such as the leases of other
+/// programs, is found in the files and folders that are given.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:

@@ -12,7 +12,8 @@
 //!   kills the program with it (`PR_SET_PDEATHSIG`), and the fencing token covers the moment in between.
 //!
 //! Signals are blocked while the program runs, and read from a signalfd in the same poll in which its end is seen. What
-//! a terminal sends goes to the program anyway as long as that is in the same process group, so it is not passed on then.
+//! a terminal sends goes to the program anyway as long as that is in the same process group, so it is not passed on
+//! then.
 
 use std::ffi::{CStr, OsString};
 use std::io::{self, Read, Write};

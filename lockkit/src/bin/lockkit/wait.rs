@@ -50,7 +50,8 @@ impl WaitFor {
         loop {
             let begun = Instant::now();
             let state = look::state(place, self.scope)?;
-            // Looking at a file reads the descriptors of all processes, and is not to take more than a tenth of the time.
+            // Looking at a file reads the descriptors of all processes, and is not to take more than a tenth of the
+            // time.
             let looked = begun.elapsed();
             if state != State::Held {
                 return Ok(code::OK);
