@@ -260,7 +260,7 @@ impl Drop for World {
 /// How often a second the storm comes.
 const GUSTS: u32 = 1000;
 
-/// Signals this process at [`GUSTS`], for as long as it lives. Each interrupts the system call that it falls into: its
+/// Signals this process at `GUSTS`, for as long as it lives. Each interrupts the system call that it falls into: its
 /// handler is set without `SA_RESTART`.
 pub fn raise_a_storm() {
     use nix::sys::signal::{SaFlags, SigAction, SigEvent, SigHandler, SigSet, SigevNotify, Signal, sigaction};
