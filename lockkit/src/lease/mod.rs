@@ -289,7 +289,7 @@ impl Inner {
                         return Ok(LeaseGuard { held: Held::begin(self.clone(), grant, heart, sent), recovered });
                     }
                     let _ = self.store.release(&grant, self.request());
-                    claim = ClaimId::random();
+                    (claim, is_answered) = (ClaimId::random(), true);
                     StoreError::refused("its answer came too late")
                 }
                 Ok(Attempt::Busy(seen)) => {
