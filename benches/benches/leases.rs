@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use lockkit::lease::{Clock, ManualClock, SystemClock};
 use lockkit::{Lease, LeaseGuard};
-use lockkit_benches::arguments;
+use lockkit_benches::Experiment;
 use lockkit_benches::process::{self, Peer, now};
 use lockkit_benches::table::{self, Bound, Row, Value};
 use rustix::fs::{FlockOperation, flock};
@@ -45,9 +45,7 @@ const FULL: Length =
 const QUICK: Length =
     Length { blocks: (3, 20), hand_overs: 10, thousand: (1, 100), many: (1000, Duration::from_millis(1500)) };
 
-type Experiment = fn(&Length) -> Vec<Row>;
-
-const EXPERIMENTS: [(&str, Experiment); 6] = [
+const EXPERIMENTS: [Experiment<Length>; 6] = [
     ("leases/uncontended", uncontended),
     ("leases/renewal", renewal),
     ("leases/is-held", is_held),
@@ -60,17 +58,7 @@ fn main() {
     if let Some(part) = process::part() {
         return waiter(&part);
     }
-    let filter = arguments::filter();
-    let _alone = lockkit_benches::alone();
-    let length = if arguments::is_quick() { QUICK } else { FULL };
-    let mut rows = Vec::new();
-    for (name, experiment) in EXPERIMENTS {
-        if name.contains(&filter) {
-            println!("{name}");
-            rows.extend(experiment(&length));
-        }
-    }
-    table::print(&rows);
+    lockkit_benches::run(&EXPERIMENTS, &FULL, &QUICK);
 }
 
 /// A folder in memory, where nothing is measured of a disk. Removed at the end.

@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use lockkit::{LockManager, ManagedLock, ShmLockManager};
-use lockkit_benches::arguments;
+use lockkit_benches::Experiment;
 use lockkit_benches::process::{now, spin};
 use lockkit_benches::table::{self, Bound, Row, Value};
 
@@ -35,9 +35,7 @@ struct Length {
 const FULL: Length = Length { blocks: (15, 300), opens: 50, deaths: 200, crowd: (3, Duration::from_secs(2)) };
 const QUICK: Length = Length { blocks: (3, 20), opens: 5, deaths: 10, crowd: (1, Duration::from_millis(100)) };
 
-type Experiment = fn(&Length) -> Vec<Row>;
-
-const EXPERIMENTS: [(&str, Experiment); 5] = [
+const EXPERIMENTS: [Experiment<Length>; 5] = [
     ("managers/uncontended", uncontended),
     ("managers/allocate", allocate),
     ("managers/open", open),
@@ -46,17 +44,7 @@ const EXPERIMENTS: [(&str, Experiment); 5] = [
 ];
 
 fn main() {
-    let filter = arguments::filter();
-    let _alone = lockkit_benches::alone();
-    let length = if arguments::is_quick() { QUICK } else { FULL };
-    let mut rows = Vec::new();
-    for (name, experiment) in EXPERIMENTS {
-        if name.contains(&filter) {
-            println!("{name}");
-            rows.extend(experiment(&length));
-        }
-    }
-    table::print(&rows);
+    lockkit_benches::run(&EXPERIMENTS, &FULL, &QUICK);
 }
 
 /// A table that is removed at the end.

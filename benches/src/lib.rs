@@ -25,9 +25,29 @@ pub mod table;
 
 use lockkit::NamedGuard;
 
+use crate::table::Row;
+
 /// Waits until no other run is under way, which would measure this one as much as itself. The runs of a user can
 /// therefore all use the same lock names; a lock leaves a small record behind for every name.
 pub fn alone() -> NamedGuard {
     let lock = lockkit::NamedLock::new("lockkit-benches").expect("the name is valid");
     lock.lock().expect("the lock on the benches can be taken")
+}
+
+/// What a program measures, by name, as much of it as `L` says.
+pub type Experiment<L> = (&'static str, fn(&L) -> Vec<Row>);
+
+/// Runs the experiments that were asked for, as much of them as was asked for, and prints their rows.
+pub fn run<L>(experiments: &[Experiment<L>], full: &L, quick: &L) {
+    let filter = arguments::filter();
+    let _alone = alone();
+    let length = if arguments::is_quick() { quick } else { full };
+    let mut rows = Vec::new();
+    for (name, experiment) in experiments {
+        if name.contains(&filter) {
+            println!("{name}");
+            rows.extend(experiment(length));
+        }
+    }
+    table::print(&rows);
 }

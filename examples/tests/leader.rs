@@ -1,18 +1,14 @@
 //! Runs the example, and reads what it says.
 
-use std::path::PathBuf;
+mod common;
+
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use common::example;
+
 /// As long as the example may take on a busy machine; it takes a little more than its ttl of 2 s.
 const A_FEW_SECONDS: Duration = Duration::from_secs(30);
-
-/// The example, beside the test that runs.
-fn example() -> Command {
-    let test = std::env::current_exe().unwrap();
-    let examples: Vec<PathBuf> = test.ancestors().map(|folder| folder.join("examples/leader")).collect();
-    Command::new(examples.into_iter().find(|path| path.is_file()).expect("cargo build --example leader"))
-}
 
 /// Who leads by this line, with which token, and what else it says.
 fn leads(line: &str) -> (&str, u64, &str) {
@@ -24,7 +20,7 @@ fn leads(line: &str) -> (&str, u64, &str) {
 #[test]
 fn a_killed_leader_is_followed_and_a_stopped_one_is_refused_and_knows_it() {
     let start = Instant::now();
-    let output = example().output().unwrap();
+    let output = Command::new(example("leader")).output().unwrap();
     let said = String::from_utf8(output.stdout).unwrap();
     println!("{said}");
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");

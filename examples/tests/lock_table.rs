@@ -1,14 +1,10 @@
 //! Runs the example: its first worker dies inside account 2, and somebody must be told.
 
-use std::path::PathBuf;
+mod common;
+
 use std::process::Command;
 
-/// The example `name`, beside the test that runs.
-fn example(name: &str) -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let examples = test.ancestors().map(|folder| folder.join("examples").join(name));
-    examples.into_iter().find(|path| path.is_file()).unwrap_or_else(|| panic!("{name} is not built"))
-}
+use common::example;
 
 #[test]
 fn the_owner_after_a_death_is_told_and_all_locks_are_free_at_the_end() {

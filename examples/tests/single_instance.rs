@@ -1,22 +1,15 @@
 //! The example as a user meets it: started once, started twice, killed, started with a bad argument.
 
+mod common;
+
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use common::example;
+
 /// As long as a program that does not wait may take on a busy machine.
 const AT_ONCE: Duration = Duration::from_secs(5);
-
-fn example() -> Command {
-    // Test binaries stand in target/<profile>/deps, examples in target/<profile>/examples.
-    let mut path: PathBuf = std::env::current_exe().unwrap();
-    path.pop();
-    path.set_file_name("examples");
-    path.push(format!("single_instance{}", std::env::consts::EXE_SUFFIX));
-    assert!(path.exists(), "{} is missing: cargo build --example single_instance", path.display());
-    Command::new(path)
-}
 
 /// A running example; killed and reaped when dropped, so that a failed test leaves nothing behind.
 struct Running {
@@ -27,7 +20,12 @@ struct Running {
 impl Running {
     /// Starts one that works for `time`, and waits until it says that it holds the name.
     fn start(time: &str) -> Self {
-        let mut child = example().arg(time).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = Command::new(example("single_instance"))
+            .arg(time)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
         let out = BufReader::new(child.stdout.take().unwrap());
         let mut running = Self { child, out };
         let line = running.line();
@@ -81,7 +79,7 @@ fn the_example_runs_once_says_who_runs_and_survives_its_own_death() {
 fn a_second_start_says_who_runs_and_exits_with_75_at_once() {
     let first = Running::start("1m");
     let start = Instant::now();
-    let second = example().output().unwrap();
+    let second = Command::new(example("single_instance")).output().unwrap();
     assert!(start.elapsed() < AT_ONCE, "{:?}", start.elapsed());
     assert_eq!(second.status.code(), Some(75));
     assert_eq!(second.stdout, b"");
@@ -110,7 +108,7 @@ fn a_start_after_an_orderly_end_says_nothing_of_it() {
 }
 
 fn a_bad_argument_gets_a_clear_error() {
-    let output = example().arg("soon").output().unwrap();
+    let output = Command::new(example("single_instance")).arg("soon").output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).contains("\"soon\" is no time to work"), "{}", stderr(&output));
 }

@@ -1,18 +1,14 @@
 //! Runs the example on a folder with one pidfile of each sort.
 
+mod common;
+
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime};
 
+use common::example;
 use lockkit::PidFile;
-
-/// The example `name`, beside the test that runs.
-fn example(name: &str) -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let examples = test.ancestors().map(|folder| folder.join("examples").join(name));
-    examples.into_iter().find(|path| path.is_file()).unwrap_or_else(|| panic!("{name} is not built"))
-}
 
 /// Longer ago than the clocks of a file and a process may differ.
 fn backdate(path: &Path) {

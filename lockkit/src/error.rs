@@ -164,6 +164,14 @@ pub enum ErrorKind {
         /// What is wrong with it.
         problem: String,
     },
+    /// A URL of a lease is not right.
+    #[error("the URL {url} is not right: {problem}")]
+    InvalidUrl {
+        /// It, without its credentials and parameters.
+        url: String,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// A lease is not held any more.
     #[error("{lock} is lost: {reason}")]
     LeaseLost {
@@ -196,8 +204,9 @@ pub enum ErrorKind {
         /// How many can share it.
         most: u32,
     },
-    /// This system has no such thing, or none that could keep the promise.
-    #[error("{what} is not supported on this system")]
+    /// This system has no such thing, or none that could keep the promise; or lockkit was built without the feature
+    /// that it needs.
+    #[error("{what} is not supported here")]
     Unsupported {
         /// The thing asked for.
         what: &'static str,
@@ -293,7 +302,7 @@ impl From<Error> for io::Error {
             ErrorKind::NotAllocated { .. } | ErrorKind::NotLocked { .. } => io::ErrorKind::InvalidInput,
             ErrorKind::InvalidCapacity { .. } => io::ErrorKind::InvalidInput,
             ErrorKind::LayoutMismatch { .. } => io::ErrorKind::InvalidData,
-            ErrorKind::InvalidOption { .. } => io::ErrorKind::InvalidInput,
+            ErrorKind::InvalidOption { .. } | ErrorKind::InvalidUrl { .. } => io::ErrorKind::InvalidInput,
             ErrorKind::LeaseLost { .. } | ErrorKind::Store { .. } => io::ErrorKind::Other,
             ErrorKind::Unsupported { .. } => io::ErrorKind::Unsupported,
             ErrorKind::Io { source, .. } => source.kind(),

@@ -25,6 +25,7 @@ use std::time::{Duration, SystemTime};
 use rustix::fs::OFlags;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::file::beginning;
 use crate::lock::{Guard, Recovered, lock_methods};
 use crate::owner::{Liveness, Owner};
 use crate::steps::step;
@@ -476,18 +477,7 @@ fn is_at(path: &Path, file: &File) -> Result<bool> {
 
 /// The beginning of a file, up to a byte more than [`MOST_READ`].
 fn read(file: &File) -> io::Result<Vec<u8>> {
-    let mut bytes = vec![0; MOST_READ + 1];
-    let mut filled = 0;
-    while filled < bytes.len() {
-        match file.read_at(&mut bytes[filled..], filled as u64) {
-            Ok(0) => break,
-            Ok(more) => filled += more,
-            Err(error) if error.kind() == Io::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    bytes.truncate(filled);
-    Ok(bytes)
+    beginning(file, MOST_READ + 1)
 }
 
 /// As [`read`], for a reader without the lock: not every file system keeps a read and a write apart, so it reads until

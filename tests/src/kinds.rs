@@ -11,7 +11,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use lockkit::{
-    Backend, FileLock, Guard, Lease, Lock, LockManager, ManagedLock, NamedLock, PidFile, PidStatus, Result, Scope, Wait,
+    Backend, FileLock, Guard, Lease, LeaseBuilder, Lock, LockManager, ManagedLock, NamedLock, PidFile, PidStatus,
+    Result, Scope, Wait,
 };
 
 use crate::managers::{self, Table};
@@ -80,7 +81,12 @@ pub trait Fixture: Sync {
     /// What processes call it between them.
     fn name(&self) -> &'static str;
 
-    /// Where a lock with a fresh name is: a path, or the name itself.
+    /// Why this machine cannot have one, if it cannot.
+    fn left_out(&self) -> Option<String> {
+        None
+    }
+
+    /// Where a lock with a fresh name is: a path, a URL, or the name itself.
     fn place(&self, name: &str) -> String {
         name.to_owned()
     }
@@ -232,14 +238,52 @@ impl Fixture for FileLease {
     }
 
     fn open(&self, at: &str, _: Option<usize>) -> Box<dyn AnyLock> {
-        let builder = Lease::file(at).ttl(crate::LIVELY).heartbeat(Duration::from_secs(2));
-        let owner = |lease: &Lease| lease.owner().expect("an owner can be asked for").map(|owner| owner.pid());
-        Box::new(Any { lock: builder.build().expect("options that go together"), owner })
+        lease(Lease::file(at))
     }
 
     fn keeps_a_descriptor(&self) -> bool {
         false
     }
+}
+
+/// A [`Lease`] on a server. Its ttl is as long as that of a [`FileLease`], for the same reason.
+#[allow(dead_code)]
+struct EngineLease {
+    name: &'static str,
+    /// The URL of a lease of this name on the server that this process shares, which it starts; or why there is none.
+    url: fn(name: &str) -> std::result::Result<String, &'static str>,
+}
+
+impl Fixture for EngineLease {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn left_out(&self) -> Option<String> {
+        (self.url)("any").err().map(str::to_owned)
+    }
+
+    fn place(&self, name: &str) -> String {
+        (self.url)(name).expect("left out where there is no server")
+    }
+
+    fn open(&self, at: &str, _: Option<usize>) -> Box<dyn AnyLock> {
+        lease(Lease::connect(at))
+    }
+
+    fn files(&self, _: &str) -> Vec<PathBuf> {
+        vec![]
+    }
+
+    fn keeps_a_descriptor(&self) -> bool {
+        false
+    }
+}
+
+fn lease(builder: LeaseBuilder) -> Box<dyn AnyLock> {
+    let builder = builder.ttl(crate::LIVELY).heartbeat(Duration::from_secs(2));
+    let owner = |lease: &Lease| lease.owner().expect("an owner can be asked for").map(|owner| owner.pid());
+    Box::new(Any { lock: builder.build().expect("options that go together"), owner })
 }
 
 /// The first lock of a table, allocated.

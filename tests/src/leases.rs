@@ -1,4 +1,4 @@
-//! Leases on files: a second process that works on one as it is told, a chaos in which holders lose theirs, and forged
+//! Leases: a second process that works on one as it is told, a chaos in which holders lose theirs, and forged
 //! records.
 //!
 //! The second process is started with [`Actor::start_lease`]:
@@ -35,10 +35,10 @@ use crate::actor::{describe, signal_pid};
 use crate::chaos::{Dice, IN, OUT, append, now, read};
 use crate::{Actor, Belongings, LIVELY, program};
 
-/// A lease on a file and its options, as text: `TTL HEARTBEAT PROGRESS PANICS PATH`, in milliseconds.
+/// A lease and its options, as text: `TTL HEARTBEAT PROGRESS PANICS PATH`, in milliseconds.
 #[derive(Clone, Debug)]
 pub struct Terms {
-    /// Where its record is.
+    /// Where its record is: the path of a file, or a URL.
     pub path: PathBuf,
     /// Its ttl, in milliseconds.
     pub ttl: u64,
@@ -67,7 +67,11 @@ impl Terms {
     /// The lease with these options, not yet built.
     pub fn builder(&self) -> LeaseBuilder {
         let [ttl, heartbeat, progress] = [self.ttl, self.heartbeat, self.progress].map(Duration::from_millis);
-        let builder = Lease::file(&self.path).ttl(ttl).heartbeat(heartbeat);
+        let builder = match self.path.to_str() {
+            Some(url) if url.contains("://") => Lease::connect(url),
+            _ => Lease::file(&self.path),
+        };
+        let builder = builder.ttl(ttl).heartbeat(heartbeat);
         if self.progress == 0 { builder } else { builder.require_progress(progress) }
     }
 

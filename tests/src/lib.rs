@@ -7,6 +7,7 @@
 //!   that works on a table as it is told.
 //! - [`mod@leases`] has a second process that works on a lease as it is told, and forges records.
 //! - [`mod@faults`] takes from locks what the system owes them: room, files, processes, uninterrupted sleep.
+//! - [`servers`] starts real servers, and sees that they end.
 //! - [`chaos`] lets a conductor kill and stop many processes at random, and checks the log of who held when.
 
 pub mod actor;
@@ -16,6 +17,7 @@ pub mod kinds;
 pub mod leases;
 pub mod managers;
 pub mod rogue;
+pub mod servers;
 pub mod steps;
 pub mod suite;
 

@@ -12,7 +12,7 @@ use super::clock::{Clock, SystemClock};
 use super::file::FileStore;
 use super::store::{LeaseName, LeaseStore};
 use super::tenure::Terms;
-use super::{Inner, Lease, Loss};
+use super::{Inner, Lease, Loss, connect};
 use crate::error::{Error, ErrorKind, Result};
 
 const TTL: Duration = Duration::from_secs(3);
@@ -53,7 +53,7 @@ impl Options {
     }
 }
 
-/// Makes a [`Lease`]; see [`Lease::file`] and [`Lease::with_store`].
+/// Makes a [`Lease`]; see [`Lease::file`], [`Lease::connect`] and [`Lease::with_store`].
 #[must_use = "a builder makes nothing until `build`"]
 pub struct LeaseBuilder {
     place: Place,
@@ -70,9 +70,12 @@ pub struct LeaseBuilder {
     folder_mode: Option<u32>,
 }
 
-enum Place {
+/// Where the record is kept.
+pub(super) enum Place {
     File(PathBuf),
     Store(Arc<dyn LeaseStore>, String),
+    /// One of these, as a URL says.
+    Url(String),
 }
 
 impl LeaseBuilder {
@@ -82,6 +85,10 @@ impl LeaseBuilder {
 
     pub(super) fn of_store(store: Arc<dyn LeaseStore>, key: String) -> Self {
         Self::at(Place::Store(store, key))
+    }
+
+    pub(super) fn of_url(url: String) -> Self {
+        Self::at(Place::Url(url))
     }
 
     fn at(place: Place) -> Self {
@@ -246,11 +253,16 @@ impl LeaseBuilder {
     /// # Errors
     /// [`InvalidOption`](ErrorKind::InvalidOption) when the options do not go together, with the reason;
     /// [`InvalidName`](ErrorKind::InvalidName) for a key that is empty, longer than 200 bytes or has control
-    /// characters; [`Io`](ErrorKind::Io) when the path of a file is empty, or the working folder of a relative one is
+    /// characters; [`InvalidUrl`](ErrorKind::InvalidUrl) for a URL that is not right, and
+    /// [`Unsupported`](ErrorKind::Unsupported) for one of an engine that this build of lockkit does not have;
+    /// [`Io`](ErrorKind::Io) when the path of a file is empty, or the working folder of a relative one is
     /// gone.
-    pub fn build(self) -> Result<Lease> {
+    pub fn build(mut self) -> Result<Lease> {
+        if let Place::Url(url) = &self.place {
+            self.place = connect::place(url)?;
+        }
         let (smallest, step) = match &self.place {
-            Place::File(_) => (SMALLEST_TTL, Duration::from_nanos(1)),
+            Place::File(_) | Place::Url(_) => (SMALLEST_TTL, Duration::from_nanos(1)),
             Place::Store(store, _) => {
                 let profile = store.profile();
                 (profile.smallest_ttl.max(SMALLEST_TTL), profile.ttl_step)
@@ -288,6 +300,7 @@ impl LeaseBuilder {
             refuse_if(mode & least != least, option, || format!("{mode:#o} would shut its own maker out"))?;
         }
         let (name, store): (_, Arc<dyn LeaseStore>) = match self.place {
+            Place::Url(url) => return Err(connect::invalid(&url, "it leads to another URL")),
             Place::File(path) => {
                 let path = std::path::absolute(&path).map_err(|error| Error::io("make absolute", &path, error))?;
                 let store = FileStore {
@@ -335,6 +348,8 @@ impl fmt::Debug for LeaseBuilder {
         let place: &dyn fmt::Debug = match &self.place {
             Place::File(path) => path,
             Place::Store(_, key) => key,
+            // Not the URL, which may have a password in it.
+            Place::Url(_) => &"a URL",
         };
         let mut shown = f.debug_struct("LeaseBuilder");
         shown.field("place", place).field("ttl", &self.ttl).field("heartbeat", &self.heartbeat).finish_non_exhaustive()

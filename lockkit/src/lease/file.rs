@@ -38,6 +38,7 @@ use super::store::{
     StoreProfile, sleep,
 };
 use crate::error::{Error, ErrorKind};
+use crate::file::beginning;
 use crate::owner::{Liveness, Owner};
 use crate::steps::step;
 use crate::sys::event;
@@ -640,18 +641,7 @@ fn is_of(record: &Record, grant: &Grant) -> bool {
 
 /// The beginning of a file, as much as a record is long.
 fn read(file: &File) -> io::Result<Vec<u8>> {
-    let mut bytes = vec![0; SIZE];
-    let mut filled = 0;
-    while filled < bytes.len() {
-        match file.read_at(&mut bytes[filled..], filled as u64) {
-            Ok(0) => break,
-            Ok(more) => filled += more,
-            Err(error) if error.kind() == Io::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    bytes.truncate(filled);
-    Ok(bytes)
+    beginning(file, SIZE)
 }
 
 /// What no waiting heals is the caller's to mend.

@@ -23,6 +23,9 @@
 
 mod builder;
 mod clock;
+mod connect;
+#[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
+mod engine;
 mod file;
 mod heart;
 mod held;
@@ -168,6 +171,32 @@ impl Lease {
     /// ```
     pub fn file(path: impl Into<PathBuf>) -> LeaseBuilder {
         LeaseBuilder::of_file(path.into())
+    }
+
+    /// A lease at a URL: in a file, or on a server.
+    ///
+    /// | URL | needs the feature |
+    /// |---|---|
+    /// | `file:///path` | |
+    /// | `etcd://host:2379/name` | `etcd` |
+    /// | `postgres://user@host/database?lease=name` | `postgres` |
+    /// | `redis://host:6379/name` | `redis` |
+    ///
+    /// The name is the end of the path, or the parameter `lease`, with `%2F` and its like for what means something else
+    /// in a URL. All leases of a process on one server share its connections. Nothing is connected to until the lease is
+    /// first used; a URL that is not right is an error of [`build`](LeaseBuilder::build).
+    ///
+    /// ```
+    /// # fn main() -> lockkit::Result<()> {
+    /// # let path = std::env::temp_dir().join(format!("lockkit-doc-lease-url-{}", std::process::id()));
+    /// use lockkit::Lease;
+    /// let guard = Lease::connect(format!("file://{}", path.display())).build()?.try_lock()?;
+    /// # drop(guard);
+    /// # std::fs::remove_file(path).unwrap();
+    /// # Ok(()) }
+    /// ```
+    pub fn connect(url: impl Into<String>) -> LeaseBuilder {
+        LeaseBuilder::of_url(url.into())
     }
 
     /// A lease on `key` in `store`. Share one store among all its leases.

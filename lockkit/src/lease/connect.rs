@@ -1,0 +1,216 @@
+//! Leases by URL: which engine a URL is of, the name of the lease in it, and one store for all leases of a server.
+//!
+//! What lockkit reads of a URL itself is where the lease's name stands; all else is the engine's own form. The name is
+//! the parameter `lease`, or else the path, less a first part that the engine takes for itself.
+
+#[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
+use std::collections::HashMap;
+use std::path::PathBuf;
+#[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
+use std::sync::{Arc, Weak};
+
+#[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
+use parking_lot::Mutex;
+
+use super::builder::Place;
+#[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
+use super::{LeaseStore, engine};
+use crate::error::{Error, ErrorKind, Result};
+#[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
+use crate::sys::per_process::PerProcess;
+
+/// Where the lease at `url` is kept. Connects to nothing.
+pub(super) fn place(url: &str) -> Result<Place> {
+    let Some((scheme, rest)) = url.split_once("://") else {
+        return Err(invalid(url, "it has no scheme; write it as file:///path, etcd://…, postgres://… or redis://…"));
+    };
+    match &*scheme.to_ascii_lowercase() {
+        "file" => Ok(Place::File(path(url, rest)?)),
+        #[cfg(feature = "etcd")]
+        "etcd" | "etcds" => in_store(url, 0, engine::etcd::open),
+        #[cfg(not(feature = "etcd"))]
+        "etcd" | "etcds" => Err(left_out("an etcd:// lease in a build of lockkit without its feature `etcd`")),
+        // The first part of the path is the database.
+        #[cfg(feature = "postgres")]
+        "postgres" | "postgresql" => in_store(url, 1, engine::postgres::open),
+        #[cfg(not(feature = "postgres"))]
+        "postgres" | "postgresql" => {
+            Err(left_out("a postgres:// lease in a build of lockkit without its feature `postgres`"))
+        }
+        // So it is here, where it is a number and more follows.
+        #[cfg(feature = "redis")]
+        "redis" | "rediss" | "valkey" | "valkeys" => {
+            let first = Parts::of(url).path.split('/').nth(1).unwrap_or_default();
+            let has_database = !first.is_empty() && first.bytes().all(|byte| byte.is_ascii_digit());
+            in_store(url, usize::from(has_database), engine::redis::open)
+        }
+        #[cfg(not(feature = "redis"))]
+        "redis" | "rediss" | "valkey" | "valkeys" => {
+            Err(left_out("a redis:// lease in a build of lockkit without its feature `redis`"))
+        }
+        _ => Err(invalid(url, "lockkit knows file://, etcd://, postgres:// and redis:// leases")),
+    }
+}
+
+/// The error that says what is wrong with a URL, which is shown without its credentials and parameters.
+pub(super) fn invalid(url: &str, problem: impl Into<String>) -> Error {
+    let (scheme, rest) = url.split_once("://").map_or((None, url), |(scheme, rest)| (Some(scheme), rest));
+    let rest = rest.split(['?', '#']).next().unwrap_or_default();
+    let rest = rest.rsplit_once('@').map_or(rest, |(_, rest)| rest);
+    let shown = scheme.map_or_else(|| rest.to_owned(), |scheme| format!("{scheme}://{rest}"));
+    ErrorKind::InvalidUrl {
+        url: shown.chars().map(|c| if c.is_control() { '?' } else { c }).collect(),
+        problem: problem.into(),
+    }
+    .into()
+}
+
+#[cfg(not(all(feature = "etcd", feature = "postgres", feature = "redis")))]
+fn left_out(what: &'static str) -> Error {
+    ErrorKind::Unsupported { what }.into()
+}
+
+/// The path of a `file:` URL, as far as it follows the scheme.
+fn path(url: &str, rest: &str) -> Result<PathBuf> {
+    use std::os::unix::ffi::OsStringExt;
+    // A host is nobody (`file:///path`) or this one.
+    let path = rest.strip_prefix("localhost").unwrap_or(rest);
+    let decoded = path.starts_with('/').then(|| unescaped(path)).flatten();
+    let path = decoded.ok_or_else(|| invalid(url, "a file URL has three slashes and an absolute path"))?;
+    Ok(std::ffi::OsString::from_vec(path).into())
+}
+
+/// `%20` and its like as the bytes that they stand for; `None` where a `%` is followed by anything else.
+fn unescaped(text: &str) -> Option<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        bytes.push(match byte {
+            b'%' => {
+                let digits = [rest.next()?, rest.next()?].map(|digit| char::from(digit).to_digit(16));
+                let [Some(high), Some(low)] = digits else { return None };
+                u8::try_from(high * 16 + low).ok()?
+            }
+            byte => byte,
+        });
+    }
+    Some(bytes)
+}
+
+/// A URL in its parts: `scheme://authority/path?parameter=value`.
+#[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
+pub(super) struct Parts<'u> {
+    pub(super) scheme: &'u str,
+    pub(super) authority: &'u str,
+    /// With its slash, or empty.
+    pub(super) path: &'u str,
+    query: &'u str,
+}
+
+#[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
+impl<'u> Parts<'u> {
+    pub(super) fn of(url: &'u str) -> Self {
+        let (scheme, rest) = url.split_once("://").unwrap_or(("", url));
+        let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
+        let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+        Self { scheme, authority, path, query }
+    }
+
+    /// The parameters, as they stand there.
+    fn raw_parameters(&self) -> impl Iterator<Item = (&'u str, &'u str)> {
+        let pairs = self.query.split('&').filter(|pair| !pair.is_empty());
+        pairs.map(|pair| pair.split_once('=').unwrap_or((pair, "")))
+    }
+
+    /// The parameters, decoded.
+    #[cfg(feature = "etcd")]
+    pub(super) fn parameters(&self) -> impl Iterator<Item = (&'u str, Option<String>)> {
+        self.raw_parameters().map(|(key, value)| (key, text(value)))
+    }
+}
+
+/// What an escaped piece of a URL says, if that is UTF-8.
+#[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
+pub(super) fn text(escaped: &str) -> Option<String> {
+    String::from_utf8(unescaped(escaped)?).ok()
+}
+
+/// The name of a lease, and the URL of its server without it. So many parts of the path are the server's.
+#[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
+fn split(url: &str, taken: usize) -> Result<(String, String)> {
+    let parts = Parts::of(url);
+    let slash = parts.path.match_indices('/').nth(taken).map_or(parts.path.len(), |(at, _)| at);
+    let (path, name) = parts.path.split_at(slash);
+    let mut names: Vec<_> = parts.raw_parameters().filter(|(key, _)| *key == "lease").map(|(_, value)| value).collect();
+    names.extend(name.strip_prefix('/').filter(|name| !name.is_empty()));
+    let [name] = names[..] else {
+        let problem = "it names the lease once, as the last of its path or as the parameter `lease`";
+        return Err(invalid(url, problem));
+    };
+    let name = text(name)
+        .ok_or_else(|| invalid(url, "the name of the lease is no UTF-8, or a % in it is not followed by two digits"))?;
+    let query: Vec<_> = parts.query.split('&').filter(|pair| !pair.is_empty() && !pair.starts_with("lease=")).collect();
+    let mark = if query.is_empty() { "" } else { "?" };
+    Ok((name, format!("{}://{}{path}{mark}{}", parts.scheme, parts.authority, query.join("&"))))
+}
+
+/// A lease in the store of this process on the server at `url`.
+#[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
+fn in_store(url: &str, taken: usize, open: fn(&str) -> Result<Arc<dyn LeaseStore>>) -> Result<Place> {
+    static STORES: PerProcess<Mutex<HashMap<String, Weak<dyn LeaseStore>>>> = PerProcess::new();
+    let (name, server) = split(url, taken)?;
+    let mut stores = STORES.get(Mutex::default).lock();
+    if let Some(store) = stores.get(&server).and_then(Weak::upgrade) {
+        return Ok(Place::Store(store, name));
+    }
+    stores.retain(|_, store| store.strong_count() > 0);
+    let store = open(&server)?;
+    stores.insert(server, Arc::downgrade(&store));
+    Ok(Place::Store(store, name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(url: &str) -> Option<PathBuf> {
+        match place(url) {
+            Ok(Place::File(path)) => Some(path),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn a_file_is_an_absolute_path_with_its_escapes() {
+        assert_eq!(file("file:///srv/a%20b"), Some("/srv/a b".into()));
+        assert_eq!(file("FILE://localhost/srv/leader"), Some("/srv/leader".into()));
+        for wrong in ["file://elsewhere/srv", "file://", "file:///a%2", "file:///a%zz", "/srv/leader", "ftp://a/b"] {
+            let error = place(wrong).err().unwrap();
+            assert!(matches!(error.kind(), ErrorKind::InvalidUrl { .. }), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_error_shows_no_password() {
+        let error = place("ftp://me:secret@host/b?password=hidden").err().unwrap().to_string();
+        assert!(error.contains("ftp://host/b") && !error.contains("secret") && !error.contains("hidden"), "{error}");
+    }
+
+    #[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
+    #[test]
+    fn the_name_is_the_path_or_a_parameter_and_the_rest_is_the_server() {
+        let both = |url, taken| split(url, taken).map_err(|error| error.to_string());
+        let pair = |name: &str, server: &str| Ok((name.to_owned(), server.to_owned()));
+        assert_eq!(both("etcd://a:1,b:2/x/y%20z", 0), pair("x/y z", "etcd://a:1,b:2"));
+        assert_eq!(both("etcd://a/x?ca=/p", 0), pair("x", "etcd://a?ca=/p"));
+        assert_eq!(
+            both("postgres://u:p@h/db?lease=n&sslmode=require", 1),
+            pair("n", "postgres://u:p@h/db?sslmode=require")
+        );
+        assert_eq!(both("postgres://h/db/n", 1), pair("n", "postgres://h/db"));
+        assert_eq!(both("redis://h/2/n", 1), pair("n", "redis://h/2"));
+        for wrong in ["etcd://a", "etcd://a/", "etcd://a/x?lease=y", "etcd://a/%ff"] {
+            assert!(both(wrong, 0).is_err(), "{wrong}");
+        }
+    }
+}

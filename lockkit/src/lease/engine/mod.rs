@@ -1,0 +1,186 @@
+//! Lease stores on servers that exist, and what they have in common.
+//!
+//! Each engine is a [`LeaseStore`](super::LeaseStore) of its own in a module of its own, and does nothing but its
+//! requests. All leases of a process on one server share a store (see [`connect`](super::connect)), and with it:
+//! - **Connections** ([`Pool`]): a request takes one for itself, so none waits for another's answer. What failed is
+//!   closed, with all that are idle, because a server that was restarted has forgotten them as well.
+//! - **Waiters** ([`bells`]): one thread listens to the server for all of them, and rings whom a change concerns.
+//! - **A forked child** ([`OfProcess`]) connects anew, and leaves its parent's connections alone.
+//! - **The dead** ([`attempt`]): a holder of this host that is dead by its identity is taken over at once, as it is on a
+//!   file; all others run out by the server's rule.
+
+mod bells;
+#[cfg(feature = "etcd")]
+pub(super) mod etcd;
+#[cfg(feature = "postgres")]
+pub(super) mod postgres;
+#[cfg(feature = "redis")]
+pub(super) mod redis;
+
+use std::mem;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use parking_lot::Mutex;
+
+pub(super) use bells::{Bells, Ear};
+
+use super::store::{Attempt, Seen, StoreError};
+use crate::lines;
+use crate::owner::{Liveness, Owner};
+use crate::sys::fork::{self, NoFork};
+
+type Result<T, E = StoreError> = std::result::Result<T, E>;
+
+/// What belongs to one process: a forked child makes its own, and neither uses nor drops its parent's.
+pub(super) struct OfProcess<T> {
+    current: Mutex<Option<(u32, Arc<T>)>>,
+}
+
+impl<T> OfProcess<T> {
+    pub(super) const fn new() -> Self {
+        Self { current: Mutex::new(None) }
+    }
+
+    /// This process's own. `make` opens no connection, for forks are held off meanwhile.
+    pub(super) fn get(&self, make: impl FnOnce() -> T) -> Arc<T> {
+        let generation = fork::generation();
+        let _no_fork = NoFork::hold();
+        let mut current = self.current.lock();
+        match &*current {
+            Some((made, own)) if *made == generation => own.clone(),
+            _ => {
+                let own = Arc::new(make());
+                // To close it would say good-bye to the server in the parent's name.
+                mem::forget(current.replace((generation, own.clone())));
+                own
+            }
+        }
+    }
+}
+
+impl<T> Drop for OfProcess<T> {
+    fn drop(&mut self) {
+        if let Some((made, inherited)) = self.current.get_mut().take()
+            && made != fork::generation()
+        {
+            mem::forget(inherited);
+        }
+    }
+}
+
+/// Connections that wait for their next request.
+pub(super) struct Pool<C>(Mutex<Vec<C>>);
+
+impl<C> Pool<C> {
+    /// As many as are kept: more are only needed at once by as many threads.
+    const MOST_IDLE: usize = 8;
+
+    pub(super) const fn new() -> Self {
+        Self(Mutex::new(Vec::new()))
+    }
+
+    /// Asks on a connection of its own. One that was idle may have been closed by the server meanwhile, so where it
+    /// fails before the server can have answered, the request is made once more on a new one: every request of an engine
+    /// can be repeated.
+    pub(super) fn ask<R>(
+        &self,
+        connect: impl Fn() -> Result<C>,
+        mut request: impl FnMut(&mut C) -> Result<R>,
+    ) -> Result<R> {
+        let idle = self.0.lock().pop();
+        if let Some(mut connection) = idle {
+            match request(&mut connection) {
+                Ok(answer) => {
+                    self.keep(connection);
+                    return Ok(answer);
+                }
+                Err(StoreError::Misuse(cause)) => return Err(StoreError::Misuse(cause)),
+                Err(_) => self.0.lock().clear(),
+            }
+        }
+        let mut connection = connect()?;
+        let answer = request(&mut connection)?;
+        self.keep(connection);
+        Ok(answer)
+    }
+
+    fn keep(&self, connection: C) {
+        let mut idle = self.0.lock();
+        if idle.len() < Self::MOST_IDLE {
+            idle.push(connection);
+        }
+    }
+}
+
+/// Tries to acquire: `ask` makes the request, and is told whose grant counts as run out, if anybody's. The claim and
+/// the token of that holder are compared in the step itself, so a holder that took the name meanwhile is left alone.
+pub(super) fn attempt(mut ask: impl FnMut(Option<&Seen>) -> Result<Attempt>) -> Result<Attempt> {
+    match ask(None)? {
+        Attempt::Busy(seen) if is_dead(seen.owner()) => ask(Some(&seen)),
+        attempt => Ok(attempt),
+    }
+}
+
+fn is_dead(owner: Option<&Owner>) -> bool {
+    owner.is_some_and(|owner| owner.liveness() == Liveness::Dead)
+}
+
+/// This process, as text for a record.
+pub(super) fn own_text() -> String {
+    let owner = Owner { acquired: Some(SystemTime::now()), ..Owner::current() };
+    let mut text = format!("pid {}\n", owner.pid());
+    lines::write(&owner, &mut text);
+    text
+}
+
+/// The owner that a record tells of, if it tells of one.
+pub(super) fn owner_of(text: &str) -> Option<Owner> {
+    let (first, rest) = text.split_once('\n')?;
+    Some(lines::read(first.strip_prefix("pid ")?.parse().ok()?, rest.lines()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_owner_is_read_as_it_was_written() {
+        let owner = owner_of(&own_text()).unwrap();
+        assert_eq!(owner.pid(), std::process::id());
+        assert_eq!(owner.liveness(), Liveness::Alive);
+        assert!(owner_of("").is_none() && owner_of("pid x\n").is_none() && owner_of("pid 1").is_none());
+    }
+
+    #[test]
+    fn a_connection_that_was_closed_meanwhile_is_made_anew_and_asked_again() {
+        let pool = Pool::new();
+        let made = std::cell::Cell::new(0);
+        let connect = || {
+            made.set(made.get() + 1);
+            Ok(made.get())
+        };
+        assert_eq!(pool.ask(connect, |number| Ok(*number)).unwrap(), 1);
+        assert_eq!(pool.ask(connect, |number| Ok(*number)).unwrap(), 1, "it is kept");
+        let answer =
+            pool.ask(connect, |number| if *number == 1 { Err(StoreError::unknown("cut")) } else { Ok(*number) });
+        assert_eq!(answer.unwrap(), 2);
+        assert!(pool.ask(connect, |_| Err::<(), _>(StoreError::refused("down"))).is_err());
+        assert_eq!(made.get(), 3, "once more, and no more than that");
+    }
+
+    #[test]
+    fn only_the_dead_are_taken_over() {
+        let seen = |owner: Owner| Attempt::Busy(Seen::new(7).with_token(7).with_owner(owner));
+        let mut dead = Owner::current();
+        dead.start = dead.start.map(|start| start + 1);
+        let mut over = Vec::new();
+        for owner in [Owner::current(), dead] {
+            let _ = attempt(|whom| {
+                over.push(whom.map(Seen::cursor));
+                Ok(seen(owner.clone()))
+            });
+        }
+        assert_eq!(over, [None, None, Some(7)]);
+    }
+}

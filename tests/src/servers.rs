@@ -1,0 +1,169 @@
+//! Real servers for tests: started from what is installed, on a free loopback port, in a temporary folder, and gone
+//! whatever becomes of the test.
+//!
+//! Each server runs in a process group of its own under a *warden* (a program of this package), whose standard input is
+//! a pipe that only the test's process has the other end of. When that closes, because the test is done with the server
+//! or because its process is gone for whatever reason, the warden kills the group, and in the second case removes the
+//! folder.
+//!
+//! A server that is shared by the tests of a process is a `static` [`Shared`]; a drill that kills or freezes its server
+//! starts one of its own.
+
+use std::ffi::OsString;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+
+use rustix::process::{Pid, Signal, kill_process_group};
+
+use crate::{program, until};
+
+/// A running program under a warden. Dropping it kills the program; the folder goes when the last [`Folder`] does.
+pub struct Server {
+    warden: Child,
+    group: Pid,
+}
+
+impl Server {
+    /// Starts `command` under a warden and waits until something listens on `port`.
+    ///
+    /// # Errors
+    /// What it wrote to standard error, if it ended instead.
+    pub fn start(folder: &Folder, command: &Command, port: u16) -> Result<Self, String> {
+        let mut warden = Command::new(program("warden"));
+        warden.arg(&folder.0).arg(command.get_program()).args(command.get_args());
+        for (key, value) in command.get_envs() {
+            match value {
+                Some(value) => warden.env(key, value),
+                None => warden.env_remove(key),
+            };
+        }
+        let mut warden =
+            warden.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("warden");
+        let mut line = String::new();
+        BufReader::new(warden.stdout.as_mut().expect("a pipe"))
+            .read_line(&mut line)
+            .expect("the warden says who it is");
+        let group = line.trim().parse().ok().and_then(Pid::from_raw).expect("a process");
+        let mut server = Self { warden, group };
+        until("the server listens", || TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok() || server.has_ended());
+        match server.has_ended() {
+            true => Err(std::fs::read_to_string(folder.log()).unwrap_or_default()),
+            false => Ok(server),
+        }
+    }
+
+    /// Sends a signal to all its processes.
+    pub fn signal(&self, signal: Signal) {
+        kill_process_group(self.group, signal).expect("the server runs");
+    }
+
+    /// Kills it and waits until it is gone. Its folder stays.
+    pub fn kill(mut self) {
+        self.signal(Signal::KILL);
+        self.warden.wait().expect("the warden ends with its server");
+    }
+
+    fn has_ended(&mut self) -> bool {
+        self.warden.try_wait().expect("a child").is_some()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // A word of farewell: the test's process is there yet, and cleans up itself.
+        if let Some(mut farewell) = self.warden.stdin.take() {
+            let _ = farewell.write_all(b"bye");
+        }
+        let _ = self.warden.wait();
+    }
+}
+
+/// A folder of a server's, below the temporary one, which every user may enter: some servers run as one of their own.
+/// Its wardens remove it when the test's process is gone before it is dropped.
+pub struct Folder(PathBuf);
+
+impl Folder {
+    /// A new one.
+    pub fn new(name: &str) -> Self {
+        let folder = std::env::temp_dir().join(crate::fresh_name(&format!("lockkit-{name}")));
+        std::fs::create_dir(&folder).expect("a temporary folder");
+        Self(folder)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// What the server writes to its standard output and standard error.
+    pub fn log(&self) -> PathBuf {
+        self.0.join("log")
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A server for all tests of a process, started when it is first asked for.
+pub struct Shared<S: 'static>(OnceLock<Result<S, String>>, fn() -> Result<S, String>);
+
+impl<S> Shared<S> {
+    /// One that `start` starts, or says why it cannot.
+    pub const fn new(start: fn() -> Result<S, String>) -> Self {
+        Self(OnceLock::new(), start)
+    }
+
+    /// The server, or why there is none.
+    ///
+    /// # Errors
+    /// What this machine lacks.
+    pub fn get(&self) -> Result<&S, &str> {
+        self.0.get_or_init(self.1).as_ref().map_err(String::as_str)
+    }
+}
+
+/// The first of these programs that is installed; each is a name to be looked for, or an absolute path.
+///
+/// # Errors
+/// A sentence that names them.
+pub fn installed(programs: &[&str]) -> Result<PathBuf, String> {
+    let folders: Vec<_> = std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()).collect();
+    let found = programs.iter().flat_map(|name| folders.iter().map(move |folder| folder.join(name)));
+    found.into_iter().find(|path| path.is_file()).ok_or_else(|| format!("{} is not installed", programs.join(" or ")))
+}
+
+/// A loopback port that nobody listens on. Somebody may before the server does: then it fails to start.
+pub fn free_port() -> u16 {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+    listener.local_addr().expect("an address").port()
+}
+
+/// The warden's side: starts the program in a group of its own, says its number, and sees to its end.
+pub fn watch_over(folder: &Path, mut program: impl Iterator<Item = OsString>) {
+    let log = std::fs::File::create(folder.join("log")).expect("a log");
+    let mut command = Command::new(program.next().expect("a program"));
+    command.args(program).stdin(Stdio::null()).stdout(log.try_clone().expect("a descriptor")).stderr(log);
+    let mut server = command.process_group(0).spawn().expect("the program starts");
+    let group = Pid::from_child(&server);
+    println!("{}", group.as_raw_nonzero());
+    let test = std::thread::spawn(move || {
+        let mut said = Vec::new();
+        let _ = std::io::stdin().read_to_end(&mut said);
+        let _ = kill_process_group(group, Signal::KILL);
+        said.is_empty()
+    });
+    server.wait().expect("a child");
+    // What it has started goes with it.
+    let _ = kill_process_group(group, Signal::KILL);
+    if test.is_finished() && test.join().unwrap_or(false) {
+        // The test's process went without a word, and left the folder.
+        let _ = std::fs::remove_dir_all(folder);
+    }
+}
