@@ -18,6 +18,7 @@ use std::io::{self, ErrorKind as Io};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode as Permissions, OFlags, RawMode, fchmod};
@@ -34,12 +35,44 @@ use crate::wait::{Backoff, Patience, Subject, Wait};
 /// How often a file may be replaced under an acquisition before it is called rogue.
 const MOST_REPLACEMENTS: u32 = 100;
 
-/// From one lock here to the next, with the unlock in between: less time than it takes to lock, delete and unlock
-/// beside that. A machine that is slower at the former compares each time.
-const BLINK: Duration = Duration::from_nanos(600);
-
-/// For how long a comparison is good for locks that follow each other in a [`BLINK`].
+/// For how long a comparison is good for locks that follow each other in a [`Blink`].
 const SOON: Duration = Duration::from_millis(1);
+
+/// The time from one lock here to the next, with the unlock in between, in which nobody else can have locked, deleted
+/// and unlocked: no more than the fastest that this process ever unlocked, locked and looked at the path. Deleting
+/// begins with such a look, and then has the work before it. So it fits the machine, however fast that is.
+struct Blink {
+    samples: AtomicU32,
+    nanos: AtomicU32,
+}
+
+impl Blink {
+    /// So many times must have been measured: any one of them may have been interrupted.
+    const ENOUGH: u32 = 32;
+    /// Never longer than this, whatever was measured.
+    const LONGEST: u32 = 2000;
+
+    const fn new() -> Self {
+        Self { samples: AtomicU32::new(0), nanos: AtomicU32::new(Self::LONGEST) }
+    }
+
+    /// Notes how long it took with a look at the path.
+    fn measured(&self, time: Duration) {
+        self.nanos.fetch_min(u32::try_from(time.as_nanos()).unwrap_or(u32::MAX), Ordering::Relaxed);
+        if self.samples.load(Ordering::Relaxed) < Self::ENOUGH {
+            self.samples.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether a time without a look is that short. None at all means a clock too coarse to tell.
+    fn covers(&self, time: Duration) -> bool {
+        !time.is_zero()
+            && self.samples.load(Ordering::Relaxed) >= Self::ENOUGH
+            && time.as_nanos() < self.nanos.load(Ordering::Relaxed).into()
+    }
+}
+
+static BLINK: Blink = Blink::new();
 
 /// A lock on a file or folder, exclusive or shared.
 ///
@@ -101,6 +134,8 @@ struct Place {
 #[derive(Debug)]
 struct Open {
     file: Shielded<File>,
+    /// Its device and inode, which no other file has while it is open.
+    identity: (u64, u64),
     /// The process that opened it: what a forked child has is inert.
     generation: u32,
     /// Whether this acquisition made it.
@@ -287,7 +322,9 @@ impl Inner {
                 Some(open) if open.generation == generation => open,
                 _ => {
                     let (file, made) = self.place.open()?;
-                    Box::new(Open { file, made, generation, compared: None, held: None })
+                    let found = file.metadata().map_err(|error| Error::io("look at", &self.place.path, error))?;
+                    let identity = (found.dev(), found.ino());
+                    Box::new(Open { file, identity, made, generation, compared: None, held: None })
                 }
             };
             let made = std::mem::take(&mut open.made);
@@ -301,14 +338,16 @@ impl Inner {
             }
             let now = Instant::now();
             let since = |moment: Option<Instant>| moment.map_or(Duration::MAX, |moment| now - moment);
-            let (held, compared) = (since(open.held.replace(now)), since(open.compared));
-            // No time at all means a clock too coarse to tell.
-            if !held.is_zero() && held < BLINK && compared < SOON && !self.place.wary {
+            let (before, compared) = (open.held.replace(now), since(open.compared));
+            if BLINK.covers(since(before)) && compared < SOON && !self.place.wary {
                 return Ok(open);
             }
-            if self.place.names(&open.file)? {
-                open.compared = Some(now);
-                open.held = Some(Instant::now());
+            if self.place.names(open.identity)? {
+                let seen = Instant::now();
+                if let Some(before) = before {
+                    BLINK.measured(seen - before);
+                }
+                (open.compared, open.held) = (Some(now), Some(seen));
                 return Ok(open);
             }
         }
@@ -350,14 +389,12 @@ impl Inner {
 }
 
 impl Place {
-    /// Whether the path still leads to the open `file`.
-    fn names(&self, file: &File) -> Result<bool> {
-        let failed = |error| Error::io("look at", &self.path, error);
-        let open = file.metadata().map_err(failed)?;
+    /// Whether the path still leads to the file of this device and inode.
+    fn names(&self, identity: (u64, u64)) -> Result<bool> {
         match std::fs::metadata(&self.path) {
-            Ok(named) => Ok((named.dev(), named.ino()) == (open.dev(), open.ino())),
+            Ok(named) => Ok((named.dev(), named.ino()) == identity),
             Err(error) if error.kind() == Io::NotFound => Ok(false),
-            Err(error) => Err(failed(error)),
+            Err(error) => Err(Error::io("look at", &self.path, error)),
         }
     }
 

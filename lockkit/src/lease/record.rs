@@ -107,11 +107,15 @@ const FNV_BASIS: u64 = 0xcbf2_9ce4_8422_2325;
 
 /// FNV-1a over the words of `bytes`, of which the last may be a part, on top of `sum`.
 fn fnv(sum: u64, bytes: &[u8]) -> u64 {
-    bytes.chunks(8).fold(sum, |sum, bytes| {
-        let mut word = [0; 8];
-        word[..bytes.len()].copy_from_slice(bytes);
-        (sum ^ u64::from_le_bytes(word)).wrapping_mul(0x0000_0100_0000_01b3)
-    })
+    let add = |sum: u64, word| (sum ^ u64::from_le_bytes(word)).wrapping_mul(0x0000_0100_0000_01b3);
+    let (words, rest) = bytes.as_chunks();
+    let sum = words.iter().copied().fold(sum, add);
+    if rest.is_empty() {
+        return sum;
+    }
+    let mut last = [0; 8];
+    last[..rest.len()].copy_from_slice(rest);
+    add(sum, last)
 }
 
 impl Record {
