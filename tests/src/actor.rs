@@ -231,7 +231,7 @@ pub fn serve(spec: &Spec) {
     let mut guard: Option<Box<dyn AnyGuard>> = None;
     let mut hoard = Vec::new();
     let mut names = Vec::new();
-    for line in std::io::stdin().lines().map_while(Result::ok) {
+    for line in crate::commands() {
         let mut take = |wait: &Wait| match lock.acquire(wait) {
             Ok(taken) => {
                 let answer = match taken.recovered() {

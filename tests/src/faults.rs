@@ -15,11 +15,12 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use lockkit::Wait;
+use lockkit::{LeaseStatus, Wait};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, prlimit, setrlimit};
 
 use crate::actor::signal_pid;
-use crate::{Actor, Belongings, Kind, Spec, another_user, program, steps, suite, until};
+use crate::leases::Terms;
+use crate::{Actor, Belongings, Kind, Spec, another_user, managers, program, steps, suite, until};
 
 /// Makes a module `$module` with a test for every case, for one kind of lock.
 #[macro_export]
@@ -306,9 +307,9 @@ pub fn lock_on_the_standard_descriptors(spec: &Spec, go: &Path) {
 
 /// The errors that the manual pages list for the system calls of locks, as far as they can happen there: not those that
 /// speak of wrong arguments, nor those that say that nothing is there which is. A `close` that fails is left out, for
-/// strace can only keep it from being done, and the kernel closes whatever it says of it; so is `read`, by which the
-/// actor gets its commands: what locks read of their files they read with `pread64`.
-const ERRORS: [(&str, &str); 40] = [
+/// strace can only keep it from being done, and the kernel closes whatever it says of it. Actors get their commands with
+/// `readv` and answer with `write`, which locks do not use.
+const ERRORS: [(&str, &str); 41] = [
     ("accept4", "EINTR ECONNABORTED EMFILE ENFILE ENOBUFS ENOMEM EPERM"),
     ("bind", "EACCES EADDRINUSE ENOMEM"),
     ("chmod", "EACCES EIO ENOMEM EPERM EROFS"),
@@ -345,6 +346,7 @@ const ERRORS: [(&str, &str); 40] = [
     ("ppoll", "EINTR ENOMEM"),
     ("pread64", "EINTR EIO"),
     ("pwrite64", "EDQUOT EFBIG EINTR EIO ENOSPC EPERM"),
+    ("read", "EINTR EIO"),
     ("readlink", "EACCES EIO ENOMEM"),
     ("recvmsg", "EAGAIN ECONNREFUSED EINTR ENOMEM"),
     ("sendmsg", "EAGAIN ECONNRESET EINTR ENOBUFS ENOMEM EPIPE"),
@@ -454,28 +456,47 @@ fn errors(name: &str) -> impl Iterator<Item = &'static str> {
     known.flat_map(|(_, errors)| errors.split(' '))
 }
 
-/// What a victim does while it is traced, and another process beside it. Whatever it is told, it answers.
-type Play = fn(victim: &mut Actor, other: &mut Actor);
+/// Which call of a name fails once, counted from the first, and with what.
+type Fault = (String, usize, &'static str);
 
-/// Lets every system call that `play` is seen to make fail once with each error, and sees that nothing is lost.
-fn fail_each_call(kind: Kind, play: Play) {
+/// What strace is to do for a fault.
+fn injection(fault: Option<&Fault>) -> Vec<String> {
+    fault.map_or(vec![], |(name, at, error)| {
+        vec!["-e".to_owned(), format!("trace={name}"), format!("-einject={name}:error={error}:when={at}")]
+    })
+}
+
+/// What came of playing once.
+struct Round<L> {
+    /// What strace saw.
+    log: String,
+    /// The thread whose calls are to fail.
+    thread: u32,
+    /// What is left afterwards.
+    left: L,
+}
+
+/// Plays once and all goes well, and then once for each error of each system call that was seen: it sees to what must
+/// hold anyway, and what is left must be the same each time.
+fn fail_each_call<L: PartialEq + std::fmt::Debug + Sync>(what: &str, play: impl Fn(Option<&Fault>) -> Round<L> + Sync) {
     if !calls_can_fail() {
         return;
     }
-    let (log, pid, sound) = fail_once(kind, play, None, None);
-    let calls = calls(&log, pid);
-    let faults: Vec<(String, usize, &str)> =
+    let sound = play(None);
+    let calls = calls(&sound.log, sound.thread);
+    let faults: Vec<Fault> =
         calls.iter().flat_map(|(name, at)| errors(name).map(|error| (name.clone(), *at, error))).collect();
     let names: BTreeSet<&str> = calls.iter().map(|(name, _)| name.as_str()).collect();
-    println!("{kind:?}: {} faults in {}", faults.len(), Vec::from_iter(names).join(" "));
-    assert!(!faults.is_empty() || !kind.needs_descriptors(), "hardly a system call: {log}");
+    println!("{what}: {} faults in {}", faults.len(), Vec::from_iter(names).join(" "));
+    // Between processes a lock in shared memory may need none.
+    assert!(!faults.is_empty() || what == "shm", "hardly a system call: {}", sound.log);
     let (next, failures) = (Mutex::new(faults.iter()), Mutex::new(Vec::new()));
     std::thread::scope(|scope| {
         for _ in 0..8 {
             scope.spawn(|| {
                 loop {
                     let Some(fault) = next.lock().expect("no panic with it").next() else { return };
-                    let attempt = || fail_once(kind, play, Some(fault), Some(&sound));
+                    let attempt = || assert_eq!(play(Some(fault)).left, sound.left, "with {fault:?}");
                     if std::panic::catch_unwind(std::panic::AssertUnwindSafe(attempt)).is_err() {
                         failures.lock().expect("no panic with it").push(fault);
                     }
@@ -484,31 +505,23 @@ fn fail_each_call(kind: Kind, play: Play) {
         }
     });
     let failures = failures.into_inner().expect("no panic with it");
-    assert!(failures.is_empty(), "{kind:?} does not stand these faults: {failures:?}");
+    assert!(failures.is_empty(), "{what} does not stand these faults: {failures:?}");
 }
 
-/// What an actor has after it has played and all was well, and what files there are.
-type Sound = (Belongings, BTreeSet<String>);
+/// What an actor has, and what files there are.
+type Left = (Belongings, BTreeSet<String>);
 
-fn fail_once(
-    kind: Kind,
-    play: Play,
-    fault: Option<&(String, usize, &str)>,
-    sound: Option<&Sound>,
-) -> (String, u32, Sound) {
+/// What a victim does while it is traced, and another process beside it. Whatever it is told, it answers.
+type Play = fn(victim: &mut Actor, other: &mut Actor);
+
+fn play_with_a_lock(kind: Kind, play: Play, fault: Option<&Fault>) -> Round<Left> {
     let spec = kind.fresh();
     let [mut victim, mut other] = [(); 2].map(|()| Actor::start(&spec));
     // It has read this, so it is where it reads the next command.
     for actor in [&mut victim, &mut other] {
         actor.expect("owner", "owner none");
     }
-    let options = match fault {
-        None => vec![],
-        Some((name, at, error)) => {
-            vec!["-e".to_owned(), format!("trace={name}"), format!("-einject={name}:error={error}:when={at}")]
-        }
-    };
-    let mut strace = Strace::attach(&victim, &options);
+    let mut strace = Strace::attach(&victim, &injection(fault));
     play(&mut victim, &mut other);
     let log = strace.end();
     all_get_in(&mut [&mut other, &mut victim]);
@@ -519,12 +532,102 @@ fn fail_once(
     assert_eq!(victim.answer(), "held");
     victim.expect("release", "released");
     let name = |path: String| path.replace(&*Path::new(spec.at()).file_name().expect("a name").to_string_lossy(), "*");
-    let found = (Belongings::of(victim.pid()), files(&spec, Path::new("/")).into_iter().map(name).collect());
-    if let Some(sound) = sound {
-        assert_eq!(&found, sound, "with {fault:?}");
-    }
+    let left = (Belongings::of(victim.pid()), files(&spec, Path::new("/")).into_iter().map(name).collect());
     spec.clean();
-    (log, victim.pid(), found)
+    Round { log, thread: victim.pid(), left }
+}
+
+/// A victim makes a table, or opens it where `is_there`, and allocates, locks, unlocks and frees.
+fn play_with_a_table(kind: managers::Kind, is_there: bool, fault: Option<&Fault>) -> Round<(Belongings, Option<u32>)> {
+    let table = kind.fresh();
+    if is_there {
+        drop(table.open());
+    }
+    let mut victim = Actor::start_at(&table);
+    victim.expect(&format!("kill-at {}", usize::MAX), "armed");
+    let mut strace = Strace::attach(&victim, &injection(fault));
+    let works = |answer: &str| {
+        assert!(!answer.is_empty() && answer != "gone", "it answers whatever happens");
+        !answer.starts_with("error ")
+    };
+    let answer = victim.ask("allocate");
+    let id = works(&answer).then(|| answer.strip_prefix("allocated ").expect("a number").to_owned());
+    if let Some(id) = &id {
+        if works(&victim.ask(&format!("try {id}"))) {
+            works(&victim.ask(&format!("release {id}")));
+        }
+        works(&victim.ask(&format!("free {id}")));
+    }
+    let log = strace.end();
+    // Nobody has it any more. What could not be freed can be now, and what was not allocated is not.
+    if let Some(id) = &id {
+        match victim.ask(&format!("try {id}")) {
+            held if held == "held" => victim.expect(&format!("release {id}"), "ok"),
+            answer => assert!(answer.starts_with("error NotAllocated"), "{answer}"),
+        }
+        let answer = victim.ask(&format!("free {id}"));
+        assert!(answer == "ok" || answer.starts_with("error NotAllocated"), "{answer}");
+    }
+    let mut other = Actor::start_at(&table);
+    for actor in [&mut victim, &mut other] {
+        let answer = actor.ask("allocate");
+        let id = answer.strip_prefix("allocated ").unwrap_or_else(|| panic!("{answer}"));
+        actor.expect(&format!("try {id}"), "held");
+        actor.expect(&format!("release {id}"), "ok");
+        actor.expect(&format!("free {id}"), "ok");
+    }
+    if kind == managers::Kind::Folder {
+        assert_eq!(table.lock_files(), BTreeSet::new(), "what is free has no file");
+    }
+    let left = (Belongings::of(victim.pid()), table.open().available().expect("it can be counted"));
+    table.clean();
+    Round { log, thread: victim.pid(), left }
+}
+
+/// A victim holds a lease while the calls of its heartbeat thread fail: that costs nobody anything.
+fn play_with_a_heartbeat(fault: Option<&Fault>) -> Round<Left> {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut terms = Terms::of(folder.path().join("lease"));
+    (terms.ttl, terms.heartbeat) = (10_000, 20);
+    let mut victim = Actor::start_lease(&terms);
+    assert!(victim.ask("try").starts_with("held "));
+    let lease = terms.open();
+    let record = || match lease.status().expect("it can be read") {
+        LeaseStatus::Held(seen) => Some(seen.cursor()),
+        _ => None,
+    };
+    let mut strace = Strace::attach(&victim, &injection(fault));
+    for _ in 0..=CALLS {
+        let before = record();
+        until("it beats", || record() != before);
+    }
+    let log = strace.end();
+    victim.expect("is-held", "yes");
+    assert!(lease.try_lock().expect_err("it is held").is_held());
+    victim.expect("release", "released");
+    victim.expect("losses", "losses");
+    assert!(lease.try_lock().expect("it is free").recovered().is_none());
+    assert!(victim.ask("try").starts_with("held "));
+    victim.expect("release", "released");
+    let beats = |line: &&str| line.contains("pwrite64(") && !line.starts_with(&format!("{} ", victim.pid()));
+    let thread = log.lines().find(beats).and_then(|line| line.split(' ').next()?.parse().ok());
+    let names = fs::read_dir(folder.path()).expect("a folder").flatten();
+    let left = names.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    Round { log, thread: thread.unwrap_or_default(), left: (Belongings::of(victim.pid()), left) }
+}
+
+/// Lets each system call by which a table is made, opened, and its locks allocated and freed fail once.
+pub fn fail_each_call_of_a_table(kind: managers::Kind) {
+    for is_there in [false, true] {
+        fail_each_call(&format!("{kind:?}, a table that is there: {is_there}"), |fault| {
+            play_with_a_table(kind, is_there, fault)
+        });
+    }
+}
+
+/// Lets each system call of a heartbeat fail once.
+pub fn fail_each_call_of_a_heartbeat() {
+    fail_each_call("a heartbeat", play_with_a_heartbeat);
 }
 
 /// Sees that the victim has answered that it holds the lock, and does; or with an error.
@@ -780,11 +883,11 @@ mod cases {
     }
 
     pub fn any_system_call_may_fail_once_when_nobody_else_is_there(kind: Kind) {
-        fail_each_call(kind, play_alone);
+        fail_each_call(kind.name(), |fault| play_with_a_lock(kind, play_alone, fault));
     }
 
     pub fn any_system_call_may_fail_once_when_the_lock_is_passed_on(kind: Kind) {
-        fail_each_call(kind, play_passed_on);
+        fail_each_call(kind.name(), |fault| play_with_a_lock(kind, play_passed_on, fault));
     }
 }
 pub use cases::*;

@@ -113,7 +113,7 @@ pub fn serve(terms: &Terms) {
     let lease = lease.build().expect("options that go together");
     let mut guard: Option<LeaseGuard> = None;
     let mut many: Vec<LeaseGuard> = Vec::new();
-    for line in std::io::stdin().lines().map_while(Result::ok) {
+    for line in crate::commands() {
         let mut take = |wait: &Wait| match lease.acquire(wait) {
             Ok(taken) => {
                 let died = taken.recovered().map(|died| died.owner().map_or(0, |owner| owner.pid()));

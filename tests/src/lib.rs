@@ -24,6 +24,7 @@ pub mod suite;
 pub use actor::Actor;
 pub use kinds::{Kind, Spec};
 
+use std::io::{BufRead, BufReader, IoSliceMut, Read};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -44,6 +45,18 @@ pub fn program(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("a test knows where it is");
     let folder = test.ancestors().find(|folder| folder.join(name).is_file());
     folder.unwrap_or_else(|| panic!("{name} is not built beside {}", test.display())).join(name)
+}
+
+/// The lines of standard input, as the commands of a second process. They are read with `readv`, so that a test can let
+/// each `read` of a lock fail, and no other.
+pub fn commands() -> impl Iterator<Item = String> {
+    struct Input;
+    impl Read for Input {
+        fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+            Ok(rustix::io::readv(std::io::stdin(), &mut [IoSliceMut::new(buffer)])?)
+        }
+    }
+    BufReader::new(Input).lines().map_while(Result::ok)
 }
 
 /// A name that no other test and no other run uses.

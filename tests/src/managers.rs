@@ -146,7 +146,7 @@ impl fmt::Display for Table {
 pub fn serve(table: &Table) {
     let mut manager: Option<Box<dyn LockManager>> = None;
     let mut guards = HashMap::new();
-    for line in std::io::stdin().lines().map_while(Result::ok) {
+    for line in crate::commands() {
         let answer = match line.split_once(' ') {
             Some(("kill-at", step)) => {
                 lockkit::steps::kill_at(step.parse().expect("a number"));

@@ -19,7 +19,7 @@ const SCENARIOS: [&str; 3] = ["alone", "waiting", "followed"];
 
 /// The victim's side: plays `scenario`, is killed at the step that it is told, and prints the steps that it passed.
 pub fn play(spec: &Spec, scenario: &str) {
-    let mut lines = std::io::stdin().lines().map_while(Result::ok);
+    let mut lines = crate::commands();
     let mut next = || lines.next().expect("a command");
     let kill_at: usize = next().parse().expect("the number of a step");
     let lock = spec.open();

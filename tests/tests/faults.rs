@@ -58,3 +58,16 @@ fn a_step_stands_between_every_two_changes_of_a_takeover_and_a_renewal() {
     dies.kill();
     steps::stand_between_changes_at(&spec, "alone");
 }
+
+#[test]
+fn any_system_call_may_fail_once_when_a_table_is_made_and_used() {
+    use lockkit_tests::managers::Kind::{Folder, Shm};
+    for kind in [Shm, Folder] {
+        faults::fail_each_call_of_a_table(kind);
+    }
+}
+
+#[test]
+fn any_system_call_of_a_heartbeat_may_fail_once() {
+    faults::fail_each_call_of_a_heartbeat();
+}
