@@ -269,6 +269,156 @@ fn a_killed_lockkit_leaves_the_lock_to_its_program_and_then_free() {
     }
 }
 
+/// The processes that `pid` has started and that live.
+fn children(pid: u32) -> Vec<u32> {
+    let all = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    all.split_ascii_whitespace().filter_map(|child| child.parse().ok()).collect()
+}
+
+/// The process that keeps `lock` when lockkit, with that pid, is killed.
+fn keeper(lockkit: u32) -> u32 {
+    let name = |pid: &u32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    let mut found = None;
+    until("its keeper has its name", || {
+        found = children(lockkit).into_iter().find(|pid| name(pid) == "lock-keeper\n");
+        found.is_some()
+    });
+    found.expect("a keeper")
+}
+
+#[test]
+fn the_lock_is_held_while_its_program_lives_whichever_of_lockkit_and_its_keeper_is_killed_first() {
+    for kind in ["--name", "--file"] {
+        for keeper_first in [false, true] {
+            let lock = Lock::new(kind);
+            let (running, pid) = lock.hold([]);
+            let (program, lockkit) = (Orphan(pid), running.pid());
+            let keeper = keeper(lockkit);
+            for killed in if keeper_first { [keeper, lockkit] } else { [lockkit, keeper] } {
+                signal(killed, Signal::KILL);
+                until("it is dead", || !lives(killed));
+                assert!(lives(program.0), "{kind}");
+                assert_eq!((lock.status(), lock.try_once()), (1, 75), "{kind}, the keeper first: {keeper_first}");
+            }
+            signal(program.0, Signal::KILL);
+            until("it is free", || lock.try_once() == 0);
+        }
+    }
+}
+
+#[test]
+fn a_pidfile_names_the_program_that_its_killed_lockkit_ran() {
+    let lock = Lock::new("--pidfile");
+    let (mut running, pid) = lock.hold([]);
+    let program = Orphan(pid);
+    assert_eq!(children(running.pid()), [pid], "nothing else keeps it");
+    running.child.kill().expect("it runs");
+    running.child.wait().expect("a child");
+    assert_eq!((lock.status(), lock.try_once()), (1, 75));
+    assert_eq!(json(&output(["status", &lock.place, "--json"]))["lock"]["holders"][0]["pid"], pid);
+    signal(program.0, Signal::KILL);
+    until("it is stale", || lock.status() == 2);
+    assert_eq!(lock.try_once(), 0);
+}
+
+#[test]
+fn nothing_of_a_program_outlives_its_lease_whichever_of_lockkit_and_its_keeper_is_killed() {
+    for (lockkit_first, keeper_too) in [(true, false), (true, true), (false, true), (false, false)] {
+        let lock = Lock::new("--lease");
+        // One that it waits for, one whose parent has ended, and one in a session of its own.
+        let script = "sleep 60 > /dev/null & echo $!; (sleep 60 > /dev/null & echo $!); \
+                      setsid sleep 60 > /dev/null & echo $!; echo $$; wait";
+        let mut running = Running::start(lock.run(["--ttl", "1s"], script));
+        let below: Vec<Orphan> = (0..4).map(|_| Orphan(running.line().parse().expect("a pid"))).collect();
+        let keeper = Orphan(keeper(running.pid()));
+        if lockkit_first {
+            signal(running.pid(), Signal::KILL);
+            running.child.wait().expect("a child");
+            // For longer than the lease lasts without a renewal.
+            let begun = Instant::now();
+            while begun.elapsed() < Duration::from_millis(1500) {
+                assert_eq!(lock.status(), 1);
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            assert!(below.iter().all(|process| lives(process.0)));
+            assert_eq!(lock.try_once(), 75);
+        }
+        if keeper_too {
+            signal(keeper.0, Signal::KILL);
+            until("the program has ended", || !lives(below[3].0));
+            if !lockkit_first {
+                assert_eq!(running.code(), 128 + 9);
+                assert!(below.iter().all(|process| !lives(process.0)), "something is left of it");
+            }
+        } else {
+            // A loss ends all of it, too, whether or not lockkit is there.
+            assert_eq!(code(["lease", "steal", "--yes", &lock.place]), 0);
+            until("all has ended", || below.iter().all(|process| !lives(process.0)));
+        }
+        until("the lease is free", || lock.try_once() == 0);
+    }
+}
+
+#[test]
+fn a_kill_by_name_or_by_command_line_does_not_reach_the_keeper() {
+    for kind in ["--name", "--file", "--lease"] {
+        let lock = Lock::new(kind);
+        let (running, pid) = lock.hold([]);
+        let (program, keeper) = (Orphan(pid), Orphan(keeper(running.pid())));
+        let line = fs::read_to_string(format!("/proc/{}/cmdline", keeper.0)).expect("a process");
+        assert_eq!(line.trim_end_matches('\0'), "lock-keeper", "{kind}");
+        // As `pkill -9 -f lockkit` would, were there no other test's.
+        let killed = Command::new("pkill").args(["-9", "-f", &format!("lockkit.*{}", lock.place)]).status();
+        assert!(killed.expect("pkill starts").success(), "{kind}");
+        until("lockkit is dead", || !lives(running.pid()));
+        assert!(lives(keeper.0) && lives(program.0), "{kind}");
+        assert_eq!((lock.status(), lock.try_once()), (1, 75), "{kind}");
+        signal(program.0, Signal::KILL);
+        until("the keeper has left", || !lives(keeper.0));
+        assert_eq!(lock.try_once(), 0, "{kind}");
+    }
+}
+
+#[test]
+fn what_a_program_leaves_running_does_not_keep_the_lock_of_a_killed_lockkit() {
+    for kind in ["--name", "--file"] {
+        let lock = Lock::new(kind);
+        let script = "sleep 60 > /dev/null & echo $!; echo $$; exec sleep 60";
+        let mut running = Running::start(lock.run([], script));
+        let left = Orphan(running.line().parse().expect("a pid"));
+        let program = Orphan(running.line().parse().expect("a pid"));
+        running.child.kill().expect("it runs");
+        running.child.wait().expect("a child");
+        signal(program.0, Signal::KILL);
+        until("it is free", || lock.try_once() == 0);
+        assert!(lives(left.0), "{kind}");
+    }
+}
+
+#[test]
+fn a_lockkit_that_is_killed_while_it_waits_runs_nothing_later() {
+    for kind in KINDS {
+        let lock = Lock::new(kind);
+        let (mut running, pid) = lock.hold([]);
+        let ran = lock._folder.path().join("ran");
+        let mut waiter = Running::start(lock.run([], &format!("echo > {}", ran.display())));
+        match kind {
+            "--lease" => until("it waits", || !children(waiter.pid()).is_empty()),
+            // Whose place in no queue can be seen: it may be killed before it waits, too.
+            "--pidfile" => {}
+            _ => until("it waits", || json(&output(["status", &lock.place, "--json"]))["lock"]["waiters"] == 1),
+        }
+        let behind: Vec<_> = children(waiter.pid()).into_iter().map(Orphan).collect();
+        waiter.child.kill().expect("it runs");
+        waiter.child.wait().expect("a child");
+        until("nothing is left of it", || behind.iter().all(|process| !lives(process.0)));
+        signal(pid, Signal::KILL);
+        running.code();
+        assert_eq!(lock.try_once(), 0, "{kind}");
+        assert!(!ran.exists(), "{kind}");
+    }
+}
+
 #[test]
 fn the_lock_outlasts_a_lockkit_that_is_killed_at_any_moment() {
     // Whatever the moment, as long as the program lives nobody else gets the lock.
