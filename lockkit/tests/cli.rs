@@ -188,13 +188,21 @@ fn run_ends_as_its_program_ends() {
 fn a_held_lock_ends_run_with_the_code_for_it() {
     for kind in KINDS {
         let lock = Lock::new(kind);
-        let (_running, pid) = lock.hold([]);
+        let (running, pid) = lock.hold([]);
         let refused = lock.run(["--try"], "true").output().expect("lockkit starts");
         assert_eq!(code_of(&refused), 75, "{kind}");
         let said = text(&refused.stderr);
         assert!(said.contains("is held") && said.ends_with(".\n"), "{kind}: {said}");
-        if ["--name", "--pidfile"].contains(&kind) {
-            assert!(said.contains(&format!("pid {pid} (s")), "{kind}: {said}");
+        let waited = lock.run(["--timeout", "50ms"], "true").output().expect("lockkit starts");
+        assert_eq!(code_of(&waited), 75, "{kind}");
+        // A lease is held by lockkit's keeper, and a file by lockkit and its keeper.
+        let (holder, program) = match kind {
+            "--lease" => (keeper(running.pid()), "lockkit"),
+            "--file" => (running.pid(), "lockkit"),
+            _ => (pid, "s"),
+        };
+        for said in [said, text(&waited.stderr)] {
+            assert!(said.contains(&format!("by pid {holder} ({program}")), "{kind}: {said}");
         }
         let refused =
             lock.run(["--timeout", "50ms", "--exit-code", "3", "--quiet"], "true").output().expect("it starts");
@@ -1035,7 +1043,9 @@ fn both_flocks() -> Option<(TempDir, [PathBuf; 2])> {
 fn outcome(program: &Path, command: &mut Command) -> (i32, String, String) {
     let ended = command.output().expect("it starts");
     let plain = |bytes: &[u8]| {
-        let text = text(bytes).replace(&program.display().to_string(), "flock");
+        // A letter for each byte, so that none is taken for another.
+        let text: String = bytes.iter().map(|byte| char::from(*byte)).collect();
+        let text = text.replace(&program.display().to_string(), "flock");
         text.lines()
             .map(|line| match line.split_once("getting lock took ") {
                 Some((begin, took)) => {
@@ -1116,6 +1126,14 @@ fn flock_does_what_the_machines_own_does() {
         vec!["-w", "-1", f, "true"],
         vec!["-w", "1e30", f, "true"],
         vec!["-w", "inf", f, "true"],
+        vec!["-w", "nan", f, "true"],
+        vec!["-w", ".1", f, "true"],
+        vec!["-w", " 1", f, "true"],
+        vec!["-w", "1 ", f, "true"],
+        vec!["-w", "0x1p-4", h, "true"],
+        vec!["-w", "0x", f, "true"],
+        vec!["-w", "9223372036854775807", f, "true"],
+        vec!["-w", "9223372036854775808", f, "true"],
         vec!["-w"],
         vec!["--wait"],
         vec!["-E", "42", "-n", h, "true"],
@@ -1125,6 +1143,11 @@ fn flock_does_what_the_machines_own_does() {
         vec!["--conflict-exit-code=0", "-n", h, "true"],
         vec!["-E", "42", f, "true"],
         vec!["-E", "256", f, "true"],
+        vec!["-E", "010", "-n", h, "true"],
+        vec!["-E", "0x10", f, "true"],
+        vec!["-E", "7 ", f, "true"],
+        vec!["-E", "2147483648", f, "true"],
+        vec!["-E", "1", "-nE2", h, "true"],
         vec!["-E", "-1", f, "true"],
         vec!["-E", "x", f, "true"],
         vec!["-E", "", f, "true"],
@@ -1151,6 +1174,14 @@ fn flock_does_what_the_machines_own_does() {
         vec!["--no", f, "true"],
         vec!["--n", f, "true"],
         vec!["--ver"],
+        vec!["-é", f, "true"],
+        vec!["--é=1", f, "true"],
+        vec!["-z", "-h"],
+        vec!["--c", f, "true"],
+        vec!["--e", f, "true"],
+        vec!["--u", h, "true"],
+        vec!["--t", "0.01", h, "true"],
+        vec!["-s=1", f, "true"],
         vec!["--w", "0.01", h, "true"],
         vec!["--shared=1", f, "true"],
         vec!["-c", "true", f],
@@ -1163,7 +1194,14 @@ fn flock_does_what_the_machines_own_does() {
         vec!["--", "-1"],
         vec!["abc"],
         vec!["99999999999"],
+        vec!["+99"],
+        vec!["0x0"],
+        vec!["0 "],
+        vec![" 0"],
         vec!["0"],
+        vec!["-o", "0"],
+        vec!["-F", "0"],
+        vec!["--verbose", "0"],
         vec!["-u", "0"],
         vec!["-n", "-x", "0"],
     ];
@@ -1196,12 +1234,24 @@ fn flock_by_descriptor_does_what_the_machines_own_does() {
         "exec 8>file 9>file; real -s 8; flock -n -s 9; echo $?; flock -n 9; echo $?; flock -u 8; flock -n 9; echo $?",
         "exec 9>file; flock -n 7; echo $?; flock 9 9>&-; echo $?",
         // Closed ones are not there, whatever Rust's runtime opens in their place.
-        "flock 0 <&-; echo $?; flock 1 2>&1 >&-; echo $?",
-        // Ignored signals stay ignored, and scripts need no first line.
-        "trap '' PIPE; flock file bash -c 'trap -p PIPE'; flock -F file bash -c 'trap -p PIPE'",
-        "flock file bash -c 'trap -p PIPE'; flock -F file bash -c 'trap -p PIPE'",
-        "echo 'echo said $0 $1' > script; chmod +x script; flock file ./script a; flock -F file ./script b",
-        "flock -h > /dev/full; echo $?; flock --verbose file true > /dev/full; echo $?",
+        "flock 0 <&-; echo $?; flock 1 2>&1 >&-; echo $?; flock 2 2>&-; echo $?",
+        "flock -h >&-; echo $?; flock file echo said >&-; echo $?; flock --verbose file true >&- 2>&-; echo $?",
+        "flock -F file sh -c 'ls /proc/self/fd | wc -w' <&-; flock file sh -c 'ls /proc/self/fd | wc -w' <&-",
+        "flock -z 2>/dev/full; echo $?; flock -n 2>&-; echo $?; flock --verbose file true 2>/dev/full; echo $?",
+        // Bytes that are no text.
+        "flock /no/such/$'f\\xff' true; flock file $'no\\xff'; flock -w $'\\xff' file true; flock -E $'\\xff' file true",
+        "flock $'\\xff'; flock -n$'\\xff' file true; flock --n$'\\xff' file true; flock $'f\\xff' true; ls",
+        // Files of others, and those that may not be read, or made.
+        "chmod 755 .; chmod 600 file; [ $(id -u) != 0 ] || setpriv --reuid 65534 --clear-groups flock file true; echo $?",
+        "chmod 755 .; chmod 644 file; [ $(id -u) != 0 ] || setpriv --reuid 65534 --clear-groups flock file true; echo $?",
+        "chmod 755 .; [ $(id -u) != 0 ] || setpriv --reuid 65534 --clear-groups flock new true; echo $?; ls",
+        "umask 027; flock new true; stat -c %a new; ln -s nowhere a; flock a true; ln -s b b; flock b true; ls",
+        "flock dir/new true; flock file/ true; flock $(printf 'a%.0s' $(seq 300)) true; flock /dev/null echo said",
+        "SHELL= flock file -c 'echo $0'; unset SHELL; flock file -c 'echo $0'; SHELL=/no/such flock file -c true; echo $?",
+        "mkfifo fifo; exec 9<>fifo; flock 9; echo $?; exec 9<.; flock -n 9; echo $?; flock 9 -c 'echo said' 9>file; ls",
+        // Signals: a command that is told of one, and flock itself.
+        "flock file sh -c 'kill -SEGV $$'; echo $?; trap '' INT CHLD; flock file sh -c 'kill -INT $$; exit 4'; echo $?",
+        "flock file sh -c 'kill $PPID' & wait $!; echo $?; flock -w 9 file sh -c 'kill -INT $$' & wait $!; echo $?",
         // The command inherits the descriptor unless told otherwise, and what it leaves running keeps the lock.
         "flock file sh -c 'sleep 60 > /dev/null 2>&1 & echo $! > pid'; real -n file true; echo $?; kill $(cat pid)",
         "flock -o file sh -c 'sleep 60 > /dev/null 2>&1 & echo $! > pid'; real -n file true; echo $?; kill $(cat pid)",

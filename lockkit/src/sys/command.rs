@@ -53,17 +53,22 @@ extern "C" fn look() {
 #[unsafe(link_section = ".init_array")]
 static LOOK: extern "C" fn() = look;
 
-/// Has `command` started by fork and exec with SIGPIPE as this process was given it, where Rust's library would set it
-/// to its default; and a script without a first line that names its interpreter, by the shell.
+/// Has `command` started by fork and exec with SIGPIPE and the standard descriptors as this process was given them, where
+/// Rust's library would set the one to its default and open the others; and a script without a first line that names its
+/// interpreter, by the shell.
 pub fn as_given(command: &mut Command) -> &mut Command {
     let restore = || {
+        for number in (0..3).filter(|number| CLOSED.load(Ordering::Relaxed) & (1 << number) != 0) {
+            // SAFETY: one of this process's own, which comes before the program that is about to take its place.
+            unsafe { libc::close(number) };
+        }
         if PIPE_IGNORED.load(Ordering::Relaxed) {
             // SAFETY: no handler is installed, so no code runs at a signal.
             unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
         }
         Ok(())
     };
-    // SAFETY: `restore` only reads an atomic and calls signal(2), both of which a forked child may do.
+    // SAFETY: `restore` only reads atomics and calls close(2) and signal(2), all of which a forked child may do.
     unsafe { command.pre_exec(restore) }
 }
 

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use lockkit::{CancelToken, FileLock, PidFile, PidStatus, Wait};
+use lockkit::{CancelToken, FileLock, Owner, PidFile, PidStatus, Wait};
 
 use crate::failure::{Failure, Outcome, code, note};
 use crate::place::{self, ScopeArgument};
@@ -99,7 +99,11 @@ impl Run {
             // A mode as flock(1) has it, for both may be used on the same file.
             let lock = FileLock::new(path).create_with_mode(0o666);
             let looked = lock.clone();
-            let holder = move || looked.holders().ok()?.first().map(|owner| owner.describe());
+            let holder = move || {
+                let holders = looked.holders().ok()?;
+                let described: Vec<_> = holders.iter().map(Owner::describe).collect();
+                (!described.is_empty()).then(|| described.join("; "))
+            };
             let acquire = || if self.shared { lock.acquire_shared(&wait) } else { lock.acquire(&wait) };
             return self.hold(&format!("the lock on {}", path.display()), holder, || acquire().map(Hold::File));
         }
@@ -141,7 +145,7 @@ impl Run {
     fn hold(
         &self,
         lock: &str,
-        holder: impl Fn() -> Option<String> + Send,
+        holder: impl Fn() -> Option<String> + Send + Sync,
         acquire: impl FnOnce() -> lockkit::Result<Hold>,
     ) -> Outcome {
         let hold = self.acquire(lock, holder, acquire)?;
@@ -184,13 +188,20 @@ impl Run {
     fn acquire(
         &self,
         lock: &str,
-        holder: impl Fn() -> Option<String> + Send,
+        holder: impl Fn() -> Option<String> + Send + Sync,
         acquire: impl FnOnce() -> lockkit::Result<Hold>,
     ) -> Result<Hold, Failure> {
         let audience = Audience::of(self.quiet, self.verbose);
-        let hold = waiting::shown(audience, lock, holder, acquire).map_err(|error| {
+        let hold = waiting::shown(audience, lock, &holder, acquire).map_err(|error| {
             let gave_up = error.is_temporary();
+            // The library does not look for the holder of a file, for that takes milliseconds.
+            let unnamed = gave_up && !self.quiet && error.owner().is_none();
+            let found = unnamed.then(holder).flatten();
             let failure = Failure::from(error);
+            let failure = match found {
+                Some(who) => failure.with_more(format_args!(", by {who}")),
+                None => failure,
+            };
             match gave_up {
                 true => failure.with_code(self.exit_code).quiet(self.quiet),
                 false => failure,
