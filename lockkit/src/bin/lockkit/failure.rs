@@ -142,6 +142,7 @@ impl From<lockkit::Error> for Failure {
             ErrorKind::InvalidName { .. }
             | ErrorKind::RelativePath { .. }
             | ErrorKind::InvalidOption { .. }
+            | ErrorKind::InvalidUrl { .. }
             | ErrorKind::InvalidCapacity { .. }
             | ErrorKind::NoSuchLock { .. } => code::USAGE,
             ErrorKind::InvalidPid { .. } | ErrorKind::LayoutMismatch { .. } => code::DATA,

@@ -2,7 +2,7 @@
 //!
 //! The lock is taken here, in one wait; the program is then started and looked after by [`supervise`].
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -43,9 +43,10 @@ pub(crate) struct Run {
     /// The pidfile at this path, which then names the program.
     #[arg(long, value_name = "PATH", group = "lock")]
     pidfile: Option<PathBuf>,
-    /// The lease at this path or file:///path. When it is lost the program is ended.
+    /// The lease at this path or URL: file:///path, and with the engines of this build etcd://…, postgres://… and
+    /// redis://…. When it is lost the program is ended.
     #[arg(long, value_name = "PATH|URL", group = "lock")]
-    lease: Option<String>,
+    lease: Option<OsString>,
     /// Who shares the name.
     #[arg(long, value_enum)]
     scope: Option<ScopeArgument>,
@@ -117,8 +118,8 @@ impl Run {
             };
             return self.hold(&text, holder, || lock.acquire(&wait).map(Hold::Pidfile));
         }
-        if let Some(url) = &self.lease {
-            return self.lead(url, &wait);
+        if let Some(given) = &self.lease {
+            return self.lead(given, &wait);
         }
         Err(Failure::usage("a lock is missing").example("lockkit run --name backup -- CMD"))
     }
@@ -153,13 +154,15 @@ impl Run {
     }
 
     /// As [`hold`](Self::hold), for a lease: by a process of its own, which goes on when this one is killed.
-    fn lead(&self, url: &str, wait: &Wait) -> Outcome {
-        let mut builder = place::lease(url)?;
-        if let Some(ttl) = self.ttl {
-            builder = builder.ttl(ttl);
-        }
+    fn lead(&self, given: &OsStr, wait: &Wait) -> Outcome {
         let (loss, on_lost) = supervise::loss()?;
-        let lease = builder.on_lost(on_lost).build()?;
+        let lease = place::lease(given, |builder| {
+            let builder = builder.on_lost(on_lost);
+            match self.ttl {
+                Some(ttl) => builder.ttl(ttl),
+                None => builder,
+            }
+        })?;
         supervise::behind(|| {
             let looked = lease.clone();
             let holder = move || looked.owner().ok().flatten().map(|owner| owner.describe());
@@ -174,7 +177,7 @@ impl Run {
                 // A signal that came too late to cancel the wait is the program's.
                 Ok(hold) => {
                     // For `lockkit list`, which finds a lease by who has its file open.
-                    let _found_by = File::open(lease.name());
+                    let _found_by = File::open(given).or_else(|_| File::open(lease.name()));
                     supervise::run(hold, signals, self.job())
                 }
                 Err(failure) => match signals.first_if(stop.is_cancelled()) {

@@ -71,7 +71,7 @@ pub(crate) struct Job<'r> {
 pub(crate) struct LossPipe(io::PipeReader);
 
 /// A pipe for the loss of a lease, and what writes to it.
-pub(crate) fn loss() -> Result<(LossPipe, impl Fn(&Loss) + Send + Sync), Failure> {
+pub(crate) fn loss() -> Result<(LossPipe, impl Fn(&Loss) + Send + Sync + use<>), Failure> {
     let (reader, writer) = io::pipe().map_err(|error| Failure::io("make a pipe", error))?;
     Ok((LossPipe(reader), move |loss: &Loss| {
         let _ = (&writer).write_all(format!("{} is lost: {}", loss.lock, loss.reason).as_bytes());
