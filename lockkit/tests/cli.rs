@@ -3,16 +3,20 @@
 
 #![cfg(target_os = "linux")]
 
-use std::fs::{self, File};
+use std::ffi::OsStr;
+use std::fs::{self, File, Permissions};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::symlink;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
+use jsonschema::Validator;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -52,8 +56,33 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
+/// What it wrote, which is what the schema says and no more.
 fn json(output: &Output) -> Value {
-    serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
+    static SCHEMA: LazyLock<Validator> = LazyLock::new(|| {
+        let mut schema: Value = serde_json::from_str(FORMS).expect("JSON");
+        close(&mut schema);
+        jsonschema::validator_for(&schema).expect("a schema")
+    });
+    let form = serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"));
+    let wrong: Vec<_> = SCHEMA.iter_errors(&form).map(|error| error.to_string()).collect();
+    assert!(wrong.is_empty(), "{wrong:?}: {form}");
+    form
+}
+
+const FORMS: &str = include_str!("../src/bin/lockkit/forms.schema.json");
+
+/// Has a schema allow no fields but those that it tells of, so that none goes without a word there.
+fn close(schema: &mut Value) {
+    match schema {
+        Value::Object(fields) => {
+            if fields.get("type") == Some(&"object".into()) && fields.contains_key("properties") {
+                fields.insert("additionalProperties".to_owned(), false.into());
+            }
+            fields.values_mut().for_each(close);
+        }
+        Value::Array(values) => values.iter_mut().for_each(close),
+        _ => {}
+    }
 }
 
 fn fresh_name() -> String {
@@ -704,23 +733,32 @@ fn a_wait_on_a_pipe_is_silent_unless_told_otherwise() {
     assert!(wait("--verbose").contains(&format!("waiting for the named lock {:?}, held by pid {pid}", lock.place)));
 }
 
-/// Checks what every lock in JSON has.
-fn check_form(lock: &Value) {
-    assert!(["named", "file", "pidfile", "lease", "table"].contains(&lock["kind"].as_str().expect("a kind")), "{lock}");
-    assert!(["free", "held", "stale"].contains(&lock["state"].as_str().expect("a state")), "{lock}");
-    assert!(lock["name"].is_string() && (lock["waiters"].is_u64() || lock["waiters"].is_null()), "{lock}");
-    for holder in lock["holders"].as_array().expect("holders") {
-        assert!(holder["pid"].is_u64(), "{lock}");
-        for (field, fits) in [
-            ("program", Value::is_string as fn(&Value) -> bool),
-            ("host", Value::is_string),
-            ("since", Value::is_string),
-            ("alive", Value::is_boolean),
-        ] {
-            let value = holder.get(field).expect("the field");
-            assert!(value.is_null() || fits(value), "{field} of {lock}");
-        }
+#[test]
+fn the_schema_tells_the_forms_from_others() {
+    let schema = serde_json::from_str(FORMS).expect("JSON");
+    assert!(jsonschema::meta::is_valid(&schema), "it is a schema");
+    let schema = jsonschema::validator_for(&schema).expect("a schema");
+    let lock = serde_json::json!({"kind": "file", "name": "/a", "state": "free", "holders": [], "waiters": 0});
+    let with = |field: &str, value: Value| {
+        let mut lock = lock.clone();
+        lock[field] = value;
+        schema.is_valid(&serde_json::json!({"version": 1, "lock": lock}))
+    };
+    assert!(with("waiters", Value::Null) && with("of a later release", true.into()));
+    let wrong: [(&str, Value); 7] = [
+        ("kind", "mutex".into()),
+        ("state", "busy".into()),
+        ("waiters", (-1).into()),
+        ("name", Value::Null),
+        ("holders", serde_json::json!([{"pid": 1}])),
+        ("scope", "user".into()),
+        ("token", 7.into()),
+    ];
+    for (field, value) in wrong {
+        assert!(!with(field, value), "{field}");
     }
+    assert!(!schema.is_valid(&serde_json::json!({"version": 2, "lock": lock})));
+    assert!(!schema.is_valid(&serde_json::json!({"version": 1})));
 }
 
 #[test]
@@ -739,11 +777,9 @@ fn status_and_list_say_the_same_in_json() {
             (&status["version"], &status["lock"]["kind"], &status["lock"]["state"]),
             (&1.into(), &kind.into(), &"held".into())
         );
-        check_form(&status["lock"]);
         assert_ne!(status["lock"]["holders"][0]["pid"], 0);
         let found: Vec<_> = listed.iter().filter(|found| found["name"] == lock.place.as_str()).collect();
         assert_eq!(found.len(), 1, "{kind} in {list}");
-        check_form(found[0]);
         assert_eq!(found[0]["holders"][0]["pid"], status["lock"]["holders"][0]["pid"]);
     }
     let table = text(&output(["list"]).stdout);
@@ -830,7 +866,6 @@ fn pidfiles_are_checked_and_only_stale_ones_are_removed() {
     assert_eq!(code(["pidfile", "check", &text_of(&folder.path().join("none.pid"))]), 0);
     let form = json(&output(["pidfile", "check", "--json", &dir]));
     assert_eq!((&form["version"], form["locks"].as_array().map(Vec::len)), (&1.into(), Some(2)));
-    form["locks"].as_array().expect("locks").iter().for_each(check_form);
     let dead = fs::read(&paths[1]).expect("a file");
     let dry = output(["pidfile", "clean", "--dry-run", &dir]);
     assert!(text(&dry.stdout).contains("would remove") && paths[1].exists());
@@ -855,7 +890,6 @@ fn a_lease_is_shown_released_and_stolen() {
     assert_eq!(code(["lease", "show", &url]), 0);
     let (_running, _) = lock.hold([]);
     let shown = json(&output(["lease", "show", &url, "--json"]));
-    check_form(&shown["lock"]);
     let (token, holder) = (&shown["lock"]["token"], &shown["lock"]["holders"][0]["pid"]);
     assert_eq!(code(["lease", "show", &url]), 1);
     let refused = output(["lease", "release", &url]);
@@ -887,14 +921,191 @@ fn stealing_a_lease_asks_and_names_the_owner() {
 }
 
 #[test]
-fn an_engine_that_this_build_lacks_is_named() {
-    for url in ["redis://localhost/leader", "postgres://db/leader", "etcd://a,b,c/leader"] {
-        let refused = output(["run", "--lease", url, "--", "true"]);
-        assert_eq!(code_of(&refused), 69);
-        let scheme = url.split(':').next().unwrap_or_default();
-        assert!(text(&refused.stderr).contains(&format!("no engine for {scheme}://")), "{refused:?}");
-        assert_eq!(code(["lease", "show", url]), 69);
+fn an_engine_that_this_build_lacks_is_named_with_the_feature_that_brings_it() {
+    let engines = [
+        ("redis://user:secret@localhost:1/leader", "redis", cfg!(feature = "redis")),
+        ("postgres://user:secret@localhost:1/db/leader", "postgres", cfg!(feature = "postgres")),
+        ("etcd://user:secret@localhost:1/leader", "etcd", cfg!(feature = "etcd")),
+    ];
+    for (url, feature, is_built_in) in engines {
+        if is_built_in {
+            println!("left out: this build has {feature}");
+            continue;
+        }
+        let refused = [
+            output(["run", "--lease", url, "--", "true"]),
+            output(["status", url]),
+            output(["wait", url]),
+            output(["lease", "show", url]),
+            output(["lease", "release", url]),
+            output(["lease", "steal", url]),
+        ];
+        for refused in refused {
+            assert_eq!(code_of(&refused), 69, "{refused:?}");
+            let said = text(&refused.stderr);
+            assert!(said.contains(&format!("feature `{feature}`")) && !said.contains("secret"), "{said}");
+            assert!(said.contains("For example: cargo install lockkit --features cli,"), "{said}");
+        }
     }
+    for wrong in ["gopher://host/leader", "file://elsewhere/leader", "file:///a%zz"] {
+        assert_eq!(code(["run", "--lease", wrong, "--", "true"]), 64, "{wrong}");
+        assert_eq!(code(["status", wrong]), 64, "{wrong}");
+    }
+}
+
+#[test]
+fn a_lease_by_url_is_the_lease_at_its_path() {
+    let folder = TempDir::new().expect("a folder");
+    let path = folder.path().join("my leader").display().to_string();
+    let url = format!("file://{}", path.replace(' ', "%20"));
+    assert_eq!((code(["status", &url]), code(["wait", &url])), (0, 0));
+    let mut run = lockkit(["run", "--lease", &url, "--", "sh", "-c"]);
+    run.arg("echo $LOCKKIT_TOKEN; read end").stdin(Stdio::piped());
+    let mut running = Running::start(run);
+    let token: u64 = running.line().parse().expect("a token");
+    for place in [&url, &path] {
+        for shown in [output(["status", place, "--json"]), output(["lease", "show", place, "--json"])] {
+            assert_eq!(code_of(&shown), 1);
+            assert_eq!(json(&shown)["lock"]["token"], token);
+        }
+        assert_eq!(code(["wait", place, "--timeout", "50ms"]), 75);
+        assert_eq!(code(["run", "--try", "--lease", place, "--", "true"]), 75);
+    }
+    let listed = json(&output(["list", "--json"]));
+    let locks = listed["locks"].as_array().expect("locks");
+    assert!(locks.iter().any(|lock| lock["name"] == path.as_str() && lock["kind"] == "lease"), "{listed}");
+    drop(running.child.stdin.take());
+    assert_eq!(code(["wait", &url, "--timeout", "30s"]), 0);
+    assert_eq!(code(["status", &url]), 0);
+}
+
+#[test]
+fn paths_that_are_no_text_are_locks_like_any_other() {
+    let folder = TempDir::new().expect("a folder");
+    for kind in ["--file", "--pidfile", "--lease"] {
+        let path = folder.path().join(OsStr::from_bytes(&[kind.as_bytes(), b"-\xff.pid"].concat()));
+        let on_path = |arguments: &[&str]| {
+            let mut command = lockkit([]);
+            command.args(arguments).arg(&path);
+            command
+        };
+        let mut run = on_path(&["run", kind]);
+        run.args(["--", "sh", "-c", "echo held; exec sleep 60"]);
+        let mut running = Running::start(run);
+        assert_eq!(running.line(), "held", "{kind}");
+        assert!(path.exists(), "{kind}");
+        let status = on_path(&["status", "--json"]).output().expect("lockkit starts");
+        assert_eq!(code_of(&status), 1, "{kind}");
+        let bytes = Value::from(path.as_os_str().as_bytes().to_vec());
+        assert_eq!(json(&status)["lock"]["name_bytes"], bytes, "{kind}");
+        assert_ne!(json(&status)["lock"]["holders"][0]["pid"], 0, "{kind}");
+        let listed = json(&output(["list", "--json", &folder.path().display().to_string()]));
+        let locks = listed["locks"].as_array().expect("locks");
+        assert!(locks.iter().any(|lock| lock["name_bytes"] == bytes), "{kind}: {listed}");
+        let code = |mut command: Command| code_of(&command.output().expect("lockkit starts"));
+        assert_eq!(code(on_path(&["wait", "--timeout", "50ms"])), 75, "{kind}");
+        let mut refused = on_path(&["run", "--try", kind]);
+        refused.args(["--", "true"]);
+        assert_eq!(code(refused), 75, "{kind}");
+        match kind {
+            "--lease" => {
+                assert_eq!(code(on_path(&["lease", "show"])), 1);
+                assert_eq!(code(on_path(&["lease", "steal", "--yes"])), 0);
+                running.code();
+            }
+            "--pidfile" => assert_eq!(code(on_path(&["pidfile", "check"])), 1),
+            _ => {}
+        }
+        signal(running.pid(), Signal::TERM);
+        running.code();
+        assert_eq!(code(on_path(&["wait"])), 0, "{kind}");
+    }
+    let mut name = lockkit(["status"]);
+    assert_eq!(name.arg(OsStr::from_bytes(b"a\xff")).output().expect("lockkit starts").status.code(), Some(64));
+}
+
+#[test]
+fn root_steals_the_lease_of_another_user_and_nobody_else_does() {
+    if !rustix::process::geteuid().is_root() {
+        println!("left out: only root can act as another user");
+        return;
+    }
+    let as_user = |uid: u32, arguments: &[&str]| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid", &uid.to_string(), "--clear-groups", PROGRAM]).args(arguments);
+        command.stdin(Stdio::null());
+        command
+    };
+    // Users have to reach it.
+    let folder = TempDir::new_in("/tmp").expect("a folder");
+    fs::set_permissions(folder.path(), Permissions::from_mode(0o777)).expect("a folder");
+    let lease = folder.path().join("lease").display().to_string();
+    let (owner, other) = (1_900_001, 1_900_002);
+    if as_user(owner, &["lease", "show", &lease]).status().expect("setpriv starts").code() != Some(0) {
+        println!("left out: another user cannot run what was built here");
+        return;
+    }
+    let mut running =
+        Running::start(as_user(owner, &["run", "--lease", &lease, "--", "sh", "-c", "echo held; exec sleep 60"]));
+    assert_eq!(running.line(), "held");
+    for readable in [false, true] {
+        let mode = if readable { 0o666 } else { 0o600 };
+        fs::set_permissions(&lease, Permissions::from_mode(mode)).expect("a file");
+        let refused = as_user(other, &["lease", "steal", "--yes", &lease]).output().expect("setpriv starts");
+        assert_eq!(code_of(&refused), 77, "{refused:?}");
+    }
+    assert_eq!(code(["lease", "show", &lease]), 1);
+    let stolen = output(["lease", "steal", "--yes", &lease]);
+    assert_eq!(code_of(&stolen), 0, "{stolen:?}");
+    assert_eq!(running.code(), 128 + 15, "it lost the lease");
+    assert_eq!(code(["lease", "show", &lease]), 0);
+    // Nor may root hold it there: that user could take it back.
+    let refused = output(["run", "--lease", &lease, "--", "true"]);
+    assert_eq!(code_of(&refused), 77);
+    assert!(text(&refused.stderr).contains("another user"), "{refused:?}");
+    let again = as_user(owner, &["run", "--lease", &lease, "--", "true"]).status().expect("setpriv starts");
+    assert!(again.success());
+}
+
+#[test]
+fn a_doctor_that_is_interrupted_leaves_nothing_and_a_killed_ones_folder_goes_later() {
+    let folder = TempDir::new_in("/dev/shm").expect("a folder");
+    let left = || -> Vec<PathBuf> {
+        fs::read_dir(folder.path()).expect("a folder").map(|entry| entry.expect("an entry").path()).collect()
+    };
+    let path = folder.path().display().to_string();
+    let begin = || {
+        let mut doctor = lockkit(["doctor", &path]);
+        doctor.stderr(Stdio::null());
+        let running = Running::start(doctor);
+        until("it has begun", || !left().is_empty());
+        running
+    };
+    for number in [Signal::INT, Signal::TERM, Signal::HUP] {
+        // One that has ended first, as it may on a busy machine, shows nothing.
+        let interrupted = (0..50).any(|_| {
+            let mut running = begin();
+            signal(running.pid(), number);
+            let code = running.code();
+            assert!([0, 128 + number.as_raw()].contains(&code), "{code}");
+            assert!(left().is_empty(), "{:?}", left());
+            code != 0
+        });
+        assert!(interrupted, "{number:?}");
+    }
+    let mut running = begin();
+    signal(running.pid(), Signal::KILL);
+    running.code();
+    let [abandoned] = &left()[..] else { panic!("{:?}", left()) };
+    let name = abandoned.file_name().expect("a name").to_string_lossy().into_owned();
+    assert_eq!(name, format!(".lockkit-doctor-{}", running.pid()), "as the documentation has it");
+    // It may be that of one that runs, and stays until it is old.
+    assert_eq!(code(["doctor", &path]), 0);
+    assert!(abandoned.exists());
+    let hour_ago = SystemTime::now() - Duration::from_secs(3600);
+    File::open(abandoned).and_then(|folder| folder.set_modified(hour_ago)).expect("a folder");
+    assert_eq!(code(["doctor", &path]), 0);
+    assert!(left().is_empty(), "{:?}", left());
 }
 
 #[test]
@@ -911,7 +1122,6 @@ fn tables_give_out_numbers_and_take_them_back() {
         assert_eq!(code(["table", "free", &path, "0"]), 0);
         assert_eq!(code(["table", "free", &path, "0"]), 69);
         let form = json(&output(["table", "list", &path, "--json"]));
-        check_form(&form["lock"]);
         assert_eq!(form["lock"]["kind"], "table");
         let renumbered = output(["table", "renumber", "--yes", &path, "3", "1", "1"]);
         let numbers = text(&renumbered.stdout);
