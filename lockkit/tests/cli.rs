@@ -1202,10 +1202,28 @@ fn every_command_has_completions_a_manual_page_and_help_with_an_example() {
     for command in commands {
         let page = fs::read_to_string(folder.path().join(format!("lockkit-{command}.1"))).expect(command);
         assert!(page.contains(".TH"), "{command}");
-        if command != "flock" {
-            let help = output([command, "--help"]);
-            assert_eq!(code_of(&help), 0, "{command}");
-            assert!(text(&help.stdout).contains("Example"), "{command}");
+        if command == "flock" {
+            // Its help is flock(1)'s.
+            assert!(page.contains("Example: lockkit flock"), "{page}");
+            continue;
+        }
+        let mut below = vec![Vec::new()];
+        below.extend(match command {
+            "pidfile" => ["check", "clean"].map(|name| vec![name]).to_vec(),
+            "lease" => ["show", "release", "steal"].map(|name| vec![name]).to_vec(),
+            "table" => ["create", "list", "allocate", "free", "renumber"].map(|name| vec![name]).to_vec(),
+            _ => Vec::new(),
+        });
+        for names in below {
+            let help = lockkit([command]).args(&names).arg("--help").output().expect("lockkit starts");
+            assert_eq!(code_of(&help), 0, "{command} {names:?}");
+            let help = text(&help.stdout);
+            let first = help.lines().next().unwrap_or_default();
+            assert!(first.starts_with(char::is_uppercase) && first.contains(' '), "{command} {names:?}: {first}");
+            assert!(help.contains("Example"), "{command} {names:?}");
+            let page = [&["lockkit", command], &names[..]].concat().join("-");
+            let page = fs::read_to_string(folder.path().join(format!("{page}.1"))).expect("a page");
+            assert!(page.contains(".TH") && page.contains("Example"), "{command} {names:?}");
         }
     }
 }
