@@ -2,7 +2,7 @@
 
 use std::ffi::CStr;
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
@@ -100,7 +100,10 @@ pub fn rename_process(name: &CStr) {
 /// that end, nobody here keeps references to them (the standard library copies them when it is asked), and after a fork
 /// they are this process's own.
 fn rewrite_command_line(name: &[u8]) -> io::Result<()> {
-    let stat = std::fs::read_to_string("/proc/self/stat")?;
+    // Longer than any such line, which comes in one piece.
+    let mut stat = [0; 1024];
+    let length = File::open("/proc/self/stat")?.read(&mut stat)?;
+    let stat = String::from_utf8_lossy(&stat[..length]);
     // Behind the name, which may hold anything, the fields count from the third; these are the 48th and the 49th.
     let mut fields = stat.rsplit(')').next().unwrap_or_default().split_ascii_whitespace().skip(48 - 3);
     let mut address = || fields.next().and_then(|field| field.parse::<u64>().ok()).ok_or(io::ErrorKind::InvalidData);

@@ -4,7 +4,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use lockkit::{CancelToken, FileLock, Owner, PidFile, PidStatus, Wait};
@@ -171,8 +171,19 @@ impl Run {
             let signals = Signals::block()?;
             let stop = CancelToken::new();
             let wait = wait.clone().or_cancelled(&stop);
-            let acquire = || lease.acquire(&wait).map(|guard| Hold::Lease(guard, loss));
-            let hold = signals.cancelling(&stop, || self.acquire(&lock, holder, acquire))?;
+            // One in a file is tried first, which takes no time, and saves the thread that watches for signals.
+            let tried = Path::new(lease.name()).is_absolute().then(|| lease.try_lock());
+            let hold = match tried {
+                Some(Err(error)) if error.is_held() && !self.try_once => None,
+                tried => tried,
+            };
+            let hold = match hold {
+                Some(tried) => self.acquire(&lock, holder, || tried.map(|guard| Hold::Lease(guard, loss))),
+                None => {
+                    let acquire = || lease.acquire(&wait).map(|guard| Hold::Lease(guard, loss));
+                    signals.cancelling(&stop, || self.acquire(&lock, holder, acquire))?
+                }
+            };
             match hold {
                 // A signal that came too late to cancel the wait is the program's.
                 Ok(hold) => {
