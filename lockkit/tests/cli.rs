@@ -3,16 +3,20 @@
 
 #![cfg(target_os = "linux")]
 
-use std::fs::{self, File};
+use std::ffi::OsStr;
+use std::fs::{self, File, Permissions};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::symlink;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
+use jsonschema::Validator;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -52,8 +56,33 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
+/// What it wrote, which is what the schema says and no more.
 fn json(output: &Output) -> Value {
-    serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
+    static SCHEMA: LazyLock<Validator> = LazyLock::new(|| {
+        let mut schema: Value = serde_json::from_str(FORMS).expect("JSON");
+        close(&mut schema);
+        jsonschema::validator_for(&schema).expect("a schema")
+    });
+    let form = serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"));
+    let wrong: Vec<_> = SCHEMA.iter_errors(&form).map(|error| error.to_string()).collect();
+    assert!(wrong.is_empty(), "{wrong:?}: {form}");
+    form
+}
+
+const FORMS: &str = include_str!("../src/bin/lockkit/forms.schema.json");
+
+/// Has a schema allow no fields but those that it tells of, so that none goes without a word there.
+fn close(schema: &mut Value) {
+    match schema {
+        Value::Object(fields) => {
+            if fields.get("type") == Some(&"object".into()) && fields.contains_key("properties") {
+                fields.insert("additionalProperties".to_owned(), false.into());
+            }
+            fields.values_mut().for_each(close);
+        }
+        Value::Array(values) => values.iter_mut().for_each(close),
+        _ => {}
+    }
 }
 
 fn fresh_name() -> String {
@@ -188,13 +217,21 @@ fn run_ends_as_its_program_ends() {
 fn a_held_lock_ends_run_with_the_code_for_it() {
     for kind in KINDS {
         let lock = Lock::new(kind);
-        let (_running, pid) = lock.hold([]);
+        let (running, pid) = lock.hold([]);
         let refused = lock.run(["--try"], "true").output().expect("lockkit starts");
         assert_eq!(code_of(&refused), 75, "{kind}");
         let said = text(&refused.stderr);
         assert!(said.contains("is held") && said.ends_with(".\n"), "{kind}: {said}");
-        if ["--name", "--pidfile"].contains(&kind) {
-            assert!(said.contains(&format!("pid {pid} (s")), "{kind}: {said}");
+        let waited = lock.run(["--timeout", "50ms"], "true").output().expect("lockkit starts");
+        assert_eq!(code_of(&waited), 75, "{kind}");
+        // A lease is held by lockkit's keeper, and a file by lockkit and its keeper.
+        let (holder, program) = match kind {
+            "--lease" => (keeper(running.pid()), "lockkit"),
+            "--file" => (running.pid(), "lockkit"),
+            _ => (pid, "s"),
+        };
+        for said in [said, text(&waited.stderr)] {
+            assert!(said.contains(&format!("by pid {holder} ({program}")), "{kind}: {said}");
         }
         let refused =
             lock.run(["--timeout", "50ms", "--exit-code", "3", "--quiet"], "true").output().expect("it starts");
@@ -266,6 +303,156 @@ fn a_killed_lockkit_leaves_the_lock_to_its_program_and_then_free() {
         let mut waiter = waiter;
         assert_eq!(waiter.code(), 0, "{kind}");
         until("it is free", || lock.status() == 0);
+    }
+}
+
+/// The processes that `pid` has started and that live.
+fn children(pid: u32) -> Vec<u32> {
+    let all = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    all.split_ascii_whitespace().filter_map(|child| child.parse().ok()).collect()
+}
+
+/// The process that keeps `lock` when lockkit, with that pid, is killed.
+fn keeper(lockkit: u32) -> u32 {
+    let name = |pid: &u32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    let mut found = None;
+    until("its keeper has its name", || {
+        found = children(lockkit).into_iter().find(|pid| name(pid) == "lock-keeper\n");
+        found.is_some()
+    });
+    found.expect("a keeper")
+}
+
+#[test]
+fn the_lock_is_held_while_its_program_lives_whichever_of_lockkit_and_its_keeper_is_killed_first() {
+    for kind in ["--name", "--file"] {
+        for keeper_first in [false, true] {
+            let lock = Lock::new(kind);
+            let (running, pid) = lock.hold([]);
+            let (program, lockkit) = (Orphan(pid), running.pid());
+            let keeper = keeper(lockkit);
+            for killed in if keeper_first { [keeper, lockkit] } else { [lockkit, keeper] } {
+                signal(killed, Signal::KILL);
+                until("it is dead", || !lives(killed));
+                assert!(lives(program.0), "{kind}");
+                assert_eq!((lock.status(), lock.try_once()), (1, 75), "{kind}, the keeper first: {keeper_first}");
+            }
+            signal(program.0, Signal::KILL);
+            until("it is free", || lock.try_once() == 0);
+        }
+    }
+}
+
+#[test]
+fn a_pidfile_names_the_program_that_its_killed_lockkit_ran() {
+    let lock = Lock::new("--pidfile");
+    let (mut running, pid) = lock.hold([]);
+    let program = Orphan(pid);
+    assert_eq!(children(running.pid()), [pid], "nothing else keeps it");
+    running.child.kill().expect("it runs");
+    running.child.wait().expect("a child");
+    assert_eq!((lock.status(), lock.try_once()), (1, 75));
+    assert_eq!(json(&output(["status", &lock.place, "--json"]))["lock"]["holders"][0]["pid"], pid);
+    signal(program.0, Signal::KILL);
+    until("it is stale", || lock.status() == 2);
+    assert_eq!(lock.try_once(), 0);
+}
+
+#[test]
+fn nothing_of_a_program_outlives_its_lease_whichever_of_lockkit_and_its_keeper_is_killed() {
+    for (lockkit_first, keeper_too) in [(true, false), (true, true), (false, true), (false, false)] {
+        let lock = Lock::new("--lease");
+        // One that it waits for, one whose parent has ended, and one in a session of its own.
+        let script = "sleep 60 > /dev/null & echo $!; (sleep 60 > /dev/null & echo $!); \
+                      setsid sleep 60 > /dev/null & echo $!; echo $$; wait";
+        let mut running = Running::start(lock.run(["--ttl", "1s"], script));
+        let below: Vec<Orphan> = (0..4).map(|_| Orphan(running.line().parse().expect("a pid"))).collect();
+        let keeper = Orphan(keeper(running.pid()));
+        if lockkit_first {
+            signal(running.pid(), Signal::KILL);
+            running.child.wait().expect("a child");
+            // For longer than the lease lasts without a renewal.
+            let begun = Instant::now();
+            while begun.elapsed() < Duration::from_millis(1500) {
+                assert_eq!(lock.status(), 1);
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            assert!(below.iter().all(|process| lives(process.0)));
+            assert_eq!(lock.try_once(), 75);
+        }
+        if keeper_too {
+            signal(keeper.0, Signal::KILL);
+            until("the program has ended", || !lives(below[3].0));
+            if !lockkit_first {
+                assert_eq!(running.code(), 128 + 9);
+                assert!(below.iter().all(|process| !lives(process.0)), "something is left of it");
+            }
+        } else {
+            // A loss ends all of it, too, whether or not lockkit is there.
+            assert_eq!(code(["lease", "steal", "--yes", &lock.place]), 0);
+            until("all has ended", || below.iter().all(|process| !lives(process.0)));
+        }
+        until("the lease is free", || lock.try_once() == 0);
+    }
+}
+
+#[test]
+fn a_kill_by_name_or_by_command_line_does_not_reach_the_keeper() {
+    for kind in ["--name", "--file", "--lease"] {
+        let lock = Lock::new(kind);
+        let (running, pid) = lock.hold([]);
+        let (program, keeper) = (Orphan(pid), Orphan(keeper(running.pid())));
+        let line = fs::read_to_string(format!("/proc/{}/cmdline", keeper.0)).expect("a process");
+        assert_eq!(line.trim_end_matches('\0'), "lock-keeper", "{kind}");
+        // As `pkill -9 -f lockkit` would, were there no other test's.
+        let killed = Command::new("pkill").args(["-9", "-f", &format!("lockkit.*{}", lock.place)]).status();
+        assert!(killed.expect("pkill starts").success(), "{kind}");
+        until("lockkit is dead", || !lives(running.pid()));
+        assert!(lives(keeper.0) && lives(program.0), "{kind}");
+        assert_eq!((lock.status(), lock.try_once()), (1, 75), "{kind}");
+        signal(program.0, Signal::KILL);
+        until("the keeper has left", || !lives(keeper.0));
+        assert_eq!(lock.try_once(), 0, "{kind}");
+    }
+}
+
+#[test]
+fn what_a_program_leaves_running_does_not_keep_the_lock_of_a_killed_lockkit() {
+    for kind in ["--name", "--file"] {
+        let lock = Lock::new(kind);
+        let script = "sleep 60 > /dev/null & echo $!; echo $$; exec sleep 60";
+        let mut running = Running::start(lock.run([], script));
+        let left = Orphan(running.line().parse().expect("a pid"));
+        let program = Orphan(running.line().parse().expect("a pid"));
+        running.child.kill().expect("it runs");
+        running.child.wait().expect("a child");
+        signal(program.0, Signal::KILL);
+        until("it is free", || lock.try_once() == 0);
+        assert!(lives(left.0), "{kind}");
+    }
+}
+
+#[test]
+fn a_lockkit_that_is_killed_while_it_waits_runs_nothing_later() {
+    for kind in KINDS {
+        let lock = Lock::new(kind);
+        let (mut running, pid) = lock.hold([]);
+        let ran = lock._folder.path().join("ran");
+        let mut waiter = Running::start(lock.run([], &format!("echo > {}", ran.display())));
+        match kind {
+            "--lease" => until("it waits", || !children(waiter.pid()).is_empty()),
+            // Whose place in no queue can be seen: it may be killed before it waits, too.
+            "--pidfile" => {}
+            _ => until("it waits", || json(&output(["status", &lock.place, "--json"]))["lock"]["waiters"] == 1),
+        }
+        let behind: Vec<_> = children(waiter.pid()).into_iter().map(Orphan).collect();
+        waiter.child.kill().expect("it runs");
+        waiter.child.wait().expect("a child");
+        until("nothing is left of it", || behind.iter().all(|process| !lives(process.0)));
+        signal(pid, Signal::KILL);
+        running.code();
+        assert_eq!(lock.try_once(), 0, "{kind}");
+        assert!(!ran.exists(), "{kind}");
     }
 }
 
@@ -546,23 +733,32 @@ fn a_wait_on_a_pipe_is_silent_unless_told_otherwise() {
     assert!(wait("--verbose").contains(&format!("waiting for the named lock {:?}, held by pid {pid}", lock.place)));
 }
 
-/// Checks what every lock in JSON has.
-fn check_form(lock: &Value) {
-    assert!(["named", "file", "pidfile", "lease", "table"].contains(&lock["kind"].as_str().expect("a kind")), "{lock}");
-    assert!(["free", "held", "stale"].contains(&lock["state"].as_str().expect("a state")), "{lock}");
-    assert!(lock["name"].is_string() && (lock["waiters"].is_u64() || lock["waiters"].is_null()), "{lock}");
-    for holder in lock["holders"].as_array().expect("holders") {
-        assert!(holder["pid"].is_u64(), "{lock}");
-        for (field, fits) in [
-            ("program", Value::is_string as fn(&Value) -> bool),
-            ("host", Value::is_string),
-            ("since", Value::is_string),
-            ("alive", Value::is_boolean),
-        ] {
-            let value = holder.get(field).expect("the field");
-            assert!(value.is_null() || fits(value), "{field} of {lock}");
-        }
+#[test]
+fn the_schema_tells_the_forms_from_others() {
+    let schema = serde_json::from_str(FORMS).expect("JSON");
+    assert!(jsonschema::meta::is_valid(&schema), "it is a schema");
+    let schema = jsonschema::validator_for(&schema).expect("a schema");
+    let lock = serde_json::json!({"kind": "file", "name": "/a", "state": "free", "holders": [], "waiters": 0});
+    let with = |field: &str, value: Value| {
+        let mut lock = lock.clone();
+        lock[field] = value;
+        schema.is_valid(&serde_json::json!({"version": 1, "lock": lock}))
+    };
+    assert!(with("waiters", Value::Null) && with("of a later release", true.into()));
+    let wrong: [(&str, Value); 7] = [
+        ("kind", "mutex".into()),
+        ("state", "busy".into()),
+        ("waiters", (-1).into()),
+        ("name", Value::Null),
+        ("holders", serde_json::json!([{"pid": 1}])),
+        ("scope", "user".into()),
+        ("token", 7.into()),
+    ];
+    for (field, value) in wrong {
+        assert!(!with(field, value), "{field}");
     }
+    assert!(!schema.is_valid(&serde_json::json!({"version": 2, "lock": lock})));
+    assert!(!schema.is_valid(&serde_json::json!({"version": 1})));
 }
 
 #[test]
@@ -581,11 +777,9 @@ fn status_and_list_say_the_same_in_json() {
             (&status["version"], &status["lock"]["kind"], &status["lock"]["state"]),
             (&1.into(), &kind.into(), &"held".into())
         );
-        check_form(&status["lock"]);
         assert_ne!(status["lock"]["holders"][0]["pid"], 0);
         let found: Vec<_> = listed.iter().filter(|found| found["name"] == lock.place.as_str()).collect();
         assert_eq!(found.len(), 1, "{kind} in {list}");
-        check_form(found[0]);
         assert_eq!(found[0]["holders"][0]["pid"], status["lock"]["holders"][0]["pid"]);
     }
     let table = text(&output(["list"]).stdout);
@@ -672,7 +866,6 @@ fn pidfiles_are_checked_and_only_stale_ones_are_removed() {
     assert_eq!(code(["pidfile", "check", &text_of(&folder.path().join("none.pid"))]), 0);
     let form = json(&output(["pidfile", "check", "--json", &dir]));
     assert_eq!((&form["version"], form["locks"].as_array().map(Vec::len)), (&1.into(), Some(2)));
-    form["locks"].as_array().expect("locks").iter().for_each(check_form);
     let dead = fs::read(&paths[1]).expect("a file");
     let dry = output(["pidfile", "clean", "--dry-run", &dir]);
     assert!(text(&dry.stdout).contains("would remove") && paths[1].exists());
@@ -697,7 +890,6 @@ fn a_lease_is_shown_released_and_stolen() {
     assert_eq!(code(["lease", "show", &url]), 0);
     let (_running, _) = lock.hold([]);
     let shown = json(&output(["lease", "show", &url, "--json"]));
-    check_form(&shown["lock"]);
     let (token, holder) = (&shown["lock"]["token"], &shown["lock"]["holders"][0]["pid"]);
     assert_eq!(code(["lease", "show", &url]), 1);
     let refused = output(["lease", "release", &url]);
@@ -729,14 +921,191 @@ fn stealing_a_lease_asks_and_names_the_owner() {
 }
 
 #[test]
-fn an_engine_that_this_build_lacks_is_named() {
-    for url in ["redis://localhost/leader", "postgres://db/leader", "etcd://a,b,c/leader"] {
-        let refused = output(["run", "--lease", url, "--", "true"]);
-        assert_eq!(code_of(&refused), 69);
-        let scheme = url.split(':').next().unwrap_or_default();
-        assert!(text(&refused.stderr).contains(&format!("no engine for {scheme}://")), "{refused:?}");
-        assert_eq!(code(["lease", "show", url]), 69);
+fn an_engine_that_this_build_lacks_is_named_with_the_feature_that_brings_it() {
+    let engines = [
+        ("redis://user:secret@localhost:1/leader", "redis", cfg!(feature = "redis")),
+        ("postgres://user:secret@localhost:1/db/leader", "postgres", cfg!(feature = "postgres")),
+        ("etcd://user:secret@localhost:1/leader", "etcd", cfg!(feature = "etcd")),
+    ];
+    for (url, feature, is_built_in) in engines {
+        if is_built_in {
+            println!("left out: this build has {feature}");
+            continue;
+        }
+        let refused = [
+            output(["run", "--lease", url, "--", "true"]),
+            output(["status", url]),
+            output(["wait", url]),
+            output(["lease", "show", url]),
+            output(["lease", "release", url]),
+            output(["lease", "steal", url]),
+        ];
+        for refused in refused {
+            assert_eq!(code_of(&refused), 69, "{refused:?}");
+            let said = text(&refused.stderr);
+            assert!(said.contains(&format!("feature `{feature}`")) && !said.contains("secret"), "{said}");
+            assert!(said.contains("For example: cargo install lockkit --features cli,"), "{said}");
+        }
     }
+    for wrong in ["gopher://host/leader", "file://elsewhere/leader", "file:///a%zz"] {
+        assert_eq!(code(["run", "--lease", wrong, "--", "true"]), 64, "{wrong}");
+        assert_eq!(code(["status", wrong]), 64, "{wrong}");
+    }
+}
+
+#[test]
+fn a_lease_by_url_is_the_lease_at_its_path() {
+    let folder = TempDir::new().expect("a folder");
+    let path = folder.path().join("my leader").display().to_string();
+    let url = format!("file://{}", path.replace(' ', "%20"));
+    assert_eq!((code(["status", &url]), code(["wait", &url])), (0, 0));
+    let mut run = lockkit(["run", "--lease", &url, "--", "sh", "-c"]);
+    run.arg("echo $LOCKKIT_TOKEN; read end").stdin(Stdio::piped());
+    let mut running = Running::start(run);
+    let token: u64 = running.line().parse().expect("a token");
+    for place in [&url, &path] {
+        for shown in [output(["status", place, "--json"]), output(["lease", "show", place, "--json"])] {
+            assert_eq!(code_of(&shown), 1);
+            assert_eq!(json(&shown)["lock"]["token"], token);
+        }
+        assert_eq!(code(["wait", place, "--timeout", "50ms"]), 75);
+        assert_eq!(code(["run", "--try", "--lease", place, "--", "true"]), 75);
+    }
+    let listed = json(&output(["list", "--json"]));
+    let locks = listed["locks"].as_array().expect("locks");
+    assert!(locks.iter().any(|lock| lock["name"] == path.as_str() && lock["kind"] == "lease"), "{listed}");
+    drop(running.child.stdin.take());
+    assert_eq!(code(["wait", &url, "--timeout", "30s"]), 0);
+    assert_eq!(code(["status", &url]), 0);
+}
+
+#[test]
+fn paths_that_are_no_text_are_locks_like_any_other() {
+    let folder = TempDir::new().expect("a folder");
+    for kind in ["--file", "--pidfile", "--lease"] {
+        let path = folder.path().join(OsStr::from_bytes(&[kind.as_bytes(), b"-\xff.pid"].concat()));
+        let on_path = |arguments: &[&str]| {
+            let mut command = lockkit([]);
+            command.args(arguments).arg(&path);
+            command
+        };
+        let mut run = on_path(&["run", kind]);
+        run.args(["--", "sh", "-c", "echo held; exec sleep 60"]);
+        let mut running = Running::start(run);
+        assert_eq!(running.line(), "held", "{kind}");
+        assert!(path.exists(), "{kind}");
+        let status = on_path(&["status", "--json"]).output().expect("lockkit starts");
+        assert_eq!(code_of(&status), 1, "{kind}");
+        let bytes = Value::from(path.as_os_str().as_bytes().to_vec());
+        assert_eq!(json(&status)["lock"]["name_bytes"], bytes, "{kind}");
+        assert_ne!(json(&status)["lock"]["holders"][0]["pid"], 0, "{kind}");
+        let listed = json(&output(["list", "--json", &folder.path().display().to_string()]));
+        let locks = listed["locks"].as_array().expect("locks");
+        assert!(locks.iter().any(|lock| lock["name_bytes"] == bytes), "{kind}: {listed}");
+        let code = |mut command: Command| code_of(&command.output().expect("lockkit starts"));
+        assert_eq!(code(on_path(&["wait", "--timeout", "50ms"])), 75, "{kind}");
+        let mut refused = on_path(&["run", "--try", kind]);
+        refused.args(["--", "true"]);
+        assert_eq!(code(refused), 75, "{kind}");
+        match kind {
+            "--lease" => {
+                assert_eq!(code(on_path(&["lease", "show"])), 1);
+                assert_eq!(code(on_path(&["lease", "steal", "--yes"])), 0);
+                running.code();
+            }
+            "--pidfile" => assert_eq!(code(on_path(&["pidfile", "check"])), 1),
+            _ => {}
+        }
+        signal(running.pid(), Signal::TERM);
+        running.code();
+        assert_eq!(code(on_path(&["wait"])), 0, "{kind}");
+    }
+    let mut name = lockkit(["status"]);
+    assert_eq!(name.arg(OsStr::from_bytes(b"a\xff")).output().expect("lockkit starts").status.code(), Some(64));
+}
+
+#[test]
+fn root_steals_the_lease_of_another_user_and_nobody_else_does() {
+    if !rustix::process::geteuid().is_root() {
+        println!("left out: only root can act as another user");
+        return;
+    }
+    let as_user = |uid: u32, arguments: &[&str]| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid", &uid.to_string(), "--clear-groups", PROGRAM]).args(arguments);
+        command.stdin(Stdio::null());
+        command
+    };
+    // Users have to reach it.
+    let folder = TempDir::new_in("/tmp").expect("a folder");
+    fs::set_permissions(folder.path(), Permissions::from_mode(0o777)).expect("a folder");
+    let lease = folder.path().join("lease").display().to_string();
+    let (owner, other) = (1_900_001, 1_900_002);
+    if as_user(owner, &["lease", "show", &lease]).status().expect("setpriv starts").code() != Some(0) {
+        println!("left out: another user cannot run what was built here");
+        return;
+    }
+    let mut running =
+        Running::start(as_user(owner, &["run", "--lease", &lease, "--", "sh", "-c", "echo held; exec sleep 60"]));
+    assert_eq!(running.line(), "held");
+    for readable in [false, true] {
+        let mode = if readable { 0o666 } else { 0o600 };
+        fs::set_permissions(&lease, Permissions::from_mode(mode)).expect("a file");
+        let refused = as_user(other, &["lease", "steal", "--yes", &lease]).output().expect("setpriv starts");
+        assert_eq!(code_of(&refused), 77, "{refused:?}");
+    }
+    assert_eq!(code(["lease", "show", &lease]), 1);
+    let stolen = output(["lease", "steal", "--yes", &lease]);
+    assert_eq!(code_of(&stolen), 0, "{stolen:?}");
+    assert_eq!(running.code(), 128 + 15, "it lost the lease");
+    assert_eq!(code(["lease", "show", &lease]), 0);
+    // Nor may root hold it there: that user could take it back.
+    let refused = output(["run", "--lease", &lease, "--", "true"]);
+    assert_eq!(code_of(&refused), 77);
+    assert!(text(&refused.stderr).contains("another user"), "{refused:?}");
+    let again = as_user(owner, &["run", "--lease", &lease, "--", "true"]).status().expect("setpriv starts");
+    assert!(again.success());
+}
+
+#[test]
+fn a_doctor_that_is_interrupted_leaves_nothing_and_a_killed_ones_folder_goes_later() {
+    let folder = TempDir::new_in("/dev/shm").expect("a folder");
+    let left = || -> Vec<PathBuf> {
+        fs::read_dir(folder.path()).expect("a folder").map(|entry| entry.expect("an entry").path()).collect()
+    };
+    let path = folder.path().display().to_string();
+    let begin = || {
+        let mut doctor = lockkit(["doctor", &path]);
+        doctor.stderr(Stdio::null());
+        let running = Running::start(doctor);
+        until("it has begun", || !left().is_empty());
+        running
+    };
+    for number in [Signal::INT, Signal::TERM, Signal::HUP] {
+        // One that has ended first, as it may on a busy machine, shows nothing.
+        let interrupted = (0..50).any(|_| {
+            let mut running = begin();
+            signal(running.pid(), number);
+            let code = running.code();
+            assert!([0, 128 + number.as_raw()].contains(&code), "{code}");
+            assert!(left().is_empty(), "{:?}", left());
+            code != 0
+        });
+        assert!(interrupted, "{number:?}");
+    }
+    let mut running = begin();
+    signal(running.pid(), Signal::KILL);
+    running.code();
+    let [abandoned] = &left()[..] else { panic!("{:?}", left()) };
+    let name = abandoned.file_name().expect("a name").to_string_lossy().into_owned();
+    assert_eq!(name, format!(".lockkit-doctor-{}", running.pid()), "as the documentation has it");
+    // It may be that of one that runs, and stays until it is old.
+    assert_eq!(code(["doctor", &path]), 0);
+    assert!(abandoned.exists());
+    let hour_ago = SystemTime::now() - Duration::from_secs(3600);
+    File::open(abandoned).and_then(|folder| folder.set_modified(hour_ago)).expect("a folder");
+    assert_eq!(code(["doctor", &path]), 0);
+    assert!(left().is_empty(), "{:?}", left());
 }
 
 #[test]
@@ -753,7 +1122,6 @@ fn tables_give_out_numbers_and_take_them_back() {
         assert_eq!(code(["table", "free", &path, "0"]), 0);
         assert_eq!(code(["table", "free", &path, "0"]), 69);
         let form = json(&output(["table", "list", &path, "--json"]));
-        check_form(&form["lock"]);
         assert_eq!(form["lock"]["kind"], "table");
         let renumbered = output(["table", "renumber", "--yes", &path, "3", "1", "1"]);
         let numbers = text(&renumbered.stdout);
@@ -834,10 +1202,28 @@ fn every_command_has_completions_a_manual_page_and_help_with_an_example() {
     for command in commands {
         let page = fs::read_to_string(folder.path().join(format!("lockkit-{command}.1"))).expect(command);
         assert!(page.contains(".TH"), "{command}");
-        if command != "flock" {
-            let help = output([command, "--help"]);
-            assert_eq!(code_of(&help), 0, "{command}");
-            assert!(text(&help.stdout).contains("Example"), "{command}");
+        if command == "flock" {
+            // Its help is flock(1)'s.
+            assert!(page.contains("Example: lockkit flock"), "{page}");
+            continue;
+        }
+        let mut below = vec![Vec::new()];
+        below.extend(match command {
+            "pidfile" => ["check", "clean"].map(|name| vec![name]).to_vec(),
+            "lease" => ["show", "release", "steal"].map(|name| vec![name]).to_vec(),
+            "table" => ["create", "list", "allocate", "free", "renumber"].map(|name| vec![name]).to_vec(),
+            _ => Vec::new(),
+        });
+        for names in below {
+            let help = lockkit([command]).args(&names).arg("--help").output().expect("lockkit starts");
+            assert_eq!(code_of(&help), 0, "{command} {names:?}");
+            let help = text(&help.stdout);
+            let first = help.lines().next().unwrap_or_default();
+            assert!(first.starts_with(char::is_uppercase) && first.contains(' '), "{command} {names:?}: {first}");
+            assert!(help.contains("Example"), "{command} {names:?}");
+            let page = [&["lockkit", command], &names[..]].concat().join("-");
+            let page = fs::read_to_string(folder.path().join(format!("{page}.1"))).expect("a page");
+            assert!(page.contains(".TH") && page.contains("Example"), "{command} {names:?}");
         }
     }
 }
@@ -885,7 +1271,9 @@ fn both_flocks() -> Option<(TempDir, [PathBuf; 2])> {
 fn outcome(program: &Path, command: &mut Command) -> (i32, String, String) {
     let ended = command.output().expect("it starts");
     let plain = |bytes: &[u8]| {
-        let text = text(bytes).replace(&program.display().to_string(), "flock");
+        // A letter for each byte, so that none is taken for another.
+        let text: String = bytes.iter().map(|byte| char::from(*byte)).collect();
+        let text = text.replace(&program.display().to_string(), "flock");
         text.lines()
             .map(|line| match line.split_once("getting lock took ") {
                 Some((begin, took)) => {
@@ -966,6 +1354,14 @@ fn flock_does_what_the_machines_own_does() {
         vec!["-w", "-1", f, "true"],
         vec!["-w", "1e30", f, "true"],
         vec!["-w", "inf", f, "true"],
+        vec!["-w", "nan", f, "true"],
+        vec!["-w", ".1", f, "true"],
+        vec!["-w", " 1", f, "true"],
+        vec!["-w", "1 ", f, "true"],
+        vec!["-w", "0x1p-4", h, "true"],
+        vec!["-w", "0x", f, "true"],
+        vec!["-w", "9223372036854775807", f, "true"],
+        vec!["-w", "9223372036854775808", f, "true"],
         vec!["-w"],
         vec!["--wait"],
         vec!["-E", "42", "-n", h, "true"],
@@ -975,6 +1371,11 @@ fn flock_does_what_the_machines_own_does() {
         vec!["--conflict-exit-code=0", "-n", h, "true"],
         vec!["-E", "42", f, "true"],
         vec!["-E", "256", f, "true"],
+        vec!["-E", "010", "-n", h, "true"],
+        vec!["-E", "0x10", f, "true"],
+        vec!["-E", "7 ", f, "true"],
+        vec!["-E", "2147483648", f, "true"],
+        vec!["-E", "1", "-nE2", h, "true"],
         vec!["-E", "-1", f, "true"],
         vec!["-E", "x", f, "true"],
         vec!["-E", "", f, "true"],
@@ -1001,6 +1402,14 @@ fn flock_does_what_the_machines_own_does() {
         vec!["--no", f, "true"],
         vec!["--n", f, "true"],
         vec!["--ver"],
+        vec!["-é", f, "true"],
+        vec!["--é=1", f, "true"],
+        vec!["-z", "-h"],
+        vec!["--c", f, "true"],
+        vec!["--e", f, "true"],
+        vec!["--u", h, "true"],
+        vec!["--t", "0.01", h, "true"],
+        vec!["-s=1", f, "true"],
         vec!["--w", "0.01", h, "true"],
         vec!["--shared=1", f, "true"],
         vec!["-c", "true", f],
@@ -1013,7 +1422,14 @@ fn flock_does_what_the_machines_own_does() {
         vec!["--", "-1"],
         vec!["abc"],
         vec!["99999999999"],
+        vec!["+99"],
+        vec!["0x0"],
+        vec!["0 "],
+        vec![" 0"],
         vec!["0"],
+        vec!["-o", "0"],
+        vec!["-F", "0"],
+        vec!["--verbose", "0"],
         vec!["-u", "0"],
         vec!["-n", "-x", "0"],
     ];
@@ -1046,12 +1462,24 @@ fn flock_by_descriptor_does_what_the_machines_own_does() {
         "exec 8>file 9>file; real -s 8; flock -n -s 9; echo $?; flock -n 9; echo $?; flock -u 8; flock -n 9; echo $?",
         "exec 9>file; flock -n 7; echo $?; flock 9 9>&-; echo $?",
         // Closed ones are not there, whatever Rust's runtime opens in their place.
-        "flock 0 <&-; echo $?; flock 1 2>&1 >&-; echo $?",
-        // Ignored signals stay ignored, and scripts need no first line.
-        "trap '' PIPE; flock file bash -c 'trap -p PIPE'; flock -F file bash -c 'trap -p PIPE'",
-        "flock file bash -c 'trap -p PIPE'; flock -F file bash -c 'trap -p PIPE'",
-        "echo 'echo said $0 $1' > script; chmod +x script; flock file ./script a; flock -F file ./script b",
-        "flock -h > /dev/full; echo $?; flock --verbose file true > /dev/full; echo $?",
+        "flock 0 <&-; echo $?; flock 1 2>&1 >&-; echo $?; flock 2 2>&-; echo $?",
+        "flock -h >&-; echo $?; flock file echo said >&-; echo $?; flock --verbose file true >&- 2>&-; echo $?",
+        "flock -F file sh -c 'ls /proc/self/fd | wc -w' <&-; flock file sh -c 'ls /proc/self/fd | wc -w' <&-",
+        "flock -z 2>/dev/full; echo $?; flock -n 2>&-; echo $?; flock --verbose file true 2>/dev/full; echo $?",
+        // Bytes that are no text.
+        "flock /no/such/$'f\\xff' true; flock file $'no\\xff'; flock -w $'\\xff' file true; flock -E $'\\xff' file true",
+        "flock $'\\xff'; flock -n$'\\xff' file true; flock --n$'\\xff' file true; flock $'f\\xff' true; ls",
+        // Files of others, and those that may not be read, or made.
+        "chmod 755 .; chmod 600 file; [ $(id -u) != 0 ] || setpriv --reuid 65534 --clear-groups flock file true; echo $?",
+        "chmod 755 .; chmod 644 file; [ $(id -u) != 0 ] || setpriv --reuid 65534 --clear-groups flock file true; echo $?",
+        "chmod 755 .; [ $(id -u) != 0 ] || setpriv --reuid 65534 --clear-groups flock new true; echo $?; ls",
+        "umask 027; flock new true; stat -c %a new; ln -s nowhere a; flock a true; ln -s b b; flock b true; ls",
+        "flock dir/new true; flock file/ true; flock $(printf 'a%.0s' $(seq 300)) true; flock /dev/null echo said",
+        "SHELL= flock file -c 'echo $0'; unset SHELL; flock file -c 'echo $0'; SHELL=/no/such flock file -c true; echo $?",
+        "mkfifo fifo; exec 9<>fifo; flock 9; echo $?; exec 9<.; flock -n 9; echo $?; flock 9 -c 'echo said' 9>file; ls",
+        // Signals: a command that is told of one, and flock itself.
+        "flock file sh -c 'kill -SEGV $$'; echo $?; trap '' INT CHLD; flock file sh -c 'kill -INT $$; exit 4'; echo $?",
+        "flock file sh -c 'kill $PPID' & wait $!; echo $?; flock -w 9 file sh -c 'kill -INT $$' & wait $!; echo $?",
         // The command inherits the descriptor unless told otherwise, and what it leaves running keeps the lock.
         "flock file sh -c 'sleep 60 > /dev/null 2>&1 & echo $! > pid'; real -n file true; echo $?; kill $(cat pid)",
         "flock -o file sh -c 'sleep 60 > /dev/null 2>&1 & echo $! > pid'; real -n file true; echo $?; kill $(cat pid)",

@@ -80,6 +80,15 @@ pub(super) struct FileStore {
     pub(super) observer: Mutex<Observer>,
 }
 
+/// What the file is opened for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Aim {
+    /// To hold the lease: not in a file of another user, who could take it back at will.
+    Hold,
+    /// To make it free, which root may do for anybody.
+    Free,
+}
+
 /// What a step found at the path.
 enum Place<'s> {
     /// The file, with its flock.
@@ -361,7 +370,7 @@ impl FileStore {
 
     /// Writes the record of a free lease that `which` makes of what the file says, unless it makes none of it.
     fn free_if(&self, by: Deadline, which: impl FnOnce(Content, &[u8]) -> Option<Box<Record>>) -> Result<Released> {
-        match self.lock(by)? {
+        match self.lock_to(Aim::Free, by)? {
             Place::Absent => Ok(Released::NotMine),
             Place::Occupied => Err(self.occupied()),
             Place::Locked(locked) => {
@@ -374,10 +383,14 @@ impl FileStore {
         }
     }
 
-    /// The file that the path names, locked.
+    /// The file that the path names, locked, to hold the lease.
     fn lock(&self, by: Deadline) -> Result<Place<'_>> {
+        self.lock_to(Aim::Hold, by)
+    }
+
+    fn lock_to(&self, aim: Aim, by: Deadline) -> Result<Place<'_>> {
         for _ in 0..MOST_REPLACEMENTS {
-            let Some((file, found)) = self.open()? else { return Ok(Place::Absent) };
+            let Some((file, found)) = self.open(aim)? else { return Ok(Place::Absent) };
             let mut backoff = Backoff::new();
             while !flock::try_lock(&file, Mode::Exclusive).map_err(|error| self.failed("lock", error))? {
                 if by.is_past() {
@@ -398,7 +411,7 @@ impl FileStore {
     }
 
     /// The file that the path names, if it is one that may be written to.
-    fn open(&self) -> Result<Option<(Shielded<File>, Stat)>> {
+    fn open(&self, aim: Aim) -> Result<Option<(Shielded<File>, Stat)>> {
         // Not blocking, so that no FIFO keeps the call, and no terminal becomes this process's.
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
         let file = match Shielded::new(|| open(&self.path, flags, Permissions::empty()).map(File::from)) {
@@ -407,7 +420,8 @@ impl FileStore {
             opened => opened.map_err(|error| self.failed("open", error.into()))?,
         };
         let found = self.check(&file)?;
-        if found.st_uid != 0 && found.st_uid != folder::effective_uid() {
+        let me = folder::effective_uid();
+        if found.st_uid != 0 && found.st_uid != me && !(me == 0 && aim == Aim::Free) {
             let lock = format!("the lease {}", self.path.display());
             return Err(StoreError::misuse(Error::from(ErrorKind::ForeignOwner {
                 lock,

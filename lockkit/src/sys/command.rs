@@ -1,8 +1,10 @@
 //! What the command `lockkit` asks of the system that no crate offers without `unsafe`.
 
+use std::ffi::CStr;
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
@@ -51,17 +53,22 @@ extern "C" fn look() {
 #[unsafe(link_section = ".init_array")]
 static LOOK: extern "C" fn() = look;
 
-/// Has `command` started by fork and exec with SIGPIPE as this process was given it, where Rust's library would set it
-/// to its default; and a script without a first line that names its interpreter, by the shell.
+/// Has `command` started by fork and exec with SIGPIPE and the standard descriptors as this process was given them, where
+/// Rust's library would set the one to its default and open the others; and a script without a first line that names its
+/// interpreter, by the shell.
 pub fn as_given(command: &mut Command) -> &mut Command {
     let restore = || {
+        for number in (0..3).filter(|number| CLOSED.load(Ordering::Relaxed) & (1 << number) != 0) {
+            // SAFETY: one of this process's own, which comes before the program that is about to take its place.
+            unsafe { libc::close(number) };
+        }
         if PIPE_IGNORED.load(Ordering::Relaxed) {
             // SAFETY: no handler is installed, so no code runs at a signal.
             unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
         }
         Ok(())
     };
-    // SAFETY: `restore` only reads an atomic and calls signal(2), both of which a forked child may do.
+    // SAFETY: `restore` only reads atomics and calls close(2) and signal(2), all of which a forked child may do.
     unsafe { command.pre_exec(restore) }
 }
 
@@ -80,6 +87,32 @@ pub fn inherited(number: RawFd) -> io::Result<File> {
         // SAFETY: just made, and owned by nobody else.
         copy => Ok(File::from(unsafe { OwnedFd::from_raw_fd(copy) })),
     }
+}
+
+/// Gives this process another name, also in the command line that `ps` shows and `pkill -f` goes by. As much of that is
+/// written as the old one had room for; where /proc does not allow it, it stays.
+pub fn rename_process(name: &CStr) {
+    let _ = rustix::thread::set_name(name);
+    let _ = rewrite_command_line(name.to_bytes());
+}
+
+/// Writes where the kernel reads the command line: the words that the C library was given as `argv`. They stay words
+/// that end, nobody here keeps references to them (the standard library copies them when it is asked), and after a fork
+/// they are this process's own.
+fn rewrite_command_line(name: &[u8]) -> io::Result<()> {
+    // Longer than any such line, which comes in one piece.
+    let mut stat = [0; 1024];
+    let length = File::open("/proc/self/stat")?.read(&mut stat)?;
+    let stat = String::from_utf8_lossy(&stat[..length]);
+    // Behind the name, which may hold anything, the fields count from the third; these are the 48th and the 49th.
+    let mut fields = stat.rsplit(')').next().unwrap_or_default().split_ascii_whitespace().skip(48 - 3);
+    let mut address = || fields.next().and_then(|field| field.parse::<u64>().ok()).ok_or(io::ErrorKind::InvalidData);
+    let (start, end) = (address()?, address()?);
+    let room = usize::try_from(end.saturating_sub(start)).unwrap_or_default();
+    let mut words = vec![0; room];
+    let length = name.len().min(room.saturating_sub(1));
+    words[..length].copy_from_slice(&name[..length]);
+    File::options().write(true).open("/proc/self/mem")?.write_all_at(&words, start)
 }
 
 /// Lets children that end stay to be waited for, also when the parent of this process has told it to ignore them.

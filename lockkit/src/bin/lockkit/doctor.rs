@@ -6,19 +6,20 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
-use lockkit::{LockManager, ShmLockManager, Wait};
+use lockkit::{CancelToken, LockManager, ShmLockManager, Wait};
 use rustix::fs::{AtFlags, CWD, FlockOperation, OFlags, flock, linkat, statfs};
 use rustix::io::{Errno, retry_on_intr};
-use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, set_parent_process_death_signal, waitpid};
 use serde::Serialize;
 
 use crate::failure::{Failure, Outcome, code};
 use crate::look;
 use crate::paint::{BAD, GOOD, ODD, TITLE, paint};
+use crate::supervise::Signals;
 
 /// Find out whether the file system of a folder can be trusted with locks, and with which.
 ///
@@ -118,8 +119,12 @@ impl Doctor {
         })?;
         let filesystem = FileSystem::of(&folder)?;
         let bench = Bench::new(&folder)?;
-        let checks = bench.checks();
+        let (signals, stop) = (Signals::block()?, CancelToken::new());
+        let checks = signals.cancelling(&stop, || bench.checks(&stop))?;
         drop(bench);
+        if let Some(signal) = signals.first_if(stop.is_cancelled()) {
+            return Ok(code::SIGNALLED + signal);
+        }
         let advice = advise(filesystem, &checks);
         let folder = folder.display().to_string();
         let report = Report { version: look::VERSION, folder, filesystem, checks, advice };
@@ -148,8 +153,14 @@ impl FileSystem {
     }
 }
 
-/// A folder to try things in, which goes at the end.
+/// A folder to try things in, which goes at the end, also at a signal. One that a killed doctor has left goes when the
+/// next comes by and it is [`OLD`].
 struct Bench(PathBuf);
+
+/// How the name of such a folder begins.
+const NAME: &str = ".lockkit-doctor-";
+/// By the file system's own clock, for the folder may be another host's: far longer than anybody needs it.
+const OLD: Duration = Duration::from_secs(600);
 
 impl Drop for Bench {
     fn drop(&mut self) {
@@ -191,6 +202,8 @@ impl Second {
         match lockkit::command::fork().map_err(told)? {
             None => {
                 drop(ready);
+                // It ends with a doctor that is killed.
+                let _ = set_parent_process_death_signal(Some(Signal::KILL));
                 let done = work(&mut word).is_ok();
                 std::process::exit(i32::from(!done))
             }
@@ -227,13 +240,33 @@ fn stay() -> io::Result<()> {
 
 impl Bench {
     fn new(folder: &Path) -> Result<Self, Failure> {
-        let path = folder.join(format!(".lockkit-doctor-{}", std::process::id()));
+        let path = folder.join(format!("{NAME}{}", std::process::id()));
         let made = fs::DirBuilder::new().mode(0o700).create(&path);
         made.map_err(|error| Failure::io(format!("make anything in {}", folder.display()), error))?;
-        Ok(Self(path))
+        let bench = Self(path);
+        bench.clear_old(folder);
+        Ok(bench)
     }
 
-    fn checks(&self) -> Vec<Check> {
+    /// Removes what killed ones have left.
+    fn clear_old(&self, folder: &Path) {
+        let written = |path: &Path| {
+            let found = fs::symlink_metadata(path).ok().filter(fs::Metadata::is_dir)?;
+            (found.uid() == rustix::process::geteuid().as_raw()).then(|| found.modified().ok()).flatten()
+        };
+        let Some(now) = written(&self.0) else { return };
+        for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+            let is_one = entry.file_name().as_encoded_bytes().starts_with(NAME.as_bytes());
+            let path = entry.path();
+            let age = is_one.then(|| written(&path)).flatten().and_then(|then| now.duration_since(then).ok());
+            if age.is_some_and(|age| age > OLD) {
+                let _ = fs::remove_dir_all(&path);
+            }
+        }
+    }
+
+    /// Stops between two when it is told to.
+    fn checks(&self, stop: &CancelToken) -> Vec<Check> {
         let all: [(&'static str, Try); 8] = [
             (FLOCK, Self::flock),
             (SHARED, Self::shared),
@@ -245,6 +278,7 @@ impl Bench {
             (TABLE, Self::table),
         ];
         all.into_iter()
+            .take_while(|_| !stop.is_cancelled())
             .map(|(name, check)| match check(self) {
                 Ok(detail) => Check { name, passed: true, detail },
                 Err(detail) => Check { name, passed: false, detail },

@@ -73,6 +73,12 @@ impl Failure {
         self
     }
 
+    /// With more behind what it says.
+    pub(crate) fn with_more(mut self, more: impl std::fmt::Display) -> Self {
+        self.message += &more.to_string();
+        self
+    }
+
     /// With another exit code.
     pub(crate) fn with_code(mut self, code: u8) -> Self {
         self.code = code;
@@ -136,6 +142,7 @@ impl From<lockkit::Error> for Failure {
             ErrorKind::InvalidName { .. }
             | ErrorKind::RelativePath { .. }
             | ErrorKind::InvalidOption { .. }
+            | ErrorKind::InvalidUrl { .. }
             | ErrorKind::InvalidCapacity { .. }
             | ErrorKind::NoSuchLock { .. } => code::USAGE,
             ErrorKind::InvalidPid { .. } | ErrorKind::LayoutMismatch { .. } => code::DATA,

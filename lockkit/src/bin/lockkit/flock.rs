@@ -6,7 +6,7 @@
 //!
 //! [flock(1)]: https://man7.org/linux/man-pages/man1/flock.1.html
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FlockOperation, OFlags, flock};
 use rustix::io::Errno;
 
-use crate::failure::{code, note};
+use crate::failure::code;
 
 /// What flock(1) exits with when it did not get the lock.
 const CONFLICT: u8 = 1;
@@ -32,6 +32,8 @@ struct Name<'n> {
     short: String,
     /// Why something that was to be said on the standard output was not.
     unsaid: RefCell<Option<io::Error>>,
+    /// Whether something was to be said on the standard error that was not.
+    mute: Cell<bool>,
 }
 
 /// An exit code with nothing more to say.
@@ -77,14 +79,15 @@ const WITH_VALUE: &str = "wE";
 pub(crate) fn main(called: &OsStr, arguments: Vec<OsString>) -> ExitCode {
     lockkit::command::end_at_a_closed_pipe();
     let short = Path::new(called).file_name().unwrap_or(called).to_string_lossy().into_owned();
-    let name = Name { full: called, short, unsaid: RefCell::default() };
+    let name = Name { full: called, short, unsaid: RefCell::default(), mute: Cell::default() };
     let (Ok(code) | Err(End(code))) = name.run(arguments);
     // As C programs do when they close it at the end.
     match name.unsaid.take() {
         Some(error) => {
-            name.warn(&format!("write error: {}", text(&error)));
+            name.warn(format!("write error: {}", text(&error)));
             ExitCode::FAILURE
         }
+        None if name.mute.get() => ExitCode::FAILURE,
         None => ExitCode::from(code),
     }
 }
@@ -101,13 +104,13 @@ impl Name<'_> {
             [number] => {
                 let number = self.number(number, "bad file descriptor")?;
                 let file = lockkit::command::inherited(number)
-                    .map_err(|error| self.fail(code::DATA, &format!("{number}: {}", text(&error))))?;
+                    .map_err(|error| self.fail(code::DATA, format!("{number}: {}", text(&error))))?;
                 (file, None, Vec::new())
             }
             [path, command @ ..] => (self.open(path)?, Some(path), self.command(command)?),
         };
         let begun = Instant::now();
-        let given = rest.first().map(|given| given.to_string_lossy()).unwrap_or_default();
+        let given = rest.first().map(|given| given.as_bytes()).unwrap_or_default();
         if let Err(error) = self.lock(&file, &options)? {
             // NFS locks by fcntl(2), which wants an exclusively locked file to be open for writing.
             let writable = match path {
@@ -125,13 +128,13 @@ impl Name<'_> {
             };
             if let Err(error) = again {
                 let code = if matches!(error, Errno::NOLCK | Errno::NOMEM) { code::OS } else { code::DATA };
-                return Err(self.fail(code, &format!("{given}: {}", text_of(error))));
+                return Err(self.fail(code, [given, b": ", text_of(error).as_bytes()].concat()));
             }
         }
         if options.verbose {
             let took = begun.elapsed();
             let took = format!("{}.{:06} seconds", took.as_secs(), took.subsec_micros());
-            self.say(&format!("{}: getting lock took {took}\n", self.short));
+            self.say(format!("{}: getting lock took {took}\n", self.short));
         }
         match command.split_first() {
             Some((program, arguments)) => self.execute(&file, program, arguments, &options),
@@ -166,14 +169,13 @@ impl Name<'_> {
                     return Err(self.try_help());
                 }
                 if !SHORT.contains(option) {
-                    let shown = String::from_utf8_lossy(&[letter]).into_owned();
-                    return Err(self.misused(&format!("invalid option -- '{shown}'")));
+                    return Err(self.misused([b"invalid option -- '", &[letter][..], b"'"].concat()));
                 }
                 let value = match (WITH_VALUE.contains(option), letters.as_slice()) {
                     (false, _) => None,
                     (true, []) => match arguments.next() {
                         Some(value) => Some(value),
-                        None => return Err(self.misused(&format!("option requires an argument -- '{option}'"))),
+                        None => return Err(self.misused(format!("option requires an argument -- '{option}'"))),
                     },
                     (true, rest) => {
                         let value = OsStr::from_bytes(rest).to_owned();
@@ -195,14 +197,13 @@ impl Name<'_> {
             Some(at) => (&given[..at], Some(OsStr::from_bytes(&given[at + 1..]).to_owned())),
             None => (given, None),
         };
-        let name = String::from_utf8_lossy(name).into_owned();
         let all = || LONG.into_iter().chain([VERSION]);
-        let begins: Vec<_> = all().filter(|(long, _)| long.starts_with(&name)).collect();
-        let exact = begins.iter().find(|(long, _)| *long == name).copied();
+        let begins: Vec<_> = all().filter(|(long, _)| long.as_bytes().starts_with(name)).collect();
+        let exact = begins.iter().find(|(long, _)| long.as_bytes() == name).copied();
         let (long, option) = match (exact, begins.as_slice()) {
             (Some(exact), _) => exact,
             (None, []) => {
-                return Err(self.misused(&format!("unrecognized option '--{}'", String::from_utf8_lossy(given))));
+                return Err(self.misused([b"unrecognized option '--", given, b"'"].concat()));
             }
             // Two names of one option are not ambiguous.
             (None, [first, others @ ..]) if others.iter().all(|other| other.1 == first.1) => *first,
@@ -211,17 +212,15 @@ impl Name<'_> {
                 let first = several.first().map(|(_, option)| *option);
                 let told = several.iter().enumerate().filter(|(at, (_, option))| *at == 0 || Some(*option) != first);
                 let names: Vec<_> = told.map(|(_, (long, _))| format!("'--{long}'")).collect();
-                let given = String::from_utf8_lossy(given);
-                return Err(
-                    self.misused(&format!("option '--{given}' is ambiguous; possibilities: {}", names.join(" ")))
-                );
+                let possible = [b"' is ambiguous; possibilities: ", names.join(" ").as_bytes()].concat();
+                return Err(self.misused([b"option '--", given, &possible].concat()));
             }
         };
         let value = match (WITH_VALUE.contains(option), value) {
-            (false, Some(_)) => return Err(self.misused(&format!("option '--{long}' doesn't allow an argument"))),
+            (false, Some(_)) => return Err(self.misused(format!("option '--{long}' doesn't allow an argument"))),
             (true, None) => match rest.next() {
                 Some(value) => Some(value),
-                None => return Err(self.misused(&format!("option '--{long}' requires an argument"))),
+                None => return Err(self.misused(format!("option '--{long}' requires an argument"))),
             },
             (_, value) => value,
         };
@@ -239,10 +238,8 @@ impl Name<'_> {
             'n' => options.block = false,
             'v' => options.verbose = true,
             'w' => {
-                let seconds = value.to_str().and_then(|text| text.trim_ascii_start().parse::<f64>().ok());
-                let Some(seconds) = seconds else {
-                    let text = format!("invalid timeout value: '{}'", value.to_string_lossy());
-                    return Err(self.fail(code::USAGE, &text));
+                let Some(seconds) = value.to_str().and_then(seconds) else {
+                    return Err(self.fail(code::USAGE, [b"invalid timeout value: '", value.as_bytes(), b"'"].concat()));
                 };
                 // What the kernel's timer has no room for.
                 let limit =
@@ -257,11 +254,11 @@ impl Name<'_> {
                 Err(_) => return Err(self.fail(code::USAGE, "exit code out of range (expected 0 to 255)")),
             },
             'V' => {
-                self.say(&format!("{} from lockkit {}\n", self.short, env!("CARGO_PKG_VERSION")));
+                self.say(format!("{} from lockkit {}\n", self.short, env!("CARGO_PKG_VERSION")));
                 return Err(End(code::OK));
             }
             _ => {
-                self.say(&help(&self.short));
+                self.say(help(&self.short));
                 return Err(End(code::OK));
             }
         }
@@ -270,15 +267,15 @@ impl Name<'_> {
 
     /// As strtol(3) reads it, to the end.
     fn number(&self, text: &OsStr, what: &str) -> Result<i32, End> {
-        let shown = text.to_string_lossy();
-        let digits = shown.trim_ascii_start();
+        let digits = text.to_str().unwrap_or_default().trim_ascii_start();
         let unsigned = digits.strip_prefix(['+', '-']).unwrap_or(digits);
         let is_number = !unsigned.is_empty() && unsigned.bytes().all(|byte| byte.is_ascii_digit());
-        match digits.parse() {
-            Ok(number) if is_number => Ok(number),
-            _ if is_number => Err(self.fail(code::USAGE, &format!("{what}: '{shown}': {}", text_of(Errno::RANGE)))),
-            _ => Err(self.fail(code::USAGE, &format!("{what}: '{shown}'"))),
+        if let (true, Ok(number)) = (is_number, digits.parse()) {
+            return Ok(number);
         }
+        let why = if is_number { format!(": {}", text_of(Errno::RANGE)) } else { String::new() };
+        let shown = [what.as_bytes(), b": '", text.as_bytes(), b"'", why.as_bytes()].concat();
+        Err(self.fail(code::USAGE, shown))
     }
 
     /// Opens the file or folder, or makes the file, as anybody may whom the umask lets.
@@ -300,7 +297,8 @@ impl Name<'_> {
                 Some(Errno::ROFS | Errno::NOSPC) => code::CANNOT_CREATE,
                 _ => code::NO_INPUT,
             };
-            self.fail(code, &format!("cannot open lock file {}: {}", path.to_string_lossy(), text(&error)))
+            let why = format!(": {}", text(&error));
+            self.fail(code, [b"cannot open lock file ", path.as_bytes(), why.as_bytes()].concat())
         })
     }
 
@@ -310,7 +308,7 @@ impl Name<'_> {
             [option, command @ ..] if option == "-c" || option == "--command" => {
                 let [command] = command else {
                     let option = option.to_string_lossy();
-                    return Err(self.fail(code::USAGE, &format!("{option} requires exactly one command argument")));
+                    return Err(self.fail(code::USAGE, format!("{option} requires exactly one command argument")));
                 };
                 let shell = std::env::var_os("SHELL").filter(|shell| !shell.is_empty());
                 Ok(vec![shell.unwrap_or_else(|| "/bin/sh".into()), "-c".into(), command.clone()])
@@ -369,52 +367,61 @@ impl Name<'_> {
     fn execute(&self, file: &File, program: &OsStr, arguments: &[OsString], options: &Options) -> Result<u8, End> {
         lockkit::command::wait_for_children();
         if options.verbose {
-            self.say(&format!("{}: executing {}\n", self.short, program.to_string_lossy()));
+            self.say([self.short.as_bytes(), b": executing ", program.as_bytes(), b"\n"].concat());
         }
         if !options.close {
             let inherited = rustix::io::fcntl_setfd(file, rustix::io::FdFlags::empty());
-            inherited.map_err(|error| self.fail(code::OS, &text_of(error)))?;
+            inherited.map_err(|error| self.fail(code::OS, text_of(error)))?;
         }
         let mut command = Command::new(program);
         lockkit::command::as_given(command.args(arguments));
         let failed = |error: io::Error| {
             let code = if error.kind() == io::ErrorKind::OutOfMemory { code::OS } else { code::UNAVAILABLE };
-            self.fail(code, &format!("failed to execute {}: {}", program.to_string_lossy(), text(&error)))
+            let why = format!(": {}", text(&error));
+            self.fail(code, [b"failed to execute ", program.as_bytes(), why.as_bytes()].concat())
         };
         if !options.fork {
             return Err(failed(command.exec()));
         }
         let mut child = command.spawn().map_err(failed)?;
-        let status = child.wait().map_err(|error| self.fail(CONFLICT, &format!("waitpid failed: {}", text(&error))))?;
+        let status = child.wait().map_err(|error| self.fail(CONFLICT, format!("waitpid failed: {}", text(&error))))?;
         let signalled = || status.signal().map(|signal| signal + i32::from(code::SIGNALLED));
         Ok(status.code().or_else(signalled).and_then(|code| u8::try_from(code).ok()).unwrap_or(code::OS))
     }
 
     /// At once, for the command may write there, too.
-    fn say(&self, text: &str) {
+    fn say(&self, text: impl AsRef<[u8]>) {
         let mut out = io::stdout().lock();
-        if let Err(error) = out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        if let Err(error) = out.write_all(text.as_ref()).and_then(|()| out.flush()) {
             self.unsaid.borrow_mut().get_or_insert(error);
         }
     }
 
-    fn warn(&self, message: &str) {
-        note(format_args!("{}: {message}", self.short));
+    fn warn(&self, message: impl AsRef<[u8]>) {
+        self.note(&[self.short.as_bytes(), b": ", message.as_ref()].concat());
     }
 
-    fn fail(&self, code: u8, message: &str) -> End {
+    /// Writes a line to the standard error.
+    fn note(&self, line: &[u8]) {
+        let closed = || lockkit::command::inherited(2).is_err();
+        if closed() || io::stderr().lock().write_all(&[line, b"\n"].concat()).is_err() {
+            self.mute.set(true);
+        }
+    }
+
+    fn fail(&self, code: u8, message: impl AsRef<[u8]>) -> End {
         self.warn(message);
         End(code)
     }
 
     /// As getopt(3) says it, which has the whole name.
-    fn misused(&self, message: &str) -> End {
-        note(format_args!("{}: {message}", self.full.to_string_lossy()));
+    fn misused(&self, message: impl AsRef<[u8]>) -> End {
+        self.note(&[self.full.as_bytes(), b": ", message.as_ref()].concat());
         self.try_help()
     }
 
     fn try_help(&self) -> End {
-        note(format_args!("Try '{} --help' for more information.", self.short));
+        self.note(format!("Try '{} --help' for more information.", self.short).as_bytes());
         End(code::USAGE)
     }
 }
@@ -436,6 +443,27 @@ fn wait(file: &File, kind: Kind) -> Result<(), Errno> {
         Kind::Unlock => FlockOperation::Unlock,
     };
     rustix::io::retry_on_intr(|| flock(file, operation))
+}
+
+/// As strtod(3) reads it, to the end: in decimal, or in hexadecimal with a binary exponent.
+fn seconds(text: &str) -> Option<f64> {
+    let text = text.trim_ascii_start();
+    let (sign, unsigned) = match text.strip_prefix('-') {
+        Some(unsigned) => (-1.0, unsigned),
+        None => (1.0, text.strip_prefix('+').unwrap_or(text)),
+    };
+    let Some(hex) = unsigned.strip_prefix("0x").or_else(|| unsigned.strip_prefix("0X")) else {
+        return text.parse().ok();
+    };
+    let (digits, exponent) = match hex.split_once(['p', 'P']) {
+        Some((digits, exponent)) => (digits, exponent.parse::<i32>().ok()?),
+        None => (hex, 0),
+    };
+    let (whole, part) = digits.split_once('.').unwrap_or((digits, ""));
+    let all = || whole.chars().chain(part.chars());
+    all().next()?;
+    let value = all().try_fold(0.0, |value, digit| Some(value * 16.0 + f64::from(digit.to_digit(16)?)))?;
+    Some(sign * value * 2f64.powi(exponent.saturating_sub(i32::try_from(part.len()).ok()?.saturating_mul(4))))
 }
 
 /// What the C library says of the error.

@@ -1,5 +1,6 @@
 //! `lockkit lease`: looks at a lease, and takes it from who has it.
 
+use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, Write};
 
 use lockkit::lease::Seen;
@@ -19,7 +20,7 @@ pub(crate) enum LeaseCommand {
     Show {
         /// The lease.
         #[arg(value_name = "PATH|URL")]
-        lease: String,
+        lease: OsString,
         /// Write JSON: {"version":1,"lock":{…}}, as docs/CLI.md has it.
         #[arg(long)]
         json: bool,
@@ -32,7 +33,7 @@ pub(crate) enum LeaseCommand {
     Release {
         /// The lease.
         #[arg(value_name = "PATH|URL")]
-        lease: String,
+        lease: OsString,
         /// The token under which it is held.
         #[arg(long, value_name = "N")]
         token: Option<u64>,
@@ -45,7 +46,7 @@ pub(crate) enum LeaseCommand {
     Steal {
         /// The lease.
         #[arg(value_name = "PATH|URL")]
-        lease: String,
+        lease: OsString,
         /// Do not ask.
         #[arg(long, short)]
         yes: bool,
@@ -56,7 +57,7 @@ impl LeaseCommand {
     pub(crate) fn carry_out(self) -> Outcome {
         match self {
             Self::Show { lease, json } => {
-                let sight = look::of_lease(&place::lease(&lease)?.build()?)?;
+                let sight = look::of_lease(&place::lease(&lease, |builder| builder)?)?;
                 match json {
                     true => look::json(&Form { version: look::VERSION, lock: &sight })?,
                     false => look::say(|mut out| sight.show(&mut out))?,
@@ -80,8 +81,8 @@ fn owner(seen: &Seen) -> String {
     seen.owner().map_or_else(|| "an unknown process".to_owned(), lockkit::Owner::describe)
 }
 
-fn release(url: &str, token: Option<u64>) -> Outcome {
-    let lease = place::lease(url)?.build()?;
+fn release(url: &OsStr, token: Option<u64>) -> Outcome {
+    let lease = place::lease(url, |builder| builder)?;
     let Some(seen) = held(&lease)? else {
         return tell(&format!("The lease {} is free already.", lease.name()));
     };
@@ -96,13 +97,13 @@ fn release(url: &str, token: Option<u64>) -> Outcome {
             ),
             None => format!("the lease {} is held by {}, and only its token releases it", lease.name(), owner(&seen)),
         };
-        return Err(Failure::new(code::TEMPORARY, message).example(format!("lockkit lease steal {url}")));
+        return Err(Failure::new(code::TEMPORARY, message).example(format!("lockkit lease steal {}", url.display())));
     }
     evict(&lease, &seen, "released")
 }
 
-fn steal(url: &str, yes: bool) -> Outcome {
-    let lease = place::lease(url)?.build()?;
+fn steal(url: &OsStr, yes: bool) -> Outcome {
+    let lease = place::lease(url, |builder| builder)?;
     let Some(seen) = held(&lease)? else {
         return tell(&format!("The lease {} is free already.", lease.name()));
     };

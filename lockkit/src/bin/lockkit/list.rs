@@ -15,6 +15,7 @@ use crate::failure::{Failure, Outcome, code};
 use crate::look::{self, Kind, Sight, State};
 use crate::paint::{TITLE, paint};
 use crate::place;
+use crate::supervise::KEEPER;
 
 /// List the locks that are held: kind, name, state, waiters and holders.
 ///
@@ -118,7 +119,7 @@ fn kept_open() -> impl Iterator<Item = PathBuf> {
     });
     pids.flat_map(|process| {
         let program = std::fs::read_to_string(process.join("comm")).unwrap_or_default();
-        let is_lockkit = program.trim_end() == "lockkit";
+        let is_lockkit = program.trim_end().as_bytes() == KEEPER.to_bytes();
         entries(&process.join("fdinfo")).into_iter().filter_map(move |info| {
             let locked = || std::fs::read_to_string(&info).is_ok_and(|info| info.contains(" OFDLCK "));
             (is_lockkit || locked()).then_some(())?;

@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -123,6 +124,9 @@ fn rfc3339(moment: SystemTime) -> String {
 pub(crate) struct Sight {
     pub(crate) kind: Kind,
     pub(crate) name: String,
+    /// Of a path that is no text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name_bytes: Option<Vec<u8>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     scope: Option<&'static str>,
     pub(crate) state: State,
@@ -144,6 +148,7 @@ impl Sight {
         Self {
             kind,
             name: name.into(),
+            name_bytes: None,
             scope: None,
             state,
             holders: Vec::new(),
@@ -155,7 +160,8 @@ impl Sight {
     }
 
     fn of_path(kind: Kind, path: &Path, state: State) -> Self {
-        Self::new(kind, path.display().to_string(), state)
+        let name_bytes = path.to_str().is_none().then(|| path.as_os_str().as_bytes().to_vec());
+        Self { name_bytes, ..Self::new(kind, path.display().to_string(), state) }
     }
 
     fn kind_text(&self) -> String {
@@ -204,6 +210,7 @@ impl Sight {
 /// What is known of the lock at `place`.
 pub(crate) fn at(place: &Place, scope: ScopeArgument) -> Result<Sight, Failure> {
     match place {
+        Place::Lease(lease) => of_lease(lease),
         Place::Name(name) => named(&place::named(name, scope)?),
         Place::Path(path) => {
             let path = place::absolute(path)?;
@@ -223,7 +230,7 @@ pub(crate) fn state(place: &Place, scope: ScopeArgument) -> Result<State, Failur
             let held = NamedLock::list(scope.into())?.iter().any(|lock| lock.name() == name);
             Ok(if held { State::Held } else { State::Free })
         }
-        Place::Path(_) => Ok(at(place, scope)?.state),
+        Place::Path(_) | Place::Lease(_) => Ok(at(place, scope)?.state),
     }
 }
 
@@ -331,7 +338,8 @@ pub(crate) fn pidfile(path: &Path) -> Result<Sight, Failure> {
 }
 
 pub(crate) fn lease(path: &Path) -> Result<Sight, Failure> {
-    of_lease(&Lease::file(path).build()?)
+    let name_bytes = Sight::of_path(Kind::Lease, path, State::Free).name_bytes;
+    Ok(Sight { name_bytes, ..of_lease(&Lease::file(path).build()?)? })
 }
 
 pub(crate) fn of_lease(lease: &Lease) -> Result<Sight, Failure> {

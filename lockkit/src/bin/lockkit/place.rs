@@ -1,11 +1,13 @@
 //! How a lock is named on a command line: a name, a path, or the URL of a lease.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use lockkit::{Lease, LeaseBuilder, NamedLock, Scope};
+use lockkit::{ErrorKind, Lease, LeaseBuilder, NamedLock, Scope};
 
-use crate::failure::{Failure, code};
+use crate::failure::Failure;
 
 /// Who shares a name.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -27,19 +29,28 @@ impl From<ScopeArgument> for Scope {
 }
 
 /// A lock that `status` and `wait` look at.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) enum Place {
     Name(String),
     Path(PathBuf),
+    /// By URL.
+    Lease(Lease),
 }
 
 impl Place {
-    /// What has a slash in it is a path, or the URL of one; anything else is a name.
-    pub(crate) fn parse(text: &str) -> Result<Self, Failure> {
-        match text.contains('/') {
-            true => Ok(Self::Path(lease_path(text)?)),
-            false => Ok(Self::Name(text.to_owned())),
+    /// What has `://` in it is the URL of a lease, what has a slash a path, and anything else a name.
+    pub(crate) fn parse(given: &OsStr) -> Result<Self, Failure> {
+        if url(given).is_some() {
+            return Ok(Self::Lease(lease(given, |builder| builder)?));
         }
+        if given.as_bytes().contains(&b'/') {
+            return Ok(Self::Path(given.into()));
+        }
+        let name = given.to_str().ok_or_else(|| {
+            let message = format!("{} is no lock name: it is no text in UTF-8", given.display());
+            Failure::usage(message).example("lockkit status backup")
+        })?;
+        Ok(Self::Name(name.to_owned()))
     }
 }
 
@@ -50,48 +61,25 @@ pub(crate) fn named(name: &str, scope: ScopeArgument) -> Result<NamedLock, Failu
         .map_err(|error| Failure::from(error).example("lockkit run --name nightly-backup -- CMD"))
 }
 
-/// The lease at `url`: the one place that knows which engines this build has.
-pub(crate) fn lease(url: &str) -> Result<LeaseBuilder, Failure> {
-    Ok(Lease::file(lease_path(url)?))
-}
-
-/// The path of a lease, or of any other lock, given as `file:///path` or as it is.
-fn lease_path(url: &str) -> Result<PathBuf, Failure> {
-    let Some((scheme, rest)) = url.split_once("://") else { return Ok(url.into()) };
-    if !scheme.eq_ignore_ascii_case("file") {
-        let message = format!(
-            "this build of lockkit has no engine for {scheme}:// leases; it knows those in files, given as a path or \
-             as file:///path"
-        );
-        return Err(
-            Failure::new(code::UNAVAILABLE, message).example("lockkit run --lease file:///srv/shared/leader -- CMD")
-        );
-    }
-    // A host is nobody (`file:///path`) or this one.
-    let path = rest.strip_prefix("localhost").unwrap_or(rest);
-    let decoded = path.starts_with('/').then(|| unescaped(path)).flatten();
-    decoded.ok_or_else(|| {
-        let message = format!("{url} is no file URL: it takes three slashes and an absolute path");
-        Failure::usage(message).example("lockkit lease show file:///srv/shared/leader")
+/// The lease at `given`, a path or a URL, with the options that `with` adds.
+pub(crate) fn lease(given: &OsStr, with: impl FnOnce(LeaseBuilder) -> LeaseBuilder) -> Result<Lease, Failure> {
+    let builder = match url(given) {
+        Some(url) => Lease::connect(url),
+        None => Lease::file(given),
+    };
+    with(builder).build().map_err(|error| {
+        let example = match error.kind() {
+            ErrorKind::InvalidUrl { .. } => "lockkit run --lease file:///srv/shared/leader -- CMD",
+            ErrorKind::Unsupported { .. } => "cargo install lockkit --features cli,etcd,postgres,redis",
+            _ => "lockkit run --lease /srv/shared/leader -- CMD",
+        };
+        Failure::from(error).example(example)
     })
 }
 
-/// `%20` and its like as the bytes that they stand for; `None` where a `%` is followed by anything else.
-fn unescaped(path: &str) -> Option<PathBuf> {
-    use std::os::unix::ffi::OsStringExt;
-    let mut bytes = Vec::with_capacity(path.len());
-    let mut rest = path.bytes();
-    while let Some(byte) = rest.next() {
-        bytes.push(match byte {
-            b'%' => {
-                let digits = [rest.next()?, rest.next()?].map(|digit| char::from(digit).to_digit(16));
-                let [Some(high), Some(low)] = digits else { return None };
-                u8::try_from(high * 16 + low).ok()?
-            }
-            byte => byte,
-        });
-    }
-    Some(std::ffi::OsString::from_vec(bytes).into())
+/// What is a URL.
+fn url(given: &OsStr) -> Option<&str> {
+    given.to_str().filter(|text| text.contains("://"))
 }
 
 /// `path`, absolute.
@@ -114,16 +102,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_lease_is_a_path_or_a_file_url() {
-        let path = |url: &str| lease_path(url).map_err(|failure| failure.code());
-        assert_eq!(path("leader"), Ok("leader".into()));
-        assert_eq!(path("/srv/leader"), Ok("/srv/leader".into()));
-        assert_eq!(path("file:///srv/a%20b"), Ok("/srv/a b".into()));
-        assert_eq!(path("FILE://localhost/srv/leader"), Ok("/srv/leader".into()));
-        for wrong in ["file://elsewhere/srv", "file://", "file:///a%2", "file:///a%zz"] {
-            assert_eq!(path(wrong), Err(code::USAGE), "{wrong}");
+    fn a_lease_is_a_path_or_a_url() {
+        let name = |given: &str| {
+            let lease = lease(given.as_ref(), |builder| builder);
+            lease.map(|lease| lease.name().to_owned()).map_err(|failure| failure.code())
+        };
+        assert_eq!(name("/srv/leader").as_deref(), Ok("/srv/leader"));
+        assert_eq!(name("file:///srv/a%20b").as_deref(), Ok("/srv/a b"));
+        assert_eq!(name("FILE://localhost/srv/leader").as_deref(), Ok("/srv/leader"));
+        for wrong in ["file://elsewhere/srv", "file://", "file:///a%2", "gopher://host/leader"] {
+            assert_eq!(name(wrong), Err(crate::failure::code::USAGE), "{wrong}");
         }
-        assert_eq!(path("redis://host/leader"), Err(code::UNAVAILABLE));
+    }
+
+    #[test]
+    fn a_place_is_a_url_a_path_or_a_name() {
+        assert!(matches!(Place::parse("file:///srv/leader".as_ref()), Ok(Place::Lease(_))));
+        assert!(matches!(Place::parse("./leader".as_ref()), Ok(Place::Path(_))));
+        assert!(matches!(Place::parse("leader".as_ref()), Ok(Place::Name(_))));
+        assert!(matches!(Place::parse(OsStr::from_bytes(b"/a\xff")), Ok(Place::Path(_))));
+        assert!(Place::parse(OsStr::from_bytes(b"a\xff")).is_err());
     }
 
     #[test]

@@ -2,12 +2,12 @@
 //!
 //! The lock is taken here, in one wait; the program is then started and looked after by [`supervise`].
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use lockkit::{CancelToken, FileLock, PidFile, PidStatus, Wait};
+use lockkit::{CancelToken, FileLock, Owner, PidFile, PidStatus, Wait};
 
 use crate::failure::{Failure, Outcome, code, note};
 use crate::place::{self, ScopeArgument};
@@ -43,9 +43,10 @@ pub(crate) struct Run {
     /// The pidfile at this path, which then names the program.
     #[arg(long, value_name = "PATH", group = "lock")]
     pidfile: Option<PathBuf>,
-    /// The lease at this path or file:///path. When it is lost the program is ended.
+    /// The lease at this path or URL: file:///path, and with the engines of this build etcd://…, postgres://… and
+    /// redis://…. When it is lost the program is ended.
     #[arg(long, value_name = "PATH|URL", group = "lock")]
-    lease: Option<String>,
+    lease: Option<OsString>,
     /// Who shares the name.
     #[arg(long, value_enum)]
     scope: Option<ScopeArgument>,
@@ -99,7 +100,11 @@ impl Run {
             // A mode as flock(1) has it, for both may be used on the same file.
             let lock = FileLock::new(path).create_with_mode(0o666);
             let looked = lock.clone();
-            let holder = move || looked.holders().ok()?.first().map(|owner| owner.describe());
+            let holder = move || {
+                let holders = looked.holders().ok()?;
+                let described: Vec<_> = holders.iter().map(Owner::describe).collect();
+                (!described.is_empty()).then(|| described.join("; "))
+            };
             let acquire = || if self.shared { lock.acquire_shared(&wait) } else { lock.acquire(&wait) };
             return self.hold(&format!("the lock on {}", path.display()), holder, || acquire().map(Hold::File));
         }
@@ -113,8 +118,8 @@ impl Run {
             };
             return self.hold(&text, holder, || lock.acquire(&wait).map(Hold::Pidfile));
         }
-        if let Some(url) = &self.lease {
-            return self.lead(url, &wait);
+        if let Some(given) = &self.lease {
+            return self.lead(given, &wait);
         }
         Err(Failure::usage("a lock is missing").example("lockkit run --name backup -- CMD"))
     }
@@ -141,7 +146,7 @@ impl Run {
     fn hold(
         &self,
         lock: &str,
-        holder: impl Fn() -> Option<String> + Send,
+        holder: impl Fn() -> Option<String> + Send + Sync,
         acquire: impl FnOnce() -> lockkit::Result<Hold>,
     ) -> Outcome {
         let hold = self.acquire(lock, holder, acquire)?;
@@ -149,13 +154,15 @@ impl Run {
     }
 
     /// As [`hold`](Self::hold), for a lease: by a process of its own, which goes on when this one is killed.
-    fn lead(&self, url: &str, wait: &Wait) -> Outcome {
-        let mut builder = place::lease(url)?;
-        if let Some(ttl) = self.ttl {
-            builder = builder.ttl(ttl);
-        }
+    fn lead(&self, given: &OsStr, wait: &Wait) -> Outcome {
         let (loss, on_lost) = supervise::loss()?;
-        let lease = builder.on_lost(on_lost).build()?;
+        let lease = place::lease(given, |builder| {
+            let builder = builder.on_lost(on_lost);
+            match self.ttl {
+                Some(ttl) => builder.ttl(ttl),
+                None => builder,
+            }
+        })?;
         supervise::behind(|| {
             let looked = lease.clone();
             let holder = move || looked.owner().ok().flatten().map(|owner| owner.describe());
@@ -164,13 +171,24 @@ impl Run {
             let signals = Signals::block()?;
             let stop = CancelToken::new();
             let wait = wait.clone().or_cancelled(&stop);
-            let acquire = || lease.acquire(&wait).map(|guard| Hold::Lease(guard, loss));
-            let hold = signals.cancelling(&stop, || self.acquire(&lock, holder, acquire))?;
+            // One in a file is tried first, which takes no time, and saves the thread that watches for signals.
+            let tried = Path::new(lease.name()).is_absolute().then(|| lease.try_lock());
+            let hold = match tried {
+                Some(Err(error)) if error.is_held() && !self.try_once => None,
+                tried => tried,
+            };
+            let hold = match hold {
+                Some(tried) => self.acquire(&lock, holder, || tried.map(|guard| Hold::Lease(guard, loss))),
+                None => {
+                    let acquire = || lease.acquire(&wait).map(|guard| Hold::Lease(guard, loss));
+                    signals.cancelling(&stop, || self.acquire(&lock, holder, acquire))?
+                }
+            };
             match hold {
                 // A signal that came too late to cancel the wait is the program's.
                 Ok(hold) => {
                     // For `lockkit list`, which finds a lease by who has its file open.
-                    let _found_by = File::open(lease.name());
+                    let _found_by = File::open(given).or_else(|_| File::open(lease.name()));
                     supervise::run(hold, signals, self.job())
                 }
                 Err(failure) => match signals.first_if(stop.is_cancelled()) {
@@ -184,13 +202,20 @@ impl Run {
     fn acquire(
         &self,
         lock: &str,
-        holder: impl Fn() -> Option<String> + Send,
+        holder: impl Fn() -> Option<String> + Send + Sync,
         acquire: impl FnOnce() -> lockkit::Result<Hold>,
     ) -> Result<Hold, Failure> {
         let audience = Audience::of(self.quiet, self.verbose);
-        let hold = waiting::shown(audience, lock, holder, acquire).map_err(|error| {
+        let hold = waiting::shown(audience, lock, &holder, acquire).map_err(|error| {
             let gave_up = error.is_temporary();
+            // The library does not look for the holder of a file, for that takes milliseconds.
+            let unnamed = gave_up && !self.quiet && error.owner().is_none();
+            let found = unnamed.then(holder).flatten();
             let failure = Failure::from(error);
+            let failure = match found {
+                Some(who) => failure.with_more(format_args!(", by {who}")),
+                None => failure,
+            };
             match gave_up {
                 true => failure.with_code(self.exit_code).quiet(self.quiet),
                 false => failure,

@@ -1,5 +1,7 @@
 //! `lockkit status`: one lock.
 
+use std::ffi::OsString;
+
 use serde::Serialize;
 
 use crate::failure::Outcome;
@@ -9,7 +11,7 @@ use crate::place::{Place, ScopeArgument};
 /// Show whether a lock is held, and by whom.
 ///
 /// The exit code is 0 when it is free, 1 when it is held, and 2 when it is stale: whoever had it died or ran out of
-/// time, and the next to come takes it over. What has a slash in it is a path, anything else a name. Whether a path is
+/// time, and the next to come takes it over. What has :// in it is the URL of a lease, what has a slash a path, anything else a name. Whether a path is
 /// that of a lease, a pidfile, a table of locks or any other file is told by what stands in it.
 #[derive(clap::Args)]
 #[command(after_help = "\
@@ -18,9 +20,9 @@ Examples:
   lockkit status /run/sshd.pid --quiet || echo 'sshd runs, or has crashed'
   lockkit status ./leader --json | jq .lock.token")]
 pub(crate) struct Status {
-    /// The name or the path of the lock.
-    #[arg(value_name = "NAME|PATH")]
-    place: String,
+    /// The name or the path of the lock, or the URL of a lease.
+    #[arg(value_name = "NAME|PATH|URL")]
+    place: OsString,
     /// Who shares the name.
     #[arg(long, value_enum, default_value_t)]
     scope: ScopeArgument,

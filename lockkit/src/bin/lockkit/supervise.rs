@@ -4,20 +4,25 @@
 //! keeps the lock for it is in place, whenever lockkit is killed. What that is differs:
 //! - *Named locks and files* live in a descriptor. A third process, the *keeper*, has a copy of it, and a pidfd of the
 //!   program. If lockkit is killed the keeper keeps the lock until the program ends; else it leaves just before the
-//!   release. The program itself inherits nothing, so what it leaves running does not keep the lock, and what it closes
-//!   does not free it.
+//!   release. If both are killed the lock is [`Parked`] with the program, out of which either of them takes it at the
+//!   program's end, so that what that leaves running does not keep the lock.
 //! - *Pidfiles* name the program, by pid and start time, and stay held as long as that lives.
 //! - *Leases* must be renewed, which only a process can. So the one that holds it is not the one that was called, but a
 //!   child of it ([`behind`]), which goes on when its parent is killed. If the holder itself is killed, the system
-//!   kills the program with it (`PR_SET_PDEATHSIG`), and the fencing token covers the moment in between.
+//!   kills the program with it (`PR_SET_PDEATHSIG`), and the parent, to whom all else that the program has started then
+//!   belongs, kills that. The fencing token covers the moment in between.
+//!
+//! Keepers and holders of leases have a name of their own ([`KEEPER`]), also in their command lines: who kills every
+//! `lockkit` by name means those that were called.
 //!
 //! Signals are blocked while the program runs, and read from a signalfd in the same poll in which its end is seen. What
 //! a terminal sends goes to the program anyway as long as that is in the same process group, so it is not passed on
 //! then.
 
 use std::ffi::{CStr, OsString};
-use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
@@ -28,13 +33,21 @@ use nix::sys::signal::{SigSet, Signal as NixSignal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::{Errno, retry_on_intr};
+use rustix::io::{Errno, FdFlags, fcntl_dupfd_cloexec, fcntl_setfd, retry_on_intr};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags,
+    SocketType, recvmsg, sendmsg, socketpair,
+};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitOptions, WaitStatus, getpgid, getpgrp, getpid, getppid, getsid, kill_process,
-    pidfd_open, pidfd_send_signal, set_child_subreaper, set_parent_process_death_signal, setsid, waitpid,
+    pidfd_open, pidfd_send_signal, set_child_subreaper, set_parent_process_death_signal, setsid, test_kill_process,
+    waitpid,
 };
 
 use crate::failure::{Failure, Outcome, code};
+
+/// What a process that keeps a lock for a program is called.
+pub(crate) const KEEPER: &CStr = c"lock-keeper";
 
 /// A lock that is held.
 pub(crate) enum Hold {
@@ -58,7 +71,7 @@ pub(crate) struct Job<'r> {
 pub(crate) struct LossPipe(io::PipeReader);
 
 /// A pipe for the loss of a lease, and what writes to it.
-pub(crate) fn loss() -> Result<(LossPipe, impl Fn(&Loss) + Send + Sync), Failure> {
+pub(crate) fn loss() -> Result<(LossPipe, impl Fn(&Loss) + Send + Sync + use<>), Failure> {
     let (reader, writer) = io::pipe().map_err(|error| Failure::io("make a pipe", error))?;
     Ok((LossPipe(reader), move |loss: &Loss| {
         let _ = (&writer).write_all(format!("{} is lost: {}", loss.lock, loss.reason).as_bytes());
@@ -204,9 +217,14 @@ impl Child {
     }
 
     /// Waits for its end, which has been seen, or must come.
-    fn status(&self) -> Option<u8> {
+    fn end(&self) -> Option<WaitStatus> {
         let (_, status) = retry_on_intr(|| waitpid(Some(self.pid), WaitOptions::empty())).ok()??;
-        exit_code(status)
+        Some(status)
+    }
+
+    /// As [`end`](Self::end), as the exit code that tells of it.
+    fn status(&self) -> Option<u8> {
+        exit_code(self.end()?)
     }
 }
 
@@ -231,12 +249,13 @@ pub(crate) fn run(mut hold: Hold, signals: Signals, job: Job<'_>) -> Outcome {
     command::wait_for_children();
     let (wait_at_gate, gate) = pipe()?;
     let descriptor = hold.descriptor()?;
+    let parked = descriptor.as_ref().map(Parked::new).transpose()?;
     let leads = matches!(hold, Hold::Lease(..));
+    let me = getpid();
     if leads {
         // What the program leaves behind stays below this process, so that a loss can end it, too.
-        let _ = set_child_subreaper(Some(getpid()));
+        let _ = set_child_subreaper(Some(me));
     }
-    let me = getpid();
     let program = match fork()? {
         None => {
             drop((gate, descriptor));
@@ -246,15 +265,20 @@ pub(crate) fn run(mut hold: Hold, signals: Signals, job: Job<'_>) -> Outcome {
                     std::process::exit(code::OS.into());
                 }
             }
-            std::process::exit(become_program(job.command, &hold, wait_at_gate, &signals).into())
+            std::process::exit(become_program(job.command, &hold, parked, wait_at_gate, &signals).into())
         }
         Some(pid) => Child::new(pid)?,
     };
     drop(wait_at_gate);
     hold.name_holder(&program, job.command)?;
     let keeper = match descriptor {
-        Some(descriptor) => Some(Keeper::start(descriptor, &program, gate)?),
+        Some(descriptor) => Some(Keeper::start(descriptor, parked.as_ref(), &program, gate)?),
         None => {
+            if leads {
+                // From here on this process is a keeper, and goes on when its parent is killed.
+                command::rename_process(KEEPER);
+                let _ = set_parent_process_death_signal(None);
+            }
             open_gate(gate);
             None
         }
@@ -265,6 +289,9 @@ pub(crate) fn run(mut hold: Hold, signals: Signals, job: Job<'_>) -> Outcome {
     };
     if let Some(keeper) = keeper {
         keeper.dismiss();
+    }
+    if let Some(parked) = parked {
+        parked.take_out();
     }
     match hold.release() {
         Err(error) if !job.quiet && !leads => Failure::from(error).show(),
@@ -279,11 +306,19 @@ fn open_gate(mut gate: io::PipeWriter) {
 }
 
 /// The child's part. Returns only if the program could not be started, with the exit code that tells so.
-fn become_program(command: &[OsString], hold: &Hold, mut gate: io::PipeReader, signals: &Signals) -> u8 {
+fn become_program(
+    command: &[OsString],
+    hold: &Hold,
+    parked: Option<Parked>,
+    mut gate: io::PipeReader,
+    signals: &Signals,
+) -> u8 {
     // The end of the pipe means that nobody holds the lock for this child.
     if gate.read_exact(&mut [0]).is_err() {
         return code::OS;
     }
+    // Without it the keeper has to do.
+    let _inherited = parked.and_then(|parked| parked.bequeath().ok());
     let [program, arguments @ ..] = command else { return code::USAGE };
     let mut command = Command::new(program);
     command.args(arguments);
@@ -368,9 +403,16 @@ fn bury_others(program: Pid) {
     }
 }
 
-/// Waits until what the ended program has left behind has ended, too, and kills what is still there `until` then.
+/// Waits until what the ended program has left behind has ended, too, and kills what is still there `until` then. What
+/// may not be signalled, such as a set-uid program, is left.
 fn end_descendants(until: Option<Instant>) {
-    while !descendants().is_empty() {
+    loop {
+        // No signal at all only asks whether it may be sent.
+        let mut left = descendants();
+        left.retain(|pid| test_kill_process(*pid) != Err(Errno::PERM));
+        if left.is_empty() {
+            return;
+        }
         if until.is_none_or(|until| until <= Instant::now()) {
             signal_descendants(Signal::KILL);
         }
@@ -408,6 +450,42 @@ fn descendants() -> Vec<Pid> {
     found.into_iter().skip(1).filter_map(Pid::from_raw).collect()
 }
 
+/// A copy of a lock's descriptor, on its way through a socket that nobody reads: it counts as open as long as the socket
+/// is. The program inherits the socket, and all that it starts; yet whoever has it can take the descriptor out, so that
+/// the lock is free however many still have the socket.
+struct Parked(OwnedFd);
+
+impl Parked {
+    fn new(descriptor: &OwnedFd) -> Result<Self, Failure> {
+        let failed = |error| Failure::io("park a descriptor in a socket", error);
+        let (way_in, socket) =
+            socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).map_err(failed)?;
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut rights = SendAncillaryBuffer::new(&mut space);
+        let sent = [descriptor.as_fd()];
+        rights.push(SendAncillaryMessage::ScmRights(&sent));
+        sendmsg(&way_in, &[IoSlice::new(b"!")], &mut rights, SendFlags::empty()).map_err(failed)?;
+        Ok(Self(socket))
+    }
+
+    /// Has the program inherit it, under a number that scripts do not use for their own.
+    fn bequeath(self) -> rustix::io::Result<OwnedFd> {
+        const BEYOND_SCRIPTS: i32 = 64;
+        let inherited = fcntl_dupfd_cloexec(&self.0, BEYOND_SCRIPTS)?;
+        fcntl_setfd(&inherited, FdFlags::empty())?;
+        Ok(inherited)
+    }
+
+    /// Takes the descriptor out and closes it, unless somebody else has.
+    fn take_out(&self) {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut rights = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+        // What was received is closed with the buffer.
+        let _ = recvmsg(&self.0, &mut [IoSliceMut::new(&mut [0])], &mut rights, flags);
+    }
+}
+
 /// The process that keeps a lock when lockkit is killed.
 struct Keeper {
     pid: Pid,
@@ -416,17 +494,20 @@ struct Keeper {
 }
 
 impl Keeper {
-    /// As `ps` shows it, so that who kills every `lockkit` by name leaves it be.
-    const NAME: &CStr = c"lock-keeper";
-
     /// Starts it. It opens the gate itself, once it is out of reach of what is meant for lockkit; this process's end is
     /// closed, or the program would wait for ever if the keeper were killed before.
-    fn start(descriptor: OwnedFd, program: &Child, gate: io::PipeWriter) -> Result<Self, Failure> {
+    fn start(
+        descriptor: OwnedFd,
+        parked: Option<&Parked>,
+        program: &Child,
+        gate: io::PipeWriter,
+    ) -> Result<Self, Failure> {
         let (life_of_parent, life) = pipe()?;
         match fork()? {
             None => {
                 drop(life);
                 keep(&program.pidfd, life_of_parent, gate);
+                parked.iter().for_each(|parked| parked.take_out());
                 drop(descriptor);
                 std::process::exit(0)
             }
@@ -445,7 +526,7 @@ impl Keeper {
 fn keep(program: &OwnedFd, mut parent: io::PipeReader, gate: io::PipeWriter) {
     // Out of reach of the terminal and of signals to the job, none of which is blocked for the program.
     let _ = setsid();
-    let _ = rustix::thread::set_name(Keeper::NAME);
+    command::rename_process(KEEPER);
     open_gate(gate);
     // Whoever reads what the program writes is not to wait for the keeper.
     if let Ok(null) = std::fs::File::options().read(true).write(true).open("/dev/null") {
@@ -458,13 +539,22 @@ fn keep(program: &OwnedFd, mut parent: io::PipeReader, gate: io::PipeWriter) {
     let _ = retry_on_intr(|| poll(&mut ended, None));
 }
 
-/// Has `lead` done by a child, which goes on when this process is killed, and gives its exit code.
+/// Has `lead` done by a child, which goes on when this process is killed, and gives its exit code. If the child is
+/// killed, so is all that it has started.
 pub(crate) fn behind(lead: impl FnOnce() -> Outcome) -> Outcome {
     let signals = Signals::block()?;
     command::wait_for_children();
+    // What is below the child when that is killed comes to be below this process.
+    let me = getpid();
+    let _ = set_child_subreaper(Some(me));
     let leader = match fork()? {
         None => {
             signals.unblock();
+            // Until it holds the lease: who kills a lockkit that waits means the wait.
+            let _ = set_parent_process_death_signal(Some(Signal::KILL));
+            if getppid() != Some(me) {
+                std::process::exit(code::OS.into());
+            }
             let code = lead().unwrap_or_else(|failure| {
                 failure.show();
                 failure.code()
@@ -477,7 +567,11 @@ pub(crate) fn behind(lead: impl FnOnce() -> Outcome) -> Outcome {
         let mut watched = [PollFd::new(&leader.pidfd, PollFlags::IN), PollFd::new(&signals.read, PollFlags::IN)];
         let polled = retry_on_intr(|| poll(&mut watched, None));
         if polled.is_err() || !watched[0].revents().is_empty() {
-            return Ok(leader.status().unwrap_or(code::OS));
+            let Some(status) = leader.end() else { return Ok(code::OS) };
+            if status.terminating_signal().is_some() {
+                end_descendants(None);
+            }
+            return Ok(exit_code(status).unwrap_or(code::OS));
         }
         signals.pass_on(&leader);
     }

@@ -3,6 +3,7 @@
 //! It looks again and again instead of taking the lock: taking it would keep others out, and eat the news of a death
 //! that belongs to the next owner.
 
+use std::ffi::OsString;
 use std::time::{Duration, Instant};
 
 use crate::failure::{Failure, Outcome, code};
@@ -17,9 +18,9 @@ use crate::waiting::{self, Audience};
 #[derive(clap::Args)]
 #[command(after_help = "Example: lockkit wait backup --timeout 1h && shutdown")]
 pub(crate) struct WaitFor {
-    /// The name or the path of the lock.
-    #[arg(value_name = "NAME|PATH")]
-    place: String,
+    /// The name or the path of the lock, or the URL of a lease.
+    #[arg(value_name = "NAME|PATH|URL")]
+    place: OsString,
     /// Who shares the name.
     #[arg(long, value_enum, default_value_t)]
     scope: ScopeArgument,
@@ -40,7 +41,7 @@ impl WaitFor {
         let until = self.timeout.and_then(|limit| Instant::now().checked_add(limit));
         let audience = Audience::of(self.quiet, self.verbose);
         let holder = || look::at(&place, self.scope).ok()?.holders.first().map(look::Holder::text);
-        waiting::shown(audience, &self.place, holder, || self.watch(&place, until))
+        waiting::shown(audience, &look::plain(&self.place.to_string_lossy()), holder, || self.watch(&place, until))
     }
 
     fn watch(&self, place: &Place, until: Option<Instant>) -> Outcome {
@@ -60,9 +61,9 @@ impl WaitFor {
             if left.is_zero() {
                 let sight = look::at(place, self.scope)?;
                 let holder = sight.holders.first().map(|holder| format!(" by {}", holder.text())).unwrap_or_default();
-                let message = format!("{} is still held{holder}", self.place);
+                let message = format!("{} is still held{holder}", self.place.display());
                 let failure = Failure::new(code::TEMPORARY, message).quiet(self.quiet);
-                return Err(failure.example(format!("lockkit wait {} --timeout 1h", self.place)));
+                return Err(failure.example(format!("lockkit wait {} --timeout 1h", self.place.display())));
             }
             std::thread::sleep(pause.max(looked * 10).min(left));
             pause = (pause * 2).min(LONGEST);
