@@ -30,6 +30,8 @@
 //! }
 //! # #[cfg(not(feature = "macros"))] fn main() {}
 //! ```
+//!
+//! With [`Instance`] a second start hands its arguments over to the first one.
 
 #![warn(missing_docs)]
 #![deny(unsafe_code)]
@@ -60,6 +62,8 @@ mod wait;
 
 pub use error::{Error, ErrorKind, Result};
 pub use file::{FileGuard, FileLock};
+#[cfg(target_os = "linux")]
+pub use instance::{Activation, FirstInstance, Instance, SecondInstance};
 pub use lease::{Lease, LeaseBuilder, LeaseGuard, LeaseStatus, Loss, LossReason, LostSignal};
 pub use lock::{Guard, Lock, Recovered};
 #[cfg(feature = "macros")]
