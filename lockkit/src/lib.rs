@@ -5,6 +5,7 @@
 //! | type | a lock on | pick it for |
 //! |---|---|---|
 //! | [`NamedLock`] | a name on this machine | single-instance programs, cron jobs, daemons |
+//! | [`Instance`] | a name, whose holder further starts talk to (Linux) | programs that are started again to open more |
 //! | [`FileLock`] | a path, exclusive or shared | guarding a file or folder, working together with flock(1) |
 //! | [`PidFile`] | a path whose file says who holds it | daemons, `kill $(cat …)`, systemd's `PIDFile=` |
 //! | [`Lease`] | a key, for a time that a heartbeat renews | leaders, shared disks, several hosts |
@@ -30,8 +31,6 @@
 //! }
 //! # #[cfg(not(feature = "macros"))] fn main() {}
 //! ```
-//!
-//! With [`Instance`] a second start hands its arguments over to the first one.
 
 #![warn(missing_docs)]
 #![deny(unsafe_code)]
@@ -79,6 +78,8 @@ pub use wait::{CancelToken, Wait};
 
 /// What most programs need, for one `use`.
 pub mod prelude {
+    #[cfg(target_os = "linux")]
+    pub use crate::Instance;
     #[cfg(feature = "macros")]
     pub use crate::single_instance;
     pub use crate::{CancelToken, FileLock, Guard, Lease, Lock, LockManager, NamedLock, PidFile, Wait};

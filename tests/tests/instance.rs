@@ -334,6 +334,34 @@ fn a_first_instance_killed_at_any_step_is_followed_by_the_second() {
 }
 
 #[test]
+fn a_first_instance_killed_at_any_step_of_its_release_is_followed_by_the_second() {
+    if !lockkit::steps::ENABLED {
+        println!("left out: this build has no steps to be killed at; they need debug assertions");
+        return;
+    }
+    for at in 1.. {
+        let name = name();
+        let [mut first, mut second, mut third] = [(); 3].map(|()| Actor::start_instance(&name));
+        first.expect("enter", "first");
+        [&mut second, &mut third].map(|sender| sender.tell_to_wait("start 30000"));
+        // One is being handled, and stays without an answer; the other has not been looked at.
+        assert!(first.ask("take 30000").starts_with("taken "));
+        first.expect(&format!("kill-at {at}"), "armed");
+        let survived = first.ask("release") == "released";
+        first.kill();
+        let answers = [second.answer(), third.answer()];
+        let became = answers.iter().filter(|answer| *answer == "became first").count();
+        assert_eq!(became, 1, "killed at step {at}: {answers:?}");
+        let [second, third] = [&second, &third].map(answered);
+        assert!(answers.contains(&second) || answers.contains(&third), "killed at step {at}: {answers:?}");
+        if survived {
+            assert!(at > 1, "it passed no step");
+            return;
+        }
+    }
+}
+
+#[test]
 fn a_second_instance_killed_at_any_step_costs_the_first_nothing() {
     if !lockkit::steps::ENABLED {
         println!("left out: this build has no steps to be killed at; they need debug assertions");
