@@ -343,7 +343,9 @@ fn a_first_instance_killed_at_any_step_of_its_release_is_followed_by_the_second(
         let name = name();
         let [mut first, mut second, mut third] = [(); 3].map(|()| Actor::start_instance(&name));
         first.expect("enter", "first");
-        [&mut second, &mut third].map(|sender| sender.tell_to_wait("start 30000"));
+        for sender in [&mut second, &mut third] {
+            sender.tell_to_wait("start 30000");
+        }
         // One is being handled, and stays without an answer; the other has not been looked at.
         assert!(first.ask("take 30000").starts_with("taken "));
         first.expect(&format!("kill-at {at}"), "armed");

@@ -4,7 +4,7 @@
 //! folder, chosen variables and any bytes over to the first, and gets its answer. What the first instance can do with
 //! them stands at [`FirstInstance`], what a second one sends at [`SecondInstance`].
 //!
-//! A [`NamedLock`](crate::NamedLock) of that name decides who is first; a socket beside it only carries words. So two
+//! A [`NamedLock`] of that name decides who is first; a socket beside it only carries words. So two
 //! are never both first, a first instance that hangs stays the first and costs the others no more than their limit, and
 //! when it ends, however it ends, one of those that wait for its answer becomes the first. An activation is answered, or
 //! an error for its sender, or the sender becomes the first: none is lost.
@@ -14,7 +14,7 @@
 //! [`single_instance`](crate::single_instance) with `on_second` is all of this around `main`. What it calls is here, too;
 //! programs need only what is documented.
 //!
-//! How it works: [`place`] is where they meet, [`wire`] what they say, [`reception`] how the first one listens to many
+//! How it works: `place` is where they meet, `wire` what they say, `reception` how the first one listens to many
 //! at once and is not held up by any.
 
 #[cfg(target_os = "linux")]

@@ -130,7 +130,7 @@ impl Reception {
                 (Look::Moved, _) if !is_over || rounds < ROUNDS => rounds += usize::from(is_over),
                 (Look::Nothing(pause), Some(patience)) if !is_over => {
                     // When the time is over what has come meanwhile is still looked at.
-                    let _ = patience.readable_within(self.watched.as_fd(), pause)?;
+                    let _ = patience.readable_within(self.as_fd(), pause)?;
                 }
                 (Look::Nothing(_) | Look::Moved, _) => break,
             }
@@ -261,6 +261,8 @@ impl Desk {
     /// Takes a caller from its place; dropping it closes the connection.
     fn dismiss(&mut self, watched: &Watched, at: usize) -> Option<Caller> {
         let caller = self.callers.remove(at);
+        // Its place, and its descriptor, may be what another one waits for.
+        self.rests_until = self.rests_until.map(|_| Instant::now());
         // By hand, for a program that is being started may have a copy of the descriptor for a moment.
         watched.leave_out(&*caller.connection).is_ok().then_some(caller)
     }
