@@ -18,6 +18,8 @@ pub(crate) struct Args {
     pub(crate) on_held: Option<ExprPath>,
     /// `fn(&lockkit::Recovered)`.
     pub(crate) on_recovered: Option<ExprPath>,
+    /// `fn(lockkit::Activation)`.
+    pub(crate) on_second: Option<ExprPath>,
 }
 
 /// `scope = ...`
@@ -42,8 +44,15 @@ pub(crate) struct ExitCode {
 
 impl Parse for Args {
     fn parse(input: ParseStream) -> Result<Self> {
-        let mut args =
-            Self { name: name(input)?, scope: None, wait: None, exit_code: None, on_held: None, on_recovered: None };
+        let mut args = Self {
+            name: name(input)?,
+            scope: None,
+            wait: None,
+            exit_code: None,
+            on_held: None,
+            on_recovered: None,
+            on_second: None,
+        };
         while !input.is_empty() {
             input.parse::<Token![,]>()?;
             if !input.is_empty() {
@@ -54,6 +63,14 @@ impl Parse for Args {
             Self { exit_code: Some(ExitCode { key, .. }), on_held: Some(_), .. } => Err(Error::new_spanned(
                 key,
                 "`exit_code` has no effect beside `on_held`, whose handler decides; drop one",
+            )),
+            Self { on_second: Some(handler), scope: Some(Scope::Machine), .. } => Err(Error::new_spanned(
+                handler,
+                "`on_second` goes with the scope \"user\" alone: instances talk only to those of the same user",
+            )),
+            Self { on_second: Some(handler), wait: Some(Wait::AtMost(Duration::ZERO)), .. } => Err(Error::new_spanned(
+                handler,
+                "beside `on_second`, `wait` is how long the first instance may take to answer; no time is too little",
             )),
             _ => Ok(args),
         }
@@ -82,13 +99,16 @@ impl Args {
             "on_recovered" => {
                 set(&mut self.on_recovered, &key, handler(&key, value(&key, input)?, "fn(&lockkit::Recovered)`")?)
             }
+            "on_second" => {
+                set(&mut self.on_second, &key, handler(&key, value(&key, input)?, "fn(lockkit::Activation)`")?)
+            }
             _ => Err(Error::new_spanned(&key, format!("there is no argument `{key}`; {KEYS}"))),
         }
     }
 }
 
 const KEYS: &str =
-    "the arguments are `scope`, `wait`, `exit_code`, `on_held` and `on_recovered`, each as `key = value`";
+    "the arguments are `scope`, `wait`, `exit_code`, `on_held`, `on_recovered` and `on_second`, each as `key = value`";
 
 fn name(input: ParseStream) -> Result<Expr> {
     const MISSING: &str = "the name to hold comes first, as in `#[single_instance(\"com.example.app\")]`";

@@ -79,12 +79,25 @@ impl Function {
             None | Some(Scope::User) => quote!(User),
             Some(Scope::Machine) => quote!(Machine),
         };
-        let wait = match args.wait.unwrap_or(Wait::AtMost(Duration::ZERO)) {
-            Wait::Forever => quote!(::core::option::Option::None),
-            Wait::AtMost(limit) => {
-                let (seconds, nanos) = (limit.as_secs(), limit.subsec_nanos());
-                quote!(::core::option::Option::Some(::core::time::Duration::new(#seconds, #nanos)))
+        let wait = match args.wait {
+            Some(Wait::Forever) => quote!(::core::option::Option::None),
+            None if args.on_second.is_some() => {
+                quote!(::core::option::Option::Some(::lockkit::instance::ANSWER_WITHIN))
             }
+            None => at_most(Duration::ZERO),
+            Some(Wait::AtMost(limit)) => at_most(limit),
+        };
+        let enter = match &args.on_second {
+            None => quote_spanned! {Span::mixed_site()=>
+                ::lockkit::instance::enter(__LOCKKIT_NAME, ::lockkit::Scope::#scope, #wait)
+            },
+            Some(_) if !self.is_main() => {
+                let message = "`on_second` is for `main`, whose second start ends when the first has answered it";
+                return Err(Error::new_spanned(&args.on_second, message));
+            }
+            Some(handler) => quote_spanned! {Span::mixed_site()=>
+                ::lockkit::instance::enter_or_activate(__LOCKKIT_NAME, #wait, #handler)
+            },
         };
         let recovered = self.recovered(args);
         let refuse = self.refuse(args)?;
@@ -92,7 +105,7 @@ impl Function {
             let __guard = {
                 // An item, not a `const` block, so that the name is checked even if a generic function is never called.
                 const __LOCKKIT_NAME: &::core::primitive::str = #checked #name;
-                match ::lockkit::instance::enter(__LOCKKIT_NAME, ::lockkit::Scope::#scope, #wait) {
+                match #enter {
                     ::core::result::Result::Ok(__guard) => {
                         #recovered
                         __guard
@@ -118,8 +131,12 @@ impl Function {
             },
             None => return None,
         };
+        let guard = match &args.on_second {
+            None => quote!(NamedGuard),
+            Some(_) => quote!(FirstInstance),
+        };
         Some(quote_spanned! {Span::mixed_site()=>
-            if let ::core::option::Option::Some(__recovered) = ::lockkit::NamedGuard::recovered(&__guard) {
+            if let ::core::option::Option::Some(__recovered) = ::lockkit::#guard::recovered(&__guard) {
                 #tell
             }
         })
@@ -174,6 +191,12 @@ impl Function {
     fn is_main(&self) -> bool {
         self.signature.ident == "main" && self.signature.inputs.is_empty()
     }
+}
+
+/// A limit as the attribute passes it on.
+fn at_most(limit: Duration) -> TokenStream {
+    let (seconds, nanos) = (limit.as_secs(), limit.subsec_nanos());
+    quote!(::core::option::Option::Some(::core::time::Duration::new(#seconds, #nanos)))
 }
 
 /// Whether `kind` is `impl Trait`, of which nothing is known before the body says more.

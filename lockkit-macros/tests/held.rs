@@ -487,3 +487,65 @@ fn a_main_that_finds_its_name_held_says_so_and_exits() {
         assert!(output.status.success() && output.stderr.is_empty(), "{task}: {output:?}");
     }
 }
+
+#[test]
+fn a_second_main_hands_its_start_over_to_the_first_and_exits_with_success() {
+    const NAME: &str = "lockkit-test-macro-on-second";
+    const TEST: &str = "a_second_main_hands_its_start_over_to_the_first_and_exits_with_success";
+    static SEEN: std::sync::Mutex<Vec<(Option<u32>, Option<String>)>> = std::sync::Mutex::new(Vec::new());
+
+    fn opened(activation: lockkit::Activation) {
+        let token = activation.variable("XDG_ACTIVATION_TOKEN").and_then(|token| token.to_str()).map(str::to_owned);
+        SEEN.lock().unwrap().push((activation.pid(), token));
+    }
+
+    fn work() {
+        #[single_instance(NAME, on_second = opened)]
+        fn main() {
+            eprintln!("first");
+        }
+        main()
+    }
+
+    fn impatient() {
+        #[single_instance(NAME, on_second = opened, wait = "50ms", exit_code = 4)]
+        fn main() {
+            eprintln!("first");
+        }
+        main()
+    }
+
+    match child_task().as_deref() {
+        None => {}
+        Some("work") => return work(),
+        Some(_) => return impatient(),
+    }
+    let start = |task: &str| {
+        let command = &mut child(TEST, task);
+        let child = command.env("XDG_ACTIVATION_TOKEN", "a token").stderr(Stdio::piped()).spawn().unwrap();
+        let pid = child.id();
+        let output = child.wait_with_output().unwrap();
+        (pid, output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    assert_eq!(start("work").2, "first\n", "nobody else runs");
+    {
+        #[single_instance(NAME, on_second = opened)]
+        fn main() {}
+        main();
+        assert!(!is_held(NAME), "it is held as long as it runs");
+    }
+    let lockkit::Instance::First(first) = lockkit::Instance::enter(NAME).unwrap() else { panic!("it is free") };
+    first.on_activation(opened).unwrap();
+    let (pid, code, said) = start("work");
+    assert_eq!((code, &*said), (Some(0), ""));
+    assert_eq!(*SEEN.lock().unwrap(), [(Some(pid), Some("a token".to_owned()))]);
+    drop(first);
+
+    // One that is there and takes no activations.
+    let held = hold(NAME);
+    let (_, code, said) = start("impatient");
+    assert_eq!(code, Some(4), "{said}");
+    let expected = format!("{NAME} is already running, but does not answer: pid {} (", std::process::id());
+    assert!(said.starts_with(&expected) && said.lines().count() == 1, "{said}");
+    drop(held);
+}

@@ -188,6 +188,36 @@ pub enum ErrorKind {
         /// What the store said the last time.
         source: StoreError,
     },
+    /// The first instance of a program did not answer an activation within the time to wait: it hangs, is stopped, or
+    /// takes none. It may still handle it if it had taken it already; what it had not is dropped.
+    #[error("{first} did not answer within {}{}", spoken(*.waited), running(.owner))]
+    NoAnswer {
+        /// Which instance, for people.
+        first: String,
+        /// How long the caller has waited.
+        waited: Duration,
+        /// The process that is first, where it is known.
+        owner: Option<Box<Owner>>,
+    },
+    /// The first instance of a program has said that it did not handle an activation, or has answered what this one
+    /// does not understand.
+    #[error("{first} did not handle the activation: {problem}")]
+    NotHandled {
+        /// Which instance, for people.
+        first: String,
+        /// Why.
+        problem: &'static str,
+    },
+    /// An activation or its answer is larger than can be sent. Nothing was sent.
+    #[error("{what} may have {most} bytes at most, and not {size}")]
+    TooLarge {
+        /// What is too large.
+        what: &'static str,
+        /// How many bytes it has.
+        size: usize,
+        /// The most that can be sent.
+        most: usize,
+    },
     /// A table of locks was to be made with no locks, or with more than the largest table has.
     #[error("a lock table has 1 to {most} locks, not {capacity}")]
     InvalidCapacity {
@@ -232,6 +262,10 @@ fn by(owner: &Option<Box<Owner>>) -> String {
     owner.as_ref().map(|owner| format!(" by {}", owner.describe())).unwrap_or_default()
 }
 
+fn running(owner: &Option<Box<Owner>>) -> String {
+    owner.as_ref().map(|owner| format!("; it is {}", owner.describe())).unwrap_or_default()
+}
+
 fn of_pid(pid: Option<u32>) -> String {
     pid.map(|pid| format!(", pid {pid}")).unwrap_or_default()
 }
@@ -247,9 +281,9 @@ impl Error {
         matches!(self.kind(), ErrorKind::Held { .. })
     }
 
-    /// The time to wait was over before the lock came free.
+    /// The time to wait was over before the lock came free, or before the first instance answered.
     pub fn is_timeout(&self) -> bool {
-        matches!(self.kind(), ErrorKind::Timeout { .. })
+        matches!(self.kind(), ErrorKind::Timeout { .. } | ErrorKind::NoAnswer { .. })
     }
 
     /// The wait was cancelled.
@@ -265,7 +299,9 @@ impl Error {
     /// Who holds the lock, where the error is about that and it is known.
     pub fn owner(&self) -> Option<&Owner> {
         match self.kind() {
-            ErrorKind::Held { owner, .. } | ErrorKind::Timeout { owner, .. } => owner.as_deref(),
+            ErrorKind::Held { owner, .. } | ErrorKind::Timeout { owner, .. } | ErrorKind::NoAnswer { owner, .. } => {
+                owner.as_deref()
+            }
             _ => None,
         }
     }
@@ -291,7 +327,7 @@ impl From<Error> for io::Error {
     fn from(error: Error) -> Self {
         let kind = match error.kind() {
             ErrorKind::Held { .. } => io::ErrorKind::WouldBlock,
-            ErrorKind::Timeout { .. } => io::ErrorKind::TimedOut,
+            ErrorKind::Timeout { .. } | ErrorKind::NoAnswer { .. } => io::ErrorKind::TimedOut,
             ErrorKind::Cancelled { .. } => io::ErrorKind::Interrupted,
             ErrorKind::InvalidName { .. } | ErrorKind::RelativePath { .. } => io::ErrorKind::InvalidInput,
             ErrorKind::InvalidPid { .. } => io::ErrorKind::InvalidData,
@@ -303,7 +339,10 @@ impl From<Error> for io::Error {
             ErrorKind::InvalidCapacity { .. } => io::ErrorKind::InvalidInput,
             ErrorKind::LayoutMismatch { .. } => io::ErrorKind::InvalidData,
             ErrorKind::InvalidOption { .. } | ErrorKind::InvalidUrl { .. } => io::ErrorKind::InvalidInput,
-            ErrorKind::LeaseLost { .. } | ErrorKind::Store { .. } => io::ErrorKind::Other,
+            ErrorKind::LeaseLost { .. } | ErrorKind::Store { .. } | ErrorKind::NotHandled { .. } => {
+                io::ErrorKind::Other
+            }
+            ErrorKind::TooLarge { .. } => io::ErrorKind::InvalidInput,
             ErrorKind::Unsupported { .. } => io::ErrorKind::Unsupported,
             ErrorKind::Io { source, .. } => source.kind(),
         };

@@ -5,6 +5,7 @@
 //! | type | a lock on | pick it for |
 //! |---|---|---|
 //! | [`NamedLock`] | a name on this machine | single-instance programs, cron jobs, daemons |
+//! | [`Instance`] | a name, whose holder further starts talk to (Linux) | programs that are started again to open more |
 //! | [`FileLock`] | a path, exclusive or shared | guarding a file or folder, working together with flock(1) |
 //! | [`PidFile`] | a path whose file says who holds it | daemons, `kill $(cat …)`, systemd's `PIDFile=` |
 //! | [`Lease`] | a key, for a time that a heartbeat renews | leaders, shared disks, several hosts |
@@ -60,6 +61,8 @@ mod wait;
 
 pub use error::{Error, ErrorKind, Result};
 pub use file::{FileGuard, FileLock};
+#[cfg(target_os = "linux")]
+pub use instance::{Activation, FirstInstance, Instance, SecondInstance};
 pub use lease::{Lease, LeaseBuilder, LeaseGuard, LeaseStatus, Loss, LossReason, LostSignal};
 pub use lock::{Guard, Lock, Recovered};
 #[cfg(feature = "macros")]
@@ -75,6 +78,8 @@ pub use wait::{CancelToken, Wait};
 
 /// What most programs need, for one `use`.
 pub mod prelude {
+    #[cfg(target_os = "linux")]
+    pub use crate::Instance;
     #[cfg(feature = "macros")]
     pub use crate::single_instance;
     pub use crate::{CancelToken, FileLock, Guard, Lease, Lock, LockManager, NamedLock, PidFile, Wait};

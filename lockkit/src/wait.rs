@@ -78,6 +78,12 @@ impl Wait {
         self.cancel.is_none()
     }
 
+    /// Whether somebody has cancelled it already.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.cancel.as_ref().is_some_and(CancelToken::is_cancelled)
+    }
+
     /// Refuses what was cancelled before it began.
     pub(crate) fn check(&self, subject: &dyn Subject) -> Result<()> {
         match &self.cancel {
@@ -198,6 +204,13 @@ pub(crate) enum GaveUp {
 }
 
 impl Patience {
+    /// That of somebody who does not wait: it is over already.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn none() -> Self {
+        let now = Instant::now();
+        Self { since: now, until: Some(now), cancel: None }
+    }
+
     /// Nothing but the lock ends this wait, so it may block where only the kernel wakes it.
     pub(crate) fn is_endless(&self) -> bool {
         self.until.is_none() && self.cancel.is_none()
@@ -206,6 +219,13 @@ impl Patience {
     /// Waits until `fd` has something to read, or has hung up.
     pub(crate) fn readable(&self, fd: BorrowedFd<'_>) -> Result<Waited> {
         self.wait(Some(fd), self.until)
+    }
+
+    /// Waits until `fd` has room for more to be written, or has hung up.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn writable(&self, fd: BorrowedFd<'_>) -> Result<Waited> {
+        let cancel = self.cancel.as_ref().map(|(_, event)| event.as_fd());
+        spoken(event::wait_for_room(fd, cancel, self.until))
     }
 
     /// Waits until `fd` has something to read, but no longer than `pause`, which is then `Ok`, too.
@@ -258,16 +278,26 @@ impl Patience {
 
     fn wait(&self, fd: Option<BorrowedFd<'_>>, until: Option<Instant>) -> Result<Waited> {
         let cancel = self.cancel.as_ref().map(|(_, event)| event.as_fd());
-        match event::wait(fd, cancel, until).map_err(|error| Error::io("wait on", "a lock", error))? {
-            Woke::Ready => Ok(Ok(())),
-            Woke::Cancelled => Ok(Err(GaveUp::Cancelled)),
-            Woke::TimedOut => Ok(Err(GaveUp::TimedOut)),
-        }
+        spoken(event::wait(fd, cancel, until))
+    }
+
+    /// How long it has lasted so far.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn waited(&self) -> Duration {
+        self.since.elapsed()
     }
 
     /// The error that says why the wait for `subject` ended.
     pub(crate) fn error(&self, gave_up: GaveUp, subject: &dyn Subject) -> Error {
         gave_up.error(subject, self.since.elapsed())
+    }
+}
+
+fn spoken(woke: std::io::Result<Woke>) -> Result<Waited> {
+    match woke.map_err(|error| Error::io("wait on", "a lock", error))? {
+        Woke::Ready => Ok(Ok(())),
+        Woke::Cancelled => Ok(Err(GaveUp::Cancelled)),
+        Woke::TimedOut => Ok(Err(GaveUp::TimedOut)),
     }
 }
 

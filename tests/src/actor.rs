@@ -92,7 +92,7 @@ impl Actor {
         Self::run(as_user(uid, ["lease".to_owned(), terms.to_string()]))
     }
 
-    fn run(mut command: Command) -> Self {
+    pub(crate) fn run(mut command: Command) -> Self {
         let mut child = command.spawn().expect("the actor starts");
         let commands = child.stdin.take();
         let output = BufReader::new(child.stdout.take().expect("a pipe"));
@@ -210,7 +210,7 @@ impl Drop for Actor {
 
 /// The actor as another user's command. The program may lie below a folder that the other user cannot enter, so it is
 /// called by a descriptor.
-fn as_user<S: AsRef<std::ffi::OsStr>>(uid: u32, arguments: impl IntoIterator<Item = S>) -> Command {
+pub(crate) fn as_user<S: AsRef<std::ffi::OsStr>>(uid: u32, arguments: impl IntoIterator<Item = S>) -> Command {
     static FILE: std::sync::OnceLock<std::fs::File> = std::sync::OnceLock::new();
     let file = FILE.get_or_init(|| std::fs::File::open(program("actor")).expect("the actor's file"));
     let mut command = Command::new(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file)));
@@ -393,6 +393,9 @@ pub fn describe(error: &lockkit::Error) -> String {
         ErrorKind::InvalidPid { .. } => "InvalidPid",
         ErrorKind::LeaseLost { .. } => "LeaseLost",
         ErrorKind::Store { .. } => "Store",
+        ErrorKind::NoAnswer { .. } => "NoAnswer",
+        ErrorKind::NotHandled { .. } => "NotHandled",
+        ErrorKind::TooLarge { .. } => "TooLarge",
         ErrorKind::Io { .. } => "Io",
         _ => "Other",
     };

@@ -6,6 +6,7 @@
 //! - [`mod@managers`] has the tables of locks under test, the cases that every manager must pass, and a second process
 //!   that works on a table as it is told.
 //! - [`mod@leases`] has a second process that works on a lease as it is told, and forges records.
+//! - [`instances`] has a second process that is an instance of a program, and peers that mean ill with the first.
 //! - [`mod@faults`] takes from locks what the system owes them: room, files, processes, uninterrupted sleep.
 //! - [`servers`] starts real servers, and sees that they end.
 //! - [`chaos`] lets a conductor kill and stop many processes at random, and checks the log of who held when.
@@ -13,6 +14,7 @@
 pub mod actor;
 pub mod chaos;
 pub mod faults;
+pub mod instances;
 pub mod kinds;
 pub mod leases;
 pub mod managers;
@@ -113,6 +115,16 @@ impl Belongings {
     pub fn of(pid: u32) -> Self {
         let count = |folder: &str| std::fs::read_dir(format!("/proc/{pid}/{folder}")).expect("/proc").count();
         Self { descriptors: count("fd"), threads: count("task") }
+    }
+
+    /// How many descriptors it has open.
+    pub fn descriptors(&self) -> usize {
+        self.descriptors
+    }
+
+    /// How many threads it has.
+    pub fn threads(&self) -> usize {
+        self.threads
     }
 }
 

@@ -70,18 +70,32 @@ pub(crate) fn wait(
     cancel: Option<BorrowedFd<'_>>,
     until: Option<Instant>,
 ) -> io::Result<Woke> {
+    wait_as(fd.map(watch), cancel, until)
+}
+
+/// As [`wait`], until `fd` can be written to, or its other end is closed.
+#[cfg(target_os = "linux")]
+pub(crate) fn wait_for_room(
+    fd: BorrowedFd<'_>,
+    cancel: Option<BorrowedFd<'_>>,
+    until: Option<Instant>,
+) -> io::Result<Woke> {
+    wait_as(Some(PollFd::from_borrowed_fd(fd, PollFlags::OUT)), cancel, until)
+}
+
+fn wait_as(fd: Option<PollFd<'_>>, cancel: Option<BorrowedFd<'_>>, until: Option<Instant>) -> io::Result<Woke> {
     loop {
         let left = until.map(|until| until.saturating_duration_since(Instant::now()));
         let timeout = left.and_then(|left| Timespec::try_from(left).ok());
         let mut polled: [PollFd<'_>; 2];
         let mut only: [PollFd<'_>; 1];
-        let polled: &mut [PollFd<'_>] = match (fd, cancel) {
+        let polled: &mut [PollFd<'_>] = match (fd.clone(), cancel.map(watch)) {
             (Some(fd), Some(cancel)) => {
-                polled = [watch(fd), watch(cancel)];
+                polled = [fd, cancel];
                 &mut polled
             }
             (Some(one), None) | (None, Some(one)) => {
-                only = [watch(one)];
+                only = [one];
                 &mut only
             }
             (None, None) => &mut [],

@@ -16,6 +16,7 @@
 //! | [`process`] | which process is which, and whether it lives | owners |
 //! | [`seqpacket`] | abstract sockets that hand themselves over | named locks on Linux |
 //! | [`slot`] | a value that one thread at a time takes | kept descriptors |
+//! | [`stream`] | abstract sockets that carry bytes both ways | instances that talk |
 //! | [`table`] | the layout of a lock table in shared memory | numbered locks |
 //! | [`unnamed`] | files that are complete before they have a name | pidfiles, leases |
 //! | [`watch`] | being woken when a file changes | waiting for a lease |
@@ -38,6 +39,8 @@ pub(crate) mod process;
 #[cfg(target_os = "linux")]
 pub(crate) mod seqpacket;
 pub(crate) mod slot;
+#[cfg(target_os = "linux")]
+pub(crate) mod stream;
 #[cfg(all(target_os = "linux", not(loom)))]
 pub(crate) mod table;
 pub(crate) mod unnamed;

@@ -41,13 +41,17 @@ pub(crate) fn address(name: &str) -> Result<Address> {
     SocketAddrUnix::new_abstract_name(name.as_bytes())
 }
 
-fn socket() -> Result<OwnedFd> {
-    net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)
+fn socket(kind: SocketType) -> Result<OwnedFd> {
+    net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)
 }
 
 /// A listening socket with the address, or `None` when somebody else has it.
 pub(crate) fn listen_at(address: &Address) -> Result<Option<Shielded>> {
-    let socket = Shielded::new(socket)?;
+    listen_as(SocketType::SEQPACKET, address)
+}
+
+pub(super) fn listen_as(kind: SocketType, address: &Address) -> Result<Option<Shielded>> {
+    let socket = Shielded::new(|| socket(kind))?;
     match retry_on_intr(|| net::bind(&*socket, address)) {
         Ok(()) => {}
         Err(Errno::ADDRINUSE) => return Ok(None),
@@ -67,7 +71,7 @@ pub(crate) fn listen(socket: &Shielded) -> Result<()> {
 
 /// Whether nobody has the address. Takes it for a moment, in which nobody else can.
 pub(crate) fn is_free(address: &Address) -> Result<bool> {
-    let socket = Shielded::new(socket)?;
+    let socket = Shielded::new(|| socket(SocketType::SEQPACKET))?;
     match retry_on_intr(|| net::bind(&*socket, address)) {
         Ok(()) => Ok(true),
         Err(Errno::ADDRINUSE) => Ok(false),
@@ -87,7 +91,11 @@ pub(crate) enum Reached {
 
 /// Queues up at the socket that listens at `address`.
 pub(crate) fn connect(address: &Address) -> Result<Reached> {
-    let connection = Shielded::new(socket)?;
+    connect_as(SocketType::SEQPACKET, address)
+}
+
+pub(super) fn connect_as(kind: SocketType, address: &Address) -> Result<Reached> {
+    let connection = Shielded::new(|| socket(kind))?;
     match retry_on_intr(|| net::connect(&*connection, address)) {
         Ok(()) => {
             step("queued up");

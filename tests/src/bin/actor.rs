@@ -1,8 +1,12 @@
 //! The second process of the tests; see `lockkit_tests::actor`, `chaos` and `steps`.
 
-use lockkit_tests::{Spec, actor, chaos, faults, leases, managers, rogue, steps};
+use lockkit_tests::{Spec, actor, chaos, faults, instances, leases, managers, rogue, steps};
 
 fn main() {
+    // What an instance is called with may be any bytes.
+    if std::env::args_os().nth(1).is_some_and(|part| part == "instance") {
+        return instances::serve(&std::env::args_os().nth(2).expect("a name"));
+    }
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let mut arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     if arguments.first() == Some(&"stormed") {
@@ -12,6 +16,8 @@ fn main() {
     match arguments[..] {
         ["squat", name] => rogue::squat(name),
         ["queue", name] => rogue::queue(name),
+        ["intrude", place] => instances::intrude(place),
+        ["pretend", place] => instances::pretend(place),
         [spec] => actor::serve(&Spec::parse(spec)),
         [spec, "chaos", log, seed] => chaos::take_part(&Spec::parse(spec), log.as_ref(), seed.parse().expect("a seed")),
         [spec, "stress", counter, rounds] => {
@@ -26,7 +32,7 @@ fn main() {
         [spec, "closed-input"] => lockkit_tests::suite::lock_on_descriptor_zero(&Spec::parse(spec)),
         [spec, "steps", scenario] => steps::play(&Spec::parse(spec), scenario),
         _ => panic!(
-            "actor [stormed] squat NAME | queue NAME | table TABLE | lease TERMS [chaos LOG SEED] | SPEC [chaos LOG SEED | stress COUNTER ROUNDS | closed-input | closed FILE | steps SCENARIO]"
+            "actor [stormed] squat NAME | queue NAME | intrude UID/NAME | pretend UID/NAME | instance NAME … | table TABLE | lease TERMS [chaos LOG SEED] | SPEC [chaos LOG SEED | stress COUNTER ROUNDS | closed-input | closed FILE | steps SCENARIO]"
         ),
     }
 }

@@ -1,14 +1,14 @@
 //! What `#[single_instance]` calls: taking a name at the start of a function, and saying politely that it is held.
 //!
 //! Programs need only what is documented here. The rest is for the code that the attribute writes, which takes a name
-//! with `enter` and, if that fails, leaves the function: `main` by `exit`, others by returning a [`Refusal`], and those
-//! that wait for ever and return something else by `give_up`.
+//! with `enter`, or with `enter_or_activate` where it has `on_second`, and if that fails leaves the function: `main` by
+//! `exit`, others by returning a [`Refusal`], and those that wait for ever and return something else by `give_up`.
 
 use std::io::Write;
 use std::marker::PhantomData;
 use std::time::Duration;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::lock::Recovered;
 use crate::named::{NamedGuard, NamedLock, Scope};
 use crate::wait::Wait;
@@ -119,12 +119,46 @@ pub const fn checked_name(name: &'static str) -> &'static str {
 /// Takes the name as the attribute's arguments say; `wait` of `None` is for ever.
 #[doc(hidden)]
 pub fn enter(name: &'static str, scope: Scope, wait: Option<Duration>) -> Result<NamedGuard> {
-    let wait = match wait {
+    NamedLock::builder(name).scope(scope).build()?.acquire(&wait_for(wait))
+}
+
+fn wait_for(limit: Option<Duration>) -> Wait {
+    match limit {
         None => Wait::forever(),
         Some(Duration::ZERO) => Wait::none(),
         Some(limit) => Wait::at_most(limit),
+    }
+}
+
+/// For how long a second start of a program with `on_second` waits for the first to answer, unless `wait` says
+/// otherwise.
+#[cfg(target_os = "linux")]
+pub const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+
+/// What a desktop tells a program that it starts, so that a window may come to the front: the first instance needs it
+/// in place of the second ([xdg-activation](https://wayland.app/protocols/xdg-activation-v1), and
+/// [startup notification](https://specifications.freedesktop.org/startup-notification-spec/)).
+#[cfg(target_os = "linux")]
+pub const ACTIVATION_VARIABLES: [&str; 2] = ["XDG_ACTIVATION_TOKEN", "DESKTOP_STARTUP_ID"];
+
+/// Takes the name for a function with `on_second`, or hands this start over to who has it and ends the process.
+#[cfg(target_os = "linux")]
+#[doc(hidden)]
+pub fn enter_or_activate(
+    name: &'static str,
+    wait: Option<Duration>,
+    on_second: fn(super::Activation),
+) -> Result<super::FirstInstance> {
+    use super::{Instance, Outcome};
+    let first = match Instance::enter(name)? {
+        Instance::First(first) => first,
+        Instance::Second(second) => match second.variables(ACTIVATION_VARIABLES).activate(&wait_for(wait))? {
+            Outcome::Answered(_) => std::process::exit(0),
+            Outcome::BecameFirst(first) => first,
+        },
     };
-    NamedLock::builder(name).scope(scope).build()?.acquire(&wait)
+    first.on_activation(on_second)?;
+    Ok(first)
 }
 
 /// Says on standard error why the program does not start, and exits.
@@ -134,9 +168,13 @@ pub fn exit(name: &str, error: &Error, exit_held: i32) -> ! {
         say(&format!("{name} cannot start: {}", chain(error)));
         std::process::exit(EXIT_FAILED);
     }
+    let but = match error.kind() {
+        ErrorKind::NoAnswer { .. } => ", but does not answer",
+        _ => "",
+    };
     match error.owner() {
-        Some(owner) => say(&format!("{name} is already running: {}", owner.describe())),
-        None => say(&format!("{name} is already running")),
+        Some(owner) => say(&format!("{name} is already running{but}: {}", owner.describe())),
+        None => say(&format!("{name} is already running{but}")),
     }
     std::process::exit(exit_held)
 }

@@ -1,0 +1,156 @@
+//! What a second start has brought to the first instance.
+
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+
+use super::reception::Arrived;
+use super::wire::{self, Kind, Request};
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys::event::{self, Woke};
+use crate::sys::fork::Shielded;
+use crate::sys::seqpacket::Peer;
+use crate::sys::stream::{self, Moved};
+
+/// How long a sender may take to read its answer. Only one beyond what the kernel keeps for it, some 200 KiB, waits.
+const COLLECTION: Duration = Duration::from_secs(5);
+
+/// A second start, as the first instance sees it: what it was called with, and who it is.
+///
+/// The sender waits until it is answered, within its limit. Dropping it answers with no bytes; during a panic, or when
+/// the answer was too large, dropping it tells the sender that it was not handled. It can be kept, sent to another
+/// thread, and answered later, also after the [`FirstInstance`](super::FirstInstance) is gone.
+///
+/// Who the sender is says the kernel ([unix(7)], `SO_PEERCRED`, as of when it connected), never the sender. All else is
+/// the sender's word, exactly as it was, not necessarily UTF-8. It comes from a process of the same user, and it is
+/// still input: arguments to be parsed like those of a start.
+///
+/// ```
+/// # use lockkit::{Activation, Instance, Wait};
+/// fn open(activation: Activation) -> lockkit::Result<()> {
+///     for file in activation.arguments().iter().skip(1) {
+///         println!("{} for pid {:?}", activation.resolve(file).display(), activation.pid());
+///     }
+///     activation.answer(b"opened")
+/// }
+/// # fn main() -> lockkit::Result<()> {
+/// # let Instance::First(first) = Instance::enter("lockkit-doc-activation")? else { panic!() };
+/// # for activation in first.activations(&Wait::none()) { open(activation)?; }
+/// # Ok(()) }
+/// ```
+///
+/// [unix(7)]: https://man7.org/linux/man-pages/man7/unix.7.html
+#[must_use = "dropping an activation answers it, with no bytes"]
+pub struct Activation {
+    /// Taken by the answer.
+    connection: Option<Shielded>,
+    sender: Peer,
+    request: Request,
+    /// What dropping says.
+    unanswered: Kind,
+}
+
+impl Activation {
+    pub(super) fn new(Arrived { connection, sender, request }: Arrived) -> Self {
+        Self { connection: Some(connection), sender, request, unanswered: Kind::Answer }
+    }
+
+    /// The arguments of the second start. The first of them is the program, as in [`std::env::args_os`], unless the
+    /// sender chose [others](super::SecondInstance::arguments).
+    pub fn arguments(&self) -> &[OsString] {
+        &self.request.arguments
+    }
+
+    /// The working folder of the sender; `None` when that was deleted, or cannot be named.
+    pub fn folder(&self) -> Option<&Path> {
+        self.request.folder.as_deref()
+    }
+
+    /// `path` as the sender means it: a relative one starts at the sender's working folder, not at that of this process.
+    pub fn resolve(&self, path: impl AsRef<Path>) -> PathBuf {
+        self.folder().map_or_else(|| path.as_ref().to_owned(), |folder| folder.join(path.as_ref()))
+    }
+
+    /// The environment variables that the sender [chose](super::SecondInstance::variables), with their values.
+    pub fn variables(&self) -> &[(OsString, OsString)] {
+        &self.request.variables
+    }
+
+    /// The value of one of them.
+    pub fn variable(&self, name: impl AsRef<OsStr>) -> Option<&OsStr> {
+        let found = self.request.variables.iter().find(|(found, _)| found == name.as_ref());
+        found.map(|(_, value)| &**value)
+    }
+
+    /// The [bytes](super::SecondInstance::bytes) that the sender added.
+    pub fn bytes(&self) -> &[u8] {
+        &self.request.bytes
+    }
+
+    /// The effective user of the sender, from the kernel: that of this process.
+    pub fn uid(&self) -> u32 {
+        self.sender.uid
+    }
+
+    /// The pid of the sender, from the kernel; `None` when it lives in a pid namespace that this process does not see.
+    /// Once the sender has ended another process may have it.
+    pub fn pid(&self) -> Option<u32> {
+        (self.sender.pid != 0).then_some(self.sender.pid)
+    }
+
+    /// Answers the sender, with up to [`MOST_BYTES`](super::MOST_BYTES).
+    ///
+    /// A small answer is written at once. One of more than some 200 KiB waits for the sender to read it, 5 s at most.
+    ///
+    /// # Errors
+    /// [`TooLarge`](ErrorKind::TooLarge); the sender is told that it was not handled.
+    /// [`Io`](ErrorKind::Io) when the sender does not wait any more (`BrokenPipe`), or does not read (`TimedOut`).
+    pub fn answer(mut self, bytes: &[u8]) -> Result<()> {
+        let frame = match wire::answer(bytes) {
+            Ok(frame) => frame,
+            Err(wire::TooLarge { what, size, most }) => {
+                self.unanswered = Kind::Failed;
+                return Err(ErrorKind::TooLarge { what, size, most }.into());
+            }
+        };
+        let Some(connection) = self.connection.take() else { return Ok(()) };
+        let failed = |error| Error::io("answer", format!("pid {}", self.sender.pid), error);
+        let until = Instant::now() + COLLECTION;
+        let mut rest = &*frame;
+        while !rest.is_empty() {
+            match stream::send(&connection, rest).map_err(failed)? {
+                Moved::Bytes(sent) => rest = &rest[sent..],
+                Moved::End => return Err(failed(Errno::PIPE)),
+                Moved::Nothing => match event::wait_for_room(connection.as_fd(), None, Some(until)) {
+                    Ok(Woke::TimedOut) => return Err(failed(Errno::TIMEDOUT)),
+                    Ok(_) => {}
+                    Err(error) => return Err(Error::io("answer", format!("pid {}", self.sender.pid), error)),
+                },
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Activation {
+    fn drop(&mut self) {
+        if let Some(connection) = self.connection.take() {
+            let says = if std::thread::panicking() { Kind::Failed } else { self.unanswered };
+            // A header always has room on a connection where nothing was written yet.
+            let _ = stream::send(&connection, &wire::note(says));
+        }
+    }
+}
+
+impl fmt::Debug for Activation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Activation")
+            .field("sender", &self.sender)
+            .field("request", &self.request)
+            .finish_non_exhaustive()
+    }
+}

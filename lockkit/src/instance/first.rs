@@ -1,0 +1,182 @@
+//! The first instance: it holds the name, and receives what further starts bring.
+
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+
+use super::activation::Activation;
+use super::place::Place;
+use super::reception::Reception;
+use crate::error::{Error, Result};
+use crate::lock::Recovered;
+use crate::named::NamedGuard;
+use crate::wait::{Backoff, Wait};
+
+/// How long the socket of the first instance before may still be there, when its name is already free: while it is
+/// taken apart, or another program is just being started with a copy.
+const MOMENT: Duration = Duration::from_secs(5);
+
+/// The first instance: no other one can be as long as this one is held. Dropping it releases.
+///
+/// Activations come in the order in which they have arrived whole, through whichever is most convenient:
+/// - [`on_activation`](Self::on_activation) calls a handler on a thread of its own;
+/// - [`activations`](Self::activations) is an iterator that waits as it is told, or not at all, as a program wants that
+///   has a loop of its own;
+/// - `for activation in &first` waits for ever.
+///
+/// Several at once share them: each activation goes to one. Until one of them takes activations they wait in the
+/// kernel, and their senders with them.
+///
+/// When it is dropped, activations that were not given out go back to their senders, of which one becomes the first
+/// instance. Those that were are still to be answered. A forked child's copy holds nothing and receives nothing, and
+/// programs that are started inherit neither the name nor the socket.
+///
+/// ```
+/// use lockkit::{Instance, Wait};
+/// # fn main() -> lockkit::Result<()> {
+/// let Instance::First(first) = Instance::enter("lockkit-doc-first")? else { return Ok(()) };
+/// if let Some(died) = first.recovered() {
+///     eprintln!("the last one died: {died}");
+/// }
+/// first.on_activation(|activation| println!("started again with {:?}", activation.arguments()))?;
+/// # Ok(()) }
+/// ```
+#[must_use = "dropping it lets another instance be the first"]
+pub struct FirstInstance {
+    name: String,
+    /// Closed before the guard releases: whoever is first finds the address free.
+    reception: Open,
+    guard: NamedGuard,
+}
+
+/// A reception that is closed by dropping this, however many threads still wait in it.
+struct Open(Arc<Reception>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+impl FirstInstance {
+    /// Opens the reception of whoever has just taken the name.
+    pub(super) fn open(name: &str, guard: NamedGuard) -> Result<Self> {
+        let place = Place::of(name)?;
+        let until = Instant::now() + MOMENT;
+        let mut backoff = Backoff::new();
+        let listener = loop {
+            if let Some(listener) = place.listen()? {
+                break listener;
+            }
+            // To know another user there, for which waiting is no help.
+            drop(place.connect()?);
+            if Instant::now() >= until {
+                return Err(place.io("bind", Errno::ADDRINUSE));
+            }
+            thread::sleep(backoff.next());
+        };
+        let reception = Reception::open(listener, place.user()).map_err(|error| place.io("watch", error))?;
+        Ok(Self { name: name.to_owned(), reception: Open(Arc::new(reception)), guard })
+    }
+
+    /// The name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether the first instance before died, and who that was; see [`NamedGuard::recovered`].
+    pub fn recovered(&self) -> Option<&Recovered> {
+        self.guard.recovered()
+    }
+
+    /// The next activation; `None` when none has come within `wait`, or it was cancelled. What its senders have given
+    /// up by now is left out.
+    ///
+    /// # Errors
+    /// [`Io`](crate::ErrorKind::Io) when no descriptor is left to wait for the token of `wait` with.
+    pub fn next_activation(&self, wait: &Wait) -> Result<Option<Activation>> {
+        Ok(self.reception.0.next(wait)?.map(Activation::new))
+    }
+
+    /// The activations as they come. Each is waited for as `wait` says, and the iterator ends when none has come by
+    /// then, or [`next_activation`](Self::next_activation) would be an error: with [`Wait::none`] it gives those that
+    /// are there, and with a token it goes on until that is cancelled.
+    ///
+    /// ```
+    /// use lockkit::{CancelToken, Instance, Wait};
+    /// # fn main() -> lockkit::Result<()> {
+    /// let Instance::First(first) = Instance::enter("lockkit-doc-activations")? else { return Ok(()) };
+    /// let quit = CancelToken::new();
+    /// # quit.cancel();
+    /// for activation in first.activations(&Wait::forever().or_cancelled(&quit)) {
+    ///     activation.answer(b"welcome")?;
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub fn activations(&self, wait: &Wait) -> Activations<'_> {
+        Activations { first: self, wait: wait.clone() }
+    }
+
+    /// Calls `handler` with each activation, one after the other, on a thread that ends when this `FirstInstance` is
+    /// dropped and the handler has returned. A handler that takes long lets the next senders wait: it can hand the
+    /// activation on, and it is answered when that is dropped. When it panics, the sender is told that it was not
+    /// handled, and the next activation comes as before.
+    ///
+    /// # Errors
+    /// [`Io`](crate::ErrorKind::Io) when no thread can be started.
+    pub fn on_activation(&self, mut handler: impl FnMut(Activation) + Send + 'static) -> Result<()> {
+        let reception = self.reception.0.clone();
+        let receive = move || {
+            while let Ok(Some(arrived)) = reception.next(&Wait::forever()) {
+                let _ = catch_unwind(AssertUnwindSafe(|| handler(Activation::new(arrived))));
+            }
+        };
+        let started = thread::Builder::new().name("lockkit-first".to_owned()).spawn(receive);
+        started.map(drop).map_err(|error| Error::io("start", "a thread for activations", error))
+    }
+
+    /// Releases now and says what went wrong.
+    ///
+    /// # Errors
+    /// As [`NamedGuard::release`]; it is released all the same.
+    pub fn release(self) -> Result<()> {
+        let Self { reception, guard, .. } = self;
+        drop(reception);
+        guard.release()
+    }
+}
+
+impl<'f> IntoIterator for &'f FirstInstance {
+    type Item = Activation;
+    type IntoIter = Activations<'f>;
+
+    fn into_iter(self) -> Activations<'f> {
+        self.activations(&Wait::forever())
+    }
+}
+
+impl fmt::Debug for FirstInstance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FirstInstance").field("name", &self.name).field("guard", &self.guard).finish_non_exhaustive()
+    }
+}
+
+/// The activations of a first instance; see [`FirstInstance::activations`].
+#[derive(Clone, Debug)]
+#[must_use = "an iterator does nothing until it is asked"]
+pub struct Activations<'f> {
+    first: &'f FirstInstance,
+    wait: Wait,
+}
+
+impl Iterator for Activations<'_> {
+    type Item = Activation;
+
+    fn next(&mut self) -> Option<Activation> {
+        self.first.next_activation(&self.wait).unwrap_or_default()
+    }
+}

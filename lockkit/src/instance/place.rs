@@ -1,0 +1,70 @@
+//! Where the instances of a program meet: an abstract socket beside the one that is the lock.
+//!
+//! Its name belongs to the network namespace and to the effective user, exactly as the lock's does, and no variable of
+//! the environment has a say. Whoever connects, and whoever is connected to, is known by the kernel's word.
+
+use rustix::io::Errno;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys::folder;
+use crate::sys::fork::Shielded;
+use crate::sys::seqpacket::{self, Address, Peer, Reached};
+use crate::sys::stream;
+
+#[derive(Debug)]
+pub(super) struct Place {
+    user: u32,
+    path: String,
+    address: Address,
+}
+
+impl Place {
+    pub(super) fn of(name: &str) -> Result<Self> {
+        let user = folder::effective_uid();
+        // Another name than any lock's, and the longest still fits into an address.
+        let socket = format!("lockkit/first/u{user}/{name}");
+        let path = format!("@{socket}");
+        let address = seqpacket::address(&socket).map_err(|error| Error::io("name", &path, error))?;
+        Ok(Self { user, path, address })
+    }
+
+    /// The user whose processes meet here.
+    pub(super) fn user(&self) -> u32 {
+        self.user
+    }
+
+    /// The listening socket, unless there is one already.
+    pub(super) fn listen(&self) -> Result<Option<Shielded>> {
+        stream::listen_at(&self.address).map_err(|error| self.io("bind", error))
+    }
+
+    /// A connection to this user's process that listens here; `None` when there is none, or it has too many waiting.
+    ///
+    /// # Errors
+    /// `ForeignOwner` when somebody else's listens here.
+    pub(super) fn connect(&self) -> Result<Option<Shielded>> {
+        let connection = match stream::connect(&self.address).map_err(|error| self.io("connect to", error))? {
+            Reached::Nobody | Reached::Full => return Ok(None),
+            Reached::Queue(connection) => connection,
+        };
+        let Peer { uid, pid } = seqpacket::peer(&*connection).map_err(|error| self.io("ask who listens at", error))?;
+        if uid != self.user {
+            let pid = (pid != 0).then_some(pid);
+            return Err(ErrorKind::ForeignOwner { lock: self.path.clone(), uid, pid }.into());
+        }
+        Ok(Some(connection))
+    }
+
+    pub(super) fn io(&self, action: &'static str, error: Errno) -> Error {
+        Error::io(action, &self.path, error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_longest_name_of_the_last_user_fits() {
+        let longest = format!("lockkit/first/u{}/{}", u32::MAX, "x".repeat(crate::name::MAX_LEN));
+        assert!(super::seqpacket::address(&longest).is_ok());
+    }
+}

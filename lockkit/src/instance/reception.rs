@@ -1,0 +1,309 @@
+//! Where the first instance receives: one descriptor to wait for, whatever happens on many connections.
+//!
+//! [`Reception::look`] never waits. It takes connections of this user's processes, reads what each has sent so far, and
+//! gives out one complete request at a time; nothing more is read before that. [`Reception::next`] is it with the wait
+//! of every lock around it; a runtime waits for the descriptor itself, for as long as `look` says.
+//!
+//! What callers can cost is bounded. Another user's is closed at once. At most [`MOST_CALLERS`] are being read at a
+//! time, the others wait in the kernel; each has [`DELIVERY`] to say all it has to say, and only [`GRACE`] when others
+//! wait for its place. Memory is taken for what has arrived, never for what a length promises. Whoever is dismissed sees
+//! its connection closed, as it does when the first ends, and comes again if it still wants to.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use rustix::io::{Errno, Result as Io};
+
+use super::wire::{self, Inbox, Kind, Request};
+use crate::error::{Error, Result};
+use crate::sys::event::{self, Event};
+use crate::sys::fork::{self, Shielded};
+use crate::sys::seqpacket::{self, Peer};
+use crate::sys::stream::{self, Moved, Watched};
+use crate::wait::{Patience, Wait};
+
+/// How many connections are read at a time.
+const MOST_CALLERS: usize = 32;
+/// How long a request may take to arrive.
+const DELIVERY: Duration = Duration::from_secs(5);
+/// How long a caller keeps its place when all are taken and another one waits.
+const GRACE: Duration = Duration::from_millis(50);
+/// How long nobody is accepted after the system refused to.
+const REST: Duration = Duration::from_millis(100);
+/// How much is read from one caller before it is another's turn.
+const PORTION: usize = 64 << 10;
+/// How often somebody who does not want to wait looks again as long as something is coming in: enough for the longest
+/// request.
+const ROUNDS: usize = 4 * wire::MOST_REQUEST / PORTION;
+
+/// The names of what is watched; those of callers come after them.
+const LISTENER: u64 = 0;
+const CLOSED: u64 = 1;
+
+/// A request that has arrived, with the connection on which it is answered.
+#[derive(Debug)]
+pub(super) struct Arrived {
+    pub(super) connection: Shielded,
+    pub(super) sender: Peer,
+    pub(super) request: Request,
+}
+
+/// What a look at the reception brought.
+pub(super) enum Look {
+    Arrived(Box<Arrived>),
+    /// Nothing yet, though something moved.
+    Moved,
+    /// Nothing, until the descriptor can be read or the time has passed.
+    Nothing(Duration),
+    /// The reception is closed.
+    Closed,
+}
+
+pub(super) struct Reception {
+    watched: Watched,
+    /// Wakes whoever waits when the reception closes.
+    closed: Event,
+    desk: Mutex<Option<Desk>>,
+    /// The process that receives: a forked child has a copy, and perhaps of a locked mutex.
+    generation: u32,
+}
+
+struct Desk {
+    listener: Shielded,
+    /// The user whose processes may call.
+    user: u32,
+    /// Until when the listener is not watched.
+    rests_until: Option<Instant>,
+    /// In the order in which they came, and so of their ids.
+    callers: Vec<Caller>,
+    next_id: u64,
+    ready: VecDeque<Arrived>,
+}
+
+struct Caller {
+    id: u64,
+    since: Instant,
+    connection: Shielded,
+    sender: Peer,
+    inbox: Inbox,
+}
+
+impl Reception {
+    /// Receives the processes of `user` at `listener`.
+    pub(super) fn open(listener: Shielded, user: u32) -> Io<Self> {
+        let closed = Event::new().map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::MFILE))?;
+        let watched = Watched::new()?;
+        watched.add(&*listener, LISTENER)?;
+        watched.add(&closed, CLOSED)?;
+        let callers = Vec::with_capacity(MOST_CALLERS);
+        let desk = Desk { listener, user, rests_until: None, callers, next_id: CLOSED + 1, ready: VecDeque::new() };
+        Ok(Self { watched, closed, desk: Mutex::new(Some(desk)), generation: fork::generation() })
+    }
+
+    /// Whether this process is a child of the one that receives.
+    pub(super) fn is_copy(&self) -> bool {
+        self.generation != fork::generation()
+    }
+
+    /// Closes every connection that was not given out, and wakes whoever waits here.
+    pub(super) fn close(&self) {
+        if !self.is_copy() {
+            drop(self.desk.lock().take());
+            self.closed.set();
+        }
+    }
+
+    /// The next request that somebody still waits to have answered; `None` when `wait` is over or the reception closed.
+    pub(super) fn next(&self, wait: &Wait) -> Result<Option<Arrived>> {
+        let mut looking = Looking::new(wait)?;
+        loop {
+            match looking.at(self)? {
+                Found::Arrived(arrived) => return Ok(Some(*arrived)),
+                Found::Nothing => return Ok(None),
+                Found::Later(patience, pause) => {
+                    // When the time is over, what has come meanwhile is still looked at.
+                    let _ = patience.readable_within(self.as_fd(), pause)?;
+                }
+            }
+        }
+    }
+
+    /// Does what can be done without waiting.
+    pub(super) fn look(&self) -> Result<Look> {
+        if self.is_copy() {
+            return Ok(Look::Closed);
+        }
+        let mut desk = self.desk.lock();
+        let Some(desk) = desk.as_mut() else { return Ok(Look::Closed) };
+        if let Some(arrived) = desk.give_out() {
+            return Ok(Look::Arrived(Box::new(arrived)));
+        }
+        let moved = desk.work(&self.watched).map_err(|error| Error::io("receive", "activations", error))?;
+        Ok(match desk.give_out() {
+            Some(arrived) => Look::Arrived(Box::new(arrived)),
+            None if moved => Look::Moved,
+            None => Look::Nothing(desk.pause()),
+        })
+    }
+}
+
+/// Can be read when [`Reception::look`] has something to do.
+impl AsFd for Reception {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.watched.as_fd()
+    }
+}
+
+/// Looking again and again, for as long as a [`Wait`] says.
+struct Looking<'w> {
+    wait: &'w Wait,
+    patience: Option<Patience>,
+    /// How often it has looked again although the time was over, because something was coming in.
+    rounds: usize,
+}
+
+enum Found<'l> {
+    Arrived(Box<Arrived>),
+    /// And nothing will be waited for.
+    Nothing,
+    /// To be looked at again after a pause, or when the descriptor can be read.
+    Later(&'l Patience, Duration),
+}
+
+impl<'w> Looking<'w> {
+    fn new(wait: &'w Wait) -> Result<Self> {
+        Ok(Self { wait, patience: wait.patience()?, rounds: 0 })
+    }
+
+    fn at(&mut self, reception: &Reception) -> Result<Found<'_>> {
+        while !self.wait.is_cancelled() {
+            let is_over = match &self.patience {
+                None => true,
+                Some(patience) => patience.until().is_some_and(|until| Instant::now() >= until),
+            };
+            match (reception.look()?, &self.patience) {
+                (Look::Arrived(arrived), _) => return Ok(Found::Arrived(arrived)),
+                (Look::Moved, _) if !is_over || self.rounds < ROUNDS => self.rounds += usize::from(is_over),
+                (Look::Nothing(pause), Some(_)) if !is_over => {
+                    let Some(patience) = &self.patience else { break };
+                    return Ok(Found::Later(patience, pause));
+                }
+                (Look::Closed | Look::Nothing(_) | Look::Moved, _) => break,
+            }
+        }
+        Ok(Found::Nothing)
+    }
+}
+
+impl Desk {
+    /// A request whose sender is still there: one that has given up has told its user so.
+    fn give_out(&mut self) -> Option<Arrived> {
+        std::iter::from_fn(|| self.ready.pop_front()).find(|arrived| !event::is_readable(arrived.connection.as_fd()))
+    }
+
+    /// Takes what has come in, a portion from each; whether there was anything.
+    fn work(&mut self, watched: &Watched) -> Io<bool> {
+        let now = Instant::now();
+        while self.callers.first().is_some_and(|oldest| now >= oldest.since + DELIVERY) {
+            self.dismiss(watched, 0);
+        }
+        if self.rests_until.is_some_and(|until| now >= until) {
+            watched.pause(&*self.listener, LISTENER, false)?;
+            self.rests_until = None;
+        }
+        let mut moved = false;
+        for id in watched.ready()? {
+            moved = true;
+            match id {
+                LISTENER => self.accept(watched, now)?,
+                CLOSED => {}
+                caller => self.read(watched, caller),
+            }
+        }
+        Ok(moved)
+    }
+
+    fn accept(&mut self, watched: &Watched, now: Instant) -> Io<()> {
+        for _ in 0..MOST_CALLERS {
+            if let Some(oldest) = self.callers.first().filter(|_| self.callers.len() >= MOST_CALLERS) {
+                let yields = oldest.since + GRACE;
+                if now < yields {
+                    return self.rest(watched, yields);
+                }
+                self.dismiss(watched, 0);
+            }
+            match stream::accept(&self.listener) {
+                Ok(Some(connection)) => self.admit(watched, connection, now),
+                Ok(None) => break,
+                // No descriptor is left, mostly.
+                Err(_) => return self.rest(watched, now + REST),
+            }
+        }
+        Ok(())
+    }
+
+    fn admit(&mut self, watched: &Watched, connection: Shielded, now: Instant) {
+        let Ok(sender) = seqpacket::peer(&*connection) else { return };
+        let id = self.next_id;
+        if sender.uid == self.user && watched.add(&*connection, id).is_ok() {
+            self.next_id += 1;
+            let inbox = Inbox::new(wire::MOST_REQUEST);
+            self.callers.push(Caller { id, since: now, connection, sender, inbox });
+        }
+    }
+
+    fn rest(&mut self, watched: &Watched, until: Instant) -> Io<()> {
+        self.rests_until = Some(until);
+        watched.pause(&*self.listener, LISTENER, true)
+    }
+
+    fn read(&mut self, watched: &Watched, id: u64) {
+        let Ok(at) = self.callers.binary_search_by_key(&id, |caller| caller.id) else { return };
+        let Caller { connection, inbox, .. } = &mut self.callers[at];
+        let mut portion = PORTION;
+        let request = loop {
+            match inbox.missing() {
+                Ok(0) => break inbox.request(),
+                Ok(_) if portion == 0 => return,
+                Ok(missing) => match stream::receive(connection, inbox.arrived(), missing.min(portion)) {
+                    Ok(Moved::Bytes(received)) => portion -= received,
+                    Ok(Moved::Nothing) => return,
+                    Ok(Moved::End) | Err(_) => {
+                        self.dismiss(watched, at);
+                        return;
+                    }
+                },
+                Err(malformed) => break Err(malformed),
+            }
+        };
+        match request {
+            Ok(request) => {
+                if let Some(Caller { connection, sender, .. }) = self.dismiss(watched, at) {
+                    self.ready.push_back(Arrived { connection, sender, request });
+                }
+            }
+            Err(_) => {
+                let _ = stream::send(connection, &wire::note(Kind::NotUnderstood));
+                self.dismiss(watched, at);
+            }
+        }
+    }
+
+    /// Takes a caller from its place; dropping it closes the connection.
+    fn dismiss(&mut self, watched: &Watched, at: usize) -> Option<Caller> {
+        let caller = self.callers.remove(at);
+        // Its place, and its descriptor, may be what another one waits for.
+        self.rests_until = self.rests_until.map(|_| Instant::now());
+        // By hand, for a program that is being started may have a copy of the descriptor for a moment.
+        watched.leave_out(&*caller.connection).is_ok().then_some(caller)
+    }
+
+    /// How long nothing needs to be done unless something comes.
+    fn pause(&self) -> Duration {
+        let late = self.callers.first().map(|oldest| oldest.since + DELIVERY);
+        let next = late.into_iter().chain(self.rests_until).min();
+        next.map_or(Duration::MAX, |next| next.saturating_duration_since(Instant::now()))
+    }
+}

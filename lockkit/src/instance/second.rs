@@ -1,0 +1,207 @@
+//! A further instance: it tells the first one what it was started for, or takes its place.
+
+use std::ffi::{OsStr, OsString};
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+
+use super::first::FirstInstance;
+use super::place::Place;
+use super::wire::{self, Inbox, Kind, Malformed, Request};
+use crate::error::{Error, ErrorKind, Result};
+use crate::named::NamedLock;
+use crate::owner::Owner;
+use crate::sys::stream::{self, Moved};
+use crate::wait::{Backoff, GaveUp, Patience, Subject, Wait};
+
+/// How much of an answer is read at a time.
+const PORTION: usize = 64 << 10;
+
+/// Another start of a program whose first instance runs.
+///
+/// Unless told otherwise it sends its arguments, the program itself included, and its working folder.
+///
+/// ```
+/// use std::time::Duration;
+/// use lockkit::instance::{Instance, Outcome};
+/// use lockkit::Wait;
+/// # fn main() -> lockkit::Result<()> {
+/// let first = match Instance::enter("lockkit-doc-second")? {
+///     Instance::First(first) => first,
+///     Instance::Second(second) => {
+///         let second = second.variables(["XDG_ACTIVATION_TOKEN"]).bytes(*b"any bytes");
+///         match second.activate(&Wait::at_most(Duration::from_secs(5)))? {
+///             Outcome::Answered(answer) => {
+///                 println!("the first one said {} bytes", answer.len());
+///                 return Ok(());
+///             }
+///             Outcome::BecameFirst(first) => first,
+///         }
+///     }
+/// };
+/// # drop(first);
+/// # Ok(()) }
+/// ```
+#[derive(Debug)]
+#[must_use = "the first instance knows nothing of this start until `activate`"]
+pub struct SecondInstance {
+    lock: NamedLock,
+    owner: Option<Owner>,
+    request: Request,
+}
+
+/// What came of an activation.
+#[derive(Debug)]
+#[must_use = "this process may be the first instance now"]
+pub enum Outcome {
+    /// The first instance has handled it, and answered with these bytes.
+    Answered(Vec<u8>),
+    /// The first instance has ended meanwhile, and this process is the first one now. What it was started for is its
+    /// own to do, even if the one before died while doing it.
+    BecameFirst(FirstInstance),
+}
+
+/// What came of one call.
+enum Call {
+    Answered(Vec<u8>),
+    /// Nobody listened, or hung up without an answer.
+    Unheard,
+}
+
+impl SecondInstance {
+    pub(super) fn new(lock: NamedLock, owner: Option<Owner>) -> Self {
+        let folder = std::env::current_dir().ok();
+        let request = Request { arguments: std::env::args_os().collect(), folder, ..Request::default() };
+        Self { lock, owner, request }
+    }
+
+    /// Who was the first instance when this one [entered](super::Instance::enter), where that is known.
+    pub fn owner(&self) -> Option<&Owner> {
+        self.owner.as_ref()
+    }
+
+    /// Sends these arguments instead of this process's own. They arrive byte by byte as they are.
+    pub fn arguments<A: Into<OsString>>(mut self, arguments: impl IntoIterator<Item = A>) -> Self {
+        self.request.arguments = arguments.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Sends this working folder instead of this process's own.
+    pub fn folder(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.request.folder = Some(folder.into());
+        self
+    }
+
+    /// Sends these variables of this process's environment, too, as far as they are set.
+    pub fn variables<N: AsRef<OsStr>>(mut self, names: impl IntoIterator<Item = N>) -> Self {
+        let set = |name: N| Some((name.as_ref().to_owned(), std::env::var_os(name)?));
+        self.request.variables.extend(names.into_iter().filter_map(set));
+        self
+    }
+
+    /// Sends these bytes, too: up to [`MOST_BYTES`](super::MOST_BYTES).
+    pub fn bytes(mut self, bytes: impl Into<Vec<u8>>) -> Self {
+        self.request.bytes = bytes.into();
+        self
+    }
+
+    /// Hands this start over to the first instance, and waits as `wait` says until it has answered. If the first has
+    /// ended, or ends before it answers, this process becomes the first itself; while the first is just starting or
+    /// ending, it waits for what comes of that. Not waiting at all means trying once.
+    ///
+    /// The name decides who is first, never the socket: a first instance that is stopped stays the first. When a first
+    /// one is killed, the kernel may take some time to give its name back; that adds up to a second to the wait.
+    ///
+    /// A sender that gives up hangs up, and the first instance drops what it has not begun by then.
+    ///
+    /// # Errors
+    /// [`NoAnswer`](ErrorKind::NoAnswer) or [`Cancelled`](ErrorKind::Cancelled) as `wait` has it;
+    /// [`NotHandled`](ErrorKind::NotHandled) when the first instance panicked over it, or is of a program with another
+    /// version of lockkit that does not understand this one; [`TooLarge`](ErrorKind::TooLarge) when the bytes are more
+    /// than [`MOST_BYTES`](super::MOST_BYTES), or all together more than 8 MiB;
+    /// [`ForeignOwner`](ErrorKind::ForeignOwner) when another user listens in the place of the first instance, to whom
+    /// nothing is sent; and those of [`NamedLock::acquire`].
+    pub fn activate(&self, wait: &Wait) -> Result<Outcome> {
+        let frame = match self.request.encode() {
+            Ok(frame) => frame,
+            Err(wire::TooLarge { what, size, most }) => return Err(ErrorKind::TooLarge { what, size, most }.into()),
+        };
+        wait.check(self)?;
+        let patience = wait.patience()?.unwrap_or_else(Patience::none);
+        let place = Place::of(self.lock.name())?;
+        let mut backoff = Backoff::new();
+        loop {
+            match self.call(&place, &frame, &patience)? {
+                Call::Answered(bytes) => return Ok(Outcome::Answered(bytes)),
+                Call::Unheard => match self.lock.try_lock() {
+                    Ok(guard) => return FirstInstance::open(self.lock.name(), guard).map(Outcome::BecameFirst),
+                    Err(error) if error.is_held() => {}
+                    Err(error) => return Err(error),
+                },
+            }
+            patience.sleep(backoff.next())?.map_err(|gave_up| self.gave_up(&patience, gave_up))?;
+        }
+    }
+
+    fn call(&self, place: &Place, frame: &[u8], patience: &Patience) -> Result<Call> {
+        let Some(connection) = place.connect()? else { return Ok(Call::Unheard) };
+        let gave_up = |gave_up| self.gave_up(patience, gave_up);
+        let mut rest = frame;
+        while !rest.is_empty() {
+            match stream::send(&connection, rest).map_err(|error| place.io("send to", error))? {
+                Moved::Bytes(sent) => rest = &rest[sent..],
+                Moved::Nothing => patience.writable(connection.as_fd())?.map_err(gave_up)?,
+                // It may have said why.
+                Moved::End => break,
+            }
+        }
+        let mut inbox = Inbox::new(wire::MOST_BYTES);
+        loop {
+            let portion = match inbox.missing().map_err(|malformed| self.not_handled(malformed))? {
+                0 => break,
+                missing => missing.min(PORTION),
+            };
+            let moved = stream::receive(&connection, inbox.arrived(), portion);
+            match moved.map_err(|error| place.io("receive from", error))? {
+                Moved::Bytes(_) => {}
+                Moved::Nothing => patience.readable(connection.as_fd())?.map_err(gave_up)?,
+                Moved::End => return Ok(Call::Unheard),
+            }
+        }
+        match inbox.answer().map_err(|malformed| self.not_handled(malformed))? {
+            (Kind::Answer, bytes) => Ok(Call::Answered(bytes)),
+            (Kind::Failed, _) => Err(self.problem("it failed while it was handling it")),
+            (Kind::NotUnderstood | Kind::Request, _) => Err(self.not_handled(Malformed::Version)),
+        }
+    }
+
+    fn gave_up(&self, patience: &Patience, gave_up: GaveUp) -> Error {
+        match gave_up {
+            GaveUp::Cancelled => patience.error(gave_up, self),
+            GaveUp::TimedOut => {
+                let owner = self.holder().map(Box::new);
+                ErrorKind::NoAnswer { first: self.describe(), waited: patience.waited(), owner }.into()
+            }
+        }
+    }
+
+    fn not_handled(&self, malformed: Malformed) -> Error {
+        self.problem(match malformed {
+            Malformed::Version => "it has another version of lockkit, which does not understand this one; restart it",
+            Malformed::Garbage | Malformed::TooLong => "what it has said is no answer",
+        })
+    }
+
+    fn problem(&self, problem: &'static str) -> Error {
+        ErrorKind::NotHandled { first: self.describe(), problem }.into()
+    }
+}
+
+impl Subject for SecondInstance {
+    fn describe(&self) -> String {
+        format!("the first instance of {:?}", self.lock.name())
+    }
+
+    fn holder(&self) -> Option<Owner> {
+        self.lock.owner().unwrap_or_default()
+    }
+}

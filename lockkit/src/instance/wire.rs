@@ -1,0 +1,374 @@
+//! What two instances say to each other, as bytes. No system calls; any bytes are read without harm.
+//!
+//! The second connects and sends one request; the first sends one answer back and closes. Both ends stay open until
+//! then: a sender that hangs up has given up. Each is a header of 12 bytes and its content, numbers little-endian:
+//! ```text
+//! 0   4 bytes   "lkin"
+//! 4   u16       the version of who sends it; the header is the same in every version
+//! 6   u16       what it is: 1 a request, 2 an answer, 3 the first failed, 4 the request was not understood
+//! 8   u32       the length of the content
+//! ```
+//! The content of a request, where a *text* is its length (u32) and its bytes:
+//! ```text
+//! u32, texts            the arguments: how many, and each
+//! text                  the working folder; empty where the sender could not tell
+//! u32, pairs of texts   the variables: how many, and the name and value of each
+//! text                  the bytes
+//! ```
+//! Nothing may follow it. The content of an answer is its bytes; the other two have none. A reader takes neither more
+//! than the header says nor memory for what has not arrived.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::PathBuf;
+
+/// The most bytes that an activation can bring, and that can be its answer: 1 MiB.
+pub const MOST_BYTES: usize = 1 << 20;
+
+/// The longest content of a request: the arguments and the environment of a process never take more than 6 MiB on
+/// Linux ([execve(2)](https://man7.org/linux/man-pages/man2/execve.2.html)), and the bytes 1 MiB.
+pub(super) const MOST_REQUEST: usize = 8 << 20;
+
+/// Raised when the content of any frame changes.
+const VERSION: u16 = 1;
+const MAGIC: [u8; 4] = *b"lkin";
+const HEADER: usize = 12;
+
+/// What a frame is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub(super) enum Kind {
+    /// From the second to the first.
+    Request = 1,
+    /// The first has handled it.
+    Answer = 2,
+    /// The first began to handle it and failed.
+    Failed = 3,
+    /// The first cannot read it.
+    NotUnderstood = 4,
+}
+
+impl Kind {
+    fn of(number: u16) -> Option<Self> {
+        [Self::Request, Self::Answer, Self::Failed, Self::NotUnderstood].into_iter().find(|kind| *kind as u16 == number)
+    }
+}
+
+/// Why bytes are no frame, or no request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Malformed {
+    /// It does not come from lockkit, or breaks its own form.
+    Garbage,
+    /// Another version of lockkit sent it.
+    Version,
+    /// It is longer than what is allowed.
+    TooLong,
+}
+
+/// What is too large to be sent.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct TooLarge {
+    pub(super) what: &'static str,
+    pub(super) size: usize,
+    pub(super) most: usize,
+}
+
+/// What a second start tells the first.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Request {
+    pub(super) arguments: Vec<OsString>,
+    pub(super) folder: Option<PathBuf>,
+    pub(super) variables: Vec<(OsString, OsString)>,
+    pub(super) bytes: Vec<u8>,
+}
+
+impl Request {
+    /// The frame that says it.
+    pub(super) fn encode(&self) -> Result<Vec<u8>, TooLarge> {
+        check("the bytes of an activation", self.bytes.len(), MOST_BYTES)?;
+        let folder = self.folder.as_ref().map(|folder| folder.as_os_str().as_bytes()).unwrap_or_default();
+        let arguments = self.arguments.iter().map(|argument| argument.as_bytes());
+        let variables = self.variables.iter().flat_map(|(name, value)| [name.as_bytes(), value.as_bytes()]);
+        let texts = arguments.clone().chain([folder]).chain(variables.clone()).chain([&*self.bytes]);
+        let size = texts.fold(2 * NUMBER, |size, text| size.saturating_add(NUMBER + text.len()));
+        check("an activation", size, MOST_REQUEST)?;
+        let mut frame = header(Kind::Request, size);
+        // What fits into `MOST_REQUEST` fits into its numbers, too.
+        let number = |frame: &mut Vec<u8>, number: usize| frame.extend((number as u32).to_le_bytes());
+        let text = |frame: &mut Vec<u8>, text: &[u8]| {
+            frame.extend((text.len() as u32).to_le_bytes());
+            frame.extend(text);
+        };
+        number(&mut frame, self.arguments.len());
+        arguments.for_each(|argument| text(&mut frame, argument));
+        text(&mut frame, folder);
+        number(&mut frame, self.variables.len());
+        variables.for_each(|part| text(&mut frame, part));
+        text(&mut frame, &self.bytes);
+        Ok(frame)
+    }
+
+    fn decode(mut content: &[u8]) -> Result<Self, Malformed> {
+        let from = &mut content;
+        let arguments = (0..number(from)?).map(|_| os_string(from)).collect::<Result<_, _>>()?;
+        let folder = os_string(from)?;
+        let variables =
+            (0..number(from)?).map(|_| Ok((os_string(from)?, os_string(from)?))).collect::<Result<_, _>>()?;
+        let bytes = text(from)?.to_vec();
+        if !content.is_empty() || bytes.len() > MOST_BYTES {
+            return Err(Malformed::Garbage);
+        }
+        let folder = (!folder.is_empty()).then(|| PathBuf::from(folder));
+        Ok(Self { arguments, folder, variables, bytes })
+    }
+}
+
+const NUMBER: usize = size_of::<u32>();
+
+fn number(from: &mut &[u8]) -> Result<u32, Malformed> {
+    let (number, rest) = from.split_first_chunk().ok_or(Malformed::Garbage)?;
+    *from = rest;
+    Ok(u32::from_le_bytes(*number))
+}
+
+fn text<'a>(from: &mut &'a [u8]) -> Result<&'a [u8], Malformed> {
+    let length = number(from)? as usize;
+    let (text, rest) = from.split_at_checked(length).ok_or(Malformed::Garbage)?;
+    *from = rest;
+    Ok(text)
+}
+
+fn os_string(from: &mut &[u8]) -> Result<OsString, Malformed> {
+    Ok(OsString::from_vec(text(from)?.to_vec()))
+}
+
+fn check(what: &'static str, size: usize, most: usize) -> Result<(), TooLarge> {
+    if size > most { Err(TooLarge { what, size, most }) } else { Ok(()) }
+}
+
+fn header(kind: Kind, length: usize) -> Vec<u8> {
+    let mut frame = Vec::with_capacity(HEADER + length);
+    frame.extend(MAGIC);
+    frame.extend(VERSION.to_le_bytes());
+    frame.extend((kind as u16).to_le_bytes());
+    frame.extend((length as u32).to_le_bytes());
+    frame
+}
+
+/// The frame of an answer.
+pub(super) fn answer(bytes: &[u8]) -> Result<Vec<u8>, TooLarge> {
+    check("an answer", bytes.len(), MOST_BYTES)?;
+    let mut frame = header(Kind::Answer, bytes.len());
+    frame.extend(bytes);
+    Ok(frame)
+}
+
+/// A frame without content.
+pub(super) fn note(kind: Kind) -> Vec<u8> {
+    header(kind, 0)
+}
+
+/// A frame as it arrives.
+#[derive(Debug)]
+pub(super) struct Inbox {
+    arrived: Vec<u8>,
+    /// The longest content that is taken.
+    most: usize,
+}
+
+impl Inbox {
+    pub(super) fn new(most: usize) -> Self {
+        Self { arrived: Vec::new(), most }
+    }
+
+    /// Where to put what arrives.
+    pub(super) fn arrived(&mut self) -> &mut Vec<u8> {
+        &mut self.arrived
+    }
+
+    /// How many bytes are still to come, as far as that is known: 0 when the frame is complete.
+    pub(super) fn missing(&self) -> Result<usize, Malformed> {
+        let known = self.arrived.len().min(MAGIC.len());
+        if self.arrived[..known] != MAGIC[..known] {
+            return Err(Malformed::Garbage);
+        }
+        match self.header()? {
+            None => Ok(HEADER - self.arrived.len()),
+            Some((_, length)) => (HEADER + length).checked_sub(self.arrived.len()).ok_or(Malformed::Garbage),
+        }
+    }
+
+    fn header(&self) -> Result<Option<(Kind, usize)>, Malformed> {
+        let Some((&[_, _, _, _, v0, v1, k0, k1, l0, l1, l2, l3], _)) = self.arrived.split_first_chunk::<HEADER>()
+        else {
+            return Ok(None);
+        };
+        let kind = Kind::of(u16::from_le_bytes([k0, k1]));
+        let version = u16::from_le_bytes([v0, v1]);
+        // What a newer one says beside requests and answers means no more than that.
+        if version != VERSION && kind != Some(Kind::NotUnderstood) {
+            return Err(Malformed::Version);
+        }
+        let length = usize::try_from(u32::from_le_bytes([l0, l1, l2, l3])).map_err(|_| Malformed::TooLong)?;
+        match kind {
+            None => Err(Malformed::Garbage),
+            Some(_) if length > self.most => Err(Malformed::TooLong),
+            Some(kind) => Ok(Some((kind, length))),
+        }
+    }
+
+    /// The complete frame as a request.
+    pub(super) fn request(&self) -> Result<Request, Malformed> {
+        match self.header()? {
+            Some((Kind::Request, _)) => Request::decode(&self.arrived[HEADER..]),
+            _ => Err(Malformed::Garbage),
+        }
+    }
+
+    /// The complete frame as an answer.
+    pub(super) fn answer(mut self) -> Result<(Kind, Vec<u8>), Malformed> {
+        match self.header()? {
+            None | Some((Kind::Request, _)) => Err(Malformed::Garbage),
+            Some((kind, _)) => Ok((kind, self.arrived.split_off(HEADER))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Reads a frame that arrives in portions of `portion` bytes, and says how many of `bytes` it took.
+    fn read(bytes: &[u8], portion: usize, most: usize) -> (Result<Inbox, Malformed>, usize) {
+        let mut inbox = Inbox::new(most);
+        loop {
+            let at = inbox.arrived.len();
+            match inbox.missing() {
+                Err(malformed) => return (Err(malformed), at),
+                Ok(0) => return (Ok(inbox), at),
+                Ok(missing) => {
+                    let end = (at + missing.min(portion)).min(bytes.len());
+                    if end == at {
+                        return (Ok(inbox), at);
+                    }
+                    inbox.arrived().extend(&bytes[at..end]);
+                }
+            }
+        }
+    }
+
+    fn texts() -> impl Strategy<Value = OsString> {
+        proptest::collection::vec(any::<u8>(), 0..40).prop_map(OsString::from_vec)
+    }
+
+    fn requests() -> impl Strategy<Value = Request> {
+        let folder = proptest::option::of(texts().prop_filter("a folder", |folder| !folder.is_empty()));
+        let variables = proptest::collection::vec((texts(), texts()), 0..5);
+        (proptest::collection::vec(texts(), 0..20), folder, variables, proptest::collection::vec(any::<u8>(), 0..200))
+            .prop_map(|(arguments, folder, variables, bytes)| Request {
+                arguments,
+                folder: folder.map(PathBuf::from),
+                variables,
+                bytes,
+            })
+    }
+
+    proptest! {
+        #[test]
+        fn a_request_arrives_as_it_was_sent_in_whatever_portions_and_nothing_behind_it_is_taken(
+            request in requests(), portion in 1_usize..64, behind in proptest::collection::vec(any::<u8>(), 0..20),
+        ) {
+            let frame = request.encode().unwrap();
+            let (inbox, taken) = read(&[&*frame, &behind].concat(), portion, MOST_REQUEST);
+            prop_assert_eq!(inbox.unwrap().request(), Ok(request));
+            prop_assert_eq!(taken, frame.len());
+        }
+
+        #[test]
+        fn an_answer_arrives_as_it_was_sent(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let (inbox, _) = read(&answer(&bytes).unwrap(), 7, MOST_BYTES);
+            prop_assert_eq!(inbox.unwrap().answer(), Ok((Kind::Answer, bytes)));
+        }
+
+        #[test]
+        fn any_bytes_are_read_without_harm(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let (inbox, _) = read(&bytes, 64, MOST_REQUEST);
+            let _ = inbox.map(|inbox| (inbox.request().is_ok(), inbox.answer().is_ok()));
+        }
+
+        #[test]
+        fn any_content_behind_a_right_header_is_read_without_harm(
+            content in proptest::collection::vec(prop_oneof![Just(0_u8), Just(1), any::<u8>()], 0..100),
+        ) {
+            let mut frame = header(Kind::Request, content.len());
+            frame.extend(&content);
+            let (inbox, _) = read(&frame, 64, MOST_REQUEST);
+            if let Ok(request) = inbox.unwrap().request() {
+                prop_assert_eq!(&request.encode().unwrap()[HEADER..], &*content);
+            }
+        }
+
+        #[test]
+        fn a_cut_or_spoilt_request_is_read_without_harm(
+            request in requests(), cut in any::<proptest::sample::Index>(), spoil in any::<proptest::sample::Index>(),
+            with in any::<u8>(),
+        ) {
+            let mut frame = request.encode().unwrap();
+            let whole = frame.len();
+            frame.truncate(cut.index(whole));
+            let (inbox, _) = read(&frame, 64, MOST_REQUEST);
+            prop_assert!(inbox.unwrap().missing().unwrap() > 0, "half is never whole");
+            let mut frame = request.encode().unwrap();
+            let at = spoil.index(whole);
+            frame[at] = with;
+            let _ = read(&frame, 64, MOST_REQUEST).0.map(|inbox| inbox.request());
+        }
+    }
+
+    #[test]
+    fn what_is_no_frame_is_known_as_soon_as_it_can_be() {
+        let frame = Request::default().encode().unwrap();
+        let spoilt = |at: usize, with: &[u8]| {
+            let mut frame = frame.clone();
+            frame[at..at + with.len()].copy_from_slice(with);
+            let (inbox, taken) = read(&frame, 1, MOST_REQUEST);
+            (inbox.map(|_| ()), taken)
+        };
+        assert_eq!(spoilt(0, b"G"), (Err(Malformed::Garbage), 1));
+        assert_eq!(spoilt(4, &[9, 9]), (Err(Malformed::Version), HEADER));
+        assert_eq!(spoilt(6, &[9]), (Err(Malformed::Garbage), HEADER));
+        assert_eq!(spoilt(8, &[0xff; 4]), (Err(Malformed::TooLong), HEADER));
+        assert_eq!(spoilt(8, &(MOST_REQUEST as u32 + 1).to_le_bytes()), (Err(Malformed::TooLong), HEADER));
+    }
+
+    #[test]
+    fn lengths_and_counts_that_lie_are_garbage_and_take_no_memory() {
+        for content in [&[0xff; 4][..], &[1, 0, 0, 0, 0xff, 0xff, 0xff, 0xff], &[0; 15], &[0; 17]] {
+            let mut frame = header(Kind::Request, content.len());
+            frame.extend(content);
+            assert_eq!(read(&frame, 64, MOST_REQUEST).0.unwrap().request(), Err(Malformed::Garbage), "{content:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_too_large_is_refused_before_it_is_sent() {
+        let request = |bytes| Request { bytes: vec![0; bytes], ..Request::default() };
+        assert!(request(MOST_BYTES).encode().is_ok());
+        assert_eq!(request(MOST_BYTES + 1).encode().unwrap_err().size, MOST_BYTES + 1);
+        assert_eq!(answer(&vec![0; MOST_BYTES + 1]).unwrap_err().most, MOST_BYTES);
+        let arguments = vec![OsString::from_vec(vec![b'x'; MOST_REQUEST])];
+        assert_eq!(Request { arguments, ..Request::default() }.encode().unwrap_err().what, "an activation");
+    }
+
+    #[test]
+    fn a_later_version_can_say_that_it_does_not_understand() {
+        let mut frame = note(Kind::NotUnderstood);
+        frame[4] = 7;
+        assert_eq!(read(&frame, 64, 0).0.unwrap().answer(), Ok((Kind::NotUnderstood, Vec::new())));
+        let mut frame = note(Kind::Answer);
+        frame[4] = 7;
+        assert_eq!(read(&frame, 64, 0).0.unwrap_err(), Malformed::Version);
+    }
+}

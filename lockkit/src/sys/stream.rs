@@ -1,0 +1,126 @@
+//! Abstract Unix sockets that carry bytes both ways, without ever waiting: [unix(7)], `SOCK_STREAM`.
+//!
+//! Descriptors that a peer sends along are never received: they are read without a place for them, and then the kernel
+//! closes them. Every socket is shielded, so that a forked child neither keeps the address nor a peer waiting.
+//!
+//! [unix(7)]: https://man7.org/linux/man-pages/man7/unix.7.html
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::event::Timespec;
+use rustix::event::epoll::{self, Event, EventData, EventFlags};
+use rustix::io::{Errno, Result, retry_on_intr};
+use rustix::net::{self, RecvFlags, SendFlags, SocketFlags, SocketType};
+
+use super::fork::Shielded;
+use super::seqpacket::{Address, Reached, connect_as, listen_as};
+use crate::steps::step;
+
+/// A listening socket with the address, or `None` when somebody else has it.
+pub(crate) fn listen_at(address: &Address) -> Result<Option<Shielded>> {
+    listen_as(SocketType::STREAM, address)
+}
+
+/// A connection to whoever listens at the address.
+pub(crate) fn connect(address: &Address) -> Result<Reached> {
+    connect_as(SocketType::STREAM, address)
+}
+
+/// The next connection in the queue; `None` when there is none.
+pub(crate) fn accept(listener: &Shielded) -> Result<Option<Shielded>> {
+    loop {
+        match Shielded::new(|| net::accept_with(&**listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)) {
+            Ok(connection) => {
+                step("caller accepted");
+                return Ok(Some(connection));
+            }
+            Err(Errno::INTR | Errno::CONNABORTED) => {}
+            Err(Errno::AGAIN) => return Ok(None),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// What came of an attempt to write or to read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Moved {
+    /// As many bytes, at least one.
+    Bytes(usize),
+    /// None now.
+    Nothing,
+    /// None ever: the other end is closed.
+    End,
+}
+
+/// Writes as much of `bytes` as there is room for.
+pub(crate) fn send(connection: &Shielded, bytes: &[u8]) -> Result<Moved> {
+    match retry_on_intr(|| net::send(&**connection, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)) {
+        Ok(sent) => {
+            step("bytes sent");
+            Ok(Moved::Bytes(sent))
+        }
+        Err(Errno::AGAIN) => Ok(Moved::Nothing),
+        Err(Errno::PIPE | Errno::CONNRESET) => Ok(Moved::End),
+        Err(error) => Err(error),
+    }
+}
+
+/// Appends what has arrived to `to`, `most` bytes at most.
+pub(crate) fn receive(connection: &Shielded, to: &mut Vec<u8>, most: usize) -> Result<Moved> {
+    let before = to.len();
+    to.resize(before + most, 0);
+    let received = retry_on_intr(|| net::recv(&**connection, &mut to[before..], RecvFlags::DONTWAIT));
+    to.truncate(before + received.map_or(0, |(received, _)| received));
+    match received {
+        Ok((0, _)) | Err(Errno::CONNRESET) => Ok(Moved::End),
+        Ok((received, _)) => {
+            step("bytes received");
+            Ok(Moved::Bytes(received))
+        }
+        Err(Errno::AGAIN) => Ok(Moved::Nothing),
+        Err(error) => Err(error),
+    }
+}
+
+/// Many descriptors watched as one, which can be read when one of them can: [epoll(7)].
+///
+/// [epoll(7)]: https://man7.org/linux/man-pages/man7/epoll.7.html
+#[derive(Debug)]
+pub(crate) struct Watched(Shielded);
+
+impl Watched {
+    pub(crate) fn new() -> Result<Self> {
+        Shielded::new(|| epoll::create(epoll::CreateFlags::CLOEXEC)).map(Self)
+    }
+
+    /// Watches `fd`, under the name `id`, until it is closed or left out.
+    pub(crate) fn add(&self, fd: impl AsFd, id: u64) -> Result<()> {
+        epoll::add(&*self.0, fd, EventData::new_u64(id), EventFlags::IN)
+    }
+
+    /// Watches it no more for now, or again.
+    pub(crate) fn pause(&self, fd: impl AsFd, id: u64, pause: bool) -> Result<()> {
+        let flags = if pause { EventFlags::empty() } else { EventFlags::IN };
+        epoll::modify(&*self.0, fd, EventData::new_u64(id), flags)
+    }
+
+    pub(crate) fn leave_out(&self, fd: impl AsFd) -> Result<()> {
+        epoll::delete(&*self.0, fd)
+    }
+
+    /// The names of those that can be read now, or have hung up; some of them, if there are many.
+    pub(crate) fn ready(&self) -> Result<impl Iterator<Item = u64> + use<>> {
+        const AT_ONCE: usize = 32;
+        let mut events = [Event { flags: EventFlags::empty(), data: EventData::new_u64(0) }; AT_ONCE];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let count = retry_on_intr(|| epoll::wait(&*self.0, &mut events, Some(&now)))?;
+        Ok(events.into_iter().take(count).map(|event| event.data.u64()))
+    }
+}
+
+impl AsFd for Watched {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        let descriptor: &OwnedFd = &self.0;
+        descriptor.as_fd()
+    }
+}

@@ -1,0 +1,240 @@
+//! A second process that is an instance of a program, and peers that mean ill with the first one.
+//!
+//! The process, started with [`Actor::start_instance`], does as it is told:
+//!
+//! | command | answer |
+//! |---|---|
+//! | `enter` | `first`, `first recovered PID`, or `second of PID` |
+//! | `activate MS` | `answered TEXT`, `became first`, or an error; `activate-with MS BYTES` sends as many bytes, too |
+//! | `start MS` | both, one after the other, and whoever is first then serves |
+//! | `serve` | `serving`: answers every activation with [`summary`] on a thread of its own |
+//! | `panic` | `serving`: every handler panics |
+//! | `take MS` | `taken` and the [`summary`], or `none` |
+//! | `answer TEXT`, `drop` | `done`: to the activation taken first |
+//! | `release` | `released` |
+//! | `fork` | `forked PID`: a forked child, which has dropped its copy of all and lives |
+//! | `spawn` | `spawned PID`: a program started in the ordinary way, alive until it is killed |
+//! | `kill-at STEP` | `armed`; `passed` says which steps it has passed since |
+//!
+//! or `error KIND: text`.
+
+use std::collections::VecDeque;
+use std::ffi::OsStr;
+use std::io::{Read, Write};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use lockkit::instance::Outcome;
+use lockkit::{Activation, FirstInstance, Instance, SecondInstance, Wait};
+
+use crate::actor::{Actor, describe};
+
+/// The variable that instances send.
+pub const VARIABLE: &str = "LOCKKIT_TEST_VARIABLE";
+
+/// What an activation says, as one line: uid, pid (or 0), the arguments behind `actor instance NAME`, how many bytes.
+pub fn summary(activation: &Activation) -> String {
+    let arguments = activation.arguments().get(3..).unwrap_or_default();
+    let (uid, pid) = (activation.uid(), activation.pid().unwrap_or_default());
+    format!("{uid} {pid} {arguments:?} {}", activation.bytes().len())
+}
+
+/// The process's own side: carries out commands until there are no more.
+pub fn serve(name: &OsStr) {
+    let name = name.to_str().expect("a name");
+    let mut first: Option<FirstInstance> = None;
+    let mut second: Option<SecondInstance> = None;
+    let mut taken = VecDeque::new();
+    for line in std::io::stdin().lines().map_while(Result::ok) {
+        let (command, argument) = line.split_once(' ').unwrap_or((&line, ""));
+        let number = || argument.split(' ').next().and_then(|number| number.parse().ok()).expect("a number");
+        let answer = match command {
+            "enter" => enter(name, &mut first, &mut second),
+            "activate" => activate(second.take().expect("a second"), number(), &mut first),
+            "activate-with" => {
+                let bytes: usize = argument.split(' ').nth(1).and_then(|bytes| bytes.parse().ok()).expect("bytes");
+                activate(second.take().expect("a second").bytes(vec![b'x'; bytes]), number(), &mut first)
+            }
+            "start" => {
+                let mut answer = enter(name, &mut first, &mut second);
+                if let Some(second) = second.take() {
+                    answer = activate(second, number(), &mut first);
+                }
+                if let Some(first) = &first {
+                    first.on_activation(answer_with_summary).expect("a thread");
+                }
+                answer
+            }
+            "serve" => {
+                first.as_ref().expect("a first").on_activation(answer_with_summary).expect("a thread");
+                "serving".to_owned()
+            }
+            "panic" => {
+                first.as_ref().expect("a first").on_activation(|_| panic!("on purpose")).expect("a thread");
+                "serving".to_owned()
+            }
+            "take" => {
+                let wait = Wait::at_most(Duration::from_millis(number()));
+                match first.as_ref().expect("a first").next_activation(&wait) {
+                    Ok(Some(activation)) => {
+                        let answer = format!("taken {}", summary(&activation));
+                        taken.push_back(activation);
+                        answer
+                    }
+                    Ok(None) => "none".to_owned(),
+                    Err(error) => describe(&error),
+                }
+            }
+            "answer" => {
+                let activation: Activation = taken.pop_front().expect("an activation");
+                activation.answer(argument.as_bytes()).map_or_else(|error| describe(&error), |()| "done".to_owned())
+            }
+            "drop" => {
+                drop(taken.pop_front());
+                "done".to_owned()
+            }
+            "release" => match first.take().map(FirstInstance::release) {
+                Some(Ok(())) => "released".to_owned(),
+                Some(Err(error)) => describe(&error),
+                None => "error NotFirst".to_owned(),
+            },
+            "fork" => {
+                let (mut ready, child) = std::io::pipe().expect("a pipe");
+                match fork::fork().expect("a child") {
+                    fork::Fork::Child => {
+                        drop(ready);
+                        let copy = first.as_ref().expect("a first");
+                        assert!(copy.next_activation(&Wait::forever()).is_ok_and(|none| none.is_none()));
+                        taken.clear();
+                        drop(first);
+                        drop(child);
+                        std::thread::sleep(2 * crate::LIVELY);
+                        std::process::exit(0);
+                    }
+                    fork::Fork::Parent(pid) => {
+                        drop(child);
+                        let _ = ready.read(&mut [0]);
+                        format!("forked {pid}")
+                    }
+                }
+            }
+            "spawn" => {
+                let child = Command::new("sleep").arg("60").stdin(Stdio::null()).stdout(Stdio::null()).spawn();
+                format!("spawned {}", child.expect("a program").id())
+            }
+            "kill-at" => {
+                lockkit::steps::kill_at(number() as usize);
+                "armed".to_owned()
+            }
+            "passed" => format!("passed {}", lockkit::steps::passed().join(", ")),
+            _ => format!("error unknown command {line:?}"),
+        };
+        println!("{answer}");
+    }
+}
+
+fn answer_with_summary(activation: Activation) {
+    let answer = summary(&activation);
+    // A sender that has given up meanwhile is one of the cases.
+    let _ = activation.answer(answer.as_bytes());
+}
+
+fn enter(name: &str, first: &mut Option<FirstInstance>, second: &mut Option<SecondInstance>) -> String {
+    match Instance::enter(name) {
+        Ok(Instance::First(entered)) => {
+            let answer = match entered.recovered().map(|died| died.owner().map_or(0, |owner| owner.pid())) {
+                Some(pid) => format!("first recovered {pid}"),
+                None => "first".to_owned(),
+            };
+            *first = Some(entered);
+            answer
+        }
+        Ok(Instance::Second(entered)) => {
+            let answer = format!("second of {}", entered.owner().map_or(0, |owner| owner.pid()));
+            *second = Some(entered.variables([VARIABLE]));
+            answer
+        }
+        Err(error) => describe(&error),
+    }
+}
+
+fn activate(second: SecondInstance, millis: u64, first: &mut Option<FirstInstance>) -> String {
+    match second.activate(&Wait::at_most(Duration::from_millis(millis))) {
+        Ok(Outcome::Answered(bytes)) => format!("answered {}", String::from_utf8_lossy(&bytes)),
+        Ok(Outcome::BecameFirst(became)) => {
+            *first = Some(became);
+            "became first".to_owned()
+        }
+        Err(error) => describe(&error),
+    }
+}
+
+/// The address at which the first instance of the user `uid` receives.
+pub fn address(uid: u32, name: &str) -> SocketAddr {
+    SocketAddr::from_abstract_name(format!("lockkit/first/u{uid}/{name}")).expect("a short name")
+}
+
+/// A connection to whoever listens there, as any program can make it.
+pub fn call(uid: u32, name: &str) -> UnixStream {
+    UnixStream::connect_addr(&address(uid, name)).expect("somebody listens")
+}
+
+/// A frame by hand, as the documentation of the wire has it.
+pub fn frame(version: u16, kind: u16, length: u32, content: &[u8]) -> Vec<u8> {
+    let mut frame = b"lkin".to_vec();
+    frame.extend(version.to_le_bytes());
+    frame.extend(kind.to_le_bytes());
+    frame.extend(length.to_le_bytes());
+    frame.extend(content);
+    frame
+}
+
+/// A request with nothing in it.
+pub fn empty_request() -> Vec<u8> {
+    frame(1, 1, 16, &[0; 16])
+}
+
+/// As somebody else: sends a request to the first instance of the user `uid`, and says what came of it.
+pub fn intrude(place: &str) {
+    let (uid, name) = place.split_once('/').expect("UID/NAME");
+    let mut connection = call(uid.parse().expect("a uid"), name);
+    println!("connected");
+    let _ = connection.write_all(&empty_request());
+    let mut answer = Vec::new();
+    let _ = connection.read_to_end(&mut answer);
+    println!("was given {} bytes", answer.len());
+}
+
+/// As somebody else: listens in the place of the first instance of the user `uid`, and says what it was told.
+pub fn pretend(place: &str) {
+    let (uid, name) = place.split_once('/').expect("UID/NAME");
+    let listener = UnixListener::bind_addr(&address(uid.parse().expect("a uid"), name)).expect("a free address");
+    println!("listening");
+    for connection in listener.incoming() {
+        let mut told = Vec::new();
+        let _ = connection.expect("a connection").read_to_end(&mut told);
+        println!("was told {} bytes", told.len());
+    }
+}
+
+impl Actor {
+    /// Starts one that is an instance of `name`; see [`serve`].
+    pub fn start_instance(name: &str) -> Self {
+        Self::start_instance_with(name, |_| {})
+    }
+
+    /// As [`start_instance`](Self::start_instance), as another user, which only root can.
+    pub fn start_instance_as(name: &str, uid: u32) -> Self {
+        Self::run(crate::actor::as_user(uid, ["instance", name]))
+    }
+
+    /// As [`start_instance`](Self::start_instance), with its command changed by `change`.
+    pub fn start_instance_with(name: &str, change: impl FnOnce(&mut Command)) -> Self {
+        let mut command = Command::new(crate::program("actor"));
+        command.arg("instance").arg(name).stdin(Stdio::piped()).stdout(Stdio::piped());
+        change(&mut command);
+        Self::run(command)
+    }
+}
