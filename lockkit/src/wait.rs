@@ -161,17 +161,17 @@ pub struct CancelToken(Arc<TokenState>);
 struct TokenState {
     cancelled: AtomicBool,
     /// What threads wait for.
-    event: OfProcess<Event>,
+    event: Signal<Event>,
     /// What tasks wait for.
     #[cfg(feature = "tokio")]
-    tasks: OfProcess<tokio::sync::Notify>,
+    tasks: Signal<tokio::sync::Notify>,
 }
 
 /// What the first waiter makes, so that a token that nobody waits with costs nothing. A forked child shares its
 /// parent's, and needs one of its own: the number is the fork generation that it belongs to.
-struct OfProcess<T>(Mutex<Option<(u32, Arc<T>)>>);
+struct Signal<T>(Mutex<Option<(u32, Arc<T>)>>);
 
-impl<T> OfProcess<T> {
+impl<T> Signal<T> {
     fn get(&self) -> Option<Arc<T>> {
         let slot = self.0.lock();
         slot.as_ref().filter(|(generation, _)| *generation == fork::generation()).map(|(_, made)| made.clone())
@@ -187,7 +187,7 @@ impl<T> OfProcess<T> {
     }
 }
 
-impl<T> Default for OfProcess<T> {
+impl<T> Default for Signal<T> {
     fn default() -> Self {
         Self(Mutex::new(None))
     }

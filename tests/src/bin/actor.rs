@@ -1,6 +1,6 @@
 //! The second process of the tests; see `lockkit_tests::actor`, `chaos` and `steps`.
 
-use lockkit_tests::{Spec, actor, chaos, faults, leases, managers, rogue, steps};
+use lockkit_tests::{Spec, actor, chaos, faults, leases, managers, rogue, steps, tasks};
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -23,10 +23,13 @@ fn main() {
             leases::take_part(&leases::Terms::parse(terms), log.as_ref(), seed.parse().expect("a seed"));
         }
         [spec, "closed", go] => faults::lock_on_the_standard_descriptors(&Spec::parse(spec), go.as_ref()),
+        [spec, "tasks", flavor, rounds] => {
+            tasks::drop_often(&Spec::parse(spec), flavor, rounds.parse().expect("a number"))
+        }
         [spec, "closed-input"] => lockkit_tests::suite::lock_on_descriptor_zero(&Spec::parse(spec)),
         [spec, "steps", scenario] => steps::play(&Spec::parse(spec), scenario),
         _ => panic!(
-            "actor [stormed] squat NAME | queue NAME | table TABLE | lease TERMS [chaos LOG SEED] | SPEC [chaos LOG SEED | stress COUNTER ROUNDS | closed-input | closed FILE | steps SCENARIO]"
+            "actor [stormed] squat NAME | queue NAME | table TABLE | lease TERMS [chaos LOG SEED] | SPEC [chaos LOG SEED | stress COUNTER ROUNDS | tasks FLAVOR ROUNDS | closed-input | closed FILE | steps SCENARIO]"
         ),
     }
 }
