@@ -17,12 +17,14 @@ use parking_lot::Mutex;
 use rustix::io::{Errno, Result as Io};
 
 use super::wire::{self, Inbox, Kind, Request};
+#[cfg(feature = "tokio")]
+use crate::awaiting;
 use crate::error::{Error, Result};
 use crate::sys::event::{self, Event};
 use crate::sys::fork::{self, Shielded};
 use crate::sys::seqpacket::{self, Peer};
 use crate::sys::stream::{self, Moved, Watched};
-use crate::wait::Wait;
+use crate::wait::{Patience, Wait};
 
 /// How many connections are read at a time.
 const MOST_CALLERS: usize = 32;
@@ -117,25 +119,32 @@ impl Reception {
 
     /// The next request that somebody still waits to have answered; `None` when `wait` is over or the reception closed.
     pub(super) fn next(&self, wait: &Wait) -> Result<Option<Arrived>> {
-        let patience = wait.patience()?;
-        let mut rounds = 0;
-        while !wait.is_cancelled() {
-            let is_over = match &patience {
-                None => true,
-                Some(patience) => patience.until().is_some_and(|until| Instant::now() >= until),
-            };
-            match (self.look()?, &patience) {
-                (Look::Arrived(arrived), _) => return Ok(Some(*arrived)),
-                (Look::Closed, _) => break,
-                (Look::Moved, _) if !is_over || rounds < ROUNDS => rounds += usize::from(is_over),
-                (Look::Nothing(pause), Some(patience)) if !is_over => {
-                    // When the time is over what has come meanwhile is still looked at.
-                    let _ = patience.readable_within(self.as_fd(), pause)?;
+        let mut looking = Looking::new(wait);
+        loop {
+            match looking.at(self)? {
+                Found::Arrived(arrived) => return Ok(Some(*arrived)),
+                Found::Nothing => return Ok(None),
+                Found::Later(patience, pause) => {
+                    // When the time is over, what has come meanwhile is still looked at.
+                    let _ = patience.wait(Some(self.as_fd()), pause)?;
                 }
-                (Look::Nothing(_) | Look::Moved, _) => break,
             }
         }
-        Ok(None)
+    }
+
+    /// As [`next`](Self::next), in a task. Dropping the future loses nothing: what was not given out is still here.
+    #[cfg(feature = "tokio")]
+    pub(super) async fn next_async(&self, wait: &Wait) -> Result<Option<Arrived>> {
+        let mut looking = Looking::new(wait);
+        loop {
+            match looking.at(self)? {
+                Found::Arrived(arrived) => return Ok(Some(*arrived)),
+                Found::Nothing => return Ok(None),
+                Found::Later(patience, pause) => {
+                    let _ = patience.wait_async(awaiting::readable(Some(self.as_fd())), pause).await?;
+                }
+            }
+        }
     }
 
     /// Does what can be done without waiting.
@@ -161,6 +170,47 @@ impl Reception {
 impl AsFd for Reception {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.watched.as_fd()
+    }
+}
+
+/// Looking again and again, for as long as a [`Wait`] says.
+struct Looking<'w> {
+    wait: &'w Wait,
+    patience: Option<Patience>,
+    /// How often it has looked again although the time was over, because something was coming in.
+    rounds: usize,
+}
+
+enum Found<'l> {
+    Arrived(Box<Arrived>),
+    /// And nothing will be waited for.
+    Nothing,
+    /// To be looked at again after a pause, or when the descriptor can be read.
+    Later(&'l Patience, Duration),
+}
+
+impl<'w> Looking<'w> {
+    fn new(wait: &'w Wait) -> Self {
+        Self { wait, patience: wait.patience(), rounds: 0 }
+    }
+
+    fn at(&mut self, reception: &Reception) -> Result<Found<'_>> {
+        while !self.wait.is_cancelled() {
+            let is_over = match &self.patience {
+                None => true,
+                Some(patience) => patience.until().is_some_and(|until| Instant::now() >= until),
+            };
+            match (reception.look()?, &self.patience) {
+                (Look::Arrived(arrived), _) => return Ok(Found::Arrived(arrived)),
+                (Look::Moved, _) if !is_over || self.rounds < ROUNDS => self.rounds += usize::from(is_over),
+                (Look::Nothing(pause), Some(_)) if !is_over => {
+                    let Some(patience) = &self.patience else { break };
+                    return Ok(Found::Later(patience, pause));
+                }
+                (Look::Closed | Look::Nothing(_) | Look::Moved, _) => break,
+            }
+        }
+        Ok(Found::Nothing)
     }
 }
 
