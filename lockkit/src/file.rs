@@ -23,6 +23,8 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode as Permissions, OFlags, RawMode, fchmod};
 
+#[cfg(feature = "tokio")]
+use crate::awaiting;
 use crate::error::{Error, ErrorKind, Result};
 use crate::lock::{Guard, Recovered, lock_methods};
 use crate::owner::Owner;
@@ -30,6 +32,7 @@ use crate::steps::step;
 use crate::sys::flock::{self, Mode};
 use crate::sys::fork::{self, Shielded};
 use crate::sys::slot::Slot;
+use crate::trace;
 use crate::wait::{Backoff, Patience, Subject, Wait};
 
 /// How often a file may be replaced under an acquisition before it is called rogue.
@@ -252,7 +255,7 @@ impl FileLock {
     /// it; [`Io`](ErrorKind::Io) when the file cannot be opened, made or locked, or is neither a file nor a folder;
     /// [`RogueDeletion`](ErrorKind::RogueDeletion) when somebody replaces it all the time.
     pub fn acquire(&self, wait: &Wait) -> Result<FileGuard> {
-        self.acquire_as(wait, &*self.0)
+        self.acquire_in(Mode::Exclusive, wait)
     }
 
     /// Takes the lock together with everybody else who takes it shared, waiting as `wait` says.
@@ -260,7 +263,17 @@ impl FileLock {
     /// # Errors
     /// As [`acquire`](Self::acquire).
     pub fn acquire_shared(&self, wait: &Wait) -> Result<FileGuard> {
-        self.guard(Mode::Shared, wait, &*self.0)
+        self.acquire_in(Mode::Shared, wait)
+    }
+
+    /// As [`acquire_shared`](Self::acquire_shared), in a task; see [`acquire_async`](Self::acquire_async).
+    ///
+    /// # Errors
+    /// As [`acquire_async`](Self::acquire_async).
+    #[cfg(feature = "tokio")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
+    pub async fn acquire_shared_async(&self, wait: &Wait) -> Result<FileGuard> {
+        self.acquire_in_async(Mode::Shared, wait).await
     }
 
     /// Takes the lock shared if nobody has it exclusively now.
@@ -293,17 +306,45 @@ impl FileLock {
         self.guard(Mode::Exclusive, wait, subject)
     }
 
+    #[inline]
+    fn acquire_in(&self, mode: Mode, wait: &Wait) -> Result<FileGuard> {
+        trace::acquire(&*self.0, || self.guard(mode, wait, &*self.0))
+    }
+
+    #[cfg(feature = "tokio")]
+    async fn acquire_in_async(&self, mode: Mode, wait: &Wait) -> Result<FileGuard> {
+        let lock = self.clone();
+        let take = move |wait: &Wait| lock.guard(mode, wait, &*lock.0);
+        trace::acquire_async(&*self.0, awaiting::at_once_or_on_a_thread(wait, &*self.0, take)).await
+    }
+
+    #[cfg(feature = "tokio")]
+    async fn take_async(&self, wait: &Wait) -> Result<FileGuard> {
+        self.acquire_in_async(Mode::Exclusive, wait).await
+    }
+
     fn guard(&self, mode: Mode, wait: &Wait, subject: &dyn Subject) -> Result<FileGuard> {
         let open = self.0.acquire(mode, wait, subject)?;
         Ok(FileGuard { open: Some(open), mode, lock: self.0.clone() })
     }
 }
 
-lock_methods!(FileLock, FileGuard);
+lock_methods!(
+    FileLock, FileGuard,
+    in_tasks: "A lock that is free is taken here, which blocks for as long as the file system needs to open and lock the file. \
+               One that is held is waited for on a thread of its own, under any runtime \
+               ([`Io`](crate::ErrorKind::Io) when none can be started). That is woken at once when the future is \
+               dropped, closes its file and ends; a lock that it gets at the same moment it releases."
+);
 
 impl Subject for Inner {
     fn describe(&self) -> String {
         format!("the lock on {}", self.place.path.display())
+    }
+
+    #[cfg(feature = "tracing")]
+    fn label(&self) -> (&'static str, String) {
+        ("file", self.place.path.display().to_string())
     }
 
     /// The kernel does not say.
@@ -368,7 +409,7 @@ impl Inner {
             return Ok(());
         }
         if patience.is_none() {
-            *patience = wait.patience()?;
+            *patience = wait.patience_for(subject);
         }
         let Some(patience) = patience else {
             return Err(subject.held());
@@ -535,6 +576,10 @@ impl FileGuard {
     fn give_back(&mut self) -> Result<()> {
         let Some(open) = self.open.take() else { return Ok(()) };
         self.unlock(&open)?;
+        // A file of lockkit's own belongs to another lock, which tells of itself.
+        if !self.lock.place.wary && open.generation == fork::generation() {
+            trace::released(&*self.lock);
+        }
         self.keep(open);
         Ok(())
     }

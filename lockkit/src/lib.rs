@@ -31,10 +31,20 @@
 //! }
 //! # #[cfg(not(feature = "macros"))] fn main() {}
 //! ```
-
+//!
+//! With the feature `tokio` every lock can be waited for in tasks, too (`acquire_async`, [`AsyncLock`]). With the feature
+//! `tracing` they tell a subscriber what happens to them: debug events when a lock is waited for (`holder`) and acquired
+//! (`waited`, in seconds), a warning when the owner before died (`recovered`), an error when a lease is lost (`token`,
+//! `reason`), and trace events at the release, each with the `kind` and the `name` of the lock and in a debug span
+//! `acquire` for as long as an acquisition takes.
+//!
+#![cfg_attr(not(feature = "tokio"), doc = "[`AsyncLock`]: https://docs.rs/lockkit/latest/lockkit/trait.AsyncLock.html")]
 #![warn(missing_docs)]
 #![deny(unsafe_code)]
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
+#[cfg(feature = "tokio")]
+mod awaiting;
 #[cfg(all(unix, feature = "cli"))]
 #[doc(hidden)]
 pub mod command;
@@ -57,8 +67,11 @@ pub mod steps;
 #[cfg(not(feature = "steps"))]
 mod steps;
 mod sys;
+mod trace;
 mod wait;
 
+#[cfg(feature = "tokio")]
+pub use awaiting::AsyncLock;
 pub use error::{Error, ErrorKind, Result};
 pub use file::{FileGuard, FileLock};
 #[cfg(target_os = "linux")]

@@ -101,9 +101,10 @@ impl std::fmt::Display for Recovered {
     }
 }
 
-/// Gives a lock type the four methods of [`Lock`] as its own, on top of an inherent `acquire`.
+/// Gives a lock type the methods of [`Lock`] and `AsyncLock` as its own, on top of an inherent `acquire` and a private
+/// `take_async`. `in_tasks` says how that waits.
 macro_rules! lock_methods {
-    ($lock:ty, $guard:ty) => {
+    ($lock:ty, $guard:ty, in_tasks: $in_tasks:expr) => {
         impl $lock {
             /// Takes the lock if it is free now.
             ///
@@ -131,6 +132,41 @@ macro_rules! lock_methods {
             #[inline]
             pub fn lock_for(&self, limit: std::time::Duration) -> $crate::Result<$guard> {
                 $crate::Lock::lock_for(self, limit)
+            }
+        }
+
+        #[cfg(feature = "tokio")]
+        impl $lock {
+            /// As [`acquire`](Self::acquire), in a task: the thread is free for others while this one waits.
+            ///
+            #[doc = $in_tasks]
+            ///
+            /// Dropping the future gives up: nobody takes the lock any more, and nothing stays behind.
+            ///
+            /// ```
+            /// use std::time::Duration;
+            /// use lockkit::{NamedLock, Wait};
+            /// # #[tokio::main(flavor = "current_thread")]
+            /// # async fn main() -> lockkit::Result<()> {
+            /// let lock = NamedLock::new("lockkit-doc-acquire-async")?;
+            /// let guard = lock.acquire_async(&Wait::at_most(Duration::from_secs(5))).await?;
+            /// // Guards are held across `.await`.
+            /// tokio::task::yield_now().await;
+            /// # Ok(()) }
+            /// ```
+            ///
+            /// # Errors
+            /// As [`acquire`](Self::acquire), and as it says above.
+            #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
+            pub async fn acquire_async(&self, wait: &$crate::Wait) -> $crate::Result<$guard> {
+                self.take_async(wait).await
+            }
+        }
+
+        #[cfg(feature = "tokio")]
+        impl $crate::AsyncLock for $lock {
+            async fn acquire_async(&self, wait: &$crate::Wait) -> $crate::Result<$guard> {
+                self.take_async(wait).await
             }
         }
 

@@ -24,6 +24,8 @@ use std::time::{Duration, SystemTime};
 
 use rustix::fs::OFlags;
 
+#[cfg(feature = "tokio")]
+use crate::awaiting;
 use crate::error::{Error, ErrorKind, Result};
 use crate::file::beginning;
 use crate::lock::{Guard, Recovered, lock_methods};
@@ -33,6 +35,7 @@ use crate::sys::flock::{self, Mode};
 use crate::sys::fork::{self, Shielded};
 use crate::sys::process::{self, Probe};
 use crate::sys::unnamed;
+use crate::trace;
 use crate::wait::{Backoff, Subject, Wait};
 use record::{Content, MOST_READ};
 
@@ -153,6 +156,17 @@ impl PidFile {
     /// pidfile; [`Insecure`](ErrorKind::Insecure) for a symbolic or hard link; [`Io`](ErrorKind::Io) when the file
     /// cannot be made, opened, locked or written. Each leaves the file as it was, and none where there was none.
     pub fn acquire(&self, wait: &Wait) -> Result<PidGuard> {
+        trace::acquire(self, || self.take(wait))
+    }
+
+    #[cfg(feature = "tokio")]
+    async fn take_async(&self, wait: &Wait) -> Result<PidGuard> {
+        let lock = self.clone();
+        let taking = awaiting::at_once_or_on_a_thread(wait, self, move |wait| lock.take(wait));
+        trace::acquire_async(self, taking).await
+    }
+
+    fn take(&self, wait: &Wait) -> Result<PidGuard> {
         wait.check(self)?;
         let mut backoff = Backoff::new();
         let mut patience = None;
@@ -165,7 +179,7 @@ impl PidFile {
             };
             let patience = match &mut patience {
                 Some(patience) => patience,
-                none => match wait.patience()? {
+                none => match wait.patience_for(self) {
                     Some(patience) => none.insert(patience),
                     None => return Err(self.held()),
                 },
@@ -433,11 +447,22 @@ impl PidFile {
     }
 }
 
-lock_methods!(PidFile, PidGuard);
+lock_methods!(
+    PidFile, PidGuard,
+    in_tasks: "A pidfile that is free is taken here, which blocks for as long as the file system needs. One that is held is waited \
+               for on a thread of its own, under any runtime ([`Io`](crate::ErrorKind::Io) when none can be started). \
+               That is woken at once when the future is dropped, closes its file and ends; a lock that it gets at the \
+               same moment it releases."
+);
 
 impl Subject for PidFile {
     fn describe(&self) -> String {
         format!("the pidfile {}", self.path.display())
+    }
+
+    #[cfg(feature = "tracing")]
+    fn label(&self) -> (&'static str, String) {
+        ("pidfile", self.path.display().to_string())
     }
 
     fn holder(&self) -> Option<Owner> {
@@ -715,6 +740,7 @@ impl PidGuard {
         };
         // Not left to closing, since forked children may have the open file, too.
         let unlocked = flock::unlock(&file).map_err(|error| Error::io("unlock", &self.path, error));
+        trace::released(self);
         removed.and(unlocked)
     }
 
@@ -740,6 +766,21 @@ impl PidGuard {
 
     fn rogue(&self) -> Error {
         ErrorKind::RogueDeletion { path: self.path.to_path_buf() }.into()
+    }
+}
+
+impl Subject for PidGuard {
+    fn describe(&self) -> String {
+        format!("the pidfile {}", self.path.display())
+    }
+
+    #[cfg(feature = "tracing")]
+    fn label(&self) -> (&'static str, String) {
+        ("pidfile", self.path.display().to_string())
+    }
+
+    fn holder(&self) -> Option<Owner> {
+        Some(Owner::current())
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! [`Wait`] is what a caller asks for. Once an acquisition finds its lock held, it becomes a [`Patience`]: the moment
 //! to give up at, and the event that wakes the waiter when its [`CancelToken`] is cancelled. Every kind of lock waits
-//! through `Patience`, so a limit and a token mean the same for all of them. No wait needs a helper thread.
+//! through `Patience`, so a limit and a token mean the same for all of them. No wait of a thread needs another one; for
+//! those of tasks see `awaiting`.
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -16,6 +17,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::owner::Owner;
 use crate::sys::event::{self, Event, Woke};
 use crate::sys::fork;
+use crate::trace;
 
 /// How long to wait for a lock.
 ///
@@ -78,6 +80,34 @@ impl Wait {
         self.cancel.is_none()
     }
 
+    /// The same for somebody who does not wait.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn at_once(&self) -> Self {
+        Self { limit: Limit::None, cancel: self.cancel.clone() }
+    }
+
+    /// The same as seen from another thread that begins later, and that `stop` ends.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn elsewhere(&self, stop: &CancelToken) -> Self {
+        let limit = match self.limit {
+            Limit::For(limit) => Instant::now().checked_add(limit).map_or(Limit::Forever, Limit::Until),
+            ref limit => limit.clone(),
+        };
+        Self { limit, cancel: Some(stop.clone()) }
+    }
+
+    /// Whether it waits at all.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn waits(&self) -> bool {
+        !matches!(self.limit, Limit::None)
+    }
+
+    /// Waits until it is cancelled.
+    #[cfg(feature = "tokio")]
+    pub(crate) async fn cancelled(&self) {
+        cancelled(self.cancel.as_ref()).await;
+    }
+
     /// Whether somebody has cancelled it already.
     #[cfg(target_os = "linux")]
     pub(crate) fn is_cancelled(&self) -> bool {
@@ -92,20 +122,23 @@ impl Wait {
         }
     }
 
-    /// What is left of this wait for an acquisition that has just found its lock held; `None` when it does not wait.
-    pub(crate) fn patience(&self) -> Result<Option<Patience>> {
+    /// What is left of this wait for an acquisition that has just found `subject` held; `None` when it does not wait.
+    pub(crate) fn patience_for(&self, subject: &dyn Subject) -> Option<Patience> {
+        let patience = self.patience()?;
+        trace::waiting(subject);
+        Some(patience)
+    }
+
+    /// What is left of this wait from now on; `None` when it does not wait.
+    pub(crate) fn patience(&self) -> Option<Patience> {
         let since = Instant::now();
         let until = match self.limit {
-            Limit::None => return Ok(None),
+            Limit::None => return None,
             Limit::Forever => None,
             Limit::For(limit) => since.checked_add(limit),
             Limit::Until(moment) => Some(moment),
         };
-        let cancel = match &self.cancel {
-            Some(token) => Some((token.clone(), token.event()?)),
-            None => None,
-        };
-        Ok(Some(Patience { since, until, cancel }))
+        Some(Patience { since, until, cancel: self.cancel.clone() })
     }
 }
 
@@ -133,9 +166,37 @@ pub struct CancelToken(Arc<TokenState>);
 #[derive(Default)]
 struct TokenState {
     cancelled: AtomicBool,
-    /// Made by the first waiter, so that a token that nobody waits with costs no descriptor. A forked child shares its
-    /// parent's, and needs one of its own: the number is the fork generation that it belongs to.
-    event: Mutex<Option<(u32, Arc<Event>)>>,
+    /// What threads wait for.
+    event: Signal<Event>,
+    /// What tasks wait for.
+    #[cfg(feature = "tokio")]
+    tasks: Signal<tokio::sync::Notify>,
+}
+
+/// What the first waiter makes, so that a token that nobody waits with costs nothing. A forked child shares its
+/// parent's, and needs one of its own: the number is the fork generation that it belongs to.
+struct Signal<T>(Mutex<Option<(u32, Arc<T>)>>);
+
+impl<T> Signal<T> {
+    fn get(&self) -> Option<Arc<T>> {
+        let slot = self.0.lock();
+        slot.as_ref().filter(|(generation, _)| *generation == fork::generation()).map(|(_, made)| made.clone())
+    }
+
+    fn get_or_make<E>(&self, make: impl FnOnce() -> Result<T, E>) -> Result<Arc<T>, E> {
+        let mut slot = self.0.lock();
+        let current = fork::generation();
+        match &*slot {
+            Some((generation, made)) if *generation == current => Ok(made.clone()),
+            _ => Ok(slot.insert((current, Arc::new(make()?))).1.clone()),
+        }
+    }
+}
+
+impl<T> Default for Signal<T> {
+    fn default() -> Self {
+        Self(Mutex::new(None))
+    }
 }
 
 impl CancelToken {
@@ -148,10 +209,12 @@ impl CancelToken {
     pub fn cancel(&self) {
         // The flag goes first: a waiter looks at it after its event stands in the slot, so it sees one or the other.
         self.0.cancelled.store(true, Ordering::Release);
-        if let Some((generation, event)) = &*self.0.event.lock()
-            && *generation == fork::generation()
-        {
+        if let Some(event) = self.0.event.get() {
             event.set();
+        }
+        #[cfg(feature = "tokio")]
+        if let Some(tasks) = self.0.tasks.get() {
+            tasks.notify_waiters();
         }
     }
 
@@ -162,19 +225,38 @@ impl CancelToken {
 
     /// What becomes readable when it is cancelled.
     pub(crate) fn event(&self) -> Result<Arc<Event>> {
-        let mut slot = self.0.event.lock();
-        let current = fork::generation();
-        if let Some((generation, event)) = &*slot
-            && *generation == current
-        {
-            return Ok(event.clone());
-        }
-        let event = Arc::new(Event::new().map_err(|error| Error::io("create", "a cancel event", error))?);
+        let made = self.0.event.get_or_make(Event::new);
+        let event = made.map_err(|error| Error::io("create", "a cancel event", error))?;
         if self.is_cancelled() {
             event.set();
         }
-        *slot = Some((current, event.clone()));
         Ok(event)
+    }
+
+    /// Waits in a task until it is cancelled, on any runtime. Dropping the future leaves nothing behind.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() {
+    /// let stop = lockkit::CancelToken::new();
+    /// let waiter = tokio::spawn({
+    ///     let stop = stop.clone();
+    ///     async move { stop.cancelled().await }
+    /// });
+    /// stop.cancel();
+    /// waiter.await.unwrap();
+    /// # }
+    /// ```
+    #[cfg(feature = "tokio")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
+    pub async fn cancelled(&self) {
+        let Ok(tasks) = self.0.tasks.get_or_make(|| Ok::<_, std::convert::Infallible>(tokio::sync::Notify::new()));
+        let mut told = std::pin::pin!(tasks.notified());
+        // Who cancels tells those that are on the list, so the flag is looked at once this task is.
+        told.as_mut().enable();
+        if !self.is_cancelled() {
+            told.await;
+        }
     }
 }
 
@@ -188,7 +270,7 @@ impl fmt::Debug for CancelToken {
 pub(crate) struct Patience {
     since: Instant,
     until: Option<Instant>,
-    cancel: Option<(CancelToken, Arc<Event>)>,
+    cancel: Option<CancelToken>,
 }
 
 /// What came first: what was waited for, or a reason to stop.
@@ -204,33 +286,16 @@ pub(crate) enum GaveUp {
 }
 
 impl Patience {
-    /// That of somebody who does not wait: it is over already.
+    /// That of somebody who does not want to wait, and does for a moment.
     #[cfg(target_os = "linux")]
-    pub(crate) fn none() -> Self {
-        let now = Instant::now();
-        Self { since: now, until: Some(now), cancel: None }
+    pub(crate) fn brief(moment: Duration) -> Self {
+        let since = Instant::now();
+        Self { since, until: Some(since + moment), cancel: None }
     }
 
     /// Nothing but the lock ends this wait, so it may block where only the kernel wakes it.
     pub(crate) fn is_endless(&self) -> bool {
         self.until.is_none() && self.cancel.is_none()
-    }
-
-    /// Waits until `fd` has something to read, or has hung up.
-    pub(crate) fn readable(&self, fd: BorrowedFd<'_>) -> Result<Waited> {
-        self.wait(Some(fd), self.until)
-    }
-
-    /// Waits until `fd` has room for more to be written, or has hung up.
-    #[cfg(target_os = "linux")]
-    pub(crate) fn writable(&self, fd: BorrowedFd<'_>) -> Result<Waited> {
-        let cancel = self.cancel.as_ref().map(|(_, event)| event.as_fd());
-        spoken(event::wait_for_room(fd, cancel, self.until))
-    }
-
-    /// Waits until `fd` has something to read, but no longer than `pause`, which is then `Ok`, too.
-    pub(crate) fn readable_within(&self, fd: BorrowedFd<'_>, pause: Duration) -> Result<Waited> {
-        self.pause(Some(fd), pause)
     }
 
     /// The moment to give up at.
@@ -240,22 +305,82 @@ impl Patience {
 
     /// What may cancel it.
     pub(crate) fn token(&self) -> Option<&CancelToken> {
-        self.cancel.as_ref().map(|(token, _)| token)
+        self.cancel.as_ref()
     }
 
     /// Lets `pause` pass.
     pub(crate) fn sleep(&self, pause: Duration) -> Result<Waited> {
-        self.pause(None, pause)
+        self.wait(None, pause)
     }
 
-    fn pause(&self, fd: Option<BorrowedFd<'_>>, pause: Duration) -> Result<Waited> {
-        let wake = Instant::now().checked_add(pause);
-        match self.until {
-            Some(until) if wake.is_none_or(|wake| until < wake) => self.wait(fd, self.until),
-            _ => Ok(self.wait(fd, wake)?.or_else(|gave_up| match gave_up {
-                GaveUp::TimedOut => Ok(()),
-                GaveUp::Cancelled => Err(gave_up),
-            })),
+    /// Waits until `fd` has something to read or has hung up, but no longer than `pause`, whose end is `Ok`, too.
+    pub(crate) fn wait(&self, fd: Option<BorrowedFd<'_>>, pause: Duration) -> Result<Waited> {
+        let (until, over) = self.end_of(pause);
+        self.wait_by(|cancel| event::wait(fd, cancel, until), over)
+    }
+
+    /// Waits until `fd` has room for more to be written, or has hung up.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn writable(&self, fd: BorrowedFd<'_>) -> Result<Waited> {
+        self.wait_by(|cancel| event::wait_for_room(fd, cancel, self.until), Err(GaveUp::TimedOut))
+    }
+
+    fn wait_by(
+        &self,
+        wait: impl FnOnce(Option<BorrowedFd<'_>>) -> std::io::Result<Woke>,
+        over: Waited,
+    ) -> Result<Waited> {
+        let cancel = self.cancel.as_ref().map(CancelToken::event).transpose()?;
+        match wait(cancel.as_ref().map(|event| event.as_fd())).map_err(failed)? {
+            Woke::Ready => Ok(Ok(())),
+            Woke::Cancelled => Ok(Err(GaveUp::Cancelled)),
+            Woke::TimedOut => Ok(over),
+        }
+    }
+
+    /// How long it has lasted so far.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn waited(&self) -> Duration {
+        self.since.elapsed()
+    }
+
+    /// As [`wait`](Self::wait), in a task, for whatever is `ready`. Where two come together it wins, for what it brings
+    /// would be lost otherwise.
+    #[cfg(feature = "tokio")]
+    pub(crate) async fn wait_async(
+        &self,
+        ready: impl Future<Output = std::io::Result<()>>,
+        pause: Duration,
+    ) -> Result<Waited> {
+        use std::task::Poll::{Pending, Ready};
+        let (until, over) = self.end_of(pause);
+        let (mut ready, mut cancelled) = (std::pin::pin!(ready), std::pin::pin!(cancelled(self.token())));
+        let mut timer = std::pin::pin!(async {
+            match until {
+                Some(until) => tokio::time::sleep_until(until.into()).await,
+                None => std::future::pending().await,
+            }
+        });
+        std::future::poll_fn(|context| {
+            if let Ready(result) = ready.as_mut().poll(context) {
+                return Ready(result.map(Ok).map_err(failed));
+            }
+            if cancelled.as_mut().poll(context).is_ready() {
+                return Ready(Ok(Err(GaveUp::Cancelled)));
+            }
+            match timer.as_mut().poll(context) {
+                Ready(()) => Ready(Ok(over)),
+                Pending => Pending,
+            }
+        })
+        .await
+    }
+
+    /// When a pause ends, and what its end means.
+    fn end_of(&self, pause: Duration) -> (Option<Instant>, Waited) {
+        match (Instant::now().checked_add(pause), self.until) {
+            (Some(wake), until) if until.is_none_or(|until| wake <= until) => (Some(wake), Ok(())),
+            (_, until) => (until, Err(GaveUp::TimedOut)),
         }
     }
 
@@ -265,7 +390,7 @@ impl Patience {
         /// How often a waiter looks at its token.
         const GLANCE: Duration = Duration::from_millis(2);
         let pause = match &self.cancel {
-            Some((token, _)) if token.is_cancelled() => return Err(GaveUp::Cancelled),
+            Some(token) if token.is_cancelled() => return Err(GaveUp::Cancelled),
             Some(_) => pause.min(GLANCE),
             None => pause,
         };
@@ -276,29 +401,23 @@ impl Patience {
         }
     }
 
-    fn wait(&self, fd: Option<BorrowedFd<'_>>, until: Option<Instant>) -> Result<Waited> {
-        let cancel = self.cancel.as_ref().map(|(_, event)| event.as_fd());
-        spoken(event::wait(fd, cancel, until))
-    }
-
-    /// How long it has lasted so far.
-    #[cfg(target_os = "linux")]
-    pub(crate) fn waited(&self) -> Duration {
-        self.since.elapsed()
-    }
-
     /// The error that says why the wait for `subject` ended.
     pub(crate) fn error(&self, gave_up: GaveUp, subject: &dyn Subject) -> Error {
         gave_up.error(subject, self.since.elapsed())
     }
 }
 
-fn spoken(woke: std::io::Result<Woke>) -> Result<Waited> {
-    match woke.map_err(|error| Error::io("wait on", "a lock", error))? {
-        Woke::Ready => Ok(Ok(())),
-        Woke::Cancelled => Ok(Err(GaveUp::Cancelled)),
-        Woke::TimedOut => Ok(Err(GaveUp::TimedOut)),
+/// Waits until the token is cancelled, if there is one.
+#[cfg(feature = "tokio")]
+async fn cancelled(token: Option<&CancelToken>) {
+    match token {
+        Some(token) => token.cancelled().await,
+        None => std::future::pending().await,
     }
+}
+
+fn failed(error: std::io::Error) -> Error {
+    Error::io("wait on", "a lock", error)
 }
 
 impl GaveUp {
@@ -312,9 +431,12 @@ impl GaveUp {
 }
 
 /// A lock as errors speak of it.
-pub(crate) trait Subject {
+pub(crate) trait Subject: Sync {
     /// Its kind and its name, for people.
     fn describe(&self) -> String;
+    /// Its kind and its name, for programs.
+    #[cfg(feature = "tracing")]
+    fn label(&self) -> (&'static str, String);
     /// Who holds it now, where that is known.
     fn holder(&self) -> Option<Owner>;
     /// The error for somebody who does not wait.
@@ -355,33 +477,33 @@ mod tests {
 
     #[test]
     fn a_limit_beyond_the_clock_is_for_ever() {
-        let patience = Wait::at_most(Duration::MAX).patience().unwrap().unwrap();
+        let patience = Wait::at_most(Duration::MAX).patience().unwrap();
         assert!(patience.is_endless());
     }
 
     #[test]
     fn a_pause_beyond_the_clock_ends_with_the_limit() {
-        let patience = Wait::at_most(Duration::from_millis(5)).patience().unwrap().unwrap();
+        let patience = Wait::at_most(Duration::from_millis(5)).patience().unwrap();
         assert_eq!(patience.sleep(Duration::MAX).unwrap(), Err(GaveUp::TimedOut));
     }
 
     #[test]
     fn cancelling_ends_a_sleep_at_once_and_for_good() {
         let token = CancelToken::new();
-        let patience = Wait::forever().or_cancelled(&token).patience().unwrap().unwrap();
+        let patience = Wait::forever().or_cancelled(&token).patience().unwrap();
         let canceller = std::thread::spawn({
             let token = token.clone();
             move || token.cancel()
         });
         assert_eq!(patience.sleep(Duration::from_secs(60)).unwrap(), Err(GaveUp::Cancelled));
         canceller.join().unwrap();
-        let later = Wait::forever().or_cancelled(&token).patience().unwrap().unwrap();
+        let later = Wait::forever().or_cancelled(&token).patience().unwrap();
         assert_eq!(later.sleep(Duration::from_secs(60)).unwrap(), Err(GaveUp::Cancelled));
     }
 
     #[test]
     fn a_limit_in_the_past_ends_at_once() {
-        let patience = Wait::until(Instant::now() - Duration::from_secs(1)).patience().unwrap().unwrap();
+        let patience = Wait::until(Instant::now() - Duration::from_secs(1)).patience().unwrap();
         assert_eq!(patience.sleep(Duration::from_secs(60)).unwrap(), Err(GaveUp::TimedOut));
     }
 

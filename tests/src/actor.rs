@@ -51,6 +51,11 @@ impl Actor {
         Self::run(command)
     }
 
+    /// Starts one that waits in tasks and gives up at random; see [`tasks::drop_often`](crate::tasks::drop_often).
+    pub fn start_tasks(spec: &Spec, flavor: &str, rounds: u32) -> Self {
+        Self::start_with(spec, |command| _ = command.args(["tasks", flavor, &rounds.to_string()]))
+    }
+
     /// Starts one as another user, which only root can; see [`another_user`](crate::another_user).
     pub fn start_as(spec: &Spec, uid: u32) -> Self {
         Self::run(as_user(uid, [spec.invite()]))

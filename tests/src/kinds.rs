@@ -6,12 +6,13 @@
 use std::fmt;
 use std::ops::Deref;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use lockkit::{
-    Backend, FileLock, Guard, Lease, LeaseBuilder, Lock, LockManager, ManagedLock, NamedLock, PidFile, PidStatus,
+    AsyncLock, Backend, FileLock, Guard, Lease, LeaseBuilder, LockManager, ManagedLock, NamedLock, PidFile, PidStatus,
     Result, Scope, Wait,
 };
 
@@ -21,8 +22,18 @@ use crate::managers::{self, Table};
 pub trait AnyLock: Send + Sync {
     /// As [`Lock::acquire`].
     fn acquire(&self, wait: &Wait) -> Result<Box<dyn AnyGuard>>;
+    /// As [`AsyncLock::acquire_async`].
+    fn acquire_async<'w>(&'w self, wait: &'w Wait) -> Taking<'w>;
     /// The owner's pid, for kinds that know it.
     fn owner(&self) -> Option<u32>;
+}
+
+/// An acquisition by a task.
+pub type Taking<'w> = Pin<Box<dyn Future<Output = Result<Box<dyn AnyGuard>>> + Send + 'w>>;
+
+/// Makes one of what a lock's own method returns.
+fn taking<'w, G: Guard + 'static>(future: impl Future<Output = Result<G>> + Send + 'w) -> Taking<'w> {
+    Box::pin(async { Ok(Box::new(future.await?) as Box<dyn AnyGuard>) })
 }
 
 /// A held lock of any kind.
@@ -49,9 +60,13 @@ struct Any<L> {
     owner: fn(&L) -> Option<u32>,
 }
 
-impl<L: Lock<Guard: 'static> + Send + Sync> AnyLock for Any<L> {
+impl<L: AsyncLock<Guard: 'static> + Send + Sync> AnyLock for Any<L> {
     fn acquire(&self, wait: &Wait) -> Result<Box<dyn AnyGuard>> {
         Ok(Box::new(self.lock.acquire(wait)?))
+    }
+
+    fn acquire_async<'w>(&'w self, wait: &'w Wait) -> Taking<'w> {
+        taking(self.lock.acquire_async(wait))
     }
 
     fn owner(&self) -> Option<u32> {
@@ -68,6 +83,10 @@ struct Managed {
 impl AnyLock for Managed {
     fn acquire(&self, wait: &Wait) -> Result<Box<dyn AnyGuard>> {
         Ok(Box::new(self.lock.acquire(wait)?))
+    }
+
+    fn acquire_async<'w>(&'w self, wait: &'w Wait) -> Taking<'w> {
+        taking(self.lock.acquire_async(wait))
     }
 
     fn owner(&self) -> Option<u32> {
@@ -165,6 +184,10 @@ struct Shared(FileLock);
 impl AnyLock for Shared {
     fn acquire(&self, wait: &Wait) -> Result<Box<dyn AnyGuard>> {
         Ok(Box::new(self.0.acquire_shared(wait)?))
+    }
+
+    fn acquire_async<'w>(&'w self, wait: &'w Wait) -> Taking<'w> {
+        taking(self.0.acquire_shared_async(wait))
     }
 
     fn owner(&self) -> Option<u32> {

@@ -3,6 +3,7 @@
 //! - [`Kind`] is a kind of lock under test, and [`Spec`] one lock of it, which any process can open from its text.
 //! - [`Actor`] is a second process (the program `actor` of this package) that takes and releases locks as it is told.
 //! - [`mod@suite`] has the cases that every kind must pass; [`suite!`] makes tests of them.
+//! - [`mod@tasks`] has the cases of waits in tasks that every kind must pass, and [`task_suite!`] makes tests of them.
 //! - [`mod@managers`] has the tables of locks under test, the cases that every manager must pass, and a second process
 //!   that works on a table as it is told.
 //! - [`mod@leases`] has a second process that works on a lease as it is told, and forges records.
@@ -22,6 +23,7 @@ pub mod rogue;
 pub mod servers;
 pub mod steps;
 pub mod suite;
+pub mod tasks;
 
 pub use actor::Actor;
 pub use kinds::{Kind, Spec};

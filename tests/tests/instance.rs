@@ -509,6 +509,50 @@ fn activations_come_through_a_callback_an_iterator_or_not_at_all_if_there_are_no
 }
 
 #[test]
+fn activations_come_to_tasks_and_a_dropped_future_loses_none() {
+    let name = name();
+    let first = first(&name);
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let forever = Wait::forever();
+    let outside = std::pin::pin!(first.next_activation_async(&forever));
+    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+    match Future::poll(outside, &mut context) {
+        std::task::Poll::Ready(Err(error)) => assert!(matches!(error.kind(), ErrorKind::Unsupported { .. }), "{error}"),
+        _ => panic!("nothing would wake it"),
+    }
+    fn is_send<T: Send>(future: T) -> T {
+        future
+    }
+    let none = runtime.block_on(is_send(first.next_activation_async(&Wait::none()))).unwrap();
+    assert!(none.is_none());
+    let mut senders: Vec<Actor> = (0..20).map(|_| Actor::start_instance(&name)).collect();
+    senders.iter_mut().for_each(|sender| sender.tell("start 30000"));
+    let mut seen = 0;
+    let mut dropped = 0;
+    runtime.block_on(async {
+        while seen < senders.len() {
+            // The limit that drops it comes at every moment of it.
+            let limit = Duration::from_micros(50 * (dropped % 40));
+            match tokio::time::timeout(limit, first.next_activation_async(&in_time())).await {
+                Ok(activation) => {
+                    activation.unwrap().expect("an activation in time").answer(b"awaited").unwrap();
+                    seen += 1;
+                }
+                Err(_) => dropped += 1,
+            }
+        }
+    });
+    senders.iter_mut().for_each(|sender| assert_eq!(sender.answer(), "answered awaited"));
+    let quit = CancelToken::new();
+    let cancelled = runtime.block_on(async {
+        let wait = Wait::forever().or_cancelled(&quit);
+        let (next, ()) = tokio::join!(first.next_activation_async(&wait), async { quit.cancel() });
+        next
+    });
+    assert!(cancelled.unwrap().is_none());
+}
+
+#[test]
 fn a_sender_can_be_cancelled_and_the_first_instance_released_under_a_waiting_thread() {
     let name = name();
     let first = first(&name);

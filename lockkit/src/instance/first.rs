@@ -26,7 +26,8 @@ const MOMENT: Duration = Duration::from_secs(5);
 /// - [`on_activation`](Self::on_activation) calls a handler on a thread of its own;
 /// - [`activations`](Self::activations) is an iterator that waits as it is told, or not at all, as a program wants that
 ///   has a loop of its own;
-/// - `for activation in &first` waits for ever.
+/// - `for activation in &first` waits for ever;
+/// - `next_activation_async` is for tasks (feature `tokio`).
 ///
 /// Several at once share them: each activation goes to one. Until one of them takes activations they wait in the
 /// kernel, and their senders with them.
@@ -100,6 +101,33 @@ impl FirstInstance {
     /// [`Io`](crate::ErrorKind::Io) when no descriptor is left to wait for the token of `wait` with.
     pub fn next_activation(&self, wait: &Wait) -> Result<Option<Activation>> {
         Ok(self.reception.0.next(wait)?.map(Activation::new))
+    }
+
+    /// As [`next_activation`](Self::next_activation), in a task: the loop of an `async` program. Dropping the future loses
+    /// no activation, so it goes well with `select!`. Answering does not wait for small answers.
+    ///
+    /// ```
+    /// use lockkit::{Instance, Wait};
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> lockkit::Result<()> {
+    /// let Instance::First(first) = Instance::enter("lockkit-doc-next-async")? else { return Ok(()) };
+    /// # let forever = Wait::none();
+    /// # #[cfg(any())]
+    /// let forever = Wait::forever();
+    /// while let Some(activation) = first.next_activation_async(&forever).await? {
+    ///     activation.answer(b"welcome")?;
+    /// }
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Unsupported`](crate::ErrorKind::Unsupported) outside of a tokio runtime, and those of
+    /// [`next_activation`](Self::next_activation).
+    #[cfg(feature = "tokio")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
+    pub async fn next_activation_async(&self, wait: &Wait) -> Result<Option<Activation>> {
+        crate::awaiting::check_runtime()?;
+        Ok(self.reception.0.next_async(wait).await?.map(Activation::new))
     }
 
     /// The activations as they come. Each is waited for as `wait` says, and the iterator ends when none has come by

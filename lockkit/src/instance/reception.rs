@@ -17,6 +17,8 @@ use parking_lot::Mutex;
 use rustix::io::{Errno, Result as Io};
 
 use super::wire::{self, Inbox, Kind, Request};
+#[cfg(feature = "tokio")]
+use crate::awaiting;
 use crate::error::{Error, Result};
 use crate::sys::event::{self, Event};
 use crate::sys::fork::{self, Shielded};
@@ -117,14 +119,29 @@ impl Reception {
 
     /// The next request that somebody still waits to have answered; `None` when `wait` is over or the reception closed.
     pub(super) fn next(&self, wait: &Wait) -> Result<Option<Arrived>> {
-        let mut looking = Looking::new(wait)?;
+        let mut looking = Looking::new(wait);
         loop {
             match looking.at(self)? {
                 Found::Arrived(arrived) => return Ok(Some(*arrived)),
                 Found::Nothing => return Ok(None),
                 Found::Later(patience, pause) => {
                     // When the time is over, what has come meanwhile is still looked at.
-                    let _ = patience.readable_within(self.as_fd(), pause)?;
+                    let _ = patience.wait(Some(self.as_fd()), pause)?;
+                }
+            }
+        }
+    }
+
+    /// As [`next`](Self::next), in a task. Dropping the future loses nothing: what was not given out is still here.
+    #[cfg(feature = "tokio")]
+    pub(super) async fn next_async(&self, wait: &Wait) -> Result<Option<Arrived>> {
+        let mut looking = Looking::new(wait);
+        loop {
+            match looking.at(self)? {
+                Found::Arrived(arrived) => return Ok(Some(*arrived)),
+                Found::Nothing => return Ok(None),
+                Found::Later(patience, pause) => {
+                    let _ = patience.wait_async(awaiting::readable(Some(self.as_fd())), pause).await?;
                 }
             }
         }
@@ -173,8 +190,8 @@ enum Found<'l> {
 }
 
 impl<'w> Looking<'w> {
-    fn new(wait: &'w Wait) -> Result<Self> {
-        Ok(Self { wait, patience: wait.patience()?, rounds: 0 })
+    fn new(wait: &'w Wait) -> Self {
+        Self { wait, patience: wait.patience(), rounds: 0 }
     }
 
     fn at(&mut self, reception: &Reception) -> Result<Found<'_>> {

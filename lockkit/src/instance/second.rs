@@ -3,6 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use super::first::FirstInstance;
 use super::place::Place;
@@ -126,7 +127,7 @@ impl SecondInstance {
             Err(wire::TooLarge { what, size, most }) => return Err(ErrorKind::TooLarge { what, size, most }.into()),
         };
         wait.check(self)?;
-        let patience = wait.patience()?.unwrap_or_else(Patience::none);
+        let patience = wait.patience().unwrap_or_else(|| Patience::brief(Duration::ZERO));
         let place = Place::of(self.lock.name())?;
         let mut backoff = Backoff::new();
         loop {
@@ -163,7 +164,7 @@ impl SecondInstance {
             let moved = stream::receive(&connection, inbox.arrived(), portion);
             match moved.map_err(|error| place.io("receive from", error))? {
                 Moved::Bytes(_) => {}
-                Moved::Nothing => patience.readable(connection.as_fd())?.map_err(gave_up)?,
+                Moved::Nothing => patience.wait(Some(connection.as_fd()), Duration::MAX)?.map_err(gave_up)?,
                 Moved::End => return Ok(Call::Unheard),
             }
         }
@@ -199,6 +200,11 @@ impl SecondInstance {
 impl Subject for SecondInstance {
     fn describe(&self) -> String {
         format!("the first instance of {:?}", self.lock.name())
+    }
+
+    #[cfg(feature = "tracing")]
+    fn label(&self) -> (&'static str, String) {
+        ("instance", self.lock.name().to_owned())
     }
 
     fn holder(&self) -> Option<Owner> {

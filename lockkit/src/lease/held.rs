@@ -15,10 +15,13 @@ use super::heart::{Heart, Place};
 use super::store::{Deadline, Grant, Released, Renewal, StoreError};
 use super::tenure::{LossReason, Next, Tenure};
 use super::{Inner, Loss};
+#[cfg(feature = "tokio")]
+use crate::awaiting;
 use crate::error::{Error, ErrorKind, Result};
 use crate::owner::Owner;
 use crate::sys::fork;
-use crate::wait::{CancelToken, Subject, Wait};
+use crate::trace;
+use crate::wait::{CancelToken, Patience, Subject, Wait};
 
 /// The longest that one renewal or release may take, besides a quarter of the ttl.
 const LONGEST_REQUEST: Duration = Duration::from_millis(250);
@@ -178,6 +181,7 @@ impl Held {
             return Err(self.lost(reason));
         }
         self.ended.cancel();
+        trace::released(&**self);
         // What did not work now the heartbeat tries again, as long as the record may stand in the way of others.
         match told {
             Err(_) => {
@@ -270,6 +274,7 @@ impl Held {
     #[cold]
     fn tell(self: &Arc<Self>, reason: LossReason) {
         self.ended.cancel();
+        trace::lost(&**self, self.token(), &reason);
         let Some(call) = self.lease.options.on_lost.clone() else { return };
         self.heart.tell(call, Loss { lock: self.describe(), token: self.token(), reason });
     }
@@ -296,6 +301,11 @@ impl Held {
 impl Subject for Held {
     fn describe(&self) -> String {
         self.lease.describe()
+    }
+
+    #[cfg(feature = "tracing")]
+    fn label(&self) -> (&'static str, String) {
+        ("lease", self.name().to_owned())
     }
 
     fn holder(&self) -> Option<Owner> {
@@ -360,23 +370,109 @@ impl LostSignal {
         let held = &self.0;
         let mut patience = None;
         loop {
-            if let Err(reason) = held.check() {
-                return Ok(reason);
-            }
-            wait.check(&**held)?;
-            let patience = match &mut patience {
-                Some(patience) => patience,
-                none => match wait.patience()? {
-                    Some(patience) => none.insert(patience),
-                    None => return Err(held.held()),
-                },
+            let patience = match self.look(wait, &mut patience)? {
+                Ok(patience) => patience,
+                Err(reason) => return Ok(reason),
             };
             // The heartbeat may itself be late in noticing the end.
             let event = held.ended.event()?;
-            if let Err(gave_up) = patience.readable_within(event.as_fd(), held.remaining())? {
+            if let Err(gave_up) = patience.wait(Some(event.as_fd()), held.remaining())? {
                 return Err(patience.error(gave_up, &**held));
             }
         }
+    }
+
+    /// As [`wait`](Self::wait), in a task. A signal can be awaited itself, too, where nothing else ends the wait.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> lockkit::Result<()> {
+    /// # let path = std::env::temp_dir().join(format!("lockkit-doc-lease-lost-async-{}", std::process::id()));
+    /// use lockkit::{Lease, LossReason, Wait};
+    /// let guard = Lease::file(&path).build()?.acquire_async(&Wait::forever()).await?;
+    /// let watcher = tokio::spawn(guard.lost().into_future());
+    /// guard.release_async().await?;
+    /// assert!(matches!(watcher.await.unwrap(), LossReason::Released));
+    /// # std::fs::remove_file(path).unwrap();
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`wait`](Self::wait), without `Io`; [`Unsupported`](ErrorKind::Unsupported) outside of a tokio runtime.
+    ///
+    /// # Panics
+    /// tokio does, when its runtime was built without a timer (`enable_time`).
+    #[cfg(feature = "tokio")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
+    pub async fn wait_async(&self, wait: &Wait) -> Result<LossReason> {
+        let held = &self.0;
+        let mut patience = None;
+        loop {
+            let patience = match self.look(wait, &mut patience)? {
+                Ok(patience) => patience,
+                Err(reason) => return Ok(reason),
+            };
+            awaiting::check_runtime()?;
+            let ended = async {
+                held.ended.cancelled().await;
+                Ok(())
+            };
+            if let Err(gave_up) = patience.wait_async(ended, held.remaining()).await? {
+                return Err(patience.error(gave_up, &**held));
+            }
+        }
+    }
+
+    /// Why the lease is not held any more, or with what patience to wait for that.
+    fn look<'p>(
+        &self,
+        wait: &Wait,
+        patience: &'p mut Option<Patience>,
+    ) -> Result<std::result::Result<&'p Patience, LossReason>> {
+        let held = &self.0;
+        if let Err(reason) = held.check() {
+            return Ok(Err(reason));
+        }
+        wait.check(&**held)?;
+        match patience {
+            Some(patience) => Ok(Ok(patience)),
+            none => match wait.patience() {
+                Some(patience) => Ok(Ok(none.insert(patience))),
+                None => Err(held.held()),
+            },
+        }
+    }
+}
+
+/// Waits in a task for the loss or the release.
+///
+/// ```
+/// # async fn example(leader: lockkit::LeaseGuard, work: impl Future<Output = ()> + Unpin) {
+/// use tokio::select;
+/// select! {
+///     () = work => {}
+///     reason = leader.lost() => eprintln!("no leader any more: {reason}"),
+/// }
+/// # }
+/// ```
+///
+/// # Panics
+/// tokio does, outside of its runtime and in one that was built without a timer (`enable_time`).
+#[cfg(feature = "tokio")]
+#[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
+impl IntoFuture for LostSignal {
+    type Output = LossReason;
+    type IntoFuture = std::pin::Pin<Box<dyn Future<Output = LossReason> + Send>>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        Box::pin(async move {
+            let held = &self.0;
+            while let Ok(()) = held.check() {
+                // The heartbeat may itself be late in noticing the end.
+                let _ = tokio::time::timeout(held.remaining(), held.ended.cancelled()).await;
+            }
+            held.check().err().unwrap_or(LossReason::Released)
+        })
     }
 }
 

@@ -37,6 +37,7 @@ mod tenure;
 mod tests;
 
 use std::fmt;
+use std::mem;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -53,9 +54,12 @@ pub use store::{
 };
 pub use tenure::LossReason;
 
+#[cfg(feature = "tokio")]
+use crate::awaiting;
 use crate::error::{Error, ErrorKind, Result};
 use crate::lock::{Guard, Recovered, lock_methods};
 use crate::owner::Owner;
+use crate::trace;
 use crate::wait::{GaveUp, Patience, Subject, Wait};
 
 /// The longest that a request may take which somebody waits for, besides a quarter of the ttl.
@@ -231,7 +235,14 @@ impl Lease {
     /// [`ForeignOwner`](ErrorKind::ForeignOwner) when another user than this one or root owns it, and
     /// [`Insecure`](ErrorKind::Insecure) when it is a link or no plain file.
     pub fn acquire(&self, wait: &Wait) -> Result<LeaseGuard> {
-        self.0.acquire(wait)
+        let found = Found { lease: &self.0, owner: None };
+        trace::acquire(&found, || self.0.acquire(wait))
+    }
+
+    #[cfg(feature = "tokio")]
+    async fn take_async(&self, wait: &Wait) -> Result<LeaseGuard> {
+        let (lease, found) = (self.0.clone(), Found { lease: &self.0, owner: None });
+        trace::acquire_async(&found, awaiting::on_a_thread(wait, &found, move |wait| lease.acquire(wait))).await
     }
 
     /// Who holds the lease now; `None` when nobody does, or nothing tells who. By the time it returns it may already
@@ -300,10 +311,11 @@ impl Inner {
             Heart::start().map_err(|error| Error::io("start the heartbeat thread for", self.name.as_str(), error))?;
         let mut claim = ClaimId::random();
         // From here on, so that a limit also bounds a store that does not answer.
-        let patience = wait.patience()?;
+        let patience = wait.patience();
         let mut recovered = None;
         let mut failures = 0;
         let mut is_answered = false;
+        let mut waits = false;
         loop {
             let by = match patience.as_ref().and_then(Patience::until) {
                 Some(until) => self.request().min(Deadline::from(until).max(Deadline::after(SHORTEST_REQUEST))),
@@ -325,7 +337,12 @@ impl Inner {
                     (failures, is_answered) = (0, true);
                     found.owner = seen.owner().cloned();
                     match &patience {
-                        Some(patience) => self.park(&seen, patience, &found)?,
+                        Some(patience) => {
+                            if !mem::replace(&mut waits, true) {
+                                trace::waiting(&found);
+                            }
+                            self.park(&seen, patience, &found)?;
+                        }
                         None => return Err(found.held()),
                     }
                     continue;
@@ -402,6 +419,11 @@ impl Subject for Found<'_> {
         self.lease.describe()
     }
 
+    #[cfg(feature = "tracing")]
+    fn label(&self) -> (&'static str, String) {
+        ("lease", self.lease.name.as_str().to_owned())
+    }
+
     fn holder(&self) -> Option<Owner> {
         self.owner.clone()
     }
@@ -412,7 +434,14 @@ impl Subject for Found<'_> {
     }
 }
 
-lock_methods!(Lease, LeaseGuard);
+lock_methods!(
+    Lease, LeaseGuard,
+    in_tasks: "It is done on a thread of its own, under any runtime ([`Io`](crate::ErrorKind::Io) when none can be started), for \
+               stores may block. When the future is dropped that thread stops waiting at once and ends; if a request is \
+               under way, when the store has answered or the request's time is over: a quarter of the ttl, or 2 seconds \
+               at most. What was granted until then it releases. A guard that is dropped in a task blocks it for a \
+               moment: see [`LeaseGuard::release_async`]."
+);
 
 impl fmt::Debug for Lease {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -494,6 +523,31 @@ impl LeaseGuard {
     /// [`Store`](ErrorKind::Store) when the store could not be told: the lease then runs out by itself.
     pub fn release(self) -> Result<()> {
         self.held.release()
+    }
+
+    /// As [`release`](Self::release), without blocking the thread: dropping the guard in a task blocks it for as long
+    /// as the store takes, a quarter of the ttl or 250 ms at most, and so does a renewal under way. It is done on a
+    /// thread of its own, and also when the future is dropped after its first poll.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> lockkit::Result<()> {
+    /// # let path = std::env::temp_dir().join(format!("lockkit-doc-lease-async-{}", std::process::id()));
+    /// use lockkit::{Lease, Wait};
+    /// let guard = Lease::file(&path).build()?.acquire_async(&Wait::forever()).await?;
+    /// guard.release_async().await?;
+    /// # std::fs::remove_file(path).unwrap();
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`release`](Self::release), and [`Io`](ErrorKind::Io) when no thread can be started: the lease is released all
+    /// the same, by this one.
+    #[cfg(feature = "tokio")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
+    pub async fn release_async(self) -> Result<()> {
+        let held = self.held.clone();
+        awaiting::elsewhere_do(&*held, move || self.release()).await
     }
 
     /// Whether the previous owner did not release: it died, or was silent for its ttl, or its record was unreadable.

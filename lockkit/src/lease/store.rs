@@ -196,11 +196,10 @@ pub trait LeaseStore: Send + Sync {
 
 /// Lets the time pass until `by` or `stop`.
 pub(super) fn sleep(by: Deadline, stop: &CancelToken) -> Result<(), StoreError> {
-    let slept = Wait::until(by.moment()).or_cancelled(stop).patience().and_then(|patience| match patience {
-        Some(patience) => patience.sleep(by.remaining()).map(drop),
+    match Wait::until(by.moment()).or_cancelled(stop).patience() {
+        Some(patience) => patience.sleep(by.remaining()).map(drop).map_err(StoreError::refused),
         None => Ok(()),
-    });
-    slept.map_err(StoreError::refused)
+    }
 }
 
 /// What a [`LeaseStore`] can do.

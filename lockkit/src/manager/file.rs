@@ -406,6 +406,11 @@ impl Subject for FolderLock {
         format!("lock {} of the lock table {}", self.id, self.folder.path.display())
     }
 
+    #[cfg(feature = "tracing")]
+    fn label(&self) -> (&'static str, String) {
+        ("folder", format!("{}#{}", self.folder.path.display(), self.id))
+    }
+
     fn holder(&self) -> Option<Owner> {
         let owner = mark::holder(&File::open(self.file.path()).ok()?)?;
         (owner.liveness_by_name() != Liveness::Dead).then_some(owner)

@@ -163,7 +163,7 @@ impl MemoryLock {
         let mut state = self.memory.state.lock();
         if state.held.contains_key(&self.id) {
             // Errors ask who holds the lock, so they are made without the mutex.
-            let patience = parking_lot::MutexGuard::unlocked(&mut state, || match wait.patience()? {
+            let patience = parking_lot::MutexGuard::unlocked(&mut state, || match wait.patience_for(self) {
                 Some(patience) => Ok(patience),
                 None => Err(self.held()),
             })?;
@@ -207,6 +207,11 @@ impl Releases for MemoryHold {
 impl Subject for MemoryLock {
     fn describe(&self) -> String {
         format!("lock {} of {DESCRIPTION}", self.id)
+    }
+
+    #[cfg(feature = "tracing")]
+    fn label(&self) -> (&'static str, String) {
+        ("memory", self.id.to_string())
     }
 
     fn holder(&self) -> Option<Owner> {

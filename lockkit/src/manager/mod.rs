@@ -25,11 +25,14 @@ mod word;
 
 use std::fmt;
 
+#[cfg(feature = "tokio")]
+use crate::awaiting;
 use crate::error::Result;
 use crate::lock::{Guard, Recovered, lock_methods};
 use crate::owner::Owner;
 use crate::sys::fork;
-use crate::wait::Wait;
+use crate::trace;
+use crate::wait::{Subject, Wait};
 
 pub use file::FileLockManager;
 pub use memory::InMemoryLockManager;
@@ -157,6 +160,31 @@ impl<H: Releases> AnyHold for Full<H> {
     }
 }
 
+/// The hold of an acquisition that was told of.
+#[cfg(feature = "tracing")]
+#[derive(Debug)]
+struct Traced {
+    lock: ManagedLock,
+    guard: ManagedGuard,
+    /// The process that holds, for a forked child has a copy; `None` once released.
+    generation: Option<u32>,
+}
+
+#[cfg(feature = "tracing")]
+impl AnyHold for Traced {
+    fn release(&mut self) -> Result<()> {
+        let released = self.guard.give_back();
+        if self.generation.take() == Some(fork::generation()) {
+            trace::released(self.lock.subject());
+        }
+        released
+    }
+
+    fn recovered(&self) -> Option<&Recovered> {
+        self.guard.recovered()
+    }
+}
+
 /// What one manager gives back, once.
 trait Releases: fmt::Debug + Send + Sync {
     fn release(&mut self) -> Result<()>;
@@ -198,12 +226,39 @@ impl ManagedLock {
     #[inline]
     pub fn acquire(&self, wait: &Wait) -> Result<ManagedGuard> {
         // What thousands of locks mostly are, in shared memory and free, is worth a few instructions in the caller.
-        if let Handle::Shm(lock) = &self.0
+        if !trace::is_on()
+            && let Handle::Shm(lock) = &self.0
             && let Some(taken) = lock.acquire_free(wait)
         {
             return Ok(ManagedGuard(Hold::Lean(taken)));
         }
-        self.acquire_any(wait).map(ManagedGuard)
+        trace::acquire(self.subject(), || self.take(wait))
+    }
+
+    #[cfg(feature = "tokio")]
+    async fn take_async(&self, wait: &Wait) -> Result<ManagedGuard> {
+        let lock = self.clone();
+        let taking = awaiting::at_once_or_on_a_thread(wait, self.subject(), move |wait| lock.take(wait));
+        trace::acquire_async(self.subject(), taking).await
+    }
+
+    fn subject(&self) -> &dyn Subject {
+        match &self.0 {
+            Handle::Shm(lock) => lock,
+            Handle::File(lock) => lock,
+            Handle::Memory(lock) => lock,
+        }
+    }
+
+    fn take(&self, wait: &Wait) -> Result<ManagedGuard> {
+        let guard = ManagedGuard(self.acquire_any(wait)?);
+        // So the release, where nobody listens, has nothing to ask.
+        #[cfg(feature = "tracing")]
+        if trace::is_on() {
+            let traced = Traced { lock: self.clone(), guard, generation: Some(fork::generation()) };
+            return Ok(ManagedGuard(Hold::Full(Box::new(traced))));
+        }
+        Ok(guard)
     }
 
     #[inline(never)]
@@ -245,7 +300,13 @@ impl ManagedLock {
     }
 }
 
-lock_methods!(ManagedLock, ManagedGuard);
+lock_methods!(
+    ManagedLock, ManagedGuard,
+    in_tasks: "A lock that is free is taken here. One that is held is waited for on a thread of its own, under any runtime \
+               ([`Io`](crate::ErrorKind::Io) when none can be started). When the future is dropped the thread ends \
+               within some 2 ms in shared memory and at once in a folder, and releases what it may get until then; in \
+               memory it is 2 ms, too."
+);
 
 /// A held [`ManagedLock`]; dropping it releases.
 ///

@@ -569,7 +569,7 @@ impl ShmLock {
     #[cold]
     fn acquire_held(&self, owner: u32, wait: &Wait) -> Result<Taken> {
         let word = &self.cell.word;
-        let Some(patience) = wait.patience()? else {
+        let Some(patience) = wait.patience_for(self) else {
             return word::take_now(word, owner, |owner| self.table.is_dead(owner)).ok_or_else(|| self.held());
         };
         let mut sleeper = Sleeper {
@@ -674,6 +674,11 @@ impl Releases for ShmHold {
 impl Subject for ShmLock {
     fn describe(&self) -> String {
         format!("lock {} of {}", self.id, self.table.describe())
+    }
+
+    #[cfg(feature = "tracing")]
+    fn label(&self) -> (&'static str, String) {
+        ("shm", format!("{}#{}", self.table.path.display(), self.id))
     }
 
     fn holder(&self) -> Option<Owner> {

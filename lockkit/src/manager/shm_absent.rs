@@ -103,6 +103,21 @@ impl ShmLock {
     }
 }
 
+impl Subject for ShmLock {
+    fn describe(&self) -> String {
+        match self.0 {}
+    }
+
+    #[cfg(feature = "tracing")]
+    fn label(&self) -> (&'static str, String) {
+        match self.0 {}
+    }
+
+    fn holder(&self) -> Option<Owner> {
+        match self.0 {}
+    }
+}
+
 impl Releases for ShmHold {
     fn release(&mut self) -> Result<()> {
         match self.0 {}

@@ -14,12 +14,15 @@ mod socket;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+#[cfg(feature = "tokio")]
+use crate::awaiting;
 use crate::error::{Error, Result};
 use crate::lock::{Guard, Recovered, lock_methods};
 use crate::name;
 use crate::owner::Owner;
 use crate::sys::folder::{self, Sharing};
 use crate::sys::fork;
+use crate::trace;
 use crate::wait::{Subject, Wait};
 
 /// Who shares a name.
@@ -209,6 +212,28 @@ impl NamedLock {
     /// [`Insecure`](crate::ErrorKind::Insecure) when that folder is open to others;
     /// [`Io`](crate::ErrorKind::Io) when the system refuses, as when no descriptor is left.
     pub fn acquire(&self, wait: &Wait) -> Result<NamedGuard> {
+        trace::acquire(&*self.0, || self.take(wait))
+    }
+
+    #[cfg(feature = "tokio")]
+    async fn take_async(&self, wait: &Wait) -> Result<NamedGuard> {
+        trace::acquire_async(&*self.0, async {
+            match &self.0.engine {
+                #[cfg(target_os = "linux")]
+                Engine::Socket(engine) => {
+                    let (socket, recovered) = engine.acquire_async(wait, &*self.0).await?;
+                    Ok(self.guard(Hold::Socket(socket), recovered))
+                }
+                Engine::File(_) => {
+                    let lock = self.clone();
+                    awaiting::at_once_or_on_a_thread(wait, &*self.0, move |wait| lock.take(wait)).await
+                }
+            }
+        })
+        .await
+    }
+
+    fn take(&self, wait: &Wait) -> Result<NamedGuard> {
         let (hold, recovered) = match &self.0.engine {
             #[cfg(target_os = "linux")]
             Engine::Socket(engine) => {
@@ -220,7 +245,11 @@ impl NamedLock {
                 (Hold::File(file), recovered)
             }
         };
-        Ok(NamedGuard { named: self.0.clone(), hold: Some(hold), recovered, generation: fork::generation() })
+        Ok(self.guard(hold, recovered))
+    }
+
+    fn guard(&self, hold: Hold, recovered: Option<Box<Recovered>>) -> NamedGuard {
+        NamedGuard { named: self.0.clone(), hold: Some(hold), recovered, generation: fork::generation() }
     }
 
     /// Who holds the lock now; `None` when nobody does. By the time it returns it may already be past.
@@ -236,7 +265,14 @@ impl NamedLock {
     }
 }
 
-lock_methods!(NamedLock, NamedGuard);
+lock_methods!(
+    NamedLock, NamedGuard,
+    in_tasks: "With the socket backend the wait is the runtime's own, woken by the kernel through its reactor: no thread, and \
+               one descriptor, which is closed with the future. It must be a tokio runtime \
+               ([`Unsupported`](crate::ErrorKind::Unsupported) otherwise) with I/O and time (`enable_all`, or tokio \
+               panics). With the file backend a lock that is held is waited for on a thread of its own, as with \
+               [`FileLock::acquire_async`](crate::FileLock::acquire_async)."
+);
 
 impl Named {
     fn owner(&self) -> Result<Option<Owner>> {
@@ -254,6 +290,11 @@ impl Subject for Named {
             Scope::User => format!("the named lock {:?}", self.name),
             Scope::Machine => format!("the machine-wide named lock {:?}", self.name),
         }
+    }
+
+    #[cfg(feature = "tracing")]
+    fn label(&self) -> (&'static str, String) {
+        ("named", self.name.clone())
     }
 
     fn holder(&self) -> Option<Owner> {
@@ -385,7 +426,7 @@ impl NamedGuard {
         if self.generation != fork::generation() {
             return Ok(());
         }
-        match (&self.named.engine, hold) {
+        let released = match (&self.named.engine, hold) {
             #[cfg(target_os = "linux")]
             (Engine::Socket(engine), Hold::Socket(socket)) => {
                 engine.release(socket);
@@ -394,7 +435,9 @@ impl NamedGuard {
             (Engine::File(engine), Hold::File(file)) => engine.release(file),
             #[cfg(target_os = "linux")]
             _ => unreachable!("a hold belongs to the engine that made it"),
-        }
+        };
+        trace::released(&*self.named);
+        released
     }
 }
 

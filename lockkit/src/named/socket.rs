@@ -15,12 +15,14 @@
 
 use std::os::fd::AsFd;
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::io::Errno;
 
 use super::abstracts;
 use super::mark::Mark;
+#[cfg(feature = "tokio")]
+use crate::awaiting;
 use crate::error::{Error, ErrorKind, Result};
 use crate::lock::Recovered;
 use crate::owner::{Liveness, Owner};
@@ -29,7 +31,7 @@ use crate::sys::event;
 use crate::sys::folder::Sharing;
 use crate::sys::fork::Shielded;
 use crate::sys::seqpacket::{self, Address, Peer, Reached, Received};
-use crate::wait::{Backoff, Subject, Wait};
+use crate::wait::{Backoff, Patience, Subject, Wait, Waited};
 
 /// For how long somebody who does not want to wait looks again at a lock that seems to be held by nobody alive: its
 /// holder is about to begin or to end, or its socket is still open in a child that is about to start a program.
@@ -43,14 +45,78 @@ pub(super) struct SocketLock {
     mark: OnceLock<Mark>,
 }
 
+/// The listening socket, and who died with it.
+type Taken = (Shielded, Option<Box<Recovered>>);
+
+/// An acquisition that has found the lock held: what it does between its sleeps, whoever sleeps, a thread or a task.
+struct Turn<'l> {
+    lock: &'l SocketLock,
+    subject: &'l dyn Subject,
+    patience: Patience,
+    /// Who does not want to wait waits for a [`MOMENT`] all the same, unless somebody holds the lock who lives.
+    is_brief: bool,
+    backoff: Backoff,
+    /// In the holder's queue, if it could be reached.
+    connection: Option<Shielded>,
+}
+
 /// What came of one attempt.
 enum Attempt {
-    /// The lock is taken.
-    Won(Shielded),
-    /// It is held, and this connection stands in the holder's queue.
-    Queued(Shielded),
-    /// It is held, but nobody can be reached: the holder is about to listen or to end, or has a full queue.
-    Unreachable,
+    Taken(Taken),
+    /// It is held. Sleep until the connection brings something, if there is one, but no longer than this; then
+    /// [`wake`](Turn::wake).
+    Sleep(Duration),
+}
+
+impl<'l> Turn<'l> {
+    #[cold]
+    fn begin(lock: &'l SocketLock, wait: &Wait, subject: &'l dyn Subject) -> Self {
+        let patience = wait.patience_for(subject);
+        let is_brief = patience.is_none();
+        let moment = if lock.mark().is_some() { MOMENT } else { Duration::ZERO };
+        let patience = patience.unwrap_or_else(|| Patience::brief(moment));
+        Self { lock, subject, patience, is_brief, backoff: Backoff::new(), connection: None }
+    }
+
+    /// Binds the name, or queues up at its holder.
+    fn attempt(&mut self) -> Result<Attempt> {
+        if self.is_brief && self.lock.living_holder().is_some() {
+            return Err(self.subject.held());
+        }
+        if self.connection.is_none() {
+            if let Some(socket) = self.lock.listen()? {
+                return Ok(Attempt::Taken(self.lock.begin(socket)));
+            }
+            self.connection = self.lock.queue_up(self.subject)?;
+            if !self.is_brief && self.connection.is_some() {
+                if let Some(mark) = self.lock.mark() {
+                    mark.set_waited_for();
+                    step("waiter written down");
+                }
+                self.backoff = Backoff::new();
+            }
+        }
+        Ok(Attempt::Sleep(match &self.connection {
+            Some(_) if !self.is_brief => Duration::MAX,
+            _ => self.backoff.next(),
+        }))
+    }
+
+    /// Takes what has arrived, also when the time is over.
+    fn wake(&mut self, waited: Waited) -> Result<Option<Taken>> {
+        if let Some(connection) = &self.connection {
+            match self.lock.receive(connection)? {
+                Received::Lock(socket) => return self.lock.take_over(socket).map(Some),
+                Received::HungUp => self.connection = None,
+                Received::Nothing => {}
+            }
+        }
+        match waited {
+            Ok(()) => Ok(None),
+            Err(_) if self.is_brief => Err(self.subject.held()),
+            Err(gave_up) => Err(self.patience.error(gave_up, self.subject)),
+        }
+    }
 }
 
 impl SocketLock {
@@ -67,81 +133,58 @@ impl SocketLock {
         Ok(Self { name: name.to_owned(), sharing, address, mark: OnceLock::new() })
     }
 
-    pub(super) fn acquire(&self, wait: &Wait, subject: &dyn Subject) -> Result<(Shielded, Option<Box<Recovered>>)> {
-        wait.check(subject)?;
-        if let Some(socket) = self.listen()? {
-            return Ok((socket, self.begin()));
+    pub(super) fn acquire(&self, wait: &Wait, subject: &dyn Subject) -> Result<Taken> {
+        if let Some(taken) = self.acquire_free(wait, subject)? {
+            return Ok(taken);
         }
-        let Some(patience) = wait.patience()? else {
-            return self.acquire_in_a_moment(subject);
-        };
-        let mut backoff = Backoff::new();
+        let mut turn = Turn::begin(self, wait, subject);
         loop {
-            let waited = match self.attempt(subject)? {
-                Attempt::Won(socket) => return Ok((socket, self.begin())),
-                Attempt::Unreachable => patience.sleep(backoff.next())?,
-                Attempt::Queued(connection) => {
-                    if let Some(mark) = self.mark() {
-                        mark.set_waited_for();
-                        step("waiter written down");
-                    }
-                    let waited = patience.readable(connection.as_fd())?;
-                    // Also when the time is over: what has arrived is taken.
-                    if let Received::Lock(socket) = self.receive(&connection)? {
-                        return self.take_over(socket);
-                    }
-                    backoff = Backoff::new();
-                    waited
-                }
+            let pause = match turn.attempt()? {
+                Attempt::Taken(taken) => return Ok(taken),
+                Attempt::Sleep(pause) => pause,
             };
-            if let Err(gave_up) = waited {
-                return Err(patience.error(gave_up, subject));
+            let waited = turn.patience.wait(turn.connection.as_ref().map(|queued| queued.as_fd()), pause)?;
+            if let Some(taken) = turn.wake(waited)? {
+                return Ok(taken);
             }
         }
     }
 
-    /// Takes the lock if it is free, or if the record names no living holder and it comes free within a [`MOMENT`].
-    #[cold]
-    fn acquire_in_a_moment(&self, subject: &dyn Subject) -> Result<(Shielded, Option<Box<Recovered>>)> {
-        let moment = Instant::now() + if self.mark().is_some() { MOMENT } else { Duration::ZERO };
-        let mut backoff = Backoff::new();
-        let mut queued = None;
-        while self.living_holder().is_none() {
-            let pause = backoff.next();
-            match &queued {
-                None => match self.attempt(subject)? {
-                    Attempt::Won(socket) => return Ok((socket, self.begin())),
-                    Attempt::Queued(connection) => queued = Some(connection),
-                    Attempt::Unreachable => std::thread::sleep(pause),
-                },
-                Some(connection) => {
-                    event::wait(Some(connection.as_fd()), None, Some(Instant::now() + pause))
-                        .map_err(|error| Error::io("wait on", self.path(), error))?;
-                    match self.receive(connection)? {
-                        Received::Lock(socket) => return self.take_over(socket),
-                        Received::HungUp => queued = None,
-                        Received::Nothing => {}
-                    }
-                }
-            }
-            if Instant::now() >= moment {
-                break;
+    /// As [`acquire`](Self::acquire), asleep on the reactor. Dropping the future closes the connection, so the holder
+    /// passes this waiter over, or the kernel closes the socket that was on its way here.
+    #[cfg(feature = "tokio")]
+    pub(super) async fn acquire_async(&self, wait: &Wait, subject: &dyn Subject) -> Result<Taken> {
+        awaiting::check_runtime()?;
+        if let Some(taken) = self.acquire_free(wait, subject)? {
+            return Ok(taken);
+        }
+        let mut turn = Turn::begin(self, wait, subject);
+        loop {
+            let pause = match turn.attempt()? {
+                Attempt::Taken(taken) => return Ok(taken),
+                Attempt::Sleep(pause) => pause,
+            };
+            let readable = awaiting::readable(turn.connection.as_ref().map(|queued| queued.as_fd()));
+            let waited = turn.patience.wait_async(readable, pause).await?;
+            if let Some(taken) = turn.wake(waited)? {
+                return Ok(taken);
             }
         }
-        Err(subject.held())
     }
 
-    /// Binds the name, or queues up at its holder.
-    fn attempt(&self, subject: &dyn Subject) -> Result<Attempt> {
-        if let Some(socket) = self.listen()? {
-            return Ok(Attempt::Won(socket));
-        }
+    fn acquire_free(&self, wait: &Wait, subject: &dyn Subject) -> Result<Option<Taken>> {
+        wait.check(subject)?;
+        Ok(self.listen()?.map(|socket| self.begin(socket)))
+    }
+
+    /// Queues up at the holder; `None` when it cannot be reached.
+    fn queue_up(&self, subject: &dyn Subject) -> Result<Option<Shielded>> {
         match seqpacket::connect(&self.address).map_err(|error| self.io("connect to", error))? {
-            Reached::Nobody | Reached::Full => Ok(Attempt::Unreachable),
+            Reached::Nobody | Reached::Full => Ok(None),
             Reached::Queue(connection) => {
                 let Peer { uid, pid } = self.peer(&connection)?;
                 if self.trusts(uid) {
-                    return Ok(Attempt::Queued(connection));
+                    return Ok(Some(connection));
                 }
                 let pid = (pid != 0).then_some(pid);
                 Err(ErrorKind::ForeignOwner { lock: subject.describe(), uid, pid }.into())
@@ -154,11 +197,10 @@ impl SocketLock {
     }
 
     /// Makes the socket that the holder before handed over this process's own.
-    fn take_over(&self, socket: Shielded) -> Result<(Shielded, Option<Box<Recovered>>)> {
+    fn take_over(&self, socket: Shielded) -> Result<Taken> {
         seqpacket::listen(&socket).map_err(|error| self.io("listen on", error))?;
         // A record that is still there is older than the holder before, who released.
-        self.begin();
-        Ok((socket, None))
+        Ok((self.begin(socket).0, None))
     }
 
     fn receive(&self, connection: &Shielded) -> Result<Received> {
@@ -251,8 +293,8 @@ impl SocketLock {
     }
 
     /// Writes down who holds now, and says whether the holder before died.
-    fn begin(&self) -> Option<Box<Recovered>> {
-        self.mark()?.take()
+    fn begin(&self, socket: Shielded) -> Taken {
+        (socket, self.mark().and_then(Mark::take))
     }
 
     /// The record, as soon as it could be opened: what prevents that may pass.

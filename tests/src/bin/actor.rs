@@ -1,6 +1,6 @@
 //! The second process of the tests; see `lockkit_tests::actor`, `chaos` and `steps`.
 
-use lockkit_tests::{Spec, actor, chaos, faults, instances, leases, managers, rogue, steps};
+use lockkit_tests::{Spec, actor, chaos, faults, instances, leases, managers, rogue, steps, tasks};
 
 fn main() {
     // What an instance is called with may be any bytes.
@@ -29,10 +29,13 @@ fn main() {
             leases::take_part(&leases::Terms::parse(terms), log.as_ref(), seed.parse().expect("a seed"));
         }
         [spec, "closed", go] => faults::lock_on_the_standard_descriptors(&Spec::parse(spec), go.as_ref()),
+        [spec, "tasks", flavor, rounds] => {
+            tasks::drop_often(&Spec::parse(spec), flavor, rounds.parse().expect("a number"))
+        }
         [spec, "closed-input"] => lockkit_tests::suite::lock_on_descriptor_zero(&Spec::parse(spec)),
         [spec, "steps", scenario] => steps::play(&Spec::parse(spec), scenario),
         _ => panic!(
-            "actor [stormed] squat NAME | queue NAME | intrude UID/NAME | pretend UID/NAME | instance NAME … | table TABLE | lease TERMS [chaos LOG SEED] | SPEC [chaos LOG SEED | stress COUNTER ROUNDS | closed-input | closed FILE | steps SCENARIO]"
+            "actor [stormed] squat NAME | queue NAME | intrude UID/NAME | pretend UID/NAME | instance NAME … | table TABLE | lease TERMS [chaos LOG SEED] | SPEC [chaos LOG SEED | stress COUNTER ROUNDS | tasks FLAVOR ROUNDS | closed-input | closed FILE | steps SCENARIO]"
         ),
     }
 }

@@ -1,0 +1,179 @@
+//! What locks tell subscribers of [tracing](https://docs.rs/tracing) (feature `tracing`).
+//!
+//! | level | message | fields besides `kind` and `name` |
+//! |---|---|---|
+//! | span, debug | `acquire`, around each acquisition | |
+//! | debug | `waiting`: the lock is held | `holder` |
+//! | debug | `acquired` | `waited` (seconds) |
+//! | debug | `not acquired` | `waited`, `error` |
+//! | warn | `recovered`: the owner before died holding it | `recovered` |
+//! | error | `lost`: a lease has ended before its release | `token`, `reason` |
+//! | trace | `released` | |
+//!
+//! Every acquisition goes through [`acquire`] or [`acquire_async`], so the kinds of lock know nothing of spans. As long
+//! as nobody listens each is one comparison with tracing's highest level; without the feature it is nothing at all.
+
+#[cfg(feature = "tracing")]
+mod told {
+    use std::fmt::Display;
+    use std::time::Instant;
+
+    use tracing::level_filters::LevelFilter;
+    use tracing::{Span, debug, debug_span, error, trace, warn};
+
+    use crate::error::Result;
+    use crate::lock::Guard;
+    use crate::wait::Subject;
+
+    /// Whether anybody listens, to whatever level.
+    #[inline]
+    pub(crate) fn is_on() -> bool {
+        LevelFilter::current() != LevelFilter::OFF
+    }
+
+    /// Tells of an acquisition.
+    #[inline]
+    pub(crate) fn acquire<G: Guard>(lock: &dyn Subject, take: impl FnOnce() -> Result<G>) -> Result<G> {
+        if is_on() { Acquisition::of(lock).tell(take) } else { take() }
+    }
+
+    /// Tells of an acquisition by a task.
+    #[cfg(feature = "tokio")]
+    pub(crate) async fn acquire_async<G: Guard>(
+        lock: &dyn Subject,
+        taking: impl Future<Output = Result<G>>,
+    ) -> Result<G> {
+        use tracing::Instrument;
+        if !is_on() {
+            return taking.await;
+        }
+        let acquisition = Acquisition::of(lock);
+        let taken = taking.instrument(acquisition.span.clone()).await;
+        acquisition.span.in_scope(|| acquisition.told(taken))
+    }
+
+    /// The work in the span and for the subscriber of this thread, wherever it is done.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn carried<T>(work: impl FnOnce() -> T) -> impl FnOnce() -> T {
+        let (span, subscriber) = (Span::current(), tracing::dispatcher::get_default(Clone::clone));
+        move || tracing::dispatcher::with_default(&subscriber, || span.in_scope(work))
+    }
+
+    /// The lock was found held, and is waited for.
+    #[inline]
+    pub(crate) fn waiting(lock: &dyn Subject) {
+        /// Asking who holds is not for nothing.
+        #[cold]
+        fn tell(lock: &dyn Subject) {
+            let (kind, name) = lock.label();
+            let holder = lock.holder().map(|owner| owner.describe());
+            debug!(target: "lockkit", kind, name, holder, "waiting");
+        }
+        if LevelFilter::current() >= LevelFilter::DEBUG {
+            tell(lock);
+        }
+    }
+
+    /// The lock was given back.
+    #[inline]
+    pub(crate) fn released(lock: &dyn Subject) {
+        #[cold]
+        fn tell(lock: &dyn Subject) {
+            let (kind, name) = lock.label();
+            trace!(target: "lockkit", kind, name, "released");
+        }
+        if LevelFilter::current() >= LevelFilter::TRACE {
+            tell(lock);
+        }
+    }
+
+    /// The lease has ended without its holder's doing.
+    pub(crate) fn lost(lock: &dyn Subject, token: u64, reason: &dyn Display) {
+        if is_on() {
+            let (kind, name) = lock.label();
+            error!(target: "lockkit", kind, name, token, %reason, "lost");
+        }
+    }
+
+    struct Acquisition {
+        kind: &'static str,
+        name: String,
+        since: Instant,
+        span: Span,
+    }
+
+    impl Acquisition {
+        #[cold]
+        fn of(lock: &dyn Subject) -> Self {
+            let (kind, name) = lock.label();
+            let span = debug_span!(target: "lockkit", "acquire", kind, name);
+            Self { kind, name, since: Instant::now(), span }
+        }
+
+        #[cold]
+        fn tell<G: Guard>(self, take: impl FnOnce() -> Result<G>) -> Result<G> {
+            self.span.in_scope(|| self.told(take()))
+        }
+
+        fn told<G: Guard>(&self, taken: Result<G>) -> Result<G> {
+            let Self { kind, name, since, .. } = self;
+            let waited = since.elapsed().as_secs_f64();
+            match &taken {
+                Ok(guard) => {
+                    debug!(target: "lockkit", kind, name, waited, "acquired");
+                    if let Some(recovered) = guard.recovered() {
+                        warn!(target: "lockkit", kind, name, %recovered, "recovered");
+                    }
+                }
+                Err(error) => debug!(target: "lockkit", kind, name, waited, %error, "not acquired"),
+            }
+            taken
+        }
+    }
+}
+
+#[cfg(feature = "tracing")]
+pub(crate) use told::*;
+
+#[cfg(not(feature = "tracing"))]
+mod untold {
+    use std::fmt::Display;
+
+    use crate::error::Result;
+    use crate::wait::Subject;
+
+    #[inline(always)]
+    pub(crate) fn is_on() -> bool {
+        false
+    }
+
+    #[inline(always)]
+    pub(crate) fn acquire<G>(_lock: &dyn Subject, take: impl FnOnce() -> Result<G>) -> Result<G> {
+        take()
+    }
+
+    #[cfg(feature = "tokio")]
+    pub(crate) fn acquire_async<G>(
+        _lock: &dyn Subject,
+        taking: impl Future<Output = Result<G>>,
+    ) -> impl Future<Output = Result<G>> {
+        taking
+    }
+
+    #[cfg(feature = "tokio")]
+    pub(crate) fn carried<T>(work: impl FnOnce() -> T) -> impl FnOnce() -> T {
+        work
+    }
+
+    #[inline(always)]
+    pub(crate) fn waiting(_lock: &dyn Subject) {}
+
+    #[inline(always)]
+    pub(crate) fn released(_lock: &dyn Subject) {}
+
+    #[inline(always)]
+    pub(crate) fn lost(_lock: &dyn Subject, _token: u64, _reason: &dyn Display) {}
+}
+
+#[cfg(not(feature = "tracing"))]
+pub(crate) use untold::*;

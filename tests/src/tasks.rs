@@ -1,0 +1,309 @@
+//! The cases of waiting for locks in tasks that every kind must pass, on runtimes of one thread and of several.
+//!
+//! Each is a function of the [`Kind`] and of a [`Runtime`]; [`task_suite!`](crate::task_suite!) makes tests of each for
+//! one kind.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use lockkit::{CancelToken, Wait};
+use tokio::runtime::{Builder, Runtime};
+use tokio::time::timeout;
+
+use crate::chaos::Dice;
+use crate::kinds::{AnyGuard, AnyLock};
+use crate::suite::told;
+use crate::{Actor, Belongings, Kind, LIVELY, Spec, until};
+
+/// Makes a module `$module` with a test for every case, for one kind of lock and both kinds of runtime. With `alone`
+/// only those that need no other process.
+#[macro_export]
+macro_rules! task_suite {
+    ($module:ident, $kind:expr) => {
+        $crate::task_suite!($module, $kind;
+            a_task_takes_and_releases_and_takes_again,
+            a_task_that_timed_out_gets_in_after_the_release,
+            a_waiting_task_is_cancelled_at_once,
+            tasks_go_on_while_another_waits,
+            guards_live_across_awaits_on_other_threads,
+            a_waiting_task_goes_on_when_another_process_releases,
+            a_killed_holder_frees_the_lock_for_a_waiting_task,
+            futures_dropped_at_any_moment_leave_nothing_behind,
+        );
+    };
+    ($module:ident, $kind:expr, alone) => {
+        $crate::task_suite!($module, $kind;
+            a_task_takes_and_releases_and_takes_again,
+            a_task_that_timed_out_gets_in_after_the_release,
+            a_waiting_task_is_cancelled_at_once,
+            tasks_go_on_while_another_waits,
+            guards_live_across_awaits_on_other_threads,
+        );
+    };
+    ($module:ident, $kind:expr; $($case:ident,)*) => {
+        mod $module {
+            mod on_one_thread {
+                $(#[test]
+                fn $case() {
+                    $crate::tasks::$case($kind, "one");
+                })*
+            }
+            mod on_several_threads {
+                $(#[test]
+                fn $case() {
+                    $crate::tasks::$case($kind, "several");
+                })*
+            }
+        }
+    };
+}
+
+/// A short wait, for takers that are meant to time out.
+const SHORT: Wait = Wait::at_most(Duration::from_millis(20));
+
+/// A runtime of `one` thread or of `several`.
+pub fn runtime(flavor: &str) -> Runtime {
+    let mut builder = match flavor {
+        "one" => Builder::new_current_thread(),
+        _ => Builder::new_multi_thread(),
+    };
+    builder.worker_threads(3).enable_all().build().expect("a runtime")
+}
+
+/// Lets the runtime go on until the future waits for something that is not there.
+async fn started<T>(taking: &mut (impl Future<Output = T> + Unpin)) {
+    assert!(timeout(Duration::from_millis(20), taking).await.is_err(), "it did not wait");
+}
+
+#[allow(missing_docs)] // Their names are sentences.
+mod cases {
+    use super::*;
+
+    pub fn a_task_takes_and_releases_and_takes_again(kind: Kind, flavor: &str) {
+        let spec = kind.fresh();
+        let lock = spec.open();
+        runtime(flavor).block_on(async {
+            for wait in [Wait::none(), Wait::forever(), Wait::at_most(LIVELY), SHORT] {
+                let guard = lock.acquire_async(&wait).await.unwrap();
+                assert_eq!(guard.recovered(), None);
+                guard.release().unwrap();
+            }
+        });
+        spec.clean();
+    }
+
+    pub fn a_task_that_timed_out_gets_in_after_the_release(kind: Kind, flavor: &str) {
+        let spec = kind.fresh();
+        let (lock, holder) = (spec.open(), spec.rival());
+        runtime(flavor).block_on(async {
+            let guard = holder.acquire_async(&Wait::none()).await.unwrap();
+            let error = lock.acquire_async(&Wait::none()).await.err().unwrap();
+            assert!(error.is_held(), "{error}");
+            for wait in [SHORT, Wait::at_most(Duration::ZERO), Wait::until(std::time::Instant::now())] {
+                let error = lock.acquire_async(&wait).await.err().unwrap();
+                assert!(error.is_timeout(), "{error}");
+            }
+            drop(guard);
+            lock.acquire_async(&Wait::none()).await.unwrap();
+        });
+        spec.clean();
+    }
+
+    pub fn a_waiting_task_is_cancelled_at_once(kind: Kind, flavor: &str) {
+        let spec = kind.fresh();
+        let lock = spec.open();
+        runtime(flavor).block_on(async {
+            let guard = lock.acquire_async(&Wait::none()).await.unwrap();
+            let token = CancelToken::new();
+            for wait in [Wait::forever(), Wait::at_most(LIVELY * 4)] {
+                let wait = wait.or_cancelled(&token);
+                let mut takings = [lock.acquire_async(&wait), lock.acquire_async(&wait)];
+                if !token.is_cancelled() {
+                    for taking in &mut takings {
+                        started(taking).await;
+                    }
+                    token.cancel();
+                }
+                for taking in takings {
+                    let error = timeout(LIVELY, taking).await.expect("it ends").err().unwrap();
+                    assert!(error.is_cancelled(), "{error}");
+                }
+            }
+            drop(guard);
+            // A cancelled token refuses even a free lock.
+            let refused = lock.acquire_async(&Wait::none().or_cancelled(&token)).await;
+            assert!(refused.err().unwrap().is_cancelled());
+            lock.acquire_async(&Wait::none()).await.unwrap();
+        });
+        spec.clean();
+    }
+
+    pub fn tasks_go_on_while_another_waits(kind: Kind, flavor: &str) {
+        let spec = kind.fresh();
+        let lock: Arc<dyn AnyLock> = spec.open().into();
+        runtime(flavor).block_on(async {
+            let guard = lock.acquire_async(&Wait::none()).await.unwrap();
+            let waiters: Vec<_> = (0..4)
+                .map(|_| {
+                    let lock = lock.clone();
+                    tokio::spawn(async move { lock.acquire_async(&Wait::at_most(LIVELY)).await.map(drop) })
+                })
+                .collect();
+            // On one thread none of this would come to pass if a waiter blocked it.
+            for _ in 0..20 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            assert!(waiters.iter().all(|waiter| !waiter.is_finished()));
+            drop(guard);
+            for waiter in waiters {
+                waiter.await.unwrap().unwrap();
+            }
+        });
+        spec.clean();
+    }
+
+    pub fn guards_live_across_awaits_on_other_threads(kind: Kind, flavor: &str) {
+        let spec = kind.fresh();
+        let lock: Arc<dyn AnyLock> = spec.open().into();
+        let (inside, count) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
+        runtime(flavor).block_on(async {
+            let workers: Vec<_> = (0..8)
+                .map(|_| {
+                    let (lock, inside, count) = (lock.clone(), inside.clone(), count.clone());
+                    tokio::spawn(async move {
+                        for _ in 0..5 {
+                            let guard = lock.acquire_async(&Wait::at_most(LIVELY)).await.unwrap();
+                            assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "two are inside");
+                            tokio::task::yield_now().await;
+                            tokio::time::sleep(Duration::from_micros(100)).await;
+                            assert_eq!(inside.fetch_sub(1, Ordering::SeqCst), 1, "two are inside");
+                            count.fetch_add(1, Ordering::SeqCst);
+                            drop(guard);
+                        }
+                    })
+                })
+                .collect();
+            for worker in workers {
+                worker.await.unwrap();
+            }
+        });
+        assert_eq!(count.load(Ordering::SeqCst), 40);
+        spec.clean();
+    }
+
+    pub fn a_waiting_task_goes_on_when_another_process_releases(kind: Kind, flavor: &str) {
+        let spec = kind.fresh();
+        let mut holder = Actor::start(&spec);
+        let lock = spec.open();
+        runtime(flavor).block_on(async {
+            for wait in [Wait::forever(), Wait::at_most(LIVELY)] {
+                holder.expect("try", "held");
+                let mut taking = lock.acquire_async(&wait);
+                started(&mut taking).await;
+                holder.expect("release", "released");
+                let guard: Box<dyn AnyGuard> = timeout(LIVELY, taking).await.expect("it gets the lock").unwrap();
+                assert_eq!(guard.recovered(), None);
+                assert!(holder.ask("try").starts_with("error Held"));
+                guard.release().unwrap();
+            }
+        });
+        spec.clean();
+    }
+
+    pub fn a_killed_holder_frees_the_lock_for_a_waiting_task(kind: Kind, flavor: &str) {
+        let spec = kind.fresh();
+        let mut holder = Actor::start(&spec);
+        holder.expect("lock", "held");
+        let lock = spec.open();
+        runtime(flavor).block_on(async {
+            let wait = Wait::forever();
+            let mut taking = lock.acquire_async(&wait);
+            started(&mut taking).await;
+            holder.kill();
+            let guard: Box<dyn AnyGuard> = timeout(LIVELY, taking).await.expect("it gets the lock").unwrap();
+            let answer = guard.recovered().map_or("held".to_owned(), |died| format!("held recovered {died}"));
+            assert_eq!(answer, told(kind, holder.pid()));
+        });
+        spec.clean();
+    }
+
+    pub fn futures_dropped_at_any_moment_leave_nothing_behind(kind: Kind, flavor: &str) {
+        let spec = kind.fresh();
+        let mut other = Actor::start(&spec);
+        let mut drops = Actor::start_tasks(&spec, flavor, 1000);
+        let answer = loop {
+            // However many have just given up, none keeps the lock from others.
+            other.expect("lock-for 30000", "held");
+            if let Some(answer) = drops.answered() {
+                break answer;
+            }
+            other.expect("release", "released");
+        };
+        assert_eq!(answer, "dropped");
+        other.expect("release", "released");
+        // And none takes it later.
+        assert!(drops.finish().success());
+        other.expect("try", "held");
+        spec.clean();
+    }
+}
+pub use cases::*;
+
+/// Waits for the lock in tasks and drops the futures at random moments, alone and beside another; then what this
+/// process has is what it had before. Answers `dropped`.
+pub fn drop_often(spec: &Spec, flavor: &str, rounds: u32) {
+    let lock: Arc<dyn AnyLock> = spec.open().into();
+    let mut dice = Dice::new(std::process::id().into());
+    let runtime = runtime(flavor);
+    let round = async |dice: &mut Dice| {
+        let pause = Duration::from_micros(dice.roll(1500));
+        let waiter = tokio::spawn({
+            let lock = lock.clone();
+            let pause = Duration::from_micros(dice.roll(1500));
+            async move { timeout(pause, lock.acquire_async(&Wait::forever())).await.map(|taken| taken.map(drop)) }
+        });
+        let wait = Wait::at_most(LIVELY);
+        tokio::select! {
+            taken = lock.acquire_async(&wait) => drop(taken.expect("the lock")),
+            () = tokio::time::sleep(pause) => {}
+        }
+        // Sockets are waited for on the reactor.
+        assert!(!spec.kind().is_fair() || waiting_threads() == 0);
+        if dice.roll(4) == 0 {
+            waiter.abort();
+        }
+        match waiter.await {
+            Ok(Ok(taken)) => taken.expect("the lock"),
+            Ok(Err(_)) => {}
+            Err(ended) => assert!(ended.is_cancelled(), "{ended}"),
+        }
+    };
+    runtime.block_on(async {
+        // What a process keeps from its first wait on is there once a few have been at it.
+        for _ in 0..10 {
+            round(&mut dice).await;
+        }
+        drop(lock.acquire_async(&Wait::at_most(LIVELY)).await.expect("the lock"));
+    });
+    until("the first waits have ended", || waiting_threads() == 0);
+    let own = || Belongings::of(std::process::id());
+    let before = own();
+    runtime.block_on(async {
+        for _ in 0..rounds {
+            round(&mut dice).await;
+        }
+        drop(lock.acquire_async(&Wait::at_most(LIVELY)).await.expect("the lock"));
+    });
+    until("the last waits have ended", || waiting_threads() == 0);
+    assert_eq!(own(), before);
+    println!("dropped");
+}
+
+/// How many threads wait for locks on behalf of tasks.
+fn waiting_threads() -> usize {
+    let threads = std::fs::read_dir("/proc/self/task").expect("/proc").flatten();
+    let name = |thread: &std::fs::DirEntry| std::fs::read_to_string(thread.path().join("comm"));
+    // One without a name is just ending.
+    threads.filter(|thread| name(thread).map_or(true, |name| name.trim() == "lockkit-wait")).count()
+}

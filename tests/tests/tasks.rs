@@ -1,0 +1,252 @@
+//! Locks that are waited for in tasks, and what else tasks can wait for.
+
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Wake, Waker};
+use std::time::Duration;
+
+use lockkit::{
+    AsyncLock, Backend, CancelToken, ErrorKind, FileLock, InMemoryLockManager, Lease, LeaseGuard, LeaseStatus,
+    LockManager, LossReason, NamedLock, PidFile, Wait,
+};
+use lockkit_tests::tasks::runtime;
+use lockkit_tests::{Kind, LIVELY, fresh_name, task_suite};
+use tokio::time::timeout;
+
+task_suite!(socket, lockkit_tests::Kind::NAMED_SOCKET);
+task_suite!(machine, lockkit_tests::Kind::MACHINE_SOCKET);
+task_suite!(named_file, lockkit_tests::Kind::NAMED_FILE);
+task_suite!(file, lockkit_tests::Kind::FILE);
+task_suite!(shared, lockkit_tests::Kind::FILE_SHARED);
+task_suite!(pidfile, lockkit_tests::Kind::PIDFILE);
+task_suite!(lease, lockkit_tests::Kind::LEASE);
+task_suite!(shm, lockkit_tests::Kind::SHM);
+task_suite!(folder, lockkit_tests::Kind::FOLDER);
+task_suite!(memory, lockkit_tests::Kind::MEMORY, alone);
+
+/// What no runtime has a part in: wakes the thread that waits.
+struct Unpark(std::thread::Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
+    let mut future = pin!(future);
+    loop {
+        match future.as_mut().poll(&mut Context::from_waker(&waker)) {
+            Poll::Ready(result) => return result,
+            Poll::Pending => std::thread::park(),
+        }
+    }
+}
+
+/// A lease in a folder that lives as long as the test.
+fn lease(folder: &tempfile::TempDir) -> Lease {
+    Lease::file(folder.path().join("leader")).build().unwrap()
+}
+
+#[test]
+fn every_lock_is_an_async_lock_and_its_future_and_guard_can_be_sent() {
+    fn check<L: AsyncLock<Guard: Send + 'static> + Send + Sync + 'static>(lock: L) {
+        let name = std::any::type_name::<L>();
+        let taken = runtime("several").block_on(async {
+            let task = tokio::spawn(async move { lock.acquire_async(&Wait::at_most(LIVELY)).await });
+            task.await.unwrap().map(drop)
+        });
+        assert!(taken.is_ok(), "{name}: {taken:?}");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    check(NamedLock::new(&fresh_name("lockkit-test")).unwrap());
+    check(FileLock::new(folder.path().join("file")));
+    check(PidFile::new(folder.path().join("pid")).unwrap());
+    check(lease(&folder));
+    check(InMemoryLockManager::new(1).unwrap().allocate().unwrap());
+}
+
+#[test]
+fn waiters_of_files_leave_the_runtimes_blocking_threads_to_the_holder() {
+    let folder = tempfile::tempdir().unwrap();
+    let lock = FileLock::new(folder.path().join("file"));
+    let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).enable_all().build().unwrap();
+    runtime.block_on(async {
+        let guard = lock.acquire_async(&Wait::none()).await.unwrap();
+        let waiters: Vec<_> = (0..8)
+            .map(|_| {
+                let lock = lock.clone();
+                tokio::spawn(async move { lock.acquire_async(&Wait::at_most(LIVELY)).await.map(drop) })
+            })
+            .collect();
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        let done = timeout(LIVELY, tokio::task::spawn_blocking(|| 42)).await;
+        assert_eq!(done.expect("a blocking thread is free").unwrap(), 42);
+        drop(guard);
+        for waiter in waiters {
+            waiter.await.unwrap().unwrap();
+        }
+    });
+}
+
+#[test]
+fn outside_of_a_runtime_sockets_say_so_and_all_others_wait_there_too() {
+    let spec = Kind::NAMED_SOCKET.fresh();
+    let lock = NamedLock::builder(spec.at()).backend(Backend::Socket).build().unwrap();
+    let error = block_on(lock.acquire_async(&Wait::none())).unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::Unsupported { .. }), "{error}");
+    spec.clean();
+
+    for kind in [Kind::NAMED_FILE, Kind::FILE, Kind::PIDFILE, Kind::LEASE, Kind::SHM, Kind::FOLDER, Kind::MEMORY] {
+        let spec = kind.fresh();
+        let (lock, rival) = (spec.open(), spec.rival());
+        // A table in memory is its handle's.
+        let rival = if kind.name() == "memory" { &lock } else { &rival };
+        let guard = rival.acquire(&Wait::none()).unwrap();
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| block_on(lock.acquire_async(&Wait::at_most(LIVELY))).map(drop));
+            std::thread::sleep(Duration::from_millis(5));
+            assert!(!waiter.is_finished());
+            drop(guard);
+            waiter.join().unwrap().unwrap();
+        });
+        let token = CancelToken::new();
+        token.cancel();
+        assert!(block_on(lock.acquire_async(&Wait::forever().or_cancelled(&token))).err().unwrap().is_cancelled());
+        spec.clean();
+    }
+}
+
+#[test]
+fn a_future_that_was_never_polled_takes_nothing_and_one_polled_once_gives_up_when_dropped() {
+    for flavor in ["one", "several"] {
+        for kind in [Kind::NAMED_SOCKET, Kind::FILE, Kind::LEASE, Kind::SHM] {
+            let spec = kind.fresh();
+            let (lock, rival) = (spec.open(), spec.rival());
+            runtime(flavor).block_on(async {
+                let forever = Wait::forever();
+                drop(lock.acquire_async(&forever));
+                let guard = rival.acquire(&Wait::none()).unwrap();
+                let mut taking = lock.acquire_async(&forever);
+                std::future::poll_fn(|context| {
+                    assert!(taking.as_mut().poll(context).is_pending());
+                    Poll::Ready(())
+                })
+                .await;
+                drop(taking);
+                drop(guard);
+                drop(rival.acquire_async(&Wait::at_most(LIVELY)).await.unwrap());
+            });
+            spec.clean();
+        }
+    }
+}
+
+async fn led(lease: &Lease) -> LeaseGuard {
+    lease.acquire_async(&Wait::at_most(LIVELY)).await.unwrap()
+}
+
+#[test]
+fn the_loss_of_a_lease_can_be_awaited() {
+    let folder = tempfile::tempdir().unwrap();
+    let lease = lease(&folder);
+    for flavor in ["one", "several"] {
+        runtime(flavor).block_on(async {
+            let guard = led(&lease).await;
+            let watchers = [(); 3].map(|()| tokio::spawn(guard.lost().into_future()));
+            let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("it is held") };
+            assert!(lease.evict(&seen).unwrap());
+            let reason = timeout(LIVELY, guard.lost()).await.expect("it is told of the loss");
+            assert!(!matches!(reason, LossReason::Released), "{reason}");
+            for watcher in watchers {
+                assert_eq!(timeout(LIVELY, watcher).await.unwrap().unwrap().to_string(), reason.to_string());
+            }
+            // Whoever comes later is told at once.
+            assert_eq!(guard.lost().await.to_string(), reason.to_string());
+            assert!(!guard.is_held());
+        });
+    }
+}
+
+#[test]
+fn the_loss_of_a_lease_is_waited_for_with_limit_and_token() {
+    let folder = tempfile::tempdir().unwrap();
+    let lease = lease(&folder);
+    runtime("one").block_on(async {
+        let guard = led(&lease).await;
+        let lost = guard.lost();
+        assert!(lost.wait_async(&Wait::none()).await.unwrap_err().is_held());
+        assert!(lost.wait_async(&Wait::at_most(Duration::from_millis(5))).await.unwrap_err().is_timeout());
+        let token = CancelToken::new();
+        let wait = Wait::forever().or_cancelled(&token);
+        let (ended, ()) = tokio::join!(lost.wait_async(&wait), async { token.cancel() });
+        assert!(ended.unwrap_err().is_cancelled());
+        guard.release_async().await.unwrap();
+        let reason = lost.wait_async(&Wait::forever()).await.unwrap();
+        assert!(matches!(reason, LossReason::Released), "{reason}");
+    });
+    let error = block_on(runtime("one").block_on(led(&lease)).lost().wait_async(&Wait::forever())).unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::Unsupported { .. }), "{error}");
+}
+
+#[test]
+fn a_lease_released_in_a_task_is_free_at_once_and_says_if_it_was_lost_before() {
+    let folder = tempfile::tempdir().unwrap();
+    let lease = lease(&folder);
+    runtime("one").block_on(async {
+        led(&lease).await.release_async().await.unwrap();
+        assert_eq!(lease.status().unwrap(), LeaseStatus::Free);
+        // Dropped after its first poll it is done all the same.
+        let mut releasing = Box::pin(led(&lease).await.release_async());
+        std::future::poll_fn(|context| {
+            let _ = releasing.as_mut().poll(context);
+            Poll::Ready(())
+        })
+        .await;
+        drop(releasing);
+        let guard = led(&lease).await;
+        let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("it is held") };
+        lease.evict(&seen).unwrap();
+        let error = guard.release_async().await.unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::LeaseLost { .. }), "{error}");
+    });
+}
+
+#[test]
+fn a_token_wakes_every_task_that_waits_for_it() {
+    for flavor in ["one", "several"] {
+        runtime(flavor).block_on(async {
+            let token = CancelToken::new();
+            let waiters = [(); 20].map(|()| {
+                let token = token.clone();
+                tokio::spawn(async move { token.cancelled().await })
+            });
+            assert!(timeout(Duration::from_millis(5), token.cancelled()).await.is_err());
+            token.cancel();
+            for waiter in waiters {
+                timeout(LIVELY, waiter).await.expect("it is woken").unwrap();
+            }
+            token.cancelled().await;
+        });
+    }
+}
+
+#[test]
+fn a_single_instance_function_runs_once_under_a_runtime() {
+    #[lockkit::single_instance("lockkit-test-under-a-runtime")]
+    async fn work(meanwhile: impl Future<Output = ()>) -> Result<(), lockkit::Error> {
+        meanwhile.await;
+        Ok(())
+    }
+    runtime("several").block_on(async {
+        let first = work(async {
+            let second = work(async {}).await;
+            assert!(second.unwrap_err().is_held());
+            let lock = NamedLock::new("lockkit-test-under-a-runtime").unwrap();
+            assert!(lock.acquire_async(&Wait::none()).await.unwrap_err().is_held());
+        });
+        first.await.unwrap();
+        work(async {}).await.unwrap();
+    });
+}
