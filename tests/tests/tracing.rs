@@ -8,7 +8,7 @@ use std::time::Duration;
 use lockkit::{Lease, LeaseStatus, Wait};
 use lockkit_tests::kinds::KINDS;
 use lockkit_tests::tasks::runtime;
-use lockkit_tests::{Actor, Kind, Spec, until};
+use lockkit_tests::{Actor, Kind, until};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber, span};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
@@ -98,15 +98,6 @@ fn label(kind: Kind) -> &'static str {
     }
 }
 
-/// Where the lock is, as the field `name` has it.
-fn at(spec: &Spec) -> String {
-    match spec.kind().name() {
-        // All tables in memory have one name; its test tells them apart by time.
-        "memory" => "0".to_owned(),
-        _ => spec.at().to_owned(),
-    }
-}
-
 #[test]
 fn an_acquisition_and_its_release_are_told_once_with_kind_and_name() {
     listen();
@@ -120,7 +111,7 @@ fn an_acquisition_and_its_release_are_told_once_with_kind_and_name() {
                 false => lock.acquire(&wait).unwrap(),
             };
             drop(guard);
-            let told = told_of(&at(&spec));
+            let told = told_of(spec.at());
             assert_eq!(
                 outline(&told),
                 [format!("{} span acquire", Level::DEBUG), "DEBUG acquired".into(), "TRACE released".into()],
@@ -149,7 +140,7 @@ fn a_wait_is_told_with_the_holder_and_a_limit_with_the_error() {
             };
             let limit = Duration::from_millis(20);
             assert!(take(&Wait::at_most(limit)).err().unwrap().is_timeout());
-            let told = told_of(&at(&spec));
+            let told = told_of(spec.at());
             assert_eq!(outline(&told), ["DEBUG span acquire", "DEBUG waiting", "DEBUG not acquired"], "{kind:?}");
             let waiting = find(&told, "waiting");
             // Also where a thread waits for a task.
@@ -165,11 +156,11 @@ fn a_wait_is_told_with_the_holder_and_a_limit_with_the_error() {
 
             let guard = std::thread::scope(|scope| {
                 let waiter = scope.spawn(|| take(&Wait::forever()));
-                until("it waits", || told_of(&at(&spec)).iter().filter(|told| told.message == "waiting").count() == 2);
+                until("it waits", || told_of(spec.at()).iter().filter(|told| told.message == "waiting").count() == 2);
                 holder.expect("release", "released");
                 waiter.join().unwrap().unwrap()
             });
-            assert!(waited(find(&told_of(&at(&spec)), "acquired")) > 0.0);
+            assert!(waited(find(&told_of(spec.at()), "acquired")) > 0.0);
             drop(guard);
             spec.clean();
         }
@@ -185,7 +176,7 @@ fn a_death_is_a_warning_that_names_the_dead() {
         holder.expect("lock", "held");
         holder.kill();
         drop(spec.open().acquire(&Wait::at_most(lockkit_tests::LIVELY)).unwrap());
-        let told = told_of(&at(&spec));
+        let told = told_of(spec.at());
         let recovered = find(&told, "recovered");
         assert_eq!((&*recovered.level, &*recovered.fields["kind"]), ("WARN", label(kind)));
         assert!(recovered.fields["recovered"].contains(&format!("pid {}", holder.pid())), "{recovered:#?}");
