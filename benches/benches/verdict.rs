@@ -9,7 +9,7 @@ use std::process::Command;
 
 use lockkit_benches::table;
 
-const PROGRAMS: [&str; 6] = ["uncontended", "contended", "managers", "leases", "command", "memory"];
+const PROGRAMS: [&str; 7] = ["uncontended", "contended", "managers", "leases", "command", "memory", "tracing"];
 
 fn main() {
     let rows: Vec<_> = PROGRAMS.into_iter().flat_map(table::kept).collect();

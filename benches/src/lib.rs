@@ -9,6 +9,7 @@
 //!
 //! - `command`: how soon a program runs that `lockkit run` starts, beside flock(1).
 //! - `memory`: bytes and descriptors of a lock.
+//! - `tracing`: what the feature of this name costs while nobody listens.
 //! - `verdict`: one table of all that, each row with its best peer; it also writes `docs/BENCHMARKS.md`.
 //!
 //! Every ratio is between numbers of one run, taken in turns, so that a noisy machine disturbs both sides alike. A row

@@ -308,7 +308,9 @@ impl FileLock {
 
     #[inline]
     fn acquire_in(&self, mode: Mode, wait: &Wait) -> Result<FileGuard> {
-        trace::acquire(&*self.0, || self.guard(mode, wait, &*self.0))
+        let take = || self.guard(mode, wait, &*self.0);
+        // A file of lockkit's own belongs to another lock, which tells of itself.
+        if self.0.place.wary { take() } else { trace::acquire(&*self.0, take) }
     }
 
     #[cfg(feature = "tokio")]
@@ -576,7 +578,6 @@ impl FileGuard {
     fn give_back(&mut self) -> Result<()> {
         let Some(open) = self.open.take() else { return Ok(()) };
         self.unlock(&open)?;
-        // A file of lockkit's own belongs to another lock, which tells of itself.
         if !self.lock.place.wary && open.generation == fork::generation() {
             trace::released(&*self.lock);
         }

@@ -1,0 +1,218 @@
+//! What locks tell a subscriber of tracing.
+
+use std::collections::HashMap;
+use std::fmt::Debug;
+use std::sync::{Mutex, Once};
+use std::time::Duration;
+
+use lockkit::{Lease, LeaseStatus, Wait};
+use lockkit_tests::kinds::KINDS;
+use lockkit_tests::tasks::runtime;
+use lockkit_tests::{Actor, Kind, until};
+use tracing::field::{Field, Visit};
+use tracing::{Event, Level, Subscriber, span};
+use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
+use tracing_subscriber::registry::LookupSpan;
+
+/// What was told, by all tests of this program: each looks for its own lock.
+static TOLD: Mutex<Vec<Told>> = Mutex::new(Vec::new());
+
+#[derive(Clone, Debug, Default)]
+struct Told {
+    level: String,
+    /// Empty of a span.
+    message: String,
+    fields: HashMap<String, String>,
+    /// The span that it is, or is in.
+    span: Option<&'static str>,
+}
+
+impl Visit for Told {
+    fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
+        let value = format!("{value:?}");
+        match field.name() {
+            "message" => self.message = value,
+            name => _ = self.fields.insert(name.to_owned(), value),
+        }
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.fields.insert(field.name().to_owned(), value.to_owned());
+    }
+}
+
+struct Listener;
+
+impl<S: Subscriber + for<'s> LookupSpan<'s>> Layer<S> for Listener {
+    fn on_event(&self, event: &Event<'_>, context: Context<'_, S>) {
+        let mut told = Told { level: event.metadata().level().to_string(), ..Told::default() };
+        told.span = context.event_span(event).map(|span| span.name());
+        event.record(&mut told);
+        TOLD.lock().unwrap().push(told);
+    }
+
+    fn on_new_span(&self, attributes: &span::Attributes<'_>, _: &span::Id, _: Context<'_, S>) {
+        let mut told = Told { level: attributes.metadata().level().to_string(), ..Told::default() };
+        told.span = Some(attributes.metadata().name());
+        attributes.record(&mut told);
+        TOLD.lock().unwrap().push(told);
+    }
+}
+
+fn listen() {
+    static LISTENS: Once = Once::new();
+    LISTENS.call_once(|| {
+        tracing::subscriber::set_global_default(tracing_subscriber::registry().with(Listener)).unwrap();
+    });
+}
+
+/// What was told of the lock so far.
+fn told_of(at: &str) -> Vec<Told> {
+    let told = TOLD.lock().unwrap();
+    told.iter().filter(|told| told.fields.get("name").is_some_and(|name| name.contains(at))).cloned().collect()
+}
+
+/// The levels and messages, in order; a span is named by itself.
+fn outline(told: &[Told]) -> Vec<String> {
+    let line = |told: &Told| match &*told.message {
+        "" => format!("{} span {}", told.level, told.span.unwrap_or_default()),
+        message => format!("{} {message}", told.level),
+    };
+    told.iter().map(line).collect()
+}
+
+fn find<'t>(told: &'t [Told], message: &str) -> &'t Told {
+    told.iter().find(|told| told.message == message).unwrap_or_else(|| panic!("nothing {message:?} in {told:#?}"))
+}
+
+fn waited(told: &Told) -> f64 {
+    told.fields["waited"].parse().unwrap()
+}
+
+/// What the field `kind` says of these.
+fn label(kind: Kind) -> &'static str {
+    match kind.name() {
+        "named-socket" | "machine-socket" | "named-file" | "machine-file" => "named",
+        "file" | "file-shared" => "file",
+        other => other,
+    }
+}
+
+#[test]
+fn an_acquisition_and_its_release_are_told_once_with_kind_and_name() {
+    listen();
+    for kind in KINDS.into_iter().filter(|kind| kind.name() != "memory") {
+        for in_task in [false, true] {
+            let spec = kind.fresh();
+            let lock = spec.open();
+            let wait = Wait::at_most(lockkit_tests::LIVELY);
+            let guard = match in_task {
+                true => runtime("one").block_on(lock.acquire_async(&wait)).unwrap(),
+                false => lock.acquire(&wait).unwrap(),
+            };
+            drop(guard);
+            let told = told_of(spec.at());
+            assert_eq!(
+                outline(&told),
+                [format!("{} span acquire", Level::DEBUG), "DEBUG acquired".into(), "TRACE released".into()],
+                "{kind:?}"
+            );
+            assert!(told.iter().all(|told| told.fields["kind"] == label(kind)), "{told:#?}");
+            assert_eq!(told[1].span, Some("acquire"));
+            assert!(waited(&told[1]) >= 0.0);
+            spec.clean();
+        }
+    }
+}
+
+#[test]
+fn a_wait_is_told_with_the_holder_and_a_limit_with_the_error() {
+    listen();
+    for kind in KINDS.into_iter().filter(|kind| kind.name() != "memory") {
+        for in_task in [false, true] {
+            let spec = kind.fresh();
+            let mut holder = Actor::start(&spec);
+            holder.expect("lock", "held");
+            let lock = spec.open();
+            let take = |wait: &Wait| match in_task {
+                true => runtime("one").block_on(lock.acquire_async(wait)),
+                false => lock.acquire(wait),
+            };
+            let limit = Duration::from_millis(20);
+            assert!(take(&Wait::at_most(limit)).err().unwrap().is_timeout());
+            let told = told_of(spec.at());
+            assert_eq!(outline(&told), ["DEBUG span acquire", "DEBUG waiting", "DEBUG not acquired"], "{kind:?}");
+            let waiting = find(&told, "waiting");
+            // Also where a thread waits for a task.
+            assert_eq!(waiting.span, Some("acquire"), "{kind:?}");
+            let knows_its_holder = lock.owner().is_some();
+            assert_eq!(waiting.fields.contains_key("holder"), knows_its_holder, "{kind:?}: {waiting:#?}");
+            if knows_its_holder {
+                assert!(waiting.fields["holder"].contains(&format!("pid {}", holder.pid())), "{waiting:#?}");
+            }
+            let gave_up = find(&told, "not acquired");
+            assert!(waited(gave_up) >= limit.as_secs_f64(), "{gave_up:#?}");
+            assert!(gave_up.fields["error"].contains("still held"), "{gave_up:#?}");
+
+            let guard = std::thread::scope(|scope| {
+                let waiter = scope.spawn(|| take(&Wait::forever()));
+                until("it waits", || told_of(spec.at()).iter().filter(|told| told.message == "waiting").count() == 2);
+                holder.expect("release", "released");
+                waiter.join().unwrap().unwrap()
+            });
+            assert!(waited(find(&told_of(spec.at()), "acquired")) > 0.0);
+            drop(guard);
+            spec.clean();
+        }
+    }
+}
+
+#[test]
+fn a_death_is_a_warning_that_names_the_dead() {
+    listen();
+    for kind in KINDS.into_iter().filter(|kind| kind.name() != "memory" && kind.tells_deaths()) {
+        let spec = kind.fresh();
+        let mut holder = Actor::start(&spec);
+        holder.expect("lock", "held");
+        holder.kill();
+        drop(spec.open().acquire(&Wait::at_most(lockkit_tests::LIVELY)).unwrap());
+        let told = told_of(spec.at());
+        let recovered = find(&told, "recovered");
+        assert_eq!((&*recovered.level, &*recovered.fields["kind"]), ("WARN", label(kind)));
+        assert!(recovered.fields["recovered"].contains(&format!("pid {}", holder.pid())), "{recovered:#?}");
+        spec.clean();
+    }
+}
+
+#[test]
+fn a_lost_lease_is_an_error_with_its_token_and_reason_told_once() {
+    listen();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("leader");
+    let lease = Lease::file(&path).build().unwrap();
+    let guard = lease.lock().unwrap();
+    let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("it is held") };
+    assert!(lease.evict(&seen).unwrap());
+    let reason = guard.lost().wait(&Wait::at_most(lockkit_tests::LIVELY)).unwrap();
+    let at = path.display().to_string();
+    until("the loss is told", || told_of(&at).iter().any(|told| told.message == "lost"));
+    let token = guard.token();
+    assert!(guard.release().is_err());
+    let told = told_of(&at);
+    assert_eq!(outline(&told), ["DEBUG span acquire", "DEBUG acquired", "ERROR lost"]);
+    assert_eq!(told[2].fields["token"], token.to_string());
+    assert_eq!(told[2].fields["reason"], reason.to_string());
+    assert_eq!(told[2].fields["kind"], "lease");
+}
+
+#[test]
+fn a_lock_of_a_table_in_memory_tells_of_itself_too() {
+    listen();
+    let lock = Kind::MEMORY.fresh().open();
+    drop(lock.acquire(&Wait::none()).unwrap());
+    let told = TOLD.lock().unwrap().clone();
+    let told: Vec<_> =
+        told.into_iter().filter(|told| told.fields.get("kind").is_some_and(|kind| kind == "memory")).collect();
+    assert_eq!(outline(&told), ["DEBUG span acquire", "DEBUG acquired", "TRACE released"]);
+    assert!(told.iter().all(|told| told.fields["name"] == "0"));
+}
