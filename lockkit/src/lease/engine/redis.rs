@@ -107,6 +107,17 @@ impl RedisStore {
 
     /// Runs a script on the record of `name`, and returns the words of its answer.
     fn run(&self, script: &Script, name: &LeaseName, arguments: &[&str], by: Deadline) -> Result<Vec<String>> {
+        self.run_counted(script, name, arguments, by).map(|(words, _)| words)
+    }
+
+    /// As [`run`](Self::run), and says how often the server was asked. Every script may run more than once.
+    fn run_counted(
+        &self,
+        script: &Script,
+        name: &LeaseName,
+        arguments: &[&str],
+        by: Deadline,
+    ) -> Result<(Vec<String>, u32)> {
         let call = |command: &str, script: &str| {
             let mut call = redis::cmd(command);
             call.arg(script).arg(1).arg(key(name)).arg(arguments);
@@ -116,17 +127,29 @@ impl RedisStore {
         let ask = |connection: &mut Connection, command: &Cmd| {
             ask(connection, command, by).map_err(|error| server.unknown(&error))
         };
-        let answer = self.own().pool.ask(
-            || server.connect(by),
-            |connection| match ask(connection, &call("EVALSHA", &script.hash))? {
-                Err(error) if error.kind() == Kind::Server(ServerErrorKind::NoScript) => {
-                    ask(connection, &call("EVAL", script.code))
-                }
-                answer => Ok(answer),
-            },
-        )?;
-        let answer = answer.map_err(|error| server.refused(&error))?;
-        redis::from_redis_value(answer).map_err(|_| self.garbled())
+        let mut count = 0;
+        let mut run = || {
+            self.own().pool.ask(
+                || server.connect(by),
+                |connection| {
+                    count += 1;
+                    match ask(connection, &call("EVALSHA", &script.hash))? {
+                        Err(error) if error.kind() == Kind::Server(ServerErrorKind::NoScript) => {
+                            ask(connection, &call("EVAL", script.code))
+                        }
+                        answer => Ok(answer),
+                    }
+                },
+            )
+        };
+        let answer = loop {
+            match run() {
+                Err(error) if Interrupted::is(&error) && !by.is_past() => {}
+                answer => break answer?,
+            }
+        };
+        let words = redis::from_redis_value(answer.map_err(|error| server.refused(&error))?);
+        Ok((words.map_err(|_| self.garbled())?, count))
     }
 
     fn free(
@@ -142,12 +165,14 @@ impl RedisStore {
             Left::Lost => "lost",
         };
         let whose = if is_holder { "holder" } else { "" };
-        let words = self.run(&FREE, name, &[&claim, &token, state, whose], by)?;
+        let (words, count) = self.run_counted(&FREE, name, &[&claim, &token, state, whose], by)?;
         match words.first().map(String::as_str) {
             Some("done") => {
                 step("record freed");
                 Ok(Released::Done)
             }
+            // No answer came to the first of several requests, and somebody took what it had freed.
+            Some("not mine") if is_holder && count > 1 => Ok(Released::Done),
             Some("not mine") => Ok(Released::NotMine),
             _ => Err(self.garbled()),
         }
@@ -445,6 +470,7 @@ impl Server {
             false => "if it speaks TLS, the URL begins with rediss://",
         };
         match found.kind() {
+            io::ErrorKind::Interrupted => StoreError::refused(Interrupted),
             UnexpectedEof | ConnectionReset => {
                 StoreError::refused(format!("{place} closed the connection before it answered; {asks}"))
             }
@@ -485,6 +511,9 @@ impl Server {
     #[cold]
     fn unknown(&self, error: &RedisError) -> StoreError {
         let place = &self.place;
+        if is_interrupted(error) {
+            return StoreError::unknown(Interrupted);
+        }
         StoreError::unknown(match error.is_timeout() {
             true => format!("{place} did not answer in time"),
             false => format!("the connection to {place} broke off: {error}"),
@@ -516,6 +545,22 @@ fn inner<E: std::error::Error + 'static>(error: &RedisError) -> Option<&E> {
     let shared: &Arc<dyn std::error::Error + Send + Sync> = error.source()?.downcast_ref()?;
     let error: &(dyn std::error::Error + 'static) = &**shared;
     error.downcast_ref().or_else(|| error.downcast_ref::<io::Error>()?.get_ref()?.downcast_ref())
+}
+
+/// A signal, or a stop, came in the middle of a wait for the server, which the client takes for a failure: it has to be
+/// asked again, over another connection.
+#[derive(Debug, thiserror::Error)]
+#[error("the wait for the server was interrupted")]
+struct Interrupted;
+
+impl Interrupted {
+    fn is(error: &StoreError) -> bool {
+        matches!(error, StoreError::Refused(cause) | StoreError::Unknown(cause) if cause.is::<Self>())
+    }
+}
+
+fn is_interrupted(error: &RedisError) -> bool {
+    inner::<io::Error>(error).is_some_and(|error| error.kind() == io::ErrorKind::Interrupted)
 }
 
 /// A connection that hears of every release for which somebody waits.
@@ -552,7 +597,7 @@ impl Ear for Listener {
                 }
                 Ok(())
             }
-            Err(error) if error.is_timeout() => Ok(()),
+            Err(error) if error.is_timeout() || is_interrupted(&error) => Ok(()),
             Err(error) => Err(self.server.unknown(&error)),
         }
     }
