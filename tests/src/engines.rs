@@ -329,6 +329,17 @@ fn remaining(holder: &mut Actor) -> Duration {
     Duration::from_micros(micros.unwrap_or_else(|| panic!("{answer}")))
 }
 
+/// Returns once the lease of which this remains is renewed.
+fn until_it_beats(mut remaining: impl FnMut() -> Duration) {
+    let before = remaining();
+    let start = Instant::now();
+    until("it beats", || {
+        // Taken first, so that the sum is at most what it was for as long as nothing is added.
+        let elapsed = start.elapsed();
+        remaining() + elapsed > before + Duration::from_millis(1)
+    });
+}
+
 /// An actor of which nobody outside can tell whether it lives.
 fn in_a_container(terms: &Terms) -> Option<Actor> {
     let unshare = || {
@@ -453,9 +464,8 @@ mod cases {
         let (first, _) = held(&holder.ask("try"));
         next.tell_to_wait("lock");
         arena.server.kill();
-        let before = remaining(&mut holder);
         arena.server.restart();
-        until("it beats again", || remaining(&mut holder) > before);
+        until_it_beats(|| remaining(&mut holder));
         holder.expect("is-held", "yes");
         next.expect_silence();
         holder.expect("release", "released");
@@ -489,25 +499,21 @@ mod cases {
     pub fn a_renewal_cut_off_anywhere_keeps_the_lease<E: Engine>() -> Drill {
         let arena = Arena::<E>::open()?;
         let (direct, kept) = (arena.terms().open(), OnceCell::new());
-        let beats = |guard: &LeaseGuard| {
-            let before = guard.remaining();
-            until("it is renewed", || guard.remaining() > before);
-        };
         arena.cut_everywhere_then(
             |proxy| {
                 let terms = arena.terms_through(proxy.port());
                 let terms = Terms { ttl: LIVELY.as_millis() as u64, heartbeat: 20, ..terms };
-                beats(kept.get_or_init(|| terms.open().try_lock().expect("free")));
+                let guard: &LeaseGuard = kept.get_or_init(|| terms.open().try_lock().expect("free"));
+                until_it_beats(|| guard.remaining());
             },
             |proxy, ()| {
                 let guard = kept.get().expect("it is prepared");
                 until("it was cut, if it is to be", || !proxy.is_to_cut());
-                beats(guard);
+                until_it_beats(|| guard.remaining());
                 assert_eq!(token_of(&direct), Some(guard.token()), "the same grant");
                 assert!(direct.try_lock().expect_err("it is held").is_held());
             },
         );
-        kept.into_inner().expect("it was prepared").release().expect("it is held to the end");
         Ok(())
     }
 
@@ -611,8 +617,7 @@ mod cases {
         let other = arena.server.url(arena.server.port(), Access::Right(&arena.security), "other").expect("a URL");
         holder.expect(&format!("fork {other}"), "parted");
         holder.expect("is-held", "yes");
-        let before = remaining(&mut holder);
-        until("the parent beats", || remaining(&mut holder) >= before);
+        until_it_beats(|| remaining(&mut holder));
         assert!(Actor::start_lease(&terms).ask("try").starts_with("error Held"));
         holder.expect("release", "released");
         Ok(())
@@ -688,8 +693,7 @@ mod cases {
             assert!(token > last);
             last = token;
             clock.set(step);
-            let before = remaining(&mut one);
-            until("it beats by the other clock", || remaining(&mut one) > before);
+            until_it_beats(|| remaining(&mut one));
             // What was stepped ahead had run out for a moment; the beat has taken it back, as nobody came.
             one.expect("is-held", "yes");
             assert!(other.ask("try").starts_with("error Held"));
