@@ -462,11 +462,11 @@ mod cases {
         let terms = Terms { ttl: LIVELY.as_millis() as u64, ..arena.terms() };
         let (mut holder, mut next) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
         let (first, _) = held(&holder.ask("try"));
-        next.tell_to_wait("lock");
         arena.server.kill();
         arena.server.restart();
         until_it_beats(|| remaining(&mut holder));
         holder.expect("is-held", "yes");
+        next.tell_to_wait("lock");
         next.expect_silence();
         holder.expect("release", "released");
         let answer = next.answer();
