@@ -16,6 +16,7 @@ use lockkit::{
     Result, Scope, Wait,
 };
 
+use crate::engines;
 use crate::managers::{self, Table};
 
 /// A lock of any kind.
@@ -136,6 +137,11 @@ pub trait Fixture: Sync {
     /// Whether a forked child keeps what its killed parent held.
     fn survives_in_a_forked_child(&self) -> bool {
         false
+    }
+
+    /// How long it is held at most in the chaos, in microseconds: so long that somebody dies inside now and then.
+    fn longest_hold(&self) -> u64 {
+        300
     }
 
     /// Whether waiters are served first come, first served.
@@ -270,7 +276,6 @@ impl Fixture for FileLease {
 }
 
 /// A [`Lease`] on a server. Its ttl is as long as that of a [`FileLease`], for the same reason.
-#[allow(dead_code)]
 struct EngineLease {
     name: &'static str,
     /// The URL of a lease of this name on the server that this process shares, which it starts; or why there is none.
@@ -298,8 +303,8 @@ impl Fixture for EngineLease {
         vec![]
     }
 
-    fn keeps_a_descriptor(&self) -> bool {
-        false
+    fn longest_hold(&self) -> u64 {
+        10_000
     }
 }
 
@@ -356,13 +361,14 @@ impl Kind {
     pub const FILE_SHARED: Self = Self(&File { shared: true });
     pub const PIDFILE: Self = Self(&Pid);
     pub const LEASE: Self = Self(&FileLease);
+    pub const REDIS: Self = Self(&EngineLease { name: "redis", url: engines::redis::shared });
     pub const SHM: Self = Self(&OfManager(managers::Kind::Shm));
     pub const FOLDER: Self = Self(&OfManager(managers::Kind::Folder));
     pub const MEMORY: Self = Self(&OfManager(managers::Kind::Memory));
 }
 
 /// All of them.
-pub const KINDS: [Kind; 11] = [
+pub const KINDS: [Kind; 12] = [
     Kind::NAMED_SOCKET,
     Kind::MACHINE_SOCKET,
     Kind::NAMED_FILE,
@@ -371,6 +377,7 @@ pub const KINDS: [Kind; 11] = [
     Kind::FILE_SHARED,
     Kind::PIDFILE,
     Kind::LEASE,
+    Kind::REDIS,
     Kind::SHM,
     Kind::FOLDER,
     Kind::MEMORY,

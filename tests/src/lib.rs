@@ -10,10 +10,12 @@
 //! - [`instances`] has a second process that is an instance of a program, and peers that mean ill with the first.
 //! - [`mod@faults`] takes from locks what the system owes them: room, files, processes, uninterrupted sleep.
 //! - [`servers`] starts real servers, and sees that they end.
+//! - [`mod@engines`] has the drills of leases on servers; [`drills!`] makes tests of them for one engine.
 //! - [`chaos`] lets a conductor kill and stop many processes at random, and checks the log of who held when.
 
 pub mod actor;
 pub mod chaos;
+pub mod engines;
 pub mod faults;
 pub mod instances;
 pub mod kinds;

@@ -17,15 +17,18 @@ pub(super) mod postgres;
 #[cfg(feature = "redis")]
 pub(super) mod redis;
 
+use std::io;
 use std::mem;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use parking_lot::Mutex;
+use rustix::io::Errno;
 
 pub(super) use bells::{Bells, Ear};
 
 use super::store::{Attempt, Seen, StoreError};
+use crate::error::Error;
 use crate::lines;
 use crate::owner::{Liveness, Owner};
 use crate::sys::fork::{self, NoFork};
@@ -89,6 +92,7 @@ impl<C> Pool<C> {
         mut request: impl FnMut(&mut C) -> Result<R>,
     ) -> Result<R> {
         let idle = self.0.lock().pop();
+        let mut is_unknown = false;
         if let Some(mut connection) = idle {
             match request(&mut connection) {
                 Ok(answer) => {
@@ -96,13 +100,22 @@ impl<C> Pool<C> {
                     return Ok(answer);
                 }
                 Err(StoreError::Misuse(cause)) => return Err(StoreError::Misuse(cause)),
-                Err(_) => self.0.lock().clear(),
+                Err(error) => {
+                    is_unknown = matches!(error, StoreError::Unknown(_));
+                    self.0.lock().clear();
+                }
             }
         }
-        let mut connection = connect()?;
-        let answer = request(&mut connection)?;
-        self.keep(connection);
-        Ok(answer)
+        let asked = connect().and_then(|mut connection| {
+            let answer = request(&mut connection)?;
+            self.keep(connection);
+            Ok(answer)
+        });
+        match asked {
+            // The first one may have been carried out.
+            Err(StoreError::Refused(cause)) if is_unknown => Err(StoreError::Unknown(cause)),
+            asked => asked,
+        }
     }
 
     fn keep(&self, connection: C) {
@@ -110,6 +123,17 @@ impl<C> Pool<C> {
         if idle.len() < Self::MOST_IDLE {
             idle.push(connection);
         }
+    }
+}
+
+/// No connection to `place` came about. Where it is this process that lacks something, the error says so by itself.
+#[cold]
+pub(super) fn not_connected(place: &str, error: &io::Error) -> StoreError {
+    match error.raw_os_error() {
+        Some(code) if [Errno::MFILE, Errno::NFILE].contains(&Errno::from_raw_os_error(code)) => {
+            StoreError::refused(Error::io("connect to", place, io::Error::from_raw_os_error(code)))
+        }
+        _ => StoreError::refused(format!("{place} cannot be reached: {error}")),
     }
 }
 
@@ -167,6 +191,10 @@ mod tests {
         assert_eq!(answer.unwrap(), 2);
         assert!(pool.ask(connect, |_| Err::<(), _>(StoreError::refused("down"))).is_err());
         assert_eq!(made.get(), 3, "once more, and no more than that");
+        pool.ask(connect, |_| Ok(())).unwrap();
+        let down = || Err(StoreError::refused("down"));
+        let answer = pool.ask(down, |_| Err::<(), _>(StoreError::unknown("cut")));
+        assert!(matches!(answer, Err(StoreError::Unknown(_))), "the first one may have been carried out");
     }
 
     #[test]

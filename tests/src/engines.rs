@@ -1,0 +1,720 @@
+//! Drills for leases on servers: everything that can befall the server, the connection or the holder, with real ones.
+//!
+//! An engine comes to its drills by an [`Engine`], which starts its servers, and a line `drills!(module, Type);` in a
+//! file of `tests/tests`. Each drill starts a server of its own, on what is installed; where nothing is, it prints
+//! `left out:` and why, and passes.
+//!
+//! What befalls a connection comes out of a [`Proxy`] between the client and the server, which counts what it passes
+//! on and cuts connections wherever it is told to.
+
+mod proxy;
+pub mod redis;
+
+use std::cell::OnceCell;
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use lockkit::{CancelToken, ErrorKind, Lease, LeaseGuard, LeaseStatus, Wait};
+pub use proxy::{Direction, Proxy};
+use rustix::process::Signal;
+
+use crate::leases::Terms;
+use crate::{Actor, LIVELY, leases, sleeps, thread_id, until};
+
+/// A server of an engine, for one drill. What it keeps outlasts a kill and a restart.
+pub trait Engine: Sized {
+    /// A ttl that is over soon, yet not so soon that a busy machine loses it, in milliseconds. At least what the store
+    /// can keep.
+    const TTL: u64 = 1000;
+
+    /// Answers one connection as a version of the engine that is too old, up to where it shows.
+    const OLD: Option<fn(TcpStream)> = None;
+
+    /// Starts a server on 127.0.0.1 that clients have to come to in this way, with the clock of its machine, or the one
+    /// that is given.
+    ///
+    /// # Errors
+    /// What this machine lacks.
+    fn start(security: &Security, clock: Option<&Clock>) -> Result<Self, String>;
+
+    /// The port on which it listens, before and after a restart.
+    fn port(&self) -> u16;
+
+    /// The URL of a lease of this name on a server of this kind that listens on 127.0.0.1 at `port`, for a client that
+    /// comes with `access`; `None` where the engine has nothing of that sort.
+    fn url(&self, port: u16, access: Access, name: &str) -> Option<String>;
+
+    /// Sends a signal to all its processes.
+    fn signal(&self, signal: Signal);
+
+    /// Kills it, if it runs, and waits until it is gone.
+    fn kill(&mut self);
+
+    /// Starts it again with what it has kept.
+    fn restart(&mut self);
+
+    /// Whether what becomes of a lease depends on the wall clock of the server.
+    fn goes_by_a_wall_clock() -> bool {
+        false
+    }
+}
+
+/// What a server asks of its clients.
+#[derive(Debug)]
+pub enum Security {
+    /// Nothing.
+    None,
+    /// The password [`PASSWORD`], for the engine's usual user or the one of [`USER`].
+    Password,
+    /// That they speak TLS. They need no certificate.
+    Tls(Certificates),
+    /// That they speak TLS and have a certificate.
+    ClientCertificate(Certificates),
+}
+
+/// The password of servers that ask for one.
+pub const PASSWORD: &str = "open-sesame";
+/// The user to whom it belongs, where the engine's usual one has none.
+pub const USER: &str = "ali";
+
+/// With what a client comes.
+#[derive(Clone, Copy, Debug)]
+pub enum Access<'s> {
+    /// With all that the server asks for.
+    Right(&'s Security),
+    /// With another password.
+    WrongPassword,
+    /// With the right password, or none, for a database that is not there.
+    WrongDatabase,
+    /// Over TLS, trusting the authority in this file, and without a certificate of its own.
+    Tls(&'s Path),
+}
+
+/// Certificates, made for one drill.
+#[derive(Debug)]
+pub struct Certificates(tempfile::TempDir);
+
+impl Certificates {
+    /// An authority, and what it has signed for a server at 127.0.0.1 and localhost and for a client.
+    ///
+    /// # Errors
+    /// Where there is no openssl(1).
+    pub fn new() -> Result<Self, String> {
+        let openssl = crate::servers::installed(&["openssl"])?;
+        let folder = tempfile::tempdir().expect("a folder");
+        // Servers that run as other users read them, too.
+        std::fs::set_permissions(&folder, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("a folder");
+        let script = "
+            exec 2>openssl.log
+            authority() {
+                $0 req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj \"/O=lockkit $1\" \
+                    -addext basicConstraints=critical,CA:TRUE -keyout $1.key -out $1.pem
+            }
+            signed() {
+                $0 req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj \"/O=lockkit $1\" \
+                    -keyout $1.key -out $1.csr
+                printf \"subjectAltName=DNS:localhost,IP:127.0.0.1\\nextendedKeyUsage=$2\\n\" >$1.ext
+                $0 x509 -req -in $1.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile $1.ext -out $1.pem
+            }
+            authority ca; authority stranger; signed server serverAuth,clientAuth; signed client clientAuth; chmod 644 *";
+        let made = Command::new("sh").args(["-ec", script]).arg(openssl).current_dir(&folder).status();
+        assert!(made.is_ok_and(|status| status.success()), "openssl failed in {}", folder.keep().display());
+        Ok(Self(folder))
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// The authority's certificate.
+    pub fn ca(&self) -> PathBuf {
+        self.file("ca.pem")
+    }
+
+    /// That of an authority which has signed nothing here.
+    pub fn stranger(&self) -> PathBuf {
+        self.file("stranger.pem")
+    }
+
+    /// The server's certificate and key.
+    pub fn server(&self) -> [PathBuf; 2] {
+        ["server.pem", "server.key"].map(|name| self.file(name))
+    }
+
+    /// A client's certificate and key.
+    pub fn client(&self) -> [PathBuf; 2] {
+        ["client.pem", "client.key"].map(|name| self.file(name))
+    }
+}
+
+/// A wall clock that a drill steps, for the programs that are started with its [`variables`](Self::variables).
+#[derive(Debug)]
+pub struct Clock(tempfile::TempDir);
+
+impl Clock {
+    /// One that shows the time.
+    ///
+    /// # Errors
+    /// Where there is no compiler for C.
+    pub fn new() -> Result<Self, String> {
+        let compiler = crate::servers::installed(&["cc", "gcc", "clang"])?;
+        let clock = Self(tempfile::tempdir().expect("a folder"));
+        // Servers that run as other users read it, too.
+        std::fs::set_permissions(&clock.0, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("a folder");
+        std::fs::write(clock.file("clock.c"), include_str!("engines/clock.c")).expect("room");
+        std::fs::write(clock.file("ahead"), 0_i64.to_ne_bytes()).expect("room");
+        let mut compile = Command::new(compiler);
+        compile.args(["-shared", "-fPIC", "-O1", "-o"]).args([clock.file("clock.so"), clock.file("clock.c")]);
+        match compile.status().is_ok_and(|status| status.success()) {
+            true => Ok(clock),
+            false => Err("what steps a clock cannot be compiled here".to_owned()),
+        }
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// So many seconds ahead of the time from now on.
+    pub fn set(&self, seconds: i64) {
+        // In place, for the file is mapped.
+        let file = std::fs::File::options().write(true).open(self.file("ahead")).expect("it is there");
+        std::os::unix::fs::FileExt::write_all_at(&file, &seconds.to_ne_bytes(), 0).expect("room");
+    }
+
+    /// What must stand in the environment of a program that goes by this clock.
+    pub fn variables(&self) -> [(&'static str, PathBuf); 2] {
+        [("LD_PRELOAD", self.file("clock.so")), ("LOCKKIT_CLOCK", self.file("ahead"))]
+    }
+}
+
+/// Makes a module `$module` with a test for every drill, for one [`Engine`].
+#[macro_export]
+macro_rules! drills {
+    ($module:ident, $engine:ty) => {
+        $crate::drills!($module, $engine;
+            a_killed_holder_of_this_host_is_taken_over_at_once,
+            a_silent_holder_elsewhere_runs_out_and_the_next_is_told,
+            a_holder_stopped_for_longer_than_its_ttl_finds_it_lost_the_moment_it_runs_again,
+            a_server_frozen_for_less_than_a_ttl_costs_no_lease,
+            a_server_frozen_for_longer_than_a_ttl_costs_the_lease_in_time_and_it_is_told_once,
+            a_restarted_server_knows_its_leases_and_the_tokens_grow,
+            an_acquisition_cut_off_anywhere_gets_the_same_grant,
+            a_renewal_cut_off_anywhere_keeps_the_lease,
+            a_release_cut_off_anywhere_frees_the_name,
+            a_waiter_asks_nothing_of_the_server_and_is_woken_by_the_release,
+            a_waiter_is_cancelled_at_once,
+            many_leases_share_few_connections,
+            a_forked_child_has_connections_of_its_own,
+            a_wrong_password_is_a_clear_error,
+            a_wrong_database_is_a_clear_error,
+            over_tls_leases_work_with_and_without_a_certificate,
+            a_mismatch_of_tls_is_a_clear_error,
+            an_engine_that_is_too_old_is_a_clear_error,
+            a_stepped_clock_of_the_server_never_takes_the_tokens_back,
+            whoever_finds_itself_holding_is_never_one_of_two_however_long_it_was_stopped,
+        );
+    };
+    ($module:ident, $engine:ty; $($drill:ident,)*) => {
+        mod $module {
+            $(#[test]
+            fn $drill() {
+                if let Err(why) = $crate::engines::$drill::<$engine>() {
+                    println!("left out: {why}");
+                }
+            })*
+        }
+    };
+}
+
+/// A server that is gone with the drill, and the way there.
+struct Arena<E> {
+    security: Security,
+    server: E,
+}
+
+impl<E: Engine> Arena<E> {
+    fn open() -> Result<Self, String> {
+        Self::with(Security::None)
+    }
+
+    fn with(security: Security) -> Result<Self, String> {
+        Ok(Self { server: E::start(&security, None)?, security })
+    }
+
+    /// The terms of a lease that only this drill uses, with the engine's short ttl.
+    fn terms(&self) -> Terms {
+        self.terms_through(self.server.port())
+    }
+
+    fn terms_through(&self, port: u16) -> Terms {
+        let access = Access::Right(&self.security);
+        let url = self.server.url(port, access, "drill").expect("the right way is always there");
+        Terms { ttl: E::TTL, heartbeat: E::TTL / 10, ..Terms::of(url) }
+    }
+
+    /// What a client that comes with `access` is told, with all its causes.
+    fn refusal(&self, port: u16, access: Access) -> Result<String, String> {
+        let url = self.server.url(port, access, "drill").ok_or("this engine has nothing of that sort")?;
+        let error = Terms::of(url).open().lock_for(LIVELY).expect_err("it is refused");
+        let mut text = error.to_string();
+        let mut cause = std::error::Error::source(&error);
+        while let Some(error) = cause {
+            text += &format!(": {error}");
+            cause = error.source();
+        }
+        println!("{access:?}: {text}");
+        Ok(text)
+    }
+
+    /// As [`cut_everywhere_then`](Self::cut_everywhere_then), all of it over a connection that is cut.
+    fn cut_everywhere(&self, mut action: impl FnMut(&Proxy)) {
+        self.cut_everywhere_then(|_| (), |proxy, ()| action(proxy));
+    }
+
+    /// Plays a scene behind a proxy which then cuts the connection after the first byte of each direction, and after
+    /// others that are spread evenly over all that a scene takes, and after its last. What prepares a scene is not cut.
+    fn cut_everywhere_then<T>(&self, prepare: impl Fn(&Proxy) -> T, mut scene: impl FnMut(&Proxy, T)) {
+        /// So many cuts each way.
+        const CUTS: u64 = 40;
+        let proxy = Proxy::to(self.server.port());
+        let prepared = prepare(&proxy);
+        let passed = || [Direction::Request, Direction::Answer].map(|way| proxy.passed(way));
+        let before = passed();
+        scene(&proxy, prepared);
+        let lengths = passed().into_iter().zip(before).map(|(after, before)| after - before);
+        for (direction, length) in [Direction::Request, Direction::Answer].into_iter().zip(lengths.collect::<Vec<_>>())
+        {
+            assert!(length > 0, "nothing went {direction:?}");
+            let mut cuts: Vec<u64> = (0..=CUTS).map(|cut| length * cut / CUTS).chain([1, length - 1]).collect();
+            cuts.sort_unstable();
+            cuts.dedup();
+            let cut_before = proxy.cuts();
+            for at in cuts {
+                let prepared = prepare(&proxy);
+                proxy.cut_after(direction, at);
+                scene(&proxy, prepared);
+            }
+            assert!(proxy.cuts() > cut_before, "it was never cut");
+        }
+    }
+}
+
+/// A lease that tries again soon.
+fn quick(terms: &Terms) -> Lease {
+    let builder = terms.builder().acquire_retry_limit(100).acquire_retry_delay(Duration::from_millis(1));
+    builder.build().expect("options that go together")
+}
+
+/// The token under which it is held.
+fn token_of(lease: &Lease) -> Option<u64> {
+    match lease.status().expect("the server answers") {
+        LeaseStatus::Held(seen) => seen.token(),
+        _ => None,
+    }
+}
+
+/// Sees that an answer tells of the death of the holder with this pid and token.
+fn told_of(answer: &str, pid: u32, before: u64) {
+    let (token, told) = held(answer);
+    assert!(token > before, "{answer} after {before}");
+    assert_eq!(told, format!("recovered {pid}"));
+}
+
+fn remaining(holder: &mut Actor) -> Duration {
+    let answer = holder.ask("remaining");
+    let micros = answer.strip_prefix("remaining ").and_then(|micros| micros.parse().ok());
+    Duration::from_micros(micros.unwrap_or_else(|| panic!("{answer}")))
+}
+
+/// Returns once the lease of which this remains is renewed.
+fn until_it_beats(mut remaining: impl FnMut() -> Duration) {
+    let before = remaining();
+    let start = Instant::now();
+    until("it beats", || {
+        // Taken first, so that the sum is at most what it was for as long as nothing is added.
+        let elapsed = start.elapsed();
+        remaining() + elapsed > before + Duration::from_millis(1)
+    });
+}
+
+/// An actor of which nobody outside can tell whether it lives.
+fn in_a_container(terms: &Terms) -> Option<Actor> {
+    let unshare = || {
+        let mut command = Command::new("unshare");
+        command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]);
+        command
+    };
+    let is_allowed = unshare().arg("true").stderr(Stdio::null()).status().is_ok_and(|status| status.success());
+    is_allowed.then(|| {
+        Actor::start_lease_with(terms, |actor| {
+            let mut command = unshare();
+            command.arg(actor.get_program()).args(actor.get_args());
+            *actor = command;
+            actor.stdin(Stdio::piped()).stdout(Stdio::piped());
+        })
+    })
+}
+
+/// With a ttl that does not pass while anybody is waited for here.
+fn lasting(terms: Terms) -> Terms {
+    Terms { ttl: 10 * LIVELY.as_millis() as u64, heartbeat: 1000, ..terms }
+}
+
+type Drill = Result<(), String>;
+
+/// The token of an answer `held TOKEN …`, and what follows it.
+fn held(answer: &str) -> (u64, &str) {
+    let rest = answer.strip_prefix("held ").unwrap_or_else(|| panic!("{answer}"));
+    let (token, rest) = rest.split_once(' ').unwrap_or((rest, ""));
+    (token.parse().expect("a token"), rest)
+}
+
+#[allow(missing_docs, clippy::missing_errors_doc)] // Their names are sentences; an error is why one is left out.
+mod cases {
+    use super::*;
+
+    pub fn a_killed_holder_of_this_host_is_taken_over_at_once<E: Engine>() -> Drill {
+        let arena = Arena::<E>::open()?;
+        let terms = lasting(arena.terms());
+        let (mut holder, mut next) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
+        let (first, _) = held(&holder.ask("try"));
+        next.tell_to_wait("lock");
+        holder.kill();
+        told_of(&next.answer(), holder.pid(), first);
+        Ok(())
+    }
+
+    pub fn a_silent_holder_elsewhere_runs_out_and_the_next_is_told<E: Engine>() -> Drill {
+        let arena = Arena::<E>::open()?;
+        let terms = arena.terms();
+        let Some(mut elsewhere) = in_a_container(&terms) else {
+            return Err("this machine does not let the test make a pid namespace".to_owned());
+        };
+        let mut next = Actor::start_lease(&terms);
+        let (first, _) = held(&elsewhere.ask("try"));
+        elsewhere.kill();
+        assert!(next.ask("try").starts_with("error Held"), "nobody here can know that it is dead");
+        let answer = next.ask("lock");
+        let (token, told) = held(&answer);
+        assert!(token > first && told.starts_with("recovered "), "{answer}");
+        next.expect("release", "released");
+        assert_eq!(held(&next.ask("lock")).1, "", "once");
+        Ok(())
+    }
+
+    pub fn a_holder_stopped_for_longer_than_its_ttl_finds_it_lost_the_moment_it_runs_again<E: Engine>() -> Drill {
+        let arena = Arena::<E>::open()?;
+        let terms = arena.terms();
+        let (mut holder, mut next) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
+        let (first, _) = held(&holder.ask("try"));
+        holder.signal(Signal::STOP);
+        told_of(&next.ask("lock"), holder.pid(), first);
+        holder.tell("is-held");
+        holder.signal(Signal::CONT);
+        assert!(holder.answer().starts_with("no: "));
+        next.expect("is-held", "yes");
+        Ok(())
+    }
+
+    pub fn a_server_frozen_for_less_than_a_ttl_costs_no_lease<E: Engine>() -> Drill {
+        let arena = Arena::<E>::open()?;
+        let terms = Terms { ttl: 8 * E::TTL, ..arena.terms() };
+        let mut holder = Actor::start_lease(&terms);
+        held(&holder.ask("try"));
+        arena.server.signal(Signal::STOP);
+        // Requests time out meanwhile.
+        let start = Instant::now();
+        until("some beats are late", || remaining(&mut holder) < Duration::from_millis(6 * E::TTL));
+        arena.server.signal(Signal::CONT);
+        if start.elapsed() > Duration::from_millis(6 * E::TTL) {
+            return Err("this machine was too slow to thaw it in time".to_owned());
+        }
+        until("it beats again", || remaining(&mut holder) > Duration::from_millis(7 * E::TTL));
+        holder.expect("is-held", "yes");
+        holder.expect("losses", "losses");
+        assert!(Actor::start_lease(&terms).ask("try").starts_with("error Held"));
+        Ok(())
+    }
+
+    pub fn a_server_frozen_for_longer_than_a_ttl_costs_the_lease_in_time_and_it_is_told_once<E: Engine>() -> Drill {
+        let arena = Arena::<E>::open()?;
+        let terms = arena.terms();
+        let (mut holder, mut next) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
+        let (first, _) = held(&holder.ask("try"));
+        arena.server.signal(Signal::STOP);
+        let frozen = Instant::now();
+        until("it is lost", || holder.ask("is-held") != "yes");
+        assert!(frozen.elapsed() < LIVELY / 2, "the deadline is the lease's, not the server's");
+        until("it was told", || holder.ask("losses") != "losses");
+        assert!(next.ask("try").starts_with("error Store"), "a server that hangs holds up nobody for ever");
+        arena.server.signal(Signal::CONT);
+        let (token, _) = held(&next.ask("lock"));
+        assert!(token > first);
+        assert_eq!(holder.ask("losses").matches('(').count(), 1);
+        Ok(())
+    }
+
+    pub fn a_restarted_server_knows_its_leases_and_the_tokens_grow<E: Engine>() -> Drill {
+        let mut arena = Arena::<E>::open()?;
+        let terms = Terms { ttl: LIVELY.as_millis() as u64, ..arena.terms() };
+        let (mut holder, mut next) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
+        let (first, _) = held(&holder.ask("try"));
+        arena.server.kill();
+        arena.server.restart();
+        until_it_beats(|| remaining(&mut holder));
+        holder.expect("is-held", "yes");
+        next.tell_to_wait("lock");
+        next.expect_silence();
+        holder.expect("release", "released");
+        let answer = next.answer();
+        let (second, told) = held(&answer);
+        assert!(second > first && told.is_empty(), "{answer}");
+        next.expect("release", "released");
+        arena.server.kill();
+        arena.server.restart();
+        let (third, _) = held(&next.ask("lock"));
+        assert!(third > second);
+        Ok(())
+    }
+
+    pub fn an_acquisition_cut_off_anywhere_gets_the_same_grant<E: Engine>() -> Drill {
+        let arena = Arena::<E>::open()?;
+        let (direct, mut last) = (lasting(arena.terms()).open(), 0);
+        arena.cut_everywhere(|proxy| {
+            let guard = quick(&lasting(arena.terms_through(proxy.port()))).lock_for(LIVELY).expect("the lease");
+            proxy.cut_nothing();
+            assert!(guard.token() > last && guard.recovered().is_none());
+            last = guard.token();
+            assert!(direct.try_lock().expect_err("it is held").is_held());
+            assert_eq!(token_of(&direct), Some(guard.token()), "the same grant");
+            guard.release().expect("it is held");
+            assert_eq!(token_of(&direct), None);
+        });
+        Ok(())
+    }
+
+    pub fn a_renewal_cut_off_anywhere_keeps_the_lease<E: Engine>() -> Drill {
+        let arena = Arena::<E>::open()?;
+        let (direct, kept) = (arena.terms().open(), OnceCell::new());
+        arena.cut_everywhere_then(
+            |proxy| {
+                let terms = arena.terms_through(proxy.port());
+                let terms = Terms { ttl: LIVELY.as_millis() as u64, heartbeat: 20, ..terms };
+                let guard: &LeaseGuard = kept.get_or_init(|| terms.open().try_lock().expect("free"));
+                until_it_beats(|| guard.remaining());
+            },
+            |proxy, ()| {
+                let guard = kept.get().expect("it is prepared");
+                until("it was cut, if it is to be", || !proxy.is_to_cut());
+                until_it_beats(|| guard.remaining());
+                assert_eq!(token_of(&direct), Some(guard.token()), "the same grant");
+                assert!(direct.try_lock().expect_err("it is held").is_held());
+            },
+        );
+        Ok(())
+    }
+
+    pub fn a_release_cut_off_anywhere_frees_the_name<E: Engine>() -> Drill {
+        let arena = Arena::<E>::open()?;
+        let (direct, mut last) = (lasting(arena.terms()).open(), 0);
+        arena.cut_everywhere_then(
+            |proxy| quick(&lasting(arena.terms_through(proxy.port()))).lock_for(LIVELY).expect("the lease"),
+            |proxy, guard| {
+                let token = guard.token();
+                let released = guard.release();
+                let is_lost = |error: &lockkit::Error| matches!(error.kind(), ErrorKind::LeaseLost { .. });
+                assert!(!released.as_ref().is_err_and(is_lost), "nobody took it: {released:?}");
+                // What did not work the heartbeat does.
+                let next = direct.lock_for(LIVELY).expect("the name is free");
+                assert!(next.token() > token.max(last) && next.recovered().is_none());
+                last = next.token();
+                next.release().expect("it is held");
+                proxy.cut_nothing();
+            },
+        );
+        Ok(())
+    }
+
+    pub fn a_waiter_asks_nothing_of_the_server_and_is_woken_by_the_release<E: Engine>() -> Drill {
+        /// For so long it asks nothing.
+        const QUIET: Duration = Duration::from_millis(500);
+        let arena = Arena::<E>::open()?;
+        let proxy = Proxy::to(arena.server.port());
+        let guard = lasting(arena.terms()).open().try_lock().expect("free");
+        let mut waiter = Actor::start_lease(&lasting(arena.terms_through(proxy.port())));
+        waiter.tell("lock");
+        let (mut asked, mut since) = (0, Instant::now());
+        until("the waiter asks nothing any more", || {
+            let now = proxy.passed(Direction::Request);
+            if now != asked || now == 0 {
+                (asked, since) = (now, Instant::now());
+            }
+            since.elapsed() > QUIET
+        });
+        waiter.expect_silence();
+        let token = guard.token();
+        guard.release().expect("it is held");
+        let answer = waiter.answer();
+        assert!(held(&answer).0 > token && held(&answer).1.is_empty(), "{answer}");
+        Ok(())
+    }
+
+    pub fn a_waiter_is_cancelled_at_once<E: Engine>() -> Drill {
+        let arena = Arena::<E>::open()?;
+        let lease = lasting(arena.terms()).open();
+        let _guard = lease.try_lock().expect("free");
+        let token = CancelToken::new();
+        std::thread::scope(|scope| {
+            let (send, thread) = std::sync::mpsc::channel();
+            let (lease, token) = (&lease, &token);
+            let waiter = scope.spawn(move || {
+                send.send(thread_id()).expect("it is waited for");
+                lease.acquire(&Wait::forever().or_cancelled(token))
+            });
+            let thread = thread.recv().expect("the thread says who it is");
+            until("the waiter sleeps", || sleeps(std::process::id(), thread));
+            let start = Instant::now();
+            token.cancel();
+            assert!(waiter.join().expect("no panic").expect_err("it is held").is_cancelled());
+            assert!(start.elapsed() < LIVELY);
+        });
+        Ok(())
+    }
+
+    pub fn many_leases_share_few_connections<E: Engine>() -> Drill {
+        const MANY: usize = 100;
+        let arena = Arena::<E>::open()?;
+        let proxy = Proxy::to(arena.server.port());
+        let url = |n: usize| {
+            let url = arena.server.url(proxy.port(), Access::Right(&arena.security), &format!("many-{n}"));
+            url.expect("the right way is always there")
+        };
+        let lasts = LIVELY.as_millis() as u64;
+        let open = |n| Terms { ttl: lasts, heartbeat: 100, ..Terms::of(url(n)) }.open();
+        let guards: Vec<_> = (0..MANY).map(|n| open(n).lock_for(LIVELY).expect("free")).collect();
+        let before: Vec<_> = guards.iter().map(|guard| guard.remaining()).collect();
+        let start = Instant::now();
+        until("all have beaten", || {
+            guards
+                .iter()
+                .zip(&before)
+                .all(|(guard, before)| guard.remaining() + start.elapsed() > *before + Duration::from_millis(50))
+        });
+        assert!(proxy.connections() <= 10, "{} connections", proxy.connections());
+        let tokens: std::collections::HashSet<_> = guards.iter().map(|guard| guard.token()).collect();
+        assert!(guards.iter().all(|guard| guard.is_held()) && !tokens.is_empty());
+        Ok(())
+    }
+
+    pub fn a_forked_child_has_connections_of_its_own<E: Engine>() -> Drill {
+        let arena = Arena::<E>::open()?;
+        let terms = arena.terms();
+        let mut holder = Actor::start_lease(&terms);
+        held(&holder.ask("try"));
+        let other = arena.server.url(arena.server.port(), Access::Right(&arena.security), "other").expect("a URL");
+        holder.expect(&format!("fork {other}"), "parted");
+        holder.expect("is-held", "yes");
+        until_it_beats(|| remaining(&mut holder));
+        assert!(Actor::start_lease(&terms).ask("try").starts_with("error Held"));
+        holder.expect("release", "released");
+        Ok(())
+    }
+
+    pub fn a_wrong_password_is_a_clear_error<E: Engine>() -> Drill {
+        let arena = Arena::<E>::with(Security::Password)?;
+        drop(arena.terms().open().lock_for(LIVELY).expect("the right one opens"));
+        let error = arena.refusal(arena.server.port(), Access::WrongPassword)?;
+        assert!(error.contains("password"), "{error}");
+        assert!(!error.contains("barley") && !error.contains(PASSWORD), "{error}");
+        Ok(())
+    }
+
+    pub fn a_wrong_database_is_a_clear_error<E: Engine>() -> Drill {
+        let arena = Arena::<E>::open()?;
+        let error = arena.refusal(arena.server.port(), Access::WrongDatabase)?;
+        assert!(error.contains("database"), "{error}");
+        Ok(())
+    }
+
+    pub fn over_tls_leases_work_with_and_without_a_certificate<E: Engine>() -> Drill {
+        for security in [Security::Tls, Security::ClientCertificate] {
+            let arena = Arena::<E>::with(security(Certificates::new()?))?;
+            let terms = lasting(arena.terms());
+            let (mut holder, mut next) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
+            let (first, _) = held(&holder.ask("lock-for 30000"));
+            next.tell_to_wait("lock");
+            holder.expect("release", "released");
+            assert!(held(&next.answer()).0 > first);
+        }
+        Ok(())
+    }
+
+    pub fn a_mismatch_of_tls_is_a_clear_error<E: Engine>() -> Drill {
+        let says = |error: String, word: &str| assert!(error.contains(word), "no {word} in {error}");
+        let plain = Arena::<E>::open()?;
+        let certificates = Certificates::new()?;
+        says(plain.refusal(plain.server.port(), Access::Tls(&certificates.ca()))?, "TLS");
+        let stranger = certificates.stranger();
+        let secure = Arena::<E>::with(Security::Tls(certificates))?;
+        says(secure.refusal(secure.server.port(), Access::Right(&Security::None))?, "TLS");
+        says(secure.refusal(secure.server.port(), Access::Tls(&stranger))?, "certificate");
+        let mutual = Arena::<E>::with(Security::ClientCertificate(Certificates::new()?))?;
+        let Security::ClientCertificate(certificates) = &mutual.security else { unreachable!("just made") };
+        says(mutual.refusal(mutual.server.port(), Access::Tls(&certificates.ca()))?, "certificate");
+        Ok(())
+    }
+
+    pub fn an_engine_that_is_too_old_is_a_clear_error<E: Engine>() -> Drill {
+        let answer = E::OLD.ok_or("nobody plays an old version of this engine")?;
+        let arena = Arena::<E>::open()?;
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+        let port = listener.local_addr().expect("an address").port();
+        // It ends with the process.
+        std::thread::spawn(move || listener.incoming().flatten().for_each(answer));
+        let error = arena.refusal(port, Access::Right(&Security::None))?;
+        assert!(error.contains("too old"), "{error}");
+        Ok(())
+    }
+
+    pub fn a_stepped_clock_of_the_server_never_takes_the_tokens_back<E: Engine>() -> Drill {
+        if !E::goes_by_a_wall_clock() {
+            return Err("this engine goes by no wall clock".to_owned());
+        }
+        let clock = Clock::new()?;
+        let arena = Arena { server: E::start(&Security::None, Some(&clock))?, security: Security::None };
+        let terms = Terms { ttl: LIVELY.as_millis() as u64, ..arena.terms() };
+        let (mut one, mut other) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
+        let mut last = 0;
+        for step in [0, 3600, -3600, 0] {
+            let (token, _) = held(&one.ask("lock-for 30000"));
+            assert!(token > last);
+            last = token;
+            clock.set(step);
+            until_it_beats(|| remaining(&mut one));
+            // What was stepped ahead had run out for a moment; the beat has taken it back, as nobody came.
+            one.expect("is-held", "yes");
+            assert!(other.ask("try").starts_with("error Held"));
+            one.expect("release", "released");
+            let answer = other.ask("lock-for 30000");
+            let (token, told) = held(&answer);
+            assert!(token > last && told.is_empty(), "{answer}");
+            last = token;
+            other.expect("release", "released");
+        }
+        Ok(())
+    }
+
+    pub fn whoever_finds_itself_holding_is_never_one_of_two_however_long_it_was_stopped<E: Engine>() -> Drill {
+        let arena = Arena::<E>::open()?;
+        let seconds = std::env::var("LOCKKIT_CHAOS_SECONDS").map_or(10, |text| text.parse().expect("whole seconds"));
+        let ttl = if E::TTL < 2000 { 300 } else { E::TTL };
+        let tally = leases::run(&Terms { ttl, heartbeat: ttl / 10, ..arena.terms() }, Duration::from_secs(seconds));
+        println!("{tally:?}");
+        assert!(tally.holds > 5 && tally.kills > 5, "it was no chaos: {tally:?}");
+        Ok(())
+    }
+}
+pub use cases::*;
