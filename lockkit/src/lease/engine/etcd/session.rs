@@ -1,0 +1,214 @@
+//! Sessions: one lease of etcd's for all leases of a process that have the same ttl.
+//!
+//! Keys that are attached to a session are deleted by etcd when nobody has kept the session alive for its ttl. So one
+//! request renews them all, and what a lease is good for counts from when the session was last kept, by a request that
+//! was *sent* then. A renewal looks whether the session was kept and the lease's own key was found in place less than an
+//! eighth of the ttl ago, and only else asks; it then asks for as many other keys as fit into the request. So
+//! a thousand leases cost some ten requests for each eighth of their ttl.
+//!
+//! **A session counts as kept only once a quorum has said so.** The leader keeps sessions alive by itself, so one that was
+//! cut off or stopped, and has been replaced without knowing it yet, would go on doing so. Every answer names the term of
+//! its leader. The request that follows, a transaction, is answered by a quorum: when its term is that of the answer to
+//! the request before, then who kept the session was the leader.
+//!
+//! A session that no lease uses is kept by nobody, and gone after its ttl.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use crate::lease::clock::{Clock, SystemClock};
+use crate::lease::store::{ClaimId, Grant, LeaseName};
+
+/// What is known is good for this part of the ttl.
+const PARTS: u32 = 8;
+/// The most keys that are looked at in one request; etcd refuses transactions of more operations.
+const MOST_KEYS: usize = 128;
+
+pub(super) struct Session {
+    /// As etcd numbers it.
+    pub(super) id: u64,
+    ttl: Duration,
+    /// One at a time keeps it and looks after its keys.
+    pub(super) turn: Mutex<()>,
+    state: Mutex<State>,
+}
+
+struct State {
+    /// When the request was sent by which it is kept now.
+    kept: Duration,
+    keys: HashMap<LeaseName, Key>,
+}
+
+/// A key that is attached to the session, as far as is known.
+struct Key {
+    claim: ClaimId,
+    token: u64,
+    /// When the request was sent that found it in place.
+    found: Duration,
+}
+
+/// A session that was kept by a request sent then, if the leader of that term still is the leader.
+#[derive(Clone, Copy)]
+pub(super) struct Kept {
+    pub(super) sent: Duration,
+    pub(super) term: u64,
+}
+
+impl Session {
+    /// One that etcd has made at a request that was sent then.
+    pub(super) fn new(id: u64, ttl: Duration, sent: Duration) -> Self {
+        Self { id, ttl, turn: Mutex::new(()), state: Mutex::new(State { kept: sent, keys: HashMap::new() }) }
+    }
+
+    /// Whether it was kept not long before `now`.
+    pub(super) fn is_fresh(&self, now: Duration) -> bool {
+        self.is_recent(self.state.lock().kept, now)
+    }
+
+    fn is_recent(&self, then: Duration, now: Duration) -> bool {
+        now.saturating_sub(then) < self.ttl / PARTS
+    }
+
+    /// It was kept, as a quorum has said.
+    pub(super) fn keep(&self, sent: Duration) {
+        let mut state = self.state.lock();
+        state.kept = state.kept.max(sent);
+    }
+
+    /// How long a lease of it is good for, counted from `now`. The part that is over counts for a little more, so that
+    /// what the lease takes off for clocks that run wrong is taken off the whole.
+    pub(super) fn left(&self, now: Duration) -> Duration {
+        let over = now.saturating_sub(self.state.lock().kept);
+        self.ttl.saturating_sub(over + over / 64)
+    }
+
+    /// A key was attached by a request that was sent then.
+    pub(super) fn add(&self, name: &LeaseName, claim: &ClaimId, token: u64, sent: Duration) {
+        let key = Key { claim: *claim, token, found: sent };
+        let mut state = self.state.lock();
+        // An answer that was overtaken by the one to a later acquisition tells nothing any more.
+        if state.keys.get(name).is_none_or(|known| known.token <= token) {
+            state.keys.insert(name.clone(), key);
+        }
+    }
+
+    /// The grant's key is not attached any more.
+    pub(super) fn remove(&self, grant: &Grant) {
+        let mut state = self.state.lock();
+        if state.keys.get(grant.name()).is_some_and(|key| key.is_of(grant)) {
+            state.keys.remove(grant.name());
+        }
+    }
+
+    /// Whether the session was kept and the grant's key was found in place not long before `now`.
+    pub(super) fn covers(&self, grant: &Grant, now: Duration) -> bool {
+        let state = self.state.lock();
+        let key = state.keys.get(grant.name()).filter(|key| key.is_of(grant));
+        self.is_recent(state.kept, now) && key.is_some_and(|key| self.is_recent(key.found, now))
+    }
+
+    /// The keys to look at together with the grant's: those that were not found for longest, or nearly.
+    pub(super) fn to_look_at(&self, grant: &Grant, now: Duration) -> Vec<(LeaseName, ClaimId)> {
+        let state = self.state.lock();
+        let stale = state.keys.iter().filter(|(name, key)| {
+            *name != grant.name() && now.saturating_sub(key.found) >= self.ttl / (2 * PARTS)
+        });
+        let stale = stale.map(|(name, key)| (name.clone(), key.claim)).take(MOST_KEYS - 1);
+        std::iter::once((grant.name().clone(), *grant.claim())).chain(stale).collect()
+    }
+
+    /// The names were looked at by a request that was sent then, and found to be of their claims, or not.
+    pub(super) fn looked_at(&self, found: impl Iterator<Item = (LeaseName, ClaimId, bool)>, sent: Duration) {
+        let mut state = self.state.lock();
+        for (name, claim, is_in_place) in found {
+            let known = state.keys.get_mut(&name).filter(|key| key.claim == claim);
+            match known {
+                Some(key) if is_in_place => key.found = key.found.max(sent),
+                // Who renews it finds out what became of it.
+                Some(_) => drop(state.keys.remove(&name)),
+                None => {}
+            }
+        }
+    }
+}
+
+impl Key {
+    fn is_of(&self, grant: &Grant) -> bool {
+        (self.claim, self.token) == (*grant.claim(), grant.token())
+    }
+}
+
+/// The time by which sessions are counted.
+pub(super) fn now() -> Duration {
+    SystemClock.now()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const S: Duration = Duration::from_secs(1);
+
+    fn grant(name: &str, token: u64) -> Grant {
+        Grant::new(&LeaseName::new(name).unwrap(), &ClaimId::from_number(token.into()), token, S * 8)
+    }
+
+    fn add(session: &Session, grant: &Grant, sent: Duration) {
+        session.add(grant.name(), grant.claim(), grant.token(), sent);
+    }
+
+    #[test]
+    fn a_lease_is_good_for_what_is_left_of_its_session_and_a_little_less() {
+        let session = Session::new(1, S * 8, S * 100);
+        assert_eq!(session.left(S * 100), S * 8);
+        assert_eq!(session.left(S * 99), S * 8, "it was kept since");
+        for over in 0..8 {
+            // What the lease makes of it: see `Terms::valid_until`.
+            let left = session.left(S * (100 + over));
+            assert!(S * over + (left - left / 100) <= S * 8 - S * 8 / 100, "{over}");
+        }
+        assert_eq!(session.left(S * 108), Duration::ZERO);
+        session.keep(S * 104);
+        session.keep(S * 101);
+        assert_eq!(session.left(S * 104), S * 8, "never back");
+    }
+
+    #[test]
+    fn what_was_kept_and_found_just_now_is_not_asked_for_again() {
+        let (session, one, other) = (Session::new(1, S * 8, S * 100), grant("one", 1), grant("other", 2));
+        add(&session, &one, S * 100);
+        add(&session, &other, S * 100);
+        let soon = S * 101 - Duration::from_nanos(1);
+        assert!(session.covers(&one, soon) && !session.covers(&one, S * 101));
+        assert!(!session.covers(&grant("one", 3), soon), "it is another's");
+        session.keep(S * 101);
+        assert!(!session.covers(&one, S * 101), "kept, but not found");
+        let names: Vec<_> = session.to_look_at(&one, S * 101).into_iter().map(|(name, _)| name).collect();
+        assert_eq!(names, [one.name().clone(), other.name().clone()]);
+        let found = [(one.name().clone(), *one.claim(), true), (other.name().clone(), *other.claim(), false)];
+        session.looked_at(found.into_iter(), S * 101);
+        assert!(session.covers(&one, S * 101) && !session.covers(&other, S * 101));
+        session.remove(&one);
+        assert!(!session.covers(&one, S * 101));
+    }
+
+    #[test]
+    fn a_later_acquisition_is_not_taken_back_by_an_earlier_answer() {
+        let (session, early, late) = (Session::new(1, S * 8, S), grant("one", 1), grant("one", 2));
+        add(&session, &late, S);
+        add(&session, &early, S);
+        session.remove(&early);
+        assert!(session.covers(&late, S) && !session.covers(&early, S));
+    }
+
+    #[test]
+    fn a_request_looks_at_no_more_keys_than_etcd_takes() {
+        let session = Session::new(1, S * 8, S);
+        for token in 1..=1000 {
+            add(&session, &grant(&token.to_string(), token), S);
+        }
+        assert_eq!(session.to_look_at(&grant("7", 7), S * 3).len(), MOST_KEYS);
+    }
+}
