@@ -89,7 +89,6 @@ impl<C> Pool<C> {
         mut request: impl FnMut(&mut C) -> Result<R>,
     ) -> Result<R> {
         let idle = self.0.lock().pop();
-        let mut in_doubt = false;
         if let Some(mut connection) = idle {
             match request(&mut connection) {
                 Ok(answer) => {
@@ -97,15 +96,10 @@ impl<C> Pool<C> {
                     return Ok(answer);
                 }
                 Err(StoreError::Misuse(cause)) => return Err(StoreError::Misuse(cause)),
-                Err(error) => in_doubt = matches!(error, StoreError::Unknown(_)),
+                Err(_) => self.0.lock().clear(),
             }
-            self.0.lock().clear();
         }
-        let mut connection = connect().map_err(|error| match error {
-            // The first request may have been carried out all the same.
-            StoreError::Refused(cause) if in_doubt => StoreError::Unknown(cause),
-            error => error,
-        })?;
+        let mut connection = connect()?;
         let answer = request(&mut connection)?;
         self.keep(connection);
         Ok(answer)
@@ -173,10 +167,6 @@ mod tests {
         assert_eq!(answer.unwrap(), 2);
         assert!(pool.ask(connect, |_| Err::<(), _>(StoreError::refused("down"))).is_err());
         assert_eq!(made.get(), 3, "once more, and no more than that");
-        assert_eq!(pool.ask(connect, |number| Ok(*number)).unwrap(), 4);
-        let down = || Err(StoreError::refused("down"));
-        let cut = pool.ask(down, |_: &mut i32| Err::<(), _>(StoreError::unknown("cut")));
-        assert!(matches!(cut, Err(StoreError::Unknown(_))), "it may have been done before the server went down");
     }
 
     #[test]
