@@ -247,7 +247,8 @@ impl Fixture for FileLease {
     }
 }
 
-/// A [`Lease`] on a server. Its ttl is as long as that of a [`FileLease`], for the same reason.
+/// A [`Lease`] on a server. Its ttl is as long as that of a [`FileLease`], for the same reason. The descriptor that it
+/// keeps is a connection.
 struct EngineLease {
     name: &'static str,
     /// The URL of a lease of this name on the server that this process shares, which it starts; or why there is none.
@@ -273,10 +274,6 @@ impl Fixture for EngineLease {
 
     fn files(&self, _: &str) -> Vec<PathBuf> {
         vec![]
-    }
-
-    fn keeps_a_descriptor(&self) -> bool {
-        false
     }
 }
 

@@ -1,5 +1,6 @@
-//! Leases on etcd: every case of the suite, and what is its own.
+//! Leases on etcd: every case of the suite, every drill of the engines, and what is its own.
 
-use lockkit_tests::suite;
+use lockkit_tests::{drills, suite};
 
 suite!(etcd, lockkit_tests::Kind::ETCD);
+drills!(etcd_drills, lockkit_tests::engines::etcd::Etcd);

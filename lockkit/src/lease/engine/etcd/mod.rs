@@ -31,7 +31,7 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use self::gateway::{Address, Gateway, Stream, decoded, encoded, is_session_gone, number};
-use self::session::{Kept, Session, now};
+use self::session::{Kept, Loose, Session, now};
 use super::{Bells, Ear, OfProcess, Result, attempt, is_dead, own_text, owner_of};
 use crate::lease::store::{
     Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
@@ -168,11 +168,8 @@ impl LeaseStore for Store {
     }
 
     fn release(&self, grant: &Grant, by: Deadline) -> Result<Released> {
-        let own = self.own();
         let free = Record::text(FREE, grant.claim(), "");
-        let freed = own.free(grant.name(), Some(*grant.claim()), grant.token(), Some(&free), by)?;
-        step("record freed");
-        session_of(grant)?.remove(grant);
+        let freed = self.own().give_back(grant, Loose::Released, Some(&free), by)?;
         Ok(match freed {
             Err(record) if !record.is(FREE, Some(*grant.claim())) => Released::NotMine,
             _ => Released::Done,
@@ -181,8 +178,7 @@ impl LeaseStore for Store {
 
     fn give_up(&self, grant: &Grant, by: Deadline) -> Result<Released> {
         // The record goes on saying that it is held, by which the next owner learns that it was not released.
-        let freed = self.own().free(grant.name(), Some(*grant.claim()), grant.token(), None, by)?;
-        session_of(grant)?.remove(grant);
+        let freed = self.own().give_back(grant, Loose::RunOut, None, by)?;
         Ok(if freed.is_ok() { Released::Done } else { Released::NotMine })
     }
 
@@ -264,6 +260,8 @@ impl Own {
     ) -> Result<Attempt> {
         let began = now();
         let mut over = over.map(|seen| (seen.cursor(), seen.claim()));
+        // Why nobody has what is taken over, if nobody has.
+        let mut nobody = None;
         let record = Record::text(HELD, claim, &own_text());
         for _ in 0..MOST_TURNS {
             let (session, kept) = self.session(ttl, by)?;
@@ -280,46 +278,46 @@ impl Own {
                     self.forget(ttl, &session);
                     continue;
                 }
-                answer => answer?,
+                Err(error) => {
+                    if matches!(error, StoreError::Unknown(_)) {
+                        session.loosen(name, claim, Loose::InDoubt, sent);
+                    }
+                    return Err(error);
+                }
+                Ok(answer) => answer,
             };
             if let Some(kept) = kept.filter(|kept| kept.term == answer.term()) {
                 session.keep(kept.sent);
             }
-            let granted = |token| {
-                session.add(name, claim, token, sent);
-                Grant::new(name, claim, token, session.left(began)).with_handle(session.clone())
-            };
             if answer.is_done() {
                 step("record written");
-                let grant = granted(answer.revision());
-                let before = Record::parse(answer.before(1));
+                let token = answer.revision();
+                session.add(name, claim, token, sent);
+                let grant = Grant::new(name, claim, token, session.left(began)).with_handle(session);
+                let before = match nobody {
+                    Some(Loose::InDoubt) => self.before(name, revision, by)?,
+                    _ => Record::parse(answer.before(1)),
+                };
                 return Ok(Attempt::Granted(match &*before.state {
-                    HELD if before.claim != Some(*claim) => grant.recovered_from(before.owner),
+                    HELD if nobody != Some(Loose::Released) => grant.recovered_from(before.owner),
                     _ => grant,
                 }));
             }
             let held = answer.read(0);
-            let revision = number(&held["mod_revision"]);
-            if revision == 0 {
+            if held.is_null() {
                 // It has come free since it was seen held.
-                over = None;
+                (over, nobody) = (None, None);
                 continue;
             }
             let seen = seen(held, answer.read(1));
-            if seen.claim() != Some(*claim) {
-                return Ok(Attempt::Busy(seen));
-            }
-            if number(&held["lease"]) == session.id {
-                let grant = granted(revision);
-                let before = self.before(name, revision, by)?;
-                return Ok(Attempt::Granted(match &*before.state {
-                    HELD => grant.recovered_from(before.owner),
-                    _ => grant,
-                }));
-            }
-            // An earlier request was done after all, for a session that has been replaced since. Nobody knows of that
-            // grant.
-            over = Some((revision, Some(*claim)));
+            nobody = match session.loose(seen.claim()) {
+                None if seen.claim() == Some(*claim) => Some(Loose::InDoubt),
+                None => return Ok(Attempt::Busy(seen)),
+                why => why,
+            };
+            // An earlier request was done after all, and nobody has what it got. It is taken over, rather than believed,
+            // so that of two who find it only one gets it.
+            over = Some((seen.cursor(), seen.claim()));
         }
         Err(StoreError::unknown("the session ended, or the lease was released, again and again meanwhile"))
     }
@@ -386,6 +384,26 @@ impl Own {
         Ok(Renewal::Lost { by: seen.and_then(|seen| seen.owner().cloned()) })
     }
 
+    /// Frees the key of a grant; see [`free`](Self::free).
+    fn give_back(
+        &self,
+        grant: &Grant,
+        why: Loose,
+        record: Option<&str>,
+        by: Deadline,
+    ) -> Result<Result<(), Record>> {
+        let session = session_of(grant)?;
+        let freed = self.free(grant.name(), Some(*grant.claim()), grant.token(), record, by);
+        match freed {
+            Ok(_) => {
+                step("record freed");
+                session.remove(grant);
+            }
+            Err(_) => session.loosen(grant.name(), grant.claim(), why, now()),
+        }
+        freed
+    }
+
     /// Deletes the `held` key of that revision and claim, and writes the record if one is given. `Err` is the record as
     /// it stands, where the key is not so.
     fn free(
@@ -443,7 +461,25 @@ impl Own {
         let answer = self.gateway.ask("/v3/lease/keepalive", &json!({ "ID": session.id.to_string() }), by)?;
         step("session kept");
         let is_there = number(&answer["TTL"]) > 0;
+        if is_there {
+            self.let_go(session, sent, by);
+        }
         Ok(is_there.then(|| Kept { sent, term: number(&answer["header"]["raft_term"]) }))
+    }
+
+    /// Deletes the loose keys of a session. What fails is tried again later.
+    fn let_go(&self, session: &Session, now: Duration, by: Deadline) {
+        for (name, claim, why) in session.to_let_go(now) {
+            let key = self.keys.held(&name);
+            let mut then = vec![json!({ "request_delete_range": { "key": key } })];
+            if why != Loose::RunOut {
+                let free = Record::text(FREE, &claim, "");
+                then.push(json!({ "request_put": { "key": self.keys.record(&name), "value": encoded(free) } }));
+            }
+            if self.transact(json!([is_of(&key, claim)]), then.into(), json!([]), by).is_err() {
+                return;
+            }
+        }
     }
 
     /// The next lease of this ttl needs another session.

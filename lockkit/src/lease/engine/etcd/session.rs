@@ -11,6 +11,10 @@
 //! its leader. The request that follows, a transaction, is answered by a quorum: when its term is that of the answer to
 //! the request before, then who kept the session was the leader.
 //!
+//! **What is loose is let go.** A key lives as long as its session, so one that nobody has, or nobody renews, would stay
+//! as long as other leases of the process do. There are three sorts: see [`Loose`]. Whoever keeps the session deletes
+//! those that have been loose for a ttl, and a new acquisition takes them over at once.
+//!
 //! A session that no lease uses is kept by nobody, and gone after its ttl.
 
 use std::collections::HashMap;
@@ -25,6 +29,10 @@ use crate::lease::store::{ClaimId, Grant, LeaseName};
 const PARTS: u32 = 8;
 /// The most keys that are looked at in one request; etcd refuses transactions of more operations.
 const MOST_KEYS: usize = 128;
+/// For so many ttls a request that got no answer counts as possibly still under way.
+const LONG: u32 = 3;
+/// The most loose keys that are looked after at once.
+const MOST_LOOSE: usize = 16;
 
 pub(super) struct Session {
     /// As etcd numbers it.
@@ -39,6 +47,7 @@ struct State {
     /// When the request was sent by which it is kept now.
     kept: Duration,
     keys: HashMap<LeaseName, Key>,
+    loose: Vec<LooseKey>,
 }
 
 /// A key that is attached to the session, as far as is known.
@@ -47,6 +56,28 @@ struct Key {
     token: u64,
     /// When the request was sent that found it in place.
     found: Duration,
+    /// When its lease was last renewed.
+    renewed: Duration,
+}
+
+/// Why nobody has a key that may be there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Loose {
+    /// The request that acquired it got no answer.
+    InDoubt,
+    /// The request that released it got none.
+    Released,
+    /// Nobody has renewed it for a ttl: its holder hangs, or could not say that it gave it up.
+    RunOut,
+}
+
+struct LooseKey {
+    name: LeaseName,
+    claim: ClaimId,
+    why: Loose,
+    since: Duration,
+    /// When it is to be deleted, the first time or again.
+    due: Duration,
 }
 
 /// A session that was kept by a request sent then, if the leader of that term still is the leader.
@@ -59,7 +90,7 @@ pub(super) struct Kept {
 impl Session {
     /// One that etcd has made at a request that was sent then.
     pub(super) fn new(id: u64, ttl: Duration, sent: Duration) -> Self {
-        Self { id, ttl, turn: Mutex::new(()), state: Mutex::new(State { kept: sent, keys: HashMap::new() }) }
+        Self { id, ttl, turn: Mutex::new(()), state: Mutex::new(State { kept: sent, keys: HashMap::new(), loose: Vec::new() }) }
     }
 
     /// Whether it was kept not long before `now`.
@@ -86,8 +117,9 @@ impl Session {
 
     /// A key was attached by a request that was sent then.
     pub(super) fn add(&self, name: &LeaseName, claim: &ClaimId, token: u64, sent: Duration) {
-        let key = Key { claim: *claim, token, found: sent };
+        let key = Key { claim: *claim, token, found: sent, renewed: now() };
         let mut state = self.state.lock();
+        state.loose.retain(|loose| loose.claim != *claim);
         // An answer that was overtaken by the one to a later acquisition tells nothing any more.
         if state.keys.get(name).is_none_or(|known| known.token <= token) {
             state.keys.insert(name.clone(), key);
@@ -97,16 +129,56 @@ impl Session {
     /// The grant's key is not attached any more.
     pub(super) fn remove(&self, grant: &Grant) {
         let mut state = self.state.lock();
+        state.loose.retain(|loose| loose.claim != *grant.claim());
         if state.keys.get(grant.name()).is_some_and(|key| key.is_of(grant)) {
             state.keys.remove(grant.name());
         }
     }
 
-    /// Whether the session was kept and the grant's key was found in place not long before `now`.
+    /// The grant is being renewed. Whether the session was kept and the grant's key was found in place not long before
+    /// `now`.
     pub(super) fn covers(&self, grant: &Grant, now: Duration) -> bool {
+        let mut state = self.state.lock();
+        let is_kept = self.is_recent(state.kept, now);
+        let Some(key) = state.keys.get_mut(grant.name()).filter(|key| key.is_of(grant)) else { return false };
+        key.renewed = key.renewed.max(now);
+        is_kept && self.is_recent(key.found, now)
+    }
+
+    /// Nobody has the key of this claim, though it may be there.
+    pub(super) fn loosen(&self, name: &LeaseName, claim: &ClaimId, why: Loose, since: Duration) {
+        let mut state = self.state.lock();
+        if state.keys.get(name).is_some_and(|key| key.claim == *claim) {
+            state.keys.remove(name);
+        }
+        let loose = LooseKey { name: name.clone(), claim: *claim, why, since, due: since + self.ttl };
+        match state.loose.iter_mut().find(|known| known.claim == *claim) {
+            Some(known) => known.why = why,
+            None => state.loose.push(loose),
+        }
+    }
+
+    /// Why nobody has the key of this claim, if nobody has.
+    pub(super) fn loose(&self, claim: Option<ClaimId>) -> Option<Loose> {
         let state = self.state.lock();
-        let key = state.keys.get(grant.name()).filter(|key| key.is_of(grant));
-        self.is_recent(state.kept, now) && key.is_some_and(|key| self.is_recent(key.found, now))
+        state.loose.iter().find(|loose| Some(loose.claim) == claim).map(|loose| loose.why)
+    }
+
+    /// The loose keys that are to be deleted now. They are told of again, for a request that got no answer may still be
+    /// under way.
+    pub(super) fn to_let_go(&self, now: Duration) -> Vec<(LeaseName, ClaimId, Loose)> {
+        let mut state = self.state.lock();
+        let State { keys, loose, .. } = &mut *state;
+        loose.extend(keys.extract_if(|_, key| now.saturating_sub(key.renewed) > self.ttl).map(|(name, key)| {
+            LooseKey { name, claim: key.claim, why: Loose::RunOut, since: now, due: now }
+        }));
+        loose.retain(|loose| now < loose.since + self.ttl * LONG);
+        let due = loose.iter_mut().filter(|loose| loose.due <= now).take(MOST_LOOSE);
+        due.map(|loose| {
+            loose.due = now + self.ttl;
+            (loose.name.clone(), loose.claim, loose.why)
+        })
+        .collect()
     }
 
     /// The keys to look at together with the grant's: those that were not found for longest, or nearly.
@@ -192,6 +264,27 @@ mod tests {
         assert!(session.covers(&one, S * 101) && !session.covers(&other, S * 101));
         session.remove(&one);
         assert!(!session.covers(&one, S * 101));
+    }
+
+    #[test]
+    fn what_nobody_has_or_renews_is_let_go_after_a_ttl() {
+        let (session, kept, hung) = (Session::new(1, S * 8, now()), grant("kept", 1), grant("hung", 2));
+        let began = now();
+        add(&session, &kept, began);
+        add(&session, &hung, began);
+        session.loosen(grant("lost", 3).name(), grant("lost", 3).claim(), Loose::InDoubt, began);
+        assert!(session.to_let_go(began + S * 7).is_empty());
+        session.covers(&kept, began + S * 8);
+        let let_go = session.to_let_go(began + S * 9);
+        let mut let_go: Vec<_> = let_go.iter().map(|(name, _, why)| (name.as_str(), *why)).collect();
+        let_go.sort_by_key(|(name, _)| *name);
+        assert_eq!(let_go, [("hung", Loose::RunOut), ("lost", Loose::InDoubt)]);
+        assert_eq!(session.loose(Some(*hung.claim())), Some(Loose::RunOut));
+        assert!(session.to_let_go(began + S * 16).is_empty(), "a ttl later, again");
+        assert_eq!(session.to_let_go(began + S * 18).len(), 3);
+        // An answer to a repeated request settles it.
+        add(&session, &grant("lost", 3), began);
+        assert_eq!(session.loose(Some(*grant("lost", 3).claim())), None);
     }
 
     #[test]
