@@ -82,11 +82,17 @@ impl Etcd {
 
     /// Starts the node with what it has kept, where it does not run, and waits until it serves.
     pub fn start_again(&mut self, at: usize) {
-        self.nodes[at].launch().expect("it did before");
+        self.launch_node(at);
         self.wait_until_it_serves();
     }
 
-    fn wait_until_it_serves(&self) {
+    /// Starts the node again, which may have to wait for others.
+    pub fn launch_node(&mut self, at: usize) {
+        self.nodes[at].launch().expect("it did before");
+    }
+
+    /// Waits until all that run serve.
+    pub fn wait_until_it_serves(&self) {
         // Of those that speak TLS, whoever it is for asks again.
         let serves = |node: &Node| match self.speaks_tls {
             false => node.get("/health").is_some_and(|answer| answer.contains(r#""health":"true""#)),

@@ -20,16 +20,14 @@ use std::time::Duration;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use parking_lot::Mutex;
-use rustix::io::Errno;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{AlertDescription, ClientConfig, RootCertStore};
 use serde_json::{Value, json};
 
 use super::http::Connection;
-use crate::error::Error;
 use crate::lease::connect::{self, Parts, text};
-use crate::lease::engine::{Pool, Result};
+use crate::lease::engine::{Pool, Result, not_connected};
 use crate::lease::store::{Deadline, StoreError};
 
 /// The oldest etcd whose gateway stands under `/v3/`.
@@ -333,18 +331,13 @@ impl Gateway {
             if let Some(error) = tls_trouble(endpoint, &error) {
                 return error;
             }
-            match Errno::from_io_error(&error) {
-                // Nothing that the server could help.
-                Some(Errno::MFILE | Errno::NFILE) => {
-                    StoreError::refused(Error::io("connect to", endpoint.to_string(), error))
-                }
-                _ if self.tls.is_some() && matches!(error.kind(), Io::UnexpectedEof | Io::ConnectionReset) => {
-                    StoreError::refused(format!(
-                        "{endpoint} ended the connection instead of beginning TLS; if it speaks none, write etcd://"
-                    ))
-                }
-                _ => StoreError::refused(format!("{endpoint} cannot be connected to: {error}")),
+            let is_cut = matches!(error.kind(), Io::UnexpectedEof | Io::ConnectionReset);
+            if self.tls.is_some() && is_cut {
+                return StoreError::refused(format!(
+                    "{endpoint} ended the connection instead of beginning TLS; if it speaks none, write etcd://"
+                ));
             }
+            not_connected(&endpoint.to_string(), &error)
         })
     }
 
