@@ -331,8 +331,7 @@ impl Gateway {
             if let Some(error) = tls_trouble(endpoint, &error) {
                 return error;
             }
-            let is_cut = matches!(error.kind(), Io::UnexpectedEof | Io::ConnectionReset);
-            if self.tls.is_some() && is_cut {
+            if self.tls.is_some() && is_cut(&error) {
                 return StoreError::refused(format!(
                     "{endpoint} ended the connection instead of beginning TLS; if it speaks none, write etcd://"
                 ));
@@ -348,6 +347,9 @@ impl Gateway {
             None if error.kind() == Io::InvalidData => {
                 StoreError::unknown(format!("{endpoint} answers, but not as etcd does: {error}"))
             }
+            None if self.tls.is_none() && is_cut(error) => StoreError::unknown(format!(
+                "{endpoint} ended the connection instead of answering; if it does so always, it may speak TLS: write etcds://"
+            )),
             None => StoreError::unknown(format!("{endpoint} did not answer: {error}")),
         }
     }
@@ -453,6 +455,10 @@ fn headers(token: Option<&str>) -> Vec<(&'static str, &str)> {
 fn is_older(version: &str) -> bool {
     let parts = |text: &str| -> Vec<u32> { text.split('.').take(2).map_while(|part| part.parse().ok()).collect() };
     parts(version) < parts(OLDEST)
+}
+
+fn is_cut(error: &io::Error) -> bool {
+    matches!(error.kind(), Io::UnexpectedEof | Io::ConnectionReset)
 }
 
 /// What TLS has against a connection.
