@@ -95,7 +95,7 @@ pub fn take_part(spec: &Spec, log: &Path, seed: u64) {
         match lock.acquire(&wait) {
             Ok(guard) => {
                 append(&mut log, now(), IN, guard.recovered().map_or(NOBODY, u64::from));
-                let hold = Instant::now() + Duration::from_micros(dice.roll(300));
+                let hold = Instant::now() + Duration::from_micros(dice.roll(spec.kind().longest_hold()));
                 while Instant::now() < hold {
                     std::hint::spin_loop();
                 }

@@ -124,6 +124,11 @@ pub trait Fixture: Sync {
     fn is_fair(&self) -> bool {
         false
     }
+
+    /// For how many microseconds at most the chaos holds it: some time of a whole cycle, so that some die meanwhile.
+    fn longest_hold(&self) -> u64 {
+        300
+    }
 }
 
 /// A [`NamedLock`].
@@ -274,6 +279,10 @@ impl Fixture for EngineLease {
 
     fn files(&self, _: &str) -> Vec<PathBuf> {
         vec![]
+    }
+
+    fn longest_hold(&self) -> u64 {
+        10_000
     }
 }
 

@@ -53,7 +53,7 @@ impl Etcd {
         let cluster = ports.iter().enumerate().map(member).collect::<Vec<_>>().join(",");
         let mut etcd = Self { nodes: Vec::new(), speaks_tls };
         for (at, [client, peer]) in ports.iter().enumerate() {
-            let folder = Folder::new("etcd");
+            let folder = Folder::in_memory("etcd");
             let mut command = Command::new(&program);
             command.arg("--data-dir").arg(folder.path().join("data")).args(["--name", &format!("n{at}")]);
             let [client_url, peer_url] = [format!("{scheme}://127.0.0.1:{client}"), format!("http://127.0.0.1:{peer}")];

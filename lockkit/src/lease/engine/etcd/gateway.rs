@@ -82,7 +82,8 @@ impl Address {
                 (Some(Login { user, password }), hosts)
             }
         };
-        let hosts = hosts.split(',').map(|host| endpoint(host).ok_or_else(|| wrong(format!("{host:?} is no host:port"))));
+        let hosts =
+            hosts.split(',').map(|host| endpoint(host).ok_or_else(|| wrong(format!("{host:?} is no host:port"))));
         let hosts = hosts.collect::<crate::Result<_>>()?;
         let mut prefix = "lockkit/".to_owned();
         let (mut ca, mut cert, mut key) = (None, None, None);
@@ -236,18 +237,16 @@ impl Gateway {
                         first if first["created"] == true && first["canceled"] != true => Ok(stream),
                         first => Err(Failed::Here(StoreError::refused(format!("{endpoint} does not watch: {first}")))),
                     },
-                    None => Err(Failed::Here(StoreError::refused(format!("{endpoint} did not begin to watch in time")))),
+                    None => {
+                        Err(Failed::Here(StoreError::refused(format!("{endpoint} did not begin to watch in time"))))
+                    }
                 }
             })
         })
     }
 
     /// Does it with the token that there is, and once more with a new one where the server does not know it any more.
-    fn with_token<T>(
-        &self,
-        by: Deadline,
-        ask: impl Fn(Option<&str>) -> Result<T, Failed>,
-    ) -> Result<T> {
+    fn with_token<T>(&self, by: Deadline, ask: impl Fn(Option<&str>) -> Result<T, Failed>) -> Result<T> {
         let Some(login) = &self.login else {
             return ask(None).map_err(Failed::into_error);
         };
@@ -289,11 +288,7 @@ impl Gateway {
     }
 
     /// Asks one endpoint after the other.
-    fn anywhere<T>(
-        &self,
-        by: Deadline,
-        ask: impl Fn(&Endpoint, Deadline) -> Result<T, Failed>,
-    ) -> Result<T, Failed> {
+    fn anywhere<T>(&self, by: Deadline, ask: impl Fn(&Endpoint, Deadline) -> Result<T, Failed>) -> Result<T, Failed> {
         let count = self.endpoints.len();
         let first = self.good.load(Ordering::Relaxed);
         let mut in_doubt = false;
@@ -412,7 +407,9 @@ impl Gateway {
             return Failed::Everywhere(StoreError::misuse(format!("{endpoint} speaks TLS: write etcds://")));
         }
         if status != 404 {
-            return Failed::Here(StoreError::unknown(format!("{endpoint} answers {status}, as etcd does not: {shown}")));
+            return Failed::Here(StoreError::unknown(format!(
+                "{endpoint} answers {status}, as etcd does not: {shown}"
+            )));
         }
         let by = Deadline::after(ASIDE);
         let version = self.connect(endpoint, by).ok().and_then(|mut connection| {

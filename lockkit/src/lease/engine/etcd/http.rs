@@ -119,7 +119,8 @@ impl Connection {
             None => Stream::Plain(socket),
             Some(config) => {
                 let bare = host.trim_start_matches('[').trim_end_matches(']').to_owned();
-                let name = ServerName::try_from(bare).map_err(|error| io::Error::new(ErrorKind::InvalidInput, error))?;
+                let name =
+                    ServerName::try_from(bare).map_err(|error| io::Error::new(ErrorKind::InvalidInput, error))?;
                 let mut tls = ClientConnection::new(config.clone(), name).map_err(io::Error::other)?;
                 while tls.is_handshaking() {
                     tls.complete_io(&mut socket)?;
@@ -215,7 +216,8 @@ impl Connection {
                     return Ok(Some(piece));
                 }
                 Framing::Chunked => {
-                    let size = httparse::parse_chunk_size(&self.input).map_err(|_| garbled("a chunk without a size"))?;
+                    let size =
+                        httparse::parse_chunk_size(&self.input).map_err(|_| garbled("a chunk without a size"))?;
                     match size {
                         httparse::Status::Complete((from, 0)) => {
                             // Trailers end with an empty line, and mean nothing here.

@@ -234,8 +234,7 @@ impl Own {
     /// Compares the revision of a `held` key, and the claim in it if one is given.
     fn is_held(&self, name: &LeaseName, revision: u64, claim: Option<ClaimId>) -> Value {
         let key = self.keys.held(name);
-        let revision =
-            json!({ "key": key, "target": "MOD", "result": "EQUAL", "mod_revision": revision.to_string() });
+        let revision = json!({ "key": key, "target": "MOD", "result": "EQUAL", "mod_revision": revision.to_string() });
         match claim {
             None => json!([revision]),
             Some(claim) => json!([revision, is_of(&key, claim)]),
@@ -357,7 +356,8 @@ impl Own {
             let read: Value = keys.iter().map(|key| json!({ "request_range": { "key": key } })).collect();
             let sent = now();
             let answer = self.transact(compare, json!([]), read, by)?;
-            let is_in_place = |at, claim| answer.is_done() || parse_claim(&decoded(&answer.read(at)["value"])) == Some(claim);
+            let is_in_place =
+                |at, claim| answer.is_done() || parse_claim(&decoded(&answer.read(at)["value"])) == Some(claim);
             let found = names.into_iter().enumerate().map(|(at, (name, claim))| (name, claim, is_in_place(at, claim)));
             session.looked_at(found, sent);
             if !is_in_place(0, *grant.claim()) {
@@ -385,13 +385,7 @@ impl Own {
     }
 
     /// Frees the key of a grant; see [`free`](Self::free).
-    fn give_back(
-        &self,
-        grant: &Grant,
-        why: Loose,
-        record: Option<&str>,
-        by: Deadline,
-    ) -> Result<Result<(), Record>> {
+    fn give_back(&self, grant: &Grant, why: Loose, record: Option<&str>, by: Deadline) -> Result<Result<(), Record>> {
         let session = session_of(grant)?;
         let freed = self.free(grant.name(), Some(*grant.claim()), grant.token(), record, by);
         match freed {

@@ -90,7 +90,12 @@ pub(super) struct Kept {
 impl Session {
     /// One that etcd has made at a request that was sent then.
     pub(super) fn new(id: u64, ttl: Duration, sent: Duration) -> Self {
-        Self { id, ttl, turn: Mutex::new(()), state: Mutex::new(State { kept: sent, keys: HashMap::new(), loose: Vec::new() }) }
+        Self {
+            id,
+            ttl,
+            turn: Mutex::new(()),
+            state: Mutex::new(State { kept: sent, keys: HashMap::new(), loose: Vec::new() }),
+        }
     }
 
     /// Whether it was kept not long before `now`.
@@ -169,9 +174,15 @@ impl Session {
     pub(super) fn to_let_go(&self, now: Duration) -> Vec<(LeaseName, ClaimId, Loose)> {
         let mut state = self.state.lock();
         let State { keys, loose, .. } = &mut *state;
-        loose.extend(keys.extract_if(|_, key| now.saturating_sub(key.renewed) > self.ttl).map(|(name, key)| {
-            LooseKey { name, claim: key.claim, why: Loose::RunOut, since: now, due: now }
-        }));
+        loose.extend(
+            keys.extract_if(|_, key| now.saturating_sub(key.renewed) > self.ttl).map(|(name, key)| LooseKey {
+                name,
+                claim: key.claim,
+                why: Loose::RunOut,
+                since: now,
+                due: now,
+            }),
+        );
         loose.retain(|loose| now < loose.since + self.ttl * LONG);
         let due = loose.iter_mut().filter(|loose| loose.due <= now).take(MOST_LOOSE);
         due.map(|loose| {
@@ -184,9 +195,10 @@ impl Session {
     /// The keys to look at together with the grant's: those that were not found for longest, or nearly.
     pub(super) fn to_look_at(&self, grant: &Grant, now: Duration) -> Vec<(LeaseName, ClaimId)> {
         let state = self.state.lock();
-        let stale = state.keys.iter().filter(|(name, key)| {
-            *name != grant.name() && now.saturating_sub(key.found) >= self.ttl / (2 * PARTS)
-        });
+        let stale = state
+            .keys
+            .iter()
+            .filter(|(name, key)| *name != grant.name() && now.saturating_sub(key.found) >= self.ttl / (2 * PARTS));
         let stale = stale.map(|(name, key)| (name.clone(), key.claim)).take(MOST_KEYS - 1);
         std::iter::once((grant.name().clone(), *grant.claim())).chain(stale).collect()
     }
