@@ -14,16 +14,14 @@ pub mod redis;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use lockkit::{CancelToken, Lease, LeaseStatus, Wait};
+use lockkit::{CancelToken, ErrorKind, Lease, LeaseStatus, Wait};
 pub use proxy::{Direction, Proxy};
 use rustix::process::Signal;
 
 use crate::leases::Terms;
-use crate::{Actor, LIVELY, chaos, leases, sleeps, thread_id, until};
+use crate::{Actor, LIVELY, leases, sleeps, thread_id, until};
 
 /// A server of an engine, for one drill. What it keeps outlasts a kill and a restart.
 pub trait Engine: Sized {
@@ -196,6 +194,25 @@ macro_rules! drills {
     ($module:ident, $engine:ty) => {
         $crate::drills!($module, $engine;
             a_killed_holder_of_this_host_is_taken_over_at_once,
+            a_silent_holder_elsewhere_runs_out_and_the_next_is_told,
+            a_holder_stopped_for_longer_than_its_ttl_finds_it_lost_the_moment_it_runs_again,
+            a_server_frozen_for_less_than_a_ttl_costs_no_lease,
+            a_server_frozen_for_longer_than_a_ttl_costs_the_lease_in_time_and_it_is_told_once,
+            a_restarted_server_knows_its_leases_and_the_tokens_grow,
+            an_acquisition_cut_off_anywhere_gets_the_same_grant,
+            a_renewal_cut_off_anywhere_keeps_the_lease,
+            a_release_cut_off_anywhere_frees_the_name,
+            a_waiter_asks_nothing_of_the_server_and_is_woken_by_the_release,
+            a_waiter_is_cancelled_at_once,
+            many_leases_share_few_connections,
+            a_forked_child_has_connections_of_its_own,
+            a_wrong_password_is_a_clear_error,
+            a_wrong_database_is_a_clear_error,
+            over_tls_leases_work_with_and_without_a_certificate,
+            a_mismatch_of_tls_is_a_clear_error,
+            an_engine_that_is_too_old_is_a_clear_error,
+            a_stepped_clock_of_the_server_never_takes_the_tokens_back,
+            whoever_finds_itself_holding_is_never_one_of_two_however_long_it_was_stopped,
         );
     };
     ($module:ident, $engine:ty; $($drill:ident,)*) => {
@@ -236,10 +253,94 @@ impl<E: Engine> Arena<E> {
         Terms { ttl: E::TTL, heartbeat: E::TTL / 10, ..Terms::of(url) }
     }
 
-    /// As [`terms`](Self::terms), with a ttl that does not pass while anybody is waited for here.
-    fn long_terms(&self) -> Terms {
-        lasting(self.terms())
+    /// What a client that comes with `access` is told, with all its causes.
+    fn refusal(&self, port: u16, access: Access) -> Result<String, String> {
+        let url = self.server.url(port, access, "drill").ok_or("this engine has nothing of that sort")?;
+        let error = Terms::of(url).open().lock_for(LIVELY).expect_err("it is refused");
+        let mut text = error.to_string();
+        let mut cause = std::error::Error::source(&error);
+        while let Some(error) = cause {
+            text += &format!(": {error}");
+            cause = error.source();
+        }
+        println!("{access:?}: {text}");
+        Ok(text)
     }
+
+    /// As [`cut_everywhere_then`](Self::cut_everywhere_then), all of it over a connection that is cut.
+    fn cut_everywhere(&self, mut action: impl FnMut(&Proxy)) {
+        self.cut_everywhere_then(|_| (), |proxy, ()| action(proxy));
+    }
+
+    /// Plays a scene behind a proxy which then cuts the connection after the first byte of each direction, and after
+    /// others that are spread evenly over all that a scene takes, and after its last. What prepares a scene is not cut.
+    fn cut_everywhere_then<T>(&self, prepare: impl Fn(&Proxy) -> T, mut scene: impl FnMut(&Proxy, T)) {
+        /// So many cuts each way.
+        const CUTS: u64 = 40;
+        let proxy = Proxy::to(self.server.port());
+        let prepared = prepare(&proxy);
+        let before = [Direction::Request, Direction::Answer].map(|way| proxy.passed(way));
+        scene(&proxy, prepared);
+        for (direction, before) in [Direction::Request, Direction::Answer].into_iter().zip(before) {
+            let length = proxy.passed(direction) - before;
+            assert!(length > 0, "nothing went {direction:?}");
+            let mut cuts: Vec<u64> = (0..=CUTS).map(|cut| length * cut / CUTS).chain([1, length - 1]).collect();
+            cuts.sort_unstable();
+            cuts.dedup();
+            let cut_before = proxy.cuts();
+            for at in cuts {
+                let prepared = prepare(&proxy);
+                proxy.cut_after(direction, at);
+                scene(&proxy, prepared);
+            }
+            assert!(proxy.cuts() > cut_before, "it was never cut");
+        }
+    }
+}
+
+/// A lease that tries again soon.
+fn quick(terms: &Terms) -> Lease {
+    let builder = terms.builder().acquire_retry_limit(100).acquire_retry_delay(Duration::from_millis(1));
+    builder.build().expect("options that go together")
+}
+
+/// The token under which it is held.
+fn token_of(lease: &Lease) -> Option<u64> {
+    match lease.status().expect("the server answers") {
+        LeaseStatus::Held(seen) => seen.token(),
+        _ => None,
+    }
+}
+
+/// Sees that an answer tells of the death of the holder with this pid and token.
+fn told_of(answer: &str, pid: u32, before: u64) {
+    let (token, told) = held(answer);
+    assert!(token > before, "{answer} after {before}");
+    assert_eq!(told, format!("recovered {pid}"));
+}
+
+fn remaining(holder: &mut Actor) -> Duration {
+    let answer = holder.ask("remaining");
+    let micros = answer.strip_prefix("remaining ").and_then(|micros| micros.parse().ok());
+    Duration::from_micros(micros.unwrap_or_else(|| panic!("{answer}")))
+}
+
+/// An actor of which nobody outside can tell whether it lives.
+fn in_a_container(terms: &Terms) -> Option<Actor> {
+    let unshare = || {
+        let mut command = Command::new("unshare");
+        command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]);
+        command
+    };
+    let is_allowed = unshare().arg("true").stderr(Stdio::null()).status().is_ok_and(|status| status.success());
+    is_allowed.then(|| {
+        Actor::start_lease_with(terms, |actor| {
+            let mut command = unshare();
+            command.arg(actor.get_program()).args(actor.get_args());
+            *actor = command;
+            actor.stdin(Stdio::piped()).stdout(Stdio::piped());
+        })
+    })
 }
 
 /// With a ttl that does not pass while anybody is waited for here.
@@ -262,15 +363,346 @@ mod cases {
 
     pub fn a_killed_holder_of_this_host_is_taken_over_at_once<E: Engine>() -> Drill {
         let arena = Arena::<E>::open()?;
-        let terms = arena.long_terms();
+        let terms = lasting(arena.terms());
         let (mut holder, mut next) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
         let (first, _) = held(&holder.ask("try"));
         next.tell_to_wait("lock");
         holder.kill();
-        let answer = next.answer();
+        told_of(&next.answer(), holder.pid(), first);
+        Ok(())
+    }
+
+    pub fn a_silent_holder_elsewhere_runs_out_and_the_next_is_told<E: Engine>() -> Drill {
+        let arena = Arena::<E>::open()?;
+        let terms = arena.terms();
+        let Some(mut elsewhere) = in_a_container(&terms) else {
+            return Err("this machine does not let the test make a pid namespace".to_owned());
+        };
+        let mut next = Actor::start_lease(&terms);
+        let (first, _) = held(&elsewhere.ask("try"));
+        elsewhere.kill();
+        assert!(next.ask("try").starts_with("error Held"), "nobody here can know that it is dead");
+        let answer = next.ask("lock");
         let (token, told) = held(&answer);
+        assert!(token > first && told.starts_with("recovered "), "{answer}");
+        next.expect("release", "released");
+        assert_eq!(held(&next.ask("lock")).1, "", "once");
+        Ok(())
+    }
+
+    pub fn a_holder_stopped_for_longer_than_its_ttl_finds_it_lost_the_moment_it_runs_again<E: Engine>() -> Drill {
+        let arena = Arena::<E>::open()?;
+        let terms = arena.terms();
+        let (mut holder, mut next) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
+        let (first, _) = held(&holder.ask("try"));
+        holder.signal(Signal::STOP);
+        told_of(&next.ask("lock"), holder.pid(), first);
+        holder.tell("is-held");
+        holder.signal(Signal::CONT);
+        assert!(holder.answer().starts_with("no: "));
+        next.expect("is-held", "yes");
+        Ok(())
+    }
+
+    pub fn a_server_frozen_for_less_than_a_ttl_costs_no_lease<E: Engine>() -> Drill {
+        let arena = Arena::<E>::open()?;
+        let terms = Terms { ttl: 8 * E::TTL, ..arena.terms() };
+        let mut holder = Actor::start_lease(&terms);
+        held(&holder.ask("try"));
+        arena.server.signal(Signal::STOP);
+        // Requests time out meanwhile.
+        let start = Instant::now();
+        until("some beats are late", || remaining(&mut holder) < Duration::from_millis(6 * E::TTL));
+        arena.server.signal(Signal::CONT);
+        if start.elapsed() > Duration::from_millis(6 * E::TTL) {
+            return Err("this machine was too slow to thaw it in time".to_owned());
+        }
+        until("it beats again", || remaining(&mut holder) > Duration::from_millis(7 * E::TTL));
+        holder.expect("is-held", "yes");
+        holder.expect("losses", "losses");
+        assert!(Actor::start_lease(&terms).ask("try").starts_with("error Held"));
+        Ok(())
+    }
+
+    pub fn a_server_frozen_for_longer_than_a_ttl_costs_the_lease_in_time_and_it_is_told_once<E: Engine>() -> Drill {
+        let arena = Arena::<E>::open()?;
+        let terms = arena.terms();
+        let (mut holder, mut next) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
+        let (first, _) = held(&holder.ask("try"));
+        arena.server.signal(Signal::STOP);
+        let frozen = Instant::now();
+        until("it is lost", || holder.ask("is-held") != "yes");
+        assert!(frozen.elapsed() < LIVELY / 2, "the deadline is the lease's, not the server's");
+        until("it was told", || holder.ask("losses") != "losses");
+        assert!(next.ask("try").starts_with("error Store"), "a server that hangs holds up nobody for ever");
+        arena.server.signal(Signal::CONT);
+        let (token, _) = held(&next.ask("lock"));
         assert!(token > first);
-        assert_eq!(told, format!("recovered {}", holder.pid()));
+        assert_eq!(holder.ask("losses").matches('(').count(), 1);
+        Ok(())
+    }
+
+    pub fn a_restarted_server_knows_its_leases_and_the_tokens_grow<E: Engine>() -> Drill {
+        let mut arena = Arena::<E>::open()?;
+        let terms = Terms { ttl: LIVELY.as_millis() as u64, ..arena.terms() };
+        let (mut holder, mut next) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
+        let (first, _) = held(&holder.ask("try"));
+        next.tell_to_wait("lock");
+        arena.server.kill();
+        let before = remaining(&mut holder);
+        arena.server.restart();
+        until("it beats again", || remaining(&mut holder) > before);
+        holder.expect("is-held", "yes");
+        next.expect_silence();
+        holder.expect("release", "released");
+        let answer = next.answer();
+        let (second, told) = held(&answer);
+        assert!(second > first && told.is_empty(), "{answer}");
+        next.expect("release", "released");
+        arena.server.kill();
+        arena.server.restart();
+        let (third, _) = held(&next.ask("lock"));
+        assert!(third > second);
+        Ok(())
+    }
+
+    pub fn an_acquisition_cut_off_anywhere_gets_the_same_grant<E: Engine>() -> Drill {
+        let arena = Arena::<E>::open()?;
+        let (direct, mut last) = (lasting(arena.terms()).open(), 0);
+        arena.cut_everywhere(|proxy| {
+            let guard = quick(&lasting(arena.terms_through(proxy.port()))).lock_for(LIVELY).expect("the lease");
+            proxy.cut_nothing();
+            assert!(guard.token() > last && guard.recovered().is_none());
+            last = guard.token();
+            assert!(direct.try_lock().expect_err("it is held").is_held());
+            assert_eq!(token_of(&direct), Some(guard.token()), "the same grant");
+            guard.release().expect("it is held");
+            assert_eq!(token_of(&direct), None);
+        });
+        Ok(())
+    }
+
+    pub fn a_renewal_cut_off_anywhere_keeps_the_lease<E: Engine>() -> Drill {
+        let arena = Arena::<E>::open()?;
+        let direct = arena.terms().open();
+        let mut kept = None;
+        arena.cut_everywhere(|proxy| {
+            let terms = Terms { ttl: LIVELY.as_millis() as u64, heartbeat: 20, ..arena.terms_through(proxy.port()) };
+            let guard = kept.get_or_insert_with(|| terms.open().try_lock().expect("free"));
+            let (cuts, passed) = (proxy.cuts(), proxy.passed(Direction::Answer));
+            // Some beats later.
+            until("it was cut and beats again", || {
+                proxy.cuts() > cuts || proxy.passed(Direction::Answer) > passed + 2000
+            });
+            proxy.cut_nothing();
+            let before = guard.remaining();
+            until("it is renewed", || guard.remaining() > before);
+            assert_eq!(token_of(&direct), Some(guard.token()), "the same grant");
+            assert!(direct.try_lock().expect_err("it is held").is_held());
+        });
+        kept.expect("it was cut").release().expect("it is held to the end");
+        Ok(())
+    }
+
+    pub fn a_release_cut_off_anywhere_frees_the_name<E: Engine>() -> Drill {
+        let arena = Arena::<E>::open()?;
+        let (direct, mut last) = (lasting(arena.terms()).open(), 0);
+        arena.cut_everywhere_then(
+            |proxy| quick(&lasting(arena.terms_through(proxy.port()))).lock_for(LIVELY).expect("the lease"),
+            |proxy, guard| {
+                let token = guard.token();
+                let released = guard.release();
+                let is_lost = |error: &lockkit::Error| matches!(error.kind(), ErrorKind::LeaseLost { .. });
+                assert!(!released.as_ref().is_err_and(is_lost), "nobody took it: {released:?}");
+                // What did not work the heartbeat does.
+                let next = direct.lock_for(LIVELY).expect("the name is free");
+                assert!(next.token() > token.max(last) && next.recovered().is_none());
+                last = next.token();
+                next.release().expect("it is held");
+                proxy.cut_nothing();
+            },
+        );
+        Ok(())
+    }
+
+    pub fn a_waiter_asks_nothing_of_the_server_and_is_woken_by_the_release<E: Engine>() -> Drill {
+        /// For so long it asks nothing.
+        const QUIET: Duration = Duration::from_millis(500);
+        let arena = Arena::<E>::open()?;
+        let proxy = Proxy::to(arena.server.port());
+        let guard = lasting(arena.terms()).open().try_lock().expect("free");
+        let mut waiter = Actor::start_lease(&lasting(arena.terms_through(proxy.port())));
+        waiter.tell("lock");
+        let (mut asked, mut since) = (0, Instant::now());
+        until("the waiter asks nothing any more", || {
+            let now = proxy.passed(Direction::Request);
+            if now != asked || now == 0 {
+                (asked, since) = (now, Instant::now());
+            }
+            since.elapsed() > QUIET
+        });
+        waiter.expect_silence();
+        let token = guard.token();
+        guard.release().expect("it is held");
+        let answer = waiter.answer();
+        assert!(held(&answer).0 > token && held(&answer).1.is_empty(), "{answer}");
+        Ok(())
+    }
+
+    pub fn a_waiter_is_cancelled_at_once<E: Engine>() -> Drill {
+        let arena = Arena::<E>::open()?;
+        let lease = lasting(arena.terms()).open();
+        let _guard = lease.try_lock().expect("free");
+        let token = CancelToken::new();
+        std::thread::scope(|scope| {
+            let (send, thread) = std::sync::mpsc::channel();
+            let (lease, token) = (&lease, &token);
+            let waiter = scope.spawn(move || {
+                send.send(thread_id()).expect("it is waited for");
+                lease.acquire(&Wait::forever().or_cancelled(token))
+            });
+            let thread = thread.recv().expect("the thread says who it is");
+            until("the waiter sleeps", || sleeps(std::process::id(), thread));
+            let start = Instant::now();
+            token.cancel();
+            assert!(waiter.join().expect("no panic").expect_err("it is held").is_cancelled());
+            assert!(start.elapsed() < LIVELY);
+        });
+        Ok(())
+    }
+
+    pub fn many_leases_share_few_connections<E: Engine>() -> Drill {
+        const MANY: usize = 100;
+        let arena = Arena::<E>::open()?;
+        let proxy = Proxy::to(arena.server.port());
+        let url = |n: usize| {
+            let url = arena.server.url(proxy.port(), Access::Right(&arena.security), &format!("many-{n}"));
+            url.expect("the right way is always there")
+        };
+        let lasts = LIVELY.as_millis() as u64;
+        let open = |n| Terms { ttl: lasts, heartbeat: 100, ..Terms::of(url(n)) }.open();
+        let guards: Vec<_> = (0..MANY).map(|n| open(n).lock_for(LIVELY).expect("free")).collect();
+        let before: Vec<_> = guards.iter().map(|guard| guard.remaining()).collect();
+        let start = Instant::now();
+        until("all have beaten", || {
+            guards
+                .iter()
+                .zip(&before)
+                .all(|(guard, before)| guard.remaining() + start.elapsed() > *before + Duration::from_millis(50))
+        });
+        assert!(proxy.connections() <= 10, "{} connections", proxy.connections());
+        let tokens: std::collections::HashSet<_> = guards.iter().map(|guard| guard.token()).collect();
+        assert!(guards.iter().all(|guard| guard.is_held()) && !tokens.is_empty());
+        Ok(())
+    }
+
+    pub fn a_forked_child_has_connections_of_its_own<E: Engine>() -> Drill {
+        let arena = Arena::<E>::open()?;
+        let terms = arena.terms();
+        let mut holder = Actor::start_lease(&terms);
+        held(&holder.ask("try"));
+        let other = arena.server.url(arena.server.port(), Access::Right(&arena.security), "other").expect("a URL");
+        holder.expect(&format!("fork {other}"), "parted");
+        holder.expect("is-held", "yes");
+        let before = remaining(&mut holder);
+        until("the parent beats", || remaining(&mut holder) >= before);
+        assert!(Actor::start_lease(&terms).ask("try").starts_with("error Held"));
+        holder.expect("release", "released");
+        Ok(())
+    }
+
+    pub fn a_wrong_password_is_a_clear_error<E: Engine>() -> Drill {
+        let arena = Arena::<E>::with(Security::Password)?;
+        drop(arena.terms().open().lock_for(LIVELY).expect("the right one opens"));
+        let error = arena.refusal(arena.server.port(), Access::WrongPassword)?;
+        assert!(error.contains("password"), "{error}");
+        assert!(!error.contains("barley") && !error.contains(PASSWORD), "{error}");
+        Ok(())
+    }
+
+    pub fn a_wrong_database_is_a_clear_error<E: Engine>() -> Drill {
+        let arena = Arena::<E>::open()?;
+        let error = arena.refusal(arena.server.port(), Access::WrongDatabase)?;
+        assert!(error.contains("database"), "{error}");
+        Ok(())
+    }
+
+    pub fn over_tls_leases_work_with_and_without_a_certificate<E: Engine>() -> Drill {
+        for security in [Security::Tls, Security::ClientCertificate] {
+            let arena = Arena::<E>::with(security(Certificates::new()?))?;
+            let terms = lasting(arena.terms());
+            let (mut holder, mut next) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
+            let (first, _) = held(&holder.ask("lock-for 30000"));
+            next.tell_to_wait("lock");
+            holder.expect("release", "released");
+            assert!(held(&next.answer()).0 > first);
+        }
+        Ok(())
+    }
+
+    pub fn a_mismatch_of_tls_is_a_clear_error<E: Engine>() -> Drill {
+        let says = |error: String, word: &str| assert!(error.contains(word), "no {word} in {error}");
+        let plain = Arena::<E>::open()?;
+        let certificates = Certificates::new()?;
+        says(plain.refusal(plain.server.port(), Access::Tls(&certificates.ca()))?, "TLS");
+        let stranger = certificates.stranger();
+        let secure = Arena::<E>::with(Security::Tls(certificates))?;
+        says(secure.refusal(secure.server.port(), Access::Right(&Security::None))?, "TLS");
+        says(secure.refusal(secure.server.port(), Access::Tls(&stranger))?, "certificate");
+        let mutual = Arena::<E>::with(Security::ClientCertificate(Certificates::new()?))?;
+        let Security::ClientCertificate(certificates) = &mutual.security else { unreachable!("just made") };
+        says(mutual.refusal(mutual.server.port(), Access::Tls(&certificates.ca()))?, "certificate");
+        Ok(())
+    }
+
+    pub fn an_engine_that_is_too_old_is_a_clear_error<E: Engine>() -> Drill {
+        let answer = E::OLD.ok_or("nobody plays an old version of this engine")?;
+        let arena = Arena::<E>::open()?;
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+        let port = listener.local_addr().expect("an address").port();
+        // It ends with the process.
+        std::thread::spawn(move || listener.incoming().flatten().for_each(answer));
+        let error = arena.refusal(port, Access::Right(&Security::None))?;
+        assert!(error.contains("too old"), "{error}");
+        Ok(())
+    }
+
+    pub fn a_stepped_clock_of_the_server_never_takes_the_tokens_back<E: Engine>() -> Drill {
+        if !E::goes_by_a_wall_clock() {
+            return Err("this engine goes by no wall clock".to_owned());
+        }
+        let clock = Clock::new()?;
+        let arena = Arena { server: E::start(&Security::None, Some(&clock))?, security: Security::None };
+        let terms = Terms { ttl: LIVELY.as_millis() as u64, ..arena.terms() };
+        let (mut one, mut other) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
+        let mut last = 0;
+        for step in [0, 3600, -3600, 0] {
+            let (token, _) = held(&one.ask("lock-for 30000"));
+            assert!(token > last);
+            last = token;
+            clock.set(step);
+            let before = remaining(&mut one);
+            until("it beats by the other clock", || remaining(&mut one) > before);
+            // What was stepped ahead had run out for a moment; the beat has taken it back, as nobody came.
+            one.expect("is-held", "yes");
+            assert!(other.ask("try").starts_with("error Held"));
+            one.expect("release", "released");
+            let answer = other.ask("lock-for 30000");
+            let (token, told) = held(&answer);
+            assert!(token > last && told.is_empty(), "{answer}");
+            last = token;
+            other.expect("release", "released");
+        }
+        Ok(())
+    }
+
+    pub fn whoever_finds_itself_holding_is_never_one_of_two_however_long_it_was_stopped<E: Engine>() -> Drill {
+        let arena = Arena::<E>::open()?;
+        let seconds = std::env::var("LOCKKIT_CHAOS_SECONDS").map_or(10, |text| text.parse().expect("whole seconds"));
+        let ttl = if E::TTL < 2000 { 300 } else { E::TTL };
+        let tally = leases::run(&Terms { ttl, heartbeat: ttl / 10, ..arena.terms() }, Duration::from_secs(seconds));
+        println!("{tally:?}");
+        assert!(tally.holds > 5 && tally.kills > 5, "it was no chaos: {tally:?}");
         Ok(())
     }
 }

@@ -340,13 +340,14 @@ impl Kind {
     pub const PIDFILE: Self = Self(&Pid);
     pub const LEASE: Self = Self(&FileLease);
     pub const ETCD: Self = Self(&EngineLease { name: "etcd", url: engines::etcd::shared_url });
+    pub const REDIS: Self = Self(&EngineLease { name: "redis", url: engines::redis::shared });
     pub const SHM: Self = Self(&OfManager(managers::Kind::Shm));
     pub const FOLDER: Self = Self(&OfManager(managers::Kind::Folder));
     pub const MEMORY: Self = Self(&OfManager(managers::Kind::Memory));
 }
 
 /// All of them.
-pub const KINDS: [Kind; 12] = [
+pub const KINDS: [Kind; 13] = [
     Kind::NAMED_SOCKET,
     Kind::MACHINE_SOCKET,
     Kind::NAMED_FILE,
@@ -356,6 +357,7 @@ pub const KINDS: [Kind; 12] = [
     Kind::PIDFILE,
     Kind::LEASE,
     Kind::ETCD,
+    Kind::REDIS,
     Kind::SHM,
     Kind::FOLDER,
     Kind::MEMORY,

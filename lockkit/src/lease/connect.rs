@@ -44,8 +44,11 @@ pub(super) fn place(url: &str) -> Result<Place> {
             let has_database = !first.is_empty() && first.bytes().all(|byte| byte.is_ascii_digit());
             in_store(url, usize::from(has_database), engine::redis::open)
         }
+        // All of the path is the socket's.
+        #[cfg(feature = "redis")]
+        "redis+unix" | "valkey+unix" => in_store(url, usize::MAX, engine::redis::open),
         #[cfg(not(feature = "redis"))]
-        "redis" | "rediss" | "valkey" | "valkeys" => {
+        "redis" | "rediss" | "valkey" | "valkeys" | "redis+unix" | "valkey+unix" => {
             Err(left_out("a redis:// lease in a build of lockkit without its feature `redis`"))
         }
         _ => Err(invalid(url, "lockkit knows file://, etcd://, postgres:// and redis:// leases")),
@@ -123,7 +126,7 @@ impl<'u> Parts<'u> {
     }
 
     /// The parameters, decoded.
-    #[cfg(any(feature = "etcd", feature = "postgres"))]
+    #[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
     pub(super) fn parameters(&self) -> impl Iterator<Item = (&'u str, Option<String>)> {
         self.raw_parameters().map(|(key, value)| (key, text(value)))
     }

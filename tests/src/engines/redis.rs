@@ -7,7 +7,7 @@ use std::process::Command;
 use rustix::process::Signal;
 
 use super::{Access, Clock, Engine, PASSWORD, Security};
-use crate::servers::{Folder, Server, free_port, installed};
+use crate::servers::{Folder, Server, Shared, free_port, installed};
 
 /// A server that has each change on disk before it answers.
 pub struct Redis {
@@ -17,15 +17,23 @@ pub struct Redis {
     server: Option<Server>,
 }
 
-impl Engine for Redis {
-    const OLD: Option<fn(TcpStream)> = Some(answer_as_an_old_version);
+/// The URL of a lease of this name on the server that all tests of this process share, which keeps nothing on disk.
+///
+/// # Errors
+/// Why there is none.
+pub fn shared(name: &str) -> Result<String, &'static str> {
+    static SERVER: Shared<Redis> = Shared::new(|| Redis::with(&Security::None, None, &["--appendonly", "no"]));
+    let server = SERVER.get()?;
+    Ok(server.url(server.port, Access::Right(&Security::None), name).expect("the right way is always there"))
+}
 
-    fn start(security: &Security, clock: Option<&Clock>) -> Result<Self, String> {
+impl Redis {
+    fn with(security: &Security, clock: Option<&Clock>, durability: &[&str]) -> Result<Self, String> {
         let program = installed(&["redis-server", "valkey-server"])?;
         let (folder, port) = (Folder::new("redis"), free_port());
         let mut command = Command::new(program);
         command.args(["--bind", "127.0.0.1", "--daemonize", "no", "--save", "", "--databases", "4", "--dir"]);
-        command.arg(folder.path()).args(["--appendonly", "yes", "--appendfsync", "always"]);
+        command.arg(folder.path()).args(durability);
         match security {
             Security::None => {}
             Security::Password => {
@@ -45,6 +53,14 @@ impl Engine for Redis {
         command.envs(clock.into_iter().flat_map(Clock::variables));
         let server = Server::start(&folder, &command, port)?;
         Ok(Self { folder, command, port, server: Some(server) })
+    }
+}
+
+impl Engine for Redis {
+    const OLD: Option<fn(TcpStream)> = Some(answer_as_an_old_version);
+
+    fn start(security: &Security, clock: Option<&Clock>) -> Result<Self, String> {
+        Self::with(security, clock, &["--appendonly", "yes", "--appendfsync", "always"])
     }
 
     fn port(&self) -> u16 {

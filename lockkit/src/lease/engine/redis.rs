@@ -1,12 +1,604 @@
-//! Leases on redis.
+//! Leases on Redis and Valkey.
+//!
+//! The record of a lease is the hash `lockkit:{name}`, which stays for ever, because it keeps the token: the greater of
+//! the token before plus one and the microseconds since the epoch. Each step is one Lua script, and so indivisible.
+//!
+//! - **Time** is the server's wall clock, the only one that it has: a record holds until a moment on it. Stepped ahead,
+//!   it ends the leases of others too early by as much; stepped back, those of the silent last longer by as much. A
+//!   holder counts by its own clock, and what its next beat finds untaken it keeps. The tokens grow either way.
+//! - **A restart** keeps what the server has written to its disk, with `appendonly yes`. Where it has lost a record, or
+//!   has an older one, the holder's next beat puts it back, unless somebody else has come first.
+//! - **A failover** may lose what was not copied yet, and so give the lease twice; the later holder's token is greater
+//!   as long as the new primary's clock is not behind. Only the token makes that safe.
+//! - **Waiters** leave a mark in the record. A release that finds it publishes to the channel `lockkit:{name}`; one
+//!   connection of the process listens to all of these.
 
-use std::sync::Arc;
+use std::collections::hash_map::DefaultHasher;
+use std::error::Error as _;
+use std::fs;
+use std::hash::{Hash, Hasher};
+use std::io;
+use std::mem::ManuallyDrop;
+use std::path::PathBuf;
+use std::sync::{Arc, LazyLock};
+use std::time::Duration;
 
-use crate::error::Result;
-use crate::lease::LeaseStore;
-use crate::lease::connect::invalid;
+use redis::io::tcp::{TcpSettings, socket2::TcpKeepalive};
+use redis::{
+    Client, ClientTlsConfig, Cmd, Connection, ConnectionAddr, ConnectionInfo, ConnectionLike, ErrorKind as Kind,
+    IntoConnectionInfo, RedisConnectionInfo, RedisError, ServerErrorKind, TlsCertificates, Value,
+};
+use rustls::crypto::CryptoProvider;
+
+use super::{Bells, Ear, OfProcess, Pool, attempt, not_connected, own_text, owner_of};
+use crate::error::{Error, Result as AnyResult};
+use crate::lease::connect::{Parts, invalid};
+use crate::lease::store::{
+    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
+    StoreProfile,
+};
+use crate::steps::step;
+use crate::wait::CancelToken;
+
+type Result<T, E = StoreError> = std::result::Result<T, E>;
+
+/// What one slow answer should not lose.
+const SMALLEST_TTL: Duration = Duration::from_millis(100);
+/// Scripts that ask for the time may write from this version on.
+const OLDEST: u32 = 5;
+/// How long a waiter's own requests may take.
+const LONGEST_LOOK: Duration = Duration::from_secs(2);
+/// The shortest limit that a socket can be given, for a deadline that has come.
+const MOMENT: Duration = Duration::from_micros(1);
+
+/// A script, which the server is told whole when it does not know it by its hash.
+struct Script {
+    code: &'static str,
+    hash: String,
+}
+
+macro_rules! script {
+    ($file:literal) => {
+        LazyLock::new(|| {
+            let code = concat!(include_str!("redis/record.lua"), include_str!($file));
+            Script { code, hash: redis::Script::new(code).get_hash().to_owned() }
+        })
+    };
+}
+
+static ACQUIRE: LazyLock<Script> = script!("redis/acquire.lua");
+static RENEW: LazyLock<Script> = script!("redis/renew.lua");
+static FREE: LazyLock<Script> = script!("redis/free.lua");
+static LOOK: LazyLock<Script> = script!("redis/look.lua");
 
 /// The store on the server at `url`. Connects to nothing yet.
-pub(in crate::lease) fn open(url: &str) -> Result<Arc<dyn LeaseStore>> {
-    Err(invalid(url, "not built yet"))
+pub(in crate::lease) fn open(url: &str) -> AnyResult<Arc<dyn LeaseStore>> {
+    Ok(Arc::new(RedisStore { server: Arc::new(Server::of(url)?), own: OfProcess::new() }))
+}
+
+struct RedisStore {
+    server: Arc<Server>,
+    own: OfProcess<Own>,
+}
+
+/// What a process has of the store.
+struct Own {
+    pool: Pool<Connection>,
+    bells: Arc<Bells>,
+}
+
+/// How it was left, or is.
+#[derive(Clone, Copy)]
+enum Left {
+    /// Its holder released it.
+    Released,
+    /// Its holder gave it up, or somebody took it away.
+    Lost,
+}
+
+impl RedisStore {
+    fn own(&self) -> Arc<Own> {
+        self.own.get(|| {
+            let server = self.server.clone();
+            let connect = move |by| Ok(Box::new(Listener::to(&server, by)?) as Box<dyn Ear>);
+            Own { pool: Pool::new(), bells: Bells::new(connect) }
+        })
+    }
+
+    /// Runs a script on the record of `name`, and returns the words of its answer.
+    fn run(&self, script: &Script, name: &LeaseName, arguments: &[&str], by: Deadline) -> Result<Vec<String>> {
+        self.run_counted(script, name, arguments, by).map(|(words, _)| words)
+    }
+
+    /// As [`run`](Self::run), and says how often the server was asked. Every script may run more than once.
+    fn run_counted(
+        &self,
+        script: &Script,
+        name: &LeaseName,
+        arguments: &[&str],
+        by: Deadline,
+    ) -> Result<(Vec<String>, u32)> {
+        let call = |command: &str, script: &str| {
+            let mut call = redis::cmd(command);
+            call.arg(script).arg(1).arg(key(name)).arg(arguments);
+            call
+        };
+        let server = &self.server;
+        let ask = |connection: &mut Connection, command: &Cmd| {
+            ask(connection, command, by).map_err(|error| server.unknown(&error))
+        };
+        let mut count = 0;
+        let mut run = || {
+            self.own().pool.ask(
+                || server.connect(by),
+                |connection| {
+                    count += 1;
+                    match ask(connection, &call("EVALSHA", &script.hash))? {
+                        Err(error) if error.kind() == Kind::Server(ServerErrorKind::NoScript) => {
+                            ask(connection, &call("EVAL", script.code))
+                        }
+                        answer => Ok(answer),
+                    }
+                },
+            )
+        };
+        let answer = loop {
+            match run() {
+                Err(error) if Interrupted::is(&error) && !by.is_past() => {}
+                answer => break answer?,
+            }
+        };
+        let words = redis::from_redis_value(answer.map_err(|error| server.refused(&error))?);
+        Ok((words.map_err(|_| self.garbled())?, count))
+    }
+
+    fn free(
+        &self,
+        name: &LeaseName,
+        [claim, token]: [String; 2],
+        left: Left,
+        is_holder: bool,
+        by: Deadline,
+    ) -> Result<Released> {
+        let state = match left {
+            Left::Released => "released",
+            Left::Lost => "lost",
+        };
+        let whose = if is_holder { "holder" } else { "" };
+        let (words, count) = self.run_counted(&FREE, name, &[&claim, &token, state, whose], by)?;
+        match words.first().map(String::as_str) {
+            Some("done") => {
+                step("record freed");
+                Ok(Released::Done)
+            }
+            // No answer came to the first of several requests, and somebody took what it had freed.
+            Some("not mine") if is_holder && count > 1 => Ok(Released::Done),
+            Some("not mine") => Ok(Released::NotMine),
+            _ => Err(self.garbled()),
+        }
+    }
+
+    /// Who has the name; leaves the mark of one who waits, if told to.
+    fn look(&self, name: &LeaseName, mark: bool, by: Deadline) -> Result<Option<Seen>> {
+        let words = self.run(&LOOK, name, &[if mark { "waits" } else { "" }], by)?;
+        match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+            ["free"] => Ok(None),
+            ["held", ref holder @ ..] => seen(holder).map(Some).ok_or_else(|| self.garbled()),
+            _ => Err(self.garbled()),
+        }
+    }
+
+    #[cold]
+    fn garbled(&self) -> StoreError {
+        StoreError::misuse(format!("what {} keeps for the lease is not lockkit's", self.server.place))
+    }
+}
+
+impl LeaseStore for RedisStore {
+    fn profile(&self) -> StoreProfile {
+        StoreProfile {
+            smallest_ttl: SMALLEST_TTL,
+            ttl_step: Duration::from_micros(1),
+            wakes_waiters: true,
+            place: Some(self.server.number),
+            ..StoreProfile::new(Durability::Primary)
+        }
+    }
+
+    fn try_acquire(&self, name: &LeaseName, claim: &ClaimId, ttl: Duration, by: Deadline) -> Result<Attempt> {
+        let (id, micros, owner) = (claim.to_string(), ttl.as_micros().to_string(), own_text());
+        attempt(|dead| {
+            let [dead_claim, dead_token] = dead.and_then(of_seen).unwrap_or_default();
+            let words = self.run(&ACQUIRE, name, &[&id, &micros, &owner, &dead_claim, &dead_token], by)?;
+            match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+                ["granted", token, before] => {
+                    step("record written");
+                    let token = token.parse().map_err(|_| self.garbled())?;
+                    let grant = Grant::new(name, claim, token, ttl).with_handle(owner.clone());
+                    Ok(Attempt::Granted(match before.strip_prefix(' ') {
+                        Some(died) => grant.recovered_from(owner_of(died)),
+                        None => grant,
+                    }))
+                }
+                ["busy", ref holder @ ..] => seen(holder).map(Attempt::Busy).ok_or_else(|| self.garbled()),
+                ["over"] => Err(StoreError::refused("the claim was released already")),
+                _ => Err(self.garbled()),
+            }
+        })
+    }
+
+    fn renew(&self, grant: &Grant, by: Deadline) -> Result<Renewal> {
+        let [claim, token] = of_grant(grant);
+        let owner = grant.handle::<String>().map_or("", |owner| owner);
+        let words =
+            self.run(&RENEW, grant.name(), &[&claim, &token, &grant.ttl().as_micros().to_string(), owner], by)?;
+        match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+            ["extended"] => Ok(Renewal::Extended { ttl: grant.ttl() }),
+            ["lost", by] => Ok(Renewal::Lost { by: owner_of(by) }),
+            _ => Err(self.garbled()),
+        }
+    }
+
+    fn release(&self, grant: &Grant, by: Deadline) -> Result<Released> {
+        self.free(grant.name(), of_grant(grant), Left::Released, true, by)
+    }
+
+    fn give_up(&self, grant: &Grant, by: Deadline) -> Result<Released> {
+        self.free(grant.name(), of_grant(grant), Left::Lost, true, by)
+    }
+
+    fn look(&self, name: &LeaseName, by: Deadline) -> Result<Option<Seen>> {
+        self.look(name, false, by)
+    }
+
+    fn evict(&self, name: &LeaseName, seen: &Seen, by: Deadline) -> Result<Released> {
+        match of_seen(seen) {
+            Some(holder) => self.free(name, holder, Left::Lost, false, by),
+            None => Ok(Released::NotMine),
+        }
+    }
+
+    fn park(&self, name: &LeaseName, seen: &Seen, by: Deadline, stop: &CancelToken) -> Result<()> {
+        let soon = by.min(Deadline::after(LONGEST_LOOK));
+        let bell = self.own().bells.hang(name, soon, stop)?;
+        step("bell hung");
+        if stop.is_cancelled() {
+            return Ok(());
+        }
+        match self.look(name, true, soon)? {
+            Some(now) if now.is_same_holder(seen) => bell.wait(seen.owner(), by, stop),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn key(name: &LeaseName) -> String {
+    format!("{PREFIX}{name}{SUFFIX}")
+}
+
+/// What stands around the name of a lease in its key and its channel.
+const PREFIX: &str = "lockkit:{";
+const SUFFIX: &str = "}";
+
+fn of_grant(grant: &Grant) -> [String; 2] {
+    [grant.claim().to_string(), grant.token().to_string()]
+}
+
+fn of_seen(seen: &Seen) -> Option<[String; 2]> {
+    Some([seen.claim()?.to_string(), seen.token()?.to_string()])
+}
+
+/// The holder that a script tells of: token, claim, what is left in microseconds, owner.
+fn seen(words: &[&str]) -> Option<Seen> {
+    let [token, claim, left, owner] = *words else { return None };
+    let left: u64 = left.parse().ok()?;
+    let mut hasher = DefaultHasher::new();
+    (token, claim, left).hash(&mut hasher);
+    let seen = Seen::new(hasher.finish())
+        .with_token(token.parse().ok()?)
+        .with_claim(ClaimId::from_number(u128::from_str_radix(claim, 16).ok()?))
+        .with_expires_in(Duration::from_micros(left));
+    Some(match owner_of(owner) {
+        Some(owner) => seen.with_owner(owner),
+        None => seen,
+    })
+}
+
+/// How to come to a server.
+struct Server {
+    /// Without user, password and database, with which this module sets up a connection itself: each answer within the
+    /// time that is left, and each error in words.
+    address: ConnectionInfo,
+    settings: RedisConnectionInfo,
+    ca: Option<PathBuf>,
+    /// A client's certificate and its key.
+    certificate: Option<[PathBuf; 2]>,
+    /// For people.
+    place: String,
+    number: u64,
+}
+
+impl Server {
+    fn of(url: &str) -> AnyResult<Self> {
+        let wrong = |problem: &str| invalid(url, problem);
+        let [mut ca, mut certificate, mut key] = [const { None }; 3];
+        for (parameter, value) in Parts::of(url).parameters() {
+            let value = value.ok_or_else(|| wrong("the value of a parameter is no UTF-8, or a % in it is wrong"))?;
+            let file = match parameter {
+                "ca" => &mut ca,
+                "cert" => &mut certificate,
+                "key" => &mut key,
+                "db" | "user" | "pass" if Parts::of(url).scheme.ends_with("unix") => continue,
+                _ => return Err(invalid(url, format!("lockkit knows no parameter `{parameter}` of redis:// URLs"))),
+            };
+            if file.replace(PathBuf::from(value)).is_some() {
+                return Err(invalid(url, format!("it has `{parameter}` twice")));
+            }
+        }
+        if url.contains('#') {
+            return Err(wrong("it has a # in it; write %23 where one is meant"));
+        }
+        let parsed = url.into_connection_info().map_err(|error| invalid(url, error.to_string()))?;
+        let certificate = match (certificate, key) {
+            (Some(certificate), Some(key)) => Some([certificate, key]),
+            (None, None) => None,
+            _ => return Err(wrong("`cert` and `key` go together")),
+        };
+        let is_tls = matches!(parsed.addr(), ConnectionAddr::TcpTls { .. });
+        if !is_tls && (ca.is_some() || certificate.is_some()) {
+            return Err(wrong("`ca`, `cert` and `key` are for TLS, with rediss:// or valkeys://"));
+        }
+        // So that a waiter learns of a server that vanished without a word.
+        let keepalive = TcpKeepalive::new().with_time(Duration::from_secs(10)).with_interval(Duration::from_secs(5));
+        let tcp = TcpSettings::default().set_nodelay(true).set_keepalive(keepalive);
+        let place = format!("{}", parsed.addr());
+        let mut hasher = DefaultHasher::new();
+        place.hash(&mut hasher);
+        Ok(Self {
+            settings: parsed.redis_settings().clone(),
+            address: parsed
+                .set_redis_settings(RedisConnectionInfo::default().set_skip_set_lib_name())
+                .set_tcp_settings(tcp),
+            ca,
+            certificate,
+            place,
+            number: hasher.finish(),
+        })
+    }
+
+    fn is_tls(&self) -> bool {
+        matches!(self.address.addr(), ConnectionAddr::TcpTls { .. })
+    }
+
+    /// A connection that is ready for requests.
+    fn connect(&self, by: Deadline) -> Result<Connection> {
+        let client = self.client()?;
+        let limit = by.remaining().max(MOMENT);
+        let mut connection = client.get_connection_with_timeout(limit).map_err(|error| self.unreachable(&error))?;
+        // What fails here has changed nothing, whatever came of it.
+        let mut ask = |command: &Cmd| match ask(&mut connection, command, by) {
+            Err(error) => Err(self.unreachable(&error)),
+            Ok(answer) => Ok(answer),
+        };
+        if let Some(password) = self.settings.password() {
+            let mut auth = redis::cmd("AUTH");
+            self.settings.username().into_iter().for_each(|user| _ = auth.arg(user));
+            if let Err(error) = ask(auth.arg(password))? {
+                return Err(self.misuse("does not accept the user and password of the URL", &error));
+            }
+        }
+        let database = self.settings.db();
+        if database != 0
+            && let Err(error) = ask(redis::cmd("SELECT").arg(database))?
+        {
+            return Err(match error.kind() {
+                Kind::Server(ServerErrorKind::ResponseError) => {
+                    self.misuse(&format!("has no database {database}"), &error)
+                }
+                _ => self.refused(&error),
+            });
+        }
+        match ask(redis::cmd("INFO").arg("server"))? {
+            Ok(Value::BulkString(told)) => self.check_version(&String::from_utf8_lossy(&told))?,
+            // It need not be allowed to ask.
+            Ok(_) => {}
+            Err(error) if error.kind() == Kind::Server(ServerErrorKind::NoPerm) => {}
+            Err(error) => return Err(self.refused(&error)),
+        }
+        step("connected");
+        Ok(connection)
+    }
+
+    fn client(&self) -> Result<Client> {
+        if !self.is_tls() {
+            return Client::open(self.address.clone()).map_err(|error| self.unreachable(&error));
+        }
+        // The client takes the process's, and panics where there is none and several could be.
+        if CryptoProvider::get_default().is_none() {
+            let _ = rustls::crypto::ring::default_provider().install_default();
+        }
+        // Read anew for each connection, because certificates are replaced while programs run.
+        let read = |path: &PathBuf| {
+            fs::read(path).map_err(|error| StoreError::misuse(Error::io("read the certificate or key", path, error)))
+        };
+        let client_tls = match &self.certificate {
+            Some([certificate, key]) => {
+                Some(ClientTlsConfig { client_cert: read(certificate)?, client_key: read(key)? })
+            }
+            None => None,
+        };
+        let root_cert = self.ca.as_ref().map(read).transpose()?;
+        Client::build_with_tls(self.address.clone(), TlsCertificates { client_tls, root_cert })
+            .map_err(|error| self.misuse("cannot be reached with these certificates", &error))
+    }
+
+    fn check_version(&self, told: &str) -> Result<()> {
+        let version = told.lines().find_map(|line| line.strip_prefix("redis_version:")).unwrap_or_default().trim();
+        match version.split('.').next().map(str::parse::<u32>) {
+            Some(Ok(major)) if major < OLDEST => {
+                let place = &self.place;
+                Err(StoreError::misuse(format!("{place} is version {version}, which is too old: {OLDEST} is needed")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Why there is no connection.
+    #[cold]
+    fn unreachable(&self, error: &RedisError) -> StoreError {
+        let place = &self.place;
+        if let Some(error) = inner::<rustls::Error>(error) {
+            return StoreError::misuse(match error {
+                rustls::Error::InvalidCertificate(_) => format!(
+                    "the certificate of {place} cannot be trusted ({error}); `?ca=` in the URL names its authority"
+                ),
+                rustls::Error::InvalidMessage(_) => {
+                    format!("{place} does not speak TLS ({error}); without it, the URL begins with redis://")
+                }
+                rustls::Error::AlertReceived(_) => format!(
+                    "{place} refuses the TLS connection ({error}); `?cert=` and `key=` in the URL name a certificate"
+                ),
+                _ => format!("no TLS connection to {place} comes about: {error}"),
+            });
+        }
+        let Some(found) = inner::<io::Error>(error) else {
+            return StoreError::misuse(format!("{place} cannot be reached: {error}"));
+        };
+        use io::ErrorKind::{ConnectionReset, TimedOut, UnexpectedEof, WouldBlock};
+        let asks = match self.is_tls() {
+            true => "if it does not speak TLS, the URL begins with redis://",
+            false => "if it speaks TLS, the URL begins with rediss://",
+        };
+        match found.kind() {
+            io::ErrorKind::Interrupted => StoreError::refused(Interrupted),
+            UnexpectedEof | ConnectionReset => {
+                StoreError::refused(format!("{place} closed the connection before it answered; {asks}"))
+            }
+            TimedOut | WouldBlock => StoreError::refused(format!("{place} did not answer in time; {asks}")),
+            _ => not_connected(place, found),
+        }
+    }
+
+    /// What an answer that says no means.
+    #[cold]
+    fn refused(&self, error: &RedisError) -> StoreError {
+        let place = &self.place;
+        let problem = match error.code().unwrap_or_default() {
+            "NOAUTH" => return self.misuse("asks for a password, as in redis://:password@host", error),
+            "NOPERM" => {
+                let what = "does not allow this user what leases need: +@hash +@scripting +@pubsub +time ~lockkit:* \
+                            &lockkit:*";
+                return self.misuse(what, error);
+            }
+            "WRONGTYPE" => return self.misuse("keeps something else under the key of the lease", error),
+            "MOVED" | "ASK" | "CROSSSLOT" => {
+                return self.misuse("is one of a cluster, and has the lease elsewhere", error);
+            }
+            "READONLY" => "is a replica, and the lease is with its primary",
+            "LOADING" => "is reading what it has kept, and soon ready",
+            "OOM" => "has no memory left",
+            "BUSY" => "is busy with a script",
+            _ => "refused",
+        };
+        StoreError::refused(format!("{place} {problem}: {}", said(error)))
+    }
+
+    fn misuse(&self, problem: &str, error: &RedisError) -> StoreError {
+        StoreError::misuse(format!("{} {problem}: {}", self.place, said(error)))
+    }
+
+    /// A request that may have been carried out.
+    #[cold]
+    fn unknown(&self, error: &RedisError) -> StoreError {
+        let place = &self.place;
+        if is_interrupted(error) {
+            return StoreError::unknown(Interrupted);
+        }
+        StoreError::unknown(match error.is_timeout() {
+            true => format!("{place} did not answer in time"),
+            false => format!("the connection to {place} broke off: {error}"),
+        })
+    }
+}
+
+/// Asks, and tells a connection that failed from an answer that says no.
+fn ask(connection: &mut Connection, command: &Cmd, by: Deadline) -> Result<Result<Value, RedisError>, RedisError> {
+    let limit = Some(by.remaining().max(MOMENT));
+    connection.set_read_timeout(limit)?;
+    connection.set_write_timeout(limit)?;
+    match connection.req_command(command).and_then(Value::extract_error) {
+        Err(error) if !matches!(error.kind(), Kind::Server(_) | Kind::Extension) => Err(error),
+        answer => Ok(answer),
+    }
+}
+
+/// What the server said.
+fn said(error: &RedisError) -> String {
+    match (error.code(), error.detail()) {
+        (Some(code), Some(detail)) => format!("{code} {detail}"),
+        _ => error.to_string(),
+    }
+}
+
+/// The error of this type that is at the bottom of the client's.
+fn inner<E: std::error::Error + 'static>(error: &RedisError) -> Option<&E> {
+    let shared: &Arc<dyn std::error::Error + Send + Sync> = error.source()?.downcast_ref()?;
+    let error: &(dyn std::error::Error + 'static) = &**shared;
+    error.downcast_ref().or_else(|| error.downcast_ref::<io::Error>()?.get_ref()?.downcast_ref())
+}
+
+/// A signal, or a stop, came in the middle of a wait for the server, which the client takes for a failure: it has to be
+/// asked again, over another connection.
+#[derive(Debug, thiserror::Error)]
+#[error("the wait for the server was interrupted")]
+struct Interrupted;
+
+impl Interrupted {
+    fn is(error: &StoreError) -> bool {
+        matches!(error, StoreError::Refused(cause) | StoreError::Unknown(cause) if cause.is::<Self>())
+    }
+}
+
+fn is_interrupted(error: &RedisError) -> bool {
+    inner::<io::Error>(error).is_some_and(|error| error.kind() == io::ErrorKind::Interrupted)
+}
+
+/// A connection that hears of every release for which somebody waits.
+struct Listener {
+    connection: Connection,
+    server: Arc<Server>,
+}
+
+impl Listener {
+    fn to(server: &Arc<Server>, by: Deadline) -> Result<Self> {
+        let mut connection = server.connect(by)?;
+        let mut subscribe = redis::cmd("PSUBSCRIBE");
+        // None of these characters means anything else in a pattern.
+        subscribe.arg(format!("{PREFIX}*{SUFFIX}"));
+        match ask(&mut connection, &subscribe, by) {
+            Ok(Ok(_)) => Ok(Self { connection, server: server.clone() }),
+            Ok(Err(error)) => Err(server.refused(&error)),
+            Err(error) => Err(server.unreachable(&error)),
+        }
+    }
+}
+
+impl Ear for Listener {
+    fn listen(&mut self, at_most: Duration, ring: &mut dyn FnMut(&str)) -> Result<()> {
+        let listening = self.connection.set_read_timeout(Some(at_most)).and_then(|()| {
+            // Dropping it would unsubscribe. It has nothing of its own as long as it is only read from.
+            ManuallyDrop::new(self.connection.as_pubsub()).get_message()
+        });
+        match listening {
+            Ok(message) => {
+                let channel = message.get_channel_name();
+                if let Some(name) = channel.strip_prefix(PREFIX).and_then(|rest| rest.strip_suffix(SUFFIX)) {
+                    ring(name);
+                }
+                Ok(())
+            }
+            Err(error) if error.is_timeout() || is_interrupted(&error) => Ok(()),
+            Err(error) => Err(self.server.unknown(&error)),
+        }
+    }
 }
