@@ -256,7 +256,8 @@ impl<E: Engine> Arena<E> {
     /// What a client that comes with `access` is told, with all its causes.
     fn refusal(&self, port: u16, access: Access) -> Result<String, String> {
         let url = self.server.url(port, access, "drill").ok_or("this engine has nothing of that sort")?;
-        let error = Terms::of(url).open().lock_for(LIVELY).expect_err("it is refused");
+        let terms = Terms { ttl: E::TTL, ..Terms::of(url) };
+        let error = terms.open().lock_for(LIVELY).expect_err("it is refused");
         let mut text = error.to_string();
         let mut cause = std::error::Error::source(&error);
         while let Some(error) = cause {

@@ -63,10 +63,9 @@ impl Etcd {
             if let Security::Tls(certificates) | Security::ClientCertificate(certificates) = security {
                 let [certificate, key] = certificates.server();
                 command.arg("--cert-file").arg(certificate).arg("--key-file").arg(key);
-                command.arg("--trusted-ca-file").arg(certificates.ca());
             }
-            if let Security::ClientCertificate(_) = security {
-                command.arg("--client-cert-auth");
+            if let Security::ClientCertificate(certificates) = security {
+                command.arg("--client-cert-auth").arg("--trusted-ca-file").arg(certificates.ca());
             }
             etcd.nodes.push(Node { folder, port: *client, command, server: None });
         }
