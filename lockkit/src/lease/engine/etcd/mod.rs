@@ -359,7 +359,7 @@ impl Own {
             let is_in_place =
                 |at, claim| answer.is_done() || parse_claim(&decoded(&answer.read(at)["value"])) == Some(claim);
             let found = names.into_iter().enumerate().map(|(at, (name, claim))| (name, claim, is_in_place(at, claim)));
-            session.looked_at(found, sent);
+            session.looked_at(found, sent, now());
             if !is_in_place(0, *grant.claim()) {
                 return self.what_became_of(grant, by);
             }

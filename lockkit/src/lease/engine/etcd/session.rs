@@ -49,6 +49,8 @@ struct State {
     kept: Duration,
     keys: HashMap<LeaseName, Key>,
     loose: Vec<LooseKey>,
+    /// Until then keys count as found that were found within a ttl.
+    rests_until: Duration,
 }
 
 /// A key that is attached to the session, as far as is known.
@@ -95,7 +97,12 @@ impl Session {
             id,
             ttl,
             turn: Mutex::new(()),
-            state: Mutex::new(State { kept: sent, keys: HashMap::new(), loose: Vec::new() }),
+            state: Mutex::new(State {
+                kept: sent,
+                keys: HashMap::new(),
+                loose: Vec::new(),
+                rests_until: Duration::ZERO,
+            }),
         }
     }
 
@@ -149,10 +156,10 @@ impl Session {
     /// `now`.
     pub(super) fn covers(&self, grant: &Grant, now: Duration) -> bool {
         let mut state = self.state.lock();
-        let is_kept = self.is_recent(state.kept, now);
+        let (is_kept, rests) = (self.is_recent(state.kept, now), now < state.rests_until);
         let Some(key) = state.keys.get_mut(grant.name()).filter(|key| key.is_of(grant)) else { return false };
         key.renewed = key.renewed.max(now);
-        is_kept && self.is_recent(key.found, now)
+        is_kept && (self.is_recent(key.found, now) || (rests && now.saturating_sub(key.found) < self.ttl))
     }
 
     /// Nobody has the key of this claim, though it may be there.
@@ -197,20 +204,27 @@ impl Session {
         .collect()
     }
 
-    /// The keys to look at together with the grant's: those that were not found for longest, or nearly.
+    /// The keys to look at together with the grant's: those that have not been found for longest.
     pub(super) fn to_look_at(&self, grant: &Grant, now: Duration) -> Vec<(LeaseName, ClaimId)> {
         let state = self.state.lock();
-        let stale = state
-            .keys
-            .iter()
-            .filter(|(name, key)| *name != grant.name() && now.saturating_sub(key.found) >= self.known_for() / 2);
-        let stale = stale.map(|(name, key)| (name.clone(), key.claim)).take(MOST_KEYS - 1);
+        let mut stale: Vec<_> = state.keys.iter().filter(|(name, _)| *name != grant.name()).collect();
+        stale.retain(|(_, key)| now.saturating_sub(key.found) >= self.known_for() / 2);
+        stale.sort_unstable_by_key(|(_, key)| key.found);
+        let stale = stale.into_iter().map(|(name, key)| (name.clone(), key.claim)).take(MOST_KEYS - 1);
         std::iter::once((grant.name().clone(), *grant.claim())).chain(stale).collect()
     }
 
-    /// The names were looked at by a request that was sent then, and found to be of their claims, or not.
-    pub(super) fn looked_at(&self, found: impl Iterator<Item = (LeaseName, ClaimId, bool)>, sent: Duration) {
+    /// The names were looked at by a request that was sent then, and found to be of their claims, or not. The answer
+    /// came just `now`: nobody looks again for as long as that took, so that on a slow server the beats of many leases
+    /// do not wait for one look after the other.
+    pub(super) fn looked_at(
+        &self,
+        found: impl Iterator<Item = (LeaseName, ClaimId, bool)>,
+        sent: Duration,
+        now: Duration,
+    ) {
         let mut state = self.state.lock();
+        state.rests_until = now + now.saturating_sub(sent);
         for (name, claim, is_in_place) in found {
             let known = state.keys.get_mut(&name).filter(|key| key.claim == claim);
             match known {
@@ -278,7 +292,7 @@ mod tests {
         let names: Vec<_> = session.to_look_at(&one, later).into_iter().map(|(name, _)| name).collect();
         assert_eq!(names, [one.name().clone(), other.name().clone()]);
         let found = [(one.name().clone(), *one.claim(), true), (other.name().clone(), *other.claim(), false)];
-        session.looked_at(found.into_iter(), later);
+        session.looked_at(found.into_iter(), later, later);
         assert!(session.covers(&one, later) && !session.covers(&other, later));
         session.remove(&one);
         assert!(!session.covers(&one, later));
