@@ -6,7 +6,7 @@
 //!   which criterion cannot, so it is a plain program.
 //! - `managers`: tables of locks in shared memory, beside a robust pthread mutex. A plain program as well.
 //! - `leases`: file leases, beside those of Python's filelock, which it installs below `target`. Plain as well.
-//!
+//! - `engines`: leases on servers, beside what Python has for them, installed in the same way. Plain as well.
 //! - `command`: how soon a program runs that `lockkit run` starts, beside flock(1).
 //! - `memory`: bytes and descriptors of a lock.
 //! - `verdict`: one table of all that, each row with its best peer; it also writes `docs/BENCHMARKS.md`.

@@ -120,6 +120,11 @@ pub trait Fixture: Sync {
         false
     }
 
+    /// How long it is held at most in the chaos, in microseconds: so long that somebody dies inside now and then.
+    fn longest_hold(&self) -> u64 {
+        300
+    }
+
     /// Whether waiters are served first come, first served.
     fn is_fair(&self) -> bool {
         false

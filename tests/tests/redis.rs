@@ -1,6 +1,134 @@
 //! Leases on Redis: every case of the suite, every drill, and what is its own.
 
-use lockkit_tests::{drills, suite};
+use std::io::{Read, Write};
+use std::net::TcpStream;
+
+use lockkit::{ErrorKind, Lease, LossReason, Wait};
+use lockkit_tests::engines::redis::Redis;
+use lockkit_tests::engines::{Access, Engine, Security};
+use lockkit_tests::{LIVELY, drills, suite, until};
 
 suite!(redis_lease, lockkit_tests::Kind::REDIS);
 drills!(redis_drills, lockkit_tests::engines::redis::Redis);
+
+/// A server of this test's own, unless there is none to be had.
+fn server() -> Option<Redis> {
+    Redis::start(&Security::None, None).map_err(|why| println!("left out: {why}")).ok()
+}
+
+fn url(server: &Redis) -> String {
+    server.url(server.port(), Access::Right(&Security::None), "own").unwrap()
+}
+
+fn lease(url: &str) -> Lease {
+    Lease::connect(url).ttl(LIVELY).heartbeat(std::time::Duration::from_millis(20)).build().unwrap()
+}
+
+/// What the server answers to a command.
+fn tell(server: &Redis, command: &str) -> String {
+    let mut connection = TcpStream::connect(("127.0.0.1", server.port())).unwrap();
+    connection.write_all(format!("{command}\r\n").as_bytes()).unwrap();
+    let mut answer = [0; 4096];
+    let length = connection.read(&mut answer).unwrap();
+    String::from_utf8_lossy(&answer[..length]).trim_end().to_owned()
+}
+
+fn in_full(error: &lockkit::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        text += &format!(": {error}");
+        cause = error.source();
+    }
+    text
+}
+
+#[test]
+fn what_the_server_has_lost_its_holder_puts_back_unless_somebody_came_first() {
+    let Some(server) = server() else { return };
+    let (holder, next) = (lease(&url(&server)), lease(&url(&server)));
+    let guard = holder.try_lock().unwrap();
+    assert_eq!(tell(&server, "FLUSHALL"), "+OK");
+    until("the holder has put it back", || tell(&server, "EXISTS lockkit:{own}") == ":1");
+    assert!(next.try_lock().unwrap_err().is_held());
+    assert!(guard.is_held());
+    let token = guard.token();
+    // Also when it is the release that comes first.
+    assert_eq!(tell(&server, "FLUSHALL"), "+OK");
+    guard.release().unwrap();
+    let second = next.try_lock().unwrap();
+    assert!(second.token() > token && second.recovered().is_none());
+    // Somebody else was faster.
+    let slow = Lease::connect(url(&server)).ttl(LIVELY).build().unwrap();
+    drop(second);
+    let guard = slow.lock().unwrap();
+    let script = "EVAL \"redis.call('DEL', KEYS[1]) redis.call('HSET', KEYS[1], 'token', '9000000000000000', 'claim', \
+                  '1', 'state', 'held', 'until', '9000000000000000', 'owner', '')\" 1 lockkit:{own}";
+    tell(&server, script);
+    let reason = guard.lost().wait(&Wait::at_most(LIVELY)).unwrap();
+    assert!(matches!(reason, LossReason::TakenOver { .. }), "{reason}");
+}
+
+#[test]
+fn something_else_under_the_key_is_a_clear_error_and_left_alone() {
+    let Some(server) = server() else { return };
+    tell(&server, "SET lockkit:{own} treasure");
+    let error = in_full(&lease(&url(&server)).try_lock().unwrap_err());
+    assert!(error.contains("keeps something else"), "{error}");
+    assert!(tell(&server, "GET lockkit:{own}").ends_with("treasure"));
+}
+
+#[test]
+fn a_replica_says_where_to_go() {
+    let (Some(primary), Some(replica)) = (server(), server()) else { return };
+    assert_eq!(tell(&replica, &format!("REPLICAOF 127.0.0.1 {}", primary.port())), "+OK");
+    until("it is in step", || tell(&replica, "INFO replication").contains("master_link_status:up"));
+    let error = in_full(&lease(&url(&replica)).try_lock().unwrap_err());
+    assert!(error.contains("replica") && error.contains("primary"), "{error}");
+    assert!(matches!(lease(&url(&replica)).status(), Ok(lockkit::LeaseStatus::Free)), "it can be asked");
+}
+
+#[test]
+fn a_server_whose_scripts_were_forgotten_is_told_them_again() {
+    let Some(server) = server() else { return };
+    let lease = lease(&url(&server));
+    for _ in 0..2 {
+        lease.try_lock().unwrap().release().unwrap();
+        assert_eq!(tell(&server, "SCRIPT FLUSH"), "+OK");
+    }
+}
+
+#[test]
+fn a_unix_socket_leads_to_the_same_leases() {
+    let Some(server) = server() else { return };
+    let socket = server.socket();
+    let through = lease(&format!("redis+unix://{}?lease=own", socket.display()));
+    let guard = through.try_lock().unwrap();
+    assert!(lease(&url(&server)).try_lock().unwrap_err().is_held());
+    guard.release().unwrap();
+    assert!(lease(&url(&server)).try_lock().is_ok());
+}
+
+#[test]
+fn leases_of_different_databases_are_different() {
+    let Some(server) = server() else { return };
+    let of = |database: u32| lease(&format!("redis://127.0.0.1:{}/{database}/own", server.port()));
+    let (_one, _other) = (of(1).try_lock().unwrap(), of(2).try_lock().unwrap());
+    assert!(of(1).try_lock().unwrap_err().is_held());
+}
+
+#[test]
+fn urls_that_are_not_right_are_refused_without_showing_a_password() {
+    for wrong in [
+        "redis://:secret@host/x?ca=/p",
+        "rediss://:secret@host/x?cert=/p",
+        "rediss://:secret@host/x?ca=/p&ca=/q",
+        "redis://:secret@host/x?colour=blue",
+        "rediss://:secret@host#insecure/x",
+        "redis://:secret@host:port/x",
+    ] {
+        let error = Lease::connect(wrong).build().unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::InvalidUrl { .. }), "{wrong}: {error}");
+        assert!(!error.to_string().contains("secret"), "{error}");
+    }
+}

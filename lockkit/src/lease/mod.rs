@@ -182,6 +182,18 @@ impl Lease {
     /// | `postgres://user@host/database?lease=name` | `postgres` |
     /// | `redis://host:6379/name` | `redis` |
     ///
+    /// **Redis and Valkey**, from version 5 on: `redis://user:password@host:port/database/name`, where all but the host
+    /// and the name can be left out; `rediss://` for TLS, by the authorities of the system or `?ca=/path`, with a
+    /// certificate of the client's own by `?cert=/path&key=/path`, all PEM files, which are read anew for each
+    /// connection; `valkey://` and `valkeys://` mean the same; `redis+unix:///path/of/socket?lease=name`, with `db`,
+    /// `user` and `pass` as parameters, for a socket. A server that fails over, or comes back without what it was told
+    /// last, can give a lease twice, so there the [`token`](LeaseGuard::token) must be checked. Have it keep its data
+    /// with `appendonly yes`, and evict nothing (`maxmemory-policy noeviction`, or one of the volatile ones: the keys
+    /// `lockkit:{name}` never expire, because they keep the tokens). It goes by its wall clock: if that is set forward,
+    /// leases end that much too soon for others, and that much too late if it is set back. The shortest ttl is 100 ms.
+    /// Where there are access lists, the user needs `~lockkit:* &lockkit:* +@hash +@scripting +@pubsub +time`. No
+    /// server of a cluster, for that may send the lease elsewhere.
+    ///
     /// The name is the end of the path, or the parameter `lease`, with `%2F` and its like for what means something else
     /// in a URL. All leases of a process on one server share its connections. Nothing is connected to until the lease is
     /// first used; a URL that is not right is an error of [`build`](LeaseBuilder::build).

@@ -70,6 +70,11 @@ impl Proxy {
         *self.state.cut() = None;
     }
 
+    /// Whether it is to cut a connection yet.
+    pub fn is_to_cut(&self) -> bool {
+        self.state.cut().is_some()
+    }
+
     /// How often it has cut.
     pub fn cuts(&self) -> usize {
         self.state.cuts.load(Ordering::SeqCst)

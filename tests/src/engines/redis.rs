@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::path::PathBuf;
 use std::process::Command;
 
 use rustix::process::Signal;
@@ -28,10 +29,16 @@ pub fn shared(name: &str) -> Result<String, &'static str> {
 }
 
 impl Redis {
+    /// Its Unix socket.
+    pub fn socket(&self) -> PathBuf {
+        self.folder.path().join("socket")
+    }
+
     fn with(security: &Security, clock: Option<&Clock>, durability: &[&str]) -> Result<Self, String> {
         let program = installed(&["redis-server", "valkey-server"])?;
         let (folder, port) = (Folder::new("redis"), free_port());
         let mut command = Command::new(program);
+        command.arg("--unixsocket").arg(folder.path().join("socket"));
         command.args(["--bind", "127.0.0.1", "--daemonize", "no", "--save", "", "--databases", "4", "--dir"]);
         command.arg(folder.path()).args(durability);
         match security {

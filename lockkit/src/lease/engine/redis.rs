@@ -10,6 +10,8 @@
 //!   has an older one, the holder's next beat puts it back, unless somebody else has come first.
 //! - **A failover** may lose what was not copied yet, and so give the lease twice; the later holder's token is greater
 //!   as long as the new primary's clock is not behind. Only the token makes that safe.
+//! - **A request** ends by its deadline, but for the time that looking up the name of the host takes, which nothing
+//!   bounds; an address, or a name in `/etc/hosts`, costs none.
 //! - **Waiters** leave a mark in the record. A release that finds it publishes to the channel `lockkit:{name}`; one
 //!   connection of the process listens to all of these.
 
@@ -160,9 +162,9 @@ impl RedisStore {
         is_holder: bool,
         by: Deadline,
     ) -> Result<Released> {
-        let state = match left {
-            Left::Released => "released",
-            Left::Lost => "lost",
+        let (state, is_release) = match left {
+            Left::Released => ("released", true),
+            Left::Lost => ("lost", false),
         };
         let whose = if is_holder { "holder" } else { "" };
         let (words, count) = self.run_counted(&FREE, name, &[&claim, &token, state, whose], by)?;
@@ -172,7 +174,7 @@ impl RedisStore {
                 Ok(Released::Done)
             }
             // No answer came to the first of several requests, and somebody took what it had freed.
-            Some("not mine") if is_holder && count > 1 => Ok(Released::Done),
+            Some("not mine") if is_release && count > 1 => Ok(Released::Done),
             Some("not mine") => Ok(Released::NotMine),
             _ => Err(self.garbled()),
         }
