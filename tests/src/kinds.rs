@@ -129,11 +129,6 @@ pub trait Fixture: Sync {
     fn is_fair(&self) -> bool {
         false
     }
-
-    /// For how many microseconds at most the chaos holds it: some time of a whole cycle, so that some die meanwhile.
-    fn longest_hold(&self) -> u64 {
-        300
-    }
 }
 
 /// A [`NamedLock`].
