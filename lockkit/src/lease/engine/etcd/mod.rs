@@ -62,10 +62,13 @@ struct Store {
 struct Own {
     gateway: Arc<Gateway>,
     keys: Keys,
-    /// The session for each ttl, in seconds. Its lock is kept while there is one made.
-    sessions: Mutex<HashMap<u64, Arc<Mutex<Option<Arc<Session>>>>>>,
+    /// For each ttl, in seconds.
+    sessions: Mutex<HashMap<u64, Arc<Place>>>,
     bells: Arc<Bells>,
 }
+
+/// The session for a ttl. Its lock is kept while one is made.
+type Place = Mutex<Option<Arc<Session>>>;
 
 /// How keys are called.
 #[derive(Clone)]
