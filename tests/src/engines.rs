@@ -7,6 +7,7 @@
 //! What befalls a connection comes out of a [`Proxy`] between the client and the server, which counts what it passes
 //! on and cuts connections wherever it is told to.
 
+pub mod etcd;
 mod proxy;
 pub mod redis;
 
@@ -258,7 +259,8 @@ impl<E: Engine> Arena<E> {
     /// What a client that comes with `access` is told, with all its causes.
     fn refusal(&self, port: u16, access: Access) -> Result<String, String> {
         let url = self.server.url(port, access, "drill").ok_or("this engine has nothing of that sort")?;
-        let error = Terms::of(url).open().lock_for(LIVELY).expect_err("it is refused");
+        let terms = Terms { ttl: E::TTL, ..Terms::of(url) };
+        let error = terms.open().lock_for(LIVELY).expect_err("it is refused");
         let mut text = error.to_string();
         let mut cause = std::error::Error::source(&error);
         while let Some(error) = cause {

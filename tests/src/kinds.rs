@@ -275,7 +275,8 @@ impl Fixture for FileLease {
     }
 }
 
-/// A [`Lease`] on a server. Its ttl is as long as that of a [`FileLease`], for the same reason.
+/// A [`Lease`] on a server. Its ttl is as long as that of a [`FileLease`], for the same reason. The descriptor that it
+/// keeps is a connection.
 struct EngineLease {
     name: &'static str,
     /// The URL of a lease of this name on the server that this process shares, which it starts; or why there is none.
@@ -361,6 +362,7 @@ impl Kind {
     pub const FILE_SHARED: Self = Self(&File { shared: true });
     pub const PIDFILE: Self = Self(&Pid);
     pub const LEASE: Self = Self(&FileLease);
+    pub const ETCD: Self = Self(&EngineLease { name: "etcd", url: engines::etcd::shared_url });
     pub const REDIS: Self = Self(&EngineLease { name: "redis", url: engines::redis::shared });
     pub const SHM: Self = Self(&OfManager(managers::Kind::Shm));
     pub const FOLDER: Self = Self(&OfManager(managers::Kind::Folder));
@@ -368,7 +370,7 @@ impl Kind {
 }
 
 /// All of them.
-pub const KINDS: [Kind; 12] = [
+pub const KINDS: [Kind; 13] = [
     Kind::NAMED_SOCKET,
     Kind::MACHINE_SOCKET,
     Kind::NAMED_FILE,
@@ -377,6 +379,7 @@ pub const KINDS: [Kind; 12] = [
     Kind::FILE_SHARED,
     Kind::PIDFILE,
     Kind::LEASE,
+    Kind::ETCD,
     Kind::REDIS,
     Kind::SHM,
     Kind::FOLDER,

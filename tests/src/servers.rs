@@ -94,7 +94,21 @@ pub struct Folder(PathBuf);
 impl Folder {
     /// A new one.
     pub fn new(name: &str) -> Self {
-        let folder = std::env::temp_dir().join(crate::fresh_name(&format!("lockkit-{name}")));
+        Self::within(&std::env::temp_dir(), name)
+    }
+
+    /// A new one in memory, where there is plenty of it, for a server that has each change on disk before it answers.
+    pub fn in_memory(name: &str) -> Self {
+        const PLENTY: u64 = 1 << 30;
+        const MEMORY: &str = "/dev/shm";
+        match rustix::fs::statvfs(MEMORY) {
+            Ok(memory) if memory.f_bavail * memory.f_frsize >= PLENTY => Self::within(MEMORY.as_ref(), name),
+            _ => Self::new(name),
+        }
+    }
+
+    fn within(base: &Path, name: &str) -> Self {
+        let folder = base.join(crate::fresh_name(&format!("lockkit-{name}")));
         std::fs::create_dir(&folder).expect("a temporary folder");
         Self(folder)
     }

@@ -126,7 +126,7 @@ impl<'u> Parts<'u> {
     }
 
     /// The parameters, decoded.
-    #[cfg(any(feature = "etcd", feature = "redis"))]
+    #[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
     pub(super) fn parameters(&self) -> impl Iterator<Item = (&'u str, Option<String>)> {
         self.raw_parameters().map(|(key, value)| (key, text(value)))
     }

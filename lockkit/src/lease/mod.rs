@@ -202,6 +202,13 @@ impl Lease {
     /// in a URL. All leases of a process on one server share its connections. Nothing is connected to until the lease is
     /// first used; a URL that is not right is an error of [`build`](LeaseBuilder::build).
     ///
+    /// Of etcd (3.4 or later, its gateway on): several nodes stand as `host:2379,host:2379`, and `user:password@` before
+    /// them; `etcds://` speaks TLS. Parameters are `ca`, a file with the certificates to trust instead of the system's;
+    /// `cert` and `key`, the files of a client's certificate, which must have no common name where etcd has
+    /// authentication on; and `prefix`, what all keys begin with, `lockkit/` unless told otherwise. A user needs to read
+    /// and write all keys with that prefix. Where etcd asks for certificates of clients, its own must be one for clients,
+    /// too, because its gateway comes to it as one.
+    ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {
     /// # let path = std::env::temp_dir().join(format!("lockkit-doc-lease-url-{}", std::process::id()));

@@ -637,7 +637,7 @@ impl ShmHold {
     /// Gives the lock back, once, in the process that took it.
     #[inline]
     pub(super) fn release(&mut self) -> Result<()> {
-        if self.generation != fork::noted_generation().into() {
+        if self.generation != u64::from(fork::noted_generation()) {
             return Ok(());
         }
         self.generation = Self::RELEASED;

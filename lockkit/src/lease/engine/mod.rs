@@ -27,7 +27,7 @@ use rustix::io::Errno;
 
 pub(super) use bells::{Bells, Ear};
 
-use super::store::{Attempt, Seen, StoreError};
+use super::store::{self, Attempt, Seen, StoreError};
 use crate::error::Error;
 use crate::lines;
 use crate::owner::{Liveness, Owner};
@@ -75,10 +75,10 @@ impl<T> Drop for OfProcess<T> {
 /// Connections that wait for their next request.
 pub(super) struct Pool<C>(Mutex<Vec<C>>);
 
-impl<C> Pool<C> {
-    /// As many as are kept: more are only needed at once by as many threads.
-    const MOST_IDLE: usize = 8;
+/// As many as are kept: more are only needed at once by as many threads.
+const MOST_IDLE: usize = 8;
 
+impl<C> Pool<C> {
     pub(super) const fn new() -> Self {
         Self(Mutex::new(Vec::new()))
     }
@@ -120,9 +120,49 @@ impl<C> Pool<C> {
 
     fn keep(&self, connection: C) {
         let mut idle = self.0.lock();
-        if idle.len() < Self::MOST_IDLE {
+        if idle.len() < MOST_IDLE {
             idle.push(connection);
         }
+    }
+}
+
+/// Keeps the requests of a process that are made at once to so many, for a server has only so many connections. Whoever
+/// must not wait for others takes no turn.
+#[cfg(feature = "postgres")]
+pub(super) struct Turns {
+    left: Mutex<usize>,
+    freed: parking_lot::Condvar,
+}
+
+#[cfg(feature = "postgres")]
+impl Turns {
+    /// As many as there are idle connections when all are done.
+    pub(super) const fn new() -> Self {
+        Self { left: Mutex::new(MOST_IDLE), freed: parking_lot::Condvar::new() }
+    }
+
+    /// A turn, given back when it is dropped.
+    pub(super) fn take(&self, by: store::Deadline) -> Result<Turn<'_>> {
+        let mut left = self.left.lock();
+        while *left == 0 {
+            if self.freed.wait_until(&mut left, by.moment()).timed_out() {
+                return Err(StoreError::refused("other requests of this process took too long"));
+            }
+        }
+        *left -= 1;
+        Ok(Turn(self))
+    }
+}
+
+/// See [`Turns`].
+#[cfg(feature = "postgres")]
+pub(super) struct Turn<'t>(&'t Turns);
+
+#[cfg(feature = "postgres")]
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        *self.0.left.lock() += 1;
+        self.0.freed.notify_one();
     }
 }
 

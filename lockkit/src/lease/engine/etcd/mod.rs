@@ -1,0 +1,550 @@
+//! Leases on etcd, 3.4 or later: `etcd://host:2379,host:2379/name`, or `etcds://` for TLS.
+//!
+//! Each lease has two keys below the prefix:
+//! - `held/NAME` is there while it is held. Its value is the claim, its revision the token, and it is attached to the
+//!   [session](session) of its holder: etcd deletes it when that has not been kept alive for its ttl.
+//! - `record/NAME` stays for ever: `held`, `free` or `evicted`, the claim of the last holder, and who that is. It says
+//!   `held` when the holder before did not release, which the next one is told.
+//!
+//! Every step is one transaction. It compares the revision of `held/NAME`, which is zero where there is none, and the
+//! claim in it, and then changes both keys or none. A token is the revision of the transaction that granted, so
+//! tokens grow as long as the cluster's data is not taken back to an earlier backup.
+//!
+//! Every request can be repeated: a grant is found again by its claim, a release and an eviction by what the record
+//! says, and a session that was made for an answer which got lost runs out by itself.
+//!
+//! Waiters are woken by one watch over all `held/` keys, for deletions only. It is a watch from now, because etcd serves
+//! those at once, and those from a revision that is past only ten times a second. After it has begun the key is read once
+//! more, so that nothing falls in between.
+
+mod gateway;
+mod http;
+mod session;
+
+use std::collections::HashMap;
+use std::collections::hash_map::DefaultHasher;
+use std::hash::{Hash, Hasher};
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+
+use self::gateway::{Address, Gateway, Stream, decoded, encoded, is_session_gone, number};
+use self::session::{Kept, Loose, Session, now};
+use super::{Bells, Ear, OfProcess, Result, attempt, is_dead, own_text, owner_of};
+use crate::lease::store::{
+    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
+    StoreProfile,
+};
+use crate::owner::Owner;
+use crate::steps::step;
+use crate::wait::CancelToken;
+
+/// As etcd has it with its usual timing: one and a half elections, in whole seconds.
+const SMALLEST_TTL: Duration = Duration::from_secs(2);
+/// How long a waiter gives the server to say whether there is something to wait for.
+const LOOK: Duration = Duration::from_secs(2);
+/// How often in a row a session may end, or the leader change, under one request.
+const MOST_TURNS: u32 = 3;
+
+/// The store on the servers at `url`. Connects to nothing yet.
+pub(in crate::lease) fn open(url: &str) -> crate::Result<Arc<dyn LeaseStore>> {
+    Ok(Arc::new(Store { address: Address::parse(url)?, own: OfProcess::new() }))
+}
+
+struct Store {
+    address: Address,
+    own: OfProcess<Own>,
+}
+
+/// What one process has.
+struct Own {
+    gateway: Arc<Gateway>,
+    keys: Keys,
+    /// For each ttl, in seconds.
+    sessions: Mutex<HashMap<u64, Arc<Place>>>,
+    bells: Arc<Bells>,
+}
+
+/// The session for a ttl. Its lock is kept while one is made.
+type Place = Mutex<Option<Arc<Session>>>;
+
+/// How keys are called.
+#[derive(Clone)]
+struct Keys {
+    held: String,
+    record: String,
+}
+
+impl Keys {
+    fn held(&self, name: &LeaseName) -> String {
+        encoded(format!("{}{name}", self.held))
+    }
+
+    fn record(&self, name: &LeaseName) -> String {
+        encoded(format!("{}{name}", self.record))
+    }
+}
+
+/// What stands in a record.
+struct Record {
+    state: String,
+    claim: Option<ClaimId>,
+    owner: Option<Owner>,
+}
+
+const HELD: &str = "held";
+const FREE: &str = "free";
+const EVICTED: &str = "evicted";
+
+impl Record {
+    fn text(state: &str, claim: &ClaimId, owner: &str) -> String {
+        format!("{state} {claim}\n{owner}")
+    }
+
+    /// That of a key as etcd shows it, or of none.
+    fn parse(key: &Value) -> Self {
+        let text = decoded(&key["value"]);
+        let (first, owner) = text.split_once('\n').unwrap_or_default();
+        let (state, claim) = first.split_once(' ').unwrap_or_default();
+        Self { state: state.to_owned(), claim: parse_claim(claim), owner: owner_of(owner) }
+    }
+
+    fn is(&self, state: &str, claim: Option<ClaimId>) -> bool {
+        self.state == state && self.claim == claim
+    }
+}
+
+fn parse_claim(text: &str) -> Option<ClaimId> {
+    u128::from_str_radix(text, 16).ok().map(ClaimId::from_number)
+}
+
+/// What etcd answered to a transaction.
+struct Answer(Value);
+
+impl Answer {
+    /// Whether what it compared was so.
+    fn is_done(&self) -> bool {
+        self.0["succeeded"] == true
+    }
+
+    fn revision(&self) -> u64 {
+        number(&self.0["header"]["revision"])
+    }
+
+    fn term(&self) -> u64 {
+        number(&self.0["header"]["raft_term"])
+    }
+
+    /// The key that the operation of this number read; null where there is none.
+    fn read(&self, at: usize) -> &Value {
+        &self.0["responses"][at]["response_range"]["kvs"][0]
+    }
+
+    /// The key as it was before the operation of this number wrote it.
+    fn before(&self, at: usize) -> &Value {
+        &self.0["responses"][at]["response_put"]["prev_kv"]
+    }
+}
+
+impl LeaseStore for Store {
+    fn profile(&self) -> StoreProfile {
+        let mut hasher = DefaultHasher::new();
+        ("etcd", self.address.hosts()).hash(&mut hasher);
+        StoreProfile {
+            smallest_ttl: SMALLEST_TTL,
+            ttl_step: Duration::from_secs(1),
+            wakes_waiters: true,
+            place: Some(hasher.finish()),
+            ..StoreProfile::new(Durability::Quorum)
+        }
+    }
+
+    fn try_acquire(&self, name: &LeaseName, claim: &ClaimId, ttl: Duration, by: Deadline) -> Result<Attempt> {
+        let own = self.own();
+        attempt(|over| own.acquire(name, claim, ttl, over, by))
+    }
+
+    fn renew(&self, grant: &Grant, by: Deadline) -> Result<Renewal> {
+        self.own().renew(grant, by)
+    }
+
+    fn release(&self, grant: &Grant, by: Deadline) -> Result<Released> {
+        let free = Record::text(FREE, grant.claim(), "");
+        let freed = self.own().give_back(grant, Loose::Released, Some(&free), by)?;
+        Ok(match freed {
+            Err(record) if !record.is(FREE, Some(*grant.claim())) => Released::NotMine,
+            _ => Released::Done,
+        })
+    }
+
+    fn give_up(&self, grant: &Grant, by: Deadline) -> Result<Released> {
+        // The record goes on saying that it is held, by which the next owner learns that it was not released.
+        let freed = self.own().give_back(grant, Loose::RunOut, None, by)?;
+        Ok(if freed.is_ok() { Released::Done } else { Released::NotMine })
+    }
+
+    fn look(&self, name: &LeaseName, by: Deadline) -> Result<Option<Seen>> {
+        self.own().look(name, by)
+    }
+
+    fn evict(&self, name: &LeaseName, seen: &Seen, by: Deadline) -> Result<Released> {
+        let claim = seen.claim().unwrap_or(ClaimId::from_number(0));
+        let evicted = Record::text(EVICTED, &claim, "");
+        let freed = self.own().free(name, seen.claim(), seen.cursor(), Some(&evicted), by)?;
+        Ok(match freed {
+            Err(record) if !record.is(EVICTED, Some(claim)) => Released::NotMine,
+            _ => Released::Done,
+        })
+    }
+
+    fn park(&self, name: &LeaseName, seen: &Seen, by: Deadline, stop: &CancelToken) -> Result<()> {
+        let own = self.own();
+        let bell = own.bells.hang(name, by, stop)?;
+        match own.look(name, by.min(Deadline::after(LOOK)))? {
+            Some(still) if still.cursor() == seen.cursor() => bell.wait(seen.owner(), by, stop),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Store {
+    fn own(&self) -> Arc<Own> {
+        self.own.get(|| Own::new(&self.address))
+    }
+}
+
+fn session_of(grant: &Grant) -> Result<&Arc<Session>> {
+    grant.handle().ok_or_else(|| StoreError::misuse("the grant is of another store"))
+}
+
+impl Own {
+    fn new(address: &Address) -> Self {
+        let gateway = Arc::new(Gateway::new(address));
+        let keys = Keys { held: format!("{}held/", address.prefix), record: format!("{}record/", address.prefix) };
+        let (to_watch, prefix) = (gateway.clone(), keys.held.clone());
+        let bells = Bells::new(move |by| Ok(Box::new(Watch::begin(&to_watch, &prefix, by)?)));
+        Self { gateway, keys, sessions: Mutex::default(), bells }
+    }
+
+    /// One transaction: `then` where all is as compared, `otherwise` where not.
+    fn transact(&self, compare: Value, then: Value, otherwise: Value, by: Deadline) -> Result<Answer> {
+        let body = json!({ "compare": compare, "success": then, "failure": otherwise });
+        self.gateway.ask("/v3/kv/txn", &body, by).map(Answer)
+    }
+
+    /// Compares the revision of a `held` key, and the claim in it if one is given.
+    fn is_held(&self, name: &LeaseName, revision: u64, claim: Option<ClaimId>) -> Value {
+        let key = self.keys.held(name);
+        let revision = json!({ "key": key, "target": "MOD", "result": "EQUAL", "mod_revision": revision.to_string() });
+        match claim {
+            None => json!([revision]),
+            Some(claim) => json!([revision, is_of(&key, claim)]),
+        }
+    }
+
+    fn read_both(&self, name: &LeaseName) -> Value {
+        json!([
+            { "request_range": { "key": self.keys.held(name) } },
+            { "request_range": { "key": self.keys.record(name) } },
+        ])
+    }
+
+    /// Takes the name if nobody has it, or if `over` has it and nobody else.
+    fn acquire(
+        &self,
+        name: &LeaseName,
+        claim: &ClaimId,
+        ttl: Duration,
+        over: Option<&Seen>,
+        by: Deadline,
+    ) -> Result<Attempt> {
+        let began = now();
+        let mut over = over.map(|seen| (seen.cursor(), seen.claim()));
+        // Why nobody has what is taken over, if nobody has.
+        let mut nobody = None;
+        let record = Record::text(HELD, claim, &own_text());
+        for _ in 0..MOST_TURNS {
+            let (session, kept) = self.session(ttl, by)?;
+            let sent = now();
+            let (revision, holder) = over.unwrap_or_default();
+            let put = json!([
+                { "request_put": {
+                    "key": self.keys.held(name), "value": encoded(claim.to_string()), "lease": session.id.to_string(),
+                } },
+                { "request_put": { "key": self.keys.record(name), "value": encoded(&record), "prev_kv": true } },
+            ]);
+            let answer = match self.transact(self.is_held(name, revision, holder), put, self.read_both(name), by) {
+                Err(error) if is_session_gone(&error) => {
+                    self.forget(ttl, &session);
+                    continue;
+                }
+                Err(error) => {
+                    if matches!(error, StoreError::Unknown(_)) {
+                        session.loosen(name, claim, Loose::InDoubt, sent);
+                    }
+                    return Err(error);
+                }
+                Ok(answer) => answer,
+            };
+            if let Some(kept) = kept.filter(|kept| kept.term == answer.term()) {
+                session.keep(kept.sent);
+            }
+            if answer.is_done() {
+                step("record written");
+                let token = answer.revision();
+                session.add(name, claim, token, sent);
+                let grant = Grant::new(name, claim, token, session.left(began)).with_handle(session);
+                let before = match nobody {
+                    Some(Loose::InDoubt) => self.before(name, revision, by)?,
+                    _ => Record::parse(answer.before(1)),
+                };
+                return Ok(Attempt::Granted(match &*before.state {
+                    HELD if nobody != Some(Loose::Released) => grant.recovered_from(before.owner),
+                    _ => grant,
+                }));
+            }
+            let held = answer.read(0);
+            if held.is_null() {
+                // It has come free since it was seen held.
+                (over, nobody) = (None, None);
+                continue;
+            }
+            let seen = seen(held, answer.read(1));
+            nobody = match session.loose(seen.claim()) {
+                None if seen.claim() == Some(*claim) => Some(Loose::InDoubt),
+                None => return Ok(Attempt::Busy(seen)),
+                why => why,
+            };
+            // An earlier request was done after all, and nobody has what it got. It is taken over, rather than believed,
+            // so that of two who find it only one gets it.
+            over = Some((seen.cursor(), seen.claim()));
+        }
+        Err(StoreError::unknown("the session ended, or the lease was released, again and again meanwhile"))
+    }
+
+    /// The record as it was just before that revision, as far as etcd still knows.
+    fn before(&self, name: &LeaseName, revision: u64, by: Deadline) -> Result<Record> {
+        let body = json!({ "key": self.keys.record(name), "revision": (revision - 1).to_string() });
+        match self.gateway.ask("/v3/kv/range", &body, by) {
+            Ok(answer) => Ok(Record::parse(&answer["kvs"][0])),
+            Err(StoreError::Refused(_)) => Ok(Record::parse(&Value::Null)),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn renew(&self, grant: &Grant, by: Deadline) -> Result<Renewal> {
+        let session = session_of(grant)?;
+        let began = now();
+        if session.covers(grant, began) {
+            return Ok(Renewal::Extended { ttl: session.left(began) });
+        }
+        let turn = session.turn.try_lock_until(by.moment());
+        let _turn = turn.ok_or_else(|| StoreError::refused("another renewal of its session is under way"))?;
+        if session.covers(grant, began) {
+            return Ok(Renewal::Extended { ttl: session.left(began) });
+        }
+        for _ in 0..MOST_TURNS {
+            let kept = match session.is_fresh(began) {
+                true => None,
+                false => match self.keep(session, by)? {
+                    Some(kept) => Some(kept),
+                    None => return self.what_became_of(grant, by),
+                },
+            };
+            let names = session.to_look_at(grant, began);
+            let keys: Vec<_> = names.iter().map(|(name, _)| self.keys.held(name)).collect();
+            let compare: Value = keys.iter().zip(&names).map(|(key, (_, claim))| is_of(key, *claim)).collect();
+            let read: Value = keys.iter().map(|key| json!({ "request_range": { "key": key } })).collect();
+            let sent = now();
+            let answer = self.transact(compare, json!([]), read, by)?;
+            let is_in_place =
+                |at, claim| answer.is_done() || parse_claim(&decoded(&answer.read(at)["value"])) == Some(claim);
+            let found = names.into_iter().enumerate().map(|(at, (name, claim))| (name, claim, is_in_place(at, claim)));
+            session.looked_at(found, sent, now());
+            if !is_in_place(0, *grant.claim()) {
+                return self.what_became_of(grant, by);
+            }
+            match kept {
+                Some(kept) if kept.term != answer.term() => {}
+                kept => {
+                    kept.inspect(|kept| session.keep(kept.sent));
+                    return Ok(Renewal::Extended { ttl: session.left(began) });
+                }
+            }
+        }
+        Err(StoreError::refused("etcd changed its leader just now"))
+    }
+
+    /// Who has the name of a grant that was not found in place.
+    fn what_became_of(&self, grant: &Grant, by: Deadline) -> Result<Renewal> {
+        let seen = self.look(grant.name(), by)?;
+        if seen.as_ref().is_some_and(|seen| seen.claim() == Some(*grant.claim())) {
+            return Err(StoreError::refused("etcd knows the lease, but not its session"));
+        }
+        session_of(grant)?.remove(grant);
+        Ok(Renewal::Lost { by: seen.and_then(|seen| seen.owner().cloned()) })
+    }
+
+    /// Frees the key of a grant; see [`free`](Self::free).
+    fn give_back(&self, grant: &Grant, why: Loose, record: Option<&str>, by: Deadline) -> Result<Result<(), Record>> {
+        let session = session_of(grant)?;
+        let freed = self.free(grant.name(), Some(*grant.claim()), grant.token(), record, by);
+        match freed {
+            Ok(_) => {
+                step("record freed");
+                session.remove(grant);
+            }
+            Err(_) => session.loosen(grant.name(), grant.claim(), why, now()),
+        }
+        freed
+    }
+
+    /// Deletes the `held` key of that revision and claim, and writes the record if one is given. `Err` is the record as
+    /// it stands, where the key is not so.
+    fn free(
+        &self,
+        name: &LeaseName,
+        claim: Option<ClaimId>,
+        revision: u64,
+        record: Option<&str>,
+        by: Deadline,
+    ) -> Result<Result<(), Record>> {
+        let record_key = self.keys.record(name);
+        let mut then = vec![json!({ "request_delete_range": { "key": self.keys.held(name) } })];
+        then.extend(record.map(|text| json!({ "request_put": { "key": record_key, "value": encoded(text) } })));
+        let otherwise = json!([{ "request_range": { "key": record_key } }]);
+        let answer = self.transact(self.is_held(name, revision, claim), then.into(), otherwise, by)?;
+        Ok(if answer.is_done() { Ok(()) } else { Err(Record::parse(answer.read(0))) })
+    }
+
+    fn look(&self, name: &LeaseName, by: Deadline) -> Result<Option<Seen>> {
+        let answer = self.transact(json!([]), self.read_both(name), json!([]), by)?;
+        let held = answer.read(0);
+        Ok((!held.is_null()).then(|| seen(held, answer.read(1))))
+    }
+
+    /// The session for leases of this ttl, kept not long ago, or by a request of which the next will show whether it
+    /// counts.
+    fn session(&self, ttl: Duration, by: Deadline) -> Result<(Arc<Session>, Option<Kept>)> {
+        let seconds = ttl.as_secs() + u64::from(ttl.subsec_nanos() > 0);
+        let place = self.sessions.lock().entry(seconds).or_default().clone();
+        let place = place.try_lock_until(by.moment());
+        let mut place = place.ok_or_else(|| StoreError::refused("a session is being made, and it takes long"))?;
+        if let Some(session) = &*place {
+            if session.is_fresh(now()) {
+                return Ok((session.clone(), None));
+            }
+            if let Some(kept) = self.keep(session, by)? {
+                return Ok((session.clone(), Some(kept)));
+            }
+        }
+        let sent = now();
+        let answer = self.gateway.ask("/v3/lease/grant", &json!({ "TTL": seconds.to_string() }), by)?;
+        step("session made");
+        let id = number(&answer["ID"]);
+        if id == 0 {
+            return Err(StoreError::refused("etcd made no session"));
+        }
+        let session = Arc::new(Session::new(id, Duration::from_secs(seconds), sent));
+        *place = Some(session.clone());
+        Ok((session, None))
+    }
+
+    /// Keeps a session for another ttl; `None` when it is gone.
+    fn keep(&self, session: &Session, by: Deadline) -> Result<Option<Kept>> {
+        let sent = now();
+        let answer = self.gateway.ask("/v3/lease/keepalive", &json!({ "ID": session.id.to_string() }), by)?;
+        step("session kept");
+        let is_there = number(&answer["TTL"]) > 0;
+        if is_there {
+            self.let_go(session, sent, by);
+        }
+        Ok(is_there.then(|| Kept { sent, term: number(&answer["header"]["raft_term"]) }))
+    }
+
+    /// Deletes the loose keys of a session. What fails is tried again later.
+    fn let_go(&self, session: &Session, now: Duration, by: Deadline) {
+        for (name, claim, why) in session.to_let_go(now) {
+            let key = self.keys.held(&name);
+            let mut then = vec![json!({ "request_delete_range": { "key": key } })];
+            if why != Loose::RunOut {
+                let free = Record::text(FREE, &claim, "");
+                then.push(json!({ "request_put": { "key": self.keys.record(&name), "value": encoded(free) } }));
+            }
+            if self.transact(json!([is_of(&key, claim)]), then.into(), json!([]), by).is_err() {
+                return;
+            }
+        }
+    }
+
+    /// The next lease of this ttl needs another session.
+    fn forget(&self, ttl: Duration, session: &Arc<Session>) {
+        let seconds = ttl.as_secs() + u64::from(ttl.subsec_nanos() > 0);
+        let place = self.sessions.lock().entry(seconds).or_default().clone();
+        place.lock().take_if(|current| Arc::ptr_eq(current, session));
+    }
+}
+
+/// Compares the claim in a key.
+fn is_of(key: &str, claim: ClaimId) -> Value {
+    json!({ "key": key, "target": "VALUE", "result": "EQUAL", "value": encoded(claim.to_string()) })
+}
+
+/// A holder, by its two keys.
+fn seen(held: &Value, record: &Value) -> Seen {
+    let revision = number(&held["mod_revision"]);
+    let mut seen = Seen::new(revision).with_token(revision);
+    let claim = parse_claim(&decoded(&held["value"]));
+    if let Some(claim) = claim {
+        seen = seen.with_claim(claim);
+    }
+    let record = Record::parse(record);
+    // Nobody but who tampers makes them differ.
+    if let Some(owner) = record.owner.filter(|_| record.claim == claim) {
+        if is_dead(Some(&owner)) {
+            seen = seen.with_expires_in(Duration::ZERO);
+        }
+        seen = seen.with_owner(owner);
+    }
+    seen
+}
+
+/// A watch over the `held` keys.
+struct Watch {
+    stream: Stream,
+    prefix: String,
+}
+
+impl Watch {
+    fn begin(gateway: &Gateway, prefix: &str, by: Deadline) -> Result<Self> {
+        // The end of the range is the prefix with a last byte that is one more: it ends with a slash.
+        let mut end = prefix.as_bytes().to_vec();
+        if let Some(last) = end.last_mut() {
+            *last += 1;
+        }
+        let request = json!({ "create_request": {
+            "key": encoded(prefix), "range_end": encoded(end), "filters": ["NOPUT"],
+        } });
+        Ok(Self { stream: gateway.watch(&request, by)?, prefix: prefix.to_owned() })
+    }
+}
+
+impl Ear for Watch {
+    fn listen(&mut self, at_most: Duration, ring: &mut dyn FnMut(&str)) -> Result<()> {
+        let Some(line) = self.stream.next(Deadline::after(at_most))? else { return Ok(()) };
+        let news: Value = serde_json::from_slice(&line).map_err(StoreError::refused)?;
+        let result = &news["result"];
+        // Without a leader, or when the revision that it had come to is compacted away.
+        if !result.is_object() || result["canceled"] == true {
+            return Err(StoreError::refused(format!("etcd ended the watch: {news}")));
+        }
+        for event in result["events"].as_array().into_iter().flatten() {
+            if let Some(name) = decoded(&event["kv"]["key"]).strip_prefix(&self.prefix) {
+                ring(name);
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,339 @@
+//! Sessions: one lease of etcd's for all leases of a process that have the same ttl.
+//!
+//! Keys that are attached to a session are deleted by etcd when nobody has kept the session alive for its ttl. So one
+//! request renews them all, and what a lease is good for counts from when the session was last kept, by a request that
+//! was *sent* then. A renewal looks whether the session was kept and the lease's own key was found in place less than an
+//! eighth of the ttl ago, or 250 ms, and only else asks; it then asks for as many other keys as fit into the request. So
+//! a thousand leases of 2 s cost some forty requests in a second.
+//!
+//! **A session counts as kept only once a quorum has said so.** The leader keeps sessions alive by itself, so one that was
+//! cut off or stopped, and has been replaced without knowing it yet, would go on doing so. Every answer names the term of
+//! its leader. The request that follows, a transaction, is answered by a quorum: when its term is that of the answer to
+//! the request before, then who kept the session was the leader.
+//!
+//! **What is loose is let go.** A key lives as long as its session, so one that nobody has, or nobody renews, would stay
+//! as long as other leases of the process do. There are three sorts: see [`Loose`]. Whoever keeps the session deletes
+//! those that have been loose for a ttl, and a new acquisition takes them over at once.
+//!
+//! A session that no lease uses is kept by nobody, and gone after its ttl.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use crate::lease::clock::{Clock, SystemClock};
+use crate::lease::store::{ClaimId, Grant, LeaseName};
+
+/// What is known is good for this part of the ttl, and no longer than for so long: who beats often is to be told soon.
+const PARTS: u32 = 8;
+const LONGEST_KNOWN: Duration = Duration::from_millis(250);
+/// The most keys that are looked at in one request; etcd refuses transactions of more operations.
+const MOST_KEYS: usize = 128;
+/// For so many ttls a request that got no answer counts as possibly still under way.
+const LONG: u32 = 3;
+/// The most loose keys that are looked after at once.
+const MOST_LOOSE: usize = 16;
+
+pub(super) struct Session {
+    /// As etcd numbers it.
+    pub(super) id: u64,
+    ttl: Duration,
+    /// One at a time keeps it and looks after its keys.
+    pub(super) turn: Mutex<()>,
+    state: Mutex<State>,
+}
+
+struct State {
+    /// When the request was sent by which it is kept now.
+    kept: Duration,
+    keys: HashMap<LeaseName, Key>,
+    loose: Vec<LooseKey>,
+    /// Until then keys count as found that were found within a ttl.
+    rests_until: Duration,
+}
+
+/// A key that is attached to the session, as far as is known.
+struct Key {
+    claim: ClaimId,
+    token: u64,
+    /// When the request was sent that found it in place.
+    found: Duration,
+    /// When its lease was last renewed.
+    renewed: Duration,
+}
+
+/// Why nobody has a key that may be there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Loose {
+    /// The request that acquired it got no answer.
+    InDoubt,
+    /// The request that released it got none.
+    Released,
+    /// Nobody has renewed it for a ttl: its holder hangs, or could not say that it gave it up.
+    RunOut,
+}
+
+struct LooseKey {
+    name: LeaseName,
+    claim: ClaimId,
+    why: Loose,
+    since: Duration,
+    /// When it is to be deleted, the first time or again.
+    due: Duration,
+}
+
+/// A session that was kept by a request sent then, if the leader of that term still is the leader.
+#[derive(Clone, Copy)]
+pub(super) struct Kept {
+    pub(super) sent: Duration,
+    pub(super) term: u64,
+}
+
+impl Session {
+    /// One that etcd has made at a request that was sent then.
+    pub(super) fn new(id: u64, ttl: Duration, sent: Duration) -> Self {
+        Self {
+            id,
+            ttl,
+            turn: Mutex::new(()),
+            state: Mutex::new(State {
+                kept: sent,
+                keys: HashMap::new(),
+                loose: Vec::new(),
+                rests_until: Duration::ZERO,
+            }),
+        }
+    }
+
+    /// Whether it was kept not long before `now`.
+    pub(super) fn is_fresh(&self, now: Duration) -> bool {
+        self.is_recent(self.state.lock().kept, now)
+    }
+
+    fn is_recent(&self, then: Duration, now: Duration) -> bool {
+        now.saturating_sub(then) < self.known_for()
+    }
+
+    fn known_for(&self) -> Duration {
+        (self.ttl / PARTS).min(LONGEST_KNOWN)
+    }
+
+    /// It was kept, as a quorum has said.
+    pub(super) fn keep(&self, sent: Duration) {
+        let mut state = self.state.lock();
+        state.kept = state.kept.max(sent);
+    }
+
+    /// How long a lease of it is good for, counted from `now`. The part that is over counts for a little more, so that
+    /// what the lease takes off for clocks that run wrong is taken off the whole.
+    pub(super) fn left(&self, now: Duration) -> Duration {
+        let over = now.saturating_sub(self.state.lock().kept);
+        self.ttl.saturating_sub(over + over / 64)
+    }
+
+    /// A key was attached by a request that was sent then.
+    pub(super) fn add(&self, name: &LeaseName, claim: &ClaimId, token: u64, sent: Duration) {
+        let key = Key { claim: *claim, token, found: sent, renewed: now() };
+        let mut state = self.state.lock();
+        state.loose.retain(|loose| loose.claim != *claim);
+        // An answer that was overtaken by the one to a later acquisition tells nothing any more.
+        if state.keys.get(name).is_none_or(|known| known.token <= token) {
+            state.keys.insert(name.clone(), key);
+        }
+    }
+
+    /// The grant's key is not attached any more.
+    pub(super) fn remove(&self, grant: &Grant) {
+        let mut state = self.state.lock();
+        state.loose.retain(|loose| loose.claim != *grant.claim());
+        if state.keys.get(grant.name()).is_some_and(|key| key.is_of(grant)) {
+            state.keys.remove(grant.name());
+        }
+    }
+
+    /// The grant is being renewed. Whether the session was kept and the grant's key was found in place not long before
+    /// `now`.
+    pub(super) fn covers(&self, grant: &Grant, now: Duration) -> bool {
+        let mut state = self.state.lock();
+        let (is_kept, rests) = (self.is_recent(state.kept, now), now < state.rests_until);
+        let Some(key) = state.keys.get_mut(grant.name()).filter(|key| key.is_of(grant)) else { return false };
+        key.renewed = key.renewed.max(now);
+        is_kept && (self.is_recent(key.found, now) || (rests && now.saturating_sub(key.found) < self.ttl))
+    }
+
+    /// Nobody has the key of this claim, though it may be there.
+    pub(super) fn loosen(&self, name: &LeaseName, claim: &ClaimId, why: Loose, since: Duration) {
+        let mut state = self.state.lock();
+        if state.keys.get(name).is_some_and(|key| key.claim == *claim) {
+            state.keys.remove(name);
+        }
+        let loose = LooseKey { name: name.clone(), claim: *claim, why, since, due: since + self.ttl };
+        match state.loose.iter_mut().find(|known| known.claim == *claim) {
+            Some(known) => known.why = why,
+            None => state.loose.push(loose),
+        }
+    }
+
+    /// Why nobody has the key of this claim, if nobody has.
+    pub(super) fn loose(&self, claim: Option<ClaimId>) -> Option<Loose> {
+        let state = self.state.lock();
+        state.loose.iter().find(|loose| Some(loose.claim) == claim).map(|loose| loose.why)
+    }
+
+    /// The loose keys that are to be deleted now. They are told of again, for a request that got no answer may still be
+    /// under way.
+    pub(super) fn to_let_go(&self, now: Duration) -> Vec<(LeaseName, ClaimId, Loose)> {
+        let mut state = self.state.lock();
+        let State { keys, loose, .. } = &mut *state;
+        loose.extend(
+            keys.extract_if(|_, key| now.saturating_sub(key.renewed) > self.ttl).map(|(name, key)| LooseKey {
+                name,
+                claim: key.claim,
+                why: Loose::RunOut,
+                since: now,
+                due: now,
+            }),
+        );
+        loose.retain(|loose| now < loose.since + self.ttl * LONG);
+        let due = loose.iter_mut().filter(|loose| loose.due <= now).take(MOST_LOOSE);
+        due.map(|loose| {
+            loose.due = now + self.ttl;
+            (loose.name.clone(), loose.claim, loose.why)
+        })
+        .collect()
+    }
+
+    /// The keys to look at together with the grant's: those that have not been found for longest.
+    pub(super) fn to_look_at(&self, grant: &Grant, now: Duration) -> Vec<(LeaseName, ClaimId)> {
+        let state = self.state.lock();
+        let mut stale: Vec<_> = state.keys.iter().filter(|(name, _)| *name != grant.name()).collect();
+        stale.retain(|(_, key)| now.saturating_sub(key.found) >= self.known_for() / 2);
+        stale.sort_unstable_by_key(|(_, key)| key.found);
+        let stale = stale.into_iter().map(|(name, key)| (name.clone(), key.claim)).take(MOST_KEYS - 1);
+        std::iter::once((grant.name().clone(), *grant.claim())).chain(stale).collect()
+    }
+
+    /// The names were looked at by a request that was sent then, and found to be of their claims, or not. The answer
+    /// came just `now`: nobody looks again for as long as that took, so that on a slow server the beats of many leases
+    /// do not wait for one look after the other.
+    pub(super) fn looked_at(
+        &self,
+        found: impl Iterator<Item = (LeaseName, ClaimId, bool)>,
+        sent: Duration,
+        now: Duration,
+    ) {
+        let mut state = self.state.lock();
+        state.rests_until = now + now.saturating_sub(sent);
+        for (name, claim, is_in_place) in found {
+            let known = state.keys.get_mut(&name).filter(|key| key.claim == claim);
+            match known {
+                Some(key) if is_in_place => key.found = key.found.max(sent),
+                // Who renews it finds out what became of it.
+                Some(_) => drop(state.keys.remove(&name)),
+                None => {}
+            }
+        }
+    }
+}
+
+impl Key {
+    fn is_of(&self, grant: &Grant) -> bool {
+        (self.claim, self.token) == (*grant.claim(), grant.token())
+    }
+}
+
+/// The time by which sessions are counted.
+pub(super) fn now() -> Duration {
+    SystemClock.now()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const S: Duration = Duration::from_secs(1);
+
+    fn grant(name: &str, token: u64) -> Grant {
+        Grant::new(&LeaseName::new(name).unwrap(), &ClaimId::from_number(token.into()), token, S * 8)
+    }
+
+    fn add(session: &Session, grant: &Grant, sent: Duration) {
+        session.add(grant.name(), grant.claim(), grant.token(), sent);
+    }
+
+    #[test]
+    fn a_lease_is_good_for_what_is_left_of_its_session_and_a_little_less() {
+        let session = Session::new(1, S * 8, S * 100);
+        assert_eq!(session.left(S * 100), S * 8);
+        assert_eq!(session.left(S * 99), S * 8, "it was kept since");
+        for over in 0..8 {
+            // What the lease makes of it: see `Terms::valid_until`.
+            let left = session.left(S * (100 + over));
+            assert!(S * over + (left - left / 100) <= S * 8 - S * 8 / 100, "{over}");
+        }
+        assert_eq!(session.left(S * 108), Duration::ZERO);
+        session.keep(S * 104);
+        session.keep(S * 101);
+        assert_eq!(session.left(S * 104), S * 8, "never back");
+    }
+
+    #[test]
+    fn what_was_kept_and_found_just_now_is_not_asked_for_again() {
+        let (session, one, other) = (Session::new(1, S * 8, S * 100), grant("one", 1), grant("other", 2));
+        add(&session, &one, S * 100);
+        add(&session, &other, S * 100);
+        let later = S * 100 + LONGEST_KNOWN;
+        let soon = later - Duration::from_nanos(1);
+        assert!(session.covers(&one, soon) && !session.covers(&one, later));
+        assert!(!session.covers(&grant("one", 3), soon), "it is another's");
+        session.keep(later);
+        assert!(!session.covers(&one, later), "kept, but not found");
+        let names: Vec<_> = session.to_look_at(&one, later).into_iter().map(|(name, _)| name).collect();
+        assert_eq!(names, [one.name().clone(), other.name().clone()]);
+        let found = [(one.name().clone(), *one.claim(), true), (other.name().clone(), *other.claim(), false)];
+        session.looked_at(found.into_iter(), later, later);
+        assert!(session.covers(&one, later) && !session.covers(&other, later));
+        session.remove(&one);
+        assert!(!session.covers(&one, later));
+    }
+
+    #[test]
+    fn what_nobody_has_or_renews_is_let_go_after_a_ttl() {
+        let (session, kept, hung) = (Session::new(1, S * 8, now()), grant("kept", 1), grant("hung", 2));
+        let began = now();
+        add(&session, &kept, began);
+        add(&session, &hung, began);
+        session.loosen(grant("lost", 3).name(), grant("lost", 3).claim(), Loose::InDoubt, began);
+        assert!(session.to_let_go(began + S * 7).is_empty());
+        session.covers(&kept, began + S * 8);
+        let let_go = session.to_let_go(began + S * 9);
+        let mut let_go: Vec<_> = let_go.iter().map(|(name, _, why)| (name.as_str(), *why)).collect();
+        let_go.sort_by_key(|(name, _)| *name);
+        assert_eq!(let_go, [("hung", Loose::RunOut), ("lost", Loose::InDoubt)]);
+        assert_eq!(session.loose(Some(*hung.claim())), Some(Loose::RunOut));
+        assert!(session.to_let_go(began + S * 16).is_empty(), "a ttl later, again");
+        assert_eq!(session.to_let_go(began + S * 18).len(), 3);
+        // An answer to a repeated request settles it.
+        add(&session, &grant("lost", 3), began);
+        assert_eq!(session.loose(Some(*grant("lost", 3).claim())), None);
+    }
+
+    #[test]
+    fn a_later_acquisition_is_not_taken_back_by_an_earlier_answer() {
+        let (session, early, late) = (Session::new(1, S * 8, S), grant("one", 1), grant("one", 2));
+        add(&session, &late, S);
+        add(&session, &early, S);
+        session.remove(&early);
+        assert!(session.covers(&late, S) && !session.covers(&early, S));
+    }
+
+    #[test]
+    fn a_request_looks_at_no_more_keys_than_etcd_takes() {
+        let session = Session::new(1, S * 8, S);
+        for token in 1..=1000 {
+            add(&session, &grant(&token.to_string(), token), S);
+        }
+        assert_eq!(session.to_look_at(&grant("7", 7), S * 3).len(), MOST_KEYS);
+    }
+}

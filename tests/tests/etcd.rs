@@ -1,0 +1,308 @@
+//! Leases on etcd: every case of the suite, every drill of the engines, and what is its own.
+
+use std::net::{Ipv4Addr, TcpListener};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use lockkit::{Lease, LeaseGuard, LeaseStatus, LossReason, Wait};
+use lockkit_tests::engines::etcd::Etcd;
+use lockkit_tests::engines::{Access, Certificates, Engine, PASSWORD, Security, USER};
+use lockkit_tests::leases::Terms;
+use lockkit_tests::{Actor, LIVELY, drills, steps, suite, until};
+use rustix::process::Signal;
+
+suite!(etcd, lockkit_tests::Kind::ETCD);
+drills!(etcd_drills, lockkit_tests::engines::etcd::Etcd);
+
+/// What the machine lacks is said, and the test passes.
+macro_rules! or_left_out {
+    ($server:expr) => {
+        match $server {
+            Ok(server) => server,
+            Err(why) => return println!("left out: {why}"),
+        }
+    };
+}
+
+/// Long enough that nobody loses it while a leader is elected on a busy machine.
+const TTL: Duration = Duration::from_secs(12);
+
+fn lease(url: impl Into<String>) -> Lease {
+    Lease::connect(url).ttl(TTL).build().unwrap()
+}
+
+/// Waits until the lease has been renewed by a request that was sent from now on.
+fn wait_for_a_renewal(guard: &LeaseGuard) {
+    wait_for_renewals(std::slice::from_ref(guard));
+}
+
+fn wait_for_renewals(guards: &[LeaseGuard]) {
+    let start = Instant::now();
+    for guard in guards {
+        until("it is renewed", || {
+            let elapsed = start.elapsed();
+            assert!(guard.is_held(), "{:?}", guard.lost().reason());
+            // What it is good for at most, when it was renewed before.
+            guard.remaining() + elapsed > TTL
+        });
+    }
+}
+
+/// What building or taking the lease at `url` fails with, and all causes of that.
+fn why(url: impl Into<String>) -> String {
+    let lease = Lease::connect(url).build().and_then(|lease| lease.try_lock());
+    let mut text = String::new();
+    let error = lease.unwrap_err();
+    let mut cause: Option<&dyn std::error::Error> = Some(&error);
+    while let Some(error) = cause {
+        text += &format!("{error}: ");
+        cause = error.source();
+    }
+    assert!(!text.contains(PASSWORD) && !text.contains("barley"), "{text}");
+    text
+}
+
+#[test]
+fn a_cluster_that_loses_its_leader_keeps_the_lease() {
+    let mut etcd = or_left_out!(Etcd::start_nodes(3, &Security::None, &[]));
+    let lease = lease(etcd.plain_url("leader"));
+    let guard = lease.try_lock().unwrap();
+    for _ in 0..2 {
+        let leader = etcd.leader();
+        etcd.kill_node(leader);
+        wait_for_a_renewal(&guard);
+        assert!(lease.try_lock().unwrap_err().is_held());
+        etcd.start_again(leader);
+    }
+    let token = guard.token();
+    guard.release().unwrap();
+    assert!(lease.lock_for(LIVELY).unwrap().token() > token);
+}
+
+#[test]
+fn an_endpoint_that_is_dead_or_frozen_is_passed_over() {
+    let mut etcd = or_left_out!(Etcd::start_nodes(3, &Security::None, &[]));
+    let nobody = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
+    let url = etcd.url_of(&format!("127.0.0.1:{nobody},{}", etcd.endpoints()), "", "dead", "");
+    lease(url).try_lock().unwrap().release().unwrap();
+
+    let lease = lease(etcd.plain_url("frozen"));
+    let guard = lease.try_lock().unwrap();
+    // The one that answered, unless it leads; then all of them must hear from another.
+    etcd.signal_node(0, Signal::STOP);
+    wait_for_a_renewal(&guard);
+    etcd.signal_node(0, Signal::CONT);
+    guard.release().unwrap();
+    etcd.kill_node(0);
+    drop(lease.lock_for(LIVELY).unwrap());
+}
+
+#[test]
+fn without_a_quorum_the_holder_knows_that_it_lost_the_lease_and_the_next_one_is_told() {
+    let mut etcd = or_left_out!(Etcd::start_nodes(3, &Security::None, &[]));
+    let lease = Lease::connect(etcd.plain_url("quorum")).ttl(Duration::from_secs(4)).build().unwrap();
+    let guard = lease.try_lock().unwrap();
+    [0, 1].into_iter().for_each(|node| etcd.kill_node(node));
+    let reason = guard.lost().wait(&Wait::at_most(LIVELY)).unwrap();
+    assert!(matches!(reason, LossReason::Store(_)), "{reason}");
+    assert!(lease.try_lock().is_err(), "nobody can take it");
+    [0, 1].into_iter().for_each(|node| etcd.launch_node(node));
+    etcd.wait_until_it_serves();
+    let token = guard.token();
+    // It gives up what it has lost.
+    assert!(guard.release().is_err());
+    let next = lease.lock_for(LIVELY).unwrap();
+    assert!(next.token() > token && next.recovered().is_some());
+}
+
+#[test]
+fn all_leases_of_a_process_with_one_ttl_share_a_session() {
+    let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
+    let take = |ttl: Duration| {
+        let lease = |n| Lease::connect(etcd.plain_url(&format!("{}-{n}", ttl.as_secs()))).ttl(ttl).build().unwrap();
+        (0..100).map(|n| lease(n).try_lock().unwrap()).collect::<Vec<_>>()
+    };
+    let first = take(TTL);
+    assert_eq!(etcd.sessions(), 1);
+    let second = take(TTL * 2);
+    assert_eq!(etcd.sessions(), 2);
+    first.iter().chain(&second).for_each(|guard| guard.check().unwrap());
+    // Another process has its own.
+    let mut other = Actor::start_lease(&Terms { ttl: 12_000, ..Terms::of(etcd.plain_url("another")) });
+    assert!(other.ask("try").starts_with("held "));
+    assert_eq!(etcd.sessions(), 3);
+}
+
+#[test]
+fn a_session_that_nobody_uses_runs_out() {
+    let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
+    let lease = Lease::connect(etcd.plain_url("short")).ttl(Duration::from_secs(2)).build().unwrap();
+    lease.try_lock().unwrap().release().unwrap();
+    assert_eq!(etcd.sessions(), 1);
+    until("the session is gone", || etcd.sessions() == 0);
+    // Whoever comes then gets another.
+    lease.try_lock().unwrap().release().unwrap();
+}
+
+#[test]
+fn a_thousand_leases_of_one_process_are_kept_by_a_few_requests() {
+    let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
+    let lost = Arc::new(AtomicUsize::new(0));
+    let guards: Vec<_> = (0..1000)
+        .map(|n| {
+            let lost = lost.clone();
+            let lease = Lease::connect(etcd.plain_url(&n.to_string())).ttl(TTL).on_lost(move |_| {
+                lost.fetch_add(1, Ordering::Relaxed);
+            });
+            lease.build().unwrap().try_lock().unwrap()
+        })
+        .collect();
+    wait_for_renewals(&guards);
+    wait_for_renewals(&guards);
+    assert_eq!(lost.load(Ordering::Relaxed), 0);
+    assert_eq!(etcd.sessions(), 1);
+}
+
+#[test]
+fn a_lease_whose_holder_makes_no_progress_is_free_though_its_session_goes_on() {
+    let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
+    let short = |name| Lease::connect(etcd.plain_url(name)).ttl(Duration::from_secs(2));
+    let goes_on = short("goes-on").build().unwrap().try_lock().unwrap();
+    let hangs = short("hangs").require_progress(Duration::from_secs(1)).build().unwrap().try_lock().unwrap();
+    let mut next = Actor::start_lease(&Terms { ttl: 30_000, ..Terms::of(etcd.plain_url("hangs")) });
+    let answer = next.ask("lock");
+    assert!(answer.ends_with(&format!("recovered {}", std::process::id())), "{answer}");
+    assert!(!hangs.is_held());
+    goes_on.check().unwrap();
+}
+
+#[test]
+fn an_evicted_holder_is_told_and_others_of_its_session_are_not() {
+    let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
+    let [evicted, stays] = ["evicted", "stays"].map(|name| lease(etcd.plain_url(name)));
+    let guards = [&evicted, &stays].map(|lease| lease.try_lock().unwrap());
+    let LeaseStatus::Held(seen) = evicted.status().unwrap() else { panic!("it is held") };
+    assert_eq!(seen.token(), Some(guards[0].token()));
+    assert!(evicted.evict(&seen).unwrap());
+    assert_eq!(evicted.status().unwrap(), LeaseStatus::Free);
+    assert!(!stays.evict(&seen).unwrap(), "it is another's");
+    let reason = guards[0].lost().wait(&Wait::at_most(LIVELY)).unwrap();
+    assert!(matches!(reason, LossReason::TakenOver { by: None }), "{reason}");
+    wait_for_a_renewal(&guards[1]);
+    let next = evicted.try_lock().unwrap();
+    assert!(next.recovered().is_none() && next.token() > guards[0].token());
+}
+
+#[test]
+fn a_waiter_outlasts_the_compaction_of_what_it_waits_from() {
+    let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
+    let terms = Terms { ttl: 30_000, ..Terms::of(etcd.plain_url("compacted")) };
+    let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start_lease(&terms));
+    let first = holder.ask("try");
+    waiter.tell_to_wait("lock");
+    let other = lease(etcd.plain_url("other"));
+    (0..20).for_each(|_| other.try_lock().unwrap().release().unwrap());
+    let guard = other.try_lock().unwrap();
+    let compacted = etcd.post("/v3/kv/compaction", &format!(r#"{{"revision":"{}","physical":true}}"#, guard.token()));
+    assert!(!compacted.contains("error"), "{compacted}");
+    waiter.expect_silence();
+    holder.expect("release", "released");
+    let second = waiter.answer();
+    assert!(second.starts_with("held ") && second > first, "{second} after {first}");
+}
+
+#[test]
+fn a_forked_child_has_a_session_of_its_own() {
+    let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
+    let terms = |name| Terms { ttl: 3000, heartbeat: 500, ..Terms::of(etcd.plain_url(name)) };
+    let mut parent = Actor::start_lease(&terms("parent"));
+    let token = parent.ask("try");
+    parent.expect(&format!("fork {}", etcd.plain_url("child")), "parted");
+    parent.expect("is-held", "yes");
+    parent.expect("release", "released");
+    assert!(parent.ask("try") > token);
+}
+
+#[test]
+fn a_token_of_a_user_that_has_expired_is_asked_for_anew() {
+    let mut etcd = or_left_out!(Etcd::start_nodes(1, &Security::Password, &["--auth-token-ttl", "1"]));
+    let user = format!("{USER}:{PASSWORD}@");
+    let lease = lease(etcd.url_of(&etcd.endpoints(), &user, "expires", ""));
+    let guard = lease.try_lock().unwrap();
+    // A heartbeat is longer than the token lasts.
+    wait_for_a_renewal(&guard);
+    wait_for_a_renewal(&guard);
+    // Nor does it know the token when it comes back.
+    etcd.restart();
+    wait_for_a_renewal(&guard);
+    guard.release().unwrap();
+}
+
+#[test]
+fn who_may_not_is_told_why() {
+    let etcd = or_left_out!(Etcd::start_nodes(1, &Security::Password, &[]));
+    let says = |user: &str, text: &str| {
+        let said = why(etcd.url_of(&etcd.endpoints(), user, "denied", ""));
+        assert!(said.contains(text), "{said}");
+    };
+    says("", "wants a user and a password");
+    says("guest:guest@", "does not let the user \"guest\"");
+    says(&format!("{USER}:open-barley@"), &format!("knows no user {USER:?} of this password"));
+    let open = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
+    let said = why(open.url_of(&open.endpoints(), &format!("{USER}:{PASSWORD}@"), "open", ""));
+    assert!(said.contains("asks nobody for a password"), "{said}");
+}
+
+#[test]
+fn a_gateway_that_is_turned_off_is_told_of() {
+    let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &["--enable-grpc-gateway=false"]));
+    let said = why(etcd.plain_url("off"));
+    assert!(said.contains("has its gateway turned off"), "{said}");
+}
+
+#[test]
+fn what_is_wrong_with_tls_is_told() {
+    let certificates = or_left_out!(Certificates::new());
+    let [ca, stranger] = [certificates.ca(), certificates.stranger()].map(|path| path.display().to_string());
+    let [cert, key] = certificates.client().map(|path| path.display().to_string());
+    let [_, other_key] = certificates.server().map(|path| path.display().to_string());
+    let security = Security::ClientCertificate(certificates);
+    let etcd = or_left_out!(Etcd::start(&security, None));
+    let right = etcd.url(etcd.port(), Access::Right(&security), "tls").unwrap();
+    lease(&right).try_lock().unwrap().release().unwrap();
+
+    let port = etcd.port();
+    let says = |url: String, text: &str| {
+        let said = why(&url);
+        assert!(said.contains(text), "{url} says: {said}");
+    };
+    says(format!("etcds://127.0.0.1:{port}/tls?ca={ca}"), "add the parameters cert and key");
+    says(format!("etcds://127.0.0.1:{port}/tls?ca={stranger}&cert={cert}&key={key}"), "is not to be trusted");
+    says(format!("etcds://127.0.0.1:{port}/tls?ca={ca}&cert={cert}&key={other_key}"), "do not go together");
+    says(format!("etcds://127.0.0.1:{port}/tls?ca=/no/such/file"), "/no/such/file");
+    says(format!("etcds://127.0.0.1:{port}/tls?ca={key}"), "there is no certificate in");
+    says(format!("etcd://127.0.0.1:{port}/tls"), "etcds://");
+    let plain = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
+    says(format!("etcds://{}/tls?ca={ca}", plain.endpoints()), "write etcd://");
+}
+
+#[test]
+fn a_step_stands_between_every_two_changes_of_a_lease_on_etcd() {
+    match lockkit_tests::Kind::ETCD.left_out() {
+        None => steps::stand_between_changes(lockkit_tests::Kind::ETCD),
+        Some(why) => println!("left out: {why}"),
+    }
+}
+
+#[test]
+fn a_lease_on_etcd_and_etcdctl_do_not_mind_each_other() {
+    let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
+    let guard = lease(format!("{}?prefix=mine/", etcd.plain_url("shown"))).try_lock().unwrap();
+    let record = or_left_out!(etcd.ctl(&["get", "--print-value-only", "mine/record/shown"]));
+    let own = format!("pid {}", std::process::id());
+    assert!(record.starts_with("held ") && record.lines().any(|line| line == own), "{record}");
+    assert!(or_left_out!(etcd.ctl(&["get", "--keys-only", "--prefix", "lockkit/"])).trim().is_empty());
+    guard.release().unwrap();
+    assert!(or_left_out!(etcd.ctl(&["get", "mine/held/shown"])).trim().is_empty());
+}
