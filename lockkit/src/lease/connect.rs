@@ -123,7 +123,7 @@ impl<'u> Parts<'u> {
     }
 
     /// The parameters, decoded.
-    #[cfg(feature = "etcd")]
+    #[cfg(any(feature = "etcd", feature = "postgres"))]
     pub(super) fn parameters(&self) -> impl Iterator<Item = (&'u str, Option<String>)> {
         self.raw_parameters().map(|(key, value)| (key, text(value)))
     }

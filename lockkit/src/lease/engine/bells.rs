@@ -23,6 +23,8 @@ use crate::wait::CancelToken;
 const IDLE: Duration = Duration::from_secs(10);
 /// How long it listens until it looks whether it is still needed.
 const LISTEN: Duration = Duration::from_secs(1);
+/// How long the thread tries to connect at least, however soon the waiter gives up that needs it: the next one may too.
+const CONNECT: Duration = Duration::from_secs(5);
 /// How often a waiter looks whether an owner lives that it can look up; nothing wakes it when that dies.
 const LOOK: Duration = Duration::from_millis(50);
 
@@ -99,7 +101,7 @@ impl Bells {
     }
 
     fn start(self: &Arc<Self>, state: &mut State, by: Deadline) -> Result<()> {
-        let bells = Arc::downgrade(self);
+        let (bells, by) = (Arc::downgrade(self), by.max(Deadline::after(CONNECT)));
         let run = move || {
             let mut ended = Ended { bells, failure: Some("the thread that listens to the server panicked".to_owned()) };
             ended.failure = ended.listen(by).err().map(|error| error.in_full());

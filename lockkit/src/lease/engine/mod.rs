@@ -25,7 +25,7 @@ use parking_lot::Mutex;
 
 pub(super) use bells::{Bells, Ear};
 
-use super::store::{Attempt, Seen, StoreError};
+use super::store::{self, Attempt, Seen, StoreError};
 use crate::lines;
 use crate::owner::{Liveness, Owner};
 use crate::sys::fork::{self, NoFork};
@@ -72,23 +72,24 @@ impl<T> Drop for OfProcess<T> {
 /// Connections that wait for their next request.
 pub(super) struct Pool<C>(Mutex<Vec<C>>);
 
-impl<C> Pool<C> {
-    /// As many as are kept: more are only needed at once by as many threads.
-    const MOST_IDLE: usize = 8;
+/// As many as are kept: more are only needed at once by as many threads.
+const MOST_IDLE: usize = 8;
 
+impl<C> Pool<C> {
     pub(super) const fn new() -> Self {
         Self(Mutex::new(Vec::new()))
     }
 
     /// Asks on a connection of its own. One that was idle may have been closed by the server meanwhile, so where it
     /// fails before the server can have answered, the request is made once more on a new one: every request of an engine
-    /// can be repeated.
+    /// can be repeated. If it may have taken effect the first time, it may have in the end.
     pub(super) fn ask<R>(
         &self,
         connect: impl Fn() -> Result<C>,
         mut request: impl FnMut(&mut C) -> Result<R>,
     ) -> Result<R> {
         let idle = self.0.lock().pop();
+        let mut is_doubtful = false;
         if let Some(mut connection) = idle {
             match request(&mut connection) {
                 Ok(answer) => {
@@ -96,20 +97,66 @@ impl<C> Pool<C> {
                     return Ok(answer);
                 }
                 Err(StoreError::Misuse(cause)) => return Err(StoreError::Misuse(cause)),
-                Err(_) => self.0.lock().clear(),
+                Err(error) => is_doubtful = matches!(error, StoreError::Unknown(_)),
             }
+            self.0.lock().clear();
         }
-        let mut connection = connect()?;
-        let answer = request(&mut connection)?;
-        self.keep(connection);
-        Ok(answer)
+        let again = connect().and_then(|mut connection| Ok((request(&mut connection)?, connection)));
+        match again {
+            Ok((answer, connection)) => {
+                self.keep(connection);
+                Ok(answer)
+            }
+            Err(StoreError::Refused(cause)) if is_doubtful => Err(StoreError::Unknown(cause)),
+            Err(error) => Err(error),
+        }
     }
 
     fn keep(&self, connection: C) {
         let mut idle = self.0.lock();
-        if idle.len() < Self::MOST_IDLE {
+        if idle.len() < MOST_IDLE {
             idle.push(connection);
         }
+    }
+}
+
+/// Keeps the requests of a process that are made at once to so many, for a server has only so many connections. Whoever
+/// must not wait for others takes no turn.
+#[cfg(feature = "postgres")]
+pub(super) struct Turns {
+    left: Mutex<usize>,
+    freed: parking_lot::Condvar,
+}
+
+#[cfg(feature = "postgres")]
+impl Turns {
+    /// As many as there are idle connections when all are done.
+    pub(super) const fn new() -> Self {
+        Self { left: Mutex::new(MOST_IDLE), freed: parking_lot::Condvar::new() }
+    }
+
+    /// A turn, given back when it is dropped.
+    pub(super) fn take(&self, by: store::Deadline) -> Result<Turn<'_>> {
+        let mut left = self.left.lock();
+        while *left == 0 {
+            if self.freed.wait_until(&mut left, by.moment()).timed_out() {
+                return Err(StoreError::refused("other requests of this process took too long"));
+            }
+        }
+        *left -= 1;
+        Ok(Turn(self))
+    }
+}
+
+/// See [`Turns`].
+#[cfg(feature = "postgres")]
+pub(super) struct Turn<'t>(&'t Turns);
+
+#[cfg(feature = "postgres")]
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        *self.0.left.lock() += 1;
+        self.0.freed.notify_one();
     }
 }
 
@@ -165,7 +212,10 @@ mod tests {
         let answer =
             pool.ask(connect, |number| if *number == 1 { Err(StoreError::unknown("cut")) } else { Ok(*number) });
         assert_eq!(answer.unwrap(), 2);
-        assert!(pool.ask(connect, |_| Err::<(), _>(StoreError::refused("down"))).is_err());
+        let answer = pool.ask(connect, |number| {
+            Err::<(), _>(if *number == 2 { StoreError::unknown("cut") } else { StoreError::refused("down") })
+        });
+        assert!(matches!(answer, Err(StoreError::Unknown(_))), "the first may have done it");
         assert_eq!(made.get(), 3, "once more, and no more than that");
     }
 
