@@ -15,6 +15,7 @@ use lockkit::{
     Result, Scope, Wait,
 };
 
+use crate::engines;
 use crate::managers::{self, Table};
 
 /// A lock of any kind.
@@ -247,7 +248,6 @@ impl Fixture for FileLease {
 }
 
 /// A [`Lease`] on a server. Its ttl is as long as that of a [`FileLease`], for the same reason.
-#[allow(dead_code)]
 struct EngineLease {
     name: &'static str,
     /// The URL of a lease of this name on the server that this process shares, which it starts; or why there is none.
@@ -333,13 +333,14 @@ impl Kind {
     pub const FILE_SHARED: Self = Self(&File { shared: true });
     pub const PIDFILE: Self = Self(&Pid);
     pub const LEASE: Self = Self(&FileLease);
+    pub const POSTGRES: Self = Self(&EngineLease { name: "postgres", url: engines::postgres::shared_url });
     pub const SHM: Self = Self(&OfManager(managers::Kind::Shm));
     pub const FOLDER: Self = Self(&OfManager(managers::Kind::Folder));
     pub const MEMORY: Self = Self(&OfManager(managers::Kind::Memory));
 }
 
 /// All of them.
-pub const KINDS: [Kind; 11] = [
+pub const KINDS: [Kind; 12] = [
     Kind::NAMED_SOCKET,
     Kind::MACHINE_SOCKET,
     Kind::NAMED_FILE,
@@ -348,6 +349,7 @@ pub const KINDS: [Kind; 11] = [
     Kind::FILE_SHARED,
     Kind::PIDFILE,
     Kind::LEASE,
+    Kind::POSTGRES,
     Kind::SHM,
     Kind::FOLDER,
     Kind::MEMORY,

@@ -12,6 +12,7 @@
 
 pub mod actor;
 pub mod chaos;
+pub mod engines;
 pub mod faults;
 pub mod kinds;
 pub mod leases;

@@ -1,0 +1,3 @@
+//! The engines of leases under test.
+
+pub mod postgres;
