@@ -8,6 +8,7 @@
 //! - [`mod@leases`] has a second process that works on a lease as it is told, and forges records.
 //! - [`mod@faults`] takes from locks what the system owes them: room, files, processes, uninterrupted sleep.
 //! - [`servers`] starts real servers, and sees that they end.
+//! - [`mod@engines`] has the drills of leases on servers; [`drills!`] makes tests of them for one engine.
 //! - [`chaos`] lets a conductor kill and stop many processes at random, and checks the log of who held when.
 
 pub mod actor;

@@ -1,5 +1,7 @@
 //! Leases on PostgreSQL: every case of the suite, every drill of the engines, and what is its own.
 
-use lockkit_tests::suite;
+use lockkit_tests::engines::postgres::Postgres;
+use lockkit_tests::{Kind, drills, suite};
 
-suite!(postgres, lockkit_tests::Kind::POSTGRES);
+suite!(on_postgres, Kind::POSTGRES);
+drills!(drills_on_postgres, Postgres);

@@ -2,21 +2,24 @@
 //!
 //! It refuses to run as root, so there it runs as the user `postgres`, who owns its folder.
 
-use std::os::unix::fs::chown;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use lockkit::Lease;
 use rustix::process::Signal;
 
+use super::{Access, Certificates, Clock, Engine, PASSWORD, Security};
 use crate::servers::{Folder, Server, Shared, free_port};
 use crate::until;
 
 /// The server that the tests of a process share.
 pub static SHARED: Shared<Postgres> = Shared::new(|| {
-    let server = Postgres::start(&[])?;
+    let server = Postgres::open()?;
     // With its table made, so that those who come first find it as all others do.
-    drop(Lease::connect(server.url("first")).build().expect("a URL").try_lock().expect("nobody has it"));
+    drop(Lease::connect(server.lease("first")).build().expect("a URL").try_lock().expect("nobody has it"));
     Ok(server)
 });
 
@@ -25,76 +28,98 @@ pub static SHARED: Shared<Postgres> = Shared::new(|| {
 /// # Errors
 /// Why there is none.
 pub fn shared_url(name: &str) -> Result<String, &'static str> {
-    SHARED.get().map(|server| server.url(name))
+    SHARED.get().map(|server| server.lease(name))
 }
 
 /// A server with its folder.
 pub struct Postgres {
     server: Option<Server>,
-    settings: Vec<String>,
-    /// Where it listens on 127.0.0.1.
-    pub port: u16,
+    command: Command,
+    port: u16,
     folder: Folder,
 }
 
+/// How a server is set up.
+#[derive(Default)]
+pub struct Setup<'s> {
+    /// Settings as `name=value`, beside those that every test needs.
+    pub settings: &'s [&'s str],
+    /// Who gets in over TCP, as lines of `pg_hba.conf`; everybody, unless told otherwise.
+    pub lets_in: Option<&'s str>,
+    /// Certificates for TLS.
+    pub certificates: Option<&'s Certificates>,
+    /// Another wall clock.
+    pub clock: Option<&'s Clock>,
+}
+
 impl Postgres {
-    /// One with these settings, each as `name=value`, beside those that a test needs.
+    /// One that everybody may use.
     ///
     /// # Errors
     /// What this machine lacks.
-    pub fn start(settings: &[&str]) -> Result<Self, String> {
-        Self::start_with(settings, |_| {})
+    pub fn open() -> Result<Self, String> {
+        Self::set_up(&Setup::default())
     }
 
-    /// As [`start`](Self::start), of a folder that has been `prepared`.
+    /// One that is set up in this way. The superuser `postgres` has the drills' password.
     ///
     /// # Errors
     /// What this machine lacks.
-    pub fn start_with(settings: &[&str], prepare: impl FnOnce(&Path)) -> Result<Self, String> {
+    pub fn set_up(setup: &Setup<'_>) -> Result<Self, String> {
         let folder = new_folder()?;
-        let data = folder.path().join("data");
+        let (data, password) = (folder.path().join("data"), folder.path().join("password"));
+        std::fs::write(&password, PASSWORD).expect("room");
         let mut init = as_its_user(&installed("initdb")?);
-        init.arg("-D").arg(&data).args(["-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C", "--no-sync"]);
-        run(&mut init)?;
-        prepare(&data);
-        Self::run_in(folder, settings)
+        init.arg("-D").arg(&data).arg("--pwfile").arg(&password);
+        run(init.args(["-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C", "--no-sync"]))?;
+        if let Some(lines) = setup.lets_in {
+            std::fs::write(data.join("pg_hba.conf"), format!("local all all trust\n{lines}\n")).expect("room");
+        }
+        let mut postgres = Self::in_folder(folder, setup)?;
+        if let Some(certificates) = setup.certificates {
+            let [certificate, key] = certificates.server();
+            // It wants a key that nobody else can read.
+            let own = data.join("server.key");
+            std::fs::write(&own, std::fs::read(key).expect("a key")).expect("room");
+            std::fs::set_permissions(&own, PermissionsExt::from_mode(0o600)).expect("a file");
+            give_to_its_user(&own)?;
+            for (setting, path) in
+                [("ssl_cert_file", certificate), ("ssl_key_file", own), ("ssl_ca_file", certificates.ca())]
+            {
+                postgres.command.arg("-c").arg(format!("{setting}={}", path.display()));
+            }
+            postgres.command.args(["-c", "ssl=on"]);
+        }
+        postgres.run()?;
+        Ok(postgres)
     }
 
     /// A standby of this server, which only reads.
     ///
     /// # Errors
     /// What this machine lacks.
-    pub fn start_standby(&self) -> Result<Self, String> {
+    pub fn standby(&self) -> Result<Self, String> {
         let folder = new_folder()?;
         let mut copy = as_its_user(&installed("pg_basebackup")?);
         copy.arg("-D").arg(folder.path().join("data")).args(["-R", "-c", "fast", "-h", "127.0.0.1", "-U", "postgres"]);
         run(copy.arg("-p").arg(self.port.to_string()))?;
-        Self::run_in(folder, &[])
+        let mut standby = Self::in_folder(folder, &Setup::default())?;
+        standby.run()?;
+        Ok(standby)
     }
 
-    fn run_in(folder: Folder, settings: &[&str]) -> Result<Self, String> {
-        let settings = settings.iter().map(|&setting| setting.to_owned()).collect();
-        let mut postgres = Self { server: None, settings, port: free_port(), folder };
-        postgres.start_again()?;
-        Ok(postgres)
+    fn in_folder(folder: Folder, setup: &Setup<'_>) -> Result<Self, String> {
+        let port = free_port();
+        let mut command = as_its_user(&installed("postgres")?);
+        command.arg("-D").arg(folder.path().join("data")).arg("-k").arg(folder.path()).arg("-p").arg(port.to_string());
+        let usual = ["listen_addresses=127.0.0.1", "fsync=off", "max_connections=200"];
+        command.args(usual.iter().chain(setup.settings).flat_map(|setting| ["-c", setting]));
+        command.envs(setup.clock.into_iter().flat_map(Clock::variables));
+        Ok(Self { server: None, command, port, folder })
     }
 
-    /// Starts the server in its folder, where it does not run.
-    ///
-    /// # Errors
-    /// What it said.
-    pub fn start_again(&mut self) -> Result<(), String> {
-        let command = self.command(&installed("postgres")?);
-        self.start_as(&command)
-    }
-
-    /// As [`start_again`](Self::start_again), by a command made from [`command`](Self::command).
-    ///
-    /// # Errors
-    /// What it said.
-    pub fn start_as(&mut self, command: &Command) -> Result<(), String> {
-        self.server = None;
-        self.server = Some(Server::start(&self.folder, command, self.port)?);
+    fn run(&mut self) -> Result<(), String> {
+        self.server = Some(Server::start(&self.folder, &self.command, self.port)?);
         let ready = installed("pg_isready")?;
         until("PostgreSQL is ready", || {
             let mut ask = Command::new(&ready);
@@ -103,33 +128,20 @@ impl Postgres {
         Ok(())
     }
 
-    /// What starts the server: `program` with its arguments.
-    pub fn command(&self, program: &Path) -> Command {
-        let mut command = as_its_user(program);
-        command.arg("-D").arg(self.folder.path().join("data")).arg("-p").arg(self.port.to_string());
-        command.arg("-k").arg(self.folder.path());
-        let settings = ["listen_addresses=127.0.0.1", "fsync=off", "max_connections=200", "log_min_messages=warning"];
-        for setting in settings.into_iter().chain(self.settings.iter().map(String::as_str)) {
-            command.args(["-c", setting]);
-        }
-        command
-    }
-
     /// The URL of a lease.
-    pub fn url(&self, name: &str) -> String {
-        self.url_of("postgres", "postgres", name)
+    pub fn lease(&self, name: &str) -> String {
+        self.lease_of("postgres", "", name)
     }
 
-    /// The URL of a lease as this user (and password, behind a colon) on this database (and parameters, with `?`).
-    pub fn url_of(&self, user: &str, database: &str, name: &str) -> String {
-        let join = if database.contains('?') { '&' } else { '?' };
-        format!("postgres://{user}@127.0.0.1:{}/{database}{join}lease={name}", self.port)
+    /// The URL of a lease as another user, and with further parameters.
+    pub fn lease_of(&self, user: &str, parameters: &str, name: &str) -> String {
+        format!("postgres://{user}@127.0.0.1:{}/postgres?{parameters}&lease={name}", self.port)
     }
 
     /// Runs statements as the superuser; returns what they say, unaligned and without headings.
     pub fn sql(&self, statements: &str) -> String {
         let mut psql = Command::new(installed("psql").expect("it is beside the server"));
-        psql.args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-h", "127.0.0.1", "-U", "postgres"]);
+        psql.args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-U", "postgres", "-h"]).arg(self.folder.path());
         psql.args(["-p", &self.port.to_string(), "-d", "postgres", "-c", statements]);
         run(&mut psql).expect("SQL that works").trim().to_owned()
     }
@@ -143,29 +155,106 @@ impl Postgres {
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.folder.log()).unwrap_or_default()
     }
+}
 
-    /// Sends a signal to all its processes.
-    pub fn signal(&self, signal: Signal) {
+impl Engine for Postgres {
+    const OLD: Option<fn(TcpStream)> = Some(answer_as_an_old_version);
+
+    fn start(security: &Security, clock: Option<&Clock>) -> Result<Self, String> {
+        let (lets_in, certificates) = match security {
+            Security::None => ("host all all all trust", None),
+            Security::Password => ("host all all all scram-sha-256", None),
+            Security::Tls(certificates) => ("hostssl all all all trust", Some(certificates)),
+            Security::ClientCertificate(certificates) => {
+                ("hostssl all all all trust clientcert=verify-ca", Some(certificates))
+            }
+        };
+        Self::set_up(&Setup { lets_in: Some(lets_in), certificates, clock, settings: &[] })
+    }
+
+    fn port(&self) -> u16 {
+        self.port
+    }
+
+    fn url(&self, port: u16, access: Access, name: &str) -> Option<String> {
+        let with = |user: &str, rest: &str| format!("postgres://{user}@127.0.0.1:{port}/{rest}lease={name}");
+        Some(match access {
+            Access::Right(Security::None) => with("postgres", "postgres?"),
+            Access::Right(Security::Password) => with(&format!("postgres:{PASSWORD}"), "postgres?"),
+            Access::WrongPassword => with("postgres:open-barley", "postgres?"),
+            Access::WrongDatabase => with("postgres", "nowhere?"),
+            Access::Right(Security::Tls(certificates)) => {
+                with("postgres", &format!("postgres?{}", checked_by(&certificates.ca())))
+            }
+            Access::Right(Security::ClientCertificate(certificates)) => {
+                let [certificate, key] = certificates.client().map(|path| path.display().to_string());
+                let ca = checked_by(&certificates.ca());
+                with("postgres", &format!("postgres?{ca}sslcert={certificate}&sslkey={key}&"))
+            }
+            Access::Tls(ca) => with("postgres", &format!("postgres?{}", checked_by(ca))),
+        })
+    }
+
+    fn signal(&self, signal: Signal) {
         self.server.as_ref().expect("it runs").signal(signal);
     }
 
-    /// Kills it, all processes at once, and waits until it is gone.
-    pub fn kill(&mut self) {
-        self.server.take().expect("it runs").kill();
+    fn kill(&mut self) {
+        self.server.take().into_iter().for_each(Server::kill);
         // Who was killed cannot have removed it, and its number may be another process's soon.
         let _ = std::fs::remove_file(self.folder.path().join("data/postmaster.pid"));
+    }
+
+    fn restart(&mut self) {
+        self.kill();
+        self.run().expect("it starts again");
+    }
+
+    fn goes_by_a_wall_clock() -> bool {
+        true
+    }
+}
+
+/// The parameters with which a client checks the server's certificate, in whole.
+fn checked_by(ca: &Path) -> String {
+    format!("sslmode=verify-full&sslrootcert={}&", ca.display())
+}
+
+/// Lets everybody in, and knows nothing that PostgreSQL 9.3 did not know.
+fn answer_as_an_old_version(mut client: TcpStream) {
+    let message = |kind: u8, body: &[u8]| [&[kind], &(body.len() as u32 + 4).to_be_bytes()[..], body].concat();
+    let ready = message(b'Z', b"I");
+    let unknown = message(b'E', b"SERROR\0VERROR\0C42883\0Mfunction to_regclass(unknown) does not exist\0\0");
+    let mut bytes = [0; 4096];
+    while let Ok(length @ 1..) = client.read(&mut bytes) {
+        let answer = match (bytes[0], bytes.get(4..8)) {
+            // A request for TLS, and the greeting.
+            (0, Some([0x04, 0xd2, 0x16, 0x2f])) => b"N".to_vec(),
+            (0, _) => [message(b'R', &[0; 4]), message(b'K', &[1; 8]), ready.clone()].concat(),
+            // Messages that end with a Sync.
+            _ if bytes[..length].ends_with(b"S\0\0\0\x04") => [&unknown[..], &ready[..]].concat(),
+            _ => return,
+        };
+        if client.write_all(&answer).is_err() {
+            return;
+        }
     }
 }
 
 /// A folder of the server's user.
 fn new_folder() -> Result<Folder, String> {
     let folder = Folder::new("postgres");
-    if rustix::process::geteuid().is_root() {
-        let ids = ["-u", "-g"].map(|which| run(Command::new("id").args([which, "postgres"])));
-        let [user, group] = ids.map(|id| id.and_then(|id| id.trim().parse().map_err(|_| format!("{id} is no number"))));
-        chown(folder.path(), Some(user?), Some(group?)).map_err(|error| error.to_string())?;
-    }
+    give_to_its_user(folder.path())?;
     Ok(folder)
+}
+
+fn give_to_its_user(path: &Path) -> Result<(), String> {
+    if !rustix::process::geteuid().is_root() {
+        return Ok(());
+    }
+    let ids = ["-u", "-g"].map(|which| run(Command::new("id").args([which, "postgres"])));
+    let [user, group] = ids.map(|id| id.and_then(|id| id.trim().parse().map_err(|_| format!("{id} is no number"))));
+    chown(path, Some(user?), Some(group?)).map_err(|error| error.to_string())
 }
 
 /// A command that root runs as the user `postgres`.

@@ -1,0 +1,167 @@
+//! A proxy on a loopback port that counts what it passes on, and cuts connections.
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard};
+use std::thread;
+
+/// Which way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// From the client to the server.
+    Request,
+    /// From the server to the client.
+    Answer,
+}
+
+/// See the [module](self). It ends when it is dropped, and its connections with it.
+pub struct Proxy {
+    port: u16,
+    state: Arc<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Cut the connection that passes on the last of so many more bytes this way.
+    cut: Mutex<Option<(Direction, u64)>>,
+    cuts: AtomicUsize,
+    passed: [AtomicU64; 2],
+    connections: AtomicUsize,
+    open: AtomicUsize,
+    is_over: AtomicBool,
+}
+
+impl Proxy {
+    /// One to the server at this port.
+    pub fn to(server: u16) -> Self {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+        let port = listener.local_addr().expect("an address").port();
+        let state = Arc::new(State::default());
+        let shared = state.clone();
+        thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                if shared.is_over.load(Ordering::SeqCst) {
+                    return;
+                }
+                // Where there is no server, the client is turned away as the server would.
+                if let Ok(server) = TcpStream::connect((Ipv4Addr::LOCALHOST, server)) {
+                    shared.connect(client, server);
+                }
+            }
+        });
+        Self { port, state }
+    }
+
+    /// Where it listens.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Cuts the connection over which the last of so many bytes goes this way, from now on counted over all connections,
+    /// right after that byte; after none: as soon as any would go.
+    pub fn cut_after(&self, direction: Direction, bytes: u64) {
+        *self.state.cut() = Some((direction, bytes));
+    }
+
+    /// Cuts nothing any more.
+    pub fn cut_nothing(&self) {
+        *self.state.cut() = None;
+    }
+
+    /// How often it has cut.
+    pub fn cuts(&self) -> usize {
+        self.state.cuts.load(Ordering::SeqCst)
+    }
+
+    /// How many bytes have gone this way.
+    pub fn passed(&self, direction: Direction) -> u64 {
+        self.state.passed[direction as usize].load(Ordering::SeqCst)
+    }
+
+    /// How many connections there have been.
+    pub fn connections(&self) -> usize {
+        self.state.connections.load(Ordering::SeqCst)
+    }
+
+    /// How many there are.
+    pub fn open(&self) -> usize {
+        self.state.open.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.state.is_over.store(true, Ordering::SeqCst);
+        let _ = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port));
+    }
+}
+
+impl State {
+    fn cut(&self) -> MutexGuard<'_, Option<(Direction, u64)>> {
+        self.cut.lock().expect("nobody panics with it")
+    }
+
+    fn connect(self: &Arc<Self>, client: TcpStream, server: TcpStream) {
+        self.connections.fetch_add(1, Ordering::SeqCst);
+        self.open.fetch_add(1, Ordering::SeqCst);
+        for stream in [&client, &server] {
+            stream.set_nodelay(true).expect("a connection");
+        }
+        let ends = Arc::new((client, server));
+        let [there, back] = [Direction::Request, Direction::Answer].map(|direction| {
+            let (state, ends) = (self.clone(), ends.clone());
+            thread::spawn(move || {
+                let (from, to) = match direction {
+                    Direction::Request => (&ends.0, &ends.1),
+                    Direction::Answer => (&ends.1, &ends.0),
+                };
+                state.pass_on(direction, from, to);
+                for end in [from, to] {
+                    let _ = end.shutdown(Shutdown::Both);
+                }
+            })
+        });
+        let state = self.clone();
+        thread::spawn(move || {
+            let _ = (there.join(), back.join());
+            state.open.fetch_sub(1, Ordering::SeqCst);
+        });
+    }
+
+    fn pass_on(&self, direction: Direction, mut from: &TcpStream, mut to: &TcpStream) {
+        let mut bytes = [0; 16384];
+        while let Ok(length @ 1..) = from.read(&mut bytes) {
+            if self.is_over.load(Ordering::SeqCst) {
+                return;
+            }
+            let (length, is_cut) = self.allowed(direction, length);
+            self.passed[direction as usize].fetch_add(length as u64, Ordering::SeqCst);
+            if to.write_all(&bytes[..length]).is_err() {
+                return;
+            }
+            if is_cut {
+                self.cuts.fetch_add(1, Ordering::SeqCst);
+                return;
+            }
+        }
+    }
+
+    /// How many of these bytes may go this way, and whether the connection is cut then.
+    fn allowed(&self, direction: Direction, length: usize) -> (usize, bool) {
+        let mut cut = self.cut();
+        match &mut *cut {
+            Some((way, left)) if *way == direction => {
+                let allowed = length.min(usize::try_from(*left).unwrap_or(usize::MAX));
+                *left -= allowed as u64;
+                let is_cut = *left == 0;
+                if is_cut {
+                    *cut = None;
+                }
+                (allowed, is_cut)
+            }
+            _ => (length, false),
+        }
+    }
+}

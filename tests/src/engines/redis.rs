@@ -1,0 +1,103 @@
+//! Redis and Valkey for the drills.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::process::Command;
+
+use rustix::process::Signal;
+
+use super::{Access, Clock, Engine, PASSWORD, Security};
+use crate::servers::{Folder, Server, free_port, installed};
+
+/// A server that has each change on disk before it answers.
+pub struct Redis {
+    folder: Folder,
+    command: Command,
+    port: u16,
+    server: Option<Server>,
+}
+
+impl Engine for Redis {
+    const OLD: Option<fn(TcpStream)> = Some(answer_as_an_old_version);
+
+    fn start(security: &Security, clock: Option<&Clock>) -> Result<Self, String> {
+        let program = installed(&["redis-server", "valkey-server"])?;
+        let (folder, port) = (Folder::new("redis"), free_port());
+        let mut command = Command::new(program);
+        command.args(["--bind", "127.0.0.1", "--daemonize", "no", "--save", "", "--databases", "4", "--dir"]);
+        command.arg(folder.path()).args(["--appendonly", "yes", "--appendfsync", "always"]);
+        match security {
+            Security::None => {}
+            Security::Password => {
+                command.args(["--requirepass", PASSWORD]);
+            }
+            Security::Tls(certificates) | Security::ClientCertificate(certificates) => {
+                let [certificate, key] = certificates.server();
+                let asks = matches!(security, Security::ClientCertificate(_));
+                command.arg("--tls-port").arg(port.to_string()).arg("--tls-ca-cert-file").arg(certificates.ca());
+                command.arg("--tls-cert-file").arg(certificate).arg("--tls-key-file").arg(key);
+                command.args(["--tls-auth-clients", if asks { "yes" } else { "no" }, "--port", "0"]);
+            }
+        }
+        if !matches!(security, Security::Tls(_) | Security::ClientCertificate(_)) {
+            command.arg("--port").arg(port.to_string());
+        }
+        command.envs(clock.into_iter().flat_map(Clock::variables));
+        let server = Server::start(&folder, &command, port)?;
+        Ok(Self { folder, command, port, server: Some(server) })
+    }
+
+    fn port(&self) -> u16 {
+        self.port
+    }
+
+    fn url(&self, port: u16, access: Access, name: &str) -> Option<String> {
+        let plain = |user: &str, path: &str| format!("redis://{user}127.0.0.1:{port}/{path}{name}");
+        Some(match access {
+            Access::Right(Security::None) => plain("", ""),
+            Access::Right(Security::Password) => plain(&format!(":{PASSWORD}@"), ""),
+            Access::WrongPassword => plain(":open-barley@", ""),
+            Access::WrongDatabase => plain("", "9/"),
+            Access::Right(Security::Tls(certificates)) => {
+                format!("rediss://127.0.0.1:{port}/{name}?ca={}", certificates.ca().display())
+            }
+            Access::Right(Security::ClientCertificate(certificates)) => {
+                let [certificate, key] = certificates.client().map(|path| path.display().to_string());
+                let ca = certificates.ca();
+                format!("rediss://127.0.0.1:{port}/{name}?ca={}&cert={certificate}&key={key}", ca.display())
+            }
+            Access::Tls(ca) => format!("rediss://127.0.0.1:{port}/{name}?ca={}", ca.display()),
+        })
+    }
+
+    fn signal(&self, signal: Signal) {
+        self.server.as_ref().expect("it runs").signal(signal);
+    }
+
+    fn kill(&mut self) {
+        self.server.take().into_iter().for_each(Server::kill);
+    }
+
+    fn restart(&mut self) {
+        self.kill();
+        self.server = Some(Server::start(&self.folder, &self.command, self.port).expect("it starts again"));
+    }
+
+    fn goes_by_a_wall_clock() -> bool {
+        true
+    }
+}
+
+/// Says of each command that it is a Redis of 2013.
+fn answer_as_an_old_version(mut client: TcpStream) {
+    const SAYS: &str = "# Server\r\nredis_version:2.8.3\r\n";
+    let mut bytes = [0; 4096];
+    while let Ok(length @ 1..) = client.read(&mut bytes) {
+        // Each command is an array.
+        let commands = bytes[..length].iter().filter(|byte| **byte == b'*').count();
+        let answer = format!("${}\r\n{SAYS}\r\n", SAYS.len()).repeat(commands);
+        if client.write_all(answer.as_bytes()).is_err() {
+            return;
+        }
+    }
+}
