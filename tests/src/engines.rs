@@ -64,6 +64,7 @@ pub trait Engine: Sized {
 }
 
 /// What a server asks of its clients.
+#[derive(Debug)]
 pub enum Security {
     /// Nothing.
     None,
@@ -94,6 +95,7 @@ pub enum Access<'s> {
 }
 
 /// Certificates, made for one drill.
+#[derive(Debug)]
 pub struct Certificates(tempfile::TempDir);
 
 impl Certificates {
