@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use lockkit::Wait;
+use lockkit::{ErrorKind, Wait};
 use rustix::process::Signal;
 use rustix::time::{ClockId, clock_gettime};
 
@@ -102,7 +102,8 @@ pub fn take_part(spec: &Spec, log: &Path, seed: u64) {
                 append(&mut log, now(), OUT, NOBODY);
                 guard.release().expect("what is held can be released");
             }
-            Err(error) => assert!(error.is_temporary(), "{error}"),
+            // A server may not answer within so short a wait.
+            Err(error) => assert!(error.is_temporary() || matches!(error.kind(), ErrorKind::Store { .. }), "{error:?}"),
         }
     }
 }

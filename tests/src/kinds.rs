@@ -274,10 +274,6 @@ impl Fixture for EngineLease {
     fn files(&self, _: &str) -> Vec<PathBuf> {
         vec![]
     }
-
-    fn keeps_a_descriptor(&self) -> bool {
-        false
-    }
 }
 
 fn lease(builder: LeaseBuilder) -> Box<dyn AnyLock> {

@@ -26,6 +26,7 @@ use tokio_postgres::{AsyncMessage, Client, Config, Connection, Error, Row, State
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use crate::lease::store::Deadline;
+use crate::steps::step;
 use crate::sys::event;
 use crate::sys::fork::Shielded;
 
@@ -88,6 +89,7 @@ impl Link {
         let connector = connector.unwrap_or_else(|never| match never {});
         let opening = config.connect_raw(Stream(wire.clone()), connector);
         let (client, traffic) = run(&wire, |_| Ok(()), opening, by)??;
+        step("session opened");
         let line = Line { wire, traffic, news: Vec::new() };
         Ok(Self { line, client, statements: [const { None }; STATEMENTS], is_direct: false })
     }
