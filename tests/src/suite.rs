@@ -202,7 +202,7 @@ mod cases {
         let spec = kind.fresh();
         let [mut holder, mut stopped, mut next] = [(); 3].map(|()| Actor::start(&spec));
         holder.expect("lock", "held");
-        assert!(stopped.ask("lock-for 1").starts_with("error Timeout"));
+        give_up(&mut stopped);
         stopped.signal(Signal::STOP);
         next.tell_to_wait("lock");
         holder.expect("release", "released");
@@ -210,6 +210,12 @@ mod cases {
         stopped.signal(Signal::CONT);
         assert!(stopped.ask("try").starts_with("error Held"));
         spec.clean();
+    }
+
+    /// Waits for a moment and in vain. A server may take longer than that to say that it is held.
+    fn give_up(waiter: &mut Actor) {
+        let answer = waiter.ask("lock-for 1");
+        assert!(answer.starts_with("error Timeout") || answer.starts_with("error Store"), "{answer}");
     }
 
     pub fn ten_workers_count_to_two_thousand_without_losing_one(kind: Kind) {
@@ -293,10 +299,8 @@ mod cases {
         let mut holder = Actor::start(&spec);
         holder.expect("lock", "held");
         let mut waiter = Actor::start(&spec);
-        // A server may take longer than that.
         let mut give_up = || {
-            let answer = waiter.ask("lock-for 1");
-            assert!(answer.starts_with("error Timeout") || answer.starts_with("error Store"), "{answer}");
+            give_up(&mut waiter);
             Belongings::of(waiter.pid())
         };
         // What its first waits make for all later ones is there after some of them.

@@ -17,15 +17,18 @@ pub(super) mod postgres;
 #[cfg(feature = "redis")]
 pub(super) mod redis;
 
+use std::io;
 use std::mem;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use parking_lot::Mutex;
+use rustix::io::Errno;
 
 pub(super) use bells::{Bells, Ear};
 
 use super::store::{self, Attempt, Seen, StoreError};
+use crate::error::Error;
 use crate::lines;
 use crate::owner::{Liveness, Owner};
 use crate::sys::fork::{self, NoFork};
@@ -82,14 +85,14 @@ impl<C> Pool<C> {
 
     /// Asks on a connection of its own. One that was idle may have been closed by the server meanwhile, so where it
     /// fails before the server can have answered, the request is made once more on a new one: every request of an engine
-    /// can be repeated. If it may have taken effect the first time, it may have in the end.
+    /// can be repeated.
     pub(super) fn ask<R>(
         &self,
         connect: impl Fn() -> Result<C>,
         mut request: impl FnMut(&mut C) -> Result<R>,
     ) -> Result<R> {
         let idle = self.0.lock().pop();
-        let mut is_doubtful = false;
+        let mut is_unknown = false;
         if let Some(mut connection) = idle {
             match request(&mut connection) {
                 Ok(answer) => {
@@ -97,18 +100,21 @@ impl<C> Pool<C> {
                     return Ok(answer);
                 }
                 Err(StoreError::Misuse(cause)) => return Err(StoreError::Misuse(cause)),
-                Err(error) => is_doubtful = matches!(error, StoreError::Unknown(_)),
+                Err(error) => {
+                    is_unknown = matches!(error, StoreError::Unknown(_));
+                    self.0.lock().clear();
+                }
             }
-            self.0.lock().clear();
         }
-        let again = connect().and_then(|mut connection| Ok((request(&mut connection)?, connection)));
-        match again {
-            Ok((answer, connection)) => {
-                self.keep(connection);
-                Ok(answer)
-            }
-            Err(StoreError::Refused(cause)) if is_doubtful => Err(StoreError::Unknown(cause)),
-            Err(error) => Err(error),
+        let asked = connect().and_then(|mut connection| {
+            let answer = request(&mut connection)?;
+            self.keep(connection);
+            Ok(answer)
+        });
+        match asked {
+            // The first one may have been carried out.
+            Err(StoreError::Refused(cause)) if is_unknown => Err(StoreError::Unknown(cause)),
+            asked => asked,
         }
     }
 
@@ -157,6 +163,17 @@ impl Drop for Turn<'_> {
     fn drop(&mut self) {
         *self.0.left.lock() += 1;
         self.0.freed.notify_one();
+    }
+}
+
+/// No connection to `place` came about. Where it is this process that lacks something, the error says so by itself.
+#[cold]
+pub(super) fn not_connected(place: &str, error: &io::Error) -> StoreError {
+    match error.raw_os_error() {
+        Some(code) if [Errno::MFILE, Errno::NFILE].contains(&Errno::from_raw_os_error(code)) => {
+            StoreError::refused(Error::io("connect to", place, io::Error::from_raw_os_error(code)))
+        }
+        _ => StoreError::refused(format!("{place} cannot be reached: {error}")),
     }
 }
 
@@ -212,11 +229,12 @@ mod tests {
         let answer =
             pool.ask(connect, |number| if *number == 1 { Err(StoreError::unknown("cut")) } else { Ok(*number) });
         assert_eq!(answer.unwrap(), 2);
-        let answer = pool.ask(connect, |number| {
-            Err::<(), _>(if *number == 2 { StoreError::unknown("cut") } else { StoreError::refused("down") })
-        });
-        assert!(matches!(answer, Err(StoreError::Unknown(_))), "the first may have done it");
+        assert!(pool.ask(connect, |_| Err::<(), _>(StoreError::refused("down"))).is_err());
         assert_eq!(made.get(), 3, "once more, and no more than that");
+        pool.ask(connect, |_| Ok(())).unwrap();
+        let down = || Err(StoreError::refused("down"));
+        let answer = pool.ask(down, |_| Err::<(), _>(StoreError::unknown("cut")));
+        assert!(matches!(answer, Err(StoreError::Unknown(_))), "the first one may have been carried out");
     }
 
     #[test]

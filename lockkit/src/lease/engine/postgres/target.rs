@@ -29,8 +29,9 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::failure;
 use super::link::Link;
-use crate::error::{self, Error};
+use crate::error;
 use crate::lease::connect::{Parts, invalid};
+use crate::lease::engine::not_connected;
 use crate::lease::store::{Deadline, StoreError};
 use crate::sys::event;
 use crate::sys::fork::Shielded;
@@ -147,14 +148,7 @@ impl Target {
         let late = || StoreError::refused(format!("{} did not answer in time", shown(host, *port)));
         let failed = |error: io::Error| match error.kind() {
             io::ErrorKind::TimedOut => late(),
-            // What this process lacks says nothing of the server.
-            _ if error.raw_os_error().is_some_and(|code| {
-                [Errno::MFILE, Errno::NFILE, Errno::AGAIN].contains(&Errno::from_raw_os_error(code))
-            }) =>
-            {
-                StoreError::refused(Error::io("connect to", shown(host, *port), error))
-            }
-            _ => StoreError::refused(failure::Said::new(format!("connect to {}", shown(host, *port)), error)),
+            _ => not_connected(&shown(host, *port), &error),
         };
         let (socket, name) = match host {
             Where::Unix(folder) => (self.unix(folder, *port, by), None),
