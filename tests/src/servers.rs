@@ -64,7 +64,16 @@ impl Server {
     /// Kills it and waits until it is gone. Its folder stays.
     pub fn kill(mut self) {
         self.signal(Signal::KILL);
-        self.warden.wait().expect("the warden ends with its server");
+        self.end();
+    }
+
+    fn end(&mut self) {
+        // A word of farewell: the test's process is there yet, and cleans up itself. Before the wait, which closes the
+        // pipe.
+        if let Some(mut farewell) = self.warden.stdin.take() {
+            let _ = farewell.write_all(b"bye");
+        }
+        let _ = self.warden.wait();
     }
 
     fn has_ended(&mut self) -> bool {
@@ -74,11 +83,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // A word of farewell: the test's process is there yet, and cleans up itself.
-        if let Some(mut farewell) = self.warden.stdin.take() {
-            let _ = farewell.write_all(b"bye");
-        }
-        let _ = self.warden.wait();
+        self.end();
     }
 }
 

@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use lockkit::{ErrorKind, Lease, LeaseGuard, LeaseStatus, Wait};
 use lockkit_tests::engines::postgres::{Postgres, Setup, as_its_user};
-use lockkit_tests::engines::{Certificates, Engine, PASSWORD, Proxy};
+use lockkit_tests::engines::{Certificates, Clock, Direction, Engine, PASSWORD, Proxy};
 use lockkit_tests::leases::Terms;
 use lockkit_tests::servers::{Folder, Server, free_port, installed};
 use lockkit_tests::{Actor, LIVELY, drills, suite, until};
+use rustix::process::Signal;
 
 suite!(on_postgres, lockkit_tests::Kind::POSTGRES);
 drills!(drills_on_postgres, lockkit_tests::engines::postgres::Postgres);
@@ -199,7 +200,7 @@ fn a_process_with_a_crowd_of_threads_has_ten_connections_at_most() {
                 *most = now.max(*most);
             }
         });
-        let crowd: Vec<_> = (0..40)
+        let crowd: Vec<_> = (0..24)
             .map(|n| {
                 let server = &server;
                 // All on one, and each on its own, beating.
@@ -208,8 +209,9 @@ fn a_process_with_a_crowd_of_threads_has_ten_connections_at_most() {
                     let url = server.lease(&n.to_string());
                     let own = Lease::connect(url).ttl(LIVELY).heartbeat(Duration::from_millis(20)).build().unwrap();
                     let _own = own.lock().unwrap();
-                    for _ in 0..5 {
-                        common.lock().unwrap().release().unwrap();
+                    for _ in 0..3 {
+                        // Where a crowd is too slow for somebody's limit, that is said, and not what is asked here.
+                        until("it gets in", || common.lock().is_ok());
                     }
                 })
             })
@@ -329,13 +331,13 @@ fn a_release_and_an_eviction_that_were_cut_off_after_they_were_done_are_done() {
     let [through, direct] = &leases;
     let guard = through.try_lock().unwrap();
     let cuts = proxy.cuts();
-    proxy.cut_after(lockkit_tests::engines::Direction::Answer, 0);
+    proxy.cut_after(Direction::Answer, 0);
     guard.release().expect("it is asked again, and had been done");
     assert_eq!(proxy.cuts(), cuts + 1);
     let held = direct.try_lock().unwrap();
     assert!(held.recovered().is_none());
     let LeaseStatus::Held(seen) = through.status().unwrap() else { panic!("it is held") };
-    proxy.cut_after(lockkit_tests::engines::Direction::Answer, 0);
+    proxy.cut_after(Direction::Answer, 0);
     assert!(through.evict(&seen).unwrap(), "it is asked again, and had been done");
     assert_eq!(proxy.cuts(), cuts + 2);
     assert!(matches!(held.release().unwrap_err().kind(), ErrorKind::LeaseLost { .. }));
@@ -348,14 +350,13 @@ struct Pooler {
     _folder: Folder,
 }
 
-fn pooler(server: &Postgres, mode: &str) -> Result<Pooler, String> {
+fn pooler(server: &Postgres, mode: &str, size: u32) -> Result<Pooler, String> {
     let program: PathBuf = installed(&["pgbouncer", "/usr/sbin/pgbouncer"])?;
     let (folder, port) = (Folder::new("pgbouncer"), free_port());
     let config = folder.path().join("pgbouncer.ini");
     let text = format!(
         "[databases]\n* = host=127.0.0.1 port={} user=postgres\n[pgbouncer]\nlisten_addr = 127.0.0.1\n\
-         listen_port = {port}\nunix_socket_dir =\nauth_type = any\npool_mode = {mode}\ndefault_pool_size = 3\n\
-         ignore_startup_parameters = extra_float_digits\n",
+         listen_port = {port}\nunix_socket_dir =\nauth_type = any\npool_mode = {mode}\ndefault_pool_size = {size}\n",
         server.port()
     );
     std::fs::write(&config, text).unwrap();
@@ -368,8 +369,9 @@ fn pooler(server: &Postgres, mode: &str) -> Result<Pooler, String> {
 #[test]
 fn behind_a_proxy_that_pools_transactions_leases_work_and_waiters_look_for_themselves() {
     let server = server!();
-    for mode in ["transaction", "session"] {
-        let proxy = match pooler(&server, mode) {
+    // Fewer sessions than clients, and one for each.
+    for (mode, size) in [("transaction", 3), ("session", 30)] {
+        let proxy = match pooler(&server, mode, size) {
             Ok(proxy) => proxy,
             Err(why) => return println!("left out: {why}"),
         };
@@ -428,4 +430,90 @@ fn a_waiter_whose_listener_is_cut_off_is_woken_all_the_same() {
         drop(waiter.join().unwrap());
         assert!(before.elapsed() < LIVELY, "it was woken, and did not wait for the end of the ttl");
     });
+}
+
+#[test]
+fn while_the_server_is_frozen_every_request_ends_in_time_and_the_holder_knows_that_it_has_lost() {
+    let server = server!();
+    let terms = Terms { ttl: 2000, heartbeat: 200, ..Terms::of(server.lease("x")) };
+    let (mut holder, mut next) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
+    assert!(holder.ask("try").starts_with("held "));
+    // It has a connection, too.
+    assert!(next.ask("try").starts_with("error Held"));
+    server.signal(Signal::STOP);
+    assert!(next.ask("try").starts_with("error Store"));
+    assert!(next.ask("lock-for 100").starts_with("error Store"));
+    assert!(holder.ask("wait-lost").starts_with("lost "));
+    server.signal(Signal::CONT);
+    let answer = next.ask("lock-for 30000");
+    assert!(answer.starts_with("held ") && answer.contains(" recovered "), "{answer}");
+    next.expect("release", "released");
+}
+
+#[test]
+fn a_lease_outlives_the_restart_of_its_server() {
+    let mut server = server!();
+    let terms = Terms { ttl: 60_000, heartbeat: 50, ..Terms::of(server.lease("x")) };
+    let (mut holder, mut waiter) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
+    assert!(holder.ask("try").starts_with("held "));
+    assert!(waiter.ask("try").starts_with("error Held"));
+    server.restart();
+    let until_then = || server.sql("SELECT extract(epoch FROM until) FROM lockkit_leases");
+    let before = until_then();
+    until("it is renewed again", || until_then() != before);
+    holder.expect("is-held", "yes");
+    waiter.tell_to_wait("lock");
+    holder.expect("release", "released");
+    assert!(waiter.answer().starts_with("held "));
+    waiter.expect("release", "released");
+}
+
+#[test]
+fn a_connection_that_is_cut_in_the_middle_of_any_request_costs_nothing() {
+    let server = server!();
+    let proxy = Proxy::to(server.port());
+    let url = format!("postgres://postgres@127.0.0.1:{}/postgres?sslmode=disable&lease=x", proxy.port());
+    let lease = lease(url);
+    let mut last = 0;
+    for direction in [Direction::Request, Direction::Answer] {
+        let before = proxy.passed(direction);
+        drop(lease.try_lock().unwrap());
+        let bytes = proxy.passed(direction) - before;
+        assert!(bytes > 100, "{bytes}");
+        for at in (0..bytes).step_by(7) {
+            proxy.cut_after(direction, at);
+            let guard = lease.lock_for(LIVELY).unwrap();
+            assert!(guard.token() > last && guard.recovered().is_none(), "cut at {at} of {bytes} {direction:?}");
+            last = guard.token();
+            guard.release().unwrap_or_else(|error| panic!("cut at {at} {direction:?}: {}", in_full(&error)));
+        }
+        proxy.cut_nothing();
+    }
+    assert!(proxy.cuts() > 50);
+}
+
+#[test]
+fn a_server_whose_clock_is_set_forward_gives_away_what_is_held_with_a_greater_token() {
+    let clock = match Clock::new() {
+        Ok(clock) => clock,
+        Err(why) => return println!("left out: {why}"),
+    };
+    let server = server!(clock: Some(&clock));
+    let terms = Terms { ttl: 300_000, heartbeat: 60_000, ..Terms::of(server.lease("x")) };
+    let (mut holder, mut next) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
+    let first: u64 = holder.ask("try").strip_prefix("held ").unwrap().parse().unwrap();
+    assert!(next.ask("try").starts_with("error Held"));
+    clock.set(3600);
+    let answer = next.ask("lock-for 30000");
+    let (token, died) = answer.strip_prefix("held ").and_then(|rest| rest.split_once(' ')).expect(&answer);
+    assert_eq!(died, format!("recovered {}", holder.pid()));
+    let token: u64 = token.parse().unwrap();
+    assert!(token > first);
+    assert!(holder.ask("release").starts_with("error LeaseLost"));
+    next.expect("release", "released");
+    // Set back again, the tokens go on growing.
+    clock.set(-3600);
+    let answer = holder.ask("lock-for 30000");
+    let back: u64 = answer.strip_prefix("held ").expect(&answer).parse().unwrap();
+    assert!(back > token);
 }

@@ -12,6 +12,7 @@ use lockkit::Lease;
 use rustix::process::Signal;
 
 use super::{Access, Certificates, Clock, Engine, PASSWORD, Security};
+use crate::actor::signal_pid;
 use crate::servers::{Folder, Server, Shared, free_port};
 use crate::until;
 
@@ -146,6 +147,12 @@ impl Postgres {
         run(&mut psql).expect("SQL that works").trim().to_owned()
     }
 
+    /// The process that starts all others.
+    fn first_process(&self) -> u32 {
+        let file = std::fs::read_to_string(self.folder.path().join("data/postmaster.pid")).expect("it runs");
+        file.lines().next().and_then(|pid| pid.trim().parse().ok()).expect("a pid")
+    }
+
     /// Its folder, with the Unix socket in it.
     pub fn folder(&self) -> &Path {
         self.folder.path()
@@ -196,11 +203,26 @@ impl Engine for Postgres {
     }
 
     fn signal(&self, signal: Signal) {
-        self.server.as_ref().expect("it runs").signal(signal);
+        let first = self.first_process();
+        // Stopped, it starts no more of them.
+        signal_pid(first, Signal::STOP);
+        // Each is in a group of its own.
+        children_of(first).into_iter().for_each(|child| signal_pid(child, signal));
+        signal_pid(first, signal);
+        if ![Signal::STOP, Signal::KILL].contains(&signal) {
+            signal_pid(first, Signal::CONT);
+        }
     }
 
     fn kill(&mut self) {
-        self.server.take().into_iter().for_each(Server::kill);
+        let Some(server) = self.server.take() else { return };
+        let first = self.first_process();
+        signal_pid(first, Signal::STOP);
+        let children = children_of(first);
+        children.iter().for_each(|child| signal_pid(*child, Signal::KILL));
+        server.kill();
+        // Else the next one finds the memory that they share in use.
+        until("all are gone", || children.iter().all(|child| !Path::new(&format!("/proc/{child}")).exists()));
         // Who was killed cannot have removed it, and its number may be another process's soon.
         let _ = std::fs::remove_file(self.folder.path().join("data/postmaster.pid"));
     }
@@ -213,6 +235,17 @@ impl Engine for Postgres {
     fn goes_by_a_wall_clock() -> bool {
         true
     }
+}
+
+fn children_of(parent: u32) -> Vec<u32> {
+    let processes = std::fs::read_dir("/proc").expect("/proc").flatten();
+    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter(|pid| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let after_name = stat.rsplit(')').next().unwrap_or_default();
+        after_name.split_whitespace().nth(1) == Some(&parent.to_string())
+    })
+    .collect()
 }
 
 /// The parameters with which a client checks the server's certificate, in whole.
