@@ -8,6 +8,7 @@
 //! on and cuts connections wherever it is told to.
 
 pub mod etcd;
+pub mod postgres;
 mod proxy;
 pub mod redis;
 

@@ -363,6 +363,7 @@ impl Kind {
     pub const PIDFILE: Self = Self(&Pid);
     pub const LEASE: Self = Self(&FileLease);
     pub const ETCD: Self = Self(&EngineLease { name: "etcd", url: engines::etcd::shared_url });
+    pub const POSTGRES: Self = Self(&EngineLease { name: "postgres", url: engines::postgres::shared_url });
     pub const REDIS: Self = Self(&EngineLease { name: "redis", url: engines::redis::shared });
     pub const SHM: Self = Self(&OfManager(managers::Kind::Shm));
     pub const FOLDER: Self = Self(&OfManager(managers::Kind::Folder));
@@ -370,7 +371,7 @@ impl Kind {
 }
 
 /// All of them.
-pub const KINDS: [Kind; 13] = [
+pub const KINDS: [Kind; 14] = [
     Kind::NAMED_SOCKET,
     Kind::MACHINE_SOCKET,
     Kind::NAMED_FILE,
@@ -380,6 +381,7 @@ pub const KINDS: [Kind; 13] = [
     Kind::PIDFILE,
     Kind::LEASE,
     Kind::ETCD,
+    Kind::POSTGRES,
     Kind::REDIS,
     Kind::SHM,
     Kind::FOLDER,

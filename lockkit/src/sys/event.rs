@@ -111,6 +111,23 @@ fn wait_as(fd: Option<PollFd<'_>>, cancel: Option<BorrowedFd<'_>>, until: Option
     }
 }
 
+/// Sleeps until `fd` can be read or has hung up, or can be written where `to_write` says so; false when `until` came
+/// first. As [`wait`].
+#[cfg(feature = "postgres")]
+pub(crate) fn wait_for_traffic(fd: BorrowedFd<'_>, to_write: bool, until: Instant) -> io::Result<bool> {
+    let flags = if to_write { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
+    loop {
+        let left = Timespec::try_from(until.saturating_duration_since(Instant::now())).ok();
+        match poll(&mut [PollFd::from_borrowed_fd(fd, flags)], left.as_ref()) {
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+            Ok(0) if Instant::now() >= until => return Ok(false),
+            Ok(0) => {}
+            Ok(_) => return Ok(true),
+        }
+    }
+}
+
 /// Whether `fd` can be read now.
 pub(crate) fn is_readable(fd: BorrowedFd<'_>) -> bool {
     let mut polled = [watch(fd)];

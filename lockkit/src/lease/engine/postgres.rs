@@ -1,12 +1,300 @@
-//! Leases on postgres.
+//! Leases on PostgreSQL: a row for each in the table `lockkit_leases`, of the database that the URL names and the first
+//! schema of the user's search_path.
+//!
+//! Each request is one statement and one round trip (see `table`), on a connection that nobody else uses meanwhile (see
+//! `link`). The row decides; LISTEN and NOTIFY only wake. Who waits leaves a mark in the row, and who releases notifies
+//! only where there is one, because NOTIFY makes all commits of a server wait for each other.
+//!
+//! The time is the server's: `until` is set and compared by its clock alone, so the clients' clocks mean nothing. Set
+//! forward, that clock gives a held lease to whoever asks, and its holder learns of it at its next beat; set back, what
+//! nobody renews stays held for longer. The token is greater all the same.
+//!
+//! Behind a proxy that gives each transaction another session nothing is prepared, and where notifications do not get
+//! through, waiters look at their retry delay.
+
+mod failure;
+mod link;
+mod table;
+mod target;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
-use crate::error::Result;
+use tokio_postgres::Row;
+use tokio_postgres::types::ToSql;
+
+use self::link::{Cut, Link, Sql};
+use self::target::Target;
+use super::{Bells, Ear, OfProcess, Pool, Turns, attempt, own_text, owner_of};
+use crate::error;
 use crate::lease::LeaseStore;
-use crate::lease::connect::invalid;
+use crate::lease::store::{
+    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, Released, Renewal, Seen, StoreError, StoreProfile, sleep,
+};
+use crate::owner::Liveness;
+use crate::steps::step;
+use crate::wait::CancelToken;
+
+type Result<T, E = StoreError> = std::result::Result<T, E>;
+
+/// The shortest ttl: of a shorter one a checkpoint or a lock of the server's may take all.
+const SMALLEST_TTL: Duration = Duration::from_millis(250);
+/// Ttls are counted in these.
+const TTL_STEP: Duration = Duration::from_micros(1);
+/// How long what a waiter asks may take.
+const LONGEST_MARK: Duration = Duration::from_secs(2);
+/// After so long without news a listener asks whether the server is there, and for how long.
+const QUIET: Duration = Duration::from_secs(10);
+/// How long a notification may be under way to ourselves, through whatever stands between.
+const ECHO: Duration = Duration::from_secs(2);
 
 /// The store on the server at `url`. Connects to nothing yet.
-pub(in crate::lease) fn open(url: &str) -> Result<Arc<dyn LeaseStore>> {
-    Err(invalid(url, "not built yet"))
+pub(in crate::lease) fn open(url: &str) -> error::Result<Arc<dyn LeaseStore>> {
+    let target = Arc::new(Target::of(url)?);
+    Ok(Arc::new(Postgres { place: target.place(), target, own: OfProcess::new() }))
+}
+
+struct Postgres {
+    target: Arc<Target>,
+    place: u64,
+    own: OfProcess<Own>,
+}
+
+/// What a process has of it.
+struct Own {
+    idle: Pool<Link>,
+    turns: Turns,
+    bells: Arc<Bells>,
+    /// Notifications do not get through.
+    is_deaf: Arc<AtomicBool>,
+}
+
+/// How a holder leaves a lease, as the row says.
+#[derive(Clone, Copy)]
+enum State {
+    Released,
+    Lost,
+    Evicted,
+}
+
+impl State {
+    fn text(self) -> &'static str {
+        match self {
+            Self::Released => "released",
+            Self::Lost => "lost",
+            Self::Evicted => "evicted",
+        }
+    }
+}
+
+impl LeaseStore for Postgres {
+    fn profile(&self) -> StoreProfile {
+        StoreProfile {
+            smallest_ttl: SMALLEST_TTL,
+            ttl_step: TTL_STEP,
+            wakes_waiters: !self.own().is_deaf.load(Ordering::Relaxed),
+            place: Some(self.place),
+            ..StoreProfile::new(Durability::Primary)
+        }
+    }
+
+    fn try_acquire(&self, name: &LeaseName, claim: &ClaimId, ttl: Duration, by: Deadline) -> Result<Attempt> {
+        let (claim_text, micros, owner) = (claim.to_string(), micros(ttl), own_text());
+        attempt(|dead| {
+            let dead_claim = dead.and_then(Seen::claim).map(|claim| claim.to_string()).unwrap_or_default();
+            let dead_token = dead.and_then(Seen::token).map_or(0, u64::cast_signed);
+            let values: [&(dyn ToSql + Sync); 6] =
+                [&name.as_str(), &claim_text, &micros, &owner, &dead_claim, &dead_token];
+            // Whoever came in between is there when it is asked again.
+            while !by.is_past() {
+                let rows = self.ask(&table::ACQUIRE, &values, by)?;
+                let Some(row) = rows.first() else { continue };
+                let is_granted: bool = get(row, 0)?;
+                let (token, owner): (i64, Option<&str>) = (get(row, 1)?, get(row, 2)?);
+                if !is_granted {
+                    return seen(row, 1).map(Attempt::Busy);
+                }
+                step("record written");
+                let grant = Grant::new(name, claim, token.cast_unsigned(), ttl);
+                return Ok(Attempt::Granted(match owner {
+                    Some(died) => grant.recovered_from(owner_of(died)),
+                    None => grant,
+                }));
+            }
+            Err(StoreError::unknown("others took it too fast to see"))
+        })
+    }
+
+    fn renew(&self, grant: &Grant, by: Deadline) -> Result<Renewal> {
+        let (claim, token, ttl) = (grant.claim().to_string(), grant.token().cast_signed(), micros(grant.ttl()));
+        // Without a turn: it waits for nobody.
+        let rows = self.ask_now(&table::RENEW, &[&grant.name().as_str(), &claim, &token, &ttl], by)?;
+        match rows.first() {
+            Some(row) if get(row, 0)? => Ok(Renewal::Extended { ttl: grant.ttl() }),
+            Some(row) => Ok(Renewal::Lost { by: get::<Option<&str>>(row, 1)?.and_then(owner_of) }),
+            None => Ok(Renewal::Lost { by: None }),
+        }
+    }
+
+    fn release(&self, grant: &Grant, by: Deadline) -> Result<Released> {
+        self.leave(grant.name(), *grant.claim(), grant.token(), State::Released, by)
+    }
+
+    fn give_up(&self, grant: &Grant, by: Deadline) -> Result<Released> {
+        self.leave(grant.name(), *grant.claim(), grant.token(), State::Lost, by)
+    }
+
+    fn look(&self, name: &LeaseName, by: Deadline) -> Result<Option<Seen>> {
+        let rows = self.ask(&table::LOOK, &[&name.as_str()], by)?;
+        let seen = rows.first().map(|row| seen(row, 0)).transpose()?;
+        Ok(seen.map(|seen| match seen.owner().map(|owner| owner.liveness()) {
+            Some(Liveness::Dead) => seen.with_expires_in(Duration::ZERO),
+            _ => seen,
+        }))
+    }
+
+    fn evict(&self, name: &LeaseName, seen: &Seen, by: Deadline) -> Result<Released> {
+        match (seen.claim(), seen.token()) {
+            (Some(claim), Some(token)) => self.leave(name, claim, token, State::Evicted, by),
+            _ => Ok(Released::NotMine),
+        }
+    }
+
+    fn park(&self, name: &LeaseName, seen: &Seen, by: Deadline, stop: &CancelToken) -> Result<()> {
+        let own = self.own();
+        let (Some(claim), Some(token)) = (seen.claim(), seen.token()) else { return sleep(by, stop) };
+        if own.is_deaf.load(Ordering::Relaxed) {
+            return sleep(by, stop);
+        }
+        let bell = own.bells.hang(name, by, stop)?;
+        // Listened to already, so what happens after the mark is heard of.
+        let values: [&(dyn ToSql + Sync); 3] = [&name.as_str(), &claim.to_string(), &token.cast_signed()];
+        if self.ask(&table::MARK, &values, by.min(Deadline::after(LONGEST_MARK)))?.is_empty() {
+            return Ok(());
+        }
+        step("waiter marked");
+        bell.wait(seen.owner(), by, stop)
+    }
+}
+
+impl Postgres {
+    fn own(&self) -> Arc<Own> {
+        self.own.get(|| {
+            let is_deaf = Arc::new(AtomicBool::new(false));
+            let (target, deaf) = (self.target.clone(), is_deaf.clone());
+            let listen = move |by| listen(&target, by, &deaf);
+            Own { idle: Pool::new(), turns: Turns::new(), bells: Bells::new(listen), is_deaf }
+        })
+    }
+
+    /// Asks when it is this request's turn: a process keeps its server's connections to so many.
+    fn ask(&self, sql: &Sql, values: &[&(dyn ToSql + Sync)], by: Deadline) -> Result<Vec<Row>> {
+        let own = self.own();
+        let _turn = own.turns.take(by)?;
+        self.ask_now(sql, values, by)
+    }
+
+    fn ask_now(&self, sql: &Sql, values: &[&(dyn ToSql + Sync)], by: Deadline) -> Result<Vec<Row>> {
+        let connect = || self.target.connect(by, table::check);
+        self.own().idle.ask(connect, |link| {
+            loop {
+                let cut = match link.ask(sql, values, by) {
+                    Ok(rows) => return Ok(rows),
+                    Err(cut) => cut,
+                };
+                match cut {
+                    Cut::By(error) if failure::is_of_meeting(&error) && !by.is_past() => {}
+                    Cut::By(error) if failure::is_of_statements(&error) && link.is_direct => {
+                        link.forget();
+                        link.is_direct = false;
+                    }
+                    cut => return Err(failure::of_request(cut)),
+                }
+            }
+        })
+    }
+
+    fn leave(&self, name: &LeaseName, claim: ClaimId, token: u64, state: State, by: Deadline) -> Result<Released> {
+        let values: [&(dyn ToSql + Sync); 4] =
+            [&name.as_str(), &claim.to_string(), &token.cast_signed(), &state.text()];
+        let rows = self.ask(&table::LEAVE, &values, by)?;
+        if rows.is_empty() {
+            return Ok(Released::NotMine);
+        }
+        step("record freed");
+        Ok(Released::Done)
+    }
+}
+
+/// A holder, in a row that has from column `at` on what [`table::LOOK`] asks for.
+fn seen(row: &Row, at: usize) -> Result<Seen> {
+    let (token, owner, claim): (i64, &str, &str) = (get(row, at)?, get(row, at + 1)?, get(row, at + 2)?);
+    let (left, until): (f64, i64) = (get(row, at + 3)?, get(row, at + 4)?);
+    let seen = Seen::new(until.cast_unsigned())
+        .with_token(token.cast_unsigned())
+        .with_expires_in(Duration::try_from_secs_f64(left.max(0.0)).unwrap_or(Duration::MAX));
+    let seen = match u128::from_str_radix(claim, 16) {
+        Ok(number) => seen.with_claim(ClaimId::from_number(number)),
+        Err(_) => seen,
+    };
+    Ok(match owner_of(owner) {
+        Some(owner) => seen.with_owner(owner),
+        None => seen,
+    })
+}
+
+fn get<'r, T: tokio_postgres::types::FromSql<'r>>(row: &'r Row, at: usize) -> Result<T> {
+    row.try_get(at).map_err(|error| StoreError::misuse(failure::Said::new(table::of_another_layout(), error)))
+}
+
+fn micros(ttl: Duration) -> f64 {
+    ttl.as_secs_f64() * 1e6
+}
+
+/// A connection that hears of what happens from now on. Through a proxy it may not: then it says so, and sets `is_deaf`.
+fn listen(target: &Target, by: Deadline, is_deaf: &AtomicBool) -> Result<Box<dyn Ear>> {
+    let mut link = target.connect(by, table::check)?;
+    link.execute(table::LISTEN, by).map_err(failure::of_request)?;
+    step("listens");
+    if !link.is_direct {
+        // Another connection, for a proxy may bring back to this one what it says itself.
+        let mut other = target.connect(by, table::check)?;
+        let word = format!("\u{1}{}", ClaimId::random());
+        other.ask(&table::NOTIFY, &[&word], by).map_err(failure::of_request)?;
+        let echo = Deadline::after(ECHO);
+        loop {
+            let news = link.listen(echo).map_err(failure::of_request)?;
+            if news.contains(&word) {
+                break;
+            }
+            if echo.is_past() {
+                is_deaf.store(true, Ordering::Relaxed);
+                return Err(StoreError::refused("notifications do not get through the proxy before the server"));
+            }
+        }
+    }
+    Ok(Box::new(Listener { link, heard: Instant::now() }))
+}
+
+/// The connection that listens.
+struct Listener {
+    link: Link,
+    /// When the server was last heard of.
+    heard: Instant,
+}
+
+impl Ear for Listener {
+    fn listen(&mut self, at_most: Duration, ring: &mut dyn FnMut(&str)) -> Result<()> {
+        if self.heard.elapsed() > QUIET {
+            // A connection that was cut without a word looks like a quiet one.
+            self.link.execute("", Deadline::after(QUIET / 2)).map_err(failure::of_request)?;
+            self.heard = Instant::now();
+        }
+        for name in self.link.listen(Deadline::after(at_most)).map_err(failure::of_request)? {
+            self.heard = Instant::now();
+            ring(&name);
+        }
+        Ok(())
+    }
 }

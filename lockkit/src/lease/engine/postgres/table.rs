@@ -1,0 +1,222 @@
+//! The table of the leases: its layout, its statements, and how it is made.
+//!
+//! A row is never deleted, because it keeps the token. What stands in it:
+//!
+//! | column | what |
+//! |---|---|
+//! | `name` | the lease |
+//! | `state` | `held`; or how its last holder left it: `released`, `lost` (it knew that it had run out), `evicted` |
+//! | `token` | of the last grant |
+//! | `claim` | of the last grant, 32 hexadecimal digits |
+//! | `until` | when a held one runs out, by the server's clock |
+//! | `owner` | who holds it, or did |
+//! | `died` | who held it before and did not release, if so; empty if that is not known |
+//! | `waited` | somebody waits for this holder, and is to be told when it goes |
+//!
+//! The claim and the token stay when a lease is given free, so a repeated release finds that it has been done. Each
+//! request is one statement and so one transaction. It is committed with `synchronous_commit` at `on` at least,
+//! whatever the server's default is: a grant that a crash takes back would be given again.
+
+use tokio_postgres::types::Type;
+
+use super::failure::{self, Said, of_request};
+use super::link::{Cut, Link, Sql};
+use crate::lease::store::{Deadline, StoreError};
+use crate::steps::step;
+
+/// What makes the table. It leaves room in its pages, so that a renewal is written beside the row that it replaces.
+pub(super) const CREATE: &str = "CREATE TABLE IF NOT EXISTS lockkit_leases (\
+     name text COLLATE \"C\" PRIMARY KEY, \
+     state text NOT NULL, \
+     token bigint NOT NULL, \
+     claim text NOT NULL, \
+     until timestamp with time zone NOT NULL, \
+     owner text NOT NULL, \
+     died text, \
+     waited boolean NOT NULL\
+     ) WITH (fillfactor = 50)";
+
+/// Its columns, as [`HELLO`] tells them.
+const LAYOUT: &str = "name text, state text, token bigint, claim text, until timestamp with time zone, owner text, \
+     died text, waited boolean";
+
+/// The server and the table. On a server that is too old it fails, or says so.
+const HELLO: Sql = Sql {
+    slot: 0,
+    text: "SELECT pg_backend_pid(), current_setting('server_version_num')::int, current_setting('server_version'), \
+         current_setting('transaction_read_only') = 'on', \
+         (SELECT string_agg(attname || ' ' || format_type(atttypid, atttypmod), ', ' ORDER BY attnum) \
+         FROM pg_attribute WHERE attrelid = to_regclass('lockkit_leases') AND attnum > 0 AND NOT attisdropped)",
+    types: &[],
+};
+
+/// The first version that has what is used here: `INSERT … ON CONFLICT`.
+const OLDEST: i32 = 90_500;
+
+/// What raises `synchronous_commit` to `on` in a statement, where it is lower.
+macro_rules! durably {
+    () => {
+        "CASE WHEN current_setting('synchronous_commit') NOT IN ('on', 'remote_apply') \
+         THEN set_config('synchronous_commit', 'on', true) END"
+    };
+}
+
+/// The name, the claim, the ttl in microseconds, the owner, and the claim and the token of a holder that is dead. One
+/// row: the token and who died, or who holds it. None where somebody came in between.
+///
+/// Looking comes first, because INSERT locks the row also where it then does nothing, and that is written to disk.
+pub(super) const ACQUIRE: Sql = Sql {
+    slot: 1,
+    text: concat!(
+        "WITH held AS (SELECT token, claim, owner, until FROM lockkit_leases WHERE name = $1 AND state = 'held' \
+         AND until > clock_timestamp() AND claim <> $2 AND NOT (claim = $5 AND token = $6)), \
+         taken AS (INSERT INTO lockkit_leases AS l (name, state, token, claim, until, owner, died, waited) \
+         SELECT $1, 'held', (extract(epoch FROM clock_timestamp()) * 1000000)::bigint, $2, \
+         clock_timestamp() + $3 * interval '1 microsecond', $4, NULL, false WHERE NOT EXISTS (SELECT FROM held) \
+         ON CONFLICT (name) DO UPDATE SET state = 'held', claim = excluded.claim, until = excluded.until, \
+         owner = excluded.owner, \
+         token = CASE WHEN l.state = 'held' AND l.claim = excluded.claim THEN l.token \
+         ELSE greatest(l.token + 1, excluded.token) END, \
+         died = CASE WHEN l.state = 'held' AND l.claim = excluded.claim THEN l.died \
+         WHEN l.state IN ('held', 'lost') THEN l.owner END, \
+         waited = l.waited AND l.state = 'held' AND l.claim = excluded.claim \
+         WHERE l.state <> 'held' OR l.until <= clock_timestamp() OR l.claim = excluded.claim \
+         OR (l.claim = $5 AND l.token = $6) RETURNING token, died) \
+         SELECT true, token, died, NULL::text, NULL::float8, NULL::bigint, ",
+        durably!(),
+        " FROM taken UNION ALL SELECT false, token, owner, claim, \
+         extract(epoch FROM until - clock_timestamp())::float8, (extract(epoch FROM until) * 1000000)::bigint, NULL \
+         FROM held"
+    ),
+    types: &[Type::TEXT, Type::TEXT, Type::FLOAT8, Type::TEXT, Type::TEXT, Type::INT8],
+};
+
+/// The name, the claim, the token and the ttl. Whether it is renewed, and if not, who has it.
+pub(super) const RENEW: Sql = Sql {
+    slot: 2,
+    text: concat!(
+        "WITH renewed AS (UPDATE lockkit_leases SET until = clock_timestamp() + $4 * interval '1 microsecond' \
+         WHERE name = $1 AND claim = $2 AND token = $3 AND state = 'held' RETURNING true) \
+         SELECT true, NULL::text, ",
+        durably!(),
+        " FROM renewed UNION ALL SELECT false, owner, NULL FROM lockkit_leases \
+         WHERE name = $1 AND claim <> $2 AND state = 'held' AND NOT EXISTS (SELECT FROM renewed)"
+    ),
+    types: &[Type::TEXT, Type::TEXT, Type::INT8, Type::FLOAT8],
+};
+
+/// The name, the claim, the token, and how it is left. A row where it is left so, now or before.
+pub(super) const LEAVE: Sql = Sql {
+    slot: 3,
+    text: concat!(
+        "WITH gone AS (UPDATE lockkit_leases SET state = $4 \
+         WHERE name = $1 AND claim = $2 AND token = $3 AND state = 'held' RETURNING waited) \
+         SELECT CASE WHEN waited THEN pg_notify('lockkit_leases', $1) END, ",
+        durably!(),
+        " FROM gone UNION ALL SELECT NULL, NULL FROM lockkit_leases \
+         WHERE name = $1 AND claim = $2 AND token = $3 AND state = $4 AND NOT EXISTS (SELECT FROM gone)"
+    ),
+    types: &[Type::TEXT, Type::TEXT, Type::INT8, Type::TEXT],
+};
+
+/// The name. A row where it is held, whether or not it has run out.
+pub(super) const LOOK: Sql = Sql {
+    slot: 4,
+    text: "SELECT token, owner, claim, extract(epoch FROM until - clock_timestamp())::float8, \
+         (extract(epoch FROM until) * 1000000)::bigint FROM lockkit_leases WHERE name = $1 AND state = 'held'",
+    types: &[Type::TEXT],
+};
+
+/// The name, and the claim and the token of its holder. A row where the holder is still that one, and the mark is left
+/// that somebody waits for it.
+pub(super) const MARK: Sql = Sql {
+    slot: 5,
+    text: "WITH holds AS (SELECT waited FROM lockkit_leases \
+         WHERE name = $1 AND claim = $2 AND token = $3 AND state = 'held'), \
+         marked AS (UPDATE lockkit_leases SET waited = true \
+         WHERE name = $1 AND claim = $2 AND token = $3 AND state = 'held' AND NOT waited RETURNING true) \
+         SELECT true FROM marked UNION ALL SELECT true FROM holds WHERE waited",
+    types: &[Type::TEXT, Type::TEXT, Type::INT8],
+};
+
+/// A text, sent to all who listen.
+pub(super) const NOTIFY: Sql = Sql { slot: 6, text: "SELECT pg_notify('lockkit_leases', $1)", types: &[Type::TEXT] };
+
+/// What hears of it.
+pub(super) const LISTEN: &str = "LISTEN lockkit_leases";
+
+/// Sees that the server and its table are of use, and makes the table where there is none.
+pub(super) fn check(link: &mut Link, by: Deadline) -> Result<(), StoreError> {
+    /// Others may be making it, too.
+    const MOST_TRIES: usize = 5;
+    for _ in 0..MOST_TRIES {
+        let row = match link.ask_once(&HELLO, &[], by) {
+            Ok(rows) => rows.into_iter().next().ok_or_else(|| StoreError::refused("the server answered nothing"))?,
+            Err(Cut::By(error)) if error.code() == Some(&tokio_postgres::error::SqlState::UNDEFINED_FUNCTION) => {
+                return Err(StoreError::misuse(Said::new(too_old("this server"), error)));
+            }
+            // It has changed nothing.
+            Err(cut) => return Err(StoreError::refused(Said::new("greet the server", of_request(cut)))),
+        };
+        let strange = |error| StoreError::misuse(Said::new("this is no PostgreSQL server", error));
+        let (process, version): (i32, i32) = (row.try_get(0).map_err(strange)?, row.try_get(1).map_err(strange)?);
+        if version < OLDEST {
+            let version: &str = row.try_get(2).map_err(strange)?;
+            return Err(StoreError::misuse(too_old(&format!("PostgreSQL {version}"))));
+        }
+        if row.try_get(3).map_err(strange)? {
+            return Err(StoreError::refused(failure::read_only()));
+        }
+        link.is_direct = link.process() == Some(process);
+        match row.try_get(4).map_err(strange)? {
+            Some(LAYOUT) => return Ok(()),
+            Some(_) => return Err(StoreError::misuse(of_another_layout())),
+            None => make(link, by)?,
+        }
+    }
+    Err(StoreError::refused("the table lockkit_leases cannot be found in the search_path after it was made"))
+}
+
+fn make(link: &mut Link, by: Deadline) -> Result<(), StoreError> {
+    use tokio_postgres::error::SqlState;
+    match link.execute(CREATE, by) {
+        Ok(()) => {
+            step("table made");
+            Ok(())
+        }
+        Err(Cut::By(error)) => match error.code() {
+            // Somebody else makes it at this moment, which IF NOT EXISTS does not see.
+            Some(&(SqlState::UNIQUE_VIOLATION | SqlState::DUPLICATE_TABLE | SqlState::DUPLICATE_OBJECT)) => Ok(()),
+            Some(&(SqlState::INSUFFICIENT_PRIVILEGE | SqlState::INVALID_SCHEMA_NAME)) => {
+                let what = format!(
+                    "there is no table lockkit_leases, and this user may not make it; let somebody run: {CREATE}; {}",
+                    grant()
+                );
+                Err(StoreError::misuse(Said::new(what, error)))
+            }
+            _ => Err(of_request(error.into())),
+        },
+        Err(cut) => Err(of_request(cut)),
+    }
+}
+
+fn too_old(server: &str) -> String {
+    format!("{server} is too old: leases need PostgreSQL 9.5 or later, for INSERT … ON CONFLICT")
+}
+
+fn grant() -> &'static str {
+    "GRANT SELECT, INSERT, UPDATE ON lockkit_leases TO …;"
+}
+
+/// What is wrong with a user who may not use the table.
+pub(super) fn no_privilege() -> String {
+    format!("this user may not use the table lockkit_leases; let its owner run: {}", grant())
+}
+
+/// What is wrong with a table that is not ours.
+pub(super) fn of_another_layout() -> String {
+    format!(
+        "the table lockkit_leases is of another layout than this version of lockkit's ({LAYOUT}, with name as primary \
+         key); have another schema come first in the search_path, or drop it when nobody holds a lease in it"
+    )
+}

@@ -1,0 +1,519 @@
+//! Leases on PostgreSQL: every case of the suite, every drill of the engines, and what is its own.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use lockkit::{ErrorKind, Lease, LeaseGuard, LeaseStatus, Wait};
+use lockkit_tests::engines::postgres::{Postgres, Setup, as_its_user};
+use lockkit_tests::engines::{Certificates, Clock, Direction, Engine, PASSWORD, Proxy};
+use lockkit_tests::leases::Terms;
+use lockkit_tests::servers::{Folder, Server, free_port, installed};
+use lockkit_tests::{Actor, LIVELY, drills, suite, until};
+use rustix::process::Signal;
+
+suite!(on_postgres, lockkit_tests::Kind::POSTGRES);
+drills!(drills_on_postgres, lockkit_tests::engines::postgres::Postgres);
+
+/// A server of a test's own; the test ends here, with a word on it, where this machine has none.
+macro_rules! server {
+    ($($field:ident: $value:expr),*) => {
+        match Postgres::set_up(&Setup { $($field: $value,)* ..Setup::default() }) {
+            Ok(server) => server,
+            Err(why) => return println!("left out: {why}"),
+        }
+    };
+}
+
+/// A lease that lasts while anybody is waited for here, so that only what a test does ends it.
+fn lease(url: String) -> Lease {
+    Lease::connect(url).ttl(10 * LIVELY).heartbeat(LIVELY).build().unwrap()
+}
+
+/// With all its causes.
+fn in_full(error: &lockkit::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        text += &format!(": {error}");
+        cause = error.source();
+    }
+    text
+}
+
+/// What taking it says, which is not repeated in vain: it took no effect and never will.
+#[track_caller]
+fn refusal(lease: &Lease) -> String {
+    let error = lease.try_lock().unwrap_err();
+    let is_misuse = matches!(error.kind(), ErrorKind::Store { source: lockkit::lease::StoreError::Misuse(_), .. });
+    let text = in_full(&error);
+    assert!(is_misuse && !text.contains(PASSWORD), "{text}");
+    text
+}
+
+#[test]
+fn a_user_who_may_not_make_the_table_is_told_what_to_run_and_needs_no_more_than_that() {
+    let server = server!();
+    server.sql("CREATE ROLE poor LOGIN; REVOKE CREATE ON SCHEMA public FROM PUBLIC");
+    let lease = lease(server.lease_of("poor", "", "x"));
+    let says = refusal(&lease);
+    let (_, create) = says.split_once("let somebody run: ").expect(&says);
+    let (create, rest) = create.split_once("; GRANT").expect(&says);
+    server.sql(create);
+    assert!(refusal(&lease).contains("GRANT SELECT, INSERT, UPDATE ON lockkit_leases"));
+    let grant = format!("GRANT{}", rest.split_once('…').expect(&says).0);
+    server.sql(&format!("{grant} poor"));
+    let guard = lease.try_lock().unwrap();
+    assert!(lease.try_lock().unwrap_err().is_held());
+    guard.release().unwrap();
+    assert_eq!(lease.status().unwrap(), LeaseStatus::Free);
+}
+
+#[test]
+fn processes_that_come_at_once_where_there_is_no_table_make_one() {
+    let server = server!();
+    for round in 0..3 {
+        let name = |n: usize| Terms { ttl: 60_000, heartbeat: 10_000, ..Terms::of(server.lease(&n.to_string())) };
+        let mut racers: Vec<_> = (0..12).map(|n| Actor::start_lease(&name(n))).collect();
+        racers.iter_mut().for_each(|racer| racer.tell("lock"));
+        for racer in &mut racers {
+            let answer = racer.answer();
+            assert!(answer.starts_with("held "), "round {round}: {answer}");
+        }
+        assert_eq!(server.sql("SELECT count(*) FROM lockkit_leases"), "12");
+        drop(racers);
+        server.sql("DROP TABLE lockkit_leases");
+    }
+}
+
+#[test]
+fn a_table_of_another_layout_is_refused_and_left_as_it_is() {
+    let server = server!();
+    server.sql(
+        "CREATE TABLE lockkit_leases (name text PRIMARY KEY, holder text); INSERT INTO lockkit_leases VALUES ('x')",
+    );
+    assert!(refusal(&lease(server.lease("x"))).contains("is of another layout"));
+    assert_eq!(server.sql("SELECT * FROM lockkit_leases"), "x|");
+    // Another schema has its own.
+    server.sql("CREATE SCHEMA locks");
+    drop(lease(server.lease_of("postgres", "options=-c%20search_path%3Dlocks", "x")).try_lock().unwrap());
+    assert_eq!(server.sql("SELECT state FROM locks.lockkit_leases"), "released");
+}
+
+#[test]
+fn a_table_that_is_dropped_and_made_anew_serves_on_and_its_tokens_grow() {
+    let server = server!();
+    let lease = lease(server.lease("x"));
+    let before = lease.try_lock().unwrap();
+    let token = before.token();
+    server.sql("DROP TABLE lockkit_leases");
+    let after = lease.try_lock().expect("nobody has it any more");
+    assert!(after.token() > token);
+    assert!(matches!(before.release().unwrap_err().kind(), ErrorKind::LeaseLost { .. }));
+    after.release().unwrap();
+}
+
+#[test]
+fn a_standby_is_passed_over_and_takes_leases_once_it_is_promoted() {
+    let mut server = server!();
+    let standby = match server.standby() {
+        Ok(standby) => standby,
+        Err(why) => return println!("left out: {why}"),
+    };
+    let alone = lease(standby.lease("x"));
+    let error = alone.try_lock().unwrap_err();
+    assert!(in_full(&error).contains("the server only reads"), "{error:?}");
+    let both = format!("127.0.0.1:{},127.0.0.1:{}", standby.port(), server.port());
+    let both = lease(format!("postgres://postgres@{both}/postgres?lease=x"));
+    let guard = both.try_lock().unwrap();
+    let token = guard.token();
+    until("the grant has reached the standby", || {
+        standby.sql("SELECT coalesce(max(token), 0) FROM lockkit_leases") == token.to_string()
+    });
+    server.kill();
+    standby.sql("SELECT pg_promote()");
+    // What the standby had received is in force there, and so is the holder's claim.
+    assert!(both.try_lock().unwrap_err().is_held());
+    guard.release().unwrap();
+    let next = both.try_lock().unwrap();
+    assert!(next.token() > token && next.recovered().is_none());
+}
+
+#[test]
+fn a_server_whose_transactions_only_read_says_so() {
+    let server = server!(settings: &["default_transaction_read_only=on"]);
+    let error = lease(server.lease("x")).try_lock().unwrap_err();
+    assert!(in_full(&error).contains("default_transaction_read_only"), "{error:?}");
+    // The URL can say otherwise.
+    let options = "options=-c%20default_transaction_read_only%3Doff";
+    drop(lease(server.lease_of("postgres", options, "x")).try_lock().unwrap());
+}
+
+#[test]
+fn a_grant_outlives_the_crash_of_a_server_that_does_not_wait_for_its_disk() {
+    let mut server = server!(settings: &["synchronous_commit=off", "wal_writer_delay=10s", "autovacuum=off"]);
+    server.sql("CREATE TABLE other (what text)");
+    let lease = lease(server.lease("x"));
+    drop(lease.try_lock().unwrap());
+    let guard = lease.try_lock().unwrap();
+    // What is committed as the server has it is lost with the server; or else this would show nothing.
+    server.sql("INSERT INTO other VALUES ('lost')");
+    server.restart();
+    assert_eq!(server.sql("SELECT * FROM other"), "");
+    match lease.status().unwrap() {
+        LeaseStatus::Held(seen) => assert_eq!(seen.token(), Some(guard.token())),
+        other => panic!("{other:?}"),
+    }
+    guard.release().unwrap();
+}
+
+#[test]
+fn transactions_that_must_not_meet_are_repeated() {
+    let server = server!(settings: &["default_transaction_isolation=serializable"]);
+    let at_work = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                let lease = lease(server.lease("x"));
+                for _ in 0..25 {
+                    let guard = lease.lock().unwrap();
+                    assert!(!at_work.swap(true, Ordering::SeqCst));
+                    at_work.store(false, Ordering::SeqCst);
+                    guard.release().unwrap();
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn a_process_with_a_crowd_of_threads_has_ten_connections_at_most() {
+    let server = server!();
+    let (is_over, most) = (AtomicBool::new(false), std::sync::Mutex::new(0));
+    let count = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'lockkit'";
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_over.load(Ordering::SeqCst) {
+                let now: u32 = server.sql(count).parse().unwrap();
+                let mut most = most.lock().unwrap();
+                *most = now.max(*most);
+            }
+        });
+        let crowd: Vec<_> = (0..24)
+            .map(|n| {
+                let server = &server;
+                // All on one, and each on its own, beating.
+                scope.spawn(move || {
+                    let common = lease(server.lease("common"));
+                    let url = server.lease(&n.to_string());
+                    let own = Lease::connect(url).ttl(LIVELY).heartbeat(Duration::from_millis(20)).build().unwrap();
+                    let _own = own.lock().unwrap();
+                    for _ in 0..3 {
+                        // Where a crowd is too slow for somebody's limit, that is said, and not what is asked here.
+                        until("it gets in", || common.lock().is_ok());
+                    }
+                })
+            })
+            .collect();
+        let ended: Vec<_> = crowd.into_iter().map(|thread| thread.join()).collect();
+        is_over.store(true, Ordering::SeqCst);
+        assert!(ended.into_iter().all(|end| end.is_ok()));
+    });
+    let most = most.into_inner().unwrap();
+    println!("{most} at once");
+    assert!((2..=10).contains(&most), "{most} connections");
+}
+
+#[test]
+fn a_server_without_a_connection_left_says_so() {
+    let server = server!();
+    drop(lease(server.lease("x")).try_lock().unwrap());
+    server.sql("CREATE ROLE poor LOGIN CONNECTION LIMIT 0; GRANT ALL ON lockkit_leases TO poor");
+    let error = lease(server.lease_of("poor", "", "x")).try_lock().unwrap_err();
+    assert!(in_full(&error).contains("has no connection left"), "{error:?}");
+}
+
+#[test]
+fn passwords_are_checked_by_scram_and_appear_in_no_error() {
+    let server = server!(lets_in: Some("host all all all scram-sha-256"));
+    drop(lease(server.lease_of(&format!("postgres:{PASSWORD}"), "", "x")).try_lock().unwrap());
+    let wrong = format!("{PASSWORD}!");
+    for user in [format!("postgres:{wrong}"), format!("nobody:{PASSWORD}"), "postgres".to_owned()] {
+        let says = refusal(&lease(server.lease_of(&user, "", "x")));
+        assert!(says.contains("in"), "{says}");
+    }
+    let url = server.lease_of(&format!("postgres:{PASSWORD}"), "sslmode=sometimes", "x");
+    let error = Lease::connect(url).build().unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::InvalidUrl { .. }) && !in_full(&error).contains(PASSWORD), "{error}");
+}
+
+#[test]
+fn tls_is_as_strict_as_the_url_says() {
+    let certificates = match Certificates::new() {
+        Ok(certificates) => certificates,
+        Err(why) => return println!("left out: {why}"),
+    };
+    let server = server!(certificates: Some(&certificates), lets_in: Some("hostssl all all all scram-sha-256"));
+    let user = format!("postgres:{PASSWORD}");
+    let (ca, stranger) = (certificates.ca().display().to_string(), certificates.stranger().display().to_string());
+    let lease = |parameters: &str| lease(server.lease_of(&user, parameters, "x"));
+    // The certificate is for localhost and 127.0.0.1.
+    let elsewhere = "host=elsewhere.example&hostaddr=127.0.0.1";
+    let at = |host: &str, parameters: &str| {
+        let url = format!("postgres:///postgres?user=postgres&password={PASSWORD}&port={}&{host}", server.port());
+        self::lease(format!("{url}&{parameters}&lease=x"))
+    };
+    for right in [
+        "".to_owned(),
+        "sslmode=require".to_owned(),
+        "sslmode=require&channel_binding=require".to_owned(),
+        format!("sslmode=require&sslrootcert={ca}"),
+        format!("sslmode=verify-ca&sslrootcert={ca}"),
+        format!("sslmode=verify-full&sslrootcert={ca}"),
+    ] {
+        drop(lease(&right).try_lock().unwrap_or_else(|error| panic!("{right}: {}", in_full(&error))));
+    }
+    drop(at(elsewhere, &format!("sslmode=verify-ca&sslrootcert={ca}")).try_lock().unwrap());
+    for wrong in [
+        format!("sslmode=require&sslrootcert={stranger}"),
+        format!("sslmode=verify-ca&sslrootcert={stranger}"),
+        format!("sslmode=verify-full&sslrootcert={stranger}"),
+    ] {
+        let says = refusal(&lease(&wrong));
+        assert!(says.contains("do not agree on TLS"), "{wrong}: {says}");
+    }
+    let says = refusal(&at(elsewhere, &format!("sslmode=verify-full&sslrootcert={ca}")));
+    assert!(says.contains("do not agree on TLS"), "{says}");
+    assert!(refusal(&lease("sslmode=disable")).contains("does not let"));
+    // A server that has none.
+    let plain = server!();
+    let says = refusal(&self::lease(plain.lease_of("postgres", "sslmode=require", "x")));
+    assert!(says.contains("does not support TLS"), "{says}");
+}
+
+#[test]
+fn a_unix_socket_and_what_else_the_url_says_is_used() {
+    let server = server!();
+    let folder = server.folder().display().to_string().replace('/', "%2F");
+    let url = |rest: &str| format!("postgresql://postgres@{folder}:{}/postgres?lease=x&{rest}", server.port());
+    let guard = lease(url("")).try_lock().unwrap();
+    let own = "SELECT application_name FROM pg_stat_activity WHERE client_port = -1 AND pid <> pg_backend_pid() \
+               AND backend_type = 'client backend'";
+    assert_eq!(server.sql(own), "lockkit");
+    guard.release().unwrap();
+    let _named = lease(url("application_name=nightly")).try_lock().unwrap();
+    assert!(server.sql(own).contains("nightly"));
+    // As a parameter, as libpq has it.
+    let host = format!("postgres:///postgres?user=postgres&host={folder}&port={}&lease=y", server.port());
+    drop(lease(host).try_lock().unwrap());
+}
+
+#[test]
+fn a_host_that_hangs_is_not_waited_for_as_long_as_there_are_others() {
+    let server = server!();
+    // Its queue takes connections, and nobody answers.
+    let hangs = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let hosts = format!("127.0.0.1:{},127.0.0.1:{}", hangs.local_addr().unwrap().port(), server.port());
+    let lease = lease(format!("postgres://postgres@{hosts}/postgres?lease=x"));
+    drop(lease.try_lock().unwrap());
+    let limited = self::lease(format!("postgres://postgres@{hosts}/postgres?lease=x&connect_timeout=1"));
+    drop(limited.try_lock().unwrap());
+}
+
+#[test]
+fn a_release_and_an_eviction_that_were_cut_off_after_they_were_done_are_done() {
+    let server = server!();
+    let proxy = Proxy::to(server.port());
+    let url =
+        |name: &str| format!("postgres://postgres@127.0.0.1:{}/postgres?sslmode=disable&lease={name}", proxy.port());
+    let leases = [lease(url("x")), lease(server.lease("x"))];
+    let [through, direct] = &leases;
+    let guard = through.try_lock().unwrap();
+    let cuts = proxy.cuts();
+    proxy.cut_after(Direction::Answer, 0);
+    guard.release().expect("it is asked again, and had been done");
+    assert_eq!(proxy.cuts(), cuts + 1);
+    let held = direct.try_lock().unwrap();
+    assert!(held.recovered().is_none());
+    let LeaseStatus::Held(seen) = through.status().unwrap() else { panic!("it is held") };
+    proxy.cut_after(Direction::Answer, 0);
+    assert!(through.evict(&seen).unwrap(), "it is asked again, and had been done");
+    assert_eq!(proxy.cuts(), cuts + 2);
+    assert!(matches!(held.release().unwrap_err().kind(), ErrorKind::LeaseLost { .. }));
+}
+
+/// A pooling proxy before `server`.
+struct Pooler {
+    port: u16,
+    _server: Server,
+    _folder: Folder,
+}
+
+fn pooler(server: &Postgres, mode: &str, size: u32) -> Result<Pooler, String> {
+    let program: PathBuf = installed(&["pgbouncer", "/usr/sbin/pgbouncer"])?;
+    let (folder, port) = (Folder::new("pgbouncer"), free_port());
+    let config = folder.path().join("pgbouncer.ini");
+    let text = format!(
+        "[databases]\n* = host=127.0.0.1 port={} user=postgres\n[pgbouncer]\nlisten_addr = 127.0.0.1\n\
+         listen_port = {port}\nunix_socket_dir =\nauth_type = any\npool_mode = {mode}\ndefault_pool_size = {size}\n",
+        server.port()
+    );
+    std::fs::write(&config, text).unwrap();
+    let mut command: Command = as_its_user(&program);
+    command.arg(config);
+    let server = Server::start(&folder, &command, port)?;
+    Ok(Pooler { port, _server: server, _folder: folder })
+}
+
+#[test]
+fn behind_a_proxy_that_pools_transactions_leases_work_and_waiters_look_for_themselves() {
+    let server = server!();
+    // Fewer sessions than clients, and one for each.
+    for (mode, size) in [("transaction", 3), ("session", 30)] {
+        let proxy = match pooler(&server, mode, size) {
+            Ok(proxy) => proxy,
+            Err(why) => return println!("left out: {why}"),
+        };
+        let url = format!("postgres://postgres@127.0.0.1:{}/postgres?lease={mode}", proxy.port);
+        let terms = Terms { ttl: 300_000, heartbeat: 50, ..Terms::of(url) };
+        let (mut one, mut other) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
+        let mut last = 0;
+        for _ in 0..10 {
+            for _ in 0..2 {
+                let answer = one.ask("lock");
+                let token: u64 = answer.strip_prefix("held ").expect(&answer).parse().expect(&answer);
+                assert!(token > last);
+                last = token;
+                assert!(other.ask("try").starts_with("error Held"));
+                other.tell_to_wait("lock");
+                one.expect("is-held", "yes");
+                one.expect("release", "released");
+                let answer = other.answer();
+                let token: u64 = answer.strip_prefix("held ").expect(&answer).parse().expect(&answer);
+                assert!(token > last);
+                last = token;
+                other.expect("release", "released");
+            }
+            std::mem::swap(&mut one, &mut other);
+        }
+        // Statements of one client would meet those of another there.
+        assert!(!server.log().contains("prepared statement"), "{}", server.log());
+    }
+}
+
+#[test]
+fn names_that_only_differ_in_case_or_in_blanks_are_different_leases() {
+    let server = server!();
+    let names = ["x", "X", "x%20", "%20x", "%C3%A9", "e%CC%81"];
+    let guards: Vec<LeaseGuard> = names.iter().map(|name| lease(server.lease(name)).try_lock().unwrap()).collect();
+    assert_eq!(server.sql("SELECT count(*) FROM lockkit_leases"), names.len().to_string());
+    drop(guards);
+}
+
+#[test]
+fn a_waiter_whose_listener_is_cut_off_is_woken_all_the_same() {
+    let server = server!();
+    let lease = lease(server.lease("x"));
+    let guard = lease.try_lock().unwrap();
+    std::thread::scope(|scope| {
+        let waiter = scope.spawn(|| lease.acquire(&Wait::at_most(2 * LIVELY)).unwrap());
+        let listeners = "FROM pg_stat_activity WHERE query = 'LISTEN lockkit_leases'";
+        for _ in 0..2 {
+            let mark = "SELECT waited FROM lockkit_leases WHERE name = 'x'";
+            until("it waits", || server.sql(mark) == "t" && server.sql(&format!("SELECT count(*) {listeners}")) == "1");
+            server.sql(&format!("SELECT pg_terminate_backend(pid) {listeners}"));
+            until("it has noticed", || server.sql(&format!("SELECT count(*) {listeners}")) == "1");
+        }
+        let before = std::time::Instant::now();
+        guard.release().unwrap();
+        drop(waiter.join().unwrap());
+        assert!(before.elapsed() < LIVELY, "it was woken, and did not wait for the end of the ttl");
+    });
+}
+
+#[test]
+fn while_the_server_is_frozen_every_request_ends_in_time_and_the_holder_knows_that_it_has_lost() {
+    let server = server!();
+    let terms = Terms { ttl: 2000, heartbeat: 200, ..Terms::of(server.lease("x")) };
+    let (mut holder, mut next) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
+    assert!(holder.ask("try").starts_with("held "));
+    // It has a connection, too.
+    assert!(next.ask("try").starts_with("error Held"));
+    server.signal(Signal::STOP);
+    assert!(next.ask("try").starts_with("error Store"));
+    assert!(next.ask("lock-for 100").starts_with("error Store"));
+    assert!(holder.ask("wait-lost").starts_with("lost "));
+    server.signal(Signal::CONT);
+    let answer = next.ask("lock-for 30000");
+    assert!(answer.starts_with("held ") && answer.contains(" recovered "), "{answer}");
+    next.expect("release", "released");
+}
+
+#[test]
+fn a_lease_outlives_the_restart_of_its_server() {
+    let mut server = server!();
+    let terms = Terms { ttl: 60_000, heartbeat: 50, ..Terms::of(server.lease("x")) };
+    let (mut holder, mut waiter) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
+    assert!(holder.ask("try").starts_with("held "));
+    assert!(waiter.ask("try").starts_with("error Held"));
+    server.restart();
+    let until_then = || server.sql("SELECT extract(epoch FROM until) FROM lockkit_leases");
+    let before = until_then();
+    until("it is renewed again", || until_then() != before);
+    holder.expect("is-held", "yes");
+    waiter.tell_to_wait("lock");
+    holder.expect("release", "released");
+    assert!(waiter.answer().starts_with("held "));
+    waiter.expect("release", "released");
+}
+
+#[test]
+fn a_connection_that_is_cut_in_the_middle_of_any_request_costs_nothing() {
+    let server = server!();
+    let proxy = Proxy::to(server.port());
+    let url = format!("postgres://postgres@127.0.0.1:{}/postgres?sslmode=disable&lease=x", proxy.port());
+    let lease = lease(url);
+    let mut last = 0;
+    for direction in [Direction::Request, Direction::Answer] {
+        let before = proxy.passed(direction);
+        drop(lease.try_lock().unwrap());
+        let bytes = proxy.passed(direction) - before;
+        assert!(bytes > 100, "{bytes}");
+        for at in (0..bytes).step_by(7) {
+            proxy.cut_after(direction, at);
+            let guard = lease.lock_for(LIVELY).unwrap();
+            assert!(guard.token() > last && guard.recovered().is_none(), "cut at {at} of {bytes} {direction:?}");
+            last = guard.token();
+            guard.release().unwrap_or_else(|error| panic!("cut at {at} {direction:?}: {}", in_full(&error)));
+        }
+        proxy.cut_nothing();
+    }
+    assert!(proxy.cuts() > 50);
+}
+
+#[test]
+fn a_server_whose_clock_is_set_forward_gives_away_what_is_held_with_a_greater_token() {
+    let clock = match Clock::new() {
+        Ok(clock) => clock,
+        Err(why) => return println!("left out: {why}"),
+    };
+    let server = server!(clock: Some(&clock));
+    let terms = Terms { ttl: 300_000, heartbeat: 60_000, ..Terms::of(server.lease("x")) };
+    let (mut holder, mut next) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
+    let first: u64 = holder.ask("try").strip_prefix("held ").unwrap().parse().unwrap();
+    assert!(next.ask("try").starts_with("error Held"));
+    clock.set(3600);
+    let answer = next.ask("lock-for 30000");
+    let (token, died) = answer.strip_prefix("held ").and_then(|rest| rest.split_once(' ')).expect(&answer);
+    assert_eq!(died, format!("recovered {}", holder.pid()));
+    let token: u64 = token.parse().unwrap();
+    assert!(token > first);
+    assert!(holder.ask("release").starts_with("error LeaseLost"));
+    next.expect("release", "released");
+    // Set back again, the tokens go on growing.
+    clock.set(-3600);
+    let answer = holder.ask("lock-for 30000");
+    let back: u64 = answer.strip_prefix("held ").expect(&answer).parse().unwrap();
+    assert!(back > token);
+}
