@@ -305,7 +305,7 @@ impl Fixture for EngineLease {
     }
 
     fn longest_hold(&self) -> u64 {
-        10_000
+        3_000
     }
 }
 
