@@ -1,16 +1,15 @@
 //! Leases on etcd: what they cost, how fast they change hands, and what a thousand take.
 //!
 //! - *Uncontended*: acquiring and releasing, one after the other and by eight threads at once.
-//! - *Hand-over*: a process releases, and another that waits acquires; beside `etcdctl lock`, which etcd brings along,
-//!   from the signal at which one releases to the line that the next one writes. The time runs from just before the
-//!   release.
+//! - *Hand-over*: a process releases, and another that waits acquires; beside the lock that etcd itself offers, over the
+//!   same gateway, with waiters of the same ages. The time runs from just before the release.
 //! - *Thousand*: what the heartbeat of a thousand leases with a ttl of 2 s takes of a processor, and whether it keeps
 //!   them.
 //!
 //! All on one node of etcd that is started for this, its data in memory. Where etcd is not installed nothing is
 //! measured.
 
-use std::io::{BufRead, BufReader};
+use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -20,7 +19,6 @@ use lockkit::{Lease, LeaseGuard};
 use lockkit_benches::Experiment;
 use lockkit_benches::process::{self, Peer, now};
 use lockkit_benches::table::{self, Bound, Row, Value};
-use rustix::process::{Pid, Signal, kill_process};
 use rustix::time::{ClockId, clock_gettime};
 use tempfile::TempDir;
 
@@ -42,7 +40,7 @@ const QUICK: Length =
 const EXPERIMENTS: [Experiment<Length>; 3] =
     [("etcd/uncontended", uncontended), ("etcd/hand-over", hand_over), ("etcd/thousand", thousand)];
 
-const PEER: &str = "etcdctl lock";
+const PEER: &str = "etcd's own lock";
 
 fn main() {
     if let Some(part) = process::part() {
@@ -87,6 +85,16 @@ impl Etcd {
 
     fn url(&self, name: &str) -> String {
         format!("etcd://127.0.0.1:{}/{name}", self.port)
+    }
+
+    /// The answer to a request of the gateway.
+    fn post(&self, path: &str, body: &str) -> String {
+        let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).expect("it runs");
+        let request = format!("POST /v3/{path} HTTP/1.0\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+        stream.write_all(request.as_bytes()).expect("it runs");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("it answers");
+        answer
     }
 
     fn lease(&self, name: &str) -> Lease {
@@ -151,6 +159,11 @@ fn waiter(part: &[String]) {
     }
 }
 
+/// For how long a waiter waits: it has looked, and watches.
+fn age(round: u32) -> Duration {
+    Duration::from_micros(10_000 + u64::from(round % 100) * 370)
+}
+
 fn hand_over(length: &Length) -> Vec<Row> {
     let Some(etcd) = Etcd::start() else { return Vec::new() };
     let one = etcd.lease("hand-over");
@@ -160,8 +173,7 @@ fn hand_over(length: &Length) -> Vec<Row> {
             let guard = one.lock().expect("the lease");
             waiter.say("wait");
             waiter.wait_until_asleep();
-            // It has looked, watches, and waits, at ages of all sorts.
-            thread::sleep(Duration::from_micros(10_000 + u64::from(round % 100) * 370));
+            thread::sleep(age(round));
             let released = now();
             guard.release().expect("it is held");
             let [acquired] = waiter.hear_numbers();
@@ -170,40 +182,38 @@ fn hand_over(length: &Length) -> Vec<Row> {
         .collect();
     waiter.kill();
     let ours = Value::Time(table::median(&mut times));
-    let theirs = (0..length.peers).map_while(|_| etcdctl_hand_over(&etcd)).collect::<Vec<_>>();
-    let theirs = match theirs {
-        times if times.is_empty() => Value::None,
-        mut times => Value::Time(table::median(&mut times)),
-    };
+    let sessions = [(); 2].map(|()| field(&etcd.post("lease/grant", r#"{"TTL":"600"}"#), "ID"));
+    let theirs = (0..length.peers).map(|round| own_hand_over(&etcd, &sessions, age(round * 5)));
+    let theirs = Value::Time(table::median(&mut theirs.collect::<Vec<_>>()));
     let row = |bound| Row { name: "etcd: hand-over".to_owned(), ours, peer: PEER, theirs, bound };
     vec![row(Bound::Time(Duration::from_micros(1617))), row(Bound::Ratio(0.05))]
 }
 
-/// One hand-over from an `etcdctl lock` that is asked to end to another that waits; `None` where it is not installed.
-fn etcdctl_hand_over(etcd: &Etcd) -> Option<Duration> {
-    let lock = || {
-        let mut command = Command::new("etcdctl");
-        command.env("ETCDCTL_API", "3").args(["--endpoints", &format!("127.0.0.1:{}", etcd.port), "lock", "bench"]);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().ok()
-    };
-    // It writes the name of its key once it has the lock.
-    let hear = |child: &mut Child| {
-        let output = child.stdout.as_mut().expect("it is piped");
-        BufReader::new(output).read_line(&mut String::new()).expect("a pipe");
-    };
-    let mut holder = lock()?;
-    hear(&mut holder);
-    let mut waiter = lock()?;
-    // It says nothing of when it waits.
-    thread::sleep(Duration::from_millis(300));
-    let start = Instant::now();
-    kill_process(Pid::from_child(&holder), Signal::INT).expect("a child");
-    hear(&mut waiter);
-    let time = start.elapsed();
-    holder.wait().expect("a child");
-    kill_process(Pid::from_child(&waiter), Signal::INT).expect("a child");
-    waiter.wait().expect("a child");
-    Some(time)
+/// One hand-over of the lock that etcd itself offers, between two sessions, to a waiter of this age.
+fn own_hand_over(etcd: &Etcd, sessions: &[String; 2], age: Duration) -> Duration {
+    let lock =
+        |session: &str| field(&etcd.post("lock/lock", &format!(r#"{{"name":"YmVuY2g=","lease":"{session}"}}"#)), "key");
+    let unlock = |key: &str| drop(etcd.post("lock/unlock", &format!(r#"{{"key":"{key}"}}"#)));
+    let first = lock(&sessions[0]);
+    let (time, second) = thread::scope(|scope| {
+        let waiter = scope.spawn(|| {
+            let key = lock(&sessions[1]);
+            (Instant::now(), key)
+        });
+        thread::sleep(age);
+        let released = Instant::now();
+        unlock(&first);
+        let (acquired, key) = waiter.join().expect("it gets the lock");
+        (acquired - released, key)
+    });
+    unlock(&second);
+    time
+}
+
+/// The value of a text field in an answer.
+fn field(answer: &str, name: &str) -> String {
+    let rest = answer.split(&format!("\"{name}\":\"")).nth(1);
+    rest.and_then(|rest| rest.split('"').next()).unwrap_or_else(|| panic!("no {name} in {answer}")).to_owned()
 }
 
 fn thousand(length: &Length) -> Vec<Row> {
