@@ -102,3 +102,8 @@ pub mod prelude {
 #[cfg(all(doctest, feature = "macros"))]
 #[doc = include_str!("../../README.md")]
 struct Readme;
+
+/// Compiles what the page on engines shows.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/ENGINES.md")]
+struct Engines;

@@ -187,12 +187,12 @@ pub fn run(kind: Kind, span: Duration) -> Tally {
     drop(guard);
     drop(lock);
     assert_eq!(belongings_after_a_use(&mut witness, &spec), before, "what a process and the lock have");
-    let tally = check(&read(&log), &deaths, kind.tells_deaths());
+    let tally = check(&read(&log), &deaths, kind);
     spec.clean();
     tally
 }
 
-fn check(events: &[Event], deaths: &HashMap<u32, Death>, tells_deaths: bool) -> Tally {
+fn check(events: &[Event], deaths: &HashMap<u32, Death>, kind: Kind) -> Tally {
     /// One stay inside.
     struct Hold {
         pid: u32,
@@ -224,17 +224,19 @@ fn check(events: &[Event], deaths: &HashMap<u32, Death>, tells_deaths: bool) -> 
             after.pid,
             after.from
         );
-        if !tells_deaths {
+        if !kind.tells_deaths() {
             continue;
         }
         match after.recovered {
             NOBODY => assert!(!before.died, "{} was not told that {} died inside", after.pid, before.pid),
             died => {
                 // Its predecessor, or one that had just taken the lock, or was just giving it back, and was killed
-                // before it could write so.
+                // before it could write so; or whose request came about when it was dead.
                 let death = u32::try_from(died).ok().and_then(|died| deaths.get(&died)).copied();
                 assert!(
-                    death.is_some_and(|death| before.from <= death.known && death.called <= after.from),
+                    death.is_some_and(|death| {
+                        before.from <= death.known + kind.afterlife() && death.called <= after.from
+                    }),
                     "{} was told that {died} died, which it did at {death:?}, after {} was inside from {}",
                     after.pid,
                     before.pid,

@@ -144,6 +144,11 @@ pub trait Fixture: Sync {
         300
     }
 
+    /// How long after a process is dead, in nanoseconds, what it had asked for may yet come about.
+    fn afterlife(&self) -> u64 {
+        0
+    }
+
     /// Whether waiters are served first come, first served.
     fn is_fair(&self) -> bool {
         false
@@ -306,6 +311,11 @@ impl Fixture for EngineLease {
 
     fn longest_hold(&self) -> u64 {
         3_000
+    }
+
+    /// A request may be on its way to the server, or wait there for others.
+    fn afterlife(&self) -> u64 {
+        1_000_000_000
     }
 }
 

@@ -46,6 +46,14 @@ pub fn until(what: &str, mut fact: impl FnMut() -> bool) {
     }
 }
 
+/// Runs a case for a kind of lock, or says why this machine cannot.
+pub fn left_out_or(kind: Kind, case: impl FnOnce(Kind)) {
+    match kind.left_out() {
+        None => case(kind),
+        Some(why) => println!("left out: {why}"),
+    }
+}
+
 /// The program `name` of this package, beside the test that runs.
 pub fn program(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("a test knows where it is");

@@ -50,10 +50,7 @@ macro_rules! suite {
         mod $module {
             $(#[test]
             fn $case() {
-                match $kind.left_out() {
-                    None => $crate::suite::$case($kind),
-                    Some(why) => println!("left out: {why}"),
-                }
+                $crate::left_out_or($kind, $crate::suite::$case);
             })*
         }
     };

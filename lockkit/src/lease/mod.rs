@@ -337,7 +337,7 @@ impl Inner {
         let mut waits = false;
         loop {
             let by = match patience.as_ref().and_then(Patience::until) {
-                Some(until) => self.request().min(Deadline::from(until).max(Deadline::after(SHORTEST_REQUEST))),
+                Some(until) => self.request().min(Deadline::from(until).max(Deadline::after(self.shortest_request()))),
                 None => self.request(),
             };
             let sent = options.clock.now();
@@ -416,6 +416,12 @@ impl Inner {
     /// By when a request must have ended that is asked for now: well within a ttl, and while somebody still waits.
     fn request(&self) -> Deadline {
         Deadline::after((self.options.ttl / 4).min(LONGEST_ATTEMPT))
+    }
+
+    /// What an attempt is given at least, however soon the waiter gives up: without an answer nobody would know whether
+    /// it took effect, and the name might be held by nobody for a ttl. A store that keeps no short ttls is a slow one.
+    fn shortest_request(&self) -> Duration {
+        (self.store.profile().smallest_ttl / 8).clamp(SHORTEST_REQUEST, Duration::from_millis(250))
     }
 
     fn describe(&self) -> String {
