@@ -186,7 +186,8 @@ impl Engine for Postgres {
     fn url(&self, port: u16, access: Access, name: &str) -> Option<String> {
         let with = |user: &str, rest: &str| format!("postgres://{user}@127.0.0.1:{port}/{rest}lease={name}");
         Some(match access {
-            Access::Right(Security::None) => with("postgres", "postgres?"),
+            // Unless told otherwise it would take TLS where it can have it.
+            Access::Right(Security::None) => with("postgres", "postgres?sslmode=disable&"),
             Access::Right(Security::Password) => with(&format!("postgres:{PASSWORD}"), "postgres?"),
             Access::WrongPassword => with("postgres:open-barley", "postgres?"),
             Access::WrongDatabase => with("postgres", "nowhere?"),

@@ -65,7 +65,8 @@ pub(super) fn of_connecting(cut: Cut, place: &str, user: &str, late: impl FnOnce
     };
     match *code {
         SqlState::INVALID_PASSWORD | SqlState::INVALID_AUTHORIZATION_SPECIFICATION => {
-            misuse(format!("{place} does not let {user} in with what this URL says"), error)
+            let what = "its user, password, certificate, and sslmode, for the server may ask for TLS or refuse it";
+            misuse(format!("{place} does not let {user} in with what this URL says ({what})"), error)
         }
         SqlState::INVALID_CATALOG_NAME => misuse(format!("{place} has no such database"), error),
         SqlState::INSUFFICIENT_PRIVILEGE => misuse(format!("{user} may not use this database of {place}"), error),
