@@ -2,27 +2,36 @@
 //!
 //! A crash never leaves a lock stuck, never lets two in, and the next owner is told about it.
 //!
-//! | type | a lock on | pick it for |
+//! # Which one first
+//!
+//! Take a [`NamedLock`], or [`single_instance`], which puts one around a function, unless one of these is true:
+//!
+//! | if | take | it is a lock on |
 //! |---|---|---|
-//! | [`NamedLock`] | a name on this machine | single-instance programs, cron jobs, daemons |
-//! | [`Instance`] | a name, whose holder further starts talk to (Linux) | programs that are started again to open more |
-//! | [`FileLock`] | a path, exclusive or shared | guarding a file or folder, working together with flock(1) |
-//! | [`PidFile`] | a path whose file says who holds it | daemons, `kill $(cat …)`, systemd's `PIDFile=` |
-//! | [`Lease`] | a key, for a time that a heartbeat renews | leaders, shared disks, several hosts |
-//! | [`LockManager`] | a number out of a table | thousands of fine locks |
+//! | a file or folder is guarded, some may read it together, or flock(1) takes part | [`FileLock`] | a path, exclusive or shared |
+//! | a second start hands its arguments over to the first (Linux) | [`Instance`] | a name, whose holder further starts talk to |
+//! | people and programs want to read who runs: `kill $(cat …)`, systemd's `PIDFile=` | [`PidFile`] | a path whose file says who holds it |
+//! | several hosts take part, or a holder that hangs must lose its lock | [`Lease`] | a key, for a time that a heartbeat renews |
+//! | there are thousands of locks, or one is taken a million times a second | [`ShmLockManager`] | a number out of a table in shared memory |
+//! | the same, without memory to share; or inside one process, for tests | [`FileLockManager`]; [`InMemoryLockManager`] | a number |
+//!
+//! All are a [`Lock`] with a [`Guard`], and wait as a [`Wait`] says: not at all, for ever, up to a limit, until a
+//! [`CancelToken`] is cancelled.
 //!
 //! ```
 //! use lockkit::prelude::*;
 //! # fn main() -> lockkit::Result<()> {
 //! let lock = NamedLock::new("lockkit-doc-crate")?;
 //! {
-//!     let _guard = lock.lock()?;
+//!     let guard = lock.lock()?;
 //!     // One process at a time is here.
+//!     if let Some(died) = guard.recovered() {
+//!         eprintln!("the previous owner died inside: {died}");
+//!     }
 //! }
 //! # Ok(()) }
 //! ```
 //!
-//! [`single_instance`] puts a named lock around a whole function:
 //! ```no_run
 //! # #[cfg(feature = "macros")]
 //! #[lockkit::single_instance("com.example.backup")]
@@ -39,6 +48,7 @@
 //! `acquire` for as long as an acquisition takes.
 //!
 #![cfg_attr(not(feature = "tokio"), doc = "[`AsyncLock`]: https://docs.rs/lockkit/latest/lockkit/trait.AsyncLock.html")]
+#![doc = include_str!("traps.md")]
 #![warn(missing_docs)]
 #![deny(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
@@ -98,12 +108,15 @@ pub mod prelude {
     pub use crate::{CancelToken, FileLock, Guard, Lease, Lock, LockManager, NamedLock, PidFile, Wait};
 }
 
-/// Compiles what README shows.
+/// Compiles what the pages of the project show.
 #[cfg(all(doctest, feature = "macros"))]
-#[doc = include_str!("../../README.md")]
-struct Readme;
-
-/// Compiles what the page on engines shows.
-#[cfg(doctest)]
-#[doc = include_str!("../../docs/ENGINES.md")]
-struct Engines;
+mod pages {
+    #[doc = include_str!("../../README.md")]
+    struct Readme;
+    #[doc = include_str!("../../docs/ENGINES.md")]
+    struct Engines;
+    #[doc = include_str!("../../docs/MIGRATING.md")]
+    struct Migrating;
+    #[doc = include_str!("../../docs/COMPARE.md")]
+    struct Compare;
+}
