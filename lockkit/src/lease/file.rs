@@ -55,6 +55,8 @@ const OCCUPIED: Duration = Duration::from_millis(20);
 /// How long an attempt to acquire does. Somebody is inside, so it is truly held, and the waiter must look at its limit
 /// and its token.
 const TAKEN: Duration = Duration::from_millis(4);
+/// How long the maker of a file tries. Others only look into what is so young, but one that looks may be interrupted.
+const LOOKED_AT: Duration = Duration::from_millis(500);
 /// How often in a row the file may be replaced under a step.
 const MOST_REPLACEMENTS: u32 = 100;
 /// How often a waiter looks whether an owner lives that it can look up; nothing wakes it when that dies.
@@ -515,7 +517,7 @@ impl FileStore {
             made => drop(made.map_err(|error| self.failed("create", error.into()))?),
         }
         step("file made");
-        match self.lock(Deadline::after(OCCUPIED))? {
+        match self.lock(Deadline::after(LOOKED_AT))? {
             // Nobody takes what is so young; only a holder whose own record was deleted may have written into it.
             Place::Locked(locked) if locked.read()?.is_empty() => {
                 let synced = || locked.file.sync_data().map_err(|error| self.failed("write", error));
