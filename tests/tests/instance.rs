@@ -553,6 +553,23 @@ fn activations_come_to_tasks_and_a_dropped_future_loses_none() {
 }
 
 #[test]
+fn tasks_that_receive_at_once_share_the_activations() {
+    let name = name();
+    let first = first(&name);
+    let mut senders = [(); 2].map(|()| Actor::start_instance(&name));
+    let receive = || async {
+        let wait = in_time();
+        let activation = first.next_activation_async(&wait).await.unwrap().expect("an activation in time");
+        activation.answer(b"shared").unwrap();
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    // Both wait by the time at which the senders start.
+    let start = async { senders.iter_mut().for_each(|sender| sender.tell("start 30000")) };
+    runtime.block_on(async { tokio::join!(receive(), receive(), start) });
+    senders.iter_mut().for_each(|sender| assert_eq!(sender.answer(), "answered shared"));
+}
+
+#[test]
 fn a_sender_can_be_cancelled_and_the_first_instance_released_under_a_waiting_thread() {
     let name = name();
     let first = first(&name);
@@ -754,6 +771,36 @@ fn a_first_instance_that_talks_nonsense_is_an_error_for_the_second() {
         let error = sender.join().unwrap().unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::NotHandled { .. }), "{error}");
         assert!(error.to_string().contains(problem), "{error}");
+    }
+}
+
+#[test]
+fn an_answer_that_breaks_off_is_an_error_for_the_second_which_does_not_call_again() {
+    for is_held in [true, false] {
+        let name = name();
+        let holder = NamedLock::new(&name).unwrap().try_lock().unwrap();
+        let listener = UnixListener::bind_addr(&address(my_uid(), &name)).unwrap();
+        let second = second(&name);
+        let sender = std::thread::spawn(move || second.activate(&in_time()));
+        let (mut connection, _) = listener.accept().unwrap();
+        // All of the request, for to close with some of it unread is another end.
+        let mut header = [0; 12];
+        connection.read_exact(&mut header).unwrap();
+        let length = u32::from_le_bytes(header[8..].try_into().unwrap());
+        connection.read_exact(&mut vec![0; length as usize]).unwrap();
+        connection.write_all(&frame(1, 2, 1000, &[0; 500])).unwrap();
+        let _holder = is_held.then_some(holder);
+        if is_held {
+            drop(connection);
+            let error = sender.join().unwrap().unwrap_err();
+            assert!(matches!(error.kind(), ErrorKind::NotHandled { .. }), "{error}");
+            assert!(error.to_string().contains("broke off"), "{error}");
+            listener.set_nonblocking(true).unwrap();
+            assert_eq!(listener.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock, "it called again");
+        } else {
+            drop((connection, listener));
+            assert!(matches!(sender.join().unwrap().unwrap(), Outcome::BecameFirst(_)));
+        }
     }
 }
 

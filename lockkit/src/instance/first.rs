@@ -121,8 +121,8 @@ impl FirstInstance {
     /// ```
     ///
     /// # Errors
-    /// [`Unsupported`](crate::ErrorKind::Unsupported) outside of a tokio runtime, and those of
-    /// [`next_activation`](Self::next_activation).
+    /// [`Unsupported`](crate::ErrorKind::Unsupported) outside of a tokio runtime; those of
+    /// [`next_activation`](Self::next_activation), and [`Io`](crate::ErrorKind::Io) when no descriptor is left to wait with.
     #[cfg(feature = "tokio")]
     #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
     pub async fn next_activation_async(&self, wait: &Wait) -> Result<Option<Activation>> {

@@ -141,7 +141,10 @@ impl Reception {
                 Found::Arrived(arrived) => return Ok(Some(*arrived)),
                 Found::Nothing => return Ok(None),
                 Found::Later(patience, pause) => {
-                    let _ = patience.wait_async(awaiting::readable(Some(self.as_fd())), pause).await?;
+                    // One of its own: a reactor takes a descriptor once, and several tasks may wait here.
+                    let own = Shielded::new(|| rustix::io::fcntl_dupfd_cloexec(self.as_fd(), 0));
+                    let own = own.map_err(|error| Error::io("wait for", "activations", error))?;
+                    let _ = patience.wait_async(awaiting::readable(Some(own.as_fd())), pause).await?;
                 }
             }
         }

@@ -66,6 +66,8 @@ enum Call {
     Answered(Vec<u8>),
     /// Nobody listened, or hung up without an answer.
     Unheard,
+    /// It hung up within its answer: it has handled it.
+    BrokenOff,
 }
 
 impl SecondInstance {
@@ -116,8 +118,8 @@ impl SecondInstance {
     ///
     /// # Errors
     /// [`NoAnswer`](ErrorKind::NoAnswer) or [`Cancelled`](ErrorKind::Cancelled) as `wait` has it;
-    /// [`NotHandled`](ErrorKind::NotHandled) when the first instance panicked over it, or is of a program with another
-    /// version of lockkit that does not understand this one; [`TooLarge`](ErrorKind::TooLarge) when the bytes are more
+    /// [`NotHandled`](ErrorKind::NotHandled) when the first instance panicked over it, broke its answer off because this
+    /// process did not read it for 5 s, or is of a program with another version of lockkit that does not understand this one; [`TooLarge`](ErrorKind::TooLarge) when the bytes are more
     /// than [`MOST_BYTES`](super::MOST_BYTES), or all together more than 8 MiB;
     /// [`ForeignOwner`](ErrorKind::ForeignOwner) when another user listens in the place of the first instance, to whom
     /// nothing is sent; and those of [`NamedLock::acquire`].
@@ -133,8 +135,12 @@ impl SecondInstance {
         loop {
             match self.call(&place, &frame, &patience)? {
                 Call::Answered(bytes) => return Ok(Outcome::Answered(bytes)),
-                Call::Unheard => match self.lock.try_lock() {
+                call => match self.lock.try_lock() {
                     Ok(guard) => return FirstInstance::open(self.lock.name(), guard).map(Outcome::BecameFirst),
+                    // To call again would have it handled twice.
+                    Err(error) if error.is_held() && matches!(call, Call::BrokenOff) => {
+                        return Err(self.problem("it broke off its answer, so it may have handled it after all"));
+                    }
                     Err(error) if error.is_held() => {}
                     Err(error) => return Err(error),
                 },
@@ -165,7 +171,8 @@ impl SecondInstance {
             match moved.map_err(|error| place.io("receive from", error))? {
                 Moved::Bytes(_) => {}
                 Moved::Nothing => patience.wait(Some(connection.as_fd()), Duration::MAX)?.map_err(gave_up)?,
-                Moved::End => return Ok(Call::Unheard),
+                Moved::End if inbox.arrived().is_empty() => return Ok(Call::Unheard),
+                Moved::End => return Ok(Call::BrokenOff),
             }
         }
         match inbox.answer().map_err(|malformed| self.not_handled(malformed))? {
