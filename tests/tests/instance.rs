@@ -156,12 +156,12 @@ fn two_hundred_second_instances_at_once_lose_no_message() {
         assert!(sender.ask("enter").starts_with("second of"));
     }
     // The limit is beyond what this test itself waits for an answer.
-    senders.iter_mut().for_each(|sender| sender.tell("activate-with 60000 5000"));
+    senders.iter_mut().for_each(|sender| sender.tell("activate-with 60000 300000"));
     let mut seen = Vec::new();
     for activation in first.activations(&in_time()).take(200) {
         let [.., number] = activation.arguments() else { panic!("no arguments") };
         let number = number.to_str().unwrap().to_owned();
-        assert_eq!(activation.bytes().len(), 5000);
+        assert_eq!(activation.bytes().len(), 300_000);
         activation.answer(format!("hello {number}").as_bytes()).unwrap();
         seen.push(number);
     }
@@ -567,6 +567,60 @@ fn tasks_that_receive_at_once_share_the_activations() {
     let start = async { senders.iter_mut().for_each(|sender| sender.tell("start 30000")) };
     runtime.block_on(async { tokio::join!(receive(), receive(), start) });
     senders.iter_mut().for_each(|sender| assert_eq!(sender.answer(), "answered shared"));
+}
+
+/// Has a task wait for an activation, does `meanwhile` before it is its turn again, and says what it got.
+fn received_by_a_task(first: &FirstInstance, meanwhile: impl FnOnce()) -> Activation {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let forever = Wait::forever();
+        let mut waiting = std::pin::pin!(first.next_activation_async(&forever));
+        std::future::poll_fn(|context| {
+            assert!(waiting.as_mut().poll(context).is_pending());
+            std::task::Poll::Ready(())
+        })
+        .await;
+        meanwhile();
+        let received = tokio::time::timeout(LIVELY, waiting).await.expect("the task is woken");
+        received.unwrap().expect("it waits for ever")
+    })
+}
+
+#[test]
+fn a_receiver_that_takes_long_over_one_activation_keeps_no_other_from_who_waits() {
+    let name = name();
+    let first = first(&name);
+    let (mut senders, mut kept) = (Vec::new(), None);
+    let received = received_by_a_task(&first, || {
+        for _ in 0..2 {
+            let mut sender = call(my_uid(), &name);
+            sender.write_all(&empty_request()).unwrap();
+            senders.push(sender);
+        }
+        kept = first.next_activation(&Wait::none()).unwrap();
+    });
+    kept.expect("both were there").answer(b"kept").unwrap();
+    received.answer(b"received").unwrap();
+    let mut said: Vec<_> = senders.iter().map(closed).collect();
+    said.sort();
+    assert_eq!(said, [frame(1, 2, 4, b"kept"), frame(1, 2, 8, b"received")]);
+}
+
+#[test]
+fn a_receiver_that_leaves_when_all_places_are_taken_keeps_nobody_from_who_waits() {
+    let name = name();
+    let first = first(&name);
+    let mut idle = Vec::new();
+    let mut sender = None;
+    let received = received_by_a_task(&first, || {
+        idle.extend((0..32).map(|_| call(my_uid(), &name)));
+        let mut later = call(my_uid(), &name);
+        later.write_all(&empty_request()).unwrap();
+        sender = Some(later);
+        assert!(first.next_activation(&Wait::none()).unwrap().is_none());
+    });
+    received.answer(b"received").unwrap();
+    assert_eq!(closed(&sender.unwrap()), frame(1, 2, 8, b"received"));
 }
 
 #[test]
