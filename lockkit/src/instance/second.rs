@@ -47,7 +47,7 @@ const PORTION: usize = 64 << 10;
 pub struct SecondInstance {
     lock: NamedLock,
     /// As of when it entered, like the lock, whoever this process's user is by now.
-    place: Place,
+    place: Box<Place>,
     owner: Option<Owner>,
     request: Request,
 }
@@ -76,7 +76,7 @@ impl SecondInstance {
     pub(super) fn new(lock: NamedLock, place: Place, owner: Option<Owner>) -> Self {
         let folder = std::env::current_dir().ok();
         let request = Request { arguments: std::env::args_os().collect(), folder, ..Request::default() };
-        Self { lock, place, owner, request }
+        Self { lock, place: Box::new(place), owner, request }
     }
 
     /// Who was the first instance when this one [entered](super::Instance::enter), where that is known.
