@@ -156,12 +156,12 @@ fn two_hundred_second_instances_at_once_lose_no_message() {
         assert!(sender.ask("enter").starts_with("second of"));
     }
     // The limit is beyond what this test itself waits for an answer.
-    senders.iter_mut().for_each(|sender| sender.tell("activate-with 60000 300000"));
+    senders.iter_mut().for_each(|sender| sender.tell("activate-with 60000 1000000"));
     let mut seen = Vec::new();
     for activation in first.activations(&in_time()).take(200) {
         let [.., number] = activation.arguments() else { panic!("no arguments") };
         let number = number.to_str().unwrap().to_owned();
-        assert_eq!(activation.bytes().len(), 300_000);
+        assert_eq!(activation.bytes().len(), 1_000_000);
         activation.answer(format!("hello {number}").as_bytes()).unwrap();
         seen.push(number);
     }
