@@ -87,19 +87,26 @@ impl Function {
             None => at_most(Duration::ZERO),
             Some(Wait::AtMost(limit)) => at_most(limit),
         };
-        let enter = match &args.on_second {
-            None => quote_spanned! {Span::mixed_site()=>
-                ::lockkit::instance::enter(__LOCKKIT_NAME, ::lockkit::Scope::#scope, #wait)
-            },
+        let recovered = self.recovered(args);
+        // With `on_second` it comes first: what the dead left behind is put right before anybody asks for it.
+        let (enter, recovered) = match &args.on_second {
+            None => {
+                let enter = quote_spanned! {Span::mixed_site()=>
+                    ::lockkit::instance::enter(__LOCKKIT_NAME, ::lockkit::Scope::#scope, #wait)
+                };
+                (enter, recovered)
+            }
             Some(_) if !self.is_main() => {
                 let message = "`on_second` is for `main`, whose second start ends when the first has answered it";
                 return Err(Error::new_spanned(&args.on_second, message));
             }
-            Some(handler) => quote_spanned! {Span::mixed_site()=>
-                ::lockkit::instance::enter_or_activate(__LOCKKIT_NAME, #wait, #handler)
-            },
+            Some(handler) => {
+                let enter = quote_spanned! {Span::mixed_site()=>
+                    ::lockkit::instance::enter_or_activate(__LOCKKIT_NAME, #wait, |__guard| { #recovered }, #handler)
+                };
+                (enter, None)
+            }
         };
-        let recovered = self.recovered(args);
         let refuse = self.refuse(args)?;
         Ok(quote_spanned! {Span::mixed_site()=>
             let __guard = {
@@ -131,12 +138,12 @@ impl Function {
             },
             None => return None,
         };
-        let guard = match &args.on_second {
-            None => quote!(NamedGuard),
-            Some(_) => quote!(FirstInstance),
+        let recovered = match &args.on_second {
+            None => quote_spanned!(Span::mixed_site()=> NamedGuard::recovered(&__guard)),
+            Some(_) => quote_spanned!(Span::mixed_site()=> FirstInstance::recovered(__guard)),
         };
         Some(quote_spanned! {Span::mixed_site()=>
-            if let ::core::option::Option::Some(__recovered) = ::lockkit::#guard::recovered(&__guard) {
+            if let ::core::option::Option::Some(__recovered) = ::lockkit::#recovered {
                 #tell
             }
         })

@@ -489,6 +489,45 @@ fn a_main_that_finds_its_name_held_says_so_and_exits() {
 }
 
 #[test]
+fn a_handler_for_second_starts_is_called_when_the_one_for_the_dead_has_returned() {
+    const NAME: &str = "lockkit-test-macro-recovered-first";
+    static STEPS: std::sync::Mutex<Vec<&str>> = std::sync::Mutex::new(Vec::new());
+
+    fn step(step: &'static str) {
+        STEPS.lock().unwrap().push(step);
+    }
+
+    fn activate(limit: Duration) -> lockkit::Result<()> {
+        let lockkit::Instance::Second(second) = lockkit::Instance::enter(NAME)? else { panic!("it is taken") };
+        second.activate(&lockkit::Wait::at_most(limit)).map(drop)
+    }
+
+    fn repair(_: &lockkit::Recovered) {
+        step("repair");
+        assert!(activate(Duration::from_millis(100)).unwrap_err().is_timeout());
+        step("repaired");
+    }
+
+    fn opened(_: lockkit::Activation) {
+        step("opened");
+    }
+
+    #[single_instance(NAME, on_recovered = repair, on_second = opened)]
+    fn main() {
+        activate(Duration::from_secs(30)).unwrap();
+    }
+
+    if child_task().is_some() {
+        std::mem::forget(hold(NAME));
+        std::process::abort();
+    }
+    let test = "a_handler_for_second_starts_is_called_when_the_one_for_the_dead_has_returned";
+    assert!(!child(test, "die").status().unwrap().success());
+    main();
+    assert_eq!(*STEPS.lock().unwrap(), ["repair", "repaired", "opened"]);
+}
+
+#[test]
 fn a_second_main_hands_its_start_over_to_the_first_and_exits_with_success() {
     const NAME: &str = "lockkit-test-macro-on-second";
     const TEST: &str = "a_second_main_hands_its_start_over_to_the_first_and_exits_with_success";

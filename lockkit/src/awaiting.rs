@@ -1,7 +1,8 @@
 //! Waiting for locks in tasks (feature `tokio`).
 //!
 //! Each lock has `acquire_async` beside `acquire`, and [`AsyncLock`] is for code that works with any. Dropping the
-//! future gives up: nobody takes the lock later, and no thread and no descriptor stays behind.
+//! future gives up: nobody takes the lock later, and no thread and no descriptor stays behind. Only a lease may yet be
+//! granted, by a request to its store that is under way; it is released on the spot.
 //!
 //! - A [`NamedLock`](crate::NamedLock) on a socket sleeps on the reactor: the steps are those of the blocking wait, only
 //!   the sleep between them is another ([`Patience::wait_async`](crate::wait::Patience::wait_async)). A future that is
@@ -42,7 +43,8 @@ use crate::wait::{CancelToken, Subject, Wait};
 /// ```
 #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
 pub trait AsyncLock: Lock {
-    /// Takes the lock, waiting as `wait` says, without blocking the thread. Dropping the future gives up at once.
+    /// Takes the lock, waiting as `wait` says, without blocking the thread. Dropping the future gives up at once; a lease
+    /// may yet be granted by a request under way, and is released again.
     ///
     /// # Errors
     /// As [`acquire`](Lock::acquire), and what waiting in a task adds.

@@ -200,8 +200,8 @@ pub enum ErrorKind {
         owner: Option<Box<Owner>>,
     },
     /// The first instance of a program has said that it did not handle an activation, or has answered what this one
-    /// does not understand.
-    #[error("{first} did not handle the activation: {problem}")]
+    /// does not understand, or has broken off its answer: then it may have handled it.
+    #[error("{first} has not answered the activation: {problem}")]
     NotHandled {
         /// Which instance, for people.
         first: String,

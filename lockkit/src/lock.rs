@@ -141,7 +141,8 @@ macro_rules! lock_methods {
             ///
             #[doc = $in_tasks]
             ///
-            /// Dropping the future gives up: nobody takes the lock any more, and nothing stays behind.
+            /// Dropping the future gives up: this process does not keep the lock any more, and nothing stays behind.
+            /// Only a lease may yet be granted by a request under way, and is released again.
             ///
             /// ```
             /// use std::time::Duration;

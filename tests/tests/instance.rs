@@ -156,12 +156,12 @@ fn two_hundred_second_instances_at_once_lose_no_message() {
         assert!(sender.ask("enter").starts_with("second of"));
     }
     // The limit is beyond what this test itself waits for an answer.
-    senders.iter_mut().for_each(|sender| sender.tell("activate-with 60000 5000"));
+    senders.iter_mut().for_each(|sender| sender.tell("activate-with 60000 1000000"));
     let mut seen = Vec::new();
     for activation in first.activations(&in_time()).take(200) {
         let [.., number] = activation.arguments() else { panic!("no arguments") };
         let number = number.to_str().unwrap().to_owned();
-        assert_eq!(activation.bytes().len(), 5000);
+        assert_eq!(activation.bytes().len(), 1_000_000);
         activation.answer(format!("hello {number}").as_bytes()).unwrap();
         seen.push(number);
     }
@@ -553,6 +553,77 @@ fn activations_come_to_tasks_and_a_dropped_future_loses_none() {
 }
 
 #[test]
+fn tasks_that_receive_at_once_share_the_activations() {
+    let name = name();
+    let first = first(&name);
+    let mut senders = [(); 2].map(|()| Actor::start_instance(&name));
+    let receive = || async {
+        let wait = in_time();
+        let activation = first.next_activation_async(&wait).await.unwrap().expect("an activation in time");
+        activation.answer(b"shared").unwrap();
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    // Both wait by the time at which the senders start.
+    let start = async { senders.iter_mut().for_each(|sender| sender.tell("start 30000")) };
+    runtime.block_on(async { tokio::join!(receive(), receive(), start) });
+    senders.iter_mut().for_each(|sender| assert_eq!(sender.answer(), "answered shared"));
+}
+
+/// Has a task wait for an activation, does `meanwhile` before it is its turn again, and says what it got.
+fn received_by_a_task(first: &FirstInstance, meanwhile: impl FnOnce()) -> Activation {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let forever = Wait::forever();
+        let mut waiting = std::pin::pin!(first.next_activation_async(&forever));
+        std::future::poll_fn(|context| {
+            assert!(waiting.as_mut().poll(context).is_pending());
+            std::task::Poll::Ready(())
+        })
+        .await;
+        meanwhile();
+        let received = tokio::time::timeout(LIVELY, waiting).await.expect("the task is woken");
+        received.unwrap().expect("it waits for ever")
+    })
+}
+
+#[test]
+fn a_receiver_that_takes_long_over_one_activation_keeps_no_other_from_who_waits() {
+    let name = name();
+    let first = first(&name);
+    let (mut senders, mut kept) = (Vec::new(), None);
+    let received = received_by_a_task(&first, || {
+        for _ in 0..2 {
+            let mut sender = call(my_uid(), &name);
+            sender.write_all(&empty_request()).unwrap();
+            senders.push(sender);
+        }
+        kept = first.next_activation(&Wait::none()).unwrap();
+    });
+    kept.expect("both were there").answer(b"kept").unwrap();
+    received.answer(b"received").unwrap();
+    let mut said: Vec<_> = senders.iter().map(closed).collect();
+    said.sort();
+    assert_eq!(said, [frame(1, 2, 4, b"kept"), frame(1, 2, 8, b"received")]);
+}
+
+#[test]
+fn a_receiver_that_leaves_when_all_places_are_taken_keeps_nobody_from_who_waits() {
+    let name = name();
+    let first = first(&name);
+    let mut idle = Vec::new();
+    let mut sender = None;
+    let received = received_by_a_task(&first, || {
+        idle.extend((0..32).map(|_| call(my_uid(), &name)));
+        let mut later = call(my_uid(), &name);
+        later.write_all(&empty_request()).unwrap();
+        sender = Some(later);
+        assert!(first.next_activation(&Wait::none()).unwrap().is_none());
+    });
+    received.answer(b"received").unwrap();
+    assert_eq!(closed(&sender.unwrap()), frame(1, 2, 8, b"received"));
+}
+
+#[test]
 fn a_sender_can_be_cancelled_and_the_first_instance_released_under_a_waiting_thread() {
     let name = name();
     let first = first(&name);
@@ -754,6 +825,36 @@ fn a_first_instance_that_talks_nonsense_is_an_error_for_the_second() {
         let error = sender.join().unwrap().unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::NotHandled { .. }), "{error}");
         assert!(error.to_string().contains(problem), "{error}");
+    }
+}
+
+#[test]
+fn an_answer_that_breaks_off_is_an_error_for_the_second_which_does_not_call_again() {
+    for is_held in [true, false] {
+        let name = name();
+        let holder = NamedLock::new(&name).unwrap().try_lock().unwrap();
+        let listener = UnixListener::bind_addr(&address(my_uid(), &name)).unwrap();
+        let second = second(&name);
+        let sender = std::thread::spawn(move || second.activate(&in_time()));
+        let (mut connection, _) = listener.accept().unwrap();
+        // All of the request, for to close with some of it unread is another end.
+        let mut header = [0; 12];
+        connection.read_exact(&mut header).unwrap();
+        let length = u32::from_le_bytes(header[8..].try_into().unwrap());
+        connection.read_exact(&mut vec![0; length as usize]).unwrap();
+        connection.write_all(&frame(1, 2, 1000, &[0; 500])).unwrap();
+        let _holder = is_held.then_some(holder);
+        if is_held {
+            drop(connection);
+            let error = sender.join().unwrap().unwrap_err();
+            assert!(matches!(error.kind(), ErrorKind::NotHandled { .. }), "{error}");
+            assert!(error.to_string().contains("broke off"), "{error}");
+            listener.set_nonblocking(true).unwrap();
+            assert_eq!(listener.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock, "it called again");
+        } else {
+            drop((connection, listener));
+            assert!(matches!(sender.join().unwrap().unwrap(), Outcome::BecameFirst(_)));
+        }
     }
 }
 

@@ -141,12 +141,14 @@ pub const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 #[cfg(target_os = "linux")]
 pub const ACTIVATION_VARIABLES: [&str; 2] = ["XDG_ACTIVATION_TOKEN", "DESKTOP_STARTUP_ID"];
 
-/// Takes the name for a function with `on_second`, or hands this start over to who has it and ends the process.
+/// Takes the name for a function with `on_second`, or hands this start over to who has it and ends the process. Calls
+/// `on_first` before the first activation is received.
 #[cfg(target_os = "linux")]
 #[doc(hidden)]
 pub fn enter_or_activate(
     name: &'static str,
     wait: Option<Duration>,
+    on_first: fn(&super::FirstInstance),
     on_second: fn(super::Activation),
 ) -> Result<super::FirstInstance> {
     use super::{Instance, Outcome};
@@ -157,6 +159,7 @@ pub fn enter_or_activate(
             Outcome::BecameFirst(first) => first,
         },
     };
+    on_first(&first);
     first.on_activation(on_second)?;
     Ok(first)
 }

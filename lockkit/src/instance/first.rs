@@ -19,6 +19,8 @@ use crate::wait::{Backoff, Wait};
 /// How long the socket of the first instance before may still be there, when its name is already free: while it is
 /// taken apart, or another program is just being started with a copy.
 const MOMENT: Duration = Duration::from_secs(5);
+/// How long the thread of a handler pauses when it could not receive.
+const REST: Duration = Duration::from_millis(100);
 
 /// The first instance: no other one can be as long as this one is held. Dropping it releases.
 ///
@@ -65,8 +67,7 @@ impl Drop for Open {
 
 impl FirstInstance {
     /// Opens the reception of whoever has just taken the name.
-    pub(super) fn open(name: &str, guard: NamedGuard) -> Result<Self> {
-        let place = Place::of(name)?;
+    pub(super) fn open(name: &str, place: &Place, guard: NamedGuard) -> Result<Self> {
         let until = Instant::now() + MOMENT;
         let mut backoff = Backoff::new();
         let listener = loop {
@@ -121,8 +122,11 @@ impl FirstInstance {
     /// ```
     ///
     /// # Errors
-    /// [`Unsupported`](crate::ErrorKind::Unsupported) outside of a tokio runtime, and those of
-    /// [`next_activation`](Self::next_activation).
+    /// [`Unsupported`](crate::ErrorKind::Unsupported) outside of a tokio runtime; those of
+    /// [`next_activation`](Self::next_activation), and [`Io`](crate::ErrorKind::Io) when no descriptor is left to wait with.
+    ///
+    /// # Panics
+    /// Tokio does in a runtime that was built without its drivers for I/O and time; `enable_all` brings them.
     #[cfg(feature = "tokio")]
     #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
     pub async fn next_activation_async(&self, wait: &Wait) -> Result<Option<Activation>> {
@@ -159,8 +163,13 @@ impl FirstInstance {
     pub fn on_activation(&self, mut handler: impl FnMut(Activation) + Send + 'static) -> Result<()> {
         let reception = self.reception.0.clone();
         let receive = move || {
-            while let Ok(Some(arrived)) = reception.next(&Wait::forever()) {
-                let _ = catch_unwind(AssertUnwindSafe(|| handler(Activation::new(arrived))));
+            loop {
+                match reception.next(&Wait::forever()) {
+                    Ok(Some(arrived)) => drop(catch_unwind(AssertUnwindSafe(|| handler(Activation::new(arrived))))),
+                    Ok(None) => break,
+                    // What the system lacks now it may have later.
+                    Err(_) => thread::sleep(REST),
+                }
             }
         };
         let started = thread::Builder::new().name("lockkit-first".to_owned()).spawn(receive);

@@ -9,7 +9,8 @@
 //! when it ends, however it ends, one of those that wait for its answer becomes the first. An activation is answered, or
 //! an error for its sender, or the sender becomes the first: none is lost.
 //!
-//! Only processes of the same effective user meet, in one network namespace. Linux only.
+//! Only processes of the same effective user meet, in one network namespace. Users that a user namespace does not map
+//! all have the same number in it, and are taken for one there. Linux only.
 //!
 //! [`single_instance`](crate::single_instance) with `on_second` is all of this around `main`. What it calls is here, too;
 //! programs need only what is documented.
@@ -41,6 +42,8 @@ pub use second::{Outcome, SecondInstance};
 #[cfg(target_os = "linux")]
 pub use wire::MOST_BYTES;
 
+#[cfg(target_os = "linux")]
+use self::place::Place;
 #[cfg(target_os = "linux")]
 use crate::{error::Result, named::NamedLock};
 
@@ -82,11 +85,12 @@ impl Instance {
     /// first instance must, and [`Io`](crate::ErrorKind::Io) when some other program does, or no descriptor is left.
     pub fn enter(name: &str) -> Result<Self> {
         let lock = NamedLock::new(name)?;
+        let place = Place::of(name)?;
         match lock.try_lock() {
-            Ok(guard) => Ok(Self::First(FirstInstance::open(name, guard)?)),
+            Ok(guard) => Ok(Self::First(FirstInstance::open(name, &place, guard)?)),
             Err(error) if error.is_held() => {
                 let owner = error.owner().cloned();
-                Ok(Self::Second(SecondInstance::new(lock, owner)))
+                Ok(Self::Second(SecondInstance::new(lock, place, owner)))
             }
             Err(error) => Err(error),
         }

@@ -5,11 +5,12 @@
 //! of every lock around it; a runtime waits for the descriptor itself, for as long as `look` says.
 //!
 //! What callers can cost is bounded. Another user's is closed at once. At most [`MOST_CALLERS`] are being read at a
-//! time, the others wait in the kernel; each has [`DELIVERY`] to say all it has to say, and only [`GRACE`] when others
-//! wait for its place. Memory is taken for what has arrived, never for what a length promises. Whoever is dismissed sees
-//! its connection closed, as it does when the first ends, and comes again if it still wants to.
+//! time, the others wait in the kernel; each has [`DELIVERY`] to say all it has to say, and when others wait for its
+//! place, who has been silent for [`GRACE`] yields it, the longest silent first. Memory is taken for what has arrived,
+//! never for what a length promises, and one request at a time is taken apart, which may take six times its length, in
+//! texts that are all empty. Whoever is dismissed sees its connection closed, as it does when the first ends, and comes
+//! again if it still wants to.
 
-use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
@@ -30,7 +31,7 @@ use crate::wait::{Patience, Wait};
 const MOST_CALLERS: usize = 32;
 /// How long a request may take to arrive.
 const DELIVERY: Duration = Duration::from_secs(5);
-/// How long a caller keeps its place when all are taken and another one waits.
+/// How long a caller that says nothing keeps its place when all are taken and another one waits.
 const GRACE: Duration = Duration::from_millis(50);
 /// How long nobody is accepted after the system refused to.
 const REST: Duration = Duration::from_millis(100);
@@ -81,12 +82,13 @@ struct Desk {
     /// In the order in which they came, and so of their ids.
     callers: Vec<Caller>,
     next_id: u64,
-    ready: VecDeque<Arrived>,
 }
 
 struct Caller {
     id: u64,
     since: Instant,
+    /// When something came from it last.
+    heard: Instant,
     connection: Shielded,
     sender: Peer,
     inbox: Inbox,
@@ -100,7 +102,7 @@ impl Reception {
         watched.add(&*listener, LISTENER)?;
         watched.add(&closed, CLOSED)?;
         let callers = Vec::with_capacity(MOST_CALLERS);
-        let desk = Desk { listener, user, rests_until: None, callers, next_id: CLOSED + 1, ready: VecDeque::new() };
+        let desk = Desk { listener, user, rests_until: None, callers, next_id: CLOSED + 1 };
         Ok(Self { watched, closed, desk: Mutex::new(Some(desk)), generation: fork::generation() })
     }
 
@@ -119,11 +121,12 @@ impl Reception {
 
     /// The next request that somebody still waits to have answered; `None` when `wait` is over or the reception closed.
     pub(super) fn next(&self, wait: &Wait) -> Result<Option<Arrived>> {
-        let mut looking = Looking::new(wait);
+        let mut looking = Looking::new(self, wait);
         loop {
-            match looking.at(self)? {
+            match looking.again()? {
                 Found::Arrived(arrived) => return Ok(Some(*arrived)),
                 Found::Nothing => return Ok(None),
+                Found::More => {}
                 Found::Later(patience, pause) => {
                     // When the time is over, what has come meanwhile is still looked at.
                     let _ = patience.wait(Some(self.as_fd()), pause)?;
@@ -135,13 +138,18 @@ impl Reception {
     /// As [`next`](Self::next), in a task. Dropping the future loses nothing: what was not given out is still here.
     #[cfg(feature = "tokio")]
     pub(super) async fn next_async(&self, wait: &Wait) -> Result<Option<Arrived>> {
-        let mut looking = Looking::new(wait);
+        let mut looking = Looking::new(self, wait);
         loop {
-            match looking.at(self)? {
+            match looking.again()? {
                 Found::Arrived(arrived) => return Ok(Some(*arrived)),
                 Found::Nothing => return Ok(None),
+                // However much comes in, it is the other tasks' turn.
+                Found::More => tokio::task::yield_now().await,
                 Found::Later(patience, pause) => {
-                    let _ = patience.wait_async(awaiting::readable(Some(self.as_fd())), pause).await?;
+                    // One of its own: a reactor takes a descriptor once, and several tasks may wait here.
+                    let own = Shielded::new(|| rustix::io::fcntl_dupfd_cloexec(self.as_fd(), 0));
+                    let own = own.map_err(|error| Error::io("wait for", "activations", error))?;
+                    let _ = patience.wait_async(awaiting::readable(Some(own.as_fd())), pause).await?;
                 }
             }
         }
@@ -154,15 +162,18 @@ impl Reception {
         }
         let mut desk = self.desk.lock();
         let Some(desk) = desk.as_mut() else { return Ok(Look::Closed) };
-        if let Some(arrived) = desk.give_out() {
-            return Ok(Look::Arrived(Box::new(arrived)));
+        desk.work(&self.watched).map_err(|error| Error::io("receive", "activations", error))
+    }
+
+    /// Watches the listener in any case. Whoever sleeps on here knows nothing of a rest that has begun since.
+    fn leave(&self) {
+        if self.is_copy() {
+            return;
         }
-        let moved = desk.work(&self.watched).map_err(|error| Error::io("receive", "activations", error))?;
-        Ok(match desk.give_out() {
-            Some(arrived) => Look::Arrived(Box::new(arrived)),
-            None if moved => Look::Moved,
-            None => Look::Nothing(desk.pause()),
-        })
+        if let Some(desk) = self.desk.lock().as_mut() {
+            // Where that fails, the next look says so.
+            let _ = desk.end_rest(&self.watched);
+        }
     }
 }
 
@@ -175,6 +186,7 @@ impl AsFd for Reception {
 
 /// Looking again and again, for as long as a [`Wait`] says.
 struct Looking<'w> {
+    reception: &'w Reception,
     wait: &'w Wait,
     patience: Option<Patience>,
     /// How often it has looked again although the time was over, because something was coming in.
@@ -185,90 +197,133 @@ enum Found<'l> {
     Arrived(Box<Arrived>),
     /// And nothing will be waited for.
     Nothing,
+    /// To be looked at again at once.
+    More,
     /// To be looked at again after a pause, or when the descriptor can be read.
     Later(&'l Patience, Duration),
 }
 
 impl<'w> Looking<'w> {
-    fn new(wait: &'w Wait) -> Self {
-        Self { wait, patience: wait.patience(), rounds: 0 }
+    fn new(reception: &'w Reception, wait: &'w Wait) -> Self {
+        Self { reception, wait, patience: wait.patience(), rounds: 0 }
     }
 
-    fn at(&mut self, reception: &Reception) -> Result<Found<'_>> {
-        while !self.wait.is_cancelled() {
-            let is_over = match &self.patience {
-                None => true,
-                Some(patience) => patience.until().is_some_and(|until| Instant::now() >= until),
-            };
-            match (reception.look()?, &self.patience) {
-                (Look::Arrived(arrived), _) => return Ok(Found::Arrived(arrived)),
-                (Look::Moved, _) if !is_over || self.rounds < ROUNDS => self.rounds += usize::from(is_over),
-                (Look::Nothing(pause), Some(_)) if !is_over => {
-                    let Some(patience) = &self.patience else { break };
-                    return Ok(Found::Later(patience, pause));
-                }
-                (Look::Closed | Look::Nothing(_) | Look::Moved, _) => break,
-            }
+    fn again(&mut self) -> Result<Found<'_>> {
+        if self.wait.is_cancelled() {
+            return Ok(Found::Nothing);
         }
-        Ok(Found::Nothing)
+        let is_over = match &self.patience {
+            None => true,
+            Some(patience) => patience.until().is_some_and(|until| Instant::now() >= until),
+        };
+        Ok(match (self.reception.look()?, &self.patience) {
+            (Look::Arrived(arrived), _) => Found::Arrived(arrived),
+            (Look::Moved, _) if !is_over || self.rounds < ROUNDS => {
+                self.rounds += usize::from(is_over);
+                Found::More
+            }
+            (Look::Nothing(pause), Some(patience)) if !is_over => Found::Later(patience, pause),
+            (Look::Closed | Look::Nothing(_) | Look::Moved, _) => Found::Nothing,
+        })
+    }
+}
+
+/// Also when its future is dropped.
+impl Drop for Looking<'_> {
+    fn drop(&mut self) {
+        self.reception.leave();
     }
 }
 
 impl Desk {
-    /// A request whose sender is still there: one that has given up has told its user so.
-    fn give_out(&mut self) -> Option<Arrived> {
-        std::iter::from_fn(|| self.ready.pop_front()).find(|arrived| !event::is_readable(arrived.connection.as_fd()))
-    }
-
-    /// Takes what has come in, a portion from each; whether there was anything.
-    fn work(&mut self, watched: &Watched) -> Io<bool> {
+    /// Takes what has come in, a portion from each, until one request is complete. The others stay in the kernel, so
+    /// that the descriptor can still be read by whoever else waits for it.
+    fn work(&mut self, watched: &Watched) -> Io<Look> {
         let now = Instant::now();
+        if self.rests_until.is_some_and(|until| now >= until) {
+            self.end_rest(watched)?;
+        }
+        let (mut moved, mut is_called) = (false, false);
+        // What has come from those who are here goes before what time and others want of them.
+        for id in watched.ready()? {
+            match id {
+                LISTENER => is_called = true,
+                CLOSED => {}
+                caller => {
+                    moved = true;
+                    if let Some(arrived) = self.read(watched, caller, now) {
+                        return Ok(Look::Arrived(Box::new(arrived)));
+                    }
+                }
+            }
+        }
         while self.callers.first().is_some_and(|oldest| now >= oldest.since + DELIVERY) {
             self.dismiss(watched, 0);
         }
-        if self.rests_until.is_some_and(|until| now >= until) {
+        if is_called {
+            moved |= self.accept(watched, now)?;
+        }
+        Ok(if moved { Look::Moved } else { Look::Nothing(self.pause()) })
+    }
+
+    /// Whether anybody was let in: strangers shall not keep it busy.
+    fn accept(&mut self, watched: &Watched, now: Instant) -> Io<bool> {
+        let mut is_admitted = false;
+        for _ in 0..MOST_CALLERS {
+            if self.callers.len() >= MOST_CALLERS
+                && let Some(yields) = self.make_room(watched, now)
+            {
+                self.rest(watched, yields)?;
+                break;
+            }
+            match stream::accept(&self.listener) {
+                Ok(Some(connection)) => is_admitted |= self.admit(watched, connection, now),
+                Ok(None) => break,
+                // No descriptor is left, mostly.
+                Err(_) => {
+                    self.rest(watched, now + REST)?;
+                    break;
+                }
+            }
+        }
+        Ok(is_admitted)
+    }
+
+    /// Dismisses who has been silent for longest; or says when to try again, if nobody has been for long enough.
+    fn make_room(&mut self, watched: &Watched, now: Instant) -> Option<Instant> {
+        loop {
+            let (at, silent) = self.callers.iter_mut().enumerate().min_by_key(|(_, caller)| caller.heard)?;
+            let yields = silent.heard + GRACE;
+            if now < yields {
+                return Some(yields);
+            }
+            if !event::is_readable(silent.connection.as_fd()) {
+                self.dismiss(watched, at);
+                return None;
+            }
+            // It is not its fault that nobody has listened.
+            silent.heard = now;
+        }
+    }
+
+    fn admit(&mut self, watched: &Watched, connection: Shielded, now: Instant) -> bool {
+        let Ok(sender) = seqpacket::peer(&*connection) else { return false };
+        let id = self.next_id;
+        let is_admitted = sender.uid == self.user && watched.add(&*connection, id).is_ok();
+        if is_admitted {
+            self.next_id += 1;
+            let inbox = Inbox::new(wire::MOST_REQUEST);
+            self.callers.push(Caller { id, since: now, heard: now, connection, sender, inbox });
+        }
+        is_admitted
+    }
+
+    fn end_rest(&mut self, watched: &Watched) -> Io<()> {
+        if self.rests_until.is_some() {
             watched.pause(&*self.listener, LISTENER, false)?;
             self.rests_until = None;
         }
-        let mut moved = false;
-        for id in watched.ready()? {
-            moved = true;
-            match id {
-                LISTENER => self.accept(watched, now)?,
-                CLOSED => {}
-                caller => self.read(watched, caller),
-            }
-        }
-        Ok(moved)
-    }
-
-    fn accept(&mut self, watched: &Watched, now: Instant) -> Io<()> {
-        for _ in 0..MOST_CALLERS {
-            if let Some(oldest) = self.callers.first().filter(|_| self.callers.len() >= MOST_CALLERS) {
-                let yields = oldest.since + GRACE;
-                if now < yields {
-                    return self.rest(watched, yields);
-                }
-                self.dismiss(watched, 0);
-            }
-            match stream::accept(&self.listener) {
-                Ok(Some(connection)) => self.admit(watched, connection, now),
-                Ok(None) => break,
-                // No descriptor is left, mostly.
-                Err(_) => return self.rest(watched, now + REST),
-            }
-        }
         Ok(())
-    }
-
-    fn admit(&mut self, watched: &Watched, connection: Shielded, now: Instant) {
-        let Ok(sender) = seqpacket::peer(&*connection) else { return };
-        let id = self.next_id;
-        if sender.uid == self.user && watched.add(&*connection, id).is_ok() {
-            self.next_id += 1;
-            let inbox = Inbox::new(wire::MOST_REQUEST);
-            self.callers.push(Caller { id, since: now, connection, sender, inbox });
-        }
     }
 
     fn rest(&mut self, watched: &Watched, until: Instant) -> Io<()> {
@@ -276,20 +331,23 @@ impl Desk {
         watched.pause(&*self.listener, LISTENER, true)
     }
 
-    fn read(&mut self, watched: &Watched, id: u64) {
-        let Ok(at) = self.callers.binary_search_by_key(&id, |caller| caller.id) else { return };
-        let Caller { connection, inbox, .. } = &mut self.callers[at];
+    /// The request that is complete with what has come from this caller, if its sender is still there: one that has
+    /// given up has told its user so.
+    fn read(&mut self, watched: &Watched, id: u64, now: Instant) -> Option<Arrived> {
+        let at = self.callers.binary_search_by_key(&id, |caller| caller.id).ok()?;
+        let Caller { connection, inbox, heard, .. } = &mut self.callers[at];
+        *heard = now;
         let mut portion = PORTION;
         let request = loop {
             match inbox.missing() {
                 Ok(0) => break inbox.request(),
-                Ok(_) if portion == 0 => return,
+                Ok(_) if portion == 0 => return None,
                 Ok(missing) => match stream::receive(connection, inbox.arrived(), missing.min(portion)) {
                     Ok(Moved::Bytes(received)) => portion -= received,
-                    Ok(Moved::Nothing) => return,
+                    Ok(Moved::Nothing) => return None,
                     Ok(Moved::End) | Err(_) => {
                         self.dismiss(watched, at);
-                        return;
+                        return None;
                     }
                 },
                 Err(malformed) => break Err(malformed),
@@ -297,13 +355,13 @@ impl Desk {
         };
         match request {
             Ok(request) => {
-                if let Some(Caller { connection, sender, .. }) = self.dismiss(watched, at) {
-                    self.ready.push_back(Arrived { connection, sender, request });
-                }
+                let Caller { connection, sender, .. } = self.dismiss(watched, at)?;
+                (!event::is_readable(connection.as_fd())).then_some(Arrived { connection, sender, request })
             }
             Err(_) => {
                 let _ = stream::send(connection, &wire::note(Kind::NotUnderstood));
                 self.dismiss(watched, at);
+                None
             }
         }
     }

@@ -46,6 +46,8 @@ const PORTION: usize = 64 << 10;
 #[must_use = "the first instance knows nothing of this start until `activate`"]
 pub struct SecondInstance {
     lock: NamedLock,
+    /// As of when it entered, like the lock, whoever this process's user is by now.
+    place: Box<Place>,
     owner: Option<Owner>,
     request: Request,
 }
@@ -66,13 +68,15 @@ enum Call {
     Answered(Vec<u8>),
     /// Nobody listened, or hung up without an answer.
     Unheard,
+    /// It hung up within its answer: it has handled it.
+    BrokenOff,
 }
 
 impl SecondInstance {
-    pub(super) fn new(lock: NamedLock, owner: Option<Owner>) -> Self {
+    pub(super) fn new(lock: NamedLock, place: Place, owner: Option<Owner>) -> Self {
         let folder = std::env::current_dir().ok();
         let request = Request { arguments: std::env::args_os().collect(), folder, ..Request::default() };
-        Self { lock, owner, request }
+        Self { lock, place: Box::new(place), owner, request }
     }
 
     /// Who was the first instance when this one [entered](super::Instance::enter), where that is known.
@@ -110,14 +114,15 @@ impl SecondInstance {
     /// ending, it waits for what comes of that. Not waiting at all means trying once.
     ///
     /// The name decides who is first, never the socket: a first instance that is stopped stays the first. When a first
-    /// one is killed, the kernel may take some time to give its name back; that adds up to a second to the wait.
+    /// one has ended, the kernel may take some time to give its name back, up to a second, and its socket, 5 s at most;
+    /// both may come on top of the wait.
     ///
     /// A sender that gives up hangs up, and the first instance drops what it has not begun by then.
     ///
     /// # Errors
     /// [`NoAnswer`](ErrorKind::NoAnswer) or [`Cancelled`](ErrorKind::Cancelled) as `wait` has it;
-    /// [`NotHandled`](ErrorKind::NotHandled) when the first instance panicked over it, or is of a program with another
-    /// version of lockkit that does not understand this one; [`TooLarge`](ErrorKind::TooLarge) when the bytes are more
+    /// [`NotHandled`](ErrorKind::NotHandled) when the first instance panicked over it, broke its answer off because this
+    /// process did not read it for 5 s, or is of a program with another version of lockkit that does not understand this one; [`TooLarge`](ErrorKind::TooLarge) when the bytes are more
     /// than [`MOST_BYTES`](super::MOST_BYTES), or all together more than 8 MiB;
     /// [`ForeignOwner`](ErrorKind::ForeignOwner) when another user listens in the place of the first instance, to whom
     /// nothing is sent; and those of [`NamedLock::acquire`].
@@ -128,13 +133,18 @@ impl SecondInstance {
         };
         wait.check(self)?;
         let patience = wait.patience().unwrap_or_else(|| Patience::brief(Duration::ZERO));
-        let place = Place::of(self.lock.name())?;
         let mut backoff = Backoff::new();
         loop {
-            match self.call(&place, &frame, &patience)? {
+            match self.call(&frame, &patience)? {
                 Call::Answered(bytes) => return Ok(Outcome::Answered(bytes)),
-                Call::Unheard => match self.lock.try_lock() {
-                    Ok(guard) => return FirstInstance::open(self.lock.name(), guard).map(Outcome::BecameFirst),
+                call => match self.lock.try_lock() {
+                    Ok(guard) => {
+                        return FirstInstance::open(self.lock.name(), &self.place, guard).map(Outcome::BecameFirst);
+                    }
+                    // To call again would have it handled twice.
+                    Err(error) if error.is_held() && matches!(call, Call::BrokenOff) => {
+                        return Err(self.problem("it broke off its answer, so it may have handled it after all"));
+                    }
                     Err(error) if error.is_held() => {}
                     Err(error) => return Err(error),
                 },
@@ -143,7 +153,8 @@ impl SecondInstance {
         }
     }
 
-    fn call(&self, place: &Place, frame: &[u8], patience: &Patience) -> Result<Call> {
+    fn call(&self, frame: &[u8], patience: &Patience) -> Result<Call> {
+        let place = &self.place;
         let Some(connection) = place.connect()? else { return Ok(Call::Unheard) };
         let gave_up = |gave_up| self.gave_up(patience, gave_up);
         let mut rest = frame;
@@ -165,7 +176,8 @@ impl SecondInstance {
             match moved.map_err(|error| place.io("receive from", error))? {
                 Moved::Bytes(_) => {}
                 Moved::Nothing => patience.wait(Some(connection.as_fd()), Duration::MAX)?.map_err(gave_up)?,
-                Moved::End => return Ok(Call::Unheard),
+                Moved::End if inbox.arrived().is_empty() => return Ok(Call::Unheard),
+                Moved::End => return Ok(Call::BrokenOff),
             }
         }
         match inbox.answer().map_err(|malformed| self.not_handled(malformed))? {

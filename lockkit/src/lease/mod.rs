@@ -382,7 +382,10 @@ impl Inner {
                     Err(GaveUp::TimedOut) if !is_answered => return Err(self.failed(failure)),
                     Err(gave_up) => return Err(patience.error(gave_up, &found)),
                 },
-                None => std::thread::sleep(options.retry_delay),
+                None => {
+                    std::thread::sleep(options.retry_delay);
+                    wait.check(&found)?;
+                }
             }
         }
     }
