@@ -281,9 +281,8 @@ impl Own {
                     continue;
                 }
                 Err(error) => {
-                    if matches!(error, StoreError::Unknown(_)) {
-                        session.loosen(name, claim, Loose::InDoubt, sent);
-                    }
+                    // Whatever it says: one endpoint may have done it before another refused.
+                    session.loosen(name, claim, Loose::InDoubt, sent);
                     return Err(error);
                 }
                 Ok(answer) => answer,
@@ -326,7 +325,7 @@ impl Own {
 
     /// The record as it was just before that revision, as far as etcd still knows.
     fn before(&self, name: &LeaseName, revision: u64, by: Deadline) -> Result<Record> {
-        let body = json!({ "key": self.keys.record(name), "revision": (revision - 1).to_string() });
+        let body = json!({ "key": self.keys.record(name), "revision": revision.saturating_sub(1).to_string() });
         match self.gateway.ask("/v3/kv/range", &body, by) {
             Ok(answer) => Ok(Record::parse(&answer["kvs"][0])),
             Err(StoreError::Refused(_)) => Ok(Record::parse(&Value::Null)),
@@ -339,6 +338,10 @@ impl Own {
         let began = now();
         if session.covers(grant, began) {
             return Ok(Renewal::Extended { ttl: session.left(began) });
+        }
+        // It is being let go: nobody has it, though its key may still be there.
+        if session.loose(Some(*grant.claim())).is_some() {
+            return Ok(Renewal::Lost { by: None });
         }
         let turn = session.turn.try_lock_until(by.moment());
         let _turn = turn.ok_or_else(|| StoreError::refused("another renewal of its session is under way"))?;
@@ -546,5 +549,25 @@ impl Ear for Watch {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lease_that_is_being_let_go_is_lost_though_its_key_may_be_there() {
+        // Nobody listens there, so nothing but what the session knows can answer.
+        let own = Own::new(&Address::parse("etcd://127.0.0.1:1").unwrap());
+        let (began, ttl) = (now(), Duration::from_secs(8));
+        let (name, claim) = (LeaseName::new("one").unwrap(), ClaimId::from_number(1));
+        let session = Arc::new(Session::new(1, ttl, began));
+        session.add(&name, &claim, 1, began);
+        let grant = Grant::new(&name, &claim, 1, ttl).with_handle(session.clone());
+        let renewed = || own.renew(&grant, Deadline::after(ttl));
+        assert!(matches!(renewed(), Ok(Renewal::Extended { .. })));
+        assert_eq!(session.to_let_go(now() + ttl * 2).len(), 1);
+        assert!(matches!(renewed(), Ok(Renewal::Lost { .. })));
     }
 }
