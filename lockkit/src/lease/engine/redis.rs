@@ -489,7 +489,7 @@ impl Server {
             "NOAUTH" => return self.misuse("asks for a password, as in redis://:password@host", error),
             "NOPERM" => {
                 let what = "does not allow this user what leases need: +@hash +@scripting +@pubsub +time ~lockkit:* \
-                            &lockkit:*";
+                            &lockkit:*, and +select where the URL has the number of a database";
                 return self.misuse(what, error);
             }
             "WRONGTYPE" => return self.misuse("keeps something else under the key of the lease", error),
@@ -575,8 +575,8 @@ impl Listener {
     fn to(server: &Arc<Server>, by: Deadline) -> Result<Self> {
         let mut connection = server.connect(by)?;
         let mut subscribe = redis::cmd("PSUBSCRIBE");
-        // None of these characters means anything else in a pattern.
-        subscribe.arg(format!("{PREFIX}*{SUFFIX}"));
+        // As the rules of a user say it, letter by letter: those of a pattern are not compared by what they match.
+        subscribe.arg("lockkit:*");
         match ask(&mut connection, &subscribe, by) {
             Ok(Ok(_)) => Ok(Self { connection, server: server.clone() }),
             Ok(Err(error)) => Err(server.refused(&error)),
