@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
 
-use lockkit::{ErrorKind, Lease, LossReason, Wait};
+use lockkit::{ErrorKind, Lease, LeaseStatus, LossReason, Wait};
 use lockkit_tests::engines::redis::Redis;
 use lockkit_tests::engines::{Access, Engine, Security};
 use lockkit_tests::{LIVELY, drills, suite, until};
@@ -136,6 +136,19 @@ fn a_user_needs_no_more_than_an_error_says() {
     assert!(error.contains(rules) && error.contains("+select"), "{error}");
     assert_eq!(tell(&server, "ACL SETUSER leases +select"), "+OK");
     drop(lease(&url("/1")).try_lock().unwrap());
+}
+
+#[test]
+fn the_next_after_an_evicted_holder_is_told_of_nobody() {
+    let Some(server) = server() else { return };
+    let (holder, next) = (lease(&url(&server)), lease(&url(&server)));
+    let guard = holder.try_lock().unwrap();
+    let LeaseStatus::Held(seen) = next.status().unwrap() else { panic!("it is held") };
+    assert!(next.evict(&seen).unwrap());
+    let reason = guard.lost().wait(&Wait::at_most(LIVELY)).unwrap();
+    assert!(matches!(reason, LossReason::TakenOver { .. }), "{reason}");
+    let second = next.try_lock().unwrap();
+    assert!(second.token() > guard.token() && second.recovered().is_none());
 }
 
 #[test]

@@ -94,8 +94,10 @@ struct Own {
 enum Left {
     /// Its holder released it.
     Released,
-    /// Its holder gave it up, or somebody took it away.
+    /// Its holder gave it up.
     Lost,
+    /// Somebody took it away.
+    Evicted,
 }
 
 impl RedisStore {
@@ -165,6 +167,7 @@ impl RedisStore {
         let (state, is_release) = match left {
             Left::Released => ("released", true),
             Left::Lost => ("lost", false),
+            Left::Evicted => ("evicted", false),
         };
         let whose = if is_holder { "holder" } else { "" };
         let (words, count) = self.run_counted(&FREE, name, &[&claim, &token, state, whose], by)?;
@@ -255,7 +258,7 @@ impl LeaseStore for RedisStore {
 
     fn evict(&self, name: &LeaseName, seen: &Seen, by: Deadline) -> Result<Released> {
         match of_seen(seen) {
-            Some(holder) => self.free(name, holder, Left::Lost, false, by),
+            Some(holder) => self.free(name, holder, Left::Evicted, false, by),
             None => Ok(Released::NotMine),
         }
     }
