@@ -246,6 +246,13 @@ fn passwords_are_checked_by_scram_and_appear_in_no_error() {
     let url = server.lease_of(&format!("postgres:{PASSWORD}"), "sslmode=sometimes", "x");
     let error = Lease::connect(url).build().unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::InvalidUrl { .. }) && !in_full(&error).contains(PASSWORD), "{error}");
+    for unescaped in ['@', '/', '?'] {
+        let url = format!("postgres://me:first{unescaped}second@127.0.0.1:1/postgres?lease=x");
+        let error = Lease::connect(url).build().unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::InvalidUrl { .. }), "{error}");
+        let says = in_full(&error);
+        assert!(!says.contains("first") && !says.contains("second"), "{says}");
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
 
-use lockkit::{ErrorKind, Lease, LossReason, Wait};
+use lockkit::{ErrorKind, Lease, LeaseStatus, LossReason, Wait};
 use lockkit_tests::engines::redis::Redis;
 use lockkit_tests::engines::{Access, Engine, Security};
 use lockkit_tests::{LIVELY, drills, suite, until};
@@ -118,6 +118,40 @@ fn leases_of_different_databases_are_different() {
 }
 
 #[test]
+fn a_user_needs_no_more_than_an_error_says() {
+    let Some(server) = server() else { return };
+    let rules = "+@hash +@scripting +@pubsub +time ~lockkit:* &lockkit:*";
+    if !tell(&server, &format!("ACL SETUSER leases on >secret {rules}")).starts_with("+OK") {
+        return println!("left out: this version knows no rules for users");
+    }
+    let url = |database| format!("redis://leases:secret@127.0.0.1:{}{database}/own", server.port());
+    let guard = lease(&url("")).try_lock().unwrap();
+    let waiter = lease(&url(""));
+    let waiter = std::thread::spawn(move || waiter.lock_for(LIVELY).map(|guard| guard.token()));
+    until("it listens", || tell(&server, "PUBSUB NUMPAT") == ":1");
+    let token = guard.token();
+    guard.release().unwrap();
+    assert!(waiter.join().unwrap().unwrap() > token);
+    let error = in_full(&lease(&url("/1")).try_lock().unwrap_err());
+    assert!(error.contains(rules) && error.contains("+select"), "{error}");
+    assert_eq!(tell(&server, "ACL SETUSER leases +select"), "+OK");
+    drop(lease(&url("/1")).try_lock().unwrap());
+}
+
+#[test]
+fn the_next_after_an_evicted_holder_is_told_of_nobody() {
+    let Some(server) = server() else { return };
+    let (holder, next) = (lease(&url(&server)), lease(&url(&server)));
+    let guard = holder.try_lock().unwrap();
+    let LeaseStatus::Held(seen) = next.status().unwrap() else { panic!("it is held") };
+    assert!(next.evict(&seen).unwrap());
+    let reason = guard.lost().wait(&Wait::at_most(LIVELY)).unwrap();
+    assert!(matches!(reason, LossReason::TakenOver { .. }), "{reason}");
+    let second = next.try_lock().unwrap();
+    assert!(second.token() > guard.token() && second.recovered().is_none());
+}
+
+#[test]
 fn urls_that_are_not_right_are_refused_without_showing_a_password() {
     for wrong in [
         "redis://:secret@host/x?ca=/p",
@@ -126,6 +160,8 @@ fn urls_that_are_not_right_are_refused_without_showing_a_password() {
         "redis://:secret@host/x?colour=blue",
         "rediss://:secret@host#insecure/x",
         "redis://:secret@host:port/x",
+        "redis://:secret?x@host/x",
+        "redis://:x?secret@host/x",
     ] {
         let error = Lease::connect(wrong).build().unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::InvalidUrl { .. }), "{wrong}: {error}");

@@ -58,14 +58,17 @@ pub(super) fn place(url: &str) -> Result<Place> {
 /// The error that says what is wrong with a URL, which is shown without its credentials and parameters.
 pub(super) fn invalid(url: &str, problem: impl Into<String>) -> Error {
     let (scheme, rest) = url.split_once("://").map_or((None, url), |(scheme, rest)| (Some(scheme), rest));
-    let rest = rest.split(['?', '#']).next().unwrap_or_default();
-    let rest = rest.rsplit_once('@').map_or(rest, |(_, rest)| rest);
+    let (head, tail) = rest.split_at(rest.find(['?', '#']).unwrap_or(rest.len()));
+    // With an @ only after those, what is before it may be a password, and so is what the problem quotes of it.
+    let (rest, problem) = match tail.contains('@') {
+        true => (
+            "…",
+            "there is an @ after a ? or #: write %40, and in a user or password %3F for the ? and %23 for the #".into(),
+        ),
+        false => (head.rsplit_once('@').map_or(head, |(_, rest)| rest), problem.into()),
+    };
     let shown = scheme.map_or_else(|| rest.to_owned(), |scheme| format!("{scheme}://{rest}"));
-    ErrorKind::InvalidUrl {
-        url: shown.chars().map(|c| if c.is_control() { '?' } else { c }).collect(),
-        problem: problem.into(),
-    }
-    .into()
+    ErrorKind::InvalidUrl { url: shown.chars().map(|c| if c.is_control() { '?' } else { c }).collect(), problem }.into()
 }
 
 #[cfg(not(all(feature = "etcd", feature = "postgres", feature = "redis")))]
@@ -197,6 +200,10 @@ mod tests {
     fn an_error_shows_no_password() {
         let error = place("ftp://me:secret@host/b?password=hidden").err().unwrap().to_string();
         assert!(error.contains("ftp://host/b") && !error.contains("secret") && !error.contains("hidden"), "{error}");
+        for url in ["ftp://:se?cret@host/x", "ftp://me:se#cret@host/x", "ftp://me:s@se?cret@host"] {
+            let error = invalid(url, "\"cret@host\" is no parameter").to_string();
+            assert!(!error.contains("se?") && !error.contains("/se") && !error.contains("cret"), "{error}");
+        }
     }
 
     #[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]

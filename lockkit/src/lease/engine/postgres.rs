@@ -196,8 +196,14 @@ impl Postgres {
     }
 
     fn ask_now(&self, sql: &Sql, values: &[&(dyn ToSql + Sync)], by: Deadline) -> Result<Vec<Row>> {
+        self.ask_in_doubt(sql, values, by).map(|(rows, _)| rows)
+    }
+
+    /// As [`ask_now`](Self::ask_now), and says whether it had been asked before without an answer.
+    fn ask_in_doubt(&self, sql: &Sql, values: &[&(dyn ToSql + Sync)], by: Deadline) -> Result<(Vec<Row>, bool)> {
         let connect = || self.target.connect(by, table::check);
-        self.own().idle.ask(connect, |link| {
+        let mut is_in_doubt = false;
+        let asked = self.own().idle.ask(connect, |link| {
             loop {
                 let cut = match link.ask(sql, values, by) {
                     Ok(rows) => return Ok(rows),
@@ -209,21 +215,30 @@ impl Postgres {
                         link.forget();
                         link.is_direct = false;
                     }
-                    cut => return Err(failure::of_request(cut)),
+                    cut => {
+                        let error = failure::of_request(cut);
+                        is_in_doubt |= matches!(error, StoreError::Unknown(_));
+                        return Err(error);
+                    }
                 }
             }
-        })
+        });
+        asked.map(|rows| (rows, is_in_doubt))
     }
 
     fn leave(&self, name: &LeaseName, claim: ClaimId, token: u64, state: State, by: Deadline) -> Result<Released> {
         let values: [&(dyn ToSql + Sync); 4] =
             [&name.as_str(), &claim.to_string(), &token.cast_signed(), &state.text()];
-        let rows = self.ask(&table::LEAVE, &values, by)?;
-        if rows.is_empty() {
-            return Ok(Released::NotMine);
+        let own = self.own();
+        let _turn = own.turns.take(by)?;
+        let (rows, is_in_doubt) = self.ask_in_doubt(&table::LEAVE, &values, by)?;
+        if !rows.is_empty() {
+            step("record freed");
+            return Ok(Released::Done);
         }
-        step("record freed");
-        Ok(Released::Done)
+        // No answer came to the first of two requests, and somebody took what it had freed.
+        let is_release = matches!(state, State::Released);
+        Ok(if is_release && is_in_doubt { Released::Done } else { Released::NotMine })
     }
 }
 
@@ -269,6 +284,11 @@ fn listen(target: &Target, by: Deadline, is_deaf: &AtomicBool) -> Result<Box<dyn
                 break;
             }
             if echo.is_past() {
+                // Whoever was only frozen brings it no later than this answer.
+                link.execute("", Deadline::after(ECHO)).map_err(failure::of_request)?;
+                if link.listen(Deadline::after(Duration::ZERO)).map_err(failure::of_request)?.contains(&word) {
+                    break;
+                }
                 is_deaf.store(true, Ordering::Relaxed);
                 return Err(StoreError::refused("notifications do not get through the proxy before the server"));
             }

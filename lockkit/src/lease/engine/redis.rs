@@ -94,8 +94,10 @@ struct Own {
 enum Left {
     /// Its holder released it.
     Released,
-    /// Its holder gave it up, or somebody took it away.
+    /// Its holder gave it up.
     Lost,
+    /// Somebody took it away.
+    Evicted,
 }
 
 impl RedisStore {
@@ -165,6 +167,7 @@ impl RedisStore {
         let (state, is_release) = match left {
             Left::Released => ("released", true),
             Left::Lost => ("lost", false),
+            Left::Evicted => ("evicted", false),
         };
         let whose = if is_holder { "holder" } else { "" };
         let (words, count) = self.run_counted(&FREE, name, &[&claim, &token, state, whose], by)?;
@@ -255,7 +258,7 @@ impl LeaseStore for RedisStore {
 
     fn evict(&self, name: &LeaseName, seen: &Seen, by: Deadline) -> Result<Released> {
         match of_seen(seen) {
-            Some(holder) => self.free(name, holder, Left::Lost, false, by),
+            Some(holder) => self.free(name, holder, Left::Evicted, false, by),
             None => Ok(Released::NotMine),
         }
     }
@@ -489,7 +492,7 @@ impl Server {
             "NOAUTH" => return self.misuse("asks for a password, as in redis://:password@host", error),
             "NOPERM" => {
                 let what = "does not allow this user what leases need: +@hash +@scripting +@pubsub +time ~lockkit:* \
-                            &lockkit:*";
+                            &lockkit:*, and +select where the URL has the number of a database";
                 return self.misuse(what, error);
             }
             "WRONGTYPE" => return self.misuse("keeps something else under the key of the lease", error),
@@ -575,8 +578,8 @@ impl Listener {
     fn to(server: &Arc<Server>, by: Deadline) -> Result<Self> {
         let mut connection = server.connect(by)?;
         let mut subscribe = redis::cmd("PSUBSCRIBE");
-        // None of these characters means anything else in a pattern.
-        subscribe.arg(format!("{PREFIX}*{SUFFIX}"));
+        // As the rules of a user say it, letter by letter: those of a pattern are not compared by what they match.
+        subscribe.arg("lockkit:*");
         match ask(&mut connection, &subscribe, by) {
             Ok(Ok(_)) => Ok(Self { connection, server: server.clone() }),
             Ok(Err(error)) => Err(server.refused(&error)),

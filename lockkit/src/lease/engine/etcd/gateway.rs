@@ -9,6 +9,7 @@
 //! The HTTP client is [`http`](super::http), on the crates that parse HTTP and speak TLS, because a store must know
 //! whether a request was sent, put a limit on each read of a watch, and start no thread for a request.
 
+use std::cell::Cell;
 use std::error::Error as _;
 use std::fmt;
 use std::io::{self, ErrorKind as Io};
@@ -82,8 +83,10 @@ impl Address {
                 (Some(Login { user, password }), hosts)
             }
         };
-        let hosts =
-            hosts.split(',').map(|host| endpoint(host).ok_or_else(|| wrong(format!("{host:?} is no host:port"))));
+        // Not quoted: of a password with a slash in it, it is the first part.
+        let no_host =
+            || wrong("what names its endpoints is no host:port,host:port; in a user or password / is %2F".into());
+        let hosts = hosts.split(',').map(|host| endpoint(host).ok_or_else(no_host));
         let hosts = hosts.collect::<crate::Result<_>>()?;
         let mut prefix = "lockkit/".to_owned();
         let (mut ca, mut cert, mut key) = (None, None, None);
@@ -198,7 +201,13 @@ impl Gateway {
 
     /// Asks, and returns the answer.
     pub(super) fn ask(&self, path: &str, body: &Value, by: Deadline) -> Result<Value> {
-        self.with_token(by, |token| {
+        self.ask_in_doubt(path, body, by).map(|(answer, _)| answer)
+    }
+
+    /// As [`ask`](Self::ask), and says whether it had been asked before without an answer.
+    pub(super) fn ask_in_doubt(&self, path: &str, body: &Value, by: Deadline) -> Result<(Value, bool)> {
+        let is_in_doubt = Cell::new(false);
+        let answer = self.with_token(by, |token| {
             self.anywhere(by, |endpoint, by| {
                 let pooled = endpoint.idle.ask(
                     || self.connect(endpoint, by),
@@ -206,13 +215,18 @@ impl Gateway {
                         let headers = headers(token);
                         connection
                             .ask(path, &headers, Some(body.to_string().as_bytes()), by)
+                            .inspect_err(|_| is_in_doubt.set(true))
                             .map_err(|error| self.silent(endpoint, &error))
                     },
                 );
-                let (status, body) = pooled.map_err(elsewhere)?;
-                self.judge(endpoint, status, &body)
+                let (status, body) = pooled.map_err(Failed::Here)?;
+                self.judge(endpoint, status, &body, by).inspect_err(|failed| {
+                    let is_unknown = matches!(failed, Failed::Here(StoreError::Unknown(_)));
+                    is_in_doubt.set(is_in_doubt.get() || is_unknown);
+                })
             })
-        })
+        });
+        answer.map(|answer| (answer, is_in_doubt.get()))
     }
 
     /// Begins a watch, on a connection of its own, and waits until it has begun.
@@ -220,20 +234,20 @@ impl Gateway {
         let by = by.min(Deadline::after(ASIDE));
         self.with_token(by, |token| {
             self.anywhere(by, |endpoint, by| {
-                let mut connection = self.connect(endpoint, by).map_err(elsewhere)?;
+                let mut connection = self.connect(endpoint, by).map_err(Failed::Here)?;
                 let sent = Some(request.to_string().into_bytes());
                 let status = connection.begin("/v3/watch", &headers(token), sent.as_deref(), by);
-                let status = status.map_err(|error| elsewhere(self.silent(endpoint, &error)))?;
+                let status = status.map_err(|error| Failed::Here(self.silent(endpoint, &error)))?;
                 let mut stream = Stream { connection, line: Vec::new(), place: endpoint.to_string() };
                 if status != 200 {
                     let mut body = Vec::new();
                     while let Ok(Some(piece)) = stream.connection.piece(by) {
                         body.extend_from_slice(&piece);
                     }
-                    self.judge(endpoint, status, &body)?;
+                    self.judge(endpoint, status, &body, by)?;
                 }
-                match stream.next(by).map_err(elsewhere)? {
-                    Some(line) => match self.judge(endpoint, status, &line)? {
+                match stream.next(by).map_err(Failed::Here)? {
+                    Some(line) => match self.judge(endpoint, status, &line, by)? {
                         first if first["created"] == true && first["canceled"] != true => Ok(stream),
                         first => Err(Failed::Here(StoreError::refused(format!("{endpoint} does not watch: {first}")))),
                     },
@@ -270,8 +284,8 @@ impl Gateway {
                         .map_err(|error| self.silent(endpoint, &error))
                 },
             );
-            let (status, body) = pooled.map_err(elsewhere)?;
-            self.judge(endpoint, status, &body)
+            let (status, body) = pooled.map_err(Failed::Here)?;
+            self.judge(endpoint, status, &body, by)
         });
         // Nothing but the login has been asked for, which can have had no effect.
         let answer = answer.map_err(|failed| match failed.into_error() {
@@ -306,7 +320,10 @@ impl Gateway {
                 }
                 Err(Failed::Here(error)) => {
                     in_doubt |= matches!(error, StoreError::Unknown(_));
-                    failure = Some(error);
+                    // One that says what is wrong tells more than one that is down.
+                    if !matches!(failure, Some(StoreError::Misuse(_))) {
+                        failure = Some(error);
+                    }
                 }
                 Err(Failed::Everywhere(StoreError::Refused(cause))) if in_doubt => {
                     return Err(Failed::Everywhere(StoreError::Unknown(cause)));
@@ -316,7 +333,7 @@ impl Gateway {
         }
         let failure = failure.unwrap_or_else(|| StoreError::refused("there is no endpoint"));
         Err(Failed::Here(match failure {
-            StoreError::Refused(cause) if in_doubt => StoreError::Unknown(cause),
+            StoreError::Refused(cause) | StoreError::Misuse(cause) if in_doubt => StoreError::Unknown(cause),
             failure => failure,
         }))
     }
@@ -350,16 +367,16 @@ impl Gateway {
     }
 
     /// The result in an answer, or what its error means.
-    fn judge(&self, endpoint: &Endpoint, status: u16, body: &[u8]) -> Result<Value, Failed> {
+    fn judge(&self, endpoint: &Endpoint, status: u16, body: &[u8], by: Deadline) -> Result<Value, Failed> {
         let Ok(mut answer) = serde_json::from_slice::<Value>(body) else {
-            return Err(self.foreign(endpoint, status, body));
+            return Err(self.foreign(endpoint, status, body, by));
         };
         // What concerns a stream stands one level deeper.
         let error = match &answer["error"] {
             Value::Null if status == 200 => {
                 return Ok(if answer["result"].is_object() { answer["result"].take() } else { answer });
             }
-            Value::Null => return Err(self.foreign(endpoint, status, body)),
+            Value::Null => return Err(self.foreign(endpoint, status, body, by)),
             of_stream @ Value::Object(_) => of_stream,
             _ => &answer,
         };
@@ -401,7 +418,7 @@ impl Gateway {
     }
 
     /// What an answer means that is none of etcd's gateway: what runs there, if it can be told.
-    fn foreign(&self, endpoint: &Endpoint, status: u16, body: &[u8]) -> Failed {
+    fn foreign(&self, endpoint: &Endpoint, status: u16, body: &[u8], by: Deadline) -> Failed {
         let shown: String = String::from_utf8_lossy(body).chars().filter(|c| !c.is_control()).take(80).collect();
         if self.tls.is_none() && shown.contains("HTTP request to an HTTPS server") {
             return Failed::Everywhere(StoreError::misuse(format!("{endpoint} speaks TLS: write etcds://")));
@@ -411,7 +428,7 @@ impl Gateway {
                 "{endpoint} answers {status}, as etcd does not: {shown}"
             )));
         }
-        let by = Deadline::after(ASIDE);
+        let by = by.min(Deadline::after(ASIDE));
         let version = self.connect(endpoint, by).ok().and_then(|mut connection| {
             let (_, body) = connection.ask("/version", &[], None, by).ok()?;
             let version = serde_json::from_slice::<Value>(&body).ok()?;
@@ -472,13 +489,6 @@ fn tls_trouble(endpoint: &Endpoint, error: &io::Error) -> Option<StoreError> {
         ),
         _ => format!("TLS with {endpoint} failed: {trouble}"),
     }))
-}
-
-fn elsewhere(error: StoreError) -> Failed {
-    match error {
-        StoreError::Misuse(_) => Failed::Everywhere(error),
-        error => Failed::Here(error),
-    }
 }
 
 impl Failed {
@@ -548,9 +558,28 @@ mod tests {
         for wrong in ["etcd://", "etcd://a:b", "etcd://a,", "etcd://::1", "etcd://a/b", "etcd://u@a", "etcd://a?x=y"] {
             assert!(hosts(wrong).is_err(), "{wrong}");
         }
+        let leaky = hosts("etcd://u:pa/ss@h/x").unwrap_err() + &hosts("etcd://u:pa").unwrap_err();
+        assert!(!leaky.contains("pa/") && !leaky.contains("\"pa") && !leaky.contains("u:pa\""), "{leaky}");
         assert!(hosts("etcd://a?ca=/x").unwrap_err().contains("etcds://"));
         assert!(hosts("etcds://a?cert=/x").unwrap_err().contains("go together"));
         assert!(hosts("etcds://a?ca=/no/such/file").unwrap_err().contains("/no/such/file"));
+    }
+
+    #[test]
+    fn an_endpoint_that_is_of_no_use_does_not_take_the_others_away() {
+        let gateway = Gateway::new(&Address::parse("etcd://bad,good").unwrap());
+        let ask = |good: fn() -> Result<(), Failed>| {
+            let asked =
+                gateway.anywhere(Deadline::after(Duration::from_secs(60)), |endpoint, _| match &*endpoint.host {
+                    "bad" => Err(Failed::Here(StoreError::misuse("its certificate is not to be trusted"))),
+                    _ => good(),
+                });
+            gateway.good.store(0, Ordering::Relaxed);
+            asked.map_err(Failed::into_error)
+        };
+        assert!(ask(|| Ok(())).is_ok());
+        assert!(matches!(ask(|| Err(Failed::Here(StoreError::refused("down")))), Err(StoreError::Misuse(_))));
+        assert!(matches!(ask(|| Err(Failed::Here(StoreError::unknown("cut")))), Err(StoreError::Unknown(_))));
     }
 
     #[test]

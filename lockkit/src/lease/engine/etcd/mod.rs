@@ -116,35 +116,52 @@ impl Record {
     }
 }
 
+/// What was found where a key was to be freed and is another's, or nobody's.
+struct Found {
+    record: Record,
+    /// It had been asked for before, without an answer.
+    is_in_doubt: bool,
+}
+
+impl Found {
+    fn of(answer: &Answer) -> Self {
+        Self { record: Record::parse(answer.read(0)), is_in_doubt: answer.is_in_doubt }
+    }
+}
+
 fn parse_claim(text: &str) -> Option<ClaimId> {
     u128::from_str_radix(text, 16).ok().map(ClaimId::from_number)
 }
 
 /// What etcd answered to a transaction.
-struct Answer(Value);
+struct Answer {
+    told: Value,
+    /// It had been asked before, without an answer.
+    is_in_doubt: bool,
+}
 
 impl Answer {
     /// Whether what it compared was so.
     fn is_done(&self) -> bool {
-        self.0["succeeded"] == true
+        self.told["succeeded"] == true
     }
 
     fn revision(&self) -> u64 {
-        number(&self.0["header"]["revision"])
+        number(&self.told["header"]["revision"])
     }
 
     fn term(&self) -> u64 {
-        number(&self.0["header"]["raft_term"])
+        number(&self.told["header"]["raft_term"])
     }
 
     /// The key that the operation of this number read; null where there is none.
     fn read(&self, at: usize) -> &Value {
-        &self.0["responses"][at]["response_range"]["kvs"][0]
+        &self.told["responses"][at]["response_range"]["kvs"][0]
     }
 
     /// The key as it was before the operation of this number wrote it.
     fn before(&self, at: usize) -> &Value {
-        &self.0["responses"][at]["response_put"]["prev_kv"]
+        &self.told["responses"][at]["response_put"]["prev_kv"]
     }
 }
 
@@ -173,9 +190,13 @@ impl LeaseStore for Store {
     fn release(&self, grant: &Grant, by: Deadline) -> Result<Released> {
         let free = Record::text(FREE, grant.claim(), "");
         let freed = self.own().give_back(grant, Loose::Released, Some(&free), by)?;
+        let claim = Some(*grant.claim());
         Ok(match freed {
-            Err(record) if !record.is(FREE, Some(*grant.claim())) => Released::NotMine,
-            _ => Released::Done,
+            Ok(()) => Released::Done,
+            Err(found) if found.record.is(FREE, claim) => Released::Done,
+            // No answer came to the first of several requests, and somebody took what it had freed.
+            Err(found) if found.is_in_doubt && found.record.claim != claim => Released::Done,
+            Err(_) => Released::NotMine,
         })
     }
 
@@ -194,7 +215,7 @@ impl LeaseStore for Store {
         let evicted = Record::text(EVICTED, &claim, "");
         let freed = self.own().free(name, seen.claim(), seen.cursor(), Some(&evicted), by)?;
         Ok(match freed {
-            Err(record) if !record.is(EVICTED, Some(claim)) => Released::NotMine,
+            Err(found) if !found.record.is(EVICTED, Some(claim)) => Released::NotMine,
             _ => Released::Done,
         })
     }
@@ -231,7 +252,8 @@ impl Own {
     /// One transaction: `then` where all is as compared, `otherwise` where not.
     fn transact(&self, compare: Value, then: Value, otherwise: Value, by: Deadline) -> Result<Answer> {
         let body = json!({ "compare": compare, "success": then, "failure": otherwise });
-        self.gateway.ask("/v3/kv/txn", &body, by).map(Answer)
+        let (told, is_in_doubt) = self.gateway.ask_in_doubt("/v3/kv/txn", &body, by)?;
+        Ok(Answer { told, is_in_doubt })
     }
 
     /// Compares the revision of a `held` key, and the claim in it if one is given.
@@ -277,13 +299,12 @@ impl Own {
             ]);
             let answer = match self.transact(self.is_held(name, revision, holder), put, self.read_both(name), by) {
                 Err(error) if is_session_gone(&error) => {
-                    self.forget(ttl, &session);
+                    self.forget(ttl, &session, by);
                     continue;
                 }
                 Err(error) => {
-                    if matches!(error, StoreError::Unknown(_)) {
-                        session.loosen(name, claim, Loose::InDoubt, sent);
-                    }
+                    // Whatever it says: one endpoint may have done it before another refused.
+                    session.loosen(name, claim, Loose::InDoubt, sent);
                     return Err(error);
                 }
                 Ok(answer) => answer,
@@ -326,7 +347,7 @@ impl Own {
 
     /// The record as it was just before that revision, as far as etcd still knows.
     fn before(&self, name: &LeaseName, revision: u64, by: Deadline) -> Result<Record> {
-        let body = json!({ "key": self.keys.record(name), "revision": (revision - 1).to_string() });
+        let body = json!({ "key": self.keys.record(name), "revision": revision.saturating_sub(1).to_string() });
         match self.gateway.ask("/v3/kv/range", &body, by) {
             Ok(answer) => Ok(Record::parse(&answer["kvs"][0])),
             Err(StoreError::Refused(_)) => Ok(Record::parse(&Value::Null)),
@@ -339,6 +360,10 @@ impl Own {
         let began = now();
         if session.covers(grant, began) {
             return Ok(Renewal::Extended { ttl: session.left(began) });
+        }
+        // It is being let go: nobody has it, though its key may still be there.
+        if session.loose(Some(*grant.claim())).is_some() {
+            return Ok(Renewal::Lost { by: None });
         }
         let turn = session.turn.try_lock_until(by.moment());
         let _turn = turn.ok_or_else(|| StoreError::refused("another renewal of its session is under way"))?;
@@ -388,7 +413,7 @@ impl Own {
     }
 
     /// Frees the key of a grant; see [`free`](Self::free).
-    fn give_back(&self, grant: &Grant, why: Loose, record: Option<&str>, by: Deadline) -> Result<Result<(), Record>> {
+    fn give_back(&self, grant: &Grant, why: Loose, record: Option<&str>, by: Deadline) -> Result<Result<(), Found>> {
         let session = session_of(grant)?;
         let freed = self.free(grant.name(), Some(*grant.claim()), grant.token(), record, by);
         match freed {
@@ -401,8 +426,8 @@ impl Own {
         freed
     }
 
-    /// Deletes the `held` key of that revision and claim, and writes the record if one is given. `Err` is the record as
-    /// it stands, where the key is not so.
+    /// Deletes the `held` key of that revision and claim, and writes the record if one is given. `Err` is what was found
+    /// where the key is not so.
     fn free(
         &self,
         name: &LeaseName,
@@ -410,13 +435,13 @@ impl Own {
         revision: u64,
         record: Option<&str>,
         by: Deadline,
-    ) -> Result<Result<(), Record>> {
+    ) -> Result<Result<(), Found>> {
         let record_key = self.keys.record(name);
         let mut then = vec![json!({ "request_delete_range": { "key": self.keys.held(name) } })];
         then.extend(record.map(|text| json!({ "request_put": { "key": record_key, "value": encoded(text) } })));
         let otherwise = json!([{ "request_range": { "key": record_key } }]);
         let answer = self.transact(self.is_held(name, revision, claim), then.into(), otherwise, by)?;
-        Ok(if answer.is_done() { Ok(()) } else { Err(Record::parse(answer.read(0))) })
+        Ok(if answer.is_done() { Ok(()) } else { Err(Found::of(&answer)) })
     }
 
     fn look(&self, name: &LeaseName, by: Deadline) -> Result<Option<Seen>> {
@@ -480,10 +505,12 @@ impl Own {
     }
 
     /// The next lease of this ttl needs another session.
-    fn forget(&self, ttl: Duration, session: &Arc<Session>) {
+    fn forget(&self, ttl: Duration, session: &Arc<Session>, by: Deadline) {
         let seconds = ttl.as_secs() + u64::from(ttl.subsec_nanos() > 0);
         let place = self.sessions.lock().entry(seconds).or_default().clone();
-        place.lock().take_if(|current| Arc::ptr_eq(current, session));
+        if let Some(mut place) = place.try_lock_until(by.moment()) {
+            place.take_if(|current| Arc::ptr_eq(current, session));
+        }
     }
 }
 
@@ -546,5 +573,25 @@ impl Ear for Watch {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lease_that_is_being_let_go_is_lost_though_its_key_may_be_there() {
+        // Nobody listens there, so nothing but what the session knows can answer.
+        let own = Own::new(&Address::parse("etcd://127.0.0.1:1").unwrap());
+        let (began, ttl) = (now(), Duration::from_secs(8));
+        let (name, claim) = (LeaseName::new("one").unwrap(), ClaimId::from_number(1));
+        let session = Arc::new(Session::new(1, ttl, began));
+        session.add(&name, &claim, 1, began);
+        let grant = Grant::new(&name, &claim, 1, ttl).with_handle(session.clone());
+        let renewed = || own.renew(&grant, Deadline::after(ttl));
+        assert!(matches!(renewed(), Ok(Renewal::Extended { .. })));
+        assert_eq!(session.to_let_go(now() + ttl * 2).len(), 1);
+        assert!(matches!(renewed(), Ok(Renewal::Lost { .. })));
     }
 }

@@ -13,7 +13,9 @@
 //!
 //! **What is loose is let go.** A key lives as long as its session, so one that nobody has, or nobody renews, would stay
 //! as long as other leases of the process do. There are three sorts: see [`Loose`]. Whoever keeps the session deletes
-//! those that have been loose for a ttl, and a new acquisition takes them over at once.
+//! those that have been loose for a ttl, and a new acquisition takes them over at once. A request that got no answer may
+//! be carried out later than the one that was made in its place, so what it may have left is looked after for three
+//! ttls, also when its claim has been granted, and released, since.
 //!
 //! A session that no lease uses is kept by nobody, and gone after its ttl.
 
@@ -136,7 +138,6 @@ impl Session {
     pub(super) fn add(&self, name: &LeaseName, claim: &ClaimId, token: u64, sent: Duration) {
         let key = Key { claim: *claim, token, found: sent, renewed: now() };
         let mut state = self.state.lock();
-        state.loose.retain(|loose| loose.claim != *claim);
         // An answer that was overtaken by the one to a later acquisition tells nothing any more.
         if state.keys.get(name).is_none_or(|known| known.token <= token) {
             state.keys.insert(name.clone(), key);
@@ -146,7 +147,6 @@ impl Session {
     /// The grant's key is not attached any more.
     pub(super) fn remove(&self, grant: &Grant) {
         let mut state = self.state.lock();
-        state.loose.retain(|loose| loose.claim != *grant.claim());
         if state.keys.get(grant.name()).is_some_and(|key| key.is_of(grant)) {
             state.keys.remove(grant.name());
         }
@@ -168,40 +168,34 @@ impl Session {
         if state.keys.get(name).is_some_and(|key| key.claim == *claim) {
             state.keys.remove(name);
         }
-        let loose = LooseKey { name: name.clone(), claim: *claim, why, since, due: since + self.ttl };
-        match state.loose.iter_mut().find(|known| known.claim == *claim) {
-            Some(known) => known.why = why,
-            None => state.loose.push(loose),
-        }
+        state.loosen(LooseKey { name: name.clone(), claim: *claim, why, since, due: since + self.ttl });
     }
 
     /// Why nobody has the key of this claim, if nobody has.
     pub(super) fn loose(&self, claim: Option<ClaimId>) -> Option<Loose> {
         let state = self.state.lock();
-        state.loose.iter().find(|loose| Some(loose.claim) == claim).map(|loose| loose.why)
+        let loose = state.loose.iter().find(|loose| Some(loose.claim) == claim)?;
+        (!state.has(loose)).then_some(loose.why)
     }
 
     /// The loose keys that are to be deleted now. They are told of again, for a request that got no answer may still be
     /// under way.
     pub(super) fn to_let_go(&self, now: Duration) -> Vec<(LeaseName, ClaimId, Loose)> {
         let mut state = self.state.lock();
-        let State { keys, loose, .. } = &mut *state;
-        loose.extend(
-            keys.extract_if(|_, key| now.saturating_sub(key.renewed) > self.ttl).map(|(name, key)| LooseKey {
-                name,
-                claim: key.claim,
-                why: Loose::RunOut,
-                since: now,
-                due: now,
-            }),
-        );
+        let run_out: Vec<_> = state.keys.extract_if(|_, key| now.saturating_sub(key.renewed) > self.ttl).collect();
+        for (name, key) in run_out {
+            state.loosen(LooseKey { name, claim: key.claim, why: Loose::RunOut, since: now, due: now });
+        }
+        let mut loose = std::mem::take(&mut state.loose);
         loose.retain(|loose| now < loose.since + self.ttl * LONG);
-        let due = loose.iter_mut().filter(|loose| loose.due <= now).take(MOST_LOOSE);
-        due.map(|loose| {
+        let due = loose.iter_mut().filter(|loose| loose.due <= now && !state.has(loose)).take(MOST_LOOSE);
+        let to_let_go = due.map(|loose| {
             loose.due = now + self.ttl;
             (loose.name.clone(), loose.claim, loose.why)
-        })
-        .collect()
+        });
+        let to_let_go = to_let_go.collect();
+        state.loose = loose;
+        to_let_go
     }
 
     /// The keys to look at together with the grant's: those that have not been found for longest.
@@ -234,6 +228,19 @@ impl Session {
                 None => {}
             }
         }
+    }
+}
+
+impl State {
+    /// What is known of a claim last is what counts.
+    fn loosen(&mut self, key: LooseKey) {
+        self.loose.retain(|known| known.claim != key.claim);
+        self.loose.push(key);
+    }
+
+    /// Whether the claim was granted after all, by a later request.
+    fn has(&self, loose: &LooseKey) -> bool {
+        self.keys.get(&loose.name).is_some_and(|key| key.claim == loose.claim)
     }
 }
 
@@ -314,9 +321,33 @@ mod tests {
         assert_eq!(session.loose(Some(*hung.claim())), Some(Loose::RunOut));
         assert!(session.to_let_go(began + S * 16).is_empty(), "a ttl later, again");
         assert_eq!(session.to_let_go(began + S * 18).len(), 3);
-        // An answer to a repeated request settles it.
-        add(&session, &grant("lost", 3), began);
-        assert_eq!(session.loose(Some(*grant("lost", 3).claim())), None);
+    }
+
+    #[test]
+    fn a_doubt_outlasts_the_grant_and_the_release_of_its_claim() {
+        let (session, lease) = (Session::new(1, S * 8, now()), grant("one", 1));
+        let (began, claim) = (now(), lease.claim());
+        session.loosen(lease.name(), claim, Loose::InDoubt, began);
+        add(&session, &lease, began);
+        assert_eq!(session.loose(Some(*claim)), None, "it is held");
+        session.covers(&lease, began + S * 8);
+        assert!(session.to_let_go(began + S * 9).is_empty());
+        session.remove(&lease);
+        // The first request may only now be carried out.
+        assert_eq!(session.loose(Some(*claim)), Some(Loose::InDoubt));
+        assert_eq!(session.to_let_go(began + S * 10), [(lease.name().clone(), *claim, Loose::InDoubt)]);
+        assert!(session.to_let_go(began + S * 24).is_empty(), "not for ever");
+    }
+
+    #[test]
+    fn a_claim_is_loose_for_one_reason() {
+        let (session, lease) = (Session::new(1, S * 8, now()), grant("one", 1));
+        let began = now();
+        session.loosen(lease.name(), lease.claim(), Loose::InDoubt, began);
+        add(&session, &lease, began);
+        let run_out = [(lease.name().clone(), *lease.claim(), Loose::RunOut)];
+        assert_eq!(session.to_let_go(began + S * 9), run_out);
+        assert_eq!(session.to_let_go(began + S * 26), run_out, "looked after from when it ran out");
     }
 
     #[test]

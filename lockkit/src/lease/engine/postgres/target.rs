@@ -63,6 +63,10 @@ impl Target {
         let wrong = |problem: &str| invalid(url, problem);
         let mut tls = Tls::default();
         let parts = Parts::of(url);
+        // The builder below would take the second one's left for the host.
+        if parts.authority.matches('@').count() > 1 {
+            return Err(wrong("it has more than one @ before its path; in a user or password write %40"));
+        }
         let mut rest = Vec::new();
         for (key, value) in parts.parameters() {
             let value =

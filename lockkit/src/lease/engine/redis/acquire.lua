@@ -9,7 +9,7 @@ if claim ~= ARGV[1] or state ~= 'held' then
         return {'busy', token, claim, whole(left), owner}
     end
     before = ''
-    if claim and state ~= 'released' then
+    if claim and state ~= 'released' and state ~= 'evicted' then
         -- Never empty, so that an owner who is not known is told of, too.
         before = ' ' .. owner
     end
