@@ -403,3 +403,40 @@ impl ServerCertVerifier for Verifier {
         self.schemes.clone()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hosts_of(url: &str) -> Vec<String> {
+        let target = Target::of(url).unwrap_or_else(|error| panic!("{url}: {error}"));
+        target.hosts.iter().map(|(host, port)| shown(host, *port)).collect()
+    }
+
+    #[test]
+    fn hosts_are_paired_with_ports_as_libpq_does() {
+        assert_eq!(hosts_of("postgres://u@a.example/db"), ["a.example:5432"]);
+        assert_eq!(hosts_of("postgres://u:p@a:1,b,[::1]:3/db?sslmode=disable"), ["a:1", "b:5432", "::1:3"]);
+        assert_eq!(hosts_of("postgres://u@%2Fvar%2Frun/db"), ["/var/run/.s.PGSQL.5432"]);
+        assert_eq!(hosts_of("postgres:///db?host=/var/run&port=7"), ["/var/run/.s.PGSQL.7"]);
+        assert_eq!(hosts_of("postgres:///db?host=a&hostaddr=127.0.0.1&port=7"), ["a:7"]);
+    }
+
+    #[test]
+    fn a_url_that_is_not_right_is_an_error_that_says_what_is_wrong_and_no_password() {
+        for (url, says) in [
+            ("postgres:///db", "names no host"),
+            ("postgres://u:secret@a,b/db?port=1,2,3", "ports"),
+            ("postgres://u:secret@a/db?sslmode=allow", "sslmode is"),
+            ("postgres://u:secret@a/db?sslmode=verify-ca", "sslrootcert"),
+            ("postgres://u:secret@a/db?sslrootcert=/nowhere&sslmode=verify-full", "/nowhere cannot be read"),
+            ("postgres://u:secret@a/db?sslcert=/nowhere", "go together"),
+            ("postgres://u:secret@a/db?target_session_attrs=read-only", "a lease is written"),
+            ("postgres://u:secret@a/db?nonsense=secret", "nonsense"),
+            ("postgres://u:secret@a/db?connect_timeout=secret", "connect_timeout"),
+        ] {
+            let error = Target::of(url).err().unwrap_or_else(|| panic!("{url} is taken")).to_string();
+            assert!(error.contains(says) && !error.contains("secret"), "{url}: {error}");
+        }
+    }
+}
