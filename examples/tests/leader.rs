@@ -2,10 +2,9 @@
 
 mod common;
 
-use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::example;
+use common::said_by;
 
 /// As long as the example may take on a busy machine; it takes a little more than its ttl of 2 s.
 const A_FEW_SECONDS: Duration = Duration::from_secs(30);
@@ -20,11 +19,7 @@ fn leads(line: &str) -> (&str, u64, &str) {
 #[test]
 fn a_killed_leader_is_followed_and_a_stopped_one_is_refused_and_knows_it() {
     let start = Instant::now();
-    let output = Command::new(example("leader")).output().unwrap();
-    let said = String::from_utf8(output.stdout).unwrap();
-    println!("{said}");
-    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
-    assert!(output.status.success(), "{}", output.status);
+    let said = said_by("leader", &[]);
     assert!(start.elapsed() < A_FEW_SECONDS, "{:?}", start.elapsed());
 
     let mut lines = said.lines();

@@ -2,15 +2,11 @@
 
 mod common;
 
-use std::process::Command;
-
-use common::example;
+use common::said_by;
 
 #[test]
 fn the_owner_after_a_death_is_told_and_all_locks_are_free_at_the_end() {
-    let output = Command::new(example("lock_table")).output().unwrap();
-    assert!(output.status.success(), "{output:?}");
-    let told = String::from_utf8(output.stdout).unwrap();
+    let told = said_by("lock_table", &[]);
     let lines = |part: &str| told.lines().filter(|line| line.contains(part)).count();
     assert_eq!(lines("checks account 2, for its last owner died inside: pid "), 1, "{told}");
     assert_eq!(lines("checks account"), 1, "{told}");

@@ -1,0 +1,51 @@
+//! A section of a program that one process at a time is in: a guard in a block.
+//!
+//! The first process goes into the section and starts a second one, which waits for it a moment, gives up and says who
+//! is inside. When the block of the first one ends, the next to come gets in.
+//!
+//! Run with `cargo run --example scoped_guard`. [`section`] is what to copy.
+
+use std::error::Error;
+use std::process::{Command, id};
+use std::time::Duration;
+
+use lockkit::NamedLock;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    if std::env::args_os().len() > 1 {
+        return section(|| Ok(()));
+    }
+    section(another)?;
+    another()
+}
+
+/// Does `work` inside the section, unless somebody else stays there too long.
+fn section(work: impl FnOnce() -> Result<(), Box<dyn Error>>) -> Result<(), Box<dyn Error>> {
+    let lock = NamedLock::new("lockkit-example-section")?;
+    {
+        let guard = match lock.lock_for(Duration::from_millis(100)) {
+            Ok(guard) => guard,
+            Err(error) if error.is_timeout() => {
+                println!("pid {} gives up: {error}", id());
+                return Ok(());
+            }
+            Err(error) => return Err(error.into()),
+        };
+        if let Some(died) = guard.recovered() {
+            println!("pid {} looks first what is half done, for the last one died inside: {died}", id());
+        }
+        println!("pid {} is inside", id());
+        work()?;
+        println!("pid {} leaves", id());
+    } // Here the guard is dropped, on whatever way the block is left.
+    Ok(())
+}
+
+/// Lets a second process try.
+fn another() -> Result<(), Box<dyn Error>> {
+    let status = Command::new(std::env::current_exe()?).arg("once").status()?;
+    if !status.success() {
+        return Err(format!("the other one failed: {status}").into());
+    }
+    Ok(())
+}

@@ -1,0 +1,25 @@
+//! Runs the example: the second process must be told who is inside, and the third get in.
+
+mod common;
+
+use common::said_by;
+
+#[test]
+fn who_comes_meanwhile_is_told_who_is_inside_and_who_comes_afterwards_gets_in() {
+    let said = said_by("scoped_guard", &[]);
+    let lines: Vec<&str> = said.lines().collect();
+    assert_eq!(lines.len(), 5, "{said}");
+    let pid = |line: &str, does: &str| {
+        let pid = line.strip_prefix("pid ").and_then(|rest| rest.strip_suffix(does));
+        pid.unwrap_or_else(|| panic!("{line:?} does not end with {does:?}")).parse::<u32>().unwrap()
+    };
+    let (first, last) = (pid(lines[0], " is inside"), pid(lines[3], " is inside"));
+    let refusal = format!(
+        " gives up: the named lock \"lockkit-example-section\" was still held by pid {first} (scoped_guard), since "
+    );
+    assert!(lines[1].contains(&refusal), "{said}");
+    assert!(lines[1].contains(" after waiting "), "{said}");
+    assert_eq!(pid(lines[2], " leaves"), first);
+    assert_eq!(pid(lines[4], " leaves"), last);
+    assert!(first != last);
+}

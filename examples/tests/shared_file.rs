@@ -1,0 +1,15 @@
+//! Runs the example: no writer may lose a number, and no reader see half of one.
+
+mod common;
+
+use common::said_by;
+
+#[test]
+fn four_writers_lose_no_number_and_a_reader_sees_no_half_of_one() {
+    let said = said_by("shared_file", &[]);
+    let lines: Vec<&str> = said.lines().collect();
+    assert_eq!(lines[0], "the number is 0");
+    assert_eq!(lines[1..5], ["a writer ended: exit status: 0"; 4]);
+    assert_eq!(lines[5], "the number is 200: no writer lost one, no reader saw half of one");
+    assert_eq!(lines.len(), 6, "{said}");
+}
