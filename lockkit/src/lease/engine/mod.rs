@@ -19,7 +19,9 @@ pub(super) mod redis;
 
 use std::io;
 use std::mem;
-use std::sync::Arc;
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::sync::{Arc, mpsc};
+use std::thread;
 use std::time::SystemTime;
 
 use parking_lot::Mutex;
@@ -175,6 +177,19 @@ pub(super) fn not_connected(place: &str, error: &io::Error) -> StoreError {
         }
         _ => StoreError::refused(format!("{place} cannot be reached: {error}")),
     }
+}
+
+/// The addresses of a host. The system's own look-up knows no limit, so it is left to a thread, which ends when it does.
+pub(super) fn addresses(host: &str, port: u16, by: store::Deadline) -> io::Result<Vec<SocketAddr>> {
+    if let Ok(address) = host.trim_matches(['[', ']']).parse::<IpAddr>() {
+        return Ok(vec![(address, port).into()]);
+    }
+    let (send, found) = mpsc::sync_channel(1);
+    let host = host.to_owned();
+    thread::Builder::new().name("lockkit-lookup".to_owned()).spawn(move || {
+        let _ = send.send((&*host, port).to_socket_addrs().map(Iterator::collect));
+    })?;
+    found.recv_timeout(by.remaining()).unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 
 /// Tries to acquire: `ask` makes the request, and is told whose grant counts as run out, if anybody's. The claim and

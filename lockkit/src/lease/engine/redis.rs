@@ -10,8 +10,8 @@
 //!   has an older one, the holder's next beat puts it back, unless somebody else has come first.
 //! - **A failover** may lose what was not copied yet, and so give the lease twice; the later holder's token is greater
 //!   as long as the new primary's clock is not behind. Only the token makes that safe.
-//! - **A request** ends by its deadline, but for the time that looking up the name of the host takes, which nothing
-//!   bounds; an address, or a name in `/etc/hosts`, costs none.
+//! - **A request** ends by its deadline. Only over TLS the client looks up the name of the host once more, which nothing
+//!   bounds; an address, or a name in `/etc/hosts`, costs no time.
 //! - **Waiters** leave a mark in the record. A release that finds it publishes to the channel `lockkit:{name}`; one
 //!   connection of the process listens to all of these.
 
@@ -32,7 +32,7 @@ use redis::{
 };
 use rustls::crypto::CryptoProvider;
 
-use super::{Bells, Ear, OfProcess, Pool, attempt, not_connected, own_text, owner_of};
+use super::{Bells, Ear, OfProcess, Pool, addresses, attempt, not_connected, own_text, owner_of};
 use crate::error::{Error, Result as AnyResult};
 use crate::lease::connect::{Parts, invalid};
 use crate::lease::store::{
@@ -377,9 +377,7 @@ impl Server {
 
     /// A connection that is ready for requests.
     fn connect(&self, by: Deadline) -> Result<Connection> {
-        let client = self.client()?;
-        let limit = by.remaining().max(MOMENT);
-        let mut connection = client.get_connection_with_timeout(limit).map_err(|error| self.unreachable(&error))?;
+        let mut connection = self.open(by)?;
         // What fails here has changed nothing, whatever came of it.
         let mut ask = |command: &Cmd| match ask(&mut connection, command, by) {
             Err(error) => Err(self.unreachable(&error)),
@@ -414,10 +412,36 @@ impl Server {
         Ok(connection)
     }
 
-    fn client(&self) -> Result<Client> {
-        if !self.is_tls() {
-            return Client::open(self.address.clone()).map_err(|error| self.unreachable(&error));
-        }
+    /// A connection to the first address of the host that answers; of the time that is left each gets an equal part.
+    fn open(&self, by: Deadline) -> Result<Connection> {
+        let open = |client: Client, part: u32| {
+            let limit = (by.remaining() / part.max(1)).max(MOMENT);
+            client.get_connection_with_timeout(limit)
+        };
+        let look_up = |host, port| addresses(host, port, by).map_err(|error| not_connected(&self.place, &error));
+        let count = |left: usize| u32::try_from(left).unwrap_or(u32::MAX);
+        let opened = match self.address.addr() {
+            ConnectionAddr::Tcp(host, port) => {
+                let found = look_up(host, *port)?;
+                let mut opened = Err(io::Error::from(io::ErrorKind::NotFound).into());
+                for (at, address) in found.iter().enumerate() {
+                    let address = ConnectionAddr::Tcp(address.ip().to_string(), *port);
+                    opened = Client::open(self.address.clone().set_addr(address))
+                        .and_then(|client| open(client, count(found.len() - at)));
+                    if opened.is_ok() {
+                        break;
+                    }
+                }
+                opened
+            }
+            // The client has to know the name, so it is the client that tries them all, each for so long.
+            ConnectionAddr::TcpTls { host, port, .. } => open(self.tls_client()?, count(look_up(host, *port)?.len())),
+            _ => Client::open(self.address.clone()).and_then(|client| open(client, 1)),
+        };
+        opened.map_err(|error| self.unreachable(&error))
+    }
+
+    fn tls_client(&self) -> Result<Client> {
         // The client takes the process's, and panics where there is none and several could be.
         if CryptoProvider::get_default().is_none() {
             let _ = rustls::crypto::ring::default_provider().install_default();

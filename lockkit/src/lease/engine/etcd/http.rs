@@ -5,15 +5,15 @@
 //! told whether a failure came before anything of the request was sent ([`Connection::open`]), or after.
 
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
-use std::sync::{Arc, mpsc};
-use std::thread;
+use std::net::TcpStream;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::net::sockopt::{set_socket_keepalive, set_tcp_keepcnt, set_tcp_keepidle, set_tcp_keepintvl};
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ClientConnection, StreamOwned};
 
+use crate::lease::engine::addresses;
 use crate::lease::store::Deadline;
 
 /// No piece of an answer, and no head, is longer.
@@ -296,19 +296,4 @@ fn dial(host: &Arc<str>, port: u16, by: Deadline) -> io::Result<TcpStream> {
         }
     }
     Err(failure)
-}
-
-fn addresses(host: &Arc<str>, port: u16, by: Deadline) -> io::Result<Vec<SocketAddr>> {
-    let bare = host.trim_start_matches('[').trim_end_matches(']');
-    if let Ok(address) = bare.parse::<IpAddr>() {
-        return Ok(vec![(address, port).into()]);
-    }
-    // The system's resolver knows no limit, so it is left behind where it takes longer.
-    let (send, receive) = mpsc::sync_channel(1);
-    let host = host.clone();
-    thread::Builder::new().name("lockkit-resolve".to_owned()).spawn(move || {
-        let found = (&*host, port).to_socket_addrs().map(|found| found.collect());
-        let _ = send.send(found);
-    })?;
-    receive.recv_timeout(by.remaining()).unwrap_or_else(|_| Err(ErrorKind::TimedOut.into()))
 }

@@ -8,11 +8,10 @@
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 use std::io;
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
@@ -31,7 +30,7 @@ use super::failure;
 use super::link::Link;
 use crate::error;
 use crate::lease::connect::{Parts, invalid};
-use crate::lease::engine::not_connected;
+use crate::lease::engine::{addresses, not_connected};
 use crate::lease::store::{Deadline, StoreError};
 use crate::sys::event;
 use crate::sys::fork::Shielded;
@@ -157,7 +156,7 @@ impl Target {
         let (socket, name) = match host {
             Where::Unix(folder) => (self.unix(folder, *port, by), None),
             Where::At(address, name) => (self.tcp(&[(*address, *port).into()], by), Some(&**name)),
-            Where::Named(name) => (look_up(name, *port, by).and_then(|found| self.tcp(&found, by)), Some(&**name)),
+            Where::Named(name) => (addresses(name, *port, by).and_then(|found| self.tcp(&found, by)), Some(&**name)),
         };
         let opened = Link::open(socket.map_err(failed)?, name, &self.config, &self.tls, by);
         opened.map_err(|cut| failure::of_connecting(cut, &shown(host, *port), self.user(), late))
@@ -220,18 +219,6 @@ impl Target {
 fn socket(family: AddressFamily) -> io::Result<Shielded<OwnedFd>> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     Ok(Shielded::new(|| socket_with(family, SocketType::STREAM, flags, None))?)
-}
-
-/// The addresses of a name. The system's own look-up knows no limit, so it is left to a thread, which ends when it
-/// does.
-fn look_up(name: &str, port: u16, by: Deadline) -> io::Result<Vec<SocketAddr>> {
-    let (send, found) = mpsc::channel();
-    let name = name.to_owned();
-    let look = move || {
-        let _ = send.send((&*name, port).to_socket_addrs().map(Iterator::collect));
-    };
-    thread::Builder::new().name("lockkit-lookup".to_owned()).spawn(look)?;
-    found.recv_timeout(by.remaining()).unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 
 /// The hosts and their ports, as libpq pairs them.
