@@ -21,7 +21,7 @@ use crate::managers::{self, Table};
 
 /// A lock of any kind.
 pub trait AnyLock: Send + Sync {
-    /// As [`Lock::acquire`].
+    /// As [`lockkit::Lock::acquire`].
     fn acquire(&self, wait: &Wait) -> Result<Box<dyn AnyGuard>>;
     /// As [`AsyncLock::acquire_async`].
     fn acquire_async<'w>(&'w self, wait: &'w Wait) -> Taking<'w>;

@@ -16,7 +16,7 @@ pub enum Direction {
     Answer,
 }
 
-/// See the [module](self). It ends when it is dropped, and its connections with it.
+/// Stands between a client and a server, and cuts where it is told to. It ends when it is dropped, and its connections with it.
 pub struct Proxy {
     port: u16,
     state: Arc<State>,
