@@ -9,7 +9,8 @@ use std::process::Command;
 
 use lockkit_benches::table;
 
-const PROGRAMS: [&str; 7] = ["uncontended", "contended", "managers", "leases", "command", "memory", "tracing"];
+const PROGRAMS: [&str; 9] =
+    ["uncontended", "contended", "managers", "leases", "engines", "etcd", "command", "memory", "tracing"];
 
 fn main() {
     let rows: Vec<_> = PROGRAMS.into_iter().flat_map(table::kept).collect();
