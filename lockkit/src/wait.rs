@@ -5,7 +5,6 @@
 //! through `Patience`, so a limit and a token mean the same for all of them. No wait needs a helper thread.
 
 use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -15,6 +14,7 @@ use parking_lot::Mutex;
 use crate::error::{Error, ErrorKind, Result};
 use crate::owner::Owner;
 use crate::sys::event::{self, Event, Woke};
+use crate::sys::fd::{AsFd, BorrowedFd};
 use crate::sys::fork;
 
 /// How long to wait for a lock.
@@ -211,6 +211,12 @@ impl Patience {
     /// Waits until `fd` has something to read, but no longer than `pause`, which is then `Ok`, too.
     pub(crate) fn readable_within(&self, fd: BorrowedFd<'_>, pause: Duration) -> Result<Waited> {
         self.pause(Some(fd), pause)
+    }
+
+    /// What wakes the waiter when it is cancelled.
+    #[cfg(windows)]
+    pub(crate) fn event(&self) -> Option<&Arc<Event>> {
+        self.cancel.as_ref().map(|(_, event)| event)
     }
 
     /// The moment to give up at.

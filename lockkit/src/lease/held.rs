@@ -5,7 +5,6 @@
 
 use std::fmt;
 use std::mem;
-use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -17,6 +16,7 @@ use super::tenure::{LossReason, Next, Tenure};
 use super::{Inner, Loss};
 use crate::error::{Error, ErrorKind, Result};
 use crate::owner::Owner;
+use crate::sys::fd::AsFd;
 use crate::sys::fork;
 use crate::wait::{CancelToken, Subject, Wait};
 
