@@ -204,6 +204,7 @@ impl Patience {
     }
 
     /// Waits until `fd` has something to read, or has hung up.
+    #[cfg(target_os = "linux")]
     pub(crate) fn readable(&self, fd: BorrowedFd<'_>) -> Result<Waited> {
         self.wait(Some(fd), self.until)
     }

@@ -17,7 +17,9 @@ mod windows;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use crate::error::{Error, Result};
+#[cfg(unix)]
+use crate::error::Error;
+use crate::error::Result;
 use crate::lock::{Guard, Recovered, lock_methods};
 use crate::name;
 use crate::owner::Owner;

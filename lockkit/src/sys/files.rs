@@ -5,10 +5,12 @@
 pub(crate) use std::fs::Metadata as Seen;
 pub(crate) use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 
+use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags, RawMode, fchmod};
 
@@ -79,4 +81,9 @@ pub(crate) fn is_local(file: &File) -> bool {
 #[cfg(not(any(target_os = "linux", target_os = "android", target_vendor = "apple", target_os = "freebsd")))]
 pub(crate) fn is_local(_: &File) -> bool {
     false
+}
+
+/// The path that a `file:` URL names, decoded.
+pub(crate) fn path_of_url(path: Vec<u8>) -> Option<PathBuf> {
+    Some(OsString::from_vec(path).into())
 }

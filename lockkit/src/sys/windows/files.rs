@@ -13,7 +13,7 @@ use std::mem::MaybeUninit;
 use std::ops::Deref;
 use std::os::windows::fs::{FileExt as _, OpenOptionsExt as _};
 use std::os::windows::io::AsRawHandle;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use windows_sys::Win32::Foundation::{ERROR_ACCESS_DENIED, ERROR_INVALID_PARAMETER, STATUS_DELETE_PENDING};
 use windows_sys::Win32::Storage::FileSystem::{
@@ -29,7 +29,11 @@ pub(crate) const NONBLOCK: i32 = 0;
 /// There are no terminals to come by here.
 pub(crate) const NOCTTY: i32 = 0;
 
-windows_sys::core::link!("ntdll.dll" "system" fn RtlGetLastNtStatus() -> i32);
+#[link(name = "ntdll")]
+unsafe extern "system" {
+    /// What the last system call of this thread came to: the Windows error that is made of it says less.
+    safe fn RtlGetLastNtStatus() -> i32;
+}
 
 /// Reading and writing at offsets. It moves the file's position, which nothing here goes by.
 pub(crate) trait FileExt {
@@ -153,8 +157,7 @@ pub(crate) fn create(options: &OpenOptions, path: &Path) -> io::Result<File> {
 
 /// The error of the call that has just failed, or `instead` where it met a file that is being deleted.
 fn unless_pending(error: io::Error, instead: io::ErrorKind) -> io::Error {
-    // SAFETY: reads a field of this thread's own block.
-    let status = unsafe { RtlGetLastNtStatus() };
+    let status = RtlGetLastNtStatus();
     match error.raw_os_error() == Some(ERROR_ACCESS_DENIED as i32) && status == STATUS_DELETE_PENDING {
         true => instead.into(),
         false => error,
@@ -250,4 +253,10 @@ pub(crate) fn is_local(file: &File) -> bool {
     let remote = unsafe { GetFileInformationByHandleEx(file.as_raw_handle(), FileRemoteProtocolInfo, to, length) };
     let failed = io::Error::last_os_error();
     remote == 0 && failed.raw_os_error() == Some(ERROR_INVALID_PARAMETER as i32)
+}
+
+/// The path that a `file:` URL names, decoded: in `/C:/path` the first slash is no part of it.
+pub(crate) fn path_of_url(path: Vec<u8>) -> Option<PathBuf> {
+    let path = PathBuf::from(String::from_utf8(path).ok()?.strip_prefix('/')?);
+    path.is_absolute().then_some(path)
 }

@@ -9,7 +9,6 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::windows::fs::OpenOptionsExt as _;
 use std::os::windows::io::{FromRawHandle, OwnedHandle};
 use std::path::PathBuf;
 use std::ptr;
