@@ -1,5 +1,7 @@
 //! FileLock: every case of the suite, and what is its own.
 
+#![cfg(unix)]
+
 use std::fs::{self, File};
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};

@@ -1,5 +1,7 @@
 //! Lease: every case of the suite, and what is its own.
 
+#![cfg(unix)]
+
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};

@@ -1,7 +1,9 @@
 //! The second process of the tests; see `lockkit_tests::actor`, `chaos` and `steps`.
 
+#[cfg(unix)]
 use lockkit_tests::{Spec, actor, chaos, faults, leases, managers, rogue, steps};
 
+#[cfg(unix)]
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let mut arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
@@ -30,3 +32,6 @@ fn main() {
         ),
     }
 }
+
+#[cfg(not(unix))]
+fn main() {}
