@@ -98,6 +98,7 @@ pub(crate) fn wait(
 }
 
 /// Whether `fd` can be read now.
+#[cfg_attr(not(target_os = "linux"), allow(dead_code))]
 pub(crate) fn is_readable(fd: BorrowedFd<'_>) -> bool {
     let mut polled = [watch(fd)];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };

@@ -45,7 +45,7 @@ pub(crate) enum Sharing {
 
 impl Sharing {
     /// The mode of the files inside.
-    pub(crate) fn file_mode(self) -> RawMode {
+    pub(crate) fn file_mode(self) -> u32 {
         match self {
             Self::User(_) => 0o600,
             Self::Machine => 0o666,
@@ -74,11 +74,12 @@ impl Folder {
     }
 
     /// Opens lockkit's file `name` for reading and writing, or makes it: one of its own, not a link to something else.
+    #[cfg(target_os = "linux")]
     pub(crate) fn open_file(&self, name: &str) -> Result<File> {
         let path = self.file(name);
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
         let failed = |error| Error::io("open", &path, error);
-        let mode = Mode::from_raw_mode(self.sharing.file_mode());
+        let mode = Mode::from_raw_mode(self.sharing.file_mode() as RawMode);
         // Never opened and made in one step, which the kernel refuses for another user's file in a sticky folder.
         let file = match open_at(&path, flags, Mode::empty()) {
             Err(Errno::NOENT) => match open_at(&path, flags | OFlags::CREATE | OFlags::EXCL, mode) {

@@ -16,10 +16,6 @@ use super::event;
 use super::folder::Sharing;
 use super::security::{self, Descriptor};
 
-/// The SIDs of the system and of its administrators, who may do as they please anyway. What an administrator makes
-/// belongs to all of them.
-const TRUSTED: [&str; 2] = ["S-1-5-18", "S-1-5-32-544"];
-
 /// A mutex, opened. Taken by a thread, and given back by the same.
 #[derive(Debug)]
 pub(crate) struct Mutex(OwnedHandle);
@@ -52,10 +48,11 @@ impl Mutex {
     /// `PermissionDenied` when another user has made it, whatever that one lets us do.
     pub(crate) fn open(object: &str, sharing: Sharing) -> io::Result<Self> {
         let (text, access) = match sharing {
-            // All of it for the user, the system and its administrators; nothing for anybody else.
+            // All of it for the user, the system and its administrators; nothing for anybody else. The owner is the user
+            // also where it would be a group, as with administrators.
             Sharing::User(_) => {
                 let user = security::user()?;
-                let text = format!("D:P(A;;0x1F0001;;;{user})(A;;0x1F0001;;;SY)(A;;0x1F0001;;;BA)");
+                let text = format!("O:{user}D:P(A;;0x1F0001;;;{user})(A;;0x1F0001;;;SY)(A;;0x1F0001;;;BA)");
                 (text, SYNCHRONIZE | MUTEX_MODIFY_STATE | READ_CONTROL)
             }
             // To wait for it and to give it back for everybody, its maker among them (`OW`), who could otherwise change
@@ -80,7 +77,7 @@ impl Mutex {
         let mutex = Self(unsafe { OwnedHandle::from_raw_handle(handle) });
         if existed && matches!(sharing, Sharing::User(_)) {
             let owner = security::owner_of(&mutex.0)?;
-            if owner != security::user()? && !TRUSTED.contains(&&*owner) {
+            if owner != security::user()? {
                 return Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("{owner} has made it")));
             }
         }
