@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::ptr;
+use std::time::Duration;
 
 /// The folder that the system makes for the files of each user: `DARWIN_USER_DIR` of [confstr(3)]. No environment
 /// variable moves it, and nobody cleans it.
@@ -45,4 +46,13 @@ fn sysctl(name: &str) -> Option<Vec<u8>> {
         unsafe { libc::sysctlbyname(name.as_ptr(), value.as_mut_ptr().cast(), &raw mut length, ptr::null_mut(), 0) };
     value.truncate(length);
     (status == 0).then_some(value)
+}
+
+/// The time since the machine started, that asleep included: `CLOCK_MONOTONIC_RAW`, which is `mach_continuous_time` and,
+/// unlike `CLOCK_MONOTONIC` in earlier versions, is moved by nobody who sets the clock.
+pub(crate) fn time_since_start() -> Duration {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes the time that it is given a place for. It does not fail for this clock.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_RAW, &raw mut now) };
+    Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
 }

@@ -5,12 +5,15 @@
 //! the system's folder for everybody, which belongs to root and is sticky, so that nobody removes another's files, and
 //! no user comes first and locks the others out.
 
+#[cfg(target_os = "linux")]
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FileType, Mode, OFlags, RawMode, fchmod, fstat, mkdir, open as open_at};
+#[cfg(target_os = "linux")]
+use rustix::fs::FileType;
+use rustix::fs::{Mode, OFlags, RawMode, fchmod, fstat, mkdir, open as open_at};
 use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
