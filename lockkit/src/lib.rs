@@ -33,6 +33,8 @@
 
 #![warn(missing_docs)]
 #![deny(unsafe_code)]
+// They are const; clippy does not see it in what the macro makes of them there.
+#![cfg_attr(windows, allow(clippy::missing_const_for_thread_local))]
 
 #[cfg(all(unix, feature = "cli"))]
 #[doc(hidden)]

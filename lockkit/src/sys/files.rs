@@ -73,6 +73,7 @@ pub(crate) fn is_of_a_link(error: &io::Error) -> bool {
 
 /// Whether the file is on a file system of this machine's own, as the system has it.
 #[cfg(any(target_vendor = "apple", target_os = "freebsd"))]
+#[allow(clippy::unnecessary_cast)] // The types differ from system to system.
 pub(crate) fn is_local(file: &File) -> bool {
     rustix::fs::fstatfs(file).is_ok_and(|found| found.f_flags as u64 & libc::MNT_LOCAL as u64 != 0)
 }
