@@ -206,6 +206,8 @@ pub fn second(arguments: &[&str]) {
 fn serve(place: &Place) {
     let take = place.open();
     let mut held = None;
+    // They outlive this process, as what a program starts may.
+    let mut started = Vec::new();
     for line in std::io::stdin().lines().map_while(std::result::Result::ok) {
         let mut take = |wait: &Wait| match take(wait) {
             Ok(taken) => {
@@ -229,7 +231,8 @@ fn serve(place: &Place) {
                 let null = [(); 3].map(|()| Stdio::null());
                 let [input, output, errors] = null;
                 let mut command = Command::new(program());
-                command.arg("sleep").stdin(input).stdout(output).stderr(errors).spawn().expect("it starts");
+                command.arg("sleep").stdin(input).stdout(output).stderr(errors);
+                started.push(command.spawn().expect("it starts"));
                 "spawned".to_owned()
             }
             "panic" => {

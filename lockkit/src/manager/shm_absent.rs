@@ -5,7 +5,8 @@ use std::path::Path;
 use super::{HeldLock, LockManager, ManagedLock, Releases};
 use crate::error::{ErrorKind, Result};
 use crate::lock::Recovered;
-use crate::wait::Wait;
+use crate::owner::Owner;
+use crate::wait::{Subject, Wait};
 
 /// A table of locks in shared memory: Linux only. On this system nobody can have one.
 #[derive(Clone, Copy, Debug)]
