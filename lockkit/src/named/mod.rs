@@ -1,8 +1,8 @@
 //! Locks on a name, valid for all processes of a user or of the machine.
 //!
 //! [`NamedLock`] is the public face; how the lock is held is a [`Backend`]: a listening socket (`socket`, Linux), a
-//! named mutex (`windows`), or a locked file in a private folder (`file`, everywhere else, and on request). What a holder that dies leaves for the
-//! next one to find is the same small record for both (`mark`).
+//! named mutex (`windows`), or a locked file in a private folder (`file`, everywhere else, and on request). What a holder
+//! that dies leaves for the next one to find is the same small record for all of them (`mark`).
 
 #[cfg(target_os = "linux")]
 mod abstracts;
@@ -298,7 +298,7 @@ lock_methods!(
     in_tasks: "With the socket backend the wait is the runtime's own, woken by the kernel through its reactor: no thread, and \
                one descriptor, which is closed with the future. It must be a tokio runtime \
                ([`Unsupported`](crate::ErrorKind::Unsupported) otherwise) with I/O and time (`enable_all`, or tokio \
-               panics). With the file backend a lock that is held is waited for on a thread of its own, as with \
+               panics). With the other backends a lock that is held is waited for on a thread of its own, as with \
                [`FileLock::acquire_async`](crate::FileLock::acquire_async)."
 );
 
