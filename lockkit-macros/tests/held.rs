@@ -1,5 +1,8 @@
 //! The name is held while a function runs, and free once it has returned, however it does.
 
+// They are const; clippy does not see it in what the macro makes of them there.
+#![cfg_attr(windows, allow(clippy::missing_const_for_thread_local))]
+
 use std::future::Future;
 use std::panic::catch_unwind;
 use std::pin::pin;

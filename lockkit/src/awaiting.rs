@@ -13,16 +13,17 @@
 //!   as many waiters would keep the holder from all that needs such a thread, and they live on for seconds.
 
 use std::future::{Future, poll_fn};
-use std::os::fd::BorrowedFd;
 use std::pin::pin;
 
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
+#[cfg(target_os = "linux")]
+use tokio::io::{Interest, unix::AsyncFd};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::lock::Lock;
+#[cfg(target_os = "linux")]
+use crate::sys::fd::BorrowedFd;
 use crate::trace;
 use crate::wait::{CancelToken, Subject, Wait};
 
@@ -52,6 +53,7 @@ pub trait AsyncLock: Lock {
 }
 
 /// When `fd` has something to read, or has hung up; never without one.
+#[cfg(target_os = "linux")]
 pub(crate) async fn readable(fd: Option<BorrowedFd<'_>>) -> std::io::Result<()> {
     let Some(fd) = fd else { return std::future::pending().await };
     // Its successor asks for a promise, in `unsafe`, that the descriptor stays open: that is what borrowing it says.

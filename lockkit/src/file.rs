@@ -15,13 +15,10 @@
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, ErrorKind as Io};
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
-
-use rustix::fs::{Mode as Permissions, OFlags, RawMode, fchmod};
 
 #[cfg(feature = "tokio")]
 use crate::awaiting;
@@ -29,6 +26,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::lock::{Guard, Recovered, lock_methods};
 use crate::owner::Owner;
 use crate::steps::step;
+use crate::sys::files::{self, FileExt, MetadataExt, OpenOptionsExt};
 use crate::sys::flock::{self, Mode};
 use crate::sys::fork::{self, Shielded};
 use crate::sys::slot::Slot;
@@ -365,7 +363,7 @@ impl Inner {
                 Some(open) if open.generation == generation => open,
                 _ => {
                     let (file, made) = self.place.open()?;
-                    let found = file.metadata().map_err(|error| Error::io("look at", &self.place.path, error))?;
+                    let found = files::look(&file).map_err(|error| Error::io("look at", &self.place.path, error))?;
                     let identity = (found.dev(), found.ino());
                     Box::new(Open { file, identity, made, generation, compared: None, held: None })
                 }
@@ -434,7 +432,7 @@ impl Inner {
 impl Place {
     /// Whether the path still leads to the file of this device and inode.
     fn names(&self, identity: (u64, u64)) -> Result<bool> {
-        match std::fs::metadata(&self.path) {
+        match files::look_at(&self.path) {
             Ok(named) => Ok((named.dev(), named.ino()) == identity),
             Err(error) if error.kind() == Io::NotFound => Ok(false),
             Err(error) => Err(Error::io("look at", &self.path, error)),
@@ -478,11 +476,11 @@ impl Place {
     fn create(&self) -> io::Result<Shielded<File>> {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create_new(true).mode(self.mode);
-        let file = Shielded::new(|| options.open(&self.path))?;
+        let file = Shielded::new(|| files::create(&options, &self.path))?;
         step("file made");
         if self.wary {
             // The umask is not ours to change, but the file's mode is.
-            fchmod(&*file, Permissions::from_raw_mode(self.mode as RawMode))?;
+            files::set_mode(&file, self.mode)?;
             step("mode of the file set");
         }
         Ok(file)
@@ -496,18 +494,17 @@ impl Place {
             return Err(unfit());
         }
         // One put there since must not keep the call waiting for its other end, nor become this process's terminal.
-        let mut flags = OFlags::NONBLOCK | OFlags::NOCTTY;
-        flags.set(OFlags::NOFOLLOW, self.wary);
+        let flags = files::NONBLOCK | files::NOCTTY | if self.wary { files::NOFOLLOW } else { 0 };
         let open = |writing| {
             let mut options = OpenOptions::new();
-            options.read(true).write(writing).custom_flags(flags.bits() as i32);
-            Shielded::new(|| options.open(&self.path))
+            options.read(true).write(writing).custom_flags(flags);
+            Shielded::new(|| files::open(&options, &self.path))
         };
         let file = match open(true) {
             Err(error) if for_reading_only(error.kind()) => open(false),
             opened => opened,
         }?;
-        let found = file.metadata()?;
+        let found = files::look(&file)?;
         // One without a name was deleted just now, which shows once it is locked.
         if self.wary && !(found.is_file() && found.nlink() <= 1) {
             return Err(io::Error::new(Io::InvalidInput, "not a plain file of its own"));

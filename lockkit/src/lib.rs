@@ -52,6 +52,8 @@
 #![warn(missing_docs)]
 #![deny(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
+// They are const; clippy does not see it in what the macro makes of them there.
+#![cfg_attr(windows, allow(clippy::missing_const_for_thread_local))]
 
 #[cfg(feature = "tokio")]
 mod awaiting;

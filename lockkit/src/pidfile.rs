@@ -15,14 +15,11 @@
 
 mod record;
 
-use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, ErrorKind as Io};
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
-
-use rustix::fs::OFlags;
 
 #[cfg(feature = "tokio")]
 use crate::awaiting;
@@ -31,6 +28,7 @@ use crate::file::beginning;
 use crate::lock::{Guard, Recovered, lock_methods};
 use crate::owner::{Liveness, Owner};
 use crate::steps::step;
+use crate::sys::files::{self, DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, Seen};
 use crate::sys::flock::{self, Mode};
 use crate::sys::fork::{self, Shielded};
 use crate::sys::process::{self, Probe};
@@ -230,14 +228,14 @@ impl PidFile {
             if !fs::metadata(path)?.is_file() {
                 return Err(not_a_plain_file());
             }
-            OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(path)
+            files::open(OpenOptions::new().read(true).custom_flags(files::NONBLOCK), path)
         };
         let file = match open() {
             Err(error) if error.kind() == Io::NotFound => return Ok(PidStatus::Absent),
             opened => opened.map_err(failed)?,
         };
         let bytes = read_settled(&file).map_err(failed)?;
-        let found = file.metadata().map_err(failed)?;
+        let found = files::look(&file).map_err(failed)?;
         Ok(match record::parse(&bytes) {
             Content::Blank | Content::Invalid(_) => PidStatus::Invalid { age: age(&found).unwrap_or_default() },
             Content::Ours(owner) => match owner.liveness_by_name() {
@@ -312,27 +310,27 @@ impl PidFile {
     }
 
     /// The file that the path names, for reading and writing; `None` when there is none.
-    fn open(&self) -> Result<Option<(Shielded<File>, Metadata)>> {
+    fn open(&self) -> Result<Option<(Shielded<File>, Seen)>> {
         let path = &*self.path;
         // Looked at first, because merely opening a FIFO or a device may do something.
-        match fs::symlink_metadata(path) {
+        match files::look_at_link(path) {
             Err(error) if error.kind() == Io::NotFound => return Ok(None),
             seen => self.check_plain(&seen.map_err(|error| Error::io("look at", path, error))?)?,
         }
         let mut options = OpenOptions::new();
-        options.read(true).write(true).custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits() as i32);
-        let file = match Shielded::new(|| options.open(path)) {
+        options.read(true).write(true).custom_flags(files::NOFOLLOW | files::NONBLOCK);
+        let file = match Shielded::new(|| files::open(&options, path)) {
             Err(error) if error.kind() == Io::NotFound => return Ok(None),
             opened => opened.map_err(|error| Error::io("open", path, error))?,
         };
         // And again, because somebody may have put something else there in between.
-        let found = file.metadata().map_err(|error| Error::io("look at", path, error))?;
+        let found = files::look(&file).map_err(|error| Error::io("look at", path, error))?;
         self.check_plain(&found)?;
         Ok(Some((file, found)))
     }
 
     /// Refuses what is better not written to.
-    fn check_plain(&self, found: &Metadata) -> Result<()> {
+    fn check_plain(&self, found: &Seen) -> Result<()> {
         let problem = match found {
             found if found.is_symlink() => "it is a symbolic link; use the path that it leads to",
             found if !found.is_file() => return Err(Error::io("lock", &self.path, not_a_plain_file())),
@@ -417,7 +415,7 @@ impl PidFile {
     fn create_in_place(&self) -> Result<Attempt> {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create_new(true).mode(self.mode);
-        match Shielded::new(|| options.open(&self.path)) {
+        match Shielded::new(|| files::create(&options, &self.path)) {
             Err(error) if error.kind() == Io::AlreadyExists => Ok(Attempt::Replaced),
             Err(error) => Err(Error::io("create", &self.path, error)),
             Ok(file) => {
@@ -437,9 +435,9 @@ impl PidFile {
         })
     }
 
-    fn read(&self, file: &File) -> Result<(Vec<u8>, Metadata)> {
+    fn read(&self, file: &File) -> Result<(Vec<u8>, Seen)> {
         let failed = |error| Error::io("read", &self.path, error);
-        Ok((read(file).map_err(failed)?, file.metadata().map_err(failed)?))
+        Ok((read(file).map_err(failed)?, files::look(file).map_err(failed)?))
     }
 
     fn invalid(&self, bytes: &[u8], rule: &'static str) -> Error {
@@ -492,8 +490,8 @@ fn is_denied(error: &Error) -> bool {
 /// Whether `path` names the open `file`.
 fn is_at(path: &Path, file: &File) -> Result<bool> {
     let failed = |error| Error::io("look at", path, error);
-    let open = file.metadata().map_err(failed)?;
-    match fs::symlink_metadata(path) {
+    let open = files::look(file).map_err(failed)?;
+    match files::look_at_link(path) {
         Ok(named) => Ok((named.dev(), named.ino()) == (open.dev(), open.ino())),
         Err(error) if error.kind() == Io::NotFound => Ok(false),
         Err(error) => Err(failed(error)),
@@ -556,7 +554,7 @@ fn own_record() -> String {
 /// - Either of this very process: free, since nobody else is us. It is from before an exec, or from a supervisor that
 ///   wrote it for us, or from an earlier container in which the same pid ran.
 /// - Neither: somebody may be in the middle of writing; held until it is [`YOUNG`] no more. A blank line is free.
-fn claim(bytes: &[u8], file: &File, found: &Metadata) -> Claim {
+fn claim(bytes: &[u8], file: &File, found: &Seen) -> Claim {
     match record::parse(bytes) {
         Content::Blank => Claim::Free(None),
         Content::Invalid(_) if is_young(found) => Claim::Held,
@@ -579,20 +577,20 @@ fn names_a_live_owner(bytes: &[u8]) -> bool {
 }
 
 /// How long ago the file was last written; `None` when that lies in the future.
-fn age(found: &Metadata) -> Option<Duration> {
+fn age(found: &Seen) -> Option<Duration> {
     SystemTime::now().duration_since(found.modified().ok()?).ok()
 }
 
 /// Whether the file was written just now, by a clock that may run as far ahead of ours, as a file server's does. A time
 /// further in the future, which is the clock's fault, is not just now.
-fn is_young(found: &Metadata) -> bool {
+fn is_young(found: &Seen) -> bool {
     let Ok(written) = found.modified() else { return false };
     let apart = SystemTime::now().duration_since(written).unwrap_or_else(|ahead| ahead.duration());
     apart < YOUNG
 }
 
 /// Whether the process that another program's file names may be the one that it was written for.
-fn foreign_lives(pid: u32, file: &File, found: &Metadata) -> bool {
+fn foreign_lives(pid: u32, file: &File, found: &Seen) -> bool {
     match process::probe(pid) {
         Probe::Gone | Probe::Ended => false,
         Probe::Running(None) => true,
@@ -601,7 +599,7 @@ fn foreign_lives(pid: u32, file: &File, found: &Metadata) -> bool {
 }
 
 /// Whether a process that started then is later than the file, as far as the clocks can tell.
-fn started_later(start: u64, file: &File, found: &Metadata) -> Option<bool> {
+fn started_later(start: u64, file: &File, found: &Seen) -> Option<bool> {
     let written = found.modified().ok()?;
     // Nothing in memory is older than the boot: the clock was set forward since, and tells nothing.
     let clock_was_set = written < process::booted_at()? && unnamed::is_in_memory(file);
@@ -609,7 +607,7 @@ fn started_later(start: u64, file: &File, found: &Metadata) -> Option<bool> {
 }
 
 /// The owner of a file that another program wrote: it took the lock, as far as it is one, when it did.
-fn writer(owner: Owner, found: &Metadata) -> Owner {
+fn writer(owner: Owner, found: &Seen) -> Owner {
     Owner { acquired: found.modified().ok(), ..owner }
 }
 

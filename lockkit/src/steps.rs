@@ -22,12 +22,11 @@ mod armed {
         if !ARMED.load(Ordering::Relaxed) {
             return;
         }
-        // Changes nothing, and shows who traces this process where the step is.
-        let _ = rustix::process::getppid();
+        crate::sys::process::show_a_step();
         let mut passed = PASSED.lock();
         passed.1.push(what);
         if passed.1.len() == passed.0 {
-            let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+            crate::sys::process::kill_this_process();
         }
     }
 

@@ -6,7 +6,6 @@
 //! those of tasks see `awaiting`.
 
 use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -16,6 +15,7 @@ use parking_lot::Mutex;
 use crate::error::{Error, ErrorKind, Result};
 use crate::owner::Owner;
 use crate::sys::event::{self, Event, Woke};
+use crate::sys::fd::{AsFd, BorrowedFd};
 use crate::sys::fork;
 use crate::trace;
 

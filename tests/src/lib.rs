@@ -2,6 +2,7 @@
 //!
 //! - [`Kind`] is a kind of lock under test, and [`Spec`] one lock of it, which any process can open from its text.
 //! - [`Actor`] is a second process (the program `actor` of this package) that takes and releases locks as it is told.
+//! - [`mod@everywhere`] has the core of it in a form that runs on every system; the rest is Unix's.
 //! - [`mod@suite`] has the cases that every kind must pass; [`suite!`] makes tests of them.
 //! - [`mod@tasks`] has the cases of waits in tasks that every kind must pass, and [`task_suite!`] makes tests of them.
 //! - [`mod@managers`] has the tables of locks under test, the cases that every manager must pass, and a second process
@@ -13,23 +14,40 @@
 //! - [`mod@engines`] has the drills of leases on servers; [`drills!`] makes tests of them for one engine.
 //! - [`chaos`] lets a conductor kill and stop many processes at random, and checks the log of who held when.
 
+#[cfg(unix)]
 pub mod actor;
+#[cfg(unix)]
 pub mod chaos;
+#[cfg(unix)]
 pub mod engines;
+pub mod everywhere;
+#[cfg(unix)]
 pub mod faults;
+#[cfg(unix)]
 pub mod instances;
+#[cfg(unix)]
 pub mod kinds;
+#[cfg(unix)]
 pub mod leases;
+#[cfg(unix)]
 pub mod managers;
+#[cfg(unix)]
 pub mod rogue;
+#[cfg(unix)]
 pub mod servers;
+#[cfg(unix)]
 pub mod steps;
+#[cfg(unix)]
 pub mod suite;
+#[cfg(unix)]
 pub mod tasks;
 
+#[cfg(unix)]
 pub use actor::Actor;
+#[cfg(unix)]
 pub use kinds::{Kind, Spec};
 
+#[cfg(unix)]
 use std::io::{BufRead, BufReader, IoSliceMut, Read};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -46,6 +64,7 @@ pub fn until(what: &str, mut fact: impl FnMut() -> bool) {
     }
 }
 
+#[cfg(unix)]
 /// Runs a case for a kind of lock, or says why this machine cannot.
 pub fn left_out_or(kind: Kind, case: impl FnOnce(Kind)) {
     match kind.left_out() {
@@ -61,6 +80,7 @@ pub fn program(name: &str) -> PathBuf {
     folder.unwrap_or_else(|| panic!("{name} is not built beside {}", test.display())).join(name)
 }
 
+#[cfg(unix)]
 /// The lines of standard input, as the commands of a second process. They are read with `readv`, so that a test can let
 /// each `read` of a lock fail, and no other.
 pub fn commands() -> impl Iterator<Item = String> {
@@ -80,6 +100,7 @@ pub fn fresh_name(prefix: &str) -> String {
     format!("{prefix}-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
 }
 
+#[cfg(unix)]
 /// A user that nobody else is, for tests in which another one is needed; `None`, with a word on it, where this process
 /// may not act as others. Dropping it takes away what lockkit made for that user.
 pub fn another_user() -> Option<AnotherUser> {
@@ -93,6 +114,7 @@ pub fn another_user() -> Option<AnotherUser> {
     Some(AnotherUser { uid })
 }
 
+#[cfg(unix)]
 /// See [`another_user`].
 #[derive(Debug)]
 pub struct AnotherUser {
@@ -100,6 +122,7 @@ pub struct AnotherUser {
     pub uid: u32,
 }
 
+#[cfg(unix)]
 impl AnotherUser {
     /// The folders that lockkit uses for this user: that of the file backend, and that of the records in memory.
     pub fn folders(&self) -> [PathBuf; 2] {
@@ -107,6 +130,7 @@ impl AnotherUser {
     }
 }
 
+#[cfg(unix)]
 impl Drop for AnotherUser {
     fn drop(&mut self) {
         for folder in self.folders() {
@@ -146,6 +170,7 @@ pub fn sleeps(pid: u32, thread: u32) -> bool {
     stat.rsplit(')').next().unwrap_or_default().trim_start().starts_with('S')
 }
 
+#[cfg(unix)]
 /// This thread's id, as `/proc` names it.
 pub fn thread_id() -> u32 {
     rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs()

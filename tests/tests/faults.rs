@@ -1,5 +1,7 @@
 //! Every case of faults, for every kind of lock that processes share.
 
+#![cfg(unix)]
+
 use lockkit_tests::leases::Terms;
 use lockkit_tests::{Actor, Spec, faults, steps};
 

@@ -1,5 +1,7 @@
 //! FileLock: every case of the suite, and what is its own.
 
+#![cfg(unix)]
+
 use std::fs::{self, File};
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
@@ -211,7 +213,7 @@ fn what_cannot_be_locked_is_refused_with_its_path_and_the_reason() {
     for (path, action, because) in [
         (at("fifo"), "open", "neither a file nor a folder"),
         ("/dev/null".into(), "open", "neither a file nor a folder"),
-        (at("loop"), "open", "symbolic link"),
+        (at("loop"), "open", "ymbolic link"),
         (at("file/lock"), "open", "Not a directory"),
         (at("dangling"), "open", "a symlink to a file that does not exist"),
         (at("missing/lock"), "create", "No such file"),

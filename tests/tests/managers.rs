@@ -1,5 +1,7 @@
 //! Lock managers: the cases of all of them, every case of the suite for their locks, and what is their own.
 
+#![cfg(unix)]
+
 use lockkit_tests::{managers, shared_managers, suite};
 
 managers!(shm, lockkit_tests::managers::Kind::Shm);

@@ -1,5 +1,7 @@
 //! NamedLock: every case of the suite on each backend, and what is its own.
 
+#![cfg(unix)]
+
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::process::{Command, Stdio};
 use std::time::Duration;

@@ -2,6 +2,8 @@
 //!
 //! Owners that are not of this machine and this moment come out of pidfiles, as they do in life.
 
+#![cfg(unix)]
+
 use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,7 @@
 //! PidFile: every case of the suite, and what is its own.
 
+#![cfg(unix)]
+
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};

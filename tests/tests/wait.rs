@@ -1,5 +1,7 @@
 //! What Wait and CancelToken promise among processes.
 
+#![cfg(unix)]
+
 use std::process::exit;
 
 use lockkit::{CancelToken, NamedLock, Wait};

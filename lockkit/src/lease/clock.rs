@@ -11,9 +11,8 @@ use std::task::Waker;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use rustix::time::{ClockId, clock_gettime};
 
-use crate::sys::process;
+use crate::sys::{clock, process};
 
 /// What a lease reads the time from.
 ///
@@ -35,7 +34,8 @@ pub trait Clock: fmt::Debug + Send + Sync {
 }
 
 /// The time since the machine started, that asleep included: `CLOCK_BOOTTIME` of [clock_gettime(2)] on Linux and
-/// Android, `CLOCK_MONOTONIC` elsewhere, which counts sleep on macOS, and on the BSDs as their manuals have it.
+/// Android, the interrupt time on Windows, `CLOCK_MONOTONIC_RAW` on macOS, and `CLOCK_MONOTONIC` on the BSDs, of which
+/// only OpenBSD's counts sleep in every version.
 ///
 /// ```
 /// use lockkit::lease::{Clock, SystemClock};
@@ -50,12 +50,7 @@ pub struct SystemClock;
 impl Clock for SystemClock {
     #[inline]
     fn now(&self) -> Duration {
-        #[cfg(any(target_os = "linux", target_os = "android"))]
-        let clock = ClockId::Boottime;
-        #[cfg(not(any(target_os = "linux", target_os = "android")))]
-        let clock = ClockId::Monotonic;
-        let now = clock_gettime(clock);
-        Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
+        clock::now()
     }
 
     fn shared_id(&self) -> Option<u128> {

@@ -16,6 +16,7 @@ use super::builder::Place;
 #[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
 use super::{LeaseStore, engine};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::files;
 #[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
 use crate::sys::per_process::PerProcess;
 
@@ -78,12 +79,10 @@ fn left_out(what: &'static str) -> Error {
 
 /// The path of a `file:` URL, as far as it follows the scheme.
 fn path(url: &str, rest: &str) -> Result<PathBuf> {
-    use std::os::unix::ffi::OsStringExt;
     // A host is nobody (`file:///path`) or this one.
     let path = rest.strip_prefix("localhost").unwrap_or(rest);
-    let decoded = path.starts_with('/').then(|| unescaped(path)).flatten();
-    let path = decoded.ok_or_else(|| invalid(url, "a file URL has three slashes and an absolute path"))?;
-    Ok(std::ffi::OsString::from_vec(path).into())
+    let decoded = path.starts_with('/').then(|| unescaped(path)).flatten().and_then(files::path_of_url);
+    decoded.ok_or_else(|| invalid(url, "a file URL has three slashes and an absolute path"))
 }
 
 /// `%20` and its like as the bytes that they stand for; `None` where a `%` is followed by anything else.
@@ -188,8 +187,13 @@ mod tests {
 
     #[test]
     fn a_file_is_an_absolute_path_with_its_escapes() {
-        assert_eq!(file("file:///srv/a%20b"), Some("/srv/a b".into()));
-        assert_eq!(file("FILE://localhost/srv/leader"), Some("/srv/leader".into()));
+        let root = if cfg!(windows) { "C:/" } else { "" };
+        assert_eq!(
+            file(&format!("file:///{root}srv/a%20b")),
+            Some(format!("{}/srv/a b", root.trim_end_matches('/')).into())
+        );
+        let leader = format!("{}/srv/leader", root.trim_end_matches('/'));
+        assert_eq!(file(&format!("FILE://localhost/{root}srv/leader")), Some(leader.into()));
         for wrong in ["file://elsewhere/srv", "file://", "file:///a%2", "file:///a%zz", "/srv/leader", "ftp://a/b"] {
             let error = place(wrong).err().unwrap();
             assert!(matches!(error.kind(), ErrorKind::InvalidUrl { .. }), "{error}");

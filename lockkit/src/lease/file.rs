@@ -16,18 +16,14 @@
 //!   that very file, nobody else can be taking it at that moment, and until its deadline the lease is still its own.
 //!   Who comes first after a deletion wins: the record then names somebody else.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, ErrorKind as Io};
-use std::os::fd::AsFd;
-use std::os::unix::fs::{DirBuilderExt, FileExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
-use rustix::fs::{FileType, Mode as Permissions, OFlags, RawMode, Stat, fstat, lstat, open};
-use rustix::io::Errno;
 
 use super::builder::SMALLEST_TTL;
 use super::clock::Clock;
@@ -42,6 +38,8 @@ use crate::file::beginning;
 use crate::owner::{Liveness, Owner};
 use crate::steps::step;
 use crate::sys::event;
+use crate::sys::fd::AsFd;
+use crate::sys::files::{self, DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, Seen as Found};
 use crate::sys::flock::{self, Mode};
 use crate::sys::fork::Shielded;
 use crate::sys::{folder, unnamed, watch};
@@ -401,67 +399,69 @@ impl FileStore {
                 std::thread::sleep(backoff.next().min(by.remaining()));
             }
             let locked = Locked { file, store: self };
-            match lstat(&self.path) {
-                Ok(named) if (named.st_dev, named.st_ino) == (found.st_dev, found.st_ino) => {
+            match files::look_at_link(&self.path) {
+                Ok(named) if (named.dev(), named.ino()) == (found.dev(), found.ino()) => {
                     return Ok(Place::Locked(locked));
                 }
-                Ok(_) | Err(Errno::NOENT) => {}
-                Err(error) => return Err(self.failed("look at", error.into())),
+                Ok(_) => {}
+                Err(error) if error.kind() == Io::NotFound => {}
+                Err(error) => return Err(self.failed("look at", error)),
             }
         }
         Err(self.replaced())
     }
 
     /// The file that the path names, if it is one that may be written to.
-    fn open(&self, aim: Aim) -> Result<Option<(Shielded<File>, Stat)>> {
+    fn open(&self, aim: Aim) -> Result<Option<(Shielded<File>, Found)>> {
         // Not blocking, so that no FIFO keeps the call, and no terminal becomes this process's.
-        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
-        let file = match Shielded::new(|| open(&self.path, flags, Permissions::empty()).map(File::from)) {
-            Err(Errno::NOENT) => return Ok(None),
-            Err(Errno::LOOP) => return Err(self.is_link()),
-            opened => opened.map_err(|error| self.failed("open", error.into()))?,
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).custom_flags(files::NOFOLLOW | files::NONBLOCK | files::NOCTTY);
+        let file = match Shielded::new(|| files::open(&options, &self.path)) {
+            Err(error) if error.kind() == Io::NotFound => return Ok(None),
+            Err(error) if files::is_of_a_link(&error) => return Err(self.is_link()),
+            opened => opened.map_err(|error| self.failed("open", error))?,
         };
         let found = self.check(&file)?;
         let me = folder::effective_uid();
-        if found.st_uid != 0 && found.st_uid != me && !(me == 0 && aim == Aim::Free) {
+        if found.uid() != 0 && found.uid() != me && !(me == 0 && aim == Aim::Free) {
             let lock = format!("the lease {}", self.path.display());
-            return Err(StoreError::misuse(Error::from(ErrorKind::ForeignOwner {
-                lock,
-                uid: found.st_uid,
-                pid: None,
-            })));
+            return Err(StoreError::misuse(Error::from(ErrorKind::ForeignOwner { lock, uid: found.uid(), pid: None })));
         }
         self.place(&file, &found);
         Ok(Some((file, found)))
     }
 
     /// Notes on which file system the file is, and asks of a new one whether it is this machine's own.
-    fn place(&self, file: &File, found: &Stat) {
-        if self.device.load(Ordering::Relaxed) != found.st_dev {
+    fn place(&self, file: &File, found: &Found) {
+        if self.device.load(Ordering::Relaxed) != found.dev() {
             self.is_remote.store(!is_local(file), Ordering::Relaxed);
-            self.device.store(found.st_dev, Ordering::Relaxed);
+            self.device.store(found.dev(), Ordering::Relaxed);
         }
     }
 
     /// What the file is, if it is a plain one without other names.
-    fn check(&self, file: &File) -> Result<Stat> {
-        let found = fstat(file).map_err(|error| self.failed("look at", error.into()))?;
-        if FileType::from_raw_mode(found.st_mode as RawMode) != FileType::RegularFile {
+    fn check(&self, file: &File) -> Result<Found> {
+        let found = files::look(file).map_err(|error| self.failed("look at", error))?;
+        if found.is_symlink() {
+            return Err(self.is_link());
+        }
+        if !found.is_file() {
             return Err(self.insecure("it is no plain file"));
         }
-        if found.st_nlink > 1 {
+        if found.nlink() > 1 {
             return Err(self.insecure("it is a hard link to a file that has other names"));
         }
         Ok(found)
     }
 
     fn open_for_reading(&self) -> Result<Option<File>> {
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
-        match open(&self.path, flags, Permissions::empty()) {
-            Err(Errno::NOENT) => Ok(None),
-            Err(Errno::LOOP) => Err(self.is_link()),
+        let mut options = OpenOptions::new();
+        options.read(true).custom_flags(files::NOFOLLOW | files::NONBLOCK | files::NOCTTY);
+        match files::open(&options, &self.path) {
+            Err(error) if error.kind() == Io::NotFound => Ok(None),
+            Err(error) if files::is_of_a_link(&error) => Err(self.is_link()),
             opened => {
-                let file = opened.map(File::from).map_err(|error| self.failed("open", error.into()))?;
+                let file = opened.map_err(|error| self.failed("open", error))?;
                 self.check(&file)?;
                 Ok(Some(file))
             }
@@ -487,7 +487,7 @@ impl FileStore {
             Err(error) if error.kind() == Io::Unsupported => return self.create_in_place(&mut record),
             file => file.map_err(failed)?,
         };
-        let made = fstat(&*file).map_err(|error| self.failed("look at", error.into()))?;
+        let made = files::look(&file).map_err(|error| self.failed("look at", error))?;
         self.place(&file, &made);
         file.write_all_at(record.seal(), 0).map_err(|error| self.failed("write", error))?;
         step("nameless file written");
@@ -510,11 +510,11 @@ impl FileStore {
     /// counts as held for a while, also if the maker is killed at that moment.
     #[cold]
     fn create_in_place(&self, record: &mut Record) -> Result<bool> {
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-        let mode = Permissions::from_raw_mode(self.file_mode as RawMode);
-        match Shielded::new(|| open(&self.path, flags, mode).map(File::from)) {
-            Err(Errno::EXIST) => return Ok(false),
-            made => drop(made.map_err(|error| self.failed("create", error.into()))?),
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true).mode(self.file_mode);
+        match Shielded::new(|| files::create(&options, &self.path)) {
+            Err(error) if error.kind() == Io::AlreadyExists => return Ok(false),
+            made => drop(made.map_err(|error| self.failed("create", error))?),
         }
         step("file made");
         match self.lock(Deadline::after(LOOKED_AT))? {
@@ -633,8 +633,8 @@ fn is_local(file: &File) -> bool {
 }
 
 #[cfg(not(any(target_os = "linux", target_os = "android")))]
-fn is_local(_: &File) -> bool {
-    false
+fn is_local(file: &File) -> bool {
+    files::is_local(file)
 }
 
 /// Microseconds since the epoch: nobody takes a lease so often.

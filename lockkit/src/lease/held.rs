@@ -5,7 +5,6 @@
 
 use std::fmt;
 use std::mem;
-use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -19,6 +18,7 @@ use super::{Inner, Loss};
 use crate::awaiting;
 use crate::error::{Error, ErrorKind, Result};
 use crate::owner::Owner;
+use crate::sys::fd::AsFd;
 use crate::sys::fork;
 use crate::trace;
 use crate::wait::{CancelToken, Patience, Subject, Wait};

@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use super::record::{Content, Record, SIZE};
 use super::*;
+use crate::sys::flock;
 use crate::wait::CancelToken;
 
 const MS: Duration = Duration::from_millis(1);
@@ -396,6 +397,7 @@ fn what_panics_when_it_is_dropped_costs_no_other_lease() {
 }
 
 #[test]
+#[cfg(unix)]
 fn a_link_is_refused_and_so_is_what_is_no_file() {
     let folder = Folder::new();
     let lease = folder.lease().build().unwrap();
@@ -421,7 +423,7 @@ fn who_is_stopped_inside_a_step_keeps_others_waiting_but_not_for_long() {
     let lease = folder.lease().build().unwrap();
     drop(lease.lock().unwrap());
     let stuck = fs::File::options().read(true).write(true).open(folder.path()).unwrap();
-    fs2::FileExt::lock_exclusive(&stuck).unwrap();
+    flock::lock(&stuck, flock::Mode::Exclusive).unwrap();
     let began = Instant::now();
     assert!(lease.try_lock().unwrap_err().is_held());
     assert!(lease.lock_for(MS * 50).unwrap_err().is_timeout());
@@ -429,7 +431,7 @@ fn who_is_stopped_inside_a_step_keeps_others_waiting_but_not_for_long() {
     drop(stuck);
     let guard = lease.lock_for(MS * 500).unwrap();
     let stuck = fs::File::options().read(true).write(true).open(folder.path()).unwrap();
-    fs2::FileExt::lock_exclusive(&stuck).unwrap();
+    flock::lock(&stuck, flock::Mode::Exclusive).unwrap();
     let error = guard.release().unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::Io { .. }), "{error:?}");
     drop(stuck);
@@ -443,13 +445,14 @@ fn an_eviction_does_not_wait_longer_for_a_longer_ttl() {
     let _guard = lease.lock().unwrap();
     let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("it is held") };
     let stuck = fs::File::options().read(true).write(true).open(folder.path()).unwrap();
-    fs2::FileExt::lock_exclusive(&stuck).unwrap();
+    flock::lock(&stuck, flock::Mode::Exclusive).unwrap();
     let began = Instant::now();
     assert!(lease.evict(&seen).is_err());
     assert!(began.elapsed() < MS * 5000);
 }
 
 #[test]
+#[cfg(unix)]
 fn folders_are_made_and_modes_kept() {
     use std::os::unix::fs::PermissionsExt;
     let folder = Folder::new();

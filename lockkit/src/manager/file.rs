@@ -15,12 +15,10 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use rustix::fs::{Mode, OFlags, fchmod};
 
 use super::{Handle, HeldLock, LockManager, ManagedLock, Releases};
 use crate::error::{Error, ErrorKind, Result};
@@ -29,6 +27,7 @@ use crate::lock::Recovered;
 use crate::named::mark::{self, Slate};
 use crate::owner::{Liveness, Owner};
 use crate::steps::step;
+use crate::sys::files::{self, DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use crate::sys::folder;
 use crate::sys::fork::{self, NoFork};
 use crate::wait::{Subject, Wait};
@@ -102,7 +101,7 @@ impl FileLockManager {
         fs::DirBuilder::new().mode(0o700).create(folder).map_err(failed)?;
         step("folder made");
         // The umask is not ours to change, but the folder's mode is.
-        fs::set_permissions(folder, fs::Permissions::from_mode(0o700)).map_err(failed)?;
+        files::set_folder_mode(folder, 0o700).map_err(failed)?;
         step("mode of the folder set");
         Self::open(folder)
     }
@@ -216,12 +215,12 @@ impl Folder {
     /// `create` that was killed leaves.
     fn check(&self) -> Result<()> {
         let failed = |error| Error::io("open", &self.path, error);
-        let found = fs::metadata(&self.path).map_err(failed)?;
+        let found = files::look_at(&self.path).map_err(failed)?;
         if found.uid() != folder::effective_uid() && found.uid() != 0 {
             let lock = format!("the lock table {}", self.path.display());
             return Err(ErrorKind::ForeignOwner { lock, uid: found.uid(), pid: None }.into());
         }
-        if found.mode() & 0o022 != 0 {
+        if files::is_writable_by_others(&found) {
             let problem = "others than its owner may write to it; take that permission away (mode 0700)";
             return Err(ErrorKind::Insecure { path: self.path.clone(), problem }.into());
         }
@@ -272,14 +271,14 @@ impl Folder {
         let failed = |error| Error::io("allocate", &path, error);
         let mut options = File::options();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
-        options.custom_flags((OFlags::NOFOLLOW | OFlags::NOCTTY).bits() as i32);
-        let file = options.open(&path).map_err(failed)?;
+        options.custom_flags(files::NOFOLLOW | files::NOCTTY);
+        let file = files::open(&options, &path).map_err(failed)?;
         step("lock file made");
         if is_allocated(&file) {
             return Ok(false);
         }
         // The umask is not ours to change, but the file's mode is.
-        fchmod(&file, Mode::from_raw_mode(0o600)).map_err(|error| failed(error.into()))?;
+        files::set_mode(&file, 0o600).map_err(failed)?;
         step("mode of the lock file set");
         file.write_all_at(&[ALLOCATED], ALLOCATED_AT).map_err(failed)?;
         step("marked allocated");

@@ -6,12 +6,11 @@
 //!
 //! [systemd-tmpfiles]: https://systemd.io/TEMPORARY_DIRECTORIES/
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use rustix::fs::{Mode, OFlags, open};
 
 use super::mark::{self, Slate};
 use crate::error::Result;
@@ -19,6 +18,7 @@ use crate::file::{FileGuard, FileLock};
 use crate::lock::Recovered;
 use crate::owner::{Liveness, Owner};
 use crate::steps::step;
+use crate::sys::files::{self, OpenOptionsExt};
 use crate::sys::flock;
 use crate::sys::folder::{self, Sharing};
 use crate::wait::{Subject, Wait};
@@ -57,14 +57,10 @@ impl FolderLock {
 
     /// The names of the locks that somebody holds now. Makes nothing.
     pub(super) fn list(sharing: Sharing) -> Vec<String> {
-        let Some(folder) = folder::path_in(folder::BASE, sharing) else { return Vec::new() };
-        let prefix = match sharing {
-            Sharing::User(_) => "",
-            Sharing::Machine => "lockkit-machine-",
-        };
+        let Some(folder) = folder::path(sharing) else { return Vec::new() };
         let held = |entry: std::io::Result<std::fs::DirEntry>| {
-            let name = entry.ok()?.file_name().into_string().ok()?;
-            let name = name.strip_prefix(prefix)?.strip_suffix(".lock")?.to_owned();
+            let file = entry.ok()?.file_name().into_string().ok()?;
+            let name = folder::name_of(&file, sharing)?.strip_suffix(".lock")?.to_owned();
             Self::new(&name, sharing).owner().map(|_| name)
         };
         std::fs::read_dir(folder).into_iter().flatten().filter_map(held).collect()
@@ -72,14 +68,14 @@ impl FolderLock {
 
     /// Who waits for it in the kernel.
     pub(super) fn waiters(&self) -> Result<u32> {
-        match folder::path_in(folder::BASE, self.sharing) {
+        match folder::path(self.sharing) {
             Some(_) => FileLock::own(self.path()?, self.sharing.file_mode()).waiters(),
             None => Ok(0),
         }
     }
 
     fn path(&self) -> Result<std::path::PathBuf> {
-        Ok(folder::open_in(folder::BASE, self.sharing)?.file(&self.file()))
+        Ok(folder::open(self.sharing)?.file(&self.file()))
     }
 
     pub(super) fn release(&self, guard: FileGuard) -> Result<()> {
@@ -89,10 +85,11 @@ impl FolderLock {
     }
 
     pub(super) fn owner(&self) -> Option<Owner> {
-        let path = folder::open_in(folder::BASE, self.sharing).ok()?.file(&self.file());
+        let path = folder::open(self.sharing).ok()?.file(&self.file());
         // Somebody may have put a link or a FIFO there, which must not be followed or waited for.
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
-        let owner = mark::holder(&File::from(open(path, flags, Mode::empty()).ok()?))?;
+        let mut options = OpenOptions::new();
+        options.read(true).custom_flags(files::NOFOLLOW | files::NONBLOCK);
+        let owner = mark::holder(&files::open(&options, &path).ok()?)?;
         (owner.liveness_by_name() != Liveness::Dead).then_some(owner)
     }
 
@@ -101,7 +98,12 @@ impl FolderLock {
         if let Some(opened) = &*opened {
             return Ok(opened.clone());
         }
-        let folder = folder::open_in(folder::BASE, self.sharing)?;
+        let folder = folder::open(self.sharing)?;
+        #[cfg(windows)]
+        if self.sharing == Sharing::Machine {
+            // Made here, where it is made for everybody.
+            folder.open_file(&self.file())?;
+        }
         let lock = FileLock::own(folder.file(&self.file()), self.sharing.file_mode());
         let folder = File::from(folder.fd);
         if let Sharing::User(_) = self.sharing {

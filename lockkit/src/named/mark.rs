@@ -22,21 +22,19 @@
 use std::cell::RefCell;
 use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
-
-use rustix::time::{ClockId, clock_gettime};
 
 use crate::lock::Recovered;
 use crate::owner::Owner;
 use crate::steps::step;
+use crate::sys::files::FileExt;
 use crate::sys::{fork, process};
 #[cfg(target_os = "linux")]
 use crate::{
     error::Result,
     sys::{
-        folder::{self, Sharing},
+        folder::{self, Folder, Sharing},
         mapping::Mapping,
         unnamed,
     },
@@ -175,12 +173,8 @@ fn write_current(slate: &impl Slate) {
 
 /// Nanoseconds since the epoch, by the clock that is cheapest to read: a few milliseconds do not matter to people.
 fn now() -> u64 {
-    #[cfg(target_os = "linux")]
-    let clock = ClockId::RealtimeCoarse;
-    #[cfg(not(target_os = "linux"))]
-    let clock = ClockId::Realtime;
-    let now = clock_gettime(clock);
-    (now.tv_sec as u64).wrapping_mul(1_000_000_000).wrapping_add(now.tv_nsec as u64)
+    let since = process::cheap_time().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    since.as_nanos() as u64
 }
 
 fn encode(owner: &Owner) -> Words {
@@ -243,13 +237,13 @@ impl Mark {
     /// Opens or makes the record of the lock `name`: in memory, or where the file backend has its locks if there is no
     /// memory to be had.
     pub(crate) fn open(name: &str, sharing: Sharing) -> Result<Self> {
-        Self::open_in("/dev/shm", name, sharing).or_else(|_| Self::open_in(folder::BASE, name, sharing))
+        Self::open_in(folder::open_in("/dev/shm".as_ref(), sharing), name, sharing)
+            .or_else(|_| Self::open_in(folder::open(sharing), name, sharing))
     }
 
     /// It is mapped where its memory cannot be pulled away: a file in memory, complete, that only this user can change.
-    fn open_in(base: &str, name: &str, sharing: Sharing) -> Result<Self> {
-        let folder = folder::open_in(base, sharing)?;
-        let file = folder.open_file(&format!("{name}.record"))?;
+    fn open_in(folder: Result<Folder>, name: &str, sharing: Sharing) -> Result<Self> {
+        let file = folder?.open_file(&format!("{name}.record"))?;
         let private = matches!(sharing, Sharing::User(_));
         let complete = || {
             let complete = fallocate(&file, FallocateFlags::empty(), 0, BYTES as u64).is_ok();

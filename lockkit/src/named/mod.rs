@@ -1,8 +1,8 @@
 //! Locks on a name, valid for all processes of a user or of the machine.
 //!
-//! [`NamedLock`] is the public face; how the lock is held is a [`Backend`]: a listening socket (`socket`, Linux) or a
-//! locked file in a private folder (`file`, everywhere else, and on request). What a holder that dies leaves for the
-//! next one to find is the same small record for both (`mark`).
+//! [`NamedLock`] is the public face; how the lock is held is a [`Backend`]: a listening socket (`socket`, Linux), a
+//! named mutex (`windows`), or a locked file in a private folder (`file`, everywhere else, and on request). What a holder
+//! that dies leaves for the next one to find is the same small record for all of them (`mark`).
 
 #[cfg(target_os = "linux")]
 mod abstracts;
@@ -10,13 +10,18 @@ mod file;
 pub(crate) mod mark;
 #[cfg(target_os = "linux")]
 mod socket;
+#[cfg(windows)]
+mod windows;
 
+#[cfg(unix)]
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 #[cfg(feature = "tokio")]
 use crate::awaiting;
-use crate::error::{Error, Result};
+#[cfg(unix)]
+use crate::error::Error;
+use crate::error::Result;
 use crate::lock::{Guard, Recovered, lock_methods};
 use crate::name;
 use crate::owner::Owner;
@@ -51,14 +56,21 @@ impl Scope {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Backend {
-    /// The best that the system has: [`Socket`](Self::Socket) on Linux, [`File`](Self::File) elsewhere.
+    /// The best that the system has: [`Socket`](Self::Socket) on Linux, [`Mutex`](Self::Mutex) on Windows,
+    /// [`File`](Self::File) elsewhere.
     #[default]
     Auto,
     /// An abstract Unix socket, Linux only. Waiters are served first come, first served, and woken by the kernel. The
     /// name belongs to the network namespace, so containers with a network of their own have names of their own.
     Socket,
+    /// A named mutex, Windows only, valid in all sessions. Waiters are woken by the kernel. Each lock that is held, and
+    /// each that is waited for, has a thread of its own, because a mutex belongs to a thread. Who holds it is known by a
+    /// file in the user's local application data, or with [`Scope::Machine`] in that of all users.
+    Mutex,
     /// A locked file in a private folder below `/tmp`, or with [`Scope::Machine`] in `/tmp` itself. The name belongs to
-    /// the file system, so processes that see another `/tmp` have names of their own. Waiters with a limit look again
+    /// the file system, so processes that see another `/tmp` have names of their own. On macOS it is the user's Darwin
+    /// folder (`DARWIN_USER_DIR` of confstr(3)), and `/Users/Shared`, because `/tmp` is cleaned there; on Windows the
+    /// user's local application data, and that of all users. Waiters with a limit look again
     /// every few milliseconds. Deleting the file of a lock that is held, which only its user and root can, lets a
     /// second holder in.
     File,
@@ -96,6 +108,8 @@ struct Named {
 enum Engine {
     #[cfg(target_os = "linux")]
     Socket(socket::SocketLock),
+    #[cfg(windows)]
+    Mutex(windows::MutexLock),
     File(file::FolderLock),
 }
 
@@ -103,6 +117,8 @@ enum Engine {
 enum Hold {
     #[cfg(target_os = "linux")]
     Socket(fork::Shielded),
+    #[cfg(windows)]
+    Mutex(windows::Hold),
     File(crate::file::FileGuard),
 }
 
@@ -148,7 +164,9 @@ impl NamedLock {
         let sharing = scope.sharing();
         #[cfg(target_os = "linux")]
         let sockets = socket::SocketLock::list(sharing)?;
-        #[cfg(not(target_os = "linux"))]
+        #[cfg(windows)]
+        let sockets = windows::MutexLock::list(sharing);
+        #[cfg(not(any(target_os = "linux", windows)))]
         let sockets = Vec::new();
         let files = file::FolderLock::list(sharing);
         let sockets = sockets.into_iter().map(|name| (name, Backend::Auto));
@@ -175,12 +193,15 @@ impl NamedLock {
         match &self.0.engine {
             #[cfg(target_os = "linux")]
             Engine::Socket(_) => Backend::Socket,
+            #[cfg(windows)]
+            Engine::Mutex(_) => Backend::Mutex,
             Engine::File(_) => Backend::File,
         }
     }
 
     /// How many wait for the lock now, at most: with the socket backend, who has given up or looked who holds it is
-    /// counted until the next release. With the file backend only those who wait without a limit are.
+    /// counted until the next release. With the file backend only those who wait without a limit are, and only on
+    /// Linux; of a mutex none are known.
     ///
     /// # Errors
     /// [`Io`](crate::ErrorKind::Io) when the system does not say.
@@ -188,6 +209,8 @@ impl NamedLock {
         match &self.0.engine {
             #[cfg(target_os = "linux")]
             Engine::Socket(engine) => engine.waiters(),
+            #[cfg(windows)]
+            Engine::Mutex(_) => Ok(0),
             Engine::File(engine) => engine.waiters(),
         }
     }
@@ -224,7 +247,7 @@ impl NamedLock {
                     let (socket, recovered) = engine.acquire_async(wait, &*self.0).await?;
                     Ok(self.guard(Hold::Socket(socket), recovered))
                 }
-                Engine::File(_) => {
+                _ => {
                     let lock = self.clone();
                     awaiting::at_once_or_on_a_thread(wait, &*self.0, move |wait| lock.take(wait)).await
                 }
@@ -239,6 +262,11 @@ impl NamedLock {
             Engine::Socket(engine) => {
                 let (socket, recovered) = engine.acquire(wait, &*self.0)?;
                 (Hold::Socket(socket), recovered)
+            }
+            #[cfg(windows)]
+            Engine::Mutex(engine) => {
+                let (mutex, recovered) = engine.acquire(wait, &*self.0)?;
+                (Hold::Mutex(mutex), recovered)
             }
             Engine::File(engine) => {
                 let (file, recovered) = engine.acquire(wait, &*self.0)?;
@@ -270,7 +298,7 @@ lock_methods!(
     in_tasks: "With the socket backend the wait is the runtime's own, woken by the kernel through its reactor: no thread, and \
                one descriptor, which is closed with the future. It must be a tokio runtime \
                ([`Unsupported`](crate::ErrorKind::Unsupported) otherwise) with I/O and time (`enable_all`, or tokio \
-               panics). With the file backend a lock that is held is waited for on a thread of its own, as with \
+               panics). With the other backends a lock that is held is waited for on a thread of its own, as with \
                [`FileLock::acquire_async`](crate::FileLock::acquire_async)."
 );
 
@@ -279,6 +307,8 @@ impl Named {
         match &self.engine {
             #[cfg(target_os = "linux")]
             Engine::Socket(engine) => engine.owner(),
+            #[cfg(windows)]
+            Engine::Mutex(engine) => Ok(engine.owner()),
             Engine::File(engine) => Ok(engine.owner()),
         }
     }
@@ -328,7 +358,8 @@ impl NamedLockBuilder<'_> {
     ///
     /// # Errors
     /// [`InvalidName`](crate::ErrorKind::InvalidName) as in [`NamedLock::new`];
-    /// [`Unsupported`](crate::ErrorKind::Unsupported) for [`Backend::Socket`] outside Linux.
+    /// [`Unsupported`](crate::ErrorKind::Unsupported) for [`Backend::Socket`] outside Linux, and for
+    /// [`Backend::Mutex`] outside Windows.
     pub fn build(self) -> Result<NamedLock> {
         let name = name::checked(self.name)?;
         let sharing = self.scope.sharing();
@@ -336,7 +367,13 @@ impl NamedLockBuilder<'_> {
             Backend::File => Engine::File(file::FolderLock::new(name, sharing)),
             #[cfg(target_os = "linux")]
             Backend::Auto | Backend::Socket => Engine::Socket(socket::SocketLock::new(name, sharing)?),
-            #[cfg(not(target_os = "linux"))]
+            #[cfg(windows)]
+            Backend::Auto | Backend::Mutex => Engine::Mutex(windows::MutexLock::new(name, sharing)),
+            #[cfg(not(windows))]
+            Backend::Mutex => {
+                return Err(crate::ErrorKind::Unsupported { what: "the mutex backend of named locks" }.into());
+            }
+            #[cfg(not(any(target_os = "linux", windows)))]
             Backend::Auto => Engine::File(file::FolderLock::new(name, sharing)),
             #[cfg(not(target_os = "linux"))]
             Backend::Socket => {
@@ -390,6 +427,8 @@ impl NamedGuard {
         match (&self.named.engine, &self.hold) {
             #[cfg(target_os = "linux")]
             (Engine::Socket(engine), _) => engine.name_holder(owner),
+            #[cfg(windows)]
+            (Engine::Mutex(engine), _) => engine.name_holder(owner),
             (Engine::File(_), Some(Hold::File(file))) => mark::name(file.file(), owner),
             (Engine::File(_), _) => {}
         }
@@ -411,6 +450,7 @@ impl NamedGuard {
     ///
     /// # Errors
     /// [`Io`](crate::ErrorKind::Io) when no descriptor is left.
+    #[cfg(unix)]
     pub fn descriptor(&self) -> Result<OwnedFd> {
         let copy = match &self.hold {
             #[cfg(target_os = "linux")]
@@ -432,8 +472,10 @@ impl NamedGuard {
                 engine.release(socket);
                 Ok(())
             }
+            #[cfg(windows)]
+            (Engine::Mutex(engine), Hold::Mutex(mutex)) => engine.release(mutex),
             (Engine::File(engine), Hold::File(file)) => engine.release(file),
-            #[cfg(target_os = "linux")]
+            #[cfg(any(target_os = "linux", windows))]
             _ => unreachable!("a hold belongs to the engine that made it"),
         };
         trace::released(&*self.named);

@@ -129,6 +129,7 @@ pub(crate) fn wait_for_traffic(fd: BorrowedFd<'_>, to_write: bool, until: Instan
 }
 
 /// Whether `fd` can be read now.
+#[cfg_attr(not(target_os = "linux"), allow(dead_code))]
 pub(crate) fn is_readable(fd: BorrowedFd<'_>) -> bool {
     let mut polled = [watch(fd)];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };

@@ -5,11 +5,15 @@
 //! the system's folder for everybody, which belongs to root and is sticky, so that nobody removes another's files, and
 //! no user comes first and locks the others out.
 
+#[cfg(target_os = "linux")]
 use std::fs::File;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FileType, Mode, OFlags, RawMode, fchmod, fstat, mkdir, open};
+#[cfg(target_os = "linux")]
+use rustix::fs::FileType;
+use rustix::fs::{Mode, OFlags, RawMode, fchmod, fstat, mkdir, open as open_at};
 use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -17,7 +21,21 @@ use crate::steps::step;
 
 /// Where the folders of named locks stand. Emptied when the system starts, or cleaned of what is old and not locked;
 /// private to a container, which has its own names anyway.
-pub(crate) const BASE: &str = "/tmp";
+#[cfg(not(target_vendor = "apple"))]
+fn base(_: Sharing) -> io::Result<PathBuf> {
+    Ok("/tmp".into())
+}
+
+/// macOS cleans /tmp of what is old, locked or not. What nobody cleans is the user's Darwin folder, which the system
+/// makes for each user at a place of its own, whatever the environment says; and of folders for everybody, which belong
+/// to root and are sticky, `/Users/Shared`.
+#[cfg(target_vendor = "apple")]
+fn base(sharing: Sharing) -> io::Result<PathBuf> {
+    match sharing {
+        Sharing::User(_) => super::darwin::user_folder(),
+        Sharing::Machine => Ok("/Users/Shared".into()),
+    }
+}
 
 /// Who shares a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -30,13 +48,16 @@ pub(crate) enum Sharing {
 
 impl Sharing {
     /// The mode of the files inside.
-    pub(crate) fn file_mode(self) -> RawMode {
+    pub(crate) fn file_mode(self) -> u32 {
         match self {
             Self::User(_) => 0o600,
             Self::Machine => 0o666,
         }
     }
 }
+
+/// What stands before the names of the machine's files.
+const MACHINE: &str = "lockkit-machine-";
 
 /// A folder that was found safe.
 #[derive(Debug)]
@@ -51,21 +72,22 @@ impl Folder {
     pub(crate) fn file(&self, name: &str) -> PathBuf {
         match self.sharing {
             Sharing::User(_) => self.path.join(name),
-            Sharing::Machine => self.path.join(format!("lockkit-machine-{name}")),
+            Sharing::Machine => self.path.join(format!("{MACHINE}{name}")),
         }
     }
 
     /// Opens lockkit's file `name` for reading and writing, or makes it: one of its own, not a link to something else.
+    #[cfg(target_os = "linux")]
     pub(crate) fn open_file(&self, name: &str) -> Result<File> {
         let path = self.file(name);
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
         let failed = |error| Error::io("open", &path, error);
-        let mode = Mode::from_raw_mode(self.sharing.file_mode());
+        let mode = Mode::from_raw_mode(self.sharing.file_mode() as RawMode);
         // Never opened and made in one step, which the kernel refuses for another user's file in a sticky folder.
-        let file = match open(&path, flags, Mode::empty()) {
-            Err(Errno::NOENT) => match open(&path, flags | OFlags::CREATE | OFlags::EXCL, mode) {
+        let file = match open_at(&path, flags, Mode::empty()) {
+            Err(Errno::NOENT) => match open_at(&path, flags | OFlags::CREATE | OFlags::EXCL, mode) {
                 // Made by somebody else just now.
-                Err(Errno::EXIST) => open(&path, flags, Mode::empty()),
+                Err(Errno::EXIST) => open_at(&path, flags, Mode::empty()),
                 // The umask is not ours to change, but the file's mode is.
                 Ok(file) => {
                     step("file made");
@@ -91,13 +113,28 @@ pub(crate) fn effective_uid() -> u32 {
     rustix::process::geteuid().as_raw()
 }
 
-/// The folder for `sharing` below `base`, if it is there; for those who only look.
-pub(crate) fn path_in(base: &str, sharing: Sharing) -> Option<PathBuf> {
+/// The folder for `sharing`, if it is there; for those who only look.
+pub(crate) fn path(sharing: Sharing) -> Option<PathBuf> {
+    let base = base(sharing).ok()?;
     let path = match sharing {
-        Sharing::User(uid) => Path::new(base).join(format!("lockkit-u{uid}")),
-        Sharing::Machine => PathBuf::from(base),
+        Sharing::User(uid) => base.join(format!("lockkit-u{uid}")),
+        Sharing::Machine => base,
     };
     path.is_dir().then_some(path)
+}
+
+/// The name that a file in there has, without what stands before it.
+pub(crate) fn name_of(file: &str, sharing: Sharing) -> Option<String> {
+    match sharing {
+        Sharing::User(_) => Some(file.to_owned()),
+        Sharing::Machine => file.strip_prefix(MACHINE).map(str::to_owned),
+    }
+}
+
+/// As [`open_in`], at the place that this system has for it.
+pub(crate) fn open(sharing: Sharing) -> Result<Folder> {
+    let base = base(sharing).map_err(|error| Error::io("find the folder for", "named locks", error))?;
+    open_in(&base, sharing)
 }
 
 /// Opens the folder for `sharing` below `base`, making a user's where it is missing.
@@ -105,18 +142,18 @@ pub(crate) fn path_in(base: &str, sharing: Sharing) -> Option<PathBuf> {
 /// # Errors
 /// `ForeignOwner` when it belongs to somebody who is not trusted with it, `Insecure` when others could tamper with it,
 /// `Io` when it cannot be made or opened (a symlink in the place of a user's is `ELOOP` or `ENOTDIR`).
-pub(crate) fn open_in(base: &str, sharing: Sharing) -> Result<Folder> {
+pub(crate) fn open_in(base: &Path, sharing: Sharing) -> Result<Folder> {
     let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
     let (path, flags) = match sharing {
-        Sharing::User(uid) => (Path::new(base).join(format!("lockkit-u{uid}")), flags | OFlags::NOFOLLOW),
-        Sharing::Machine => (PathBuf::from(base), flags),
+        Sharing::User(uid) => (base.join(format!("lockkit-u{uid}")), flags | OFlags::NOFOLLOW),
+        Sharing::Machine => (base.to_owned(), flags),
     };
     let private = Mode::from_raw_mode(0o700);
-    let fd = match (open(&path, flags, Mode::empty()), sharing) {
+    let fd = match (open_at(&path, flags, Mode::empty()), sharing) {
         (Err(Errno::NOENT), Sharing::User(_)) => match mkdir(&path, private) {
             Ok(()) | Err(Errno::EXIST) => {
                 step("folder made");
-                open(&path, flags, Mode::empty())
+                open_at(&path, flags, Mode::empty())
             }
             Err(error) => return Err(Error::io("create the folder", &path, error)),
         },

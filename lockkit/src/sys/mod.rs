@@ -4,37 +4,56 @@
 //!
 //! | module | mechanism | behind |
 //! |---|---|---|
+//! | [`clock`] | the time that goes on during sleep | leases |
 //! | `command` | what no crate offers safely | the command `lockkit` |
 //! | [`event`] | an event to wait for beside a descriptor | cancellation |
+//! | [`fd`] | descriptors, and handles on Windows, by one set of names | the same |
+//! | [`files`] | what of files differs from system to system | every lock on a file |
 //! | [`flock`] | whole-file locks, through `fs2` | file locks |
 //! | [`folder`] | the private folders, at fixed places | named locks |
 //! | [`fork`] | descriptors that a forked child does not keep | every held lock |
-//! | [`futex`] | sleeping until a shared word changes | waiting for a lock in shared memory |
-//! | [`mapping`] | shared memory as atomic words | what a crash leaves behind |
-//! | [`ofd`] | locks on a byte of an open file | which processes still use a lock table |
+//! | `futex` | sleeping until a shared word changes | waiting for a lock in shared memory |
+//! | `mapping` | shared memory as atomic words | what a crash leaves behind |
+//! | `ofd` | locks on a byte of an open file | which processes still use a lock table |
 //! | [`per_process`] | a value that a forked child does not inherit | the heartbeat of leases |
 //! | [`process`] | which process is which, and whether it lives | owners |
-//! | [`seqpacket`] | abstract sockets that hand themselves over | named locks on Linux |
+//! | `seqpacket` | abstract sockets that hand themselves over | named locks on Linux |
 //! | [`slot`] | a value that one thread at a time takes | kept descriptors |
-//! | [`stream`] | abstract sockets that carry bytes both ways | instances that talk |
-//! | [`table`] | the layout of a lock table in shared memory | numbered locks |
+//! | `stream` | abstract sockets that carry bytes both ways | instances that talk |
+//! | `table` | the layout of a lock table in shared memory | numbered locks |
 //! | [`unnamed`] | files that are complete before they have a name | pidfiles, leases |
 //! | [`watch`] | being woken when a file changes | waiting for a lease |
 
 #![allow(unsafe_code)]
 
+#[cfg(unix)]
+pub(crate) mod clock;
 #[cfg(all(unix, feature = "cli"))]
 pub(crate) mod command;
+#[cfg(target_vendor = "apple")]
+pub(crate) mod darwin;
+#[cfg(unix)]
 pub(crate) mod event;
+#[cfg(unix)]
+pub(crate) mod fd;
+#[cfg(unix)]
+pub(crate) mod files;
+#[cfg(unix)]
 pub(crate) mod flock;
+#[cfg(unix)]
 pub(crate) mod folder;
+#[cfg(unix)]
 pub(crate) mod fork;
+#[cfg(target_os = "freebsd")]
+pub(crate) mod freebsd;
 #[cfg(all(target_os = "linux", not(loom)))]
 pub(crate) mod futex;
+#[cfg(target_os = "linux")]
 pub(crate) mod mapping;
 #[cfg(all(target_os = "linux", not(loom)))]
 pub(crate) mod ofd;
 pub(crate) mod per_process;
+#[cfg(unix)]
 pub(crate) mod process;
 #[cfg(target_os = "linux")]
 pub(crate) mod seqpacket;
@@ -45,3 +64,7 @@ pub(crate) mod stream;
 pub(crate) mod table;
 pub(crate) mod unnamed;
 pub(crate) mod watch;
+#[cfg(windows)]
+mod windows;
+#[cfg(windows)]
+pub(crate) use windows::{clock, event, fd, files, flock, folder, fork, mutex, process};

@@ -1,11 +1,13 @@
 //! Which process is which, and whether it still lives.
 //!
 //! On Linux a process is told from a later one with the same pid by its start time in kernel ticks since boot
-//! ([proc_pid_stat(5)], field 22), which no setting of the clock moves. Elsewhere it is what `sysinfo` gives, in
-//! seconds. `sysinfo` also gives the program's name for people.
+//! ([proc_pid_stat(5)], field 22), which no setting of the clock moves. On FreeBSD it is counted in microseconds since
+//! boot. Elsewhere it is what `sysinfo` gives, in seconds: on macOS the kernel writes it down once. `sysinfo` also gives
+//! the program's name for people.
 //!
 //! [proc_pid_stat(5)]: https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
 
+#[cfg(not(any(target_vendor = "apple", target_os = "freebsd")))]
 use std::fs;
 #[cfg(target_os = "linux")]
 use std::os::unix::fs::MetadataExt;
@@ -58,7 +60,16 @@ fn proc_is_of_this_namespace() -> bool {
     me.and_then(|me| me.to_str()?.parse().ok()) == Some(std::process::id())
 }
 
-#[cfg(not(target_os = "linux"))]
+#[cfg(target_os = "freebsd")]
+fn started(pid: Pid) -> Probe {
+    match super::freebsd::process(pid.as_raw_nonzero().get()) {
+        Some(process) if process.is_zombie => Probe::Ended,
+        Some(process) => Probe::Running(Some(process.start)),
+        None => Probe::Running(None),
+    }
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "freebsd")))]
 fn started(pid: Pid) -> Probe {
     let pid = pid.as_raw_nonzero().get() as u32;
     match look(pid, ProcessRefreshKind::nothing(), |process| (process.status(), process.start_time())) {
@@ -100,6 +111,18 @@ fn is_fatal(exit_code: i32) -> bool {
     exit_code != 0 && !stops.iter().any(|stop| stop.as_raw() == exit_code)
 }
 
+/// The wall clock, by the reading that is cheapest: a few milliseconds do not matter to people.
+#[cfg(target_os = "linux")]
+pub(crate) fn cheap_time() -> SystemTime {
+    let now = clock_gettime(ClockId::RealtimeCoarse);
+    SystemTime::UNIX_EPOCH + Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn cheap_time() -> SystemTime {
+    SystemTime::now()
+}
+
 /// The highest pid that the kernel gives out: `PID_MAX_LIMIT` on Linux.
 pub(crate) const MOST_PID: u32 = if cfg!(target_os = "linux") { 1 << 22 } else { i32::MAX as u32 };
 
@@ -122,7 +145,12 @@ pub(crate) fn started_at(start: u64) -> Option<SystemTime> {
     booted_at()?.checked_add(since_boot)
 }
 
-#[cfg(not(target_os = "linux"))]
+#[cfg(target_os = "freebsd")]
+pub(crate) fn started_at(start: u64) -> Option<SystemTime> {
+    booted_at()?.checked_add(Duration::from_micros(start))
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "freebsd")))]
 pub(crate) fn started_at(start: u64) -> Option<SystemTime> {
     SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(start))
 }
@@ -163,29 +191,50 @@ fn read_boot_id() -> Option<u128> {
     u128::from_str_radix(&text.trim().replace('-', ""), 16).ok()
 }
 
-/// Seconds since the epoch at which the system started: good enough to see that it was started again.
-#[cfg(not(target_os = "linux"))]
+#[cfg(target_vendor = "apple")]
 fn read_boot_id() -> Option<u128> {
-    Some(u128::from(System::boot_time()))
+    super::darwin::boot_session()
+}
+
+/// The moment at which the system started would move whenever somebody sets the clock, and the living would look dead.
+/// So all boots of a host are one here, and processes are told apart by their start times alone.
+#[cfg(not(any(target_os = "linux", target_vendor = "apple")))]
+fn read_boot_id() -> Option<u128> {
+    let sum = |sum: u64, byte| (sum ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+    Some(u128::from(host().bytes().fold(0xcbf2_9ce4_8422_2325, sum)))
 }
 
 /// The namespaces of this process in which pids and start times count, as one number: that of the pid namespace in the
-/// lower half, as `/proc/self/ns/pid` shows it, and that of the time namespace, where there is one, in the upper. 0 on
-/// systems without any.
+/// lower half, as `/proc/self/ns/pid` shows it, and that of the time namespace, where there is one, in the upper.
+#[cfg(target_os = "linux")]
 pub(crate) fn pid_namespace() -> Option<u64> {
-    #[cfg(target_os = "linux")]
-    {
-        let number = |name: &str| fs::metadata(format!("/proc/self/ns/{name}")).map(|found| found.ino());
-        Some(number("pid").ok()? | number("time").unwrap_or_default() << 32)
-    }
-    #[cfg(not(target_os = "linux"))]
-    Some(0)
+    let number = |name: &str| fs::metadata(format!("/proc/self/ns/{name}")).map(|found| found.ino());
+    Some(number("pid").ok()? | number("time").unwrap_or_default() << 32)
+}
+
+/// The jail of this process, which hides the processes of others from it; 1 more than its number, for 0 says nothing.
+#[cfg(target_os = "freebsd")]
+pub(crate) fn pid_namespace() -> Option<u64> {
+    let me = rustix::process::getpid().as_raw_nonzero().get();
+    Some(super::freebsd::process(me)?.jail + 1)
+}
+
+/// There is one for all.
+#[cfg(not(any(target_os = "linux", target_os = "freebsd")))]
+pub(crate) fn pid_namespace() -> Option<u64> {
+    Some(1)
 }
 
 /// What tells the clock that counts from the start of the system, as this process sees it, from every other one: the
-/// boot, and the time namespace, which shifts it.
+/// boot, and the time namespace, which shifts it. `None` where boots cannot be told apart.
+#[cfg(any(target_os = "linux", target_vendor = "apple"))]
 pub(crate) fn clock_id() -> Option<u128> {
     Some(boot_id()? ^ u128::from(pid_namespace()? >> 32))
+}
+
+#[cfg(not(any(target_os = "linux", target_vendor = "apple")))]
+pub(crate) fn clock_id() -> Option<u128> {
+    None
 }
 
 /// This host: its name, and the id of its installation where there is one, so that two hosts that were given the same
@@ -194,17 +243,40 @@ pub(crate) fn host() -> &'static str {
     static HOST: OnceLock<String> = OnceLock::new();
     HOST.get_or_init(|| {
         let name = rustix::system::uname().nodename().to_string_lossy().replace(char::is_control, "?");
-        match fs::read_to_string("/etc/machine-id").map(|id| id.trim().to_owned()) {
-            Ok(id) if !id.is_empty() => format!("{name}/{id}"),
-            _ => name,
+        match installation() {
+            Some(id) => format!("{name}/{id}"),
+            None => name,
         }
     })
+}
+
+#[cfg(target_vendor = "apple")]
+use super::darwin::machine as installation;
+#[cfg(target_os = "freebsd")]
+use super::freebsd::machine as installation;
+
+#[cfg(not(any(target_vendor = "apple", target_os = "freebsd")))]
+fn installation() -> Option<String> {
+    let id = fs::read_to_string("/etc/machine-id").ok()?.trim().to_owned();
+    (!id.is_empty()).then_some(id)
 }
 
 /// Whether what [`host`] gave has the id of an installation, besides the name.
 pub(crate) fn has_installation_id(host: &str) -> bool {
     // No host name has a slash.
     host.contains('/')
+}
+
+/// Changes nothing, and shows who traces this process where a step is.
+#[cfg(all(feature = "steps", debug_assertions))]
+pub(crate) fn show_a_step() {
+    let _ = rustix::process::getppid();
+}
+
+/// SIGKILL.
+#[cfg(all(feature = "steps", debug_assertions))]
+pub(crate) fn kill_this_process() {
+    let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
 }
 
 #[cfg(all(test, target_os = "linux"))]

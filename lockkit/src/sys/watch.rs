@@ -10,7 +10,7 @@
 pub(crate) use inotify::changes_of;
 
 #[cfg(not(target_os = "linux"))]
-pub(crate) fn changes_of(_: &std::path::Path) -> std::io::Result<std::os::fd::OwnedFd> {
+pub(crate) fn changes_of(_: &std::path::Path) -> std::io::Result<super::fd::OwnedFd> {
     Err(std::io::ErrorKind::Unsupported.into())
 }
 

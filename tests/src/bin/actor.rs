@@ -1,7 +1,9 @@
 //! The second process of the tests; see `lockkit_tests::actor`, `chaos` and `steps`.
 
+#[cfg(unix)]
 use lockkit_tests::{Spec, actor, chaos, faults, instances, leases, managers, rogue, steps, tasks};
 
+#[cfg(unix)]
 fn main() {
     // What an instance is called with may be any bytes.
     if std::env::args_os().nth(1).is_some_and(|part| part == "instance") {
@@ -39,3 +41,6 @@ fn main() {
         ),
     }
 }
+
+#[cfg(not(unix))]
+fn main() {}

@@ -4,11 +4,15 @@
 //! ORDER says who is first: with `parent` the parent leaves at once, as daemon(3) does; with `child` it waits for word
 //! from the child, and drops its copy of the guard then.
 
+#[cfg(unix)]
 use std::io::{Read, Write};
 
+#[cfg(unix)]
 use lockkit::PidFile;
+#[cfg(unix)]
 use rustix::process::getppid;
 
+#[cfg(unix)]
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     let [_, path, order] = &arguments[..] else { panic!("daemon PATH ORDER") };
@@ -56,3 +60,6 @@ fn main() {
         }
     }
 }
+
+#[cfg(not(unix))]
+fn main() {}

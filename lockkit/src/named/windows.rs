@@ -1,0 +1,166 @@
+//! A named lock as a named mutex of Windows.
+//!
+//! A mutex belongs to the thread that took it, a guard to whoever has it. So each hold has a thread of its own, which
+//! takes the mutex, sleeps, and gives it back: the waiting is done there, too, together with the cancel event and the
+//! limit, and a waiter that gives up ends its thread. The kernel wakes waiters, mostly first come, first served, and
+//! gives them the mutex of a thread that has died (`WAIT_ABANDONED`). Where nobody has the mutex open it is gone, and
+//! with it the word of a death; so the record ([`mark`]) stands in a file, and tells of deaths in any case.
+
+use std::fs::File;
+use std::os::windows::io::AsHandle;
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, OnceLock};
+use std::thread::{Builder, JoinHandle};
+use std::time::Instant;
+
+use super::mark::{self, Slate};
+use crate::error::{Error, Result};
+use crate::lock::Recovered;
+use crate::owner::{Liveness, Owner};
+use crate::steps::step;
+use crate::sys::event::{self, Event};
+use crate::sys::folder::{self, Sharing};
+use crate::sys::mutex::{self, Mutex, Taken};
+use crate::wait::{CancelToken, GaveUp, Subject, Wait};
+
+#[derive(Debug)]
+pub(super) struct MutexLock {
+    name: String,
+    sharing: Sharing,
+    record: OnceLock<File>,
+}
+
+/// The mutex, taken: by a thread that sleeps until it is to give it back.
+pub(super) struct Hold {
+    give_back: Arc<Event>,
+    thread: Option<JoinHandle<std::io::Result<()>>>,
+}
+
+impl std::fmt::Debug for Hold {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Hold").finish_non_exhaustive()
+    }
+}
+
+impl Hold {
+    /// Gives it back; returns when that is done.
+    fn end(&mut self) -> std::io::Result<()> {
+        let Some(thread) = self.thread.take() else { return Ok(()) };
+        self.give_back.set();
+        thread.join().unwrap_or_else(|_| Err(std::io::Error::other("its thread panicked")))
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        // If it fails the thread has ended, and with it the hold.
+        let _ = self.end();
+    }
+}
+
+impl MutexLock {
+    pub(super) fn new(name: &str, sharing: Sharing) -> Self {
+        Self { name: name.to_owned(), sharing, record: OnceLock::new() }
+    }
+
+    pub(super) fn acquire(&self, wait: &Wait, subject: &dyn Subject) -> Result<(Hold, Option<Box<Recovered>>)> {
+        wait.check(subject)?;
+        // A first look, because only who finds it held has to wait.
+        let (mut taken, mut hold) = self.take(None, Some(Instant::now()))?;
+        if taken == Taken::TimedOut {
+            let Some(patience) = wait.patience_for(subject) else { return Err(subject.held()) };
+            let cancel = patience.token().map(CancelToken::event).transpose()?;
+            (taken, hold) = self.take(cancel, patience.until())?;
+            match taken {
+                Taken::Free | Taken::Abandoned => {}
+                Taken::TimedOut => return Err(patience.error(GaveUp::TimedOut, subject)),
+                Taken::Cancelled => return Err(patience.error(GaveUp::Cancelled, subject)),
+            }
+        }
+        step("mutex taken");
+        let recovered = match self.record() {
+            Some(record) => mark::take(record),
+            None if taken == Taken::Abandoned => Some(Box::new(Recovered::new(None))),
+            None => None,
+        };
+        Ok((hold, recovered))
+    }
+
+    /// Has a thread of its own take the mutex and keep it, if it gets it.
+    fn take(&self, cancel: Option<Arc<Event>>, until: Option<Instant>) -> Result<(Taken, Hold)> {
+        let object = mutex::object(&self.name, self.sharing).map_err(|error| Error::io("name", &self.name, error))?;
+        let mutex = Mutex::open(&object, self.sharing).map_err(|error| Error::io("open", &object, error))?;
+        let failed = |action, error| Error::io(action, &object, error);
+        let give_back = Arc::new(Event::new().map_err(|error| failed("create an event for", error))?);
+        let (tell, told) = sync_channel(1);
+        let keep = {
+            let give_back = give_back.clone();
+            move || {
+                let taken = mutex.take(cancel.as_ref().map(|cancel| cancel.as_handle()), until);
+                let holds = matches!(taken, Ok(Taken::Free | Taken::Abandoned));
+                // It is waited for.
+                let _ = tell.send(taken);
+                if !holds {
+                    return Ok(());
+                }
+                event::wait(Some(give_back.as_handle()), None, None)?;
+                let given_back = mutex.give_back();
+                step("mutex given back");
+                given_back
+            }
+        };
+        let thread = Builder::new().name("lockkit-named".into()).spawn(keep);
+        let thread = thread.map_err(|error| failed("start a thread for", error))?;
+        let hold = Hold { give_back, thread: Some(thread) };
+        let taken = told.recv().unwrap_or_else(|_| Err(std::io::Error::other("its thread panicked")));
+        Ok((taken.map_err(|error| failed("wait for", error))?, hold))
+    }
+
+    pub(super) fn release(&self, mut hold: Hold) -> Result<()> {
+        if let Some(record) = self.record() {
+            record.wipe();
+            step("record wiped");
+        }
+        hold.end().map_err(|error| Error::io("give back", &self.name, error))
+    }
+
+    /// Writes down that `owner` holds the lock.
+    pub(super) fn name_holder(&self, owner: &Owner) {
+        if let Some(record) = self.record() {
+            mark::name(record, owner);
+        }
+    }
+
+    pub(super) fn owner(&self) -> Option<Owner> {
+        let path = folder::path(self.sharing).map(|_| folder::open(self.sharing).ok())??.file(&record_of(&self.name));
+        let owner = mark::holder(&File::open(path).ok()?)?;
+        (owner.liveness_by_name() != Liveness::Dead).then_some(owner)
+    }
+
+    /// The names of the locks that somebody holds now, by their records. Makes nothing.
+    pub(super) fn list(sharing: Sharing) -> Vec<String> {
+        let Some(folder) = folder::path(sharing) else { return Vec::new() };
+        let held = |entry: std::io::Result<std::fs::DirEntry>| {
+            let file = entry.ok()?.file_name().into_string().ok()?;
+            let name = folder::name_of(&file, sharing)?.strip_suffix(".record")?.to_owned();
+            Self::new(&name, sharing).owner().map(|_| name)
+        };
+        std::fs::read_dir(folder).into_iter().flatten().filter_map(held).collect()
+    }
+
+    /// The record, as soon as it could be opened: what prevents that may pass.
+    fn record(&self) -> Option<&File> {
+        match self.record.get() {
+            None => {
+                let folder = folder::open(self.sharing).ok()?;
+                let record = folder.open_file(&record_of(&self.name)).ok()?;
+                Some(self.record.get_or_init(|| record))
+            }
+            opened => opened,
+        }
+    }
+}
+
+fn record_of(name: &str) -> String {
+    format!("{name}.record")
+}

@@ -1,0 +1,26 @@
+//! The time since the system started, that asleep included.
+//!
+//! Linux and Android have a clock for it, and macOS (`darwin`). OpenBSD's monotonic clock counts sleep. FreeBSD's and
+//! NetBSD's may stand still while the machine is suspended, as servers are not.
+
+use std::time::Duration;
+
+#[cfg(not(target_vendor = "apple"))]
+use rustix::time::{ClockId, clock_gettime};
+
+#[cfg(any(target_os = "linux", target_os = "android"))]
+const CLOCK: ClockId = ClockId::Boottime;
+#[cfg(not(any(target_os = "linux", target_os = "android", target_vendor = "apple")))]
+const CLOCK: ClockId = ClockId::Monotonic;
+
+#[cfg(not(target_vendor = "apple"))]
+#[inline]
+pub(crate) fn now() -> Duration {
+    let now = clock_gettime(CLOCK);
+    Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
+}
+
+#[cfg(target_vendor = "apple")]
+pub(crate) fn now() -> Duration {
+    super::darwin::time_since_start()
+}

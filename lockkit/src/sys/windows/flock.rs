@@ -1,0 +1,102 @@
+//! Whole-file locks, over `LockFileEx`.
+//!
+//! Windows locks ranges of bytes, and lets nobody else read or write what is locked. So one byte is locked that no file
+//! reaches, and the content stays everybody's to read. Whoever locks the whole file, as other programs do, excludes us
+//! and is excluded.
+//!
+//! A lock belongs to the handle, which no child inherits, and ends with it. All handles here are for synchronous use:
+//! with one for overlapped use the calls would come back before they are done.
+
+use std::fs::File;
+use std::io;
+use std::os::windows::io::AsRawHandle;
+
+use windows_sys::Win32::Foundation::{ERROR_IO_PENDING, ERROR_LOCK_VIOLATION};
+use windows_sys::Win32::Storage::FileSystem::{
+    LOCKFILE_EXCLUSIVE_LOCK, LOCKFILE_FAIL_IMMEDIATELY, LockFileEx, UnlockFileEx,
+};
+use windows_sys::Win32::System::IO::{OVERLAPPED, OVERLAPPED_0, OVERLAPPED_0_0};
+
+use crate::steps::step;
+
+/// How much a lock on a file excludes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// Other shared ones are welcome.
+    Shared,
+    /// Nobody else.
+    Exclusive,
+}
+
+/// The byte that is locked. Half of what the largest offset is, so that nothing takes it for a negative one.
+const BYTE: u64 = 1 << 62;
+
+/// Takes the lock, waiting in the kernel for as long as it takes.
+pub(crate) fn lock(file: &File, mode: Mode) -> io::Result<()> {
+    call(file, mode, 0)
+}
+
+/// Takes the lock if it is free; says whether it was.
+pub(crate) fn try_lock(file: &File, mode: Mode) -> io::Result<bool> {
+    match call(file, mode, LOCKFILE_FAIL_IMMEDIATELY) {
+        Ok(()) => Ok(true),
+        Err(error) if is_contended(&error) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Gives the lock back.
+pub(crate) fn unlock(file: &File) -> io::Result<()> {
+    let mut place = place();
+    // SAFETY: the handle is open as long as `file` is, and for synchronous use, so `place` is read during the call only.
+    let done = unsafe { UnlockFileEx(file.as_raw_handle(), 0, 1, 0, &raw mut place) };
+    let result = if done == 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
+    step("flock called");
+    result
+}
+
+fn call(file: &File, mode: Mode, flags: u32) -> io::Result<()> {
+    let flags = flags | if mode == Mode::Exclusive { LOCKFILE_EXCLUSIVE_LOCK } else { 0 };
+    let mut place = place();
+    // SAFETY: as in `unlock`.
+    let done = unsafe { LockFileEx(file.as_raw_handle(), flags, 0, 1, 0, &raw mut place) };
+    let result = if done == 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
+    step("flock called");
+    result
+}
+
+fn place() -> OVERLAPPED {
+    let at = OVERLAPPED_0_0 { Offset: BYTE as u32, OffsetHigh: (BYTE >> 32) as u32 };
+    OVERLAPPED { Anonymous: OVERLAPPED_0 { Anonymous: at }, ..OVERLAPPED::default() }
+}
+
+/// What the file systems say of a lock that somebody else has. The second is what they say instead of waiting.
+fn is_contended(error: &io::Error) -> bool {
+    let code = error.raw_os_error().map(|code| code as u32);
+    matches!(code, Some(ERROR_LOCK_VIOLATION | ERROR_IO_PENDING))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+
+    #[test]
+    fn what_is_locked_can_still_be_read_and_written_through_another_handle() {
+        let path = std::env::temp_dir().join(format!("lockkit-flock-{}", std::process::id()));
+        let one = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+        let mut other = File::options().read(true).write(true).open(&path).unwrap();
+        assert!(try_lock(&one, Mode::Exclusive).unwrap());
+        assert!(!try_lock(&other, Mode::Shared).unwrap());
+        (&one).write_all(b"one").unwrap();
+        let mut text = String::new();
+        other.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "one");
+        other.write_all(b"other").unwrap();
+        unlock(&one).unwrap();
+        assert!(try_lock(&other, Mode::Shared).unwrap() && try_lock(&one, Mode::Shared).unwrap());
+        drop((one, other));
+        std::fs::remove_file(path).unwrap();
+    }
+}

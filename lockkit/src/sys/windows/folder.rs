@@ -1,0 +1,210 @@
+//! Where lockkit's own files are: at fixed places, which the system's shell knows, whatever the environment says.
+//!
+//! Those of one user stand in a folder of lockkit's in the user's local application data, which no other user enters,
+//! and which does not roam. Those of the whole machine stand in the folder for all users' application data, each made
+//! with a list that lets everybody read and write it and nobody but administrators remove it or change that list.
+//!
+//! File names do not tell capitals from small letters here and some are devices' (`nul.x`), so a lock's name is written
+//! with `!` before what was a capital, and `n-` before it all.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::windows::io::{FromRawHandle, OwnedHandle};
+use std::path::PathBuf;
+use std::ptr;
+
+use windows_sys::Win32::Foundation::{ERROR_FILE_EXISTS, INVALID_HANDLE_VALUE};
+use windows_sys::Win32::Storage::FileSystem::{
+    CREATE_NEW, CreateFileW, FILE_ATTRIBUTE_NORMAL, FILE_FLAG_BACKUP_SEMANTICS, FILE_GENERIC_READ, FILE_GENERIC_WRITE,
+    FILE_SHARE_DELETE, FILE_SHARE_READ, FILE_SHARE_WRITE,
+};
+use windows_sys::Win32::System::Com::CoTaskMemFree;
+use windows_sys::Win32::UI::Shell::{FOLDERID_LocalAppData, FOLDERID_ProgramData, SHGetKnownFolderPath};
+
+use super::files::{self, MetadataExt, OpenOptionsExt};
+use super::security::Descriptor;
+use crate::error::{Error, ErrorKind, Result};
+use crate::steps::step;
+
+/// Who shares a lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Sharing {
+    /// The processes of this user; there are no numbers of users here.
+    User(u32),
+    /// Everybody on the machine.
+    Machine,
+}
+
+impl Sharing {
+    /// Modes are for Unix.
+    pub(crate) fn file_mode(self) -> u32 {
+        0
+    }
+}
+
+/// What stands before the names of the machine's files.
+const MACHINE: &str = "lockkit-machine-";
+
+/// A folder of lockkit's, or with its files in it.
+#[derive(Debug)]
+pub(crate) struct Folder {
+    pub(crate) fd: OwnedHandle,
+    path: PathBuf,
+    sharing: Sharing,
+}
+
+impl Folder {
+    /// The path of lockkit's file `name`.
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
+        self.path.join(file_name(name, self.sharing))
+    }
+
+    /// Opens lockkit's file `name` for reading and writing, or makes it: one of its own, not a link to something else.
+    pub(crate) fn open_file(&self, name: &str) -> Result<File> {
+        let path = self.file(name);
+        let failed = |error| Error::io("open", &path, error);
+        let mut options = OpenOptions::new();
+        options.read(true).write(true);
+        OpenOptionsExt::custom_flags(&mut options, files::NOFOLLOW);
+        let file = match files::open(&options, &path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => match self.make(&path) {
+                // Made by somebody else just now.
+                Err(error) if error.raw_os_error() == Some(ERROR_FILE_EXISTS as i32) => files::open(&options, &path),
+                made => {
+                    step("file made");
+                    made
+                }
+            },
+            opened => opened,
+        }
+        .map_err(failed)?;
+        let found = files::look(&file).map_err(failed)?;
+        match found.is_file() && found.nlink() == 1 {
+            true => Ok(file),
+            false => Err(ErrorKind::Insecure { path, problem: "it is not a plain file of its own" }.into()),
+        }
+    }
+
+    fn make(&self, path: &std::path::Path) -> io::Result<File> {
+        let everybody = match self.sharing {
+            Sharing::User(_) => None,
+            // Reading and writing for everybody, the maker among them.
+            Sharing::Machine => {
+                Some(Descriptor::new("D:P(A;;0x12019F;;;WD)(A;;0x12019F;;;OW)(A;;FA;;;SY)(A;;FA;;;BA)")?)
+            }
+        };
+        let attributes = everybody.as_ref().map(Descriptor::attributes);
+        let wide = super::wide(&path.to_string_lossy());
+        // SAFETY: the path ends with a zero, and the attributes' descriptor is there until the end of this call.
+        let handle = unsafe {
+            CreateFileW(
+                wide.as_ptr(),
+                FILE_GENERIC_READ | FILE_GENERIC_WRITE,
+                FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE,
+                attributes.as_ref().map_or(ptr::null(), ptr::from_ref),
+                CREATE_NEW,
+                FILE_ATTRIBUTE_NORMAL,
+                ptr::null_mut(),
+            )
+        };
+        match handle == INVALID_HANDLE_VALUE {
+            true => Err(io::Error::last_os_error()),
+            // SAFETY: just made, and owned by nobody else.
+            false => Ok(File::from(unsafe { OwnedHandle::from_raw_handle(handle) })),
+        }
+    }
+}
+
+fn file_name(name: &str, sharing: Sharing) -> String {
+    let mut written = String::from(if sharing == Sharing::Machine { MACHINE } else { "n-" });
+    for letter in name.chars() {
+        if letter.is_ascii_uppercase() {
+            written.push('!');
+        }
+        written.push(letter.to_ascii_lowercase());
+    }
+    written
+}
+
+/// The name that `file_name` was made of, if it was.
+pub(crate) fn name_of(file: &str, sharing: Sharing) -> Option<String> {
+    let mut letters = file.strip_prefix(if sharing == Sharing::Machine { MACHINE } else { "n-" })?.chars();
+    let mut name = String::new();
+    while let Some(letter) = letters.next() {
+        name.push(if letter == '!' { letters.next()?.to_ascii_uppercase() } else { letter });
+    }
+    Some(name)
+}
+
+/// Users have no numbers here, and no file has one as its owner.
+pub(crate) fn effective_uid() -> u32 {
+    0
+}
+
+fn known(id: &windows_sys::core::GUID) -> io::Result<PathBuf> {
+    let mut text = ptr::null_mut();
+    // SAFETY: asks for a path of this process's user, and the answer has a place.
+    let status = unsafe { SHGetKnownFolderPath(id, 0, ptr::null_mut(), &raw mut text) };
+    if text.is_null() {
+        return Err(io::Error::other(format!("the shell does not say where it is (0x{status:08x})")));
+    }
+    // SAFETY: the shell has written a text that ends with a zero.
+    let letters = unsafe {
+        let length = (0..).take_while(|&at| *text.add(at) != 0).count();
+        std::slice::from_raw_parts(text, length)
+    };
+    let path = String::from_utf16(letters);
+    // SAFETY: to be freed so, and once, also where there is nothing; `letters` is not used any more.
+    unsafe { CoTaskMemFree(text.cast()) };
+    path.map(PathBuf::from).map_err(io::Error::other)
+}
+
+fn place(sharing: Sharing) -> io::Result<PathBuf> {
+    Ok(match sharing {
+        Sharing::User(_) => known(&FOLDERID_LocalAppData)?.join("lockkit"),
+        Sharing::Machine => known(&FOLDERID_ProgramData)?,
+    })
+}
+
+/// The folder for `sharing`, if it is there; for those who only look.
+pub(crate) fn path(sharing: Sharing) -> Option<PathBuf> {
+    place(sharing).ok().filter(|path| path.is_dir())
+}
+
+/// Opens the folder for `sharing`, making a user's where it is missing.
+///
+/// # Errors
+/// `Io` when it cannot be made or opened.
+pub(crate) fn open(sharing: Sharing) -> Result<Folder> {
+    let path = place(sharing).map_err(|error| Error::io("find the folder for", "named locks", error))?;
+    let mut options = OpenOptions::new();
+    options.read(true);
+    std::os::windows::fs::OpenOptionsExt::custom_flags(&mut options, FILE_FLAG_BACKUP_SEMANTICS);
+    let opened = match options.open(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            fs::create_dir_all(&path).map_err(|error| Error::io("create the folder", &path, error))?;
+            step("folder made");
+            options.open(&path)
+        }
+        opened => opened,
+    };
+    let folder = opened.map_err(|error| Error::io("open the folder", &path, error))?;
+    Ok(Folder { fd: folder.into(), path, sharing })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_differ_have_files_that_differ_also_where_capitals_do_not_count() {
+        for sharing in [Sharing::User(0), Sharing::Machine] {
+            for name in ["nul.record", "Nul.record", "NUL.x-_", "a"] {
+                let file = file_name(name, sharing);
+                assert_eq!(file, file.to_ascii_lowercase());
+                assert_eq!(name_of(&file, sharing).as_deref(), Some(name));
+            }
+        }
+        assert_eq!(name_of("other", Sharing::User(0)), None);
+    }
+}

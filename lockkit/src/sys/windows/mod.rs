@@ -1,0 +1,39 @@
+//! What [`sys`](super) is on Windows, module by module, by the same names where there is the same need.
+//!
+//! | module | mechanism |
+//! |---|---|
+//! | [`clock`] | the interrupt time, which goes on during sleep |
+//! | [`event`] | events, and one wait for handles, cancellation and time |
+//! | [`fd`] | handles by the names of descriptors |
+//! | [`files`] | which file is which, by volume and id; what is being deleted |
+//! | [`flock`] | `LockFileEx` on a byte that no file reaches |
+//! | [`folder`] | the folders for lockkit's own files, as the shell knows them |
+//! | [`fork`] | nothing: there is no fork |
+//! | [`mutex`] | named mutexes |
+//! | [`process`] | pid and moment of creation |
+//! | [`security`] | who this process is, and what it lets others do |
+
+pub(crate) mod clock;
+pub(crate) mod event;
+pub(crate) mod fd;
+pub(crate) mod files;
+pub(crate) mod flock;
+pub(crate) mod folder;
+pub(crate) mod fork;
+pub(crate) mod mutex;
+pub(crate) mod process;
+pub(crate) mod security;
+
+use std::time::Duration;
+
+/// Ticks of 100 ns, in which Windows counts time.
+const TICKS: u64 = 10_000_000;
+
+fn span(ticks: u64) -> Duration {
+    Duration::new(ticks / TICKS, (ticks % TICKS) as u32 * 100)
+}
+
+/// Text as Windows wants it, with a zero behind it.
+fn wide(text: &str) -> Vec<u16> {
+    text.encode_utf16().chain([0]).collect()
+}

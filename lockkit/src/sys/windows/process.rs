@@ -1,0 +1,220 @@
+//! Which process is which, and whether it still lives.
+//!
+//! A process is told from a later one with the same pid by the moment of its creation, in ticks of 100 ns of the wall
+//! clock as it was set then, which is written down once and moves no more. Whether it has ended is asked of the process
+//! itself, for its exit code may be any number, 259 (`STILL_ACTIVE`) among them.
+
+use std::io;
+use std::os::windows::io::{AsRawHandle, FromRawHandle, OwnedHandle};
+use std::path::Path;
+use std::ptr;
+use std::sync::OnceLock;
+use std::time::SystemTime;
+
+use windows_sys::Win32::Foundation::{ERROR_INVALID_PARAMETER, FILETIME, WAIT_OBJECT_0};
+use windows_sys::Win32::System::Registry::{HKEY_LOCAL_MACHINE, RRF_RT_REG_SZ, RRF_SUBKEY_WOW6464KEY, RegGetValueW};
+use windows_sys::Win32::System::SystemInformation::{ComputerNamePhysicalDnsHostname, GetComputerNameExW};
+use windows_sys::Win32::System::Threading::{
+    GetProcessId, GetProcessTimes, OpenProcess, PROCESS_NAME_WIN32, PROCESS_QUERY_LIMITED_INFORMATION,
+    PROCESS_SYNCHRONIZE, QueryFullProcessImageNameW, WaitForSingleObject,
+};
+
+/// What the system says of a pid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Probe {
+    /// No process has it.
+    Gone,
+    /// The process that has it runs no code any more, but somebody keeps a handle on it.
+    Ended,
+    /// A process has it, which was created then, where the system lets us see that.
+    Running(Option<u64>),
+}
+
+/// Looks at `pid`. What cannot be seen counts as running.
+pub(crate) fn probe(pid: u32) -> Probe {
+    let process = match open(pid, PROCESS_QUERY_LIMITED_INFORMATION | PROCESS_SYNCHRONIZE) {
+        Ok(process) => process,
+        Err(error) if error.raw_os_error() == Some(ERROR_INVALID_PARAMETER as i32) => return Probe::Gone,
+        // Access denied is an answer, too: a process of another user, or a protected one.
+        Err(_) => return Probe::Running(None),
+    };
+    let handle = process.as_raw_handle();
+    // SAFETY: the handle is an open process's. Numbers between pids are taken for the one below.
+    if unsafe { GetProcessId(handle) } != pid {
+        return Probe::Gone;
+    }
+    // SAFETY: the handle is open, and may be waited for.
+    if unsafe { WaitForSingleObject(handle, 0) } == WAIT_OBJECT_0 {
+        return Probe::Ended;
+    }
+    let mut times = [FILETIME::default(); 4];
+    let [created, ended, kernel, user] = &mut times;
+    // SAFETY: the handle is open, and each answer has a place.
+    let seen = unsafe { GetProcessTimes(handle, created, ended, kernel, user) } != 0;
+    let created = u64::from(created.dwHighDateTime) << 32 | u64::from(created.dwLowDateTime);
+    Probe::Running(seen.then_some(created))
+}
+
+fn open(pid: u32, access: u32) -> io::Result<OwnedHandle> {
+    // SAFETY: asks only.
+    let handle = unsafe { OpenProcess(access, 0, pid) };
+    match handle.is_null() {
+        true => Err(io::Error::last_os_error()),
+        // SAFETY: just made, and owned by nobody else.
+        false => Ok(unsafe { OwnedHandle::from_raw_handle(handle) }),
+    }
+}
+
+/// The wall clock, by the reading that is cheapest.
+pub(crate) fn cheap_time() -> SystemTime {
+    SystemTime::now()
+}
+
+/// The highest pid that there may be: they are multiples of 4.
+pub(crate) const MOST_PID: u32 = u32::MAX - 3;
+
+/// When the system started, by the wall clock as it is set now.
+pub(crate) fn booted_at() -> Option<SystemTime> {
+    SystemTime::now().checked_sub(super::clock::now())
+}
+
+/// The `start` of a [`Probe`] by the wall clock as it was set then.
+pub(crate) fn started_at(start: u64) -> Option<SystemTime> {
+    /// From 1601, where Windows counts from, to 1970.
+    const EPOCH: u64 = 11_644_473_600 * super::TICKS;
+    SystemTime::UNIX_EPOCH.checked_add(super::span(start.checked_sub(EPOCH)?))
+}
+
+/// The program that `pid` runs, for people: its file's name.
+pub(crate) fn program(pid: u32) -> Option<String> {
+    let process = open(pid, PROCESS_QUERY_LIMITED_INFORMATION).ok()?;
+    let mut path = [0_u16; 1024];
+    let mut length = path.len() as u32;
+    // SAFETY: the handle is open, and the call writes no more than it is told there is room for.
+    let found = unsafe {
+        QueryFullProcessImageNameW(process.as_raw_handle(), PROCESS_NAME_WIN32, path.as_mut_ptr(), &raw mut length)
+    };
+    let path = (found != 0).then(|| String::from_utf16_lossy(&path[..length as usize]))?;
+    Some(Path::new(&path).file_name()?.to_string_lossy().into_owned())
+}
+
+/// What tells this boot of this machine from every other one: how often the machine has booted, as the kernel shows it
+/// to every process, and which machine it is. Where the kernel does not count (before Windows 10) all boots are one:
+/// then the moments of creation alone tell processes apart.
+pub(crate) fn boot_id() -> Option<u128> {
+    /// `KUSER_SHARED_DATA`, which is mapped at the same place in every process, and its field `BootId`.
+    const BOOT_ID: *const u32 = (0x7ffe_0000_usize + 0x2c4) as *const u32;
+    // SAFETY: a page that is mapped for reading in every process; the field is four bytes, aligned.
+    let count = unsafe { BOOT_ID.read_volatile() };
+    Some(u128::from(sum(host())) << 32 | u128::from(count))
+}
+
+/// FNV-1a.
+fn sum(text: &str) -> u64 {
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |sum, byte| (sum ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3))
+}
+
+/// There is one space of pids for all.
+pub(crate) fn pid_namespace() -> Option<u64> {
+    Some(1)
+}
+
+/// What tells the clock that counts from the start of the system from every other one.
+pub(crate) fn clock_id() -> Option<u128> {
+    boot_id().filter(|boot| *boot as u32 != 0)
+}
+
+/// This host: its name, and the id of its installation where there is one, so that two hosts that were given the same
+/// name still differ. Two that were cloned from one image with their names do not.
+pub(crate) fn host() -> &'static str {
+    static HOST: OnceLock<String> = OnceLock::new();
+    HOST.get_or_init(|| {
+        let name = name().replace(char::is_control, "?");
+        match installation() {
+            Some(id) => format!("{name}/{id}"),
+            None => name,
+        }
+    })
+}
+
+fn name() -> String {
+    let mut name = [0_u16; 256];
+    let mut length = name.len() as u32;
+    // SAFETY: the call writes no more than it is told there is room for.
+    let found = unsafe { GetComputerNameExW(ComputerNamePhysicalDnsHostname, name.as_mut_ptr(), &raw mut length) };
+    if found == 0 { String::new() } else { String::from_utf16_lossy(&name[..length as usize]) }
+}
+
+fn installation() -> Option<String> {
+    let (key, value) = (super::wide("SOFTWARE\\Microsoft\\Cryptography"), super::wide("MachineGuid"));
+    let mut id = [0_u16; 64];
+    let mut length = size_of_val(&id) as u32;
+    // SAFETY: both names end with a zero, and the call writes no more than it is told there is room for.
+    let status = unsafe {
+        RegGetValueW(
+            HKEY_LOCAL_MACHINE,
+            key.as_ptr(),
+            value.as_ptr(),
+            RRF_RT_REG_SZ | RRF_SUBKEY_WOW6464KEY,
+            ptr::null_mut(),
+            id.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    let end = id.iter().position(|letter| *letter == 0)?;
+    (status == 0 && end > 0).then(|| String::from_utf16_lossy(&id[..end]))
+}
+
+/// Whether what [`host`] gave has the id of an installation, besides the name.
+pub(crate) fn has_installation_id(host: &str) -> bool {
+    // No host name has a slash.
+    host.contains('/')
+}
+
+/// Nothing to be seen here.
+#[cfg(all(feature = "steps", debug_assertions))]
+pub(crate) fn show_a_step() {}
+
+/// Ends this process at once, as a kill from outside does.
+#[cfg(all(feature = "steps", debug_assertions))]
+pub(crate) fn kill_this_process() {
+    use windows_sys::Win32::System::Threading::{GetCurrentProcess, TerminateProcess};
+    // SAFETY: ends the process, so nothing comes after it.
+    unsafe { TerminateProcess(GetCurrentProcess(), 1) };
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn this_process_runs_and_keeps_its_moment_of_creation() {
+        let now = probe(std::process::id());
+        let Probe::Running(Some(start)) = now else { panic!("{now:?}") };
+        assert_eq!(probe(std::process::id()), now);
+        let age = SystemTime::now().duration_since(started_at(start).unwrap()).unwrap_or_default();
+        assert!(age < Duration::from_secs(3600), "{age:?}");
+        assert!(program(std::process::id()).unwrap().ends_with(".exe"));
+    }
+
+    #[test]
+    fn no_process_is_taken_for_alive_by_the_numbers_beside_its_own() {
+        let me = std::process::id();
+        for beside in 1..4 {
+            assert_eq!(probe(me + beside), Probe::Gone);
+        }
+        assert_eq!(probe(0), Probe::Gone);
+        assert_eq!(probe(MOST_PID), Probe::Gone);
+    }
+
+    #[test]
+    fn one_that_exits_with_259_has_ended() {
+        let mut child = Command::new("cmd").args(["/c", "exit 259"]).stdin(Stdio::null()).spawn().unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(259));
+        // The handle on it is still open.
+        assert_eq!(probe(child.id()), Probe::Ended);
+    }
+}

@@ -1,0 +1,74 @@
+//! The core of the suite on every system, for every kind of lock that all systems have.
+
+use std::time::Duration;
+
+use lockkit::{Backend, ErrorKind, NamedLock, PidFile, PidStatus, Scope};
+use lockkit_tests::everywhere::{Place, Second, is_wine};
+use lockkit_tests::{everywhere, fresh_name, until};
+
+everywhere!(named, "named");
+everywhere!(machine, "machine");
+everywhere!(named_file, "named-file");
+everywhere!(file, "file");
+everywhere!(pidfile, "pidfile");
+everywhere!(lease, "lease");
+everywhere!(folder, "folder");
+
+#[test]
+fn a_held_pidfile_can_be_read_by_everybody_and_is_gone_after_the_release() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("app.pid");
+    let guard = PidFile::new(&path).unwrap().try_lock().unwrap();
+    if is_wine() {
+        println!("what Windows refuses to read of a locked file is not judged: Wine lets everybody read all of it");
+    }
+    let text = std::fs::read_to_string(&path).unwrap();
+    assert_eq!(text.lines().next(), Some(&*std::process::id().to_string()));
+    assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Running(owner) if owner.pid() == std::process::id()));
+    guard.verify().unwrap();
+    guard.release().unwrap();
+    assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Absent));
+}
+
+#[test]
+fn the_pidfile_of_a_dead_program_is_stale_and_that_of_a_living_one_is_honoured() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("app.pid");
+    let mut other = Second::start(&Place::fresh("file"));
+    std::fs::write(&path, format!("{}\n", other.pid())).unwrap();
+    assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Running(owner) if owner.pid() == other.pid()));
+    assert!(PidFile::new(&path).unwrap().try_lock().unwrap_err().is_held());
+    assert!(!PidFile::remove_stale(&path).unwrap());
+    other.kill();
+    assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Stale(owner) if owner.pid() == other.pid()));
+    let guard = PidFile::new(&path).unwrap().lock_for(Duration::from_secs(10)).unwrap();
+    assert_eq!(guard.recovered().unwrap().owner().unwrap().pid(), other.pid());
+}
+
+#[test]
+fn an_owner_is_named_while_it_holds_and_nobody_afterwards() {
+    for backend in [Backend::Auto, Backend::File] {
+        let name = fresh_name("lockkit-Everywhere");
+        let lock = NamedLock::builder(&name).backend(backend).build().unwrap();
+        assert_eq!(lock.owner().unwrap(), None);
+        let guard = lock.try_lock().unwrap();
+        assert_eq!(lock.owner().unwrap().unwrap().pid(), std::process::id());
+        assert!(NamedLock::list(Scope::User).unwrap().iter().any(|held| held.name() == name));
+        let other = NamedLock::builder(&name.to_ascii_lowercase()).backend(backend).build().unwrap();
+        drop(other.try_lock().expect("another name, for capitals count"));
+        drop(guard);
+        // What another test is starting just now has a copy of the descriptor until it runs.
+        until("nobody is named", || lock.owner().unwrap().is_none());
+    }
+}
+
+#[test]
+fn what_this_system_does_not_have_is_unsupported() {
+    let unsupported = |error: lockkit::Error| matches!(error.kind(), ErrorKind::Unsupported { .. });
+    let built = |backend| NamedLock::builder("lockkit-everywhere").backend(backend).build();
+    assert_eq!(built(Backend::Socket).map_or_else(unsupported, |_| false), !cfg!(target_os = "linux"));
+    assert_eq!(built(Backend::Mutex).map_or_else(unsupported, |_| false), !cfg!(windows));
+    let folder = tempfile::tempdir().unwrap();
+    let table = lockkit::ShmLockManager::create(folder.path().join("table"), 1);
+    assert_eq!(table.map_or_else(unsupported, |_| false), !cfg!(target_os = "linux"));
+}
