@@ -203,6 +203,7 @@ macro_rules! drills {
             a_holder_stopped_for_longer_than_its_ttl_finds_it_lost_the_moment_it_runs_again,
             a_server_frozen_for_less_than_a_ttl_costs_no_lease,
             a_server_frozen_for_longer_than_a_ttl_costs_the_lease_in_time_and_it_is_told_once,
+            what_a_taker_that_gave_up_was_given_later_is_free_again,
             a_restarted_server_knows_its_leases_and_the_tokens_grow,
             an_acquisition_cut_off_anywhere_gets_the_same_grant,
             a_renewal_cut_off_anywhere_keeps_the_lease,
@@ -458,6 +459,28 @@ mod cases {
         let (token, _) = held(&next.ask("lock"));
         assert!(token > first);
         assert_eq!(holder.ask("losses").matches('(').count(), 1);
+        Ok(())
+    }
+
+    pub fn what_a_taker_that_gave_up_was_given_later_is_free_again<E: Engine>() -> Drill {
+        let arena = Arena::<E>::open()?;
+        let terms = lasting(arena.terms());
+        let (mut taker, mut next) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
+        for _ in 0..3 {
+            // So that it is connected, and the request alone is missing.
+            held(&taker.ask("try"));
+            taker.expect("release", "released");
+            arena.server.signal(Signal::STOP);
+            let answer = taker.ask("lock-for 50");
+            assert!(answer.starts_with("error Store"), "nobody said that it is held: {answer}");
+            arena.server.signal(Signal::CONT);
+            // It lives, so nothing but itself gives the name free before the ttl is over, long after this has given up.
+            let answer = next.ask(&format!("lock-for {}", LIVELY.as_millis() / 2));
+            let (_, told) = held(&answer);
+            assert!(told.is_empty(), "nobody died: {answer}");
+            next.expect("release", "released");
+        }
+        taker.expect("is-held", "error NotHeld");
         Ok(())
     }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use super::clock::Clock;
 use super::heart::{Heart, Place};
-use super::store::{Deadline, Grant, Released, Renewal, StoreError};
+use super::store::{ClaimId, Deadline, Grant, Released, Renewal, StoreError};
 use super::tenure::{LossReason, Next, Tenure};
 use super::{Inner, Loss};
 #[cfg(feature = "tokio")]
@@ -32,6 +32,8 @@ pub(super) const SHORTEST_REQUEST: Duration = Duration::from_millis(20);
 pub(super) struct Held {
     lease: Arc<Inner>,
     grant: Grant,
+    /// Not where nobody knows whether it was, nor under which token.
+    is_granted: bool,
     heart: &'static Heart,
     /// The process that holds, for a forked child has a copy.
     generation: u32,
@@ -52,6 +54,46 @@ struct State {
     is_given_up: bool,
 }
 
+/// An acquisition under way. Where it ends without a grant after a request that got no answer, its claim may have been
+/// given the name, or may yet be. Then the heartbeat takes that back, so that nobody is kept out by nobody.
+pub(super) struct Asking {
+    lease: Arc<Inner>,
+    heart: &'static Heart,
+    pub(super) claim: ClaimId,
+    /// When the last request was sent that got no answer.
+    unanswered: Option<Duration>,
+}
+
+impl Asking {
+    pub(super) fn begin(lease: Arc<Inner>, heart: &'static Heart) -> Self {
+        Self { lease, heart, claim: ClaimId::random(), unanswered: None }
+    }
+
+    /// No answer came to the request that was sent then.
+    pub(super) fn is_unanswered(&mut self, sent: Duration) {
+        self.unanswered = Some(sent);
+    }
+
+    /// The name was granted to the claim by a request that was sent then.
+    pub(super) fn granted(mut self, grant: Grant, sent: Duration) -> Arc<Held> {
+        self.unanswered = None;
+        Held::begin(self.lease.clone(), grant, self.heart, sent)
+    }
+
+    /// The name was granted to the claim, and given back: another one asks from here on.
+    pub(super) fn renew_claim(&mut self) {
+        (self.claim, self.unanswered) = (ClaimId::random(), None);
+    }
+}
+
+impl Drop for Asking {
+    fn drop(&mut self) {
+        if let Some(sent) = self.unanswered {
+            Held::take_back(self.lease.clone(), &self.claim, self.heart, sent);
+        }
+    }
+}
+
 impl Held {
     /// What was granted by a request sent then. The first beat comes after half a heartbeat to a whole one, by chance,
     /// so that a thousand leases taken at once do not beat at once for ever.
@@ -61,17 +103,35 @@ impl Held {
         let half = terms.heartbeat / 2;
         let due = sent + half + half.mul_f64(grant.claim().number() as u16 as f64 / f64::from(u16::MAX));
         let tenure = Tenure::new(terms, sent, grant.ttl(), options.clock.now(), due);
-        let held = Arc::new(Self {
+        let held = Self::new(lease, grant, heart, tenure, true);
+        heart.serve(held.clone(), due);
+        held
+    }
+
+    /// Has the heartbeat free what the claim may be given by a request that was sent then and got no answer. It looks at
+    /// once and again and again until what was granted would have run out, for such a request may be carried out late.
+    fn take_back(lease: Arc<Inner>, claim: &ClaimId, heart: &'static Heart, sent: Duration) {
+        let options = &lease.options;
+        let (now, ttl) = (options.clock.now(), options.ttl);
+        let mut tenure = Tenure::new(options.terms(), sent, ttl, now, now);
+        tenure.release();
+        let grant = Grant::new(&lease.name, claim, 0, ttl);
+        let held = Self::new(lease, grant, heart, tenure, false);
+        held.lock().left_to_heart = true;
+        heart.serve(held, now);
+    }
+
+    fn new(lease: Arc<Inner>, grant: Grant, heart: &'static Heart, tenure: Tenure, is_granted: bool) -> Arc<Self> {
+        Arc::new(Self {
             lease,
             grant,
+            is_granted,
             heart,
             generation: fork::generation(),
             ended: CancelToken::new(),
             state: Mutex::new(State { tenure, asking: false, left_to_heart: false, is_given_up: false }),
             answered: Condvar::new(),
-        });
-        heart.serve(held.clone(), due);
-        held
+        })
     }
 
     pub(super) fn name(&self) -> &str {
@@ -199,6 +259,7 @@ impl Held {
     fn give_back(&self, by: Deadline) -> Result<Released, StoreError> {
         let is_released = matches!(self.lock().tenure.ended(), Some(LossReason::Released));
         protected(|| match is_released {
+            _ if !self.is_granted => self.find_and_free(by),
             true => self.lease.store.release(&self.grant, by),
             // A renewal that came too late may have made it good again for a store that finds out itself, too.
             false => match self.lease.store.give_up(&self.grant, by) {
@@ -206,6 +267,16 @@ impl Held {
                 told => told,
             },
         })
+    }
+
+    /// Frees what the claim was given, and is never done: the request that asked for it may yet be carried out.
+    fn find_and_free(&self, by: Deadline) -> Result<Released, StoreError> {
+        let (store, grant) = (&self.lease.store, &self.grant);
+        match store.look(grant.name(), by)? {
+            Some(seen) if seen.claim() == Some(*grant.claim()) => drop(store.evict(grant.name(), &seen, by)?),
+            _ => {}
+        }
+        Err(StoreError::unknown("the request may yet be carried out"))
     }
 
     /// Does what is to be done now, on the heartbeat thread; says when to come again, if ever.
@@ -241,7 +312,8 @@ impl Held {
             let told = self.give_back(self.request());
             let now = self.now();
             if told.is_err() && now < until {
-                return Some(now + self.lease.options.heartbeat);
+                // As soon as a renewal that failed: others wait.
+                return Some(now + self.heartbeat() / 4);
             }
             self.lock().left_to_heart = false;
         }

@@ -47,7 +47,7 @@ use builder::Options;
 pub use clock::{Clock, ManualClock, SystemClock};
 use heart::Heart;
 pub use held::LostSignal;
-use held::{Held, SHORTEST_REQUEST};
+use held::{Asking, Held, SHORTEST_REQUEST};
 pub use store::{
     Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
     StoreProfile,
@@ -249,7 +249,8 @@ impl Lease {
     /// it; [`Io`](ErrorKind::Io) when the heartbeat thread cannot be started, or the file not be made, opened, locked
     /// or written; [`Store`](ErrorKind::Store) when another store fails as often as
     /// [`acquire_retry_limit`](LeaseBuilder::acquire_retry_limit) has it, or never answered within the limit of the
-    /// wait: then the request may yet take effect, and the lease be held by nobody for a ttl. Of a file also
+    /// wait: then the request may yet take effect, and the heartbeat frees what it has taken as soon as the store
+    /// answers. Of a file also
     /// [`LayoutMismatch`](ErrorKind::LayoutMismatch) when a later version wrote it,
     /// [`ForeignOwner`](ErrorKind::ForeignOwner) when another user than this one or root owns it, and
     /// [`Insecure`](ErrorKind::Insecure) when it is a link or no plain file.
@@ -328,7 +329,7 @@ impl Inner {
         wait.check(&found)?;
         let heart =
             Heart::start().map_err(|error| Error::io("start the heartbeat thread for", self.name.as_str(), error))?;
-        let mut claim = ClaimId::random();
+        let mut asking = Asking::begin(self.clone(), heart);
         // From here on, so that a limit also bounds a store that does not answer.
         let patience = wait.patience();
         let mut recovered = None;
@@ -341,15 +342,16 @@ impl Inner {
                 None => self.request(),
             };
             let sent = options.clock.now();
-            let failure = match self.store.try_acquire(&self.name, &claim, options.ttl, by) {
+            let failure = match self.store.try_acquire(&self.name, &asking.claim, options.ttl, by) {
                 Ok(Attempt::Granted(mut grant)) => {
                     // Also of a grant that came too late to be used.
                     recovered = grant.take_recovered().or(recovered);
                     if options.clock.now() < options.terms().valid_until(sent, grant.ttl()) {
-                        return Ok(LeaseGuard { held: Held::begin(self.clone(), grant, heart, sent), recovered });
+                        return Ok(LeaseGuard { held: asking.granted(grant, sent), recovered });
                     }
                     let _ = self.store.release(&grant, self.request());
-                    (claim, is_answered) = (ClaimId::random(), true);
+                    asking.renew_claim();
+                    is_answered = true;
                     StoreError::refused("its answer came too late")
                 }
                 Ok(Attempt::Busy(seen)) => {
@@ -367,7 +369,12 @@ impl Inner {
                     continue;
                 }
                 Err(error @ StoreError::Misuse(_)) => return Err(self.failed(error)),
-                Err(error) => error,
+                Err(error) => {
+                    if matches!(error, StoreError::Unknown(_)) {
+                        asking.is_unanswered(sent);
+                    }
+                    error
+                }
             };
             // The same claim again: if the store did it after all, it gives the same grant.
             failures += 1;
@@ -422,7 +429,7 @@ impl Inner {
     }
 
     /// What an attempt is given at least, however soon the waiter gives up: without an answer nobody would know whether
-    /// it took effect, and the name might be held by nobody for a ttl. A store that keeps no short ttls is a slow one.
+    /// it took effect, and the name might be held by nobody for a moment. A store that keeps no short ttls is a slow one.
     fn shortest_request(&self) -> Duration {
         (self.store.profile().smallest_ttl / 8).clamp(SHORTEST_REQUEST, Duration::from_millis(250))
     }

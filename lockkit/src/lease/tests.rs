@@ -477,6 +477,8 @@ struct Faulty {
     /// Renewals do not return, whatever their deadline, while it is set.
     freezes: AtomicBool,
     renewals: AtomicUsize,
+    /// Whose attempt was the last.
+    last: parking_lot::Mutex<Option<ClaimId>>,
 }
 
 impl Faulty {
@@ -491,6 +493,7 @@ impl Faulty {
             hangs: Default::default(),
             freezes: Default::default(),
             renewals: Default::default(),
+            last: Default::default(),
         })
     }
 
@@ -511,6 +514,7 @@ impl LeaseStore for Faulty {
         ttl: Duration,
         by: Deadline,
     ) -> Result<Attempt, StoreError> {
+        *self.last.lock() = Some(*claim);
         if self.hangs.load(Ordering::Relaxed) {
             thread::sleep(by.remaining());
             return Err(StoreError::unknown("no answer"));
@@ -572,12 +576,42 @@ impl LeaseStore for Faulty {
     }
 
     fn look(&self, _: &LeaseName, _: Deadline) -> Result<Option<Seen>, StoreError> {
-        Ok(None)
+        let (token, holder) = &*self.record.lock();
+        Ok(holder.map(|(claim, _)| Seen::new(*token).with_claim(claim).with_token(*token)))
     }
 
-    fn evict(&self, _: &LeaseName, _: &Seen, _: Deadline) -> Result<Released, StoreError> {
-        Err(StoreError::misuse("not here"))
+    fn evict(&self, _: &LeaseName, seen: &Seen, _: Deadline) -> Result<Released, StoreError> {
+        match self.record.lock().1.take_if(|(claim, _)| Some(*claim) == seen.claim()) {
+            Some(_) => Ok(Released::Done),
+            None => Ok(Released::NotMine),
+        }
     }
+}
+
+#[test]
+fn what_a_request_without_an_answer_has_taken_is_free_again() {
+    let clock = ManualClock::new();
+    let store = Faulty::new(&clock);
+    let lease = store.lease().acquire_retry_limit(0).build().unwrap();
+    let is_free = || store.record.lock().1.is_none();
+    store.swallows.store(true, Ordering::Relaxed);
+    assert!(matches!(lease.try_lock().unwrap_err().kind(), ErrorKind::Store { .. }));
+    // By this clock it would be held for ever.
+    eventually("it is taken back", is_free);
+
+    store.hangs.store(true, Ordering::Relaxed);
+    assert!(matches!(lease.lock_for(MS).unwrap_err().kind(), ErrorKind::Store { .. }));
+    store.hangs.store(false, Ordering::Relaxed);
+    let claim = store.last.lock().unwrap();
+    let late = store.try_acquire(&LeaseName::new("faulty").unwrap(), &claim, MS * 3000, Deadline::after(MS));
+    assert!(matches!(late, Ok(Attempt::Granted(_))));
+    clock.advance(MS * 250);
+    eventually("it is taken back, though it was carried out late", is_free);
+
+    let guard = lease.try_lock().unwrap();
+    clock.advance(MS * 2900);
+    eventually("it is renewed", || guard.remaining() > MS * 2900);
+    assert!(guard.is_held() && !is_free(), "what was granted is left alone");
 }
 
 #[test]
