@@ -1,7 +1,7 @@
 //! The store that is built in: a file for each lease.
 //!
-//! Every step opens the file, takes its flock, sees that the path still names it, reads the record, decides, writes it
-//! in place, unlocks and closes. So each step is one for all processes, and a process that is killed in the middle has
+//! Every step opens the file, takes its flock, sees that the path still names it (a beat leaves that to the next one),
+//! reads the record, decides, writes it in place, unlocks and closes. So each step is one for all processes, and a process that is killed in the middle has
 //! changed all or nothing. Nobody waits in flock(2) itself, for somebody may be stopped inside: it is tried again until
 //! the step's deadline, and who wants the lease counts it as held.
 //!
@@ -12,8 +12,8 @@
 //!
 //! What a holder does when its record is not as it left it:
 //! - Another claim, or none: it was taken over, or evicted. Lost.
-//! - Deleted or spoilt, and nobody has claimed it: it writes the record anew. Under the flock, and with the path naming
-//!   that very file, nobody else can be taking it at that moment, and until its deadline the lease is still its own.
+//! - Deleted or spoilt, and nobody has claimed it: it writes the record anew. Under the flock nobody else can be taking
+//!   that file at that moment, and until its deadline the lease is still its own.
 //!   Who comes first after a deletion wins: the record then names somebody else.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -85,6 +85,8 @@ pub(super) struct FileStore {
 enum Aim {
     /// To hold the lease: not in a file of another user, who could take it back at will.
     Hold,
+    /// To go on holding it. What happens to the path from now on the next beat finds, so this one need not look again.
+    Beat,
     /// To make it free, which root may do for anybody.
     Free,
 }
@@ -185,7 +187,7 @@ impl LeaseStore for FileStore {
     fn renew(&self, grant: &Grant, by: Deadline) -> Result<Renewal> {
         let extended = Renewal::Extended { ttl: grant.ttl() };
         for _ in 0..MOST_REPLACEMENTS {
-            let locked = match self.lock(by.min(Deadline::after(OCCUPIED)))? {
+            let locked = match self.lock_to(Aim::Beat, by.min(Deadline::after(OCCUPIED)))? {
                 Place::Locked(locked) => locked,
                 Place::Occupied => return Err(self.occupied()),
                 Place::Absent => match self.create(self.record_again(grant))? {
@@ -399,6 +401,9 @@ impl FileStore {
                 std::thread::sleep(backoff.next().min(by.remaining()));
             }
             let locked = Locked { file, store: self };
+            if aim == Aim::Beat {
+                return Ok(Place::Locked(locked));
+            }
             match files::look_at_link(&self.path) {
                 Ok(named) if (named.dev(), named.ino()) == (found.dev(), found.ino()) => {
                     return Ok(Place::Locked(locked));
@@ -422,8 +427,8 @@ impl FileStore {
             opened => opened.map_err(|error| self.failed("open", error))?,
         };
         let found = self.check(&file)?;
-        let me = folder::effective_uid();
-        if found.uid() != 0 && found.uid() != me && !(me == 0 && aim == Aim::Free) {
+        let is_foreign = |me| found.uid() != me && !(me == 0 && aim == Aim::Free);
+        if found.uid() != 0 && is_foreign(folder::effective_uid()) {
             let lock = format!("the lease {}", self.path.display());
             return Err(StoreError::misuse(Error::from(ErrorKind::ForeignOwner { lock, uid: found.uid(), pid: None })));
         }

@@ -1,8 +1,9 @@
 //! The thread that renews all leases of a process.
 //!
 //! It sleeps until the first beat is due and then a moment longer ([`SLACK`]), so that beats which come close are done
-//! in one go. Beats stand in a heap by the time they are due, one heap for each clock. That of a lease which has ended
-//! stays there until it comes up, or until such ones are more than half of all; a release never searches.
+//! in one go. Beats stand in a tree by the time they are due, one tree for each clock: most are taken from its one end and
+//! put in at the other, so a beat touches little memory however many there are. That of a lease which has ended stays
+//! there until it comes up, or until such ones are more than half of all; a release never searches.
 //!
 //! One request at a time is under way. A second thread, the deputy, sleeps beside it and looks four times a second, or
 //! more often where a served ttl is shorter than two seconds, whether the request still is. If so it beats from then
@@ -19,8 +20,7 @@
 //! the standard library's, because parking_lot's waits go through a table of the whole process, which a fork could
 //! leave locked.
 
-use std::cmp::Ordering;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -84,6 +84,8 @@ struct Queue {
     /// No lease that is served has a shorter ttl.
     shortest: Option<Duration>,
     rings: Vec<Ring>,
+    /// How many beats have been put in.
+    pushed: u64,
     /// How many of the beats are of leases that have been released.
     ended: usize,
 }
@@ -120,34 +122,16 @@ enum Until {
 struct Ring {
     clock: Arc<dyn Clock>,
     clock_id: Option<u128>,
-    beats: BinaryHeap<Beat>,
+    beats: BTreeMap<Due, Arc<Held>>,
 }
+
+/// When a beat is due, and which one of those that are due then.
+type Due = (Duration, u64);
 
 struct Beat {
     due: Duration,
     held: Arc<Held>,
 }
-
-/// The heap gives the greatest first, which is to be the one that is due first.
-impl Ord for Beat {
-    fn cmp(&self, other: &Self) -> Ordering {
-        other.due.cmp(&self.due)
-    }
-}
-
-impl PartialOrd for Beat {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl PartialEq for Beat {
-    fn eq(&self, other: &Self) -> bool {
-        self.due == other.due
-    }
-}
-
-impl Eq for Beat {}
 
 /// What is to be done now.
 enum Turn {
@@ -247,9 +231,9 @@ impl Heart {
         queue.ended += 1;
         if queue.ended > FEW && queue.ended > queue.rings.iter().map(|ring| ring.beats.len()).sum::<usize>() / 2 {
             for ring in &mut queue.rings {
-                let beats = mem::take(&mut ring.beats).into_vec();
-                let (ended, going): (Vec<_>, Vec<_>) = beats.into_iter().partition(|beat| beat.held.is_over());
-                ring.beats = going.into();
+                let beats = mem::take(&mut ring.beats).into_iter();
+                let (ended, going): (BTreeMap<_, _>, _) = beats.partition(|(_, held)| held.is_over());
+                ring.beats = going;
                 over.push(ended);
             }
             queue.ended = 0;
@@ -371,14 +355,15 @@ impl Queue {
         let ring = match self.rings.iter().position(is_of) {
             Some(at) => &mut self.rings[at],
             None => {
-                self.rings.push(Ring { clock: clock.clone(), clock_id, beats: BinaryHeap::new() });
+                self.rings.push(Ring { clock: clock.clone(), clock_id, beats: BTreeMap::new() });
                 let last = self.rings.len() - 1;
                 &mut self.rings[last]
             }
         };
-        let first = ring.beats.peek().is_none_or(|first| beat.due < first.due);
-        ring.beats.push(beat);
-        first
+        let is_first = ring.beats.first_key_value().is_none_or(|(first, _)| beat.due < first.0);
+        self.pushed += 1;
+        ring.beats.insert((beat.due, self.pushed), beat.held);
+        is_first
     }
 
     /// How long nothing is to be asked of a place; a heartbeat, where nobody knows.
@@ -395,9 +380,9 @@ impl Queue {
         let mut nap: Option<Duration> = None;
         let mut chosen = None;
         for (at, ring) in self.rings.iter().enumerate() {
-            let Some(first) = ring.beats.peek() else { continue };
+            let Some(((due, _), _)) = ring.beats.first_key_value() else { continue };
             ring.clock.on_jump(bell);
-            let left = first.due.saturating_sub(ring.clock.now());
+            let left = due.saturating_sub(ring.clock.now());
             if nap.is_none_or(|nap| left < nap) {
                 nap = Some(left);
                 chosen = Some(at);
@@ -405,8 +390,8 @@ impl Queue {
         }
         match (nap, chosen) {
             (Some(Duration::ZERO), Some(at)) => {
-                let beat = self.rings[at].beats.pop();
-                beat.map_or(Turn::Sleep(None), Turn::Beat)
+                let first = self.rings[at].beats.pop_first();
+                first.map_or(Turn::Sleep(None), |((due, _), held)| Turn::Beat(Beat { due, held }))
             }
             _ => {
                 // Going to sleep is seldom enough to forget the clocks that nobody uses any more.

@@ -283,8 +283,7 @@ impl Attached {
     fn at(path: PathBuf) -> Result<&'static Self> {
         // Files are opened and closed without the mutex, for with it no fork may come.
         let slot = open_file(&path)?;
-        let identity = identity(&path, &slot)?;
-        let capacity = check(&path, &slot)?;
+        let (identity, capacity) = check(&path, &slot)?;
         let mapped = open_file(&path)?;
         if self::identity(&path, &mapped)? != identity {
             return Err(ErrorKind::RogueDeletion { path }.into());
@@ -440,8 +439,8 @@ fn identity(path: &Path, file: &File) -> Result<(u64, u64)> {
     Ok((found.dev(), found.ino()))
 }
 
-/// Looks at a file before any of it is mapped; says how many locks it has.
-fn check(path: &Path, file: &File) -> Result<u32> {
+/// Looks at a file before any of it is mapped; says which one it is, and how many locks it has.
+fn check(path: &Path, file: &File) -> Result<((u64, u64), u32)> {
     let mismatch = |problem| Error::from(ErrorKind::LayoutMismatch { path: path.to_owned(), problem });
     let found = file.metadata().map_err(|error| Error::io("look at", path, error))?;
     if !found.is_file() {
@@ -454,7 +453,10 @@ fn check(path: &Path, file: &File) -> Result<u32> {
     }
     let mut header = [0; 20];
     match file.read_exact_at(&mut header, 0) {
-        Ok(()) => table::capacity(&header, found.len()).map_err(mismatch),
+        Ok(()) => {
+            let capacity = table::capacity(&header, found.len()).map_err(mismatch)?;
+            Ok(((found.dev(), found.ino()), capacity))
+        }
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(mismatch("it is too short")),
         Err(error) => Err(Error::io("read", path, error)),
     }

@@ -10,6 +10,8 @@
 #[cfg(not(any(target_vendor = "apple", target_os = "freebsd")))]
 use std::fs;
 #[cfg(target_os = "linux")]
+use std::io::Read;
+#[cfg(target_os = "linux")]
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::OnceLock;
@@ -48,8 +50,17 @@ fn started(pid: Pid) -> Probe {
     if !proc_is_of_this_namespace() {
         return Probe::Running(None);
     }
-    let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()));
+    let stat = read_line(&format!("/proc/{}/stat", pid.as_raw_nonzero()));
     stat.ok().and_then(|stat| parse_stat(&stat)).unwrap_or(Probe::Running(None))
+}
+
+/// The one line of a file below /proc, which the kernel gives whole to a read that has room for it.
+#[cfg(target_os = "linux")]
+fn read_line(path: &str) -> std::io::Result<String> {
+    let mut line = [0; 2048];
+    let length = fs::File::open(path)?.read(&mut line)?;
+    // The name of a program may be anything.
+    Ok(String::from_utf8_lossy(&line[..length]).into_owned())
 }
 
 /// A process in a pid namespace without a /proc of its own sees that of an outer one, where its pids are other
@@ -187,7 +198,7 @@ pub(crate) fn boot_id() -> Option<u128> {
 
 #[cfg(target_os = "linux")]
 fn read_boot_id() -> Option<u128> {
-    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    let text = read_line("/proc/sys/kernel/random/boot_id").ok()?;
     u128::from_str_radix(&text.trim().replace('-', ""), 16).ok()
 }
 
