@@ -74,6 +74,8 @@ struct Queue {
     /// Which thread beats, as they are numbered; 0 before there is one.
     beater: u64,
     has_deputy: bool,
+    /// One is to be appointed at the next beat.
+    wants_deputy: bool,
     /// Losses are to be told by the thread that beats, for want of another.
     owes_telling: bool,
     /// The deputy sleeps until a lease is served.
@@ -166,9 +168,7 @@ impl Heart {
             Self::spawn(move || heart.beat_as(1))?;
             queue.beater = 1;
         }
-        if !queue.has_deputy {
-            heart.appoint_deputy(&mut queue);
-        }
+        queue.wants_deputy = !queue.has_deputy;
         Ok(heart)
     }
 
@@ -176,7 +176,8 @@ impl Heart {
         thread::Builder::new().name("lockkit-lease".into()).spawn(work).map(drop)
     }
 
-    /// Where no thread can be had, the heart does without until the next acquisition.
+    /// Only at a beat, for a program that is about to start another one has better things to do at its first lease. Where
+    /// no thread can be had, the heart does without until the beat after the next acquisition.
     fn appoint_deputy(&'static self, queue: &mut Queue) {
         queue.has_deputy = Self::spawn(move || self.beat_as(self.stand_by())).is_ok();
     }
@@ -294,6 +295,9 @@ impl Heart {
             }
             match queue.turn(&bell) {
                 Turn::Beat(mut beat) => {
+                    if mem::take(&mut queue.wants_deputy) && !queue.has_deputy {
+                        self.appoint_deputy(&mut queue);
+                    }
                     let place = beat.held.place();
                     let began = Instant::now();
                     queue.request = Some(Request { held: beat.held.clone(), began });
