@@ -553,6 +553,32 @@ fn activations_come_to_tasks_and_a_dropped_future_loses_none() {
 }
 
 #[test]
+fn activations_come_as_a_stream_until_it_is_cancelled() {
+    use tokio_stream::StreamExt;
+
+    let name = name();
+    let first = first(&name);
+    let mut senders = [(); 5].map(|()| Actor::start_instance(&name));
+    senders.iter_mut().for_each(|sender| sender.tell("start 30000"));
+    let quit = CancelToken::new();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let received = runtime.block_on(async {
+        let mut received = 0;
+        let mut activations = first.activations_async(&in_time().or_cancelled(&quit));
+        while let Some(activation) = activations.next().await {
+            activation.answer(b"streamed").unwrap();
+            received += 1;
+            if received == senders.len() {
+                quit.cancel();
+            }
+        }
+        received
+    });
+    assert_eq!(received, senders.len());
+    senders.iter_mut().for_each(|sender| assert_eq!(sender.answer(), "answered streamed"));
+}
+
+#[test]
 fn tasks_that_receive_at_once_share_the_activations() {
     let name = name();
     let first = first(&name);

@@ -2,7 +2,11 @@
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+#[cfg(feature = "tokio")]
+use std::pin::Pin;
 use std::sync::Arc;
+#[cfg(feature = "tokio")]
+use std::task::{Context, Poll};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -29,7 +33,7 @@ const REST: Duration = Duration::from_millis(100);
 /// - [`activations`](Self::activations) is an iterator that waits as it is told, or not at all, as a program wants that
 ///   has a loop of its own;
 /// - `for activation in &first` waits for ever;
-/// - `next_activation_async` is for tasks (feature `tokio`).
+/// - `activations_async` is a stream for tasks, and `next_activation_async` a future (feature `tokio`).
 ///
 /// Several at once share them: each activation goes to one. Until one of them takes activations they wait in the
 /// kernel, and their senders with them.
@@ -153,6 +157,32 @@ impl FirstInstance {
         Activations { first: self, wait: wait.clone() }
     }
 
+    /// As [`activations`](Self::activations), in a task: a [`Stream`](futures_core::Stream) that ends where the iterator
+    /// would. Dropping it loses no activation.
+    ///
+    /// ```
+    /// use lockkit::{CancelToken, Instance, Wait};
+    /// use tokio_stream::StreamExt;
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> lockkit::Result<()> {
+    /// let Instance::First(first) = Instance::enter("lockkit-doc-stream")? else { return Ok(()) };
+    /// let quit = CancelToken::new();
+    /// # quit.cancel();
+    /// let mut activations = first.activations_async(&Wait::forever().or_cancelled(&quit));
+    /// while let Some(activation) = activations.next().await {
+    ///     activation.answer(b"welcome")?;
+    /// }
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Panics
+    /// As [`next_activation_async`](Self::next_activation_async).
+    #[cfg(feature = "tokio")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
+    pub fn activations_async(&self, wait: &Wait) -> ActivationStream<'_> {
+        ActivationStream { first: self, wait: wait.clone(), next: None }
+    }
+
     /// Calls `handler` with each activation, one after the other, on a thread that ends when this `FirstInstance` is
     /// dropped and the handler has returned. A handler that takes long lets the next senders wait: it can hand the
     /// activation on, and it is answered when that is dropped. When it panics, the sender is told that it was not
@@ -215,5 +245,44 @@ impl Iterator for Activations<'_> {
 
     fn next(&mut self) -> Option<Activation> {
         self.first.next_activation(&self.wait).unwrap_or_default()
+    }
+}
+
+/// The activations of a first instance, for a task; see [`FirstInstance::activations_async`].
+#[cfg(feature = "tokio")]
+#[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
+#[must_use = "a stream does nothing until it is polled"]
+pub struct ActivationStream<'f> {
+    first: &'f FirstInstance,
+    wait: Wait,
+    /// The wait for the one that is to come, once somebody has asked for it.
+    next: Option<Next<'f>>,
+}
+
+#[cfg(feature = "tokio")]
+type Next<'f> = Pin<Box<dyn Future<Output = Result<Option<Activation>>> + Send + 'f>>;
+
+#[cfg(feature = "tokio")]
+impl futures_core::Stream for ActivationStream<'_> {
+    type Item = Activation;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Activation>> {
+        let Self { first, wait, next } = &mut *self;
+        let (first, wait) = (*first, &*wait);
+        let waiting = next.get_or_insert_with(|| {
+            let wait = wait.clone();
+            Box::pin(async move { first.next_activation_async(&wait).await })
+        });
+        waiting.as_mut().poll(context).map(|received| {
+            *next = None;
+            received.unwrap_or_default()
+        })
+    }
+}
+
+#[cfg(feature = "tokio")]
+impl fmt::Debug for ActivationStream<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ActivationStream").field("first", &self.first).field("wait", &self.wait).finish_non_exhaustive()
     }
 }

@@ -36,6 +36,8 @@ mod wire;
 pub use activation::Activation;
 pub use attribute::*;
 #[cfg(target_os = "linux")]
+#[cfg(feature = "tokio")]
+pub use first::ActivationStream;
 pub use first::{Activations, FirstInstance};
 #[cfg(target_os = "linux")]
 pub use second::{Outcome, SecondInstance};
