@@ -979,6 +979,58 @@ fn a_lease_by_url_is_the_lease_at_its_path() {
     assert_eq!(code(["status", &url]), 0);
 }
 
+/// A Redis server that is killed at the end of the test, and the URL of a lease on it; `None`, with a line that says
+/// why, where there can be none.
+fn redis() -> Option<(TempDir, Running, String)> {
+    if !cfg!(feature = "redis") {
+        println!("left out: this build has no redis");
+        return None;
+    }
+    let folder = TempDir::new().expect("a folder");
+    let socket = folder.path().join("socket").display().to_string();
+    let mut server = Command::new("redis-server");
+    server.args(["--port", "0", "--unixsocket", &socket, "--save", "", "--appendonly", "no", "--dir"]);
+    let started = server.arg(folder.path()).stdin(Stdio::null()).stdout(Stdio::null()).spawn();
+    let Ok(child) = started else {
+        println!("left out: redis-server is not installed");
+        return None;
+    };
+    until("the server listens", || std::os::unix::net::UnixStream::connect(&socket).is_ok());
+    let url = format!("redis+unix://{socket}?lease=leader");
+    Some((folder, Running { child, lines: None }, url))
+}
+
+#[test]
+fn a_lease_on_a_server_is_a_lock_like_any_other_and_is_lost_with_it() {
+    let Some((_folder, mut server, url)) = redis() else { return };
+    assert_eq!((code(["status", &url]), code(["wait", &url])), (0, 0));
+    let run = || {
+        let mut run = lockkit(["run", "--lease", &url, "--ttl", "3s", "--", "sh", "-c"]);
+        run.arg("echo $LOCKKIT_TOKEN; exec sleep 60");
+        let mut running = Running::start(run);
+        let token: u64 = running.line().parse().expect("a token");
+        (running, token)
+    };
+    let (mut running, token) = run();
+    for shown in [output(["status", &url, "--json"]), output(["lease", "show", &url, "--json"])] {
+        assert_eq!(code_of(&shown), 1);
+        assert_eq!(json(&shown)["lock"]["token"], token);
+    }
+    assert_eq!(code(["run", "--try", "--lease", &url, "--", "true"]), 75);
+    assert_eq!(code(["wait", &url, "--timeout", "50ms"]), 75);
+    let waiting = Running::start(lockkit(["wait", &url, "--timeout", "30s"]));
+    assert_eq!(code(["lease", "steal", "--yes", &url]), 0);
+    assert_eq!(running.code(), 128 + 15, "its program is ended");
+    assert_eq!({ waiting }.code(), 0);
+    let (mut running, next) = run();
+    assert!(next > token);
+    assert_eq!(code(["lease", "release", &url, "--token", &token.to_string()]), 75, "that was another one");
+    server.child.kill().expect("it runs");
+    assert_eq!(running.code(), 128 + 15, "it could not be renewed");
+    let refused = output(["run", "--try", "--lease", &url, "--", "true"]);
+    assert!(code_of(&refused) != 0 && text(&refused.stderr).contains("cannot be reached"), "{refused:?}");
+}
+
 #[test]
 fn paths_that_are_no_text_are_locks_like_any_other() {
     let folder = TempDir::new().expect("a folder");
