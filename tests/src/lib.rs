@@ -147,10 +147,15 @@ pub struct Belongings {
 }
 
 impl Belongings {
-    /// Counts them now, for the process `pid`.
+    /// Counts them now, for the process `pid`. The heartbeat and its deputy, which comes at the first beat, count as one.
     pub fn of(pid: u32) -> Self {
-        let count = |folder: &str| std::fs::read_dir(format!("/proc/{pid}/{folder}")).expect("/proc").count();
-        Self { descriptors: count("fd"), threads: count("task") }
+        let list = |folder: &str| std::fs::read_dir(format!("/proc/{pid}/{folder}")).expect("/proc").flatten();
+        let is_of_leases = |thread: &std::fs::DirEntry| {
+            std::fs::read_to_string(thread.path().join("comm")).is_ok_and(|name| name.trim_end() == "lockkit-lease")
+        };
+        let (of_leases, others): (Vec<_>, Vec<_>) = list("task").partition(is_of_leases);
+        let beating = if of_leases.len() == 2 { 1 } else { of_leases.len() };
+        Self { descriptors: list("fd").count(), threads: others.len() + beating }
     }
 
     /// How many descriptors it has open.

@@ -1,9 +1,10 @@
 //! The store that is built in: a file for each lease.
 //!
-//! Every step opens the file, takes its flock, sees that the path still names it (a beat leaves that to the next one),
-//! reads the record, decides, writes it in place, unlocks and closes. So each step is one for all processes, and a process that is killed in the middle has
-//! changed all or nothing. Nobody waits in flock(2) itself, for somebody may be stopped inside: it is tried again until
-//! the step's deadline, and who wants the lease counts it as held.
+//! Every step opens the file, sees what it is, takes its flock, sees that the path still names it, reads the record,
+//! decides, writes it in place, unlocks and closes; a beat that finds its own claim in the file need not look at it. So
+//! each step is one for all processes, and a process that is killed in the middle has changed all or nothing. Nobody
+//! waits in flock(2) itself, for somebody may be stopped inside: it is tried again until the step's deadline, and who
+//! wants the lease counts it as held.
 //!
 //! Who may take a record that says it is held: see [`FileStore::judge`]. What becomes of the token:
 //! - It is above the one before, and at least the microseconds since the epoch, where there is no readable record just
@@ -12,8 +13,8 @@
 //!
 //! What a holder does when its record is not as it left it:
 //! - Another claim, or none: it was taken over, or evicted. Lost.
-//! - Deleted or spoilt, and nobody has claimed it: it writes the record anew. Under the flock nobody else can be taking
-//!   that file at that moment, and until its deadline the lease is still its own.
+//! - Deleted or spoilt, and nobody has claimed it: it writes the record anew. Under the flock, and with the path naming
+//!   that very file, nobody else can be taking it at that moment, and until its deadline the lease is still its own.
 //!   Who comes first after a deletion wins: the record then names somebody else.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -85,8 +86,6 @@ pub(super) struct FileStore {
 enum Aim {
     /// To hold the lease: not in a file of another user, who could take it back at will.
     Hold,
-    /// To go on holding it. What happens to the path from now on the next beat finds, so this one need not look again.
-    Beat,
     /// To make it free, which root may do for anybody.
     Free,
 }
@@ -187,7 +186,7 @@ impl LeaseStore for FileStore {
     fn renew(&self, grant: &Grant, by: Deadline) -> Result<Renewal> {
         let extended = Renewal::Extended { ttl: grant.ttl() };
         for _ in 0..MOST_REPLACEMENTS {
-            let locked = match self.lock_to(Aim::Beat, by.min(Deadline::after(OCCUPIED)))? {
+            let locked = match self.lock_as_it_is(by.min(Deadline::after(OCCUPIED)))? {
                 Place::Locked(locked) => locked,
                 Place::Occupied => return Err(self.occupied()),
                 Place::Absent => match self.create(self.record_again(grant))? {
@@ -198,6 +197,7 @@ impl LeaseStore for FileStore {
             let bytes = locked.read()?;
             return match record::parse(&bytes) {
                 Content::Ours(record) if is_of(&record, grant) => locked.beat(record, grant, &bytes).map(|()| extended),
+                _ if !self.is_named(&locked)? => continue,
                 Content::Ours(record) if record.is_held() => Ok(Renewal::Lost { by: record.owner() }),
                 Content::Ours(_) | Content::Newer => Ok(Renewal::Lost { by: None }),
                 Content::Junk => locked.write(&mut self.record_again(grant), &bytes).map(|()| extended),
@@ -392,48 +392,71 @@ impl FileStore {
 
     fn lock_to(&self, aim: Aim, by: Deadline) -> Result<Place<'_>> {
         for _ in 0..MOST_REPLACEMENTS {
-            let Some((file, found)) = self.open(aim)? else { return Ok(Place::Absent) };
-            let mut backoff = Backoff::new();
-            while !flock::try_lock(&file, Mode::Exclusive).map_err(|error| self.failed("lock", error))? {
-                if by.is_past() {
-                    return Ok(Place::Occupied);
-                }
-                std::thread::sleep(backoff.next().min(by.remaining()));
-            }
-            let locked = Locked { file, store: self };
-            if aim == Aim::Beat {
+            let Some(file) = self.open()? else { return Ok(Place::Absent) };
+            let found = self.vet(&file, aim)?;
+            let Some(locked) = self.flock(file, by)? else { return Ok(Place::Occupied) };
+            if self.names(&found)? {
                 return Ok(Place::Locked(locked));
-            }
-            match files::look_at_link(&self.path) {
-                Ok(named) if (named.dev(), named.ino()) == (found.dev(), found.ino()) => {
-                    return Ok(Place::Locked(locked));
-                }
-                Ok(_) => {}
-                Err(error) if error.kind() == Io::NotFound => {}
-                Err(error) => return Err(self.failed("look at", error)),
             }
         }
         Err(self.replaced())
     }
 
-    /// The file that the path names, if it is one that may be written to.
-    fn open(&self, aim: Aim) -> Result<Option<(Shielded<File>, Found)>> {
+    /// What the path names, locked, whatever it is. Whoever finds its own claim in it needs to know no more: it is the
+    /// file that was looked at when the claim was written, and what happens to the path from now on the next beat finds.
+    fn lock_as_it_is(&self, by: Deadline) -> Result<Place<'_>> {
+        let Some(file) = self.open()? else { return Ok(Place::Absent) };
+        Ok(self.flock(file, by)?.map_or(Place::Occupied, Place::Locked))
+    }
+
+    /// Whether what was locked as it is may be written to, and the path still names it.
+    #[cold]
+    fn is_named(&self, locked: &Locked<'_>) -> Result<bool> {
+        self.names(&self.vet(&locked.file, Aim::Hold)?)
+    }
+
+    fn flock(&self, file: Shielded<File>, by: Deadline) -> Result<Option<Locked<'_>>> {
+        let mut backoff = Backoff::new();
+        while !flock::try_lock(&file, Mode::Exclusive).map_err(|error| self.failed("lock", error))? {
+            if by.is_past() {
+                return Ok(None);
+            }
+            std::thread::sleep(backoff.next().min(by.remaining()));
+        }
+        Ok(Some(Locked { file, store: self }))
+    }
+
+    /// Whether the path names what was found.
+    fn names(&self, found: &Found) -> Result<bool> {
+        match files::look_at_link(&self.path) {
+            Ok(named) => Ok((named.dev(), named.ino()) == (found.dev(), found.ino())),
+            Err(error) if error.kind() == Io::NotFound => Ok(false),
+            Err(error) => Err(self.failed("look at", error)),
+        }
+    }
+
+    /// What the path names, if there is anything.
+    fn open(&self) -> Result<Option<Shielded<File>>> {
         // Not blocking, so that no FIFO keeps the call, and no terminal becomes this process's.
         let mut options = OpenOptions::new();
         options.read(true).write(true).custom_flags(files::NOFOLLOW | files::NONBLOCK | files::NOCTTY);
-        let file = match Shielded::new(|| files::open(&options, &self.path)) {
-            Err(error) if error.kind() == Io::NotFound => return Ok(None),
-            Err(error) if files::is_of_a_link(&error) => return Err(self.is_link()),
-            opened => opened.map_err(|error| self.failed("open", error))?,
-        };
-        let found = self.check(&file)?;
+        match Shielded::new(|| files::open(&options, &self.path)) {
+            Err(error) if error.kind() == Io::NotFound => Ok(None),
+            Err(error) if files::is_of_a_link(&error) => Err(self.is_link()),
+            opened => opened.map(Some).map_err(|error| self.failed("open", error)),
+        }
+    }
+
+    /// What the file is, if it is one that may be written to.
+    fn vet(&self, file: &File, aim: Aim) -> Result<Found> {
+        let found = self.check(file)?;
         let is_foreign = |me| found.uid() != me && !(me == 0 && aim == Aim::Free);
         if found.uid() != 0 && is_foreign(folder::effective_uid()) {
             let lock = format!("the lease {}", self.path.display());
             return Err(StoreError::misuse(Error::from(ErrorKind::ForeignOwner { lock, uid: found.uid(), pid: None })));
         }
-        self.place(&file, &found);
-        Ok(Some((file, found)))
+        self.place(file, &found);
+        Ok(found)
     }
 
     /// Notes on which file system the file is, and asks of a new one whether it is this machine's own.
