@@ -226,11 +226,10 @@ impl ManagedLock {
     #[inline]
     pub fn acquire(&self, wait: &Wait) -> Result<ManagedGuard> {
         // What thousands of locks mostly are, in shared memory and free, is worth a few instructions in the caller.
-        if !trace::is_on()
-            && let Handle::Shm(lock) = &self.0
-            && let Some(taken) = lock.acquire_free(wait)
-        {
-            return Ok(ManagedGuard(Hold::Lean(taken)));
+        if let (false, Handle::Shm(lock)) = (trace::is_on(), &self.0) {
+            if let Some(taken) = lock.acquire_free(wait) {
+                return Ok(ManagedGuard(Hold::Lean(taken)));
+            }
         }
         trace::acquire(self.subject(), || self.take(wait))
     }

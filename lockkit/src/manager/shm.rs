@@ -713,7 +713,7 @@ impl Fairness for &Cell {
     fn keeps(&self) -> bool {
         /// Of so many releases in a tight loop one looks at the clock.
         const LOOKS: u32 = 16;
-        self.turn.load(Ordering::Relaxed).is_multiple_of(LOOKS) && until_due(self, YIELD).is_zero()
+        self.turn.load(Ordering::Relaxed) % LOOKS == 0 && until_due(self, YIELD).is_zero()
     }
 
     fn wake(&self, word: &AtomicU32) -> bool {
@@ -743,10 +743,9 @@ impl World for Sleeper<'_> {
 
     fn nap(&self) {
         let left = until_due(self.lock.cell, PRESS);
-        if let Ok(left) = self.patience.portion(left)
-            && !left.is_zero()
-        {
-            std::thread::sleep(left);
+        match self.patience.portion(left) {
+            Ok(left) if !left.is_zero() => std::thread::sleep(left),
+            _ => {}
         }
     }
 
