@@ -109,16 +109,3 @@ pub mod prelude {
     pub use crate::single_instance;
     pub use crate::{CancelToken, FileLock, Guard, Lease, Lock, LockManager, NamedLock, PidFile, Wait};
 }
-
-/// Compiles what the pages of the project show.
-#[cfg(all(doctest, feature = "macros"))]
-mod pages {
-    #[doc = include_str!("../../README.md")]
-    struct Readme;
-    #[doc = include_str!("../../docs/ENGINES.md")]
-    struct Engines;
-    #[doc = include_str!("../../docs/MIGRATING.md")]
-    struct Migrating;
-    #[doc = include_str!("../../docs/COMPARE.md")]
-    struct Compare;
-}
