@@ -1,7 +1,7 @@
 """Lists what the documentation of public items lacks, by rustdoc's JSON: `docs/items.sh` runs it.
 
-Every item says what it is. Every type, trait and function stands in a compiled example, on its own page, on that of its
-type, trait or module, or on the crate's. Every function that returns a `Result` has a section `Errors` which says what
+Every item says what it is. Every type, trait and function stands in a compiled example, on its own page, on one that its
+type or trait links to, on its module's, or on the crate's; what a trait provides need not. Every function that returns a `Result` has a section `Errors` which says what
 of, unless it is one of a trait that does. A feature that brings an item stands at it.
 """
 
@@ -31,13 +31,31 @@ def returns_result(function):
     return kind.get("path", "").split("::")[-1] == "Result"
 
 
-def check(it, path, shown, is_of_trait=False):
+def page(it):
+    """The examples of a type's or trait's own documentation and of its methods'."""
+    inner = next(iter(it["inner"].values()))
+    shown = examples(it["docs"])
+    below = inner.get("items", []) if "trait" in it["inner"] else []
+    for implementation in inner.get("impls", []) if isinstance(inner, dict) else []:
+        block = item(implementation)
+        if block and block["inner"]["impl"]["trait"] is None:
+            below = below + block["inner"]["impl"]["items"]
+    return "\n".join([shown] + [examples(item(child)["docs"]) for child in below if item(child)])
+
+
+def linked(it):
+    return "\n".join(page(item(number)) for number in it["links"].values() if item(number))
+
+
+def check(it, path, shown, is_provided=False):
     docs, name = it["docs"] or "", it["name"]
     kind = next(iter(it["inner"]))
     if not docs.strip():
         missing.append(f"{path}: says nothing")
-    shown = shown + "\n" + examples(docs)
-    if kind in ("function", "struct", "enum", "trait", "macro", "proc_macro", "constant", "type_alias"):
+    shown = "\n".join([shown, examples(docs), linked(it)])
+    if kind in ("struct", "enum", "trait") and (page(it) or linked(it)):
+        return shown
+    if kind in ("function", "struct", "enum", "trait", "macro", "proc_macro", "constant", "type_alias") and not is_provided:
         if not re.search(rf"\b{re.escape(name)}\b", shown):
             missing.append(f"{path}: in no example")
     if kind == "function" and returns_result(it["inner"]["function"]) and not re.search(r"^# Errors", docs, re.M):
@@ -99,7 +117,8 @@ def walk(number, path, shown, seen):
         own = [item(child) for child in inner["items"]]
         together = below + "\n".join(examples(child["docs"]) for child in own if child)
         for child in own:
-            check(child, f"{here}::{child['name']}", together)
+            function = child["inner"].get("function", {})
+            check(child, f"{here}::{child['name']}", together, function.get("has_body", False))
 
 
 walk(CRATE["root"], "lockkit", "", set())

@@ -25,11 +25,27 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// assert_eq!(error.owner().unwrap().pid(), std::process::id());
 /// # Ok(()) }
 /// ```
+///
+/// What a caller does with it:
+///
+/// ```
+/// use lockkit::ErrorKind;
+///
+/// fn explain(error: &lockkit::Error) -> String {
+///     match error.kind() {
+///         ErrorKind::Held { .. } => "try again later".to_owned(),
+///         ErrorKind::InvalidName { rule, .. } => format!("choose another name: {rule}"),
+///         _ if error.is_timeout() || error.is_cancelled() => "somebody had no patience".to_owned(),
+///         _ => error.to_string(), // A whole sentence, with what to do.
+///     }
+/// }
+/// # assert!(explain(&lockkit::NamedLock::new("1").unwrap_err()).starts_with("choose"));
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
 pub struct Error(Box<ErrorKind>);
 
-/// What happened; see [`Error::kind`].
+/// What happened; the example of [`Error`] matches on it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ErrorKind {

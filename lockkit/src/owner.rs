@@ -26,6 +26,15 @@ use crate::sys::process::{self, Probe};
 /// [proc_pid_stat(5)]: https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
 /// [random(4)]: https://man7.org/linux/man-pages/man4/random.4.html
 /// [pid_namespaces(7)]: https://man7.org/linux/man-pages/man7/pid_namespaces.7.html
+///
+/// For people, and for a supervisor that is about to start another program in its place:
+///
+/// ```
+/// use lockkit::Owner;
+/// let me = Owner::current().with_program("backup");
+/// assert_eq!(me.program(), Some("backup"));
+/// println!("{} on {}", me.describe(), me.host().unwrap_or("a host without a name"));
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Owner {
     pub(crate) pid: u32,
@@ -37,7 +46,7 @@ pub struct Owner {
     pub(crate) acquired: Option<SystemTime>,
 }
 
-/// Whether an owner still lives.
+/// Whether an owner still lives: what [`Owner::liveness`] says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Liveness {
     /// The very process runs.

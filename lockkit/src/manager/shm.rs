@@ -83,6 +83,21 @@ use crate::wait::{Backoff, GaveUp, Patience, Subject, Wait};
 /// open file description locks in [fcntl(2)](https://man7.org/linux/man-pages/man2/fcntl.2.html).
 ///
 /// [`ManagedGuard::recovered`]: crate::ManagedGuard::recovered
+///
+/// A service that makes the table, and programs that only open it:
+///
+/// ```
+/// # #[cfg(target_os = "linux")]
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use lockkit::ShmLockManager;
+/// # let path = format!("/dev/shm/lockkit-doc-shm-create-{}", std::process::id());
+/// let made = ShmLockManager::create(&path, 100)?; // Fails where there is one.
+/// let opened = ShmLockManager::open(&path)?;
+/// assert_eq!(opened.capacity(), 100);
+/// # std::fs::remove_file(path)?;
+/// # Ok(()) }
+/// # #[cfg(not(target_os = "linux"))] fn main() {}
+/// ```
 #[derive(Clone, Copy)]
 pub struct ShmLockManager(&'static Attached);
 
