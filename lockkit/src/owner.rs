@@ -46,7 +46,7 @@ pub struct Owner {
     pub(crate) acquired: Option<SystemTime>,
 }
 
-/// Whether an owner still lives: what [`Owner::liveness`] says.
+/// Whether an [`Owner`] still lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Liveness {
     /// The very process runs.

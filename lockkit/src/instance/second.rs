@@ -53,7 +53,7 @@ pub struct SecondInstance {
     request: Request,
 }
 
-/// What came of an activation: of [`SecondInstance::activate`].
+/// What came of an activation by a [`SecondInstance`].
 #[derive(Debug)]
 #[must_use = "this process may be the first instance now"]
 pub enum Outcome {
