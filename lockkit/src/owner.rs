@@ -5,6 +5,7 @@
 //! belongs to. What cannot be compared is [`Liveness::Unknown`], and unknown counts as alive.
 
 use std::cell::RefCell;
+use std::fmt;
 use std::time::{Duration, SystemTime};
 
 use crate::sys::fork;
@@ -232,6 +233,7 @@ impl Owner {
     /// ```
     /// let text = lockkit::Owner::current().describe();
     /// assert!(text.starts_with(&format!("pid {} (", std::process::id())));
+    /// println!("held by {}", lockkit::Owner::current()); // The same.
     /// ```
     pub fn describe(&self) -> String {
         let mut text = match self.pid {
@@ -254,6 +256,13 @@ impl Owner {
             }
         }
         text
+    }
+}
+
+/// As [`describe`](Owner::describe) has it.
+impl fmt::Display for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.describe())
     }
 }
 
