@@ -41,6 +41,9 @@
 //! # #[cfg(not(feature = "macros"))] fn main() {}
 //! ```
 //!
+//! The features `etcd`, `postgres` and `redis` bring leases on servers, which [`Lease::connect`] takes by a URL; `cli` brings
+//! the command `lockkit`, which is flock(1), too. All but `macros`, the attribute, are off by default.
+//!
 //! With the feature `tokio` every lock can be waited for in tasks, too (`acquire_async`, [`AsyncLock`]). With the feature
 //! `tracing` they tell a subscriber what happens to them: debug events when a lock is waited for (`holder`) and acquired
 //! (`waited`, in seconds), a warning when the owner before died (`recovered`), an error when a lease is lost (`token`,
