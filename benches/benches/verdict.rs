@@ -1,7 +1,8 @@
 //! One table of what the other bench programs found when they ran last: each row with the best peer, and whether its
 //! bound held. `cargo bench` runs it after them, for its name is the last.
 //!
-//! With `--write` it also writes `docs/BENCHMARKS.md`; run all programs before, on a machine that does nothing else.
+//! With `--write` it also writes `docs/BENCHMARKS.md`, and the table of costs in `README.md`; run all programs before, on
+//! a machine that does nothing else.
 
 use std::fs;
 use std::path::Path;
@@ -11,6 +12,22 @@ use lockkit_benches::table;
 
 const PROGRAMS: [&str; 9] =
     ["uncontended", "contended", "managers", "leases", "engines", "etcd", "command", "memory", "tracing"];
+
+/// The rows that README.md shows, and what each costs there.
+const COSTS: [(&str, &str); 10] = [
+    ("NamedLock", "`NamedLock`"),
+    ("FileLock", "`FileLock`"),
+    ("PidFile", "`PidFile`"),
+    ("acquire and release, on disk", "`Lease::file`"),
+    ("etcd: acquire and release", "`Lease` on etcd"),
+    ("redis: acquire and release", "`Lease` on Redis"),
+    ("1000 times lock and unlock", "`ShmLockManager`'s lock, 1000 times"),
+    ("NamedLock, hand-over, median", "`NamedLock`, given to a waiting process"),
+    ("NamedLock, after SIGKILL of the holder, median", "`NamedLock`, taken over from a killed process"),
+    ("lockkit run --name, start of the program", "`lockkit run --name`, until the program has run"),
+];
+/// Between these stands the table in README.md.
+const MARKS: [&str; 2] = ["<!-- Costs, written by the bench `verdict`. -->\n", "<!-- End of the costs. -->\n"];
 
 fn main() {
     let rows: Vec<_> = PROGRAMS.into_iter().flat_map(table::kept).collect();
@@ -24,7 +41,24 @@ fn main() {
     if std::env::args().any(|argument| argument == "--write") {
         let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/BENCHMARKS.md");
         fs::write(&page, format!("{}{}", introduction(), table::markdown(&rows))).expect("the page can be written");
+        let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md");
+        let text = fs::read_to_string(&page).expect("README.md is there");
+        let [before, behind] = MARKS.map(|mark| text.split_once(mark).expect("README.md has its marks"));
+        let written = format!("{}{}{}{}{}", before.0, MARKS[0], costs(&rows), MARKS[1], behind.1);
+        fs::write(&page, written).expect("README.md can be written");
     }
+}
+
+/// What README.md shows: for each row our time, and how many times each peer's that is.
+fn costs(rows: &[[String; 7]]) -> String {
+    let mut table = "| what | time | beside | row |\n|---|--:|---|---|\n".to_owned();
+    for (name, what) in COSTS {
+        let named = || rows.iter().filter(move |row| row[0] == name);
+        let Some([_, ours, ..]) = named().next() else { continue };
+        let peers = named().filter(|row| row[4] != "-").map(|row| format!("{} × {}", row[4], row[2]));
+        table += &format!("| {what} | {ours} | {} | {name} |\n", peers.collect::<Vec<_>>().join("; "));
+    }
+    table
 }
 
 fn introduction() -> String {

@@ -4,6 +4,7 @@
 //! behind it in [`ErrorKind`]. Programs mostly ask the predicates ([`Error::is_held`] and its like); messages say
 //! which lock, who holds it and since when, and what the system said.
 
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -25,11 +26,44 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// assert_eq!(error.owner().unwrap().pid(), std::process::id());
 /// # Ok(()) }
 /// ```
-#[derive(Debug, thiserror::Error)]
+///
+/// What a caller does with it:
+///
+/// ```
+/// use lockkit::ErrorKind;
+///
+/// fn explain(error: &lockkit::Error) -> String {
+///     match error.kind() {
+///         ErrorKind::Held { .. } => "try again later".to_owned(),
+///         ErrorKind::InvalidName { rule, .. } => format!("choose another name: {rule}"),
+///         _ if error.is_timeout() || error.is_cancelled() => "somebody had no patience".to_owned(),
+///         _ => format!("{error:?}"), // A sentence, with its causes.
+///     }
+/// }
+/// # assert!(explain(&lockkit::NamedLock::new("1").unwrap_err()).starts_with("choose"));
+/// ```
+#[derive(thiserror::Error)]
 #[error(transparent)]
 pub struct Error(Box<ErrorKind>);
 
-/// What happened; see [`Error::kind`].
+/// A sentence with its causes, for that is what people see when `main` returns it or `unwrap` meets it; with `{:#?}` what
+/// the error is made of.
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if f.alternate() {
+            return f.debug_tuple("Error").field(&self.0).finish();
+        }
+        write!(f, "{self}")?;
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            write!(f, ": {error}")?;
+            cause = error.source();
+        }
+        Ok(())
+    }
+}
+
+/// What happened; the example of [`Error`] matches on it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -358,6 +392,13 @@ mod tests {
     fn an_error_is_one_word_wide() {
         assert_eq!(size_of::<Error>(), size_of::<usize>());
         assert_eq!(size_of::<Result<()>>(), size_of::<usize>());
+    }
+
+    #[test]
+    fn what_main_returns_is_shown_as_a_sentence_with_its_causes() {
+        let error = Error::io("open", "/x", io::Error::from(io::ErrorKind::NotFound));
+        assert_eq!(format!("{error:?}"), "cannot open /x: entity not found");
+        assert!(format!("{error:#?}").starts_with("Error(\n    Io {"));
     }
 
     #[test]

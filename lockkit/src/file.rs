@@ -110,6 +110,24 @@ static BLINK: Blink = Blink::new();
 /// # std::fs::remove_dir_all(folder)?;
 /// # Ok(()) }
 /// ```
+///
+/// Made with what it needs, looked at, and waited for:
+///
+/// ```
+/// use std::time::Duration;
+/// use lockkit::{FileLock, Wait};
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let folder = std::env::temp_dir().join(format!("lockkit-doc-file-made-{}", std::process::id()));
+/// let lock = FileLock::new(folder.join("deep/data.lock")).create_parents().create_with_mode(0o640);
+/// let one = lock.acquire_shared(&Wait::at_most(Duration::from_secs(5)))?;
+/// let two = lock.lock_shared_for(Duration::from_secs(5))?;
+/// assert!(two.is_shared() && lock.waiters()? == 0);
+/// drop((one, two));
+/// let writer = lock.acquire(&Wait::none())?;
+/// # drop(writer);
+/// # std::fs::remove_dir_all(folder)?;
+/// # Ok(()) }
+/// ```
 #[derive(Clone, Debug)]
 pub struct FileLock(Arc<Inner>);
 
@@ -268,6 +286,13 @@ impl FileLock {
     ///
     /// # Errors
     /// As [`acquire_async`](Self::acquire_async).
+    ///
+    /// ```no_run
+    /// # async fn read() -> lockkit::Result<()> {
+    /// let reader = lockkit::FileLock::new("/var/lib/app/data").acquire_shared_async(&lockkit::Wait::forever()).await?;
+    /// # Ok(()) }
+    /// # fn main() {}
+    /// ```
     #[cfg(feature = "tokio")]
     #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
     pub async fn acquire_shared_async(&self, wait: &Wait) -> Result<FileGuard> {
@@ -526,6 +551,18 @@ fn for_reading_only(reason: Io) -> bool {
 /// A held [`FileLock`], shared or exclusive; dropping it releases.
 ///
 /// A forked child's copy of a guard holds nothing, and its file is an empty pipe: the lock stays with the parent.
+///
+/// ```
+/// # fn main() -> lockkit::Result<()> {
+/// # let path = std::env::temp_dir().join(format!("lockkit-doc-file-guard-{}", std::process::id()));
+/// let lock = lockkit::FileLock::new(&path);
+/// assert!(lock.lock_shared()?.is_shared());
+/// let guard = lock.lock()?;
+/// assert!(!guard.is_shared() && guard.file().metadata().is_ok_and(|file| file.len() == 0));
+/// guard.release()?;
+/// # std::fs::remove_file(path).unwrap();
+/// # Ok(()) }
+/// ```
 #[must_use = "a guard that is dropped at once releases its lock at once; bind it to a name such as `_guard`"]
 #[derive(Debug)]
 pub struct FileGuard {

@@ -41,6 +41,9 @@
 //! # #[cfg(not(feature = "macros"))] fn main() {}
 //! ```
 //!
+//! The features `etcd`, `postgres` and `redis` bring leases on servers, which [`Lease::connect`] takes by a URL; `cli` brings
+//! the command `lockkit`, which is flock(1), too. All but `macros`, the attribute, are off by default.
+//!
 //! With the feature `tokio` every lock can be waited for in tasks, too (`acquire_async`, [`AsyncLock`]). With the feature
 //! `tracing` they tell a subscriber what happens to them: debug events when a lock is waited for (`holder`) and acquired
 //! (`waited`, in seconds), a warning when the owner before died (`recovered`), an error when a lease is lost (`token`,
@@ -108,17 +111,4 @@ pub mod prelude {
     #[cfg(feature = "macros")]
     pub use crate::single_instance;
     pub use crate::{CancelToken, FileLock, Guard, Lease, Lock, LockManager, NamedLock, PidFile, Wait};
-}
-
-/// Compiles what the pages of the project show.
-#[cfg(all(doctest, feature = "macros"))]
-mod pages {
-    #[doc = include_str!("../../README.md")]
-    struct Readme;
-    #[doc = include_str!("../../docs/ENGINES.md")]
-    struct Engines;
-    #[doc = include_str!("../../docs/MIGRATING.md")]
-    struct Migrating;
-    #[doc = include_str!("../../docs/COMPARE.md")]
-    struct Compare;
 }

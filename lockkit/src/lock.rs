@@ -15,7 +15,7 @@ use crate::wait::Wait;
 /// use lockkit::{Lock, NamedLock, Result};
 ///
 /// fn exclusively<L: Lock, T>(lock: &L, work: impl FnOnce() -> T) -> Result<T> {
-///     let _guard = lock.lock()?;
+///     let _guard = lock.lock()?; // Or `lock.acquire(&wait)?`, which all others come down to.
 ///     Ok(work())
 /// }
 /// # fn main() -> Result<()> {

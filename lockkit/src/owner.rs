@@ -5,6 +5,7 @@
 //! belongs to. What cannot be compared is [`Liveness::Unknown`], and unknown counts as alive.
 
 use std::cell::RefCell;
+use std::fmt;
 use std::time::{Duration, SystemTime};
 
 use crate::sys::fork;
@@ -26,6 +27,15 @@ use crate::sys::process::{self, Probe};
 /// [proc_pid_stat(5)]: https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
 /// [random(4)]: https://man7.org/linux/man-pages/man4/random.4.html
 /// [pid_namespaces(7)]: https://man7.org/linux/man-pages/man7/pid_namespaces.7.html
+///
+/// For people, and for a supervisor that is about to start another program in its place:
+///
+/// ```
+/// use lockkit::Owner;
+/// let me = Owner::current().with_program("backup");
+/// assert_eq!(me.program(), Some("backup"));
+/// println!("{} on {}", me.describe(), me.host().unwrap_or("a host without a name"));
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Owner {
     pub(crate) pid: u32,
@@ -37,7 +47,7 @@ pub struct Owner {
     pub(crate) acquired: Option<SystemTime>,
 }
 
-/// Whether an owner still lives.
+/// Whether an [`Owner`] still lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Liveness {
     /// The very process runs.
@@ -223,6 +233,7 @@ impl Owner {
     /// ```
     /// let text = lockkit::Owner::current().describe();
     /// assert!(text.starts_with(&format!("pid {} (", std::process::id())));
+    /// println!("held by {}", lockkit::Owner::current()); // The same.
     /// ```
     pub fn describe(&self) -> String {
         let mut text = match self.pid {
@@ -248,13 +259,20 @@ impl Owner {
     }
 }
 
+/// As [`describe`](Owner::describe) has it.
+impl fmt::Display for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.describe())
+    }
+}
+
 /// A moment as people write it, to the second: `2026-11-20 17:03:11 UTC`.
 pub(crate) fn utc(moment: SystemTime) -> String {
     /// The last second of the year 9999: a damaged record may claim any number.
     const LAST: u64 = 253_402_300_799;
     let seconds = moment.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs().min(LAST);
     let (mut days, clock) = (seconds / 86_400, seconds % 86_400);
-    let leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
+    let leap = |year: u64| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
     let mut year = 1970;
     while days >= 365 + u64::from(leap(year)) {
         days -= 365 + u64::from(leap(year));

@@ -72,6 +72,19 @@ const MOST_REPLACEMENTS: u32 = 100;
 /// # std::fs::remove_dir_all(folder)?;
 /// # Ok(()) }
 /// ```
+///
+/// With a folder of its own, for a daemon whose files its group may read:
+///
+/// ```
+/// use lockkit::{PidFile, Wait};
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let folder = std::env::temp_dir().join(format!("lockkit-doc-pidfile-folder-{}", std::process::id()));
+/// let pidfile = PidFile::new(folder.join("app/app.pid"))?.create_parents().create_with_mode(0o640);
+/// let guard = pidfile.acquire(&Wait::none())?;
+/// # drop(guard);
+/// # std::fs::remove_dir_all(folder)?;
+/// # Ok(()) }
+/// ```
 #[derive(Clone, Debug)]
 pub struct PidFile {
     path: Arc<Path>,
@@ -617,6 +630,15 @@ fn writer(owner: Owner, found: &Seen) -> Owner {
 /// and dropping the child's copy releases nothing. A child that is not to become the owner should drop it: while it
 /// keeps it, and the parent is killed, the file stays locked until the child ends. A program started with exec
 /// inherits nothing.
+///
+/// ```
+/// # fn main() -> lockkit::Result<()> {
+/// # let path = std::env::temp_dir().join(format!("lockkit-doc-pidguard-{}", std::process::id()));
+/// let guard = lockkit::PidFile::new(&path)?.try_lock()?;
+/// guard.verify()?; // From time to time, in a daemon that wants to know whether its file is still there.
+/// guard.release()?;
+/// # Ok(()) }
+/// ```
 #[must_use = "a guard that is dropped at once releases its lock at once; bind it to a name such as `_guard`"]
 #[derive(Debug)]
 pub struct PidGuard {

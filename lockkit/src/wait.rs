@@ -30,6 +30,18 @@ use crate::trace;
 /// let guard = NamedLock::new("lockkit-doc-wait")?.acquire(&wait)?;
 /// # Ok(()) }
 /// ```
+///
+/// The shortest and the longest:
+///
+/// ```
+/// # fn main() -> lockkit::Result<()> {
+/// # use lockkit::{NamedLock, Wait};
+/// let lock = NamedLock::new("lockkit-doc-wait-ends")?;
+/// let guard = lock.acquire(&Wait::forever())?;
+/// assert!(lock.acquire(&Wait::none()).unwrap_err().is_held());
+/// # drop(guard);
+/// # Ok(()) }
+/// ```
 #[derive(Clone, Debug)]
 pub struct Wait {
     limit: Limit,

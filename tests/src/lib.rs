@@ -180,3 +180,19 @@ pub fn sleeps(pid: u32, thread: u32) -> bool {
 pub fn thread_id() -> u32 {
     rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs()
 }
+
+/// Compiles what the pages of the project show. Here and not in lockkit itself, whose package has neither these pages nor
+/// the peers that one of them shows. What the README shows of instances is Linux's.
+#[cfg(all(doctest, target_os = "linux"))]
+mod pages {
+    #[doc = include_str!("../../README.md")]
+    struct Readme;
+    #[doc = include_str!("../../docs/ENGINES.md")]
+    struct Engines;
+    #[doc = include_str!("../../docs/MIGRATING.md")]
+    struct Migrating;
+    #[doc = include_str!("../../docs/COMPARE.md")]
+    struct Compare;
+    #[doc = include_str!("../../lockkit-macros/README.md")]
+    struct Macros;
+}

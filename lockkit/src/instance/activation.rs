@@ -44,6 +44,20 @@ const COLLECTION: Duration = Duration::from_secs(5);
 /// ```
 ///
 /// [unix(7)]: https://man7.org/linux/man-pages/man7/unix.7.html
+///
+/// What else it brought:
+///
+/// ```
+/// fn describe(again: &lockkit::Activation) {
+///     println!("user {} sent {} bytes along", again.uid(), again.bytes().len());
+///     if let Some(token) = again.variable("XDG_ACTIVATION_TOKEN") {
+///         println!("a window may be raised with {token:?}");
+///     }
+///     for (name, value) in again.variables() {
+///         println!("{name:?} is {value:?}");
+///     }
+/// }
+/// ```
 #[must_use = "dropping an activation answers it, with no bytes"]
 pub struct Activation {
     /// Taken by the answer.

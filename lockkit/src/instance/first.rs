@@ -52,6 +52,19 @@ const REST: Duration = Duration::from_millis(100);
 /// first.on_activation(|activation| println!("started again with {:?}", activation.arguments()))?;
 /// # Ok(()) }
 /// ```
+///
+/// In a program that has a loop of its own:
+///
+/// ```
+/// use lockkit::{Instance, Wait};
+/// # fn main() -> lockkit::Result<()> {
+/// # let Instance::First(first) = Instance::enter("lockkit-doc-first-loop")? else { return Ok(()) };
+/// println!("{} runs", first.name());
+/// while let Some(again) = first.next_activation(&Wait::none())? {
+///     println!("and was started again with {:?}", again.arguments());
+/// }
+/// # Ok(()) }
+/// ```
 #[must_use = "dropping it lets another instance be the first"]
 pub struct FirstInstance {
     name: String,

@@ -270,11 +270,11 @@ impl Desk {
     fn accept(&mut self, watched: &Watched, now: Instant) -> Io<bool> {
         let mut is_admitted = false;
         for _ in 0..MOST_CALLERS {
-            if self.callers.len() >= MOST_CALLERS
-                && let Some(yields) = self.make_room(watched, now)
-            {
-                self.rest(watched, yields)?;
-                break;
+            if self.callers.len() >= MOST_CALLERS {
+                if let Some(yields) = self.make_room(watched, now) {
+                    self.rest(watched, yields)?;
+                    break;
+                }
             }
             match stream::accept(&self.listener) {
                 Ok(Some(connection)) => is_admitted |= self.admit(watched, connection, now),

@@ -29,6 +29,7 @@ const PORTION: usize = 64 << 10;
 /// let first = match Instance::enter("lockkit-doc-second")? {
 ///     Instance::First(first) => first,
 ///     Instance::Second(second) => {
+///         let second = second.arguments(std::env::args_os().skip(1)).folder("/");
 ///         let second = second.variables(["XDG_ACTIVATION_TOKEN"]).bytes(*b"any bytes");
 ///         match second.activate(&Wait::at_most(Duration::from_secs(5)))? {
 ///             Outcome::Answered(answer) => {
@@ -52,7 +53,7 @@ pub struct SecondInstance {
     request: Request,
 }
 
-/// What came of an activation.
+/// What came of an activation by a [`SecondInstance`].
 #[derive(Debug)]
 #[must_use = "this process may be the first instance now"]
 pub enum Outcome {

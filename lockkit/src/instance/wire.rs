@@ -23,6 +23,12 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
 /// The most bytes that an activation can bring, and that can be its answer: 1 MiB.
+///
+/// ```
+/// fn fits(bytes: &[u8]) -> bool {
+///     bytes.len() <= lockkit::instance::MOST_BYTES
+/// }
+/// ```
 pub const MOST_BYTES: usize = 1 << 20;
 
 /// The longest content of a request: the arguments and the environment of a process never take more than 6 MiB on

@@ -54,6 +54,32 @@ impl Options {
 }
 
 /// Makes a [`Lease`]; see [`Lease::file`], [`Lease::connect`] and [`Lease::with_store`].
+///
+/// With all that fits a file, in one place:
+///
+/// ```
+/// # fn main() -> lockkit::Result<()> {
+/// # let path = std::env::temp_dir().join(format!("lockkit-doc-lease-builder-{}", std::process::id()));
+/// use std::sync::Arc;
+/// use std::time::Duration;
+/// use lockkit::Lease;
+/// use lockkit::lease::SystemClock;
+///
+/// let lease = Lease::file(&path)
+///     .ttl(Duration::from_secs(10)) // Given to another after so long without a beat,
+///     .heartbeat(Duration::from_secs(2)) // which is sent so often.
+///     .acquire_retry_limit(5) // Looks so often while it waits,
+///     .acquire_retry_delay(Duration::from_millis(100)) // and so long after each other at most.
+///     .invalid_pid_lock_stale_threshold(Duration::from_secs(2)) // What nobody can read is junk after so long.
+///     .file_write_mode(0o640)
+///     .directory_write_mode(0o750)
+///     .clock(Arc::new(SystemClock))
+///     .build()?;
+/// let guard = lease.lock()?;
+/// # drop(guard);
+/// # std::fs::remove_file(path).unwrap();
+/// # Ok(()) }
+/// ```
 #[must_use = "a builder makes nothing until `build`"]
 pub struct LeaseBuilder {
     place: Place,

@@ -17,6 +17,28 @@ use crate::sys::{clock, process};
 /// What a lease reads the time from.
 ///
 /// Programs need [`SystemClock`], which every lease has unless told otherwise; tests need [`ManualClock`].
+///
+/// One that goes twice as fast as the system's:
+///
+/// ```
+/// use std::task::Waker;
+/// use std::time::Duration;
+/// use lockkit::lease::{Clock, SystemClock};
+///
+/// #[derive(Debug)]
+/// struct Fast;
+///
+/// impl Clock for Fast {
+///     fn now(&self) -> Duration {
+///         SystemClock.now() * 2
+///     }
+///     fn on_jump(&self, _sleeper: &Waker) {} // It never jumps.
+///     fn shared_id(&self) -> Option<u128> {
+///         None // No other process has it.
+///     }
+/// }
+/// # assert!(Fast.now() > SystemClock.now() && Fast.shared_id().is_none());
+/// ```
 pub trait Clock: fmt::Debug + Send + Sync {
     /// How long it is since some moment that stays the same as long as the clock lives. Never goes back.
     fn now(&self) -> Duration;

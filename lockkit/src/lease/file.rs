@@ -310,10 +310,9 @@ impl FileStore {
         if seen.expires_in() == Some(Duration::ZERO) {
             return Ok(Verdict::Free(Some(record)));
         }
-        if let Some(clock) = clock
-            && noted.is_none()
-            && self.observer.try_lock().is_none_or(|mut observer| observer.is_to_note())
-        {
+        let unnoted = clock
+            .filter(|_| noted.is_none() && self.observer.try_lock().is_none_or(|mut observer| observer.is_to_note()));
+        if let Some(clock) = unnoted {
             record.note(clock, self.clock.now());
             // A note that is lost costs time only.
             let _ = locked.file.write_all_at(record.seal(), 0);
@@ -690,9 +689,9 @@ fn read(file: &File) -> io::Result<Vec<u8>> {
 
 /// What no waiting heals is the caller's to mend.
 fn failed_at(action: &'static str, path: &Path, error: io::Error) -> StoreError {
-    use Io::{InvalidFilename, IsADirectory, NotADirectory, PermissionDenied, ReadOnlyFilesystem};
-    let lasting =
-        matches!(error.kind(), PermissionDenied | ReadOnlyFilesystem | IsADirectory | NotADirectory | InvalidFilename);
+    use Io::{IsADirectory, NotADirectory, PermissionDenied, ReadOnlyFilesystem};
+    let lasting = matches!(error.kind(), PermissionDenied | ReadOnlyFilesystem | IsADirectory | NotADirectory)
+        || files::is_name_too_long(&error);
     let error = Error::io(action, path, error);
     if lasting { StoreError::misuse(error) } else { StoreError::refused(error) }
 }

@@ -391,6 +391,19 @@ fn protected<T>(ask: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreE
 }
 
 /// Tells of the loss of a lease, or of its release. Clones tell of the same one, and all outlive the guard.
+///
+/// ```
+/// # fn main() -> lockkit::Result<()> {
+/// # let path = std::env::temp_dir().join(format!("lockkit-doc-lost-signal-{}", std::process::id()));
+/// use lockkit::lease::LossReason;
+/// let guard = lockkit::Lease::file(&path).build()?.lock()?;
+/// let lost = guard.lost();
+/// assert!(!lost.is_lost() && lost.reason().is_none());
+/// guard.release()?;
+/// assert!(matches!(lost.reason(), Some(LossReason::Released)));
+/// # std::fs::remove_file(path).unwrap();
+/// # Ok(()) }
+/// ```
 #[derive(Clone)]
 pub struct LostSignal(Arc<Held>);
 
@@ -474,6 +487,16 @@ impl LostSignal {
     ///
     /// # Panics
     /// tokio does, when its runtime was built without a timer (`enable_time`).
+    ///
+    /// ```no_run
+    /// # async fn lead() -> lockkit::Result<()> {
+    /// use lockkit::Wait;
+    /// let guard = lockkit::Lease::file("/srv/shared/leader").build()?.acquire_async(&Wait::forever()).await?;
+    /// let reason = guard.lost().wait_async(&Wait::forever()).await?;
+    /// println!("leads no more: {reason}");
+    /// # Ok(()) }
+    /// # fn main() {}
+    /// ```
     #[cfg(feature = "tokio")]
     #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
     pub async fn wait_async(&self, wait: &Wait) -> Result<LossReason> {

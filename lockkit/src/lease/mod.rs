@@ -115,6 +115,13 @@ pub enum LeaseStatus {
 }
 
 /// How a lease was lost; what [`on_lost`](LeaseBuilder::on_lost) is told.
+///
+/// ```
+/// # fn main() -> lockkit::Result<()> {
+/// let builder = lockkit::Lease::file("/srv/shared/leader");
+/// let lease = builder.on_lost(|loss| eprintln!("{}, under {}: {}", loss.lock, loss.token, loss.reason)).build()?;
+/// # Ok(()) }
+/// ```
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Loss {
@@ -495,6 +502,17 @@ impl fmt::Debug for Lease {
 /// process ends.
 ///
 /// All methods may be called from any thread. None but dropping and releasing touches the store.
+///
+/// ```
+/// # fn main() -> lockkit::Result<()> {
+/// # let path = std::env::temp_dir().join(format!("lockkit-doc-lease-guard-{}", std::process::id()));
+/// let guard = lockkit::Lease::file(&path).build()?.lock()?;
+/// guard.check()?; // An error that says why, if it were lost.
+/// assert!(guard.is_held() && guard.remaining() <= std::time::Duration::from_secs(3)); // The ttl, unless told otherwise.
+/// guard.release()?;
+/// # std::fs::remove_file(path).unwrap();
+/// # Ok(()) }
+/// ```
 #[must_use = "a guard that is dropped at once releases its lock at once; bind it to a name such as `_guard`"]
 pub struct LeaseGuard {
     held: Arc<Held>,

@@ -108,8 +108,9 @@ const FNV_BASIS: u64 = 0xcbf2_9ce4_8422_2325;
 /// FNV-1a over the words of `bytes`, of which the last may be a part, on top of `sum`.
 fn fnv(sum: u64, bytes: &[u8]) -> u64 {
     let add = |sum: u64, word| (sum ^ u64::from_le_bytes(word)).wrapping_mul(0x0000_0100_0000_01b3);
-    let (words, rest) = bytes.as_chunks();
-    let sum = words.iter().copied().fold(sum, add);
+    let words = bytes.chunks_exact(8);
+    let rest = words.remainder();
+    let sum = words.filter_map(|word| word.try_into().ok()).fold(sum, add);
     if rest.is_empty() {
         return sum;
     }

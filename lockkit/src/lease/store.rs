@@ -188,6 +188,22 @@ pub trait LeaseStore: Send + Sync {
     ///
     /// # Errors
     /// After an error the lease tries again at its retry delay.
+    ///
+    /// One in memory, whose every change is told on a condition:
+    ///
+    /// ```
+    /// # use std::sync::{Condvar, Mutex};
+    /// # use lockkit::lease::Deadline;
+    /// # struct Memory { version: Mutex<u64>, changed: Condvar }
+    /// # impl Memory {
+    /// fn park(&self, seen: u64, by: Deadline) {
+    ///     let version = self.version.lock().unwrap();
+    ///     drop(self.changed.wait_timeout_while(version, by.remaining(), |version| *version == seen));
+    /// }
+    /// # }
+    /// # let memory = Memory { version: Mutex::new(1), changed: Condvar::new() };
+    /// # memory.park(0, Deadline::after(std::time::Duration::from_secs(9)));
+    /// ```
     fn park(&self, name: &LeaseName, seen: &Seen, by: Deadline, stop: &CancelToken) -> Result<(), StoreError> {
         let _ = (name, seen);
         sleep(by, stop)
@@ -203,6 +219,15 @@ pub(super) fn sleep(by: Deadline, stop: &CancelToken) -> Result<(), StoreError> 
 }
 
 /// What a [`LeaseStore`] can do.
+///
+/// ```
+/// use std::time::Duration;
+/// use lockkit::lease::{Durability, StoreProfile};
+/// let mut profile = StoreProfile::new(Durability::Quorum);
+/// profile.smallest_ttl = Duration::from_secs(2);
+/// profile.ttl_step = Duration::from_secs(1);
+/// profile.wakes_waiters = true;
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct StoreProfile {
@@ -233,7 +258,8 @@ impl StoreProfile {
     }
 }
 
-/// What the records of a store last through, and so how far its leases and their tokens can be relied on.
+/// What the records of a store last through, and so how far its leases and their tokens can be relied on; a part of its
+/// [`StoreProfile`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Durability {
@@ -248,6 +274,14 @@ pub enum Durability {
 }
 
 /// The name under which a store keeps a lease.
+///
+/// ```
+/// # fn main() -> lockkit::Result<()> {
+/// use lockkit::lease::LeaseName;
+/// assert_eq!(LeaseName::new("nightly")?.as_str(), "nightly");
+/// assert!(LeaseName::new("two\nlines").is_err());
+/// # Ok(()) }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct LeaseName(Arc<str>);
 
@@ -287,6 +321,13 @@ impl fmt::Display for LeaseName {
 }
 
 /// One acquisition, told from every other one: 128 bits by chance.
+///
+/// ```
+/// use lockkit::lease::ClaimId;
+/// let claim = ClaimId::random();
+/// assert_ne!(claim, ClaimId::random());
+/// assert_eq!(claim, ClaimId::from_number(claim.number())); // As a store keeps it.
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ClaimId(u128);
 
@@ -319,7 +360,7 @@ impl fmt::Display for ClaimId {
     }
 }
 
-/// What came of an attempt to acquire.
+/// What came of an attempt to acquire: of [`LeaseStore::try_acquire`]. The example of [`LeaseStore`] makes both.
 #[derive(Debug)]
 pub enum Attempt {
     /// The name is the claim's.
@@ -329,6 +370,21 @@ pub enum Attempt {
 }
 
 /// A name that was given to a claim.
+///
+/// ```
+/// # fn main() -> lockkit::Result<()> {
+/// use std::time::Duration;
+/// use lockkit::Owner;
+/// use lockkit::lease::{ClaimId, Grant, LeaseName};
+///
+/// struct Session(u64); // Whatever a store wants to know of it.
+///
+/// let (name, claim, ttl) = (LeaseName::new("nightly")?, ClaimId::random(), Duration::from_secs(10));
+/// let grant = Grant::new(&name, &claim, 7, ttl).with_handle(Session(42)).recovered_from(Some(Owner::current()));
+/// assert_eq!((grant.name(), grant.claim(), grant.token(), grant.ttl()), (&name, &claim, 7, ttl));
+/// assert_eq!(grant.handle::<Session>().map(|session| session.0), Some(42));
+/// # Ok(()) }
+/// ```
 #[derive(Clone, Debug)]
 pub struct Grant {
     name: LeaseName,
@@ -388,6 +444,20 @@ impl Grant {
 }
 
 /// Who has a name, as a store saw it at one moment.
+///
+/// ```
+/// use std::time::Duration;
+/// use lockkit::Owner;
+/// use lockkit::lease::{ClaimId, Seen};
+///
+/// let (claim, left) = (ClaimId::random(), Duration::from_secs(3));
+/// let seen = Seen::new(1).with_claim(claim).with_token(7).with_owner(Owner::current()).with_expires_in(left);
+/// assert_eq!((seen.cursor(), seen.claim(), seen.token(), seen.expires_in()), (1, Some(claim), Some(7), Some(left)));
+/// assert_eq!(seen.owner().map(Owner::pid), Some(std::process::id()));
+///
+/// let renewed = Seen::new(2).with_claim(claim).with_token(7);
+/// assert!(renewed.is_same_holder(&seen));
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {
     cursor: u64,
@@ -463,7 +533,7 @@ impl Seen {
     }
 }
 
-/// What came of a renewal.
+/// What came of a renewal: of [`LeaseStore::renew`]. The example of [`LeaseStore`] makes both.
 #[derive(Debug)]
 pub enum Renewal {
     /// It is good for this long from when the lease asked.
@@ -478,7 +548,7 @@ pub enum Renewal {
     },
 }
 
-/// What came of a release or an eviction.
+/// What came of a release or an eviction. The example of [`LeaseStore`] makes both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Released {
     /// The name is free.
@@ -488,6 +558,22 @@ pub enum Released {
 }
 
 /// Why a store did not do what it was asked.
+///
+/// What a store makes of what its connection says:
+///
+/// ```
+/// use std::io::{Error, ErrorKind};
+/// use lockkit::lease::StoreError;
+///
+/// fn failed(error: Error, is_sent: bool) -> StoreError {
+///     match error.kind() {
+///         ErrorKind::PermissionDenied => StoreError::misuse(error), // No waiting heals that.
+///         _ if is_sent => StoreError::unknown(error), // It may be done.
+///         _ => StoreError::refused(error),
+///     }
+/// }
+/// # assert!(matches!(failed(ErrorKind::TimedOut.into(), true), StoreError::Unknown(_)));
+/// ```
 #[derive(Debug)]
 pub enum StoreError {
     /// It took no effect; the same may work later.
@@ -559,6 +645,14 @@ impl std::error::Error for StoreError {
 }
 
 /// The moment by which a request must have ended.
+///
+/// ```
+/// use std::time::{Duration, Instant};
+/// use lockkit::lease::Deadline;
+/// let by = Deadline::after(Duration::from_secs(2));
+/// assert!(!by.is_past() && by.remaining() <= Duration::from_secs(2)); // What a socket gets as its limit.
+/// assert!(by.moment() > Instant::now());
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Deadline(Instant);
 

@@ -17,7 +17,7 @@ const MARGIN: Duration = Duration::from_millis(2);
 /// A failed renewal is repeated after a quarter of a heartbeat, but no sooner than this.
 const SOONEST_RETRY: Duration = Duration::from_millis(10);
 
-/// Why a lease is not held any more.
+/// Why a lease is not held any more: what [`Loss`](super::Loss) and [`LostSignal`](super::LostSignal) tell.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LossReason {

@@ -101,6 +101,16 @@ pub trait LockManager: Send + Sync {
     ///
     /// # Errors
     /// What the manager says.
+    ///
+    /// ```
+    /// use lockkit::{InMemoryLockManager, LockManager};
+    /// # fn main() -> lockkit::Result<()> {
+    /// let manager = InMemoryLockManager::new(8)?;
+    /// manager.allocate()?;
+    /// manager.free_all()?;
+    /// assert_eq!(manager.available()?, Some(8));
+    /// # Ok(()) }
+    /// ```
     fn free_all(&self) -> Result<()>;
 }
 
@@ -108,6 +118,17 @@ pub trait LockManager: Send + Sync {
 ///
 /// Not reentrant: a thread that takes it twice waits for itself. Not fair to the last: who comes at the right moment
 /// may overtake those who wait, though none of them for long.
+///
+/// ```
+/// # fn main() -> lockkit::Result<()> {
+/// use std::time::Duration;
+/// use lockkit::{InMemoryLockManager, LockManager, Wait};
+/// let lock = InMemoryLockManager::new(8)?.allocate()?;
+/// let guard = lock.acquire(&Wait::at_most(Duration::from_secs(5)))?;
+/// assert!(lock.try_lock().unwrap_err().is_held());
+/// guard.release()?;
+/// # Ok(()) }
+/// ```
 #[derive(Clone, Debug)]
 pub struct ManagedLock(Handle);
 
@@ -226,11 +247,10 @@ impl ManagedLock {
     #[inline]
     pub fn acquire(&self, wait: &Wait) -> Result<ManagedGuard> {
         // What thousands of locks mostly are, in shared memory and free, is worth a few instructions in the caller.
-        if !trace::is_on()
-            && let Handle::Shm(lock) = &self.0
-            && let Some(taken) = lock.acquire_free(wait)
-        {
-            return Ok(ManagedGuard(Hold::Lean(taken)));
+        if let (false, Handle::Shm(lock)) = (trace::is_on(), &self.0) {
+            if let Some(taken) = lock.acquire_free(wait) {
+                return Ok(ManagedGuard(Hold::Lean(taken)));
+            }
         }
         trace::acquire(self.subject(), || self.take(wait))
     }

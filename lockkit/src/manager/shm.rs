@@ -83,6 +83,21 @@ use crate::wait::{Backoff, GaveUp, Patience, Subject, Wait};
 /// open file description locks in [fcntl(2)](https://man7.org/linux/man-pages/man2/fcntl.2.html).
 ///
 /// [`ManagedGuard::recovered`]: crate::ManagedGuard::recovered
+///
+/// A service that makes the table, and programs that only open it:
+///
+/// ```
+/// # #[cfg(target_os = "linux")]
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use lockkit::ShmLockManager;
+/// # let path = format!("/dev/shm/lockkit-doc-shm-create-{}", std::process::id());
+/// let made = ShmLockManager::create(&path, 100)?; // Fails where there is one.
+/// let opened = ShmLockManager::open(&path)?;
+/// assert_eq!(opened.capacity(), 100);
+/// # std::fs::remove_file(path)?;
+/// # Ok(()) }
+/// # #[cfg(not(target_os = "linux"))] fn main() {}
+/// ```
 #[derive(Clone, Copy)]
 pub struct ShmLockManager(&'static Attached);
 
@@ -715,7 +730,7 @@ impl Fairness for &Cell {
     fn keeps(&self) -> bool {
         /// Of so many releases in a tight loop one looks at the clock.
         const LOOKS: u32 = 16;
-        self.turn.load(Ordering::Relaxed).is_multiple_of(LOOKS) && until_due(self, YIELD).is_zero()
+        self.turn.load(Ordering::Relaxed) % LOOKS == 0 && until_due(self, YIELD).is_zero()
     }
 
     fn wake(&self, word: &AtomicU32) -> bool {
@@ -745,10 +760,9 @@ impl World for Sleeper<'_> {
 
     fn nap(&self) {
         let left = until_due(self.lock.cell, PRESS);
-        if let Ok(left) = self.patience.portion(left)
-            && !left.is_zero()
-        {
-            std::thread::sleep(left);
+        match self.patience.portion(left) {
+            Ok(left) if !left.is_zero() => std::thread::sleep(left),
+            _ => {}
         }
     }
 

@@ -31,6 +31,16 @@ use crate::trace;
 use crate::wait::{Subject, Wait};
 
 /// Who shares a name.
+///
+/// ```
+/// # fn main() -> lockkit::Result<()> {
+/// use lockkit::{NamedLock, Scope};
+/// let mine = NamedLock::new("lockkit-doc-scope")?.try_lock()?; // `Scope::User`
+/// let everybodys = NamedLock::builder("lockkit-doc-scope").scope(Scope::Machine).build()?;
+/// let both = everybodys.try_lock()?; // Another lock.
+/// # drop((mine, both));
+/// # Ok(()) }
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Scope {
@@ -92,6 +102,20 @@ pub enum Backend {
 /// if let Some(died) = guard.recovered() {
 ///     eprintln!("the previous owner died inside: {died}");
 /// }
+/// # Ok(()) }
+/// ```
+///
+/// Waited for, and looked at from outside:
+///
+/// ```
+/// use std::time::Duration;
+/// use lockkit::{NamedLock, Wait};
+/// # fn main() -> lockkit::Result<()> {
+/// let lock = NamedLock::new("lockkit-doc-named-look")?;
+/// let guard = lock.acquire(&Wait::at_most(Duration::from_secs(5)))?;
+/// assert_eq!(lock.owner()?.map(|owner| owner.pid()), Some(std::process::id()));
+/// assert_eq!(lock.waiters()?, 0);
+/// # drop(guard);
 /// # Ok(()) }
 /// ```
 #[derive(Clone, Debug)]
@@ -423,6 +447,18 @@ impl NamedGuard {
 
     /// Writes down another process as the one that holds: for a supervisor that takes the lock for a child, whom
     /// [`owner`](NamedLock::owner) then names. The guard stays here, and dropping it releases as before.
+    ///
+    /// ```no_run
+    /// # use lockkit::{NamedLock, Owner};
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let guard = NamedLock::new("com.example.supervised")?.try_lock()?;
+    /// let mut child = std::process::Command::new("server").spawn()?;
+    /// if let Some(server) = Owner::of(child.id()) {
+    ///     guard.name_holder(&server);
+    /// }
+    /// child.wait()?;
+    /// # Ok(()) }
+    /// ```
     pub fn name_holder(&self, owner: &Owner) {
         match (&self.named.engine, &self.hold) {
             #[cfg(target_os = "linux")]

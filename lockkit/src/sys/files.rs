@@ -13,6 +13,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags, RawMode, fchmod};
+use rustix::io::Errno;
 
 /// For `custom_flags`: a link is not followed.
 pub(crate) const NOFOLLOW: i32 = OFlags::NOFOLLOW.bits() as i32;
@@ -59,6 +60,12 @@ pub(crate) fn set_folder_mode(path: &Path, mode: u32) -> io::Result<()> {
 /// Why the folder, whose owner is this `uid`, may not be trusted by this process.
 pub(crate) fn is_writable_by_others(folder: &Seen) -> bool {
     folder.mode() & 0o022 != 0
+}
+
+/// Whether the error comes of a name that the file system cannot have.
+// `ErrorKind::InvalidFilename` says so, but is younger than the oldest compiler that lockkit is for.
+pub(crate) fn is_name_too_long(error: &io::Error) -> bool {
+    Errno::from_io_error(error) == Some(Errno::NAMETOOLONG)
 }
 
 /// Whether opening failed because a link stands there that is not to be followed. POSIX says `ELOOP`; FreeBSD and

@@ -170,9 +170,7 @@ pub(crate) fn started_at(start: u64) -> Option<SystemTime> {
 pub(crate) fn program(pid: u32) -> Option<String> {
     // The link alone tells, at a tenth of what sysinfo reads to get there.
     #[cfg(target_os = "linux")]
-    if let Ok(file) = fs::read_link(format!("/proc/{pid}/exe"))
-        && let Some(name) = file.file_name()
-    {
+    if let Some(name) = fs::read_link(format!("/proc/{pid}/exe")).ok().as_deref().and_then(Path::file_name) {
         let name = name.to_string_lossy();
         return Some(name.strip_suffix(" (deleted)").unwrap_or(&name).to_owned());
     }

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 use lockkit::{CancelToken, LockManager, ShmLockManager, Wait};
 use rustix::fs::{AtFlags, CWD, FlockOperation, OFlags, flock, linkat, statfs};
 use rustix::io::{Errno, retry_on_intr};
+use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, set_parent_process_death_signal, waitpid};
 use serde::Serialize;
 
@@ -197,8 +198,9 @@ struct Second(Pid);
 
 impl Second {
     /// Starts it, and returns once it has said that it is ready.
-    fn start(work: impl FnOnce(&mut io::PipeWriter) -> io::Result<()>) -> Result<Self, String> {
-        let (mut ready, mut word) = io::pipe().map_err(told)?;
+    fn start(work: impl FnOnce(&mut File) -> io::Result<()>) -> Result<Self, String> {
+        let (ready, word) = pipe_with(PipeFlags::CLOEXEC).map_err(told)?;
+        let (mut ready, mut word) = (File::from(ready), File::from(word));
         match lockkit::command::fork().map_err(told)? {
             None => {
                 drop(ready);

@@ -2,6 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, Write};
+use std::path::Path;
 
 use lockkit::lease::Seen;
 use lockkit::{Lease, LeaseStatus};
@@ -97,7 +98,9 @@ fn release(url: &OsStr, token: Option<u64>) -> Outcome {
             ),
             None => format!("the lease {} is held by {}, and only its token releases it", lease.name(), owner(&seen)),
         };
-        return Err(Failure::new(code::TEMPORARY, message).example(format!("lockkit lease steal {}", url.display())));
+        return Err(
+            Failure::new(code::TEMPORARY, message).example(format!("lockkit lease steal {}", Path::new(url).display()))
+        );
     }
     evict(&lease, &seen, "released")
 }

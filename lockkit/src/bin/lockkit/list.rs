@@ -60,10 +60,9 @@ impl List {
         }
         let usual = usual_folders().into_iter().flat_map(|folder| entries(&folder)).filter(|path| is_usual(path));
         for path in usual.chain(kept_open()) {
-            if let Some(Ok(sight)) = look::recognised(&path)
-                && sight.state != State::Free
-            {
-                by_path.insert(path, Ok(sight));
+            match look::recognised(&path) {
+                Some(Ok(sight)) if sight.state != State::Free => drop(by_path.insert(path, Ok(sight))),
+                _ => {}
             }
         }
         for given in &self.paths {

@@ -20,6 +20,7 @@
 //! then.
 
 use std::ffi::{CStr, OsString};
+use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
@@ -38,6 +39,7 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags,
     SocketType, recvmsg, sendmsg, socketpair,
 };
+use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitOptions, WaitStatus, getpgid, getpgrp, getpid, getppid, getsid, kill_process,
     pidfd_open, pidfd_send_signal, set_child_subreaper, set_parent_process_death_signal, setsid, test_kill_process,
@@ -68,11 +70,11 @@ pub(crate) struct Job<'r> {
 }
 
 /// Brings the reason of a loss, as text.
-pub(crate) struct LossPipe(io::PipeReader);
+pub(crate) struct LossPipe(File);
 
 /// A pipe for the loss of a lease, and what writes to it.
 pub(crate) fn loss() -> Result<(LossPipe, impl Fn(&Loss) + Send + Sync + use<>), Failure> {
-    let (reader, writer) = io::pipe().map_err(|error| Failure::io("make a pipe", error))?;
+    let (reader, writer) = pipe()?;
     Ok((LossPipe(reader), move |loss: &Loss| {
         let _ = (&writer).write_all(format!("{} is lost: {}", loss.lock, loss.reason).as_bytes());
     }))
@@ -240,8 +242,10 @@ fn fork() -> Result<Option<Pid>, Failure> {
     command::fork().map_err(|error| Failure::io("start a process", error).with_code(code::OS))
 }
 
-fn pipe() -> Result<(io::PipeReader, io::PipeWriter), Failure> {
-    io::pipe().map_err(|error| Failure::io("make a pipe", error))
+/// What is read from, and what is written to. No program that is started has either.
+fn pipe() -> Result<(File, File), Failure> {
+    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).map_err(|error| Failure::io("make a pipe", error))?;
+    Ok((reader.into(), writer.into()))
 }
 
 /// Runs the program under the lock, releases that, and gives the program's exit status.
@@ -301,18 +305,12 @@ pub(crate) fn run(mut hold: Hold, signals: Signals, job: Job<'_>) -> Outcome {
 }
 
 /// Lets the program start. A failure means that it is gone already, which shows later.
-fn open_gate(mut gate: io::PipeWriter) {
+fn open_gate(mut gate: File) {
     let _ = gate.write_all(b"!");
 }
 
 /// The child's part. Returns only if the program could not be started, with the exit code that tells so.
-fn become_program(
-    command: &[OsString],
-    hold: &Hold,
-    parked: Option<Parked>,
-    mut gate: io::PipeReader,
-    signals: &Signals,
-) -> u8 {
+fn become_program(command: &[OsString], hold: &Hold, parked: Option<Parked>, mut gate: File, signals: &Signals) -> u8 {
     // The end of the pipe means that nobody holds the lock for this child.
     if gate.read_exact(&mut [0]).is_err() {
         return code::OS;
@@ -490,18 +488,13 @@ impl Parked {
 struct Keeper {
     pid: Pid,
     /// Open as long as this process lives.
-    life: io::PipeWriter,
+    life: File,
 }
 
 impl Keeper {
     /// Starts it. It opens the gate itself, once it is out of reach of what is meant for lockkit; this process's end is
     /// closed, or the program would wait for ever if the keeper were killed before.
-    fn start(
-        descriptor: OwnedFd,
-        parked: Option<&Parked>,
-        program: &Child,
-        gate: io::PipeWriter,
-    ) -> Result<Self, Failure> {
+    fn start(descriptor: OwnedFd, parked: Option<&Parked>, program: &Child, gate: File) -> Result<Self, Failure> {
         let (life_of_parent, life) = pipe()?;
         match fork()? {
             None => {
@@ -523,7 +516,7 @@ impl Keeper {
 }
 
 /// The keeper's part: returns when the parent has let go of its pipe or been killed, and the program has ended.
-fn keep(program: &OwnedFd, mut parent: io::PipeReader, gate: io::PipeWriter) {
+fn keep(program: &OwnedFd, mut parent: File, gate: File) {
     // Out of reach of the terminal and of signals to the job, none of which is blocked for the program.
     let _ = setsid();
     command::rename_process(KEEPER);

@@ -4,6 +4,7 @@
 //! that belongs to the next owner.
 
 use std::ffi::OsString;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::failure::{Failure, Outcome, code};
@@ -47,6 +48,7 @@ impl WaitFor {
     fn watch(&self, place: &Place, until: Option<Instant>) -> Outcome {
         const FIRST: Duration = Duration::from_millis(1);
         const LONGEST: Duration = Duration::from_millis(50);
+        let given = Path::new(&self.place);
         let mut pause = FIRST;
         loop {
             let begun = Instant::now();
@@ -61,9 +63,9 @@ impl WaitFor {
             if left.is_zero() {
                 let sight = look::at(place, self.scope)?;
                 let holder = sight.holders.first().map(|holder| format!(" by {}", holder.text())).unwrap_or_default();
-                let message = format!("{} is still held{holder}", self.place.display());
+                let message = format!("{} is still held{holder}", given.display());
                 let failure = Failure::new(code::TEMPORARY, message).quiet(self.quiet);
-                return Err(failure.example(format!("lockkit wait {} --timeout 1h", self.place.display())));
+                return Err(failure.example(format!("lockkit wait {} --timeout 1h", given.display())));
             }
             std::thread::sleep(pause.max(looked * 10).min(left));
             pause = (pause * 2).min(LONGEST);

@@ -13,6 +13,7 @@ mod bells;
 #[cfg(feature = "etcd")]
 pub(super) mod etcd;
 #[cfg(feature = "postgres")]
+#[allow(clippy::incompatible_msrv, reason = "its client needs a younger compiler than the rest of lockkit")]
 pub(super) mod postgres;
 #[cfg(feature = "redis")]
 pub(super) mod redis;
@@ -66,10 +67,9 @@ impl<T> OfProcess<T> {
 
 impl<T> Drop for OfProcess<T> {
     fn drop(&mut self) {
-        if let Some((made, inherited)) = self.current.get_mut().take()
-            && made != fork::generation()
-        {
-            mem::forget(inherited);
+        match self.current.get_mut().take() {
+            Some((made, inherited)) if made != fork::generation() => mem::forget(inherited),
+            _ => {}
         }
     }
 }

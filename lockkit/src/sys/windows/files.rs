@@ -15,7 +15,9 @@ use std::os::windows::fs::{FileExt as _, OpenOptionsExt as _};
 use std::os::windows::io::AsRawHandle;
 use std::path::{Path, PathBuf};
 
-use windows_sys::Win32::Foundation::{ERROR_ACCESS_DENIED, ERROR_INVALID_PARAMETER, STATUS_DELETE_PENDING};
+use windows_sys::Win32::Foundation::{
+    ERROR_ACCESS_DENIED, ERROR_FILENAME_EXCED_RANGE, ERROR_INVALID_NAME, ERROR_INVALID_PARAMETER, STATUS_DELETE_PENDING,
+};
 use windows_sys::Win32::Storage::FileSystem::{
     BY_HANDLE_FILE_INFORMATION, FILE_FLAG_BACKUP_SEMANTICS, FILE_FLAG_OPEN_REPARSE_POINT, FILE_ID_INFO,
     FILE_READ_ATTRIBUTES, FILE_REMOTE_PROTOCOL_INFO, FileIdInfo, FileRemoteProtocolInfo, GetFileInformationByHandle,
@@ -237,6 +239,13 @@ pub(crate) fn set_folder_mode(_: &Path, _: u32) -> io::Result<()> {
 /// Not looked at: what a folder lets others do is its access control list's to say.
 pub(crate) fn is_writable_by_others(_: &Seen) -> bool {
     false
+}
+
+/// Whether the error comes of a name that the file system cannot have.
+// `ErrorKind::InvalidFilename` says so, but is younger than the oldest compiler that lockkit is for.
+pub(crate) fn is_name_too_long(error: &io::Error) -> bool {
+    let refused = [ERROR_FILENAME_EXCED_RANGE, ERROR_INVALID_NAME];
+    error.raw_os_error().is_some_and(|code| refused.contains(&(code as u32)))
 }
 
 /// Opening a link without following it works here.

@@ -182,9 +182,11 @@ impl Session {
     /// under way.
     pub(super) fn to_let_go(&self, now: Duration) -> Vec<(LeaseName, ClaimId, Loose)> {
         let mut state = self.state.lock();
-        let run_out: Vec<_> = state.keys.extract_if(|_, key| now.saturating_sub(key.renewed) > self.ttl).collect();
-        for (name, key) in run_out {
-            state.loosen(LooseKey { name, claim: key.claim, why: Loose::RunOut, since: now, due: now });
+        let run_out = state.keys.iter().filter(|(_, key)| now.saturating_sub(key.renewed) > self.ttl);
+        let run_out: Vec<_> = run_out.map(|(name, key)| (name.clone(), key.claim)).collect();
+        for (name, claim) in run_out {
+            state.keys.remove(&name);
+            state.loosen(LooseKey { name, claim, why: Loose::RunOut, since: now, due: now });
         }
         let mut loose = std::mem::take(&mut state.loose);
         loose.retain(|loose| now < loose.since + self.ttl * LONG);
