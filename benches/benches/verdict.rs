@@ -9,8 +9,8 @@ use std::process::Command;
 
 use lockkit_benches::table;
 
-const PROGRAMS: [&str; 9] =
-    ["uncontended", "contended", "managers", "leases", "engines", "etcd", "command", "memory", "tracing"];
+const PROGRAMS: [&str; 8] =
+    ["uncontended", "contended", "managers", "leases", "engines", "command", "memory", "tracing"];
 
 fn main() {
     let rows: Vec<_> = PROGRAMS.into_iter().flat_map(table::kept).collect();
