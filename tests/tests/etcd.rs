@@ -9,7 +9,7 @@ use lockkit::{Lease, LeaseGuard, LeaseStatus, LossReason, Wait};
 use lockkit_tests::engines::etcd::Etcd;
 use lockkit_tests::engines::{Access, Certificates, Engine, PASSWORD, Security, USER};
 use lockkit_tests::leases::Terms;
-use lockkit_tests::{Actor, LIVELY, drills, steps, suite, until};
+use lockkit_tests::{Actor, LIVELY, drills, left_out, steps, suite, until};
 use rustix::process::Signal;
 
 suite!(etcd, lockkit_tests::Kind::ETCD);
@@ -20,7 +20,7 @@ macro_rules! or_left_out {
     ($server:expr) => {
         match $server {
             Ok(server) => server,
-            Err(why) => return println!("left out: {why}"),
+            Err(why) => return left_out(why),
         }
     };
 }
@@ -334,7 +334,7 @@ fn what_is_wrong_with_tls_is_told() {
 fn a_step_stands_between_every_two_changes_of_a_lease_on_etcd() {
     match lockkit_tests::Kind::ETCD.left_out() {
         None => steps::stand_between_changes(lockkit_tests::Kind::ETCD),
-        Some(why) => println!("left out: {why}"),
+        Some(why) => left_out(why),
     }
 }
 

@@ -3,14 +3,14 @@
 use lockkit::{ErrorKind, Lease, LeaseStatus, LossReason, Wait};
 use lockkit_tests::engines::redis::Redis;
 use lockkit_tests::engines::{Access, Engine, Security};
-use lockkit_tests::{LIVELY, drills, suite, until};
+use lockkit_tests::{LIVELY, drills, left_out, suite, until};
 
 suite!(redis_lease, lockkit_tests::Kind::REDIS);
 drills!(redis_drills, lockkit_tests::engines::redis::Redis);
 
 /// A server of this test's own, unless there is none to be had.
 fn server() -> Option<Redis> {
-    Redis::start(&Security::None, None).map_err(|why| println!("left out: {why}")).ok()
+    Redis::start(&Security::None, None).map_err(|why| left_out(why)).ok()
 }
 
 fn url(server: &Redis) -> String {
@@ -110,7 +110,7 @@ fn a_user_needs_no_more_than_an_error_says() {
     let Some(server) = server() else { return };
     let rules = "+@hash +@scripting +@pubsub +time ~lockkit:* &lockkit:*";
     if !server.tell(&format!("ACL SETUSER leases on >secret {rules}")).starts_with("+OK") {
-        return println!("left out: this version knows no rules for users");
+        return left_out("this version knows no rules for users");
     }
     let url = |database| format!("redis://leases:secret@127.0.0.1:{}{database}/own", server.port());
     let guard = lease(&url("")).try_lock().unwrap();

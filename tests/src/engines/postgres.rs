@@ -173,7 +173,7 @@ impl Engine for Postgres {
 
     fn start(security: &Security, clock: Option<&Clock>) -> Result<Self, String> {
         let (lets_in, certificates) = match security {
-            Security::None => ("host all all all trust", None),
+            Security::None => ("host all all all trust\nhost replication all all trust", None),
             Security::Password => ("host all all all scram-sha-256", None),
             Security::Tls(certificates) => ("hostssl all all all trust", Some(certificates)),
             Security::ClientCertificate(certificates) => {
