@@ -1,14 +1,24 @@
-//! Leases on servers: what they cost when nobody else wants them, what a beat costs, and how fast they change hands,
-//! beside what else there is for the same server.
+//! Leases on servers: what they cost when nobody else wants them, what a beat costs, how fast they change hands, and
+//! what a thousand take.
 //!
-//! - *Uncontended*: acquiring and releasing.
-//! - *Renewal*: one beat of the heartbeat, out of some that are due at once. The leases go by a clock that jumps.
+//! - *Uncontended*: acquiring and releasing, one after the other and by eight threads at once.
+//! - *Renewal*: one beat of the heartbeat, out of some that are due at once. The leases go by a clock that jumps. On
+//!   etcd one request renews them all.
 //! - *Hand-over*: a process releases, and another that waits acquires. The time runs from just before the release.
+//! - *Thousand*: what the heartbeat of a thousand leases on etcd with a ttl of 2 s takes of a processor, and whether it
+//!   keeps them.
 //!
-//! Each engine is an [`Engine`] in [`ENGINES`]: how to start a server, its peers, and what ours may take there. Ours and
-//! the peers' turns alternate, on the same server. What is not installed is left out, with a line that says so.
+//! Each engine is an [`Engine`]: how to start a server, the bare steps on it, its peers. All turns alternate, on the
+//! same server, whose data is in memory. What is not installed is left out, with a line that says so.
+//!
+//! What a request takes is a matter of the machine, so each bound is on the ratio to the same requests made *bare*
+//! ([`lockkit_benches::bare`]). A lease may take up to [`MOST`] times as long: it makes a claim, says who it is, keeps
+//! the heartbeat's books, and sets a limit to every wait. A hand-over may take up to [`MOST_HAND_OVER`] times as long,
+//! for a thread listens for all who wait, and wakes the one whom the news concerns: that is one switch of threads more.
+//! What a prototype of each engine took once, on a machine whose system calls took half as long as on most, is there for
+//! the picture.
 
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::os::unix::fs::chown;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -18,32 +28,61 @@ use std::time::{Duration, Instant};
 use lockkit::lease::{Clock, ManualClock};
 use lockkit::{Lease, LeaseGuard};
 use lockkit_benches::Experiment;
-use lockkit_benches::process::{self, Peer, now};
+use lockkit_benches::bare::{self, Bare, Gateway, field};
+use lockkit_benches::process::{self, CHILD, Peer, now};
 use lockkit_benches::table::{self, Bound, Row, Value};
+use rustix::time::{ClockId, clock_gettime};
 use tempfile::TempDir;
 
-/// How much is measured: blocks of operations that take turns, and operations in one; hand-overs.
+/// How many times as long as the bare requests ours may take.
+const MOST: f64 = 1.15;
+/// At a hand-over.
+const MOST_HAND_OVER: f64 = 1.25;
+
+/// How much is measured: blocks of operations that take turns, and operations in one; hand-overs; how many beat, and
+/// for how long.
 struct Length {
     blocks: (u32, u32),
     hand_overs: u32,
+    thousand: (usize, Duration),
 }
 
-const FULL: Length = Length { blocks: (15, 500), hand_overs: 200 };
-const QUICK: Length = Length { blocks: (3, 20), hand_overs: 5 };
+const FULL: Length = Length { blocks: (15, 200), hand_overs: 200, thousand: (1000, Duration::from_secs(10)) };
+const QUICK: Length = Length { blocks: (3, 20), hand_overs: 5, thousand: (100, Duration::from_millis(2500)) };
 
-const EXPERIMENTS: [Experiment<Length>; 3] =
-    [("engines/uncontended", uncontended), ("engines/renewal", renewal), ("engines/hand-over", hand_over)];
+const EXPERIMENTS: [Experiment<Length>; 10] = [
+    ("redis/uncontended", |length| uncontended(&REDIS, length)),
+    ("redis/renewal", |length| renewal(&REDIS, length)),
+    ("redis/hand-over", |length| hand_over(&REDIS, length)),
+    ("postgres/uncontended", |length| uncontended(&POSTGRES, length)),
+    ("postgres/renewal", |length| renewal(&POSTGRES, length)),
+    ("postgres/hand-over", |length| hand_over(&POSTGRES, length)),
+    ("etcd/uncontended", |length| uncontended(&ETCD, length)),
+    ("etcd/renewal", |length| renewal(&ETCD, length)),
+    ("etcd/hand-over", |length| hand_over(&ETCD, length)),
+    ("etcd/thousand", thousand),
+];
 
 /// What is measured of an engine.
 struct Engine {
     name: &'static str,
-    /// Starts a server on a loopback port in a folder; or says why it cannot.
+    /// What starts a server on a loopback port in a folder; or why none can be.
     start: fn(&Path, u16) -> Result<Command, String>,
     /// The URL of a lease on the server at this port.
     url: fn(u16, &str) -> String,
+    /// The bare steps for a name on the server at this port.
+    bare: fn(u16, &str) -> Box<dyn Bare>,
     peers: &'static [Recipe],
-    /// What acquiring and releasing, a beat and a hand-over may take.
-    bounds: [Duration; 3],
+    prototype: Prototype,
+}
+
+/// What a prototype took.
+struct Prototype {
+    uncontended: Duration,
+    renewal: Duration,
+    hand_over: Duration,
+    /// Acquired and released in a second by eight threads.
+    rate: f64,
 }
 
 /// A peer: a program that speaks the lines of `redis/peer.py`, with the server at this port.
@@ -54,7 +93,7 @@ struct Recipe {
     behind: Option<f64>,
 }
 
-static ENGINES: [Engine; 1] = [Engine {
+static REDIS: Engine = Engine {
     name: "redis",
     start: |folder, port| {
         let mut command = Command::new("redis-server");
@@ -63,12 +102,89 @@ static ENGINES: [Engine; 1] = [Engine {
         Ok(command)
     },
     url: |port, name| format!("redis://127.0.0.1:{port}/{name}"),
+    bare: |port, name| Box::new(bare::Redis::new(port, name)),
     peers: &[
         Recipe { name: "redis-py Lock", start: |port| redis_peer("redis", port), behind: Some(20.0) },
         Recipe { name: "python-redis-lock", start: |port| redis_peer("redis_lock", port), behind: None },
     ],
-    bounds: [Duration::from_micros(142), Duration::from_micros(65), Duration::from_micros(432)],
-}];
+    prototype: Prototype {
+        uncontended: Duration::from_micros(142),
+        renewal: Duration::from_micros(65),
+        hand_over: Duration::from_micros(432),
+        rate: 32741.0,
+    },
+};
+
+static POSTGRES: Engine = Engine {
+    name: "postgres",
+    start: start_postgres,
+    url: |port, name| format!("postgres://postgres@127.0.0.1:{port}/postgres?sslmode=disable&lease={name}"),
+    bare: |port, name| Box::new(bare::Postgres::new(port, name)),
+    peers: &[],
+    prototype: Prototype {
+        uncontended: Duration::from_micros(321),
+        renewal: Duration::from_micros(148),
+        hand_over: Duration::from_micros(1015),
+        rate: 3973.0,
+    },
+};
+
+static ETCD: Engine = Engine {
+    name: "etcd",
+    start: |folder, port| {
+        let [client, peer] = [port, process::free_port()].map(|port| format!("http://127.0.0.1:{port}"));
+        let mut command = Command::new("etcd");
+        command.args(["--name", "bench", "--log-level", "error", "--data-dir"]).arg(folder.join("data"));
+        command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
+        command.args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer]);
+        command.arg("--initial-cluster").arg(format!("bench={peer}"));
+        Ok(command)
+    },
+    url: |port, name| format!("etcd://127.0.0.1:{port}/{name}"),
+    bare: |port, name| Box::new(bare::Etcd::new(port, name)),
+    peers: &[Recipe { name: "etcd's own lock", start: own_lock, behind: Some(20.0) }],
+    prototype: Prototype {
+        uncontended: Duration::from_micros(908),
+        renewal: Duration::from_micros(229),
+        hand_over: Duration::from_micros(1617),
+        rate: 3081.0,
+    },
+};
+
+/// It refuses to run as root, so there it runs as the user `postgres`.
+fn start_postgres(folder: &Path, port: u16) -> Result<Command, String> {
+    let versions = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    let folders: Vec<_> = versions.map(|version| version.path().join("bin")).collect();
+    let program = |name: &str| {
+        let found = folders.iter().map(|folder| folder.join(name)).find(|path| path.is_file());
+        let program = found.unwrap_or_else(|| name.into());
+        if !rustix::process::geteuid().is_root() {
+            return Command::new(program);
+        }
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups", "--"]).arg(program).current_dir("/");
+        command
+    };
+    let run = |mut command: Command| match command.output() {
+        Ok(done) if done.status.success() => Ok(String::from_utf8_lossy(&done.stdout).trim().to_owned()),
+        Ok(done) => Err(String::from_utf8_lossy(&done.stderr).trim().to_owned()),
+        Err(error) => Err(error.to_string()),
+    };
+    if rustix::process::geteuid().is_root() {
+        let mut who = Command::new("id");
+        who.args(["-u", "postgres"]);
+        let user = run(who)?.parse().map_err(|_| "there is no user `postgres`".to_owned())?;
+        chown(folder, Some(user), None).map_err(|error| error.to_string())?;
+    }
+    let data = folder.join("data");
+    let mut init = program("initdb");
+    init.arg("-D").arg(&data).args(["-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C", "--no-sync"]);
+    run(init)?;
+    let mut command = program("postgres");
+    command.arg("-D").arg(data).arg("-k").arg(folder).arg("-p").arg(port.to_string());
+    command.args(["-c", "listen_addresses=127.0.0.1", "-c", "log_min_messages=panic"]);
+    Ok(command)
+}
 
 fn redis_peer(package: &str, port: u16) -> Result<Command, String> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("redis");
@@ -82,11 +198,65 @@ fn redis_peer(package: &str, port: u16) -> Result<Command, String> {
     Ok(command)
 }
 
-fn main() {
-    if let Some(part) = process::part() {
-        return waiter(&part);
+fn own_lock(port: u16) -> Result<Command, String> {
+    let mut command = Command::new(std::env::current_exe().map_err(|error| error.to_string())?);
+    command.args([CHILD, "own-lock", &port.to_string()]);
+    Ok(command)
+}
+
+/// A child: takes the lock that etcd itself offers, as the bench asks for it.
+fn takes_own_lock(port: u16) {
+    let mut gateway = Gateway::open(port);
+    let version = gateway.ask("maintenance/status", "{}");
+    let session = field(&gateway.ask("lease/grant", r#"{"TTL":"600"}"#), "ID").to_owned();
+    let mut lock = |name: &str| {
+        let name = format!(r#"{{"name":"{name}","lease":"{session}"}}"#);
+        field(&gateway.ask("lock/lock", &name), "key").to_owned()
+    };
+    let mut second = Gateway::open(port);
+    let mut unlock = |key: &str| drop(second.ask("lock/unlock", &format!(r#"{{"key":"{key}"}}"#)));
+    let mut parent = Peer::parent();
+    parent.say(field(&version, "version"));
+    let mut held = String::new();
+    loop {
+        let line = parent.hear();
+        match line.split_once(' ').unwrap_or((&line, "")) {
+            ("cycles", count) => {
+                let start = now();
+                (0..count.parse().expect("a number")).for_each(|_: u32| unlock(&lock("Y3ljbGVz")));
+                parent.say(now() - start);
+            }
+            ("hold", _) => {
+                held = lock("aGFuZC1vdmVy");
+                parent.say("held");
+            }
+            ("release", _) => {
+                let before = now();
+                unlock(&held);
+                parent.say(before);
+            }
+            ("wait", _) => {
+                let key = lock("aGFuZC1vdmVy");
+                let acquired = now();
+                unlock(&key);
+                parent.say(acquired);
+            }
+            _ => panic!("{line} is not what a peer is asked for"),
+        }
     }
-    lockkit_benches::run(&EXPERIMENTS, &FULL, &QUICK);
+}
+
+fn main() {
+    match process::part().as_deref() {
+        None => lockkit_benches::run(&EXPERIMENTS, &FULL, &QUICK),
+        Some([what, port]) if what == "own-lock" => takes_own_lock(port.parse().expect("a port")),
+        Some([engine, port]) => {
+            let engine = [&REDIS, &POSTGRES, &ETCD].into_iter().find(|known| known.name == engine);
+            waits_bare(engine.expect("an engine"), port.parse().expect("a port"));
+        }
+        Some([url]) => waits(url),
+        Some(part) => panic!("{part:?} is no part for a child"),
+    }
 }
 
 /// A server, gone when it is dropped.
@@ -98,26 +268,20 @@ struct Server {
 }
 
 impl Server {
-    /// Starts those that can be, and says which cannot.
-    fn all() -> impl Iterator<Item = Self> {
-        ENGINES.iter().filter_map(|engine| match Self::start(engine) {
-            Ok(server) => Some(server),
-            Err(problem) => {
-                println!("  without {}: {problem}", engine.name);
-                None
-            }
-        })
+    /// Starts one, or says why it cannot.
+    fn start(engine: &'static Engine) -> Option<Self> {
+        let started = Self::try_start(engine);
+        started.inspect_err(|problem| println!("  without {}: {problem}", engine.name)).ok()
     }
 
-    fn start(engine: &'static Engine) -> Result<Self, String> {
-        let folder = tempfile::tempdir().expect("a folder");
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
-        let port = listener.local_addr().expect("an address").port();
-        drop(listener);
+    fn try_start(engine: &'static Engine) -> Result<Self, String> {
+        let folder = tempfile::tempdir_in("/dev/shm").map_err(|error| error.to_string())?;
+        let port = process::free_port();
         let mut command = (engine.start)(folder.path(), port)?;
-        let process = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().map_err(|error| error.to_string())?;
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let process = command.spawn().map_err(|error| error.to_string())?;
         let mut server = Self { engine, port, process, _folder: folder };
-        while TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err() {
+        while server.lease("first").try_lock().is_err() {
             if let Ok(Some(status)) = server.process.try_wait() {
                 return Err(format!("its server ended: {status}"));
             }
@@ -126,8 +290,16 @@ impl Server {
         Ok(server)
     }
 
+    fn url(&self, name: &str) -> String {
+        (self.engine.url)(self.port, name)
+    }
+
     fn lease(&self, name: &str) -> Lease {
-        Lease::connect((self.engine.url)(self.port, name)).build().expect("a URL that is right")
+        lease(&self.url(name))
+    }
+
+    fn bare(&self, name: &str) -> Box<dyn Bare> {
+        (self.engine.bare)(self.port, name)
     }
 
     /// The peers that can be had here.
@@ -145,6 +317,18 @@ impl Server {
         };
         self.engine.peers.iter().filter_map(start).collect()
     }
+
+    /// A row of ours, beside each of these.
+    fn rows(
+        &self,
+        name: &str,
+        ours: Value,
+        theirs: impl IntoIterator<Item = (&'static str, Value, Bound)>,
+    ) -> Vec<Row> {
+        let name = format!("{}: {name}", self.engine.name);
+        let row = |(peer, theirs, bound)| Row { name: name.clone(), ours, peer, theirs, bound };
+        theirs.into_iter().map(row).collect()
+    }
 }
 
 impl Drop for Server {
@@ -154,134 +338,213 @@ impl Drop for Server {
     }
 }
 
+fn lease(url: &str) -> Lease {
+    Lease::connect(url).build().expect("a URL that is right")
+}
+
 /// How long one takes, on average.
-fn each(count: u32, mut work: impl FnMut()) -> Duration {
+fn each(count: u32, work: impl FnMut()) -> Duration {
     let start = Instant::now();
-    for _ in 0..count {
-        work();
-    }
+    std::iter::repeat_with(work).take(count as usize).for_each(drop);
     start.elapsed() / count
 }
 
-/// A row of ours with its bound, and beside it one for each peer.
-fn rows(
-    name: &str,
-    bound: Duration,
-    ours: Duration,
-    theirs: impl IntoIterator<Item = (&'static str, Duration, Bound)>,
-) -> Vec<Row> {
-    let row = |peer, theirs, bound| Row { name: name.to_owned(), ours: Value::Time(ours), peer, theirs, bound };
-    let own = row("-", Value::None, Bound::Time(bound));
-    std::iter::once(own)
-        .chain(theirs.into_iter().map(|(peer, time, bound)| row(peer, Value::Time(time), bound)))
-        .collect()
-}
-
-fn uncontended(length: &Length) -> Vec<Row> {
-    let (blocks, count) = length.blocks;
-    let measure = |server: Server| {
-        let lease = server.lease("cycles");
-        let mut peers = server.peers();
-        let (mut ours, mut theirs) = (Vec::new(), vec![Vec::new(); peers.len()]);
-        for _ in 0..blocks {
-            ours.push(each(count, || drop(lease.try_lock().expect("nobody else takes it"))));
-            for ((_, peer), times) in peers.iter_mut().zip(&mut theirs) {
-                peer.say(format_args!("cycles {count}"));
-                let [all] = peer.hear_numbers();
-                times.push(Duration::from_nanos(all) / count);
-            }
+/// How often something is done in a second by all of these, each on a thread of its own that does it so often.
+fn rate<T: Send>(all: &mut [T], count: u32, work: impl Fn(&mut T) + Sync) -> f64 {
+    let start = Instant::now();
+    thread::scope(|scope| {
+        for one in &mut *all {
+            scope.spawn(|| (0..count).for_each(|_| work(one)));
         }
-        let theirs = peers.iter().zip(&mut theirs);
-        let theirs = theirs.map(|((recipe, _), times)| (recipe.name, table::median(times), Bound::None));
-        let name = format!("{}: acquire and release", server.engine.name);
-        rows(&name, server.engine.bounds[0], table::median(&mut ours), theirs)
-    };
-    Server::all().flat_map(measure).collect()
+    });
+    f64::from(count) * all.len() as f64 / start.elapsed().as_secs_f64()
 }
 
-fn renewal(length: &Length) -> Vec<Row> {
+const BARE: &str = "bare requests";
+const PROTOTYPE: &str = "a prototype, once";
+
+fn uncontended(engine: &'static Engine, length: &Length) -> Vec<Row> {
+    const THREADS: usize = 8;
+    let Some(server) = Server::start(engine) else { return Vec::new() };
+    let (blocks, count) = length.blocks;
+    let (one, mut bare) = (server.lease("cycles"), server.bare("cycles"));
+    // A release that does not come through on a busy machine is made up for by the heartbeat, or by who comes next.
+    let cycle = |lease: &mut Lease| drop(lease.lock().expect("nobody else keeps it"));
+    let bare_cycle = |bare: &mut Box<dyn Bare>| {
+        assert!(bare.acquire(), "nobody else takes it");
+        bare.release();
+    };
+    let mut peers = server.peers();
+    let (mut ours, mut bares, mut theirs) = (Vec::new(), Vec::new(), vec![Vec::new(); peers.len()]);
+    for _ in 0..blocks {
+        ours.push(each(count, || cycle(&mut one.clone())));
+        bares.push(each(count, || bare_cycle(&mut bare)));
+        for ((_, peer), times) in peers.iter_mut().zip(&mut theirs) {
+            peer.say(format_args!("cycles {count}"));
+            let [all] = peer.hear_numbers();
+            times.push(Duration::from_nanos(all) / count);
+        }
+    }
+    let mut leases: Vec<_> = (0..THREADS).map(|n| server.lease(&format!("thread-{n}"))).collect();
+    let mut all_bare: Vec<_> = (0..THREADS).map(|n| server.bare(&format!("thread-{n}"))).collect();
+    let (mut rates, mut bare_rates): (Vec<_>, Vec<_>) =
+        (0..blocks).map(|_| (rate(&mut leases, count, cycle), rate(&mut all_bare, count, bare_cycle))).unzip();
+    let middle = |rates: &mut Vec<f64>| {
+        rates.sort_by(f64::total_cmp);
+        Value::Rate(rates[rates.len() / 2])
+    };
+    let theirs = peers.iter().zip(&mut theirs);
+    let theirs = theirs.map(|((recipe, _), times)| (recipe.name, Value::Time(table::median(times)), Bound::None));
+    let compared = [
+        (BARE, Value::Time(table::median(&mut bares)), Bound::Ratio(MOST)),
+        (PROTOTYPE, Value::Time(engine.prototype.uncontended), Bound::None),
+    ];
+    let alone =
+        server.rows("acquire and release", Value::Time(table::median(&mut ours)), compared.into_iter().chain(theirs));
+    let compared = [
+        (BARE, middle(&mut bare_rates), Bound::AtLeast(1.0 / MOST)),
+        (PROTOTYPE, Value::Rate(engine.prototype.rate), Bound::None),
+    ];
+    let crowd = server.rows("acquire and release, 8 threads", middle(&mut rates), compared);
+    alone.into_iter().chain(crowd).collect()
+}
+
+fn renewal(engine: &'static Engine, length: &Length) -> Vec<Row> {
     const COUNT: u32 = 200;
     const HEARTBEAT: Duration = Duration::from_millis(250);
-    let measure = |server: Server| {
-        let jumping = ManualClock::new();
-        let clock: Arc<dyn Clock> = Arc::new(jumping.clone());
-        let guards: Vec<LeaseGuard> = (0..COUNT)
-            .map(|number| {
-                let url = (server.engine.url)(server.port, &format!("beats-{number}"));
-                let lease = Lease::connect(url).ttl(Duration::from_secs(30)).heartbeat(HEARTBEAT).clock(clock.clone());
-                lease.build().expect("the options go together").try_lock().expect("nobody else takes it")
-            })
-            .collect();
-        let fresh = guards[0].remaining() - HEARTBEAT / 2;
-        let mut times = Vec::new();
-        for _ in 0..length.blocks.0 {
-            let start = Instant::now();
-            jumping.advance(HEARTBEAT);
-            for guard in &guards {
-                while guard.remaining() < fresh {
-                    thread::sleep(Duration::from_micros(50));
-                    // What is late is tried again later, which must come.
-                    jumping.advance(Duration::from_micros(50));
-                }
+    let Some(server) = Server::start(engine) else { return Vec::new() };
+    let jumping = ManualClock::new();
+    let clock: Arc<dyn Clock> = Arc::new(jumping.clone());
+    let guards: Vec<LeaseGuard> = (0..COUNT)
+        .map(|number| {
+            let url = server.url(&format!("beats-{number}"));
+            let lease = Lease::connect(url).ttl(Duration::from_secs(30)).heartbeat(HEARTBEAT).clock(clock.clone());
+            lease.build().expect("the options go together").try_lock().expect("nobody else takes it")
+        })
+        .collect();
+    let mut bare = server.bare("beats");
+    assert!(bare.acquire(), "nobody else takes it");
+    let fresh = guards[0].remaining() - HEARTBEAT / 2;
+    let (mut times, mut bares) = (Vec::new(), Vec::new());
+    for _ in 0..length.blocks.0 {
+        bares.push(each(COUNT, || bare.renew()));
+        // What etcd has said of a session counts for a while, by a clock that does not jump.
+        thread::sleep(HEARTBEAT);
+        let start = Instant::now();
+        jumping.advance(HEARTBEAT);
+        for guard in &guards {
+            // Rarely, for looking disturbs what is measured; and what is late is tried again later, which must come.
+            while guard.remaining() < fresh {
+                thread::sleep(Duration::from_millis(1));
+                jumping.advance(Duration::from_micros(10));
             }
-            times.push(start.elapsed() / COUNT);
         }
-        let name = format!("{}: renewal, one of {COUNT}", server.engine.name);
-        rows(&name, server.engine.bounds[1], table::median(&mut times), [])
-    };
-    Server::all().flat_map(measure).collect()
+        times.push(start.elapsed() / COUNT);
+    }
+    let compared = [
+        (BARE, Value::Time(table::median(&mut bares)), Bound::Ratio(MOST)),
+        (PROTOTYPE, Value::Time(engine.prototype.renewal), Bound::None),
+    ];
+    server.rows(&format!("renewal, one of {COUNT}"), Value::Time(table::median(&mut times)), compared)
 }
 
 /// A child: acquires whenever it is told to, and says when it had it.
-fn waiter(part: &[String]) {
-    let [url] = part else { panic!("a child needs its part") };
-    let lease = Lease::connect(url.as_str()).build().expect("a URL that is right");
+fn waits(url: &str) {
+    let lease = lease(url);
     let mut parent = Peer::parent();
     loop {
         parent.hear();
         let guard = lease.lock().expect("the lease");
         let acquired = now();
-        drop(guard);
+        guard.release().expect("it is held");
         parent.say(acquired);
     }
 }
 
-fn hand_over(length: &Length) -> Vec<Row> {
-    // Waiters of all ages; each sleeps by then, or asks as often as it does.
-    let let_wait = |round: u32| thread::sleep(Duration::from_micros(10_000 + u64::from(round % 100) * 997));
-    let measure = |server: Server| {
-        let url = (server.engine.url)(server.port, "hand-over");
-        let lease = server.lease("hand-over");
-        let mut ours = (Peer::spawn(&[&url]), Vec::new());
-        let mut theirs: Vec<_> =
-            server.peers().into_iter().zip(server.peers()).map(|pair| (pair, Vec::new())).collect();
-        let note = |times: &mut Vec<Duration>, released: u64, acquired: u64| {
-            times.push(Duration::from_nanos(acquired.checked_sub(released).expect("one at a time holds it")));
-        };
-        for round in 0..length.hand_overs {
-            let guard = lease.lock().expect("the lease");
-            ours.0.say("wait");
-            let_wait(round);
-            let released = now();
-            guard.release().expect("it is still held");
-            let [acquired] = ours.0.hear_numbers();
-            note(&mut ours.1, released, acquired);
-            for (((_, holder), (_, waiter)), times) in &mut theirs {
-                holder.say("hold");
-                holder.expect("held");
-                waiter.say("wait");
-                let_wait(round);
-                holder.say("release");
-                let ([released], [acquired]) = (holder.hear_numbers(), waiter.hear_numbers());
-                note(times, released, acquired);
-            }
-        }
-        let theirs = theirs.iter_mut().map(|(((recipe, _), _), times)| {
-            let bound = recipe.behind.map_or(Bound::None, |behind| Bound::Ratio(1.0 / behind));
-            (recipe.name, table::median(times), bound)
-        });
-        let name = format!("{}: hand-over", server.engine.name);
-        rows(&name, server.engine.bounds[2], table::median(&mut ours.1), theirs)
+/// As [`waits`], by bare requests.
+fn waits_bare(engine: &Engine, port: u16) {
+    let mut bare = (engine.bare)(port, "hand-over");
+    bare.listen();
+    let mut parent = Peer::parent();
+    loop {
+        parent.hear();
+        bare.wait();
+        let acquired = now();
+        bare.release();
+        parent.say(acquired);
+    }
+}
+
+fn hand_over(engine: &'static Engine, length: &Length) -> Vec<Row> {
+    // Waiters of many ages; each sleeps by then, or asks as often as it does. None is older than 47 ms: etcd serves a
+    // waiter of its own lock ten times a second until it is up to date, and at once from then on.
+    let let_wait = |round: u32| thread::sleep(Duration::from_micros(10_000 + u64::from(round % 100) * 370));
+    let Some(server) = Server::start(engine) else { return Vec::new() };
+    let mut lease = (server.lease("hand-over"), Peer::spawn(&[&server.url("hand-over")]), Vec::new());
+    let bare_waiter = Peer::spawn(&[engine.name, &server.port.to_string()]);
+    let mut bare = (server.bare("hand-over"), bare_waiter, Vec::new());
+    let mut peers: Vec<_> = server.peers().into_iter().zip(server.peers()).map(|pair| (pair, Vec::new())).collect();
+    let note = |times: &mut Vec<Duration>, released: u64, acquired: u64| {
+        times.push(Duration::from_nanos(acquired.checked_sub(released).expect("one at a time holds it")));
     };
-    Server::all().flat_map(measure).collect()
+    for round in 0..length.hand_overs {
+        let (lease, waiter, times) = &mut lease;
+        let guard = lease.lock().expect("the lease");
+        waiter.say("wait");
+        let_wait(round);
+        let released = now();
+        guard.release().expect("it is still held");
+        let [acquired] = waiter.hear_numbers();
+        note(times, released, acquired);
+        let (holder, waiter, times) = &mut bare;
+        assert!(holder.acquire(), "nobody else takes it");
+        waiter.say("wait");
+        let_wait(round);
+        let released = now();
+        holder.release();
+        let [acquired] = waiter.hear_numbers();
+        note(times, released, acquired);
+        for (((_, holder), (_, waiter)), times) in &mut peers {
+            holder.say("hold");
+            holder.expect("held");
+            waiter.say("wait");
+            let_wait(round);
+            holder.say("release");
+            let ([released], [acquired]) = (holder.hear_numbers(), waiter.hear_numbers());
+            note(times, released, acquired);
+        }
+    }
+    let theirs = peers.iter_mut().map(|(((recipe, _), _), times)| {
+        let bound = recipe.behind.map_or(Bound::None, |behind| Bound::Ratio(1.0 / behind));
+        (recipe.name, Value::Time(table::median(times)), bound)
+    });
+    let compared = [
+        (BARE, Value::Time(table::median(&mut bare.2)), Bound::Ratio(MOST_HAND_OVER)),
+        (PROTOTYPE, Value::Time(engine.prototype.hand_over), Bound::None),
+    ];
+    server.rows("hand-over", Value::Time(table::median(&mut lease.2)), compared.into_iter().chain(theirs))
+}
+
+fn thousand(length: &Length) -> Vec<Row> {
+    let Some(server) = Server::start(&ETCD) else { return Vec::new() };
+    let (count, span) = length.thousand;
+    let guards: Vec<LeaseGuard> = (0..count)
+        .map(|number| {
+            let lease = Lease::connect(server.url(&number.to_string())).ttl(Duration::from_secs(2));
+            lease.build().expect("the options go together").try_lock().expect("nobody else takes it")
+        })
+        .collect();
+    let used = || Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).expect("it is not negative");
+    let (start, before) = (Instant::now(), used());
+    thread::sleep(span);
+    let share = (used() - before).as_secs_f64() / start.elapsed().as_secs_f64();
+    let lost: Vec<_> = guards.iter().filter_map(|guard| guard.check().err()).collect();
+    if let Some(first) = lost.first() {
+        println!("  {first}");
+    }
+    let rows = |what: &str, ours, bound| {
+        server.rows(&format!("{count} leases of 2 s, {what}"), ours, [("-", Value::None, bound)])
+    };
+    let lost = rows("lost", Value::Count(lost.len()), Bound::Count(0));
+    rows("processor", Value::Share(share), Bound::Share(0.2)).into_iter().chain(lost).collect()
 }

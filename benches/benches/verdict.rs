@@ -10,8 +10,8 @@ use std::process::Command;
 
 use lockkit_benches::table;
 
-const PROGRAMS: [&str; 9] =
-    ["uncontended", "contended", "managers", "leases", "engines", "etcd", "command", "memory", "tracing"];
+const PROGRAMS: [&str; 8] =
+    ["uncontended", "contended", "managers", "leases", "engines", "command", "memory", "tracing"];
 
 /// The rows that README.md shows, and what each costs there.
 const COSTS: [(&str, &str); 10] = [

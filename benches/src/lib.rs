@@ -6,7 +6,7 @@
 //!   which criterion cannot, so it is a plain program.
 //! - `managers`: tables of locks in shared memory, beside a robust pthread mutex. A plain program as well.
 //! - `leases`: file leases, beside those of Python's filelock, which it installs below `target`. Plain as well.
-//! - `engines`: leases on servers, beside what Python has for them, installed in the same way. Plain as well.
+//! - `engines`: leases on servers, beside the bare requests, and beside what etcd and Python have for them. Plain as well.
 //! - `command`: how soon a program runs that `lockkit run` starts, beside flock(1).
 //! - `memory`: bytes and descriptors of a lock.
 //! - `tracing`: what the feature of this name costs while nobody listens.
@@ -18,9 +18,11 @@
 //! Behind `--`, all programs take a part of a benchmark's name, to run only what contains it, and `--quick`, to see
 //! in seconds that everything runs.
 //!
-//! This library is what the programs share: their [`arguments`], the [`process`]es that they start, and the table.
+//! This library is what the programs share: their [`arguments`], the [`process`]es that they start, the table; and the
+//! [`bare`] requests that leases on servers are measured by.
 
 pub mod arguments;
+pub mod bare;
 pub mod process;
 pub mod table;
 

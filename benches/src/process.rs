@@ -8,13 +8,14 @@ use std::env;
 use std::fmt::Display;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write, stdin, stdout};
+use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::parent_id;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// Goes in front of a child's part.
-const CHILD: &str = "--child";
+pub const CHILD: &str = "--child";
 
 /// How long a process is left alone once it is seen to sleep: the kernel says so a little before it does.
 const SETTLE: Duration = Duration::from_micros(50);
@@ -142,6 +143,15 @@ impl Drop for Peer {
 
 fn stat(pid: u32) -> File {
     File::open(format!("/proc/{pid}/stat")).expect("/proc shows the processes")
+}
+
+/// A loopback port that nobody listens on at this moment.
+///
+/// # Panics
+/// When there is none.
+pub fn free_port() -> u16 {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+    listener.local_addr().expect("an address").port()
 }
 
 /// What [`Peer::spawn`] told this process to do, if it is a child.

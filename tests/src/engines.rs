@@ -1,8 +1,8 @@
 //! Drills for leases on servers: everything that can befall the server, the connection or the holder, with real ones.
 //!
 //! An engine comes to its drills by an [`Engine`], which starts its servers, and a line `drills!(module, Type);` in a
-//! file of `tests/tests`. Each drill starts a server of its own, on what is installed; where nothing is, it prints
-//! `left out:` and why, and passes.
+//! file of `tests/tests`. Each drill starts a server of its own, on what is installed; where nothing is, it says
+//! `left out:`, which and why, and passes.
 //!
 //! What befalls a connection comes out of a [`Proxy`] between the client and the server, which counts what it passes
 //! on and cuts connections wherever it is told to.
@@ -57,6 +57,18 @@ pub trait Engine: Sized {
 
     /// Starts it again with what it has kept.
     fn restart(&mut self);
+
+    /// A server that copies from this one by way of `port`, once it has all that this one has. This one does not wait for
+    /// it.
+    ///
+    /// # Errors
+    /// That an engine has nothing of that sort, or what this machine lacks.
+    fn follower(&self, _port: u16) -> Result<Self, String> {
+        Err("this engine has no servers that are behind and can be promoted".to_owned())
+    }
+
+    /// Makes a follower the one that grants.
+    fn promote(&self) {}
 
     /// Whether what becomes of a lease depends on the wall clock of the server.
     fn goes_by_a_wall_clock() -> bool {
@@ -209,6 +221,8 @@ macro_rules! drills {
             a_renewal_cut_off_anywhere_keeps_the_lease,
             a_release_cut_off_anywhere_frees_the_name,
             a_waiter_asks_nothing_of_the_server_and_is_woken_by_the_release,
+            a_waiter_that_is_cut_off_anywhere_is_woken_by_the_release,
+            a_waiter_outlasts_a_restart_of_the_server_if_it_may_try_so_often,
             a_waiter_is_cancelled_at_once,
             many_leases_share_few_connections,
             a_forked_child_has_connections_of_its_own,
@@ -217,6 +231,8 @@ macro_rules! drills {
             over_tls_leases_work_with_and_without_a_certificate,
             a_mismatch_of_tls_is_a_clear_error,
             an_engine_that_is_too_old_is_a_clear_error,
+            an_address_that_swallows_all_that_comes_is_given_up_in_time,
+            after_a_failover_that_lost_the_grant_two_hold_and_the_later_token_is_greater,
             a_stepped_clock_of_the_server_never_takes_the_tokens_back,
             whoever_finds_itself_holding_is_never_one_of_two_however_long_it_was_stopped,
         );
@@ -226,7 +242,7 @@ macro_rules! drills {
             $(#[test]
             fn $drill() {
                 if let Err(why) = $crate::engines::$drill::<$engine>() {
-                    println!("left out: {why}");
+                    $crate::left_out(why);
                 }
             })*
         }
@@ -593,6 +609,75 @@ mod cases {
         Ok(())
     }
 
+    pub fn a_waiter_that_is_cut_off_anywhere_is_woken_by_the_release<E: Engine>() -> Drill {
+        /// A waiter of whom nothing was heard for so long has looked, and is parked.
+        const QUIET: Duration = Duration::from_millis(30);
+        let arena = Arena::<E>::open()?;
+        let direct = lasting(arena.terms()).open();
+        arena.cut_everywhere_then(
+            |_| direct.lock_for(LIVELY).expect("nobody keeps it"),
+            |proxy, guard| {
+                let waiter = quick(&lasting(arena.terms_through(proxy.port())));
+                let token = guard.token();
+                let passed = || [Direction::Request, Direction::Answer].map(|way| proxy.passed(way));
+                let before = passed();
+                let next = thread::scope(|scope| {
+                    let next = scope.spawn(|| waiter.lock_for(LIVELY));
+                    let (mut last, mut since) = (before, Instant::now());
+                    until("the waiter is parked", || {
+                        let now = passed();
+                        if now != last || now == before {
+                            (last, since) = (now, Instant::now());
+                        }
+                        since.elapsed() > QUIET
+                    });
+                    // What is not cut yet may be the word of this. What does not work at once the heartbeat does.
+                    drop(guard);
+                    next.join().expect("no panic")
+                });
+                // The ttl is far longer than the waiter's patience.
+                let next = next.expect("it was woken");
+                assert!(next.token() > token && next.recovered().is_none());
+                proxy.cut_nothing();
+            },
+        );
+        Ok(())
+    }
+
+    pub fn a_waiter_outlasts_a_restart_of_the_server_if_it_may_try_so_often<E: Engine>() -> Drill {
+        let mut arena = Arena::<E>::open()?;
+        let terms = lasting(Terms { heartbeat: 100, ..arena.terms() });
+        let guard = terms.open().lock_for(LIVELY).expect("nobody has it");
+        let [impatient, patient] = [4, 10_000].map(|limit| {
+            let delay = Duration::from_millis(25);
+            let builder = terms.builder().acquire_retry_limit(limit).acquire_retry_delay(delay);
+            builder.build().expect("options that go together")
+        });
+        let (send, threads) = std::sync::mpsc::channel();
+        let wait = |lease: &Lease| {
+            send.send(thread_id()).expect("it is waited for");
+            lease.acquire(&Wait::at_most(4 * LIVELY))
+        };
+        thread::scope(|scope| {
+            let [impatient, patient] = [&impatient, &patient].map(|lease| scope.spawn(move || wait(lease)));
+            for thread in threads.iter().take(2) {
+                until("the waiter sleeps", || sleeps(std::process::id(), thread));
+            }
+            arena.server.kill();
+            let error = impatient.join().expect("no panic").expect_err("the server is gone");
+            assert!(matches!(error.kind(), ErrorKind::Store { .. }), "{error}");
+            assert!(!patient.is_finished());
+            arena.server.restart();
+            until_it_beats(|| guard.remaining());
+            assert!(guard.is_held() && !patient.is_finished());
+            let token = guard.token();
+            guard.release().expect("it is held");
+            let next = patient.join().expect("no panic").expect("the server is back");
+            assert!(next.token() > token && next.recovered().is_none());
+        });
+        Ok(())
+    }
+
     pub fn a_waiter_is_cancelled_at_once<E: Engine>() -> Drill {
         let arena = Arena::<E>::open()?;
         let lease = lasting(arena.terms()).open();
@@ -707,6 +792,72 @@ mod cases {
         std::thread::spawn(move || listener.incoming().flatten().for_each(answer));
         let error = arena.refusal(port, Access::Right(&Security::None))?;
         assert!(error.contains("too old"), "{error}");
+        Ok(())
+    }
+
+    pub fn an_address_that_swallows_all_that_comes_is_given_up_in_time<E: Engine>() -> Drill {
+        let arena = Arena::<E>::open()?;
+        // One takes connections and says nothing. The other's queue is full, so it does not even take them: what would
+        // begin one is dropped.
+        let silent = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+        let full = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+        rustix::net::listen(&full, 0).expect("it listens");
+        let address = full.local_addr().expect("an address");
+        let soon = Duration::from_millis(200);
+        let mut queue = Vec::new();
+        while let Ok(connection) = TcpStream::connect_timeout(&address, soon) {
+            queue.push(connection);
+        }
+        for listener in [&silent, &full] {
+            let port = listener.local_addr().expect("an address").port();
+            let lease = arena.terms_through(port).open();
+            let waits = [Wait::none(), Wait::at_most(Duration::from_millis(100)), Wait::at_most(LIVELY)];
+            for wait in waits {
+                let start = Instant::now();
+                let error = lease.acquire(&wait).expect_err("nobody answers");
+                assert!(matches!(error.kind(), ErrorKind::Store { .. }), "{error}");
+                // Each of five attempts has a quarter of the ttl.
+                assert!(start.elapsed() < LIVELY, "{:?}", start.elapsed());
+            }
+            assert!(lease.status().is_err());
+        }
+        Ok(())
+    }
+
+    pub fn after_a_failover_that_lost_the_grant_two_hold_and_the_later_token_is_greater<E: Engine>() -> Drill {
+        let arena = Arena::<E>::open()?;
+        // The holder comes by an address that moves to whoever grants.
+        let front = Proxy::to(arena.server.port());
+        let terms = Terms { ttl: 2 * LIVELY.as_millis() as u64, heartbeat: 200, ..arena.terms_through(front.port()) };
+        let mut holder = Actor::start_lease(&terms);
+        // So that a token is known on both sides.
+        held(&holder.ask("try"));
+        holder.expect("release", "released");
+        let copies = Proxy::to(arena.server.port());
+        let follower = arena.server.follower(copies.port())?;
+        copies.stop();
+        let (first, _) = held(&holder.ask("try"));
+        follower.promote();
+
+        let follower = Arena { security: Security::None, server: follower };
+        let mut next = Actor::start_lease(&Terms { ttl: terms.ttl, heartbeat: 200, ..follower.terms() });
+        let answer = next.ask("lock-for 30000");
+        let (second, told) = held(&answer);
+        assert!(second > first, "a resource that checks tokens is safe: {second} after {first}");
+        assert_eq!(told, "", "there is nothing there of the first");
+        until_it_beats(|| remaining(&mut holder));
+        until_it_beats(|| remaining(&mut next));
+        holder.expect("is-held", "yes");
+        next.expect("is-held", "yes");
+
+        // Its next beat that reaches the one that grants now ends it.
+        front.move_to(follower.server.port());
+        assert!(holder.ask("wait-lost").starts_with("lost taken over"));
+        next.expect("is-held", "yes");
+        assert!(holder.ask("try").starts_with("error Held"));
+        next.expect("release", "released");
+        let (third, _) = held(&holder.ask("lock-for 30000"));
+        assert!(third > second);
         Ok(())
     }
 

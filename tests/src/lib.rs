@@ -69,8 +69,17 @@ pub fn until(what: &str, mut fact: impl FnMut() -> bool) {
 pub fn left_out_or(kind: Kind, case: impl FnOnce(Kind)) {
     match kind.left_out() {
         None => case(kind),
-        Some(why) => println!("left out: {why}"),
+        Some(why) => left_out(why),
     }
+}
+
+/// Says that the test on this thread is left out, and why: also when those who run tests keep to themselves what passing
+/// ones print.
+pub fn left_out(why: impl std::fmt::Display) {
+    use std::io::Write;
+    let thread = std::thread::current();
+    // Nobody reads it where it cannot be written.
+    let _ = writeln!(std::io::stderr(), "left out: {}: {why}", thread.name().unwrap_or_default());
 }
 
 /// The program `name` of this package, beside the test that runs.
@@ -107,7 +116,7 @@ pub fn another_user() -> Option<AnotherUser> {
     use std::sync::atomic::{AtomicU32, Ordering};
     static COUNT: AtomicU32 = AtomicU32::new(0);
     if !rustix::process::geteuid().is_root() {
-        println!("left out: only root can act as another user");
+        left_out("only root can act as another user");
         return None;
     }
     let uid = 1_000_000 + std::process::id() * 100 + COUNT.fetch_add(1, Ordering::Relaxed);

@@ -9,7 +9,7 @@ use lockkit::{Lease, LeaseGuard, LeaseStatus, LossReason, Wait};
 use lockkit_tests::engines::etcd::Etcd;
 use lockkit_tests::engines::{Access, Certificates, Engine, PASSWORD, Security, USER};
 use lockkit_tests::leases::Terms;
-use lockkit_tests::{Actor, LIVELY, drills, steps, suite, until};
+use lockkit_tests::{Actor, LIVELY, drills, left_out, steps, suite, until};
 use rustix::process::Signal;
 
 suite!(etcd, lockkit_tests::Kind::ETCD);
@@ -20,7 +20,7 @@ macro_rules! or_left_out {
     ($server:expr) => {
         match $server {
             Ok(server) => server,
-            Err(why) => return println!("left out: {why}"),
+            Err(why) => return left_out(why),
         }
     };
 }
@@ -78,6 +78,49 @@ fn a_cluster_that_loses_its_leader_keeps_the_lease() {
     let token = guard.token();
     guard.release().unwrap();
     assert!(lease.lock_for(LIVELY).unwrap().token() > token);
+}
+
+#[test]
+fn a_leader_that_stops_costs_nobody_the_lease_who_can_reach_the_others_and_never_are_there_two() {
+    const SHORT: Duration = Duration::from_secs(4);
+    let etcd = or_left_out!(Etcd::start_nodes(3, &Security::None, &[]));
+    let leader = etcd.leader();
+    let only_it = etcd.endpoints_of([leader]);
+    let others = etcd.endpoints_of((0..3).filter(|node| *node != leader));
+    let url = |endpoints: &str, name: &str| etcd.url_of(endpoints, "", name, "");
+    let terms = |endpoints: &str, name: &str, ttl: Duration| Terms {
+        ttl: ttl.as_millis() as u64,
+        heartbeat: 400,
+        ..Terms::of(url(endpoints, name))
+    };
+    // It asks the leader first, and then the others.
+    let kept = lease(url(&format!("{only_it},{others}"), "kept")).try_lock().unwrap();
+    // Those know nobody but the leader: one for longer than it stops, and one not.
+    let mut asleep = Actor::start_lease(&terms(&only_it, "asleep", 10 * LIVELY));
+    let mut alone = Actor::start_lease(&terms(&only_it, "alone", SHORT));
+    let mut next = Actor::start_lease(&terms(&others, "alone", SHORT));
+    let asleep_token = asleep.ask("try");
+    assert!(asleep_token.starts_with("held "), "{asleep_token}");
+    let first = alone.ask("try");
+    assert!(first.starts_with("held ") && next.ask("try").starts_with("error Held"));
+
+    etcd.signal_node(leader, Signal::STOP);
+    next.tell("lock-for 60000");
+    assert!(alone.ask("wait-lost").starts_with("lost "));
+    let second = next.answer();
+    let told = format!(" recovered {}", alone.pid());
+    assert!(second.ends_with(&told) && second > first, "{second} after {first}");
+    wait_for_a_renewal(&kept);
+    // It takes itself for the leader yet, until it hears of the other one; what it says then counts for nobody.
+    etcd.signal_node(leader, Signal::CONT);
+    assert!(alone.ask("is-held").starts_with("no"));
+    next.expect("is-held", "yes");
+    until("the leader that was has found out", || alone.ask("try").starts_with("error Held"));
+    asleep.expect("is-held", "yes");
+    asleep.expect("release", "released");
+    wait_for_a_renewal(&kept);
+    next.expect("is-held", "yes");
+    next.expect("losses", "losses");
 }
 
 #[test]
@@ -291,7 +334,7 @@ fn what_is_wrong_with_tls_is_told() {
 fn a_step_stands_between_every_two_changes_of_a_lease_on_etcd() {
     match lockkit_tests::Kind::ETCD.left_out() {
         None => steps::stand_between_changes(lockkit_tests::Kind::ETCD),
-        Some(why) => println!("left out: {why}"),
+        Some(why) => left_out(why),
     }
 }
 

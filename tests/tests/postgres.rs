@@ -10,7 +10,7 @@ use lockkit_tests::engines::postgres::{Postgres, Setup, as_its_user};
 use lockkit_tests::engines::{Certificates, Clock, Direction, Engine, PASSWORD, Proxy};
 use lockkit_tests::leases::Terms;
 use lockkit_tests::servers::{Folder, Server, free_port, installed};
-use lockkit_tests::{Actor, LIVELY, drills, suite, until};
+use lockkit_tests::{Actor, LIVELY, drills, left_out, suite, until};
 use rustix::process::Signal;
 
 suite!(on_postgres, lockkit_tests::Kind::POSTGRES);
@@ -21,7 +21,7 @@ macro_rules! server {
     ($($field:ident: $value:expr),*) => {
         match Postgres::set_up(&Setup { $($field: $value,)* ..Setup::default() }) {
             Ok(server) => server,
-            Err(why) => return println!("left out: {why}"),
+            Err(why) => return left_out(why),
         }
     };
 }
@@ -119,7 +119,7 @@ fn a_standby_is_passed_over_and_takes_leases_once_it_is_promoted() {
     let mut server = server!();
     let standby = match server.standby() {
         Ok(standby) => standby,
-        Err(why) => return println!("left out: {why}"),
+        Err(why) => return left_out(why),
     };
     let alone = lease(standby.lease("x"));
     let error = alone.try_lock().unwrap_err();
@@ -259,7 +259,7 @@ fn passwords_are_checked_by_scram_and_appear_in_no_error() {
 fn tls_is_as_strict_as_the_url_says() {
     let certificates = match Certificates::new() {
         Ok(certificates) => certificates,
-        Err(why) => return println!("left out: {why}"),
+        Err(why) => return left_out(why),
     };
     let server = server!(certificates: Some(&certificates), lets_in: Some("hostssl all all all scram-sha-256"));
     let user = format!("postgres:{PASSWORD}");
@@ -380,7 +380,7 @@ fn behind_a_proxy_that_pools_transactions_leases_work_and_waiters_look_for_thems
     for (mode, size) in [("transaction", 3), ("session", 30)] {
         let proxy = match pooler(&server, mode, size) {
             Ok(proxy) => proxy,
-            Err(why) => return println!("left out: {why}"),
+            Err(why) => return left_out(why),
         };
         let url = format!("postgres://postgres@127.0.0.1:{}/postgres?lease={mode}", proxy.port);
         let terms = Terms { ttl: 300_000, heartbeat: 50, ..Terms::of(url) };
@@ -486,7 +486,7 @@ fn a_connection_that_is_cut_in_the_middle_of_any_request_costs_nothing() {
         let before = proxy.passed(direction);
         drop(lease.try_lock().unwrap());
         let bytes = proxy.passed(direction) - before;
-        assert!(bytes > 100, "{bytes}");
+        assert!(bytes > 50, "{bytes}");
         for at in (0..bytes).step_by(7) {
             proxy.cut_after(direction, at);
             let guard = lease.lock_for(LIVELY).unwrap();
@@ -503,7 +503,7 @@ fn a_connection_that_is_cut_in_the_middle_of_any_request_costs_nothing() {
 fn a_server_whose_clock_is_set_forward_gives_away_what_is_held_with_a_greater_token() {
     let clock = match Clock::new() {
         Ok(clock) => clock,
-        Err(why) => return println!("left out: {why}"),
+        Err(why) => return left_out(why),
     };
     let server = server!(clock: Some(&clock));
     let terms = Terms { ttl: 300_000, heartbeat: 60_000, ..Terms::of(server.lease("x")) };

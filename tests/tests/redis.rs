@@ -1,19 +1,16 @@
 //! Leases on Redis: every case of the suite, every drill, and what is its own.
 
-use std::io::{Read, Write};
-use std::net::TcpStream;
-
 use lockkit::{ErrorKind, Lease, LeaseStatus, LossReason, Wait};
 use lockkit_tests::engines::redis::Redis;
 use lockkit_tests::engines::{Access, Engine, Security};
-use lockkit_tests::{LIVELY, drills, suite, until};
+use lockkit_tests::{LIVELY, drills, left_out, suite, until};
 
 suite!(redis_lease, lockkit_tests::Kind::REDIS);
 drills!(redis_drills, lockkit_tests::engines::redis::Redis);
 
 /// A server of this test's own, unless there is none to be had.
 fn server() -> Option<Redis> {
-    Redis::start(&Security::None, None).map_err(|why| println!("left out: {why}")).ok()
+    Redis::start(&Security::None, None).map_err(|why| left_out(why)).ok()
 }
 
 fn url(server: &Redis) -> String {
@@ -22,15 +19,6 @@ fn url(server: &Redis) -> String {
 
 fn lease(url: &str) -> Lease {
     Lease::connect(url).ttl(LIVELY).heartbeat(std::time::Duration::from_millis(20)).build().unwrap()
-}
-
-/// What the server answers to a command.
-fn tell(server: &Redis, command: &str) -> String {
-    let mut connection = TcpStream::connect(("127.0.0.1", server.port())).unwrap();
-    connection.write_all(format!("{command}\r\n").as_bytes()).unwrap();
-    let mut answer = [0; 4096];
-    let length = connection.read(&mut answer).unwrap();
-    String::from_utf8_lossy(&answer[..length]).trim_end().to_owned()
 }
 
 fn in_full(error: &lockkit::Error) -> String {
@@ -48,13 +36,13 @@ fn what_the_server_has_lost_its_holder_puts_back_unless_somebody_came_first() {
     let Some(server) = server() else { return };
     let (holder, next) = (lease(&url(&server)), lease(&url(&server)));
     let guard = holder.try_lock().unwrap();
-    assert_eq!(tell(&server, "FLUSHALL"), "+OK");
-    until("the holder has put it back", || tell(&server, "EXISTS lockkit:{own}") == ":1");
+    assert_eq!(server.tell("FLUSHALL"), "+OK");
+    until("the holder has put it back", || server.tell("EXISTS lockkit:{own}") == ":1");
     assert!(next.try_lock().unwrap_err().is_held());
     assert!(guard.is_held());
     let token = guard.token();
     // Also when it is the release that comes first.
-    assert_eq!(tell(&server, "FLUSHALL"), "+OK");
+    assert_eq!(server.tell("FLUSHALL"), "+OK");
     guard.release().unwrap();
     let second = next.try_lock().unwrap();
     assert!(second.token() > token && second.recovered().is_none());
@@ -64,7 +52,7 @@ fn what_the_server_has_lost_its_holder_puts_back_unless_somebody_came_first() {
     let guard = slow.lock().unwrap();
     let script = "EVAL \"redis.call('DEL', KEYS[1]) redis.call('HSET', KEYS[1], 'token', '9000000000000000', 'claim', \
                   '1', 'state', 'held', 'until', '9000000000000000', 'owner', '')\" 1 lockkit:{own}";
-    tell(&server, script);
+    server.tell(script);
     let reason = guard.lost().wait(&Wait::at_most(LIVELY)).unwrap();
     assert!(matches!(reason, LossReason::TakenOver { .. }), "{reason}");
 }
@@ -72,17 +60,17 @@ fn what_the_server_has_lost_its_holder_puts_back_unless_somebody_came_first() {
 #[test]
 fn something_else_under_the_key_is_a_clear_error_and_left_alone() {
     let Some(server) = server() else { return };
-    tell(&server, "SET lockkit:{own} treasure");
+    server.tell("SET lockkit:{own} treasure");
     let error = in_full(&lease(&url(&server)).try_lock().unwrap_err());
     assert!(error.contains("keeps something else"), "{error}");
-    assert!(tell(&server, "GET lockkit:{own}").ends_with("treasure"));
+    assert!(server.tell("GET lockkit:{own}").ends_with("treasure"));
 }
 
 #[test]
 fn a_replica_says_where_to_go() {
     let (Some(primary), Some(replica)) = (server(), server()) else { return };
-    assert_eq!(tell(&replica, &format!("REPLICAOF 127.0.0.1 {}", primary.port())), "+OK");
-    until("it is in step", || tell(&replica, "INFO replication").contains("master_link_status:up"));
+    assert_eq!(replica.tell(&format!("REPLICAOF 127.0.0.1 {}", primary.port())), "+OK");
+    until("it is in step", || replica.tell("INFO replication").contains("master_link_status:up"));
     let error = in_full(&lease(&url(&replica)).try_lock().unwrap_err());
     assert!(error.contains("replica") && error.contains("primary"), "{error}");
     assert!(matches!(lease(&url(&replica)).status(), Ok(lockkit::LeaseStatus::Free)), "it can be asked");
@@ -94,7 +82,7 @@ fn a_server_whose_scripts_were_forgotten_is_told_them_again() {
     let lease = lease(&url(&server));
     for _ in 0..2 {
         lease.try_lock().unwrap().release().unwrap();
-        assert_eq!(tell(&server, "SCRIPT FLUSH"), "+OK");
+        assert_eq!(server.tell("SCRIPT FLUSH"), "+OK");
     }
 }
 
@@ -121,20 +109,20 @@ fn leases_of_different_databases_are_different() {
 fn a_user_needs_no_more_than_an_error_says() {
     let Some(server) = server() else { return };
     let rules = "+@hash +@scripting +@pubsub +time ~lockkit:* &lockkit:*";
-    if !tell(&server, &format!("ACL SETUSER leases on >secret {rules}")).starts_with("+OK") {
-        return println!("left out: this version knows no rules for users");
+    if !server.tell(&format!("ACL SETUSER leases on >secret {rules}")).starts_with("+OK") {
+        return left_out("this version knows no rules for users");
     }
     let url = |database| format!("redis://leases:secret@127.0.0.1:{}{database}/own", server.port());
     let guard = lease(&url("")).try_lock().unwrap();
     let waiter = lease(&url(""));
     let waiter = std::thread::spawn(move || waiter.lock_for(LIVELY).map(|guard| guard.token()));
-    until("it listens", || tell(&server, "PUBSUB NUMPAT") == ":1");
+    until("it listens", || server.tell("PUBSUB NUMPAT") == ":1");
     let token = guard.token();
     guard.release().unwrap();
     assert!(waiter.join().unwrap().unwrap() > token);
     let error = in_full(&lease(&url("/1")).try_lock().unwrap_err());
     assert!(error.contains(rules) && error.contains("+select"), "{error}");
-    assert_eq!(tell(&server, "ACL SETUSER leases +select"), "+OK");
+    assert_eq!(server.tell("ACL SETUSER leases +select"), "+OK");
     drop(lease(&url("/1")).try_lock().unwrap());
 }
 

@@ -114,8 +114,13 @@ impl Etcd {
 
     /// All nodes, as `host:port` with commas between.
     pub fn endpoints(&self) -> String {
-        let endpoint = |node: &Node| format!("127.0.0.1:{}", node.port);
-        self.nodes.iter().map(endpoint).collect::<Vec<_>>().join(",")
+        self.endpoints_of(0..self.nodes.len())
+    }
+
+    /// These nodes, in this order, as `host:port` with commas between.
+    pub fn endpoints_of(&self, nodes: impl IntoIterator<Item = usize>) -> String {
+        let endpoint = |at: usize| format!("127.0.0.1:{}", self.nodes[at].port);
+        nodes.into_iter().map(endpoint).collect::<Vec<_>>().join(",")
     }
 
     /// Sends a signal to a node.

@@ -100,10 +100,14 @@ impl Postgres {
     /// # Errors
     /// What this machine lacks.
     pub fn standby(&self) -> Result<Self, String> {
+        self.standby_through(self.port)
+    }
+
+    fn standby_through(&self, port: u16) -> Result<Self, String> {
         let folder = new_folder()?;
         let mut copy = as_its_user(&installed("pg_basebackup")?);
         copy.arg("-D").arg(folder.path().join("data")).args(["-R", "-c", "fast", "-h", "127.0.0.1", "-U", "postgres"]);
-        run(copy.arg("-p").arg(self.port.to_string()))?;
+        run(copy.arg("-p").arg(port.to_string()))?;
         let mut standby = Self::in_folder(folder, &Setup::default())?;
         standby.run()?;
         Ok(standby)
@@ -169,7 +173,7 @@ impl Engine for Postgres {
 
     fn start(security: &Security, clock: Option<&Clock>) -> Result<Self, String> {
         let (lets_in, certificates) = match security {
-            Security::None => ("host all all all trust", None),
+            Security::None => ("host all all all trust\nhost replication all all trust", None),
             Security::Password => ("host all all all scram-sha-256", None),
             Security::Tls(certificates) => ("hostssl all all all trust", Some(certificates)),
             Security::ClientCertificate(certificates) => {
@@ -231,6 +235,17 @@ impl Engine for Postgres {
     fn restart(&mut self) {
         self.kill();
         self.run().expect("it starts again");
+    }
+
+    fn follower(&self, port: u16) -> Result<Self, String> {
+        let follower = self.standby_through(port)?;
+        let here = self.sql("SELECT pg_current_wal_lsn()");
+        until("it is in step", || follower.sql(&format!("SELECT pg_last_wal_replay_lsn() >= '{here}'")) == "t");
+        Ok(follower)
+    }
+
+    fn promote(&self) {
+        assert_eq!(self.sql("SELECT pg_promote()"), "t");
     }
 
     fn goes_by_a_wall_clock() -> bool {

@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::thread;
 
@@ -24,12 +24,16 @@ pub struct Proxy {
 
 #[derive(Default)]
 struct State {
+    /// Where the server is.
+    server: AtomicU16,
     /// Cut the connection that passes on the last of so many more bytes this way.
     cut: Mutex<Option<(Direction, u64)>>,
     cuts: AtomicUsize,
     passed: [AtomicU64; 2],
     connections: AtomicUsize,
     open: AtomicUsize,
+    /// How often all connections have been cut at once.
+    moves: AtomicUsize,
     is_over: AtomicBool,
 }
 
@@ -38,7 +42,7 @@ impl Proxy {
     pub fn to(server: u16) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
         let port = listener.local_addr().expect("an address").port();
-        let state = Arc::new(State::default());
+        let state = Arc::new(State { server: server.into(), ..State::default() });
         let shared = state.clone();
         thread::spawn(move || {
             for client in listener.incoming().flatten() {
@@ -46,7 +50,8 @@ impl Proxy {
                     return;
                 }
                 // Where there is no server, the client is turned away as the server would.
-                if let Ok(server) = TcpStream::connect((Ipv4Addr::LOCALHOST, server)) {
+                let port = shared.server.load(Ordering::SeqCst);
+                if let Ok(server) = TcpStream::connect((Ipv4Addr::LOCALHOST, port)) {
                     shared.connect(client, server);
                 }
             }
@@ -63,6 +68,17 @@ impl Proxy {
     /// right after that byte; after none: as soon as any would go.
     pub fn cut_after(&self, direction: Direction, bytes: u64) {
         *self.state.cut() = Some((direction, bytes));
+    }
+
+    /// From now on it is one to the server at this port; no connection to the one before passes on anything any more.
+    pub fn move_to(&self, server: u16) {
+        self.state.server.store(server, Ordering::SeqCst);
+        self.state.moves.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Passes on nothing any more, and lets nobody in.
+    pub fn stop(&self) {
+        self.state.is_over.store(true, Ordering::SeqCst);
     }
 
     /// Cuts nothing any more.
@@ -137,8 +153,9 @@ impl State {
 
     fn pass_on(&self, direction: Direction, mut from: &TcpStream, mut to: &TcpStream) {
         let mut bytes = [0; 16384];
+        let moves = self.moves.load(Ordering::SeqCst);
         while let Ok(length @ 1..) = from.read(&mut bytes) {
-            if self.is_over.load(Ordering::SeqCst) {
+            if self.is_over.load(Ordering::SeqCst) || self.moves.load(Ordering::SeqCst) != moves {
                 return;
             }
             let (length, is_cut) = self.allowed(direction, length);

@@ -9,6 +9,7 @@ use rustix::process::Signal;
 
 use super::{Access, Clock, Engine, PASSWORD, Security};
 use crate::servers::{Folder, Server, Shared, free_port, installed};
+use crate::until;
 
 /// A server that has each change on disk before it answers.
 pub struct Redis {
@@ -32,6 +33,15 @@ impl Redis {
     /// Its Unix socket.
     pub fn socket(&self) -> PathBuf {
         self.folder.path().join("socket")
+    }
+
+    /// What it answers to a command.
+    pub fn tell(&self, command: &str) -> String {
+        let mut connection = TcpStream::connect(("127.0.0.1", self.port)).expect("it runs");
+        connection.write_all(format!("{command}\r\n").as_bytes()).expect("it runs");
+        let mut answer = [0; 4096];
+        let length = connection.read(&mut answer).expect("it answers");
+        String::from_utf8_lossy(&answer[..length]).trim_end().to_owned()
     }
 
     fn with(security: &Security, clock: Option<&Clock>, durability: &[&str]) -> Result<Self, String> {
@@ -104,6 +114,17 @@ impl Engine for Redis {
     fn restart(&mut self) {
         self.kill();
         self.server = Some(Server::start(&self.folder, &self.command, self.port).expect("it starts again"));
+    }
+
+    fn follower(&self, port: u16) -> Result<Self, String> {
+        let follower = Self::start(&Security::None, None)?;
+        assert_eq!(follower.tell(&format!("REPLICAOF 127.0.0.1 {port}")), "+OK");
+        until("it is in step", || follower.tell("INFO replication").contains("master_link_status:up"));
+        Ok(follower)
+    }
+
+    fn promote(&self) {
+        assert_eq!(self.tell("REPLICAOF NO ONE"), "+OK");
     }
 
     fn goes_by_a_wall_clock() -> bool {

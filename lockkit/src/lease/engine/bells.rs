@@ -113,9 +113,11 @@ impl Bells {
 
     fn ring(&self, name: &str) {
         let state = self.state.lock();
-        if let Some((_, events)) = state.hung.iter().find(|(hung, _)| hung.as_str() == name) {
-            events.iter().for_each(|event| event.set());
-        }
+        let found = state.hung.iter().find(|(hung, _)| hung.as_str() == name);
+        let events = found.map(|(_, events)| events.clone());
+        // Whoever wakes takes down its bell, and is not to wait for this.
+        drop(state);
+        events.into_iter().flatten().for_each(|event| event.set());
     }
 }
 

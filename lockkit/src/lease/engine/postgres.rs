@@ -1,7 +1,7 @@
 //! Leases on PostgreSQL: a row for each in the table `lockkit_leases`, of the database that the URL names and the first
 //! schema of the user's search_path.
 //!
-//! Each request is one statement and one round trip (see `table`), on a connection that nobody else uses meanwhile (see
+//! Each step is one statement and one round trip (see `table`), on a connection that nobody else uses meanwhile (see
 //! `link`). The row decides; LISTEN and NOTIFY only wake. Who waits leaves a mark in the row, and who releases notifies
 //! only where there is one, because NOTIFY makes all commits of a server wait for each other.
 //!
@@ -109,15 +109,17 @@ impl LeaseStore for Postgres {
             // Whoever came in between is there when it is asked again.
             while !by.is_past() {
                 let rows = self.ask(&table::ACQUIRE, &values, by)?;
-                let Some(row) = rows.first() else { continue };
-                let is_granted: bool = get(row, 0)?;
-                let (token, owner): (i64, Option<&str>) = (get(row, 1)?, get(row, 2)?);
-                if !is_granted {
-                    return seen(row, 1).map(Attempt::Busy);
-                }
+                let Some(row) = rows.first() else {
+                    match self.holder(name, by)? {
+                        // An earlier request of the same claim may have been carried out only now.
+                        Some(seen) if seen.claim() != Some(*claim) => return Ok(Attempt::Busy(seen)),
+                        _ => continue,
+                    }
+                };
+                let (token, died): (i64, Option<&str>) = (get(row, 0)?, get(row, 1)?);
                 step("record written");
                 let grant = Grant::new(name, claim, token.cast_unsigned(), ttl);
-                return Ok(Attempt::Granted(match owner {
+                return Ok(Attempt::Granted(match died {
                     Some(died) => grant.recovered_from(owner_of(died)),
                     None => grant,
                 }));
@@ -130,11 +132,13 @@ impl LeaseStore for Postgres {
         let (claim, token, ttl) = (grant.claim().to_string(), grant.token().cast_signed(), micros(grant.ttl()));
         // Without a turn: it waits for nobody.
         let rows = self.ask_now(&table::RENEW, &[&grant.name().as_str(), &claim, &token, &ttl], by)?;
-        match rows.first() {
-            Some(row) if get(row, 0)? => Ok(Renewal::Extended { ttl: grant.ttl() }),
-            Some(row) => Ok(Renewal::Lost { by: get::<Option<&str>>(row, 1)?.and_then(owner_of) }),
-            None => Ok(Renewal::Lost { by: None }),
+        if !rows.is_empty() {
+            return Ok(Renewal::Extended { ttl: grant.ttl() });
         }
+        let rows = self.ask_now(&table::LOOK, &[&grant.name().as_str()], by)?;
+        let holder = rows.first().map(seen).transpose()?;
+        let other = holder.filter(|holder| holder.claim() != Some(*grant.claim()));
+        Ok(Renewal::Lost { by: other.and_then(|other| other.owner().cloned()) })
     }
 
     fn release(&self, grant: &Grant, by: Deadline) -> Result<Released> {
@@ -146,9 +150,7 @@ impl LeaseStore for Postgres {
     }
 
     fn look(&self, name: &LeaseName, by: Deadline) -> Result<Option<Seen>> {
-        let rows = self.ask(&table::LOOK, &[&name.as_str()], by)?;
-        let seen = rows.first().map(|row| seen(row, 0)).transpose()?;
-        Ok(seen.map(|seen| match seen.owner().map(|owner| owner.liveness()) {
+        Ok(self.holder(name, by)?.map(|seen| match seen.owner().map(|owner| owner.liveness()) {
             Some(Liveness::Dead) => seen.with_expires_in(Duration::ZERO),
             _ => seen,
         }))
@@ -186,6 +188,12 @@ impl Postgres {
             let listen = move |by| listen(&target, by, &deaf);
             Own { idle: Pool::new(), turns: Turns::new(), bells: Bells::new(listen), is_deaf }
         })
+    }
+
+    /// Who has the name, whether or not that has run out.
+    fn holder(&self, name: &LeaseName, by: Deadline) -> Result<Option<Seen>> {
+        let rows = self.ask(&table::LOOK, &[&name.as_str()], by)?;
+        rows.first().map(seen).transpose()
     }
 
     /// Asks when it is this request's turn: a process keeps its server's connections to so many.
@@ -232,7 +240,7 @@ impl Postgres {
         let own = self.own();
         let _turn = own.turns.take(by)?;
         let (rows, is_in_doubt) = self.ask_in_doubt(&table::LEAVE, &values, by)?;
-        if !rows.is_empty() {
+        if !rows.is_empty() || !self.ask_now(&table::LEFT, &values, by)?.is_empty() {
             step("record freed");
             return Ok(Released::Done);
         }
@@ -242,10 +250,10 @@ impl Postgres {
     }
 }
 
-/// A holder, in a row that has from column `at` on what [`table::LOOK`] asks for.
-fn seen(row: &Row, at: usize) -> Result<Seen> {
-    let (token, owner, claim): (i64, &str, &str) = (get(row, at)?, get(row, at + 1)?, get(row, at + 2)?);
-    let (left, until): (f64, i64) = (get(row, at + 3)?, get(row, at + 4)?);
+/// A holder, in a row of [`table::LOOK`].
+fn seen(row: &Row) -> Result<Seen> {
+    let (token, owner, claim): (i64, &str, &str) = (get(row, 0)?, get(row, 1)?, get(row, 2)?);
+    let (left, until): (f64, i64) = (get(row, 3)?, get(row, 4)?);
     let seen = Seen::new(until.cast_unsigned())
         .with_token(token.cast_unsigned())
         .with_expires_in(Duration::try_from_secs_f64(left.max(0.0)).unwrap_or(Duration::MAX));

@@ -378,6 +378,9 @@ impl Server {
     /// A connection that is ready for requests.
     fn connect(&self, by: Deadline) -> Result<Connection> {
         let mut connection = self.open(by)?;
+        // Once and for all: a request is far smaller than a socket's room, which is empty whenever one is sent.
+        let limited = connection.set_write_timeout(Some(by.remaining().max(MOMENT)));
+        limited.map_err(|error| self.unreachable(&error))?;
         // What fails here has changed nothing, whatever came of it.
         let mut ask = |command: &Cmd| match ask(&mut connection, command, by) {
             Err(error) => Err(self.unreachable(&error)),
@@ -552,9 +555,7 @@ impl Server {
 
 /// Asks, and tells a connection that failed from an answer that says no.
 fn ask(connection: &mut Connection, command: &Cmd, by: Deadline) -> Result<Result<Value, RedisError>, RedisError> {
-    let limit = Some(by.remaining().max(MOMENT));
-    connection.set_read_timeout(limit)?;
-    connection.set_write_timeout(limit)?;
+    connection.set_read_timeout(Some(by.remaining().max(MOMENT)))?;
     match connection.req_command(command).and_then(Value::extract_error) {
         Err(error) if !matches!(error.kind(), Kind::Server(_) | Kind::Extension) => Err(error),
         answer => Ok(answer),

@@ -290,6 +290,7 @@ impl Own {
         for _ in 0..MOST_TURNS {
             let (session, kept) = self.session(ttl, by)?;
             let sent = now();
+            session.put_off(claim, sent);
             let (revision, holder) = over.unwrap_or_default();
             let put = json!([
                 { "request_put": {
@@ -484,21 +485,26 @@ impl Own {
         step("session kept");
         let is_there = number(&answer["TTL"]) > 0;
         if is_there {
-            self.let_go(session, sent, by);
+            self.let_go(session, sent, number(&answer["header"]["revision"]), by);
         }
         Ok(is_there.then(|| Kept { sent, term: number(&answer["header"]["raft_term"]) }))
     }
 
-    /// Deletes the loose keys of a session. What fails is tried again later.
-    fn let_go(&self, session: &Session, now: Duration, by: Deadline) {
+    /// Deletes the loose keys of a session that were written no later than at this revision. Such a request may be
+    /// carried out late, when the claim has been asked for once more and granted: that has a greater revision, since what
+    /// is being asked for is not let go meanwhile. What fails is tried again later.
+    fn let_go(&self, session: &Session, now: Duration, revision: u64, by: Deadline) {
         for (name, claim, why) in session.to_let_go(now) {
             let key = self.keys.held(&name);
+            let is_old = json!({
+                "key": key, "target": "MOD", "result": "LESS", "mod_revision": (revision + 1).to_string(),
+            });
             let mut then = vec![json!({ "request_delete_range": { "key": key } })];
             if why != Loose::RunOut {
                 let free = Record::text(FREE, &claim, "");
                 then.push(json!({ "request_put": { "key": self.keys.record(&name), "value": encoded(free) } }));
             }
-            if self.transact(json!([is_of(&key, claim)]), then.into(), json!([]), by).is_err() {
+            if self.transact(json!([is_of(&key, claim), is_old]), then.into(), json!([]), by).is_err() {
                 return;
             }
         }

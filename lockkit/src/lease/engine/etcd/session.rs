@@ -171,6 +171,14 @@ impl Session {
         state.loosen(LooseKey { name: name.clone(), claim: *claim, why, since, due: since + self.ttl });
     }
 
+    /// The claim is being asked for, `now`: its key is not let go before a ttl is over, which no request outlasts.
+    pub(super) fn put_off(&self, claim: &ClaimId, now: Duration) {
+        let mut state = self.state.lock();
+        if let Some(loose) = state.loose.iter_mut().find(|loose| loose.claim == *claim) {
+            loose.due = loose.due.max(now + self.ttl);
+        }
+    }
+
     /// Why nobody has the key of this claim, if nobody has.
     pub(super) fn loose(&self, claim: Option<ClaimId>) -> Option<Loose> {
         let state = self.state.lock();
@@ -339,6 +347,16 @@ mod tests {
         assert_eq!(session.loose(Some(*claim)), Some(Loose::InDoubt));
         assert_eq!(session.to_let_go(began + S * 10), [(lease.name().clone(), *claim, Loose::InDoubt)]);
         assert!(session.to_let_go(began + S * 24).is_empty(), "not for ever");
+    }
+
+    #[test]
+    fn what_is_being_asked_for_is_not_let_go_meanwhile() {
+        let (session, lease) = (Session::new(1, S * 8, now()), grant("one", 1));
+        let began = now();
+        session.loosen(lease.name(), lease.claim(), Loose::InDoubt, began);
+        session.put_off(lease.claim(), began + S * 7);
+        assert!(session.to_let_go(began + S * 9).is_empty());
+        assert_eq!(session.to_let_go(began + S * 16).len(), 1);
     }
 
     #[test]

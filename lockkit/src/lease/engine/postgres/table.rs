@@ -13,9 +13,10 @@
 //! | `died` | who held it before and did not release, if so; empty if that is not known |
 //! | `waited` | somebody waits for this holder, and is to be told when it goes |
 //!
-//! The claim and the token stay when a lease is given free, so a repeated release finds that it has been done. Each
-//! request is one statement and so one transaction. It is committed with `synchronous_commit` at `on` at least,
-//! whatever the server's default is: a grant that a crash takes back would be given again.
+//! The claim and the token stay when a lease is given free, so a repeated release finds that it has been done. Each step
+//! is one statement and so one transaction; why it did not take place, if so, is asked by another. It is committed with
+//! `synchronous_commit` at `on` at least, whatever the server's default is: a grant that a crash takes back would be
+//! given again.
 
 use tokio_postgres::types::Type;
 
@@ -61,18 +62,19 @@ macro_rules! durably {
     };
 }
 
-/// The name, the claim, the ttl in microseconds, the owner, and the claim and the token of a holder that is dead. One
-/// row: the token and who died, or who holds it. None where somebody came in between.
+/// The name, the claim, the ttl in microseconds, the owner, and the claim and the token of a holder that is dead. A row
+/// where it is granted: the token, and who died. None where somebody else has it.
 ///
-/// Looking comes first, because INSERT locks the row also where it then does nothing, and that is written to disk.
+/// It looks first, because what INSERT does about a row that is there locks it even where it then changes nothing, and
+/// that is written to disk.
 pub(super) const ACQUIRE: Sql = Sql {
     slot: 1,
     text: concat!(
-        "WITH held AS (SELECT token, claim, owner, until FROM lockkit_leases WHERE name = $1 AND state = 'held' \
-         AND until > clock_timestamp() AND claim <> $2 AND NOT (claim = $5 AND token = $6)), \
-         taken AS (INSERT INTO lockkit_leases AS l (name, state, token, claim, until, owner, died, waited) \
+        "INSERT INTO lockkit_leases AS l (name, state, token, claim, until, owner, died, waited) \
          SELECT $1, 'held', (extract(epoch FROM clock_timestamp()) * 1000000)::bigint, $2, \
-         clock_timestamp() + $3 * interval '1 microsecond', $4, NULL, false WHERE NOT EXISTS (SELECT FROM held) \
+         clock_timestamp() + $3 * interval '1 microsecond', $4, NULL, false WHERE NOT EXISTS \
+         (SELECT FROM lockkit_leases WHERE name = $1 AND state = 'held' AND until > clock_timestamp() \
+         AND claim <> $2 AND NOT (claim = $5 AND token = $6)) \
          ON CONFLICT (name) DO UPDATE SET state = 'held', claim = excluded.claim, until = excluded.until, \
          owner = excluded.owner, \
          token = CASE WHEN l.state = 'held' AND l.claim = excluded.claim THEN l.token \
@@ -81,41 +83,38 @@ pub(super) const ACQUIRE: Sql = Sql {
          WHEN l.state IN ('held', 'lost') THEN l.owner END, \
          waited = l.waited AND l.state = 'held' AND l.claim = excluded.claim \
          WHERE l.state <> 'held' OR l.until <= clock_timestamp() OR l.claim = excluded.claim \
-         OR (l.claim = $5 AND l.token = $6) RETURNING token, died) \
-         SELECT true, token, died, NULL::text, NULL::float8, NULL::bigint, ",
-        durably!(),
-        " FROM taken UNION ALL SELECT false, token, owner, claim, \
-         extract(epoch FROM until - clock_timestamp())::float8, (extract(epoch FROM until) * 1000000)::bigint, NULL \
-         FROM held"
+         OR (l.claim = $5 AND l.token = $6) RETURNING token, died, ",
+        durably!()
     ),
     types: &[Type::TEXT, Type::TEXT, Type::FLOAT8, Type::TEXT, Type::TEXT, Type::INT8],
 };
 
-/// The name, the claim, the token and the ttl. Whether it is renewed, and if not, who has it.
+/// The name, the claim, the token and the ttl. A row where it is renewed.
 pub(super) const RENEW: Sql = Sql {
     slot: 2,
     text: concat!(
-        "WITH renewed AS (UPDATE lockkit_leases SET until = clock_timestamp() + $4 * interval '1 microsecond' \
-         WHERE name = $1 AND claim = $2 AND token = $3 AND state = 'held' RETURNING true) \
-         SELECT true, NULL::text, ",
-        durably!(),
-        " FROM renewed UNION ALL SELECT false, owner, NULL FROM lockkit_leases \
-         WHERE name = $1 AND claim <> $2 AND state = 'held' AND NOT EXISTS (SELECT FROM renewed)"
+        "UPDATE lockkit_leases SET until = clock_timestamp() + $4 * interval '1 microsecond' \
+         WHERE name = $1 AND claim = $2 AND token = $3 AND state = 'held' RETURNING ",
+        durably!()
     ),
     types: &[Type::TEXT, Type::TEXT, Type::INT8, Type::FLOAT8],
 };
 
-/// The name, the claim, the token, and how it is left. A row where it is left so, now or before.
+/// The name, the claim, the token, and how it is left. A row where it was held until now.
 pub(super) const LEAVE: Sql = Sql {
     slot: 3,
     text: concat!(
-        "WITH gone AS (UPDATE lockkit_leases SET state = $4 \
-         WHERE name = $1 AND claim = $2 AND token = $3 AND state = 'held' RETURNING waited) \
-         SELECT CASE WHEN waited THEN pg_notify('lockkit_leases', $1) END, ",
-        durably!(),
-        " FROM gone UNION ALL SELECT NULL, NULL FROM lockkit_leases \
-         WHERE name = $1 AND claim = $2 AND token = $3 AND state = $4 AND NOT EXISTS (SELECT FROM gone)"
+        "UPDATE lockkit_leases SET state = $4 WHERE name = $1 AND claim = $2 AND token = $3 AND state = 'held' \
+         RETURNING CASE WHEN waited THEN pg_notify('lockkit_leases', $1) END, ",
+        durably!()
     ),
+    types: &[Type::TEXT, Type::TEXT, Type::INT8, Type::TEXT],
+};
+
+/// As [`LEAVE`]. A row where it was left so before.
+pub(super) const LEFT: Sql = Sql {
+    slot: 7,
+    text: "SELECT FROM lockkit_leases WHERE name = $1 AND claim = $2 AND token = $3 AND state = $4",
     types: &[Type::TEXT, Type::TEXT, Type::INT8, Type::TEXT],
 };
 

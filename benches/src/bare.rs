@@ -1,0 +1,345 @@
+//! What a lease costs on a server at least: the requests that it takes, by the engine's plain client on connections that
+//! stand, and nothing around them.
+//!
+//! The steps promise to others what ours do: one takes the name if nobody has it, or whoever has it has run out, with a
+//! token that grows; one makes it last, and one gives it free and wakes who waits, both only if it still is this
+//! claim's. But there is no claim that tells a repeated request from a new one, no word on who holds it or died, no
+//! limit on any wait, and nobody but the one who waits listens.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Ipv4Addr, TcpStream};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use postgres::fallible_iterator::FallibleIterator;
+use postgres::{Client, NoTls, Statement};
+use redis::{Connection, PubSub, Script};
+
+/// One who takes a name by bare requests. All its methods panic when the server refuses.
+pub trait Bare: Send {
+    /// Asks once, and says whether the name is granted.
+    fn acquire(&mut self) -> bool;
+    /// Makes what is held last for another ttl.
+    fn renew(&mut self);
+    /// Gives free what is held.
+    fn release(&mut self);
+    /// From now on it hears when somebody does, on a connection of its own.
+    fn listen(&mut self);
+    /// Asks, and while somebody else has it waits for the word of a release and asks again.
+    fn wait(&mut self);
+}
+
+/// For as long a name is asked for, in microseconds.
+const TTL: u32 = 30_000_000;
+
+/// Tells one from all others.
+fn claim() -> String {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    format!("{:016x}{:016x}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// On Redis: three scripts, and a channel.
+pub struct Redis {
+    port: u16,
+    connection: Connection,
+    scripts: [Script; 3],
+    name: String,
+    claim: String,
+    token: u64,
+    news: Option<PubSub<'static>>,
+}
+
+impl Redis {
+    /// One for this name on the server at this port.
+    ///
+    /// # Panics
+    /// When it cannot be reached.
+    pub fn new(port: u16, name: &str) -> Self {
+        let scripts = [
+            "local time = redis.call('TIME') local now = time[1] * 1000000 + time[2]
+             local record = redis.call('HMGET', KEYS[1], 'token', 'claim', 'until')
+             if record[2] and record[2] ~= '' and tonumber(record[3]) > now then return false end
+             local token = string.format('%.0f', math.max(tonumber(record[1] or '0') + 1, now))
+             redis.call('HSET', KEYS[1], 'token', token, 'claim', ARGV[1],
+                 'until', string.format('%.0f', now + ARGV[2]))
+             return token",
+            "local record = redis.call('HMGET', KEYS[1], 'token', 'claim')
+             if record[1] ~= ARGV[2] or record[2] ~= ARGV[1] then return false end
+             local time = redis.call('TIME')
+             redis.call('HSET', KEYS[1], 'until', string.format('%.0f', time[1] * 1000000 + time[2] + ARGV[3]))
+             return 1",
+            "local record = redis.call('HMGET', KEYS[1], 'token', 'claim')
+             if record[1] ~= ARGV[2] or record[2] ~= ARGV[1] then return false end
+             redis.call('HSET', KEYS[1], 'claim', '')
+             redis.call('PUBLISH', KEYS[1], '')
+             return 1",
+        ];
+        let (scripts, name) = (scripts.map(Script::new), format!("bare:{{{name}}}"));
+        Self { port, connection: redis_at(port), scripts, name, claim: claim(), token: 0, news: None }
+    }
+}
+
+fn redis_at(port: u16) -> Connection {
+    let client = redis::Client::open((Ipv4Addr::LOCALHOST.to_string(), port)).expect("an address");
+    client.get_connection().expect("it runs")
+}
+
+impl Bare for Redis {
+    fn acquire(&mut self) -> bool {
+        let mut call = self.scripts[0].key(&self.name);
+        let token: Option<u64> = call.arg(&self.claim).arg(TTL).invoke(&mut self.connection).expect("it answers");
+        self.token = token.unwrap_or(self.token);
+        token.is_some()
+    }
+
+    fn renew(&mut self) {
+        let mut call = self.scripts[1].key(&self.name);
+        let done = call.arg(&self.claim).arg(self.token).arg(TTL).invoke::<Option<u8>>(&mut self.connection);
+        done.expect("it answers").expect("it is held");
+    }
+
+    fn release(&mut self) {
+        let mut call = self.scripts[2].key(&self.name);
+        let done = call.arg(&self.claim).arg(self.token).invoke::<Option<u8>>(&mut self.connection);
+        done.expect("it answers").expect("it is held");
+    }
+
+    fn listen(&mut self) {
+        // For as long as the program runs.
+        let mut news = Box::leak(Box::new(redis_at(self.port))).as_pubsub();
+        news.subscribe(&self.name).expect("it answers");
+        self.news = Some(news);
+    }
+
+    fn wait(&mut self) {
+        while !self.acquire() {
+            self.news.as_mut().expect("it listens").get_message().expect("it runs");
+        }
+    }
+}
+
+/// On PostgreSQL: a row, four statements and a notification.
+pub struct Postgres {
+    client: Client,
+    statements: [Statement; 4],
+    name: String,
+    claim: String,
+    token: i64,
+}
+
+impl Postgres {
+    /// One for this name on the server at this port.
+    ///
+    /// # Panics
+    /// When it cannot be reached.
+    pub fn new(port: u16, name: &str) -> Self {
+        let url = format!("postgres://postgres@127.0.0.1:{port}/postgres");
+        let mut client = Client::connect(&url, NoTls).expect("it runs");
+        let table = "CREATE TABLE IF NOT EXISTS bare (name text PRIMARY KEY, token bigint NOT NULL, \
+                     claim text, until timestamptz NOT NULL, waited boolean NOT NULL) WITH (fillfactor = 50)";
+        // Of those that come at once one makes it.
+        while client.batch_execute(table).is_err() {}
+        let statements = [
+            "INSERT INTO bare AS b (name, token, claim, until, waited) \
+             VALUES ($1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint, $2, \
+             clock_timestamp() + $3 * interval '1 microsecond', false) ON CONFLICT (name) DO UPDATE SET \
+             token = greatest(b.token + 1, excluded.token), claim = excluded.claim, until = excluded.until, \
+             waited = false WHERE b.claim IS NULL OR b.until <= clock_timestamp() RETURNING token",
+            "UPDATE bare SET until = clock_timestamp() + $4 * interval '1 microsecond' \
+             WHERE name = $1 AND claim = $2 AND token = $3",
+            "UPDATE bare SET claim = NULL WHERE name = $1 AND claim = $2 AND token = $3 \
+             RETURNING CASE WHEN waited THEN pg_notify('bare', name) END",
+            "UPDATE bare SET waited = true WHERE name = $1 AND claim IS NOT NULL",
+        ];
+        let statements = statements.map(|text| client.prepare(text).expect("a statement"));
+        Self { client, statements, name: name.to_owned(), claim: claim(), token: 0 }
+    }
+}
+
+impl Bare for Postgres {
+    fn acquire(&mut self) -> bool {
+        let rows = self.client.query(&self.statements[0], &[&self.name, &self.claim, &f64::from(TTL)]);
+        let rows = rows.expect("it answers");
+        self.token = rows.first().map_or(self.token, |row| row.get(0));
+        !rows.is_empty()
+    }
+
+    fn renew(&mut self) {
+        let values: [&(dyn postgres::types::ToSql + Sync); 4] = [&self.name, &self.claim, &self.token, &f64::from(TTL)];
+        assert_eq!(self.client.execute(&self.statements[1], &values).expect("it answers"), 1, "it is held");
+    }
+
+    fn release(&mut self) {
+        let rows = self.client.query(&self.statements[2], &[&self.name, &self.claim, &self.token]);
+        assert_eq!(rows.expect("it answers").len(), 1, "it is held");
+    }
+
+    fn listen(&mut self) {
+        self.client.batch_execute("LISTEN bare").expect("it answers");
+    }
+
+    fn wait(&mut self) {
+        while !self.acquire() {
+            // Nobody tells who leaves no mark.
+            if self.client.execute(&self.statements[3], &[&self.name]).expect("it answers") == 1 {
+                self.client.notifications().blocking_iter().next().expect("it runs");
+            }
+        }
+    }
+}
+
+/// On etcd: two transactions of one key, attached to a lease that stays, and a watch from now.
+pub struct Etcd {
+    gateway: Gateway,
+    port: u16,
+    session: String,
+    key: String,
+    claim: String,
+    revision: String,
+    news: Option<Gateway>,
+}
+
+impl Etcd {
+    /// One for this name on the server at this port.
+    ///
+    /// # Panics
+    /// When it cannot be reached.
+    pub fn new(port: u16, name: &str) -> Self {
+        let mut gateway = Gateway::open(port);
+        let session = field(&gateway.ask("lease/grant", r#"{"TTL":"600"}"#), "ID").to_owned();
+        let [key, claim] = [format!("bare/{name}"), claim()].map(|text| STANDARD.encode(text));
+        Self { gateway, port, session, key, claim, revision: String::new(), news: None }
+    }
+}
+
+impl Bare for Etcd {
+    fn acquire(&mut self) -> bool {
+        let Self { key, claim, session, .. } = self;
+        let body = format!(
+            r#"{{"compare":[{{"key":"{key}","target":"CREATE","create_revision":"0"}}],"success":[{{"request_put":{{"key":"{key}","value":"{claim}","lease":"{session}"}}}}],"failure":[{{"request_range":{{"key":"{key}"}}}}]}}"#
+        );
+        let answer = self.gateway.ask("kv/txn", &body);
+        field(&answer, "revision").clone_into(&mut self.revision);
+        answer.contains(r#""succeeded":true"#)
+    }
+
+    fn renew(&mut self) {
+        let answer = self.gateway.ask("lease/keepalive", &format!(r#"{{"ID":"{}"}}"#, self.session));
+        assert_eq!(field(&answer, "TTL"), "600", "it is there");
+    }
+
+    fn release(&mut self) {
+        let Self { key, revision, .. } = self;
+        let body = format!(
+            r#"{{"compare":[{{"key":"{key}","target":"MOD","mod_revision":"{revision}"}}],"success":[{{"request_delete_range":{{"key":"{key}"}}}}]}}"#
+        );
+        assert!(self.gateway.ask("kv/txn", &body).contains(r#""succeeded":true"#), "it is held");
+    }
+
+    fn listen(&mut self) {
+        let mut watch = Gateway::open(self.port);
+        watch.say("watch", &format!(r#"{{"create_request":{{"key":"{}","filters":["NOPUT"]}}}}"#, self.key));
+        assert!(watch.head() == Body::Chunks && watch.chunk().contains(r#""created":true"#), "it watches");
+        self.news = Some(watch);
+    }
+
+    fn wait(&mut self) {
+        while !self.acquire() {
+            self.news.as_mut().expect("it listens").chunk();
+        }
+    }
+}
+
+/// A connection to the JSON gateway of etcd.
+pub struct Gateway {
+    stream: BufReader<TcpStream>,
+}
+
+/// How the body of an answer comes.
+#[derive(PartialEq, Eq)]
+enum Body {
+    Chunks,
+    Bytes(usize),
+}
+
+impl Gateway {
+    /// Connects.
+    ///
+    /// # Panics
+    /// When it cannot be reached.
+    pub fn open(port: u16) -> Self {
+        let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("it runs");
+        stream.set_nodelay(true).expect("a connection");
+        Self { stream: BufReader::new(stream) }
+    }
+
+    /// The answer to a request.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn ask(&mut self, path: &str, body: &str) -> String {
+        self.say(path, body);
+        match self.head() {
+            Body::Bytes(length) => self.bytes(length),
+            Body::Chunks => {
+                let mut answer = String::new();
+                loop {
+                    match self.chunk() {
+                        chunk if chunk.is_empty() => return answer,
+                        chunk => answer += &chunk,
+                    }
+                }
+            }
+        }
+    }
+
+    fn say(&mut self, path: &str, body: &str) {
+        let length = body.len();
+        let request = format!("POST /v3/{path} HTTP/1.1\r\nHost: etcd\r\nContent-Length: {length}\r\n\r\n{body}");
+        self.stream.get_mut().write_all(request.as_bytes()).expect("it runs");
+    }
+
+    fn head(&mut self) -> Body {
+        let mut body = Body::Bytes(0);
+        loop {
+            let line = self.line().to_ascii_lowercase();
+            match line.split_once(": ") {
+                Some(("content-length", length)) => body = Body::Bytes(length.parse().expect("a length")),
+                Some(("transfer-encoding", _)) => body = Body::Chunks,
+                _ if line.is_empty() => return body,
+                _ => {}
+            }
+        }
+    }
+
+    /// The next chunk; the last is empty.
+    fn chunk(&mut self) -> String {
+        let length = usize::from_str_radix(&self.line(), 16).expect("a length");
+        let chunk = self.bytes(length);
+        // After the last one come more headers, if any.
+        while !self.line().is_empty() {}
+        chunk
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        assert!(self.stream.read_line(&mut line).expect("it runs") > 0, "it answers");
+        line.trim_end().to_owned()
+    }
+
+    fn bytes(&mut self, length: usize) -> String {
+        let mut bytes = vec![0; length];
+        self.stream.read_exact(&mut bytes).expect("it runs");
+        String::from_utf8(bytes).expect("JSON")
+    }
+}
+
+/// The value of a text field in an answer.
+///
+/// # Panics
+/// When it is not there.
+pub fn field<'a>(answer: &'a str, name: &str) -> &'a str {
+    let rest = answer.split_once(&format!("\"{name}\":\"")).map(|(_, rest)| rest);
+    rest.and_then(|rest| rest.split('"').next()).unwrap_or_else(|| panic!("no {name} in {answer}"))
+}
