@@ -10,7 +10,7 @@ drills!(redis_drills, lockkit_tests::engines::redis::Redis);
 
 /// A server of this test's own, unless there is none to be had.
 fn server() -> Option<Redis> {
-    Redis::start(&Security::None, None).map_err(|why| left_out(why)).ok()
+    Redis::start(&Security::None, None).map_err(left_out).ok()
 }
 
 fn url(server: &Redis) -> String {
