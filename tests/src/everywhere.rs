@@ -124,7 +124,7 @@ impl Place {
 
 /// The program `second`, beside the test that runs.
 fn program() -> PathBuf {
-    crate::program(&format!("second{}", std::env::consts::EXE_SUFFIX))
+    crate::program("second")
 }
 
 /// The handle on a second process; dropping it kills the process.

@@ -3,10 +3,12 @@
 //! The steps stand in the library (`lockkit::steps`), so the list is what a run really passes: a scenario is played
 //! once to learn them, and then once more for each, with a kill there.
 
+#[cfg(target_os = "linux")]
 use std::collections::HashMap;
 
 use lockkit::Wait;
 
+#[cfg(target_os = "linux")]
 use crate::faults::{self, Strace};
 use crate::{Actor, Kind, Spec};
 
@@ -26,6 +28,7 @@ pub fn play(spec: &Spec, scenario: &str) {
     println!("ready");
     assert_eq!(next(), "go");
     lockkit::steps::kill_at(kill_at);
+    crate::actor::announce();
     let guard = lock.acquire(&Wait::forever()).expect("the lock");
     if scenario == "followed" {
         println!("held");
@@ -111,6 +114,7 @@ fn kill_at(kind: Kind, scenario: &str, at: usize, told: Option<bool>) -> Option<
 }
 
 /// Whether a process can be seen to pass steps; with a word on it where not.
+#[cfg(target_os = "linux")]
 fn steps_can_be_seen() -> bool {
     if !lockkit::steps::ENABLED {
         println!("left out: this build has no steps; they need debug assertions");
@@ -120,6 +124,7 @@ fn steps_can_be_seen() -> bool {
 
 /// Sees that a process that takes and releases a lock passes a step between every two system calls that change
 /// something which others see.
+#[cfg(target_os = "linux")]
 pub fn stand_between_changes(kind: Kind) {
     if !steps_can_be_seen() {
         return;
@@ -132,6 +137,7 @@ pub fn stand_between_changes(kind: Kind) {
 }
 
 /// As [`stand_between_changes`], with a lock that may have been left by somebody, in one scenario.
+#[cfg(target_os = "linux")]
 pub fn stand_between_changes_at(spec: &Spec, scenario: &str) {
     if !steps_can_be_seen() {
         return;
@@ -166,6 +172,7 @@ pub fn stand_between_changes_at(spec: &Spec, scenario: &str) {
 }
 
 /// As [`stand_between_changes`], for what `player` is told to do, which is armed already.
+#[cfg(target_os = "linux")]
 pub fn stand_between_changes_of(player: &mut Actor, commands: &[&str]) {
     if !steps_can_be_seen() {
         return;
@@ -181,6 +188,7 @@ pub fn stand_between_changes_of(player: &mut Actor, commands: &[&str]) {
 }
 
 /// As [`stand_between_changes_of`], for what a process does unasked, as it renews a lease.
+#[cfg(target_os = "linux")]
 pub fn stand_between_changes_of_the_others(player: &mut Actor) {
     if !steps_can_be_seen() {
         return;
@@ -191,6 +199,7 @@ pub fn stand_between_changes_of_the_others(player: &mut Actor) {
 }
 
 /// Looks through what strace saw of a process with steps; says how many there were.
+#[cfg(target_os = "linux")]
 fn check_steps(what: &str, log: &str) -> usize {
     const CHANGES: [&str; 19] = [
         "accept4",

@@ -1,11 +1,14 @@
 //! Lease: every case of the suite, and what is its own.
 
-#![cfg(unix)]
-
-use std::fs::{self, File, Permissions};
+#[cfg(target_os = "linux")]
+use std::fs::Permissions;
+use std::fs::{self, File};
+#[cfg(target_os = "linux")]
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+#[cfg(target_os = "linux")]
+use std::process::Child;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant, SystemTime};
@@ -15,8 +18,11 @@ use lockkit::lease::{
     StoreProfile,
 };
 use lockkit::{CancelToken, ErrorKind, FileLock, Lease, LeaseStatus, Wait};
+#[cfg(target_os = "linux")]
+use lockkit_tests::another_user;
 use lockkit_tests::leases::{self, Terms, forge, left_by_the_dead, line};
-use lockkit_tests::{Actor, Belongings, LIVELY, another_user, suite, until};
+use lockkit_tests::{Actor, Belongings, LIVELY, suite, until};
+#[cfg(target_os = "linux")]
 use rustix::process::Signal;
 use tempfile::TempDir;
 
@@ -102,6 +108,7 @@ fn wait_for_beats(terms: &Terms) {
 }
 
 /// Stops a holder, but not in the middle of a step, which would keep others from theirs for as long.
+#[cfg(target_os = "linux")]
 fn stop(actor: &Actor, terms: &Terms) {
     let is_stopped = || fs::read_to_string(format!("/proc/{}/stat", actor.pid())).unwrap().contains(") T ");
     until("it is stopped between two steps", || {
@@ -308,6 +315,7 @@ fn a_change_of_owner_is_told_once_within_two_seconds() {
     assert_eq!(read(&terms), stranger);
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn a_holder_that_was_stopped_for_longer_than_its_ttl_finds_it_lost_the_moment_it_runs_again() {
     for taken_over in [false, true] {
@@ -343,6 +351,7 @@ fn a_holder_that_was_stopped_for_longer_than_its_ttl_finds_it_lost_the_moment_it
     }
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn a_holder_that_was_stopped_for_less_goes_on() {
     let (_folder, mut terms) = place();
@@ -603,6 +612,7 @@ fn a_record_that_is_cut_or_spoilt_lets_no_waiter_in() {
     }
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn after_a_deletion_whoever_comes_first_has_it_and_its_token_is_greater() {
     let (_folder, terms) = place();
@@ -873,11 +883,13 @@ fn a_file_system_that_turns_read_only_is_tried_until_the_deadline() {
 }
 
 /// Makes system calls of a process fail, until it is dropped: strace(1), at all its threads.
+#[cfg(target_os = "linux")]
 struct Fault {
     strace: Child,
     victim: u32,
 }
 
+#[cfg(target_os = "linux")]
 impl Fault {
     fn at(victim: u32, what: &[&str]) -> Self {
         let calls: Vec<&str> = what.iter().map(|what| what.split_once(':').unwrap().0).collect();
@@ -898,6 +910,7 @@ impl Fault {
     }
 }
 
+#[cfg(target_os = "linux")]
 impl Drop for Fault {
     fn drop(&mut self) {
         lockkit_tests::actor::signal_pid(self.strace.id(), Signal::TERM);
@@ -906,6 +919,7 @@ impl Drop for Fault {
 }
 
 /// Whether there is strace(1), and it may trace; with a word on it where not.
+#[cfg(target_os = "linux")]
 fn faults_can_be_made() -> bool {
     let can = succeeds(Command::new("strace").args(["-f", "-qq", "-o", "/dev/null", "true"]));
     if !can {
@@ -914,6 +928,7 @@ fn faults_can_be_made() -> bool {
     can
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn a_disk_that_cannot_be_read_or_written_is_tried_until_the_deadline() {
     if !faults_can_be_made() {
@@ -937,6 +952,7 @@ fn a_disk_that_cannot_be_read_or_written_is_tried_until_the_deadline() {
     });
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn a_waiter_that_can_be_told_of_nothing_looks_from_time_to_time() {
     if !faults_can_be_made() {
@@ -1000,6 +1016,7 @@ fn a_process_killed_at_any_step_of_a_takeover_a_beat_or_the_making_of_folders_bl
     }
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn without_files_that_have_no_name_one_of_those_who_make_the_record_at_once_wins_too() {
     if !faults_can_be_made() {
@@ -1031,6 +1048,7 @@ fn without_files_that_have_no_name_one_of_those_who_make_the_record_at_once_wins
     assert_eq!(folder.path().read_dir().unwrap().count(), 1, "nothing is left but the record");
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn a_record_that_cannot_be_written_where_no_file_is_without_a_name_is_not_left_half_made() {
     if !faults_can_be_made() {
@@ -1052,6 +1070,7 @@ fn a_record_that_cannot_be_written_where_no_file_is_without_a_name_is_not_left_h
     take(&mut actor, "try");
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn where_the_heartbeat_thread_cannot_start_acquiring_fails_and_nothing_is_held() {
     let Some(user) = another_user() else { return };
@@ -1071,6 +1090,7 @@ fn where_the_heartbeat_thread_cannot_start_acquiring_fails_and_nothing_is_held()
     poor.expect("release", "released");
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn where_no_thread_can_be_had_for_on_lost_the_heartbeat_calls_it_once() {
     let Some(user) = another_user() else { return };
@@ -1236,6 +1256,7 @@ fn a_waiter_that_gave_up_leaves_no_watch() {
     assert_eq!((watches(pid), Belongings::of(pid)), (0, before));
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn links_to_the_record_are_refused_and_paths_through_linked_folders_are_one() {
     let (folder, terms) = place();
@@ -1276,6 +1297,7 @@ fn links_to_the_record_are_refused_and_paths_through_linked_folders_are_one() {
     assert!(Actor::start_lease(&at("fifo")).ask("try").starts_with("error Insecure"));
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn files_of_other_users_are_refused_but_not_roots() {
     let Some(user) = another_user() else { return };
@@ -1304,6 +1326,7 @@ fn files_of_other_users_are_refused_but_not_roots() {
     take(&mut Actor::start_lease_as(&terms, third.uid), "try");
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn the_file_and_its_folders_have_the_modes_asked_for() {
     let (folder, terms) = place();
@@ -1349,7 +1372,7 @@ impl Board {
 
     fn works(&self) -> Result<(), StoreError> {
         match self.is_broken.load(Ordering::Relaxed) {
-            true => Err(StoreError::unknown(std::io::Error::from(rustix::io::Errno::IO))),
+            true => Err(StoreError::unknown(std::io::Error::other("the disk fails"))),
             false => Ok(()),
         }
     }
@@ -1464,4 +1487,19 @@ fn a_broken_store_is_asked_as_often_as_is_said_and_a_lease_outlasts_its_failures
     board.is_broken.store(false, Ordering::Relaxed);
     until("it is renewed", || board.has_done("renewed"));
     guard.release().unwrap();
+}
+
+lockkit_tests::left_out! { "it takes other users, modes of files, links, inotify, or a disk that fails, as Linux has them":
+    a_holder_that_was_stopped_for_longer_than_its_ttl_finds_it_lost_the_moment_it_runs_again,
+    a_holder_that_was_stopped_for_less_goes_on,
+    after_a_deletion_whoever_comes_first_has_it_and_its_token_is_greater,
+    a_disk_that_cannot_be_read_or_written_is_tried_until_the_deadline,
+    a_waiter_that_can_be_told_of_nothing_looks_from_time_to_time,
+    without_files_that_have_no_name_one_of_those_who_make_the_record_at_once_wins_too,
+    a_record_that_cannot_be_written_where_no_file_is_without_a_name_is_not_left_half_made,
+    where_the_heartbeat_thread_cannot_start_acquiring_fails_and_nothing_is_held,
+    where_no_thread_can_be_had_for_on_lost_the_heartbeat_calls_it_once,
+    links_to_the_record_are_refused_and_paths_through_linked_folders_are_one,
+    files_of_other_users_are_refused_but_not_roots,
+    the_file_and_its_folders_have_the_modes_asked_for,
 }

@@ -1,8 +1,9 @@
 //! PidFile: every case of the suite, and what is its own.
 
-#![cfg(unix)]
-
-use std::fs::{self, File, Permissions};
+#[cfg(target_os = "linux")]
+use std::fs::Permissions;
+use std::fs::{self, File};
+#[cfg(target_os = "linux")]
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -17,6 +18,7 @@ suite!(pidfile, lockkit_tests::Kind::PIDFILE);
 /// A pid that the kernel never gives out: its highest is one less.
 const DEAD: u32 = 4_194_304;
 /// The user that the tests act as when they may choose.
+#[cfg(target_os = "linux")]
 const NOBODY: u32 = 65_534;
 /// Longer than a file stays young.
 const OLD: Duration = Duration::from_secs(10);
@@ -106,6 +108,7 @@ impl Drop for Foreign {
     }
 }
 
+#[cfg(target_os = "linux")]
 fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
@@ -144,6 +147,7 @@ fn the_file_names_its_owner_as_long_as_it_is_held_and_is_gone_afterwards() {
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn others_can_read_the_file_unless_told_otherwise() {
     let (_folder, path) = place();
@@ -461,6 +465,7 @@ fn a_file_too_long_to_be_a_pidfile_is_refused_and_not_touched() {
     assert_eq!(fs::metadata(&gigabyte).unwrap().len(), 1 << 30);
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn a_file_that_names_pid_1_is_not_stolen_by_an_unprivileged_user() {
     if !is_root() {
@@ -482,6 +487,7 @@ fn a_file_that_names_pid_1_is_not_stolen_by_an_unprivileged_user() {
     }
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn a_file_that_may_not_be_written_is_an_error_with_its_path_unless_it_names_a_live_owner() {
     if !is_root() {
@@ -504,6 +510,7 @@ fn a_file_that_may_not_be_written_is_an_error_with_its_path_unless_it_names_a_li
     assert!(answer.starts_with("error Held") && answer.contains(&format!("by pid {}", my_pid())), "{answer}");
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn a_folder_that_may_not_be_written_is_an_error_with_the_path() {
     if !is_root() {
@@ -516,6 +523,7 @@ fn a_folder_that_may_not_be_written_is_an_error_with_the_path() {
     assert!(answer.contains("Permission denied"), "{answer}");
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn an_owner_that_may_not_remove_its_file_any_more_leaves_it_blank() {
     if !is_root() {
@@ -566,6 +574,7 @@ fn what_is_no_plain_file_is_refused_at_once() {
     assert!(matches!(lock(&below).try_lock().unwrap_err().kind(), ErrorKind::Io { .. }));
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn a_link_is_refused_and_what_it_leads_to_is_not_touched() {
     let (folder, path) = place();
@@ -616,6 +625,7 @@ fn a_full_disk_is_an_error_and_costs_nobody_anything() {
     }
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn a_small_full_file_system_is_an_error_that_leaves_nothing() {
     let (folder, path) = place();
@@ -834,6 +844,7 @@ fn a_daemon_keeps_its_file_though_the_parent_drops_its_guard_after_the_rewrite()
     }
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn a_daemon_that_is_killed_after_its_fork_is_recovered_from() {
     let (_folder, path) = place();
@@ -940,4 +951,15 @@ fn the_pidfile_of_nginx_is_honoured() {
     assert_eq!(error.owner().unwrap().pid().to_string(), text(&path).trim());
     run(&["-s", "stop"]);
     lock(&path).lock_for(lockkit_tests::LIVELY).unwrap().release().unwrap();
+}
+
+lockkit_tests::left_out! { "it takes other users, modes of files, links, signals or small disks, as Linux has them":
+    others_can_read_the_file_unless_told_otherwise,
+    a_file_that_names_pid_1_is_not_stolen_by_an_unprivileged_user,
+    a_file_that_may_not_be_written_is_an_error_with_its_path_unless_it_names_a_live_owner,
+    a_folder_that_may_not_be_written_is_an_error_with_the_path,
+    an_owner_that_may_not_remove_its_file_any_more_leaves_it_blank,
+    a_link_is_refused_and_what_it_leads_to_is_not_touched,
+    a_small_full_file_system_is_an_error_that_leaves_nothing,
+    a_daemon_that_is_killed_after_its_fork_is_recovered_from,
 }

@@ -1,5 +1,7 @@
 //! Leases on Redis: every case of the suite, every drill, and what is its own.
 
+#![cfg(target_os = "linux")]
+
 use std::io::{Read, Write};
 use std::net::TcpStream;
 
