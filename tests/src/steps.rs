@@ -8,6 +8,7 @@ use std::collections::HashMap;
 
 use lockkit::Wait;
 
+use crate::everywhere::{DELETED, wine_cannot_judge};
 #[cfg(target_os = "linux")]
 use crate::faults::{self, Strace};
 use crate::{Actor, Kind, Spec};
@@ -46,9 +47,13 @@ pub fn kill_at_every_step(kind: Kind) {
         return;
     }
     for scenario in SCENARIOS {
+        if scenario == "followed" && kind.name() == "pidfile" && wine_cannot_judge(DELETED) {
+            continue;
+        }
         let steps = kill_at(kind, scenario, usize::MAX, None).expect("nobody kills it");
         println!("{kind:?} {scenario}: {}", steps.join(", "));
-        assert!(steps.len() >= 3, "hardly a step");
+        // A lock on a file is made at one step, and locked at another; on Linux it is given a mode, too.
+        assert!(steps.len() >= if cfg!(target_os = "linux") { 3 } else { 2 }, "hardly a step");
         for at in 1..=steps.len() {
             // How often a waiter looks again is not the same each time, so there the step is not known.
             let told = (scenario != "waiting").then(|| kind.tells_deaths() && is_written(&steps[..at]));
