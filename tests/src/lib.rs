@@ -153,7 +153,8 @@ pub struct Belongings {
 }
 
 impl Belongings {
-    /// Counts them now, for the process `pid`. Where the system does not tell (not Linux, not Windows) there are none.
+    /// Counts them now, for the process `pid`. Where the system does not tell (not Linux, not
+    /// Windows) all are as many.
     pub fn of(pid: u32) -> Self {
         #[cfg(target_os = "linux")]
         let [descriptors, threads] =
@@ -161,7 +162,7 @@ impl Belongings {
         #[cfg(windows)]
         let (descriptors, threads) = (windows::handles(pid), windows::threads(pid));
         #[cfg(not(any(target_os = "linux", windows)))]
-        let (descriptors, threads) = (0 * pid as usize, 0);
+        let (descriptors, threads) = (pid as usize, 0);
         Self { descriptors, threads }
     }
 

@@ -12,7 +12,9 @@ use std::process::{Child, Command, Stdio};
 use lockkit::{Liveness, Owner, PidFile, PidStatus};
 #[cfg(target_os = "linux")]
 use lockkit_tests::actor::signal_pid;
-use lockkit_tests::{Actor, Spec, program, until};
+#[cfg(target_os = "linux")]
+use lockkit_tests::until;
+use lockkit_tests::{Actor, Spec, program};
 #[cfg(target_os = "linux")]
 use rustix::process::Signal;
 use tempfile::TempDir;

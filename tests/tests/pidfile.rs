@@ -12,9 +12,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use lockkit::{ErrorKind, PidFile, PidStatus};
 use lockkit_tests::everywhere::{DELETED, wine_cannot_judge};
-use lockkit_tests::{Actor, Spec, program, suite};
 #[cfg(target_os = "linux")]
-use lockkit_tests::{until};
+use lockkit_tests::until;
+use lockkit_tests::{Actor, Spec, program, suite};
 use tempfile::TempDir;
 
 suite!(pidfile, lockkit_tests::Kind::PIDFILE);
