@@ -351,6 +351,11 @@ impl Fixture for OfManager {
         }
     }
 
+    fn left_out(&self) -> Option<String> {
+        let is_missing = self.0 == managers::Kind::Shm && !cfg!(target_os = "linux");
+        is_missing.then(|| "tables in shared memory are Linux's".to_owned())
+    }
+
     fn place(&self, _: &str) -> String {
         self.0.fresh().name().to_owned()
     }
