@@ -20,6 +20,7 @@ use lockkit::lease::{
 use lockkit::{CancelToken, ErrorKind, FileLock, Lease, LeaseStatus, Wait};
 #[cfg(target_os = "linux")]
 use lockkit_tests::another_user;
+use lockkit_tests::everywhere::wine_cannot_judge;
 use lockkit_tests::leases::{self, Terms, forge, left_by_the_dead, line};
 use lockkit_tests::{Actor, Belongings, LIVELY, suite, until};
 #[cfg(target_os = "linux")]
@@ -567,6 +568,9 @@ fn wait_for_each_others_ttl(start: fn(&Terms) -> Option<Actor>, is_strange: fn(&
 
 #[test]
 fn a_record_that_is_deleted_cut_spoilt_or_put_back_is_mended_by_its_holder() {
+    if wine_cannot_judge("a file that is open cannot be replaced there") {
+        return;
+    }
     let (_folder, terms) = place();
     let mut holder = Actor::start_lease(&terms);
     let first = take(&mut holder, "try");
@@ -595,6 +599,9 @@ fn a_record_that_is_deleted_cut_spoilt_or_put_back_is_mended_by_its_holder() {
 
 #[test]
 fn a_record_that_is_cut_or_spoilt_lets_no_waiter_in() {
+    if wine_cannot_judge("a file that is open cannot be replaced there") {
+        return;
+    }
     let (_folder, terms) = place();
     let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start_lease(&terms));
     let first = take(&mut holder, "try");
@@ -655,6 +662,9 @@ fn a_record_of_a_later_version_is_left_alone_by_the_holder_and_by_who_wants_it()
 
 #[test]
 fn a_waiter_for_a_record_that_is_replaced_by_a_strangers_waits_for_the_stranger() {
+    if wine_cannot_judge("a file that is open cannot be replaced there") {
+        return;
+    }
     let (_folder, terms) = place();
     let stranger = of_a_stranger(&terms);
     let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start_lease(&terms));
@@ -1003,7 +1013,9 @@ fn a_process_killed_at_any_step_of_a_takeover_a_beat_or_the_making_of_folders_bl
             let answer = victim.ask(if beats { "wait-lost" } else { "try" });
             victim.kill();
             let mut next = Actor::start_lease(&terms);
-            assert!(next.ask("lock-for 5000").starts_with("held "), "{case}, killed at step {step}");
+            // Where a record is made in place, one that its maker left empty counts as held for some seconds.
+            let patience = if cfg!(target_os = "linux") { "lock-for 5000" } else { "lock-for 20000" };
+            assert!(next.ask(patience).starts_with("held "), "{case}, killed at step {step}");
             next.expect("release", "released");
             take(&mut next, "try");
             assert_eq!(terms.path.parent().unwrap().read_dir().unwrap().count(), 1, "{case}: litter after {step}");
@@ -1132,6 +1144,9 @@ fn a_panic_in_on_lost_ends_there() {
 
 #[test]
 fn a_guard_dropped_at_any_moment_of_a_beat_leaves_a_free_record_for_good() {
+    if wine_cannot_judge("each step of a lease takes milliseconds there, and it counts them") {
+        return;
+    }
     let (_folder, terms) = place();
     let lease = terms.builder().ttl(LIVELY).heartbeat(Duration::from_millis(1)).build().unwrap();
     let mut last = 0;
@@ -1146,6 +1161,7 @@ fn a_guard_dropped_at_any_moment_of_a_beat_leaves_a_free_record_for_good() {
     }
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn a_forked_child_holds_nothing_of_its_parents_and_can_hold_its_own() {
     let (folder, terms) = place();
@@ -1162,6 +1178,9 @@ fn a_forked_child_holds_nothing_of_its_parents_and_can_hold_its_own() {
 
 #[test]
 fn a_thousand_leases_dropped_or_killed_at_once_are_all_free() {
+    if wine_cannot_judge("each step of a lease takes milliseconds there, and it counts them") {
+        return;
+    }
     // In memory, for each new record is synced.
     let folder = tempfile::tempdir_in("/dev/shm").unwrap();
     let mut terms = Terms::of(folder.path().join("lease"));
@@ -1209,6 +1228,9 @@ fn a_worker_that_hangs_loses_its_lease_and_one_that_works_keeps_it() {
 
 #[test]
 fn attempts_are_repeated_as_often_and_with_such_pauses_as_is_said() {
+    if wine_cannot_judge("each step of a lease takes milliseconds there, and it counts them") {
+        return;
+    }
     let (folder, terms) = place();
     let pause = Duration::from_millis(20);
     // A file in the place of its folder goes away by itself never, and is told at once.
@@ -1235,12 +1257,14 @@ fn attempts_are_repeated_as_often_and_with_such_pauses_as_is_said() {
 }
 
 /// How many files the process `pid` watches for changes.
+#[cfg(target_os = "linux")]
 fn watches(pid: u32) -> usize {
     let descriptors = fs::read_dir(format!("/proc/{pid}/fdinfo")).unwrap();
     let about = descriptors.filter_map(|descriptor| fs::read_to_string(descriptor.ok()?.path()).ok());
     about.map(|text| text.lines().filter(|line| line.starts_with("inotify ")).count()).sum()
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn a_waiter_that_gave_up_leaves_no_watch() {
     let (_folder, terms) = place();
@@ -1490,6 +1514,8 @@ fn a_broken_store_is_asked_as_often_as_is_said_and_a_lease_outlasts_its_failures
 }
 
 lockkit_tests::left_out! { "it takes other users, modes of files, links, inotify, or a disk that fails, as Linux has them":
+    a_waiter_that_gave_up_leaves_no_watch,
+    a_forked_child_holds_nothing_of_its_parents_and_can_hold_its_own,
     a_holder_that_was_stopped_for_longer_than_its_ttl_finds_it_lost_the_moment_it_runs_again,
     a_holder_that_was_stopped_for_less_goes_on,
     after_a_deletion_whoever_comes_first_has_it_and_its_token_is_greater,
