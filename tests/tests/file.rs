@@ -308,6 +308,9 @@ fn a_waiter_on_a_deleted_file_goes_on_with_the_new_one() {
 
 #[test]
 fn a_deadline_is_one_for_all_the_files_that_the_path_comes_to_name() {
+    if wine_cannot_judge("a file that is open cannot be renamed there") {
+        return;
+    }
     let folder = folder();
     let path = folder.path().join("lock");
     let stop = AtomicBool::new(false);

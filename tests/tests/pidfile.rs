@@ -412,7 +412,8 @@ const INVALID: [&str; 12] =
 #[test]
 fn a_young_invalid_file_is_held_and_an_old_one_taken_over() {
     let (_folder, path) = place();
-    for invalid in INVALID {
+    // One that is above all pids of Linux may be a pid elsewhere.
+    for invalid in INVALID.into_iter().filter(|invalid| cfg!(target_os = "linux") || *invalid != "4194305") {
         write(&path, invalid);
         assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Invalid { age } if age < OLD), "{invalid:?}");
         let error = lock(&path).try_lock().unwrap_err();
