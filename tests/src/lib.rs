@@ -2,7 +2,7 @@
 //!
 //! - [`Kind`] is a kind of lock under test, and [`Spec`] one lock of it, which any process can open from its text.
 //! - [`Actor`] is a second process (the program `actor` of this package) that takes and releases locks as it is told.
-//! - [`mod@everywhere`] has the core of it in a form that runs on every system; the rest is Unix's.
+//! - [`mod@everywhere`] has the core of it by the standard library alone. What else is not Linux's runs on Windows, too.
 //! - [`mod@suite`] has the cases that every kind must pass; [`suite!`] makes tests of them.
 //! - [`mod@tasks`] has the cases of waits in tasks that every kind must pass, and [`task_suite!`] makes tests of them.
 //! - [`mod@managers`] has the tables of locks under test, the cases that every manager must pass, and a second process
