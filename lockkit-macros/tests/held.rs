@@ -491,6 +491,8 @@ fn a_main_that_finds_its_name_held_says_so_and_exits() {
     }
 }
 
+// Instances are Linux's.
+#[cfg(target_os = "linux")]
 #[test]
 fn a_handler_for_second_starts_is_called_when_the_one_for_the_dead_has_returned() {
     const NAME: &str = "lockkit-test-macro-recovered-first";
@@ -530,6 +532,8 @@ fn a_handler_for_second_starts_is_called_when_the_one_for_the_dead_has_returned(
     assert_eq!(*STEPS.lock().unwrap(), ["repair", "repaired", "opened"]);
 }
 
+// Instances are Linux's.
+#[cfg(target_os = "linux")]
 #[test]
 fn a_second_main_hands_its_start_over_to_the_first_and_exits_with_success() {
     const NAME: &str = "lockkit-test-macro-on-second";

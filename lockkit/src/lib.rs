@@ -60,7 +60,7 @@
 
 #[cfg(feature = "tokio")]
 mod awaiting;
-#[cfg(all(unix, feature = "cli"))]
+#[cfg(all(any(target_os = "linux", windows), feature = "cli"))]
 #[doc(hidden)]
 pub mod command;
 mod error;

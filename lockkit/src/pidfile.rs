@@ -395,14 +395,7 @@ impl PidFile {
     fn create(&self) -> Result<Attempt> {
         let failed = |error| Error::io("create", &self.path, error);
         let folder = self.path.parent().unwrap_or(&self.path);
-        let file = match Shielded::new(|| unnamed::file_in(folder, self.mode)) {
-            Err(error) if error.kind() == Io::NotFound && self.create_parents => {
-                DirBuilder::new().recursive(true).mode(0o755).create(folder).map_err(failed)?;
-                step("folders made");
-                Shielded::new(|| unnamed::file_in(folder, self.mode))
-            }
-            made => made,
-        };
+        let file = self.with_parents(|| Shielded::new(|| unnamed::file_in(folder, self.mode)));
         let file = match file {
             Err(error) if error.kind() == Io::Unsupported => return self.create_in_place(),
             file => file.map_err(failed)?,
@@ -422,13 +415,25 @@ impl PidFile {
         Ok(self.guard(file, record, None))
     }
 
+    /// What `make` gives; where the folder is missing and is to be made, after making it.
+    fn with_parents<T>(&self, make: impl Fn() -> io::Result<T>) -> io::Result<T> {
+        match (make(), self.path.parent()) {
+            (Err(error), Some(folder)) if error.kind() == Io::NotFound && self.create_parents => {
+                DirBuilder::new().recursive(true).mode(0o755).create(folder)?;
+                step("folders made");
+                make()
+            }
+            (made, _) => made,
+        }
+    }
+
     /// As [`create`](Self::create), where a file system has no files without a name: others may see it empty, and
     /// killed at that moment the maker leaves it so, which keeps them waiting until it is not [`YOUNG`] any more.
     #[cold]
     fn create_in_place(&self) -> Result<Attempt> {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create_new(true).mode(self.mode);
-        match Shielded::new(|| files::create(&options, &self.path)) {
+        match self.with_parents(|| Shielded::new(|| files::create(&options, &self.path))) {
             Err(error) if error.kind() == Io::AlreadyExists => Ok(Attempt::Replaced),
             Err(error) => Err(Error::io("create", &self.path, error)),
             Ok(file) => {

@@ -15,17 +15,16 @@
 //! | `starve` | `starved`: no descriptor is left; `feed` gives them back |
 //! | `limit-threads N`, or `all` | `limited`: its user may have no more threads from now on; means nothing to root |
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::process::CommandExt;
+use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
 use std::time::Duration;
 
 use lockkit::{ErrorKind, Wait};
 
-use crate::chaos::Dice;
-use crate::kinds::{AnyGuard, AnyLock, Spec};
+use crate::kinds::{AnyGuard, Spec};
 use crate::{LIVELY, program};
 
 /// The handle on an actor; dropping it kills the actor and waits for its end.
@@ -35,6 +34,18 @@ pub struct Actor {
     answers: Receiver<String>,
     /// Commands without an answer so far.
     open: usize,
+    /// Whether it has said that it asks for a lock, and not yet what came of it.
+    asks: Arc<AtomicBool>,
+}
+
+/// What it says before it asks for a lock, where nothing else shows that it waits.
+const ASKS: &str = "asks";
+
+/// To be called before asking for a lock: says so, where nothing else shows that a process waits.
+pub(crate) fn announce() {
+    if !cfg!(target_os = "linux") {
+        println!("{ASKS}");
+    }
 }
 
 impl Actor {
@@ -57,11 +68,13 @@ impl Actor {
     }
 
     /// Starts one as another user, which only root can; see [`another_user`](crate::another_user).
+    #[cfg(target_os = "linux")]
     pub fn start_as(spec: &Spec, uid: u32) -> Self {
         Self::run(as_user(uid, [spec.invite()]))
     }
 
     /// Starts the actor in another part than that of serving a lock: `rogue` is what it does, as the user `uid`.
+    #[cfg(target_os = "linux")]
     pub fn start_rogue(rogue: [&str; 2], uid: u32) -> Self {
         Self::run(as_user(uid, rogue))
     }
@@ -93,6 +106,7 @@ impl Actor {
     }
 
     /// As [`start_lease`](Self::start_lease), as another user, which only root can.
+    #[cfg(target_os = "linux")]
     pub fn start_lease_as(terms: &crate::leases::Terms, uid: u32) -> Self {
         Self::run(as_user(uid, ["lease".to_owned(), terms.to_string()]))
     }
@@ -102,14 +116,17 @@ impl Actor {
         let commands = child.stdin.take();
         let output = BufReader::new(child.stdout.take().expect("a pipe"));
         let (send, answers) = channel();
+        let asks = Arc::new(AtomicBool::new(false));
+        let said = asks.clone();
         std::thread::spawn(move || {
             for line in output.lines().map_while(Result::ok) {
-                if send.send(line).is_err() {
+                said.store(line == ASKS, Ordering::Relaxed);
+                if line != ASKS && send.send(line).is_err() {
                     return;
                 }
             }
         });
-        Self { child, commands, answers, open: 0 }
+        Self { child, commands, answers, open: 0, asks }
     }
 
     /// Its pid.
@@ -147,8 +164,13 @@ impl Actor {
         Some(answer)
     }
 
-    /// Whether it sleeps, and not because it reads a command.
+    /// Whether it sleeps, and not because it reads a command. Where nothing shows that: whether it has begun to ask for
+    /// a lock, a moment ago.
     pub fn waits(&self) -> bool {
+        if !cfg!(target_os = "linux") {
+            // Only so that most are asleep by then.
+            return self.asks.load(Ordering::Relaxed) && crate::sleeps(self.pid(), 0);
+        }
         let pid = self.pid();
         let call = std::fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap_or_default();
         crate::sleeps(pid, pid) && !call.starts_with("0 ") && !call.starts_with("running")
@@ -196,6 +218,7 @@ impl Actor {
     }
 
     /// Sends a signal.
+    #[cfg(unix)]
     pub fn signal(&self, signal: rustix::process::Signal) {
         signal_pid(self.pid(), signal);
     }
@@ -215,15 +238,18 @@ impl Drop for Actor {
 
 /// The actor as another user's command. The program may lie below a folder that the other user cannot enter, so it is
 /// called by a descriptor.
+#[cfg(target_os = "linux")]
 pub(crate) fn as_user<S: AsRef<std::ffi::OsStr>>(uid: u32, arguments: impl IntoIterator<Item = S>) -> Command {
     static FILE: std::sync::OnceLock<std::fs::File> = std::sync::OnceLock::new();
     let file = FILE.get_or_init(|| std::fs::File::open(program("actor")).expect("the actor's file"));
+    use std::os::unix::process::CommandExt;
     let mut command = Command::new(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file)));
     command.args(arguments).uid(uid).gid(uid).current_dir("/").stdin(Stdio::piped()).stdout(Stdio::piped());
     command
 }
 
 /// Sends a signal to any process; one that is gone already is none to worry about.
+#[cfg(unix)]
 pub fn signal_pid(pid: u32, signal: rustix::process::Signal) {
     if let Some(pid) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) {
         let _ = rustix::process::kill_process(pid, signal);
@@ -237,16 +263,19 @@ pub fn serve(spec: &Spec) {
     let mut hoard = Vec::new();
     let mut names = Vec::new();
     for line in crate::commands() {
-        let mut take = |wait: &Wait| match lock.acquire(wait) {
-            Ok(taken) => {
-                let answer = match taken.recovered() {
-                    Some(pid) => format!("held recovered {pid}"),
-                    None => "held".to_owned(),
-                };
-                guard = Some(taken);
-                answer
+        let mut take = |wait: &Wait| {
+            announce();
+            match lock.acquire(wait) {
+                Ok(taken) => {
+                    let answer = match taken.recovered() {
+                        Some(pid) => format!("held recovered {pid}"),
+                        None => "held".to_owned(),
+                    };
+                    guard = Some(taken);
+                    answer
+                }
+                Err(error) => describe(&error),
             }
-            Err(error) => describe(&error),
         };
         let (command, argument) = line.split_once(' ').unwrap_or((&line, ""));
         let answer = match command {
@@ -259,7 +288,9 @@ pub fn serve(spec: &Spec) {
                 None => "error NotHeld".to_owned(),
             },
             "owner" => lock.owner().map_or("owner none".to_owned(), |pid| format!("owner {pid}")),
+            #[cfg(unix)]
             "fork" => {
+                use std::io::Read;
                 let (mut ready, child) = std::io::pipe().expect("a pipe");
                 match fork::fork() {
                     Ok(fork::Fork::Child) => {
@@ -276,6 +307,7 @@ pub fn serve(spec: &Spec) {
                     Err(error) => format!("error fork: {error}"),
                 }
             }
+            #[cfg(unix)]
             "fork-drop" => match fork::fork() {
                 Ok(fork::Fork::Child) => {
                     drop(guard.take());
@@ -289,14 +321,20 @@ pub fn serve(spec: &Spec) {
                 }
                 Err(error) => format!("error fork: {error}"),
             },
+            #[cfg(unix)]
             "fork-often" => fork_often(&*lock),
             "spawn" => {
-                let mut sleep = Command::new("sleep");
-                sleep.arg(LIVELY.as_secs().to_string());
+                let mut sleep = match cfg!(unix) {
+                    true => Command::new("sleep"),
+                    false => Command::new(program("second")),
+                };
+                sleep.arg(if cfg!(unix) { "30" } else { "sleep" });
                 let child = sleep.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
                 format!("spawned {}", child.expect("sleep starts").id())
             }
+            #[cfg(unix)]
             "exec" => {
+                use std::os::unix::process::CommandExt;
                 let mut sleep = Command::new("sleep");
                 format!("error exec: {}", sleep.arg(LIVELY.as_secs().to_string()).stdin(Stdio::null()).exec())
             }
@@ -331,6 +369,7 @@ pub fn serve(spec: &Spec) {
                 }
                 "starved".to_owned()
             }
+            #[cfg(target_os = "linux")]
             "limit-threads" => {
                 crate::faults::limit_threads(argument);
                 "limited".to_owned()
@@ -346,7 +385,8 @@ pub fn serve(spec: &Spec) {
 }
 
 /// Forks at many moments of an acquisition and a release; then the lock must be free, though the children live.
-fn fork_often(lock: &dyn AnyLock) -> String {
+#[cfg(unix)]
+fn fork_often(lock: &dyn crate::kinds::AnyLock) -> String {
     let stop = AtomicBool::new(false);
     let children: Vec<i32> = std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -354,7 +394,7 @@ fn fork_often(lock: &dyn AnyLock) -> String {
                 let _ = lock.acquire(&Wait::at_most(Duration::from_millis(100)));
             }
         });
-        let mut dice = Dice::new(std::process::id().into());
+        let mut dice = crate::chaos::Dice::new(std::process::id().into());
         let children = (0..400)
             .map(|_| {
                 // Only to come at another moment of the other thread.

@@ -124,7 +124,7 @@ impl Place {
 
 /// The program `second`, beside the test that runs.
 fn program() -> PathBuf {
-    crate::program(&format!("second{}", std::env::consts::EXE_SUFFIX))
+    crate::program("second")
 }
 
 /// The handle on a second process; dropping it kills the process.
@@ -339,6 +339,17 @@ pub fn is_wine() -> bool {
     #[cfg(not(windows))]
     false
 }
+
+/// Whether this runs under Wine, and says that a case is left out there, and why. On Windows it runs.
+pub fn wine_cannot_judge(why: &str) -> bool {
+    if is_wine() {
+        println!("left out under Wine: {why}");
+    }
+    is_wine()
+}
+
+/// What Wine does otherwise with files that are deleted.
+pub const DELETED: &str = "a file that is deleted while it is open keeps its name there";
 
 /// Makes a module `$module` with a test for every case, for one kind of lock.
 #[macro_export]

@@ -16,6 +16,7 @@ use lockkit::{
     Result, Scope, Wait,
 };
 
+#[cfg(target_os = "linux")]
 use crate::engines;
 use crate::managers::{self, Table};
 
@@ -163,12 +164,23 @@ impl Fixture for Named {
         self.0
     }
 
+    fn left_out(&self) -> Option<String> {
+        let made = NamedLock::builder("any").scope(self.1).backend(self.2).build();
+        made.err().map(|error| error.to_string())
+    }
+
     fn open(&self, at: &str, _: Option<usize>) -> Box<dyn AnyLock> {
         let lock = NamedLock::builder(at).scope(self.1).backend(self.2).build().expect("a valid name");
         let owner = |lock: &NamedLock| lock.owner().expect("an owner can be asked for").map(|owner| owner.pid());
         Box::new(Any { lock, owner })
     }
 
+    #[cfg(not(target_os = "linux"))]
+    fn files(&self, _: &str) -> Vec<PathBuf> {
+        vec![]
+    }
+
+    #[cfg(target_os = "linux")]
     fn files(&self, at: &str) -> Vec<PathBuf> {
         let user = format!("lockkit-u{}/", rustix::process::geteuid().as_raw());
         let sharing = if self.1 == Scope::User { &*user } else { "lockkit-machine-" };
@@ -179,7 +191,7 @@ impl Fixture for Named {
     }
 
     fn is_fair(&self) -> bool {
-        self.2 != Backend::File
+        self.2 == Backend::Socket
     }
 }
 
@@ -282,12 +294,14 @@ impl Fixture for FileLease {
 
 /// A [`Lease`] on a server. Its ttl is as long as that of a [`FileLease`], for the same reason. The descriptor that it
 /// keeps is a connection.
+#[cfg(target_os = "linux")]
 struct EngineLease {
     name: &'static str,
     /// The URL of a lease of this name on the server that this process shares, which it starts; or why there is none.
     url: fn(name: &str) -> std::result::Result<String, &'static str>,
 }
 
+#[cfg(target_os = "linux")]
 impl Fixture for EngineLease {
     fn name(&self) -> &'static str {
         self.name
@@ -337,6 +351,11 @@ impl Fixture for OfManager {
         }
     }
 
+    fn left_out(&self) -> Option<String> {
+        let is_missing = self.0 == managers::Kind::Shm && !cfg!(target_os = "linux");
+        is_missing.then(|| "tables in shared memory are Linux's".to_owned())
+    }
+
     fn place(&self, _: &str) -> String {
         self.0.fresh().name().to_owned()
     }
@@ -366,14 +385,25 @@ pub struct Kind(&'static dyn Fixture);
 impl Kind {
     pub const NAMED_SOCKET: Self = Self(&Named("named-socket", Scope::User, Backend::Socket));
     pub const MACHINE_SOCKET: Self = Self(&Named("machine-socket", Scope::Machine, Backend::Socket));
+    pub const NAMED_MUTEX: Self = Self(&Named("named-mutex", Scope::User, Backend::Mutex));
+    pub const MACHINE_MUTEX: Self = Self(&Named("machine-mutex", Scope::Machine, Backend::Mutex));
     pub const NAMED_FILE: Self = Self(&Named("named-file", Scope::User, Backend::File));
     pub const MACHINE_FILE: Self = Self(&Named("machine-file", Scope::Machine, Backend::File));
+    /// What a name is locked by where nothing else is asked for.
+    pub const NAMED: Self = match () {
+        _ if cfg!(target_os = "linux") => Self::NAMED_SOCKET,
+        _ if cfg!(windows) => Self::NAMED_MUTEX,
+        _ => Self::NAMED_FILE,
+    };
     pub const FILE: Self = Self(&File { shared: false });
     pub const FILE_SHARED: Self = Self(&File { shared: true });
     pub const PIDFILE: Self = Self(&Pid);
     pub const LEASE: Self = Self(&FileLease);
+    #[cfg(target_os = "linux")]
     pub const ETCD: Self = Self(&EngineLease { name: "etcd", url: engines::etcd::shared_url });
+    #[cfg(target_os = "linux")]
     pub const POSTGRES: Self = Self(&EngineLease { name: "postgres", url: engines::postgres::shared_url });
+    #[cfg(target_os = "linux")]
     pub const REDIS: Self = Self(&EngineLease { name: "redis", url: engines::redis::shared });
     pub const SHM: Self = Self(&OfManager(managers::Kind::Shm));
     pub const FOLDER: Self = Self(&OfManager(managers::Kind::Folder));
@@ -381,17 +411,22 @@ impl Kind {
 }
 
 /// All of them.
-pub const KINDS: [Kind; 14] = [
+pub const KINDS: &[Kind] = &[
     Kind::NAMED_SOCKET,
     Kind::MACHINE_SOCKET,
+    Kind::NAMED_MUTEX,
+    Kind::MACHINE_MUTEX,
     Kind::NAMED_FILE,
     Kind::MACHINE_FILE,
     Kind::FILE,
     Kind::FILE_SHARED,
     Kind::PIDFILE,
     Kind::LEASE,
+    #[cfg(target_os = "linux")]
     Kind::ETCD,
+    #[cfg(target_os = "linux")]
     Kind::POSTGRES,
+    #[cfg(target_os = "linux")]
     Kind::REDIS,
     Kind::SHM,
     Kind::FOLDER,
@@ -439,7 +474,7 @@ impl Spec {
     pub fn parse(text: &str) -> Self {
         let (kind, at) = text.split_once(':').expect("KIND#SEAT:WHERE");
         let (name, seat) = kind.split_once('#').map_or((kind, None), |(name, seat)| (name, seat.parse().ok()));
-        let kind = KINDS.into_iter().find(|known| known.name() == name).expect("a known kind");
+        let kind = KINDS.iter().find(|known| known.name() == name).copied().expect("a known kind");
         Self { kind, at: at.to_owned(), seat, seats: Arc::default() }
     }
 

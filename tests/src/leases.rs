@@ -29,9 +29,8 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use lockkit::{ErrorKind, Lease, LeaseBuilder, LeaseGuard, LossReason, Wait};
-use rustix::process::Signal;
 
-use crate::actor::{describe, signal_pid};
+use crate::actor::{announce, describe};
 use crate::chaos::{Dice, IN, OUT, append, now, read};
 use crate::{Actor, Belongings, LIVELY, program};
 
@@ -114,7 +113,7 @@ pub fn serve(terms: &Terms) {
     let mut guard: Option<LeaseGuard> = None;
     let mut many: Vec<LeaseGuard> = Vec::new();
     for line in crate::commands() {
-        let mut take = |wait: &Wait| match lease.acquire(wait) {
+        let mut take = |wait: &Wait| match (announce(), lease.acquire(wait)).1 {
             Ok(taken) => {
                 let died = taken.recovered().map(|died| died.owner().map_or(0, |owner| owner.pid()));
                 let died = died.map_or(String::new(), |pid| format!(" recovered {pid}"));
@@ -153,6 +152,7 @@ pub fn serve(terms: &Terms) {
                 std::env::set_current_dir(argument).expect("a folder");
                 "gone there".to_owned()
             }
+            #[cfg(target_os = "linux")]
             "limit-threads" => {
                 crate::faults::limit_threads(argument);
                 "limited".to_owned()
@@ -172,6 +172,7 @@ pub fn serve(terms: &Terms) {
                     guard.progress();
                     "noted".to_owned()
                 }
+                #[cfg(unix)]
                 (Some(guard), "fork") => {
                     let other = Terms { path: argument.into(), ..terms.clone() };
                     fork_away(guard, &other, || losses().is_empty())
@@ -184,6 +185,7 @@ pub fn serve(terms: &Terms) {
 }
 
 /// A forked child sees that its copy of `guard` is not held, and takes and keeps the lease `other`.
+#[cfg(unix)]
 fn fork_away(guard: &LeaseGuard, other: &Terms, is_quiet: impl Fn() -> bool) -> String {
     match fork::fork().expect("a process can be forked") {
         fork::Fork::Child => {
@@ -279,8 +281,7 @@ pub fn run(terms: &Terms, span: Duration) -> Tally {
     let kill = |child: &mut Child| {
         child.kill().expect("a child can be killed");
         let status = child.wait().expect("a child can be waited for");
-        let by = std::os::unix::process::ExitStatusExt::signal(&status);
-        assert_eq!(by, Some(9), "a process failed on its own: {status}");
+        assert!(crate::was_killed(status), "a process failed on its own: {status}");
     };
     let mut processes: Vec<Child> = (0..6).map(|_| start(&mut dice)).collect();
     let mut wakes: BTreeMap<Instant, u32> = BTreeMap::new();
@@ -293,7 +294,7 @@ pub fn run(terms: &Terms, span: Duration) -> Tally {
             let pid = entry.remove();
             // A killed one has another in its place, and its pid to nobody yet.
             if processes.iter().any(|process| process.id() == pid) {
-                signal_pid(pid, Signal::CONT);
+                crate::let_go_on(pid);
             }
         }
         // Often the holder.
@@ -305,7 +306,7 @@ pub fn run(terms: &Terms, span: Duration) -> Tally {
             kills += 1;
             processes[victim] = start(&mut dice);
         } else {
-            signal_pid(processes[victim].id(), Signal::STOP);
+            crate::stop(processes[victim].id());
             wakes.insert(Instant::now() + Duration::from_millis(dice.roll(3 * terms.ttl)), processes[victim].id());
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! - [`Kind`] is a kind of lock under test, and [`Spec`] one lock of it, which any process can open from its text.
 //! - [`Actor`] is a second process (the program `actor` of this package) that takes and releases locks as it is told.
-//! - [`mod@everywhere`] has the core of it in a form that runs on every system; the rest is Unix's.
+//! - [`mod@everywhere`] has the core of it by the standard library alone. What else is not Linux's runs on Windows, too.
 //! - [`mod@suite`] has the cases that every kind must pass; [`suite!`] makes tests of them.
 //! - [`mod@tasks`] has the cases of waits in tasks that every kind must pass, and [`task_suite!`] makes tests of them.
 //! - [`mod@managers`] has the tables of locks under test, the cases that every manager must pass, and a second process
@@ -14,41 +14,32 @@
 //! - [`mod@engines`] has the drills of leases on servers; [`drills!`] makes tests of them for one engine.
 //! - [`chaos`] lets a conductor kill and stop many processes at random, and checks the log of who held when.
 
-#[cfg(unix)]
 pub mod actor;
-#[cfg(unix)]
 pub mod chaos;
-#[cfg(unix)]
+#[cfg(target_os = "linux")]
 pub mod engines;
 pub mod everywhere;
-#[cfg(unix)]
+#[cfg(target_os = "linux")]
 pub mod faults;
-#[cfg(unix)]
+#[cfg(target_os = "linux")]
 pub mod instances;
-#[cfg(unix)]
 pub mod kinds;
-#[cfg(unix)]
 pub mod leases;
-#[cfg(unix)]
 pub mod managers;
-#[cfg(unix)]
+#[cfg(target_os = "linux")]
 pub mod rogue;
-#[cfg(unix)]
+#[cfg(target_os = "linux")]
 pub mod servers;
-#[cfg(unix)]
 pub mod steps;
-#[cfg(unix)]
 pub mod suite;
-#[cfg(unix)]
 pub mod tasks;
+#[cfg(windows)]
+mod windows;
 
-#[cfg(unix)]
 pub use actor::Actor;
-#[cfg(unix)]
 pub use kinds::{Kind, Spec};
 
-#[cfg(unix)]
-use std::io::{BufRead, BufReader, IoSliceMut, Read};
+use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -64,7 +55,6 @@ pub fn until(what: &str, mut fact: impl FnMut() -> bool) {
     }
 }
 
-#[cfg(unix)]
 /// Runs a case for a kind of lock, or says why this machine cannot.
 pub fn left_out_or(kind: Kind, case: impl FnOnce(Kind)) {
     match kind.left_out() {
@@ -82,21 +72,37 @@ pub fn left_out(why: impl std::fmt::Display) {
     let _ = writeln!(std::io::stderr(), "left out: {}: {why}", thread.name().unwrap_or_default());
 }
 
+/// Makes a test of each name that says why it is left out, on systems that are not Linux: those whose file has the test
+/// itself for Linux alone.
+#[macro_export]
+macro_rules! left_out {
+    ($why:literal: $($case:ident,)*) => {
+        $(#[test]
+        #[cfg(not(target_os = "linux"))]
+        fn $case() {
+            $crate::left_out($why);
+        })*
+    };
+}
+
 /// The program `name` of this package, beside the test that runs.
 pub fn program(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("a test knows where it is");
-    let folder = test.ancestors().find(|folder| folder.join(name).is_file());
+    let name = format!("{name}{}", std::env::consts::EXE_SUFFIX);
+    let folder = test.ancestors().find(|folder| folder.join(&name).is_file());
     folder.unwrap_or_else(|| panic!("{name} is not built beside {}", test.display())).join(name)
 }
 
-#[cfg(unix)]
-/// The lines of standard input, as the commands of a second process. They are read with `readv`, so that a test can let
-/// each `read` of a lock fail, and no other.
+/// The lines of standard input, as the commands of a second process. On Linux they are read with `readv`, so that a test
+/// can let each `read` of a lock fail, and no other.
 pub fn commands() -> impl Iterator<Item = String> {
     struct Input;
     impl Read for Input {
         fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-            Ok(rustix::io::readv(std::io::stdin(), &mut [IoSliceMut::new(buffer)])?)
+            #[cfg(target_os = "linux")]
+            return Ok(rustix::io::readv(std::io::stdin(), &mut [std::io::IoSliceMut::new(buffer)])?);
+            #[cfg(not(target_os = "linux"))]
+            std::io::stdin().read(buffer)
         }
     }
     BufReader::new(Input).lines().map_while(Result::ok)
@@ -109,7 +115,7 @@ pub fn fresh_name(prefix: &str) -> String {
     format!("{prefix}-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
 }
 
-#[cfg(unix)]
+#[cfg(target_os = "linux")]
 /// A user that nobody else is, for tests in which another one is needed; `None`, with a word on it, where this process
 /// may not act as others. Dropping it takes away what lockkit made for that user.
 pub fn another_user() -> Option<AnotherUser> {
@@ -123,7 +129,7 @@ pub fn another_user() -> Option<AnotherUser> {
     Some(AnotherUser { uid })
 }
 
-#[cfg(unix)]
+#[cfg(target_os = "linux")]
 /// See [`another_user`].
 #[derive(Debug)]
 pub struct AnotherUser {
@@ -131,7 +137,7 @@ pub struct AnotherUser {
     pub uid: u32,
 }
 
-#[cfg(unix)]
+#[cfg(target_os = "linux")]
 impl AnotherUser {
     /// The folders that lockkit uses for this user: that of the file backend, and that of the records in memory.
     pub fn folders(&self) -> [PathBuf; 2] {
@@ -139,7 +145,7 @@ impl AnotherUser {
     }
 }
 
-#[cfg(unix)]
+#[cfg(target_os = "linux")]
 impl Drop for AnotherUser {
     fn drop(&mut self) {
         for folder in self.folders() {
@@ -157,17 +163,18 @@ pub struct Belongings {
 
 impl Belongings {
     /// Counts them now, for the process `pid`. The heartbeat and its deputy, which comes at the first beat, count as one.
+    /// Where the system does not tell (not Linux, not Windows) all are as many.
     pub fn of(pid: u32) -> Self {
-        let list = |folder: &str| std::fs::read_dir(format!("/proc/{pid}/{folder}")).expect("/proc").flatten();
-        let is_of_leases = |thread: &std::fs::DirEntry| {
-            std::fs::read_to_string(thread.path().join("comm")).is_ok_and(|name| name.trim_end() == "lockkit-lease")
-        };
-        let (of_leases, others): (Vec<_>, Vec<_>) = list("task").partition(is_of_leases);
-        let beating = if of_leases.len() == 2 { 1 } else { of_leases.len() };
-        Self { descriptors: list("fd").count(), threads: others.len() + beating }
+        #[cfg(target_os = "linux")]
+        let (descriptors, threads) = counted(pid);
+        #[cfg(windows)]
+        let (descriptors, threads) = (windows::handles(pid), windows::threads(pid));
+        #[cfg(not(any(target_os = "linux", windows)))]
+        let (descriptors, threads) = (pid as usize, 0);
+        Self { descriptors, threads }
     }
 
-    /// How many descriptors it has open.
+    /// How many descriptors it has open, or handles.
     pub fn descriptors(&self) -> usize {
         self.descriptors
     }
@@ -178,16 +185,72 @@ impl Belongings {
     }
 }
 
+#[cfg(target_os = "linux")]
+fn counted(pid: u32) -> (usize, usize) {
+    let list = |folder: &str| std::fs::read_dir(format!("/proc/{pid}/{folder}")).expect("/proc").flatten();
+    let is_of_leases = |thread: &std::fs::DirEntry| {
+        std::fs::read_to_string(thread.path().join("comm")).is_ok_and(|name| name.trim_end() == "lockkit-lease")
+    };
+    let (of_leases, others): (Vec<_>, Vec<_>) = list("task").partition(is_of_leases);
+    let beating = if of_leases.len() == 2 { 1 } else { of_leases.len() };
+    (list("fd").count(), others.len() + beating)
+}
+
 /// Whether a thread of the process `pid` sleeps, as a waiter does.
+#[cfg(target_os = "linux")]
 pub fn sleeps(pid: u32, thread: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/task/{thread}/stat")).unwrap_or_default();
     stat.rsplit(')').next().unwrap_or_default().trim_start().starts_with('S')
 }
 
-#[cfg(unix)]
-/// This thread's id, as `/proc` names it.
+/// Nothing shows it on this system: true, after a moment in which most do. What a test then asks for must hold at any
+/// moment of the waiter.
+#[cfg(not(target_os = "linux"))]
+pub fn sleeps(_pid: u32, _thread: u32) -> bool {
+    std::thread::sleep(Duration::from_millis(10));
+    true
+}
+
+/// This thread's id, as [`sleeps`] wants it.
 pub fn thread_id() -> u32 {
-    rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs()
+    #[cfg(target_os = "linux")]
+    return rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
+    #[cfg(not(target_os = "linux"))]
+    0
+}
+
+/// Has the process `pid` not run from here on, until [`let_go_on`].
+pub fn stop(pid: u32) {
+    #[cfg(unix)]
+    actor::signal_pid(pid, rustix::process::Signal::STOP);
+    #[cfg(windows)]
+    windows::suspend(pid, true);
+}
+
+/// Ends what [`stop`] began.
+pub fn let_go_on(pid: u32) {
+    #[cfg(unix)]
+    actor::signal_pid(pid, rustix::process::Signal::CONT);
+    #[cfg(windows)]
+    windows::suspend(pid, false);
+}
+
+/// Kills a process that was started by one that was started; one that is gone already is none to worry about. Where that
+/// takes a handle, which nobody has of it, it ends by itself.
+pub fn kill_pid(pid: u32) {
+    #[cfg(unix)]
+    actor::signal_pid(pid, rustix::process::Signal::KILL);
+    #[cfg(not(unix))]
+    let _ = pid;
+}
+
+/// Whether a child that has been waited for was killed, and did not end on its own.
+pub fn was_killed(status: std::process::ExitStatus) -> bool {
+    #[cfg(unix)]
+    return std::os::unix::process::ExitStatusExt::signal(&status) == Some(9);
+    // A panic exits with 101.
+    #[cfg(not(unix))]
+    return status.code() == Some(1);
 }
 
 /// Compiles what the pages of the project show. Here and not in lockkit itself, whose package has neither these pages nor

@@ -3,10 +3,13 @@
 //! The steps stand in the library (`lockkit::steps`), so the list is what a run really passes: a scenario is played
 //! once to learn them, and then once more for each, with a kill there.
 
+#[cfg(target_os = "linux")]
 use std::collections::HashMap;
 
 use lockkit::Wait;
 
+use crate::everywhere::{DELETED, wine_cannot_judge};
+#[cfg(target_os = "linux")]
 use crate::faults::{self, Strace};
 use crate::{Actor, Kind, Spec};
 
@@ -26,6 +29,7 @@ pub fn play(spec: &Spec, scenario: &str) {
     println!("ready");
     assert_eq!(next(), "go");
     lockkit::steps::kill_at(kill_at);
+    crate::actor::announce();
     let guard = lock.acquire(&Wait::forever()).expect("the lock");
     if scenario == "followed" {
         println!("held");
@@ -43,9 +47,13 @@ pub fn kill_at_every_step(kind: Kind) {
         return;
     }
     for scenario in SCENARIOS {
+        if scenario == "followed" && kind.name() == "pidfile" && wine_cannot_judge(DELETED) {
+            continue;
+        }
         let steps = kill_at(kind, scenario, usize::MAX, None).expect("nobody kills it");
         println!("{kind:?} {scenario}: {}", steps.join(", "));
-        assert!(steps.len() >= 3, "hardly a step");
+        // A lock on a file is made at one step, and locked at another; on Linux it is given a mode, too.
+        assert!(steps.len() >= if cfg!(target_os = "linux") { 3 } else { 2 }, "hardly a step");
         for at in 1..=steps.len() {
             // How often a waiter looks again is not the same each time, so there the step is not known.
             let told = (scenario != "waiting").then(|| kind.tells_deaths() && is_written(&steps[..at]));
@@ -96,11 +104,15 @@ fn kill_at(kind: Kind, scenario: &str, at: usize, told: Option<bool>) -> Option<
     victim.kill();
     let answer = match scenario {
         "followed" if other.is_busy() => other.answer(),
-        _ => other.ask("lock-for 5000"),
+        // Where a file is made in place, one that its maker left empty counts as held for some seconds.
+        _ => other.ask(if cfg!(target_os = "linux") { "lock-for 5000" } else { "lock-for 20000" }),
     };
     let says = format!("held recovered {}", victim.pid());
     let right = match told {
+        // Where a record is made in place, one that is left empty tells that somebody died, and not who.
+        Some(false) if !cfg!(target_os = "linux") => ["held", "held recovered 0"].contains(&answer.as_str()),
         Some(told) => answer == if told { &says } else { "held" },
+        None if !cfg!(target_os = "linux") && answer == "held recovered 0" => survived.is_none(),
         None => answer == "held" || (survived.is_none() && kind.tells_deaths() && answer == says),
     };
     assert!(right, "{kind:?} {scenario}, killed at step {at}: {answer}, where told: {told:?}");
@@ -111,6 +123,7 @@ fn kill_at(kind: Kind, scenario: &str, at: usize, told: Option<bool>) -> Option<
 }
 
 /// Whether a process can be seen to pass steps; with a word on it where not.
+#[cfg(target_os = "linux")]
 fn steps_can_be_seen() -> bool {
     if !lockkit::steps::ENABLED {
         println!("left out: this build has no steps; they need debug assertions");
@@ -120,6 +133,7 @@ fn steps_can_be_seen() -> bool {
 
 /// Sees that a process that takes and releases a lock passes a step between every two system calls that change
 /// something which others see.
+#[cfg(target_os = "linux")]
 pub fn stand_between_changes(kind: Kind) {
     if !steps_can_be_seen() {
         return;
@@ -132,6 +146,7 @@ pub fn stand_between_changes(kind: Kind) {
 }
 
 /// As [`stand_between_changes`], with a lock that may have been left by somebody, in one scenario.
+#[cfg(target_os = "linux")]
 pub fn stand_between_changes_at(spec: &Spec, scenario: &str) {
     if !steps_can_be_seen() {
         return;
@@ -166,6 +181,7 @@ pub fn stand_between_changes_at(spec: &Spec, scenario: &str) {
 }
 
 /// As [`stand_between_changes`], for what `player` is told to do, which is armed already.
+#[cfg(target_os = "linux")]
 pub fn stand_between_changes_of(player: &mut Actor, commands: &[&str]) {
     if !steps_can_be_seen() {
         return;
@@ -181,6 +197,7 @@ pub fn stand_between_changes_of(player: &mut Actor, commands: &[&str]) {
 }
 
 /// As [`stand_between_changes_of`], for what a process does unasked, as it renews a lease.
+#[cfg(target_os = "linux")]
 pub fn stand_between_changes_of_the_others(player: &mut Actor) {
     if !steps_can_be_seen() {
         return;
@@ -191,6 +208,7 @@ pub fn stand_between_changes_of_the_others(player: &mut Actor) {
 }
 
 /// Looks through what strace saw of a process with steps; says how many there were.
+#[cfg(target_os = "linux")]
 fn check_steps(what: &str, log: &str) -> usize {
     const CHANGES: [&str; 19] = [
         "accept4",

@@ -9,11 +9,12 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use lockkit::{CancelToken, Wait};
-use rustix::process::Signal;
 
-use crate::actor::signal_pid;
+use crate::everywhere::{DELETED, is_wine, wine_cannot_judge};
 use crate::kinds::AnyGuard;
-use crate::{Actor, Belongings, Kind, LIVELY, Spec, chaos, program, sleeps, steps, thread_id, until};
+use crate::{
+    Actor, Belongings, Kind, LIVELY, Spec, chaos, kill_pid, let_go_on, program, sleeps, steps, stop, thread_id, until,
+};
 
 /// Makes a module `$module` with a test for every case of the suite, for one kind of lock.
 #[macro_export]
@@ -54,6 +55,22 @@ macro_rules! suite {
             })*
         }
     };
+}
+
+/// Whether processes can be forked; says so where not.
+pub(crate) fn processes_fork() -> bool {
+    if !cfg!(unix) {
+        println!("left out: there is no fork on this system");
+    }
+    cfg!(unix)
+}
+
+/// Whether descriptors have numbers and a limit that a test can set; says so where not.
+fn descriptors_are_numbers() -> bool {
+    if !cfg!(target_os = "linux") {
+        println!("left out: no descriptor 0, and no limit of descriptors, that a test could set");
+    }
+    cfg!(target_os = "linux")
 }
 
 /// A short wait, for takers that are meant to time out.
@@ -200,11 +217,11 @@ mod cases {
         let [mut holder, mut stopped, mut next] = [(); 3].map(|()| Actor::start(&spec));
         holder.expect("lock", "held");
         give_up(&mut stopped);
-        stopped.signal(Signal::STOP);
+        stop(stopped.pid());
         next.tell_to_wait("lock");
         holder.expect("release", "released");
         assert_eq!(next.answer(), "held");
-        stopped.signal(Signal::CONT);
+        let_go_on(stopped.pid());
         assert!(stopped.ask("try").starts_with("error Held"));
         spec.clean();
     }
@@ -220,17 +237,19 @@ mod cases {
         let folder = tempfile::tempdir().unwrap();
         let counter = folder.path().join("counter");
         std::fs::write(&counter, "0").unwrap();
+        // Under Wine each round takes many times as long.
+        let rounds = if is_wine() { 20 } else { 200 };
         let workers: Vec<_> = (0..10)
             .map(|_| {
                 let mut command = Command::new(program("actor"));
-                command.arg(spec.invite()).arg("stress").arg(&counter).arg("200");
+                command.arg(spec.invite()).arg("stress").arg(&counter).arg(rounds.to_string());
                 command.stdin(Stdio::null()).spawn().unwrap()
             })
             .collect();
         for mut worker in workers {
             assert!(worker.wait().unwrap().success());
         }
-        assert_eq!(std::fs::read_to_string(counter).unwrap(), "2000");
+        assert_eq!(std::fs::read_to_string(counter).unwrap(), (10 * rounds).to_string());
         spec.clean();
     }
 
@@ -239,7 +258,9 @@ mod cases {
     }
 
     pub fn a_forked_child_does_not_inherit_the_lock(kind: Kind) {
-        inherited_by("fork", "forked ", kind);
+        if processes_fork() {
+            inherited_by("fork", "forked ", kind);
+        }
     }
 
     /// The child outlives the release once, and its killed parent once.
@@ -256,7 +277,7 @@ mod cases {
                 holder.kill();
                 if command == "fork" && kind.survives_in_a_forked_child() {
                     assert!(next.ask("try").starts_with("error Held"));
-                    signal_pid(child, Signal::KILL);
+                    kill_pid(child);
                     next.tell("lock");
                     assert_eq!(next.answer(), told(kind, holder.pid()));
                     next.expect("release", "released");
@@ -268,18 +289,24 @@ mod cases {
                 next.expect("try", "held");
             }
             next.expect("release", "released");
-            signal_pid(child, Signal::KILL);
+            kill_pid(child);
         }
         spec.clean();
     }
 
     pub fn children_forked_at_any_moment_do_not_keep_the_lock(kind: Kind) {
+        if !processes_fork() {
+            return;
+        }
         let spec = kind.fresh();
         Actor::start(&spec).expect("fork-often", "free");
         spec.clean();
     }
 
     pub fn a_forked_child_that_drops_the_guard_does_not_release_it(kind: Kind) {
+        if !processes_fork() {
+            return;
+        }
         let spec = kind.fresh();
         let (mut holder, mut next) = (Actor::start(&spec), Actor::start(&spec));
         holder.expect("lock", "held");
@@ -319,8 +346,10 @@ mod cases {
         let lock = spec.open();
         std::thread::scope(|scope| {
             let starter = scope.spawn(|| {
-                for _ in 0..100 {
-                    assert!(Command::new("true").status().unwrap().success());
+                for _ in 0..if is_wine() { 10 } else { 100 } {
+                    let mut started = Command::new(if cfg!(windows) { "cmd" } else { "true" });
+                    started.args(if cfg!(windows) { &["/c", "exit"][..] } else { &[] });
+                    assert!(started.status().unwrap().success());
                 }
             });
             while !starter.is_finished() {
@@ -348,6 +377,9 @@ mod cases {
     }
 
     pub fn descriptor_zero_is_a_lock_like_any_other(kind: Kind) {
+        if !descriptors_are_numbers() {
+            return;
+        }
         let spec = kind.fresh();
         let mut command = Command::new(program("actor"));
         command.arg(spec.invite()).arg("closed-input").stdin(Stdio::null());
@@ -356,6 +388,9 @@ mod cases {
     }
 
     pub fn without_descriptors_the_error_is_clear_and_nothing_is_lost(kind: Kind) {
+        if !descriptors_are_numbers() {
+            return;
+        }
         let spec = kind.fresh();
         let mut starved = Actor::start_with(&spec, |command| {
             // A limit low enough to be reached soon.
@@ -401,9 +436,15 @@ mod cases {
 
     pub fn chaos_never_lets_two_in(kind: Kind) {
         let seconds = std::env::var("LOCKKIT_CHAOS_SECONDS").map_or(20, |text| text.parse().expect("whole seconds"));
+        if kind.name() == "pidfile" && wine_cannot_judge(DELETED) {
+            return;
+        }
         let tally = chaos::run(kind, Duration::from_secs(seconds));
         println!("{kind:?}: {tally:?}");
-        assert!(tally.holds > 100 && tally.kills > 10 && tally.died_inside > 0, "it was no chaos: {tally:?}");
+        // Under Wine starting a process takes so long that there is less of everything.
+        let least = if is_wine() { 10 } else { 100 };
+        let is_chaos = tally.holds > least && tally.kills > 10 && (tally.died_inside > 0 || is_wine());
+        assert!(is_chaos, "it was no chaos: {tally:?}");
     }
 }
 pub use cases::*;
@@ -426,6 +467,7 @@ pub fn count_up(spec: &Spec, counter: &Path, rounds: u32) {
     }
 }
 
+#[cfg(target_os = "linux")]
 /// Closes standard input, so that the lock gets its descriptor, and sees that all is as ever.
 pub fn lock_on_descriptor_zero(spec: &Spec) {
     nix::unistd::close(0).expect("standard input was open");

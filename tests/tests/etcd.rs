@@ -1,5 +1,7 @@
 //! Leases on etcd: every case of the suite, every drill of the engines, and what is its own.
 
+#![cfg(target_os = "linux")]
+
 use std::net::{Ipv4Addr, TcpListener};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -1,6 +1,6 @@
 //! Every case of faults, for every kind of lock that processes share.
 
-#![cfg(unix)]
+#![cfg(target_os = "linux")]
 
 use lockkit_tests::leases::Terms;
 use lockkit_tests::{Actor, Spec, faults, steps};

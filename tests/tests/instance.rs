@@ -1,6 +1,8 @@
 //! Instances of a program: who is first, what a second start hands over, and what becomes of it when somebody ends,
 //! hangs or means ill.
 
+#![cfg(target_os = "linux")]
+
 use std::ffi::OsString;
 use std::io::{IoSlice, Read, Write};
 use std::mem::MaybeUninit;

@@ -1,5 +1,7 @@
 //! Leases on PostgreSQL: every case of the suite, every drill of the engines, and what is its own.
 
+#![cfg(target_os = "linux")]
+
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};

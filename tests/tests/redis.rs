@@ -1,5 +1,7 @@
 //! Leases on Redis: every case of the suite, every drill, and what is its own.
 
+#![cfg(target_os = "linux")]
+
 use lockkit::{ErrorKind, Lease, LeaseStatus, LossReason, Wait};
 use lockkit_tests::engines::redis::Redis;
 use lockkit_tests::engines::{Access, Engine, Security};

@@ -20,8 +20,11 @@ task_suite!(file, lockkit_tests::Kind::FILE);
 task_suite!(shared, lockkit_tests::Kind::FILE_SHARED);
 task_suite!(pidfile, lockkit_tests::Kind::PIDFILE);
 task_suite!(lease, lockkit_tests::Kind::LEASE);
+#[cfg(target_os = "linux")]
 task_suite!(etcd, lockkit_tests::Kind::ETCD, far);
+#[cfg(target_os = "linux")]
 task_suite!(postgres, lockkit_tests::Kind::POSTGRES, far);
+#[cfg(target_os = "linux")]
 task_suite!(redis, lockkit_tests::Kind::REDIS, far);
 task_suite!(shm, lockkit_tests::Kind::SHM);
 task_suite!(folder, lockkit_tests::Kind::FOLDER);

@@ -100,7 +100,7 @@ fn label(kind: Kind) -> &'static str {
 
 /// Those that processes share. A lease tells the same wherever it is kept.
 fn kinds() -> impl Iterator<Item = Kind> {
-    KINDS.into_iter().filter(|kind| !["memory", "etcd", "postgres", "redis"].contains(&kind.name()))
+    KINDS.iter().copied().filter(|kind| !["memory", "etcd", "postgres", "redis"].contains(&kind.name()))
 }
 
 #[test]

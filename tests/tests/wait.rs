@@ -1,13 +1,16 @@
 //! What Wait and CancelToken promise among processes.
 
-#![cfg(unix)]
-
+#[cfg(target_os = "linux")]
 use std::process::exit;
 
+#[cfg(target_os = "linux")]
 use lockkit::{CancelToken, NamedLock, Wait};
+#[cfg(target_os = "linux")]
 use lockkit_tests::{fresh_name, sleeps, thread_id, until};
+#[cfg(target_os = "linux")]
 use rustix::process::{Pid, WaitOptions, waitpid};
 
+#[cfg(target_os = "linux")]
 #[test]
 fn a_token_cancelled_in_a_forked_child_cancels_nothing_in_the_parent() {
     let lock = NamedLock::new(&fresh_name("lockkit-test")).unwrap();
@@ -37,4 +40,8 @@ fn a_token_cancelled_in_a_forked_child_cancels_nothing_in_the_parent() {
         token.cancel();
         assert!(waiter.join().unwrap().is_cancelled());
     });
+}
+
+lockkit_tests::left_out! { "there is no fork on this system":
+    a_token_cancelled_in_a_forked_child_cancels_nothing_in_the_parent,
 }

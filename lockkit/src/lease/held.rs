@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use super::clock::Clock;
 use super::heart::{Heart, Place};
-use super::store::{ClaimId, Deadline, Grant, Released, Renewal, StoreError};
+use super::store::{Attempt, ClaimId, Deadline, Grant, Released, Renewal, StoreError};
 use super::tenure::{LossReason, Next, Tenure};
 use super::{Inner, Loss};
 #[cfg(feature = "tokio")]
@@ -271,10 +271,17 @@ impl Held {
 
     /// Frees what the claim was given, and is never done: the request that asked for it may yet be carried out.
     fn find_and_free(&self, by: Deadline) -> Result<Released, StoreError> {
-        let (store, grant) = (&self.lease.store, &self.grant);
-        match store.look(grant.name(), by)? {
-            Some(seen) if seen.claim() == Some(*grant.claim()) => drop(store.evict(grant.name(), &seen, by)?),
-            _ => {}
+        let (store, name, claim) = (&self.lease.store, self.grant.name(), self.grant.claim());
+        let seen = store.look(name, by)?.and_then(|seen| seen.claim());
+        if seen == Some(*claim) {
+            // The same claim again is the same grant, which knows whether it was taken over from somebody who died.
+            if let Attempt::Granted(mut grant) = store.try_acquire(name, claim, self.grant.ttl(), by)? {
+                match grant.take_recovered() {
+                    None => store.release(&grant, by)?,
+                    // The next one is to be told of it.
+                    Some(_) => store.give_up(&grant, by)?,
+                };
+            }
         }
         Err(StoreError::unknown("the request may yet be carried out"))
     }

@@ -28,7 +28,7 @@
 
 #[cfg(unix)]
 pub(crate) mod clock;
-#[cfg(all(unix, feature = "cli"))]
+#[cfg(all(target_os = "linux", feature = "cli"))]
 pub(crate) mod command;
 #[cfg(target_vendor = "apple")]
 pub(crate) mod darwin;
@@ -66,5 +66,8 @@ pub(crate) mod unnamed;
 pub(crate) mod watch;
 #[cfg(windows)]
 mod windows;
+#[cfg(windows)]
+#[cfg(all(windows, feature = "cli"))]
+pub(crate) use windows::command;
 #[cfg(windows)]
 pub(crate) use windows::{clock, event, fd, files, flock, folder, fork, mutex, process};

@@ -1,24 +1,31 @@
 //! The second process of the tests; see `lockkit_tests::actor`, `chaos` and `steps`.
 
-#[cfg(unix)]
-use lockkit_tests::{Spec, actor, chaos, faults, instances, leases, managers, rogue, steps, tasks};
+use lockkit_tests::{Spec, actor, chaos, leases, managers, steps, tasks};
+#[cfg(target_os = "linux")]
+use lockkit_tests::{faults, instances, rogue};
 
-#[cfg(unix)]
 fn main() {
     // What an instance is called with may be any bytes.
+    #[cfg(target_os = "linux")]
     if std::env::args_os().nth(1).is_some_and(|part| part == "instance") {
         return instances::serve(&std::env::args_os().nth(2).expect("a name"));
     }
     let arguments: Vec<String> = std::env::args().skip(1).collect();
+    #[cfg_attr(not(target_os = "linux"), allow(unused_mut))]
     let mut arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    #[cfg(target_os = "linux")]
     if arguments.first() == Some(&"stormed") {
         faults::raise_a_storm();
         arguments.remove(0);
     }
     match arguments[..] {
+        #[cfg(target_os = "linux")]
         ["squat", name] => rogue::squat(name),
+        #[cfg(target_os = "linux")]
         ["queue", name] => rogue::queue(name),
+        #[cfg(target_os = "linux")]
         ["intrude", place] => instances::intrude(place),
+        #[cfg(target_os = "linux")]
         ["pretend", place] => instances::pretend(place),
         [spec] => actor::serve(&Spec::parse(spec)),
         [spec, "chaos", log, seed] => chaos::take_part(&Spec::parse(spec), log.as_ref(), seed.parse().expect("a seed")),
@@ -30,10 +37,12 @@ fn main() {
         ["lease", terms, "chaos", log, seed] => {
             leases::take_part(&leases::Terms::parse(terms), log.as_ref(), seed.parse().expect("a seed"));
         }
+        #[cfg(target_os = "linux")]
         [spec, "closed", go] => faults::lock_on_the_standard_descriptors(&Spec::parse(spec), go.as_ref()),
         [spec, "tasks", flavor, rounds] => {
             tasks::drop_often(&Spec::parse(spec), flavor, rounds.parse().expect("a number"))
         }
+        #[cfg(target_os = "linux")]
         [spec, "closed-input"] => lockkit_tests::suite::lock_on_descriptor_zero(&Spec::parse(spec)),
         [spec, "steps", scenario] => steps::play(&Spec::parse(spec), scenario),
         _ => panic!(
@@ -41,6 +50,3 @@ fn main() {
         ),
     }
 }
-
-#[cfg(not(unix))]
-fn main() {}

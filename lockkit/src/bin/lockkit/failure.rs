@@ -27,6 +27,7 @@ pub(crate) mod code {
     /// This build or this system cannot do it.
     pub(crate) const UNAVAILABLE: u8 = 69;
     /// The system refused.
+    #[cfg_attr(windows, expect(dead_code, reason = "of processes that cannot be made or waited for"))]
     pub(crate) const OS: u8 = 71;
     /// A file cannot be made.
     pub(crate) const CANNOT_CREATE: u8 = 73;
@@ -95,6 +96,7 @@ impl Failure {
         self.code
     }
 
+    #[cfg(target_os = "linux")]
     pub(crate) fn message(&self) -> &str {
         &self.message
     }

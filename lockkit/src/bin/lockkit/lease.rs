@@ -1,7 +1,7 @@
 //! `lockkit lease`: looks at a lease, and takes it from who has it.
 
 use std::ffi::{OsStr, OsString};
-use std::io::{BufRead, Write};
+use std::io::{BufRead, IsTerminal, Write};
 use std::path::Path;
 
 use lockkit::lease::Seen;
@@ -133,7 +133,7 @@ fn tell(text: &str) -> Outcome {
 
 /// Asks on the terminal. Without one nobody could answer, so that is refused.
 pub(crate) fn confirmed(question: &str) -> Result<bool, Failure> {
-    if !rustix::termios::isatty(rustix::stdio::stdin()) {
+    if !std::io::stdin().is_terminal() {
         let message = format!("{question} There is no terminal to ask on; say so with --yes");
         return Err(Failure::usage(message));
     }

@@ -15,6 +15,7 @@ use crate::failure::{Failure, Outcome, code};
 use crate::look::{self, Kind, Sight, State};
 use crate::paint::{TITLE, paint};
 use crate::place;
+#[cfg(target_os = "linux")]
 use crate::supervise::KEEPER;
 
 /// List the locks that are held: kind, name, state, waiters and holders.
@@ -103,13 +104,27 @@ fn is_own(path: &Path) -> bool {
     ["/tmp/lockkit-u", "/tmp/lockkit-machine-", "/dev/shm/lockkit-u"].iter().any(|own| text.starts_with(own))
 }
 
+/// None, as nothing is usual here.
+#[cfg(not(target_os = "linux"))]
+fn usual_folders() -> [PathBuf; 0] {
+    []
+}
+
+#[cfg(target_os = "linux")]
 fn usual_folders() -> [PathBuf; 3] {
     let uid = rustix::process::geteuid().as_raw();
     ["/run".into(), format!("/run/user/{uid}").into(), "/dev/shm".into()]
 }
 
+/// Nobody tells which files processes keep open here.
+#[cfg(not(target_os = "linux"))]
+fn kept_open() -> [PathBuf; 0] {
+    []
+}
+
 /// The files that may be leases or tables by how processes keep them open: those of lockkit itself, and those with a
 /// lock on a byte.
+#[cfg(target_os = "linux")]
 fn kept_open() -> impl Iterator<Item = PathBuf> {
     let pids = entries(Path::new("/proc")).into_iter().filter(|path| {
         path.file_name()

@@ -4,7 +4,6 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -160,7 +159,8 @@ impl Sight {
     }
 
     fn of_path(kind: Kind, path: &Path, state: State) -> Self {
-        let name_bytes = path.to_str().is_none().then(|| path.as_os_str().as_bytes().to_vec());
+        // Where they are no bytes to the system, they are in the encoding of Rust's library.
+        let name_bytes = path.to_str().is_none().then(|| path.as_os_str().as_encoded_bytes().to_vec());
         Self { name_bytes, ..Self::new(kind, path.display().to_string(), state) }
     }
 
@@ -310,11 +310,19 @@ pub(crate) fn file(path: &Path) -> Result<Sight, Failure> {
 
 /// Tries the lock, shared and for a moment, where nothing shows who may have it.
 fn is_locked_by_somebody_hidden(path: &Path) -> bool {
-    use rustix::fs::{FlockOperation, flock};
     // To open a FIFO would wait for its other end, and a device may do anything when it is opened.
     let is_harmless = std::fs::metadata(path).is_ok_and(|found| found.is_file() || found.is_dir());
     let Some(file) = is_harmless.then(|| File::open(path).ok()).flatten() else { return false };
-    flock(&file, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK)
+    #[cfg(unix)]
+    let tried = rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockShared);
+    #[cfg(unix)]
+    return tried == Err(rustix::io::Errno::WOULDBLOCK);
+    // flock(2) goes by the file, which one that only reads may open; here it is lockkit's own lock.
+    #[cfg(not(unix))]
+    return {
+        drop(file);
+        FileLock::new(path).try_lock_shared().is_err_and(|error| error.is_held())
+    };
 }
 
 /// For as long after its last write a pidfile that names nobody counts as held.

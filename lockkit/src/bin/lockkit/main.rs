@@ -5,15 +5,19 @@
 //! code), `place` (how a lock is named on a command line), `look` (what is known of one lock, as text and as
 //! JSON) and `paint` (colours). Called under the name `flock`, it is flock(1): see `flock`.
 //!
-//! It works on Linux only, for what it does rests on pidfds, signalfd and /proc.
+//! It works on Linux, where it rests on pidfds, signalfd and /proc, and on Windows, where `flock` and `doctor` are not
+//! there.
 
-#[cfg(not(target_os = "linux"))]
-compile_error!("the command `lockkit` (feature `cli`) needs Linux; the library does not");
+#[cfg(not(any(target_os = "linux", windows)))]
+compile_error!("the command `lockkit` (feature `cli`) needs Linux or Windows; the library does not");
 
 mod completions;
+#[cfg(target_os = "linux")]
 mod doctor;
 mod failure;
+#[cfg(target_os = "linux")]
 mod flock;
+mod hold;
 mod lease;
 mod list;
 mod look;
@@ -23,13 +27,13 @@ mod pidfile;
 mod place;
 mod run;
 mod status;
+#[cfg_attr(windows, path = "supervise_windows.rs")]
 mod supervise;
 mod table;
 mod wait;
 mod waiting;
 
 use std::ffi::OsString;
-use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -77,7 +81,16 @@ enum Command {
     Lease(lease::LeaseCommand),
     #[command(subcommand)]
     Table(table::Table),
+    #[cfg(target_os = "linux")]
     Doctor(doctor::Doctor),
+    /// Not on this system: docs/PLATFORM.md says which locks can be trusted where.
+    #[cfg(not(target_os = "linux"))]
+    #[command(hide = true)]
+    Doctor {
+        /// Folders.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
     Completions(completions::Completions),
     Man(man::Man),
 }
@@ -85,11 +98,13 @@ enum Command {
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os();
     let called = arguments.next().unwrap_or_default();
-    if Path::new(&called).file_name().is_some_and(|name| name == "flock") {
+    #[cfg(target_os = "linux")]
+    if std::path::Path::new(&called).file_name().is_some_and(|name| name == "flock") {
         return flock::main(&called, arguments.collect());
     }
     let mut arguments = arguments.peekable();
     // Before clap, which would have a word on `--help` and on what it does not know.
+    #[cfg(target_os = "linux")]
     if arguments.next_if(|first| first == "flock").is_some() {
         return flock::main("flock".as_ref(), arguments.collect());
     }
@@ -152,14 +167,21 @@ impl Command {
     fn carry_out(self) -> Outcome {
         match self {
             Self::Run(run) => run.carry_out(),
+            #[cfg(target_os = "linux")]
             Self::Flock { .. } => Err(Failure::usage("flock is called by its name: lockkit flock FILE COMMAND")),
+            #[cfg(not(target_os = "linux"))]
+            Self::Flock { .. } => Err(Failure::new(code::UNAVAILABLE, "flock(1) is not a command of this system")
+                .example("lockkit run --file backup.lock -- CMD")),
             Self::List(list) => list.carry_out(),
             Self::Status(status) => status.carry_out(),
             Self::Wait(wait) => wait.carry_out(),
             Self::Pidfile(pidfile) => pidfile.carry_out(),
             Self::Lease(lease) => lease.carry_out(),
             Self::Table(table) => table.carry_out(),
+            #[cfg(target_os = "linux")]
             Self::Doctor(doctor) => doctor.carry_out(),
+            #[cfg(not(target_os = "linux"))]
+            Self::Doctor { .. } => Err(Failure::new(code::UNAVAILABLE, "doctor tries what only Linux has")),
             Self::Completions(completions) => completions.carry_out(),
             Self::Man(man) => man.carry_out(),
         }

@@ -1,7 +1,6 @@
 //! How a lock is named on a command line: a name, a path, or the URL of a lease.
 
 use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -43,7 +42,7 @@ impl Place {
         if url(given).is_some() {
             return Ok(Self::Lease(lease(given, |builder| builder)?));
         }
-        if given.as_bytes().contains(&b'/') {
+        if given.as_encoded_bytes().iter().any(|byte| std::path::is_separator(char::from(*byte))) {
             return Ok(Self::Path(given.into()));
         }
         let name = given.to_str().ok_or_else(|| {
@@ -99,9 +98,13 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
 
 #[cfg(test)]
 mod tests {
+    #[cfg(unix)]
+    use std::os::unix::ffi::OsStrExt;
+
     use super::*;
 
     #[test]
+    #[cfg(unix)]
     fn a_lease_is_a_path_or_a_url() {
         let name = |given: &str| {
             let lease = lease(given.as_ref(), |builder| builder);
@@ -120,7 +123,11 @@ mod tests {
         assert!(matches!(Place::parse("file:///srv/leader".as_ref()), Ok(Place::Lease(_))));
         assert!(matches!(Place::parse("./leader".as_ref()), Ok(Place::Path(_))));
         assert!(matches!(Place::parse("leader".as_ref()), Ok(Place::Name(_))));
+        #[cfg(windows)]
+        assert!(matches!(Place::parse("C:\\run\\leader".as_ref()), Ok(Place::Path(_))));
+        #[cfg(unix)]
         assert!(matches!(Place::parse(OsStr::from_bytes(b"/a\xff")), Ok(Place::Path(_))));
+        #[cfg(unix)]
         assert!(Place::parse(OsStr::from_bytes(b"a\xff")).is_err());
     }
 

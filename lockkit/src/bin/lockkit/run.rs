@@ -10,15 +10,17 @@ use std::time::Duration;
 use lockkit::{CancelToken, FileLock, Owner, PidFile, PidStatus, Wait};
 
 use crate::failure::{Failure, Outcome, code, note};
+use crate::hold::{Hold, Job};
 use crate::place::{self, ScopeArgument};
-use crate::supervise::{self, Hold, Job, Signals};
+use crate::supervise::{self, Signals};
 use crate::waiting::{self, Audience};
 
 /// Run a program while holding a lock.
 ///
 /// The exit status is the program's own, or 128 and the number of the signal that ended it. SIGINT, SIGTERM, SIGHUP,
 /// SIGQUIT, SIGUSR1 and SIGUSR2 are passed on to it. The lock is released when the program ends, whatever it leaves
-/// running, and not before: it stays held while the program lives even if lockkit is killed.
+/// running, and not before: it stays held while the program lives even if lockkit is killed. (On Windows Ctrl-C reaches
+/// the program by itself, and when lockkit is killed the program and all that it started end with it.)
 ///
 /// While it waits on a terminal it shows what it waits for and who holds it.
 ///

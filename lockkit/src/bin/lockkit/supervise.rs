@@ -21,15 +21,14 @@
 
 use std::ffi::{CStr, OsString};
 use std::fs::File;
-use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::io::{IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use lockkit::{CancelToken, FileGuard, LeaseGuard, Loss, NamedGuard, Owner, PidGuard, Recovered, command};
+use lockkit::{CancelToken, Loss, command};
 use nix::sys::signal::{SigSet, Signal as NixSignal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
@@ -47,27 +46,10 @@ use rustix::process::{
 };
 
 use crate::failure::{Failure, Outcome, code};
+use crate::hold::{self, Hold, Job};
 
 /// What a process that keeps a lock for a program is called.
 pub(crate) const KEEPER: &CStr = c"lock-keeper";
-
-/// A lock that is held.
-pub(crate) enum Hold {
-    Named(NamedGuard),
-    File(FileGuard),
-    Pidfile(PidGuard),
-    /// With what becomes readable at its loss.
-    Lease(LeaseGuard, LossPipe),
-}
-
-/// What is to be run.
-#[derive(Clone, Copy)]
-pub(crate) struct Job<'r> {
-    pub(crate) command: &'r [OsString],
-    /// How long it may take to end after a loss.
-    pub(crate) grace: Duration,
-    pub(crate) quiet: bool,
-}
 
 /// Brings the reason of a loss, as text.
 pub(crate) struct LossPipe(File);
@@ -80,48 +62,15 @@ pub(crate) fn loss() -> Result<(LossPipe, impl Fn(&Loss) + Send + Sync + use<>),
     }))
 }
 
-impl Hold {
-    pub(crate) fn recovered(&self) -> Option<&Recovered> {
-        match self {
-            Self::Named(guard) => guard.recovered(),
-            Self::File(guard) => guard.recovered(),
-            Self::Pidfile(guard) => guard.recovered(),
-            Self::Lease(guard, _) => guard.recovered(),
+/// A descriptor that keeps the lock, where one does.
+fn descriptor_of(hold: &Hold) -> Result<Option<OwnedFd>, Failure> {
+    match hold {
+        Hold::Named(guard) => Ok(Some(guard.descriptor()?)),
+        Hold::File(guard) => {
+            let copy = guard.file().try_clone().map_err(|error| Failure::io("copy a descriptor", error))?;
+            Ok(Some(copy.into()))
         }
-    }
-
-    /// A descriptor that keeps the lock, where one does.
-    fn descriptor(&self) -> Result<Option<OwnedFd>, Failure> {
-        match self {
-            Self::Named(guard) => Ok(Some(guard.descriptor()?)),
-            Self::File(guard) => {
-                let copy = guard.file().try_clone().map_err(|error| Failure::io("copy a descriptor", error))?;
-                Ok(Some(copy.into()))
-            }
-            Self::Pidfile(_) | Self::Lease(..) => Ok(None),
-        }
-    }
-
-    /// Says that the program holds it.
-    fn name_holder(&mut self, program: &Child, command: &[OsString]) -> Result<(), Failure> {
-        // One that has ended already needs no name.
-        let owner = || Owner::of(program.pid.as_raw_nonzero().get().unsigned_abs());
-        let owner = || owner().map(|owner| owner.with_program(program_name(command)));
-        match self {
-            Self::Named(guard) => owner().iter().for_each(|owner| guard.name_holder(owner)),
-            Self::Pidfile(guard) => owner().iter().try_for_each(|owner| guard.rewrite_for(owner))?,
-            Self::File(_) | Self::Lease(..) => {}
-        }
-        Ok(())
-    }
-
-    fn release(self) -> lockkit::Result<()> {
-        match self {
-            Self::Named(guard) => guard.release(),
-            Self::File(guard) => guard.release(),
-            Self::Pidfile(guard) => guard.release(),
-            Self::Lease(guard, _) => guard.release(),
-        }
+        Hold::Pidfile(_) | Hold::Lease(..) => Ok(None),
     }
 }
 
@@ -252,7 +201,7 @@ fn pipe() -> Result<(File, File), Failure> {
 pub(crate) fn run(mut hold: Hold, signals: Signals, job: Job<'_>) -> Outcome {
     command::wait_for_children();
     let (wait_at_gate, gate) = pipe()?;
-    let descriptor = hold.descriptor()?;
+    let descriptor = descriptor_of(&hold)?;
     let parked = descriptor.as_ref().map(Parked::new).transpose()?;
     let leads = matches!(hold, Hold::Lease(..));
     let me = getpid();
@@ -274,7 +223,7 @@ pub(crate) fn run(mut hold: Hold, signals: Signals, job: Job<'_>) -> Outcome {
         Some(pid) => Child::new(pid)?,
     };
     drop(wait_at_gate);
-    hold.name_holder(&program, job.command)?;
+    hold.name_holder(program.pid.as_raw_nonzero().get().unsigned_abs(), job.command)?;
     let keeper = match descriptor {
         Some(descriptor) => Some(Keeper::start(descriptor, parked.as_ref(), &program, gate)?),
         None => {
@@ -320,26 +269,12 @@ fn become_program(command: &[OsString], hold: &Hold, parked: Option<Parked>, mut
     let [program, arguments @ ..] = command else { return code::USAGE };
     let mut command = Command::new(program);
     command.args(arguments);
-    if let Hold::Lease(guard, _) = hold {
-        command.env("LOCKKIT_TOKEN", guard.token().to_string());
-    }
-    match hold.recovered() {
-        Some(died) => command.env("LOCKKIT_RECOVERED", died.to_string()),
-        None => command.env_remove("LOCKKIT_RECOVERED"),
-    };
+    hold.tell(&mut command);
     signals.unblock();
     let error = lockkit::command::as_given(&mut command).exec();
-    let code = match error.kind() {
-        io::ErrorKind::NotFound => code::NOT_FOUND,
-        _ => code::CANNOT_RUN,
-    };
-    Failure::new(code, format!("cannot run {}: {error}", Path::new(program).display())).show();
-    code
-}
-
-fn program_name(command: &[OsString]) -> String {
-    let name = command.first().map(Path::new).and_then(Path::file_name);
-    name.map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+    let failure = hold::cannot_run(program, &error);
+    failure.show();
+    failure.code()
 }
 
 /// Waits for the program's end, passes signals on to it, and ends it when its lease is lost.

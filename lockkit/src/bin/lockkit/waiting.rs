@@ -3,7 +3,7 @@
 //! The wait itself is one call on the main thread, so that it keeps its place in the queue. A second thread shows it,
 //! and has ended before anything is forked.
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
@@ -22,7 +22,7 @@ pub(crate) enum Audience {
 
 impl Audience {
     pub(crate) fn of(quiet: bool, verbose: bool) -> Self {
-        match rustix::termios::isatty(rustix::stdio::stderr()) {
+        match std::io::stderr().is_terminal() {
             _ if quiet => Self::Nobody,
             true => Self::Terminal,
             false if verbose => Self::Log,

@@ -3,6 +3,7 @@
 //! | module | mechanism |
 //! |---|---|
 //! | [`clock`] | the interrupt time, which goes on during sleep |
+//! | `command` | a job object, and what becomes of Ctrl-C, for the command `lockkit` |
 //! | [`event`] | events, and one wait for handles, cancellation and time |
 //! | [`fd`] | handles by the names of descriptors |
 //! | [`files`] | which file is which, by volume and id; what is being deleted |
@@ -14,6 +15,8 @@
 //! | [`security`] | who this process is, and what it lets others do |
 
 pub(crate) mod clock;
+#[cfg(feature = "cli")]
+pub(crate) mod command;
 pub(crate) mod event;
 pub(crate) mod fd;
 pub(crate) mod files;

@@ -1,0 +1,88 @@
+//! A lock that `lockkit run` holds for its program, on every system.
+
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use lockkit::{FileGuard, LeaseGuard, NamedGuard, Owner, PidGuard, Recovered};
+
+use crate::failure::{Failure, code};
+use crate::supervise::LossPipe;
+
+/// A lock that is held.
+pub(crate) enum Hold {
+    Named(NamedGuard),
+    File(FileGuard),
+    Pidfile(PidGuard),
+    /// With what brings word of its loss.
+    Lease(LeaseGuard, LossPipe),
+}
+
+/// What is to be run.
+#[derive(Clone, Copy)]
+pub(crate) struct Job<'r> {
+    pub(crate) command: &'r [OsString],
+    /// How long it may take to end after a loss.
+    #[cfg_attr(windows, expect(dead_code, reason = "nothing asks a program of Windows to end"))]
+    pub(crate) grace: Duration,
+    pub(crate) quiet: bool,
+}
+
+impl Hold {
+    pub(crate) fn recovered(&self) -> Option<&Recovered> {
+        match self {
+            Self::Named(guard) => guard.recovered(),
+            Self::File(guard) => guard.recovered(),
+            Self::Pidfile(guard) => guard.recovered(),
+            Self::Lease(guard, _) => guard.recovered(),
+        }
+    }
+
+    /// Says that the program with this pid holds it.
+    pub(crate) fn name_holder(&mut self, pid: u32, command: &[OsString]) -> Result<(), Failure> {
+        // One that has ended already needs no name.
+        let owner = || Owner::of(pid).map(|owner| owner.with_program(program_name(command)));
+        match self {
+            Self::Named(guard) => owner().iter().for_each(|owner| guard.name_holder(owner)),
+            Self::Pidfile(guard) => owner().iter().try_for_each(|owner| guard.rewrite_for(owner))?,
+            Self::File(_) | Self::Lease(..) => {}
+        }
+        Ok(())
+    }
+
+    /// Tells the program under which token it runs, and who died before.
+    pub(crate) fn tell(&self, command: &mut Command) {
+        if let Self::Lease(guard, _) = self {
+            command.env("LOCKKIT_TOKEN", guard.token().to_string());
+        }
+        match self.recovered() {
+            Some(died) => command.env("LOCKKIT_RECOVERED", died.to_string()),
+            None => command.env_remove("LOCKKIT_RECOVERED"),
+        };
+    }
+
+    pub(crate) fn release(self) -> lockkit::Result<()> {
+        match self {
+            Self::Named(guard) => guard.release(),
+            Self::File(guard) => guard.release(),
+            Self::Pidfile(guard) => guard.release(),
+            Self::Lease(guard, _) => guard.release(),
+        }
+    }
+}
+
+fn program_name(command: &[OsString]) -> String {
+    let name = command.first().map(Path::new).and_then(Path::file_name);
+    name.map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+/// Why the program does not run, with the exit code that tells so.
+pub(crate) fn cannot_run(program: &OsStr, error: &io::Error) -> Failure {
+    let code = match error.kind() {
+        io::ErrorKind::NotFound => code::NOT_FOUND,
+        _ => code::CANNOT_RUN,
+    };
+    Failure::new(code, format!("cannot run {}: {error}", Path::new(program).display()))
+}

@@ -1,0 +1,98 @@
+//! Looks after the program that `lockkit run` runs, so that the program and the lock end together; for Windows.
+//!
+//! This process holds the lock, and puts itself into a job object, into which all that it starts is born. The only
+//! handle on the job is its own, so when it is killed the system closes the job and ends the program, and whatever that
+//! has started, with it. (A moment lies in between, in which the lock is free and the program not yet gone; what must
+//! not suffer that wants a lease, whose fencing token covers it.) When the program ends by itself the job is told to let
+//! live what it left running, and the lock is released.
+//!
+//! Ctrl-C and Ctrl-Break reach every process of the console by themselves, so here they are passed over: what the
+//! program makes of them ends it, or does not. When the console is closed this waits for the program for as long as the
+//! system lets it.
+//!
+//! A lease that is lost ends the job at once, this process with it: no signal asks a program of Windows to end.
+
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+
+use lockkit::command::{self, Cage};
+use lockkit::{CancelToken, Loss};
+
+use crate::failure::{Failure, Outcome, code};
+use crate::hold::{self, Hold, Job};
+
+/// Brings the reason of a loss, as text.
+pub(crate) struct LossPipe(Receiver<String>);
+
+/// A channel for the loss of a lease, and what writes to it.
+pub(crate) fn loss() -> Result<(LossPipe, impl Fn(&Loss) + Send + Sync + use<>), Failure> {
+    let (send, receive) = channel();
+    Ok((LossPipe(receive), move |loss: &Loss| {
+        let _ = send.send(format!("{} is lost: {}", loss.lock, loss.reason));
+    }))
+}
+
+/// There are no signals; until the program runs, Ctrl-C ends this process, and so the wait for the lock.
+pub(crate) struct Signals(());
+
+impl Signals {
+    pub(crate) fn block() -> Result<Self, Failure> {
+        Ok(Self(()))
+    }
+
+    pub(crate) fn cancelling<T>(&self, _: &CancelToken, wait: impl FnOnce() -> T) -> Result<T, Failure> {
+        Ok(wait())
+    }
+
+    pub(crate) fn first_if(&self, _: bool) -> Option<u8> {
+        None
+    }
+}
+
+/// Does `lead` here: what must end with this process is in its job.
+pub(crate) fn behind(lead: impl FnOnce() -> Outcome) -> Outcome {
+    lead()
+}
+
+/// Runs the program under the lock, releases that, and gives the program's exit code.
+pub(crate) fn run(mut hold: Hold, _: Signals, job: Job<'_>) -> Outcome {
+    let [program, arguments @ ..] = job.command else { return Ok(code::USAGE) };
+    let cage = Cage::around_this_process().map_err(|error| Failure::io("make a job object", error))?;
+    command::pass_over_interrupts().map_err(|error| Failure::io("take note of Ctrl-C", error))?;
+    let mut command = Command::new(program);
+    hold.tell(command.args(arguments));
+    let mut child = match command.spawn() {
+        Ok(child) => child,
+        Err(error) => {
+            cage.open();
+            return Err(hold::cannot_run(program, &error));
+        }
+    };
+    let cage = Arc::new(cage);
+    hold.name_holder(child.id(), job.command)?;
+    let hold = match hold {
+        Hold::Lease(guard, LossPipe(loss)) => {
+            let cage = cage.clone();
+            std::thread::spawn(move || {
+                if let Ok(reason) = loss.recv() {
+                    Failure::new(code::TEMPORARY, format!("{reason}, so the program is ended")).show();
+                    cage.end_all(code::TEMPORARY.into());
+                }
+            });
+            // The sender lives in the lease, which outlives this; nothing is sent to it any more.
+            Hold::Lease(guard, LossPipe(channel().1))
+        }
+        hold => hold,
+    };
+    let ended = child.wait().map_err(|error| Failure::io("wait for the program", error))?;
+    cage.open();
+    let leads = matches!(hold, Hold::Lease(..));
+    match hold.release() {
+        Err(error) if !job.quiet && !leads => Failure::from(error).show(),
+        _ => {}
+    }
+    let code = ended.code().unwrap_or_default();
+    // One that is more than a byte is passed on whole, too.
+    u8::try_from(code).or_else(|_| std::process::exit(code))
+}

@@ -1,0 +1,228 @@
+//! The command `lockkit` on every system that has it: its core, with nothing that only one system has. What is Linux's
+//! stands in `cli.rs`.
+
+#![cfg(any(target_os = "linux", windows))]
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use lockkit::{FileLock, Lease, LeaseStatus, NamedLock, PidFile, PidStatus};
+use serde_json::Value;
+
+/// How long anything may take that must happen: far more than it needs, for machines can be slow.
+const LIVELY: Duration = Duration::from_secs(30);
+
+/// What the program of `run`, which is this very test, is to do.
+const TASK: &str = "LOCKKIT_TEST_TASK";
+
+fn until(what: &str, mut fact: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !fact() {
+        assert!(start.elapsed() < LIVELY, "waited in vain until {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn fresh_name() -> String {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    format!("lockkit-command-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
+}
+
+fn lockkit(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lockkit"));
+    command.args(arguments).stdin(Stdio::null()).env("NO_COLOR", "1");
+    command
+}
+
+fn output(arguments: &[&str]) -> Output {
+    lockkit(arguments).output().expect("lockkit starts")
+}
+
+fn code(arguments: &[&str]) -> i32 {
+    let output = output(arguments);
+    output.status.code().unwrap_or_else(|| panic!("{output:?}"))
+}
+
+fn json(arguments: &[&str]) -> Value {
+    serde_json::from_slice(&output(arguments).stdout).expect("JSON")
+}
+
+/// `lockkit run` with the options `under`, whose program does `task`.
+fn run(under: &[&str], task: &str) -> Command {
+    let mut command = lockkit(&["run"]);
+    command.args(under).arg("--").arg(std::env::current_exe().unwrap());
+    command.args(["the_program", "--exact", "--nocapture"]).env(TASK, task);
+    command
+}
+
+/// Starts one whose program says its pid, and then goes on until it is ended.
+fn held(under: &[&str]) -> (Child, u32) {
+    let mut child = run(under, "stay").stdout(Stdio::piped()).spawn().expect("lockkit starts");
+    let lines = BufReader::new(child.stdout.take().expect("a pipe")).lines();
+    let pid = lines.map_while(Result::ok).find_map(|line| line.split("I am ").nth(1)?.trim().parse().ok());
+    (child, pid.expect("it says its pid"))
+}
+
+fn is_alive(pid: u32) -> bool {
+    lockkit::Owner::of(pid).is_some()
+}
+
+/// No test: what the other tests have `lockkit run` run.
+#[test]
+fn the_program() {
+    match std::env::var(TASK).as_deref() {
+        Ok("stay") => {
+            println!("I am {}", std::process::id());
+            // One that is left over must not stay.
+            std::thread::sleep(LIVELY * 2);
+        }
+        Ok("token") => println!("token={}", std::env::var("LOCKKIT_TOKEN").unwrap_or_default()),
+        Ok(code) => std::process::exit(code.parse().expect("an exit code")),
+        Err(_) => {}
+    }
+}
+
+#[test]
+fn the_exit_code_is_that_of_the_program_and_a_held_name_is_75() {
+    let name = fresh_name();
+    for given in ["0", "3", "200"] {
+        let status = run(&["--name", &name], given).stdout(Stdio::null()).status().unwrap();
+        assert_eq!(status.code(), Some(given.parse().unwrap()));
+    }
+    #[cfg(windows)]
+    assert_eq!(run(&["--name", &name], "259").stdout(Stdio::null()).status().unwrap().code(), Some(259));
+    assert_eq!(code(&["run", "--name", &name, "--", "no-such-program-of-lockkits"]), 127);
+    let guard = NamedLock::new(&name).unwrap().try_lock().unwrap();
+    let refused = run(&["--try", "--name", &name], "0").output().unwrap();
+    assert_eq!(refused.status.code(), Some(75));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains(&format!("pid {}", std::process::id())), "{refused:?}");
+    assert_eq!(run(&["--timeout", "50ms", "--exit-code", "9", "--name", &name], "0").status().unwrap().code(), Some(9));
+    drop(guard);
+    assert_eq!(run(&["--try", "--name", &name], "4").stdout(Stdio::null()).status().unwrap().code(), Some(4));
+}
+
+#[test]
+fn while_the_program_runs_status_names_it_and_wait_waits() {
+    let name = fresh_name();
+    assert_eq!(code(&["status", &name]), 0);
+    let (mut holder, program) = held(&["--name", &name]);
+    assert_eq!(code(&["status", &name]), 1);
+    let seen = json(&["status", &name, "--json"]);
+    assert_eq!(seen["lock"]["state"], "held");
+    assert_eq!(seen["lock"]["holders"][0]["pid"], program);
+    assert_eq!(code(&["wait", &name, "--timeout", "50ms"]), 75);
+    let listed = json(&["list", "--json"]);
+    let names = listed["locks"].as_array().unwrap().iter().map(|lock| lock["name"].as_str().unwrap_or_default());
+    assert!(names.into_iter().any(|listed| listed == name), "{listed}");
+    let mut waits = lockkit(&["wait", &name]).spawn().unwrap();
+    assert!(waits.try_wait().unwrap().is_none());
+    end(program);
+    holder.wait().unwrap();
+    assert_eq!(waits.wait().unwrap().code(), Some(0));
+}
+
+/// Ends any process.
+fn end(pid: u32) {
+    let mut command = match cfg!(windows) {
+        true => Command::new("taskkill"),
+        false => Command::new("kill"),
+    };
+    if cfg!(windows) {
+        command.args(["/F", "/PID", &pid.to_string()]);
+    } else {
+        command.args(["-KILL", &pid.to_string()]);
+    }
+    assert!(command.stdin(Stdio::null()).stdout(Stdio::null()).status().unwrap().success());
+}
+
+/// On Linux the lock outlives the one that was called, and a keeper holds it; on Windows the program ends with it.
+#[test]
+fn when_lockkit_is_killed_the_lock_is_never_free_for_long_while_the_program_lives() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("a.lock");
+    let (mut holder, program) = held(&["--file", file.to_str().unwrap()]);
+    assert!(FileLock::new(&file).try_lock().unwrap_err().is_held());
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+    if cfg!(windows) {
+        until("the program has ended, too", || !is_alive(program));
+    } else {
+        assert!(is_alive(program) && FileLock::new(&file).try_lock().unwrap_err().is_held());
+        end(program);
+    }
+    drop(FileLock::new(&file).lock_for(LIVELY).unwrap());
+}
+
+#[test]
+fn a_pidfile_names_the_program_and_check_tells_its_state() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("app.pid");
+    let text = path.to_str().unwrap();
+    assert_eq!(code(&["pidfile", "check", text]), 0);
+    let (mut holder, program) = held(&["--pidfile", text]);
+    assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Running(owner) if owner.pid() == program));
+    assert_eq!(code(&["pidfile", "check", text]), 1);
+    assert_eq!(code(&["status", text]), 1);
+    end(program);
+    holder.wait().unwrap();
+    assert_eq!(code(&["pidfile", "check", text]), 0);
+    left_by_the_dead(&path, program);
+    assert_eq!(code(&["pidfile", "check", text]), 2);
+    assert_eq!(code(&["pidfile", "clean", text]), 0);
+    assert!(!path.exists());
+}
+
+fn left_by_the_dead(path: &Path, pid: u32) {
+    std::fs::write(path, format!("{pid}\n")).unwrap();
+}
+
+#[test]
+fn a_lease_is_shown_and_its_program_knows_the_token_and_ends_when_it_is_lost() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("leader");
+    let text = path.to_str().unwrap();
+    let told = run(&["--lease", text], "token").output().unwrap();
+    let said = String::from_utf8_lossy(&told.stdout).into_owned();
+    let token = |line: &str| line.split("token=").nth(1)?.trim().parse::<u64>().ok();
+    let first = said.lines().find_map(token).unwrap_or_else(|| panic!("{told:?}"));
+    assert_eq!(code(&["lease", "show", text]), 0);
+    let (mut holder, program) = held(&["--lease", text, "--ttl", "5s", "--grace", "1s"]);
+    let shown = json(&["lease", "show", text, "--json"]);
+    assert_eq!(shown["lock"]["state"], "held");
+    assert!(shown["lock"]["token"].as_u64().unwrap() > first, "{shown}");
+    assert_eq!(code(&["lease", "show", text]), 1);
+    assert_eq!(code(&["lease", "release", text]), 75);
+    assert_eq!(code(&["lease", "steal", text, "--yes"]), 0);
+    until("the program has ended", || !is_alive(program));
+    assert!(!holder.wait().unwrap().success());
+    assert!(matches!(Lease::file(&path).build().unwrap().status().unwrap(), LeaseStatus::Free));
+}
+
+#[test]
+fn a_table_in_a_folder_gives_out_its_numbers() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("table");
+    let text = path.to_str().unwrap();
+    assert_eq!(code(&["table", "create", "--folder", text]), 0);
+    let number = |arguments: &[&str]| String::from_utf8(output(arguments).stdout).unwrap().trim().to_owned();
+    assert_eq!(number(&["table", "allocate", text]), "0");
+    assert_eq!(number(&["table", "allocate", text]), "1");
+    assert_eq!(code(&["table", "free", text, "0"]), 0);
+    assert_ne!(code(&["table", "free", text, "0"]), 0);
+    assert_eq!(code(&["table", "list", text]), 0);
+}
+
+#[cfg(windows)]
+#[test]
+fn what_this_system_does_not_have_is_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let table = folder.path().join("table");
+    for arguments in [&["flock", "-n", "a"][..], &["doctor"], &["table", "create", table.to_str().unwrap()]] {
+        let output = output(arguments);
+        assert_eq!(output.status.code(), Some(69), "{output:?}");
+        assert!(!output.stderr.is_empty());
+    }
+}

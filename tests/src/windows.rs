@@ -1,0 +1,70 @@
+//! What the tests ask of Windows that the standard library does not offer.
+
+#![allow(unsafe_code)]
+
+use std::os::windows::io::{AsRawHandle, FromRawHandle, OwnedHandle};
+
+use windows_sys::Win32::Foundation::{HANDLE, INVALID_HANDLE_VALUE};
+use windows_sys::Win32::System::Diagnostics::ToolHelp::{
+    CreateToolhelp32Snapshot, TH32CS_SNAPTHREAD, THREADENTRY32, Thread32First, Thread32Next,
+};
+use windows_sys::Win32::System::Threading::{
+    GetProcessHandleCount, OpenProcess, PROCESS_QUERY_INFORMATION, PROCESS_SUSPEND_RESUME,
+};
+
+/// A handle on the process `pid`, with the rights `access`.
+fn open(pid: u32, access: u32) -> OwnedHandle {
+    // SAFETY: asks only.
+    let process = unsafe { OpenProcess(access, 0, pid) };
+    assert!(!process.is_null(), "the process {pid} is there: {}", std::io::Error::last_os_error());
+    // SAFETY: just made, and owned by nobody else.
+    unsafe { OwnedHandle::from_raw_handle(process) }
+}
+
+/// How many handles the process has.
+pub(crate) fn handles(pid: u32) -> usize {
+    let process = open(pid, PROCESS_QUERY_INFORMATION);
+    let mut count = 0_u32;
+    // SAFETY: the handle is open, and the answer has a place.
+    let counted = unsafe { GetProcessHandleCount(process.as_raw_handle(), &raw mut count) };
+    assert!(counted != 0, "handles can be counted: {}", std::io::Error::last_os_error());
+    count as usize
+}
+
+/// How many threads it has.
+pub(crate) fn threads(pid: u32) -> usize {
+    // SAFETY: takes a picture of all threads, which is a handle of its own.
+    let picture = unsafe { CreateToolhelp32Snapshot(TH32CS_SNAPTHREAD, 0) };
+    assert!(picture != INVALID_HANDLE_VALUE, "threads can be listed: {}", std::io::Error::last_os_error());
+    // SAFETY: just made, and owned by nobody else.
+    let picture = unsafe { OwnedHandle::from_raw_handle(picture) };
+    let mut entry = THREADENTRY32 { dwSize: size_of::<THREADENTRY32>() as u32, ..Default::default() };
+    // SAFETY: the handle is open, and the entry says how long it is.
+    let mut found = unsafe { Thread32First(picture.as_raw_handle(), &raw mut entry) } != 0;
+    let mut count = 0;
+    while found {
+        count += usize::from(entry.th32OwnerProcessID == pid);
+        // SAFETY: as above.
+        found = unsafe { Thread32Next(picture.as_raw_handle(), &raw mut entry) } != 0;
+    }
+    count
+}
+
+#[link(name = "ntdll")]
+unsafe extern "system" {
+    fn NtSuspendProcess(process: HANDLE) -> i32;
+    fn NtResumeProcess(process: HANDLE) -> i32;
+}
+
+/// Stops all threads of the process, or lets them run again.
+pub(crate) fn suspend(pid: u32, stop: bool) {
+    let process = open(pid, PROCESS_SUSPEND_RESUME);
+    // SAFETY: the handle is open, and has the right that this takes.
+    let status = unsafe {
+        match stop {
+            true => NtSuspendProcess(process.as_raw_handle()),
+            false => NtResumeProcess(process.as_raw_handle()),
+        }
+    };
+    assert!(status >= 0, "a process can be stopped: 0x{status:08x}");
+}
