@@ -100,7 +100,8 @@ fn label(kind: Kind) -> &'static str {
 
 /// Those that processes share. A lease tells the same wherever it is kept.
 fn kinds() -> impl Iterator<Item = Kind> {
-    KINDS.iter().copied().filter(|kind| !["memory", "etcd", "postgres", "redis"].contains(&kind.name()))
+    let is_shared = |kind: &Kind| !["memory", "etcd", "postgres", "redis"].contains(&kind.name());
+    KINDS.iter().copied().filter(is_shared).filter(|kind| kind.left_out().is_none())
 }
 
 #[test]
