@@ -28,6 +28,8 @@ const COSTS: [(&str, &str); 10] = [
 ];
 /// Between these stands the table in README.md.
 const MARKS: [&str; 2] = ["<!-- Costs, written by the bench `verdict`. -->\n", "<!-- End of the costs. -->\n"];
+/// Between these stands in docs/BENCHMARKS.md what somebody has written on how to read it, which is kept.
+const KEPT: [&str; 2] = ["<!-- Written by hand. -->\n", "<!-- End of what is written by hand. -->\n"];
 
 fn main() {
     let rows: Vec<_> = PROGRAMS.into_iter().flat_map(table::kept).collect();
@@ -40,7 +42,11 @@ fn main() {
     println!("{} bounds held, {} behind, {} rows without a bound\n", count("held"), count("behind"), count("-"));
     if std::env::args().any(|argument| argument == "--write") {
         let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/BENCHMARKS.md");
-        fs::write(&page, format!("{}{}", introduction(), table::markdown(&rows))).expect("the page can be written");
+        let text = fs::read_to_string(&page).expect("BENCHMARKS.md is there");
+        let by_hand = text.split_once(KEPT[0]).and_then(|(_, behind)| behind.split_once(KEPT[1]));
+        let by_hand = by_hand.expect("BENCHMARKS.md has its marks").0;
+        let written = format!("{}{}{by_hand}{}\n{}", introduction(), KEPT[0], KEPT[1], table::markdown(&rows));
+        fs::write(&page, written).expect("the page can be written");
         let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md");
         let text = fs::read_to_string(&page).expect("README.md is there");
         let [before, behind] = MARKS.map(|mark| text.split_once(mark).expect("README.md has its marks"));
@@ -82,7 +88,8 @@ fn introduction() -> String {
         output("date", &["-u", "+%Y-%m-%d"]),
         std::thread::available_parallelism().map_or(1, usize::from),
         first("/proc/cpuinfo", "model name"),
-        first("/proc/sys/kernel/osrelease", ""),
+        // Without what its builder added.
+        first("/proc/sys/kernel/osrelease", "").splitn(3, '.').take(2).collect::<Vec<_>>().join("."),
         output("rustc", &["--version"]),
     )
 }

@@ -128,7 +128,8 @@ impl Row {
             None => "-",
         };
         let Self { name, ours, peer, theirs, .. } = self;
-        let ratio = self.ratio().map_or("-".to_owned(), |ratio| format!("{ratio:.2}"));
+        let ratio =
+            self.ratio().filter(|ratio| ratio.is_finite()).map_or("-".to_owned(), |ratio| format!("{ratio:.2}"));
         [name.clone(), ours.to_string(), (*peer).to_owned(), theirs.to_string(), ratio, bound, verdict.to_owned()]
     }
 

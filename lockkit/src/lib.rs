@@ -42,7 +42,7 @@
 //! ```
 //!
 //! The features `etcd`, `postgres` and `redis` bring leases on servers, which [`Lease::connect`] takes by a URL; `cli` brings
-//! the command `lockkit`, which is flock(1), too. All but `macros`, the attribute, are off by default.
+//! the command `lockkit`, which on Linux is flock(1), too. All but `macros`, the attribute, are off by default.
 //!
 //! With the feature `tokio` every lock can be waited for in tasks, too (`acquire_async`, [`AsyncLock`]). With the feature
 //! `tracing` they tell a subscriber what happens to them: debug events when a lock is waited for (`holder`) and acquired
