@@ -119,8 +119,9 @@ impl Doctor {
             Failure::io(format!("look at {}", self.folder.display()), error).example("lockkit doctor /srv/shared")
         })?;
         let filesystem = FileSystem::of(&folder)?;
-        let bench = Bench::new(&folder)?;
+        // First, so that no signal finds the folder and nobody to take it away.
         let (signals, stop) = (Signals::block()?, CancelToken::new());
+        let bench = Bench::new(&folder)?;
         let checks = signals.cancelling(&stop, || bench.checks(&stop))?;
         drop(bench);
         if let Some(signal) = signals.first_if(stop.is_cancelled()) {
