@@ -125,7 +125,8 @@ fn conduct(folder: &Path) -> Result<()> {
     kill_process(stopped, Signal::CONT)?;
     resource.serve(&mut second, usize::MAX)?;
     println!("the number is {}, and no count was lost", resource.number);
-    drop(workers);
+    // It waits again, and would lead once more if the leader were killed before it.
+    workers.get(pid)?.kill()?;
     Ok(())
 }
 
@@ -156,7 +157,7 @@ impl Workers {
 impl Drop for Workers {
     fn drop(&mut self) {
         for worker in &mut self.0 {
-            // One was killed before.
+            // Some were killed before.
             let _ = worker.kill();
             let _ = worker.wait();
         }
