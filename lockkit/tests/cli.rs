@@ -513,7 +513,7 @@ fn what_reads_the_output_of_a_program_waits_for_nobody_else() {
 /// the start no shell can trap.
 fn with_usual_signals(command: &Command) -> Command {
     let mut usual = Command::new("env");
-    usual.arg("--default-signal=INT,QUIT").arg(command.get_program()).args(command.get_args());
+    usual.arg("--default-signal").arg(command.get_program()).args(command.get_args());
     usual.stdin(Stdio::null());
     usual
 }

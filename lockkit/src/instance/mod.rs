@@ -35,9 +35,9 @@ mod wire;
 #[cfg(target_os = "linux")]
 pub use activation::Activation;
 pub use attribute::*;
-#[cfg(target_os = "linux")]
-#[cfg(feature = "tokio")]
+#[cfg(all(target_os = "linux", feature = "tokio"))]
 pub use first::ActivationStream;
+#[cfg(target_os = "linux")]
 pub use first::{Activations, FirstInstance};
 #[cfg(target_os = "linux")]
 pub use second::{Outcome, SecondInstance};
