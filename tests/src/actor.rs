@@ -324,12 +324,7 @@ pub fn serve(spec: &Spec) {
             #[cfg(unix)]
             "fork-often" => fork_often(&*lock),
             "spawn" => {
-                let mut sleep = match cfg!(unix) {
-                    true => Command::new("sleep"),
-                    false => Command::new(program("second")),
-                };
-                sleep.arg(if cfg!(unix) { "30" } else { "sleep" });
-                let child = sleep.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+                let child = crate::sleeper(LIVELY).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
                 format!("spawned {}", child.expect("sleep starts").id())
             }
             #[cfg(unix)]

@@ -2,8 +2,7 @@
 //!
 //! - [`Kind`] is a kind of lock under test, and [`Spec`] one lock of it, which any process can open from its text.
 //! - [`Actor`] is a second process (the program `actor` of this package) that takes and releases locks as it is told.
-//! - [`mod@everywhere`] has the core of it by the standard library alone. What else is not Linux's runs on Windows, too.
-//! - [`mod@suite`] has the cases that every kind must pass; [`suite!`] makes tests of them.
+//! - [`mod@suite`] has the cases that every kind must pass, on every system; [`suite!`] makes tests of them.
 //! - [`mod@tasks`] has the cases of waits in tasks that every kind must pass, and [`task_suite!`] makes tests of them.
 //! - [`mod@managers`] has the tables of locks under test, the cases that every manager must pass, and a second process
 //!   that works on a table as it is told.
@@ -12,13 +11,13 @@
 //! - [`mod@faults`] takes from locks what the system owes them: room, files, processes, uninterrupted sleep.
 //! - [`servers`] starts real servers, and sees that they end.
 //! - [`mod@engines`] has the drills of leases on servers; [`drills!`] makes tests of them for one engine.
+//! - [`wine`] has what Wine does otherwise than Windows, so that it cannot judge every case.
 //! - [`chaos`] lets a conductor kill and stop many processes at random, and checks the log of who held when.
 
 pub mod actor;
 pub mod chaos;
 #[cfg(target_os = "linux")]
 pub mod engines;
-pub mod everywhere;
 #[cfg(target_os = "linux")]
 pub mod faults;
 #[cfg(target_os = "linux")]
@@ -35,12 +34,14 @@ pub mod suite;
 pub mod tasks;
 #[cfg(windows)]
 mod windows;
+pub mod wine;
 
 pub use actor::Actor;
 pub use kinds::{Kind, Spec};
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// How long anything may take that must happen: far more than it needs, for machines can be slow.
@@ -91,6 +92,13 @@ pub fn program(name: &str) -> PathBuf {
     let name = format!("{name}{}", std::env::consts::EXE_SUFFIX);
     let folder = test.ancestors().find(|folder| folder.join(&name).is_file());
     folder.unwrap_or_else(|| panic!("{name} is not built beside {}", test.display())).join(name)
+}
+
+/// A program that does nothing for so long.
+pub fn sleeper(time: Duration) -> Command {
+    let mut command = if cfg!(unix) { Command::new("sleep") } else { Command::new(program("actor")) };
+    command.args((!cfg!(unix)).then_some("sleep")).arg(time.as_secs().to_string()).stdin(Stdio::null());
+    command
 }
 
 /// The lines of standard input, as the commands of a second process. On Linux they are read with `readv`, so that a test

@@ -31,7 +31,7 @@ use lockkit::{
 };
 
 use crate::actor::{announce, describe};
-use crate::everywhere::{DELETED, is_wine, wine_cannot_judge};
+use crate::wine::{DELETED, is_wine, wine_cannot_judge};
 use crate::{Actor, LIVELY};
 
 /// A kind of table.

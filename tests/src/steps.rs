@@ -8,9 +8,9 @@ use std::collections::HashMap;
 
 use lockkit::Wait;
 
-use crate::everywhere::{DELETED, wine_cannot_judge};
 #[cfg(target_os = "linux")]
 use crate::faults::{self, Strace};
+use crate::wine::{DELETED, wine_cannot_judge};
 use crate::{Actor, Kind, Spec};
 
 /// What the victim does. In each it takes the lock and releases it.

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use lockkit::{CancelToken, Wait};
 
-use crate::everywhere::{DELETED, is_wine, wine_cannot_judge};
 use crate::kinds::AnyGuard;
+use crate::wine::{DELETED, is_wine, wine_cannot_judge};
 use crate::{
     Actor, Belongings, Kind, LIVELY, Spec, chaos, kill_pid, let_go_on, program, sleeps, steps, stop, thread_id, until,
 };

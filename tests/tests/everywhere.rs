@@ -1,18 +1,10 @@
-//! The core of the suite on every system, for every kind of lock that all systems have.
+//! What is true on every system, beside the suite.
 
 use std::time::Duration;
 
 use lockkit::{Backend, ErrorKind, NamedLock, PidFile, PidStatus, Scope};
-use lockkit_tests::everywhere::{Place, Second, is_wine};
-use lockkit_tests::{everywhere, fresh_name, until};
-
-everywhere!(named, "named");
-everywhere!(machine, "machine");
-everywhere!(named_file, "named-file");
-everywhere!(file, "file");
-everywhere!(pidfile, "pidfile");
-everywhere!(lease, "lease");
-everywhere!(folder, "folder");
+use lockkit_tests::wine::is_wine;
+use lockkit_tests::{Actor, Kind, fresh_name, until};
 
 #[test]
 fn a_held_pidfile_can_be_read_by_everybody_and_is_gone_after_the_release() {
@@ -34,7 +26,7 @@ fn a_held_pidfile_can_be_read_by_everybody_and_is_gone_after_the_release() {
 fn the_pidfile_of_a_dead_program_is_stale_and_that_of_a_living_one_is_honoured() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("app.pid");
-    let mut other = Second::start(&Place::fresh("file"));
+    let mut other = Actor::start(&Kind::FILE.fresh());
     std::fs::write(&path, format!("{}\n", other.pid())).unwrap();
     assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Running(owner) if owner.pid() == other.pid()));
     assert!(PidFile::new(&path).unwrap().try_lock().unwrap_err().is_held());

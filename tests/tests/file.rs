@@ -16,7 +16,7 @@ use std::time::Duration;
 use lockkit::{CancelToken, Error, ErrorKind, FileLock, Wait};
 #[cfg(target_os = "linux")]
 use lockkit_tests::another_user;
-use lockkit_tests::everywhere::{DELETED, wine_cannot_judge};
+use lockkit_tests::wine::{DELETED, wine_cannot_judge};
 use lockkit_tests::{Actor, Belongings, LIVELY, Spec, sleeps, suite, thread_id, until};
 use tempfile::TempDir;
 

@@ -20,10 +20,10 @@ use lockkit::lease::{
 use lockkit::{CancelToken, ErrorKind, FileLock, Lease, LeaseStatus, Wait};
 #[cfg(target_os = "linux")]
 use lockkit_tests::another_user;
-use lockkit_tests::everywhere::wine_cannot_judge;
 #[cfg(target_os = "linux")]
 use lockkit_tests::leases;
 use lockkit_tests::leases::{Terms, forge, left_by_the_dead, line};
+use lockkit_tests::wine::wine_cannot_judge;
 use lockkit_tests::{Actor, Belongings, LIVELY, suite, until};
 #[cfg(target_os = "linux")]
 use rustix::process::Signal;

@@ -14,7 +14,7 @@ use lockkit::{Liveness, Owner, PidFile, PidStatus};
 use lockkit_tests::actor::signal_pid;
 #[cfg(target_os = "linux")]
 use lockkit_tests::until;
-use lockkit_tests::{Actor, Spec, program};
+use lockkit_tests::{Actor, LIVELY, Spec};
 #[cfg(target_os = "linux")]
 use rustix::process::Signal;
 use tempfile::TempDir;
@@ -46,8 +46,7 @@ fn change(path: &Path, key: &str, value: &str) {
 }
 
 fn sleeper() -> Child {
-    let mut sleep = if cfg!(windows) { Command::new(program("second")) } else { Command::new("sleep") };
-    sleep.arg(if cfg!(windows) { "sleep" } else { "600" }).stdin(Stdio::null()).spawn().unwrap()
+    lockkit_tests::sleeper(LIVELY * 20).spawn().unwrap()
 }
 
 fn end(mut child: Child) {

@@ -11,10 +11,10 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
 use lockkit::{ErrorKind, PidFile, PidStatus};
-use lockkit_tests::everywhere::{DELETED, wine_cannot_judge};
+use lockkit_tests::wine::{DELETED, wine_cannot_judge};
+use lockkit_tests::{Actor, LIVELY, Spec, sleeper, suite};
 #[cfg(target_os = "linux")]
-use lockkit_tests::until;
-use lockkit_tests::{Actor, Spec, program, suite};
+use lockkit_tests::{program, until};
 use tempfile::TempDir;
 
 suite!(pidfile, lockkit_tests::Kind::PIDFILE);
@@ -92,9 +92,7 @@ struct Foreign(Child);
 
 impl Foreign {
     fn start() -> Self {
-        let mut sleep = if cfg!(windows) { Command::new(program("second")) } else { Command::new("sleep") };
-        sleep.arg(if cfg!(windows) { "sleep" } else { "600" });
-        Self(sleep.stdin(Stdio::null()).spawn().unwrap())
+        Self(sleeper(LIVELY * 20).spawn().unwrap())
     }
 
     fn pid(&self) -> u32 {
@@ -190,7 +188,7 @@ fn a_foreign_file_is_honoured_while_its_process_lives_and_taken_over_afterwards(
         let error = lock(&path).try_lock().unwrap_err();
         assert!(error.is_held(), "{error}");
         assert_eq!(error.owner().unwrap().pid(), daemon.pid());
-        assert_eq!(error.owner().unwrap().program(), Some(if cfg!(windows) { "second.exe" } else { "sleep" }));
+        assert_eq!(error.owner().unwrap().program(), Some(if cfg!(windows) { "actor.exe" } else { "sleep" }));
     }
     assert!(lock(&path).lock_for(Duration::from_millis(30)).unwrap_err().is_timeout());
     assert!(!PidFile::remove_stale(&path).unwrap());

@@ -32,6 +32,9 @@ fn main() {
         [spec, "stress", counter, rounds] => {
             lockkit_tests::suite::count_up(&Spec::parse(spec), counter.as_ref(), rounds.parse().expect("a number"));
         }
+        ["sleep", seconds] => {
+            std::thread::sleep(std::time::Duration::from_secs(seconds.parse().expect("a number")));
+        }
         ["table", table] => managers::serve(&managers::Table::parse(table)),
         ["lease", terms] => leases::serve(&leases::Terms::parse(terms)),
         ["lease", terms, "chaos", log, seed] => {
@@ -46,7 +49,7 @@ fn main() {
         [spec, "closed-input"] => lockkit_tests::suite::lock_on_descriptor_zero(&Spec::parse(spec)),
         [spec, "steps", scenario] => steps::play(&Spec::parse(spec), scenario),
         _ => panic!(
-            "actor [stormed] squat NAME | queue NAME | intrude UID/NAME | pretend UID/NAME | instance NAME … | table TABLE | lease TERMS [chaos LOG SEED] | SPEC [chaos LOG SEED | stress COUNTER ROUNDS | tasks FLAVOR ROUNDS | closed-input | closed FILE | steps SCENARIO]"
+            "actor [stormed] sleep SECONDS | squat NAME | queue NAME | intrude UID/NAME | pretend UID/NAME | instance NAME … | table TABLE | lease TERMS [chaos LOG SEED] | SPEC [chaos LOG SEED | stress COUNTER ROUNDS | tasks FLAVOR ROUNDS | closed-input | closed FILE | steps SCENARIO]"
         ),
     }
 }
