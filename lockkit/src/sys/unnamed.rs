@@ -48,7 +48,9 @@ pub(crate) fn is_in_memory(file: &File) -> bool {
 }
 
 #[cfg(not(target_os = "linux"))]
-pub(crate) fn file_in(_: &Path, _: u32) -> io::Result<File> {
+pub(crate) fn file_in(folder: &Path, _: u32) -> io::Result<File> {
+    // A folder that is not there is told first, as where there is such a thing.
+    folder.metadata()?;
     Err(io::ErrorKind::Unsupported.into())
 }
 
