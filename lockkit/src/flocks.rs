@@ -10,6 +10,7 @@
 //! [proc_locks(5)]: https://man7.org/linux/man-pages/man5/proc_locks.5.html
 //! [proc_pid_fdinfo(5)]: https://man7.org/linux/man-pages/man5/proc_pid_fdinfo.5.html
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -64,20 +65,33 @@ pub(crate) fn on(path: &Path) -> std::io::Result<Option<Locked>> {
             locked.pids.push(held.pid);
         }
     }
-    for entry in table.lines().filter_map(parse).filter(|entry| entry.file == file) {
-        match entry.waits {
-            true => locked.waiters += 1,
-            false => {
-                found = true;
-                if locked.pids.is_empty() && entry.pid != 0 {
-                    locked.pids.push(entry.pid);
-                }
-            }
+    let entries: Vec<_> = table.lines().filter_map(parse).filter(|entry| entry.file == file).collect();
+    if let Some(first) = entries.iter().find(|entry| !entry.waits) {
+        found = true;
+        if locked.pids.is_empty() && first.pid != 0 {
+            locked.pids.push(first.pid);
         }
     }
+    locked.waiters = waiters(&entries);
     locked.pids.sort_unstable();
     locked.pids.dedup();
     Ok(found.then_some(locked))
+}
+
+/// How many wait behind the locks on one file. The kernel shows its table a page at a time, and what stood on one page may
+/// come again on the next when the table has changed in between; so of each holder only the longest queue counts.
+fn waiters(entries: &[Entry<'_>]) -> u32 {
+    let mut longest: BTreeMap<u32, u32> = BTreeMap::new();
+    let (mut holder, mut queue) = (0, 0);
+    for entry in entries {
+        match entry.waits {
+            true => queue += 1,
+            false => (holder, queue) = (entry.pid, 0),
+        }
+        let most = longest.entry(holder).or_default();
+        *most = queue.max(*most);
+    }
+    longest.values().sum()
 }
 
 /// The paths of all files that processes which this one may look at keep locked.
@@ -128,5 +142,16 @@ mod tests {
         assert_eq!(parse("2: FLOCK  ADVISORY  WRITE -1 fe:00:131 0 EOF").unwrap().pid, 0);
         assert_eq!(parse("4: OFDLCK ADVISORY  WRITE -1 00:1b:1181278 4096 4096"), None);
         assert_eq!(parse("1: FLOCK"), None);
+    }
+
+    #[test]
+    fn who_is_shown_twice_counts_once() {
+        let table = "1: FLOCK  ADVISORY  READ 42 fe:00:131 0 EOF\n1: -> FLOCK  ADVISORY  WRITE 7 fe:00:131 0 EOF\n\
+                     2: FLOCK  ADVISORY  READ 43 fe:00:131 0 EOF\n2: -> FLOCK  ADVISORY  WRITE 8 fe:00:131 0 EOF\n\
+                     3: FLOCK  ADVISORY  READ 42 fe:00:131 0 EOF\n3: -> FLOCK  ADVISORY  WRITE 7 fe:00:131 0 EOF\n\
+                     3: -> FLOCK  ADVISORY  WRITE 9 fe:00:131 0 EOF";
+        let entries: Vec<_> = table.lines().filter_map(parse).collect();
+        assert_eq!(waiters(&entries), 3);
+        assert_eq!(waiters(&[]), 0);
     }
 }

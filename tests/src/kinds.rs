@@ -9,7 +9,6 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
 
 use lockkit::{
     AsyncLock, Backend, FileLock, Guard, Lease, LeaseBuilder, LockManager, ManagedLock, NamedLock, PidFile, PidStatus,
@@ -334,7 +333,7 @@ impl Fixture for EngineLease {
 }
 
 fn lease(builder: LeaseBuilder) -> Box<dyn AnyLock> {
-    let builder = builder.ttl(crate::LIVELY).heartbeat(Duration::from_secs(2));
+    let builder = builder.ttl(crate::LIVELY).heartbeat(crate::LIVELY / 4);
     let owner = |lease: &Lease| lease.owner().expect("an owner can be asked for").map(|owner| owner.pid());
     Box::new(Any { lock: builder.build().expect("options that go together"), owner })
 }

@@ -173,13 +173,9 @@ impl Belongings {
     /// Counts them now, for the process `pid`. The heartbeat and its deputy, which comes at the first beat, count as one.
     /// Where the system does not tell (not Linux, not Windows) all are as many.
     pub fn of(pid: u32) -> Self {
-        #[cfg(target_os = "linux")]
-        let (descriptors, threads) = counted(pid);
-        #[cfg(windows)]
-        let (descriptors, threads) = (windows::handles(pid), windows::threads(pid));
-        #[cfg(not(any(target_os = "linux", windows)))]
-        let (descriptors, threads) = (pid as usize, 0);
-        Self { descriptors, threads }
+        let names = thread_names(pid);
+        let of_leases = names.iter().filter(|name| *name == "lockkit-lease").count();
+        Self { descriptors: descriptors(pid), threads: names.len() - usize::from(of_leases == 2) }
     }
 
     /// How many descriptors it has open, or handles.
@@ -194,14 +190,33 @@ impl Belongings {
 }
 
 #[cfg(target_os = "linux")]
-fn counted(pid: u32) -> (usize, usize) {
-    let list = |folder: &str| std::fs::read_dir(format!("/proc/{pid}/{folder}")).expect("/proc").flatten();
-    let is_of_leases = |thread: &std::fs::DirEntry| {
-        std::fs::read_to_string(thread.path().join("comm")).is_ok_and(|name| name.trim_end() == "lockkit-lease")
-    };
-    let (of_leases, others): (Vec<_>, Vec<_>) = list("task").partition(is_of_leases);
-    let beating = if of_leases.len() == 2 { 1 } else { of_leases.len() };
-    (list("fd").count(), others.len() + beating)
+fn descriptors(pid: u32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/fd")).expect("/proc").count()
+}
+
+#[cfg(windows)]
+use windows::handles as descriptors;
+
+#[cfg(not(any(target_os = "linux", windows)))]
+fn descriptors(_pid: u32) -> usize {
+    0
+}
+
+/// What the threads of the process `pid` are called. One that has just begun, or is just ending, may have no name; where
+/// the system does not tell there are none.
+#[cfg(target_os = "linux")]
+pub(crate) fn thread_names(pid: u32) -> Vec<String> {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).expect("/proc").flatten();
+    let name = |thread: std::fs::DirEntry| std::fs::read_to_string(thread.path().join("comm")).unwrap_or_default();
+    threads.map(|thread| name(thread).trim_end().to_owned()).collect()
+}
+
+#[cfg(windows)]
+pub(crate) use windows::threads as thread_names;
+
+#[cfg(not(any(target_os = "linux", windows)))]
+pub(crate) fn thread_names(_pid: u32) -> Vec<String> {
+    Vec::new()
 }
 
 /// Whether a thread of the process `pid` sleeps, as a waiter does.

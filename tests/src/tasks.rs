@@ -325,8 +325,7 @@ fn once_waits_have_ended() -> Belongings {
 
 /// How many threads wait for locks on behalf of tasks.
 fn waiting_threads() -> usize {
-    let threads = std::fs::read_dir("/proc/self/task").expect("/proc").flatten();
-    let name = |thread: &std::fs::DirEntry| std::fs::read_to_string(thread.path().join("comm"));
-    // One without a name is just ending.
-    threads.filter(|thread| name(thread).map_or(true, |name| name.trim() == "lockkit-wait")).count()
+    // On Linux one without a name is just beginning, or ending.
+    let waits = |name: &&String| *name == "lockkit-wait" || (cfg!(target_os = "linux") && name.is_empty());
+    crate::thread_names(std::process::id()).iter().filter(waits).count()
 }

@@ -4,12 +4,13 @@
 
 use std::os::windows::io::{AsRawHandle, FromRawHandle, OwnedHandle};
 
-use windows_sys::Win32::Foundation::{HANDLE, INVALID_HANDLE_VALUE};
+use windows_sys::Win32::Foundation::{HANDLE, INVALID_HANDLE_VALUE, LocalFree};
 use windows_sys::Win32::System::Diagnostics::ToolHelp::{
     CreateToolhelp32Snapshot, TH32CS_SNAPTHREAD, THREADENTRY32, Thread32First, Thread32Next,
 };
 use windows_sys::Win32::System::Threading::{
-    GetProcessHandleCount, OpenProcess, PROCESS_QUERY_INFORMATION, PROCESS_SUSPEND_RESUME,
+    GetProcessHandleCount, GetThreadDescription, OpenProcess, OpenThread, PROCESS_QUERY_INFORMATION,
+    PROCESS_SUSPEND_RESUME, THREAD_QUERY_LIMITED_INFORMATION,
 };
 
 /// A handle on the process `pid`, with the rights `access`.
@@ -31,8 +32,8 @@ pub(crate) fn handles(pid: u32) -> usize {
     count as usize
 }
 
-/// How many threads it has.
-pub(crate) fn threads(pid: u32) -> usize {
+/// The names of its threads; of those that have none, an empty one.
+pub(crate) fn threads(pid: u32) -> Vec<String> {
     // SAFETY: takes a picture of all threads, which is a handle of its own.
     let picture = unsafe { CreateToolhelp32Snapshot(TH32CS_SNAPTHREAD, 0) };
     assert!(picture != INVALID_HANDLE_VALUE, "threads can be listed: {}", std::io::Error::last_os_error());
@@ -41,13 +42,36 @@ pub(crate) fn threads(pid: u32) -> usize {
     let mut entry = THREADENTRY32 { dwSize: size_of::<THREADENTRY32>() as u32, ..Default::default() };
     // SAFETY: the handle is open, and the entry says how long it is.
     let mut found = unsafe { Thread32First(picture.as_raw_handle(), &raw mut entry) } != 0;
-    let mut count = 0;
+    let mut names = Vec::new();
     while found {
-        count += usize::from(entry.th32OwnerProcessID == pid);
+        if entry.th32OwnerProcessID == pid {
+            names.push(name_of(entry.th32ThreadID).unwrap_or_default());
+        }
         // SAFETY: as above.
         found = unsafe { Thread32Next(picture.as_raw_handle(), &raw mut entry) } != 0;
     }
-    count
+    names
+}
+
+/// What a thread is called, if it is still there.
+fn name_of(thread: u32) -> Option<String> {
+    // SAFETY: asks only.
+    let handle = unsafe { OpenThread(THREAD_QUERY_LIMITED_INFORMATION, 0, thread) };
+    // SAFETY: just made, and owned by nobody else.
+    let handle = (!handle.is_null()).then(|| unsafe { OwnedHandle::from_raw_handle(handle) })?;
+    let mut name = std::ptr::null_mut();
+    // SAFETY: the handle is open, and the answer has a place.
+    let found = unsafe { GetThreadDescription(handle.as_raw_handle(), &raw mut name) };
+    if found < 0 || name.is_null() {
+        return None;
+    }
+    // SAFETY: a text that ends with a zero, and that is this function's to free.
+    unsafe {
+        let length = (0..).take_while(|at| *name.add(*at) != 0).count();
+        let text = String::from_utf16_lossy(std::slice::from_raw_parts(name, length));
+        LocalFree(name.cast());
+        Some(text)
+    }
 }
 
 #[link(name = "ntdll")]

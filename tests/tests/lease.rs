@@ -379,7 +379,9 @@ fn whoever_finds_itself_holding_is_never_one_of_two_however_long_it_was_stopped(
     let seconds = std::env::var("LOCKKIT_CHAOS_SECONDS").map_or(10, |text| text.parse().expect("whole seconds"));
     let tally = leases::run(&terms, Duration::from_secs(seconds));
     println!("{tally:?}");
-    assert!(tally.holds > 20 && tally.losses > 3 && tally.kills > 10, "it was no chaos: {tally:?}");
+    // Under Wine starting a process takes so long that there is less of everything.
+    let least = if is_wine() { 1 } else { 10 };
+    assert!(tally.holds > 2 * least && tally.losses > least / 3 && tally.kills > least, "it was no chaos: {tally:?}");
 }
 
 #[test]
@@ -1015,8 +1017,10 @@ fn a_process_killed_at_any_step_of_a_takeover_a_beat_or_the_making_of_folders_bl
             let terms = Terms { heartbeat: 10, ..Terms::of(folder.path().join("a/b/lease")) };
             let mut victim = Actor::start_lease(&terms);
             prepare(&mut victim, &terms);
-            victim.expect(&format!("kill-at {step}"), "armed");
             let beats = case.contains("beat");
+            // A beat may come, and with it the step, before it has said so.
+            let armed = victim.ask(&format!("kill-at {step}"));
+            assert!(armed == "armed" || (beats && armed == "gone"), "{armed}");
             let answer = victim.ask(if beats { "wait-lost" } else { "try" });
             victim.kill();
             let mut next = Actor::start_lease(&terms);
@@ -1215,6 +1219,9 @@ fn a_thousand_leases_dropped_or_killed_at_once_are_all_free() {
 
 #[test]
 fn a_worker_that_hangs_loses_its_lease_and_one_that_works_keeps_it() {
+    if wine_cannot_judge("each step of a lease takes milliseconds there, so that a waiter may keep a beat out") {
+        return;
+    }
     let (_folder, mut terms) = place();
     terms.progress = 500;
     let [mut worker, mut next] = [(); 2].map(|()| Actor::start_lease(&terms));

@@ -92,7 +92,7 @@ fn waited(told: &Told) -> f64 {
 /// What the field `kind` says of these.
 fn label(kind: Kind) -> &'static str {
     match kind.name() {
-        "named-socket" | "machine-socket" | "named-file" | "machine-file" => "named",
+        "named-socket" | "machine-socket" | "named-mutex" | "machine-mutex" | "named-file" | "machine-file" => "named",
         "file" | "file-shared" => "file",
         other => other,
     }
