@@ -165,7 +165,7 @@ impl World {
             places.push(own);
         }
         if places.iter().any(|place| program("actor").starts_with(place)) {
-            println!("left out: the programs of the tests lie where this test would mount something else");
+            crate::left_out("the programs of the tests lie where this test would mount something else");
             return None;
         }
         let mounts = places.iter().map(|place| {
@@ -180,7 +180,7 @@ impl World {
         let stays = keeper.stdin.take()?;
         if line != "mounted\n" {
             let _ = keeper.wait();
-            println!("left out: this machine does not let the test mount file systems of its own");
+            crate::left_out("this machine does not let the test mount file systems of its own");
             return None;
         }
         Some(Self { keeper, _stays: stays, places })
@@ -420,7 +420,7 @@ pub(crate) fn calls_can_fail() -> bool {
     strace.args(["-f", "-qq", "-o", "/dev/null", "-e", "inject=flock:error=EINTR", "true"]).stderr(Stdio::null());
     let can = strace.status().is_ok_and(|status| status.success());
     if !can {
-        println!("left out: strace is not here, or may not trace");
+        crate::left_out("strace is not here, or may not trace");
     }
     can
 }

@@ -558,7 +558,7 @@ mod shared_cases {
 
     #[cfg(not(unix))]
     pub fn a_table_has_the_same_modes_whatever_the_umask(_: Kind) {
-        println!("left out: files have no modes on this system");
+        crate::left_out("files have no modes on this system");
     }
 
     #[cfg(unix)]
@@ -672,7 +672,7 @@ mod shared_cases {
             return;
         }
         if !lockkit::steps::ENABLED {
-            println!("left out: this build has no steps to be killed at; they need debug assertions");
+            crate::left_out("this build has no steps to be killed at; they need debug assertions");
             return;
         }
         for command in ["allocate", "allocate-at 65", "free 0"] {

@@ -43,7 +43,7 @@ pub fn play(spec: &Spec, scenario: &str) {
 /// Kills a process at every step in every scenario.
 pub fn kill_at_every_step(kind: Kind) {
     if !lockkit::steps::ENABLED {
-        println!("left out: this build has no steps to be killed at; they need debug assertions");
+        crate::left_out("this build has no steps to be killed at; they need debug assertions");
         return;
     }
     for scenario in SCENARIOS {
@@ -126,7 +126,7 @@ fn kill_at(kind: Kind, scenario: &str, at: usize, told: Option<bool>) -> Option<
 #[cfg(target_os = "linux")]
 fn steps_can_be_seen() -> bool {
     if !lockkit::steps::ENABLED {
-        println!("left out: this build has no steps; they need debug assertions");
+        crate::left_out("this build has no steps; they need debug assertions");
     }
     lockkit::steps::ENABLED && faults::calls_can_fail()
 }

@@ -60,7 +60,7 @@ macro_rules! suite {
 /// Whether processes can be forked; says so where not.
 pub(crate) fn processes_fork() -> bool {
     if !cfg!(unix) {
-        println!("left out: there is no fork on this system");
+        crate::left_out("there is no fork on this system");
     }
     cfg!(unix)
 }
@@ -68,7 +68,7 @@ pub(crate) fn processes_fork() -> bool {
 /// Whether descriptors have numbers and a limit that a test can set; says so where not.
 fn descriptors_are_numbers() -> bool {
     if !cfg!(target_os = "linux") {
-        println!("left out: no descriptor 0, and no limit of descriptors, that a test could set");
+        crate::left_out("no descriptor 0, and no limit of descriptors, that a test could set");
     }
     cfg!(target_os = "linux")
 }

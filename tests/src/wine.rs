@@ -20,7 +20,7 @@ pub fn is_wine() -> bool {
 /// Whether this runs under Wine, and says that a case is left out there, and why. On Windows it runs.
 pub fn wine_cannot_judge(why: &str) -> bool {
     if is_wine() {
-        println!("left out under Wine: {why}");
+        crate::left_out(format_args!("under Wine: {why}"));
     }
     is_wine()
 }

@@ -411,7 +411,7 @@ fn where_flock_does_not_work_the_error_says_so_and_no_file_stays_behind() {
             strace
         };
         if !strace().arg("true").status().is_ok_and(|status| status.success()) {
-            println!("left out: strace is not here, or may not trace");
+            lockkit_tests::left_out("strace is not here, or may not trace");
             return;
         }
         let mut actor = Actor::start_with(&spec, |command| {
@@ -437,7 +437,7 @@ fn a_full_disk_does_not_matter_to_a_lock_and_a_failed_one_leaves_no_file() {
         .status()
         .is_ok_and(|status| status.success());
     if !mounted {
-        println!("left out: this machine does not let the test mount a small file system");
+        lockkit_tests::left_out("this machine does not let the test mount a small file system");
         return;
     }
     let path = folder.path().join("lock");

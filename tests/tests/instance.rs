@@ -310,7 +310,7 @@ fn starters_that_race_with_a_release_and_with_a_kill_get_an_answer_or_become_the
 #[test]
 fn a_first_instance_killed_at_any_step_is_followed_by_the_second() {
     if !lockkit::steps::ENABLED {
-        println!("left out: this build has no steps to be killed at; they need debug assertions");
+        lockkit_tests::left_out("this build has no steps to be killed at; they need debug assertions");
         return;
     }
     for at in 1.. {
@@ -338,7 +338,7 @@ fn a_first_instance_killed_at_any_step_is_followed_by_the_second() {
 #[test]
 fn a_first_instance_killed_at_any_step_of_its_release_is_followed_by_the_second() {
     if !lockkit::steps::ENABLED {
-        println!("left out: this build has no steps to be killed at; they need debug assertions");
+        lockkit_tests::left_out("this build has no steps to be killed at; they need debug assertions");
         return;
     }
     for at in 1.. {
@@ -368,7 +368,7 @@ fn a_first_instance_killed_at_any_step_of_its_release_is_followed_by_the_second(
 #[test]
 fn a_second_instance_killed_at_any_step_costs_the_first_nothing() {
     if !lockkit::steps::ENABLED {
-        println!("left out: this build has no steps to be killed at; they need debug assertions");
+        lockkit_tests::left_out("this build has no steps to be killed at; they need debug assertions");
         return;
     }
     let name = name();
@@ -902,7 +902,7 @@ fn a_sender_that_does_not_collect_a_large_answer_holds_the_first_up_for_a_bounde
 #[test]
 fn a_sender_in_another_pid_namespace_has_no_pid() {
     if !Command::new("unshare").args(["--pid", "--fork", "true"]).status().is_ok_and(|status| status.success()) {
-        println!("left out: this machine makes no pid namespaces for the test");
+        lockkit_tests::left_out("this machine makes no pid namespaces for the test");
         return;
     }
     let name = name();

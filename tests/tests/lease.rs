@@ -123,10 +123,6 @@ fn stop(actor: &Actor, terms: &Terms) {
     });
 }
 
-fn left_out(why: &str) {
-    println!("left out: {why}");
-}
-
 fn succeeds(command: &mut Command) -> bool {
     command.stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|status| status.success())
 }
@@ -437,11 +433,11 @@ fn faketime() -> Option<PathBuf> {
 #[test]
 fn the_wall_clock_stepped_by_an_hour_changes_nothing() {
     if cfg!(target_env = "musl") {
-        println!("left out: a program that is linked statically reads no preloaded clock");
+        lockkit_tests::left_out("a program that is linked statically reads no preloaded clock");
         return;
     }
     let Some(library) = faketime() else {
-        return left_out("faketime is not here; what a step leaves in files has a test of its own");
+        return lockkit_tests::left_out("faketime is not here; what a step leaves in files has a test of its own");
     };
     let (folder, terms) = place();
     let clock = folder.path().join("clock");
@@ -489,7 +485,7 @@ fn apart(terms: &Terms, arguments: &[&str], first: &str) -> Option<Actor> {
         command
     };
     if !succeeds(&mut command(&["true"])) {
-        left_out("this machine does not let the test make what seems another one");
+        lockkit_tests::left_out("this machine does not let the test make what seems another one");
         return None;
     }
     Some(Actor::start_lease_with(terms, |actor| {
@@ -758,7 +754,7 @@ impl SmallDisk {
         if succeeds(mount.args(["-t", "tmpfs", "-o", options, "lockkit-test"]).arg(folder.path())) {
             return Some(Self(folder));
         }
-        left_out("this machine does not let the test mount a small file system");
+        lockkit_tests::left_out("this machine does not let the test mount a small file system");
         None
     }
 
@@ -942,7 +938,7 @@ impl Drop for Fault {
 fn faults_can_be_made() -> bool {
     let can = succeeds(Command::new("strace").args(["-f", "-qq", "-o", "/dev/null", "true"]));
     if !can {
-        left_out("strace is not here, or may not trace");
+        lockkit_tests::left_out("strace is not here, or may not trace");
     }
     can
 }
@@ -995,7 +991,7 @@ fn a_process_killed_at_any_step_of_a_takeover_a_beat_or_the_making_of_folders_bl
     type Prepare<'a> = &'a dyn Fn(&mut Actor, &Terms);
 
     if !lockkit::steps::ENABLED {
-        return left_out("this build has no steps to be killed at; they need debug assertions");
+        return lockkit_tests::left_out("this build has no steps to be killed at; they need debug assertions");
     }
     let (_folder, elsewhere) = place();
     let dead = left_by_the_dead(&elsewhere);

@@ -256,7 +256,7 @@ mod shared_memory {
         let mut mount = Command::new("mount");
         mount.args(["-t", "tmpfs", "-o", "size=1m", "lockkit-test"]).arg(folder.path()).stderr(Stdio::null());
         if !mount.status().is_ok_and(|status| status.success()) {
-            println!("left out: this machine does not let the test mount a small file system");
+            lockkit_tests::left_out("this machine does not let the test mount a small file system");
             return;
         }
         let table = Table::at(Kind::Shm, folder.path().join("table").to_str().unwrap());

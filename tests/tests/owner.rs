@@ -128,7 +128,7 @@ fn a_process_of_another_user_is_alive() {
     if !is_root() {
         // Signalling it is refused, which says that it is there.
         assert_eq!(Owner::of(1).expect("the first process").liveness(), Liveness::Alive);
-        println!("left out: acting as yet another user needs root");
+        lockkit_tests::left_out("acting as yet another user needs root");
         return;
     }
     let (folder, _, spec) = place();
@@ -177,7 +177,7 @@ fn an_owner_of_an_earlier_boot_is_dead_and_one_of_another_host_unknown() {
 fn an_owner_in_another_pid_namespace_is_unknown_and_never_stolen_while_it_lives() {
     let allowed = Command::new("unshare").args(["-p", "-f", "--kill-child", "true"]).stderr(Stdio::null()).status();
     if !allowed.is_ok_and(|status| status.success()) {
-        println!("left out: making a pid namespace is not allowed here");
+        lockkit_tests::left_out("making a pid namespace is not allowed here");
         return;
     }
     let (_folder, path, spec) = place();
@@ -207,7 +207,7 @@ fn an_owner_in_another_pid_namespace_is_unknown_and_never_stolen_while_it_lives(
 fn a_record_from_another_pid_namespace_is_looked_up_by_those_inside() {
     let allowed = Command::new("unshare").args(["-p", "-f", "--kill-child", "true"]).stderr(Stdio::null()).status();
     if !allowed.is_ok_and(|status| status.success()) {
-        println!("left out: making a pid namespace is not allowed here");
+        lockkit_tests::left_out("making a pid namespace is not allowed here");
         return;
     }
     let (_folder, path, spec) = place();
@@ -255,7 +255,7 @@ fn a_process_is_not_judged_by_what_a_proc_of_another_pid_namespace_says_of_its_p
         .stderr(Stdio::null())
         .status();
     if !allowed.is_ok_and(|status| status.success()) {
-        println!("left out: choosing a pid in a namespace is not allowed here");
+        lockkit_tests::left_out("choosing a pid in a namespace is not allowed here");
         return zombie.wait().map(drop).unwrap();
     }
     let mut inside = Actor::start_with(&spec, |command| {

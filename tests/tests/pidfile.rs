@@ -117,11 +117,6 @@ fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// Says why a test, or a part of it, does not run here.
-fn left_out(why: &str) {
-    println!("left out: {why}");
-}
-
 #[test]
 fn a_relative_path_is_refused_everywhere() {
     for path in ["app.pid", "", "./app.pid", "../run/app.pid"] {
@@ -229,7 +224,7 @@ fn a_waiter_gets_in_when_the_foreign_process_ends_and_hardly_computes_until_then
 fn a_foreign_pid_whose_process_started_after_the_file_was_written_is_stale() {
     let (_folder, path) = place();
     if has_just_booted() {
-        return left_out("the system started so recently that the file would seem older");
+        return lockkit_tests::left_out("the system started so recently that the file would seem older");
     }
     let later = Foreign::start();
     for (ago, reused) in [(Duration::ZERO, false), (Duration::from_secs(5), false), (LONG_AGO, true)] {
@@ -252,7 +247,7 @@ fn has_just_booted() -> bool {
 #[test]
 fn a_file_in_memory_older_than_the_boot_proves_nothing_but_that_the_clock_was_set() {
     let Ok(folder) = tempfile::tempdir_in("/dev/shm") else {
-        return left_out("there is no /dev/shm to write to");
+        return lockkit_tests::left_out("there is no /dev/shm to write to");
     };
     let path = folder.path().join("app.pid");
     let daemon = Foreign::start();
@@ -359,7 +354,7 @@ fn a_stale_file_is_taken_over_by_exactly_one_of_eight_racers() {
 #[test]
 fn a_process_killed_at_any_step_of_taking_over_a_stale_file_leaves_one_that_can_be_taken_over() {
     if !lockkit::steps::ENABLED {
-        return left_out("this build has no steps to be killed at; they need debug assertions");
+        return lockkit_tests::left_out("this build has no steps to be killed at; they need debug assertions");
     }
     let (folder, path) = place();
     // Longer than what replaces it, so that there is something to cut off.
@@ -487,7 +482,7 @@ fn a_file_too_long_to_be_a_pidfile_is_refused_and_not_touched() {
 #[test]
 fn a_file_that_names_pid_1_is_not_stolen_by_an_unprivileged_user() {
     if !is_root() {
-        return left_out("acting as another user needs root");
+        return lockkit_tests::left_out("acting as another user needs root");
     }
     let (folder, path) = place();
     fs::set_permissions(folder.path(), Permissions::from_mode(0o777)).unwrap();
@@ -509,7 +504,7 @@ fn a_file_that_names_pid_1_is_not_stolen_by_an_unprivileged_user() {
 #[test]
 fn a_file_that_may_not_be_written_is_an_error_with_its_path_unless_it_names_a_live_owner() {
     if !is_root() {
-        return left_out("root may write everything, and acting as another user needs root");
+        return lockkit_tests::left_out("root may write everything, and acting as another user needs root");
     }
     let (folder, path) = place();
     fs::set_permissions(folder.path(), Permissions::from_mode(0o777)).unwrap();
@@ -532,7 +527,7 @@ fn a_file_that_may_not_be_written_is_an_error_with_its_path_unless_it_names_a_li
 #[test]
 fn a_folder_that_may_not_be_written_is_an_error_with_the_path() {
     if !is_root() {
-        return left_out("root may write everything, and acting as another user needs root");
+        return lockkit_tests::left_out("root may write everything, and acting as another user needs root");
     }
     let (folder, path) = place();
     fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
@@ -545,7 +540,7 @@ fn a_folder_that_may_not_be_written_is_an_error_with_the_path() {
 #[test]
 fn an_owner_that_may_not_remove_its_file_any_more_leaves_it_blank() {
     if !is_root() {
-        return left_out("acting as another user needs root");
+        return lockkit_tests::left_out("acting as another user needs root");
     }
     let (folder, path) = place();
     chown(folder.path(), Some(NOBODY), None).unwrap();
@@ -655,7 +650,7 @@ fn a_small_full_file_system_is_an_error_that_leaves_nothing() {
     );
     let allowed = Command::new("unshare").args(["-m", "true"]).stderr(Stdio::null()).status();
     if !is_root() || !allowed.is_ok_and(|status| status.success()) {
-        return left_out("mounting a file system is not allowed here");
+        return lockkit_tests::left_out("mounting a file system is not allowed here");
     }
     let mut actor = Actor::start_with(&spec(&path), |command| {
         let (program, spec) = (command.get_program().to_owned(), command.get_args().next().unwrap().to_owned());
@@ -688,7 +683,7 @@ fn start_without_proc(spec: &Spec) -> Option<Actor> {
 fn where_a_file_cannot_be_named_after_it_was_written_it_is_made_in_place() {
     let (folder, path) = place();
     let Some(mut without) = start_without_proc(&spec(&path)) else {
-        return left_out("mounting a file system is not allowed here");
+        return lockkit_tests::left_out("mounting a file system is not allowed here");
     };
     let mut waiter = Actor::start(&spec(&path));
     for _ in 0..20 {
@@ -916,7 +911,7 @@ fn installed(name: &str) -> Option<PathBuf> {
 #[test]
 fn start_stop_daemon_and_lockkit_understand_each_other() {
     let Some(tool) = installed("start-stop-daemon") else {
-        return left_out("there is no start-stop-daemon here");
+        return lockkit_tests::left_out("there is no start-stop-daemon here");
     };
     let (_folder, path) = place();
     let run = |arguments: &[&str]| {
@@ -955,7 +950,7 @@ fn start_stop_daemon_and_lockkit_understand_each_other() {
 #[test]
 fn the_pidfile_of_nginx_is_honoured() {
     let Some(nginx) = installed("nginx") else {
-        return left_out("there is no nginx here");
+        return lockkit_tests::left_out("there is no nginx here");
     };
     let (folder, path) = place();
     let config = folder.path().join("nginx.conf");
