@@ -35,7 +35,7 @@ pub(crate) fn try_lock(file: &File, mode: Mode) -> io::Result<bool> {
     });
     match tried {
         Ok(()) => Ok(true),
-        Err(error) if is_contended(&error) => Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
         Err(error) => Err(error),
     }
 }
@@ -45,20 +45,15 @@ pub(crate) fn unlock(file: &File) -> io::Result<()> {
     retried(|| FileExt::unlock(file))
 }
 
-/// EWOULDBLOCK; on Windows ERROR_LOCK_VIOLATION, or ERROR_IO_PENDING for a handle opened for overlapped use.
-fn is_contended(error: &io::Error) -> bool {
-    match cfg!(windows) {
-        true => matches!(error.raw_os_error(), Some(33 | 997)),
-        false => error.kind() == io::ErrorKind::WouldBlock,
-    }
-}
-
 fn retried(mut call: impl FnMut() -> io::Result<()>) -> io::Result<()> {
     loop {
         match call() {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             result => {
-                step("flock called");
+                // One that failed has changed nothing.
+                if result.is_ok() {
+                    step("flock called");
+                }
                 return result;
             }
         }

@@ -16,6 +16,7 @@ use windows_sys::Win32::Storage::FileSystem::{
     LOCKFILE_EXCLUSIVE_LOCK, LOCKFILE_FAIL_IMMEDIATELY, LockFileEx, UnlockFileEx,
 };
 use windows_sys::Win32::System::IO::{OVERLAPPED, OVERLAPPED_0, OVERLAPPED_0_0};
+use windows_sys::core::BOOL;
 
 use crate::steps::step;
 
@@ -50,9 +51,7 @@ pub(crate) fn unlock(file: &File) -> io::Result<()> {
     let mut place = place();
     // SAFETY: the handle is open as long as `file` is, and for synchronous use, so `place` is read during the call only.
     let done = unsafe { UnlockFileEx(file.as_raw_handle(), 0, 1, 0, &raw mut place) };
-    let result = if done == 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
-    step("flock called");
-    result
+    result_of(done)
 }
 
 fn call(file: &File, mode: Mode, flags: u32) -> io::Result<()> {
@@ -60,9 +59,15 @@ fn call(file: &File, mode: Mode, flags: u32) -> io::Result<()> {
     let mut place = place();
     // SAFETY: as in `unlock`.
     let done = unsafe { LockFileEx(file.as_raw_handle(), flags, 0, 1, 0, &raw mut place) };
-    let result = if done == 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
+    result_of(done)
+}
+
+fn result_of(done: BOOL) -> io::Result<()> {
+    if done == 0 {
+        return Err(io::Error::last_os_error());
+    }
     step("flock called");
-    result
+    Ok(())
 }
 
 fn place() -> OVERLAPPED {
