@@ -60,7 +60,11 @@ fn run(under: &[&str], task: &str) -> Command {
 
 /// Starts one whose program says its pid, and then goes on until it is ended.
 fn held(under: &[&str]) -> (Child, u32) {
-    let mut child = run(under, "stay").stdout(Stdio::piped()).spawn().expect("lockkit starts");
+    said_by(&mut run(under, "stay"))
+}
+
+fn said_by(command: &mut Command) -> (Child, u32) {
+    let mut child = command.stdout(Stdio::piped()).spawn().expect("lockkit starts");
     let lines = BufReader::new(child.stdout.take().expect("a pipe")).lines();
     let pid = lines.map_while(Result::ok).find_map(|line| line.split("I am ").nth(1)?.trim().parse().ok());
     (child, pid.expect("it says its pid"))
@@ -79,6 +83,8 @@ fn the_program() {
             // One that is left over must not stay.
             std::thread::sleep(LIVELY * 2);
         }
+        #[cfg(windows)]
+        Ok(task) if task.starts_with("interrupt ") => interrupt(&task["interrupt ".len()..]),
         Ok("token") => println!("token={}", std::env::var("LOCKKIT_TOKEN").unwrap_or_default()),
         Ok(code) => std::process::exit(code.parse().expect("an exit code")),
         Err(_) => {}
@@ -154,6 +160,51 @@ fn when_lockkit_is_killed_the_lock_is_never_free_for_long_while_the_program_live
         end(program);
     }
     drop(FileLock::new(&file).lock_for(LIVELY).unwrap());
+}
+
+/// As it is under Wine without a screen.
+#[cfg(windows)]
+const NO_CONSOLE: &str = "no console can be made here";
+
+/// What a console sends to a group of processes, as Ctrl-C goes to all that it shows.
+#[cfg(windows)]
+#[test]
+fn an_interrupt_of_the_console_ends_the_program_and_lockkit_waits_for_it() {
+    use std::os::windows::process::CommandExt;
+    use windows_sys::Win32::Foundation::STATUS_CONTROL_C_EXIT;
+    use windows_sys::Win32::System::Threading::CREATE_NEW_CONSOLE;
+
+    let name = fresh_name();
+    let mut interrupter = Command::new(std::env::current_exe().unwrap());
+    interrupter.args(["the_program", "--exact", "--nocapture"]).env(TASK, format!("interrupt {name}"));
+    let told = interrupter.stdin(Stdio::null()).creation_flags(CREATE_NEW_CONSOLE).output().unwrap();
+    let text = String::from_utf8_lossy(&told.stdout);
+    if text.contains(NO_CONSOLE) {
+        return eprintln!("left out: an interrupt of the console: {NO_CONSOLE}");
+    }
+    assert!(text.contains(&format!("it ended with {STATUS_CONTROL_C_EXIT}.")), "{told:?}");
+    drop(NamedLock::new(&name).unwrap().lock_for(LIVELY).unwrap());
+}
+
+/// Has `lockkit run` hold `name` on the console of this process, interrupts it, and says what it ended with.
+#[cfg(windows)]
+#[allow(unsafe_code)]
+fn interrupt(name: &str) {
+    use std::os::windows::process::CommandExt;
+    use windows_sys::Win32::Foundation::ERROR_INVALID_HANDLE;
+    use windows_sys::Win32::System::Console::{CTRL_BREAK_EVENT, GenerateConsoleCtrlEvent};
+    use windows_sys::Win32::System::Threading::CREATE_NEW_PROCESS_GROUP;
+
+    let (mut holder, _program) = said_by(run(&["--name", name], "stay").creation_flags(CREATE_NEW_PROCESS_GROUP));
+    // SAFETY: sends an event to the group of a child that has not been waited for.
+    let sent = unsafe { GenerateConsoleCtrlEvent(CTRL_BREAK_EVENT, holder.id()) };
+    let error = std::io::Error::last_os_error();
+    if sent == 0 && error.raw_os_error() == Some(ERROR_INVALID_HANDLE as i32) {
+        holder.kill().unwrap();
+        return println!("{NO_CONSOLE}");
+    }
+    assert!(sent != 0, "an interrupt can be sent: {error}");
+    println!("it ended with {}.", holder.wait().unwrap().code().unwrap_or_default());
 }
 
 #[test]
