@@ -195,12 +195,12 @@ fn interrupt(name: &str) {
     use windows_sys::Win32::System::Console::{CTRL_BREAK_EVENT, GenerateConsoleCtrlEvent};
     use windows_sys::Win32::System::Threading::CREATE_NEW_PROCESS_GROUP;
 
-    let (mut holder, _program) = said_by(run(&["--name", name], "stay").creation_flags(CREATE_NEW_PROCESS_GROUP));
+    let (mut holder, program) = said_by(run(&["--name", name], "stay").creation_flags(CREATE_NEW_PROCESS_GROUP));
     // SAFETY: sends an event to the group of a child that has not been waited for.
     let sent = unsafe { GenerateConsoleCtrlEvent(CTRL_BREAK_EVENT, holder.id()) };
     let error = std::io::Error::last_os_error();
     if sent == 0 && error.raw_os_error() == Some(ERROR_INVALID_HANDLE as i32) {
-        holder.kill().unwrap();
+        end(program);
         return println!("{NO_CONSOLE}");
     }
     assert!(sent != 0, "an interrupt can be sent: {error}");
