@@ -688,7 +688,7 @@ fn a_program_in_another_group_is_interrupted_and_hears_that_the_terminal_is_gone
                 "{begin} 'trap \"echo > {}; exit\" {signal}; echo ready; while :; do sleep 0.02; done'",
                 heard.display()
             );
-            let run = lock.run([], &script);
+            let run = with_usual_signals(&lock.run([], &script));
             let mut session = Command::new("setsid");
             session.args(["--ctty", "--fork"]).arg(run.get_program()).args(run.get_args());
             session.stdin(end.try_clone().expect("a terminal")).stderr(end.try_clone().expect("a terminal"));
