@@ -127,6 +127,7 @@ fn conduct(folder: &Path) -> Result<()> {
     println!("the number is {}, and no count was lost", resource.number);
     // It waits again, and would lead once more if the leader were killed before it.
     workers.get(pid)?.kill()?;
+    drop(workers);
     Ok(())
 }
 
