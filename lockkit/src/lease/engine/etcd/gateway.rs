@@ -1,8 +1,8 @@
 //! Requests to etcd's JSON gateway: which endpoint to ask, in whose name, and what its answers mean.
 //!
 //! - **Endpoints**: the one that answered last is asked first. One that cannot be reached, has no leader, or takes longer
-//!   than its part of the time, is followed by the next, within the request's deadline. Every request here can be
-//!   repeated: see [`Store`](super::Store).
+//!   than its part of the time, is followed by the next, within the request's deadline, and while a leader is being
+//!   elected by the first again. Every request here can be repeated: see [`Store`](super::Store).
 //! - **Credentials**: a token is asked for with the first request and again when the server does not know it any more.
 //! - **JSON**: numbers of 64 bits come as strings, what is zero or empty is left out, bytes are base64.
 //!
@@ -36,6 +36,8 @@ const OLDEST: &str = "3.4";
 const PORT: u16 = 2379;
 /// How long it may take to begin a watch, or to find out what is wrong.
 const ASIDE: Duration = Duration::from_secs(2);
+/// How long after one another endpoints are asked whether they have a leader by now.
+const ELECTED: Duration = Duration::from_millis(50);
 
 pub(super) struct Gateway {
     endpoints: Vec<Endpoint>,
@@ -183,6 +185,8 @@ enum Failed {
     Token(StoreError),
     /// Another endpoint may do better.
     Here(StoreError),
+    /// Another endpoint may do better, or this one when a leader has been elected.
+    Leaderless(StoreError),
     /// They would all say so.
     Everywhere(StoreError),
 }
@@ -301,41 +305,53 @@ impl Gateway {
         ask(Some(&token)).map_err(Failed::into_error)
     }
 
-    /// Asks one endpoint after the other.
+    /// Asks one endpoint after the other, and all of them again for as long as there is time and one waits for a leader:
+    /// an election takes a second or two, which is no reason to fail.
     fn anywhere<T>(&self, by: Deadline, ask: impl Fn(&Endpoint, Deadline) -> Result<T, Failed>) -> Result<T, Failed> {
         let count = self.endpoints.len();
-        let first = self.good.load(Ordering::Relaxed);
         let mut in_doubt = false;
-        let mut failure = None;
-        for turn in 0..count {
-            if turn > 0 && by.is_past() {
-                break;
-            }
-            let at = (first + turn) % count;
-            let left = by.remaining() / u32::try_from(count - turn).unwrap_or(u32::MAX);
-            match ask(&self.endpoints[at], Deadline::after(left)) {
-                Ok(answer) => {
-                    self.good.store(at, Ordering::Relaxed);
-                    return Ok(answer);
+        loop {
+            let first = self.good.load(Ordering::Relaxed);
+            let mut elects = false;
+            let mut failure = None;
+            for turn in 0..count {
+                if turn > 0 && by.is_past() {
+                    break;
                 }
-                Err(Failed::Here(error)) => {
-                    in_doubt |= matches!(error, StoreError::Unknown(_));
-                    // One that says what is wrong tells more than one that is down.
-                    if !matches!(failure, Some(StoreError::Misuse(_))) {
-                        failure = Some(error);
+                let at = (first + turn) % count;
+                let left = by.remaining() / u32::try_from(count - turn).unwrap_or(u32::MAX);
+                let failed = match ask(&self.endpoints[at], Deadline::after(left)) {
+                    Ok(answer) => {
+                        self.good.store(at, Ordering::Relaxed);
+                        return Ok(answer);
                     }
+                    Err(failed) => failed,
+                };
+                elects |= matches!(failed, Failed::Leaderless(_));
+                match failed {
+                    Failed::Here(error) | Failed::Leaderless(error) => {
+                        in_doubt |= matches!(error, StoreError::Unknown(_));
+                        // One that says what is wrong tells more than one that is down.
+                        if !matches!(failure, Some(StoreError::Misuse(_))) {
+                            failure = Some(error);
+                        }
+                    }
+                    Failed::Everywhere(StoreError::Refused(cause)) if in_doubt => {
+                        return Err(Failed::Everywhere(StoreError::Unknown(cause)));
+                    }
+                    failed => return Err(failed),
                 }
-                Err(Failed::Everywhere(StoreError::Refused(cause))) if in_doubt => {
-                    return Err(Failed::Everywhere(StoreError::Unknown(cause)));
-                }
-                Err(failed) => return Err(failed),
             }
+            if elects && by.remaining() > ELECTED {
+                std::thread::sleep(ELECTED);
+                continue;
+            }
+            let failure = failure.unwrap_or_else(|| StoreError::refused("there is no endpoint"));
+            return Err(Failed::Here(match failure {
+                StoreError::Refused(cause) | StoreError::Misuse(cause) if in_doubt => StoreError::Unknown(cause),
+                failure => failure,
+            }));
         }
-        let failure = failure.unwrap_or_else(|| StoreError::refused("there is no endpoint"));
-        Err(Failed::Here(match failure {
-            StoreError::Refused(cause) | StoreError::Misuse(cause) if in_doubt => StoreError::Unknown(cause),
-            failure => failure,
-        }))
     }
 
     fn connect(&self, endpoint: &Endpoint, by: Deadline) -> Result<Connection> {
@@ -408,7 +424,7 @@ impl Gateway {
             _ if says("CommonName") => misuse(format!(
                 "{endpoint} refuses a client certificate with a common name as long as it has authentication on: use one without"
             )),
-            UNAVAILABLE if says("no leader") => Failed::Here(StoreError::refused(refusal)),
+            UNAVAILABLE if says("no leader") => Failed::Leaderless(StoreError::refused(refusal)),
             CANCELLED | UNKNOWN | DEADLINE_EXCEEDED | ABORTED | INTERNAL | UNAVAILABLE | DATA_LOSS => {
                 Failed::Here(StoreError::unknown(refusal))
             }
@@ -493,7 +509,7 @@ fn tls_trouble(endpoint: &Endpoint, error: &io::Error) -> Option<StoreError> {
 
 impl Failed {
     fn into_error(self) -> StoreError {
-        let (Self::Token(error) | Self::Here(error) | Self::Everywhere(error)) = self;
+        let (Self::Token(error) | Self::Here(error) | Self::Leaderless(error) | Self::Everywhere(error)) = self;
         error
     }
 }
@@ -580,6 +596,27 @@ mod tests {
         assert!(ask(|| Ok(())).is_ok());
         assert!(matches!(ask(|| Err(Failed::Here(StoreError::refused("down")))), Err(StoreError::Misuse(_))));
         assert!(matches!(ask(|| Err(Failed::Here(StoreError::unknown("cut")))), Err(StoreError::Unknown(_))));
+    }
+
+    #[test]
+    fn while_a_leader_is_being_elected_endpoints_are_asked_again_and_not_for_ever() {
+        let gateway = Gateway::new(&Address::parse("etcd://one,other").unwrap());
+        let asked = Cell::new(0);
+        let elected_after = |most: u32, limit| {
+            asked.set(0);
+            let answer = gateway.anywhere(Deadline::after(limit), |_, _| {
+                asked.set(asked.get() + 1);
+                match asked.get() > most {
+                    true => Ok(()),
+                    false => Err(Failed::Leaderless(StoreError::refused("no leader"))),
+                }
+            });
+            answer.map_err(Failed::into_error)
+        };
+        assert!(elected_after(5, Duration::from_secs(60)).is_ok());
+        assert_eq!(asked.get(), 6);
+        assert!(matches!(elected_after(u32::MAX, ELECTED * 3), Err(StoreError::Refused(_))));
+        assert!((2..=8).contains(&asked.get()));
     }
 
     #[test]
