@@ -23,6 +23,8 @@ suite!(mutex, lockkit_tests::Kind::NAMED_MUTEX);
 #[cfg(windows)]
 suite!(machine, lockkit_tests::Kind::MACHINE_MUTEX);
 suite!(file, lockkit_tests::Kind::NAMED_FILE);
+#[cfg(not(target_os = "linux"))]
+suite!(machine_file, lockkit_tests::Kind::MACHINE_FILE);
 
 /// The kinds for one user, and for the whole machine.
 const OWN: [Kind; 2] = [Kind::NAMED, Kind::NAMED_FILE];

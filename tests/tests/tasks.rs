@@ -15,6 +15,10 @@ use tokio::time::timeout;
 
 task_suite!(socket, lockkit_tests::Kind::NAMED_SOCKET);
 task_suite!(machine, lockkit_tests::Kind::MACHINE_SOCKET);
+#[cfg(windows)]
+task_suite!(mutex, lockkit_tests::Kind::NAMED_MUTEX);
+#[cfg(windows)]
+task_suite!(machine_mutex, lockkit_tests::Kind::MACHINE_MUTEX);
 task_suite!(named_file, lockkit_tests::Kind::NAMED_FILE);
 task_suite!(file, lockkit_tests::Kind::FILE);
 task_suite!(shared, lockkit_tests::Kind::FILE_SHARED);

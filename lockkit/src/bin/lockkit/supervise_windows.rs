@@ -57,42 +57,42 @@ pub(crate) fn behind(lead: impl FnOnce() -> Outcome) -> Outcome {
 
 /// Runs the program under the lock, releases that, and gives the program's exit code.
 pub(crate) fn run(mut hold: Hold, _: Signals, job: Job<'_>) -> Outcome {
-    let [program, arguments @ ..] = job.command else { return Ok(code::USAGE) };
-    let cage = Cage::around_this_process().map_err(|error| Failure::io("make a job object", error))?;
-    command::pass_over_interrupts().map_err(|error| Failure::io("take note of Ctrl-C", error))?;
-    let mut command = Command::new(program);
-    hold.tell(command.args(arguments));
-    let mut child = match command.spawn() {
-        Ok(child) => child,
-        Err(error) => {
-            cage.open();
-            return Err(hold::cannot_run(program, &error));
-        }
-    };
-    let cage = Arc::new(cage);
-    hold.name_holder(child.id(), job.command)?;
-    let hold = match hold {
-        Hold::Lease(guard, LossPipe(loss)) => {
-            let cage = cage.clone();
-            std::thread::spawn(move || {
-                if let Ok(reason) = loss.recv() {
-                    Failure::new(code::TEMPORARY, format!("{reason}, so the program is ended")).show();
-                    cage.end_all(code::TEMPORARY.into());
-                }
-            });
-            // The sender lives in the lease, which outlives this; nothing is sent to it any more.
-            Hold::Lease(guard, LossPipe(channel().1))
-        }
-        hold => hold,
-    };
-    let ended = child.wait().map_err(|error| Failure::io("wait for the program", error))?;
+    let cage = Arc::new(Cage::around_this_process().map_err(|error| Failure::io("make a job object", error))?);
+    let ended = run_in(&cage, &mut hold, &job);
+    // Also after a failure, which is yet to be told: closing the job would end this process.
     cage.open();
+    let code = ended?;
     let leads = matches!(hold, Hold::Lease(..));
     match hold.release() {
         Err(error) if !job.quiet && !leads => Failure::from(error).show(),
         _ => {}
     }
-    let code = ended.code().unwrap_or_default();
     // One that is more than a byte is passed on whole, too.
     u8::try_from(code).or_else(|_| std::process::exit(code))
+}
+
+/// Runs the program in the job, and gives its exit code. When this fails the program does not go on.
+fn run_in(cage: &Arc<Cage>, hold: &mut Hold, job: &Job<'_>) -> Result<i32, Failure> {
+    let [program, arguments @ ..] = job.command else { return Ok(code::USAGE.into()) };
+    command::pass_over_interrupts().map_err(|error| Failure::io("take note of Ctrl-C", error))?;
+    let mut command = Command::new(program);
+    hold.tell(command.args(arguments));
+    let mut child = command.spawn().map_err(|error| hold::cannot_run(program, &error))?;
+    if let Err(error) = hold.name_holder(child.id(), job.command) {
+        let _ = child.kill();
+        return Err(error);
+    }
+    if let Hold::Lease(_, LossPipe(loss)) = hold {
+        let cage = cage.clone();
+        // What is sent to the one that is left nobody reads; the sender lives in the lease, which outlives this.
+        let loss = std::mem::replace(loss, channel().1);
+        std::thread::spawn(move || {
+            if let Ok(reason) = loss.recv() {
+                Failure::new(code::TEMPORARY, format!("{reason}, so the program is ended")).show();
+                cage.end_all(code::TEMPORARY.into());
+            }
+        });
+    }
+    let ended = child.wait().map_err(|error| Failure::io("wait for the program", error))?;
+    Ok(ended.code().unwrap_or_default())
 }
