@@ -1327,7 +1327,8 @@ fn both_flocks() -> Option<(TempDir, [PathBuf; 2])> {
 
 /// The words of musl for what the machine's own flock has the C library say, and that library's.
 #[cfg(target_env = "musl")]
-const WORDS: [[&str; 2]; 2] = [
+const WORDS: [[&str; 2]; 3] = [
+    ["Filename too long", "File name too long"],
     ["Symbolic link loop", "Too many levels of symbolic links"],
     ["Result not representable", "Numerical result out of range"],
 ];
