@@ -235,12 +235,9 @@ fn check(events: &[Event], deaths: &HashMap<u32, Death>, kind: Kind) -> Tally {
                 // Its predecessor, or one that had just taken the lock, or was just giving it back, and was killed
                 // before it could write so; or whose request came about when it was dead.
                 let death = u32::try_from(died).ok().and_then(|died| deaths.get(&died)).copied();
-                // On a server it may also be one that lives: its request went unanswered, was carried out after the
-                // predecessor's death, and was taken back.
-                let passes_on = kind.afterlife() > 0 && before.died;
                 assert!(
                     death.is_some_and(|death| {
-                        passes_on || (before.from <= death.known + kind.afterlife() && death.called <= after.from)
+                        before.from <= death.known + kind.afterlife() && death.called <= after.from
                     }),
                     "{} was told that {died} died, which it did at {death:?}, after {} was inside from {}",
                     after.pid,

@@ -19,7 +19,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use lockkit::{CancelToken, ErrorKind, Lease, LeaseGuard, LeaseStatus, Wait};
+use lockkit::{CancelToken, ErrorKind, Lease, LeaseGuard, LeaseStatus, Owner, Wait};
 pub use proxy::{Direction, Proxy};
 use rustix::process::Signal;
 
@@ -216,6 +216,7 @@ macro_rules! drills {
             a_server_frozen_for_less_than_a_ttl_costs_no_lease,
             a_server_frozen_for_longer_than_a_ttl_costs_the_lease_in_time_and_it_is_told_once,
             what_a_taker_that_gave_up_was_given_later_is_free_again,
+            whoever_comes_after_a_taker_that_gave_up_is_told_of_the_dead_before_it,
             a_restarted_server_knows_its_leases_and_the_tokens_grow,
             an_acquisition_cut_off_anywhere_gets_the_same_grant,
             a_renewal_cut_off_anywhere_keeps_the_lease,
@@ -497,6 +498,45 @@ mod cases {
             next.expect("release", "released");
         }
         taker.expect("is-held", "error NotHeld");
+        Ok(())
+    }
+
+    pub fn whoever_comes_after_a_taker_that_gave_up_is_told_of_the_dead_before_it<E: Engine>() -> Drill {
+        const CUTS: u64 = 24;
+        let arena = Arena::<E>::open()?;
+        let (terms, proxy) = (lasting(arena.terms()), Proxy::to(arena.server.port()));
+        let through = lasting(arena.terms_through(proxy.port()));
+        let (direct, taker) =
+            (terms.open(), through.builder().acquire_retry_limit(0).build().expect("they go together"));
+        let leave_to_the_dead = || {
+            let mut holder = Actor::start_lease(&terms);
+            held(&holder.ask("try"));
+            holder.kill();
+            holder.pid()
+        };
+        let told = |guard: &LeaseGuard| guard.recovered().and_then(|recovered| recovered.owner()).map(Owner::pid);
+        // Once for the connection, and once for the length of what is answered.
+        let mut length = 0;
+        for _ in 0..2 {
+            let (died, before) = (leave_to_the_dead(), proxy.passed(Direction::Answer));
+            let guard = taker.try_lock().expect("its holder is dead");
+            length = proxy.passed(Direction::Answer) - before;
+            assert_eq!(told(&guard), Some(died));
+            guard.release().expect("it is held");
+        }
+        let mut gave_up = 0;
+        for cut in 1..=CUTS {
+            let died = leave_to_the_dead();
+            proxy.cut_off_after(Direction::Answer, length * cut / CUTS);
+            let taken = taker.try_lock();
+            proxy.cut_nothing();
+            // The taker lives, so nothing but itself gives the name free before the ttl is over.
+            gave_up += u64::from(taken.is_err());
+            let guard = taken.or_else(|_| direct.lock_for(LIVELY / 2)).expect("it is free, or given back");
+            assert_eq!(told(&guard), Some(died), "after {cut} of {CUTS} parts of the answers");
+            guard.release().expect("it is held");
+        }
+        assert!(gave_up > CUTS / 2, "{gave_up} of {CUTS}");
         Ok(())
     }
 

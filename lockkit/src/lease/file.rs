@@ -220,6 +220,9 @@ impl LeaseStore for FileStore {
         self.free_if(by, |content, _| match content {
             Content::Ours(mut record) if is_of(&record, grant) => {
                 record.set_lost();
+                if let Some(recovered) = grant.recovered() {
+                    record.set_owner(recovered.owner());
+                }
                 Some(record)
             }
             _ => None,

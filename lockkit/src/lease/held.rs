@@ -275,8 +275,8 @@ impl Held {
         let seen = store.look(name, by)?.and_then(|seen| seen.claim());
         if seen == Some(*claim) {
             // The same claim again is the same grant, which knows whether it was taken over from somebody who died.
-            if let Attempt::Granted(mut grant) = store.try_acquire(name, claim, self.grant.ttl(), by)? {
-                match grant.take_recovered() {
+            if let Attempt::Granted(grant) = store.try_acquire(name, claim, self.grant.ttl(), by)? {
+                match grant.recovered() {
                     None => store.release(&grant, by)?,
                     // The next one is to be told of it.
                     Some(_) => store.give_up(&grant, by)?,

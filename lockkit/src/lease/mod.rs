@@ -604,8 +604,7 @@ impl LeaseGuard {
     }
 
     /// Whether the previous owner did not release: it died, or was silent for its ttl, or its record was unreadable.
-    /// Who that was, where it is known. On a server it may be one that lives and never knew: its request went unanswered
-    /// and was carried out after such an owner's end, and it has taken that back since.
+    /// Who that was, where it is known.
     pub fn recovered(&self) -> Option<&Recovered> {
         self.recovered.as_deref()
     }

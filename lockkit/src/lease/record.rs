@@ -130,13 +130,20 @@ impl Record {
         record.set_number(TTL, nanos(ttl));
         record.set_number(EVERY, nanos(heartbeat));
         record.clear_notes();
+        record.set_owner(Some(owner));
+        record
+    }
+
+    /// Says whose it is, or was.
+    pub(super) fn set_owner(&mut self, owner: Option<&Owner>) {
+        self.0[OWNER].fill(b'\n');
+        let Some(owner) = owner else { return };
         let mut text = format!("pid {}\n", owner.pid);
         lines::write(owner, &mut text);
         // What does not fit is for people only: program and time stand last.
         let end = text.len().min(OWNER.len());
         let end = text.as_bytes()[..end].iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);
-        record.0[OWNER.start..][..end].copy_from_slice(&text.as_bytes()[..end]);
-        record
+        self.0[OWNER.start..][..end].copy_from_slice(&text.as_bytes()[..end]);
     }
 
     /// Makes it free. The token stays.

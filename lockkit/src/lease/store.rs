@@ -155,9 +155,12 @@ pub trait LeaseStore: Send + Sync {
     /// After an error the grant runs out by itself.
     fn release(&self, grant: &Grant, by: Deadline) -> Result<Released, StoreError>;
 
-    /// As [`release`](Self::release), of a grant that has run out by its holder's count: the next owner is told that it
-    /// was not released. Only stores need it where others would go on waiting for what has run out; unless told
-    /// otherwise it does nothing.
+    /// As [`release`](Self::release), of a grant that was not released by its holder, which the next owner is told:
+    /// - one that has run out by its holder's count;
+    /// - one that nobody was told of, because its request went unanswered, and that was
+    ///   [recovered](Grant::recovered) from somebody else: the next owner is told of that one.
+    ///
+    /// Only stores need it where others would go on waiting for what has run out; unless told otherwise it does nothing.
     ///
     /// # Errors
     /// As [`release`](Self::release).
@@ -383,6 +386,7 @@ pub enum Attempt {
 /// let grant = Grant::new(&name, &claim, 7, ttl).with_handle(Session(42)).recovered_from(Some(Owner::current()));
 /// assert_eq!((grant.name(), grant.claim(), grant.token(), grant.ttl()), (&name, &claim, 7, ttl));
 /// assert_eq!(grant.handle::<Session>().map(|session| session.0), Some(42));
+/// assert_eq!(grant.recovered().and_then(|recovered| recovered.owner()).map(Owner::pid), Some(std::process::id()));
 /// # Ok(()) }
 /// ```
 #[derive(Clone, Debug)]
@@ -436,6 +440,12 @@ impl Grant {
     /// What the store added, if it is of this type.
     pub fn handle<T: Any>(&self) -> Option<&T> {
         self.handle.as_deref()?.downcast_ref()
+    }
+
+    /// From whom it was recovered, if the previous owner did not release. A grant that is held does not say it any more,
+    /// for its guard does.
+    pub fn recovered(&self) -> Option<&Recovered> {
+        self.recovered.as_deref()
     }
 
     pub(super) fn take_recovered(&mut self) -> Option<Box<Recovered>> {

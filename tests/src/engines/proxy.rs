@@ -28,6 +28,8 @@ struct State {
     server: AtomicU16,
     /// Cut the connection that passes on the last of so many more bytes this way.
     cut: Mutex<Option<(Direction, u64)>>,
+    /// Let nobody in once that has been cut.
+    stays_cut: AtomicBool,
     cuts: AtomicUsize,
     passed: [AtomicU64; 2],
     connections: AtomicUsize,
@@ -51,6 +53,9 @@ impl Proxy {
                 }
                 // Where there is no server, the client is turned away as the server would.
                 let port = shared.server.load(Ordering::SeqCst);
+                if shared.stays_cut.load(Ordering::SeqCst) && shared.cut().is_none() {
+                    continue;
+                }
                 if let Ok(server) = TcpStream::connect((Ipv4Addr::LOCALHOST, port)) {
                     shared.connect(client, server);
                 }
@@ -70,6 +75,12 @@ impl Proxy {
         *self.state.cut() = Some((direction, bytes));
     }
 
+    /// As [`cut_after`](Self::cut_after), and lets nobody in from then on until it is to [cut nothing](Self::cut_nothing).
+    pub fn cut_off_after(&self, direction: Direction, bytes: u64) {
+        self.cut_after(direction, bytes);
+        self.state.stays_cut.store(true, Ordering::SeqCst);
+    }
+
     /// From now on it is one to the server at this port; no connection to the one before passes on anything any more.
     pub fn move_to(&self, server: u16) {
         self.state.server.store(server, Ordering::SeqCst);
@@ -83,6 +94,7 @@ impl Proxy {
 
     /// Cuts nothing any more.
     pub fn cut_nothing(&self) {
+        self.state.stays_cut.store(false, Ordering::SeqCst);
         *self.state.cut() = None;
     }
 

@@ -30,7 +30,7 @@ use rustix::io::Errno;
 
 pub(super) use bells::{Bells, Ear};
 
-use super::store::{self, Attempt, Seen, StoreError};
+use super::store::{self, Attempt, Grant, Seen, StoreError};
 use crate::error::Error;
 use crate::lines;
 use crate::owner::{Liveness, Owner};
@@ -207,9 +207,17 @@ fn is_dead(owner: Option<&Owner>) -> bool {
 
 /// This process, as text for a record.
 pub(super) fn own_text() -> String {
-    let owner = Owner { acquired: Some(SystemTime::now()), ..Owner::current() };
+    text_of(&Owner { acquired: Some(SystemTime::now()), ..Owner::current() })
+}
+
+/// Whom the next owner is to be told of instead of the holder when the grant is given up, as text for a record.
+pub(super) fn passed_on(grant: &Grant) -> Option<String> {
+    Some(grant.recovered()?.owner().map(text_of).unwrap_or_default())
+}
+
+fn text_of(owner: &Owner) -> String {
     let mut text = format!("pid {}\n", owner.pid());
-    lines::write(&owner, &mut text);
+    lines::write(owner, &mut text);
     text
 }
 

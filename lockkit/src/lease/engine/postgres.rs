@@ -26,7 +26,7 @@ use tokio_postgres::types::ToSql;
 
 use self::link::{Cut, Link, Sql};
 use self::target::Target;
-use super::{Bells, Ear, OfProcess, Pool, Turns, attempt, own_text, owner_of};
+use super::{Bells, Ear, OfProcess, Pool, Turns, attempt, own_text, owner_of, passed_on};
 use crate::error;
 use crate::lease::LeaseStore;
 use crate::lease::store::{
@@ -142,11 +142,11 @@ impl LeaseStore for Postgres {
     }
 
     fn release(&self, grant: &Grant, by: Deadline) -> Result<Released> {
-        self.leave(grant.name(), *grant.claim(), grant.token(), State::Released, by)
+        self.leave(grant.name(), *grant.claim(), grant.token(), State::Released, None, by)
     }
 
     fn give_up(&self, grant: &Grant, by: Deadline) -> Result<Released> {
-        self.leave(grant.name(), *grant.claim(), grant.token(), State::Lost, by)
+        self.leave(grant.name(), *grant.claim(), grant.token(), State::Lost, passed_on(grant), by)
     }
 
     fn look(&self, name: &LeaseName, by: Deadline) -> Result<Option<Seen>> {
@@ -158,7 +158,7 @@ impl LeaseStore for Postgres {
 
     fn evict(&self, name: &LeaseName, seen: &Seen, by: Deadline) -> Result<Released> {
         match (seen.claim(), seen.token()) {
-            (Some(claim), Some(token)) => self.leave(name, claim, token, State::Evicted, by),
+            (Some(claim), Some(token)) => self.leave(name, claim, token, State::Evicted, None, by),
             _ => Ok(Released::NotMine),
         }
     }
@@ -234,13 +234,21 @@ impl Postgres {
         asked.map(|rows| (rows, is_in_doubt))
     }
 
-    fn leave(&self, name: &LeaseName, claim: ClaimId, token: u64, state: State, by: Deadline) -> Result<Released> {
-        let values: [&(dyn ToSql + Sync); 4] =
-            [&name.as_str(), &claim.to_string(), &token.cast_signed(), &state.text()];
+    fn leave(
+        &self,
+        name: &LeaseName,
+        claim: ClaimId,
+        token: u64,
+        state: State,
+        passed_on: Option<String>,
+        by: Deadline,
+    ) -> Result<Released> {
+        let values: [&(dyn ToSql + Sync); 5] =
+            [&name.as_str(), &claim.to_string(), &token.cast_signed(), &state.text(), &passed_on];
         let own = self.own();
         let _turn = own.turns.take(by)?;
         let (rows, is_in_doubt) = self.ask_in_doubt(&table::LEAVE, &values, by)?;
-        if !rows.is_empty() || !self.ask_now(&table::LEFT, &values, by)?.is_empty() {
+        if !rows.is_empty() || !self.ask_now(&table::LEFT, &values[..4], by)?.is_empty() {
             step("record freed");
             return Ok(Released::Done);
         }

@@ -32,7 +32,7 @@ use redis::{
 };
 use rustls::crypto::CryptoProvider;
 
-use super::{Bells, Ear, OfProcess, Pool, addresses, attempt, not_connected, own_text, owner_of};
+use super::{Bells, Ear, OfProcess, Pool, addresses, attempt, not_connected, own_text, owner_of, passed_on};
 use crate::error::{Error, Result as AnyResult};
 use crate::lease::connect::{Parts, invalid};
 use crate::lease::store::{
@@ -161,23 +161,24 @@ impl RedisStore {
         name: &LeaseName,
         [claim, token]: [String; 2],
         left: Left,
-        is_holder: bool,
+        passed_on: Option<&str>,
         by: Deadline,
     ) -> Result<Released> {
-        let (state, is_release) = match left {
-            Left::Released => ("released", true),
-            Left::Lost => ("lost", false),
-            Left::Evicted => ("evicted", false),
+        let (state, whose) = match left {
+            Left::Released => ("released", "holder"),
+            Left::Lost => ("lost", "holder"),
+            Left::Evicted => ("evicted", ""),
         };
-        let whose = if is_holder { "holder" } else { "" };
-        let (words, count) = self.run_counted(&FREE, name, &[&claim, &token, state, whose], by)?;
+        let mut arguments = vec![&*claim, &*token, state, whose];
+        arguments.extend(passed_on);
+        let (words, count) = self.run_counted(&FREE, name, &arguments, by)?;
         match words.first().map(String::as_str) {
             Some("done") => {
                 step("record freed");
                 Ok(Released::Done)
             }
             // No answer came to the first of several requests, and somebody took what it had freed.
-            Some("not mine") if is_release && count > 1 => Ok(Released::Done),
+            Some("not mine") if matches!(left, Left::Released) && count > 1 => Ok(Released::Done),
             Some("not mine") => Ok(Released::NotMine),
             _ => Err(self.garbled()),
         }
@@ -245,11 +246,11 @@ impl LeaseStore for RedisStore {
     }
 
     fn release(&self, grant: &Grant, by: Deadline) -> Result<Released> {
-        self.free(grant.name(), of_grant(grant), Left::Released, true, by)
+        self.free(grant.name(), of_grant(grant), Left::Released, None, by)
     }
 
     fn give_up(&self, grant: &Grant, by: Deadline) -> Result<Released> {
-        self.free(grant.name(), of_grant(grant), Left::Lost, true, by)
+        self.free(grant.name(), of_grant(grant), Left::Lost, passed_on(grant).as_deref(), by)
     }
 
     fn look(&self, name: &LeaseName, by: Deadline) -> Result<Option<Seen>> {
@@ -258,7 +259,7 @@ impl LeaseStore for RedisStore {
 
     fn evict(&self, name: &LeaseName, seen: &Seen, by: Deadline) -> Result<Released> {
         match of_seen(seen) {
-            Some(holder) => self.free(name, holder, Left::Evicted, false, by),
+            Some(holder) => self.free(name, holder, Left::Evicted, None, by),
             None => Ok(Released::NotMine),
         }
     }

@@ -32,7 +32,7 @@ use serde_json::{Value, json};
 
 use self::gateway::{Address, Gateway, Stream, decoded, encoded, is_session_gone, number};
 use self::session::{Kept, Loose, Session, now};
-use super::{Bells, Ear, OfProcess, Result, attempt, is_dead, own_text, owner_of};
+use super::{Bells, Ear, OfProcess, Result, attempt, is_dead, own_text, owner_of, passed_on};
 use crate::lease::store::{
     Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
     StoreProfile,
@@ -202,7 +202,8 @@ impl LeaseStore for Store {
 
     fn give_up(&self, grant: &Grant, by: Deadline) -> Result<Released> {
         // The record goes on saying that it is held, by which the next owner learns that it was not released.
-        let freed = self.own().give_back(grant, Loose::RunOut, None, by)?;
+        let record = passed_on(grant).map(|died| Record::text(HELD, grant.claim(), &died));
+        let freed = self.own().give_back(grant, Loose::RunOut, record.as_deref(), by)?;
         Ok(if freed.is_ok() { Released::Done } else { Released::NotMine })
     }
 

@@ -100,15 +100,17 @@ pub(super) const RENEW: Sql = Sql {
     types: &[Type::TEXT, Type::TEXT, Type::INT8, Type::FLOAT8],
 };
 
-/// The name, the claim, the token, and how it is left. A row where it was held until now.
+/// The name, the claim, the token, how it is left, and who is to count as its holder then, if another. A row where it was
+/// held until now.
 pub(super) const LEAVE: Sql = Sql {
     slot: 3,
     text: concat!(
-        "UPDATE lockkit_leases SET state = $4 WHERE name = $1 AND claim = $2 AND token = $3 AND state = 'held' \
+        "UPDATE lockkit_leases SET state = $4, owner = coalesce($5, owner) \
+         WHERE name = $1 AND claim = $2 AND token = $3 AND state = 'held' \
          RETURNING CASE WHEN waited THEN pg_notify('lockkit_leases', $1) END, ",
         durably!()
     ),
-    types: &[Type::TEXT, Type::TEXT, Type::INT8, Type::TEXT],
+    types: &[Type::TEXT, Type::TEXT, Type::INT8, Type::TEXT, Type::TEXT],
 };
 
 /// As [`LEAVE`]. A row where it was left so before.

@@ -1,4 +1,4 @@
--- claim, token, the state to leave it in, and whether it is the holder who asks
+-- claim, token, the state to leave it in, whether it is the holder who asks, and who is to count as holder, if another
 local is_its = claim == ARGV[1] and token == ARGV[2]
 if is_its and state ~= 'held' then
     -- This very request may have done it before.
@@ -9,6 +9,9 @@ if not is_its and (ARGV[4] == '' or is_held or tonumber(token) >= tonumber(ARGV[
 end
 -- Also where the server has lost what it was told: the next token is greater all the same.
 write('token', ARGV[2], 'claim', ARGV[1], 'state', ARGV[3])
+if ARGV[5] then
+    write('owner', ARGV[5])
+end
 if record[7] then
     redis.call('HDEL', KEYS[1], 'awaited')
     redis.call('PUBLISH', KEYS[1], '')
