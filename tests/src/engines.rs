@@ -527,8 +527,13 @@ mod cases {
         let mut gave_up = 0;
         for cut in 1..=CUTS {
             let died = leave_to_the_dead();
-            proxy.cut_off_after(Direction::Answer, length * cut / CUTS);
-            let taken = taker.try_lock();
+            let cut_off = || proxy.cut_off_after(Direction::Answer, length * cut / CUTS);
+            cut_off();
+            let taken = taker.try_lock().or_else(|_| {
+                // Once more, so that what it takes may be its own, of which it does not know.
+                cut_off();
+                taker.try_lock()
+            });
             proxy.cut_nothing();
             // The taker lives, so nothing but itself gives the name free before the ttl is over.
             gave_up += u64::from(taken.is_err());
@@ -536,7 +541,7 @@ mod cases {
             assert_eq!(told(&guard), Some(died), "after {cut} of {CUTS} parts of the answers");
             guard.release().expect("it is held");
         }
-        assert!(gave_up > CUTS / 2, "{gave_up} of {CUTS}");
+        assert!(gave_up > CUTS / 8, "{gave_up} of {CUTS}");
         Ok(())
     }
 

@@ -78,12 +78,10 @@ impl MutexLock {
             }
         }
         step("mutex taken");
-        let recovered = match self.record() {
-            Some(record) => mark::take(record),
-            None if taken == Taken::Abandoned => Some(Box::new(Recovered::new(None))),
-            None => None,
-        };
-        Ok((hold, recovered))
+        let recovered = self.record().and_then(mark::take);
+        // Who died may not have come to writing down that it holds, or may have had no record to write to.
+        let somebody = || (taken == Taken::Abandoned).then(|| Box::new(Recovered::new(None)));
+        Ok((hold, recovered.or_else(somebody)))
     }
 
     /// Has a thread of its own take the mutex and keep it, if it gets it.

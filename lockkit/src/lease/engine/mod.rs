@@ -215,7 +215,8 @@ pub(super) fn passed_on(grant: &Grant) -> Option<String> {
     Some(grant.recovered()?.owner().map(text_of).unwrap_or_default())
 }
 
-fn text_of(owner: &Owner) -> String {
+/// An owner, as text for a record.
+pub(super) fn text_of(owner: &Owner) -> String {
     let mut text = format!("pid {}\n", owner.pid());
     lines::write(owner, &mut text);
     text

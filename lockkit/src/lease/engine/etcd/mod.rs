@@ -32,7 +32,7 @@ use serde_json::{Value, json};
 
 use self::gateway::{Address, Gateway, Stream, decoded, encoded, is_session_gone, number};
 use self::session::{Kept, Loose, Session, now};
-use super::{Bells, Ear, OfProcess, Result, attempt, is_dead, own_text, owner_of, passed_on};
+use super::{Bells, Ear, OfProcess, Result, attempt, is_dead, own_text, owner_of, passed_on, text_of};
 use crate::lease::store::{
     Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
     StoreProfile,
@@ -203,7 +203,8 @@ impl LeaseStore for Store {
     fn give_up(&self, grant: &Grant, by: Deadline) -> Result<Released> {
         // The record goes on saying that it is held, by which the next owner learns that it was not released.
         let record = passed_on(grant).map(|died| Record::text(HELD, grant.claim(), &died));
-        let freed = self.own().give_back(grant, Loose::RunOut, record.as_deref(), by)?;
+        let why = if record.is_some() { Loose::InDoubt } else { Loose::RunOut };
+        let freed = self.own().give_back(grant, why, record.as_deref(), by)?;
         Ok(if freed.is_ok() { Released::Done } else { Released::NotMine })
     }
 
@@ -318,9 +319,9 @@ impl Own {
                 step("record written");
                 let token = answer.revision();
                 session.add(name, claim, token, sent);
-                let grant = Grant::new(name, claim, token, session.left(began)).with_handle(session);
+                let grant = Grant::new(name, claim, token, session.left(began)).with_handle(session.clone());
                 let before = match nobody {
-                    Some(Loose::InDoubt) => self.before(name, revision, by)?,
+                    Some(Loose::InDoubt) => self.before(name, revision, holder, &session, by)?,
                     _ => Record::parse(answer.before(1)),
                 };
                 return Ok(Attempt::Granted(match &*before.state {
@@ -347,13 +348,30 @@ impl Own {
         Err(StoreError::unknown("the session ended, or the lease was released, again and again meanwhile"))
     }
 
-    /// The record as it was just before that revision, as far as etcd still knows.
-    fn before(&self, name: &LeaseName, revision: u64, by: Deadline) -> Result<Record> {
-        let body = json!({ "key": self.keys.record(name), "revision": revision.saturating_sub(1).to_string() });
-        match self.gateway.ask("/v3/kv/range", &body, by) {
-            Ok(answer) => Ok(Record::parse(&answer["kvs"][0])),
-            Err(StoreError::Refused(_)) => Ok(Record::parse(&Value::Null)),
-            Err(error) => Err(error),
+    /// The record as it was before the claim's request at that revision, which nobody knew to be carried out, and before
+    /// others of that sort; as far as etcd still knows.
+    fn before(
+        &self,
+        name: &LeaseName,
+        mut revision: u64,
+        claim: Option<ClaimId>,
+        session: &Session,
+        by: Deadline,
+    ) -> Result<Record> {
+        loop {
+            let body = json!({ "key": self.keys.record(name), "revision": revision.saturating_sub(1).to_string() });
+            let answer = match self.gateway.ask("/v3/kv/range", &body, by) {
+                Ok(answer) => answer,
+                // It has been compacted.
+                Err(StoreError::Refused(_)) => return Ok(Record::parse(&Value::Null)),
+                Err(error) => return Err(error),
+            };
+            let (found, record) = (&answer["kvs"][0], Record::parse(&answer["kvs"][0]));
+            let is_known = record.claim != claim && session.loose(record.claim) != Some(Loose::InDoubt);
+            if record.state != HELD || is_known {
+                return Ok(record);
+            }
+            revision = number(&found["mod_revision"]);
         }
     }
 
@@ -496,19 +514,37 @@ impl Own {
     /// is being asked for is not let go meanwhile. What fails is tried again later.
     fn let_go(&self, session: &Session, now: Duration, revision: u64, by: Deadline) {
         for (name, claim, why) in session.to_let_go(now) {
-            let key = self.keys.held(&name);
-            let is_old = json!({
-                "key": key, "target": "MOD", "result": "LESS", "mod_revision": (revision + 1).to_string(),
-            });
-            let mut then = vec![json!({ "request_delete_range": { "key": key } })];
-            if why != Loose::RunOut {
-                let free = Record::text(FREE, &claim, "");
-                then.push(json!({ "request_put": { "key": self.keys.record(&name), "value": encoded(free) } }));
-            }
-            if self.transact(json!([is_of(&key, claim), is_old]), then.into(), json!([]), by).is_err() {
+            if self.let_go_of(&name, claim, why, session, revision, by).is_err() {
                 return;
             }
         }
+    }
+
+    fn let_go_of(
+        &self,
+        name: &LeaseName,
+        claim: ClaimId,
+        why: Loose,
+        session: &Session,
+        revision: u64,
+        by: Deadline,
+    ) -> Result<()> {
+        let held = self.look(name, by)?;
+        let Some(written) = held.filter(|seen| seen.claim() == Some(claim) && seen.cursor() <= revision) else {
+            return Ok(());
+        };
+        let free = Record::text(FREE, &claim, "");
+        let record = match why {
+            Loose::RunOut => None,
+            Loose::Released => Some(free),
+            Loose::InDoubt => {
+                let before = self.before(name, written.cursor(), Some(claim), session, by)?;
+                // The next owner is to be told of who did not release before.
+                let died = || Record::text(HELD, &claim, &before.owner.as_ref().map(text_of).unwrap_or_default());
+                Some(if before.state == HELD { died() } else { free })
+            }
+        };
+        self.free(name, Some(claim), written.cursor(), record.as_deref(), by).map(drop)
     }
 
     /// The next lease of this ttl needs another session.
