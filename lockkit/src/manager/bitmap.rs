@@ -6,7 +6,7 @@
 //! at every word before it says so.
 //!
 //! The count is kept beside the bits. A kill between the two leaves it wrong by one, until somebody finds the table
-//! full or opens it while nobody else uses it: then it is counted anew. Its upper half counts the changes, so that a
+//! full, or asks for the count first since somebody opened the table while nobody else used it: then it is counted anew. Its upper half counts the changes, so that a
 //! recount notices when it was overtaken; and the upper half of that the recounts, so that who has changed a bit and
 //! has yet to count it notices that a recount came between, which may have seen the bit or not, and counts anew.
 

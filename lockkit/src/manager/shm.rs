@@ -203,6 +203,11 @@ impl LockManager for ShmLockManager {
     }
 
     fn available(&self) -> Result<Option<u32>> {
+        let in_doubt = &self.0.table.header().is_count_in_doubt;
+        if in_doubt.load(Ordering::SeqCst) != 0 {
+            self.0.bitmap().recount();
+            in_doubt.store(0, Ordering::SeqCst);
+        }
         Ok(Some(self.0.capacity - self.0.bitmap().allocated()))
     }
 
@@ -326,7 +331,8 @@ impl Attached {
             slot: Mutex::new(slot),
         }));
         if alone {
-            fresh.bitmap().recount();
+            // Who asks for the count first counts: a large table is opened as soon as a small one.
+            table.header().is_count_in_doubt.store(1, Ordering::SeqCst);
         }
         attached.push(fresh);
         Ok(fresh)

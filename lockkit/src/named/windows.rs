@@ -162,3 +162,27 @@ impl MutexLock {
 fn record_of(name: &str) -> String {
     format!("{name}.record")
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::NamedLock;
+
+    use super::*;
+
+    #[test]
+    fn a_holder_that_left_no_record_is_told_of_as_nobody_known() {
+        let name = format!("lockkit-test-{}-abandoned", std::process::id());
+        let sharing = Sharing::User(0);
+        let object = mutex::object(&name, sharing).unwrap();
+        // As long as somebody has it open the kernel knows that it was abandoned.
+        let _open = Mutex::open(&object, sharing).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| Mutex::open(&object, sharing).unwrap().take(None, None).unwrap());
+        });
+        let lock = NamedLock::new(&name).unwrap();
+        let guard = lock.try_lock().unwrap();
+        assert!(guard.recovered().is_some_and(|recovered| recovered.owner().is_none()));
+        guard.release().unwrap();
+        assert!(lock.try_lock().unwrap().recovered().is_none());
+    }
+}

@@ -44,7 +44,9 @@ pub(crate) struct Header {
     pub(crate) version: AtomicU32,
     pub(crate) layout: AtomicU32,
     pub(crate) capacity: AtomicU32,
-    _reserved: [AtomicU32; 11],
+    /// Not zero: whoever died last may have left the count wrong.
+    pub(crate) is_count_in_doubt: AtomicU32,
+    _reserved: [AtomicU32; 10],
     pub(crate) count: Line<AtomicU64>,
     pub(crate) hint: Line<AtomicU32>,
     /// Where the next process looks for a free slot first.
@@ -88,6 +90,7 @@ const _: () = {
     assert!(offset_of!(Header, version) == 8);
     assert!(offset_of!(Header, layout) == 12);
     assert!(offset_of!(Header, capacity) == 16);
+    assert!(offset_of!(Header, is_count_in_doubt) == 20);
     assert!(offset_of!(Header, count) == 64);
     assert!(offset_of!(Header, hint) == 128);
     assert!(offset_of!(Header, next_slot) == 192);

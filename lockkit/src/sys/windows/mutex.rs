@@ -105,3 +105,106 @@ impl Mutex {
         if unsafe { ReleaseMutex(self.0.as_raw_handle()) } == 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use windows_sys::Win32::Storage::FileSystem::{DELETE, WRITE_DAC, WRITE_OWNER};
+    use windows_sys::Win32::System::Threading::{MUTEX_ALL_ACCESS, OpenMutexW};
+
+    use super::super::security::tests::{as_another, list_of};
+    use super::*;
+
+    const SHARINGS: [Sharing; 2] = [Sharing::User(0), Sharing::Machine];
+
+    fn fresh(sharing: Sharing) -> String {
+        let moment = std::time::SystemTime::now().duration_since(std::time::SystemTime::UNIX_EPOCH).unwrap();
+        object(&format!("test-{}-{}", std::process::id(), moment.as_nanos()), sharing).unwrap()
+    }
+
+    fn opened(object: &str, access: u32) -> io::Result<OwnedHandle> {
+        let wide = super::super::wide(object);
+        // SAFETY: the name ends with a zero.
+        let handle = unsafe { OpenMutexW(access, 0, wide.as_ptr()) };
+        match handle.is_null() {
+            true => Err(io::Error::last_os_error()),
+            // SAFETY: just made, and owned by nobody else.
+            false => Ok(unsafe { OwnedHandle::from_raw_handle(handle) }),
+        }
+    }
+
+    fn is_denied<T>(opened: &io::Result<T>) -> bool {
+        opened.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
+    }
+
+    #[test]
+    fn a_mutex_of_the_user_lets_in_the_user_and_nobody_else() {
+        let name = fresh(Sharing::User(0));
+        let _mutex = Mutex::open(&name, Sharing::User(0)).unwrap();
+        let list = list_of(&opened(&name, READ_CONTROL).unwrap());
+        let user = security::user().unwrap();
+        let mut entries: Vec<_> =
+            list.trim_end_matches(')').split("(A;;").skip(1).map(|entry| entry.trim_end_matches(')')).collect();
+        entries.sort_unstable();
+        let who = entries.iter().map(|entry| entry.rsplit(';').next().unwrap());
+        assert!(list.starts_with("D:P(") && entries.len() == 3, "{list}");
+        assert!(who.clone().all(|who| [&*user, "SY", "BA"].contains(&who)), "{list}");
+        for access in [SYNCHRONIZE, MUTEX_MODIFY_STATE, READ_CONTROL, WRITE_DAC, WRITE_OWNER, DELETE] {
+            let open = as_another(|| opened(&name, access));
+            assert!(is_denied(&open), "{access:x}: {open:?}");
+        }
+    }
+
+    #[test]
+    fn a_mutex_of_the_machine_can_be_taken_by_everybody_and_changed_by_nobody() {
+        let name = fresh(Sharing::Machine);
+        let mutex = Mutex::open(&name, Sharing::Machine).unwrap();
+        as_another(|| {
+            let same = Mutex::open(&name, Sharing::Machine).unwrap();
+            assert_eq!(same.take(None, Some(Instant::now())).unwrap(), Taken::Free);
+            same.give_back().unwrap();
+            for access in [READ_CONTROL, WRITE_DAC, WRITE_OWNER, DELETE, MUTEX_ALL_ACCESS] {
+                let open = opened(&name, access);
+                assert!(is_denied(&open), "{access:x}: {open:?}");
+            }
+        });
+        assert_eq!(mutex.take(None, Some(Instant::now())).unwrap(), Taken::Free);
+        mutex.give_back().unwrap();
+    }
+
+    #[test]
+    fn a_mutex_that_somebody_else_has_made_is_refused() {
+        let name = fresh(Sharing::User(0));
+        // Whoever is no administrator cannot make anything in their name.
+        let descriptor = Descriptor::new("O:BAD:P(A;;0x1F0001;;;WD)").unwrap();
+        let attributes = descriptor.attributes();
+        let wide = super::super::wide(&name);
+        // SAFETY: the name ends with a zero, and the attributes' descriptor is there until the end of this call.
+        let handle = unsafe { CreateMutexExW(&raw const attributes, wide.as_ptr(), 0, SYNCHRONIZE) };
+        if handle.is_null() {
+            return eprintln!("left out: only an administrator can play another user");
+        }
+        // SAFETY: just made, and owned by nobody else.
+        let _theirs = unsafe { OwnedHandle::from_raw_handle(handle) };
+        let refused = Mutex::open(&name, Sharing::User(0));
+        assert!(is_denied(&refused), "{refused:?}");
+        assert!(refused.unwrap_err().to_string().contains("S-1-5-32-544 has made it"));
+    }
+
+    #[test]
+    fn a_mutex_of_a_thread_that_ended_is_abandoned_once() {
+        for sharing in SHARINGS {
+            let name = fresh(sharing);
+            let mutex = Mutex::open(&name, sharing).unwrap();
+            std::thread::scope(|scope| {
+                scope.spawn(|| Mutex::open(&name, sharing).unwrap().take(None, None).unwrap());
+            });
+            let until = Some(Instant::now() + Duration::from_secs(30));
+            assert_eq!(mutex.take(None, until).unwrap(), Taken::Abandoned);
+            mutex.give_back().unwrap();
+            assert_eq!(mutex.take(None, until).unwrap(), Taken::Free);
+            mutex.give_back().unwrap();
+        }
+    }
+}

@@ -188,6 +188,9 @@ mod tests {
     use std::process::{Command, Stdio};
     use std::time::Duration;
 
+    use windows_sys::Win32::Storage::FileSystem::WRITE_DAC;
+
+    use super::super::security;
     use super::*;
 
     #[test]
@@ -216,5 +219,23 @@ mod tests {
         assert_eq!(child.wait().unwrap().code(), Some(259));
         // The handle on it is still open.
         assert_eq!(probe(child.id()), Probe::Ended);
+    }
+
+    #[test]
+    fn one_that_nobody_may_look_at_runs() {
+        // As a user who is no debugger sees the process of another one.
+        security::tests::give_up_privileges();
+        let mut child =
+            Command::new("cmd").args(["/c", "pause"]).stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+        assert!(matches!(probe(child.id()), Probe::Running(Some(_))));
+        let handle = open(child.id(), WRITE_DAC).unwrap();
+        security::tests::let_nobody_in(&handle);
+        assert_eq!(
+            open(child.id(), PROCESS_QUERY_LIMITED_INFORMATION).unwrap_err().kind(),
+            io::ErrorKind::PermissionDenied
+        );
+        assert_eq!(probe(child.id()), Probe::Running(None));
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 }

@@ -107,13 +107,155 @@ fn text_of(sid: PSID) -> io::Result<String> {
     if unsafe { ConvertSidToStringSidW(sid, &raw mut text) } == 0 {
         return Err(io::Error::last_os_error());
     }
-    let text_owner = Local(text.cast());
-    // SAFETY: the system has written a text that ends with a zero.
+    // SAFETY: the system has written a text that ends with a zero, and says to free it so.
+    Ok(unsafe { read(text) })
+}
+
+/// Reads a text that the system has allocated, and frees it.
+///
+/// # Safety
+/// It ends with a zero, nobody else has it, and it is to be freed by `LocalFree`.
+unsafe fn read(text: *mut u16) -> String {
+    let _owner = Local(text.cast());
+    // SAFETY: it ends with a zero, and is freed at the end of this.
     let letters = unsafe {
         let length = (0..).take_while(|&at| *text.add(at) != 0).count();
         std::slice::from_raw_parts(text, length)
     };
-    let read = String::from_utf16_lossy(letters);
-    drop(text_owner);
-    Ok(read)
+    String::from_utf16_lossy(letters)
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use windows_sys::Win32::Security::Authorization::{
+        ConvertSecurityDescriptorToStringSecurityDescriptorW, ConvertStringSidToSidW, SetSecurityInfo,
+    };
+    use windows_sys::Win32::Security::{
+        AdjustTokenPrivileges, CreateRestrictedToken, DACL_SECURITY_INFORMATION, GetSecurityDescriptorDacl,
+        ImpersonateLoggedOnUser, RevertToSelf, SID_AND_ATTRIBUTES, TOKEN_ADJUST_PRIVILEGES, TOKEN_DUPLICATE,
+        TOKEN_IMPERSONATE,
+    };
+
+    use super::*;
+
+    fn own_token(access: u32) -> OwnedHandle {
+        let mut token: HANDLE = ptr::null_mut();
+        // SAFETY: the answer has a place.
+        let opened = unsafe { OpenProcessToken(GetCurrentProcess(), access, &raw mut token) };
+        assert!(opened != 0, "{}", io::Error::last_os_error());
+        // SAFETY: just made, and owned by nobody else.
+        unsafe { OwnedHandle::from_raw_handle(token) }
+    }
+
+    /// This process may do no more from now on than its user may: it looks at no process of others.
+    pub(in super::super) fn give_up_privileges() {
+        let token = own_token(TOKEN_ADJUST_PRIVILEGES);
+        // SAFETY: the handle is open, and all privileges need no list.
+        let done = unsafe {
+            AdjustTokenPrivileges(token.as_raw_handle(), 1, ptr::null(), 0, ptr::null_mut(), ptr::null_mut())
+        };
+        assert!(done != 0, "{}", io::Error::last_os_error());
+    }
+
+    /// Has the object let nobody in any more, its owner neither.
+    pub(in super::super) fn let_nobody_in(object: &OwnedHandle) {
+        let descriptor = Descriptor::new("D:P").unwrap();
+        let (mut is_there, mut list, mut by_default) = (0, ptr::null_mut(), 0);
+        // SAFETY: the descriptor is a whole one, and each answer has a place.
+        let found =
+            unsafe { GetSecurityDescriptorDacl(descriptor.0.0, &raw mut is_there, &raw mut list, &raw mut by_default) };
+        assert!(found != 0 && is_there != 0 && !list.is_null());
+        // SAFETY: the handle is open, and the list is there as long as its descriptor is.
+        let status = unsafe {
+            SetSecurityInfo(
+                object.as_raw_handle(),
+                SE_KERNEL_OBJECT,
+                DACL_SECURITY_INFORMATION,
+                ptr::null_mut(),
+                ptr::null_mut(),
+                list,
+                ptr::null(),
+            )
+        };
+        assert_eq!(status, 0);
+    }
+
+    /// Who may do what with a kernel object, as text.
+    pub(in super::super) fn list_of(object: &OwnedHandle) -> String {
+        let mut descriptor: PSECURITY_DESCRIPTOR = ptr::null_mut();
+        // SAFETY: the handle is open, and the answer that is asked for has a place.
+        let status = unsafe {
+            GetSecurityInfo(
+                object.as_raw_handle(),
+                SE_KERNEL_OBJECT,
+                DACL_SECURITY_INFORMATION,
+                ptr::null_mut(),
+                ptr::null_mut(),
+                ptr::null_mut(),
+                ptr::null_mut(),
+                &raw mut descriptor,
+            )
+        };
+        assert_eq!(status, 0);
+        let descriptor = Local(descriptor);
+        let mut text = ptr::null_mut();
+        // SAFETY: the descriptor came from the system, and the answer has a place.
+        let told = unsafe {
+            ConvertSecurityDescriptorToStringSecurityDescriptorW(
+                descriptor.0,
+                SDDL_REVISION_1,
+                DACL_SECURITY_INFORMATION,
+                &raw mut text,
+                ptr::null_mut(),
+            )
+        };
+        assert!(told != 0, "{}", io::Error::last_os_error());
+        // SAFETY: the system has written a text that ends with a zero, and says to free it so.
+        unsafe { read(text) }
+    }
+
+    /// Does something as somebody who is neither this user nor an administrator.
+    pub(in super::super) fn as_another<T>(act: impl FnOnce() -> T) -> T {
+        let token = own_token(TOKEN_QUERY | TOKEN_DUPLICATE | TOKEN_IMPERSONATE);
+        let sids = [user().unwrap(), "S-1-5-32-544".to_owned(), "S-1-5-18".to_owned()].map(|text| Sid::new(&text));
+        let without = sids.each_ref().map(|sid| SID_AND_ATTRIBUTES { Sid: sid.0.0, Attributes: 0 });
+        let mut made: HANDLE = ptr::null_mut();
+        // SAFETY: the handle is open, the list has as many entries as it says, whose SIDs are there, and the answer has a
+        // place.
+        let done = unsafe {
+            CreateRestrictedToken(
+                token.as_raw_handle(),
+                windows_sys::Win32::Security::DISABLE_MAX_PRIVILEGE,
+                without.len() as u32,
+                without.as_ptr(),
+                0,
+                ptr::null(),
+                0,
+                ptr::null(),
+                &raw mut made,
+            )
+        };
+        assert!(done != 0, "{}", io::Error::last_os_error());
+        // SAFETY: just made, and owned by nobody else.
+        let made = unsafe { OwnedHandle::from_raw_handle(made) };
+        // SAFETY: the handle is open.
+        assert!(unsafe { ImpersonateLoggedOnUser(made.as_raw_handle()) } != 0, "{}", io::Error::last_os_error());
+        let acted = act();
+        // SAFETY: ends what was begun on this thread.
+        assert!(unsafe { RevertToSelf() } != 0, "{}", io::Error::last_os_error());
+        acted
+    }
+
+    struct Sid(Local);
+
+    impl Sid {
+        fn new(text: &str) -> Self {
+            let text = super::super::wide(text);
+            let mut sid: PSID = ptr::null_mut();
+            // SAFETY: the text ends with a zero, and the answer has a place.
+            let made = unsafe { ConvertStringSidToSidW(text.as_ptr(), &raw mut sid) };
+            assert!(made != 0, "{}", io::Error::last_os_error());
+            Self(Local(sid))
+        }
+    }
 }
