@@ -108,6 +108,7 @@ impl Mutex {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
     use std::time::Duration;
 
     use windows_sys::Win32::Storage::FileSystem::{DELETE, WRITE_DAC, WRITE_OWNER};
@@ -150,16 +151,21 @@ mod tests {
         let who = entries.iter().map(|entry| entry.rsplit(';').next().unwrap());
         assert!(list.starts_with("D:P(") && entries.len() == 3, "{list}");
         assert!(who.clone().all(|who| [&*user, "SY", "BA"].contains(&who)), "{list}");
-        for access in [SYNCHRONIZE, MUTEX_MODIFY_STATE, READ_CONTROL, WRITE_DAC, WRITE_OWNER, DELETE] {
-            let open = as_another(|| opened(&name, access));
-            assert!(is_denied(&open), "{access:x}: {open:?}");
-        }
+        as_another(|| {
+            for access in [SYNCHRONIZE, MUTEX_MODIFY_STATE, READ_CONTROL, WRITE_DAC, WRITE_OWNER, DELETE] {
+                let open = opened(&name, access);
+                assert!(is_denied(&open), "{access:x}: {open:?}");
+            }
+        });
     }
 
     #[test]
     fn a_mutex_of_the_machine_can_be_taken_by_everybody_and_changed_by_nobody() {
         let name = fresh(Sharing::Machine);
         let mutex = Mutex::open(&name, Sharing::Machine).unwrap();
+        let list = list_of(&opened(&name, READ_CONTROL).unwrap());
+        let right = "D:P(A;;0x100001;;;WD)(A;;0x120001;;;OW)(A;;0x1F0001;;;SY)(A;;0x1F0001;;;BA)";
+        assert!(list.eq_ignore_ascii_case(right), "{list}");
         as_another(|| {
             let same = Mutex::open(&name, Sharing::Machine).unwrap();
             assert_eq!(same.take(None, Some(Instant::now())).unwrap(), Taken::Free);
@@ -183,7 +189,8 @@ mod tests {
         // SAFETY: the name ends with a zero, and the attributes' descriptor is there until the end of this call.
         let handle = unsafe { CreateMutexExW(&raw const attributes, wide.as_ptr(), 0, SYNCHRONIZE) };
         if handle.is_null() {
-            return eprintln!("left out: only an administrator can play another user");
+            let _ = writeln!(io::stderr(), "left out: only an administrator can play another user");
+            return;
         }
         // SAFETY: just made, and owned by nobody else.
         let _theirs = unsafe { OwnedHandle::from_raw_handle(handle) };
