@@ -1,7 +1,8 @@
 //! Many processes take one lock at random while a conductor kills and stops them; the log of who held when is checked.
 //!
-//! Each process appends a record to a shared log when it has come in and before it goes out. Records have a size that
-//! divides a page, so an append is whole or not there, kill or no kill. Times are those of [`SystemClock`], which all share.
+//! Each process appends a record to its own log when it has come in and before it goes out, for not every system appends
+//! for several at once. Records have a size that divides a page, so an append is whole or not there, kill or no kill.
+//! Times are those of [`SystemClock`], which all share.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs::{File, OpenOptions};
@@ -38,26 +39,37 @@ pub(crate) fn now() -> u64 {
     u64::try_from(SystemClock.now().as_nanos()).expect("not so long ago")
 }
 
-pub(crate) fn append(log: &mut File, nanos: u64, what: u32, number: u64) {
-    let mut record = [0; RECORD];
-    record[..8].copy_from_slice(&nanos.to_ne_bytes());
-    record[8..16].copy_from_slice(&number.to_ne_bytes());
-    record[16..20].copy_from_slice(&std::process::id().to_ne_bytes());
-    record[20..24].copy_from_slice(&what.to_ne_bytes());
-    log.write_all(&record).expect("the log takes a record");
+/// What this process writes down, in a folder that all share.
+pub(crate) struct Log(File);
+
+impl Log {
+    pub(crate) fn open(folder: &Path) -> Self {
+        let path = folder.join(std::process::id().to_string());
+        Self(OpenOptions::new().create(true).append(true).open(path).expect("a log"))
+    }
+
+    pub(crate) fn append(&mut self, nanos: u64, what: u32, number: u64) {
+        let mut record = [0; RECORD];
+        record[..8].copy_from_slice(&nanos.to_ne_bytes());
+        record[8..16].copy_from_slice(&number.to_ne_bytes());
+        record[16..20].copy_from_slice(&std::process::id().to_ne_bytes());
+        record[20..24].copy_from_slice(&what.to_ne_bytes());
+        self.0.write_all(&record).expect("the log takes a record");
+    }
 }
 
-pub(crate) fn read(log: &Path) -> Vec<Event> {
-    let bytes = std::fs::read(log).expect("a log");
-    assert_eq!(bytes.len() % RECORD, 0, "the log has whole records only");
-    let mut events: Vec<Event> = bytes
-        .chunks_exact(RECORD)
-        .map(|record| {
+/// What all have written down, in the order of time.
+pub(crate) fn read(folder: &Path) -> Vec<Event> {
+    let mut events = Vec::new();
+    for log in folder.read_dir().expect("a folder") {
+        let bytes = std::fs::read(log.expect("an entry").path()).expect("a log");
+        assert_eq!(bytes.len() % RECORD, 0, "the log has whole records only");
+        events.extend(bytes.chunks_exact(RECORD).map(|record| {
             let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|byte| record[at + byte]));
             let long = |at: usize| u64::from_ne_bytes(std::array::from_fn(|byte| record[at + byte]));
             Event { nanos: long(0), number: long(8), pid: word(16), what: word(20) }
-        })
-        .collect();
+        }));
+    }
     events.sort_by_key(|event| event.nanos);
     events
 }
@@ -81,9 +93,9 @@ impl Dice {
 }
 
 /// The part of one process: locks in every manner until it is killed.
-pub fn take_part(spec: &Spec, log: &Path, seed: u64) {
+pub fn take_part(spec: &Spec, logs: &Path, seed: u64) {
     let lock = spec.open();
-    let mut log = OpenOptions::new().append(true).open(log).expect("the log");
+    let mut log = Log::open(logs);
     let mut dice = Dice::new(seed);
     loop {
         let wait = match dice.roll(3) {
@@ -93,12 +105,12 @@ pub fn take_part(spec: &Spec, log: &Path, seed: u64) {
         };
         match lock.acquire(&wait) {
             Ok(guard) => {
-                append(&mut log, now(), IN, guard.recovered().map_or(NOBODY, u64::from));
+                log.append(now(), IN, guard.recovered().map_or(NOBODY, u64::from));
                 let hold = Instant::now() + Duration::from_micros(dice.roll(spec.kind().longest_hold()));
                 while Instant::now() < hold {
                     std::hint::spin_loop();
                 }
-                append(&mut log, now(), OUT, NOBODY);
+                log.append(now(), OUT, NOBODY);
                 // A server that does not answer in time is asked again by the heartbeat.
                 if let Err(error) = guard.release() {
                     assert!(matches!(error.kind(), ErrorKind::Store { .. }), "{error:?}");
@@ -147,14 +159,12 @@ pub fn run(kind: Kind, span: Duration) -> Tally {
     let mut witness = Actor::start(&spec);
     let before = belongings_after_a_use(&mut witness, &spec);
     let folder = tempfile::tempdir().expect("a folder");
-    let log = folder.path().join("log");
-    File::create(&log).expect("a log");
     let mut dice = Dice::new(now());
     let mut deaths: HashMap<u32, Death> = HashMap::new();
     let start = |dice: &mut Dice| {
         let seed = dice.roll(u64::MAX).to_string();
         let mut command = Command::new(program("actor"));
-        command.arg(spec.invite()).arg("chaos").arg(&log).arg(seed).stdin(Stdio::null());
+        command.arg(spec.invite()).arg("chaos").arg(folder.path()).arg(seed).stdin(Stdio::null());
         command.spawn().expect("a process starts")
     };
     let kill = |child: &mut Child, deaths: &mut HashMap<u32, Death>| {
@@ -186,12 +196,11 @@ pub fn run(kind: Kind, span: Duration) -> Tally {
     }
     let lock = spec.open();
     let guard = lock.acquire(&Wait::at_most(Duration::from_secs(1))).expect("free within a second of the last death");
-    let mut log_file = OpenOptions::new().append(true).open(&log).expect("the log");
-    append(&mut log_file, now(), IN, guard.recovered().map_or(NOBODY, u64::from));
+    Log::open(folder.path()).append(now(), IN, guard.recovered().map_or(NOBODY, u64::from));
     drop(guard);
     drop(lock);
     assert_eq!(belongings_after_a_use(&mut witness, &spec), before, "what a process and the lock have");
-    let tally = check(&read(&log), &deaths, kind);
+    let tally = check(&read(folder.path()), &deaths, kind);
     spec.clean();
     tally
 }

@@ -22,7 +22,6 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
-use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
@@ -31,7 +30,7 @@ use std::time::{Duration, Instant};
 use lockkit::{ErrorKind, Lease, LeaseBuilder, LeaseGuard, LossReason, Wait};
 
 use crate::actor::{announce, describe};
-use crate::chaos::{Dice, IN, OUT, append, now, read};
+use crate::chaos::{Dice, IN, Log, OUT, now, read};
 use crate::{Actor, Belongings, LIVELY, program};
 
 /// A lease and its options, as text: `TTL HEARTBEAT PROGRESS PANICS PATH`, in milliseconds.
@@ -214,23 +213,23 @@ fn fork_away(guard: &LeaseGuard, other: &Terms, is_quiet: impl Fn() -> bool) -> 
 const STILL: u32 = 3;
 
 /// The part of one process in the chaos of leases: takes the lease and holds it for a while, or until it is lost.
-pub fn take_part(terms: &Terms, log: &Path, seed: u64) {
+pub fn take_part(terms: &Terms, logs: &Path, seed: u64) {
     let lease = terms.open();
-    let mut log = OpenOptions::new().append(true).open(log).expect("the log");
+    let mut log = Log::open(logs);
     let mut dice = Dice::new(seed);
     loop {
         match lease.lock_for(Duration::from_micros(dice.roll(20_000))) {
             Ok(guard) => {
-                append(&mut log, now(), IN, guard.token());
+                log.append(now(), IN, guard.token());
                 let end = Instant::now() + Duration::from_millis(dice.roll(terms.ttl));
                 loop {
                     let asked = now();
                     if !guard.is_held() {
-                        append(&mut log, asked, OUT, guard.token());
+                        log.append(asked, OUT, guard.token());
                         break;
                     }
                     // Held when it was asked, so it was at every moment before.
-                    append(&mut log, asked, STILL, guard.token());
+                    log.append(asked, STILL, guard.token());
                     if Instant::now() > end {
                         break;
                     }
@@ -270,12 +269,15 @@ pub fn run(terms: &Terms, span: Duration) -> Tally {
     };
     let before = use_once();
     let folder = tempfile::tempdir().expect("a folder");
-    let log = folder.path().join("log");
-    File::create(&log).expect("a log");
     let mut dice = Dice::new(now());
     let start = |dice: &mut Dice| {
         let mut command = Command::new(program("actor"));
-        command.arg("lease").arg(terms.to_string()).arg("chaos").arg(&log).arg(dice.roll(u64::MAX).to_string());
+        command
+            .arg("lease")
+            .arg(terms.to_string())
+            .arg("chaos")
+            .arg(folder.path())
+            .arg(dice.roll(u64::MAX).to_string());
         command.stdin(Stdio::null()).spawn().expect("a process starts")
     };
     let kill = |child: &mut Child| {
@@ -316,7 +318,7 @@ pub fn run(terms: &Terms, span: Duration) -> Tally {
 
     let mut holds: HashMap<u64, (u32, u64, u64)> = HashMap::new();
     let mut losses = 0;
-    for event in read(&log) {
+    for event in read(folder.path()) {
         match event.what {
             IN => {
                 let before = holds.insert(event.number, (event.pid, event.nanos, 0));

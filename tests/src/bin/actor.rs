@@ -28,7 +28,9 @@ fn main() {
         #[cfg(target_os = "linux")]
         ["pretend", place] => instances::pretend(place),
         [spec] => actor::serve(&Spec::parse(spec)),
-        [spec, "chaos", log, seed] => chaos::take_part(&Spec::parse(spec), log.as_ref(), seed.parse().expect("a seed")),
+        [spec, "chaos", logs, seed] => {
+            chaos::take_part(&Spec::parse(spec), logs.as_ref(), seed.parse().expect("a seed"))
+        }
         [spec, "stress", counter, rounds] => {
             lockkit_tests::suite::count_up(&Spec::parse(spec), counter.as_ref(), rounds.parse().expect("a number"));
         }
@@ -37,8 +39,8 @@ fn main() {
         }
         ["table", table] => managers::serve(&managers::Table::parse(table)),
         ["lease", terms] => leases::serve(&leases::Terms::parse(terms)),
-        ["lease", terms, "chaos", log, seed] => {
-            leases::take_part(&leases::Terms::parse(terms), log.as_ref(), seed.parse().expect("a seed"));
+        ["lease", terms, "chaos", logs, seed] => {
+            leases::take_part(&leases::Terms::parse(terms), logs.as_ref(), seed.parse().expect("a seed"));
         }
         #[cfg(target_os = "linux")]
         [spec, "closed", go] => faults::lock_on_the_standard_descriptors(&Spec::parse(spec), go.as_ref()),
