@@ -112,7 +112,7 @@ impl Actor {
     }
 
     pub(crate) fn run(mut command: Command) -> Self {
-        let mut child = command.spawn().expect("the actor starts");
+        let mut child = crate::wine::spawn(&mut command).expect("the actor starts");
         let commands = child.stdin.take();
         let output = BufReader::new(child.stdout.take().expect("a pipe"));
         let (send, answers) = channel();

@@ -165,7 +165,7 @@ pub fn run(kind: Kind, span: Duration) -> Tally {
         let seed = dice.roll(u64::MAX).to_string();
         let mut command = Command::new(program("actor"));
         command.arg(spec.invite()).arg("chaos").arg(folder.path()).arg(seed).stdin(Stdio::null());
-        command.spawn().expect("a process starts")
+        crate::wine::spawn(&mut command).expect("a process starts")
     };
     let kill = |child: &mut Child, deaths: &mut HashMap<u32, Death>| {
         let called = now();

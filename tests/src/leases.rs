@@ -278,7 +278,7 @@ pub fn run(terms: &Terms, span: Duration) -> Tally {
             .arg("chaos")
             .arg(folder.path())
             .arg(dice.roll(u64::MAX).to_string());
-        command.stdin(Stdio::null()).spawn().expect("a process starts")
+        crate::wine::spawn(command.stdin(Stdio::null())).expect("a process starts")
     };
     let kill = |child: &mut Child| {
         child.kill().expect("a child can be killed");

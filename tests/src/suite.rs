@@ -243,7 +243,7 @@ mod cases {
             .map(|_| {
                 let mut command = Command::new(program("actor"));
                 command.arg(spec.invite()).arg("stress").arg(&counter).arg(rounds.to_string());
-                command.stdin(Stdio::null()).spawn().unwrap()
+                crate::wine::spawn(command.stdin(Stdio::null())).unwrap()
             })
             .collect();
         for mut worker in workers {

@@ -25,5 +25,17 @@ pub fn wine_cannot_judge(why: &str) -> bool {
     is_wine()
 }
 
+/// Starts a program. Under Wine that fails now and then, for want of its server's answer; there it is tried again.
+pub(crate) fn spawn(command: &mut std::process::Command) -> std::io::Result<std::process::Child> {
+    const INTERNAL_ERROR: i32 = 1359;
+    let mut tries = 0..if is_wine() { 9 } else { 0 };
+    loop {
+        match command.spawn() {
+            Err(error) if error.raw_os_error() == Some(INTERNAL_ERROR) && tries.next().is_some() => {}
+            spawned => return spawned,
+        }
+    }
+}
+
 /// What Wine does otherwise with files that are deleted.
 pub const DELETED: &str = "a file that is deleted while it is open keeps its name there";
