@@ -11,7 +11,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkGroup, Criterion, measurement::WallTime};
-use lockkit::{Backend, FileLock, InMemoryLockManager, LockManager, NamedLock, PidFile};
+use lockkit::instance::Instance;
+use lockkit::{Backend, FileLock, FileLockManager, InMemoryLockManager, LockManager, NamedLock, PidFile};
 use lockkit_benches::arguments;
 use lockkit_benches::table::{self, Bound, Row, Value};
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -53,6 +54,11 @@ fn comparisons(folder: &Path) -> Vec<Comparison> {
             ours: inspect(&file("held.pid")),
             peers: vec![(file_read(&file("read.pid")), Bound::Time(Duration::from_micros(60)))],
         },
+        Comparison {
+            ours: in_folder(&file("folder")),
+            peers: vec![(fd_lock(&file("fd-lock")), Bound::None), (fslock(&file("fslock")), Bound::None)],
+        },
+        Comparison { ours: first_instance(), peers: vec![(single_instance(), Bound::None)] },
         Comparison { ours: in_memory(), peers: vec![(parking_lot(), Bound::None)] },
         Comparison {
             ours: named("NamedLock, Backend::File", Backend::File),
@@ -78,6 +84,19 @@ fn file_lock(path: &Path) -> Contender {
 fn pid_file(path: &Path) -> Contender {
     let lock = PidFile::new(path).unwrap();
     Contender::new("PidFile", move || drop(lock.lock().unwrap()))
+}
+
+fn in_folder(path: &Path) -> Contender {
+    let lock = FileLockManager::create(path).unwrap().allocate().unwrap();
+    Contender::new("FileLockManager's lock", move || drop(lock.lock().unwrap()))
+}
+
+/// To become the first, and to end being it; the peer takes no calls.
+fn first_instance() -> Contender {
+    Contender::new("Instance", || {
+        let Instance::First(first) = Instance::enter("lockkit-bench-instance").unwrap() else { panic!("nobody else") };
+        drop(first);
+    })
 }
 
 /// What a test pays that has it in the place of a table in shared memory: it writes down who holds what.

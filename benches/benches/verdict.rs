@@ -14,14 +14,18 @@ const PROGRAMS: [&str; 8] =
     ["uncontended", "contended", "managers", "leases", "engines", "command", "memory", "tracing"];
 
 /// The rows that README.md shows, and what each costs there.
-const COSTS: [(&str, &str); 10] = [
+const COSTS: [(&str, &str); 14] = [
+    ("Instance", "`Instance`, the first"),
     ("NamedLock", "`NamedLock`"),
     ("FileLock", "`FileLock`"),
     ("PidFile", "`PidFile`"),
     ("acquire and release, on disk", "`Lease::file`"),
     ("etcd: acquire and release", "`Lease` on etcd"),
+    ("postgres: acquire and release", "`Lease` on PostgreSQL"),
     ("redis: acquire and release", "`Lease` on Redis"),
     ("1000 times lock and unlock", "`ShmLockManager`'s lock, 1000 times"),
+    ("FileLockManager's lock", "`FileLockManager`'s lock"),
+    ("InMemoryLockManager's lock", "`InMemoryLockManager`'s lock"),
     ("NamedLock, hand-over, median", "`NamedLock`, given to a waiting process"),
     ("NamedLock, after SIGKILL of the holder, median", "`NamedLock`, taken over from a killed process"),
     ("lockkit run --name, start of the program", "`lockkit run --name`, until the program has run"),
