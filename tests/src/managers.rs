@@ -524,6 +524,7 @@ macro_rules! shared_managers {
             a_forked_child_holds_locks_of_its_own,
             children_forked_at_any_moment_can_take_locks,
             a_process_killed_at_any_step_of_allocation_corrupts_nothing,
+            a_count_that_a_kill_left_wrong_is_right_for_whoever_asks_next,
             processes_free_and_allocate_a_lock_while_others_are_inside,
         );
     };
@@ -687,7 +688,7 @@ mod shared_cases {
                 victim.expect("open", "opened");
                 victim.expect(&format!("kill-at {step}"), "armed");
                 let answer = victim.ask(command);
-                // Nobody holds the table now, so who opens it next counts anew.
+                // Whoever finds the table full counts anew.
                 let table_now = table.clone();
                 drop(manager);
                 let mut other = Actor::start_at(&table_now);
@@ -704,6 +705,35 @@ mod shared_cases {
                     assert!((1..=3).contains(&seen.len()), "{command} killed at {step}: {seen:?}");
                     assert_eq!(table.open().available().unwrap(), Some(0), "{command} killed at {step}");
                 }
+                table.clean();
+                if answer != "gone" {
+                    assert!(step > 2, "{kind:?}: only {step} steps to {command}");
+                    break;
+                }
+            }
+        }
+    }
+
+    pub fn a_count_that_a_kill_left_wrong_is_right_for_whoever_asks_next(kind: Kind) {
+        if !lockkit::steps::ENABLED {
+            crate::left_out("this build has no steps to be killed at; they need debug assertions");
+            return;
+        }
+        if !kind.is_limited() {
+            return;
+        }
+        for command in ["allocate", "free 0"] {
+            for step in 1.. {
+                let table = kind.fresh();
+                let mut victim = Actor::start_at(&table);
+                victim.expect("allocate", "allocated 0");
+                victim.expect(&format!("kill-at {step}"), "armed");
+                let answer = victim.ask(command);
+                victim.kill();
+                let manager = table.open();
+                let available = manager.available().unwrap();
+                let free = (0..CAPACITY).filter(|id| manager.allocate_at(*id).is_ok()).count();
+                assert_eq!(available, u32::try_from(free).ok(), "{command} killed at {step}");
                 table.clean();
                 if answer != "gone" {
                     assert!(step > 2, "{kind:?}: only {step} steps to {command}");

@@ -28,13 +28,13 @@ pub fn wine_cannot_judge(why: &str) -> bool {
 /// Starts a program. Under Wine that fails now and then, for want of its server's answer; there it is tried again.
 pub(crate) fn spawn(command: &mut std::process::Command) -> std::io::Result<std::process::Child> {
     const INTERNAL_ERROR: i32 = 1359;
-    let mut tries = 0..if is_wine() { 9 } else { 0 };
-    loop {
+    for _ in 0..9 {
         match command.spawn() {
-            Err(error) if error.raw_os_error() == Some(INTERNAL_ERROR) && tries.next().is_some() => {}
+            Err(error) if error.raw_os_error() == Some(INTERNAL_ERROR) && is_wine() => {}
             spawned => return spawned,
         }
     }
+    command.spawn()
 }
 
 /// What Wine does otherwise with files that are deleted.

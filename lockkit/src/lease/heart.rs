@@ -35,10 +35,13 @@ use super::clock::Clock;
 use super::held::Held;
 use crate::sys::per_process::PerProcess;
 
-/// How much later than due a beat may be done, to be done together with those that come next; for short ttls this part
-/// of one. Ten thousand beats a second cost a seventh more where the thread wakes up every 3 ms.
+/// How much later than due a beat may be done, to be done together with those that come next; where a lease beats often,
+/// this part of its heartbeat. Ten thousand beats a second cost a seventh more where the thread wakes up every 3 ms.
 const SLACK: Duration = Duration::from_millis(10);
-const SLACKS_IN_A_TTL: u32 = 100;
+const SLACKS_IN_A_HEARTBEAT: u32 = 20;
+
+/// How long the thread pauses after a panic.
+const PAUSE: Duration = Duration::from_millis(3);
 
 /// A request that takes longer makes its place rest. A file's that meets a kept flock is shorter.
 const SLOW: Duration = Duration::from_millis(25);
@@ -87,6 +90,8 @@ struct Queue {
     rests: Vec<Rest>,
     /// No lease that is served has a shorter ttl.
     shortest: Option<Duration>,
+    /// None beats more often.
+    soonest: Option<Duration>,
     rings: Vec<Ring>,
     /// How many beats have been put in.
     pushed: u64,
@@ -188,10 +193,13 @@ impl Heart {
     pub(super) fn serve(&self, held: Arc<Held>, due: Duration) {
         let mut queue = self.lock();
         queue.shortest = Some(queue.shortest.map_or(held.ttl(), |shortest| shortest.min(held.ttl())));
+        let slack_before = slack(queue.soonest);
+        queue.soonest = Some(queue.soonest.map_or(held.heartbeat(), |soonest| soonest.min(held.heartbeat())));
+        let is_shorter = slack(queue.soonest) < slack_before;
         let is_first = queue.push(Beat { due, held });
         let deputy_idles = mem::take(&mut queue.deputy_idles);
         drop(queue);
-        if is_first {
+        if is_first || is_shorter {
             self.changed.notify_one();
         }
         if deputy_idles {
@@ -249,7 +257,7 @@ impl Heart {
     fn beat_as(&'static self, me: u64) {
         // What a program's own clock or store panics with, as when it is dropped, must not end the other leases.
         while catch_unwind(AssertUnwindSafe(|| self.run(me))).is_err() {
-            thread::sleep(SLACK);
+            thread::sleep(PAUSE);
         }
     }
 
@@ -259,7 +267,7 @@ impl Heart {
         loop {
             if queue.request.is_none() && queue.rings.iter().all(|ring| ring.beats.is_empty()) {
                 queue.deputy_idles = true;
-                queue.shortest = None;
+                (queue.shortest, queue.soonest) = (None, None);
                 queue = self.served.wait(queue).unwrap_or_else(PoisonError::into_inner);
                 continue;
             }
@@ -338,7 +346,7 @@ impl Heart {
                     queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
                 }
                 Turn::Sleep(Some(nap)) => {
-                    let nap = nap + slack(queue.shortest);
+                    let nap = nap + slack(queue.soonest);
                     queue = self.changed.wait_timeout(queue, nap).unwrap_or_else(PoisonError::into_inner).0;
                 }
             }
@@ -414,9 +422,9 @@ fn rest_after(took: Duration, longest: Duration) -> Option<Duration> {
     (took > SLOW).then(|| took.min(longest))
 }
 
-/// How much later than due a beat may be done, where no ttl is shorter than that.
-fn slack(shortest: Option<Duration>) -> Duration {
-    shortest.map_or(SLACK, |shortest| (shortest / SLACKS_IN_A_TTL).min(SLACK))
+/// How much later than due a beat may be done, where no heartbeat is shorter than that.
+fn slack(soonest: Option<Duration>) -> Duration {
+    soonest.map_or(SLACK, |soonest| (soonest / SLACKS_IN_A_HEARTBEAT).min(SLACK))
 }
 
 /// How often the deputy looks, where no ttl is shorter than that.
@@ -435,6 +443,14 @@ mod tests {
         assert_eq!(rest_after(MS * 40, MS * 250), Some(MS * 40));
         // A lease of 3 s that was renewed just before a stop of 1.6 s has 1.4 s left.
         assert_eq!(rest_after(MS * 1600, MS * 250), Some(MS * 250));
+    }
+
+    #[test]
+    fn a_beat_is_late_by_a_small_part_of_the_shortest_heartbeat() {
+        const MS: Duration = Duration::from_millis(1);
+        assert_eq!(slack(None), SLACK);
+        assert_eq!(slack(Some(MS * 250)), SLACK);
+        assert_eq!(slack(Some(MS * 20)), MS);
     }
 
     #[test]

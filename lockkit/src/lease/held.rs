@@ -276,11 +276,7 @@ impl Held {
         if seen == Some(*claim) {
             // The same claim again is the same grant, which knows whether it was taken over from somebody who died.
             if let Attempt::Granted(grant) = store.try_acquire(name, claim, self.grant.ttl(), by)? {
-                match grant.recovered() {
-                    None => store.release(&grant, by)?,
-                    // The next one is to be told of it.
-                    Some(_) => store.give_up(&grant, by)?,
-                };
+                self.lease.give_back_untold(&grant, by)?;
             }
         }
         Err(StoreError::unknown("the request may yet be carried out"))

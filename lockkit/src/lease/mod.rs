@@ -351,13 +351,18 @@ impl Inner {
             let sent = options.clock.now();
             let failure = match self.store.try_acquire(&self.name, &asking.claim, options.ttl, by) {
                 Ok(Attempt::Granted(mut grant)) => {
-                    // Also of a grant that came too late to be used.
-                    recovered = grant.take_recovered().or(recovered);
                     if options.clock.now() < options.terms().valid_until(sent, grant.ttl()) {
+                        recovered = grant.take_recovered().or(recovered);
                         return Ok(LeaseGuard { held: asking.granted(grant, sent), recovered });
                     }
-                    let _ = self.store.release(&grant, self.request());
-                    asking.renew_claim();
+                    match self.give_back_untold(&grant, self.request()) {
+                        Ok(is_passed_on) => {
+                            // What nobody else will be told of.
+                            recovered = grant.take_recovered().filter(|_| !is_passed_on).or(recovered);
+                            asking.renew_claim();
+                        }
+                        Err(_) => asking.is_unanswered(sent),
+                    }
                     is_answered = true;
                     StoreError::refused("its answer came too late")
                 }
@@ -402,6 +407,15 @@ impl Inner {
                 }
             }
         }
+    }
+
+    /// Gives back a grant that nobody was told of. Whether the next owner will be told of whom it was recovered from.
+    fn give_back_untold(&self, grant: &Grant, by: Deadline) -> std::result::Result<bool, StoreError> {
+        let is_passed_on = grant.recovered().is_some() && self.store.give_up(grant, by)? == Released::Done;
+        if !is_passed_on {
+            self.store.release(grant, by)?;
+        }
+        Ok(is_passed_on)
     }
 
     /// Waits for a change of what was seen, until it runs out or the patience does.
@@ -604,7 +618,7 @@ impl LeaseGuard {
     }
 
     /// Whether the previous owner did not release: it died, or was silent for its ttl, or its record was unreadable.
-    /// Who that was, where it is known.
+    /// Who that was, where it is known; it may live, and may never have learned that it had the lease.
     pub fn recovered(&self) -> Option<&Recovered> {
         self.recovered.as_deref()
     }

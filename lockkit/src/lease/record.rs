@@ -92,8 +92,8 @@ pub(super) fn parse(bytes: &[u8]) -> Content {
             return Content::Newer;
         }
     }
-    let Some(Ok(bytes)) = bytes.get(..SIZE).map(<[u8; SIZE]>::try_from) else { return Content::Junk };
-    let record = Box::new(Record(bytes));
+    let Some(bytes) = bytes.first_chunk::<SIZE>() else { return Content::Junk };
+    let record = Box::new(Record(*bytes));
     let sound = record.0.starts_with(MAGIC) && record.0[SUM] == record.sum() && record.is_well_formed();
     if sound { Content::Ours(record) } else { Content::Junk }
 }

@@ -160,7 +160,8 @@ pub trait LeaseStore: Send + Sync {
     /// - one that nobody was told of, because its request went unanswered, and that was
     ///   [recovered](Grant::recovered) from somebody else: the next owner is told of that one.
     ///
-    /// Only stores need it where others would go on waiting for what has run out; unless told otherwise it does nothing.
+    /// Only stores need it where others would go on waiting for what has run out, or that answer [`StoreError::Unknown`];
+    /// unless told otherwise it does nothing.
     ///
     /// # Errors
     /// As [`release`](Self::release).

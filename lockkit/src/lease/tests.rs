@@ -479,6 +479,8 @@ struct Faulty {
     renewals: AtomicUsize,
     /// Whose attempt was the last.
     last: parking_lot::Mutex<Option<ClaimId>>,
+    /// The last one gave it up, and somebody died before.
+    passes_on: AtomicBool,
 }
 
 impl Faulty {
@@ -494,6 +496,7 @@ impl Faulty {
             freezes: Default::default(),
             renewals: Default::default(),
             last: Default::default(),
+            passes_on: Default::default(),
         })
     }
 
@@ -533,6 +536,7 @@ impl LeaseStore for Faulty {
         }
         *holder = Some((*claim, now + ttl));
         let grant = Grant::new(name, claim, *token, ttl);
+        let grant = if self.passes_on.swap(false, Ordering::Relaxed) { grant.recovered_from(None) } else { grant };
         if self.stalls.swap(false, Ordering::Relaxed) {
             self.clock.advance(ttl);
             return Ok(Attempt::Granted(grant.recovered_from(None)));
@@ -573,6 +577,11 @@ impl LeaseStore for Faulty {
             Some(_) => Ok(Released::Done),
             None => Ok(Released::NotMine),
         }
+    }
+
+    fn give_up(&self, grant: &Grant, by: Deadline) -> Result<Released, StoreError> {
+        self.passes_on.store(grant.recovered().is_some(), Ordering::Relaxed);
+        self.release(grant, by)
     }
 
     fn look(&self, _: &LeaseName, _: Deadline) -> Result<Option<Seen>, StoreError> {
@@ -629,6 +638,17 @@ fn who_died_before_is_known_also_after_an_answer_that_came_too_late() {
     store.stalls.store(true, Ordering::Relaxed);
     let guard = store.lease().build().unwrap().lock().unwrap();
     assert!(guard.recovered().is_some() && guard.token() == 2);
+    guard.release().unwrap();
+
+    // Where that is the last try, whoever comes next knows it, once.
+    store.stalls.store(true, Ordering::Relaxed);
+    let error = store.lease().acquire_retry_limit(0).build().unwrap().try_lock().unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::Store { .. }), "{error:?}");
+    for is_told in [true, false] {
+        let guard = store.lease().build().unwrap().try_lock().unwrap();
+        assert_eq!(guard.recovered().is_some(), is_told);
+        guard.release().unwrap();
+    }
 }
 
 #[test]

@@ -6,9 +6,10 @@
 //! at every word before it says so.
 //!
 //! The count is kept beside the bits. A kill between the two leaves it wrong by one, until somebody finds the table
-//! full, or asks for the count first since somebody opened the table while nobody else used it: then it is counted anew. Its upper half counts the changes, so that a
-//! recount notices when it was overtaken; and the upper half of that the recounts, so that who has changed a bit and
-//! has yet to count it notices that a recount came between, which may have seen the bit or not, and counts anew.
+//! full, or is the first to ask for the count after all had left the table: then it is counted anew. Its upper half
+//! counts the changes, so that a recount notices when it was overtaken; and the upper half of that the recounts, so that
+//! who has changed a bit and has yet to count it notices that a recount came between, which may have seen the bit or not,
+//! and counts anew.
 
 use super::seam::{AtomicU32, AtomicU64, Ordering};
 use crate::steps::step;
@@ -137,18 +138,19 @@ impl Bitmap<'_> {
         count.clamp(0, self.capacity as i32) as u32
     }
 
-    /// Puts the count right, unless others go on changing it all the time.
+    /// Puts the count right; `false` when others went on changing it all the time.
     #[cold]
-    pub(super) fn recount(&self) {
+    pub(super) fn recount(&self) -> bool {
         const ATTEMPTS: u32 = 64;
         for _ in 0..ATTEMPTS {
             let before = self.count.load(Ordering::SeqCst);
             let bits = ones(self.words);
             let after = (before >> 32 << 32).wrapping_add(RECOUNT) | u64::from(bits);
             if self.count.compare_exchange(before, after, Ordering::SeqCst, Ordering::Relaxed).is_ok() {
-                return;
+                return true;
             }
         }
+        false
     }
 
     /// To be asked before a bit is changed.

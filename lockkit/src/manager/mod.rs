@@ -79,8 +79,8 @@ pub trait LockManager: Send + Sync {
     /// [`NoSuchLock`](crate::ErrorKind::NoSuchLock) beyond the end of the table; what else the manager says.
     fn allocate_at(&self, id: u32) -> Result<ManagedLock>;
 
-    /// How many locks are left to allocate; `None` where there is no limit. It is a counter, not a scan, but for the first
-    /// who asks after nobody has used a table in shared memory; by the time it returns it may be past.
+    /// How many locks are left to allocate; `None` where there is no limit. It is a counter, not a scan, except that a
+    /// table in shared memory that nobody has used for a while is counted once; by the time it returns it may be past.
     ///
     /// # Errors
     /// What the manager says.

@@ -205,8 +205,10 @@ impl LockManager for ShmLockManager {
     fn available(&self) -> Result<Option<u32>> {
         let in_doubt = &self.0.table.header().is_count_in_doubt;
         if in_doubt.load(Ordering::SeqCst) != 0 {
-            self.0.bitmap().recount();
-            in_doubt.store(0, Ordering::SeqCst);
+            // Where others change it too fast, it stays in doubt.
+            if self.0.bitmap().recount() {
+                in_doubt.store(0, Ordering::SeqCst);
+            }
         }
         Ok(Some(self.0.capacity - self.0.bitmap().allocated()))
     }
@@ -319,6 +321,10 @@ impl Attached {
         let (first, last) = (Shape::slot(0).0, Shape::slot(SLOTS).0);
         let alone =
             !ofd::is_locked(&slot, first, last - first).map_err(|error| Error::io("ask who uses", &path, error))?;
+        if alone {
+            // Who asks for the count first counts: a large table is opened as soon as a small one.
+            table.header().is_count_in_doubt.store(1, Ordering::SeqCst);
+        }
         let me = take_slot(&table, &path, &slot)?;
         let table: &'static Table = Box::leak(Box::new(table));
         let fresh: &'static Self = Box::leak(Box::new(Self {
@@ -330,10 +336,6 @@ impl Attached {
             me: AtomicU64::new(me),
             slot: Mutex::new(slot),
         }));
-        if alone {
-            // Who asks for the count first counts: a large table is opened as soon as a small one.
-            table.header().is_count_in_doubt.store(1, Ordering::SeqCst);
-        }
         attached.push(fresh);
         Ok(fresh)
     }

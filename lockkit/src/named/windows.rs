@@ -177,7 +177,9 @@ mod tests {
         // As long as somebody has it open the kernel knows that it was abandoned.
         let _open = Mutex::open(&object, sharing).unwrap();
         std::thread::scope(|scope| {
-            scope.spawn(|| Mutex::open(&object, sharing).unwrap().take(None, None).unwrap());
+            let holder = scope.spawn(|| Mutex::open(&object, sharing).unwrap().take(None, None).unwrap());
+            // Until the thread has ended, and not only what it does.
+            assert_eq!(holder.join().unwrap(), Taken::Free);
         });
         let lock = NamedLock::new(&name).unwrap();
         let guard = lock.try_lock().unwrap();

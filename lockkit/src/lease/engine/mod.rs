@@ -205,6 +205,13 @@ fn is_dead(owner: Option<&Owner>) -> bool {
     owner.is_some_and(|owner| owner.liveness() == Liveness::Dead)
 }
 
+/// Whether it is this process.
+#[cfg(feature = "etcd")]
+pub(super) fn is_own(owner: &Owner) -> bool {
+    let identity = |owner: &Owner| (owner.pid, owner.start, owner.boot, owner.namespace);
+    identity(owner) == identity(&Owner::current())
+}
+
 /// This process, as text for a record.
 pub(super) fn own_text() -> String {
     text_of(&Owner { acquired: Some(SystemTime::now()), ..Owner::current() })

@@ -161,7 +161,7 @@ impl RedisStore {
         name: &LeaseName,
         [claim, token]: [String; 2],
         left: Left,
-        passed_on: Option<&str>,
+        owner: Option<&str>,
         by: Deadline,
     ) -> Result<Released> {
         let (state, whose) = match left {
@@ -170,7 +170,7 @@ impl RedisStore {
             Left::Evicted => ("evicted", ""),
         };
         let mut arguments = vec![&*claim, &*token, state, whose];
-        arguments.extend(passed_on);
+        arguments.extend(owner);
         let (words, count) = self.run_counted(&FREE, name, &arguments, by)?;
         match words.first().map(String::as_str) {
             Some("done") => {
@@ -250,7 +250,8 @@ impl LeaseStore for RedisStore {
     }
 
     fn give_up(&self, grant: &Grant, by: Deadline) -> Result<Released> {
-        self.free(grant.name(), of_grant(grant), Left::Lost, passed_on(grant).as_deref(), by)
+        let owner = passed_on(grant).or_else(|| grant.handle::<String>().cloned());
+        self.free(grant.name(), of_grant(grant), Left::Lost, owner.as_deref(), by)
     }
 
     fn look(&self, name: &LeaseName, by: Deadline) -> Result<Option<Seen>> {

@@ -41,28 +41,33 @@ pub(crate) fn object(name: &str, sharing: Sharing) -> io::Result<String> {
     })
 }
 
+/// Who may do what with it, and what is asked of it here.
+fn rights(sharing: Sharing) -> io::Result<(Descriptor, u32)> {
+    let (text, access) = match sharing {
+        // All of it for the user, the system and its administrators; nothing for anybody else. The owner is the user
+        // also where it would be a group, as with administrators.
+        Sharing::User(_) => {
+            let user = security::user()?;
+            let text = format!("O:{user}D:P(A;;0x1F0001;;;{user})(A;;0x1F0001;;;SY)(A;;0x1F0001;;;BA)");
+            (text, SYNCHRONIZE | MUTEX_MODIFY_STATE | READ_CONTROL)
+        }
+        // To wait for it and to give it back for everybody, its maker among them (`OW`), who could otherwise change
+        // what others may.
+        Sharing::Machine => {
+            let text = "D:P(A;;0x100001;;;WD)(A;;0x120001;;;OW)(A;;0x1F0001;;;SY)(A;;0x1F0001;;;BA)".to_owned();
+            (text, SYNCHRONIZE | MUTEX_MODIFY_STATE)
+        }
+    };
+    Ok((Descriptor::new(&text)?, access))
+}
+
 impl Mutex {
     /// Opens or makes it.
     ///
     /// # Errors
     /// `PermissionDenied` when another user has made it, whatever that one lets us do.
     pub(crate) fn open(object: &str, sharing: Sharing) -> io::Result<Self> {
-        let (text, access) = match sharing {
-            // All of it for the user, the system and its administrators; nothing for anybody else. The owner is the user
-            // also where it would be a group, as with administrators.
-            Sharing::User(_) => {
-                let user = security::user()?;
-                let text = format!("O:{user}D:P(A;;0x1F0001;;;{user})(A;;0x1F0001;;;SY)(A;;0x1F0001;;;BA)");
-                (text, SYNCHRONIZE | MUTEX_MODIFY_STATE | READ_CONTROL)
-            }
-            // To wait for it and to give it back for everybody, its maker among them (`OW`), who could otherwise change
-            // what others may.
-            Sharing::Machine => {
-                let text = "D:P(A;;0x100001;;;WD)(A;;0x120001;;;OW)(A;;0x1F0001;;;SY)(A;;0x1F0001;;;BA)".to_owned();
-                (text, SYNCHRONIZE | MUTEX_MODIFY_STATE)
-            }
-        };
-        let descriptor = Descriptor::new(&text)?;
+        let (descriptor, access) = rights(sharing)?;
         let attributes = descriptor.attributes();
         let wide = super::wide(object);
         // SAFETY: the name ends with a zero, and the attributes' descriptor is there until the end of this call.
@@ -109,6 +114,7 @@ impl Mutex {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
+    use std::sync::atomic::{AtomicU32, Ordering};
     use std::time::Duration;
 
     use windows_sys::Win32::Storage::FileSystem::{DELETE, WRITE_DAC, WRITE_OWNER};
@@ -120,8 +126,9 @@ mod tests {
     const SHARINGS: [Sharing; 2] = [Sharing::User(0), Sharing::Machine];
 
     fn fresh(sharing: Sharing) -> String {
-        let moment = std::time::SystemTime::now().duration_since(std::time::SystemTime::UNIX_EPOCH).unwrap();
-        object(&format!("test-{}-{}", std::process::id(), moment.as_nanos()), sharing).unwrap()
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        object(&format!("test-{}-{count}", std::process::id()), sharing).unwrap()
     }
 
     fn opened(object: &str, access: u32) -> io::Result<OwnedHandle> {
@@ -144,13 +151,8 @@ mod tests {
         let name = fresh(Sharing::User(0));
         let _mutex = Mutex::open(&name, Sharing::User(0)).unwrap();
         let list = list_of(&opened(&name, READ_CONTROL).unwrap());
-        let user = security::user().unwrap();
-        let mut entries: Vec<_> =
-            list.trim_end_matches(')').split("(A;;").skip(1).map(|entry| entry.trim_end_matches(')')).collect();
-        entries.sort_unstable();
-        let who = entries.iter().map(|entry| entry.rsplit(';').next().unwrap());
-        assert!(list.starts_with("D:P(") && entries.len() == 3, "{list}");
-        assert!(who.clone().all(|who| [&*user, "SY", "BA"].contains(&who)), "{list}");
+        assert_eq!(list, rights(Sharing::User(0)).unwrap().0.list());
+        assert!(list.starts_with("D:P(") && list.matches('(').count() == 3 && !list.contains(";WD)"), "{list}");
         as_another(|| {
             for access in [SYNCHRONIZE, MUTEX_MODIFY_STATE, READ_CONTROL, WRITE_DAC, WRITE_OWNER, DELETE] {
                 let open = opened(&name, access);
@@ -164,8 +166,8 @@ mod tests {
         let name = fresh(Sharing::Machine);
         let mutex = Mutex::open(&name, Sharing::Machine).unwrap();
         let list = list_of(&opened(&name, READ_CONTROL).unwrap());
-        let right = "D:P(A;;0x100001;;;WD)(A;;0x120001;;;OW)(A;;0x1F0001;;;SY)(A;;0x1F0001;;;BA)";
-        assert!(list.eq_ignore_ascii_case(right), "{list}");
+        assert_eq!(list, rights(Sharing::Machine).unwrap().0.list());
+        assert!(list.to_ascii_lowercase().starts_with("d:p(a;;0x100001;;;wd)(a;;0x120001;;;ow)"), "{list}");
         as_another(|| {
             let same = Mutex::open(&name, Sharing::Machine).unwrap();
             assert_eq!(same.take(None, Some(Instant::now())).unwrap(), Taken::Free);

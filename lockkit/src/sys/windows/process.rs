@@ -223,18 +223,17 @@ mod tests {
 
     #[test]
     fn one_that_nobody_may_look_at_runs() {
-        // As a user who is no debugger sees the process of another one.
-        security::tests::give_up_privileges();
-        let mut child =
-            Command::new("cmd").args(["/c", "pause"]).stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+        let mut pause = Command::new("cmd");
+        pause.args(["/c", "pause"]).stdin(Stdio::piped()).stdout(Stdio::null());
+        let mut child = pause.spawn().unwrap();
         assert!(matches!(probe(child.id()), Probe::Running(Some(_))));
-        let handle = open(child.id(), WRITE_DAC).unwrap();
-        security::tests::let_nobody_in(&handle);
-        assert_eq!(
-            open(child.id(), PROCESS_QUERY_LIMITED_INFORMATION).unwrap_err().kind(),
-            io::ErrorKind::PermissionDenied
-        );
-        assert_eq!(probe(child.id()), Probe::Running(None));
+        // As a user who is no debugger sees the process of another one.
+        security::tests::let_nobody_in(&open(child.id(), WRITE_DAC).unwrap());
+        security::tests::without_privileges(|| {
+            let refused = open(child.id(), PROCESS_QUERY_LIMITED_INFORMATION).unwrap_err();
+            assert_eq!(refused.kind(), io::ErrorKind::PermissionDenied);
+            assert_eq!(probe(child.id()), Probe::Running(None));
+        });
         child.kill().unwrap();
         child.wait().unwrap();
     }

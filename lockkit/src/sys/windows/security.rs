@@ -133,32 +133,43 @@ pub(super) mod tests {
         ConvertSecurityDescriptorToStringSecurityDescriptorW, ConvertStringSidToSidW, SetSecurityInfo,
     };
     use windows_sys::Win32::Security::{
-        AdjustTokenPrivileges, CreateRestrictedToken, DACL_SECURITY_INFORMATION, GetSecurityDescriptorDacl,
-        ImpersonateLoggedOnUser, RevertToSelf, SID_AND_ATTRIBUTES, TOKEN_ADJUST_PRIVILEGES, TOKEN_DUPLICATE,
-        TOKEN_IMPERSONATE,
+        AdjustTokenPrivileges, CreateRestrictedToken, DACL_SECURITY_INFORMATION, DISABLE_MAX_PRIVILEGE,
+        GetSecurityDescriptorDacl, ImpersonateLoggedOnUser, ImpersonateSelf, RevertToSelf, SID_AND_ATTRIBUTES,
+        SecurityImpersonation, TOKEN_ADJUST_PRIVILEGES, TOKEN_DUPLICATE, TOKEN_IMPERSONATE,
     };
-
     use windows_sys::Win32::System::LibraryLoader::{GetModuleHandleW, GetProcAddress};
+    use windows_sys::Win32::System::Threading::{GetCurrentThread, OpenThreadToken};
 
     use super::*;
 
-    fn own_token(access: u32) -> OwnedHandle {
-        let mut token: HANDLE = ptr::null_mut();
-        // SAFETY: the answer has a place.
-        let opened = unsafe { OpenProcessToken(GetCurrentProcess(), access, &raw mut token) };
-        assert!(opened != 0, "{}", io::Error::last_os_error());
-        // SAFETY: just made, and owned by nobody else.
-        unsafe { OwnedHandle::from_raw_handle(token) }
+    /// Ends what this thread does as somebody else.
+    struct Revert;
+
+    impl Drop for Revert {
+        fn drop(&mut self) {
+            // SAFETY: ends what was begun on this thread.
+            let reverted = unsafe { RevertToSelf() };
+            assert!(reverted != 0 || std::thread::panicking(), "{}", io::Error::last_os_error());
+        }
     }
 
-    /// This process may do no more from now on than its user may: it looks at no process of others.
-    pub(in super::super) fn give_up_privileges() {
-        let token = own_token(TOKEN_ADJUST_PRIVILEGES);
+    /// Does something without the privileges that let administrators look at every process.
+    pub(in super::super) fn without_privileges<T>(act: impl FnOnce() -> T) -> T {
+        let mut token: HANDLE = ptr::null_mut();
+        // SAFETY: gives this thread a token of its own.
+        assert!(unsafe { ImpersonateSelf(SecurityImpersonation) } != 0, "{}", io::Error::last_os_error());
+        let _revert = Revert;
+        // SAFETY: the answer has a place.
+        let opened = unsafe { OpenThreadToken(GetCurrentThread(), TOKEN_ADJUST_PRIVILEGES, 1, &raw mut token) };
+        assert!(opened != 0, "{}", io::Error::last_os_error());
+        // SAFETY: just made, and owned by nobody else.
+        let token = unsafe { OwnedHandle::from_raw_handle(token) };
         // SAFETY: the handle is open, and all privileges need no list.
         let done = unsafe {
             AdjustTokenPrivileges(token.as_raw_handle(), 1, ptr::null(), 0, ptr::null_mut(), ptr::null_mut())
         };
         assert!(done != 0, "{}", io::Error::last_os_error());
+        act()
     }
 
     /// Has the object let nobody in any more, its owner neither.
@@ -201,21 +212,27 @@ pub(super) mod tests {
             )
         };
         assert_eq!(status, 0);
-        let descriptor = Local(descriptor);
-        let mut text = ptr::null_mut();
-        // SAFETY: the descriptor came from the system, and the answer has a place.
-        let told = unsafe {
-            ConvertSecurityDescriptorToStringSecurityDescriptorW(
-                descriptor.0,
-                SDDL_REVISION_1,
-                DACL_SECURITY_INFORMATION,
-                &raw mut text,
-                ptr::null_mut(),
-            )
-        };
-        assert!(told != 0, "{}", io::Error::last_os_error());
-        // SAFETY: the system has written a text that ends with a zero, and says to free it so.
-        unsafe { read(text) }
+        Descriptor(Local(descriptor)).list()
+    }
+
+    impl Descriptor {
+        /// Its list, as the system writes it.
+        pub(in super::super) fn list(&self) -> String {
+            let mut text = ptr::null_mut();
+            // SAFETY: the descriptor came from the system, and the answer has a place.
+            let told = unsafe {
+                ConvertSecurityDescriptorToStringSecurityDescriptorW(
+                    self.0.0,
+                    SDDL_REVISION_1,
+                    DACL_SECURITY_INFORMATION,
+                    &raw mut text,
+                    ptr::null_mut(),
+                )
+            };
+            assert!(told != 0, "{}", io::Error::last_os_error());
+            // SAFETY: the system has written a text that ends with a zero, and says to free it so.
+            unsafe { read(text) }
+        }
     }
 
     /// Does something as somebody who is neither this user nor an administrator. Not under Wine, where nobody can cease to
@@ -227,7 +244,13 @@ pub(super) mod tests {
             let _ = writeln!(io::stderr(), "left out: under Wine: what another user is refused");
             return None;
         }
-        let token = own_token(TOKEN_QUERY | TOKEN_DUPLICATE | TOKEN_IMPERSONATE);
+        let mut token: HANDLE = ptr::null_mut();
+        let access = TOKEN_QUERY | TOKEN_DUPLICATE | TOKEN_IMPERSONATE;
+        // SAFETY: the answer has a place.
+        let opened = unsafe { OpenProcessToken(GetCurrentProcess(), access, &raw mut token) };
+        assert!(opened != 0, "{}", io::Error::last_os_error());
+        // SAFETY: just made, and owned by nobody else.
+        let token = unsafe { OwnedHandle::from_raw_handle(token) };
         let sids = [user().unwrap(), "S-1-5-32-544".to_owned(), "S-1-5-18".to_owned()].map(|text| Sid::new(&text));
         let without = sids.each_ref().map(|sid| SID_AND_ATTRIBUTES { Sid: sid.0.0, Attributes: 0 });
         let mut made: HANDLE = ptr::null_mut();
@@ -236,7 +259,7 @@ pub(super) mod tests {
         let done = unsafe {
             CreateRestrictedToken(
                 token.as_raw_handle(),
-                windows_sys::Win32::Security::DISABLE_MAX_PRIVILEGE,
+                DISABLE_MAX_PRIVILEGE,
                 without.len() as u32,
                 without.as_ptr(),
                 0,
@@ -251,10 +274,8 @@ pub(super) mod tests {
         let made = unsafe { OwnedHandle::from_raw_handle(made) };
         // SAFETY: the handle is open.
         assert!(unsafe { ImpersonateLoggedOnUser(made.as_raw_handle()) } != 0, "{}", io::Error::last_os_error());
-        let acted = act();
-        // SAFETY: ends what was begun on this thread.
-        assert!(unsafe { RevertToSelf() } != 0, "{}", io::Error::last_os_error());
-        Some(acted)
+        let _revert = Revert;
+        Some(act())
     }
 
     struct Sid(Local);

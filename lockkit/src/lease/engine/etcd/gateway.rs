@@ -175,8 +175,17 @@ impl std::error::Error for Refusal {}
 
 /// Whether a request failed because its session is not there any more.
 pub(super) fn is_session_gone(error: &StoreError) -> bool {
+    says(error, "requested lease not found")
+}
+
+/// Whether a request failed because etcd has forgotten the revision that it asked for.
+pub(super) fn is_compacted(error: &StoreError) -> bool {
+    says(error, "required revision has been compacted")
+}
+
+fn says(error: &StoreError, part: &str) -> bool {
     let refusal = error.source().and_then(|cause| cause.downcast_ref::<Refusal>());
-    refusal.is_some_and(|refusal| refusal.0.contains("requested lease not found"))
+    refusal.is_some_and(|refusal| refusal.0.contains(part))
 }
 
 /// Why an endpoint gave no answer.

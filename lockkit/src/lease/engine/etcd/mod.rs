@@ -4,7 +4,8 @@
 //! - `held/NAME` is there while it is held. Its value is the claim, its revision the token, and it is attached to the
 //!   [session](session) of its holder: etcd deletes it when that has not been kept alive for its ttl.
 //! - `record/NAME` stays for ever: `held`, `free` or `evicted`, the claim of the last holder, and who that is. It says
-//!   `held` when the holder before did not release, which the next one is told.
+//!   `held` when the holder before did not release, which the next one is told. Where that one never knew that it had it,
+//!   it says who died before instead.
 //!
 //! Every step is one transaction. It compares the revision of `held/NAME`, which is zero where there is none, and the
 //! claim in it, and then changes both keys or none. A token is the revision of the transaction that granted, so
@@ -30,9 +31,9 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
-use self::gateway::{Address, Gateway, Stream, decoded, encoded, is_session_gone, number};
+use self::gateway::{Address, Gateway, Stream, decoded, encoded, is_compacted, is_session_gone, number};
 use self::session::{Kept, Loose, Session, now};
-use super::{Bells, Ear, OfProcess, Result, attempt, is_dead, own_text, owner_of, passed_on, text_of};
+use super::{Bells, Ear, OfProcess, Result, attempt, is_dead, is_own, own_text, owner_of, passed_on, text_of};
 use crate::lease::store::{
     Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
     StoreProfile,
@@ -317,13 +318,20 @@ impl Own {
             }
             if answer.is_done() {
                 step("record written");
-                let token = answer.revision();
-                session.add(name, claim, token, sent);
-                let grant = Grant::new(name, claim, token, session.left(began)).with_handle(session.clone());
                 let before = match nobody {
-                    Some(Loose::InDoubt) => self.before(name, revision, holder, &session, by)?,
+                    Some(Loose::InDoubt) => match self.before(name, revision, holder, &session, by) {
+                        Ok(before) => before,
+                        Err(error) => {
+                            // It is in doubt again, for nobody knows whose death the next owner is to be told of.
+                            session.loosen(name, claim, Loose::InDoubt, sent);
+                            return Err(StoreError::unknown(error));
+                        }
+                    },
                     _ => Record::parse(answer.before(1)),
                 };
+                let token = answer.revision();
+                session.add(name, claim, token, sent);
+                let grant = Grant::new(name, claim, token, session.left(began)).with_handle(session);
                 return Ok(Attempt::Granted(match &*before.state {
                     HELD if nobody != Some(Loose::Released) => grant.recovered_from(before.owner),
                     _ => grant,
@@ -361,14 +369,13 @@ impl Own {
         loop {
             let body = json!({ "key": self.keys.record(name), "revision": revision.saturating_sub(1).to_string() });
             let answer = match self.gateway.ask("/v3/kv/range", &body, by) {
-                Ok(answer) => answer,
-                // It has been compacted.
-                Err(StoreError::Refused(_)) => return Ok(Record::parse(&Value::Null)),
-                Err(error) => return Err(error),
+                Err(error) if is_compacted(&error) => return Ok(Record::parse(&Value::Null)),
+                answer => answer?,
             };
             let (found, record) = (&answer["kvs"][0], Record::parse(&answer["kvs"][0]));
-            let is_known = record.claim != claim && session.loose(record.claim) != Some(Loose::InDoubt);
-            if record.state != HELD || is_known {
+            let is_own = record.owner.as_ref().is_some_and(is_own);
+            let in_doubt = record.claim == claim || session.loose(record.claim) == Some(Loose::InDoubt);
+            if record.state != HELD || !is_own || !in_doubt {
                 return Ok(record);
             }
             revision = number(&found["mod_revision"]);
@@ -529,22 +536,29 @@ impl Own {
         revision: u64,
         by: Deadline,
     ) -> Result<()> {
-        let held = self.look(name, by)?;
-        let Some(written) = held.filter(|seen| seen.claim() == Some(claim) && seen.cursor() <= revision) else {
-            return Ok(());
-        };
+        let key = self.keys.held(name);
+        let is_written = |result, revision: u64| json!({ "key": key, "target": "MOD", "result": result, "mod_revision": revision.to_string() });
         let free = Record::text(FREE, &claim, "");
-        let record = match why {
-            Loose::RunOut => None,
-            Loose::Released => Some(free),
+        let (record, is_old) = match why {
+            Loose::RunOut => (None, is_written("LESS", revision + 1)),
+            Loose::Released => (Some(free), is_written("LESS", revision + 1)),
             Loose::InDoubt => {
-                let before = self.before(name, written.cursor(), Some(claim), session, by)?;
+                let held = self.look(name, by)?.filter(|held| held.claim() == Some(claim) && held.cursor() <= revision);
+                let Some(held) = held else { return Ok(()) };
+                let before = self.before(name, held.cursor(), Some(claim), session, by)?;
                 // The next owner is to be told of who did not release before.
-                let died = || Record::text(HELD, &claim, &before.owner.as_ref().map(text_of).unwrap_or_default());
-                Some(if before.state == HELD { died() } else { free })
+                let record = match &*before.state {
+                    HELD => Record::text(HELD, &claim, &before.owner.as_ref().map(text_of).unwrap_or_default()),
+                    _ => free,
+                };
+                (Some(record), is_written("EQUAL", held.cursor()))
             }
         };
-        self.free(name, Some(claim), written.cursor(), record.as_deref(), by).map(drop)
+        let mut then = vec![json!({ "request_delete_range": { "key": key } })];
+        then.extend(
+            record.map(|text| json!({ "request_put": { "key": self.keys.record(name), "value": encoded(text) } })),
+        );
+        self.transact(json!([is_of(&key, claim), is_old]), then.into(), json!([]), by).map(drop)
     }
 
     /// The next lease of this ttl needs another session.

@@ -68,7 +68,7 @@ struct Key {
 /// Why nobody has a key that may be there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Loose {
-    /// The request that acquired it got no answer.
+    /// The request that acquired it got no answer, and nobody was told of the grant.
     InDoubt,
     /// The request that released it got none.
     Released,

@@ -9,7 +9,7 @@
 //! | `token` | of the last grant |
 //! | `claim` | of the last grant, 32 hexadecimal digits |
 //! | `until` | when a held one runs out, by the server's clock |
-//! | `owner` | who holds it, or did |
+//! | `owner` | who holds it, or did; of a `lost` one that nobody knew to be held, who died before |
 //! | `died` | who held it before and did not release, if so; empty if that is not known |
 //! | `waited` | somebody waits for this holder, and is to be told when it goes |
 //!

@@ -1,4 +1,4 @@
--- claim, token, the state to leave it in, whether it is the holder who asks, and who is to count as holder, if another
+-- claim, token, the state to leave it in, whether it is the holder who asks, and who is to count as holder then
 local is_its = claim == ARGV[1] and token == ARGV[2]
 if is_its and state ~= 'held' then
     -- This very request may have done it before.
