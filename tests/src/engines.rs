@@ -938,9 +938,11 @@ mod cases {
         let arena = Arena::<E>::open()?;
         let seconds = std::env::var("LOCKKIT_CHAOS_SECONDS").map_or(10, |text| text.parse().expect("whole seconds"));
         let ttl = if E::TTL < 2000 { 300 } else { E::TTL };
-        let tally = leases::run(&Terms { ttl, heartbeat: ttl / 10, ..arena.terms() }, Duration::from_secs(seconds));
+        // A hold lasts for a ttl if its holder is stopped or killed, or half of one.
+        let span = Duration::from_secs(seconds).max(Duration::from_millis(12 * ttl));
+        let tally = leases::run(&Terms { ttl, heartbeat: ttl / 10, ..arena.terms() }, span);
         println!("{tally:?}");
-        assert!(tally.holds > 5 && tally.kills > 5, "it was no chaos: {tally:?}");
+        assert!(tally.holds > 4 && tally.kills > 4, "it was no chaos: {tally:?}");
         Ok(())
     }
 }
