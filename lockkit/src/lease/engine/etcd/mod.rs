@@ -536,28 +536,26 @@ impl Own {
         revision: u64,
         by: Deadline,
     ) -> Result<()> {
-        let key = self.keys.held(name);
-        let is_written = |result, revision: u64| json!({ "key": key, "target": "MOD", "result": result, "mod_revision": revision.to_string() });
         let free = Record::text(FREE, &claim, "");
-        let (record, is_old) = match why {
-            Loose::RunOut => (None, is_written("LESS", revision + 1)),
-            Loose::Released => (Some(free), is_written("LESS", revision + 1)),
-            Loose::InDoubt => {
-                let held = self.look(name, by)?.filter(|held| held.claim() == Some(claim) && held.cursor() <= revision);
-                let Some(held) = held else { return Ok(()) };
-                let before = self.before(name, held.cursor(), Some(claim), session, by)?;
-                // The next owner is to be told of who did not release before.
-                let record = match &*before.state {
-                    HELD => Record::text(HELD, &claim, &before.owner.as_ref().map(text_of).unwrap_or_default()),
-                    _ => free,
-                };
-                (Some(record), is_written("EQUAL", held.cursor()))
-            }
-        };
+        if why == Loose::InDoubt {
+            let held = self.look(name, by)?.filter(|held| held.claim() == Some(claim) && held.cursor() <= revision);
+            let Some(held) = held else { return Ok(()) };
+            let before = self.before(name, held.cursor(), Some(claim), session, by)?;
+            // The next owner is to be told of who did not release before.
+            let record = match &*before.state {
+                HELD => Record::text(HELD, &claim, &before.owner.as_ref().map(text_of).unwrap_or_default()),
+                _ => free,
+            };
+            return self.free(name, Some(claim), held.cursor(), Some(&record), by).map(drop);
+        }
+        let key = self.keys.held(name);
+        let is_old = json!({
+            "key": key, "target": "MOD", "result": "LESS", "mod_revision": (revision + 1).to_string(),
+        });
         let mut then = vec![json!({ "request_delete_range": { "key": key } })];
-        then.extend(
-            record.map(|text| json!({ "request_put": { "key": self.keys.record(name), "value": encoded(text) } })),
-        );
+        if why == Loose::Released {
+            then.push(json!({ "request_put": { "key": self.keys.record(name), "value": encoded(free) } }));
+        }
         self.transact(json!([is_of(&key, claim), is_old]), then.into(), json!([]), by).map(drop)
     }
 
