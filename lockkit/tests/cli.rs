@@ -34,6 +34,14 @@ fn until(what: &str, mut fact: impl FnMut() -> bool) {
     }
 }
 
+/// Says that the test on this thread is left out, and why: also when those who run tests keep to themselves what passing
+/// ones print.
+fn left_out(why: &str) {
+    let thread = std::thread::current();
+    // Nobody reads it where it cannot be written.
+    let _ = writeln!(std::io::stderr(), "left out: {}: {why}", thread.name().unwrap_or_default());
+}
+
 fn lockkit<const N: usize>(arguments: [&str; N]) -> Command {
     let mut command = Command::new(PROGRAM);
     command.args(arguments).stdin(Stdio::null()).env_remove("NO_COLOR");
@@ -929,7 +937,7 @@ fn an_engine_that_this_build_lacks_is_named_with_the_feature_that_brings_it() {
     ];
     for (url, feature, is_built_in) in engines {
         if is_built_in {
-            println!("left out: this build has {feature}");
+            left_out(&format!("a build without {feature}"));
             continue;
         }
         let refused = [
@@ -983,7 +991,7 @@ fn a_lease_by_url_is_the_lease_at_its_path() {
 /// why, where there can be none.
 fn redis() -> Option<(TempDir, Running, String)> {
     if !cfg!(feature = "redis") {
-        println!("left out: this build has no redis");
+        left_out("this build has no redis");
         return None;
     }
     let folder = TempDir::new().expect("a folder");
@@ -992,7 +1000,7 @@ fn redis() -> Option<(TempDir, Running, String)> {
     server.args(["--port", "0", "--unixsocket", &socket, "--save", "", "--appendonly", "no", "--dir"]);
     let started = server.arg(folder.path()).stdin(Stdio::null()).stdout(Stdio::null()).spawn();
     let Ok(child) = started else {
-        println!("left out: redis-server is not installed");
+        left_out("redis-server is not installed");
         return None;
     };
     until("the server listens", || std::os::unix::net::UnixStream::connect(&socket).is_ok());
@@ -1079,7 +1087,7 @@ fn paths_that_are_no_text_are_locks_like_any_other() {
 #[test]
 fn root_steals_the_lease_of_another_user_and_nobody_else_does() {
     if !rustix::process::geteuid().is_root() {
-        println!("left out: only root can act as another user");
+        left_out("only root can act as another user");
         return;
     }
     let as_user = |uid: u32, arguments: &[&str]| {
@@ -1094,7 +1102,7 @@ fn root_steals_the_lease_of_another_user_and_nobody_else_does() {
     let lease = folder.path().join("lease").display().to_string();
     let (owner, other) = (1_900_001, 1_900_002);
     if as_user(owner, &["lease", "show", &lease]).status().expect("setpriv starts").code() != Some(0) {
-        println!("left out: another user cannot run what was built here");
+        left_out("another user cannot run what was built here");
         return;
     }
     let mut running =
@@ -1312,7 +1320,7 @@ fn both_flocks() -> Option<(TempDir, [PathBuf; 2])> {
     let paths = std::env::var_os("PATH").unwrap_or_default();
     let Some(real) = std::env::split_paths(&paths).map(|folder| folder.join("flock")).find(|path| path.is_file())
     else {
-        println!("left out: this machine has no flock(1)");
+        left_out("this machine has no flock(1)");
         return None;
     };
     let folder = TempDir::new().expect("a folder");
