@@ -1,8 +1,8 @@
 //! Leases in files: what they cost when nobody else wants them, how fast they change hands, and what many take.
 //!
 //! - *Uncontended*: acquiring and releasing, beside `SoftFileLease` of Python's filelock in the same folder.
-//! - *Renewal*: one beat of the heartbeat, out of a thousand that are due at once, beside what it costs to open a file,
-//!   to write as many bytes and to close it. The leases go by a clock that jumps from one beat to the next.
+//! - *Renewal*: one beat of the heartbeat, out of a thousand that are due at once, beside its system calls: to open a
+//!   file, lock it, read and write as many bytes, unlock and close it. The leases go by a clock that jumps from one beat to the next.
 //! - *Is held*: asking the guard, beside reading the clock.
 //! - *Hand-over*: a process releases, and another that waits acquires. The time runs from just before the release.
 //! - *Thousand*: acquiring and dropping a thousand leases of new files, beside filelock's.

@@ -33,8 +33,9 @@ use crate::sys::slot::Slot;
 use crate::trace;
 use crate::wait::{Backoff, Patience, Subject, Wait};
 
-/// How often a file may be replaced under an acquisition before it is called rogue.
-const MOST_REPLACEMENTS: u32 = 100;
+/// How often a file may be replaced under an acquisition before it is called rogue: more often by far than those come
+/// between who contend for a numbered lock that was freed, each of whom removes its file.
+const MOST_REPLACEMENTS: u32 = 10_000;
 
 /// For how long a comparison is good for locks that follow each other in a [`Blink`].
 const SOON: Duration = Duration::from_millis(1);

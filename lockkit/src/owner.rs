@@ -183,9 +183,11 @@ impl Owner {
     /// the moment at which it can run no more code of its own, even if the kernel has yet to take it apart.
     ///
     /// Whether it is this host is told by the id of its installation (`/etc/machine-id`). Where that is missing, an
-    /// owner from before the last boot is unknown, for another host may have the same name.
+    /// owner from before the last boot is unknown, for another host may have the same name. So is one in a container (a
+    /// pid namespace or jail of its own), whose name and id may be those of its image: a copy of it may run elsewhere.
     pub fn liveness(&self) -> Liveness {
-        self.liveness_if(|host| host == process::host() && process::has_installation_id(host))
+        let is_of_the_host = self.namespace.is_some_and(process::is_of_the_host);
+        self.liveness_if(|host| is_of_the_host && host == process::host() && process::has_installation_id(host))
     }
 
     /// As [`liveness`](Self::liveness), where the record is taken to be this host's if it has its name: in places that
@@ -345,7 +347,8 @@ mod tests {
         let mut owner = Owner::current();
         owner.boot = owner.boot.map(|boot| boot ^ 1);
         assert_eq!(owner.liveness_by_name(), Liveness::Dead);
-        let has_id = process::has_installation_id(process::host());
+        let is_of_the_host = owner.namespace.is_some_and(process::is_of_the_host);
+        let has_id = is_of_the_host && process::has_installation_id(process::host());
         assert_eq!(owner.liveness(), if has_id { Liveness::Dead } else { Liveness::Unknown });
         owner.host = Some("elsewhere".into());
         assert_eq!(owner.liveness(), Liveness::Unknown);
@@ -359,6 +362,9 @@ mod tests {
         owner.boot = owner.boot.map(|boot| boot ^ 1);
         let is_here = |_: &str| true;
         assert_eq!(owner.liveness_if(is_here), Liveness::Dead);
+        owner.namespace = owner.namespace.map(|namespace| namespace + 1);
+        assert_eq!(owner.liveness(), Liveness::Unknown, "in a container");
+        owner.namespace = Owner::current().namespace;
         owner.host = Some("localhost".into());
         assert!(!process::has_installation_id("localhost") && process::has_installation_id("localhost/1f"));
         assert_eq!(owner.liveness(), Liveness::Unknown);

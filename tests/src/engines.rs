@@ -212,6 +212,7 @@ macro_rules! drills {
         $crate::drills!($module, $engine;
             a_killed_holder_of_this_host_is_taken_over_at_once,
             a_silent_holder_elsewhere_runs_out_and_the_next_is_told,
+            a_waiter_elsewhere_is_woken_when_whoever_took_over_from_the_dead_releases,
             a_holder_stopped_for_longer_than_its_ttl_finds_it_lost_the_moment_it_runs_again,
             a_server_frozen_for_less_than_a_ttl_costs_no_lease,
             a_server_frozen_for_longer_than_a_ttl_costs_the_lease_in_time_and_it_is_told_once,
@@ -349,6 +350,19 @@ fn remaining(holder: &mut Actor) -> Duration {
     let answer = holder.ask("remaining");
     let micros = answer.strip_prefix("remaining ").and_then(|micros| micros.parse().ok());
     Duration::from_micros(micros.unwrap_or_else(|| panic!("{answer}")))
+}
+
+/// Waits until whoever comes through the proxy has asked something, and asks nothing any more.
+fn until_quiet(proxy: &Proxy) {
+    const QUIET: Duration = Duration::from_millis(500);
+    let (mut asked, mut since) = (0, Instant::now());
+    until("the waiter asks nothing any more", || {
+        let now = proxy.passed(Direction::Request);
+        if now != asked || now == 0 {
+            (asked, since) = (now, Instant::now());
+        }
+        since.elapsed() > QUIET
+    });
 }
 
 /// Returns once the lease of which this remains is renewed.
@@ -631,25 +645,42 @@ mod cases {
     }
 
     pub fn a_waiter_asks_nothing_of_the_server_and_is_woken_by_the_release<E: Engine>() -> Drill {
-        /// For so long it asks nothing.
-        const QUIET: Duration = Duration::from_millis(500);
         let arena = Arena::<E>::open()?;
         let proxy = Proxy::to(arena.server.port());
         let guard = lasting(arena.terms()).open().try_lock().expect("free");
         let mut waiter = Actor::start_lease(&lasting(arena.terms_through(proxy.port())));
         waiter.tell("lock");
-        let (mut asked, mut since) = (0, Instant::now());
-        until("the waiter asks nothing any more", || {
-            let now = proxy.passed(Direction::Request);
-            if now != asked || now == 0 {
-                (asked, since) = (now, Instant::now());
-            }
-            since.elapsed() > QUIET
-        });
+        until_quiet(&proxy);
         waiter.expect_silence();
         let token = guard.token();
         guard.release().expect("it is held");
         let answer = waiter.answer();
+        assert!(held(&answer).0 > token && held(&answer).1.is_empty(), "{answer}");
+        Ok(())
+    }
+
+    pub fn a_waiter_elsewhere_is_woken_when_whoever_took_over_from_the_dead_releases<E: Engine>() -> Drill {
+        let arena = Arena::<E>::open()?;
+        let terms = lasting(arena.terms());
+        let mut holder = Actor::start_lease(&terms);
+        let first = held(&holder.ask("try")).0;
+        // It cannot see the holder die.
+        let proxy = Proxy::to(arena.server.port());
+        let Some(mut elsewhere) = in_a_container(&lasting(arena.terms_through(proxy.port()))) else {
+            return Err("this machine does not let the test make a pid namespace".to_owned());
+        };
+        elsewhere.tell("lock");
+        until_quiet(&proxy);
+        let pid = holder.pid();
+        holder.kill();
+        let mut next = Actor::start_lease(&terms);
+        let answer = next.ask("lock");
+        told_of(&answer, pid, first);
+        let token = held(&answer).0;
+        until_quiet(&proxy);
+        elsewhere.expect_silence();
+        next.expect("release", "released");
+        let answer = elsewhere.answer();
         assert!(held(&answer).0 > token && held(&answer).1.is_empty(), "{answer}");
         Ok(())
     }

@@ -73,6 +73,18 @@ pub fn left_out(why: impl std::fmt::Display) {
     let _ = writeln!(std::io::stderr(), "left out: {}: {why}", thread.name().unwrap_or_default());
 }
 
+/// Whether this runs on a host itself, and says that the test is left out where it does not: in a container nobody knows
+/// whether an earlier boot of the host was of this one.
+pub fn is_on_a_host() -> bool {
+    let number = std::fs::read_link("/proc/self/ns/pid").unwrap_or_default();
+    // The first pid namespace, on every Linux.
+    let is = number.as_os_str() == "pid:[4026531836]" && std::path::Path::new("/etc/machine-id").exists();
+    if !is {
+        left_out("this is a container, or has no machine-id");
+    }
+    is
+}
+
 /// Makes a test of each name that says why it is left out, on systems that are not Linux: those whose file has the test
 /// itself for Linux alone.
 #[macro_export]

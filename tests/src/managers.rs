@@ -725,6 +725,9 @@ mod shared_cases {
         for command in ["allocate", "free 0"] {
             for step in 1.. {
                 let table = kind.fresh();
+                // One who uses the table all the time, so that it is never begun anew.
+                let mut bystander = Actor::start_at(&table);
+                bystander.expect("allocate-at 65", "allocated 65");
                 let mut victim = Actor::start_at(&table);
                 victim.expect("allocate", "allocated 0");
                 victim.expect(&format!("kill-at {step}"), "armed");

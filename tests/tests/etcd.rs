@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use lockkit::{Lease, LeaseGuard, LeaseStatus, LossReason, Wait};
 use lockkit_tests::engines::etcd::Etcd;
-use lockkit_tests::engines::{Access, Certificates, Engine, PASSWORD, Security, USER};
+use lockkit_tests::engines::{Access, Certificates, Engine, PASSWORD, Proxy, Security, USER};
 use lockkit_tests::leases::Terms;
-use lockkit_tests::{Actor, LIVELY, drills, left_out, steps, suite, until};
+use lockkit_tests::{Actor, LIVELY, drills, left_out, sleeps, steps, suite, thread_id, until};
 use rustix::process::Signal;
 
 suite!(etcd, lockkit_tests::Kind::ETCD);
@@ -141,6 +141,59 @@ fn an_endpoint_that_is_dead_or_frozen_is_passed_over() {
     guard.release().unwrap();
     etcd.kill_node(0);
     drop(lease.lock_for(LIVELY).unwrap());
+}
+
+#[test]
+fn a_waiter_whose_endpoint_freezes_is_woken_long_before_its_holder_would_run_out() {
+    let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
+    let proxy = Proxy::to(etcd.port());
+    let lasting = |url: String| Lease::connect(url).ttl(10 * LIVELY).heartbeat(LIVELY).build().unwrap();
+    let guard = lasting(etcd.plain_url("x")).try_lock().unwrap();
+    let both = format!("127.0.0.1:{},{}", proxy.port(), etcd.endpoints());
+    let waiter = lasting(etcd.url_of(&both, "", "x", ""));
+    std::thread::scope(|scope| {
+        let (send, thread) = std::sync::mpsc::channel();
+        let waiting = scope.spawn(move || {
+            send.send(thread_id()).unwrap();
+            waiter.lock_for(LIVELY)
+        });
+        let thread = thread.recv().unwrap();
+        // One connection for requests, and one for the watch.
+        until("it watches", || proxy.open() == 2);
+        until("it waits", || sleeps(std::process::id(), thread));
+        proxy.hold();
+        let token = guard.token();
+        guard.release().unwrap();
+        assert!(waiting.join().unwrap().unwrap().token() > token);
+    });
+}
+
+#[test]
+fn a_request_that_is_carried_out_once_more_after_its_release_keeps_nobody_out() {
+    const SHORT: Duration = Duration::from_secs(4);
+    let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
+    let lease = |url: String| Lease::connect(url).ttl(SHORT).build().unwrap();
+    let others = lease(etcd.plain_url("late"));
+    for attempt in 0.. {
+        assert!(attempt < 20, "no request that was held up was an acquisition");
+        let proxy = Proxy::to(etcd.port());
+        let both = format!("127.0.0.1:{},{}", proxy.port(), etcd.endpoints());
+        // It keeps their session alive.
+        let kept = lease(etcd.url_of(&both, "", "kept", "")).lock_for(LIVELY).unwrap();
+        proxy.hold();
+        let guard = lease(etcd.url_of(&both, "", "late", "")).lock_for(LIVELY).unwrap();
+        guard.release().unwrap();
+        proxy.let_go();
+        let start = Instant::now();
+        // On a slow machine another request may have been held up.
+        while start.elapsed() < SHORT / 4 && !matches!(others.status().unwrap(), LeaseStatus::Held(_)) {}
+        if !matches!(others.status().unwrap(), LeaseStatus::Held(_)) {
+            continue;
+        }
+        drop(others.lock_for(LIVELY).unwrap());
+        assert!(start.elapsed() < 4 * SHORT && kept.is_held());
+        return;
+    }
 }
 
 #[test]

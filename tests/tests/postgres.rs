@@ -228,6 +228,36 @@ fn a_process_with_a_crowd_of_threads_has_ten_connections_at_most() {
 }
 
 #[test]
+fn a_request_that_was_given_up_is_ended_by_the_server() {
+    let server = server!();
+    let lease = lease(server.lease("x"));
+    drop(lease.try_lock().unwrap());
+    // As VACUUM FULL does, or somebody who has forgotten to commit.
+    let mut psql = as_its_user(&lockkit_tests::engines::postgres::installed("psql").unwrap());
+    psql.args(["-h", "127.0.0.1", "-p", &server.port().to_string(), "-U", "postgres", "-d", "postgres", "-c"]);
+    psql.arg("BEGIN; LOCK TABLE lockkit_leases; SELECT pg_sleep(600)").stdout(std::process::Stdio::null());
+    let mut locker = psql.spawn().unwrap();
+    let stuck = || {
+        server.sql(
+            "SELECT coalesce(min(pid), 0) FROM pg_stat_activity \
+             WHERE application_name = 'lockkit' AND wait_event_type = 'Lock'",
+        )
+    };
+    until("the table is locked", || {
+        server.sql("SELECT count(*) FROM pg_locks WHERE mode = 'AccessExclusiveLock'") != "0"
+    });
+    assert!(lease.try_lock().is_err());
+    let pid = stuck();
+    until("the server has ended it", || {
+        server.sql(&format!("SELECT count(*) FROM pg_stat_activity WHERE pid = {pid}")) == "0"
+    });
+    assert!(locker.try_wait().unwrap().is_none(), "the table is locked yet");
+    server.sql("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE mode = 'AccessExclusiveLock'");
+    let _ = (locker.kill(), locker.wait());
+    drop(lease.lock_for(LIVELY).unwrap());
+}
+
+#[test]
 fn a_server_without_a_connection_left_says_so() {
     let server = server!();
     drop(lease(server.lease("x")).try_lock().unwrap());

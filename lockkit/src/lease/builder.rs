@@ -68,8 +68,8 @@ impl Options {
 /// let lease = Lease::file(&path)
 ///     .ttl(Duration::from_secs(10)) // Given to another after so long without a beat,
 ///     .heartbeat(Duration::from_secs(2)) // which is sent so often.
-///     .acquire_retry_limit(5) // Looks so often while it waits,
-///     .acquire_retry_delay(Duration::from_millis(100)) // and so long after each other at most.
+///     .acquire_retry_limit(5) // Asks so often again where the store fails,
+///     .acquire_retry_delay(Duration::from_millis(100)) // so long after each other.
 ///     .invalid_pid_lock_stale_threshold(Duration::from_secs(2)) // What nobody can read is junk after so long.
 ///     .file_write_mode(0o640)
 ///     .directory_write_mode(0o750)

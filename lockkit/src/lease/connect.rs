@@ -144,6 +144,11 @@ pub(super) fn text(escaped: &str) -> Option<String> {
 #[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
 fn split(url: &str, taken: usize) -> Result<(String, String)> {
     let parts = Parts::of(url);
+    // Of a password with a slash in it a part would be shown as the name of a host, and the rest as that of the lease.
+    if !parts.authority.is_empty() && parts.path.contains('@') {
+        let problem = "there is an @ after a /: write %40, and in a user or password %2F for the /";
+        return Err(invalid(&format!("{}://…", parts.scheme), problem));
+    }
     let slash = parts.path.match_indices('/').nth(taken).map_or(parts.path.len(), |(at, _)| at);
     let (path, name) = parts.path.split_at(slash);
     let mut names: Vec<_> = parts.raw_parameters().filter(|(key, _)| *key == "lease").map(|(_, value)| value).collect();
@@ -223,8 +228,17 @@ mod tests {
         );
         assert_eq!(both("postgres://h/db/n", 1), pair("n", "postgres://h/db"));
         assert_eq!(both("redis://h/2/n", 1), pair("n", "redis://h/2"));
+        assert_eq!(both("redis://h/me%40here", 0), pair("me@here", "redis://h"));
+        assert_eq!(both("redis+unix:///run/a@b?lease=n", usize::MAX), pair("n", "redis+unix:///run/a@b"));
         for wrong in ["etcd://a", "etcd://a/", "etcd://a/x?lease=y", "etcd://a/%ff"] {
             assert!(both(wrong, 0).is_err(), "{wrong}");
+        }
+        for leaky in ["etcd://u:pa/ss@h/x", "redis://:pa/ss@h/x", "etcd://u:12/ss@h/x", "postgres://u:pa/ss@h/db/x"] {
+            let error = both(leaky, 0).unwrap_err();
+            assert!(
+                error.contains("%2F") && ["ss@", "u:", ":pa", "12"].iter().all(|part| !error.contains(part)),
+                "{error}"
+            );
         }
     }
 }

@@ -207,17 +207,23 @@ impl LeaseStore for FileStore {
     }
 
     fn release(&self, grant: &Grant, by: Deadline) -> Result<Released> {
-        self.free_if(by, |content, _| match content {
+        // Whoever had taken what was deleted or spoilt would stand there now, as the next beat would have put us back.
+        self.free_if(by, Released::Done, |content, _| match content {
             Content::Ours(mut record) if is_of(&record, grant) => {
                 record.set_free();
                 Some(record)
+            }
+            Content::Junk => {
+                let mut record = self.record_again(grant);
+                record.set_free();
+                Some(Box::new(record))
             }
             _ => None,
         })
     }
 
     fn give_up(&self, grant: &Grant, by: Deadline) -> Result<Released> {
-        self.free_if(by, |content, _| match content {
+        self.free_if(by, Released::NotMine, |content, _| match content {
             Content::Ours(mut record) if is_of(&record, grant) => {
                 record.set_lost();
                 if let Some(recovered) = grant.recovered() {
@@ -234,7 +240,7 @@ impl LeaseStore for FileStore {
     }
 
     fn evict(&self, _: &LeaseName, seen: &Seen, by: Deadline) -> Result<Released> {
-        self.free_if(by, |content, bytes| match content {
+        self.free_if(by, Released::NotMine, |content, bytes| match content {
             Content::Ours(mut record) if record.is_held() && seen.is_same_holder(&seen_holder(&record)) => {
                 record.set_free();
                 Some(record)
@@ -372,10 +378,16 @@ impl FileStore {
         Ok(Some(Seen::new(before.unwrap_or_default())))
     }
 
-    /// Writes the record of a free lease that `which` makes of what the file says, unless it makes none of it.
-    fn free_if(&self, by: Deadline, which: impl FnOnce(Content, &[u8]) -> Option<Box<Record>>) -> Result<Released> {
+    /// Writes the record of a free lease that `which` makes of what the file says, unless it makes none of it. Where there
+    /// is no file it is `absent`.
+    fn free_if(
+        &self,
+        by: Deadline,
+        absent: Released,
+        which: impl FnOnce(Content, &[u8]) -> Option<Box<Record>>,
+    ) -> Result<Released> {
         match self.lock_to(Aim::Free, by)? {
-            Place::Absent => Ok(Released::NotMine),
+            Place::Absent => Ok(absent),
             Place::Occupied => Err(self.occupied()),
             Place::Locked(locked) => {
                 let bytes = locked.read()?;

@@ -235,6 +235,12 @@ impl Heart {
         }
     }
 
+    /// Whether a request hangs there, as far as has been noticed.
+    pub(super) fn is_stuck(&self, place: Place) -> bool {
+        let queue = self.lock();
+        queue.rests.iter().any(|rest| rest.place == place && matches!(rest.until, Until::Return(_)))
+    }
+
     /// A lease that it serves was released.
     pub(super) fn released(&self) {
         let mut over = Vec::new();

@@ -213,7 +213,11 @@ impl Held {
             // A process that lives is not to keep others waiting for what it has lost.
             let has_run_out = matches!(reason, LossReason::Expired | LossReason::Store(_));
             if has_run_out && !mem::replace(&mut self.lock().is_given_up, true) {
-                let _ = protected(|| self.lease.store.give_up(&self.grant, self.request()));
+                let is_given_up = !self.is_store_busy()
+                    && protected(|| self.lease.store.give_up(&self.grant, self.request())).is_ok();
+                if !is_given_up {
+                    self.leave_to_heart();
+                }
             }
             return Err(self.lost(reason));
         }
@@ -228,9 +232,8 @@ impl Held {
             let waited = self.answered.wait_timeout(state, by.remaining());
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
-        let asking = state.asking;
         drop(state);
-        let told = match asking {
+        let told = match self.is_store_busy() {
             true => Err(StoreError::unknown("it is still busy with a renewal")),
             false => self.give_back(by.max(Deadline::after(SHORTEST_REQUEST))),
         };
@@ -244,16 +247,23 @@ impl Held {
         trace::released(&**self);
         // What did not work now the heartbeat tries again, as long as the record may stand in the way of others.
         match told {
-            Err(_) => {
-                self.lock().left_to_heart = true;
-                self.heart.serve(self.clone(), self.now());
-            }
+            Err(_) => self.leave_to_heart(),
             Ok(_) => self.heart.released(),
         }
         match told {
             Ok(_) => Ok(()),
             Err(error) => Err(self.lease.failed(error)),
         }
+    }
+
+    /// Whether what is asked of the store now may hang with what was asked before. Only the heartbeat has threads for that.
+    fn is_store_busy(&self) -> bool {
+        self.lock().asking || self.heart.is_stuck(self.place())
+    }
+
+    fn leave_to_heart(self: &Arc<Self>) {
+        self.lock().left_to_heart = true;
+        self.heart.serve(self.clone(), self.now());
     }
 
     fn give_back(&self, by: Deadline) -> Result<Released, StoreError> {

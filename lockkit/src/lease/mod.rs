@@ -142,15 +142,17 @@ impl Lease {
     /// of it at its next beat; where nobody came, that beat makes the file anew, with its folders. The path is made
     /// absolute by [`build`](LeaseBuilder::build), so a later change of the working folder changes nothing.
     ///
-    /// Every step, also each heartbeat, opens, locks, rewrites and closes the file, some 5 µs in memory: no descriptor
+    /// Every step, also each heartbeat, opens, locks, rewrites and closes the file, some microseconds in memory: no descriptor
     /// is kept, so ten thousand leases need no more of them than one. On file systems of
     /// this machine (tmpfs, ext4, xfs, btrfs and their like) the file is not synced at each step: what a power
     /// cut takes back is allowed for, and so is a deletion or a restored backup, because each new token is at least the
-    /// microseconds since the epoch. The wall clock must only not be set back along with the file. On all others,
-    /// such as NFS, CIFS and FUSE, each step is synced, so that a beat has reached the server before it counts.
+    /// microseconds since the epoch. The wall clock must only not be set back along with the file, and of several hosts
+    /// none may be ahead of the others for as long as such a loss takes back. On all other file systems, such as NFS,
+    /// CIFS and FUSE, each step is synced, so that a beat has reached the server before it counts.
     ///
     /// What that costs: a process whose descriptors are used up cannot beat, and loses its file leases after a ttl. One
-    /// that is stopped, or killed but not yet gone, in the middle of a step has the file locked for as long, so nobody
+    /// that is stopped, or killed but not yet gone, in the middle of a step has the file locked for as long (and a host
+    /// that is cut off from its NFS server, until that gives the lock free: 90 s as Linux has it), so nobody
     /// can take the lease or beat meanwhile: keep the file where only those can open it who are to have the lease.
     ///
     /// Who wants a held lease takes it over when its owner is dead by its identity (the same host, or an earlier boot
@@ -245,7 +247,8 @@ impl Lease {
     ///
     /// The heartbeat thread is started first, once for the process. A waiter for a file is woken by the release (by
     /// inotify(7) on Linux; elsewhere it looks at its [retry delay](LeaseBuilder::acquire_retry_delay)), and looks
-    /// every 50 ms whether an owner of this host still lives. The wait leaves no thread behind. On Linux the process
+    /// every 50 ms whether an owner of this host still lives. The wait leaves no thread behind, but what looks up the name of an
+    /// engine's host for longer than the wait lasts. On Linux the process
     /// keeps one descriptor from its first wait on, for the next.
     ///
     /// Also who does not wait for a holder waits for the store: each attempt may take a quarter of the ttl, at most 2
@@ -508,10 +511,12 @@ impl fmt::Debug for Lease {
     }
 }
 
-/// A held [`Lease`]; dropping it releases, and waits for that as long as a request to the store may take.
+/// A held [`Lease`]; dropping it releases, and waits for that as long as a request to the store may take: a quarter of
+/// the ttl or 250 ms. A file on a mount that hangs knows no such limit; but where a request is seen to hang already, the
+/// heartbeat is left to release.
 ///
-/// A guard is held until its lease is lost, and a lost lease stays lost; when its guard goes the file is given free, so
-/// that nobody waits any longer, and the next owner is told that it was not released. A forked child's copy of a guard
+/// A guard is held until its lease is lost, and a lost lease stays lost; when its guard goes the file is given free, as far
+/// as that can be done at once, so that nobody waits any longer, and the next owner is told that it was not released. A forked child's copy of a guard
 /// is not held, and dropping it does nothing. A guard that is leaked (`mem::forget`) goes on being renewed until the
 /// process ends.
 ///

@@ -6,7 +6,7 @@
 //! at every word before it says so.
 //!
 //! The count is kept beside the bits. A kill between the two leaves it wrong by one, until somebody finds the table
-//! full, or is the first to ask for the count after all had left the table: then it is counted anew. Its upper half
+//! full, or is the first to ask for the count after a process has attached: then it is counted anew. Its upper half
 //! counts the changes, so that a recount notices when it was overtaken; and the upper half of that the recounts, so that
 //! who has changed a bit and has yet to count it notices that a recount came between, which may have seen the bit or not,
 //! and counts anew.
@@ -48,6 +48,8 @@ pub(super) struct Bitmap<'t> {
     pub(super) full: &'t [AtomicU64],
     /// How many bits are set; above, how often that has changed.
     pub(super) count: &'t AtomicU64,
+    /// The count may be wrong, unless it is zero.
+    pub(super) in_doubt: &'t AtomicU32,
     /// A word that may have room.
     pub(super) hint: &'t AtomicU32,
     /// How many numbers there are.
@@ -131,7 +133,17 @@ impl Bitmap<'_> {
         self.hint.store(0, Ordering::Relaxed);
     }
 
-    /// How many numbers are allocated.
+    /// How many numbers are not allocated. Whoever asks first since the count came into doubt counts.
+    pub(super) fn available(&self) -> u32 {
+        // It is over first, for from here on it may come again. Where others change the count too fast, it stays.
+        let is_in_doubt = self.in_doubt.load(Ordering::Relaxed) != 0 && self.in_doubt.swap(0, Ordering::SeqCst) != 0;
+        if is_in_doubt && !self.recount() {
+            self.in_doubt.store(1, Ordering::SeqCst);
+        }
+        self.capacity - self.allocated()
+    }
+
+    /// How many numbers are allocated, by the count.
     pub(super) fn allocated(&self) -> u32 {
         // The bits go before the count, so for a moment it may fall below nothing.
         let count = self.count.load(Ordering::Relaxed) as u32 as i32;
@@ -141,7 +153,7 @@ impl Bitmap<'_> {
     /// Puts the count right; `false` when others went on changing it all the time.
     #[cold]
     pub(super) fn recount(&self) -> bool {
-        const ATTEMPTS: u32 = 64;
+        const ATTEMPTS: u32 = 8;
         for _ in 0..ATTEMPTS {
             let before = self.count.load(Ordering::SeqCst);
             let bits = ones(self.words);
@@ -162,8 +174,8 @@ impl Bitmap<'_> {
     /// Counts what was changed since `epoch`.
     #[inline]
     fn count(&self, epoch: u64, change: u64) {
-        if self::epoch(self.count.fetch_add(change, Ordering::SeqCst)) != epoch {
-            self.recount();
+        if self::epoch(self.count.fetch_add(change, Ordering::SeqCst)) != epoch && !self.recount() {
+            self.in_doubt.store(1, Ordering::SeqCst);
         }
     }
 
@@ -251,6 +263,7 @@ mod tests {
         words: Vec<AtomicU64>,
         full: Vec<AtomicU64>,
         count: AtomicU64,
+        in_doubt: AtomicU32,
         hint: AtomicU32,
         capacity: u32,
     }
@@ -263,8 +276,8 @@ mod tests {
         }
 
         fn bitmap(&self) -> Bitmap<'_> {
-            let Self { words, full, count, hint, capacity } = self;
-            Bitmap { words, full, count, hint, capacity: *capacity }
+            let Self { words, full, count, in_doubt, hint, capacity } = self;
+            Bitmap { words, full, count, in_doubt, hint, capacity: *capacity }
         }
     }
 
@@ -328,8 +341,10 @@ mod tests {
         assert_eq!(bitmap.allocated(), 130);
         // And a count without its bit.
         owned.words[2].store(0, Ordering::SeqCst);
-        bitmap.recount();
-        assert_eq!(bitmap.allocated(), 128);
+        assert_eq!(bitmap.available(), 0, "nobody has said that it is in doubt");
+        owned.in_doubt.store(1, Ordering::SeqCst);
+        assert_eq!((bitmap.available(), bitmap.allocated()), (2, 128));
+        assert_eq!(owned.in_doubt.load(Ordering::SeqCst), 0);
     }
 }
 
@@ -345,6 +360,7 @@ mod models {
         words: [AtomicU64; 2],
         full: [AtomicU64; 1],
         count: AtomicU64,
+        in_doubt: AtomicU32,
         hint: AtomicU32,
     }
 
@@ -360,13 +376,14 @@ mod models {
                 words: words.map(AtomicU64::new),
                 full: [AtomicU64::new(full)],
                 count: AtomicU64::new(66 - free.len() as u64),
+                in_doubt: AtomicU32::new(0),
                 hint: AtomicU32::new(0),
             })
         }
 
         fn bitmap(&self) -> Bitmap<'_> {
-            let Self { words, full, count, hint } = self;
-            Bitmap { words, full, count, hint, capacity: 66 }
+            let Self { words, full, count, in_doubt, hint } = self;
+            Bitmap { words, full, count, in_doubt, hint, capacity: 66 }
         }
     }
 
@@ -397,6 +414,23 @@ mod models {
             assert!(got == [Some(64), None] || got == [None, Some(64)]);
             assert!(owned.bitmap().free(64) && owned.bitmap().free(3));
             assert_eq!(owned.bitmap().allocated(), 64);
+        });
+    }
+
+    #[test]
+    fn loom_who_wants_a_certain_number_and_who_takes_any_never_get_the_same() {
+        loom::model(|| {
+            let owned = Owned::with_free(&[5, 64]);
+            let other = thread::spawn({
+                let owned = owned.clone();
+                move || owned.bitmap().allocate_at(5)
+            });
+            let any = owned.bitmap().allocate();
+            assert_eq!(other.join().unwrap(), any == Some(64));
+            assert!(any == Some(5) || any == Some(64));
+            let left = u32::from(any == Some(5));
+            assert_eq!(owned.bitmap().allocate().is_some(), left == 1);
+            assert_eq!(owned.bitmap().allocated(), 66);
         });
     }
 

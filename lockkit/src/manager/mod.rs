@@ -80,7 +80,8 @@ pub trait LockManager: Send + Sync {
     fn allocate_at(&self, id: u32) -> Result<ManagedLock>;
 
     /// How many locks are left to allocate; `None` where there is no limit. It is a counter, not a scan, except that a
-    /// table in shared memory that nobody has used for a while is counted once; by the time it returns it may be past.
+    /// table in shared memory is counted by whoever asks first after a process has begun to use it. A process that is
+    /// killed in the midst of an allocation leaves it wrong by one until then. By the time it returns it may be past.
     ///
     /// # Errors
     /// What the manager says.
@@ -117,7 +118,7 @@ pub trait LockManager: Send + Sync {
 /// A lock of a [`LockManager`]. Cloning gives another handle on the same lock.
 ///
 /// Not reentrant: a thread that takes it twice waits for itself. Not fair to the last: who comes at the right moment
-/// may overtake those who wait, though none of them for long.
+/// may overtake those who wait; in shared memory none of them for long, in a folder and in memory there is no limit.
 ///
 /// ```
 /// # fn main() -> lockkit::Result<()> {
@@ -296,7 +297,8 @@ impl ManagedLock {
     /// Gives back what this process took and whose guard it gave away to [`std::mem::forget`]: for programs that offer
     /// `lock` and `unlock` to others and cannot keep a guard in between. Everybody else drops the guard.
     ///
-    /// A guard that is still there gives nothing back after this.
+    /// A guard that is still there gives nothing back after this. Not to be called while the guard is being dropped in
+    /// another thread: in shared memory one of the two might give back what a third thread has just taken.
     ///
     /// # Errors
     /// [`NotLocked`](crate::ErrorKind::NotLocked) when this process does not hold the lock; with a

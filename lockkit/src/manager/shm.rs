@@ -58,7 +58,8 @@ use crate::wait::{Backoff, GaveUp, Patience, Subject, Wait};
 /// attaches anew when it first uses the table, and needs the file still to be there and to be its own. Do not shorten
 /// the file while it is in use: a process that touches a lock that is not there any more is ended by the system
 /// (SIGBUS). The same comes of a full file system that cannot set room aside (fallocate(2)); those in memory, ext4, XFS
-/// and btrfs can. Do not put it on a file system that several machines share.
+/// and btrfs can. Do not put it on a file system that several machines share. On a
+/// disk, make it anew when the machine starts: after a crash it may be older than what was held.
 ///
 /// ```
 /// # #[cfg(target_os = "linux")]
@@ -108,7 +109,8 @@ impl ShmLockManager {
     /// [`InvalidCapacity`](ErrorKind::InvalidCapacity) for 0, or more than 16,777,216;
     /// [`Io`](ErrorKind::Io) when something is there already (`AlreadyExists`), or the system refuses, as when the file
     /// system has no room or cannot make files without a name (`O_TMPFILE`);
-    /// [`Unsupported`](ErrorKind::Unsupported) outside Linux.
+    /// [`Unsupported`](ErrorKind::Unsupported) outside Linux. Where this process itself finds no room in the table or
+    /// has too many descriptors, it is there, complete, and [`open`](Self::open) is what is left to be done.
     pub fn create(path: impl AsRef<Path>, capacity: u32) -> Result<Self> {
         make(path.as_ref(), capacity)?;
         Self::open(path)
@@ -203,14 +205,7 @@ impl LockManager for ShmLockManager {
     }
 
     fn available(&self) -> Result<Option<u32>> {
-        let in_doubt = &self.0.table.header().is_count_in_doubt;
-        if in_doubt.load(Ordering::SeqCst) != 0 {
-            // Where others change it too fast, it stays in doubt.
-            if self.0.bitmap().recount() {
-                in_doubt.store(0, Ordering::SeqCst);
-            }
-        }
-        Ok(Some(self.0.capacity - self.0.bitmap().allocated()))
+        Ok(Some(self.0.bitmap().available()))
     }
 
     fn held(&self) -> Result<Vec<HeldLock>> {
@@ -257,8 +252,11 @@ fn make(path: &Path, capacity: u32) -> Result<()> {
     step("size of the table set");
     reserve(&file, shape.bitmaps()).map_err(failed)?;
     step("room for the bitmaps reserved");
-    file.write_all_at(&table::header(capacity), 0).map_err(|error| Error::io("create", path, error))?;
+    let failed_io = |error| Error::io("create", path, error);
+    file.write_all_at(&table::header(capacity), 0).map_err(failed_io)?;
     step("table written");
+    // Else a crash of the system could leave the name without what belongs to it. In memory it costs nothing.
+    file.sync_all().map_err(failed_io)?;
     let own = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
     linkat(CWD, own, CWD, path, AtFlags::SYMLINK_FOLLOW).map_err(failed)?;
     step("table linked");
@@ -318,13 +316,6 @@ impl Attached {
             return Ok(known);
         }
         let table = Table::map(&mapped, capacity).map_err(|error| Error::io("map", &path, error))?;
-        let (first, last) = (Shape::slot(0).0, Shape::slot(SLOTS).0);
-        let alone =
-            !ofd::is_locked(&slot, first, last - first).map_err(|error| Error::io("ask who uses", &path, error))?;
-        if alone {
-            // Who asks for the count first counts: a large table is opened as soon as a small one.
-            table.header().is_count_in_doubt.store(1, Ordering::SeqCst);
-        }
         let me = take_slot(&table, &path, &slot)?;
         let table: &'static Table = Box::leak(Box::new(table));
         let fresh: &'static Self = Box::leak(Box::new(Self {
@@ -382,6 +373,7 @@ impl Attached {
             words: self.table.allocated(),
             full: self.table.full(),
             count: &header.count.0,
+            in_doubt: &header.is_count_in_doubt,
             hint: &header.hint.0,
             capacity: self.capacity,
         }
@@ -496,6 +488,9 @@ fn take_slot(table: &Table, path: &Path, file: &File) -> Result<u64> {
             continue;
         }
         step("slot locked");
+        // Somebody may have been killed beside the count since. Who asks for it next counts: a large table is opened as
+        // soon as a small one.
+        table.header().is_count_in_doubt.store(1, Ordering::SeqCst);
         reserve(file, (offset.into(), length.into())).map_err(|error| Error::io("make room in", path, error))?;
         step("room for the slot reserved");
         let slot = &table.slots()[at as usize];
@@ -603,9 +598,14 @@ impl ShmLock {
             ticks: Backoff::between(FIRST_TICK * 2, LAST_TICK),
             tick: FIRST_TICK,
         };
-        word::take(word, owner, &mut sleeper).map_err(|stopped| match stopped {
-            Stopped::GaveUp(gave_up) => patience.error(gave_up, self),
-            Stopped::Failed(error) => Error::io("wait on a lock of", &self.table.path, error),
+        let is_dead = |owner| self.table.is_dead(owner);
+        word::take(word, owner, &mut sleeper).or_else(|stopped| match stopped {
+            // Its time is over and it tries once more: also what is kept for those who wait, among whom it was.
+            Stopped::GaveUp(GaveUp::TimedOut) => {
+                word::take_now(word, owner, is_dead).ok_or_else(|| patience.error(GaveUp::TimedOut, self))
+            }
+            Stopped::GaveUp(gave_up) => Err(patience.error(gave_up, self)),
+            Stopped::Failed(error) => Err(Error::io("wait on a lock of", &self.table.path, error)),
         })
     }
 
@@ -616,8 +616,10 @@ impl ShmLock {
     }
 
     fn since(&self, mut owner: Owner) -> Owner {
-        let since = Duration::from_nanos(self.cell.since.load(Ordering::Relaxed));
-        owner.acquired = SystemTime::UNIX_EPOCH.checked_add(since);
+        owner.acquired = match self.cell.since.load(Ordering::Relaxed) {
+            0 => None,
+            since => SystemTime::UNIX_EPOCH.checked_add(Duration::from_nanos(since)),
+        };
         owner
     }
 
@@ -668,6 +670,10 @@ impl ShmHold {
         self.generation = Self::RELEASED;
         let (owner, turn) = ((self.acquired >> 32) as u32, self.acquired as u32);
         let mine = self.cell.turn.load(Ordering::Relaxed) == turn;
+        if mine {
+            // Who is killed before it has written down when it took the lock is not to have this one's time.
+            self.cell.since.store(0, Ordering::Relaxed);
+        }
         match mine && word::release(&self.cell.word, owner, &self.cell) {
             true => Ok(()),
             false => Err(self.not_locked()),

@@ -234,6 +234,20 @@ pub(crate) fn pid_namespace() -> Option<u64> {
     Some(1)
 }
 
+/// Whether processes of these namespaces are of the host itself, and not of a container on it.
+#[cfg(target_os = "linux")]
+pub(crate) fn is_of_the_host(namespace: u64) -> bool {
+    /// `PROC_PID_INIT_INO`, which is the same on every Linux.
+    const FIRST: u32 = 0xEFFF_FFFC;
+    namespace as u32 == FIRST
+}
+
+/// Whether processes of this jail are of the host itself, or whether it is another system, which has none.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn is_of_the_host(namespace: u64) -> bool {
+    namespace == 1
+}
+
 /// What tells the clock that counts from the start of the system, as this process sees it, from every other one: the
 /// boot, and the time namespace, which shifts it. `None` where boots cannot be told apart.
 #[cfg(any(target_os = "linux", target_vendor = "apple"))]
@@ -267,7 +281,8 @@ use super::freebsd::machine as installation;
 #[cfg(not(any(target_vendor = "apple", target_os = "freebsd")))]
 fn installation() -> Option<String> {
     let id = fs::read_to_string("/etc/machine-id").ok()?.trim().to_owned();
-    (!id.is_empty()).then_some(id)
+    // machine-id(5): until the system has chosen one, it says so in words.
+    (id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit())).then_some(id)
 }
 
 /// Whether what [`host`] gave has the id of an installation, besides the name.

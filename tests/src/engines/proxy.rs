@@ -6,6 +6,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::thread;
+use std::time::Duration;
+
+/// How often what is held looks whether it may go on.
+const MOMENT: Duration = Duration::from_millis(1);
 
 /// Which way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +40,10 @@ struct State {
     open: AtomicUsize,
     /// How often all connections have been cut at once.
     moves: AtomicUsize,
+    /// What comes is taken, and passed on when this is over.
+    holds: AtomicBool,
+    /// A request is passed on, and the server may answer, though the client has gone.
+    lingers: AtomicBool,
     is_over: AtomicBool,
 }
 
@@ -85,6 +93,17 @@ impl Proxy {
     pub fn move_to(&self, server: u16) {
         self.state.server.store(server, Ordering::SeqCst);
         self.state.moves.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Passes on nothing until it is to [let go](Self::let_go): as a server that is frozen, or a network that is slow.
+    pub fn hold(&self) {
+        self.state.holds.store(true, Ordering::SeqCst);
+    }
+
+    /// Passes on what it has held, also that of clients which have gone since, whose connections stay.
+    pub fn let_go(&self) {
+        self.state.lingers.store(true, Ordering::SeqCst);
+        self.state.holds.store(false, Ordering::SeqCst);
     }
 
     /// Passes on nothing any more, and lets nobody in.
@@ -151,6 +170,9 @@ impl State {
                     Direction::Answer => (&ends.1, &ends.0),
                 };
                 state.pass_on(direction, from, to);
+                while direction == Direction::Request && state.keeps_on() {
+                    thread::sleep(MOMENT);
+                }
                 for end in [from, to] {
                     let _ = end.shutdown(Shutdown::Both);
                 }
@@ -163,10 +185,19 @@ impl State {
         });
     }
 
+    /// Whether connections are not to end.
+    fn keeps_on(&self) -> bool {
+        let keeps_on = [&self.holds, &self.lingers].iter().any(|flag| flag.load(Ordering::SeqCst));
+        keeps_on && !self.is_over.load(Ordering::SeqCst)
+    }
+
     fn pass_on(&self, direction: Direction, mut from: &TcpStream, mut to: &TcpStream) {
         let mut bytes = [0; 16384];
         let moves = self.moves.load(Ordering::SeqCst);
         while let Ok(length @ 1..) = from.read(&mut bytes) {
+            while self.holds.load(Ordering::SeqCst) && !self.is_over.load(Ordering::SeqCst) {
+                thread::sleep(MOMENT);
+            }
             if self.is_over.load(Ordering::SeqCst) || self.moves.load(Ordering::SeqCst) != moves {
                 return;
             }

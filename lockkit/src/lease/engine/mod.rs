@@ -21,6 +21,7 @@ pub(super) mod redis;
 use std::io;
 use std::mem;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::SystemTime;
@@ -35,6 +36,7 @@ use crate::error::Error;
 use crate::lines;
 use crate::owner::{Liveness, Owner};
 use crate::sys::fork::{self, NoFork};
+use crate::sys::per_process::PerProcess;
 
 type Result<T, E = StoreError> = std::result::Result<T, E>;
 
@@ -181,14 +183,25 @@ pub(super) fn not_connected(place: &str, error: &io::Error) -> StoreError {
 
 /// The addresses of a host. The system's own look-up knows no limit, so it is left to a thread, which ends when it does.
 pub(super) fn addresses(host: &str, port: u16, by: store::Deadline) -> io::Result<Vec<SocketAddr>> {
+    /// As many look-ups may be under way. Where none comes to an end each attempt would leave one more thread.
+    const MOST: usize = 16;
+    static UNDER_WAY: PerProcess<AtomicUsize> = PerProcess::new();
     if let Ok(address) = host.trim_matches(['[', ']']).parse::<IpAddr>() {
         return Ok(vec![(address, port).into()]);
     }
+    let under_way = UNDER_WAY.get(AtomicUsize::default);
+    if under_way.fetch_add(1, Ordering::Relaxed) >= MOST {
+        under_way.fetch_sub(1, Ordering::Relaxed);
+        return Err(io::Error::new(io::ErrorKind::TimedOut, "looking up the names of hosts takes too long"));
+    }
     let (send, found) = mpsc::sync_channel(1);
     let host = host.to_owned();
-    thread::Builder::new().name("lockkit-lookup".to_owned()).spawn(move || {
+    let look_up = move || {
         let _ = send.send((&*host, port).to_socket_addrs().map(Iterator::collect));
-    })?;
+        under_way.fetch_sub(1, Ordering::Relaxed);
+    };
+    let thread = thread::Builder::new().name("lockkit-lookup".to_owned()).spawn(look_up);
+    thread.inspect_err(|_| _ = under_way.fetch_sub(1, Ordering::Relaxed))?;
     found.recv_timeout(by.remaining()).unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 

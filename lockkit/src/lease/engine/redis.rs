@@ -146,13 +146,22 @@ impl RedisStore {
                 },
             )
         };
+        let mut is_in_doubt = false;
         let answer = loop {
             match run() {
-                Err(error) if Interrupted::is(&error) && !by.is_past() => {}
+                Err(error) if Interrupted::is(&error) && !by.is_past() => {
+                    is_in_doubt |= matches!(error, StoreError::Unknown(_));
+                }
+                Err(StoreError::Refused(cause)) if is_in_doubt => return Err(StoreError::Unknown(cause)),
                 answer => break answer?,
             }
         };
-        let words = redis::from_redis_value(answer.map_err(|error| server.refused(&error))?);
+        let answer = answer.map_err(|error| match server.refused(&error) {
+            // No answer came to the first of several requests, which may have been carried out.
+            StoreError::Refused(cause) if count > 1 => StoreError::Unknown(cause),
+            error => error,
+        });
+        let words = redis::from_redis_value(answer?);
         Ok((words.map_err(|_| self.garbled())?, count))
     }
 

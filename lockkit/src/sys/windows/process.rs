@@ -119,6 +119,11 @@ pub(crate) fn pid_namespace() -> Option<u64> {
     Some(1)
 }
 
+/// Whether processes of that namespace are of the host itself.
+pub(crate) fn is_of_the_host(namespace: u64) -> bool {
+    namespace == 1
+}
+
 /// What tells the clock that counts from the start of the system from every other one.
 pub(crate) fn clock_id() -> Option<u128> {
     boot_id().filter(|boot| *boot as u32 != 0)

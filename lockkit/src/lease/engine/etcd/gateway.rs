@@ -239,7 +239,12 @@ impl Gateway {
                 })
             })
         });
-        answer.map(|answer| (answer, is_in_doubt.get()))
+        match answer {
+            Ok(answer) => Ok((answer, is_in_doubt.get())),
+            // One that was refused at last, as for want of a token, may have been carried out before.
+            Err(StoreError::Refused(cause)) if is_in_doubt.get() => Err(StoreError::Unknown(cause)),
+            Err(error) => Err(error),
+        }
     }
 
     /// Begins a watch, on a connection of its own, and waits until it has begun.
@@ -270,6 +275,14 @@ impl Gateway {
                 }
             })
         })
+    }
+
+    /// Finds out whether the endpoint of this place answers.
+    pub(super) fn greet(&self, place: &str, by: Deadline) -> Result<()> {
+        let endpoint = self.endpoints.iter().find(|endpoint| endpoint.to_string() == place);
+        let endpoint = endpoint.ok_or_else(|| StoreError::refused(format!("{place} is no endpoint")))?;
+        let mut connection = self.connect(endpoint, by)?;
+        connection.ask("/version", &[], None, by).map(drop).map_err(|error| self.silent(endpoint, &error))
     }
 
     /// Does it with the token that there is, and once more with a new one where the server does not know it any more.
@@ -537,6 +550,11 @@ pub(super) struct Stream {
 }
 
 impl Stream {
+    /// Whose answers they are.
+    pub(super) fn place(&self) -> &str {
+        &self.place
+    }
+
     /// The next line; `None` when none came in time.
     pub(super) fn next(&mut self, by: Deadline) -> Result<Option<Vec<u8>>> {
         loop {

@@ -26,7 +26,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use serde_json::{Value, json};
@@ -46,6 +46,8 @@ use crate::wait::CancelToken;
 const SMALLEST_TTL: Duration = Duration::from_secs(2);
 /// How long a waiter gives the server to say whether there is something to wait for.
 const LOOK: Duration = Duration::from_secs(2);
+/// After so long without news a watch finds out whether its endpoint is there.
+const QUIET: Duration = Duration::from_secs(4);
 /// How often in a row a session may end, or the leader change, under one request.
 const MOST_TURNS: u32 = 3;
 
@@ -330,6 +332,10 @@ impl Own {
                     _ => Record::parse(answer.before(1)),
                 };
                 let token = answer.revision();
+                if answer.is_in_doubt {
+                    // The same request may be carried out once more, and that after the release.
+                    session.loosen(name, claim, Loose::InDoubt, sent);
+                }
                 session.add(name, claim, token, sent);
                 let grant = Grant::new(name, claim, token, session.left(began)).with_handle(session);
                 return Ok(Attempt::Granted(match &*before.state {
@@ -595,12 +601,15 @@ fn seen(held: &Value, record: &Value) -> Seen {
 
 /// A watch over the `held` keys.
 struct Watch {
+    gateway: Arc<Gateway>,
     stream: Stream,
     prefix: String,
+    /// When its endpoint was last heard of.
+    heard: Instant,
 }
 
 impl Watch {
-    fn begin(gateway: &Gateway, prefix: &str, by: Deadline) -> Result<Self> {
+    fn begin(gateway: &Arc<Gateway>, prefix: &str, by: Deadline) -> Result<Self> {
         // The end of the range is the prefix with a last byte that is one more: it ends with a slash.
         let mut end = prefix.as_bytes().to_vec();
         if let Some(last) = end.last_mut() {
@@ -609,13 +618,22 @@ impl Watch {
         let request = json!({ "create_request": {
             "key": encoded(prefix), "range_end": encoded(end), "filters": ["NOPUT"],
         } });
-        Ok(Self { stream: gateway.watch(&request, by)?, prefix: prefix.to_owned() })
+        let stream = gateway.watch(&request, by)?;
+        Ok(Self { gateway: gateway.clone(), stream, prefix: prefix.to_owned(), heard: Instant::now() })
     }
 }
 
 impl Ear for Watch {
     fn listen(&mut self, at_most: Duration, ring: &mut dyn FnMut(&str)) -> Result<()> {
-        let Some(line) = self.stream.next(Deadline::after(at_most))? else { return Ok(()) };
+        let Some(line) = self.stream.next(Deadline::after(at_most))? else {
+            if self.heard.elapsed() > QUIET {
+                // A frozen endpoint looks like one that has nothing to say.
+                self.gateway.greet(self.stream.place(), Deadline::after(QUIET / 2))?;
+                self.heard = Instant::now();
+            }
+            return Ok(());
+        };
+        self.heard = Instant::now();
         let news: Value = serde_json::from_slice(&line).map_err(StoreError::refused)?;
         let result = &news["result"];
         // Without a leader, or when the revision that it had come to is compacted away.

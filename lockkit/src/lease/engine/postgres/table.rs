@@ -11,7 +11,7 @@
 //! | `until` | when a held one runs out, by the server's clock |
 //! | `owner` | who holds it, or did; of a `lost` one that nobody knew to be held, who died before |
 //! | `died` | who held it before and did not release, if so; empty if that is not known |
-//! | `waited` | somebody waits for this holder, and is to be told when it goes |
+//! | `waited` | somebody waits for this holder or the dead before it, and is to be told when it goes |
 //!
 //! The claim and the token stay when a lease is given free, so a repeated release finds that it has been done. Each step
 //! is one statement and so one transaction; why it did not take place, if so, is asked by another. It is committed with
@@ -54,6 +54,12 @@ const HELLO: Sql = Sql {
 /// The first version that has what is used here: `INSERT … ON CONFLICT`.
 const OLDEST: i32 = 90_500;
 
+/// Bounds a session's statements, unless they are bounded more closely: the server goes on with one that its client has
+/// given up, as behind a lock of the table or for a standby that is gone, and sees only then that nobody is there. Longer
+/// than any request may take, for a commit that is cut short while it waits for a standby counts as done.
+const BOUNDED: &str = "SELECT set_config('statement_timeout', least(nullif(setting::int, 0), 3000)::text, false) \
+     FROM pg_settings WHERE name = 'statement_timeout'";
+
 /// What raises `synchronous_commit` to `on` in a statement, where it is lower.
 macro_rules! durably {
     () => {
@@ -64,6 +70,9 @@ macro_rules! durably {
 
 /// The name, the claim, the ttl in microseconds, the owner, and the claim and the token of a holder that is dead. A row
 /// where it is granted: the token, and who died. None where somebody else has it.
+///
+/// A request that was overtaken by the release of its own grant gets none. Whoever waits for a holder that is taken over
+/// goes on waiting for the next, so the mark stays.
 ///
 /// It looks first, because what INSERT does about a row that is there locks it even where it then changes nothing, and
 /// that is written to disk.
@@ -81,9 +90,10 @@ pub(super) const ACQUIRE: Sql = Sql {
          ELSE greatest(l.token + 1, excluded.token) END, \
          died = CASE WHEN l.state = 'held' AND l.claim = excluded.claim THEN l.died \
          WHEN l.state IN ('held', 'lost') THEN l.owner END, \
-         waited = l.waited AND l.state = 'held' AND l.claim = excluded.claim \
-         WHERE l.state <> 'held' OR l.until <= clock_timestamp() OR l.claim = excluded.claim \
-         OR (l.claim = $5 AND l.token = $6) RETURNING token, died, ",
+         waited = l.waited AND l.state = 'held' \
+         WHERE (l.state <> 'held' OR l.until <= clock_timestamp() OR l.claim = excluded.claim \
+         OR (l.claim = $5 AND l.token = $6)) \
+         AND NOT (l.state = 'released' AND l.claim = excluded.claim) RETURNING token, died, ",
         durably!()
     ),
     types: &[Type::TEXT, Type::TEXT, Type::FLOAT8, Type::TEXT, Type::TEXT, Type::INT8],
@@ -170,6 +180,9 @@ pub(super) fn check(link: &mut Link, by: Deadline) -> Result<(), StoreError> {
         }
         link.is_direct = link.process() == Some(process);
         match row.try_get(4).map_err(strange)? {
+            Some(LAYOUT) if link.is_direct => {
+                return link.execute(BOUNDED, by).map_err(|cut| StoreError::refused(of_request(cut)));
+            }
             Some(LAYOUT) => return Ok(()),
             Some(_) => return Err(StoreError::misuse(of_another_layout())),
             None => make(link, by)?,
