@@ -353,7 +353,7 @@ fn remaining(holder: &mut Actor) -> Duration {
 }
 
 /// Waits until whoever comes through the proxy has asked something, and asks nothing any more.
-fn until_quiet(proxy: &Proxy) {
+pub fn until_quiet(proxy: &Proxy) {
     const QUIET: Duration = Duration::from_millis(500);
     let (mut asked, mut since) = (0, Instant::now());
     until("the waiter asks nothing any more", || {

@@ -22,7 +22,6 @@ use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
-#[cfg(unix)]
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -284,6 +283,8 @@ macro_rules! managers {
             a_lock_stays_usable_after_it_was_freed,
             held_locks_are_listed_with_owner_and_time_without_waiting,
             threads_allocate_and_free_without_sharing_a_number,
+            a_panic_releases,
+            a_crowd_that_wants_a_freed_number_gets_it_one_after_the_other,
         );
     };
     ($module:ident, $kind:expr; $($case:ident,)*) => {
@@ -507,6 +508,42 @@ mod cases {
         if kind.is_limited() {
             assert_eq!(manager.available().unwrap(), Some(CAPACITY));
         }
+        table.clean();
+    }
+
+    pub fn a_panic_releases(kind: Kind) {
+        let table = kind.fresh();
+        let lock = table.open().allocate().unwrap();
+        let inside = lock.clone();
+        let panicked = std::thread::spawn(move || {
+            let _guard = inside.lock().unwrap();
+            std::panic::resume_unwind(Box::new("on purpose"));
+        });
+        assert!(panicked.join().is_err());
+        drop(lock.try_lock().unwrap());
+        table.clean();
+    }
+
+    pub fn a_crowd_that_wants_a_freed_number_gets_it_one_after_the_other(kind: Kind) {
+        // Each release of it may take away what stands for it.
+        let (threads, rounds) = if is_wine() { (4, 10) } else { (48, 40) };
+        let table = kind.fresh();
+        let manager = table.open();
+        let lock = manager.allocate().unwrap();
+        lock.free().unwrap();
+        let inside = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..threads {
+                scope.spawn(|| {
+                    for _ in 0..rounds {
+                        let guard = lock.lock().unwrap();
+                        assert!(!inside.swap(true, Ordering::SeqCst));
+                        inside.store(false, Ordering::SeqCst);
+                        guard.release().unwrap();
+                    }
+                });
+            }
+        });
         table.clean();
     }
 }

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use lockkit::{Lease, LeaseGuard, LeaseStatus, LossReason, Wait};
 use lockkit_tests::engines::etcd::Etcd;
-use lockkit_tests::engines::{Access, Certificates, Engine, PASSWORD, Proxy, Security, USER};
+use lockkit_tests::engines::{Access, Certificates, Engine, PASSWORD, Proxy, Security, USER, until_quiet};
 use lockkit_tests::leases::Terms;
-use lockkit_tests::{Actor, LIVELY, drills, left_out, sleeps, steps, suite, thread_id, until};
+use lockkit_tests::{Actor, LIVELY, drills, left_out, steps, suite, until};
 use rustix::process::Signal;
 
 suite!(etcd, lockkit_tests::Kind::ETCD);
@@ -152,19 +152,15 @@ fn a_waiter_whose_endpoint_freezes_is_woken_long_before_its_holder_would_run_out
     let both = format!("127.0.0.1:{},{}", proxy.port(), etcd.endpoints());
     let waiter = lasting(etcd.url_of(&both, "", "x", ""));
     std::thread::scope(|scope| {
-        let (send, thread) = std::sync::mpsc::channel();
-        let waiting = scope.spawn(move || {
-            send.send(thread_id()).unwrap();
-            waiter.lock_for(LIVELY)
-        });
-        let thread = thread.recv().unwrap();
-        // One connection for requests, and one for the watch.
-        until("it watches", || proxy.open() == 2);
-        until("it waits", || sleeps(std::process::id(), thread));
+        // When its time is over it asks once more, and then another endpoint.
+        let waiting = scope.spawn(move || waiter.lock_for(4 * LIVELY));
+        until_quiet(&proxy);
         proxy.hold();
         let token = guard.token();
         guard.release().unwrap();
+        let start = Instant::now();
         assert!(waiting.join().unwrap().unwrap().token() > token);
+        assert!(start.elapsed() < 2 * LIVELY);
     });
 }
 

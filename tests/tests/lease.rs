@@ -17,7 +17,7 @@ use lockkit::lease::{
     Attempt, ClaimId, Clock, Deadline, Durability, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
     StoreProfile, SystemClock,
 };
-use lockkit::{CancelToken, ErrorKind, FileLock, Lease, LeaseStatus, Wait};
+use lockkit::{CancelToken, ErrorKind, FileLock, Lease, LeaseStatus, LossReason, Wait};
 #[cfg(target_os = "linux")]
 use lockkit_tests::another_user;
 use lockkit_tests::leases::{Terms, forge, left_by_the_dead, line};
@@ -284,6 +284,32 @@ fn a_release_touches_no_foreign_record_and_brings_back_none() {
                 }
             }
             assert_eq!(fs::read(&terms.path).ok(), left);
+        }
+    }
+}
+
+#[test]
+fn a_release_of_what_was_deleted_or_spoilt_is_one_and_leaves_nothing_in_the_way() {
+    let (_folder, mut terms) = place();
+    (terms.ttl, terms.heartbeat) = (60_000, 20_000);
+    let lease = terms.open();
+    let changes: [&dyn Fn(); 3] =
+        [&|| write(&terms, "junk"), &|| replace(&terms, ""), &|| fs::remove_file(&terms.path).unwrap()];
+    for change in changes {
+        for drops in [false, true] {
+            let guard = lease.try_lock().unwrap();
+            let (token, lost) = (guard.token(), guard.lost());
+            change();
+            let is_there = terms.path.exists();
+            match drops {
+                true => drop(guard),
+                false => guard.release().unwrap(),
+            }
+            assert!(matches!(lost.reason(), Some(LossReason::Released)));
+            assert_eq!(terms.path.exists(), is_there, "a deleted file is left deleted");
+            let next = lease.try_lock().unwrap();
+            assert!(next.token() > token && next.recovered().is_none());
+            next.release().unwrap();
         }
     }
 }

@@ -176,8 +176,8 @@ mod shared_memory {
 
     #[test]
     fn eight_processes_that_create_at_once_end_up_in_one_table() {
-        for _ in 0..30 {
-            let table = Kind::Shm.fresh();
+        for round in 0..60 {
+            let table = if round % 2 == 0 { Kind::Shm } else { Kind::Folder }.fresh();
             let mut racers: Vec<_> = (0..8).map(|_| Actor::start_at(&table)).collect();
             for racer in &mut racers {
                 racer.tell("allocate");

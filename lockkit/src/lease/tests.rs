@@ -474,7 +474,7 @@ struct Faulty {
     stalls: AtomicBool,
     /// Attempts and renewals take as long as they may.
     hangs: AtomicBool,
-    /// Renewals do not return, whatever their deadline, while it is set.
+    /// Renewals and releases do not return, whatever their deadline, while it is set.
     freezes: AtomicBool,
     renewals: AtomicUsize,
     /// Whose attempt was the last.
@@ -502,6 +502,15 @@ impl Faulty {
 
     fn lease(self: &Arc<Self>) -> LeaseBuilder {
         Lease::with_store(self.clone(), "faulty").clock(Arc::new(self.clock.clone())).acquire_retry_delay(MS)
+    }
+}
+
+impl Faulty {
+    /// Does not return while it is frozen.
+    fn is_asked(&self) {
+        while self.freezes.load(Ordering::Relaxed) {
+            thread::sleep(MS);
+        }
     }
 }
 
@@ -549,9 +558,7 @@ impl LeaseStore for Faulty {
 
     fn renew(&self, grant: &Grant, by: Deadline) -> Result<Renewal, StoreError> {
         self.renewals.fetch_add(1, Ordering::Relaxed);
-        while self.freezes.load(Ordering::Relaxed) {
-            thread::sleep(MS);
-        }
+        self.is_asked();
         if self.hangs.load(Ordering::Relaxed) {
             thread::sleep(by.remaining());
             return Err(StoreError::unknown("no answer"));
@@ -572,6 +579,7 @@ impl LeaseStore for Faulty {
     }
 
     fn release(&self, grant: &Grant, _: Deadline) -> Result<Released, StoreError> {
+        self.is_asked();
         let holder = &mut self.record.lock().1;
         match holder.take_if(|(claim, _)| claim == grant.claim()) {
             Some(_) => Ok(Released::Done),
@@ -740,7 +748,7 @@ fn a_request_that_does_not_return_keeps_no_other_lease_from_its_beats_and_no_los
     let folder = Folder::new();
     let guard = Lease::file(folder.path()).ttl(MS * 400).heartbeat(MS * 50).build().unwrap().lock().unwrap();
     let frozen = Faulty::new(&ManualClock::new());
-    let stuck: Vec<_> = (0..10)
+    let mut stuck: Vec<_> = (0..10)
         .map(|n| {
             frozen.record.lock().1 = None;
             let (tell, told) = mpsc::channel();
@@ -768,6 +776,9 @@ fn a_request_that_does_not_return_keeps_no_other_lease_from_its_beats_and_no_los
     }
     assert!(folder.record().beat() - beat > 10);
     assert_eq!(frozen.renewals.load(Ordering::Relaxed), 1, "one stuck request of one place");
+    let (lost, _) = stuck.swap_remove(5);
+    let dropping = thread::spawn(move || drop(lost));
+    eventually("whoever steps down does not hang with it", || dropping.is_finished());
     frozen.freezes.store(false, Ordering::Relaxed);
     drop(stuck);
     frozen.record.lock().1 = None;

@@ -868,6 +868,30 @@ mod tests {
     }
 
     #[test]
+    fn whoever_has_no_time_to_wait_takes_also_what_is_kept_for_those_who_wait() {
+        /// A waiter that pressed and was killed: it is awake, and the lock was kept for it at the release.
+        const KEPT: u32 = 0b11 << 29;
+        let fresh = Fresh::new("kept");
+        let lock = fresh.0.retrieve(7).unwrap();
+        for wait in [Wait::none(), Wait::at_most(Duration::ZERO), Wait::until(std::time::Instant::now())] {
+            fresh.word(7).store(KEPT, Ordering::SeqCst);
+            drop(lock.acquire(&wait).unwrap());
+        }
+    }
+
+    #[test]
+    fn an_owner_that_did_not_get_to_write_down_the_time_has_not_that_of_the_one_before() {
+        let fresh = Fresh::new("untimed");
+        let lock = fresh.0.retrieve(7).unwrap();
+        let guard = lock.lock().unwrap();
+        assert!(fresh.0.held().unwrap()[0].owner.acquired().is_some());
+        drop(guard);
+        let (_file, other) = fresh.take_slot();
+        fresh.word(7).store(other, Ordering::SeqCst);
+        assert_eq!(fresh.0.held().unwrap()[0].owner.acquired(), None);
+    }
+
+    #[test]
     fn a_damaged_word_that_names_no_slot_is_of_somebody_who_died() {
         let fresh = Fresh::new("damaged");
         for owner in [1 << SLOT_BITS, SLOTS + 1, OWNER] {
