@@ -531,13 +531,15 @@ mod cases {
         let manager = table.open();
         let lock = manager.allocate().unwrap();
         lock.free().unwrap();
-        let inside = AtomicBool::new(false);
+        let (inside, all) = (AtomicBool::new(false), std::sync::Barrier::new(threads));
         std::thread::scope(|scope| {
             for _ in 0..threads {
                 scope.spawn(|| {
+                    all.wait();
                     for _ in 0..rounds {
                         let guard = lock.lock().unwrap();
                         assert!(!inside.swap(true, Ordering::SeqCst));
+                        std::thread::yield_now();
                         inside.store(false, Ordering::SeqCst);
                         guard.release().unwrap();
                     }
