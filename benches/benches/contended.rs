@@ -15,7 +15,10 @@ use std::fs::File;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use lockkit::{CancelToken, FileLock, NamedLock, PidFile, Wait};
+use lockkit::{
+    CancelToken, FileLock, FileLockManager, InMemoryLockManager, Lease, Lock, LockManager, NamedLock, PidFile,
+    ShmLockManager, Wait,
+};
 use lockkit_benches::arguments;
 use lockkit_benches::process::{self, Peer, now, spin};
 use lockkit_benches::table::{self, Bound, Row, Value};
@@ -178,9 +181,9 @@ fn main() {
         println!("contended/FileLock/timed-wait");
         rows.push(timed_wait(folder.path(), length.wait));
     }
-    if "contended/NamedLock/giving-up".contains(&filter) {
-        println!("contended/NamedLock/giving-up");
-        rows.extend(giving_up());
+    if "contended/giving-up".contains(&filter) {
+        println!("contended/giving-up");
+        rows.extend(all_giving_up(folder.path()));
     }
     table::print(&rows);
 }
@@ -378,11 +381,26 @@ fn crowd_child(hold: &mut Hold, inside: u64, parent: &mut Peer) {
     parent.say(format_args!("{taken} {longest_wait}"));
 }
 
-/// How much later than it should a waiter for a held lock gives up, at worst.
-fn giving_up() -> [Row; 2] {
+/// How much later than it should a waiter for a held lock gives up, at worst, of every kind.
+fn all_giving_up(folder: &Path) -> Vec<Row> {
+    let table = ShmLockManager::create(folder.join("table"), 64).unwrap();
+    let files = FileLockManager::create(folder.join("table-of-files")).unwrap();
+    let memory = InMemoryLockManager::new(64).unwrap();
+    let rows = [
+        giving_up("NamedLock", &NamedLock::new("lockkit-bench-contended").unwrap()),
+        giving_up("FileLock", &FileLock::new(folder.join("giving-up"))),
+        giving_up("PidFile", &PidFile::new(folder.join("giving-up.pid")).unwrap()),
+        giving_up("Lease", &Lease::file(folder.join("giving-up.lease")).build().unwrap()),
+        giving_up("ShmLockManager's lock", &table.allocate().unwrap()),
+        giving_up("FileLockManager's lock", &files.allocate().unwrap()),
+        giving_up("InMemoryLockManager's lock", &memory.allocate().unwrap()),
+    ];
+    rows.into_iter().flatten().collect()
+}
+
+fn giving_up<L: Lock + Sync>(name: &str, lock: &L) -> [Row; 2] {
     const ROUNDS: usize = 50;
     const LIMIT: Duration = Duration::from_millis(10);
-    let lock = NamedLock::new("lockkit-bench-contended").unwrap();
     let _held = lock.lock().unwrap();
     let worst = |late: &dyn Fn() -> Duration| Value::Time((0..ROUNDS).map(|_| late()).max().unwrap_or_default());
     let timed_out = || {
@@ -411,7 +429,7 @@ fn giving_up() -> [Row; 2] {
     let sleep = worst(&slept);
     let bound = Bound::Time(Duration::from_millis(5));
     [("timing out", worst(&timed_out)), ("being cancelled", worst(&cancelled))].map(|(what, ours)| Row {
-        name: format!("NamedLock, late at {what}, worst of {ROUNDS}"),
+        name: format!("{name}, late at {what}, worst of {ROUNDS}"),
         ours,
         peer: "a sleep",
         theirs: sleep,

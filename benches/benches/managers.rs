@@ -20,7 +20,7 @@ use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use lockkit::{LockManager, ManagedLock, ShmLockManager};
+use lockkit::{FileLockManager, LockManager, ManagedLock, ShmLockManager};
 use lockkit_benches::Experiment;
 use lockkit_benches::process::{now, spin};
 use lockkit_benches::table::{self, Bound, Row, Value};
@@ -211,7 +211,30 @@ fn allocate(length: &Length) -> Vec<Row> {
             rows.push(Row { name, ours, peer: "empty table", theirs, bound });
         }
     }
+    rows.push(allocate_in_folders(blocks, count));
     rows
+}
+
+/// The same of locks in files: by a manager that was just opened, where many are allocated, and where none is.
+fn allocate_in_folders(blocks: u32, count: u32) -> Row {
+    const MANY: u32 = 10_000;
+    let folders = [MANY, 0].map(|allocated| {
+        let folder = tempfile::tempdir_in("/dev/shm").expect("a folder");
+        let manager = FileLockManager::create(folder.path().join("table")).expect("a table");
+        (0..allocated).for_each(|_| _ = manager.allocate().expect("a lock"));
+        folder
+    });
+    let cycle = |at: usize| {
+        let start = Instant::now();
+        for _ in 0..count {
+            let manager = FileLockManager::open(folders[at].path().join("table")).expect("a table");
+            manager.allocate().expect("a lock").free().expect("allocated");
+        }
+        start.elapsed() / count
+    };
+    let [ours, theirs] = in_turns(blocks, || cycle(0), || cycle(1));
+    let name = format!("open, allocate and free in a folder of {MANY}");
+    Row { name, ours, peer: "an empty one", theirs, bound: Bound::Ratio(1.5) }
 }
 
 fn open(length: &Length) -> Vec<Row> {
