@@ -141,7 +141,7 @@ enum Handle {
     Memory(memory::MemoryLock),
 }
 
-/// What a guard gives back.
+/// What a guard gives back when it is dropped. Each sort sees to that itself, so that a guard can be taken apart.
 #[derive(Debug)]
 enum Hold {
     /// In shared memory, from nobody who died: small, for a guard is moved about while others wait for its lock.
@@ -156,7 +156,7 @@ trait AnyHold: fmt::Debug + Send + Sync {
 }
 
 #[derive(Debug)]
-struct Full<H> {
+struct Full<H: Releases> {
     hold: H,
     recovered: Option<Box<Recovered>>,
     /// The process that holds, for a forked child has a copy; `None` once released.
@@ -166,6 +166,13 @@ struct Full<H> {
 impl<H: Releases + 'static> Full<H> {
     fn hold((hold, recovered): (H, Option<Box<Recovered>>)) -> Hold {
         Hold::Full(Box::new(Self { hold, recovered, generation: Some(fork::generation()) }))
+    }
+}
+
+impl<H: Releases> Drop for Full<H> {
+    fn drop(&mut self) {
+        // What fails here was given back already, or is freed when its file is closed.
+        let _ = AnyHold::release(self);
     }
 }
 
@@ -190,6 +197,13 @@ struct Traced {
     guard: ManagedGuard,
     /// The process that holds, for a forked child has a copy; `None` once released.
     generation: Option<u32>,
+}
+
+#[cfg(feature = "tracing")]
+impl Drop for Traced {
+    fn drop(&mut self) {
+        let _ = AnyHold::release(self);
+    }
 }
 
 #[cfg(feature = "tracing")]
@@ -253,6 +267,18 @@ impl ManagedLock {
                 return Ok(ManagedGuard(Hold::Lean(taken)));
             }
         }
+        // Taken apart and put together, so that what was taken above need not be built where this writes its result.
+        #[allow(clippy::needless_match)]
+        match self.acquire_traced(wait) {
+            Ok(ManagedGuard(Hold::Lean(hold))) => Ok(ManagedGuard(Hold::Lean(hold))),
+            Ok(ManagedGuard(Hold::Full(hold))) => Ok(ManagedGuard(Hold::Full(hold))),
+            Err(error) => Err(error),
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn acquire_traced(&self, wait: &Wait) -> Result<ManagedGuard> {
         trace::acquire(self.subject(), || self.take(wait))
     }
 
@@ -375,14 +401,6 @@ impl Guard for ManagedGuard {
 
     fn recovered(&self) -> Option<&Recovered> {
         self.recovered()
-    }
-}
-
-impl Drop for ManagedGuard {
-    #[inline]
-    fn drop(&mut self) {
-        // What fails here was given back already, or is freed when its file is closed.
-        let _ = self.give_back();
     }
 }
 

@@ -674,25 +674,34 @@ impl ShmHold {
             // Who is killed before it has written down when it took the lock is not to have this one's time.
             self.cell.since.store(0, Ordering::Relaxed);
         }
-        match mine && word::release(&self.cell.word, owner, &self.cell) {
+        // By value, here and below: a guard whose address nobody gets can stay in registers.
+        match mine && word::release(&self.cell.word, owner, self.cell) {
             true => Ok(()),
-            false => Err(self.not_locked()),
+            false => Err(Self::not_locked(self.cell)),
         }
     }
 
     #[cold]
-    fn not_locked(&self) -> Error {
-        let cell = std::ptr::from_ref(self.cell);
+    fn not_locked(locked: &'static Cell) -> Error {
+        let cell = std::ptr::from_ref(locked);
         let no_fork = NoFork::hold();
         let table = ATTACHED.lock().iter().copied().find(|table| table.cells.as_ptr_range().contains(&cell));
         drop(no_fork);
         match table {
             Some(table) => {
                 let offset = cell.addr() - table.cells.as_ptr().addr();
-                ShmLock { table, cell: self.cell, id: (offset / size_of::<Cell>()) as u32 }.not_locked()
+                ShmLock { table, cell: locked, id: (offset / size_of::<Cell>()) as u32 }.not_locked()
             }
             None => ErrorKind::NotLocked { lock: "a lock of a lock table".to_owned() }.into(),
         }
+    }
+}
+
+impl Drop for ShmHold {
+    #[inline]
+    fn drop(&mut self) {
+        // It fails where it was given back already.
+        let _ = Self::release(self);
     }
 }
 
@@ -739,7 +748,7 @@ fn until_due(cell: &Cell, pause: Duration) -> Duration {
     left
 }
 
-impl Fairness for &Cell {
+impl Fairness for Cell {
     #[inline]
     fn keeps(&self) -> bool {
         /// Of so many releases in a tight loop one looks at the clock.
