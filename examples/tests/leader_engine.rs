@@ -1,8 +1,10 @@
-//! Runs the example on a lease in a file; on servers the same lease is tested in the package `tests`.
+//! Runs the example on a lease in a file, and on a server.
 
 mod common;
 
-use std::process::{Command, Output};
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use common::example;
 
@@ -10,20 +12,65 @@ fn run(arguments: &[&str]) -> Output {
     Command::new(example("leader_engine")).args(arguments).output().unwrap()
 }
 
-#[test]
-fn leaders_follow_each_other_with_greater_tokens() {
-    let lease = std::env::temp_dir().join(format!("lockkit-example-leader-engine-{}", std::process::id()));
-    let url = format!("file://{}", lease.display());
-    let tokens = [(); 2].map(|()| {
-        let output = run(&[&url, "20ms"]);
+/// The tokens of two leaders, one after the other.
+fn leads_twice(url: &str) -> [u64; 2] {
+    [(); 2].map(|()| {
+        let output = run(&[url, "20ms"]);
         let said = String::from_utf8(output.stdout.clone()).unwrap();
         assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
         let lines: Vec<&str> = said.lines().collect();
         let [leads, releases] = lines[..] else { panic!("{said}") };
         assert!(releases.ends_with(" releases"), "{said}");
         leads.rsplit_once(" leads with token ").unwrap().1.parse::<u64>().unwrap()
-    });
+    })
+}
+
+fn place(name: &str) -> PathBuf {
+    std::env::temp_dir().join(format!("lockkit-example-leader-engine-{}-{name}", std::process::id()))
+}
+
+#[test]
+fn leaders_follow_each_other_with_greater_tokens() {
+    let lease = place("file");
+    let tokens = leads_twice(&format!("file://{}", lease.display()));
     std::fs::remove_file(lease).unwrap();
+    assert!(tokens[0] < tokens[1], "{tokens:?}");
+}
+
+/// A server that is gone when this is.
+struct Redis(Child);
+
+impl Drop for Redis {
+    fn drop(&mut self) {
+        let _ = (self.0.kill(), self.0.wait());
+    }
+}
+
+#[test]
+fn so_they_do_on_a_server() {
+    let left_out = |why: &str| {
+        use std::io::Write;
+        // Not by a macro, whose words those who run tests keep to themselves.
+        writeln!(std::io::stderr(), "left out: so_they_do_on_a_server: {why}").unwrap();
+    };
+    let socket = place("socket");
+    let mut server = Command::new("redis-server");
+    server.args(["--port", "0", "--save", "", "--appendonly", "no", "--unixsocket"]).arg(&socket);
+    let Ok(child) = server.stdin(Stdio::null()).stdout(Stdio::null()).spawn() else {
+        return left_out("redis-server is not installed");
+    };
+    let _server = Redis(child);
+    let start = Instant::now();
+    while !socket.exists() {
+        assert!(start.elapsed() < Duration::from_secs(30), "redis-server does not start");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let url = format!("redis+unix://{}?lease=leader", socket.display());
+    let error = String::from_utf8(run(&[&url, "1ms"]).stderr).unwrap();
+    if error.contains("without its feature") {
+        return left_out("this build is without redis");
+    }
+    let tokens = leads_twice(&url);
     assert!(tokens[0] < tokens[1], "{tokens:?}");
 }
 

@@ -17,7 +17,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{
+    Pid, Signal, WaitOptions, getpid, kill_process, kill_process_group, set_child_subreaper, waitpid,
+};
 
 use crate::{program, until};
 
@@ -164,8 +166,25 @@ pub fn free_port() -> u16 {
     listener.local_addr().expect("an address").port()
 }
 
+/// The children of a process.
+///
+/// # Panics
+/// Where there is no `/proc`.
+pub fn children_of(parent: u32) -> Vec<u32> {
+    let processes = std::fs::read_dir("/proc").expect("/proc").flatten();
+    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter(|pid| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let after_name = stat.rsplit(')').next().unwrap_or_default();
+        after_name.split_whitespace().nth(1) == Some(&parent.to_string())
+    })
+    .collect()
+}
+
 /// The warden's side: starts the program in a group of its own, says its number, and sees to its end.
 pub fn watch_over(folder: &Path, mut program: impl Iterator<Item = OsString>) {
+    // What the server leaves behind becomes the warden's, also where it has a group of its own.
+    set_child_subreaper(Some(getpid())).expect("it is allowed");
     let log = std::fs::File::create(folder.join("log")).expect("a log");
     let mut command = Command::new(program.next().expect("a program"));
     command.args(program).stdin(Stdio::null()).stdout(log.try_clone().expect("a descriptor")).stderr(log);
@@ -179,8 +198,14 @@ pub fn watch_over(folder: &Path, mut program: impl Iterator<Item = OsString>) {
         said.is_empty()
     });
     server.wait().expect("a child");
-    // What it has started goes with it.
+    // What it has started goes with it, and so does what that has started.
     let _ = kill_process_group(group, Signal::KILL);
+    while let children @ [_, ..] = &*children_of(std::process::id()) {
+        for child in children.iter().filter_map(|child| Pid::from_raw(child.cast_signed())) {
+            let _ = kill_process(child, Signal::KILL);
+            let _ = waitpid(Some(child), WaitOptions::empty());
+        }
+    }
     if test.is_finished() && test.join().unwrap_or(false) {
         // The test's process went without a word, and left the folder.
         let _ = std::fs::remove_dir_all(folder);

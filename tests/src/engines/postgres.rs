@@ -13,7 +13,7 @@ use rustix::process::Signal;
 
 use super::{Access, Certificates, Clock, Engine, PASSWORD, Security};
 use crate::actor::signal_pid;
-use crate::servers::{Folder, Server, Shared, free_port};
+use crate::servers::{Folder, Server, Shared, children_of, free_port};
 use crate::until;
 
 /// The server that the tests of a process share.
@@ -251,17 +251,6 @@ impl Engine for Postgres {
     fn goes_by_a_wall_clock() -> bool {
         true
     }
-}
-
-fn children_of(parent: u32) -> Vec<u32> {
-    let processes = std::fs::read_dir("/proc").expect("/proc").flatten();
-    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    pids.filter(|pid| {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        let after_name = stat.rsplit(')').next().unwrap_or_default();
-        after_name.split_whitespace().nth(1) == Some(&parent.to_string())
-    })
-    .collect()
 }
 
 /// The parameters with which a client checks the server's certificate, in whole.
