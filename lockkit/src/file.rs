@@ -36,6 +36,8 @@ use crate::wait::{Backoff, Patience, Subject, Wait};
 /// How often a file may be replaced under an acquisition before it is called rogue: more often by far than those come
 /// between who contend for a numbered lock that was freed, each of whom removes its file.
 const MOST_REPLACEMENTS: u32 = 10_000;
+/// How often it may come and go while it is opened.
+const MOST_OPENINGS: u32 = 100;
 
 /// For how long a comparison is good for locks that follow each other in a [`Blink`].
 const SOON: Duration = Duration::from_millis(1);
@@ -470,7 +472,7 @@ impl Place {
     ///
     /// Also says whether it was made.
     fn open(&self) -> Result<(Shielded<File>, bool)> {
-        for _ in 0..MOST_REPLACEMENTS {
+        for _ in 0..MOST_OPENINGS {
             match self.open_existing() {
                 Err(error) if error.kind() == Io::NotFound => {}
                 opened => {

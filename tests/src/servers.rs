@@ -191,11 +191,13 @@ pub fn watch_over(folder: &Path, mut program: impl Iterator<Item = OsString>) {
     let mut server = command.process_group(0).spawn().expect("the program starts");
     let group = Pid::from_child(&server);
     println!("{}", group.as_raw_nonzero());
-    let test = std::thread::spawn(move || {
+    let (send, is_silent) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
         let mut said = Vec::new();
         let _ = std::io::stdin().read_to_end(&mut said);
+        // First, for whoever waits for the server looks as soon as it is gone.
+        let _ = send.send(said.is_empty());
         let _ = kill_process_group(group, Signal::KILL);
-        said.is_empty()
     });
     server.wait().expect("a child");
     // What it has started goes with it, and so does what that has started.
@@ -206,7 +208,7 @@ pub fn watch_over(folder: &Path, mut program: impl Iterator<Item = OsString>) {
             let _ = waitpid(Some(child), WaitOptions::empty());
         }
     }
-    if test.is_finished() && test.join().unwrap_or(false) {
+    if is_silent.try_recv().unwrap_or(false) {
         // The test's process went without a word, and left the folder.
         let _ = std::fs::remove_dir_all(folder);
     }

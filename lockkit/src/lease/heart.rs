@@ -123,8 +123,17 @@ struct Rest {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Until {
     Moment(Instant),
-    /// This thread, which beats no more, has returned.
-    Return(u64),
+    /// This thread, which beats no more, has returned. It should have by the moment at which it is late.
+    Return {
+        thread: u64,
+        late: Instant,
+    },
+}
+
+impl Until {
+    fn is_return_of(self, me: u64) -> bool {
+        matches!(self, Self::Return { thread, .. } if thread == me)
+    }
 }
 
 /// The beats by one clock, or by several that show the same.
@@ -235,10 +244,11 @@ impl Heart {
         }
     }
 
-    /// Whether a request hangs there, as far as has been noticed.
+    /// Whether a request hangs there that has taken longer than it may.
     pub(super) fn is_stuck(&self, place: Place) -> bool {
-        let queue = self.lock();
-        queue.rests.iter().any(|rest| rest.place == place && matches!(rest.until, Until::Return(_)))
+        let now = Instant::now();
+        let is_stuck = |rest: &Rest| matches!(rest.until, Until::Return { late, .. } if late <= now);
+        self.lock().rests.iter().any(|rest| rest.place == place && is_stuck(rest))
     }
 
     /// A lease that it serves was released.
@@ -281,7 +291,9 @@ impl Heart {
             if let Some(request) = queue.request.take_if(|request| request.began.elapsed() >= look) {
                 let stuck = queue.beater;
                 queue.beater += 1;
-                queue.rests.push(Rest { place: request.held.place(), until: Until::Return(stuck) });
+                let late = request.began + request.held.longest_request();
+                let until = Until::Return { thread: stuck, late };
+                queue.rests.push(Rest { place: request.held.place(), until });
                 // The end of that lease is to be told, too.
                 queue.push(Beat { due: Duration::ZERO, held: request.held });
                 self.appoint_deputy(&mut queue);
@@ -295,7 +307,7 @@ impl Heart {
         let bell = Waker::from(Arc::new(Bell(self)));
         let mut queue = self.lock();
         // Those of a beat that panicked.
-        queue.rests.retain(|rest| rest.until != Until::Return(me));
+        queue.rests.retain(|rest| !rest.until.is_return_of(me));
         if queue.beater == me {
             let request = queue.request.take();
             drop(queue);
@@ -325,7 +337,7 @@ impl Heart {
                     };
                     let ended = Instant::now();
                     queue = self.lock();
-                    queue.rests.retain(|rest| rest.until != Until::Return(me));
+                    queue.rests.retain(|rest| !rest.until.is_return_of(me));
                     if let Some(rest) = rest_after(ended - began, beat.held.longest_request()) {
                         queue.rests.push(Rest { place, until: Until::Moment(ended + rest) });
                     }

@@ -80,6 +80,12 @@ impl Asking {
         Held::begin(self.lease.clone(), grant, self.heart, sent)
     }
 
+    /// The name was granted to the claim by a request that was sent then, and could not be given back.
+    pub(super) fn abandon_claim(&mut self, sent: Duration) {
+        Held::take_back(self.lease.clone(), &self.claim, self.heart, sent);
+        self.renew_claim();
+    }
+
     /// The name was granted to the claim, and given back: another one asks from here on.
     pub(super) fn renew_claim(&mut self) {
         (self.claim, self.unanswered) = (ClaimId::random(), None);
@@ -234,7 +240,7 @@ impl Held {
         }
         drop(state);
         let told = match self.is_store_busy() {
-            true => Err(StoreError::unknown("it is still busy with a renewal")),
+            true => Err(StoreError::unknown("it is still busy with a request before")),
             false => self.give_back(by.max(Deadline::after(SHORTEST_REQUEST))),
         };
         if let Ok(Released::NotMine) = told {
@@ -273,17 +279,22 @@ impl Held {
             true => self.lease.store.release(&self.grant, by),
             // A renewal that came too late may have made it good again for a store that finds out itself, too.
             false => match self.lease.store.give_up(&self.grant, by) {
-                Ok(Released::NotMine) => self.lease.store.release(&self.grant, by),
+                Ok(Released::NotMine) if self.is_seen(by)? => self.lease.store.release(&self.grant, by),
                 told => told,
             },
         })
     }
 
+    /// Whether the store names the claim as the holder.
+    fn is_seen(&self, by: Deadline) -> Result<bool, StoreError> {
+        let seen = self.lease.store.look(self.grant.name(), by)?;
+        Ok(seen.is_some_and(|seen| seen.claim() == Some(*self.grant.claim())))
+    }
+
     /// Frees what the claim was given, and is never done: the request that asked for it may yet be carried out.
     fn find_and_free(&self, by: Deadline) -> Result<Released, StoreError> {
-        let (store, name, claim) = (&self.lease.store, self.grant.name(), self.grant.claim());
-        let seen = store.look(name, by)?.and_then(|seen| seen.claim());
-        if seen == Some(*claim) {
+        if self.is_seen(by)? {
+            let (store, name, claim) = (&self.lease.store, self.grant.name(), self.grant.claim());
             // The same claim again is the same grant, which knows whether it was taken over from somebody who died.
             if let Attempt::Granted(grant) = store.try_acquire(name, claim, self.grant.ttl(), by)? {
                 self.lease.give_back_untold(&grant, by)?;

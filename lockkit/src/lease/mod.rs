@@ -364,7 +364,8 @@ impl Inner {
                             recovered = grant.take_recovered().filter(|_| !is_passed_on).or(recovered);
                             asking.renew_claim();
                         }
-                        Err(_) => asking.is_unanswered(sent),
+                        // The heartbeat gives it back, and passes on who died.
+                        Err(_) => asking.abandon_claim(sent),
                     }
                     is_answered = true;
                     StoreError::refused("its answer came too late")

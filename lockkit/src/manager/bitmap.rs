@@ -18,6 +18,12 @@ const BITS: u32 = u64::BITS;
 /// What one allocation adds to the count, and one free: the upper half grows with both.
 const ONE_MORE: u64 = (1 << 32) + 1;
 const ONE_LESS: u64 = (1 << 32) - 1;
+/// What `in_doubt` says: the count is right, as far as nobody is killed beside it,
+const SURE: u32 = 0;
+/// it may be wrong,
+pub(super) const IN_DOUBT: u32 = 1;
+/// or somebody counts, who may have been killed.
+const COUNTED: u32 = 2;
 /// What a recount adds. So many changes look like one, too, which costs a recount in vain.
 const RECOUNT: u64 = 1 << 48;
 
@@ -48,7 +54,7 @@ pub(super) struct Bitmap<'t> {
     pub(super) full: &'t [AtomicU64],
     /// How many bits are set; above, how often that has changed.
     pub(super) count: &'t AtomicU64,
-    /// The count may be wrong, unless it is zero.
+    /// [`SURE`], [`IN_DOUBT`] or [`COUNTED`].
     pub(super) in_doubt: &'t AtomicU32,
     /// A word that may have room.
     pub(super) hint: &'t AtomicU32,
@@ -94,7 +100,9 @@ impl Bitmap<'_> {
                 return Some(id);
             }
         }
-        self.recount();
+        if !self.recount() {
+            self.in_doubt.store(IN_DOUBT, Ordering::SeqCst);
+        }
         None
     }
 
@@ -133,12 +141,14 @@ impl Bitmap<'_> {
         self.hint.store(0, Ordering::Relaxed);
     }
 
-    /// How many numbers are not allocated. Whoever asks first since the count came into doubt counts.
+    /// How many numbers are not allocated. Whoever asks while the count is in doubt counts.
     pub(super) fn available(&self) -> u32 {
-        // It is over first, for from here on it may come again. Where others change the count too fast, it stays.
-        let is_in_doubt = self.in_doubt.load(Ordering::Relaxed) != 0 && self.in_doubt.swap(0, Ordering::SeqCst) != 0;
-        if is_in_doubt && !self.recount() {
-            self.in_doubt.store(1, Ordering::SeqCst);
+        if self.in_doubt.load(Ordering::SeqCst) != SURE {
+            // It may come into doubt anew meanwhile, and stays so where others change the count too fast.
+            self.in_doubt.store(COUNTED, Ordering::SeqCst);
+            if self.recount() {
+                let _ = self.in_doubt.compare_exchange(COUNTED, SURE, Ordering::SeqCst, Ordering::Relaxed);
+            }
         }
         self.capacity - self.allocated()
     }
@@ -175,7 +185,7 @@ impl Bitmap<'_> {
     #[inline]
     fn count(&self, epoch: u64, change: u64) {
         if self::epoch(self.count.fetch_add(change, Ordering::SeqCst)) != epoch && !self.recount() {
-            self.in_doubt.store(1, Ordering::SeqCst);
+            self.in_doubt.store(IN_DOUBT, Ordering::SeqCst);
         }
     }
 

@@ -28,7 +28,7 @@ use rustix::fs::{AtFlags, CWD, FallocateFlags, Mode, OFlags, fallocate, fchmod, 
 use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 
-use super::bitmap::Bitmap;
+use super::bitmap::{self, Bitmap};
 use super::word::{self, Fairness, OWNER, Slept, Taken, World};
 use super::{Handle, HeldLock, LockManager, ManagedLock, Releases};
 use crate::error::{Error, ErrorKind, Result};
@@ -490,7 +490,7 @@ fn take_slot(table: &Table, path: &Path, file: &File) -> Result<u64> {
         step("slot locked");
         // Somebody may have been killed beside the count since. Who asks for it next counts: a large table is opened as
         // soon as a small one.
-        table.header().is_count_in_doubt.store(1, Ordering::SeqCst);
+        table.header().is_count_in_doubt.store(bitmap::IN_DOUBT, Ordering::SeqCst);
         reserve(file, (offset.into(), length.into())).map_err(|error| Error::io("make room in", path, error))?;
         step("room for the slot reserved");
         let slot = &table.slots()[at as usize];

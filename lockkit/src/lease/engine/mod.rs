@@ -18,10 +18,10 @@ pub(super) mod postgres;
 #[cfg(feature = "redis")]
 pub(super) mod redis;
 
+use std::collections::HashMap;
 use std::io;
 use std::mem;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::SystemTime;
@@ -183,26 +183,45 @@ pub(super) fn not_connected(place: &str, error: &io::Error) -> StoreError {
 
 /// The addresses of a host. The system's own look-up knows no limit, so it is left to a thread, which ends when it does.
 pub(super) fn addresses(host: &str, port: u16, by: store::Deadline) -> io::Result<Vec<SocketAddr>> {
-    /// As many look-ups may be under way. Where none comes to an end each attempt would leave one more thread.
-    const MOST: usize = 16;
-    static UNDER_WAY: PerProcess<AtomicUsize> = PerProcess::new();
+    /// As many look-ups of one host may be under way that nobody waits for any more. Where none comes to an end, each
+    /// attempt would leave one more thread.
+    const MOST_LEFT: u32 = 4;
+    static LEFT: PerProcess<Mutex<HashMap<String, u32>>> = PerProcess::new();
     if let Ok(address) = host.trim_matches(['[', ']']).parse::<IpAddr>() {
         return Ok(vec![(address, port).into()]);
     }
-    let under_way = UNDER_WAY.get(AtomicUsize::default);
-    if under_way.fetch_add(1, Ordering::Relaxed) >= MOST {
-        under_way.fetch_sub(1, Ordering::Relaxed);
-        return Err(io::Error::new(io::ErrorKind::TimedOut, "looking up the names of hosts takes too long"));
+    let left = LEFT.get(Mutex::default);
+    let late = || io::Error::new(io::ErrorKind::TimedOut, format!("looking up {host:?} takes too long"));
+    if left.lock().get(host).is_some_and(|count| *count >= MOST_LEFT) {
+        return Err(late());
     }
     let (send, found) = mpsc::sync_channel(1);
-    let host = host.to_owned();
+    let name = host.to_owned();
     let look_up = move || {
-        let _ = send.send((&*host, port).to_socket_addrs().map(Iterator::collect));
-        under_way.fetch_sub(1, Ordering::Relaxed);
+        let addresses = (&*name, port).to_socket_addrs().map(Iterator::collect);
+        let mut left = left.lock();
+        // Nobody waits for it.
+        if send.send(addresses).is_err()
+            && let Some(count) = left.get_mut(&name)
+        {
+            *count -= 1;
+            if *count == 0 {
+                left.remove(&name);
+            }
+        }
     };
-    let thread = thread::Builder::new().name("lockkit-lookup".to_owned()).spawn(look_up);
-    thread.inspect_err(|_| _ = under_way.fetch_sub(1, Ordering::Relaxed))?;
-    found.recv_timeout(by.remaining()).unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    thread::Builder::new().name("lockkit-lookup".to_owned()).spawn(look_up)?;
+    if let Ok(addresses) = found.recv_timeout(by.remaining()) {
+        return addresses;
+    }
+    // With the lock, for it may end just now.
+    let mut left = left.lock();
+    let last = found.try_recv();
+    drop(found);
+    last.unwrap_or_else(|_| {
+        *left.entry(host.to_owned()).or_default() += 1;
+        Err(late())
+    })
 }
 
 /// Tries to acquire: `ask` makes the request, and is told whose grant counts as run out, if anybody's. The claim and

@@ -277,12 +277,25 @@ impl Gateway {
         })
     }
 
-    /// Finds out whether the endpoint of this place answers.
+    /// Asks the endpoint of this place for a sign of life; an error says that it takes what it is sent and gives none. What
+    /// keeps it from being asked says nothing about it.
     pub(super) fn greet(&self, place: &str, by: Deadline) -> Result<()> {
-        let endpoint = self.endpoints.iter().find(|endpoint| endpoint.to_string() == place);
-        let endpoint = endpoint.ok_or_else(|| StoreError::refused(format!("{place} is no endpoint")))?;
-        let mut connection = self.connect(endpoint, by)?;
-        connection.ask("/version", &[], None, by).map(drop).map_err(|error| self.silent(endpoint, &error))
+        let Some(endpoint) = self.endpoints.iter().find(|endpoint| endpoint.to_string() == place) else {
+            return Ok(());
+        };
+        let silent = Cell::new(false);
+        let asked = endpoint.idle.ask(
+            || self.connect(endpoint, by),
+            |connection| {
+                let answer = connection.ask("/version", &[], None, by);
+                silent.set(answer.as_ref().is_err_and(|error| error.kind() == Io::TimedOut));
+                answer.map_err(|error| self.silent(endpoint, &error))
+            },
+        );
+        match asked {
+            Err(error) if silent.get() => Err(error),
+            _ => Ok(()),
+        }
     }
 
     /// Does it with the token that there is, and once more with a new one where the server does not know it any more.

@@ -295,7 +295,8 @@ impl Own {
         for _ in 0..MOST_TURNS {
             let (session, kept) = self.session(ttl, by)?;
             let sent = now();
-            session.put_off(claim, sent);
+            // Until what came of it is noted, nobody else takes it for loose.
+            let _asked = session.ask(claim, sent);
             let (revision, holder) = over.unwrap_or_default();
             let put = json!([
                 { "request_put": {

@@ -20,6 +20,7 @@
 //! A session that no lease uses is kept by nobody, and gone after its ttl.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -51,6 +52,8 @@ struct State {
     kept: Duration,
     keys: HashMap<LeaseName, Key>,
     loose: Vec<LooseKey>,
+    /// The claims that are being asked for, each as often as it is.
+    asked: Vec<ClaimId>,
     /// Until then keys count as found that were found within a ttl.
     rests_until: Duration,
 }
@@ -85,6 +88,21 @@ struct LooseKey {
     due: Duration,
 }
 
+/// A claim is being asked for; see [`Session::ask`].
+pub(super) struct Asked {
+    session: Arc<Session>,
+    claim: ClaimId,
+}
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        let mut state = self.session.state.lock();
+        if let Some(at) = state.asked.iter().position(|claim| *claim == self.claim) {
+            state.asked.swap_remove(at);
+        }
+    }
+}
+
 /// A session that was kept by a request sent then, if the leader of that term still is the leader.
 #[derive(Clone, Copy)]
 pub(super) struct Kept {
@@ -103,6 +121,7 @@ impl Session {
                 kept: sent,
                 keys: HashMap::new(),
                 loose: Vec::new(),
+                asked: Vec::new(),
                 rests_until: Duration::ZERO,
             }),
         }
@@ -171,15 +190,18 @@ impl Session {
         state.loosen(LooseKey { name: name.clone(), claim: *claim, why, since, due: since + self.ttl });
     }
 
-    /// The claim is being asked for, `now`: its key is not let go before a ttl is over, which no request outlasts.
-    pub(super) fn put_off(&self, claim: &ClaimId, now: Duration) {
+    /// The claim is being asked for, from `now` on and until what this returns is dropped: its key is not loose
+    /// meanwhile, and not let go before a ttl is over, which no request outlasts.
+    pub(super) fn ask(self: &Arc<Self>, claim: &ClaimId, now: Duration) -> Asked {
         let mut state = self.state.lock();
         if let Some(loose) = state.loose.iter_mut().find(|loose| loose.claim == *claim) {
             loose.due = loose.due.max(now + self.ttl);
         }
+        state.asked.push(*claim);
+        Asked { session: self.clone(), claim: *claim }
     }
 
-    /// Why nobody has the key of this claim, if nobody has.
+    /// Why nobody has the key of this claim, if nobody has, nor is just getting it.
     pub(super) fn loose(&self, claim: Option<ClaimId>) -> Option<Loose> {
         let state = self.state.lock();
         let loose = state.loose.iter().find(|loose| Some(loose.claim) == claim)?;
@@ -248,9 +270,9 @@ impl State {
         self.loose.push(key);
     }
 
-    /// Whether the claim was granted after all, by a later request.
+    /// Whether the claim was granted after all, by a later request, or may be by one that is under way.
     fn has(&self, loose: &LooseKey) -> bool {
-        self.keys.get(&loose.name).is_some_and(|key| key.claim == loose.claim)
+        self.keys.get(&loose.name).is_some_and(|key| key.claim == loose.claim) || self.asked.contains(&loose.claim)
     }
 }
 
@@ -350,11 +372,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_being_asked_for_is_not_let_go_meanwhile() {
-        let (session, lease) = (Session::new(1, S * 8, now()), grant("one", 1));
+    fn what_is_being_asked_for_is_neither_loose_nor_let_go_meanwhile() {
+        let (session, lease) = (Arc::new(Session::new(1, S * 8, now())), grant("one", 1));
         let began = now();
         session.loosen(lease.name(), lease.claim(), Loose::InDoubt, began);
-        session.put_off(lease.claim(), began + S * 7);
+        let asked = session.ask(lease.claim(), began + S * 7);
+        assert_eq!(session.loose(Some(*lease.claim())), None, "somebody is about to have it");
+        drop(asked);
+        assert_eq!(session.loose(Some(*lease.claim())), Some(Loose::InDoubt));
         assert!(session.to_let_go(began + S * 9).is_empty());
         assert_eq!(session.to_let_go(began + S * 16).len(), 1);
     }

@@ -55,8 +55,9 @@ const HELLO: Sql = Sql {
 const OLDEST: i32 = 90_500;
 
 /// Bounds a session's statements, unless they are bounded more closely: the server goes on with one that its client has
-/// given up, as behind a lock of the table or for a standby that is gone, and sees only then that nobody is there. Longer
-/// than any request may take, for a commit that is cut short while it waits for a standby counts as done.
+/// given up, as behind a lock of the table, and sees only then that nobody is there. Longer than any request may take. It
+/// does not bound the wait of a commit for a standby, and where a proxy gives each transaction another session it is not
+/// said, for it would be said to others'.
 const BOUNDED: &str = "SELECT set_config('statement_timeout', least(nullif(setting::int, 0), 3000)::text, false) \
      FROM pg_settings WHERE name = 'statement_timeout'";
 
@@ -181,7 +182,10 @@ pub(super) fn check(link: &mut Link, by: Deadline) -> Result<(), StoreError> {
         link.is_direct = link.process() == Some(process);
         match row.try_get(4).map_err(strange)? {
             Some(LAYOUT) if link.is_direct => {
-                return link.execute(BOUNDED, by).map_err(|cut| StoreError::refused(of_request(cut)));
+                return link.execute(BOUNDED, by).map_err(|cut| match of_request(cut) {
+                    StoreError::Unknown(cause) => StoreError::Refused(cause),
+                    error => error,
+                });
             }
             Some(LAYOUT) => return Ok(()),
             Some(_) => return Err(StoreError::misuse(of_another_layout())),
