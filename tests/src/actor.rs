@@ -3,6 +3,7 @@
 //! | command | answer |
 //! |---|---|
 //! | `try`, `lock`, `lock-for MS` | `held`, `held recovered PID`, or `error KIND: text` |
+//! | `lock-cancelled MS` | the same of a wait that is cancelled after so long |
 //! | `release` | `released`, or an error |
 //! | `owner` | `owner PID` or `owner none` |
 //! | `fork` | `forked PID`: a forked child, alive until it is killed, or for a while |
@@ -22,7 +23,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
 use std::time::Duration;
 
-use lockkit::{ErrorKind, Wait};
+use lockkit::{CancelToken, ErrorKind, Wait};
 
 use crate::kinds::{AnyGuard, Spec};
 use crate::{LIVELY, program};
@@ -282,6 +283,17 @@ pub fn serve(spec: &Spec) {
             "try" => take(&Wait::none()),
             "lock" => take(&Wait::forever()),
             "lock-for" => take(&Wait::at_most(Duration::from_millis(argument.parse().expect("milliseconds")))),
+            "lock-cancelled" => {
+                let (stop, moment) =
+                    (CancelToken::new(), Duration::from_millis(argument.parse().expect("milliseconds")));
+                std::thread::scope(|scope| {
+                    scope.spawn(|| {
+                        std::thread::sleep(moment);
+                        stop.cancel();
+                    });
+                    take(&Wait::forever().or_cancelled(&stop))
+                })
+            }
             "release" => match guard.take().map(AnyGuard::release) {
                 Some(Ok(())) => "released".to_owned(),
                 Some(Err(error)) => describe(&error),

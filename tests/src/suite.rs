@@ -325,6 +325,8 @@ mod cases {
         let mut waiter = Actor::start(&spec);
         let mut give_up = || {
             give_up(&mut waiter);
+            let answer = waiter.ask("lock-cancelled 1");
+            assert!(answer.starts_with("error Cancelled") || answer.starts_with("error Store"), "{answer}");
             Belongings::of(waiter.pid())
         };
         // What its first waits make for all later ones is there after some of them.

@@ -257,6 +257,7 @@ fn make(path: &Path, capacity: u32) -> Result<()> {
     step("table written");
     // Else a crash of the system could leave the name without what belongs to it. In memory it costs nothing.
     file.sync_all().map_err(failed_io)?;
+    step("table synced");
     let own = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
     linkat(CWD, own, CWD, path, AtFlags::SYMLINK_FOLLOW).map_err(failed)?;
     step("table linked");
