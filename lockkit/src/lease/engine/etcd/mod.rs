@@ -381,7 +381,7 @@ impl Own {
             };
             let (found, record) = (&answer["kvs"][0], Record::parse(&answer["kvs"][0]));
             let is_own = record.owner.as_ref().is_some_and(is_own);
-            let in_doubt = record.claim == claim || session.loose(record.claim) == Some(Loose::InDoubt);
+            let in_doubt = record.claim == claim || session.is_in_doubt(record.claim);
             if record.state != HELD || !is_own || !in_doubt {
                 return Ok(record);
             }

@@ -208,6 +208,13 @@ impl Session {
         (!state.has(loose)).then_some(loose.why)
     }
 
+    /// Whether a request of this claim got no answer, and none has since, though one may be under way.
+    pub(super) fn is_in_doubt(&self, claim: Option<ClaimId>) -> bool {
+        let state = self.state.lock();
+        let in_doubt = |loose: &&LooseKey| loose.why == Loose::InDoubt && Some(loose.claim) == claim;
+        state.loose.iter().find(in_doubt).is_some_and(|loose| !state.is_granted(loose))
+    }
+
     /// The loose keys that are to be deleted now. They are told of again, for a request that got no answer may still be
     /// under way.
     pub(super) fn to_let_go(&self, now: Duration) -> Vec<(LeaseName, ClaimId, Loose)> {
@@ -272,7 +279,11 @@ impl State {
 
     /// Whether the claim was granted after all, by a later request, or may be by one that is under way.
     fn has(&self, loose: &LooseKey) -> bool {
-        self.keys.get(&loose.name).is_some_and(|key| key.claim == loose.claim) || self.asked.contains(&loose.claim)
+        self.is_granted(loose) || self.asked.contains(&loose.claim)
+    }
+
+    fn is_granted(&self, loose: &LooseKey) -> bool {
+        self.keys.get(&loose.name).is_some_and(|key| key.claim == loose.claim)
     }
 }
 
@@ -378,6 +389,7 @@ mod tests {
         session.loosen(lease.name(), lease.claim(), Loose::InDoubt, began);
         let asked = session.ask(lease.claim(), began + S * 7);
         assert_eq!(session.loose(Some(*lease.claim())), None, "somebody is about to have it");
+        assert!(session.is_in_doubt(Some(*lease.claim())), "all the same");
         drop(asked);
         assert_eq!(session.loose(Some(*lease.claim())), Some(Loose::InDoubt));
         assert!(session.to_let_go(began + S * 9).is_empty());
