@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use common::example;
+use common::{example, left_out};
 
 fn run(arguments: &[&str]) -> Output {
     Command::new(example("leader_engine")).args(arguments).output().unwrap()
@@ -48,16 +48,11 @@ impl Drop for Redis {
 
 #[test]
 fn so_they_do_on_a_server() {
-    let left_out = |why: &str| {
-        use std::io::Write;
-        // Not by a macro, whose words those who run tests keep to themselves.
-        writeln!(std::io::stderr(), "left out: so_they_do_on_a_server: {why}").unwrap();
-    };
     let socket = place("socket");
     let mut server = Command::new("redis-server");
     server.args(["--port", "0", "--save", "", "--appendonly", "no", "--unixsocket"]).arg(&socket);
     let Ok(child) = server.stdin(Stdio::null()).stdout(Stdio::null()).spawn() else {
-        return left_out("redis-server is not installed");
+        return left_out("so_they_do_on_a_server: redis-server is not installed");
     };
     let _server = Redis(child);
     let start = Instant::now();
@@ -68,7 +63,7 @@ fn so_they_do_on_a_server() {
     let url = format!("redis+unix://{}?lease=leader", socket.display());
     let error = String::from_utf8(run(&[&url, "1ms"]).stderr).unwrap();
     if error.contains("without its feature") {
-        return left_out("this build is without redis");
+        return left_out("so_they_do_on_a_server: this build is without redis");
     }
     let tokens = leads_twice(&url);
     assert!(tokens[0] < tokens[1], "{tokens:?}");

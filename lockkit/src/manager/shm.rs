@@ -414,7 +414,7 @@ impl Attached {
             return false;
         }
         let _no_fork = NoFork::hold();
-        ofd::is_locked(&self.slot.lock(), Shape::slot(at).0, 1).is_ok_and(|locked| !locked)
+        ofd::is_locked(&self.slot.lock(), Shape::slot(at).0).is_ok_and(|locked| !locked)
     }
 
     /// Who an owner is, or was, while its slot tells.

@@ -11,26 +11,26 @@ use std::os::fd::AsRawFd;
 
 /// Locks the byte at `offset` for this open file; `false` when another open file has it.
 pub(crate) fn try_lock(file: &File, offset: u32) -> io::Result<bool> {
-    match call(file, libc::F_OFD_SETLK, offset, 1) {
+    match call(file, libc::F_OFD_SETLK, offset) {
         Ok(_) => Ok(true),
         Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
         Err(error) => Err(error),
     }
 }
 
-/// Whether another open file has a lock on any of the `length` bytes from `offset` on.
-pub(crate) fn is_locked(file: &File, offset: u32, length: u32) -> io::Result<bool> {
-    Ok(call(file, libc::F_OFD_GETLK, offset, length)?.l_type != libc::F_UNLCK as libc::c_short)
+/// Whether another open file has a lock on the byte at `offset`.
+pub(crate) fn is_locked(file: &File, offset: u32) -> io::Result<bool> {
+    Ok(call(file, libc::F_OFD_GETLK, offset)?.l_type != libc::F_UNLCK as libc::c_short)
 }
 
-fn call(file: &File, command: libc::c_int, offset: u32, length: u32) -> io::Result<libc::flock> {
+fn call(file: &File, command: libc::c_int, offset: u32) -> io::Result<libc::flock> {
     // SAFETY: a C struct of integers, for which all zeros is a value. Its pid must be 0 for these commands.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
     lock.l_type = libc::F_WRLCK as libc::c_short;
     lock.l_whence = libc::SEEK_SET as libc::c_short;
     // Slots stand in the first megabyte, which every `off_t` reaches.
     lock.l_start = offset as libc::off_t;
-    lock.l_len = length as libc::off_t;
+    lock.l_len = 1;
     loop {
         // SAFETY: the descriptor is open as long as `file` lives, and these commands read and write one `flock`.
         if unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut lock) } != -1 {
@@ -54,12 +54,12 @@ mod tests {
         let other = File::options().read(true).write(true).open(&path).unwrap();
         assert!(try_lock(&one, 7).unwrap());
         assert!(try_lock(&one, 7).unwrap(), "its own lock is no obstacle");
-        assert!(!is_locked(&one, 0, 100).unwrap(), "nor is it seen from inside");
+        assert!((0..100).all(|at| !is_locked(&one, at).unwrap()), "nor is it seen from inside");
         assert!(!try_lock(&other, 7).unwrap());
-        assert!(is_locked(&other, 7, 1).unwrap());
-        assert!(!is_locked(&other, 8, 1).unwrap());
+        assert!(is_locked(&other, 7).unwrap());
+        assert!(!is_locked(&other, 8).unwrap());
         drop(one);
-        assert!(!is_locked(&other, 0, 100).unwrap());
+        assert!((0..100).all(|at| !is_locked(&other, at).unwrap()));
         std::fs::remove_file(path).unwrap();
     }
 }

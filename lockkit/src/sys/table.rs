@@ -44,8 +44,7 @@ pub(crate) struct Header {
     pub(crate) version: AtomicU32,
     pub(crate) layout: AtomicU32,
     pub(crate) capacity: AtomicU32,
-    /// Not zero: nobody has counted since the table was opened when nobody else used it, and a kill may have left the
-    /// count wrong before.
+    /// Not zero: nobody has counted since a process attached, and a kill may have left the count wrong before.
     pub(crate) is_count_in_doubt: AtomicU32,
     _reserved: [AtomicU32; 10],
     pub(crate) count: Line<AtomicU64>,
