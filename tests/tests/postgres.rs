@@ -130,6 +130,9 @@ fn a_standby_is_passed_over_and_takes_leases_once_it_is_promoted() {
     let both = lease(format!("postgres://postgres@{both}/postgres?lease=x"));
     let guard = both.try_lock().unwrap();
     let token = guard.token();
+    until("the table has reached the standby", || {
+        standby.sql("SELECT to_regclass('lockkit_leases') IS NOT NULL") == "t"
+    });
     until("the grant has reached the standby", || {
         standby.sql("SELECT coalesce(max(token), 0) FROM lockkit_leases") == token.to_string()
     });
