@@ -236,6 +236,7 @@ macro_rules! drills {
             an_address_that_swallows_all_that_comes_is_given_up_in_time,
             after_a_failover_that_lost_the_grant_two_hold_and_the_later_token_is_greater,
             a_stepped_clock_of_the_server_never_takes_the_tokens_back,
+            a_clock_stepped_ahead_gives_away_what_is_held_with_a_greater_token,
             whoever_finds_itself_holding_is_never_one_of_two_however_long_it_was_stopped,
         );
     };
@@ -264,6 +265,16 @@ impl<E: Engine> Arena<E> {
 
     fn with(security: Security) -> Result<Self, String> {
         Ok(Self { server: E::start(&security, None)?, security })
+    }
+
+    /// Its server goes by a wall clock that the drill steps.
+    fn with_clock() -> Result<(Self, Clock), String> {
+        if !E::goes_by_a_wall_clock() {
+            return Err("this engine goes by no wall clock".to_owned());
+        }
+        let clock = Clock::new()?;
+        let security = Security::None;
+        Ok((Self { server: E::start(&security, Some(&clock))?, security }, clock))
     }
 
     /// The terms of a lease that only this drill uses, with the engine's short ttl.
@@ -938,11 +949,7 @@ mod cases {
     }
 
     pub fn a_stepped_clock_of_the_server_never_takes_the_tokens_back<E: Engine>() -> Drill {
-        if !E::goes_by_a_wall_clock() {
-            return Err("this engine goes by no wall clock".to_owned());
-        }
-        let clock = Clock::new()?;
-        let arena = Arena { server: E::start(&Security::None, Some(&clock))?, security: Security::None };
+        let (arena, clock) = Arena::<E>::with_clock()?;
         let terms = Terms { ttl: LIVELY.as_millis() as u64, ..arena.terms() };
         let (mut one, mut other) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
         let mut last = 0;
@@ -962,6 +969,26 @@ mod cases {
             last = token;
             other.expect("release", "released");
         }
+        Ok(())
+    }
+
+    pub fn a_clock_stepped_ahead_gives_away_what_is_held_with_a_greater_token<E: Engine>() -> Drill {
+        let (arena, clock) = Arena::<E>::with_clock()?;
+        // Nothing is renewed before the drill is over.
+        let terms = Terms { ttl: 300_000, heartbeat: 60_000, ..arena.terms() };
+        let (mut holder, mut next) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
+        let (first, _) = held(&holder.ask("try"));
+        assert!(next.ask("try").starts_with("error Held"));
+        clock.set(3600);
+        let answer = next.ask("lock-for 30000");
+        let (second, told) = held(&answer);
+        assert!(second > first && told == format!("recovered {}", holder.pid()), "{answer}");
+        assert!(holder.ask("release").starts_with("error LeaseLost"));
+        next.expect("release", "released");
+        // Set back again, the tokens go on growing.
+        clock.set(-3600);
+        let (third, _) = held(&holder.ask("lock-for 30000"));
+        assert!(third > second);
         Ok(())
     }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use lockkit::{ErrorKind, Lease, LeaseGuard, LeaseStatus, Wait};
 use lockkit_tests::engines::postgres::{Postgres, Setup, as_its_user};
-use lockkit_tests::engines::{Certificates, Clock, Direction, Engine, PASSWORD, Proxy};
+use lockkit_tests::engines::{Certificates, Direction, Engine, PASSWORD, Proxy};
 use lockkit_tests::leases::Terms;
 use lockkit_tests::servers::{Folder, Server, free_port, installed};
 use lockkit_tests::{Actor, LIVELY, drills, left_out, suite, until};
@@ -532,30 +532,4 @@ fn a_connection_that_is_cut_in_the_middle_of_any_request_costs_nothing() {
         proxy.cut_nothing();
     }
     assert!(proxy.cuts() > 50);
-}
-
-#[test]
-fn a_server_whose_clock_is_set_forward_gives_away_what_is_held_with_a_greater_token() {
-    let clock = match Clock::new() {
-        Ok(clock) => clock,
-        Err(why) => return left_out(why),
-    };
-    let server = server!(clock: Some(&clock));
-    let terms = Terms { ttl: 300_000, heartbeat: 60_000, ..Terms::of(server.lease("x")) };
-    let (mut holder, mut next) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
-    let first: u64 = holder.ask("try").strip_prefix("held ").unwrap().parse().unwrap();
-    assert!(next.ask("try").starts_with("error Held"));
-    clock.set(3600);
-    let answer = next.ask("lock-for 30000");
-    let (token, died) = answer.strip_prefix("held ").and_then(|rest| rest.split_once(' ')).expect(&answer);
-    assert_eq!(died, format!("recovered {}", holder.pid()));
-    let token: u64 = token.parse().unwrap();
-    assert!(token > first);
-    assert!(holder.ask("release").starts_with("error LeaseLost"));
-    next.expect("release", "released");
-    // Set back again, the tokens go on growing.
-    clock.set(-3600);
-    let answer = holder.ask("lock-for 30000");
-    let back: u64 = answer.strip_prefix("held ").expect(&answer).parse().unwrap();
-    assert!(back > token);
 }
