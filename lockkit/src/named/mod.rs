@@ -140,7 +140,7 @@ enum Engine {
 #[derive(Debug)]
 enum Hold {
     #[cfg(target_os = "linux")]
-    Socket(fork::Shielded),
+    Socket(socket::Hold),
     #[cfg(windows)]
     Mutex(windows::Hold),
     File(crate::file::FileGuard),
@@ -268,8 +268,8 @@ impl NamedLock {
             match &self.0.engine {
                 #[cfg(target_os = "linux")]
                 Engine::Socket(engine) => {
-                    let (socket, recovered) = engine.acquire_async(wait, &*self.0).await?;
-                    Ok(self.guard(Hold::Socket(socket), recovered))
+                    let (hold, recovered) = engine.acquire_async(wait, &*self.0).await?;
+                    Ok(self.guard(Hold::Socket(hold), recovered))
                 }
                 _ => {
                     let lock = self.clone();
@@ -284,8 +284,8 @@ impl NamedLock {
         let (hold, recovered) = match &self.0.engine {
             #[cfg(target_os = "linux")]
             Engine::Socket(engine) => {
-                let (socket, recovered) = engine.acquire(wait, &*self.0)?;
-                (Hold::Socket(socket), recovered)
+                let (hold, recovered) = engine.acquire(wait, &*self.0)?;
+                (Hold::Socket(hold), recovered)
             }
             #[cfg(windows)]
             Engine::Mutex(engine) => {
@@ -320,7 +320,7 @@ impl NamedLock {
 lock_methods!(
     NamedLock, NamedGuard,
     in_tasks: "With the socket backend the wait is the runtime's own, woken by the kernel through its reactor: no thread, and \
-               one descriptor, which is closed with the future. It must be a tokio runtime \
+               one descriptor, which is closed with the future or the guard. It must be a tokio runtime \
                ([`Unsupported`](crate::ErrorKind::Unsupported) otherwise) with I/O and time (`enable_all`, or tokio \
                panics). With the other backends a lock that is held is waited for on a thread of its own, as with \
                [`FileLock::acquire_async`](crate::FileLock::acquire_async)."
@@ -490,7 +490,7 @@ impl NamedGuard {
     pub fn descriptor(&self) -> Result<OwnedFd> {
         let copy = match &self.hold {
             #[cfg(target_os = "linux")]
-            Some(Hold::Socket(socket)) => socket.try_clone(),
+            Some(Hold::Socket(hold)) => hold.socket.try_clone(),
             Some(Hold::File(file)) => file.file().try_clone().map(OwnedFd::from),
             None => unreachable!("only the release takes it, and ends the guard"),
         };
@@ -504,8 +504,8 @@ impl NamedGuard {
         }
         let released = match (&self.named.engine, hold) {
             #[cfg(target_os = "linux")]
-            (Engine::Socket(engine), Hold::Socket(socket)) => {
-                engine.release(socket);
+            (Engine::Socket(engine), Hold::Socket(hold)) => {
+                engine.release(hold);
                 Ok(())
             }
             #[cfg(windows)]

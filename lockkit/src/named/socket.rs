@@ -45,8 +45,18 @@ pub(super) struct SocketLock {
     mark: OnceLock<Mark>,
 }
 
-/// The listening socket, and who died with it.
-type Taken = (Shielded, Option<Box<Recovered>>);
+/// What is held, and who died with it.
+type Taken = (Hold, Option<Box<Recovered>>);
+
+/// A lock that is held.
+#[derive(Debug)]
+pub(super) struct Hold {
+    /// The listening socket: the lock.
+    pub(super) socket: Shielded,
+    /// What it came through, if it was handed over. It is closed after the release, for which others may wait, and not
+    /// between the hand-over and the work: closing a connection takes a tenth of a hand-over.
+    _connection: Option<Shielded>,
+}
 
 /// An acquisition that has found the lock held: what it does between its sleeps, whoever sleeps, a thread or a task.
 struct Turn<'l> {
@@ -106,7 +116,7 @@ impl<'l> Turn<'l> {
     fn wake(&mut self, waited: Waited) -> Result<Option<Taken>> {
         if let Some(connection) = &self.connection {
             match self.lock.receive(connection)? {
-                Received::Lock(socket) => return self.lock.take_over(socket).map(Some),
+                Received::Lock(socket) => return self.lock.take_over(socket, self.connection.take()).map(Some),
                 Received::HungUp => self.connection = None,
                 Received::Nothing => {}
             }
@@ -197,10 +207,11 @@ impl SocketLock {
     }
 
     /// Makes the socket that the holder before handed over this process's own.
-    fn take_over(&self, socket: Shielded) -> Result<Taken> {
+    fn take_over(&self, socket: Shielded, connection: Option<Shielded>) -> Result<Taken> {
         seqpacket::listen(&socket).map_err(|error| self.io("listen on", error))?;
         // A record that is still there is older than the holder before, who released.
-        Ok((self.begin(socket).0, None))
+        self.mark().map(Mark::take);
+        Ok((Hold { socket, _connection: connection }, None))
     }
 
     fn receive(&self, connection: &Shielded) -> Result<Received> {
@@ -219,9 +230,10 @@ impl SocketLock {
     }
 
     /// Passes the lock on to the first waiter, or frees it.
-    pub(super) fn release(&self, socket: Shielded) {
+    pub(super) fn release(&self, hold: Hold) {
+        let socket = &hold.socket;
         let Some(mark) = self.mark() else {
-            self.pass_on(&socket);
+            self.pass_on(socket);
             return;
         };
         mark.wipe();
@@ -231,7 +243,7 @@ impl SocketLock {
             // Looking is cheap, accepting is not, and mostly nobody waits.
             None => event::is_readable(socket.as_fd()),
         };
-        if waited_for && !self.pass_on(&socket) {
+        if waited_for && !self.pass_on(socket) {
             mark.clear_waited_for();
         }
     }
@@ -294,7 +306,7 @@ impl SocketLock {
 
     /// Writes down who holds now, and says whether the holder before died.
     fn begin(&self, socket: Shielded) -> Taken {
-        (socket, self.mark().and_then(Mark::take))
+        (Hold { socket, _connection: None }, self.mark().and_then(Mark::take))
     }
 
     /// The record, as soon as it could be opened: what prevents that may pass.
