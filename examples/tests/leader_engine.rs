@@ -37,24 +37,26 @@ fn leaders_follow_each_other_with_greater_tokens() {
     assert!(tokens[0] < tokens[1], "{tokens:?}");
 }
 
-/// A server that is gone when this is.
-struct Redis(Child);
+/// A server that is gone when this is, and its socket.
+struct Redis(Child, PathBuf);
 
 impl Drop for Redis {
     fn drop(&mut self) {
-        let _ = (self.0.kill(), self.0.wait());
+        let _ = (self.0.kill(), self.0.wait(), std::fs::remove_file(&self.1));
     }
 }
 
 #[test]
 fn so_they_do_on_a_server() {
     let socket = place("socket");
+    // Of another process of that number, which was killed.
+    let _ = std::fs::remove_file(&socket);
     let mut server = Command::new("redis-server");
     server.args(["--port", "0", "--save", "", "--appendonly", "no", "--unixsocket"]).arg(&socket);
     let Ok(child) = server.stdin(Stdio::null()).stdout(Stdio::null()).spawn() else {
         return left_out("so_they_do_on_a_server: redis-server is not installed");
     };
-    let _server = Redis(child);
+    let _server = Redis(child, socket.clone());
     let start = Instant::now();
     while !socket.exists() {
         assert!(start.elapsed() < Duration::from_secs(30), "redis-server does not start");

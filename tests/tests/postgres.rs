@@ -104,6 +104,28 @@ fn a_table_of_another_layout_is_refused_and_left_as_it_is() {
 }
 
 #[test]
+fn a_table_of_a_user_who_need_not_be_trusted_is_refused() {
+    let server = server!();
+    server.sql("CREATE ROLE mallory LOGIN; CREATE ROLE app LOGIN; GRANT CREATE ON SCHEMA public TO mallory");
+    drop(lease(server.lease_of("mallory", "", "x")).try_lock().unwrap());
+    server.sql("GRANT ALL ON lockkit_leases TO PUBLIC");
+    let app = lease(server.lease_of("app", "", "x"));
+    for lease in [&app, &lease(server.lease("x"))] {
+        assert!(refusal(lease).contains("it is of the user mallory"));
+    }
+    // Whoever could act as the owner anyway trusts it, and so do all the owner of the database.
+    server.sql("GRANT mallory TO app");
+    drop(app.try_lock().unwrap());
+    server.sql("REVOKE mallory FROM app; ALTER DATABASE postgres OWNER TO mallory");
+    drop(lease(server.lease_of("app", "connect_timeout=8", "x")).try_lock().unwrap());
+    server.sql(
+        "CREATE FUNCTION trap() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'; \
+         CREATE TRIGGER trap BEFORE UPDATE ON lockkit_leases FOR EACH ROW EXECUTE PROCEDURE trap()",
+    );
+    assert!(refusal(&lease(server.lease_of("app", "connect_timeout=9", "x"))).contains("it is no plain table"));
+}
+
+#[test]
 fn a_table_that_is_dropped_and_made_anew_serves_on_and_its_tokens_grow() {
     let server = server!();
     let lease = lease(server.lease("x"));

@@ -2,9 +2,13 @@
 
 #![cfg(target_os = "linux")]
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
+
+use lockkit::lease::StoreError;
 use lockkit::{ErrorKind, Lease, LeaseStatus, LossReason, Wait};
 use lockkit_tests::engines::redis::Redis;
-use lockkit_tests::engines::{Access, Engine, Security};
+use lockkit_tests::engines::{Access, Engine, Proxy, Security};
 use lockkit_tests::{LIVELY, drills, left_out, suite, until};
 
 suite!(redis_lease, lockkit_tests::Kind::REDIS);
@@ -79,6 +83,42 @@ fn a_replica_says_where_to_go() {
 }
 
 #[test]
+fn a_primary_that_became_a_replica_is_left_for_the_one_that_its_name_leads_to_now() {
+    let (Some(before), Some(after)) = (server(), server()) else { return };
+    assert_eq!(after.tell(&format!("REPLICAOF 127.0.0.1 {}", before.port())), "+OK");
+    until("it is in step", || after.tell("INFO replication").contains("master_link_status:up"));
+    let proxy = Proxy::to(before.port());
+    let guard = lease(&before.url(proxy.port(), Access::Right(&Security::None), "own").unwrap()).try_lock().unwrap();
+    until("it is copied", || after.tell("EXISTS lockkit:{own}") == ":1");
+    // Nobody cuts a connection.
+    proxy.lead_to(after.port());
+    assert_eq!(after.tell("REPLICAOF NO ONE"), "+OK");
+    assert_eq!(before.tell(&format!("REPLICAOF 127.0.0.1 {}", after.port())), "+OK");
+    let ends = || after.tell("HGET lockkit:{own} until");
+    let first = ends();
+    until("the holder renews there", || ends() != first);
+    assert!(guard.is_held());
+}
+
+#[test]
+fn a_server_without_room_for_a_client_says_so_and_is_asked_again() {
+    let Some(server) = server() else { return };
+    if !server.tell("ACL SETUSER leases on >secret +@all ~* &*").starts_with("+OK") {
+        return left_out("this version knows no rules for users");
+    }
+    assert_eq!(server.tell("CONFIG SET maxclients 1"), "+OK");
+    let mut other = TcpStream::connect(("127.0.0.1", server.port())).unwrap();
+    other.write_all(b"PING\r\n").unwrap();
+    other.read_exact(&mut [0; 7]).unwrap();
+    let lease = lease(&format!("redis://leases:secret@127.0.0.1:{}/own", server.port()));
+    let error = lease.try_lock().unwrap_err();
+    let is_refused = matches!(error.kind(), ErrorKind::Store { source: StoreError::Refused(_), .. });
+    assert!(is_refused && in_full(&error).contains("max number of clients"), "{}", in_full(&error));
+    drop(other);
+    until("there is room", || lease.try_lock().is_ok());
+}
+
+#[test]
 fn a_server_whose_scripts_were_forgotten_is_told_them_again() {
     let Some(server) = server() else { return };
     let lease = lease(&url(&server));
@@ -122,6 +162,13 @@ fn a_user_needs_no_more_than_an_error_says() {
     let token = guard.token();
     guard.release().unwrap();
     assert!(waiter.join().unwrap().unwrap() > token);
+    // Who may not listen need not wait to be told.
+    assert!(server.tell(&format!("ACL SETUSER deaf on >secret {rules} resetchannels")).starts_with("+OK"));
+    let deaf = lease(&format!("redis://deaf:secret@127.0.0.1:{}/own", server.port()));
+    let guard = deaf.try_lock().unwrap();
+    let error = in_full(&deaf.lock_for(LIVELY).unwrap_err());
+    assert!(error.contains("does not allow this user") && error.contains("&lockkit:*"), "{error}");
+    guard.release().unwrap();
     let error = in_full(&lease(&url("/1")).try_lock().unwrap_err());
     assert!(error.contains(rules) && error.contains("+select"), "{error}");
     assert_eq!(server.tell("ACL SETUSER leases +select"), "+OK");

@@ -13,8 +13,8 @@
 //! a second, and costs one thread for each place that hangs.
 //!
 //! A place that took long but returned in time rests for as long as it took, whatever is due there, so others get half
-//! of the time at least. It rests no longer than a request may take: what takes longer than that is rather a process
-//! that was stopped, and its leases have no time to lose.
+//! of the time at least. It rests no longer than whoever releases waits: what took longer than that may be a process that
+//! was stopped, and its leases have no time to lose.
 //!
 //! A forked child has a heart of its own, without the beats of its parent's leases, once it takes a lease. The mutex is
 //! the standard library's, because parking_lot's waits go through a table of the whole process, which a fork could
@@ -291,7 +291,7 @@ impl Heart {
             if let Some(request) = queue.request.take_if(|request| request.began.elapsed() >= look) {
                 let stuck = queue.beater;
                 queue.beater += 1;
-                let late = request.began + request.held.longest_request();
+                let late = request.began + request.held.longest_release();
                 let until = Until::Return { thread: stuck, late };
                 queue.rests.push(Rest { place: request.held.place(), until });
                 // The end of that lease is to be told, too.
@@ -338,7 +338,7 @@ impl Heart {
                     let ended = Instant::now();
                     queue = self.lock();
                     queue.rests.retain(|rest| !rest.until.is_return_of(me));
-                    if let Some(rest) = rest_after(ended - began, beat.held.longest_request()) {
+                    if let Some(rest) = rest_after(ended - began, beat.held.longest_release()) {
                         queue.rests.push(Rest { place, until: Until::Moment(ended + rest) });
                     }
                     if queue.beater != me {

@@ -23,8 +23,12 @@ use crate::sys::fork;
 use crate::trace;
 use crate::wait::{CancelToken, Patience, Subject, Wait};
 
-/// The longest that one renewal or release may take, besides a quarter of the ttl.
-const LONGEST_REQUEST: Duration = Duration::from_millis(250);
+/// The longest that whoever releases waits for the store, besides a quarter of the ttl.
+const LONGEST_RELEASE: Duration = Duration::from_millis(250);
+
+/// The longest that a request of the heartbeat may take, besides a quarter of the ttl. It may have to connect anew first,
+/// to a server that is far away.
+const LONGEST_BEAT: Duration = Duration::from_secs(2);
 
 /// What a request is given at least, also a release that had to wait long for a renewal.
 pub(super) const SHORTEST_REQUEST: Duration = Duration::from_millis(20);
@@ -215,19 +219,19 @@ impl Held {
         if self.is_inherited() {
             return Ok(());
         }
+        let by = Deadline::after(self.longest_release());
         if let Err(reason) = self.check() {
             // A process that lives is not to keep others waiting for what it has lost.
             let has_run_out = matches!(reason, LossReason::Expired | LossReason::Store(_));
             if has_run_out && !mem::replace(&mut self.lock().is_given_up, true) {
                 let is_given_up = !self.is_store_busy()
-                    && protected(|| self.lease.store.give_up(&self.grant, self.request())).is_ok();
+                    && protected(|| self.lease.store.give_up(&self.grant, by)).is_ok();
                 if !is_given_up {
                     self.leave_to_heart();
                 }
             }
             return Err(self.lost(reason));
         }
-        let by = self.request();
         let mut state = self.lock();
         if let Some(reason) = state.tenure.ended() {
             return Err(self.lost(reason.clone()));
@@ -375,13 +379,14 @@ impl Held {
         self.heart.tell(call, Loss { lock: self.describe(), token: self.token(), reason });
     }
 
+    /// By when a request must have ended that the heartbeat makes now.
     fn request(&self) -> Deadline {
-        Deadline::after(self.longest_request())
+        Deadline::after((self.ttl() / 4).min(LONGEST_BEAT))
     }
 
-    /// How long a request may take.
-    pub(super) fn longest_request(&self) -> Duration {
-        (self.lease.options.ttl / 4).min(LONGEST_REQUEST)
+    /// How long whoever releases waits for the store.
+    pub(super) fn longest_release(&self) -> Duration {
+        (self.ttl() / 4).min(LONGEST_RELEASE)
     }
 
     fn is_inherited(&self) -> bool {

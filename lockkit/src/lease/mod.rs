@@ -439,7 +439,10 @@ impl Inner {
         }
         let by = patience.until().map_or(Deadline::after(limit), |until| Deadline::after(limit).min(until.into()));
         let stop = patience.token().cloned().unwrap_or_default();
-        let failed = self.store.park(&self.name, seen, by, &stop).is_err();
+        let failed = match self.store.park(&self.name, seen, by, &stop) {
+            Err(error @ StoreError::Misuse(_)) => return Err(self.failed(error)),
+            parked => parked.is_err(),
+        };
         let pause = if failed { patience.sleep(options.retry_delay)? } else { Ok(()) };
         pause.and_then(|()| patience.portion(Duration::MAX).map(drop)).map_err(|gave_up| patience.error(gave_up, found))
     }

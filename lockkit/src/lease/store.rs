@@ -191,7 +191,7 @@ pub trait LeaseStore: Send + Sync {
     /// [`wakes_waiters`](StoreProfile::wakes_waiters) is false.
     ///
     /// # Errors
-    /// After an error the lease tries again at its retry delay.
+    /// After an error the lease tries again at its retry delay; a [`Misuse`](StoreError::Misuse) ends the acquisition.
     ///
     /// One in memory, whose every change is told on a condition:
     ///

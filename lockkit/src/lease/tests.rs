@@ -796,7 +796,7 @@ fn a_store_that_hangs_costs_no_other_store_its_short_leases() {
     let guard = Lease::file(folder.path()).ttl(MS * 200).heartbeat(MS * 20).build().unwrap().lock().unwrap();
     let hung = Faulty::new(&ManualClock::new());
     // Each of its requests may take 250 ms.
-    let _slow = Lease::with_store(hung.clone(), "hung").ttl(MS * 4000).build().unwrap().lock().unwrap();
+    let _slow = Lease::with_store(hung.clone(), "hung").ttl(MS * 1000).build().unwrap().lock().unwrap();
     hung.hangs.store(true, Ordering::Relaxed);
     let began = Instant::now();
     while began.elapsed() < MS * 2000 {

@@ -42,6 +42,10 @@ struct State {
     moves: AtomicUsize,
     /// What comes is taken, and passed on when this is over.
     holds: AtomicBool,
+    /// Hold from the request on in which these bytes stand.
+    hold_at: Mutex<Option<Vec<u8>>>,
+    /// What everything takes to be passed on, in microseconds.
+    delay: AtomicU64,
     /// A request is passed on, and the server may answer, though the client has gone.
     lingers: AtomicBool,
     is_over: AtomicBool,
@@ -91,13 +95,28 @@ impl Proxy {
 
     /// From now on it is one to the server at this port; no connection to the one before passes on anything any more.
     pub fn move_to(&self, server: u16) {
-        self.state.server.store(server, Ordering::SeqCst);
+        self.lead_to(server);
         self.state.moves.fetch_add(1, Ordering::SeqCst);
     }
 
     /// Passes on nothing until it is to [let go](Self::let_go): as a server that is frozen, or a network that is slow.
     pub fn hold(&self) {
         self.state.holds.store(true, Ordering::SeqCst);
+    }
+
+    /// As [`hold`](Self::hold), from the first request on in which these bytes stand.
+    pub fn hold_at(&self, bytes: &[u8]) {
+        *self.state.hold_at.lock().expect("nobody panics with it") = Some(bytes.to_vec());
+    }
+
+    /// From now on everything takes so long to be passed on, either way, as over a long distance.
+    pub fn slow_down(&self, delay: Duration) {
+        self.state.delay.store(delay.as_micros() as u64, Ordering::SeqCst);
+    }
+
+    /// Leads to the server at this port whoever comes from now on. The connections that there are stay.
+    pub fn lead_to(&self, server: u16) {
+        self.state.server.store(server, Ordering::SeqCst);
     }
 
     /// Passes on what it has held, also that of clients which have gone since, whose connections stay.
@@ -195,6 +214,10 @@ impl State {
         let mut bytes = [0; 16384];
         let moves = self.moves.load(Ordering::SeqCst);
         while let Ok(length @ 1..) = from.read(&mut bytes) {
+            if direction == Direction::Request {
+                self.hold_if_due(&bytes[..length]);
+            }
+            thread::sleep(Duration::from_micros(self.delay.load(Ordering::SeqCst)));
             while self.holds.load(Ordering::SeqCst) && !self.is_over.load(Ordering::SeqCst) {
                 thread::sleep(MOMENT);
             }
@@ -210,6 +233,13 @@ impl State {
                 self.cuts.fetch_add(1, Ordering::SeqCst);
                 return;
             }
+        }
+    }
+
+    fn hold_if_due(&self, request: &[u8]) {
+        let mut at = self.hold_at.lock().expect("nobody panics with it");
+        if at.take_if(|bytes| request.windows(bytes.len()).any(|window| window == *bytes)).is_some() {
+            self.holds.store(true, Ordering::SeqCst);
         }
     }
 

@@ -23,8 +23,11 @@ use crate::wait::CancelToken;
 const IDLE: Duration = Duration::from_secs(10);
 /// How long it listens until it looks whether it is still needed.
 const LISTEN: Duration = Duration::from_secs(1);
-/// How long the thread tries to connect at least, however soon the waiter gives up that needs it: the next one may too.
+/// How long the thread tries to connect, however soon the waiter gives up that needs it, and however late: the next one
+/// may need it, too, and one that waits for long can look by itself meanwhile.
 const CONNECT: Duration = Duration::from_secs(5);
+/// After it could not connect, nobody has it try again for so long.
+const REST: Duration = Duration::from_millis(250);
 /// How often a waiter looks whether an owner lives that it can look up; nothing wakes it when that dies.
 const LOOK: Duration = Duration::from_millis(50);
 
@@ -50,10 +53,30 @@ struct State {
 /// The one that listens.
 enum Thread {
     /// There is none. Why the last one ended, if it was not for want of waiters.
-    None(Option<String>),
+    None(Option<Failure>),
     /// It connects.
     Starting,
     Listening,
+}
+
+/// Why there is nobody who listens.
+struct Failure {
+    text: String,
+    /// The next one will fail as well.
+    is_misuse: bool,
+    rests_until: Instant,
+}
+
+impl Failure {
+    fn new(error: &StoreError, rest: Duration) -> Self {
+        let is_misuse = matches!(error, StoreError::Misuse(_));
+        Self { text: error.in_full(), is_misuse, rests_until: Instant::now() + rest }
+    }
+
+    fn error(&self) -> StoreError {
+        let error = if self.is_misuse { StoreError::misuse } else { StoreError::refused };
+        error(self.text.clone())
+    }
 }
 
 impl Bells {
@@ -69,6 +92,7 @@ impl Bells {
     /// Hangs up a bell: from when this returns it is rung for every change of `name`. Look once more whether there has
     /// been one, then [`wait`](Bell::wait).
     pub(in crate::lease) fn hang(self: &Arc<Self>, name: &LeaseName, by: Deadline, stop: &CancelToken) -> Result<Bell> {
+        let by = by.min(Deadline::after(CONNECT));
         loop {
             let event = Arc::new(Event::new().map_err(StoreError::refused)?);
             let bell = Bell { bells: self.clone(), name: name.clone(), event };
@@ -78,8 +102,9 @@ impl Bells {
             let is_listening = match &state.thread {
                 Thread::Listening => true,
                 Thread::Starting => false,
+                Thread::None(Some(failure)) if Instant::now() < failure.rests_until => return Err(failure.error()),
                 Thread::None(_) => {
-                    self.start(&mut state, by)?;
+                    self.start(&mut state)?;
                     false
                 }
             };
@@ -95,16 +120,17 @@ impl Bells {
                 Woke::Cancelled => return Ok(bell),
             }
             if let Thread::None(Some(failure)) = &self.state.lock().thread {
-                return Err(StoreError::refused(failure.clone()));
+                return Err(failure.error());
             }
         }
     }
 
-    fn start(self: &Arc<Self>, state: &mut State, by: Deadline) -> Result<()> {
-        let (bells, by) = (Arc::downgrade(self), by.max(Deadline::after(CONNECT)));
+    fn start(self: &Arc<Self>, state: &mut State) -> Result<()> {
+        let bells = Arc::downgrade(self);
         let run = move || {
-            let mut ended = Ended { bells, failure: Some("the thread that listens to the server panicked".to_owned()) };
-            ended.failure = ended.listen(by).err().map(|error| error.in_full());
+            let panicked = StoreError::refused("the thread that listens to the server panicked");
+            let mut ended = Ended { bells, failure: Some(Failure::new(&panicked, REST)) };
+            ended.failure = ended.listen().err();
         };
         thread::Builder::new().name("lockkit-listen".to_owned()).spawn(run).map_err(StoreError::refused)?;
         state.thread = Thread::Starting;
@@ -130,13 +156,13 @@ impl State {
 /// What the thread leaves behind however it ends: no waiter that counts on it.
 struct Ended {
     bells: Weak<Bells>,
-    failure: Option<String>,
+    failure: Option<Failure>,
 }
 
 impl Ended {
-    fn listen(&self, by: Deadline) -> Result<()> {
+    fn listen(&self) -> Result<(), Failure> {
         let Some(bells) = self.bells.upgrade() else { return Ok(()) };
-        let mut ear = (bells.connect)(by)?;
+        let mut ear = (bells.connect)(Deadline::after(CONNECT)).map_err(|error| Failure::new(&error, REST))?;
         let mut state = bells.state.lock();
         state.thread = Thread::Listening;
         // They look once more, for they have not been listened for until now.
@@ -144,11 +170,12 @@ impl Ended {
         drop(state);
         drop(bells);
         loop {
-            ear.listen(LISTEN, &mut |name| {
+            let mut ring = |name: &str| {
                 if let Some(bells) = self.bells.upgrade() {
                     bells.ring(name);
                 }
-            })?;
+            };
+            ear.listen(LISTEN, &mut ring).map_err(|error| Failure::new(&error, Duration::ZERO))?;
             let Some(bells) = self.bells.upgrade() else { return Ok(()) };
             let mut state = bells.state.lock();
             if !state.hung.is_empty() {
@@ -214,6 +241,7 @@ impl Drop for Bell {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
     use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 
     use super::*;
@@ -273,11 +301,24 @@ mod tests {
     }
 
     #[test]
-    fn a_server_that_cannot_be_listened_to_is_an_error_for_whoever_waits() {
-        let (bells, connect) = bells();
-        drop(connect);
-        assert!(bells.hang(&name("one"), Deadline::after(LIVELY), &CancelToken::new()).is_err());
-        assert!(bells.state.lock().hung.is_empty());
+    fn a_server_that_cannot_be_listened_to_is_an_error_of_its_own_sort_for_whoever_waits() {
+        for is_misuse in [false, true] {
+            let tries = Arc::new(AtomicUsize::new(0));
+            let counted = tries.clone();
+            let bells = Bells::new(move |_| {
+                counted.fetch_add(1, Ordering::SeqCst);
+                Err(if is_misuse { StoreError::misuse("never") } else { StoreError::refused("not now") })
+            });
+            let hang = || bells.hang(&name("one"), Deadline::after(LIVELY), &CancelToken::new()).err().unwrap();
+            let began = Instant::now();
+            assert_eq!(matches!(hang(), StoreError::Misuse(_)), is_misuse);
+            // It is not asked again at once, but some time.
+            while tries.load(Ordering::SeqCst) == 1 {
+                assert_eq!(matches!(hang(), StoreError::Misuse(_)), is_misuse);
+            }
+            assert!(began.elapsed() >= REST && began.elapsed() < LIVELY);
+            assert!(bells.state.lock().hung.is_empty());
+        }
     }
 
     #[test]

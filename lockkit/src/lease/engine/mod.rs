@@ -24,7 +24,7 @@ use std::mem;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::sync::{Arc, mpsc};
 use std::thread;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
 use rustix::io::Errno;
@@ -233,8 +233,15 @@ pub(super) fn attempt(mut ask: impl FnMut(Option<&Seen>) -> Result<Attempt>) -> 
     }
 }
 
+/// Whether it is dead for certain. That this host has booted since is not: another one of its name and installation, as
+/// machines made from one image are, may share the server.
 fn is_dead(owner: Option<&Owner>) -> bool {
-    owner.is_some_and(|owner| owner.liveness() == Liveness::Dead)
+    owner.is_some_and(|owner| owner.is_of_this_boot() && owner.liveness() == Liveness::Dead)
+}
+
+/// A holder as whoever looks is told of it: one that is dead has no time left.
+pub(super) fn shown(seen: Seen) -> Seen {
+    if is_dead(seen.owner()) { seen.with_expires_in(Duration::ZERO) } else { seen }
 }
 
 /// Whether it is this process.
@@ -305,13 +312,15 @@ mod tests {
         let seen = |owner: Owner| Attempt::Busy(Seen::new(7).with_token(7).with_owner(owner));
         let mut dead = Owner::current();
         dead.start = dead.start.map(|start| start + 1);
+        let mut before = dead.clone();
+        before.boot = before.boot.map(|boot| boot ^ 1);
         let mut over = Vec::new();
-        for owner in [Owner::current(), dead] {
+        for owner in [Owner::current(), before, dead] {
             let _ = attempt(|whom| {
                 over.push(whom.map(Seen::cursor));
                 Ok(seen(owner.clone()))
             });
         }
-        assert_eq!(over, [None, None, Some(7)]);
+        assert_eq!(over, [None, None, None, Some(7)]);
     }
 }

@@ -26,13 +26,12 @@ use tokio_postgres::types::ToSql;
 
 use self::link::{Cut, Link, Sql};
 use self::target::Target;
-use super::{Bells, Ear, OfProcess, Pool, Turns, attempt, own_text, owner_of, passed_on};
+use super::{Bells, Ear, OfProcess, Pool, Turns, attempt, own_text, owner_of, passed_on, shown};
 use crate::error;
 use crate::lease::LeaseStore;
 use crate::lease::store::{
     Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, Released, Renewal, Seen, StoreError, StoreProfile, sleep,
 };
-use crate::owner::Liveness;
 use crate::steps::step;
 use crate::wait::CancelToken;
 
@@ -151,10 +150,7 @@ impl LeaseStore for Postgres {
     }
 
     fn look(&self, name: &LeaseName, by: Deadline) -> Result<Option<Seen>> {
-        Ok(self.holder(name, by)?.map(|seen| match seen.owner().map(|owner| owner.liveness()) {
-            Some(Liveness::Dead) => seen.with_expires_in(Duration::ZERO),
-            _ => seen,
-        }))
+        Ok(self.holder(name, by)?.map(shown))
     }
 
     fn evict(&self, name: &LeaseName, seen: &Seen, by: Deadline) -> Result<Released> {
@@ -171,6 +167,9 @@ impl LeaseStore for Postgres {
             return sleep(by, stop);
         }
         let bell = own.bells.hang(name, by, stop)?;
+        if stop.is_cancelled() {
+            return Ok(());
+        }
         // Listened to already, so what happens after the mark is heard of.
         let values: [&(dyn ToSql + Sync); 3] = [&name.as_str(), &claim.to_string(), &token.cast_signed()];
         if self.ask(&table::MARK, &values, by.min(Deadline::after(LONGEST_MARK)))?.is_empty() {

@@ -32,7 +32,7 @@ use redis::{
 };
 use rustls::crypto::CryptoProvider;
 
-use super::{Bells, Ear, OfProcess, Pool, addresses, attempt, not_connected, own_text, owner_of, passed_on};
+use super::{Bells, Ear, OfProcess, Pool, addresses, attempt, not_connected, own_text, owner_of, passed_on, shown};
 use crate::error::{Error, Result as AnyResult};
 use crate::lease::connect::{Parts, invalid};
 use crate::lease::store::{
@@ -141,6 +141,8 @@ impl RedisStore {
                         Err(error) if error.kind() == Kind::Server(ServerErrorKind::NoScript) => {
                             ask(connection, &call("EVAL", script.code))
                         }
+                        // It was the primary. By now its name may lead to the one that is.
+                        Err(error) if error.code() == Some("READONLY") => Err(server.refused(&error)),
                         answer => Ok(answer),
                     }
                 },
@@ -264,7 +266,7 @@ impl LeaseStore for RedisStore {
     }
 
     fn look(&self, name: &LeaseName, by: Deadline) -> Result<Option<Seen>> {
-        self.look(name, false, by)
+        Ok(self.look(name, false, by)?.map(shown))
     }
 
     fn evict(&self, name: &LeaseName, seen: &Seen, by: Deadline) -> Result<Released> {
@@ -395,6 +397,8 @@ impl Server {
         // What fails here has changed nothing, whatever came of it.
         let mut ask = |command: &Cmd| match ask(&mut connection, command, by) {
             Err(error) => Err(self.unreachable(&error)),
+            // What it says to whomever it has no room for, whatever that one asks.
+            Ok(Err(error)) if said(&error).contains("max number of clients") => Err(self.refused(&error)),
             Ok(answer) => Ok(answer),
         };
         if let Some(password) = self.settings.password() {

@@ -23,6 +23,7 @@ use base64::engine::general_purpose::STANDARD;
 use parking_lot::Mutex;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::client::Resumption;
 use rustls::{AlertDescription, ClientConfig, RootCertStore};
 use serde_json::{Value, json};
 
@@ -147,7 +148,7 @@ fn tls(ca: Option<&str>, cert: Option<&str>, key: Option<&str>) -> Result<Arc<Cl
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
     let builder = builder.map_err(|error| error.to_string())?.with_root_certificates(roots);
-    let config = match (cert, key) {
+    let mut config = match (cert, key) {
         (None, None) => builder.with_no_client_auth(),
         (Some(cert), Some(key)) => {
             let secret = PrivateKeyDer::from_pem_file(key)
@@ -158,6 +159,8 @@ fn tls(ca: Option<&str>, cert: Option<&str>, key: Option<&str>) -> Result<Arc<Cl
         }
         _ => return Err("the parameters cert and key go together".into()),
     };
+    // What could be resumed stands under a mutex, which a fork could leave locked.
+    config.resumption = Resumption::disabled();
     Ok(Arc::new(config))
 }
 

@@ -33,7 +33,7 @@ use serde_json::{Value, json};
 
 use self::gateway::{Address, Gateway, Stream, decoded, encoded, is_compacted, is_session_gone, number};
 use self::session::{Kept, Loose, Session, now};
-use super::{Bells, Ear, OfProcess, Result, attempt, is_dead, is_own, own_text, owner_of, passed_on, text_of};
+use super::{Bells, Ear, OfProcess, Result, attempt, is_own, own_text, owner_of, passed_on, shown, text_of};
 use crate::lease::store::{
     Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
     StoreProfile,
@@ -228,6 +228,9 @@ impl LeaseStore for Store {
     fn park(&self, name: &LeaseName, seen: &Seen, by: Deadline, stop: &CancelToken) -> Result<()> {
         let own = self.own();
         let bell = own.bells.hang(name, by, stop)?;
+        if stop.is_cancelled() {
+            return Ok(());
+        }
         match own.look(name, by.min(Deadline::after(LOOK)))? {
             Some(still) if still.cursor() == seen.cursor() => bell.wait(seen.owner(), by, stop),
             _ => Ok(()),
@@ -264,10 +267,9 @@ impl Own {
     /// Compares the revision of a `held` key, and the claim in it if one is given.
     fn is_held(&self, name: &LeaseName, revision: u64, claim: Option<ClaimId>) -> Value {
         let key = self.keys.held(name);
-        let revision = json!({ "key": key, "target": "MOD", "result": "EQUAL", "mod_revision": revision.to_string() });
         match claim {
-            None => json!([revision]),
-            Some(claim) => json!([revision, is_of(&key, claim)]),
+            None => json!([is_at(&key, revision)]),
+            Some(claim) => json!([is_at(&key, revision), is_of(&key, claim)]),
         }
     }
 
@@ -414,15 +416,15 @@ impl Own {
             };
             let names = session.to_look_at(grant, began);
             let keys: Vec<_> = names.iter().map(|(name, _)| self.keys.held(name)).collect();
-            let compare: Value = keys.iter().zip(&names).map(|(key, (_, claim))| is_of(key, *claim)).collect();
+            let compare: Value = keys.iter().zip(&names).map(|(key, (_, token))| is_at(key, *token)).collect();
             let read: Value = keys.iter().map(|key| json!({ "request_range": { "key": key } })).collect();
             let sent = now();
             let answer = self.transact(compare, json!([]), read, by)?;
-            let is_in_place =
-                |at, claim| answer.is_done() || parse_claim(&decoded(&answer.read(at)["value"])) == Some(claim);
-            let found = names.into_iter().enumerate().map(|(at, (name, claim))| (name, claim, is_in_place(at, claim)));
+            let is_in_place = |at, token| answer.is_done() || number(&answer.read(at)["mod_revision"]) == token;
+            let found = names.into_iter().enumerate();
+            let found = found.map(|(at, (name, token))| (name, token, is_in_place(at, token)));
             session.looked_at(found, sent, now());
-            if !is_in_place(0, *grant.claim()) {
+            if !is_in_place(0, grant.token()) {
                 return self.what_became_of(grant, by);
             }
             match kept {
@@ -439,7 +441,7 @@ impl Own {
     /// Who has the name of a grant that was not found in place.
     fn what_became_of(&self, grant: &Grant, by: Deadline) -> Result<Renewal> {
         let seen = self.look(grant.name(), by)?;
-        if seen.as_ref().is_some_and(|seen| seen.claim() == Some(*grant.claim())) {
+        if seen.as_ref().is_some_and(|seen| seen.cursor() == grant.token()) {
             return Err(StoreError::refused("etcd knows the lease, but not its session"));
         }
         session_of(grant)?.remove(grant);
@@ -576,6 +578,11 @@ impl Own {
     }
 }
 
+/// Compares the revision of a key, which is that of the transaction which granted.
+fn is_at(key: &str, revision: u64) -> Value {
+    json!({ "key": key, "target": "MOD", "result": "EQUAL", "mod_revision": revision.to_string() })
+}
+
 /// Compares the claim in a key.
 fn is_of(key: &str, claim: ClaimId) -> Value {
     json!({ "key": key, "target": "VALUE", "result": "EQUAL", "value": encoded(claim.to_string()) })
@@ -592,12 +599,9 @@ fn seen(held: &Value, record: &Value) -> Seen {
     let record = Record::parse(record);
     // Nobody but who tampers makes them differ.
     if let Some(owner) = record.owner.filter(|_| record.claim == claim) {
-        if is_dead(Some(&owner)) {
-            seen = seen.with_expires_in(Duration::ZERO);
-        }
         seen = seen.with_owner(owner);
     }
-    seen
+    shown(seen)
 }
 
 /// A watch over the `held` keys.

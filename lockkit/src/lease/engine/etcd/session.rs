@@ -237,29 +237,29 @@ impl Session {
         to_let_go
     }
 
-    /// The keys to look at together with the grant's: those that have not been found for longest.
-    pub(super) fn to_look_at(&self, grant: &Grant, now: Duration) -> Vec<(LeaseName, ClaimId)> {
+    /// The keys to look at together with the grant's, and their tokens: those that have not been found for longest.
+    pub(super) fn to_look_at(&self, grant: &Grant, now: Duration) -> Vec<(LeaseName, u64)> {
         let state = self.state.lock();
         let mut stale: Vec<_> = state.keys.iter().filter(|(name, _)| *name != grant.name()).collect();
         stale.retain(|(_, key)| now.saturating_sub(key.found) >= self.known_for() / 2);
         stale.sort_unstable_by_key(|(_, key)| key.found);
-        let stale = stale.into_iter().map(|(name, key)| (name.clone(), key.claim)).take(MOST_KEYS - 1);
-        std::iter::once((grant.name().clone(), *grant.claim())).chain(stale).collect()
+        let stale = stale.into_iter().map(|(name, key)| (name.clone(), key.token)).take(MOST_KEYS - 1);
+        std::iter::once((grant.name().clone(), grant.token())).chain(stale).collect()
     }
 
-    /// The names were looked at by a request that was sent then, and found to be of their claims, or not. The answer
+    /// The names were looked at by a request that was sent then, and found to be of these tokens, or not. The answer
     /// came just `now`: nobody looks again for as long as that took, so that on a slow server the beats of many leases
     /// do not wait for one look after the other.
     pub(super) fn looked_at(
         &self,
-        found: impl Iterator<Item = (LeaseName, ClaimId, bool)>,
+        found: impl Iterator<Item = (LeaseName, u64, bool)>,
         sent: Duration,
         now: Duration,
     ) {
         let mut state = self.state.lock();
         state.rests_until = now + now.saturating_sub(sent);
-        for (name, claim, is_in_place) in found {
-            let known = state.keys.get_mut(&name).filter(|key| key.claim == claim);
+        for (name, token, is_in_place) in found {
+            let known = state.keys.get_mut(&name).filter(|key| key.token == token);
             match known {
                 Some(key) if is_in_place => key.found = key.found.max(sent),
                 // Who renews it finds out what became of it.
@@ -341,7 +341,7 @@ mod tests {
         assert!(!session.covers(&one, later), "kept, but not found");
         let names: Vec<_> = session.to_look_at(&one, later).into_iter().map(|(name, _)| name).collect();
         assert_eq!(names, [one.name().clone(), other.name().clone()]);
-        let found = [(one.name().clone(), *one.claim(), true), (other.name().clone(), *other.claim(), false)];
+        let found = [(one.name().clone(), one.token(), true), (other.name().clone(), other.token(), false)];
         session.looked_at(found.into_iter(), later, later);
         assert!(session.covers(&one, later) && !session.covers(&other, later));
         session.remove(&one);

@@ -41,13 +41,25 @@ pub(super) const CREATE: &str = "CREATE TABLE IF NOT EXISTS lockkit_leases (\
 const LAYOUT: &str = "name text, state text, token bigint, claim text, until timestamp with time zone, owner text, \
      died text, waited boolean";
 
-/// The server and the table. On a server that is too old it fails, or says so.
+/// The server, the table, and why it is not to be trusted, if so. On a server that is too old it fails, or says so.
+///
+/// What stands on a table runs in the name of whoever writes to it, so it must be of somebody who could take that name
+/// anyway, or own the place where this user's table would be: whoever made it first in a schema of all is not that. All
+/// types are those of the functions and operators here, letter by letter, for one that fits better than the system's can
+/// be somebody's as well.
 const HELLO: Sql = Sql {
     slot: 0,
     text: "SELECT pg_backend_pid(), current_setting('server_version_num')::int, current_setting('server_version'), \
          current_setting('transaction_read_only') = 'on', \
-         (SELECT string_agg(attname || ' ' || format_type(atttypid, atttypmod), ', ' ORDER BY attnum) \
-         FROM pg_attribute WHERE attrelid = to_regclass('lockkit_leases') AND attnum > 0 AND NOT attisdropped)",
+         (SELECT string_agg(attname::text || ' ' || format_type(atttypid, atttypmod), ', ' ORDER BY attnum) \
+         FROM pg_attribute WHERE attrelid = to_regclass('lockkit_leases') AND attnum > 0 AND NOT attisdropped), \
+         (SELECT CASE WHEN relkind <> 'r' OR relhastriggers OR relhasrules THEN 'it is no plain table' \
+         WHEN NOT (owner.rolsuper OR owner.rolname = current_user OR relowner = nspowner OR relowner = datdba \
+         OR (NOT me.rolsuper AND pg_has_role(relowner, 'MEMBER'))) \
+         THEN 'it is of the user ' || quote_ident(owner.rolname::text) END \
+         FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace JOIN pg_roles owner ON owner.oid = relowner \
+         JOIN pg_database ON datname = current_database() JOIN pg_roles me ON me.rolname = current_user \
+         WHERE pg_class.oid = to_regclass('lockkit_leases'))",
     types: &[],
 };
 
@@ -81,7 +93,7 @@ pub(super) const ACQUIRE: Sql = Sql {
     slot: 1,
     text: concat!(
         "INSERT INTO lockkit_leases AS l (name, state, token, claim, until, owner, died, waited) \
-         SELECT $1, 'held', (extract(epoch FROM clock_timestamp()) * 1000000)::bigint, $2, \
+         SELECT $1, 'held', (extract(epoch FROM clock_timestamp())::float8 * 1000000::float8)::bigint, $2, \
          clock_timestamp() + $3 * interval '1 microsecond', $4, NULL, false WHERE NOT EXISTS \
          (SELECT FROM lockkit_leases WHERE name = $1 AND state = 'held' AND until > clock_timestamp() \
          AND claim <> $2 AND NOT (claim = $5 AND token = $6)) \
@@ -135,7 +147,7 @@ pub(super) const LEFT: Sql = Sql {
 pub(super) const LOOK: Sql = Sql {
     slot: 4,
     text: "SELECT token, owner, claim, extract(epoch FROM until - clock_timestamp())::float8, \
-         (extract(epoch FROM until) * 1000000)::bigint FROM lockkit_leases WHERE name = $1 AND state = 'held'",
+         (extract(epoch FROM until)::float8 * 1000000::float8)::bigint FROM lockkit_leases WHERE name = $1 AND state = 'held'",
     types: &[Type::TEXT],
 };
 
@@ -180,6 +192,9 @@ pub(super) fn check(link: &mut Link, by: Deadline) -> Result<(), StoreError> {
             return Err(StoreError::refused(failure::read_only()));
         }
         link.is_direct = link.process() == Some(process);
+        if let Some(why) = row.try_get::<_, Option<&str>>(5).map_err(strange)? {
+            return Err(StoreError::misuse(not_trusted(why)));
+        }
         match row.try_get(4).map_err(strange)? {
             Some(LAYOUT) if link.is_direct => {
                 return link.execute(BOUNDED, by).map_err(|cut| match of_request(cut) {
@@ -229,6 +244,13 @@ fn grant() -> &'static str {
 /// What is wrong with a user who may not use the table.
 pub(super) fn no_privilege() -> String {
     format!("this user may not use the table lockkit_leases; let its owner run: {}", grant())
+}
+
+fn not_trusted(why: &str) -> String {
+    format!(
+        "the table lockkit_leases may do as another user wants: {why}; have another schema come first in the search_path, \
+         or let the owner of the schema or the database, or this user, make it"
+    )
 }
 
 /// What is wrong with a table that is not ours.

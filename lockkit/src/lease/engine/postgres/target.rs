@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with, sockopt};
-use rustls::client::WebPkiServerVerifier;
+use rustls::client::{Resumption, WebPkiServerVerifier};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
@@ -304,16 +304,19 @@ impl Tls {
             .map_err(|error| error.to_string())?
             .dangerous()
             .with_custom_certificate_verifier(verifier);
-        match (&self.certificate, &self.key) {
-            (None, None) => Ok(builder.with_no_client_auth()),
+        let mut config = match (&self.certificate, &self.key) {
+            (None, None) => builder.with_no_client_auth(),
             (Some(certificate), Some(key)) => {
                 let read = CertificateDer::pem_file_iter(certificate).and_then(Iterator::collect);
                 let chain: Vec<_> = read.map_err(|error| format!("sslcert {certificate} cannot be read: {error}"))?;
                 let key = PrivateKeyDer::from_pem_file(key).map_err(|error| format!("sslkey {key}: {error}"))?;
-                builder.with_client_auth_cert(chain, key).map_err(|error| format!("sslcert and sslkey: {error}"))
+                builder.with_client_auth_cert(chain, key).map_err(|error| format!("sslcert and sslkey: {error}"))?
             }
-            _ => Err("sslcert and sslkey go together".to_owned()),
-        }
+            _ => return Err("sslcert and sslkey go together".to_owned()),
+        };
+        // What could be resumed stands under a mutex, which a fork could leave locked.
+        config.resumption = Resumption::disabled();
+        Ok(config)
     }
 }
 
