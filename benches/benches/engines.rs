@@ -4,7 +4,8 @@
 //! - *Uncontended*: acquiring and releasing, one after the other and by eight threads at once.
 //! - *Renewal*: one beat of the heartbeat, out of some that are due at once. The leases go by a clock that jumps. On
 //!   etcd one request renews them all.
-//! - *Hand-over*: a process releases, and another that waits acquires. The time runs from just before the release.
+//! - *Hand-over*: a process releases, and another that waits acquires. The time runs from just before the release. One
+//!   hand-over follows the other, as where many want a lock; or the waiter has waited for long.
 //! - *Thousand*: what the heartbeat of a thousand leases on etcd with a ttl of 2 s takes of a processor, and whether it
 //!   keeps them.
 //!
@@ -16,6 +17,8 @@
 //! is to be read beside the same requests made *bare* ([`lockkit_benches::bare`]), without a claim, an owner, a limit to
 //! every wait, a heartbeat's books, and a thread that listens for all who wait.
 
+use std::io::{BufRead, BufReader};
+use std::ops::Range;
 use std::os::unix::fs::chown;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -29,6 +32,7 @@ use lockkit_benches::Experiment;
 use lockkit_benches::bare::{self, Bare, Gateway, field};
 use lockkit_benches::process::{self, CHILD, Peer, now};
 use lockkit_benches::table::{self, Bound, Row, Value};
+use rustix::process::{Pid, Signal, kill_process};
 use rustix::time::{ClockId, clock_gettime};
 use tempfile::TempDir;
 
@@ -37,11 +41,14 @@ use tempfile::TempDir;
 struct Length {
     blocks: (u32, u32),
     hand_overs: (u32, u32),
+    late_hand_overs: u32,
     thousand: (usize, Duration),
 }
 
-const FULL: Length = Length { blocks: (15, 200), hand_overs: (20, 10), thousand: (1000, Duration::from_secs(10)) };
-const QUICK: Length = Length { blocks: (3, 20), hand_overs: (1, 5), thousand: (100, Duration::from_millis(2500)) };
+const FULL: Length =
+    Length { blocks: (15, 200), hand_overs: (20, 10), late_hand_overs: 20, thousand: (1000, Duration::from_secs(10)) };
+const QUICK: Length =
+    Length { blocks: (3, 20), hand_overs: (1, 5), late_hand_overs: 2, thousand: (100, Duration::from_millis(2500)) };
 
 const EXPERIMENTS: [Experiment<Length>; 10] = [
     ("redis/uncontended", |length| uncontended(&REDIS, length)),
@@ -135,7 +142,10 @@ static ETCD: Engine = Engine {
     },
     url: |port, name| format!("etcd://127.0.0.1:{port}/{name}"),
     bare: |port, name| Box::new(bare::Etcd::new(port, name)),
-    peers: &[Recipe { name: "etcd's own lock", start: own_lock, behind: Some(20.0) }],
+    peers: &[
+        Recipe { name: "etcd's own lock", start: own_lock, behind: Some(20.0) },
+        Recipe { name: "etcdctl lock", start: etcdctl, behind: Some(20.0) },
+    ],
     prototype: Prototype {
         uncontended: Duration::from_micros(908),
         renewal: Duration::from_micros(229),
@@ -197,6 +207,64 @@ fn own_lock(port: u16) -> Result<Command, String> {
     Ok(command)
 }
 
+fn etcdctl(port: u16) -> Result<Command, String> {
+    let version = Command::new("etcdctl").arg("version").output().map_err(|error| error.to_string())?;
+    let mut command = Command::new(std::env::current_exe().map_err(|error| error.to_string())?);
+    let version = String::from_utf8_lossy(&version.stdout);
+    let version = version.lines().next().and_then(|line| line.rsplit(' ').next()).unwrap_or_default().to_owned();
+    command.args([CHILD, "etcdctl", &port.to_string(), &version]);
+    Ok(command)
+}
+
+/// A child: takes etcd's lock by its program for the shell, which holds it until it is interrupted.
+fn takes_by_etcdctl(port: u16, version: &str) {
+    /// It starts a program for each, so it does only a part of them.
+    const PART: u32 = 20;
+    let lock = |name: &str| {
+        let mut command = Command::new("etcdctl");
+        command.args(["--endpoints", &format!("127.0.0.1:{port}"), "lock", name]);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut holder = command.spawn().expect("it is installed");
+        let mut key = String::new();
+        let said = holder.stdout.as_mut().expect("it is piped");
+        BufReader::new(said).read_line(&mut key).expect("it says what it holds");
+        holder
+    };
+    let unlock = |mut holder: Child| {
+        kill_process(Pid::from_child(&holder), Signal::INT).expect("it runs");
+        holder.wait().expect("it ends");
+    };
+    let mut parent = Peer::parent();
+    parent.say(version);
+    let mut held = None;
+    loop {
+        let line = parent.hear();
+        match line.split_once(' ').unwrap_or((&line, "")) {
+            ("cycles", count) => {
+                let start = now();
+                (0..count.parse::<u32>().expect("a number") / PART).for_each(|_| unlock(lock("cycles")));
+                parent.say((now() - start) * u64::from(PART));
+            }
+            ("hold", _) => {
+                held = Some(lock("etcdctl"));
+                parent.say("held");
+            }
+            ("release", _) => {
+                let before = now();
+                held.take().into_iter().for_each(unlock);
+                parent.say(before);
+            }
+            ("wait", _) => {
+                let holder = lock("etcdctl");
+                let acquired = now();
+                unlock(holder);
+                parent.say(acquired);
+            }
+            _ => panic!("{line} is not what a peer is asked for"),
+        }
+    }
+}
+
 /// A child: takes the lock that etcd itself offers, as the bench asks for it.
 fn takes_own_lock(port: u16) {
     let mut gateway = Gateway::open(port);
@@ -243,6 +311,7 @@ fn main() {
     match process::part().as_deref() {
         None => lockkit_benches::run(&EXPERIMENTS, &FULL, &QUICK),
         Some([what, port]) if what == "own-lock" => takes_own_lock(port.parse().expect("a port")),
+        Some([what, port, version]) if what == "etcdctl" => takes_by_etcdctl(port.parse().expect("a port"), version),
         Some([engine, port]) => {
             let engine = [&REDIS, &POSTGRES, &ETCD].into_iter().find(|known| known.name == engine);
             waits_bare(engine.expect("an engine"), port.parse().expect("a port"));
@@ -472,9 +541,24 @@ fn waits_bare(engine: &Engine, port: u16) {
 
 fn hand_over(engine: &'static Engine, length: &Length) -> Vec<Row> {
     let Some(server) = Server::start(engine) else { return Vec::new() };
-    // Waiters of many ages; each sleeps by then, or asks as often as it does. None is older than 47 ms: etcd serves a
-    // waiter of its own lock ten times a second until it is up to date, and at once from then on.
-    let let_wait = |round: u32| thread::sleep(Duration::from_micros(10_000 + u64::from(round % 100) * 370));
+    let (blocks, count) = length.hand_overs;
+    // One after the other, as a lock that is wanted changes hands: who waits next begins when the last has it. Waiters of
+    // many ages; each sleeps by then, or asks as often as it does. None is older than 47 ms: etcd serves a waiter of its
+    // own lock ten times a second until it is up to date, and at once from then on.
+    let young = (0..blocks).map(|block| block * count..(block + 1) * count).collect();
+    let mut rows = handed_over(&server, "hand-over", Duration::from_millis(10), young);
+    let mut old = handed_over(&server, "hand-over to who has waited long", Duration::from_millis(400), {
+        (0..length.late_hand_overs).map(|round| round..round + 1).collect()
+    });
+    old.iter_mut().for_each(|row| row.bound = Bound::None);
+    rows.extend(old.into_iter().filter(|row| row.peer != PROTOTYPE));
+    rows
+}
+
+/// Rounds in blocks that take turns; each waiter waits for so long at least.
+fn handed_over(server: &Server, name: &str, age: Duration, rounds: Vec<Range<u32>>) -> Vec<Row> {
+    let engine = server.engine;
+    let let_wait = |round: u32| thread::sleep(age + Duration::from_micros(u64::from(round % 100) * 370));
     let between = |released: u64, acquired: u64| {
         Duration::from_nanos(acquired.checked_sub(released).expect("one at a time holds it"))
     };
@@ -510,10 +594,7 @@ fn hand_over(engine: &'static Engine, length: &Length) -> Vec<Row> {
     };
     let mut peers: Vec<_> = server.peers().into_iter().zip(server.peers()).collect();
     let (mut times, mut bares, mut others) = (Vec::new(), Vec::new(), vec![Vec::new(); peers.len()]);
-    let (blocks, count) = length.hand_overs;
-    for block in 0..blocks {
-        // One after the other, as a lock that is wanted changes hands: who waits next begins when the last has it.
-        let rounds = block * count..(block + 1) * count;
+    for rounds in rounds {
         times.extend(rounds.clone().map(&mut ours));
         bares.extend(rounds.clone().map(&mut bare));
         for (((_, holder), (_, waiter)), times) in peers.iter_mut().zip(&mut others) {
@@ -528,7 +609,7 @@ fn hand_over(engine: &'static Engine, length: &Length) -> Vec<Row> {
         (BARE, Value::Time(table::median(&mut bares)), Bound::None),
         (PROTOTYPE, Value::Time(engine.prototype.hand_over), Bound::Ratio(1.0)),
     ];
-    server.rows("hand-over", Value::Time(table::median(&mut times)), compared.into_iter().chain(theirs))
+    server.rows(name, Value::Time(table::median(&mut times)), compared.into_iter().chain(theirs))
 }
 
 fn thousand(length: &Length) -> Vec<Row> {

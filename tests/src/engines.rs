@@ -424,11 +424,12 @@ fn held(answer: &str) -> (u64, &str) {
 
 /// What comes of it in the end, where a connection may be cut once.
 fn again<T>(mut ask: impl FnMut() -> lockkit::Result<T>) -> T {
-    ask().or_else(|error| match error.kind() {
-        ErrorKind::Store { .. } => ask(),
-        _ => Err(error),
-    })
-    .expect("it is cut once")
+    ask()
+        .or_else(|error| match error.kind() {
+            ErrorKind::Store { .. } => ask(),
+            _ => Err(error),
+        })
+        .expect("it is cut once")
 }
 
 #[allow(missing_docs, clippy::missing_errors_doc)] // Their names are sentences; an error is why one is left out.

@@ -533,6 +533,31 @@ fn a_lease_outlives_the_restart_of_its_server() {
 }
 
 #[test]
+fn a_request_that_is_carried_out_once_more_after_others_had_the_lease_keeps_nobody_out() {
+    let server = server!();
+    let (proxy, direct) = (Proxy::to(server.port()), server.port());
+    let both = |name: &str| {
+        let hosts = format!("127.0.0.1:{},127.0.0.1:{direct}", proxy.port());
+        lease(format!("postgres://postgres@{hosts}/postgres?sslmode=disable&lease={name}"))
+    };
+    let others = lease(server.lease("late"));
+    // So that there is a connection by way of the proxy.
+    drop(both("early").lock_for(LIVELY).unwrap());
+    proxy.hold_at(b"late");
+    let first = both("late").lock_for(LIVELY).unwrap();
+    first.release().unwrap();
+    let second = others.lock_for(LIVELY).unwrap();
+    let token = second.token();
+    second.release().unwrap();
+    proxy.let_go();
+    until("it is carried out once more", || {
+        let told: u64 = server.sql("SELECT token FROM lockkit_leases WHERE name = 'late'").parse().unwrap();
+        told > token
+    });
+    drop(others.lock_for(LIVELY).unwrap());
+}
+
+#[test]
 fn a_connection_that_is_cut_in_the_middle_of_any_request_costs_nothing() {
     let server = server!();
     let proxy = Proxy::to(server.port());

@@ -56,6 +56,8 @@ struct State {
     left_to_heart: bool,
     /// The guard went when it was lost already, and has done what there was to do.
     is_given_up: bool,
+    /// When a request of the claim was sent that got no answer, before another one was granted.
+    unanswered: Option<Duration>,
 }
 
 /// An acquisition under way. Where it ends without a grant after a request that got no answer, its claim may have been
@@ -80,8 +82,7 @@ impl Asking {
 
     /// The name was granted to the claim by a request that was sent then.
     pub(super) fn granted(mut self, grant: Grant, sent: Duration) -> Arc<Held> {
-        self.unanswered = None;
-        Held::begin(self.lease.clone(), grant, self.heart, sent)
+        Held::begin(self.lease.clone(), grant, self.heart, sent, self.unanswered.take())
     }
 
     /// The name was granted to the claim by a request that was sent then, and could not be given back.
@@ -107,13 +108,19 @@ impl Drop for Asking {
 impl Held {
     /// What was granted by a request sent then. The first beat comes after half a heartbeat to a whole one, by chance,
     /// so that a thousand leases taken at once do not beat at once for ever.
-    pub(super) fn begin(lease: Arc<Inner>, grant: Grant, heart: &'static Heart, sent: Duration) -> Arc<Self> {
+    fn begin(
+        lease: Arc<Inner>,
+        grant: Grant,
+        heart: &'static Heart,
+        sent: Duration,
+        unanswered: Option<Duration>,
+    ) -> Arc<Self> {
         let options = &lease.options;
         let terms = options.terms();
         let half = terms.heartbeat / 2;
         let due = sent + half + half.mul_f64(grant.claim().number() as u16 as f64 / f64::from(u16::MAX));
         let tenure = Tenure::new(terms, sent, grant.ttl(), options.clock.now(), due);
-        let held = Self::new(lease, grant, heart, tenure, true);
+        let held = Self::new(lease, grant, heart, tenure, true, unanswered);
         heart.serve(held.clone(), due);
         held
     }
@@ -126,12 +133,19 @@ impl Held {
         let mut tenure = Tenure::new(options.terms(), sent, ttl, now, now);
         tenure.release();
         let grant = Grant::new(&lease.name, claim, 0, ttl);
-        let held = Self::new(lease, grant, heart, tenure, false);
+        let held = Self::new(lease, grant, heart, tenure, false, None);
         held.lock().left_to_heart = true;
         heart.serve(held, now);
     }
 
-    fn new(lease: Arc<Inner>, grant: Grant, heart: &'static Heart, tenure: Tenure, is_granted: bool) -> Arc<Self> {
+    fn new(
+        lease: Arc<Inner>,
+        grant: Grant,
+        heart: &'static Heart,
+        tenure: Tenure,
+        is_granted: bool,
+        unanswered: Option<Duration>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             lease,
             grant,
@@ -139,7 +153,7 @@ impl Held {
             heart,
             generation: fork::generation(),
             ended: CancelToken::new(),
-            state: Mutex::new(State { tenure, asking: false, left_to_heart: false, is_given_up: false }),
+            state: Mutex::new(State { tenure, asking: false, left_to_heart: false, is_given_up: false, unanswered }),
             answered: Condvar::new(),
         })
     }
@@ -219,13 +233,23 @@ impl Held {
         if self.is_inherited() {
             return Ok(());
         }
+        let ended = self.end();
+        // What got no answer may be carried out now that nobody has it any more, and when others have had it since.
+        let unanswered = self.lock().unanswered.take();
+        if let Some(sent) = unanswered.filter(|sent| self.now() < *sent + self.ttl()) {
+            Self::take_back(self.lease.clone(), self.grant.claim(), self.heart, sent);
+        }
+        ended
+    }
+
+    fn end(self: &Arc<Self>) -> Result<()> {
         let by = Deadline::after(self.longest_release());
         if let Err(reason) = self.check() {
             // A process that lives is not to keep others waiting for what it has lost.
             let has_run_out = matches!(reason, LossReason::Expired | LossReason::Store(_));
             if has_run_out && !mem::replace(&mut self.lock().is_given_up, true) {
-                let is_given_up = !self.is_store_busy()
-                    && protected(|| self.lease.store.give_up(&self.grant, by)).is_ok();
+                let is_given_up =
+                    !self.is_store_busy() && protected(|| self.lease.store.give_up(&self.grant, by)).is_ok();
                 if !is_given_up {
                     self.leave_to_heart();
                 }

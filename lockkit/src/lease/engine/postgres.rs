@@ -124,7 +124,7 @@ impl LeaseStore for Postgres {
                     None => grant,
                 }));
             }
-            Err(StoreError::refused("others took it too fast to see, or the claim was released already"))
+            Err(StoreError::refused("others took it too fast to see, or the claim has ended already"))
         })
     }
 

@@ -238,7 +238,7 @@ impl LeaseStore for RedisStore {
                     }))
                 }
                 ["busy", ref holder @ ..] => seen(holder).map(Attempt::Busy).ok_or_else(|| self.garbled()),
-                ["over"] => Err(StoreError::refused("the claim was released already")),
+                ["over"] => Err(StoreError::refused("the claim has ended already")),
                 _ => Err(self.garbled()),
             }
         })

@@ -21,9 +21,9 @@ use std::time::Duration;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use parking_lot::Mutex;
+use rustls::client::Resumption;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::client::Resumption;
 use rustls::{AlertDescription, ClientConfig, RootCertStore};
 use serde_json::{Value, json};
 

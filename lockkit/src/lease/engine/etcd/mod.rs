@@ -486,15 +486,15 @@ impl Own {
         Ok((!held.is_null()).then(|| seen(held, answer.read(1))))
     }
 
-    /// The session for leases of this ttl, kept not long ago, or by a request of which the next will show whether it
-    /// counts.
+    /// The session for leases of this ttl, of which enough is left, or which is kept by a request of which the next will
+    /// show whether it counts.
     fn session(&self, ttl: Duration, by: Deadline) -> Result<(Arc<Session>, Option<Kept>)> {
         let seconds = ttl.as_secs() + u64::from(ttl.subsec_nanos() > 0);
         let place = self.sessions.lock().entry(seconds).or_default().clone();
         let place = place.try_lock_until(by.moment());
         let mut place = place.ok_or_else(|| StoreError::refused("a session is being made, and it takes long"))?;
         if let Some(session) = &*place {
-            if session.is_fresh(now()) {
+            if session.can_begin(now()) {
                 return Ok((session.clone(), None));
             }
             if let Some(kept) = self.keep(session, by)? {

@@ -127,6 +127,12 @@ impl Session {
         }
     }
 
+    /// Whether so much of it is left that a lease can begin: it is kept at its first beat, which comes before a third more
+    /// is over. To keep it first would make whoever has waited wait for one more request.
+    pub(super) fn can_begin(&self, now: Duration) -> bool {
+        now.saturating_sub(self.state.lock().kept) < self.ttl / 4
+    }
+
     /// Whether it was kept not long before `now`.
     pub(super) fn is_fresh(&self, now: Duration) -> bool {
         self.is_recent(self.state.lock().kept, now)
@@ -250,12 +256,7 @@ impl Session {
     /// The names were looked at by a request that was sent then, and found to be of these tokens, or not. The answer
     /// came just `now`: nobody looks again for as long as that took, so that on a slow server the beats of many leases
     /// do not wait for one look after the other.
-    pub(super) fn looked_at(
-        &self,
-        found: impl Iterator<Item = (LeaseName, u64, bool)>,
-        sent: Duration,
-        now: Duration,
-    ) {
+    pub(super) fn looked_at(&self, found: impl Iterator<Item = (LeaseName, u64, bool)>, sent: Duration, now: Duration) {
         let mut state = self.state.lock();
         state.rests_until = now + now.saturating_sub(sent);
         for (name, token, is_in_place) in found {

@@ -84,7 +84,7 @@ macro_rules! durably {
 /// The name, the claim, the ttl in microseconds, the owner, and the claim and the token of a holder that is dead. A row
 /// where it is granted: the token, and who died. None where somebody else has it.
 ///
-/// A request that was overtaken by the release of its own grant gets none. Whoever waits for a holder that is taken over
+/// A request that was overtaken by the end of its own grant gets none. Whoever waits for a holder that is taken over
 /// goes on waiting for the next, so the mark stays.
 ///
 /// It looks first, because what INSERT does about a row that is there locks it even where it then changes nothing, and
@@ -106,7 +106,7 @@ pub(super) const ACQUIRE: Sql = Sql {
          waited = l.waited AND l.state = 'held' \
          WHERE (l.state <> 'held' OR l.until <= clock_timestamp() OR l.claim = excluded.claim \
          OR (l.claim = $5 AND l.token = $6)) \
-         AND NOT (l.state = 'released' AND l.claim = excluded.claim) RETURNING token, died, ",
+         AND NOT (l.state <> 'held' AND l.claim = excluded.claim) RETURNING token, died, ",
         durably!()
     ),
     types: &[Type::TEXT, Type::TEXT, Type::FLOAT8, Type::TEXT, Type::TEXT, Type::INT8],
