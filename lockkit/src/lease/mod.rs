@@ -519,10 +519,10 @@ impl fmt::Debug for Lease {
 /// the ttl or 250 ms. A file on a mount that hangs knows no such limit; but where a request is seen to hang already, the
 /// heartbeat is left to release.
 ///
-/// A guard is held until its lease is lost, and a lost lease stays lost; when its guard goes the file is given free, as far
-/// as that can be done at once, so that nobody waits any longer, and the next owner is told that it was not released. A forked child's copy of a guard
-/// is not held, and dropping it does nothing. A guard that is leaked (`mem::forget`) goes on being renewed until the
-/// process ends.
+/// A guard is held until its lease is lost, and a lost lease stays lost; when its guard goes the name is given free, as far
+/// as that can be done at once, so that nobody waits any longer, and the next owner is told that it was not released. A
+/// forked child's copy of a guard is not held, and dropping it does nothing. A guard that is leaked (`mem::forget`) goes on
+/// being renewed until the process ends.
 ///
 /// All methods may be called from any thread. None but dropping and releasing touches the store.
 ///
