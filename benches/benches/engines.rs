@@ -221,13 +221,15 @@ fn takes_by_etcdctl(port: u16, version: &str) {
     /// It starts a program for each, so it does only a part of them.
     const PART: u32 = 20;
     let lock = |name: &str| {
-        let mut command = Command::new("etcdctl");
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "--", "etcdctl"]);
         command.args(["--endpoints", &format!("127.0.0.1:{port}"), "lock", name]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
         let mut holder = command.spawn().expect("it is installed");
         let mut key = String::new();
         let said = holder.stdout.as_mut().expect("it is piped");
         BufReader::new(said).read_line(&mut key).expect("it says what it holds");
+        assert!(!key.is_empty(), "it says what it holds");
         holder
     };
     let unlock = |mut holder: Child| {

@@ -122,7 +122,16 @@ fn a_table_of_a_user_who_need_not_be_trusted_is_refused() {
         "CREATE FUNCTION trap() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'; \
          CREATE TRIGGER trap BEFORE UPDATE ON lockkit_leases FOR EACH ROW EXECUTE PROCEDURE trap()",
     );
-    assert!(refusal(&lease(server.lease_of("app", "connect_timeout=9", "x"))).contains("it is no plain table"));
+    assert!(refusal(&lease(server.lease_of("app", "connect_timeout=9", "x"))).contains("it has a trigger or a rule"));
+    server.sql("DROP TRIGGER trap ON lockkit_leases");
+    drop(lease(server.lease_of("app", "connect_timeout=9", "x")).try_lock().unwrap());
+    // An operator that fits better than the system's would be called instead.
+    server.sql(
+        "CREATE FUNCTION public.spring(oid, regclass) RETURNS boolean LANGUAGE plpgsql AS \
+         'BEGIN RAISE EXCEPTION ''sprung''; END'; \
+         CREATE OPERATOR public.= (LEFTARG = oid, RIGHTARG = regclass, PROCEDURE = public.spring)",
+    );
+    drop(lease(server.lease_of("app", "connect_timeout=7", "x")).try_lock().unwrap());
 }
 
 #[test]

@@ -107,9 +107,14 @@ fn a_server_without_room_for_a_client_says_so_and_is_asked_again() {
         return left_out("this version knows no rules for users");
     }
     assert_eq!(server.tell("CONFIG SET maxclients 1"), "+OK");
-    let mut other = TcpStream::connect(("127.0.0.1", server.port())).unwrap();
-    other.write_all(b"PING\r\n").unwrap();
-    other.read_exact(&mut [0; 7]).unwrap();
+    let mut other = None;
+    until("the only one is another", || {
+        let mut connection = TcpStream::connect(("127.0.0.1", server.port())).unwrap();
+        let mut answer = [0; 7];
+        let asked = connection.write_all(b"PING\r\n").and_then(|()| connection.read_exact(&mut answer));
+        other = Some(connection);
+        asked.is_ok() && answer == *b"+PONG\r\n"
+    });
     let lease = lease(&format!("redis://leases:secret@127.0.0.1:{}/own", server.port()));
     let error = lease.try_lock().unwrap_err();
     let is_refused = matches!(error.kind(), ErrorKind::Store { source: StoreError::Refused(_), .. });

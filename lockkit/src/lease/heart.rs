@@ -244,6 +244,11 @@ impl Heart {
         }
     }
 
+    /// No lease that is served has a shorter ttl.
+    pub(super) fn shortest(&self) -> Option<Duration> {
+        self.lock().shortest
+    }
+
     /// Whether a request hangs there that has taken longer than it may.
     pub(super) fn is_stuck(&self, place: Place) -> bool {
         let now = Instant::now();
@@ -435,7 +440,7 @@ impl Queue {
     }
 }
 
-/// How long a place rests after a request that took so long, where one may take `longest`.
+/// How long a place rests after a request that took so long, and at most.
 fn rest_after(took: Duration, longest: Duration) -> Option<Duration> {
     (took > SLOW).then(|| took.min(longest))
 }

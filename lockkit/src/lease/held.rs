@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use super::clock::Clock;
 use super::heart::{Heart, Place};
-use super::store::{Attempt, ClaimId, Deadline, Grant, Released, Renewal, StoreError};
+use super::store::{Attempt, ClaimId, Deadline, Grant, Released, Renewal, Seen, StoreError};
 use super::tenure::{LossReason, Next, Tenure};
 use super::{Inner, Loss};
 #[cfg(feature = "tokio")]
@@ -27,7 +27,8 @@ use crate::wait::{CancelToken, Patience, Subject, Wait};
 const LONGEST_RELEASE: Duration = Duration::from_millis(250);
 
 /// The longest that a request of the heartbeat may take, besides a quarter of the ttl. It may have to connect anew first,
-/// to a server that is far away.
+/// to a server that is far away. It is less, but no less than a release may take, where another lease has a short ttl, whose
+/// beats may have to wait for it.
 const LONGEST_BEAT: Duration = Duration::from_secs(2);
 
 /// What a request is given at least, also a release that had to wait long for a renewal.
@@ -87,7 +88,7 @@ impl Asking {
 
     /// The name was granted to the claim by a request that was sent then, and could not be given back.
     pub(super) fn abandon_claim(&mut self, sent: Duration) {
-        Held::take_back(self.lease.clone(), &self.claim, self.heart, sent);
+        Held::take_back(self.lease.clone(), &self.claim, 0, self.heart, sent);
         self.renew_claim();
     }
 
@@ -100,14 +101,14 @@ impl Asking {
 impl Drop for Asking {
     fn drop(&mut self) {
         if let Some(sent) = self.unanswered {
-            Held::take_back(self.lease.clone(), &self.claim, self.heart, sent);
+            Held::take_back(self.lease.clone(), &self.claim, 0, self.heart, sent);
         }
     }
 }
 
 impl Held {
     /// What was granted by a request sent then. The first beat comes after half a heartbeat to a whole one, by chance,
-    /// so that a thousand leases taken at once do not beat at once for ever.
+    /// so that a thousand leases taken at once do not beat at once for ever; sooner by what is missing of a ttl.
     fn begin(
         lease: Arc<Inner>,
         grant: Grant,
@@ -118,21 +119,24 @@ impl Held {
         let options = &lease.options;
         let terms = options.terms();
         let half = terms.heartbeat / 2;
+        let missing = options.ttl.saturating_sub(grant.ttl());
         let due = sent + half + half.mul_f64(grant.claim().number() as u16 as f64 / f64::from(u16::MAX));
+        let due = due.saturating_sub(missing);
         let tenure = Tenure::new(terms, sent, grant.ttl(), options.clock.now(), due);
         let held = Self::new(lease, grant, heart, tenure, true, unanswered);
         heart.serve(held.clone(), due);
         held
     }
 
-    /// Has the heartbeat free what the claim may be given by a request that was sent then and got no answer. It looks at
-    /// once and again and again until what was granted would have run out, for such a request may be carried out late.
-    fn take_back(lease: Arc<Inner>, claim: &ClaimId, heart: &'static Heart, sent: Duration) {
+    /// Has the heartbeat free what the claim may be given by a request that was sent then and got no answer, under any
+    /// token but the one that is known. It looks at once and again and again until what was granted would have run out,
+    /// for such a request may be carried out late.
+    fn take_back(lease: Arc<Inner>, claim: &ClaimId, known: u64, heart: &'static Heart, sent: Duration) {
         let options = &lease.options;
         let (now, ttl) = (options.clock.now(), options.ttl);
         let mut tenure = Tenure::new(options.terms(), sent, ttl, now, now);
         tenure.release();
-        let grant = Grant::new(&lease.name, claim, 0, ttl);
+        let grant = Grant::new(&lease.name, claim, known, ttl);
         let held = Self::new(lease, grant, heart, tenure, false, None);
         held.lock().left_to_heart = true;
         heart.serve(held, now);
@@ -237,7 +241,7 @@ impl Held {
         // What got no answer may be carried out now that nobody has it any more, and when others have had it since.
         let unanswered = self.lock().unanswered.take();
         if let Some(sent) = unanswered.filter(|sent| self.now() < *sent + self.ttl()) {
-            Self::take_back(self.lease.clone(), self.grant.claim(), self.heart, sent);
+            Self::take_back(self.lease.clone(), self.grant.claim(), self.token(), self.heart, sent);
         }
         ended
     }
@@ -307,21 +311,22 @@ impl Held {
             true => self.lease.store.release(&self.grant, by),
             // A renewal that came too late may have made it good again for a store that finds out itself, too.
             false => match self.lease.store.give_up(&self.grant, by) {
-                Ok(Released::NotMine) if self.is_seen(by)? => self.lease.store.release(&self.grant, by),
+                Ok(Released::NotMine) if self.seen(by)?.is_some() => self.lease.store.release(&self.grant, by),
                 told => told,
             },
         })
     }
 
-    /// Whether the store names the claim as the holder.
-    fn is_seen(&self, by: Deadline) -> Result<bool, StoreError> {
+    /// The claim as the holder, if the store names it so.
+    fn seen(&self, by: Deadline) -> Result<Option<Seen>, StoreError> {
         let seen = self.lease.store.look(self.grant.name(), by)?;
-        Ok(seen.is_some_and(|seen| seen.claim() == Some(*self.grant.claim())))
+        Ok(seen.filter(|seen| seen.claim() == Some(*self.grant.claim())))
     }
 
     /// Frees what the claim was given, and is never done: the request that asked for it may yet be carried out.
     fn find_and_free(&self, by: Deadline) -> Result<Released, StoreError> {
-        if self.is_seen(by)? {
+        // What is under the token that is known is given back by who knows how it ended.
+        if self.seen(by)?.is_some_and(|seen| seen.token() != Some(self.token())) {
             let (store, name, claim) = (&self.lease.store, self.grant.name(), self.grant.claim());
             // The same claim again is the same grant, which knows whether it was taken over from somebody who died.
             if let Attempt::Granted(grant) = store.try_acquire(name, claim, self.grant.ttl(), by)? {
@@ -405,7 +410,8 @@ impl Held {
 
     /// By when a request must have ended that the heartbeat makes now.
     fn request(&self) -> Deadline {
-        Deadline::after((self.ttl() / 4).min(LONGEST_BEAT))
+        let shortest = self.heart.shortest().map_or(LONGEST_BEAT, |shortest| (shortest / 4).max(LONGEST_RELEASE));
+        Deadline::after((self.ttl() / 4).min(LONGEST_BEAT).min(shortest))
     }
 
     /// How long whoever releases waits for the store.

@@ -515,8 +515,7 @@ impl fmt::Debug for Lease {
     }
 }
 
-/// A held [`Lease`]; dropping it releases, and waits for that as long as a request to the store may take: a quarter of
-/// the ttl or 250 ms. A file on a mount that hangs knows no such limit; but where a request is seen to hang already, the
+/// A held [`Lease`]; dropping it releases, and waits for that for a quarter of the ttl or 250 ms at most. A file on a mount that hangs knows no such limit; but where a request is seen to hang already, the
 /// heartbeat is left to release.
 ///
 /// A guard is held until its lease is lost, and a lost lease stays lost; when its guard goes the name is given free, as far
@@ -596,13 +595,14 @@ impl LeaseGuard {
     ///
     /// # Errors
     /// [`LeaseLost`](ErrorKind::LeaseLost) when it had been lost before; [`Io`](ErrorKind::Io) or
-    /// [`Store`](ErrorKind::Store) when the store could not be told: the lease then runs out by itself.
+    /// [`Store`](ErrorKind::Store) when the store could not be told: the heartbeat then tries on, until the lease has run
+    /// out by itself.
     pub fn release(self) -> Result<()> {
         self.held.release()
     }
 
     /// As [`release`](Self::release), without blocking the thread: dropping the guard in a task blocks it for as long
-    /// as the store takes, a quarter of the ttl or 250 ms at most, and so does a renewal under way. It is done on a
+    /// as the store takes, a quarter of the ttl or 250 ms at most, also when a renewal is under way. It is done on a
     /// thread of its own, and also when the future is dropped after its first poll.
     ///
     /// ```

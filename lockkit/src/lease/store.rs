@@ -589,8 +589,9 @@ pub enum Released {
 pub enum StoreError {
     /// It took no effect; the same may work later.
     Refused(Cause),
-    /// It may have taken effect: no answer came, or it broke off. Where an acquisition ends so, the heartbeat
-    /// [looks](LeaseStore::look) for its claim from then on, for a ttl, and gives back what that was given.
+    /// It may have taken effect: no answer came, or it broke off. Where an acquisition ends so, or a later attempt of it
+    /// has been granted and released since, the heartbeat [looks](LeaseStore::look) for its claim from then on, until a ttl
+    /// after the request, and gives back what that was given.
     Unknown(Cause),
     /// It took no effect, and never will: the request, the name or the store's place is not right. A lockkit
     /// [`Error`](crate::Error) as cause is what acquiring then fails with.

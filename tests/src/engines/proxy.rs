@@ -109,6 +109,11 @@ impl Proxy {
         *self.state.hold_at.lock().expect("nobody panics with it") = Some(bytes.to_vec());
     }
 
+    /// Whether it is holding something, or would.
+    pub fn is_holding(&self) -> bool {
+        self.state.holds.load(Ordering::SeqCst)
+    }
+
     /// From now on everything takes so long to be passed on, either way, as over a long distance.
     pub fn slow_down(&self, delay: Duration) {
         self.state.delay.store(delay.as_micros() as u64, Ordering::SeqCst);

@@ -211,7 +211,7 @@ pub(in crate::lease) struct Bell {
 impl Bell {
     /// Sleeps until it rings, `by` has come, `stop` is cancelled, or `owner`, whom the caller waits for, is dead.
     pub(in crate::lease) fn wait(&self, owner: Option<&Owner>, by: Deadline, stop: &CancelToken) -> Result<()> {
-        let can_be_seen = owner.is_some_and(|owner| owner.liveness() != Liveness::Unknown);
+        let can_be_seen = owner.is_some_and(|owner| owner.is_of_this_boot() && owner.liveness() != Liveness::Unknown);
         loop {
             let until = if can_be_seen { by.min(Deadline::after(LOOK)) } else { by };
             match self.sleep(until.moment(), stop)? {

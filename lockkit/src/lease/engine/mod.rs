@@ -6,8 +6,8 @@
 //!   closed, with all that are idle, because a server that was restarted has forgotten them as well.
 //! - **Waiters** ([`bells`]): one thread listens to the server for all of them, and rings whom a change concerns.
 //! - **A forked child** ([`OfProcess`]) connects anew, and leaves its parent's connections alone.
-//! - **The dead** ([`attempt`]): a holder of this host that is dead by its identity is taken over at once, as it is on a
-//!   file; all others run out by the server's rule.
+//! - **The dead** ([`attempt`]): a holder of this boot of this host that is dead by its identity is taken over at once; all
+//!   others run out by the server's rule.
 
 mod bells;
 #[cfg(feature = "etcd")]

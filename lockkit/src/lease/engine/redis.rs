@@ -142,7 +142,7 @@ impl RedisStore {
                             ask(connection, &call("EVAL", script.code))
                         }
                         // It was the primary. By now its name may lead to the one that is.
-                        Err(error) if error.code() == Some("READONLY") => Err(server.refused(&error)),
+                        Err(error) if is_of_replica(&error) => Err(server.refused(&error)),
                         answer => Ok(answer),
                     }
                 },
@@ -464,9 +464,10 @@ impl Server {
         if CryptoProvider::get_default().is_none() {
             let _ = rustls::crypto::ring::default_provider().install_default();
         }
-        // Read anew for each connection, because certificates are replaced while programs run.
+        // Read anew for each connection, because certificates are replaced while programs run. At that moment they may
+        // be missing, or halves.
         let read = |path: &PathBuf| {
-            fs::read(path).map_err(|error| StoreError::misuse(Error::io("read the certificate or key", path, error)))
+            fs::read(path).map_err(|error| StoreError::refused(Error::io("read the certificate or key", path, error)))
         };
         let client_tls = match &self.certificate {
             Some([certificate, key]) => {
@@ -475,8 +476,9 @@ impl Server {
             None => None,
         };
         let root_cert = self.ca.as_ref().map(read).transpose()?;
-        Client::build_with_tls(self.address.clone(), TlsCertificates { client_tls, root_cert })
-            .map_err(|error| self.misuse("cannot be reached with these certificates", &error))
+        Client::build_with_tls(self.address.clone(), TlsCertificates { client_tls, root_cert }).map_err(|error| {
+            StoreError::refused(format!("{} cannot be reached with these certificates: {}", self.place, said(&error)))
+        })
     }
 
     fn check_version(&self, told: &str) -> Result<()> {
@@ -531,6 +533,7 @@ impl Server {
     fn refused(&self, error: &RedisError) -> StoreError {
         let place = &self.place;
         let problem = match error.code().unwrap_or_default() {
+            _ if is_of_replica(error) => "is a replica, and the lease is with its primary",
             "NOAUTH" => return self.misuse("asks for a password, as in redis://:password@host", error),
             "NOPERM" => {
                 let what = "does not allow this user what leases need: +@hash +@scripting +@pubsub +time ~lockkit:* \
@@ -541,7 +544,6 @@ impl Server {
             "MOVED" | "ASK" | "CROSSSLOT" => {
                 return self.misuse("is one of a cluster, and has the lease elsewhere", error);
             }
-            "READONLY" => "is a replica, and the lease is with its primary",
             "LOADING" => "is reading what it has kept, and soon ready",
             "OOM" => "has no memory left",
             "BUSY" => "is busy with a script",
@@ -575,6 +577,12 @@ fn ask(connection: &mut Connection, command: &Cmd, by: Deadline) -> Result<Resul
         Err(error) if !matches!(error.kind(), Kind::Server(_) | Kind::Extension) => Err(error),
         answer => Ok(answer),
     }
+}
+
+/// Whether only a primary may do what was asked. Before Redis 7 the word for that stands within the words of the script's
+/// failure.
+fn is_of_replica(error: &RedisError) -> bool {
+    said(error).contains("READONLY")
 }
 
 /// What the server said.

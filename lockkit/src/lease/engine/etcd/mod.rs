@@ -7,8 +7,8 @@
 //!   `held` when the holder before did not release, which the next one is told. Where that one never knew that it had it,
 //!   it says who died before instead.
 //!
-//! Every step is one transaction. It compares the revision of `held/NAME`, which is zero where there is none, and the
-//! claim in it, and then changes both keys or none. A token is the revision of the transaction that granted, so
+//! Every step is one transaction. It compares the revision of `held/NAME`, which is zero where there is none and which only
+//! an acquisition changes, and then changes both keys or none. A token is the revision of the transaction that granted, so
 //! tokens grow as long as the cluster's data is not taken back to an earlier backup.
 //!
 //! Every request can be repeated: a grant is found again by its claim, a release and an eviction by what the record

@@ -337,6 +337,7 @@ mod tests {
         let later = S * 100 + LONGEST_KNOWN;
         let soon = later - Duration::from_nanos(1);
         assert!(session.covers(&one, soon) && !session.covers(&one, later));
+        assert!(session.can_begin(S * 101) && !session.can_begin(S * 102), "it has three quarters left, or not");
         assert!(!session.covers(&grant("one", 3), soon), "it is another's");
         session.keep(later);
         assert!(!session.covers(&one, later), "kept, but not found");

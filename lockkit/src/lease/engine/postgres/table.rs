@@ -52,14 +52,17 @@ const HELLO: Sql = Sql {
     text: "SELECT pg_backend_pid(), current_setting('server_version_num')::int, current_setting('server_version'), \
          current_setting('transaction_read_only') = 'on', \
          (SELECT string_agg(attname::text || ' ' || format_type(atttypid, atttypmod), ', ' ORDER BY attnum) \
-         FROM pg_attribute WHERE attrelid = to_regclass('lockkit_leases') AND attnum > 0 AND NOT attisdropped), \
-         (SELECT CASE WHEN relkind <> 'r' OR relhastriggers OR relhasrules THEN 'it is no plain table' \
+         FROM pg_attribute WHERE attrelid = pg_catalog.to_regclass('lockkit_leases')::oid AND attnum > 0 \
+         AND NOT attisdropped), \
+         (SELECT CASE WHEN relkind <> 'r' THEN 'it is no plain table' \
+         WHEN EXISTS (SELECT FROM pg_trigger WHERE tgrelid = pg_class.oid AND NOT tgisinternal) \
+         OR EXISTS (SELECT FROM pg_rewrite WHERE ev_class = pg_class.oid) THEN 'it has a trigger or a rule' \
          WHEN NOT (owner.rolsuper OR owner.rolname = current_user OR relowner = nspowner OR relowner = datdba \
          OR (NOT me.rolsuper AND pg_has_role(relowner, 'MEMBER'))) \
          THEN 'it is of the user ' || quote_ident(owner.rolname::text) END \
          FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace JOIN pg_roles owner ON owner.oid = relowner \
          JOIN pg_database ON datname = current_database() JOIN pg_roles me ON me.rolname = current_user \
-         WHERE pg_class.oid = to_regclass('lockkit_leases'))",
+         WHERE pg_class.oid = pg_catalog.to_regclass('lockkit_leases')::oid)",
     types: &[],
 };
 
@@ -106,7 +109,7 @@ pub(super) const ACQUIRE: Sql = Sql {
          waited = l.waited AND l.state = 'held' \
          WHERE (l.state <> 'held' OR l.until <= clock_timestamp() OR l.claim = excluded.claim \
          OR (l.claim = $5 AND l.token = $6)) \
-         AND NOT (l.state <> 'held' AND l.claim = excluded.claim) RETURNING token, died, ",
+         AND NOT (l.state IN ('released', 'lost') AND l.claim = excluded.claim) RETURNING token, died, ",
         durably!()
     ),
     types: &[Type::TEXT, Type::TEXT, Type::FLOAT8, Type::TEXT, Type::TEXT, Type::INT8],

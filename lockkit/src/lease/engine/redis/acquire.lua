@@ -1,10 +1,10 @@
 -- claim, ttl, owner, and the claim and token of the holder that counts as run out
-if claim == ARGV[1] and state ~= 'held' then
+if claim == ARGV[1] and (state == 'released' or state == 'lost') then
     -- A request that was overtaken by the end of its own grant.
     return {'over'}
 end
 local before = record[6] or ''
-if claim ~= ARGV[1] then
+if claim ~= ARGV[1] or state ~= 'held' then
     if is_held and not (claim == ARGV[4] and token == ARGV[5]) then
         return {'busy', token, claim, whole(left), owner}
     end
