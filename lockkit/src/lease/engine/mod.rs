@@ -116,8 +116,10 @@ impl<C> Pool<C> {
             Ok(answer)
         });
         match asked {
-            // The first one may have been carried out.
-            Err(StoreError::Refused(cause)) if is_unknown => Err(StoreError::Unknown(cause)),
+            // The first one may have been carried out, and what is wrong for good the next one will say again.
+            Err(StoreError::Refused(cause) | StoreError::Misuse(cause)) if is_unknown => {
+                Err(StoreError::Unknown(cause))
+            }
             asked => asked,
         }
     }
@@ -302,9 +304,12 @@ mod tests {
         assert!(pool.ask(connect, |_| Err::<(), _>(StoreError::refused("down"))).is_err());
         assert_eq!(made.get(), 3, "once more, and no more than that");
         pool.ask(connect, |_| Ok(())).unwrap();
-        let down = || Err(StoreError::refused("down"));
-        let answer = pool.ask(down, |_| Err::<(), _>(StoreError::unknown("cut")));
-        assert!(matches!(answer, Err(StoreError::Unknown(_))), "the first one may have been carried out");
+        for is_misuse in [false, true] {
+            pool.ask(connect, |_| Ok(())).unwrap();
+            let down = || Err(if is_misuse { StoreError::misuse("never") } else { StoreError::refused("down") });
+            let answer = pool.ask(down, |_| Err::<(), _>(StoreError::unknown("cut")));
+            assert!(matches!(answer, Err(StoreError::Unknown(_))), "the first one may have been carried out");
+        }
     }
 
     #[test]
