@@ -90,6 +90,8 @@ struct Queue {
     rests: Vec<Rest>,
     /// No lease that is served has a shorter ttl.
     shortest: Option<Duration>,
+    /// The same for each place.
+    shortest_at: Vec<(Place, Duration)>,
     /// None beats more often.
     soonest: Option<Duration>,
     rings: Vec<Ring>,
@@ -200,7 +202,12 @@ impl Heart {
 
     /// Beats for `held` from `due` on until it ends.
     pub(super) fn serve(&self, held: Arc<Held>, due: Duration) {
+        let place = held.place();
         let mut queue = self.lock();
+        match queue.shortest_at.iter_mut().find(|(at, _)| *at == place) {
+            Some((_, shortest)) => *shortest = held.ttl().min(*shortest),
+            None => queue.shortest_at.push((place, held.ttl())),
+        }
         queue.shortest = Some(queue.shortest.map_or(held.ttl(), |shortest| shortest.min(held.ttl())));
         let slack_before = slack(queue.soonest);
         queue.soonest = Some(queue.soonest.map_or(held.heartbeat(), |soonest| soonest.min(held.heartbeat())));
@@ -244,9 +251,9 @@ impl Heart {
         }
     }
 
-    /// No lease that is served has a shorter ttl.
-    pub(super) fn shortest(&self) -> Option<Duration> {
-        self.lock().shortest
+    /// No lease there that is served has a shorter ttl.
+    pub(super) fn shortest_at(&self, place: Place) -> Option<Duration> {
+        self.lock().shortest_at.iter().find(|(at, _)| *at == place).map(|(_, shortest)| *shortest)
     }
 
     /// Whether a request hangs there that has taken longer than it may.
@@ -289,6 +296,7 @@ impl Heart {
             if queue.request.is_none() && queue.rings.iter().all(|ring| ring.beats.is_empty()) {
                 queue.deputy_idles = true;
                 (queue.shortest, queue.soonest) = (None, None);
+                queue.shortest_at.clear();
                 queue = self.served.wait(queue).unwrap_or_else(PoisonError::into_inner);
                 continue;
             }

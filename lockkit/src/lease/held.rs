@@ -27,8 +27,8 @@ use crate::wait::{CancelToken, Patience, Subject, Wait};
 const LONGEST_RELEASE: Duration = Duration::from_millis(250);
 
 /// The longest that a request of the heartbeat may take, besides a quarter of the ttl. It may have to connect anew first,
-/// to a server that is far away. It is less, but no less than a release may take, where another lease has a short ttl, whose
-/// beats may have to wait for it.
+/// to a server that is far away. It is less, but no less than a release may take, where another lease at the same place has
+/// a short ttl, for its beats may have to wait for it.
 const LONGEST_BEAT: Duration = Duration::from_secs(2);
 
 /// What a request is given at least, also a release that had to wait long for a renewal.
@@ -129,7 +129,7 @@ impl Held {
     }
 
     /// Has the heartbeat free what the claim may be given by a request that was sent then and got no answer, under any
-    /// token but the one that is known. It looks at once and again and again until what was granted would have run out,
+    /// token but the one that is known, if it is not 0. It looks at once and again and again until what was granted would have run out,
     /// for such a request may be carried out late.
     fn take_back(lease: Arc<Inner>, claim: &ClaimId, known: u64, heart: &'static Heart, sent: Duration) {
         let options = &lease.options;
@@ -326,7 +326,11 @@ impl Held {
     /// Frees what the claim was given, and is never done: the request that asked for it may yet be carried out.
     fn find_and_free(&self, by: Deadline) -> Result<Released, StoreError> {
         // What is under the token that is known is given back by who knows how it ended.
-        if self.seen(by)?.is_some_and(|seen| seen.token() != Some(self.token())) {
+        let is_to_free = |seen: Seen| match self.token() {
+            0 => true,
+            known => seen.token().is_some_and(|token| token != known),
+        };
+        if self.seen(by)?.is_some_and(is_to_free) {
             let (store, name, claim) = (&self.lease.store, self.grant.name(), self.grant.claim());
             // The same claim again is the same grant, which knows whether it was taken over from somebody who died.
             if let Attempt::Granted(grant) = store.try_acquire(name, claim, self.grant.ttl(), by)? {
@@ -410,8 +414,8 @@ impl Held {
 
     /// By when a request must have ended that the heartbeat makes now.
     fn request(&self) -> Deadline {
-        let shortest = self.heart.shortest().map_or(LONGEST_BEAT, |shortest| (shortest / 4).max(LONGEST_RELEASE));
-        Deadline::after((self.ttl() / 4).min(LONGEST_BEAT).min(shortest))
+        let shortest = self.heart.shortest_at(self.place()).unwrap_or(self.ttl());
+        Deadline::after((self.ttl() / 4).min(LONGEST_BEAT).min((shortest / 4).max(LONGEST_RELEASE)))
     }
 
     /// How long whoever releases waits for the store.

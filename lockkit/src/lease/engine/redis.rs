@@ -15,6 +15,7 @@
 //! - **Waiters** leave a mark in the record. A release that finds it publishes to the channel `lockkit:{name}`; one
 //!   connection of the process listens to all of these.
 
+use std::cell::Cell;
 use std::collections::hash_map::DefaultHasher;
 use std::error::Error as _;
 use std::fs;
@@ -111,60 +112,57 @@ impl RedisStore {
 
     /// Runs a script on the record of `name`, and returns the words of its answer.
     fn run(&self, script: &Script, name: &LeaseName, arguments: &[&str], by: Deadline) -> Result<Vec<String>> {
-        self.run_counted(script, name, arguments, by).map(|(words, _)| words)
+        self.run_in_doubt(script, name, arguments, by).map(|(words, _)| words)
     }
 
-    /// As [`run`](Self::run), and says how often the server was asked. Every script may run more than once.
-    fn run_counted(
+    /// As [`run`](Self::run), and says whether it had been asked before without an answer. Every script may run more than
+    /// once.
+    fn run_in_doubt(
         &self,
         script: &Script,
         name: &LeaseName,
         arguments: &[&str],
         by: Deadline,
-    ) -> Result<(Vec<String>, u32)> {
+    ) -> Result<(Vec<String>, bool)> {
         let call = |command: &str, script: &str| {
             let mut call = redis::cmd(command);
             call.arg(script).arg(1).arg(key(name)).arg(arguments);
             call
         };
         let server = &self.server;
+        let is_in_doubt = Cell::new(false);
         let ask = |connection: &mut Connection, command: &Cmd| {
-            ask(connection, command, by).map_err(|error| server.unknown(&error))
+            ask(connection, command, by).map_err(|error| {
+                is_in_doubt.set(true);
+                server.unknown(&error)
+            })
         };
-        let mut count = 0;
-        let mut run = || {
+        let run = || {
             self.own().pool.ask(
                 || server.connect(by),
-                |connection| {
-                    count += 1;
-                    match ask(connection, &call("EVALSHA", &script.hash))? {
-                        Err(error) if error.kind() == Kind::Server(ServerErrorKind::NoScript) => {
-                            ask(connection, &call("EVAL", script.code))
-                        }
-                        // It was the primary. By now its name may lead to the one that is.
-                        Err(error) if is_of_replica(&error) => Err(server.refused(&error)),
-                        answer => Ok(answer),
+                |connection| match ask(connection, &call("EVALSHA", &script.hash))? {
+                    Err(error) if error.kind() == Kind::Server(ServerErrorKind::NoScript) => {
+                        ask(connection, &call("EVAL", script.code))
                     }
+                    // It was the primary. By now its name may lead to the one that is.
+                    Err(error) if is_of_replica(&error) => Err(server.refused(&error)),
+                    answer => Ok(answer),
                 },
             )
         };
-        let mut is_in_doubt = false;
         let answer = loop {
             match run() {
-                Err(error) if Interrupted::is(&error) && !by.is_past() => {
-                    is_in_doubt |= matches!(error, StoreError::Unknown(_));
-                }
-                Err(StoreError::Refused(cause)) if is_in_doubt => return Err(StoreError::Unknown(cause)),
-                answer => break answer?,
+                Err(error) if Interrupted::is(&error) && !by.is_past() => {}
+                answer => break answer.and_then(|answer| answer.map_err(|error| server.refused(&error))),
             }
         };
-        let answer = answer.map_err(|error| match server.refused(&error) {
+        let answer = answer.map_err(|error| match error {
             // No answer came to the first of several requests, which may have been carried out.
-            StoreError::Refused(cause) if count > 1 => StoreError::Unknown(cause),
+            StoreError::Refused(cause) | StoreError::Misuse(cause) if is_in_doubt.get() => StoreError::Unknown(cause),
             error => error,
         });
         let words = redis::from_redis_value(answer?);
-        Ok((words.map_err(|_| self.garbled())?, count))
+        Ok((words.map_err(|_| self.garbled())?, is_in_doubt.get()))
     }
 
     fn free(
@@ -182,14 +180,14 @@ impl RedisStore {
         };
         let mut arguments = vec![&*claim, &*token, state, whose];
         arguments.extend(owner);
-        let (words, count) = self.run_counted(&FREE, name, &arguments, by)?;
+        let (words, is_in_doubt) = self.run_in_doubt(&FREE, name, &arguments, by)?;
         match words.first().map(String::as_str) {
             Some("done") => {
                 step("record freed");
                 Ok(Released::Done)
             }
             // No answer came to the first of several requests, and somebody took what it had freed.
-            Some("not mine") if matches!(left, Left::Released) && count > 1 => Ok(Released::Done),
+            Some("not mine") if matches!(left, Left::Released) && is_in_doubt => Ok(Released::Done),
             Some("not mine") => Ok(Released::NotMine),
             _ => Err(self.garbled()),
         }
@@ -496,6 +494,10 @@ impl Server {
     #[cold]
     fn unreachable(&self, error: &RedisError) -> StoreError {
         let place = &self.place;
+        // A certificate and a key that do not go together, as when the first of them has just been replaced.
+        if error.kind() == Kind::InvalidClientConfig {
+            return StoreError::refused(format!("{place} cannot be reached with this certificate and key: {error}"));
+        }
         if let Some(error) = inner::<rustls::Error>(error) {
             return StoreError::misuse(match error {
                 rustls::Error::InvalidCertificate(_) => format!(

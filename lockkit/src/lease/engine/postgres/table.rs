@@ -55,8 +55,8 @@ const HELLO: Sql = Sql {
          FROM pg_attribute WHERE attrelid = pg_catalog.to_regclass('lockkit_leases')::oid AND attnum > 0 \
          AND NOT attisdropped), \
          (SELECT CASE WHEN relkind <> 'r' THEN 'it is no plain table' \
-         WHEN EXISTS (SELECT FROM pg_trigger WHERE tgrelid = pg_class.oid AND NOT tgisinternal) \
-         OR EXISTS (SELECT FROM pg_rewrite WHERE ev_class = pg_class.oid) THEN 'it has a trigger or a rule' \
+         WHEN EXISTS (SELECT 1 FROM pg_trigger WHERE tgrelid = pg_class.oid AND NOT tgisinternal) \
+         OR EXISTS (SELECT 1 FROM pg_rewrite WHERE ev_class = pg_class.oid) THEN 'it has a trigger or a rule' \
          WHEN NOT (owner.rolsuper OR owner.rolname = current_user OR relowner = nspowner OR relowner = datdba \
          OR (NOT me.rolsuper AND pg_has_role(relowner, 'MEMBER'))) \
          THEN 'it is of the user ' || quote_ident(owner.rolname::text) END \
@@ -87,7 +87,7 @@ macro_rules! durably {
 /// The name, the claim, the ttl in microseconds, the owner, and the claim and the token of a holder that is dead. A row
 /// where it is granted: the token, and who died. None where somebody else has it.
 ///
-/// A request that was overtaken by the end of its own grant gets none. Whoever waits for a holder that is taken over
+/// A request that was overtaken by the end of its own grant, but for an eviction, gets none. Whoever waits for a holder that is taken over
 /// goes on waiting for the next, so the mark stays.
 ///
 /// It looks first, because what INSERT does about a row that is there locks it even where it then changes nothing, and

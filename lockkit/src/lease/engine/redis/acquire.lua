@@ -1,6 +1,6 @@
 -- claim, ttl, owner, and the claim and token of the holder that counts as run out
 if claim == ARGV[1] and (state == 'released' or state == 'lost') then
-    -- A request that was overtaken by the end of its own grant.
+    -- A request that was overtaken by the end of its own grant, but for an eviction.
     return {'over'}
 end
 local before = record[6] or ''
