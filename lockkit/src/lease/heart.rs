@@ -52,6 +52,9 @@ const LOOK: Duration = Duration::from_millis(250);
 const SOONEST_LOOK: Duration = Duration::from_millis(5);
 const LOOKS_IN_A_TTL: u32 = 8;
 
+/// The shortest ttls of so many places are remembered.
+const MOST_PLACES: usize = 64;
+
 /// As many beats of ended leases are not worth a clearance.
 const FEW: usize = 64;
 
@@ -90,7 +93,7 @@ struct Queue {
     rests: Vec<Rest>,
     /// No lease that is served has a shorter ttl.
     shortest: Option<Duration>,
-    /// The same for each place.
+    /// The same for each place, as far as is remembered.
     shortest_at: Vec<(Place, Duration)>,
     /// None beats more often.
     soonest: Option<Duration>,
@@ -206,7 +209,13 @@ impl Heart {
         let mut queue = self.lock();
         match queue.shortest_at.iter_mut().find(|(at, _)| *at == place) {
             Some((_, shortest)) => *shortest = held.ttl().min(*shortest),
-            None => queue.shortest_at.push((place, held.ttl())),
+            None => {
+                // Each store may be a place of its own, and a program may go on making stores.
+                if queue.shortest_at.len() == MOST_PLACES {
+                    queue.shortest_at.clear();
+                }
+                queue.shortest_at.push((place, held.ttl()));
+            }
         }
         queue.shortest = Some(queue.shortest.map_or(held.ttl(), |shortest| shortest.min(held.ttl())));
         let slack_before = slack(queue.soonest);
@@ -251,7 +260,7 @@ impl Heart {
         }
     }
 
-    /// No lease there that is served has a shorter ttl.
+    /// No lease there that is served has a shorter ttl, as far as is remembered.
     pub(super) fn shortest_at(&self, place: Place) -> Option<Duration> {
         self.lock().shortest_at.iter().find(|(at, _)| *at == place).map(|(_, shortest)| *shortest)
     }
