@@ -26,6 +26,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use lockkit::lease::{Clock, ManualClock};
 use lockkit::{Lease, LeaseGuard};
 use lockkit_benches::Experiment;
@@ -223,7 +225,8 @@ fn takes_by_etcdctl(port: u16, version: &str) {
     let lock = |name: &str| {
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "--", "etcdctl"]);
-        command.args(["--endpoints", &format!("127.0.0.1:{port}"), "lock", name]);
+        // Not the lock of the other peer, which is of the same recipe.
+        command.args(["--endpoints", &format!("127.0.0.1:{port}"), "lock", &format!("etcdctl-{name}")]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
         let mut holder = command.spawn().expect("it is installed");
         let mut key = String::new();
@@ -236,6 +239,11 @@ fn takes_by_etcdctl(port: u16, version: &str) {
         kill_process(Pid::from_child(&holder), Signal::INT).expect("it runs");
         holder.wait().expect("it ends");
     };
+    serve(version, PART, lock, unlock);
+}
+
+/// Does what a peer is asked for, with a lock that is taken by a name; of the cycles only one in so many.
+fn serve<H>(version: &str, part: u32, mut lock: impl FnMut(&str) -> H, mut unlock: impl FnMut(H)) {
     let mut parent = Peer::parent();
     parent.say(version);
     let mut held = None;
@@ -244,20 +252,20 @@ fn takes_by_etcdctl(port: u16, version: &str) {
         match line.split_once(' ').unwrap_or((&line, "")) {
             ("cycles", count) => {
                 let start = now();
-                (0..count.parse::<u32>().expect("a number") / PART).for_each(|_| unlock(lock("cycles")));
-                parent.say((now() - start) * u64::from(PART));
+                (0..count.parse::<u32>().expect("a number") / part).for_each(|_| unlock(lock("cycles")));
+                parent.say((now() - start) * u64::from(part));
             }
             ("hold", _) => {
-                held = Some(lock("etcdctl"));
+                held = Some(lock("hand-over"));
                 parent.say("held");
             }
             ("release", _) => {
                 let before = now();
-                held.take().into_iter().for_each(unlock);
+                held.take().into_iter().for_each(&mut unlock);
                 parent.say(before);
             }
             ("wait", _) => {
-                let holder = lock("etcdctl");
+                let holder = lock("hand-over");
                 let acquired = now();
                 unlock(holder);
                 parent.say(acquired);
@@ -272,41 +280,13 @@ fn takes_own_lock(port: u16) {
     let mut gateway = Gateway::open(port);
     let version = gateway.ask("maintenance/status", "{}");
     let session = field(&gateway.ask("lease/grant", r#"{"TTL":"600"}"#), "ID").to_owned();
-    let mut lock = |name: &str| {
-        let name = format!(r#"{{"name":"{name}","lease":"{session}"}}"#);
+    let lock = |name: &str| {
+        let name = format!(r#"{{"name":"{}","lease":"{session}"}}"#, STANDARD.encode(name));
         field(&gateway.ask("lock/lock", &name), "key").to_owned()
     };
     let mut second = Gateway::open(port);
-    let mut unlock = |key: &str| drop(second.ask("lock/unlock", &format!(r#"{{"key":"{key}"}}"#)));
-    let mut parent = Peer::parent();
-    parent.say(field(&version, "version"));
-    let mut held = String::new();
-    loop {
-        let line = parent.hear();
-        match line.split_once(' ').unwrap_or((&line, "")) {
-            ("cycles", count) => {
-                let start = now();
-                (0..count.parse().expect("a number")).for_each(|_: u32| unlock(&lock("Y3ljbGVz")));
-                parent.say(now() - start);
-            }
-            ("hold", _) => {
-                held = lock("aGFuZC1vdmVy");
-                parent.say("held");
-            }
-            ("release", _) => {
-                let before = now();
-                unlock(&held);
-                parent.say(before);
-            }
-            ("wait", _) => {
-                let key = lock("aGFuZC1vdmVy");
-                let acquired = now();
-                unlock(&key);
-                parent.say(acquired);
-            }
-            _ => panic!("{line} is not what a peer is asked for"),
-        }
-    }
+    let unlock = |key: String| drop(second.ask("lock/unlock", &format!(r#"{{"key":"{key}"}}"#)));
+    serve(field(&version, "version"), 1, lock, unlock);
 }
 
 fn main() {

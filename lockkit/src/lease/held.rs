@@ -129,8 +129,8 @@ impl Held {
     }
 
     /// Has the heartbeat free what the claim may be given by a request that was sent then and got no answer, under any
-    /// token but the one that is known, if it is not 0. It looks at once and again and again until what was granted would have run out,
-    /// for such a request may be carried out late.
+    /// token but the one that is known, if it is not 0. It looks at once and again and again until what was granted
+    /// would have run out, for such a request may be carried out late.
     fn take_back(lease: Arc<Inner>, claim: &ClaimId, known: u64, heart: &'static Heart, sent: Duration) {
         let options = &lease.options;
         let (now, ttl) = (options.clock.now(), options.ttl);

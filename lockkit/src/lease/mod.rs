@@ -515,8 +515,8 @@ impl fmt::Debug for Lease {
     }
 }
 
-/// A held [`Lease`]; dropping it releases, and waits for that for a quarter of the ttl or 250 ms at most. A file on a mount that hangs knows no such limit; but where a request is seen to hang already, the
-/// heartbeat is left to release.
+/// A held [`Lease`]; dropping it releases, and waits for that for a quarter of the ttl or 250 ms at most. A file on a mount
+/// that hangs knows no such limit; but where a request is seen to hang already, the heartbeat is left to release.
 ///
 /// A guard is held until its lease is lost, and a lost lease stays lost; when its guard goes the name is given free, as far
 /// as that can be done at once, so that nobody waits any longer, and the next owner is told that it was not released. A
