@@ -3,6 +3,9 @@
 //! [`Error`] is one word wide, so that a `Result` with a guard costs no more than the guard; what happened stands
 //! behind it in [`ErrorKind`]. Programs mostly ask the predicates ([`Error::is_held`] and its like); messages say
 //! which lock, who holds it and since when, and what the system said.
+//!
+//! `Display` includes the cause, so that `println!("{error}")` says what the system said. The causes are therefore not
+//! repeated by `source()`: reporters that print the whole chain would print them twice.
 
 use std::fmt;
 use std::io;
@@ -37,30 +40,44 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 ///         ErrorKind::Held { .. } => "try again later".to_owned(),
 ///         ErrorKind::InvalidName { rule, .. } => format!("choose another name: {rule}"),
 ///         _ if error.is_timeout() || error.is_cancelled() => "somebody had no patience".to_owned(),
-///         _ => format!("{error:?}"), // A sentence, with its causes.
+///         _ => error.to_string(), // A sentence that includes the cause.
 ///     }
 /// }
 /// # assert!(explain(&lockkit::NamedLock::new("1").unwrap_err()).starts_with("choose"));
 /// ```
-#[derive(thiserror::Error)]
-#[error(transparent)]
 pub struct Error(Box<ErrorKind>);
 
-/// A sentence with its causes, for that is what people see when `main` returns it or `unwrap` meets it; with `{:#?}` what
-/// the error is made of.
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+
+/// The sentence of `Display`, followed by the causes that it leaves out: `main` and `unwrap` print it. `{:#?}` prints the
+/// fields of the error.
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if f.alternate() {
-            return f.debug_tuple("Error").field(&self.0).finish();
+        match f.alternate() {
+            true => f.debug_tuple("Error").field(&self.0).finish(),
+            false => f.write_str(&chain(self)),
         }
-        write!(f, "{self}")?;
-        let mut cause = std::error::Error::source(self);
-        while let Some(error) = cause {
-            write!(f, ": {error}")?;
-            cause = error.source();
-        }
-        Ok(())
     }
+}
+
+impl std::error::Error for Error {
+    /// The first cause that `Display` does not include.
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self.kind() {
+            ErrorKind::Io { source, .. } => source.source(),
+            ErrorKind::Store { .. } => None,
+            kind => kind.source(),
+        }
+    }
+}
+
+/// The error and its causes, joined by colons.
+pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 /// What happened; the example of [`Error`] matches on it.
@@ -109,15 +126,24 @@ pub enum ErrorKind {
         /// The path.
         path: PathBuf,
     },
-    /// A file that stands where a pidfile is wanted, and is none. It was left as it is.
-    #[error("{} is no pidfile: {rule}, and it begins with \"{text}\"", .path.display())]
-    InvalidPid {
+    /// A pidfile was expected at the path, but the file contains no pid in a form that programs write. The file is
+    /// unchanged.
+    #[error("{} is not a pidfile: {rule}; it begins with \"{text}\"", .path.display())]
+    NotAPidFile {
         /// The file.
         path: PathBuf,
         /// The beginning of its first line, escaped.
         text: String,
         /// The rule that it breaks.
         rule: &'static str,
+    },
+    /// A lease was expected at the path, but the file is something else. The file is unchanged.
+    #[error("{} is not a lease: it begins with \"{text}\"; name a file that does not exist, or an empty one", .path.display())]
+    NotALease {
+        /// The file.
+        path: PathBuf,
+        /// The beginning of its first line, escaped.
+        text: String,
     },
     /// Another user sits on the name, or owns the folder in which the lock must live, and is not trusted with it.
     #[error("{lock} is occupied by another user: uid {uid}{}; only that user or root can give it up", of_pid(*.pid))]
@@ -215,7 +241,7 @@ pub enum ErrorKind {
         reason: LossReason,
     },
     /// The store of a lease did not do what it was asked, again and again.
-    #[error("{lock} could not be reached")]
+    #[error("cannot reach {lock}: {source}")]
     Store {
         /// Which lease, for people.
         lock: String,
@@ -281,7 +307,7 @@ pub enum ErrorKind {
     /// ignores or handles `SIGXFSZ`. Rust programs do not by default, so the signal ends them, as it does at every
     /// other write; what they held is then free like that of any process that died. lockkit changes no signal's
     /// handling.
-    #[error("cannot {action} {}", .path.display())]
+    #[error("cannot {action} {}: {source}", .path.display())]
     Io {
         /// What was attempted, as a verb: "open", "bind".
         action: &'static str,
@@ -364,7 +390,7 @@ impl From<Error> for io::Error {
             ErrorKind::Timeout { .. } | ErrorKind::NoAnswer { .. } => io::ErrorKind::TimedOut,
             ErrorKind::Cancelled { .. } => io::ErrorKind::Interrupted,
             ErrorKind::InvalidName { .. } | ErrorKind::RelativePath { .. } => io::ErrorKind::InvalidInput,
-            ErrorKind::InvalidPid { .. } => io::ErrorKind::InvalidData,
+            ErrorKind::NotAPidFile { .. } | ErrorKind::NotALease { .. } => io::ErrorKind::InvalidData,
             ErrorKind::ForeignOwner { .. } | ErrorKind::Insecure { .. } => io::ErrorKind::PermissionDenied,
             ErrorKind::RogueDeletion { .. } | ErrorKind::NoSuchLock { .. } => io::ErrorKind::NotFound,
             ErrorKind::Exhausted { .. } | ErrorKind::TooManyProcesses { .. } => io::ErrorKind::QuotaExceeded,
@@ -395,8 +421,9 @@ mod tests {
     }
 
     #[test]
-    fn what_main_returns_is_shown_as_a_sentence_with_its_causes() {
+    fn display_and_debug_include_the_cause_once() {
         let error = Error::io("open", "/x", io::Error::from(io::ErrorKind::NotFound));
+        assert_eq!(error.to_string(), "cannot open /x: entity not found");
         assert_eq!(format!("{error:?}"), "cannot open /x: entity not found");
         assert!(format!("{error:#?}").starts_with("Error(\n    Io {"));
     }
@@ -406,8 +433,8 @@ mod tests {
         let error = Error::io("open", "/x", io::Error::from(io::ErrorKind::NotFound));
         let io: io::Error = error.into();
         assert_eq!(io.kind(), io::ErrorKind::NotFound);
-        assert_eq!(io.to_string(), "cannot open /x");
+        assert_eq!(io.to_string(), "cannot open /x: entity not found");
         let ours = io.get_ref().and_then(|inner| inner.downcast_ref::<Error>()).unwrap();
-        assert!(std::error::Error::source(ours).is_some());
+        assert!(matches!(ours.kind(), ErrorKind::Io { source, .. } if source.kind() == io::ErrorKind::NotFound));
     }
 }

@@ -163,7 +163,7 @@ impl PidFile {
     ///
     /// # Errors
     /// [`Held`](ErrorKind::Held), [`Timeout`](ErrorKind::Timeout) or [`Cancelled`](ErrorKind::Cancelled) as `wait` has
-    /// it; [`InvalidPid`](ErrorKind::InvalidPid) for a file longer than 4096 bytes, which is somebody's, but no
+    /// it; [`NotAPidFile`](ErrorKind::NotAPidFile) for a file longer than 4096 bytes, which is somebody's, but no
     /// pidfile; [`Insecure`](ErrorKind::Insecure) for a symbolic or hard link; [`Io`](ErrorKind::Io) when the file
     /// cannot be made, opened, locked or written. Each leaves the file as it was, and none where there was none.
     pub fn acquire(&self, wait: &Wait) -> Result<PidGuard> {
@@ -274,7 +274,7 @@ impl PidFile {
     /// ```
     ///
     /// # Errors
-    /// [`RelativePath`](ErrorKind::RelativePath); [`InvalidPid`](ErrorKind::InvalidPid) for a file that names no
+    /// [`RelativePath`](ErrorKind::RelativePath); [`NotAPidFile`](ErrorKind::NotAPidFile) for a file that names no
     /// process, unless it is so young that somebody may be writing it; [`Insecure`](ErrorKind::Insecure) for a symbolic
     /// or hard link; [`Io`](ErrorKind::Io) when it cannot be opened, locked or removed.
     pub fn remove_stale(path: impl Into<PathBuf>) -> Result<bool> {
@@ -459,7 +459,7 @@ impl PidFile {
     }
 
     fn invalid(&self, bytes: &[u8], rule: &'static str) -> Error {
-        ErrorKind::InvalidPid { path: self.path.to_path_buf(), text: record::shown(bytes), rule }.into()
+        ErrorKind::NotAPidFile { path: self.path.to_path_buf(), text: record::shown(bytes), rule }.into()
     }
 }
 

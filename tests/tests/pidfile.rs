@@ -417,7 +417,7 @@ fn a_young_invalid_file_is_held_and_an_old_one_taken_over() {
         set_age(&path, OLD);
         assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Invalid { age } if age >= OLD), "{invalid:?}");
         let error = PidFile::remove_stale(&path).unwrap_err();
-        assert!(matches!(error.kind(), ErrorKind::InvalidPid { path: told, .. } if *told == path), "{error}");
+        assert!(matches!(error.kind(), ErrorKind::NotAPidFile { path: told, .. } if *told == path), "{error}");
         assert!(!error.to_string().contains(char::is_control), "{error}");
         assert_eq!(text(&path), invalid);
         let guard = lock(&path).try_lock().unwrap();
@@ -469,7 +469,7 @@ fn a_file_too_long_to_be_a_pidfile_is_refused_and_not_touched() {
     for path in [&path, &gigabyte] {
         assert!(matches!(PidFile::inspect(path).unwrap(), PidStatus::Invalid { .. }));
         for error in [lock(path).try_lock().unwrap_err(), PidFile::remove_stale(path).unwrap_err()] {
-            assert!(matches!(error.kind(), ErrorKind::InvalidPid { .. }), "{error}");
+            assert!(matches!(error.kind(), ErrorKind::NotAPidFile { .. }), "{error}");
             assert!(error.to_string().contains("longer than 4096 bytes"), "{error}");
             assert!(error.to_string().len() < 500);
         }

@@ -8,7 +8,7 @@ use std::io::Write;
 use std::marker::PhantomData;
 use std::time::Duration;
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, chain};
 use crate::lock::Recovered;
 use crate::named::{NamedGuard, NamedLock, Scope};
 use crate::wait::Wait;
@@ -192,13 +192,6 @@ pub fn tell_recovered(name: &str, recovered: &Recovered) {
 #[doc(hidden)]
 pub fn give_up(error: &Error) -> ! {
     panic!("#[single_instance] could not take its name: {}", chain(error))
-}
-
-fn chain(error: &Error) -> String {
-    match std::error::Error::source(error) {
-        Some(source) => format!("{error}: {source}"),
-        None => error.to_string(),
-    }
 }
 
 fn say(line: &str) {

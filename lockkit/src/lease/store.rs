@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::clock::{Clock, SystemClock};
-use crate::error::{ErrorKind, Result};
+use crate::error::{ErrorKind, Result, chain};
 use crate::lock::Recovered;
 use crate::owner::Owner;
 use crate::sys::fork;
@@ -614,15 +614,10 @@ impl StoreError {
         Self::Misuse(cause.into())
     }
 
-    /// What it says, with all its causes.
-    pub(super) fn in_full(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(error) = cause {
-            text += &format!(": {error}");
-            cause = error.source();
-        }
-        text
+    /// The cause.
+    pub(super) fn cause(&self) -> &(dyn std::error::Error + Send + Sync + 'static) {
+        let (Self::Refused(cause) | Self::Unknown(cause) | Self::Misuse(cause)) = self;
+        &**cause
     }
 
     /// The error of an operation on `lock` that ends with this one.
@@ -639,22 +634,19 @@ impl StoreError {
     }
 }
 
+/// Includes the causes, so `source()` has none.
 impl fmt::Display for StoreError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+        let outcome = match self {
             Self::Refused(_) => "the store refused",
             Self::Unknown(_) => "the store may or may not have done it",
             Self::Misuse(_) => "the store cannot do this",
-        })
+        };
+        write!(f, "{outcome}: {}", chain(self.cause()))
     }
 }
 
-impl std::error::Error for StoreError {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        let (Self::Refused(cause) | Self::Unknown(cause) | Self::Misuse(cause)) = self;
-        Some(&**cause)
-    }
-}
+impl std::error::Error for StoreError {}
 
 /// The moment by which a request must have ended.
 ///

@@ -35,7 +35,7 @@ pub enum LossReason {
     #[error("it was released")]
     Released,
     /// Its time was over, because the store did not renew it; what it said the last time.
-    #[error("it could not be renewed in time: {}", .0.in_full())]
+    #[error("it could not be renewed in time: {}", .0)]
     Store(Arc<StoreError>),
     /// This is a forked child's copy of its guard: the lease stays with the parent.
     #[error("it is held by the parent of this forked process")]

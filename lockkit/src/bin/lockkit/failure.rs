@@ -147,7 +147,9 @@ impl From<lockkit::Error> for Failure {
             | ErrorKind::InvalidUrl { .. }
             | ErrorKind::InvalidCapacity { .. }
             | ErrorKind::NoSuchLock { .. } => code::USAGE,
-            ErrorKind::InvalidPid { .. } | ErrorKind::LayoutMismatch { .. } => code::DATA,
+            ErrorKind::NotAPidFile { .. } | ErrorKind::NotALease { .. } | ErrorKind::LayoutMismatch { .. } => {
+                code::DATA
+            }
             ErrorKind::ForeignOwner { .. } | ErrorKind::Insecure { .. } => code::NO_PERMISSION,
             ErrorKind::Io { source, .. } => of_io(source.kind()),
             _ => code::UNAVAILABLE,

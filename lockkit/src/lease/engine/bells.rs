@@ -70,7 +70,7 @@ struct Failure {
 impl Failure {
     fn new(error: &StoreError, rest: Duration) -> Self {
         let is_misuse = matches!(error, StoreError::Misuse(_));
-        Self { text: error.in_full(), is_misuse, rests_until: Instant::now() + rest }
+        Self { text: error.to_string(), is_misuse, rests_until: Instant::now() + rest }
     }
 
     fn error(&self) -> StoreError {

@@ -10,7 +10,6 @@
 //! whether a request was sent, put a limit on each read of a watch, and start no thread for a request.
 
 use std::cell::Cell;
-use std::error::Error as _;
 use std::fmt;
 use std::io::{self, ErrorKind as Io};
 use std::path::Path;
@@ -187,7 +186,7 @@ pub(super) fn is_compacted(error: &StoreError) -> bool {
 }
 
 fn says(error: &StoreError, part: &str) -> bool {
-    let refusal = error.source().and_then(|cause| cause.downcast_ref::<Refusal>());
+    let refusal = error.cause().downcast_ref::<Refusal>();
     refusal.is_some_and(|refusal| refusal.0.contains(part))
 }
 

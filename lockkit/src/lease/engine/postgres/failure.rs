@@ -38,11 +38,6 @@ impl std::error::Error for Said {
     }
 }
 
-/// An error with all its causes.
-pub(super) fn in_full(error: &dyn std::error::Error) -> String {
-    std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ")
-}
-
 /// Why there is no connection to `place`. It has taken no effect whatever it is.
 pub(super) fn of_connecting(cut: Cut, place: &str, user: &str, late: impl FnOnce() -> StoreError) -> StoreError {
     let error = match cut {

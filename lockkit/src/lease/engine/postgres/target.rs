@@ -28,7 +28,7 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::failure;
 use super::link::Link;
-use crate::error;
+use crate::error::{self, chain};
 use crate::lease::connect::{Parts, invalid};
 use crate::lease::engine::{addresses, not_connected};
 use crate::lease::store::{Deadline, StoreError};
@@ -82,7 +82,7 @@ impl Target {
         let escape = |text: &str| text.bytes().map(|byte| format!("%{byte:02X}")).collect::<String>();
         let query: Vec<_> = rest.iter().map(|(key, value)| format!("{key}={}", escape(value))).collect();
         let plain = format!("postgres://{}{}?{}", parts.authority, parts.path, query.join("&"));
-        let mut config: Config = plain.parse().map_err(|error| wrong(&failure::in_full(&error)))?;
+        let mut config: Config = plain.parse().map_err(|error| wrong(&chain(&error)))?;
         config.ssl_mode(tls.ssl_mode().map_err(|problem| wrong(&problem))?);
         if config.get_application_name().is_none() {
             config.application_name("lockkit");
