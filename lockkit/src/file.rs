@@ -398,8 +398,13 @@ impl Inner {
             };
             let made = std::mem::take(&mut open.made);
             if let Err(error) = self.lock(&open.file, mode, wait, &mut patience, subject) {
-                // Where flock does not work nobody else has it locked, and nothing is to stay behind.
-                if made && matches!(error.kind(), ErrorKind::Io { action: "lock", .. }) {
+                // On a file system without flock no process can hold the lock, and the new file serves no purpose. After
+                // any other error another process may hold it.
+                let cannot_lock = |error: &Error| match error.kind() {
+                    ErrorKind::Io { action: "lock", source, .. } => flock::is_unsupported(source),
+                    _ => false,
+                };
+                if made && cannot_lock(&error) && self.place.names(open.identity).unwrap_or(false) {
                     let _ = std::fs::remove_file(&self.place.path);
                     step("file that cannot be locked removed");
                 }
