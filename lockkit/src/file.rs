@@ -12,6 +12,11 @@
 //! compared less than [`SOON`] ago, as in a tight loop. A blink is too short for another process to take the lock,
 //! delete the file and release, so whoever deletes it while holding the lock, as one must, is never missed. A file that
 //! is deleted without holding its lock is noticed by the first acquisition after [`SOON`].
+//!
+//! A program may close descriptors that it did not open, and its next files get their numbers. So before a kept
+//! descriptor is locked, and before a lock is given up, the descriptor is compared with the file that was opened for it
+//! (see [`fork`]). That costs as much as the lock, too, and is left out where too little time has passed to close
+//! one file and open another.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, ErrorKind as Io};
@@ -61,6 +66,7 @@ impl Blink {
     }
 
     /// Notes how long it took with a look at the path.
+    #[cold]
     fn measured(&self, time: Duration) {
         self.nanos.fetch_min(u32::try_from(time.as_nanos()).unwrap_or(u32::MAX), Ordering::Relaxed);
         if self.samples.load(Ordering::Relaxed) < Self::ENOUGH {
@@ -68,11 +74,18 @@ impl Blink {
         }
     }
 
-    /// Whether a time without a look is that short. None at all means a clock too coarse to tell.
+    /// Whether a time without a look is that short.
+    #[inline]
     fn covers(&self, time: Duration) -> bool {
+        self.covers_part(time, 1)
+    }
+
+    /// Whether a time is shorter than this part of it. None at all means a clock too coarse to tell.
+    #[inline]
+    fn covers_part(&self, time: Duration, part: u32) -> bool {
         !time.is_zero()
             && self.samples.load(Ordering::Relaxed) >= Self::ENOUGH
-            && time.as_nanos() < self.nanos.load(Ordering::Relaxed).into()
+            && time < Duration::new(0, self.nanos.load(Ordering::Relaxed) / part)
     }
 }
 
@@ -164,8 +177,21 @@ struct Open {
     made: bool,
     /// When it was last seen to be the file at the path.
     compared: Option<Instant>,
-    /// When it was last known to be locked.
-    held: Option<Instant>,
+    /// When the descriptor was last used, and was the lock's.
+    used: Instant,
+    /// When the lock was last given up.
+    unlocked: Option<Instant>,
+}
+
+impl Open {
+    /// The part of a [`Blink`] in which an unlock fits, but not also closing a file and opening another: opening one is
+    /// a look at a path, and more.
+    const IDLE: u32 = 3;
+
+    /// Whether a kept descriptor is still this lock's.
+    fn can_be_locked(&self) -> bool {
+        BLINK.covers_part(self.used.elapsed(), Self::IDLE) || self.file.is_own()
+    }
 }
 
 impl FileLock {
@@ -388,12 +414,13 @@ impl Inner {
         for _ in 0..MOST_REPLACEMENTS {
             let generation = fork::generation();
             let mut open = match self.spare.take() {
-                Some(open) if open.generation == generation => open,
+                Some(open) if open.generation == generation && open.can_be_locked() => open,
                 _ => {
                     let (file, made) = self.place.open()?;
                     let found = files::look(&file).map_err(|error| Error::io("look at", &self.place.path, error))?;
-                    let identity = (found.dev(), found.ino());
-                    Box::new(Open { file, identity, made, generation, compared: None, held: None })
+                    let (identity, used) = ((found.dev(), found.ino()), Instant::now());
+                    let file = file.know_as(identity);
+                    Box::new(Open { file, identity, generation, made, compared: None, used, unlocked: None })
                 }
             };
             let made = std::mem::take(&mut open.made);
@@ -412,16 +439,17 @@ impl Inner {
             }
             let now = Instant::now();
             let since = |moment: Option<Instant>| moment.map_or(Duration::MAX, |moment| now - moment);
-            let (before, compared) = (open.held.replace(now), since(open.compared));
-            if BLINK.covers(since(before)) && compared < SOON && !self.place.wary {
+            open.used = now;
+            if BLINK.covers(since(open.unlocked)) && since(open.compared) < SOON && !self.place.wary {
                 return Ok(open);
             }
-            if self.place.names(open.identity)? {
+            // The descriptor may have been closed during a wait.
+            if self.place.names(open.identity)? && (patience.is_none() || open.file.is_own()) {
                 let seen = Instant::now();
-                if let Some(before) = before {
-                    BLINK.measured(seen - before);
+                if let Some(unlocked) = open.unlocked {
+                    BLINK.measured(seen - unlocked);
                 }
-                (open.compared, open.held) = (Some(now), Some(seen));
+                (open.compared, open.used) = (Some(now), seen);
                 return Ok(open);
             }
         }
@@ -608,18 +636,33 @@ impl FileGuard {
         None
     }
 
+    /// Writes to the file, unless the descriptor is not the lock's any more.
+    ///
+    /// # Errors
+    /// [`Io`](ErrorKind::Io) then; the lock was released when the descriptor was closed.
+    pub(crate) fn write<T>(&mut self, write: impl FnOnce(&File) -> T) -> Result<T> {
+        let Some(open) = &mut self.open else { unreachable!("only the release takes it, and ends the guard") };
+        if !open.file.is_own_since(open.used, Instant::now()) {
+            return Err(Error::io("write to", &self.lock.place.path, fork::closed_by_program()));
+        }
+        let written = write(&open.file);
+        open.used = Instant::now();
+        Ok(written)
+    }
+
     /// As [`release`](Self::release), and looks at the file once it is unlocked.
     pub(crate) fn release_and<T>(mut self, look: impl FnOnce(&File) -> T) -> Result<T> {
-        let Some(open) = self.open.take() else { unreachable!("only the release takes it, and ends the guard") };
-        self.unlock(&open)?;
+        let Some(mut open) = self.open.take() else { unreachable!("only the release takes it, and ends the guard") };
+        self.unlock(&mut open)?;
         let seen = look(&open.file);
+        open.used = Instant::now();
         self.keep(open);
         Ok(seen)
     }
 
     fn give_back(&mut self) -> Result<()> {
-        let Some(open) = self.open.take() else { return Ok(()) };
-        self.unlock(&open)?;
+        let Some(mut open) = self.open.take() else { return Ok(()) };
+        self.unlock(&mut open)?;
         if !self.lock.place.wary && open.generation == fork::generation() {
             trace::released(&*self.lock);
         }
@@ -627,17 +670,23 @@ impl FileGuard {
         Ok(())
     }
 
-    fn unlock(&self, open: &Open) -> Result<()> {
+    fn unlock(&self, open: &mut Open) -> Result<()> {
         // In a forked child the lock is the parent's, and the descriptor here an inert one.
-        match open.generation == fork::generation() {
-            // If this fails, closing the file releases.
-            true => flock::unlock(&open.file).map_err(|error| Error::io("unlock", &self.lock.place.path, error)),
-            false => Ok(()),
+        if open.generation != fork::noted_generation() {
+            return Ok(());
         }
+        let failed = |error| Error::io("unlock", &self.lock.place.path, error);
+        let now = Instant::now();
+        if !open.file.is_own_since(open.used, now) {
+            return Err(failed(fork::closed_by_program()));
+        }
+        (open.used, open.unlocked) = (now, Some(now));
+        // If this fails, closing the file releases.
+        flock::unlock(&open.file).map_err(failed)
     }
 
     fn keep(&self, open: Box<Open>) {
-        if open.generation == fork::generation() {
+        if open.generation == fork::noted_generation() {
             self.lock.spare.put(open);
         }
     }

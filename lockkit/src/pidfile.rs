@@ -445,7 +445,7 @@ impl PidFile {
 
     fn guard(&self, file: Shielded<File>, record: String, died: Option<Owner>) -> Attempt {
         Attempt::Taken(PidGuard {
-            file: Some(file.unshield()),
+            file: Some(file.know().keep_across_fork()),
             path: self.path.clone(),
             record,
             generation: fork::generation(),
@@ -648,7 +648,7 @@ fn writer(owner: Owner, found: &Seen) -> Owner {
 #[derive(Debug)]
 pub struct PidGuard {
     /// Taken by the release.
-    file: Option<File>,
+    file: Option<Shielded<File>>,
     path: Arc<Path>,
     /// What the file says while the lock is held.
     record: String,
@@ -753,6 +753,10 @@ impl PidGuard {
         // The open file is one with the parent's, so closing the copy of a forked child releases nothing.
         if self.generation != fork::generation() {
             return Ok(());
+        }
+        // The program has closed the descriptor, and with it released the lock.
+        if !file.is_own() {
+            return Err(self.rogue());
         }
         // A record that stayed would keep others out for as long as this process lives, so a read that failed is not
         // the last word.

@@ -15,7 +15,7 @@
 
 use std::os::fd::AsFd;
 use std::sync::OnceLock;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
@@ -29,7 +29,7 @@ use crate::owner::{Liveness, Owner};
 use crate::steps::step;
 use crate::sys::event;
 use crate::sys::folder::Sharing;
-use crate::sys::fork::Shielded;
+use crate::sys::fork::{self, Shielded};
 use crate::sys::seqpacket::{self, Address, Peer, Reached, Received};
 use crate::wait::{Backoff, Patience, Subject, Wait, Waited};
 
@@ -56,6 +56,7 @@ pub(super) struct Hold {
     /// What it came through, if it was handed over. It is closed after the release, for which others may wait, and not
     /// between the hand-over and the work: closing a connection takes a tenth of a hand-over.
     _connection: Option<Shielded>,
+    since: Instant,
 }
 
 /// An acquisition that has found the lock held: what it does between its sleeps, whoever sleeps, a thread or a task.
@@ -211,7 +212,7 @@ impl SocketLock {
         seqpacket::listen(&socket).map_err(|error| self.io("listen on", error))?;
         // A record that is still there is older than the holder before, who released.
         self.mark().map(Mark::take);
-        Ok((Hold { socket, _connection: connection }, None))
+        Ok((Hold { socket, _connection: connection, since: Instant::now() }, None))
     }
 
     fn receive(&self, connection: &Shielded) -> Result<Received> {
@@ -230,8 +231,21 @@ impl SocketLock {
     }
 
     /// Passes the lock on to the first waiter, or frees it.
-    pub(super) fn release(&self, hold: Hold) {
-        let socket = &hold.socket;
+    ///
+    /// # Errors
+    /// [`Io`](ErrorKind::Io) when the program has released it already, by closing the descriptor.
+    pub(super) fn release(&self, hold: Hold) -> Result<()> {
+        // The program may have closed the descriptor, and with it released the lock: then the record is another
+        // holder's.
+        if !hold.socket.is_own_since(hold.since, Instant::now()) {
+            return Err(Error::io("release", self.path(), fork::closed_by_program()));
+        }
+        self.give_up(&hold.socket);
+        hold.socket.close();
+        Ok(())
+    }
+
+    fn give_up(&self, socket: &Shielded) {
         let Some(mark) = self.mark() else {
             self.pass_on(socket);
             return;
@@ -306,7 +320,8 @@ impl SocketLock {
 
     /// Writes down who holds now, and says whether the holder before died.
     fn begin(&self, socket: Shielded) -> Taken {
-        (Hold { socket, _connection: None }, self.mark().and_then(Mark::take))
+        let recovered = self.mark().and_then(Mark::take);
+        (Hold { socket, _connection: None, since: Instant::now() }, recovered)
     }
 
     /// The record, as soon as it could be opened: what prevents that may pass.

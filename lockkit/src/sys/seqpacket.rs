@@ -7,7 +7,7 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::cmsg_space;
 use rustix::io::{Errno, Result, retry_on_intr};
@@ -51,15 +51,30 @@ pub(crate) fn listen_at(address: &Address) -> Result<Option<Shielded>> {
 }
 
 pub(super) fn listen_as(kind: SocketType, address: &Address) -> Result<Option<Shielded>> {
-    let socket = Shielded::new(|| socket(kind))?;
-    match retry_on_intr(|| net::bind(&*socket, address)) {
-        Ok(()) => {}
-        Err(Errno::ADDRINUSE) => return Ok(None),
-        Err(error) => return Err(error),
+    let bound = Shielded::named(|| {
+        let socket = socket(kind)?;
+        retry_on_intr(|| net::bind(&socket, address))?;
+        step("name bound");
+        Ok(socket)
+    });
+    match bound {
+        Ok(socket) => {
+            listen(&socket)?;
+            Ok(Some(socket))
+        }
+        Err(Errno::ADDRINUSE) => Ok(None),
+        Err(error) => Err(error),
     }
-    step("name bound");
-    listen(&socket)?;
-    Ok(Some(socket))
+}
+
+/// How every name of a socket of lockkit's begins, those that listen and no others.
+pub(crate) const PREFIX: &str = "lockkit/";
+
+/// Whether it is a socket that listens, or is to listen, for a lock. A connection that such a socket has accepted has
+/// the name, too.
+pub(super) fn has_name_of_lock(descriptor: BorrowedFd<'_>) -> bool {
+    let found = net::getsockname(descriptor).and_then(Address::try_from);
+    found.is_ok_and(|found| found.abstract_name().is_some_and(|name| name.starts_with(PREFIX.as_bytes())))
 }
 
 /// Makes this process the one that [`peer`] names to whoever connects.
@@ -71,9 +86,12 @@ pub(crate) fn listen(socket: &Shielded) -> Result<()> {
 
 /// Whether nobody has the address. Takes it for a moment, in which nobody else can.
 pub(crate) fn is_free(address: &Address) -> Result<bool> {
-    let socket = Shielded::new(|| socket(SocketType::SEQPACKET))?;
-    match retry_on_intr(|| net::bind(&*socket, address)) {
-        Ok(()) => Ok(true),
+    let bound = Shielded::named(|| {
+        let socket = socket(SocketType::SEQPACKET)?;
+        retry_on_intr(|| net::bind(&socket, address)).map(|()| socket)
+    });
+    match bound {
+        Ok(_) => Ok(true),
         Err(Errno::ADDRINUSE) => Ok(false),
         Err(error) => Err(error),
     }
@@ -99,7 +117,7 @@ pub(super) fn connect_as(kind: SocketType, address: &Address) -> Result<Reached>
     match retry_on_intr(|| net::connect(&*connection, address)) {
         Ok(()) => {
             step("queued up");
-            Ok(Reached::Queue(connection))
+            Ok(Reached::Queue(connection.know()))
         }
         Err(Errno::CONNREFUSED) => Ok(Reached::Nobody),
         Err(Errno::AGAIN) => Ok(Reached::Full),
@@ -181,7 +199,7 @@ pub(crate) fn receive(connection: &Shielded) -> Result<Received> {
         descriptor.ok_or(None)
     });
     match brought {
-        Ok(socket) => Ok(Received::Lock(socket)),
+        Ok(socket) => Ok(Received::Lock(socket.know())),
         Err(None | Some(Errno::CONNRESET)) => Ok(Received::HungUp),
         Err(Some(Errno::AGAIN)) => Ok(Received::Nothing),
         Err(Some(error)) => Err(error),
