@@ -15,7 +15,7 @@
 
 use std::os::fd::AsFd;
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::io::Errno;
 
@@ -27,6 +27,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::lock::Recovered;
 use crate::owner::{Liveness, Owner};
 use crate::steps::step;
+use crate::sys::clock::nanos;
 use crate::sys::event;
 use crate::sys::folder::Sharing;
 use crate::sys::fork::{self, Shielded};
@@ -56,7 +57,7 @@ pub(super) struct Hold {
     /// What it came through, if it was handed over. It is closed after the release, for which others may wait, and not
     /// between the hand-over and the work: closing a connection takes a tenth of a hand-over.
     _connection: Option<Shielded>,
-    since: Instant,
+    since: u64,
 }
 
 /// An acquisition that has found the lock held: what it does between its sleeps, whoever sleeps, a thread or a task.
@@ -212,7 +213,7 @@ impl SocketLock {
         seqpacket::listen(&socket).map_err(|error| self.io("listen on", error))?;
         // A record that is still there is older than the holder before, who released.
         self.mark().map(Mark::take);
-        Ok((Hold { socket, _connection: connection, since: Instant::now() }, None))
+        Ok((Hold { socket, _connection: connection, since: nanos() }, None))
     }
 
     fn receive(&self, connection: &Shielded) -> Result<Received> {
@@ -237,7 +238,7 @@ impl SocketLock {
     pub(super) fn release(&self, hold: Hold) -> Result<()> {
         // The program may have closed the descriptor, and with it released the lock: then the record is another
         // holder's.
-        if !hold.socket.is_own_since(hold.since, Instant::now()) {
+        if !hold.socket.is_own_since(hold.since, nanos()) {
             return Err(Error::io("release", self.path(), fork::closed_by_program()));
         }
         self.give_up(&hold.socket);
@@ -321,7 +322,7 @@ impl SocketLock {
     /// Writes down who holds now, and says whether the holder before died.
     fn begin(&self, socket: Shielded) -> Taken {
         let recovered = self.mark().and_then(Mark::take);
-        (Hold { socket, _connection: None, since: Instant::now() }, recovered)
+        (Hold { socket, _connection: None, since: nanos() }, recovered)
     }
 
     /// The record, as soon as it could be opened: what prevents that may pass.

@@ -33,7 +33,7 @@ use std::ptr;
 use std::slice;
 use std::sync::Once;
 use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::io::Errno;
 
@@ -119,9 +119,10 @@ const SHIELDED: u64 = 1;
 /// A forked child keeps it.
 const KEPT: u64 = 2;
 
-/// In less time than this no program closes a file and opens another: that takes two system calls, and the second looks
+/// In fewer nanoseconds than these no program closes a file and opens another: that takes two system calls, and the second looks
 /// for a name.
-const TOO_SHORT_TO_REPLACE: Duration = Duration::from_nanos(200);
+#[cfg(target_os = "linux")]
+const TOO_SHORT_TO_REPLACE: u64 = 200;
 
 /// By which a file is known: its device and inode.
 type Identity = (u64, u64);
@@ -288,10 +289,12 @@ impl<T: AsFd> Shielded<T> {
         self.note.is_of(self.turn) && is(self.descriptor.as_fd(), self.note.identity())
     }
 
-    /// As [`is_own`](Self::is_own) at `now`, for a descriptor that was this lock's at `then`.
+    /// As [`is_own`](Self::is_own) at `now`, for a descriptor that was this lock's at `then`: both are
+    /// [`nanos`](super::clock::nanos).
+    #[cfg(target_os = "linux")]
     #[inline]
-    pub(crate) fn is_own_since(&self, then: Instant, now: Instant) -> bool {
-        now - then < TOO_SHORT_TO_REPLACE || self.is_own()
+    pub(crate) fn is_own_since(&self, then: u64, now: u64) -> bool {
+        now.wrapping_sub(then) < TOO_SHORT_TO_REPLACE || self.is_own()
     }
 
     /// As dropping it, just after [`is_own`](Self::is_own) was true.

@@ -3,7 +3,6 @@
 use std::io;
 use std::ops::Deref;
 use std::os::windows::io::OwnedHandle;
-use std::time::Instant;
 
 /// A handle that holds a lock.
 #[derive(Debug)]
@@ -24,10 +23,6 @@ impl<T> Shielded<T> {
 
     pub(crate) fn know_as(self, _: (u64, u64)) -> Self {
         self
-    }
-
-    pub(crate) fn is_own_since(&self, _: Instant, _: Instant) -> bool {
-        true
     }
 
     /// A handle that the program closes for the guard is a fault of the program, which Windows reports to a debugger.
