@@ -35,6 +35,7 @@ use crate::{
     error::Result,
     sys::{
         folder::{self, Folder, Sharing},
+        fork::Shielded,
         mapping::Mapping,
         unnamed,
     },
@@ -228,7 +229,9 @@ fn sum(words: &Words) -> u64 {
 #[cfg(target_os = "linux")]
 #[derive(Debug)]
 pub(crate) struct Mark {
-    file: File,
+    name: String,
+    sharing: Sharing,
+    file: Shielded<File>,
     mapping: Option<Mapping>,
 }
 
@@ -244,31 +247,53 @@ impl Mark {
     /// It is mapped where its memory cannot be pulled away: a file in memory, complete, that only this user can change.
     fn open_in(folder: Result<Folder>, name: &str, sharing: Sharing) -> Result<Self> {
         let file = folder?.open_file(&format!("{name}.record"))?;
+        let Ok(file) = Shielded::new(|| Ok::<_, std::convert::Infallible>(file));
+        let file = file.know().keep_across_fork();
         let private = matches!(sharing, Sharing::User(_));
         let complete = || {
-            let complete = fallocate(&file, FallocateFlags::empty(), 0, BYTES as u64).is_ok();
+            let complete = fallocate(&*file, FallocateFlags::empty(), 0, BYTES as u64).is_ok();
             step("room for the record reserved");
             complete
         };
         let mapping =
             if private && unnamed::is_in_memory(&file) && complete() { Mapping::new(&file, WORDS).ok() } else { None };
-        Ok(Self { file, mapping })
+        Ok(Self { name: name.to_owned(), sharing, file, mapping })
     }
 
     pub(crate) fn take(&self) -> Option<Box<Recovered>> {
-        self.words().map_or_else(|| take(&self.file), take)
+        match self.words() {
+            Some(words) => take(words),
+            None => self.with_file(take).flatten(),
+        }
     }
 
     pub(crate) fn name(&self, owner: &Owner) {
-        self.words().map_or_else(|| name(&self.file, owner), |words| name(words, owner));
+        match self.words() {
+            Some(words) => name(words, owner),
+            None => drop(self.with_file(|file| name(file, owner))),
+        }
     }
 
     pub(crate) fn holder(&self) -> Option<Owner> {
-        self.words().map_or_else(|| holder(&self.file), holder)
+        match self.words() {
+            Some(words) => holder(words),
+            None => self.with_file(holder).flatten(),
+        }
     }
 
     pub(crate) fn wipe(&self) {
-        self.words().map_or_else(|| self.file.wipe(), Slate::wipe);
+        match self.words() {
+            Some(words) => words.wipe(),
+            None => drop(self.with_file(Slate::wipe)),
+        }
+    }
+
+    /// Uses the file, through another descriptor if the program has closed this one.
+    fn with_file<T>(&self, work: impl FnOnce(&File) -> T) -> Option<T> {
+        match self.file.is_own() {
+            true => Some(work(&self.file)),
+            false => Some(work(&Self::open(&self.name, self.sharing).ok()?.file)),
+        }
     }
 
     fn words(&self) -> Option<&[AtomicU64; WORDS]> {
