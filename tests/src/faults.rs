@@ -533,6 +533,50 @@ fn injection(fault: Option<&Fault>) -> Vec<String> {
     })
 }
 
+/// A file lock's first flock fails, on a file that its process has just made, while another process holds the lock. That
+/// one keeps it.
+pub fn fail_flock_beside_a_holder(error: &str) {
+    if !calls_can_fail() {
+        return;
+    }
+    let spec = Kind::FILE.fresh();
+    let [mut victim, mut holder] = [(); 2].map(|()| Actor::start(&spec));
+    // The delay is for the holder to come in between.
+    let options = ["-e".to_owned(), "trace=flock".to_owned(), format!("-einject=flock:error={error}:delay_enter=1s")];
+    let mut strace = Strace::attach(&victim, &options);
+    victim.tell("try");
+    until("the file is there", || Path::new(spec.at()).exists());
+    holder.expect("lock", "held");
+    let answer = victim.answer();
+    assert!(answer.starts_with("error Io"), "{answer}");
+    strace.end();
+    let answer = victim.ask("try");
+    assert!(answer.starts_with("error Held"), "two are inside after {error}: {answer}");
+    holder.expect("release", "released");
+    all_get_in(&mut [&mut victim, &mut holder]);
+    spec.clean();
+}
+
+/// A file lock's flock fails as on a file system that has none: the file that was made for it goes.
+pub fn fail_flock_on_a_new_file(error: &str) {
+    if !calls_can_fail() {
+        return;
+    }
+    let spec = Kind::FILE.fresh();
+    let mut victim = Actor::start(&spec);
+    let options = ["-e".to_owned(), "trace=flock".to_owned(), format!("-einject=flock:error={error}")];
+    let mut strace = Strace::attach(&victim, &options);
+    let answer = victim.ask("try");
+    assert!(answer.starts_with("error "), "{answer}");
+    assert!(!Path::new(spec.at()).exists());
+    fs::write(spec.at(), "another's").expect("room");
+    let answer = victim.ask("try");
+    assert!(answer.starts_with("error "), "{answer}");
+    assert_eq!(fs::read_to_string(spec.at()).expect("it stays"), "another's");
+    strace.end();
+    spec.clean();
+}
+
 /// What came of playing once.
 struct Round<L> {
     /// What strace saw.
