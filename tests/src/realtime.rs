@@ -8,6 +8,7 @@
 use std::io::BufRead;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use lockkit::NamedLock;
@@ -71,6 +72,7 @@ fn fork_child(lives: Duration) -> Option<Pid> {
 
 /// Such a process, on one processor. Dropping it kills it.
 pub struct RealTime {
+    _alone: MutexGuard<'static, ()>,
     child: Child,
     lines: std::io::Lines<std::io::BufReader<std::process::ChildStdout>>,
 }
@@ -82,6 +84,9 @@ impl RealTime {
             crate::left_out("this process may not have a real-time class");
             return None;
         }
+        // Two on one processor would wait for each other.
+        static ALONE: Mutex<()> = Mutex::new(());
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let allowed = rustix::thread::sched_getaffinity(None).expect("a mask");
         let processor = (0..1024).find(|number| allowed.is_set(*number)).expect("a processor").to_string();
         // Should it spin all the same, it ends before long.
@@ -90,7 +95,7 @@ impl RealTime {
         command.arg(program("actor")).args(["realtime", part, name]);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("util-linux");
         let lines = std::io::BufReader::new(child.stdout.take().expect("a pipe")).lines();
-        let mut this = Self { child, lines };
+        let mut this = Self { _alone: alone, child, lines };
         let higher = this.line();
         let raised = Command::new("chrt").args(["-f", "-p", "2", &higher]).status();
         assert!(raised.is_ok_and(|status| status.success()));
