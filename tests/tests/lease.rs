@@ -501,6 +501,12 @@ fn the_wall_clock_stepped_by_an_hour_changes_nothing() {
         waiter.kill();
         assert!(token_after(&holder.ask("try"), waiter.pid()) > first);
         holder.expect("release", "released");
+        holder.kill();
+        // A killed program leaves what the library shares with the programs that it starts.
+        for pid in [holder.pid(), waiter.pid()] {
+            let _ = fs::remove_file(format!("/dev/shm/faketime_shm_{pid}"));
+            let _ = fs::remove_file(format!("/dev/shm/sem.faketime_sem_{pid}"));
+        }
     }
 }
 
