@@ -54,6 +54,9 @@ const MOST_REPLACEMENTS: u32 = 100;
 /// one to come, exactly one. A pidfile that another program wrote, without any lock, is honoured while its process
 /// lives.
 ///
+/// A program that closes descriptors which it did not open, as close_range(2) does, keeps this lock: the file still names
+/// it. No other file of the program is closed. See [the crate page](crate#descriptors-that-the-program-closes).
+///
 /// Not for guarding data (use [`FileLock`](crate::FileLock)), nor for a single instance without a file to show for it
 /// (use [`NamedLock`](crate::NamedLock)). Keep pidfiles in a folder that others cannot write to: in one that they can,
 /// such as `/tmp`, they can put a file there first, and keep you waiting or lie about the pid.
