@@ -164,7 +164,8 @@ impl Others {
         let is_open = |(file, inode): &(fs::File, u64)| {
             let mut bytes = [0; 7];
             let read = file.read_at(&mut bytes, 0);
-            file.metadata().is_ok_and(|found| found.ino() == *inode) && read.is_ok_and(|read| &bytes[..read] == b"others")
+            file.metadata().is_ok_and(|found| found.ino() == *inode)
+                && read.is_ok_and(|read| &bytes[..read] == b"others")
         };
         if self.0.iter().all(is_open) { "kept" } else { "error another file, or another text" }
     }
