@@ -620,6 +620,15 @@ impl FileGuard {
         }
     }
 
+    /// Another descriptor of the locked file.
+    #[cfg(unix)]
+    pub(crate) fn copy(&self) -> io::Result<File> {
+        match &self.open {
+            Some(open) if open.file.is_own() => open.file.try_clone(),
+            _ => Err(fork::closed_by_program()),
+        }
+    }
+
     /// Whether others may hold it shared at the same time.
     pub fn is_shared(&self) -> bool {
         self.mode == Mode::Shared

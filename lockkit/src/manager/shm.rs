@@ -58,9 +58,9 @@ use crate::wait::{Backoff, GaveUp, Patience, Subject, Wait};
 /// A process stays attached to a table until it ends, also when every handle on it is gone: for a few tables each, not
 /// for thousands that come and go. At most 4094 processes share a table. A process that closes descriptors which it did
 /// not open, as some daemons do at their start, gives away what it holds; let it call [`open`](Self::open) afterwards. A
-/// forked child attaches anew when it first uses the table, and needs the file still to be there and to be its own. Do
-/// not put the table on a file system that several machines share. On a disk, make it anew when the machine starts: after
-/// a crash it may be older than what was held.
+/// forked child attaches again when it first uses the table, and needs the file still to be there and to be its own. Do
+/// not put the table on a file system that several machines share. On a disk, create it again when the machine starts:
+/// after a crash the file may be older than the locks that were held.
 ///
 /// # Truncation
 /// The table is mapped memory. If a program with write permission shortens the file, the kernel ends every process that

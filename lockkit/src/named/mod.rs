@@ -494,8 +494,10 @@ impl NamedGuard {
     pub fn descriptor(&self) -> Result<OwnedFd> {
         let copy = match &self.hold {
             #[cfg(target_os = "linux")]
+            Some(Hold::Socket(hold)) if !hold.socket.is_own() => Err(fork::closed_by_program()),
+            #[cfg(target_os = "linux")]
             Some(Hold::Socket(hold)) => hold.socket.try_clone(),
-            Some(Hold::File(file)) => file.file().try_clone().map(OwnedFd::from),
+            Some(Hold::File(file)) => file.copy().map(OwnedFd::from),
             None => unreachable!("only the release takes it, and ends the guard"),
         };
         copy.map_err(|error| Error::io("copy the descriptor of", &self.named.name, error))
