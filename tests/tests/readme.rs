@@ -7,7 +7,7 @@ use std::path::Path;
 fn every_test_that_the_table_of_cases_names_is_there() {
     let package = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut code = String::new();
-    for folder in ["src", "tests", "../lockkit/src", "../lockkit/tests", "../examples/tests"] {
+    for folder in ["src", "tests", "../lockkit/src", "../lockkit/tests", "../examples/tests", "renamed/tests", "../lockkit-macros/tests"] {
         for entry in fs::read_dir(package.join(folder)).unwrap() {
             let path = entry.unwrap().path();
             if path.extension().is_some_and(|extension| extension == "rs") {
