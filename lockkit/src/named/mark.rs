@@ -212,7 +212,7 @@ fn decode(words: &Words) -> Option<Owner> {
         namespace: some(words[3]),
         boot: Some(u128::from(words[4]) | u128::from(words[5]) << 64).filter(|boot| *boot != 0),
         // A named lock is this machine's; an earlier boot of it is told by the boot id.
-        host: Some(process::host().to_owned()),
+        host: process::host().map(str::to_owned),
         program: String::from_utf8(program).ok().filter(|program| !program.is_empty()),
         acquired: some(words[ACQUIRED])
             .and_then(|nanos| SystemTime::UNIX_EPOCH.checked_add(Duration::from_nanos(nanos))),

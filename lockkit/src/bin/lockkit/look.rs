@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use lockkit::{
     Backend, FileLock, FileLockManager, Lease, LeaseStatus, Liveness, LockManager, NamedLock, Owner, PidFile,
@@ -13,7 +13,7 @@ use lockkit::{
 };
 use serde::Serialize;
 
-use crate::failure::Failure;
+use crate::failure::{Failure, code};
 use crate::paint::{BAD, GOOD, ODD, TITLE, paint};
 use crate::place::{self, Place, ScopeArgument};
 
@@ -325,17 +325,18 @@ fn is_locked_by_somebody_hidden(path: &Path) -> bool {
     };
 }
 
-/// For as long after its last write a pidfile that names nobody counts as held.
-const YOUNG: Duration = Duration::from_secs(2);
-
 pub(crate) fn pidfile(path: &Path) -> Result<Sight, Failure> {
     let (state, owner) = match PidFile::inspect(path)? {
         PidStatus::Absent => (State::Free, None),
         PidStatus::Running(owner) => (State::Held, Some(owner)),
         PidStatus::Stale(owner) => (State::Stale, Some(owner)),
-        // Somebody may be in the middle of writing it.
-        PidStatus::Invalid { age } if age < YOUNG => (State::Held, None),
-        PidStatus::Invalid { .. } => (State::Stale, None),
+        PidStatus::Locked => (State::Held, None),
+        // A program may be about to write it.
+        PidStatus::Blank { is_free: false, .. } => (State::Held, None),
+        PidStatus::Blank { .. } => (State::Free, None),
+        PidStatus::Invalid { rule } => {
+            return Err(Failure::new(code::DATA, format!("{} is not a pidfile: {rule}", plain(&path.display().to_string()))));
+        }
     };
     let mut sight = Sight::of_path(Kind::Pidfile, path, state);
     sight.holders = owner.iter().map(Holder::new).collect();
