@@ -26,8 +26,10 @@ const QUICK: Duration = Duration::from_secs(1);
 
 /// The shortest ttl: below it, what is taken off for safety and the time of a request leave nothing.
 pub(super) const SMALLEST_TTL: Duration = Duration::from_millis(30);
+/// The shortest pause of what is done again and again. A shorter one would keep a processor busy.
+const SMALLEST_PERIOD: Duration = Duration::from_millis(1);
 /// The longest ttl: whoever needs a longer one does not need a lease.
-const LONGEST_TTL: Duration = Duration::from_secs(365 * 86_400);
+pub(super) const LONGEST_TTL: Duration = Duration::from_secs(365 * 86_400);
 
 /// An error of the program's own, made anew for each time that it is needed.
 pub(super) type HeldError = Arc<dyn Fn() -> Box<dyn std::error::Error + Send + Sync> + Send + Sync>;
@@ -70,8 +72,9 @@ impl Options {
 ///     .heartbeat(Duration::from_secs(2)) // which is sent so often.
 ///     .acquire_retry_limit(5) // Asks so often again where the store fails,
 ///     .acquire_retry_delay(Duration::from_millis(100)) // so long after each other.
-///     .invalid_pid_lock_stale_threshold(Duration::from_secs(2)) // What nobody can read is junk after so long.
+///     .invalid_pid_lock_stale_threshold(Duration::from_secs(2)) // A damaged record is reclaimed after so long.
 ///     .file_write_mode(0o640)
+///     .create_parents()
 ///     .directory_write_mode(0o750)
 ///     .clock(Arc::new(SystemClock))
 ///     .build()?;
@@ -94,6 +97,7 @@ pub struct LeaseBuilder {
     unreadable: Option<Duration>,
     file_mode: Option<u32>,
     folder_mode: Option<u32>,
+    create_parents: bool,
 }
 
 /// Where the record is kept.
@@ -131,6 +135,7 @@ impl LeaseBuilder {
             unreadable: None,
             file_mode: None,
             folder_mode: None,
+            create_parents: false,
         }
     }
 
@@ -145,8 +150,8 @@ impl LeaseBuilder {
         self
     }
 
-    /// How often it is renewed, at most a third of the ttl. Unless told otherwise every 250 ms, or a quarter of the ttl
-    /// where that is shorter, or the store keeps no ttl below a second.
+    /// How often it is renewed: at least 1 ms, at most a third of the ttl. Unless told otherwise every 250 ms, or a
+    /// quarter of the ttl where that is shorter, or the store keeps no ttl below a second.
     #[doc(alias = "lease_heartbeat_interval")]
     pub fn heartbeat(mut self, heartbeat: Duration) -> Self {
         self.heartbeat = Some(heartbeat);
@@ -239,32 +244,53 @@ impl LeaseBuilder {
         self
     }
 
-    /// The pause between such attempts, and between looks at a held lease where nothing wakes the waiter; 25 ms unless
-    /// told otherwise.
+    /// The pause between such attempts, and between looks at a held lease where nothing wakes the waiter: at least 1 ms;
+    /// 25 ms unless told otherwise.
     pub fn acquire_retry_delay(mut self, delay: Duration) -> Self {
         self.retry_delay = delay;
         self
     }
 
-    /// For a file: how long a record that cannot be read must have been seen unchanged before it is reclaimed, at least
-    /// a heartbeat; unless told otherwise 2 seconds, or two heartbeats if that is longer. Its holder, if it lives,
-    /// writes it anew at its next beat. One that is stopped just when its record is spoilt may overlap with the next
+    /// For a file that is blank (empty, or zeros) or contains a damaged lease: how long it counts as held, at least a
+    /// heartbeat; unless told otherwise 2 seconds, or two heartbeats if that is longer. It must have been seen unchanged
+    /// for so long; on a file system of this machine also the file's own times show that. Its holder, if it lives,
+    /// writes it anew at its next beat. One that is stopped just when its record is damaged may overlap with the next
     /// owner by what its ttl is longer than this.
     pub fn invalid_pid_lock_stale_threshold(mut self, age: Duration) -> Self {
         self.unreadable = Some(age);
         self
     }
 
-    /// For a file: its permissions when it is made, less the process's umask; 0600 unless told otherwise.
+    /// For a file: the exact permissions that it gets when it is made, whatever the umask is; unless told otherwise 0600,
+    /// less the umask. They must let their owner read and write.
+    ///
+    /// A mode that lets the group or others write shares the lease: this lease then also accepts a file of another user
+    /// that lets the same class write. Without it, a file of another user than this one or root is
+    /// [`ForeignOwner`](ErrorKind::ForeignOwner). Share a lease only with users that you trust with it: they can write
+    /// any record into the file.
+    ///
+    /// ```
+    /// # fn main() -> lockkit::Result<()> {
+    /// // In a directory of a group, such as one made by `install -d -m 2775 -g staff /srv/shared`.
+    /// let lease = lockkit::Lease::file("/srv/shared/leader").file_write_mode(0o664).build()?;
+    /// # Ok(()) }
+    /// ```
     pub fn file_write_mode(mut self, mode: u32) -> Self {
         self.file_mode = Some(mode);
         self
     }
 
-    /// For a file: the permissions of folders that are made for it, less the process's umask; 0700 unless told
-    /// otherwise.
+    /// For a file: the exact permissions of the directories that [`create_parents`](Self::create_parents) makes, whatever
+    /// the umask is; unless told otherwise 0700, less the umask.
     pub fn directory_write_mode(mut self, mode: u32) -> Self {
         self.folder_mode = Some(mode);
+        self
+    }
+
+    /// For a file: makes missing parent directories, too. They stay. Without it a missing directory is an
+    /// [`Io`](ErrorKind::Io) error (`NotFound`) that names the directory.
+    pub fn create_parents(mut self) -> Self {
+        self.create_parents = true;
         self
     }
 
@@ -302,7 +328,9 @@ impl LeaseBuilder {
         let ttl = whole_steps(ttl, step);
         let usual = if smallest < QUICK { HEARTBEAT } else { ttl };
         let heartbeat = self.heartbeat.unwrap_or(usual.min(ttl / 4));
-        refuse_if(heartbeat.is_zero(), "heartbeat", || "it is zero".into())?;
+        refuse_if(heartbeat < SMALLEST_PERIOD, "heartbeat", || {
+            format!("{heartbeat:?} is shorter than 1ms, the shortest heartbeat that leaves the processor to others")
+        })?;
         refuse_if(heartbeat > ttl / 3, "heartbeat", || {
             format!("{heartbeat:?} is more than a third of the ttl, {ttl:?}, so that one late beat may lose the lease")
         })?;
@@ -311,17 +339,22 @@ impl LeaseBuilder {
                 format!("{within:?} is shorter than a heartbeat, {heartbeat:?}, and nobody would notice in time")
             })?;
         }
-        refuse_if(self.retry_delay.is_zero(), "acquire_retry_delay", || "it is zero".into())?;
+        refuse_if(self.retry_delay < SMALLEST_PERIOD, "acquire_retry_delay", || {
+            format!(
+                "{:?} is shorter than 1ms, the shortest pause that leaves the processor to others",
+                self.retry_delay
+            )
+        })?;
         let unreadable = self.unreadable.unwrap_or(UNREADABLE.max(heartbeat * 2));
         refuse_if(unreadable < heartbeat, "invalid_pid_lock_stale_threshold", || {
             format!(
                 "{unreadable:?} is shorter than a heartbeat, {heartbeat:?}, at which its holder would write it anew"
             )
         })?;
-        let (file_mode, folder_mode) = (self.file_mode.unwrap_or(0o600), self.folder_mode.unwrap_or(0o700));
         for (option, mode, least) in
-            [("file_write_mode", file_mode, 0o600), ("directory_write_mode", folder_mode, 0o700)]
+            [("file_write_mode", self.file_mode, 0o600), ("directory_write_mode", self.folder_mode, 0o700)]
         {
+            let Some(mode) = mode else { continue };
             refuse_if(mode & !0o7777 != 0, option, || format!("{mode:#o} is no mode"))?;
             refuse_if(mode & least != least, option, || format!("{mode:#o} would shut its own maker out"))?;
         }
@@ -333,8 +366,9 @@ impl LeaseBuilder {
                     heartbeat,
                     unreadable,
                     retry_delay: self.retry_delay,
-                    file_mode,
-                    folder_mode,
+                    file_mode: self.file_mode,
+                    folder_mode: self.folder_mode,
+                    create_parents: self.create_parents,
                     clock: self.clock.clone(),
                     device: AtomicU64::default(),
                     is_remote: AtomicBool::default(),
@@ -348,6 +382,7 @@ impl LeaseBuilder {
                     ("invalid_pid_lock_stale_threshold", self.unreadable.is_some()),
                     ("file_write_mode", self.file_mode.is_some()),
                     ("directory_write_mode", self.folder_mode.is_some()),
+                    ("create_parents", self.create_parents),
                 ] {
                     refuse_if(given, option, || "this lease is not kept in a file".into())?;
                 }
@@ -419,10 +454,12 @@ mod tests {
         let file = || Lease::file("/nowhere/lease");
         assert_eq!(refused(file().ttl(MS)), "ttl");
         assert_eq!(refused(file().ttl(Duration::MAX)), "ttl");
-        assert_eq!(refused(file().heartbeat(Duration::ZERO)), "heartbeat");
+        for too_short in [Duration::ZERO, Duration::from_nanos(1), MS - Duration::from_nanos(1)] {
+            assert_eq!(refused(file().heartbeat(too_short)), "heartbeat");
+            assert_eq!(refused(file().acquire_retry_delay(too_short)), "acquire_retry_delay");
+        }
         assert_eq!(refused(file().ttl(MS * 300).heartbeat(MS * 101)), "heartbeat");
         assert_eq!(refused(file().require_progress(MS * 249)), "require_progress");
-        assert_eq!(refused(file().acquire_retry_delay(Duration::ZERO)), "acquire_retry_delay");
         assert_eq!(
             refused(file().heartbeat(MS * 250).invalid_pid_lock_stale_threshold(MS * 249)),
             "invalid_pid_lock_stale_threshold"
@@ -430,6 +467,7 @@ mod tests {
         assert_eq!(refused(file().file_write_mode(0o444)), "file_write_mode");
         assert_eq!(refused(file().directory_write_mode(0o10700)), "directory_write_mode");
         assert!(file().ttl(MS * 300).heartbeat(MS * 100).require_progress(MS * 100).build().is_ok());
+        assert!(file().heartbeat(MS).acquire_retry_delay(MS).require_progress(MS).build().is_ok());
         assert!(Lease::file("").build().is_err());
     }
 

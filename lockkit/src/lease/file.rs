@@ -1,7 +1,11 @@
 //! The store that is built in: a file for each lease.
 //!
-//! Every step opens the file, sees what it is, takes its flock, sees that the path still names it, reads the record,
-//! decides, writes it in place, unlocks and closes; a beat that finds its own claim in the file need not look at it. So
+//! A reader opens the file, sees what it is, and reads the record. It takes no lock, so a reader that is stopped or
+//! killed costs nobody anything; a sum tells a whole record from one that is being written, which is read again. So does
+//! an attempt to acquire, up to here: only if the record may be taken does it go on as a writer.
+//!
+//! A writer also takes the file's flock, sees that the path still names the file, reads the record again, decides,
+//! writes it in place, unlocks and closes; a beat that finds its own claim in the file need not look at the path. So
 //! each step is one for all processes, and a process that is killed in the middle has changed all or nothing. Nobody
 //! waits in flock(2) itself, for somebody may be stopped inside: it is tried again until the step's deadline, and who
 //! wants the lease counts it as held.
@@ -13,9 +17,11 @@
 //!
 //! What a holder does when its record is not as it left it:
 //! - Another claim, or none: it was taken over, or evicted. Lost.
-//! - Deleted or spoilt, and nobody has claimed it: it writes the record anew. Under the flock, and with the path naming
-//!   that very file, nobody else can be taking it at that moment, and until its deadline the lease is still its own.
-//!   Who comes first after a deletion wins: the record then names somebody else.
+//! - Deleted, blank or damaged, and nobody has claimed it: it writes the record anew. Under the flock, and with the path
+//!   naming that very file, nobody else can be taking it at that moment, and until its deadline the lease is still its
+//!   own. Who comes first after a deletion wins: the record then names somebody else.
+//! - Another program's file: it is never written to. The holder goes on until its deadline, in case the record is put
+//!   back, and then has lost.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, ErrorKind as Io};
@@ -26,7 +32,7 @@ use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
 
-use super::builder::SMALLEST_TTL;
+use super::builder::{LONGEST_TTL, SMALLEST_TTL};
 use super::clock::Clock;
 use super::observer::Observer;
 use super::record::{self, Content, Record, SIZE};
@@ -35,7 +41,6 @@ use super::store::{
     StoreProfile, sleep,
 };
 use crate::error::{Error, ErrorKind};
-use crate::file::beginning;
 use crate::owner::{Liveness, Owner};
 use crate::steps::step;
 use crate::sys::event;
@@ -62,15 +67,23 @@ const MOST_REPLACEMENTS: u32 = 100;
 const LOOK: Duration = Duration::from_millis(50);
 /// How often a reader without the flock reads again that has met somebody writing.
 const MOST_READS: u32 = 8;
+/// The modes of what is made, unless the caller says otherwise.
+const FILE_MODE: u32 = 0o600;
+const FOLDER_MODE: u32 = 0o700;
 
 pub(super) struct FileStore {
     pub(super) path: PathBuf,
     pub(super) heartbeat: Duration,
-    /// How long a record that cannot be read counts as held.
+    /// How long a blank or damaged record counts as held.
     pub(super) unreadable: Duration,
     pub(super) retry_delay: Duration,
-    pub(super) file_mode: u32,
-    pub(super) folder_mode: u32,
+    /// The exact mode of the file; `None` is [`FILE_MODE`], less the umask. One that lets others write asks for a lease
+    /// that several users share.
+    pub(super) file_mode: Option<u32>,
+    /// The same for directories, and [`FOLDER_MODE`].
+    pub(super) folder_mode: Option<u32>,
+    /// Whether missing directories are made.
+    pub(super) create_parents: bool,
     pub(super) clock: Arc<dyn Clock>,
     /// The file system that the file is on, by its number; 0 until it has been opened. What hangs is a file system.
     pub(super) device: AtomicU64,
@@ -113,13 +126,31 @@ impl Drop for Locked<'_> {
     }
 }
 
-/// What a taker makes of a record.
-enum Verdict {
-    /// It may take the lease, after this record, if it could be read.
-    Free(Option<Box<Record>>),
-    /// The same claim has it already: an earlier request was done after all.
-    Mine(Box<Record>),
-    Held(Seen),
+/// What a file said when it was read.
+struct Reading {
+    /// Its beginning.
+    bytes: Vec<u8>,
+    content: Content,
+}
+
+/// What is made of it.
+enum Verdict<'r> {
+    /// Nobody holds the lease.
+    Free(&'r Record),
+    /// Somebody does, by a record that may be blank or damaged. Whoever comes when it has run out may take the lease.
+    Held(Seen, Option<&'r Record>),
+}
+
+impl Verdict<'_> {
+    /// Who keeps this claim from taking the lease.
+    fn in_the_way_of(&self, claim: &ClaimId) -> Option<&Seen> {
+        match self {
+            Self::Held(seen, _) if seen.expires_in() != Some(Duration::ZERO) && seen.claim() != Some(*claim) => {
+                Some(seen)
+            }
+            _ => None,
+        }
+    }
 }
 
 /// The beats of a grant, which are never repeated: an observer that saw one before goes on counting from then.
@@ -128,7 +159,8 @@ struct Beats(AtomicU64);
 
 impl Beats {
     fn next(&self, written: u64) -> u64 {
-        let next = self.0.load(Ordering::Relaxed).max(written).saturating_add(1);
+        // A forged beat may be the greatest number. The next one must still differ from it.
+        let next = self.0.load(Ordering::Relaxed).max(written).wrapping_add(1);
         self.0.store(next, Ordering::Relaxed);
         next
     }
@@ -151,29 +183,47 @@ impl LeaseStore for FileStore {
     fn try_acquire(&self, name: &LeaseName, claim: &ClaimId, ttl: Duration, by: Deadline) -> Result<Attempt> {
         let granted = |token| Grant::new(name, claim, token, ttl).with_handle(Beats::default());
         for _ in 0..MOST_REPLACEMENTS {
-            let locked = match self.lock(by.min(Deadline::after(TAKEN)))? {
-                Place::Locked(locked) => locked,
-                Place::Occupied => return Ok(Attempt::Busy(self.look_unlocked()?.unwrap_or(Seen::new(0)))),
-                Place::Absent => {
-                    let token = seed();
-                    match self.create(self.own_record(claim, token, ttl))? {
-                        true => return Ok(Attempt::Granted(granted(token))),
-                        false => continue,
-                    }
+            let Some(file) = self.open()? else {
+                let token = seed();
+                match self.create(self.own_record(claim, token, ttl))? {
+                    true => return Ok(Attempt::Granted(granted(token))),
+                    false => continue,
                 }
             };
-            let bytes = locked.read()?;
-            let before = match self.judge(&locked, &bytes, claim)? {
-                Verdict::Held(seen) => return Ok(Attempt::Busy(seen)),
-                Verdict::Mine(record) => {
+            let found = self.vet(&file, Aim::Hold)?;
+            let reading = self.read_unlocked(&file)?;
+            let verdict = self.judge(&file, &reading)?;
+            if let Some(seen) = verdict.in_the_way_of(claim) {
+                self.leave_note(file, &verdict);
+                return Ok(Attempt::Busy(seen.clone()));
+            }
+            let Some(locked) = self.flock(file, by.min(Deadline::after(TAKEN)))? else {
+                // Whoever has the flock is about to hold the lease, or to release it.
+                return Ok(Attempt::Busy(match verdict {
+                    Verdict::Held(seen, _) => seen,
+                    Verdict::Free(_) => Seen::new(0),
+                }));
+            };
+            if !self.names(&found)? {
+                continue;
+            }
+            let reading = locked.read()?;
+            let verdict = self.judge(&locked.file, &reading)?;
+            if let Some(seen) = verdict.in_the_way_of(claim) {
+                return Ok(Attempt::Busy(seen.clone()));
+            }
+            let before = match verdict {
+                Verdict::Held(_, Some(record)) if record.claim() == *claim => {
+                    // An earlier request was done after all.
                     let grant = granted(record.token());
-                    locked.beat(record, &grant, &bytes)?;
+                    locked.beat(record.clone(), &grant, &reading.bytes)?;
                     return Ok(Attempt::Granted(grant));
                 }
-                Verdict::Free(before) => before,
+                Verdict::Held(_, before) => before,
+                Verdict::Free(before) => Some(before),
             };
-            let token = token_after(before.as_deref())?;
-            locked.write(&mut self.own_record(claim, token, ttl), &bytes)?;
+            let token = self.token_after(before)?;
+            locked.write(&mut self.own_record(claim, token, ttl), &reading.bytes)?;
             let grant = granted(token);
             return Ok(Attempt::Granted(match before {
                 Some(before) if !before.is_held() && !before.is_lost() => grant,
@@ -194,13 +244,16 @@ impl LeaseStore for FileStore {
                     false => continue,
                 },
             };
-            let bytes = locked.read()?;
-            return match record::parse(&bytes) {
-                Content::Ours(record) if is_of(&record, grant) => locked.beat(record, grant, &bytes).map(|()| extended),
+            let Reading { bytes, content } = locked.read()?;
+            return match content {
+                Content::Ours(record) if is_of(&record, grant) => {
+                    locked.beat(*record, grant, &bytes).map(|()| extended)
+                }
                 _ if !self.is_named(&locked)? => continue,
                 Content::Ours(record) if record.is_held() => Ok(Renewal::Lost { by: record.owner() }),
                 Content::Ours(_) | Content::Newer => Ok(Renewal::Lost { by: None }),
-                Content::Junk => locked.write(&mut self.record_again(grant), &bytes).map(|()| extended),
+                Content::Damaged => locked.write(&mut self.record_again(grant), &bytes).map(|()| extended),
+                Content::Foreign => Err(self.not_a_lease(&bytes)),
             };
         }
         Err(self.replaced())
@@ -213,7 +266,7 @@ impl LeaseStore for FileStore {
                 record.set_free();
                 Some(record)
             }
-            Content::Junk => {
+            Content::Damaged => {
                 let mut record = self.record_again(grant);
                 record.set_free();
                 Some(Box::new(record))
@@ -246,7 +299,7 @@ impl LeaseStore for FileStore {
                 Some(record)
             }
             // What cannot be read had a token that nobody knows.
-            Content::Junk if seen.is_same_holder(&Seen::new(record::print(bytes))) => {
+            Content::Damaged if seen.is_same_holder(&Seen::new(record::print(bytes))) => {
                 let mut record = self.own_record(&ClaimId::from_number(0), seed(), Duration::ZERO);
                 record.set_free();
                 Some(Box::new(record))
@@ -259,9 +312,9 @@ impl LeaseStore for FileStore {
         // First watch, then look, so that nothing falls in between.
         let watch = watch::changes_of(&self.path).ok();
         let Some(file) = self.open_for_reading()? else { return Ok(()) };
-        let bytes = read(&file).map_err(|error| self.failed("read", error))?;
+        let Reading { bytes, content } = self.read(&file)?;
         drop(file);
-        let look = match record::parse(&bytes) {
+        let look = match content {
             Content::Ours(record) if record.print() == seen.cursor() => {
                 match record.owner().is_some_and(|owner| owner.liveness() == Liveness::Alive) {
                     true => LOOK,
@@ -269,7 +322,7 @@ impl LeaseStore for FileStore {
                     false => record.heartbeat().clamp(self.retry_delay.min(LOOK), LOOK * 20),
                 }
             }
-            Content::Junk if record::print(&bytes) == seen.cursor() => LOOK,
+            Content::Damaged if record::print(&bytes) == seen.cursor() => LOOK,
             _ => return Ok(()),
         };
         match watch {
@@ -286,48 +339,69 @@ impl LeaseStore for FileStore {
 }
 
 impl FileStore {
-    /// Who may take what the locked file says. Unknown is never taken on that ground:
-    /// - a record that says it is free, or lost by its owner: everybody;
+    /// What a file says of the lease, for whoever asks: to take it, to wait for it or to look at it. Unknown is never
+    /// taken on that ground:
+    /// - a record that says it is free, or lost by its owner: everybody may take it;
     /// - held, by an owner that is dead by its identity: everybody, at once;
     /// - held, by whom it may be: who has seen the same beat for the ttl that stands in the record, by its own clock,
     ///   or finds noted by another process of this clock that it did;
-    /// - one that cannot be read: who has seen it so for [`FileStore::unreadable`], by its own clock;
-    /// - one of a later version: nobody.
-    fn judge(&self, locked: &Locked<'_>, bytes: &[u8], claim: &ClaimId) -> Result<Verdict> {
-        let mut record = match record::parse(bytes) {
-            Content::Ours(record) => record,
-            Content::Newer => return Err(self.newer()),
-            Content::Junk => {
-                let print = record::print(bytes);
-                let age = self.observe(print, None);
-                return Ok(match self.unreadable.checked_sub(age) {
-                    None | Some(Duration::ZERO) => Verdict::Free(None),
-                    Some(left) => Verdict::Held(Seen::new(print).with_expires_in(left)),
-                });
+    /// - blank or damaged: who has seen it so for [`FileStore::unreadable`], by its own clock, or finds a file that has
+    ///   not been changed for as long;
+    /// - one of a later version, or a file that is no lease: nobody.
+    fn judge<'r>(&self, file: &File, reading: &'r Reading) -> Result<Verdict<'r>> {
+        match &reading.content {
+            Content::Ours(record) if !record.is_held() => Ok(Verdict::Free(record)),
+            Content::Ours(record) => {
+                let noted = self.clock.shared_id().and_then(|clock| record.noted(clock));
+                let age = self.observe(record.print(), noted);
+                Ok(Verdict::Held(self.seen(record, age), Some(record)))
             }
-        };
-        if !record.is_held() {
-            return Ok(Verdict::Free(Some(record)));
+            Content::Damaged => {
+                let print = record::print(&reading.bytes);
+                let age = self.observe(print, None).max(self.unchanged_for(file)?);
+                Ok(Verdict::Held(Seen::new(print).with_expires_in(self.unreadable.saturating_sub(age)), None))
+            }
+            Content::Newer => Err(self.newer()),
+            Content::Foreign => Err(self.not_a_lease(&reading.bytes)),
         }
-        if record.claim() == *claim {
-            return Ok(Verdict::Mine(record));
+    }
+
+    /// For how long nothing has been done to the file, by its times: at least so old is what it said before. Another
+    /// host's clock, or a time that is still to come, tells nothing.
+    #[cold]
+    fn unchanged_for(&self, file: &File) -> Result<Duration> {
+        if self.is_remote.load(Ordering::Relaxed) {
+            return Ok(Duration::ZERO);
         }
-        let clock = self.clock.shared_id();
-        let noted = clock.and_then(|clock| record.noted(clock));
-        let age = self.observe(record.print(), noted);
-        let seen = self.seen(&record, age);
-        if seen.expires_in() == Some(Duration::ZERO) {
-            return Ok(Verdict::Free(Some(record)));
+        let found = files::look(file).map_err(|error| self.failed("look at", error))?;
+        let changed = files::last_change(&found).map_err(|error| self.failed("look at", error))?;
+        Ok(SystemTime::now().duration_since(changed).unwrap_or_default())
+    }
+
+    /// Notes in a held record when this process first saw its beat, for those that come after it. Once: from then on it
+    /// goes by its own sight, so those who wait do not wake each other with notes.
+    fn leave_note(&self, file: Shielded<File>, of: &Verdict<'_>) {
+        let (Verdict::Held(_, Some(record)), Some(clock)) = (of, self.clock.shared_id()) else { return };
+        let is_noted = record.noted(clock).is_some();
+        if is_noted || !self.observer.try_lock().is_none_or(|mut observer| observer.is_to_note()) {
+            return;
         }
-        let unnoted = clock
-            .filter(|_| noted.is_none() && self.observer.try_lock().is_none_or(|mut observer| observer.is_to_note()));
-        if let Some(clock) = unnoted {
-            record.note(clock, self.clock.now());
-            // A note that is lost costs time only.
-            let _ = locked.file.write_all_at(record.seal(), 0);
+        let write = |file: &File| {
+            let (at, note) = record.note(clock, self.clock.now());
+            // One that is lost costs time only.
+            let _ = file.write_all_at(&note, at);
             step("note written");
+        };
+        if !self.is_remote.load(Ordering::Relaxed) {
+            return write(&file);
         }
-        Ok(Verdict::Held(seen))
+        // Where a file is not locked, NFS may write back the whole page that it has read, and an old beat with it.
+        if let Ok(Some(locked)) = self.flock(file, Deadline::after(Duration::ZERO)) {
+            let is_same = |now: Reading| matches!(now.content, Content::Ours(now) if now.print() == record.print());
+            if locked.read().is_ok_and(is_same) {
+                write(&locked.file);
+            }
+        }
     }
 
     /// How long what has this print has been seen so.
@@ -344,7 +418,9 @@ impl FileStore {
         let seen = seen_holder(record);
         let owner = record.owner();
         let is_dead = owner.as_ref().is_some_and(|owner| owner.liveness() == Liveness::Dead);
-        let left = if is_dead { Duration::ZERO } else { record.ttl().saturating_sub(unchanged_for) };
+        // No lease has a longer ttl, so lockkit has not written this one. It counts as held for as long as damage does.
+        let ttl = if record.ttl() > LONGEST_TTL { self.unreadable } else { record.ttl() };
+        let left = if is_dead { Duration::ZERO } else { ttl.saturating_sub(unchanged_for) };
         let seen = seen.with_expires_in(left);
         match owner {
             Some(owner) => seen.with_owner(owner),
@@ -354,28 +430,32 @@ impl FileStore {
 
     fn look_unlocked(&self) -> Result<Option<Seen>> {
         let Some(file) = self.open_for_reading()? else { return Ok(None) };
-        let mut before = None;
+        Ok(match self.judge(&file, &self.read_unlocked(&file)?)? {
+            Verdict::Held(seen, _) => Some(seen),
+            Verdict::Free(_) => None,
+        })
+    }
+
+    /// What the file says. Somebody may be writing, so what is not a whole record is read again until it is the same
+    /// twice.
+    fn read_unlocked(&self, file: &File) -> Result<Reading> {
+        let mut reading = self.read(file)?;
         for _ in 0..MOST_READS {
-            let bytes = read(&file).map_err(|error| self.failed("read", error))?;
-            match record::parse(&bytes) {
-                Content::Newer => return Err(self.newer()),
-                Content::Ours(record) if !record.is_held() => return Ok(None),
-                Content::Ours(record) => {
-                    let noted = self.clock.shared_id().and_then(|clock| record.noted(clock));
-                    let age = self.observe(record.print(), noted);
-                    return Ok(Some(self.seen(&record, age)));
-                }
-                // Somebody may be writing just now: it counts as junk when it is the same twice.
-                Content::Junk => {
-                    let print = record::print(&bytes);
-                    if before.replace(print) == Some(print) {
-                        let age = self.observe(print, None);
-                        return Ok(Some(Seen::new(print).with_expires_in(self.unreadable.saturating_sub(age))));
-                    }
-                }
+            if matches!(reading.content, Content::Ours(_) | Content::Newer) {
+                break;
+            }
+            let before = std::mem::replace(&mut reading, self.read(file)?);
+            if before.bytes == reading.bytes {
+                break;
             }
         }
-        Ok(Some(Seen::new(before.unwrap_or_default())))
+        Ok(reading)
+    }
+
+    fn read(&self, file: &File) -> Result<Reading> {
+        let bytes = read(file).map_err(|error| self.failed("read", error))?;
+        let content = record::parse(&bytes);
+        Ok(Reading { bytes, content })
     }
 
     /// Writes the record of a free lease that `which` makes of what the file says, unless it makes none of it. Where there
@@ -384,30 +464,36 @@ impl FileStore {
         &self,
         by: Deadline,
         absent: Released,
-        which: impl FnOnce(Content, &[u8]) -> Option<Box<Record>>,
+        which: impl Fn(Content, &[u8]) -> Option<Box<Record>>,
     ) -> Result<Released> {
-        match self.lock_to(Aim::Free, by)? {
-            Place::Absent => Ok(absent),
-            Place::Occupied => Err(self.occupied()),
-            Place::Locked(locked) => {
-                let bytes = locked.read()?;
-                match which(record::parse(&bytes), &bytes) {
-                    Some(mut record) => locked.write(&mut record, &bytes).map(|()| Released::Done),
-                    None => Ok(Released::NotMine),
-                }
+        let which = |Reading { bytes, content }: Reading| match content {
+            Content::Foreign => Err(self.not_a_lease(&bytes)),
+            content => Ok(which(content, &bytes).map(|record| (record, bytes))),
+        };
+        for _ in 0..MOST_REPLACEMENTS {
+            let Some(file) = self.open()? else { return Ok(absent) };
+            let found = self.vet(&file, Aim::Free)?;
+            // Also this one may find the lease of somebody else, and is a reader then.
+            if which(self.read_unlocked(&file)?)?.is_none() {
+                return Ok(Released::NotMine);
             }
+            let Some(locked) = self.flock(file, by)? else { return Err(self.occupied()) };
+            if !self.names(&found)? {
+                continue;
+            }
+            return match which(locked.read()?)? {
+                Some((mut record, old)) => locked.write(&mut record, &old).map(|()| Released::Done),
+                None => Ok(Released::NotMine),
+            };
         }
+        Err(self.replaced())
     }
 
     /// The file that the path names, locked, to hold the lease.
     fn lock(&self, by: Deadline) -> Result<Place<'_>> {
-        self.lock_to(Aim::Hold, by)
-    }
-
-    fn lock_to(&self, aim: Aim, by: Deadline) -> Result<Place<'_>> {
         for _ in 0..MOST_REPLACEMENTS {
             let Some(file) = self.open()? else { return Ok(Place::Absent) };
-            let found = self.vet(&file, aim)?;
+            let found = self.vet(&file, Aim::Hold)?;
             let Some(locked) = self.flock(file, by)? else { return Ok(Place::Occupied) };
             if self.names(&found)? {
                 return Ok(Place::Locked(locked));
@@ -451,6 +537,7 @@ impl FileStore {
 
     /// What the path names, if there is anything.
     fn open(&self) -> Result<Option<Shielded<File>>> {
+        self.check_path()?;
         // Not blocking, so that no FIFO keeps the call, and no terminal becomes this process's.
         let mut options = OpenOptions::new();
         options.read(true).write(true).custom_flags(files::NOFOLLOW | files::NONBLOCK | files::NOCTTY);
@@ -464,8 +551,10 @@ impl FileStore {
     /// What the file is, if it is one that may be written to.
     fn vet(&self, file: &File, aim: Aim) -> Result<Found> {
         let found = self.check(file)?;
+        // The owner and this user have both said that others may write it: then the lease is shared.
+        let is_shared = files::others_who_write(&found) & self.file_mode.unwrap_or_default() != 0;
         let is_foreign = |me| found.uid() != me && !(me == 0 && aim == Aim::Free);
-        if found.uid() != 0 && is_foreign(folder::effective_uid()) {
+        if found.uid() != 0 && !is_shared && is_foreign(folder::effective_uid()) {
             let lock = format!("the lease {}", self.path.display());
             return Err(StoreError::misuse(Error::from(ErrorKind::ForeignOwner { lock, uid: found.uid(), pid: None })));
         }
@@ -481,9 +570,26 @@ impl FileStore {
         }
     }
 
+    /// Opening a device can do something to it, so what stands at the path is looked at before it is opened for the first
+    /// time.
+    fn check_path(&self) -> Result<()> {
+        if self.device.load(Ordering::Relaxed) != 0 {
+            return Ok(());
+        }
+        match files::look_at_link(&self.path) {
+            Err(error) if error.kind() == Io::NotFound => Ok(()),
+            found => self.check_found(&found.map_err(|error| self.failed("open", error))?),
+        }
+    }
+
     /// What the file is, if it is a plain one without other names.
     fn check(&self, file: &File) -> Result<Found> {
         let found = files::look(file).map_err(|error| self.failed("look at", error))?;
+        self.check_found(&found)?;
+        Ok(found)
+    }
+
+    fn check_found(&self, found: &Found) -> Result<()> {
         if found.is_symlink() {
             return Err(self.is_link());
         }
@@ -493,10 +599,11 @@ impl FileStore {
         if found.nlink() > 1 {
             return Err(self.insecure("it is a hard link to a file that has other names"));
         }
-        Ok(found)
+        Ok(())
     }
 
     fn open_for_reading(&self) -> Result<Option<File>> {
+        self.check_path()?;
         let mut options = OpenOptions::new();
         options.read(true).custom_flags(files::NOFOLLOW | files::NONBLOCK | files::NOCTTY);
         match files::open(&options, &self.path) {
@@ -504,7 +611,8 @@ impl FileStore {
             Err(error) if files::is_of_a_link(&error) => Err(self.is_link()),
             opened => {
                 let file = opened.map_err(|error| self.failed("open", error))?;
-                self.check(&file)?;
+                let found = self.check(&file)?;
+                self.place(&file, &found);
                 Ok(Some(file))
             }
         }
@@ -516,12 +624,11 @@ impl FileStore {
     fn create(&self, mut record: Record) -> Result<bool> {
         let folder = self.path.parent().unwrap_or(&self.path);
         let failed = |error| self.failed("create", error);
-        let file = match Shielded::new(|| unnamed::file_in(folder, self.file_mode)) {
+        let make = || Shielded::new(|| unnamed::file_in(folder, self.file_mode.unwrap_or(FILE_MODE)));
+        let file = match make() {
             Err(error) if error.kind() == Io::NotFound => {
-                let made = DirBuilder::new().recursive(true).mode(self.folder_mode).create(folder);
-                made.map_err(|error| failed_at("create the folder", folder, error))?;
-                step("folders made");
-                Shielded::new(|| unnamed::file_in(folder, self.file_mode))
+                self.create_folders(folder, error)?;
+                make()
             }
             made => made,
         };
@@ -531,6 +638,7 @@ impl FileStore {
         };
         let made = files::look(&file).map_err(|error| self.failed("look at", error))?;
         self.place(&file, &made);
+        self.set_mode(&file)?;
         file.write_all_at(record.seal(), 0).map_err(|error| self.failed("write", error))?;
         step("nameless file written");
         // Once in the life of a file, so that no power cut leaves an empty one, which programs that only ever try once
@@ -553,15 +661,17 @@ impl FileStore {
     #[cold]
     fn create_in_place(&self, record: &mut Record) -> Result<bool> {
         let mut options = OpenOptions::new();
-        options.read(true).write(true).create_new(true).mode(self.file_mode);
-        match Shielded::new(|| files::create(&options, &self.path)) {
+        options.read(true).write(true).create_new(true).mode(self.file_mode.unwrap_or(FILE_MODE));
+        let file = match Shielded::new(|| files::create(&options, &self.path)) {
             Err(error) if error.kind() == Io::AlreadyExists => return Ok(false),
-            made => drop(made.map_err(|error| self.failed("create", error))?),
-        }
+            made => made.map_err(|error| self.failed("create", error))?,
+        };
         step("file made");
+        self.set_mode(&file)?;
+        drop(file);
         match self.lock(Deadline::after(LOOKED_AT))? {
             // Nobody takes what is so young; only a holder whose own record was deleted may have written into it.
-            Place::Locked(locked) if locked.read()?.is_empty() => {
+            Place::Locked(locked) if locked.read()?.bytes.is_empty() => {
                 let synced = || locked.file.sync_data().map_err(|error| self.failed("write", error));
                 let written = locked.write(record, &[]).and_then(|()| synced());
                 if written.is_err() {
@@ -574,10 +684,49 @@ impl FileStore {
         }
     }
 
+    /// Gives the file the mode that was asked for, whatever the umask is.
+    fn set_mode(&self, file: &File) -> Result<()> {
+        let Some(mode) = self.file_mode else { return Ok(()) };
+        files::set_mode(file, mode).map_err(|error| self.failed("set the mode of", error))?;
+        step("mode of the file set");
+        Ok(())
+    }
+
+    /// Makes the directories down to `folder`, if that was asked for; otherwise `missing` is the error.
+    fn create_folders(&self, folder: &Path, missing: io::Error) -> Result<()> {
+        if !self.create_parents {
+            return Err(StoreError::misuse(Error::io("open the directory", folder, missing)));
+        }
+        let is_missing = |folder: &&Path| files::look_at(folder).is_err_and(|error| error.kind() == Io::NotFound);
+        let missing: Vec<_> = folder.ancestors().take_while(is_missing).collect();
+        for folder in missing.into_iter().rev() {
+            match DirBuilder::new().mode(self.folder_mode.unwrap_or(FOLDER_MODE)).create(folder) {
+                Err(error) if error.kind() == Io::AlreadyExists => continue,
+                made => made.map_err(|error| failed_at("create the directory", folder, error))?,
+            }
+            step("folder made");
+            if let Some(mode) = self.folder_mode {
+                let set = files::set_folder_mode(folder, mode);
+                set.map_err(|error| failed_at("set the mode of the directory", folder, error))?;
+                step("mode of the folder set");
+            }
+        }
+        Ok(())
+    }
+
     /// The record of this process, which takes the lease now.
     fn own_record(&self, claim: &ClaimId, token: u64, ttl: Duration) -> Record {
         let owner = Owner { acquired: Some(SystemTime::now()), ..Owner::current() };
         Record::held(claim, token, ttl, self.heartbeat, &owner)
+    }
+
+    /// The token of who comes after this record.
+    fn token_after(&self, before: Option<&Record>) -> Result<u64> {
+        let problem = "its token is the largest number that there is, so no greater one can follow: somebody forged it";
+        let used_up =
+            || StoreError::misuse(Error::from(ErrorKind::LayoutMismatch { path: self.path.clone(), problem }));
+        let next = before.map_or(Some(1), |before| before.token().checked_add(1));
+        next.map(|next| next.max(seed())).ok_or_else(used_up)
     }
 
     /// The record of a grant that was deleted or spoilt.
@@ -601,6 +750,11 @@ impl FileStore {
         StoreError::misuse(Error::from(ErrorKind::LayoutMismatch { path: self.path.clone(), problem }))
     }
 
+    fn not_a_lease(&self, bytes: &[u8]) -> StoreError {
+        let text = record::shown(bytes);
+        StoreError::misuse(Error::from(ErrorKind::NotALease { path: self.path.clone(), text }))
+    }
+
     fn replaced(&self) -> StoreError {
         StoreError::refused(Error::from(ErrorKind::RogueDeletion { path: self.path.clone() }))
     }
@@ -616,8 +770,8 @@ impl FileStore {
 }
 
 impl Locked<'_> {
-    fn read(&self) -> Result<Vec<u8>> {
-        read(&self.file).map_err(|error| self.store.failed("read", error))
+    fn read(&self) -> Result<Reading> {
+        self.store.read(&self.file)
     }
 
     /// Replaces what the file says, which begins with `old`. One write does it, within one page. If that fails `old` is
@@ -637,16 +791,10 @@ impl Locked<'_> {
     }
 
     /// Writes the next beat of `grant` into its record, which stands in the file as `old`.
-    fn beat(&self, mut record: Box<Record>, grant: &Grant, old: &[u8]) -> Result<()> {
+    fn beat(&self, mut record: Record, grant: &Grant, old: &[u8]) -> Result<()> {
         record.set_beat(next_beat(grant, record.beat()));
         self.write(&mut record, old)
     }
-}
-
-/// The token of who comes after this record.
-fn token_after(before: Option<&Record>) -> Result<u64> {
-    let next = before.map_or(Some(1), |before| before.token().checked_add(1));
-    next.map(|next| next.max(seed())).ok_or_else(|| StoreError::misuse("the tokens are used up"))
 }
 
 /// Whether the file is on a file system of this machine's own. One that is not known is not.
@@ -697,9 +845,21 @@ fn is_of(record: &Record, grant: &Grant) -> bool {
     record.is_held() && record.claim() == *grant.claim() && record.token() == grant.token()
 }
 
-/// The beginning of a file, as much as a record is long.
+/// The beginning of a file: as much as a record is long, and one byte more where there is more.
 fn read(file: &File) -> io::Result<Vec<u8>> {
-    beginning(file, SIZE)
+    let mut bytes = vec![0; SIZE + 1];
+    let mut filled = 0;
+    // A read of one byte more than a record that returns just a record has met the end of the file.
+    while filled < SIZE {
+        match file.read_at(&mut bytes[filled..], filled as u64) {
+            Ok(0) => break,
+            Ok(more) => filled += more,
+            Err(error) if error.kind() == Io::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    bytes.truncate(filled);
+    Ok(bytes)
 }
 
 /// What no waiting heals is the caller's to mend.
@@ -735,8 +895,9 @@ mod tests {
             heartbeat: ttl / 4,
             unreadable: ttl,
             retry_delay: ttl,
-            file_mode: 0o600,
-            folder_mode: 0o700,
+            file_mode: None,
+            folder_mode: None,
+            create_parents: false,
             clock: Arc::new(SystemClock),
             device: AtomicU64::default(),
             is_remote: AtomicBool::default(),

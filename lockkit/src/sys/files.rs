@@ -11,6 +11,7 @@ use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use rustix::fs::{Mode, OFlags, RawMode, fchmod};
 use rustix::io::Errno;
@@ -60,6 +61,20 @@ pub(crate) fn set_folder_mode(path: &Path, mode: u32) -> io::Result<()> {
 /// Why the folder, whose owner is this `uid`, may not be trusted by this process.
 pub(crate) fn is_writable_by_others(folder: &Seen) -> bool {
     folder.mode() & 0o022 != 0
+}
+
+/// The permission bits by which users other than the file's owner may write to it.
+pub(crate) fn others_who_write(found: &Seen) -> u32 {
+    found.mode() & 0o022
+}
+
+/// When anything was last done to the file: to its content, or to what the system keeps of it. Programs can set the
+/// first time at will (utimensat(2)), and only the kernel the second, so the later one is as late as the last change.
+pub(crate) fn last_change(found: &Seen) -> io::Result<SystemTime> {
+    let changed = u64::try_from(found.ctime()).ok().map(|seconds| Duration::new(seconds, found.ctime_nsec() as u32));
+    let changed = changed.and_then(|since| SystemTime::UNIX_EPOCH.checked_add(since));
+    let modified = found.modified()?;
+    Ok(changed.map_or(modified, |changed| changed.max(modified)))
 }
 
 /// Whether the error comes of a name that the file system cannot have.

@@ -14,6 +14,7 @@ use std::ops::Deref;
 use std::os::windows::fs::{FileExt as _, OpenOptionsExt as _};
 use std::os::windows::io::AsRawHandle;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use windows_sys::Win32::Foundation::{
     ERROR_ACCESS_DENIED, ERROR_FILENAME_EXCED_RANGE, ERROR_INVALID_NAME, ERROR_INVALID_PARAMETER, STATUS_DELETE_PENDING,
@@ -239,6 +240,16 @@ pub(crate) fn set_folder_mode(_: &Path, _: u32) -> io::Result<()> {
 /// Not looked at: what a folder lets others do is its access control list's to say.
 pub(crate) fn is_writable_by_others(_: &Seen) -> bool {
     false
+}
+
+/// Modes are for Unix.
+pub(crate) fn others_who_write(_: &Seen) -> u32 {
+    0
+}
+
+/// When the content was last changed.
+pub(crate) fn last_change(found: &Seen) -> io::Result<SystemTime> {
+    found.modified()
 }
 
 /// Whether the error comes of a name that the file system cannot have.
