@@ -12,7 +12,7 @@ use super::clock::{Clock, SystemClock};
 use super::file::FileStore;
 use super::store::{LeaseName, LeaseStore};
 use super::tenure::Terms;
-use super::{Inner, Lease, Loss, connect};
+use super::{Inner, Lease, Loss, connect, waiters};
 use crate::error::{Error, ErrorKind, Result};
 
 const TTL: Duration = Duration::from_secs(3);
@@ -358,7 +358,7 @@ impl LeaseBuilder {
             refuse_if(mode & !0o7777 != 0, option, || format!("{mode:#o} is no mode"))?;
             refuse_if(mode & least != least, option, || format!("{mode:#o} would shut its own maker out"))?;
         }
-        let (name, store): (_, Arc<dyn LeaseStore>) = match self.place {
+        let (name, store, place): (_, Arc<dyn LeaseStore>, _) = match self.place {
             Place::Url(url) => return Err(connect::invalid(&url, "it leads to another URL")),
             Place::File(path) => {
                 let path = std::path::absolute(&path).map_err(|error| Error::io("make absolute", &path, error))?;
@@ -375,7 +375,8 @@ impl LeaseBuilder {
                     observer: Mutex::default(),
                     path,
                 };
-                (LeaseName::of_path(&store.path), Arc::new(store))
+                let place = waiters::Place::File(store.path.clone());
+                (LeaseName::of_path(&store.path), Arc::new(store), place)
             }
             Place::Store(store, key) => {
                 for (option, given) in [
@@ -386,9 +387,14 @@ impl LeaseBuilder {
                 ] {
                     refuse_if(given, option, || "this lease is not kept in a file".into())?;
                 }
-                (LeaseName::new(&key)?, store)
+                let name = LeaseName::new(&key)?;
+                let place = waiters::Place::Store(Arc::as_ptr(&store).cast::<()>() as usize, name.clone());
+                (name, store, place)
             }
         };
+        let clock_id = self.clock.shared_id();
+        let clock = clock_id.ok_or(Arc::as_ptr(&self.clock).cast::<()>() as usize);
+        let waiters = waiters::Key { place, clock, unreadable: self.unreadable, retry_delay: self.retry_delay };
         let options = Options {
             ttl,
             heartbeat,
@@ -397,10 +403,10 @@ impl LeaseBuilder {
             held_error: self.held_error,
             retry_limit: self.retry_limit,
             retry_delay: self.retry_delay,
-            clock_id: self.clock.shared_id(),
+            clock_id,
             clock: self.clock,
         };
-        Ok(Lease(Arc::new(Inner { name, store, options })))
+        Ok(Lease(Arc::new(Inner { name, store, waiters, options })))
     }
 }
 

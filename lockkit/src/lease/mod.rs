@@ -12,9 +12,9 @@
 //! [`token`](LeaseGuard::token), greater with every owner: let what the lease guards refuse a lower one than it has
 //! seen.
 //!
-//! How it works: `tenure` is the state of a held lease, pure; `heart` is the thread; `store` is what a place for
-//! records owes, `file` the one that is built in, `record` what stands in its file, `observer` the rule by which a
-//! record that does not change runs out, and `clock` the time.
+//! How it works: `tenure` is the state of a held lease, pure; `heart` is the thread; `waiters` orders the threads that
+//! wait for one; `store` is what a place for records owes, `file` the one that is built in, `record` what stands in its
+//! file, `observer` the rule by which a record that does not change runs out, and `clock` the time.
 //!
 //! Leases are from C. Gray and D. Cheriton, *Leases: An Efficient Fault-Tolerant Mechanism for Distributed File Cache
 //! Consistency* (SOSP 1989). Why they need fencing: M. Kleppmann, [How to do distributed locking] (2016).
@@ -35,6 +35,7 @@ mod store;
 mod tenure;
 #[cfg(test)]
 mod tests;
+mod waiters;
 
 use std::fmt;
 use std::mem;
@@ -61,6 +62,7 @@ use crate::lock::{Guard, Recovered, lock_methods};
 use crate::owner::Owner;
 use crate::trace;
 use crate::wait::{GaveUp, Patience, Subject, Wait};
+use waiters::Waiter;
 
 /// The longest that a request may take which somebody waits for, besides a quarter of the ttl.
 const LONGEST_ATTEMPT: Duration = Duration::from_secs(2);
@@ -100,6 +102,8 @@ pub struct Lease(Arc<Inner>);
 struct Inner {
     name: LeaseName,
     store: Arc<dyn LeaseStore>,
+    /// With which other leases of this process it shares its waiters.
+    waiters: waiters::Key,
     options: Options,
 }
 
@@ -334,6 +338,19 @@ impl Lease {
 
 impl Inner {
     fn acquire(self: &Arc<Self>, wait: &Wait) -> Result<LeaseGuard> {
+        let mut waiter = None;
+        let acquired = self.acquire_in_turn(wait, &mut waiter);
+        let is_told = |error: &Error| error.is_held() || error.is_timeout() || error.is_cancelled();
+        if let (Err(error), Some(waiter)) = (&acquired, waiter) {
+            if !is_told(error) {
+                // The failure of the first one is no answer for the others.
+                waiter.let_all_go();
+            }
+        }
+        acquired
+    }
+
+    fn acquire_in_turn(self: &Arc<Self>, wait: &Wait, waiter: &mut Option<Waiter>) -> Result<LeaseGuard> {
         let options = &self.options;
         let mut found = Found { lease: self, owner: None };
         wait.check(&found)?;
@@ -346,6 +363,12 @@ impl Inner {
         let mut failures = 0;
         let mut is_answered = false;
         let mut waits = false;
+        if let Some(patience) = patience.as_ref().filter(|_| self.waiters.is_awaited()) {
+            found.owner = self.waiters.holder();
+            waits = true;
+            trace::waiting(&found);
+            self.queue_up(waiter, patience, &mut found)?;
+        }
         loop {
             let by = match patience.as_ref().and_then(Patience::until) {
                 Some(until) => self.request().min(Deadline::from(until).max(Deadline::after(self.shortest_request()))),
@@ -378,7 +401,9 @@ impl Inner {
                             if !mem::replace(&mut waits, true) {
                                 trace::waiting(&found);
                             }
-                            self.park(&seen, patience, &found)?;
+                            if self.queue_up(waiter, patience, &mut found)? {
+                                self.park(&seen, patience, &found)?;
+                            }
                         }
                         None => return Err(found.held()),
                     }
@@ -420,6 +445,28 @@ impl Inner {
             self.store.release(grant, by)?;
         }
         Ok(is_passed_on)
+    }
+
+    /// Has this thread wait behind the others of this process, until it is first. Whether it is so already, and may wait
+    /// at the store; if not, the lease may have changed hands meanwhile.
+    fn queue_up(&self, waiter: &mut Option<Waiter>, patience: &Patience, found: &mut Found<'_>) -> Result<bool> {
+        if !waiter.as_ref().is_some_and(Waiter::is_first) {
+            // Without a descriptor left it does without the order.
+            *waiter = self.waiters.join().ok();
+        }
+        let Some(place) = waiter else { return Ok(true) };
+        let event = match place.as_fd() {
+            Some(event) if !place.is_first() => event,
+            _ => {
+                self.waiters.tell(found.owner.as_ref());
+                return Ok(true);
+            }
+        };
+        let woken = patience.wait(Some(event), Duration::MAX)?;
+        woken.map(|()| false).map_err(|gave_up| {
+            found.owner = self.waiters.holder();
+            patience.error(gave_up, found)
+        })
     }
 
     /// Waits for a change of what was seen, until it runs out or the patience does.
