@@ -1969,7 +1969,7 @@ fn c12_forged_numbers_are_errors_that_state_the_cause_or_do_no_harm() {
         let text = error.to_string();
         let first = text.lines().next().unwrap();
         assert!(
-            first.contains(terms.path.to_str().unwrap()) && first.contains("token is the largest number"),
+            first.contains(terms.path.to_str().unwrap()) && first.contains("fencing token is the largest number"),
             "{first}"
         );
     }

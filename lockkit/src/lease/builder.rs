@@ -358,6 +358,7 @@ impl LeaseBuilder {
             refuse_if(mode & !0o7777 != 0, option, || format!("{mode:#o} is no mode"))?;
             refuse_if(mode & least != least, option, || format!("{mode:#o} would shut its own maker out"))?;
         }
+        let clock_id = self.clock.shared_id();
         let (name, store, place): (_, Arc<dyn LeaseStore>, _) = match self.place {
             Place::Url(url) => return Err(connect::invalid(&url, "it leads to another URL")),
             Place::File(path) => {
@@ -370,6 +371,7 @@ impl LeaseBuilder {
                     folder_mode: self.folder_mode,
                     create_parents: self.create_parents,
                     clock: self.clock.clone(),
+                    clock_id,
                     device: AtomicU64::default(),
                     is_remote: AtomicBool::default(),
                     observer: Mutex::default(),
@@ -392,7 +394,6 @@ impl LeaseBuilder {
                 (name, store, place)
             }
         };
-        let clock_id = self.clock.shared_id();
         let clock = clock_id.ok_or(Arc::as_ptr(&self.clock).cast::<()>() as usize);
         let waiters = waiters::Key { place, clock, unreadable: self.unreadable, retry_delay: self.retry_delay };
         let options = Options {

@@ -85,6 +85,8 @@ pub(super) struct FileStore {
     /// Whether missing directories are made.
     pub(super) create_parents: bool,
     pub(super) clock: Arc<dyn Clock>,
+    /// Its shared id, which costs system calls.
+    pub(super) clock_id: Option<u128>,
     /// The file system that the file is on, by its number; 0 until it has been opened. What hangs is a file system.
     pub(super) device: AtomicU64,
     /// What is written must be synced to reach those who share the file.
@@ -131,6 +133,12 @@ struct Reading {
     /// Its beginning.
     bytes: Vec<u8>,
     content: Content,
+}
+
+impl Reading {
+    fn of(bytes: Vec<u8>) -> Self {
+        Self { content: record::parse(&bytes), bytes }
+    }
 }
 
 /// What is made of it.
@@ -207,8 +215,11 @@ impl LeaseStore for FileStore {
             if !self.names(&found)? {
                 continue;
             }
-            let reading = locked.read()?;
-            let verdict = self.judge(&locked.file, &reading)?;
+            let now = locked.read_unless(&reading)?;
+            let (reading, verdict) = match &now {
+                Some(now) => (now, self.judge(&locked.file, now)?),
+                None => (&reading, verdict),
+            };
             if let Some(seen) = verdict.in_the_way_of(claim) {
                 return Ok(Attempt::Busy(seen.clone()));
             }
@@ -261,23 +272,25 @@ impl LeaseStore for FileStore {
 
     fn release(&self, grant: &Grant, by: Deadline) -> Result<Released> {
         // Whoever had taken what was deleted or spoilt would stand there now, as the next beat would have put us back.
-        self.free_if(by, Released::Done, |content, _| match content {
-            Content::Ours(mut record) if is_of(&record, grant) => {
+        self.free_if(by, true, Released::Done, |content, _| match content {
+            Content::Ours(record) if is_of(record, grant) => {
+                let mut record = (**record).clone();
                 record.set_free();
                 Some(record)
             }
             Content::Damaged => {
                 let mut record = self.record_again(grant);
                 record.set_free();
-                Some(Box::new(record))
+                Some(record)
             }
             _ => None,
         })
     }
 
     fn give_up(&self, grant: &Grant, by: Deadline) -> Result<Released> {
-        self.free_if(by, Released::NotMine, |content, _| match content {
-            Content::Ours(mut record) if is_of(&record, grant) => {
+        self.free_if(by, false, Released::NotMine, |content, _| match content {
+            Content::Ours(record) if is_of(record, grant) => {
+                let mut record = (**record).clone();
                 record.set_lost();
                 if let Some(recovered) = grant.recovered() {
                     record.set_owner(recovered.owner());
@@ -293,8 +306,9 @@ impl LeaseStore for FileStore {
     }
 
     fn evict(&self, _: &LeaseName, seen: &Seen, by: Deadline) -> Result<Released> {
-        self.free_if(by, Released::NotMine, |content, bytes| match content {
-            Content::Ours(mut record) if record.is_held() && seen.is_same_holder(&seen_holder(&record)) => {
+        self.free_if(by, false, Released::NotMine, |content, bytes| match content {
+            Content::Ours(record) if record.is_held() && seen.is_same_holder(&seen_holder(record)) => {
+                let mut record = (**record).clone();
                 record.set_free();
                 Some(record)
             }
@@ -302,7 +316,7 @@ impl LeaseStore for FileStore {
             Content::Damaged if seen.is_same_holder(&Seen::new(record::print(bytes))) => {
                 let mut record = self.own_record(&ClaimId::from_number(0), seed(), Duration::ZERO);
                 record.set_free();
-                Some(Box::new(record))
+                Some(record)
             }
             _ => None,
         })
@@ -352,7 +366,7 @@ impl FileStore {
         match &reading.content {
             Content::Ours(record) if !record.is_held() => Ok(Verdict::Free(record)),
             Content::Ours(record) => {
-                let noted = self.clock.shared_id().and_then(|clock| record.noted(clock));
+                let noted = self.clock_id.and_then(|clock| record.noted(clock));
                 let age = self.observe(record.print(), noted);
                 Ok(Verdict::Held(self.seen(record, age), Some(record)))
             }
@@ -381,7 +395,7 @@ impl FileStore {
     /// Notes in a held record when this process first saw its beat, for those that come after it. Once: from then on it
     /// goes by its own sight, so those who wait do not wake each other with notes.
     fn leave_note(&self, file: Shielded<File>, of: &Verdict<'_>) {
-        let (Verdict::Held(_, Some(record)), Some(clock)) = (of, self.clock.shared_id()) else { return };
+        let (Verdict::Held(_, Some(record)), Some(clock)) = (of, self.clock_id) else { return };
         let is_noted = record.noted(clock).is_some();
         if is_noted || !self.observer.try_lock().is_none_or(|mut observer| observer.is_to_note()) {
             return;
@@ -453,36 +467,36 @@ impl FileStore {
     }
 
     fn read(&self, file: &File) -> Result<Reading> {
-        let bytes = read(file).map_err(|error| self.failed("read", error))?;
-        let content = record::parse(&bytes);
-        Ok(Reading { bytes, content })
+        read(file).map(Reading::of).map_err(|error| self.failed("read", error))
     }
 
     /// Writes the record of a free lease that `which` makes of what the file says, unless it makes none of it. Where there
-    /// is no file it is `absent`.
+    /// is no file it is `absent`. What this process holds `is_own`.
     fn free_if(
         &self,
         by: Deadline,
+        is_own: bool,
         absent: Released,
-        which: impl Fn(Content, &[u8]) -> Option<Box<Record>>,
+        which: impl Fn(&Content, &[u8]) -> Option<Record>,
     ) -> Result<Released> {
-        let which = |Reading { bytes, content }: Reading| match content {
-            Content::Foreign => Err(self.not_a_lease(&bytes)),
-            content => Ok(which(content, &bytes).map(|record| (record, bytes))),
+        let which = |reading: &Reading| match &reading.content {
+            Content::Foreign => Err(self.not_a_lease(&reading.bytes)),
+            content => Ok(which(content, &reading.bytes)),
         };
         for _ in 0..MOST_REPLACEMENTS {
             let Some(file) = self.open()? else { return Ok(absent) };
             let found = self.vet(&file, Aim::Free)?;
-            // Also this one may find the lease of somebody else, and is a reader then.
-            if which(self.read_unlocked(&file)?)?.is_none() {
+            // What is somebody else's is left to a reader. Until its time is over a holder's own is not, but by an eviction.
+            if !is_own && which(&self.read_unlocked(&file)?)?.is_none() {
                 return Ok(Released::NotMine);
             }
             let Some(locked) = self.flock(file, by)? else { return Err(self.occupied()) };
             if !self.names(&found)? {
                 continue;
             }
-            return match which(locked.read()?)? {
-                Some((mut record, old)) => locked.write(&mut record, &old).map(|()| Released::Done),
+            let reading = locked.read()?;
+            return match which(&reading)? {
+                Some(mut record) => locked.write(&mut record, &reading.bytes).map(|()| Released::Done),
                 None => Ok(Released::NotMine),
             };
         }
@@ -722,7 +736,7 @@ impl FileStore {
 
     /// The token of who comes after this record.
     fn token_after(&self, before: Option<&Record>) -> Result<u64> {
-        let problem = "its token is the largest number that there is, so no greater one can follow: somebody forged it";
+        let problem = "its fencing token is the largest number, so no greater token can follow; the record is forged";
         let used_up =
             || StoreError::misuse(Error::from(ErrorKind::LayoutMismatch { path: self.path.clone(), problem }));
         let next = before.map_or(Some(1), |before| before.token().checked_add(1));
@@ -772,6 +786,13 @@ impl FileStore {
 impl Locked<'_> {
     fn read(&self) -> Result<Reading> {
         self.store.read(&self.file)
+    }
+
+    /// What the file says now, unless it is a record, and the same as before it was locked: no record is ever repeated.
+    fn read_unless(&self, before: &Reading) -> Result<Option<Reading>> {
+        let bytes = read(&self.file).map_err(|error| self.store.failed("read", error))?;
+        let is_same = matches!(before.content, Content::Ours(_)) && bytes == before.bytes;
+        Ok((!is_same).then(|| Reading::of(bytes)))
     }
 
     /// Replaces what the file says, which begins with `old`. One write does it, within one page. If that fails `old` is
@@ -899,6 +920,7 @@ mod tests {
             folder_mode: None,
             create_parents: false,
             clock: Arc::new(SystemClock),
+            clock_id: None,
             device: AtomicU64::default(),
             is_remote: AtomicBool::default(),
             observer: Mutex::default(),
