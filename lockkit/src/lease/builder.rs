@@ -267,7 +267,8 @@ impl LeaseBuilder {
     /// A mode that lets the group or others write shares the lease: this lease then also accepts a file of another user
     /// that lets the same class write. Without it, a file of another user than this one or root is
     /// [`ForeignOwner`](ErrorKind::ForeignOwner). Share a lease only with users that you trust with it: they can write
-    /// any record into the file.
+    /// any record into the file. A user who can only read the file can still keep it locked, and so keep it from being
+    /// renewed.
     ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {

@@ -271,7 +271,7 @@ impl LeaseStore for FileStore {
     }
 
     fn release(&self, grant: &Grant, by: Deadline) -> Result<Released> {
-        // Whoever had taken what was deleted or spoilt would stand there now, as the next beat would have put us back.
+        // Whoever had taken what was deleted or damaged would stand there now, as the next beat would have put us back.
         self.free_if(by, true, Released::Done, |content, _| match content {
             Content::Ours(record) if is_of(record, grant) => {
                 let mut record = (**record).clone();
@@ -387,9 +387,9 @@ impl FileStore {
         if self.is_remote.load(Ordering::Relaxed) {
             return Ok(Duration::ZERO);
         }
-        let found = files::look(file).map_err(|error| self.failed("look at", error))?;
-        let changed = files::last_change(&found).map_err(|error| self.failed("look at", error))?;
-        Ok(SystemTime::now().duration_since(changed).unwrap_or_default())
+        let changed = files::last_change(file).map_err(|error| self.failed("look at", error))?;
+        let age = changed.and_then(|changed| SystemTime::now().duration_since(changed).ok());
+        Ok(age.unwrap_or_default())
     }
 
     /// Notes in a held record when this process first saw its beat, for those that come after it. Once: from then on it
@@ -743,7 +743,7 @@ impl FileStore {
         next.map(|next| next.max(seed())).ok_or_else(used_up)
     }
 
-    /// The record of a grant that was deleted or spoilt.
+    /// The record of a grant that was deleted or damaged.
     #[cold]
     fn record_again(&self, grant: &Grant) -> Record {
         let mut record = self.own_record(grant.claim(), grant.token(), grant.ttl());

@@ -54,6 +54,7 @@ pub use store::{
     StoreProfile,
 };
 pub use tenure::LossReason;
+use waiters::Waiter;
 
 #[cfg(feature = "tokio")]
 use crate::awaiting;
@@ -62,7 +63,6 @@ use crate::lock::{Guard, Recovered, lock_methods};
 use crate::owner::Owner;
 use crate::trace;
 use crate::wait::{GaveUp, Patience, Subject, Wait};
-use waiters::Waiter;
 
 /// The longest that a request may take which somebody waits for, besides a quarter of the ttl.
 const LONGEST_ATTEMPT: Duration = Duration::from_secs(2);
@@ -113,8 +113,9 @@ struct Inner {
 pub enum LeaseStatus {
     /// Nobody.
     Free,
-    /// Somebody, as far as the record tells, or it cannot be read and counts as held. [`Seen::expires_in`] of zero
-    /// means that the next to come will take it over.
+    /// Somebody, as far as the record tells; or the file is blank or damaged, and there is no
+    /// [claim](Seen::claim). [`Seen::expires_in`] of zero means that the next to come will take it over: the lease is
+    /// stale.
     Held(Seen),
 }
 
@@ -141,12 +142,18 @@ impl Lease {
     /// A lease whose record is a file, on this machine or on a file system that several share and whose flock(2)
     /// reaches all of them.
     ///
-    /// The file is made at the first acquisition, with the folders that it needs, and never deleted, because it keeps
-    /// the token: do not delete it either. Who comes after a deletion gets the lease at once, while its holder learns
-    /// of it at its next beat; where nobody came, that beat makes the file anew, with its folders. The path is made
-    /// absolute by [`build`](LeaseBuilder::build), so a later change of the working folder changes nothing.
+    /// The file is made at the first acquisition and never deleted, because it keeps the token: do not delete it either.
+    /// Its directory must exist, unless [`create_parents`](LeaseBuilder::create_parents) is given. Who comes after a
+    /// deletion gets the lease at once, while its holder learns of it at its next beat; where nobody came, that beat makes
+    /// the file anew. The path is made absolute by [`build`](LeaseBuilder::build), so a later change of the working folder
+    /// changes nothing.
     ///
-    /// Every step, also each heartbeat, opens, locks, rewrites and closes the file, some microseconds in memory: no descriptor
+    /// A file that is not a lease is never written to, by whatever user and whatever method: the error is
+    /// [`NotALease`](ErrorKind::NotALease). What is reclaimed is a blank file (empty, or at most 1024 zeros) and a lease
+    /// that was cut short or damaged. If such a file takes the place of a held lease, the holder goes on until its deadline,
+    /// in case the record is put back.
+    ///
+    /// Each heartbeat opens, locks, rewrites and closes the file, some microseconds in memory: no descriptor
     /// is kept, so ten thousand leases need no more of them than one. On file systems of
     /// this machine (tmpfs, ext4, xfs, btrfs and their like) the file is not synced at each step: what a power
     /// cut takes back is allowed for, and so is a deletion or a restored backup, because each new token is at least the
@@ -154,10 +161,12 @@ impl Lease {
     /// none may be ahead of the others for as long as such a loss takes back. On all other file systems, such as NFS,
     /// CIFS and FUSE, each step is synced, so that a beat has reached the server before it counts.
     ///
-    /// What that costs: a process whose descriptors are used up cannot beat, and loses its file leases after a ttl. One
-    /// that is stopped, or killed but not yet gone, in the middle of a step has the file locked for as long (and a host
-    /// that is cut off from its NFS server, until that gives the lock free: 90 s as Linux has it), so nobody
-    /// can take the lease or beat meanwhile: keep the file where only those can open it who are to have the lease.
+    /// What that costs: a process whose descriptors are used up cannot beat, and loses its file leases after a ttl. A
+    /// holder that is stopped, or killed but not yet gone, in the middle of a beat has the file locked for as long (and a
+    /// host that is cut off from its NFS server, until that gives the lock free: 90 s as Linux has it), so nobody
+    /// can take the lease meanwhile. Other processes lock the file only to take the lease, when it is free or has run out.
+    /// Whoever may open the file can also keep it locked, so keep it where only those can open it who are to have the
+    /// lease.
     ///
     /// Who wants a held lease takes it over when its owner is dead by its identity (the same host, or an earlier boot
     /// of it, where `/etc/machine-id` tells which host that is), or when its beat has not changed for the ttl that
@@ -165,10 +174,10 @@ impl Lease {
     /// from cron, gets there too: it leaves a note of when it first saw that beat, which the next one on the same
     /// machine goes on from.
     ///
-    /// A record that cannot be read counts as held until a waiter has seen it unchanged for
-    /// [`invalid_pid_lock_stale_threshold`](LeaseBuilder::invalid_pid_lock_stale_threshold). Programs that only ever
-    /// try once cannot leave a note in it, and never get there; [`evict`](Self::evict) does. One of a later version of
-    /// the format is never touched.
+    /// A blank or damaged file counts as held for
+    /// [`invalid_pid_lock_stale_threshold`](LeaseBuilder::invalid_pid_lock_stale_threshold), and then is free for whoever
+    /// comes first, also for a program that tries only once: the times of the file show for how long nobody has
+    /// changed it. [`status`](Self::status) says the same. One of a later version of the format is never touched.
     ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {
@@ -251,7 +260,8 @@ impl Lease {
     ///
     /// The heartbeat thread is started first, once for the process. A waiter for a file is woken by the release (by
     /// inotify(7) on Linux; elsewhere it looks at its [retry delay](LeaseBuilder::acquire_retry_delay)), and looks
-    /// every 50 ms whether an owner of this host still lives. The wait leaves no thread behind, but what looks up the name of an
+    /// every 50 ms whether an owner of this host still lives. Threads of one process wait in the order in which they came,
+    /// and only the first of them waits at the store; the others need a descriptor each. The wait leaves no thread behind, but what looks up the name of an
     /// engine's host for longer than the wait lasts. On Linux the process
     /// keeps one descriptor from its first wait on, for the next.
     ///
@@ -265,9 +275,10 @@ impl Lease {
     /// [`acquire_retry_limit`](LeaseBuilder::acquire_retry_limit) has it, or never answered within the limit of the
     /// wait: then the request may yet take effect, and the heartbeat frees what it has taken as soon as the store
     /// answers. Of a file also
-    /// [`LayoutMismatch`](ErrorKind::LayoutMismatch) when a later version wrote it,
-    /// [`ForeignOwner`](ErrorKind::ForeignOwner) when another user than this one or root owns it, and
-    /// [`Insecure`](ErrorKind::Insecure) when it is a link or no plain file.
+    /// [`NotALease`](ErrorKind::NotALease) when it is something else,
+    /// [`LayoutMismatch`](ErrorKind::LayoutMismatch) when a later version wrote it or no greater token can follow,
+    /// [`ForeignOwner`](ErrorKind::ForeignOwner) when another user than this one or root owns it and the lease is not
+    /// [shared](LeaseBuilder::file_write_mode), and [`Insecure`](ErrorKind::Insecure) when it is a link or no plain file.
     pub fn acquire(&self, wait: &Wait) -> Result<LeaseGuard> {
         let found = Found { lease: &self.0, owner: None };
         trace::acquire(&found, || self.0.acquire(wait))
@@ -303,7 +314,7 @@ impl Lease {
     ///
     /// # Errors
     /// [`Io`](ErrorKind::Io) or [`Store`](ErrorKind::Store) when the record cannot be read;
-    /// [`LayoutMismatch`](ErrorKind::LayoutMismatch) when a later version wrote it;
+    /// [`NotALease`](ErrorKind::NotALease) when the file is something else; [`LayoutMismatch`](ErrorKind::LayoutMismatch) when a later version wrote it;
     /// [`Insecure`](ErrorKind::Insecure) when its file is a link or no plain file.
     pub fn status(&self) -> Result<LeaseStatus> {
         Ok(self.0.look()?.map_or(LeaseStatus::Free, LeaseStatus::Held))
@@ -673,7 +684,7 @@ impl LeaseGuard {
         awaiting::elsewhere_do(&*held, move || self.release()).await
     }
 
-    /// Whether the previous owner did not release: it died, or was silent for its ttl, or its record was unreadable.
+    /// Whether the previous owner did not release: it died, or was silent for its ttl, or its record was damaged.
     /// Who that was, where it is known; it may live, and may never have learned that it had the lease.
     pub fn recovered(&self) -> Option<&Recovered> {
         self.recovered.as_deref()

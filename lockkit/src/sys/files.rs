@@ -68,13 +68,14 @@ pub(crate) fn others_who_write(found: &Seen) -> u32 {
     found.mode() & 0o022
 }
 
-/// When anything was last done to the file: to its content, or to what the system keeps of it. Programs can set the
-/// first time at will (utimensat(2)), and only the kernel the second, so the later one is as late as the last change.
-pub(crate) fn last_change(found: &Seen) -> io::Result<SystemTime> {
-    let changed = u64::try_from(found.ctime()).ok().map(|seconds| Duration::new(seconds, found.ctime_nsec() as u32));
-    let changed = changed.and_then(|since| SystemTime::UNIX_EPOCH.checked_add(since));
-    let modified = found.modified()?;
-    Ok(changed.map_or(modified, |changed| changed.max(modified)))
+/// When anything was last done to the file: to its content, or to what the system keeps of it; `None` where that is not
+/// known. Programs can set the first time at will (utimensat(2)), and only the kernel the second, so neither is earlier
+/// than the last change of the content if both are old.
+pub(crate) fn last_change(file: &File) -> io::Result<Option<SystemTime>> {
+    let found = file.metadata()?;
+    let since = u64::try_from(found.ctime()).ok().map(|seconds| Duration::new(seconds, found.ctime_nsec() as u32));
+    let changed = since.and_then(|since| SystemTime::UNIX_EPOCH.checked_add(since));
+    Ok(changed.zip(found.modified().ok()).map(|(changed, modified)| changed.max(modified)))
 }
 
 /// Whether the error comes of a name that the file system cannot have.
