@@ -6,7 +6,7 @@
 //! | command | answer |
 //! |---|---|
 //! | `try`, `lock`, `lock-for MS` | `held TOKEN`, or `held TOKEN recovered PID` |
-//! | `status` | `free`, `damaged NANOSECONDS`, or `held NANOSECONDS`: what is left of it |
+//! | `status` | `free`, `damaged NANOSECONDS`, or `held NANOSECONDS`: the time until it expires |
 //! | `release` | `released` |
 //! | `is-held` | `yes`, or `no: REASON` |
 //! | `remaining` | `remaining MICROSECONDS` |
@@ -34,8 +34,8 @@ use crate::actor::{announce, describe};
 use crate::chaos::{Dice, IN, Log, OUT, now, read};
 use crate::{Actor, Belongings, LIVELY, program};
 
-/// A lease and its options, as text: `TTL HEARTBEAT PROGRESS PANICS MODE PATH`, in milliseconds. Of a file missing
-/// directories are made.
+/// A lease and its options, as text: `TTL HEARTBEAT PROGRESS PANICS MODE PATH`, in milliseconds. Missing
+/// directories of a file are created.
 #[derive(Clone, Debug)]
 pub struct Terms {
     /// Where its record is: the path of a file, or a URL.
@@ -48,7 +48,7 @@ pub struct Terms {
     pub progress: u64,
     /// Whether `on_lost` panics.
     pub panics: bool,
-    /// The mode of its file; 0 where none is asked for.
+    /// The mode of its file; 0 is the default of the library.
     pub mode: u32,
 }
 

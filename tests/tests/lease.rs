@@ -183,7 +183,7 @@ fn a_record_of_an_earlier_boot_of_this_host_is_taken_over_at_once() {
     assert!(guard.recovered().is_some() && guard.token() > before);
 }
 
-/// What a lease may be damaged to.
+/// Contents of blank and damaged leases.
 const DAMAGED: [&str; 5] = ["", "lockkit lease 1\n", "lockkit lease 1\nsum     8c1b", "lock", "\0\0\0\0"];
 
 #[test]
@@ -193,7 +193,7 @@ fn damaged_record_reclaimed_after_two_seconds() {
             scope.spawn(move || {
                 let (_folder, terms) = place();
                 write(&terms, damaged);
-                // The time that a program gave to the file does not count.
+                // A modification time that a program has set does not count.
                 set_age(&terms.path, SystemTime::now() - HOUR);
                 let start = Instant::now();
                 let lease = terms.open();
@@ -762,7 +762,7 @@ fn only_the_holder_that_was_seen_is_evicted() {
     holder.expect("is-held", "no: taken over");
     until("it is told", || holder.ask("losses") == "losses (taken over on lockkit-lost)");
     assert!(lease.try_lock().unwrap().token() > first);
-    // Who does not want to wait for it gets rid of damage so.
+    // An eviction frees a damaged lease without a wait.
     write(&terms, "lock");
     let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("it counts as held") };
     assert!(lease.try_lock().unwrap_err().is_held());
@@ -1553,7 +1553,7 @@ fn a_broken_store_is_asked_as_often_as_is_said_and_a_lease_outlasts_its_failures
     guard.release().unwrap();
 }
 
-/// Everything about a file that a program may change.
+/// All properties of a file that a program can change.
 #[cfg(target_os = "linux")]
 fn appearance(path: &Path) -> (Option<Vec<u8>>, Option<PathBuf>, u64, u32, i64, i64, u64) {
     let seen = fs::symlink_metadata(path).unwrap();
@@ -1614,7 +1614,7 @@ fn a1_foreign_files_are_refused_and_stay_as_they_are() {
             !special.iter().any(|special| special == path)
         }
         ErrorKind::Insecure { .. } => special.iter().any(|special| special == path),
-        // Who is not root may not write to it.
+        // A read-only file, for a user other than root.
         ErrorKind::Io { source, .. } => source.kind() == std::io::ErrorKind::PermissionDenied && path == at("notes"),
         _ => false,
     };
@@ -1654,7 +1654,7 @@ fn a1_holder_never_writes_into_a_foreign_file() {
     for (text, replaces) in foreign.iter().flat_map(|text| [(text, false), (text, true)]) {
         let (_folder, terms) = place();
         let put = || if replaces { replace(&terms, text) } else { write(&terms, text) };
-        // One that goes on holding, one that releases, and one that dies.
+        // A holder that keeps the lease until its deadline.
         let mut holder = Actor::start_lease(&terms);
         take(&mut holder, "try");
         put();
@@ -1667,6 +1667,7 @@ fn a1_holder_never_writes_into_a_foreign_file() {
         assert_eq!((read(&terms), modified()), (text.clone().into_bytes(), at));
         fs::remove_file(&terms.path).unwrap();
 
+        // A holder that releases, and another one that dies.
         let long = Terms { ttl: 60_000, heartbeat: 20_000, ..terms.clone() };
         let mut holder = Actor::start_lease(&long);
         take(&mut holder, "try");
@@ -1690,7 +1691,7 @@ fn a1_record_put_back_in_time_costs_nothing() {
     let aside = terms.path.with_extension("aside");
     fs::rename(&terms.path, &aside).unwrap();
     fs::write(terms.path.with_extension("new"), "notes").unwrap();
-    // Unless a beat has just put the record back.
+    // A heartbeat may have restored the record just before.
     until("another file is there", || fs::rename(terms.path.with_extension("new"), &terms.path).is_ok());
     let start = Instant::now();
     until("some beats have failed", || start.elapsed() > Duration::from_millis(5 * terms.heartbeat));
@@ -1711,7 +1712,7 @@ fn a8_damage_is_judged_alike_by_every_question() {
                 let (_folder, terms) = place();
                 write(&terms, damaged);
                 let start = Instant::now();
-                // Each by a process of its own, which has seen nothing before.
+                // Each question comes from a new process, without an earlier observation.
                 let mut is_young = true;
                 while is_young {
                     let asked = Instant::now();
@@ -1729,7 +1730,7 @@ fn a8_damage_is_judged_alike_by_every_question() {
                 assert!(start.elapsed() >= Duration::from_millis(1990), "{damaged:?}");
             });
             scope.spawn(move || {
-                // What has lasted for two seconds is reclaimed by whoever comes first, with and without a wait.
+                // Old damage is reclaimed by the first process that asks.
                 let (_folder, terms) = place();
                 write(&terms, damaged);
                 let [mut first, mut second] = [(); 2].map(|()| Actor::start_lease(&terms));
@@ -1757,14 +1758,15 @@ fn a8_file_time_set_back_frees_no_held_lease() {
     }
 }
 
-/// The system calls at which a process is stopped that takes, or looks at, a lease.
+/// The system calls on files that an attempt and a look make.
 #[cfg(target_os = "linux")]
 const FILE_CALLS: &str = "openat,statx,newfstatat,fstat,pread64,pwrite64,flock,close";
 
-/// Stops a process at each system call of `command` in turn, while another one holds the lease. How often it did.
+/// Stops a process at each system call of `command` in turn, while another process holds the lease. Returns the number
+/// of system calls.
 #[cfg(target_os = "linux")]
 fn stop_at_every_call_of(command: &str) -> usize {
-    /// A waiter goes on making calls.
+    /// A waiter never stops making calls.
     const MOST: usize = 16;
     let is_stopped = |actor: &Actor| {
         let stat = fs::read_to_string(format!("/proc/{}/stat", actor.pid())).unwrap_or_default();
@@ -1775,7 +1777,7 @@ fn stop_at_every_call_of(command: &str) -> usize {
         (terms.ttl, terms.heartbeat) = (500, 50);
         let [mut holder, mut victim, mut next] = [(); 3].map(|()| Actor::start_lease(&terms));
         take(&mut holder, "lock");
-        // In every other case its first look has left a note already.
+        // In every other round it has written its note before.
         if at % 2 == 0 {
             assert!(is_held(&victim.ask("try")));
         }
@@ -1851,7 +1853,7 @@ fn a9_status_answers_while_a_writer_is_stopped() {
     assert!(is_held(&reader.ask("try")));
     drop(writer);
     holder.expect("release", "released");
-    // Whoever is stopped just before it takes the lease keeps others waiting, and no longer than that.
+    // A process that is stopped just before it takes the lease delays others until it continues.
     let writer = FileLock::new(&terms.path).lock().unwrap();
     assert_eq!(reader.ask("status"), "free");
     assert!(reader.ask("lock-for 100").starts_with("error Timeout"));
@@ -1870,7 +1872,7 @@ fn a10_users_of_a_group_share_a_lease_by_its_mode() {
     fs::set_permissions(folder.path(), Permissions::from_mode(0o2775)).unwrap();
     let mode = || fs::metadata(&terms.path).unwrap().mode() & 0o7777;
     let start = |terms: &Terms, uid| Actor::start_lease_in_group(terms, uid, group);
-    // By default a lease is its maker's alone, and the other one is told why.
+    // By default a lease belongs to one user, and the error of another user says why.
     take(&mut start(&terms, one.uid), "try");
     assert_eq!(mode(), 0o600);
     let denied = start(&terms, two.uid).ask("try");
@@ -1894,12 +1896,12 @@ fn a10_users_of_a_group_share_a_lease_by_its_mode() {
     assert!(token_after(&first.ask("lock"), second.pid()) > after);
     wait_for_beats(&terms);
     first.expect("is-held", "yes");
-    // Who has not asked for a shared lease does not get into another user's, and neither does who is not of the group.
+    // A user without a shared mode is refused, and so is a user outside the group.
     let alone = Terms { mode: 0, ..terms.clone() };
     assert!(start(&alone, two.uid).ask("try").starts_with("error ForeignOwner"));
     let stranger = Actor::start_lease_as(&terms, two.uid).ask("try");
     assert!(stranger.contains("Permission denied"), "{stranger}");
-    // Its owner has not let others write to it.
+    // The owner does not let the group write.
     fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
     let denied = start(&terms, two.uid).ask("try");
     assert!(denied.contains("Permission denied"), "{denied}");
@@ -1973,12 +1975,12 @@ fn c12_forged_numbers_are_errors_that_state_the_cause_or_do_no_harm() {
             "{first}"
         );
     }
-    // The one before it is followed by the last one, and tokens never go back.
+    // The token before it is followed by the largest one, and tokens never decrease.
     write(&terms, forge(&dead, &[("token", &(u64::MAX - 1).to_string())]));
     assert_eq!(terms.open().try_lock().unwrap().token(), u64::MAX);
     assert!(terms.open().try_lock().is_err());
 
-    // No lease lasts for centuries, so nobody waits for one.
+    // A waiter does not wait for a ttl that no lease can have.
     for ttl in [u64::MAX, 366 * 86_400 * 1_000_000_000] {
         write(
             &terms,
@@ -1989,7 +1991,7 @@ fn c12_forged_numbers_are_errors_that_state_the_cause_or_do_no_harm() {
         assert!(start.elapsed() >= Duration::from_millis(1990));
     }
 
-    // A holder whose beat was put forward to the greatest number goes on beating.
+    // The beats of a holder continue after the largest number.
     let mut holder = Actor::start_lease(&terms);
     take(&mut holder, "lock");
     write(&terms, forge(&read(&terms), &[("beat", &most)]));
@@ -1999,7 +2001,7 @@ fn c12_forged_numbers_are_errors_that_state_the_cause_or_do_no_harm() {
     holder.expect("is-held", "yes");
 }
 
-/// Has as many threads take the lease, each so often, and returns how long that takes.
+/// Returns how long `threads` threads take to acquire the lease `often` times each.
 fn crowd(threads: usize, often: usize, open: impl Fn() -> Lease + Sync) -> Duration {
     let holders = AtomicUsize::new(0);
     let start = Instant::now();
@@ -2029,7 +2031,7 @@ fn c13_crowd_of_threads_takes_a_lease_in_turns_quickly() {
     let took = crowd(200, 5, || shared.clone());
     println!("200 threads took one lease 1000 times in {took:?}");
     assert!(took < Duration::from_secs(8), "{took:?}");
-    // Leases of the same path are one.
+    // Leases of one path share a queue.
     let took = crowd(200, 5, || terms.open());
     println!("200 leases of one path were taken 1000 times in {took:?}");
     assert!(took < Duration::from_secs(8), "{took:?}");
@@ -2054,12 +2056,12 @@ fn c13_waiters_of_a_process_hand_over_in_order() {
             });
             let thread = told.recv().unwrap();
             until("it waits", || lockkit_tests::sleeps(std::process::id(), thread));
-            // Who does not wait does not queue up either.
+            // A try does not join the queue.
             let start = Instant::now();
             let error = terms.open().try_lock().unwrap_err();
             assert!(error.is_held() && error.owner().is_some() && start.elapsed() < LIVELY / 10);
         }
-        // Who gives up says who holds it, though it has not asked the store.
+        // The error names the holder, although this thread has not asked the store.
         let error = terms.open().lock_for(Duration::from_millis(50)).unwrap_err();
         assert!(error.is_timeout() && error.owner().is_some_and(|owner| owner.pid() == std::process::id()), "{error}");
         drop(guard);
@@ -2074,9 +2076,9 @@ fn c13_waiters_that_give_up_leave_nothing_behind() {
     let lease = terms.open();
     let guard = lease.lock().unwrap();
     let stop = CancelToken::new();
-    // The descriptor that a process keeps for its next wait, and the token's.
+    // Creates the descriptor that a process keeps for its next wait, and that of the token.
     assert!(lease.acquire(&Wait::at_most(Duration::from_millis(10)).or_cancelled(&stop)).is_err());
-    // What they sleep with. Other tests of this process may have some, too.
+    // The events of the waiters. Other tests of this process may have events, too.
     let events = || {
         let open = fs::read_dir("/proc/self/fd").unwrap().flatten();
         open.filter(|fd| fs::read_link(fd.path()).is_ok_and(|to| to.as_os_str() == "anon_inode:[eventfd]")).count()

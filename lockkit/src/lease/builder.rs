@@ -26,7 +26,7 @@ const QUICK: Duration = Duration::from_secs(1);
 
 /// The shortest ttl: below it, what is taken off for safety and the time of a request leave nothing.
 pub(super) const SMALLEST_TTL: Duration = Duration::from_millis(30);
-/// The shortest pause of what is done again and again. A shorter one would keep a processor busy.
+/// The shortest interval of a repeated action. A shorter interval would use a whole processor.
 const SMALLEST_PERIOD: Duration = Duration::from_millis(1);
 /// The longest ttl: whoever needs a longer one does not need a lease.
 pub(super) const LONGEST_TTL: Duration = Duration::from_secs(365 * 86_400);
@@ -150,8 +150,8 @@ impl LeaseBuilder {
         self
     }
 
-    /// How often it is renewed: at least 1 ms, at most a third of the ttl. Unless told otherwise every 250 ms, or a
-    /// quarter of the ttl where that is shorter, or the store keeps no ttl below a second.
+    /// The interval between renewals: at least 1 ms, at most a third of the ttl. The default is 250 ms. It is a quarter of
+    /// the ttl if that is shorter, or if the store keeps no ttl below one second.
     #[doc(alias = "lease_heartbeat_interval")]
     pub fn heartbeat(mut self, heartbeat: Duration) -> Self {
         self.heartbeat = Some(heartbeat);
@@ -244,31 +244,31 @@ impl LeaseBuilder {
         self
     }
 
-    /// The pause between such attempts, and between looks at a held lease where nothing wakes the waiter: at least 1 ms;
-    /// 25 ms unless told otherwise.
+    /// The pause between such attempts, and between looks at a held lease where nothing wakes the waiter: at least 1 ms,
+    /// by default 25 ms.
     pub fn acquire_retry_delay(mut self, delay: Duration) -> Self {
         self.retry_delay = delay;
         self
     }
 
-    /// For a file that is blank (empty, or zeros) or contains a damaged lease: how long it counts as held, at least a
-    /// heartbeat; unless told otherwise 2 seconds, or two heartbeats if that is longer. It must have been seen unchanged
-    /// for so long; on a file system of this machine also the file's own times show that. Its holder, if it lives,
-    /// writes it anew at its next beat. One that is stopped just when its record is damaged may overlap with the next
-    /// owner by what its ttl is longer than this.
+    /// For a file: how long a blank file (empty, or zeros) or a damaged lease counts as held. At least a heartbeat; the
+    /// default is 2 seconds, or two heartbeats if that is longer.
+    ///
+    /// The file must be unchanged for this time. The process observes that on its own clock. On a local file system the
+    /// times of the file are evidence, too. A live holder repairs the record at its next heartbeat. If the holder is
+    /// stopped when the record is damaged, it can overlap with the next holder by the difference of its ttl and this time.
     pub fn invalid_pid_lock_stale_threshold(mut self, age: Duration) -> Self {
         self.unreadable = Some(age);
         self
     }
 
-    /// For a file: the exact permissions that it gets when it is made, whatever the umask is; unless told otherwise 0600,
-    /// less the umask. They must let their owner read and write.
+    /// For a file: the exact permissions of a new file, independent of the umask. The default is 0600, less the umask. The
+    /// mode must let the owner read and write.
     ///
-    /// A mode that lets the group or others write shares the lease: this lease then also accepts a file of another user
-    /// that lets the same class write. Without it, a file of another user than this one or root is
-    /// [`ForeignOwner`](ErrorKind::ForeignOwner). Share a lease only with users that you trust with it: they can write
-    /// any record into the file. A user who can only read the file can still keep it locked, and so keep it from being
-    /// renewed.
+    /// A mode that lets the group or others write shares the lease between users: this lease then also accepts the file
+    /// of another user, if that file lets the same class write. Otherwise the file of another user than this one or root
+    /// is [`ForeignOwner`](ErrorKind::ForeignOwner). Share a lease only with users that you trust: they can write any
+    /// record. A user who can only read the file can lock it, which prevents renewals.
     ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {
@@ -281,15 +281,15 @@ impl LeaseBuilder {
         self
     }
 
-    /// For a file: the exact permissions of the directories that [`create_parents`](Self::create_parents) makes, whatever
-    /// the umask is; unless told otherwise 0700, less the umask.
+    /// For a file: the exact permissions of the directories that [`create_parents`](Self::create_parents) creates,
+    /// independent of the umask. The default is 0700, less the umask.
     pub fn directory_write_mode(mut self, mode: u32) -> Self {
         self.folder_mode = Some(mode);
         self
     }
 
-    /// For a file: makes missing parent directories, too. They stay. Without it a missing directory is an
-    /// [`Io`](ErrorKind::Io) error (`NotFound`) that names the directory.
+    /// For a file: creates missing parent directories. A release does not remove them. By default a missing directory is
+    /// an [`Io`](ErrorKind::Io) error of the kind `NotFound` that names the directory.
     pub fn create_parents(mut self) -> Self {
         self.create_parents = true;
         self
@@ -360,7 +360,7 @@ impl LeaseBuilder {
             refuse_if(mode & least != least, option, || format!("{mode:#o} would shut its own maker out"))?;
         }
         let clock_id = self.clock.shared_id();
-        let (name, store, place): (_, Arc<dyn LeaseStore>, _) = match self.place {
+        let (name, store, location): (_, Arc<dyn LeaseStore>, _) = match self.place {
             Place::Url(url) => return Err(connect::invalid(&url, "it leads to another URL")),
             Place::File(path) => {
                 let path = std::path::absolute(&path).map_err(|error| Error::io("make absolute", &path, error))?;
@@ -378,8 +378,8 @@ impl LeaseBuilder {
                     observer: Mutex::default(),
                     path,
                 };
-                let place = waiters::Place::File(store.path.clone());
-                (LeaseName::of_path(&store.path), Arc::new(store), place)
+                let location = waiters::Location::File { path: store.path.clone(), unreadable };
+                (LeaseName::of_path(&store.path), Arc::new(store), location)
             }
             Place::Store(store, key) => {
                 for (option, given) in [
@@ -391,12 +391,12 @@ impl LeaseBuilder {
                     refuse_if(given, option, || "this lease is not kept in a file".into())?;
                 }
                 let name = LeaseName::new(&key)?;
-                let place = waiters::Place::Store(Arc::as_ptr(&store).cast::<()>() as usize, name.clone());
-                (name, store, place)
+                let location = waiters::Location::Store(Arc::as_ptr(&store).cast::<()>() as usize, name.clone());
+                (name, store, location)
             }
         };
         let clock = clock_id.ok_or(Arc::as_ptr(&self.clock).cast::<()>() as usize);
-        let waiters = waiters::Key { place, clock, unreadable: self.unreadable, retry_delay: self.retry_delay };
+        let waiters = waiters::Key { location, clock, retry_delay: self.retry_delay };
         let options = Options {
             ttl,
             heartbeat,

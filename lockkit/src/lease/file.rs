@@ -1,14 +1,14 @@
 //! The store that is built in: a file for each lease.
 //!
-//! A reader opens the file, sees what it is, and reads the record. It takes no lock, so a reader that is stopped or
-//! killed costs nobody anything; a sum tells a whole record from one that is being written, which is read again. So does
-//! an attempt to acquire, up to here: only if the record may be taken does it go on as a writer.
+//! A reader opens the file, checks that it is a plain file, and reads the record. It takes no lock, so a stopped or killed
+//! reader has no effect on other processes. The checksum shows whether the record is complete. If not, a write is in
+//! progress, and the reader reads again.
 //!
-//! A writer also takes the file's flock, sees that the path still names the file, reads the record again, decides,
-//! writes it in place, unlocks and closes; a beat that finds its own claim in the file need not look at the path. So
-//! each step is one for all processes, and a process that is killed in the middle has changed all or nothing. Nobody
-//! waits in flock(2) itself, for somebody may be stopped inside: it is tried again until the step's deadline, and who
-//! wants the lease counts it as held.
+//! A writer starts as a reader. If the record lets it write, it takes the file's flock, checks that the path still names
+//! the file, reads the record again, decides again, writes the record in place, unlocks the file and closes it. A
+//! heartbeat that finds its own claim does not check the path. The flock makes each step atomic for all processes. A
+//! process that is killed in a step has changed everything or nothing. No process waits in flock(2), because the process
+//! that has the flock may be stopped: a step tries again until its deadline, and a waiter then counts the lease as held.
 //!
 //! Who may take a record that says it is held: see [`FileStore::judge`]. What becomes of the token:
 //! - It is above the one before, and at least the microseconds since the epoch, where there is no readable record just
@@ -17,11 +17,11 @@
 //!
 //! What a holder does when its record is not as it left it:
 //! - Another claim, or none: it was taken over, or evicted. Lost.
-//! - Deleted, blank or damaged, and nobody has claimed it: it writes the record anew. Under the flock, and with the path
-//!   naming that very file, nobody else can be taking it at that moment, and until its deadline the lease is still its
-//!   own. Who comes first after a deletion wins: the record then names somebody else.
-//! - Another program's file: it is never written to. The holder goes on until its deadline, in case the record is put
-//!   back, and then has lost.
+//! - Deleted, blank or damaged, and without another claim: the holder writes the record again. It has the flock and the
+//!   path names that file, so no other process can take the lease at that moment. Until its deadline the lease is its own.
+//!   After a deletion the first process to create the file has the lease.
+//! - The file of another program: the holder never writes to it. It keeps the lease until its deadline, in case the record
+//!   is restored, and then has lost the lease.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, ErrorKind as Io};
@@ -67,7 +67,7 @@ const MOST_REPLACEMENTS: u32 = 100;
 const LOOK: Duration = Duration::from_millis(50);
 /// How often a reader without the flock reads again that has met somebody writing.
 const MOST_READS: u32 = 8;
-/// The modes of what is made, unless the caller says otherwise.
+/// The default modes of new files and directories.
 const FILE_MODE: u32 = 0o600;
 const FOLDER_MODE: u32 = 0o700;
 
@@ -77,15 +77,15 @@ pub(super) struct FileStore {
     /// How long a blank or damaged record counts as held.
     pub(super) unreadable: Duration,
     pub(super) retry_delay: Duration,
-    /// The exact mode of the file; `None` is [`FILE_MODE`], less the umask. One that lets others write asks for a lease
-    /// that several users share.
+    /// The exact mode of a new file; `None` is [`FILE_MODE`], less the umask. A mode that lets others write shares the
+    /// lease between users.
     pub(super) file_mode: Option<u32>,
-    /// The same for directories, and [`FOLDER_MODE`].
+    /// The exact mode of a new directory; `None` is [`FOLDER_MODE`], less the umask.
     pub(super) folder_mode: Option<u32>,
-    /// Whether missing directories are made.
+    /// Whether missing directories are created.
     pub(super) create_parents: bool,
     pub(super) clock: Arc<dyn Clock>,
-    /// Its shared id, which costs system calls.
+    /// The shared id of the clock. Asking for it takes system calls.
     pub(super) clock_id: Option<u128>,
     /// The file system that the file is on, by its number; 0 until it has been opened. What hangs is a file system.
     pub(super) device: AtomicU64,
@@ -128,9 +128,9 @@ impl Drop for Locked<'_> {
     }
 }
 
-/// What a file said when it was read.
+/// The content of a file at one moment.
 struct Reading {
-    /// Its beginning.
+    /// Its first bytes, at most one more than a record has.
     bytes: Vec<u8>,
     content: Content,
 }
@@ -141,16 +141,17 @@ impl Reading {
     }
 }
 
-/// What is made of it.
+/// The state of a lease, as a reading shows it.
 enum Verdict<'r> {
-    /// Nobody holds the lease.
+    /// The record says that the lease is free.
     Free(&'r Record),
-    /// Somebody does, by a record that may be blank or damaged. Whoever comes when it has run out may take the lease.
+    /// The lease is held, or the file is blank or damaged (then there is no record). When [`Seen::expires_in`] is zero, any
+    /// process may take the lease.
     Held(Seen, Option<&'r Record>),
 }
 
 impl Verdict<'_> {
-    /// Who keeps this claim from taking the lease.
+    /// The holder that keeps this claim from taking the lease.
     fn in_the_way_of(&self, claim: &ClaimId) -> Option<&Seen> {
         match self {
             Self::Held(seen, _) if seen.expires_in() != Some(Duration::ZERO) && seen.claim() != Some(*claim) => {
@@ -167,7 +168,7 @@ struct Beats(AtomicU64);
 
 impl Beats {
     fn next(&self, written: u64) -> u64 {
-        // A forged beat may be the greatest number. The next one must still differ from it.
+        // The next beat differs from a forged beat that is the largest number, too.
         let next = self.0.load(Ordering::Relaxed).max(written).wrapping_add(1);
         self.0.store(next, Ordering::Relaxed);
         next
@@ -206,7 +207,7 @@ impl LeaseStore for FileStore {
                 return Ok(Attempt::Busy(seen.clone()));
             }
             let Some(locked) = self.flock(file, by.min(Deadline::after(TAKEN)))? else {
-                // Whoever has the flock is about to hold the lease, or to release it.
+                // Another writer is in its step.
                 return Ok(Attempt::Busy(match verdict {
                     Verdict::Held(seen, _) => seen,
                     Verdict::Free(_) => Seen::new(0),
@@ -225,7 +226,7 @@ impl LeaseStore for FileStore {
             }
             let before = match verdict {
                 Verdict::Held(_, Some(record)) if record.claim() == *claim => {
-                    // An earlier request was done after all.
+                    // An earlier request of this claim has taken effect.
                     let grant = granted(record.token());
                     locked.beat(record.clone(), &grant, &reading.bytes)?;
                     return Ok(Attempt::Granted(grant));
@@ -271,7 +272,7 @@ impl LeaseStore for FileStore {
     }
 
     fn release(&self, grant: &Grant, by: Deadline) -> Result<Released> {
-        // Whoever had taken what was deleted or damaged would stand there now, as the next beat would have put us back.
+        // After a deletion or damage, another holder would have written its own record.
         self.free_if(by, true, Released::Done, |content, _| match content {
             Content::Ours(record) if is_of(record, grant) => {
                 let mut record = (**record).clone();
@@ -353,15 +354,14 @@ impl LeaseStore for FileStore {
 }
 
 impl FileStore {
-    /// What a file says of the lease, for whoever asks: to take it, to wait for it or to look at it. Unknown is never
-    /// taken on that ground:
-    /// - a record that says it is free, or lost by its owner: everybody may take it;
-    /// - held, by an owner that is dead by its identity: everybody, at once;
-    /// - held, by whom it may be: who has seen the same beat for the ttl that stands in the record, by its own clock,
-    ///   or finds noted by another process of this clock that it did;
-    /// - blank or damaged: who has seen it so for [`FileStore::unreadable`], by its own clock, or finds a file that has
-    ///   not been changed for as long;
-    /// - one of a later version, or a file that is no lease: nobody.
+    /// Judges a reading. An attempt, a waiter and `status` all use this. A lease is never taken because a fact is unknown:
+    /// - The record says that the lease is free, or lost by its owner: any process may take it.
+    /// - Held, and the owner is dead by its identity: any process may take it at once.
+    /// - Held by an owner that may be alive: a process may take it after it has seen the same beat for the ttl of the record
+    ///   on its own clock, or if a note shows that another process with the same clock has.
+    /// - Blank or damaged: a process may take it after it has seen the file unchanged for [`FileStore::unreadable`] on its
+    ///   own clock, or if the file's times show that.
+    /// - A later version, or a file that is not a lease: an error.
     fn judge<'r>(&self, file: &File, reading: &'r Reading) -> Result<Verdict<'r>> {
         match &reading.content {
             Content::Ours(record) if !record.is_held() => Ok(Verdict::Free(record)),
@@ -380,8 +380,8 @@ impl FileStore {
         }
     }
 
-    /// For how long nothing has been done to the file, by its times: at least so old is what it said before. Another
-    /// host's clock, or a time that is still to come, tells nothing.
+    /// Returns how long the file has been unchanged, by its times: a lower bound of the age of its content. Zero if the time
+    /// was set by another host's clock, is in the future, or is unknown.
     #[cold]
     fn unchanged_for(&self, file: &File) -> Result<Duration> {
         if self.is_remote.load(Ordering::Relaxed) {
@@ -392,8 +392,8 @@ impl FileStore {
         Ok(age.unwrap_or_default())
     }
 
-    /// Notes in a held record when this process first saw its beat, for those that come after it. Once: from then on it
-    /// goes by its own sight, so those who wait do not wake each other with notes.
+    /// Writes a note into a held record of when this process first saw its beat, for later processes. A process writes one
+    /// note. After that it uses its own observation, so waiters do not wake each other with notes.
     fn leave_note(&self, file: Shielded<File>, of: &Verdict<'_>) {
         let (Verdict::Held(_, Some(record)), Some(clock)) = (of, self.clock_id) else { return };
         let is_noted = record.noted(clock).is_some();
@@ -402,14 +402,14 @@ impl FileStore {
         }
         let write = |file: &File| {
             let (at, note) = record.note(clock, self.clock.now());
-            // One that is lost costs time only.
+            // A lost note costs time only.
             let _ = file.write_all_at(&note, at);
             step("note written");
         };
         if !self.is_remote.load(Ordering::Relaxed) {
             return write(&file);
         }
-        // Where a file is not locked, NFS may write back the whole page that it has read, and an old beat with it.
+        // Without a lock on the file, an NFS client may write its whole cached page back, which contains an old beat.
         if let Ok(Some(locked)) = self.flock(file, Deadline::after(Duration::ZERO)) {
             let is_same = |now: Reading| matches!(now.content, Content::Ours(now) if now.print() == record.print());
             if locked.read().is_ok_and(is_same) {
@@ -432,7 +432,7 @@ impl FileStore {
         let seen = seen_holder(record);
         let owner = record.owner();
         let is_dead = owner.as_ref().is_some_and(|owner| owner.liveness() == Liveness::Dead);
-        // No lease has a longer ttl, so lockkit has not written this one. It counts as held for as long as damage does.
+        // A longer ttl is forged, because no lease can have it. Such a record counts as held as long as a damaged one.
         let ttl = if record.ttl() > LONGEST_TTL { self.unreadable } else { record.ttl() };
         let left = if is_dead { Duration::ZERO } else { ttl.saturating_sub(unchanged_for) };
         let seen = seen.with_expires_in(left);
@@ -450,8 +450,8 @@ impl FileStore {
         })
     }
 
-    /// What the file says. Somebody may be writing, so what is not a whole record is read again until it is the same
-    /// twice.
+    /// Reads the file without a lock. Another process may be writing, so content that is not a complete record is read
+    /// again until two readings are equal.
     fn read_unlocked(&self, file: &File) -> Result<Reading> {
         let mut reading = self.read(file)?;
         for _ in 0..MOST_READS {
@@ -471,7 +471,7 @@ impl FileStore {
     }
 
     /// Writes the record of a free lease that `which` makes of what the file says, unless it makes none of it. Where there
-    /// is no file it is `absent`. What this process holds `is_own`.
+    /// is no file it is `absent`. `is_own`: this process holds the lease.
     fn free_if(
         &self,
         by: Deadline,
@@ -486,7 +486,8 @@ impl FileStore {
         for _ in 0..MOST_REPLACEMENTS {
             let Some(file) = self.open()? else { return Ok(absent) };
             let found = self.vet(&file, Aim::Free)?;
-            // What is somebody else's is left to a reader. Until its time is over a holder's own is not, but by an eviction.
+            // The flock on another holder's file would delay its renewal. The file of a holder that has not expired is its
+            // own, except after an eviction.
             if !is_own && which(&self.read_unlocked(&file)?)?.is_none() {
                 return Ok(Released::NotMine);
             }
@@ -565,7 +566,7 @@ impl FileStore {
     /// What the file is, if it is one that may be written to.
     fn vet(&self, file: &File, aim: Aim) -> Result<Found> {
         let found = self.check(file)?;
-        // The owner and this user have both said that others may write it: then the lease is shared.
+        // A lease is shared if both its file and this caller's mode let the same class of users write.
         let is_shared = files::others_who_write(&found) & self.file_mode.unwrap_or_default() != 0;
         let is_foreign = |me| found.uid() != me && !(me == 0 && aim == Aim::Free);
         if found.uid() != 0 && !is_shared && is_foreign(folder::effective_uid()) {
@@ -584,8 +585,7 @@ impl FileStore {
         }
     }
 
-    /// Opening a device can do something to it, so what stands at the path is looked at before it is opened for the first
-    /// time.
+    /// Checks the type of the file before the first open, because opening a device can have side effects.
     fn check_path(&self) -> Result<()> {
         if self.device.load(Ordering::Relaxed) != 0 {
             return Ok(());
@@ -698,7 +698,7 @@ impl FileStore {
         }
     }
 
-    /// Gives the file the mode that was asked for, whatever the umask is.
+    /// Gives a new file its exact mode, independent of the umask.
     fn set_mode(&self, file: &File) -> Result<()> {
         let Some(mode) = self.file_mode else { return Ok(()) };
         files::set_mode(file, mode).map_err(|error| self.failed("set the mode of", error))?;
@@ -706,7 +706,7 @@ impl FileStore {
         Ok(())
     }
 
-    /// Makes the directories down to `folder`, if that was asked for; otherwise `missing` is the error.
+    /// Creates the missing directories down to `folder` if the caller wants that; otherwise the error is `missing`.
     fn create_folders(&self, folder: &Path, missing: io::Error) -> Result<()> {
         if !self.create_parents {
             return Err(StoreError::misuse(Error::io("open the directory", folder, missing)));
@@ -734,7 +734,7 @@ impl FileStore {
         Record::held(claim, token, ttl, self.heartbeat, &owner)
     }
 
-    /// The token of who comes after this record.
+    /// The token of the grant that follows this record.
     fn token_after(&self, before: Option<&Record>) -> Result<u64> {
         let problem = "its fencing token is the largest number, so no greater token can follow; the record is forged";
         let used_up =
@@ -743,7 +743,7 @@ impl FileStore {
         next.map(|next| next.max(seed())).ok_or_else(used_up)
     }
 
-    /// The record of a grant that was deleted or damaged.
+    /// The record of a grant whose file was deleted or damaged.
     #[cold]
     fn record_again(&self, grant: &Grant) -> Record {
         let mut record = self.own_record(grant.claim(), grant.token(), grant.ttl());
@@ -788,7 +788,8 @@ impl Locked<'_> {
         self.store.read(&self.file)
     }
 
-    /// What the file says now, unless it is a record, and the same as before it was locked: no record is ever repeated.
+    /// Reads the locked file; `None` if it contains the same record as `before`. A record is never repeated, so it has not
+    /// changed in between.
     fn read_unless(&self, before: &Reading) -> Result<Option<Reading>> {
         let bytes = read(&self.file).map_err(|error| self.store.failed("read", error))?;
         let is_same = matches!(before.content, Content::Ours(_)) && bytes == before.bytes;
@@ -866,11 +867,11 @@ fn is_of(record: &Record, grant: &Grant) -> bool {
     record.is_held() && record.claim() == *grant.claim() && record.token() == grant.token()
 }
 
-/// The beginning of a file: as much as a record is long, and one byte more where there is more.
+/// Reads the first bytes of a file: a record, and one more byte if the file is longer.
 fn read(file: &File) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; SIZE + 1];
     let mut filled = 0;
-    // A read of one byte more than a record that returns just a record has met the end of the file.
+    // The buffer is longer than a record, so a read that returns exactly a record has reached the end of the file.
     while filled < SIZE {
         match file.read_at(&mut bytes[filled..], filled as u64) {
             Ok(0) => break,

@@ -12,9 +12,9 @@
 //! [`token`](LeaseGuard::token), greater with every owner: let what the lease guards refuse a lower one than it has
 //! seen.
 //!
-//! How it works: `tenure` is the state of a held lease, pure; `heart` is the thread; `waiters` orders the threads that
-//! wait for one; `store` is what a place for records owes, `file` the one that is built in, `record` what stands in its
-//! file, `observer` the rule by which a record that does not change runs out, and `clock` the time.
+//! Implementation: `tenure` is the state of a held lease, without side effects; `heart` is the heartbeat thread; `waiters`
+//! is the queue of the threads that wait for a lease; `store` is the interface of a lease store, `file` the built-in
+//! store, `record` the format of its file, `observer` the rule by which an unchanged record expires, and `clock` the time.
 //!
 //! Leases are from C. Gray and D. Cheriton, *Leases: An Efficient Fault-Tolerant Mechanism for Distributed File Cache
 //! Consistency* (SOSP 1989). Why they need fencing: M. Kleppmann, [How to do distributed locking] (2016).
@@ -102,7 +102,7 @@ pub struct Lease(Arc<Inner>);
 struct Inner {
     name: LeaseName,
     store: Arc<dyn LeaseStore>,
-    /// With which other leases of this process it shares its waiters.
+    /// Identifies the queue of its waiters in this process.
     waiters: waiters::Key,
     options: Options,
 }
@@ -113,9 +113,8 @@ struct Inner {
 pub enum LeaseStatus {
     /// Nobody.
     Free,
-    /// Somebody, as far as the record tells; or the file is blank or damaged, and there is no
-    /// [claim](Seen::claim). [`Seen::expires_in`] of zero means that the next to come will take it over: the lease is
-    /// stale.
+    /// A holder has it by its record, or the file is blank or damaged and counts as held; then there is no
+    /// [claim](Seen::claim). If [`Seen::expires_in`] is zero the lease is stale: the next process to ask takes it over.
     Held(Seen),
 }
 
@@ -142,16 +141,16 @@ impl Lease {
     /// A lease whose record is a file, on this machine or on a file system that several share and whose flock(2)
     /// reaches all of them.
     ///
-    /// The file is made at the first acquisition and never deleted, because it keeps the token: do not delete it either.
-    /// Its directory must exist, unless [`create_parents`](LeaseBuilder::create_parents) is given. Who comes after a
-    /// deletion gets the lease at once, while its holder learns of it at its next beat; where nobody came, that beat makes
-    /// the file anew. The path is made absolute by [`build`](LeaseBuilder::build), so a later change of the working folder
-    /// changes nothing.
+    /// The first acquisition creates the file. lockkit never deletes it, because it contains the token; do not delete it
+    /// either. Its directory must exist, unless [`create_parents`](LeaseBuilder::create_parents) is given. After a deletion
+    /// the next process to ask gets the lease at once, and the holder learns of it at its next heartbeat. If no process has
+    /// asked until then, the heartbeat creates the file again. [`build`](LeaseBuilder::build) makes the path absolute, so a
+    /// later change of the working directory has no effect.
     ///
-    /// A file that is not a lease is never written to, by whatever user and whatever method: the error is
-    /// [`NotALease`](ErrorKind::NotALease). What is reclaimed is a blank file (empty, or at most 1024 zeros) and a lease
-    /// that was cut short or damaged. If such a file takes the place of a held lease, the holder goes on until its deadline,
-    /// in case the record is put back.
+    /// lockkit never writes to a file that is not a lease, for any user and in any method: the error is
+    /// [`NotALease`](ErrorKind::NotALease). It reclaims only a blank file (empty, or at most 1024 zeros) and a lease that
+    /// was truncated or damaged. If the file of a held lease is replaced by another program's file, the holder keeps the
+    /// lease until its deadline, in case the record is restored.
     ///
     /// Each heartbeat opens, locks, rewrites and closes the file, some microseconds in memory: no descriptor
     /// is kept, so ten thousand leases need no more of them than one. On file systems of
@@ -161,12 +160,11 @@ impl Lease {
     /// none may be ahead of the others for as long as such a loss takes back. On all other file systems, such as NFS,
     /// CIFS and FUSE, each step is synced, so that a beat has reached the server before it counts.
     ///
-    /// What that costs: a process whose descriptors are used up cannot beat, and loses its file leases after a ttl. A
-    /// holder that is stopped, or killed but not yet gone, in the middle of a beat has the file locked for as long (and a
-    /// host that is cut off from its NFS server, until that gives the lock free: 90 s as Linux has it), so nobody
-    /// can take the lease meanwhile. Other processes lock the file only to take the lease, when it is free or has run out.
-    /// Whoever may open the file can also keep it locked, so keep it where only those can open it who are to have the
-    /// lease.
+    /// The price: a process without free descriptors cannot renew, and loses its file leases after a ttl. A
+    /// holder that is stopped in the middle of a heartbeat, or killed but not yet gone, keeps the file locked until it
+    /// continues or is gone, and no other process can take the lease. (The host of an NFS client that is cut off keeps the
+    /// file locked until the server frees the lock: 90 s on Linux.) Other processes lock the file only to take a lease that
+    /// is free or expired. Any user who can open the file can lock it, so let only those users open it that share the lease.
     ///
     /// Who wants a held lease takes it over when its owner is dead by its identity (the same host, or an earlier boot
     /// of it, where `/etc/machine-id` tells which host that is), or when its beat has not changed for the ttl that
@@ -175,9 +173,9 @@ impl Lease {
     /// machine goes on from.
     ///
     /// A blank or damaged file counts as held for
-    /// [`invalid_pid_lock_stale_threshold`](LeaseBuilder::invalid_pid_lock_stale_threshold), and then is free for whoever
-    /// comes first, also for a program that tries only once: the times of the file show for how long nobody has
-    /// changed it. [`status`](Self::status) says the same. One of a later version of the format is never touched.
+    /// [`invalid_pid_lock_stale_threshold`](LeaseBuilder::invalid_pid_lock_stale_threshold). After that the next process to
+    /// ask takes it, also a program that tries only once: the times of the file show how long it has been unchanged.
+    /// [`status`](Self::status) reports the same. A file of a later version of the format stays unchanged.
     ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {
@@ -260,8 +258,8 @@ impl Lease {
     ///
     /// The heartbeat thread is started first, once for the process. A waiter for a file is woken by the release (by
     /// inotify(7) on Linux; elsewhere it looks at its [retry delay](LeaseBuilder::acquire_retry_delay)), and looks
-    /// every 50 ms whether an owner of this host still lives. Threads of one process wait in the order in which they came,
-    /// and only the first of them waits at the store; the others need a descriptor each. The wait leaves no thread behind, but what looks up the name of an
+    /// every 50 ms whether an owner of this host still lives. The waiting threads of a process form a queue (FIFO),
+    /// and only the first thread waits at the store; each other thread needs a descriptor. The wait leaves no thread behind, but what looks up the name of an
     /// engine's host for longer than the wait lasts. On Linux the process
     /// keeps one descriptor from its first wait on, for the next.
     ///
@@ -354,8 +352,8 @@ impl Inner {
         let is_told = |error: &Error| error.is_held() || error.is_timeout() || error.is_cancelled();
         if let (Err(error), Some(waiter)) = (&acquired, waiter) {
             if !is_told(error) {
-                // The failure of the first one is no answer for the others.
-                waiter.let_all_go();
+                // The store failed for this thread only: the other threads ask for themselves.
+                waiter.dissolve();
             }
         }
         acquired
@@ -458,18 +456,18 @@ impl Inner {
         Ok(is_passed_on)
     }
 
-    /// Has this thread wait behind the others of this process, until it is first. Whether it is so already, and may wait
-    /// at the store; if not, the lease may have changed hands meanwhile.
+    /// Waits until this thread is first in the queue of the process. Returns true if it was first already and may wait at
+    /// the store, and false if the lease may have changed in the meantime.
     fn queue_up(&self, waiter: &mut Option<Waiter>, patience: &Patience, found: &mut Found<'_>) -> Result<bool> {
         if !waiter.as_ref().is_some_and(Waiter::is_first) {
-            // Without a descriptor left it does without the order.
+            // Without a free descriptor the thread asks the store out of order.
             *waiter = self.waiters.join().ok();
         }
         let Some(place) = waiter else { return Ok(true) };
         let event = match place.as_fd() {
             Some(event) if !place.is_first() => event,
             _ => {
-                self.waiters.tell(found.owner.as_ref());
+                self.waiters.set_holder(found.owner.as_ref());
                 return Ok(true);
             }
         };

@@ -17,17 +17,16 @@
 //! ```
 //! Every field down to the notes stands at a fixed place, and the whole is filled with newlines to a fixed length: a
 //! beat changes a few digits in place and needs no new space, but where a file system writes each change elsewhere (btrfs,
-//! zfs). The four `saw` lines are the notes of observers. Behind them stands who the owner is
-//! ([`lines`]), or the last one was, where the state is `free`, or `lost` (free, but not by a release). What a file has
-//! beyond that length does not count.
+//! zfs). The four `saw` lines are the notes of observers. The rest is the owner ([`lines`]), or the last owner if the
+//! state is `free`, or `lost` (free, but not by a release). What a file has beyond that length does not count.
 //!
 //! The sum is FNV-1a over the record as 64-bit words, little-endian, without the sum itself and without the notes. It
 //! guards against halves and accidents, not against forgers.
 //!
-//! A note says by which clock, and at what time in nanoseconds, an observer first saw a beat. Observers write notes
-//! without a lock, so a note may meet another beat, or another note. Each note therefore has a sum of its own, over the
-//! clock and the time, that starts from the [`print`](Record::print) of the record it is about: a note that is torn, or
-//! is about another beat, does not count.
+//! A note contains the id of a clock, and the time in nanoseconds at which an observer first saw a beat. Observers write
+//! notes without a lock, so a note can meet a later beat or another note. Each note therefore has a checksum of its own. It
+//! covers the clock and the time, and starts from the [`print`](Record::print) of the record. A note that is torn, or is
+//! about another beat, does not count.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -58,13 +57,13 @@ const LOST: &[u8; 4] = b"lost";
 
 /// A note that nobody has written.
 const NOTE: &[u8; 79] = b"saw     00000000000000000000000000000000 00000000000000000000 0000000000000000\n";
-/// What every note begins with.
+/// The first bytes of every note.
 const SAW: Range<usize> = 0..8;
 /// Where in a note the clock stands.
 const CLOCK: Range<usize> = 8..40;
 /// Where in a note the time stands.
 const TIME: Range<usize> = 41..61;
-/// Where in a note its sum stands.
+/// The position of the checksum in a note.
 const NOTE_SUM: Range<usize> = 62..78;
 
 /// All up to the notes.
@@ -88,15 +87,15 @@ pub(super) enum Content {
     Ours(Box<Record>),
     /// A record of a later version, which must be left alone.
     Newer,
-    /// A file without content (empty, or nothing but zeros), or a lease that was cut short or damaged. Its holder writes
-    /// the record anew, and once nobody can be about to do so the file may be reclaimed.
+    /// A blank file (empty, or zeros), or a truncated or damaged lease. It may be reclaimed when its holder has had the time
+    /// to repair it.
     Damaged,
-    /// Anything else. It belongs to another program, and is never written to.
+    /// Any other file. It belongs to another program, and lockkit never writes to it.
     Foreign,
 }
 
-/// Reads what a file says, from its first [`SIZE`] + 1 bytes or as many as it has: lockkit never writes more than
-/// [`SIZE`], so a longer file is only a lease if its record is intact.
+/// Classifies the content of a file by its first [`SIZE`] + 1 bytes, or all bytes of a shorter file. lockkit never writes
+/// more than [`SIZE`] bytes, so a longer file is a lease only if its record is intact.
 pub(super) fn parse(bytes: &[u8]) -> Content {
     if let Some(bytes) = bytes.first_chunk::<SIZE>() {
         if bytes.starts_with(MAGIC) {
@@ -120,8 +119,8 @@ fn is_newer(bytes: &[u8]) -> bool {
     newer && (1..=9).contains(&digits) && version.get(digits) == Some(&b'\n')
 }
 
-/// Whether it begins as a lease does, or ends before that with nothing but zeros behind it. An observer may have written
-/// its note just after somebody cut the file, so notes do not count.
+/// Whether the content begins with [`MAGIC`], or is the beginning of [`MAGIC`] followed by zeros. Notes do not count: an
+/// observer can write its note just after another program truncated the file.
 fn is_damaged(bytes: &[u8]) -> bool {
     if bytes.starts_with(MAGIC) {
         return true;
@@ -134,7 +133,7 @@ fn is_damaged(bytes: &[u8]) -> bool {
     are_notes && MAGIC.starts_with(&bytes[..end])
 }
 
-/// The beginning of the first line of a file, for people.
+/// The beginning of the first line of a file, escaped.
 pub(super) fn shown(bytes: &[u8]) -> String {
     const MOST: usize = 40;
     let first = bytes.split(|byte| *byte == b'\n').next().unwrap_or_default();
@@ -252,9 +251,9 @@ impl Record {
         self.number(within(&note, TIME)).map(Duration::from_nanos)
     }
 
-    /// The note that an observer first saw this beat then, by this clock, and where in the file it belongs: in the place
-    /// of one by the same clock, or of one that does not count. Where there is none it takes the place of another host,
-    /// which then counts anew.
+    /// Returns a note that an observer first saw this beat at `now` on this clock, and its offset in the file. It replaces a
+    /// note of the same clock, or a note that does not count. If all notes are of other clocks it replaces one of them, and
+    /// that observer starts again.
     pub(super) fn note(&self, clock: u128, now: Duration) -> (u64, [u8; NOTE.len()]) {
         let is_usable =
             |note: &Range<usize>| self.hex(within(note, CLOCK)) == Some(clock) || !self.is_of_this_beat(note);
@@ -437,7 +436,7 @@ mod tests {
         assert_eq!(fifth.noted(5), Some(S * 5), "it takes the place of another");
         assert_eq!((1..=4).filter(|clock| fifth.noted(*clock).is_some()).count(), 3);
         assert_eq!(noted(&noted_by_all, 3, S * 30).noted(3), Some(S * 30));
-        // As where an observer writes its note just after the next beat.
+        // An observer writes its note just after the next beat.
         let (at, note) = record.note(1, S);
         let mut next = record;
         next.set_beat(43);

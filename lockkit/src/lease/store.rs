@@ -638,7 +638,7 @@ impl StoreError {
 impl fmt::Display for StoreError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let outcome = match self {
-            // An error of lockkit's own is a sentence, and says what was not done.
+            // The error of a built-in store is a complete sentence.
             Self::Refused(cause) | Self::Misuse(cause) if cause.is::<crate::Error>() => return cause.fmt(f),
             Self::Refused(_) => "the store refused",
             Self::Unknown(_) => "the store may or may not have done it",

@@ -1,14 +1,16 @@
-//! The threads of this process that wait for one lease, first come, first served.
+//! The queue of the threads of this process that wait for one lease, first come, first served.
 //!
-//! Only the first of them asks the store; the others sleep until they are first. So however many threads wait, the store
-//! serves one waiter of this process, and a release wakes one thread.
+//! Only the first thread of the queue asks the store; the others sleep until they are first. So the store serves one
+//! waiter per process, and a release wakes one thread.
 //!
-//! A thread joins when it has found the lease held, or finds that others wait already. It leaves when it has the lease
-//! or gives up, which wakes the next one. If the store fails all are let go, and each asks for itself: nobody waits for
-//! the failures of others. A thread that has no descriptor left to sleep with asks for itself, too.
+//! # Implementation
+//! A thread joins the queue if the lease is held, or if the queue is not empty. It leaves the queue when it acquires the
+//! lease or gives up, and wakes the next thread. If the store fails for the first thread, the queue is dissolved: every
+//! thread asks the store for itself, so no thread waits for the failures of others. A thread without a free descriptor
+//! for its event asks the store out of order.
 //!
-//! Waiters belong to a process: a forked child begins without any. The mutex is the standard library's: parking_lot's
-//! waits go through a table of the whole process, which a fork could leave locked.
+//! A forked child has an empty queue. The mutex is the standard library's: parking_lot keeps a process-wide table that a
+//! fork can leave locked.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -22,39 +24,41 @@ use crate::sys::event::Event;
 use crate::sys::fd::{AsFd, BorrowedFd};
 use crate::sys::per_process::PerProcess;
 
-/// Which waiters wait for the same: those whose leases are kept at one place and are judged by the same rules. Each
-/// waits for the first one's judgement, so that must be its own.
+/// Identifies a queue: leases at one location that are judged by the same rules. A thread relies on the judgement of the
+/// first thread, so the rules must be its own.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Key {
-    pub(super) place: Place,
-    /// The clock's shared id, or its address.
+    pub(super) location: Location,
+    /// The shared id of the clock, or its address.
     pub(super) clock: Result<u128, usize>,
-    /// How long a damaged file counts as held.
-    pub(super) unreadable: Option<Duration>,
     pub(super) retry_delay: Duration,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Place {
-    File(PathBuf),
-    /// The store, by its address, and the name in it.
+pub(super) enum Location {
+    File {
+        path: PathBuf,
+        /// How long a damaged file counts as held.
+        unreadable: Duration,
+    },
+    /// The address of the store, and the name in it.
     Store(usize, LeaseName),
 }
 
-/// The waiters for one lease. There is always one.
+/// The waiters for one lease, at least one.
 #[derive(Default)]
 struct Line {
-    waiters: VecDeque<Arc<Spot>>,
-    /// Who holds the lease, as the first one was told.
-    owner: Option<Owner>,
+    waiters: VecDeque<Arc<Entry>>,
+    /// The holder of the lease, as the first thread last saw it.
+    holder: Option<Owner>,
 }
 
-struct Spot {
-    /// Set when this waiter is first, or is let go. One that was first at once needs none.
+struct Entry {
+    /// Set when this waiter becomes first, or the queue is dissolved. A waiter that joins an empty queue needs none.
     event: Option<Event>,
 }
 
-impl Spot {
+impl Entry {
     fn wake(&self) {
         if let Some(event) = &self.event {
             event.set();
@@ -66,70 +70,76 @@ type Lines = HashMap<Key, Line>;
 
 fn lines() -> MutexGuard<'static, Lines> {
     static LINES: PerProcess<Mutex<Lines>> = PerProcess::new();
-    // Nothing in here is left half done by a panic.
+    // A panic leaves no partial change in here.
     LINES.get(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Key {
-    /// Whether a thread waits. The next one is to come behind it.
+    /// Whether a thread waits, so that the next one must join.
     pub(super) fn is_awaited(&self) -> bool {
         let lines = lines();
         !lines.is_empty() && lines.contains_key(self)
     }
 
-    /// Tells the waiters who holds the lease, for their errors.
-    pub(super) fn tell(&self, owner: Option<&Owner>) {
+    /// Records the holder of the lease, for the errors of the waiters.
+    pub(super) fn set_holder(&self, holder: Option<&Owner>) {
         if let Some(line) = lines().get_mut(self) {
-            line.owner = owner.cloned();
+            line.holder = holder.cloned();
         }
     }
 
-    /// Who holds the lease, as far as the waiters have been told.
+    /// The holder of the lease, as the first thread last saw it.
     pub(super) fn holder(&self) -> Option<Owner> {
-        lines().get(self)?.owner.clone()
+        lines().get(self)?.holder.clone()
     }
 
-    /// Joins the waiters, as the last.
+    /// Joins the queue at its end.
+    ///
+    /// # Errors
+    /// If no event can be created, for example without a free descriptor.
     pub(super) fn join(&self) -> io::Result<Waiter> {
         let mut lines = lines();
         let line = lines.entry(self.clone()).or_default();
         let event = if line.waiters.is_empty() { None } else { Some(Event::new()?) };
-        let spot = Arc::new(Spot { event });
-        line.waiters.push_back(spot.clone());
-        Ok(Waiter { key: self.clone(), spot })
+        let entry = Arc::new(Entry { event });
+        line.waiters.push_back(entry.clone());
+        Ok(Waiter { key: self.clone(), entry })
     }
 }
 
-/// A place among the waiters, which is left when it is dropped.
+/// A place in the queue. Dropping it leaves the queue and wakes the next thread.
 pub(super) struct Waiter {
     key: Key,
-    spot: Arc<Spot>,
+    entry: Arc<Entry>,
 }
 
 impl Waiter {
-    /// Whether it is this one's turn to ask the store.
+    /// Whether this thread is first, and may ask the store.
     pub(super) fn is_first(&self) -> bool {
-        lines().get(&self.key).and_then(|line| line.waiters.front()).is_some_and(|first| Arc::ptr_eq(first, &self.spot))
+        lines()
+            .get(&self.key)
+            .and_then(|line| line.waiters.front())
+            .is_some_and(|first| Arc::ptr_eq(first, &self.entry))
     }
 
-    /// What can be read once it is first, or is let go.
+    /// Readable when this thread becomes first, or the queue is dissolved.
     pub(super) fn as_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.spot.event.as_ref().map(|event| event.as_fd())
+        self.entry.event.as_ref().map(|event| event.as_fd())
     }
 
-    /// Has every waiter ask for itself, if this is the first.
-    pub(super) fn let_all_go(self) {
+    /// Dissolves the queue if this thread is first: every thread asks the store for itself.
+    pub(super) fn dissolve(self) {
         let line = if self.is_first() { lines().remove(&self.key) } else { None };
-        line.into_iter().flat_map(|line| line.waiters).for_each(|spot| spot.wake());
+        line.into_iter().flat_map(|line| line.waiters).for_each(|entry| entry.wake());
     }
 }
 
 impl Drop for Waiter {
     fn drop(&mut self) {
         let mut lines = lines();
-        // One that was let go has left already, and perhaps others have come.
+        // After the queue was dissolved there may be a new one without this thread.
         let Some(line) = lines.get_mut(&self.key) else { return };
-        let Some(at) = line.waiters.iter().position(|spot| Arc::ptr_eq(spot, &self.spot)) else { return };
+        let Some(at) = line.waiters.iter().position(|entry| Arc::ptr_eq(entry, &self.entry)) else { return };
         line.waiters.remove(at);
         match line.waiters.front() {
             None => _ = lines.remove(&self.key),
@@ -145,8 +155,8 @@ mod tests {
     use crate::sys::event;
 
     fn key(path: &str) -> Key {
-        let place = Place::File(path.into());
-        Key { place, clock: Ok(1), unreadable: None, retry_delay: Duration::from_millis(25) }
+        let location = Location::File { path: path.into(), unreadable: Duration::from_secs(2) };
+        Key { location, clock: Ok(1), retry_delay: Duration::from_millis(25) }
     }
 
     fn is_woken(waiter: &Waiter) -> bool {
@@ -154,14 +164,14 @@ mod tests {
     }
 
     #[test]
-    fn waiters_are_first_in_the_order_in_which_they_came() {
+    fn join_in_order_makes_first_in_order() {
         let key = key("order");
         assert!(!key.is_awaited());
         let [first, second, third, fourth] = [(); 4].map(|()| key.join().unwrap());
         assert!(first.is_first() && first.as_fd().is_none() && key.is_awaited());
         assert!(!second.is_first() && !is_woken(&second));
         drop(third);
-        assert!(!is_woken(&second) && !is_woken(&fourth), "one that gives up wakes nobody");
+        assert!(!is_woken(&second) && !is_woken(&fourth), "giving up wakes no other waiter");
         drop(first);
         assert!(second.is_first() && is_woken(&second) && !is_woken(&fourth));
         drop(second);
@@ -171,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn waiters_of_other_leases_and_rules_are_others() {
+    fn join_affects_only_the_same_lease_and_rules() {
         let one = key("one");
         let _waiter = one.join().unwrap();
         assert!(!key("other").is_awaited());
@@ -180,10 +190,10 @@ mod tests {
     }
 
     #[test]
-    fn let_go_waiters_leave_the_line_to_newcomers() {
-        let key = key("let go");
+    fn dissolve_lets_new_waiter_be_first() {
+        let key = key("dissolved");
         let [first, second] = [(); 2].map(|()| key.join().unwrap());
-        first.let_all_go();
+        first.dissolve();
         assert!(is_woken(&second) && !second.is_first() && !key.is_awaited());
         let newcomer = key.join().unwrap();
         drop(second);

@@ -63,14 +63,15 @@ pub(crate) fn is_writable_by_others(folder: &Seen) -> bool {
     folder.mode() & 0o022 != 0
 }
 
-/// The permission bits by which users other than the file's owner may write to it.
+/// The permission bits that let the group and others write to the file.
 pub(crate) fn others_who_write(found: &Seen) -> u32 {
     found.mode() & 0o022
 }
 
-/// When anything was last done to the file: to its content, or to what the system keeps of it; `None` where that is not
-/// known. Programs can set the first time at will (utimensat(2)), and only the kernel the second, so neither is earlier
-/// than the last change of the content if both are old.
+/// The later of the file's modification time and its change time ([inode(7)]), if both are known. A program can set the
+/// modification time (utimensat(2)), but not the change time, so the content is at least as old as the later one.
+///
+/// [inode(7)]: https://man7.org/linux/man-pages/man7/inode.7.html
 pub(crate) fn last_change(file: &File) -> io::Result<Option<SystemTime>> {
     let found = file.metadata()?;
     let since = u64::try_from(found.ctime()).ok().map(|seconds| Duration::new(seconds, found.ctime_nsec() as u32));

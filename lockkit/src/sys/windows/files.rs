@@ -247,10 +247,10 @@ pub(crate) fn others_who_write(_: &Seen) -> u32 {
     0
 }
 
-/// When anything was last done to the file: to its content, or to what the system keeps of it; `None` where that is not
-/// known, as on FAT. Programs set the time of the last write at will, and seldom that of the last change.
+/// The later of the file's last write time and its change time, if both are known; FAT has no change time. Programs often
+/// set the last write time, and rarely the change time.
 pub(crate) fn last_change(file: &File) -> io::Result<Option<SystemTime>> {
-    /// From 1601, where the times of Windows begin, to 1970.
+    /// The time from 1601, the epoch of Windows, to 1970.
     const TO_UNIX: Duration = Duration::from_secs(11_644_473_600);
     const TICKS: u64 = 10_000_000;
     let mut found = MaybeUninit::<FILE_BASIC_INFO>::uninit();
