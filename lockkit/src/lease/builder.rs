@@ -396,7 +396,8 @@ impl LeaseBuilder {
             }
         };
         let clock = clock_id.ok_or(Arc::as_ptr(&self.clock).cast::<()>() as usize);
-        let waiters = waiters::Key { location, clock, retry_delay: self.retry_delay };
+        let (retry_delay, retry_limit) = (self.retry_delay, self.retry_limit);
+        let waiters = waiters::Key { location, clock, retry_delay, retry_limit };
         let options = Options {
             ttl,
             heartbeat,

@@ -24,14 +24,15 @@ use crate::sys::event::Event;
 use crate::sys::fd::{AsFd, BorrowedFd};
 use crate::sys::per_process::PerProcess;
 
-/// Identifies a queue: leases at one location that are judged by the same rules. A thread relies on the judgement of the
-/// first thread, so the rules must be its own.
+/// Identifies a queue: leases at one location that are acquired by the same rules. A thread relies on the first thread,
+/// which must therefore judge the lease, repeat its requests and fail as the thread itself would.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Key {
     pub(super) location: Location,
     /// The shared id of the clock, or its address.
     pub(super) clock: Result<u128, usize>,
     pub(super) retry_delay: Duration,
+    pub(super) retry_limit: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -156,7 +157,7 @@ mod tests {
 
     fn key(path: &str) -> Key {
         let location = Location::File { path: path.into(), unreadable: Duration::from_secs(2) };
-        Key { location, clock: Ok(1), retry_delay: Duration::from_millis(25) }
+        Key { location, clock: Ok(1), retry_delay: Duration::from_millis(25), retry_limit: 4 }
     }
 
     fn is_woken(waiter: &Waiter) -> bool {
