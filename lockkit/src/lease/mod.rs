@@ -184,6 +184,7 @@ impl Lease {
     /// use lockkit::Lease;
     ///
     /// let lease = Lease::file(folder.join("leader"))
+    ///     .create_parents()
     ///     .ttl(Duration::from_secs(5))
     ///     .on_lost(|loss| eprintln!("{} is lost: {}", loss.lock, loss.reason))
     ///     .build()?;
