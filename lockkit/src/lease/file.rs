@@ -151,8 +151,8 @@ enum Verdict<'r> {
 }
 
 impl Verdict<'_> {
-    /// The holder that keeps this claim from taking the lease.
-    fn in_the_way_of(&self, claim: &ClaimId) -> Option<&Seen> {
+    /// Returns the holder if it keeps this claim from taking the lease.
+    fn blocks(&self, claim: &ClaimId) -> Option<&Seen> {
         match self {
             Self::Held(seen, _) if seen.expires_in() != Some(Duration::ZERO) && seen.claim() != Some(*claim) => {
                 Some(seen)
@@ -202,7 +202,7 @@ impl LeaseStore for FileStore {
             let found = self.vet(&file, Aim::Hold)?;
             let reading = self.read_unlocked(&file)?;
             let verdict = self.judge(&file, &reading)?;
-            if let Some(seen) = verdict.in_the_way_of(claim) {
+            if let Some(seen) = verdict.blocks(claim) {
                 self.leave_note(file, &verdict);
                 return Ok(Attempt::Busy(seen.clone()));
             }
@@ -221,7 +221,7 @@ impl LeaseStore for FileStore {
                 Some(now) => (now, self.judge(&locked.file, now)?),
                 None => (&reading, verdict),
             };
-            if let Some(seen) = verdict.in_the_way_of(claim) {
+            if let Some(seen) = verdict.blocks(claim) {
                 return Ok(Attempt::Busy(seen.clone()));
             }
             let before = match verdict {
@@ -806,7 +806,7 @@ impl Locked<'_> {
             written = self.file.sync_data();
         }
         written.map_err(|error| {
-            let _ = self.file.write_all_at(old, 0);
+            let _ = self.file.write_all_at(&old[..old.len().min(SIZE)], 0);
             step("old record put back");
             StoreError::unknown(Error::io("write", &self.store.path, error))
         })
