@@ -1962,7 +1962,7 @@ fn c5_heartbeat_below_a_millisecond_is_refused() {
 }
 
 #[test]
-fn c12_forged_numbers_are_errors_that_state_the_cause_or_do_no_harm() {
+fn c12_forged_numbers_fail_with_their_cause_or_do_no_harm() {
     let (_folder, terms) = place();
     let most = u64::MAX.to_string();
     let dead = left_by_the_dead(&terms);
