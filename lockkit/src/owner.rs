@@ -133,6 +133,13 @@ impl Owner {
         Self { pid, start: None, boot: None, namespace: None, host: None, program: None, acquired: None }
     }
 
+    /// A process of this host by its pid alone, which is 0 where another pid namespace hides it: what is read of it beside
+    /// would take too long.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn by_pid(pid: u32) -> Self {
+        Self { pid, namespace: (pid != 0).then(process::pid_namespace).flatten(), ..Self::hidden() }
+    }
+
     /// The process of this pid namespace that had `pid`, and has ended, whatever has the pid now.
     pub(crate) fn ended(pid: u32) -> Self {
         /// No process starts at the same tick as the kernel.
@@ -232,6 +239,17 @@ impl Owner {
     pub(crate) fn is_of_another_namespace(&self) -> bool {
         let mine = process::pid_namespace();
         self.is_of_this_boot() && self.namespace.is_some() && mine.is_some() && self.namespace != mine
+    }
+
+    /// Whether the process is alive and stopped, by a signal such as SIGSTOP or by a debugger: then it keeps its lock, and
+    /// does nothing until it is continued. False where that is unknown: on systems other than Linux, and for a process of
+    /// another host or pid namespace. The result is a snapshot.
+    ///
+    /// ```
+    /// assert!(!lockkit::Owner::current().is_stopped());
+    /// ```
+    pub fn is_stopped(&self) -> bool {
+        self.liveness_by_name() == Liveness::Alive && process::is_stopped(self.pid)
     }
 
     /// Whether it belongs to this run of this kernel, whose file locks it then shares.

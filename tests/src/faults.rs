@@ -352,7 +352,12 @@ const ERRORS: [(&str, &str); 41] = [
     ("sendmsg", "EAGAIN ECONNRESET EINTR ENOBUFS ENOMEM EPIPE"),
     ("socket", "EACCES EMFILE ENFILE ENOBUFS ENOMEM"),
 ];
-const MORE_ERRORS: [(&str, &str); 4] = [
+const MORE_ERRORS: [(&str, &str); 9] = [
+    ("getsockname", "ENOBUFS"),
+    ("ioctl", "ENOTTY"),
+    ("recvfrom", "EAGAIN EINTR ENOMEM"),
+    ("sendto", "EAGAIN ECONNRESET EINTR ENOBUFS ENOMEM EPIPE"),
+    ("setsockopt", "ENOBUFS"),
     ("stat", "EACCES ENOMEM"),
     ("statx", "EACCES ENOMEM"),
     ("unlink", "EACCES EBUSY EIO ENOMEM EPERM EROFS"),

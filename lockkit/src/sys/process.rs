@@ -81,6 +81,33 @@ fn proc_is_of_this_namespace() -> bool {
     me.and_then(|me| me.to_str()?.parse().ok()) == Some(std::process::id())
 }
 
+/// Whether the process is stopped by a signal or by a debugger, and so runs no code until it is continued.
+#[cfg(target_os = "linux")]
+pub(crate) fn is_stopped(pid: u32) -> bool {
+    let stat = proc_is_of_this_namespace().then(|| read_line(&format!("/proc/{pid}/stat")).ok()).flatten();
+    stat.is_some_and(|stat| stops(&stat))
+}
+
+#[cfg(target_os = "linux")]
+fn stops(stat: &str) -> bool {
+    stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with(['T', 't']))
+}
+
+/// Nothing is known of it here.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn is_stopped(_: u32) -> bool {
+    false
+}
+
+/// Whether the process is in this process's user namespace, and of the same user. The kernel shows the link only to a
+/// process with the same kernel uid, or with privileges over the other's namespace, which here is the same.
+#[cfg(target_os = "linux")]
+pub(crate) fn is_of_same_user(pid: u32) -> bool {
+    let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/user")).ok();
+    let own = namespace("self");
+    own.is_some() && proc_is_of_this_namespace() && namespace(&pid.to_string()) == own
+}
+
 #[cfg(target_os = "freebsd")]
 fn started(pid: Pid) -> Probe {
     match super::freebsd::process(pid.as_raw_nonzero().get()) {
@@ -355,6 +382,12 @@ mod tests {
         assert_eq!(parse_stat(&stat("R", 1, 9)), Some(Probe::Ended), "killed, not yet gone");
         assert_eq!(parse_stat("42 (cut"), None);
         assert_eq!(parse_stat("42 (cut) R 1 1"), None);
+    }
+
+    #[test]
+    fn stat_line_of_stopped_process_says_so() {
+        assert!(stops(&stat("T", 1, 19)) && stops(&stat("t", 1, 5)));
+        assert!(!stops(&stat("S", 1, 0)) && !stops(""));
     }
 
     #[test]
