@@ -12,13 +12,14 @@
 //! [proc_locks(5)]: https://man7.org/linux/man-pages/man5/proc_locks.5.html
 //! [proc_pid_fdinfo(5)]: https://man7.org/linux/man-pages/man5/proc_pid_fdinfo.5.html
 
-use std::cell::OnceCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use crate::owner::Owner;
 use rustix::fs::{AtFlags, CWD, StatxFlags, major, minor, statx};
 
 /// How a process locks a file. Locks of one mechanism do not exclude those of the other.
@@ -65,8 +66,14 @@ pub struct FileLocks {
     open: Vec<PathBuf>,
     /// Why /proc/locks could not be read.
     unread: Option<io::Error>,
-    mounts: OnceCell<HashMap<u64, (u32, u32)>>,
+    mounts: OnceCell<HashMap<u64, Device>>,
+    /// The device of the file system by that of stat(2).
+    devices: RefCell<HashMap<u64, Device>>,
+    owners: RefCell<HashMap<u32, Option<Owner>>>,
 }
+
+/// The major and the minor number.
+type Device = (u32, u32);
 
 /// Device and inode by stat(2).
 type Identity = (u64, u64);
@@ -74,7 +81,7 @@ type Identity = (u64, u64);
 /// A file as the kernel's lists name it. The device is that of the file system, which stat(2) shows otherwise on Btrfs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct FileId {
-    device: (u32, u32),
+    device: Device,
     inode: u64,
 }
 
@@ -188,6 +195,11 @@ impl FileLocks {
         &self.open
     }
 
+    /// The process with this pid, which is looked up once; `None` when it has ended.
+    pub fn owner(&self, pid: u32) -> Option<Owner> {
+        self.owners.borrow_mut().entry(pid).or_insert_with(|| Owner::of(pid)).clone()
+    }
+
     /// The locks on the file at `path`.
     ///
     /// # Errors
@@ -219,15 +231,18 @@ impl FileLocks {
 
     /// What the kernel's lists call a file: by the device of the file system on which the path is mounted.
     fn id_of(&self, path: &Path, found: &fs::Metadata) -> FileId {
-        let mount = statx(CWD, path, AtFlags::empty(), StatxFlags::MNT_ID).ok();
-        let mount = mount.filter(|found| found.stx_mask & StatxFlags::MNT_ID.bits() != 0).map(|found| found.stx_mnt_id);
-        let device = mount.and_then(|mount| self.mounts.get_or_init(mounts).get(&mount).copied());
-        FileId { device: device.unwrap_or_else(|| (major(found.dev()), minor(found.dev()))), inode: found.ino() }
+        let device = *self.devices.borrow_mut().entry(found.dev()).or_insert_with(|| {
+            let mount = statx(CWD, path, AtFlags::empty(), StatxFlags::MNT_ID).ok();
+            let mount = mount.filter(|found| found.stx_mask & StatxFlags::MNT_ID.bits() != 0);
+            let device = mount.and_then(|mount| self.mounts.get_or_init(mounts).get(&mount.stx_mnt_id).copied());
+            device.unwrap_or_else(|| (major(found.dev()), minor(found.dev())))
+        });
+        FileId { device, inode: found.ino() }
     }
 }
 
 /// The devices of the file systems, by the id of the mount.
-fn mounts() -> HashMap<u64, (u32, u32)> {
+fn mounts() -> HashMap<u64, Device> {
     let list = fs::read("/proc/self/mountinfo").unwrap_or_default();
     let read = |line: &str| {
         let mut words = line.split(' ');

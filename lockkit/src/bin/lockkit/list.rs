@@ -67,7 +67,7 @@ impl Found {
 
     /// What is in a directory: what is no lock, or free, is left out.
     fn add_entry(&mut self, path: &Path, locks: &FileLocks) {
-        match look::recognised(path, locks) {
+        match look::recognised(path, locks, false) {
             Ok(Some(sight)) if sight.state != State::Free => self.add(path, sight),
             Ok(_) => {}
             // It has gone, or is a link that leads nowhere.
@@ -84,7 +84,7 @@ impl List {
         let mut locks = Vec::new();
         for scope in [Scope::User, Scope::Machine] {
             for lock in NamedLock::list(scope)? {
-                locks.extend(look::of_named(&lock, false).ok().filter(|sight| sight.state == State::Held));
+                locks.extend(look::of_named(&lock).ok().filter(|sight| sight.state == State::Held));
             }
         }
         let (found, failures) = self.by_path();
@@ -104,16 +104,16 @@ impl List {
         let locks = FileLocks::read(keeper());
         let (mut found, mut failures) = (Found::default(), Vec::new());
         for (path, on) in locks.files().filter(|(path, _)| !is_own(path)) {
-            match look::recognised(path, &locks) {
+            match look::recognised(path, &locks, true) {
                 Ok(Some(sight)) if sight.state == State::Held => found.add(path, sight),
                 // They are locked for a moment while they are read or written, whoever holds them.
                 Ok(Some(Sight { kind: Kind::Lease | Kind::Table, .. })) => {}
-                _ => look::locked(path, &on).for_each(|sight| found.add(path, sight)),
+                _ => look::locked(path, &on, &locks).for_each(|sight| found.add(path, sight)),
             }
         }
         let usual = usual_directories().into_iter().flat_map(|directory| entries(&directory).unwrap_or_default());
         for path in usual.filter(|path| is_usual(path)).chain(locks.open().iter().cloned()) {
-            match look::recognised(&path, &locks) {
+            match look::recognised(&path, &locks, false) {
                 Ok(Some(sight)) if sight.state == State::Held => found.add(&path, sight),
                 _ => {}
             }

@@ -46,6 +46,10 @@ mod absent {
             &[]
         }
 
+        pub(crate) fn owner(&self, pid: u32) -> Option<lockkit::Owner> {
+            lockkit::Owner::of(pid)
+        }
+
         pub(crate) fn on(&self, path: &Path) -> io::Result<OnFile> {
             std::fs::metadata(path).map(|_| OnFile::default())
         }

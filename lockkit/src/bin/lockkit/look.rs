@@ -2,7 +2,9 @@
 //!
 //! The JSON forms have a version, and are documented in docs/CLI.md. Within a version fields are only added.
 
-use std::fs::{File, Metadata, OpenOptions};
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
@@ -85,13 +87,31 @@ pub(crate) struct Holder {
     pub(crate) owner: Owner,
 }
 
-impl Holder {
-    pub(crate) fn new(owner: &Owner) -> Self {
+thread_local! {
+    /// Whether the owners live that were looked at, by pid: many locks may have one holder.
+    static KNOWN: RefCell<HashMap<u32, Vec<(Owner, Option<bool>)>>> = RefCell::default();
+}
+
+/// Whether the owner lives, which is asked once of each process.
+fn is_alive(owner: &Owner) -> Option<bool> {
+    KNOWN.with_borrow_mut(|known| {
+        let owners = known.entry(owner.pid()).or_default();
+        if let Some((_, alive)) = owners.iter().find(|(known, _)| command::is_same_process(known, owner)) {
+            return *alive;
+        }
         let alive = match owner.liveness() {
             Liveness::Alive => Some(true),
             Liveness::Dead => Some(false),
             Liveness::Unknown => None,
         };
+        owners.push((owner.clone(), alive));
+        alive
+    })
+}
+
+impl Holder {
+    pub(crate) fn new(owner: &Owner) -> Self {
+        let alive = is_alive(owner);
         Self {
             pid: owner.pid(),
             program: owner.program().map(str::to_owned),
@@ -246,7 +266,7 @@ pub(crate) fn at(place: &Place, scope: ScopeArgument, locks: impl FnOnce() -> Fi
 
 /// As [`at`], of an absolute path.
 pub(crate) fn at_path(path: &Path, locks: &FileLocks) -> Result<Sight, Failure> {
-    match recognised(path, locks)? {
+    match recognised(path, locks, true)? {
         Some(sight) => Ok(sight),
         None => file(path, locks),
     }
@@ -301,21 +321,21 @@ fn filed(name: &str, scope: Scope) -> Result<NamedLock, Failure> {
 }
 
 pub(crate) fn named(lock: &NamedLock) -> Result<Sight, Failure> {
-    let sight = of_named(lock, command::is_held(lock)?)?;
+    let sight = of_named(lock)?;
     if sight.state == State::Free && lock.backend() != Backend::File {
         let filed = filed(lock.name(), lock.scope())?;
         if command::is_held(&filed)? {
-            return of_named(&filed, true);
+            return of_named(&filed);
         }
     }
     Ok(sight)
 }
 
-/// What is known of a lock that is `held`, or may be.
-pub(crate) fn of_named(lock: &NamedLock, held: bool) -> Result<Sight, Failure> {
+/// What is known of the lock of this very backend.
+pub(crate) fn of_named(lock: &NamedLock) -> Result<Sight, Failure> {
     let owner = lock.owner()?;
     // A name can be taken by a process that cannot be looked up.
-    let held = held || owner.is_some();
+    let held = owner.is_some() || command::is_held(lock)?;
     let mut sight = Sight::new(Kind::Named, lock.name(), if held { State::Held } else { State::Free });
     sight.scope = Some(match lock.scope() {
         Scope::Machine => "machine",
@@ -368,15 +388,15 @@ fn found_at(path: &Path) -> Result<Found, Failure> {
     if !found.is_file() {
         return Ok(Found::Special);
     }
-    let (begin, found) = match beginning(path) {
+    let (begin, file) = match beginning(path) {
         // It was removed just now.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Found::Missing),
         read => read.map_err(unreadable)?,
     };
     Ok(match &*begin {
-        begin if begin.starts_with(b"lockkit lease ") || was_lease(path, begin, found.len()) => Found::Lease,
+        begin if begin.starts_with(b"lockkit lease ") || was_lease(path, begin, &file) => Found::Lease,
         begin if begin.starts_with(b"lockkitT") => Found::Table,
-        begin => match says_a_pid(path, begin, found.len()) {
+        begin => match says_a_pid(path, begin, &file) {
             Some(certain) => Found::Pidfile { certain },
             None => Found::Plain,
         },
@@ -401,20 +421,19 @@ pub(crate) fn is_unknown(failure: &Failure) -> bool {
     matches!(failure.code(), code::NO_PERMISSION | code::IO)
 }
 
-/// The first bytes, and what is known of the file.
-fn beginning(path: &Path) -> io::Result<(Vec<u8>, Metadata)> {
+/// The first bytes, and the file.
+fn beginning(path: &Path) -> io::Result<(Vec<u8>, File)> {
     let mut file = open(path)?;
-    let mut bytes = [0; 64];
-    let mut length = 0;
-    while length < bytes.len() {
-        match file.read(&mut bytes[length..]) {
-            Ok(0) => break,
-            Ok(more) => length += more,
+    let mut bytes = vec![0; 64];
+    let length = loop {
+        match file.read(&mut bytes) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
+            // A regular file gives all that there is.
+            read => break read?,
         }
-    }
-    Ok((bytes[..length].to_vec(), file.metadata()?))
+    };
+    bytes.truncate(length);
+    Ok((bytes, file))
 }
 
 /// Opens a file for reading that was no FIFO or device when it was looked at, and does not wait if it has become one.
@@ -431,28 +450,34 @@ fn open(path: &Path) -> io::Result<File> {
 }
 
 /// Whether a file without a record is one from which a crash has taken it.
-fn was_lease(path: &Path, begin: &[u8], length: u64) -> bool {
+fn was_lease(path: &Path, begin: &[u8], file: &File) -> bool {
     const RECORD: u64 = 1024;
     let has_extension = path.extension().is_some_and(|extension| extension == "lease");
-    begin.iter().all(|byte| *byte == 0) && (has_extension || length == RECORD)
+    begin.iter().all(|byte| *byte == 0) && (has_extension || !begin.is_empty() && has_length(file, RECORD))
 }
 
 /// Whether the file is a pidfile, and whether that is certain. Many files begin with a number, so one that is not named
 /// as a pidfile must hold nothing else, or have lockkit's mark.
-fn says_a_pid(path: &Path, begin: &[u8], length: u64) -> Option<bool> {
+fn says_a_pid(path: &Path, begin: &[u8], file: &File) -> Option<bool> {
     if has_pid_extension(path) || has_owner(path, begin) {
         return Some(true);
     }
     let end = begin.iter().position(|byte| *byte == b'\n').unwrap_or(begin.len());
     let (pid, rest) = begin.split_at(end);
-    let is_pid = (1..=10).contains(&pid.len()) && pid.iter().all(u8::is_ascii_digit) && pid[0] != b'0';
-    if !is_pid {
+    // No system gives out a greater pid: `PID_MAX_LIMIT` on Linux.
+    const MAX_PID: u32 = 1 << 22;
+    let digits = std::str::from_utf8(pid).ok().filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()))?;
+    if !digits.parse().is_ok_and(|pid| (1..=MAX_PID).contains(&pid)) {
         return None;
     }
     let rest = rest.strip_prefix(b"\n").unwrap_or(rest);
     let is_old = rest.starts_with(OLD_MARK);
-    let is_whole = rest.is_empty() && length == begin.len() as u64;
+    let is_whole = rest.is_empty() && has_length(file, begin.len() as u64);
     (is_old || is_whole).then_some(is_old)
+}
+
+fn has_length(file: &File, length: u64) -> bool {
+    file.metadata().is_ok_and(|found| found.len() == length)
 }
 
 /// Whether lockkit has written down with the file who owns it.
@@ -472,8 +497,9 @@ pub(crate) fn has_pid_extension(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension == "pid")
 }
 
-/// A lock whose kind the file at `path` tells; `None` for any other file, and none.
-pub(crate) fn recognised(path: &Path, locks: &FileLocks) -> Result<Option<Sight>, Failure> {
+/// A lock whose kind the file at `path` tells; `None` for any other file, and none. Whether a file counts as a pidfile
+/// that holds just a number is a `guess`.
+pub(crate) fn recognised(path: &Path, locks: &FileLocks, guess: bool) -> Result<Option<Sight>, Failure> {
     let explained = |failure: Failure| match failure.code() {
         code::NO_PERMISSION => Failure::new(
             code::NO_PERMISSION,
@@ -488,18 +514,21 @@ pub(crate) fn recognised(path: &Path, locks: &FileLocks) -> Result<Option<Sight>
     match found_at(path)? {
         Found::Lease => lease(path).map_err(explained).map(Some),
         Found::Table => table(path).map_err(explained).map(Some),
-        Found::Pidfile { certain } => {
+        Found::Pidfile { certain } if certain || guess => {
             let mut sight = pidfile(path).map_err(explained)?;
             let on = locks.on(path).unwrap_or_default();
-            if !certain && sight.state == State::Stale && (on.flock.is_some() || on.fcntl.is_some()) {
+            // A number in a file that another process has locked is no pid, but what the lock guards.
+            let mut by = [&on.flock, &on.fcntl].into_iter().flatten();
+            let is_owner = |pid: &u32| sight.holders.iter().any(|holder| holder.pid == *pid);
+            if !certain && by.any(|locked| sight.state == State::Stale || !locked.pids.iter().any(is_owner)) {
                 return Ok(None);
             }
             if sight.state == State::Held {
-                sight.waiters = Some(on.flock.map_or(0, |locked| locked.waiters));
+                sight.waiters = Some(on.flock.as_ref().map_or(0, |locked| locked.waiters));
             }
             Ok(Some(sight))
         }
-        Found::Missing | Found::Plain | Found::Special => Ok(None),
+        Found::Missing | Found::Pidfile { .. } | Found::Plain | Found::Special => Ok(None),
     }
 }
 
@@ -509,7 +538,7 @@ fn file(path: &Path, locks: &FileLocks) -> Result<Sight, Failure> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => OnFile::default(),
         on => on.map_err(|error| unreadable(path, error))?,
     };
-    if let Some(sight) = locked(path, &on).next() {
+    if let Some(sight) = locked(path, &on, locks).next() {
         return Ok(sight);
     }
     let kind = match std::fs::metadata(path) {
@@ -537,10 +566,11 @@ fn file(path: &Path, locks: &FileLocks) -> Result<Sight, Failure> {
 }
 
 /// The locks that the kernel shows on the file at `path`, that of flock(2) first.
-pub(crate) fn locked(path: &Path, on: &OnFile) -> impl Iterator<Item = Sight> {
+pub(crate) fn locked(path: &Path, on: &OnFile, locks: &FileLocks) -> impl Iterator<Item = Sight> {
     let sight = |kind, locked: &Locked| {
         let mut sight = Sight::of_path(kind, path, State::Held);
-        sight.holders = locked.pids.iter().filter_map(|pid| Owner::of(*pid)).map(|owner| Holder::new(&owner)).collect();
+        sight.holders =
+            locked.pids.iter().filter_map(|pid| locks.owner(*pid)).map(|owner| Holder::new(&owner)).collect();
         sight.waiters = Some(locked.waiters);
         sight
     };
