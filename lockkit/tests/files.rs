@@ -9,9 +9,11 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
+use jsonschema::Validator;
 use lockkit::{FileLock, Lease, NamedLock};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::termios::Winsize;
@@ -122,8 +124,15 @@ impl Ended {
         Self { code: status.code().unwrap_or(-1), out: text(stdout), err: text(stderr) }
     }
 
+    /// What it wrote, which is what the schema says.
     fn json(&self) -> Value {
-        serde_json::from_str(&self.out).unwrap_or_else(|error| panic!("{error}: {self:?}"))
+        static SCHEMA: LazyLock<Validator> = LazyLock::new(|| {
+            let schema = serde_json::from_str(include_str!("../src/bin/lockkit/forms.schema.json")).expect("JSON");
+            jsonschema::validator_for(&schema).expect("a schema")
+        });
+        let form = serde_json::from_str(&self.out).unwrap_or_else(|error| panic!("{error}: {self:?}"));
+        assert!(SCHEMA.is_valid(&form), "{form}");
+        form
     }
 }
 
