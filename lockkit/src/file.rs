@@ -153,8 +153,8 @@ struct Inner {
 #[derive(Clone, Debug)]
 struct Place {
     path: PathBuf,
-    /// The permissions of a file made here.
-    mode: u32,
+    /// The permissions of a file made here, exactly; else 0600 less the umask.
+    mode: Option<u32>,
     /// Whether missing folders are made.
     parents: bool,
     /// The folder is open to other users, who may have put something else in the file's place.
@@ -196,22 +196,23 @@ impl FileLock {
     /// A lock on the file or folder at `path`. Nothing happens there until it is first locked; then a missing file is
     /// made.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self::at(Place { path: path.into(), mode: 0o600, parents: false, wary: false })
+        Self::at(Place { path: path.into(), mode: None, parents: false, wary: false })
     }
 
     /// A lock on a file of lockkit's own, which has exactly `mode`, and which no symlink, hard link or special file
     /// may stand for.
     pub(crate) fn own(path: PathBuf, mode: u32) -> Self {
-        Self::at(Place { path, mode, parents: false, wary: true })
+        Self::at(Place { path, mode: Some(mode), parents: false, wary: true })
     }
 
     fn at(place: Place) -> Self {
         Self(Arc::new(Inner { place, spare: Slot::empty() }))
     }
 
-    /// The permissions that a file gets when locking makes it, less the process's umask; 0600 unless told otherwise.
+    /// The permissions that a file gets when locking makes it, exactly, whatever the process's umask is. Without this
+    /// option they are 0600 less the umask.
     pub fn create_with_mode(self, mode: u32) -> Self {
-        Self::at(Place { mode, ..self.0.place.clone() })
+        Self::at(Place { mode: Some(mode), ..self.0.place.clone() })
     }
 
     /// Makes missing folders on the way to the file, too, with the permissions that the process's umask leaves.
@@ -241,7 +242,10 @@ impl FileLock {
     /// ```
     pub fn list() -> Vec<Self> {
         #[cfg(target_os = "linux")]
-        return crate::flocks::paths().into_iter().map(Self::new).collect();
+        {
+            let locks = crate::flocks::FileLocks::read("");
+            locks.files().filter(|(_, on)| on.flock.is_some()).map(|(path, _)| Self::new(path)).collect()
+        }
         #[cfg(not(target_os = "linux"))]
         Vec::new()
     }
@@ -280,10 +284,14 @@ impl FileLock {
 
     fn locked(&self) -> Result<(Vec<u32>, u32)> {
         #[cfg(target_os = "linux")]
-        match crate::flocks::on(self.path()) {
-            Ok(Some(locked)) => return Ok((locked.pids, locked.waiters)),
+        match crate::flocks::FileLocks::read("").on(self.path()) {
+            Ok(on) => {
+                if let Some(locked) = on.flock {
+                    return Ok((locked.pids, locked.waiters));
+                }
+            }
             Err(error) if error.kind() != Io::NotFound => return Err(Error::io("look at", self.path(), error)),
-            _ => {}
+            Err(_) => {}
         }
         Ok((Vec::new(), 0))
     }
@@ -532,12 +540,12 @@ impl Place {
 
     fn create(&self) -> io::Result<Shielded<File>> {
         let mut options = OpenOptions::new();
-        options.read(true).write(true).create_new(true).mode(self.mode);
+        options.read(true).write(true).create_new(true).mode(self.mode.unwrap_or(0o600));
         let file = Shielded::new(|| files::create(&options, &self.path))?;
         step("file made");
-        if self.wary {
+        if let Some(mode) = self.mode {
             // The umask is not ours to change, but the file's mode is.
-            files::set_mode(&file, self.mode)?;
+            files::set_mode(&file, mode)?;
             step("mode of the file set");
         }
         Ok(file)

@@ -257,6 +257,13 @@ impl Owner {
         self.boot.is_some() && self.boot == process::boot_id()
     }
 
+    /// Whether both are one process, whatever program it runs and since when it holds a lock.
+    #[cfg(feature = "cli")]
+    pub(crate) fn is_same_process(&self, other: &Self) -> bool {
+        (self.pid, self.start, self.boot, self.namespace, &self.host)
+            == (other.pid, other.start, other.boot, other.namespace, &other.host)
+    }
+
     /// Whether it is the process that asks, or a program that ran in it before an exec.
     pub(crate) fn is_this_process(&self) -> bool {
         let me = Self::current();

@@ -621,6 +621,8 @@ fn terminal() -> (OwnedFd, File) {
     unlockpt(&screen).expect("a terminal");
     let name = ptsname(&screen, Vec::new()).expect("a name").into_string().expect("a plain name");
     let end = File::options().read(true).write(true).open(name).expect("a terminal");
+    let size = rustix::termios::Winsize { ws_row: 24, ws_col: 160, ws_xpixel: 0, ws_ypixel: 0 };
+    rustix::termios::tcsetwinsize(&end, size).expect("a terminal");
     (end.into(), screen.into())
 }
 
@@ -648,18 +650,17 @@ fn a_wait_on_a_terminal_shows_what_for_who_holds_it_and_how_long() {
     let (end, mut screen) = terminal();
     let mut waiting = lock.run([], "true");
     let mut waiter = Running::start({
-        waiting.stderr(end.try_clone().expect("a terminal"));
+        waiting.stderr(end.try_clone().expect("a terminal")).env("TERM", "xterm");
         waiting
     });
     let held = format!("pid {pid} (sh), since ");
     let shown = read_until(&mut screen, |shown| shown.contains(&held) && shown.contains("for 1s"));
     assert!(shown.contains(&format!("Waiting for the named lock {:?}", lock.place)), "{shown}");
-    assert!(shown.contains("\x1b[33m"), "coloured: {shown:?}");
     running.child.kill().expect("it runs");
     signal(pid, Signal::KILL);
     assert_eq!(waiter.code(), 0);
     // The line is gone at the end.
-    read_until(&mut screen, |shown| shown.ends_with("\r\x1b[2K"));
+    read_until(&mut screen, |shown| shown.ends_with(" \r"));
 }
 
 #[test]
@@ -717,13 +718,18 @@ fn a_program_in_another_group_is_interrupted_and_hears_that_the_terminal_is_gone
 #[test]
 fn no_color_is_heeded_on_a_terminal() {
     let lock = Lock::new("--name");
-    let (_running, pid) = lock.hold([]);
-    let (end, mut screen) = terminal();
-    let mut waiting = lock.run([], "true");
-    waiting.stderr(end.try_clone().expect("a terminal")).env("NO_COLOR", "1");
-    let _waiter = Running::start(waiting);
-    let shown = read_until(&mut screen, |shown| shown.contains(&format!("pid {pid} (sh)")));
-    assert!(!shown.contains("\x1b[33m"), "{shown:?}");
+    let (_running, _) = lock.hold([]);
+    for no_color in [false, true] {
+        let (end, mut screen) = terminal();
+        let mut status = lockkit(["status", &lock.place]);
+        status.env("TERM", "xterm").stdout(end.try_clone().expect("a terminal"));
+        if no_color {
+            status.env("NO_COLOR", "1");
+        }
+        assert_eq!(status.status().expect("lockkit starts").code(), Some(1));
+        let shown = read_until(&mut screen, |shown| shown.contains("waiters") || shown.contains("held by"));
+        assert_eq!(shown.contains("\x1b[33mheld"), !no_color, "{shown:?}");
+    }
 }
 
 #[test]
@@ -753,7 +759,8 @@ fn the_schema_tells_the_forms_from_others() {
         schema.is_valid(&serde_json::json!({"version": 1, "lock": lock}))
     };
     assert!(with("waiters", Value::Null) && with("of a later release", true.into()));
-    let wrong: [(&str, Value); 7] = [
+    assert!(with("kind", "fcntl".into()) && !with("state", "unknown".into()), "an unknown state has a reason");
+    let wrong: [(&str, Value); 8] = [
         ("kind", "mutex".into()),
         ("state", "busy".into()),
         ("waiters", (-1).into()),
@@ -761,6 +768,7 @@ fn the_schema_tells_the_forms_from_others() {
         ("holders", serde_json::json!([{"pid": 1}])),
         ("scope", "user".into()),
         ("token", 7.into()),
+        ("reason", "of a free lock".into()),
     ];
     for (field, value) in wrong {
         assert!(!with(field, value), "{field}");

@@ -102,6 +102,12 @@ impl FolderLock {
         mark::holder(&files::open(&options, &path).ok()?)
     }
 
+    /// Whether a record names a living holder. Makes nothing.
+    #[cfg(feature = "cli")]
+    pub(super) fn is_held(&self) -> bool {
+        folder::path(self.sharing).is_some() && self.owner().is_some()
+    }
+
     fn open(&self) -> Result<Arc<Opened>> {
         let mut opened = self.opened.lock();
         if let Some(opened) = &*opened {

@@ -374,6 +374,13 @@ impl SocketLock {
         Ok(sockets.at(self.name()).map_or(0, |queue| sockets.waiters(queue, user_of(self.sharing))))
     }
 
+    /// Whether the name is taken. While it is, asking disturbs nobody; a free one is taken for a moment.
+    #[cfg(feature = "cli")]
+    pub(super) fn is_held(&self) -> Result<bool> {
+        let free = seqpacket::is_free(&self.address).map_err(|error| self.io("bind", error))?;
+        Ok(!free)
+    }
+
     /// The abstract name.
     fn name(&self) -> &str {
         std::str::from_utf8(self.address.abstract_name().unwrap_or_default()).unwrap_or_default()

@@ -210,7 +210,7 @@ fn read_settled(file: &File) -> io::Result<Vec<u8>> {
 /// process that cannot be looked up, and may be one to trust.
 #[cfg(target_os = "linux")]
 fn flock_holder(path: &Path, file: &File, seen: &Seen) -> io::Result<Option<Option<Owner>>> {
-    use crate::flocks;
+    use crate::flocks::FileLocks;
     use crate::sys::files::MetadataExt;
     use crate::sys::flock::{self, Mode};
     match flock::try_lock(file, Mode::Shared) {
@@ -221,7 +221,7 @@ fn flock_holder(path: &Path, file: &File, seen: &Seen) -> io::Result<Option<Opti
     }
     let me = rustix::process::geteuid().as_raw();
     let is_trusted = |uid: u32| [0, me, seen.uid()].contains(&uid);
-    let pids = flocks::on(path)?.map(|locked| locked.pids).unwrap_or_default();
+    let pids = FileLocks::read("").on(path)?.flock.map(|locked| locked.pids).unwrap_or_default();
     // A process that ends meanwhile has no users any more, and no lock.
     let users: Vec<_> = pids.iter().filter_map(|pid| Some((*pid, process::users(*pid)?))).collect();
     if let Some((pid, _)) = users.iter().find(|(_, users)| users.iter().all(|uid| is_trusted(*uid))) {
