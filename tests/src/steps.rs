@@ -210,7 +210,7 @@ pub fn stand_between_changes_of_the_others(player: &mut Actor) {
 /// Looks through what strace saw of a process with steps; says how many there were.
 #[cfg(target_os = "linux")]
 fn check_steps(what: &str, log: &str) -> usize {
-    const CHANGES: [&str; 19] = [
+    const CHANGES: [&str; 21] = [
         "accept4",
         "bind",
         "chmod",
@@ -219,6 +219,7 @@ fn check_steps(what: &str, log: &str) -> usize {
         "fchmod",
         "fdatasync",
         "flock",
+        "fsetxattr",
         "fsync",
         "ftruncate",
         "linkat",
@@ -227,6 +228,7 @@ fn check_steps(what: &str, log: &str) -> usize {
         "pwrite64",
         "recvmsg",
         "rename",
+        "renameat2",
         "sendmsg",
         "unlink",
         "utimensat",

@@ -66,10 +66,10 @@ pub(crate) mod stream;
 pub(crate) mod table;
 pub(crate) mod unnamed;
 pub(crate) mod watch;
-pub(crate) mod write_lock;
-pub(crate) mod xattr;
 #[cfg(windows)]
 mod windows;
+pub(crate) mod write_lock;
+pub(crate) mod xattr;
 #[cfg(windows)]
 #[cfg(all(windows, feature = "cli"))]
 pub(crate) use windows::command;
