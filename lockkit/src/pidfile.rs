@@ -788,12 +788,16 @@ fn not_a_plain_file() -> io::Error {
 
 /// Whether `path` names the open `file`.
 fn is_at(path: &Path, file: &File) -> Result<bool> {
-    let failed = |error| Error::io("look at", path, error);
-    let open = files::look(file).map_err(failed)?;
+    let open = files::look(file).map_err(|error| Error::io("look at", path, error))?;
+    names(path, (open.dev(), open.ino()))
+}
+
+/// Whether `path` names the file with this device and inode.
+fn names(path: &Path, numbers: (u64, u64)) -> Result<bool> {
     match files::look_at_link(path) {
-        Ok(named) => Ok((named.dev(), named.ino()) == (open.dev(), open.ino())),
+        Ok(named) => Ok((named.dev(), named.ino()) == numbers),
         Err(error) if error.kind() == Io::NotFound => Ok(false),
-        Err(error) => Err(failed(error)),
+        Err(error) => Err(Error::io("look at", path, error)),
     }
 }
 
@@ -989,7 +993,8 @@ impl PidGuard {
     }
 
     fn remove(&self, file: &File) -> Result<()> {
-        let removed = match is_at(&self.path, file) {
+        // The descriptor is known to be this file's.
+        let removed = match names(&self.path, self.written.numbers) {
             Ok(true) => match fs::remove_file(&self.path) {
                 Err(error) if error.kind() == Io::NotFound => return Err(self.rogue()),
                 removed => removed.map_err(|error| Error::io("remove", &self.path, error)),

@@ -72,10 +72,10 @@ pub(crate) mod unnamed;
 #[cfg(target_os = "linux")]
 pub(crate) mod user;
 pub(crate) mod watch;
-pub(crate) mod write_lock;
-pub(crate) mod xattr;
 #[cfg(windows)]
 mod windows;
+pub(crate) mod write_lock;
+pub(crate) mod xattr;
 #[cfg(windows)]
 #[cfg(all(windows, feature = "cli"))]
 pub(crate) use windows::command;

@@ -632,7 +632,10 @@ pub(crate) fn pidfile(path: &Path) -> Result<Sight, Failure> {
         PidStatus::Blank { is_free: false, .. } => (State::Held, None),
         PidStatus::Blank { .. } => (State::Free, None),
         PidStatus::Invalid { rule } => {
-            return Err(Failure::new(code::DATA, format!("{} is not a pidfile: {rule}", plain(&path.display().to_string()))));
+            return Err(Failure::new(
+                code::DATA,
+                format!("{} is not a pidfile: {rule}", plain(&path.display().to_string())),
+            ));
         }
     };
     let mut sight = Sight::of_path(Kind::Pidfile, path, state);
