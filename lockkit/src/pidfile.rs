@@ -187,7 +187,8 @@ enum Attempt {
 /// What a file means to an attempt.
 enum Claim {
     Kept(Attempt),
-    Free(Judged),
+    /// With the owner that died and left it, if any.
+    Free(Shielded<File>, Option<Box<Owner>>),
 }
 
 /// A file that is there, and what it means.
@@ -424,7 +425,7 @@ impl PidFile {
                 None => self.take_over()?,
                 Some(judged) => match self.claim(judged)? {
                     Claim::Kept(attempt) => attempt,
-                    Claim::Free(_) => self.take_over()?,
+                    Claim::Free(..) => self.take_over()?,
                 },
             };
             return Ok(attempt);
@@ -437,7 +438,8 @@ impl PidFile {
             Verdict::Held { by_lock: true, .. } => Ok(Claim::Kept(Attempt::Locked(judged.file))),
             Verdict::Held { .. } | Verdict::Blank { young: true, .. } => Ok(Claim::Kept(Attempt::Claimed)),
             Verdict::Other(rule) => Err(self.not_a_pidfile(&judged.bytes, rule)),
-            Verdict::Stale(_) | Verdict::Own(_) | Verdict::Blank { .. } => Ok(Claim::Free(judged)),
+            Verdict::Stale(owner) => Ok(Claim::Free(judged.file, Some(Box::new(owner)))),
+            Verdict::Own(_) | Verdict::Blank { .. } => Ok(Claim::Free(judged.file, None)),
         }
     }
 
@@ -540,8 +542,7 @@ impl PidFile {
             None => (None, None),
             Some(judged) => match self.claim(judged)? {
                 Claim::Kept(attempt) => return Ok(attempt),
-                Claim::Free(Judged { file, verdict: Verdict::Stale(owner), .. }) => (Some(file), Some(owner)),
-                Claim::Free(Judged { file, .. }) => (Some(file), None),
+                Claim::Free(file, died) => (Some(file), died),
             },
         };
         let written = self.fill(&taking.file, &me)?;
@@ -687,13 +688,13 @@ impl PidFile {
         self.path.parent().unwrap_or(&self.path)
     }
 
-    fn guard(&self, file: Shielded<File>, written: Written, died: Option<Owner>) -> Attempt {
+    fn guard(&self, file: Shielded<File>, written: Written, died: Option<Box<Owner>>) -> Attempt {
         Attempt::Taken(PidGuard {
             file: Some(file.know_as(written.numbers).keep_across_fork()),
             path: self.path.clone(),
             written,
             generation: fork::generation(),
-            recovered: died.map(|owner| Box::new(Recovered::new(Some(owner)))),
+            recovered: died.map(|owner| Box::new(Recovered::new(Some(*owner)))),
         })
     }
 
