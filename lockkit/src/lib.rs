@@ -101,7 +101,7 @@ pub use lockkit_macros::single_instance;
 pub use manager::{
     FileLockManager, HeldLock, InMemoryLockManager, LockManager, ManagedGuard, ManagedLock, ShmLockManager,
 };
-pub use named::{Backend, NamedGuard, NamedLock, NamedLockBuilder, Scope};
+pub use named::{Backend, HeldNamedLock, NamedGuard, NamedLock, NamedLockBuilder, Scope};
 pub use owner::{Liveness, Owner};
 pub use pidfile::{PidFile, PidGuard, PidStatus};
 pub use wait::{CancelToken, Wait};

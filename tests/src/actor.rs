@@ -112,6 +112,15 @@ impl Actor {
         Self::run(as_user(uid, ["lease".to_owned(), terms.to_string()]))
     }
 
+    /// As [`start_lease_as`](Self::start_lease_as), as a member of the group `gid`.
+    #[cfg(target_os = "linux")]
+    pub fn start_lease_in_group(terms: &crate::leases::Terms, uid: u32, gid: u32) -> Self {
+        use std::os::unix::process::CommandExt;
+        let mut command = as_user(uid, ["lease".to_owned(), terms.to_string()]);
+        command.gid(gid);
+        Self::run(command)
+    }
+
     pub(crate) fn run(mut command: Command) -> Self {
         let mut child = crate::wine::spawn(&mut command).expect("the actor starts");
         let commands = child.stdin.take();

@@ -352,7 +352,12 @@ const ERRORS: [(&str, &str); 41] = [
     ("sendmsg", "EAGAIN ECONNRESET EINTR ENOBUFS ENOMEM EPIPE"),
     ("socket", "EACCES EMFILE ENFILE ENOBUFS ENOMEM"),
 ];
-const MORE_ERRORS: [(&str, &str); 4] = [
+const MORE_ERRORS: [(&str, &str); 9] = [
+    ("getsockname", "ENOBUFS"),
+    ("ioctl", "ENOTTY"),
+    ("recvfrom", "EAGAIN EINTR ENOMEM"),
+    ("sendto", "EAGAIN ECONNRESET EINTR ENOBUFS ENOMEM EPIPE"),
+    ("setsockopt", "ENOBUFS"),
     ("stat", "EACCES ENOMEM"),
     ("statx", "EACCES ENOMEM"),
     ("unlink", "EACCES EBUSY EIO ENOMEM EPERM EROFS"),
@@ -363,7 +368,7 @@ const MORE_ERRORS: [(&str, &str); 4] = [
 const CALLS: usize = 6;
 
 /// strace(1) at an actor, at all its threads.
-pub(crate) struct Strace {
+pub struct Strace {
     strace: Child,
     log: PathBuf,
     _folder: tempfile::TempDir,
@@ -371,7 +376,7 @@ pub(crate) struct Strace {
 
 impl Strace {
     /// Attaches it; `options` say what fails.
-    pub(crate) fn attach(actor: &Actor, options: &[String]) -> Self {
+    pub fn attach(actor: &Actor, options: &[String]) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let log = folder.path().join("log");
         let mut strace = Command::new("strace");
@@ -389,12 +394,12 @@ impl Strace {
     }
 
     /// What it has seen.
-    pub(crate) fn so_far(&self) -> String {
+    pub fn so_far(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
     /// Detaches it, and gives what it saw.
-    pub(crate) fn end(&mut self) -> String {
+    pub fn end(&mut self) -> String {
         signal_pid(self.strace.id(), Signal::TERM);
         // It may wait for the rest of a process that has ended, and that nobody but us can take away.
         let end = Instant::now() + Duration::from_secs(2);
@@ -415,7 +420,7 @@ impl Drop for Strace {
 }
 
 /// Whether there is strace(1), and it may make system calls fail; with a word on it where not.
-pub(crate) fn calls_can_fail() -> bool {
+pub fn calls_can_fail() -> bool {
     let mut strace = Command::new("strace");
     strace.args(["-f", "-qq", "-o", "/dev/null", "-e", "inject=flock:error=EINTR", "true"]).stderr(Stdio::null());
     let can = strace.status().is_ok_and(|status| status.success());

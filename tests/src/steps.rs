@@ -66,8 +66,14 @@ pub fn kill_at_every_step(kind: Kind) {
 /// Whether a process that died after these steps has left word that it held the lock.
 fn is_written(steps: &[String]) -> bool {
     const WRITTEN: [&str; 4] = ["holder written down", "file named", "lock word taken", "record written"];
-    const WIPED: [&str; 5] =
-        ["record wiped", "file removed", "lock word given back", "lock word given back to waiters", "record freed"];
+    const WIPED: [&str; 6] = [
+        "record wiped",
+        "receiver written down",
+        "file removed",
+        "lock word given back",
+        "lock word given back to waiters",
+        "record freed",
+    ];
     let last = steps.iter().rev().find(|step| WRITTEN.contains(&step.as_str()) || WIPED.contains(&step.as_str()));
     last.is_some_and(|step| WRITTEN.contains(&step.as_str()))
 }
@@ -210,7 +216,7 @@ pub fn stand_between_changes_of_the_others(player: &mut Actor) {
 /// Looks through what strace saw of a process with steps; says how many there were.
 #[cfg(target_os = "linux")]
 fn check_steps(what: &str, log: &str) -> usize {
-    const CHANGES: [&str; 19] = [
+    const CHANGES: [&str; 21] = [
         "accept4",
         "bind",
         "chmod",
@@ -228,6 +234,8 @@ fn check_steps(what: &str, log: &str) -> usize {
         "recvmsg",
         "rename",
         "sendmsg",
+        "sendto",
+        "shutdown",
         "unlink",
         "utimensat",
     ];

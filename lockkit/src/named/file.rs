@@ -55,15 +55,18 @@ impl FolderLock {
         Ok((guard, recovered))
     }
 
-    /// The names of the locks that somebody holds now. Makes nothing.
-    pub(super) fn list(sharing: Sharing) -> Vec<String> {
+    /// The locks that are held now: name, owner and number of waiters. Makes nothing.
+    pub(super) fn list(sharing: Sharing) -> Vec<(String, Option<Owner>, u32)> {
         let Some(folder) = folder::path(sharing) else { return Vec::new() };
-        let held = |entry: std::io::Result<std::fs::DirEntry>| {
+        let mut living = mark::Living::default();
+        let mut held = |entry: std::io::Result<std::fs::DirEntry>| {
             let file = entry.ok()?.file_name().into_string().ok()?;
             let name = folder::name_of(&file, sharing)?.strip_suffix(".lock")?.to_owned();
-            Self::new(&name, sharing).owner().map(|_| name)
+            let lock = Self::new(&name, sharing);
+            let owner = lock.recorded().filter(|owner| living.has(owner))?;
+            Some((name, Some(owner), lock.waiters().unwrap_or_default()))
         };
-        std::fs::read_dir(folder).into_iter().flatten().filter_map(held).collect()
+        std::fs::read_dir(folder).into_iter().flatten().filter_map(&mut held).collect()
     }
 
     /// Who waits for it in the kernel.
@@ -85,12 +88,16 @@ impl FolderLock {
     }
 
     pub(super) fn owner(&self) -> Option<Owner> {
+        self.recorded().filter(|owner| owner.liveness_by_name() != Liveness::Dead)
+    }
+
+    /// The holder by the record in the file, which may have died.
+    fn recorded(&self) -> Option<Owner> {
         let path = folder::open(self.sharing).ok()?.file(&self.file());
         // Somebody may have put a link or a FIFO there, which must not be followed or waited for.
         let mut options = OpenOptions::new();
         options.read(true).custom_flags(files::NOFOLLOW | files::NONBLOCK);
-        let owner = mark::holder(&files::open(&options, &path).ok()?)?;
-        (owner.liveness_by_name() != Liveness::Dead).then_some(owner)
+        mark::holder(&files::open(&options, &path).ok()?)
     }
 
     /// Whether a record names a living holder. Makes nothing.

@@ -12,8 +12,8 @@ use std::time::{Duration, SystemTime};
 #[cfg(not(unix))]
 use lockkit::FileLock;
 use lockkit::{
-    Backend, FileLockManager, Lease, LeaseStatus, Liveness, LockManager, NamedLock, Owner, PidFile, PidStatus, Scope,
-    ShmLockManager, command,
+    Backend, FileLockManager, HeldNamedLock, Lease, LeaseStatus, Liveness, LockManager, NamedLock, Owner, PidFile,
+    PidStatus, Scope, ShmLockManager, command,
 };
 use serde::Serialize;
 
@@ -331,17 +331,35 @@ pub(crate) fn named(lock: &NamedLock) -> Result<Sight, Failure> {
     Ok(sight)
 }
 
-/// What is known of the lock of this very backend.
-pub(crate) fn of_named(lock: &NamedLock) -> Result<Sight, Failure> {
-    let owner = lock.owner()?;
-    // A name can be taken by a process that cannot be looked up.
-    let held = owner.is_some() || command::is_held(lock)?;
-    let mut sight = Sight::new(Kind::Named, lock.name(), if held { State::Held } else { State::Free });
+/// One of a list of held locks; `None` when it was released meanwhile, as far as that can be told.
+pub(crate) fn of_held(held: &HeldNamedLock) -> Option<Sight> {
+    let mut sight = with_owner(held.lock(), State::Held, held.owner());
+    if held.owner().is_none() {
+        // Without a record the kernel may know more.
+        let asked = of_named(held.lock()).ok()?;
+        (asked.state == State::Held).then_some(())?;
+        sight.holders = asked.holders;
+    }
+    sight.waiters = Some(held.waiters());
+    Some(sight)
+}
+
+fn with_owner(lock: &NamedLock, state: State, owner: Option<&Owner>) -> Sight {
+    let mut sight = Sight::new(Kind::Named, lock.name(), state);
     sight.scope = Some(match lock.scope() {
         Scope::Machine => "machine",
         _ => "user",
     });
-    sight.holders = owner.iter().map(Holder::new).collect();
+    sight.holders = owner.map(Holder::new).into_iter().collect();
+    sight
+}
+
+/// What is known of the lock of this very backend.
+fn of_named(lock: &NamedLock) -> Result<Sight, Failure> {
+    let owner = lock.owner()?;
+    // A name can be taken by a process that cannot be looked up.
+    let held = owner.is_some() || command::is_held(lock)?;
+    let mut sight = with_owner(lock, if held { State::Held } else { State::Free }, owner.as_ref());
     // Asked for after the owner, whom asking may cost a place in the queue only where there is no record.
     sight.waiters = lock.waiters().ok();
     Ok(sight)
@@ -622,17 +640,21 @@ fn tried(path: &Path) -> Result<Option<(Kind, Option<u32>)>, Failure> {
     Ok(held.then_some((Kind::File, None)))
 }
 
-/// For as long after its last write a pidfile that names nobody counts as held.
-const YOUNG: Duration = Duration::from_secs(2);
-
 pub(crate) fn pidfile(path: &Path) -> Result<Sight, Failure> {
     let (state, owner) = match PidFile::inspect(path)? {
         PidStatus::Absent => (State::Free, None),
         PidStatus::Running(owner) => (State::Held, Some(owner)),
         PidStatus::Stale(owner) => (State::Stale, Some(owner)),
-        // Somebody may be in the middle of writing it.
-        PidStatus::Invalid { age } if age < YOUNG => (State::Held, None),
-        PidStatus::Invalid { .. } => (State::Stale, None),
+        PidStatus::Locked => (State::Held, None),
+        // A program may be about to write it.
+        PidStatus::Blank { is_free: false, .. } => (State::Held, None),
+        PidStatus::Blank { .. } => (State::Free, None),
+        PidStatus::Invalid { rule } => {
+            return Err(Failure::new(
+                code::DATA,
+                format!("{} is not a pidfile: {rule}", plain(&path.display().to_string())),
+            ));
+        }
     };
     let mut sight = Sight::of_path(Kind::Pidfile, path, state);
     sight.holders = owner.iter().map(Holder::new).collect();
