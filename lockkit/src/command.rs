@@ -29,7 +29,7 @@ pub fn is_held(lock: &NamedLock) -> Result<bool> {
     lock.is_held()
 }
 
-/// Whether lockkit has noted with the file who holds it as a pidfile.
+/// Whether the file has the attribute in which lockkit keeps the owner of a pidfile.
 pub fn is_own_pidfile(file: &File) -> bool {
     crate::pidfile::has_identity(file)
 }

@@ -232,7 +232,7 @@ impl FileLock {
     }
 
     /// Who holds the lock now, exclusively or shared: each process with a descriptor that keeps it, or at least the one
-    /// that took it. Locks of fcntl(2) do not count, for they do not exclude this one. Empty when nobody does, when nothing tells who (a process of another pid namespace), and outside
+    /// that took it. Locks of fcntl(2) do not count, for they do not exclude this one. Empty when the lock is free, when the holder is hidden (a process of another pid namespace), and outside
     /// Linux. Takes and opens nothing, so it disturbs nobody; it reads the descriptors of all processes, which takes
     /// milliseconds.
     ///

@@ -341,7 +341,7 @@ pub(crate) fn named(lock: &NamedLock) -> Result<Sight, Failure> {
     Ok(sight)
 }
 
-/// One of a list of held locks; `None` when it was released meanwhile, as far as that can be told.
+/// One of a list of held locks; `None` when the lock is known to be released meanwhile.
 pub(crate) fn of_held(held: &HeldNamedLock) -> Option<Sight> {
     let mut sight = with_owner(held.lock(), State::Held, held.owner());
     if held.owner().is_none() {
