@@ -1,6 +1,5 @@
 //! What the command `lockkit` needs of the library's system layer, and nobody else should use.
 
-#[cfg(target_os = "linux")]
 use std::fs::File;
 #[cfg(target_os = "linux")]
 use std::io;
@@ -28,6 +27,11 @@ pub fn fcntl_holder(file: &File) -> io::Result<Option<Option<u32>>> {
 /// [`Io`](crate::ErrorKind::Io) when the system does not say.
 pub fn is_held(lock: &NamedLock) -> Result<bool> {
     lock.is_held()
+}
+
+/// Whether the file has the attribute in which lockkit keeps the owner of a pidfile.
+pub fn is_own_pidfile(file: &File) -> bool {
+    crate::pidfile::has_identity(file)
 }
 
 /// Whether two owners are the same process, whatever program it runs and since when it holds a lock.

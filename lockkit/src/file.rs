@@ -89,6 +89,11 @@ static BLINK: Blink = Blink::new();
 /// It excludes every process that locks the same file with flock(2), the `flock` command among them. Cloning gives
 /// another handle on the same lock.
 ///
+/// It does not exclude a program that locks the file with fcntl(2): POSIX locks (`F_SETLK`, lockf(3), as apt, dpkg, SQLite
+/// and Python's `fcntl.lockf` take them) and `F_OFD_SETLK`. The kernel keeps the two kinds of lock apart, except on NFS
+/// and SMB. [`holders`](Self::holders), [`waiters`](Self::waiters) and [`list`](Self::list) report locks of flock(2)
+/// only; the command `lockkit status` shows both kinds.
+///
 /// The file may hold anything; locking does not touch its content. It is made when it is missing, and never deleted:
 /// deleting it needs its exclusive lock, and then locks that are waited for go on with the next file of that name. One
 /// that is deleted without holding the lock cannot protect its holder, for the next taker makes a new file.
@@ -249,7 +254,7 @@ impl FileLock {
     }
 
     /// Who holds the lock now, exclusively or shared: each process with a descriptor that keeps it, or at least the one
-    /// that took it. Empty when nobody does, when nothing tells who (a process of another pid namespace), and outside
+    /// that took it. Locks of fcntl(2) do not count, for they do not exclude this one. Empty when the lock is free, when the holder is hidden (a process of another pid namespace), and outside
     /// Linux. Takes and opens nothing, so it disturbs nobody; it reads the descriptors of all processes, which takes
     /// milliseconds.
     ///

@@ -199,6 +199,12 @@ struct Judged {
     bytes: Vec<u8>,
 }
 
+/// Whether the file has the attribute that tells its owner.
+#[cfg(feature = "cli")]
+pub(crate) fn has_identity(file: &File) -> bool {
+    xattr::get(file, record::NAME, &mut [0; record::MAX_IDENTITY]).is_ok_and(|found| found.is_some())
+}
+
 impl PidFile {
     /// A lock on the pidfile at `path`. Nothing happens to the file until it is locked.
     ///

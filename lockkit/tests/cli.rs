@@ -879,6 +879,7 @@ fn pidfiles_are_checked_and_only_stale_ones_are_removed() {
     assert_eq!(code(["pidfile", "check", &text_of(&paths[0])]), 1);
     assert_eq!(code(["pidfile", "check", &text_of(&paths[1])]), 2);
     assert_eq!(code(["pidfile", "check", &dir]), 1);
+    assert_eq!(code(["pidfile", "check", &text_of(&folder.path().join("none.pid"))]), 66);
     let form = json(&output(["pidfile", "check", "--json", &dir]));
     assert_eq!((&form["version"], form["locks"].as_array().map(Vec::len)), (&1.into(), Some(2)));
     let dead = fs::read(&paths[1]).expect("a file");

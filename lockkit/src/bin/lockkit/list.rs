@@ -72,6 +72,8 @@ impl Found {
             Ok(_) => {}
             // It has gone, or is a link that leads nowhere.
             Err(failure) if failure.code() == code::NO_INPUT => {}
+            // A file by the name of a pidfile that holds something else.
+            Err(failure) if failure.code() == code::DATA && look::has_pid_extension(path) => {}
             // That it is locked is known already.
             Err(_) if self.has(path) => {}
             Err(failure) => self.add(path, Sight::unknown(path, &failure)),
@@ -83,9 +85,7 @@ impl List {
     pub(crate) fn carry_out(self) -> Outcome {
         let mut locks = Vec::new();
         for scope in [Scope::User, Scope::Machine] {
-            for lock in NamedLock::list(scope)? {
-                locks.extend(look::of_named(&lock).ok().filter(|sight| sight.state == State::Held));
-            }
+            locks.extend(NamedLock::held(scope)?.iter().filter_map(look::of_held));
         }
         let (found, failures) = self.by_path();
         locks.extend(found.0.into_values());

@@ -12,8 +12,8 @@ use std::time::{Duration, SystemTime};
 #[cfg(not(unix))]
 use lockkit::FileLock;
 use lockkit::{
-    Backend, FileLockManager, Lease, LeaseStatus, Liveness, LockManager, NamedLock, Owner, PidFile, PidStatus, Scope,
-    ShmLockManager, command,
+    Backend, FileLockManager, HeldNamedLock, Lease, LeaseStatus, Liveness, LockManager, NamedLock, Owner, PidFile,
+    PidStatus, Scope, ShmLockManager, command,
 };
 use serde::Serialize;
 
@@ -80,6 +80,9 @@ pub(crate) struct Holder {
     /// Since when it holds, in RFC 3339.
     since: Option<String>,
     alive: Option<bool>,
+    /// It is alive, keeps the lock, and does nothing until it is continued.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    stopped: bool,
     /// Of a table: which of its locks.
     #[serde(skip_serializing_if = "Option::is_none")]
     lock: Option<u32>,
@@ -87,37 +90,42 @@ pub(crate) struct Holder {
     pub(crate) owner: Owner,
 }
 
+/// Whether a process is alive, and whether it is stopped.
+type Life = (Option<bool>, bool);
+
 thread_local! {
-    /// Whether the owners live that were looked at, by pid: many locks may have one holder.
-    static KNOWN: RefCell<HashMap<u32, Vec<(Owner, Option<bool>)>>> = RefCell::default();
+    /// The lives of the owners that were looked at, by pid: many locks may have one holder.
+    static KNOWN: RefCell<HashMap<u32, Vec<(Owner, Life)>>> = RefCell::default();
 }
 
-/// Whether the owner lives, which is asked once of each process.
-fn is_alive(owner: &Owner) -> Option<bool> {
+/// Looks once at each process.
+fn life(owner: &Owner) -> Life {
     KNOWN.with_borrow_mut(|known| {
         let owners = known.entry(owner.pid()).or_default();
-        if let Some((_, alive)) = owners.iter().find(|(known, _)| command::is_same_process(known, owner)) {
-            return *alive;
+        if let Some((_, life)) = owners.iter().find(|(known, _)| command::is_same_process(known, owner)) {
+            return *life;
         }
         let alive = match owner.liveness() {
             Liveness::Alive => Some(true),
             Liveness::Dead => Some(false),
             Liveness::Unknown => None,
         };
-        owners.push((owner.clone(), alive));
-        alive
+        let life = (alive, owner.is_stopped());
+        owners.push((owner.clone(), life));
+        life
     })
 }
 
 impl Holder {
     pub(crate) fn new(owner: &Owner) -> Self {
-        let alive = is_alive(owner);
+        let (alive, stopped) = life(owner);
         Self {
             pid: owner.pid(),
             program: owner.program().map(str::to_owned),
             host: owner.host().map(str::to_owned),
             since: owner.acquired().map(rfc3339),
             alive,
+            stopped,
             lock: None,
             owner: owner.clone(),
         }
@@ -128,9 +136,10 @@ impl Holder {
     }
 
     pub(crate) fn text(&self) -> String {
+        let stopped = if self.stopped { ", stopped" } else { "" };
         match self.lock {
-            Some(id) => format!("lock {id} by {}", self.owner.describe()),
-            None => self.owner.describe(),
+            Some(id) => format!("lock {id} by {}{stopped}", self.owner.describe()),
+            None => format!("{}{stopped}", self.owner.describe()),
         }
     }
 }
@@ -306,9 +315,10 @@ impl<'p> Watched<'p> {
                 Ok(of_lease(lease)?.state)
             }
             Found::Table => Ok(table(&path)?.state),
-            Found::Pidfile { certain } => match pidfile(&path)?.state {
-                State::Stale if !certain && tried(&path)?.is_some() => Ok(State::Held),
-                state => Ok(state),
+            Found::Pidfile => Ok(pidfile(&path)?.state),
+            Found::Number(_) => match pidfile(&path)?.state {
+                State::Held => Ok(State::Held),
+                state => Ok(if tried(&path)?.is_some() { State::Held } else { state }),
             },
             Found::Plain => Ok(if tried(&path)?.is_some() { State::Held } else { State::Free }),
             Found::Special => Ok(file(&path, &FileLocks::of_table())?.state),
@@ -331,17 +341,38 @@ pub(crate) fn named(lock: &NamedLock) -> Result<Sight, Failure> {
     Ok(sight)
 }
 
-/// What is known of the lock of this very backend.
-pub(crate) fn of_named(lock: &NamedLock) -> Result<Sight, Failure> {
-    let owner = lock.owner()?;
-    // A name can be taken by a process that cannot be looked up.
-    let held = owner.is_some() || command::is_held(lock)?;
-    let mut sight = Sight::new(Kind::Named, lock.name(), if held { State::Held } else { State::Free });
+/// One of a list of held locks; `None` when the lock is known to be released meanwhile.
+pub(crate) fn of_held(held: &HeldNamedLock) -> Option<Sight> {
+    let mut sight = with_owner(held.lock(), State::Held, held.owner());
+    if held.owner().is_none() {
+        // Without a record the kernel may know more.
+        match of_named(held.lock()) {
+            Ok(asked) if asked.state == State::Free => return None,
+            Ok(asked) => sight.holders = asked.holders,
+            // It is held by a process that cannot be asked.
+            Err(_) => {}
+        }
+    }
+    sight.waiters = Some(held.waiters());
+    Some(sight)
+}
+
+fn with_owner(lock: &NamedLock, state: State, owner: Option<&Owner>) -> Sight {
+    let mut sight = Sight::new(Kind::Named, lock.name(), state);
     sight.scope = Some(match lock.scope() {
         Scope::Machine => "machine",
         _ => "user",
     });
-    sight.holders = owner.iter().map(Holder::new).collect();
+    sight.holders = owner.map(Holder::new).into_iter().collect();
+    sight
+}
+
+/// What is known of the lock of this very backend.
+fn of_named(lock: &NamedLock) -> Result<Sight, Failure> {
+    let owner = lock.owner()?;
+    // A name can be taken by a process that cannot be looked up.
+    let held = owner.is_some() || command::is_held(lock)?;
+    let mut sight = with_owner(lock, if held { State::Held } else { State::Free }, owner.as_ref());
     // Asked for after the owner, whom asking may cost a place in the queue only where there is no record.
     sight.waiters = lock.waiters().ok();
     Ok(sight)
@@ -352,18 +383,14 @@ enum Found {
     Missing,
     Lease,
     Table,
-    /// `certain` unless all that tells is that it holds a number.
-    Pidfile {
-        certain: bool,
-    },
+    Pidfile,
+    /// A file that holds a number and nothing else: a pidfile, unless another process than this has it locked.
+    Number(u32),
     /// Any other file, or a directory.
     Plain,
     /// A FIFO, a socket or a device: to open one would wait for its other end, or do anything.
     Special,
 }
-
-/// What lockkit's own pidfiles say in an old form, behind the pid.
-const OLD_MARK: &[u8] = b"lockkit 1\n";
 
 /// Looks at what stands at `path`. What may not be read may be any lock, so that is an error.
 fn found_at(path: &Path) -> Result<Found, Failure> {
@@ -396,10 +423,8 @@ fn found_at(path: &Path) -> Result<Found, Failure> {
     Ok(match &*begin {
         begin if begin.starts_with(b"lockkit lease ") || was_lease(path, begin, &file) => Found::Lease,
         begin if begin.starts_with(b"lockkitT") => Found::Table,
-        begin => match says_a_pid(path, begin, &file) {
-            Some(certain) => Found::Pidfile { certain },
-            None => Found::Plain,
-        },
+        begin if has_pid_extension(path) || is_own(begin, &file) => Found::Pidfile,
+        begin => number(begin, &file).map_or(Found::Plain, Found::Number),
     })
 }
 
@@ -453,44 +478,26 @@ fn open(path: &Path) -> io::Result<File> {
 fn was_lease(path: &Path, begin: &[u8], file: &File) -> bool {
     const RECORD: u64 = 1024;
     let has_extension = path.extension().is_some_and(|extension| extension == "lease");
-    begin.iter().all(|byte| *byte == 0) && (has_extension || !begin.is_empty() && has_length(file, RECORD))
+    begin.iter().all(|byte| *byte == 0)
+        && (has_extension || !begin.is_empty() && file.metadata().is_ok_and(|found| found.len() == RECORD))
 }
 
-/// Whether the file is a pidfile, and whether that is certain. Many files begin with a number, so one that is not named
-/// as a pidfile must hold nothing else, or have lockkit's mark.
-fn says_a_pid(path: &Path, begin: &[u8], file: &File) -> Option<bool> {
-    if has_pid_extension(path) || has_owner(path, begin) {
-        return Some(true);
-    }
-    let end = begin.iter().position(|byte| *byte == b'\n').unwrap_or(begin.len());
-    let (pid, rest) = begin.split_at(end);
+/// Whether the file is a pidfile by lockkit's mark, which it had behind the pid in earlier versions.
+fn is_own(begin: &[u8], file: &File) -> bool {
+    const OLD_MARK: &[u8] = b"\nlockkit 1\n";
+    let digits = begin.iter().take_while(|byte| byte.is_ascii_digit()).count();
+    digits > 0 && (begin[digits..].starts_with(OLD_MARK) || command::is_own_pidfile(file))
+}
+
+/// The pid that is all that the file holds.
+fn number(begin: &[u8], file: &File) -> Option<u32> {
     // No system gives out a greater pid: `PID_MAX_LIMIT` on Linux.
     const MAX_PID: u32 = 1 << 22;
-    let digits = std::str::from_utf8(pid).ok().filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()))?;
-    if !digits.parse().is_ok_and(|pid| (1..=MAX_PID).contains(&pid)) {
-        return None;
-    }
-    let rest = rest.strip_prefix(b"\n").unwrap_or(rest);
-    let is_old = rest.starts_with(OLD_MARK);
-    let is_whole = rest.is_empty() && has_length(file, begin.len() as u64);
-    (is_old || is_whole).then_some(is_old)
-}
-
-fn has_length(file: &File, length: u64) -> bool {
-    file.metadata().is_ok_and(|found| found.len() == length)
-}
-
-/// Whether lockkit has written down with the file who owns it.
-#[cfg(target_os = "linux")]
-fn has_owner(path: &Path, begin: &[u8]) -> bool {
-    // Asked for where it matters only, for it costs a system call.
-    begin.first().is_some_and(u8::is_ascii_digit)
-        && rustix::fs::getxattr(path, c"user.lockkit.owner", &mut [0u8; 0]).is_ok()
-}
-
-#[cfg(not(target_os = "linux"))]
-fn has_owner(_: &Path, _: &[u8]) -> bool {
-    false
+    let text = std::str::from_utf8(begin).ok()?;
+    let digits = text.strip_suffix('\n').unwrap_or(text);
+    let number = digits.bytes().all(|byte| byte.is_ascii_digit()).then(|| digits.parse().ok()).flatten()?;
+    let is_whole = file.metadata().is_ok_and(|found| found.len() == begin.len() as u64);
+    (is_whole && (1..=MAX_PID).contains(&number)).then_some(number)
 }
 
 pub(crate) fn has_pid_extension(path: &Path) -> bool {
@@ -514,21 +521,23 @@ pub(crate) fn recognised(path: &Path, locks: &FileLocks, guess: bool) -> Result<
     match found_at(path)? {
         Found::Lease => lease(path).map_err(explained).map(Some),
         Found::Table => table(path).map_err(explained).map(Some),
-        Found::Pidfile { certain } if certain || guess => {
-            let mut sight = pidfile(path).map_err(explained)?;
+        Found::Number(_) if !guess => Ok(None),
+        found @ (Found::Pidfile | Found::Number(_)) => {
             let on = locks.on(path).unwrap_or_default();
-            // A number in a file that another process has locked is no pid, but what the lock guards.
-            let mut by = [&on.flock, &on.fcntl].into_iter().flatten();
-            let is_owner = |pid: &u32| sight.holders.iter().any(|holder| holder.pid == *pid);
-            if !certain && by.any(|locked| sight.state == State::Stale || !locked.pids.iter().any(is_owner)) {
-                return Ok(None);
+            if let Found::Number(number) = found {
+                // What another process has locked is a number that the lock guards.
+                let mut by = [&on.flock, &on.fcntl].into_iter().flatten();
+                if by.any(|locked| !locked.pids.contains(&number)) {
+                    return Ok(None);
+                }
             }
+            let mut sight = pidfile(path).map_err(explained)?;
             if sight.state == State::Held {
-                sight.waiters = Some(on.flock.as_ref().map_or(0, |locked| locked.waiters));
+                sight.waiters = Some(on.flock.map_or(0, |locked| locked.waiters));
             }
             Ok(Some(sight))
         }
-        Found::Missing | Found::Pidfile { .. } | Found::Plain | Found::Special => Ok(None),
+        Found::Missing | Found::Plain | Found::Special => Ok(None),
     }
 }
 
