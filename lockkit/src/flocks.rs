@@ -319,7 +319,7 @@ mod tests {
         let mut locks = FileLocks { table: HashMap::from([(FILE, vec![entry(7)])]), ..FileLocks::default() };
         assert_eq!(locks.on_id(FILE).flock.unwrap().pids, [7]);
         locks.seen.insert(7);
-        assert_eq!(locks.on_id(FILE).flock.unwrap().pids, []);
+        assert!(locks.on_id(FILE).flock.unwrap().pids.is_empty());
         locks.holders.insert((FILE, Mechanism::Flock), vec![8]);
         assert_eq!(locks.on_id(FILE).flock.unwrap().pids, [8]);
         assert_eq!(locks.on_id(FILE).fcntl, None);

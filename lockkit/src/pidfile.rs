@@ -695,7 +695,7 @@ impl PidFile {
 
     fn guard(&self, file: Shielded<File>, written: Written, died: Option<Owner>) -> Attempt {
         Attempt::Taken(PidGuard {
-            file: Some(file.unshield()),
+            file: Some(file.know_as(written.numbers).keep_across_fork()),
             path: self.path.clone(),
             written,
             generation: fork::generation(),
@@ -845,7 +845,7 @@ fn overwrite(file: &File, new: &str, old: &[u8]) -> io::Result<()> {
 #[derive(Debug)]
 pub struct PidGuard {
     /// Taken by the release.
-    file: Option<File>,
+    file: Option<Shielded<File>>,
     path: Arc<Path>,
     written: Written,
     /// The process that holds, for a forked child has a copy.
@@ -957,10 +957,8 @@ impl PidGuard {
         if self.generation != fork::generation() {
             return Ok(());
         }
-        // The program has closed a descriptor that is not its own, and this number is another file's by now.
-        let is_own = |seen: Seen| (seen.dev(), seen.ino()) == self.written.numbers;
-        if !files::look(&file).map_or(true, is_own) {
-            std::mem::forget(file);
+        // The program has closed the descriptor, and with it released the lock.
+        if !file.is_own() {
             trace::released(self);
             return Err(self.rogue());
         }

@@ -43,7 +43,7 @@ impl FolderLock {
     }
 
     pub(super) fn acquire(&self, wait: &Wait, subject: &dyn Subject) -> Result<(FileGuard, Option<Box<Recovered>>)> {
-        let guard = match self.open()?.lock.acquire_as(wait, subject) {
+        let mut guard = match self.open()?.lock.acquire_as(wait, subject) {
             // Somebody has deleted the folder since.
             Err(error) if error.is_io(io::ErrorKind::NotFound) => {
                 *self.opened.lock() = None;
@@ -51,7 +51,7 @@ impl FolderLock {
             }
             acquired => acquired?,
         };
-        let recovered = mark::take(guard.file());
+        let recovered = guard.write(|file| mark::take(file))?;
         Ok((guard, recovered))
     }
 
@@ -81,9 +81,11 @@ impl FolderLock {
         Ok(folder::open(self.sharing)?.file(&self.file()))
     }
 
-    pub(super) fn release(&self, guard: FileGuard) -> Result<()> {
-        guard.file().wipe();
-        step("record wiped");
+    pub(super) fn release(&self, mut guard: FileGuard) -> Result<()> {
+        guard.write(|file| {
+            file.wipe();
+            step("record wiped");
+        })?;
         guard.release()
     }
 

@@ -573,10 +573,7 @@ impl NamedGuard {
         }
         let released = match (&self.named.engine, hold) {
             #[cfg(target_os = "linux")]
-            (Engine::Socket(engine), Hold::Socket(hold)) => {
-                engine.release(hold);
-                Ok(())
-            }
+            (Engine::Socket(engine), Hold::Socket(hold)) => engine.release(hold),
             #[cfg(windows)]
             (Engine::Mutex(engine), Hold::Mutex(mutex)) => engine.release(mutex),
             (Engine::File(engine), Hold::File(file)) => engine.release(file),

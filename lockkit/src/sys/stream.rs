@@ -32,7 +32,7 @@ pub(crate) fn accept(listener: &Shielded) -> Result<Option<Shielded>> {
         match Shielded::new(|| net::accept_with(&**listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)) {
             Ok(connection) => {
                 step("caller accepted");
-                return Ok(Some(connection));
+                return Ok(Some(connection.know()));
             }
             Err(Errno::INTR | Errno::CONNABORTED) => {}
             Err(Errno::AGAIN) => return Ok(None),
@@ -90,7 +90,7 @@ pub(crate) struct Watched(Shielded);
 
 impl Watched {
     pub(crate) fn new() -> Result<Self> {
-        Shielded::new(|| epoll::create(epoll::CreateFlags::CLOEXEC)).map(Self)
+        Shielded::new(|| epoll::create(epoll::CreateFlags::CLOEXEC)).map(|made| Self(made.know()))
     }
 
     /// Watches `fd`, under the name `id`, until it is closed or left out.
