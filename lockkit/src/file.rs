@@ -78,9 +78,7 @@ impl Blink {
     /// Whether a time without a look is that short. None at all means a clock too coarse to tell.
     #[inline]
     fn covers(&self, nanos: u64) -> bool {
-        nanos != 0
-            && self.samples.load(Ordering::Relaxed) >= Self::ENOUGH
-            && nanos < self.nanos.load(Ordering::Relaxed)
+        nanos != 0 && self.samples.load(Ordering::Relaxed) >= Self::ENOUGH && nanos < self.nanos.load(Ordering::Relaxed)
     }
 }
 
