@@ -14,6 +14,7 @@
 
 use std::cell::{OnceCell, RefCell};
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
@@ -56,8 +57,9 @@ pub struct FileLocks {
     table: HashMap<FileId, Vec<Entry>>,
     /// The processes with a descriptor that holds a lock.
     holders: HashMap<(FileId, Mechanism), Vec<u32>>,
-    /// The files of those descriptors: the path by the link, the device and inode by stat(2).
-    files: BTreeMap<PathBuf, Identity>,
+    /// The files of those descriptors: the path by the link, and the device and inode by stat(2). The path is text: a
+    /// comparison of paths goes part by part and is slow.
+    files: BTreeMap<OsString, Identity>,
     /// What the kernel's lists call the files of those descriptors.
     ids: HashMap<Identity, FileId>,
     /// The processes whose descriptors were read.
@@ -165,7 +167,7 @@ impl FileLocks {
             if let Ok(found) = fs::metadata(&link) {
                 let identity = (found.dev(), found.ino());
                 self.ids.insert(identity, first.file);
-                self.files.insert(path, identity);
+                self.files.insert(path.into_os_string(), identity);
             }
             for entry in entries {
                 let holders = self.holders.entry((entry.file, entry.mechanism)).or_default();
@@ -185,8 +187,9 @@ impl FileLocks {
     /// whose path leads elsewhere in this mount namespace.
     pub fn files(&self) -> impl Iterator<Item = (&Path, OnFile)> {
         self.files.iter().filter_map(|(path, identity)| {
+            let path = Path::new(path);
             let found = fs::metadata(path).ok()?;
-            ((found.dev(), found.ino()) == *identity).then(|| (&**path, self.on_id(self.ids[identity])))
+            ((found.dev(), found.ino()) == *identity).then(|| (path, self.on_id(self.ids[identity])))
         })
     }
 

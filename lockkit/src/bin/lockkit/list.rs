@@ -8,6 +8,7 @@
 //! All of it is one pass: over the sockets, over /proc, and over each directory. What was released meanwhile is left out.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
@@ -52,17 +53,18 @@ struct Form<'l> {
     locks: &'l [Sight],
 }
 
-/// What was found, by path, and by kind where a file has locks of two.
+/// What was found, by path, and by kind where a file has locks of two. The path is text: a comparison of paths goes part
+/// by part and is slow.
 #[derive(Default)]
-struct Found(BTreeMap<(PathBuf, Kind), Sight>);
+struct Found(BTreeMap<(OsString, Kind), Sight>);
 
 impl Found {
     fn add(&mut self, path: &Path, sight: Sight) {
-        self.0.insert((path.to_owned(), sight.kind), sight);
+        self.0.insert((path.into(), sight.kind), sight);
     }
 
     fn has(&self, path: &Path) -> bool {
-        self.0.range((path.to_owned(), Kind::Named)..).next().is_some_and(|((found, _), _)| found == path)
+        self.0.range((path.into(), Kind::Named)..).next().is_some_and(|((found, _), _)| found == path.as_os_str())
     }
 
     /// What is in a directory: what is no lock, or free, is left out.
@@ -177,14 +179,14 @@ fn keeper() -> &'static str {
 
 /// Whether a file in a usual directory is worth opening.
 fn is_usual(path: &Path) -> bool {
-    path.starts_with("/dev/shm") && !is_own(path) || look::has_pid_extension(path)
+    match path.as_os_str().as_encoded_bytes().starts_with(b"/dev/shm/") {
+        true => !is_own(path),
+        false => look::has_pid_extension(path),
+    }
 }
 
 fn entries(directory: &Path) -> std::io::Result<Vec<PathBuf>> {
-    let mut paths =
-        std::fs::read_dir(directory)?.map(|entry| Ok(entry?.path())).collect::<std::io::Result<Vec<_>>>()?;
-    paths.sort_unstable();
-    Ok(paths)
+    std::fs::read_dir(directory)?.map(|entry| Ok(entry?.path())).collect()
 }
 
 fn show(locks: &[Sight]) -> Result<(), Failure> {
