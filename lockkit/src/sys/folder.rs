@@ -51,6 +51,9 @@ impl Sharing {
     pub(crate) fn file_mode(self) -> u32 {
         match self {
             Self::User(_) => 0o600,
+            // The sticky bit of a file tells systemd-tmpfiles never to remove it, however old it is. Other systems do not
+            // let every user set it.
+            Self::Machine if cfg!(target_os = "linux") => 0o1666,
             Self::Machine => 0o666,
         }
     }
