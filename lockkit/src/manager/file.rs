@@ -308,7 +308,7 @@ impl FolderLock {
 
     pub(super) fn acquire(&self, wait: &Wait) -> Result<(FolderHold, Option<Box<Recovered>>)> {
         let mut guard = self.file.acquire_as(wait, self)?;
-        let recovered = guard.write(|file| mark::take(file))?;
+        let recovered = guard.write(mark::take)?;
         let no_fork = NoFork::hold();
         let mut held = self.folder.held.lock();
         held.turns += 1;

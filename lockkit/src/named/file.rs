@@ -52,7 +52,7 @@ impl FolderLock {
             }
             acquired => acquired?,
         };
-        let recovered = guard.write(|file| mark::take(file))?;
+        let recovered = guard.write(mark::take)?;
         Ok((guard, recovered))
     }
 

@@ -170,7 +170,10 @@ pub(super) fn with_current<T>(what: impl Fn(&Words) -> T) -> T {
 
 /// Which processes live, each looked at once, for a list.
 #[derive(Debug, Default)]
-pub(super) struct Living(HashMap<(u32, [Option<u64>; 2], Option<u128>), bool>);
+pub(super) struct Living(HashMap<Identity, bool>);
+
+/// Pid, start time and pid namespace, boot.
+type Identity = (u32, [Option<u64>; 2], Option<u128>);
 
 impl Living {
     /// Whether the owner lives, or may.

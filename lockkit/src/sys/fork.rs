@@ -334,6 +334,7 @@ impl<T: AsFd> Shielded<T> {
     }
 
     /// As dropping it, just after [`is_own`](Self::is_own) was true.
+    #[cfg(target_os = "linux")]
     pub(crate) fn close(self) {
         ManuallyDrop::new(self).close_unless_noted_again();
     }

@@ -12,6 +12,7 @@ use std::io;
 use super::flock;
 #[cfg(target_os = "linux")]
 use super::ofd;
+#[cfg(target_os = "linux")]
 use crate::steps::step;
 
 /// Takes the lock if no process has one on the file; says whether it did. The file must be open for writing.
