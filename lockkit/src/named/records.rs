@@ -456,7 +456,8 @@ impl Records {
         const PAUSE: Duration = Duration::from_micros(50);
         let Store::File(_) = &self.store else { return None };
         // Where it has been replaced, there is nothing to order.
-        let file = OpenOptions::new().read(true).custom_flags(files::NOFOLLOW | files::NONBLOCK).open(&self.path).ok()?;
+        let file =
+            OpenOptions::new().read(true).custom_flags(files::NOFOLLOW | files::NONBLOCK).open(&self.path).ok()?;
         for _ in 0..TRIES {
             if flock::try_lock(&file, flock::Mode::Exclusive).ok()? {
                 return Some(file);
