@@ -4,12 +4,12 @@
 //! its pid. [`verdict`] judges an existing file; [`record`] says what a file contains.
 //!
 //! # Implementation
-//! No acquisition locks an existing pidfile: any user who may read it could hold a lock on it, too. A holder has a file
+//! No acquisition locks an existing pidfile: any user with read permission could hold a lock on it, too. A holder has a file
 //! of its own, which is complete and locked before the path names it.
 //!
 //! - Absent path: the file is made without a name (`O_TMPFILE`), and link(2) names it if no other file has the name.
-//! - Blank or stale file: the file is made as `.NAME.lockkit` in the same directory, with permissions for those only who
-//!   may write the pidfile. The write lock on it serializes takers: the taker judges the pidfile again and renames its
+//! - Blank or stale file: the file is made as `.NAME.lockkit` in the same directory, with permissions only for users
+//!   that may write the pidfile. The write lock on it serializes takers: the taker judges the pidfile again and renames its
 //!   own file over it. A crash leaves `.NAME.lockkit`, which the next taker uses.
 //! - Where there are no nameless files, an absent path takes the second way. So does a taker that finds a `.NAME.lockkit`.
 //!
@@ -62,7 +62,7 @@ const DEFAULT_MODE: u32 = 0o644;
 /// file that a crash left behind. A pidfile that another program wrote, without any lock, is honoured while its process
 /// lives.
 ///
-/// Who the holder is, beyond the pid, is kept in the extended attribute `user.lockkit` of the file. Where the file system
+/// The identity of the holder, beyond the pid, is kept in the extended attribute `user.lockkit` of the file. Where the file system
 /// has no such attributes, the file's time and the start of the process tell whether a later process has the pid. There a
 /// pid that was given out again within a minute of the file's last write counts as the holder's.
 ///
@@ -103,7 +103,7 @@ const DEFAULT_MODE: u32 = 0o644;
 ///
 /// # Security
 ///
-/// Another user who may only read the file cannot delay an acquisition or a release, whatever locks that user takes. (On
+/// Another user with read permission only cannot delay an acquisition or a release, whatever locks that user takes. (On
 /// systems without locks of open files, such as macOS, FreeBSD and Windows, a reader's flock can.) Keep pidfiles in a
 /// directory that others cannot write to: in one that they can, such as `/tmp`, they can put a file there first, and keep
 /// you waiting or lie about the pid.
@@ -220,7 +220,7 @@ impl PidFile {
     /// Gives the file exactly these permissions, whatever the process's umask is. Without it they are 0644 less the
     /// umask, so that others can read the file.
     ///
-    /// Several users who share a directory can take over each other's files, as long as they may read the file and write
+    /// Several users of a shared directory can take over each other's files, as long as they may read the file and write
     /// the directory. With permissions that let a group or all others write, these may also go on with what a killed
     /// taker left behind (`.NAME.lockkit`); without, its owner or root can.
     pub fn create_with_mode(mut self, mode: u32) -> Self {
@@ -422,8 +422,8 @@ impl PidFile {
     fn attempt(&self) -> Result<Attempt> {
         for _ in 0..MAX_REPLACEMENTS {
             let attempt = match self.judge()? {
-                // Whoever finds a taker at work, or what a killed one left, goes the way of takers. So a taker that was
-                // stopped over a stale file is seen also when somebody has removed that file.
+                // An acquisition that finds a taker at work, or the file of a killed one, goes the way of takers. So a
+                // taker that is stopped over a stale file keeps others out also after that file was removed by hand.
                 None if !self.has_taker() => match self.create()? {
                     Some(attempt) => attempt,
                     None => continue,
@@ -599,7 +599,7 @@ impl PidFile {
     /// `action` of errors.
     ///
     /// The file of takers is changed, moved and removed only by the process that has its write lock while its name leads
-    /// to it. Only those who may write the pidfile can open it, so no other user can have a lock on it.
+    /// to it. Only users that may write the pidfile can open it, so no other user can have a lock on it.
     fn begin(&self, action: &'static str) -> Result<Option<Taking>> {
         let path = self.taker_path();
         let shared = self.mode.unwrap_or_default() & 0o022;
@@ -664,8 +664,8 @@ impl PidFile {
         match seen.is_file() && seen.nlink() <= 1 {
             true => Ok(()),
             false => {
-                let problem = "it is no plain file, or has other names, and stands where takers of a pidfile keep out each \
-                               other; remove it";
+                let problem = "it is no plain file, or has other names, and its name is that of the file by which takers \
+                               of a pidfile keep each other out; remove it";
                 Err(ErrorKind::Insecure { path: path.to_owned(), problem }.into())
             }
         }
@@ -676,7 +676,7 @@ impl PidFile {
         files::look_at_link(&self.taker_path()).is_ok()
     }
 
-    /// `.NAME.lockkit` beside the file; a name that would be too long is replaced by its hash.
+    /// `.NAME.lockkit` in the directory of the file; a name that would be too long is replaced by its hash.
     fn taker_path(&self) -> PathBuf {
         /// Of Linux and most others, in bytes.
         const NAME_MAX: usize = 255;

@@ -1,4 +1,4 @@
-//! What a pidfile contains, and the identity of its owner beside the content.
+//! The content of a pidfile, and the identity of its owner.
 //!
 //! # Content
 //! lockkit writes the pid in decimal and a line end, nothing else. It reads what other programs write ([`parse`]).

@@ -1,4 +1,4 @@
-//! Who holds a pidfile: the one judgement that acquisitions, [`PidFile::inspect`] and removals share.
+//! The holder of a pidfile: the one judgement that acquisitions, [`PidFile::inspect`] and removals share.
 //!
 //! | the file | verdict |
 //! |---|---|
@@ -41,7 +41,7 @@ const REUSE_MARGIN: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub(super) enum Verdict {
     Held {
-        /// Who holds it, as far as that is known.
+        /// The holder, as far as it is known.
         owner: Option<Owner>,
         /// Whether the write lock shows it: then the kernel wakes waiters.
         by_lock: bool,
@@ -123,7 +123,7 @@ fn of_program(pids: &[u32], path: &Path, file: &File, seen: &Seen) -> io::Result
     })
 }
 
-/// Who holds a file whose write lock the process `pid` has, or one that the kernel does not name.
+/// The holder of a file whose write lock the process `pid` has, or one that the kernel does not name.
 fn owner_of_locked(pid: u32, content: &Content, file: &File, seen: &Seen) -> io::Result<Option<Owner>> {
     if let Content::Pids { pids, alone, .. } = content {
         let identity = if *alone { identity(file, pids[0], seen)? } else { None };
@@ -206,7 +206,7 @@ fn read_settled(file: &File) -> io::Result<Vec<u8>> {
 }
 
 /// The process that has a flock on a file of another program's, where it is one to trust: root's, this user's, or that
-/// of the file's owner. Any other user who may read the file can lock it, and that means nothing. `Some(None)` is a
+/// of the file's owner. Any other user with read permission can lock it, and that means nothing. `Some(None)` is a
 /// process that cannot be looked up, and may be one to trust.
 #[cfg(target_os = "linux")]
 fn flock_holder(path: &Path, file: &File, seen: &Seen) -> io::Result<Option<Option<Owner>>> {
