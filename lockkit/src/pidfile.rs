@@ -187,7 +187,8 @@ enum Attempt {
 /// What a file means to an attempt.
 enum Claim {
     Kept(Attempt),
-    Free(Judged),
+    /// With the owner that died and left it, if any.
+    Free(Shielded<File>, Option<Box<Owner>>),
 }
 
 /// A file that is there, and what it means.
@@ -430,7 +431,7 @@ impl PidFile {
                 None => self.take_over()?,
                 Some(judged) => match self.claim(judged)? {
                     Claim::Kept(attempt) => attempt,
-                    Claim::Free(_) => self.take_over()?,
+                    Claim::Free(..) => self.take_over()?,
                 },
             };
             return Ok(attempt);
@@ -443,7 +444,8 @@ impl PidFile {
             Verdict::Held { by_lock: true, .. } => Ok(Claim::Kept(Attempt::Locked(judged.file))),
             Verdict::Held { .. } | Verdict::Blank { young: true, .. } => Ok(Claim::Kept(Attempt::Claimed)),
             Verdict::Other(rule) => Err(self.not_a_pidfile(&judged.bytes, rule)),
-            Verdict::Stale(_) | Verdict::Own(_) | Verdict::Blank { .. } => Ok(Claim::Free(judged)),
+            Verdict::Stale(owner) => Ok(Claim::Free(judged.file, Some(Box::new(owner)))),
+            Verdict::Own(_) | Verdict::Blank { .. } => Ok(Claim::Free(judged.file, None)),
         }
     }
 
@@ -546,8 +548,7 @@ impl PidFile {
             None => (None, None),
             Some(judged) => match self.claim(judged)? {
                 Claim::Kept(attempt) => return Ok(attempt),
-                Claim::Free(Judged { file, verdict: Verdict::Stale(owner), .. }) => (Some(file), Some(owner)),
-                Claim::Free(Judged { file, .. }) => (Some(file), None),
+                Claim::Free(file, died) => (Some(file), died),
             },
         };
         let written = self.fill(&taking.file, &me)?;
@@ -693,13 +694,13 @@ impl PidFile {
         self.path.parent().unwrap_or(&self.path)
     }
 
-    fn guard(&self, file: Shielded<File>, written: Written, died: Option<Owner>) -> Attempt {
+    fn guard(&self, file: Shielded<File>, written: Written, died: Option<Box<Owner>>) -> Attempt {
         Attempt::Taken(PidGuard {
             file: Some(file.know_as(written.numbers).keep_across_fork()),
             path: self.path.clone(),
             written,
             generation: fork::generation(),
-            recovered: died.map(|owner| Box::new(Recovered::new(Some(owner)))),
+            recovered: died.map(|owner| Box::new(Recovered::new(Some(*owner)))),
         })
     }
 
@@ -794,12 +795,16 @@ fn not_a_plain_file() -> io::Error {
 
 /// Whether `path` names the open `file`.
 fn is_at(path: &Path, file: &File) -> Result<bool> {
-    let failed = |error| Error::io("look at", path, error);
-    let open = files::look(file).map_err(failed)?;
+    let open = files::look(file).map_err(|error| Error::io("look at", path, error))?;
+    names(path, (open.dev(), open.ino()))
+}
+
+/// Whether `path` names the file with this device and inode.
+fn names(path: &Path, numbers: (u64, u64)) -> Result<bool> {
     match files::look_at_link(path) {
-        Ok(named) => Ok((named.dev(), named.ino()) == (open.dev(), open.ino())),
+        Ok(named) => Ok((named.dev(), named.ino()) == numbers),
         Err(error) if error.kind() == Io::NotFound => Ok(false),
-        Err(error) => Err(failed(error)),
+        Err(error) => Err(Error::io("look at", path, error)),
     }
 }
 
@@ -995,7 +1000,8 @@ impl PidGuard {
     }
 
     fn remove(&self, file: &File) -> Result<()> {
-        let removed = match is_at(&self.path, file) {
+        // The descriptor is known to be this file's.
+        let removed = match names(&self.path, self.written.numbers) {
             Ok(true) => match fs::remove_file(&self.path) {
                 Err(error) if error.kind() == Io::NotFound => return Err(self.rogue()),
                 removed => removed.map_err(|error| Error::io("remove", &self.path, error)),

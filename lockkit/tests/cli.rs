@@ -900,6 +900,76 @@ fn pidfiles_are_checked_and_only_stale_ones_are_removed() {
 }
 
 #[test]
+fn b6_dry_run_check_and_clean_judge_alike() {
+    let (folder, [alive, dead, junk]) = pidfiles();
+    let old = |path: &Path| {
+        let file = fs::File::options().write(true).open(path).expect("a file");
+        file.set_modified(std::time::SystemTime::now() - Duration::from_secs(60)).expect("its time can be set");
+    };
+    let file = |name: &str| folder.path().join(name);
+    fs::write(file("blank.pid"), "").expect("a file");
+    old(&file("blank.pid"));
+    fs::write(file("text.pid"), "key = value\n").expect("a file");
+    fs::copy(&dead, file("one.pid")).expect("a file");
+    fs::hard_link(file("one.pid"), file("two.pid")).expect("a link");
+    symlink(&dead, file("link.pid")).expect("a link");
+    let missing = file("none.pid");
+    for (path, checked, cleaned) in [
+        (&alive, 1, 0),
+        (&junk, 65, 65),
+        (&file("text.pid"), 65, 65),
+        (&file("blank.pid"), 0, 0),
+        (&file("one.pid"), 2, 77),
+        (&file("link.pid"), 2, 77),
+        (&missing, 66, 66),
+        (&file("no/such.pid"), 66, 66),
+        (&dead, 2, 0),
+    ] {
+        let path_text = path.display().to_string();
+        let before = fs::read(path).ok();
+        assert_eq!(code(["pidfile", "check", &path_text]), checked, "{path_text}");
+        let said = |dry: &[&str]| {
+            let run = lockkit(["pidfile", "clean"]).args(dry).arg(path).output().expect("lockkit starts");
+            // How long ago it was left is another time each time.
+            let done = text(&run.stdout).replace("would remove", "removed");
+            (code_of(&run), done.split(", since").next().unwrap_or_default().to_owned(), text(&run.stderr))
+        };
+        let dry = said(&["--dry-run"]);
+        assert_eq!(fs::read(path).ok(), before, "{path_text}");
+        assert_eq!(said(&[]), dry, "{path_text}");
+        assert_eq!((dry.0, dry.1.is_empty()), (cleaned, path != &dead), "{path_text}: {dry:?}");
+        assert_eq!(path.exists(), before.is_some() && path != &dead, "{path_text}");
+    }
+    // The others of a directory are judged all the same.
+    fs::write(&dead, "4194304\n").expect("a file");
+    let dir = folder.path().display().to_string();
+    let run = output(["pidfile", "clean", &dir]);
+    assert!(text(&run.stdout).contains("dead.pid") && code_of(&run) != 0, "{run:?}");
+}
+
+#[test]
+fn b6_file_that_may_not_be_read_or_removed_is_refused() {
+    if !rustix::process::geteuid().is_root() {
+        return left_out("acting as another user needs root");
+    }
+    let folder = TempDir::new().expect("a folder");
+    let path = folder.path().join("app.pid");
+    let set = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("it can be set");
+    for (directory, mode) in [(0o777, 0o600), (0o755, 0o644), (0o1777, 0o644)] {
+        fs::write(&path, "4194304\n").expect("a file");
+        set(folder.path(), directory);
+        set(&path, mode);
+        for command in [["clean", "--dry-run"].as_slice(), &["clean"]] {
+            let mut run = Command::new("setpriv");
+            run.args(["--reuid=1001", "--regid=1001", "--clear-groups", PROGRAM, "pidfile"]).args(command).arg(&path);
+            let run = run.output().expect("setpriv starts");
+            assert_eq!((code_of(&run), text(&run.stdout)), (77, String::new()), "{command:?} {mode:o}: {run:?}");
+            assert!(path.exists());
+        }
+    }
+}
+
+#[test]
 fn a_lease_is_shown_released_and_stolen() {
     let lock = Lock::new("--lease");
     let url = format!("file://{}", lock.place);

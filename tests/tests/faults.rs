@@ -70,6 +70,11 @@ fn any_system_call_may_fail_once_when_a_table_is_made_and_used() {
 }
 
 #[test]
+fn any_system_call_of_a_takeover_may_fail_once() {
+    faults::fail_each_call_of_a_takeover();
+}
+
+#[test]
 fn any_system_call_of_a_heartbeat_may_fail_once() {
     faults::fail_each_call_of_a_heartbeat();
 }

@@ -380,15 +380,15 @@ impl FileStore {
         }
     }
 
-    /// Returns how long the file has been unchanged, by its times: a lower bound of the age of its content. Zero if the time
-    /// was set by another host's clock, is in the future, or is unknown.
+    /// Returns how long the file has been unchanged, by its modification time. Zero if the time was set by another host's
+    /// clock, is in the future, or is unknown.
     #[cold]
     fn unchanged_for(&self, file: &File) -> Result<Duration> {
         if self.is_remote.load(Ordering::Relaxed) {
             return Ok(Duration::ZERO);
         }
-        let changed = files::last_change(file).map_err(|error| self.failed("look at", error))?;
-        let age = changed.and_then(|changed| SystemTime::now().duration_since(changed).ok());
+        let found = files::look(file).map_err(|error| self.failed("look at", error))?;
+        let age = found.modified().ok().and_then(|modified| SystemTime::now().duration_since(modified).ok());
         Ok(age.unwrap_or_default())
     }
 

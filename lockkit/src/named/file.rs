@@ -21,6 +21,7 @@ use crate::steps::step;
 use crate::sys::files::{self, OpenOptionsExt};
 use crate::sys::flock;
 use crate::sys::folder::{self, Sharing};
+use crate::sys::fork::Shielded;
 use crate::wait::{Subject, Wait};
 
 #[derive(Debug)]
@@ -33,7 +34,7 @@ pub(super) struct FolderLock {
 #[derive(Debug)]
 struct Opened {
     /// A user's is locked, shared, against cleaners.
-    _folder: File,
+    _folder: Shielded<File>,
     lock: FileLock,
 }
 
@@ -128,7 +129,8 @@ impl FolderLock {
             folder.open_file(&self.file())?;
         }
         let lock = FileLock::own(folder.file(&self.file()), self.sharing.file_mode());
-        let folder = File::from(folder.fd);
+        let Ok(folder) = Shielded::new(|| Ok::<_, std::convert::Infallible>(File::from(folder.fd)));
+        let folder = folder.know().keep_across_fork();
         if let Sharing::User(_) = self.sharing {
             // Somebody may hold it exclusively for a while, to clean it; no lock fails for that.
             let _ = flock::try_lock(&folder, flock::Mode::Shared);

@@ -35,8 +35,8 @@
 //! written by system calls. There a flock on the file orders those who take a slot of another lock.
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, OnceLock};
@@ -54,7 +54,7 @@ use crate::steps::step;
 use crate::sys::folder::{self, Folder, Sharing};
 use crate::sys::mapping::Mapping;
 use crate::sys::per_process::PerProcess;
-use crate::sys::{flock, unnamed};
+use crate::sys::{files, flock, unnamed};
 
 /// The file's name, with the version of the format.
 const FILE: &str = "records-1";
@@ -208,11 +208,21 @@ impl Mark {
         self.remembered().or_else(|| self.records.locate(self.key, false))
     }
 
+    /// The lock's slot where it was last. What a wiped one says besides is not read.
+    #[inline]
     fn remembered(&self) -> Option<Seen> {
         let at = self.slot.load(Ordering::Relaxed);
+        (at != 0).then_some(())?;
         let mut words = [[0; WORDS]];
-        (at != 0).then(|| self.records.read(at, &mut words)).flatten()?;
-        Some(Seen { at, words: words[0] }).filter(|seen| seen.is_of(self.key))
+        match self.records.slot(at) {
+            Some(slot) => words[0][0] = slot[0].load(Ordering::Acquire),
+            None => self.records.read(at, &mut words)?,
+        }
+        let mut seen = Seen { at, words: words[0] };
+        if let (Some(slot), true) = (self.records.slot(at), seen.state() != WIPED) {
+            read_slot(slot, &mut seen.words);
+        }
+        Some(seen).filter(|seen| seen.is_of(self.key))
     }
 
     /// Writes `record` into the lock's slot, or takes one for it. What was there, also where writing fails.
@@ -249,6 +259,8 @@ struct Records {
     path: PathBuf,
     /// Device and inode of the file.
     file: (u64, u64),
+    /// When the path was last found to lead to the file, as [`mark::now`] counts.
+    checked: AtomicU64,
     store: Store,
 }
 
@@ -278,10 +290,7 @@ impl Records {
         /// Another one for a forked child, which may have inherited the mutex locked.
         static OPENED: PerProcess<Mutex<Vec<Arc<Records>>>> = PerProcess::new();
         let mut opened = OPENED.get(Mutex::default).lock();
-        opened.retain(|records| {
-            records.sharing != sharing
-                || std::fs::metadata(&records.path).is_ok_and(|found| identity(&found) == records.file)
-        });
+        opened.retain(|records| records.sharing != sharing || records.is_there());
         if let Some(records) = opened.iter().find(|records| records.sharing == sharing) {
             return Ok(records.clone());
         }
@@ -314,7 +323,19 @@ impl Records {
             }
             None => Store::File(file),
         };
-        Ok(Self { sharing, base, path, file: file_id, store })
+        Ok(Self { sharing, base, path, file: file_id, checked: AtomicU64::new(mark::now()), store })
+    }
+
+    /// Whether the file is still what the path leads to, as of some milliseconds ago at most.
+    fn is_there(&self) -> bool {
+        const RECHECK_INTERVAL: Duration = Duration::from_millis(10);
+        let now = mark::now();
+        let age = now.abs_diff(self.checked.load(Ordering::Relaxed));
+        if u128::from(age) < RECHECK_INTERVAL.as_nanos() {
+            return true;
+        }
+        self.checked.store(now, Ordering::Relaxed);
+        std::fs::metadata(&self.path).is_ok_and(|found| identity(&found) == self.file)
     }
 
     fn levels(&self) -> Option<u32> {
@@ -330,7 +351,8 @@ impl Records {
         }
     }
 
-    /// What the file is, if the descriptor is still the table's: a program may have closed it, and opened another file.
+    /// What the file is, if the descriptor is still the table's: a program may have closed it, and opened another file. A
+    /// slot with the lock's key tells the same, so nothing is written through a descriptor of another file.
     fn looked_at(&self, file: &File) -> Option<std::fs::Metadata> {
         file.metadata().ok().filter(|found| identity(found) == self.file)
     }
@@ -356,7 +378,7 @@ impl Records {
     }
 
     /// Reads slots from `at` on.
-    fn read(&self, at: u32, into: &mut [Words]) -> Option<()> {
+    fn read<const N: usize>(&self, at: u32, into: &mut [Words; N]) -> Option<()> {
         match &self.store {
             Store::Mapped { .. } => {
                 for (at, words) in (at..).zip(into) {
@@ -364,8 +386,8 @@ impl Records {
                 }
             }
             Store::File(file) => {
-                let mut bytes = [0; BUCKET * SLOT];
-                let bytes = bytes.get_mut(..into.len() * SLOT)?;
+                let mut slots = [[0; SLOT]; N];
+                let bytes = slots.as_flattened_mut();
                 let mut end = 0;
                 // What the file does not have yet is zeros.
                 while end < bytes.len() {
@@ -376,7 +398,7 @@ impl Records {
                         Err(_) => return None,
                     }
                 }
-                for (words, bytes) in into.iter_mut().zip(bytes.chunks_exact(SLOT)) {
+                for (words, bytes) in into.iter_mut().zip(&slots) {
                     for (word, bytes) in words[..=ACQUIRED].iter_mut().zip(bytes.chunks_exact(WORD)) {
                         *word = u64::from_ne_bytes(std::array::from_fn(|at| bytes[at]));
                     }
@@ -433,7 +455,9 @@ impl Records {
         const TRIES: usize = 20;
         const PAUSE: Duration = Duration::from_micros(50);
         let Store::File(_) = &self.store else { return None };
-        let (_, file) = open_file(self.base, self.sharing).ok()?;
+        // Where it has been replaced, there is nothing to order.
+        let file =
+            OpenOptions::new().read(true).custom_flags(files::NOFOLLOW | files::NONBLOCK).open(&self.path).ok()?;
         for _ in 0..TRIES {
             if flock::try_lock(&file, flock::Mode::Exclusive).ok()? {
                 return Some(file);
@@ -471,7 +495,7 @@ impl Records {
                 for (bytes, word) in bytes.chunks_exact_mut(WORD).zip(words.chain([mark::now()])) {
                     bytes.copy_from_slice(&word.to_ne_bytes());
                 }
-                self.looked_at(file).is_some() && file.write_all_at(&bytes, u64::from(seen.at) * SLOT as u64).is_ok()
+                file.write_all_at(&bytes, u64::from(seen.at) * SLOT as u64).is_ok()
             }
         }
     }
@@ -485,7 +509,6 @@ impl Records {
                     let _ = slot[0].compare_exchange(before, word, Ordering::AcqRel, Ordering::Relaxed);
                 }
             }
-            Store::File(file) if self.looked_at(file).is_none() => {}
             Store::File(file) => {
                 let at = u64::from(seen.at) * SLOT as u64;
                 if file.write_all_at(&word.to_ne_bytes(), at).is_err() {

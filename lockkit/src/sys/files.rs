@@ -11,7 +11,6 @@ use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
 
 use rustix::fs::{Mode, OFlags, RawMode, fchmod};
 use rustix::io::Errno;
@@ -116,17 +115,6 @@ pub(crate) fn is_writable_by_others(folder: &Seen) -> bool {
 /// The permission bits that let the group and others write to the file.
 pub(crate) fn others_who_write(found: &Seen) -> u32 {
     found.mode() & 0o022
-}
-
-/// The later of the file's modification time and its change time ([inode(7)]), if both are known. A program can set the
-/// modification time (utimensat(2)), but not the change time, so the content is at least as old as the later one.
-///
-/// [inode(7)]: https://man7.org/linux/man-pages/man7/inode.7.html
-pub(crate) fn last_change(file: &File) -> io::Result<Option<SystemTime>> {
-    let found = file.metadata()?;
-    let since = u64::try_from(found.ctime()).ok().map(|seconds| Duration::new(seconds, found.ctime_nsec() as u32));
-    let changed = since.and_then(|since| SystemTime::UNIX_EPOCH.checked_add(since));
-    Ok(changed.zip(found.modified().ok()).map(|(changed, modified)| changed.max(modified)))
 }
 
 /// Whether the error comes of a name that the file system cannot have.

@@ -221,7 +221,39 @@ fn noted() -> impl Iterator<Item = (RawFd, &'static Note)> {
 /// The identity of an open file, or why the system does not say it.
 #[allow(clippy::unnecessary_cast)] // The types differ from system to system.
 fn identity(descriptor: BorrowedFd<'_>) -> Result<Identity, Errno> {
-    rustix::fs::fstat(descriptor).map(|found| (found.st_dev as u64, found.st_ino as u64))
+    let found = rustix::fs::fstat(descriptor)?;
+    let identity = (found.st_dev as u64, found.st_ino as u64);
+    #[cfg(target_os = "linux")]
+    if found.st_mode & libc::S_IFMT == 0 && !is_marked(descriptor) {
+        return Ok((identity.0, ANONYMOUS));
+    }
+    Ok(identity)
+}
+
+/// The inode of a file without one of its own (an event, an epoll, an inotify) that is not marked as lockkit's. Files of
+/// this kind share an inode.
+#[cfg(target_os = "linux")]
+const ANONYMOUS: u64 = u64::MAX;
+/// The signal of the mark (`F_SETSIG`). No signal is sent, for that takes `O_ASYNC`, too, and then no program has use for
+/// this one.
+#[cfg(target_os = "linux")]
+const MARK: i32 = libc::SIGSYS;
+/// Of [fcntl(2)](https://man7.org/linux/man-pages/man2/fcntl.2.html); `libc` does not have them.
+#[cfg(target_os = "linux")]
+const F_SETSIG: i32 = 10;
+#[cfg(target_os = "linux")]
+const F_GETSIG: i32 = 11;
+
+#[cfg(target_os = "linux")]
+fn is_marked(descriptor: BorrowedFd<'_>) -> bool {
+    // SAFETY: the call reads a number of the open file, whatever the descriptor is.
+    unsafe { libc::fcntl(descriptor.as_raw_fd(), F_GETSIG) == MARK }
+}
+
+#[cfg(target_os = "linux")]
+fn mark(descriptor: BorrowedFd<'_>) {
+    // SAFETY: the call sets a number of the open file, which is lockkit's.
+    unsafe { libc::fcntl(descriptor.as_raw_fd(), F_SETSIG, MARK) };
 }
 
 /// Whether the descriptor is open and of that identity. Where the system does not say, it is, for not closing it would
@@ -267,6 +299,10 @@ impl<T: AsFd> Shielded<T> {
 
     /// Notes which file it is, for a descriptor that outlives the call that has made it.
     pub(crate) fn know(self) -> Self {
+        #[cfg(target_os = "linux")]
+        if identity(self.as_fd()).is_ok_and(|(_, inode)| inode == ANONYMOUS) {
+            mark(self.as_fd());
+        }
         let identity = identity(self.as_fd()).unwrap_or(UNKNOWN);
         self.know_as(identity)
     }

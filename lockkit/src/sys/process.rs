@@ -361,6 +361,12 @@ pub(crate) fn kill_this_process() {
     let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
 }
 
+/// SIGSTOP.
+#[cfg(all(feature = "steps", debug_assertions))]
+pub(crate) fn stop_this_process() {
+    let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::STOP);
+}
+
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
     use super::*;

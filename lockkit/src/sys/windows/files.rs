@@ -14,15 +14,14 @@ use std::ops::Deref;
 use std::os::windows::fs::{FileExt as _, OpenOptionsExt as _};
 use std::os::windows::io::AsRawHandle;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
 
 use windows_sys::Win32::Foundation::{
     ERROR_ACCESS_DENIED, ERROR_FILENAME_EXCED_RANGE, ERROR_INVALID_NAME, ERROR_INVALID_PARAMETER, STATUS_DELETE_PENDING,
 };
 use windows_sys::Win32::Storage::FileSystem::{
-    BY_HANDLE_FILE_INFORMATION, FILE_BASIC_INFO, FILE_FLAG_BACKUP_SEMANTICS, FILE_FLAG_OPEN_REPARSE_POINT,
-    FILE_ID_INFO, FILE_READ_ATTRIBUTES, FILE_REMOTE_PROTOCOL_INFO, FileBasicInfo, FileIdInfo, FileRemoteProtocolInfo,
-    GetFileInformationByHandle, GetFileInformationByHandleEx,
+    BY_HANDLE_FILE_INFORMATION, FILE_FLAG_BACKUP_SEMANTICS, FILE_FLAG_OPEN_REPARSE_POINT, FILE_ID_INFO,
+    FILE_READ_ATTRIBUTES, FILE_REMOTE_PROTOCOL_INFO, FileIdInfo, FileRemoteProtocolInfo, GetFileInformationByHandle,
+    GetFileInformationByHandleEx,
 };
 
 /// For `custom_flags`: a link is not followed.
@@ -270,30 +269,6 @@ pub(crate) fn is_writable_by_others(_: &Seen) -> bool {
 /// Modes are for Unix.
 pub(crate) fn others_who_write(_: &Seen) -> u32 {
     0
-}
-
-/// The later of the file's last write time and its change time, if both are known; FAT has no change time. Programs often
-/// set the last write time, and rarely the change time.
-pub(crate) fn last_change(file: &File) -> io::Result<Option<SystemTime>> {
-    /// The time from 1601, the epoch of Windows, to 1970.
-    const TO_UNIX: Duration = Duration::from_secs(11_644_473_600);
-    const TICKS: u64 = 10_000_000;
-    let mut found = MaybeUninit::<FILE_BASIC_INFO>::uninit();
-    // SAFETY: the handle is open as long as `file` is; the length is that of the structure, which the call fills in, or
-    // it fails.
-    let found = unsafe {
-        let length = size_of::<FILE_BASIC_INFO>() as u32;
-        if GetFileInformationByHandleEx(file.as_raw_handle(), FileBasicInfo, found.as_mut_ptr().cast(), length) == 0 {
-            return Err(io::Error::last_os_error());
-        }
-        found.assume_init()
-    };
-    let time = |ticks: i64| {
-        let ticks = u64::try_from(ticks).ok().filter(|ticks| *ticks > 0)?;
-        let since = Duration::new(ticks / TICKS, (ticks % TICKS) as u32 * 100);
-        SystemTime::UNIX_EPOCH.checked_add(since.checked_sub(TO_UNIX)?)
-    };
-    Ok(time(found.ChangeTime).zip(time(found.LastWriteTime)).map(|(changed, written)| changed.max(written)))
 }
 
 /// Whether the error comes of a name that the file system cannot have.
