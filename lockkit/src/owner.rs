@@ -258,7 +258,7 @@ impl Owner {
     }
 
     /// Whether both are one process, whatever program it runs and since when it holds a lock.
-    #[cfg(feature = "cli")]
+    #[cfg(all(any(target_os = "linux", windows), feature = "cli"))]
     pub(crate) fn is_same_process(&self, other: &Self) -> bool {
         (self.pid, self.start, self.boot, self.namespace, &self.host)
             == (other.pid, other.start, other.boot, other.namespace, &other.host)

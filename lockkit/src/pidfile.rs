@@ -200,7 +200,7 @@ struct Judged {
 }
 
 /// Whether the file has the attribute that tells its owner.
-#[cfg(feature = "cli")]
+#[cfg(all(any(target_os = "linux", windows), feature = "cli"))]
 pub(crate) fn has_identity(file: &File) -> bool {
     xattr::get(file, record::NAME, &mut [0; record::MAX_IDENTITY]).is_ok_and(|found| found.is_some())
 }

@@ -940,7 +940,7 @@ fn c9_run_as_first_process_reaps_orphans() {
 }
 
 /// The first process of the namespace that `unshare`, with this pid, has made.
-fn child_of(pid: u32) -> u32 {
+fn child_of(pid: u32) -> i32 {
     let mut child = None;
     until("it has a child", || {
         let list = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
@@ -957,7 +957,7 @@ fn c9_signals_to_run_as_first_process_end_it() {
     for (kind, place) in [("--name", &*name), ("--file", "a.lock"), ("--pidfile", "a.pid"), ("--lease", "a.lease")] {
         let Some(mut running) = as_first(&site, &[kind, place], "echo ready; exec sleep 60") else { return };
         assert_eq!(running.line(), "ready", "{kind}");
-        let first = Pid::from_raw(child_of(running.pid()).cast_signed()).expect("a pid");
+        let first = Pid::from_raw(child_of(running.pid())).expect("a pid");
         kill_process(first, Signal::TERM).expect("it runs");
         assert_eq!(running.code(), 128 + 15, "{kind}");
         // Also while it waits for the lock: here from inside, whose signals the kernel does not force on a first process.

@@ -60,12 +60,20 @@ impl FolderLock {
     pub(super) fn list(sharing: Sharing) -> Vec<(String, Option<Owner>, u32)> {
         let Some(folder) = folder::path(sharing) else { return Vec::new() };
         let mut living = mark::Living::default();
+        #[cfg(target_os = "linux")]
+        let table = crate::flocks::FileLocks::of_table();
         let mut held = |entry: std::io::Result<std::fs::DirEntry>| {
-            let file = entry.ok()?.file_name().into_string().ok()?;
+            let entry = entry.ok()?;
+            let file = entry.file_name().into_string().ok()?;
             let name = folder::name_of(&file, sharing)?.strip_suffix(".lock")?.to_owned();
             let lock = Self::new(&name, sharing);
             let owner = lock.recorded().filter(|owner| living.has(owner))?;
-            Some((name, Some(owner), lock.waiters().unwrap_or_default()))
+            // The table is read once for all of them.
+            #[cfg(target_os = "linux")]
+            let waiters = table.on(&entry.path()).ok().and_then(|on| on.flock).map_or(0, |locked| locked.waiters);
+            #[cfg(not(target_os = "linux"))]
+            let waiters = lock.waiters().unwrap_or_default();
+            Some((name, Some(owner), waiters))
         };
         std::fs::read_dir(folder).into_iter().flatten().filter_map(&mut held).collect()
     }
@@ -104,7 +112,7 @@ impl FolderLock {
     }
 
     /// Whether a record names a living holder. Makes nothing.
-    #[cfg(feature = "cli")]
+    #[cfg(all(any(target_os = "linux", windows), feature = "cli"))]
     pub(super) fn is_held(&self) -> bool {
         folder::path(self.sharing).is_some() && self.owner().is_some()
     }

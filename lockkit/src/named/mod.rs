@@ -337,7 +337,7 @@ impl NamedLock {
     }
 
     /// Whether the lock is held now, for a caller that asks again and again.
-    #[cfg(feature = "cli")]
+    #[cfg(all(any(target_os = "linux", windows), feature = "cli"))]
     pub(crate) fn is_held(&self) -> Result<bool> {
         match &self.0.engine {
             #[cfg(target_os = "linux")]
