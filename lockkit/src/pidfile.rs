@@ -957,15 +957,16 @@ impl PidGuard {
     }
 
     fn give_back(&mut self) -> Result<()> {
-        let Some(file) = self.file.take() else { return Ok(()) };
+        let Some(mut file) = self.file.take() else { return Ok(()) };
         // The open file is one with the parent's, so closing the copy of a forked child releases nothing.
         if self.generation != fork::generation() {
             return Ok(());
         }
-        // The program has closed the descriptor, and with it released the lock.
+        // The program has closed the descriptor. The record has kept the lock, for this process lives.
         if !file.is_own() {
-            trace::released(self);
-            return Err(self.rogue());
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).custom_flags(files::NOFOLLOW | files::NONBLOCK | files::NOCTTY);
+            file = Shielded::new(|| files::open(&options, &self.path)).map_err(|_| self.rogue())?;
         }
         // A file that stayed would keep others out for as long as this process lives, so a read that failed is not the
         // last word.
