@@ -177,8 +177,9 @@ struct Open {
     compared: u64,
     /// When the descriptor was last used, and was the lock's.
     used: u64,
-    /// When the lock was last given up.
-    unlocked: u64,
+    /// When the lock was last known to be held, at the beginning of a hold. A holder that deletes its own file does so
+    /// later, so a [`Blink`] is counted from here.
+    held: u64,
 }
 
 impl Open {
@@ -429,7 +430,7 @@ impl Inner {
                     let found = files::look(&file).map_err(|error| Error::io("look at", &self.place.path, error))?;
                     let identity = (found.dev(), found.ino());
                     let file = file.know_as(identity);
-                    Box::new(Open { file, identity, generation, made, compared: 0, used: 0, unlocked: 0 })
+                    Box::new(Open { file, identity, generation, made, compared: 0, used: 0, held: 0 })
                 }
             };
             let made = std::mem::take(&mut open.made);
@@ -447,15 +448,17 @@ impl Inner {
                 return Err(error);
             }
             open.used = nanos();
+            let before = std::mem::replace(&mut open.held, open.used);
             let since = |moment| open.used.wrapping_sub(moment);
-            if BLINK.covers(since(open.unlocked)) && since(open.compared) < SOON && !self.place.wary {
+            if BLINK.covers(since(before)) && since(open.compared) < SOON && !self.place.wary {
                 return Ok(open);
             }
             // The descriptor may have been closed during a wait.
             if self.place.names(open.identity)? && (patience.is_none() || open.file.is_own()) {
                 (open.compared, open.used) = (open.used, nanos());
-                if open.unlocked != 0 {
-                    BLINK.measured(open.used.wrapping_sub(open.unlocked));
+                open.held = open.used;
+                if before != 0 {
+                    BLINK.measured(open.used.wrapping_sub(before));
                 }
                 return Ok(open);
             }
@@ -687,7 +690,7 @@ impl FileGuard {
         if !open.is_own(now, Open::HELD) {
             return Err(failed(fork::closed_by_program()));
         }
-        (open.used, open.unlocked) = (now, now);
+        open.used = now;
         // If this fails, closing the file releases.
         flock::unlock(&open.file).map_err(failed)
     }
