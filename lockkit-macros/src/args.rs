@@ -111,8 +111,7 @@ impl Args {
     }
 }
 
-const KEYS: &str =
-    "the arguments are `scope`, `wait`, `exit_code`, `on_held`, `on_recovered`, `on_second` and `crate`, each as `key = value`";
+const KEYS: &str = "the arguments are `scope`, `wait`, `exit_code`, `on_held`, `on_recovered`, `on_second` and `crate`, each as `key = value`";
 
 fn name(input: ParseStream) -> Result<Expr> {
     const MISSING: &str = "the name to hold comes first, as in `#[single_instance(\"com.example.app\")]`";
