@@ -131,6 +131,7 @@ impl Function {
         let tell = match &args.on_recovered {
             Some(handler) => {
                 let (_, last) = ends(handler);
+                let recovered = at(recovered, last);
                 let argument = quote_spanned!(last=> (#recovered));
                 quote!(#handler #argument;)
             }
@@ -157,6 +158,7 @@ impl Function {
         if let Some(handler) = &args.on_held {
             let (first, last) = ends(handler);
             let leave = quote_spanned!(first=> return);
+            let error = at(error, last);
             let argument = quote_spanned!(last=> (#error));
             return Ok(quote!(#leave #handler #argument;));
         }
@@ -187,6 +189,7 @@ impl Function {
                 let called =
                     args.lockkit.as_ref().map_or_else(|| quote_spanned!(first=> ::lockkit), ToTokens::to_token_stream);
                 let refusal = quote_spanned!(first=> return #called::instance::Refusal);
+                let error = at(error, last);
                 let refused = quote_spanned!(last=> ::refused(#error));
                 Ok(quote!(#refusal #refused;))
             }
@@ -237,6 +240,11 @@ impl Names {
             name: own("__LOCKKIT_NAME_F81D4FAE"),
         }
     }
+}
+
+/// The same name, where a message is to point.
+fn at(name: &Ident, span: Span) -> Ident {
+    Ident::new(&name.to_string(), span)
 }
 
 /// A limit as the attribute passes it on.

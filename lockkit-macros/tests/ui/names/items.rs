@@ -1,16 +1,16 @@
 //! No item of the user's is taken for something of the attribute's, nor the other way round.
 
-#![allow(non_upper_case_globals, non_camel_case_types, dead_code, unused_macros)]
+#![allow(unused_imports, non_upper_case_globals, non_camel_case_types, dead_code, unused_macros)]
 
 const __guard: u8 = 1;
 static __error: u8 = 2;
 struct __recovered;
 fn __returns() {}
-const __LOCKKIT_NAME: &str = "lockkit-ui-hygienic";
+const __LOCKKIT_NAME: &::core::primitive::str = "lockkit-ui-hygienic";
 const guard: u8 = 3;
 const error: u8 = 4;
 const wait: u8 = 5;
-const name: &str = "another";
+const name: &::core::primitive::str = "another";
 
 mod core {}
 mod std {}
