@@ -264,6 +264,8 @@ struct Records {
     store: Store,
 }
 
+// A process has two at most, and a box would cost every acquisition a look.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug)]
 enum Store {
     /// In shared memory, each level mapped when it is first used.

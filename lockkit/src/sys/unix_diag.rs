@@ -84,7 +84,9 @@ fn read_messages(mut bytes: &[u8], sockets: &mut Vec<Socket>) -> Result<bool> {
         let body = bytes.get(HEADER..length).ok_or(Errno::BADMSG)?;
         match kind {
             // A negated errno.
-            ERROR => return Err(Errno::from_raw_os_error(u32_at(body, 0).map_or(0, u32::cast_signed).wrapping_neg())),
+            ERROR => {
+                return Err(Errno::from_raw_os_error(u32_at(body, 0).map_or(0, |code| code as i32).wrapping_neg()));
+            }
             DONE => return Ok(true),
             _ => sockets.extend(read_socket(body)),
         }
