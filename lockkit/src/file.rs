@@ -89,6 +89,11 @@ static BLINK: Blink = Blink::new();
 /// It excludes every process that locks the same file with flock(2), the `flock` command among them. Cloning gives
 /// another handle on the same lock.
 ///
+/// It does not exclude a program that locks the file with fcntl(2): POSIX locks (`F_SETLK`, lockf(3), as apt, dpkg, SQLite
+/// and Python's `fcntl.lockf` take them) and `F_OFD_SETLK`. The kernel keeps the two kinds of lock apart, except on NFS
+/// and SMB. [`holders`](Self::holders), [`waiters`](Self::waiters) and [`list`](Self::list) report locks of flock(2)
+/// only; the command `lockkit status` shows both kinds.
+///
 /// The file may hold anything; locking does not touch its content. It is made when it is missing, and never deleted:
 /// deleting it needs its exclusive lock, and then locks that are waited for go on with the next file of that name. One
 /// that is deleted without holding the lock cannot protect its holder, for the next taker makes a new file.
@@ -155,8 +160,8 @@ struct Inner {
 #[derive(Clone, Debug)]
 struct Place {
     path: PathBuf,
-    /// The permissions of a file made here.
-    mode: u32,
+    /// The permissions of a file made here, exactly; else 0600 less the umask.
+    mode: Option<u32>,
     /// Whether missing folders are made.
     parents: bool,
     /// The folder is open to other users, who may have put something else in the file's place.
@@ -176,7 +181,8 @@ struct Open {
     compared: u64,
     /// When the descriptor was last used, and was the lock's.
     used: u64,
-    /// When it was last known to be locked.
+    /// When the lock was last known to be held, at the beginning of a hold. A holder that deletes its own file does so
+    /// later, so a [`Blink`] is counted from here.
     held: u64,
 }
 
@@ -198,22 +204,23 @@ impl FileLock {
     /// A lock on the file or folder at `path`. Nothing happens there until it is first locked; then a missing file is
     /// made.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self::at(Place { path: path.into(), mode: 0o600, parents: false, wary: false })
+        Self::at(Place { path: path.into(), mode: None, parents: false, wary: false })
     }
 
     /// A lock on a file of lockkit's own, which has exactly `mode`, and which no symlink, hard link or special file
     /// may stand for.
     pub(crate) fn own(path: PathBuf, mode: u32) -> Self {
-        Self::at(Place { path, mode, parents: false, wary: true })
+        Self::at(Place { path, mode: Some(mode), parents: false, wary: true })
     }
 
     fn at(place: Place) -> Self {
         Self(Arc::new(Inner { place, spare: Slot::empty() }))
     }
 
-    /// The permissions that a file gets when locking makes it, less the process's umask; 0600 unless told otherwise.
+    /// The permissions that a file gets when locking makes it, exactly, whatever the process's umask is. Without this
+    /// option they are 0600 less the umask.
     pub fn create_with_mode(self, mode: u32) -> Self {
-        Self::at(Place { mode, ..self.0.place.clone() })
+        Self::at(Place { mode: Some(mode), ..self.0.place.clone() })
     }
 
     /// Makes missing folders on the way to the file, too, with the permissions that the process's umask leaves.
@@ -243,13 +250,16 @@ impl FileLock {
     /// ```
     pub fn list() -> Vec<Self> {
         #[cfg(target_os = "linux")]
-        return crate::flocks::paths().into_iter().map(Self::new).collect();
+        {
+            let locks = crate::flocks::FileLocks::read("");
+            locks.files().filter(|(_, on)| on.flock.is_some()).map(|(path, _)| Self::new(path)).collect()
+        }
         #[cfg(not(target_os = "linux"))]
         Vec::new()
     }
 
     /// Who holds the lock now, exclusively or shared: each process with a descriptor that keeps it, or at least the one
-    /// that took it. Empty when nobody does, when nothing tells who (a process of another pid namespace), and outside
+    /// that took it. Locks of fcntl(2) do not count, for they do not exclude this one. Empty when the lock is free, when the holder is hidden (a process of another pid namespace), and outside
     /// Linux. Takes and opens nothing, so it disturbs nobody; it reads the descriptors of all processes, which takes
     /// milliseconds.
     ///
@@ -282,10 +292,14 @@ impl FileLock {
 
     fn locked(&self) -> Result<(Vec<u32>, u32)> {
         #[cfg(target_os = "linux")]
-        match crate::flocks::on(self.path()) {
-            Ok(Some(locked)) => return Ok((locked.pids, locked.waiters)),
+        match crate::flocks::FileLocks::read("").on(self.path()) {
+            Ok(on) => {
+                if let Some(locked) = on.flock {
+                    return Ok((locked.pids, locked.waiters));
+                }
+            }
             Err(error) if error.kind() != Io::NotFound => return Err(Error::io("look at", self.path(), error)),
-            _ => {}
+            Err(_) => {}
         }
         Ok((Vec::new(), 0))
     }
@@ -538,12 +552,12 @@ impl Place {
 
     fn create(&self) -> io::Result<Shielded<File>> {
         let mut options = OpenOptions::new();
-        options.read(true).write(true).create_new(true).mode(self.mode);
+        options.read(true).write(true).create_new(true).mode(self.mode.unwrap_or(0o600));
         let file = Shielded::new(|| files::create(&options, &self.path))?;
         step("file made");
-        if self.wary {
+        if let Some(mode) = self.mode {
             // The umask is not ours to change, but the file's mode is.
-            files::set_mode(&file, self.mode)?;
+            files::set_mode(&file, mode)?;
             step("mode of the file set");
         }
         Ok(file)

@@ -66,6 +66,8 @@ pub mod command;
 mod error;
 mod file;
 #[cfg(target_os = "linux")]
+// The command needs more of it than the library.
+#[cfg_attr(not(feature = "cli"), allow(dead_code, unreachable_pub))]
 mod flocks;
 pub mod instance;
 pub mod lease;
@@ -99,7 +101,7 @@ pub use lockkit_macros::single_instance;
 pub use manager::{
     FileLockManager, HeldLock, InMemoryLockManager, LockManager, ManagedGuard, ManagedLock, ShmLockManager,
 };
-pub use named::{Backend, NamedGuard, NamedLock, NamedLockBuilder, Scope};
+pub use named::{Backend, HeldNamedLock, NamedGuard, NamedLock, NamedLockBuilder, Scope};
 pub use owner::{Liveness, Owner};
 pub use pidfile::{PidFile, PidGuard, PidStatus};
 pub use wait::{CancelToken, Wait};

@@ -17,6 +17,8 @@ mod armed {
     /// Whether anybody asked for steps: a mutex that is always taken would be found locked by forked children.
     static ARMED: AtomicBool = AtomicBool::new(false);
     static PASSED: Mutex<(usize, Vec<&'static str>)> = Mutex::new((usize::MAX, Vec::new()));
+    /// Whether the process is stopped at the step, and not killed.
+    static STOPS: AtomicBool = AtomicBool::new(false);
 
     pub(crate) fn step(what: &'static str) {
         if !ARMED.load(Ordering::Relaxed) {
@@ -26,12 +28,16 @@ mod armed {
         let mut passed = PASSED.lock();
         passed.1.push(what);
         if passed.1.len() == passed.0 {
-            crate::sys::process::kill_this_process();
+            match STOPS.load(Ordering::Relaxed) {
+                true => crate::sys::process::stop_this_process(),
+                false => crate::sys::process::kill_this_process(),
+            }
         }
     }
 
-    pub(super) fn arm(at: usize) {
+    pub(super) fn arm(at: usize, stops: bool) {
         *PASSED.lock() = (at, Vec::new());
+        STOPS.store(stops, Ordering::Relaxed);
         ARMED.store(true, Ordering::Relaxed);
     }
 
@@ -52,7 +58,16 @@ pub(crate) fn step(_what: &'static str) {}
 #[cfg(feature = "steps")]
 pub fn kill_at(at: usize) {
     #[cfg(debug_assertions)]
-    armed::arm(at);
+    armed::arm(at, false);
+    #[cfg(not(debug_assertions))]
+    let _ = at;
+}
+
+/// Stops this process at the step numbered `at`, counted from 1 from here on, until it is continued. Only on Unix.
+#[cfg(feature = "steps")]
+pub fn stop_at(at: usize) {
+    #[cfg(debug_assertions)]
+    armed::arm(at, true);
     #[cfg(not(debug_assertions))]
     let _ = at;
 }

@@ -331,6 +331,13 @@ impl Patience {
         self.wait_by(|cancel| event::wait(fd, cancel, until), over)
     }
 
+    /// As [`wait`](Self::wait), until the other end of `fd` has ended its stream.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn wait_for_end(&self, fd: Option<BorrowedFd<'_>>, pause: Duration) -> Result<Waited> {
+        let (until, over) = self.end_of(pause);
+        self.wait_by(|cancel| event::wait_for_end(fd, cancel, until), over)
+    }
+
     /// Waits until `fd` has room for more to be written, or has hung up.
     #[cfg(target_os = "linux")]
     pub(crate) fn writable(&self, fd: BorrowedFd<'_>) -> Result<Waited> {

@@ -13,6 +13,7 @@
 //! | `exec` | none: the actor has become another program |
 //! | `panic` | `panicked`: a thread took the lock and panicked holding it |
 //! | `hold-name NAME`, `time-out-name NAME`, `clean-name NAME` | `done`: the same with any named lock |
+//! | `use-names N`, `hold-names N` | `done`; `bytes N`: what each of so many locks takes of memory |
 //! | `close-all` | `closed`: every descriptor from 3 on is closed, and other files, which are locked, have those numbers |
 //! | `others` | `kept`: the other files are open and locked; `fork-others` asks a forked child, `spare-others` closes them |
 //! | `reopen` | `open`: the lock is opened again |
@@ -116,6 +117,15 @@ impl Actor {
         Self::run(as_user(uid, ["lease".to_owned(), terms.to_string()]))
     }
 
+    /// As [`start_lease_as`](Self::start_lease_as), as a member of the group `gid`.
+    #[cfg(target_os = "linux")]
+    pub fn start_lease_in_group(terms: &crate::leases::Terms, uid: u32, gid: u32) -> Self {
+        use std::os::unix::process::CommandExt;
+        let mut command = as_user(uid, ["lease".to_owned(), terms.to_string()]);
+        command.gid(gid);
+        Self::run(command)
+    }
+
     pub(crate) fn run(mut command: Command) -> Self {
         let mut child = crate::wine::spawn(&mut command).expect("the actor starts");
         let commands = child.stdin.take();
@@ -178,7 +188,9 @@ impl Actor {
         }
         let pid = self.pid();
         let call = std::fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap_or_default();
-        crate::sleeps(pid, pid) && !call.starts_with("0 ") && !call.starts_with("running")
+        // `read` and `readv`, by which it gets its commands.
+        let reads = if cfg!(target_arch = "x86_64") { ["0 0x0 ", "19 0x0 "] } else { ["63 0x0 ", "65 0x0 "] };
+        crate::sleeps(pid, pid) && !reads.iter().any(|read| call.starts_with(read)) && !call.starts_with("running")
     }
 
     /// Expects that the command it was given has no answer yet.
@@ -373,6 +385,26 @@ pub fn serve(spec: &Spec) {
                 assert!(lock.lock_for(Duration::from_micros(100)).is_err_and(|error| error.is_timeout()));
                 "done".to_owned()
             }
+            "use-names" => {
+                for number in 0..argument.parse().expect("a number") {
+                    let lock = lockkit::NamedLock::new(&format!("used-{number}")).expect("a name");
+                    drop(lock.try_lock().expect("a free name"));
+                }
+                "done".to_owned()
+            }
+            #[cfg(target_os = "linux")]
+            "hold-names" => {
+                let number = argument.parse().expect("a number");
+                // What only the first one costs.
+                drop(lockkit::NamedLock::new("first").and_then(|lock| lock.try_lock()).expect("a free name"));
+                let before = resident();
+                names.reserve(number);
+                for number in 0..number {
+                    let lock = lockkit::NamedLock::new(&format!("held-{number}")).expect("a name");
+                    names.push(lock.try_lock().expect("a free name"));
+                }
+                format!("bytes {}", (resident() - before) / number as u64)
+            }
             "clean-name" => {
                 Spec::parse(&format!("named-socket:{argument}")).clean();
                 "done".to_owned()
@@ -432,6 +464,14 @@ pub fn serve(spec: &Spec) {
         };
         println!("{answer}");
     }
+}
+
+/// The memory of this process that is no part of a program's file, in bytes.
+#[cfg(target_os = "linux")]
+fn resident() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").expect("/proc");
+    let sizes = status.lines().filter_map(|line| line.strip_prefix("RssAnon:").or(line.strip_prefix("RssShmem:")));
+    sizes.filter_map(|size| size.split_ascii_whitespace().next()?.parse::<u64>().ok()).sum::<u64>() * 1024
 }
 
 /// Forks at many moments of an acquisition and a release; then the lock must be free, though the children live.

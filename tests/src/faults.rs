@@ -420,7 +420,16 @@ const ERRORS: [(&str, &str); 41] = [
     ("sendmsg", "EAGAIN ECONNRESET EINTR ENOBUFS ENOMEM EPIPE"),
     ("socket", "EACCES EMFILE ENFILE ENOBUFS ENOMEM"),
 ];
-const MORE_ERRORS: [(&str, &str); 4] = [
+const MORE_ERRORS: [(&str, &str); 13] = [
+    ("getsockname", "ENOBUFS"),
+    ("ioctl", "ENOTTY"),
+    ("recvfrom", "EAGAIN EINTR ENOMEM"),
+    ("sendto", "EAGAIN ECONNRESET EINTR ENOBUFS ENOMEM EPIPE"),
+    ("setsockopt", "ENOBUFS"),
+    ("fgetxattr", "EIO ENODATA ENOMEM EOPNOTSUPP ERANGE"),
+    ("fsetxattr", "E2BIG EDQUOT EIO ENOMEM ENOSPC EOPNOTSUPP EPERM ERANGE"),
+    ("rename", "EACCES EDQUOT EIO ENOMEM ENOSPC EPERM EROFS"),
+    ("renameat2", "EACCES EEXIST EINVAL EIO ENOMEM ENOSPC EPERM EROFS"),
     ("stat", "EACCES ENOMEM"),
     ("statx", "EACCES ENOMEM"),
     ("unlink", "EACCES EBUSY EIO ENOMEM EPERM EROFS"),
@@ -431,7 +440,7 @@ const MORE_ERRORS: [(&str, &str); 4] = [
 const CALLS: usize = 6;
 
 /// strace(1) at an actor, at all its threads.
-pub(crate) struct Strace {
+pub struct Strace {
     strace: Child,
     log: PathBuf,
     _folder: tempfile::TempDir,
@@ -439,7 +448,7 @@ pub(crate) struct Strace {
 
 impl Strace {
     /// Attaches it; `options` say what fails.
-    pub(crate) fn attach(actor: &Actor, options: &[String]) -> Self {
+    pub fn attach(actor: &Actor, options: &[String]) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let log = folder.path().join("log");
         let mut strace = Command::new("strace");
@@ -457,12 +466,12 @@ impl Strace {
     }
 
     /// What it has seen.
-    pub(crate) fn so_far(&self) -> String {
+    pub fn so_far(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
     /// Detaches it, and gives what it saw.
-    pub(crate) fn end(&mut self) -> String {
+    pub fn end(&mut self) -> String {
         signal_pid(self.strace.id(), Signal::TERM);
         // It may wait for the rest of a process that has ended, and that nobody but us can take away.
         let end = Instant::now() + Duration::from_secs(2);
@@ -483,7 +492,7 @@ impl Drop for Strace {
 }
 
 /// Whether there is strace(1), and it may make system calls fail; with a word on it where not.
-pub(crate) fn calls_can_fail() -> bool {
+pub fn calls_can_fail() -> bool {
     let mut strace = Command::new("strace");
     strace.args(["-f", "-qq", "-o", "/dev/null", "-e", "inject=flock:error=EINTR", "true"]).stderr(Stdio::null());
     let can = strace.status().is_ok_and(|status| status.success());
@@ -627,8 +636,11 @@ type Left = (Belongings, BTreeSet<String>);
 type Play = fn(victim: &mut Actor, other: &mut Actor);
 
 fn play_with_a_lock(kind: Kind, play: Play, fault: Option<&Fault>) -> Round<Left> {
-    let spec = kind.fresh();
-    let [mut victim, mut other] = [(); 2].map(|()| Actor::start(&spec));
+    play_with(&kind.fresh(), play, fault)
+}
+
+fn play_with(spec: &Spec, play: Play, fault: Option<&Fault>) -> Round<Left> {
+    let [mut victim, mut other] = [(); 2].map(|()| Actor::start(spec));
     // It has read this, so it is where it reads the next command.
     for actor in [&mut victim, &mut other] {
         actor.expect("owner", "owner none");
@@ -644,7 +656,7 @@ fn play_with_a_lock(kind: Kind, play: Play, fault: Option<&Fault>) -> Round<Left
     assert_eq!(victim.answer(), "held");
     victim.expect("release", "released");
     let name = |path: String| path.replace(&*Path::new(spec.at()).file_name().expect("a name").to_string_lossy(), "*");
-    let left = (Belongings::of(victim.pid()), files(&spec, Path::new("/")).into_iter().map(name).collect());
+    let left = (Belongings::of(victim.pid()), files(spec, Path::new("/")).into_iter().map(name).collect());
     spec.clean();
     Round { log, thread: victim.pid(), left }
 }
@@ -733,6 +745,27 @@ pub fn fail_each_call_of_a_table(kind: managers::Kind) {
     for is_there in [false, true] {
         fail_each_call(&format!("{kind:?}, a table that is there: {is_there}"), |fault| {
             play_with_a_table(kind, is_there, fault)
+        });
+    }
+}
+
+/// Lets each system call of an acquisition fail once that takes over a stale pidfile.
+pub fn fail_each_call_of_a_takeover() {
+    let play = |victim: &mut Actor, other: &mut Actor| {
+        if victim.ask("try").starts_with("held") {
+            assert!(other.ask("try").starts_with("error Held"));
+            let answer = victim.ask("release");
+            assert!(answer == "released" || answer.starts_with("error "), "{answer}");
+        }
+        // It is taken over now, if it was not before.
+        assert!(other.ask(TAKE).starts_with("held"));
+        other.expect("release", "released");
+    };
+    for said in ["4194304\n", "\n"] {
+        fail_each_call("a takeover", |fault| {
+            let spec = Kind::PIDFILE.fresh();
+            fs::write(spec.at(), said).expect("a file");
+            play_with(&spec, play, fault)
         });
     }
 }

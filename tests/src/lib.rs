@@ -59,6 +59,23 @@ pub fn until(what: &str, mut fact: impl FnMut() -> bool) {
     }
 }
 
+/// Waits for what `fact` gives; panics with `what` when it gives nothing within [`LIVELY`].
+pub fn until_some<T>(what: &str, mut fact: impl FnMut() -> Option<T>) -> T {
+    let mut found = None;
+    until(what, || {
+        found = fact();
+        found.is_some()
+    });
+    found.expect("it was found")
+}
+
+/// Whether the process `pid` is stopped.
+#[cfg(target_os = "linux")]
+pub fn is_stopped(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(')').next().unwrap_or_default().trim_start().starts_with('T')
+}
+
 /// Runs a case for a kind of lock, or says why this machine cannot.
 pub fn left_out_or(kind: Kind, case: impl FnOnce(Kind)) {
     match kind.left_out() {

@@ -1,12 +1,66 @@
 //! Processes that mean ill with the abstract socket of a named lock.
 
-use std::os::fd::OwnedFd;
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
 
+use rustix::cmsg_space;
 use rustix::io::Errno;
-use rustix::net::{self, AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{
+    self, AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, SocketAddrUnix,
+    SocketFlags, SocketType,
+};
 
 fn socket() -> OwnedFd {
-    net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).expect("a socket")
+    socket_of(SocketType::SEQPACKET)
+}
+
+fn socket_of(kind: SocketType) -> OwnedFd {
+    net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).expect("a socket")
+}
+
+fn bound(kind: SocketType, name: &str) -> OwnedFd {
+    let socket = socket_of(kind);
+    net::bind(&socket, &address(name)).expect("a free name");
+    net::listen(&socket, 16).expect("a bound socket");
+    socket
+}
+
+/// Holds the abstract `name` as a lock does, hands it over to the first who waits, and then keeps a copy of the socket, on
+/// which calls wait however often the receiver sets that they do not.
+pub fn hand_over(name: &str) {
+    let socket = bound(SocketType::SEQPACKET, name);
+    println!("holds");
+    let waiter = net::accept(&socket).expect("a waiter");
+    send(&waiter, &socket);
+    println!("handed over");
+    loop {
+        rustix::io::ioctl_fionbio(&socket, false).expect("a socket");
+    }
+}
+
+/// Holds the abstract `name`, and hands over a socket of another type with the same name, again and again.
+pub fn hand_over_another_type(name: &str) {
+    let socket = bound(SocketType::SEQPACKET, name);
+    let stream = bound(SocketType::STREAM, name);
+    println!("holds");
+    for round in 0.. {
+        let waiter = net::accept(&socket).expect("a waiter");
+        send(&waiter, &stream);
+        if round == 0 {
+            println!("handed over");
+        }
+    }
+}
+
+fn send(waiter: &OwnedFd, socket: &OwnedFd) {
+    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let descriptors = [socket.as_fd()];
+    control.push(SendAncillaryMessage::ScmRights(&descriptors));
+    // Who only looks has gone by then.
+    let _ = net::sendmsg(waiter, &[IoSlice::new(b"L")], &mut control, SendFlags::NOSIGNAL);
+    let _ = net::shutdown(waiter, Shutdown::Write);
 }
 
 fn address(name: &str) -> SocketAddrUnix {
@@ -26,9 +80,7 @@ pub fn connect(name: &str) -> Option<OwnedFd> {
 
 /// Sits on the abstract `name` until it is killed.
 pub fn squat(name: &str) {
-    let socket = socket();
-    net::bind(&socket, &address(name)).expect("a free name");
-    net::listen(&socket, 16).expect("a bound socket");
+    let _socket = bound(SocketType::SEQPACKET, name);
     println!("squatting");
     let _ = std::io::stdin().lines().count();
 }

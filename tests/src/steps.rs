@@ -24,11 +24,16 @@ const SCENARIOS: [&str; 3] = ["alone", "waiting", "followed"];
 pub fn play(spec: &Spec, scenario: &str) {
     let mut lines = crate::commands();
     let mut next = || lines.next().expect("a command");
-    let kill_at: usize = next().parse().expect("the number of a step");
+    let command = next();
+    let (stop, at) = command.strip_prefix("stop ").map_or((false, &*command), |at| (true, at));
+    let at: usize = at.parse().expect("the number of a step");
     let lock = spec.open();
     println!("ready");
     assert_eq!(next(), "go");
-    lockkit::steps::kill_at(kill_at);
+    match stop {
+        true => lockkit::steps::stop_at(at),
+        false => lockkit::steps::kill_at(at),
+    }
     crate::actor::announce();
     let guard = lock.acquire(&Wait::forever()).expect("the lock");
     if scenario == "followed" {
@@ -63,11 +68,74 @@ pub fn kill_at_every_step(kind: Kind) {
     }
 }
 
+/// Stops a holder at every step of a release to a waiter. The waiter may have the lock by then, or get it when the holder
+/// goes on; and if the waiter has it, the waiter can release it, and others get it, while the holder stays stopped.
+#[cfg(target_os = "linux")]
+pub fn stop_at_every_step_of_a_release(kind: Kind) {
+    if !lockkit::steps::ENABLED {
+        crate::left_out("this build has no steps to be stopped at; they need debug assertions");
+        return;
+    }
+    let mut handed_over = 0;
+    for at in 1.. {
+        let spec = kind.fresh();
+        let [mut waiter, mut third] = [(); 2].map(|()| Actor::start(&spec));
+        let mut victim = Actor::start_with(&spec, |command| _ = command.arg("steps").arg("followed"));
+        victim.expect(&format!("stop {at}"), "ready");
+        victim.tell("go");
+        let answer = crate::until_some("the victim holds, or is stopped", || {
+            victim.answered().or_else(|| crate::is_stopped(victim.pid()).then(|| "stopped".to_owned()))
+        });
+        if answer == "stopped" {
+            // A step of the acquisition.
+            victim.signal(rustix::process::Signal::CONT);
+            continue;
+        }
+        assert_eq!(answer, "held");
+        waiter.tell_to_wait("lock");
+        victim.tell("go");
+        let answer = crate::until_some("the victim has released, or is stopped", || {
+            victim.answered().or_else(|| crate::is_stopped(victim.pid()).then(|| "stopped".to_owned()))
+        });
+        let is_over = answer != "stopped";
+        // All that wakes the waiter has happened, so it sleeps on, or is about to have the lock.
+        let mut held = None;
+        crate::until("the waiter sleeps or holds", || {
+            held = waiter.answered();
+            held.is_some() || waiter.waits()
+        });
+        if let Some(answer) = held {
+            handed_over += 1;
+            assert_eq!(answer, "held", "stopped at step {at}");
+            waiter.expect("release", "released");
+            third.expect("lock-for 5000", "held");
+            third.expect("release", "released");
+            victim.signal(rustix::process::Signal::CONT);
+        } else {
+            victim.signal(rustix::process::Signal::CONT);
+            assert_eq!(waiter.answer(), "held", "stopped at step {at}");
+            waiter.expect("release", "released");
+        }
+        Actor::start(&spec).expect("try", "held");
+        spec.clean();
+        if is_over {
+            break;
+        }
+    }
+    assert!(handed_over >= 1, "the waiter never held while the holder was stopped");
+}
+
 /// Whether a process that died after these steps has left word that it held the lock.
 fn is_written(steps: &[String]) -> bool {
     const WRITTEN: [&str; 4] = ["holder written down", "file named", "lock word taken", "record written"];
-    const WIPED: [&str; 5] =
-        ["record wiped", "file removed", "lock word given back", "lock word given back to waiters", "record freed"];
+    const WIPED: [&str; 6] = [
+        "record wiped",
+        "receiver written down",
+        "file removed",
+        "lock word given back",
+        "lock word given back to waiters",
+        "record freed",
+    ];
     let last = steps.iter().rev().find(|step| WRITTEN.contains(&step.as_str()) || WIPED.contains(&step.as_str()));
     last.is_some_and(|step| WRITTEN.contains(&step.as_str()))
 }
@@ -210,7 +278,7 @@ pub fn stand_between_changes_of_the_others(player: &mut Actor) {
 /// Looks through what strace saw of a process with steps; says how many there were.
 #[cfg(target_os = "linux")]
 fn check_steps(what: &str, log: &str) -> usize {
-    const CHANGES: [&str; 19] = [
+    const CHANGES: [&str; 23] = [
         "accept4",
         "bind",
         "chmod",
@@ -219,6 +287,7 @@ fn check_steps(what: &str, log: &str) -> usize {
         "fchmod",
         "fdatasync",
         "flock",
+        "fsetxattr",
         "fsync",
         "ftruncate",
         "linkat",
@@ -227,7 +296,10 @@ fn check_steps(what: &str, log: &str) -> usize {
         "pwrite64",
         "recvmsg",
         "rename",
+        "renameat2",
         "sendmsg",
+        "sendto",
+        "shutdown",
         "unlink",
         "utimensat",
     ];

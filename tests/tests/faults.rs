@@ -74,6 +74,11 @@ fn any_system_call_may_fail_once_when_a_table_is_made_and_used() {
 }
 
 #[test]
+fn any_system_call_of_a_takeover_may_fail_once() {
+    faults::fail_each_call_of_a_takeover();
+}
+
+#[test]
 fn c4_fork_on_one_processor_waits_for_claims() {
     let name = lockkit_tests::fresh_name("lockkit-test-realtime");
     let Some(mut process) = RealTime::start("fork", &name) else { return };

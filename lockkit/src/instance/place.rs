@@ -47,8 +47,9 @@ impl Place {
             Reached::Nobody | Reached::Full => return Ok(None),
             Reached::Queue(connection) => connection,
         };
-        let Peer { uid, pid } = seqpacket::peer(&*connection).map_err(|error| self.io("ask who listens at", error))?;
-        if uid != self.user {
+        let peer = seqpacket::peer(&*connection).map_err(|error| self.io("ask who listens at", error))?;
+        if !seqpacket::is_own(&*connection, peer, self.user) {
+            let Peer { uid, pid } = peer;
             let pid = (pid != 0).then_some(pid);
             return Err(ErrorKind::ForeignOwner { lock: self.path.clone(), uid, pid }.into());
         }

@@ -309,7 +309,7 @@ impl Desk {
     fn admit(&mut self, watched: &Watched, connection: Shielded, now: Instant) -> bool {
         let Ok(sender) = seqpacket::peer(&*connection) else { return false };
         let id = self.next_id;
-        let is_admitted = sender.uid == self.user && watched.add(&*connection, id).is_ok();
+        let is_admitted = seqpacket::is_own(&*connection, sender, self.user) && watched.add(&*connection, id).is_ok();
         if is_admitted {
             self.next_id += 1;
             let inbox = Inbox::new(wire::MOST_REQUEST);

@@ -1,34 +1,120 @@
-//! Which abstract sockets there are, as [proc_net(5)] lists them in `unix`: who holds what, for people.
+//! Which abstract sockets there are, and which connections wait at them: who holds what, for people.
+//!
+//! The kernel answers by netlink (see [`unix_diag`]), where the number of waiters is exact. Where netlink is forbidden,
+//! [proc_net(5)] lists the same sockets in `unix`, without the users and without what has become of a connection.
 //!
 //! [proc_net(5)]: https://man7.org/linux/man-pages/man5/proc_pid_net.5.html
 
+use std::collections::{BTreeMap, HashMap};
+
 use crate::error::{Error, Result};
+use crate::sys::unix_diag::{self, CLOSE, ESTABLISHED, LISTEN, Socket};
 
 const LIST: &str = "/proc/net/unix";
+/// `SOCK_SEQPACKET`.
+const SEQPACKET: u8 = 5;
+
+/// The sockets of this network namespace.
+#[derive(Debug, Default)]
+pub(super) struct Sockets {
+    /// Those that have an abstract name, by the name.
+    bound: BTreeMap<String, Queue>,
+    /// Those that may wait, by inode.
+    connections: HashMap<u32, Connection>,
+}
+
+/// The connections that wait to be accepted.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Queue {
+    /// Their inodes, 0 for one whose other end is closed.
+    Known(Vec<u32>),
+    /// As many at most.
+    Counted(u32),
+}
+
+#[derive(Debug)]
+struct Connection {
+    uid: Option<u32>,
+    /// A waiter says who it is; a process that only looks who holds does not.
+    has_announced: bool,
+}
+
+impl Sockets {
+    pub(super) fn read() -> Result<Self> {
+        match unix_diag::dump() {
+            Ok(sockets) => Ok(Self::of(sockets)),
+            // Others' names may be any bytes.
+            Err(_) => match std::fs::read(LIST) {
+                Ok(list) => Ok(Self::parse(&String::from_utf8_lossy(&list))),
+                Err(error) => Err(Error::io("read", LIST, error)),
+            },
+        }
+    }
+
+    fn of(sockets: Vec<Socket>) -> Self {
+        let mut found = Self::default();
+        for socket in sockets.into_iter().filter(|socket| socket.kind == SEQPACKET) {
+            if socket.state == ESTABLISHED {
+                let connection = Connection { uid: socket.uid, has_announced: socket.unread > 0 };
+                found.connections.insert(socket.inode, connection);
+            } else if [LISTEN, CLOSE].contains(&socket.state) {
+                let name = socket.name.strip_prefix(b"\0").and_then(|name| String::from_utf8(name.to_vec()).ok());
+                found.bound.extend(name.map(|name| (name, Queue::Known(socket.queue))));
+            }
+        }
+        found
+    }
+
+    fn parse(list: &str) -> Self {
+        let mut found = Self::default();
+        for line in list.lines().filter_map(parse) {
+            match found.bound.entry(line.name).or_insert(Queue::Counted(0)) {
+                Queue::Counted(count) if line.queued => *count += 1,
+                _ => {}
+            }
+        }
+        found
+    }
+
+    /// Those that have an abstract name.
+    pub(super) fn bound(&self) -> impl Iterator<Item = (&str, &Queue)> {
+        self.bound.iter().map(|(name, queue)| (name.as_str(), queue))
+    }
+
+    pub(super) fn at(&self, name: &str) -> Option<&Queue> {
+        self.bound.get(name)
+    }
+
+    /// How many in the queue are waiters, of `user` if it is one user's lock.
+    pub(super) fn waiters(&self, queue: &Queue, user: Option<u32>) -> u32 {
+        match queue {
+            Queue::Counted(count) => *count,
+            Queue::Known(inodes) => {
+                let is_of = |uid: Option<u32>| uid.is_none() || user.is_none() || uid == user;
+                let waits = |connection: &&Connection| connection.has_announced && is_of(connection.uid);
+                inodes.iter().filter_map(|inode| self.connections.get(inode)).filter(waits).count() as u32
+            }
+        }
+    }
+}
 
 /// A socket with an abstract name.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Abstract {
-    pub(super) name: String,
+struct Line {
+    name: String,
     /// Whether it is the far end of a connection that nobody has accepted yet; else it is the one that has the name.
-    pub(super) queued: bool,
-}
-
-/// All of this network namespace.
-pub(super) fn all() -> Result<Vec<Abstract>> {
-    // Others' names may be any bytes.
-    let list = std::fs::read(LIST).map_err(|error| Error::io("read", LIST, error))?;
-    Ok(String::from_utf8_lossy(&list).lines().filter_map(parse).collect())
+    queued: bool,
 }
 
 /// Reads `0000000000000000: 00000002 00000000 00010000 0005 01 12345 @name`.
-fn parse(line: &str) -> Option<Abstract> {
+fn parse(line: &str) -> Option<Line> {
     /// `SS_CONNECTING`, which the kernel says of a connection that waits to be accepted.
     const CONNECTING: &str = "02";
-    let mut words = line.split_ascii_whitespace();
-    let state = words.nth(5)?;
+    let mut words = line.split_ascii_whitespace().skip(4);
+    let kind = u8::from_str_radix(words.next()?, 16).ok()?;
+    let state = words.next()?;
     let name = words.nth(1)?.strip_prefix('@')?.to_owned();
-    Some(Abstract { name, queued: state == CONNECTING })
+    (kind == SEQPACKET).then(|| Line { name, queued: state == CONNECTING })
 }
 
 #[cfg(test)]
@@ -38,9 +124,13 @@ mod tests {
     #[test]
     fn a_line_tells_the_holder_from_who_waits() {
         let line = |state| format!("0000000000000000: 00000002 00000000 00010000 0005 {state} 12345 @lockkit/u0/a");
-        assert_eq!(parse(&line("01")), Some(Abstract { name: "lockkit/u0/a".into(), queued: false }));
+        assert_eq!(parse(&line("01")), Some(Line { name: "lockkit/u0/a".into(), queued: false }));
         assert!(parse(&line("02")).unwrap().queued);
         assert_eq!(parse("0000000000000000: 00000002 00000000 00010000 0001 01 12345 /run/x"), None);
+        assert_eq!(parse("0000000000000000: 00000002 00000000 00010000 0001 01 12345 @lockkit/u0/a"), None);
         assert_eq!(parse("Num       RefCount Protocol Flags    Type St Inode Path"), None);
+        let list = [line("01"), line("02"), line("02")].join("\n");
+        let sockets = Sockets::parse(&list);
+        assert_eq!(sockets.waiters(sockets.at("lockkit/u0/a").unwrap(), Some(0)), 2);
     }
 }

@@ -56,15 +56,26 @@ impl FolderLock {
         Ok((guard, recovered))
     }
 
-    /// The names of the locks that somebody holds now. Makes nothing.
-    pub(super) fn list(sharing: Sharing) -> Vec<String> {
+    /// The locks that are held now: name, owner and number of waiters. Makes nothing.
+    pub(super) fn list(sharing: Sharing) -> Vec<(String, Option<Owner>, u32)> {
         let Some(folder) = folder::path(sharing) else { return Vec::new() };
-        let held = |entry: std::io::Result<std::fs::DirEntry>| {
-            let file = entry.ok()?.file_name().into_string().ok()?;
+        let mut living = mark::Living::default();
+        #[cfg(target_os = "linux")]
+        let table = crate::flocks::FileLocks::of_table();
+        let mut held = |entry: std::io::Result<std::fs::DirEntry>| {
+            let entry = entry.ok()?;
+            let file = entry.file_name().into_string().ok()?;
             let name = folder::name_of(&file, sharing)?.strip_suffix(".lock")?.to_owned();
-            Self::new(&name, sharing).owner().map(|_| name)
+            let lock = Self::new(&name, sharing);
+            let owner = lock.recorded().filter(|owner| living.has(owner))?;
+            // The table is read once for all of them.
+            #[cfg(target_os = "linux")]
+            let waiters = table.on(&entry.path()).ok().and_then(|on| on.flock).map_or(0, |locked| locked.waiters);
+            #[cfg(not(target_os = "linux"))]
+            let waiters = lock.waiters().unwrap_or_default();
+            Some((name, Some(owner), waiters))
         };
-        std::fs::read_dir(folder).into_iter().flatten().filter_map(held).collect()
+        std::fs::read_dir(folder).into_iter().flatten().filter_map(&mut held).collect()
     }
 
     /// Who waits for it in the kernel.
@@ -88,12 +99,22 @@ impl FolderLock {
     }
 
     pub(super) fn owner(&self) -> Option<Owner> {
+        self.recorded().filter(|owner| owner.liveness_by_name() != Liveness::Dead)
+    }
+
+    /// The holder by the record in the file, which may have died.
+    fn recorded(&self) -> Option<Owner> {
         let path = folder::open(self.sharing).ok()?.file(&self.file());
         // Somebody may have put a link or a FIFO there, which must not be followed or waited for.
         let mut options = OpenOptions::new();
         options.read(true).custom_flags(files::NOFOLLOW | files::NONBLOCK);
-        let owner = mark::holder(&files::open(&options, &path).ok()?)?;
-        (owner.liveness_by_name() != Liveness::Dead).then_some(owner)
+        mark::holder(&files::open(&options, &path).ok()?)
+    }
+
+    /// Whether a record names a living holder. Makes nothing.
+    #[cfg(all(any(target_os = "linux", windows), feature = "cli"))]
+    pub(super) fn is_held(&self) -> bool {
+        folder::path(self.sharing).is_some() && self.owner().is_some()
     }
 
     fn open(&self) -> Result<Arc<Opened>> {

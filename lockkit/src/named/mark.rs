@@ -16,30 +16,22 @@
 //! 6..10  program name, UTF-8, filled with zeros
 //! 10     sum of the words 1 to 9, so that half a record is not believed
 //! 11     when acquired, nanoseconds since the epoch
-//! 12     whether somebody waits: set by waiters that have queued up, cleared by a holder that finds no queue
+//! 12     unused
 //! ```
+//! The records of locks that are no file have the same words, but for the first, in a table: see `records`.
 
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::fs::File;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use crate::lock::Recovered;
-use crate::owner::Owner;
+use crate::owner::{Liveness, Owner};
 use crate::steps::step;
 use crate::sys::files::FileExt;
 use crate::sys::{fork, process};
-#[cfg(target_os = "linux")]
-use crate::{
-    error::Result,
-    sys::{
-        folder::{self, Folder, Sharing},
-        fork::Shielded,
-        mapping::Mapping,
-        unnamed,
-    },
-};
 #[cfg(target_os = "linux")]
 use rustix::fs::{FallocateFlags, fallocate};
 
@@ -50,14 +42,15 @@ pub(crate) const BYTES: usize = WORDS * WORD;
 const WORD: usize = size_of::<u64>();
 
 const STATE: usize = 0;
-const IDENTITY: Range<usize> = 1..SUM;
+/// The words that say who the holder is.
+pub(super) const IDENTITY: Range<usize> = 1..SUM;
+pub(super) const PID: usize = 1;
+const START: usize = 2;
+pub(super) const NAMESPACE: usize = 3;
 const PROGRAM: Range<usize> = 6..SUM;
-const SUM: usize = 10;
-const ACQUIRED: usize = 11;
-#[cfg(target_os = "linux")]
-const WAITED_FOR: usize = 12;
-
-/// The words that a holder writes: all but what waiters write.
+pub(super) const SUM: usize = 10;
+pub(super) const ACQUIRED: usize = 11;
+/// The words that a holder writes.
 const WRITTEN_BY_HOLDER: Range<usize> = STATE..ACQUIRED + 1;
 
 /// The holder released, or there never was one.
@@ -65,7 +58,7 @@ const WIPED: u64 = 0;
 /// A holder is inside, or died there. Changes with the layout.
 const WRITTEN: u64 = u64::from_ne_bytes(*b"lockkit2");
 
-type Words = [u64; WORDS];
+pub(super) type Words = [u64; WORDS];
 
 /// Where a record stands. What cannot be read is no record, and what cannot be written is left: both lose a report
 /// only.
@@ -157,33 +150,51 @@ pub(crate) fn holder(slate: &impl Slate) -> Option<Owner> {
 }
 
 fn write_current(slate: &impl Slate) {
+    with_current(|record| slate.write(record, now()));
+}
+
+/// Hands `what` the record of this process.
+pub(super) fn with_current<T>(what: impl Fn(&Words) -> T) -> T {
     thread_local! {
         /// This process's record, and the fork generation that it belongs to.
         static CURRENT: RefCell<Option<(u32, Words)>> = const { RefCell::new(None) };
     }
     let generation = fork::generation();
-    let written = CURRENT.try_with(|current| match &mut *current.borrow_mut() {
-        Some((made, record)) if *made == generation => slate.write(record, now()),
-        current => slate.write(&current.insert((generation, encode(&Owner::current()))).1, now()),
+    let done = CURRENT.try_with(|current| match &mut *current.borrow_mut() {
+        Some((made, record)) if *made == generation && record[START] != 0 => what(record),
+        current => what(&current.insert((generation, encode(&Owner::current()))).1),
     });
     // A thread that is ending has no thread-local store any more.
-    if written.is_err() {
-        slate.write(&encode(&Owner::current()), now());
+    done.unwrap_or_else(|_| what(&encode(&Owner::current())))
+}
+
+/// Which processes live, each looked at once, for a list.
+#[derive(Debug, Default)]
+pub(super) struct Living(HashMap<Identity, bool>);
+
+/// Pid, start time and pid namespace, boot.
+type Identity = (u32, [Option<u64>; 2], Option<u128>);
+
+impl Living {
+    /// Whether the owner lives, or may.
+    pub(super) fn has(&mut self, owner: &Owner) -> bool {
+        let identity = (owner.pid, [owner.start, owner.namespace], owner.boot);
+        *self.0.entry(identity).or_insert_with(|| owner.liveness_by_name() != Liveness::Dead)
     }
 }
 
 /// Nanoseconds since the epoch, by the clock that is cheapest to read: a few milliseconds do not matter to people.
-fn now() -> u64 {
+pub(super) fn now() -> u64 {
     let since = process::cheap_time().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     since.as_nanos() as u64
 }
 
-fn encode(owner: &Owner) -> Words {
+pub(super) fn encode(owner: &Owner) -> Words {
     let mut words = [0; WORDS];
     words[STATE] = WRITTEN;
-    words[1] = owner.pid.into();
-    words[2] = owner.start.unwrap_or_default();
-    words[3] = owner.namespace.unwrap_or_default();
+    words[PID] = owner.pid.into();
+    words[START] = owner.start.unwrap_or_default();
+    words[NAMESPACE] = owner.namespace.unwrap_or_default();
     let boot = owner.boot.unwrap_or_default();
     (words[4], words[5]) = (boot as u64, (boot >> 64) as u64);
     let program = owner.program.as_deref().unwrap_or_default();
@@ -201,19 +212,24 @@ fn encode(owner: &Owner) -> Words {
 }
 
 fn decode(words: &Words) -> Option<Owner> {
-    if words[STATE] != WRITTEN || words[SUM] != sum(words) {
+    (words[STATE] == WRITTEN).then(|| owner_of(words)).flatten()
+}
+
+/// The holder that the words name, whatever their state; `None` where they are not one whole record.
+pub(super) fn owner_of(words: &Words) -> Option<Owner> {
+    if words[SUM] != sum(words) {
         return None;
     }
     let some = |word: u64| (word != 0).then_some(word);
     let program: Vec<u8> =
         words[PROGRAM].iter().flat_map(|word| word.to_ne_bytes()).take_while(|byte| *byte != 0).collect();
     Some(Owner {
-        pid: u32::try_from(words[1]).ok()?,
-        start: some(words[2]),
-        namespace: some(words[3]),
+        pid: u32::try_from(words[PID]).ok()?,
+        start: some(words[START]),
+        namespace: some(words[NAMESPACE]),
         boot: Some(u128::from(words[4]) | u128::from(words[5]) << 64).filter(|boot| *boot != 0),
         // A named lock is this machine's; an earlier boot of it is told by the boot id.
-        host: Some(process::host().to_owned()),
+        host: process::host().map(str::to_owned),
         program: String::from_utf8(program).ok().filter(|program| !program.is_empty()),
         acquired: some(words[ACQUIRED])
             .and_then(|nanos| SystemTime::UNIX_EPOCH.checked_add(Duration::from_nanos(nanos))),
@@ -221,103 +237,8 @@ fn decode(words: &Words) -> Option<Owner> {
 }
 
 /// FNV-1a over words: it guards against halves, not against forgers.
-fn sum(words: &Words) -> u64 {
+pub(super) fn sum(words: &Words) -> u64 {
     words[IDENTITY].iter().fold(0xcbf2_9ce4_8422_2325, |sum, word| (sum ^ word).wrapping_mul(0x0000_0100_0000_01b3))
-}
-
-/// The record of a lock that is no file itself, kept in memory where no disk is involved and no full one matters.
-#[cfg(target_os = "linux")]
-#[derive(Debug)]
-pub(crate) struct Mark {
-    name: String,
-    sharing: Sharing,
-    file: Shielded<File>,
-    mapping: Option<Mapping>,
-}
-
-#[cfg(target_os = "linux")]
-impl Mark {
-    /// Opens or makes the record of the lock `name`: in memory, or where the file backend has its locks if there is no
-    /// memory to be had.
-    pub(crate) fn open(name: &str, sharing: Sharing) -> Result<Self> {
-        Self::open_in(folder::open_in("/dev/shm".as_ref(), sharing), name, sharing)
-            .or_else(|_| Self::open_in(folder::open(sharing), name, sharing))
-    }
-
-    /// It is mapped where its memory cannot be pulled away: a file in memory, complete, that only this user can change.
-    fn open_in(folder: Result<Folder>, name: &str, sharing: Sharing) -> Result<Self> {
-        let file = folder?.open_file(&format!("{name}.record"))?;
-        let Ok(file) = Shielded::new(|| Ok::<_, std::convert::Infallible>(file));
-        let file = file.know().keep_across_fork();
-        let private = matches!(sharing, Sharing::User(_));
-        let complete = || {
-            let complete = fallocate(&*file, FallocateFlags::empty(), 0, BYTES as u64).is_ok();
-            step("room for the record reserved");
-            complete
-        };
-        let mapping =
-            if private && unnamed::is_in_memory(&file) && complete() { Mapping::new(&file, WORDS).ok() } else { None };
-        Ok(Self { name: name.to_owned(), sharing, file, mapping })
-    }
-
-    pub(crate) fn take(&self) -> Option<Box<Recovered>> {
-        match self.words() {
-            Some(words) => take(words),
-            None => self.with_file(take).flatten(),
-        }
-    }
-
-    pub(crate) fn name(&self, owner: &Owner) {
-        match self.words() {
-            Some(words) => name(words, owner),
-            None => drop(self.with_file(|file| name(file, owner))),
-        }
-    }
-
-    pub(crate) fn holder(&self) -> Option<Owner> {
-        match self.words() {
-            Some(words) => holder(words),
-            None => self.with_file(holder).flatten(),
-        }
-    }
-
-    pub(crate) fn wipe(&self) {
-        match self.words() {
-            Some(words) => words.wipe(),
-            None => drop(self.with_file(Slate::wipe)),
-        }
-    }
-
-    /// Uses the file, through another descriptor if the program has closed this one.
-    fn with_file<T>(&self, work: impl FnOnce(&File) -> T) -> Option<T> {
-        match self.file.is_own() {
-            true => Some(work(&self.file)),
-            false => Some(work(&Self::open(&self.name, self.sharing).ok()?.file)),
-        }
-    }
-
-    fn words(&self) -> Option<&[AtomicU64; WORDS]> {
-        self.mapping.as_ref()?.words().first_chunk()
-    }
-
-    /// Says that somebody waits; to be called once in the queue.
-    pub(crate) fn set_waited_for(&self) {
-        if let Some(words) = self.words() {
-            words[WAITED_FOR].store(1, Ordering::SeqCst);
-        }
-    }
-
-    /// Says that nobody waits; to be called by the holder that found its queue empty, before it closes it.
-    pub(crate) fn clear_waited_for(&self) {
-        if let Some(words) = self.words() {
-            words[WAITED_FOR].store(0, Ordering::SeqCst);
-        }
-    }
-
-    /// Whether somebody waits; `None` when the record is not mapped, for then it is quicker to ask the queue itself.
-    pub(crate) fn is_waited_for(&self) -> Option<bool> {
-        Some(self.words()?[WAITED_FOR].load(Ordering::SeqCst) != 0)
-    }
 }
 
 #[cfg(test)]

@@ -9,6 +9,8 @@ mod abstracts;
 mod file;
 pub(crate) mod mark;
 #[cfg(target_os = "linux")]
+mod records;
+#[cfg(target_os = "linux")]
 mod socket;
 #[cfg(windows)]
 mod windows;
@@ -189,21 +191,46 @@ impl NamedLock {
     /// # Errors
     /// [`Io`](crate::ErrorKind::Io) when the system does not say which sockets there are.
     pub fn list(scope: Scope) -> Result<Vec<Self>> {
+        Ok(Self::held(scope)?.into_iter().map(|held| held.lock).collect())
+    }
+
+    /// The locks of this user, or of the machine, that are held now, by name, of every backend, with their owners and
+    /// the number of their waiters. It looks at all of them at once, which is much faster than asking each lock. The
+    /// result is a snapshot. Takes and makes nothing.
+    ///
+    /// Found are the same locks as by [`list`](Self::list).
+    ///
+    /// ```
+    /// use lockkit::{NamedLock, Scope};
+    /// # fn main() -> lockkit::Result<()> {
+    /// let _guard = NamedLock::new("lockkit-doc-held")?.lock()?;
+    /// for held in NamedLock::held(Scope::User)? {
+    ///     let owner = held.owner().map_or("an unknown process".to_owned(), |owner| owner.describe());
+    ///     println!("{}: {owner}, {} wait", held.lock().name(), held.waiters());
+    /// }
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Io`](crate::ErrorKind::Io) when the system does not say which sockets there are.
+    pub fn held(scope: Scope) -> Result<Vec<HeldNamedLock>> {
         let sharing = scope.sharing();
         #[cfg(target_os = "linux")]
-        let sockets = socket::SocketLock::list(sharing)?;
+        let found = socket::SocketLock::list(sharing)?;
         #[cfg(windows)]
-        let sockets = windows::MutexLock::list(sharing);
+        let found = windows::MutexLock::list(sharing);
         #[cfg(not(any(target_os = "linux", windows)))]
-        let sockets = Vec::new();
-        let files = file::FolderLock::list(sharing);
-        let sockets = sockets.into_iter().map(|name| (name, Backend::Auto));
-        let mut found: Vec<_> = sockets.chain(files.into_iter().map(|name| (name, Backend::File))).collect();
-        found.sort_by(|one, other| one.0.cmp(&other.0));
-        // Whoever binds a name that breaks the rule holds no lock of ours.
-        let build =
-            |(name, backend): (String, Backend)| Self::builder(&name).scope(scope).backend(backend).build().ok();
-        Ok(found.into_iter().filter_map(build).collect())
+        let found: Vec<(String, Option<Owner>, u32)> = Vec::new();
+        let found = found.into_iter().map(|found| (found, Backend::Auto));
+        let files = file::FolderLock::list(sharing).into_iter().map(|found| (found, Backend::File));
+        // A process that binds a name which breaks the rule holds no lock of lockkit's.
+        let build = |((name, owner, waiters), backend): ((String, _, _), Backend)| {
+            let lock = Self::builder(&name).scope(scope).backend(backend).build().ok()?;
+            Some(HeldNamedLock { lock, owner, waiters })
+        };
+        let mut held: Vec<_> = found.chain(files).filter_map(build).collect();
+        held.sort_by(|one, other| one.lock.name().cmp(other.lock.name()));
+        Ok(held)
     }
 
     /// The name.
@@ -227,9 +254,14 @@ impl NamedLock {
         }
     }
 
-    /// How many wait for the lock now, at most: with the socket backend, who has given up or looked who holds it is
-    /// counted until the next release. With the file backend only those who wait without a limit are, and only on
-    /// Linux; of a mutex none are known.
+    /// How many wait for the lock now. The result is a snapshot.
+    ///
+    /// With the socket backend the number is exact: waiters that have died or given up, and connections of other users to a
+    /// lock of [`Scope::User`], do not count. Where the process may not use netlink ([sock_diag(7)]), they do, and so do
+    /// processes that only ask for the owner. With the file backend waiters without a limit count, and only on Linux. Of a
+    /// mutex no waiter is known.
+    ///
+    /// [sock_diag(7)]: https://man7.org/linux/man-pages/man7/sock_diag.7.html
     ///
     /// # Errors
     /// [`Io`](crate::ErrorKind::Io) when the system does not say.
@@ -308,6 +340,18 @@ impl NamedLock {
         NamedGuard { named: self.0.clone(), hold: Some(hold), recovered, generation: fork::generation() }
     }
 
+    /// Whether the lock is held now, for a caller that asks again and again.
+    #[cfg(all(any(target_os = "linux", windows), feature = "cli"))]
+    pub(crate) fn is_held(&self) -> Result<bool> {
+        match &self.0.engine {
+            #[cfg(target_os = "linux")]
+            Engine::Socket(engine) => engine.is_held(),
+            #[cfg(windows)]
+            Engine::Mutex(engine) => Ok(engine.owner().is_some()),
+            Engine::File(engine) => Ok(engine.is_held()),
+        }
+    }
+
     /// Who holds the lock now; `None` when nobody does. By the time it returns it may already be past.
     ///
     /// Where the holder has left no record (see [`NamedGuard::recovered`]) the socket backend asks the kernel, which
@@ -357,6 +401,31 @@ impl Subject for Named {
 
     fn holder(&self) -> Option<Owner> {
         self.owner().unwrap_or_default()
+    }
+}
+
+/// A [`NamedLock`] that was held when [`NamedLock::held`] looked.
+#[derive(Clone, Debug)]
+pub struct HeldNamedLock {
+    lock: NamedLock,
+    owner: Option<Owner>,
+    waiters: u32,
+}
+
+impl HeldNamedLock {
+    /// The lock.
+    pub fn lock(&self) -> &NamedLock {
+        &self.lock
+    }
+
+    /// The holder, as far as its record tells; unlike [`NamedLock::owner`] this never asks the kernel.
+    pub fn owner(&self) -> Option<&Owner> {
+        self.owner.as_ref()
+    }
+
+    /// How many wait, as [`NamedLock::waiters`] counts.
+    pub fn waiters(&self) -> u32 {
+        self.waiters
     }
 }
 

@@ -1,26 +1,36 @@
-//! A named lock as a listening socket: who listens at the name holds it, and releasing passes the socket on.
+//! A named lock as a listening socket: the process that listens at the name holds the lock, and a release passes the
+//! socket on.
 //!
-//! - *Acquire*: bind the abstract name and listen; that is holding. If the name is taken, connect to the holder and
-//!   wait on the connection: the queue of connections that the holder has not accepted is the queue of waiters, first
-//!   come, first served.
-//! - *Release*: accept the first connection whose peer is trusted and still there, and send it the listening socket.
-//!   The name is taken throughout, so nobody barges in. With no waiter left, close the socket.
-//! - *Death* of the holder closes its socket: each waiter sees its connection hang up and goes back to bind. A waiter
-//!   that dies, also with the lock on its way to it, is closed and skipped in the same manner.
+//! | event | mechanism |
+//! |---|---|
+//! | acquire, free | `bind` and `listen` succeed. The listener is the holder. |
+//! | acquire, held | `connect` to the holder, then `poll` the connection. The accept queue is the FIFO queue of waiters. |
+//! | release | Accept the first live, trusted waiter, record it, and send it the listening socket (SCM_RIGHTS). Close the own copy, then end the stream. The address stays bound. Without waiters, close the socket. |
+//! | the holder dies | The kernel closes the socket. Every waiter sees a hang-up and binds again. |
+//! | a waiter dies or gives up | Its connection is closed, and the release skips it. A socket in flight to it is closed by the kernel. |
 //!
-//! The new owner listens again, so that the credentials which the kernel shows to whoever connects are its own. What a
-//! dead holder leaves behind is told by a record in memory (see [`mark`](super::mark)). The same record says whether
-//! anybody waits, which saves the holder from asking the kernel at every release; a waiter that it does not know of
-//! sees its connection hang up, as at a death, and goes back to bind.
+//! # Guarantees
+//! - A waiter holds the lock when it has the socket and has seen the end of the stream. So no earlier holder has a copy of
+//!   the socket then, wherever that holder is stopped. Until then the earlier holder holds.
+//! - A socket that another user has had is never accepted from and never passed on: that user may let `accept` block, or
+//!   hand copies to others. Its release closes it, and its waiters bind again.
+//! - A release looks at [`MAX_SKIPPED`] connections in a row at most. If none of them is a live waiter, it closes the
+//!   socket, and the waiters behind them bind again in any order.
+//!
+//! The new holder calls `listen` again, so that the credentials which the kernel shows to whoever connects are its own. A
+//! record in memory (see [`records`](super::records)) tells the next holder of a death, and names the holder. Its table
+//! also counts the waiters that have queued up, which saves a holder from asking the kernel at every release: a waiter that
+//! is not counted sees a hang-up and binds again.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use rustix::io::Errno;
 
-use super::abstracts;
-use super::mark::Mark;
+use super::abstracts::Sockets;
+use super::mark::{self, IDENTITY, SUM, Words};
+use super::records::{Holders, Mark};
 #[cfg(feature = "tokio")]
 use crate::awaiting;
 use crate::error::{Error, ErrorKind, Result};
@@ -28,19 +38,22 @@ use crate::lock::Recovered;
 use crate::owner::{Liveness, Owner};
 use crate::steps::step;
 use crate::sys::clock::nanos;
-use crate::sys::event;
-use crate::sys::folder::Sharing;
+use crate::sys::folder::{self, Sharing};
 use crate::sys::fork::{self, Shielded};
-use crate::sys::seqpacket::{self, Address, Peer, Reached, Received};
+use crate::sys::seqpacket::{self, Address, Arrived, Peer, Reached};
+use crate::sys::{event, user};
 use crate::wait::{Backoff, Patience, Subject, Wait, Waited};
 
 /// For how long somebody who does not want to wait looks again at a lock that seems to be held by nobody alive: its
 /// holder is about to begin or to end, or its socket is still open in a child that is about to start a program.
 const MOMENT: Duration = Duration::from_secs(1);
 
+/// After so many connections in a row that are no live waiters, a release closes the socket: one connection costs some
+/// tens of microseconds, and the kernel drops all of them in a fraction of that.
+const MAX_SKIPPED: usize = 64;
+
 #[derive(Debug)]
 pub(super) struct SocketLock {
-    name: String,
     sharing: Sharing,
     address: Address,
     mark: OnceLock<Mark>,
@@ -56,8 +69,21 @@ pub(super) struct Hold {
     pub(super) socket: Shielded,
     /// What it came through, if it was handed over. It is closed after the release, for which others may wait, and not
     /// between the hand-over and the work: closing a connection takes a tenth of a hand-over.
-    _connection: Option<Shielded>,
+    connection: Option<Shielded>,
+    origin: Origin,
+    /// When the socket was last seen to be this lock's, as [`nanos`].
     since: u64,
+}
+
+/// What is known of the queue of a socket that is held.
+#[derive(Debug)]
+enum Origin {
+    /// This process bound the name when the table had counted so many waiters, where it counts them.
+    Bound(Option<u64>),
+    /// It was handed over, so more may wait.
+    HandedOver,
+    /// Another user has had it.
+    Foreign,
 }
 
 /// An acquisition that has found the lock held: what it does between its sleeps, whoever sleeps, a thread or a task.
@@ -70,6 +96,8 @@ struct Turn<'l> {
     backoff: Backoff,
     /// In the holder's queue, if it could be reached.
     connection: Option<Shielded>,
+    /// What has come through the connection, before the end of the stream.
+    arrived: Option<Arrived>,
 }
 
 /// What came of one attempt.
@@ -87,7 +115,7 @@ impl<'l> Turn<'l> {
         let is_brief = patience.is_none();
         let moment = if lock.mark().is_some() { MOMENT } else { Duration::ZERO };
         let patience = patience.unwrap_or_else(|| Patience::brief(moment));
-        Self { lock, subject, patience, is_brief, backoff: Backoff::new(), connection: None }
+        Self { lock, subject, patience, is_brief, backoff: Backoff::new(), connection: None, arrived: None }
     }
 
     /// Binds the name, or queues up at its holder.
@@ -96,14 +124,14 @@ impl<'l> Turn<'l> {
             return Err(self.subject.held());
         }
         if self.connection.is_none() {
-            if let Some(socket) = self.lock.listen()? {
-                return Ok(Attempt::Taken(self.lock.begin(socket)));
+            if let Some(taken) = self.lock.bind()? {
+                return Ok(Attempt::Taken(taken));
             }
             self.connection = self.lock.queue_up(self.subject)?;
-            if !self.is_brief && self.connection.is_some() {
+            if let Some(connection) = self.connection.as_ref().filter(|_| !self.is_brief) {
+                mark::with_current(|record| seqpacket::announce(connection, &announcement(record)));
                 if let Some(mark) = self.lock.mark() {
-                    mark.set_waited_for();
-                    step("waiter written down");
+                    mark.count_waiter();
                 }
                 self.backoff = Backoff::new();
             }
@@ -117,10 +145,14 @@ impl<'l> Turn<'l> {
     /// Takes what has arrived, also when the time is over.
     fn wake(&mut self, waited: Waited) -> Result<Option<Taken>> {
         if let Some(connection) = &self.connection {
-            match self.lock.receive(connection)? {
-                Received::Lock(socket) => return self.lock.take_over(socket, self.connection.take()).map(Some),
-                Received::HungUp => self.connection = None,
-                Received::Nothing => {}
+            let has_ended = seqpacket::receive(connection, &mut self.arrived);
+            if has_ended.map_err(|error| self.lock.io("receive", error))? {
+                let connection = self.connection.take();
+                if let (Some(arrived), Some(connection)) = (self.arrived.take(), connection) {
+                    if let Some(hold) = self.lock.take_over(arrived, connection)? {
+                        return Ok(Some((hold, None)));
+                    }
+                }
             }
         }
         match waited {
@@ -132,17 +164,24 @@ impl<'l> Turn<'l> {
 }
 
 impl SocketLock {
-    /// The names of the locks that somebody holds now.
-    pub(super) fn list(sharing: Sharing) -> Result<Vec<String>> {
+    /// The locks that are held now: name, owner and number of waiters.
+    pub(super) fn list(sharing: Sharing) -> Result<Vec<(String, Option<Owner>, u32)>> {
         let prefix = prefix(sharing);
-        let held = |socket: abstracts::Abstract| Some(socket.name.strip_prefix(&prefix)?.to_owned());
-        Ok(abstracts::all()?.into_iter().filter(|socket| !socket.queued).filter_map(held).collect())
+        let sockets = Sockets::read()?;
+        let mut holders = Holders::read(sharing);
+        let mut living = mark::Living::default();
+        let held = sockets.bound().filter_map(|(address, queue)| {
+            let name = address.strip_prefix(&prefix)?;
+            let owner = holders.of(name).filter(|owner| living.has(owner));
+            Some((name.to_owned(), owner, sockets.waiters(queue, user_of(sharing))))
+        });
+        Ok(held.collect())
     }
 
     pub(super) fn new(name: &str, sharing: Sharing) -> Result<Self> {
         let socket = prefix(sharing) + name;
         let address = seqpacket::address(&socket).map_err(|error| Error::io("name", format!("@{socket}"), error))?;
-        Ok(Self { name: name.to_owned(), sharing, address, mark: OnceLock::new() })
+        Ok(Self { sharing, address, mark: OnceLock::new() })
     }
 
     pub(super) fn acquire(&self, wait: &Wait, subject: &dyn Subject) -> Result<Taken> {
@@ -155,7 +194,7 @@ impl SocketLock {
                 Attempt::Taken(taken) => return Ok(taken),
                 Attempt::Sleep(pause) => pause,
             };
-            let waited = turn.patience.wait(turn.connection.as_ref().map(|queued| queued.as_fd()), pause)?;
+            let waited = turn.patience.wait_for_end(turn.connection.as_ref().map(|queued| queued.as_fd()), pause)?;
             if let Some(taken) = turn.wake(waited)? {
                 return Ok(taken);
             }
@@ -186,45 +225,62 @@ impl SocketLock {
 
     fn acquire_free(&self, wait: &Wait, subject: &dyn Subject) -> Result<Option<Taken>> {
         wait.check(subject)?;
-        Ok(self.listen()?.map(|socket| self.begin(socket)))
+        self.bind()
+    }
+
+    /// Binds the name, if no process has it.
+    fn bind(&self) -> Result<Option<Taken>> {
+        let mark = self.mark();
+        // Waiters queue up from the moment on at which the socket listens.
+        let waits = mark.and_then(Mark::waits);
+        let Some(socket) = seqpacket::listen_at(&self.address).map_err(|error| self.io("bind", error))? else {
+            return Ok(None);
+        };
+        let died = self.mark().and_then(|mark| mark.take(true));
+        Ok(Some((Hold { socket, connection: None, origin: Origin::Bound(waits), since: nanos() }, died)))
     }
 
     /// Queues up at the holder; `None` when it cannot be reached.
     fn queue_up(&self, subject: &dyn Subject) -> Result<Option<Shielded>> {
-        match seqpacket::connect(&self.address).map_err(|error| self.io("connect to", error))? {
+        let is_shared = self.sharing == Sharing::Machine;
+        match seqpacket::connect(&self.address, is_shared).map_err(|error| self.io("connect to", error))? {
             Reached::Nobody | Reached::Full => Ok(None),
             Reached::Queue(connection) => {
-                let Peer { uid, pid } = self.peer(&connection)?;
-                if self.trusts(uid) {
+                let peer = self.peer(&connection)?;
+                if self.trusts(&connection, peer) {
                     return Ok(Some(connection));
                 }
+                let Peer { uid, pid } = peer;
                 let pid = (pid != 0).then_some(pid);
                 Err(ErrorKind::ForeignOwner { lock: subject.describe(), uid, pid }.into())
             }
         }
     }
 
-    fn listen(&self) -> Result<Option<Shielded>> {
-        seqpacket::listen_at(&self.address).map_err(|error| self.io("bind", error))
-    }
-
-    /// Makes the socket that the holder before handed over this process's own.
-    fn take_over(&self, socket: Shielded, connection: Option<Shielded>) -> Result<Taken> {
+    /// Makes the socket that the holder before handed over this process's own; `None` if it is not the lock's.
+    fn take_over(&self, arrived: Arrived, connection: Shielded) -> Result<Option<Hold>> {
+        let Arrived { socket, sender } = arrived;
+        if !seqpacket::listens_at(&socket, &self.address) {
+            return Ok(None);
+        }
+        let own = folder::effective_uid();
+        let is_own = match (sender, self.sharing) {
+            (Some(sender), _) => sender.uid == own && user::is_one(own),
+            // Only holders of one user have had the socket since this process queued up.
+            (None, Sharing::User(_)) => seqpacket::is_own(&*connection, self.peer(&connection)?, own),
+            (None, Sharing::Machine) => false,
+        };
+        let origin = match is_own {
+            true => Origin::HandedOver,
+            // The same address in another network namespace is another lock.
+            false if !seqpacket::are_of_one_network(&socket, &connection) => return Ok(None),
+            false => Origin::Foreign,
+        };
+        seqpacket::set_nonblocking(&socket).map_err(|error| self.io("set up", error))?;
         seqpacket::listen(&socket).map_err(|error| self.io("listen on", error))?;
         // A record that is still there is older than the holder before, who released.
-        self.mark().map(Mark::take);
-        Ok((Hold { socket, _connection: connection, since: nanos() }, None))
-    }
-
-    fn receive(&self, connection: &Shielded) -> Result<Received> {
-        let received = seqpacket::receive(connection).map_err(|error| self.io("receive", error))?;
-        match (received, self.sharing) {
-            // Anybody may have sent it.
-            (Received::Lock(socket), Sharing::Machine) if !seqpacket::listens_at(&socket, &self.address) => {
-                Ok(Received::HungUp)
-            }
-            (received, _) => Ok(received),
-        }
+        self.mark().map(|mark| mark.take(false));
+        Ok(Some(Hold { socket, connection: Some(connection), origin, since: nanos() }))
     }
 
     fn peer(&self, connection: &Shielded) -> Result<Peer> {
@@ -236,43 +292,73 @@ impl SocketLock {
     /// # Errors
     /// [`Io`](ErrorKind::Io) when the program has released it already, by closing the descriptor.
     pub(super) fn release(&self, hold: Hold) -> Result<()> {
+        let Hold { socket, connection, origin, since } = hold;
         // The program may have closed the descriptor, and with it released the lock: then the record is another
         // holder's.
-        if !hold.socket.is_own_since(hold.since, nanos()) {
+        if !socket.is_own_since(since, nanos()) {
             return Err(Error::io("release", self.path(), fork::closed_by_program()));
         }
-        self.give_up(&hold.socket);
-        hold.socket.close();
+        let mark = self.mark();
+        let is_waited_for = match (origin, mark.and_then(Mark::waits)) {
+            (Origin::Foreign, _) => false,
+            (Origin::Bound(Some(before)), Some(now)) => before != now,
+            (Origin::HandedOver, _) => true,
+            // Looking is cheap, accepting is not, and mostly nobody waits.
+            (Origin::Bound(_), _) => event::is_readable(socket.as_fd()),
+        };
+        let kept = if is_waited_for { self.pass_on(socket, mark) } else { Some(socket) };
+        if let Some(socket) = kept {
+            if let Some(mark) = mark {
+                mark.wipe();
+                step("record wiped");
+            }
+            socket.close();
+        }
+        drop(connection);
         Ok(())
     }
 
-    fn give_up(&self, socket: &Shielded) {
-        let Some(mark) = self.mark() else {
-            self.pass_on(socket);
-            return;
-        };
-        mark.wipe();
-        step("record wiped");
-        let waited_for = match mark.is_waited_for() {
-            Some(waited_for) => waited_for,
-            // Looking is cheap, accepting is not, and mostly nobody waits.
-            None => event::is_readable(socket.as_fd()),
-        };
-        if waited_for && !self.pass_on(socket) {
-            mark.clear_waited_for();
-        }
-    }
-
-    fn pass_on(&self, socket: &Shielded) -> bool {
-        // More can only have come while these were looked at; they will see the socket close and bind.
-        for _ in 0..=seqpacket::BACKLOG {
-            let Some(waiter) = seqpacket::accept(socket) else { return false };
-            let trusted = seqpacket::peer(&waiter).is_ok_and(|peer| self.trusts(peer.uid));
-            if trusted && seqpacket::hand_over(&waiter, socket).is_ok() {
-                return true;
+    /// Hands the socket over to the first live waiter; gives it back if there is none, or too many others come first.
+    fn pass_on(&self, socket: Shielded, mark: Option<&Mark>) -> Option<Shielded> {
+        for _ in 0..MAX_SKIPPED {
+            let Some(waiter) = seqpacket::accept(&socket) else { return Some(socket) };
+            let Some(receiver) = self.receiver(&waiter) else { continue };
+            if let Some(mark) = mark {
+                mark.hand_to(&receiver);
+            }
+            if seqpacket::hand_over(&waiter, &socket).is_ok() {
+                // From the end of the stream on the receiver holds the lock, and no copy may be left here by then.
+                socket.close();
+                step("own copy closed");
+                seqpacket::complete(&waiter);
+                return None;
             }
         }
-        false
+        Some(socket)
+    }
+
+    /// The record of a waiter who may have the lock; `None` for every other connection.
+    fn receiver(&self, waiter: &OwnedFd) -> Option<Words> {
+        let peer = seqpacket::peer(waiter).ok()?;
+        let is_eligible = match self.sharing {
+            // Of exactly this user: the process that gets the socket later may trust no other.
+            Sharing::User(_) => seqpacket::is_own(waiter, peer, folder::effective_uid()),
+            Sharing::Machine => true,
+        };
+        is_eligible.then_some(())?;
+        let mut announced = [0; ANNOUNCEMENT];
+        let length = seqpacket::announced(waiter, &mut announced)?;
+        let record = (length == ANNOUNCEMENT).then(|| record_of(&announced));
+        let is_whole = |record: &Words| record[SUM] == mark::sum(record);
+        // The kernel's word on the pid counts, where both number processes in the same way.
+        let is_right = |record: &Words| {
+            mark::with_current(|own| {
+                let [pid, namespace] = [mark::PID, mark::NAMESPACE].map(|at| (record[at], own[at]));
+                (pid.0 == u64::from(peer.pid)) == (namespace.0 == namespace.1)
+            })
+        };
+        let record = record.filter(|record| is_whole(record) && is_right(record));
+        Some(record.unwrap_or_else(|| mark::encode(&Owner::by_pid(peer.pid))))
     }
 
     /// Writes down that `owner` holds the lock.
@@ -282,19 +368,29 @@ impl SocketLock {
         }
     }
 
-    /// The connections in the queue of whoever listens at the name.
+    /// The live waiters in the holder's queue.
     pub(super) fn waiters(&self) -> Result<u32> {
-        let queued = abstracts::all()?.into_iter().filter(|socket| socket.queued && self.is_at(&socket.name)).count();
-        Ok(queued as u32)
+        let sockets = Sockets::read()?;
+        Ok(sockets.at(self.name()).map_or(0, |queue| sockets.waiters(queue, user_of(self.sharing))))
     }
 
-    fn is_at(&self, name: &str) -> bool {
-        self.address.abstract_name() == Some(name.as_bytes())
+    /// Whether the name is taken. While it is, asking disturbs nobody; a free one is taken for a moment.
+    #[cfg(feature = "cli")]
+    pub(super) fn is_held(&self) -> Result<bool> {
+        let free = seqpacket::is_free(&self.address).map_err(|error| self.io("bind", error))?;
+        Ok(!free)
     }
 
-    fn trusts(&self, uid: u32) -> bool {
+    /// The abstract name.
+    fn name(&self) -> &str {
+        std::str::from_utf8(self.address.abstract_name().unwrap_or_default()).unwrap_or_default()
+    }
+
+    /// Whether a process may hold the lock before this one. Root can do anything, and holds locks of other users when it
+    /// acts for them.
+    fn trusts(&self, connection: &Shielded, peer: Peer) -> bool {
         match self.sharing {
-            Sharing::User(own) => uid == own || uid == 0,
+            Sharing::User(own) => peer.uid == 0 || seqpacket::is_own(&**connection, peer, own),
             Sharing::Machine => true,
         }
     }
@@ -305,7 +401,7 @@ impl SocketLock {
             let free = seqpacket::is_free(&self.address).map_err(|error| self.io("bind", error))?;
             return Ok((!free).then_some(owner));
         }
-        match seqpacket::connect(&self.address).map_err(|error| self.io("connect to", error))? {
+        match seqpacket::connect(&self.address, false).map_err(|error| self.io("connect to", error))? {
             Reached::Nobody => Ok(None),
             Reached::Full => Err(self.io("ask who holds", Errno::AGAIN)),
             Reached::Queue(connection) => Ok(owner_of(self.peer(&connection)?)),
@@ -319,17 +415,11 @@ impl SocketLock {
         (owner.liveness_by_name() != Liveness::Dead).then_some(owner)
     }
 
-    /// Writes down who holds now, and says whether the holder before died.
-    fn begin(&self, socket: Shielded) -> Taken {
-        let recovered = self.mark().and_then(Mark::take);
-        (Hold { socket, _connection: None, since: nanos() }, recovered)
-    }
-
     /// The record, as soon as it could be opened: what prevents that may pass.
     fn mark(&self) -> Option<&Mark> {
         match self.mark.get() {
             None => {
-                let mark = Mark::open(&self.name, self.sharing).ok()?;
+                let mark = Mark::open(self.name().strip_prefix(&prefix(self.sharing))?, self.sharing).ok()?;
                 Some(self.mark.get_or_init(|| mark))
             }
             opened => opened,
@@ -341,7 +431,7 @@ impl SocketLock {
     }
 
     fn path(&self) -> String {
-        format!("@{}", String::from_utf8_lossy(self.address.abstract_name().unwrap_or_default()))
+        format!("@{}", self.name())
     }
 }
 
@@ -357,5 +447,32 @@ fn owner_of(peer: Peer) -> Option<Owner> {
     match peer.pid {
         0 => Some(Owner::hidden()),
         pid => Owner::of(pid),
+    }
+}
+
+/// What a waiter says of itself: the words of its record that name a process, with their sum.
+const ANNOUNCEMENT: usize = (SUM + 1 - IDENTITY.start) * size_of::<u64>();
+
+fn announcement(record: &Words) -> [u8; ANNOUNCEMENT] {
+    let mut bytes = [0; ANNOUNCEMENT];
+    for (bytes, word) in bytes.chunks_exact_mut(size_of::<u64>()).zip(&record[IDENTITY.start..=SUM]) {
+        bytes.copy_from_slice(&word.to_ne_bytes());
+    }
+    bytes
+}
+
+fn record_of(announcement: &[u8; ANNOUNCEMENT]) -> Words {
+    let mut record = Words::default();
+    for (word, bytes) in record[IDENTITY.start..=SUM].iter_mut().zip(announcement.chunks_exact(size_of::<u64>())) {
+        *word = u64::from_ne_bytes(std::array::from_fn(|at| bytes[at]));
+    }
+    record
+}
+
+/// The user whose connections are waiters, if it is one.
+fn user_of(sharing: Sharing) -> Option<u32> {
+    match sharing {
+        Sharing::User(uid) => Some(uid),
+        Sharing::Machine => None,
     }
 }

@@ -136,12 +136,12 @@ impl MutexLock {
     }
 
     /// The names of the locks that somebody holds now, by their records. Makes nothing.
-    pub(super) fn list(sharing: Sharing) -> Vec<String> {
+    pub(super) fn list(sharing: Sharing) -> Vec<(String, Option<Owner>, u32)> {
         let Some(folder) = folder::path(sharing) else { return Vec::new() };
         let held = |entry: std::io::Result<std::fs::DirEntry>| {
             let file = entry.ok()?.file_name().into_string().ok()?;
             let name = folder::name_of(&file, sharing)?.strip_suffix(".record")?.to_owned();
-            Self::new(&name, sharing).owner().map(|_| name)
+            Self::new(&name, sharing).owner().map(|owner| (name, Some(owner), 0))
         };
         std::fs::read_dir(folder).into_iter().flatten().filter_map(held).collect()
     }

@@ -95,6 +95,18 @@ pub(crate) fn wait_for_room(
     wait_as(Some(PollFd::from_borrowed_fd(fd, PollFlags::OUT)), cancel, until)
 }
 
+/// As [`wait`], until the other end of `fd` has ended its stream, or has hung up. Data alone does not wake: the kernel
+/// wakes a sleeper in poll(2) only for events that it asked for.
+#[cfg(target_os = "linux")]
+pub(crate) fn wait_for_end(
+    fd: Option<BorrowedFd<'_>>,
+    cancel: Option<BorrowedFd<'_>>,
+    until: Option<Instant>,
+) -> io::Result<Woke> {
+    let end = |fd| PollFd::from_borrowed_fd(fd, PollFlags::RDHUP);
+    wait_as(fd.map(end), cancel, until)
+}
+
 fn wait_as(fd: Option<PollFd<'_>>, cancel: Option<BorrowedFd<'_>>, until: Option<Instant>) -> io::Result<Woke> {
     loop {
         let left = until.map(|until| until.saturating_duration_since(Instant::now()));

@@ -51,6 +51,9 @@ impl Sharing {
     pub(crate) fn file_mode(self) -> u32 {
         match self {
             Self::User(_) => 0o600,
+            // The sticky bit of a file tells systemd-tmpfiles never to remove it, however old it is. Other systems do not
+            // let every user set it.
+            Self::Machine if cfg!(target_os = "linux") => 0o1666,
             Self::Machine => 0o666,
         }
     }
@@ -113,6 +116,15 @@ pub(crate) fn effective_uid() -> u32 {
     rustix::process::geteuid().as_raw()
 }
 
+#[cfg(target_os = "linux")]
+use super::user::is_one as is_one_user;
+
+/// Only Linux has user namespaces.
+#[cfg(not(target_os = "linux"))]
+fn is_one_user(_: u32) -> bool {
+    true
+}
+
 /// The folder for `sharing`, if it is there; for those who only look.
 pub(crate) fn path(sharing: Sharing) -> Option<PathBuf> {
     let base = base(sharing).ok()?;
@@ -162,9 +174,11 @@ pub(crate) fn open_in(base: &Path, sharing: Sharing) -> Result<Folder> {
     .map_err(|error| Error::io("open the folder", &path, error))?;
     let found = fstat(&fd).map_err(|error| Error::io("look at the folder", &path, error))?;
     let (uid, mode) = (found.st_uid, found.st_mode as RawMode & 0o7777);
+    // Only the owner may change the mode, by the kernel's own numbers, where the uid may stand for several users.
+    let is_owner = |own| uid == own && (is_one_user(own) || fchmod(&fd, Mode::from_raw_mode(mode)).is_ok());
     let (trusted, problem) = match sharing {
         Sharing::User(own) => {
-            (uid == own, (mode & 0o077 != 0).then_some("other users have access to it; make it mode 0700"))
+            (is_owner(own), (mode & 0o077 != 0).then_some("other users have access to it; make it mode 0700"))
         }
         Sharing::Machine => {
             let removable = mode & 0o022 != 0 && mode & 0o1000 == 0;

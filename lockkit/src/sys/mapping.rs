@@ -1,4 +1,4 @@
-//! A file's first bytes as shared memory, in atomic 64-bit words.
+//! A part of a file as shared memory, in atomic 64-bit words.
 
 use std::fs::File;
 use std::io;
@@ -23,9 +23,10 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps the first `words` words of `file`, which must be open for reading and writing and be that long.
-    pub(crate) fn new(file: &File, words: usize) -> io::Result<Self> {
-        if file.metadata()?.len() < (words * size_of::<AtomicU64>()) as u64 {
+    /// Maps `words` words of `file` from the byte `start` on, which begins a page. The file must be open for reading and
+    /// writing and be that long.
+    pub(crate) fn new(file: &File, start: u64, words: usize) -> io::Result<Self> {
+        if file.metadata()?.len() < start + (words * size_of::<AtomicU64>()) as u64 {
             return Err(io::Error::from(io::ErrorKind::UnexpectedEof));
         }
         // SAFETY: a fresh mapping at an address of the kernel's choice, which is nobody else's memory.
@@ -36,7 +37,7 @@ impl Mapping {
                 ProtFlags::READ | ProtFlags::WRITE,
                 MapFlags::SHARED,
                 file,
-                0,
+                start,
             )?
         };
         let start = ptr::NonNull::new(start.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;

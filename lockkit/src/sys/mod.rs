@@ -14,15 +14,19 @@
 //! | [`fork`] | descriptors that a forked child does not keep | every held lock |
 //! | `futex` | sleeping until a shared word changes | waiting for a lock in shared memory |
 //! | `mapping` | shared memory as atomic words | what a crash leaves behind |
-//! | `ofd` | locks on a byte of an open file | which processes still use a lock table |
+//! | `ofd` | locks that belong to an open file | which processes still use a lock table, pidfiles |
 //! | [`per_process`] | a value that a forked child does not inherit | the heartbeat of leases |
 //! | [`process`] | which process is which, and whether it lives | owners |
 //! | `seqpacket` | abstract sockets that hand themselves over | named locks on Linux |
 //! | [`slot`] | a value that one thread at a time takes | kept descriptors |
 //! | `stream` | abstract sockets that carry bytes both ways | instances that talk |
 //! | `table` | the layout of a lock table in shared memory | numbered locks |
+//! | `unix_diag` | the sockets that there are, from the kernel | who waits for a named lock |
+//! | `user` | whether a uid stands for one user | who is trusted |
 //! | [`unnamed`] | files that are complete before they have a name | pidfiles, leases |
 //! | [`watch`] | being woken when a file changes | waiting for a lease |
+//! | [`write_lock`] | a lock that a mere reader of the file cannot take | pidfiles |
+//! | [`xattr`] | extended attributes | who holds a pidfile |
 
 #![allow(unsafe_code)]
 
@@ -50,7 +54,7 @@ pub(crate) mod freebsd;
 pub(crate) mod futex;
 #[cfg(target_os = "linux")]
 pub(crate) mod mapping;
-#[cfg(all(target_os = "linux", not(loom)))]
+#[cfg(target_os = "linux")]
 pub(crate) mod ofd;
 pub(crate) mod per_process;
 #[cfg(unix)]
@@ -62,10 +66,16 @@ pub(crate) mod slot;
 pub(crate) mod stream;
 #[cfg(all(target_os = "linux", not(loom)))]
 pub(crate) mod table;
+#[cfg(target_os = "linux")]
+pub(crate) mod unix_diag;
 pub(crate) mod unnamed;
+#[cfg(target_os = "linux")]
+pub(crate) mod user;
 pub(crate) mod watch;
 #[cfg(windows)]
 mod windows;
+pub(crate) mod write_lock;
+pub(crate) mod xattr;
 #[cfg(windows)]
 #[cfg(all(windows, feature = "cli"))]
 pub(crate) use windows::command;

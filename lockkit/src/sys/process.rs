@@ -63,12 +63,49 @@ fn read_line(path: &str) -> std::io::Result<String> {
     Ok(String::from_utf8_lossy(&line[..length]).into_owned())
 }
 
+/// The real and the effective user of a process. Not the owner of its directory below /proc, which is root for every
+/// process that may not be dumped; nor the effective user alone, which a setuid program changes for whoever starts it.
+#[cfg(target_os = "linux")]
+pub(crate) fn users(pid: u32) -> Option<[u32; 2]> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let mut ids = status.lines().find_map(|line| line.strip_prefix("Uid:"))?.split_ascii_whitespace();
+    let mut next = || ids.next()?.parse().ok();
+    Some([next()?, next()?])
+}
+
 /// A process in a pid namespace without a /proc of its own sees that of an outer one, where its pids are other
 /// processes'.
 #[cfg(target_os = "linux")]
 fn proc_is_of_this_namespace() -> bool {
     let me = fs::read_link("/proc/self").ok();
     me.and_then(|me| me.to_str()?.parse().ok()) == Some(std::process::id())
+}
+
+/// Whether the process is stopped by a signal or by a debugger, and so runs no code until it is continued.
+#[cfg(target_os = "linux")]
+pub(crate) fn is_stopped(pid: u32) -> bool {
+    let stat = proc_is_of_this_namespace().then(|| read_line(&format!("/proc/{pid}/stat")).ok()).flatten();
+    stat.is_some_and(|stat| stops(&stat))
+}
+
+#[cfg(target_os = "linux")]
+fn stops(stat: &str) -> bool {
+    stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with(['T', 't']))
+}
+
+/// Nothing is known of it here.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn is_stopped(_: u32) -> bool {
+    false
+}
+
+/// Whether the process is in this process's user namespace, and of the same user. The kernel shows the link only to a
+/// process with the same kernel uid, or with privileges over the other's namespace, which here is the same.
+#[cfg(target_os = "linux")]
+pub(crate) fn is_of_same_user(pid: u32) -> bool {
+    let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/user")).ok();
+    let own = namespace("self");
+    own.is_some() && proc_is_of_this_namespace() && namespace(&pid.to_string()) == own
 }
 
 #[cfg(target_os = "freebsd")]
@@ -210,7 +247,7 @@ fn read_boot_id() -> Option<u128> {
 #[cfg(not(any(target_os = "linux", target_vendor = "apple")))]
 fn read_boot_id() -> Option<u128> {
     let sum = |sum: u64, byte| (sum ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
-    Some(u128::from(host().bytes().fold(0xcbf2_9ce4_8422_2325, sum)))
+    Some(u128::from(host()?.bytes().fold(0xcbf2_9ce4_8422_2325, sum)))
 }
 
 /// The namespaces of this process in which pids and start times count, as one number: that of the pid namespace in the
@@ -261,28 +298,49 @@ pub(crate) fn clock_id() -> Option<u128> {
 }
 
 /// This host: its name, and the id of its installation where there is one, so that two hosts that were given the same
-/// name still differ. Two that were cloned from one image with their names do not.
-pub(crate) fn host() -> &'static str {
+/// name still differ. Two that were cloned from one image with their names do not. `None` when the id could not be
+/// read for now, as without a free descriptor: the name alone would be another host.
+pub(crate) fn host() -> Option<&'static str> {
     static HOST: OnceLock<String> = OnceLock::new();
-    HOST.get_or_init(|| {
-        let name = rustix::system::uname().nodename().to_string_lossy().replace(char::is_control, "?");
-        match installation() {
-            Some(id) => format!("{name}/{id}"),
-            None => name,
-        }
-    })
+    if let Some(host) = HOST.get() {
+        return Some(host);
+    }
+    let id = installation().ok()?;
+    Some(HOST.get_or_init(|| match id {
+        Some(id) => format!("{}/{id}", host_name()),
+        None => host_name(),
+    }))
+}
+
+/// The name of this host, as the system has it for its processes.
+pub(crate) fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().replace(char::is_control, "?")
 }
 
 #[cfg(target_vendor = "apple")]
-use super::darwin::machine as installation;
-#[cfg(target_os = "freebsd")]
-use super::freebsd::machine as installation;
+fn installation() -> std::io::Result<Option<String>> {
+    Ok(super::darwin::machine())
+}
 
+#[cfg(target_os = "freebsd")]
+fn installation() -> std::io::Result<Option<String>> {
+    Ok(super::freebsd::machine())
+}
+
+/// `None` where the host has no such id, and never will: errors that pass are errors.
 #[cfg(not(any(target_vendor = "apple", target_os = "freebsd")))]
-fn installation() -> Option<String> {
-    let id = fs::read_to_string("/etc/machine-id").ok()?.trim().to_owned();
+fn installation() -> std::io::Result<Option<String>> {
+    use std::io::ErrorKind;
+    let id = match fs::read_to_string("/etc/machine-id") {
+        Ok(id) => id,
+        Err(error) => match error.kind() {
+            ErrorKind::NotFound | ErrorKind::NotADirectory | ErrorKind::InvalidData => return Ok(None),
+            _ => return Err(error),
+        },
+    };
+    let id = id.trim();
     // machine-id(5): until the system has chosen one, it says so in words.
-    (id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit())).then_some(id)
+    Ok((id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit())).then(|| id.to_owned()))
 }
 
 /// Whether what [`host`] gave has the id of an installation, besides the name.
@@ -301,6 +359,12 @@ pub(crate) fn show_a_step() {
 #[cfg(all(feature = "steps", debug_assertions))]
 pub(crate) fn kill_this_process() {
     let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+}
+
+/// SIGSTOP.
+#[cfg(all(feature = "steps", debug_assertions))]
+pub(crate) fn stop_this_process() {
+    let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::STOP);
 }
 
 #[cfg(all(test, target_os = "linux"))]
@@ -324,6 +388,12 @@ mod tests {
         assert_eq!(parse_stat(&stat("R", 1, 9)), Some(Probe::Ended), "killed, not yet gone");
         assert_eq!(parse_stat("42 (cut"), None);
         assert_eq!(parse_stat("42 (cut) R 1 1"), None);
+    }
+
+    #[test]
+    fn stat_line_of_stopped_process_says_so() {
+        assert!(stops(&stat("T", 1, 19)) && stops(&stat("t", 1, 5)));
+        assert!(!stops(&stat("S", 1, 0)) && !stops(""));
     }
 
     #[test]

@@ -5,19 +5,21 @@
 //!
 //! [unix(7)]: https://man7.org/linux/man-pages/man7/unix.7.html
 
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr;
 
 use rustix::cmsg_space;
-use rustix::io::{Errno, Result, retry_on_intr};
-use rustix::net::sockopt::socket_acceptconn;
+use rustix::io::{Errno, Result, ioctl_fionbio, retry_on_intr};
+use rustix::net::sockopt::{set_socket_passcred, socket_acceptconn, socket_type};
 use rustix::net::{
-    self, AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+    self, AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, SocketAddrUnix,
+    SocketFlags, SocketType,
 };
 
 use super::fork::Shielded;
+use super::{event, process, user};
 use crate::steps::step;
 
 pub(crate) type Address = SocketAddrUnix;
@@ -107,13 +109,22 @@ pub(crate) enum Reached {
     Full,
 }
 
-/// Queues up at the socket that listens at `address`.
-pub(crate) fn connect(address: &Address) -> Result<Reached> {
-    connect_as(SocketType::SEQPACKET, address)
+/// Queues up at the socket that listens at `address`. With `credentials`, each message that arrives on the connection
+/// shows its sender: unlike [`peer`], which shows the process that listened when this one connected.
+pub(crate) fn connect(address: &Address, credentials: bool) -> Result<Reached> {
+    let connection = Shielded::new(|| socket(SocketType::SEQPACKET))?;
+    if credentials {
+        // Before a message can arrive. The kernel gives the connection an abstract name of its own for it.
+        set_socket_passcred(&*connection, true)?;
+    }
+    connect_by(connection, address)
 }
 
 pub(super) fn connect_as(kind: SocketType, address: &Address) -> Result<Reached> {
-    let connection = Shielded::new(|| socket(kind))?;
+    connect_by(Shielded::new(|| socket(kind))?, address)
+}
+
+fn connect_by(connection: Shielded, address: &Address) -> Result<Reached> {
     match retry_on_intr(|| net::connect(&*connection, address)) {
         Ok(()) => {
             step("queued up");
@@ -131,17 +142,56 @@ pub(super) fn connect_as(kind: SocketType, address: &Address) -> Result<Reached>
 /// Not rustix's `socket_peercred`, whose type says that a pid is never 0: that is what the kernel writes for a process
 /// of a pid namespace that this one does not see.
 pub(crate) fn peer(connection: impl AsFd) -> Result<Peer> {
-    let mut found = libc::ucred { pid: 0, uid: 0, gid: 0 };
-    let mut length = size_of::<libc::ucred>() as libc::socklen_t;
-    let descriptor = connection.as_fd().as_raw_fd();
-    // SAFETY: the kernel writes at most `length` bytes to `found`, which has as many, and any bytes are a value of it.
-    let status = unsafe {
-        libc::getsockopt(descriptor, libc::SOL_SOCKET, libc::SO_PEERCRED, (&raw mut found).cast(), &raw mut length)
-    };
+    let found = option(connection, libc::SO_PEERCRED, libc::ucred { pid: 0, uid: 0, gid: 0 })?;
+    Ok(found.into())
+}
+
+/// Types that any bytes are a value of, as the kernel writes them for an option of a socket.
+trait Plain: Copy {}
+impl Plain for libc::ucred {}
+impl Plain for u64 {}
+impl Plain for i32 {}
+
+fn option<T: Plain>(socket: impl AsFd, option: i32, mut value: T) -> Result<T> {
+    let mut length = size_of::<T>() as libc::socklen_t;
+    let descriptor = socket.as_fd().as_raw_fd();
+    // SAFETY: the kernel writes at most `length` bytes to `value`, which has as many, and any bytes are a value of it.
+    let status =
+        unsafe { libc::getsockopt(descriptor, libc::SOL_SOCKET, option, (&raw mut value).cast(), &raw mut length) };
     match status {
-        0 => Ok(Peer { uid: found.uid, pid: found.pid.unsigned_abs() }),
-        _ => Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)),
+        0 => Ok(value),
+        _ => Err(last_error()),
     }
+}
+
+fn last_error() -> Errno {
+    Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)
+}
+
+impl From<libc::ucred> for Peer {
+    fn from(found: libc::ucred) -> Self {
+        Self { uid: found.uid, pid: found.pid.unsigned_abs() }
+    }
+}
+
+/// Whether `peer`, the process at the other end of `connection`, belongs to the user `own` of this process.
+///
+/// Equal uids are not enough where the uid may stand for several users (see [`user`]). There the process must be in this
+/// process's user namespace, and the kernel must show it to this process as one of the same user.
+pub(crate) fn is_own(connection: impl AsFd, peer: Peer, own: u32) -> bool {
+    if peer.uid != own || user::is_one(own) {
+        return peer.uid == own;
+    }
+    // `SO_PEERPIDFD`, which differs on one architecture.
+    const PEERPIDFD: i32 = if cfg!(any(target_arch = "sparc", target_arch = "sparc64")) { 0x56 } else { 77 };
+    let Ok(process) = option(connection, PEERPIDFD, -1_i32) else { return false };
+    if process < 0 {
+        return false;
+    }
+    // SAFETY: the kernel has just made the descriptor for this call, and no other owner knows it.
+    let process = unsafe { OwnedFd::from_raw_fd(process) };
+    // The pid belongs to the peer for as long as the peer has not ended, which its descriptor shows afterwards.
+    process::is_of_same_user(peer.pid) && !event::is_readable(process.as_fd())
 }
 
 /// Takes the next connection out of the queue; `None` when nothing can be taken.
@@ -158,7 +208,28 @@ pub(crate) fn accept(socket: &Shielded) -> Option<OwnedFd> {
     }
 }
 
-/// Gives the socket itself to the peer; fails when the peer is gone.
+/// Says to the holder who waits, in the words of a holder record. A holder that has gone needs no answer, and without
+/// the message the holder knows the pid alone, so an error means nothing.
+pub(crate) fn announce(connection: &Shielded, record: &[u8]) {
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    if retry_on_intr(|| net::send(&**connection, record, flags)).is_ok() {
+        step("waiter announced");
+    }
+}
+
+/// Reads what the waiter at the other end has announced. How many bytes that were, or `None` when it has hung up.
+pub(crate) fn announced(connection: &OwnedFd, record: &mut [u8]) -> Option<usize> {
+    let length = match retry_on_intr(|| net::recv(connection, &mut *record, RecvFlags::DONTWAIT)) {
+        Ok((_, length)) => length,
+        Err(Errno::AGAIN) => return Some(0),
+        Err(_) => return None,
+    };
+    // The end of the stream comes after the message.
+    let rest = retry_on_intr(|| net::recv(connection, &mut [0_u8], RecvFlags::DONTWAIT));
+    (rest == Err(Errno::AGAIN)).then_some(length)
+}
+
+/// Sends the socket itself to the peer; fails when the peer is gone. The peer has the lock when [`complete`] follows.
 pub(crate) fn hand_over(connection: &OwnedFd, socket: &Shielded) -> Result<()> {
     let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
@@ -170,44 +241,129 @@ pub(crate) fn hand_over(connection: &OwnedFd, socket: &Shielded) -> Result<()> {
     Ok(())
 }
 
-/// What a connection brought.
-pub(crate) enum Received {
-    /// The listening socket of the address: the lock.
-    Lock(Shielded),
-    /// The end: the holder died, or released without seeing this waiter.
-    HungUp,
-    /// Nothing yet.
-    Nothing,
+/// Ends the stream to the peer, which is how the peer knows that no earlier holder has the socket any more. Closing the
+/// connection would not do: a program that is being started may have a copy of it.
+pub(crate) fn complete(connection: &OwnedFd) {
+    // Where it fails, the peer is gone, and closing the connection has the same effect.
+    let _ = net::shutdown(connection, Shutdown::Write);
+    step("hand-over completed");
 }
 
-/// Reads what the holder sent through `connection`, without waiting for it.
-pub(crate) fn receive(connection: &Shielded) -> Result<Received> {
-    // Shielded from its first moment on, for it may be the lock.
-    let brought = Shielded::new(|| {
-        let mut message = MESSAGE;
-        let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
-        let mut control = RecvAncillaryBuffer::new(&mut space);
-        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-        let received =
-            retry_on_intr(|| net::recvmsg(&**connection, &mut [IoSliceMut::new(&mut message)], &mut control, flags));
-        received.map_err(Some)?;
-        step("socket received");
-        let descriptor = control.drain().find_map(|message| match message {
-            RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
-            _ => None,
-        });
-        descriptor.ok_or(None)
-    });
-    match brought {
-        Ok(socket) => Ok(Received::Lock(socket.know())),
-        Err(None | Some(Errno::CONNRESET)) => Ok(Received::HungUp),
-        Err(Some(Errno::AGAIN)) => Ok(Received::Nothing),
-        Err(Some(error)) => Err(error),
+/// A listening socket that has arrived.
+#[derive(Debug)]
+pub(crate) struct Arrived {
+    pub(crate) socket: Shielded,
+    /// The process that sent it, where the connection shows the senders of messages.
+    pub(crate) sender: Option<Peer>,
+}
+
+/// Reads what the holder has sent through `connection` into `arrived`, without waiting. Whether the stream has ended: if
+/// a socket has arrived by then, the lock is handed over; if not, the holder has died, or closed its socket.
+pub(crate) fn receive(connection: &Shielded, arrived: &mut Option<Arrived>) -> Result<bool> {
+    loop {
+        match receive_one(connection) {
+            Ok(Some(socket)) => {
+                step("socket received");
+                arrived.get_or_insert(socket);
+            }
+            Ok(None) => {
+                step("stream ended");
+                return Ok(true);
+            }
+            Err(Errno::AGAIN) => return Ok(false),
+            // Once, if the holder closed the connection before it read all that this process had sent. What the holder
+            // had sent can still be read.
+            Err(Errno::INTR | Errno::CONNRESET) => {}
+            Err(error) => return Err(error),
+        }
     }
 }
 
-/// Whether the socket is the one that listens at `address`.
+/// Room for a descriptor and for credentials, aligned as the headers in it are.
+type Control = [u64; 8];
+const _: () = {
+    // SAFETY: CMSG_SPACE only computes.
+    let needed = unsafe { libc::CMSG_SPACE(4) + libc::CMSG_SPACE(size_of::<libc::ucred>() as u32) };
+    assert!(needed as usize <= size_of::<Control>() && align_of::<libc::cmsghdr>() <= align_of::<u64>());
+};
+
+/// One message; `None` at the end of the stream, or for a message without a descriptor, which no holder sends.
+///
+/// Not rustix's `recvmsg`, for the same reason as in [`peer`].
+fn receive_one(connection: &Shielded) -> Result<Option<Arrived>> {
+    let mut sender = None;
+    let mut failed = None;
+    // Shielded from its first moment on, for it may be the lock.
+    let socket = Shielded::new(|| {
+        let mut message = MESSAGE;
+        let mut control: Control = [0; 8];
+        let mut part = libc::iovec { iov_base: message.as_mut_ptr().cast(), iov_len: message.len() };
+        // SAFETY: the structure is integers and pointers, for which zeros are a value.
+        let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+        (header.msg_iov, header.msg_iovlen) = (&raw mut part, 1);
+        (header.msg_control, header.msg_controllen) = (control.as_mut_ptr().cast(), size_of::<Control>() as _);
+        let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
+        // SAFETY: the header describes memory of this function, which outlives the call.
+        let received = unsafe { libc::recvmsg(connection.as_raw_fd(), &raw mut header, flags) };
+        if received < 0 {
+            failed = Some(last_error());
+            return Err(());
+        }
+        let mut socket = None;
+        // SAFETY: the kernel has written the headers, as long as the message header says, into `control`.
+        let mut next = unsafe { libc::CMSG_FIRSTHDR(&raw const header) };
+        while !next.is_null() {
+            // SAFETY: not null, so it points to a header in `control`, with as many bytes behind it as it says.
+            let (found, data) = unsafe { (&*next, libc::CMSG_DATA(next)) };
+            #[allow(clippy::unnecessary_cast)] // The type differs between C libraries.
+            let length = found.cmsg_len as usize - (data as usize - next as usize);
+            match (found.cmsg_level, found.cmsg_type) {
+                (libc::SOL_SOCKET, libc::SCM_RIGHTS) => {
+                    for at in 0..length / size_of::<i32>() {
+                        // SAFETY: these are the numbers of descriptors that the kernel has just made for this process.
+                        let sent = unsafe { OwnedFd::from_raw_fd(ptr::read_unaligned(data.cast::<i32>().add(at))) };
+                        // Further ones, which no holder sends, are closed.
+                        socket.get_or_insert(sent);
+                    }
+                }
+                (libc::SOL_SOCKET, libc::SCM_CREDENTIALS) if length >= size_of::<libc::ucred>() => {
+                    // SAFETY: these are the bytes of a `ucred`, of which any are a value.
+                    sender = Some(unsafe { ptr::read_unaligned::<libc::ucred>(data.cast()) }.into());
+                }
+                _ => {}
+            }
+            // SAFETY: as for the first.
+            next = unsafe { libc::CMSG_NXTHDR(&raw const header, next) };
+        }
+        socket.ok_or(())
+    });
+    match (socket, failed) {
+        (Ok(socket), _) => Ok(Some(Arrived { socket: socket.know(), sender })),
+        (Err(()), None) => Ok(None),
+        (Err(()), Some(error)) => Err(error),
+    }
+}
+
+/// Whether the socket is the one that listens at `address`. A stream socket can have the same name.
 pub(crate) fn listens_at(socket: &Shielded, address: &Address) -> bool {
     socket_acceptconn(&**socket) == Ok(true)
+        && socket_type(&**socket) == Ok(SocketType::SEQPACKET)
         && net::getsockname(&**socket).and_then(Address::try_from).is_ok_and(|found| found == *address)
+}
+
+/// Whether both sockets belong to the same network namespace, as far as the kernel tells: others have the same names.
+pub(crate) fn are_of_one_network(one: &Shielded, other: &Shielded) -> bool {
+    // `SO_NETNS_COOKIE`, which differs on one architecture.
+    const COOKIE: i32 = if cfg!(any(target_arch = "sparc", target_arch = "sparc64")) { 0x50 } else { 71 };
+    match (option(&**one, COOKIE, 0_u64), option(&**other, COOKIE, 0_u64)) {
+        (Ok(one), Ok(other)) => one == other,
+        // Linux before 5.14.
+        (Err(Errno::NOPROTOOPT), _) => true,
+        _ => false,
+    }
+}
+
+/// Lets no call on the socket wait, whatever an earlier holder has set.
+pub(crate) fn set_nonblocking(socket: &Shielded) -> Result<()> {
+    ioctl_fionbio(&**socket, true)
 }

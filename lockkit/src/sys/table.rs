@@ -213,7 +213,7 @@ impl Table {
     pub(crate) fn map(file: &File, capacity: u32) -> io::Result<Self> {
         let shape = Shape::of(capacity);
         let words = usize::try_from(shape.size / 8).map_err(|_| io::ErrorKind::FileTooLarge)?;
-        Ok(Self { mapping: Mapping::new(file, words)?, shape })
+        Ok(Self { mapping: Mapping::new(file, 0, words)?, shape })
     }
 
     pub(crate) fn shape(&self) -> &Shape {

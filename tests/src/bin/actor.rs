@@ -24,6 +24,10 @@ fn main() {
         #[cfg(target_os = "linux")]
         ["queue", name] => rogue::queue(name),
         #[cfg(target_os = "linux")]
+        ["hand-over", name] => rogue::hand_over(name),
+        #[cfg(target_os = "linux")]
+        ["hand-over-stream", name] => rogue::hand_over_another_type(name),
+        #[cfg(target_os = "linux")]
         ["realtime", part, name] => realtime::serve(part, name),
         #[cfg(target_os = "linux")]
         ["intrude", place] => instances::intrude(place),
@@ -53,7 +57,7 @@ fn main() {
         [spec, "closed-input"] => lockkit_tests::suite::lock_on_descriptor_zero(&Spec::parse(spec)),
         [spec, "steps", scenario] => steps::play(&Spec::parse(spec), scenario),
         _ => panic!(
-            "actor [stormed] sleep SECONDS | squat NAME | queue NAME | realtime PART NAME | intrude UID/NAME | pretend UID/NAME | instance NAME … | table TABLE | lease TERMS [chaos LOG SEED] | SPEC [chaos LOG SEED | stress COUNTER ROUNDS | tasks FLAVOR ROUNDS | closed-input | closed FILE | steps SCENARIO]"
+            "actor [stormed] sleep SECONDS | squat NAME | queue NAME | hand-over NAME | hand-over-stream NAME | realtime PART NAME | intrude UID/NAME | pretend UID/NAME | instance NAME … | table TABLE | lease TERMS [chaos LOG SEED] | SPEC [chaos LOG SEED | stress COUNTER ROUNDS | tasks FLAVOR ROUNDS | closed-input | closed FILE | steps SCENARIO]"
         ),
     }
 }

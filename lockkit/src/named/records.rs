@@ -1,0 +1,594 @@
+//! The records of the holders of all locks on sockets: one table for each user, and one for the machine.
+//!
+//! A record says who holds a lock, or died holding it (see [`mark`](super::mark)). The record excludes no process: where a
+//! record is lost, a report is lost.
+//!
+//! # Guarantees
+//! - The memory of a table is bounded by the number of locks that are held at once, plus 1 MiB for the records of dead
+//!   holders. At 32 MiB further locks have no record.
+//! - A kill at any moment leaves the record of the holder before, of the new one, or none.
+//!
+//! # Implementation
+//! A table is a file of pages:
+//! ```text
+//! page 0            header: the magic, the number of levels, and 256 counters of waiters
+//! page 1            level 0: 4 buckets of 8 slots
+//! pages 2 to 3      level 1: 8 buckets
+//! pages 4 to 7      level 2: 16 buckets, and so on
+//! ```
+//! A slot is 128 bytes: word 0, and then the words 1 to 11 of a record.
+//! ```text
+//! word 0, bits 8 to 63   the key: a hash of the lock's name
+//!         bits 2 to 7    changes with every write
+//!         bits 0 to 1    WIPED, WRITTEN, HANDED or CLAIMED
+//! ```
+//! A lock's slot is in the bucket of its key, in the lowest level whose bucket had room. A released lock leaves its key in
+//! the slot until another lock takes the slot, the least recently used one first. So a handle that remembers its slot finds
+//! it again without a search. A level is added when the buckets of all others are full of held locks. From level 7 on, the
+//! record of a dead holder makes room, too.
+//!
+//! Only the holder of a lock writes a slot with the lock's key, and only after a search through all levels, so no key has
+//! two slots. Two holders that take the same slot for different locks are told apart by the exchange of word 0.
+//!
+//! The table of a user is mapped once in each process: its file is private, complete and in memory, so no other user can
+//! shorten it under the mapping. That of the machine can be written by every user, so it is never mapped, but read and
+//! written by system calls. There a flock on the file orders those who take a slot of another lock.
+
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use rustix::fs::{FallocateFlags, fallocate};
+use rustix::process::{Resource, getrlimit};
+
+use super::mark::{self, ACQUIRED, IDENTITY, WORDS, Words};
+use crate::error::{Error, Result};
+use crate::lock::Recovered;
+use crate::owner::{Liveness, Owner};
+use crate::steps::step;
+use crate::sys::folder::{self, Folder, Sharing};
+use crate::sys::mapping::Mapping;
+use crate::sys::per_process::PerProcess;
+use crate::sys::{files, flock, unnamed};
+
+/// The file's name, with the version of the format.
+const FILE: &str = "records-1";
+const MAGIC: u64 = u64::from_ne_bytes(*b"lockkitR");
+const WORD: usize = size_of::<u64>();
+const PAGE: u64 = 4096;
+const PAGE_WORDS: usize = PAGE as usize / WORD;
+/// The words of the header: the magic, how many levels there are, and where the counters begin.
+const LEVEL_COUNT: usize = 1;
+const COUNTERS: usize = 256;
+
+const SLOT: usize = 128;
+const SLOT_WORDS: usize = SLOT / WORD;
+const SLOTS_OF_A_PAGE: u32 = (PAGE as usize / SLOT) as u32;
+const BUCKET: usize = 8;
+/// So at most 262,112 locks have a record.
+const MAX_LEVELS: u32 = 13;
+/// From this level on, 1 MiB into the table, the record of a dead holder makes room.
+const FIRST_EVICTING: u32 = 7;
+
+const KEY: u64 = !0xff;
+const CHANGES: u64 = 0xfc;
+const ONE_CHANGE: u64 = 4;
+const STATE: u64 = 3;
+/// The holder released, or there never was one.
+const WIPED: u64 = 0;
+/// A holder is inside, or died there.
+const WRITTEN: u64 = 1;
+/// The lock is on its way to this holder, or this receiver died before it began.
+const HANDED: u64 = 2;
+/// A holder is just writing, or died while writing.
+const CLAIMED: u64 = 3;
+
+/// The key of the lock `name`: FNV-1a with its bits mixed.
+fn key_of(name: &str) -> u64 {
+    let sum = |sum: u64, byte| (sum ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+    let mut key = name.bytes().fold(0xcbf2_9ce4_8422_2325, sum);
+    key = (key ^ key >> 32).wrapping_mul(0xd6e8_feb8_6659_fd93);
+    key ^= key >> 32;
+    // A slot without a key is one that no lock has used.
+    (key & KEY).max(1 << KEY.trailing_zeros())
+}
+
+/// Word 0 of a slot in which `seen` was found, for the next state.
+fn word_after(seen: u64, key: u64, state: u64) -> u64 {
+    key | (seen.wrapping_add(ONE_CHANGE) & CHANGES) | state
+}
+
+/// The record of one lock, for a handle of the lock.
+#[derive(Debug)]
+pub(super) struct Mark {
+    records: Arc<Records>,
+    key: u64,
+    /// Where the lock's slot was last; 0, in the header, for nowhere.
+    slot: AtomicU32,
+}
+
+/// A slot as it was found.
+#[derive(Clone, Copy)]
+struct Seen {
+    at: u32,
+    words: Words,
+}
+
+impl Seen {
+    fn state(&self) -> u64 {
+        self.words[0] & STATE
+    }
+
+    fn is_of(&self, key: u64) -> bool {
+        self.words[0] & KEY == key
+    }
+}
+
+impl Mark {
+    pub(super) fn open(name: &str, sharing: Sharing) -> Result<Self> {
+        Ok(Self { records: Records::of(sharing)?, key: key_of(name), slot: AtomicU32::new(0) })
+    }
+
+    /// Records that this process holds the lock. For a holder that bound the name: says who died holding the lock before.
+    /// One to which the lock was handed over follows a holder that released.
+    pub(super) fn take(&self, has_bound: bool) -> Option<Box<Recovered>> {
+        let before = mark::with_current(|record| self.put(record, WRITTEN));
+        step("holder written down");
+        let died = before.filter(|before| has_bound && before.is_of(self.key) && before.state() == WRITTEN)?;
+        Some(Box::new(Recovered::new(mark::owner_of(&died.words))))
+    }
+
+    /// Records that `owner` holds the lock: a process for which this one has taken it.
+    pub(super) fn name(&self, owner: &Owner) {
+        self.put(&mark::encode(owner), WRITTEN);
+    }
+
+    /// Records that the lock is about to be handed over to the process of this record.
+    pub(super) fn hand_to(&self, record: &Words) {
+        self.put(record, HANDED);
+        step("receiver written down");
+    }
+
+    /// Records that no process holds the lock. If the record stayed, the next owner would be told of a death that was
+    /// none.
+    pub(super) fn wipe(&self) {
+        if let Some(seen) = self.find().filter(|seen| seen.state() != WIPED) {
+            self.records.wipe(&seen);
+        }
+    }
+
+    /// The holder by the record, or the process that died holding the lock.
+    pub(super) fn holder(&self) -> Option<Owner> {
+        /// A record is written within less; a writer that is stopped in between is not waited for.
+        const TRIES: usize = 100;
+        for _ in 0..TRIES {
+            let seen = self.find()?;
+            match seen.state() {
+                WIPED => return None,
+                WRITTEN | HANDED => {
+                    if let Some(owner) = mark::owner_of(&seen.words) {
+                        return Some(owner);
+                    }
+                }
+                _ => {}
+            }
+            std::hint::spin_loop();
+        }
+        None
+    }
+
+    /// How often waiters of this lock, and of some others, have queued up so far; `None` where no memory is shared to
+    /// count in.
+    pub(super) fn waits(&self) -> Option<u64> {
+        Some(self.counter()?.load(Ordering::SeqCst))
+    }
+
+    /// Counts a waiter that has queued up.
+    pub(super) fn count_waiter(&self) {
+        if let Some(counter) = self.counter() {
+            counter.fetch_add(1, Ordering::SeqCst);
+            step("waiter counted");
+        }
+    }
+
+    fn counter(&self) -> Option<&AtomicU64> {
+        match &self.records.store {
+            Store::Mapped { header, .. } => header.words().get(COUNTERS + (self.key >> 56) as usize),
+            Store::File(_) => None,
+        }
+    }
+
+    /// The lock's slot.
+    fn find(&self) -> Option<Seen> {
+        self.remembered().or_else(|| self.records.locate(self.key, false))
+    }
+
+    /// The lock's slot where it was last. What a wiped one says besides is not read.
+    #[inline]
+    fn remembered(&self) -> Option<Seen> {
+        let at = self.slot.load(Ordering::Relaxed);
+        (at != 0).then_some(())?;
+        let mut words = [[0; WORDS]];
+        match self.records.slot(at) {
+            Some(slot) => words[0][0] = slot[0].load(Ordering::Acquire),
+            None => self.records.read(at, &mut words)?,
+        }
+        let mut seen = Seen { at, words: words[0] };
+        if let (Some(slot), true) = (self.records.slot(at), seen.state() != WIPED) {
+            read_slot(slot, &mut seen.words);
+        }
+        Some(seen).filter(|seen| seen.is_of(self.key))
+    }
+
+    /// Writes `record` into the lock's slot, or takes one for it. What was there, also where writing fails.
+    fn put(&self, record: &Words, state: u64) -> Option<Seen> {
+        /// How often another lock may be faster; then this one has no record.
+        const TRIES: usize = 16;
+        let mut seen = None;
+        for _ in 0..TRIES {
+            let mut order = None;
+            let found = match self.remembered() {
+                Some(found) => found,
+                None => {
+                    order = self.records.order_claims();
+                    self.records.locate(self.key, true)?
+                }
+            };
+            seen = Some(found);
+            let is_done = self.records.write(&found, self.key, state, record);
+            drop(order);
+            if is_done {
+                self.slot.store(found.at, Ordering::Relaxed);
+                break;
+            }
+        }
+        seen
+    }
+}
+
+/// A table of records.
+#[derive(Debug)]
+struct Records {
+    sharing: Sharing,
+    base: Option<&'static str>,
+    path: PathBuf,
+    /// Device and inode of the file.
+    file: (u64, u64),
+    /// When the path was last found to lead to the file, as [`mark::now`] counts.
+    checked: AtomicU64,
+    store: Store,
+}
+
+// A process has two at most, and a box would cost every acquisition a look.
+#[allow(clippy::large_enum_variant)]
+#[derive(Debug)]
+enum Store {
+    /// In shared memory, each level mapped when it is first used.
+    Mapped { header: Mapping, levels: [OnceLock<Mapping>; MAX_LEVELS as usize] },
+    /// Reached by system calls.
+    File(File),
+}
+
+/// The file of the table below `base`, or where the file backend has its locks.
+fn open_file(base: Option<&str>, sharing: Sharing) -> Result<(Folder, File)> {
+    let folder = base.map_or_else(|| folder::open(sharing), |base| folder::open_in(base.as_ref(), sharing))?;
+    let file = folder.open_file(FILE)?;
+    Ok((folder, file))
+}
+
+fn identity(file: &std::fs::Metadata) -> (u64, u64) {
+    (file.dev(), file.ino())
+}
+
+impl Records {
+    /// The table for `sharing`, which this process opens once: in memory, or where the file backend has its locks if
+    /// there is no memory to be had. It is opened again where somebody has deleted the file.
+    fn of(sharing: Sharing) -> Result<Arc<Self>> {
+        /// Another one for a forked child, which may have inherited the mutex locked.
+        static OPENED: PerProcess<Mutex<Vec<Arc<Records>>>> = PerProcess::new();
+        let mut opened = OPENED.get(Mutex::default).lock();
+        opened.retain(|records| records.sharing != sharing || records.is_there());
+        if let Some(records) = opened.iter().find(|records| records.sharing == sharing) {
+            return Ok(records.clone());
+        }
+        let records = Self::open(Some("/dev/shm"), sharing).or_else(|_| Self::open(None, sharing)).map(Arc::new)?;
+        opened.push(records.clone());
+        Ok(records)
+    }
+
+    fn open(base: Option<&'static str>, sharing: Sharing) -> Result<Self> {
+        let (folder, file) = open_file(base, sharing)?;
+        let path = folder.file(FILE);
+        let failed = |error| Error::io("look at", &path, error);
+        let found = file.metadata().map_err(failed)?;
+        let private = matches!(sharing, Sharing::User(_));
+        let mapped = || {
+            is_complete(&file, found.len(), 2 * PAGE).then_some(())?;
+            let header = Mapping::new(&file, 0, PAGE_WORDS).ok()?;
+            let found = header.words()[0].compare_exchange(0, MAGIC, Ordering::AcqRel, Ordering::Acquire);
+            matches!(found, Ok(_) | Err(MAGIC)).then_some(())?;
+            header.words()[LEVEL_COUNT].fetch_max(1, Ordering::AcqRel);
+            Some(Store::Mapped { header, levels: [const { OnceLock::new() }; MAX_LEVELS as usize] })
+        };
+        let file_id = identity(&found);
+        let store = if private && unnamed::is_in_memory(&file) { mapped() } else { None };
+        let store = match store {
+            Some(store) => store,
+            // A mapped table is not written by system calls, too: the exchanges of word 0 would not be seen.
+            None if private && unnamed::is_in_memory(&file) => {
+                return Err(failed(std::io::ErrorKind::InvalidData.into()));
+            }
+            None => Store::File(file),
+        };
+        Ok(Self { sharing, base, path, file: file_id, checked: AtomicU64::new(mark::now()), store })
+    }
+
+    /// Whether the file is still what the path leads to, as of some milliseconds ago at most.
+    fn is_there(&self) -> bool {
+        const RECHECK_INTERVAL: Duration = Duration::from_millis(10);
+        let now = mark::now();
+        let age = now.abs_diff(self.checked.load(Ordering::Relaxed));
+        if u128::from(age) < RECHECK_INTERVAL.as_nanos() {
+            return true;
+        }
+        self.checked.store(now, Ordering::Relaxed);
+        std::fs::metadata(&self.path).is_ok_and(|found| identity(&found) == self.file)
+    }
+
+    fn levels(&self) -> Option<u32> {
+        match &self.store {
+            Store::Mapped { header, .. } => {
+                let levels = header.words()[LEVEL_COUNT].load(Ordering::Acquire);
+                Some(u32::try_from(levels).map_or(MAX_LEVELS, |levels| levels.clamp(1, MAX_LEVELS)))
+            }
+            Store::File(file) => {
+                let found = self.looked_at(file)?;
+                Some((1..MAX_LEVELS).find(|level| found.len() <= PAGE << level).unwrap_or(MAX_LEVELS))
+            }
+        }
+    }
+
+    /// What the file is, if the descriptor is still the table's: a program may have closed it, and opened another file. A
+    /// slot with the lock's key tells the same, so nothing is written through a descriptor of another file.
+    fn looked_at(&self, file: &File) -> Option<std::fs::Metadata> {
+        file.metadata().ok().filter(|found| identity(found) == self.file)
+    }
+
+    /// The memory of a level that the table has.
+    fn level(&self, level: u32) -> Option<&Mapping> {
+        let Store::Mapped { levels, .. } = &self.store else { return None };
+        let mapped = levels.get(level as usize)?;
+        if let Some(mapped) = mapped.get() {
+            return Some(mapped);
+        }
+        let (_, file) = open_file(self.base, self.sharing).ok()?;
+        self.looked_at(&file)?;
+        let mapping = Mapping::new(&file, PAGE << level, PAGE_WORDS << level).ok()?;
+        Some(mapped.get_or_init(|| mapping))
+    }
+
+    /// The words of the slot `at` in memory.
+    fn slot(&self, at: u32) -> Option<&[AtomicU64]> {
+        let level = (at / SLOTS_OF_A_PAGE).checked_ilog2()?;
+        let first = (at - (SLOTS_OF_A_PAGE << level)) as usize * SLOT_WORDS;
+        self.level(level)?.words().get(first..first + SLOT_WORDS)
+    }
+
+    /// Reads slots from `at` on.
+    fn read<const N: usize>(&self, at: u32, into: &mut [Words; N]) -> Option<()> {
+        match &self.store {
+            Store::Mapped { .. } => {
+                for (at, words) in (at..).zip(into) {
+                    read_slot(self.slot(at)?, words);
+                }
+            }
+            Store::File(file) => {
+                let mut slots = [[0; SLOT]; N];
+                let bytes = slots.as_flattened_mut();
+                let mut end = 0;
+                // What the file does not have yet is zeros.
+                while end < bytes.len() {
+                    match file.read_at(&mut bytes[end..], u64::from(at) * SLOT as u64 + end as u64) {
+                        Ok(0) => break,
+                        Ok(read) => end += read,
+                        Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                        Err(_) => return None,
+                    }
+                }
+                for (words, bytes) in into.iter_mut().zip(&slots) {
+                    for (word, bytes) in words[..=ACQUIRED].iter_mut().zip(bytes.chunks_exact(WORD)) {
+                        *word = u64::from_ne_bytes(std::array::from_fn(|at| bytes[at]));
+                    }
+                }
+            }
+        }
+        Some(())
+    }
+
+    /// The slot of the lock with this key; if there is none and it is `to_claim`, one that can be taken for the lock.
+    fn locate(&self, key: u64, to_claim: bool) -> Option<Seen> {
+        let mut vacant = None;
+        let levels = self.levels()?;
+        for level in 0..levels {
+            let first = bucket_of(key, level);
+            let mut words = [[0; WORDS]; BUCKET];
+            // A level that cannot be read may have the slot, so none may be taken elsewhere.
+            self.read(first, &mut words)?;
+            let bucket = || (first..).zip(&words).map(|(at, words)| Seen { at, words: *words });
+            if let Some(found) = bucket().find(|seen| seen.is_of(key)) {
+                return Some(found);
+            }
+            if to_claim && vacant.is_none() {
+                let oldest = |is_wiped| {
+                    let slots = bucket().filter(|seen| (seen.state() == WIPED) == is_wiped);
+                    slots.min_by_key(|seen| seen.words[ACQUIRED])
+                };
+                let left = || oldest(false).filter(|seen| level >= FIRST_EVICTING && is_left(seen));
+                vacant = oldest(true).or_else(left);
+            }
+        }
+        if to_claim && vacant.is_none() {
+            vacant = self.grow(levels).map(|()| Seen { at: bucket_of(key, levels), words: [0; WORDS] });
+        }
+        vacant
+    }
+
+    /// Adds a level.
+    #[cold]
+    fn grow(&self, level: u32) -> Option<()> {
+        (level < MAX_LEVELS).then_some(())?;
+        // A file grows as it is written.
+        let Store::Mapped { header, .. } = &self.store else { return Some(()) };
+        let (_, file) = open_file(self.base, self.sharing).ok()?;
+        let found = self.looked_at(&file)?;
+        is_complete(&file, found.len(), PAGE << (level + 1)).then_some(())?;
+        header.words()[LEVEL_COUNT].fetch_max(u64::from(level) + 1, Ordering::AcqRel);
+        Some(())
+    }
+
+    /// Orders those who take a slot for another lock, where no exchange does: until the file is dropped. Only for a
+    /// moment, for another user may keep the lock; then two may take the same slot, and one has no record.
+    fn order_claims(&self) -> Option<File> {
+        const TRIES: usize = 20;
+        const PAUSE: Duration = Duration::from_micros(50);
+        let Store::File(_) = &self.store else { return None };
+        // Where it has been replaced, there is nothing to order.
+        let file =
+            OpenOptions::new().read(true).custom_flags(files::NOFOLLOW | files::NONBLOCK).open(&self.path).ok()?;
+        for _ in 0..TRIES {
+            if flock::try_lock(&file, flock::Mode::Exclusive).ok()? {
+                return Some(file);
+            }
+            std::thread::sleep(PAUSE);
+        }
+        None
+    }
+
+    /// Writes a record into a slot, unless it has changed since it was seen.
+    fn write(&self, seen: &Seen, key: u64, state: u64, record: &Words) -> bool {
+        let before = seen.words[0];
+        let word = word_after(before, key, state);
+        match &self.store {
+            Store::Mapped { .. } => {
+                let Some(slot) = self.slot(seen.at) else { return false };
+                // A holder that dies while it writes has not begun; but where it follows one that died, somebody has.
+                let follows_death = seen.is_of(key) && seen.state() == WRITTEN;
+                let meanwhile = if follows_death { word & !STATE | WRITTEN } else { word | CLAIMED };
+                if slot[0].compare_exchange(before, meanwhile, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+                    return false;
+                }
+                // No reader may find new words under the old word 0.
+                fence(Ordering::Release);
+                for (word, value) in slot[..=ACQUIRED].iter().zip(record).skip(1) {
+                    word.store(*value, Ordering::Relaxed);
+                }
+                slot[ACQUIRED].store(mark::now(), Ordering::Relaxed);
+                slot[0].store(word, Ordering::Release);
+                true
+            }
+            Store::File(file) => {
+                let mut bytes = [0; (ACQUIRED + 1) * WORD];
+                let words = [word].into_iter().chain(record[IDENTITY.start..ACQUIRED].iter().copied());
+                for (bytes, word) in bytes.chunks_exact_mut(WORD).zip(words.chain([mark::now()])) {
+                    bytes.copy_from_slice(&word.to_ne_bytes());
+                }
+                file.write_all_at(&bytes, u64::from(seen.at) * SLOT as u64).is_ok()
+            }
+        }
+    }
+
+    fn wipe(&self, seen: &Seen) {
+        let before = seen.words[0];
+        let word = word_after(before, before & KEY, WIPED);
+        match &self.store {
+            Store::Mapped { .. } => {
+                if let Some(slot) = self.slot(seen.at) {
+                    let _ = slot[0].compare_exchange(before, word, Ordering::AcqRel, Ordering::Relaxed);
+                }
+            }
+            Store::File(file) => {
+                let at = u64::from(seen.at) * SLOT as u64;
+                if file.write_all_at(&word.to_ne_bytes(), at).is_err() {
+                    step("record not wiped");
+                    // What is cut out reads as zeros, takes no room and meets no limit of sizes.
+                    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                    let _ = fallocate(file, flags, at, WORD as u64);
+                }
+            }
+        }
+    }
+
+    /// The holders of all locks, by the keys of the locks.
+    fn holders(&self) -> HashMap<u64, Owner> {
+        let mut holders = HashMap::new();
+        for first in (SLOTS_OF_A_PAGE..SLOTS_OF_A_PAGE << self.levels().unwrap_or_default()).step_by(BUCKET) {
+            let mut bucket = [[0; WORDS]; BUCKET];
+            if self.read(first, &mut bucket).is_none() {
+                continue;
+            }
+            for words in bucket.iter().filter(|words| [WRITTEN, HANDED].contains(&(words[0] & STATE))) {
+                holders.extend(mark::owner_of(words).map(|owner| (words[0] & KEY, owner)));
+            }
+        }
+        holders
+    }
+}
+
+/// The holders of all locks by their records, for a list.
+pub(super) struct Holders(HashMap<u64, Owner>);
+
+impl Holders {
+    pub(super) fn read(sharing: Sharing) -> Self {
+        Self(Records::of(sharing).map(|records| records.holders()).unwrap_or_default())
+    }
+
+    pub(super) fn of(&mut self, name: &str) -> Option<Owner> {
+        self.0.remove(&key_of(name))
+    }
+}
+
+/// Reads a slot as it is at one moment, unless its writer takes too long.
+fn read_slot(slot: &[AtomicU64], words: &mut Words) {
+    const TRIES: usize = 100;
+    for _ in 0..TRIES {
+        words[0] = slot[0].load(Ordering::Acquire);
+        for (word, value) in words[..=ACQUIRED].iter_mut().zip(slot).skip(1) {
+            *word = value.load(Ordering::Relaxed);
+        }
+        fence(Ordering::Acquire);
+        if slot[0].load(Ordering::Relaxed) == words[0] {
+            return;
+        }
+        std::hint::spin_loop();
+    }
+}
+
+/// The first slot of the bucket for a key.
+fn bucket_of(key: u64, level: u32) -> u32 {
+    let buckets = u64::from(SLOTS_OF_A_PAGE << level) / BUCKET as u64;
+    (SLOTS_OF_A_PAGE << level) + ((key >> 8) & (buckets - 1)) as u32 * BUCKET as u32
+}
+
+/// Whether the holder of a record is dead, whom no other process has followed yet.
+#[cold]
+fn is_left(seen: &Seen) -> bool {
+    seen.words[IDENTITY.start] != u64::from(std::process::id())
+        && mark::owner_of(&seen.words).is_some_and(|owner| owner.liveness_by_name() == Liveness::Dead)
+}
+
+/// Whether the file, which was `length` bytes long, has memory for all of this many, which are reserved if not.
+fn is_complete(file: &File, length: u64, bytes: u64) -> bool {
+    if length >= bytes {
+        return true;
+    }
+    // Beyond its limit of file sizes the kernel would end the process.
+    let is_allowed = getrlimit(Resource::Fsize).current.is_none_or(|most| bytes <= most);
+    let is_reserved = is_allowed && fallocate(file, FallocateFlags::empty(), 0, bytes).is_ok();
+    step("room for records reserved");
+    is_reserved
+}
