@@ -368,7 +368,8 @@ impl Records {
                 Some(u32::try_from(levels).map_or(MAX_LEVELS, |levels| levels.clamp(1, MAX_LEVELS)))
             }
             Store::File(opened) => {
-                let found = self.looked_at(&opened.last().file).or_else(|| self.open_again(opened))?;
+                let file = &opened.last().file;
+                let found = if file.is_own() { self.looked_at(file) } else { self.open_again(opened) }?;
                 Some((1..MAX_LEVELS).find(|level| found.len() <= PAGE << level).unwrap_or(MAX_LEVELS))
             }
         }
