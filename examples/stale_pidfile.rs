@@ -71,9 +71,12 @@ fn row(path: &Path) -> Option<Row> {
             }
             None => line(Some(&owner), "stale", "its process has ended".to_owned()),
         },
-        Ok(PidStatus::Invalid { age }) => {
-            let seconds = age.as_secs();
-            line(None, "invalid", format!("written {seconds} s ago, and begins with \"{}\"", beginning(path)))
+        Ok(PidStatus::Locked) => {
+            line(None, "alive", "a process has it locked that cannot be seen from here".to_owned())
+        }
+        Ok(PidStatus::Blank { age, .. }) => line(None, "blank", format!("written {} s ago", age.as_secs())),
+        Ok(PidStatus::Invalid { rule }) => {
+            line(None, "invalid", format!("it begins with \"{}\", and {rule}", beginning(path)))
         }
         Err(error) => {
             let source = error.source().map(|source| format!(": {source}")).unwrap_or_default();

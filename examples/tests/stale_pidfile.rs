@@ -27,7 +27,7 @@ fn each_pidfile_of_a_folder_gets_a_line_that_says_why() {
     write("dead.pid", "4194304\n".to_owned());
     write("reused.pid", format!("{}\n", daemon.id()));
     backdate(&folder.join("reused.pid"));
-    write("invalid.pid", "12 \u{1b}x\n".to_owned());
+    write("invalid.pid", "x12 \u{1b}x\n".to_owned());
     write("notes.txt", "1\n".to_owned());
     write("blank\u{1b}.pid", "\n".to_owned());
 
@@ -46,7 +46,7 @@ fn each_pidfile_of_a_folder_gets_a_line_that_says_why() {
     assert_eq!(line("alive.pid")[1..4], [daemon_pid.as_str(), "sleep", "alive"]);
     assert_eq!(line("dead.pid")[1..4], ["4194304", "-", "stale"]);
     assert_eq!(line("invalid.pid")[1..4], ["-", "-", "invalid"]);
-    assert_eq!(line("blank?.pid")[1..4], ["-", "-", "invalid"]);
+    assert_eq!(line("blank?.pid")[1..4], ["-", "-", "blank"]);
     assert!(!table.contains('\u{1b}') && !table.contains("notes.txt"));
     let uptime = fs::read_to_string("/proc/uptime").unwrap();
     match uptime.split('.').next().unwrap().parse::<u64>().unwrap() {

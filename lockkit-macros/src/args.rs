@@ -5,7 +5,7 @@ use std::time::Duration;
 use proc_macro2::Span;
 use syn::ext::IdentExt;
 use syn::parse::{Parse, ParseStream};
-use syn::{Error, Expr, ExprLit, ExprPath, Ident, Lit, Result, Token};
+use syn::{Error, Expr, ExprLit, ExprPath, Ident, Lit, Path, Result, Token};
 
 /// What the attribute was told.
 pub(crate) struct Args {
@@ -20,6 +20,8 @@ pub(crate) struct Args {
     pub(crate) on_recovered: Option<ExprPath>,
     /// `fn(lockkit::Activation)`.
     pub(crate) on_second: Option<ExprPath>,
+    /// Where `lockkit` is, if the user's crate calls it otherwise.
+    pub(crate) lockkit: Option<Path>,
 }
 
 /// `scope = ...`
@@ -52,6 +54,7 @@ impl Parse for Args {
             on_held: None,
             on_recovered: None,
             on_second: None,
+            lockkit: None,
         };
         while !input.is_empty() {
             input.parse::<Token![,]>()?;
@@ -102,13 +105,13 @@ impl Args {
             "on_second" => {
                 set(&mut self.on_second, &key, handler(&key, value(&key, input)?, "fn(lockkit::Activation)`")?)
             }
+            "crate" => set(&mut self.lockkit, &key, path(value(&key, input)?)?),
             _ => Err(Error::new_spanned(&key, format!("there is no argument `{key}`; {KEYS}"))),
         }
     }
 }
 
-const KEYS: &str =
-    "the arguments are `scope`, `wait`, `exit_code`, `on_held`, `on_recovered` and `on_second`, each as `key = value`";
+const KEYS: &str = "the arguments are `scope`, `wait`, `exit_code`, `on_held`, `on_recovered`, `on_second` and `crate`, each as `key = value`";
 
 fn name(input: ParseStream) -> Result<Expr> {
     const MISSING: &str = "the name to hold comes first, as in `#[single_instance(\"com.example.app\")]`";
@@ -174,6 +177,18 @@ fn handler(key: &Ident, value: Expr, kind: &str) -> Result<ExprPath> {
         Expr::Path(path) => Ok(path),
         value => Err(Error::new_spanned(value, format!("`{key}` takes the path of a function, `{kind}"))),
     }
+}
+
+/// The path of `lockkit`, as a string or as it stands.
+fn path(value: Expr) -> Result<Path> {
+    const ALLOWED: &str = "`crate` is the path by which this crate knows lockkit, as in `crate = \"lk\"`";
+    let path = match &value {
+        Expr::Lit(ExprLit { lit: Lit::Str(text), .. }) => text.parse_with(Path::parse_mod_style).ok(),
+        Expr::Path(ExprPath { qself: None, path, .. }) => Some(path.clone()),
+        _ => None,
+    };
+    let is_plain = |path: &Path| path.segments.iter().all(|segment| segment.arguments.is_none());
+    path.filter(is_plain).ok_or_else(|| Error::new_spanned(value, ALLOWED))
 }
 
 fn text(value: &Expr) -> Option<String> {

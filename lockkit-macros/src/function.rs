@@ -71,28 +71,28 @@ impl Function {
 
     /// `let` the guard live as long as the body. The body cannot name it, thanks to the hygiene of `mixed_site`.
     fn hold(&self, args: &Args) -> Result<TokenStream> {
-        let name = &args.name;
-        let (first, last) = ends(name);
-        let checked = quote_spanned!(first=> ::lockkit::instance::checked_name);
-        let name = quote_spanned!(last=> (#name));
+        let Names { lockkit, std, guard, error, name, .. } = &Names::of(args);
+        let (first, last) = ends(&args.name);
+        let called = args.lockkit.as_ref().map_or_else(|| quote_spanned!(first=> ::lockkit), ToTokens::to_token_stream);
+        let checked = quote_spanned!(first=> #called::instance::checked_name);
+        let given = &args.name;
+        let given = quote_spanned!(last=> (#given));
         let scope = match args.scope {
             None | Some(Scope::User) => quote!(User),
             Some(Scope::Machine) => quote!(Machine),
         };
         let wait = match args.wait {
-            Some(Wait::Forever) => quote!(::core::option::Option::None),
-            None if args.on_second.is_some() => {
-                quote!(::core::option::Option::Some(::lockkit::instance::ANSWER_WITHIN))
-            }
-            None => at_most(Duration::ZERO),
-            Some(Wait::AtMost(limit)) => at_most(limit),
+            Some(Wait::Forever) => quote!(#std::None),
+            None if args.on_second.is_some() => quote!(#std::Some(#lockkit::instance::ANSWER_WITHIN)),
+            None => at_most(std, Duration::ZERO),
+            Some(Wait::AtMost(limit)) => at_most(std, limit),
         };
         let recovered = self.recovered(args);
         // With `on_second` it comes first: what the dead left behind is put right before anybody asks for it.
         let (enter, recovered) = match &args.on_second {
             None => {
                 let enter = quote_spanned! {Span::mixed_site()=>
-                    ::lockkit::instance::enter(__LOCKKIT_NAME, ::lockkit::Scope::#scope, #wait)
+                    #lockkit::instance::enter(#name, #lockkit::Scope::#scope, #wait)
                 };
                 (enter, recovered)
             }
@@ -102,24 +102,24 @@ impl Function {
             }
             Some(handler) => {
                 let enter = quote_spanned! {Span::mixed_site()=>
-                    ::lockkit::instance::enter_or_activate(__LOCKKIT_NAME, #wait, |__guard| { #recovered }, #handler)
+                    #lockkit::instance::enter_or_activate(#name, #wait, |#guard| { #recovered }, #handler)
                 };
                 (enter, None)
             }
         };
         let refuse = self.refuse(args)?;
         Ok(quote_spanned! {Span::mixed_site()=>
-            let __guard = {
+            let #guard = {
                 // An item, not a `const` block, so that the name is checked even if a generic function is never called.
-                const __LOCKKIT_NAME: &::core::primitive::str = #checked #name;
+                const #name: &#std::str = #checked #given;
                 match #enter {
-                    ::core::result::Result::Ok(__guard) => {
+                    #std::Ok(#guard) => {
                         #recovered
-                        __guard
+                        #guard
                     }
                     // What is returned may be the call of a function that never returns.
                     #[allow(unreachable_code, clippy::diverging_sub_expression)]
-                    ::core::result::Result::Err(__error) => { #refuse }
+                    #std::Err(#error) => { #refuse }
                 }
             };
         })
@@ -127,23 +127,25 @@ impl Function {
 
     /// Tells that the previous owner died.
     fn recovered(&self, args: &Args) -> Option<TokenStream> {
+        let Names { lockkit, std, guard, recovered, name, .. } = &Names::of(args);
         let tell = match &args.on_recovered {
             Some(handler) => {
                 let (_, last) = ends(handler);
-                let argument = quote_spanned!(last=> (__recovered));
+                let recovered = at(recovered, last);
+                let argument = quote_spanned!(last=> (#recovered));
                 quote!(#handler #argument;)
             }
             None if self.is_main() => quote_spanned! {Span::mixed_site()=>
-                ::lockkit::instance::tell_recovered(__LOCKKIT_NAME, __recovered)
+                #lockkit::instance::tell_recovered(#name, #recovered)
             },
             None => return None,
         };
-        let recovered = match &args.on_second {
-            None => quote_spanned!(Span::mixed_site()=> NamedGuard::recovered(&__guard)),
-            Some(_) => quote_spanned!(Span::mixed_site()=> FirstInstance::recovered(__guard)),
+        let found = match &args.on_second {
+            None => quote_spanned!(Span::mixed_site()=> NamedGuard::recovered(&#guard)),
+            Some(_) => quote_spanned!(Span::mixed_site()=> FirstInstance::recovered(#guard)),
         };
         Some(quote_spanned! {Span::mixed_site()=>
-            if let ::core::option::Option::Some(__recovered) = ::lockkit::#recovered {
+            if let #std::Some(#recovered) = #lockkit::#found {
                 #tell
             }
         })
@@ -152,18 +154,20 @@ impl Function {
     /// Leaves the function because the name was not taken.
     fn refuse(&self, args: &Args) -> Result<TokenStream> {
         let here = Span::mixed_site();
+        let Names { lockkit, error, returns, name, .. } = &Names::of(args);
         if let Some(handler) = &args.on_held {
             let (first, last) = ends(handler);
             let leave = quote_spanned!(first=> return);
-            let argument = quote_spanned!(last=> (__error));
+            let error = at(error, last);
+            let argument = quote_spanned!(last=> (#error));
             return Ok(quote!(#leave #handler #argument;));
         }
         if self.is_main() {
             let code = match &args.exit_code {
                 Some(given) => i32::from(given.code).to_token_stream(),
-                None => quote!(::lockkit::instance::EXIT_HELD),
+                None => quote!(#lockkit::instance::EXIT_HELD),
             };
-            return Ok(quote_spanned!(here=> ::lockkit::instance::exit(__LOCKKIT_NAME, &__error, #code)));
+            return Ok(quote_spanned!(here=> #lockkit::instance::exit(#name, &#error, #code)));
         }
         if let Some(given) = &args.exit_code {
             let message = "`exit_code` is for `main`; another function returns the error, or takes `on_held`";
@@ -172,18 +176,21 @@ impl Function {
         match (&self.signature.output, args.wait) {
             // See `Returns`: the first `return` tells it the type, the second one returns or gives up.
             (ReturnType::Type(_, kind), Some(Wait::Forever)) if !is_opaque(kind) => Ok(quote_spanned! {here=>
-                use ::lockkit::instance::OrGiveUp as _;
-                let __returns = ::lockkit::instance::Returns::new();
+                use #lockkit::instance::OrGiveUp as _;
+                let #returns = #lockkit::instance::Returns::new();
                 if false {
-                    return __returns.value();
+                    return #returns.value();
                 }
-                return __returns.refuse(__error);
+                return #returns.refuse(#error);
             }),
-            (_, Some(Wait::Forever)) => Ok(quote_spanned!(here=> ::lockkit::instance::give_up(&__error))),
+            (_, Some(Wait::Forever)) => Ok(quote_spanned!(here=> #lockkit::instance::give_up(&#error))),
             (ReturnType::Type(_, kind), _) => {
                 let (first, last) = ends(kind);
-                let refusal = quote_spanned!(first=> return ::lockkit::instance::Refusal);
-                let refused = quote_spanned!(last=> ::refused(__error));
+                let called =
+                    args.lockkit.as_ref().map_or_else(|| quote_spanned!(first=> ::lockkit), ToTokens::to_token_stream);
+                let refusal = quote_spanned!(first=> return #called::instance::Refusal);
+                let error = at(error, last);
+                let refused = quote_spanned!(last=> ::refused(#error));
                 Ok(quote!(#refusal #refused;))
             }
             (ReturnType::Default, _) => Err(Error::new_spanned(
@@ -200,10 +207,50 @@ impl Function {
     }
 }
 
+/// What the statement names.
+///
+/// Of paths there is only that of `lockkit`, which has the names of the standard library, too: the user's crate may call
+/// another one `core`. The hygiene of `mixed_site` keeps locals apart from other locals, but not from items: a `const` or
+/// `static` of the user's makes a pattern of its name mean something else. So their names are such as no item has.
+struct Names {
+    /// The path of the crate.
+    lockkit: TokenStream,
+    /// The path of the names of the standard library.
+    std: TokenStream,
+    guard: Ident,
+    error: Ident,
+    recovered: Ident,
+    returns: Ident,
+    /// A constant: what is to be held.
+    name: Ident,
+}
+
+impl Names {
+    fn of(args: &Args) -> Self {
+        let own = |name| Ident::new(name, Span::mixed_site());
+        let here = || quote_spanned!(Span::mixed_site()=> ::lockkit);
+        let lockkit = args.lockkit.as_ref().map_or_else(here, ToTokens::to_token_stream);
+        Self {
+            std: quote!(#lockkit::instance::standard),
+            lockkit,
+            guard: own("__lockkit_guard_f81d4fae"),
+            error: own("__lockkit_error_f81d4fae"),
+            recovered: own("__lockkit_recovered_f81d4fae"),
+            returns: own("__lockkit_returns_f81d4fae"),
+            name: own("__LOCKKIT_NAME_F81D4FAE"),
+        }
+    }
+}
+
+/// The same name, where a message is to point.
+fn at(name: &Ident, span: Span) -> Ident {
+    Ident::new(&name.to_string(), span)
+}
+
 /// A limit as the attribute passes it on.
-fn at_most(limit: Duration) -> TokenStream {
+fn at_most(std: &TokenStream, limit: Duration) -> TokenStream {
     let (seconds, nanos) = (limit.as_secs(), limit.subsec_nanos());
-    quote!(::core::option::Option::Some(::core::time::Duration::new(#seconds, #nanos)))
+    quote!(#std::Some(#std::Duration::new(#seconds, #nanos)))
 }
 
 /// Whether `kind` is `impl Trait`, of which nothing is known before the body says more.

@@ -12,3 +12,8 @@ fn every_error_stands_at_the_token_at_fault() {
 fn what_a_function_is_made_of_is_preserved() {
     trybuild::TestCases::new().pass("tests/ui/pass/*.rs");
 }
+
+#[test]
+fn c6_items_of_the_module_keep_their_names() {
+    trybuild::TestCases::new().pass("tests/ui/names/*.rs");
+}

@@ -1,6 +1,40 @@
 //! What the command `lockkit` needs of the library's system layer, and nobody else should use.
 
+use std::fs::File;
+#[cfg(target_os = "linux")]
+use std::io;
+
+#[cfg(target_os = "linux")]
+pub use crate::flocks::{FileLocks, Locked, Mechanism, OnFile};
 #[cfg(windows)]
 pub use crate::sys::command::{Cage, end_at_a_closed_pipe, pass_over_interrupts};
 #[cfg(unix)]
 pub use crate::sys::command::{as_given, end_at_a_closed_pipe, fork, inherited, rename_process, wait_for_children};
+use crate::{NamedLock, Owner, Result};
+
+/// Whether a process has an fcntl lock on any byte of the file; with its pid, where the kernel tells one. Takes nothing.
+///
+/// # Errors
+/// When the file system has no such locks.
+#[cfg(target_os = "linux")]
+pub fn fcntl_holder(file: &File) -> io::Result<Option<Option<u32>>> {
+    crate::sys::ofd::holder(file)
+}
+
+/// Whether the lock is held now. On Linux this takes no place in the holder's queue of waiters, and costs the same however many locks are held.
+///
+/// # Errors
+/// [`Io`](crate::ErrorKind::Io) when the system does not say.
+pub fn is_held(lock: &NamedLock) -> Result<bool> {
+    lock.is_held()
+}
+
+/// Whether the file has the attribute in which lockkit keeps the owner of a pidfile.
+pub fn is_own_pidfile(file: &File) -> bool {
+    crate::pidfile::has_identity(file)
+}
+
+/// Whether two owners are the same process, whatever program it runs and since when it holds a lock.
+pub fn is_same_process(one: &Owner, other: &Owner) -> bool {
+    one.is_same_process(other)
+}

@@ -208,7 +208,8 @@ pub enum ErrorKind {
         lock: String,
     },
     /// A file is not laid out as this version of lockkit has it. One of a table of locks is something else, cut short,
-    /// or made by another version or for another kind of machine; one of a lease was written by a later version.
+    /// or made by another version or for another kind of machine; one of a lease was written by a later version, or contains
+    /// the largest fencing token.
     #[error("{} is no lock that this program can use: {problem}", .path.display())]
     LayoutMismatch {
         /// The file.

@@ -12,13 +12,18 @@
 //! compared less than [`SOON`] ago, as in a tight loop. A blink is too short for another process to take the lock,
 //! delete the file and release, so whoever deletes it while holding the lock, as one must, is never missed. A file that
 //! is deleted without holding its lock is noticed by the first acquisition after [`SOON`].
+//!
+//! A program may close descriptors that it did not open, and its next files get their numbers. So before a kept
+//! descriptor is locked, and before a lock is given up, the descriptor is compared with the file that was opened for it
+//! (see [`fork`]). That costs as much as the lock, too, and is left out where too little time has passed to close
+//! one file and open another.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, ErrorKind as Io};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 #[cfg(feature = "tokio")]
 use crate::awaiting;
@@ -26,6 +31,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::lock::{Guard, Recovered, lock_methods};
 use crate::owner::Owner;
 use crate::steps::step;
+use crate::sys::clock::nanos;
 use crate::sys::files::{self, FileExt, MetadataExt, OpenOptionsExt};
 use crate::sys::flock::{self, Mode};
 use crate::sys::fork::{self, Shielded};
@@ -39,40 +45,40 @@ const MOST_REPLACEMENTS: u32 = 10_000;
 /// How often it may come and go while it is opened.
 const MOST_OPENINGS: u32 = 100;
 
-/// For how long a comparison is good for locks that follow each other in a [`Blink`].
-const SOON: Duration = Duration::from_millis(1);
+/// For how long a comparison is good for locks that follow each other in a [`Blink`], in nanoseconds.
+const SOON: u64 = 1_000_000;
 
 /// The time from one lock here to the next, with the unlock in between, in which nobody else can have locked, deleted
 /// and unlocked: no more than the fastest that this process ever unlocked, locked and looked at the path. Deleting
 /// begins with such a look, and then has the work before it. So it fits the machine, however fast that is.
 struct Blink {
     samples: AtomicU32,
-    nanos: AtomicU32,
+    nanos: AtomicU64,
 }
 
 impl Blink {
     /// So many times must have been measured: any one of them may have been interrupted.
     const ENOUGH: u32 = 32;
     /// Never longer than this, whatever was measured.
-    const LONGEST: u32 = 2000;
+    const LONGEST: u64 = 2000;
 
     const fn new() -> Self {
-        Self { samples: AtomicU32::new(0), nanos: AtomicU32::new(Self::LONGEST) }
+        Self { samples: AtomicU32::new(0), nanos: AtomicU64::new(Self::LONGEST) }
     }
 
     /// Notes how long it took with a look at the path.
-    fn measured(&self, time: Duration) {
-        self.nanos.fetch_min(u32::try_from(time.as_nanos()).unwrap_or(u32::MAX), Ordering::Relaxed);
+    #[cold]
+    fn measured(&self, nanos: u64) {
+        self.nanos.fetch_min(nanos, Ordering::Relaxed);
         if self.samples.load(Ordering::Relaxed) < Self::ENOUGH {
             self.samples.fetch_add(1, Ordering::Relaxed);
         }
     }
 
     /// Whether a time without a look is that short. None at all means a clock too coarse to tell.
-    fn covers(&self, time: Duration) -> bool {
-        !time.is_zero()
-            && self.samples.load(Ordering::Relaxed) >= Self::ENOUGH
-            && time.as_nanos() < self.nanos.load(Ordering::Relaxed).into()
+    #[inline]
+    fn covers(&self, nanos: u64) -> bool {
+        nanos != 0 && self.samples.load(Ordering::Relaxed) >= Self::ENOUGH && nanos < self.nanos.load(Ordering::Relaxed)
     }
 }
 
@@ -82,6 +88,11 @@ static BLINK: Blink = Blink::new();
 ///
 /// It excludes every process that locks the same file with flock(2), the `flock` command among them. Cloning gives
 /// another handle on the same lock.
+///
+/// It does not exclude a program that locks the file with fcntl(2): POSIX locks (`F_SETLK`, lockf(3), as apt, dpkg, SQLite
+/// and Python's `fcntl.lockf` take them) and `F_OFD_SETLK`. The kernel keeps the two kinds of lock apart, except on NFS
+/// and SMB. [`holders`](Self::holders), [`waiters`](Self::waiters) and [`list`](Self::list) report locks of flock(2)
+/// only; the command `lockkit status` shows both kinds.
 ///
 /// The file may hold anything; locking does not touch its content. It is made when it is missing, and never deleted:
 /// deleting it needs its exclusive lock, and then locks that are waited for go on with the next file of that name. One
@@ -145,8 +156,8 @@ struct Inner {
 #[derive(Clone, Debug)]
 struct Place {
     path: PathBuf,
-    /// The permissions of a file made here.
-    mode: u32,
+    /// The permissions of a file made here, exactly; else 0600 less the umask.
+    mode: Option<u32>,
     /// Whether missing folders are made.
     parents: bool,
     /// The folder is open to other users, who may have put something else in the file's place.
@@ -162,32 +173,50 @@ struct Open {
     generation: u32,
     /// Whether this acquisition made it.
     made: bool,
-    /// When it was last seen to be the file at the path.
-    compared: Option<Instant>,
-    /// When it was last known to be locked.
-    held: Option<Instant>,
+    /// When it was last seen to be the file at the path. This and what follows are [`nanos`]; 0 is never.
+    compared: u64,
+    /// When the descriptor was last used, and was the lock's.
+    used: u64,
+    /// When the lock was last known to be held, at the beginning of a hold. A holder that deletes its own file does so
+    /// later, so a [`Blink`] is counted from here.
+    held: u64,
+}
+
+impl Open {
+    /// The part of a [`Blink`] that is too short to close a file and open another: opening one is a look at a path, and
+    /// more.
+    const HELD: u64 = 2;
+    /// The same beside an unlock.
+    const IDLE: u64 = 3;
+
+    /// Whether the descriptor is still this lock's, of which `part` of a [`Blink`] must be too short to replace it.
+    #[inline]
+    fn is_own(&self, now: u64, part: u64) -> bool {
+        BLINK.covers(now.wrapping_sub(self.used).saturating_mul(part)) || self.file.is_own()
+    }
 }
 
 impl FileLock {
     /// A lock on the file or folder at `path`. Nothing happens there until it is first locked; then a missing file is
     /// made.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self::at(Place { path: path.into(), mode: 0o600, parents: false, wary: false })
+        Self::at(Place { path: path.into(), mode: None, parents: false, wary: false })
     }
 
     /// A lock on a file of lockkit's own, which has exactly `mode`, and which no symlink, hard link or special file
     /// may stand for.
     pub(crate) fn own(path: PathBuf, mode: u32) -> Self {
-        Self::at(Place { path, mode, parents: false, wary: true })
+        Self::at(Place { path, mode: Some(mode), parents: false, wary: true })
     }
 
     fn at(place: Place) -> Self {
         Self(Arc::new(Inner { place, spare: Slot::empty() }))
     }
 
-    /// The permissions that a file gets when locking makes it, less the process's umask; 0600 unless told otherwise.
+    /// The permissions that a file gets when locking makes it, exactly, whatever the process's umask is. Without this
+    /// option they are 0600 less the umask.
     pub fn create_with_mode(self, mode: u32) -> Self {
-        Self::at(Place { mode, ..self.0.place.clone() })
+        Self::at(Place { mode: Some(mode), ..self.0.place.clone() })
     }
 
     /// Makes missing folders on the way to the file, too, with the permissions that the process's umask leaves.
@@ -217,13 +246,16 @@ impl FileLock {
     /// ```
     pub fn list() -> Vec<Self> {
         #[cfg(target_os = "linux")]
-        return crate::flocks::paths().into_iter().map(Self::new).collect();
+        {
+            let locks = crate::flocks::FileLocks::read("");
+            locks.files().filter(|(_, on)| on.flock.is_some()).map(|(path, _)| Self::new(path)).collect()
+        }
         #[cfg(not(target_os = "linux"))]
         Vec::new()
     }
 
     /// Who holds the lock now, exclusively or shared: each process with a descriptor that keeps it, or at least the one
-    /// that took it. Empty when nobody does, when nothing tells who (a process of another pid namespace), and outside
+    /// that took it. Locks of fcntl(2) do not count, for they do not exclude this one. Empty when the lock is free, when the holder is hidden (a process of another pid namespace), and outside
     /// Linux. Takes and opens nothing, so it disturbs nobody; it reads the descriptors of all processes, which takes
     /// milliseconds.
     ///
@@ -256,10 +288,14 @@ impl FileLock {
 
     fn locked(&self) -> Result<(Vec<u32>, u32)> {
         #[cfg(target_os = "linux")]
-        match crate::flocks::on(self.path()) {
-            Ok(Some(locked)) => return Ok((locked.pids, locked.waiters)),
+        match crate::flocks::FileLocks::read("").on(self.path()) {
+            Ok(on) => {
+                if let Some(locked) = on.flock {
+                    return Ok((locked.pids, locked.waiters));
+                }
+            }
             Err(error) if error.kind() != Io::NotFound => return Err(Error::io("look at", self.path(), error)),
-            _ => {}
+            Err(_) => {}
         }
         Ok((Vec::new(), 0))
     }
@@ -386,37 +422,46 @@ impl Inner {
         wait.check(subject)?;
         let mut patience = None;
         for _ in 0..MOST_REPLACEMENTS {
-            let generation = fork::generation();
             let mut open = match self.spare.take() {
-                Some(open) if open.generation == generation => open,
+                Some(open) if open.generation == fork::noted_generation() && open.is_own(nanos(), Open::IDLE) => open,
                 _ => {
+                    let generation = fork::generation();
                     let (file, made) = self.place.open()?;
                     let found = files::look(&file).map_err(|error| Error::io("look at", &self.place.path, error))?;
                     let identity = (found.dev(), found.ino());
-                    Box::new(Open { file, identity, made, generation, compared: None, held: None })
+                    let file = file.know_as(identity);
+                    Box::new(Open { file, identity, generation, made, compared: 0, used: 0, held: 0 })
                 }
             };
             let made = std::mem::take(&mut open.made);
             if let Err(error) = self.lock(&open.file, mode, wait, &mut patience, subject) {
-                // Where flock does not work nobody else has it locked, and nothing is to stay behind.
-                if made && matches!(error.kind(), ErrorKind::Io { action: "lock", .. }) {
+                // On a file system without flock no process can hold the lock, and the new file serves no purpose. After
+                // any other error another process may hold it.
+                let cannot_lock = |error: &Error| match error.kind() {
+                    ErrorKind::Io { action: "lock", source, .. } => flock::is_unsupported(source),
+                    _ => false,
+                };
+                if made && cannot_lock(&error) && self.place.names(open.identity).unwrap_or(false) {
                     let _ = std::fs::remove_file(&self.place.path);
                     step("file that cannot be locked removed");
                 }
                 return Err(error);
             }
-            let now = Instant::now();
-            let since = |moment: Option<Instant>| moment.map_or(Duration::MAX, |moment| now - moment);
-            let (before, compared) = (open.held.replace(now), since(open.compared));
-            if BLINK.covers(since(before)) && compared < SOON && !self.place.wary {
+            let now = nanos();
+            open.used = now;
+            let before = std::mem::replace(&mut open.held, now);
+            let since = |moment| now.wrapping_sub(moment);
+            if BLINK.covers(since(before)) && since(open.compared) < SOON && !self.place.wary {
                 return Ok(open);
             }
-            if self.place.names(open.identity)? {
-                let seen = Instant::now();
-                if let Some(before) = before {
-                    BLINK.measured(seen - before);
+            // The descriptor may have been closed during a wait.
+            if self.place.names(open.identity)? && (patience.is_none() || open.file.is_own()) {
+                let seen = nanos();
+                // A wait says nothing of how fast this process is.
+                if before != 0 && patience.is_none() {
+                    BLINK.measured(seen.wrapping_sub(before));
                 }
-                (open.compared, open.held) = (Some(now), Some(seen));
+                (open.compared, open.used, open.held) = (now, seen, seen);
                 return Ok(open);
             }
         }
@@ -503,12 +548,12 @@ impl Place {
 
     fn create(&self) -> io::Result<Shielded<File>> {
         let mut options = OpenOptions::new();
-        options.read(true).write(true).create_new(true).mode(self.mode);
+        options.read(true).write(true).create_new(true).mode(self.mode.unwrap_or(0o600));
         let file = Shielded::new(|| files::create(&options, &self.path))?;
         step("file made");
-        if self.wary {
+        if let Some(mode) = self.mode {
             // The umask is not ours to change, but the file's mode is.
-            files::set_mode(&file, self.mode)?;
+            files::set_mode(&file, mode)?;
             step("mode of the file set");
         }
         Ok(file)
@@ -603,36 +648,57 @@ impl FileGuard {
         None
     }
 
+    /// Writes to the file, unless the descriptor is not the lock's any more.
+    ///
+    /// # Errors
+    /// [`Io`](ErrorKind::Io) then; the lock was released when the descriptor was closed.
+    pub(crate) fn write<T>(&mut self, write: impl FnOnce(&File) -> T) -> Result<T> {
+        let Some(open) = &mut self.open else { unreachable!("only the release takes it, and ends the guard") };
+        if !open.is_own(nanos(), Open::HELD) {
+            return Err(Error::io("write to", &self.lock.place.path, fork::closed_by_program()));
+        }
+        let written = write(&open.file);
+        open.used = nanos();
+        Ok(written)
+    }
+
     /// As [`release`](Self::release), and looks at the file once it is unlocked.
     pub(crate) fn release_and<T>(mut self, look: impl FnOnce(&File) -> T) -> Result<T> {
-        let Some(open) = self.open.take() else { unreachable!("only the release takes it, and ends the guard") };
-        self.unlock(&open)?;
+        let Some(mut open) = self.open.take() else { unreachable!("only the release takes it, and ends the guard") };
+        self.unlock(&mut open)?;
         let seen = look(&open.file);
+        open.used = nanos();
         self.keep(open);
         Ok(seen)
     }
 
     fn give_back(&mut self) -> Result<()> {
-        let Some(open) = self.open.take() else { return Ok(()) };
-        self.unlock(&open)?;
-        if !self.lock.place.wary && open.generation == fork::generation() {
+        let Some(mut open) = self.open.take() else { return Ok(()) };
+        self.unlock(&mut open)?;
+        if !self.lock.place.wary && open.generation == fork::noted_generation() {
             trace::released(&*self.lock);
         }
         self.keep(open);
         Ok(())
     }
 
-    fn unlock(&self, open: &Open) -> Result<()> {
+    fn unlock(&self, open: &mut Open) -> Result<()> {
         // In a forked child the lock is the parent's, and the descriptor here an inert one.
-        match open.generation == fork::generation() {
-            // If this fails, closing the file releases.
-            true => flock::unlock(&open.file).map_err(|error| Error::io("unlock", &self.lock.place.path, error)),
-            false => Ok(()),
+        if open.generation != fork::noted_generation() {
+            return Ok(());
         }
+        let failed = |error| Error::io("unlock", &self.lock.place.path, error);
+        let now = nanos();
+        if !open.is_own(now, Open::HELD) {
+            return Err(failed(fork::closed_by_program()));
+        }
+        open.used = now;
+        // If this fails, closing the file releases.
+        flock::unlock(&open.file).map_err(failed)
     }
 
     fn keep(&self, open: Box<Open>) {
-        if open.generation == fork::generation() {
+        if open.generation == fork::noted_generation() {
             self.lock.spare.put(open);
         }
     }

@@ -1,86 +1,277 @@
-//! Which file locks the kernel has, and whose: what [`FileLock`](crate::FileLock) tells of its holders.
+//! Which locks on files the kernel has, and which processes hold them.
 //!
-//! The kernel lists each flock(2) lock twice: in [proc_locks(5)] by file system and inode, with the process that took
-//! it and those that wait, and in [proc_pid_fdinfo(5)] for each descriptor through which it is held. The second tells
-//! which processes keep a lock, also one that they inherited, and by its link the path; the first knows the waiters,
-//! and processes of other users, whose descriptors are theirs to see.
+//! The kernel lists each lock twice: in [proc_locks(5)] by file system and inode, with the process that took the lock
+//! and those that wait for it, and in [proc_pid_fdinfo(5)] for each descriptor through which the lock is held. The
+//! second list names the processes that keep a lock, also an inherited one, and by its link the path. The first list
+//! has the waiters, and the locks of processes whose descriptors this process may not see.
 //!
-//! Nothing is locked or opened for this but files of /proc, so nobody is disturbed.
+//! [`FileLocks::read`] reads both lists once, so a caller with many paths pays for one pass over /proc. It opens and
+//! locks nothing but files of /proc, so it disturbs no process. (A process that closes any descriptor of a file loses
+//! its fcntl locks on that file, so a library must not open the files of its caller.)
 //!
 //! [proc_locks(5)]: https://man7.org/linux/man-pages/man5/proc_locks.5.html
 //! [proc_pid_fdinfo(5)]: https://man7.org/linux/man-pages/man5/proc_pid_fdinfo.5.html
 
-use std::collections::BTreeMap;
+use std::cell::{OnceCell, RefCell};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ffi::OsString;
 use std::fs;
+use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// A file with a flock on it.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Locked {
-    /// The processes that keep it, or at least the one that took it.
-    pub(crate) pids: Vec<u32>,
-    /// How many wait for it.
-    pub(crate) waiters: u32,
+use crate::owner::Owner;
+use rustix::fs::{AtFlags, CWD, StatxFlags, major, minor, statx};
+
+/// How a process locks a file. Locks of one mechanism do not exclude those of the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Mechanism {
+    /// flock(2), on the whole file.
+    Flock,
+    /// fcntl(2), on any range of bytes: `F_SETLK` (POSIX, also lockf(3)) and `F_OFD_SETLK`.
+    Fcntl,
 }
 
-/// A lock as a line of the kernel's shows it.
-#[derive(Debug, PartialEq, Eq)]
-struct Entry<'l> {
+/// The locks of one mechanism on one file.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Locked {
+    /// The processes that hold them, as far as they are known.
+    pub pids: Vec<u32>,
+    /// How many wait in the kernel.
+    pub waiters: u32,
+}
+
+/// The locks on one file; `None` for a mechanism by which it is not locked.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OnFile {
+    /// Those of flock(2).
+    pub flock: Option<Locked>,
+    /// Those of fcntl(2).
+    pub fcntl: Option<Locked>,
+}
+
+/// The locks on files as they were at one moment.
+#[derive(Debug, Default)]
+pub struct FileLocks {
+    /// The lines of /proc/locks.
+    table: HashMap<FileId, Vec<Entry>>,
+    /// The processes with a descriptor that holds a lock.
+    holders: HashMap<(FileId, Mechanism), Vec<u32>>,
+    /// The files of those descriptors: the path by the link, and the device and inode by stat(2). The path is text: a
+    /// comparison of paths goes part by part and is slow.
+    files: BTreeMap<OsString, Identity>,
+    /// What the kernel's lists call the files of those descriptors.
+    ids: HashMap<Identity, FileId>,
+    /// The processes whose descriptors were read.
+    seen: HashSet<u32>,
+    /// The files that certain processes have open.
+    open: Vec<PathBuf>,
+    /// Why /proc/locks could not be read.
+    unread: Option<io::Error>,
+    mounts: OnceCell<HashMap<u64, Device>>,
+    /// The device of the file system by that of stat(2).
+    devices: RefCell<HashMap<u64, Device>>,
+    owners: RefCell<HashMap<u32, Option<Owner>>>,
+}
+
+/// The major and the minor number.
+type Device = (u32, u32);
+
+/// Device and inode by stat(2).
+type Identity = (u64, u64);
+
+/// A file as the kernel's lists name it. The device is that of the file system, which stat(2) shows otherwise on Btrfs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct FileId {
+    device: Device,
+    inode: u64,
+}
+
+/// A lock as a line of the kernel's lists shows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Entry {
+    mechanism: Mechanism,
     /// Whether it is still waited for.
     waits: bool,
+    /// The process that took it; 0 for an `F_OFD_SETLK` lock and for a process that a pid namespace hides.
     pid: u32,
-    /// The file as the kernel names it: device and inode.
-    file: &'l str,
+    file: FileId,
 }
 
 /// Reads `1: FLOCK  ADVISORY  WRITE 4242 fe:00:131 0 EOF`, with `->` behind the number where it is waited for.
-fn parse(line: &str) -> Option<Entry<'_>> {
+fn parse(line: &str) -> Option<Entry> {
     let mut words = line.split_ascii_whitespace().skip(1).peekable();
     let waits = words.next_if_eq(&"->").is_some();
-    (words.next()? == "FLOCK").then_some(())?;
+    let mechanism = match words.next()? {
+        "FLOCK" => Mechanism::Flock,
+        "POSIX" | "OFDLCK" => Mechanism::Fcntl,
+        // A LEASE or a DELEG is the kernel's promise to tell of an open(2), not a lock.
+        _ => return None,
+    };
     let mut words = words.skip(2);
-    // One of a process that another pid namespace hides is 0 or -1.
     let pid = words.next()?.parse().unwrap_or_default();
-    Some(Entry { waits, pid, file: words.next()? })
+    let mut file = words.next()?.split(':');
+    let mut number = |radix| u64::from_str_radix(file.next()?, radix).ok();
+    let device = (u32::try_from(number(16)?).ok()?, u32::try_from(number(16)?).ok()?);
+    Some(Entry { mechanism, waits, pid, file: FileId { device, inode: number(10)? } })
 }
 
-/// The file with these numbers, as the kernel names it.
-fn kernel_name(device: u64, inode: u64) -> String {
-    format!("{:02x}:{:02x}:{inode}", rustix::fs::major(device), rustix::fs::minor(device))
+impl FileLocks {
+    /// Reads all locks on files. Also notes which files are open in processes that are called `keeper`.
+    pub fn read(keeper: &str) -> Self {
+        let mut locks = Self::of_table();
+        locks.seen.clear();
+        let processes =
+            fs::read_dir("/proc").into_iter().flatten().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        for pid in processes.filter_map(|name| name.parse::<u32>().ok()) {
+            locks.read_process(pid, keeper);
+        }
+        locks
+    }
+
+    /// As [`read`](Self::read), of /proc/locks alone, in microseconds. The holder is then the process that took the lock,
+    /// which may have passed it on to another, and no paths are known.
+    pub fn of_table() -> Self {
+        let mut locks = Self::default();
+        // Read in one piece: what changes between two reads can show a line twice or not at all.
+        match fs::read_to_string("/proc/locks") {
+            Ok(table) => {
+                for entry in table.lines().filter_map(parse) {
+                    locks.table.entry(entry.file).or_default().push(entry);
+                }
+            }
+            Err(error) => locks.unread = Some(error),
+        }
+        locks
+    }
+
+    fn read_process(&mut self, pid: u32, keeper: &str) {
+        let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else { return };
+        self.seen.insert(pid);
+        let is_keeper = !keeper.is_empty()
+            && fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim_end() == keeper);
+        for descriptor in descriptors.flatten() {
+            let link = descriptor.path();
+            // Those of sockets, pipes and the like are no paths, and far the most in some processes.
+            let Some(path) = fs::read_link(&link).ok().filter(|path| path.is_absolute()) else { continue };
+            let number = descriptor.file_name();
+            let info = Path::new("/proc").join(pid.to_string()).join("fdinfo").join(number);
+            let Some(entries) = read_info(&info) else { continue };
+            let Some(first) = entries.first() else {
+                if is_keeper {
+                    self.open.push(path);
+                }
+                continue;
+            };
+            // By the link, for the path may lead to another file in this mount namespace.
+            if let Ok(found) = fs::metadata(&link) {
+                let identity = (found.dev(), found.ino());
+                self.ids.insert(identity, first.file);
+                self.files.insert(path.into_os_string(), identity);
+            }
+            for entry in entries {
+                let holders = self.holders.entry((entry.file, entry.mechanism)).or_default();
+                if holders.last() != Some(&pid) {
+                    holders.push(pid);
+                }
+            }
+        }
+    }
+
+    /// Why the kernel's table of locks could not be read: then a file that is not locked by it may be locked all the same.
+    pub fn unread(&self) -> Option<&io::Error> {
+        self.unread.as_ref()
+    }
+
+    /// The locked files of the processes that this one may look at, by path. A deleted file is not among them, nor one
+    /// whose path leads elsewhere in this mount namespace.
+    pub fn files(&self) -> impl Iterator<Item = (&Path, OnFile)> {
+        self.files.iter().filter_map(|(path, identity)| {
+            let path = Path::new(path);
+            let found = fs::metadata(path).ok()?;
+            ((found.dev(), found.ino()) == *identity).then(|| (path, self.on_id(self.ids[identity])))
+        })
+    }
+
+    /// The files without a lock that the processes called `keeper` have open.
+    pub fn open(&self) -> &[PathBuf] {
+        &self.open
+    }
+
+    /// The process with this pid, which is looked up once; `None` when it has ended.
+    pub fn owner(&self, pid: u32) -> Option<Owner> {
+        self.owners.borrow_mut().entry(pid).or_insert_with(|| Owner::of(pid)).clone()
+    }
+
+    /// The locks on the file at `path`.
+    ///
+    /// # Errors
+    /// When the file cannot be looked at.
+    pub fn on(&self, path: &Path) -> io::Result<OnFile> {
+        let found = fs::metadata(path)?;
+        let id = self.ids.get(&(found.dev(), found.ino())).copied();
+        Ok(self.on_id(id.unwrap_or_else(|| self.id_of(path, &found))))
+    }
+
+    fn on_id(&self, id: FileId) -> OnFile {
+        OnFile { flock: self.by(Mechanism::Flock, id), fcntl: self.by(Mechanism::Fcntl, id) }
+    }
+
+    fn by(&self, mechanism: Mechanism, id: FileId) -> Option<Locked> {
+        let entries = self.table.get(&id).map(Vec::as_slice).unwrap_or_default();
+        let entries: Vec<_> = entries.iter().filter(|entry| entry.mechanism == mechanism).collect();
+        let holders = self.holders.get(&(id, mechanism)).map(Vec::as_slice).unwrap_or_default();
+        if holders.is_empty() && entries.iter().all(|entry| entry.waits) {
+            return None;
+        }
+        // A process whose descriptors were read and that has none with the lock took it for another.
+        let took = entries.iter().filter(|entry| !entry.waits && entry.pid != 0).map(|entry| entry.pid);
+        let mut pids: Vec<_> = holders.iter().copied().chain(took.filter(|pid| !self.seen.contains(pid))).collect();
+        pids.sort_unstable();
+        pids.dedup();
+        Some(Locked { pids, waiters: waiters(&entries) })
+    }
+
+    /// What the kernel's lists call a file: by the device of the file system on which the path is mounted.
+    fn id_of(&self, path: &Path, found: &fs::Metadata) -> FileId {
+        let device = *self.devices.borrow_mut().entry(found.dev()).or_insert_with(|| {
+            let mount = statx(CWD, path, AtFlags::empty(), StatxFlags::MNT_ID).ok();
+            let mount = mount.filter(|found| found.stx_mask & StatxFlags::MNT_ID.bits() != 0);
+            let device = mount.and_then(|mount| self.mounts.get_or_init(mounts).get(&mount.stx_mnt_id).copied());
+            device.unwrap_or_else(|| (major(found.dev()), minor(found.dev())))
+        });
+        FileId { device, inode: found.ino() }
+    }
 }
 
-/// The locks on the file at `path`, or `None` when there are none.
-pub(crate) fn on(path: &Path) -> std::io::Result<Option<Locked>> {
-    let wanted = fs::metadata(path)?;
-    let table = fs::read_to_string("/proc/locks").unwrap_or_default();
-    let mut file = kernel_name(wanted.dev(), wanted.ino());
-    let mut locked = Locked::default();
-    let mut found = false;
-    for held in descriptors() {
-        // Asked of the link, so that it is the right file also where the kernel numbers devices in another way.
-        if fs::metadata(&held.link).is_ok_and(|seen| (seen.dev(), seen.ino()) == (wanted.dev(), wanted.ino())) {
-            found = true;
-            file = held.file;
-            locked.pids.push(held.pid);
-        }
+/// The devices of the file systems, by the id of the mount.
+fn mounts() -> HashMap<u64, Device> {
+    let list = fs::read("/proc/self/mountinfo").unwrap_or_default();
+    let read = |line: &str| {
+        let mut words = line.split(' ');
+        let mount = words.next()?.parse().ok()?;
+        let (major, minor) = words.nth(1)?.split_once(':')?;
+        Some((mount, (major.parse().ok()?, minor.parse().ok()?)))
+    };
+    String::from_utf8_lossy(&list).lines().filter_map(read).collect()
+}
+
+/// The locks that a descriptor holds.
+fn read_info(path: &Path) -> Option<Vec<Entry>> {
+    // Mostly it has room for all of it, and one read costs half of what reading up to the end does.
+    let mut bytes = [0; 1024];
+    let mut file = fs::File::open(path).ok()?;
+    let length = file.read(&mut bytes).ok()?;
+    let mut text = String::from_utf8_lossy(&bytes[..length]).into_owned();
+    if length == bytes.len() {
+        file.read_to_string(&mut text).ok()?;
     }
-    let entries: Vec<_> = table.lines().filter_map(parse).filter(|entry| entry.file == file).collect();
-    if let Some(first) = entries.iter().find(|entry| !entry.waits) {
-        found = true;
-        if locked.pids.is_empty() && first.pid != 0 {
-            locked.pids.push(first.pid);
-        }
-    }
-    locked.waiters = waiters(&entries);
-    locked.pids.sort_unstable();
-    locked.pids.dedup();
-    Ok(found.then_some(locked))
+    Some(text.lines().filter_map(|line| parse(line.strip_prefix("lock:")?)).collect())
 }
 
 /// How many wait behind the locks on one file. The kernel shows its table a page at a time, and what stood on one page may
 /// come again on the next when the table has changed in between; so of each holder only the longest queue counts.
-fn waiters(entries: &[Entry<'_>]) -> u32 {
+fn waiters(entries: &[&Entry]) -> u32 {
     let mut longest: BTreeMap<u32, u32> = BTreeMap::new();
     let (mut holder, mut queue) = (0, 0);
     for entry in entries {
@@ -94,54 +285,24 @@ fn waiters(entries: &[Entry<'_>]) -> u32 {
     longest.values().sum()
 }
 
-/// The paths of all files that processes which this one may look at keep locked.
-pub(crate) fn paths() -> Vec<PathBuf> {
-    let named = |held: Held| {
-        let path = fs::read_link(&held.link).ok()?;
-        // A deleted file's link says so behind its path, and leads nowhere by that.
-        let (there, seen) = (fs::metadata(&path).ok()?, fs::metadata(&held.link).ok()?);
-        ((there.dev(), there.ino()) == (seen.dev(), seen.ino())).then_some(path)
-    };
-    let mut paths: Vec<_> = descriptors().filter_map(named).collect();
-    paths.sort_unstable();
-    paths.dedup();
-    paths
-}
-
-/// A descriptor through which a lock is held.
-struct Held {
-    pid: u32,
-    link: PathBuf,
-    /// As [`Entry::file`].
-    file: String,
-}
-
-fn descriptors() -> impl Iterator<Item = Held> {
-    let processes =
-        fs::read_dir("/proc").into_iter().flatten().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    processes.filter_map(|name| name.parse::<u32>().ok()).flat_map(|pid| {
-        let open = fs::read_dir(format!("/proc/{pid}/fdinfo")).into_iter().flatten();
-        open.filter_map(move |entry| {
-            let number = entry.ok()?.file_name().into_string().ok()?;
-            let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")).ok()?;
-            let file = info.lines().filter_map(|line| parse(line.strip_prefix("lock:")?)).next()?.file.to_owned();
-            Some(Held { pid, link: format!("/proc/{pid}/fd/{number}").into(), file })
-        })
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const FILE: FileId = FileId { device: (0xfe, 0), inode: 131 };
+
     #[test]
     fn a_line_tells_who_holds_and_who_waits() {
-        let held = Entry { waits: false, pid: 42, file: "fe:00:131" };
+        let held = Entry { mechanism: Mechanism::Flock, waits: false, pid: 42, file: FILE };
         assert_eq!(parse("1: FLOCK  ADVISORY  WRITE 42 fe:00:131 0 EOF"), Some(held));
         assert!(parse("1: -> FLOCK  ADVISORY  READ 42 fe:00:131 0 EOF").unwrap().waits);
         assert_eq!(parse("2: FLOCK  ADVISORY  WRITE -1 fe:00:131 0 EOF").unwrap().pid, 0);
-        assert_eq!(parse("4: OFDLCK ADVISORY  WRITE -1 00:1b:1181278 4096 4096"), None);
+        let posix = Entry { mechanism: Mechanism::Fcntl, ..held };
+        assert_eq!(parse("3: POSIX  ADVISORY  WRITE 42 fe:00:131 1073741826 1073742335"), Some(posix));
+        assert_eq!(parse("4: OFDLCK ADVISORY  READ  -1 fe:00:131 0 0"), Some(Entry { pid: 0, ..posix }));
+        assert_eq!(parse("5: LEASE  ACTIVE    READ 42 fe:00:131 0 EOF"), None);
         assert_eq!(parse("1: FLOCK"), None);
+        assert_eq!(parse("1: FLOCK ADVISORY WRITE 42 fe:00 0 EOF"), None);
     }
 
     #[test]
@@ -151,7 +312,19 @@ mod tests {
                      3: FLOCK  ADVISORY  READ 42 fe:00:131 0 EOF\n3: -> FLOCK  ADVISORY  WRITE 7 fe:00:131 0 EOF\n\
                      3: -> FLOCK  ADVISORY  WRITE 9 fe:00:131 0 EOF";
         let entries: Vec<_> = table.lines().filter_map(parse).collect();
-        assert_eq!(waiters(&entries), 3);
+        assert_eq!(waiters(&entries.iter().collect::<Vec<_>>()), 3);
         assert_eq!(waiters(&[]), 0);
+    }
+
+    #[test]
+    fn process_that_passed_its_lock_on_is_no_holder() {
+        let entry = |pid| Entry { mechanism: Mechanism::Flock, waits: false, pid, file: FILE };
+        let mut locks = FileLocks { table: HashMap::from([(FILE, vec![entry(7)])]), ..FileLocks::default() };
+        assert_eq!(locks.on_id(FILE).flock.unwrap().pids, [7]);
+        locks.seen.insert(7);
+        assert!(locks.on_id(FILE).flock.unwrap().pids.is_empty());
+        locks.holders.insert((FILE, Mechanism::Flock), vec![8]);
+        assert_eq!(locks.on_id(FILE).flock.unwrap().pids, [8]);
+        assert_eq!(locks.on_id(FILE).fcntl, None);
     }
 }

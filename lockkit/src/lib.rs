@@ -66,6 +66,8 @@ pub mod command;
 mod error;
 mod file;
 #[cfg(target_os = "linux")]
+// The command needs more of it than the library.
+#[cfg_attr(not(feature = "cli"), allow(dead_code, unreachable_pub))]
 mod flocks;
 pub mod instance;
 pub mod lease;

@@ -76,7 +76,7 @@ impl Owner {
             current => {
                 let owner = Self::myself();
                 // What could not be read, for want of a descriptor perhaps, is asked for again next time.
-                *current = owner.start.map(|_| (generation, owner.clone()));
+                *current = owner.is_complete().then(|| (generation, owner.clone()));
                 owner
             }
         });
@@ -122,10 +122,15 @@ impl Owner {
             start: None,
             boot: process::boot_id(),
             namespace: None,
-            host: Some(process::host().to_owned()),
+            host: process::host().map(str::to_owned),
             program: None,
             acquired: None,
         }
+    }
+
+    /// The process that has `pid` somewhere, of which nothing else is known.
+    pub(crate) fn unknown(pid: u32) -> Self {
+        Self { pid, start: None, boot: None, namespace: None, host: None, program: None, acquired: None }
     }
 
     /// A process of this host by its pid alone, which is 0 where another pid namespace hides it: what is read of it beside
@@ -150,7 +155,7 @@ impl Owner {
             start,
             boot: process::boot_id(),
             namespace: process::pid_namespace(),
-            host: Some(process::host().to_owned()),
+            host: process::host().map(str::to_owned),
             program: process::program(pid),
             acquired: None,
         }
@@ -194,13 +199,13 @@ impl Owner {
     /// pid namespace or jail of its own), whose name and id may be those of its image: a copy of it may run elsewhere.
     pub fn liveness(&self) -> Liveness {
         let is_of_the_host = self.namespace.is_some_and(process::is_of_the_host);
-        self.liveness_if(|host| is_of_the_host && host == process::host() && process::has_installation_id(host))
+        self.liveness_if(|host| is_of_the_host && Some(host) == process::host() && process::has_installation_id(host))
     }
 
     /// As [`liveness`](Self::liveness), where the record is taken to be this host's if it has its name: in places that
     /// hosts do not share as a rule, and where something else decides who may go on.
     pub(crate) fn liveness_by_name(&self) -> Liveness {
-        self.liveness_if(|host| host == process::host())
+        self.liveness_if(|host| Some(host) == process::host())
     }
 
     fn liveness_if(&self, is_here: impl FnOnce(&str) -> bool) -> Liveness {
@@ -225,6 +230,17 @@ impl Owner {
         }
     }
 
+    /// Whether all is known that tells the process from every other one.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.start.is_some() && self.boot.is_some() && self.namespace.is_some() && self.host.is_some()
+    }
+
+    /// Whether it belongs to this run of this kernel, and to another pid namespace than this process.
+    pub(crate) fn is_of_another_namespace(&self) -> bool {
+        let mine = process::pid_namespace();
+        self.is_of_this_boot() && self.namespace.is_some() && mine.is_some() && self.namespace != mine
+    }
+
     /// Whether the process is alive and stopped, by a signal such as SIGSTOP or by a debugger: then it keeps its lock, and
     /// does nothing until it is continued. False where that is unknown: on systems other than Linux, and for a process of
     /// another host or pid namespace. The result is a snapshot.
@@ -239,6 +255,13 @@ impl Owner {
     /// Whether it belongs to this run of this kernel, whose file locks it then shares.
     pub(crate) fn is_of_this_boot(&self) -> bool {
         self.boot.is_some() && self.boot == process::boot_id()
+    }
+
+    /// Whether both are one process, whatever program it runs and since when it holds a lock.
+    #[cfg(all(any(target_os = "linux", windows), feature = "cli"))]
+    pub(crate) fn is_same_process(&self, other: &Self) -> bool {
+        (self.pid, self.start, self.boot, self.namespace, &self.host)
+            == (other.pid, other.start, other.boot, other.namespace, &other.host)
     }
 
     /// Whether it is the process that asks, or a program that ran in it before an exec.
@@ -263,7 +286,7 @@ impl Owner {
         if let Some(program) = &self.program {
             text += &format!(" ({})", program.escape_debug());
         }
-        if self.host.as_deref().is_some_and(|host| host != process::host()) {
+        if self.host.is_some() && process::host().is_some_and(|host| self.host.as_deref() != Some(host)) {
             text += &format!(" on host {}", self.host.as_deref().unwrap_or_default().escape_debug());
         } else if self.namespace.is_some_and(|namespace| process::pid_namespace() != Some(namespace)) {
             // Whoever reads it must not take it for a pid of this one.
@@ -366,7 +389,7 @@ mod tests {
         owner.boot = owner.boot.map(|boot| boot ^ 1);
         assert_eq!(owner.liveness_by_name(), Liveness::Dead);
         let is_of_the_host = owner.namespace.is_some_and(process::is_of_the_host);
-        let has_id = is_of_the_host && process::has_installation_id(process::host());
+        let has_id = is_of_the_host && process::host().is_some_and(process::has_installation_id);
         assert_eq!(owner.liveness(), if has_id { Liveness::Dead } else { Liveness::Unknown });
         owner.host = Some("elsewhere".into());
         assert_eq!(owner.liveness(), Liveness::Unknown);

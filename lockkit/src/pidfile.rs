@@ -1,62 +1,114 @@
-//! A lock on a path that says who holds it: the pidfile of a daemon.
+//! A lock on a path whose file names its holder: the pidfile of a daemon.
 //!
-//! Two things hold a pidfile: flock(2) on the file that the path names, and the identity that stands in it
-//! ([`mod@record`]). Whoever wants it takes the flock first, sees that the path still names that file, and only then
-//! judges what it says ([`claim`]), so two never take over one stale file, and one that waits for another program's
-//! process holds no lock.
+//! The holder of a pidfile has, for life, a write lock on the file's open file ([`write_lock`]), and the file contains
+//! its pid. [`verdict`] judges an existing file; [`record`] says what a file contains.
 //!
-//! A new file is written and locked before the path names it (`O_TMPFILE`), so nobody sees half of one. An existing one
-//! is overwritten with a single write that leaves nothing of it. The release removes the file, still locked; whoever
-//! waited for that file finds that the path names it no more, and starts again.
+//! # Implementation
+//! No acquisition locks an existing pidfile: any user with read permission could hold a lock on it, too. A holder has a file
+//! of its own, which is complete and locked before the path names it.
 //!
-//! The open file is shared with forked children, as FreeBSD's pidfile(3) has it: a daemon's parent may be gone before
-//! the child calls `rewrite`, and in between nobody must get in. So a child that does not drop its copy of the guard
-//! holds on when its parent is killed, until it ends. A release by the parent frees it all the same.
+//! - Absent path: the file is made without a name (`O_TMPFILE`), and link(2) names it if no other file has the name.
+//! - Blank or stale file: the file is made as `.NAME.lockkit` in the same directory, with permissions only for users
+//!   that may write the pidfile. The write lock on it serializes takers: the taker judges the pidfile again and renames its
+//!   own file over it. A crash leaves `.NAME.lockkit`, which the next taker uses.
+//! - Where there are no nameless files, an absent path takes the second way. So does a taker that finds a `.NAME.lockkit`.
+//!
+//! A release removes the file, then gives up the lock. A wait without a limit sleeps in the kernel until the write lock
+//! of the file is gone (`F_OFD_SETLKW` for a read lock), and judges the path again.
+//!
+//! # Fork
+//! Forked children share the open file, as FreeBSD's pidfile(3) has it: a daemon's parent may be gone before the child
+//! calls `rewrite`, and in between no other process gets in. So a child that does not drop its copy of the guard holds on
+//! when its parent is killed, until it ends. A release by the parent frees it all the same.
 
 mod record;
+mod verdict;
 
+use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, ErrorKind as Io};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant};
 
 #[cfg(feature = "tokio")]
 use crate::awaiting;
 use crate::error::{Error, ErrorKind, Result};
-use crate::file::beginning;
 use crate::lock::{Guard, Recovered, lock_methods};
 use crate::owner::{Liveness, Owner};
 use crate::steps::step;
 use crate::sys::files::{self, DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, Seen};
 use crate::sys::flock::{self, Mode};
 use crate::sys::fork::{self, Shielded};
-use crate::sys::process::{self, Probe};
-use crate::sys::unnamed;
+use crate::sys::{unnamed, write_lock, xattr};
 use crate::trace;
 use crate::wait::{Backoff, Subject, Wait};
-use record::{Content, MOST_READ};
-
-/// As long after its last write, a file that says nothing valid may yet be in the middle of being written.
-const YOUNG: Duration = Duration::from_secs(2);
-
-/// A process must have started as long after the last write of a file for its pid to count as reused. The two moments
-/// come from different clocks, of which one is set from time to time.
-const REUSE_MARGIN: Duration = Duration::from_secs(60);
+use record::Content;
+use verdict::Verdict;
 
 /// How often in a row the file may be replaced under an attempt before that counts as finding it held.
-const MOST_REPLACEMENTS: u32 = 100;
+const MAX_REPLACEMENTS: u32 = 100;
 
-/// A lock on a path whose file says who holds it.
+/// How long a call that does not wait for the lock waits for another taker, which needs microseconds unless it is stopped.
+const TAKER_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// The permissions of a new file, less the umask.
+const DEFAULT_MODE: u32 = 0o644;
+
+/// A lock on a path whose file contains the holder's pid.
 ///
-/// For daemons: `kill $(cat /run/app.pid)` and systemd's `PIDFile=` read the first line, which is the pid alone. It is
-/// released by dropping the guard, which removes the file; a file that a crash left behind is taken over by the next
-/// one to come, exactly one. A pidfile that another program wrote, without any lock, is honoured while its process
+/// For daemons: `kill $(cat /run/app.pid)`, systemd's `PIDFile=` and other readers find the pid and a line end, nothing
+/// else. The lock is released by dropping the guard, which removes the file. Exactly one later acquisition takes over a
+/// file that a crash left behind. A pidfile that another program wrote, without any lock, is honoured while its process
 /// lives.
 ///
+/// The identity of the holder, beyond the pid, is kept in the extended attribute `user.lockkit` of the file. Where the file system
+/// has no such attributes, the file's time and the start of the process tell whether a later process has the pid. There a
+/// pid that was given out again within a minute of the file's last write counts as the holder's.
+///
 /// Not for guarding data (use [`FileLock`](crate::FileLock)), nor for a single instance without a file to show for it
-/// (use [`NamedLock`](crate::NamedLock)). Keep pidfiles in a folder that others cannot write to: in one that they can,
-/// such as `/tmp`, they can put a file there first, and keep you waiting or lie about the pid.
+/// (use [`NamedLock`](crate::NamedLock)).
+///
+/// # Files of other programs
+///
+/// A file holds one or more pids if it begins with a decimal number, behind white space or blank lines at most, and white
+/// space, a NUL or the end of the file follows. It is held while any of the processes may live, and taken over when all
+/// are proven dead. A blank file is taken over when it is 2 s old, and a line end alone at once. Every other file is
+/// [`NotAPidFile`](ErrorKind::NotAPidFile) and is not changed, and neither is a file longer than 4096 bytes.
+///
+/// | program | what it writes | how `PidFile` reads it |
+/// |---|---|---|
+/// | nginx, redis, mysqld, systemd, cron | `4242\n` | pid 4242 |
+/// | start-stop-daemon, Python scripts, a shell | `4242\n` or `4242` | pid 4242 |
+/// | X server, minicom, UUCP | `      4242\n`, and the program or user behind it | pid 4242 |
+/// | PostgreSQL (`postmaster.pid`) | `4242\n`, then a path, times and a port by line | pid 4242 |
+/// | sendmail, exim | `4242\n`, then the command line | pid 4242 |
+/// | haproxy | `4242\n4243\n`, a pid for each process | each of them |
+/// | scripts for RHEL and LSB | `4242 4243\n` | each of them |
+/// | git (`gc.pid`) | `4242 HOST` | pid 4242, if it is this host; else held, for nothing here can tell |
+/// | C programs that write their buffer | `4242\0` | pid 4242 |
+/// | old UUCP programs | the pid as four binary bytes | no pidfile; where the bytes read as a number, both pids |
+/// | pidfile(3) of BSD, before its program writes | nothing, with a flock | held while the flock is |
+/// | apt, dpkg | nothing, with an fcntl lock while they run | held while they run, and then blank |
+/// | Emacs | `user@host.4242:170000` | no pidfile |
+///
+/// | reader | what it finds in a file of lockkit's |
+/// |---|---|
+/// | `kill $(cat FILE)`, `read pid < FILE` | one word, the pid |
+/// | systemd `PIDFile=` | one line, the pid |
+/// | start-stop-daemon, `pgrep -F`, `pkill -F` | the pid |
+/// | pidofproc (LSB), `__pids_var_run` (RHEL) | the pid |
+/// | flock(1), pidfile(3) of BSD | a locked file |
+/// | the crates fslock, pidlock and nightlyone's lockfile | the pid of a process that lives |
+///
+/// # Security
+///
+/// Another user with read permission only cannot delay an acquisition or a release, whatever locks that user takes. (On
+/// systems without locks of open files, such as macOS, FreeBSD and Windows, a reader's flock can.) Keep pidfiles in a
+/// directory that others cannot write to: in one that they can, such as `/tmp`, they can put a file there first, and keep
+/// you waiting or lie about the pid.
+///
+/// # Examples
 ///
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -66,6 +118,7 @@ const MOST_REPLACEMENTS: u32 = 100;
 /// use lockkit::{PidFile, PidStatus};
 ///
 /// let guard = PidFile::new(&path)?.try_lock()?;
+/// assert_eq!(std::fs::read_to_string(&path)?, format!("{}\n", std::process::id()));
 /// assert!(matches!(PidFile::inspect(&path)?, PidStatus::Running(owner) if owner.pid() == std::process::id()));
 /// guard.release()?;
 /// assert!(matches!(PidFile::inspect(&path)?, PidStatus::Absent));
@@ -73,7 +126,7 @@ const MOST_REPLACEMENTS: u32 = 100;
 /// # Ok(()) }
 /// ```
 ///
-/// With a folder of its own, for a daemon whose files its group may read:
+/// With a directory of its own, for a daemon whose files its group may read:
 ///
 /// ```
 /// use lockkit::{PidFile, Wait};
@@ -88,7 +141,7 @@ const MOST_REPLACEMENTS: u32 = 100;
 #[derive(Clone, Debug)]
 pub struct PidFile {
     path: Arc<Path>,
-    mode: u32,
+    mode: Option<u32>,
     create_parents: bool,
 }
 
@@ -97,34 +150,59 @@ pub struct PidFile {
 pub enum PidStatus {
     /// There is no file.
     Absent,
-    /// It names a process that lives, or of which that cannot be told from here. Of a file that another program wrote,
-    /// the owner's `acquired` is when it did.
+    /// It names a process that lives, or of which that cannot be told from here, or that has it locked. Of a file that
+    /// another program wrote, the owner's `acquired` is when it did.
     Running(Owner),
-    /// It names a process that has ended, though its pid may have been given to a later one.
+    /// A process has it locked, and neither the file nor the system says which.
+    Locked,
+    /// It names only processes that are proven dead, though the pid may have been given to a later one. This is the first
+    /// of them. The next acquisition takes it over.
     Stale(Owner),
-    /// It names no process.
-    Invalid {
-        /// How long ago it was last written, by the wall clock. A young one may be in the middle of being written.
+    /// It is blank. An acquisition takes it over when it is 2 s old, for until then a program may be about to write it. A
+    /// line end alone is what lockkit leaves in a file that it cannot remove, and is taken over at once.
+    Blank {
+        /// How long ago it was last written, by the wall clock; nothing for a time in the future.
         age: Duration,
+        /// Whether an acquisition would take it over now.
+        is_free: bool,
+    },
+    /// It contains something else than a pid. No acquisition changes it.
+    Invalid {
+        /// The rule of pidfiles that it breaks.
+        rule: &'static str,
     },
 }
 
 /// What came of one attempt.
 enum Attempt {
     Taken(PidGuard),
-    /// Somebody has the flock on this file.
+    /// A process has the write lock on this file.
     Locked(Shielded<File>),
     /// What the file says holds it.
     Claimed,
-    /// The path names another file by now, or none.
-    Replaced,
+    /// Another taker is at work, or the file has just been replaced.
+    Busy,
 }
 
-/// What a file that we have flocked means to a taker.
+/// What a file means to an attempt.
 enum Claim {
-    Held,
-    /// Free, and left by an owner that died, if any.
-    Free(Option<Owner>),
+    Kept(Attempt),
+    /// With the owner that died and left it, if any.
+    Free(Shielded<File>, Option<Box<Owner>>),
+}
+
+/// A file that is there, and what it means.
+struct Judged {
+    file: Shielded<File>,
+    seen: Seen,
+    verdict: Verdict,
+    bytes: Vec<u8>,
+}
+
+/// Whether the file has the attribute that tells its owner.
+#[cfg(all(any(target_os = "linux", windows), feature = "cli"))]
+pub(crate) fn has_identity(file: &File) -> bool {
+    xattr::get(file, record::NAME, &mut [0; record::MAX_IDENTITY]).is_ok_and(|found| found.is_some())
 }
 
 impl PidFile {
@@ -132,20 +210,25 @@ impl PidFile {
     ///
     /// # Errors
     /// [`RelativePath`](ErrorKind::RelativePath) unless the path starts at the root, because daemons change their
-    /// working folder.
+    /// working directory.
     pub fn new(path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
         check_absolute(&path)?;
-        Ok(Self { path: path.into(), mode: 0o644, create_parents: false })
+        Ok(Self { path: path.into(), mode: None, create_parents: false })
     }
 
-    /// The permissions of the file, less the process's umask; 0644 unless told otherwise, so that others can read it.
+    /// Gives the file exactly these permissions, whatever the process's umask is. Without it they are 0644 less the
+    /// umask, so that others can read the file.
+    ///
+    /// Several users of a shared directory can take over each other's files, as long as they may read the file and write
+    /// the directory. With permissions that let a group or all others write, these may also go on with what a killed
+    /// taker left behind (`.NAME.lockkit`); without, its owner or root can.
     pub fn create_with_mode(mut self, mode: u32) -> Self {
-        self.mode = mode;
+        self.mode = Some(mode & 0o777);
         self
     }
 
-    /// Makes missing parent folders, too, with mode 0755 less the umask. They stay.
+    /// Makes missing parent directories, too, with mode 0755 less the umask. They stay.
     pub fn create_parents(mut self) -> Self {
         self.create_parents = true;
         self
@@ -156,16 +239,21 @@ impl PidFile {
         &self.path
     }
 
-    /// Takes the lock, waiting as `wait` says.
+    /// Acquires the lock, waiting as `wait` says.
     ///
-    /// A wait without an end for another owner of lockkit's sits in the kernel. One with a limit or a token, and any
-    /// wait for another program's process, looks again every few milliseconds.
+    /// A wait without a limit for a holder that has the file locked sleeps in the kernel. One with a limit or a token, and
+    /// any wait for a process that has no lock, looks again every few milliseconds. There is no order among waiters.
+    ///
+    /// `Wait::none()` never waits for a holder. If another process is just taking over a stale file, the call waits up to
+    /// 1 s to see what comes of it.
     ///
     /// # Errors
-    /// [`Held`](ErrorKind::Held), [`Timeout`](ErrorKind::Timeout) or [`Cancelled`](ErrorKind::Cancelled) as `wait` has
-    /// it; [`NotAPidFile`](ErrorKind::NotAPidFile) for a file longer than 4096 bytes, which is somebody's, but no
-    /// pidfile; [`Insecure`](ErrorKind::Insecure) for a symbolic or hard link; [`Io`](ErrorKind::Io) when the file
-    /// cannot be made, opened, locked or written. Each leaves the file as it was, and none where there was none.
+    /// - [`Held`](ErrorKind::Held), [`Timeout`](ErrorKind::Timeout) or [`Cancelled`](ErrorKind::Cancelled), as `wait` says.
+    /// - [`NotAPidFile`](ErrorKind::NotAPidFile) for a file that contains something else than a pid; also while waiting.
+    /// - [`Insecure`](ErrorKind::Insecure) for a symbolic or hard link.
+    /// - [`Io`](ErrorKind::Io) if the file cannot be read, made, locked or written.
+    ///
+    /// Each leaves the file as it was, and none where there was none.
     pub fn acquire(&self, wait: &Wait) -> Result<PidGuard> {
         trace::acquire(self, || self.take(wait))
     }
@@ -181,12 +269,22 @@ impl PidFile {
         wait.check(self)?;
         let mut backoff = Backoff::new();
         let mut patience = None;
-        let mut attempt = self.attempt()?;
+        let mut busy_since = None;
         loop {
-            let locked = match attempt {
+            let locked = match self.attempt()? {
                 Attempt::Taken(guard) => return Ok(guard),
                 Attempt::Locked(file) => Some(file),
-                Attempt::Claimed | Attempt::Replaced => None,
+                Attempt::Claimed => None,
+                Attempt::Busy => {
+                    // Another taker needs no more than a moment, which also a call that does not wait gives it.
+                    let since = *busy_since.get_or_insert_with(Instant::now);
+                    if since.elapsed() < TAKER_TIMEOUT && patience.is_none() {
+                        wait.check(self)?;
+                        std::thread::sleep(backoff.next());
+                        continue;
+                    }
+                    None
+                }
             };
             let patience = match &mut patience {
                 Some(patience) => patience,
@@ -195,43 +293,41 @@ impl PidFile {
                     None => return Err(self.held()),
                 },
             };
-            attempt = match locked {
+            match locked {
                 Some(file) if patience.is_endless() => {
-                    flock::lock(&file, Mode::Exclusive).map_err(|error| Error::io("lock", &self.path, error))?;
-                    match self.settle(file, false)? {
-                        Attempt::Replaced => self.attempt()?,
-                        settled => settled,
-                    }
+                    write_lock::wait(&file).map_err(|error| Error::io("wait for", &self.path, error))?;
                 }
                 _ => {
                     if let Err(gave_up) = patience.sleep(backoff.next())? {
                         return Err(patience.error(gave_up, self));
                     }
-                    self.attempt()?
                 }
-            };
+            }
         }
     }
 
-    /// What the file at `path` says now. By the time it returns it may already be past.
+    /// What the file at `path` says now: a snapshot.
     ///
-    /// Changes nothing, waits for nobody and disturbs nobody: it only reads, at most 4 KiB. It does not ask who has the
-    /// file locked, so of an owner in another pid namespace it says that it runs, where taking the lock may find out
-    /// more.
+    /// Changes nothing and waits for no process. It reads at most 4 KiB, and judges as an acquisition does. On a blank
+    /// file, and on one that names a dead process of another program, it takes a shared flock for a moment, to learn
+    /// whether a process has one. A symbolic link is followed, which an acquisition refuses.
     ///
     /// ```
     /// use lockkit::{PidFile, PidStatus};
     /// # fn main() -> lockkit::Result<()> {
     /// match PidFile::inspect("/run/sshd.pid")? {
     ///     PidStatus::Running(owner) => println!("{}", owner.describe()),
+    ///     PidStatus::Locked => println!("a process that cannot be seen from here"),
     ///     PidStatus::Stale(owner) => println!("{} died", owner.describe()),
-    ///     PidStatus::Absent | PidStatus::Invalid { .. } => println!("nobody"),
+    ///     PidStatus::Absent | PidStatus::Blank { .. } => println!("no process"),
+    ///     PidStatus::Invalid { rule } => println!("the file is no pidfile: {rule}"),
     /// }
     /// # Ok(()) }
     /// ```
     ///
     /// # Errors
-    /// [`RelativePath`](ErrorKind::RelativePath); [`Io`](ErrorKind::Io) when it cannot be read, or is no plain file.
+    /// [`RelativePath`](ErrorKind::RelativePath); [`Io`](ErrorKind::Io) if the file cannot be read, for want of the right
+    /// to, or is no plain file.
     pub fn inspect(path: impl AsRef<Path>) -> Result<PidStatus> {
         let path = path.as_ref();
         check_absolute(path)?;
@@ -241,29 +337,24 @@ impl PidFile {
             if !fs::metadata(path)?.is_file() {
                 return Err(not_a_plain_file());
             }
-            files::open(OpenOptions::new().read(true).custom_flags(files::NONBLOCK), path)
+            Shielded::new(|| files::open(OpenOptions::new().read(true).custom_flags(files::NONBLOCK), path))
         };
         let file = match open() {
             Err(error) if error.kind() == Io::NotFound => return Ok(PidStatus::Absent),
             opened => opened.map_err(failed)?,
         };
-        let bytes = read_settled(&file).map_err(failed)?;
-        let found = files::look(&file).map_err(failed)?;
-        Ok(match record::parse(&bytes) {
-            Content::Blank | Content::Invalid(_) => PidStatus::Invalid { age: age(&found).unwrap_or_default() },
-            Content::Ours(owner) => match owner.liveness_by_name() {
-                Liveness::Dead => PidStatus::Stale(*owner),
-                Liveness::Alive | Liveness::Unknown => PidStatus::Running(*owner),
-            },
-            Content::Foreign(pid) => match foreign_lives(pid, &file, &found) {
-                true => PidStatus::Running(writer(Owner::of(pid).unwrap_or_else(|| Owner::ended(pid)), &found)),
-                false => PidStatus::Stale(writer(Owner::ended(pid), &found)),
-            },
+        let (verdict, _) = verdict::judge(path, &file).map_err(failed)?;
+        Ok(match verdict {
+            Verdict::Held { owner: Some(owner), .. } | Verdict::Own(owner) => PidStatus::Running(owner),
+            Verdict::Held { owner: None, .. } => PidStatus::Locked,
+            Verdict::Stale(owner) => PidStatus::Stale(owner),
+            Verdict::Blank { age, young } => PidStatus::Blank { age, is_free: !young },
+            Verdict::Other(rule) => PidStatus::Invalid { rule },
         })
     }
 
-    /// Removes the file at `path` if it is stale; says whether it did. It takes the lock for that moment, so it never
-    /// removes the file of somebody who has just taken it over.
+    /// Removes the file at `path` if it is stale; says whether it did. It keeps other takers out for that moment, so it
+    /// never removes the file of a process that has just taken it over.
     ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {
@@ -274,56 +365,92 @@ impl PidFile {
     /// ```
     ///
     /// # Errors
-    /// [`RelativePath`](ErrorKind::RelativePath); [`NotAPidFile`](ErrorKind::NotAPidFile) for a file that names no
-    /// process, unless it is so young that somebody may be writing it; [`Insecure`](ErrorKind::Insecure) for a symbolic
-    /// or hard link; [`Io`](ErrorKind::Io) when it cannot be opened, locked or removed.
+    /// [`RelativePath`](ErrorKind::RelativePath); [`NotAPidFile`](ErrorKind::NotAPidFile) for a file that contains
+    /// something else than a pid; [`Insecure`](ErrorKind::Insecure) for a symbolic or hard link; [`Io`](ErrorKind::Io) if
+    /// it cannot be read or removed.
     pub fn remove_stale(path: impl Into<PathBuf>) -> Result<bool> {
         let pid_file = Self::new(path)?;
         let path = &*pid_file.path;
-        let file = match pid_file.open() {
-            Ok(Some((file, _))) => file,
-            Ok(None) => return Ok(false),
-            // One that we must not write to may still be seen to be none of our business.
-            Err(error) if is_denied(&error) && pid_file.holder().is_some() => return Ok(false),
-            Err(error) => return Err(error),
-        };
-        if !flock::try_lock(&file, Mode::Exclusive).map_err(|error| Error::io("lock", path, error))?
-            || !is_at(path, &file)?
-        {
-            return Ok(false);
-        }
-        let (bytes, found) = pid_file.read(&file)?;
-        match (claim(&bytes, &file, &found), record::parse(&bytes)) {
-            (Claim::Free(Some(_)), _) => {
-                fs::remove_file(path).map_err(|error| Error::io("remove", path, error))?;
+        let failed = |error| Error::io("remove", path, error);
+        let (mut backoff, since) = (Backoff::new(), Instant::now());
+        while pid_file.stale()?.is_some() {
+            let Some(taking) = pid_file.begin("remove")? else {
+                if since.elapsed() >= TAKER_TIMEOUT {
+                    break;
+                }
+                std::thread::sleep(backoff.next());
+                continue;
+            };
+            let Some(judged) = pid_file.stale()? else { break };
+            if is_at(path, &judged.file)? {
+                fs::remove_file(path).map_err(failed)?;
                 step("stale file removed");
-                Ok(true)
+                drop(taking);
+                return Ok(true);
             }
-            (Claim::Free(None), Content::Invalid(rule)) => Err(pid_file.invalid(&bytes, rule)),
-            _ => Ok(false),
+        }
+        Ok(false)
+    }
+
+    /// Whether [`remove_stale`](Self::remove_stale) would remove the file at `path` now. It changes nothing.
+    ///
+    /// ```
+    /// # fn main() -> lockkit::Result<()> {
+    /// assert!(!lockkit::PidFile::is_stale("/run/lockkit-doc-none.pid")?);
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`remove_stale`](Self::remove_stale); also [`Io`](ErrorKind::Io) where this process may not remove it.
+    pub fn is_stale(path: impl Into<PathBuf>) -> Result<bool> {
+        let pid_file = Self::new(path)?;
+        let Some(judged) = pid_file.stale()? else { return Ok(false) };
+        let may = files::check_removable(pid_file.directory(), &judged.seen);
+        may.map(|()| true).map_err(|error| Error::io("remove", &pid_file.path, error))
+    }
+
+    /// The file that is there, if it is stale.
+    fn stale(&self) -> Result<Option<Judged>> {
+        let Some(judged) = self.judge()? else { return Ok(None) };
+        match judged.verdict {
+            Verdict::Stale(_) => Ok(Some(judged)),
+            Verdict::Other(rule) => Err(self.not_a_pidfile(&judged.bytes, rule)),
+            Verdict::Held { .. } | Verdict::Own(_) | Verdict::Blank { .. } => Ok(None),
         }
     }
 
     fn attempt(&self) -> Result<Attempt> {
-        for _ in 0..MOST_REPLACEMENTS {
-            let attempt = match self.open() {
-                // Whoever makes a file in place must get the lock on it, so nobody else tries while it is empty.
-                Ok(Some((_, found))) if found.len() == 0 && is_young(&found) => Attempt::Claimed,
-                Ok(Some((file, _))) => self.lock_existing(file, false)?,
-                Ok(None) => self.create()?,
-                // A file that we must not write to may still say who holds it.
-                Err(error) if is_denied(&error) && self.holder().is_some() => Attempt::Claimed,
-                Err(error) => return Err(error),
+        for _ in 0..MAX_REPLACEMENTS {
+            let attempt = match self.judge()? {
+                // An acquisition that finds a taker at work, or the file of a killed one, goes the way of takers. So a
+                // taker that is stopped over a stale file keeps others out also after that file was removed by hand.
+                None if !self.has_taker() => match self.create()? {
+                    Some(attempt) => attempt,
+                    None => continue,
+                },
+                None => self.take_over()?,
+                Some(judged) => match self.claim(judged)? {
+                    Claim::Kept(attempt) => attempt,
+                    Claim::Free(..) => self.take_over()?,
+                },
             };
-            if !matches!(attempt, Attempt::Replaced) {
-                return Ok(attempt);
-            }
+            return Ok(attempt);
         }
-        Ok(Attempt::Replaced)
+        Ok(Attempt::Busy)
     }
 
-    /// The file that the path names, for reading and writing; `None` when there is none.
-    fn open(&self) -> Result<Option<(Shielded<File>, Seen)>> {
+    fn claim(&self, judged: Judged) -> Result<Claim> {
+        match judged.verdict {
+            Verdict::Held { by_lock: true, .. } => Ok(Claim::Kept(Attempt::Locked(judged.file))),
+            Verdict::Held { .. } | Verdict::Blank { young: true, .. } => Ok(Claim::Kept(Attempt::Claimed)),
+            Verdict::Other(rule) => Err(self.not_a_pidfile(&judged.bytes, rule)),
+            Verdict::Stale(owner) => Ok(Claim::Free(judged.file, Some(Box::new(owner)))),
+            Verdict::Own(_) | Verdict::Blank { .. } => Ok(Claim::Free(judged.file, None)),
+        }
+    }
+
+    /// Judges the file that the path names; `None` when there is none.
+    fn judge(&self) -> Result<Option<Judged>> {
         let path = &*self.path;
         // Looked at first, because merely opening a FIFO or a device may do something.
         match files::look_at_link(path) {
@@ -331,91 +458,77 @@ impl PidFile {
             seen => self.check_plain(&seen.map_err(|error| Error::io("look at", path, error))?)?,
         }
         let mut options = OpenOptions::new();
-        options.read(true).write(true).custom_flags(files::NOFOLLOW | files::NONBLOCK);
+        options.read(true).custom_flags(files::NOFOLLOW | files::NONBLOCK);
         let file = match Shielded::new(|| files::open(&options, path)) {
             Err(error) if error.kind() == Io::NotFound => return Ok(None),
             opened => opened.map_err(|error| Error::io("open", path, error))?,
         };
-        // And again, because somebody may have put something else there in between.
-        let found = files::look(&file).map_err(|error| Error::io("look at", path, error))?;
-        self.check_plain(&found)?;
-        Ok(Some((file, found)))
+        // And again, because another file may have been put there in between.
+        let seen = files::look(&file).map_err(|error| Error::io("look at", path, error))?;
+        self.check_plain(&seen)?;
+        let (verdict, bytes) = verdict::judge(path, &file).map_err(|error| Error::io("read", path, error))?;
+        Ok(Some(Judged { file, seen, verdict, bytes }))
     }
 
-    /// Refuses what is better not written to.
-    fn check_plain(&self, found: &Seen) -> Result<()> {
-        let problem = match found {
-            found if found.is_symlink() => "it is a symbolic link; use the path that it leads to",
-            found if !found.is_file() => return Err(Error::io("lock", &self.path, not_a_plain_file())),
-            found if found.nlink() > 1 => "it is a hard link to a file that has other names",
+    /// Refuses what is better not replaced.
+    fn check_plain(&self, seen: &Seen) -> Result<()> {
+        let problem = match seen {
+            seen if seen.is_symlink() => "it is a symbolic link; use the path that it leads to",
+            seen if !seen.is_file() => return Err(Error::io("lock", &self.path, not_a_plain_file())),
+            seen if seen.nlink() > 1 => "it is a hard link to a file that has other names",
             _ => return Ok(()),
         };
         Err(ErrorKind::Insecure { path: self.path.to_path_buf(), problem }.into())
     }
 
-    fn lock_existing(&self, file: Shielded<File>, made: bool) -> Result<Attempt> {
-        match flock::try_lock(&file, Mode::Exclusive) {
-            Ok(true) => self.settle(file, made),
-            Ok(false) => Ok(Attempt::Locked(file)),
-            Err(error) => {
-                // Where flock does not work nobody else has it locked, and nothing is to stay behind.
-                if made {
-                    let _ = fs::remove_file(&self.path);
-                }
-                Err(Error::io("lock", &self.path, error))
-            }
-        }
-    }
-
-    /// Takes over what has just been locked, if it may be. A file that we have `made` in place is still empty.
-    fn settle(&self, file: Shielded<File>, made: bool) -> Result<Attempt> {
-        if !is_at(&self.path, &file)? {
-            return Ok(Attempt::Replaced);
-        }
-        let (bytes, found) = self.read(&file)?;
-        if bytes.len() > MOST_READ {
-            return Err(self.invalid(&bytes, "it is longer than 4096 bytes"));
-        }
-        let died = match claim(&bytes, &file, &found) {
-            _ if made && bytes.is_empty() => None,
-            Claim::Held => return Ok(Attempt::Claimed),
-            Claim::Free(died) => died,
-        };
-        let record = own_record();
-        if let Err(error) = overwrite(&file, &record, &bytes) {
-            if made {
-                let _ = fs::remove_file(&self.path);
-            }
-            return Err(Error::io("write", &self.path, error));
-        }
-        Ok(self.guard(file, record, died))
-    }
-
-    /// Makes the file, complete and locked before the path names it.
-    fn create(&self) -> Result<Attempt> {
+    /// Makes the file, complete and locked before the path names it; `None` when another file has the name by now.
+    fn create(&self) -> Result<Option<Attempt>> {
         let failed = |error| Error::io("create", &self.path, error);
-        let folder = self.path.parent().unwrap_or(&self.path);
-        let file = self.with_parents(|| Shielded::new(|| unnamed::file_in(folder, self.mode)));
+        // Before the file is there, which may take the last descriptor.
+        let me = Owner::current();
+        // Without a name it is open to no other process whatever its permissions are.
+        let mode = self.mode.map_or(DEFAULT_MODE, |_| 0o600);
+        let file = self.with_parents(|| Shielded::new(|| unnamed::file_in(self.directory(), mode)));
         let file = match file {
-            Err(error) if error.kind() == Io::Unsupported => return self.create_in_place(),
+            Err(error) if error.kind() == Io::Unsupported => return self.take_over().map(Some),
             file => file.map_err(failed)?,
         };
-        // Does not wait: nobody else has it open.
-        flock::lock(&file, Mode::Exclusive).map_err(|error| Error::io("lock", &self.path, error))?;
-        let record = own_record();
-        file.write_all_at(record.as_bytes(), 0).map_err(|error| Error::io("write", &self.path, error))?;
-        step("nameless file written");
+        if !write_lock::try_lock(&file).map_err(|error| Error::io("lock", &self.path, error))? {
+            return Err(Error::io("lock", &self.path, io::Error::from(Io::WouldBlock)));
+        }
+        let written = self.fill(&file, &me)?;
+        if let Some(mode) = self.mode {
+            files::set_mode(&file, mode).map_err(|error| Error::io("set the mode of", &self.path, error))?;
+            step("mode set");
+        }
         match unnamed::name(&file, &self.path) {
             Ok(()) => {}
-            Err(error) if error.kind() == Io::AlreadyExists => return Ok(Attempt::Replaced),
-            Err(error) if error.kind() == Io::Unsupported => return self.create_in_place(),
+            Err(error) if error.kind() == Io::AlreadyExists => return Ok(None),
+            Err(error) if error.kind() == Io::Unsupported => {
+                drop(file);
+                return self.take_over().map(Some);
+            }
             Err(error) => return Err(failed(error)),
         }
         step("file named");
-        Ok(self.guard(file, record, None))
+        Ok(Some(self.guard(file, written, None)))
     }
 
-    /// What `make` gives; where the folder is missing and is to be made, after making it.
+    /// Writes the owner into a new file whose write lock is taken.
+    fn fill(&self, file: &File, owner: &Owner) -> Result<Written> {
+        // For programs that know no other lock. The file is new, so no process can have a flock on it.
+        match flock::try_lock(file, Mode::Exclusive) {
+            Err(error) if !flock::is_unsupported(&error) => return Err(Error::io("lock", &self.path, error)),
+            _ => {}
+        }
+        let text = record::content(owner.pid);
+        file.write_all_at(text.as_bytes(), 0).map_err(|error| Error::io("write", &self.path, error))?;
+        step("pid written");
+        let seen = files::look(file).map_err(|error| Error::io("look at", &self.path, error))?;
+        Ok(Written { text, identified: identify(file, &seen, owner), numbers: (seen.dev(), seen.ino()) })
+    }
+
+    /// What `make` gives; where the directory is missing and is to be made, after making it.
     fn with_parents<T>(&self, make: impl Fn() -> io::Result<T>) -> io::Result<T> {
         match (make(), self.path.parent()) {
             (Err(error), Some(folder)) if error.kind() == Io::NotFound && self.create_parents => {
@@ -427,38 +540,171 @@ impl PidFile {
         }
     }
 
-    /// As [`create`](Self::create), where a file system has no files without a name: others may see it empty, and
-    /// killed at that moment the maker leaves it so, which keeps them waiting until it is not [`YOUNG`] any more.
-    #[cold]
-    fn create_in_place(&self) -> Result<Attempt> {
+    /// Replaces a file that is free by one of this process's.
+    fn take_over(&self) -> Result<Attempt> {
+        let me = Owner::current();
+        let Some(taking) = self.begin("replace")? else { return Ok(Attempt::Busy) };
+        let (judged, died) = match self.judge()? {
+            None => (None, None),
+            Some(judged) => match self.claim(judged)? {
+                Claim::Kept(attempt) => return Ok(attempt),
+                Claim::Free(file, died) => (Some(file), died),
+            },
+        };
+        let written = self.fill(&taking.file, &me)?;
+        let failed = |error| Error::io("replace", &self.path, error);
+        // Only a program that knows nothing of takers can have changed what the path names.
+        let renamed = match judged {
+            Some(file) => {
+                if !is_at(&self.path, &file)? {
+                    return Ok(Attempt::Busy);
+                }
+                // Windows replaces no file that is open everywhere.
+                drop(file);
+                fs::rename(&taking.name.path, &self.path)
+            }
+            None => files::rename_new(&taking.name.path, &self.path),
+        };
+        match renamed {
+            Err(error) if error.kind() == Io::AlreadyExists => return Ok(Attempt::Busy),
+            renamed => renamed.map_err(failed)?,
+        }
+        step("file named");
+        let file = taking.finish();
+        // Not before: a file of takers that a crash left, and that others may read, could be locked by them.
+        if let Err(error) = self.set_final_mode(&file) {
+            let _ = fs::remove_file(&self.path);
+            step("file removed");
+            return Err(Error::io("set the mode of", &self.path, error));
+        }
+        Ok(self.guard(file, written, died))
+    }
+
+    fn set_final_mode(&self, file: &File) -> io::Result<()> {
+        let mode = match self.mode {
+            Some(mode) => mode,
+            // As the file system would have it, which may know more than the umask.
+            None => match unnamed::file_in(self.directory(), DEFAULT_MODE) {
+                Ok(like) => files::mode_of(&like)?,
+                Err(error) if error.kind() == Io::Unsupported => files::mode_of_new(DEFAULT_MODE),
+                Err(error) => return Err(error),
+            },
+        };
+        files::set_mode(file, mode)?;
+        step("mode set");
+        Ok(())
+    }
+
+    /// Keeps all other takers out; `None` when another one is at work. What the taker is to do to the file is the
+    /// `action` of errors.
+    ///
+    /// The file of takers is changed, moved and removed only by the process that has its write lock while its name leads
+    /// to it. Only users that may write the pidfile can open it, so no other user can have a lock on it.
+    fn begin(&self, action: &'static str) -> Result<Option<Taking>> {
+        let path = self.taker_path();
+        let shared = self.mode.unwrap_or_default() & 0o022;
+        // To write a file is to read and write the file of takers.
+        let mode = 0o600 | shared | shared << 1;
         let mut options = OpenOptions::new();
-        options.read(true).write(true).create_new(true).mode(self.mode);
-        match self.with_parents(|| Shielded::new(|| files::create(&options, &self.path))) {
-            Err(error) if error.kind() == Io::AlreadyExists => Ok(Attempt::Replaced),
-            Err(error) => Err(Error::io("create", &self.path, error)),
+        options.read(true).write(true).mode(mode).custom_flags(files::NOFOLLOW | files::NONBLOCK);
+        let made = self.with_parents(|| Shielded::new(|| files::create(options.clone().create_new(true), &path)));
+        let (file, made) = match made {
             Ok(file) => {
-                step("file made");
-                self.lock_existing(file, true)
+                step("file of takers made");
+                (file, true)
+            }
+            Err(error) if error.kind() == Io::AlreadyExists => {
+                // Looked at first, because merely opening a FIFO or a device may do something.
+                match files::look_at_link(&path) {
+                    Err(error) if error.kind() == Io::NotFound => return Ok(None),
+                    seen => self.check_taker(&path, &seen.map_err(|error| Error::io("look at", &path, error))?)?,
+                }
+                match Shielded::new(|| files::open(&options, &path)) {
+                    Err(error) if error.kind() == Io::NotFound => return Ok(None),
+                    opened => (opened.map_err(|error| Error::io("open", &path, error))?, false),
+                }
+            }
+            Err(error) => return Err(Error::io(action, &self.path, error)),
+        };
+        match write_lock::try_lock(&file) {
+            Ok(true) => {}
+            Ok(false) => return Ok(None),
+            Err(error) => {
+                // Otherwise another process may have locked it already.
+                if made && flock::is_unsupported(&error) {
+                    let _ = fs::remove_file(&path);
+                    step("file of takers removed");
+                }
+                return Err(Error::io("lock", &self.path, error));
+            }
+        }
+        if !is_at(&path, &file)? {
+            return Ok(None);
+        }
+        let taking = Taking { name: TakerName { path, is_gone: false }, file };
+        let seen = files::look(&taking.file).map_err(|error| Error::io("look at", &taking.name.path, error))?;
+        self.check_taker(&taking.name.path, &seen)?;
+        if !files::is_own(&seen) {
+            // Left by another user's process. Dropped here, it is removed.
+            return Ok(None);
+        }
+        let failed = |error| Error::io(action, &self.path, error);
+        if seen.len() > 0 {
+            taking.file.set_len(0).map_err(failed)?;
+            step("file of takers emptied");
+        }
+        if shared != 0 {
+            files::set_mode(&taking.file, mode).map_err(failed)?;
+            step("file of takers shared");
+        }
+        Ok(Some(taking))
+    }
+
+    fn check_taker(&self, path: &Path, seen: &Seen) -> Result<()> {
+        match seen.is_file() && seen.nlink() <= 1 {
+            true => Ok(()),
+            false => {
+                let problem = "it is no plain file, or has other names, and its name is that of the file by which takers \
+                               of a pidfile keep each other out; remove it";
+                Err(ErrorKind::Insecure { path: path.to_owned(), problem }.into())
             }
         }
     }
 
-    fn guard(&self, file: Shielded<File>, record: String, died: Option<Owner>) -> Attempt {
+    /// Whether a taker is at work, or one was killed.
+    fn has_taker(&self) -> bool {
+        files::look_at_link(&self.taker_path()).is_ok()
+    }
+
+    /// `.NAME.lockkit` in the directory of the file; a name that would be too long is replaced by its hash.
+    fn taker_path(&self) -> PathBuf {
+        /// Of Linux and most others, in bytes.
+        const NAME_MAX: usize = 255;
+        let name = self.path.file_name().unwrap_or_default();
+        let mut own = OsString::from(".");
+        own.push(name);
+        own.push(".lockkit");
+        if own.len() > NAME_MAX {
+            own = format!(".{:016x}.lockkit", record::sum(&name.to_string_lossy())).into();
+        }
+        self.directory().join(own)
+    }
+
+    fn directory(&self) -> &Path {
+        self.path.parent().unwrap_or(&self.path)
+    }
+
+    fn guard(&self, file: Shielded<File>, written: Written, died: Option<Box<Owner>>) -> Attempt {
         Attempt::Taken(PidGuard {
-            file: Some(file.unshield()),
+            file: Some(file.know_as(written.numbers).keep_across_fork()),
             path: self.path.clone(),
-            record,
+            written,
             generation: fork::generation(),
-            recovered: died.map(|owner| Box::new(Recovered::new(Some(owner)))),
+            recovered: died.map(|owner| Box::new(Recovered::new(Some(*owner)))),
         })
     }
 
-    fn read(&self, file: &File) -> Result<(Vec<u8>, Seen)> {
-        let failed = |error| Error::io("read", &self.path, error);
-        Ok((read(file).map_err(failed)?, files::look(file).map_err(failed)?))
-    }
-
-    fn invalid(&self, bytes: &[u8], rule: &'static str) -> Error {
+    fn not_a_pidfile(&self, bytes: &[u8], rule: &'static str) -> Error {
         ErrorKind::NotAPidFile { path: self.path.to_path_buf(), text: record::shown(bytes), rule }.into()
     }
 }
@@ -489,6 +735,53 @@ impl Subject for PidFile {
     }
 }
 
+/// The file of takers, whose write lock keeps all others out. Dropping it removes the file, still locked.
+struct Taking {
+    name: TakerName,
+    file: Shielded<File>,
+}
+
+impl Taking {
+    /// The file, which has become the pidfile.
+    fn finish(self) -> Shielded<File> {
+        let Self { mut name, file } = self;
+        name.is_gone = true;
+        file
+    }
+}
+
+struct TakerName {
+    path: PathBuf,
+    is_gone: bool,
+}
+
+impl Drop for TakerName {
+    fn drop(&mut self) {
+        if !self.is_gone {
+            let _ = fs::remove_file(&self.path);
+            step("file of takers removed");
+        }
+    }
+}
+
+/// What a holder has written, and where.
+#[derive(Debug)]
+struct Written {
+    /// All that the file contains.
+    text: String,
+    /// Whether the file has the identity of the owner, too.
+    identified: bool,
+    /// The device and the inode of the file.
+    numbers: (u64, u64),
+}
+
+/// Gives a file that was just written, as `seen` shows, the identity of `owner`; says whether it has it. Without one the
+/// file is judged by its pid and its time, so it does not matter whether there is room for it, or such a thing at all.
+fn identify(file: &File, seen: &Seen, owner: &Owner) -> bool {
+    let identity = seen.modified().ok().and_then(|written| record::identity(owner, written));
+    identity.is_some_and(|identity| xattr::set(file, record::NAME, &identity).is_ok())
+}
+
 fn check_absolute(path: &Path) -> Result<()> {
     match path.is_absolute() {
         true => Ok(()),
@@ -500,39 +793,19 @@ fn not_a_plain_file() -> io::Error {
     io::Error::new(Io::InvalidInput, "it is no plain file")
 }
 
-fn is_denied(error: &Error) -> bool {
-    let denied = |source: &io::Error| matches!(source.kind(), Io::PermissionDenied | Io::ReadOnlyFilesystem);
-    matches!(error.kind(), ErrorKind::Io { source, .. } if denied(source))
-}
-
 /// Whether `path` names the open `file`.
 fn is_at(path: &Path, file: &File) -> Result<bool> {
-    let failed = |error| Error::io("look at", path, error);
-    let open = files::look(file).map_err(failed)?;
+    let open = files::look(file).map_err(|error| Error::io("look at", path, error))?;
+    names(path, (open.dev(), open.ino()))
+}
+
+/// Whether `path` names the file with this device and inode.
+fn names(path: &Path, numbers: (u64, u64)) -> Result<bool> {
     match files::look_at_link(path) {
-        Ok(named) => Ok((named.dev(), named.ino()) == (open.dev(), open.ino())),
+        Ok(named) => Ok((named.dev(), named.ino()) == numbers),
         Err(error) if error.kind() == Io::NotFound => Ok(false),
-        Err(error) => Err(failed(error)),
+        Err(error) => Err(Error::io("look at", path, error)),
     }
-}
-
-/// The beginning of a file, up to a byte more than [`MOST_READ`].
-fn read(file: &File) -> io::Result<Vec<u8>> {
-    beginning(file, MOST_READ + 1)
-}
-
-/// As [`read`], for a reader without the lock: not every file system keeps a read and a write apart, so it reads until
-/// it sees the same twice.
-fn read_settled(file: &File) -> io::Result<Vec<u8>> {
-    const MOST_READS: u32 = 8;
-    let mut bytes = read(file)?;
-    for _ in 0..MOST_READS {
-        let before = std::mem::replace(&mut bytes, read(file)?);
-        if bytes == before {
-            break;
-        }
-    }
-    Ok(bytes)
 }
 
 /// Replaces `old`, all that the file says, with `new`. One write does it, which covers all of `old`, so no kill leaves
@@ -548,7 +821,7 @@ fn overwrite(file: &File, new: &str, old: &[u8]) -> io::Result<()> {
             false => Ok(()),
         }
     });
-    if written.is_err() && !read(file).is_ok_and(|bytes| bytes == old) {
+    if written.is_err() && !verdict::read(file).is_ok_and(|bytes| bytes == old) {
         let _ = file.write_all_at(old, 0);
         step("old record put back");
         let _ = file.set_len(old.len() as u64);
@@ -556,77 +829,6 @@ fn overwrite(file: &File, new: &str, old: &[u8]) -> io::Result<()> {
         let _ = file.set_modified(before);
     }
     written
-}
-
-/// The record of this process, which takes the lock now.
-fn own_record() -> String {
-    record::write(&Owner { acquired: Some(SystemTime::now()), ..Owner::current() })
-}
-
-/// Who may still hold a file that says `bytes`, and whose flock is ours. Unknown is never stolen:
-/// - A record of lockkit's: held while its owner lives, also without the flock, which an exec or a closed descriptor
-///   loses. An owner that cannot be looked up from here, in another pid namespace, is gone if it belongs to this boot
-///   of this kernel, which has just given us the flock that it held for life. One of another host, or one that does not
-///   say, may hold a flock that does not reach us: held.
-/// - A bare pid, another program's: held while a process has it that did not start after the file was written.
-/// - Either of this very process: free, since nobody else is us. It is from before an exec, or from a supervisor that
-///   wrote it for us, or from an earlier container in which the same pid ran.
-/// - Neither: somebody may be in the middle of writing; held until it is [`YOUNG`] no more. A blank line is free.
-fn claim(bytes: &[u8], file: &File, found: &Seen) -> Claim {
-    match record::parse(bytes) {
-        Content::Blank => Claim::Free(None),
-        Content::Invalid(_) if is_young(found) => Claim::Held,
-        Content::Invalid(_) => Claim::Free(None),
-        Content::Foreign(pid) if pid == std::process::id() => Claim::Free(None),
-        Content::Foreign(pid) if foreign_lives(pid, file, found) => Claim::Held,
-        Content::Foreign(pid) => Claim::Free(Some(writer(Owner::ended(pid), found))),
-        Content::Ours(owner) if owner.is_this_process() => Claim::Free(None),
-        Content::Ours(owner) => match owner.liveness_by_name() {
-            Liveness::Alive => Claim::Held,
-            Liveness::Unknown if !owner.is_of_this_boot() => Claim::Held,
-            Liveness::Unknown | Liveness::Dead => Claim::Free(Some(*owner)),
-        },
-    }
-}
-
-/// Whether it is a record of lockkit's whose owner may live.
-fn names_a_live_owner(bytes: &[u8]) -> bool {
-    matches!(record::parse(bytes), Content::Ours(owner) if owner.liveness_by_name() != Liveness::Dead)
-}
-
-/// How long ago the file was last written; `None` when that lies in the future.
-fn age(found: &Seen) -> Option<Duration> {
-    SystemTime::now().duration_since(found.modified().ok()?).ok()
-}
-
-/// Whether the file was written just now, by a clock that may run as far ahead of ours, as a file server's does. A time
-/// further in the future, which is the clock's fault, is not just now.
-fn is_young(found: &Seen) -> bool {
-    let Ok(written) = found.modified() else { return false };
-    let apart = SystemTime::now().duration_since(written).unwrap_or_else(|ahead| ahead.duration());
-    apart < YOUNG
-}
-
-/// Whether the process that another program's file names may be the one that it was written for.
-fn foreign_lives(pid: u32, file: &File, found: &Seen) -> bool {
-    match process::probe(pid) {
-        Probe::Gone | Probe::Ended => false,
-        Probe::Running(None) => true,
-        Probe::Running(Some(start)) => !started_later(start, file, found).unwrap_or(false),
-    }
-}
-
-/// Whether a process that started then is later than the file, as far as the clocks can tell.
-fn started_later(start: u64, file: &File, found: &Seen) -> Option<bool> {
-    let written = found.modified().ok()?;
-    // Nothing in memory is older than the boot: the clock was set forward since, and tells nothing.
-    let clock_was_set = written < process::booted_at()? && unnamed::is_in_memory(file);
-    Some(!clock_was_set && process::started_at(start)? > written.checked_add(REUSE_MARGIN)?)
-}
-
-/// The owner of a file that another program wrote: it took the lock, as far as it is one, when it did.
-fn writer(owner: Owner, found: &Seen) -> Owner {
-    Owner { acquired: found.modified().ok(), ..owner }
 }
 
 /// A held [`PidFile`]; dropping it removes the file and releases.
@@ -648,10 +850,9 @@ fn writer(owner: Owner, found: &Seen) -> Owner {
 #[derive(Debug)]
 pub struct PidGuard {
     /// Taken by the release.
-    file: Option<File>,
+    file: Option<Shielded<File>>,
     path: Arc<Path>,
-    /// What the file says while the lock is held.
-    record: String,
+    written: Written,
     /// The process that holds, for a forked child has a copy.
     generation: u32,
     recovered: Option<Box<Recovered>>,
@@ -666,7 +867,7 @@ impl PidGuard {
     /// [`Io`](ErrorKind::Io) when it cannot be looked at.
     pub fn verify(&self) -> Result<()> {
         let Some(file) = &self.file else { return Err(self.rogue()) };
-        match self.says(file)? == self.record.as_bytes() && is_at(&self.path, file)? {
+        match self.says(file)? == self.written.text.as_bytes() && is_at(&self.path, file)? {
             true => Ok(()),
             false => Err(self.rogue()),
         }
@@ -694,10 +895,8 @@ impl PidGuard {
     /// a release by the parent; [`Io`](ErrorKind::Io) when it cannot be written. The owner is then who it was before.
     pub fn rewrite(&mut self) -> Result<()> {
         self.verify()?;
-        let Some(file) = &self.file else { return Err(self.rogue()) };
-        let record = own_record();
-        overwrite(file, &record, self.record.as_bytes()).map_err(|error| Error::io("write", &self.path, error))?;
-        (self.record, self.generation) = (record, fork::generation());
+        self.write(&Owner::current())?;
+        self.generation = fork::generation();
         Ok(())
     }
 
@@ -723,10 +922,19 @@ impl PidGuard {
     /// As [`rewrite`](Self::rewrite).
     pub fn rewrite_for(&mut self, owner: &Owner) -> Result<()> {
         self.verify()?;
+        self.write(owner)
+    }
+
+    /// The pid goes first, which makes the identity of the owner before count no more: killed in between, this process
+    /// leaves a file that is judged by its pid and its time.
+    fn write(&mut self, owner: &Owner) -> Result<()> {
+        let failed = |error| Error::io("write", &self.path, error);
         let Some(file) = &self.file else { return Err(self.rogue()) };
-        let record = record::write(&Owner { acquired: Some(SystemTime::now()), ..owner.clone() });
-        overwrite(file, &record, self.record.as_bytes()).map_err(|error| Error::io("write", &self.path, error))?;
-        self.record = record;
+        let text = record::content(owner.pid);
+        overwrite(file, &text, self.written.text.as_bytes()).map_err(failed)?;
+        self.written.text = text;
+        // The file names the owner already, so what fails here is no failure.
+        self.written.identified = files::look(file).is_ok_and(|seen| identify(file, &seen, owner));
         Ok(())
     }
 
@@ -749,28 +957,52 @@ impl PidGuard {
     }
 
     fn give_back(&mut self) -> Result<()> {
-        let Some(file) = self.file.take() else { return Ok(()) };
+        let Some(mut file) = self.file.take() else { return Ok(()) };
         // The open file is one with the parent's, so closing the copy of a forked child releases nothing.
         if self.generation != fork::generation() {
             return Ok(());
         }
-        // A record that stayed would keep others out for as long as this process lives, so a read that failed is not
-        // the last word.
+        // The program has closed the descriptor. The record has kept the lock, for this process lives.
+        if !file.is_own() {
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).custom_flags(files::NOFOLLOW | files::NONBLOCK | files::NOCTTY);
+            file = Shielded::new(|| files::open(&options, &self.path)).map_err(|_| self.rogue())?;
+        }
+        // A file that stayed would keep others out for as long as this process lives, so a read that failed is not the
+        // last word.
         let removed = match self.says(&file).or_else(|_| self.says(&file)) {
-            Ok(bytes) if bytes == self.record.as_bytes() => self.remove(&file),
-            // Written through the same open file, by a child that owns it now: unlocking would take it from the child.
-            Ok(bytes) if names_a_live_owner(&bytes) => return Ok(()),
-            Ok(_) => Err(self.rogue()),
+            Ok(bytes) if bytes == self.written.text.as_bytes() => self.remove(&file),
+            Ok(bytes) => match self.successor(&file, &bytes) {
+                None => Err(self.rogue()),
+                // Unlocking would take it from a child that owns it now; closing does not.
+                Some(is_child) if is_child => return Ok(()),
+                Some(_) => return Err(self.rogue()),
+            },
             Err(error) => Err(error),
         };
         // Not left to closing, since forked children may have the open file, too.
-        let unlocked = flock::unlock(&file).map_err(|error| Error::io("unlock", &self.path, error));
+        let unlocked = write_lock::unlock(&file).and_then(|()| match flock::unlock(&file) {
+            Err(error) if flock::is_unsupported(&error) => Ok(()),
+            unlocked => unlocked,
+        });
         trace::released(self);
-        removed.and(unlocked)
+        removed.and(unlocked.map_err(|error| Error::io("unlock", &self.path, error)))
+    }
+
+    /// Whether a process that lives has written its pid into the file, and then whether it is a forked child that has
+    /// called [`rewrite`](Self::rewrite). Where no identity tells that, it is taken for one.
+    fn successor(&self, file: &File, bytes: &[u8]) -> Option<bool> {
+        let Content::Pids { pids, alone: true, .. } = record::parse(bytes) else { return None };
+        let seen = files::look(file).ok()?;
+        match verdict::identity(file, pids[0], &seen) {
+            Ok(Some(owner)) => (owner.liveness_by_name() != Liveness::Dead).then_some(true),
+            _ => verdict::lives(pids[0], file, &seen).then_some(!self.written.identified),
+        }
     }
 
     fn remove(&self, file: &File) -> Result<()> {
-        let removed = match is_at(&self.path, file) {
+        // The descriptor is known to be this file's.
+        let removed = match names(&self.path, self.written.numbers) {
             Ok(true) => match fs::remove_file(&self.path) {
                 Err(error) if error.kind() == Io::NotFound => return Err(self.rogue()),
                 removed => removed.map_err(|error| Error::io("remove", &self.path, error)),
@@ -779,14 +1011,14 @@ impl PidGuard {
             Err(error) => Err(error),
         };
         if removed.is_err() {
-            let _ = overwrite(file, record::BLANK, self.record.as_bytes());
+            let _ = overwrite(file, record::BLANK, self.written.text.as_bytes());
         }
         step("file removed");
         removed
     }
 
     fn says(&self, file: &File) -> Result<Vec<u8>> {
-        read(file).map_err(|error| Error::io("read", &self.path, error))
+        verdict::read(file).map_err(|error| Error::io("read", &self.path, error))
     }
 
     fn rogue(&self) -> Error {

@@ -621,6 +621,8 @@ fn terminal() -> (OwnedFd, File) {
     unlockpt(&screen).expect("a terminal");
     let name = ptsname(&screen, Vec::new()).expect("a name").into_string().expect("a plain name");
     let end = File::options().read(true).write(true).open(name).expect("a terminal");
+    let size = rustix::termios::Winsize { ws_row: 24, ws_col: 160, ws_xpixel: 0, ws_ypixel: 0 };
+    rustix::termios::tcsetwinsize(&end, size).expect("a terminal");
     (end.into(), screen.into())
 }
 
@@ -648,18 +650,17 @@ fn a_wait_on_a_terminal_shows_what_for_who_holds_it_and_how_long() {
     let (end, mut screen) = terminal();
     let mut waiting = lock.run([], "true");
     let mut waiter = Running::start({
-        waiting.stderr(end.try_clone().expect("a terminal"));
+        waiting.stderr(end.try_clone().expect("a terminal")).env("TERM", "xterm");
         waiting
     });
     let held = format!("pid {pid} (sh), since ");
     let shown = read_until(&mut screen, |shown| shown.contains(&held) && shown.contains("for 1s"));
     assert!(shown.contains(&format!("Waiting for the named lock {:?}", lock.place)), "{shown}");
-    assert!(shown.contains("\x1b[33m"), "coloured: {shown:?}");
     running.child.kill().expect("it runs");
     signal(pid, Signal::KILL);
     assert_eq!(waiter.code(), 0);
     // The line is gone at the end.
-    read_until(&mut screen, |shown| shown.ends_with("\r\x1b[2K"));
+    read_until(&mut screen, |shown| shown.ends_with(" \r"));
 }
 
 #[test]
@@ -717,13 +718,18 @@ fn a_program_in_another_group_is_interrupted_and_hears_that_the_terminal_is_gone
 #[test]
 fn no_color_is_heeded_on_a_terminal() {
     let lock = Lock::new("--name");
-    let (_running, pid) = lock.hold([]);
-    let (end, mut screen) = terminal();
-    let mut waiting = lock.run([], "true");
-    waiting.stderr(end.try_clone().expect("a terminal")).env("NO_COLOR", "1");
-    let _waiter = Running::start(waiting);
-    let shown = read_until(&mut screen, |shown| shown.contains(&format!("pid {pid} (sh)")));
-    assert!(!shown.contains("\x1b[33m"), "{shown:?}");
+    let (_running, _) = lock.hold([]);
+    for no_color in [false, true] {
+        let (end, mut screen) = terminal();
+        let mut status = lockkit(["status", &lock.place]);
+        status.env("TERM", "xterm").stdout(end.try_clone().expect("a terminal"));
+        if no_color {
+            status.env("NO_COLOR", "1");
+        }
+        assert_eq!(status.status().expect("lockkit starts").code(), Some(1));
+        let shown = read_until(&mut screen, |shown| shown.contains("waiters") || shown.contains("held by"));
+        assert_eq!(shown.contains("\x1b[33mheld"), !no_color, "{shown:?}");
+    }
 }
 
 #[test]
@@ -753,7 +759,8 @@ fn the_schema_tells_the_forms_from_others() {
         schema.is_valid(&serde_json::json!({"version": 1, "lock": lock}))
     };
     assert!(with("waiters", Value::Null) && with("of a later release", true.into()));
-    let wrong: [(&str, Value); 7] = [
+    assert!(with("kind", "fcntl".into()) && !with("state", "unknown".into()), "an unknown state has a reason");
+    let wrong: [(&str, Value); 8] = [
         ("kind", "mutex".into()),
         ("state", "busy".into()),
         ("waiters", (-1).into()),
@@ -761,6 +768,7 @@ fn the_schema_tells_the_forms_from_others() {
         ("holders", serde_json::json!([{"pid": 1}])),
         ("scope", "user".into()),
         ("token", 7.into()),
+        ("reason", "of a free lock".into()),
     ];
     for (field, value) in wrong {
         assert!(!with(field, value), "{field}");
@@ -871,7 +879,7 @@ fn pidfiles_are_checked_and_only_stale_ones_are_removed() {
     assert_eq!(code(["pidfile", "check", &text_of(&paths[0])]), 1);
     assert_eq!(code(["pidfile", "check", &text_of(&paths[1])]), 2);
     assert_eq!(code(["pidfile", "check", &dir]), 1);
-    assert_eq!(code(["pidfile", "check", &text_of(&folder.path().join("none.pid"))]), 0);
+    assert_eq!(code(["pidfile", "check", &text_of(&folder.path().join("none.pid"))]), 66);
     let form = json(&output(["pidfile", "check", "--json", &dir]));
     assert_eq!((&form["version"], form["locks"].as_array().map(Vec::len)), (&1.into(), Some(2)));
     let dead = fs::read(&paths[1]).expect("a file");
@@ -888,6 +896,76 @@ fn pidfiles_are_checked_and_only_stale_ones_are_removed() {
         let refused = lockkit(["pidfile"]).args(options).arg(&dir).output().expect("lockkit starts");
         assert_eq!((code_of(&refused), text(&refused.stdout)), (77, String::new()));
         assert!(link.is_symlink() && paths[2].exists());
+    }
+}
+
+#[test]
+fn b6_dry_run_check_and_clean_judge_alike() {
+    let (folder, [alive, dead, junk]) = pidfiles();
+    let old = |path: &Path| {
+        let file = fs::File::options().write(true).open(path).expect("a file");
+        file.set_modified(std::time::SystemTime::now() - Duration::from_secs(60)).expect("its time can be set");
+    };
+    let file = |name: &str| folder.path().join(name);
+    fs::write(file("blank.pid"), "").expect("a file");
+    old(&file("blank.pid"));
+    fs::write(file("text.pid"), "key = value\n").expect("a file");
+    fs::copy(&dead, file("one.pid")).expect("a file");
+    fs::hard_link(file("one.pid"), file("two.pid")).expect("a link");
+    symlink(&dead, file("link.pid")).expect("a link");
+    let missing = file("none.pid");
+    for (path, checked, cleaned) in [
+        (&alive, 1, 0),
+        (&junk, 65, 65),
+        (&file("text.pid"), 65, 65),
+        (&file("blank.pid"), 0, 0),
+        (&file("one.pid"), 2, 77),
+        (&file("link.pid"), 2, 77),
+        (&missing, 66, 66),
+        (&file("no/such.pid"), 66, 66),
+        (&dead, 2, 0),
+    ] {
+        let path_text = path.display().to_string();
+        let before = fs::read(path).ok();
+        assert_eq!(code(["pidfile", "check", &path_text]), checked, "{path_text}");
+        let said = |dry: &[&str]| {
+            let run = lockkit(["pidfile", "clean"]).args(dry).arg(path).output().expect("lockkit starts");
+            // How long ago it was left is another time each time.
+            let done = text(&run.stdout).replace("would remove", "removed");
+            (code_of(&run), done.split(", since").next().unwrap_or_default().to_owned(), text(&run.stderr))
+        };
+        let dry = said(&["--dry-run"]);
+        assert_eq!(fs::read(path).ok(), before, "{path_text}");
+        assert_eq!(said(&[]), dry, "{path_text}");
+        assert_eq!((dry.0, dry.1.is_empty()), (cleaned, path != &dead), "{path_text}: {dry:?}");
+        assert_eq!(path.exists(), before.is_some() && path != &dead, "{path_text}");
+    }
+    // The others of a directory are judged all the same.
+    fs::write(&dead, "4194304\n").expect("a file");
+    let dir = folder.path().display().to_string();
+    let run = output(["pidfile", "clean", &dir]);
+    assert!(text(&run.stdout).contains("dead.pid") && code_of(&run) != 0, "{run:?}");
+}
+
+#[test]
+fn b6_file_that_may_not_be_read_or_removed_is_refused() {
+    if !rustix::process::geteuid().is_root() {
+        return left_out("acting as another user needs root");
+    }
+    let folder = TempDir::new().expect("a folder");
+    let path = folder.path().join("app.pid");
+    let set = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("it can be set");
+    for (directory, mode) in [(0o777, 0o600), (0o755, 0o644), (0o1777, 0o644)] {
+        fs::write(&path, "4194304\n").expect("a file");
+        set(folder.path(), directory);
+        set(&path, mode);
+        for command in [["clean", "--dry-run"].as_slice(), &["clean"]] {
+            let mut run = Command::new("setpriv");
+            run.args(["--reuid=1001", "--regid=1001", "--clear-groups", PROGRAM, "pidfile"]).args(command).arg(&path);
+            let run = run.output().expect("setpriv starts");
+            assert_eq!((code_of(&run), text(&run.stdout)), (77, String::new()), "{command:?} {mode:o}: {run:?}");
+            assert!(path.exists());
+        }
     }
 }
 

@@ -214,14 +214,14 @@ fn a_pidfile_names_the_program_and_check_tells_its_state() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("app.pid");
     let text = path.to_str().unwrap();
-    assert_eq!(code(&["pidfile", "check", text]), 0);
+    assert_eq!(code(&["pidfile", "check", text]), 66);
     let (mut holder, program) = held(&["--pidfile", text]);
     assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Running(owner) if owner.pid() == program));
     assert_eq!(code(&["pidfile", "check", text]), 1);
     assert_eq!(code(&["status", text]), 1);
     end(program);
     holder.wait().unwrap();
-    assert_eq!(code(&["pidfile", "check", text]), 0);
+    assert_eq!(code(&["pidfile", "check", text]), 66);
     left_by_the_dead(&path, program);
     assert_eq!(code(&["pidfile", "check", text]), 2);
     assert_eq!(code(&["pidfile", "clean", text]), 0);

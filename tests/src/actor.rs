@@ -14,6 +14,10 @@
 //! | `panic` | `panicked`: a thread took the lock and panicked holding it |
 //! | `hold-name NAME`, `time-out-name NAME`, `clean-name NAME` | `done`: the same with any named lock |
 //! | `use-names N`, `hold-names N` | `done`; `bytes N`: what each of so many locks takes of memory |
+//! | `close-all` | `closed`: every descriptor from 3 on is closed, and other files, which are locked, have those numbers |
+//! | `others` | `kept`: the other files are open and locked; `fork-others` asks a forked child, `spare-others` closes them |
+//! | `reopen` | `open`: the lock is opened again |
+//! | `set-aside`, `drop-aside` | `aside`, `dropped`: the guard is kept while another one is taken, and dropped |
 //! | `starve` | `starved`: no descriptor is left; `feed` gives them back |
 //! | `limit-threads N`, or `all` | `limited`: its user may have no more threads from now on; means nothing to root |
 
@@ -111,6 +115,15 @@ impl Actor {
     #[cfg(target_os = "linux")]
     pub fn start_lease_as(terms: &crate::leases::Terms, uid: u32) -> Self {
         Self::run(as_user(uid, ["lease".to_owned(), terms.to_string()]))
+    }
+
+    /// As [`start_lease_as`](Self::start_lease_as), as a member of the group `gid`.
+    #[cfg(target_os = "linux")]
+    pub fn start_lease_in_group(terms: &crate::leases::Terms, uid: u32, gid: u32) -> Self {
+        use std::os::unix::process::CommandExt;
+        let mut command = as_user(uid, ["lease".to_owned(), terms.to_string()]);
+        command.gid(gid);
+        Self::run(command)
     }
 
     pub(crate) fn run(mut command: Command) -> Self {
@@ -262,10 +275,13 @@ pub fn signal_pid(pid: u32, signal: rustix::process::Signal) {
 
 /// The actor's own side: carries out commands until there are no more.
 pub fn serve(spec: &Spec) {
-    let lock = spec.open();
+    let mut lock = spec.open();
     let mut guard: Option<Box<dyn AnyGuard>> = None;
     let mut hoard = Vec::new();
     let mut names = Vec::new();
+    let mut aside = None;
+    #[cfg(target_os = "linux")]
+    let mut others = crate::faults::Others::default();
     for line in crate::commands() {
         let mut take = |wait: &Wait| {
             announce();
@@ -392,6 +408,42 @@ pub fn serve(spec: &Spec) {
             "clean-name" => {
                 Spec::parse(&format!("named-socket:{argument}")).clean();
                 "done".to_owned()
+            }
+            #[cfg(target_os = "linux")]
+            "close-all" => {
+                std::mem::take(&mut others).forget();
+                others = crate::faults::Others::in_place_of_all();
+                "closed".to_owned()
+            }
+            #[cfg(target_os = "linux")]
+            "others" => others.are_kept(),
+            #[cfg(target_os = "linux")]
+            "spare-others" => {
+                others = crate::faults::Others::default();
+                "spared".to_owned()
+            }
+            #[cfg(target_os = "linux")]
+            "fork-others" => match fork::fork() {
+                Ok(fork::Fork::Child) => std::process::exit(i32::from(others.are_open() != "kept")),
+                Ok(fork::Fork::Parent(pid)) => {
+                    let pid = rustix::process::Pid::from_raw(pid);
+                    let ended = rustix::process::waitpid(pid, rustix::process::WaitOptions::empty());
+                    let status = ended.expect("a child").expect("it has ended").1.exit_status();
+                    if status == Some(0) { "kept".to_owned() } else { "error replaced in the child".to_owned() }
+                }
+                Err(error) => format!("error fork: {error}"),
+            },
+            "reopen" => {
+                lock = spec.open();
+                "open".to_owned()
+            }
+            "set-aside" => {
+                aside = guard.take();
+                "aside".to_owned()
+            }
+            "drop-aside" => {
+                drop(aside.take());
+                "dropped".to_owned()
             }
             "starve" => {
                 while let Ok(file) = std::fs::File::open("/dev/null") {

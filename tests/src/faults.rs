@@ -8,7 +8,8 @@
 use std::collections::BTreeSet;
 use std::fs::{self, Permissions};
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::Mutex;
@@ -16,6 +17,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use lockkit::{LeaseStatus, Wait};
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, prlimit, setrlimit};
 
 use crate::actor::signal_pid;
@@ -37,6 +40,9 @@ macro_rules! faults {
             a_crowd_in_a_storm_of_signals_counts_without_losing_one,
             the_standard_descriptors_are_locks_like_any_other,
             a_step_stands_between_every_two_changes,
+            c7_drop_after_close_range_keeps_other_files,
+            c7_lock_after_close_range_excludes_others,
+            c7_drop_of_closed_guard_keeps_next_lock,
             any_system_call_may_fail_once_when_nobody_else_is_there,
             any_system_call_may_fail_once_when_the_lock_is_passed_on,
         );
@@ -123,6 +129,59 @@ fn files_of_an_ordinary_use(kind: Kind, spec: &Spec) -> BTreeSet<String> {
     other.clean();
     let name = |spec: &Spec| Path::new(spec.at()).file_name().expect("a name").to_string_lossy().into_owned();
     left.into_iter().map(|path| path.replace(&name(&other), &name(spec))).collect()
+}
+
+/// Files of a program that has closed all descriptors from 3 on, with these numbers: each locked through the descriptor.
+#[derive(Default)]
+pub struct Others(Vec<(fs::File, u64)>);
+
+impl Others {
+    /// So many numbers that a lock had are among them.
+    const MANY: usize = 64;
+
+    /// Closes every descriptor, as some daemons do at their start, and opens other files.
+    pub fn in_place_of_all() -> Self {
+        for descriptor in 3..1024 {
+            let _ = nix::unistd::close(descriptor);
+        }
+        let others = (0..Self::MANY).map(|_| {
+            let mut file = tempfile::tempfile().expect("a file");
+            file.write_all(b"others").expect("room");
+            flock(&file, FlockOperation::NonBlockingLockExclusive).expect("a new file is not locked");
+            let inode = file.metadata().expect("it is open").ino();
+            (file, inode)
+        });
+        Self(others.collect())
+    }
+
+    /// Leaves the numbers to whatever takes them.
+    pub fn forget(self) {
+        self.0.into_iter().for_each(|(file, _)| std::mem::forget(file));
+    }
+
+    /// Whether they are still what the numbers mean, and say the same.
+    pub fn are_open(&self) -> &'static str {
+        let is_open = |(file, inode): &(fs::File, u64)| {
+            let mut bytes = [0; 7];
+            let read = file.read_at(&mut bytes, 0);
+            file.metadata().is_ok_and(|found| found.ino() == *inode)
+                && read.is_ok_and(|read| &bytes[..read] == b"others")
+        };
+        if self.0.iter().all(is_open) { "kept" } else { "error another file, or another text" }
+    }
+
+    /// Whether they are also still locked.
+    pub fn are_kept(&self) -> String {
+        let is_locked = |(file, _): &(fs::File, u64)| {
+            let own = format!("/proc/self/fd/{}", file.as_raw_fd());
+            let again = fs::File::open(own).expect("it is open");
+            flock(again, FlockOperation::NonBlockingLockShared) == Err(Errno::WOULDBLOCK)
+        };
+        match self.are_open() {
+            "kept" if !self.0.iter().all(is_locked) => "error not locked".to_owned(),
+            answer => answer.to_owned(),
+        }
+    }
 }
 
 fn limit(actor: &Actor, resource: Resource, to: Option<u64>) {
@@ -258,6 +317,15 @@ impl Drop for World {
     }
 }
 
+/// Whether a thread of the holder uses descriptors at any moment, so that closing them is never safe.
+fn is_renewed(kind: Kind) -> bool {
+    let is_renewed = kind.name().starts_with("lease");
+    if is_renewed {
+        crate::left_out("the heartbeat may be using the descriptors that are closed");
+    }
+    is_renewed
+}
+
 /// How often a second the storm comes.
 const GUSTS: u32 = 1000;
 
@@ -352,12 +420,16 @@ const ERRORS: [(&str, &str); 41] = [
     ("sendmsg", "EAGAIN ECONNRESET EINTR ENOBUFS ENOMEM EPIPE"),
     ("socket", "EACCES EMFILE ENFILE ENOBUFS ENOMEM"),
 ];
-const MORE_ERRORS: [(&str, &str); 9] = [
+const MORE_ERRORS: [(&str, &str); 13] = [
     ("getsockname", "ENOBUFS"),
     ("ioctl", "ENOTTY"),
     ("recvfrom", "EAGAIN EINTR ENOMEM"),
     ("sendto", "EAGAIN ECONNRESET EINTR ENOBUFS ENOMEM EPIPE"),
     ("setsockopt", "ENOBUFS"),
+    ("fgetxattr", "EIO ENODATA ENOMEM EOPNOTSUPP ERANGE"),
+    ("fsetxattr", "E2BIG EDQUOT EIO ENOMEM ENOSPC EOPNOTSUPP EPERM ERANGE"),
+    ("rename", "EACCES EDQUOT EIO ENOMEM ENOSPC EPERM EROFS"),
+    ("renameat2", "EACCES EEXIST EINVAL EIO ENOMEM ENOSPC EPERM EROFS"),
     ("stat", "EACCES ENOMEM"),
     ("statx", "EACCES ENOMEM"),
     ("unlink", "EACCES EBUSY EIO ENOMEM EPERM EROFS"),
@@ -368,7 +440,7 @@ const MORE_ERRORS: [(&str, &str); 9] = [
 const CALLS: usize = 6;
 
 /// strace(1) at an actor, at all its threads.
-pub(crate) struct Strace {
+pub struct Strace {
     strace: Child,
     log: PathBuf,
     _folder: tempfile::TempDir,
@@ -376,7 +448,7 @@ pub(crate) struct Strace {
 
 impl Strace {
     /// Attaches it; `options` say what fails.
-    pub(crate) fn attach(actor: &Actor, options: &[String]) -> Self {
+    pub fn attach(actor: &Actor, options: &[String]) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let log = folder.path().join("log");
         let mut strace = Command::new("strace");
@@ -394,12 +466,12 @@ impl Strace {
     }
 
     /// What it has seen.
-    pub(crate) fn so_far(&self) -> String {
+    pub fn so_far(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
     /// Detaches it, and gives what it saw.
-    pub(crate) fn end(&mut self) -> String {
+    pub fn end(&mut self) -> String {
         signal_pid(self.strace.id(), Signal::TERM);
         // It may wait for the rest of a process that has ended, and that nobody but us can take away.
         let end = Instant::now() + Duration::from_secs(2);
@@ -420,7 +492,7 @@ impl Drop for Strace {
 }
 
 /// Whether there is strace(1), and it may make system calls fail; with a word on it where not.
-pub(crate) fn calls_can_fail() -> bool {
+pub fn calls_can_fail() -> bool {
     let mut strace = Command::new("strace");
     strace.args(["-f", "-qq", "-o", "/dev/null", "-e", "inject=flock:error=EINTR", "true"]).stderr(Stdio::null());
     let can = strace.status().is_ok_and(|status| status.success());
@@ -469,6 +541,50 @@ fn injection(fault: Option<&Fault>) -> Vec<String> {
     fault.map_or(vec![], |(name, at, error)| {
         vec!["-e".to_owned(), format!("trace={name}"), format!("-einject={name}:error={error}:when={at}")]
     })
+}
+
+/// A file lock's first flock fails, on a file that its process has just made, while another process holds the lock. That
+/// one keeps it.
+pub fn fail_flock_beside_a_holder(error: &str) {
+    if !calls_can_fail() {
+        return;
+    }
+    let spec = Kind::FILE.fresh();
+    let [mut victim, mut holder] = [(); 2].map(|()| Actor::start(&spec));
+    // The delay is for the holder to come in between.
+    let options = ["-e".to_owned(), "trace=flock".to_owned(), format!("-einject=flock:error={error}:delay_enter=1s")];
+    let mut strace = Strace::attach(&victim, &options);
+    victim.tell("try");
+    until("the file is there", || Path::new(spec.at()).exists());
+    holder.expect("lock", "held");
+    let answer = victim.answer();
+    assert!(answer.starts_with("error Io"), "{answer}");
+    strace.end();
+    let answer = victim.ask("try");
+    assert!(answer.starts_with("error Held"), "two are inside after {error}: {answer}");
+    holder.expect("release", "released");
+    all_get_in(&mut [&mut victim, &mut holder]);
+    spec.clean();
+}
+
+/// A file lock's flock fails as on a file system that has none: the file that was made for it goes.
+pub fn fail_flock_on_a_new_file(error: &str) {
+    if !calls_can_fail() {
+        return;
+    }
+    let spec = Kind::FILE.fresh();
+    let mut victim = Actor::start(&spec);
+    let options = ["-e".to_owned(), "trace=flock".to_owned(), format!("-einject=flock:error={error}")];
+    let mut strace = Strace::attach(&victim, &options);
+    let answer = victim.ask("try");
+    assert!(answer.starts_with("error "), "{answer}");
+    assert!(!Path::new(spec.at()).exists());
+    fs::write(spec.at(), "another's").expect("room");
+    let answer = victim.ask("try");
+    assert!(answer.starts_with("error "), "{answer}");
+    assert_eq!(fs::read_to_string(spec.at()).expect("it stays"), "another's");
+    strace.end();
+    spec.clean();
 }
 
 /// What came of playing once.
@@ -520,8 +636,11 @@ type Left = (Belongings, BTreeSet<String>);
 type Play = fn(victim: &mut Actor, other: &mut Actor);
 
 fn play_with_a_lock(kind: Kind, play: Play, fault: Option<&Fault>) -> Round<Left> {
-    let spec = kind.fresh();
-    let [mut victim, mut other] = [(); 2].map(|()| Actor::start(&spec));
+    play_with(&kind.fresh(), play, fault)
+}
+
+fn play_with(spec: &Spec, play: Play, fault: Option<&Fault>) -> Round<Left> {
+    let [mut victim, mut other] = [(); 2].map(|()| Actor::start(spec));
     // It has read this, so it is where it reads the next command.
     for actor in [&mut victim, &mut other] {
         actor.expect("owner", "owner none");
@@ -537,7 +656,7 @@ fn play_with_a_lock(kind: Kind, play: Play, fault: Option<&Fault>) -> Round<Left
     assert_eq!(victim.answer(), "held");
     victim.expect("release", "released");
     let name = |path: String| path.replace(&*Path::new(spec.at()).file_name().expect("a name").to_string_lossy(), "*");
-    let left = (Belongings::of(victim.pid()), files(&spec, Path::new("/")).into_iter().map(name).collect());
+    let left = (Belongings::of(victim.pid()), files(spec, Path::new("/")).into_iter().map(name).collect());
     spec.clean();
     Round { log, thread: victim.pid(), left }
 }
@@ -626,6 +745,27 @@ pub fn fail_each_call_of_a_table(kind: managers::Kind) {
     for is_there in [false, true] {
         fail_each_call(&format!("{kind:?}, a table that is there: {is_there}"), |fault| {
             play_with_a_table(kind, is_there, fault)
+        });
+    }
+}
+
+/// Lets each system call of an acquisition fail once that takes over a stale pidfile.
+pub fn fail_each_call_of_a_takeover() {
+    let play = |victim: &mut Actor, other: &mut Actor| {
+        if victim.ask("try").starts_with("held") {
+            assert!(other.ask("try").starts_with("error Held"));
+            let answer = victim.ask("release");
+            assert!(answer == "released" || answer.starts_with("error "), "{answer}");
+        }
+        // It is taken over now, if it was not before.
+        assert!(other.ask(TAKE).starts_with("held"));
+        other.expect("release", "released");
+    };
+    for said in ["4194304\n", "\n"] {
+        fail_each_call("a takeover", |fault| {
+            let spec = Kind::PIDFILE.fresh();
+            fs::write(spec.at(), said).expect("a file");
+            play_with(&spec, play, fault)
         });
     }
 }
@@ -880,6 +1020,100 @@ mod cases {
         assert!(closed.wait().unwrap().success());
         all_get_in(&mut [&mut other]);
         assert_eq!(files(&spec, Path::new("/")), files_of_an_ordinary_use(kind, &spec));
+        spec.clean();
+    }
+
+    pub fn c7_drop_after_close_range_keeps_other_files(kind: Kind) {
+        if is_renewed(kind) {
+            return;
+        }
+        for end in ["release", "drop"] {
+            let spec = kind.fresh();
+            let mut victim = Actor::start(&spec);
+            // The second time with what the first one kept.
+            for _ in 0..2 {
+                victim.expect("lock", "held");
+                victim.expect("release", "released");
+            }
+            victim.expect("lock", "held");
+            victim.expect("close-all", "closed");
+            victim.expect("fork-others", "kept");
+            match end {
+                "release" => {
+                    let answer = victim.ask("release");
+                    assert!(answer == "released" || answer.contains("closed the descriptor"), "{answer}");
+                }
+                _ => {
+                    victim.expect("set-aside", "aside");
+                    victim.expect("drop-aside", "dropped");
+                }
+            }
+            victim.expect("others", "kept");
+            victim.expect("fork-others", "kept");
+            assert!(victim.finish().success());
+            spec.clean();
+        }
+    }
+
+    pub fn c7_lock_after_close_range_excludes_others(kind: Kind) {
+        if is_renewed(kind) {
+            return;
+        }
+        for is_held in [false, true] {
+            let spec = kind.fresh();
+            let [mut victim, mut other] = [(); 2].map(|()| Actor::start(&spec));
+            victim.expect("lock", "held");
+            if !is_held {
+                victim.expect("release", "released");
+            }
+            victim.expect("close-all", "closed");
+            victim.ask("release");
+            if kind.name() == "shm" {
+                // A process that has closed the descriptor of its slot looks dead to others until it attaches again.
+                victim.expect("reopen", "open");
+            }
+            for way in WAYS {
+                assert!(victim.ask(way).starts_with("held"), "{way}");
+                let answer = other.ask("try");
+                assert!(answer.starts_with("error Held"), "{answer}");
+                victim.expect("others", "kept");
+                victim.expect("release", "released");
+                victim.expect("others", "kept");
+            }
+            all_get_in(&mut [&mut other, &mut victim]);
+            // Another holder's lock is no obstacle to noticing, and no wait ends through another file.
+            other.expect("lock", "held");
+            victim.expect("close-all", "closed");
+            if kind.name() == "shm" {
+                victim.expect("reopen", "open");
+            }
+            let answer = victim.ask("lock-for 50");
+            assert!(answer.starts_with("error Timeout"), "{answer}");
+            other.expect("release", "released");
+            all_get_in(&mut [&mut victim, &mut other]);
+            victim.expect("others", "kept");
+            spec.clean();
+        }
+    }
+
+    pub fn c7_drop_of_closed_guard_keeps_next_lock(kind: Kind) {
+        // These are the process's own for as long as it lives, whatever it closes.
+        if is_renewed(kind) || ["pidfile", "shm"].contains(&kind.name()) {
+            return;
+        }
+        let spec = kind.fresh();
+        let [mut victim, mut other] = [(); 2].map(|()| Actor::start(&spec));
+        victim.expect("lock", "held");
+        victim.expect("close-all", "closed");
+        victim.expect("spare-others", "spared");
+        victim.expect("set-aside", "aside");
+        // Mostly by the same numbers.
+        assert!(victim.ask(TAKE).starts_with("held"));
+        victim.expect("drop-aside", "dropped");
+        let answer = other.ask("try");
+        assert!(answer.starts_with("error Held"), "{answer}");
+        victim.expect("release", "released");
+        all_get_in(&mut [&mut other, &mut victim]);
         spec.clean();
     }
 

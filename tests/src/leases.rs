@@ -6,6 +6,7 @@
 //! | command | answer |
 //! |---|---|
 //! | `try`, `lock`, `lock-for MS` | `held TOKEN`, or `held TOKEN recovered PID` |
+//! | `status` | `free`, `damaged NANOSECONDS`, or `held NANOSECONDS`: the time until it expires |
 //! | `release` | `released` |
 //! | `is-held` | `yes`, or `no: REASON` |
 //! | `remaining` | `remaining MICROSECONDS` |
@@ -27,13 +28,14 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use lockkit::{ErrorKind, Lease, LeaseBuilder, LeaseGuard, LossReason, Wait};
+use lockkit::{ErrorKind, Lease, LeaseBuilder, LeaseGuard, LeaseStatus, LossReason, Wait};
 
 use crate::actor::{announce, describe};
 use crate::chaos::{Dice, IN, Log, OUT, now, read};
 use crate::{Actor, Belongings, LIVELY, program};
 
-/// A lease and its options, as text: `TTL HEARTBEAT PROGRESS PANICS PATH`, in milliseconds.
+/// A lease and its options, as text: `TTL HEARTBEAT PROGRESS PANICS MODE PATH`, in milliseconds. Missing
+/// directories of a file are created.
 #[derive(Clone, Debug)]
 pub struct Terms {
     /// Where its record is: the path of a file, or a URL.
@@ -46,20 +48,23 @@ pub struct Terms {
     pub progress: u64,
     /// Whether `on_lost` panics.
     pub panics: bool,
+    /// The mode of its file; 0 is the default of the library.
+    pub mode: u32,
 }
 
 impl Terms {
     /// A lease that is lost soon, but not so soon that a slow machine loses it.
     pub fn of(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), ttl: 1000, heartbeat: 100, progress: 0, panics: false }
+        Self { path: path.into(), ttl: 1000, heartbeat: 100, progress: 0, panics: false, mode: 0 }
     }
 
     /// Reads what `Display` wrote.
     pub fn parse(text: &str) -> Self {
-        let mut parts = text.splitn(5, ' ');
-        let mut next = || parts.next().expect("TTL HEARTBEAT PROGRESS PANICS PATH");
+        let mut parts = text.splitn(6, ' ');
+        let mut next = || parts.next().expect("TTL HEARTBEAT PROGRESS PANICS MODE PATH");
         let [ttl, heartbeat, progress] = [(); 3].map(|()| next().parse().expect("milliseconds"));
-        Self { ttl, heartbeat, progress, panics: next() == "true", path: next().into() }
+        let (panics, mode) = (next() == "true", next().parse().expect("a mode"));
+        Self { ttl, heartbeat, progress, panics, mode, path: next().into() }
     }
 
     /// The lease with these options, not yet built.
@@ -67,8 +72,9 @@ impl Terms {
         let [ttl, heartbeat, progress] = [self.ttl, self.heartbeat, self.progress].map(Duration::from_millis);
         let builder = match self.path.to_str() {
             Some(url) if url.contains("://") => Lease::connect(url),
-            _ => Lease::file(&self.path),
+            _ => Lease::file(&self.path).create_parents(),
         };
+        let builder = if self.mode == 0 { builder } else { builder.file_write_mode(self.mode) };
         let builder = builder.ttl(ttl).heartbeat(heartbeat);
         if self.progress == 0 { builder } else { builder.require_progress(progress) }
     }
@@ -81,8 +87,8 @@ impl Terms {
 
 impl fmt::Display for Terms {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { path, ttl, heartbeat, progress, panics } = self;
-        write!(f, "{ttl} {heartbeat} {progress} {panics} {}", path.display())
+        let Self { path, ttl, heartbeat, progress, panics, mode } = self;
+        write!(f, "{ttl} {heartbeat} {progress} {panics} {mode} {}", path.display())
     }
 }
 
@@ -131,6 +137,14 @@ pub fn serve(terms: &Terms) {
                 Some(Ok(())) => "released".to_owned(),
                 Some(Err(error)) => describe(&error),
                 None => "error NotHeld".to_owned(),
+            },
+            "status" => match lease.status() {
+                Ok(LeaseStatus::Held(seen)) => {
+                    let what = if seen.claim().is_some() { "held" } else { "damaged" };
+                    format!("{what} {}", seen.expires_in().unwrap_or_default().as_nanos())
+                }
+                Ok(_) => "free".to_owned(),
+                Err(error) => describe(&error),
             },
             "losses" => format!("losses{}", losses().concat()),
             "hold-many" => {
@@ -350,6 +364,7 @@ pub fn forge(record: &[u8], changes: &[(&str, &str)]) -> Vec<u8> {
     const FIXED: (usize, usize) = (12, 8);
     const SIZE: usize = 1024;
     const SUM: std::ops::Range<usize> = 24..40;
+    const NOTES: std::ops::Range<usize> = 217..533;
     let text = std::str::from_utf8(record).expect("text");
     let mut forged = String::new();
     for (at, line) in text.trim_end().lines().enumerate() {
@@ -366,9 +381,11 @@ pub fn forge(record: &[u8], changes: &[(&str, &str)]) -> Vec<u8> {
     }
     let mut forged = forged.into_bytes();
     forged.resize(SIZE, b'\n');
-    let words = forged[..SUM.start].chunks(8).chain(forged[SUM.end..].chunks(8));
-    let sum = words.fold(0xcbf2_9ce4_8422_2325_u64, |sum, word| {
-        (sum ^ u64::from_le_bytes(word.try_into().expect("eight bytes"))).wrapping_mul(0x0000_0100_0000_01b3)
+    let summed = [&forged[..SUM.start], &forged[SUM.end..NOTES.start], &forged[NOTES.end..]];
+    let sum = summed.into_iter().flat_map(|part| part.chunks(8)).fold(0xcbf2_9ce4_8422_2325_u64, |sum, word| {
+        let mut whole = [0; 8];
+        whole[..word.len()].copy_from_slice(word);
+        (sum ^ u64::from_le_bytes(whole)).wrapping_mul(0x0000_0100_0000_01b3)
     });
     forged[SUM].copy_from_slice(format!("{sum:016x}").as_bytes());
     forged

@@ -9,6 +9,7 @@
 //! - [`mod@leases`] has a second process that works on a lease as it is told, and forges records.
 //! - [`instances`] has a second process that is an instance of a program, and peers that mean ill with the first.
 //! - [`mod@faults`] takes from locks what the system owes them: room, files, processes, uninterrupted sleep.
+//! - [`realtime`] has a process of a real-time class on one processor.
 //! - [`servers`] starts real servers, and sees that they end.
 //! - [`mod@engines`] has the drills of leases on servers; [`drills!`] makes tests of them for one engine.
 //! - [`namespaces`] makes user namespaces, in which uids stand for several users.
@@ -28,6 +29,8 @@ pub mod leases;
 pub mod managers;
 #[cfg(target_os = "linux")]
 pub mod namespaces;
+#[cfg(target_os = "linux")]
+pub mod realtime;
 #[cfg(target_os = "linux")]
 pub mod rogue;
 #[cfg(target_os = "linux")]

@@ -181,6 +181,17 @@ pub fn children_of(parent: u32) -> Vec<u32> {
     .collect()
 }
 
+/// Removes the System V memory that a process has made, and which outlives the kill of a PostgreSQL.
+fn remove_shared_memory_of(maker: Pid) {
+    let all = std::fs::read_to_string("/proc/sysvipc/shm").unwrap_or_default();
+    // key, id, permissions, size, maker, last user, attached
+    let columns = all.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let made = columns.filter(|columns| columns.get(4) == Some(&&*maker.as_raw_nonzero().to_string()));
+    for columns in made.filter(|columns| columns.get(6) == Some(&"0")) {
+        let _ = Command::new("ipcrm").args(["-m", columns[1]]).stderr(Stdio::null()).status();
+    }
+}
+
 /// The warden's side: starts the program in a group of its own, says its number, and sees to its end.
 pub fn watch_over(folder: &Path, mut program: impl Iterator<Item = OsString>) {
     // What the server leaves behind becomes the warden's, also where it has a group of its own.
@@ -208,6 +219,7 @@ pub fn watch_over(folder: &Path, mut program: impl Iterator<Item = OsString>) {
             let _ = waitpid(Some(child), WaitOptions::empty());
         }
     }
+    remove_shared_memory_of(group);
     if is_silent.try_recv().unwrap_or(false) {
         // The test's process went without a word, and left the folder.
         let _ = std::fs::remove_dir_all(folder);

@@ -278,7 +278,7 @@ pub fn stand_between_changes_of_the_others(player: &mut Actor) {
 /// Looks through what strace saw of a process with steps; says how many there were.
 #[cfg(target_os = "linux")]
 fn check_steps(what: &str, log: &str) -> usize {
-    const CHANGES: [&str; 21] = [
+    const CHANGES: [&str; 23] = [
         "accept4",
         "bind",
         "chmod",
@@ -287,6 +287,7 @@ fn check_steps(what: &str, log: &str) -> usize {
         "fchmod",
         "fdatasync",
         "flock",
+        "fsetxattr",
         "fsync",
         "ftruncate",
         "linkat",
@@ -295,6 +296,7 @@ fn check_steps(what: &str, log: &str) -> usize {
         "pwrite64",
         "recvmsg",
         "rename",
+        "renameat2",
         "sendmsg",
         "sendto",
         "shutdown",

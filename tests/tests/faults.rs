@@ -2,7 +2,11 @@
 
 #![cfg(target_os = "linux")]
 
+use std::time::Duration;
+
+use lockkit::NamedLock;
 use lockkit_tests::leases::Terms;
+use lockkit_tests::realtime::RealTime;
 use lockkit_tests::{Actor, Spec, faults, steps};
 
 faults!(named_socket, lockkit_tests::Kind::NAMED_SOCKET);
@@ -66,6 +70,48 @@ fn any_system_call_may_fail_once_when_a_table_is_made_and_used() {
     use lockkit_tests::managers::Kind::{Folder, Shm};
     for kind in [Shm, Folder] {
         faults::fail_each_call_of_a_table(kind);
+    }
+}
+
+#[test]
+fn any_system_call_of_a_takeover_may_fail_once() {
+    faults::fail_each_call_of_a_takeover();
+}
+
+#[test]
+fn c4_fork_on_one_processor_waits_for_claims() {
+    let name = lockkit_tests::fresh_name("lockkit-test-realtime");
+    let Some(mut process) = RealTime::start("fork", &name) else { return };
+    let longest = process.longest();
+    assert!(longest < Duration::from_secs(1), "a fork took {longest:?}");
+    // Its children live.
+    let lock = NamedLock::new(&name).unwrap();
+    lock.try_lock().unwrap().release().unwrap();
+    drop(process);
+    Spec::parse(&format!("named-socket:{name}")).clean();
+}
+
+#[test]
+fn c4_lock_on_one_processor_waits_for_forks() {
+    let name = lockkit_tests::fresh_name("lockkit-test-realtime");
+    let Some(mut process) = RealTime::start("lock", &name) else { return };
+    let longest = process.longest();
+    assert!(longest < Duration::from_secs(1), "a free lock took {longest:?}");
+    drop(process);
+    Spec::parse(&format!("named-socket:{name}")).clean();
+}
+
+#[test]
+fn a7_failed_flock_keeps_file_of_other_holder() {
+    for error in ["ENOLCK", "ENOMEM", "EIO", "EPERM", "EINVAL", "EBADF"] {
+        faults::fail_flock_beside_a_holder(error);
+    }
+}
+
+#[test]
+fn a7_unsupported_flock_removes_own_new_file() {
+    for error in ["ENOSYS", "EOPNOTSUPP"] {
+        faults::fail_flock_on_a_new_file(error);
     }
 }
 

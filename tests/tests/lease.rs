@@ -183,24 +183,25 @@ fn a_record_of_an_earlier_boot_of_this_host_is_taken_over_at_once() {
     assert!(guard.recovered().is_some() && guard.token() > before);
 }
 
-const JUNK: [&str; 6] = ["", "\n", "4242\n", "{\"owner\":1}", "lockkit lease 1\n", "\0\0\0\0"];
+/// Contents of blank and damaged leases.
+const DAMAGED: [&str; 5] = ["", "lockkit lease 1\n", "lockkit lease 1\nsum     8c1b", "lock", "\0\0\0\0"];
 
 #[test]
-fn fresh_junk_counts_as_held_and_is_taken_over_when_a_waiter_has_seen_it_for_two_seconds() {
+fn damaged_record_reclaimed_after_two_seconds() {
     std::thread::scope(|scope| {
-        for junk in JUNK {
+        for damaged in DAMAGED {
             scope.spawn(move || {
                 let (_folder, terms) = place();
-                write(&terms, junk);
-                // How old the file says it is does not count.
+                write(&terms, damaged);
+                // A modification time that a program has set does not count.
                 set_age(&terms.path, SystemTime::now() - HOUR);
                 let start = Instant::now();
                 let lease = terms.open();
                 let error = lease.try_lock().unwrap_err();
-                assert!(error.is_held() && error.owner().is_none(), "{junk:?}: {error}");
-                assert_eq!(read(&terms), junk.as_bytes(), "it may be another program's");
+                assert!(error.is_held() && error.owner().is_none(), "{damaged:?}: {error}");
+                assert_eq!(read(&terms), damaged.as_bytes(), "its holder may be about to mend it");
                 let guard = lease.lock_for(LIVELY).unwrap();
-                assert!(start.elapsed() >= Duration::from_secs(2), "{junk:?}");
+                assert!(start.elapsed() >= Duration::from_millis(1990), "{damaged:?}");
                 assert!(guard.recovered().is_some_and(|died| died.owner().is_none()));
                 assert_eq!(line(&read(&terms), "pid"), std::process::id().to_string());
             });
@@ -209,10 +210,10 @@ fn fresh_junk_counts_as_held_and_is_taken_over_when_a_waiter_has_seen_it_for_two
 }
 
 #[test]
-fn the_age_at_which_junk_is_reclaimed_can_be_chosen() {
+fn the_age_at_which_damage_is_reclaimed_can_be_chosen() {
     let (_folder, terms) = place();
     for (age, gets_in) in [(HOUR, false), (Duration::from_millis(100), true)] {
-        write(&terms, "junk");
+        write(&terms, "lockkit lease 1\n");
         let lease = terms.builder().invalid_pid_lock_stale_threshold(age).build().unwrap();
         let limit = if gets_in { LIVELY } else { Duration::from_millis(2500) };
         assert_eq!(lease.lock_for(limit).is_ok(), gets_in);
@@ -289,12 +290,12 @@ fn a_release_touches_no_foreign_record_and_brings_back_none() {
 }
 
 #[test]
-fn a_release_of_what_was_deleted_or_spoilt_is_one_and_leaves_nothing_in_the_way() {
+fn a_release_of_what_was_deleted_or_damaged_is_one_and_leaves_nothing_in_the_way() {
     let (_folder, mut terms) = place();
     (terms.ttl, terms.heartbeat) = (60_000, 20_000);
     let lease = terms.open();
     let changes: [&dyn Fn(); 3] =
-        [&|| write(&terms, "junk"), &|| replace(&terms, ""), &|| fs::remove_file(&terms.path).unwrap()];
+        [&|| write(&terms, "lock"), &|| replace(&terms, ""), &|| fs::remove_file(&terms.path).unwrap()];
     for change in changes {
         for drops in [false, true] {
             let guard = lease.try_lock().unwrap();
@@ -605,8 +606,8 @@ fn a_record_that_is_deleted_cut_spoilt_or_put_back_is_mended_by_its_holder() {
         &|| fs::remove_file(&terms.path).unwrap(),
         &|| write(&terms, ""),
         &|| write(&terms, &old[..old.len() / 2]),
-        &|| write(&terms, "x".repeat(3000)),
-        &|| replace(&terms, "junk"),
+        &|| write(&terms, "\0".repeat(1024)),
+        &|| replace(&terms, "lockkit lease 1\n"),
         &|| replace(&terms, &old),
     ];
     for change in changes {
@@ -631,7 +632,7 @@ fn a_record_that_is_cut_or_spoilt_lets_no_waiter_in() {
     let (_folder, terms) = place();
     let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start_lease(&terms));
     let first = take(&mut holder, "try");
-    let spoils: [&dyn Fn(); 3] = [&|| write(&terms, ""), &|| write(&terms, "junk"), &|| replace(&terms, "junk")];
+    let spoils: [&dyn Fn(); 3] = [&|| write(&terms, ""), &|| write(&terms, "lock"), &|| replace(&terms, "lock")];
     for spoil in spoils {
         waiter.tell_to_wait("lock");
         spoil();
@@ -761,11 +762,11 @@ fn only_the_holder_that_was_seen_is_evicted() {
     holder.expect("is-held", "no: taken over");
     until("it is told", || holder.ask("losses") == "losses (taken over on lockkit-lost)");
     assert!(lease.try_lock().unwrap().token() > first);
-    // Who only tries once gets rid of junk in no other way.
-    write(&terms, "junk");
+    // An eviction frees a damaged lease without a wait.
+    write(&terms, "lock");
     let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("it counts as held") };
     assert!(lease.try_lock().unwrap_err().is_held());
-    write(&terms, "other junk");
+    write(&terms, "lockkit");
     assert!(!lease.evict(&seen).unwrap());
     let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("it counts as held") };
     assert!(lease.evict(&seen).unwrap());
@@ -1397,7 +1398,7 @@ fn the_file_and_its_folders_have_the_modes_asked_for() {
     drop(terms.open().lock().unwrap());
     assert_eq!(mode(&terms.path), 0o600);
     let path = folder.path().join("a/b/lease");
-    let lease = Lease::file(&path).file_write_mode(0o640).directory_write_mode(0o750).build().unwrap();
+    let lease = Lease::file(&path).create_parents().file_write_mode(0o640).directory_write_mode(0o750).build().unwrap();
     assert!(!folder.path().join("a").exists(), "nothing is made before it is taken");
     drop(lease.lock().unwrap());
     let modes = [&path, path.parent().unwrap(), &folder.path().join("a")].map(mode);
@@ -1552,6 +1553,559 @@ fn a_broken_store_is_asked_as_often_as_is_said_and_a_lease_outlasts_its_failures
     guard.release().unwrap();
 }
 
+/// All properties of a file that a program can change.
+#[cfg(target_os = "linux")]
+fn appearance(path: &Path) -> (Option<Vec<u8>>, Option<PathBuf>, u64, u32, i64, i64, u64) {
+    let seen = fs::symlink_metadata(path).unwrap();
+    let content = seen.is_file().then(|| fs::read(path).unwrap());
+    let at = (seen.mtime(), seen.mtime_nsec());
+    (content, fs::read_link(path).ok(), seen.ino(), seen.mode(), at.0, at.1, seen.len())
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a1_foreign_files_are_refused_and_stay_as_they_are() {
+    let (folder, terms) = place();
+    let at = |name: &str| folder.path().join(name);
+    let file = |name: &str, bytes: &[u8]| {
+        fs::write(at(name), bytes).unwrap();
+        at(name)
+    };
+    let record = {
+        drop(terms.open().lock().unwrap());
+        read(&terms)
+    };
+    let program = fs::read(std::env::current_exe().unwrap()).unwrap();
+    let database = [b"SQLite format 3\0", &[0; 4080][..]].concat();
+    lockkit::ShmLockManager::create(at("table"), 64).unwrap();
+    let files = [
+        file("notes", b"one\ntwo\n"),
+        file("newline", b"\n"),
+        file("nul then text", b"\0\0\0\0text"),
+        file("database", &database),
+        file("head of a database", &database[..1024]),
+        file("program", &program[..8192]),
+        file("pidfile", b"4242\n"),
+        file("json", b"{\"owner\":1}"),
+        file("zeros", &[0; 1 << 20]),
+        file("one zero too many", &[0; 1025]),
+        file("magic and a long tail", &[b"lockkit lease 1\nabout leases\n", &[b'x'; 2000][..]].concat()),
+        file("cut record with a tail", &[&record[..600], &[b'x'; 600]].concat()),
+        file("family", b"lockkit lease notes\n"),
+        file("first letters in capitals", b"Lockkit lease 1\n"),
+        file("behind a line", &[b"# copied\n", &record[..900]].concat()),
+        at("table"),
+    ];
+    fs::set_permissions(at("notes"), Permissions::from_mode(0o444)).unwrap();
+    for path in &files {
+        set_age(path, SystemTime::now() - HOUR);
+    }
+    symlink("newline", at("link")).unwrap();
+    symlink("nowhere", at("dangling")).unwrap();
+    fs::hard_link(at("json"), at("json again")).unwrap();
+    fs::create_dir(at("directory")).unwrap();
+    rustix::fs::mkfifoat(rustix::fs::CWD, at("fifo"), rustix::fs::Mode::from_raw_mode(0o600)).unwrap();
+    let special = ["link", "dangling", "json", "json again", "directory", "fifo"].map(at);
+    let damaged = LeaseStatus::Held(Seen::new(0).with_expires_in(Duration::ZERO));
+    let LeaseStatus::Held(any) = damaged else { unreachable!() };
+    let is_refused = |path: &Path, error: lockkit::Error| match error.kind() {
+        ErrorKind::NotALease { path: named, text } => {
+            assert!(named == path && error.to_string().contains(text.as_str()), "{error}");
+            !special.iter().any(|special| special == path)
+        }
+        ErrorKind::Insecure { .. } => special.iter().any(|special| special == path),
+        // A read-only file, for a user other than root.
+        ErrorKind::Io { source, .. } => source.kind() == std::io::ErrorKind::PermissionDenied && path == at("notes"),
+        _ => false,
+    };
+    std::thread::scope(|scope| {
+        for path in files.iter().chain(&special).filter(|path| **path != at("json")) {
+            let (any, is_refused) = (&any, &is_refused);
+            scope.spawn(move || {
+                let before = appearance(path);
+                let lease = Lease::file(path).build().unwrap();
+                let start = Instant::now();
+                let attempts: [&dyn Fn() -> lockkit::Result<()>; 7] = [
+                    &|| lease.lock_for(Duration::from_secs(3)).map(drop),
+                    &|| lease.lock().map(drop),
+                    &|| lease.try_lock().map(drop),
+                    &|| lease.status().map(drop),
+                    &|| lease.owner().map(drop),
+                    &|| lease.evict(any).map(drop),
+                    &|| Lease::file(path).file_write_mode(0o666).create_parents().build().unwrap().lock().map(drop),
+                ];
+                for (at, attempt) in attempts.iter().enumerate() {
+                    let error = attempt().expect_err("it is no lease");
+                    assert!(is_refused(path, error), "attempt {at} at {}", path.display());
+                }
+                assert!(start.elapsed() < Duration::from_secs(3), "it is refused at once");
+                assert_eq!(appearance(path), before, "{}", path.display());
+            });
+        }
+    });
+}
+
+#[test]
+fn a1_holder_never_writes_into_a_foreign_file() {
+    if wine_cannot_judge("a file that is open cannot be replaced there") {
+        return;
+    }
+    let foreign = ["one\ntwo\n".to_owned(), "\0".repeat(5000)];
+    for (text, replaces) in foreign.iter().flat_map(|text| [(text, false), (text, true)]) {
+        let (_folder, terms) = place();
+        let put = || if replaces { replace(&terms, text) } else { write(&terms, text) };
+        // A holder that keeps the lease until its deadline.
+        let mut holder = Actor::start_lease(&terms);
+        take(&mut holder, "try");
+        put();
+        let modified = || fs::metadata(&terms.path).unwrap().modified().unwrap();
+        let at = modified();
+        let lost = holder.ask("wait-lost");
+        assert!(lost.contains("is not a lease"), "{lost}");
+        assert!(holder.ask("release").starts_with("error LeaseLost"));
+        assert!(holder.ask("lock-for 3000").starts_with("error NotALease"));
+        assert_eq!((read(&terms), modified()), (text.clone().into_bytes(), at));
+        fs::remove_file(&terms.path).unwrap();
+
+        // A holder that releases, and another one that dies.
+        let long = Terms { ttl: 60_000, heartbeat: 20_000, ..terms.clone() };
+        let mut holder = Actor::start_lease(&long);
+        take(&mut holder, "try");
+        put();
+        assert!(holder.ask("release").starts_with("error NotALease"));
+        take(&mut Actor::start_lease(&Terms { path: terms.path.with_extension("other"), ..long }), "try");
+        holder.kill();
+        assert_eq!(read(&terms), text.as_bytes());
+    }
+}
+
+#[test]
+fn a1_record_put_back_in_time_costs_nothing() {
+    if wine_cannot_judge("a file that is open cannot be replaced there") {
+        return;
+    }
+    let (_folder, mut terms) = place();
+    terms.ttl = LIVELY.as_millis() as u64;
+    let mut holder = Actor::start_lease(&terms);
+    take(&mut holder, "try");
+    let aside = terms.path.with_extension("aside");
+    fs::rename(&terms.path, &aside).unwrap();
+    fs::write(terms.path.with_extension("new"), "notes").unwrap();
+    // A heartbeat may have restored the record just before.
+    until("another file is there", || fs::rename(terms.path.with_extension("new"), &terms.path).is_ok());
+    let start = Instant::now();
+    until("some beats have failed", || start.elapsed() > Duration::from_millis(5 * terms.heartbeat));
+    holder.expect("is-held", "yes");
+    fs::rename(&aside, &terms.path).unwrap();
+    wait_for_beats(&terms);
+    holder.expect("is-held", "yes");
+    holder.expect("losses", "losses");
+    holder.expect("release", "released");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a8_damage_is_judged_alike_by_every_question() {
+    std::thread::scope(|scope| {
+        for damaged in DAMAGED {
+            scope.spawn(move || {
+                let (_folder, terms) = place();
+                write(&terms, damaged);
+                let start = Instant::now();
+                // Each question comes from a new process, without an earlier observation.
+                let mut is_young = true;
+                while is_young {
+                    let asked = Instant::now();
+                    let status = Actor::start_lease(&terms).ask("status");
+                    let tried = Actor::start_lease(&terms).ask("try");
+                    let took = asked.elapsed();
+                    let left =
+                        status.strip_prefix("damaged ").expect(&status).parse().map(Duration::from_nanos).unwrap();
+                    is_young = is_held(&tried);
+                    match is_young {
+                        true => assert!(!left.is_zero(), "{damaged:?}: {status}, {tried}"),
+                        false => assert!(left <= took && tried.starts_with("held "), "{damaged:?}: {status}, {tried}"),
+                    }
+                }
+                assert!(start.elapsed() >= Duration::from_millis(1990), "{damaged:?}");
+            });
+            scope.spawn(move || {
+                // Old damage is reclaimed by the first process that asks.
+                let (_folder, terms) = place();
+                write(&terms, damaged);
+                let [mut first, mut second] = [(); 2].map(|()| Actor::start_lease(&terms));
+                until("it is old", || first.ask("status") == "damaged 0");
+                assert!(second.ask("try").starts_with("held "));
+                assert!(is_held(&first.ask("try")));
+            });
+        }
+    });
+}
+
+#[test]
+fn a8_old_damage_is_reclaimed_by_the_first_try() {
+    for damaged in DAMAGED {
+        let (_folder, terms) = place();
+        write(&terms, damaged);
+        // A time in the future says nothing about the age.
+        set_age(&terms.path, SystemTime::now() + HOUR);
+        assert!(is_held(&Actor::start_lease(&terms).ask("try")), "{damaged:?}");
+        set_age(&terms.path, SystemTime::now() - HOUR);
+        assert_eq!(Actor::start_lease(&terms).ask("status"), "damaged 0", "{damaged:?}");
+        assert!(Actor::start_lease(&terms).ask("try").starts_with("held "), "{damaged:?}");
+    }
+}
+
+/// The system calls on files that an attempt and a look make.
+#[cfg(target_os = "linux")]
+const FILE_CALLS: &str = "openat,statx,newfstatat,fstat,pread64,pwrite64,flock,close";
+
+/// Stops a process at each system call of `command` in turn, while another process holds the lease. Returns the number
+/// of system calls.
+#[cfg(target_os = "linux")]
+fn stop_at_every_call_of(command: &str) -> usize {
+    /// A waiter never stops making calls.
+    const MOST: usize = 16;
+    let is_stopped = |actor: &Actor| {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", actor.pid())).unwrap_or_default();
+        stat.contains(") T ")
+    };
+    for at in 1..=MOST {
+        let (_folder, mut terms) = place();
+        (terms.ttl, terms.heartbeat) = (500, 50);
+        let [mut holder, mut victim, mut next] = [(); 3].map(|()| Actor::start_lease(&terms));
+        take(&mut holder, "lock");
+        // In every other round it has written its note before.
+        if at % 2 == 0 {
+            assert!(is_held(&victim.ask("try")));
+        }
+        let stop = [format!("trace={FILE_CALLS}"), format!("inject={FILE_CALLS}:signal=STOP:when={at}")];
+        let mut strace = lockkit_tests::faults::Strace::attach(&victim, &stop.map(|option| format!("-e{option}")));
+        victim.tell(command);
+        let mut is_over = false;
+        until("it is stopped, or answers", || {
+            is_over = victim.answered().is_some();
+            is_over || strace.so_far().contains("stopped by SIGSTOP")
+        });
+        strace.end();
+        if is_over {
+            assert!(at > 3, "{command} made hardly a call");
+            return at - 1;
+        }
+        until("it stays stopped", || is_stopped(&victim));
+        let start = Instant::now();
+        until("twice its ttl is over", || {
+            holder.expect("is-held", "yes");
+            start.elapsed() > Duration::from_millis(2 * terms.ttl)
+        });
+        holder.expect("losses", "losses");
+        holder.expect("release", "released");
+        token(&next.ask("lock-for 2000"));
+        assert!(is_stopped(&victim));
+    }
+    MOST
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a9_process_stopped_while_it_looks_costs_no_lease() {
+    if !faults_can_be_made() {
+        return;
+    }
+    let stops: usize = std::thread::scope(|scope| {
+        let stopped = ["try", "status", "lock"].map(|command| scope.spawn(move || stop_at_every_call_of(command)));
+        stopped.into_iter().map(|stops| stops.join().unwrap()).sum()
+    });
+    assert!(stops > 10, "there were only {stops} calls");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a9_readers_of_a_held_lease_take_no_flock() {
+    if !faults_can_be_made() {
+        return;
+    }
+    let (_folder, terms) = place();
+    let [mut holder, mut reader] = [(); 2].map(|()| Actor::start_lease(&terms));
+    take(&mut holder, "lock");
+    assert!(is_held(&reader.ask("try")));
+    let mut strace = lockkit_tests::faults::Strace::attach(&reader, &[]);
+    for command in ["try", "status", "lock-for 300", "try"] {
+        let answer = reader.ask(command);
+        assert!(answer.starts_with("held ") || answer.starts_with("error "), "{answer}");
+    }
+    let calls = strace.end();
+    assert!(calls.contains("pread64("), "it has read: {calls}");
+    assert!(!calls.contains("flock("), "{calls}");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a9_status_answers_while_a_writer_is_stopped() {
+    let (_folder, terms) = place();
+    let mut holder = Actor::start_lease(&terms);
+    take(&mut holder, "lock");
+    let mut reader = Actor::start_lease(&terms);
+    let writer = FileLock::new(&terms.path).lock().unwrap();
+    assert!(reader.ask("status").starts_with("held "));
+    assert!(is_held(&reader.ask("try")));
+    drop(writer);
+    holder.expect("release", "released");
+    // A process that is stopped just before it takes the lease delays others until it continues.
+    let writer = FileLock::new(&terms.path).lock().unwrap();
+    assert_eq!(reader.ask("status"), "free");
+    assert!(reader.ask("lock-for 100").starts_with("error Timeout"));
+    reader.tell_to_wait("lock");
+    drop(writer);
+    token(&reader.answer());
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a10_users_of_a_group_share_a_lease_by_its_mode() {
+    let (Some(one), Some(two)) = (another_user(), another_user()) else { return };
+    let group = one.uid;
+    let (folder, mut terms) = place();
+    chown(folder.path(), Some(0), Some(group)).unwrap();
+    fs::set_permissions(folder.path(), Permissions::from_mode(0o2775)).unwrap();
+    let mode = || fs::metadata(&terms.path).unwrap().mode() & 0o7777;
+    let start = |terms: &Terms, uid| Actor::start_lease_in_group(terms, uid, group);
+    // By default a lease belongs to one user, and the error of another user says why.
+    take(&mut start(&terms, one.uid), "try");
+    assert_eq!(mode(), 0o600);
+    let denied = start(&terms, two.uid).ask("try");
+    assert!(denied.starts_with("error Io: cannot open") && denied.contains("Permission denied"), "{denied}");
+    let denied = start(&terms, two.uid).ask("status");
+    assert!(denied.starts_with("error Io: cannot open") && denied.contains("Permission denied"), "not free: {denied}");
+    fs::remove_file(&terms.path).unwrap();
+
+    let path = terms.path.clone();
+    terms.mode = 0o664;
+    let mut first = start(&terms, one.uid);
+    let before = take(&mut first, "try");
+    assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o664, "whatever the umask is");
+    let mut second = start(&terms, two.uid);
+    assert!(is_held(&second.ask("try")));
+    second.tell_to_wait("lock");
+    first.expect("release", "released");
+    let after = token(&second.answer());
+    assert!(after > before);
+    second.kill();
+    assert!(token_after(&first.ask("lock"), second.pid()) > after);
+    wait_for_beats(&terms);
+    first.expect("is-held", "yes");
+    // A user without a shared mode is refused, and so is a user outside the group.
+    let alone = Terms { mode: 0, ..terms.clone() };
+    assert!(start(&alone, two.uid).ask("try").starts_with("error ForeignOwner"));
+    let stranger = Actor::start_lease_as(&terms, two.uid).ask("try");
+    assert!(stranger.contains("Permission denied"), "{stranger}");
+    // The owner does not let the group write.
+    fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
+    let denied = start(&terms, two.uid).ask("try");
+    assert!(denied.contains("Permission denied"), "{denied}");
+    assert!(Actor::start_lease(&terms).ask("try").starts_with("error ForeignOwner"), "root does not either");
+    first.expect("is-held", "yes");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a11_missing_directories_are_made_on_request_only() {
+    let (folder, _) = place();
+    let path = folder.path().join("a/b/lease");
+    let lease = Lease::file(&path).build().unwrap();
+    let start = Instant::now();
+    for error in [lease.try_lock().unwrap_err(), lease.lock().unwrap_err()] {
+        let text = error.to_string();
+        assert!(text.contains(folder.path().join("a/b").to_str().unwrap()) && text.contains("No such file"), "{text}");
+        assert_eq!(std::io::Error::from(error).kind(), std::io::ErrorKind::NotFound);
+    }
+    assert!(start.elapsed() < Duration::from_secs(1), "it is told at once");
+    assert_eq!(lease.status().unwrap(), LeaseStatus::Free);
+    assert_eq!(folder.path().read_dir().unwrap().count(), 0);
+    let made = Lease::file(&path).create_parents().build().unwrap();
+    let guard = made.lock().unwrap();
+    assert!(lease.try_lock().unwrap_err().is_held());
+    drop(guard);
+    let shared = folder.path().join("shared/leases/lease");
+    let builder = Lease::file(&shared).create_parents().file_write_mode(0o666).directory_write_mode(0o2777);
+    drop(builder.build().unwrap().lock().unwrap());
+    for directory in shared.ancestors().skip(1).take(2) {
+        assert_eq!(fs::metadata(directory).unwrap().mode() & 0o7777, 0o2777, "whatever the umask is");
+    }
+    let elsewhere = Lease::with_store(Arc::new(Board::default()), "key").create_parents().build();
+    assert!(matches!(elsewhere.unwrap_err().kind(), ErrorKind::InvalidOption { option: "create_parents", .. }));
+}
+
+#[test]
+fn c5_heartbeat_below_a_millisecond_is_refused() {
+    let (_folder, terms) = place();
+    let file = || Lease::file(&terms.path);
+    let store = || Lease::with_store(Arc::new(Board::default()), "key");
+    let clock = || Arc::new(lockkit::lease::ManualClock::new());
+    for short in [0, 1, 999_999].map(Duration::from_nanos) {
+        for builder in [
+            file().heartbeat(short),
+            store().heartbeat(short),
+            file().clock(clock()).heartbeat(short),
+            file().acquire_retry_delay(short),
+            store().acquire_retry_delay(short),
+        ] {
+            let error = builder.build().unwrap_err();
+            assert!(matches!(error.kind(), ErrorKind::InvalidOption { .. }), "{error}");
+            assert!(error.to_string().contains("1ms"), "it states the rule: {error}");
+        }
+    }
+    let shortest = Duration::from_millis(1);
+    assert!(file().heartbeat(shortest).acquire_retry_delay(shortest).build().is_ok());
+}
+
+#[test]
+fn c12_forged_numbers_fail_with_their_cause_or_do_no_harm() {
+    let (_folder, terms) = place();
+    let most = u64::MAX.to_string();
+    let dead = left_by_the_dead(&terms);
+    write(&terms, forge(&dead, &[("token", &most)]));
+    for error in [terms.open().try_lock().unwrap_err(), terms.open().lock_for(LIVELY).unwrap_err()] {
+        let text = error.to_string();
+        let first = text.lines().next().unwrap();
+        assert!(
+            first.contains(terms.path.to_str().unwrap()) && first.contains("fencing token is the largest number"),
+            "{first}"
+        );
+    }
+    // The token before it is followed by the largest one, and tokens never decrease.
+    write(&terms, forge(&dead, &[("token", &(u64::MAX - 1).to_string())]));
+    assert_eq!(terms.open().try_lock().unwrap().token(), u64::MAX);
+    assert!(terms.open().try_lock().is_err());
+
+    // A waiter does not wait for a ttl that no lease can have.
+    for ttl in [u64::MAX, 366 * 86_400 * 1_000_000_000] {
+        write(
+            &terms,
+            forge(&of_a_stranger(&terms), &[("ttl", &format!("{ttl:020} ns")), ("every", &format!("{most} ns"))]),
+        );
+        let start = Instant::now();
+        drop(terms.open().lock_for(LIVELY).unwrap());
+        assert!(start.elapsed() >= Duration::from_millis(1990));
+    }
+
+    // The beats of a holder continue after the largest number.
+    let mut holder = Actor::start_lease(&terms);
+    take(&mut holder, "lock");
+    write(&terms, forge(&read(&terms), &[("beat", &most)]));
+    let mut waiter = Actor::start_lease(&terms);
+    let answer = waiter.ask(&format!("lock-for {}", 3 * terms.ttl));
+    assert!(answer.starts_with("error Timeout"), "{answer}");
+    holder.expect("is-held", "yes");
+}
+
+/// Returns how long `threads` threads take to acquire the lease `often` times each.
+#[cfg(target_os = "linux")]
+fn crowd(threads: usize, often: usize, open: impl Fn() -> Lease + Sync) -> Duration {
+    let holders = AtomicUsize::new(0);
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                let lease = open();
+                for _ in 0..often {
+                    let guard = lease.lock_for(4 * LIVELY).unwrap();
+                    assert_eq!(holders.fetch_add(1, Ordering::SeqCst), 0, "two hold it");
+                    holders.fetch_sub(1, Ordering::SeqCst);
+                    drop(guard);
+                }
+            });
+        }
+    });
+    start.elapsed()
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn c13_crowd_of_threads_takes_a_lease_in_turns_quickly() {
+    let (_folder, terms) = place();
+    let shared = terms.open();
+    let took = crowd(200, 5, || shared.clone());
+    println!("200 threads took one lease 1000 times in {took:?}");
+    assert!(took < Duration::from_secs(8), "{took:?}");
+    // Leases of one path share a queue.
+    let took = crowd(200, 5, || terms.open());
+    println!("200 leases of one path were taken 1000 times in {took:?}");
+    assert!(took < Duration::from_secs(8), "{took:?}");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn c13_waiters_of_a_process_hand_over_in_order() {
+    let (_folder, terms) = place();
+    let lease = terms.open();
+    let order = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        let guard = lease.lock().unwrap();
+        for number in 0..20 {
+            let (lease, order) = (terms.open(), &order);
+            let (tell, told) = std::sync::mpsc::channel();
+            scope.spawn(move || {
+                tell.send(lockkit_tests::thread_id()).unwrap();
+                let guard = lease.lock_for(LIVELY).unwrap();
+                order.lock().unwrap().push(number);
+                drop(guard);
+            });
+            let thread = told.recv().unwrap();
+            until("it waits", || lockkit_tests::sleeps(std::process::id(), thread));
+            // A try does not join the queue.
+            let start = Instant::now();
+            let error = terms.open().try_lock().unwrap_err();
+            assert!(error.is_held() && error.owner().is_some() && start.elapsed() < LIVELY / 10);
+        }
+        // The error names the holder, although this thread has not asked the store.
+        let error = terms.open().lock_for(Duration::from_millis(50)).unwrap_err();
+        assert!(error.is_timeout() && error.owner().is_some_and(|owner| owner.pid() == std::process::id()), "{error}");
+        drop(guard);
+    });
+    assert_eq!(order.into_inner().unwrap(), (0..20).collect::<Vec<_>>());
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn c13_waiters_that_give_up_leave_nothing_behind() {
+    let (_folder, terms) = place();
+    let lease = terms.open();
+    let guard = lease.lock().unwrap();
+    let stop = CancelToken::new();
+    // Creates the descriptor that a process keeps for its next wait, and that of the token.
+    assert!(lease.acquire(&Wait::at_most(Duration::from_millis(10)).or_cancelled(&stop)).is_err());
+    // The events of the waiters. Other tests of this process may have events, too.
+    let events = || {
+        let open = fs::read_dir("/proc/self/fd").unwrap().flatten();
+        open.filter(|fd| fs::read_link(fd.path()).is_ok_and(|to| to.as_os_str() == "anon_inode:[eventfd]")).count()
+    };
+    let start = || {
+        let (lease, wait) = (lease.clone(), Wait::forever().or_cancelled(&stop));
+        std::thread::spawn(move || lease.acquire(&wait).map(drop))
+    };
+    let waiters: Vec<_> = (0..50).map(|_| start()).collect();
+    until("they wait", || events() >= 49);
+    let timed: Vec<_> = (0..50)
+        .map(|_| {
+            let lease = lease.clone();
+            std::thread::spawn(move || lease.lock_for(Duration::from_millis(100)).map(drop))
+        })
+        .collect();
+    for waiter in timed {
+        assert!(waiter.join().unwrap().unwrap_err().is_timeout());
+    }
+    let cancelled = Instant::now();
+    stop.cancel();
+    for waiter in waiters {
+        assert!(waiter.join().unwrap().unwrap_err().is_cancelled());
+    }
+    assert!(cancelled.elapsed() < Duration::from_secs(5), "{:?}", cancelled.elapsed());
+    until("no waiter has left a descriptor", || events() < 20);
+    drop(guard);
+    drop(lease.try_lock().expect("nobody waits any more"));
+}
+
 lockkit_tests::left_out! { "it takes other users, modes of files, links, inotify, or a disk that fails, as Linux has them":
     a_waiter_that_gave_up_leaves_no_watch,
     a_forked_child_holds_nothing_of_its_parents_and_can_hold_its_own,
@@ -1567,4 +2121,14 @@ lockkit_tests::left_out! { "it takes other users, modes of files, links, inotify
     links_to_the_record_are_refused_and_paths_through_linked_folders_are_one,
     files_of_other_users_are_refused_but_not_roots,
     the_file_and_its_folders_have_the_modes_asked_for,
+    a1_foreign_files_are_refused_and_stay_as_they_are,
+    a8_damage_is_judged_alike_by_every_question,
+    a9_process_stopped_while_it_looks_costs_no_lease,
+    a9_readers_of_a_held_lease_take_no_flock,
+    a9_status_answers_while_a_writer_is_stopped,
+    a10_users_of_a_group_share_a_lease_by_its_mode,
+    a11_missing_directories_are_made_on_request_only,
+    c13_crowd_of_threads_takes_a_lease_in_turns_quickly,
+    c13_waiters_of_a_process_hand_over_in_order,
+    c13_waiters_that_give_up_leave_nothing_behind,
 }

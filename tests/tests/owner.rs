@@ -38,11 +38,29 @@ fn named(path: &Path) -> Owner {
     }
 }
 
-/// Changes the line `key` of a record.
-fn change(path: &Path, key: &str, value: &str) {
-    let record = fs::read_to_string(path).unwrap();
-    let old = record.lines().find(|line| line.starts_with(&format!("{key} "))).expect("the line is there");
-    fs::write(path, record.replace(old, &format!("{key} {value}"))).unwrap();
+/// The extended attribute with the identity of a pidfile's owner, and where its fields are.
+#[cfg(target_os = "linux")]
+const IDENTITY: &str = "user.lockkit";
+#[cfg(target_os = "linux")]
+const START: usize = 5;
+#[cfg(target_os = "linux")]
+const BOOT: usize = 13;
+#[cfg(target_os = "linux")]
+const HOST: usize = 37;
+
+/// A pidfile that names another owner than the one at `path`, by the bytes at `places` of its identity, and that no
+/// process has locked.
+#[cfg(target_os = "linux")]
+fn with_other(path: &Path, places: &[usize]) -> PathBuf {
+    let copy = path.with_extension("copy");
+    fs::copy(path, &copy).unwrap();
+    let written = fs::metadata(path).unwrap().modified().unwrap();
+    fs::File::options().write(true).open(&copy).unwrap().set_modified(written).unwrap();
+    let mut identity = [0; 256];
+    let length = rustix::fs::getxattr(path, IDENTITY, &mut identity).unwrap();
+    places.iter().for_each(|at| identity[*at] ^= 0x55);
+    rustix::fs::setxattr(&copy, IDENTITY, &identity[..length], rustix::fs::XattrFlags::empty()).unwrap();
+    copy
 }
 
 fn sleeper() -> Child {
@@ -147,33 +165,34 @@ fn a_process_of_another_user_is_alive() {
     end(child);
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn a_later_process_with_the_pid_of_an_owner_is_not_the_owner() {
     let (_folder, path, spec) = place();
     let mut holder = Actor::start(&spec);
     holder.expect("try", "held");
     assert_eq!(named(&path).liveness(), Liveness::Alive);
-    change(&path, "start", "12345");
-    let owner = named(&path);
+    let earlier = with_other(&path, &[START]);
+    let owner = named(&earlier);
     assert_eq!((owner.pid(), owner.liveness()), (holder.pid(), Liveness::Dead));
-    assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Stale(_)));
+    assert!(matches!(PidFile::inspect(&earlier).unwrap(), PidStatus::Stale(_)));
     assert_eq!(Owner::of(holder.pid()).unwrap().liveness(), Liveness::Alive);
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn an_owner_of_an_earlier_boot_is_dead_and_one_of_another_host_unknown() {
-    if cfg!(target_os = "linux") && !lockkit_tests::is_on_a_host() {
+    if !lockkit_tests::is_on_a_host() {
         return;
     }
     let (_folder, path, spec) = place();
     let mut holder = Actor::start(&spec);
     holder.expect("try", "held");
-    change(&path, "boot", "00000000000000000000000000000001");
-    assert_eq!(named(&path).liveness(), Liveness::Dead);
-    change(&path, "host", "elsewhere/0");
-    let owner = named(&path);
-    assert_eq!((owner.liveness(), owner.host()), (Liveness::Unknown, Some("elsewhere/0")));
-    assert!(owner.describe().contains(" on host elsewhere/0"), "{}", owner.describe());
+    assert_eq!(named(&with_other(&path, &[BOOT])).liveness(), Liveness::Dead);
+    let owner = named(&with_other(&path, &[BOOT, HOST]));
+    assert_eq!(owner.liveness(), Liveness::Unknown);
+    assert_ne!(owner.host(), Owner::current().host());
+    assert!(owner.describe().contains(" on host "), "{}", owner.describe());
 }
 
 #[test]
@@ -276,6 +295,8 @@ fn a_process_is_not_judged_by_what_a_proc_of_another_pid_namespace_says_of_its_p
 }
 
 lockkit_tests::left_out! { "it takes signals and other users, as Linux has them":
+    a_later_process_with_the_pid_of_an_owner_is_not_the_owner,
+    an_owner_of_an_earlier_boot_is_dead_and_one_of_another_host_unknown,
     a_zombie_is_dead,
     a_process_that_is_being_killed_dies_once_and_for_all,
     a_process_is_not_judged_by_what_a_proc_of_another_pid_namespace_says_of_its_pid,

@@ -69,22 +69,68 @@ fn my_pid() -> String {
     std::process::id().to_string()
 }
 
-/// A record of lockkit's whose owner was killed, as it left it.
-fn record_of_the_dead() -> String {
-    let (_folder, path) = place();
-    let mut actor = Actor::start(&spec(&path));
-    actor.expect("try", "held");
-    actor.kill();
-    text(&path)
+/// A file of lockkit's as a killed owner left it: its content, its time and its identity.
+struct Left {
+    pid: u32,
+    text: String,
+    written: SystemTime,
+    #[cfg(target_os = "linux")]
+    identity: Vec<u8>,
 }
 
-/// A record with the line `key` changed.
-fn with_line(record: &str, key: &str, value: &str) -> String {
-    let change = |line: &str| match line.split_once(' ') {
-        Some((found, _)) if found == key => format!("{key} {value}\n"),
-        _ => format!("{line}\n"),
-    };
-    record.lines().map(change).collect()
+/// The extended attribute of the identity, and where its fields are.
+#[cfg(target_os = "linux")]
+const IDENTITY: &str = "user.lockkit";
+#[cfg(target_os = "linux")]
+const START: usize = 5;
+#[cfg(target_os = "linux")]
+const BOOT: usize = 13;
+#[cfg(target_os = "linux")]
+const NAMESPACE: usize = 29;
+#[cfg(target_os = "linux")]
+const HOST: usize = 37;
+
+impl Left {
+    fn by_the_killed() -> Self {
+        let (_folder, path) = place();
+        let mut actor = Actor::start(&spec(&path));
+        actor.expect("try", "held");
+        actor.kill();
+        Self::at(&path)
+    }
+
+    fn at(path: &Path) -> Self {
+        let text = text(path);
+        Self {
+            pid: text.trim_end().parse().unwrap(),
+            text,
+            written: fs::metadata(path).unwrap().modified().unwrap(),
+            #[cfg(target_os = "linux")]
+            identity: identity(path).unwrap(),
+        }
+    }
+
+    /// With the byte at `at` of the identity changed.
+    #[cfg(target_os = "linux")]
+    fn with_other(&self, at: usize) -> Self {
+        let mut identity = self.identity.clone();
+        identity[at] ^= 0x55;
+        Self { pid: self.pid, text: self.text.clone(), written: self.written, identity }
+    }
+
+    fn put(&self, path: &Path) {
+        write(path, &self.text);
+        File::options().write(true).open(path).unwrap().set_modified(self.written).unwrap();
+        #[cfg(target_os = "linux")]
+        rustix::fs::setxattr(path, IDENTITY, &self.identity, rustix::fs::XattrFlags::empty()).unwrap();
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn identity(path: &Path) -> Option<Vec<u8>> {
+    let mut room = [0; 256];
+    let length = rustix::fs::getxattr(path, IDENTITY, &mut room).ok()?;
+    Some(room[..length].to_vec())
 }
 
 /// A process of some other program, killed at the end.
@@ -280,7 +326,8 @@ fn a_file_removed_or_replaced_under_its_holder_is_a_rogue_deletion_and_what_is_t
     }
     let (_folder, path) = place();
     let dead = format!("{DEAD}\n");
-    let record = record_of_the_dead();
+    let daemon = Foreign::start();
+    let living = format!("{}\n", daemon.pid());
     let changes: [(&dyn Fn(), Option<&str>); 5] = [
         (&|| fs::remove_file(&path).unwrap(), None),
         (&|| write(&path, &dead), Some(&dead)),
@@ -292,7 +339,7 @@ fn a_file_removed_or_replaced_under_its_holder_is_a_rogue_deletion_and_what_is_t
             Some(&dead),
         ),
         (&|| write(&path, ""), Some("")),
-        (&|| write(&path, &record), Some(&record)),
+        (&|| write(&path, &living), Some(&living)),
     ];
     for (change, left) in changes {
         for drops in [false, true] {
@@ -336,10 +383,13 @@ fn a_stale_file_is_taken_over_by_exactly_one_of_eight_racers() {
         return;
     }
     let (_folder, path) = place();
-    let stale = [format!("{DEAD}\n"), record_of_the_dead()];
+    let left = Left::by_the_killed();
     let mut racers: Vec<Actor> = (0..8).map(|_| Actor::start(&spec(&path))).collect();
     for round in 0..3000 {
-        write(&path, &stale[round % 2]);
+        match round % 2 {
+            0 => left.put(&path),
+            _ => write(&path, format!("{DEAD}\n")),
+        }
         racers.iter_mut().for_each(|racer| racer.tell("try"));
         let answers: Vec<String> = racers.iter_mut().map(Actor::answer).collect();
         let winners: Vec<usize> = (0..8).filter(|at| answers[*at].starts_with("held recovered")).collect();
@@ -357,11 +407,9 @@ fn a_process_killed_at_any_step_of_taking_over_a_stale_file_leaves_one_that_can_
         return lockkit_tests::left_out("this build has no steps to be killed at; they need debug assertions");
     }
     let (folder, path) = place();
-    // Longer than what replaces it, so that there is something to cut off.
-    let record = record_of_the_dead() + &"key and value\n".repeat(30);
-    let dead: u32 = record.lines().next().unwrap().parse().unwrap();
+    let left_by = Left::by_the_killed();
     for at in 1.. {
-        write(&path, &record);
+        left_by.put(&path);
         let mut victim = Actor::start_with(&spec(&path), |command| {
             command.arg("steps").arg("alone");
         });
@@ -370,7 +418,7 @@ fn a_process_killed_at_any_step_of_taking_over_a_stale_file_leaves_one_that_can_
         let pid = victim.pid();
         victim.kill();
         match PidFile::inspect(&path).unwrap() {
-            PidStatus::Stale(owner) => assert!([pid, dead].contains(&owner.pid()), "step {at}: {owner:?}"),
+            PidStatus::Stale(owner) => assert!([pid, left_by.pid].contains(&owner.pid()), "step {at}: {owner:?}"),
             PidStatus::Absent => {}
             other => panic!("step {at}: {other:?}"),
         }
@@ -382,7 +430,7 @@ fn a_process_killed_at_any_step_of_taking_over_a_stale_file_leaves_one_that_can_
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
         if last != "gone" {
             println!("{last}");
-            assert!(last.contains("rest cut off"), "{last}");
+            assert!(last.contains("file of takers made") && last.contains("mode set"), "{last}");
             break;
         }
     }
@@ -391,55 +439,48 @@ fn a_process_killed_at_any_step_of_taking_over_a_stale_file_leaves_one_that_can_
 #[test]
 fn a_blank_line_is_replaced_at_once() {
     let (_folder, path) = place();
-    for blank in ["\n", " \n", "\n\n12\n"] {
-        write(&path, blank);
-        let guard = lock(&path).try_lock().unwrap();
-        assert_eq!(first_line(&path), my_pid());
-        assert_eq!(guard.recovered(), None);
-    }
+    write(&path, "\n");
+    assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Blank { is_free: true, .. }));
+    let guard = lock(&path).try_lock().unwrap();
+    assert_eq!(text(&path), format!("{}\n", my_pid()));
+    assert_eq!(guard.recovered(), None);
 }
 
-const INVALID: [&str; 12] =
-    ["", "-1", "0", "a", "0x1", "1_0", "12 x", "12x\n", "4194305", "99999999999999999999", "\0\0\0\0", "\u{1b}[2J"];
-
 #[test]
-fn a_young_invalid_file_is_held_and_an_old_one_taken_over() {
+fn a_young_blank_file_is_held_and_an_old_one_taken_over() {
     let (_folder, path) = place();
-    // One that is above all pids of Linux may be a pid elsewhere.
-    for invalid in INVALID.into_iter().filter(|invalid| cfg!(target_os = "linux") || *invalid != "4194305") {
-        write(&path, invalid);
-        assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Invalid { age } if age < OLD), "{invalid:?}");
+    for blank in ["", " \n", "\0\0\0\0", "\n\n"] {
+        write(&path, blank);
+        let status = PidFile::inspect(&path).unwrap();
+        assert!(matches!(status, PidStatus::Blank { age, is_free: false } if age < OLD), "{blank:?}: {status:?}");
         let error = lock(&path).try_lock().unwrap_err();
-        assert!(error.is_held() && error.owner().is_none(), "{invalid:?}: {error}");
-        assert!(!PidFile::remove_stale(&path).unwrap(), "{invalid:?}");
-        assert_eq!(text(&path), invalid);
+        assert!(error.is_held() && error.owner().is_none(), "{blank:?}: {error}");
+        assert_eq!(text(&path), blank);
 
         set_age(&path, OLD);
-        assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Invalid { age } if age >= OLD), "{invalid:?}");
-        let error = PidFile::remove_stale(&path).unwrap_err();
-        assert!(matches!(error.kind(), ErrorKind::NotAPidFile { path: told, .. } if *told == path), "{error}");
-        assert!(!error.to_string().contains(char::is_control), "{error}");
-        assert_eq!(text(&path), invalid);
+        assert!(!PidFile::is_stale(&path).unwrap() && !PidFile::remove_stale(&path).unwrap(), "{blank:?}");
+        let status = PidFile::inspect(&path).unwrap();
+        assert!(matches!(status, PidStatus::Blank { age, is_free: true } if age >= OLD), "{blank:?}: {status:?}");
         let guard = lock(&path).try_lock().unwrap();
-        assert_eq!((guard.recovered(), first_line(&path)), (None, my_pid()));
+        assert_eq!((guard.recovered(), text(&path)), (None, format!("{}\n", my_pid())));
         guard.release().unwrap();
         assert!(!path.exists());
     }
 }
 
 #[test]
-fn a_waiter_for_a_young_invalid_file_gets_in_once_it_is_old() {
+fn a_waiter_for_a_young_blank_file_gets_in_once_it_is_old() {
     let (_folder, path) = place();
-    write(&path, "12 x");
+    write(&path, "");
     let start = Instant::now();
     lock(&path).lock_for(Duration::from_secs(20)).unwrap().release().unwrap();
     assert!(start.elapsed() >= Duration::from_secs(1), "it was young");
 }
 
 #[test]
-fn an_invalid_file_from_the_future_holds_nobody_up() {
+fn a_blank_file_from_the_future_holds_nobody_up() {
     let (_folder, path) = place();
-    write(&path, "junk");
+    write(&path, "");
     let future = SystemTime::now() + Duration::from_secs(3600);
     File::options().write(true).open(&path).unwrap().set_modified(future).unwrap();
     lock(&path).try_lock().unwrap().release().unwrap();
@@ -448,13 +489,11 @@ fn an_invalid_file_from_the_future_holds_nobody_up() {
 #[test]
 fn a_young_file_is_held_also_when_the_clock_of_its_file_system_runs_a_little_ahead() {
     let (_folder, path) = place();
-    for said in ["", "12 x"] {
-        write(&path, said);
-        let ahead = SystemTime::now() + Duration::from_secs(1);
-        File::options().write(true).open(&path).unwrap().set_modified(ahead).unwrap();
-        assert!(lock(&path).try_lock().unwrap_err().is_held(), "{said:?}");
-        assert_eq!(text(&path), said);
-    }
+    write(&path, "");
+    let ahead = SystemTime::now() + Duration::from_secs(1);
+    File::options().write(true).open(&path).unwrap().set_modified(ahead).unwrap();
+    assert!(lock(&path).try_lock().unwrap_err().is_held());
+    assert_eq!(text(&path), "");
 }
 
 #[test]
@@ -468,7 +507,8 @@ fn a_file_too_long_to_be_a_pidfile_is_refused_and_not_touched() {
     set_age(&gigabyte, OLD);
     for path in [&path, &gigabyte] {
         assert!(matches!(PidFile::inspect(path).unwrap(), PidStatus::Invalid { .. }));
-        for error in [lock(path).try_lock().unwrap_err(), PidFile::remove_stale(path).unwrap_err()] {
+        let removed = PidFile::remove_stale(path).unwrap_err();
+        for error in [lock(path).try_lock().unwrap_err(), removed, PidFile::is_stale(path).unwrap_err()] {
             assert!(matches!(error.kind(), ErrorKind::NotAPidFile { .. }), "{error}");
             assert!(error.to_string().contains("longer than 4096 bytes"), "{error}");
             assert!(error.to_string().len() < 500);
@@ -502,22 +542,34 @@ fn a_file_that_names_pid_1_is_not_stolen_by_an_unprivileged_user() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_file_that_may_not_be_written_is_an_error_with_its_path_unless_it_names_a_live_owner() {
+fn a_file_that_may_not_be_read_or_replaced_is_an_error() {
     if !is_root() {
         return lockkit_tests::left_out("root may write everything, and acting as another user needs root");
     }
     let (folder, path) = place();
     fs::set_permissions(folder.path(), Permissions::from_mode(0o777)).unwrap();
     let mut actor = Actor::start_as(&spec(&path), NOBODY);
-    for (said, mode) in [(format!("{DEAD}\n"), 0o644), ("1\n".to_owned(), 0o600)] {
-        write(&path, &said);
-        fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+    // One that cannot be read cannot be judged.
+    write(&path, "1\n");
+    fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
+    let answer = actor.ask("try");
+    assert!(answer.starts_with(&format!("error Io: cannot open {}", path.display())), "{answer}");
+    assert!(answer.contains("Permission denied"), "{answer}");
+    assert_eq!(text(&path), "1\n");
+    // One that can be is replaced, which the directory allows or not.
+    let dead = format!("{DEAD}\n");
+    write(&path, &dead);
+    fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
+    for mode in [0o755, 0o1777] {
+        fs::set_permissions(folder.path(), Permissions::from_mode(mode)).unwrap();
         let answer = actor.ask("try");
-        assert!(answer.starts_with(&format!("error Io: cannot open {}", path.display())), "{answer}");
-        assert!(answer.contains("Permission denied"), "{answer}");
-        assert_eq!(text(&path), said);
+        assert!(answer.starts_with(&format!("error Io: cannot replace {}", path.display())), "{answer}");
+        assert_eq!(text(&path), dead);
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }
-    fs::remove_file(&path).unwrap();
+    fs::set_permissions(folder.path(), Permissions::from_mode(0o777)).unwrap();
+    actor.expect("try", &format!("held recovered {DEAD}"));
+    actor.expect("release", "released");
     let _guard = lock(&path).try_lock().unwrap();
     let answer = actor.ask("try");
     assert!(answer.starts_with("error Held") && answer.contains(&format!("by pid {}", my_pid())), "{answer}");
@@ -551,8 +603,11 @@ fn an_owner_that_may_not_remove_its_file_any_more_leaves_it_blank() {
     let answer = actor.ask("release");
     assert!(answer.starts_with(&format!("error Io: cannot remove {}", path.display())), "{answer}");
     assert_eq!(text(&path), "\n");
-    actor.expect("try", "held");
-    assert_eq!(first_line(&path), actor.pid().to_string());
+    // It may not replace the file, but the user who started it may.
+    assert!(actor.ask("try").contains("Permission denied"));
+    assert_eq!(text(&path), "\n");
+    let guard = lock(&path).try_lock().unwrap();
+    assert_eq!((guard.recovered(), first_line(&path)), (None, my_pid()));
 }
 
 #[test]
@@ -631,7 +686,7 @@ fn a_full_disk_is_an_error_and_costs_nobody_anything() {
     assert!(answer.starts_with(&format!("error Io: cannot write {}", path.display())), "{answer}");
     assert!(answer.contains("File too large"), "{answer}");
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
-    for stale in [format!("{DEAD}\n"), record_of_the_dead(), String::new()] {
+    for stale in [format!("{DEAD}\n"), String::new()] {
         write_ago(&path, &stale, OLD);
         let answer = full.ask("try");
         assert!(answer.starts_with(&format!("error Io: cannot write {}", path.display())), "{answer}");
@@ -705,7 +760,7 @@ fn a_record_is_held_while_its_owner_lives_even_without_the_lock() {
     let elsewhere = path.with_file_name("elsewhere.pid");
     let mut owner = Actor::start(&spec(&elsewhere));
     owner.expect("try", "held");
-    write(&path, text(&elsewhere));
+    Left::at(&elsewhere).put(&path);
     let error = lock(&path).try_lock().unwrap_err();
     assert!(error.is_held());
     assert_eq!(error.owner().unwrap().pid(), owner.pid());
@@ -716,38 +771,32 @@ fn a_record_is_held_while_its_owner_lives_even_without_the_lock() {
     assert_eq!(waiter.answer(), format!("held recovered {}", owner.pid()));
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn a_record_of_another_host_is_never_taken_and_one_of_this_machine_is() {
     let (_folder, path) = place();
-    let record = record_of_the_dead();
-    let another_boot = with_line(&record, "boot", "0123456789abcdef0123456789abcdef");
-    let another_host = with_line(&another_boot, "host", "elsewhere/1");
-    let without_boot =
-        record.lines().filter(|line| !line.starts_with("boot ")).fold(String::new(), |text, line| text + line + "\n");
-    for (record, taken) in [
-        (&record, true),
-        (&with_line(&record, "start", "1"), true),
-        (&another_boot, true),
-        // The lock that its owner held for life is free, on this very kernel.
-        (&with_line(&record, "namespace", "1"), true),
-        (&with_line(&record, "start", "damaged"), true),
-        (&with_line(&record, "namespace", "damaged"), true),
-        (&another_host, false),
-        (&with_line(&another_boot, "host", ""), false),
-        (&without_boot, false),
+    let left = Left::by_the_killed();
+    let another_boot = left.with_other(BOOT);
+    for (case, record, taken) in [
+        ("as it was left", &left, true),
+        ("a later process has the pid", &left.with_other(START), true),
+        ("before a reboot", &another_boot, true),
+        // The write lock that its owner held for life is free, on this very kernel.
+        ("in a container that was killed", &left.with_other(NAMESPACE), true),
+        ("on another host", &another_boot.with_other(HOST), false),
     ] {
-        write_ago(&path, record, LONG_AGO);
+        record.put(&path);
         match taken {
             true => {
-                let guard = lock(&path).try_lock().expect(record);
-                let died = guard.recovered().unwrap().owner().unwrap();
-                assert_eq!(died.pid().to_string(), record.lines().next().unwrap());
+                assert!(PidFile::is_stale(&path).unwrap(), "{case}");
+                let guard = lock(&path).try_lock().expect(case);
+                assert_eq!(guard.recovered().unwrap().owner().unwrap().pid(), left.pid);
             }
             false => {
-                assert!(lock(&path).try_lock().unwrap_err().is_held(), "{record}");
-                assert!(!PidFile::remove_stale(&path).unwrap());
-                assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Running(_)));
-                assert_eq!(&text(&path), record);
+                assert!(lock(&path).try_lock().unwrap_err().is_held(), "{case}");
+                assert!(!PidFile::is_stale(&path).unwrap() && !PidFile::remove_stale(&path).unwrap(), "{case}");
+                assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Running(_)), "{case}");
+                assert_eq!(text(&path), record.text);
             }
         }
     }
@@ -757,8 +806,12 @@ fn a_record_of_another_host_is_never_taken_and_one_of_this_machine_is() {
 fn only_a_stale_file_is_removed() {
     let (_folder, path) = place();
     assert!(!PidFile::remove_stale(&path).unwrap());
-    for stale in [format!("{DEAD}\n"), record_of_the_dead()] {
-        write(&path, stale);
+    for left in [None, Some(Left::by_the_killed())] {
+        match left {
+            Some(left) => left.put(&path),
+            None => write(&path, format!("{DEAD}\n")),
+        }
+        assert!(PidFile::is_stale(&path).unwrap() && path.exists());
         assert!(PidFile::remove_stale(&path).unwrap());
         assert!(!path.exists());
     }
@@ -783,7 +836,7 @@ fn looking_disturbs_nobody_and_never_sees_half_a_record() {
                     PidStatus::Running(owner) => assert_eq!(owner.pid(), std::process::id()),
                     PidStatus::Stale(owner) => assert_eq!(owner.pid(), DEAD),
                     PidStatus::Absent => {}
-                    PidStatus::Invalid { .. } => panic!("half a record"),
+                    other => panic!("half a record: {other:?}"),
                 }
                 looks += 1;
             }
@@ -972,11 +1025,551 @@ fn the_pidfile_of_nginx_is_honoured() {
     run(&[]);
     until("nginx has written its file", || matches!(PidFile::inspect(&path).unwrap(), PidStatus::Running(_)));
     println!("nginx wrote {:?}", text(&path));
+    // A signal that comes before it has workers may be lost on it.
+    let master = text(&path).trim().to_owned();
+    until("nginx has a worker", || {
+        fs::read_to_string(format!("/proc/{master}/task/{master}/children")).is_ok_and(|children| !children.is_empty())
+    });
     let error = lock(&path).try_lock().unwrap_err();
     assert_eq!(error.owner().unwrap().program(), Some("nginx"));
     assert_eq!(error.owner().unwrap().pid().to_string(), text(&path).trim());
     run(&["-s", "stop"]);
     lock(&path).lock_for(lockkit_tests::LIVELY).unwrap().release().unwrap();
+}
+
+/// What programs and people write that is no pidfile, with its name.
+const NO_PIDFILES: [(&str, &[u8]); 13] = [
+    ("a configuration", b"key = value\n"),
+    ("a negative number", b"-1"),
+    ("zero", b"0\n"),
+    ("a letter", b"a"),
+    ("hexadecimal", b"0x1"),
+    ("an underscore", b"1_0"),
+    ("a letter behind the number", b"12x\n"),
+    ("beyond all pids", b"99999999999999999999\n"),
+    ("a lock file of Emacs", b"user@host.4242:1700000000"),
+    ("a free lease", b"lockkit lease 1\n"),
+    ("binary UUCP", &[0x10, 0x27, 0, 0]),
+    ("an escape sequence", b"\x1b[2J"),
+    ("a script", b"#!/bin/sh\necho 1\n"),
+];
+
+#[test]
+fn a2_file_without_pid_is_refused_and_kept() {
+    let (folder, path) = place();
+    for (case, said) in NO_PIDFILES {
+        for age in [Duration::ZERO, OLD, LONG_AGO * 100] {
+            write_ago(&path, said, age);
+            assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Invalid { .. }), "{case}");
+            for error in [
+                lock(&path).try_lock().unwrap_err(),
+                lock(&path).lock().unwrap_err(),
+                lock(&path).lock_for(LIVELY).unwrap_err(),
+                PidFile::is_stale(&path).unwrap_err(),
+                PidFile::remove_stale(&path).unwrap_err(),
+            ] {
+                assert!(matches!(error.kind(), ErrorKind::NotAPidFile { path: told, .. } if *told == path), "{error}");
+                assert!(!error.to_string().contains(char::is_control), "{case}: {error}");
+            }
+            assert_eq!(fs::read(&path).unwrap(), said, "{case}");
+            assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "{case}");
+        }
+    }
+}
+
+#[test]
+fn a2_waiter_for_file_that_turns_into_another_is_told() {
+    let (_folder, path) = place();
+    let daemon = Foreign::start();
+    write(&path, daemon.pid().to_string());
+    for command in ["lock", "lock-for 30000"] {
+        let mut waiter = Actor::start(&spec(&path));
+        waiter.tell_to_wait(command);
+        write(&path, "key = value\n");
+        let answer = waiter.answer();
+        assert!(answer.starts_with("error NotAPidFile"), "{answer}");
+        assert_eq!(text(&path), "key = value\n");
+        write(&path, daemon.pid().to_string());
+    }
+}
+
+/// What a program writes for the process with the pid `{}`.
+const FORMS: [(&str, &str); 15] = [
+    ("nginx, redis, mysqld, cron", "{}\n"),
+    ("a program that writes no line end", "{}"),
+    ("the X server", "{:>10}\n"),
+    ("minicom", "{:>10} minicom root\n"),
+    ("postfix", "              {}\n"),
+    ("leading zeros", "000{}\n"),
+    ("a blank line first", "\n{}\n"),
+    ("blank lines of Windows first", "\r\n \t\r\n{}\r\n"),
+    ("PostgreSQL", "{}\n/var/lib/postgresql/17/main\n1700000000\n5432\n/run/postgresql\n*\n"),
+    ("sendmail", "{}\n/usr/sbin/sendmail -bd -q30m\n"),
+    ("haproxy", "4194304\n{}\n4194303\n"),
+    ("RHEL and LSB", "4194304 {}\n"),
+    ("a C string with its end", "{}\0"),
+    ("a C buffer", "{}\n\0\0\0\0\0\0\0"),
+    ("words behind it", "{} started by init\n"),
+];
+
+/// The form, filled in.
+fn written_by(form: &str, pid: u32) -> String {
+    form.replace("{}", &pid.to_string()).replace("{:>10}", &format!("{pid:>10}"))
+}
+
+#[test]
+fn a3_forms_of_other_programs_are_read() {
+    let (_folder, path) = place();
+    let daemon = Foreign::start();
+    for (program, form) in FORMS {
+        let said = written_by(form, daemon.pid());
+        write_ago(&path, &said, OLD);
+        let status = PidFile::inspect(&path).unwrap();
+        assert!(matches!(&status, PidStatus::Running(owner) if owner.pid() == daemon.pid()), "{program}: {status:?}");
+        let error = lock(&path).try_lock().expect_err(program);
+        assert_eq!(error.owner().map(|owner| owner.pid()), Some(daemon.pid()), "{program}: {error}");
+        assert!(!PidFile::is_stale(&path).unwrap() && !PidFile::remove_stale(&path).unwrap(), "{program}");
+        assert_eq!(text(&path), said, "{program}");
+
+        write_ago(&path, written_by(form, DEAD), OLD);
+        assert!(PidFile::is_stale(&path).unwrap(), "{program}");
+        let guard = lock(&path).try_lock().expect(program);
+        assert!(guard.recovered().is_some(), "{program}");
+        assert_eq!(text(&path), format!("{}\n", my_pid()), "{program}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a3_pid_and_name_of_this_host_is_read() {
+    let (_folder, path) = place();
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let daemon = Foreign::start();
+    write_ago(&path, format!("{} {host}", daemon.pid()), OLD);
+    let error = lock(&path).try_lock().unwrap_err();
+    assert_eq!(error.owner().map(|owner| owner.pid()), Some(daemon.pid()), "{error}");
+    write_ago(&path, format!("{DEAD} {host}"), OLD);
+    assert!(lock(&path).try_lock().unwrap().recovered().is_some());
+}
+
+#[test]
+fn a3_pid_of_perhaps_another_host_is_held() {
+    let (_folder, path) = place();
+    for said in [format!("{DEAD} elsewhere.example.org"), format!("{DEAD} elsewhere\n")] {
+        write_ago(&path, &said, LONG_AGO);
+        let error = lock(&path).try_lock().unwrap_err();
+        assert!(error.is_held() && error.owner().unwrap().host().unwrap().starts_with("elsewhere"), "{error}");
+        assert!(!PidFile::is_stale(&path).unwrap() && !PidFile::remove_stale(&path).unwrap());
+        assert_eq!(text(&path), said);
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a3_blank_file_with_lock_of_another_program_is_held() {
+    let (_folder, path) = place();
+    let Some(python) = python() else { return lockkit_tests::left_out("there is no python3 here") };
+    // As apt and dpkg lock, and as pidfile(3) of BSD does before it writes.
+    for (kind, program) in [
+        (
+            "fcntl",
+            "import fcntl,sys; f=open(sys.argv[1],'r+'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); sys.stdin.read()",
+        ),
+        (
+            "flock",
+            "import fcntl,sys; f=open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); sys.stdin.read()",
+        ),
+    ] {
+        for said in [String::new(), "\n".to_owned(), format!("{DEAD}\n")] {
+            write_ago(&path, &said, LONG_AGO);
+            let mut holder = Command::new(&python)
+                .args(["-c", program])
+                .arg(&path)
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let mut line = String::new();
+            std::io::BufRead::read_line(&mut std::io::BufReader::new(holder.stdout.as_mut().unwrap()), &mut line)
+                .unwrap();
+            let status = PidFile::inspect(&path).unwrap();
+            let error = lock(&path).try_lock().unwrap_err();
+            let stale = PidFile::remove_stale(&path).unwrap();
+            let pid = holder.id();
+            holder.kill().unwrap();
+            holder.wait().unwrap();
+            assert!(matches!(&status, PidStatus::Running(owner) if owner.pid() == pid), "{kind} {said:?}: {status:?}");
+            assert!(error.is_held() && !stale, "{kind} {said:?}: {error}");
+            assert_eq!(text(&path), said);
+            drop(lock(&path).try_lock().unwrap());
+        }
+    }
+}
+
+#[test]
+fn a4_file_is_the_pid_and_a_line_end() {
+    let (_folder, path) = place();
+    let mut guard = lock(&path).try_lock().unwrap();
+    assert_eq!(text(&path), format!("{}\n", my_pid()));
+    guard.rewrite().unwrap();
+    assert_eq!(text(&path), format!("{}\n", my_pid()));
+    let child = Foreign::start();
+    guard.rewrite_for(&lockkit::Owner::of(child.pid()).unwrap()).unwrap();
+    assert_eq!(text(&path), format!("{}\n", child.pid()));
+    drop(guard);
+    write_ago(&path, format!("{DEAD}\n{}", "a long line\n".repeat(100)), OLD);
+    let _guard = lock(&path).try_lock().unwrap();
+    assert_eq!(text(&path), format!("{}\n", my_pid()));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a4_readers_find_the_pid_alone() {
+    let (_folder, path) = place();
+    let mut guard = lock(&path).try_lock().unwrap();
+    let child = Foreign::start();
+    guard.rewrite_for(&lockkit::Owner::of(child.pid()).unwrap()).unwrap();
+    let pid = child.pid().to_string();
+    // The last two are how LSB and RHEL read, and the crates that compare all of the file with a number.
+    for (reader, script) in [
+        ("a shell", "cat \"$0\" | wc -w | grep -qx 1 && for p in $(cat \"$0\"); do echo $p; done"),
+        ("kill", "kill -0 $(cat \"$0\") && cat \"$0\""),
+        ("pgrep", "pgrep -F \"$0\""),
+        ("systemd", "head -n 1 \"$0\""),
+        (
+            "LSB",
+            "read line < \"$0\"; for p in $line; do [ -z \"${p##*[!0-9]*}\" ] || [ ! -d \"/proc/$p\" ] || echo $p; done",
+        ),
+        ("nightlyone", "[ \"$(wc -l < \"$0\")\" -eq 1 ] && tr -d '\\n' < \"$0\""),
+    ] {
+        let output = Command::new("sh").args(["-c", script]).arg(&path).output().unwrap();
+        assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), pid, "{reader}: {output:?}");
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a4_file_without_identity_is_judged_by_its_time() {
+    let (_folder, path) = place();
+    let mut holder = Actor::start(&spec(&path));
+    holder.expect("try", "held");
+    assert!(identity(&path).is_some_and(|identity| identity.len() <= 64));
+    rustix::fs::removexattr(&path, IDENTITY).unwrap();
+    assert!(lock(&path).try_lock().unwrap_err().is_held());
+    let mut waiter = Actor::start(&spec(&path));
+    waiter.tell_to_wait("lock");
+    holder.kill();
+    assert_eq!(waiter.answer(), format!("held recovered {}", holder.pid()));
+    waiter.expect("release", "released");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a4_identity_counts_only_for_what_it_was_set_for() {
+    let (_folder, path) = place();
+    // A program of a later process that has the same pid writes into the file that a killed one left.
+    let daemon = Foreign::start();
+    let mut guard = lock(&path).try_lock().unwrap();
+    guard.rewrite_for(&lockkit::Owner::of(daemon.pid()).unwrap()).unwrap();
+    let left = Left::at(&path).with_other(START);
+    drop(guard);
+    left.put(&path);
+    assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Stale(_)));
+    write(&path, &left.text);
+    assert!(identity(&path).is_some(), "writing leaves it there");
+    assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Running(owner) if owner.pid() == daemon.pid()));
+    assert!(lock(&path).try_lock().unwrap_err().is_held());
+}
+
+/// One that every user may run.
+#[cfg(target_os = "linux")]
+fn python() -> Option<PathBuf> {
+    Some(PathBuf::from("/usr/bin/python3")).filter(|path| path.is_file())
+}
+
+/// Processes of a user that have and wait for every lock that a reader of the file can ask for.
+#[cfg(target_os = "linux")]
+fn reader_with_all_locks(path: &Path, uid: u32) -> Option<Vec<Child>> {
+    use std::os::unix::process::CommandExt;
+    let Some(python) = python() else {
+        lockkit_tests::left_out("there is no python3 here");
+        return None;
+    };
+    let program = "\
+import fcntl,os,sys
+f=open(sys.argv[1]); how=sys.argv[2]; kind=fcntl.LOCK_SH if how.endswith('sh') else fcntl.LOCK_EX
+print(1, flush=True)
+if how.startswith('flock'):
+    fcntl.flock(f, kind)
+elif how == 'fcntl':
+    fcntl.lockf(f, fcntl.LOCK_SH)
+elif how == 'ofd':
+    import struct
+    fcntl.fcntl(f, 38, struct.pack('hhqqi4x', fcntl.F_RDLCK, 0, 0, 0, 0))
+print(2, flush=True)
+sys.stdin.read()";
+    let start = |how: &str| {
+        let mut command = Command::new(&python);
+        command.args(["-c", program]).arg(path).arg(how).uid(uid).gid(uid).current_dir("/");
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut line = String::new();
+        let out = child.stdout.as_mut().unwrap();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(out), &mut line).unwrap();
+        assert_eq!(line, "1\n", "{how} opens the file");
+        child
+    };
+    let children: Vec<_> = ["flock-ex", "flock-sh", "fcntl", "ofd", "flock-ex", "flock-sh"].map(start).into();
+    let asleep = |child: &Child| lockkit_tests::sleeps(child.id(), child.id());
+    until("they have their locks, or wait for them", || children.iter().all(asleep));
+    Some(children)
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a5_reader_of_pidfile_cannot_delay_restart() {
+    let Some(user) = lockkit_tests::another_user() else { return };
+    let (folder, path) = place();
+    fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
+    for with_identity in [true, false] {
+        let mut daemon = Actor::start(&spec(&path));
+        daemon.expect("try", "held");
+        if !with_identity {
+            rustix::fs::removexattr(&path, IDENTITY).unwrap();
+        }
+        let Some(mut readers) = reader_with_all_locks(&path, user.uid) else { return };
+        let mut waiter = Actor::start(&spec(&path));
+        waiter.tell_to_wait("lock");
+        assert!(lock(&path).try_lock().unwrap_err().is_held());
+        daemon.kill();
+        assert_eq!(waiter.answer(), format!("held recovered {}", daemon.pid()));
+        waiter.kill();
+
+        let Some(more) = reader_with_all_locks(&path, user.uid) else { return };
+        readers.extend(more);
+        assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Stale(owner) if owner.pid() == waiter.pid()));
+        assert!(PidFile::is_stale(&path).unwrap());
+        let start = Instant::now();
+        let guard = lock(&path).try_lock().unwrap();
+        println!("the restart took {:?}", start.elapsed());
+        assert_eq!(guard.recovered().unwrap().owner().unwrap().pid(), waiter.pid());
+        drop(guard);
+
+        let mut daemon = Actor::start(&spec(&path));
+        daemon.expect("try", "held");
+        let Some(more) = reader_with_all_locks(&path, user.uid) else { return };
+        readers.extend(more);
+        daemon.kill();
+        assert!(PidFile::remove_stale(&path).unwrap() && !path.exists());
+        for mut reader in readers {
+            reader.kill().unwrap();
+            reader.wait().unwrap();
+        }
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a5_file_of_takers_is_closed_to_readers() {
+    if !lockkit::steps::ENABLED {
+        return lockkit_tests::left_out("this build has no steps to be killed at; they need debug assertions");
+    }
+    let (folder, path) = place();
+    let taker = folder.path().join(".app.pid.lockkit");
+    let mut seen = 0;
+    for at in 1.. {
+        write(&path, format!("{DEAD}\n"));
+        let mut victim = Actor::start_with(&spec(&path), |command| {
+            command.arg("steps").arg("alone");
+        });
+        victim.expect(&at.to_string(), "ready");
+        let last = victim.ask("go");
+        victim.kill();
+        if let Ok(found) = fs::metadata(&taker) {
+            seen += 1;
+            assert_eq!(found.permissions().mode() & 0o777, 0o600, "killed at step {at}");
+        }
+        // Also for a taker that finds no pidfile any more.
+        if at % 2 == 0 {
+            let _ = fs::remove_file(&path);
+        }
+        lock(&path).try_lock().unwrap().release().unwrap();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "killed at step {at}");
+        if last != "gone" {
+            break;
+        }
+    }
+    assert!(seen > 0, "it was never left");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a5_stopped_taker_is_held_and_no_wait_for_ever() {
+    let (folder, path) = place();
+    let taker = folder.path().join(".app.pid.lockkit");
+    let stopped = File::create(&taker).unwrap();
+    let mut holder = Actor::start(&spec(&taker.with_file_name("other.pid")));
+    holder.expect("try", "held");
+    // What a stopped taker has: the write lock on the file of takers.
+    assert!(
+        nix::fcntl::fcntl(
+            &stopped,
+            nix::fcntl::FcntlArg::F_OFD_SETLK(&nix::libc::flock {
+                l_type: nix::libc::F_WRLCK as i16,
+                l_whence: 0,
+                l_start: 0,
+                l_len: 0,
+                l_pid: 0,
+            })
+        )
+        .is_ok()
+    );
+    for said in [Some(format!("{DEAD}\n")), None] {
+        match &said {
+            Some(said) => write(&path, said),
+            None => fs::remove_file(&path).unwrap(),
+        }
+        let start = Instant::now();
+        let error = lock(&path).try_lock().unwrap_err();
+        assert!(error.is_held() && error.owner().is_none(), "{error}");
+        assert!(lock(&path).lock_for(Duration::from_millis(50)).unwrap_err().is_timeout());
+        assert!(!PidFile::remove_stale(&path).unwrap());
+        assert!(start.elapsed() < LIVELY / 2);
+        assert_eq!(fs::read_to_string(&path).ok(), said);
+    }
+    drop(stopped);
+    lock(&path).try_lock().unwrap().release().unwrap();
+    assert!(!taker.exists());
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a6_owner_with_one_descriptor_left_is_judged_after_its_death() {
+    let (_folder, path) = place();
+    // The last descriptors go, one less each time.
+    for spare in (0..6).rev() {
+        let mut victim = Actor::start(&spec(&path));
+        victim.expect("owner", "owner none");
+        let open = lockkit_tests::Belongings::of(victim.pid()).descriptors() as u64;
+        let pid = rustix::process::Pid::from_raw(victim.pid().cast_signed());
+        let limit = rustix::process::Rlimit {
+            current: Some(open + spare),
+            maximum: rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum,
+        };
+        rustix::process::prlimit(pid, rustix::process::Resource::Nofile, limit).unwrap();
+        let answer = victim.ask("try");
+        if answer != "held" {
+            assert!(answer.contains("(os error 24)"), "{answer}");
+            assert!(!path.exists());
+            continue;
+        }
+        assert!(lock(&path).try_lock().unwrap_err().is_held(), "{spare} left");
+        victim.kill();
+        let guard = lock(&path).try_lock().unwrap();
+        assert_eq!(guard.recovered().unwrap().owner().unwrap().pid(), victim.pid(), "{spare} left");
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a6_owner_without_proc_is_judged_after_its_death() {
+    let (_folder, path) = place();
+    let Some(mut victim) = start_without_proc(&spec(&path)) else {
+        return lockkit_tests::left_out("mounting a file system is not allowed here");
+    };
+    victim.expect("try", "held");
+    assert_eq!(identity(&path), None, "half an identity");
+    assert!(lock(&path).try_lock().unwrap_err().is_held());
+    victim.kill();
+    let guard = lock(&path).try_lock().unwrap();
+    assert_eq!(guard.recovered().unwrap().owner().unwrap().pid(), victim.pid());
+    // And one that can see nothing takes none for dead that may live.
+    let mut blind = start_without_proc(&spec(&path)).unwrap();
+    assert!(blind.ask("try").starts_with("error Held"));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a7_failed_lock_leaves_file_of_holder() {
+    if !lockkit_tests::faults::calls_can_fail() {
+        return;
+    }
+    let (folder, path) = place();
+    let taker = folder.path().join(".app.pid.lockkit");
+    for error in ["ENOLCK", "ENOMEM", "EIO"] {
+        for call in ["flock", "fcntl"] {
+            let mut holder = Actor::start(&spec(&path));
+            holder.expect("try", "held");
+            let mut victim = Actor::start(&spec(&path));
+            victim.expect("owner", &format!("owner {}", holder.pid()));
+            let mut strace = lockkit_tests::faults::Strace::attach(
+                &victim,
+                &["-e".to_owned(), format!("inject={call}:error={error}")],
+            );
+            assert!(victim.ask("try").starts_with("error "), "{call} {error}");
+            assert_eq!(first_line(&path), holder.pid().to_string());
+            // Another taker is at work.
+            holder.kill();
+            write(&taker, "");
+            assert!(victim.ask("try").starts_with("error "), "{call} {error}");
+            strace.end();
+            assert!(path.exists(), "{call} {error}");
+            // It may be removed by a process that has the write lock, and by no other.
+            assert!(call == "flock" || taker.exists(), "{error}");
+            lock(&path).try_lock().unwrap().release().unwrap();
+        }
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a10_mode_is_exact_and_default_is_less_the_umask() {
+    let (_folder, path) = place();
+    let mode = || fs::metadata(&path).unwrap().permissions().mode() & 0o7777;
+    for said in [None, Some(format!("{DEAD}\n"))] {
+        let prepare = || said.iter().for_each(|said| write(&path, said));
+        for wanted in [0o600, 0o640, 0o644, 0o664, 0o666] {
+            prepare();
+            let _guard = lock(&path).create_with_mode(wanted).try_lock().unwrap();
+            assert_eq!(mode(), wanted);
+        }
+        for (umask, wanted) in [("000", 0o644), ("022", 0o644), ("027", 0o640), ("077", 0o600)] {
+            prepare();
+            let mut actor = Actor::start_with(&spec(&path), |command| {
+                let (program, spec) = (command.get_program().to_owned(), command.get_args().next().unwrap().to_owned());
+                *command = Command::new("sh");
+                command.args(["-c", &format!("umask {umask} && exec \"$0\" \"$1\"")]).arg(program).arg(spec);
+                command.stdin(Stdio::piped()).stdout(Stdio::piped());
+            });
+            assert!(actor.ask("try").starts_with("held"));
+            assert_eq!(mode(), wanted, "umask {umask}");
+            actor.expect("release", "released");
+        }
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a10_users_of_a_shared_directory_take_over_in_turn() {
+    let (Some(one), Some(other)) = (lockkit_tests::another_user(), lockkit_tests::another_user()) else { return };
+    let (folder, path) = place();
+    fs::set_permissions(folder.path(), Permissions::from_mode(0o777)).unwrap();
+    let mut before = None;
+    for uid in [one.uid, other.uid, one.uid] {
+        let mut actor = Actor::start_as(&spec(&path), uid);
+        let expected = before.map_or("held".to_owned(), |pid| format!("held recovered {pid}"));
+        actor.expect("try", &expected);
+        assert!(lock(&path).try_lock().unwrap_err().is_held());
+        actor.kill();
+        before = Some(actor.pid());
+    }
+    // What another user's killed taker left is removed, where this user may open it.
+    let taker = folder.path().join(".app.pid.lockkit");
+    write(&taker, "4242\n");
+    chown(&taker, Some(one.uid), None).unwrap();
+    fs::set_permissions(&taker, Permissions::from_mode(0o666)).unwrap();
+    Actor::start_as(&spec(&path), other.uid).expect("try", &format!("held recovered {}", before.unwrap()));
+    assert!(!taker.exists());
 }
 
 lockkit_tests::left_out! { "it takes other users, modes of files, links, signals or small disks, as Linux has them":
@@ -992,10 +1585,23 @@ lockkit_tests::left_out! { "it takes other users, modes of files, links, signals
     a_file_in_memory_older_than_the_boot_proves_nothing_but_that_the_clock_was_set,
     others_can_read_the_file_unless_told_otherwise,
     a_file_that_names_pid_1_is_not_stolen_by_an_unprivileged_user,
-    a_file_that_may_not_be_written_is_an_error_with_its_path_unless_it_names_a_live_owner,
+    a_file_that_may_not_be_read_or_replaced_is_an_error,
     a_folder_that_may_not_be_written_is_an_error_with_the_path,
     an_owner_that_may_not_remove_its_file_any_more_leaves_it_blank,
     a_link_is_refused_and_what_it_leads_to_is_not_touched,
     a_small_full_file_system_is_an_error_that_leaves_nothing,
     a_daemon_that_is_killed_after_its_fork_is_recovered_from,
+    a_record_of_another_host_is_never_taken_and_one_of_this_machine_is,
+    a3_blank_file_with_lock_of_another_program_is_held,
+    a4_readers_find_the_pid_alone,
+    a4_file_without_identity_is_judged_by_its_time,
+    a4_identity_counts_only_for_what_it_was_set_for,
+    a5_reader_of_pidfile_cannot_delay_restart,
+    a5_file_of_takers_is_closed_to_readers,
+    a5_stopped_taker_is_held_and_no_wait_for_ever,
+    a6_owner_with_one_descriptor_left_is_judged_after_its_death,
+    a6_owner_without_proc_is_judged_after_its_death,
+    a7_failed_lock_leaves_file_of_holder,
+    a10_mode_is_exact_and_default_is_less_the_umask,
+    a10_users_of_a_shared_directory_take_over_in_turn,
 }

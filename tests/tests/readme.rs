@@ -7,10 +7,14 @@ use std::path::Path;
 fn every_test_that_the_table_of_cases_names_is_there() {
     let package = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut code = String::new();
-    for folder in ["src", "tests", "../lockkit/src", "../lockkit/tests", "../examples/tests"] {
-        for entry in fs::read_dir(package.join(folder)).unwrap() {
+    let directories = ["src", "tests", "../lockkit/src", "../lockkit/tests", "../lockkit-macros", "../examples/tests"];
+    let mut directories: Vec<_> = directories.map(|directory| package.join(directory)).into();
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(directory).unwrap() {
             let path = entry.unwrap().path();
-            if path.extension().is_some_and(|extension| extension == "rs") {
+            if path.is_dir() {
+                directories.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
                 code += &fs::read_to_string(path).unwrap();
             }
         }

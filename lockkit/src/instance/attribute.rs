@@ -106,6 +106,15 @@ impl<R> OrGiveUp for Returns<R> {
     }
 }
 
+/// The names of the standard library that the attribute writes.
+#[doc(hidden)]
+pub mod standard {
+    pub use core::option::Option::{None, Some};
+    pub use core::primitive::str;
+    pub use core::result::Result::{Err, Ok};
+    pub use core::time::Duration;
+}
+
 /// Fails to compile unless `name` keeps the rule of lock names.
 #[doc(hidden)]
 #[track_caller]

@@ -12,7 +12,7 @@ use super::clock::{Clock, SystemClock};
 use super::file::FileStore;
 use super::store::{LeaseName, LeaseStore};
 use super::tenure::Terms;
-use super::{Inner, Lease, Loss, connect};
+use super::{Inner, Lease, Loss, connect, waiters};
 use crate::error::{Error, ErrorKind, Result};
 
 const TTL: Duration = Duration::from_secs(3);
@@ -26,8 +26,10 @@ const QUICK: Duration = Duration::from_secs(1);
 
 /// The shortest ttl: below it, what is taken off for safety and the time of a request leave nothing.
 pub(super) const SMALLEST_TTL: Duration = Duration::from_millis(30);
+/// The shortest interval of a repeated action. A shorter interval would use a whole processor.
+const SMALLEST_PERIOD: Duration = Duration::from_millis(1);
 /// The longest ttl: whoever needs a longer one does not need a lease.
-const LONGEST_TTL: Duration = Duration::from_secs(365 * 86_400);
+pub(super) const LONGEST_TTL: Duration = Duration::from_secs(365 * 86_400);
 
 /// An error of the program's own, made anew for each time that it is needed.
 pub(super) type HeldError = Arc<dyn Fn() -> Box<dyn std::error::Error + Send + Sync> + Send + Sync>;
@@ -70,8 +72,9 @@ impl Options {
 ///     .heartbeat(Duration::from_secs(2)) // which is sent so often.
 ///     .acquire_retry_limit(5) // Asks so often again where the store fails,
 ///     .acquire_retry_delay(Duration::from_millis(100)) // so long after each other.
-///     .invalid_pid_lock_stale_threshold(Duration::from_secs(2)) // What nobody can read is junk after so long.
+///     .invalid_pid_lock_stale_threshold(Duration::from_secs(2)) // A damaged record is reclaimed after so long.
 ///     .file_write_mode(0o640)
+///     .create_parents()
 ///     .directory_write_mode(0o750)
 ///     .clock(Arc::new(SystemClock))
 ///     .build()?;
@@ -94,6 +97,7 @@ pub struct LeaseBuilder {
     unreadable: Option<Duration>,
     file_mode: Option<u32>,
     folder_mode: Option<u32>,
+    create_parents: bool,
 }
 
 /// Where the record is kept.
@@ -131,6 +135,7 @@ impl LeaseBuilder {
             unreadable: None,
             file_mode: None,
             folder_mode: None,
+            create_parents: false,
         }
     }
 
@@ -145,8 +150,8 @@ impl LeaseBuilder {
         self
     }
 
-    /// How often it is renewed, at most a third of the ttl. Unless told otherwise every 250 ms, or a quarter of the ttl
-    /// where that is shorter, or the store keeps no ttl below a second.
+    /// The interval between renewals: at least 1 ms, at most a third of the ttl. The default is 250 ms. It is a quarter of
+    /// the ttl if that is shorter, or if the store keeps no ttl below one second.
     #[doc(alias = "lease_heartbeat_interval")]
     pub fn heartbeat(mut self, heartbeat: Duration) -> Self {
         self.heartbeat = Some(heartbeat);
@@ -239,32 +244,54 @@ impl LeaseBuilder {
         self
     }
 
-    /// The pause between such attempts, and between looks at a held lease where nothing wakes the waiter; 25 ms unless
-    /// told otherwise.
+    /// The pause between such attempts, and between looks at a held lease where nothing wakes the waiter: at least 1 ms,
+    /// by default 25 ms.
     pub fn acquire_retry_delay(mut self, delay: Duration) -> Self {
         self.retry_delay = delay;
         self
     }
 
-    /// For a file: how long a record that cannot be read must have been seen unchanged before it is reclaimed, at least
-    /// a heartbeat; unless told otherwise 2 seconds, or two heartbeats if that is longer. Its holder, if it lives,
-    /// writes it anew at its next beat. One that is stopped just when its record is spoilt may overlap with the next
-    /// owner by what its ttl is longer than this.
+    /// For a file: how long a blank file (empty, or zeros) or a damaged lease counts as held. At least a heartbeat; the
+    /// default is 2 seconds, or two heartbeats if that is longer.
+    ///
+    /// The file must be unchanged for this time. The process observes that on its own clock. On a local file system the
+    /// times of the file are evidence, too. A live holder repairs the record at its next heartbeat. If the holder is
+    /// stopped when the record is damaged, it can overlap with the next holder by the difference of its ttl and this time.
     pub fn invalid_pid_lock_stale_threshold(mut self, age: Duration) -> Self {
         self.unreadable = Some(age);
         self
     }
 
-    /// For a file: its permissions when it is made, less the process's umask; 0600 unless told otherwise.
+    /// For a file: the exact permissions of a new file, independent of the umask. The default is 0600, less the umask. The
+    /// mode must let the owner read and write.
+    ///
+    /// A mode that lets the group or others write shares the lease between users: this lease then also accepts the file
+    /// of another user, if that file lets the same class write. Otherwise the file of another user than this one or root
+    /// is [`ForeignOwner`](ErrorKind::ForeignOwner). Share a lease only with users that you trust: they can write any
+    /// record. A user who can only read the file can lock it, which prevents renewals.
+    ///
+    /// ```
+    /// # fn main() -> lockkit::Result<()> {
+    /// // In a directory of a group, such as one made by `install -d -m 2775 -g staff /srv/shared`.
+    /// let lease = lockkit::Lease::file("/srv/shared/leader").file_write_mode(0o664).build()?;
+    /// # Ok(()) }
+    /// ```
     pub fn file_write_mode(mut self, mode: u32) -> Self {
         self.file_mode = Some(mode);
         self
     }
 
-    /// For a file: the permissions of folders that are made for it, less the process's umask; 0700 unless told
-    /// otherwise.
+    /// For a file: the exact permissions of the directories that [`create_parents`](Self::create_parents) creates,
+    /// independent of the umask. The default is 0700, less the umask.
     pub fn directory_write_mode(mut self, mode: u32) -> Self {
         self.folder_mode = Some(mode);
+        self
+    }
+
+    /// For a file: creates missing parent directories. A release does not remove them. By default a missing directory is
+    /// an [`Io`](ErrorKind::Io) error of the kind `NotFound` that names the directory.
+    pub fn create_parents(mut self) -> Self {
+        self.create_parents = true;
         self
     }
 
@@ -302,7 +329,9 @@ impl LeaseBuilder {
         let ttl = whole_steps(ttl, step);
         let usual = if smallest < QUICK { HEARTBEAT } else { ttl };
         let heartbeat = self.heartbeat.unwrap_or(usual.min(ttl / 4));
-        refuse_if(heartbeat.is_zero(), "heartbeat", || "it is zero".into())?;
+        refuse_if(heartbeat < SMALLEST_PERIOD, "heartbeat", || {
+            format!("{heartbeat:?} is shorter than 1ms, the shortest heartbeat that leaves the processor to others")
+        })?;
         refuse_if(heartbeat > ttl / 3, "heartbeat", || {
             format!("{heartbeat:?} is more than a third of the ttl, {ttl:?}, so that one late beat may lose the lease")
         })?;
@@ -311,21 +340,27 @@ impl LeaseBuilder {
                 format!("{within:?} is shorter than a heartbeat, {heartbeat:?}, and nobody would notice in time")
             })?;
         }
-        refuse_if(self.retry_delay.is_zero(), "acquire_retry_delay", || "it is zero".into())?;
+        refuse_if(self.retry_delay < SMALLEST_PERIOD, "acquire_retry_delay", || {
+            format!(
+                "{:?} is shorter than 1ms, the shortest pause that leaves the processor to others",
+                self.retry_delay
+            )
+        })?;
         let unreadable = self.unreadable.unwrap_or(UNREADABLE.max(heartbeat * 2));
         refuse_if(unreadable < heartbeat, "invalid_pid_lock_stale_threshold", || {
             format!(
                 "{unreadable:?} is shorter than a heartbeat, {heartbeat:?}, at which its holder would write it anew"
             )
         })?;
-        let (file_mode, folder_mode) = (self.file_mode.unwrap_or(0o600), self.folder_mode.unwrap_or(0o700));
         for (option, mode, least) in
-            [("file_write_mode", file_mode, 0o600), ("directory_write_mode", folder_mode, 0o700)]
+            [("file_write_mode", self.file_mode, 0o600), ("directory_write_mode", self.folder_mode, 0o700)]
         {
+            let Some(mode) = mode else { continue };
             refuse_if(mode & !0o7777 != 0, option, || format!("{mode:#o} is no mode"))?;
             refuse_if(mode & least != least, option, || format!("{mode:#o} would shut its own maker out"))?;
         }
-        let (name, store): (_, Arc<dyn LeaseStore>) = match self.place {
+        let clock_id = self.clock.shared_id();
+        let (name, store, location): (_, Arc<dyn LeaseStore>, _) = match self.place {
             Place::Url(url) => return Err(connect::invalid(&url, "it leads to another URL")),
             Place::File(path) => {
                 let path = std::path::absolute(&path).map_err(|error| Error::io("make absolute", &path, error))?;
@@ -333,27 +368,36 @@ impl LeaseBuilder {
                     heartbeat,
                     unreadable,
                     retry_delay: self.retry_delay,
-                    file_mode,
-                    folder_mode,
+                    file_mode: self.file_mode,
+                    folder_mode: self.folder_mode,
+                    create_parents: self.create_parents,
                     clock: self.clock.clone(),
+                    clock_id,
                     device: AtomicU64::default(),
                     is_remote: AtomicBool::default(),
                     observer: Mutex::default(),
                     path,
                 };
-                (LeaseName::of_path(&store.path), Arc::new(store))
+                let location = waiters::Location::File { path: store.path.clone(), unreadable };
+                (LeaseName::of_path(&store.path), Arc::new(store), location)
             }
             Place::Store(store, key) => {
                 for (option, given) in [
                     ("invalid_pid_lock_stale_threshold", self.unreadable.is_some()),
                     ("file_write_mode", self.file_mode.is_some()),
                     ("directory_write_mode", self.folder_mode.is_some()),
+                    ("create_parents", self.create_parents),
                 ] {
                     refuse_if(given, option, || "this lease is not kept in a file".into())?;
                 }
-                (LeaseName::new(&key)?, store)
+                let name = LeaseName::new(&key)?;
+                let location = waiters::Location::Store(Arc::as_ptr(&store).cast::<()>() as usize, name.clone());
+                (name, store, location)
             }
         };
+        let clock = clock_id.ok_or(Arc::as_ptr(&self.clock).cast::<()>() as usize);
+        let (retry_delay, retry_limit) = (self.retry_delay, self.retry_limit);
+        let waiters = waiters::Key { location, clock, retry_delay, retry_limit };
         let options = Options {
             ttl,
             heartbeat,
@@ -362,10 +406,10 @@ impl LeaseBuilder {
             held_error: self.held_error,
             retry_limit: self.retry_limit,
             retry_delay: self.retry_delay,
-            clock_id: self.clock.shared_id(),
+            clock_id,
             clock: self.clock,
         };
-        Ok(Lease(Arc::new(Inner { name, store, options })))
+        Ok(Lease(Arc::new(Inner { name, store, waiters, options })))
     }
 }
 
@@ -419,10 +463,12 @@ mod tests {
         let file = || Lease::file("/nowhere/lease");
         assert_eq!(refused(file().ttl(MS)), "ttl");
         assert_eq!(refused(file().ttl(Duration::MAX)), "ttl");
-        assert_eq!(refused(file().heartbeat(Duration::ZERO)), "heartbeat");
+        for too_short in [Duration::ZERO, Duration::from_nanos(1), MS - Duration::from_nanos(1)] {
+            assert_eq!(refused(file().heartbeat(too_short)), "heartbeat");
+            assert_eq!(refused(file().acquire_retry_delay(too_short)), "acquire_retry_delay");
+        }
         assert_eq!(refused(file().ttl(MS * 300).heartbeat(MS * 101)), "heartbeat");
         assert_eq!(refused(file().require_progress(MS * 249)), "require_progress");
-        assert_eq!(refused(file().acquire_retry_delay(Duration::ZERO)), "acquire_retry_delay");
         assert_eq!(
             refused(file().heartbeat(MS * 250).invalid_pid_lock_stale_threshold(MS * 249)),
             "invalid_pid_lock_stale_threshold"
@@ -430,6 +476,7 @@ mod tests {
         assert_eq!(refused(file().file_write_mode(0o444)), "file_write_mode");
         assert_eq!(refused(file().directory_write_mode(0o10700)), "directory_write_mode");
         assert!(file().ttl(MS * 300).heartbeat(MS * 100).require_progress(MS * 100).build().is_ok());
+        assert!(file().heartbeat(MS).acquire_retry_delay(MS).require_progress(MS).build().is_ok());
         assert!(Lease::file("").build().is_err());
     }
 

@@ -1,10 +1,14 @@
 //! The store that is built in: a file for each lease.
 //!
-//! Every step opens the file, sees what it is, takes its flock, sees that the path still names it, reads the record,
-//! decides, writes it in place, unlocks and closes; a beat that finds its own claim in the file need not look at it. So
-//! each step is one for all processes, and a process that is killed in the middle has changed all or nothing. Nobody
-//! waits in flock(2) itself, for somebody may be stopped inside: it is tried again until the step's deadline, and who
-//! wants the lease counts it as held.
+//! A reader opens the file, checks that it is a plain file, and reads the record. It takes no lock, so a stopped or killed
+//! reader has no effect on other processes. The checksum shows whether the record is complete. If not, a write is in
+//! progress, and the reader reads again.
+//!
+//! A writer starts as a reader. If the record lets it write, it takes the file's flock, checks that the path still names
+//! the file, reads the record again, decides again, writes the record in place, unlocks the file and closes it. A
+//! heartbeat that finds its own claim does not check the path. The flock makes each step atomic for all processes. A
+//! process that is killed in a step has changed everything or nothing. No process waits in flock(2), because the process
+//! that has the flock may be stopped: a step tries again until its deadline, and a waiter then counts the lease as held.
 //!
 //! Who may take a record that says it is held: see [`FileStore::judge`]. What becomes of the token:
 //! - It is above the one before, and at least the microseconds since the epoch, where there is no readable record just
@@ -13,9 +17,11 @@
 //!
 //! What a holder does when its record is not as it left it:
 //! - Another claim, or none: it was taken over, or evicted. Lost.
-//! - Deleted or spoilt, and nobody has claimed it: it writes the record anew. Under the flock, and with the path naming
-//!   that very file, nobody else can be taking it at that moment, and until its deadline the lease is still its own.
-//!   Who comes first after a deletion wins: the record then names somebody else.
+//! - Deleted, blank or damaged, and without another claim: the holder writes the record again. It has the flock and the
+//!   path names that file, so no other process can take the lease at that moment. Until its deadline the lease is its own.
+//!   After a deletion the first process to create the file has the lease.
+//! - The file of another program: the holder never writes to it. It keeps the lease until its deadline, in case the record
+//!   is restored, and then has lost the lease.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, ErrorKind as Io};
@@ -26,7 +32,7 @@ use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
 
-use super::builder::SMALLEST_TTL;
+use super::builder::{LONGEST_TTL, SMALLEST_TTL};
 use super::clock::Clock;
 use super::observer::Observer;
 use super::record::{self, Content, Record, SIZE};
@@ -35,7 +41,6 @@ use super::store::{
     StoreProfile, sleep,
 };
 use crate::error::{Error, ErrorKind};
-use crate::file::beginning;
 use crate::owner::{Liveness, Owner};
 use crate::steps::step;
 use crate::sys::event;
@@ -62,16 +67,26 @@ const MOST_REPLACEMENTS: u32 = 100;
 const LOOK: Duration = Duration::from_millis(50);
 /// How often a reader without the flock reads again that has met somebody writing.
 const MOST_READS: u32 = 8;
+/// The default modes of new files and directories.
+const FILE_MODE: u32 = 0o600;
+const FOLDER_MODE: u32 = 0o700;
 
 pub(super) struct FileStore {
     pub(super) path: PathBuf,
     pub(super) heartbeat: Duration,
-    /// How long a record that cannot be read counts as held.
+    /// How long a blank or damaged record counts as held.
     pub(super) unreadable: Duration,
     pub(super) retry_delay: Duration,
-    pub(super) file_mode: u32,
-    pub(super) folder_mode: u32,
+    /// The exact mode of a new file; `None` is [`FILE_MODE`], less the umask. A mode that lets others write shares the
+    /// lease between users.
+    pub(super) file_mode: Option<u32>,
+    /// The exact mode of a new directory; `None` is [`FOLDER_MODE`], less the umask.
+    pub(super) folder_mode: Option<u32>,
+    /// Whether missing directories are created.
+    pub(super) create_parents: bool,
     pub(super) clock: Arc<dyn Clock>,
+    /// The shared id of the clock. Asking for it takes system calls.
+    pub(super) clock_id: Option<u128>,
     /// The file system that the file is on, by its number; 0 until it has been opened. What hangs is a file system.
     pub(super) device: AtomicU64,
     /// What is written must be synced to reach those who share the file.
@@ -113,13 +128,38 @@ impl Drop for Locked<'_> {
     }
 }
 
-/// What a taker makes of a record.
-enum Verdict {
-    /// It may take the lease, after this record, if it could be read.
-    Free(Option<Box<Record>>),
-    /// The same claim has it already: an earlier request was done after all.
-    Mine(Box<Record>),
-    Held(Seen),
+/// The content of a file at one moment.
+struct Reading {
+    /// Its first bytes, at most one more than a record has.
+    bytes: Vec<u8>,
+    content: Content,
+}
+
+impl Reading {
+    fn of(bytes: Vec<u8>) -> Self {
+        Self { content: record::parse(&bytes), bytes }
+    }
+}
+
+/// The state of a lease, as a reading shows it.
+enum Verdict<'r> {
+    /// The record says that the lease is free.
+    Free(&'r Record),
+    /// The lease is held, or the file is blank or damaged (then there is no record). When [`Seen::expires_in`] is zero, any
+    /// process may take the lease.
+    Held(Seen, Option<&'r Record>),
+}
+
+impl Verdict<'_> {
+    /// Returns the holder if it keeps this claim from taking the lease.
+    fn blocks(&self, claim: &ClaimId) -> Option<&Seen> {
+        match self {
+            Self::Held(seen, _) if seen.expires_in() != Some(Duration::ZERO) && seen.claim() != Some(*claim) => {
+                Some(seen)
+            }
+            _ => None,
+        }
+    }
 }
 
 /// The beats of a grant, which are never repeated: an observer that saw one before goes on counting from then.
@@ -128,7 +168,8 @@ struct Beats(AtomicU64);
 
 impl Beats {
     fn next(&self, written: u64) -> u64 {
-        let next = self.0.load(Ordering::Relaxed).max(written).saturating_add(1);
+        // The next beat differs from a forged beat that is the largest number, too.
+        let next = self.0.load(Ordering::Relaxed).max(written).wrapping_add(1);
         self.0.store(next, Ordering::Relaxed);
         next
     }
@@ -151,29 +192,50 @@ impl LeaseStore for FileStore {
     fn try_acquire(&self, name: &LeaseName, claim: &ClaimId, ttl: Duration, by: Deadline) -> Result<Attempt> {
         let granted = |token| Grant::new(name, claim, token, ttl).with_handle(Beats::default());
         for _ in 0..MOST_REPLACEMENTS {
-            let locked = match self.lock(by.min(Deadline::after(TAKEN)))? {
-                Place::Locked(locked) => locked,
-                Place::Occupied => return Ok(Attempt::Busy(self.look_unlocked()?.unwrap_or(Seen::new(0)))),
-                Place::Absent => {
-                    let token = seed();
-                    match self.create(self.own_record(claim, token, ttl))? {
-                        true => return Ok(Attempt::Granted(granted(token))),
-                        false => continue,
-                    }
+            let Some(file) = self.open()? else {
+                let token = seed();
+                match self.create(self.own_record(claim, token, ttl))? {
+                    true => return Ok(Attempt::Granted(granted(token))),
+                    false => continue,
                 }
             };
-            let bytes = locked.read()?;
-            let before = match self.judge(&locked, &bytes, claim)? {
-                Verdict::Held(seen) => return Ok(Attempt::Busy(seen)),
-                Verdict::Mine(record) => {
+            let found = self.vet(&file, Aim::Hold)?;
+            let reading = self.read_unlocked(&file)?;
+            let verdict = self.judge(&file, &reading)?;
+            if let Some(seen) = verdict.blocks(claim) {
+                self.leave_note(file, &verdict);
+                return Ok(Attempt::Busy(seen.clone()));
+            }
+            let Some(locked) = self.flock(file, by.min(Deadline::after(TAKEN)))? else {
+                // Another writer is in its step.
+                return Ok(Attempt::Busy(match verdict {
+                    Verdict::Held(seen, _) => seen,
+                    Verdict::Free(_) => Seen::new(0),
+                }));
+            };
+            if !self.names(&found)? {
+                continue;
+            }
+            let now = locked.read_unless(&reading)?;
+            let (reading, verdict) = match &now {
+                Some(now) => (now, self.judge(&locked.file, now)?),
+                None => (&reading, verdict),
+            };
+            if let Some(seen) = verdict.blocks(claim) {
+                return Ok(Attempt::Busy(seen.clone()));
+            }
+            let before = match verdict {
+                Verdict::Held(_, Some(record)) if record.claim() == *claim => {
+                    // An earlier request of this claim has taken effect.
                     let grant = granted(record.token());
-                    locked.beat(record, &grant, &bytes)?;
+                    locked.beat(record.clone(), &grant, &reading.bytes)?;
                     return Ok(Attempt::Granted(grant));
                 }
-                Verdict::Free(before) => before,
+                Verdict::Held(_, before) => before,
+                Verdict::Free(before) => Some(before),
             };
-            let token = token_after(before.as_deref())?;
-            locked.write(&mut self.own_record(claim, token, ttl), &bytes)?;
+            let token = self.token_after(before)?;
+            locked.write(&mut self.own_record(claim, token, ttl), &reading.bytes)?;
             let grant = granted(token);
             return Ok(Attempt::Granted(match before {
                 Some(before) if !before.is_held() && !before.is_lost() => grant,
@@ -194,37 +256,42 @@ impl LeaseStore for FileStore {
                     false => continue,
                 },
             };
-            let bytes = locked.read()?;
-            return match record::parse(&bytes) {
-                Content::Ours(record) if is_of(&record, grant) => locked.beat(record, grant, &bytes).map(|()| extended),
+            let Reading { bytes, content } = locked.read()?;
+            return match content {
+                Content::Ours(record) if is_of(&record, grant) => {
+                    locked.beat(*record, grant, &bytes).map(|()| extended)
+                }
                 _ if !self.is_named(&locked)? => continue,
                 Content::Ours(record) if record.is_held() => Ok(Renewal::Lost { by: record.owner() }),
                 Content::Ours(_) | Content::Newer => Ok(Renewal::Lost { by: None }),
-                Content::Junk => locked.write(&mut self.record_again(grant), &bytes).map(|()| extended),
+                Content::Damaged => locked.write(&mut self.record_again(grant), &bytes).map(|()| extended),
+                Content::Foreign => Err(self.not_a_lease(&bytes)),
             };
         }
         Err(self.replaced())
     }
 
     fn release(&self, grant: &Grant, by: Deadline) -> Result<Released> {
-        // Whoever had taken what was deleted or spoilt would stand there now, as the next beat would have put us back.
-        self.free_if(by, Released::Done, |content, _| match content {
-            Content::Ours(mut record) if is_of(&record, grant) => {
+        // After a deletion or damage, another holder would have written its own record.
+        self.free_if(by, true, Released::Done, |content, _| match content {
+            Content::Ours(record) if is_of(record, grant) => {
+                let mut record = (**record).clone();
                 record.set_free();
                 Some(record)
             }
-            Content::Junk => {
+            Content::Damaged => {
                 let mut record = self.record_again(grant);
                 record.set_free();
-                Some(Box::new(record))
+                Some(record)
             }
             _ => None,
         })
     }
 
     fn give_up(&self, grant: &Grant, by: Deadline) -> Result<Released> {
-        self.free_if(by, Released::NotMine, |content, _| match content {
-            Content::Ours(mut record) if is_of(&record, grant) => {
+        self.free_if(by, false, Released::NotMine, |content, _| match content {
+            Content::Ours(record) if is_of(record, grant) => {
+                let mut record = (**record).clone();
                 record.set_lost();
                 if let Some(recovered) = grant.recovered() {
                     record.set_owner(recovered.owner());
@@ -240,16 +307,17 @@ impl LeaseStore for FileStore {
     }
 
     fn evict(&self, _: &LeaseName, seen: &Seen, by: Deadline) -> Result<Released> {
-        self.free_if(by, Released::NotMine, |content, bytes| match content {
-            Content::Ours(mut record) if record.is_held() && seen.is_same_holder(&seen_holder(&record)) => {
+        self.free_if(by, false, Released::NotMine, |content, bytes| match content {
+            Content::Ours(record) if record.is_held() && seen.is_same_holder(&seen_holder(record)) => {
+                let mut record = (**record).clone();
                 record.set_free();
                 Some(record)
             }
             // What cannot be read had a token that nobody knows.
-            Content::Junk if seen.is_same_holder(&Seen::new(record::print(bytes))) => {
+            Content::Damaged if seen.is_same_holder(&Seen::new(record::print(bytes))) => {
                 let mut record = self.own_record(&ClaimId::from_number(0), seed(), Duration::ZERO);
                 record.set_free();
-                Some(Box::new(record))
+                Some(record)
             }
             _ => None,
         })
@@ -259,9 +327,9 @@ impl LeaseStore for FileStore {
         // First watch, then look, so that nothing falls in between.
         let watch = watch::changes_of(&self.path).ok();
         let Some(file) = self.open_for_reading()? else { return Ok(()) };
-        let bytes = read(&file).map_err(|error| self.failed("read", error))?;
+        let Reading { bytes, content } = self.read(&file)?;
         drop(file);
-        let look = match record::parse(&bytes) {
+        let look = match content {
             Content::Ours(record) if record.print() == seen.cursor() => {
                 match record.owner().is_some_and(|owner| owner.liveness() == Liveness::Alive) {
                     true => LOOK,
@@ -269,7 +337,7 @@ impl LeaseStore for FileStore {
                     false => record.heartbeat().clamp(self.retry_delay.min(LOOK), LOOK * 20),
                 }
             }
-            Content::Junk if record::print(&bytes) == seen.cursor() => LOOK,
+            Content::Damaged if record::print(&bytes) == seen.cursor() => LOOK,
             _ => return Ok(()),
         };
         match watch {
@@ -286,48 +354,68 @@ impl LeaseStore for FileStore {
 }
 
 impl FileStore {
-    /// Who may take what the locked file says. Unknown is never taken on that ground:
-    /// - a record that says it is free, or lost by its owner: everybody;
-    /// - held, by an owner that is dead by its identity: everybody, at once;
-    /// - held, by whom it may be: who has seen the same beat for the ttl that stands in the record, by its own clock,
-    ///   or finds noted by another process of this clock that it did;
-    /// - one that cannot be read: who has seen it so for [`FileStore::unreadable`], by its own clock;
-    /// - one of a later version: nobody.
-    fn judge(&self, locked: &Locked<'_>, bytes: &[u8], claim: &ClaimId) -> Result<Verdict> {
-        let mut record = match record::parse(bytes) {
-            Content::Ours(record) => record,
-            Content::Newer => return Err(self.newer()),
-            Content::Junk => {
-                let print = record::print(bytes);
-                let age = self.observe(print, None);
-                return Ok(match self.unreadable.checked_sub(age) {
-                    None | Some(Duration::ZERO) => Verdict::Free(None),
-                    Some(left) => Verdict::Held(Seen::new(print).with_expires_in(left)),
-                });
+    /// Judges a reading. An attempt, a waiter and `status` all use this. A lease is never taken because a fact is unknown:
+    /// - The record says that the lease is free, or lost by its owner: any process may take it.
+    /// - Held, and the owner is dead by its identity: any process may take it at once.
+    /// - Held by an owner that may be alive: a process may take it after it has seen the same beat for the ttl of the record
+    ///   on its own clock, or if a note shows that another process with the same clock has.
+    /// - Blank or damaged: a process may take it after it has seen the file unchanged for [`FileStore::unreadable`] on its
+    ///   own clock, or if the file's times show that.
+    /// - A later version, or a file that is not a lease: an error.
+    fn judge<'r>(&self, file: &File, reading: &'r Reading) -> Result<Verdict<'r>> {
+        match &reading.content {
+            Content::Ours(record) if !record.is_held() => Ok(Verdict::Free(record)),
+            Content::Ours(record) => {
+                let noted = self.clock_id.and_then(|clock| record.noted(clock));
+                let age = self.observe(record.print(), noted);
+                Ok(Verdict::Held(self.seen(record, age), Some(record)))
             }
-        };
-        if !record.is_held() {
-            return Ok(Verdict::Free(Some(record)));
+            Content::Damaged => {
+                let print = record::print(&reading.bytes);
+                let age = self.observe(print, None).max(self.unchanged_for(file)?);
+                Ok(Verdict::Held(Seen::new(print).with_expires_in(self.unreadable.saturating_sub(age)), None))
+            }
+            Content::Newer => Err(self.newer()),
+            Content::Foreign => Err(self.not_a_lease(&reading.bytes)),
         }
-        if record.claim() == *claim {
-            return Ok(Verdict::Mine(record));
+    }
+
+    /// Returns how long the file has been unchanged, by its modification time. Zero if the time was set by another host's
+    /// clock, is in the future, or is unknown.
+    #[cold]
+    fn unchanged_for(&self, file: &File) -> Result<Duration> {
+        if self.is_remote.load(Ordering::Relaxed) {
+            return Ok(Duration::ZERO);
         }
-        let clock = self.clock.shared_id();
-        let noted = clock.and_then(|clock| record.noted(clock));
-        let age = self.observe(record.print(), noted);
-        let seen = self.seen(&record, age);
-        if seen.expires_in() == Some(Duration::ZERO) {
-            return Ok(Verdict::Free(Some(record)));
+        let found = files::look(file).map_err(|error| self.failed("look at", error))?;
+        let age = found.modified().ok().and_then(|modified| SystemTime::now().duration_since(modified).ok());
+        Ok(age.unwrap_or_default())
+    }
+
+    /// Writes a note into a held record of when this process first saw its beat, for later processes. A process writes one
+    /// note. After that it uses its own observation, so waiters do not wake each other with notes.
+    fn leave_note(&self, file: Shielded<File>, of: &Verdict<'_>) {
+        let (Verdict::Held(_, Some(record)), Some(clock)) = (of, self.clock_id) else { return };
+        let is_noted = record.noted(clock).is_some();
+        if is_noted || !self.observer.try_lock().is_none_or(|mut observer| observer.is_to_note()) {
+            return;
         }
-        let unnoted = clock
-            .filter(|_| noted.is_none() && self.observer.try_lock().is_none_or(|mut observer| observer.is_to_note()));
-        if let Some(clock) = unnoted {
-            record.note(clock, self.clock.now());
-            // A note that is lost costs time only.
-            let _ = locked.file.write_all_at(record.seal(), 0);
+        let write = |file: &File| {
+            let (at, note) = record.note(clock, self.clock.now());
+            // A lost note costs time only.
+            let _ = file.write_all_at(&note, at);
             step("note written");
+        };
+        if !self.is_remote.load(Ordering::Relaxed) {
+            return write(&file);
         }
-        Ok(Verdict::Held(seen))
+        // Without a lock on the file, an NFS client may write its whole cached page back, which contains an old beat.
+        if let Ok(Some(locked)) = self.flock(file, Deadline::after(Duration::ZERO)) {
+            let is_same = |now: Reading| matches!(now.content, Content::Ours(now) if now.print() == record.print());
+            if locked.read().is_ok_and(is_same) {
+                write(&locked.file);
+            }
+        }
     }
 
     /// How long what has this print has been seen so.
@@ -344,7 +432,9 @@ impl FileStore {
         let seen = seen_holder(record);
         let owner = record.owner();
         let is_dead = owner.as_ref().is_some_and(|owner| owner.liveness() == Liveness::Dead);
-        let left = if is_dead { Duration::ZERO } else { record.ttl().saturating_sub(unchanged_for) };
+        // A longer ttl is forged, because no lease can have it. Such a record counts as held as long as a damaged one.
+        let ttl = if record.ttl() > LONGEST_TTL { self.unreadable } else { record.ttl() };
+        let left = if is_dead { Duration::ZERO } else { ttl.saturating_sub(unchanged_for) };
         let seen = seen.with_expires_in(left);
         match owner {
             Some(owner) => seen.with_owner(owner),
@@ -354,60 +444,71 @@ impl FileStore {
 
     fn look_unlocked(&self) -> Result<Option<Seen>> {
         let Some(file) = self.open_for_reading()? else { return Ok(None) };
-        let mut before = None;
+        Ok(match self.judge(&file, &self.read_unlocked(&file)?)? {
+            Verdict::Held(seen, _) => Some(seen),
+            Verdict::Free(_) => None,
+        })
+    }
+
+    /// Reads the file without a lock. Another process may be writing, so content that is not a complete record is read
+    /// again until two readings are equal.
+    fn read_unlocked(&self, file: &File) -> Result<Reading> {
+        let mut reading = self.read(file)?;
         for _ in 0..MOST_READS {
-            let bytes = read(&file).map_err(|error| self.failed("read", error))?;
-            match record::parse(&bytes) {
-                Content::Newer => return Err(self.newer()),
-                Content::Ours(record) if !record.is_held() => return Ok(None),
-                Content::Ours(record) => {
-                    let noted = self.clock.shared_id().and_then(|clock| record.noted(clock));
-                    let age = self.observe(record.print(), noted);
-                    return Ok(Some(self.seen(&record, age)));
-                }
-                // Somebody may be writing just now: it counts as junk when it is the same twice.
-                Content::Junk => {
-                    let print = record::print(&bytes);
-                    if before.replace(print) == Some(print) {
-                        let age = self.observe(print, None);
-                        return Ok(Some(Seen::new(print).with_expires_in(self.unreadable.saturating_sub(age))));
-                    }
-                }
+            if matches!(reading.content, Content::Ours(_) | Content::Newer) {
+                break;
+            }
+            let before = std::mem::replace(&mut reading, self.read(file)?);
+            if before.bytes == reading.bytes {
+                break;
             }
         }
-        Ok(Some(Seen::new(before.unwrap_or_default())))
+        Ok(reading)
+    }
+
+    fn read(&self, file: &File) -> Result<Reading> {
+        read(file).map(Reading::of).map_err(|error| self.failed("read", error))
     }
 
     /// Writes the record of a free lease that `which` makes of what the file says, unless it makes none of it. Where there
-    /// is no file it is `absent`.
+    /// is no file it is `absent`. `is_own`: this process holds the lease.
     fn free_if(
         &self,
         by: Deadline,
+        is_own: bool,
         absent: Released,
-        which: impl FnOnce(Content, &[u8]) -> Option<Box<Record>>,
+        which: impl Fn(&Content, &[u8]) -> Option<Record>,
     ) -> Result<Released> {
-        match self.lock_to(Aim::Free, by)? {
-            Place::Absent => Ok(absent),
-            Place::Occupied => Err(self.occupied()),
-            Place::Locked(locked) => {
-                let bytes = locked.read()?;
-                match which(record::parse(&bytes), &bytes) {
-                    Some(mut record) => locked.write(&mut record, &bytes).map(|()| Released::Done),
-                    None => Ok(Released::NotMine),
-                }
+        let which = |reading: &Reading| match &reading.content {
+            Content::Foreign => Err(self.not_a_lease(&reading.bytes)),
+            content => Ok(which(content, &reading.bytes)),
+        };
+        for _ in 0..MOST_REPLACEMENTS {
+            let Some(file) = self.open()? else { return Ok(absent) };
+            let found = self.vet(&file, Aim::Free)?;
+            // The flock on another holder's file would delay its renewal. The file of a holder that has not expired is its
+            // own, except after an eviction.
+            if !is_own && which(&self.read_unlocked(&file)?)?.is_none() {
+                return Ok(Released::NotMine);
             }
+            let Some(locked) = self.flock(file, by)? else { return Err(self.occupied()) };
+            if !self.names(&found)? {
+                continue;
+            }
+            let reading = locked.read()?;
+            return match which(&reading)? {
+                Some(mut record) => locked.write(&mut record, &reading.bytes).map(|()| Released::Done),
+                None => Ok(Released::NotMine),
+            };
         }
+        Err(self.replaced())
     }
 
     /// The file that the path names, locked, to hold the lease.
     fn lock(&self, by: Deadline) -> Result<Place<'_>> {
-        self.lock_to(Aim::Hold, by)
-    }
-
-    fn lock_to(&self, aim: Aim, by: Deadline) -> Result<Place<'_>> {
         for _ in 0..MOST_REPLACEMENTS {
             let Some(file) = self.open()? else { return Ok(Place::Absent) };
-            let found = self.vet(&file, aim)?;
+            let found = self.vet(&file, Aim::Hold)?;
             let Some(locked) = self.flock(file, by)? else { return Ok(Place::Occupied) };
             if self.names(&found)? {
                 return Ok(Place::Locked(locked));
@@ -451,6 +552,7 @@ impl FileStore {
 
     /// What the path names, if there is anything.
     fn open(&self) -> Result<Option<Shielded<File>>> {
+        self.check_path()?;
         // Not blocking, so that no FIFO keeps the call, and no terminal becomes this process's.
         let mut options = OpenOptions::new();
         options.read(true).write(true).custom_flags(files::NOFOLLOW | files::NONBLOCK | files::NOCTTY);
@@ -464,8 +566,10 @@ impl FileStore {
     /// What the file is, if it is one that may be written to.
     fn vet(&self, file: &File, aim: Aim) -> Result<Found> {
         let found = self.check(file)?;
+        // A lease is shared if both its file and this caller's mode let the same class of users write.
+        let is_shared = files::others_who_write(&found) & self.file_mode.unwrap_or_default() != 0;
         let is_foreign = |me| found.uid() != me && !(me == 0 && aim == Aim::Free);
-        if found.uid() != 0 && is_foreign(folder::effective_uid()) {
+        if found.uid() != 0 && !is_shared && is_foreign(folder::effective_uid()) {
             let lock = format!("the lease {}", self.path.display());
             return Err(StoreError::misuse(Error::from(ErrorKind::ForeignOwner { lock, uid: found.uid(), pid: None })));
         }
@@ -481,9 +585,25 @@ impl FileStore {
         }
     }
 
+    /// Checks the type of the file before the first open, because opening a device can have side effects.
+    fn check_path(&self) -> Result<()> {
+        if self.device.load(Ordering::Relaxed) != 0 {
+            return Ok(());
+        }
+        match files::look_at_link(&self.path) {
+            Err(error) if error.kind() == Io::NotFound => Ok(()),
+            found => self.check_found(&found.map_err(|error| self.failed("open", error))?),
+        }
+    }
+
     /// What the file is, if it is a plain one without other names.
     fn check(&self, file: &File) -> Result<Found> {
         let found = files::look(file).map_err(|error| self.failed("look at", error))?;
+        self.check_found(&found)?;
+        Ok(found)
+    }
+
+    fn check_found(&self, found: &Found) -> Result<()> {
         if found.is_symlink() {
             return Err(self.is_link());
         }
@@ -493,10 +613,11 @@ impl FileStore {
         if found.nlink() > 1 {
             return Err(self.insecure("it is a hard link to a file that has other names"));
         }
-        Ok(found)
+        Ok(())
     }
 
     fn open_for_reading(&self) -> Result<Option<File>> {
+        self.check_path()?;
         let mut options = OpenOptions::new();
         options.read(true).custom_flags(files::NOFOLLOW | files::NONBLOCK | files::NOCTTY);
         match files::open(&options, &self.path) {
@@ -504,7 +625,8 @@ impl FileStore {
             Err(error) if files::is_of_a_link(&error) => Err(self.is_link()),
             opened => {
                 let file = opened.map_err(|error| self.failed("open", error))?;
-                self.check(&file)?;
+                let found = self.check(&file)?;
+                self.place(&file, &found);
                 Ok(Some(file))
             }
         }
@@ -516,12 +638,11 @@ impl FileStore {
     fn create(&self, mut record: Record) -> Result<bool> {
         let folder = self.path.parent().unwrap_or(&self.path);
         let failed = |error| self.failed("create", error);
-        let file = match Shielded::new(|| unnamed::file_in(folder, self.file_mode)) {
+        let make = || Shielded::new(|| unnamed::file_in(folder, self.file_mode.unwrap_or(FILE_MODE)));
+        let file = match make() {
             Err(error) if error.kind() == Io::NotFound => {
-                let made = DirBuilder::new().recursive(true).mode(self.folder_mode).create(folder);
-                made.map_err(|error| failed_at("create the folder", folder, error))?;
-                step("folders made");
-                Shielded::new(|| unnamed::file_in(folder, self.file_mode))
+                self.create_folders(folder, error)?;
+                make()
             }
             made => made,
         };
@@ -531,6 +652,7 @@ impl FileStore {
         };
         let made = files::look(&file).map_err(|error| self.failed("look at", error))?;
         self.place(&file, &made);
+        self.set_mode(&file)?;
         file.write_all_at(record.seal(), 0).map_err(|error| self.failed("write", error))?;
         step("nameless file written");
         // Once in the life of a file, so that no power cut leaves an empty one, which programs that only ever try once
@@ -553,15 +675,17 @@ impl FileStore {
     #[cold]
     fn create_in_place(&self, record: &mut Record) -> Result<bool> {
         let mut options = OpenOptions::new();
-        options.read(true).write(true).create_new(true).mode(self.file_mode);
-        match Shielded::new(|| files::create(&options, &self.path)) {
+        options.read(true).write(true).create_new(true).mode(self.file_mode.unwrap_or(FILE_MODE));
+        let file = match Shielded::new(|| files::create(&options, &self.path)) {
             Err(error) if error.kind() == Io::AlreadyExists => return Ok(false),
-            made => drop(made.map_err(|error| self.failed("create", error))?),
-        }
+            made => made.map_err(|error| self.failed("create", error))?,
+        };
         step("file made");
+        self.set_mode(&file)?;
+        drop(file);
         match self.lock(Deadline::after(LOOKED_AT))? {
             // Nobody takes what is so young; only a holder whose own record was deleted may have written into it.
-            Place::Locked(locked) if locked.read()?.is_empty() => {
+            Place::Locked(locked) if locked.read()?.bytes.is_empty() => {
                 let synced = || locked.file.sync_data().map_err(|error| self.failed("write", error));
                 let written = locked.write(record, &[]).and_then(|()| synced());
                 if written.is_err() {
@@ -574,13 +698,52 @@ impl FileStore {
         }
     }
 
+    /// Gives a new file its exact mode, independent of the umask.
+    fn set_mode(&self, file: &File) -> Result<()> {
+        let Some(mode) = self.file_mode else { return Ok(()) };
+        files::set_mode(file, mode).map_err(|error| self.failed("set the mode of", error))?;
+        step("mode of the file set");
+        Ok(())
+    }
+
+    /// Creates the missing directories down to `folder` if the caller wants that; otherwise the error is `missing`.
+    fn create_folders(&self, folder: &Path, missing: io::Error) -> Result<()> {
+        if !self.create_parents {
+            return Err(StoreError::misuse(Error::io("open the directory", folder, missing)));
+        }
+        let is_missing = |folder: &&Path| files::look_at(folder).is_err_and(|error| error.kind() == Io::NotFound);
+        let missing: Vec<_> = folder.ancestors().take_while(is_missing).collect();
+        for folder in missing.into_iter().rev() {
+            match DirBuilder::new().mode(self.folder_mode.unwrap_or(FOLDER_MODE)).create(folder) {
+                Err(error) if error.kind() == Io::AlreadyExists => continue,
+                made => made.map_err(|error| failed_at("create the directory", folder, error))?,
+            }
+            step("folder made");
+            if let Some(mode) = self.folder_mode {
+                let set = files::set_folder_mode(folder, mode);
+                set.map_err(|error| failed_at("set the mode of the directory", folder, error))?;
+                step("mode of the folder set");
+            }
+        }
+        Ok(())
+    }
+
     /// The record of this process, which takes the lease now.
     fn own_record(&self, claim: &ClaimId, token: u64, ttl: Duration) -> Record {
         let owner = Owner { acquired: Some(SystemTime::now()), ..Owner::current() };
         Record::held(claim, token, ttl, self.heartbeat, &owner)
     }
 
-    /// The record of a grant that was deleted or spoilt.
+    /// The token of the grant that follows this record.
+    fn token_after(&self, before: Option<&Record>) -> Result<u64> {
+        let problem = "its fencing token is the largest number, so no greater token can follow; the record is forged";
+        let used_up =
+            || StoreError::misuse(Error::from(ErrorKind::LayoutMismatch { path: self.path.clone(), problem }));
+        let next = before.map_or(Some(1), |before| before.token().checked_add(1));
+        next.map(|next| next.max(seed())).ok_or_else(used_up)
+    }
+
+    /// The record of a grant whose file was deleted or damaged.
     #[cold]
     fn record_again(&self, grant: &Grant) -> Record {
         let mut record = self.own_record(grant.claim(), grant.token(), grant.ttl());
@@ -601,6 +764,11 @@ impl FileStore {
         StoreError::misuse(Error::from(ErrorKind::LayoutMismatch { path: self.path.clone(), problem }))
     }
 
+    fn not_a_lease(&self, bytes: &[u8]) -> StoreError {
+        let text = record::shown(bytes);
+        StoreError::misuse(Error::from(ErrorKind::NotALease { path: self.path.clone(), text }))
+    }
+
     fn replaced(&self) -> StoreError {
         StoreError::refused(Error::from(ErrorKind::RogueDeletion { path: self.path.clone() }))
     }
@@ -616,8 +784,16 @@ impl FileStore {
 }
 
 impl Locked<'_> {
-    fn read(&self) -> Result<Vec<u8>> {
-        read(&self.file).map_err(|error| self.store.failed("read", error))
+    fn read(&self) -> Result<Reading> {
+        self.store.read(&self.file)
+    }
+
+    /// Reads the locked file; `None` if it contains the same record as `before`. A record is never repeated, so it has not
+    /// changed in between.
+    fn read_unless(&self, before: &Reading) -> Result<Option<Reading>> {
+        let bytes = read(&self.file).map_err(|error| self.store.failed("read", error))?;
+        let is_same = matches!(before.content, Content::Ours(_)) && bytes == before.bytes;
+        Ok((!is_same).then(|| Reading::of(bytes)))
     }
 
     /// Replaces what the file says, which begins with `old`. One write does it, within one page. If that fails `old` is
@@ -630,23 +806,17 @@ impl Locked<'_> {
             written = self.file.sync_data();
         }
         written.map_err(|error| {
-            let _ = self.file.write_all_at(old, 0);
+            let _ = self.file.write_all_at(&old[..old.len().min(SIZE)], 0);
             step("old record put back");
             StoreError::unknown(Error::io("write", &self.store.path, error))
         })
     }
 
     /// Writes the next beat of `grant` into its record, which stands in the file as `old`.
-    fn beat(&self, mut record: Box<Record>, grant: &Grant, old: &[u8]) -> Result<()> {
+    fn beat(&self, mut record: Record, grant: &Grant, old: &[u8]) -> Result<()> {
         record.set_beat(next_beat(grant, record.beat()));
         self.write(&mut record, old)
     }
-}
-
-/// The token of who comes after this record.
-fn token_after(before: Option<&Record>) -> Result<u64> {
-    let next = before.map_or(Some(1), |before| before.token().checked_add(1));
-    next.map(|next| next.max(seed())).ok_or_else(|| StoreError::misuse("the tokens are used up"))
 }
 
 /// Whether the file is on a file system of this machine's own. One that is not known is not.
@@ -697,9 +867,21 @@ fn is_of(record: &Record, grant: &Grant) -> bool {
     record.is_held() && record.claim() == *grant.claim() && record.token() == grant.token()
 }
 
-/// The beginning of a file, as much as a record is long.
+/// Reads the first bytes of a file: a record, and one more byte if the file is longer.
 fn read(file: &File) -> io::Result<Vec<u8>> {
-    beginning(file, SIZE)
+    let mut bytes = vec![0; SIZE + 1];
+    let mut filled = 0;
+    // The buffer is longer than a record, so a read that returns exactly a record has reached the end of the file.
+    while filled < SIZE {
+        match file.read_at(&mut bytes[filled..], filled as u64) {
+            Ok(0) => break,
+            Ok(more) => filled += more,
+            Err(error) if error.kind() == Io::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    bytes.truncate(filled);
+    Ok(bytes)
 }
 
 /// What no waiting heals is the caller's to mend.
@@ -735,9 +917,11 @@ mod tests {
             heartbeat: ttl / 4,
             unreadable: ttl,
             retry_delay: ttl,
-            file_mode: 0o600,
-            folder_mode: 0o700,
+            file_mode: None,
+            folder_mode: None,
+            create_parents: false,
             clock: Arc::new(SystemClock),
+            clock_id: None,
             device: AtomicU64::default(),
             is_remote: AtomicBool::default(),
             observer: Mutex::default(),

@@ -12,9 +12,9 @@
 //! [`token`](LeaseGuard::token), greater with every owner: let what the lease guards refuse a lower one than it has
 //! seen.
 //!
-//! How it works: `tenure` is the state of a held lease, pure; `heart` is the thread; `store` is what a place for
-//! records owes, `file` the one that is built in, `record` what stands in its file, `observer` the rule by which a
-//! record that does not change runs out, and `clock` the time.
+//! Implementation: `tenure` is the state of a held lease, without side effects; `heart` is the heartbeat thread; `waiters`
+//! is the queue of the threads that wait for a lease; `store` is the interface of a lease store, `file` the built-in
+//! store, `record` the format of its file, `observer` the rule by which an unchanged record expires, and `clock` the time.
 //!
 //! Leases are from C. Gray and D. Cheriton, *Leases: An Efficient Fault-Tolerant Mechanism for Distributed File Cache
 //! Consistency* (SOSP 1989). Why they need fencing: M. Kleppmann, [How to do distributed locking] (2016).
@@ -35,6 +35,7 @@ mod store;
 mod tenure;
 #[cfg(test)]
 mod tests;
+mod waiters;
 
 use std::fmt;
 use std::mem;
@@ -53,6 +54,7 @@ pub use store::{
     StoreProfile,
 };
 pub use tenure::LossReason;
+use waiters::Waiter;
 
 #[cfg(feature = "tokio")]
 use crate::awaiting;
@@ -100,6 +102,8 @@ pub struct Lease(Arc<Inner>);
 struct Inner {
     name: LeaseName,
     store: Arc<dyn LeaseStore>,
+    /// Identifies the queue of its waiters in this process.
+    waiters: waiters::Key,
     options: Options,
 }
 
@@ -109,8 +113,8 @@ struct Inner {
 pub enum LeaseStatus {
     /// Nobody.
     Free,
-    /// Somebody, as far as the record tells, or it cannot be read and counts as held. [`Seen::expires_in`] of zero
-    /// means that the next to come will take it over.
+    /// A holder has it by its record, or the file is blank or damaged and counts as held; then there is no
+    /// [claim](Seen::claim). If [`Seen::expires_in`] is zero the lease is stale: the next process to ask takes it over.
     Held(Seen),
 }
 
@@ -137,12 +141,18 @@ impl Lease {
     /// A lease whose record is a file, on this machine or on a file system that several share and whose flock(2)
     /// reaches all of them.
     ///
-    /// The file is made at the first acquisition, with the folders that it needs, and never deleted, because it keeps
-    /// the token: do not delete it either. Who comes after a deletion gets the lease at once, while its holder learns
-    /// of it at its next beat; where nobody came, that beat makes the file anew, with its folders. The path is made
-    /// absolute by [`build`](LeaseBuilder::build), so a later change of the working folder changes nothing.
+    /// The first acquisition creates the file. lockkit never deletes it, because it contains the token; do not delete it
+    /// either. Its directory must exist, unless [`create_parents`](LeaseBuilder::create_parents) is given. After a deletion
+    /// the next process to ask gets the lease at once, and the holder learns of it at its next heartbeat. If no process has
+    /// asked until then, the heartbeat creates the file again. [`build`](LeaseBuilder::build) makes the path absolute, so a
+    /// later change of the working directory has no effect.
     ///
-    /// Every step, also each heartbeat, opens, locks, rewrites and closes the file, some microseconds in memory: no descriptor
+    /// lockkit never writes to a file that is not a lease, for any user and in any method: the error is
+    /// [`NotALease`](ErrorKind::NotALease). It reclaims only a blank file (empty, or at most 1024 zeros) and a lease that
+    /// was truncated or damaged. If the file of a held lease is replaced by another program's file, the holder keeps the
+    /// lease until its deadline, in case the record is restored.
+    ///
+    /// Each heartbeat opens, locks, rewrites and closes the file, some microseconds in memory: no descriptor
     /// is kept, so ten thousand leases need no more of them than one. On file systems of
     /// this machine (tmpfs, ext4, xfs, btrfs and their like) the file is not synced at each step: what a power
     /// cut takes back is allowed for, and so is a deletion or a restored backup, because each new token is at least the
@@ -150,10 +160,11 @@ impl Lease {
     /// none may be ahead of the others for as long as such a loss takes back. On all other file systems, such as NFS,
     /// CIFS and FUSE, each step is synced, so that a beat has reached the server before it counts.
     ///
-    /// What that costs: a process whose descriptors are used up cannot beat, and loses its file leases after a ttl. One
-    /// that is stopped, or killed but not yet gone, in the middle of a step has the file locked for as long (and a host
-    /// that is cut off from its NFS server, until that gives the lock free: 90 s as Linux has it), so nobody
-    /// can take the lease or beat meanwhile: keep the file where only those can open it who are to have the lease.
+    /// The price: a process without free descriptors cannot renew, and loses its file leases after a ttl. A
+    /// holder that is stopped in the middle of a heartbeat, or killed but not yet gone, keeps the file locked until it
+    /// continues or is gone, and no other process can take the lease. (The host of an NFS client that is cut off keeps the
+    /// file locked until the server frees the lock: 90 s on Linux.) Other processes lock the file only to take a lease that
+    /// is free or expired. Any user who can open the file can lock it, so let only those users open it that share the lease.
     ///
     /// Who wants a held lease takes it over when its owner is dead by its identity (the same host, or an earlier boot
     /// of it, where `/etc/machine-id` tells which host that is), or when its beat has not changed for the ttl that
@@ -161,10 +172,10 @@ impl Lease {
     /// from cron, gets there too: it leaves a note of when it first saw that beat, which the next one on the same
     /// machine goes on from.
     ///
-    /// A record that cannot be read counts as held until a waiter has seen it unchanged for
-    /// [`invalid_pid_lock_stale_threshold`](LeaseBuilder::invalid_pid_lock_stale_threshold). Programs that only ever
-    /// try once cannot leave a note in it, and never get there; [`evict`](Self::evict) does. One of a later version of
-    /// the format is never touched.
+    /// A blank or damaged file counts as held for
+    /// [`invalid_pid_lock_stale_threshold`](LeaseBuilder::invalid_pid_lock_stale_threshold). After that the next process to
+    /// ask takes it, also a program that tries only once: the times of the file show how long it has been unchanged.
+    /// [`status`](Self::status) reports the same. A file of a later version of the format stays unchanged.
     ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {
@@ -173,6 +184,7 @@ impl Lease {
     /// use lockkit::Lease;
     ///
     /// let lease = Lease::file(folder.join("leader"))
+    ///     .create_parents()
     ///     .ttl(Duration::from_secs(5))
     ///     .on_lost(|loss| eprintln!("{} is lost: {}", loss.lock, loss.reason))
     ///     .build()?;
@@ -247,7 +259,8 @@ impl Lease {
     ///
     /// The heartbeat thread is started first, once for the process. A waiter for a file is woken by the release (by
     /// inotify(7) on Linux; elsewhere it looks at its [retry delay](LeaseBuilder::acquire_retry_delay)), and looks
-    /// every 50 ms whether an owner of this host still lives. The wait leaves no thread behind, but what looks up the name of an
+    /// every 50 ms whether an owner of this host still lives. The waiting threads of a process form a queue (FIFO),
+    /// and only the first thread waits at the store; each other thread needs a descriptor. The wait leaves no thread behind, but what looks up the name of an
     /// engine's host for longer than the wait lasts. On Linux the process
     /// keeps one descriptor from its first wait on, for the next.
     ///
@@ -261,9 +274,10 @@ impl Lease {
     /// [`acquire_retry_limit`](LeaseBuilder::acquire_retry_limit) has it, or never answered within the limit of the
     /// wait: then the request may yet take effect, and the heartbeat frees what it has taken as soon as the store
     /// answers. Of a file also
-    /// [`LayoutMismatch`](ErrorKind::LayoutMismatch) when a later version wrote it,
-    /// [`ForeignOwner`](ErrorKind::ForeignOwner) when another user than this one or root owns it, and
-    /// [`Insecure`](ErrorKind::Insecure) when it is a link or no plain file.
+    /// [`NotALease`](ErrorKind::NotALease) when it is something else,
+    /// [`LayoutMismatch`](ErrorKind::LayoutMismatch) when a later version wrote it or no greater token can follow,
+    /// [`ForeignOwner`](ErrorKind::ForeignOwner) when another user than this one or root owns it and the lease is not
+    /// [shared](LeaseBuilder::file_write_mode), and [`Insecure`](ErrorKind::Insecure) when it is a link or no plain file.
     pub fn acquire(&self, wait: &Wait) -> Result<LeaseGuard> {
         let found = Found { lease: &self.0, owner: None };
         trace::acquire(&found, || self.0.acquire(wait))
@@ -299,7 +313,7 @@ impl Lease {
     ///
     /// # Errors
     /// [`Io`](ErrorKind::Io) or [`Store`](ErrorKind::Store) when the record cannot be read;
-    /// [`LayoutMismatch`](ErrorKind::LayoutMismatch) when a later version wrote it;
+    /// [`NotALease`](ErrorKind::NotALease) when the file is something else; [`LayoutMismatch`](ErrorKind::LayoutMismatch) when a later version wrote it;
     /// [`Insecure`](ErrorKind::Insecure) when its file is a link or no plain file.
     pub fn status(&self) -> Result<LeaseStatus> {
         Ok(self.0.look()?.map_or(LeaseStatus::Free, LeaseStatus::Held))
@@ -334,6 +348,19 @@ impl Lease {
 
 impl Inner {
     fn acquire(self: &Arc<Self>, wait: &Wait) -> Result<LeaseGuard> {
+        let mut waiter = None;
+        let acquired = self.acquire_in_turn(wait, &mut waiter);
+        let is_told = |error: &Error| error.is_held() || error.is_timeout() || error.is_cancelled();
+        if let (Err(error), Some(waiter)) = (&acquired, waiter) {
+            if !is_told(error) {
+                // The store failed for this thread only: the other threads ask for themselves.
+                waiter.dissolve();
+            }
+        }
+        acquired
+    }
+
+    fn acquire_in_turn(self: &Arc<Self>, wait: &Wait, waiter: &mut Option<Waiter>) -> Result<LeaseGuard> {
         let options = &self.options;
         let mut found = Found { lease: self, owner: None };
         wait.check(&found)?;
@@ -346,6 +373,12 @@ impl Inner {
         let mut failures = 0;
         let mut is_answered = false;
         let mut waits = false;
+        if let Some(patience) = patience.as_ref().filter(|_| self.waiters.is_awaited()) {
+            found.owner = self.waiters.holder();
+            waits = true;
+            trace::waiting(&found);
+            self.queue_up(waiter, patience, &mut found)?;
+        }
         loop {
             let by = match patience.as_ref().and_then(Patience::until) {
                 Some(until) => self.request().min(Deadline::from(until).max(Deadline::after(self.shortest_request()))),
@@ -378,7 +411,9 @@ impl Inner {
                             if !mem::replace(&mut waits, true) {
                                 trace::waiting(&found);
                             }
-                            self.park(&seen, patience, &found)?;
+                            if self.queue_up(waiter, patience, &mut found)? {
+                                self.park(&seen, patience, &found)?;
+                            }
                         }
                         None => return Err(found.held()),
                     }
@@ -420,6 +455,28 @@ impl Inner {
             self.store.release(grant, by)?;
         }
         Ok(is_passed_on)
+    }
+
+    /// Waits until this thread is first in the queue of the process. Returns true if it was first already and may wait at
+    /// the store, and false if the lease may have changed in the meantime.
+    fn queue_up(&self, waiter: &mut Option<Waiter>, patience: &Patience, found: &mut Found<'_>) -> Result<bool> {
+        if !waiter.as_ref().is_some_and(Waiter::is_first) {
+            // Without a free descriptor the thread asks the store out of order.
+            *waiter = self.waiters.join().ok();
+        }
+        let Some(place) = waiter else { return Ok(true) };
+        let event = match place.as_fd() {
+            Some(event) if !place.is_first() => event,
+            _ => {
+                self.waiters.set_holder(found.owner.as_ref());
+                return Ok(true);
+            }
+        };
+        let woken = patience.wait(Some(event), Duration::MAX)?;
+        woken.map(|()| false).map_err(|gave_up| {
+            found.owner = self.waiters.holder();
+            patience.error(gave_up, found)
+        })
     }
 
     /// Waits for a change of what was seen, until it runs out or the patience does.
@@ -626,7 +683,7 @@ impl LeaseGuard {
         awaiting::elsewhere_do(&*held, move || self.release()).await
     }
 
-    /// Whether the previous owner did not release: it died, or was silent for its ttl, or its record was unreadable.
+    /// Whether the previous owner did not release: it died, or was silent for its ttl, or its record was damaged.
     /// Who that was, where it is known; it may live, and may never have learned that it had the lease.
     pub fn recovered(&self) -> Option<&Recovered> {
         self.recovered.as_deref()

@@ -9,7 +9,7 @@
 //! beat    00000000000000000017
 //! ttl     00000000003000000000 ns
 //! every   00000000000250000000 ns
-//! saw     00000000000000000000000000000000 00000000000000000000 ns
+//! saw     00000000000000000000000000000000 00000000000000000000 0000000000000000
 //! ...
 //! pid 4242
 //! start 181264
@@ -17,13 +17,16 @@
 //! ```
 //! Every field down to the notes stands at a fixed place, and the whole is filled with newlines to a fixed length: a
 //! beat changes a few digits in place and needs no new space, but where a file system writes each change elsewhere (btrfs,
-//! zfs). The four `saw` lines are the notes of
-//! observers: by which clock, and when, one first saw this beat. Behind them stands who the owner is
-//! ([`lines`]), or the last one was, where the state is `free`, or `lost` (free, but not by a release). What a file has
-//! beyond that length does not count.
+//! zfs). The four `saw` lines are the notes of observers. The rest is the owner ([`lines`]), or the last owner if the
+//! state is `free`, or `lost` (free, but not by a release). What a file has beyond that length does not count.
 //!
-//! The sum is FNV-1a over the record as 64-bit words, little-endian, without the two words that hold the sum itself. It
+//! The sum is FNV-1a over the record as 64-bit words, little-endian, without the sum itself and without the notes. It
 //! guards against halves and accidents, not against forgers.
+//!
+//! A note contains the id of a clock, and the time in nanoseconds at which an observer first saw a beat. Observers write
+//! notes without a lock, so a note can meet a later beat or another note. Each note therefore has a checksum of its own. It
+//! covers the clock and the time, and starts from the [`print`](Record::print) of the record. A note that is torn, or is
+//! about another beat, does not count.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -44,8 +47,8 @@ const CLAIM: Range<usize> = 91..123;
 const BEAT: Range<usize> = 132..152;
 const TTL: Range<usize> = 161..181;
 const EVERY: Range<usize> = 193..213;
-const NOTES: Range<usize> = 217..477;
-const OWNER: Range<usize> = 477..SIZE;
+const NOTES: Range<usize> = 217..217 + 4 * NOTE.len();
+const OWNER: Range<usize> = NOTES.end..SIZE;
 
 const HELD: &[u8; 4] = b"held";
 const FREE: &[u8; 4] = b"free";
@@ -53,11 +56,15 @@ const FREE: &[u8; 4] = b"free";
 const LOST: &[u8; 4] = b"lost";
 
 /// A note that nobody has written.
-const NOTE: &[u8; 65] = b"saw     00000000000000000000000000000000 00000000000000000000 ns\n";
+const NOTE: &[u8; 79] = b"saw     00000000000000000000000000000000 00000000000000000000 0000000000000000\n";
+/// The first bytes of every note.
+const SAW: Range<usize> = 0..8;
 /// Where in a note the clock stands.
 const CLOCK: Range<usize> = 8..40;
 /// Where in a note the time stands.
 const TIME: Range<usize> = 41..61;
+/// The position of the checksum in a note.
+const NOTE_SUM: Range<usize> = 62..78;
 
 /// All up to the notes.
 const HEAD: &[u8; NOTES.start] = b"lockkit lease 1
@@ -80,23 +87,58 @@ pub(super) enum Content {
     Ours(Box<Record>),
     /// A record of a later version, which must be left alone.
     Newer,
-    /// Neither: empty, cut short, damaged, or something else.
-    Junk,
+    /// A blank file (empty, or zeros), or a truncated or damaged lease. It may be reclaimed when its holder has had the time
+    /// to repair it.
+    Damaged,
+    /// Any other file. It belongs to another program, and lockkit never writes to it.
+    Foreign,
 }
 
-/// Reads what a file says, from its first [`SIZE`] bytes or as many as it has.
+/// Classifies the content of a file by its first [`SIZE`] + 1 bytes, or all bytes of a shorter file. lockkit never writes
+/// more than [`SIZE`] bytes, so a longer file is a lease only if its record is intact.
 pub(super) fn parse(bytes: &[u8]) -> Content {
-    if let Some(version) = bytes.strip_prefix(FAMILY) {
-        let digits = version.iter().take_while(|byte| byte.is_ascii_digit()).count();
-        let newer = version[0..digits].trim_ascii_start() != b"1" && version.first().is_some_and(|byte| *byte != b'0');
-        if newer && (1..=9).contains(&digits) && version.get(digits) == Some(&b'\n') {
-            return Content::Newer;
+    if let Some(bytes) = bytes.first_chunk::<SIZE>() {
+        if bytes.starts_with(MAGIC) {
+            let record = Box::new(Record(*bytes));
+            if record.0[SUM] == record.sum() && record.is_well_formed() {
+                return Content::Ours(record);
+            }
         }
     }
-    let Some(bytes) = bytes.first_chunk::<SIZE>() else { return Content::Junk };
-    let record = Box::new(Record(*bytes));
-    let sound = record.0.starts_with(MAGIC) && record.0[SUM] == record.sum() && record.is_well_formed();
-    if sound { Content::Ours(record) } else { Content::Junk }
+    match bytes {
+        bytes if is_newer(bytes) => Content::Newer,
+        bytes if bytes.len() <= SIZE && is_damaged(bytes) => Content::Damaged,
+        _ => Content::Foreign,
+    }
+}
+
+fn is_newer(bytes: &[u8]) -> bool {
+    let Some(version) = bytes.strip_prefix(FAMILY) else { return false };
+    let digits = version.iter().take_while(|byte| byte.is_ascii_digit()).count();
+    let newer = version[..digits] != *b"1" && version.first().is_some_and(|byte| *byte != b'0');
+    newer && (1..=9).contains(&digits) && version.get(digits) == Some(&b'\n')
+}
+
+/// Whether the content begins with [`MAGIC`], or is the beginning of [`MAGIC`] followed by zeros. Notes do not count: an
+/// observer can write its note just after another program truncated the file.
+fn is_damaged(bytes: &[u8]) -> bool {
+    if bytes.starts_with(MAGIC) {
+        return true;
+    }
+    let notes = bytes.get(NOTES.start..bytes.len().min(NOTES.end)).unwrap_or_default();
+    let are_notes =
+        notes.chunks(NOTE.len()).all(|note| note.starts_with(&NOTE[SAW]) || note.iter().all(|byte| *byte == 0));
+    let is_text = |(at, byte): (usize, &u8)| *byte != 0 && !NOTES.contains(&at);
+    let end = bytes.iter().enumerate().rposition(is_text).map_or(0, |last| last + 1);
+    are_notes && MAGIC.starts_with(&bytes[..end])
+}
+
+/// The beginning of the first line of a file, escaped.
+pub(super) fn shown(bytes: &[u8]) -> String {
+    const MOST: usize = 40;
+    let first = bytes.split(|byte| *byte == b'\n').next().unwrap_or_default();
+    let text = String::from_utf8_lossy(&first[..first.len().min(MOST)]).escape_debug().to_string();
+    if first.len() > MOST { text + "..." } else { text }
 }
 
 /// What tells one content of a file from another.
@@ -203,20 +245,35 @@ impl Record {
 
     /// When an observer first saw this beat by this clock, as it has noted.
     pub(super) fn noted(&self, clock: u128) -> Option<Duration> {
-        let note = self.notes().find(|note| self.hex(within(note, CLOCK)) == Some(clock))?;
+        let is_of_clock =
+            |note: &Range<usize>| self.hex(within(note, CLOCK)) == Some(clock) && self.is_of_this_beat(note);
+        let note = self.notes().find(is_of_clock)?;
         self.number(within(&note, TIME)).map(Duration::from_nanos)
     }
 
-    /// Notes that an observer first saw this beat then, by this clock. Where there is no place left, the oldest note
-    /// goes: with more hosts than places that each try once in a while, that host counts anew.
-    pub(super) fn note(&mut self, clock: u128, now: Duration) {
-        let of_clock = |note: &Range<usize>| self.hex(within(note, CLOCK)).is_some_and(|id| id == clock || id == 0);
-        let note = self.notes().find(of_clock).unwrap_or_else(|| {
-            self.0.copy_within(NOTES.start + NOTE.len()..NOTES.end, NOTES.start);
-            NOTES.end - NOTE.len()..NOTES.end
-        });
-        self.set_hex(within(&note, CLOCK), clock);
-        self.set_number(within(&note, TIME), nanos(now));
+    /// Returns a note that an observer first saw this beat at `now` on this clock, and its offset in the file. It replaces a
+    /// note of the same clock, or a note that does not count. If all notes are of other clocks it replaces one of them, and
+    /// that observer starts again.
+    pub(super) fn note(&self, clock: u128, now: Duration) -> (u64, [u8; NOTE.len()]) {
+        let is_usable =
+            |note: &Range<usize>| self.hex(within(note, CLOCK)) == Some(clock) || !self.is_of_this_beat(note);
+        let at =
+            self.notes().find(is_usable).map_or(NOTES.start + (clock % 4) as usize * NOTE.len(), |note| note.start);
+        let mut note = *NOTE;
+        note[CLOCK].copy_from_slice(&hex_digits::<32>(clock));
+        write_number(&mut note[TIME], nanos(now));
+        let sum = self.note_sum(&note);
+        note[NOTE_SUM].copy_from_slice(&sum);
+        (at as u64, note)
+    }
+
+    fn is_of_this_beat(&self, note: &Range<usize>) -> bool {
+        let note = &self.0[note.clone()];
+        note.starts_with(&NOTE[SAW]) && note[NOTE_SUM] == self.note_sum(note)
+    }
+
+    fn note_sum(&self, note: &[u8]) -> [u8; NOTE_SUM.end - NOTE_SUM.start] {
+        hex_digits(fnv(self.print(), &note[CLOCK.start..TIME.end]).into())
     }
 
     /// What is the same as long as the record says the same, whatever observers note in it.
@@ -232,7 +289,7 @@ impl Record {
     }
 
     fn sum(&self) -> [u8; SUM.end - SUM.start] {
-        let sum = fnv(fnv(FNV_BASIS, &self.0[..SUM.start]), &self.0[SUM.end..]);
+        let sum = fnv(fnv(fnv(FNV_BASIS, &self.0[..SUM.start]), &self.0[SUM.end..NOTES.start]), &self.0[NOTES.end..]);
         hex_digits(sum.into())
     }
 
@@ -259,11 +316,8 @@ impl Record {
         })
     }
 
-    fn set_number(&mut self, field: Range<usize>, mut number: u64) {
-        for digit in self.0[field].iter_mut().rev() {
-            *digit = b'0' + (number % 10) as u8;
-            number /= 10;
-        }
+    fn set_number(&mut self, field: Range<usize>, number: u64) {
+        write_number(&mut self.0[field], number);
     }
 
     fn hex(&self, field: Range<usize>) -> Option<u128> {
@@ -286,6 +340,13 @@ impl std::fmt::Debug for Record {
 
 fn within(note: &Range<usize>, part: Range<usize>) -> Range<usize> {
     note.start + part.start..note.start + part.end
+}
+
+fn write_number(field: &mut [u8], mut number: u64) {
+    for digit in field.iter_mut().rev() {
+        *digit = b'0' + (number % 10) as u8;
+        number /= 10;
+    }
 }
 
 fn hex_digits<const N: usize>(number: u128) -> [u8; N] {
@@ -352,34 +413,82 @@ mod tests {
         assert_eq!((freed.token(), freed.claim().number(), freed.owner().unwrap().pid()), (7, 0, std::process::id()));
     }
 
-    #[test]
-    fn notes_are_of_one_beat_and_change_nothing_else() {
-        let mut record = record();
-        let print = record.print();
-        for clock in 1..=5 {
-            record.note(clock, S * clock as u32);
-        }
-        let record = &mut reread(&mut record);
-        assert_eq!(record.print(), print);
-        assert_eq!(record.noted(1), None, "four have room");
-        assert_eq!((2..=5).map(|clock| record.noted(clock).unwrap()).sum::<Duration>(), S * 14);
-        record.note(3, S * 30);
-        assert_eq!((record.noted(3), record.noted(4)), (Some(S * 30), Some(S * 4)));
-        record.set_beat(43);
-        assert_ne!(record.print(), print);
-        assert!((1..=5).all(|clock| record.noted(clock).is_none()));
+    /// The record with this note in it.
+    fn noted(record: &Record, clock: u128, time: Duration) -> Record {
+        let (at, note) = record.note(clock, time);
+        let mut noted = record.clone();
+        noted.0[at as usize..][..note.len()].copy_from_slice(&note);
+        noted
     }
 
     #[test]
-    fn a_later_version_is_told_from_junk() {
+    fn notes_count_for_one_beat_and_change_nothing_else() {
+        let mut record = record();
+        record.seal();
+        let mut noted_by_all = record.clone();
+        for clock in 1..=4 {
+            noted_by_all = noted(&noted_by_all, clock, S * clock as u32);
+        }
+        let Content::Ours(noted_by_all) = parse(&noted_by_all.0) else { panic!("notes are no part of the sum") };
+        assert_eq!(noted_by_all.print(), record.print());
+        assert!((1..=4).all(|clock| noted_by_all.noted(clock) == Some(S * clock as u32)));
+        let fifth = noted(&noted_by_all, 5, S * 5);
+        assert_eq!(fifth.noted(5), Some(S * 5), "it takes the place of another");
+        assert_eq!((1..=4).filter(|clock| fifth.noted(*clock).is_some()).count(), 3);
+        assert_eq!(noted(&noted_by_all, 3, S * 30).noted(3), Some(S * 30));
+        // An observer writes its note just after the next beat.
+        let (at, note) = record.note(1, S);
+        let mut next = record;
+        next.set_beat(43);
+        next.0[at as usize..][..note.len()].copy_from_slice(&note);
+        assert_eq!(next.noted(1), None, "it is about another beat");
+        let again = noted(&next, 2, S);
+        assert_eq!(again.note(3, S).0, at + note.len() as u64, "the place of one that does not count is used");
+    }
+
+    #[test]
+    fn files_are_told_apart_by_their_content() {
+        let whole = *record().seal();
         for newer in ["lockkit lease 2\n", "lockkit lease 10\nflavour sour\n"] {
             assert!(matches!(parse(newer.as_bytes()), Content::Newer), "{newer:?}");
         }
-        for junk in
-            ["", "\n", "lockkit lease 1\n", "lockkit lease 2", "lockkit lease 0\n", "lockkit lease 02\n", "4242"]
-        {
-            assert!(matches!(parse(junk.as_bytes()), Content::Junk), "{junk:?}");
+        let zeros = [0; SIZE + 1];
+        let damaged =
+            ["", "l", "lockkit lease ", "lockkit lease 1\n", "lockkit lease 1\nsum", "lock\0\0"].map(str::as_bytes);
+        for damaged in damaged.into_iter().chain([&zeros[..1], &zeros[..SIZE], &whole[..SIZE - 1]]) {
+            assert!(matches!(parse(damaged), Content::Damaged), "{damaged:?}");
         }
+        let foreign = [
+            "\n",
+            "4242\n",
+            "lockkit lease 0\n",
+            "lockkit lease 02\n",
+            "lockkit lease 2",
+            "lockkit lease notes\n",
+            "lockkit\n",
+            "\x7fELF",
+            "\0\0x",
+            "lockkit lease\n",
+        ];
+        let foreign = foreign.map(str::as_bytes).into_iter();
+        let damaged_with_tail = [b"lockkit lease 1\nnotes", &zeros[..]].concat();
+        for foreign in foreign.chain([&zeros[..], &damaged_with_tail[..SIZE + 1]]) {
+            assert!(matches!(parse(foreign), Content::Foreign), "{foreign:?}");
+        }
+        assert!(
+            matches!(parse(&[&whole[..], b"x"].concat()), Content::Ours(_)),
+            "what follows a record does not count"
+        );
+    }
+
+    #[test]
+    fn note_in_emptied_file_leaves_it_reclaimable() {
+        let (at, note) = record().note(7, S);
+        let mut bytes = vec![0; at as usize];
+        bytes.extend(note);
+        assert!(matches!(parse(&bytes), Content::Damaged));
+        bytes[at as usize] = b'x';
+        assert!(matches!(parse(&bytes), Content::Foreign));
     }
 
     proptest! {
@@ -393,7 +502,7 @@ mod tests {
             let [ttl, every, seen] = [ttl, every, seen].map(Duration::from_nanos);
             let mut record = Record::held(&ClaimId::from_number(claim), token, ttl, every, &owner);
             record.set_beat(beat);
-            record.note(clock, seen);
+            let mut record = noted(&record, clock, seen);
             let record = reread(&mut record);
             prop_assert_eq!((record.claim().number(), record.token(), record.beat()), (claim, token, beat));
             prop_assert_eq!((record.ttl(), record.heartbeat(), record.noted(clock)), (ttl, every, Some(seen)));
@@ -424,24 +533,34 @@ mod tests {
             let length = lines.len().min(OWNER.len());
             record.0[OWNER.start..][..length].copy_from_slice(&lines.as_bytes()[..length]);
             record.0[NOTES].copy_from_slice(&notes);
-            let Content::Ours(mut record) = parse(record.seal()) else { panic!("it is sealed and well formed") };
+            let Content::Ours(record) = parse(record.seal()) else { panic!("it is sealed and well formed") };
             let pid = lines[4..lines.find('\n').unwrap()].parse::<u32>().ok();
             prop_assert_eq!(record.owner().map(|owner| owner.pid), pid);
             record.noted(clock);
-            record.note(clock, S);
-            prop_assert_eq!(record.noted(clock), Some(S));
+            prop_assert_eq!(noted(&record, clock, S).noted(clock), Some(S));
         }
 
         #[test]
-        fn no_change_of_a_byte_goes_unseen(at in 0..SIZE, change in 1_u8..) {
+        fn no_change_of_a_byte_goes_unseen(at in 0..SIZE - NOTES.len(), change in 1_u8..) {
+            let at = if at < NOTES.start { at } else { at + NOTES.len() };
             let mut bytes = *record().seal();
             bytes[at] ^= change;
             prop_assert!(!matches!(parse(&bytes), Content::Ours(_)));
         }
 
         #[test]
+        fn a_torn_note_does_not_count(at in 0..NOTE.len(), change in 1_u8..) {
+            let record = record();
+            let (start, note) = record.note(7, S);
+            let mut noted = record;
+            noted.0[start as usize..][..note.len()].copy_from_slice(&note);
+            noted.0[start as usize + at] ^= change;
+            prop_assert_eq!(noted.noted(7).filter(|time| *time != S), None);
+        }
+
+        #[test]
         fn no_cut_goes_unseen(length in 0..SIZE) {
-            prop_assert!(!matches!(parse(&record().seal()[..length]), Content::Ours(_)));
+            prop_assert!(matches!(parse(&record().seal()[..length]), Content::Damaged));
         }
     }
 }

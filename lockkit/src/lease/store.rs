@@ -638,6 +638,8 @@ impl StoreError {
 impl fmt::Display for StoreError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let outcome = match self {
+            // The error of a built-in store is a complete sentence.
+            Self::Refused(cause) | Self::Misuse(cause) if cause.is::<crate::Error>() => return cause.fmt(f),
             Self::Refused(_) => "the store refused",
             Self::Unknown(_) => "the store may or may not have done it",
             Self::Misuse(_) => "the store cannot do this",

@@ -120,7 +120,9 @@ fn a_token_that_is_ahead_of_the_time_is_followed_by_a_greater_one() {
     folder.write(held_by(&Owner::ended(1), ahead));
     let lease = folder.lease().build().unwrap();
     assert_eq!(lease.try_lock().unwrap().token(), u64::MAX);
-    assert!(matches!(lease.try_lock().unwrap_err().kind(), ErrorKind::Store { .. }), "they are used up");
+    let error = lease.try_lock().unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::LayoutMismatch { .. }), "{error}");
+    assert!(error.to_string().contains("largest number"), "{error}");
 }
 
 #[test]
@@ -182,13 +184,14 @@ fn a_dead_owner_is_taken_over_at_once() {
 }
 
 #[test]
-fn junk_is_held_while_fresh_and_then_reclaimed() {
-    for junk in ["", "4242\n", &"x".repeat(3000), "lockkit lease 1\n"] {
+fn damage_is_held_while_fresh_and_then_reclaimed() {
+    let zeros = "\0".repeat(SIZE);
+    for damaged in ["", &zeros, "lockkit lease 1\n", "lockkit"] {
         let folder = Folder::new();
-        fs::write(folder.path(), junk).unwrap();
+        fs::write(folder.path(), damaged).unwrap();
         let lease = folder.lease().invalid_pid_lock_stale_threshold(MS * 200).build().unwrap();
         assert!(lease.try_lock().unwrap_err().is_held());
-        assert_eq!(fs::read(folder.path()).unwrap(), junk.as_bytes(), "it is left as it is");
+        assert_eq!(fs::read(folder.path()).unwrap(), damaged.as_bytes(), "it is left as it is");
         let began = Instant::now();
         let guard = lease.lock_for(MS * 5000).unwrap();
         assert!(began.elapsed() < MS * 500);
@@ -197,11 +200,51 @@ fn junk_is_held_while_fresh_and_then_reclaimed() {
 }
 
 #[test]
-fn junk_is_held_for_longer_than_its_holder_takes_to_mend_it() {
+fn foreign_file_is_refused_at_once_and_stays() {
+    let folder = Folder::new();
+    let lease = folder.lease().invalid_pid_lock_stale_threshold(MS * 50).build().unwrap();
+    let seen = Seen::new(record::print(b"4242\n"));
+    for foreign in ["4242\n", "\n", "{}", &"x".repeat(3000), &"\0".repeat(SIZE + 1)] {
+        fs::write(folder.path(), foreign).unwrap();
+        let began = Instant::now();
+        let refused = [lease.lock().err(), lease.try_lock().err(), lease.status().err(), lease.evict(&seen).err()]
+            .map(Option::unwrap);
+        assert!(began.elapsed() < MS * 1000);
+        for error in refused {
+            assert!(matches!(error.kind(), ErrorKind::NotALease { .. }), "{error}");
+        }
+        assert_eq!(fs::read(folder.path()).unwrap(), foreign.as_bytes());
+    }
+}
+
+#[test]
+fn foreign_file_in_place_of_a_held_lease_is_not_written() {
+    let folder = Folder::new();
+    let (tell, told) = mpsc::channel();
+    let lease = folder.lease().ttl(MS * 400).on_lost(move |loss| tell.send(loss.reason.to_string()).unwrap());
+    let lease = lease.build().unwrap();
+    for releases in [true, false] {
+        let guard = lease.lock().unwrap();
+        fs::write(folder.path(), "notes").unwrap();
+        if releases {
+            let error = guard.release().unwrap_err();
+            assert!(matches!(error.kind(), ErrorKind::NotALease { .. }), "{error}");
+        } else {
+            let reason = told.recv_timeout(MS * 5000).unwrap();
+            assert!(reason.contains("is not a lease"), "{reason}");
+            assert!(!guard.is_held());
+        }
+        assert_eq!(fs::read(folder.path()).unwrap(), b"notes");
+        fs::remove_file(folder.path()).unwrap();
+    }
+}
+
+#[test]
+fn damage_is_held_for_longer_than_its_holder_takes_to_mend_it() {
     let folder = Folder::new();
     let lease = Lease::file(folder.path()).ttl(MS * 30_000).heartbeat(MS * 10_000).build().unwrap();
     let guard = lease.lock().unwrap();
-    fs::write(folder.path(), "junk").unwrap();
+    fs::write(folder.path(), "lockkit lease 1\n").unwrap();
     assert!(lease.lock_for(MS * 2300).unwrap_err().is_timeout());
     assert!(guard.is_held());
 }
@@ -222,11 +265,11 @@ fn a_holder_mends_a_record_that_was_spoilt_or_deleted() {
     let folder = Folder::new();
     let guard = folder.lease().build().unwrap().lock().unwrap();
     let spoil: [&dyn Fn(); 4] = [
-        &|| fs::write(folder.path(), "junk").unwrap(),
+        &|| fs::write(folder.path(), "lockkit lease 1\nsum").unwrap(),
         &|| fs::write(folder.path(), "").unwrap(),
         &|| fs::remove_file(folder.path()).unwrap(),
         &|| {
-            fs::write(folder.0.join("other"), "junk").unwrap();
+            fs::write(folder.0.join("other"), "\0\0").unwrap();
             fs::rename(folder.0.join("other"), folder.path()).unwrap();
         },
     ];
@@ -330,7 +373,7 @@ fn only_the_holder_that_was_seen_is_evicted() {
     assert!(matches!(reason, LossReason::TakenOver { by: Some(_) }));
     assert!(third.is_held());
     drop(third);
-    fs::write(folder.path(), "junk").unwrap();
+    fs::write(folder.path(), "lock").unwrap();
     let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("it counts as held") };
     assert!(lease.evict(&seen).unwrap());
     assert!(lease.try_lock().is_ok());
@@ -453,11 +496,18 @@ fn an_eviction_does_not_wait_longer_for_a_longer_ttl() {
 
 #[test]
 #[cfg(unix)]
-fn folders_are_made_and_modes_kept() {
+fn folders_are_made_on_request_with_their_modes() {
     use std::os::unix::fs::PermissionsExt;
     let folder = Folder::new();
     let path = folder.0.join("a/b/lease");
-    drop(Lease::file(&path).build().unwrap().lock().unwrap());
+    let error = Lease::file(&path).build().unwrap().lock().unwrap_err();
+    assert!(
+        matches!(error.kind(), ErrorKind::Io { path, source, .. }
+        if *path == folder.0.join("a/b") && source.kind() == std::io::ErrorKind::NotFound),
+        "{error}"
+    );
+    assert!(!folder.0.join("a").exists());
+    drop(Lease::file(&path).create_parents().build().unwrap().lock().unwrap());
     let mode = |path: &std::path::Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
     assert_eq!((mode(&path), mode(path.parent().unwrap())), (0o600, 0o700));
 }

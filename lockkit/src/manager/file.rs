@@ -307,8 +307,8 @@ impl FolderLock {
     }
 
     pub(super) fn acquire(&self, wait: &Wait) -> Result<(FolderHold, Option<Box<Recovered>>)> {
-        let guard = self.file.acquire_as(wait, self)?;
-        let recovered = mark::take(guard.file());
+        let mut guard = self.file.acquire_as(wait, self)?;
+        let recovered = guard.write(mark::take)?;
         let no_fork = NoFork::hold();
         let mut held = self.folder.held.lock();
         held.turns += 1;
@@ -332,11 +332,13 @@ impl FolderLock {
             _ => None,
         };
         drop((held, no_fork));
-        let Some(Entry { guard, .. }) = entry else {
+        let Some(Entry { mut guard, .. }) = entry else {
             return Err(ErrorKind::NotLocked { lock: self.describe() }.into());
         };
-        guard.file().wipe();
-        step("record wiped");
+        guard.write(|file| {
+            file.wipe();
+            step("record wiped");
+        })?;
         // Looked at after it was unlocked: who frees it later finds it unlocked and removes it, who freed it before has
         // left that to us.
         let allocated = guard.release_and(is_allocated)?;

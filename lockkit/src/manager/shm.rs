@@ -24,7 +24,10 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
-use rustix::fs::{AtFlags, CWD, FallocateFlags, Mode, OFlags, fallocate, fchmod, ftruncate, linkat, openat};
+use rustix::fs::{
+    AtFlags, CWD, FallocateFlags, Mode, OFlags, PROC_SUPER_MAGIC, SealFlags, fallocate, fchmod, fcntl_add_seals,
+    ftruncate, linkat, openat, statfs,
+};
 use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 
@@ -209,7 +212,7 @@ impl LockManager for ShmLockManager {
     }
 
     fn held(&self) -> Result<Vec<HeldLock>> {
-        self.0.me()?;
+        self.0.check_slot()?;
         let (mut held, mut known) = (Vec::new(), HashMap::new());
         for (page, cells) in self.0.table.used_cells() {
             for (at, cell) in cells.iter().enumerate() {
@@ -309,11 +312,16 @@ impl Attached {
         if self::identity(&path, &mapped)? != identity {
             return Err(ErrorKind::RogueDeletion { path }.into());
         }
+        // Who shortens the file ends every process that uses it. A memfd whose maker allows seals can be kept from it
+        // (MFD_ALLOW_SEALING); every other file refuses.
+        if fcntl_add_seals(&*mapped, SealFlags::SHRINK).is_ok() {
+            step("table sealed");
+        }
         let no_fork = NoFork::hold();
         let mut attached = ATTACHED.lock();
         if let Some(known) = attached.iter().copied().find(|known| known.identity == identity) {
             drop((attached, no_fork));
-            known.me()?;
+            known.check_slot()?;
             return Ok(known);
         }
         let table = Table::map(&mapped, capacity).map_err(|error| Error::io("map", &path, error))?;
@@ -344,13 +352,13 @@ impl Attached {
     fn me(&self) -> Result<u32> {
         match self.known_me() {
             Some(me) => Ok(me),
-            None => self.me_after_fork(),
+            None => self.me_anew(),
         }
     }
 
-    /// A forked child is another process, and needs a slot of its own.
+    /// This process needs another slot: a forked child has none of its own, and closing the descriptor gives one up.
     #[cold]
-    fn me_after_fork(&self) -> Result<u32> {
+    fn me_anew(&self) -> Result<u32> {
         let mut own = open_file(&self.path)?;
         if identity(&self.path, &own)? != self.identity {
             return Err(ErrorKind::RogueDeletion { path: self.path.clone() }.into());
@@ -358,7 +366,7 @@ impl Attached {
         let _no_fork = NoFork::hold();
         let mut slot = self.slot.lock();
         let mut me = self.me.load(Ordering::Relaxed);
-        if (me >> 32) as u32 != fork::generation() {
+        if (me >> 32) as u32 != fork::generation() || !slot.is_own() {
             me = take_slot(self.table, &self.path, &own)?;
             // What is no longer needed is closed when the mutex is free again.
             std::mem::swap(&mut *slot, &mut own);
@@ -392,7 +400,7 @@ impl Attached {
 
     #[cold]
     fn reserve_page(&self, page: usize) -> Result<()> {
-        self.me()?;
+        self.check_slot()?;
         let _no_fork = NoFork::hold();
         reserve(&self.slot.lock(), self.table.shape().page_of_cells(page))
             .map_err(|error| Error::io("make room in", &self.path, error))?;
@@ -400,6 +408,16 @@ impl Attached {
         self.table.touched()[page / 64].fetch_or(1 << (page % 64), Ordering::Release);
         step("page of locks marked");
         Ok(())
+    }
+
+    /// As [`me`](Self::me), and sees whether the program has closed the descriptor that holds the slot.
+    fn check_slot(&self) -> Result<u32> {
+        let me = self.me()?;
+        let is_own = {
+            let _no_fork = NoFork::hold();
+            self.slot.lock().is_own()
+        };
+        if is_own { Ok(me) } else { self.me_anew() }
     }
 
     /// Whether the owner of a lock has died. What the kernel does not say counts as alive.
@@ -413,8 +431,15 @@ impl Attached {
         if u64::from(owner) == self.me.load(Ordering::Relaxed) & u64::from(u32::MAX) {
             return false;
         }
-        let _no_fork = NoFork::hold();
-        ofd::is_locked(&self.slot.lock(), Shape::slot(at).0).is_ok_and(|locked| !locked)
+        let no_fork = NoFork::hold();
+        let file = self.slot.lock();
+        if file.is_own() {
+            return ofd::is_locked(&file, Shape::slot(at).0).is_ok_and(|locked| !locked);
+        }
+        // In the file that has its number now, every owner would seem dead. The next look is through another descriptor.
+        drop((file, no_fork));
+        let _ = self.me_anew();
+        false
     }
 
     /// Who an owner is, or was, while its slot tells.
@@ -437,10 +462,15 @@ impl fmt::Debug for Attached {
 }
 
 fn open_file(path: &Path) -> Result<Shielded<File>> {
-    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let mut flags = OFlags::NONBLOCK | OFlags::NOCTTY;
+    // A link of /proc/self/fd is the kernel's, and leads to the open file itself.
+    let is_in_proc = |folder: &Path| statfs(folder).is_ok_and(|found| found.f_type == PROC_SUPER_MAGIC);
+    if !path.parent().is_some_and(is_in_proc) {
+        flags |= OFlags::NOFOLLOW;
+    }
     let mut options = File::options();
     options.read(true).write(true).custom_flags(flags.bits() as i32);
-    Shielded::new(|| options.open(path)).map_err(|error| match error.kind() {
+    Shielded::new(|| options.open(path)).map(Shielded::know).map_err(|error| match error.kind() {
         io::ErrorKind::IsADirectory => no_plain_file(path),
         _ => Error::io("open", path, error),
     })

@@ -21,6 +21,7 @@ use crate::steps::step;
 use crate::sys::files::{self, OpenOptionsExt};
 use crate::sys::flock;
 use crate::sys::folder::{self, Sharing};
+use crate::sys::fork::Shielded;
 use crate::wait::{Subject, Wait};
 
 #[derive(Debug)]
@@ -33,7 +34,7 @@ pub(super) struct FolderLock {
 #[derive(Debug)]
 struct Opened {
     /// A user's is locked, shared, against cleaners.
-    _folder: File,
+    _folder: Shielded<File>,
     lock: FileLock,
 }
 
@@ -43,7 +44,7 @@ impl FolderLock {
     }
 
     pub(super) fn acquire(&self, wait: &Wait, subject: &dyn Subject) -> Result<(FileGuard, Option<Box<Recovered>>)> {
-        let guard = match self.open()?.lock.acquire_as(wait, subject) {
+        let mut guard = match self.open()?.lock.acquire_as(wait, subject) {
             // Somebody has deleted the folder since.
             Err(error) if error.is_io(io::ErrorKind::NotFound) => {
                 *self.opened.lock() = None;
@@ -51,7 +52,7 @@ impl FolderLock {
             }
             acquired => acquired?,
         };
-        let recovered = mark::take(guard.file());
+        let recovered = guard.write(mark::take)?;
         Ok((guard, recovered))
     }
 
@@ -59,12 +60,20 @@ impl FolderLock {
     pub(super) fn list(sharing: Sharing) -> Vec<(String, Option<Owner>, u32)> {
         let Some(folder) = folder::path(sharing) else { return Vec::new() };
         let mut living = mark::Living::default();
+        #[cfg(target_os = "linux")]
+        let table = crate::flocks::FileLocks::of_table();
         let mut held = |entry: std::io::Result<std::fs::DirEntry>| {
-            let file = entry.ok()?.file_name().into_string().ok()?;
+            let entry = entry.ok()?;
+            let file = entry.file_name().into_string().ok()?;
             let name = folder::name_of(&file, sharing)?.strip_suffix(".lock")?.to_owned();
             let lock = Self::new(&name, sharing);
             let owner = lock.recorded().filter(|owner| living.has(owner))?;
-            Some((name, Some(owner), lock.waiters().unwrap_or_default()))
+            // The table is read once for all of them.
+            #[cfg(target_os = "linux")]
+            let waiters = table.on(&entry.path()).ok().and_then(|on| on.flock).map_or(0, |locked| locked.waiters);
+            #[cfg(not(target_os = "linux"))]
+            let waiters = lock.waiters().unwrap_or_default();
+            Some((name, Some(owner), waiters))
         };
         std::fs::read_dir(folder).into_iter().flatten().filter_map(&mut held).collect()
     }
@@ -81,9 +90,11 @@ impl FolderLock {
         Ok(folder::open(self.sharing)?.file(&self.file()))
     }
 
-    pub(super) fn release(&self, guard: FileGuard) -> Result<()> {
-        guard.file().wipe();
-        step("record wiped");
+    pub(super) fn release(&self, mut guard: FileGuard) -> Result<()> {
+        guard.write(|file| {
+            file.wipe();
+            step("record wiped");
+        })?;
         guard.release()
     }
 
@@ -100,6 +111,12 @@ impl FolderLock {
         mark::holder(&files::open(&options, &path).ok()?)
     }
 
+    /// Whether a record names a living holder. Makes nothing.
+    #[cfg(all(any(target_os = "linux", windows), feature = "cli"))]
+    pub(super) fn is_held(&self) -> bool {
+        folder::path(self.sharing).is_some() && self.owner().is_some()
+    }
+
     fn open(&self) -> Result<Arc<Opened>> {
         let mut opened = self.opened.lock();
         if let Some(opened) = &*opened {
@@ -112,7 +129,8 @@ impl FolderLock {
             folder.open_file(&self.file())?;
         }
         let lock = FileLock::own(folder.file(&self.file()), self.sharing.file_mode());
-        let folder = File::from(folder.fd);
+        let Ok(folder) = Shielded::new(|| Ok::<_, std::convert::Infallible>(File::from(folder.fd)));
+        let folder = folder.know().keep_across_fork();
         if let Sharing::User(_) = self.sharing {
             // Somebody may hold it exclusively for a while, to clean it; no lock fails for that.
             let _ = flock::try_lock(&folder, flock::Mode::Shared);

@@ -170,7 +170,10 @@ pub(super) fn with_current<T>(what: impl Fn(&Words) -> T) -> T {
 
 /// Which processes live, each looked at once, for a list.
 #[derive(Debug, Default)]
-pub(super) struct Living(HashMap<(u32, [Option<u64>; 2], Option<u128>), bool>);
+pub(super) struct Living(HashMap<Identity, bool>);
+
+/// Pid, start time and pid namespace, boot.
+type Identity = (u32, [Option<u64>; 2], Option<u128>);
 
 impl Living {
     /// Whether the owner lives, or may.
@@ -226,7 +229,7 @@ pub(super) fn owner_of(words: &Words) -> Option<Owner> {
         namespace: some(words[NAMESPACE]),
         boot: Some(u128::from(words[4]) | u128::from(words[5]) << 64).filter(|boot| *boot != 0),
         // A named lock is this machine's; an earlier boot of it is told by the boot id.
-        host: Some(process::host().to_owned()),
+        host: process::host().map(str::to_owned),
         program: String::from_utf8(program).ok().filter(|program| !program.is_empty()),
         acquired: some(words[ACQUIRED])
             .and_then(|nanos| SystemTime::UNIX_EPOCH.checked_add(Duration::from_nanos(nanos))),

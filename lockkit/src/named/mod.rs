@@ -336,6 +336,18 @@ impl NamedLock {
         NamedGuard { named: self.0.clone(), hold: Some(hold), recovered, generation: fork::generation() }
     }
 
+    /// Whether the lock is held now, for a caller that asks again and again.
+    #[cfg(all(any(target_os = "linux", windows), feature = "cli"))]
+    pub(crate) fn is_held(&self) -> Result<bool> {
+        match &self.0.engine {
+            #[cfg(target_os = "linux")]
+            Engine::Socket(engine) => engine.is_held(),
+            #[cfg(windows)]
+            Engine::Mutex(engine) => Ok(engine.owner().is_some()),
+            Engine::File(engine) => Ok(engine.is_held()),
+        }
+    }
+
     /// Who holds the lock now; `None` when nobody does. By the time it returns it may already be past.
     ///
     /// Where the holder has left no record (see [`NamedGuard::recovered`]) the socket backend asks the kernel, which
@@ -561,10 +573,7 @@ impl NamedGuard {
         }
         let released = match (&self.named.engine, hold) {
             #[cfg(target_os = "linux")]
-            (Engine::Socket(engine), Hold::Socket(hold)) => {
-                engine.release(hold);
-                Ok(())
-            }
+            (Engine::Socket(engine), Hold::Socket(hold)) => engine.release(hold),
             #[cfg(windows)]
             (Engine::Mutex(engine), Hold::Mutex(mutex)) => engine.release(mutex),
             (Engine::File(engine), Hold::File(file)) => engine.release(file),

@@ -37,8 +37,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::lock::Recovered;
 use crate::owner::{Liveness, Owner};
 use crate::steps::step;
+use crate::sys::clock::nanos;
 use crate::sys::folder::{self, Sharing};
-use crate::sys::fork::Shielded;
+use crate::sys::fork::{self, Shielded};
 use crate::sys::seqpacket::{self, Address, Arrived, Peer, Reached};
 use crate::sys::{event, user};
 use crate::wait::{Backoff, Patience, Subject, Wait, Waited};
@@ -70,6 +71,8 @@ pub(super) struct Hold {
     /// between the hand-over and the work: closing a connection takes a tenth of a hand-over.
     connection: Option<Shielded>,
     origin: Origin,
+    /// When the socket was last seen to be this lock's, as [`nanos`].
+    since: u64,
 }
 
 /// What is known of the queue of a socket that is held.
@@ -234,7 +237,7 @@ impl SocketLock {
             return Ok(None);
         };
         let died = self.mark().and_then(|mark| mark.take(true));
-        Ok(Some((Hold { socket, connection: None, origin: Origin::Bound(waits) }, died)))
+        Ok(Some((Hold { socket, connection: None, origin: Origin::Bound(waits), since: nanos() }, died)))
     }
 
     /// Queues up at the holder; `None` when it cannot be reached.
@@ -277,7 +280,7 @@ impl SocketLock {
         seqpacket::listen(&socket).map_err(|error| self.io("listen on", error))?;
         // A record that is still there is older than the holder before, who released.
         self.mark().map(|mark| mark.take(false));
-        Ok(Some(Hold { socket, connection: Some(connection), origin }))
+        Ok(Some(Hold { socket, connection: Some(connection), origin, since: nanos() }))
     }
 
     fn peer(&self, connection: &Shielded) -> Result<Peer> {
@@ -285,8 +288,16 @@ impl SocketLock {
     }
 
     /// Passes the lock on to the first waiter, or frees it.
-    pub(super) fn release(&self, hold: Hold) {
-        let Hold { socket, connection, origin } = hold;
+    ///
+    /// # Errors
+    /// [`Io`](ErrorKind::Io) when the program has released it already, by closing the descriptor.
+    pub(super) fn release(&self, hold: Hold) -> Result<()> {
+        let Hold { socket, connection, origin, since } = hold;
+        // The program may have closed the descriptor, and with it released the lock: then the record is another
+        // holder's.
+        if !socket.is_own_since(since, nanos()) {
+            return Err(Error::io("release", self.path(), fork::closed_by_program()));
+        }
         let mark = self.mark();
         let is_waited_for = match (origin, mark.and_then(Mark::waits)) {
             (Origin::Foreign, _) => false,
@@ -301,9 +312,10 @@ impl SocketLock {
                 mark.wipe();
                 step("record wiped");
             }
-            drop(socket);
+            socket.close();
         }
         drop(connection);
+        Ok(())
     }
 
     /// Hands the socket over to the first live waiter; gives it back if there is none, or too many others come first.
@@ -316,7 +328,7 @@ impl SocketLock {
             }
             if seqpacket::hand_over(&waiter, &socket).is_ok() {
                 // From the end of the stream on the receiver holds the lock, and no copy may be left here by then.
-                drop(socket);
+                socket.close();
                 step("own copy closed");
                 seqpacket::complete(&waiter);
                 return None;
@@ -360,6 +372,13 @@ impl SocketLock {
     pub(super) fn waiters(&self) -> Result<u32> {
         let sockets = Sockets::read()?;
         Ok(sockets.at(self.name()).map_or(0, |queue| sockets.waiters(queue, user_of(self.sharing))))
+    }
+
+    /// Whether the name is taken. While it is, asking disturbs nobody; a free one is taken for a moment.
+    #[cfg(feature = "cli")]
+    pub(super) fn is_held(&self) -> Result<bool> {
+        let free = seqpacket::is_free(&self.address).map_err(|error| self.io("bind", error))?;
+        Ok(!free)
     }
 
     /// The abstract name.

@@ -1,78 +1,130 @@
-//! What stands in a pidfile.
+//! The content of a pidfile, and the identity of its owner.
 //!
-//! ```text
-//! 4242
-//! lockkit 1
-//! start 181264
-//! boot 5e1bd5a2c4c94f0cbd2cf1c9f6dd4c8c
-//! namespace 4026531836
-//! host web1/0ad4f2d6a0e94a5c8e2b9d0c4a2f6b11
-//! program backup
-//! acquired 1795194191.048576000 (2026-11-20 17:03:11 UTC)
-//! ```
-//! The first line is all that other programs read. It follows the [Filesystem Hierarchy Standard], 3.15.2: a reader
-//! ignores spaces around the pid, leading zeros, a missing newline and further lines. Nothing else may stand there. The
-//! second line tells a record of lockkit from what another program writes, and names the format. Behind it stands who
-//! the owner is ([`lines`]).
+//! # Content
+//! lockkit writes the pid in decimal and a line end, nothing else. It reads what other programs write ([`parse`]).
 //!
-//! [Filesystem Hierarchy Standard]: https://refspecs.linuxfoundation.org/FHS_3.0/fhs/ch03s15.html
+//! # Identity
+//! The extended attribute [`NAME`] of the file:
+//!
+//! | bytes | field |
+//! |---|---|
+//! | 0 | the version of this layout: 1 |
+//! | 1 to 4 | pid |
+//! | 5 to 12 | start of the process, as [`Owner`] has it |
+//! | 13 to 28 | boot |
+//! | 29 to 36 | pid namespace |
+//! | 37 to 44 | FNV-1a of the host |
+//! | 45 to 52 | time of the file's last write (mtime), in nanoseconds since 1970 |
+//! | 53 to 63 | the beginning of the program's name, 0 to 11 bytes of UTF-8 |
+//!
+//! Numbers are little-endian. ext4 keeps an attribute of up to 64 bytes with this name inside an inode of 256 bytes; a
+//! longer one takes a block of its own, and an acquisition four times as long.
+//!
+//! The attribute counts only for the content that it was set for: for its pid, and for its time. A program that writes
+//! its own pid into the file leaves an attribute that counts no more, even if it happens to have the same pid.
 
-use crate::lines;
+use std::time::{Duration, SystemTime};
+
 use crate::owner::Owner;
 use crate::sys::process;
 
-/// As much of a file is read. What is longer is no pidfile.
-pub(super) const MOST_READ: usize = 4096;
+/// Less than this many bytes are read, and a longer file is no pidfile.
+pub(super) const MAX_LENGTH: usize = 4096;
 
-const MARK: &str = "lockkit 1";
-
-/// What a released file says that could not be removed. No half of a pid looks like it.
+/// What a released file says that could not be removed. No part of a pid looks like it.
 pub(super) const BLANK: &str = "\n";
 
-/// What a file was found to say.
+/// The name of the attribute.
+pub(super) const NAME: &str = "user.lockkit";
+
+/// The greatest length of the attribute.
+pub(super) const MAX_IDENTITY: usize = 64;
+
+const VERSION: u8 = 1;
+const PROGRAM: usize = 53;
+
+/// What a file was found to contain.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Content {
-    /// A line without anything: nobody's, and nobody's who is in the middle of writing.
+    /// Nothing but white space and NULs.
     Blank,
-    /// A record of lockkit's.
-    Ours(Box<Owner>),
-    /// Another program's: a pid.
-    Foreign(u32),
-    /// Neither; the rule that it breaks.
-    Invalid(&'static str),
+    /// Pids.
+    Pids {
+        /// In the order of the file, at least one.
+        pids: Vec<u32>,
+        /// Whether the file contains nothing but one pid, as those of lockkit do.
+        alone: bool,
+        /// The host that is named behind the pid, if it is not known to be this one.
+        elsewhere: Option<String>,
+    },
+    /// Something else; the rule of pidfiles that it breaks.
+    Other(&'static str),
 }
 
-/// Reads what a file says. Give it a byte more than [`MOST_READ`] if there is one.
+/// Reads the content of a file. `bytes` has a byte more than [`MAX_LENGTH`] if the file has.
+///
+/// - White space at the beginning is skipped, line ends included.
+/// - A decimal number follows, and behind it white space, a NUL or the end.
+/// - Further numbers of the line are pids, too, up to the first other word. Further lines are, as long as each is one
+///   number. A number that no process can have as its pid ends the list.
+/// - A line with one word behind the pid, and nothing else in the file, is the pid and the host of a process, as git
+///   writes it.
+/// - A file of four bytes that ends with a NUL is also read as a binary pid, as old UUCP programs write it.
 pub(super) fn parse(bytes: &[u8]) -> Content {
-    if bytes.len() > MOST_READ {
-        return Content::Invalid("it is longer than 4096 bytes");
+    if bytes.len() > MAX_LENGTH {
+        return Content::Other("it is longer than 4096 bytes");
     }
-    if bytes.is_empty() {
-        return Content::Invalid("it is empty");
-    }
-    let end = bytes.iter().position(|byte| *byte == b'\n');
-    let first = bytes[..end.unwrap_or(bytes.len())].trim_ascii();
-    if first.is_empty() {
+    let Some(begin) = bytes.iter().position(|byte| !is_space(*byte)) else { return Content::Blank };
+    if bytes.iter().all(|byte| is_space(*byte) || *byte == 0) {
         return Content::Blank;
     }
-    let pid = match pid(first) {
-        Ok(pid) => pid,
-        Err(rule) => return Content::Invalid(rule),
+    let text = &bytes[begin..];
+    // A C string is over at its end, whatever its buffer has behind it.
+    let text = text.split(|byte| *byte == 0).next().unwrap_or_default();
+    let mut lines = text.split(|byte| *byte == b'\n').map(words);
+    let first = lines.next().unwrap_or_default();
+    let mut pids = match pid(first.first().copied().unwrap_or_default()) {
+        Ok(pid) => vec![pid],
+        Err(rule) => return Content::Other(rule),
     };
-    let rest = String::from_utf8_lossy(&bytes[end.map_or(bytes.len(), |end| end + 1)..]);
-    let mut lines = rest.lines();
-    match lines.next() {
-        Some(MARK) => Content::Ours(Box::new(lines::read(pid, lines))),
-        _ => Content::Foreign(pid),
+    let mut rest = lines.clone().flatten();
+    let elsewhere = match (first.as_slice(), rest.next()) {
+        ([_, word], None) if is_foreign_host(word) => Some(String::from_utf8_lossy(word).into_owned()),
+        _ => None,
+    };
+    let numbers = |words: &[&[u8]]| words.iter().map_while(|word| pid(word).ok()).collect::<Vec<_>>();
+    let more = numbers(&first[1..]);
+    let whole = more.len() == first.len() - 1;
+    pids.extend(more);
+    if whole {
+        pids.extend(lines.map_while(|words| match words[..] {
+            [word] => pid(word).ok(),
+            _ => None,
+        }));
     }
+    if let [one, two, three, 0] = *bytes {
+        let binary = u32::from_le_bytes([one, two, three, 0]);
+        pids.extend((1..=process::MOST_PID).contains(&binary).then_some(binary));
+    }
+    let alone = pids.len() == 1 && text.trim_ascii().len() == first[0].len();
+    Content::Pids { pids, alone, elsewhere }
 }
 
-fn pid(text: &[u8]) -> Result<u32, &'static str> {
-    if !text.iter().all(u8::is_ascii_digit) {
-        return Err("a pid consists of decimal digits");
+/// As isspace(3) has it.
+fn is_space(byte: u8) -> bool {
+    byte.is_ascii_whitespace() || byte == 0x0b
+}
+
+fn words(line: &[u8]) -> Vec<&[u8]> {
+    line.split(|byte| is_space(*byte)).filter(|word| !word.is_empty()).collect()
+}
+
+fn pid(word: &[u8]) -> Result<u32, &'static str> {
+    if word.is_empty() || !word.iter().all(u8::is_ascii_digit) {
+        return Err("it must begin with a pid, in decimal digits");
     }
     let beyond = "no process has a pid so large";
-    let pid = std::str::from_utf8(text).ok().and_then(|text| text.parse().ok()).ok_or(beyond)?;
+    let pid = std::str::from_utf8(word).ok().and_then(|word| word.parse().ok()).ok_or(beyond)?;
     match pid {
         0 => Err("no process has the pid 0"),
         1..=process::MOST_PID => Ok(pid),
@@ -80,89 +132,254 @@ fn pid(text: &[u8]) -> Result<u32, &'static str> {
     }
 }
 
-/// The record of `owner`.
-pub(super) fn write(owner: &Owner) -> String {
-    let mut text = format!("{}\n{MARK}\n", owner.pid);
-    lines::write(owner, &mut text);
-    text
+/// Whether the word may be the name of another host than this one. A number is a pid, and an option or a path is none.
+fn is_foreign_host(word: &[u8]) -> bool {
+    let is_name = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_' | b':') || *byte > 127;
+    let begins = word.first().is_some_and(|first| first.is_ascii_alphanumeric() || *first > 127);
+    let is_number = word.iter().all(u8::is_ascii_digit);
+    begins && !is_number && word.iter().all(is_name) && word != process::host_name().as_bytes()
+}
+
+/// The content of the file of the process `pid`.
+pub(super) fn content(pid: u32) -> String {
+    format!("{pid}\n")
+}
+
+/// The identity of `owner`, for a file that was last written then; `None` if the owner is not known completely.
+pub(super) fn identity(owner: &Owner, written: SystemTime) -> Option<Vec<u8>> {
+    let mut bytes = vec![VERSION];
+    bytes.extend(owner.pid.to_le_bytes());
+    bytes.extend(owner.start?.to_le_bytes());
+    bytes.extend(owner.boot?.to_le_bytes());
+    bytes.extend(owner.namespace?.to_le_bytes());
+    bytes.extend(sum(owner.host.as_deref()?).to_le_bytes());
+    bytes.extend(nanos(written)?.to_le_bytes());
+    let program = owner.program.as_deref().unwrap_or_default();
+    let mut end = program.len().min(MAX_IDENTITY - PROGRAM);
+    while !program.is_char_boundary(end) {
+        end -= 1;
+    }
+    bytes.extend(program[..end].bytes());
+    Some(bytes)
+}
+
+/// Reads an identity that counts for a file that contains `pid` and was last written then.
+pub(super) fn read_identity(bytes: &[u8], pid: u32, written: SystemTime) -> Option<Owner> {
+    if bytes.len() > MAX_IDENTITY || *bytes.first()? != VERSION {
+        return None;
+    }
+    let number = |at: usize| Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?));
+    let is_right = bytes.get(1..5)? == pid.to_le_bytes() && number(45)? == nanos(written)?;
+    let host = match process::host() {
+        Some(host) if sum(host) == number(37)? => host.to_owned(),
+        // Its name is not known here.
+        _ => format!("{:016x}", number(37)?),
+    };
+    let program = std::str::from_utf8(bytes.get(PROGRAM..)?).ok()?;
+    let program: String = program.chars().map(|letter| if letter.is_control() { '?' } else { letter }).collect();
+    is_right.then_some(Owner {
+        pid,
+        start: number(5),
+        boot: Some(u128::from_le_bytes(bytes.get(13..29)?.try_into().ok()?)),
+        namespace: number(29),
+        host: Some(host),
+        program: (!program.is_empty()).then_some(program),
+        acquired: Some(written),
+    })
+}
+
+/// Whether the identity had no room for the whole name of the program.
+pub(super) fn is_program_cut(owner: &Owner) -> bool {
+    // A letter takes up to four bytes.
+    owner.program.as_ref().is_none_or(|program| program.len() + 4 > MAX_IDENTITY - PROGRAM)
+}
+
+fn nanos(moment: SystemTime) -> Option<u64> {
+    u64::try_from(moment.duration_since(SystemTime::UNIX_EPOCH).ok().as_ref().map(Duration::as_nanos)?).ok()
+}
+
+/// FNV-1a.
+pub(super) fn sum(text: &str) -> u64 {
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |sum, byte| (sum ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3))
 }
 
 /// The beginning of the first line, for people.
 pub(super) fn shown(bytes: &[u8]) -> String {
-    const MOST_SHOWN: usize = 40;
+    const MAX_SHOWN: usize = 40;
     let first = bytes.split(|byte| *byte == b'\n').next().unwrap_or_default();
-    let cut = String::from_utf8_lossy(&first[..first.len().min(MOST_SHOWN)]).escape_debug().to_string();
-    if first.len() > MOST_SHOWN { cut + "..." } else { cut }
+    let cut = String::from_utf8_lossy(&first[..first.len().min(MAX_SHOWN)]).escape_debug().to_string();
+    if first.len() > MAX_SHOWN { cut + "..." } else { cut }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::SystemTime;
-
     use super::*;
 
-    #[test]
-    fn a_record_reads_back_as_it_was_written() {
-        let mut owner = Owner::current();
-        owner.acquired = Some(SystemTime::now());
-        assert_eq!(parse(write(&owner).as_bytes()), Content::Ours(Box::new(owner)));
+    fn written() -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::new(1_795_194_191, 48_576_001)
     }
 
-    #[test]
-    fn the_first_line_is_the_pid_and_nothing_else() {
-        let text = write(&Owner::current());
-        assert_eq!(text.lines().next(), Some(&*std::process::id().to_string()));
-        assert!(text.ends_with('\n') && text.len() < MOST_READ);
-    }
-
-    #[test]
-    fn a_damaged_line_leaves_its_field_unknown_and_an_unknown_one_is_passed_over() {
-        let text = "7\nlockkit 1\nstart x\nflavour sour\nboot\nnamespace 12\nacquired 1.x\n\nprogram a b\n";
-        let Content::Ours(owner) = parse(text.as_bytes()) else { panic!("a record") };
-        assert_eq!((owner.pid, owner.start, owner.boot, owner.namespace), (7, None, None, Some(12)));
-        assert_eq!((owner.acquired, owner.program()), (None, Some("a b")));
-    }
-
-    #[test]
-    fn a_program_name_cannot_forge_a_line() {
-        let mut owner = Owner::current();
-        owner.program = Some(format!("a\nstart 1\n{}", "b".repeat(5000)));
-        let Content::Ours(read) = parse(write(&owner).as_bytes()) else { panic!("a record") };
-        assert_eq!(read.start, owner.start);
-        assert!(read.program().unwrap().starts_with("a?start 1?bbb"));
-    }
-
-    #[test]
-    fn a_bare_pid_is_read_as_the_standard_has_it() {
-        for (text, pid) in [
-            ("1", 1),
-            ("1\n", 1),
-            ("4242\n", 4242),
-            ("  4242\n", 4242),
-            ("00042 \r\n", 42),
-            ("42\n/var/lib/postgresql\n1700000000\n", 42),
-        ] {
-            assert_eq!(parse(text.as_bytes()), Content::Foreign(pid), "{text:?}");
+    fn pids(text: &str) -> Vec<u32> {
+        match parse(text.as_bytes()) {
+            Content::Pids { pids, .. } => pids,
+            other => panic!("{text:?}: {other:?}"),
         }
     }
 
     #[test]
-    fn what_is_no_pid_is_invalid_with_the_rule_it_breaks() {
+    fn identity_read_back_is_the_owner() {
+        let mut owner = Owner::current();
+        owner.program = Some("backup".to_owned());
+        let bytes = identity(&owner, written()).expect("this process knows itself");
+        owner.acquired = Some(written());
+        assert_eq!(read_identity(&bytes, owner.pid, written()), Some(owner));
+    }
+
+    #[test]
+    fn identity_of_longest_program_fits_and_is_valid_text() {
+        let mut owner = Owner::current();
+        for program in ["x".repeat(5000), "\u{665}".repeat(50), "a\nstart 1".to_owned(), String::new()] {
+            owner.program = Some(program.clone());
+            let bytes = identity(&owner, written()).unwrap();
+            assert!(bytes.len() <= MAX_IDENTITY, "{}", bytes.len());
+            let read = read_identity(&bytes, owner.pid, written()).unwrap();
+            let shown = read.program().unwrap_or_default();
+            assert!(!shown.contains('\n') && program.replace('\n', "?").starts_with(shown), "{shown}");
+            assert!(program.len() < 11 || is_program_cut(&read));
+        }
+    }
+
+    #[test]
+    fn identity_of_incomplete_owner_is_none() {
+        let complete = Owner::current();
+        let without: [fn(&mut Owner); 4] = [
+            |owner| owner.start = None,
+            |owner| owner.boot = None,
+            |owner| owner.namespace = None,
+            |owner| owner.host = None,
+        ];
+        for take in without {
+            let mut owner = complete.clone();
+            take(&mut owner);
+            assert_eq!(identity(&owner, written()), None);
+        }
+    }
+
+    #[test]
+    fn identity_for_other_content_or_damaged_is_ignored() {
+        let owner = Owner::current();
+        let bytes = identity(&owner, written()).unwrap();
+        assert_eq!(read_identity(&bytes, owner.pid + 1, written()), None);
+        assert_eq!(read_identity(&bytes, owner.pid, written() + Duration::from_nanos(1)), None);
+        for end in 0..PROGRAM {
+            assert_eq!(read_identity(&bytes[..end], owner.pid, written()), None, "{end} bytes");
+        }
+        let mut other = bytes.clone();
+        other[0] = 2;
+        assert_eq!(read_identity(&other, owner.pid, written()), None);
+        other = bytes.clone();
+        other.resize(MAX_IDENTITY + 1, b'x');
+        assert_eq!(read_identity(&other, owner.pid, written()), None);
+        other = bytes[..PROGRAM].to_vec();
+        other.push(0xff);
+        assert_eq!(read_identity(&other, owner.pid, written()), None);
+    }
+
+    #[test]
+    fn identity_of_another_host_is_told_from_this_one() {
+        let mut owner = Owner::current();
+        owner.host = Some("elsewhere/1".to_owned());
+        let bytes = identity(&owner, written()).unwrap();
+        let read = read_identity(&bytes, owner.pid, written()).unwrap();
+        assert_ne!(read.host(), process::host());
+    }
+
+    #[test]
+    fn parse_of_one_pid_is_that_pid() {
+        for (text, pid) in [
+            ("1", 1),
+            ("1\n", 1),
+            ("4242\n\n\n", 4242),
+            ("  4242\n", 4242),
+            ("00042 \r\n", 42),
+            ("\n\r\n \t\x0c\x0b\n42", 42),
+            ("42\0\0\0\0", 42),
+        ] {
+            let found = parse(text.as_bytes());
+            assert_eq!(found, Content::Pids { pids: vec![pid], alone: true, elsewhere: None }, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn parse_of_text_behind_the_pid_is_the_pid() {
+        for text in ["42\n/var/lib/postgresql\n1700000000\n", "42 /usr/sbin/sendmail -bd\n", "42\tminicom root\n"] {
+            let found = parse(text.as_bytes());
+            assert_eq!(found, Content::Pids { pids: vec![42], alone: false, elsewhere: None }, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn parse_of_several_pids_is_all_up_to_another_word() {
+        assert_eq!(pids("1 2 3\n"), [1, 2, 3]);
+        assert_eq!(pids("1\n2\n 3 \n"), [1, 2, 3]);
+        assert_eq!(pids("1 2\n3\n\n4\n"), [1, 2, 3]);
+        assert_eq!(pids("1 2 x 3\n4\n"), [1, 2]);
+        assert_eq!(pids("1\n2 3\n"), [1]);
+        assert_eq!(pids("1\n99999999999\n2\n"), [1]);
+        assert_eq!(pids("1 0 2"), [1]);
+        assert_eq!(pids("1\0 2"), [1]);
+    }
+
+    #[test]
+    fn parse_of_pid_and_host_tells_this_host_from_others() {
+        let host = |text: &str| match parse(text.as_bytes()) {
+            Content::Pids { pids, elsewhere, .. } => {
+                assert_eq!(pids, [42], "{text:?}");
+                elsewhere
+            }
+            other => panic!("{text:?}: {other:?}"),
+        };
+        assert_eq!(host("42 elsewhere.example.org").as_deref(), Some("elsewhere.example.org"));
+        assert_eq!(host("42 elsewhere\n").as_deref(), Some("elsewhere"));
+        assert_eq!(host(&format!("42 {}", process::host_name())), None);
+        for text in ["42 /elsewhere", "42 -x", "42 two words", "42 word\nline", "42\nelsewhere"] {
+            assert_eq!(host(text), None, "{text:?}");
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn parse_of_four_bytes_with_nul_is_also_binary() {
+        assert_eq!(pids("90\0\0"), [90, 12345]);
+        assert_eq!(pids("123\0"), [123, 0x33_3231]);
+    }
+
+    #[test]
+    fn parse_of_white_space_and_nuls_is_blank() {
+        for text in ["", "\n", " \t\r\n\n", "\0\0\0\0", "\0\n", "\n\0"] {
+            assert_eq!(parse(text.as_bytes()), Content::Blank, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn parse_of_anything_else_names_the_broken_rule() {
         let long = "1".repeat(40);
         let [highest, beyond] = [process::MOST_PID, process::MOST_PID + 1].map(|pid| pid.to_string());
-        assert_eq!(parse(highest.as_bytes()), Content::Foreign(process::MOST_PID));
-        let longer = format!("1\n{}", " ".repeat(MOST_READ));
+        assert_eq!(pids(&highest), [process::MOST_PID]);
+        let longer = format!("1\n{}", " ".repeat(MAX_LENGTH));
         for (text, rule) in [
-            ("", "empty"),
             ("-1", "digits"),
             ("+1", "digits"),
             ("a", "digits"),
             ("0x1", "digits"),
             ("1_0", "digits"),
-            ("12 x", "digits"),
-            ("1 2", "digits"),
-            ("\0\0\0\0\n", "digits"),
+            ("12x", "digits"),
+            ("12x 13\n", "digits"),
+            ("1.5\n", "digits"),
             ("\u{665}", "digits"),
+            ("\u{feff}1\n", "digits"),
+            ("\x001\n", "digits"),
+            ("user@host.123:456", "digits"),
             ("0", "pid 0"),
             ("000\n", "pid 0"),
             (&beyond, "so large"),
@@ -170,15 +387,13 @@ mod tests {
             (&long, "so large"),
             (&longer, "longer than"),
         ] {
-            let Content::Invalid(broken) = parse(text.as_bytes()) else { panic!("{text:?} is valid") };
+            let Content::Other(broken) = parse(text.as_bytes()) else { panic!("{text:?} is a pid") };
             assert!(broken.contains(rule), "{text:?}: {broken}");
         }
-        assert_eq!(parse(b"\n"), Content::Blank);
-        assert_eq!(parse(b" \n12\n"), Content::Blank);
     }
 
     #[test]
-    fn what_is_shown_is_short_and_harmless() {
+    fn shown_text_is_short_and_harmless() {
         assert_eq!(shown(b"12\x1b[2J x\nrest"), "12\\u{1b}[2J x");
         assert!(shown(&[0xff; 9000]).len() < 200);
     }

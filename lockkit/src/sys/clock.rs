@@ -5,7 +5,6 @@
 
 use std::time::Duration;
 
-#[cfg(not(target_vendor = "apple"))]
 use rustix::time::{ClockId, clock_gettime};
 
 #[cfg(any(target_os = "linux", target_os = "android"))]
@@ -23,4 +22,11 @@ pub(crate) fn now() -> Duration {
 #[cfg(target_vendor = "apple")]
 pub(crate) fn now() -> Duration {
     super::darwin::time_since_start()
+}
+
+/// Nanoseconds of the monotonic clock, for short spans. A number costs less to keep and compare than an `Instant`.
+#[inline]
+pub(crate) fn nanos() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    (now.tv_sec as u64).wrapping_mul(1_000_000_000).wrapping_add(now.tv_nsec as u64)
 }

@@ -1,26 +1,31 @@
 //! An event that wakes whoever waits for it, and the one wait that everything here sleeps in.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+#[cfg(not(target_os = "linux"))]
+use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
 
+use super::fork::Shielded;
+
 /// An event: once set, it stays set.
 pub(crate) struct Event {
     /// Readable once the event is set.
-    fd: OwnedFd,
+    fd: Shielded,
     /// Where writing sets it, on systems without `eventfd`.
     #[cfg(not(target_os = "linux"))]
-    writer: OwnedFd,
+    writer: Shielded,
 }
 
 impl Event {
     #[cfg(target_os = "linux")]
     pub(crate) fn new() -> io::Result<Self> {
         use rustix::event::{EventfdFlags, eventfd};
-        Ok(Self { fd: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)? })
+        let fd = Shielded::new(|| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK))?;
+        Ok(Self { fd: fd.know().keep_across_fork() })
     }
 
     #[cfg(not(target_os = "linux"))]
@@ -30,7 +35,11 @@ impl Event {
             rustix::io::fcntl_setfd(end, rustix::io::FdFlags::CLOEXEC)?;
         }
         rustix::io::ioctl_fionbio(&writer, true)?;
-        Ok(Self { fd, writer })
+        let note = |end: OwnedFd| {
+            let Ok(noted) = Shielded::new(|| Ok::<_, std::convert::Infallible>(end));
+            noted.know().keep_across_fork()
+        };
+        Ok(Self { fd: note(fd), writer: note(writer) })
     }
 
     /// Wakes everybody who waits, now and later.
@@ -39,8 +48,11 @@ impl Event {
         let writer = &self.fd;
         #[cfg(not(target_os = "linux"))]
         let writer = &self.writer;
-        // A write can only fail because the event is set many times over already.
-        let _ = rustix::io::write(writer, &1_u64.to_ne_bytes());
+        // A program that closed the descriptor may have a file of its own by this number.
+        if writer.is_own() {
+            // A write can only fail because the event is set many times over already.
+            let _ = rustix::io::write(&**writer, &1_u64.to_ne_bytes());
+        }
     }
 }
 

@@ -52,6 +52,56 @@ pub(crate) fn set_mode(file: &File, mode: u32) -> io::Result<()> {
     Ok(fchmod(file, Mode::from_raw_mode(mode as RawMode))?)
 }
 
+/// The permissions of the file.
+pub(crate) fn mode_of(file: &File) -> io::Result<u32> {
+    Ok(look(file)?.mode() & 0o777)
+}
+
+/// What is left of `mode` in a file that this process creates now on a file system of which nothing else is known: less
+/// the umask. Reading the umask sets it, so another thread may create a file that others cannot read meanwhile.
+pub(crate) fn mode_of_new(mode: u32) -> u32 {
+    use parking_lot::Mutex;
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _no_fork = super::fork::NoFork::hold();
+    let _one = ONE_AT_A_TIME.lock();
+    let umask = rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
+    rustix::process::umask(umask);
+    mode & !(umask.as_raw_mode() as u32)
+}
+
+/// Whether this process may remove a file like `found` from the directory, as far as permissions tell.
+pub(crate) fn check_removable(directory: &Path, found: &Seen) -> io::Result<()> {
+    use rustix::fs::{Access, AtFlags, CWD, accessat};
+    accessat(CWD, directory, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS)?;
+    let parent = look_at(directory)?;
+    let me = rustix::process::geteuid().as_raw();
+    // In a sticky directory only these may (`EPERM`).
+    let is_sticky = parent.mode() & 0o1000 != 0;
+    match !is_sticky || [0, found.uid(), parent.uid()].contains(&me) {
+        true => Ok(()),
+        false => Err(Errno::PERM.into()),
+    }
+}
+
+/// Gives the file at `from` the name `to`, which no file has: `AlreadyExists` otherwise, on systems that can tell.
+pub(crate) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    #[cfg(any(target_os = "linux", target_vendor = "apple"))]
+    {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+            // The file system, or the kernel, has no such call.
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {}
+            renamed => return Ok(renamed?),
+        }
+    }
+    fs::rename(from, to)
+}
+
+/// Whether the file belongs to the user of this process.
+pub(crate) fn is_own(found: &Seen) -> bool {
+    found.uid() == rustix::process::geteuid().as_raw()
+}
+
 /// As [`set_mode`], for a folder.
 pub(crate) fn set_folder_mode(path: &Path, mode: u32) -> io::Result<()> {
     fs::set_permissions(path, Permissions::from_mode(mode))
@@ -60,6 +110,11 @@ pub(crate) fn set_folder_mode(path: &Path, mode: u32) -> io::Result<()> {
 /// Why the folder, whose owner is this `uid`, may not be trusted by this process.
 pub(crate) fn is_writable_by_others(folder: &Seen) -> bool {
     folder.mode() & 0o022 != 0
+}
+
+/// The permission bits that let the group and others write to the file.
+pub(crate) fn others_who_write(found: &Seen) -> u32 {
+    found.mode() & 0o022
 }
 
 /// Whether the error comes of a name that the file system cannot have.

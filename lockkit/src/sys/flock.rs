@@ -45,6 +45,14 @@ pub(crate) fn unlock(file: &File) -> io::Result<()> {
     retried(|| FileExt::unlock(file))
 }
 
+/// Whether the error says that the file system has no flock at all, so that no process can hold one on the file. Any
+/// other error (`ENOLCK`, `ENOMEM`, `EIO`) says nothing about the locks of other processes.
+pub(crate) fn is_unsupported(error: &io::Error) -> bool {
+    // ENOTSUP and EOPNOTSUPP are one number on Linux only.
+    let unsupported = [libc::ENOSYS, libc::EOPNOTSUPP, libc::ENOTSUP];
+    error.raw_os_error().is_some_and(|code| unsupported.contains(&code))
+}
+
 fn retried(mut call: impl FnMut() -> io::Result<()>) -> io::Result<()> {
     loop {
         match call() {

@@ -14,7 +14,7 @@
 //! | [`fork`] | descriptors that a forked child does not keep | every held lock |
 //! | `futex` | sleeping until a shared word changes | waiting for a lock in shared memory |
 //! | `mapping` | shared memory as atomic words | what a crash leaves behind |
-//! | `ofd` | locks on a byte of an open file | which processes still use a lock table |
+//! | `ofd` | locks that belong to an open file | which processes still use a lock table, pidfiles |
 //! | [`per_process`] | a value that a forked child does not inherit | the heartbeat of leases |
 //! | [`process`] | which process is which, and whether it lives | owners |
 //! | `seqpacket` | abstract sockets that hand themselves over | named locks on Linux |
@@ -25,6 +25,8 @@
 //! | `user` | whether a uid stands for one user | who is trusted |
 //! | [`unnamed`] | files that are complete before they have a name | pidfiles, leases |
 //! | [`watch`] | being woken when a file changes | waiting for a lease |
+//! | [`write_lock`] | a lock that a mere reader of the file cannot take | pidfiles |
+//! | [`xattr`] | extended attributes | who holds a pidfile |
 
 #![allow(unsafe_code)]
 
@@ -52,7 +54,7 @@ pub(crate) mod freebsd;
 pub(crate) mod futex;
 #[cfg(target_os = "linux")]
 pub(crate) mod mapping;
-#[cfg(all(target_os = "linux", not(loom)))]
+#[cfg(target_os = "linux")]
 pub(crate) mod ofd;
 pub(crate) mod per_process;
 #[cfg(unix)]
@@ -72,6 +74,8 @@ pub(crate) mod user;
 pub(crate) mod watch;
 #[cfg(windows)]
 mod windows;
+pub(crate) mod write_lock;
+pub(crate) mod xattr;
 #[cfg(windows)]
 #[cfg(all(windows, feature = "cli"))]
 pub(crate) use windows::command;

@@ -1,4 +1,4 @@
-//! Locks on one byte of a file that belong to an open file, not to a process: `F_OFD_SETLK` in [fcntl(2)].
+//! Locks on a byte of a file, or on all of it, that belong to an open file, not to a process: `F_OFD_SETLK` in [fcntl(2)].
 //!
 //! The kernel drops them when the last descriptor of the open file is closed, however that comes about, and tells
 //! anyone who has the file whether one is there. Through `libc`, for rustix has no such call.
@@ -10,27 +10,78 @@ use std::io;
 use std::os::fd::AsRawFd;
 
 /// Locks the byte at `offset` for this open file; `false` when another open file has it.
+#[cfg_attr(loom, allow(dead_code))]
 pub(crate) fn try_lock(file: &File, offset: u32) -> io::Result<bool> {
-    match call(file, libc::F_OFD_SETLK, offset) {
+    is_granted(call(file, libc::F_OFD_SETLK, libc::F_WRLCK, byte(offset)))
+}
+
+/// Whether another open file has a lock on the byte at `offset`.
+#[cfg_attr(loom, allow(dead_code))]
+pub(crate) fn is_locked(file: &File, offset: u32) -> io::Result<bool> {
+    let found = call(file, libc::F_OFD_GETLK, libc::F_WRLCK, byte(offset))?;
+    Ok(found.l_type != libc::F_UNLCK as libc::c_short)
+}
+
+/// Takes the write lock on the whole file for this open file, which must be open for writing; `false` when another open
+/// file or a process has any lock on it.
+pub(crate) fn try_write_lock(file: &File) -> io::Result<bool> {
+    is_granted(call(file, libc::F_OFD_SETLK, libc::F_WRLCK, WHOLE))
+}
+
+/// Gives up the lock on the whole file, also where a forked child shares the open file.
+pub(crate) fn unlock(file: &File) -> io::Result<()> {
+    call(file, libc::F_OFD_SETLK, libc::F_UNLCK, WHOLE).map(drop)
+}
+
+/// The process that has a write lock on the file through another open file, or 0 where the kernel does not name it;
+/// `None` when none has. Read locks do not matter.
+pub(crate) fn writer(file: &File) -> io::Result<Option<u32>> {
+    // A read lock conflicts with write locks only.
+    let found = call(file, libc::F_OFD_GETLK, libc::F_RDLCK, WHOLE)?;
+    // The kernel says -1 for a lock of an open file, and 0 for a process of another pid namespace.
+    let pid = u32::try_from(found.l_pid).unwrap_or_default();
+    Ok((found.l_type != libc::F_UNLCK as libc::c_short).then_some(pid))
+}
+
+/// Sleeps until no other open file and no process has a write lock on the file, which must be open for reading.
+pub(crate) fn wait_for_writers(file: &File) -> io::Result<()> {
+    call(file, libc::F_OFD_SETLKW, libc::F_RDLCK, WHOLE).map(drop)
+}
+
+/// First byte and length; the length 0 reaches to the end, wherever that is.
+type Range = (libc::off_t, libc::off_t);
+
+const WHOLE: Range = (0, 0);
+
+/// Slots stand in the first megabyte, which every `off_t` reaches.
+#[cfg_attr(loom, allow(dead_code))]
+fn byte(offset: u32) -> Range {
+    (offset as libc::off_t, 1)
+}
+
+fn is_granted(answer: io::Result<libc::flock>) -> io::Result<bool> {
+    match answer {
         Ok(_) => Ok(true),
         Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
         Err(error) => Err(error),
     }
 }
 
-/// Whether another open file has a lock on the byte at `offset`.
-pub(crate) fn is_locked(file: &File, offset: u32) -> io::Result<bool> {
-    Ok(call(file, libc::F_OFD_GETLK, offset)?.l_type != libc::F_UNLCK as libc::c_short)
+/// Whether another open file or another process has a lock on any byte; with the pid, which only a lock of a process has.
+#[cfg(feature = "cli")]
+pub(crate) fn holder(file: &File) -> io::Result<Option<Option<u32>>> {
+    // A write lock conflicts with every lock.
+    let found = call(file, libc::F_OFD_GETLK, libc::F_WRLCK, WHOLE)?;
+    let is_locked = found.l_type != libc::F_UNLCK as libc::c_short;
+    Ok(is_locked.then(|| u32::try_from(found.l_pid).ok().filter(|pid| *pid != 0)))
 }
 
-fn call(file: &File, command: libc::c_int, offset: u32) -> io::Result<libc::flock> {
+fn call(file: &File, command: libc::c_int, kind: libc::c_int, range: Range) -> io::Result<libc::flock> {
     // SAFETY: a C struct of integers, for which all zeros is a value. Its pid must be 0 for these commands.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-    lock.l_type = libc::F_WRLCK as libc::c_short;
+    lock.l_type = kind as libc::c_short;
     lock.l_whence = libc::SEEK_SET as libc::c_short;
-    // Slots stand in the first megabyte, which every `off_t` reaches.
-    lock.l_start = offset as libc::off_t;
-    lock.l_len = 1;
+    (lock.l_start, lock.l_len) = range;
     loop {
         // SAFETY: the descriptor is open as long as `file` lives, and these commands read and write one `flock`.
         if unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut lock) } != -1 {
@@ -60,6 +111,26 @@ mod tests {
         assert!(!is_locked(&other, 8).unwrap());
         drop(one);
         assert!((0..100).all(|at| !is_locked(&other, at).unwrap()));
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn writer_with_only_read_locks_present_is_none() {
+        let path = std::env::temp_dir().join(format!("lockkit-ofd-writer-{}", std::process::id()));
+        let one = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+        let reader = File::open(&path).unwrap();
+        assert_eq!(writer(&reader).unwrap(), None);
+        wait_for_writers(&reader).unwrap();
+        let third = File::open(&path).unwrap();
+        assert_eq!(writer(&third).unwrap(), None, "a read lock is no writer");
+        assert!(!try_write_lock(&one).unwrap(), "it keeps writers out");
+        drop(reader);
+        assert!(try_write_lock(&one).unwrap());
+        assert_eq!(writer(&third).unwrap(), Some(0));
+        assert_eq!(writer(&one).unwrap(), None, "its own lock is not seen from inside");
+        assert!(try_write_lock(&third).is_err(), "a file open for reading only cannot have one");
+        unlock(&one).unwrap();
+        assert_eq!(writer(&third).unwrap(), None);
         std::fs::remove_file(path).unwrap();
     }
 }

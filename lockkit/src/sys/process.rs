@@ -63,6 +63,16 @@ fn read_line(path: &str) -> std::io::Result<String> {
     Ok(String::from_utf8_lossy(&line[..length]).into_owned())
 }
 
+/// The real and the effective user of a process. Not the owner of its directory below /proc, which is root for every
+/// process that may not be dumped; nor the effective user alone, which a setuid program changes for whoever starts it.
+#[cfg(target_os = "linux")]
+pub(crate) fn users(pid: u32) -> Option<[u32; 2]> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let mut ids = status.lines().find_map(|line| line.strip_prefix("Uid:"))?.split_ascii_whitespace();
+    let mut next = || ids.next()?.parse().ok();
+    Some([next()?, next()?])
+}
+
 /// A process in a pid namespace without a /proc of its own sees that of an outer one, where its pids are other
 /// processes'.
 #[cfg(target_os = "linux")]
@@ -237,7 +247,7 @@ fn read_boot_id() -> Option<u128> {
 #[cfg(not(any(target_os = "linux", target_vendor = "apple")))]
 fn read_boot_id() -> Option<u128> {
     let sum = |sum: u64, byte| (sum ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
-    Some(u128::from(host().bytes().fold(0xcbf2_9ce4_8422_2325, sum)))
+    Some(u128::from(host()?.bytes().fold(0xcbf2_9ce4_8422_2325, sum)))
 }
 
 /// The namespaces of this process in which pids and start times count, as one number: that of the pid namespace in the
@@ -288,28 +298,49 @@ pub(crate) fn clock_id() -> Option<u128> {
 }
 
 /// This host: its name, and the id of its installation where there is one, so that two hosts that were given the same
-/// name still differ. Two that were cloned from one image with their names do not.
-pub(crate) fn host() -> &'static str {
+/// name still differ. Two that were cloned from one image with their names do not. `None` when the id could not be
+/// read for now, as without a free descriptor: the name alone would be another host.
+pub(crate) fn host() -> Option<&'static str> {
     static HOST: OnceLock<String> = OnceLock::new();
-    HOST.get_or_init(|| {
-        let name = rustix::system::uname().nodename().to_string_lossy().replace(char::is_control, "?");
-        match installation() {
-            Some(id) => format!("{name}/{id}"),
-            None => name,
-        }
-    })
+    if let Some(host) = HOST.get() {
+        return Some(host);
+    }
+    let id = installation().ok()?;
+    Some(HOST.get_or_init(|| match id {
+        Some(id) => format!("{}/{id}", host_name()),
+        None => host_name(),
+    }))
+}
+
+/// The name of this host, as the system has it for its processes.
+pub(crate) fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().replace(char::is_control, "?")
 }
 
 #[cfg(target_vendor = "apple")]
-use super::darwin::machine as installation;
-#[cfg(target_os = "freebsd")]
-use super::freebsd::machine as installation;
+fn installation() -> std::io::Result<Option<String>> {
+    Ok(super::darwin::machine())
+}
 
+#[cfg(target_os = "freebsd")]
+fn installation() -> std::io::Result<Option<String>> {
+    Ok(super::freebsd::machine())
+}
+
+/// `None` where the host has no such id, and never will: errors that pass are errors.
 #[cfg(not(any(target_vendor = "apple", target_os = "freebsd")))]
-fn installation() -> Option<String> {
-    let id = fs::read_to_string("/etc/machine-id").ok()?.trim().to_owned();
+fn installation() -> std::io::Result<Option<String>> {
+    use std::io::ErrorKind;
+    let id = match fs::read_to_string("/etc/machine-id") {
+        Ok(id) => id,
+        Err(error) => match error.kind() {
+            ErrorKind::NotFound | ErrorKind::NotADirectory | ErrorKind::InvalidData => return Ok(None),
+            _ => return Err(error),
+        },
+    };
+    let id = id.trim();
     // machine-id(5): until the system has chosen one, it says so in words.
-    (id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit())).then_some(id)
+    Ok((id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit())).then(|| id.to_owned()))
 }
 
 /// Whether what [`host`] gave has the id of an installation, besides the name.

@@ -7,7 +7,7 @@
 
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr;
 
 use rustix::cmsg_space;
@@ -53,15 +53,30 @@ pub(crate) fn listen_at(address: &Address) -> Result<Option<Shielded>> {
 }
 
 pub(super) fn listen_as(kind: SocketType, address: &Address) -> Result<Option<Shielded>> {
-    let socket = Shielded::new(|| socket(kind))?;
-    match retry_on_intr(|| net::bind(&*socket, address)) {
-        Ok(()) => {}
-        Err(Errno::ADDRINUSE) => return Ok(None),
-        Err(error) => return Err(error),
+    let bound = Shielded::named(|| {
+        let socket = socket(kind)?;
+        retry_on_intr(|| net::bind(&socket, address))?;
+        step("name bound");
+        Ok(socket)
+    });
+    match bound {
+        Ok(socket) => {
+            listen(&socket)?;
+            Ok(Some(socket))
+        }
+        Err(Errno::ADDRINUSE) => Ok(None),
+        Err(error) => Err(error),
     }
-    step("name bound");
-    listen(&socket)?;
-    Ok(Some(socket))
+}
+
+/// How every name of a socket of lockkit's begins, those that listen and no others.
+pub(crate) const PREFIX: &str = "lockkit/";
+
+/// Whether it is a socket that listens, or is to listen, for a lock. A connection that such a socket has accepted has
+/// the name, too.
+pub(super) fn has_name_of_lock(descriptor: BorrowedFd<'_>) -> bool {
+    let found = net::getsockname(descriptor).and_then(Address::try_from);
+    found.is_ok_and(|found| found.abstract_name().is_some_and(|name| name.starts_with(PREFIX.as_bytes())))
 }
 
 /// Makes this process the one that [`peer`] names to whoever connects.
@@ -73,9 +88,12 @@ pub(crate) fn listen(socket: &Shielded) -> Result<()> {
 
 /// Whether nobody has the address. Takes it for a moment, in which nobody else can.
 pub(crate) fn is_free(address: &Address) -> Result<bool> {
-    let socket = Shielded::new(|| socket(SocketType::SEQPACKET))?;
-    match retry_on_intr(|| net::bind(&*socket, address)) {
-        Ok(()) => Ok(true),
+    let bound = Shielded::named(|| {
+        let socket = socket(SocketType::SEQPACKET)?;
+        retry_on_intr(|| net::bind(&socket, address)).map(|()| socket)
+    });
+    match bound {
+        Ok(_) => Ok(true),
         Err(Errno::ADDRINUSE) => Ok(false),
         Err(error) => Err(error),
     }
@@ -110,7 +128,7 @@ fn connect_by(connection: Shielded, address: &Address) -> Result<Reached> {
     match retry_on_intr(|| net::connect(&*connection, address)) {
         Ok(()) => {
             step("queued up");
-            Ok(Reached::Queue(connection))
+            Ok(Reached::Queue(connection.know()))
         }
         Err(Errno::CONNREFUSED) => Ok(Reached::Nobody),
         Err(Errno::AGAIN) => Ok(Reached::Full),
@@ -319,7 +337,7 @@ fn receive_one(connection: &Shielded) -> Result<Option<Arrived>> {
         socket.ok_or(())
     });
     match (socket, failed) {
-        (Ok(socket), _) => Ok(Some(Arrived { socket, sender })),
+        (Ok(socket), _) => Ok(Some(Arrived { socket: socket.know(), sender })),
         (Err(()), None) => Ok(None),
         (Err(()), Some(error)) => Err(error),
     }

@@ -32,7 +32,7 @@ pub(crate) fn accept(listener: &Shielded) -> Result<Option<Shielded>> {
         match Shielded::new(|| net::accept_with(&**listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)) {
             Ok(connection) => {
                 step("caller accepted");
-                return Ok(Some(connection));
+                return Ok(Some(connection.know()));
             }
             Err(Errno::INTR | Errno::CONNABORTED) => {}
             Err(Errno::AGAIN) => return Ok(None),
@@ -54,6 +54,9 @@ pub(crate) enum Moved {
 
 /// Writes as much of `bytes` as there is room for.
 pub(crate) fn send(connection: &Shielded, bytes: &[u8]) -> Result<Moved> {
+    if !connection.is_own() {
+        return Ok(Moved::End);
+    }
     match retry_on_intr(|| net::send(&**connection, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)) {
         Ok(sent) => {
             step("bytes sent");
@@ -90,7 +93,7 @@ pub(crate) struct Watched(Shielded);
 
 impl Watched {
     pub(crate) fn new() -> Result<Self> {
-        Shielded::new(|| epoll::create(epoll::CreateFlags::CLOEXEC)).map(Self)
+        Shielded::new(|| epoll::create(epoll::CreateFlags::CLOEXEC)).map(|made| Self(made.know()))
     }
 
     /// Watches `fd`, under the name `id`, until it is closed or left out.
@@ -111,6 +114,9 @@ impl Watched {
     /// The names of those that can be read now, or have hung up; some of them, if there are many.
     pub(crate) fn ready(&self) -> Result<impl Iterator<Item = u64> + use<>> {
         const AT_ONCE: usize = 32;
+        if !self.0.is_own() {
+            return Err(Errno::BADF);
+        }
         let mut events = [Event { flags: EventFlags::empty(), data: EventData::new_u64(0) }; AT_ONCE];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         let count = retry_on_intr(|| epoll::wait(&*self.0, &mut events, Some(&now)))?;

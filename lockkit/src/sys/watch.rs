@@ -17,18 +17,19 @@ pub(crate) fn changes_of(_: &std::path::Path) -> std::io::Result<super::fd::Owne
 #[cfg(target_os = "linux")]
 mod inotify {
     use std::io;
-    use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+    use std::os::fd::{AsFd, BorrowedFd};
     use std::path::Path;
     use std::sync::{Mutex, PoisonError};
 
     use rustix::fs::inotify::{CreateFlags, WatchFlags, add_watch, init, remove_watch};
 
+    use crate::sys::fork::Shielded;
     use crate::sys::per_process::PerProcess;
 
     /// What the next watch of this process uses: without a watch, and with nothing to read.
-    static SPARE: PerProcess<Mutex<Option<OwnedFd>>> = PerProcess::new();
+    static SPARE: PerProcess<Mutex<Option<Shielded>>> = PerProcess::new();
 
-    fn exchange_spare(with: Option<OwnedFd>) -> Option<OwnedFd> {
+    fn exchange_spare(with: Option<Shielded>) -> Option<Shielded> {
         let mut spare = SPARE.get(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
         std::mem::replace(&mut spare, with)
     }
@@ -36,7 +37,7 @@ mod inotify {
     /// Watches a file until it is dropped. Can be read once the file has changed.
     pub(crate) struct Watch {
         /// There until it is dropped.
-        inotify: Option<OwnedFd>,
+        inotify: Option<Shielded>,
         number: i32,
     }
 
@@ -45,13 +46,13 @@ mod inotify {
     /// or no more of them to be had.
     pub(crate) fn changes_of(path: &Path) -> io::Result<Watch> {
         let inotify = match exchange_spare(None) {
-            Some(spare) => spare,
-            None => init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?,
+            Some(spare) if spare.is_own() => spare,
+            _ => Shielded::new(|| init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK))?.know().keep_across_fork(),
         };
         // A file that is removed or replaced while somebody has it open changes its link count at once (`ATTRIB`), and
         // is gone (`DELETE_SELF`) only when that one has closed it.
         let changes = WatchFlags::MODIFY | WatchFlags::ATTRIB | WatchFlags::MOVE_SELF | WatchFlags::DELETE_SELF;
-        match add_watch(&inotify, path, changes | WatchFlags::DONT_FOLLOW) {
+        match add_watch(&*inotify, path, changes | WatchFlags::DONT_FOLLOW) {
             Ok(number) => Ok(Watch { inotify: Some(inotify), number }),
             Err(error) => {
                 drop(exchange_spare(Some(inotify)));
@@ -68,11 +69,11 @@ mod inotify {
 
     impl Drop for Watch {
         fn drop(&mut self) {
-            let Some(inotify) = self.inotify.take() else { return };
+            let Some(inotify) = self.inotify.take().filter(Shielded::is_own) else { return };
             // It fails when the file is gone.
-            let _ = remove_watch(&inotify, self.number);
+            let _ = remove_watch(&*inotify, self.number);
             // That tells of itself, behind the changes. It does not block.
-            while rustix::io::read(&inotify, &mut [0; 1024]).is_ok_and(|length| length > 0) {}
+            while rustix::io::read(&*inotify, &mut [0; 1024]).is_ok_and(|length| length > 0) {}
             drop(exchange_spare(Some(inotify)));
         }
     }

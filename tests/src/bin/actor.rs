@@ -2,7 +2,7 @@
 
 use lockkit_tests::{Spec, actor, chaos, leases, managers, steps, tasks};
 #[cfg(target_os = "linux")]
-use lockkit_tests::{faults, instances, rogue};
+use lockkit_tests::{faults, instances, realtime, rogue};
 
 fn main() {
     // What an instance is called with may be any bytes.
@@ -27,6 +27,8 @@ fn main() {
         ["hand-over", name] => rogue::hand_over(name),
         #[cfg(target_os = "linux")]
         ["hand-over-stream", name] => rogue::hand_over_another_type(name),
+        #[cfg(target_os = "linux")]
+        ["realtime", part, name] => realtime::serve(part, name),
         #[cfg(target_os = "linux")]
         ["intrude", place] => instances::intrude(place),
         #[cfg(target_os = "linux")]
@@ -55,7 +57,7 @@ fn main() {
         [spec, "closed-input"] => lockkit_tests::suite::lock_on_descriptor_zero(&Spec::parse(spec)),
         [spec, "steps", scenario] => steps::play(&Spec::parse(spec), scenario),
         _ => panic!(
-            "actor [stormed] sleep SECONDS | squat NAME | queue NAME | hand-over NAME | hand-over-stream NAME | intrude UID/NAME | pretend UID/NAME | instance NAME … | table TABLE | lease TERMS [chaos LOG SEED] | SPEC [chaos LOG SEED | stress COUNTER ROUNDS | tasks FLAVOR ROUNDS | closed-input | closed FILE | steps SCENARIO]"
+            "actor [stormed] sleep SECONDS | squat NAME | queue NAME | hand-over NAME | hand-over-stream NAME | realtime PART NAME | intrude UID/NAME | pretend UID/NAME | instance NAME … | table TABLE | lease TERMS [chaos LOG SEED] | SPEC [chaos LOG SEED | stress COUNTER ROUNDS | tasks FLAVOR ROUNDS | closed-input | closed FILE | steps SCENARIO]"
         ),
     }
 }

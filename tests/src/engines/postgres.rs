@@ -117,7 +117,9 @@ impl Postgres {
         let port = free_port();
         let mut command = as_its_user(&installed("postgres")?);
         command.arg("-D").arg(folder.path().join("data")).arg("-k").arg(folder.path()).arg("-p").arg(port.to_string());
-        let usual = ["listen_addresses=127.0.0.1", "fsync=off", "max_connections=200"];
+        // A killed server leaves its shared memory behind: in its folder, which goes, and not in /dev/shm.
+        let memory = "dynamic_shared_memory_type=mmap";
+        let usual = ["listen_addresses=127.0.0.1", "fsync=off", "max_connections=200", memory];
         command.args(usual.iter().chain(setup.settings).flat_map(|setting| ["-c", setting]));
         command.envs(setup.clock.into_iter().flat_map(Clock::variables));
         Ok(Self { server: None, command, port, folder })

@@ -1,5 +1,5 @@
 #[lockkit::single_instance("com.example.app")]
 fn main() {
-    drop(__guard);
-    println!("{}", __LOCKKIT_NAME);
+    drop(__lockkit_guard_f81d4fae);
+    println!("{}", __LOCKKIT_NAME_F81D4FAE);
 }

@@ -492,7 +492,7 @@ fn advise(filesystem: FileSystem, checks: &[Check]) -> Vec<Advice> {
             reason: "it needs no folder at all: the kernel of this machine keeps it".to_owned(),
         },
         advice("file lock", &[FLOCK, SHARED, KILL], file_good, beyond),
-        advice("pidfile", &[FLOCK, KILL], "flock and the identity of the owner both hold", pids),
+        advice("pidfile", &[FLOCK, KILL], "the lock and the identity of the owner both hold", pids),
         advice("lease", &[FLOCK, KILL], lease_good, beyond),
         advice("table in shared memory", &[TABLE, NAMELESS], "locks of it take nanoseconds", one_machine),
         advice("table in a folder", &[FLOCK, KILL], "flock excludes and is released by a kill", one_machine),

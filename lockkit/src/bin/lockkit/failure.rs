@@ -9,6 +9,7 @@ use std::io::{self, Write};
 
 use lockkit::ErrorKind;
 
+use crate::look::plain;
 use crate::paint;
 
 /// The exit code of a command that worked, or why not.
@@ -96,7 +97,6 @@ impl Failure {
         self.code
     }
 
-    #[cfg(target_os = "linux")]
     pub(crate) fn message(&self) -> &str {
         &self.message
     }
@@ -107,16 +107,18 @@ impl Failure {
         }
         let mut stderr = anstream::stderr().lock();
         let (bad, end) = (paint::BAD.render(), paint::BAD.render_reset());
-        let _ = writeln!(stderr, "{bad}lockkit:{end} {}", sentence(&self.message));
+        // Paths and what a store says may hold anything.
+        let _ = writeln!(stderr, "{bad}lockkit:{end} {}", plain(&sentence(&self.message)));
         if let Some(example) = &self.example {
-            let _ = writeln!(stderr, "For example: {example}");
+            let _ = writeln!(stderr, "For example: {}", plain(example));
         }
     }
 }
 
 /// Writes a line to the standard error, if that can be written to: unlike the macro it never panics.
 pub(crate) fn note(line: impl std::fmt::Display) {
-    let _ = writeln!(io::stderr(), "{line}");
+    // In one write, so that lines of several processes stay whole.
+    let _ = io::stderr().write_all(format!("{}\n", plain(&line.to_string())).as_bytes());
 }
 
 /// With a full stop.
@@ -127,7 +129,7 @@ fn sentence(message: &str) -> String {
     format!("{first}{}{stop}", letters.as_str())
 }
 
-fn of_io(kind: io::ErrorKind) -> u8 {
+pub(crate) fn of_io(kind: io::ErrorKind) -> u8 {
     match kind {
         io::ErrorKind::NotFound => code::NO_INPUT,
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => code::NO_PERMISSION,

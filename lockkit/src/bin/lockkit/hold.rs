@@ -9,6 +9,7 @@ use std::time::Duration;
 use lockkit::{FileGuard, LeaseGuard, NamedGuard, Owner, PidGuard, Recovered};
 
 use crate::failure::{Failure, code};
+use crate::look::plain;
 use crate::supervise::LossPipe;
 
 /// A lock that is held.
@@ -58,7 +59,8 @@ impl Hold {
             command.env("LOCKKIT_TOKEN", guard.token().to_string());
         }
         match self.recovered() {
-            Some(died) => command.env("LOCKKIT_RECOVERED", died.to_string()),
+            // A program may have any name, and what reads the variable may be a shell or a terminal.
+            Some(died) => command.env("LOCKKIT_RECOVERED", plain(&died.to_string())),
             None => command.env_remove("LOCKKIT_RECOVERED"),
         };
     }

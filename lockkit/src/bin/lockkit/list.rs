@@ -1,17 +1,22 @@
-//! `lockkit list`: every lock that somebody holds, as far as this user may see.
+//! `lockkit list`: every lock that is held, as far as this user may see.
 //!
-//! Named locks and locked files are found by themselves; of pidfiles those in the system's folders for them. A lease
+//! Named locks and locked files are found by themselves; of pidfiles those in the system's directories for them. A lease
 //! leaves no trace in the kernel while nobody touches it, so `lockkit run` keeps its file open for this; those that
 //! other programs hold are found by path only. A table in shared memory is open, and locked in its own way, in each
 //! process that uses it.
+//!
+//! All of it is one pass: over the sockets, over /proc, and over each directory. What was released meanwhile is left out.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use lockkit::{FileLock, NamedLock, Scope};
+use lockkit::{NamedLock, Scope};
 use serde::Serialize;
 
 use crate::failure::{Failure, Outcome, code};
+use crate::locks::FileLocks;
 use crate::look::{self, Kind, Sight, State};
 use crate::paint::{TITLE, paint};
 use crate::place;
@@ -21,17 +26,21 @@ use crate::supervise::KEEPER;
 /// List the locks that are held: kind, name, state, waiters and holders.
 ///
 /// Shown are the named locks of this user and of the machine; of the processes of this user, or of everybody for root,
-/// the files that they have locked, the leases under which lockkit runs programs, and the tables in shared memory that
-/// they use; the pidfiles in /run, and the tables in /dev/shm. What else there is, such as the leases of other
-/// programs, is found in the files and folders that are given.
+/// the files that they have locked by flock(2) or fcntl(2), the leases under which lockkit runs programs, and the tables
+/// in shared memory that they use; the pidfiles in /run, and the tables in /dev/shm. What else there is, such as the
+/// leases of other programs, is found in the files and directories that are given.
+///
+/// Of a directory that is given, stale locks are shown, too, and as unknown those files that this user may not read. A
+/// file that is given is shown whatever its state. The exit code is 77 when a file or directory that is given may not be
+/// read.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
   lockkit list
-  lockkit list /srv/shared             Also what is in this folder.
+  lockkit list /srv/shared             Also what is in this directory.
   lockkit list --json | jq -r '.locks[] | select(.kind == \"named\") | .name'")]
 pub(crate) struct List {
-    /// Files and folders in which to look for leases, pidfiles and tables, too; also for free ones.
+    /// Files, also of free locks, and directories in which to look for leases, pidfiles and tables.
     paths: Vec<PathBuf>,
     /// Write JSON: {"version":1,"locks":[…]}, as docs/CLI.md has it.
     #[arg(long)]
@@ -44,120 +53,140 @@ struct Form<'l> {
     locks: &'l [Sight],
 }
 
+/// What was found, by path, and by kind where a file has locks of two. The path is text: a comparison of paths goes part
+/// by part and is slow.
+#[derive(Default)]
+struct Found(BTreeMap<(OsString, Kind), Sight>);
+
+impl Found {
+    fn add(&mut self, path: &Path, sight: Sight) {
+        self.0.insert((path.into(), sight.kind), sight);
+    }
+
+    fn has(&self, path: &Path) -> bool {
+        self.0.range((path.into(), Kind::Named)..).next().is_some_and(|((found, _), _)| found == path.as_os_str())
+    }
+
+    /// What is in a directory: what is no lock, or free, is left out.
+    fn add_entry(&mut self, path: &Path, locks: &FileLocks) {
+        match look::recognised(path, locks, false) {
+            Ok(Some(sight)) if sight.state != State::Free => self.add(path, sight),
+            Ok(_) => {}
+            // It has gone, or is a link that leads nowhere.
+            Err(failure) if failure.code() == code::NO_INPUT => {}
+            // A file by the name of a pidfile that holds something else.
+            Err(failure) if failure.code() == code::DATA && look::has_pid_extension(path) => {}
+            // That it is locked is known already.
+            Err(_) if self.has(path) => {}
+            Err(failure) => self.add(path, Sight::unknown(path, &failure)),
+        }
+    }
+}
+
 impl List {
     pub(crate) fn carry_out(self) -> Outcome {
         let mut locks = Vec::new();
         for scope in [Scope::User, Scope::Machine] {
-            for lock in NamedLock::list(scope)? {
-                locks.extend(look::named(&lock).ok().filter(|sight| sight.state != State::Free));
-            }
+            locks.extend(NamedLock::held(scope)?.iter().filter_map(look::of_held));
         }
-        let mut by_path = BTreeMap::new();
-        for lock in FileLock::list() {
-            let path = lock.path();
-            if !is_own(path) {
-                by_path.insert(path.to_owned(), look::recognised(path).unwrap_or_else(|| look::file(path)));
-            }
-        }
-        let usual = usual_folders().into_iter().flat_map(|folder| entries(&folder)).filter(|path| is_usual(path));
-        for path in usual.chain(kept_open()) {
-            match look::recognised(&path) {
-                Some(Ok(sight)) if sight.state != State::Free => drop(by_path.insert(path, Ok(sight))),
-                _ => {}
-            }
-        }
-        for given in &self.paths {
-            let given = place::absolute(given)?;
-            match look::recognised(&given) {
-                Some(sight) => by_path.insert(given, sight),
-                None if given.is_dir() => {
-                    for path in entries(&given) {
-                        // Many a file begins with a number.
-                        let fits = |sight: &Sight| sight.kind != Kind::Pidfile || has_pid_extension(&path);
-                        if let Some(sight) = look::recognised(&path).filter(|sight| sight.as_ref().map_or(true, fits)) {
-                            by_path.insert(path, sight);
-                        }
-                    }
-                    None
-                }
-                None => by_path.insert(given.clone(), look::file(&given)),
-            };
-        }
-        for (path, sight) in by_path {
-            match sight {
-                Ok(sight) => locks.push(sight),
-                Err(failure) if self.paths.iter().any(|given| path.ends_with(given)) => return Err(failure),
-                Err(_) => {}
-            }
-        }
+        let (found, failures) = self.by_path();
+        locks.extend(found.0.into_values());
         match self.json {
             true => look::json(&Form { version: look::VERSION, locks: &locks })?,
             false => show(&locks)?,
         }
-        Ok(code::OK)
+        let mut failures = failures.into_iter();
+        let last = failures.next_back();
+        failures.for_each(|failure| failure.show());
+        last.map_or(Ok(code::OK), Err)
+    }
+
+    /// The locks at paths, and why some of those that are given could not be looked at.
+    fn by_path(&self) -> (Found, Vec<Failure>) {
+        let locks = FileLocks::read(keeper());
+        let (mut found, mut failures) = (Found::default(), Vec::new());
+        for (path, on) in locks.files().filter(|(path, _)| !is_own(path)) {
+            match look::recognised(path, &locks, true) {
+                Ok(Some(sight)) if sight.state == State::Held => found.add(path, sight),
+                // They are locked for a moment while they are read or written, whoever holds them.
+                Ok(Some(Sight { kind: Kind::Lease | Kind::Table, .. })) => {}
+                _ => look::locked(path, &on, &locks).for_each(|sight| found.add(path, sight)),
+            }
+        }
+        let usual = usual_directories().into_iter().flat_map(|directory| entries(&directory).unwrap_or_default());
+        for path in usual.filter(|path| is_usual(path)).chain(locks.open().iter().cloned()) {
+            match look::recognised(&path, &locks, false) {
+                Ok(Some(sight)) if sight.state == State::Held => found.add(&path, sight),
+                _ => {}
+            }
+        }
+        for given in &self.paths {
+            if let Err(failure) = add_given(given, &locks, &mut found) {
+                failures.push(failure);
+            }
+        }
+        (found, failures)
+    }
+}
+
+fn add_given(given: &Path, locks: &FileLocks, found: &mut Found) -> Result<(), Failure> {
+    let given = place::absolute(given)?;
+    match look::at_path(&given, locks) {
+        // A directory is listed; that it is locked itself is known already.
+        Ok(sight) if sight.kind == Kind::File && given.is_dir() => {
+            let paths = entries(&given).map_err(|error| Failure::io(format!("list {}", given.display()), error))?;
+            paths.iter().for_each(|path| found.add_entry(path, locks));
+            Ok(())
+        }
+        Ok(sight) => {
+            found.add(&given, sight);
+            Ok(())
+        }
+        Err(failure) => {
+            if look::is_unknown(&failure) && !given.is_dir() {
+                found.add(&given, Sight::unknown(&given, &failure));
+            }
+            Err(failure)
+        }
     }
 }
 
 /// The files by which named locks are kept, which are in the list by their names.
 fn is_own(path: &Path) -> bool {
     let text = path.to_string_lossy();
-    ["/tmp/lockkit-u", "/tmp/lockkit-machine-", "/dev/shm/lockkit-u"].iter().any(|own| text.starts_with(own))
+    ["/tmp/lockkit-u", "/tmp/lockkit-machine", "/dev/shm/lockkit-"].iter().any(|own| text.starts_with(own))
 }
 
 /// None, as nothing is usual here.
 #[cfg(not(target_os = "linux"))]
-fn usual_folders() -> [PathBuf; 0] {
+fn usual_directories() -> [PathBuf; 0] {
     []
 }
 
 #[cfg(target_os = "linux")]
-fn usual_folders() -> [PathBuf; 3] {
+fn usual_directories() -> [PathBuf; 3] {
     let uid = rustix::process::geteuid().as_raw();
     ["/run".into(), format!("/run/user/{uid}").into(), "/dev/shm".into()]
 }
 
-/// Nobody tells which files processes keep open here.
-#[cfg(not(target_os = "linux"))]
-fn kept_open() -> [PathBuf; 0] {
-    []
+/// The name of the processes that hold leases for `lockkit run`.
+fn keeper() -> &'static str {
+    #[cfg(target_os = "linux")]
+    return KEEPER.to_str().unwrap_or_default();
+    #[cfg(not(target_os = "linux"))]
+    ""
 }
 
-/// The files that may be leases or tables by how processes keep them open: those of lockkit itself, and those with a
-/// lock on a byte.
-#[cfg(target_os = "linux")]
-fn kept_open() -> impl Iterator<Item = PathBuf> {
-    let pids = entries(Path::new("/proc")).into_iter().filter(|path| {
-        path.file_name()
-            .and_then(|name| name.to_str())
-            .is_some_and(|name| name.bytes().all(|byte| byte.is_ascii_digit()))
-    });
-    pids.flat_map(|process| {
-        let program = std::fs::read_to_string(process.join("comm")).unwrap_or_default();
-        let is_lockkit = program.trim_end().as_bytes() == KEEPER.to_bytes();
-        entries(&process.join("fdinfo")).into_iter().filter_map(move |info| {
-            let locked = || std::fs::read_to_string(&info).is_ok_and(|info| info.contains(" OFDLCK "));
-            (is_lockkit || locked()).then_some(())?;
-            let path = std::fs::read_link(process.join("fd").join(info.file_name()?)).ok()?;
-            // Not a pipe or a socket, whose links are no paths.
-            path.is_absolute().then_some(path)
-        })
-    })
-}
-
-/// Whether a file in a usual folder is worth opening.
+/// Whether a file in a usual directory is worth opening.
 fn is_usual(path: &Path) -> bool {
-    path.starts_with("/dev/shm") || has_pid_extension(path)
+    match path.as_os_str().as_encoded_bytes().starts_with(b"/dev/shm/") {
+        true => !is_own(path),
+        false => look::has_pid_extension(path),
+    }
 }
 
-fn has_pid_extension(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| extension == "pid")
-}
-
-fn entries(folder: &Path) -> Vec<PathBuf> {
-    let mut paths: Vec<_> =
-        std::fs::read_dir(folder).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path())).collect();
-    paths.sort_unstable();
-    paths
+fn entries(directory: &Path) -> std::io::Result<Vec<PathBuf>> {
+    std::fs::read_dir(directory)?.map(|entry| Ok(entry?.path())).collect()
 }
 
 fn show(locks: &[Sight]) -> Result<(), Failure> {
@@ -170,8 +199,10 @@ fn show(locks: &[Sight]) -> Result<(), Failure> {
         let cells: Vec<_> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
         cells.join("  ").trim_end().to_owned()
     };
-    look::say(|out| {
-        writeln!(out, "{}", paint(TITLE, line(&titles)))?;
-        rows.iter().try_for_each(|row| writeln!(out, "{}", line(row)))
-    })
+    let mut text = format!("{}\n", paint(TITLE, line(&titles)));
+    for row in &rows {
+        let _ = writeln!(text, "{}", line(row));
+    }
+    // The standard output is flushed at every end of a line, which costs a system call each.
+    look::say(|out| out.write_all(text.as_bytes()))
 }

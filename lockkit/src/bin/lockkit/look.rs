@@ -2,18 +2,23 @@
 //!
 //! The JSON forms have a version, and are documented in docs/CLI.md. Within a version fields are only added.
 
-use std::fs::File;
-use std::io::{Read, Write};
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
+#[cfg(not(unix))]
+use lockkit::FileLock;
 use lockkit::{
-    Backend, FileLock, FileLockManager, Lease, LeaseStatus, Liveness, LockManager, NamedLock, Owner, PidFile,
-    PidStatus, Scope, ShmLockManager,
+    Backend, FileLockManager, HeldNamedLock, Lease, LeaseStatus, Liveness, LockManager, NamedLock, Owner, PidFile,
+    PidStatus, Scope, ShmLockManager, command,
 };
 use serde::Serialize;
 
-use crate::failure::Failure;
+use crate::failure::{Failure, code};
+use crate::locks::{FileLocks, Locked, OnFile};
 use crate::paint::{BAD, GOOD, ODD, TITLE, paint};
 use crate::place::{self, Place, ScopeArgument};
 
@@ -24,7 +29,10 @@ pub(crate) const VERSION: u32 = 1;
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Kind {
     Named,
+    /// flock(2) on a file or directory.
     File,
+    /// fcntl(2) on a file.
+    Fcntl,
     Pidfile,
     Lease,
     Table,
@@ -37,6 +45,8 @@ pub(crate) enum State {
     Held,
     /// The one that held it died or ran out of time, and the next to come takes it over.
     Stale,
+    /// It may be held, but this process may not read what would tell.
+    Unknown,
 }
 
 impl State {
@@ -46,6 +56,7 @@ impl State {
             Self::Free => 0,
             Self::Held => 1,
             Self::Stale => 2,
+            Self::Unknown => code::NO_PERMISSION,
         }
     }
 
@@ -54,6 +65,7 @@ impl State {
             Self::Free => paint(GOOD, "free"),
             Self::Held => paint(ODD, "held"),
             Self::Stale => paint(BAD, "stale"),
+            Self::Unknown => paint(ODD, "unknown"),
         }
     }
 }
@@ -68,28 +80,54 @@ pub(crate) struct Holder {
     /// Since when it holds, in RFC 3339.
     since: Option<String>,
     alive: Option<bool>,
+    /// It is alive, keeps the lock, and does nothing until it is continued.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    stopped: bool,
     /// Of a table: which of its locks.
     #[serde(skip_serializing_if = "Option::is_none")]
     lock: Option<u32>,
     #[serde(skip)]
-    text: String,
+    pub(crate) owner: Owner,
 }
 
-impl Holder {
-    pub(crate) fn new(owner: &Owner) -> Self {
+/// Whether a process is alive, and whether it is stopped.
+type Life = (Option<bool>, bool);
+
+thread_local! {
+    /// The lives of the owners that were looked at, by pid: many locks may have one holder.
+    static KNOWN: RefCell<HashMap<u32, Vec<(Owner, Life)>>> = RefCell::default();
+}
+
+/// Looks once at each process.
+fn life(owner: &Owner) -> Life {
+    KNOWN.with_borrow_mut(|known| {
+        let owners = known.entry(owner.pid()).or_default();
+        if let Some((_, life)) = owners.iter().find(|(known, _)| command::is_same_process(known, owner)) {
+            return *life;
+        }
         let alive = match owner.liveness() {
             Liveness::Alive => Some(true),
             Liveness::Dead => Some(false),
             Liveness::Unknown => None,
         };
+        let life = (alive, owner.is_stopped());
+        owners.push((owner.clone(), life));
+        life
+    })
+}
+
+impl Holder {
+    pub(crate) fn new(owner: &Owner) -> Self {
+        let (alive, stopped) = life(owner);
         Self {
             pid: owner.pid(),
             program: owner.program().map(str::to_owned),
             host: owner.host().map(str::to_owned),
             since: owner.acquired().map(rfc3339),
             alive,
+            stopped,
             lock: None,
-            text: owner.describe(),
+            owner: owner.clone(),
         }
     }
 
@@ -98,20 +136,26 @@ impl Holder {
     }
 
     pub(crate) fn text(&self) -> String {
+        let stopped = if self.stopped { ", stopped" } else { "" };
         match self.lock {
-            Some(id) => format!("lock {id} by {}", self.text),
-            None => self.text.clone(),
+            Some(id) => format!("lock {id} by {}{stopped}", self.owner.describe()),
+            None => format!("{}{stopped}", self.owner.describe()),
         }
     }
 }
 
-/// With control characters, which anybody can give a file's name, written out: they would reach the terminal.
+/// With control characters, which any user can give a file's name, written out: they would reach the terminal. So are
+/// the marks that reverse or hide text.
 pub(crate) fn plain(text: &str) -> String {
-    let escape = |letter: char| match letter.is_control() {
-        true => letter.escape_default().to_string(),
-        false => letter.to_string(),
-    };
-    text.chars().map(escape).collect()
+    let misleads = |letter: char| matches!(letter, '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
+    let mut shown = String::with_capacity(text.len());
+    for letter in text.chars() {
+        match letter.is_control() || misleads(letter) {
+            true => shown.extend(letter.escape_default()),
+            false => shown.push(letter),
+        }
+    }
+    shown
 }
 
 fn rfc3339(moment: SystemTime) -> String {
@@ -140,6 +184,9 @@ pub(crate) struct Sight {
     /// Of a table.
     #[serde(skip_serializing_if = "Option::is_none")]
     available: Option<u32>,
+    /// Why the state is unknown.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<String>,
 }
 
 impl Sight {
@@ -155,7 +202,14 @@ impl Sight {
             token: None,
             expires_in_ms: None,
             available: None,
+            reason: None,
         }
+    }
+
+    /// The lock at `path`, of which cannot be told whether it is held.
+    pub(crate) fn unknown(path: &Path, failure: &Failure) -> Self {
+        let kind = if has_pid_extension(path) { Kind::Pidfile } else { Kind::File };
+        Self { reason: Some(failure.message().to_owned()), ..Self::of_path(kind, path, State::Unknown) }
     }
 
     fn of_path(kind: Kind, path: &Path, state: State) -> Self {
@@ -203,149 +257,402 @@ impl Sight {
             held = "-".to_owned();
         }
         let waiters = self.waiters.map_or("-".to_owned(), |waiters| waiters.to_string());
+        if let Some(reason) = &self.reason {
+            held = plain(reason);
+        }
         [self.kind_text(), plain(&self.name), format!("{:?}", self.state).to_lowercase(), waiters, held]
     }
 }
 
-/// What is known of the lock at `place`.
-pub(crate) fn at(place: &Place, scope: ScopeArgument) -> Result<Sight, Failure> {
+/// What is known of the lock at `place`; what the kernel knows of locked files is asked for by `locks` where it matters.
+pub(crate) fn at(place: &Place, scope: ScopeArgument, locks: impl FnOnce() -> FileLocks) -> Result<Sight, Failure> {
     match place {
         Place::Lease(lease) => of_lease(lease),
-        Place::Name(name) => named(&place::named(name, scope)?),
-        Place::Path(path) => {
-            let path = place::absolute(path)?;
-            match recognised(&path) {
-                Some(sight) => sight,
-                None => file(&path),
+        Place::Name(name) => named(&place::named_or_file(name, scope)?),
+        Place::Path(path) => at_path(&place::absolute(path)?, &locks()),
+    }
+}
+
+/// As [`at`], of an absolute path.
+pub(crate) fn at_path(path: &Path, locks: &FileLocks) -> Result<Sight, Failure> {
+    match recognised(path, locks, true)? {
+        Some(sight) => Ok(sight),
+        None => file(path, locks),
+    }
+}
+
+/// A lock that is looked at again and again, for its state alone: cheaply, and without keeping others from it.
+pub(crate) struct Watched<'p> {
+    place: &'p Place,
+    scope: ScopeArgument,
+    /// Of a path. Kept, for a lease of another host has run out when it was seen unchanged for long enough.
+    lease: Option<Lease>,
+}
+
+impl<'p> Watched<'p> {
+    pub(crate) fn new(place: &'p Place, scope: ScopeArgument) -> Self {
+        Self { place, scope, lease: None }
+    }
+
+    pub(crate) fn state(&mut self) -> Result<State, Failure> {
+        let path = match self.place {
+            Place::Name(name) => {
+                let usual = place::named_or_file(name, self.scope)?;
+                // One kept on request in a file is another lock of the same name.
+                let held = command::is_held(&usual)? || command::is_held(&filed(name, self.scope.into())?)?;
+                return Ok(if held { State::Held } else { State::Free });
             }
+            Place::Lease(lease) => return Ok(of_lease(lease)?.state),
+            Place::Path(path) => place::absolute(path)?,
+        };
+        match found_at(&path)? {
+            Found::Missing => Ok(State::Free),
+            Found::Lease => {
+                let lease = match &self.lease {
+                    Some(lease) => lease,
+                    None => self.lease.insert(Lease::file(&path).build()?),
+                };
+                Ok(of_lease(lease)?.state)
+            }
+            Found::Table => Ok(table(&path)?.state),
+            Found::Pidfile => Ok(pidfile(&path)?.state),
+            Found::Number(_) => match pidfile(&path)?.state {
+                State::Held => Ok(State::Held),
+                state => Ok(if tried(&path)?.is_some() { State::Held } else { state }),
+            },
+            Found::Plain => Ok(if tried(&path)?.is_some() { State::Held } else { State::Free }),
+            Found::Special => Ok(file(&path, &FileLocks::of_table())?.state),
         }
     }
 }
 
-/// The state alone, for who asks again and again: asking who holds a name may cost a place in its queue.
-pub(crate) fn state(place: &Place, scope: ScopeArgument) -> Result<State, Failure> {
-    match place {
-        Place::Name(name) => {
-            place::named(name, scope)?;
-            let held = NamedLock::list(scope.into())?.iter().any(|lock| lock.name() == name);
-            Ok(if held { State::Held } else { State::Free })
-        }
-        Place::Path(_) | Place::Lease(_) => Ok(at(place, scope)?.state),
-    }
+fn filed(name: &str, scope: Scope) -> Result<NamedLock, Failure> {
+    Ok(NamedLock::builder(name).scope(scope).backend(Backend::File).build()?)
 }
 
 pub(crate) fn named(lock: &NamedLock) -> Result<Sight, Failure> {
-    let mut sight = of_named(lock)?;
-    // One kept on request in a file is another lock of the same name, looked at when the usual one is free.
+    let sight = of_named(lock)?;
     if sight.state == State::Free && lock.backend() != Backend::File {
-        let held = NamedLock::list(lock.scope())?;
-        let filed = held.iter().find(|other| other.backend() == Backend::File && other.name() == lock.name());
-        if let Some(filed) = filed {
-            sight = of_named(filed)?;
+        let filed = filed(lock.name(), lock.scope())?;
+        if command::is_held(&filed)? {
+            return of_named(&filed);
         }
     }
     Ok(sight)
 }
 
-fn of_named(lock: &NamedLock) -> Result<Sight, Failure> {
-    let owner = lock.owner()?;
-    // Asked for after the owner, whom asking may cost a place in the queue only where there is no record.
-    let waiters = lock.waiters()?;
-    // A name can be taken by somebody who cannot be looked up.
-    let held = owner.is_some()
-        || NamedLock::list(lock.scope())?
-            .iter()
-            .any(|other| (other.name(), other.backend()) == (lock.name(), lock.backend()));
-    let mut sight = Sight::new(Kind::Named, lock.name(), if held { State::Held } else { State::Free });
+/// One of a list of held locks; `None` when the lock is known to be released meanwhile.
+pub(crate) fn of_held(held: &HeldNamedLock) -> Option<Sight> {
+    let mut sight = with_owner(held.lock(), State::Held, held.owner());
+    if held.owner().is_none() {
+        // Without a record the kernel may know more.
+        match of_named(held.lock()) {
+            Ok(asked) if asked.state == State::Free => return None,
+            Ok(asked) => sight.holders = asked.holders,
+            // It is held by a process that cannot be asked.
+            Err(_) => {}
+        }
+    }
+    sight.waiters = Some(held.waiters());
+    Some(sight)
+}
+
+fn with_owner(lock: &NamedLock, state: State, owner: Option<&Owner>) -> Sight {
+    let mut sight = Sight::new(Kind::Named, lock.name(), state);
     sight.scope = Some(match lock.scope() {
         Scope::Machine => "machine",
         _ => "user",
     });
-    sight.holders = owner.iter().map(Holder::new).collect();
-    sight.waiters = Some(waiters);
+    sight.holders = owner.map(Holder::new).into_iter().collect();
+    sight
+}
+
+/// What is known of the lock of this very backend.
+fn of_named(lock: &NamedLock) -> Result<Sight, Failure> {
+    let owner = lock.owner()?;
+    // A name can be taken by a process that cannot be looked up.
+    let held = owner.is_some() || command::is_held(lock)?;
+    let mut sight = with_owner(lock, if held { State::Held } else { State::Free }, owner.as_ref());
+    // Asked for after the owner, whom asking may cost a place in the queue only where there is no record.
+    sight.waiters = lock.waiters().ok();
     Ok(sight)
 }
 
-/// A lock whose kind the file at `path` tells; `None` for any other file, and none.
-pub(crate) fn recognised(path: &Path) -> Option<Result<Sight, Failure>> {
-    let found = std::fs::metadata(path).ok()?;
+/// What stands at a path.
+enum Found {
+    Missing,
+    Lease,
+    Table,
+    Pidfile,
+    /// A file that holds a number and nothing else: a pidfile, unless another process than this has it locked.
+    Number(u32),
+    /// Any other file, or a directory.
+    Plain,
+    /// A FIFO, a socket or a device: to open one would wait for its other end, or do anything.
+    Special,
+}
+
+/// Looks at what stands at `path`. What may not be read may be any lock, so that is an error.
+fn found_at(path: &Path) -> Result<Found, Failure> {
+    let unreadable = |error| unreadable(path, error);
+    let found = match std::fs::metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => match path.is_symlink() {
+            true => {
+                let message = format!("{} is a symbolic link to a file that does not exist", path.display());
+                return Err(Failure::new(code::NO_INPUT, message));
+            }
+            false => return Ok(Found::Missing),
+        },
+        found => found.map_err(unreadable)?,
+    };
     if found.is_dir() {
-        let begin = beginning(&path.join("next")).unwrap_or_default();
-        return begin.starts_with(b"lockkitF").then(|| table(path));
+        return match beginning(&path.join("next")) {
+            Ok((begin, _)) if begin.starts_with(b"lockkitF") => Ok(Found::Table),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(unreadable(error)),
+            _ => Ok(Found::Plain),
+        };
     }
     if !found.is_file() {
-        return None;
+        return Ok(Found::Special);
     }
-    match beginning(path)? {
-        begin if begin.starts_with(b"lockkit lease ") => Some(lease(path)),
-        begin if begin.starts_with(b"lockkitT") => Some(table(path)),
-        begin if says_a_pid(&begin) => Some(pidfile(path)),
-        _ => None,
+    let (begin, file) = match beginning(path) {
+        // It was removed just now.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Found::Missing),
+        read => read.map_err(unreadable)?,
+    };
+    Ok(match &*begin {
+        begin if begin.starts_with(b"lockkit lease ") || was_lease(path, begin, &file) => Found::Lease,
+        begin if begin.starts_with(b"lockkitT") => Found::Table,
+        begin if has_pid_extension(path) || is_own(begin, &file) => Found::Pidfile,
+        begin => number(begin, &file).map_or(Found::Plain, Found::Number),
+    })
+}
+
+fn unreadable(path: &Path, error: io::Error) -> Failure {
+    let path = path.display();
+    let message = match error.kind() {
+        io::ErrorKind::PermissionDenied => {
+            format!(
+                "cannot tell whether {path} is held, because this user may not read it: {error}; ask as its owner or as root"
+            )
+        }
+        _ => format!("cannot tell whether {path} is held: {error}"),
+    };
+    Failure::new(crate::failure::of_io(error.kind()), message)
+}
+
+/// Whether a look failed so that the lock may be held all the same.
+pub(crate) fn is_unknown(failure: &Failure) -> bool {
+    matches!(failure.code(), code::NO_PERMISSION | code::IO)
+}
+
+/// The first bytes, and the file.
+fn beginning(path: &Path) -> io::Result<(Vec<u8>, File)> {
+    let mut file = open(path)?;
+    let mut bytes = vec![0; 64];
+    let length = loop {
+        match file.read(&mut bytes) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            // A regular file gives all that there is.
+            read => break read?,
+        }
+    };
+    bytes.truncate(length);
+    Ok((bytes, file))
+}
+
+/// Opens a file for reading that was no FIFO or device when it was looked at, and does not wait if it has become one.
+fn open(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true);
+    #[cfg(unix)]
+    {
+        use rustix::fs::OFlags;
+        use std::os::unix::fs::OpenOptionsExt;
+        options.custom_flags((OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32);
+    }
+    options.open(path)
+}
+
+/// Whether a file without a record is one from which a crash has taken it.
+fn was_lease(path: &Path, begin: &[u8], file: &File) -> bool {
+    const RECORD: u64 = 1024;
+    let has_extension = path.extension().is_some_and(|extension| extension == "lease");
+    begin.iter().all(|byte| *byte == 0)
+        && (has_extension || !begin.is_empty() && file.metadata().is_ok_and(|found| found.len() == RECORD))
+}
+
+/// Whether the file is a pidfile by lockkit's mark, which it had behind the pid in earlier versions.
+fn is_own(begin: &[u8], file: &File) -> bool {
+    const OLD_MARK: &[u8] = b"\nlockkit 1\n";
+    let digits = begin.iter().take_while(|byte| byte.is_ascii_digit()).count();
+    digits > 0 && (begin[digits..].starts_with(OLD_MARK) || command::is_own_pidfile(file))
+}
+
+/// The pid that is all that the file holds.
+fn number(begin: &[u8], file: &File) -> Option<u32> {
+    // No system gives out a greater pid: `PID_MAX_LIMIT` on Linux.
+    const MAX_PID: u32 = 1 << 22;
+    let text = std::str::from_utf8(begin).ok()?;
+    let digits = text.strip_suffix('\n').unwrap_or(text);
+    let number = digits.bytes().all(|byte| byte.is_ascii_digit()).then(|| digits.parse().ok()).flatten()?;
+    let is_whole = file.metadata().is_ok_and(|found| found.len() == begin.len() as u64);
+    (is_whole && (1..=MAX_PID).contains(&number)).then_some(number)
+}
+
+pub(crate) fn has_pid_extension(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "pid")
+}
+
+/// A lock whose kind the file at `path` tells; `None` for any other file, and none. Whether a file counts as a pidfile
+/// that holds just a number is a `guess`.
+pub(crate) fn recognised(path: &Path, locks: &FileLocks, guess: bool) -> Result<Option<Sight>, Failure> {
+    let explained = |failure: Failure| match failure.code() {
+        code::NO_PERMISSION => Failure::new(
+            code::NO_PERMISSION,
+            format!(
+                "cannot tell whether {} is held: {}; ask as its owner or as root",
+                path.display(),
+                failure.message()
+            ),
+        ),
+        _ => failure,
+    };
+    match found_at(path)? {
+        Found::Lease => lease(path).map_err(explained).map(Some),
+        Found::Table => table(path).map_err(explained).map(Some),
+        Found::Number(_) if !guess => Ok(None),
+        found @ (Found::Pidfile | Found::Number(_)) => {
+            let on = locks.on(path).unwrap_or_default();
+            if let Found::Number(number) = found {
+                // What another process has locked is a number that the lock guards.
+                let mut by = [&on.flock, &on.fcntl].into_iter().flatten();
+                if by.any(|locked| !locked.pids.contains(&number)) {
+                    return Ok(None);
+                }
+            }
+            let mut sight = pidfile(path).map_err(explained)?;
+            if sight.state == State::Held {
+                sight.waiters = Some(on.flock.map_or(0, |locked| locked.waiters));
+            }
+            Ok(Some(sight))
+        }
+        Found::Missing | Found::Plain | Found::Special => Ok(None),
     }
 }
 
-fn beginning(path: &Path) -> Option<Vec<u8>> {
-    let mut bytes = Vec::new();
-    File::open(path).ok()?.take(64).read_to_end(&mut bytes).ok()?;
-    Some(bytes)
-}
-
-/// Whether the first line is a number.
-fn says_a_pid(begin: &[u8]) -> bool {
-    let line = begin.split(|byte| *byte == b'\n').next().unwrap_or_default();
-    let line = line.trim_ascii();
-    (1..=10).contains(&line.len()) && line.iter().all(u8::is_ascii_digit)
-}
-
-/// A lock on any file or folder.
-pub(crate) fn file(path: &Path) -> Result<Sight, Failure> {
-    let lock = FileLock::new(path);
-    let holders = lock.holders()?;
-    let held = !holders.is_empty() || is_locked_by_somebody_hidden(path);
-    let mut sight = Sight::of_path(Kind::File, path, if held { State::Held } else { State::Free });
-    sight.holders = holders.iter().map(Holder::new).collect();
-    sight.waiters = Some(lock.waiters()?);
+/// A lock on any file or directory.
+fn file(path: &Path, locks: &FileLocks) -> Result<Sight, Failure> {
+    let on = match locks.on(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => OnFile::default(),
+        on => on.map_err(|error| unreadable(path, error))?,
+    };
+    if let Some(sight) = locked(path, &on, locks).next() {
+        return Ok(sight);
+    }
+    let kind = match std::fs::metadata(path) {
+        Ok(found) if found.is_file() || found.is_dir() => tried(path)?,
+        // Only the kernel's table tells of these.
+        Ok(_) => match locks.unread() {
+            Some(error) => {
+                return Err(Failure::new(
+                    code::IO,
+                    format!("cannot tell whether {} is held: /proc/locks cannot be read: {error}", path.display()),
+                ));
+            }
+            None => None,
+        },
+        Err(_) => None,
+    };
+    let (kind, state, pid) = match kind {
+        Some((kind, pid)) => (kind, State::Held, pid),
+        None => (Kind::File, State::Free, None),
+    };
+    let mut sight = Sight::of_path(kind, path, state);
+    sight.holders = pid.and_then(Owner::of).iter().map(Holder::new).collect();
+    sight.waiters = Some(0);
     Ok(sight)
 }
 
-/// Tries the lock, shared and for a moment, where nothing shows who may have it.
-fn is_locked_by_somebody_hidden(path: &Path) -> bool {
-    // To open a FIFO would wait for its other end, and a device may do anything when it is opened.
-    let is_harmless = std::fs::metadata(path).is_ok_and(|found| found.is_file() || found.is_dir());
-    let Some(file) = is_harmless.then(|| File::open(path).ok()).flatten() else { return false };
-    #[cfg(unix)]
-    let tried = rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockShared);
-    #[cfg(unix)]
-    return tried == Err(rustix::io::Errno::WOULDBLOCK);
-    // flock(2) goes by the file, which one that only reads may open; here it is lockkit's own lock.
-    #[cfg(not(unix))]
-    return {
-        drop(file);
-        FileLock::new(path).try_lock_shared().is_err_and(|error| error.is_held())
+/// The locks that the kernel shows on the file at `path`, that of flock(2) first.
+pub(crate) fn locked(path: &Path, on: &OnFile, locks: &FileLocks) -> impl Iterator<Item = Sight> {
+    let sight = |kind, locked: &Locked| {
+        let mut sight = Sight::of_path(kind, path, State::Held);
+        sight.holders =
+            locked.pids.iter().filter_map(|pid| locks.owner(*pid)).map(|owner| Holder::new(&owner)).collect();
+        sight.waiters = Some(locked.waiters);
+        sight
     };
+    let flock = on.flock.as_ref().map(|locked| sight(Kind::File, locked));
+    flock.into_iter().chain(on.fcntl.as_ref().map(|locked| sight(Kind::Fcntl, locked)))
 }
 
-/// For as long after its last write a pidfile that names nobody counts as held.
-const YOUNG: Duration = Duration::from_secs(2);
+/// Whether a process has the file or directory locked, by a try: how, and its pid where that is told. A try that fails
+/// takes nothing, and one that succeeds holds the lock for a moment, exclusively, or it would not see a shared lock.
+#[cfg(unix)]
+fn tried(path: &Path) -> Result<Option<(Kind, Option<u32>)>, Failure> {
+    use rustix::fs::{FlockOperation, flock};
+    use rustix::io::{Errno, retry_on_intr};
+
+    let file = match open(path) {
+        // Without a file nobody has it locked.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => opened.map_err(|error| unreadable(path, error))?,
+    };
+    #[cfg(target_os = "linux")]
+    if let Ok(Some(pid)) = command::fcntl_holder(&file) {
+        return Ok(Some((Kind::Fcntl, pid)));
+    }
+    // Somebody else's try looks like a holder, so it takes several to be one.
+    for pause in [100, 1000, 3000] {
+        match retry_on_intr(|| flock(&file, FlockOperation::NonBlockingLockExclusive)) {
+            Err(Errno::WOULDBLOCK) => std::thread::sleep(Duration::from_micros(pause)),
+            // NFS wants an exclusive lock to be on a file that is open for writing.
+            Err(Errno::BADF) => {
+                let tried = retry_on_intr(|| flock(&file, FlockOperation::NonBlockingLockShared));
+                return Ok((tried == Err(Errno::WOULDBLOCK)).then_some((Kind::File, None)));
+            }
+            // Where flock(2) does not work nobody holds one.
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => return Ok(None),
+            Err(error) => return Err(unreadable(path, error.into())),
+        }
+    }
+    Ok(Some((Kind::File, None)))
+}
+
+/// Here it is lockkit's own lock.
+#[cfg(not(unix))]
+fn tried(path: &Path) -> Result<Option<(Kind, Option<u32>)>, Failure> {
+    match open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => drop(opened.map_err(|error| unreadable(path, error))?),
+    }
+    let held = FileLock::new(path).try_lock_shared().is_err_and(|error| error.is_held());
+    Ok(held.then_some((Kind::File, None)))
+}
 
 pub(crate) fn pidfile(path: &Path) -> Result<Sight, Failure> {
     let (state, owner) = match PidFile::inspect(path)? {
         PidStatus::Absent => (State::Free, None),
         PidStatus::Running(owner) => (State::Held, Some(owner)),
         PidStatus::Stale(owner) => (State::Stale, Some(owner)),
-        // Somebody may be in the middle of writing it.
-        PidStatus::Invalid { age } if age < YOUNG => (State::Held, None),
-        PidStatus::Invalid { .. } => (State::Stale, None),
+        PidStatus::Locked => (State::Held, None),
+        // A program may be about to write it.
+        PidStatus::Blank { is_free: false, .. } => (State::Held, None),
+        PidStatus::Blank { .. } => (State::Free, None),
+        PidStatus::Invalid { rule } => {
+            return Err(Failure::new(
+                code::DATA,
+                format!("{} is not a pidfile: {rule}", plain(&path.display().to_string())),
+            ));
+        }
     };
     let mut sight = Sight::of_path(Kind::Pidfile, path, state);
     sight.holders = owner.iter().map(Holder::new).collect();
-    if state == State::Held {
-        sight.waiters = FileLock::new(path).waiters().ok();
-    }
     Ok(sight)
 }
 
-pub(crate) fn lease(path: &Path) -> Result<Sight, Failure> {
+fn lease(path: &Path) -> Result<Sight, Failure> {
     let name_bytes = Sight::of_path(Kind::Lease, path, State::Free).name_bytes;
     Ok(Sight { name_bytes, ..of_lease(&Lease::file(path).build()?)? })
 }

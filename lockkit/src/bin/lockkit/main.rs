@@ -20,6 +20,7 @@ mod flock;
 mod hold;
 mod lease;
 mod list;
+mod locks;
 mod look;
 mod man;
 mod paint;

@@ -15,10 +15,12 @@ use crate::place;
 pub(crate) enum Pidfile {
     /// Show whose pidfiles these are, and whether those processes live.
     ///
-    /// The exit code is 0 when no pidfile is there, 1 when the process of one lives, and else 2: all are stale.
+    /// The exit code is 1 when the process of a pidfile lives or may live, else 2 when one is stale, and else 0: none is
+    /// there, or all are blank. It is 65 when a file is no pidfile, 66 for a path that leads nowhere, and 77 when a file
+    /// cannot be read.
     #[command(after_help = "Example: lockkit pidfile check /run/sshd.pid /run/crond.pid")]
     Check {
-        /// Pidfiles, and folders, of which those files count whose names end with .pid.
+        /// Pidfiles, and directories, of which those files count whose names end with .pid.
         #[arg(required = true, value_name = "PATH|DIR")]
         paths: Vec<PathBuf>,
         /// Write JSON: {"version":1,"locks":[…]}, as docs/CLI.md has it.
@@ -27,14 +29,15 @@ pub(crate) enum Pidfile {
     },
     /// Remove the pidfiles whose processes are proven dead, and no others.
     ///
-    /// What names a process of another host, or none at all, stays. Each file is locked while it is judged and removed,
-    /// so no new owner loses its own.
+    /// A file that names a process of another host, or is blank, stays. So does one that is no pidfile, with exit code 65,
+    /// and a symbolic or hard link, with 77. Other takers are kept out while a file is judged and removed, so no new owner
+    /// loses its own.
     #[command(after_help = "Example: lockkit pidfile clean --dry-run /var/run/app")]
     Clean {
-        /// Pidfiles, and folders, of which those files count whose names end with .pid.
+        /// Pidfiles, and directories, of which those files count whose names end with .pid.
         #[arg(required = true, value_name = "PATH|DIR")]
         paths: Vec<PathBuf>,
-        /// Only say what would be removed.
+        /// Only judge the files, and say what would be removed or refused.
         #[arg(long)]
         dry_run: bool,
     },
@@ -56,61 +59,72 @@ impl Pidfile {
 }
 
 fn check(paths: &[PathBuf], json: bool) -> Outcome {
-    let sights: Vec<Sight> = all(paths)?.iter().map(|path| look::pidfile(path)).collect::<Result<_, _>>()?;
+    let (mut sights, mut worst) = (Vec::new(), None);
+    for path in all(paths, &mut worst)? {
+        match look::pidfile(&path) {
+            Ok(sight) => sights.push(sight),
+            Err(failure) => report(failure, &mut worst),
+        }
+    }
     match json {
         true => look::json(&Form { version: look::VERSION, locks: &sights })?,
         false => look::say(|mut out| sights.iter().try_for_each(|sight| sight.show(&mut out)))?,
     }
     let any = |state| sights.iter().any(|sight| sight.state == state);
-    Ok(match (any(State::Held), any(State::Stale)) {
+    Ok(worst.unwrap_or(match (any(State::Held), any(State::Stale)) {
         (true, _) => State::Held.code(),
         (_, true) => State::Stale.code(),
         _ => State::Free.code(),
-    })
+    }))
 }
 
 fn clean(paths: &[PathBuf], dry_run: bool) -> Outcome {
-    let mut worst = code::OK;
-    for path in all(paths)? {
-        let said = match PidFile::inspect(&path) {
-            Ok(PidStatus::Stale(_)) if path.is_symlink() => {
-                let message = format!("{} is a symbolic link to a stale pidfile, and stays", shown(&path));
-                Failure::new(code::NO_PERMISSION, message).show();
-                worst = code::NO_PERMISSION;
-                continue;
-            }
-            Ok(PidStatus::Stale(owner)) if dry_run => {
-                Ok(Some(format!("would remove {}, left by {}", shown(&path), owner.describe())))
-            }
-            Ok(PidStatus::Stale(owner)) => PidFile::remove_stale(&path)
-                .map(|removed| removed.then(|| format!("removed {}, left by {}", shown(&path), owner.describe()))),
-            other => other.map(|_| None),
-        };
-        match said {
+    let mut worst = None;
+    for path in all(paths, &mut worst)? {
+        match clean_one(&path, dry_run) {
             Ok(Some(text)) => look::say(|out| writeln!(out, "{text}"))?,
             Ok(None) => {}
-            // The others are to be looked at all the same.
-            Err(error) => {
-                let failure = Failure::from(error);
-                failure.show();
-                worst = failure.code();
-            }
+            Err(error) => report(error.into(), &mut worst),
         }
     }
-    Ok(worst)
+    Ok(worst.unwrap_or(code::OK))
 }
 
-fn shown(path: &Path) -> String {
-    look::plain(&path.display().to_string())
+/// Removes the file at `path` if it is stale, or only judges it; says what it did.
+fn clean_one(path: &Path, dry_run: bool) -> lockkit::Result<Option<String>> {
+    // Asked before the file is gone. What holds a lock needs no look at links and permissions.
+    let left_by = match PidFile::inspect(path)? {
+        PidStatus::Stale(owner) => format!(", left by {}", owner.describe()),
+        PidStatus::Invalid { .. } => String::new(),
+        _ => return Ok(None),
+    };
+    let (stale, done) = match dry_run {
+        true => (PidFile::is_stale(path)?, "would remove"),
+        false => (PidFile::remove_stale(path)?, "removed"),
+    };
+    Ok(stale.then(|| format!("{done} {}{left_by}", look::plain(&path.display().to_string()))))
 }
 
-/// The files among `paths`, and in the folders among them.
-fn all(paths: &[PathBuf]) -> Result<Vec<PathBuf>, Failure> {
+/// Shows why one of the files was not judged. The others are judged all the same.
+fn report(failure: Failure, worst: &mut Option<u8>) {
+    failure.show();
+    *worst = Some(failure.code());
+}
+
+/// The files among `paths`, and in the directories among them. A path that leads nowhere is reported.
+fn all(paths: &[PathBuf], worst: &mut Option<u8>) -> Result<Vec<PathBuf>, Failure> {
     let mut found = Vec::new();
     for path in paths {
         let path = place::absolute(path)?;
         if !path.is_dir() {
-            found.push(path);
+            match path.symlink_metadata() {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                    let text = look::plain(&path.display().to_string());
+                    report(Failure::new(code::NO_INPUT, format!("cannot look at {text}: {error}")), worst);
+                }
+                // What else is wrong with it shows when it is judged.
+                _ => found.push(path),
+            }
             continue;
         }
         let entries =

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use lockkit::{ErrorKind, Lease, LeaseBuilder, NamedLock, Scope};
 
-use crate::failure::Failure;
+use crate::failure::{Failure, note};
 
 /// Who shares a name.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -39,6 +39,7 @@ pub(crate) enum Place {
 impl Place {
     /// What has `://` in it is the URL of a lease, what has a slash a path, and anything else a name.
     pub(crate) fn parse(given: &OsStr) -> Result<Self, Failure> {
+        check_scheme(given)?;
         if url(given).is_some() {
             return Ok(Self::Lease(lease(given, |builder| builder)?));
         }
@@ -53,6 +54,26 @@ impl Place {
     }
 }
 
+/// Says, where a name is asked for and a file of that name is there, how to ask for the file.
+pub(crate) fn note_file_of_name(place: &Place, quiet: bool) {
+    let Place::Name(name) = place else { return };
+    if !quiet && is_file_here(name) {
+        note(format_args!(
+            "lockkit: this is the lock named {name:?}; a file of that name is in this directory, too: ask for its lock as {}",
+            as_path(name)
+        ));
+    }
+}
+
+fn is_file_here(name: &str) -> bool {
+    std::fs::symlink_metadata(name).is_ok()
+}
+
+/// A bare name, as the path of a file in this directory.
+fn as_path(name: &str) -> String {
+    format!(".{}{name}", std::path::MAIN_SEPARATOR)
+}
+
 pub(crate) fn named(name: &str, scope: ScopeArgument) -> Result<NamedLock, Failure> {
     NamedLock::builder(name)
         .scope(scope.into())
@@ -60,8 +81,19 @@ pub(crate) fn named(name: &str, scope: ScopeArgument) -> Result<NamedLock, Failu
         .map_err(|error| Failure::from(error).example("lockkit run --name nightly-backup -- CMD"))
 }
 
+/// As [`named`], for a command that takes a name or a path: what is no name may be a file.
+pub(crate) fn named_or_file(name: &str, scope: ScopeArgument) -> Result<NamedLock, Failure> {
+    named(name, scope).map_err(|failure| match is_file_here(name) {
+        true => failure
+            .with_more(format_args!("; a file of this name is in this directory"))
+            .example(format!("lockkit status {}", as_path(name))),
+        false => failure.example("lockkit status nightly-backup"),
+    })
+}
+
 /// The lease at `given`, a path or a URL, with the options that `with` adds.
 pub(crate) fn lease(given: &OsStr, with: impl FnOnce(LeaseBuilder) -> LeaseBuilder) -> Result<Lease, Failure> {
+    check_scheme(given)?;
     let builder = match url(given) {
         Some(url) => Lease::connect(url),
         None => Lease::file(given),
@@ -76,8 +108,44 @@ pub(crate) fn lease(given: &OsStr, with: impl FnOnce(LeaseBuilder) -> LeaseBuild
     })
 }
 
-/// What is a URL.
-fn url(given: &OsStr) -> Option<&str> {
+/// The schemes of leases, and those that a mistaken URL may have.
+const SCHEMES: [&str; 13] = [
+    "file",
+    "etcd",
+    "etcds",
+    "postgres",
+    "postgresql",
+    "redis",
+    "rediss",
+    "valkey",
+    "valkeys",
+    "redis+unix",
+    "valkey+unix",
+    "http",
+    "https",
+];
+
+/// Refuses what begins as a URL and lacks a slash: taken as a relative path, it would be a lock of this host alone.
+fn check_scheme(given: &OsStr) -> Result<(), Failure> {
+    let text = given.to_string_lossy();
+    let Some((scheme, rest)) = text.split_once(':') else { return Ok(()) };
+    if rest.starts_with("//") || !SCHEMES.iter().any(|known| known.eq_ignore_ascii_case(scheme)) {
+        return Ok(());
+    }
+    // What follows may be a password.
+    let (scheme, slashes) =
+        (scheme.to_ascii_lowercase(), if scheme.eq_ignore_ascii_case("file") { "///" } else { "//" });
+    let message = format!(
+        "invalid URL: it begins with {scheme}: and must begin with {scheme}:{slashes}; to name a file that is called so, begin with ./"
+    );
+    Err(Failure::usage(message).example(match slashes {
+        "///" => "lockkit run --lease file:///srv/shared/leader -- CMD".to_owned(),
+        _ => format!("lockkit run --lease {scheme}://host/leader -- CMD"),
+    }))
+}
+
+/// The text of a URL.
+pub(crate) fn url(given: &OsStr) -> Option<&str> {
     given.to_str().filter(|text| text.contains("://"))
 }
 

@@ -11,6 +11,7 @@ use lockkit::{CancelToken, FileLock, Owner, PidFile, PidStatus, Wait};
 
 use crate::failure::{Failure, Outcome, code, note};
 use crate::hold::{Hold, Job};
+use crate::locks::FileLocks;
 use crate::place::{self, ScopeArgument};
 use crate::supervise::{self, Signals};
 use crate::waiting::{self, Audience};
@@ -55,6 +56,13 @@ pub(crate) struct Run {
     /// Share the lock on the file with others who share it.
     #[arg(long)]
     shared: bool,
+    /// The permissions of a file that is made for the lock, in octal, exactly: the umask takes none away. Unless told
+    /// otherwise 666 for --file and 644 for --pidfile, less the umask, and 600 for --lease.
+    #[arg(long, value_name = "OCTAL", value_parser = mode)]
+    mode: Option<u32>,
+    /// Make the missing directories above the file, too. They stay.
+    #[arg(long)]
+    create_parents: bool,
     /// Give up at once when the lock is held.
     #[arg(long = "try", conflicts_with = "timeout")]
     try_once: bool,
@@ -81,6 +89,20 @@ pub(crate) struct Run {
     command: Vec<OsString>,
 }
 
+/// The permissions that `text` has in octal.
+fn mode(text: &str) -> Result<u32, String> {
+    // The number alone: neither a sign nor what `0o` says.
+    let is_octal = text.bytes().all(|byte| matches!(byte, b'0'..=b'7'));
+    let mode = u32::from_str_radix(text, 8).ok().filter(|mode| is_octal && *mode <= 0o777);
+    match mode {
+        None => Err("a mode is an octal number of at most 777, such as 664".to_owned()),
+        Some(mode) if mode & 0o600 != 0o600 => {
+            Err("it must let the file's owner read and write, as 600 does".to_owned())
+        }
+        Some(mode) => Ok(mode),
+    }
+}
+
 /// How long a program may take to end after its lease was lost, unless told otherwise.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -95,30 +117,33 @@ impl Run {
         if let Some(name) = &self.name {
             let lock = place::named(name, self.scope.unwrap_or_default())?;
             let looked = lock.clone();
-            let holder = move || looked.owner().ok().flatten().map(|owner| owner.describe());
-            return self.hold(&format!("the named lock {name:?}"), holder, || lock.acquire(&wait).map(Hold::Named));
+            let holders = move || looked.owner().ok().flatten().into_iter().collect();
+            let acquire = |wait: &Wait| lock.acquire(wait).map(Hold::Named);
+            return self.hold(&format!("the named lock {name:?}"), &wait, holders, acquire);
         }
         if let Some(path) = &self.file {
             // A mode as flock(1) has it, for both may be used on the same file.
-            let lock = FileLock::new(path).create_with_mode(0o666);
-            let looked = lock.clone();
-            let holder = move || {
-                let holders = looked.holders().ok()?;
-                let described: Vec<_> = holders.iter().map(Owner::describe).collect();
-                (!described.is_empty()).then(|| described.join("; "))
+            let lock = FileLock::new(path).create_with_mode(self.mode.unwrap_or_else(|| less_the_umask(0o666)));
+            let lock = if self.create_parents { lock.create_parents() } else { lock };
+            let holders = || {
+                let on = FileLocks::of_table().on(path).unwrap_or_default();
+                on.flock.map(|locked| locked.pids).unwrap_or_default().into_iter().filter_map(Owner::of).collect()
             };
-            let acquire = || if self.shared { lock.acquire_shared(&wait) } else { lock.acquire(&wait) };
-            return self.hold(&format!("the lock on {}", path.display()), holder, || acquire().map(Hold::File));
+            let acquire = |wait: &Wait| if self.shared { lock.acquire_shared(wait) } else { lock.acquire(wait) };
+            let text = format!("the lock on {}", path.display());
+            return self.hold(&text, &wait, holders, |wait| acquire(wait).map(Hold::File));
         }
         if let Some(path) = &self.pidfile {
             let path = place::absolute(path)?;
             let lock = PidFile::new(&path)?;
+            let lock = if let Some(mode) = self.mode { lock.create_with_mode(mode) } else { lock };
+            let lock = if self.create_parents { lock.create_parents() } else { lock };
             let text = format!("the pidfile {}", path.display());
-            let holder = move || match PidFile::inspect(&path) {
-                Ok(PidStatus::Running(owner)) => Some(owner.describe()),
-                _ => None,
+            let holders = move || match PidFile::inspect(&path) {
+                Ok(PidStatus::Running(owner)) => vec![owner],
+                _ => Vec::new(),
             };
-            return self.hold(&text, holder, || lock.acquire(&wait).map(Hold::Pidfile));
+            return self.hold(&text, &wait, holders, |wait| lock.acquire(wait).map(Hold::Pidfile));
         }
         if let Some(given) = &self.lease {
             return self.lead(given, &wait);
@@ -129,13 +154,24 @@ impl Run {
     /// Refuses options that mean nothing for the kind of lock. Clap's own `requires` lets them pass where what they
     /// require is excluded by another kind.
     fn check(&self) -> Result<(), Failure> {
+        // A lease on a server has no file.
+        let is_url =
+            |given: &OsString| place::url(given).is_some_and(|url| !url.to_ascii_lowercase().starts_with("file:"));
+        let has_file = self.name.is_none() && !self.lease.as_ref().is_some_and(is_url);
         let misplaced = [
             ("--scope", self.scope.is_some(), "--name", self.name.is_some()),
             ("--shared", self.shared, "--file", self.file.is_some()),
             ("--ttl", self.ttl.is_some(), "--lease", self.lease.is_some()),
             ("--grace", self.grace.is_some(), "--lease", self.lease.is_some()),
+            ("--mode", self.mode.is_some(), "--file", has_file),
+            ("--create-parents", self.create_parents, "--file", has_file),
         ];
         match misplaced.into_iter().find(|(_, given, _, fits)| *given && !fits) {
+            Some((option @ ("--mode" | "--create-parents"), ..)) => {
+                let message = format!("{option} is for locks in a file: --file, --pidfile, and --lease with a path");
+                let value = if option == "--mode" { " 664" } else { "" };
+                Err(Failure::usage(message).example(format!("lockkit run --file backup.lock {option}{value} -- CMD")))
+            }
             Some((option, _, kind, _)) => {
                 let message = format!("{option} goes together with {kind} only");
                 Err(Failure::usage(message).example(format!("lockkit run {kind} … {option} … -- CMD")))
@@ -148,10 +184,19 @@ impl Run {
     fn hold(
         &self,
         lock: &str,
-        holder: impl Fn() -> Option<String> + Send + Sync,
-        acquire: impl FnOnce() -> lockkit::Result<Hold>,
+        wait: &Wait,
+        holders: impl Fn() -> Vec<Owner> + Send + Sync,
+        acquire: impl FnOnce(&Wait) -> lockkit::Result<Hold>,
     ) -> Outcome {
-        let hold = self.acquire(lock, holder, acquire)?;
+        // The first process of a container gets no signal that it does not handle, so it must read those that end a wait.
+        if supervise::is_first() {
+            let signals = Signals::block()?;
+            return match self.acquire_until_signalled(&signals, lock, wait, holders, acquire)? {
+                Ok(hold) => supervise::run(hold, signals, self.job()),
+                Err(code) => Ok(code),
+            };
+        }
+        let hold = self.acquire(lock, holders, || acquire(wait))?;
         supervise::run(hold, Signals::block()?, self.job())
     }
 
@@ -159,20 +204,24 @@ impl Run {
     fn lead(&self, given: &OsStr, wait: &Wait) -> Outcome {
         let (loss, on_lost) = supervise::loss()?;
         let lease = place::lease(given, |builder| {
-            let builder = builder.on_lost(on_lost);
-            match self.ttl {
-                Some(ttl) => builder.ttl(ttl),
-                None => builder,
+            let mut builder = builder.on_lost(on_lost);
+            if let Some(ttl) = self.ttl {
+                builder = builder.ttl(ttl);
             }
+            if let Some(mode) = self.mode {
+                builder = builder.file_write_mode(mode);
+            }
+            if self.create_parents {
+                builder = builder.create_parents();
+            }
+            builder
         })?;
         supervise::behind(|| {
             let looked = lease.clone();
-            let holder = move || looked.owner().ok().flatten().map(|owner| owner.describe());
+            let holders = move || looked.owner().ok().flatten().into_iter().collect();
             let lock = format!("the lease {}", lease.name());
             // Before the first thread, the heartbeat's: whichever does not block a signal is who gets it.
             let signals = Signals::block()?;
-            let stop = CancelToken::new();
-            let wait = wait.clone().or_cancelled(&stop);
             // One in a file is tried first, which takes no time, and saves the thread that watches for signals.
             let tried = Path::new(lease.name()).is_absolute().then(|| lease.try_lock());
             let hold = match tried {
@@ -180,10 +229,10 @@ impl Run {
                 tried => tried,
             };
             let hold = match hold {
-                Some(tried) => self.acquire(&lock, holder, || tried.map(|guard| Hold::Lease(guard, loss))),
+                Some(tried) => Ok(self.acquire(&lock, holders, || tried.map(|guard| Hold::Lease(guard, loss)))?),
                 None => {
-                    let acquire = || lease.acquire(&wait).map(|guard| Hold::Lease(guard, loss));
-                    signals.cancelling(&stop, || self.acquire(&lock, holder, acquire))?
+                    let acquire = |wait: &Wait| lease.acquire(wait).map(|guard| Hold::Lease(guard, loss));
+                    self.acquire_until_signalled(&signals, &lock, wait, holders, acquire)?
                 }
             };
             match hold {
@@ -193,30 +242,51 @@ impl Run {
                     let _found_by = File::open(given).or_else(|_| File::open(lease.name()));
                     supervise::run(hold, signals, self.job())
                 }
-                Err(failure) => match signals.first_if(stop.is_cancelled()) {
-                    Some(signal) => Ok(code::SIGNALLED + signal),
-                    None => Err(failure),
-                },
+                Err(code) => Ok(code),
             }
         })
+    }
+
+    /// As [`acquire`](Self::acquire), until one of the blocked signals comes: then with the exit code that tells of it.
+    fn acquire_until_signalled(
+        &self,
+        signals: &Signals,
+        lock: &str,
+        wait: &Wait,
+        holders: impl Fn() -> Vec<Owner> + Send + Sync,
+        acquire: impl FnOnce(&Wait) -> lockkit::Result<Hold>,
+    ) -> Result<Result<Hold, u8>, Failure> {
+        let stop = CancelToken::new();
+        let wait = wait.clone().or_cancelled(&stop);
+        match signals.cancelling(&stop, || self.acquire(lock, holders, || acquire(&wait)))? {
+            Ok(hold) => Ok(Ok(hold)),
+            Err(failure) => match signals.first_if(stop.is_cancelled()) {
+                Some(signal) => Ok(Err(code::SIGNALLED + signal)),
+                None => Err(failure),
+            },
+        }
     }
 
     fn acquire(
         &self,
         lock: &str,
-        holder: impl Fn() -> Option<String> + Send + Sync,
+        holders: impl Fn() -> Vec<Owner> + Send + Sync,
         acquire: impl FnOnce() -> lockkit::Result<Hold>,
     ) -> Result<Hold, Failure> {
         let audience = Audience::of(self.quiet, self.verbose);
-        let hold = waiting::shown(audience, lock, &holder, acquire).map_err(|error| {
+        let hold = waiting::shown(audience, lock, &holders, acquire).map_err(|error| {
             let gave_up = error.is_temporary();
             // The library does not look for the holder of a file, for that takes milliseconds.
             let unnamed = gave_up && !self.quiet && error.owner().is_none();
-            let found = unnamed.then(holder).flatten();
+            let found = match &self.file {
+                Some(path) if unnamed => FileLock::new(path).holders().unwrap_or_default(),
+                _ if unnamed => holders(),
+                _ => Vec::new(),
+            };
             let failure = Failure::from(error);
-            let failure = match found {
-                Some(who) => failure.with_more(format_args!(", by {who}")),
-                None => failure,
+            let failure = match &found[..] {
+                [] => failure,
+                found => failure.with_more(format_args!(", by {}", waiting::described(found))),
             };
             match gave_up {
                 true => failure.with_code(self.exit_code).quiet(self.quiet),
@@ -231,5 +301,34 @@ impl Run {
 
     fn job(&self) -> Job<'_> {
         Job { command: &self.command, grace: self.grace.unwrap_or(GRACE), quiet: self.quiet }
+    }
+}
+
+/// `mode` as a file that is made with it has it. Asking for the umask sets it, so this is for a process of one thread.
+#[cfg(unix)]
+fn less_the_umask(mode: u32) -> u32 {
+    use rustix::fs::Mode;
+    let umask = rustix::process::umask(Mode::empty());
+    rustix::process::umask(umask);
+    mode & !umask.as_raw_mode()
+}
+
+#[cfg(not(unix))]
+fn less_the_umask(mode: u32) -> u32 {
+    mode
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mode_is_octal_and_lets_its_owner_in() {
+        for (text, wanted) in [("600", 0o600), ("0664", 0o664), ("777", 0o777)] {
+            assert_eq!(mode(text), Ok(wanted));
+        }
+        for wrong in ["", "8", "0o600", "+600", "1777", "400", "rw", "060", " 600", "99999999999"] {
+            assert!(mode(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -5,14 +5,19 @@ use std::ffi::OsString;
 use serde::Serialize;
 
 use crate::failure::Outcome;
+use crate::locks::FileLocks;
 use crate::look::{self, Sight};
-use crate::place::{Place, ScopeArgument};
+use crate::place::{self, Place, ScopeArgument};
 
 /// Show whether a lock is held, and by whom.
 ///
-/// The exit code is 0 when it is free, 1 when it is held, and 2 when it is stale: whoever had it died or ran out of
-/// time, and the next to come takes it over. What has :// in it is the URL of a lease, what has a slash a path, anything else a name. Whether a path is
-/// that of a lease, a pidfile, a table of locks or any other file is told by what stands in it.
+/// The exit code is 0 when it is free, 1 when it is held, and 2 when it is stale: its owner died or its time ran out,
+/// and the next process to come takes it over. It is 77 when this user may not read what would tell, and then says
+/// nothing of the lock.
+///
+/// What has :// in it is the URL of a lease, what has a slash a path, anything else a name. Whether a path is that of a
+/// lease, a pidfile, a table of locks or any other file is told by its content, and of a pidfile by the extension .pid.
+/// Of any other file it tells the locks of flock(2), and if there are none, those of fcntl(2).
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -42,7 +47,21 @@ pub(crate) struct Form<'l> {
 
 impl Status {
     pub(crate) fn carry_out(self) -> Outcome {
-        let sight = look::at(&Place::parse(&self.place)?, self.scope)?;
+        let place = Place::parse(&self.place)?;
+        let sight = look::at(&place, self.scope, || FileLocks::read(""));
+        place::note_file_of_name(&place, self.quiet || sight.is_err());
+        let sight = match (sight, &place) {
+            (Ok(sight), _) => sight,
+            (Err(failure), Place::Path(path)) if self.json && look::is_unknown(&failure) => {
+                let path = place::absolute(path)?;
+                look::json(&Form { version: look::VERSION, lock: &Sight::unknown(&path, &failure) })?;
+                return Err(failure);
+            }
+            (Err(failure), _) => {
+                let quiet = self.quiet && look::is_unknown(&failure);
+                return Err(failure.quiet(quiet));
+            }
+        };
         match (self.quiet, self.json) {
             (true, _) => {}
             (_, true) => look::json(&Form { version: look::VERSION, lock: &sight })?,

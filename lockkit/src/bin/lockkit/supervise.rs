@@ -197,6 +197,12 @@ fn pipe() -> Result<(File, File), Failure> {
     Ok((reader.into(), writer.into()))
 }
 
+/// Whether this is the first process of a pid namespace, as of a container: to it belong the processes whose parents have
+/// ended, and no signal ends it unless it handles that.
+pub(crate) fn is_first() -> bool {
+    getpid() == Pid::INIT
+}
+
 /// Runs the program under the lock, releases that, and gives the program's exit status.
 pub(crate) fn run(mut hold: Hold, signals: Signals, job: Job<'_>) -> Outcome {
     command::wait_for_children();
@@ -277,19 +283,19 @@ fn become_program(command: &[OsString], hold: &Hold, parked: Option<Parked>, mut
     failure.code()
 }
 
+/// How often adopted processes that have ended are waited for.
+const REAPING: Duration = Duration::from_millis(500);
+
 /// Waits for the program's end, passes signals on to it, and ends it when its lease is lost.
 fn attend(program: &Child, signals: &Signals, mut loss: Option<&LossPipe>, job: Job<'_>) -> u8 {
-    /// How often those are buried that the program has left behind, and that have ended since.
-    const REAPING: Duration = Duration::from_secs(1);
-    let leads = loss.is_some();
+    // Those whose parents have ended come to be below this process.
+    let adopts = loss.is_some() || is_first();
     let mut patience: Option<Instant> = None;
     loop {
         let mut watched = vec![PollFd::new(&program.pidfd, PollFlags::IN), PollFd::new(&signals.read, PollFlags::IN)];
         watched.extend(loss.map(|loss| PollFd::new(&loss.0, PollFlags::IN)));
         let left = patience.map(|until| until.saturating_duration_since(Instant::now()));
-        let timeout = left
-            .or(leads.then_some(REAPING))
-            .map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() });
+        let timeout = left.or(adopts.then_some(REAPING)).map(timespec);
         match poll(&mut watched, timeout.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             // Then it can only be waited for.
@@ -306,7 +312,7 @@ fn attend(program: &Child, signals: &Signals, mut loss: Option<&LossPipe>, job: 
         if ready[1] {
             signals.pass_on(program);
         }
-        if leads {
+        if adopts {
             bury_others(program.pid);
         }
         if ready.get(2) == Some(&true) {
@@ -322,6 +328,10 @@ fn attend(program: &Child, signals: &Signals, mut loss: Option<&LossPipe>, job: 
             patience = Some(Instant::now() + Duration::from_millis(100));
         }
     }
+}
+
+fn timespec(span: Duration) -> Timespec {
+    Timespec { tv_sec: span.as_secs() as i64, tv_nsec: span.subsec_nanos().into() }
 }
 
 /// Takes note of the end of children but `program`.
@@ -493,7 +503,8 @@ pub(crate) fn behind(lead: impl FnOnce() -> Outcome) -> Outcome {
     };
     loop {
         let mut watched = [PollFd::new(&leader.pidfd, PollFlags::IN), PollFd::new(&signals.read, PollFlags::IN)];
-        let polled = retry_on_intr(|| poll(&mut watched, None));
+        let timeout = is_first().then(|| timespec(REAPING));
+        let polled = retry_on_intr(|| poll(&mut watched, timeout.as_ref()));
         if polled.is_err() || !watched[0].revents().is_empty() {
             let Some(status) = leader.end() else { return Ok(code::OS) };
             if status.terminating_signal().is_some() {
@@ -502,5 +513,8 @@ pub(crate) fn behind(lead: impl FnOnce() -> Outcome) -> Outcome {
             return Ok(exit_code(status).unwrap_or(code::OS));
         }
         signals.pass_on(&leader);
+        if is_first() {
+            bury_others(leader.pid);
+        }
     }
 }

@@ -55,6 +55,11 @@ pub(crate) fn behind(lead: impl FnOnce() -> Outcome) -> Outcome {
     lead()
 }
 
+/// No process here is the first of its kind.
+pub(crate) fn is_first() -> bool {
+    false
+}
+
 /// Runs the program under the lock, releases that, and gives the program's exit code.
 pub(crate) fn run(mut hold: Hold, _: Signals, job: Job<'_>) -> Outcome {
     let cage = Arc::new(Cage::around_this_process().map_err(|error| Failure::io("make a job object", error))?);

@@ -8,6 +8,7 @@ use lockkit::{FileLockManager, LockManager, ShmLockManager};
 
 use crate::failure::{Failure, Outcome, code};
 use crate::lease::confirmed;
+use crate::locks::FileLocks;
 use crate::look;
 use crate::place::Place;
 use crate::status::Form;
@@ -108,7 +109,7 @@ impl Table {
             Self::List { path, json } => {
                 // So that what is no table is told from a file that is locked.
                 drop(open(&path)?);
-                let sight = look::at(&Place::Path(path), Default::default())?;
+                let sight = look::at(&Place::Path(path), Default::default(), || FileLocks::read(""))?;
                 match json {
                     true => look::json(&Form { version: look::VERSION, lock: &sight })?,
                     false => look::say(|mut out| sight.show(&mut out))?,

@@ -1,21 +1,25 @@
 //! `lockkit wait`: returns when a lock is free.
 //!
 //! It looks again and again instead of taking the lock: taking it would keep others out, and eat the news of a death
-//! that belongs to the next owner.
+//! that belongs to the next owner. A look costs microseconds however many processes and locks there are: a name is
+//! tried with bind(2), a file with a flock(2) that does not wait and with `F_OFD_GETLK`, and of pidfiles and leases the
+//! record is read.
 
 use std::ffi::OsString;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::failure::{Failure, Outcome, code};
-use crate::look::{self, State};
+use crate::locks::FileLocks;
+use crate::look::{self, State, Watched};
 use crate::place::{self, Place, ScopeArgument};
 use crate::waiting::{self, Audience};
 
 /// Wait until a lock is free, without taking it.
 ///
-/// A stale lock is free for whoever comes next, so that ends the wait, too. The exit code is 0, or 75 when the time was
-/// over first. By the time it returns somebody else may have taken the lock: lockkit run runs something under it.
+/// A stale lock is free for the next process to come, so that ends the wait, too. The exit code is 0, 75 when the time
+/// was over first, or 77 when this user may not read what would tell. By the time it returns another process may have
+/// taken the lock: lockkit run runs something under it.
 #[derive(clap::Args)]
 #[command(after_help = "Example: lockkit wait backup --timeout 1h && shutdown")]
 pub(crate) struct WaitFor {
@@ -39,35 +43,45 @@ pub(crate) struct WaitFor {
 impl WaitFor {
     pub(crate) fn carry_out(self) -> Outcome {
         let place = Place::parse(&self.place)?;
+        place::note_file_of_name(&place, self.quiet);
         let until = self.timeout.and_then(|limit| Instant::now().checked_add(limit));
         let audience = Audience::of(self.quiet, self.verbose);
-        let holder = || look::at(&place, self.scope).ok()?.holders.first().map(look::Holder::text);
-        waiting::shown(audience, &look::plain(&self.place.to_string_lossy()), holder, || self.watch(&place, until))
+        let holders = || match self.look(&place) {
+            Ok(sight) => sight.holders.into_iter().map(|holder| holder.owner).collect(),
+            Err(_) => Vec::new(),
+        };
+        waiting::shown(audience, &self.place.to_string_lossy(), holders, || self.watch(&place, until))
+    }
+
+    fn look(&self, place: &Place) -> Result<look::Sight, Failure> {
+        // Who holds a file, as /proc/locks has it: a pass over all descriptors would hold up the end of the wait.
+        look::at(place, self.scope, FileLocks::of_table)
     }
 
     fn watch(&self, place: &Place, until: Option<Instant>) -> Outcome {
         const FIRST: Duration = Duration::from_millis(1);
-        const LONGEST: Duration = Duration::from_millis(50);
+        /// How late the end of a wait may be noticed, but for the look itself.
+        const LONGEST: Duration = Duration::from_millis(20);
         let given = Path::new(&self.place);
+        let mut watched = Watched::new(place, self.scope);
         let mut pause = FIRST;
         loop {
-            let begun = Instant::now();
-            let state = look::state(place, self.scope)?;
-            // Looking at a file reads the descriptors of all processes, and is not to take more than a tenth of the
-            // time.
-            let looked = begun.elapsed();
+            let state = watched.state().map_err(|failure| {
+                let quiet = self.quiet && look::is_unknown(&failure);
+                failure.quiet(quiet)
+            })?;
             if state != State::Held {
                 return Ok(code::OK);
             }
             let left = until.map_or(Duration::MAX, |until| until.saturating_duration_since(Instant::now()));
             if left.is_zero() {
-                let sight = look::at(place, self.scope)?;
-                let holder = sight.holders.first().map(|holder| format!(" by {}", holder.text())).unwrap_or_default();
+                let holders = self.look(place).map(|sight| sight.holders).unwrap_or_default();
+                let holder = holders.first().map(|holder| format!(" by {}", holder.text())).unwrap_or_default();
                 let message = format!("{} is still held{holder}", given.display());
                 let failure = Failure::new(code::TEMPORARY, message).quiet(self.quiet);
                 return Err(failure.example(format!("lockkit wait {} --timeout 1h", given.display())));
             }
-            std::thread::sleep(pause.max(looked * 10).min(left));
+            std::thread::sleep(pause.min(left));
             pause = (pause * 2).min(LONGEST);
         }
     }

@@ -2,13 +2,19 @@
 //!
 //! The wait itself is one call on the main thread, so that it keeps its place in the queue. A second thread shows it,
 //! and has ended before anything is forked.
+//!
+//! The line on a terminal is written by one write(2), with no escape sequence: it begins with a carriage return, is cut
+//! before the last column, and covers the line before it with spaces. So wherever a stop or a kill cuts it off, the
+//! terminal is as before.
 
 use std::io::{IsTerminal, Write};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
+use lockkit::{Owner, command};
+
 use crate::failure::note;
-use crate::paint::{ODD, paint};
+use crate::look::plain;
 
 /// For whom to show a wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +30,7 @@ impl Audience {
     pub(crate) fn of(quiet: bool, verbose: bool) -> Self {
         match std::io::stderr().is_terminal() {
             _ if quiet => Self::Nobody,
+            true if is_dumb() => Self::Log,
             true => Self::Terminal,
             false if verbose => Self::Log,
             false => Self::Nobody,
@@ -31,15 +38,21 @@ impl Audience {
     }
 }
 
+/// Whether the terminal may not know a carriage return.
+fn is_dumb() -> bool {
+    let name = std::env::var_os("TERM");
+    cfg!(unix) && name.is_none_or(|name| name.is_empty() || name == "dumb")
+}
+
 /// A lock that is taken sooner is not worth a word.
 const AT_ONCE: Duration = Duration::from_millis(150);
 const NEXT: Duration = Duration::from_millis(500);
 
-/// Runs `acquire`, and meanwhile shows that `lock` is waited for, and by whom it is held as `holder` says.
+/// Runs `acquire`, and meanwhile shows that `lock` is waited for, and by whom it is held as `holders` says.
 pub(crate) fn shown<T>(
     audience: Audience,
     lock: &str,
-    holder: impl Fn() -> Option<String> + Send,
+    holders: impl Fn() -> Vec<Owner> + Send,
     acquire: impl FnOnce() -> T,
 ) -> T {
     if audience == Audience::Nobody {
@@ -48,42 +61,155 @@ pub(crate) fn shown<T>(
     std::thread::scope(|scope| {
         let (done, is_done) = channel::<()>();
         // Without a thread nothing is shown, and nothing else is amiss.
-        let _ = std::thread::Builder::new().spawn_scoped(scope, move || show(audience, lock, &holder, &is_done));
+        let _ = std::thread::Builder::new().spawn_scoped(scope, move || match audience {
+            Audience::Terminal => show(&plain(lock), &holders, &is_done),
+            _ => log(&plain(lock), &holders, &is_done),
+        });
         let acquired = acquire();
         drop(done);
         acquired
     })
 }
 
-fn show(audience: Audience, lock: &str, holder: &dyn Fn() -> Option<String>, done: &Receiver<()>) {
+/// The holders, for people.
+pub(crate) fn described(holders: &[Owner]) -> String {
+    holders.iter().map(Owner::describe).collect::<Vec<_>>().join("; ")
+}
+
+fn held_by(holders: &[Owner]) -> String {
+    match holders {
+        [] => String::new(),
+        holders => format!(", held by {}", plain(&described(holders))),
+    }
+}
+
+/// Waits for the first, or the next, moment to show something; false when there is nothing more to show.
+fn is_time(done: &Receiver<()>, pause: &mut Duration) -> bool {
+    let waits = done.recv_timeout(*pause) == Err(RecvTimeoutError::Timeout);
+    *pause = NEXT;
+    waits
+}
+
+/// Rewrites a line on a terminal.
+fn show(lock: &str, holders: &dyn Fn() -> Vec<Owner>, done: &Receiver<()>) {
     let since = Instant::now();
     let mut pause = AT_ONCE;
-    let mut last = None;
-    let coloured = anstream::AutoStream::choice(&std::io::stderr()) != anstream::ColorChoice::Never;
-    while let Err(RecvTimeoutError::Timeout) = done.recv_timeout(pause) {
-        pause = NEXT;
-        let mut held = holder();
-        if let (Some(who), Audience::Terminal, true) = (&mut held, audience, coloured) {
-            *who = paint(ODD, &*who);
-        }
-        let held = held.map(|who| format!(", held by {who}")).unwrap_or_default();
-        match audience {
-            Audience::Terminal => {
-                let waited = humantime::format_duration(Duration::from_secs(since.elapsed().as_secs()));
-                // Cleared to its end; one that is longer than the terminal is wide is wrapped off and on again by ?7.
-                let mut terminal = std::io::stderr().lock();
-                let _ = write!(terminal, "\r\x1b[2K\x1b[?7lWaiting for {lock} for {waited}{held}\x1b[?7h");
-                let _ = terminal.flush();
-                last = Some(held);
-            }
-            _ if last.as_ref() != Some(&held) => {
-                note(format_args!("lockkit: waiting for {lock}{held}"));
-                last = Some(held);
-            }
-            _ => {}
+    let mut before = 0;
+    while is_time(done, &mut pause) {
+        let holders = holders();
+        let waited = humantime::format_duration(Duration::from_secs(since.elapsed().as_secs()));
+        let width = terminal_width();
+        let (line, columns) = cut(&format!("Waiting for {lock} for {waited}{}", held_by(&holders)), width - 1);
+        let rest = before.min(width - 1).saturating_sub(columns);
+        write(&format!("\r{line}{:rest$}", ""));
+        before = columns;
+    }
+    if before > 0 {
+        write(&format!("\r{:1$}\r", "", before.min(terminal_width() - 1)));
+    }
+}
+
+fn write(text: &str) {
+    // Not by a macro, which writes each piece by itself.
+    let _ = std::io::stderr().write_all(text.as_bytes());
+}
+
+/// Writes a line when the wait begins, and when another process is the holder. That the lock has no holder for a moment,
+/// or the holder runs another program, is no news.
+fn log(lock: &str, holders: &dyn Fn() -> Vec<Owner>, done: &Receiver<()>) {
+    let mut pause = AT_ONCE;
+    let mut last: Option<Vec<Owner>> = None;
+    while is_time(done, &mut pause) {
+        let now = holders();
+        let is_news = match &last {
+            None => true,
+            Some(last) => !now.is_empty() && !are_same(last, &now),
+        };
+        if is_news {
+            note(format_args!("lockkit: waiting for {lock}{}", held_by(&now)));
+            last = Some(now);
         }
     }
-    if audience == Audience::Terminal && last.is_some() {
-        let _ = write!(std::io::stderr(), "\r\x1b[2K");
+}
+
+fn are_same(some: &[Owner], others: &[Owner]) -> bool {
+    some.len() == others.len() && some.iter().all(|one| others.iter().any(|other| command::is_same_process(one, other)))
+}
+
+/// How many columns the terminal has, at least 2.
+fn terminal_width() -> usize {
+    const USUAL: usize = 80;
+    #[cfg(unix)]
+    let width = rustix::termios::tcgetwinsize(std::io::stderr()).map_or(0, |size| usize::from(size.ws_col));
+    #[cfg(not(unix))]
+    let width = 0;
+    match width {
+        0 => USUAL,
+        width => width.max(2),
+    }
+}
+
+/// The beginning of `line` that fits into so many columns, with an ellipsis where something is cut off; and its columns.
+fn cut(line: &str, columns: usize) -> (String, usize) {
+    let whole: usize = line.chars().map(width_of).sum();
+    if whole <= columns {
+        return (line.to_owned(), whole);
+    }
+    let (mut shown, mut taken) = (String::new(), 1);
+    for letter in line.chars() {
+        taken += width_of(letter);
+        if taken > columns {
+            taken -= width_of(letter);
+            break;
+        }
+        shown.push(letter);
+    }
+    shown.push('…');
+    (shown, taken)
+}
+
+/// How many columns a terminal gives a letter: 2 for those of East Asia and for pictures. Where terminals differ it is the
+/// larger number, for a line that is too long is wrapped.
+fn width_of(letter: char) -> usize {
+    match u32::from(letter) {
+        // Combining marks, and what chooses the form of the letter before.
+        0x300..=0x36f | 0x20d0..=0x20ff | 0xfe00..=0xfe0f => 0,
+        0x1100..=0x115f
+        | 0x231a..=0x231b
+        | 0x2329..=0x232a
+        | 0x23e9..=0x23fa
+        | 0x25fd..=0x25fe
+        | 0x2600..=0x27bf
+        | 0x2b1b..=0x2b55
+        | 0x2e80..=0x303e
+        | 0x3041..=0xa4cf
+        | 0xa960..=0xa97c
+        | 0xac00..=0xd7a3
+        | 0xf900..=0xfaff
+        | 0xfe10..=0xfe19
+        | 0xfe30..=0xfe6f
+        | 0xff00..=0xff60
+        | 0xffe0..=0xffe6
+        | 0x16fe0..=0x18dff
+        | 0x1aff0..=0x1b2ff
+        | 0x1f000..=0x1faff
+        | 0x20000..=0x3fffd => 2,
+        _ => 1,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cut_line_fits_its_columns() {
+        assert_eq!(cut("abc", 3), ("abc".to_owned(), 3));
+        assert_eq!(cut("abcd", 3), ("ab…".to_owned(), 3));
+        assert_eq!(cut("abc", 1), ("…".to_owned(), 1));
+        assert_eq!(cut("日本語", 6), ("日本語".to_owned(), 6));
+        assert_eq!(cut("日本語", 5), ("日本…".to_owned(), 5));
+        assert_eq!(cut("日本語", 4), ("日…".to_owned(), 3));
+        assert_eq!(cut("e\u{301}e\u{301}", 2), ("e\u{301}e\u{301}".to_owned(), 2));
     }
 }

@@ -26,6 +26,11 @@ pub(crate) fn now() -> Duration {
     }
 }
 
+/// Nanoseconds of a clock that goes on steadily, for short spans.
+pub(crate) fn nanos() -> u64 {
+    counted().as_nanos() as u64
+}
+
 fn find() -> Option<Query> {
     // SAFETY: both names end with a zero, and the module is loaded in every process for ever.
     let found = unsafe {

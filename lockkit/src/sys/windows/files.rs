@@ -232,6 +232,31 @@ pub(crate) fn set_mode(_: &File, _: u32) -> io::Result<()> {
 }
 
 /// Modes are for Unix.
+pub(crate) fn mode_of(_: &File) -> io::Result<u32> {
+    Ok(0o644)
+}
+
+/// Modes are for Unix.
+pub(crate) fn mode_of_new(mode: u32) -> u32 {
+    mode
+}
+
+/// Not looked at: who may remove a file is for access control lists to say.
+pub(crate) fn check_removable(_: &Path, _: &Seen) -> io::Result<()> {
+    Ok(())
+}
+
+/// Gives the file at `from` the name `to`.
+pub(crate) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    std::fs::rename(from, to)
+}
+
+/// Not looked at: whose a file is is for its directory to say.
+pub(crate) fn is_own(_: &Seen) -> bool {
+    true
+}
+
+/// Modes are for Unix.
 pub(crate) fn set_folder_mode(_: &Path, _: u32) -> io::Result<()> {
     Ok(())
 }
@@ -239,6 +264,11 @@ pub(crate) fn set_folder_mode(_: &Path, _: u32) -> io::Result<()> {
 /// Not looked at: what a folder lets others do is its access control list's to say.
 pub(crate) fn is_writable_by_others(_: &Seen) -> bool {
     false
+}
+
+/// Modes are for Unix.
+pub(crate) fn others_who_write(_: &Seen) -> u32 {
+    0
 }
 
 /// Whether the error comes of a name that the file system cannot have.

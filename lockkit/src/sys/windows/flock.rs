@@ -11,7 +11,9 @@ use std::fs::File;
 use std::io;
 use std::os::windows::io::AsRawHandle;
 
-use windows_sys::Win32::Foundation::{ERROR_IO_PENDING, ERROR_LOCK_VIOLATION};
+use windows_sys::Win32::Foundation::{
+    ERROR_INVALID_FUNCTION, ERROR_IO_PENDING, ERROR_LOCK_VIOLATION, ERROR_NOT_SUPPORTED,
+};
 use windows_sys::Win32::Storage::FileSystem::{
     LOCKFILE_EXCLUSIVE_LOCK, LOCKFILE_FAIL_IMMEDIATELY, LockFileEx, UnlockFileEx,
 };
@@ -52,6 +54,12 @@ pub(crate) fn unlock(file: &File) -> io::Result<()> {
     // SAFETY: the handle is open as long as `file` is, and for synchronous use, so `place` is read during the call only.
     let done = unsafe { UnlockFileEx(file.as_raw_handle(), 0, 1, 0, &raw mut place) };
     result_of(done)
+}
+
+/// Whether the error says that the file system has no locks at all, so that no process can hold one on the file.
+pub(crate) fn is_unsupported(error: &io::Error) -> bool {
+    let code = error.raw_os_error().map(|code| code as u32);
+    matches!(code, Some(ERROR_INVALID_FUNCTION | ERROR_NOT_SUPPORTED))
 }
 
 fn call(file: &File, mode: Mode, flags: u32) -> io::Result<()> {

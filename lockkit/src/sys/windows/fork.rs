@@ -1,5 +1,6 @@
 //! Windows has no fork, and its handles are inherited by nobody who is not told to: nothing to shield.
 
+use std::io;
 use std::ops::Deref;
 use std::os::windows::io::OwnedHandle;
 
@@ -12,8 +13,21 @@ impl<T> Shielded<T> {
         make().map(Self)
     }
 
-    pub(crate) fn unshield(self) -> T {
-        self.0
+    pub(crate) fn keep_across_fork(self) -> Self {
+        self
+    }
+
+    pub(crate) fn know(self) -> Self {
+        self
+    }
+
+    pub(crate) fn know_as(self, _: (u64, u64)) -> Self {
+        self
+    }
+
+    /// A handle that the program closes for the guard is a fault of the program, which Windows reports to a debugger.
+    pub(crate) fn is_own(&self) -> bool {
+        true
     }
 }
 
@@ -23,6 +37,11 @@ impl<T> Deref for Shielded<T> {
     fn deref(&self) -> &T {
         &self.0
     }
+}
+
+/// What a release says of a handle that is not its own any more, which is never.
+pub(crate) fn closed_by_program() -> io::Error {
+    io::Error::other("this process has closed the handle of the lock, and so released it earlier")
 }
 
 /// Holds nothing off.
@@ -38,5 +57,11 @@ impl NoFork {
 /// Which process this is, counted in forks: none.
 #[inline]
 pub(crate) fn generation() -> u32 {
+    0
+}
+
+/// As [`generation`].
+#[inline]
+pub(crate) fn noted_generation() -> u32 {
     0
 }

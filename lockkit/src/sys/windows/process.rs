@@ -111,7 +111,7 @@ pub(crate) fn boot_id() -> Option<u128> {
     const BOOT_ID: *const u32 = (0x7ffe_0000_usize + 0x2c4) as *const u32;
     // SAFETY: a page that is mapped for reading in every process; the field is four bytes, aligned.
     let count = unsafe { BOOT_ID.read_volatile() };
-    Some(u128::from(sum(host())) << 32 | u128::from(count))
+    Some(u128::from(sum(host()?)) << 32 | u128::from(count))
 }
 
 /// FNV-1a.
@@ -136,23 +136,22 @@ pub(crate) fn clock_id() -> Option<u128> {
 
 /// This host: its name, and the id of its installation where there is one, so that two hosts that were given the same
 /// name still differ. Two that were cloned from one image with their names do not.
-pub(crate) fn host() -> &'static str {
+pub(crate) fn host() -> Option<&'static str> {
     static HOST: OnceLock<String> = OnceLock::new();
-    HOST.get_or_init(|| {
-        let name = name().replace(char::is_control, "?");
-        match installation() {
-            Some(id) => format!("{name}/{id}"),
-            None => name,
-        }
-    })
+    Some(HOST.get_or_init(|| match installation() {
+        Some(id) => format!("{}/{id}", host_name()),
+        None => host_name(),
+    }))
 }
 
-fn name() -> String {
+/// The name of this host.
+pub(crate) fn host_name() -> String {
     let mut name = [0_u16; 256];
     let mut length = name.len() as u32;
     // SAFETY: the call writes no more than it is told there is room for.
     let found = unsafe { GetComputerNameExW(ComputerNamePhysicalDnsHostname, name.as_mut_ptr(), &raw mut length) };
-    if found == 0 { String::new() } else { String::from_utf16_lossy(&name[..length as usize]) }
+    let name = if found == 0 { String::new() } else { String::from_utf16_lossy(&name[..length as usize]) };
+    name.replace(char::is_control, "?")
 }
 
 fn installation() -> Option<String> {

@@ -28,7 +28,7 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 use crate::lease::store::Deadline;
 use crate::steps::step;
 use crate::sys::event;
-use crate::sys::fork::Shielded;
+use crate::sys::fork::{self, Shielded};
 
 /// A statement of the store's, with the types of its parameters.
 pub(super) struct Sql {
@@ -194,6 +194,10 @@ fn run<F: Future>(
     work: F,
     by: Deadline,
 ) -> Result<F::Output, Cut> {
+    // The program may have closed it, and another file may have its number.
+    if !wire.socket.is_own() {
+        return Err(Cut::Here(fork::closed_by_program()));
+    }
     let called = Arc::new(Called(AtomicBool::new(false)));
     let waker = Waker::from(called.clone());
     let mut cx = Context::from_waker(&waker);

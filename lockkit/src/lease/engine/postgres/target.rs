@@ -218,7 +218,7 @@ impl Target {
 
 fn socket(family: AddressFamily) -> io::Result<Shielded<OwnedFd>> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    Ok(Shielded::new(|| socket_with(family, SocketType::STREAM, flags, None))?)
+    Ok(Shielded::new(|| socket_with(family, SocketType::STREAM, flags, None))?.know())
 }
 
 /// The hosts and their ports, as libpq pairs them.

@@ -1,0 +1,239 @@
+//! The holder of a pidfile: the one judgement that acquisitions, [`PidFile::inspect`] and removals share.
+//!
+//! | the file | verdict |
+//! |---|---|
+//! | a process has the write lock | held |
+//! | it has an identity that counts ([`record`]) | held while its owner lives; an owner of another pid namespace of this boot, which had the write lock for life, is gone; any other owner that cannot be looked up may live |
+//! | it contains pids of other programs | held while one of them lives that did not start after the file was written |
+//! | it contains a pid and the name of another host | held: nothing here can tell |
+//! | it names this very process, and no other that lives | free: it is from before an exec, or from a supervisor |
+//! | it is blank | held for [`YOUNG`], for a program may be about to write; then free. One line end is free at once |
+//! | it contains anything else | no pidfile |
+//!
+//! A blank file, and one that only a dead process of another program names, is held all the same while a trusted process
+//! has a flock on it: pidfile(3) of BSD makes and locks the file long before it writes the pid, and children keep the lock.
+//!
+//! The write lock is looked at before the content. It is only ever taken on a new file, so once it is seen free no owner
+//! of lockkit's changes the file any more.
+//!
+//! [`PidFile::inspect`]: super::PidFile::inspect
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use super::record::{self, Content};
+use crate::file::beginning;
+use crate::owner::{Liveness, Owner};
+use crate::sys::files::{self, Seen};
+use crate::sys::process::{self, Probe};
+use crate::sys::{unnamed, write_lock, xattr};
+
+/// For this long after its last write, a blank file may be about to be written.
+const YOUNG: Duration = Duration::from_secs(2);
+
+/// A process must have started as long after the last write of a file for its pid to count as reused. The two moments
+/// come from different clocks, of which one is set from time to time.
+const REUSE_MARGIN: Duration = Duration::from_secs(60);
+
+/// What a file means to a process that wants it.
+#[derive(Debug)]
+pub(super) enum Verdict {
+    Held {
+        /// The holder, as far as it is known.
+        owner: Option<Owner>,
+        /// Whether the write lock shows it: then the kernel wakes waiters.
+        by_lock: bool,
+    },
+    /// It names only processes that are proven dead; the first of them.
+    Stale(Owner),
+    /// It names this very process.
+    Own(Owner),
+    Blank {
+        /// How long ago it was last written, by the wall clock.
+        age: Duration,
+        /// Whether it may be about to be written.
+        young: bool,
+    },
+    /// It is no pidfile; the rule that it breaks.
+    Other(&'static str),
+}
+
+/// Judges the open file, which `path` named a moment ago. Gives its content, too.
+pub(super) fn judge(path: &Path, file: &File) -> io::Result<(Verdict, Vec<u8>)> {
+    let lock = write_lock::holder(file)?;
+    let bytes = read_settled(file)?;
+    let seen = files::look(file)?;
+    let verdict = match record::parse(&bytes) {
+        content if lock.is_some() => {
+            let owner = owner_of_locked(lock.unwrap_or_default(), &content, file, &seen)?;
+            Verdict::Held { owner, by_lock: true }
+        }
+        Content::Other(rule) => Verdict::Other(rule),
+        Content::Blank => match flock_holder(path, file, &seen)? {
+            Some(owner) => Verdict::Held { owner, by_lock: false },
+            None => Verdict::Blank {
+                age: age(&seen).unwrap_or_default(),
+                young: bytes != record::BLANK.as_bytes() && is_young(&seen),
+            },
+        },
+        Content::Pids { pids, alone, elsewhere } => {
+            let identity = if alone { identity(file, pids[0], &seen)? } else { None };
+            match (identity, elsewhere) {
+                (Some(owner), _) => of_owner(owner),
+                (None, Some(host)) => {
+                    let owner = Owner { host: Some(host), ..Owner::unknown(pids[0]) };
+                    Verdict::Held { owner: Some(writer(owner, &seen)), by_lock: false }
+                }
+                (None, None) => of_program(&pids, path, file, &seen)?,
+            }
+        }
+    };
+    Ok((verdict, bytes))
+}
+
+/// Judges a file with an identity, and without a write lock. An owner that has started another program, or has closed its
+/// descriptors, has lost the lock and holds the file all the same.
+fn of_owner(owner: Owner) -> Verdict {
+    if owner.is_this_process() {
+        return Verdict::Own(owner);
+    }
+    match owner.liveness_by_name() {
+        Liveness::Dead => Verdict::Stale(owner),
+        // Such an owner had the write lock on this kernel, and it is free: a container was killed.
+        Liveness::Unknown if owner.is_of_another_namespace() => Verdict::Stale(owner),
+        Liveness::Alive | Liveness::Unknown => Verdict::Held { owner: Some(shown(owner)), by_lock: false },
+    }
+}
+
+/// Judges a file that names processes by their pids alone.
+fn of_program(pids: &[u32], path: &Path, file: &File, seen: &Seen) -> io::Result<Verdict> {
+    let me = std::process::id();
+    if let Some(pid) = pids.iter().find(|pid| **pid != me && lives(**pid, file, seen)) {
+        let owner = Owner::of(*pid).unwrap_or_else(|| Owner::ended(*pid));
+        return Ok(Verdict::Held { owner: Some(writer(owner, seen)), by_lock: false });
+    }
+    if pids.contains(&me) {
+        return Ok(Verdict::Own(writer(Owner::current(), seen)));
+    }
+    Ok(match flock_holder(path, file, seen)? {
+        Some(owner) => Verdict::Held { owner, by_lock: false },
+        None => Verdict::Stale(writer(Owner::ended(pids[0]), seen)),
+    })
+}
+
+/// The holder of a file whose write lock the process `pid` has, or one that the kernel does not name.
+fn owner_of_locked(pid: u32, content: &Content, file: &File, seen: &Seen) -> io::Result<Option<Owner>> {
+    if let Content::Pids { pids, alone, .. } = content {
+        let identity = if *alone { identity(file, pids[0], seen)? } else { None };
+        if let Some(owner) = identity {
+            return Ok(Some(shown(owner)));
+        }
+        if let Some(owner) = pids.iter().find_map(|pid| Owner::of(*pid)) {
+            return Ok(Some(writer(owner, seen)));
+        }
+    }
+    Ok(Owner::of(pid))
+}
+
+/// The owner by the attribute of a file that contains `pid`.
+pub(super) fn identity(file: &File, pid: u32, seen: &Seen) -> io::Result<Option<Owner>> {
+    let mut room = [0; record::MAX_IDENTITY];
+    let Some(bytes) = xattr::get(file, record::NAME, &mut room)? else { return Ok(None) };
+    Ok(seen.modified().ok().and_then(|written| record::read_identity(bytes, pid, written)))
+}
+
+/// With the whole name of its program, while it lives.
+fn shown(mut owner: Owner) -> Owner {
+    if record::is_program_cut(&owner) && owner.liveness_by_name() == Liveness::Alive {
+        owner.program = process::program(owner.pid).or(owner.program);
+    }
+    owner
+}
+
+/// How long ago the file was last written; `None` when that lies in the future.
+fn age(seen: &Seen) -> Option<Duration> {
+    SystemTime::now().duration_since(seen.modified().ok()?).ok()
+}
+
+/// Whether the file was written just now, by a clock that may run as far ahead of ours, as a file server's does. A time
+/// further in the future, which is the clock's fault, is not just now.
+fn is_young(seen: &Seen) -> bool {
+    let Ok(written) = seen.modified() else { return false };
+    let apart = SystemTime::now().duration_since(written).unwrap_or_else(|ahead| ahead.duration());
+    apart < YOUNG
+}
+
+/// Whether the process that another program's file names may be the one that it was written for.
+pub(super) fn lives(pid: u32, file: &File, seen: &Seen) -> bool {
+    match process::probe(pid) {
+        Probe::Gone | Probe::Ended => false,
+        Probe::Running(None) => true,
+        Probe::Running(Some(start)) => !started_later(start, file, seen).unwrap_or(false),
+    }
+}
+
+/// Whether a process that started then is later than the file, as far as the clocks can tell.
+fn started_later(start: u64, file: &File, seen: &Seen) -> Option<bool> {
+    let written = seen.modified().ok()?;
+    // Nothing in memory is older than the boot: the clock was set forward since, and tells nothing.
+    let clock_was_set = written < process::booted_at()? && unnamed::is_in_memory(file);
+    Some(!clock_was_set && process::started_at(start)? > written.checked_add(REUSE_MARGIN)?)
+}
+
+/// The owner of a file that another program wrote: it took the lock, as far as it is one, when it did.
+fn writer(owner: Owner, seen: &Seen) -> Owner {
+    Owner { acquired: seen.modified().ok(), ..owner }
+}
+
+/// The beginning of a file, up to a byte more than [`record::MAX_LENGTH`].
+pub(super) fn read(file: &File) -> io::Result<Vec<u8>> {
+    beginning(file, record::MAX_LENGTH + 1)
+}
+
+/// As [`read`], until the same was seen twice: not every file system keeps a read and a write apart.
+fn read_settled(file: &File) -> io::Result<Vec<u8>> {
+    const MAX_READS: u32 = 8;
+    let mut bytes = read(file)?;
+    for _ in 0..MAX_READS {
+        let before = std::mem::replace(&mut bytes, read(file)?);
+        if bytes == before {
+            break;
+        }
+    }
+    Ok(bytes)
+}
+
+/// The process that has a flock on a file of another program's, where it is one to trust: root's, this user's, or that
+/// of the file's owner. Any other user with read permission can lock it, and that means nothing. `Some(None)` is a
+/// process that cannot be looked up, and may be one to trust.
+#[cfg(target_os = "linux")]
+fn flock_holder(path: &Path, file: &File, seen: &Seen) -> io::Result<Option<Option<Owner>>> {
+    use crate::flocks::FileLocks;
+    use crate::sys::files::MetadataExt;
+    use crate::sys::flock::{self, Mode};
+    match flock::try_lock(file, Mode::Shared) {
+        Ok(true) => return flock::unlock(file).map(|()| None),
+        Ok(false) => {}
+        Err(error) if flock::is_unsupported(&error) => return Ok(None),
+        Err(error) => return Err(error),
+    }
+    let me = rustix::process::geteuid().as_raw();
+    let is_trusted = |uid: u32| [0, me, seen.uid()].contains(&uid);
+    let pids = FileLocks::read("").on(path)?.flock.map(|locked| locked.pids).unwrap_or_default();
+    // A process that ends meanwhile has no users any more, and no lock.
+    let users: Vec<_> = pids.iter().filter_map(|pid| Some((*pid, process::users(*pid)?))).collect();
+    if let Some((pid, _)) = users.iter().find(|(_, users)| users.iter().all(|uid| is_trusted(*uid))) {
+        return Ok(Some(Owner::of(*pid)));
+    }
+    // Its own processes a user sees in any case, and those of others in part.
+    let is_hidden = users.is_empty() && (seen.uid() != me || process::users(std::process::id()).is_none());
+    Ok(is_hidden.then_some(None))
+}
+
+/// The write lock is a flock here.
+#[cfg(not(target_os = "linux"))]
+fn flock_holder(_: &Path, _: &File, _: &Seen) -> io::Result<Option<Option<Owner>>> {
+    Ok(None)
+}

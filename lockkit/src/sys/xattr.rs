@@ -1,0 +1,40 @@
+//! Extended attributes of a file: [xattr(7)].
+//!
+//! [xattr(7)]: https://man7.org/linux/man-pages/man7/xattr.7.html
+
+use std::fs::File;
+use std::io;
+
+/// The attribute `name`, where the file has it and it is not longer than `room`; `None` where it has none, a longer
+/// one, or where the file system has no attributes.
+#[cfg(any(target_os = "linux", target_vendor = "apple"))]
+pub(crate) fn get<'r>(file: &File, name: &str, room: &'r mut [u8]) -> io::Result<Option<&'r [u8]>> {
+    use rustix::io::Errno;
+    #[cfg(target_os = "linux")]
+    const ABSENT: Errno = Errno::NODATA;
+    #[cfg(not(target_os = "linux"))]
+    const ABSENT: Errno = Errno::from_raw_os_error(libc::ENOATTR);
+    match rustix::fs::fgetxattr(file, name, &mut *room) {
+        Ok(length) => Ok(room.get(..length)),
+        Err(ABSENT | Errno::OPNOTSUPP | Errno::NOSYS | Errno::RANGE) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Gives the file the attribute `name`, in the place of one that it has.
+#[cfg(any(target_os = "linux", target_vendor = "apple"))]
+pub(crate) fn set(file: &File, name: &str, value: &[u8]) -> io::Result<()> {
+    rustix::fs::fsetxattr(file, name, value, rustix::fs::XattrFlags::empty())?;
+    crate::steps::step("attribute set");
+    Ok(())
+}
+
+#[cfg(not(any(target_os = "linux", target_vendor = "apple")))]
+pub(crate) fn get<'r>(_: &File, _: &str, _: &'r mut [u8]) -> io::Result<Option<&'r [u8]>> {
+    Ok(None)
+}
+
+#[cfg(not(any(target_os = "linux", target_vendor = "apple")))]
+pub(crate) fn set(_: &File, _: &str, _: &[u8]) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
+}

@@ -1,0 +1,133 @@
+//! A process of a real-time class with two threads on one processor: whatever the higher one waits for from the lower
+//! one, it must leave it the processor for.
+//!
+//! Its two parts are told apart by what the higher thread does: `fork` while the lower one takes and releases a lock, or
+//! `lock` while the lower one forks. The higher thread says its id, and goes on when it is told to: then it has its
+//! class.
+
+use std::io::BufRead;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use lockkit::NamedLock;
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
+
+use crate::{LIVELY, program, thread_id};
+
+/// How often the higher thread does its part, each time from a sleep, so that it interrupts the lower one anywhere.
+const ROUNDS: usize = 200;
+
+/// The process's own side: answers with the longest time that its part took, in milliseconds.
+pub fn serve(part: &str, name: &str) {
+    let lock = NamedLock::new(name).expect("a name");
+    let stop = AtomicBool::new(false);
+    let mut lines = std::io::stdin().lock().lines();
+    println!("{}", thread_id());
+    lines.next();
+    let mut children = Vec::new();
+    let longest = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            println!("{}", thread_id());
+            while !stop.load(Ordering::Relaxed) {
+                match part {
+                    "fork" => drop(lock.lock().expect("only this process takes it")),
+                    _ => drop(waitpid(fork_child(Duration::ZERO), WaitOptions::empty())),
+                }
+            }
+        });
+        lines.next();
+        let mut longest = Duration::ZERO;
+        for _ in 0..ROUNDS {
+            std::thread::sleep(Duration::from_micros(500));
+            let start = Instant::now();
+            match part {
+                "fork" => children.push(fork_child(LIVELY)),
+                _ => drop(lock.lock().expect("only this process takes it")),
+            }
+            longest = longest.max(start.elapsed());
+        }
+        stop.store(true, Ordering::Relaxed);
+        longest
+    });
+    println!("{}", longest.as_millis());
+    // Until it is told to, its children live.
+    lines.next();
+    for child in children.into_iter().flatten() {
+        let _ = kill_process(child, Signal::KILL);
+        let _ = waitpid(Some(child), WaitOptions::empty());
+    }
+}
+
+fn fork_child(lives: Duration) -> Option<Pid> {
+    match fork::fork().expect("a process can be forked") {
+        fork::Fork::Child => {
+            std::thread::sleep(lives);
+            std::process::exit(0);
+        }
+        fork::Fork::Parent(pid) => Pid::from_raw(pid),
+    }
+}
+
+/// Such a process, on one processor. Dropping it kills it.
+pub struct RealTime {
+    _alone: MutexGuard<'static, ()>,
+    child: Child,
+    lines: std::io::Lines<std::io::BufReader<std::process::ChildStdout>>,
+}
+
+impl RealTime {
+    /// Starts one; `None`, with a word on it, where this machine does not let it.
+    pub fn start(part: &str, name: &str) -> Option<Self> {
+        if !Command::new("chrt").args(["-f", "1", "true"]).status().is_ok_and(|status| status.success()) {
+            crate::left_out("this process may not have a real-time class");
+            return None;
+        }
+        // Two on one processor would wait for each other.
+        static ALONE: Mutex<()> = Mutex::new(());
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let allowed = rustix::thread::sched_getaffinity(None).expect("a mask");
+        let processor = (0..1024).find(|number| allowed.is_set(*number)).expect("a processor").to_string();
+        // Should it spin all the same, it ends before long.
+        let mut command = Command::new("prlimit");
+        command.args(["--rttime=20000000", "taskset", "-c", &processor, "chrt", "-f", "1"]);
+        command.arg(program("actor")).args(["realtime", part, name]);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("util-linux");
+        let lines = std::io::BufReader::new(child.stdout.take().expect("a pipe")).lines();
+        let mut this = Self { _alone: alone, child, lines };
+        let higher = this.line();
+        let raised = Command::new("chrt").args(["-f", "-p", "2", &higher]).status();
+        assert!(raised.is_ok_and(|status| status.success()));
+        this.tell();
+        // A thread has the priority of the one that starts it.
+        let lower = this.line();
+        let lowered = Command::new("chrt").args(["-f", "-p", "1", &lower]).status();
+        assert!(lowered.is_ok_and(|status| status.success()));
+        this.tell();
+        Some(this)
+    }
+
+    /// The longest time that the part of its higher thread took.
+    pub fn longest(&mut self) -> Duration {
+        Duration::from_millis(self.line().parse().expect("milliseconds"))
+    }
+
+    fn line(&mut self) -> String {
+        self.lines.next().expect("it lives").expect("text")
+    }
+
+    fn tell(&mut self) {
+        use std::io::Write;
+        self.child.stdin.as_mut().expect("a pipe").write_all(b"\n").expect("it lives");
+    }
+}
+
+impl Drop for RealTime {
+    fn drop(&mut self) {
+        if let Some(pipe) = self.child.stdin.take() {
+            drop(pipe);
+        }
+        let _ = self.child.wait();
+    }
+}
