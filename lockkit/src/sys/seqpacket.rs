@@ -12,7 +12,7 @@ use std::ptr;
 
 use rustix::cmsg_space;
 use rustix::io::{Errno, Result, ioctl_fionbio, retry_on_intr};
-use rustix::net::sockopt::{set_socket_passcred, socket_acceptconn, socket_type};
+use rustix::net::sockopt::{set_socket_passcred, socket_type};
 use rustix::net::{
     self, AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, SocketAddrUnix,
     SocketFlags, SocketType,
@@ -343,10 +343,10 @@ fn receive_one(connection: &Shielded) -> Result<Option<Arrived>> {
     }
 }
 
-/// Whether the socket is the one that listens at `address`. A stream socket can have the same name.
-pub(crate) fn listens_at(socket: &Shielded, address: &Address) -> bool {
-    socket_acceptconn(&**socket) == Ok(true)
-        && socket_type(&**socket) == Ok(SocketType::SEQPACKET)
+/// Whether the socket has this address, or is a connection to the one that has, on which [`listen`] fails. A stream socket
+/// can have the same name.
+pub(crate) fn is_bound_to(socket: &Shielded, address: &Address) -> bool {
+    socket_type(&**socket) == Ok(SocketType::SEQPACKET)
         && net::getsockname(&**socket).and_then(Address::try_from).is_ok_and(|found| found == *address)
 }
 
