@@ -264,6 +264,8 @@ struct Records {
     store: Store,
 }
 
+// There is one in a process, as a rule.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug)]
 enum Store {
     /// In shared memory, each level mapped when it is first used.

@@ -315,6 +315,7 @@ fn receive_one(connection: &Shielded) -> Result<Option<Arrived>> {
         while !next.is_null() {
             // SAFETY: not null, so it points to a header in `control`, with as many bytes behind it as it says.
             let (found, data) = unsafe { (&*next, libc::CMSG_DATA(next)) };
+            #[allow(clippy::unnecessary_cast)] // The type differs from library to library.
             let length = found.cmsg_len as usize - (data as usize - next as usize);
             match (found.cmsg_level, found.cmsg_type) {
                 (libc::SOL_SOCKET, libc::SCM_RIGHTS) => {
