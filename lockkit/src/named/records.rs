@@ -264,7 +264,7 @@ struct Records {
     store: Store,
 }
 
-// A process has two at most, and a box would cost every acquisition a look.
+// There is one in a process, as a rule.
 #[allow(clippy::large_enum_variant)]
 #[derive(Debug)]
 enum Store {

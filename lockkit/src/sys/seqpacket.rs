@@ -12,7 +12,7 @@ use std::ptr;
 
 use rustix::cmsg_space;
 use rustix::io::{Errno, Result, ioctl_fionbio, retry_on_intr};
-use rustix::net::sockopt::{set_socket_passcred, socket_acceptconn, socket_type};
+use rustix::net::sockopt::{set_socket_passcred, socket_type};
 use rustix::net::{
     self, AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, SocketAddrUnix,
     SocketFlags, SocketType,
@@ -315,7 +315,7 @@ fn receive_one(connection: &Shielded) -> Result<Option<Arrived>> {
         while !next.is_null() {
             // SAFETY: not null, so it points to a header in `control`, with as many bytes behind it as it says.
             let (found, data) = unsafe { (&*next, libc::CMSG_DATA(next)) };
-            #[allow(clippy::unnecessary_cast)] // The type differs between C libraries.
+            #[allow(clippy::unnecessary_cast)] // The type differs from library to library.
             let length = found.cmsg_len as usize - (data as usize - next as usize);
             match (found.cmsg_level, found.cmsg_type) {
                 (libc::SOL_SOCKET, libc::SCM_RIGHTS) => {
@@ -344,10 +344,10 @@ fn receive_one(connection: &Shielded) -> Result<Option<Arrived>> {
     }
 }
 
-/// Whether the socket is the one that listens at `address`. A stream socket can have the same name.
-pub(crate) fn listens_at(socket: &Shielded, address: &Address) -> bool {
-    socket_acceptconn(&**socket) == Ok(true)
-        && socket_type(&**socket) == Ok(SocketType::SEQPACKET)
+/// Whether the socket has this address, or is a connection to the one that has, on which [`listen`] fails. A stream socket
+/// can have the same name.
+pub(crate) fn is_bound_to(socket: &Shielded, address: &Address) -> bool {
+    socket_type(&**socket) == Ok(SocketType::SEQPACKET)
         && net::getsockname(&**socket).and_then(Address::try_from).is_ok_and(|found| found == *address)
 }
 
