@@ -539,7 +539,7 @@ fn a_lock_file_deleted_under_the_holder_is_noticed_by_the_next_owner_of_the_new_
     spec.clean();
 }
 
-/// Takes turns until the best of some is within `limit`: other tests run beside this one.
+/// Measures some times, of which the best must be within `limit`: other tests run at the same time.
 #[cfg(target_os = "linux")]
 fn best_within(limit: Duration, mut measured: impl FnMut() -> Duration) {
     let times: Vec<Duration> = (0..5).map(|_| measured()).collect();
@@ -760,7 +760,7 @@ fn c1_socket_of_another_type_is_not_the_lock() {
     }
 }
 
-/// One test, for the folders of a user with this number are the same for all of them.
+/// One test, for the directories of a user with this number are the same for all.
 #[cfg(target_os = "linux")]
 #[test]
 fn c1_overflow_uid_is_not_trusted_as_ones_own() {
@@ -801,7 +801,7 @@ fn c1_overflow_uid_is_not_trusted_as_ones_own() {
     other.expect("try", "held");
     drop(other);
 
-    // A folder of somebody else's looks like one's own.
+    // A directory of another user looks like the own one.
     for base in ["/tmp", "/dev/shm"] {
         let folder = format!("{base}/lockkit-u{LAST}");
         let _ = std::fs::remove_dir_all(&folder);
@@ -869,7 +869,7 @@ fn c11_cleaner_leaves_files_of_machine_wide_locks() {
     let folder = tempfile::tempdir().unwrap();
     let [rules, age] = ["rules.conf", "aged"].map(|name| folder.path().join(name));
     std::fs::create_dir(&age).unwrap();
-    // Links to the same file stand in for the folder, of which other tests need the rest.
+    // In a directory of its own, for other tests need the rest of /tmp.
     let (kept, removed) = (age.join("kept"), age.join("removed"));
     std::fs::copy(path, &kept).unwrap();
     std::fs::set_permissions(&kept, path.metadata().unwrap().permissions()).unwrap();

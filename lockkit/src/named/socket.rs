@@ -17,7 +17,7 @@
 //! - A release looks at [`MAX_SKIPPED`] connections in a row at most. If none of them is a live waiter, it closes the
 //!   socket, and the waiters behind them bind again in any order.
 //!
-//! The new holder calls `listen` again, so that the credentials which the kernel shows to whoever connects are its own. A
+//! The new holder calls `listen` again, so that the credentials which the kernel shows to a process that connects are its own. A
 //! record in memory (see [`records`](super::records)) tells the next holder of a death, and names the holder. Its table
 //! also counts the waiters that have queued up, which saves a holder from asking the kernel at every release: a waiter that
 //! is not counted sees a hang-up and binds again.
@@ -295,7 +295,7 @@ impl SocketLock {
             Err(Errno::INVAL) => return Ok(None),
             Err(error) => return Err(self.io("listen on", error)),
         }
-        // A record that is still there is older than the holder before, who released.
+        // A record that is still there is older than the holder before, which released.
         self.mark().map(|mark| mark.take(false));
         Ok(Some(Hold { socket, connection: Some(connection), origin, since: nanos() }))
     }
@@ -354,7 +354,7 @@ impl SocketLock {
         Some(socket)
     }
 
-    /// The record of a waiter who may have the lock; `None` for every other connection.
+    /// The record of a waiter that may have the lock; `None` for every other connection.
     fn receiver(&self, waiter: &OwnedFd) -> Option<Words> {
         let peer = seqpacket::peer(waiter).ok()?;
         let is_eligible = match self.sharing {

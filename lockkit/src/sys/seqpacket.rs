@@ -208,7 +208,7 @@ pub(crate) fn accept(socket: &Shielded) -> Option<OwnedFd> {
     }
 }
 
-/// Says to the holder who waits, in the words of a holder record. A holder that has gone needs no answer, and without
+/// Sends this waiter's holder record to the holder. A holder that has gone needs no answer, and without
 /// the message the holder knows the pid alone, so an error means nothing.
 pub(crate) fn announce(connection: &Shielded, record: &[u8]) {
     let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
