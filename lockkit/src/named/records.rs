@@ -45,6 +45,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
 use super::mark::{self, ACQUIRED, IDENTITY, WORDS, Words};
@@ -368,7 +369,12 @@ impl Records {
                 Some(u32::try_from(levels).map_or(MAX_LEVELS, |levels| levels.clamp(1, MAX_LEVELS)))
             }
             Store::File(opened) => {
-                let found = self.looked_at(&opened.last().file).or_else(|| self.open_again(opened))?;
+                let found = match opened.last().file.metadata() {
+                    Ok(found) if identity(&found) == self.file => found,
+                    // A failed look does not show that the descriptor was closed.
+                    Err(error) if Errno::from_io_error(&error) != Some(Errno::BADF) => return None,
+                    _ => self.open_again(opened)?,
+                };
                 Some((1..MAX_LEVELS).find(|level| found.len() <= PAGE << level).unwrap_or(MAX_LEVELS))
             }
         }
