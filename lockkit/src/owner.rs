@@ -133,7 +133,7 @@ impl Owner {
         Self { pid, start: None, boot: None, namespace: None, host: None, program: None, acquired: None }
     }
 
-    /// A process of this host by its pid alone, which is 0 where another pid namespace hides it: what is read of it beside
+    /// A process of this host by its pid alone, which is 0 where another pid namespace hides it: what else is read of it
     /// would take too long.
     #[cfg(target_os = "linux")]
     pub(crate) fn by_pid(pid: u32) -> Self {

@@ -12,6 +12,7 @@
 //! - [`realtime`] has a process of a real-time class on one processor.
 //! - [`servers`] starts real servers, and sees that they end.
 //! - [`mod@engines`] has the drills of leases on servers; [`drills!`] makes tests of them for one engine.
+//! - [`namespaces`] makes user namespaces, in which a uid means several users.
 //! - [`wine`] has what Wine does otherwise than Windows, so that it cannot judge every case.
 //! - [`chaos`] lets a conductor kill and stop many processes at random, and checks the log of who held when.
 
@@ -26,6 +27,8 @@ pub mod instances;
 pub mod kinds;
 pub mod leases;
 pub mod managers;
+#[cfg(target_os = "linux")]
+pub mod namespaces;
 #[cfg(target_os = "linux")]
 pub mod realtime;
 #[cfg(target_os = "linux")]

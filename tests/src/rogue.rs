@@ -26,7 +26,7 @@ fn bound(kind: SocketType, name: &str) -> OwnedFd {
     socket
 }
 
-/// Holds the abstract `name` as a lock does, hands it over to the first who waits, and then keeps a copy of the socket, on
+/// Holds the abstract `name` as a lock does, hands it over to the first waiter, and then keeps a copy of the socket, on
 /// which calls wait however often the receiver sets that they do not.
 pub fn hand_over(name: &str) {
     let socket = bound(SocketType::SEQPACKET, name);
@@ -58,7 +58,7 @@ fn send(waiter: &OwnedFd, socket: &OwnedFd) {
     let mut control = SendAncillaryBuffer::new(&mut space);
     let descriptors = [socket.as_fd()];
     control.push(SendAncillaryMessage::ScmRights(&descriptors));
-    // Who only looks has gone by then.
+    // A process that only looks has gone by then.
     let _ = net::sendmsg(waiter, &[IoSlice::new(b"L")], &mut control, SendFlags::NOSIGNAL);
     let _ = net::shutdown(waiter, Shutdown::Write);
 }

@@ -17,6 +17,7 @@ use lockkit::instance::{MOST_BYTES, Outcome};
 use lockkit::{Activation, CancelToken, ErrorKind, FirstInstance, Instance, NamedLock, SecondInstance, Wait};
 use lockkit_tests::actor::{Actor, signal_pid};
 use lockkit_tests::instances::{VARIABLE, address, call, empty_request, frame};
+use lockkit_tests::namespaces::UserNamespace;
 use lockkit_tests::{Belongings, LIVELY, another_user, fresh_name, until};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use rustix::process::Signal;
@@ -715,6 +716,31 @@ fn another_user_is_turned_away_by_the_first_instance() {
     assert_eq!(next(&first).pid(), Some(sender.pid()));
     assert_eq!(intruder.answer(), "was given 0 bytes");
     assert!(first.next_activation(&Wait::none()).unwrap().is_none());
+}
+
+#[test]
+fn c1_overflow_uid_is_not_trusted_with_activations() {
+    let Some(stranger) = another_user() else { return };
+    let Some(inside) = UserNamespace::new(4_000_000) else { return };
+    let (last, name) = (UserNamespace::LAST, name());
+    // A stranger outside looks like the same user in there.
+    let mut pretender = Actor::start_rogue(["pretend", &format!("{last}/{name}")], stranger.uid);
+    assert_eq!(pretender.answer(), "listening");
+    let mut instance = inside.start(last, &["instance", &name]);
+    let answer = instance.ask("start 30000");
+    assert!(answer.contains("ForeignOwner"), "{answer}");
+    assert_eq!(pretender.answer(), "was told 0 bytes");
+    pretender.kill();
+    // Those of the user in there are first and second.
+    let mut first = inside.start(last, &["instance", &name]);
+    assert_eq!(first.ask("start 30000"), "first");
+    let mut intruder = Actor::start_rogue(["intrude", &format!("{last}/{name}")], stranger.uid);
+    assert_eq!(intruder.answer(), "connected");
+    let mut second = inside.start(last, &["instance", &name]);
+    second.tell("start 30000");
+    assert_eq!(intruder.answer(), "was given 0 bytes");
+    let answer = second.answer();
+    assert!(answer.starts_with("answered"), "{answer}");
 }
 
 #[test]

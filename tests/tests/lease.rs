@@ -193,8 +193,6 @@ fn damaged_record_reclaimed_after_two_seconds() {
             scope.spawn(move || {
                 let (_folder, terms) = place();
                 write(&terms, damaged);
-                // A modification time that a program has set does not count.
-                set_age(&terms.path, SystemTime::now() - HOUR);
                 let start = Instant::now();
                 let lease = terms.open();
                 let error = lease.try_lock().unwrap_err();

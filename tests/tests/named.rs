@@ -12,7 +12,7 @@ use lockkit::{Backend, ErrorKind, NamedLock, Scope, Wait};
 use lockkit_tests::actor::Actor;
 use lockkit_tests::{Belongings, Kind, Spec, fresh_name, suite, until};
 #[cfg(target_os = "linux")]
-use lockkit_tests::{another_user, rogue};
+use lockkit_tests::{another_user, namespaces::UserNamespace, rogue};
 
 #[cfg(target_os = "linux")]
 suite!(socket, lockkit_tests::Kind::NAMED_SOCKET);
@@ -539,7 +539,7 @@ fn a_lock_file_deleted_under_the_holder_is_noticed_by_the_next_owner_of_the_new_
     spec.clean();
 }
 
-/// Takes turns until the best of some is within `limit`: other tests run beside this one.
+/// Measures some times, of which the best must be within `limit`: other tests run at the same time.
 #[cfg(target_os = "linux")]
 fn best_within(limit: Duration, mut measured: impl FnMut() -> Duration) {
     let times: Vec<Duration> = (0..5).map(|_| measured()).collect();
@@ -760,66 +760,7 @@ fn c1_socket_of_another_type_is_not_the_lock() {
     }
 }
 
-/// A user namespace that maps the uids from 0 to 65,534 and no others; with a copy of the actor that its users can run.
-#[cfg(target_os = "linux")]
-struct UserNamespace {
-    keeper: std::process::Child,
-    programs: tempfile::TempDir,
-}
-
-#[cfg(target_os = "linux")]
-impl UserNamespace {
-    /// The last uid of the map, which is also that of everybody else in there.
-    const LAST: u32 = 65_534;
-
-    /// Makes one whose uids begin with `first` outside, or says why that cannot be.
-    fn new(first: u32) -> Option<Self> {
-        let programs = tempfile::tempdir_in("/tmp").unwrap();
-        std::fs::set_permissions(programs.path(), PermissionsExt::from_mode(0o755)).unwrap();
-        std::fs::copy(lockkit_tests::program("actor"), programs.path().join("actor")).unwrap();
-        let map = format!("{first},0,65535");
-        let mut keeper = Command::new("unshare");
-        keeper.args(["--user", "--map-users", &map, "--map-groups", &map, "sleep", "300"]);
-        let mut keeper = keeper.stderr(Stdio::null()).spawn().ok()?;
-        let text = || std::fs::read_to_string(format!("/proc/{}/uid_map", keeper.id())).unwrap_or_default();
-        let is_mapped = |text: String| text.split_ascii_whitespace().nth(1) == Some(&first.to_string());
-        let mut ended = false;
-        until("it is mapped", || {
-            ended = std::fs::read_link(format!("/proc/{}/exe", keeper.id())).is_err();
-            ended || is_mapped(text())
-        });
-        if ended {
-            let _ = keeper.wait();
-            lockkit_tests::left_out("this machine makes no user namespaces for the test");
-            return None;
-        }
-        Some(Self { keeper, programs })
-    }
-
-    /// Starts an actor in there, as the user `uid` of the namespace.
-    fn start<S: AsRef<std::ffi::OsStr>>(&self, uid: u32, arguments: &[S]) -> Actor {
-        Actor::start_with(&Kind::NAMED_SOCKET.fresh(), |command| {
-            *command = Command::new("nsenter");
-            command.arg(format!("--user=/proc/{}/ns/user", self.keeper.id()));
-            command.args([format!("--setuid={uid}"), format!("--setgid={uid}")]);
-            command.arg(self.programs.path().join("actor")).args(arguments).current_dir("/");
-            command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        })
-    }
-}
-
-#[cfg(target_os = "linux")]
-impl Drop for UserNamespace {
-    fn drop(&mut self) {
-        let _ = self.keeper.kill();
-        let _ = self.keeper.wait();
-        for base in ["/tmp", "/dev/shm"] {
-            let _ = std::fs::remove_dir_all(format!("{base}/lockkit-u{}", Self::LAST));
-        }
-    }
-}
-
-/// One test, for the folders of a user with this number are the same for all of them.
+/// One test, for the directories of a user with this number are the same for all.
 #[cfg(target_os = "linux")]
 #[test]
 fn c1_overflow_uid_is_not_trusted_as_ones_own() {
@@ -860,7 +801,7 @@ fn c1_overflow_uid_is_not_trusted_as_ones_own() {
     other.expect("try", "held");
     drop(other);
 
-    // A folder of somebody else's looks like one's own.
+    // A directory of another user looks like the own one.
     for base in ["/tmp", "/dev/shm"] {
         let folder = format!("{base}/lockkit-u{LAST}");
         let _ = std::fs::remove_dir_all(&folder);
@@ -928,7 +869,7 @@ fn c11_cleaner_leaves_files_of_machine_wide_locks() {
     let folder = tempfile::tempdir().unwrap();
     let [rules, age] = ["rules.conf", "aged"].map(|name| folder.path().join(name));
     std::fs::create_dir(&age).unwrap();
-    // Links to the same file stand in for the folder, of which other tests need the rest.
+    // In a directory of its own, for other tests need the rest of /tmp.
     let (kept, removed) = (age.join("kept"), age.join("removed"));
     std::fs::copy(path, &kept).unwrap();
     std::fs::set_permissions(&kept, path.metadata().unwrap().permissions()).unwrap();

@@ -568,8 +568,8 @@ impl FileStore {
         let found = self.check(file)?;
         // A lease is shared if both its file and this caller's mode let the same class of users write.
         let is_shared = files::others_who_write(&found) & self.file_mode.unwrap_or_default() != 0;
-        let is_foreign = |me| found.uid() != me && !(me == 0 && aim == Aim::Free);
-        if found.uid() != 0 && !is_shared && is_foreign(folder::effective_uid()) {
+        let may_free = || aim == Aim::Free && folder::effective_uid() == 0;
+        if found.uid() != 0 && !is_shared && !folder::is_own(file, &found) && !may_free() {
             let lock = format!("the lease {}", self.path.display());
             return Err(StoreError::misuse(Error::from(ErrorKind::ForeignOwner { lock, uid: found.uid(), pid: None })));
         }

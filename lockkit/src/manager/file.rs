@@ -216,7 +216,7 @@ impl Folder {
     fn check(&self) -> Result<()> {
         let failed = |error| Error::io("open", &self.path, error);
         let found = files::look_at(&self.path).map_err(failed)?;
-        if found.uid() != folder::effective_uid() && found.uid() != 0 {
+        if found.uid() != 0 && !folder::is_own_at(&self.path, &found) {
             let lock = format!("the lock table {}", self.path.display());
             return Err(ErrorKind::ForeignOwner { lock, uid: found.uid(), pid: None }.into());
         }

@@ -507,7 +507,7 @@ fn check(path: &Path, file: &File) -> Result<((u64, u64), u32)> {
         return Err(no_plain_file(path));
     }
     // Its owner can shorten it under us.
-    if found.uid() != folder::effective_uid() && found.uid() != 0 {
+    if found.uid() != 0 && !folder::is_own(file, &found) {
         let lock = format!("the lock table {}", path.display());
         return Err(ErrorKind::ForeignOwner { lock, uid: found.uid(), pid: None }.into());
     }

@@ -1,4 +1,4 @@
-//! Which abstract sockets there are, and which connections wait at them: who holds what, for people.
+//! Which abstract sockets there are, and which connections wait at them, for lists.
 //!
 //! The kernel answers by netlink (see [`unix_diag`]), where the number of waiters is exact. Where netlink is forbidden,
 //! [proc_net(5)] lists the same sockets in `unix`, without the users and without what has become of a connection.
@@ -35,7 +35,7 @@ pub(super) enum Queue {
 #[derive(Debug)]
 struct Connection {
     uid: Option<u32>,
-    /// A waiter says who it is; a process that only looks who holds does not.
+    /// A waiter sends its record; a process that only asks for the owner sends nothing.
     has_announced: bool,
 }
 
@@ -102,7 +102,7 @@ impl Sockets {
 #[derive(Debug, PartialEq, Eq)]
 struct Line {
     name: String,
-    /// Whether it is the far end of a connection that nobody has accepted yet; else it is the one that has the name.
+    /// Whether it is the far end of a connection that is not accepted yet; else it is the one that has the name.
     queued: bool,
 }
 

@@ -42,7 +42,7 @@ pub(crate) const BYTES: usize = WORDS * WORD;
 const WORD: usize = size_of::<u64>();
 
 const STATE: usize = 0;
-/// The words that say who the holder is.
+/// The words that identify the holder.
 pub(super) const IDENTITY: Range<usize> = 1..SUM;
 pub(super) const PID: usize = 1;
 const START: usize = 2;

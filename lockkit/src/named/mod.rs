@@ -49,8 +49,9 @@ pub enum Scope {
     /// The processes of one user, by effective uid. Only that user and root are ever handed the lock.
     #[default]
     User,
-    /// All processes of the machine. Every user can take such a lock, so every user can keep the others waiting: use it
-    /// among users that trust each other.
+    /// All processes of the machine. Every user can take such a lock, so every user can keep the others waiting, and hand
+    /// a lock that it has taken to two others: use it among users that trust each other. No user can make the release of
+    /// another one wait.
     Machine,
 }
 
@@ -284,7 +285,12 @@ impl NamedLock {
     /// Waiting costs no polling on the socket backend: the kernel wakes the waiter when the lock is handed to it, when
     /// the holder dies, at its deadline and at its cancellation. Only while the holder's queue of 4,096 (or
     /// `net.core.somaxconn`) is full of waiters, living or not, does a further one look again every few milliseconds;
-    /// each waiter that gave up keeps its place there until the next release.
+    /// each waiter that gave up keeps its place there until the next release. A release skips at most 64 of those in a
+    /// row; behind more, and between processes of different users that share a lock of [`Scope::Machine`], waiters get in
+    /// in any order.
+    ///
+    /// A waiter holds the lock when the holder before has closed its own copy of it. A holder that is stopped in the middle
+    /// of its release goes on holding.
     ///
     /// # Errors
     /// [`Held`](crate::ErrorKind::Held), [`Timeout`](crate::ErrorKind::Timeout) or
@@ -510,8 +516,8 @@ impl NamedGuard {
     /// The file backend keeps the record in the lock file: every death is reported, with its owner, but for one between
     /// the start of the machine and the first lock, or after somebody deleted the file. The socket backend keeps it in
     /// memory, below `/dev/shm`, or below `/tmp` where that cannot be used: every death is reported, with its owner, as
-    /// long as both processes see the same folder and nobody deletes the record (systemd does at a user's last logout,
-    /// with `RemoveIPC`). A process that cannot open it, because another user has occupied both folders or it has no
+    /// long as both processes see the same folder and nobody deletes the table of records (systemd does at a user's last
+    /// logout, with `RemoveIPC`), and until the records of thousands of other dead holders make room for new ones. A process that cannot open it, because another user has occupied both folders or it has no
     /// descriptor left, reports none, and leaves none to report. With [`Scope::Machine`] the record is open to all
     /// users, and may lie.
     pub fn recovered(&self) -> Option<&Recovered> {

@@ -1,6 +1,6 @@
 //! The records of the holders of all locks on sockets: one table for each user, and one for the machine.
 //!
-//! A record says who holds a lock, or died holding it (see [`mark`](super::mark)). The record excludes no process: where a
+//! A record identifies the holder of a lock, or the process that died holding it (see [`mark`](super::mark)). The record excludes no process: where a
 //! record is lost, a report is lost.
 //!
 //! # Guarantees
@@ -28,11 +28,11 @@
 //! record of a dead holder makes room, too.
 //!
 //! Only the holder of a lock writes a slot with the lock's key, and only after a search through all levels, so no key has
-//! two slots. Two holders that take the same slot for different locks are told apart by the exchange of word 0.
+//! two slots. Two holders that take the same slot for different locks exchange word 0, and the exchange of one fails.
 //!
 //! The table of a user is mapped once in each process: its file is private, complete and in memory, so no other user can
 //! shorten it under the mapping. That of the machine can be written by every user, so it is never mapped, but read and
-//! written by system calls. There a flock on the file orders those who take a slot of another lock.
+//! written by system calls. There a flock on the file orders the processes that take a slot of another lock.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -45,12 +45,13 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
 use super::mark::{self, ACQUIRED, IDENTITY, WORDS, Words};
 use crate::error::{Error, Result};
 use crate::lock::Recovered;
-use crate::owner::{Liveness, Owner};
+use crate::owner::Owner;
 use crate::steps::step;
 use crate::sys::folder::{self, Folder, Sharing};
 use crate::sys::fork::Shielded;
@@ -136,7 +137,7 @@ impl Mark {
         Ok(Self { records: Records::of(sharing)?, key: key_of(name), slot: AtomicU32::new(0) })
     }
 
-    /// Records that this process holds the lock. For a holder that bound the name: says who died holding the lock before.
+    /// Records that this process holds the lock. For a holder that bound the name: returns the process that died holding the lock before.
     /// One to which the lock was handed over follows a holder that released.
     pub(super) fn take(&self, has_bound: bool) -> Option<Box<Recovered>> {
         let before = mark::with_current(|record| self.put(record, WRITTEN));
@@ -156,8 +157,8 @@ impl Mark {
         step("receiver written down");
     }
 
-    /// Records that no process holds the lock. If the record stayed, the next owner would be told of a death that was
-    /// none.
+    /// Records that no process holds the lock. If the record stayed, the next owner would get a
+    /// false report of a death.
     pub(super) fn wipe(&self) {
         if let Some(seen) = self.find().filter(|seen| seen.state() != WIPED) {
             self.records.wipe(&seen);
@@ -266,7 +267,7 @@ struct Records {
     store: Store,
 }
 
-// A process has two at most, and a box would cost every acquisition a look.
+// There is one in a process, as a rule.
 #[allow(clippy::large_enum_variant)]
 #[derive(Debug)]
 enum Store {
@@ -308,7 +309,7 @@ fn identity(file: &std::fs::Metadata) -> (u64, u64) {
 
 impl Records {
     /// The table for `sharing`, which this process opens once: in memory, or where the file backend has its locks if
-    /// there is no memory to be had. It is opened again where somebody has deleted the file.
+    /// there is no memory to be had. It is opened again where the file was deleted.
     fn of(sharing: Sharing) -> Result<Arc<Self>> {
         /// Another one for a forked child, which may have inherited the mutex locked.
         static OPENED: PerProcess<Mutex<Vec<Arc<Records>>>> = PerProcess::new();
@@ -368,8 +369,12 @@ impl Records {
                 Some(u32::try_from(levels).map_or(MAX_LEVELS, |levels| levels.clamp(1, MAX_LEVELS)))
             }
             Store::File(opened) => {
-                let file = &opened.last().file;
-                let found = if file.is_own() { self.looked_at(file) } else { self.open_again(opened) }?;
+                let found = match opened.last().file.metadata() {
+                    Ok(found) if identity(&found) == self.file => found,
+                    // A failed look does not show that the descriptor was closed.
+                    Err(error) if Errno::from_io_error(&error) != Some(Errno::BADF) => return None,
+                    _ => self.open_again(opened)?,
+                };
                 Some((1..MAX_LEVELS).find(|level| found.len() <= PAGE << level).unwrap_or(MAX_LEVELS))
             }
         }
@@ -446,6 +451,7 @@ impl Records {
     /// The slot of the lock with this key; if there is none and it is `to_claim`, one that can be taken for the lock.
     fn locate(&self, key: u64, to_claim: bool) -> Option<Seen> {
         let mut vacant = None;
+        let mut living = mark::Living::default();
         let levels = self.levels()?;
         for level in 0..levels {
             let first = bucket_of(key, level);
@@ -457,12 +463,11 @@ impl Records {
                 return Some(found);
             }
             if to_claim && vacant.is_none() {
-                let oldest = |is_wiped| {
-                    let slots = bucket().filter(|seen| (seen.state() == WIPED) == is_wiped);
-                    slots.min_by_key(|seen| seen.words[ACQUIRED])
-                };
-                let left = || oldest(false).filter(|seen| level >= FIRST_EVICTING && is_left(seen));
-                vacant = oldest(true).or_else(left);
+                let age = |seen: &Seen| seen.words[ACQUIRED];
+                vacant = bucket().filter(|seen| seen.state() == WIPED).min_by_key(age);
+                if vacant.is_none() && level >= FIRST_EVICTING {
+                    vacant = bucket().filter(|seen| is_left(seen, &mut living)).min_by_key(age);
+                }
             }
         }
         if to_claim && vacant.is_none() {
@@ -484,7 +489,7 @@ impl Records {
         Some(())
     }
 
-    /// Orders those who take a slot for another lock, where no exchange does: until the file is dropped. Only for a
+    /// Orders the processes that take a slot of another lock, where no exchange does: until the file is dropped. Only for a
     /// moment, for another user may keep the lock; then two may take the same slot, and one has no record.
     fn order_claims(&self) -> Option<File> {
         const TRIES: usize = 20;
@@ -509,7 +514,7 @@ impl Records {
         match &self.store {
             Store::Mapped { .. } => {
                 let Some(slot) = self.slot(seen.at) else { return false };
-                // A holder that dies while it writes has not begun; but where it follows one that died, somebody has.
+                // A holder that dies while it writes has not begun; but where it follows one that died, that one has.
                 let follows_death = seen.is_of(key) && seen.state() == WRITTEN;
                 let meanwhile = if follows_death { word & !STATE | WRITTEN } else { word | CLAIMED };
                 if slot[0].compare_exchange(before, meanwhile, Ordering::AcqRel, Ordering::Relaxed).is_err() {
@@ -608,11 +613,10 @@ fn bucket_of(key: u64, level: u32) -> u32 {
     (SLOTS_OF_A_PAGE << level) + ((key >> 8) & (buckets - 1)) as u32 * BUCKET as u32
 }
 
-/// Whether the holder of a record is dead, whom no other process has followed yet.
+/// Whether the holder of a record is dead.
 #[cold]
-fn is_left(seen: &Seen) -> bool {
-    seen.words[IDENTITY.start] != u64::from(std::process::id())
-        && mark::owner_of(&seen.words).is_some_and(|owner| owner.liveness_by_name() == Liveness::Dead)
+fn is_left(seen: &Seen, living: &mut mark::Living) -> bool {
+    mark::owner_of(&seen.words).is_some_and(|owner| !living.has(&owner))
 }
 
 /// Whether the file, which was `length` bytes long, has memory for all of this many, which are reserved if not.

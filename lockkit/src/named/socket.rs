@@ -17,12 +17,12 @@
 //! - A release looks at [`MAX_SKIPPED`] connections in a row at most. If none of them is a live waiter, it closes the
 //!   socket, and the waiters behind them bind again in any order.
 //!
-//! The new holder calls `listen` again, so that the credentials which the kernel shows to whoever connects are its own. A
+//! The new holder calls `listen` again, so that the credentials which the kernel shows to a process that connects are its own. A
 //! record in memory (see [`records`](super::records)) tells the next holder of a death, and names the holder. Its table
 //! also counts the waiters that have queued up, which saves a holder from asking the kernel at every release: a waiter that
 //! is not counted sees a hang-up and binds again.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -95,7 +95,14 @@ struct Turn<'l> {
     is_brief: bool,
     backoff: Backoff,
     /// In the holder's queue, if it could be reached.
-    connection: Option<Shielded>,
+    queued: Option<Queued>,
+}
+
+/// A connection in a holder's queue.
+struct Queued {
+    connection: Shielded,
+    /// Whether the holder belonged to this process's user when this one queued up.
+    is_own: bool,
     /// What has come through the connection, before the end of the stream.
     arrived: Option<Arrived>,
 }
@@ -115,7 +122,7 @@ impl<'l> Turn<'l> {
         let is_brief = patience.is_none();
         let moment = if lock.mark().is_some() { MOMENT } else { Duration::ZERO };
         let patience = patience.unwrap_or_else(|| Patience::brief(moment));
-        Self { lock, subject, patience, is_brief, backoff: Backoff::new(), connection: None, arrived: None }
+        Self { lock, subject, patience, is_brief, backoff: Backoff::new(), queued: None }
     }
 
     /// Binds the name, or queues up at its holder.
@@ -123,35 +130,38 @@ impl<'l> Turn<'l> {
         if self.is_brief && self.lock.living_holder().is_some() {
             return Err(self.subject.held());
         }
-        if self.connection.is_none() {
+        if self.queued.is_none() {
             if let Some(taken) = self.lock.bind()? {
                 return Ok(Attempt::Taken(taken));
             }
-            self.connection = self.lock.queue_up(self.subject)?;
-            if let Some(connection) = self.connection.as_ref().filter(|_| !self.is_brief) {
-                mark::with_current(|record| seqpacket::announce(connection, &announcement(record)));
+            self.queued = self.lock.queue_up(self.subject)?;
+            if let Some(queued) = self.queued.as_ref().filter(|_| !self.is_brief) {
+                mark::with_current(|record| seqpacket::announce(&queued.connection, &announcement(record)));
                 if let Some(mark) = self.lock.mark() {
                     mark.count_waiter();
                 }
                 self.backoff = Backoff::new();
             }
         }
-        Ok(Attempt::Sleep(match &self.connection {
+        Ok(Attempt::Sleep(match &self.queued {
             Some(_) if !self.is_brief => Duration::MAX,
             _ => self.backoff.next(),
         }))
     }
 
+    /// What to sleep on.
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.queued.as_ref().map(|queued| queued.connection.as_fd())
+    }
+
     /// Takes what has arrived, also when the time is over.
     fn wake(&mut self, waited: Waited) -> Result<Option<Taken>> {
-        if let Some(connection) = &self.connection {
-            let has_ended = seqpacket::receive(connection, &mut self.arrived);
+        if let Some(queued) = &mut self.queued {
+            let has_ended = seqpacket::receive(&queued.connection, &mut queued.arrived);
             if has_ended.map_err(|error| self.lock.io("receive", error))? {
-                let connection = self.connection.take();
-                if let (Some(arrived), Some(connection)) = (self.arrived.take(), connection) {
-                    if let Some(hold) = self.lock.take_over(arrived, connection)? {
-                        return Ok(Some((hold, None)));
-                    }
+                if let Some(hold) = self.queued.take().map(|queued| self.lock.take_over(queued)).transpose()?.flatten()
+                {
+                    return Ok(Some((hold, None)));
                 }
             }
         }
@@ -194,7 +204,7 @@ impl SocketLock {
                 Attempt::Taken(taken) => return Ok(taken),
                 Attempt::Sleep(pause) => pause,
             };
-            let waited = turn.patience.wait_for_end(turn.connection.as_ref().map(|queued| queued.as_fd()), pause)?;
+            let waited = turn.patience.wait_for_end(turn.descriptor(), pause)?;
             if let Some(taken) = turn.wake(waited)? {
                 return Ok(taken);
             }
@@ -215,7 +225,7 @@ impl SocketLock {
                 Attempt::Taken(taken) => return Ok(taken),
                 Attempt::Sleep(pause) => pause,
             };
-            let readable = awaiting::readable(turn.connection.as_ref().map(|queued| queued.as_fd()));
+            let readable = awaiting::readable(turn.descriptor());
             let waited = turn.patience.wait_async(readable, pause).await?;
             if let Some(taken) = turn.wake(waited)? {
                 return Ok(taken);
@@ -241,34 +251,36 @@ impl SocketLock {
     }
 
     /// Queues up at the holder; `None` when it cannot be reached.
-    fn queue_up(&self, subject: &dyn Subject) -> Result<Option<Shielded>> {
+    fn queue_up(&self, subject: &dyn Subject) -> Result<Option<Queued>> {
         let is_shared = self.sharing == Sharing::Machine;
         match seqpacket::connect(&self.address, is_shared).map_err(|error| self.io("connect to", error))? {
             Reached::Nobody | Reached::Full => Ok(None),
             Reached::Queue(connection) => {
-                let peer = self.peer(&connection)?;
-                if self.trusts(&connection, peer) {
-                    return Ok(Some(connection));
-                }
-                let Peer { uid, pid } = peer;
-                let pid = (pid != 0).then_some(pid);
-                Err(ErrorKind::ForeignOwner { lock: subject.describe(), uid, pid }.into())
+                let Peer { uid, pid } = self.peer(&connection)?;
+                let Some(is_own) = self.trusts(&connection, Peer { uid, pid }) else {
+                    let pid = (pid != 0).then_some(pid);
+                    return Err(ErrorKind::ForeignOwner { lock: subject.describe(), uid, pid }.into());
+                };
+                Ok(Some(Queued { connection, is_own, arrived: None }))
             }
         }
     }
 
     /// Makes the socket that the holder before handed over this process's own; `None` if it is not the lock's.
-    fn take_over(&self, arrived: Arrived, connection: Shielded) -> Result<Option<Hold>> {
-        let Arrived { socket, sender } = arrived;
-        if !seqpacket::listens_at(&socket, &self.address) {
+    fn take_over(&self, queued: Queued) -> Result<Option<Hold>> {
+        let Queued { connection, is_own, arrived } = queued;
+        let Some(Arrived { socket, sender }) = arrived else { return Ok(None) };
+        if !seqpacket::is_bound_to(&socket, &self.address) {
             return Ok(None);
         }
-        let own = folder::effective_uid();
-        let is_own = match (sender, self.sharing) {
-            (Some(sender), _) => sender.uid == own && user::is_one(own),
+        let is_own = match sender {
+            // The message shows its sender, which may be another process than the one that was queued up at.
+            Some(sender) => {
+                let own = folder::effective_uid();
+                sender.uid == own && user::is_one(own)
+            }
             // Only holders of one user have had the socket since this process queued up.
-            (None, Sharing::User(_)) => seqpacket::is_own(&*connection, self.peer(&connection)?, own),
-            (None, Sharing::Machine) => false,
+            None => is_own,
         };
         let origin = match is_own {
             true => Origin::HandedOver,
@@ -277,8 +289,13 @@ impl SocketLock {
             false => Origin::Foreign,
         };
         seqpacket::set_nonblocking(&socket).map_err(|error| self.io("set up", error))?;
-        seqpacket::listen(&socket).map_err(|error| self.io("listen on", error))?;
-        // A record that is still there is older than the holder before, who released.
+        match seqpacket::listen(&socket) {
+            Ok(()) => {}
+            // A connection has the name of its listener, too.
+            Err(Errno::INVAL) => return Ok(None),
+            Err(error) => return Err(self.io("listen on", error)),
+        }
+        // A record that is still there is older than the holder before, which released.
         self.mark().map(|mark| mark.take(false));
         Ok(Some(Hold { socket, connection: Some(connection), origin, since: nanos() }))
     }
@@ -337,7 +354,7 @@ impl SocketLock {
         Some(socket)
     }
 
-    /// The record of a waiter who may have the lock; `None` for every other connection.
+    /// The record of a waiter that may have the lock; `None` for every other connection.
     fn receiver(&self, waiter: &OwnedFd) -> Option<Words> {
         let peer = seqpacket::peer(waiter).ok()?;
         let is_eligible = match self.sharing {
@@ -386,12 +403,17 @@ impl SocketLock {
         std::str::from_utf8(self.address.abstract_name().unwrap_or_default()).unwrap_or_default()
     }
 
-    /// Whether a process may hold the lock before this one. Root can do anything, and holds locks of other users when it
-    /// acts for them.
-    fn trusts(&self, connection: &Shielded, peer: Peer) -> bool {
+    /// Whether a process that holds the lock belongs to this process's user; `None` if the process may not hold it. Root can
+    /// do anything, and holds locks of other users when it acts for them.
+    fn trusts(&self, connection: &Shielded, peer: Peer) -> Option<bool> {
         match self.sharing {
-            Sharing::User(own) => peer.uid == 0 || seqpacket::is_own(&**connection, peer, own),
-            Sharing::Machine => true,
+            Sharing::User(own) => {
+                let is_trusted = peer.uid == 0 || seqpacket::is_own(&**connection, peer, own);
+                // This process may act as another user by now than when the lock was built.
+                is_trusted.then(|| peer.uid == own && own == folder::effective_uid())
+            }
+            // Each message shows its sender.
+            Sharing::Machine => Some(false),
         }
     }
 

@@ -5,10 +5,10 @@
 //! the system's folder for everybody, which belongs to root and is sticky, so that nobody removes another's files, and
 //! no user comes first and locks the others out.
 
-#[cfg(target_os = "linux")]
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 #[cfg(target_os = "linux")]
@@ -116,6 +116,23 @@ pub(crate) fn effective_uid() -> u32 {
     rustix::process::geteuid().as_raw()
 }
 
+/// Whether the file or directory belongs to this process's user, by its metadata. Where the uid may mean several users,
+/// the kernel decides: it lets only the owner set a mode, here the one that is set.
+pub(crate) fn is_own(file: impl AsFd, found: &Metadata) -> bool {
+    let mode = Mode::from_raw_mode(found.mode() as RawMode & 0o7777);
+    found.uid() == effective_uid() && (is_one_user(found.uid()) || fchmod(file, mode).is_ok())
+}
+
+/// As [`is_own`], of the directory at the path.
+pub(crate) fn is_own_at(path: &Path, found: &Metadata) -> bool {
+    let is_it =
+        |opened: &File| opened.metadata().is_ok_and(|seen| (seen.dev(), seen.ino()) == (found.dev(), found.ino()));
+    match is_one_user(found.uid()) {
+        true => found.uid() == effective_uid(),
+        false => File::open(path).is_ok_and(|opened| is_it(&opened) && is_own(&opened, found)),
+    }
+}
+
 #[cfg(target_os = "linux")]
 use super::user::is_one as is_one_user;
 
@@ -174,7 +191,7 @@ pub(crate) fn open_in(base: &Path, sharing: Sharing) -> Result<Folder> {
     .map_err(|error| Error::io("open the folder", &path, error))?;
     let found = fstat(&fd).map_err(|error| Error::io("look at the folder", &path, error))?;
     let (uid, mode) = (found.st_uid, found.st_mode as RawMode & 0o7777);
-    // Only the owner may change the mode, by the kernel's own numbers, where the uid may stand for several users.
+    // As in `is_own`, of the user that the lock was built for.
     let is_owner = |own| uid == own && (is_one_user(own) || fchmod(&fd, Mode::from_raw_mode(mode)).is_ok());
     let (trusted, problem) = match sharing {
         Sharing::User(own) => {

@@ -12,7 +12,7 @@ use std::ptr;
 
 use rustix::cmsg_space;
 use rustix::io::{Errno, Result, ioctl_fionbio, retry_on_intr};
-use rustix::net::sockopt::{set_socket_passcred, socket_acceptconn, socket_type};
+use rustix::net::sockopt::{set_socket_passcred, socket_type};
 use rustix::net::{
     self, AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, SocketAddrUnix,
     SocketFlags, SocketType,
@@ -75,11 +75,11 @@ pub(crate) const PREFIX: &str = "lockkit/";
 /// Whether it is a socket that listens, or is to listen, for a lock. A connection that such a socket has accepted has
 /// the name, too.
 pub(super) fn has_name_of_lock(descriptor: BorrowedFd<'_>) -> bool {
-    let is_of_lock = |found: Address| found.abstract_name().is_some_and(|name| name.starts_with(PREFIX.as_bytes()));
     match net::getsockname(descriptor) {
-        Ok(found) => Address::try_from(found).is_ok_and(is_of_lock),
-        // Any other error says nothing of the descriptor.
-        Err(error) => ![Errno::BADF, Errno::NOTSOCK].contains(&error),
+        Ok(found) => Address::try_from(found)
+            .is_ok_and(|found| found.abstract_name().is_some_and(|name| name.starts_with(PREFIX.as_bytes()))),
+        // Any other error does not show that the descriptor was closed.
+        Err(error) => !matches!(error, Errno::BADF | Errno::NOTSOCK),
     }
 }
 
@@ -212,7 +212,7 @@ pub(crate) fn accept(socket: &Shielded) -> Option<OwnedFd> {
     }
 }
 
-/// Says to the holder who waits, in the words of a holder record. A holder that has gone needs no answer, and without
+/// Sends this waiter's holder record to the holder. A holder that has gone needs no answer, and without
 /// the message the holder knows the pid alone, so an error means nothing.
 pub(crate) fn announce(connection: &Shielded, record: &[u8]) {
     let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
@@ -319,7 +319,7 @@ fn receive_one(connection: &Shielded) -> Result<Option<Arrived>> {
         while !next.is_null() {
             // SAFETY: not null, so it points to a header in `control`, with as many bytes behind it as it says.
             let (found, data) = unsafe { (&*next, libc::CMSG_DATA(next)) };
-            #[allow(clippy::unnecessary_cast)] // The type differs between C libraries.
+            #[allow(clippy::unnecessary_cast)] // The type differs from library to library.
             let length = found.cmsg_len as usize - (data as usize - next as usize);
             match (found.cmsg_level, found.cmsg_type) {
                 (libc::SOL_SOCKET, libc::SCM_RIGHTS) => {
@@ -348,10 +348,10 @@ fn receive_one(connection: &Shielded) -> Result<Option<Arrived>> {
     }
 }
 
-/// Whether the socket is the one that listens at `address`. A stream socket can have the same name.
-pub(crate) fn listens_at(socket: &Shielded, address: &Address) -> bool {
-    socket_acceptconn(&**socket) == Ok(true)
-        && socket_type(&**socket) == Ok(SocketType::SEQPACKET)
+/// Whether the socket has this address, or is a connection to the one that has, on which [`listen`] fails. A stream socket
+/// can have the same name.
+pub(crate) fn is_bound_to(socket: &Shielded, address: &Address) -> bool {
+    socket_type(&**socket) == Ok(SocketType::SEQPACKET)
         && net::getsockname(&**socket).and_then(Address::try_from).is_ok_and(|found| found == *address)
 }
 

@@ -1,4 +1,4 @@
-//! Which users a uid stands for.
+//! Whether a uid means one user.
 //!
 //! In a user namespace the kernel shows every user that the namespace does not map as one number, the overflow uid
 //! ([user_namespaces(7)], "Unmapped user and group IDs"). A process with that uid cannot tell its own user from those by
@@ -9,7 +9,7 @@
 use std::fs;
 use std::sync::OnceLock;
 
-/// Whether the uid stands for one user in this process's user namespace. What cannot be read counts as no.
+/// Whether the uid means one user in this process's user namespace. What cannot be read counts as no.
 pub(crate) fn is_one(uid: u32) -> bool {
     uid != overflow_uid() || maps_all(&fs::read_to_string("/proc/self/uid_map").unwrap_or_default())
 }

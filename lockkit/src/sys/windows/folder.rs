@@ -10,7 +10,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::windows::io::{FromRawHandle, OwnedHandle};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::ptr;
 
 use windows_sys::Win32::Foundation::{ERROR_FILE_EXISTS, INVALID_HANDLE_VALUE};
@@ -21,7 +21,7 @@ use windows_sys::Win32::Storage::FileSystem::{
 use windows_sys::Win32::System::Com::CoTaskMemFree;
 use windows_sys::Win32::UI::Shell::{FOLDERID_LocalAppData, FOLDERID_ProgramData, SHGetKnownFolderPath};
 
-use super::files::{self, MetadataExt, OpenOptionsExt};
+use super::files::{self, MetadataExt, OpenOptionsExt, Seen};
 use super::security::Descriptor;
 use crate::error::{Error, ErrorKind, Result};
 use crate::steps::step;
@@ -134,6 +134,16 @@ pub(crate) fn name_of(file: &str, sharing: Sharing) -> Option<String> {
         name.push(if letter == '!' { letters.next()?.to_ascii_uppercase() } else { letter });
     }
     Some(name)
+}
+
+/// Whether the file or directory belongs to this process's user; nothing tells.
+pub(crate) fn is_own(_: &File, found: &Seen) -> bool {
+    found.uid() == effective_uid()
+}
+
+/// As [`is_own`], of the directory at the path.
+pub(crate) fn is_own_at(_: &Path, found: &Seen) -> bool {
+    found.uid() == effective_uid()
 }
 
 /// Users have no numbers here, and no file has one as its owner.
