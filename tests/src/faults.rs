@@ -220,7 +220,7 @@ impl World {
     fn new() -> Option<Self> {
         let mut places = vec![PathBuf::from("/tmp"), PathBuf::from("/dev/shm")];
         let own = std::env::temp_dir();
-        if !places.iter().any(|place| own.starts_with(place)) {
+        if !places.contains(&own) {
             places.push(own);
         }
         if places.iter().any(|place| program("actor").starts_with(place)) {
@@ -228,7 +228,10 @@ impl World {
             return None;
         }
         let mounts = places.iter().map(|place| {
-            format!("mount -t tmpfs -o size=256k,nr_inodes=64,mode=1777 lockkit-test '{}' && ", place.display())
+            format!(
+                "mkdir -p '{0}' && mount -t tmpfs -o size=256k,nr_inodes=64,mode=1777 lockkit-test '{0}' && ",
+                place.display()
+            )
         });
         let script = mounts.collect::<String>() + "echo mounted && exec cat";
         let mut keeper = Command::new("unshare");

@@ -472,6 +472,7 @@ fn a_locked_file_is_listed_with_its_holders_and_waiters() {
     drop((holder, waiter));
     assert!(lock.holders().unwrap().is_empty());
     assert!(!FileLock::list().iter().any(|found| found.path() == lock.path()));
+    spec.clean();
 }
 
 lockkit_tests::left_out! { "it takes other users, modes of files, links, FIFOs or forks, as Linux has them":
