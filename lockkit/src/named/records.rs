@@ -52,6 +52,7 @@ use crate::lock::Recovered;
 use crate::owner::Owner;
 use crate::steps::step;
 use crate::sys::folder::{self, Folder, Sharing};
+use crate::sys::fork::Shielded;
 use crate::sys::mapping::Mapping;
 use crate::sys::per_process::PerProcess;
 use crate::sys::{files, flock, unnamed};
@@ -271,7 +272,29 @@ enum Store {
     /// In shared memory, each level mapped when it is first used.
     Mapped { header: Mapping, levels: [OnceLock<Mapping>; MAX_LEVELS as usize] },
     /// Reached by system calls.
-    File(File),
+    File(Opened),
+}
+
+/// The file of a table. A program may close the descriptor, and give its number to another file; then it is opened again.
+#[derive(Debug)]
+struct Opened {
+    file: Shielded<File>,
+    again: OnceLock<Box<Opened>>,
+}
+
+impl Opened {
+    fn new(file: File) -> Self {
+        let Ok(file) = Shielded::new(|| Ok::<_, std::convert::Infallible>(file));
+        Self { file: file.know().keep_across_fork(), again: OnceLock::new() }
+    }
+
+    fn last(&self) -> &Self {
+        let mut opened = self;
+        while let Some(again) = opened.again.get() {
+            opened = again;
+        }
+        opened
+    }
 }
 
 /// The file of the table below `base`, or where the file backend has its locks.
@@ -323,7 +346,7 @@ impl Records {
             None if private && unnamed::is_in_memory(&file) => {
                 return Err(failed(std::io::ErrorKind::InvalidData.into()));
             }
-            None => Store::File(file),
+            None => Store::File(Opened::new(file)),
         };
         Ok(Self { sharing, base, path, file: file_id, checked: AtomicU64::new(mark::now()), store })
     }
@@ -346,15 +369,28 @@ impl Records {
                 let levels = header.words()[LEVEL_COUNT].load(Ordering::Acquire);
                 Some(u32::try_from(levels).map_or(MAX_LEVELS, |levels| levels.clamp(1, MAX_LEVELS)))
             }
-            Store::File(file) => {
-                let found = self.looked_at(file)?;
+            Store::File(opened) => {
+                let found = self.looked_at_again(opened.last())?;
                 Some((1..MAX_LEVELS).find(|level| found.len() <= PAGE << level).unwrap_or(MAX_LEVELS))
             }
         }
     }
 
-    /// What the file is, if the descriptor is still the table's: a program may have closed it, and opened another file. A
-    /// slot with the lock's key tells the same, so nothing is written through a descriptor of another file.
+    /// What the file is, which is opened again if the descriptor is not the table's any more. A slot with the lock's key
+    /// shows that, too, so nothing is written through a descriptor of another file.
+    fn looked_at_again(&self, opened: &Opened) -> Option<std::fs::Metadata> {
+        match opened.file.metadata() {
+            Ok(found) if identity(&found) == self.file => return Some(found),
+            Err(error) if error.raw_os_error() != Some(libc::EBADF) => return None,
+            _ => {}
+        }
+        let (_, file) = open_file(self.base, self.sharing).ok()?;
+        let found = self.looked_at(&file)?;
+        let _ = opened.again.set(Box::new(Opened::new(file)));
+        Some(found)
+    }
+
+    /// What the file is, if it is the table's.
     fn looked_at(&self, file: &File) -> Option<std::fs::Metadata> {
         file.metadata().ok().filter(|found| identity(found) == self.file)
     }
@@ -387,7 +423,8 @@ impl Records {
                     read_slot(self.slot(at)?, words);
                 }
             }
-            Store::File(file) => {
+            Store::File(opened) => {
+                let file = &opened.last().file;
                 let mut slots = [[0; SLOT]; N];
                 let bytes = slots.as_flattened_mut();
                 let mut end = 0;
@@ -491,13 +528,13 @@ impl Records {
                 slot[0].store(word, Ordering::Release);
                 true
             }
-            Store::File(file) => {
+            Store::File(opened) => {
                 let mut bytes = [0; (ACQUIRED + 1) * WORD];
                 let words = [word].into_iter().chain(record[IDENTITY.start..ACQUIRED].iter().copied());
                 for (bytes, word) in bytes.chunks_exact_mut(WORD).zip(words.chain([mark::now()])) {
                     bytes.copy_from_slice(&word.to_ne_bytes());
                 }
-                file.write_all_at(&bytes, u64::from(seen.at) * SLOT as u64).is_ok()
+                opened.last().file.write_all_at(&bytes, u64::from(seen.at) * SLOT as u64).is_ok()
             }
         }
     }
@@ -511,13 +548,14 @@ impl Records {
                     let _ = slot[0].compare_exchange(before, word, Ordering::AcqRel, Ordering::Relaxed);
                 }
             }
-            Store::File(file) => {
+            Store::File(opened) => {
+                let file = &opened.last().file;
                 let at = u64::from(seen.at) * SLOT as u64;
                 if file.write_all_at(&word.to_ne_bytes(), at).is_err() {
                     step("record not wiped");
                     // What is cut out reads as zeros, takes no room and meets no limit of sizes.
                     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-                    let _ = fallocate(file, flags, at, WORD as u64);
+                    let _ = fallocate(&**file, flags, at, WORD as u64);
                 }
             }
         }
