@@ -101,6 +101,10 @@ static BLINK: Blink = Blink::new();
 /// A lock is shared or exclusive from its acquisition to its release. There is no upgrade and no downgrade, because
 /// flock does not promise to convert a lock without letting somebody in between ([flock(2)], "Converting a lock").
 ///
+/// A program that closes descriptors which it did not open, as close_range(2) does, ends this lock.
+/// [`release`](FileGuard::release) then returns an error, and no other file of the program is unlocked or closed. See
+/// [the crate page](crate#descriptors-that-the-program-closes).
+///
 /// Not for a file system that other machines write to, unless it is known to pass flock on to them, as NFS does since
 /// Linux 2.6.12 and 9p does not; there, use a lease. Not where a waiter must not starve: the kernel serves waiters in
 /// order, but one with a limit or a token looks again only every few milliseconds.
@@ -630,6 +634,15 @@ impl FileGuard {
         }
     }
 
+    /// Another descriptor of the locked file.
+    #[cfg(unix)]
+    pub(crate) fn copy(&self) -> io::Result<File> {
+        match &self.open {
+            Some(open) if open.file.is_own() => open.file.try_clone(),
+            _ => Err(fork::closed_by_program()),
+        }
+    }
+
     /// Whether others may hold it shared at the same time.
     pub fn is_shared(&self) -> bool {
         self.mode == Mode::Shared
@@ -638,7 +651,8 @@ impl FileGuard {
     /// Releases now and says what went wrong.
     ///
     /// # Errors
-    /// [`Io`](ErrorKind::Io) when the kernel refuses to unlock. The lock is released all the same.
+    /// [`Io`](ErrorKind::Io) when the kernel refuses to unlock, or when the program has closed the descriptor and so
+    /// released the lock earlier. The lock is released all the same.
     pub fn release(mut self) -> Result<()> {
         self.give_back()
     }

@@ -66,6 +66,9 @@ const DEFAULT_MODE: u32 = 0o644;
 /// has no such attributes, the file's time and the start of the process tell whether a later process has the pid. There a
 /// pid that was given out again within a minute of the file's last write counts as the holder's.
 ///
+/// A program that closes descriptors which it did not open, as close_range(2) does, keeps this lock: the file still names
+/// it. No other file of the program is closed. See [the crate page](crate#descriptors-that-the-program-closes).
+///
 /// Not for guarding data (use [`FileLock`](crate::FileLock)), nor for a single instance without a file to show for it
 /// (use [`NamedLock`](crate::NamedLock)).
 ///

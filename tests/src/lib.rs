@@ -191,6 +191,20 @@ impl AnotherUser {
 #[cfg(target_os = "linux")]
 impl Drop for AnotherUser {
     fn drop(&mut self) {
+        use std::os::unix::fs::MetadataExt;
+        // An actor that lived on could make them again.
+        let is_its_own = |entry: &std::fs::DirEntry| entry.metadata().is_ok_and(|found| found.uid() == self.uid);
+        let pids = || {
+            let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten().filter(is_its_own);
+            entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok()).collect::<Vec<_>>()
+        };
+        let is_dead = |pid: &u32| {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            status.is_empty() || status.contains("State:\tZ")
+        };
+        let pids = pids();
+        pids.iter().for_each(|pid| kill_pid(*pid));
+        until("its processes are gone", || pids.iter().all(is_dead));
         for folder in self.folders() {
             let _ = std::fs::remove_dir_all(&folder).or_else(|_| std::fs::remove_file(&folder));
         }

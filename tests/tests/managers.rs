@@ -143,6 +143,31 @@ mod shared_memory {
     }
 
     #[test]
+    fn a12_table_on_a_memfd_cannot_be_truncated() {
+        use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+        use std::os::fd::AsRawFd;
+        let table = Kind::Shm.fresh();
+        ShmLockManager::create(table.path(), 100).unwrap();
+        let bytes = std::fs::read(table.path()).unwrap();
+        for flags in [MemfdFlags::ALLOW_SEALING, MemfdFlags::empty()] {
+            let file = std::fs::File::from(memfd_create("lockkit-test", flags | MemfdFlags::CLOEXEC).unwrap());
+            file.write_all_at(&bytes, 0).unwrap();
+            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+            let manager = ShmLockManager::open(&path).unwrap();
+            let guard = manager.allocate().unwrap().lock().unwrap();
+            // One that allows no seals would be gone now, and this process with it.
+            if flags == MemfdFlags::ALLOW_SEALING {
+                for length in [0, bytes.len() as u64 - 1] {
+                    assert_eq!(ftruncate(&file, length), Err(rustix::io::Errno::PERM));
+                }
+            }
+            assert_eq!(ShmLockManager::open(&path).unwrap().held().unwrap().len(), 1);
+            guard.release().unwrap();
+        }
+        table.clean();
+    }
+
+    #[test]
     fn create_refuses_what_is_there_and_open_what_is_not() {
         let table = Kind::Shm.fresh();
         assert_eq!(io_kind(&ShmLockManager::open(table.path()).unwrap_err()), Some(Io::NotFound));

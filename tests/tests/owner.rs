@@ -3,6 +3,7 @@
 //! Owners that are not of this machine and this moment come out of pidfiles, as they do in life.
 
 use std::env::consts::EXE_SUFFIX;
+#[cfg(target_os = "linux")]
 use std::fs;
 #[cfg(target_os = "linux")]
 use std::os::unix::process::CommandExt;

@@ -57,12 +57,25 @@ use crate::wait::{Backoff, GaveUp, Patience, Subject, Wait};
 ///
 /// A process stays attached to a table until it ends, also when every handle on it is gone: for a few tables each, not
 /// for thousands that come and go. At most 4094 processes share a table. A process that closes descriptors which it did
-/// not open, as some daemons do at their start, gives away what it holds; let it attach afterwards. A forked child
-/// attaches anew when it first uses the table, and needs the file still to be there and to be its own. Do not shorten
-/// the file while it is in use: a process that touches a lock that is not there any more is ended by the system
-/// (SIGBUS). The same comes of a full file system that cannot set room aside (fallocate(2)); those in memory, ext4, XFS
-/// and btrfs can. Do not put it on a file system that several machines share. On a
-/// disk, make it anew when the machine starts: after a crash it may be older than what was held.
+/// not open, as some daemons do at their start, gives away what it holds; let it call [`open`](Self::open) afterwards. A
+/// forked child attaches again when it first uses the table, and needs the file still to be there and to be its own. Do
+/// not put the table on a file system that several machines share. On a disk, create it again when the machine starts:
+/// after a crash the file may be older than the locks that were held.
+///
+/// # Truncation
+/// The table is mapped memory. If a program with write permission shortens the file, the kernel ends every process that
+/// then touches a lock beyond the new end (`SIGBUS`). That includes a process that only waits, and `lockkit table`. No
+/// error is returned, and no guard is dropped. `truncate`, a shell redirection (`> table`) and `cp` onto the file shorten
+/// it. Removing or replacing the file does not: attached processes keep the old one.
+///
+/// Opening seals the file against that (`F_SEAL_SHRINK`, [memfd_create(2)]) where the file is a memfd that allows seals.
+/// A process opens a memfd by the path `/proc/self/fd/N`. No other file takes seals, also none in `/dev/shm`: there only
+/// the file's mode, 0600, protects the table from other users.
+///
+/// A full file system that cannot set room aside (fallocate(2)) ends processes in the same way; those in memory, ext4,
+/// XFS and btrfs can.
+///
+/// [memfd_create(2)]: https://man7.org/linux/man-pages/man2/memfd_create.2.html
 ///
 /// ```
 /// # #[cfg(target_os = "linux")]
@@ -119,7 +132,8 @@ impl ShmLockManager {
         Self::open(path)
     }
 
-    /// Opens the table at `path`, which says how many locks it has.
+    /// Opens the table at `path`, which says how many locks it has. Seals it against [truncation](Self#truncation) where
+    /// that is possible.
     ///
     /// # Errors
     /// [`Io`](ErrorKind::Io) when there is none (`NotFound`), or the system refuses;

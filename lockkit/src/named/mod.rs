@@ -94,6 +94,10 @@ pub enum Backend {
 /// For single-instance programs, cron jobs and daemons. It needs no cleaning up: the kernel frees the name when its
 /// holder ends, however it ends. Cloning gives another handle on the same lock.
 ///
+/// A program that closes descriptors which it did not open, as close_range(2) does, ends this lock.
+/// [`release`](NamedGuard::release) then returns an error, and no other file of the program is closed. See
+/// [the crate page](crate#descriptors-that-the-program-closes).
+///
 /// Not for guarding data on a file system that several machines share (use a lease), nor against other users who know
 /// the name and mean ill with [`Scope::Machine`].
 ///
@@ -501,8 +505,8 @@ impl NamedGuard {
     /// Releases now and says what went wrong.
     ///
     /// # Errors
-    /// [`Io`](crate::ErrorKind::Io) from the file backend when the kernel refuses to unlock; the lock is released all
-    /// the same. The socket backend has none.
+    /// [`Io`](crate::ErrorKind::Io) when the program has closed the descriptor, and so released the lock earlier; from the
+    /// file backend also when the kernel refuses to unlock, and the lock is released all the same.
     pub fn release(mut self) -> Result<()> {
         self.give_back()
     }
@@ -565,8 +569,10 @@ impl NamedGuard {
     pub fn descriptor(&self) -> Result<OwnedFd> {
         let copy = match &self.hold {
             #[cfg(target_os = "linux")]
+            Some(Hold::Socket(hold)) if !hold.socket.is_own() => Err(fork::closed_by_program()),
+            #[cfg(target_os = "linux")]
             Some(Hold::Socket(hold)) => hold.socket.try_clone(),
-            Some(Hold::File(file)) => file.file().try_clone().map(OwnedFd::from),
+            Some(Hold::File(file)) => file.copy().map(OwnedFd::from),
             None => unreachable!("only the release takes it, and ends the guard"),
         };
         copy.map_err(|error| Error::io("copy the descriptor of", &self.named.name, error))

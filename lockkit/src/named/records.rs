@@ -35,6 +35,7 @@
 //! written by system calls. There a flock on the file orders the processes that take a slot of another lock.
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
@@ -44,6 +45,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
 use super::mark::{self, ACQUIRED, IDENTITY, WORDS, Words};
@@ -275,7 +277,7 @@ enum Store {
     File(Opened),
 }
 
-/// The file of a table. A program may close the descriptor, and give its number to another file; then it is opened again.
+/// A descriptor of the table's file. A program may close descriptors that it did not open; then the file is opened again.
 #[derive(Debug)]
 struct Opened {
     file: Shielded<File>,
@@ -284,16 +286,13 @@ struct Opened {
 
 impl Opened {
     fn new(file: File) -> Self {
-        let Ok(file) = Shielded::new(|| Ok::<_, std::convert::Infallible>(file));
+        let Ok(file) = Shielded::new(|| Ok::<_, Infallible>(file));
         Self { file: file.know().keep_across_fork(), again: OnceLock::new() }
     }
 
+    /// The one that was opened last.
     fn last(&self) -> &Self {
-        let mut opened = self;
-        while let Some(again) = opened.again.get() {
-            opened = again;
-        }
-        opened
+        std::iter::successors(Some(self), |opened| opened.again.get().map(Box::as_ref)).last().unwrap_or(self)
     }
 }
 
@@ -370,29 +369,31 @@ impl Records {
                 Some(u32::try_from(levels).map_or(MAX_LEVELS, |levels| levels.clamp(1, MAX_LEVELS)))
             }
             Store::File(opened) => {
-                let found = self.looked_at_again(opened.last())?;
+                let found = match opened.last().file.metadata() {
+                    Ok(found) if identity(&found) == self.file => found,
+                    // A failed look does not show that the descriptor was closed.
+                    Err(error) if Errno::from_io_error(&error) != Some(Errno::BADF) => return None,
+                    _ => self.open_again(opened)?,
+                };
                 Some((1..MAX_LEVELS).find(|level| found.len() <= PAGE << level).unwrap_or(MAX_LEVELS))
             }
         }
     }
 
-    /// What the file is, which is opened again if the descriptor is not the table's any more. A slot with the lock's key
-    /// shows that, too, so nothing is written through a descriptor of another file.
-    fn looked_at_again(&self, opened: &Opened) -> Option<std::fs::Metadata> {
-        match opened.file.metadata() {
-            Ok(found) if identity(&found) == self.file => return Some(found),
-            Err(error) if error.raw_os_error() != Some(libc::EBADF) => return None,
-            _ => {}
-        }
-        let (_, file) = open_file(self.base, self.sharing).ok()?;
-        let found = self.looked_at(&file)?;
-        let _ = opened.again.set(Box::new(Opened::new(file)));
-        Some(found)
-    }
-
-    /// What the file is, if it is the table's.
+    /// What the file is, if the descriptor is still the table's: a program may have closed it, and opened another file. A
+    /// slot with the lock's key tells the same, so nothing is written through a descriptor of another file.
     fn looked_at(&self, file: &File) -> Option<std::fs::Metadata> {
         file.metadata().ok().filter(|found| identity(found) == self.file)
+    }
+
+    /// Opens the file through another descriptor, if the path still leads to it.
+    #[cold]
+    fn open_again(&self, opened: &Opened) -> Option<std::fs::Metadata> {
+        let (_, file) = open_file(self.base, self.sharing).ok()?;
+        let found = self.looked_at(&file)?;
+        // Another thread may have been faster.
+        let _ = opened.last().again.set(Box::new(Opened::new(file)));
+        Some(found)
     }
 
     /// The memory of a level that the table has.

@@ -440,7 +440,9 @@ unsafe extern "C" fn after_fork_in_parent() {
 unsafe extern "C" fn after_fork_in_child() {
     GENERATION.fetch_add(1, Ordering::Relaxed);
     // Of the threads only this one is here.
-    OWN.set(OWN.get().saturating_sub(FORK));
+    if forks(OWN.get()) > 0 {
+        OWN.set(OWN.get() - FORK);
+    }
     COUNTS.store(OWN.get(), Ordering::SeqCst);
     let inert = rustix::pipe::pipe().ok().map(|(reader, _writer)| reader);
     let inert_identity = inert.as_ref().and_then(|inert| identity(inert.as_fd()).ok()).unwrap_or(UNKNOWN);

@@ -73,12 +73,13 @@ pub(super) fn listen_as(kind: SocketType, address: &Address) -> Result<Option<Sh
 pub(crate) const PREFIX: &str = "lockkit/";
 
 /// Whether it is a socket that listens, or is to listen, for a lock. A connection that such a socket has accepted has
-/// the name, too. Where the kernel does not say, it is, for not closing it would keep a lock.
+/// the name, too.
 pub(super) fn has_name_of_lock(descriptor: BorrowedFd<'_>) -> bool {
     match net::getsockname(descriptor) {
         Ok(found) => Address::try_from(found)
             .is_ok_and(|found| found.abstract_name().is_some_and(|name| name.starts_with(PREFIX.as_bytes()))),
-        Err(error) => ![Errno::BADF, Errno::NOTSOCK].contains(&error),
+        // Any other error does not show that the descriptor was closed.
+        Err(error) => !matches!(error, Errno::BADF | Errno::NOTSOCK),
     }
 }
 
