@@ -16,7 +16,8 @@
 //! pages 2 to 3      level 1: 8 buckets
 //! pages 4 to 7      level 2: 16 buckets, and so on
 //! ```
-//! A slot is 128 bytes: word 0, and then the words 1 to 11 of a record.
+//! A slot is 128 bytes: word 0, the words 1 to 11 of a record, and the words 1 to 3 (pid, start time, namespace) of the
+//! record before, if that holder died: the report of its death if the next holder is killed while it writes.
 //! ```text
 //! word 0, bits 8 to 63   the key: a hash of the lock's name
 //!         bits 2 to 7    changes with every write
@@ -48,7 +49,7 @@ use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
-use super::mark::{self, ACQUIRED, IDENTITY, WORDS, Words};
+use super::mark::{self, ACQUIRED, IDENTITY, NAMESPACE, PID, PROGRAM, SUM, WORDS, Words};
 use crate::error::{Error, Result};
 use crate::lock::Recovered;
 use crate::owner::Owner;
@@ -77,6 +78,9 @@ const BUCKET: usize = 8;
 const MAX_LEVELS: u32 = 13;
 /// From this level on, 1 MiB into the table, the record of a dead holder makes room.
 const FIRST_EVICTING: u32 = 7;
+
+/// The words of a dead holder's record that are kept until the next record is whole.
+const COPIED: std::ops::RangeInclusive<usize> = PID..=NAMESPACE;
 
 const KEY: u64 = !0xff;
 const CHANGES: u64 = 0xfc;
@@ -143,7 +147,8 @@ impl Mark {
         let before = mark::with_current(|record| self.put(record, WRITTEN));
         step("holder written down");
         let died = before.filter(|before| has_bound && before.is_of(self.key) && before.state() == WRITTEN)?;
-        Some(Box::new(Recovered::new(mark::owner_of(&died.words))))
+        let owner = mark::owner_of(&died.words).or_else(|| copied(self.records.slot(died.at)?));
+        Some(Box::new(Recovered::new(owner)))
     }
 
     /// Records that `owner` holds the lock: a process for which this one has taken it.
@@ -593,6 +598,9 @@ fn write_slot(slot: &[AtomicU64], before: u64, word: u64, record: &Words) -> boo
     if slot[0].compare_exchange(before, meanwhile, Ordering::AcqRel, Ordering::Relaxed).is_err() {
         return false;
     }
+    if follows_death {
+        copy(slot);
+    }
     // No reader may find new words under the old word 0.
     fence(Ordering::Release);
     for (word, value) in slot[..ACQUIRED].iter().zip(record).skip(1) {
@@ -601,6 +609,31 @@ fn write_slot(slot: &[AtomicU64], before: u64, word: u64, record: &Words) -> boo
     slot[ACQUIRED].store(mark::now(), Ordering::Relaxed);
     slot[0].store(word, Ordering::Release);
     true
+}
+
+/// Copies what identifies a dead holder, before its record is overwritten. A record that is not whole was being overwritten
+/// by a holder that died, too, and has its copy already.
+#[cold]
+fn copy(slot: &[AtomicU64]) {
+    let record: Words = std::array::from_fn(|at| slot[at].load(Ordering::Relaxed));
+    if record[SUM] == mark::sum(&record) {
+        for (at, copy) in COPIED.zip(&slot[ACQUIRED + 1..]) {
+            copy.store(record[at], Ordering::Relaxed);
+        }
+    }
+}
+
+/// The dead holder whose record was being overwritten.
+fn copied(slot: &[AtomicU64]) -> Option<Owner> {
+    // Of this boot, as the memory of the table.
+    let mut record = mark::with_current(|own| *own);
+    record[PROGRAM].fill(0);
+    record[ACQUIRED] = 0;
+    for (at, copy) in COPIED.zip(&slot[ACQUIRED + 1..]) {
+        record[at] = copy.load(Ordering::Relaxed);
+    }
+    record[SUM] = mark::sum(&record);
+    mark::owner_of(&record)
 }
 
 /// Reads a slot as it is at one moment, unless its writer takes too long.
@@ -668,6 +701,30 @@ mod tests {
             assert!(!seen.contains(&word));
             seen.push(word);
         }
+    }
+
+    #[test]
+    fn record_killed_in_overwriting_reports_the_first_death() {
+        let slot = [const { AtomicU64::new(0) }; SLOT_WORDS];
+        let key = key_of("lock");
+        let record = |pid| {
+            let mut owner = Owner::current();
+            owner.pid = pid;
+            mark::encode(&owner)
+        };
+        let words = || -> Words { std::array::from_fn(|at| slot[at].load(Ordering::Relaxed)) };
+        assert!(write_slot(&slot, 0, word_after(0, key, WRITTEN), &record(7)));
+        assert_eq!(mark::owner_of(&words()).unwrap().pid(), 7);
+        for _ in 0..2 {
+            // It follows a death, and is killed when it has written a word.
+            copy(&slot);
+            slot[IDENTITY.start].store(8, Ordering::Relaxed);
+            assert_eq!(mark::owner_of(&words()), None);
+            assert_eq!(copied(&slot).unwrap().pid(), 7);
+        }
+        let before = slot[0].load(Ordering::Relaxed);
+        assert!(write_slot(&slot, before, word_after(before, key, WRITTEN), &record(9)));
+        assert_eq!(mark::owner_of(&words()).unwrap().pid(), 9);
     }
 
     #[test]
