@@ -20,18 +20,20 @@ impl UserNamespace {
         let programs = tempfile::tempdir_in("/tmp").expect("it can be made");
         std::fs::set_permissions(programs.path(), PermissionsExt::from_mode(0o755)).expect("it can be made");
         std::fs::copy(crate::program("actor"), programs.path().join("actor")).expect("it can be made");
-        let map = format!("{first},0,65535");
         let mut keeper = Command::new("unshare");
-        keeper.args(["--user", "--map-users", &map, "--map-groups", &map, "sleep", "300"]);
-        let mut keeper = keeper.stderr(Stdio::null()).spawn().ok()?;
-        let text = || std::fs::read_to_string(format!("/proc/{}/uid_map", keeper.id())).unwrap_or_default();
-        let is_mapped = |text: String| text.split_ascii_whitespace().nth(1) == Some(&first.to_string());
+        keeper.args(["--user", "sleep", "300"]).stderr(Stdio::null());
+        let mut keeper = keeper.spawn().ok()?;
+        let own = std::fs::read_link("/proc/self/ns/user").ok();
         let mut ended = false;
-        until("it is mapped", || {
-            ended = std::fs::read_link(format!("/proc/{}/exe", keeper.id())).is_err();
-            ended || is_mapped(text())
+        until("it is in a namespace of its own", || {
+            let namespace = std::fs::read_link(format!("/proc/{}/ns/user", keeper.id()));
+            ended = keeper.try_wait().is_ok_and(|status| status.is_some());
+            ended || (namespace.is_ok() && namespace.ok() != own)
         });
+        let map = |file| std::fs::write(format!("/proc/{}/{file}", keeper.id()), format!("0 {first} 65535\n"));
+        let ended = ended || map("uid_map").and(map("gid_map")).is_err();
         if ended {
+            let _ = keeper.kill();
             let _ = keeper.wait();
             crate::left_out("this machine makes no user namespaces for the test");
             return None;

@@ -806,7 +806,7 @@ fn c1_overflow_uid_is_not_trusted_as_ones_own() {
         let folder = format!("{base}/lockkit-u{LAST}");
         let _ = std::fs::remove_dir_all(&folder);
         std::fs::create_dir(&folder).unwrap();
-        std::fs::set_permissions(&folder, PermissionsExt::from_mode(0o700)).unwrap();
+        std::fs::set_permissions(&folder, PermissionsExt::from_mode(0o755)).unwrap();
         std::os::unix::fs::chown(&folder, Some(stranger.uid), Some(stranger.uid)).unwrap();
     }
     let answer = inside.start(LAST, &[Kind::NAMED_FILE.fresh().invite()]).ask("try");

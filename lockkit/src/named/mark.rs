@@ -47,7 +47,7 @@ pub(super) const IDENTITY: Range<usize> = 1..SUM;
 pub(super) const PID: usize = 1;
 const START: usize = 2;
 pub(super) const NAMESPACE: usize = 3;
-const PROGRAM: Range<usize> = 6..SUM;
+pub(super) const PROGRAM: Range<usize> = 6..SUM;
 pub(super) const SUM: usize = 10;
 pub(super) const ACQUIRED: usize = 11;
 /// The words that a holder writes.

@@ -16,7 +16,8 @@
 //! pages 2 to 3      level 1: 8 buckets
 //! pages 4 to 7      level 2: 16 buckets, and so on
 //! ```
-//! A slot is 128 bytes: word 0, and then the words 1 to 11 of a record.
+//! A slot is 128 bytes: word 0, the words 1 to 11 of a record, and the words 1 to 3 (pid, start time, namespace) of the
+//! record before, if that holder died: the report of its death if the next holder is killed while it writes.
 //! ```text
 //! word 0, bits 8 to 63   the key: a hash of the lock's name
 //!         bits 2 to 7    changes with every write
@@ -48,7 +49,7 @@ use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
-use super::mark::{self, ACQUIRED, IDENTITY, WORDS, Words};
+use super::mark::{self, ACQUIRED, IDENTITY, NAMESPACE, PID, PROGRAM, SUM, WORDS, Words};
 use crate::error::{Error, Result};
 use crate::lock::Recovered;
 use crate::owner::Owner;
@@ -77,6 +78,9 @@ const BUCKET: usize = 8;
 const MAX_LEVELS: u32 = 13;
 /// From this level on, 1 MiB into the table, the record of a dead holder makes room.
 const FIRST_EVICTING: u32 = 7;
+
+/// The words of a dead holder's record that are kept until the next record is whole.
+const COPIED: std::ops::RangeInclusive<usize> = PID..=NAMESPACE;
 
 const KEY: u64 = !0xff;
 const CHANGES: u64 = 0xfc;
@@ -143,7 +147,8 @@ impl Mark {
         let before = mark::with_current(|record| self.put(record, WRITTEN));
         step("holder written down");
         let died = before.filter(|before| has_bound && before.is_of(self.key) && before.state() == WRITTEN)?;
-        Some(Box::new(Recovered::new(mark::owner_of(&died.words))))
+        let owner = mark::owner_of(&died.words).or_else(|| copied(self.records.slot(died.at)?));
+        Some(Box::new(Recovered::new(owner)))
     }
 
     /// Records that `owner` holds the lock: a process for which this one has taken it.
@@ -160,7 +165,12 @@ impl Mark {
     /// Records that no process holds the lock. If the record stayed, the next owner would get a
     /// false report of a death.
     pub(super) fn wipe(&self) {
-        if let Some(seen) = self.find().filter(|seen| seen.state() != WIPED) {
+        if let Some((slot, word)) = self.remembered_word() {
+            if word & STATE != WIPED {
+                // No other process changes it: not even for a new lock, for this holder lives.
+                slot[0].store(word_after(word, self.key, WIPED), Ordering::Release);
+            }
+        } else if let Some(seen) = self.find().filter(|seen| seen.state() != WIPED) {
             self.records.wipe(&seen);
         }
     }
@@ -211,21 +221,20 @@ impl Mark {
         self.remembered().or_else(|| self.records.locate(self.key, false))
     }
 
-    /// The lock's slot where it was last. What a wiped one says besides is not read.
-    #[inline]
+    /// The lock's slot where it was last.
     fn remembered(&self) -> Option<Seen> {
         let at = self.slot.load(Ordering::Relaxed);
-        (at != 0).then_some(())?;
         let mut words = [[0; WORDS]];
-        match self.records.slot(at) {
-            Some(slot) => words[0][0] = slot[0].load(Ordering::Acquire),
-            None => self.records.read(at, &mut words)?,
-        }
-        let mut seen = Seen { at, words: words[0] };
-        if let (Some(slot), true) = (self.records.slot(at), seen.state() != WIPED) {
-            read_slot(slot, &mut seen.words);
-        }
-        Some(seen).filter(|seen| seen.is_of(self.key))
+        (at != 0).then(|| self.records.read(at, &mut words)).flatten()?;
+        Some(Seen { at, words: words[0] }).filter(|seen| seen.is_of(self.key))
+    }
+
+    /// As [`remembered`](Self::remembered), where the table is mapped: the slot and its word 0.
+    #[inline]
+    fn remembered_word(&self) -> Option<(&[AtomicU64], u64)> {
+        let slot = self.records.slot(self.slot.load(Ordering::Relaxed))?;
+        let word = slot[0].load(Ordering::Acquire);
+        (word & KEY == self.key).then_some((slot, word))
     }
 
     /// Writes `record` into the lock's slot, or takes one for it. What was there, also where writing fails.
@@ -233,6 +242,11 @@ impl Mark {
         /// How often another lock may be faster; then this one has no record.
         const TRIES: usize = 16;
         let mut seen = None;
+        if let Some((slot, word)) = self.remembered_word().filter(|(_, word)| word & STATE == WIPED) {
+            if write_slot(slot, word, word_after(word, self.key, state), record) {
+                return None;
+            }
+        }
         for _ in 0..TRIES {
             let mut order = None;
             let found = match self.remembered() {
@@ -512,23 +526,7 @@ impl Records {
         let before = seen.words[0];
         let word = word_after(before, key, state);
         match &self.store {
-            Store::Mapped { .. } => {
-                let Some(slot) = self.slot(seen.at) else { return false };
-                // A holder that dies while it writes has not begun; but where it follows one that died, that one has.
-                let follows_death = seen.is_of(key) && seen.state() == WRITTEN;
-                let meanwhile = if follows_death { word & !STATE | WRITTEN } else { word | CLAIMED };
-                if slot[0].compare_exchange(before, meanwhile, Ordering::AcqRel, Ordering::Relaxed).is_err() {
-                    return false;
-                }
-                // No reader may find new words under the old word 0.
-                fence(Ordering::Release);
-                for (word, value) in slot[..=ACQUIRED].iter().zip(record).skip(1) {
-                    word.store(*value, Ordering::Relaxed);
-                }
-                slot[ACQUIRED].store(mark::now(), Ordering::Relaxed);
-                slot[0].store(word, Ordering::Release);
-                true
-            }
+            Store::Mapped { .. } => self.slot(seen.at).is_some_and(|slot| write_slot(slot, before, word, record)),
             Store::File(opened) => {
                 let mut bytes = [0; (ACQUIRED + 1) * WORD];
                 let words = [word].into_iter().chain(record[IDENTITY.start..ACQUIRED].iter().copied());
@@ -591,6 +589,53 @@ impl Holders {
     }
 }
 
+/// Writes a record into a slot, with this word 0, if word 0 is still `before`.
+#[inline]
+fn write_slot(slot: &[AtomicU64], before: u64, word: u64, record: &Words) -> bool {
+    // A holder that dies while it writes has not begun; but where it follows one that died, that one has.
+    let follows_death = (before ^ word) & KEY == 0 && before & STATE == WRITTEN;
+    let meanwhile = if follows_death { word & !STATE | WRITTEN } else { word | CLAIMED };
+    if slot[0].compare_exchange(before, meanwhile, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+        return false;
+    }
+    if follows_death {
+        copy(slot);
+    }
+    // No reader may find new words under the old word 0.
+    fence(Ordering::Release);
+    for (word, value) in slot[..ACQUIRED].iter().zip(record).skip(1) {
+        word.store(*value, Ordering::Relaxed);
+    }
+    slot[ACQUIRED].store(mark::now(), Ordering::Relaxed);
+    slot[0].store(word, Ordering::Release);
+    true
+}
+
+/// Copies what identifies a dead holder, before its record is overwritten. A record that is not whole was being overwritten
+/// by a holder that died, too, and has its copy already.
+#[cold]
+fn copy(slot: &[AtomicU64]) {
+    let record: Words = std::array::from_fn(|at| slot[at].load(Ordering::Relaxed));
+    if record[SUM] == mark::sum(&record) {
+        for (at, copy) in COPIED.zip(&slot[ACQUIRED + 1..]) {
+            copy.store(record[at], Ordering::Relaxed);
+        }
+    }
+}
+
+/// The dead holder whose record was being overwritten.
+fn copied(slot: &[AtomicU64]) -> Option<Owner> {
+    // Of this boot, as the memory of the table.
+    let mut record = mark::with_current(|own| *own);
+    record[PROGRAM].fill(0);
+    record[ACQUIRED] = 0;
+    for (at, copy) in COPIED.zip(&slot[ACQUIRED + 1..]) {
+        record[at] = copy.load(Ordering::Relaxed);
+    }
+    record[SUM] = mark::sum(&record);
+    mark::owner_of(&record)
+}
+
 /// Reads a slot as it is at one moment, unless its writer takes too long.
 fn read_slot(slot: &[AtomicU64], words: &mut Words) {
     const TRIES: usize = 100;
@@ -629,4 +674,64 @@ fn is_complete(file: &File, length: u64, bytes: u64) -> bool {
     let is_reserved = is_allowed && fallocate(file, FallocateFlags::empty(), 0, bytes).is_ok();
     step("room for records reserved");
     is_reserved
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buckets_of_level_stay_within_its_pages() {
+        for level in 0..MAX_LEVELS {
+            let pages = SLOTS_OF_A_PAGE << level;
+            for number in 0..1000 {
+                let first = bucket_of(key_of(&format!("lock-{number}")), level);
+                assert!((pages..2 * pages).contains(&first) && first % BUCKET as u32 == 0);
+            }
+        }
+    }
+
+    #[test]
+    fn word_of_slot_changes_with_every_write() {
+        let key = key_of("lock");
+        let (mut word, mut seen) = (0, Vec::new());
+        for state in [WRITTEN, WIPED, HANDED, WRITTEN, WIPED] {
+            word = word_after(word, key, state);
+            assert_eq!((word & KEY, word & STATE), (key, state));
+            assert!(!seen.contains(&word));
+            seen.push(word);
+        }
+    }
+
+    #[test]
+    fn record_killed_in_overwriting_reports_the_first_death() {
+        let slot = [const { AtomicU64::new(0) }; SLOT_WORDS];
+        let key = key_of("lock");
+        let record = |pid| {
+            let mut owner = Owner::current();
+            owner.pid = pid;
+            mark::encode(&owner)
+        };
+        let words = || -> Words { std::array::from_fn(|at| slot[at].load(Ordering::Relaxed)) };
+        assert!(write_slot(&slot, 0, word_after(0, key, WRITTEN), &record(7)));
+        assert_eq!(mark::owner_of(&words()).unwrap().pid(), 7);
+        for _ in 0..2 {
+            // It follows a death, and is killed when it has written a word.
+            copy(&slot);
+            slot[IDENTITY.start].store(8, Ordering::Relaxed);
+            assert_eq!(mark::owner_of(&words()), None);
+            assert_eq!(copied(&slot).unwrap().pid(), 7);
+        }
+        let before = slot[0].load(Ordering::Relaxed);
+        assert!(write_slot(&slot, before, word_after(before, key, WRITTEN), &record(9)));
+        assert_eq!(mark::owner_of(&words()).unwrap().pid(), 9);
+    }
+
+    #[test]
+    fn names_have_different_keys() {
+        let keys: std::collections::HashSet<u64> =
+            (0..100_000).map(|number| key_of(&format!("lock-{number}"))).collect();
+        assert_eq!(keys.len(), 100_000);
+        assert!(!keys.contains(&0));
+    }
 }
