@@ -119,7 +119,10 @@ fn a_leader_that_stops_costs_nobody_the_lease_who_can_reach_the_others_and_never
     next.expect("is-held", "yes");
     until("the leader that was has found out", || alone.ask("try").starts_with("error Held"));
     asleep.expect("is-held", "yes");
-    asleep.expect("release", "released");
+    // A renewal that was sent to the stopped leader may not have been answered yet. The heartbeat then does the release.
+    let released = asleep.ask("release");
+    assert!(released == "released" || released.contains("still busy"), "{released}");
+    drop(lease(url(&others, "asleep")).lock_for(LIVELY).unwrap());
     wait_for_a_renewal(&kept);
     next.expect("is-held", "yes");
     next.expect("losses", "losses");
