@@ -179,7 +179,7 @@ fn handler(key: &Ident, value: Expr, kind: &str) -> Result<ExprPath> {
     }
 }
 
-/// The path of `lockkit`, as a string or as it stands.
+/// The path of `lockkit`, as a string or as a path.
 fn path(value: Expr) -> Result<Path> {
     const ALLOWED: &str = "`crate` is the path by which this crate knows lockkit, as in `crate = \"lk\"`";
     let path = match &value {

@@ -190,7 +190,7 @@ impl Open {
     /// The part of a [`Blink`] that is too short to close a file and open another: opening one is a look at a path, and
     /// more.
     const HELD: u64 = 2;
-    /// The same beside an unlock.
+    /// The same part for the time between two holds, which includes an unlock.
     const IDLE: u64 = 3;
 
     /// Whether the descriptor is still this lock's, of which `part` of a [`Blink`] must be too short to replace it.

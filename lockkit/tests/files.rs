@@ -362,7 +362,7 @@ fn d8_scheme_with_one_slash_is_a_usage_error() {
             [["run", "--try", "--lease", url, "--", "true"].as_slice(), &["status", url], &["lease", "show", url]]
         {
             let ended = site.run(arguments);
-            // Whether a build has the engine is told first where the form is right.
+            // Where the form is right, the first error is about a missing engine.
             assert!(ended.code == 64 || url == "redis:///" && ended.code == 69, "{arguments:?}: {ended:?}");
             assert!(!ended.err.is_empty());
         }
@@ -561,7 +561,7 @@ fn b2_status_of_name_tells_of_file_with_that_name() {
     assert!(wait.code == 0 && wait.err.contains(&format!("./{name}")), "{wait:?}");
     assert_eq!(site.run(&["wait", "--quiet", &name]).err, "");
     assert_eq!(site.run(&["status", &format!("./{name}")]).code, 1);
-    // What can be no name is told so as well.
+    // The same holds for text that cannot be a name.
     site.write("1.lock", "");
     let refused = site.run(&["status", "1.lock"]);
     assert!(refused.code == 64 && refused.err.contains("./1.lock"), "{refused:?}");

@@ -1,8 +1,8 @@
 //! A process of a real-time class with two threads on one processor: whatever the higher one waits for from the lower
 //! one, it must leave it the processor for.
 //!
-//! Its two parts are told apart by what the higher thread does: `fork` while the lower one takes and releases a lock, or
-//! `lock` while the lower one forks. The higher thread says its id, and goes on when it is told to: then it has its
+//! Its two parts differ in what the higher thread does: `fork` while the lower one takes and releases a lock, or
+//! `lock` while the lower one forks. The higher thread prints its id, and continues on a command: then it has its
 //! class.
 
 use std::io::BufRead;
@@ -52,7 +52,7 @@ pub fn serve(part: &str, name: &str) {
         longest
     });
     println!("{}", longest.as_millis());
-    // Until it is told to, its children live.
+    // Its children live until the command to end them.
     lines.next();
     for child in children.into_iter().flatten() {
         let _ = kill_process(child, Signal::KILL);

@@ -326,7 +326,7 @@ impl Attached {
         if self::identity(&path, &mapped)? != identity {
             return Err(ErrorKind::RogueDeletion { path }.into());
         }
-        // Who shortens the file ends every process that uses it. A memfd whose maker allows seals can be kept from it
+        // A process that shortens the file ends every process that uses it. A memfd whose maker allows seals can be kept from it
         // (MFD_ALLOW_SEALING); every other file refuses.
         if fcntl_add_seals(&*mapped, SealFlags::SHRINK).is_ok() {
             step("table sealed");

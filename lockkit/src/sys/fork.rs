@@ -1,4 +1,4 @@
-//! Descriptors that belong to locks: a forked child does not keep them, and nobody else's file is taken for one.
+//! Descriptors that belong to locks: a forked child does not keep them, and another file is never taken for one.
 //!
 //! # Forks
 //! A lock lives in a descriptor, and `fork` copies descriptors: a child that outlives its parent would keep the
@@ -417,7 +417,7 @@ fn install() {
     });
 }
 
-/// Waits until no other thread has a claim. For this thread it would wait in vain: its signal handler forks.
+/// Waits until no other thread has a claim. It does not wait for this thread, whose signal handler may be forking.
 unsafe extern "C" fn before_fork() {
     OWN.set(OWN.get() + FORK);
     COUNTS.fetch_add(FORK, Ordering::SeqCst);

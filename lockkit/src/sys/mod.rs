@@ -22,11 +22,11 @@
 //! | `stream` | abstract sockets that carry bytes both ways | instances that talk |
 //! | `table` | the layout of a lock table in shared memory | numbered locks |
 //! | `unix_diag` | the sockets that there are, from the kernel | the waiters of a named lock |
-//! | `user` | whether a uid means one user | who is trusted |
+//! | `user` | whether a uid means one user | trust between processes |
 //! | [`unnamed`] | files that are complete before they have a name | pidfiles, leases |
 //! | [`watch`] | being woken when a file changes | waiting for a lease |
 //! | [`write_lock`] | a lock that a mere reader of the file cannot take | pidfiles |
-//! | [`xattr`] | extended attributes | who holds a pidfile |
+//! | [`xattr`] | extended attributes | the holder of a pidfile |
 
 #![allow(unsafe_code)]
 

@@ -20,7 +20,7 @@ pub fn by_path() -> Option<u8> {
     Some(2)
 }
 
-/// With all that the attribute can be told.
+/// With every argument of the attribute.
 #[lk::single_instance(
     "lockkit-test-renamed",
     crate = "::lk",

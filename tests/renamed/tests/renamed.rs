@@ -1,4 +1,4 @@
-//! What the attribute writes names the crate as it is told.
+//! The expansion of the attribute uses the path of the crate that the argument gives.
 
 use lockkit_tests_renamed::{by_name, by_path, forever, program, something, with_handlers};
 

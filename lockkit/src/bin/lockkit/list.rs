@@ -108,7 +108,7 @@ impl List {
         for (path, on) in locks.files().filter(|(path, _)| !is_own(path)) {
             match look::recognised(path, &locks, true) {
                 Ok(Some(sight)) if sight.state == State::Held => found.add(path, sight),
-                // They are locked for a moment while they are read or written, whoever holds them.
+                // They are locked for a moment while they are read or written, by every process.
                 Ok(Some(Sight { kind: Kind::Lease | Kind::Table, .. })) => {}
                 _ => look::locked(path, &on, &locks).for_each(|sight| found.add(path, sight)),
             }

@@ -206,7 +206,7 @@ impl Sight {
         }
     }
 
-    /// The lock at `path`, of which cannot be told whether it is held.
+    /// The lock at `path`, if it is not known whether the lock is held.
     pub(crate) fn unknown(path: &Path, failure: &Failure) -> Self {
         let kind = if has_pid_extension(path) { Kind::Pidfile } else { Kind::File };
         Self { reason: Some(failure.message().to_owned()), ..Self::of_path(kind, path, State::Unknown) }
@@ -378,7 +378,7 @@ fn of_named(lock: &NamedLock) -> Result<Sight, Failure> {
     Ok(sight)
 }
 
-/// What stands at a path.
+/// What is at a path.
 enum Found {
     Missing,
     Lease,
@@ -392,7 +392,7 @@ enum Found {
     Special,
 }
 
-/// Looks at what stands at `path`. What may not be read may be any lock, so that is an error.
+/// Looks at what is at `path`. What may not be read may be any lock, so that is an error.
 fn found_at(path: &Path) -> Result<Found, Failure> {
     let unreadable = |error| unreadable(path, error);
     let found = match std::fs::metadata(path) {
@@ -587,7 +587,7 @@ pub(crate) fn locked(path: &Path, on: &OnFile, locks: &FileLocks) -> impl Iterat
     flock.into_iter().chain(on.fcntl.as_ref().map(|locked| sight(Kind::Fcntl, locked)))
 }
 
-/// Whether a process has the file or directory locked, by a try: how, and its pid where that is told. A try that fails
+/// Whether a process has the file or directory locked, by a try: how, and its pid where that is known. A try that fails
 /// takes nothing, and one that succeeds holds the lock for a moment, exclusively, or it would not see a shared lock.
 #[cfg(unix)]
 fn tried(path: &Path) -> Result<Option<(Kind, Option<u32>)>, Failure> {
@@ -595,7 +595,7 @@ fn tried(path: &Path) -> Result<Option<(Kind, Option<u32>)>, Failure> {
     use rustix::io::{Errno, retry_on_intr};
 
     let file = match open(path) {
-        // Without a file nobody has it locked.
+        // A missing file is not locked.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         opened => opened.map_err(|error| unreadable(path, error))?,
     };
@@ -603,7 +603,7 @@ fn tried(path: &Path) -> Result<Option<(Kind, Option<u32>)>, Failure> {
     if let Ok(Some(pid)) = command::fcntl_holder(&file) {
         return Ok(Some((Kind::Fcntl, pid)));
     }
-    // Somebody else's try looks like a holder, so it takes several to be one.
+    // The try of another process looks like a holder, so it takes several to be one.
     for pause in [100, 1000, 3000] {
         match retry_on_intr(|| flock(&file, FlockOperation::NonBlockingLockExclusive)) {
             Err(Errno::WOULDBLOCK) => std::thread::sleep(Duration::from_micros(pause)),
@@ -612,7 +612,7 @@ fn tried(path: &Path) -> Result<Option<(Kind, Option<u32>)>, Failure> {
                 let tried = retry_on_intr(|| flock(&file, FlockOperation::NonBlockingLockShared));
                 return Ok((tried == Err(Errno::WOULDBLOCK)).then_some((Kind::File, None)));
             }
-            // Where flock(2) does not work nobody holds one.
+            // Where flock(2) does not work no process holds one.
             Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => return Ok(None),
             Err(error) => return Err(unreadable(path, error.into())),
         }

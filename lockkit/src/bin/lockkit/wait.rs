@@ -54,7 +54,7 @@ impl WaitFor {
     }
 
     fn look(&self, place: &Place) -> Result<look::Sight, Failure> {
-        // Who holds a file, as /proc/locks has it: a pass over all descriptors would hold up the end of the wait.
+        // The holder of a file, as /proc/locks shows it: a pass over all descriptors would hold up the end of the wait.
         look::at(place, self.scope, FileLocks::of_table)
     }
 

@@ -241,7 +241,7 @@ pub(crate) fn mode_of_new(mode: u32) -> u32 {
     mode
 }
 
-/// Not looked at: who may remove a file is for access control lists to say.
+/// Not checked: access control lists decide about removal.
 pub(crate) fn check_removable(_: &Path, _: &Seen) -> io::Result<()> {
     Ok(())
 }
