@@ -19,6 +19,7 @@ mod armed {
     static PASSED: Mutex<(usize, Vec<&'static str>)> = Mutex::new((usize::MAX, Vec::new()));
     /// Whether the process is stopped at the step, and not killed.
     static STOPS: AtomicBool = AtomicBool::new(false);
+    static LAST_WORDS: Mutex<Option<fn(&[&'static str])>> = Mutex::new(None);
 
     pub(crate) fn step(what: &'static str) {
         if !ARMED.load(Ordering::Relaxed) {
@@ -30,7 +31,12 @@ mod armed {
         if passed.1.len() == passed.0 {
             match STOPS.load(Ordering::Relaxed) {
                 true => crate::sys::process::stop_this_process(),
-                false => crate::sys::process::kill_this_process(),
+                false => {
+                    if let Some(tell) = *LAST_WORDS.lock() {
+                        tell(&passed.1);
+                    }
+                    crate::sys::process::kill_this_process()
+                }
             }
         }
     }
@@ -39,6 +45,10 @@ mod armed {
         *PASSED.lock() = (at, Vec::new());
         STOPS.store(stops, Ordering::Relaxed);
         ARMED.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn tell(last_words: fn(&[&'static str])) {
+        *LAST_WORDS.lock() = Some(last_words);
     }
 
     pub(super) fn passed() -> Vec<&'static str> {
@@ -61,6 +71,16 @@ pub fn kill_at(at: usize) {
     armed::arm(at, false);
     #[cfg(not(debug_assertions))]
     let _ = at;
+}
+
+/// As [`kill_at`], and tells `last_words` the steps passed just before the kill.
+#[cfg(feature = "steps")]
+pub fn kill_at_and_tell(at: usize, last_words: fn(&[&'static str])) {
+    #[cfg(debug_assertions)]
+    armed::tell(last_words);
+    #[cfg(not(debug_assertions))]
+    let _ = last_words;
+    kill_at(at);
 }
 
 /// Stops this process at the step numbered `at`, counted from 1 from here on, until it is continued. Only on Unix.

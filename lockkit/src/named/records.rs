@@ -592,9 +592,10 @@ impl Holders {
 /// Writes a record into a slot, with this word 0, if word 0 is still `before`.
 #[inline]
 fn write_slot(slot: &[AtomicU64], before: u64, word: u64, record: &Words) -> bool {
-    // A holder that dies while it writes has not begun; but where it follows one that died, that one has.
-    let follows_death = (before ^ word) & KEY == 0 && before & STATE == WRITTEN;
-    let meanwhile = if follows_death { word & !STATE | WRITTEN } else { word | CLAIMED };
+    // A holder that dies while it writes has not begun. But if it follows a holder that died, that death is still to be
+    // reported. A releaser that dies while it writes its receiver has released: the receiver lives.
+    let follows_death = (before ^ word) & (KEY | STATE) == 0 && word & STATE == WRITTEN;
+    let meanwhile = if follows_death { word } else { word | CLAIMED };
     if slot[0].compare_exchange(before, meanwhile, Ordering::AcqRel, Ordering::Relaxed).is_err() {
         return false;
     }
@@ -607,6 +608,7 @@ fn write_slot(slot: &[AtomicU64], before: u64, word: u64, record: &Words) -> boo
         word.store(*value, Ordering::Relaxed);
     }
     slot[ACQUIRED].store(mark::now(), Ordering::Relaxed);
+    step("words of a record written");
     slot[0].store(word, Ordering::Release);
     true
 }
