@@ -13,6 +13,7 @@ use parking_lot::{Condvar, Mutex};
 use super::{Handle, HeldLock, LockManager, ManagedLock, Releases};
 use crate::error::{ErrorKind, Result};
 use crate::owner::Owner;
+use crate::sys::process;
 use crate::wait::{Subject, Wait};
 
 /// A table of locks inside one process, for tests of programs that use the other managers: it excludes threads, not
@@ -159,7 +160,7 @@ impl MemoryLock {
         /// How long a waiter sleeps at most before it looks at its token again.
         const TICK: Duration = Duration::from_secs(1);
         wait.check(self)?;
-        let owner = Owner { acquired: Some(std::time::SystemTime::now()), ..Owner::current() };
+        let owner = Owner { acquired: Some(process::cheap_time()), ..Owner::current() };
         let mut state = self.memory.state.lock();
         if state.held.contains_key(&self.id) {
             // Errors ask who holds the lock, so they are made without the mutex.
