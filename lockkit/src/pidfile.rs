@@ -81,28 +81,34 @@ const DEFAULT_MODE: u32 = 0o644;
 ///
 /// | program | what it writes | how `PidFile` reads it |
 /// |---|---|---|
-/// | nginx, redis, mysqld, systemd, cron | `4242\n` | pid 4242 |
-/// | start-stop-daemon, Python scripts, a shell | `4242\n` or `4242` | pid 4242 |
-/// | X server, minicom, UUCP | `      4242\n`, and the program or user behind it | pid 4242 |
+/// | nginx, redis, mysqld, cron, exim, start-stop-daemon | `4242\n` | pid 4242 |
+/// | pidfile(3) of BSD, Python scripts, a shell | `4242` or `4242\n` | pid 4242 |
+/// | X server, UUCP, postfix | `      4242\n` | pid 4242 |
+/// | minicom, gammu | `      4242 minicom root\n`, `04242 minicom root\n`, `      4242 gammu\n` | pid 4242 |
 /// | PostgreSQL (`postmaster.pid`) | `4242\n`, then a path, times and a port by line | pid 4242 |
-/// | sendmail, exim | `4242\n`, then the command line | pid 4242 |
-/// | haproxy | `4242\n4243\n`, a pid for each process | each of them |
+/// | PostgreSQL in single-user mode | `-4242\n`, then the same | no pidfile |
+/// | sendmail | `4242\n`, then the command line | pid 4242 |
+/// | haproxy before 2.5, with `nbproc` | `4242\n4243\n`, a pid for each process | each of them |
 /// | scripts for RHEL and LSB | `4242 4243\n` | each of them |
-/// | git (`gc.pid`) | `4242 HOST` | pid 4242, if it is this host; else held, for nothing here can tell |
+/// | git (`gc.pid`), shell scripts | `4242 HOST`, and no blank before it | pid 4242, if it is this host; else held, for nothing here can tell. Git itself takes it over after 12 hours |
+/// | QLockFile of Qt | `4242\nPROGRAM\nHOST\n`, then two lines more | the same |
 /// | C programs that write their buffer | `4242\0` | pid 4242 |
 /// | old UUCP programs | the pid as four binary bytes | no pidfile; where the bytes read as a number, both pids |
 /// | pidfile(3) of BSD, before its program writes | nothing, with a flock | held while the flock is |
 /// | apt, dpkg | nothing, with an fcntl lock while they run | held while they run, and then blank |
-/// | Emacs | `user@host.4242:170000` | no pidfile |
+/// | Emacs, Chromium, Firefox | a symbolic link to `user@host.4242:170000`, `host-4242`, `127.0.0.1:+4242` | refused; where a file has this text, no pidfile |
+///
+/// A number behind the pid is taken for another pid, so a file that gives the time or a port there may count as held.
 ///
 /// | reader | what it finds in a file of lockkit's |
 /// |---|---|
 /// | `kill $(cat FILE)`, `read pid < FILE` | one word, the pid |
-/// | systemd `PIDFile=` | one line, the pid |
-/// | start-stop-daemon, `pgrep -F`, `pkill -F` | the pid |
+/// | systemd `PIDFile=` | one line, the pid. It removes the file after the service has ended |
+/// | start-stop-daemon, `pgrep -F`, `pkill -F` | the pid. start-stop-daemon refuses a file that all users may write, and by itself one of another user's or group's |
+/// | `pgrep -L -F` | a locked file, and the pid |
 /// | pidofproc (LSB), `__pids_var_run` (RHEL) | the pid |
-/// | flock(1), pidfile(3) of BSD | a locked file |
-/// | the crates fslock, pidlock and nightlyone's lockfile | the pid of a process that lives |
+/// | flock(1), pidfile(3) of BSD, the crate fslock | a locked file |
+/// | the crate pidlock, nightlyone's lockfile | the pid of a process that lives |
 ///
 /// # Security
 ///
@@ -330,7 +336,7 @@ impl PidFile {
     ///
     /// # Errors
     /// [`RelativePath`](ErrorKind::RelativePath); [`Io`](ErrorKind::Io) if the file cannot be read, for want of the right
-    /// to, or is no plain file.
+    /// to, or is no plain file, or a symbolic link to a file that does not exist.
     pub fn inspect(path: impl AsRef<Path>) -> Result<PidStatus> {
         let path = path.as_ref();
         check_absolute(path)?;
@@ -343,7 +349,16 @@ impl PidFile {
             Shielded::new(|| files::open(OpenOptions::new().read(true).custom_flags(files::NONBLOCK), path))
         };
         let file = match open() {
-            Err(error) if error.kind() == Io::NotFound => return Ok(PidStatus::Absent),
+            Err(error) if error.kind() == Io::NotFound => {
+                // Some programs keep the pid in the target of such a link.
+                if path.is_symlink() {
+                    return Err(failed(io::Error::new(
+                        Io::NotFound,
+                        "it is a symbolic link to a file that does not exist",
+                    )));
+                }
+                return Ok(PidStatus::Absent);
+            }
             opened => opened.map_err(failed)?,
         };
         let (verdict, _) = verdict::judge(path, &file).map_err(failed)?;

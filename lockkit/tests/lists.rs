@@ -82,11 +82,6 @@ fn b12_ten_thousand_named_locks_are_listed_in_one_pass() {
         .collect();
     let locks = listed(None, "named", &name);
     assert!(locks.len() == guards.len() && are_held(&locks), "{}", locks.len());
-    drop(guards);
-    let uid = rustix::process::geteuid().as_raw();
-    for number in 0..MANY {
-        let _ = fs::remove_file(format!("/dev/shm/lockkit-u{uid}/{name}{number}.record"));
-    }
 }
 
 #[test]

@@ -654,9 +654,14 @@ fn a_link_is_refused_and_what_it_leads_to_is_not_touched() {
             assert!(matches!(error.kind(), ErrorKind::Insecure { path: told, .. } if told == path), "{error}");
         }
     };
-    for leads_to in [target.as_path(), Path::new("nowhere"), &path] {
+    // Emacs, Chromium and Firefox keep pids in such links.
+    for leads_to in [target.as_path(), Path::new("user@host.4242:1700000000"), Path::new("host-4242"), &path] {
         symlink(leads_to, &path).unwrap();
         refused(&path);
+        if leads_to != target {
+            let error = PidFile::inspect(&path).unwrap_err();
+            assert!(matches!(error.kind(), ErrorKind::Io { .. }), "{error}");
+        }
         fs::remove_file(&path).unwrap();
     }
     fs::hard_link(&target, &path).unwrap();
@@ -1038,7 +1043,7 @@ fn the_pidfile_of_nginx_is_honoured() {
 }
 
 /// What programs and people write that is no pidfile, with its name.
-const NO_PIDFILES: [(&str, &[u8]); 13] = [
+const NO_PIDFILES: [(&str, &[u8]); 16] = [
     ("a configuration", b"key = value\n"),
     ("a negative number", b"-1"),
     ("zero", b"0\n"),
@@ -1049,7 +1054,10 @@ const NO_PIDFILES: [(&str, &[u8]); 13] = [
     ("beyond all pids", b"99999999999999999999\n"),
     ("a lock file of Emacs", b"user@host.4242:1700000000"),
     ("a free lease", b"lockkit lease 1\n"),
-    ("binary UUCP", &[0x10, 0x27, 0, 0]),
+    ("binary UUCP", &10_000_u32.to_ne_bytes()),
+    ("binary UUCP that reads as white space", &8224_u32.to_ne_bytes()),
+    ("PostgreSQL in single-user mode", b"-4242\n/var/lib/postgresql/17/main\n1700000000\n"),
+    ("a lock file of Chromium", b"host-4242"),
     ("an escape sequence", b"\x1b[2J"),
     ("a script", b"#!/bin/sh\necho 1\n"),
 ];
@@ -1094,11 +1102,14 @@ fn a2_waiter_for_file_that_turns_into_another_is_told() {
 }
 
 /// What a program writes for the process with the pid `{}`.
-const FORMS: [(&str, &str); 15] = [
+const FORMS: [(&str, &str); 18] = [
     ("nginx, redis, mysqld, cron", "{}\n"),
     ("a program that writes no line end", "{}"),
-    ("the X server", "{:>10}\n"),
+    ("the X server, UUCP", "{:>10}\n"),
     ("minicom", "{:>10} minicom root\n"),
+    ("minicom of another version", "{:>05} minicom root\n"),
+    ("gammu", "{:>10} gammu\n"),
+    ("a script that writes the date", "{} 2026-01-01\n"),
     ("postfix", "              {}\n"),
     ("leading zeros", "000{}\n"),
     ("a blank line first", "\n{}\n"),
@@ -1114,7 +1125,8 @@ const FORMS: [(&str, &str); 15] = [
 
 /// The form, filled in.
 fn written_by(form: &str, pid: u32) -> String {
-    form.replace("{}", &pid.to_string()).replace("{:>10}", &format!("{pid:>10}"))
+    let padded = form.replace("{:>10}", &format!("{pid:>10}")).replace("{:>05}", &format!("{pid:05}"));
+    padded.replace("{}", &pid.to_string())
 }
 
 #[test]
@@ -1155,7 +1167,12 @@ fn a3_pid_and_name_of_this_host_is_read() {
 #[test]
 fn a3_pid_of_perhaps_another_host_is_held() {
     let (_folder, path) = place();
-    for said in [format!("{DEAD} elsewhere.example.org"), format!("{DEAD} elsewhere\n")] {
+    for said in [
+        format!("{DEAD} elsewhere.example.org"),
+        format!("{DEAD} elsewhere\n"),
+        // QLockFile.
+        format!("{DEAD}\nkate\nelsewhere\nabcdef0123456789\n0f0f-1e1e\n"),
+    ] {
         write_ago(&path, &said, LONG_AGO);
         let error = lock(&path).try_lock().unwrap_err();
         assert!(error.is_held() && error.owner().unwrap().host().unwrap().starts_with("elsewhere"), "{error}");
@@ -1235,6 +1252,7 @@ fn a4_readers_find_the_pid_alone() {
         ("a shell", "cat \"$0\" | wc -w | grep -qx 1 && for p in $(cat \"$0\"); do echo $p; done"),
         ("kill", "kill -0 $(cat \"$0\") && cat \"$0\""),
         ("pgrep", "pgrep -F \"$0\""),
+        ("pgrep", "pgrep -L -F \"$0\""),
         ("systemd", "head -n 1 \"$0\""),
         (
             "LSB",

@@ -23,6 +23,7 @@
 //! The attribute counts only for the content that it was set for: for its pid, and for its time. A program that writes
 //! its own pid into the file leaves an attribute that counts no more, even if it happens to have the same pid.
 
+use std::net::IpAddr;
 use std::time::{Duration, SystemTime};
 
 use crate::owner::Owner;
@@ -65,49 +66,70 @@ pub(super) enum Content {
 ///
 /// - White space at the beginning is skipped, line ends included.
 /// - A decimal number follows, and behind it white space, a NUL or the end.
-/// - Further numbers of the line are pids, too, up to the first other word. Further lines are, as long as each is one
-///   number. A number that no process can have as its pid ends the list.
-/// - A line with one word behind the pid, and nothing else in the file, is the pid and the host of a process, as git
-///   writes it.
-/// - A file of four bytes that ends with a NUL is also read as a binary pid, as old UUCP programs write it.
+/// - Further numbers of the line are pids, too, up to the first other word. Further lines are, as long as they contain
+///   nothing but numbers. A number that no process can have as its pid ends the list.
+/// - A host that is named with the pid has the process ([`host_of`]).
+/// - A file of four bytes that ends with a NUL is also read as a binary pid, as old UUCP programs write it. Without a
+///   number it is not blank.
 pub(super) fn parse(bytes: &[u8]) -> Content {
     if bytes.len() > MAX_LENGTH {
         return Content::Other("it is longer than 4096 bytes");
     }
     let Some(begin) = bytes.iter().position(|byte| !is_space(*byte)) else { return Content::Blank };
     if bytes.iter().all(|byte| is_space(*byte) || *byte == 0) {
-        return Content::Blank;
+        return match bytes.len() == 4 && !bytes.iter().all(|byte| *byte == 0) {
+            true => Content::Other("it may contain a pid in binary, as old UUCP programs write it"),
+            false => Content::Blank,
+        };
     }
     let text = &bytes[begin..];
     // A C string is over at its end, whatever its buffer has behind it.
     let text = text.split(|byte| *byte == 0).next().unwrap_or_default();
-    let mut lines = text.split(|byte| *byte == b'\n').map(words);
-    let first = lines.next().unwrap_or_default();
-    let mut pids = match pid(first.first().copied().unwrap_or_default()) {
-        Ok(pid) => vec![pid],
-        Err(rule) => return Content::Other(rule),
-    };
-    let mut rest = lines.clone().flatten();
-    let elsewhere = match (first.as_slice(), rest.next()) {
-        ([_, word], None) if is_foreign_host(word) => Some(String::from_utf8_lossy(word).into_owned()),
-        _ => None,
-    };
+    let lines: Vec<_> = text.split(|byte| *byte == b'\n').map(words).collect();
     let numbers = |words: &[&[u8]]| words.iter().map_while(|word| pid(word).ok()).collect::<Vec<_>>();
-    let more = numbers(&first[1..]);
-    let whole = more.len() == first.len() - 1;
-    pids.extend(more);
-    if whole {
-        pids.extend(lines.map_while(|words| match words[..] {
-            [word] => pid(word).ok(),
-            _ => None,
-        }));
+    let mut pids = Vec::new();
+    for words in lines.iter().filter(|words| !words.is_empty()) {
+        let more = numbers(words);
+        let is_whole = more.len() == words.len();
+        // Behind the first line, only lines of nothing but pids count.
+        if pids.is_empty() || is_whole {
+            pids.extend(more);
+        }
+        if !is_whole {
+            break;
+        }
     }
+    if pids.is_empty() {
+        let first = lines[0].first().copied().unwrap_or_default();
+        return Content::Other(pid(first).err().unwrap_or_default());
+    }
+    let elsewhere = if begin == 0 { host_of(&lines).filter(|host| is_foreign(host)) } else { None };
+    let elsewhere = elsewhere.map(|host| String::from_utf8_lossy(host).into_owned());
     if let [one, two, three, 0] = *bytes {
-        let binary = u32::from_le_bytes([one, two, three, 0]);
+        let binary = u32::from_ne_bytes([one, two, three, 0]);
         pids.extend((1..=process::MOST_PID).contains(&binary).then_some(binary));
     }
-    let alone = pids.len() == 1 && text.trim_ascii().len() == first[0].len();
+    let alone = pids.len() == 1 && text.trim_ascii().len() == lines[0][0].len();
     Content::Pids { pids, alone, elsewhere }
+}
+
+/// The host of the process, if the file names one:
+/// - behind the pid in the only line, as git and shell scripts write it. UUCP programs write their own name there, and blanks
+///   before the pid;
+/// - in the third line of three or five, behind the pid and the program, as QLockFile of Qt writes it.
+fn host_of<'t>(lines: &[Vec<&'t [u8]>]) -> Option<&'t [u8]> {
+    let end = lines.iter().rposition(|words| !words.is_empty())? + 1;
+    match &lines[..end] {
+        [only] => match only[..] {
+            [_, host] => Some(host),
+            _ => None,
+        },
+        [first, _, third, rest @ ..] if first.len() == 1 && [0, 2].contains(&rest.len()) => match third[..] {
+            [host] => Some(host),
+            _ => None,
+        },
+        _ => None,
+    }
 }
 
 /// As isspace(3) has it.
@@ -132,12 +154,15 @@ fn pid(word: &[u8]) -> Result<u32, &'static str> {
     }
 }
 
-/// Whether the word may be the name of another host than this one. A number is a pid, and an option or a path is none.
-fn is_foreign_host(word: &[u8]) -> bool {
+/// Whether the word may be the name or the address of another host than this one. A number, a date, an option and a path
+/// are none.
+fn is_foreign(word: &[u8]) -> bool {
     let is_name = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_' | b':') || *byte > 127;
+    let is_letter = |byte: &u8| byte.is_ascii_alphabetic() || *byte > 127;
     let begins = word.first().is_some_and(|first| first.is_ascii_alphanumeric() || *first > 127);
-    let is_number = word.iter().all(u8::is_ascii_digit);
-    begins && !is_number && word.iter().all(is_name) && word != process::host_name().as_bytes()
+    let may_be_host = begins && word.iter().all(is_name) && word.iter().any(is_letter);
+    let is_address = || std::str::from_utf8(word).is_ok_and(|word| word.parse::<IpAddr>().is_ok());
+    (may_be_host || is_address()) && !word.eq_ignore_ascii_case(process::host_name().as_bytes())
 }
 
 /// The content of the file of the process `pid`.
@@ -322,9 +347,9 @@ mod tests {
     fn parse_of_several_pids_is_all_up_to_another_word() {
         assert_eq!(pids("1 2 3\n"), [1, 2, 3]);
         assert_eq!(pids("1\n2\n 3 \n"), [1, 2, 3]);
-        assert_eq!(pids("1 2\n3\n\n4\n"), [1, 2, 3]);
+        assert_eq!(pids("1 2\n3\n\n4\n"), [1, 2, 3, 4]);
         assert_eq!(pids("1 2 x 3\n4\n"), [1, 2]);
-        assert_eq!(pids("1\n2 3\n"), [1]);
+        assert_eq!(pids("1\n2 3\n4 x\n5\n"), [1, 2, 3]);
         assert_eq!(pids("1\n99999999999\n2\n"), [1]);
         assert_eq!(pids("1 0 2"), [1]);
         assert_eq!(pids("1\0 2"), [1]);
@@ -339,10 +364,30 @@ mod tests {
             }
             other => panic!("{text:?}: {other:?}"),
         };
-        assert_eq!(host("42 elsewhere.example.org").as_deref(), Some("elsewhere.example.org"));
-        assert_eq!(host("42 elsewhere\n").as_deref(), Some("elsewhere"));
-        assert_eq!(host(&format!("42 {}", process::host_name())), None);
-        for text in ["42 /elsewhere", "42 -x", "42 two words", "42 word\nline", "42\nelsewhere"] {
+        for text in ["42 elsewhere", "42 elsewhere\n", "42\nkate\nelsewhere\n", "42\na b\nelsewhere\n0f\n1e\n"] {
+            assert_eq!(host(text).as_deref(), Some("elsewhere"), "{text:?}");
+        }
+        for name in ["elsewhere.example.org", "10.0.0.7", "fe80::1", "7up"] {
+            assert_eq!(host(&format!("42 {name}")).as_deref(), Some(name));
+        }
+        let own = process::host_name();
+        for name in [own.to_uppercase(), own] {
+            assert_eq!(host(&format!("42 {name}")), None);
+            assert_eq!(host(&format!("42\nkate\n{name}\n")), None);
+        }
+        for text in [
+            "42 /elsewhere",
+            "42 -x",
+            "42 two words",
+            "42 word\nline",
+            "42\nelsewhere",
+            "        42 gammu\n",
+            "42 2026-01-01\n",
+            "42 10:20:30\n",
+            "42 12345.67",
+            "42\nkate\nelsewhere\nmore\n",
+            "42\n/var/lib/postgresql\n1700000000\n",
+        ] {
             assert_eq!(host(text), None, "{text:?}");
         }
     }
@@ -352,11 +397,17 @@ mod tests {
     fn parse_of_four_bytes_with_nul_is_also_binary() {
         assert_eq!(pids("90\0\0"), [90, 12345]);
         assert_eq!(pids("123\0"), [123, 0x33_3231]);
+        for binary in [8224_u32, 10, 8205, 8192] {
+            assert!(
+                matches!(parse(&binary.to_ne_bytes()), Content::Other(rule) if rule.contains("binary")),
+                "{binary}"
+            );
+        }
     }
 
     #[test]
     fn parse_of_white_space_and_nuls_is_blank() {
-        for text in ["", "\n", " \t\r\n\n", "\0\0\0\0", "\0\n", "\n\0"] {
+        for text in ["", "\n", " \t\r\n\n", "\0\0\0\0", "\0\n", "\n\0", "\n\n\n\0\0"] {
             assert_eq!(parse(text.as_bytes()), Content::Blank, "{text:?}");
         }
     }
