@@ -36,6 +36,7 @@ use crate::sys::files::{self, FileExt, MetadataExt, OpenOptionsExt};
 use crate::sys::flock::{self, Mode};
 use crate::sys::fork::{self, Shielded};
 use crate::sys::slot::Slot;
+use crate::sys::unnamed;
 use crate::trace;
 use crate::wait::{Backoff, Patience, Subject, Wait};
 
@@ -219,6 +220,8 @@ impl FileLock {
 
     /// The permissions that a file gets when locking makes it, exactly, whatever the process's umask is. Without this
     /// option they are 0600 less the umask.
+    ///
+    /// The mode must let the owner read. An acquisition fails with [`InvalidOption`](ErrorKind::InvalidOption) otherwise.
     pub fn create_with_mode(self, mode: u32) -> Self {
         Self::at(Place { mode: Some(mode), ..self.0.place.clone() })
     }
@@ -430,6 +433,7 @@ impl Inner {
                 Some(open) if open.generation == fork::noted_generation() && open.is_own(nanos(), Open::IDLE) => open,
                 _ => {
                     let generation = fork::generation();
+                    check_mode(self.place.mode)?;
                     let (file, made) = self.place.open()?;
                     let found = files::look(&file).map_err(|error| Error::io("look at", &self.place.path, error))?;
                     let identity = (found.dev(), found.ino());
@@ -550,16 +554,47 @@ impl Place {
         Err(ErrorKind::RogueDeletion { path: self.path.clone() }.into())
     }
 
+    /// A file with a mode of its own gets it before the path names it, so that a kill leaves no other one.
     fn create(&self) -> io::Result<Shielded<File>> {
+        let Some(mode) = self.mode else { return self.create_at_path(0o600) };
+        let directory = match self.path.parent() {
+            Some(parent) if parent != Path::new("") => parent,
+            Some(_) => Path::new("."),
+            None => &self.path,
+        };
+        let file = match Shielded::new(|| unnamed::file_in(directory, 0o600)) {
+            Err(error) if error.kind() == Io::Unsupported => return self.create_in_place(mode),
+            file => file?,
+        };
+        files::set_mode(&file, mode)?;
+        step("mode of the file set");
+        match unnamed::name(&file, &self.path) {
+            Err(error) if error.kind() == Io::Unsupported => self.create_in_place(mode),
+            named => named.map(|()| {
+                step("lock file named");
+                file
+            }),
+        }
+    }
+
+    fn create_at_path(&self, mode: u32) -> io::Result<Shielded<File>> {
         let mut options = OpenOptions::new();
-        options.read(true).write(true).create_new(true).mode(self.mode.unwrap_or(0o600));
+        options.read(true).write(true).create_new(true).mode(mode);
         let file = Shielded::new(|| files::create(&options, &self.path))?;
         step("file made");
-        if let Some(mode) = self.mode {
-            // The umask is not ours to change, but the file's mode is.
-            files::set_mode(&file, mode)?;
-            step("mode of the file set");
+        Ok(file)
+    }
+
+    /// As [`create`](Self::create), on a file system without nameless files.
+    fn create_in_place(&self, mode: u32) -> io::Result<Shielded<File>> {
+        let file = self.create_at_path(mode)?;
+        // The umask is not ours to change, but the file's mode is.
+        if let Err(error) = files::set_mode(&file, mode) {
+            let _ = std::fs::remove_file(&self.path);
+            step("file made for nothing removed");
+            return Err(error);
         }
+        step("mode of the file set");
         Ok(file)
     }
 
@@ -591,6 +626,16 @@ impl Place {
             false => Err(unfit()),
         }
     }
+}
+
+/// Refuses a mode that shuts the owner of the file out, or that is none.
+pub(crate) fn check_mode(mode: Option<u32>) -> Result<()> {
+    let problem = match mode {
+        Some(mode) if mode & !0o7777 != 0 => format!("{mode:#o} is no mode"),
+        Some(mode) if mode & 0o400 == 0 => format!("with mode {mode:#o} the owner of the file could not read it"),
+        _ => return Ok(()),
+    };
+    Err(ErrorKind::InvalidOption { option: "create_with_mode", problem }.into())
 }
 
 /// Whether a file that could not be opened for writing for this reason may still be opened for reading. A program that

@@ -149,7 +149,7 @@ impl Owner {
 
     /// The process that has `pid`, which was seen to have started then. What is looked up for people may already be a
     /// later one's.
-    fn read(pid: u32, start: Option<u64>) -> Self {
+    pub(crate) fn read(pid: u32, start: Option<u64>) -> Self {
         Self {
             pid,
             start,

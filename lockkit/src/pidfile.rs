@@ -24,6 +24,7 @@
 mod record;
 mod verdict;
 
+use std::collections::HashSet;
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, ErrorKind as Io};
@@ -31,15 +32,19 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
+
 #[cfg(feature = "tokio")]
 use crate::awaiting;
 use crate::error::{Error, ErrorKind, Result};
+use crate::file;
 use crate::lock::{Guard, Recovered, lock_methods};
 use crate::owner::{Liveness, Owner};
 use crate::steps::step;
 use crate::sys::files::{self, DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, Seen};
-use crate::sys::flock::{self, Mode};
+use crate::sys::flock::{self, Mode as FlockMode};
 use crate::sys::fork::{self, Shielded};
+use crate::sys::per_process::PerProcess;
 use crate::sys::{unnamed, write_lock, xattr};
 use crate::trace;
 use crate::wait::{Backoff, Subject, Wait};
@@ -64,7 +69,8 @@ const DEFAULT_MODE: u32 = 0o644;
 ///
 /// The identity of the holder, beyond the pid, is kept in the extended attribute `user.lockkit` of the file. Where the file system
 /// has no such attributes, the file's time and the start of the process tell whether a later process has the pid. There a
-/// pid that was given out again within a minute of the file's last write counts as the holder's.
+/// pid that was given out again within a minute of the file's last write counts as the holder's; and a clock that was set
+/// forward by more than a minute makes a process that has no lock on its file look like a later one.
 ///
 /// A program that closes descriptors which it did not open, as close_range(2) does, keeps this lock: the file still names
 /// it. No other file of the program is closed. See [the crate page](crate#descriptors-that-the-program-closes).
@@ -112,8 +118,11 @@ const DEFAULT_MODE: u32 = 0o644;
 ///
 /// # Security
 ///
-/// Another user with read permission only cannot delay an acquisition or a release, whatever locks that user takes. (On
-/// systems without locks of open files, such as macOS, FreeBSD and Windows, a reader's flock can.) Keep pidfiles in a
+/// Another user with read permission only cannot delay an acquisition or a release, whatever locks that user takes. There
+/// are two exceptions. On systems without locks of open files, such as macOS, FreeBSD and Windows, a reader's flock can. And
+/// a flock counts on a blank file, and on one that has no identity and names a dead process, where a process that holds it
+/// may be hidden from this one: from a process in a container, and from another user than root and the file's owner.
+/// Keep pidfiles in a
 /// directory that others cannot write to: in one that they can, such as `/tmp`, they can put a file there first, and keep
 /// you waiting or lie about the pid.
 ///
@@ -189,8 +198,22 @@ enum Attempt {
     Locked(Shielded<File>),
     /// What the file says holds it.
     Claimed,
-    /// Another taker is at work, or the file has just been replaced.
-    Busy,
+    /// Another taker is at work, or the file has just been replaced. If that lasts, this error says why.
+    Busy(Option<Error>),
+}
+
+/// Whether this process keeps all other takers out.
+enum Begun {
+    Alone(Taking),
+    /// Another taker is at work. If that lasts, this error says why.
+    Busy(Option<Error>),
+}
+
+/// The files of this process's guards, by device and inode. A file that names this process and is none of them is from
+/// before an exec, or from a supervisor.
+fn held_files() -> &'static Mutex<HashSet<(u64, u64)>> {
+    static HELD: PerProcess<Mutex<HashSet<(u64, u64)>>> = PerProcess::new();
+    HELD.get(Mutex::default)
 }
 
 /// What a file means to an attempt.
@@ -232,8 +255,10 @@ impl PidFile {
     /// Several users of a shared directory can take over each other's files, as long as they may read the file and write
     /// the directory. With permissions that let a group or all others write, these may also go on with what a killed
     /// taker left behind (`.NAME.lockkit`); without, its owner or root can.
+    ///
+    /// The mode must let the owner read. An acquisition fails with [`InvalidOption`](ErrorKind::InvalidOption) otherwise.
     pub fn create_with_mode(mut self, mode: u32) -> Self {
-        self.mode = Some(mode & 0o777);
+        self.mode = Some(mode);
         self
     }
 
@@ -260,9 +285,11 @@ impl PidFile {
     /// - [`Held`](ErrorKind::Held), [`Timeout`](ErrorKind::Timeout) or [`Cancelled`](ErrorKind::Cancelled), as `wait` says.
     /// - [`NotAPidFile`](ErrorKind::NotAPidFile) for a file that contains something else than a pid; also while waiting.
     /// - [`Insecure`](ErrorKind::Insecure) for a symbolic or hard link.
+    /// - [`InvalidOption`](ErrorKind::InvalidOption) for a [mode](Self::create_with_mode) that shuts the owner out.
     /// - [`Io`](ErrorKind::Io) if the file cannot be read, made, locked or written.
     ///
-    /// Each leaves the file as it was, and none where there was none.
+    /// Each leaves the file as it was, and none where there was none. (If the permissions of a file that has replaced a stale
+    /// one cannot be set, there is none afterwards.)
     pub fn acquire(&self, wait: &Wait) -> Result<PidGuard> {
         trace::acquire(self, || self.take(wait))
     }
@@ -276,23 +303,31 @@ impl PidFile {
 
     fn take(&self, wait: &Wait) -> Result<PidGuard> {
         wait.check(self)?;
+        file::check_mode(self.mode)?;
         let mut backoff = Backoff::new();
         let mut patience = None;
-        let mut busy_since = None;
+        let mut busy_since: Option<Instant> = None;
         loop {
-            let locked = match self.attempt()? {
+            let attempt = self.attempt()?;
+            if !matches!(attempt, Attempt::Busy(_)) {
+                busy_since = None;
+            }
+            let locked = match attempt {
                 Attempt::Taken(guard) => return Ok(guard),
                 Attempt::Locked(file) => Some(file),
                 Attempt::Claimed => None,
-                Attempt::Busy => {
+                Attempt::Busy(why) => {
                     // Another taker needs no more than a moment, which also a call that does not wait gives it.
-                    let since = *busy_since.get_or_insert_with(Instant::now);
-                    if since.elapsed() < TAKER_TIMEOUT && patience.is_none() {
-                        wait.check(self)?;
-                        std::thread::sleep(backoff.next());
-                        continue;
+                    let is_over = busy_since.get_or_insert_with(Instant::now).elapsed() >= TAKER_TIMEOUT;
+                    match why {
+                        Some(error) if is_over => return Err(error),
+                        _ if is_over || patience.is_some() => None,
+                        _ => {
+                            wait.check(self)?;
+                            std::thread::sleep(backoff.next());
+                            continue;
+                        }
                     }
-                    None
                 }
             };
             let patience = match &mut patience {
@@ -392,12 +427,14 @@ impl PidFile {
         let failed = |error| Error::io("remove", path, error);
         let (mut backoff, since) = (Backoff::new(), Instant::now());
         while pid_file.stale()?.is_some() {
-            let Some(taking) = pid_file.begin("remove")? else {
-                if since.elapsed() >= TAKER_TIMEOUT {
-                    break;
+            let taking = match pid_file.begin("remove")? {
+                Begun::Alone(taking) => taking,
+                Begun::Busy(_) if since.elapsed() < TAKER_TIMEOUT => {
+                    std::thread::sleep(backoff.next());
+                    continue;
                 }
-                std::thread::sleep(backoff.next());
-                continue;
+                Begun::Busy(Some(error)) => return Err(error),
+                Begun::Busy(None) => break,
             };
             let Some(judged) = pid_file.stale()? else { break };
             if is_at(path, &judged.file)? {
@@ -424,7 +461,19 @@ impl PidFile {
         let pid_file = Self::new(path)?;
         let Some(judged) = pid_file.stale()? else { return Ok(false) };
         let may = files::check_removable(pid_file.directory(), &judged.seen);
-        may.map(|()| true).map_err(|error| Error::io("remove", &pid_file.path, error))
+        may.map_err(|error| Error::io("remove", &pid_file.path, error))?;
+        let taker = pid_file.taker_path();
+        let Some(file) = pid_file.open_taker(&taker)? else { return Ok(true) };
+        let failed = |error| Error::io("look at", &taker, error);
+        // One that another taker has kept for so long is that of a stopped one.
+        let (mut backoff, since) = (Backoff::new(), Instant::now());
+        while write_lock::holder(&file).map_err(failed)?.is_some() {
+            if since.elapsed() >= TAKER_TIMEOUT {
+                return Ok(false);
+            }
+            std::thread::sleep(backoff.next());
+        }
+        pid_file.check_taker(&taker, &file).map(|_| true)
     }
 
     /// The file that is there, if it is stale.
@@ -454,7 +503,7 @@ impl PidFile {
             };
             return Ok(attempt);
         }
-        Ok(Attempt::Busy)
+        Ok(Attempt::Busy(None))
     }
 
     fn claim(&self, judged: Judged) -> Result<Claim> {
@@ -462,6 +511,10 @@ impl PidFile {
             Verdict::Held { by_lock: true, .. } => Ok(Claim::Kept(Attempt::Locked(judged.file))),
             Verdict::Held { .. } | Verdict::Blank { young: true, .. } => Ok(Claim::Kept(Attempt::Claimed)),
             Verdict::Other(rule) => Err(self.not_a_pidfile(&judged.bytes, rule)),
+            // The program has closed the descriptor of a guard, and with it the lock.
+            Verdict::Own(_) if held_files().lock().contains(&(judged.seen.dev(), judged.seen.ino())) => {
+                Ok(Claim::Kept(Attempt::Claimed))
+            }
             Verdict::Stale(owner) => Ok(Claim::Free(judged.file, Some(Box::new(owner)))),
             Verdict::Own(_) | Verdict::Blank { .. } => Ok(Claim::Free(judged.file, None)),
         }
@@ -534,11 +587,8 @@ impl PidFile {
 
     /// Writes the owner into a new file whose write lock is taken.
     fn fill(&self, file: &File, owner: &Owner) -> Result<Written> {
-        // For programs that know no other lock. The file is new, so no process can have a flock on it.
-        match flock::try_lock(file, Mode::Exclusive) {
-            Err(error) if !flock::is_unsupported(&error) => return Err(Error::io("lock", &self.path, error)),
-            _ => {}
-        }
+        // The file is new, so no process can have a flock on it.
+        lock_for_others(file).map_err(|error| Error::io("lock", &self.path, error))?;
         let text = record::content(owner.pid);
         file.write_all_at(text.as_bytes(), 0).map_err(|error| Error::io("write", &self.path, error))?;
         step("pid written");
@@ -561,7 +611,10 @@ impl PidFile {
     /// Replaces a file that is free by one of this process's.
     fn take_over(&self) -> Result<Attempt> {
         let me = Owner::current();
-        let Some(taking) = self.begin("replace")? else { return Ok(Attempt::Busy) };
+        let taking = match self.begin("replace")? {
+            Begun::Alone(taking) => taking,
+            Begun::Busy(why) => return Ok(Attempt::Busy(why)),
+        };
         let (judged, died) = match self.judge()? {
             None => (None, None),
             Some(judged) => match self.claim(judged)? {
@@ -575,7 +628,7 @@ impl PidFile {
         let renamed = match judged {
             Some(file) => {
                 if !is_at(&self.path, &file)? {
-                    return Ok(Attempt::Busy);
+                    return Ok(Attempt::Busy(None));
                 }
                 // Windows replaces no file that is open everywhere.
                 drop(file);
@@ -584,11 +637,16 @@ impl PidFile {
             None => files::rename_new(&taking.name.path, &self.path),
         };
         match renamed {
-            Err(error) if error.kind() == Io::AlreadyExists => return Ok(Attempt::Busy),
+            // The second: the file of takers was removed by hand.
+            Err(error) if matches!(error.kind(), Io::AlreadyExists | Io::NotFound) => return Ok(Attempt::Busy(None)),
             renamed => renamed.map_err(failed)?,
         }
         step("file named");
         let file = taking.finish();
+        if !is_at(&self.path, &file)? {
+            // The file of takers was removed by hand, and this was the file of the next taker.
+            return Ok(Attempt::Busy(None));
+        }
         // Not before: a file of takers that a crash left, and that others may read, could be locked by them.
         if let Err(error) = self.set_final_mode(&file) {
             let _ = fs::remove_file(&self.path);
@@ -613,40 +671,35 @@ impl PidFile {
         Ok(())
     }
 
-    /// Keeps all other takers out; `None` when another one is at work. What the taker is to do to the file is the
-    /// `action` of errors.
+    /// Keeps all other takers out. What the taker is to do to the file is the `action` of errors.
     ///
     /// The file of takers is changed, moved and removed only by the process that has its write lock while its name leads
     /// to it. Only users that may write the pidfile can open it, so no other user can have a lock on it.
-    fn begin(&self, action: &'static str) -> Result<Option<Taking>> {
+    fn begin(&self, action: &'static str) -> Result<Begun> {
         let path = self.taker_path();
         let shared = self.mode.unwrap_or_default() & 0o022;
         // To write a file is to read and write the file of takers.
         let mode = 0o600 | shared | shared << 1;
         let mut options = OpenOptions::new();
-        options.read(true).write(true).mode(mode).custom_flags(files::NOFOLLOW | files::NONBLOCK);
-        let made = self.with_parents(|| Shielded::new(|| files::create(options.clone().create_new(true), &path)));
+        options.read(true).write(true).create_new(true).mode(mode).custom_flags(files::NOFOLLOW | files::NONBLOCK);
+        let made = self.with_parents(|| Shielded::new(|| files::create(&options, &path)));
         let (file, made) = match made {
             Ok(file) => {
                 step("file of takers made");
                 (file, true)
             }
-            Err(error) if error.kind() == Io::AlreadyExists => {
-                // Looked at first, because merely opening a FIFO or a device may do something.
-                match files::look_at_link(&path) {
-                    Err(error) if error.kind() == Io::NotFound => return Ok(None),
-                    seen => self.check_taker(&path, &seen.map_err(|error| Error::io("look at", &path, error))?)?,
-                }
-                match Shielded::new(|| files::open(&options, &path)) {
-                    Err(error) if error.kind() == Io::NotFound => return Ok(None),
-                    opened => (opened.map_err(|error| Error::io("open", &path, error))?, false),
-                }
-            }
+            Err(error) if error.kind() == Io::AlreadyExists => match self.open_taker(&path) {
+                Ok(Some(file)) => (file, false),
+                Ok(None) => return Ok(Begun::Busy(None)),
+                // Of another user, who is done in a moment, or was killed.
+                Err(error) if error.is_io(Io::PermissionDenied) => return Ok(Begun::Busy(Some(error))),
+                Err(error) => return Err(error),
+            },
             Err(error) => return Err(Error::io(action, &self.path, error)),
         };
         match write_lock::try_lock(&file) {
             Ok(true) => {}
-            Ok(false) => return Ok(None),
+            Ok(false) => return Ok(Begun::Busy(None)),
             Err(error) => {
                 // Otherwise another process may have locked it already.
                 if made && flock::is_unsupported(&error) {
@@ -657,14 +710,13 @@ impl PidFile {
             }
         }
         if !is_at(&path, &file)? {
-            return Ok(None);
+            return Ok(Begun::Busy(None));
         }
+        let seen = self.check_taker(&path, &file)?;
         let taking = Taking { name: TakerName { path, is_gone: false }, file };
-        let seen = files::look(&taking.file).map_err(|error| Error::io("look at", &taking.name.path, error))?;
-        self.check_taker(&taking.name.path, &seen)?;
         if !files::is_own(&seen) {
             // Left by another user's process. Dropped here, it is removed.
-            return Ok(None);
+            return Ok(Begun::Busy(None));
         }
         let failed = |error| Error::io(action, &self.path, error);
         if seen.len() > 0 {
@@ -675,15 +727,34 @@ impl PidFile {
             files::set_mode(&taking.file, mode).map_err(failed)?;
             step("file of takers shared");
         }
-        Ok(Some(taking))
+        Ok(Begun::Alone(taking))
     }
 
-    fn check_taker(&self, path: &Path, seen: &Seen) -> Result<()> {
-        match seen.is_file() && seen.nlink() <= 1 {
-            true => Ok(()),
-            false => {
-                let problem = "it is no plain file, or has other names, and its name is that of the file by which takers \
-                               of a pidfile keep each other out; remove it";
+    /// Opens the file of takers that is there, if there is one.
+    fn open_taker(&self, path: &Path) -> Result<Option<Shielded<File>>> {
+        // Looked at first, because merely opening a FIFO or a device may do something.
+        match files::look_at_link(path) {
+            Err(error) if error.kind() == Io::NotFound => return Ok(None),
+            seen => check_plain_taker(path, &seen.map_err(|error| Error::io("look at", path, error))?)?,
+        }
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).custom_flags(files::NOFOLLOW | files::NONBLOCK);
+        match Shielded::new(|| files::open(&options, path)) {
+            Err(error) if error.kind() == Io::NotFound => Ok(None),
+            opened => opened.map(Some).map_err(|error| Error::io("open", path, error)),
+        }
+    }
+
+    /// Refuses a file by the name of the file of takers that no taker has made.
+    fn check_taker(&self, path: &Path, file: &File) -> Result<Seen> {
+        let seen = files::look(file).map_err(|error| Error::io("look at", path, error))?;
+        check_plain_taker(path, &seen)?;
+        let bytes = verdict::read(file).map_err(|error| Error::io("read", path, error))?;
+        match record::parse(&bytes) {
+            Content::Blank | Content::Pids { alone: true, .. } => Ok(seen),
+            _ => {
+                let problem = "it contains something else than a pid, and its name is that of the file by which takers of a \
+                               pidfile keep each other out; move it away";
                 Err(ErrorKind::Insecure { path: path.to_owned(), problem }.into())
             }
         }
@@ -713,6 +784,7 @@ impl PidFile {
     }
 
     fn guard(&self, file: Shielded<File>, written: Written, died: Option<Box<Owner>>) -> Attempt {
+        held_files().lock().insert(written.numbers);
         Attempt::Taken(PidGuard {
             file: Some(file.know_as(written.numbers).keep_across_fork()),
             path: self.path.clone(),
@@ -793,11 +865,28 @@ struct Written {
     numbers: (u64, u64),
 }
 
+/// Takes the flock, if it is free, for programs that know no other lock.
+fn lock_for_others(file: &File) -> io::Result<()> {
+    match flock::try_lock(file, FlockMode::Exclusive) {
+        Err(error) if !flock::is_unsupported(&error) => Err(error),
+        _ => Ok(()),
+    }
+}
+
 /// Gives a file that was just written, as `seen` shows, the identity of `owner`; says whether it has it. Without one the
 /// file is judged by its pid and its time, so it does not matter whether there is room for it, or such a thing at all.
 fn identify(file: &File, seen: &Seen, owner: &Owner) -> bool {
     let identity = seen.modified().ok().and_then(|written| record::identity(owner, written));
     identity.is_some_and(|identity| xattr::set(file, record::NAME, &identity).is_ok())
+}
+
+fn check_plain_taker(path: &Path, seen: &Seen) -> Result<()> {
+    let problem = "it is no plain file, or has other names, and its name is that of the file by which takers of a pidfile \
+                   keep each other out; remove it";
+    match seen.is_file() && seen.nlink() <= 1 {
+        true => Ok(()),
+        false => Err(ErrorKind::Insecure { path: path.to_owned(), problem }.into()),
+    }
 }
 
 fn check_absolute(path: &Path) -> Result<()> {
@@ -885,8 +974,40 @@ impl PidGuard {
     /// [`Io`](ErrorKind::Io) when it cannot be looked at.
     pub fn verify(&self) -> Result<()> {
         let Some(file) = &self.file else { return Err(self.rogue()) };
+        let opened = self.open_again(file)?;
+        self.verify_open(opened.as_ref().unwrap_or(file))
+    }
+
+    fn verify_open(&self, file: &File) -> Result<()> {
         match self.says(file)? == self.written.text.as_bytes() && is_at(&self.path, file)? {
             true => Ok(()),
+            false => Err(self.rogue()),
+        }
+    }
+
+    /// The file through another descriptor, if the program has closed the guard's: the content has kept the lock, for the
+    /// process that it names lives. A daemon that closes all that it has inherited is such a program.
+    fn open_again(&self, file: &Shielded<File>) -> Result<Option<Shielded<File>>> {
+        if file.is_own() {
+            return Ok(None);
+        }
+        let open = |writing| {
+            let mut options = OpenOptions::new();
+            options.read(true).write(writing).custom_flags(files::NOFOLLOW | files::NONBLOCK | files::NOCTTY);
+            Shielded::new(|| files::open(&options, &self.path))
+        };
+        let opened = match open(true) {
+            // To remove it, or to look at it, takes no right to write it.
+            Err(error) if error.kind() == Io::PermissionDenied => open(false),
+            opened => opened,
+        };
+        let opened = match opened {
+            Err(error) if error.kind() == Io::NotFound || files::is_of_a_link(&error) => return Err(self.rogue()),
+            opened => opened.map_err(|error| Error::io("open", &self.path, error))?,
+        };
+        let seen = files::look(&opened).map_err(|error| Error::io("look at", &self.path, error))?;
+        match (seen.dev(), seen.ino()) == self.written.numbers {
+            true => Ok(Some(opened.know_as(self.written.numbers).keep_across_fork())),
             false => Err(self.rogue()),
         }
     }
@@ -895,7 +1016,9 @@ impl PidGuard {
     /// in between or after, whether the parent still lives or not.
     ///
     /// The parent's copy of the guard then releases nothing any more. Until then it does: the parent should leave with
-    /// [`process::exit`](std::process::exit), which drops nothing, or wait for word from the child.
+    /// [`process::exit`](std::process::exit), which drops nothing, or wait for word from the child. A child that closes all
+    /// the descriptors that it has inherited calls this first, or while the parent lives: a file that names a process which
+    /// has ended, and has no lock, is free.
     ///
     /// ```no_run
     /// # fn fork() -> u32 { 0 }
@@ -912,9 +1035,9 @@ impl PidGuard {
     /// [`RogueDeletion`](ErrorKind::RogueDeletion) when the file is not there any more or says something else, as after
     /// a release by the parent; [`Io`](ErrorKind::Io) when it cannot be written. The owner is then who it was before.
     pub fn rewrite(&mut self) -> Result<()> {
-        self.verify()?;
         self.write(&Owner::current())?;
         self.generation = fork::generation();
+        held_files().lock().insert(self.written.numbers);
         Ok(())
     }
 
@@ -939,20 +1062,27 @@ impl PidGuard {
     /// # Errors
     /// As [`rewrite`](Self::rewrite).
     pub fn rewrite_for(&mut self, owner: &Owner) -> Result<()> {
-        self.verify()?;
         self.write(owner)
     }
 
-    /// The pid goes first, which makes the identity of the owner before count no more: killed in between, this process
+    /// Verifies, and writes `owner`. The pid goes first, which makes the identity of the owner before count no more: killed in between, this process
     /// leaves a file that is judged by its pid and its time.
     fn write(&mut self, owner: &Owner) -> Result<()> {
         let failed = |error| Error::io("write", &self.path, error);
         let Some(file) = &self.file else { return Err(self.rogue()) };
+        let opened = self.open_again(file)?;
+        let file = opened.as_ref().unwrap_or(file);
+        self.verify_open(file)?;
+        if opened.is_some() {
+            // A parent that still lives has them, and then the content says enough.
+            write_lock::try_lock(file).and_then(|_| lock_for_others(file)).map_err(failed)?;
+        }
         let text = record::content(owner.pid);
         overwrite(file, &text, self.written.text.as_bytes()).map_err(failed)?;
         self.written.text = text;
         // The file names the owner already, so what fails here is no failure.
         self.written.identified = files::look(file).is_ok_and(|seen| identify(file, &seen, owner));
+        self.file = opened.or(self.file.take());
         Ok(())
     }
 
@@ -980,11 +1110,10 @@ impl PidGuard {
         if self.generation != fork::generation() {
             return Ok(());
         }
-        // The program has closed the descriptor. The record has kept the lock, for this process lives.
-        if !file.is_own() {
-            let mut options = OpenOptions::new();
-            options.read(true).write(true).custom_flags(files::NOFOLLOW | files::NONBLOCK | files::NOCTTY);
-            file = Shielded::new(|| files::open(&options, &self.path)).map_err(|_| self.rogue())?;
+        // First, for another file of this process may get the numbers.
+        held_files().lock().remove(&self.written.numbers);
+        if let Some(opened) = self.open_again(&file)? {
+            file = opened;
         }
         // A file that stayed would keep others out for as long as this process lives, so a read that failed is not the
         // last word.
@@ -1014,7 +1143,7 @@ impl PidGuard {
         let seen = files::look(file).ok()?;
         match verdict::identity(file, pids[0], &seen) {
             Ok(Some(owner)) => (owner.liveness_by_name() != Liveness::Dead).then_some(true),
-            _ => verdict::lives(pids[0], file, &seen).then_some(!self.written.identified),
+            _ => verdict::living(pids[0], file, &seen).map(|_| !self.written.identified),
         }
     }
 

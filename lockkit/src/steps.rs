@@ -8,18 +8,24 @@
 #[cfg(feature = "steps")]
 pub const ENABLED: bool = cfg!(debug_assertions);
 
+/// Is told the steps that a process has passed, just before it kills itself.
+#[cfg(feature = "steps")]
+pub type LastWords = fn(&[&'static str]);
+
 #[cfg(all(feature = "steps", debug_assertions))]
 mod armed {
     use std::sync::atomic::{AtomicBool, Ordering};
 
     use parking_lot::Mutex;
 
+    use super::LastWords;
+
     /// Whether anybody asked for steps: a mutex that is always taken would be found locked by forked children.
     static ARMED: AtomicBool = AtomicBool::new(false);
     static PASSED: Mutex<(usize, Vec<&'static str>)> = Mutex::new((usize::MAX, Vec::new()));
     /// Whether the process is stopped at the step, and not killed.
     static STOPS: AtomicBool = AtomicBool::new(false);
-    static LAST_WORDS: Mutex<Option<fn(&[&'static str])>> = Mutex::new(None);
+    static LAST_WORDS: Mutex<Option<LastWords>> = Mutex::new(None);
 
     pub(crate) fn step(what: &'static str) {
         if !ARMED.load(Ordering::Relaxed) {
@@ -47,7 +53,7 @@ mod armed {
         ARMED.store(true, Ordering::Relaxed);
     }
 
-    pub(super) fn tell(last_words: fn(&[&'static str])) {
+    pub(super) fn tell(last_words: LastWords) {
         *LAST_WORDS.lock() = Some(last_words);
     }
 
@@ -75,7 +81,7 @@ pub fn kill_at(at: usize) {
 
 /// As [`kill_at`], and tells `last_words` the steps passed just before the kill.
 #[cfg(feature = "steps")]
-pub fn kill_at_and_tell(at: usize, last_words: fn(&[&'static str])) {
+pub fn kill_at_and_tell(at: usize, last_words: LastWords) {
     #[cfg(debug_assertions)]
     armed::tell(last_words);
     #[cfg(not(debug_assertions))]

@@ -1968,19 +1968,27 @@ fn c12_forged_numbers_fail_with_their_cause_or_do_no_harm() {
     let (_folder, terms) = place();
     let most = u64::MAX.to_string();
     let dead = left_by_the_dead(&terms);
-    write(&terms, forge(&dead, &[("token", &most)]));
-    for error in [terms.open().try_lock().unwrap_err(), terms.open().lock_for(LIVELY).unwrap_err()] {
-        let text = error.to_string();
-        let first = text.lines().next().unwrap();
-        assert!(
-            first.contains(terms.path.to_str().unwrap()) && first.contains("fencing token is the largest number"),
-            "{first}"
-        );
+    let free = forge(&dead, &[("state", "free")]);
+    for (record, token) in [(&dead, u64::MAX), (&dead, u64::MAX - 1), (&free, u64::MAX), (&free, u64::MAX / 2)] {
+        let planted = forge(record, &[("token", &format!("{token:020}"))]);
+        write(&terms, planted.clone());
+        let lease = terms.open();
+        for error in [lease.try_lock().unwrap_err(), lease.lock_for(LIVELY).unwrap_err(), lease.status().unwrap_err()] {
+            let text = error.to_string();
+            let first = text.lines().next().unwrap();
+            assert!(
+                first.contains(terms.path.to_str().unwrap()) && first.contains("fencing token is centuries ahead"),
+                "{first}"
+            );
+        }
+        assert_eq!(read(&terms), planted);
     }
-    // The token before it is followed by the largest one, and tokens never decrease.
-    write(&terms, forge(&dead, &[("token", &(u64::MAX - 1).to_string())]));
-    assert_eq!(terms.open().try_lock().unwrap().token(), u64::MAX);
-    assert!(terms.open().try_lock().is_err());
+    // Whatever else was planted, the lease goes on, and tokens never decrease.
+    let soon = i64::MAX as u64 / 1024;
+    write(&terms, forge(&dead, &[("token", &format!("{soon:020}"))]));
+    for next in 1..4 {
+        assert_eq!(terms.open().try_lock().unwrap().token(), soon + next);
+    }
 
     // A waiter does not wait for a ttl that no lease can have.
     for ttl in [u64::MAX, 366 * 86_400 * 1_000_000_000] {

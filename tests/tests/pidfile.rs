@@ -6,6 +6,8 @@ use std::fs::Permissions;
 use std::fs::{self, File};
 #[cfg(target_os = "linux")]
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
+#[cfg(target_os = "linux")]
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant, SystemTime};
@@ -885,8 +887,8 @@ fn daemonized(order: &str) {
     assert_eq!(lock(&path).try_lock().unwrap_err().owner().unwrap().pid().to_string(), child);
     waits.expect_silence();
     polls.expect_silence();
-    // Not by the record alone: the parent's end has not unlocked the file either.
-    if let Some(flock) = installed("flock") {
+    // Not by the record alone: the parent's end has not unlocked the file either, unless the child had closed it.
+    if let Some(flock) = installed("flock").filter(|_| order != "closes") {
         let free = Command::new(flock).arg("--nonblock").arg(&path).arg("true").status().unwrap();
         assert_eq!(free.code(), Some(1));
     }
@@ -921,6 +923,14 @@ fn a_daemon_keeps_its_file_though_the_parent_leaves_before_the_child_rewrites_it
 fn a_daemon_keeps_its_file_though_the_parent_drops_its_guard_after_the_rewrite() {
     for _ in 0..10 {
         daemonized("child");
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn c7_daemon_that_closes_all_descriptors_keeps_its_file() {
+    for _ in 0..10 {
+        daemonized("closes");
     }
 }
 
@@ -1308,7 +1318,6 @@ fn python() -> Option<PathBuf> {
 /// Processes of a user that have and wait for every lock that a reader of the file can ask for.
 #[cfg(target_os = "linux")]
 fn reader_with_all_locks(path: &Path, uid: u32) -> Option<Vec<Child>> {
-    use std::os::unix::process::CommandExt;
     let Some(python) = python() else {
         lockkit_tests::left_out("there is no python3 here");
         return None;
@@ -1418,6 +1427,135 @@ fn a5_file_of_takers_is_closed_to_readers() {
         }
     }
     assert!(seen > 0, "it was never left");
+}
+
+#[test]
+fn a2_file_by_the_name_of_the_file_of_takers_is_kept() {
+    let (folder, path) = place();
+    let taker = folder.path().join(".app.pid.lockkit");
+    for (said, left) in
+        [("precious notes", Some(format!("{DEAD}\n"))), ("4242 and more", None), ("12x", Some(String::new()))]
+    {
+        fs::write(&taker, said).unwrap();
+        set_age(&taker, LONG_AGO);
+        let _ = fs::remove_file(&path);
+        if let Some(left) = &left {
+            write_ago(&path, left, OLD);
+        }
+        let mut errors = vec![lock(&path).try_lock().unwrap_err(), lock(&path).lock_for(LIVELY).unwrap_err()];
+        if left.as_ref().is_some_and(|left| !left.is_empty()) {
+            errors.extend([PidFile::is_stale(&path).unwrap_err(), PidFile::remove_stale(&path).unwrap_err()]);
+        }
+        for error in errors {
+            assert!(matches!(error.kind(), ErrorKind::Insecure { path: told, .. } if *told == taker), "{error}");
+        }
+        assert_eq!((text(&taker), fs::read_to_string(&path).ok()), (said.to_owned(), left));
+    }
+    // What a killed taker left.
+    for said in ["", "\n", "4194304\n"] {
+        fs::write(&taker, said).unwrap();
+        write(&path, format!("{DEAD}\n"));
+        assert!(PidFile::is_stale(&path).unwrap());
+        lock(&path).try_lock().unwrap().release().unwrap();
+        assert!(!taker.exists());
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn b6_is_stale_and_remove_stale_agree_on_the_file_of_takers() {
+    let Some(user) = lockkit_tests::another_user() else { return };
+    let (folder, path) = place();
+    let taker = folder.path().join(".app.pid.lockkit");
+    fs::set_permissions(folder.path(), Permissions::from_mode(0o777)).unwrap();
+    write(&path, format!("{DEAD}\n"));
+    fs::create_dir(&taker).unwrap();
+    for error in [PidFile::is_stale(&path).unwrap_err(), PidFile::remove_stale(&path).unwrap_err()] {
+        assert!(matches!(error.kind(), ErrorKind::Insecure { .. }), "{error}");
+    }
+    fs::remove_dir(&taker).unwrap();
+    // Root's, which no other user may open: in the end that is an error, and none before others had a moment for it.
+    write(&taker, "");
+    fs::set_permissions(&taker, Permissions::from_mode(0o600)).unwrap();
+    let mut other = Actor::start_as(&spec(&path), user.uid);
+    let answer = other.ask("try");
+    assert!(answer.starts_with("error Io") && answer.contains(".app.pid.lockkit"), "{answer}");
+    other.tell_to_wait("lock");
+    fs::remove_file(&taker).unwrap();
+    assert_eq!(other.answer(), format!("held recovered {DEAD}"));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn c7_process_that_closed_the_descriptor_holds_once() {
+    let (_folder, path) = place();
+    let mut victim = Actor::start(&spec(&path));
+    victim.expect("lock", "held");
+    victim.expect("close-all", "closed");
+    victim.expect("set-aside", "aside");
+    let answer = victim.ask("try");
+    assert!(answer.starts_with("error Held"), "{answer}");
+    victim.expect("drop-aside", "dropped");
+    assert!(!path.exists());
+    victim.expect("try", "held");
+    victim.expect("others", "kept");
+    // A program that it starts in its place has the pid, and no guard.
+    victim.expect("close-all", "closed");
+    assert_eq!(first_line(&path), victim.pid().to_string());
+}
+
+#[test]
+fn a10_mode_that_shuts_the_owner_out_is_refused() {
+    let (folder, path) = place();
+    for mode in [0o044, 0, 0o200, 0o100_644] {
+        let errors = [
+            lock(&path).create_with_mode(mode).try_lock().unwrap_err(),
+            lockkit::FileLock::new(&path).create_with_mode(mode).try_lock().unwrap_err(),
+        ];
+        for error in errors {
+            assert!(matches!(error.kind(), ErrorKind::InvalidOption { option: "create_with_mode", .. }), "{error}");
+        }
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a3_flock_of_a_hidden_process_counts_and_a_strangers_does_not() {
+    let Some(user) = lockkit_tests::another_user() else { return };
+    if !Command::new("unshare").args(["--pid", "--fork", "true"]).status().is_ok_and(|status| status.success()) {
+        return lockkit_tests::left_out("a pid namespace is not allowed here");
+    }
+    let (folder, path) = place();
+    fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
+    for said in [String::new(), format!("{DEAD}\n")] {
+        write_ago(&path, &said, OLD);
+        fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
+        // Of root, outside of the namespace of the process that asks.
+        let daemon = File::open(&path).unwrap();
+        rustix::fs::flock(&daemon, rustix::fs::FlockOperation::LockExclusive).unwrap();
+        let mut inside = Actor::start_with(&spec(&path), |command| {
+            let (program, spec) = (command.get_program().to_owned(), command.get_args().next().unwrap().to_owned());
+            *command = Command::new("unshare");
+            command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]).arg(program).arg(spec);
+            command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        });
+        let answer = inside.ask("try");
+        assert!(answer.starts_with("error Held"), "{said:?}: {answer}");
+        assert_eq!(text(&path), said);
+        drop(daemon);
+        // Another user's: the process that took it is gone, and its lock is in another one that root can see.
+        let mut stranger = Command::new("sh");
+        stranger.args(["-c", "exec 9<\"$0\"; flock 9 && echo 1 && exec sleep 600"]).arg(&path);
+        let mut stranger =
+            stranger.uid(user.uid).gid(user.uid).current_dir("/").stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(stranger.stdout.take().unwrap()), &mut line).unwrap();
+        assert_eq!(line, "1\n");
+        lock(&path).try_lock().unwrap().release().unwrap();
+        stranger.kill().unwrap();
+        stranger.wait().unwrap();
+    }
 }
 
 #[cfg(target_os = "linux")]
@@ -1611,6 +1749,7 @@ lockkit_tests::left_out! { "it takes other users, modes of files, links, signals
     a_daemon_that_is_killed_after_its_fork_is_recovered_from,
     a_record_of_another_host_is_never_taken_and_one_of_this_machine_is,
     a3_blank_file_with_lock_of_another_program_is_held,
+    a3_flock_of_a_hidden_process_counts_and_a_strangers_does_not,
     a4_readers_find_the_pid_alone,
     a4_file_without_identity_is_judged_by_its_time,
     a4_identity_counts_only_for_what_it_was_set_for,
@@ -1622,4 +1761,7 @@ lockkit_tests::left_out! { "it takes other users, modes of files, links, signals
     a7_failed_lock_leaves_file_of_holder,
     a10_mode_is_exact_and_default_is_less_the_umask,
     a10_users_of_a_shared_directory_take_over_in_turn,
+    b6_is_stale_and_remove_stale_agree_on_the_file_of_takers,
+    c7_daemon_that_closes_all_descriptors_keeps_its_file,
+    c7_process_that_closed_the_descriptor_holds_once,
 }

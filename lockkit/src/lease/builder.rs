@@ -254,8 +254,8 @@ impl LeaseBuilder {
     /// For a file: how long a blank file (empty, or zeros) or a damaged lease counts as held. At least a heartbeat; the
     /// default is 2 seconds, or two heartbeats if that is longer.
     ///
-    /// The file must be unchanged for this time. The process observes that on its own clock. On a local file system the
-    /// times of the file are evidence, too. A live holder repairs the record at its next heartbeat. If the holder is
+    /// The file must be unchanged for this time. The process observes that on its own clock. The times of the file are
+    /// evidence, too, less an hour on a file system of another machine. A live holder repairs the record at its next heartbeat. If the holder is
     /// stopped when the record is damaged, it can overlap with the next holder by the difference of its ttl and this time.
     pub fn invalid_pid_lock_stale_threshold(mut self, age: Duration) -> Self {
         self.unreadable = Some(age);

@@ -67,6 +67,10 @@ const MOST_REPLACEMENTS: u32 = 100;
 const LOOK: Duration = Duration::from_millis(50);
 /// How often a reader without the flock reads again that has met somebody writing.
 const MOST_READS: u32 = 8;
+/// How far the clock of a file server may be from this one's.
+const CLOCKS_APART: Duration = Duration::from_secs(3600);
+/// A token so far ahead of the microseconds since the epoch is no grant's: 285 years, more than any clock is set back.
+const FARTHEST_AHEAD: u64 = 1 << 53;
 /// The default modes of new files and directories.
 const FILE_MODE: u32 = 0o600;
 const FOLDER_MODE: u32 = 0o700;
@@ -234,7 +238,7 @@ impl LeaseStore for FileStore {
                 Verdict::Held(_, before) => before,
                 Verdict::Free(before) => Some(before),
             };
-            let token = self.token_after(before)?;
+            let token = token_after(before);
             locked.write(&mut self.own_record(claim, token, ttl), &reading.bytes)?;
             let grant = granted(token);
             return Ok(Attempt::Granted(match before {
@@ -361,9 +365,10 @@ impl FileStore {
     ///   on its own clock, or if a note shows that another process with the same clock has.
     /// - Blank or damaged: a process may take it after it has seen the file unchanged for [`FileStore::unreadable`] on its
     ///   own clock, or if the file's times show that.
-    /// - A later version, or a file that is not a lease: an error.
+    /// - A later version, a file that is not a lease, or a token that is far ahead of the time: an error.
     fn judge<'r>(&self, file: &File, reading: &'r Reading) -> Result<Verdict<'r>> {
         match &reading.content {
+            Content::Ours(record) if record.token().saturating_sub(FARTHEST_AHEAD) > seed() => Err(self.is_forged()),
             Content::Ours(record) if !record.is_held() => Ok(Verdict::Free(record)),
             Content::Ours(record) => {
                 let noted = self.clock_id.and_then(|clock| record.noted(clock));
@@ -380,16 +385,17 @@ impl FileStore {
         }
     }
 
-    /// Returns how long the file has been unchanged, by its modification time. Zero if the time was set by another host's
-    /// clock, is in the future, or is unknown.
+    /// Returns at least how long the file has been unchanged, by its modification time. Zero if the time is in the future or
+    /// unknown.
     #[cold]
     fn unchanged_for(&self, file: &File) -> Result<Duration> {
-        if self.is_remote.load(Ordering::Relaxed) {
-            return Ok(Duration::ZERO);
-        }
         let found = files::look(file).map_err(|error| self.failed("look at", error))?;
         let age = found.modified().ok().and_then(|modified| SystemTime::now().duration_since(modified).ok());
-        Ok(age.unwrap_or_default())
+        let margin = match self.is_remote.load(Ordering::Relaxed) {
+            true => CLOCKS_APART,
+            false => Duration::ZERO,
+        };
+        Ok(age.unwrap_or_default().saturating_sub(margin))
     }
 
     /// Writes a note into a held record of when this process first saw its beat, for later processes. A process writes one
@@ -734,13 +740,10 @@ impl FileStore {
         Record::held(claim, token, ttl, self.heartbeat, &owner)
     }
 
-    /// The token of the grant that follows this record.
-    fn token_after(&self, before: Option<&Record>) -> Result<u64> {
-        let problem = "its fencing token is the largest number, so no greater token can follow; the record is forged";
-        let used_up =
-            || StoreError::misuse(Error::from(ErrorKind::LayoutMismatch { path: self.path.clone(), problem }));
-        let next = before.map_or(Some(1), |before| before.token().checked_add(1));
-        next.map(|next| next.max(seed())).ok_or_else(used_up)
+    /// A grant of its token would be followed by a greater one, and some day by none.
+    fn is_forged(&self) -> StoreError {
+        let problem = "its fencing token is centuries ahead of the time, so the record is forged; remove the file";
+        StoreError::misuse(Error::from(ErrorKind::LayoutMismatch { path: self.path.clone(), problem }))
     }
 
     /// The record of a grant whose file was deleted or damaged.
@@ -849,6 +852,11 @@ fn is_local(file: &File) -> bool {
     files::is_local(file)
 }
 
+/// The token of the grant that follows this record.
+fn token_after(before: Option<&Record>) -> u64 {
+    before.map_or(0, Record::token).saturating_add(1).max(seed())
+}
+
 /// Microseconds since the epoch: nobody takes a lease so often.
 fn seed() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
@@ -907,13 +915,10 @@ mod tests {
         assert!(!is_local(&File::open("/proc/self/stat").unwrap()), "none that leases stand on");
     }
 
-    #[test]
-    fn who_looks_into_a_file_that_is_just_being_made_does_not_spoil_it() {
+    fn store(name: &str, ttl: Duration) -> FileStore {
         let base = if cfg!(target_os = "linux") { PathBuf::from("/dev/shm") } else { std::env::temp_dir() };
-        let path = base.join(format!("lockkit-lease-made-{}", std::process::id()));
-        let ttl = Duration::from_secs(1);
-        let store = FileStore {
-            path: path.clone(),
+        FileStore {
+            path: base.join(format!("lockkit-lease-{name}-{}", std::process::id())),
             heartbeat: ttl / 4,
             unreadable: ttl,
             retry_delay: ttl,
@@ -925,7 +930,35 @@ mod tests {
             device: AtomicU64::default(),
             is_remote: AtomicBool::default(),
             observer: Mutex::default(),
-        };
+        }
+    }
+
+    #[test]
+    fn age_by_the_clock_of_another_machine_counts_less_an_hour() {
+        let store = store("aged", Duration::from_secs(1));
+        let minute = Duration::from_secs(60);
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(&store.path).unwrap();
+        for (is_remote, age, least) in [
+            (false, minute, minute),
+            (true, minute, Duration::ZERO),
+            (true, CLOCKS_APART + minute, minute),
+            (false, Duration::ZERO, Duration::ZERO),
+        ] {
+            store.is_remote.store(is_remote, Ordering::Relaxed);
+            file.set_modified(SystemTime::now() - age).unwrap();
+            let found = store.unchanged_for(&file).unwrap();
+            assert!((least..least + minute / 2).contains(&found), "{is_remote} {age:?}: {found:?}");
+        }
+        file.set_modified(SystemTime::now() + minute).unwrap();
+        assert_eq!(store.unchanged_for(&file).unwrap(), Duration::ZERO);
+        fs::remove_file(&store.path).unwrap();
+    }
+
+    #[test]
+    fn who_looks_into_a_file_that_is_just_being_made_does_not_spoil_it() {
+        let ttl = Duration::from_secs(1);
+        let store = store("made", ttl);
+        let path = store.path.clone();
         let is_over = AtomicBool::new(false);
         let spoilt = thread::scope(|scope| {
             scope.spawn(|| {

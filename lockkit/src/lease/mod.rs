@@ -174,7 +174,8 @@ impl Lease {
     ///
     /// A blank or damaged file counts as held for
     /// [`invalid_pid_lock_stale_threshold`](LeaseBuilder::invalid_pid_lock_stale_threshold). After that the next process to
-    /// ask takes it, also a program that tries only once: the times of the file show how long it has been unchanged.
+    /// ask takes it, also a program that tries only once: the times of the file show how long it has been unchanged. (On a
+    /// file system of another machine, an hour of that does not count, for the clocks may differ.)
     /// [`status`](Self::status) reports the same. A file of a later version of the format stays unchanged.
     ///
     /// ```

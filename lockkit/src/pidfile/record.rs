@@ -29,7 +29,7 @@ use std::time::{Duration, SystemTime};
 use crate::owner::Owner;
 use crate::sys::process;
 
-/// Less than this many bytes are read, and a longer file is no pidfile.
+/// At most this many bytes, and one more, are read. A longer file is no pidfile.
 pub(super) const MAX_LENGTH: usize = 4096;
 
 /// What a released file says that could not be removed. No part of a pid looks like it.

@@ -110,8 +110,8 @@ fn of_owner(owner: Owner) -> Verdict {
 /// Judges a file that names processes by their pids alone.
 fn of_program(pids: &[u32], path: &Path, file: &File, seen: &Seen) -> io::Result<Verdict> {
     let me = std::process::id();
-    if let Some(pid) = pids.iter().find(|pid| **pid != me && lives(**pid, file, seen)) {
-        let owner = Owner::of(*pid).unwrap_or_else(|| Owner::ended(*pid));
+    let others = pids.iter().filter(|pid| **pid != me);
+    if let Some(owner) = others.filter_map(|pid| living(*pid, file, seen)).next() {
         return Ok(Verdict::Held { owner: Some(writer(owner, seen)), by_lock: false });
     }
     if pids.contains(&me) {
@@ -165,13 +165,14 @@ fn is_young(seen: &Seen) -> bool {
     apart < YOUNG
 }
 
-/// Whether the process that another program's file names may be the one that it was written for.
-pub(super) fn lives(pid: u32, file: &File, seen: &Seen) -> bool {
-    match process::probe(pid) {
-        Probe::Gone | Probe::Ended => false,
-        Probe::Running(None) => true,
-        Probe::Running(Some(start)) => !started_later(start, file, seen).unwrap_or(false),
-    }
+/// The process that another program's file names, if it may be the one that the file was written for.
+pub(super) fn living(pid: u32, file: &File, seen: &Seen) -> Option<Owner> {
+    let start = match process::probe(pid) {
+        Probe::Gone | Probe::Ended => return None,
+        Probe::Running(start) => start,
+    };
+    let is_later = start.is_some_and(|start| started_later(start, file, seen).unwrap_or(false));
+    (!is_later).then(|| Owner::read(pid, start))
 }
 
 /// Whether a process that started then is later than the file, as far as the clocks can tell.
@@ -213,6 +214,19 @@ fn flock_holder(path: &Path, file: &File, seen: &Seen) -> io::Result<Option<Opti
     use crate::flocks::FileLocks;
     use crate::sys::files::MetadataExt;
     use crate::sys::flock::{self, Mode};
+
+    // The kernel's table has no locks of processes that a pid namespace hides.
+    let sees_all = process::pid_namespace().is_some_and(process::is_of_the_host);
+    let shown = |locks: &FileLocks| match locks.on(path) {
+        // It was removed just now.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        on => on.map(|on| on.flock),
+    };
+    let table = FileLocks::of_table();
+    if sees_all && table.unread().is_none() && shown(&table)?.is_none() {
+        return Ok(None);
+    }
+    // A try disturbs a program that takes the lock at this moment, so it comes last.
     match flock::try_lock(file, Mode::Shared) {
         Ok(true) => return flock::unlock(file).map(|()| None),
         Ok(false) => {}
@@ -221,15 +235,20 @@ fn flock_holder(path: &Path, file: &File, seen: &Seen) -> io::Result<Option<Opti
     }
     let me = rustix::process::geteuid().as_raw();
     let is_trusted = |uid: u32| [0, me, seen.uid()].contains(&uid);
-    let pids = FileLocks::read("").on(path)?.flock.map(|locked| locked.pids).unwrap_or_default();
+    let pids = shown(&FileLocks::read(""))?.map(|locked| locked.pids).unwrap_or_default();
     // A process that ends meanwhile has no users any more, and no lock.
     let users: Vec<_> = pids.iter().filter_map(|pid| Some((*pid, process::users(*pid)?))).collect();
     if let Some((pid, _)) = users.iter().find(|(_, users)| users.iter().all(|uid| is_trusted(*uid))) {
         return Ok(Some(Owner::of(*pid)));
     }
-    // Its own processes a user sees in any case, and those of others in part.
-    let is_hidden = users.is_empty() && (seen.uid() != me || process::users(std::process::id()).is_none());
-    Ok(is_hidden.then_some(None))
+    if !users.is_empty() {
+        return Ok(None);
+    }
+    // Its own processes a user sees in any case, and root sees all, unless a pid namespace or an option of /proc hides them.
+    let has_proc = process::users(std::process::id()).is_some();
+    let is_hidden = |pid: &u32| matches!(process::probe(*pid), Probe::Running(_));
+    let may_be_hidden = !sees_all || !has_proc || (me != 0 && me != seen.uid()) || pids.iter().any(is_hidden);
+    Ok(may_be_hidden.then_some(None))
 }
 
 /// The write lock is a flock here.

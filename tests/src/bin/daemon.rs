@@ -2,7 +2,8 @@
 //!
 //! One command a line, one answer a line: `fork`, then `rewrite` for the child, then `release`.
 //! ORDER says who is first: with `parent` the parent leaves at once, as daemon(3) does; with `child` it waits for word
-//! from the child, and drops its copy of the guard then.
+//! from the child, and drops its copy of the guard then. With `closes` it is as with `child`, and the child closes all
+//! descriptors that it inherited before it rewrites.
 
 #[cfg(unix)]
 use std::io::{Read, Write};
@@ -29,7 +30,7 @@ fn main() {
     match fork::fork().expect("a child") {
         fork::Fork::Parent(_) => {
             drop(tell);
-            if order == "child" {
+            if order != "parent" {
                 word.read_exact(&mut [0]).expect("word from the child");
                 drop(guard);
             }
@@ -46,8 +47,16 @@ fn main() {
             }
             println!("forked {}", std::process::id());
             expect("rewrite");
+            #[cfg(target_os = "linux")]
+            if order == "closes" {
+                use std::os::fd::AsRawFd;
+                for descriptor in (3..1024).filter(|descriptor| *descriptor != tell.as_raw_fd()) {
+                    let _ = nix::unistd::close(descriptor);
+                }
+            }
+            guard.verify().expect("it is the parent's");
             guard.rewrite().expect("it is ours");
-            if order == "child" {
+            if order != "parent" {
                 tell.write_all(&[0]).expect("the parent listens");
                 orphaned();
             }
