@@ -683,7 +683,7 @@ impl FileGuard {
     #[cfg(unix)]
     pub(crate) fn copy(&self) -> io::Result<File> {
         match &self.open {
-            Some(open) if open.file.is_own() => open.file.try_clone(),
+            Some(open) if open.file.is_own() => fork::unshielded(|| open.file.try_clone()),
             _ => Err(fork::closed_by_program()),
         }
     }

@@ -195,11 +195,11 @@ impl<T> Signal<T> {
         slot.as_ref().filter(|(generation, _)| *generation == fork::generation()).map(|(_, made)| made.clone())
     }
 
-    fn get_or_make<E>(&self, make: impl FnOnce() -> Result<T, E>) -> Result<Arc<T>, E> {
+    fn get_or_make<E>(&self, is_good: impl Fn(&T) -> bool, make: impl FnOnce() -> Result<T, E>) -> Result<Arc<T>, E> {
         let mut slot = self.0.lock();
         let current = fork::generation();
         match &*slot {
-            Some((generation, made)) if *generation == current => Ok(made.clone()),
+            Some((generation, made)) if *generation == current && is_good(made) => Ok(made.clone()),
             _ => Ok(slot.insert((current, Arc::new(make()?))).1.clone()),
         }
     }
@@ -237,7 +237,7 @@ impl CancelToken {
 
     /// What becomes readable when it is cancelled.
     pub(crate) fn event(&self) -> Result<Arc<Event>> {
-        let made = self.0.event.get_or_make(Event::new);
+        let made = self.0.event.get_or_make(Event::is_own, Event::new);
         let event = made.map_err(|error| Error::io("create", "a cancel event", error))?;
         if self.is_cancelled() {
             event.set();
@@ -262,7 +262,8 @@ impl CancelToken {
     #[cfg(feature = "tokio")]
     #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
     pub async fn cancelled(&self) {
-        let Ok(tasks) = self.0.tasks.get_or_make(|| Ok::<_, std::convert::Infallible>(tokio::sync::Notify::new()));
+        let Ok(tasks) =
+            self.0.tasks.get_or_make(|_| true, || Ok::<_, std::convert::Infallible>(tokio::sync::Notify::new()));
         let mut told = std::pin::pin!(tasks.notified());
         // Who cancels tells those that are on the list, so the flag is looked at once this task is.
         told.as_mut().enable();
@@ -350,9 +351,12 @@ impl Patience {
         over: Waited,
     ) -> Result<Waited> {
         let cancel = self.cancel.as_ref().map(CancelToken::event).transpose()?;
+        let is_cancelled = || self.cancel.as_ref().is_some_and(CancelToken::is_cancelled);
         match wait(cancel.as_ref().map(|event| event.as_fd())).map_err(failed)? {
             Woke::Ready => Ok(Ok(())),
-            Woke::Cancelled => Ok(Err(GaveUp::Cancelled)),
+            Woke::Cancelled if is_cancelled() => Ok(Err(GaveUp::Cancelled)),
+            // The program has closed the event, and opened another file. The next wait makes another event.
+            Woke::Cancelled => Ok(Ok(())),
             Woke::TimedOut => Ok(over),
         }
     }

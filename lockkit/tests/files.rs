@@ -469,6 +469,29 @@ fn b1_unreadable_lock_is_unknown_never_free() {
 }
 
 #[test]
+fn b1_named_lock_in_unreadable_file_is_unknown() {
+    let site = Site::new();
+    let name = fresh_name();
+    let path = PathBuf::from(format!("/tmp/lockkit-machine-{name}.lock"));
+    let file = File::create(&path).expect("a file");
+    fs::set_permissions(&path, Permissions::from_mode(0o600)).expect("a file");
+    rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive).expect("a free lock");
+    for command in [&["status"][..], &["wait", "--timeout", "1s"]] {
+        let arguments: Vec<&str> = command.iter().copied().chain(["--scope", "machine", &name]).collect();
+        let asked = site.run_as_other(&arguments);
+        // Who may read it finds no record, and is told by the kernel.
+        let seen = site.run(&arguments);
+        if let Some(asked) = asked {
+            assert!(asked.code == 77 && asked.err.contains(&*path.to_string_lossy()), "{asked:?}");
+        }
+        assert_eq!(seen.code, if command[0] == "status" { 1 } else { 75 }, "{seen:?}");
+    }
+    drop(file);
+    fs::remove_file(&path).expect("it is there");
+    assert_eq!(site.run(&["status", "--scope", "machine", &name]).code, 0);
+}
+
+#[test]
 fn b1_list_shows_unreadable_files_as_unknown() {
     let site = Site::new();
     let _lease = site.hold(&["--lease", "held.lease"]);
@@ -936,6 +959,27 @@ fn c9_run_as_first_process_reaps_orphans() {
         assert_eq!(running.line(), "end", "{kind}: zombies are left");
         assert_eq!(running.code(), 7, "{kind}");
         assert_eq!(site.run(&["run", "--timeout", "20s", kind, place, "--", "true"]).code, 0, "{kind}");
+    }
+}
+
+#[test]
+fn c9_run_as_first_process_reaps_orphans_while_it_waits() {
+    let site = Site::new();
+    let name = fresh_name();
+    for (kind, place) in [("--name", &*name), ("--file", "a.lock"), ("--pidfile", "a.pid"), ("--lease", "a.lease")] {
+        let holder = site.hold(&[kind, place]);
+        let Some(mut running) = as_first(&site, &[kind, place], "echo ready") else { return };
+        let first = child_of(running.pid());
+        // As `docker exec` starts one: its parent is outside, and ends before it.
+        let mut command = Command::new("nsenter");
+        command.args(["--target", &first.to_string(), "--pid", "--mount", "sh", "-c", "(sleep 0.2 & echo $!)"]);
+        let orphan = Ended::of(command.stdin(Stdio::null()));
+        assert_eq!(orphan.code, 0, "{kind}: {orphan:?}");
+        let path = format!("/proc/{first}/root/proc/{}", orphan.out.trim());
+        until("the orphan is reaped", || !Path::new(&path).exists());
+        drop(holder);
+        assert_eq!(running.line(), "ready", "{kind}");
+        assert_eq!(running.code(), 0, "{kind}");
     }
 }
 

@@ -416,6 +416,26 @@ pub fn serve(spec: &Spec) {
                 "closed".to_owned()
             }
             #[cfg(target_os = "linux")]
+            "close-token" => {
+                let token = CancelToken::new();
+                let wait = |limit: Duration| match lock.acquire(&Wait::at_most(limit).or_cancelled(&token)) {
+                    Ok(_) => "held".to_owned(),
+                    Err(error) => describe(&error).split(':').next().unwrap_or_default().to_owned(),
+                };
+                let before = wait(Duration::from_millis(50));
+                std::mem::take(&mut others).forget();
+                others = crate::faults::Others::in_place_of_all();
+                let after = wait(Duration::from_millis(50));
+                let cancelled = std::thread::scope(|scope| {
+                    scope.spawn(|| {
+                        std::thread::sleep(Duration::from_millis(50));
+                        token.cancel();
+                    });
+                    wait(crate::LIVELY)
+                });
+                format!("{before}, {after}, {cancelled}")
+            }
+            #[cfg(target_os = "linux")]
             "others" => others.are_kept(),
             #[cfg(target_os = "linux")]
             "spare-others" => {

@@ -42,6 +42,7 @@ macro_rules! faults {
             a_step_stands_between_every_two_changes,
             c7_drop_after_close_range_keeps_other_files,
             c7_lock_after_close_range_excludes_others,
+            c7_token_after_close_range_still_cancels,
             c7_drop_of_closed_guard_keeps_next_lock,
             any_system_call_may_fail_once_when_nobody_else_is_there,
             any_system_call_may_fail_once_when_the_lock_is_passed_on,
@@ -1097,6 +1098,20 @@ mod cases {
             victim.expect("others", "kept");
             spec.clean();
         }
+    }
+
+    pub fn c7_token_after_close_range_still_cancels(kind: Kind) {
+        // A process that has closed the descriptor of its slot looks dead to others.
+        if is_renewed(kind) || kind.name() == "shm" {
+            return;
+        }
+        let spec = kind.fresh();
+        let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start(&spec));
+        holder.expect("lock", "held");
+        waiter.expect("close-token", "error Timeout, error Timeout, error Cancelled");
+        waiter.expect("others", "kept");
+        holder.expect("release", "released");
+        spec.clean();
     }
 
     pub fn c7_drop_of_closed_guard_keeps_next_lock(kind: Kind) {

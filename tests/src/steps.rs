@@ -18,6 +18,8 @@ use crate::{Actor, Kind, Spec};
 /// - `alone`: nobody else is there.
 /// - `waiting`: the lock is held at first, and handed over.
 /// - `followed`: another process waits when it releases.
+/// - `forked`: as `followed`, and the victim has forked a child just before it is killed, which lives on. Played by
+///   [`kill_beside_a_forked_child`] alone.
 const SCENARIOS: [&str; 3] = ["alone", "waiting", "followed"];
 
 /// The victim's side: plays `scenario`, is killed at the step that it is told, and prints the steps that it passed.
@@ -32,17 +34,36 @@ pub fn play(spec: &Spec, scenario: &str) {
     assert_eq!(next(), "go");
     match stop {
         true => lockkit::steps::stop_at(at),
+        #[cfg(unix)]
+        false if scenario == "forked" => lockkit::steps::kill_at_and_tell(at, |passed| match fork_by_thread() {
+            Some(child) => println!("left {child}"),
+            None => println!("killed after {}", passed.join(", ")),
+        }),
         false => lockkit::steps::kill_at_and_tell(at, |passed| println!("killed after {}", passed.join(", "))),
     }
     crate::actor::announce();
     let guard = lock.acquire(&Wait::forever()).expect("the lock");
-    if scenario == "followed" {
+    if ["followed", "forked"].contains(&scenario) {
         println!("held");
         assert_eq!(next(), "go");
     }
     drop(guard);
     let passed = lockkit::steps::passed();
     println!("passed {}", passed.join(", "));
+}
+
+/// A child that another thread forks, which lives on for a while; `None` where forks are held off at this moment.
+#[cfg(unix)]
+fn fork_by_thread() -> Option<i32> {
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || match fork::fork() {
+        Ok(fork::Fork::Parent(child)) => _ = tell.send(child),
+        _ => {
+            std::thread::sleep(2 * crate::LIVELY);
+            std::process::exit(0);
+        }
+    });
+    told.recv_timeout(std::time::Duration::from_millis(200)).ok()
 }
 
 /// Kills a process at every step in every scenario.
@@ -60,6 +81,47 @@ pub fn kill_at_every_step(kind: Kind) {
         // It is taken at one step, and given back at another.
         assert!(steps.contains(", "), "hardly a step");
     }
+}
+
+/// Kills a holder that is waited for at every step, just after another of its threads has forked a child that lives on: the
+/// waiter gets in all the same.
+#[cfg(target_os = "linux")]
+pub fn kill_beside_a_forked_child(kind: Kind) {
+    if !lockkit::steps::ENABLED {
+        crate::left_out("this build has no steps to be killed at; they need debug assertions");
+        return;
+    }
+    let mut left = 0;
+    for at in 1.. {
+        let spec = kind.fresh();
+        let mut waiter = Actor::start(&spec);
+        let mut victim = Actor::start_with(&spec, |command| _ = command.arg("steps").arg("forked"));
+        victim.expect(&at.to_string(), "ready");
+        let mut last = victim.ask("go");
+        if last == "held" {
+            waiter.tell_to_wait("lock");
+            victim.tell("go");
+            last = victim.answer();
+        } else {
+            waiter.tell("lock");
+        }
+        let is_over = last.starts_with("passed ");
+        let answer = waiter.answer();
+        assert!(answer.starts_with("held"), "killed at step {at}: {answer}");
+        waiter.expect("release", "released");
+        if let Some(child) = last.strip_prefix("left ") {
+            left += 1;
+            let child = rustix::process::Pid::from_raw(child.parse().expect("a pid")).expect("a pid");
+            rustix::process::kill_process(child, rustix::process::Signal::KILL).expect("it lives");
+        } else {
+            assert!(is_over || last.starts_with("killed after "), "{last}");
+        }
+        spec.clean();
+        if is_over {
+            break;
+        }
+    }
+    assert!(left > 3, "hardly a child was forked");
 }
 
 /// Stops a holder at every step of a release to a waiter. The waiter may have the lock by then, or get it when the holder

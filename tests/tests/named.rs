@@ -678,11 +678,12 @@ fn b8_receiver_that_is_stopped_is_the_owner() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn b8_waiter_that_says_nothing_is_named_by_its_pid() {
+fn b8_waiter_that_says_nonsense_is_named_by_its_pid() {
     let spec = Kind::NAMED_SOCKET.fresh();
     let lock = NamedLock::new(spec.at()).unwrap();
     let guard = lock.lock().unwrap();
     let queued = rogue::connect(&abstract_name(my_uid(), spec.at())).unwrap();
+    rustix::net::send(&queued, b"nonsense", rustix::net::SendFlags::NOSIGNAL).unwrap();
     // One that counts itself, so that the release looks.
     assert!(lock.lock_for(Duration::from_millis(1)).is_err());
     drop(guard);
@@ -693,9 +694,57 @@ fn b8_waiter_that_says_nothing_is_named_by_its_pid() {
 
 #[cfg(target_os = "linux")]
 #[test]
+fn b8_process_that_only_asks_gets_no_lock() {
+    let spec = Kind::NAMED_SOCKET.fresh();
+    let lock = NamedLock::new(spec.at()).unwrap();
+    let guard = lock.lock().unwrap();
+    let queued = rogue::connect(&abstract_name(my_uid(), spec.at())).unwrap();
+    let mut waiter = Actor::start(&spec);
+    waiter.tell_to_wait("lock");
+    drop(guard);
+    assert_eq!(waiter.answer(), "held");
+    drop(queued);
+    waiter.expect("release", "released");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
 fn c3_holder_stopped_in_its_release_keeps_nothing() {
     for kind in [Kind::NAMED_SOCKET, Kind::MACHINE_SOCKET] {
         lockkit_tests::steps::stop_at_every_step_of_a_release(kind);
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn c3_holder_killed_beside_a_forked_child_frees_the_lock() {
+    for kind in [Kind::NAMED_SOCKET, Kind::MACHINE_SOCKET] {
+        lockkit_tests::steps::kill_beside_a_forked_child(kind);
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a13_limit_of_file_sizes_below_the_table_costs_the_record_alone() {
+    for kind in [Kind::NAMED_SOCKET, Kind::MACHINE_SOCKET] {
+        let spec = kind.fresh();
+        let mut whole = Actor::start(&spec);
+        for blocks in ["4", "1", "0"] {
+            let mut limited = Actor::start_with(&spec, |command| {
+                let script = format!("ulimit -f {blocks} && exec \"$0\" \"$1\"");
+                let (program, spec) = (command.get_program().to_owned(), command.get_args().next().unwrap().to_owned());
+                *command = Command::new("bash");
+                command.args(["-c", &script]).arg(program).arg(spec).stdin(Stdio::piped()).stdout(Stdio::piped());
+            });
+            for _ in 0..2 {
+                limited.expect("try", "held");
+                assert!(whole.ask("try").starts_with("error Held"));
+                limited.expect("release", "released");
+                whole.expect("try", "held");
+                whole.expect("release", "released");
+            }
+        }
+        spec.clean();
     }
 }
 
@@ -912,7 +961,10 @@ lockkit_tests::left_out! { "it takes other users, modes of files, links, namespa
     b4_waiters_are_live_and_of_this_user_only,
     b4_waiters_are_exact_behind_a_full_queue_of_dead,
     b8_receiver_that_is_stopped_is_the_owner,
-    b8_waiter_that_says_nothing_is_named_by_its_pid,
+    b8_waiter_that_says_nonsense_is_named_by_its_pid,
+    b8_process_that_only_asks_gets_no_lock,
+    a13_limit_of_file_sizes_below_the_table_costs_the_record_alone,
+    c3_holder_killed_beside_a_forked_child_frees_the_lock,
     c3_holder_stopped_in_its_release_keeps_nothing,
     c2_socket_that_blocks_does_not_block_release,
     c2_lock_goes_from_user_to_user_in_turns,

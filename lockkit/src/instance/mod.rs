@@ -9,8 +9,8 @@
 //! when it ends, however it ends, one of those that wait for its answer becomes the first. An activation is answered, or
 //! an error for its sender, or the sender becomes the first: none is lost.
 //!
-//! Only processes of the same effective user meet, in one network namespace. Users that a user namespace does not map
-//! all have the same number in it, and are taken for one there. Linux only.
+//! Only processes of the same effective user meet, in one network namespace. In a user namespace that does not map all
+//! users, the number of those that it does not map stands for no user. Linux only.
 //!
 //! [`single_instance`](crate::single_instance) with `on_second` is all of this around `main`. What it calls is here, too;
 //! programs need only what is documented.

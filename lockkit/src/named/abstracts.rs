@@ -59,7 +59,12 @@ impl Sockets {
                 found.connections.insert(socket.inode, connection);
             } else if [LISTEN, CLOSE].contains(&socket.state) {
                 let name = socket.name.strip_prefix(b"\0").and_then(|name| String::from_utf8(name.to_vec()).ok());
-                found.bound.extend(name.map(|name| (name, Queue::Known(socket.queue))));
+                // A queue that is empty is not shown.
+                let queue = match socket.queue {
+                    None if socket.waiting > 0 => Queue::Counted(socket.waiting),
+                    known => Queue::Known(known.unwrap_or_default()),
+                };
+                found.bound.extend(name.map(|name| (name, queue)));
             }
         }
         found

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::mark::{self, Slate};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::file::{FileGuard, FileLock};
 use crate::lock::Recovered;
 use crate::owner::{Liveness, Owner};
@@ -67,13 +67,13 @@ impl FolderLock {
             let file = entry.file_name().into_string().ok()?;
             let name = folder::name_of(&file, sharing)?.strip_suffix(".lock")?.to_owned();
             let lock = Self::new(&name, sharing);
-            let owner = lock.recorded().filter(|owner| living.has(owner))?;
+            let owner = lock.recorded().ok().flatten().filter(|owner| living.has(owner));
             // The table is read once for all of them.
             #[cfg(target_os = "linux")]
-            let waiters = table.on(&entry.path()).ok().and_then(|on| on.flock).map_or(0, |locked| locked.waiters);
+            let waiters = table.on(&entry.path()).ok().and_then(|on| on.flock).map(|locked| locked.waiters);
             #[cfg(not(target_os = "linux"))]
-            let waiters = lock.waiters().unwrap_or_default();
-            Some((name, Some(owner), waiters))
+            let waiters = owner.as_ref().map(|_| lock.waiters().unwrap_or_default());
+            (owner.is_some() || waiters.is_some()).then(|| (name, owner, waiters.unwrap_or_default()))
         };
         std::fs::read_dir(folder).into_iter().flatten().filter_map(&mut held).collect()
     }
@@ -98,23 +98,45 @@ impl FolderLock {
         guard.release()
     }
 
-    pub(super) fn owner(&self) -> Option<Owner> {
-        self.recorded().filter(|owner| owner.liveness_by_name() != Liveness::Dead)
+    /// The holder by the record. Makes nothing.
+    ///
+    /// # Errors
+    /// Those of the directory and of the file, except that a missing one has no holder.
+    pub(super) fn owner(&self) -> Result<Option<Owner>> {
+        Ok(self.recorded()?.filter(|owner| owner.liveness_by_name() != Liveness::Dead))
     }
 
     /// The holder by the record in the file, which may have died.
-    fn recorded(&self) -> Option<Owner> {
-        let path = folder::open(self.sharing).ok()?.file(&self.file());
+    fn recorded(&self) -> Result<Option<Owner>> {
+        if folder::path(self.sharing).is_none() {
+            return Ok(None);
+        }
+        let path = self.path()?;
         // Somebody may have put a link or a FIFO there, which must not be followed or waited for.
         let mut options = OpenOptions::new();
         options.read(true).custom_flags(files::NOFOLLOW | files::NONBLOCK);
-        mark::holder(&files::open(&options, &path).ok()?)
+        match files::open(&options, &path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Ok(file) => Ok(mark::holder(&file)),
+            Err(error) => Err(Error::io("open", &path, error)),
+        }
     }
 
-    /// Whether a record names a living holder. Makes nothing.
+    /// Whether a record names a living holder, or the kernel shows one that has yet to write its record. Makes nothing.
+    ///
+    /// # Errors
+    /// As [`owner`](Self::owner).
     #[cfg(all(any(target_os = "linux", windows), feature = "cli"))]
-    pub(super) fn is_held(&self) -> bool {
-        folder::path(self.sharing).is_some() && self.owner().is_some()
+    pub(super) fn is_held(&self) -> Result<bool> {
+        if self.owner()?.is_some() {
+            return Ok(true);
+        }
+        #[cfg(target_os = "linux")]
+        if folder::path(self.sharing).is_some() {
+            let on = crate::flocks::FileLocks::of_table().on(&self.path()?);
+            return Ok(on.is_ok_and(|on| on.flock.is_some()));
+        }
+        Ok(false)
     }
 
     fn open(&self) -> Result<Arc<Opened>> {

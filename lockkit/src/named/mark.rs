@@ -47,6 +47,7 @@ pub(super) const IDENTITY: Range<usize> = 1..SUM;
 pub(super) const PID: usize = 1;
 const START: usize = 2;
 pub(super) const NAMESPACE: usize = 3;
+const BOOT: Range<usize> = 4..6;
 pub(super) const PROGRAM: Range<usize> = 6..SUM;
 pub(super) const SUM: usize = 10;
 pub(super) const ACQUIRED: usize = 11;
@@ -161,11 +162,17 @@ pub(super) fn with_current<T>(what: impl Fn(&Words) -> T) -> T {
     }
     let generation = fork::generation();
     let done = CURRENT.try_with(|current| match &mut *current.borrow_mut() {
-        Some((made, record)) if *made == generation && record[START] != 0 => what(record),
+        Some((made, record)) if *made == generation && is_complete(record) => what(record),
         current => what(&current.insert((generation, encode(&Owner::current()))).1),
     });
     // A thread that is ending has no thread-local store any more.
     done.unwrap_or_else(|_| what(&encode(&Owner::current())))
+}
+
+/// Whether all is known that tells the process from every other one. What could not be read, for want of a descriptor
+/// perhaps, is asked for again next time.
+fn is_complete(record: &Words) -> bool {
+    record[START] != 0 && record[NAMESPACE] != 0 && record[BOOT] != [0, 0]
 }
 
 /// Which processes live, each looked at once, for a list.

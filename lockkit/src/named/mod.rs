@@ -50,8 +50,8 @@ pub enum Scope {
     #[default]
     User,
     /// All processes of the machine. Every user can take such a lock, so every user can keep the others waiting, and hand
-    /// a lock that it has taken to two others: use it among users that trust each other. No user can make the release of
-    /// another one wait.
+    /// a lock that it has taken to two others: use it among users that trust each other. No release waits for another
+    /// user. (One can be slowed down, by milliseconds, by a user that keeps the memory file system busy.)
     Machine,
 }
 
@@ -354,7 +354,7 @@ impl NamedLock {
             Engine::Socket(engine) => engine.is_held(),
             #[cfg(windows)]
             Engine::Mutex(engine) => Ok(engine.owner().is_some()),
-            Engine::File(engine) => Ok(engine.is_held()),
+            Engine::File(engine) => engine.is_held(),
         }
     }
 
@@ -387,7 +387,7 @@ impl Named {
             Engine::Socket(engine) => engine.owner(),
             #[cfg(windows)]
             Engine::Mutex(engine) => Ok(engine.owner()),
-            Engine::File(engine) => Ok(engine.owner()),
+            Engine::File(engine) => engine.owner(),
         }
     }
 }
@@ -571,7 +571,7 @@ impl NamedGuard {
             #[cfg(target_os = "linux")]
             Some(Hold::Socket(hold)) if !hold.socket.is_own() => Err(fork::closed_by_program()),
             #[cfg(target_os = "linux")]
-            Some(Hold::Socket(hold)) => hold.socket.try_clone(),
+            Some(Hold::Socket(hold)) => fork::unshielded(|| hold.socket.try_clone()),
             Some(Hold::File(file)) => file.copy().map(OwnedFd::from),
             None => unreachable!("only the release takes it, and ends the guard"),
         };

@@ -533,7 +533,8 @@ impl Records {
                 for (bytes, word) in bytes.chunks_exact_mut(WORD).zip(words.chain([mark::now()])) {
                     bytes.copy_from_slice(&word.to_ne_bytes());
                 }
-                opened.last().file.write_all_at(&bytes, u64::from(seen.at) * SLOT as u64).is_ok()
+                let at = u64::from(seen.at) * SLOT as u64;
+                may_reach(at + bytes.len() as u64) && opened.last().file.write_all_at(&bytes, at).is_ok()
             }
         }
     }
@@ -550,7 +551,7 @@ impl Records {
             Store::File(opened) => {
                 let file = &opened.last().file;
                 let at = u64::from(seen.at) * SLOT as u64;
-                if file.write_all_at(&word.to_ne_bytes(), at).is_err() {
+                if !may_reach(at + WORD as u64) || file.write_all_at(&word.to_ne_bytes(), at).is_err() {
                     step("record not wiped");
                     // What is cut out reads as zeros, takes no room and meets no limit of sizes.
                     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
@@ -671,11 +672,15 @@ fn is_complete(file: &File, length: u64, bytes: u64) -> bool {
     if length >= bytes {
         return true;
     }
-    // Beyond its limit of file sizes the kernel would end the process.
-    let is_allowed = getrlimit(Resource::Fsize).current.is_none_or(|most| bytes <= most);
-    let is_reserved = is_allowed && fallocate(file, FallocateFlags::empty(), 0, bytes).is_ok();
+    let is_reserved = may_reach(bytes) && fallocate(file, FallocateFlags::empty(), 0, bytes).is_ok();
     step("room for records reserved");
     is_reserved
+}
+
+/// Whether this process may write a file up to this length. Beyond its limit of file sizes the kernel would end it
+/// (`SIGXFSZ`).
+fn may_reach(length: u64) -> bool {
+    getrlimit(Resource::Fsize).current.is_none_or(|most| length <= most)
 }
 
 #[cfg(test)]

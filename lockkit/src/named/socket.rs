@@ -22,7 +22,7 @@
 //! also counts the waiters that have queued up, which saves a holder from asking the kernel at every release: a waiter that
 //! is not counted sees a hang-up and binds again.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -355,16 +355,17 @@ impl SocketLock {
     }
 
     /// The record of a waiter that may have the lock; `None` for every other connection.
-    fn receiver(&self, waiter: &OwnedFd) -> Option<Words> {
-        let peer = seqpacket::peer(waiter).ok()?;
+    fn receiver(&self, waiter: &Shielded) -> Option<Words> {
+        let peer = seqpacket::peer(&**waiter).ok()?;
         let is_eligible = match self.sharing {
             // Of exactly this user: the process that gets the socket later may trust no other.
-            Sharing::User(_) => seqpacket::is_own(waiter, peer, folder::effective_uid()),
+            Sharing::User(_) => seqpacket::is_own(&**waiter, peer, folder::effective_uid()),
             Sharing::Machine => true,
         };
         is_eligible.then_some(())?;
         let mut announced = [0; ANNOUNCEMENT];
-        let length = seqpacket::announced(waiter, &mut announced)?;
+        // A process that only asks for the owner announces nothing, and would keep the lock if it were stopped.
+        let length = seqpacket::announced(waiter, &mut announced).filter(|length| *length > 0)?;
         let record = (length == ANNOUNCEMENT).then(|| record_of(&announced));
         let is_whole = |record: &Words| record[SUM] == mark::sum(record);
         // The kernel's word on the pid counts, where both number processes in the same way.

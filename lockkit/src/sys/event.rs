@@ -42,6 +42,11 @@ impl Event {
         Ok(Self { fd: note(fd), writer: note(writer) })
     }
 
+    /// Whether the descriptor still means the event: a program that closed it may have a file of its own by this number.
+    pub(crate) fn is_own(&self) -> bool {
+        self.fd.is_own()
+    }
+
     /// Wakes everybody who waits, now and later.
     pub(crate) fn set(&self) {
         #[cfg(target_os = "linux")]

@@ -91,23 +91,21 @@ impl Folder {
             Err(Errno::NOENT) => match open_at(&path, flags | OFlags::CREATE | OFlags::EXCL, mode) {
                 // Made by somebody else just now.
                 Err(Errno::EXIST) => open_at(&path, flags, Mode::empty()),
-                // The umask is not ours to change, but the file's mode is.
-                Ok(file) => {
-                    step("file made");
-                    let set = fchmod(&file, mode);
-                    step("mode of the file set");
-                    set.map(|()| file)
-                }
-                failed => failed,
+                made => made.inspect(|_| step("file made")),
             },
             opened => opened,
         }
         .map_err(failed)?;
         let found = fstat(&file).map_err(failed)?;
-        match FileType::from_raw_mode(found.st_mode) == FileType::RegularFile && found.st_nlink == 1 {
-            true => Ok(File::from(file)),
-            false => Err(ErrorKind::Insecure { path, problem: "it is not a plain file of its own" }.into()),
+        if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile || found.st_nlink != 1 {
+            return Err(ErrorKind::Insecure { path, problem: "it is not a plain file of its own" }.into());
         }
+        // The umask took bits away when the file was made, perhaps by a process that was killed then.
+        if found.st_uid == effective_uid() && found.st_mode as RawMode & 0o7777 != mode.as_raw_mode() {
+            fchmod(&file, mode).map_err(failed)?;
+            step("mode of the file set");
+        }
+        Ok(File::from(file))
     }
 }
 

@@ -15,8 +15,8 @@
 //! # Foreign closes
 //! A program may close descriptors that it did not open, with close_range(2) or in a loop, and open files that get the
 //! same numbers. So each descriptor is noted by its number, and each note of a number has a turn of its own. The note of
-//! a descriptor that outlives the call which made it also has the device and inode of its file, or says that it is a
-//! socket with the name of a lock. [`Shielded::is_own`] compares all that. A descriptor that is not its owner's any more
+//! a descriptor that outlives the call which made it also has the device and inode of its file, or the name of
+//! its socket. [`Shielded::is_own`] compares all that. A descriptor that is not its owner's any more
 //! is not closed, not used, and not replaced in a forked child. What a program closes while a call of lockkit is under
 //! way is not always noticed.
 //!
@@ -70,7 +70,7 @@ impl Claim {
         OWN.set(OWN.get() + CLAIM);
         let mut pause = Pause::default();
         while forks(COUNTS.fetch_add(CLAIM, Ordering::SeqCst)) > forks(OWN.get()) {
-            COUNTS.fetch_sub(CLAIM, Ordering::SeqCst);
+            uncount_claim();
             pause.sleep();
         }
         Self(PhantomData)
@@ -79,9 +79,15 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        COUNTS.fetch_sub(CLAIM, Ordering::SeqCst);
+        uncount_claim();
         OWN.set(OWN.get() - CLAIM);
     }
+}
+
+/// Takes a claim out of [`COUNTS`], unless there is none: a forked child begins without, also where its thread has one.
+fn uncount_claim() {
+    let without = |counts: u64| (claims(counts) > 0).then_some(counts.wrapping_sub(CLAIM));
+    let _ = COUNTS.fetch_update(Ordering::SeqCst, Ordering::Relaxed, without);
 }
 
 /// How threads wait for each other here. Uses nothing that a handler of a fork may not.
@@ -129,9 +135,10 @@ type Identity = (u64, u64);
 /// That of a descriptor which does not outlive the call that made it, or which the system did not describe. It is taken
 /// for its owner's.
 const UNKNOWN: Identity = (0, 0);
-/// That of a socket which is known by its name, which takes no system call to note. No file has inode 0.
+/// What stands for the device of a socket that is known by its name, which takes no system call to note. The hash of the
+/// name stands for the inode.
 #[cfg(target_os = "linux")]
-const BY_NAME: Identity = (1, 0);
+const BY_NAME: u64 = u64::MAX;
 
 impl Note {
     fn identity(&self) -> Identity {
@@ -262,7 +269,7 @@ fn is(descriptor: BorrowedFd<'_>, noted: Identity) -> bool {
     match noted {
         UNKNOWN => true,
         #[cfg(target_os = "linux")]
-        BY_NAME => super::seqpacket::has_name_of_lock(descriptor),
+        (BY_NAME, hash) => super::seqpacket::has_name(descriptor, hash),
         noted => identity(descriptor).map_or_else(|error| error != Errno::BADF, |found| found == noted),
     }
 }
@@ -352,9 +359,9 @@ impl<T: AsFd> Shielded<T> {
 
 #[cfg(target_os = "linux")]
 impl Shielded {
-    /// As [`new`](Self::new), of a socket that `make` has given the name of a lock, by which it is known from then on.
-    pub(crate) fn named<E>(make: impl FnOnce() -> Result<OwnedFd, E>) -> Result<Self, E> {
-        Self::known_as(make, BY_NAME)
+    /// As [`new`](Self::new), of a socket that `make` has given the name with this hash, by which it is known from then on.
+    pub(crate) fn named<E>(hash: u64, make: impl FnOnce() -> Result<OwnedFd, E>) -> Result<Self, E> {
+        Self::known_as(make, (BY_NAME, hash))
     }
 }
 
@@ -373,6 +380,17 @@ impl<T: AsFd> Drop for Shielded<T> {
             false => self.note.set(self.turn, FREE),
         }
     }
+}
+
+/// Makes a descriptor for the caller's own use. A guard whose descriptor had the number, and was closed by the program, no
+/// longer takes the number for its own, whatever the new descriptor means.
+pub(crate) fn unshielded<T: AsFd, E>(make: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+    let _claim = Claim::take();
+    let descriptor = make()?;
+    let note = note(descriptor.as_fd());
+    let turn = note.begin(UNKNOWN);
+    note.set(turn, FREE);
+    Ok(descriptor)
 }
 
 /// What a release says of a descriptor that is not [its own](Shielded::is_own) any more.
@@ -439,11 +457,12 @@ unsafe extern "C" fn after_fork_in_parent() {
 /// `fcntl`, `close`.
 unsafe extern "C" fn after_fork_in_child() {
     GENERATION.fetch_add(1, Ordering::Relaxed);
-    // Of the threads only this one is here.
     if forks(OWN.get()) > 0 {
         OWN.set(OWN.get() - FORK);
     }
-    COUNTS.store(OWN.get(), Ordering::SeqCst);
+    // Of the threads only this one is here. If a signal handler forks, the thread may be about to count its claim, or may
+    // just have uncounted it, so its claims are counted as none.
+    COUNTS.store(0, Ordering::SeqCst);
     let inert = rustix::pipe::pipe().ok().map(|(reader, _writer)| reader);
     let inert_identity = inert.as_ref().and_then(|inert| identity(inert.as_fd()).ok()).unwrap_or(UNKNOWN);
     for (number, note) in noted() {
@@ -475,4 +494,70 @@ fn disarm(number: RawFd, inert: Option<&OwnedFd>) -> bool {
         drop(ManuallyDrop::into_inner(lock));
     }
     replaced
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::super::seqpacket;
+    use super::*;
+
+    fn listener(name: &str) -> Shielded {
+        let name = format!("lockkit-test-fork-{name}-{}", std::process::id());
+        seqpacket::listen_at(&seqpacket::address(&name).unwrap()).unwrap().unwrap()
+    }
+
+    /// Does it in a child without other threads, which would take the numbers of descriptors that it closes.
+    fn in_child(what: impl FnOnce()) {
+        // SAFETY: the child allocates, and no other thread of this process keeps the allocator's lock over a fork in glibc.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            let is_right = std::panic::catch_unwind(std::panic::AssertUnwindSafe(what)).is_ok();
+            // SAFETY: the call ends the process.
+            unsafe { libc::_exit(i32::from(!is_right)) };
+        }
+        let mut status = 0;
+        // SAFETY: the call writes one number.
+        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+        assert_eq!(status, 0);
+    }
+
+    #[test]
+    fn number_of_closed_lock_is_not_taken_for_another_socket() {
+        in_child(|| {
+            let (one, other) = (listener("one"), listener("other"));
+            let replace = |make: &dyn Fn() -> OwnedFd| {
+                // SAFETY: the test closes what the guard owns, whose code is to cope with that.
+                drop(unsafe { OwnedFd::from_raw_fd(one.as_raw_fd()) });
+                let made = make();
+                assert_eq!(made.as_raw_fd(), one.as_raw_fd());
+                made
+            };
+            // A socket of another lock.
+            let copy = replace(&|| other.try_clone().unwrap());
+            assert!(!one.is_own());
+            drop(copy);
+            // And one of the same name, for another guard.
+            let copy = unshielded(|| other.try_clone()).unwrap();
+            assert_eq!(copy.as_raw_fd(), one.as_raw_fd());
+            assert!(!one.note.is_of(one.turn));
+            drop(one);
+            assert!(rustix::fs::fstat(&copy).is_ok(), "it is still open");
+            assert!(other.is_own());
+        });
+    }
+
+    #[test]
+    fn child_forked_while_its_thread_begins_a_claim_can_fork_again() {
+        install();
+        // As in a signal handler, between the two steps of a claim.
+        OWN.set(OWN.get() + CLAIM);
+        in_child(|| {
+            // SAFETY: the alarm ends a child that waits for ever.
+            unsafe { libc::alarm(20) };
+            COUNTS.fetch_add(CLAIM, Ordering::SeqCst);
+            drop(Claim(PhantomData));
+            in_child(|| {});
+        });
+        OWN.set(OWN.get() - CLAIM);
+    }
 }

@@ -53,7 +53,7 @@ pub(crate) fn listen_at(address: &Address) -> Result<Option<Shielded>> {
 }
 
 pub(super) fn listen_as(kind: SocketType, address: &Address) -> Result<Option<Shielded>> {
-    let bound = Shielded::named(|| {
+    let bound = Shielded::named(hash_of(address), || {
         let socket = socket(kind)?;
         retry_on_intr(|| net::bind(&socket, address))?;
         step("name bound");
@@ -69,15 +69,20 @@ pub(super) fn listen_as(kind: SocketType, address: &Address) -> Result<Option<Sh
     }
 }
 
-/// How every name of a socket of lockkit's begins, those that listen and no others.
-pub(crate) const PREFIX: &str = "lockkit/";
+/// A hash of the name: FNV-1a over words.
+fn hash_of(address: &Address) -> u64 {
+    let add = |sum: u64, word: &[u8]| {
+        let mut bytes = [0; 8];
+        bytes[..word.len()].copy_from_slice(word);
+        (sum ^ u64::from_ne_bytes(bytes)).wrapping_mul(0x0000_0100_0000_01b3)
+    };
+    address.abstract_name().unwrap_or_default().chunks(8).fold(0xcbf2_9ce4_8422_2325, add)
+}
 
-/// Whether it is a socket that listens, or is to listen, for a lock. A connection that such a socket has accepted has
-/// the name, too.
-pub(super) fn has_name_of_lock(descriptor: BorrowedFd<'_>) -> bool {
+/// Whether it is a socket with the name of this hash. A connection that such a socket has accepted has the name, too.
+pub(super) fn has_name(descriptor: BorrowedFd<'_>, hash: u64) -> bool {
     match net::getsockname(descriptor) {
-        Ok(found) => Address::try_from(found)
-            .is_ok_and(|found| found.abstract_name().is_some_and(|name| name.starts_with(PREFIX.as_bytes()))),
+        Ok(found) => Address::try_from(found).is_ok_and(|found| hash_of(&found) == hash),
         // Any other error does not show that the descriptor was closed.
         Err(error) => !matches!(error, Errno::BADF | Errno::NOTSOCK),
     }
@@ -92,7 +97,7 @@ pub(crate) fn listen(socket: &Shielded) -> Result<()> {
 
 /// Whether nobody has the address. Takes it for a moment, in which nobody else can.
 pub(crate) fn is_free(address: &Address) -> Result<bool> {
-    let bound = Shielded::named(|| {
+    let bound = Shielded::named(hash_of(address), || {
         let socket = socket(SocketType::SEQPACKET)?;
         retry_on_intr(|| net::bind(&socket, address)).map(|()| socket)
     });
@@ -199,9 +204,10 @@ pub(crate) fn is_own(connection: impl AsFd, peer: Peer, own: u32) -> bool {
 }
 
 /// Takes the next connection out of the queue; `None` when nothing can be taken.
-pub(crate) fn accept(socket: &Shielded) -> Option<OwnedFd> {
+pub(crate) fn accept(socket: &Shielded) -> Option<Shielded> {
     loop {
-        match net::accept_with(&**socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+        // Shielded, or a forked child would keep the connection open, and the waiter asleep, when this process is killed.
+        match Shielded::new(|| net::accept_with(&**socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)) {
             Ok(connection) => {
                 step("waiter accepted");
                 return Some(connection);
@@ -222,34 +228,34 @@ pub(crate) fn announce(connection: &Shielded, record: &[u8]) {
 }
 
 /// Reads what the waiter at the other end has announced. How many bytes that were, or `None` when it has hung up.
-pub(crate) fn announced(connection: &OwnedFd, record: &mut [u8]) -> Option<usize> {
-    let length = match retry_on_intr(|| net::recv(connection, &mut *record, RecvFlags::DONTWAIT)) {
+pub(crate) fn announced(connection: &Shielded, record: &mut [u8]) -> Option<usize> {
+    let length = match retry_on_intr(|| net::recv(&**connection, &mut *record, RecvFlags::DONTWAIT)) {
         Ok((_, length)) => length,
         Err(Errno::AGAIN) => return Some(0),
         Err(_) => return None,
     };
     // The end of the stream comes after the message.
-    let rest = retry_on_intr(|| net::recv(connection, &mut [0_u8], RecvFlags::DONTWAIT));
+    let rest = retry_on_intr(|| net::recv(&**connection, &mut [0_u8], RecvFlags::DONTWAIT));
     (rest == Err(Errno::AGAIN)).then_some(length)
 }
 
 /// Sends the socket itself to the peer; fails when the peer is gone. The peer has the lock when [`complete`] follows.
-pub(crate) fn hand_over(connection: &OwnedFd, socket: &Shielded) -> Result<()> {
+pub(crate) fn hand_over(connection: &Shielded, socket: &Shielded) -> Result<()> {
     let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     let descriptors = [socket.as_fd()];
     control.push(SendAncillaryMessage::ScmRights(&descriptors));
     let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-    retry_on_intr(|| net::sendmsg(connection, &[IoSlice::new(&MESSAGE)], &mut control, flags))?;
+    retry_on_intr(|| net::sendmsg(&**connection, &[IoSlice::new(&MESSAGE)], &mut control, flags))?;
     step("socket sent");
     Ok(())
 }
 
 /// Ends the stream to the peer, which is how the peer knows that no earlier holder has the socket any more. Closing the
 /// connection would not do: a program that is being started may have a copy of it.
-pub(crate) fn complete(connection: &OwnedFd) {
+pub(crate) fn complete(connection: &Shielded) {
     // Where it fails, the peer is gone, and closing the connection has the same effect.
-    let _ = net::shutdown(connection, Shutdown::Write);
+    let _ = net::shutdown(&**connection, Shutdown::Write);
     step("hand-over completed");
 }
 

@@ -4,6 +4,8 @@
 //!
 //! [sock_diag(7)]: https://man7.org/linux/man-pages/man7/sock_diag.7.html
 
+use std::collections::HashSet;
+
 use rustix::io::{Errno, Result, retry_on_intr};
 use rustix::net::{self, AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
 
@@ -19,8 +21,11 @@ pub(crate) struct Socket {
     pub(crate) uid: Option<u32>,
     /// The path, or the abstract name behind a NUL byte.
     pub(crate) name: Vec<u8>,
-    /// The inodes of the connections that wait to be accepted; 0 for one whose other end is closed.
-    pub(crate) queue: Vec<u32>,
+    /// The inodes of the connections that wait to be accepted; 0 for one whose other end is closed. `None` where there are
+    /// too many for a message.
+    pub(crate) queue: Option<Vec<u32>>,
+    /// How many connections wait to be accepted; of a connection, how many bytes wait to be read.
+    pub(crate) waiting: u32,
     /// How many bytes it has sent that its peer has not read, with their overhead.
     pub(crate) unread: u32,
 }
@@ -36,6 +41,10 @@ const HEADER: usize = 16;
 
 /// Every socket that is connected, or listens, or is bound and does not listen yet.
 ///
+/// A queue of more than some 8,000 connections fits into no message, and the kernel ends the list at such a socket, without
+/// a word. (There are longer ones where `net.core.somaxconn` was raised.) So the list is asked for once more, without
+/// queues, and sockets that only that one has are without their queues.
+///
 /// # Errors
 /// Those of the system calls, as where a filter forbids netlink; `EOPNOTSUPP` when the kernel has no `unix_diag`.
 pub(crate) fn dump() -> Result<Vec<Socket>> {
@@ -43,26 +52,35 @@ pub(crate) fn dump() -> Result<Vec<Socket>> {
     let kernel = net::socket_with(AddressFamily::NETLINK, SocketType::DGRAM, flags, Some(netlink::SOCK_DIAG))?;
     let mut sockets = Vec::new();
     let mut buffer = vec![0; MESSAGE];
-    // The first answer is empty, and tells the kernel how large a message may be: a full queue does not fit into the
-    // size that the kernel begins with, and would end the list there.
-    for states in [0, 1 << ESTABLISHED | 1 << CLOSE | 1 << LISTEN] {
-        retry_on_intr(|| net::send(&kernel, &request(states), SendFlags::empty()))?;
+    let mut ask = |states, show, sockets: &mut Vec<Socket>| {
+        retry_on_intr(|| net::send(&kernel, &request(states, show), SendFlags::empty()))?;
         loop {
             let (length, _) = retry_on_intr(|| net::recv(&kernel, &mut buffer[..], RecvFlags::DONTWAIT))?;
-            if read_messages(buffer.get(..length).unwrap_or_default(), &mut sockets)? {
-                break;
+            if read_messages(buffer.get(..length).unwrap_or_default(), sockets)? {
+                return Ok(());
             }
         }
-    }
+    };
+    // The first answer is empty, and tells the kernel how large a message may be: a full queue does not fit into the
+    // size that the kernel begins with, and would end the list there.
+    ask(0, SHOW, &mut sockets)?;
+    ask(1 << ESTABLISHED | 1 << CLOSE | 1 << LISTEN, SHOW | SHOW_QUEUE, &mut sockets)?;
+    let mut all = Vec::new();
+    ask(1 << ESTABLISHED | 1 << CLOSE | 1 << LISTEN, SHOW, &mut all)?;
+    let known: HashSet<u32> = sockets.iter().map(|socket| socket.inode).collect();
+    sockets.extend(all.into_iter().filter(|socket| !known.contains(&socket.inode)));
     Ok(sockets)
 }
 
+/// `UDIAG_SHOW_NAME`, `_RQLEN` and `_UID`.
+const SHOW: u32 = 0x1 | 0x10 | 0x40;
+/// `UDIAG_SHOW_ICONS`.
+const SHOW_QUEUE: u32 = 0x8;
+
 /// `struct nlmsghdr` and `struct unix_diag_req`.
-fn request(states: u32) -> [u8; HEADER + 24] {
+fn request(states: u32, show: u32) -> [u8; HEADER + 24] {
     const SOCK_DIAG_BY_FAMILY: u16 = 20;
     const REQUEST_AND_DUMP: u16 = 0x1 | 0x300;
-    /// `UDIAG_SHOW_NAME`, `_ICONS`, `_RQLEN` and `_UID`.
-    const SHOW: u32 = 0x1 | 0x8 | 0x10 | 0x40;
     let mut bytes = [0; HEADER + 24];
     let length = bytes.len() as u32;
     let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
@@ -71,7 +89,7 @@ fn request(states: u32) -> [u8; HEADER + 24] {
     put(6, &REQUEST_AND_DUMP.to_ne_bytes());
     put(HEADER, &[AddressFamily::UNIX.as_raw() as u8]);
     put(HEADER + 4, &states.to_ne_bytes());
-    put(HEADER + 12, &SHOW.to_ne_bytes());
+    put(HEADER + 12, &show.to_ne_bytes());
     bytes
 }
 
@@ -106,8 +124,8 @@ fn read_socket(body: &[u8]) -> Option<Socket> {
         let value = rest.get(4..length)?;
         match kind {
             NAME => socket.name = value.to_vec(),
-            ICONS => socket.queue = (0..value.len() / 4).filter_map(|at| u32_at(value, 4 * at)).collect(),
-            RQLEN => socket.unread = u32_at(value, 4)?,
+            ICONS => socket.queue = Some((0..value.len() / 4).filter_map(|at| u32_at(value, 4 * at)).collect()),
+            RQLEN => (socket.waiting, socket.unread) = (u32_at(value, 0)?, u32_at(value, 4)?),
             UID => socket.uid = u32_at(value, 0),
             _ => {}
         }
@@ -152,7 +170,7 @@ mod tests {
         let whole = [message(20, &body), message(3, &[0; 4])].concat();
         let mut sockets = Vec::new();
         assert_eq!(read_messages(&whole, &mut sockets), Ok(true));
-        let expected = Socket { kind: 5, state: LISTEN, inode: 7, queue: vec![1, 0], ..Socket::default() };
+        let expected = Socket { kind: 5, state: LISTEN, inode: 7, queue: Some(vec![1, 0]), ..Socket::default() };
         assert_eq!(sockets, [expected]);
         for end in 0..whole.len() {
             let mut some = Vec::new();
@@ -187,7 +205,7 @@ mod tests {
         let inode = rustix::fs::fstat(live.as_fd()).unwrap().st_ino as u32;
         let name = [b"\0", name.as_bytes()].concat();
         let found = sockets.iter().find(|socket| socket.state == LISTEN && socket.name == name).unwrap();
-        assert_eq!(found.queue, [inode, 0]);
+        assert_eq!((found.queue.as_deref(), found.waiting), (Some(&[inode, 0][..]), 2));
         let waiter = sockets.iter().find(|socket| socket.inode == inode).unwrap();
         assert!(waiter.state == ESTABLISHED && waiter.unread > 0);
         assert_eq!(waiter.uid, Some(rustix::process::geteuid().as_raw()));

@@ -106,15 +106,21 @@ impl Signals {
         let _ = self.before.thread_set_mask();
     }
 
-    /// Does `wait`, and cancels `stop` when a signal comes meanwhile, which stays to be read.
+    /// Does `wait`, and cancels `stop` when a signal comes meanwhile, which stays to be read. As the first process of a
+    /// container it has the orphans meanwhile.
     pub(crate) fn cancelling<T>(&self, stop: &CancelToken, wait: impl FnOnce() -> T) -> Result<T, Failure> {
         let (is_done, done) = pipe()?;
         Ok(std::thread::scope(|scope| {
             // Without a thread a signal has to wait for the lock, too.
             let _ = std::thread::Builder::new().spawn_scoped(scope, || {
-                let mut watched = [PollFd::new(&self.read, PollFlags::IN), PollFd::new(&is_done, PollFlags::IN)];
-                if retry_on_intr(|| poll(&mut watched, None)).is_ok() && !watched[0].revents().is_empty() {
-                    stop.cancel();
+                let timeout = is_first().then(|| timespec(REAPING));
+                loop {
+                    let mut watched = [PollFd::new(&self.read, PollFlags::IN), PollFd::new(&is_done, PollFlags::IN)];
+                    match retry_on_intr(|| poll(&mut watched, timeout.as_ref())) {
+                        Ok(0) => bury_others(None),
+                        Ok(_) if !watched[0].revents().is_empty() => return stop.cancel(),
+                        _ => return,
+                    }
                 }
             });
             let done_with = wait();
@@ -313,7 +319,7 @@ fn attend(program: &Child, signals: &Signals, mut loss: Option<&LossPipe>, job: 
             signals.pass_on(program);
         }
         if adopts {
-            bury_others(program.pid);
+            bury_others(Some(program.pid));
         }
         if ready.get(2) == Some(&true) {
             let mut reason = [0; 512];
@@ -335,11 +341,11 @@ fn timespec(span: Duration) -> Timespec {
 }
 
 /// Takes note of the end of children but `program`.
-fn bury_others(program: Pid) {
+fn bury_others(program: Option<Pid>) {
     let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
     while let Ok(Some(ended)) = waitid(Id::All, look).map(|ended| ended.pid()) {
         // The program has its turn at the end, and then the others.
-        if ended.as_raw() == program.as_raw_nonzero().get() {
+        if program.is_some_and(|program| ended.as_raw() == program.as_raw_nonzero().get()) {
             return;
         }
         let _ = waitpid(Pid::from_raw(ended.as_raw()), WaitOptions::NOHANG);
@@ -514,7 +520,7 @@ pub(crate) fn behind(lead: impl FnOnce() -> Outcome) -> Outcome {
         }
         signals.pass_on(&leader);
         if is_first() {
-            bury_others(leader.pid);
+            bury_others(Some(leader.pid));
         }
     }
 }

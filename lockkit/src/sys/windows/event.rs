@@ -32,6 +32,13 @@ impl Event {
     }
 }
 
+impl Event {
+    /// A handle that the program closes for lockkit is a fault of the program.
+    pub(crate) fn is_own(&self) -> bool {
+        true
+    }
+}
+
 impl AsHandle for Event {
     fn as_handle(&self) -> BorrowedHandle<'_> {
         self.0.as_handle()

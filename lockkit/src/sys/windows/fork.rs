@@ -39,6 +39,12 @@ impl<T> Deref for Shielded<T> {
     }
 }
 
+/// Makes a handle for the caller's own use.
+#[allow(dead_code)] // As on the other systems.
+pub(crate) fn unshielded<T, E>(make: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+    make()
+}
+
 /// What a release says of a handle that is not its own any more, which is never.
 pub(crate) fn closed_by_program() -> io::Error {
     io::Error::other("this process has closed the handle of the lock, and so released it earlier")
