@@ -173,6 +173,16 @@ impl<'l> Turn<'l> {
     }
 }
 
+impl Drop for Turn<'_> {
+    /// A program that another thread is starting may have a copy of the connection, so closing it would not show the holder
+    /// at once that this waiter has given up.
+    fn drop(&mut self) {
+        if let Some(queued) = &self.queued {
+            seqpacket::hang_up(&queued.connection);
+        }
+    }
+}
+
 impl SocketLock {
     /// The locks that are held now: name, owner and number of waiters.
     pub(super) fn list(sharing: Sharing) -> Result<Vec<(String, Option<Owner>, u32)>> {
@@ -497,5 +507,45 @@ fn user_of(sharing: Sharing) -> Option<u32> {
     match sharing {
         Sharing::User(uid) => Some(uid),
         Sharing::Machine => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug)]
+    struct Nothing;
+
+    impl Subject for Nothing {
+        fn describe(&self) -> String {
+            "a lock".to_owned()
+        }
+
+        #[cfg(feature = "tracing")]
+        fn label(&self) -> (&'static str, String) {
+            ("named", String::new())
+        }
+
+        fn holder(&self) -> Option<Owner> {
+            None
+        }
+    }
+
+    #[test]
+    fn waiter_that_gave_up_is_passed_over_though_its_connection_has_a_copy() {
+        for sharing in [Sharing::User(folder::effective_uid()), Sharing::Machine] {
+            let lock = SocketLock::new(&format!("test-gave-up-{}", std::process::id()), sharing).unwrap();
+            let (hold, _) = lock.bind().unwrap().unwrap();
+            let mut turn = Turn::begin(&lock, &Wait::forever(), &Nothing);
+            assert!(matches!(turn.attempt(), Ok(Attempt::Sleep(Duration::MAX))));
+            let copy = turn.descriptor().unwrap().try_clone_to_owned().unwrap();
+            drop(turn);
+            lock.release(hold).unwrap();
+            let (hold, died) = lock.bind().unwrap().expect("the lock is free");
+            assert_eq!(died, None);
+            lock.release(hold).unwrap();
+            drop(copy);
+        }
     }
 }

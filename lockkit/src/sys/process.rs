@@ -22,6 +22,9 @@ use rustix::process::{Pid, test_kill_process};
 use rustix::time::{ClockId, clock_gettime};
 use sysinfo::{ProcessRefreshKind, ProcessesToUpdate, System, UpdateKind};
 
+#[cfg(target_os = "linux")]
+use super::per_process::PerProcess;
+
 /// What the system says of a pid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Probe {
@@ -252,10 +255,23 @@ fn read_boot_id() -> Option<u128> {
 
 /// The namespaces of this process in which pids and start times count, as one number: that of the pid namespace in the
 /// lower half, as `/proc/self/ns/pid` shows it, and that of the time namespace, where there is one, in the upper.
+///
+/// They are read once: a process stays in its pid namespace, and in its time namespace unless it joins another one by
+/// setns(2), as [`Owner::current`](crate::Owner::current) does not notice either.
 #[cfg(target_os = "linux")]
 pub(crate) fn pid_namespace() -> Option<u64> {
+    static KNOWN: PerProcess<OnceLock<u64>> = PerProcess::new();
+    let known = KNOWN.get(OnceLock::new);
+    if let Some(known) = known.get() {
+        return Some(*known);
+    }
     let number = |name: &str| fs::metadata(format!("/proc/self/ns/{name}")).map(|found| found.ino());
-    Some(number("pid").ok()? | number("time").unwrap_or_default() << 32)
+    let time = match number("time") {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return None,
+        time => time.unwrap_or_default(),
+    };
+    let read = number("pid").ok()? | time << 32;
+    Some(*known.get_or_init(|| read))
 }
 
 /// The jail of this process, which hides the processes of others from it; 1 more than its number, for 0 says nothing.

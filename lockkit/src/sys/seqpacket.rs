@@ -227,6 +227,14 @@ pub(crate) fn announce(connection: &Shielded, record: &[u8]) {
     }
 }
 
+/// Ends both streams of the connection, which the other end sees at once, whatever copies of the descriptor there are.
+pub(crate) fn hang_up(connection: &Shielded) {
+    // The program may have closed it, and opened another socket.
+    if connection.is_own() && net::shutdown(&**connection, Shutdown::Both).is_ok() {
+        step("hung up");
+    }
+}
+
 /// Reads what the waiter at the other end has announced. How many bytes that were, or `None` when it has hung up.
 pub(crate) fn announced(connection: &Shielded, record: &mut [u8]) -> Option<usize> {
     let length = match retry_on_intr(|| net::recv(&**connection, &mut *record, RecvFlags::DONTWAIT)) {
