@@ -570,10 +570,16 @@ impl Place {
         step("mode of the file set");
         match unnamed::name(&file, &self.path) {
             Err(error) if error.kind() == Io::Unsupported => self.create_in_place(mode),
-            named => named.map(|()| {
+            named => {
+                named?;
                 step("lock file named");
-                file
-            }),
+                // Opened again, for /proc shows no path for a descriptor that is older than the name.
+                self.open_existing().map_err(|error| match error.kind() {
+                    // It was removed just now, as if another process had made it.
+                    Io::NotFound => Io::AlreadyExists.into(),
+                    _ => error,
+                })
+            }
         }
     }
 
