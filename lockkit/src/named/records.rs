@@ -170,7 +170,12 @@ impl Mark {
                 // No other process changes it: not even for a new lock, for this holder lives.
                 slot[0].store(word_after(word, self.key, WIPED), Ordering::Release);
             }
-        } else if let Some(seen) = self.find().filter(|seen| seen.state() != WIPED) {
+            return;
+        }
+        // Where this process has written, it may write again.
+        let known = self.remembered();
+        let found = || self.records.locate(self.key, false).filter(|seen| self.records.may_write(seen.at));
+        if let Some(seen) = known.or_else(found).filter(|seen| seen.state() != WIPED) {
             self.records.wipe(&seen);
         }
     }
@@ -253,7 +258,7 @@ impl Mark {
                 Some(found) => found,
                 None => {
                     order = self.records.order_claims();
-                    self.records.locate(self.key, true)?
+                    self.records.locate(self.key, true).filter(|found| self.records.may_write(found.at))?
                 }
             };
             seen = Some(found);
@@ -441,15 +446,11 @@ impl Records {
             Store::File(opened) => {
                 let file = &opened.last().file;
                 let mut slots = [[0; SLOT]; N];
-                let bytes = slots.as_flattened_mut();
-                let mut end = 0;
-                // What the file does not have yet is zeros.
-                while end < bytes.len() {
-                    match file.read_at(&mut bytes[end..], u64::from(at) * SLOT as u64 + end as u64) {
-                        Ok(0) => break,
-                        Ok(read) => end += read,
-                        Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                        Err(_) => return None,
+                // What the file does not have yet is zeros. A local file is read up to its end in one go, and of what was
+                // not, no sum is right.
+                while let Err(error) = file.read_at(slots.as_flattened_mut(), u64::from(at) * SLOT as u64) {
+                    if error.kind() != std::io::ErrorKind::Interrupted {
+                        return None;
                     }
                 }
                 for (words, bytes) in into.iter_mut().zip(&slots) {
@@ -521,6 +522,12 @@ impl Records {
         None
     }
 
+    /// Whether this process may write the slot `at`. It is asked once for each slot, not at each write, which would cost a
+    /// machine-wide lock a tenth of its cycle.
+    fn may_write(&self, at: u32) -> bool {
+        matches!(self.store, Store::Mapped { .. }) || may_reach(u64::from(at + 1) * SLOT as u64)
+    }
+
     /// Writes a record into a slot, unless it has changed since it was seen.
     fn write(&self, seen: &Seen, key: u64, state: u64, record: &Words) -> bool {
         let before = seen.words[0];
@@ -533,8 +540,7 @@ impl Records {
                 for (bytes, word) in bytes.chunks_exact_mut(WORD).zip(words.chain([mark::now()])) {
                     bytes.copy_from_slice(&word.to_ne_bytes());
                 }
-                let at = u64::from(seen.at) * SLOT as u64;
-                may_reach(at + bytes.len() as u64) && opened.last().file.write_all_at(&bytes, at).is_ok()
+                opened.last().file.write_all_at(&bytes, u64::from(seen.at) * SLOT as u64).is_ok()
             }
         }
     }
@@ -551,7 +557,7 @@ impl Records {
             Store::File(opened) => {
                 let file = &opened.last().file;
                 let at = u64::from(seen.at) * SLOT as u64;
-                if !may_reach(at + WORD as u64) || file.write_all_at(&word.to_ne_bytes(), at).is_err() {
+                if file.write_all_at(&word.to_ne_bytes(), at).is_err() {
                     step("record not wiped");
                     // What is cut out reads as zeros, takes no room and meets no limit of sizes.
                     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
