@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 #[cfg(not(unix))]
 use lockkit::FileLock;
@@ -606,7 +606,7 @@ fn tried(path: &Path) -> Result<Option<(Kind, Option<u32>)>, Failure> {
     // The try of another process looks like a holder, so it takes several to be one.
     for pause in [100, 1000, 3000] {
         match retry_on_intr(|| flock(&file, FlockOperation::NonBlockingLockExclusive)) {
-            Err(Errno::WOULDBLOCK) => std::thread::sleep(Duration::from_micros(pause)),
+            Err(Errno::WOULDBLOCK) => std::thread::sleep(std::time::Duration::from_micros(pause)),
             // NFS wants an exclusive lock to be on a file that is open for writing.
             Err(Errno::BADF) => {
                 let tried = retry_on_intr(|| flock(&file, FlockOperation::NonBlockingLockShared));
