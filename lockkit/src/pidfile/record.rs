@@ -295,7 +295,7 @@ mod tests {
         let owner = Owner::current();
         let bytes = identity(&owner, written()).unwrap();
         assert_eq!(read_identity(&bytes, owner.pid + 1, written()), None);
-        assert_eq!(read_identity(&bytes, owner.pid, written() + Duration::from_nanos(1)), None);
+        assert_eq!(read_identity(&bytes, owner.pid, written() + Duration::from_micros(1)), None);
         for end in 0..PROGRAM {
             assert_eq!(read_identity(&bytes[..end], owner.pid, written()), None, "{end} bytes");
         }
