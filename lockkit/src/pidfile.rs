@@ -498,7 +498,11 @@ impl PidFile {
                 None => self.take_over()?,
                 Some(judged) => match self.claim(judged)? {
                     Claim::Kept(attempt) => attempt,
-                    Claim::Free(..) => self.take_over()?,
+                    // Closed first, for Windows replaces no file that is open.
+                    Claim::Free(file, _) => {
+                        drop(file);
+                        self.take_over()?
+                    }
                 },
             };
             return Ok(attempt);
