@@ -636,7 +636,7 @@ impl Place {
 
 /// Refuses a mode that shuts the owner of the file out, or that is none.
 pub(crate) fn check_mode(mode: Option<u32>) -> Result<()> {
-    let problem = match mode {
+    let problem = match mode.filter(|_| cfg!(unix)) {
         Some(mode) if mode & !0o7777 != 0 => format!("{mode:#o} is no mode"),
         Some(mode) if mode & 0o400 == 0 => format!("with mode {mode:#o} the owner of the file could not read it"),
         _ => return Ok(()),

@@ -1754,7 +1754,8 @@ fn a8_old_damage_is_reclaimed_by_the_first_try() {
         // A time in the future says nothing about the age.
         set_age(&terms.path, SystemTime::now() + HOUR);
         assert!(is_held(&Actor::start_lease(&terms).ask("try")), "{damaged:?}");
-        set_age(&terms.path, SystemTime::now() - HOUR);
+        // On a file system of another machine the first hour does not count.
+        set_age(&terms.path, SystemTime::now() - 2 * HOUR);
         assert_eq!(Actor::start_lease(&terms).ask("status"), "damaged 0", "{damaged:?}");
         assert!(Actor::start_lease(&terms).ask("try").starts_with("held "), "{damaged:?}");
     }

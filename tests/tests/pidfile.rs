@@ -1504,6 +1504,7 @@ fn c7_process_that_closed_the_descriptor_holds_once() {
     assert_eq!(first_line(&path), victim.pid().to_string());
 }
 
+#[cfg(unix)]
 #[test]
 fn a10_mode_that_shuts_the_owner_out_is_refused() {
     let (folder, path) = place();
