@@ -647,7 +647,8 @@ impl PidFile {
         }
         step("file named");
         let file = taking.finish();
-        if !is_at(&self.path, &file)? {
+        // Wine gives an open file another identity once it is renamed.
+        if cfg!(unix) && !is_at(&self.path, &file)? {
             // The file of takers was removed by hand, and this was the file of the next taker.
             return Ok(Attempt::Busy(None));
         }
