@@ -516,7 +516,7 @@ impl PidFile {
             Verdict::Held { .. } | Verdict::Blank { young: true, .. } => Ok(Claim::Kept(Attempt::Claimed)),
             Verdict::Other(rule) => Err(self.not_a_pidfile(&judged.bytes, rule)),
             // The program has closed the descriptor of a guard, and with it the lock.
-            Verdict::Own(_) if held_files().lock().contains(&(judged.seen.dev(), judged.seen.ino())) => {
+            Verdict::Own(_) if held_files().lock().contains(&file_id(&judged.seen)) => {
                 Ok(Claim::Kept(Attempt::Claimed))
             }
             Verdict::Stale(owner) => Ok(Claim::Free(judged.file, Some(Box::new(owner)))),
@@ -597,7 +597,7 @@ impl PidFile {
         file.write_all_at(text.as_bytes(), 0).map_err(|error| Error::io("write", &self.path, error))?;
         step("pid written");
         let seen = files::look(file).map_err(|error| Error::io("look at", &self.path, error))?;
-        Ok(Written { text, identified: identify(file, &seen, owner), numbers: (seen.dev(), seen.ino()) })
+        Ok(Written { text, identified: identify(file, &seen, owner), numbers: file_id(&seen) })
     }
 
     /// What `make` gives; where the directory is missing and is to be made, after making it.
@@ -647,8 +647,7 @@ impl PidFile {
         }
         step("file named");
         let file = taking.finish();
-        // Wine gives an open file another identity once it is renamed.
-        if cfg!(unix) && !is_at(&self.path, &file)? {
+        if !is_at(&self.path, &file)? {
             // The file of takers was removed by hand, and this was the file of the next taker.
             return Ok(Attempt::Busy(None));
         }
@@ -905,16 +904,22 @@ fn not_a_plain_file() -> io::Error {
     io::Error::new(Io::InvalidInput, "it is no plain file")
 }
 
+/// By which a file is known: its device and inode. On Windows by its id alone, for Wine forgets the volume of an open file
+/// that is renamed.
+fn file_id(seen: &Seen) -> (u64, u64) {
+    (if cfg!(windows) { 0 } else { seen.dev() }, seen.ino())
+}
+
 /// Whether `path` names the open `file`.
 fn is_at(path: &Path, file: &File) -> Result<bool> {
     let open = files::look(file).map_err(|error| Error::io("look at", path, error))?;
-    names(path, (open.dev(), open.ino()))
+    names(path, file_id(&open))
 }
 
 /// Whether `path` names the file with this device and inode.
 fn names(path: &Path, numbers: (u64, u64)) -> Result<bool> {
     match files::look_at_link(path) {
-        Ok(named) => Ok((named.dev(), named.ino()) == numbers),
+        Ok(named) => Ok(file_id(&named) == numbers),
         Err(error) if error.kind() == Io::NotFound => Ok(false),
         Err(error) => Err(Error::io("look at", path, error)),
     }
@@ -1011,7 +1016,7 @@ impl PidGuard {
             opened => opened.map_err(|error| Error::io("open", &self.path, error))?,
         };
         let seen = files::look(&opened).map_err(|error| Error::io("look at", &self.path, error))?;
-        match (seen.dev(), seen.ino()) == self.written.numbers {
+        match file_id(&seen) == self.written.numbers {
             true => Ok(Some(opened.know_as(self.written.numbers).keep_across_fork())),
             false => Err(self.rogue()),
         }
