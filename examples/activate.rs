@@ -1,6 +1,6 @@
 //! A program whose second start hands its files over to the first, as editors and viewers do.
 //!
-//! Start it, and start it again in another folder of a second terminal, with files:
+//! Start it, and start it again in another directory of a second terminal, with files:
 //! ```text
 //! cargo run --example activate -- README.md
 //! cd /tmp && /path/to/activate notes.txt "with spaces"
@@ -56,8 +56,8 @@ fn work(first: &FirstInstance) -> ExitCode {
         say(&format!("the last one died: {died}"));
     }
     let open = Open::default();
-    let folder = std::env::current_dir().unwrap_or_default();
-    add(&open, std::env::args_os().skip(1).map(|file| folder.join(file)));
+    let directory = std::env::current_dir().unwrap_or_default();
+    add(&open, std::env::args_os().skip(1).map(|file| directory.join(file)));
     let listening = first.on_activation({
         let open = open.clone();
         move |activation| welcome(&open, activation)

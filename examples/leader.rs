@@ -22,28 +22,30 @@ use rustix::process::{Pid, Signal, kill_process};
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 fn main() -> Result<()> {
-    if let Some(folder) = std::env::args_os().nth(1) {
-        return work(Path::new(&folder));
+    if let Some(directory) = std::env::args_os().nth(1) {
+        return work(Path::new(&directory));
     }
-    let folder = std::env::temp_dir().join(format!("lockkit-example-leader-{}", std::process::id()));
-    std::fs::create_dir(&folder)?;
-    let conducted = conduct(&folder);
-    std::fs::remove_dir_all(&folder)?;
+    let directory = std::env::temp_dir().join(format!("lockkit-example-leader-{}", std::process::id()));
+    std::fs::create_dir(&directory)?;
+    let conducted = conduct(&directory);
+    std::fs::remove_dir_all(&directory)?;
     conducted
 }
 
 /// A worker: waits until it leads, leads until it does not, and waits again.
-fn work(folder: &Path) -> Result<()> {
+fn work(directory: &Path) -> Result<()> {
     let me = std::process::id();
-    let lease =
-        Lease::file(folder.join("lease")).ttl(Duration::from_secs(2)).heartbeat(Duration::from_millis(200)).build()?;
+    let lease = Lease::file(directory.join("lease"))
+        .ttl(Duration::from_secs(2))
+        .heartbeat(Duration::from_millis(200))
+        .build()?;
     loop {
         let guard = lease.lock()?;
         match guard.recovered() {
             Some(before) => println!("{me} leads with token {}; unreleased by {before}", guard.token()),
             None => println!("{me} leads with token {}", guard.token()),
         }
-        let mut resource = Connection::new(UnixStream::connect(folder.join("resource"))?);
+        let mut resource = Connection::new(UnixStream::connect(directory.join("resource"))?);
         resource.say(&me.to_string())?;
         // Asking saves work. It cannot say what is true a moment later; that is why each write has the token.
         while guard.is_held() {
@@ -98,10 +100,10 @@ impl Resource {
 }
 
 /// Starts the workers, plays the resource, and does to the leaders what happens to leaders.
-fn conduct(folder: &Path) -> Result<()> {
-    let leaders = UnixListener::bind(folder.join("resource"))?;
+fn conduct(directory: &Path) -> Result<()> {
+    let leaders = UnixListener::bind(directory.join("resource"))?;
     let mut resource = Resource::default();
-    let mut workers = Workers::start(3, folder)?;
+    let mut workers = Workers::start(3, directory)?;
 
     let (pid, mut first) = next(&leaders)?;
     resource.serve(&mut first, 3)?;
@@ -142,10 +144,10 @@ fn next(leaders: &UnixListener) -> Result<(u32, Connection)> {
 struct Workers(Vec<Child>);
 
 impl Workers {
-    fn start(count: usize, folder: &Path) -> Result<Self> {
+    fn start(count: usize, directory: &Path) -> Result<Self> {
         let mut workers = Self(Vec::new());
         for _ in 0..count {
-            workers.0.push(Command::new(std::env::current_exe()?).arg(folder).spawn()?);
+            workers.0.push(Command::new(std::env::current_exe()?).arg(directory).spawn()?);
         }
         Ok(workers)
     }

@@ -1,4 +1,4 @@
-//! Walks a folder, /run unless told otherwise, and says of each pidfile whether its process still lives, and why.
+//! Walks a directory, /run unless told otherwise, and says of each pidfile whether its process still lives, and why.
 //!
 //! ```text
 //! $ cargo run --example stale_pidfile -- /run
@@ -6,7 +6,7 @@
 //! /run/crond.pid      812   cron     alive   runs: pid 812 (cron), since 2026-11-20 17:03:11 UTC (3 h 2 min ago)
 //! ```
 //! It changes nothing and disturbs nobody. It exits with 1 when it found one that is not alive, and with 2
-//! when it cannot read the folder.
+//! when it cannot read the directory.
 
 use std::error::Error;
 use std::fs;
@@ -20,10 +20,10 @@ use lockkit::{Liveness, Owner, PidFile, PidStatus};
 type Row = [String; 5];
 
 fn main() -> Result<ExitCode, Box<dyn Error>> {
-    let folder = std::env::args_os().nth(1).map_or("/run".into(), PathBuf::from);
+    let directory = std::env::args_os().nth(1).map_or("/run".into(), PathBuf::from);
     let mut files = Vec::new();
-    if let Err(error) = find(&std::path::absolute(&folder)?, &mut files) {
-        eprintln!("{}: {error}", folder.display());
+    if let Err(error) = find(&std::path::absolute(&directory)?, &mut files) {
+        eprintln!("{}: {error}", directory.display());
         return Ok(ExitCode::from(2));
     }
     files.sort();
@@ -32,9 +32,9 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     Ok(ExitCode::from(u8::from(rows.iter().any(|[_, _, _, state, _]| state != "alive"))))
 }
 
-/// Collects the pidfiles below `folder`, without following links.
-fn find(folder: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
-    for entry in fs::read_dir(folder)? {
+/// Collects the pidfiles below `directory`, without following links.
+fn find(directory: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
+    for entry in fs::read_dir(directory)? {
         let path = entry?.path();
         let Ok(kind) = fs::symlink_metadata(&path) else { continue };
         if kind.is_dir() {

@@ -17,8 +17,8 @@ fn main() {
     }
     let _alone = lockkit_benches::alone();
     let rounds = if arguments::is_quick() { 5 } else { 300 };
-    let (lockkit, folder) = (built(), tempfile::tempdir().expect("a folder"));
-    let file = |name: &str| folder.path().join(name).display().to_string();
+    let (lockkit, directory) = (built(), tempfile::tempdir().expect("a directory"));
+    let file = |name: &str| directory.path().join(name).display().to_string();
     let flock = run("flock", &[&file("file")]);
     if start(&flock).is_none() {
         println!("left out: there is no flock(1) on this machine");
@@ -57,7 +57,7 @@ fn main() {
 /// The command, built as users have it.
 fn built() -> PathBuf {
     let program = std::env::current_exe().expect("the program has a path");
-    let target = program.ancestors().find(|folder| folder.ends_with("release")).and_then(Path::parent);
+    let target = program.ancestors().find(|directory| directory.ends_with("release")).and_then(Path::parent);
     let target = target.expect("benches are built in release mode");
     let mut cargo = Command::new(env!("CARGO"));
     cargo.args(["build", "--quiet", "--release", "--package", "lockkit", "--features", "cli", "--bin", "lockkit"]);

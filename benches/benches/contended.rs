@@ -49,8 +49,8 @@ const NAMED_LOCK: Contender = Contender {
 
 const FILE_LOCK: Contender = Contender {
     name: "FileLock",
-    open: |folder| {
-        let lock = FileLock::new(folder.join("file-lock"));
+    open: |directory| {
+        let lock = FileLock::new(directory.join("file-lock"));
         Box::new(move |inside| {
             let _guard = lock.lock().unwrap();
             inside();
@@ -60,8 +60,8 @@ const FILE_LOCK: Contender = Contender {
 
 const PID_FILE: Contender = Contender {
     name: "PidFile",
-    open: |folder| {
-        let lock = PidFile::new(folder.join("ours.pid")).unwrap();
+    open: |directory| {
+        let lock = PidFile::new(directory.join("ours.pid")).unwrap();
         Box::new(move |inside| {
             let _guard = lock.lock().unwrap();
             inside();
@@ -71,8 +71,8 @@ const PID_FILE: Contender = Contender {
 
 const FLOCK: Contender = Contender {
     name: "flock",
-    open: |folder| {
-        let file = File::create(folder.join("flock")).unwrap();
+    open: |directory| {
+        let file = File::create(directory.join("flock")).unwrap();
         Box::new(move |inside| {
             flock(&file, FlockOperation::LockExclusive).unwrap();
             inside();
@@ -83,8 +83,8 @@ const FLOCK: Contender = Contender {
 
 const FD_LOCK: Contender = Contender {
     name: "fd-lock",
-    open: |folder| {
-        let mut lock = fd_lock::RwLock::new(File::create(folder.join("fd-lock")).unwrap());
+    open: |directory| {
+        let mut lock = fd_lock::RwLock::new(File::create(directory.join("fd-lock")).unwrap());
         Box::new(move |inside| {
             let _guard = lock.write().unwrap();
             inside();
@@ -94,8 +94,8 @@ const FD_LOCK: Contender = Contender {
 
 const FSLOCK_WITH_PID: Contender = Contender {
     name: "fslock, with pid",
-    open: |folder| {
-        let mut lock = fslock::LockFile::open(&folder.join("fslock.pid")).unwrap();
+    open: |directory| {
+        let mut lock = fslock::LockFile::open(&directory.join("fslock.pid")).unwrap();
         Box::new(move |inside| {
             lock.lock_with_pid().unwrap();
             inside();
@@ -116,7 +116,7 @@ struct Comparison {
 /// A lock that several processes can open and hold.
 struct Contender {
     name: &'static str,
-    /// Opens the lock; what it needs on disk goes into the folder.
+    /// Opens the lock; what it needs on disk goes into the directory.
     open: fn(&Path) -> Hold,
 }
 
@@ -130,9 +130,9 @@ impl Contender {
     }
 
     /// A child that plays a part with this lock.
-    fn spawn(&self, part: &str, folder: &Path, number: u64) -> Peer {
-        let folder = folder.to_str().expect("the folder's path is UTF-8");
-        Peer::spawn(&[part, self.name, folder, &number.to_string()])
+    fn spawn(&self, part: &str, directory: &Path, number: u64) -> Peer {
+        let directory = directory.to_str().expect("the directory's path is UTF-8");
+        Peer::spawn(&[part, self.name, directory, &number.to_string()])
     }
 }
 
@@ -152,7 +152,7 @@ const FULL: Length =
 const QUICK: Length =
     Length { hand_over: (2, 50), crowd: (1, Duration::from_millis(50)), deaths: 10, wait: Duration::from_millis(500) };
 
-/// Measures a comparison with files in a folder.
+/// Measures a comparison with files in a directory.
 type Experiment = fn(&Comparison, &Path, &Length) -> Vec<Row>;
 
 const EXPERIMENTS: [(&str, Experiment); 3] =
@@ -164,7 +164,7 @@ fn main() {
     }
     let filter = arguments::filter();
     let _alone = lockkit_benches::alone();
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let length = if arguments::is_quick() { QUICK } else { FULL };
 
     let mut rows = Vec::new();
@@ -173,25 +173,25 @@ fn main() {
             let name = format!("contended/{}/{name}", comparison.ours.name);
             if name.contains(&filter) {
                 println!("{name}");
-                rows.extend(experiment(comparison, folder.path(), &length));
+                rows.extend(experiment(comparison, directory.path(), &length));
             }
         }
     }
     if "contended/FileLock/timed-wait".contains(&filter) {
         println!("contended/FileLock/timed-wait");
-        rows.push(timed_wait(folder.path(), length.wait));
+        rows.push(timed_wait(directory.path(), length.wait));
     }
     if "contended/giving-up".contains(&filter) {
         println!("contended/giving-up");
-        rows.extend(all_giving_up(folder.path()));
+        rows.extend(all_giving_up(directory.path()));
     }
     table::print(&rows);
 }
 
 /// What a child does.
 fn play(part: &[String]) {
-    let [part, contender, folder, number] = part else { panic!("a child needs its part") };
-    let mut hold = (Contender::by_name(contender).open)(folder.as_ref());
+    let [part, contender, directory, number] = part else { panic!("a child needs its part") };
+    let mut hold = (Contender::by_name(contender).open)(directory.as_ref());
     let number = number.parse().expect("the parent sends a number");
     let mut parent = Peer::parent();
     match &**part {
@@ -219,9 +219,9 @@ impl Comparison {
         all
     }
 
-    fn hand_over(&self, folder: &Path, length: &Length) -> Vec<Row> {
+    fn hand_over(&self, directory: &Path, length: &Length) -> Vec<Row> {
         let (blocks, turns) = length.hand_over;
-        let times = self.in_turns(blocks, |contender| hand_overs(contender, folder, turns));
+        let times = self.in_turns(blocks, |contender| hand_overs(contender, directory, turns));
         let [[ours, our_tail], [theirs, their_tail]] =
             times.map(|mut times| [table::median(&mut times), table::quantile(&mut times, 0.99)].map(Value::Time));
         vec![
@@ -230,7 +230,7 @@ impl Comparison {
         ]
     }
 
-    fn crowd(&self, folder: &Path, length: &Length) -> Vec<Row> {
+    fn crowd(&self, directory: &Path, length: &Length) -> Vec<Row> {
         let (blocks, time) = length.crowd;
         let sum = |shares: Vec<Share>| {
             let taken: u64 = shares.iter().map(|share| share.taken).sum();
@@ -240,7 +240,7 @@ impl Comparison {
         let mut rows = Vec::new();
         for hold in CROWD_HOLDS {
             for size in CROWD_SIZES {
-                let shares = self.in_turns(blocks, |contender| crowd(contender, folder, size, hold, time));
+                let shares = self.in_turns(blocks, |contender| crowd(contender, directory, size, hold, time));
                 let [[ours, our_rate], [theirs, their_rate]] = shares.map(sum);
                 let what = format!("{size} processes hold {} us", hold.as_micros());
                 let bound = if (size, hold) == LARGEST { self.longest_wait } else { Bound::None };
@@ -251,12 +251,12 @@ impl Comparison {
         rows
     }
 
-    fn death(&self, folder: &Path, length: &Length) -> Vec<Row> {
-        let mut waiters = [self.ours, self.peer].map(|contender| contender.spawn(WAITER, folder, 0));
+    fn death(&self, directory: &Path, length: &Length) -> Vec<Row> {
+        let mut waiters = [self.ours, self.peer].map(|contender| contender.spawn(WAITER, directory, 0));
         let mut times = [Vec::new(), Vec::new()];
         for _ in 0..length.deaths {
             for ((contender, waiter), times) in [self.ours, self.peer].iter().zip(&mut waiters).zip(&mut times) {
-                times.push(death(contender, folder, waiter));
+                times.push(death(contender, directory, waiter));
             }
         }
         let [ours, theirs] = times.map(|mut times| Value::Time(table::median(&mut times)));
@@ -277,9 +277,9 @@ struct Turn {
     released: u64,
 }
 
-fn hand_overs(contender: &Contender, folder: &Path, turns: u64) -> Vec<Duration> {
-    let mut hold = (contender.open)(folder);
-    let mut child = contender.spawn(HAND_OVER, folder, turns);
+fn hand_overs(contender: &Contender, directory: &Path, turns: u64) -> Vec<Duration> {
+    let mut hold = (contender.open)(directory);
+    let mut child = contender.spawn(HAND_OVER, directory, turns);
     child.expect(READY);
     let mut mine = Vec::new();
     for _ in 0..turns {
@@ -338,9 +338,9 @@ struct Share {
     longest_wait: Duration,
 }
 
-fn crowd(contender: &Contender, folder: &Path, size: usize, hold: Duration, time: Duration) -> Vec<Share> {
+fn crowd(contender: &Contender, directory: &Path, size: usize, hold: Duration, time: Duration) -> Vec<Share> {
     let hold = hold.as_nanos() as u64;
-    let mut children: Vec<Peer> = (0..size).map(|_| contender.spawn(CROWD, folder, hold)).collect();
+    let mut children: Vec<Peer> = (0..size).map(|_| contender.spawn(CROWD, directory, hold)).collect();
     for child in &mut children {
         child.expect(READY);
     }
@@ -382,15 +382,15 @@ fn crowd_child(hold: &mut Hold, inside: u64, parent: &mut Peer) {
 }
 
 /// How much later than it should a waiter for a held lock gives up, at worst, of every kind.
-fn all_giving_up(folder: &Path) -> Vec<Row> {
-    let table = ShmLockManager::create(folder.join("table"), 64).unwrap();
-    let files = FileLockManager::create(folder.join("table-of-files")).unwrap();
+fn all_giving_up(directory: &Path) -> Vec<Row> {
+    let table = ShmLockManager::create(directory.join("table"), 64).unwrap();
+    let files = FileLockManager::create(directory.join("table-of-files")).unwrap();
     let memory = InMemoryLockManager::new(64).unwrap();
     let rows = [
         giving_up("NamedLock", &NamedLock::new("lockkit-bench-contended").unwrap()),
-        giving_up("FileLock", &FileLock::new(folder.join("giving-up"))),
-        giving_up("PidFile", &PidFile::new(folder.join("giving-up.pid")).unwrap()),
-        giving_up("Lease", &Lease::file(folder.join("giving-up.lease")).build().unwrap()),
+        giving_up("FileLock", &FileLock::new(directory.join("giving-up"))),
+        giving_up("PidFile", &PidFile::new(directory.join("giving-up.pid")).unwrap()),
+        giving_up("Lease", &Lease::file(directory.join("giving-up.lease")).build().unwrap()),
         giving_up("ShmLockManager's lock", &table.allocate().unwrap()),
         giving_up("FileLockManager's lock", &files.allocate().unwrap()),
         giving_up("InMemoryLockManager's lock", &memory.allocate().unwrap()),
@@ -438,14 +438,14 @@ fn giving_up<L: Lock + Sync>(name: &str, lock: &L) -> [Row; 2] {
 }
 
 /// The processor time that a wait for a held lock takes of this thread until it gives up.
-fn timed_wait(folder: &Path, limit: Duration) -> Row {
+fn timed_wait(directory: &Path, limit: Duration) -> Row {
     let busy = |wait: &dyn Fn()| {
         let used = || Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).expect("it is not negative");
         let before = used();
         wait();
         Value::Time(used() - before)
     };
-    let lock = FileLock::new(folder.join("waited-for"));
+    let lock = FileLock::new(directory.join("waited-for"));
     let _held = lock.lock().unwrap();
     let file = File::open(lock.path()).unwrap();
     Row {
@@ -466,8 +466,8 @@ fn timed_wait(folder: &Path, limit: Duration) -> Row {
 const WAITER: &str = "waiter";
 const VICTIM: &str = "victim";
 
-fn death(contender: &Contender, folder: &Path, waiter: &mut Peer) -> Duration {
-    let mut holder = contender.spawn(VICTIM, folder, 0);
+fn death(contender: &Contender, directory: &Path, waiter: &mut Peer) -> Duration {
+    let mut holder = contender.spawn(VICTIM, directory, 0);
     holder.expect(TAKEN);
     waiter.say("wait");
     waiter.wait_until_asleep();

@@ -68,7 +68,7 @@ const EXPERIMENTS: [Experiment<Length>; 10] = [
 /// What is measured of an engine.
 struct Engine {
     name: &'static str,
-    /// What starts a server on a loopback port in a folder; or why none can be.
+    /// What starts a server on a loopback port in a directory; or why none can be.
     start: fn(&Path, u16) -> Result<Command, String>,
     /// The URL of a lease on the server at this port.
     url: fn(u16, &str) -> String,
@@ -97,10 +97,10 @@ struct Recipe {
 
 static REDIS: Engine = Engine {
     name: "redis",
-    start: |folder, port| {
+    start: |directory, port| {
         let mut command = Command::new("redis-server");
         command.args(["--bind", "127.0.0.1", "--daemonize", "no", "--save", "", "--appendonly", "no", "--dir"]);
-        command.arg(folder).arg("--port").arg(port.to_string());
+        command.arg(directory).arg("--port").arg(port.to_string());
         Ok(command)
     },
     url: |port, name| format!("redis://127.0.0.1:{port}/{name}"),
@@ -133,10 +133,10 @@ static POSTGRES: Engine = Engine {
 
 static ETCD: Engine = Engine {
     name: "etcd",
-    start: |folder, port| {
+    start: |directory, port| {
         let [client, peer] = [port, process::free_port()].map(|port| format!("http://127.0.0.1:{port}"));
         let mut command = Command::new("etcd");
-        command.args(["--name", "bench", "--log-level", "error", "--data-dir"]).arg(folder.join("data"));
+        command.args(["--name", "bench", "--log-level", "error", "--data-dir"]).arg(directory.join("data"));
         command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
         command.args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer]);
         command.arg("--initial-cluster").arg(format!("bench={peer}"));
@@ -157,11 +157,11 @@ static ETCD: Engine = Engine {
 };
 
 /// It refuses to run as root, so there it runs as the user `postgres`.
-fn start_postgres(folder: &Path, port: u16) -> Result<Command, String> {
+fn start_postgres(directory: &Path, port: u16) -> Result<Command, String> {
     let versions = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
-    let folders: Vec<_> = versions.map(|version| version.path().join("bin")).collect();
+    let directories: Vec<_> = versions.map(|version| version.path().join("bin")).collect();
     let program = |name: &str| {
-        let found = folders.iter().map(|folder| folder.join(name)).find(|path| path.is_file());
+        let found = directories.iter().map(|directory| directory.join(name)).find(|path| path.is_file());
         let program = found.unwrap_or_else(|| name.into());
         if !rustix::process::geteuid().is_root() {
             return Command::new(program);
@@ -179,27 +179,27 @@ fn start_postgres(folder: &Path, port: u16) -> Result<Command, String> {
         let mut who = Command::new("id");
         who.args(["-u", "postgres"]);
         let user = run(who)?.parse().map_err(|_| "there is no user `postgres`".to_owned())?;
-        chown(folder, Some(user), None).map_err(|error| error.to_string())?;
+        chown(directory, Some(user), None).map_err(|error| error.to_string())?;
     }
-    let data = folder.join("data");
+    let data = directory.join("data");
     let mut init = program("initdb");
     init.arg("-D").arg(&data).args(["-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C", "--no-sync"]);
     run(init)?;
     let mut command = program("postgres");
-    command.arg("-D").arg(data).arg("-k").arg(folder).arg("-p").arg(port.to_string());
+    command.arg("-D").arg(data).arg("-k").arg(directory).arg("-p").arg(port.to_string());
     command.args(["-c", "listen_addresses=127.0.0.1", "-c", "log_min_messages=panic"]);
     Ok(command)
 }
 
 fn redis_peer(package: &str, port: u16) -> Result<Command, String> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("redis");
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("redis");
     let place = Path::new(env!("CARGO_TARGET_TMPDIR")).join("redis");
-    let install = Command::new(folder.join("install.sh")).arg(place).output().map_err(|error| error.to_string())?;
+    let install = Command::new(directory.join("install.sh")).arg(place).output().map_err(|error| error.to_string())?;
     if !install.status.success() {
         return Err(String::from_utf8_lossy(&install.stderr).trim_end().to_owned());
     }
     let mut command = Command::new(String::from_utf8_lossy(&install.stdout).trim_end());
-    command.arg(folder.join("peer.py")).arg(package).arg(port.to_string());
+    command.arg(directory.join("peer.py")).arg(package).arg(port.to_string());
     Ok(command)
 }
 
@@ -308,7 +308,7 @@ struct Server {
     engine: &'static Engine,
     port: u16,
     process: Child,
-    _folder: TempDir,
+    _directory: TempDir,
 }
 
 impl Server {
@@ -319,12 +319,12 @@ impl Server {
     }
 
     fn try_start(engine: &'static Engine) -> Result<Self, String> {
-        let folder = tempfile::tempdir_in("/dev/shm").map_err(|error| error.to_string())?;
+        let directory = tempfile::tempdir_in("/dev/shm").map_err(|error| error.to_string())?;
         let port = process::free_port();
-        let mut command = (engine.start)(folder.path(), port)?;
+        let mut command = (engine.start)(directory.path(), port)?;
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let process = command.spawn().map_err(|error| error.to_string())?;
-        let mut server = Self { engine, port, process, _folder: folder };
+        let mut server = Self { engine, port, process, _directory: directory };
         while server.lease("first").try_lock().is_err() {
             if let Ok(Some(status)) = server.process.try_wait() {
                 return Err(format!("its server ended: {status}"));

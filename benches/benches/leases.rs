@@ -1,6 +1,6 @@
 //! Leases in files: what they cost when nobody else wants them, how fast they change hands, and what many take.
 //!
-//! - *Uncontended*: acquiring and releasing, beside `SoftFileLease` of Python's filelock in the same folder.
+//! - *Uncontended*: acquiring and releasing, beside `SoftFileLease` of Python's filelock in the same directory.
 //! - *Renewal*: one beat of the heartbeat, out of a thousand that are due at once, beside its system calls: to open a
 //!   file, lock it, read and write as many bytes, unlock and close it. The leases go by a clock that jumps from one beat to the next.
 //! - *Is held*: asking the guard, beside reading the clock.
@@ -61,9 +61,9 @@ fn main() {
     lockkit_benches::run(&EXPERIMENTS, &FULL, &QUICK);
 }
 
-/// A folder in memory, where nothing is measured of a disk. Removed at the end.
+/// A directory in memory, where nothing is measured of a disk. Removed at the end.
 fn in_memory() -> TempDir {
-    tempfile::tempdir_in("/dev/shm").expect("a folder")
+    tempfile::tempdir_in("/dev/shm").expect("a directory")
 }
 
 fn lease(path: impl AsRef<Path>) -> Lease {
@@ -105,16 +105,16 @@ impl Filelock {
 
     /// Installs it if need be; `None`, and a line that says why, where that is not possible.
     fn start() -> Option<Self> {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("filelock");
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("filelock");
         let place = Path::new(env!("CARGO_TARGET_TMPDIR")).join("filelock");
-        let install = Command::new(folder.join("install.sh")).arg(place).output();
+        let install = Command::new(directory.join("install.sh")).arg(place).output();
         let python = install.map_err(|error| error.to_string()).and_then(|output| match output.status.success() {
             true => Ok(String::from_utf8_lossy(&output.stdout).trim_end().to_owned()),
             false => Err(String::from_utf8_lossy(&output.stderr).trim_end().to_owned()),
         });
         match python {
             Ok(python) => {
-                let mut peer = Peer::start(Command::new(python).arg(folder.join("peer.py")));
+                let mut peer = Peer::start(Command::new(python).arg(directory.join("peer.py")));
                 println!("  beside SoftFileLease of filelock {}", peer.hear());
                 Some(Self(peer))
             }
@@ -132,8 +132,8 @@ impl Filelock {
     }
 
     /// How long it takes to acquire so many, and to release them.
-    fn many(&mut self, folder: &Path, count: usize) -> [Duration; 2] {
-        self.0.say(format_args!("many {count} {}", folder.display()));
+    fn many(&mut self, directory: &Path, count: usize) -> [Duration; 2] {
+        self.0.say(format_args!("many {count} {}", directory.display()));
         self.0.hear_numbers().map(Duration::from_nanos)
     }
 }
@@ -141,11 +141,11 @@ impl Filelock {
 fn uncontended(length: &Length) -> Vec<Row> {
     let (blocks, count) = length.blocks;
     let mut filelock = Filelock::start();
-    [("in memory", in_memory()), ("on disk", tempfile::tempdir().expect("a folder"))]
+    [("in memory", in_memory()), ("on disk", tempfile::tempdir().expect("a directory"))]
         .into_iter()
-        .map(|(place, folder)| {
-            let one = lease(folder.path().join("ours"));
-            let path = folder.path().join("theirs");
+        .map(|(place, directory)| {
+            let one = lease(directory.path().join("ours"));
+            let path = directory.path().join("theirs");
             let [ours, theirs] = in_turns(
                 blocks,
                 || each(count, || drop(acquire(&one))),
@@ -163,17 +163,18 @@ fn renewal(length: &Length) -> Vec<Row> {
     const RECORD: [u8; 1024] = [b'x'; 1024];
     const HEARTBEAT: Duration = Duration::from_millis(250);
     const LONG: Duration = Duration::from_millis(30);
-    let folder = in_memory();
+    let directory = in_memory();
     let jumping = ManualClock::new();
     let clock: Arc<dyn Clock> = Arc::new(jumping.clone());
     let guards: Vec<LeaseGuard> = (0..COUNT)
         .map(|number| {
-            let lease = Lease::file(folder.path().join(number.to_string())).heartbeat(HEARTBEAT).clock(clock.clone());
+            let lease =
+                Lease::file(directory.path().join(number.to_string())).heartbeat(HEARTBEAT).clock(clock.clone());
             acquire(&lease.build().expect("the options go together"))
         })
         .collect();
     let fresh = guards[0].remaining() - HEARTBEAT / 2;
-    let paths: Vec<_> = (0..COUNT).map(|number| folder.path().join(format!("bare-{number}"))).collect();
+    let paths: Vec<_> = (0..COUNT).map(|number| directory.path().join(format!("bare-{number}"))).collect();
     paths.iter().for_each(|path| std::fs::write(path, RECORD).expect("there is room"));
     let [ours, theirs] = in_turns(
         length.blocks.0,
@@ -211,8 +212,8 @@ fn renewal(length: &Length) -> Vec<Row> {
 
 fn is_held(length: &Length) -> Vec<Row> {
     let (blocks, count) = length.blocks;
-    let folder = in_memory();
-    let guard = acquire(&lease(folder.path().join("lease")));
+    let directory = in_memory();
+    let guard = acquire(&lease(directory.path().join("lease")));
     let [ours, theirs] = in_turns(
         blocks,
         || each(count, || assert!((0..1000).all(|_| guard.is_held()))),
@@ -224,21 +225,21 @@ fn is_held(length: &Length) -> Vec<Row> {
 /// Acquires, does something inside, and releases.
 type Hold = Box<dyn FnMut(&mut dyn FnMut())>;
 
-/// Opens what is to be held, in the folder.
+/// Opens what is to be held, in the directory.
 type Open = fn(&Path) -> Hold;
 
 /// What hands over: a lease of ours, and what is woken by the kernel.
 const HAND_OVER: [(&str, Open); 2] = [
-    ("lease", |folder| {
-        let lease = lease(folder.join("lease"));
+    ("lease", |directory| {
+        let lease = lease(directory.join("lease"));
         Box::new(move |inside| {
             let guard = lease.lock().expect("the lease");
             inside();
             guard.release().expect("it is still held");
         })
     }),
-    ("flock", |folder| {
-        let file = File::create(folder.join("flock")).expect("a file");
+    ("flock", |directory| {
+        let file = File::create(directory.join("flock")).expect("a file");
         Box::new(move |inside| {
             flock(&file, FlockOperation::LockExclusive).expect("the lock");
             inside();
@@ -249,9 +250,9 @@ const HAND_OVER: [(&str, Open); 2] = [
 
 /// A child: acquires whenever it is told to, and says when it had it.
 fn waiter(part: &[String]) {
-    let [kind, folder] = part else { panic!("a child needs its part") };
+    let [kind, directory] = part else { panic!("a child needs its part") };
     let (_, open) = HAND_OVER.iter().find(|(name, _)| name == kind).expect("the parent knows the same kinds");
-    let mut hold = open(folder.as_ref());
+    let mut hold = open(directory.as_ref());
     let mut parent = Peer::parent();
     loop {
         parent.hear();
@@ -262,10 +263,10 @@ fn waiter(part: &[String]) {
 }
 
 fn hand_over(length: &Length) -> Vec<Row> {
-    let folder = in_memory();
-    let path = folder.path().to_str().expect("the folder's path is UTF-8");
+    let directory = in_memory();
+    let path = directory.path().to_str().expect("the directory's path is UTF-8");
     let mut contenders =
-        HAND_OVER.map(|(kind, open)| (open(folder.path()), Peer::spawn(&[kind, path]), Vec::<Duration>::new()));
+        HAND_OVER.map(|(kind, open)| (open(directory.path()), Peer::spawn(&[kind, path]), Vec::<Duration>::new()));
     for round in 0..length.hand_overs {
         for (hold, waiter, times) in &mut contenders {
             let mut released = 0;
@@ -295,15 +296,16 @@ fn thousand(length: &Length) -> Vec<Row> {
         all.iter_mut().zip(times).for_each(|(all, time)| all.push(time));
     };
     for _ in 0..rounds {
-        let folder = in_memory();
-        let leases: Vec<Lease> = (0..count).map(|number| lease(folder.path().join(format!("ours-{number}")))).collect();
+        let directory = in_memory();
+        let leases: Vec<Lease> =
+            (0..count).map(|number| lease(directory.path().join(format!("ours-{number}")))).collect();
         let start = Instant::now();
         let guards: Vec<LeaseGuard> = leases.iter().map(acquire).collect();
         let acquired = start.elapsed();
         drop(guards);
         note(&mut ours, [acquired, start.elapsed() - acquired]);
         if let Some(filelock) = &mut filelock {
-            note(&mut theirs, filelock.many(folder.path(), count));
+            note(&mut theirs, filelock.many(directory.path(), count));
         }
     }
     let names = [format!("acquire {count} leases, new files"), format!("drop {count} leases")];
@@ -332,10 +334,10 @@ fn longest_stop(span: Duration) -> Duration {
 fn many(length: &Length) -> Vec<Row> {
     const HEARTBEAT: Duration = Duration::from_secs(1);
     let (count, span) = length.many;
-    let folder = in_memory();
+    let directory = in_memory();
     let guards: Vec<LeaseGuard> = (0..count)
         .map(|number| {
-            let lease = Lease::file(folder.path().join(number.to_string())).heartbeat(HEARTBEAT);
+            let lease = Lease::file(directory.path().join(number.to_string())).heartbeat(HEARTBEAT);
             acquire(&lease.build().expect("the options go together"))
         })
         .collect();

@@ -211,29 +211,29 @@ fn allocate(length: &Length) -> Vec<Row> {
             rows.push(Row { name, ours, peer: "empty table", theirs, bound });
         }
     }
-    rows.push(allocate_in_folders(blocks, count));
+    rows.push(allocate_in_directories(blocks, count));
     rows
 }
 
 /// The same of locks in files: by a manager that was just opened, where many are allocated, and where none is.
-fn allocate_in_folders(blocks: u32, count: u32) -> Row {
+fn allocate_in_directories(blocks: u32, count: u32) -> Row {
     const MANY: u32 = 10_000;
-    let folders = [MANY, 0].map(|allocated| {
-        let folder = tempfile::tempdir_in("/dev/shm").expect("a folder");
-        let manager = FileLockManager::create(folder.path().join("table")).expect("a table");
+    let directories = [MANY, 0].map(|allocated| {
+        let directory = tempfile::tempdir_in("/dev/shm").expect("a directory");
+        let manager = FileLockManager::create(directory.path().join("table")).expect("a table");
         (0..allocated).for_each(|_| _ = manager.allocate().expect("a lock"));
-        folder
+        directory
     });
     let cycle = |at: usize| {
         let start = Instant::now();
         for _ in 0..count {
-            let manager = FileLockManager::open(folders[at].path().join("table")).expect("a table");
+            let manager = FileLockManager::open(directories[at].path().join("table")).expect("a table");
             manager.allocate().expect("a lock").free().expect("allocated");
         }
         start.elapsed() / count
     };
     let [ours, theirs] = in_turns(blocks, || cycle(0), || cycle(1));
-    let name = format!("open, allocate and free in a folder of {MANY}");
+    let name = format!("open, allocate and free in a directory of {MANY}");
     Row { name, ours, peer: "an empty one", theirs, bound: Bound::Ratio(1.5) }
 }
 

@@ -75,13 +75,13 @@ fn contender<L: 'static, G: 'static>(
     Contender { name, free: Box::new(move |at| Box::new(make(at))), held: Box::new(move |at| Box::new(hold(new(at)))) }
 }
 
-fn contenders(folder: &Path) -> Vec<(Contender, Contender)> {
+fn contenders(directory: &Path) -> Vec<(Contender, Contender)> {
     let path = |name: &'static str| {
-        let folder = folder.to_owned();
-        move |at: usize| folder.join(format!("{name}-{at}"))
+        let directory = directory.to_owned();
+        move |at: usize| directory.join(format!("{name}-{at}"))
     };
     let (file, fd, pid, fslock, lease) = (path("file"), path("fd"), path("pid"), path("fslock"), path("lease"));
-    let table = ShmLockManager::create(folder.join("table"), 1024).expect("a table");
+    let table = ShmLockManager::create(directory.join("table"), 1024).expect("a table");
     vec![
         (
             contender(
@@ -148,9 +148,9 @@ fn main() {
         return;
     }
     let _alone = lockkit_benches::alone();
-    let folder = tempfile::tempdir_in("/dev/shm").expect("memory to make files in");
+    let directory = tempfile::tempdir_in("/dev/shm").expect("memory to make files in");
     let mut rows = Vec::new();
-    for (mut ours, mut peer) in contenders(folder.path()) {
+    for (mut ours, mut peer) in contenders(directory.path()) {
         for (state, ours_cost, peer_cost) in
             [("free", cost(&mut ours.free), cost(&mut peer.free)), ("held", cost(&mut ours.held), cost(&mut peer.held))]
         {

@@ -19,8 +19,8 @@ fn main() {
     let _alone = lockkit_benches::alone();
     let blocks = if arguments::is_quick() { 20 } else { 1000 };
     let programs = [built("with"), built("without")];
-    let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a folder");
-    let path = |name: &str| folder.path().join(name).display().to_string();
+    let directory = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a directory");
+    let path = |name: &str| directory.path().join(name).display().to_string();
     let locks = [
         ("NamedLock", "named", "lockkit-bench-tracing".to_owned(), 200),
         ("FileLock", "file", path("file"), 1000),
@@ -84,7 +84,7 @@ impl Drop for Cycle {
 /// The program `cycle`, `with` the feature or `without`.
 fn built(how: &str) -> PathBuf {
     let program = std::env::current_exe().expect("the program has a path");
-    let target = program.ancestors().find(|folder| folder.ends_with("release")).and_then(Path::parent);
+    let target = program.ancestors().find(|directory| directory.ends_with("release")).and_then(Path::parent);
     let target = target.expect("benches are built in release mode");
     let mut cargo = Command::new(env!("CARGO"));
     cargo.args(["build", "--quiet", "--release", "--package", "lockkit-benches", "--bin", "cycle"]);

@@ -25,8 +25,8 @@ struct Comparison {
     peers: Vec<(Contender, Bound)>,
 }
 
-fn comparisons(folder: &Path) -> Vec<Comparison> {
-    let file = |name: &str| folder.join(name);
+fn comparisons(directory: &Path) -> Vec<Comparison> {
+    let file = |name: &str| directory.join(name);
     vec![
         Comparison {
             ours: named("NamedLock", Backend::Auto),
@@ -55,7 +55,7 @@ fn comparisons(folder: &Path) -> Vec<Comparison> {
             peers: vec![(file_read(&file("read.pid")), Bound::Time(Duration::from_micros(60)))],
         },
         Comparison {
-            ours: in_folder(&file("folder")),
+            ours: in_directory(&file("directory")),
             peers: vec![(fd_lock(&file("fd-lock")), Bound::None), (fslock(&file("fslock")), Bound::None)],
         },
         Comparison { ours: first_instance(), peers: vec![(single_instance(), Bound::None)] },
@@ -86,7 +86,7 @@ fn pid_file(path: &Path) -> Contender {
     Contender::new("PidFile", move || drop(lock.lock().unwrap()))
 }
 
-fn in_folder(path: &Path) -> Contender {
+fn in_directory(path: &Path) -> Contender {
     let lock = FileLockManager::create(path).unwrap().allocate().unwrap();
     Contender::new("FileLockManager's lock", move || drop(lock.lock().unwrap()))
 }
@@ -283,7 +283,7 @@ struct Length {
 
 fn main() {
     let _alone = lockkit_benches::alone();
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let mut criterion = Criterion::default()
         .warm_up_time(Duration::from_millis(500))
         .measurement_time(Duration::from_secs(2))
@@ -294,7 +294,7 @@ fn main() {
     };
 
     let mut rows = Vec::new();
-    for mut comparison in comparisons(folder.path()) {
+    for mut comparison in comparisons(directory.path()) {
         let mut group = criterion.benchmark_group("uncontended");
         let ours = comparison.ours.bench(&mut group);
         comparison.peers.retain_mut(|(peer, _)| peer.bench(&mut group));

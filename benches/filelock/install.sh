@@ -1,5 +1,5 @@
 #!/bin/sh
-# Prints the path of a python that has the package filelock: that of a virtual environment in the folder $1, which is
+# Prints the path of a python that has the package filelock: that of a virtual environment in the directory $1, which is
 # made by the first call. Needs python3 with venv and pip, and the first time a package index.
 set -eu
 python=$1/bin/python

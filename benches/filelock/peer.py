@@ -24,9 +24,9 @@ def cycles(path, count):
     return (perf_counter_ns() - start,)
 
 
-def many(folder, count):
+def many(directory, count):
     """Acquires so many leases, and then releases them."""
-    leases = [lease(f"{folder}/{number}") for number in range(count)]
+    leases = [lease(f"{directory}/{number}") for number in range(count)]
     start = perf_counter_ns()
     for one in leases:
         one.acquire()

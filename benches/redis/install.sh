@@ -1,6 +1,6 @@
 #!/bin/sh
 # Prints the path of a python that has the packages redis and python-redis-lock: that of a virtual environment in the
-# folder $1, which is made by the first call. Needs python3 with venv and pip, and the first time a package index.
+# directory $1, which is made by the first call. Needs python3 with venv and pip, and the first time a package index.
 set -eu
 python=$1/bin/python
 if ! "$python" -c 'import redis, redis_lock' 2>/dev/null; then

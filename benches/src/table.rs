@@ -166,14 +166,14 @@ pub fn print(rows: &[Row]) {
     let program = std::env::current_exe().expect("the program has a path");
     // Its name ends in a hash.
     let program = program.file_stem().and_then(|name| name.to_str()?.split('-').next()).expect("it has a name");
-    std::fs::create_dir_all(folder()).expect("the build's folder can be written to");
-    std::fs::write(folder().join(program), kept).expect("the build's folder can be written to");
+    std::fs::create_dir_all(directory()).expect("the build's directory can be written to");
+    std::fs::write(directory().join(program), kept).expect("the build's directory can be written to");
 }
 
 /// Where rows are kept: beside the program, so that they belong to the same build.
-fn folder() -> PathBuf {
+fn directory() -> PathBuf {
     let program = std::env::current_exe().expect("the program has a path");
-    program.parent().expect("it is in a folder").join("lockkit-bench-rows")
+    program.parent().expect("it is in a directory").join("lockkit-bench-rows")
 }
 
 /// The rows that a program kept when it ran last. Of those about one thing that have no bound only the one with the
@@ -182,7 +182,7 @@ fn folder() -> PathBuf {
 /// # Panics
 /// When what it kept cannot be read.
 pub fn kept(program: &str) -> Vec<Cells> {
-    let text = match std::fs::read_to_string(folder().join(program)) {
+    let text = match std::fs::read_to_string(directory().join(program)) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Vec::new(),
         Err(error) => panic!("cannot read what {program} kept: {error}"),

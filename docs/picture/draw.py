@@ -19,8 +19,8 @@ class Terminal:
     def __init__(self):
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
-            folder = os.path.dirname(EXAMPLE)
-            environment = {"PATH": f"{folder}:/usr/bin:/bin", "PS1": PROMPT, "TERM": "dumb", "COLUMNS": "500"}
+            directory = os.path.dirname(EXAMPLE)
+            environment = {"PATH": f"{directory}:/usr/bin:/bin", "PS1": PROMPT, "TERM": "dumb", "COLUMNS": "500"}
             os.execve("/bin/sh", ["sh"], environment)
         self.text = self.wait_for(PROMPT)
 

@@ -1,4 +1,4 @@
-//! The example as a user meets it: files handed over from another folder, a first instance that hangs, dies and closes.
+//! The example as a user meets it: files handed over from another directory, a first instance that hangs, dies and closes.
 
 #![cfg(target_os = "linux")]
 
@@ -48,8 +48,8 @@ impl Drop for First {
     }
 }
 
-fn second(folder: &Path, files: &[&str]) -> Output {
-    Command::new(example("activate")).args(files).current_dir(folder).stdin(Stdio::null()).output().unwrap()
+fn second(directory: &Path, files: &[&str]) -> Output {
+    Command::new(example("activate")).args(files).current_dir(directory).stdin(Stdio::null()).output().unwrap()
 }
 
 /// One test, for the example has one name.

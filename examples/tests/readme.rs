@@ -1,14 +1,14 @@
-//! The list of examples in this folder's README is complete, and each is run by a test of its name.
+//! The list of examples in this directory's README is complete, and each is run by a test of its name.
 
 use std::fs;
 use std::path::Path;
 
 #[test]
 fn every_example_is_listed_and_is_run_by_a_test() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let list = fs::read_to_string(folder.join("README.md")).unwrap();
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let list = fs::read_to_string(directory.join("README.md")).unwrap();
     let mut count = 0;
-    for entry in fs::read_dir(folder).unwrap() {
+    for entry in fs::read_dir(directory).unwrap() {
         let path = entry.unwrap().path();
         if path.extension().is_none_or(|extension| extension != "rs") {
             continue;
@@ -16,7 +16,7 @@ fn every_example_is_listed_and_is_run_by_a_test() {
         let name = path.file_stem().unwrap().to_str().unwrap();
         assert!(list.contains(&format!("\n## {name}\n")), "README.md says nothing of {name}");
         assert!(list.contains(&format!("\n$ cargo run --example {name}")), "README.md does not say how {name} is run");
-        assert!(folder.join(format!("tests/{name}.rs")).is_file(), "no test runs {name}");
+        assert!(directory.join(format!("tests/{name}.rs")).is_file(), "no test runs {name}");
         count += 1;
     }
     assert_eq!(count, list.matches("\n## ").count(), "README.md lists what is not there");

@@ -1,4 +1,4 @@
-//! Runs the example on a folder with one pidfile of each sort.
+//! Runs the example on a directory with one pidfile of each sort.
 
 mod common;
 
@@ -17,27 +17,27 @@ fn backdate(path: &Path) {
 }
 
 #[test]
-fn each_pidfile_of_a_folder_gets_a_line_that_says_why() {
-    let folder = std::env::temp_dir().join(format!("lockkit-example-stale-pidfile-{}", std::process::id()));
-    fs::create_dir_all(folder.join("below")).unwrap();
+fn each_pidfile_of_a_directory_gets_a_line_that_says_why() {
+    let directory = std::env::temp_dir().join(format!("lockkit-example-stale-pidfile-{}", std::process::id()));
+    fs::create_dir_all(directory.join("below")).unwrap();
     let mut daemon = Command::new("sleep").arg("600").stdin(Stdio::null()).spawn().unwrap();
-    let write = |name: &str, text: String| fs::write(folder.join(name), text).unwrap();
-    let held = PidFile::new(folder.join("below/held.pid")).unwrap().lock().unwrap();
+    let write = |name: &str, text: String| fs::write(directory.join(name), text).unwrap();
+    let held = PidFile::new(directory.join("below/held.pid")).unwrap().lock().unwrap();
     write("alive.pid", format!("{}\n", daemon.id()));
     write("dead.pid", "4194304\n".to_owned());
     write("reused.pid", format!("{}\n", daemon.id()));
-    backdate(&folder.join("reused.pid"));
+    backdate(&directory.join("reused.pid"));
     write("invalid.pid", "x12 \u{1b}x\n".to_owned());
     write("notes.txt", "1\n".to_owned());
     write("blank\u{1b}.pid", "\n".to_owned());
 
-    let output = Command::new(example("stale_pidfile")).arg(&folder).output().unwrap();
+    let output = Command::new(example("stale_pidfile")).arg(&directory).output().unwrap();
     let table = String::from_utf8(output.stdout).unwrap();
     println!("{table}");
     let lines: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
     let (me, daemon_pid) = (std::process::id().to_string(), daemon.id().to_string());
     let line = |name: &str| {
-        let path = folder.join(name).display().to_string();
+        let path = directory.join(name).display().to_string();
         lines.iter().find(|line| line[0] == path).unwrap_or_else(|| panic!("no line for {name}"))
     };
     assert_eq!(lines[0], ["PATH", "PID", "PROGRAM", "STATE", "WHY"]);
@@ -59,5 +59,5 @@ fn each_pidfile_of_a_folder_gets_a_line_that_says_why() {
     daemon.kill().unwrap();
     daemon.wait().unwrap();
     drop(held);
-    fs::remove_dir_all(folder).unwrap();
+    fs::remove_dir_all(directory).unwrap();
 }

@@ -119,7 +119,7 @@ pub enum ErrorKind {
         /// The rule that it breaks.
         rule: &'static str,
     },
-    /// A path that does not start at the root: it would name another file after a change of the working folder, as
+    /// A path that does not start at the root: it would name another file after a change of the working directory, as
     /// daemons make one.
     #[error("{} is no absolute path", .path.display())]
     RelativePath {
@@ -145,20 +145,20 @@ pub enum ErrorKind {
         /// The beginning of its first line, escaped.
         text: String,
     },
-    /// Another user sits on the name, or owns the folder in which the lock must live, and is not trusted with it.
+    /// Another user sits on the name, or owns the directory in which the lock must live, and is not trusted with it.
     #[error("{lock} is occupied by another user: uid {uid}{}; only that user or root can give it up", of_pid(*.pid))]
     ForeignOwner {
-        /// Which lock or folder.
+        /// Which lock or directory.
         lock: String,
         /// The other user.
         uid: u32,
         /// The other user's process, where it is known.
         pid: Option<u32>,
     },
-    /// A folder or file in which a lock must live could be tampered with by other users, and is not used.
+    /// A directory or file in which a lock must live could be tampered with by other users, and is not used.
     #[error("{} is not safe to keep locks in: {problem}", .path.display())]
     Insecure {
-        /// The folder or file.
+        /// The directory or file.
         path: PathBuf,
         /// What is wrong with it and what would mend it.
         problem: &'static str,

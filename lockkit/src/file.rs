@@ -85,7 +85,7 @@ impl Blink {
 
 static BLINK: Blink = Blink::new();
 
-/// A lock on a file or folder, exclusive or shared.
+/// A lock on a file or directory, exclusive or shared.
 ///
 /// It excludes every process that locks the same file with flock(2), the `flock` command among them. Cloning gives
 /// another handle on the same lock.
@@ -115,9 +115,9 @@ static BLINK: Blink = Blink::new();
 /// ```
 /// use std::io::Write;
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # let folder = std::env::temp_dir().join(format!("lockkit-doc-file-{}", std::process::id()));
-/// # std::fs::create_dir_all(&folder)?;
-/// let lock = lockkit::FileLock::new(folder.join("data.lock"));
+/// # let directory = std::env::temp_dir().join(format!("lockkit-doc-file-{}", std::process::id()));
+/// # std::fs::create_dir_all(&directory)?;
+/// let lock = lockkit::FileLock::new(directory.join("data.lock"));
 /// {
 ///     let guard = lock.lock()?;
 ///     guard.file().write_all(b"mine")?;
@@ -126,7 +126,7 @@ static BLINK: Blink = Blink::new();
 /// let reader = lock.lock_shared()?;
 /// let another = lock.lock_shared()?;
 /// # drop((reader, another));
-/// # std::fs::remove_dir_all(folder)?;
+/// # std::fs::remove_dir_all(directory)?;
 /// # Ok(()) }
 /// ```
 ///
@@ -136,15 +136,15 @@ static BLINK: Blink = Blink::new();
 /// use std::time::Duration;
 /// use lockkit::{FileLock, Wait};
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # let folder = std::env::temp_dir().join(format!("lockkit-doc-file-made-{}", std::process::id()));
-/// let lock = FileLock::new(folder.join("deep/data.lock")).create_parents().create_with_mode(0o640);
+/// # let directory = std::env::temp_dir().join(format!("lockkit-doc-file-made-{}", std::process::id()));
+/// let lock = FileLock::new(directory.join("deep/data.lock")).create_parents().create_with_mode(0o640);
 /// let one = lock.acquire_shared(&Wait::at_most(Duration::from_secs(5)))?;
 /// let two = lock.lock_shared_for(Duration::from_secs(5))?;
 /// assert!(two.is_shared() && lock.waiters()? == 0);
 /// drop((one, two));
 /// let writer = lock.acquire(&Wait::none())?;
 /// # drop(writer);
-/// # std::fs::remove_dir_all(folder)?;
+/// # std::fs::remove_dir_all(directory)?;
 /// # Ok(()) }
 /// ```
 #[derive(Clone, Debug)]
@@ -163,9 +163,9 @@ struct Place {
     path: PathBuf,
     /// The permissions of a file made here, exactly; else 0600 less the umask.
     mode: Option<u32>,
-    /// Whether missing folders are made.
+    /// Whether missing directories are made.
     parents: bool,
-    /// The folder is open to other users, who may have put something else in the file's place.
+    /// The directory is open to other users, who may have put something else in the file's place.
     wary: bool,
 }
 
@@ -202,7 +202,7 @@ impl Open {
 }
 
 impl FileLock {
-    /// A lock on the file or folder at `path`. Nothing happens there until it is first locked; then a missing file is
+    /// A lock on the file or directory at `path`. Nothing happens there until it is first locked; then a missing file is
     /// made.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self::at(Place { path: path.into(), mode: None, parents: false, wary: false })
@@ -226,7 +226,7 @@ impl FileLock {
         Self::at(Place { mode: Some(mode), ..self.0.place.clone() })
     }
 
-    /// Makes missing folders on the way to the file, too, with the permissions that the process's umask leaves.
+    /// Makes missing directories on the way to the file, too, with the permissions that the process's umask leaves.
     pub fn create_parents(self) -> Self {
         Self::at(Place { parents: true, ..self.0.place.clone() })
     }
@@ -314,7 +314,7 @@ impl FileLock {
     ///
     /// # Errors
     /// [`Held`](ErrorKind::Held), [`Timeout`](ErrorKind::Timeout) or [`Cancelled`](ErrorKind::Cancelled) as `wait` has
-    /// it; [`Io`](ErrorKind::Io) when the file cannot be opened, made or locked, or is neither a file nor a folder;
+    /// it; [`Io`](ErrorKind::Io) when the file cannot be opened, made or locked, or is neither a file nor a directory;
     /// [`RogueDeletion`](ErrorKind::RogueDeletion) when somebody replaces it all the time.
     pub fn acquire(&self, wait: &Wait) -> Result<FileGuard> {
         self.acquire_in(Mode::Exclusive, wait)
@@ -521,7 +521,7 @@ impl Place {
     }
 
     /// Opens the file, or makes it: never both in one step, which the kernel refuses for another user's file in a
-    /// sticky folder (`fs.protected_regular`).
+    /// sticky directory (`fs.protected_regular`).
     ///
     /// Also says whether it was made.
     fn open(&self) -> Result<(Shielded<File>, bool)> {
@@ -536,10 +536,10 @@ impl Place {
             match self.create() {
                 Err(error) if error.kind() == Io::AlreadyExists => {}
                 Err(error) if error.kind() == Io::NotFound && self.parents => {
-                    let folder = self.path.parent().unwrap_or(&self.path);
-                    let made = DirBuilder::new().recursive(true).create(folder);
-                    made.map_err(|error| Error::io("create the folder", folder, error))?;
-                    step("folders made");
+                    let directory = self.path.parent().unwrap_or(&self.path);
+                    let made = DirBuilder::new().recursive(true).create(directory);
+                    made.map_err(|error| Error::io("create the directory", directory, error))?;
+                    step("directories made");
                 }
                 created => {
                     let file = created.map_err(|error| Error::io("create", &self.path, error))?;
@@ -606,7 +606,7 @@ impl Place {
 
     /// For writing where that is allowed, as some file systems want it for an exclusive lock; else for reading.
     fn open_existing(&self) -> io::Result<Shielded<File>> {
-        let unfit = || io::Error::new(Io::InvalidInput, "neither a file nor a folder");
+        let unfit = || io::Error::new(Io::InvalidInput, "neither a file nor a directory");
         // Looked at first, because merely opening a FIFO or a device may do something.
         if std::fs::metadata(&self.path).is_ok_and(|found| !found.is_file() && !found.is_dir()) {
             return Err(unfit());

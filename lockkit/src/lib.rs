@@ -8,7 +8,7 @@
 //!
 //! | if | take | it is a lock on |
 //! |---|---|---|
-//! | a file or folder is guarded, some may read it together, or flock(1) takes part | [`FileLock`] | a path, exclusive or shared |
+//! | a file or directory is guarded, some may read it together, or flock(1) takes part | [`FileLock`] | a path, exclusive or shared |
 //! | a second start hands its arguments over to the first (Linux) | [`Instance`] | a name, whose holder further starts talk to |
 //! | people and programs want to read who runs: `kill $(cat …)`, systemd's `PIDFile=` | [`PidFile`] | a path whose file says who holds it |
 //! | several hosts take part, or a holder that hangs must lose its lock | [`Lease`] | a key, for a time that a heartbeat renews |

@@ -130,9 +130,9 @@ const DEFAULT_MODE: u32 = 0o644;
 ///
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # let folder = std::env::temp_dir().join(format!("lockkit-doc-pidfile-{}", std::process::id()));
-/// # std::fs::create_dir_all(&folder)?;
-/// # let path = folder.join("app.pid");
+/// # let directory = std::env::temp_dir().join(format!("lockkit-doc-pidfile-{}", std::process::id()));
+/// # std::fs::create_dir_all(&directory)?;
+/// # let path = directory.join("app.pid");
 /// use lockkit::{PidFile, PidStatus};
 ///
 /// let guard = PidFile::new(&path)?.try_lock()?;
@@ -140,7 +140,7 @@ const DEFAULT_MODE: u32 = 0o644;
 /// assert!(matches!(PidFile::inspect(&path)?, PidStatus::Running(owner) if owner.pid() == std::process::id()));
 /// guard.release()?;
 /// assert!(matches!(PidFile::inspect(&path)?, PidStatus::Absent));
-/// # std::fs::remove_dir_all(folder)?;
+/// # std::fs::remove_dir_all(directory)?;
 /// # Ok(()) }
 /// ```
 ///
@@ -149,11 +149,11 @@ const DEFAULT_MODE: u32 = 0o644;
 /// ```
 /// use lockkit::{PidFile, Wait};
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # let folder = std::env::temp_dir().join(format!("lockkit-doc-pidfile-folder-{}", std::process::id()));
-/// let pidfile = PidFile::new(folder.join("app/app.pid"))?.create_parents().create_with_mode(0o640);
+/// # let directory = std::env::temp_dir().join(format!("lockkit-doc-pidfile-directory-{}", std::process::id()));
+/// let pidfile = PidFile::new(directory.join("app/app.pid"))?.create_parents().create_with_mode(0o640);
 /// let guard = pidfile.acquire(&Wait::none())?;
 /// # drop(guard);
-/// # std::fs::remove_dir_all(folder)?;
+/// # std::fs::remove_dir_all(directory)?;
 /// # Ok(()) }
 /// ```
 #[derive(Clone, Debug)]
@@ -603,9 +603,9 @@ impl PidFile {
     /// What `make` gives; where the directory is missing and is to be made, after making it.
     fn with_parents<T>(&self, make: impl Fn() -> io::Result<T>) -> io::Result<T> {
         match (make(), self.path.parent()) {
-            (Err(error), Some(folder)) if error.kind() == Io::NotFound && self.create_parents => {
-                DirBuilder::new().recursive(true).mode(0o755).create(folder)?;
-                step("folders made");
+            (Err(error), Some(directory)) if error.kind() == Io::NotFound && self.create_parents => {
+                DirBuilder::new().recursive(true).mode(0o755).create(directory)?;
+                step("directories made");
                 make()
             }
             (made, _) => made,

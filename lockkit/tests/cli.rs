@@ -114,7 +114,7 @@ struct Lock {
     run: [String; 2],
     place: String,
     /// Where its file is, as long as it is needed.
-    _folder: TempDir,
+    _directory: TempDir,
 }
 
 /// Takes away the record that a named lock leaves for its next holder.
@@ -129,12 +129,12 @@ const KINDS: [&str; 4] = ["--name", "--file", "--pidfile", "--lease"];
 
 impl Lock {
     fn new(kind: &str) -> Self {
-        let folder = TempDir::new().expect("a folder");
+        let directory = TempDir::new().expect("a directory");
         let place = match kind {
             "--name" => fresh_name(),
-            _ => folder.path().join("lock").display().to_string(),
+            _ => directory.path().join("lock").display().to_string(),
         };
-        Self { run: [kind.to_owned(), place.clone()], place, _folder: folder }
+        Self { run: [kind.to_owned(), place.clone()], place, _directory: directory }
     }
 
     /// The command that runs `script` under it.
@@ -253,7 +253,7 @@ fn nothing_panics_where_nothing_can_be_written() {
     let lock = Lock::new("--name");
     let (_running, _) = lock.hold([]);
     let full = || File::options().write(true).open("/dev/full").expect("a device");
-    let file = lock._folder.path().join("file").display().to_string();
+    let file = lock._directory.path().join("file").display().to_string();
     let cases: [(&[&str], i32); 6] = [
         (&["list"], 74),
         (&["list", "--json"], 74),
@@ -445,7 +445,7 @@ fn a_lockkit_that_is_killed_while_it_waits_runs_nothing_later() {
     for kind in KINDS {
         let lock = Lock::new(kind);
         let (mut running, pid) = lock.hold([]);
-        let ran = lock._folder.path().join("ran");
+        let ran = lock._directory.path().join("ran");
         let mut waiter = Running::start(lock.run([], &format!("echo > {}", ran.display())));
         match kind {
             "--lease" => until("it waits", || !children(waiter.pid()).is_empty()),
@@ -470,7 +470,7 @@ fn the_lock_outlasts_a_lockkit_that_is_killed_at_any_moment() {
     for kind in ["--name", "--file", "--pidfile"] {
         let lock = Lock::new(kind);
         for round in 0..30 {
-            let pid_file = lock._folder.path().join(format!("program-{round}"));
+            let pid_file = lock._directory.path().join(format!("program-{round}"));
             let script = format!("echo $$ > {0}.new; mv {0}.new {0}; exec sleep 60", pid_file.display());
             let mut running = Running::start(lock.run([], &script));
             std::thread::sleep(Duration::from_micros(700 * round));
@@ -692,7 +692,7 @@ fn a_program_in_another_group_is_interrupted_and_hears_that_the_terminal_is_gone
         for (begin, signal) in [("exec setsid sh -c", "INT"), ("exec sh -c", "HUP")] {
             let lock = Lock::new(kind);
             let (end, mut screen) = terminal();
-            let heard = lock._folder.path().join("heard");
+            let heard = lock._directory.path().join("heard");
             let script = format!(
                 "{begin} 'trap \"echo > {}; exit\" {signal}; echo ready; while :; do sleep 0.02; done'",
                 heard.display()
@@ -804,34 +804,34 @@ fn status_and_list_say_the_same_in_json() {
 }
 
 #[test]
-fn what_is_in_a_folder_is_listed_on_request_and_tables_in_use_without() {
+fn what_is_in_a_directory_is_listed_on_request_and_tables_in_use_without() {
     use lockkit::{LockManager, ShmLockManager};
-    let (folder, paths) = pidfiles();
-    let table = folder.path().join("table");
+    let (directory, paths) = pidfiles();
+    let table = directory.path().join("table");
     let manager = ShmLockManager::create(&table, 8).expect("a table");
     let _guard = manager.allocate().and_then(|lock| lock.lock()).expect("a free lock");
     let kinds = |list: &Output| {
         let list = json(list);
         let locks = list["locks"].as_array().expect("locks").iter();
-        let here = locks.filter(|lock| Path::new(lock["name"].as_str().expect("a name")).starts_with(folder.path()));
+        let here = locks.filter(|lock| Path::new(lock["name"].as_str().expect("a name")).starts_with(directory.path()));
         here.map(|lock| lock["kind"].as_str().expect("a kind").to_owned()).collect::<Vec<_>>()
     };
     assert_eq!(kinds(&output(["list", "--json"])), ["table"]);
-    let all = output(["list", "--json", &folder.path().display().to_string()]);
+    let all = output(["list", "--json", &directory.path().display().to_string()]);
     assert_eq!(kinds(&all), ["pidfile", "pidfile", "table"], "{paths:?}");
 }
 
 #[test]
 fn names_of_files_reach_no_terminal_raw_and_looking_at_a_fifo_does_not_block() {
-    let folder = TempDir::new().expect("a folder");
-    let odd = folder.path().join("a\x1b[31m\nb").display().to_string();
+    let directory = TempDir::new().expect("a directory");
+    let odd = directory.path().join("a\x1b[31m\nb").display().to_string();
     let _holder = Running::start(lockkit(["run", "--file", &odd, "--", "sleep", "60"]));
     until("it is held", || code(["status", &odd]) == 1);
     for shown in [output(["status", &odd]), output(["list"])] {
         let shown = text(&shown.stdout);
         assert!(shown.contains(r"a\u{1b}[31m\nb") && !shown.contains('\x1b'), "{shown:?}");
     }
-    let fifo = folder.path().join("fifo").display().to_string();
+    let fifo = directory.path().join("fifo").display().to_string();
     assert!(Command::new("mkfifo").arg(&fifo).status().expect("mkfifo starts").success());
     assert_eq!(code(["status", &fifo]), 0);
 }
@@ -859,27 +859,27 @@ fn wait_returns_when_the_lock_is_free_and_does_not_take_it() {
     }
 }
 
-/// Folder with a pidfile of a process that lives, one of a process that has ended, and something else.
+/// Directory with a pidfile of a process that lives, one of a process that has ended, and something else.
 fn pidfiles() -> (TempDir, [PathBuf; 3]) {
-    let folder = TempDir::new().expect("a folder");
-    let paths = ["alive.pid", "dead.pid", "notes.txt"].map(|name| folder.path().join(name));
+    let directory = TempDir::new().expect("a directory");
+    let paths = ["alive.pid", "dead.pid", "notes.txt"].map(|name| directory.path().join(name));
     let mut ended = Command::new("true").spawn().expect("it starts");
     ended.wait().expect("a child");
     fs::write(&paths[0], format!("{}\n", std::process::id())).expect("a file");
     fs::write(&paths[1], format!("{}\n", ended.id())).expect("a file");
     fs::write(&paths[2], "4194305\n").expect("a file");
-    (folder, paths)
+    (directory, paths)
 }
 
 #[test]
 fn pidfiles_are_checked_and_only_stale_ones_are_removed() {
-    let (folder, paths) = pidfiles();
+    let (directory, paths) = pidfiles();
     let text_of = |path: &Path| path.display().to_string();
-    let dir = text_of(folder.path());
+    let dir = text_of(directory.path());
     assert_eq!(code(["pidfile", "check", &text_of(&paths[0])]), 1);
     assert_eq!(code(["pidfile", "check", &text_of(&paths[1])]), 2);
     assert_eq!(code(["pidfile", "check", &dir]), 1);
-    assert_eq!(code(["pidfile", "check", &text_of(&folder.path().join("none.pid"))]), 66);
+    assert_eq!(code(["pidfile", "check", &text_of(&directory.path().join("none.pid"))]), 66);
     let form = json(&output(["pidfile", "check", "--json", &dir]));
     assert_eq!((&form["version"], form["locks"].as_array().map(Vec::len)), (&1.into(), Some(2)));
     let dead = fs::read(&paths[1]).expect("a file");
@@ -889,7 +889,7 @@ fn pidfiles_are_checked_and_only_stale_ones_are_removed() {
     assert_eq!((code_of(&clean), text(&clean.stdout).lines().count()), (0, 1));
     assert_eq!(paths.each_ref().map(|path| path.exists()), [true, false, true]);
     // What a link leads to is left alone, and said to be.
-    let link = folder.path().join("link.pid");
+    let link = directory.path().join("link.pid");
     fs::write(&paths[2], dead).expect("a file");
     symlink(&paths[2], &link).expect("a link");
     for options in [["clean", "--dry-run"].as_slice(), &["clean"]] {
@@ -901,12 +901,12 @@ fn pidfiles_are_checked_and_only_stale_ones_are_removed() {
 
 #[test]
 fn b6_dry_run_check_and_clean_judge_alike() {
-    let (folder, [alive, dead, junk]) = pidfiles();
+    let (directory, [alive, dead, junk]) = pidfiles();
     let old = |path: &Path| {
         let file = fs::File::options().write(true).open(path).expect("a file");
         file.set_modified(std::time::SystemTime::now() - Duration::from_secs(60)).expect("its time can be set");
     };
-    let file = |name: &str| folder.path().join(name);
+    let file = |name: &str| directory.path().join(name);
     fs::write(file("blank.pid"), "").expect("a file");
     old(&file("blank.pid"));
     fs::write(file("text.pid"), "key = value\n").expect("a file");
@@ -942,7 +942,7 @@ fn b6_dry_run_check_and_clean_judge_alike() {
     }
     // The others of a directory are judged all the same.
     fs::write(&dead, "4194304\n").expect("a file");
-    let dir = folder.path().display().to_string();
+    let dir = directory.path().display().to_string();
     let run = output(["pidfile", "clean", &dir]);
     assert!(text(&run.stdout).contains("dead.pid") && code_of(&run) != 0, "{run:?}");
 }
@@ -952,12 +952,12 @@ fn b6_file_that_may_not_be_read_or_removed_is_refused() {
     if !rustix::process::geteuid().is_root() {
         return left_out("acting as another user needs root");
     }
-    let folder = TempDir::new().expect("a folder");
-    let path = folder.path().join("app.pid");
+    let directory = TempDir::new().expect("a directory");
+    let path = directory.path().join("app.pid");
     let set = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("it can be set");
-    for (directory, mode) in [(0o777, 0o600), (0o755, 0o644), (0o1777, 0o644)] {
+    for (above, mode) in [(0o777, 0o600), (0o755, 0o644), (0o1777, 0o644)] {
         fs::write(&path, "4194304\n").expect("a file");
-        set(folder.path(), directory);
+        set(directory.path(), above);
         set(&path, mode);
         for command in [["clean", "--dry-run"].as_slice(), &["clean"]] {
             let mut run = Command::new("setpriv");
@@ -1041,8 +1041,8 @@ fn an_engine_that_this_build_lacks_is_named_with_the_feature_that_brings_it() {
 
 #[test]
 fn a_lease_by_url_is_the_lease_at_its_path() {
-    let folder = TempDir::new().expect("a folder");
-    let path = folder.path().join("my leader").display().to_string();
+    let directory = TempDir::new().expect("a directory");
+    let path = directory.path().join("my leader").display().to_string();
     let url = format!("file://{}", path.replace(' ', "%20"));
     assert_eq!((code(["status", &url]), code(["wait", &url])), (0, 0));
     let mut run = lockkit(["run", "--lease", &url, "--", "sh", "-c"]);
@@ -1072,23 +1072,23 @@ fn redis() -> Option<(TempDir, Running, String)> {
         left_out("this build has no redis");
         return None;
     }
-    let folder = TempDir::new().expect("a folder");
-    let socket = folder.path().join("socket").display().to_string();
+    let directory = TempDir::new().expect("a directory");
+    let socket = directory.path().join("socket").display().to_string();
     let mut server = Command::new("redis-server");
     server.args(["--port", "0", "--unixsocket", &socket, "--save", "", "--appendonly", "no", "--dir"]);
-    let started = server.arg(folder.path()).stdin(Stdio::null()).stdout(Stdio::null()).spawn();
+    let started = server.arg(directory.path()).stdin(Stdio::null()).stdout(Stdio::null()).spawn();
     let Ok(child) = started else {
         left_out("redis-server is not installed");
         return None;
     };
     until("the server listens", || std::os::unix::net::UnixStream::connect(&socket).is_ok());
     let url = format!("redis+unix://{socket}?lease=leader");
-    Some((folder, Running { child, lines: None }, url))
+    Some((directory, Running { child, lines: None }, url))
 }
 
 #[test]
 fn a_lease_on_a_server_is_a_lock_like_any_other_and_is_lost_with_it() {
-    let Some((_folder, mut server, url)) = redis() else { return };
+    let Some((_directory, mut server, url)) = redis() else { return };
     assert_eq!((code(["status", &url]), code(["wait", &url])), (0, 0));
     let run = || {
         let mut run = lockkit(["run", "--lease", &url, "--ttl", "3s", "--", "sh", "-c"]);
@@ -1119,9 +1119,9 @@ fn a_lease_on_a_server_is_a_lock_like_any_other_and_is_lost_with_it() {
 
 #[test]
 fn paths_that_are_no_text_are_locks_like_any_other() {
-    let folder = TempDir::new().expect("a folder");
+    let directory = TempDir::new().expect("a directory");
     for kind in ["--file", "--pidfile", "--lease"] {
-        let path = folder.path().join(OsStr::from_bytes(&[kind.as_bytes(), b"-\xff.pid"].concat()));
+        let path = directory.path().join(OsStr::from_bytes(&[kind.as_bytes(), b"-\xff.pid"].concat()));
         let on_path = |arguments: &[&str]| {
             let mut command = lockkit([]);
             command.args(arguments).arg(&path);
@@ -1137,7 +1137,7 @@ fn paths_that_are_no_text_are_locks_like_any_other() {
         let bytes = Value::from(path.as_os_str().as_bytes().to_vec());
         assert_eq!(json(&status)["lock"]["name_bytes"], bytes, "{kind}");
         assert_ne!(json(&status)["lock"]["holders"][0]["pid"], 0, "{kind}");
-        let listed = json(&output(["list", "--json", &folder.path().display().to_string()]));
+        let listed = json(&output(["list", "--json", &directory.path().display().to_string()]));
         let locks = listed["locks"].as_array().expect("locks");
         assert!(locks.iter().any(|lock| lock["name_bytes"] == bytes), "{kind}: {listed}");
         let code = |mut command: Command| code_of(&command.output().expect("lockkit starts"));
@@ -1175,9 +1175,9 @@ fn root_steals_the_lease_of_another_user_and_nobody_else_does() {
         command
     };
     // Users have to reach it.
-    let folder = TempDir::new_in("/tmp").expect("a folder");
-    fs::set_permissions(folder.path(), Permissions::from_mode(0o777)).expect("a folder");
-    let lease = folder.path().join("lease").display().to_string();
+    let directory = TempDir::new_in("/tmp").expect("a directory");
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o777)).expect("a directory");
+    let lease = directory.path().join("lease").display().to_string();
     let (owner, other) = (1_900_001, 1_900_002);
     if as_user(owner, &["lease", "show", &lease]).status().expect("setpriv starts").code() != Some(0) {
         left_out("another user cannot run what was built here");
@@ -1206,12 +1206,12 @@ fn root_steals_the_lease_of_another_user_and_nobody_else_does() {
 }
 
 #[test]
-fn a_doctor_that_is_interrupted_leaves_nothing_and_a_killed_ones_folder_goes_later() {
-    let folder = TempDir::new_in("/dev/shm").expect("a folder");
+fn a_doctor_that_is_interrupted_leaves_nothing_and_a_killed_ones_directory_goes_later() {
+    let directory = TempDir::new_in("/dev/shm").expect("a directory");
     let left = || -> Vec<PathBuf> {
-        fs::read_dir(folder.path()).expect("a folder").map(|entry| entry.expect("an entry").path()).collect()
+        fs::read_dir(directory.path()).expect("a directory").map(|entry| entry.expect("an entry").path()).collect()
     };
-    let path = folder.path().display().to_string();
+    let path = directory.path().display().to_string();
     let begin = || {
         let mut doctor = lockkit(["doctor", &path]);
         doctor.stderr(Stdio::null());
@@ -1247,16 +1247,16 @@ fn a_doctor_that_is_interrupted_leaves_nothing_and_a_killed_ones_folder_goes_lat
     assert_eq!(code(["doctor", &path]), 0);
     assert!(abandoned.exists());
     let hour_ago = SystemTime::now() - Duration::from_secs(3600);
-    File::open(abandoned).and_then(|folder| folder.set_modified(hour_ago)).expect("a folder");
+    File::open(abandoned).and_then(|directory| directory.set_modified(hour_ago)).expect("a directory");
     assert_eq!(code(["doctor", &path]), 0);
     assert!(left().is_empty(), "{:?}", left());
 }
 
 #[test]
 fn tables_give_out_numbers_and_take_them_back() {
-    let folder = TempDir::new_in("/dev/shm").expect("a folder");
-    for kind in [["--capacity", "4"].as_slice(), &["--folder"]] {
-        let path = folder.path().join(kind[0]).display().to_string();
+    let directory = TempDir::new_in("/dev/shm").expect("a directory");
+    for kind in [["--capacity", "4"].as_slice(), &["--directory"]] {
+        let path = directory.path().join(kind[0]).display().to_string();
         let mut create = lockkit(["table", "create", &path]);
         assert!(create.args(kind).status().expect("lockkit starts").success());
         assert_eq!(code(["table", "create", &path]), 73, "something is there");
@@ -1280,8 +1280,8 @@ fn tables_give_out_numbers_and_take_them_back() {
 
 #[test]
 fn a_table_keeps_its_numbers_where_they_cannot_be_told_or_do_not_fit() {
-    let folder = TempDir::new_in("/dev/shm").expect("a folder");
-    let path = folder.path().join("table").display().to_string();
+    let directory = TempDir::new_in("/dev/shm").expect("a directory");
+    let path = directory.path().join("table").display().to_string();
     assert_eq!(code(["table", "create", &path, "--capacity", "2"]), 0);
     assert_eq!(text(&output(["table", "allocate", &path]).stdout), "0\n");
     let left = || json(&output(["table", "list", &path, "--json"]))["lock"]["available"].clone();
@@ -1295,8 +1295,8 @@ fn a_table_keeps_its_numbers_where_they_cannot_be_told_or_do_not_fit() {
 #[test]
 fn a_table_shows_who_holds_which_lock() {
     use lockkit::{LockManager, ShmLockManager};
-    let folder = TempDir::new_in("/dev/shm").expect("a folder");
-    let path = folder.path().join("table");
+    let directory = TempDir::new_in("/dev/shm").expect("a directory");
+    let path = directory.path().join("table");
     let table = ShmLockManager::create(&path, 8).expect("a table");
     let lock = table.allocate_at(5).expect("a lock");
     let _guard = lock.lock().expect("free");
@@ -1310,8 +1310,8 @@ fn a_table_shows_who_holds_which_lock() {
 
 #[test]
 fn the_doctor_finds_memory_sound() {
-    let folder = TempDir::new_in("/dev/shm").expect("a folder");
-    let path = folder.path().display().to_string();
+    let directory = TempDir::new_in("/dev/shm").expect("a directory");
+    let path = directory.path().display().to_string();
     let report = output(["doctor", &path, "--json"]);
     assert_eq!(code_of(&report), 0, "{report:?}");
     let report = json(&report);
@@ -1322,10 +1322,10 @@ fn the_doctor_finds_memory_sound() {
             .is_some_and(|checks| checks.len() == 8 && checks.iter().all(|check| check["passed"] == true))
     );
     assert!(report["advice"].as_array().is_some_and(|advice| advice.iter().all(|lock| lock["usable"] == true)));
-    assert_eq!(fs::read_dir(folder.path()).expect("a folder").count(), 0, "nothing stays behind");
+    assert_eq!(fs::read_dir(directory.path()).expect("a directory").count(), 0, "nothing stays behind");
     let shown = text(&output(["doctor", &path]).stdout);
     assert!(shown.contains("tmpfs") && shown.contains("What to use here"), "{shown}");
-    assert_eq!(code(["doctor", "/no/such/folder"]), 66);
+    assert_eq!(code(["doctor", "/no/such/directory"]), 66);
 }
 
 #[test]
@@ -1339,12 +1339,12 @@ fn every_command_has_completions_a_manual_page_and_help_with_an_example() {
         let script = output(["completions", shell]);
         assert!(code_of(&script) == 0 && text(&script.stdout).contains("lockkit"), "{shell}");
     }
-    let folder = TempDir::new().expect("a folder");
-    assert_eq!(code(["man", &folder.path().display().to_string()]), 0);
+    let directory = TempDir::new().expect("a directory");
+    assert_eq!(code(["man", &directory.path().display().to_string()]), 0);
     let commands =
         ["run", "flock", "list", "status", "wait", "pidfile", "lease", "table", "doctor", "completions", "man"];
     for command in commands {
-        let page = fs::read_to_string(folder.path().join(format!("lockkit-{command}.1"))).expect(command);
+        let page = fs::read_to_string(directory.path().join(format!("lockkit-{command}.1"))).expect(command);
         assert!(page.contains(".TH"), "{command}");
         if command == "flock" {
             // Its help is flock(1)'s.
@@ -1366,7 +1366,7 @@ fn every_command_has_completions_a_manual_page_and_help_with_an_example() {
             assert!(first.starts_with(char::is_uppercase) && first.contains(' '), "{command} {names:?}: {first}");
             assert!(help.contains("Example"), "{command} {names:?}");
             let page = [&["lockkit", command], &names[..]].concat().join("-");
-            let page = fs::read_to_string(folder.path().join(format!("{page}.1"))).expect("a page");
+            let page = fs::read_to_string(directory.path().join(format!("{page}.1"))).expect("a page");
             assert!(page.contains(".TH") && page.contains("Example"), "{command} {names:?}");
         }
     }
@@ -1393,22 +1393,22 @@ fn arguments_that_make_no_sense_are_refused_with_an_example() {
     }
 }
 
-/// The machine's flock(1) and ours, each under the name `flock` in a folder of its own, as `sh` would find them.
+/// The machine's flock(1) and ours, each under the name `flock` in a directory of its own, as `sh` would find them.
 fn both_flocks() -> Option<(TempDir, [PathBuf; 2])> {
     let paths = std::env::var_os("PATH").unwrap_or_default();
-    let Some(real) = std::env::split_paths(&paths).map(|folder| folder.join("flock")).find(|path| path.is_file())
+    let Some(real) = std::env::split_paths(&paths).map(|directory| directory.join("flock")).find(|path| path.is_file())
     else {
         left_out("this machine has no flock(1)");
         return None;
     };
-    let folder = TempDir::new().expect("a folder");
+    let directory = TempDir::new().expect("a directory");
     let both = [("real", real), ("ours", PROGRAM.into())].map(|(name, program)| {
-        fs::create_dir(folder.path().join(name)).expect("a folder");
-        let link = folder.path().join(name).join("flock");
+        fs::create_dir(directory.path().join(name)).expect("a directory");
+        let link = directory.path().join(name).join("flock");
         symlink(program, &link).expect("a link");
         link
     });
-    Some((folder, both))
+    Some((directory, both))
 }
 
 /// The words of musl for what the machine's own flock has the C library say, and that library's.
@@ -1446,11 +1446,11 @@ fn outcome(program: &Path, command: &mut Command) -> (i32, String, String) {
 
 #[test]
 fn flock_does_what_the_machines_own_does() {
-    let Some((folder, both)) = both_flocks() else { return };
-    let file = folder.path().join("file").display().to_string();
-    let held = folder.path().join("held").display().to_string();
-    let shared = folder.path().join("shared").display().to_string();
-    let dir = folder.path().join("real").display().to_string();
+    let Some((directory, both)) = both_flocks() else { return };
+    let file = directory.path().join("file").display().to_string();
+    let held = directory.path().join("held").display().to_string();
+    let shared = directory.path().join("shared").display().to_string();
+    let dir = directory.path().join("real").display().to_string();
     let _held = [("-x", &held), ("-s", &shared)].map(|(kind, path)| {
         let mut holder = Command::new(&both[0]);
         holder.args([kind, path, "sh", "-c", "echo held; exec sleep 60"]);
@@ -1475,7 +1475,7 @@ fn flock_does_what_the_machines_own_does() {
         vec![f, "echo", "-n", "--", "-x"],
         vec![d, "true"],
         vec!["-x", d, "echo", "said"],
-        vec!["/no/such/folder/file", "true"],
+        vec!["/no/such/directory/file", "true"],
         vec!["/etc/passwd/file", "true"],
         vec!["", "true"],
         // Every option, also in its long forms.
@@ -1592,8 +1592,8 @@ fn flock_does_what_the_machines_own_does() {
     for arguments in cases {
         let ended = both.each_ref().map(|program| {
             let mut command = Command::new(program);
-            // A folder of its own, for one case makes files with odd names.
-            command.args(&arguments).stdin(File::open("/etc/hostname").expect("a file")).current_dir(folder.path());
+            // A directory of its own, for one case makes files with odd names.
+            command.args(&arguments).stdin(File::open("/etc/hostname").expect("a file")).current_dir(directory.path());
             command.env("SHELL", "/bin/sh").env("LC_ALL", "C");
             let (code, stdout, stderr) = outcome(program, &mut command);
             // When the machine's own has a pipe there, it writes its words behind the command's.
@@ -1607,7 +1607,7 @@ fn flock_does_what_the_machines_own_does() {
 
 #[test]
 fn flock_by_descriptor_does_what_the_machines_own_does() {
-    let Some((folder, both)) = both_flocks() else { return };
+    let Some((directory, both)) = both_flocks() else { return };
     let scripts = [
         // Held by the shell from the command on, until it closes the descriptor.
         "exec 9>file; flock -n 9; echo $?; real -n file true; echo $?; exec 9>&-; real -n file true; echo $?",
@@ -1645,11 +1645,14 @@ fn flock_by_descriptor_does_what_the_machines_own_does() {
     ];
     for script in scripts {
         let ended = both.each_ref().map(|program| {
-            let work = TempDir::new_in(folder.path()).expect("a folder");
+            let work = TempDir::new_in(directory.path()).expect("a directory");
             fs::write(work.path().join("file"), "").expect("a file");
             let script = script.replace("real", &both[0].display().to_string());
-            let path =
-                format!("{}:{}", program.parent().expect("a folder").display(), std::env::var("PATH").expect("a path"));
+            let path = format!(
+                "{}:{}",
+                program.parent().expect("a directory").display(),
+                std::env::var("PATH").expect("a path")
+            );
             let mut command = Command::new("bash");
             command.args(["-c", &script]).current_dir(work.path()).env("PATH", path).env("LC_ALL", "C");
             let (code, mut stdout, stderr) = outcome(program, &mut command);
@@ -1664,8 +1667,8 @@ fn flock_by_descriptor_does_what_the_machines_own_does() {
 
 #[test]
 fn flock_as_a_subcommand_is_the_same_and_excludes_the_machines_own() {
-    let Some((folder, both)) = both_flocks() else { return };
-    let file = folder.path().join("file").display().to_string();
+    let Some((directory, both)) = both_flocks() else { return };
+    let file = directory.path().join("file").display().to_string();
     let mut holder = lockkit(["flock", &file, "sh", "-c", "echo held; exec sleep 60"]);
     holder.stderr(Stdio::null());
     let mut holder = Running::start(holder);
@@ -1681,8 +1684,8 @@ fn flock_as_a_subcommand_is_the_same_and_excludes_the_machines_own() {
 
 #[test]
 fn a_timed_wait_of_flock_gets_the_lock_when_it_comes_free() {
-    let folder = TempDir::new().expect("a folder");
-    let file = folder.path().join("file").display().to_string();
+    let directory = TempDir::new().expect("a directory");
+    let file = directory.path().join("file").display().to_string();
     let mut holder = Running::start(lockkit(["flock", &file, "sh", "-c", "echo held; sleep 0.3"]));
     assert_eq!(holder.line(), "held");
     assert_eq!(code(["flock", "-w", "30", &file, "true"]), 0);

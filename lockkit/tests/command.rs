@@ -147,8 +147,8 @@ fn end(pid: u32) {
 /// On Linux the lock outlives the one that was called, and a keeper holds it; on Windows the program ends with it.
 #[test]
 fn when_lockkit_is_killed_the_lock_is_never_free_for_long_while_the_program_lives() {
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("a.lock");
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("a.lock");
     let (mut holder, program) = held(&["--file", file.to_str().unwrap()]);
     assert!(FileLock::new(&file).try_lock().unwrap_err().is_held());
     holder.kill().unwrap();
@@ -211,8 +211,8 @@ fn interrupt(name: &str) {
 
 #[test]
 fn a_pidfile_names_the_program_and_check_tells_its_state() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("app.pid");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("app.pid");
     let text = path.to_str().unwrap();
     assert_eq!(code(&["pidfile", "check", text]), 66);
     let (mut holder, program) = held(&["--pidfile", text]);
@@ -234,8 +234,8 @@ fn left_by_the_dead(path: &Path, pid: u32) {
 
 #[test]
 fn a_lease_is_shown_and_its_program_knows_the_token_and_ends_when_it_is_lost() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("leader");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("leader");
     let text = path.to_str().unwrap();
     let told = run(&["--lease", text], "token").output().unwrap();
     let said = String::from_utf8_lossy(&told.stdout).into_owned();
@@ -255,11 +255,11 @@ fn a_lease_is_shown_and_its_program_knows_the_token_and_ends_when_it_is_lost() {
 }
 
 #[test]
-fn a_table_in_a_folder_gives_out_its_numbers() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("table");
+fn a_table_in_a_directory_gives_out_its_numbers() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("table");
     let text = path.to_str().unwrap();
-    assert_eq!(code(&["table", "create", "--folder", text]), 0);
+    assert_eq!(code(&["table", "create", "--directory", text]), 0);
     let number = |arguments: &[&str]| String::from_utf8(output(arguments).stdout).unwrap().trim().to_owned();
     assert_eq!(number(&["table", "allocate", text]), "0");
     assert_eq!(number(&["table", "allocate", text]), "1");
@@ -271,8 +271,8 @@ fn a_table_in_a_folder_gives_out_its_numbers() {
 #[cfg(windows)]
 #[test]
 fn what_this_system_does_not_have_is_said() {
-    let folder = tempfile::tempdir().unwrap();
-    let table = folder.path().join("table");
+    let directory = tempfile::tempdir().unwrap();
+    let table = directory.path().join("table");
     for arguments in [&["flock", "-n", "a"][..], &["doctor"], &["table", "create", table.to_str().unwrap()]] {
         let output = output(arguments);
         assert_eq!(output.status.code(), Some(69), "{output:?}");

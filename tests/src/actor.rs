@@ -253,7 +253,7 @@ impl Drop for Actor {
     }
 }
 
-/// The actor as another user's command. The program may lie below a folder that the other user cannot enter, so it is
+/// The actor as another user's command. The program may lie below a directory that the other user cannot enter, so it is
 /// called by a descriptor.
 #[cfg(target_os = "linux")]
 pub(crate) fn as_user<S: AsRef<std::ffi::OsStr>>(uid: u32, arguments: impl IntoIterator<Item = S>) -> Command {

@@ -39,12 +39,12 @@ pub(crate) fn now() -> u64 {
     u64::try_from(SystemClock.now().as_nanos()).expect("not so long ago")
 }
 
-/// What this process writes down, in a folder that all share.
+/// What this process writes down, in a directory that all share.
 pub(crate) struct Log(File);
 
 impl Log {
-    pub(crate) fn open(folder: &Path) -> Self {
-        let path = folder.join(std::process::id().to_string());
+    pub(crate) fn open(directory: &Path) -> Self {
+        let path = directory.join(std::process::id().to_string());
         Self(OpenOptions::new().create(true).append(true).open(path).expect("a log"))
     }
 
@@ -59,9 +59,9 @@ impl Log {
 }
 
 /// What all have written down, in the order of time.
-pub(crate) fn read(folder: &Path) -> Vec<Event> {
+pub(crate) fn read(directory: &Path) -> Vec<Event> {
     let mut events = Vec::new();
-    for log in folder.read_dir().expect("a folder") {
+    for log in directory.read_dir().expect("a directory") {
         let bytes = std::fs::read(log.expect("an entry").path()).expect("a log");
         assert_eq!(bytes.len() % RECORD, 0, "the log has whole records only");
         events.extend(bytes.chunks_exact(RECORD).map(|record| {
@@ -163,13 +163,13 @@ pub fn run(kind: Kind, span: Duration) -> Tally {
     let spec = kind.fresh();
     let mut witness = Actor::start(&spec);
     let before = belongings_after_a_use(&mut witness, &spec);
-    let folder = tempfile::tempdir().expect("a folder");
+    let directory = tempfile::tempdir().expect("a directory");
     let mut dice = Dice::new(now());
     let mut deaths: HashMap<u32, Death> = HashMap::new();
     let start = |dice: &mut Dice| {
         let seed = dice.roll(u64::MAX).to_string();
         let mut command = Command::new(program("actor"));
-        command.arg(spec.invite()).arg("chaos").arg(folder.path()).arg(seed).stdin(Stdio::null());
+        command.arg(spec.invite()).arg("chaos").arg(directory.path()).arg(seed).stdin(Stdio::null());
         crate::wine::spawn(&mut command).expect("a process starts")
     };
     let kill = |child: &mut Child, deaths: &mut HashMap<u32, Death>| {
@@ -201,11 +201,11 @@ pub fn run(kind: Kind, span: Duration) -> Tally {
     }
     let lock = spec.open();
     let guard = lock.acquire(&Wait::at_most(Duration::from_secs(1))).expect("free within a second of the last death");
-    Log::open(folder.path()).append(now(), IN, guard.recovered().map_or(NOBODY, u64::from));
+    Log::open(directory.path()).append(now(), IN, guard.recovered().map_or(NOBODY, u64::from));
     drop(guard);
     drop(lock);
     assert_eq!(belongings_after_a_use(&mut witness, &spec), before, "what a process and the lock have");
-    let tally = check(&read(folder.path()), &deaths, kind);
+    let tally = check(&read(directory.path()), &deaths, kind);
     spec.clean();
     tally
 }

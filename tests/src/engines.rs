@@ -118,9 +118,9 @@ impl Certificates {
     /// Where there is no openssl(1).
     pub fn new() -> Result<Self, String> {
         let openssl = crate::servers::installed(&["openssl"])?;
-        let folder = tempfile::tempdir().expect("a folder");
+        let directory = tempfile::tempdir().expect("a directory");
         // Servers that run as other users read them, too.
-        std::fs::set_permissions(&folder, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("a folder");
+        std::fs::set_permissions(&directory, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("a directory");
         let script = "
             exec 2>openssl.log
             authority() {
@@ -134,9 +134,9 @@ impl Certificates {
                 $0 x509 -req -in $1.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile $1.ext -out $1.pem
             }
             authority ca; authority stranger; signed server serverAuth,clientAuth; signed client clientAuth; chmod 644 *";
-        let made = Command::new("sh").args(["-ec", script]).arg(openssl).current_dir(&folder).status();
-        assert!(made.is_ok_and(|status| status.success()), "openssl failed in {}", folder.keep().display());
-        Ok(Self(folder))
+        let made = Command::new("sh").args(["-ec", script]).arg(openssl).current_dir(&directory).status();
+        assert!(made.is_ok_and(|status| status.success()), "openssl failed in {}", directory.keep().display());
+        Ok(Self(directory))
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -175,9 +175,9 @@ impl Clock {
     /// Where there is no compiler for C.
     pub fn new() -> Result<Self, String> {
         let compiler = crate::servers::installed(&["cc", "gcc", "clang"])?;
-        let clock = Self(tempfile::tempdir().expect("a folder"));
+        let clock = Self(tempfile::tempdir().expect("a directory"));
         // Servers that run as other users read it, too.
-        std::fs::set_permissions(&clock.0, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("a folder");
+        std::fs::set_permissions(&clock.0, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("a directory");
         std::fs::write(clock.file("clock.c"), include_str!("engines/clock.c")).expect("room");
         std::fs::write(clock.file("ahead"), 0_i64.to_ne_bytes()).expect("room");
         let mut compile = Command::new(compiler);

@@ -35,7 +35,7 @@ macro_rules! faults {
             a_limit_of_processes_is_an_error_or_does_not_matter,
             a_full_file_system_is_an_error_or_does_not_matter,
             a_read_only_file_system_is_an_error_or_does_not_matter,
-            folders_that_may_not_be_written_are_an_error_or_do_not_matter,
+            directories_that_may_not_be_written_are_an_error_or_do_not_matter,
             waiters_get_in_give_up_and_see_deaths_in_a_storm_of_signals,
             a_crowd_in_a_storm_of_signals_counts_without_losing_one,
             the_standard_descriptors_are_locks_like_any_other,
@@ -100,21 +100,21 @@ fn all_get_in(actors: &mut [&mut Actor]) {
 }
 
 /// The files of a lock, of whatever kind: all whose names have that of the lock in it, where locks leave files, and all
-/// that are in the folder that it is. Below `root`, which is another one in another mount namespace.
+/// that are in the directory that it is. Below `root`, which is another one in another mount namespace.
 pub fn files(spec: &Spec, root: &Path) -> BTreeSet<String> {
     let name = Path::new(spec.at()).file_name().expect("a name").to_string_lossy().into_owned();
     let below = |path: &Path| root.join(path.strip_prefix("/").expect("absolute"));
-    let list = |folder: &Path| -> Vec<String> {
-        let entries = fs::read_dir(below(folder)).into_iter().flatten().flatten();
-        entries.map(|entry| folder.join(entry.file_name()).display().to_string()).collect()
+    let list = |directory: &Path| -> Vec<String> {
+        let entries = fs::read_dir(below(directory)).into_iter().flatten().flatten();
+        entries.map(|entry| directory.join(entry.file_name()).display().to_string()).collect()
     };
     let users = ["/tmp", "/dev/shm"].into_iter().flat_map(|base| {
-        let folders = list(Path::new(base)).into_iter().filter(|path| path.contains("/lockkit-u"));
-        folders.map(PathBuf::from).collect::<Vec<_>>()
+        let directories = list(Path::new(base)).into_iter().filter(|path| path.contains("/lockkit-u"));
+        directories.map(PathBuf::from).collect::<Vec<_>>()
     });
-    let folders: BTreeSet<PathBuf> =
+    let directories: BTreeSet<PathBuf> =
         [PathBuf::from("/tmp"), "/dev/shm".into(), std::env::temp_dir()].into_iter().chain(users).collect();
-    let named = folders.iter().flat_map(|folder| list(folder)).filter(|path| path.contains(&name));
+    let named = directories.iter().flat_map(|directory| list(directory)).filter(|path| path.contains(&name));
     let within = Path::new(spec.at()).is_absolute().then(|| list(Path::new(spec.at()))).into_iter().flatten();
     named.chain(within).collect()
 }
@@ -280,12 +280,12 @@ impl World {
     /// Leaves no room for a byte or a file.
     fn fill(&self) {
         for place in self.places() {
-            let folder = place.join("filler");
-            fs::create_dir(&folder).expect("room for a folder");
-            let mut file = fs::File::create(folder.join("bytes")).expect("room for a file");
+            let directory = place.join("filler");
+            fs::create_dir(&directory).expect("room for a directory");
+            let mut file = fs::File::create(directory.join("bytes")).expect("room for a file");
             while file.write_all(&[0; 4096]).is_ok() {}
             for number in 0.. {
-                if fs::File::create(folder.join(number.to_string())).is_err() {
+                if fs::File::create(directory.join(number.to_string())).is_err() {
                     break;
                 }
             }
@@ -447,14 +447,14 @@ const CALLS: usize = 6;
 pub struct Strace {
     strace: Child,
     log: PathBuf,
-    _folder: tempfile::TempDir,
+    _directory: tempfile::TempDir,
 }
 
 impl Strace {
     /// Attaches it; `options` say what fails.
     pub fn attach(actor: &Actor, options: &[String]) -> Self {
-        let folder = tempfile::tempdir().expect("a folder");
-        let log = folder.path().join("log");
+        let directory = tempfile::tempdir().expect("a directory");
+        let log = directory.path().join("log");
         let mut strace = Command::new("strace");
         strace.args(["-f", "-qq", "-s", "0", "-o"]).arg(&log).args(options).arg("-p").arg(actor.pid().to_string());
         let strace = strace.stderr(Stdio::null()).spawn().expect("strace");
@@ -466,7 +466,7 @@ impl Strace {
             let mut tasks = fs::read_dir(format!("/proc/{}/task", actor.pid())).into_iter().flatten().flatten();
             tasks.all(is_traced)
         });
-        Self { strace, log, _folder: folder }
+        Self { strace, log, _directory: directory }
     }
 
     /// What it has seen.
@@ -704,7 +704,7 @@ fn play_with_a_table(kind: managers::Kind, is_there: bool, fault: Option<&Fault>
         actor.expect(&format!("release {id}"), "ok");
         actor.expect(&format!("free {id}"), "ok");
     }
-    if kind == managers::Kind::Folder {
+    if kind == managers::Kind::Directory {
         assert_eq!(table.lock_files(), BTreeSet::new(), "what is free has no file");
     }
     let left = (Belongings::of(victim.pid()), table.open().available().expect("it can be counted"));
@@ -714,8 +714,8 @@ fn play_with_a_table(kind: managers::Kind, is_there: bool, fault: Option<&Fault>
 
 /// A victim holds a lease while the calls of its heartbeat thread fail: that costs nobody anything.
 fn play_with_a_heartbeat(fault: Option<&Fault>) -> Round<Left> {
-    let folder = tempfile::tempdir().expect("a folder");
-    let mut terms = Terms::of(folder.path().join("lease"));
+    let directory = tempfile::tempdir().expect("a directory");
+    let mut terms = Terms::of(directory.path().join("lease"));
     (terms.ttl, terms.heartbeat) = (10_000, 20);
     let mut victim = Actor::start_lease(&terms);
     assert!(victim.ask("try").starts_with("held "));
@@ -739,7 +739,7 @@ fn play_with_a_heartbeat(fault: Option<&Fault>) -> Round<Left> {
     victim.expect("release", "released");
     let beats = |line: &&str| line.contains("pwrite64(") && !line.starts_with(&format!("{} ", victim.pid()));
     let thread = log.lines().find(beats).and_then(|line| line.split(' ').next()?.parse().ok());
-    let names = fs::read_dir(folder.path()).expect("a folder").flatten();
+    let names = fs::read_dir(directory.path()).expect("a directory").flatten();
     let left = names.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
     Round { log, thread: thread.unwrap_or_default(), left: (Belongings::of(victim.pid()), left) }
 }
@@ -911,7 +911,7 @@ mod cases {
         unwritable(kind, &world, 0, || world.remount("ro"), || world.remount("rw"), "Read-only file system");
     }
 
-    pub fn folders_that_may_not_be_written_are_an_error_or_do_not_matter(kind: Kind) {
+    pub fn directories_that_may_not_be_written_are_an_error_or_do_not_matter(kind: Kind) {
         let (Some(world), Some(user)) = (World::new(), another_user()) else { return };
         let (close, open) = (|| world.set_modes(0o755), || world.set_modes(0o1777));
         unwritable(kind, &world, user.uid, close, open, "Permission denied");
@@ -925,7 +925,7 @@ mod cases {
         let opened = early.ask("owner");
         if opened == "gone" {
             // The actor must have its table to begin with.
-            assert!(["shm", "folder"].contains(&kind.name()), "{kind:?} is opened without files");
+            assert!(["shm", "directory"].contains(&kind.name()), "{kind:?} is opened without files");
         } else {
             let held = ask_in_every_way(&mut early, &[because]);
             println!("{kind:?}, {because}: held {held} times of {}", WAYS.len());
@@ -987,8 +987,8 @@ mod cases {
 
     pub fn a_crowd_in_a_storm_of_signals_counts_without_losing_one(kind: Kind) {
         let spec = kind.fresh();
-        let folder = tempfile::tempdir().unwrap();
-        let counter = folder.path().join("counter");
+        let directory = tempfile::tempdir().unwrap();
+        let counter = directory.path().join("counter");
         fs::write(&counter, "0").unwrap();
         let counter_text = counter.display().to_string();
         let workers: Vec<_> =
@@ -1003,8 +1003,8 @@ mod cases {
 
     pub fn the_standard_descriptors_are_locks_like_any_other(kind: Kind) {
         let spec = kind.fresh();
-        let folder = tempfile::tempdir().unwrap();
-        let go = folder.path().join("go");
+        let directory = tempfile::tempdir().unwrap();
+        let go = directory.path().join("go");
         let mut closed = Command::new(program("actor"));
         closed.arg(spec.invite()).arg("closed").arg(&go);
         let mut closed = closed.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();

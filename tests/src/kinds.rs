@@ -346,7 +346,7 @@ impl Fixture for OfManager {
     fn name(&self) -> &'static str {
         match self.0 {
             managers::Kind::Shm => "shm",
-            managers::Kind::Folder => "folder",
+            managers::Kind::Directory => "directory",
             managers::Kind::Memory => "memory",
         }
     }
@@ -406,7 +406,7 @@ impl Kind {
     #[cfg(target_os = "linux")]
     pub const REDIS: Self = Self(&EngineLease { name: "redis", url: engines::redis::shared });
     pub const SHM: Self = Self(&OfManager(managers::Kind::Shm));
-    pub const FOLDER: Self = Self(&OfManager(managers::Kind::Folder));
+    pub const DIRECTORY: Self = Self(&OfManager(managers::Kind::Directory));
     pub const MEMORY: Self = Self(&OfManager(managers::Kind::Memory));
 }
 
@@ -429,7 +429,7 @@ pub const KINDS: &[Kind] = &[
     #[cfg(target_os = "linux")]
     Kind::REDIS,
     Kind::SHM,
-    Kind::FOLDER,
+    Kind::DIRECTORY,
     Kind::MEMORY,
 ];
 

@@ -13,11 +13,11 @@
 //! | `wait-lost` | `lost REASON`, once it is |
 //! | `losses` | `losses`, and for each call of `on_lost` the reason and the name of the thread |
 //! | `progress` | `noted` |
-//! | `hold-many N FOLDER` | `holds N`: the leases 0 to N - 1 in a folder; `drop-many` drops them all: `dropped` |
+//! | `hold-many N DIRECTORY` | `holds N`: the leases 0 to N - 1 in a directory; `drop-many` drops them all: `dropped` |
 //! | `fork OTHER` | `parted`: a forked child does not hold its copy, took another lease and kept it, and is gone |
 //! | `limit-threads N`, or `all` | `limited`: its user may have no more threads from now on; means nothing to root |
 //! | `kill-at STEP` | `armed`: see [`lockkit::steps`] |
-//! | `go FOLDER` | `gone there`: that is its working folder now |
+//! | `go DIRECTORY` | `gone there`: that is its working directory now |
 //!
 //! or `error KIND: text`.
 
@@ -148,8 +148,8 @@ pub fn serve(terms: &Terms) {
             },
             "losses" => format!("losses{}", losses().concat()),
             "hold-many" => {
-                let (count, folder) = argument.split_once(' ').expect("N FOLDER");
-                let open = |n: usize| Terms { path: Path::new(folder).join(n.to_string()), ..terms.clone() }.open();
+                let (count, directory) = argument.split_once(' ').expect("N DIRECTORY");
+                let open = |n: usize| Terms { path: Path::new(directory).join(n.to_string()), ..terms.clone() }.open();
                 many = (0..count.parse().expect("N")).map(|n| open(n).try_lock().expect("free")).collect();
                 format!("holds {}", many.len())
             }
@@ -162,7 +162,7 @@ pub fn serve(terms: &Terms) {
                 "armed".to_owned()
             }
             "go" => {
-                std::env::set_current_dir(argument).expect("a folder");
+                std::env::set_current_dir(argument).expect("a directory");
                 "gone there".to_owned()
             }
             #[cfg(target_os = "linux")]
@@ -270,19 +270,19 @@ pub struct Tally {
 /// Lets processes loose on one lease for `span`, stops them for up to three times its ttl and kills them, and checks
 /// that whoever found itself holding was never one of two, and that the tokens grew from each to the next.
 ///
-/// A process that stands by has as much afterwards as before, and so has the folder of the lease.
+/// A process that stands by has as much afterwards as before, and so has the directory of the lease.
 pub fn run(terms: &Terms, span: Duration) -> Tally {
     let mut witness = Actor::start_lease(terms);
     let mut use_once = || {
         assert!(witness.ask("lock-for 30000").starts_with("held "));
         witness.expect("release", "released");
         // Of a server's lease there is none.
-        let folder = terms.path.parent().expect("a folder").read_dir().into_iter().flatten();
-        let files: BTreeSet<_> = folder.map(|entry| entry.expect("an entry").file_name()).collect();
+        let directory = terms.path.parent().expect("a directory").read_dir().into_iter().flatten();
+        let files: BTreeSet<_> = directory.map(|entry| entry.expect("an entry").file_name()).collect();
         (Belongings::of(witness.pid()), files)
     };
     let before = use_once();
-    let folder = tempfile::tempdir().expect("a folder");
+    let directory = tempfile::tempdir().expect("a directory");
     let mut dice = Dice::new(now());
     let start = |dice: &mut Dice| {
         let mut command = Command::new(program("actor"));
@@ -290,7 +290,7 @@ pub fn run(terms: &Terms, span: Duration) -> Tally {
             .arg("lease")
             .arg(terms.to_string())
             .arg("chaos")
-            .arg(folder.path())
+            .arg(directory.path())
             .arg(dice.roll(u64::MAX).to_string());
         crate::wine::spawn(command.stdin(Stdio::null())).expect("a process starts")
     };
@@ -328,11 +328,11 @@ pub fn run(terms: &Terms, span: Duration) -> Tally {
     }
     processes.iter_mut().for_each(kill);
     drop(terms.open().lock_for(LIVELY).expect("nobody alive holds it"));
-    assert_eq!(use_once(), before, "what a process and the folder have");
+    assert_eq!(use_once(), before, "what a process and the directory have");
 
     let mut holds: HashMap<u64, (u32, u64, u64)> = HashMap::new();
     let mut losses = 0;
-    for event in read(folder.path()) {
+    for event in read(directory.path()) {
         match event.what {
             IN => {
                 let before = holds.insert(event.number, (event.pid, event.nanos, 0));

@@ -125,8 +125,8 @@ macro_rules! left_out {
 pub fn program(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("a test knows where it is");
     let name = format!("{name}{}", std::env::consts::EXE_SUFFIX);
-    let folder = test.ancestors().find(|folder| folder.join(&name).is_file());
-    folder.unwrap_or_else(|| panic!("{name} is not built beside {}", test.display())).join(name)
+    let directory = test.ancestors().find(|directory| directory.join(&name).is_file());
+    directory.unwrap_or_else(|| panic!("{name} is not built beside {}", test.display())).join(name)
 }
 
 /// A program that does nothing for so long.
@@ -182,8 +182,8 @@ pub struct AnotherUser {
 
 #[cfg(target_os = "linux")]
 impl AnotherUser {
-    /// The folders that lockkit uses for this user: that of the file backend, and that of the records in memory.
-    pub fn folders(&self) -> [PathBuf; 2] {
+    /// The directories that lockkit uses for this user: that of the file backend, and that of the records in memory.
+    pub fn directories(&self) -> [PathBuf; 2] {
         ["/tmp", "/dev/shm"].map(|base| PathBuf::from(format!("{base}/lockkit-u{}", self.uid)))
     }
 }
@@ -205,8 +205,8 @@ impl Drop for AnotherUser {
         let pids = pids();
         pids.iter().for_each(|pid| kill_pid(*pid));
         until("its processes are gone", || pids.iter().all(is_dead));
-        for folder in self.folders() {
-            let _ = std::fs::remove_dir_all(&folder).or_else(|_| std::fs::remove_file(&folder));
+        for directory in self.directories() {
+            let _ = std::fs::remove_dir_all(&directory).or_else(|_| std::fs::remove_file(&directory));
         }
     }
 }

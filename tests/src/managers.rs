@@ -39,7 +39,7 @@ pub enum Kind {
     /// [`ShmLockManager`]
     Shm,
     /// [`FileLockManager`]
-    Folder,
+    Directory,
     /// [`InMemoryLockManager`]
     Memory,
 }
@@ -53,14 +53,14 @@ impl Kind {
         let name = crate::fresh_name("lockkit-table");
         let at = match self {
             Self::Shm => format!("/dev/shm/{name}"),
-            Self::Folder => std::env::temp_dir().join(name).display().to_string(),
+            Self::Directory => std::env::temp_dir().join(name).display().to_string(),
             Self::Memory => name,
         };
         Table { kind: self, at }
     }
 
     fn is_limited(self) -> bool {
-        self != Self::Folder
+        self != Self::Directory
     }
 }
 
@@ -80,7 +80,7 @@ impl Table {
     /// Reads what `Display` wrote.
     pub fn parse(text: &str) -> Self {
         let (kind, at) = text.split_once(':').expect("KIND:WHERE");
-        let kind = [Kind::Shm, Kind::Folder, Kind::Memory].into_iter().find(|known| format!("{known:?}") == kind);
+        let kind = [Kind::Shm, Kind::Directory, Kind::Memory].into_iter().find(|known| format!("{known:?}") == kind);
         Self { kind: kind.expect("a known kind"), at: at.to_owned() }
     }
 
@@ -109,7 +109,9 @@ impl Table {
         static IN_MEMORY: Mutex<Option<HashMap<String, InMemoryLockManager>>> = Mutex::new(None);
         Ok(match self.kind {
             Kind::Shm => Box::new(ShmLockManager::open_or_create(&self.at, capacity)?),
-            Kind::Folder => Box::new(FileLockManager::create(&self.at).or_else(|_| FileLockManager::open(&self.at))?),
+            Kind::Directory => {
+                Box::new(FileLockManager::create(&self.at).or_else(|_| FileLockManager::open(&self.at))?)
+            }
             Kind::Memory => {
                 let mut tables = IN_MEMORY.lock().expect("no panic inside");
                 let tables = tables.get_or_insert_default();
@@ -123,20 +125,20 @@ impl Table {
     pub fn clean(&self) {
         let _ = match self.kind {
             Kind::Shm => std::fs::remove_file(&self.at),
-            Kind::Folder => std::fs::remove_dir_all(&self.at),
+            Kind::Directory => std::fs::remove_dir_all(&self.at),
             Kind::Memory => Ok(()),
         };
     }
 
-    /// Whether the locks have no files, for a folder. Under Wine, where a file that is deleted while it is open keeps its
+    /// Whether the locks have no files, for a directory. Under Wine, where a file that is deleted while it is open keeps its
     /// name, nobody can say.
     pub fn has_no_lock_files(&self) -> bool {
         is_wine() || self.lock_files().is_empty()
     }
 
-    /// The files of the locks, for a folder.
+    /// The files of the locks, for a directory.
     pub fn lock_files(&self) -> BTreeSet<String> {
-        let names = std::fs::read_dir(&self.at).expect("a folder").map(|entry| entry.expect("an entry").file_name());
+        let names = std::fs::read_dir(&self.at).expect("a directory").map(|entry| entry.expect("an entry").file_name());
         names.map(|name| name.into_string().expect("text")).filter(|name| name.ends_with(".lock")).collect()
     }
 }
@@ -443,7 +445,7 @@ mod cases {
     }
 
     pub fn a_lock_stays_usable_after_it_was_freed(kind: Kind) {
-        if kind == Kind::Folder && wine_cannot_judge(DELETED) {
+        if kind == Kind::Directory && wine_cannot_judge(DELETED) {
             return;
         }
         let table = kind.fresh();
@@ -460,7 +462,7 @@ mod cases {
         held.release().unwrap();
         lock.free().unwrap();
         drop(lock.lock().unwrap());
-        if kind == Kind::Folder {
+        if kind == Kind::Directory {
             assert!(table.has_no_lock_files());
         }
         table.clean();
@@ -487,7 +489,7 @@ mod cases {
     }
 
     pub fn threads_allocate_and_free_without_sharing_a_number(kind: Kind) {
-        if kind == Kind::Folder && wine_cannot_judge(DELETED) {
+        if kind == Kind::Directory && wine_cannot_judge(DELETED) {
             return;
         }
         let table = kind.fresh();
@@ -617,7 +619,7 @@ mod shared_cases {
             assert!(!answer.starts_with("error"), "{answer}");
         }
         let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o7777;
-        if kind == Kind::Folder {
+        if kind == Kind::Directory {
             assert_eq!(mode(&table.path()), 0o700);
             for file in std::fs::read_dir(table.path()).unwrap() {
                 assert_eq!(mode(&file.unwrap().path()), 0o600);
@@ -629,7 +631,7 @@ mod shared_cases {
     }
 
     pub fn a_lock_that_was_freed_still_excludes_other_processes(kind: Kind) {
-        if kind == Kind::Folder && wine_cannot_judge(DELETED) {
+        if kind == Kind::Directory && wine_cannot_judge(DELETED) {
             return;
         }
         let table = kind.fresh();
@@ -649,14 +651,14 @@ mod shared_cases {
         let told = lock.lock().unwrap();
         assert_eq!(told.recovered().unwrap().owner().unwrap().pid(), other.pid());
         drop(told);
-        if kind == Kind::Folder {
+        if kind == Kind::Directory {
             assert!(table.has_no_lock_files());
         }
         table.clean();
     }
 
     pub fn all_that_a_killed_process_held_is_recovered(kind: Kind) {
-        // Each lock of a folder costs a descriptor.
+        // Each lock of a directory costs a descriptor.
         let count = if kind == Kind::Shm { 4096 } else { 500 };
         // Under Wine each takes milliseconds.
         let count = if is_wine() { 50 } else { count };
@@ -708,7 +710,8 @@ mod shared_cases {
     }
 
     pub fn a_process_killed_at_any_step_of_allocation_corrupts_nothing(kind: Kind) {
-        if kind == Kind::Folder && wine_cannot_judge("it starts hundreds of processes, each of which takes too long") {
+        if kind == Kind::Directory && wine_cannot_judge("it starts hundreds of processes, each of which takes too long")
+        {
             return;
         }
         if !lockkit::steps::ENABLED {
@@ -786,13 +789,13 @@ mod shared_cases {
     }
 
     pub fn processes_free_and_allocate_a_lock_while_others_are_inside(kind: Kind) {
-        if kind == Kind::Folder && wine_cannot_judge(DELETED) {
+        if kind == Kind::Directory && wine_cannot_judge(DELETED) {
             return;
         }
         let table = kind.fresh();
         let _manager = table.open();
-        let folder = tempfile::tempdir().unwrap();
-        let inside = folder.path().join("inside");
+        let directory = tempfile::tempdir().unwrap();
+        let inside = directory.path().join("inside");
         let mut churners: Vec<_> = (0..4).map(|_| Actor::start_at(&table)).collect();
         for churner in &mut churners {
             churner.tell(&format!("churn 9 300 {}", inside.display()));
@@ -801,7 +804,7 @@ mod shared_cases {
             assert_eq!(churner.answer(), "churned");
         }
         let _ = table.open().retrieve(9).unwrap().free();
-        if kind == Kind::Folder {
+        if kind == Kind::Directory {
             assert!(table.has_no_lock_files());
         }
         table.clean();

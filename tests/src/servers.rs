@@ -1,10 +1,10 @@
-//! Real servers for tests: started from what is installed, on a free loopback port, in a temporary folder, and gone
+//! Real servers for tests: started from what is installed, on a free loopback port, in a temporary directory, and gone
 //! whatever becomes of the test.
 //!
 //! Each server runs in a process group of its own under a *warden* (a program of this package), whose standard input is
 //! a pipe that only the test's process has the other end of. When that closes, because the test is done with the server
 //! or because its process is gone for whatever reason, the warden kills the group, and in the second case removes the
-//! folder.
+//! directory.
 //!
 //! A server that is shared by the tests of a process is a `static` [`Shared`]; a drill that kills or freezes its server
 //! starts one of its own.
@@ -23,7 +23,7 @@ use rustix::process::{
 
 use crate::{program, until};
 
-/// A running program under a warden. Dropping it kills the program; the folder goes when the last [`Folder`] does.
+/// A running program under a warden. Dropping it kills the program; the directory goes when the last [`ServerDir`] does.
 pub struct Server {
     warden: Child,
     group: Pid,
@@ -34,9 +34,9 @@ impl Server {
     ///
     /// # Errors
     /// What it wrote to standard error, if it ended instead.
-    pub fn start(folder: &Folder, command: &Command, port: u16) -> Result<Self, String> {
+    pub fn start(directory: &ServerDir, command: &Command, port: u16) -> Result<Self, String> {
         let mut warden = Command::new(program("warden"));
-        warden.arg(&folder.0).arg(command.get_program()).args(command.get_args());
+        warden.arg(&directory.0).arg(command.get_program()).args(command.get_args());
         for (key, value) in command.get_envs() {
             match value {
                 Some(value) => warden.env(key, value),
@@ -53,7 +53,7 @@ impl Server {
         let mut server = Self { warden, group };
         until("the server listens", || TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok() || server.has_ended());
         match server.has_ended() {
-            true => Err(std::fs::read_to_string(folder.log()).unwrap_or_default()),
+            true => Err(std::fs::read_to_string(directory.log()).unwrap_or_default()),
             false => Ok(server),
         }
     }
@@ -63,7 +63,7 @@ impl Server {
         kill_process_group(self.group, signal).expect("the server runs");
     }
 
-    /// Kills it and waits until it is gone. Its folder stays.
+    /// Kills it and waits until it is gone. Its directory stays.
     pub fn kill(mut self) {
         self.signal(Signal::KILL);
         self.end();
@@ -89,11 +89,11 @@ impl Drop for Server {
     }
 }
 
-/// A folder of a server's, below the temporary one, which every user may enter: some servers run as one of their own.
+/// A directory of a server's, below the temporary one, which every user may enter: some servers run as one of their own.
 /// Its wardens remove it when the test's process is gone before it is dropped.
-pub struct Folder(PathBuf);
+pub struct ServerDir(PathBuf);
 
-impl Folder {
+impl ServerDir {
     /// A new one.
     pub fn new(name: &str) -> Self {
         Self::within(&std::env::temp_dir(), name)
@@ -110,9 +110,9 @@ impl Folder {
     }
 
     fn within(base: &Path, name: &str) -> Self {
-        let folder = base.join(crate::fresh_name(&format!("lockkit-{name}")));
-        std::fs::create_dir(&folder).expect("a temporary folder");
-        Self(folder)
+        let directory = base.join(crate::fresh_name(&format!("lockkit-{name}")));
+        std::fs::create_dir(&directory).expect("a temporary directory");
+        Self(directory)
     }
 
     /// Where it is.
@@ -126,7 +126,7 @@ impl Folder {
     }
 }
 
-impl Drop for Folder {
+impl Drop for ServerDir {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
     }
@@ -155,8 +155,8 @@ impl<S> Shared<S> {
 /// # Errors
 /// A sentence that names them.
 pub fn installed(programs: &[&str]) -> Result<PathBuf, String> {
-    let folders: Vec<_> = std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()).collect();
-    let found = programs.iter().flat_map(|name| folders.iter().map(move |folder| folder.join(name)));
+    let directories: Vec<_> = std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()).collect();
+    let found = programs.iter().flat_map(|name| directories.iter().map(move |directory| directory.join(name)));
     found.into_iter().find(|path| path.is_file()).ok_or_else(|| format!("{} is not installed", programs.join(" or ")))
 }
 
@@ -193,10 +193,10 @@ fn remove_shared_memory_of(maker: Pid) {
 }
 
 /// The warden's side: starts the program in a group of its own, says its number, and sees to its end.
-pub fn watch_over(folder: &Path, mut program: impl Iterator<Item = OsString>) {
+pub fn watch_over(directory: &Path, mut program: impl Iterator<Item = OsString>) {
     // What the server leaves behind becomes the warden's, also where it has a group of its own.
     set_child_subreaper(Some(getpid())).expect("it is allowed");
-    let log = std::fs::File::create(folder.join("log")).expect("a log");
+    let log = std::fs::File::create(directory.join("log")).expect("a log");
     let mut command = Command::new(program.next().expect("a program"));
     command.args(program).stdin(Stdio::null()).stdout(log.try_clone().expect("a descriptor")).stderr(log);
     let mut server = command.process_group(0).spawn().expect("the program starts");
@@ -221,7 +221,7 @@ pub fn watch_over(folder: &Path, mut program: impl Iterator<Item = OsString>) {
     }
     remove_shared_memory_of(group);
     if is_silent.try_recv().unwrap_or(false) {
-        // The test's process went without a word, and left the folder.
-        let _ = std::fs::remove_dir_all(folder);
+        // The test's process went without a word, and left the directory.
+        let _ = std::fs::remove_dir_all(directory);
     }
 }

@@ -234,8 +234,8 @@ mod cases {
 
     pub fn ten_workers_count_to_two_thousand_without_losing_one(kind: Kind) {
         let spec = kind.fresh();
-        let folder = tempfile::tempdir().unwrap();
-        let counter = folder.path().join("counter");
+        let directory = tempfile::tempdir().unwrap();
+        let counter = directory.path().join("counter");
         std::fs::write(&counter, "0").unwrap();
         // Under Wine each round takes many times as long.
         let rounds = if is_wine() { 20 } else { 200 };

@@ -8,8 +8,8 @@ use lockkit_tests::{Actor, Kind, fresh_name, until};
 
 #[test]
 fn a_held_pidfile_can_be_read_by_everybody_and_is_gone_after_the_release() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("app.pid");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("app.pid");
     let guard = PidFile::new(&path).unwrap().try_lock().unwrap();
     if is_wine() {
         lockkit_tests::left_out(
@@ -26,8 +26,8 @@ fn a_held_pidfile_can_be_read_by_everybody_and_is_gone_after_the_release() {
 
 #[test]
 fn the_pidfile_of_a_dead_program_is_stale_and_that_of_a_living_one_is_honoured() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("app.pid");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("app.pid");
     let mut other = Actor::start(&Kind::FILE.fresh());
     std::fs::write(&path, format!("{}\n", other.pid())).unwrap();
     assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Running(owner) if owner.pid() == other.pid()));
@@ -62,7 +62,7 @@ fn what_this_system_does_not_have_is_unsupported() {
     let built = |backend| NamedLock::builder("lockkit-everywhere").backend(backend).build();
     assert_eq!(built(Backend::Socket).map_or_else(unsupported, |_| false), !cfg!(target_os = "linux"));
     assert_eq!(built(Backend::Mutex).map_or_else(unsupported, |_| false), !cfg!(windows));
-    let folder = tempfile::tempdir().unwrap();
-    let table = lockkit::ShmLockManager::create(folder.path().join("table"), 1);
+    let directory = tempfile::tempdir().unwrap();
+    let table = lockkit::ShmLockManager::create(directory.path().join("table"), 1);
     assert_eq!(table.map_or_else(unsupported, |_| false), !cfg!(target_os = "linux"));
 }

@@ -18,7 +18,7 @@ faults!(file_shared, lockkit_tests::Kind::FILE_SHARED);
 faults!(pidfile, lockkit_tests::Kind::PIDFILE);
 faults!(lease, lockkit_tests::Kind::LEASE);
 faults!(shm_lock, lockkit_tests::Kind::SHM);
-faults!(folder_lock, lockkit_tests::Kind::FOLDER);
+faults!(directory_lock, lockkit_tests::Kind::DIRECTORY);
 
 // What the suite has of this, for the kind that it leaves out.
 lockkit_tests::suite!(machine_file_of_the_suite, lockkit_tests::Kind::MACHINE_FILE;
@@ -29,8 +29,8 @@ lockkit_tests::suite!(machine_file_of_the_suite, lockkit_tests::Kind::MACHINE_FI
 
 #[test]
 fn a_step_stands_between_every_two_changes_of_a_table() {
-    use lockkit_tests::managers::Kind::{Folder, Shm};
-    for kind in [Shm, Folder] {
+    use lockkit_tests::managers::Kind::{Directory, Shm};
+    for kind in [Shm, Directory] {
         let table = kind.fresh();
         let mut player = Actor::start_at(&table);
         player.expect(&format!("kill-at {}", usize::MAX), "armed");
@@ -46,8 +46,8 @@ fn a_step_stands_between_every_two_changes_of_a_table() {
 
 #[test]
 fn a_step_stands_between_every_two_changes_of_a_takeover_and_a_renewal() {
-    let folder = tempfile::tempdir().unwrap();
-    let terms = Terms::of(folder.path().join("deep").join("lease"));
+    let directory = tempfile::tempdir().unwrap();
+    let terms = Terms::of(directory.path().join("deep").join("lease"));
     let mut player = Actor::start_lease(&terms);
     player.expect(&format!("kill-at {}", usize::MAX), "armed");
     steps::stand_between_changes_of(&mut player, &["try", "release"]);
@@ -58,7 +58,7 @@ fn a_step_stands_between_every_two_changes_of_a_takeover_and_a_renewal() {
     // Beats go on meanwhile, as many as fall into the time that this takes.
     steps::stand_between_changes_of_the_others(&mut player);
 
-    let spec = Spec::parse(&format!("pidfile:{}", folder.path().join("pid").display()));
+    let spec = Spec::parse(&format!("pidfile:{}", directory.path().join("pid").display()));
     let mut dies = Actor::start(&spec);
     dies.expect("lock", "held");
     dies.kill();
@@ -67,8 +67,8 @@ fn a_step_stands_between_every_two_changes_of_a_takeover_and_a_renewal() {
 
 #[test]
 fn any_system_call_may_fail_once_when_a_table_is_made_and_used() {
-    use lockkit_tests::managers::Kind::{Folder, Shm};
-    for kind in [Shm, Folder] {
+    use lockkit_tests::managers::Kind::{Directory, Shm};
+    for kind in [Shm, Directory] {
         faults::fail_each_call_of_a_table(kind);
     }
 }

@@ -23,7 +23,7 @@ use tempfile::TempDir;
 suite!(exclusive, lockkit_tests::Kind::FILE);
 suite!(shared, lockkit_tests::Kind::FILE_SHARED);
 
-fn folder() -> TempDir {
+fn directory() -> TempDir {
     tempfile::tempdir().unwrap()
 }
 
@@ -45,8 +45,8 @@ fn while_somebody_waits(take: impl FnOnce() + Send, work: impl FnOnce()) {
 
 #[test]
 fn readers_share_and_a_writer_waits_for_the_last_of_them() {
-    let folder = folder();
-    let lock = FileLock::new(folder.path().join("lock"));
+    let directory = directory();
+    let lock = FileLock::new(directory.path().join("lock"));
     let first = lock.lock_shared().unwrap();
     let second = lock.try_lock_shared().unwrap();
     let third = FileLock::new(lock.path()).lock_shared_for(LIVELY).unwrap();
@@ -61,8 +61,8 @@ fn readers_share_and_a_writer_waits_for_the_last_of_them() {
 
 #[test]
 fn a_writer_keeps_readers_out_whichever_way_they_wait() {
-    let folder = folder();
-    let lock = FileLock::new(folder.path().join("lock"));
+    let directory = directory();
+    let lock = FileLock::new(directory.path().join("lock"));
     let writer = lock.lock().unwrap();
     assert!(lock.try_lock_shared().unwrap_err().is_held());
     assert!(lock.lock_shared_for(Duration::from_millis(5)).unwrap_err().is_timeout());
@@ -79,8 +79,8 @@ fn a_writer_keeps_readers_out_whichever_way_they_wait() {
 
 #[test]
 fn dropping_one_of_two_readers_lets_no_writer_in() {
-    let folder = folder();
-    let spec = Spec::parse(&format!("file:{}", folder.path().join("lock").display()));
+    let directory = directory();
+    let spec = Spec::parse(&format!("file:{}", directory.path().join("lock").display()));
     let lock = FileLock::new(spec.at());
     let (one, other) = (lock.lock_shared().unwrap(), lock.lock_shared().unwrap());
     let mut writer = Actor::start(&spec);
@@ -106,8 +106,8 @@ fn succeeds(mut child: Child) -> bool {
 #[cfg(target_os = "linux")]
 #[test]
 fn it_works_together_with_the_flock_command_both_ways() {
-    let folder = folder();
-    let path = folder.path().join("lock");
+    let directory = directory();
+    let path = directory.path().join("lock");
     let lock = FileLock::new(&path);
     let guard = lock.lock().unwrap();
     assert!(!succeeds(flock(&["-n"], &path, &["true"])));
@@ -133,8 +133,8 @@ fn it_works_together_with_the_flock_command_both_ways() {
 
 #[test]
 fn the_guard_reads_and_writes_the_locked_file() {
-    let folder = folder();
-    let lock = FileLock::new(folder.path().join("lock"));
+    let directory = directory();
+    let lock = FileLock::new(directory.path().join("lock"));
     lock.lock().unwrap().file().write_all(b"mine").unwrap();
     let guard = lock.lock_shared().unwrap();
     let mut text = String::new();
@@ -146,12 +146,12 @@ fn the_guard_reads_and_writes_the_locked_file() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_new_file_has_the_permissions_asked_for_and_an_old_one_keeps_its_own() {
-    let folder = folder();
+    let directory = directory();
     let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o7777;
-    let path = folder.path().join("private");
+    let path = directory.path().join("private");
     drop(FileLock::new(&path).lock().unwrap());
     assert_eq!(mode(&path), 0o600);
-    let path = folder.path().join("open");
+    let path = directory.path().join("open");
     drop(FileLock::new(&path).create_with_mode(0o640).lock().unwrap());
     assert_eq!(mode(&path), 0o640);
     drop(FileLock::new(&path).create_with_mode(0o600).lock().unwrap());
@@ -159,33 +159,33 @@ fn a_new_file_has_the_permissions_asked_for_and_an_old_one_keeps_its_own() {
 }
 
 #[test]
-fn missing_folders_are_made_only_when_asked() {
-    let folder = folder();
-    let path = folder.path().join("a/b/lock");
+fn missing_directories_are_made_only_when_asked() {
+    let directory = directory();
+    let path = directory.path().join("a/b/lock");
     let error = FileLock::new(&path).lock().unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::Io { action: "create", .. }), "{error}");
     assert!(error.to_string().contains("a/b/lock"), "{error}");
-    assert_eq!(folder.path().read_dir().unwrap().count(), 0);
+    assert_eq!(directory.path().read_dir().unwrap().count(), 0);
     drop(FileLock::new(&path).create_parents().lock().unwrap());
     assert!(path.is_file());
 }
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_folder_can_be_locked() {
-    let folder = folder();
-    let lock = FileLock::new(folder.path());
+fn a_directory_can_be_locked() {
+    let directory = directory();
+    let lock = FileLock::new(directory.path());
     let guard = lock.lock().unwrap();
     assert!(lock.try_lock_shared().unwrap_err().is_held());
     drop(guard);
-    assert!(succeeds(flock(&["-n"], folder.path(), &["true"])));
+    assert!(succeeds(flock(&["-n"], directory.path(), &["true"])));
 }
 
 #[cfg(target_os = "linux")]
 #[test]
 fn a_reader_of_a_fifo_is_not_disturbed_by_who_tries_to_lock_it() {
-    let folder = folder();
-    let fifo = folder.path().join("fifo");
+    let directory = directory();
+    let fifo = directory.path().join("fifo");
     rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::from_raw_mode(0o600)).unwrap();
     let mut reader = Command::new("cat").arg(&fifo).stdout(Stdio::null()).spawn().unwrap();
     until("it waits for a writer", || {
@@ -219,15 +219,15 @@ fn text(error: &Error) -> String {
 #[cfg(target_os = "linux")]
 #[test]
 fn what_cannot_be_locked_is_refused_with_its_path_and_the_reason() {
-    let folder = folder();
-    let at = |name: &str| folder.path().join(name);
+    let directory = directory();
+    let at = |name: &str| directory.path().join(name);
     rustix::fs::mkfifoat(rustix::fs::CWD, at("fifo"), rustix::fs::Mode::from_raw_mode(0o600)).unwrap();
     symlink("loop", at("loop")).unwrap();
     fs::write(at("file"), "").unwrap();
     symlink("nowhere/at/all", at("dangling")).unwrap();
     for (path, action, because) in [
-        (at("fifo"), "open", "neither a file nor a folder"),
-        ("/dev/null".into(), "open", "neither a file nor a folder"),
+        (at("fifo"), "open", "neither a file nor a directory"),
+        ("/dev/null".into(), "open", "neither a file nor a directory"),
         (at("loop"), "open", "ymbolic link"),
         (at("file/lock"), "open", "Not a directory"),
         (at("dangling"), "open", "a symlink to a file that does not exist"),
@@ -248,10 +248,10 @@ fn what_cannot_be_locked_is_refused_with_its_path_and_the_reason() {
 #[test]
 fn a_user_without_the_permissions_is_told_so_and_one_who_may_read_can_lock() {
     let Some(user) = another_user() else { return };
-    let folder = folder();
-    fs::set_permissions(folder.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    let directory = directory();
+    fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o755)).unwrap();
     let file = |name: &str, mode| {
-        let path = folder.path().join(name);
+        let path = directory.path().join(name);
         drop(File::create(&path).unwrap());
         fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
         Spec::parse(&format!("file:{}", path.display()))
@@ -260,7 +260,7 @@ fn a_user_without_the_permissions_is_told_so_and_one_who_may_read_can_lock() {
     actor.expect("try", "held");
     let denied = Actor::start_as(&file("private", 0o600), user.uid).ask("try");
     assert!(denied.starts_with("error Io: cannot open") && denied.contains("Permission denied"), "{denied}");
-    let spec = Spec::parse(&format!("file:{}", folder.path().join("new").display()));
+    let spec = Spec::parse(&format!("file:{}", directory.path().join("new").display()));
     let denied = Actor::start_as(&spec, user.uid).ask("try");
     assert!(denied.starts_with("error Io: cannot create") && denied.contains("Permission denied"), "{denied}");
     assert!(!Path::new(spec.at()).exists());
@@ -269,7 +269,7 @@ fn a_user_without_the_permissions_is_told_so_and_one_who_may_read_can_lock() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_waiter_on_a_deleted_file_goes_on_with_the_new_one() {
-    let folder = folder();
+    let directory = directory();
     for wait in [Wait::forever(), Wait::at_most(LIVELY)] {
         for replace in [
             (|path| fs::remove_file(path).unwrap()) as fn(&Path),
@@ -280,12 +280,12 @@ fn a_waiter_on_a_deleted_file_goes_on_with_the_new_one() {
                 fs::rename(new, path).unwrap();
             },
             |path| {
-                let folder = path.parent().unwrap();
-                fs::rename(folder, folder.with_extension("old")).unwrap();
-                fs::create_dir(folder).unwrap();
+                let directory = path.parent().unwrap();
+                fs::rename(directory, directory.with_extension("old")).unwrap();
+                fs::create_dir(directory).unwrap();
             },
         ] {
-            let path = folder.path().join("inner/lock");
+            let path = directory.path().join("inner/lock");
             let lock = FileLock::new(&path).create_parents();
             let holder = FileLock::new(&path).create_parents().lock().unwrap();
             while_somebody_waits(
@@ -300,8 +300,8 @@ fn a_waiter_on_a_deleted_file_goes_on_with_the_new_one() {
                     drop(holder);
                 },
             );
-            fs::remove_dir_all(folder.path().join("inner")).unwrap();
-            let _ = fs::remove_dir_all(folder.path().join("inner.old"));
+            fs::remove_dir_all(directory.path().join("inner")).unwrap();
+            let _ = fs::remove_dir_all(directory.path().join("inner.old"));
         }
     }
 }
@@ -311,8 +311,8 @@ fn a_deadline_is_one_for_all_the_files_that_the_path_comes_to_name() {
     if wine_cannot_judge("a file that is open cannot be renamed there") {
         return;
     }
-    let folder = folder();
-    let path = folder.path().join("lock");
+    let directory = directory();
+    let path = directory.path().join("lock");
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let held = FileLock::new(&path).lock().unwrap();
@@ -338,8 +338,8 @@ fn deleting_the_file_under_its_lock_never_lets_two_in() {
     if wine_cannot_judge(DELETED) {
         return;
     }
-    let folder = folder();
-    let path = folder.path().join("lock");
+    let directory = directory();
+    let path = directory.path().join("lock");
     let (inside, holds) = (AtomicBool::new(false), AtomicU32::new(0));
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -369,8 +369,8 @@ fn deleting_the_file_under_its_lock_never_lets_two_in() {
 
 #[test]
 fn a_file_deleted_by_a_stranger_is_noticed_soon() {
-    let folder = folder();
-    let path = folder.path().join("lock");
+    let directory = directory();
+    let path = directory.path().join("lock");
     let lock = FileLock::new(&path);
     for _ in 0..1000 {
         drop(lock.lock().unwrap());
@@ -387,8 +387,8 @@ fn a_file_deleted_by_a_stranger_is_noticed_soon() {
 
 #[test]
 fn a_descriptor_is_kept_between_acquisitions_and_closed_with_the_lock() {
-    let folder = folder();
-    let spec = Spec::parse(&format!("file:{}", folder.path().join("lock").display()));
+    let directory = directory();
+    let spec = Spec::parse(&format!("file:{}", directory.path().join("lock").display()));
     let mut actor = Actor::start(&spec);
     actor.expect("lock", "held");
     actor.expect("release", "released");
@@ -402,8 +402,8 @@ fn a_descriptor_is_kept_between_acquisitions_and_closed_with_the_lock() {
 
 #[test]
 fn where_flock_does_not_work_the_error_says_so_and_no_file_stays_behind() {
-    let folder = folder();
-    let spec = Spec::parse(&format!("file:{}", folder.path().join("lock").display()));
+    let directory = directory();
+    let spec = Spec::parse(&format!("file:{}", directory.path().join("lock").display()));
     let strace = || {
         let mut strace = Command::new("strace");
         strace.args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=flock", "-e", "inject=flock:error=EOPNOTSUPP"]);
@@ -427,10 +427,10 @@ fn where_flock_does_not_work_the_error_says_so_and_no_file_stays_behind() {
 
 #[test]
 fn a_full_disk_does_not_matter_to_a_lock_and_a_failed_one_leaves_no_file() {
-    let folder = folder();
+    let directory = directory();
     let mounted = Command::new("mount")
         .args(["-t", "tmpfs", "-o", "size=4k,nr_inodes=2", "lockkit-test"])
-        .arg(folder.path())
+        .arg(directory.path())
         .stderr(Stdio::null())
         .status()
         .is_ok_and(|status| status.success());
@@ -438,17 +438,17 @@ fn a_full_disk_does_not_matter_to_a_lock_and_a_failed_one_leaves_no_file() {
         lockkit_tests::left_out("this machine does not let the test mount a small file system");
         return;
     }
-    let path = folder.path().join("lock");
+    let path = directory.path().join("lock");
     let full = FileLock::new(&path).lock().and_then(|guard| {
         let error = guard.file().write_all(&[0; 8192]).unwrap_err();
         assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
         guard.release()
     });
     // The only file that fits is there now.
-    let second = FileLock::new(folder.path().join("second")).lock();
+    let second = FileLock::new(directory.path().join("second")).lock();
     let again = FileLock::new(&path).lock();
-    let files = folder.path().read_dir().unwrap().count();
-    assert!(Command::new("umount").arg("-l").arg(folder.path()).status().unwrap().success());
+    let files = directory.path().read_dir().unwrap().count();
+    assert!(Command::new("umount").arg("-l").arg(directory.path()).status().unwrap().success());
     full.unwrap();
     drop(again.unwrap());
     let error = second.unwrap_err();
@@ -479,7 +479,7 @@ lockkit_tests::left_out! { "it takes other users, modes of files, links, FIFOs o
     a_program_that_runs_can_be_locked,
     it_works_together_with_the_flock_command_both_ways,
     a_locked_file_is_listed_with_its_holders_and_waiters,
-    a_folder_can_be_locked,
+    a_directory_can_be_locked,
     a_new_file_has_the_permissions_asked_for_and_an_old_one_keeps_its_own,
     a_reader_of_a_fifo_is_not_disturbed_by_who_tries_to_lock_it,
     what_cannot_be_locked_is_refused_with_its_path_and_the_reason,

@@ -68,7 +68,7 @@ fn answered(sender: &Actor) -> String {
 fn a_second_start_hands_over_all_it_has_exactly_as_it_is() {
     let name = name();
     let first = first(&name);
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let arguments: Vec<OsString> = [
         &b"one"[..],
         b"--two=2",
@@ -90,15 +90,15 @@ fn a_second_start_hands_over_all_it_has_exactly_as_it_is() {
     .to_vec();
     let value = OsString::from_vec(b"\xf0value".to_vec());
     let mut sender = Actor::start_instance_with(&name, |command| {
-        command.args(&arguments).current_dir(folder.path()).env(VARIABLE, &value);
+        command.args(&arguments).current_dir(directory.path()).env(VARIABLE, &value);
     });
     sender.expect("enter", &format!("second of {}", std::process::id()));
     sender.tell("activate-with 30000 3");
     let activation = next(&first);
     assert_eq!(activation.arguments()[1..3], ["instance", &*name]);
     assert_eq!(activation.arguments()[3..], arguments);
-    assert_eq!(activation.folder(), Some(&*folder.path().canonicalize().unwrap()));
-    assert_eq!(activation.resolve("file"), folder.path().canonicalize().unwrap().join("file"));
+    assert_eq!(activation.directory(), Some(&*directory.path().canonicalize().unwrap()));
+    assert_eq!(activation.resolve("file"), directory.path().canonicalize().unwrap().join("file"));
     assert_eq!(activation.resolve("/file").as_os_str().as_bytes(), b"/file");
     assert_eq!(activation.variables(), [(VARIABLE.into(), value.clone())]);
     assert_eq!(activation.variable(VARIABLE), Some(&*value));
@@ -692,16 +692,16 @@ fn nothing_is_left_behind() {
 #[test]
 fn variables_of_the_environment_lead_to_no_other_instance() {
     let name = name();
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let mut first = Actor::start_instance(&name);
     first.expect("start 0", "first");
     let mut second = Actor::start_instance_with(&name, |command| {
         for variable in ["TMPDIR", "TMP", "HOME", "XDG_RUNTIME_DIR", "XDG_STATE_HOME", "XDG_CACHE_HOME"] {
-            command.env(variable, folder.path());
+            command.env(variable, directory.path());
         }
     });
     second.expect("start 30000", &answered(&second));
-    assert_eq!(folder.path().read_dir().unwrap().count(), 0);
+    assert_eq!(directory.path().read_dir().unwrap().count(), 0);
 }
 
 #[test]

@@ -33,11 +33,11 @@ suite!(file_lease, lockkit_tests::Kind::LEASE);
 const LONG_AGO: Duration = Duration::from_secs(10);
 const HOUR: Duration = Duration::from_secs(3600);
 
-/// A folder for one test, and a lease in it.
+/// A directory for one test, and a lease in it.
 fn place() -> (TempDir, Terms) {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("lease");
-    (folder, Terms::of(path))
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("lease");
+    (directory, Terms::of(path))
 }
 
 fn read(terms: &Terms) -> Vec<u8> {
@@ -63,7 +63,7 @@ fn set_age(path: &Path, modified: SystemTime) {
 
 /// What a held record says of a holder on another host: nothing can be told of it from here, but it is silent.
 fn of_a_stranger(terms: &Terms) -> Vec<u8> {
-    let (_folder, mut other) = place();
+    let (_directory, mut other) = place();
     other.ttl = terms.ttl;
     let record = left_by_the_dead(&other);
     forge(&record, &[("host", "elsewhere"), ("boot", &"7".repeat(32))])
@@ -138,7 +138,7 @@ fn a_second_acquire_is_held_until_the_release_and_then_works() {
     }
     impl std::error::Error for BuildRuns {}
 
-    let (_folder, terms) = place();
+    let (_directory, terms) = place();
     let mut holder = Actor::start_lease(&terms);
     let first = take(&mut holder, "try");
     let lease = terms.builder().held_error(|| BuildRuns).build().unwrap();
@@ -156,7 +156,7 @@ fn a_second_acquire_is_held_until_the_release_and_then_works() {
 #[test]
 fn a_record_of_the_dead_is_taken_over_with_a_new_claim_and_our_pid_fresh_or_ten_seconds_old() {
     for age in [Duration::ZERO, LONG_AGO] {
-        let (_folder, terms) = place();
+        let (_directory, terms) = place();
         let record = left_by_the_dead(&terms);
         let died: u32 = line(&record, "pid").parse().unwrap();
         set_age(&terms.path, SystemTime::now() - age);
@@ -175,7 +175,7 @@ fn a_record_of_an_earlier_boot_of_this_host_is_taken_over_at_once() {
     if cfg!(target_os = "linux") && !lockkit_tests::is_on_a_host() {
         return;
     }
-    let (_folder, terms) = place();
+    let (_directory, terms) = place();
     let record = forge(&left_by_the_dead(&terms), &[("boot", &"7".repeat(32)), ("pid", "1"), ("start", "1")]);
     write(&terms, &record);
     let before = line(&record, "token").parse::<u64>().unwrap();
@@ -191,7 +191,7 @@ fn damaged_record_reclaimed_after_two_seconds() {
     std::thread::scope(|scope| {
         for damaged in DAMAGED {
             scope.spawn(move || {
-                let (_folder, terms) = place();
+                let (_directory, terms) = place();
                 write(&terms, damaged);
                 let start = Instant::now();
                 let lease = terms.open();
@@ -209,7 +209,7 @@ fn damaged_record_reclaimed_after_two_seconds() {
 
 #[test]
 fn the_age_at_which_damage_is_reclaimed_can_be_chosen() {
-    let (_folder, terms) = place();
+    let (_directory, terms) = place();
     for (age, gets_in) in [(HOUR, false), (Duration::from_millis(100), true)] {
         write(&terms, "lockkit lease 1\n");
         let lease = terms.builder().invalid_pid_lock_stale_threshold(age).build().unwrap();
@@ -220,7 +220,7 @@ fn the_age_at_which_damage_is_reclaimed_can_be_chosen() {
 
 #[test]
 fn of_twelve_contenders_on_a_free_path_one_wins_and_eleven_are_told_held() {
-    let (folder, terms) = place();
+    let (directory, terms) = place();
     let mut contenders: Vec<Actor> = (0..12).map(|_| Actor::start_lease(&terms)).collect();
     for round in 0..100 {
         // In every other round the record is there, and free.
@@ -235,12 +235,12 @@ fn of_twelve_contenders_on_a_free_path_one_wins_and_eleven_are_told_held() {
         token(&answers[winners[0]]);
         contenders[winners[0]].expect("release", "released");
     }
-    assert_eq!(folder.path().read_dir().unwrap().count(), 1, "nothing is left but the record");
+    assert_eq!(directory.path().read_dir().unwrap().count(), 1, "nothing is left but the record");
 }
 
 #[test]
 fn eight_racers_on_one_stale_record_are_never_two_owners() {
-    let (_folder, terms) = place();
+    let (_directory, terms) = place();
     let stale = left_by_the_dead(&terms);
     let died = line(&stale, "pid").parse().unwrap();
     let mut racers: Vec<Actor> = (0..8).map(|_| Actor::start_lease(&terms)).collect();
@@ -261,7 +261,7 @@ fn eight_racers_on_one_stale_record_are_never_two_owners() {
 
 #[test]
 fn a_release_touches_no_foreign_record_and_brings_back_none() {
-    let (_folder, mut terms) = place();
+    let (_directory, mut terms) = place();
     // No beat comes in between.
     (terms.ttl, terms.heartbeat) = (60_000, 20_000);
     let lease = terms.open();
@@ -289,7 +289,7 @@ fn a_release_touches_no_foreign_record_and_brings_back_none() {
 
 #[test]
 fn a_release_of_what_was_deleted_or_damaged_is_one_and_leaves_nothing_in_the_way() {
-    let (_folder, mut terms) = place();
+    let (_directory, mut terms) = place();
     (terms.ttl, terms.heartbeat) = (60_000, 20_000);
     let lease = terms.open();
     let changes: [&dyn Fn(); 3] =
@@ -315,7 +315,7 @@ fn a_release_of_what_was_deleted_or_damaged_is_one_and_leaves_nothing_in_the_way
 
 #[test]
 fn a_change_of_owner_is_told_once_within_two_seconds() {
-    let (_folder, mut terms) = place();
+    let (_directory, mut terms) = place();
     (terms.ttl, terms.heartbeat) = (3000, 250);
     let stranger = of_a_stranger(&terms);
     let mut holder = Actor::start_lease(&terms);
@@ -340,7 +340,7 @@ fn a_change_of_owner_is_told_once_within_two_seconds() {
 #[test]
 fn a_holder_that_was_stopped_for_longer_than_its_ttl_finds_it_lost_the_moment_it_runs_again() {
     for taken_over in [false, true] {
-        let (_folder, terms) = place();
+        let (_directory, terms) = place();
         let [mut holder, mut next] = [(); 2].map(|()| Actor::start_lease(&terms));
         let old = take(&mut holder, "try");
         stop(&holder, &terms);
@@ -375,7 +375,7 @@ fn a_holder_that_was_stopped_for_longer_than_its_ttl_finds_it_lost_the_moment_it
 #[cfg(target_os = "linux")]
 #[test]
 fn a_holder_that_was_stopped_for_less_goes_on() {
-    let (_folder, mut terms) = place();
+    let (_directory, mut terms) = place();
     terms.ttl = LIVELY.as_millis() as u64;
     let [mut holder, mut next] = [(); 2].map(|()| Actor::start_lease(&terms));
     take(&mut holder, "try");
@@ -393,7 +393,7 @@ fn a_holder_that_was_stopped_for_less_goes_on() {
 
 #[test]
 fn whoever_finds_itself_holding_is_never_one_of_two_however_long_it_was_stopped() {
-    let (_folder, mut terms) = place();
+    let (_directory, mut terms) = place();
     (terms.ttl, terms.heartbeat) = (100, 25);
     let seconds = std::env::var("LOCKKIT_CHAOS_SECONDS").map_or(10, |text| text.parse().expect("whole seconds"));
     let tally = leases::run(&terms, Duration::from_secs(seconds));
@@ -410,7 +410,7 @@ fn whoever_finds_itself_holding_is_never_one_of_two_however_long_it_was_stopped(
 fn times_in_the_record_and_of_its_file_decide_nothing() {
     // What a step of the wall clock leaves behind, both ways, and another host's clock that is wrong.
     for step in [-1, 1] {
-        let (_folder, terms) = place();
+        let (_directory, terms) = place();
         let at = |now: SystemTime| if step < 0 { now - HOUR } else { now + HOUR };
         let moment = at(SystemTime::now()).duration_since(SystemTime::UNIX_EPOCH).unwrap();
         let acquired = format!("{}.000000000 (then)", moment.as_secs());
@@ -450,10 +450,11 @@ fn times_in_the_record_and_of_its_file_decide_nothing() {
 /// The library of faketime(1), which shows a program a wall clock of its own.
 fn faketime() -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
-    let program = std::env::split_paths(&path).map(|folder| folder.join("faketime")).find(|path| path.is_file())?;
+    let program =
+        std::env::split_paths(&path).map(|directory| directory.join("faketime")).find(|path| path.is_file())?;
     let lib = program.parent()?.parent()?.join("lib");
-    let folders = fs::read_dir(&lib).ok()?.filter_map(|entry| Some(entry.ok()?.path())).chain([lib]);
-    folders.map(|folder| folder.join("faketime/libfaketime.so.1")).find(|path| path.is_file())
+    let directories = fs::read_dir(&lib).ok()?.filter_map(|entry| Some(entry.ok()?.path())).chain([lib]);
+    directories.map(|directory| directory.join("faketime/libfaketime.so.1")).find(|path| path.is_file())
 }
 
 #[test]
@@ -465,8 +466,8 @@ fn the_wall_clock_stepped_by_an_hour_changes_nothing() {
     let Some(library) = faketime() else {
         return lockkit_tests::left_out("faketime is not here; what a step leaves in files has a test of its own");
     };
-    let (folder, terms) = place();
-    let clock = folder.path().join("clock");
+    let (directory, terms) = place();
+    let clock = directory.path().join("clock");
     let set = |offset: &str| {
         // Whole at every moment, for it is read at each look at the clock.
         fs::write(clock.with_extension("new"), offset).unwrap();
@@ -565,7 +566,7 @@ fn two_containers_of_one_host_wait_for_each_others_ttl() {
 /// `is_strange` has it.
 fn wait_for_each_others_ttl(start: fn(&Terms) -> Option<Actor>, is_strange: fn(&[u8])) {
     for stranger_holds in [true, false] {
-        let (_folder, terms) = place();
+        let (_directory, terms) = place();
         let Some(stranger) = start(&terms) else { return };
         let here = Actor::start_lease(&terms);
         let (mut holder, mut other) = if stranger_holds { (stranger, here) } else { (here, stranger) };
@@ -602,7 +603,7 @@ fn a_record_that_is_deleted_cut_spoilt_or_put_back_is_mended_by_its_holder() {
     if wine_cannot_judge("a file that is open cannot be replaced there") {
         return;
     }
-    let (_folder, terms) = place();
+    let (_directory, terms) = place();
     let mut holder = Actor::start_lease(&terms);
     let first = take(&mut holder, "try");
     let old = read(&terms);
@@ -633,7 +634,7 @@ fn a_record_that_is_cut_or_spoilt_lets_no_waiter_in() {
     if wine_cannot_judge("a file that is open cannot be replaced there") {
         return;
     }
-    let (_folder, terms) = place();
+    let (_directory, terms) = place();
     let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start_lease(&terms));
     let first = take(&mut holder, "try");
     let spoils: [&dyn Fn(); 3] = [&|| write(&terms, ""), &|| write(&terms, "lock"), &|| replace(&terms, "lock")];
@@ -653,7 +654,7 @@ fn a_record_that_is_cut_or_spoilt_lets_no_waiter_in() {
 #[cfg(target_os = "linux")]
 #[test]
 fn after_a_deletion_whoever_comes_first_has_it_and_its_token_is_greater() {
-    let (_folder, terms) = place();
+    let (_directory, terms) = place();
     let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start_lease(&terms));
     let first = take(&mut holder, "try");
     waiter.tell_to_wait("lock");
@@ -676,7 +677,7 @@ fn a_record_of_a_later_version_is_left_alone_by_the_holder_and_by_who_wants_it()
     if wine_cannot_judge("a file that is open cannot be replaced there") {
         return;
     }
-    let (_folder, terms) = place();
+    let (_directory, terms) = place();
     let newer = "lockkit lease 2\nflavour sour\n";
     let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start_lease(&terms));
     take(&mut holder, "try");
@@ -699,7 +700,7 @@ fn a_waiter_for_a_record_that_is_replaced_by_a_strangers_waits_for_the_stranger(
     if wine_cannot_judge("a file that is open cannot be replaced there") {
         return;
     }
-    let (_folder, terms) = place();
+    let (_directory, terms) = place();
     let stranger = of_a_stranger(&terms);
     let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start_lease(&terms));
     take(&mut holder, "try");
@@ -714,7 +715,7 @@ fn a_waiter_for_a_record_that_is_replaced_by_a_strangers_waits_for_the_stranger(
 
 #[test]
 fn who_wants_it_goes_by_the_ttl_in_the_record_and_not_by_its_own() {
-    let (_folder, terms) = place();
+    let (_directory, terms) = place();
     write(&terms, of_a_stranger(&terms));
     let hasty = Terms { ttl: 60, heartbeat: 20, ..terms.clone() }.open();
     let start = Instant::now();
@@ -728,7 +729,7 @@ fn programs_that_each_try_only_once_take_over_a_silent_stranger_in_the_end() {
         let why = "boots are not told apart here, so no program can use what another one has noted by its clock";
         return lockkit_tests::left_out(why);
     }
-    let (_folder, terms) = place();
+    let (_directory, terms) = place();
     let stranger = of_a_stranger(&terms);
     write(&terms, &stranger);
     let (start, mut refused) = (Instant::now(), 0);
@@ -748,7 +749,7 @@ fn programs_that_each_try_only_once_take_over_a_silent_stranger_in_the_end() {
 
 #[test]
 fn only_the_holder_that_was_seen_is_evicted() {
-    let (_folder, terms) = place();
+    let (_directory, terms) = place();
     let lease = terms.open();
     let mut holder = Actor::start_lease(&terms);
     let first = take(&mut holder, "try");
@@ -782,10 +783,10 @@ struct SmallDisk(TempDir);
 
 impl SmallDisk {
     fn mount(options: &str) -> Option<Self> {
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         let mut mount = Command::new("mount");
-        if succeeds(mount.args(["-t", "tmpfs", "-o", options, "lockkit-test"]).arg(folder.path())) {
-            return Some(Self(folder));
+        if succeeds(mount.args(["-t", "tmpfs", "-o", options, "lockkit-test"]).arg(directory.path())) {
+            return Some(Self(directory));
         }
         lockkit_tests::left_out("this machine does not let the test mount a small file system");
         None
@@ -991,7 +992,7 @@ fn a_disk_that_cannot_be_read_or_written_is_tried_until_the_deadline() {
             ("flock:error=ENOLCK", "(os error 37)"),
         ] {
             scope.spawn(move || {
-                let (_folder, terms) = place();
+                let (_directory, terms) = place();
                 let broken = std::cell::Cell::new(None);
                 let harm = |holder: &Actor| broken.set(Some(Fault::at(holder.pid(), &[fault])));
                 is_kept_to_its_deadline(&terms, harm, || drop(broken.take()), because);
@@ -1006,7 +1007,7 @@ fn a_waiter_that_can_be_told_of_nothing_looks_from_time_to_time() {
     if !faults_can_be_made() {
         return;
     }
-    let (_folder, terms) = place();
+    let (_directory, terms) = place();
     let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start_lease(&terms));
     take(&mut waiter, "try");
     waiter.expect("release", "released");
@@ -1019,21 +1020,21 @@ fn a_waiter_that_can_be_told_of_nothing_looks_from_time_to_time() {
 }
 
 #[test]
-fn a_process_killed_at_any_step_of_a_takeover_a_beat_or_the_making_of_folders_blocks_nobody() {
+fn a_process_killed_at_any_step_of_a_takeover_a_beat_or_the_making_of_directories_blocks_nobody() {
     /// What comes before the steps.
     type Prepare<'a> = &'a dyn Fn(&mut Actor, &Terms);
 
     if !lockkit::steps::ENABLED {
         return lockkit_tests::left_out("this build has no steps to be killed at; they need debug assertions");
     }
-    let (_folder, elsewhere) = place();
+    let (_directory, elsewhere) = place();
     let dead = left_by_the_dead(&elsewhere);
     let cases: [(&str, Prepare<'_>); 4] = [
         ("the record of the dead", &|_, terms| {
             fs::create_dir_all(terms.path.parent().unwrap()).unwrap();
             write(terms, &dead);
         }),
-        ("a folder that is not there", &|_, _| {}),
+        ("a directory that is not there", &|_, _| {}),
         ("beats", &|victim, _| _ = take(victim, "try")),
         ("a beat after a deletion", &|victim, terms| {
             take(victim, "try");
@@ -1042,8 +1043,8 @@ fn a_process_killed_at_any_step_of_a_takeover_a_beat_or_the_making_of_folders_bl
     ];
     for (case, prepare) in cases {
         for step in 1.. {
-            let folder = tempfile::tempdir().unwrap();
-            let terms = Terms { heartbeat: 10, ..Terms::of(folder.path().join("a/b/lease")) };
+            let directory = tempfile::tempdir().unwrap();
+            let terms = Terms { heartbeat: 10, ..Terms::of(directory.path().join("a/b/lease")) };
             let mut victim = Actor::start_lease(&terms);
             prepare(&mut victim, &terms);
             let beats = case.contains("beat");
@@ -1076,7 +1077,7 @@ fn without_files_that_have_no_name_one_of_those_who_make_the_record_at_once_wins
         return;
     }
     // As on NFS, and where there is no /proc to name them through.
-    let (folder, terms) = place();
+    let (directory, terms) = place();
     let mut contenders: Vec<Actor> = (0..6).map(|_| Actor::start_lease(&terms)).collect();
     // The heartbeat threads start before they are traced.
     for contender in &mut contenders {
@@ -1098,7 +1099,7 @@ fn without_files_that_have_no_name_one_of_those_who_make_the_record_at_once_wins
         assert_eq!(answers.iter().filter(|answer| is_held(answer)).count(), 5, "round {round}: {answers:?}");
         contenders[winners[0]].expect("release", "released");
     }
-    assert_eq!(folder.path().read_dir().unwrap().count(), 1, "nothing is left but the record");
+    assert_eq!(directory.path().read_dir().unwrap().count(), 1, "nothing is left but the record");
 }
 
 #[cfg(target_os = "linux")]
@@ -1107,7 +1108,7 @@ fn a_record_that_cannot_be_written_where_no_file_is_without_a_name_is_not_left_h
     if !faults_can_be_made() {
         return;
     }
-    let (folder, terms) = place();
+    let (directory, terms) = place();
     let mut actor = Actor::start_lease(&terms);
     // The heartbeat thread starts before it is traced.
     take(&mut actor, "try");
@@ -1117,7 +1118,7 @@ fn a_record_that_cannot_be_written_where_no_file_is_without_a_name_is_not_left_h
     for command in ["try", "lock"] {
         let answer = actor.ask(command);
         assert!(answer.starts_with("error Io: cannot write") && answer.contains("No space left"), "{answer}");
-        assert_eq!(folder.path().read_dir().unwrap().count(), 0);
+        assert_eq!(directory.path().read_dir().unwrap().count(), 0);
     }
     drop(fault);
     take(&mut actor, "try");
@@ -1127,15 +1128,15 @@ fn a_record_that_cannot_be_written_where_no_file_is_without_a_name_is_not_left_h
 #[test]
 fn where_the_heartbeat_thread_cannot_start_acquiring_fails_and_nothing_is_held() {
     let Some(user) = another_user() else { return };
-    let (folder, terms) = place();
-    chown(folder.path(), Some(user.uid), None).unwrap();
+    let (directory, terms) = place();
+    chown(directory.path(), Some(user.uid), None).unwrap();
     let mut poor = Actor::start_lease_as(&terms, user.uid);
     poor.expect("limit-threads 1", "limited");
     for command in ["try", "lock", "lock-for 1000"] {
         let answer = poor.ask(command);
         let said = format!("error Io: cannot start the heartbeat thread for {}", terms.path.display());
         assert!(answer.starts_with(&said) && answer.contains("Resource temporarily unavailable"), "{answer}");
-        assert_eq!(folder.path().read_dir().unwrap().count(), 0, "the store was not touched");
+        assert_eq!(directory.path().read_dir().unwrap().count(), 0, "the store was not touched");
     }
     poor.expect("limit-threads all", "limited");
     take(&mut poor, "try");
@@ -1147,8 +1148,8 @@ fn where_the_heartbeat_thread_cannot_start_acquiring_fails_and_nothing_is_held()
 #[test]
 fn where_no_thread_can_be_had_for_on_lost_the_heartbeat_calls_it_once() {
     let Some(user) = another_user() else { return };
-    let (folder, terms) = place();
-    chown(folder.path(), Some(user.uid), None).unwrap();
+    let (directory, terms) = place();
+    chown(directory.path(), Some(user.uid), None).unwrap();
     let stranger = of_a_stranger(&terms);
     let mut holder = Actor::start_lease_as(&terms, user.uid);
     take(&mut holder, "try");
@@ -1166,7 +1167,7 @@ fn where_no_thread_can_be_had_for_on_lost_the_heartbeat_calls_it_once() {
 
 #[test]
 fn a_panic_in_on_lost_ends_there() {
-    let (_folder, mut terms) = place();
+    let (_directory, mut terms) = place();
     terms.panics = true;
     let mut holder = Actor::start_lease(&terms);
     for loss in 1..=2 {
@@ -1188,7 +1189,7 @@ fn a_guard_dropped_at_any_moment_of_a_beat_leaves_a_free_record_for_good() {
     if wine_cannot_judge("each step of a lease takes milliseconds there, and it counts them") {
         return;
     }
-    let (_folder, terms) = place();
+    let (_directory, terms) = place();
     let lease = terms.builder().ttl(LIVELY).heartbeat(Duration::from_millis(1)).build().unwrap();
     let mut last = 0;
     for round in 0..500 {
@@ -1205,10 +1206,10 @@ fn a_guard_dropped_at_any_moment_of_a_beat_leaves_a_free_record_for_good() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_forked_child_holds_nothing_of_its_parents_and_can_hold_its_own() {
-    let (folder, terms) = place();
+    let (directory, terms) = place();
     let mut parent = Actor::start_lease(&terms);
     let first = take(&mut parent, "try");
-    parent.expect(&format!("fork {}", folder.path().join("other").display()), "parted");
+    parent.expect(&format!("fork {}", directory.path().join("other").display()), "parted");
     wait_for_beats(&terms);
     parent.expect("is-held", "yes");
     parent.expect("losses", "losses");
@@ -1223,8 +1224,8 @@ fn a_thousand_leases_dropped_or_killed_at_once_are_all_free() {
         return;
     }
     // In memory, for each new record is synced.
-    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
-    let mut terms = Terms::of(folder.path().join("lease"));
+    let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let mut terms = Terms::of(directory.path().join("lease"));
     // A slow machine takes more than a moment for a thousand.
     (terms.ttl, terms.heartbeat) = (10_000, 1000);
     let mut holder = Actor::start_lease(&terms);
@@ -1232,8 +1233,8 @@ fn a_thousand_leases_dropped_or_killed_at_once_are_all_free() {
     holder.expect("release", "released");
     let before = Belongings::of(holder.pid());
     let leases: Vec<Lease> =
-        (0..1000).map(|n| Terms { path: folder.path().join(n.to_string()), ..terms.clone() }.open()).collect();
-    let hold = format!("hold-many 1000 {}", folder.path().display());
+        (0..1000).map(|n| Terms { path: directory.path().join(n.to_string()), ..terms.clone() }.open()).collect();
+    let hold = format!("hold-many 1000 {}", directory.path().display());
     holder.expect(&hold, "holds 1000");
     // A beat has the file open for as long as it lasts.
     until("there is one thread for all, and no descriptor", || Belongings::of(holder.pid()) == before);
@@ -1251,7 +1252,7 @@ fn a_worker_that_hangs_loses_its_lease_and_one_that_works_keeps_it() {
     if wine_cannot_judge("each step of a lease takes milliseconds there, so that a waiter may keep a beat out") {
         return;
     }
-    let (_folder, mut terms) = place();
+    let (_directory, mut terms) = place();
     terms.progress = 500;
     let [mut worker, mut next] = [(); 2].map(|()| Actor::start_lease(&terms));
     let first = take(&mut worker, "try");
@@ -1275,11 +1276,11 @@ fn attempts_are_repeated_as_often_and_with_such_pauses_as_is_said() {
     if wine_cannot_judge("each step of a lease takes milliseconds there, and it counts them") {
         return;
     }
-    let (folder, terms) = place();
+    let (directory, terms) = place();
     let pause = Duration::from_millis(20);
-    // A file in the place of its folder goes away by itself never, and is told at once.
-    fs::write(folder.path().join("file"), "").unwrap();
-    let misplaced = Lease::file(folder.path().join("file/lease")).acquire_retry_limit(u32::MAX).build().unwrap();
+    // A file in the place of its directory goes away by itself never, and is told at once.
+    fs::write(directory.path().join("file"), "").unwrap();
+    let misplaced = Lease::file(directory.path().join("file/lease")).acquire_retry_limit(u32::MAX).build().unwrap();
     let error = misplaced.lock().unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::Io { .. }), "{error}");
     let Some(disk) = SmallDisk::mount("size=64k") else { return };
@@ -1311,7 +1312,7 @@ fn watches(pid: u32) -> usize {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_waiter_that_gave_up_leaves_no_watch() {
-    let (_folder, terms) = place();
+    let (_directory, terms) = place();
     let mut holder = Actor::start_lease(&terms);
     take(&mut holder, "try");
     let mut waiter = Actor::start_lease(&terms);
@@ -1326,17 +1327,17 @@ fn a_waiter_that_gave_up_leaves_no_watch() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn links_to_the_record_are_refused_and_paths_through_linked_folders_are_one() {
-    let (folder, terms) = place();
-    let at = |name: &str| Terms::of(folder.path().join(name));
+fn links_to_the_record_are_refused_and_paths_through_linked_directories_are_one() {
+    let (directory, terms) = place();
+    let at = |name: &str| Terms::of(directory.path().join(name));
     let mut holder = Actor::start_lease(&terms);
     take(&mut holder, "try");
-    symlink(folder.path(), folder.path().join("here")).unwrap();
+    symlink(directory.path(), directory.path().join("here")).unwrap();
     assert!(is_held(&Actor::start_lease(&at("here/lease")).ask("try")));
-    let name = folder.path().file_name().unwrap().to_str().unwrap();
+    let name = directory.path().file_name().unwrap().to_str().unwrap();
     assert!(is_held(&Actor::start_lease(&at(&format!("./here/../{name}/lease"))).ask("try")));
     let mut relative = Actor::start_lease_with(&Terms::of("lease"), |command| {
-        command.current_dir(folder.path());
+        command.current_dir(directory.path());
     });
     assert!(is_held(&relative.ask("try")));
     relative.expect("go /", "gone there");
@@ -1345,23 +1346,24 @@ fn links_to_the_record_are_refused_and_paths_through_linked_folders_are_one() {
     holder.expect("release", "released");
     token(&relative.answer());
 
-    symlink("lease", folder.path().join("soft")).unwrap();
+    symlink("lease", directory.path().join("soft")).unwrap();
     let refused = Actor::start_lease(&at("soft")).ask("try");
     assert!(refused.starts_with("error Insecure") && refused.contains("symbolic link"), "{refused}");
-    fs::hard_link(&terms.path, folder.path().join("hard")).unwrap();
+    fs::hard_link(&terms.path, directory.path().join("hard")).unwrap();
     for name in ["lease", "hard"] {
         let refused = Actor::start_lease(&at(name)).ask("try");
         assert!(refused.starts_with("error Insecure") && refused.contains("hard link"), "{refused}");
     }
     // Who holds it is in doubt as long as there are two, and goes on when there is one again.
     relative.expect("is-held", "yes");
-    fs::remove_file(folder.path().join("hard")).unwrap();
+    fs::remove_file(directory.path().join("hard")).unwrap();
     wait_for_beats(&terms);
     relative.expect("is-held", "yes");
-    symlink("nowhere", folder.path().join("dangling")).unwrap();
+    symlink("nowhere", directory.path().join("dangling")).unwrap();
     assert!(Actor::start_lease(&at("dangling")).ask("try").starts_with("error Insecure"));
     assert!(Actor::start_lease(&at(".")).ask("try").starts_with("error"));
-    rustix::fs::mkfifoat(rustix::fs::CWD, folder.path().join("fifo"), rustix::fs::Mode::from_raw_mode(0o600)).unwrap();
+    rustix::fs::mkfifoat(rustix::fs::CWD, directory.path().join("fifo"), rustix::fs::Mode::from_raw_mode(0o600))
+        .unwrap();
     assert!(Actor::start_lease(&at("fifo")).ask("try").starts_with("error Insecure"));
 }
 
@@ -1370,8 +1372,8 @@ fn links_to_the_record_are_refused_and_paths_through_linked_folders_are_one() {
 fn files_of_other_users_are_refused_but_not_roots() {
     let Some(user) = another_user() else { return };
     let Some(third) = another_user() else { return };
-    let (folder, terms) = place();
-    fs::set_permissions(folder.path(), Permissions::from_mode(0o777)).unwrap();
+    let (directory, terms) = place();
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o777)).unwrap();
     let mut theirs = Actor::start_lease_as(&terms, user.uid);
     take(&mut theirs, "try");
     theirs.expect("release", "released");
@@ -1396,16 +1398,16 @@ fn files_of_other_users_are_refused_but_not_roots() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn the_file_and_its_folders_have_the_modes_asked_for() {
-    let (folder, terms) = place();
+fn the_file_and_its_directories_have_the_modes_asked_for() {
+    let (directory, terms) = place();
     let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o7777;
     drop(terms.open().lock().unwrap());
     assert_eq!(mode(&terms.path), 0o600);
-    let path = folder.path().join("a/b/lease");
+    let path = directory.path().join("a/b/lease");
     let lease = Lease::file(&path).create_parents().file_write_mode(0o640).directory_write_mode(0o750).build().unwrap();
-    assert!(!folder.path().join("a").exists(), "nothing is made before it is taken");
+    assert!(!directory.path().join("a").exists(), "nothing is made before it is taken");
     drop(lease.lock().unwrap());
-    let modes = [&path, path.parent().unwrap(), &folder.path().join("a")].map(mode);
+    let modes = [&path, path.parent().unwrap(), &directory.path().join("a")].map(mode);
     assert_eq!(modes, [0o640, 0o750, 0o750]);
 }
 
@@ -1569,8 +1571,8 @@ fn appearance(path: &Path) -> (Option<Vec<u8>>, Option<PathBuf>, u64, u32, i64, 
 #[cfg(target_os = "linux")]
 #[test]
 fn a1_foreign_files_are_refused_and_stay_as_they_are() {
-    let (folder, terms) = place();
-    let at = |name: &str| folder.path().join(name);
+    let (directory, terms) = place();
+    let at = |name: &str| directory.path().join(name);
     let file = |name: &str, bytes: &[u8]| {
         fs::write(at(name), bytes).unwrap();
         at(name)
@@ -1656,7 +1658,7 @@ fn a1_holder_never_writes_into_a_foreign_file() {
     }
     let foreign = ["one\ntwo\n".to_owned(), "\0".repeat(5000)];
     for (text, replaces) in foreign.iter().flat_map(|text| [(text, false), (text, true)]) {
-        let (_folder, terms) = place();
+        let (_directory, terms) = place();
         let put = || if replaces { replace(&terms, text) } else { write(&terms, text) };
         // A holder that keeps the lease until its deadline.
         let mut holder = Actor::start_lease(&terms);
@@ -1688,7 +1690,7 @@ fn a1_record_put_back_in_time_costs_nothing() {
     if wine_cannot_judge("a file that is open cannot be replaced there") {
         return;
     }
-    let (_folder, mut terms) = place();
+    let (_directory, mut terms) = place();
     terms.ttl = LIVELY.as_millis() as u64;
     let mut holder = Actor::start_lease(&terms);
     take(&mut holder, "try");
@@ -1713,7 +1715,7 @@ fn a8_damage_is_judged_alike_by_every_question() {
     std::thread::scope(|scope| {
         for damaged in DAMAGED {
             scope.spawn(move || {
-                let (_folder, terms) = place();
+                let (_directory, terms) = place();
                 write(&terms, damaged);
                 let start = Instant::now();
                 // Each question comes from a new process, without an earlier observation.
@@ -1735,7 +1737,7 @@ fn a8_damage_is_judged_alike_by_every_question() {
             });
             scope.spawn(move || {
                 // Old damage is reclaimed by the first process that asks.
-                let (_folder, terms) = place();
+                let (_directory, terms) = place();
                 write(&terms, damaged);
                 let [mut first, mut second] = [(); 2].map(|()| Actor::start_lease(&terms));
                 until("it is old", || first.ask("status") == "damaged 0");
@@ -1749,7 +1751,7 @@ fn a8_damage_is_judged_alike_by_every_question() {
 #[test]
 fn a8_old_damage_is_reclaimed_by_the_first_try() {
     for damaged in DAMAGED {
-        let (_folder, terms) = place();
+        let (_directory, terms) = place();
         write(&terms, damaged);
         // A time in the future says nothing about the age.
         set_age(&terms.path, SystemTime::now() + HOUR);
@@ -1784,7 +1786,7 @@ fn stop_at_each(call: &str, command: &str) -> usize {
         stat.contains(") T ")
     };
     for at in 1..=MOST {
-        let (_folder, mut terms) = place();
+        let (_directory, mut terms) = place();
         (terms.ttl, terms.heartbeat) = (500, 50);
         let [mut holder, mut victim, mut next] = [(); 3].map(|()| Actor::start_lease(&terms));
         take(&mut holder, "lock");
@@ -1841,7 +1843,7 @@ fn a9_readers_of_a_held_lease_take_no_flock() {
     if !faults_can_be_made() {
         return;
     }
-    let (_folder, terms) = place();
+    let (_directory, terms) = place();
     let [mut holder, mut reader] = [(); 2].map(|()| Actor::start_lease(&terms));
     take(&mut holder, "lock");
     assert!(is_held(&reader.ask("try")));
@@ -1858,7 +1860,7 @@ fn a9_readers_of_a_held_lease_take_no_flock() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a9_status_answers_while_a_writer_is_stopped() {
-    let (_folder, terms) = place();
+    let (_directory, terms) = place();
     let mut holder = Actor::start_lease(&terms);
     take(&mut holder, "lock");
     let mut reader = Actor::start_lease(&terms);
@@ -1881,9 +1883,9 @@ fn a9_status_answers_while_a_writer_is_stopped() {
 fn a10_users_of_a_group_share_a_lease_by_its_mode() {
     let (Some(one), Some(two)) = (another_user(), another_user()) else { return };
     let group = one.uid;
-    let (folder, mut terms) = place();
-    chown(folder.path(), Some(0), Some(group)).unwrap();
-    fs::set_permissions(folder.path(), Permissions::from_mode(0o2775)).unwrap();
+    let (directory, mut terms) = place();
+    chown(directory.path(), Some(0), Some(group)).unwrap();
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o2775)).unwrap();
     let mode = || fs::metadata(&terms.path).unwrap().mode() & 0o7777;
     let start = |terms: &Terms, uid| Actor::start_lease_in_group(terms, uid, group);
     // By default a lease belongs to one user, and the error of another user says why.
@@ -1926,23 +1928,26 @@ fn a10_users_of_a_group_share_a_lease_by_its_mode() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a11_missing_directories_are_made_on_request_only() {
-    let (folder, _) = place();
-    let path = folder.path().join("a/b/lease");
+    let (directory, _) = place();
+    let path = directory.path().join("a/b/lease");
     let lease = Lease::file(&path).build().unwrap();
     let start = Instant::now();
     for error in [lease.try_lock().unwrap_err(), lease.lock().unwrap_err()] {
         let text = error.to_string();
-        assert!(text.contains(folder.path().join("a/b").to_str().unwrap()) && text.contains("No such file"), "{text}");
+        assert!(
+            text.contains(directory.path().join("a/b").to_str().unwrap()) && text.contains("No such file"),
+            "{text}"
+        );
         assert_eq!(std::io::Error::from(error).kind(), std::io::ErrorKind::NotFound);
     }
     assert!(start.elapsed() < Duration::from_secs(1), "it is told at once");
     assert_eq!(lease.status().unwrap(), LeaseStatus::Free);
-    assert_eq!(folder.path().read_dir().unwrap().count(), 0);
+    assert_eq!(directory.path().read_dir().unwrap().count(), 0);
     let made = Lease::file(&path).create_parents().build().unwrap();
     let guard = made.lock().unwrap();
     assert!(lease.try_lock().unwrap_err().is_held());
     drop(guard);
-    let shared = folder.path().join("shared/leases/lease");
+    let shared = directory.path().join("shared/leases/lease");
     let builder = Lease::file(&shared).create_parents().file_write_mode(0o666).directory_write_mode(0o2777);
     drop(builder.build().unwrap().lock().unwrap());
     for directory in shared.ancestors().skip(1).take(2) {
@@ -1954,7 +1959,7 @@ fn a11_missing_directories_are_made_on_request_only() {
 
 #[test]
 fn c5_heartbeat_below_a_millisecond_is_refused() {
-    let (_folder, terms) = place();
+    let (_directory, terms) = place();
     let file = || Lease::file(&terms.path);
     let store = || Lease::with_store(Arc::new(Board::default()), "key");
     let clock = || Arc::new(lockkit::lease::ManualClock::new());
@@ -1977,7 +1982,7 @@ fn c5_heartbeat_below_a_millisecond_is_refused() {
 
 #[test]
 fn c12_forged_numbers_fail_with_their_cause_or_do_no_harm() {
-    let (_folder, terms) = place();
+    let (_directory, terms) = place();
     let most = u64::MAX.to_string();
     let dead = left_by_the_dead(&terms);
     let free = forge(&dead, &[("state", "free")]);
@@ -2047,7 +2052,7 @@ fn crowd(threads: usize, often: usize, open: impl Fn() -> Lease + Sync) -> Durat
 #[cfg(target_os = "linux")]
 #[test]
 fn c13_crowd_of_threads_takes_a_lease_in_turns_quickly() {
-    let (_folder, terms) = place();
+    let (_directory, terms) = place();
     let shared = terms.open();
     let took = crowd(200, 5, || shared.clone());
     println!("200 threads took one lease 1000 times in {took:?}");
@@ -2061,7 +2066,7 @@ fn c13_crowd_of_threads_takes_a_lease_in_turns_quickly() {
 #[cfg(target_os = "linux")]
 #[test]
 fn c13_waiters_of_a_process_hand_over_in_order() {
-    let (_folder, terms) = place();
+    let (_directory, terms) = place();
     let lease = terms.open();
     let order = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
@@ -2093,7 +2098,7 @@ fn c13_waiters_of_a_process_hand_over_in_order() {
 #[cfg(target_os = "linux")]
 #[test]
 fn c13_waiters_that_give_up_leave_nothing_behind() {
-    let (_folder, terms) = place();
+    let (_directory, terms) = place();
     let lease = terms.open();
     let guard = lease.lock().unwrap();
     let stop = CancelToken::new();
@@ -2142,9 +2147,9 @@ lockkit_tests::left_out! { "it takes other users, modes of files, links, inotify
     a_record_that_cannot_be_written_where_no_file_is_without_a_name_is_not_left_half_made,
     where_the_heartbeat_thread_cannot_start_acquiring_fails_and_nothing_is_held,
     where_no_thread_can_be_had_for_on_lost_the_heartbeat_calls_it_once,
-    links_to_the_record_are_refused_and_paths_through_linked_folders_are_one,
+    links_to_the_record_are_refused_and_paths_through_linked_directories_are_one,
     files_of_other_users_are_refused_but_not_roots,
-    the_file_and_its_folders_have_the_modes_asked_for,
+    the_file_and_its_directories_have_the_modes_asked_for,
     a1_foreign_files_are_refused_and_stay_as_they_are,
     a8_damage_is_judged_alike_by_every_question,
     a9_process_stopped_while_it_looks_costs_no_lease,

@@ -4,14 +4,14 @@ use lockkit_tests::{managers, shared_managers, suite};
 
 #[cfg(target_os = "linux")]
 managers!(shm, lockkit_tests::managers::Kind::Shm);
-managers!(folder, lockkit_tests::managers::Kind::Folder);
+managers!(directory, lockkit_tests::managers::Kind::Directory);
 managers!(memory, lockkit_tests::managers::Kind::Memory);
 #[cfg(target_os = "linux")]
 shared_managers!(shared_shm, lockkit_tests::managers::Kind::Shm);
-shared_managers!(shared_folder, lockkit_tests::managers::Kind::Folder);
+shared_managers!(shared_directory, lockkit_tests::managers::Kind::Directory);
 #[cfg(target_os = "linux")]
 suite!(shm_lock, lockkit_tests::Kind::SHM);
-suite!(folder_lock, lockkit_tests::Kind::FOLDER);
+suite!(directory_lock, lockkit_tests::Kind::DIRECTORY);
 
 /// Excludes threads only, so it has the cases of the suite that need no second process.
 mod in_memory_lock {
@@ -34,17 +34,17 @@ mod in_memory_lock {
     }
 }
 
-mod in_a_folder {
+mod in_a_directory {
     use lockkit::{ErrorKind, FileLockManager, LockManager};
     use lockkit_tests::Actor;
     use lockkit_tests::managers::{Kind, Table};
 
     #[test]
-    fn a_folder_that_is_no_table_is_refused_and_left_as_it_is() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = |name: &str| folder.path().join(name);
+    fn a_directory_that_is_no_table_is_refused_and_left_as_it_is() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
         let refused = || {
-            let error = FileLockManager::open(folder.path()).unwrap_err();
+            let error = FileLockManager::open(directory.path()).unwrap_err();
             assert!(matches!(error.kind(), ErrorKind::LayoutMismatch { .. }), "{error}");
         };
         std::fs::write(path("17.lock"), "").unwrap();
@@ -59,38 +59,38 @@ mod in_a_folder {
         refused();
         std::fs::remove_file(path("next")).unwrap();
         // An empty one is what a `create` leaves that was killed.
-        let first = FileLockManager::open(folder.path()).unwrap();
+        let first = FileLockManager::open(directory.path()).unwrap();
         assert_eq!(first.allocate().unwrap().id(), 0);
-        assert_eq!(FileLockManager::open(folder.path()).unwrap().allocate().unwrap().id(), 1);
+        assert_eq!(FileLockManager::open(directory.path()).unwrap().allocate().unwrap().id(), 1);
         assert!(FileLockManager::open(path("next")).is_err());
         assert!(FileLockManager::open(path("absent")).is_err());
-        assert!(FileLockManager::create(folder.path()).is_err());
+        assert!(FileLockManager::create(directory.path()).is_err());
     }
 
     #[test]
     #[cfg(target_os = "linux")]
-    fn a_folder_that_others_may_write_to_is_refused() {
+    fn a_directory_that_others_may_write_to_is_refused() {
         use std::os::unix::fs::PermissionsExt;
 
         use lockkit_tests::another_user;
 
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         for mode in [0o777, 0o770, 0o1777] {
-            std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(mode)).unwrap();
-            let error = FileLockManager::open(folder.path()).unwrap_err();
+            std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(mode)).unwrap();
+            let error = FileLockManager::open(directory.path()).unwrap_err();
             assert!(matches!(error.kind(), ErrorKind::Insecure { .. }), "{error}");
         }
-        std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o700)).unwrap();
+        std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o700)).unwrap();
         if let Some(other) = another_user() {
-            std::os::unix::fs::chown(folder.path(), Some(other.uid), None).unwrap();
-            let error = FileLockManager::open(folder.path()).unwrap_err();
+            std::os::unix::fs::chown(directory.path(), Some(other.uid), None).unwrap();
+            let error = FileLockManager::open(directory.path()).unwrap_err();
             assert!(matches!(error.kind(), ErrorKind::ForeignOwner { .. }), "{error}");
         }
     }
 
     #[test]
     fn a_freed_lock_leaves_no_file_even_if_its_owner_died() {
-        let table = Kind::Folder.fresh();
+        let table = Kind::Directory.fresh();
         let manager = table.open();
         for all in [false, true] {
             let id = manager.allocate().unwrap().id();
@@ -108,9 +108,9 @@ mod in_a_folder {
         if !lockkit::steps::ENABLED {
             return;
         }
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         for step in 1.. {
-            let table = Table::at(Kind::Folder, folder.path().join(step.to_string()).to_str().unwrap());
+            let table = Table::at(Kind::Directory, directory.path().join(step.to_string()).to_str().unwrap());
             let mut victim = Actor::start_at(&table);
             victim.expect(&format!("kill-at {step}"), "armed");
             let answer = victim.ask("open");
@@ -202,7 +202,7 @@ mod shared_memory {
     #[test]
     fn eight_processes_that_create_at_once_end_up_in_one_table() {
         for round in 0..60 {
-            let table = if round % 2 == 0 { Kind::Shm } else { Kind::Folder }.fresh();
+            let table = if round % 2 == 0 { Kind::Shm } else { Kind::Directory }.fresh();
             let mut racers: Vec<_> = (0..8).map(|_| Actor::start_at(&table)).collect();
             for racer in &mut racers {
                 racer.tell("allocate");
@@ -277,18 +277,18 @@ mod shared_memory {
 
     #[test]
     fn a_full_file_system_is_an_error_and_ends_nobody() {
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", "size=1m", "lockkit-test"]).arg(folder.path()).stderr(Stdio::null());
+        mount.args(["-t", "tmpfs", "-o", "size=1m", "lockkit-test"]).arg(directory.path()).stderr(Stdio::null());
         if !mount.status().is_ok_and(|status| status.success()) {
             lockkit_tests::left_out("this machine does not let the test mount a small file system");
             return;
         }
-        let table = Table::at(Kind::Shm, folder.path().join("table").to_str().unwrap());
+        let table = Table::at(Kind::Shm, directory.path().join("table").to_str().unwrap());
         let manager = table.open_with(1_000_000);
         let mut other = Actor::start_at(&table);
         other.expect("try 0", "held");
-        let filler = std::fs::File::create(folder.path().join("filler")).unwrap();
+        let filler = std::fs::File::create(directory.path().join("filler")).unwrap();
         let full = (0..).find(|page| filler.write_all_at(&[1; 4096], page * 4096).is_err());
         assert!(full.is_some_and(|pages| pages > 0));
         let error = manager.retrieve(999_999).unwrap_err();
@@ -303,7 +303,7 @@ mod shared_memory {
         filler.set_len(0).unwrap();
         manager.allocate_at(500_000).unwrap().lock().unwrap().release().unwrap();
         drop((other, filler));
-        assert!(Command::new("umount").arg("-l").arg(folder.path()).status().unwrap().success());
+        assert!(Command::new("umount").arg("-l").arg(directory.path()).status().unwrap().success());
     }
 
     #[test]
@@ -328,9 +328,9 @@ mod shared_memory {
         if !lockkit::steps::ENABLED {
             return;
         }
-        let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
         for step in 1.. {
-            let path = folder.path().join(format!("table-{step}"));
+            let path = directory.path().join(format!("table-{step}"));
             let mut victim = Actor::start_at(&Table::at(Kind::Shm, path.to_str().unwrap()));
             victim.expect(&format!("kill-at {step}"), "armed");
             let answer = victim.ask("open");
@@ -338,7 +338,7 @@ mod shared_memory {
                 assert_eq!(opened_elsewhere(&path), "opened");
                 std::fs::remove_file(&path).unwrap();
             }
-            assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "litter after step {step}");
+            assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "litter after step {step}");
             if answer != "gone" {
                 assert!(step > 5, "only {step} steps");
                 return;

@@ -169,7 +169,7 @@ fn a_supervisor_can_name_its_child_as_the_holder() {
 fn variables_of_the_environment_do_not_make_it_another_lock() {
     for kind in OWN {
         let spec = kind.fresh();
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         let mut holder = Actor::start(&spec);
         holder.expect("lock", "held");
         let mut other = Actor::start_with(&spec, |command| {
@@ -183,11 +183,11 @@ fn variables_of_the_environment_do_not_make_it_another_lock() {
                 "XDG_STATE_HOME",
                 "XDG_CACHE_HOME",
             ] {
-                command.env(variable, folder.path());
+                command.env(variable, directory.path());
             }
         });
         assert!(other.ask("try").starts_with("error Held"));
-        assert_eq!(folder.path().read_dir().unwrap().count(), 0);
+        assert_eq!(directory.path().read_dir().unwrap().count(), 0);
         spec.clean();
     }
 }
@@ -350,8 +350,8 @@ fn processes_of_pid_namespaces_that_do_not_see_each_other_share_a_name() {
     }
     // Without records there is only what the kernel says, which is nothing of a pid.
     let Some(user) = user else { return };
-    for folder in user.folders() {
-        std::fs::create_dir(folder).unwrap();
+    for directory in user.directories() {
+        std::fs::create_dir(directory).unwrap();
     }
     let spec = Kind::NAMED_SOCKET.fresh();
     let mut there = Actor::start_with(&spec, |command| {
@@ -385,14 +385,14 @@ fn a_holder_that_becomes_another_program_holds_no_more() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_handle_goes_on_when_its_folder_was_deleted() {
+fn a_handle_goes_on_when_its_directory_was_deleted() {
     let Some(user) = another_user() else { return };
     let spec = Kind::NAMED_FILE.fresh();
     let mut actor = Actor::start_as(&spec, user.uid);
     for _ in 0..3 {
         actor.expect("lock", "held");
         actor.expect("release", "released");
-        std::fs::remove_dir_all(&user.folders()[0]).unwrap();
+        std::fs::remove_dir_all(&user.directories()[0]).unwrap();
     }
 }
 
@@ -400,7 +400,7 @@ fn a_handle_goes_on_when_its_folder_was_deleted() {
 #[test]
 fn the_record_of_one_lock_is_never_the_file_of_another() {
     let Some(user) = another_user() else { return };
-    let [_, memory] = user.folders();
+    let [_, memory] = user.directories();
     std::fs::create_dir(&memory).unwrap();
     let file = Kind::NAMED_FILE.fresh();
     let mut holder = Actor::start_as(&file, user.uid);
@@ -421,8 +421,8 @@ fn the_lock_file_belongs_to_the_acting_user_and_to_nobody_else() {
     let spec = Kind::NAMED_FILE.fresh();
     let mut actor = Actor::start_as(&spec, user.uid);
     actor.expect("try", "held");
-    let [folder, _] = user.folders();
-    for (path, mode) in [(folder.clone(), 0o700), (folder.join(format!("{}.lock", spec.at())), 0o600)] {
+    let [directory, _] = user.directories();
+    for (path, mode) in [(directory.clone(), 0o700), (directory.join(format!("{}.lock", spec.at())), 0o600)] {
         let found = path.symlink_metadata().unwrap();
         assert_eq!((found.uid(), found.mode() & 0o7777), (user.uid, mode), "{}", path.display());
     }
@@ -430,10 +430,10 @@ fn the_lock_file_belongs_to_the_acting_user_and_to_nobody_else() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_folder_that_somebody_else_prepared_is_refused() {
+fn a_directory_that_somebody_else_prepared_is_refused() {
     let elsewhere = tempfile::tempdir().unwrap();
     let Some(user) = another_user() else { return };
-    let [folder, _] = user.folders();
+    let [directory, _] = user.directories();
     let spec = Kind::NAMED_FILE.fresh();
     let refuses = |expected: &str, because: &str| {
         let answer = Actor::start_as(&spec, user.uid).ask("try");
@@ -441,20 +441,20 @@ fn a_folder_that_somebody_else_prepared_is_refused() {
         assert!(answer.contains(because), "{answer}");
     };
 
-    std::fs::create_dir(&folder).unwrap();
+    std::fs::create_dir(&directory).unwrap();
     refuses("ForeignOwner", "uid 0");
-    std::os::unix::fs::chown(&folder, Some(user.uid), None).unwrap();
-    std::fs::set_permissions(&folder, PermissionsExt::from_mode(0o770)).unwrap();
+    std::os::unix::fs::chown(&directory, Some(user.uid), None).unwrap();
+    std::fs::set_permissions(&directory, PermissionsExt::from_mode(0o770)).unwrap();
     refuses("Insecure", "0700");
-    std::fs::remove_dir(&folder).unwrap();
+    std::fs::remove_dir(&directory).unwrap();
 
-    symlink(elsewhere.path(), &folder).unwrap();
-    refuses("Io", "open the folder");
-    std::fs::remove_file(&folder).unwrap();
+    symlink(elsewhere.path(), &directory).unwrap();
+    refuses("Io", "open the directory");
+    std::fs::remove_file(&directory).unwrap();
 
-    std::fs::write(&folder, "").unwrap();
-    refuses("Io", "open the folder");
-    std::fs::remove_file(&folder).unwrap();
+    std::fs::write(&directory, "").unwrap();
+    refuses("Io", "open the directory");
+    std::fs::remove_file(&directory).unwrap();
     assert_eq!(elsewhere.path().read_dir().unwrap().count(), 0);
 }
 
@@ -494,7 +494,7 @@ fn a_fifo_in_the_place_of_a_lock_file_does_not_hang_who_asks_for_the_owner() {
 #[test]
 fn without_memory_for_records_deaths_are_told_by_a_file() {
     let Some(user) = another_user() else { return };
-    let [_, memory] = user.folders();
+    let [_, memory] = user.directories();
     // It belongs to root, so this user does not trust it.
     std::fs::create_dir(&memory).unwrap();
     let spec = Kind::NAMED_SOCKET.fresh();
@@ -508,8 +508,8 @@ fn without_memory_for_records_deaths_are_told_by_a_file() {
 #[test]
 fn without_any_place_for_records_the_lock_works_and_tells_no_deaths() {
     let Some(user) = another_user() else { return };
-    for folder in user.folders() {
-        std::fs::create_dir(&folder).unwrap();
+    for directory in user.directories() {
+        std::fs::create_dir(&directory).unwrap();
     }
     let spec = Kind::NAMED_SOCKET.fresh();
     let [mut first, mut second, mut third] = [(); 3].map(|()| Actor::start_as(&spec, user.uid));
@@ -552,7 +552,7 @@ fn a13_names_used_once_leave_no_growth() {
     let Some(user) = another_user() else { return };
     let mut actor = Actor::start_as(&Kind::NAMED_SOCKET.fresh(), user.uid);
     actor.expect("use-names 10000", "done");
-    let [files, memory] = user.folders();
+    let [files, memory] = user.directories();
     assert!(!files.exists(), "records are in memory");
     let left: Vec<_> = memory.read_dir().unwrap().map(|entry| entry.unwrap()).collect();
     assert_eq!(left.len(), 1, "{left:?}");
@@ -583,7 +583,7 @@ fn a13_held_lock_takes_at_most_one_kibibyte() {
 #[test]
 fn a13_damaged_table_of_records_breaks_no_lock() {
     let Some(user) = another_user() else { return };
-    let [_, memory] = user.folders();
+    let [_, memory] = user.directories();
     let spec = Kind::NAMED_SOCKET.fresh();
     let table = memory.join("records-1");
     for damage in [vec![], vec![0xff; 3], vec![0xff; 8192], b"another format".repeat(1000), vec![0xff; 100_000]] {
@@ -852,11 +852,11 @@ fn c1_overflow_uid_is_not_trusted_as_ones_own() {
 
     // A directory of another user looks like the own one.
     for base in ["/tmp", "/dev/shm"] {
-        let folder = format!("{base}/lockkit-u{LAST}");
-        let _ = std::fs::remove_dir_all(&folder);
-        std::fs::create_dir(&folder).unwrap();
-        std::fs::set_permissions(&folder, PermissionsExt::from_mode(0o755)).unwrap();
-        std::os::unix::fs::chown(&folder, Some(stranger.uid), Some(stranger.uid)).unwrap();
+        let directory = format!("{base}/lockkit-u{LAST}");
+        let _ = std::fs::remove_dir_all(&directory);
+        std::fs::create_dir(&directory).unwrap();
+        std::fs::set_permissions(&directory, PermissionsExt::from_mode(0o755)).unwrap();
+        std::os::unix::fs::chown(&directory, Some(stranger.uid), Some(stranger.uid)).unwrap();
     }
     let answer = inside.start(LAST, &[Kind::NAMED_FILE.fresh().invite()]).ask("try");
     assert!(answer.starts_with("error ForeignOwner"), "{answer}");
@@ -915,8 +915,8 @@ fn c11_cleaner_leaves_files_of_machine_wide_locks() {
     holder.expect("lock", "held");
     let [path] = &spec.files()[..] else { panic!("one file") };
     assert_eq!(path.metadata().unwrap().mode() & 0o7777, 0o1666);
-    let folder = tempfile::tempdir().unwrap();
-    let [rules, age] = ["rules.conf", "aged"].map(|name| folder.path().join(name));
+    let directory = tempfile::tempdir().unwrap();
+    let [rules, age] = ["rules.conf", "aged"].map(|name| directory.path().join(name));
     std::fs::create_dir(&age).unwrap();
     // In a directory of its own, for other tests need the rest of /tmp.
     let (kept, removed) = (age.join("kept"), age.join("removed"));
@@ -947,10 +947,10 @@ lockkit_tests::left_out! { "it takes other users, modes of files, links, namespa
     users_have_names_of_their_own_and_share_those_of_the_machine,
     whichever_user_comes_first_a_machine_wide_lock_is_open_to_all,
     processes_of_pid_namespaces_that_do_not_see_each_other_share_a_name,
-    a_handle_goes_on_when_its_folder_was_deleted,
+    a_handle_goes_on_when_its_directory_was_deleted,
     the_record_of_one_lock_is_never_the_file_of_another,
     the_lock_file_belongs_to_the_acting_user_and_to_nobody_else,
-    a_folder_that_somebody_else_prepared_is_refused,
+    a_directory_that_somebody_else_prepared_is_refused,
     a_lock_file_that_is_a_link_to_another_file_is_refused,
     a_fifo_in_the_place_of_a_lock_file_does_not_hang_who_asks_for_the_owner,
     without_memory_for_records_deaths_are_told_by_a_file,

@@ -25,10 +25,10 @@ use tempfile::TempDir;
 const NOBODY: u32 = 65_534;
 
 fn place() -> (TempDir, PathBuf, Spec) {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("app.pid");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("app.pid");
     let spec = Spec::parse(&format!("pidfile:{}", path.display()));
-    (folder, path, spec)
+    (directory, path, spec)
 }
 
 /// The owner that the pidfile names.
@@ -150,8 +150,8 @@ fn a_process_of_another_user_is_alive() {
         lockkit_tests::left_out("acting as yet another user needs root");
         return;
     }
-    let (folder, _, spec) = place();
-    fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let (directory, _, spec) = place();
+    fs::set_permissions(directory.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     // Root's process, looked at by somebody else, by the same owner's identity and by a bare pid.
     let mut holder = Actor::start(&spec);
     holder.expect("try", "held");
@@ -169,7 +169,7 @@ fn a_process_of_another_user_is_alive() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_later_process_with_the_pid_of_an_owner_is_not_the_owner() {
-    let (_folder, path, spec) = place();
+    let (_directory, path, spec) = place();
     let mut holder = Actor::start(&spec);
     holder.expect("try", "held");
     assert_eq!(named(&path).liveness(), Liveness::Alive);
@@ -186,7 +186,7 @@ fn an_owner_of_an_earlier_boot_is_dead_and_one_of_another_host_unknown() {
     if !lockkit_tests::is_on_a_host() {
         return;
     }
-    let (_folder, path, spec) = place();
+    let (_directory, path, spec) = place();
     let mut holder = Actor::start(&spec);
     holder.expect("try", "held");
     assert_eq!(named(&with_other(&path, &[BOOT])).liveness(), Liveness::Dead);
@@ -203,7 +203,7 @@ fn an_owner_in_another_pid_namespace_is_unknown_and_never_stolen_while_it_lives(
         lockkit_tests::left_out("making a pid namespace is not allowed here");
         return;
     }
-    let (_folder, path, spec) = place();
+    let (_directory, path, spec) = place();
     let mut hidden = Actor::start_with(&spec, |command| {
         let (program, spec) = (command.get_program().to_owned(), command.get_args().next().unwrap().to_owned());
         *command = Command::new("unshare");
@@ -233,7 +233,7 @@ fn a_record_from_another_pid_namespace_is_looked_up_by_those_inside() {
         lockkit_tests::left_out("making a pid namespace is not allowed here");
         return;
     }
-    let (_folder, path, spec) = place();
+    let (_directory, path, spec) = place();
     let mut holder = Actor::start(&spec);
     holder.expect("try", "held");
     let mut inside = Actor::start_with(&spec, |command| {
@@ -252,7 +252,7 @@ fn a_record_from_another_pid_namespace_is_looked_up_by_those_inside() {
 
 #[test]
 fn an_owner_is_described_by_pid_program_and_time() {
-    let (_folder, path, spec) = place();
+    let (_directory, path, spec) = place();
     let mut holder = Actor::start(&spec);
     holder.expect("try", "held");
     let text = named(&path).describe();
@@ -264,7 +264,7 @@ fn an_owner_is_described_by_pid_program_and_time() {
 #[test]
 fn a_process_is_not_judged_by_what_a_proc_of_another_pid_namespace_says_of_its_pid() {
     // Inside, the pid of what is a zombie out here, which the /proc of out here still shows.
-    let (_folder, path, spec) = place();
+    let (_directory, path, spec) = place();
     let mut zombie = sleeper();
     zombie.kill().unwrap();
     until("it is a zombie", || state(zombie.id()) == 'Z');

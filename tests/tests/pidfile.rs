@@ -31,11 +31,11 @@ const OLD: Duration = Duration::from_secs(10);
 /// What the margin between the clocks and the coarseness of both leave no doubt about.
 const LONG_AGO: Duration = Duration::from_secs(120);
 
-/// A folder for one test, and the path of a pidfile in it.
+/// A directory for one test, and the path of a pidfile in it.
 fn place() -> (TempDir, PathBuf) {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("app.pid");
-    (folder, path)
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("app.pid");
+    (directory, path)
 }
 
 fn spec(path: &Path) -> Spec {
@@ -94,7 +94,7 @@ const HOST: usize = 37;
 
 impl Left {
     fn by_the_killed() -> Self {
-        let (_folder, path) = place();
+        let (_directory, path) = place();
         let mut actor = Actor::start(&spec(&path));
         actor.expect("try", "held");
         actor.kill();
@@ -181,7 +181,7 @@ fn a_relative_path_is_refused_everywhere() {
 
 #[test]
 fn the_file_names_its_owner_as_long_as_it_is_held_and_is_gone_afterwards() {
-    let (folder, path) = place();
+    let (directory, path) = place();
     let guard = lock(&path).try_lock().unwrap();
     assert_eq!(first_line(&path), my_pid());
     let PidStatus::Running(owner) = PidFile::inspect(&path).unwrap() else { panic!("it runs") };
@@ -191,13 +191,13 @@ fn the_file_names_its_owner_as_long_as_it_is_held_and_is_gone_afterwards() {
     guard.verify().unwrap();
     guard.release().unwrap();
     assert_eq!(PidFile::inspect(&path).unwrap(), PidStatus::Absent);
-    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
 }
 
 #[cfg(target_os = "linux")]
 #[test]
 fn others_can_read_the_file_unless_told_otherwise() {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     let mode = |lock: PidFile| {
         let _guard = lock.try_lock().unwrap();
         fs::metadata(&path).unwrap().permissions().mode() & 0o777
@@ -209,7 +209,7 @@ fn others_can_read_the_file_unless_told_otherwise() {
 
 #[test]
 fn held_says_who_and_since_when() {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     let mut holder = Actor::start(&spec(&path));
     holder.expect("try", "held");
     let error = lock(&path).try_lock().unwrap_err();
@@ -223,7 +223,7 @@ fn held_says_who_and_since_when() {
 
 #[test]
 fn a_foreign_file_is_honoured_while_its_process_lives_and_taken_over_afterwards() {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     let mut daemon = Foreign::start();
     let said = format!("{}\n", daemon.pid());
     write(&path, &said);
@@ -246,7 +246,7 @@ fn a_foreign_file_is_honoured_while_its_process_lives_and_taken_over_afterwards(
 #[cfg(target_os = "linux")]
 #[test]
 fn a_waiter_gets_in_when_the_foreign_process_ends_and_hardly_computes_until_then() {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     for command in ["lock", "lock-for 30000"] {
         let mut daemon = Foreign::start();
         write(&path, daemon.pid().to_string());
@@ -270,7 +270,7 @@ fn a_waiter_gets_in_when_the_foreign_process_ends_and_hardly_computes_until_then
 
 #[test]
 fn a_foreign_pid_whose_process_started_after_the_file_was_written_is_stale() {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     if has_just_booted() {
         return lockkit_tests::left_out("the system started so recently that the file would seem older");
     }
@@ -294,10 +294,10 @@ fn has_just_booted() -> bool {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_file_in_memory_older_than_the_boot_proves_nothing_but_that_the_clock_was_set() {
-    let Ok(folder) = tempfile::tempdir_in("/dev/shm") else {
+    let Ok(directory) = tempfile::tempdir_in("/dev/shm") else {
         return lockkit_tests::left_out("there is no /dev/shm to write to");
     };
-    let path = folder.path().join("app.pid");
+    let path = directory.path().join("app.pid");
     let daemon = Foreign::start();
     write_ago(&path, daemon.pid().to_string(), Duration::from_secs(20 * 365 * 86_400));
     assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Running(_)));
@@ -308,7 +308,7 @@ fn a_file_in_memory_older_than_the_boot_proves_nothing_but_that_the_clock_was_se
 #[test]
 fn a_file_that_names_this_very_process_is_free_for_it() {
     // As a supervisor writes it for the program that it starts, or the program itself before an exec.
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     let mut actor = Actor::start_with(&spec(&path), |command| {
         let script = format!("echo $$ > {} && exec \"$0\" \"$1\"", path.display());
         let (program, spec) = (command.get_program().to_owned(), command.get_args().next().unwrap().to_owned());
@@ -326,7 +326,7 @@ fn a_file_removed_or_replaced_under_its_holder_is_a_rogue_deletion_and_what_is_t
     if wine_cannot_judge(DELETED) {
         return;
     }
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     let dead = format!("{DEAD}\n");
     let daemon = Foreign::start();
     let living = format!("{}\n", daemon.pid());
@@ -368,7 +368,7 @@ fn a_replaced_file_of_another_owner_stays() {
     if wine_cannot_judge(DELETED) {
         return;
     }
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     let guard = lock(&path).try_lock().unwrap();
     fs::remove_file(&path).unwrap();
     let mut other = Actor::start(&spec(&path));
@@ -384,7 +384,7 @@ fn a_stale_file_is_taken_over_by_exactly_one_of_eight_racers() {
     if wine_cannot_judge(DELETED) {
         return;
     }
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     let left = Left::by_the_killed();
     let mut racers: Vec<Actor> = (0..8).map(|_| Actor::start(&spec(&path))).collect();
     for round in 0..3000 {
@@ -408,7 +408,7 @@ fn a_process_killed_at_any_step_of_taking_over_a_stale_file_leaves_one_that_can_
     if !lockkit::steps::ENABLED {
         return lockkit_tests::left_out("this build has no steps to be killed at; they need debug assertions");
     }
-    let (folder, path) = place();
+    let (directory, path) = place();
     let left_by = Left::by_the_killed();
     for at in 1.. {
         left_by.put(&path);
@@ -429,7 +429,7 @@ fn a_process_killed_at_any_step_of_taking_over_a_stale_file_leaves_one_that_can_
         let recovered = guard.recovered().and_then(|died| died.owner()).map(|owner| owner.pid().to_string());
         assert_eq!(recovered, left.and_then(|text| text.lines().next().map(str::to_owned)), "step {at}");
         guard.release().unwrap();
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
         if last.starts_with("passed ") {
             println!("{last}");
             assert!(last.contains("file of takers made") && last.contains("mode set"), "{last}");
@@ -440,7 +440,7 @@ fn a_process_killed_at_any_step_of_taking_over_a_stale_file_leaves_one_that_can_
 
 #[test]
 fn a_blank_line_is_replaced_at_once() {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     write(&path, "\n");
     assert!(matches!(PidFile::inspect(&path).unwrap(), PidStatus::Blank { is_free: true, .. }));
     let guard = lock(&path).try_lock().unwrap();
@@ -450,7 +450,7 @@ fn a_blank_line_is_replaced_at_once() {
 
 #[test]
 fn a_young_blank_file_is_held_and_an_old_one_taken_over() {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     for blank in ["", " \n", "\0\0\0\0", "\n\n"] {
         write(&path, blank);
         let status = PidFile::inspect(&path).unwrap();
@@ -472,7 +472,7 @@ fn a_young_blank_file_is_held_and_an_old_one_taken_over() {
 
 #[test]
 fn a_waiter_for_a_young_blank_file_gets_in_once_it_is_old() {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     write(&path, "");
     let start = Instant::now();
     lock(&path).lock_for(Duration::from_secs(20)).unwrap().release().unwrap();
@@ -481,7 +481,7 @@ fn a_waiter_for_a_young_blank_file_gets_in_once_it_is_old() {
 
 #[test]
 fn a_blank_file_from_the_future_holds_nobody_up() {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     write(&path, "");
     let future = SystemTime::now() + Duration::from_secs(3600);
     File::options().write(true).open(&path).unwrap().set_modified(future).unwrap();
@@ -490,7 +490,7 @@ fn a_blank_file_from_the_future_holds_nobody_up() {
 
 #[test]
 fn a_young_file_is_held_also_when_the_clock_of_its_file_system_runs_a_little_ahead() {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     write(&path, "");
     let ahead = SystemTime::now() + Duration::from_secs(1);
     File::options().write(true).open(&path).unwrap().set_modified(ahead).unwrap();
@@ -500,7 +500,7 @@ fn a_young_file_is_held_also_when_the_clock_of_its_file_system_runs_a_little_ahe
 
 #[test]
 fn a_file_too_long_to_be_a_pidfile_is_refused_and_not_touched() {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     write(&path, format!("{}\n{}", std::process::id(), "x".repeat(5000)));
     let long = text(&path);
     set_age(&path, OLD);
@@ -526,8 +526,8 @@ fn a_file_that_names_pid_1_is_not_stolen_by_an_unprivileged_user() {
     if !is_root() {
         return lockkit_tests::left_out("acting as another user needs root");
     }
-    let (folder, path) = place();
-    fs::set_permissions(folder.path(), Permissions::from_mode(0o777)).unwrap();
+    let (directory, path) = place();
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o777)).unwrap();
     write(&path, "1\n");
     // Also when the file could be written.
     for mode in [0o644, 0o666] {
@@ -548,8 +548,8 @@ fn a_file_that_may_not_be_read_or_replaced_is_an_error() {
     if !is_root() {
         return lockkit_tests::left_out("root may write everything, and acting as another user needs root");
     }
-    let (folder, path) = place();
-    fs::set_permissions(folder.path(), Permissions::from_mode(0o777)).unwrap();
+    let (directory, path) = place();
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o777)).unwrap();
     let mut actor = Actor::start_as(&spec(&path), NOBODY);
     // One that cannot be read cannot be judged.
     write(&path, "1\n");
@@ -563,13 +563,13 @@ fn a_file_that_may_not_be_read_or_replaced_is_an_error() {
     write(&path, &dead);
     fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
     for mode in [0o755, 0o1777] {
-        fs::set_permissions(folder.path(), Permissions::from_mode(mode)).unwrap();
+        fs::set_permissions(directory.path(), Permissions::from_mode(mode)).unwrap();
         let answer = actor.ask("try");
         assert!(answer.starts_with(&format!("error Io: cannot replace {}", path.display())), "{answer}");
         assert_eq!(text(&path), dead);
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
     }
-    fs::set_permissions(folder.path(), Permissions::from_mode(0o777)).unwrap();
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o777)).unwrap();
     actor.expect("try", &format!("held recovered {DEAD}"));
     actor.expect("release", "released");
     let _guard = lock(&path).try_lock().unwrap();
@@ -579,12 +579,12 @@ fn a_file_that_may_not_be_read_or_replaced_is_an_error() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_folder_that_may_not_be_written_is_an_error_with_the_path() {
+fn a_directory_that_may_not_be_written_is_an_error_with_the_path() {
     if !is_root() {
         return lockkit_tests::left_out("root may write everything, and acting as another user needs root");
     }
-    let (folder, path) = place();
-    fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
+    let (directory, path) = place();
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
     let answer = Actor::start_as(&spec(&path), NOBODY).ask("try");
     assert!(answer.starts_with(&format!("error Io: cannot create {}", path.display())), "{answer}");
     assert!(answer.contains("Permission denied"), "{answer}");
@@ -596,12 +596,12 @@ fn an_owner_that_may_not_remove_its_file_any_more_leaves_it_blank() {
     if !is_root() {
         return lockkit_tests::left_out("acting as another user needs root");
     }
-    let (folder, path) = place();
-    chown(folder.path(), Some(NOBODY), None).unwrap();
+    let (directory, path) = place();
+    chown(directory.path(), Some(NOBODY), None).unwrap();
     let mut actor = Actor::start_as(&spec(&path), NOBODY);
     actor.expect("try", "held");
-    chown(folder.path(), Some(0), Some(0)).unwrap();
-    fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
+    chown(directory.path(), Some(0), Some(0)).unwrap();
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
     let answer = actor.ask("release");
     assert!(answer.starts_with(&format!("error Io: cannot remove {}", path.display())), "{answer}");
     assert_eq!(text(&path), "\n");
@@ -613,12 +613,12 @@ fn an_owner_that_may_not_remove_its_file_any_more_leaves_it_blank() {
 }
 
 #[test]
-fn missing_folders_are_made_only_when_asked_for() {
-    let (folder, _) = place();
-    let path = folder.path().join("a/b/app.pid");
+fn missing_directories_are_made_only_when_asked_for() {
+    let (directory, _) = place();
+    let path = directory.path().join("a/b/app.pid");
     let error = lock(&path).try_lock().unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::Io { action: "create", path: told, .. } if *told == path), "{error}");
-    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
     lock(&path).create_parents().try_lock().unwrap().verify().unwrap();
     assert!(path.parent().unwrap().is_dir() && !path.exists());
 }
@@ -626,11 +626,11 @@ fn missing_folders_are_made_only_when_asked_for() {
 #[cfg(target_os = "linux")]
 #[test]
 fn what_is_no_plain_file_is_refused_at_once() {
-    let (folder, path) = place();
-    let fifo = folder.path().join("fifo");
+    let (directory, path) = place();
+    let fifo = directory.path().join("fifo");
     let made = Command::new("mkfifo").arg(&fifo).status().unwrap();
     assert!(made.success());
-    for strange in [folder.path(), &fifo, Path::new("/dev/null"), Path::new("/")] {
+    for strange in [directory.path(), &fifo, Path::new("/dev/null"), Path::new("/")] {
         for error in [
             lock(strange).lock().unwrap_err(),
             PidFile::inspect(strange).unwrap_err(),
@@ -648,8 +648,8 @@ fn what_is_no_plain_file_is_refused_at_once() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_link_is_refused_and_what_it_leads_to_is_not_touched() {
-    let (folder, path) = place();
-    let target = folder.path().join("precious");
+    let (directory, path) = place();
+    let target = directory.path().join("precious");
     write_ago(&target, "precious", OLD);
     let refused = |path: &Path| {
         for error in [lock(path).try_lock().unwrap_err(), PidFile::remove_stale(path).unwrap_err()] {
@@ -669,16 +669,16 @@ fn a_link_is_refused_and_what_it_leads_to_is_not_touched() {
     fs::hard_link(&target, &path).unwrap();
     refused(&path);
     assert_eq!(text(&target), "precious");
-    // In the folders above, a loop is what the system says it is.
-    symlink("loop", folder.path().join("loop")).unwrap();
-    let error = lock(&folder.path().join("loop/app.pid")).try_lock().unwrap_err();
+    // In the directories above, a loop is what the system says it is.
+    symlink("loop", directory.path().join("loop")).unwrap();
+    let error = lock(&directory.path().join("loop/app.pid")).try_lock().unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::Io { .. }), "{error}");
 }
 
 #[cfg(target_os = "linux")]
 #[test]
 fn a_full_disk_is_an_error_and_costs_nobody_anything() {
-    let (folder, path) = place();
+    let (directory, path) = place();
     // The file size limit stands for the disk, with the signal that comes with it ignored.
     let start = |blocks: &str| {
         Actor::start_with(&spec(&path), |command| {
@@ -692,7 +692,7 @@ fn a_full_disk_is_an_error_and_costs_nobody_anything() {
     let answer = full.ask("try");
     assert!(answer.starts_with(&format!("error Io: cannot write {}", path.display())), "{answer}");
     assert!(answer.contains("File too large"), "{answer}");
-    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
     for stale in [format!("{DEAD}\n"), String::new()] {
         write_ago(&path, &stale, OLD);
         let answer = full.ask("try");
@@ -705,10 +705,10 @@ fn a_full_disk_is_an_error_and_costs_nobody_anything() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_small_full_file_system_is_an_error_that_leaves_nothing() {
-    let (folder, path) = place();
+    let (directory, path) = place();
     let script = format!(
         "mount -t tmpfs -o size=4k,nr_inodes=8 none {0} && head -c 4096 /dev/zero > {0}/full && exec \"$0\" \"$1\"",
-        folder.path().display()
+        directory.path().display()
     );
     let allowed = Command::new("unshare").args(["-m", "true"]).stderr(Stdio::null()).status();
     if !is_root() || !allowed.is_ok_and(|status| status.success()) {
@@ -722,7 +722,7 @@ fn a_small_full_file_system_is_an_error_that_leaves_nothing() {
     });
     let answer = actor.ask("try");
     assert!(answer.contains("No space left on device"), "{answer}");
-    let seen = format!("/proc/{}/root{}", actor.pid(), folder.path().display());
+    let seen = format!("/proc/{}/root{}", actor.pid(), directory.path().display());
     let left: Vec<_> = fs::read_dir(seen).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left, ["full"]);
 }
@@ -743,7 +743,7 @@ fn start_without_proc(spec: &Spec) -> Option<Actor> {
 
 #[test]
 fn where_a_file_cannot_be_named_after_it_was_written_it_is_made_in_place() {
-    let (folder, path) = place();
+    let (directory, path) = place();
     let Some(mut without) = start_without_proc(&spec(&path)) else {
         return lockkit_tests::left_out("mounting a file system is not allowed here");
     };
@@ -756,14 +756,14 @@ fn where_a_file_cannot_be_named_after_it_was_written_it_is_made_in_place() {
         without.expect("release", "released");
         assert_eq!(waiter.answer(), "held");
         waiter.expect("release", "released");
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 }
 
 #[test]
 fn a_record_is_held_while_its_owner_lives_even_without_the_lock() {
     // As when a daemon closes every descriptor that it has.
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     let elsewhere = path.with_file_name("elsewhere.pid");
     let mut owner = Actor::start(&spec(&elsewhere));
     owner.expect("try", "held");
@@ -781,7 +781,7 @@ fn a_record_is_held_while_its_owner_lives_even_without_the_lock() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_record_of_another_host_is_never_taken_and_one_of_this_machine_is() {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     let left = Left::by_the_killed();
     let another_boot = left.with_other(BOOT);
     for (case, record, taken) in [
@@ -811,7 +811,7 @@ fn a_record_of_another_host_is_never_taken_and_one_of_this_machine_is() {
 
 #[test]
 fn only_a_stale_file_is_removed() {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     assert!(!PidFile::remove_stale(&path).unwrap());
     for left in [None, Some(Left::by_the_killed())] {
         match left {
@@ -833,7 +833,7 @@ fn looking_disturbs_nobody_and_never_sees_half_a_record() {
     if wine_cannot_judge(DELETED) {
         return;
     }
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     let done = std::sync::atomic::AtomicBool::new(false);
     std::thread::scope(|scope| {
         let look = || {
@@ -866,7 +866,7 @@ fn looking_disturbs_nobody_and_never_sees_half_a_record() {
 /// A daemon that forks, and a contender that waits for its pidfile all the time.
 #[cfg(target_os = "linux")]
 fn daemonized(order: &str) {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     let mut daemon = Actor::start_with(&spec(&path), |command| {
         *command = Command::new(program("daemon"));
         command.arg(&path).arg(order).stdin(Stdio::piped()).stdout(Stdio::piped());
@@ -937,7 +937,7 @@ fn c7_daemon_that_closes_all_descriptors_keeps_its_file() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_daemon_that_is_killed_after_its_fork_is_recovered_from() {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     let mut daemon = Actor::start_with(&spec(&path), |command| {
         *command = Command::new(program("daemon"));
         command.arg(&path).arg("parent").stdin(Stdio::piped()).stdout(Stdio::piped());
@@ -955,7 +955,7 @@ fn a_daemon_that_is_killed_after_its_fork_is_recovered_from() {
 #[cfg(target_os = "linux")]
 #[test]
 fn service_managers_read_the_pid_out_of_the_first_line() {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     let _guard = lock(&path).try_lock().unwrap();
     // systemd reads one line, strips spaces and wants a number; a shell reads a word.
     let read = |script: &str| {
@@ -972,7 +972,7 @@ fn service_managers_read_the_pid_out_of_the_first_line() {
 #[cfg(target_os = "linux")]
 fn installed(name: &str) -> Option<PathBuf> {
     let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin";
-    path.split(':').map(|folder| Path::new(folder).join(name)).find(|path| path.is_file())
+    path.split(':').map(|directory| Path::new(directory).join(name)).find(|path| path.is_file())
 }
 
 #[cfg(target_os = "linux")]
@@ -981,7 +981,7 @@ fn start_stop_daemon_and_lockkit_understand_each_other() {
     let Some(tool) = installed("start-stop-daemon") else {
         return lockkit_tests::left_out("there is no start-stop-daemon here");
     };
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     let run = |arguments: &[&str]| {
         let mut command = Command::new(&tool);
         command.args(arguments).arg("--pidfile").arg(&path).args(["--exec", "/bin/sleep"]);
@@ -1020,9 +1020,9 @@ fn the_pidfile_of_nginx_is_honoured() {
     let Some(nginx) = installed("nginx") else {
         return lockkit_tests::left_out("there is no nginx here");
     };
-    let (folder, path) = place();
-    let config = folder.path().join("nginx.conf");
-    let at = folder.path().display();
+    let (directory, path) = place();
+    let config = directory.path().join("nginx.conf");
+    let at = directory.path().display();
     let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
         .map(|what| format!("{what}_temp_path {at}/{what};\n"))
         .concat();
@@ -1034,7 +1034,7 @@ fn the_pidfile_of_nginx_is_honoured() {
         ),
     );
     let run = |extra: &[&str]| {
-        let status = Command::new(&nginx).arg("-p").arg(folder.path()).arg("-c").arg(&config).args(extra).status();
+        let status = Command::new(&nginx).arg("-p").arg(directory.path()).arg("-c").arg(&config).args(extra).status();
         assert!(status.unwrap().success());
     };
     run(&[]);
@@ -1074,7 +1074,7 @@ const NO_PIDFILES: [(&str, &[u8]); 16] = [
 
 #[test]
 fn a2_file_without_pid_is_refused_and_kept() {
-    let (folder, path) = place();
+    let (directory, path) = place();
     for (case, said) in NO_PIDFILES {
         for age in [Duration::ZERO, OLD, LONG_AGO * 100] {
             write_ago(&path, said, age);
@@ -1090,14 +1090,14 @@ fn a2_file_without_pid_is_refused_and_kept() {
                 assert!(!error.to_string().contains(char::is_control), "{case}: {error}");
             }
             assert_eq!(fs::read(&path).unwrap(), said, "{case}");
-            assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "{case}");
+            assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "{case}");
         }
     }
 }
 
 #[test]
 fn a2_waiter_for_file_that_turns_into_another_is_told() {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     let daemon = Foreign::start();
     write(&path, daemon.pid().to_string());
     for command in ["lock", "lock-for 30000"] {
@@ -1141,7 +1141,7 @@ fn written_by(form: &str, pid: u32) -> String {
 
 #[test]
 fn a3_forms_of_other_programs_are_read() {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     let daemon = Foreign::start();
     for (program, form) in FORMS {
         let said = written_by(form, daemon.pid());
@@ -1164,7 +1164,7 @@ fn a3_forms_of_other_programs_are_read() {
 #[cfg(unix)]
 #[test]
 fn a3_pid_and_name_of_this_host_is_read() {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let daemon = Foreign::start();
     write_ago(&path, format!("{} {host}", daemon.pid()), OLD);
@@ -1176,7 +1176,7 @@ fn a3_pid_and_name_of_this_host_is_read() {
 
 #[test]
 fn a3_pid_of_perhaps_another_host_is_held() {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     for said in [
         format!("{DEAD} elsewhere.example.org"),
         format!("{DEAD} elsewhere\n"),
@@ -1194,7 +1194,7 @@ fn a3_pid_of_perhaps_another_host_is_held() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a3_blank_file_with_lock_of_another_program_is_held() {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     let Some(python) = python() else { return lockkit_tests::left_out("there is no python3 here") };
     // As apt and dpkg lock, and as pidfile(3) of BSD does before it writes.
     for (kind, program) in [
@@ -1235,7 +1235,7 @@ fn a3_blank_file_with_lock_of_another_program_is_held() {
 
 #[test]
 fn a4_file_is_the_pid_and_a_line_end() {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     let mut guard = lock(&path).try_lock().unwrap();
     assert_eq!(text(&path), format!("{}\n", my_pid()));
     guard.rewrite().unwrap();
@@ -1252,7 +1252,7 @@ fn a4_file_is_the_pid_and_a_line_end() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a4_readers_find_the_pid_alone() {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     let mut guard = lock(&path).try_lock().unwrap();
     let child = Foreign::start();
     guard.rewrite_for(&lockkit::Owner::of(child.pid()).unwrap()).unwrap();
@@ -1278,7 +1278,7 @@ fn a4_readers_find_the_pid_alone() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a4_file_without_identity_is_judged_by_its_time() {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     let mut holder = Actor::start(&spec(&path));
     holder.expect("try", "held");
     assert!(identity(&path).is_some_and(|identity| identity.len() <= 64));
@@ -1294,7 +1294,7 @@ fn a4_file_without_identity_is_judged_by_its_time() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a4_identity_counts_only_for_what_it_was_set_for() {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     // A program of a later process that has the same pid writes into the file that a killed one left.
     let daemon = Foreign::start();
     let mut guard = lock(&path).try_lock().unwrap();
@@ -1355,8 +1355,8 @@ sys.stdin.read()";
 #[test]
 fn a5_reader_of_pidfile_cannot_delay_restart() {
     let Some(user) = lockkit_tests::another_user() else { return };
-    let (folder, path) = place();
-    fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
+    let (directory, path) = place();
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
     for with_identity in [true, false] {
         let mut daemon = Actor::start(&spec(&path));
         daemon.expect("try", "held");
@@ -1391,7 +1391,7 @@ fn a5_reader_of_pidfile_cannot_delay_restart() {
             reader.kill().unwrap();
             reader.wait().unwrap();
         }
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 }
 
@@ -1401,8 +1401,8 @@ fn a5_file_of_takers_is_closed_to_readers() {
     if !lockkit::steps::ENABLED {
         return lockkit_tests::left_out("this build has no steps to be killed at; they need debug assertions");
     }
-    let (folder, path) = place();
-    let taker = folder.path().join(".app.pid.lockkit");
+    let (directory, path) = place();
+    let taker = directory.path().join(".app.pid.lockkit");
     let mut seen = 0;
     for at in 1.. {
         write(&path, format!("{DEAD}\n"));
@@ -1421,7 +1421,7 @@ fn a5_file_of_takers_is_closed_to_readers() {
             let _ = fs::remove_file(&path);
         }
         lock(&path).try_lock().unwrap().release().unwrap();
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "killed at step {at}");
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0, "killed at step {at}");
         if last.starts_with("passed ") {
             break;
         }
@@ -1431,8 +1431,8 @@ fn a5_file_of_takers_is_closed_to_readers() {
 
 #[test]
 fn a2_file_by_the_name_of_the_file_of_takers_is_kept() {
-    let (folder, path) = place();
-    let taker = folder.path().join(".app.pid.lockkit");
+    let (directory, path) = place();
+    let taker = directory.path().join(".app.pid.lockkit");
     for (said, left) in
         [("precious notes", Some(format!("{DEAD}\n"))), ("4242 and more", None), ("12x", Some(String::new()))]
     {
@@ -1465,9 +1465,9 @@ fn a2_file_by_the_name_of_the_file_of_takers_is_kept() {
 #[test]
 fn b6_is_stale_and_remove_stale_agree_on_the_file_of_takers() {
     let Some(user) = lockkit_tests::another_user() else { return };
-    let (folder, path) = place();
-    let taker = folder.path().join(".app.pid.lockkit");
-    fs::set_permissions(folder.path(), Permissions::from_mode(0o777)).unwrap();
+    let (directory, path) = place();
+    let taker = directory.path().join(".app.pid.lockkit");
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o777)).unwrap();
     write(&path, format!("{DEAD}\n"));
     fs::create_dir(&taker).unwrap();
     for error in [PidFile::is_stale(&path).unwrap_err(), PidFile::remove_stale(&path).unwrap_err()] {
@@ -1488,7 +1488,7 @@ fn b6_is_stale_and_remove_stale_agree_on_the_file_of_takers() {
 #[cfg(target_os = "linux")]
 #[test]
 fn c7_process_that_closed_the_descriptor_holds_once() {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     let mut victim = Actor::start(&spec(&path));
     victim.expect("lock", "held");
     victim.expect("close-all", "closed");
@@ -1507,7 +1507,7 @@ fn c7_process_that_closed_the_descriptor_holds_once() {
 #[cfg(unix)]
 #[test]
 fn a10_mode_that_shuts_the_owner_out_is_refused() {
-    let (folder, path) = place();
+    let (directory, path) = place();
     for mode in [0o044, 0, 0o200, 0o100_644] {
         let errors = [
             lock(&path).create_with_mode(mode).try_lock().unwrap_err(),
@@ -1516,7 +1516,7 @@ fn a10_mode_that_shuts_the_owner_out_is_refused() {
         for error in errors {
             assert!(matches!(error.kind(), ErrorKind::InvalidOption { option: "create_with_mode", .. }), "{error}");
         }
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 }
 
@@ -1527,8 +1527,8 @@ fn a3_flock_of_a_hidden_process_counts_and_a_strangers_does_not() {
     if !Command::new("unshare").args(["--pid", "--fork", "true"]).status().is_ok_and(|status| status.success()) {
         return lockkit_tests::left_out("a pid namespace is not allowed here");
     }
-    let (folder, path) = place();
-    fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
+    let (directory, path) = place();
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
     for said in [String::new(), format!("{DEAD}\n")] {
         write_ago(&path, &said, OLD);
         fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
@@ -1562,8 +1562,8 @@ fn a3_flock_of_a_hidden_process_counts_and_a_strangers_does_not() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a5_stopped_taker_is_held_and_no_wait_for_ever() {
-    let (folder, path) = place();
-    let taker = folder.path().join(".app.pid.lockkit");
+    let (directory, path) = place();
+    let taker = directory.path().join(".app.pid.lockkit");
     let stopped = File::create(&taker).unwrap();
     let mut holder = Actor::start(&spec(&taker.with_file_name("other.pid")));
     holder.expect("try", "held");
@@ -1602,7 +1602,7 @@ fn a5_stopped_taker_is_held_and_no_wait_for_ever() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a6_owner_with_one_descriptor_left_is_judged_after_its_death() {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     // The last descriptors go, one less each time.
     for spare in (0..6).rev() {
         let mut victim = Actor::start(&spec(&path));
@@ -1630,7 +1630,7 @@ fn a6_owner_with_one_descriptor_left_is_judged_after_its_death() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a6_owner_without_proc_is_judged_after_its_death() {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     let Some(mut victim) = start_without_proc(&spec(&path)) else {
         return lockkit_tests::left_out("mounting a file system is not allowed here");
     };
@@ -1651,8 +1651,8 @@ fn a7_failed_lock_leaves_file_of_holder() {
     if !lockkit_tests::faults::calls_can_fail() {
         return;
     }
-    let (folder, path) = place();
-    let taker = folder.path().join(".app.pid.lockkit");
+    let (directory, path) = place();
+    let taker = directory.path().join(".app.pid.lockkit");
     for error in ["ENOLCK", "ENOMEM", "EIO"] {
         for call in ["flock", "fcntl"] {
             let mut holder = Actor::start(&spec(&path));
@@ -1681,7 +1681,7 @@ fn a7_failed_lock_leaves_file_of_holder() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a10_mode_is_exact_and_default_is_less_the_umask() {
-    let (_folder, path) = place();
+    let (_directory, path) = place();
     let mode = || fs::metadata(&path).unwrap().permissions().mode() & 0o7777;
     for said in [None, Some(format!("{DEAD}\n"))] {
         let prepare = || said.iter().for_each(|said| write(&path, said));
@@ -1709,8 +1709,8 @@ fn a10_mode_is_exact_and_default_is_less_the_umask() {
 #[test]
 fn a10_users_of_a_shared_directory_take_over_in_turn() {
     let (Some(one), Some(other)) = (lockkit_tests::another_user(), lockkit_tests::another_user()) else { return };
-    let (folder, path) = place();
-    fs::set_permissions(folder.path(), Permissions::from_mode(0o777)).unwrap();
+    let (directory, path) = place();
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o777)).unwrap();
     let mut before = None;
     for uid in [one.uid, other.uid, one.uid] {
         let mut actor = Actor::start_as(&spec(&path), uid);
@@ -1721,7 +1721,7 @@ fn a10_users_of_a_shared_directory_take_over_in_turn() {
         before = Some(actor.pid());
     }
     // What another user's killed taker left is removed, where this user may open it.
-    let taker = folder.path().join(".app.pid.lockkit");
+    let taker = directory.path().join(".app.pid.lockkit");
     write(&taker, "4242\n");
     chown(&taker, Some(one.uid), None).unwrap();
     fs::set_permissions(&taker, Permissions::from_mode(0o666)).unwrap();
@@ -1743,7 +1743,7 @@ lockkit_tests::left_out! { "it takes other users, modes of files, links, signals
     others_can_read_the_file_unless_told_otherwise,
     a_file_that_names_pid_1_is_not_stolen_by_an_unprivileged_user,
     a_file_that_may_not_be_read_or_replaced_is_an_error,
-    a_folder_that_may_not_be_written_is_an_error_with_the_path,
+    a_directory_that_may_not_be_written_is_an_error_with_the_path,
     an_owner_that_may_not_remove_its_file_any_more_leaves_it_blank,
     a_link_is_refused_and_what_it_leads_to_is_not_touched,
     a_small_full_file_system_is_an_error_that_leaves_nothing,

@@ -11,7 +11,7 @@ use lockkit::{ErrorKind, Lease, LeaseGuard, LeaseStatus, Wait};
 use lockkit_tests::engines::postgres::{Postgres, Setup, as_its_user};
 use lockkit_tests::engines::{Certificates, Direction, Engine, PASSWORD, Proxy};
 use lockkit_tests::leases::Terms;
-use lockkit_tests::servers::{Folder, Server, free_port, installed};
+use lockkit_tests::servers::{Server, ServerDir, free_port, installed};
 use lockkit_tests::{Actor, LIVELY, drills, left_out, suite, until};
 use rustix::process::Signal;
 
@@ -368,8 +368,8 @@ fn tls_is_as_strict_as_the_url_says() {
 #[test]
 fn a_unix_socket_and_what_else_the_url_says_is_used() {
     let server = server!();
-    let folder = server.folder().display().to_string().replace('/', "%2F");
-    let url = |rest: &str| format!("postgresql://postgres@{folder}:{}/postgres?lease=x&{rest}", server.port());
+    let directory = server.directory().display().to_string().replace('/', "%2F");
+    let url = |rest: &str| format!("postgresql://postgres@{directory}:{}/postgres?lease=x&{rest}", server.port());
     let guard = lease(url("")).try_lock().unwrap();
     let own = "SELECT application_name FROM pg_stat_activity WHERE client_port = -1 AND pid <> pg_backend_pid() \
                AND backend_type = 'client backend'";
@@ -378,7 +378,7 @@ fn a_unix_socket_and_what_else_the_url_says_is_used() {
     let _named = lease(url("application_name=nightly")).try_lock().unwrap();
     assert!(server.sql(own).contains("nightly"));
     // As a parameter, as libpq has it.
-    let host = format!("postgres:///postgres?user=postgres&host={folder}&port={}&lease=y", server.port());
+    let host = format!("postgres:///postgres?user=postgres&host={directory}&port={}&lease=y", server.port());
     drop(lease(host).try_lock().unwrap());
 }
 
@@ -420,13 +420,13 @@ fn a_release_and_an_eviction_that_were_cut_off_after_they_were_done_are_done() {
 struct Pooler {
     port: u16,
     _server: Server,
-    _folder: Folder,
+    _directory: ServerDir,
 }
 
 fn pooler(server: &Postgres, mode: &str, size: u32) -> Result<Pooler, String> {
     let program: PathBuf = installed(&["pgbouncer", "/usr/sbin/pgbouncer"])?;
-    let (folder, port) = (Folder::new("pgbouncer"), free_port());
-    let config = folder.path().join("pgbouncer.ini");
+    let (directory, port) = (ServerDir::new("pgbouncer"), free_port());
+    let config = directory.path().join("pgbouncer.ini");
     let text = format!(
         "[databases]\n* = host=127.0.0.1 port={} user=postgres\n[pgbouncer]\nlisten_addr = 127.0.0.1\n\
          listen_port = {port}\nunix_socket_dir =\nauth_type = any\npool_mode = {mode}\ndefault_pool_size = {size}\n",
@@ -435,8 +435,8 @@ fn pooler(server: &Postgres, mode: &str, size: u32) -> Result<Pooler, String> {
     std::fs::write(&config, text).unwrap();
     let mut command: Command = as_its_user(&program);
     command.arg(config);
-    let server = Server::start(&folder, &command, port)?;
-    Ok(Pooler { port, _server: server, _folder: folder })
+    let server = Server::start(&directory, &command, port)?;
+    Ok(Pooler { port, _server: server, _directory: directory })
 }
 
 #[test]

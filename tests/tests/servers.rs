@@ -8,15 +8,15 @@ use std::process::{Command, Stdio};
 use lockkit_tests::{program, until};
 
 #[test]
-fn a_server_is_gone_with_its_folder_and_all_that_it_started_when_its_test_is_gone() {
+fn a_server_is_gone_with_its_directory_and_all_that_it_started_when_its_test_is_gone() {
     let base = tempfile::tempdir().unwrap();
-    let folder = base.path().join("server");
-    std::fs::create_dir(&folder).unwrap();
+    let directory = base.path().join("server");
+    std::fs::create_dir(&directory).unwrap();
     // As a process of PostgreSQL's: in a session of its own, and stopped by a test that did not get to let it go on.
-    let pid = folder.join("pid");
+    let pid = directory.join("pid");
     let script = format!("setsid sh -c 'echo $$ >{}; kill -STOP $$' & exec sleep 600", pid.display());
     let mut warden = Command::new(program("warden"));
-    warden.arg(&folder).args(["sh", "-c", &script]).stdin(Stdio::piped()).stdout(Stdio::null());
+    warden.arg(&directory).args(["sh", "-c", &script]).stdin(Stdio::piped()).stdout(Stdio::null());
     let mut warden = warden.spawn().unwrap();
     let mut stopped = String::new();
     until("it is stopped", || {
@@ -28,5 +28,5 @@ fn a_server_is_gone_with_its_folder_and_all_that_it_started_when_its_test_is_gon
     drop(warden.stdin.take());
     assert!(warden.wait().unwrap().success());
     assert!(!Path::new("/proc").join(&stopped).exists());
-    assert!(!folder.exists());
+    assert!(!directory.exists());
 }

@@ -31,7 +31,7 @@ task_suite!(postgres, lockkit_tests::Kind::POSTGRES, far);
 #[cfg(target_os = "linux")]
 task_suite!(redis, lockkit_tests::Kind::REDIS, far);
 task_suite!(shm, lockkit_tests::Kind::SHM);
-task_suite!(folder, lockkit_tests::Kind::FOLDER);
+task_suite!(directory, lockkit_tests::Kind::DIRECTORY);
 task_suite!(memory, lockkit_tests::Kind::MEMORY, alone);
 
 /// What no runtime has a part in: wakes the thread that waits.
@@ -54,9 +54,9 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
     }
 }
 
-/// A lease in a folder that lives as long as the test.
-fn lease(folder: &tempfile::TempDir) -> Lease {
-    Lease::file(folder.path().join("leader")).build().unwrap()
+/// A lease in a directory that lives as long as the test.
+fn lease(directory: &tempfile::TempDir) -> Lease {
+    Lease::file(directory.path().join("leader")).build().unwrap()
 }
 
 #[test]
@@ -69,18 +69,18 @@ fn every_lock_is_an_async_lock_and_its_future_and_guard_can_be_sent() {
         });
         assert!(taken.is_ok(), "{name}: {taken:?}");
     }
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     check(NamedLock::new(&fresh_name("lockkit-test")).unwrap());
-    check(FileLock::new(folder.path().join("file")));
-    check(PidFile::new(folder.path().join("pid")).unwrap());
-    check(lease(&folder));
+    check(FileLock::new(directory.path().join("file")));
+    check(PidFile::new(directory.path().join("pid")).unwrap());
+    check(lease(&directory));
     check(InMemoryLockManager::new(1).unwrap().allocate().unwrap());
 }
 
 #[test]
 fn waiters_of_files_leave_the_runtimes_blocking_threads_to_the_holder() {
-    let folder = tempfile::tempdir().unwrap();
-    let lock = FileLock::new(folder.path().join("file"));
+    let directory = tempfile::tempdir().unwrap();
+    let lock = FileLock::new(directory.path().join("file"));
     let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).enable_all().build().unwrap();
     runtime.block_on(async {
         let guard = lock.acquire_async(&Wait::none()).await.unwrap();
@@ -109,7 +109,7 @@ fn outside_of_a_runtime_sockets_say_so_and_all_others_wait_there_too() {
         assert!(matches!(error.kind(), ErrorKind::Unsupported { .. }), "{error}");
         spec.clean();
     }
-    let others = [Kind::NAMED_FILE, Kind::FILE, Kind::PIDFILE, Kind::LEASE, Kind::SHM, Kind::FOLDER, Kind::MEMORY];
+    let others = [Kind::NAMED_FILE, Kind::FILE, Kind::PIDFILE, Kind::LEASE, Kind::SHM, Kind::DIRECTORY, Kind::MEMORY];
     for kind in others.into_iter().filter(|kind| kind.left_out().is_none()) {
         let spec = kind.fresh();
         let (lock, rival) = (spec.open(), spec.rival());
@@ -162,8 +162,8 @@ async fn led(lease: &Lease) -> LeaseGuard {
 
 #[test]
 fn the_loss_of_a_lease_can_be_awaited() {
-    let folder = tempfile::tempdir().unwrap();
-    let lease = lease(&folder);
+    let directory = tempfile::tempdir().unwrap();
+    let lease = lease(&directory);
     for flavor in ["one", "several"] {
         runtime(flavor).block_on(async {
             let guard = led(&lease).await;
@@ -184,8 +184,8 @@ fn the_loss_of_a_lease_can_be_awaited() {
 
 #[test]
 fn the_loss_of_a_lease_is_waited_for_with_limit_and_token() {
-    let folder = tempfile::tempdir().unwrap();
-    let lease = lease(&folder);
+    let directory = tempfile::tempdir().unwrap();
+    let lease = lease(&directory);
     runtime("one").block_on(async {
         let guard = led(&lease).await;
         let lost = guard.lost();
@@ -205,8 +205,8 @@ fn the_loss_of_a_lease_is_waited_for_with_limit_and_token() {
 
 #[test]
 fn a_lease_released_in_a_task_is_free_at_once_and_says_if_it_was_lost_before() {
-    let folder = tempfile::tempdir().unwrap();
-    let lease = lease(&folder);
+    let directory = tempfile::tempdir().unwrap();
+    let lease = lease(&directory);
     runtime("one").block_on(async {
         led(&lease).await.release_async().await.unwrap();
         assert_eq!(lease.status().unwrap(), LeaseStatus::Free);

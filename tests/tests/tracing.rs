@@ -193,8 +193,8 @@ fn a_death_is_a_warning_that_names_the_dead() {
 #[test]
 fn a_lost_lease_is_an_error_with_its_token_and_reason_told_once() {
     listen();
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("leader");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("leader");
     let lease = Lease::file(&path).build().unwrap();
     let guard = lease.lock().unwrap();
     let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("it is held") };

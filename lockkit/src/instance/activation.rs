@@ -79,14 +79,14 @@ impl Activation {
         &self.request.arguments
     }
 
-    /// The working folder of the sender; `None` when that was deleted, or cannot be named.
-    pub fn folder(&self) -> Option<&Path> {
-        self.request.folder.as_deref()
+    /// The working directory of the sender; `None` when that was deleted, or cannot be named.
+    pub fn directory(&self) -> Option<&Path> {
+        self.request.directory.as_deref()
     }
 
-    /// `path` as the sender means it: a relative one starts at the sender's working folder, not at that of this process.
+    /// `path` as the sender means it: a relative one starts at the sender's working directory, not at that of this process.
     pub fn resolve(&self, path: impl AsRef<Path>) -> PathBuf {
-        self.folder().map_or_else(|| path.as_ref().to_owned(), |folder| folder.join(path.as_ref()))
+        self.directory().map_or_else(|| path.as_ref().to_owned(), |directory| directory.join(path.as_ref()))
     }
 
     /// The environment variables that the sender [chose](super::SecondInstance::variables), with their values.

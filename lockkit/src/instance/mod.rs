@@ -1,7 +1,7 @@
 //! Programs of which one instance runs, and further starts that tell it what they were started for.
 //!
 //! [`Instance::enter`] makes a process the first instance of a name, or a second one that hands its arguments, working
-//! folder, chosen variables and any bytes over to the first, and gets its answer. What the first instance can do with
+//! directory, chosen variables and any bytes over to the first, and gets its answer. What the first instance can do with
 //! them stands at [`FirstInstance`], what a second one sends at [`SecondInstance`].
 //!
 //! A [`NamedLock`] of that name decides who is first; a socket beside it only carries words. So two
@@ -62,7 +62,7 @@ use crate::{error::Result, named::NamedLock};
 ///         Outcome::BecameFirst(first) => first,
 ///     },
 /// };
-/// first.on_activation(|again| println!("{:?} from {:?}", again.arguments(), again.folder()))?;
+/// first.on_activation(|again| println!("{:?} from {:?}", again.arguments(), again.directory()))?;
 /// # Ok(()) }
 /// ```
 #[cfg(target_os = "linux")]

@@ -6,8 +6,8 @@
 use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::folder;
 use crate::sys::fork::Shielded;
+use crate::sys::runtime_dir;
 use crate::sys::seqpacket::{self, Address, Peer, Reached};
 use crate::sys::stream;
 
@@ -20,7 +20,7 @@ pub(super) struct Place {
 
 impl Place {
     pub(super) fn of(name: &str) -> Result<Self> {
-        let user = folder::effective_uid();
+        let user = runtime_dir::effective_uid();
         // Another name than any lock's, and the longest still fits into an address.
         let socket = format!("lockkit/first/u{user}/{name}");
         let path = format!("@{socket}");

@@ -19,7 +19,7 @@ const PORTION: usize = 64 << 10;
 
 /// Another start of a program whose first instance runs.
 ///
-/// Unless told otherwise it sends its arguments, the program itself included, and its working folder.
+/// Unless told otherwise it sends its arguments, the program itself included, and its working directory.
 ///
 /// ```
 /// use std::time::Duration;
@@ -29,7 +29,7 @@ const PORTION: usize = 64 << 10;
 /// let first = match Instance::enter("lockkit-doc-second")? {
 ///     Instance::First(first) => first,
 ///     Instance::Second(second) => {
-///         let second = second.arguments(std::env::args_os().skip(1)).folder("/");
+///         let second = second.arguments(std::env::args_os().skip(1)).directory("/");
 ///         let second = second.variables(["XDG_ACTIVATION_TOKEN"]).bytes(*b"any bytes");
 ///         match second.activate(&Wait::at_most(Duration::from_secs(5)))? {
 ///             Outcome::Answered(answer) => {
@@ -75,8 +75,8 @@ enum Call {
 
 impl SecondInstance {
     pub(super) fn new(lock: NamedLock, place: Place, owner: Option<Owner>) -> Self {
-        let folder = std::env::current_dir().ok();
-        let request = Request { arguments: std::env::args_os().collect(), folder, ..Request::default() };
+        let directory = std::env::current_dir().ok();
+        let request = Request { arguments: std::env::args_os().collect(), directory, ..Request::default() };
         Self { lock, place: Box::new(place), owner, request }
     }
 
@@ -91,9 +91,9 @@ impl SecondInstance {
         self
     }
 
-    /// Sends this working folder instead of this process's own.
-    pub fn folder(mut self, folder: impl Into<PathBuf>) -> Self {
-        self.request.folder = Some(folder.into());
+    /// Sends this working directory instead of this process's own.
+    pub fn directory(mut self, directory: impl Into<PathBuf>) -> Self {
+        self.request.directory = Some(directory.into());
         self
     }
 

@@ -11,7 +11,7 @@
 //! The content of a request, where a *text* is its length (u32) and its bytes:
 //! ```text
 //! u32, texts            the arguments: how many, and each
-//! text                  the working folder; empty where the sender could not tell
+//! text                  the working directory; empty where the sender could not tell
 //! u32, pairs of texts   the variables: how many, and the name and value of each
 //! text                  the bytes
 //! ```
@@ -83,7 +83,7 @@ pub(super) struct TooLarge {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Request {
     pub(super) arguments: Vec<OsString>,
-    pub(super) folder: Option<PathBuf>,
+    pub(super) directory: Option<PathBuf>,
     pub(super) variables: Vec<(OsString, OsString)>,
     pub(super) bytes: Vec<u8>,
 }
@@ -92,10 +92,10 @@ impl Request {
     /// The frame that says it.
     pub(super) fn encode(&self) -> Result<Vec<u8>, TooLarge> {
         check("the bytes of an activation", self.bytes.len(), MOST_BYTES)?;
-        let folder = self.folder.as_ref().map(|folder| folder.as_os_str().as_bytes()).unwrap_or_default();
+        let directory = self.directory.as_ref().map(|directory| directory.as_os_str().as_bytes()).unwrap_or_default();
         let arguments = self.arguments.iter().map(|argument| argument.as_bytes());
         let variables = self.variables.iter().flat_map(|(name, value)| [name.as_bytes(), value.as_bytes()]);
-        let texts = arguments.clone().chain([folder]).chain(variables.clone()).chain([&*self.bytes]);
+        let texts = arguments.clone().chain([directory]).chain(variables.clone()).chain([&*self.bytes]);
         let size = texts.fold(2 * NUMBER, |size, text| size.saturating_add(NUMBER + text.len()));
         check("an activation", size, MOST_REQUEST)?;
         let mut frame = header(Kind::Request, size);
@@ -107,7 +107,7 @@ impl Request {
         };
         number(&mut frame, self.arguments.len());
         arguments.for_each(|argument| text(&mut frame, argument));
-        text(&mut frame, folder);
+        text(&mut frame, directory);
         number(&mut frame, self.variables.len());
         variables.for_each(|part| text(&mut frame, part));
         text(&mut frame, &self.bytes);
@@ -117,15 +117,15 @@ impl Request {
     fn decode(mut content: &[u8]) -> Result<Self, Malformed> {
         let from = &mut content;
         let arguments = (0..number(from)?).map(|_| os_string(from)).collect::<Result<_, _>>()?;
-        let folder = os_string(from)?;
+        let directory = os_string(from)?;
         let variables =
             (0..number(from)?).map(|_| Ok((os_string(from)?, os_string(from)?))).collect::<Result<_, _>>()?;
         let bytes = text(from)?.to_vec();
         if !content.is_empty() || bytes.len() > MOST_BYTES {
             return Err(Malformed::Garbage);
         }
-        let folder = (!folder.is_empty()).then(|| PathBuf::from(folder));
-        Ok(Self { arguments, folder, variables, bytes })
+        let directory = (!directory.is_empty()).then(|| PathBuf::from(directory));
+        Ok(Self { arguments, directory, variables, bytes })
     }
 }
 
@@ -270,12 +270,17 @@ mod tests {
     }
 
     fn requests() -> impl Strategy<Value = Request> {
-        let folder = proptest::option::of(texts().prop_filter("a folder", |folder| !folder.is_empty()));
+        let directory = proptest::option::of(texts().prop_filter("a directory", |directory| !directory.is_empty()));
         let variables = proptest::collection::vec((texts(), texts()), 0..5);
-        (proptest::collection::vec(texts(), 0..20), folder, variables, proptest::collection::vec(any::<u8>(), 0..200))
-            .prop_map(|(arguments, folder, variables, bytes)| Request {
+        (
+            proptest::collection::vec(texts(), 0..20),
+            directory,
+            variables,
+            proptest::collection::vec(any::<u8>(), 0..200),
+        )
+            .prop_map(|(arguments, directory, variables, bytes)| Request {
                 arguments,
-                folder: folder.map(PathBuf::from),
+                directory: directory.map(PathBuf::from),
                 variables,
                 bytes,
             })

@@ -96,7 +96,7 @@ pub struct LeaseBuilder {
     clock: Arc<dyn Clock>,
     unreadable: Option<Duration>,
     file_mode: Option<u32>,
-    folder_mode: Option<u32>,
+    directory_mode: Option<u32>,
     create_parents: bool,
 }
 
@@ -134,7 +134,7 @@ impl LeaseBuilder {
             clock: system_clock(),
             unreadable: None,
             file_mode: None,
-            folder_mode: None,
+            directory_mode: None,
             create_parents: false,
         }
     }
@@ -284,7 +284,7 @@ impl LeaseBuilder {
     /// For a file: the exact permissions of the directories that [`create_parents`](Self::create_parents) creates,
     /// independent of the umask. The default is 0700, less the umask.
     pub fn directory_write_mode(mut self, mode: u32) -> Self {
-        self.folder_mode = Some(mode);
+        self.directory_mode = Some(mode);
         self
     }
 
@@ -308,7 +308,7 @@ impl LeaseBuilder {
     /// [`InvalidName`](ErrorKind::InvalidName) for a key that is empty, longer than 200 bytes or has control
     /// characters; [`InvalidUrl`](ErrorKind::InvalidUrl) for a URL that is not right, and
     /// [`Unsupported`](ErrorKind::Unsupported) for one of an engine that this build of lockkit does not have;
-    /// [`Io`](ErrorKind::Io) when the path of a file is empty, or the working folder of a relative one is
+    /// [`Io`](ErrorKind::Io) when the path of a file is empty, or the working directory of a relative one is
     /// gone.
     pub fn build(mut self) -> Result<Lease> {
         if let Place::Url(url) = &self.place {
@@ -353,7 +353,7 @@ impl LeaseBuilder {
             )
         })?;
         for (option, mode, least) in
-            [("file_write_mode", self.file_mode, 0o600), ("directory_write_mode", self.folder_mode, 0o700)]
+            [("file_write_mode", self.file_mode, 0o600), ("directory_write_mode", self.directory_mode, 0o700)]
         {
             let Some(mode) = mode else { continue };
             refuse_if(mode & !0o7777 != 0, option, || format!("{mode:#o} is no mode"))?;
@@ -369,7 +369,7 @@ impl LeaseBuilder {
                     unreadable,
                     retry_delay: self.retry_delay,
                     file_mode: self.file_mode,
-                    folder_mode: self.folder_mode,
+                    directory_mode: self.directory_mode,
                     create_parents: self.create_parents,
                     clock: self.clock.clone(),
                     clock_id,
@@ -385,7 +385,7 @@ impl LeaseBuilder {
                 for (option, given) in [
                     ("invalid_pid_lock_stale_threshold", self.unreadable.is_some()),
                     ("file_write_mode", self.file_mode.is_some()),
-                    ("directory_write_mode", self.folder_mode.is_some()),
+                    ("directory_write_mode", self.directory_mode.is_some()),
                     ("create_parents", self.create_parents),
                 ] {
                     refuse_if(given, option, || "this lease is not kept in a file".into())?;

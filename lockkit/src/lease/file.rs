@@ -48,7 +48,7 @@ use crate::sys::fd::AsFd;
 use crate::sys::files::{self, DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, Seen as Found};
 use crate::sys::flock::{self, Mode};
 use crate::sys::fork::Shielded;
-use crate::sys::{folder, unnamed, watch};
+use crate::sys::{runtime_dir, unnamed, watch};
 use crate::wait::{Backoff, CancelToken};
 
 type Result<T, E = StoreError> = std::result::Result<T, E>;
@@ -73,7 +73,7 @@ const CLOCKS_APART: Duration = Duration::from_secs(3600);
 const FARTHEST_AHEAD: u64 = 1 << 53;
 /// The default modes of new files and directories.
 const FILE_MODE: u32 = 0o600;
-const FOLDER_MODE: u32 = 0o700;
+const DIRECTORY_MODE: u32 = 0o700;
 
 pub(super) struct FileStore {
     pub(super) path: PathBuf,
@@ -84,8 +84,8 @@ pub(super) struct FileStore {
     /// The exact mode of a new file; `None` is [`FILE_MODE`], less the umask. A mode that lets others write shares the
     /// lease between users.
     pub(super) file_mode: Option<u32>,
-    /// The exact mode of a new directory; `None` is [`FOLDER_MODE`], less the umask.
-    pub(super) folder_mode: Option<u32>,
+    /// The exact mode of a new directory; `None` is [`DIRECTORY_MODE`], less the umask.
+    pub(super) directory_mode: Option<u32>,
     /// Whether missing directories are created.
     pub(super) create_parents: bool,
     pub(super) clock: Arc<dyn Clock>,
@@ -574,8 +574,8 @@ impl FileStore {
         let found = self.check(file)?;
         // A lease is shared if both its file and this caller's mode let the same class of users write.
         let is_shared = files::others_who_write(&found) & self.file_mode.unwrap_or_default() != 0;
-        let may_free = || aim == Aim::Free && folder::effective_uid() == 0;
-        if found.uid() != 0 && !is_shared && !folder::is_own(file, &found) && !may_free() {
+        let may_free = || aim == Aim::Free && runtime_dir::effective_uid() == 0;
+        if found.uid() != 0 && !is_shared && !runtime_dir::is_own(file, &found) && !may_free() {
             let lock = format!("the lease {}", self.path.display());
             return Err(StoreError::misuse(Error::from(ErrorKind::ForeignOwner { lock, uid: found.uid(), pid: None })));
         }
@@ -642,12 +642,12 @@ impl FileStore {
     /// first.
     #[cold]
     fn create(&self, mut record: Record) -> Result<bool> {
-        let folder = self.path.parent().unwrap_or(&self.path);
+        let directory = self.path.parent().unwrap_or(&self.path);
         let failed = |error| self.failed("create", error);
-        let make = || Shielded::new(|| unnamed::file_in(folder, self.file_mode.unwrap_or(FILE_MODE)));
+        let make = || Shielded::new(|| unnamed::file_in(directory, self.file_mode.unwrap_or(FILE_MODE)));
         let file = match make() {
             Err(error) if error.kind() == Io::NotFound => {
-                self.create_folders(folder, error)?;
+                self.create_directories(directory, error)?;
                 make()
             }
             made => made,
@@ -712,23 +712,23 @@ impl FileStore {
         Ok(())
     }
 
-    /// Creates the missing directories down to `folder` if the caller wants that; otherwise the error is `missing`.
-    fn create_folders(&self, folder: &Path, missing: io::Error) -> Result<()> {
+    /// Creates the missing directories down to `directory` if the caller wants that; otherwise the error is `missing`.
+    fn create_directories(&self, directory: &Path, missing: io::Error) -> Result<()> {
         if !self.create_parents {
-            return Err(StoreError::misuse(Error::io("open the directory", folder, missing)));
+            return Err(StoreError::misuse(Error::io("open the directory", directory, missing)));
         }
-        let is_missing = |folder: &&Path| files::look_at(folder).is_err_and(|error| error.kind() == Io::NotFound);
-        let missing: Vec<_> = folder.ancestors().take_while(is_missing).collect();
-        for folder in missing.into_iter().rev() {
-            match DirBuilder::new().mode(self.folder_mode.unwrap_or(FOLDER_MODE)).create(folder) {
+        let is_missing = |directory: &&Path| files::look_at(directory).is_err_and(|error| error.kind() == Io::NotFound);
+        let missing: Vec<_> = directory.ancestors().take_while(is_missing).collect();
+        for directory in missing.into_iter().rev() {
+            match DirBuilder::new().mode(self.directory_mode.unwrap_or(DIRECTORY_MODE)).create(directory) {
                 Err(error) if error.kind() == Io::AlreadyExists => continue,
-                made => made.map_err(|error| failed_at("create the directory", folder, error))?,
+                made => made.map_err(|error| failed_at("create the directory", directory, error))?,
             }
-            step("folder made");
-            if let Some(mode) = self.folder_mode {
-                let set = files::set_folder_mode(folder, mode);
-                set.map_err(|error| failed_at("set the mode of the directory", folder, error))?;
-                step("mode of the folder set");
+            step("directory made");
+            if let Some(mode) = self.directory_mode {
+                let set = files::set_directory_mode(directory, mode);
+                set.map_err(|error| failed_at("set the mode of the directory", directory, error))?;
+                step("mode of the directory set");
             }
         }
         Ok(())
@@ -923,7 +923,7 @@ mod tests {
             unreadable: ttl,
             retry_delay: ttl,
             file_mode: None,
-            folder_mode: None,
+            directory_mode: None,
             create_parents: false,
             clock: Arc::new(SystemClock),
             clock_id: None,

@@ -180,11 +180,11 @@ impl Lease {
     ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {
-    /// # let folder = std::env::temp_dir().join(format!("lockkit-doc-leases-{}", std::process::id()));
+    /// # let directory = std::env::temp_dir().join(format!("lockkit-doc-leases-{}", std::process::id()));
     /// use std::time::Duration;
     /// use lockkit::Lease;
     ///
-    /// let lease = Lease::file(folder.join("leader"))
+    /// let lease = Lease::file(directory.join("leader"))
     ///     .create_parents()
     ///     .ttl(Duration::from_secs(5))
     ///     .on_lost(|loss| eprintln!("{} is lost: {}", loss.lock, loss.reason))
@@ -192,7 +192,7 @@ impl Lease {
     /// let guard = lease.try_lock()?;
     /// assert!(lease.try_lock().unwrap_err().is_held());
     /// # drop(guard);
-    /// # std::fs::remove_dir_all(folder).unwrap();
+    /// # std::fs::remove_dir_all(directory).unwrap();
     /// # Ok(()) }
     /// ```
     pub fn file(path: impl Into<PathBuf>) -> LeaseBuilder {

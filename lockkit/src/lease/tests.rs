@@ -14,10 +14,10 @@ use crate::wait::CancelToken;
 
 const MS: Duration = Duration::from_millis(1);
 
-/// A path of its own below a folder in memory, removed at the end.
-struct Folder(PathBuf);
+/// A path of its own below a directory in memory, removed at the end.
+struct TestDir(PathBuf);
 
-impl Folder {
+impl TestDir {
     fn new() -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let base = if cfg!(target_os = "linux") { PathBuf::from("/dev/shm") } else { std::env::temp_dir() };
@@ -47,7 +47,7 @@ impl Folder {
     }
 }
 
-impl Drop for Folder {
+impl Drop for TestDir {
     fn drop(&mut self) {
         fs::remove_dir_all(&self.0).unwrap();
     }
@@ -72,8 +72,8 @@ fn eventually(what: &str, is_so: impl Fn() -> bool) {
 
 #[test]
 fn tokens_grow_and_the_file_stays() {
-    let folder = Folder::new();
-    let lease = folder.lease().build().unwrap();
+    let directory = TestDir::new();
+    let lease = directory.lease().build().unwrap();
     let mut last = lease.try_lock().unwrap().token();
     assert!(last > 1_700_000_000_000_000, "it begins at the time");
     for _ in 0..100 {
@@ -84,44 +84,44 @@ fn tokens_grow_and_the_file_stays() {
         guard.release().unwrap();
     }
     assert_eq!(lease.status().unwrap(), LeaseStatus::Free);
-    assert_eq!(fs::read(folder.path()).unwrap().len(), SIZE);
+    assert_eq!(fs::read(directory.path()).unwrap().len(), SIZE);
 }
 
 #[test]
 fn no_deletion_and_no_restored_backup_takes_tokens_back() {
-    let folder = Folder::new();
-    let lease = folder.lease().build().unwrap();
+    let directory = TestDir::new();
+    let lease = directory.lease().build().unwrap();
     let token = || lease.try_lock().unwrap().token();
     let mut last = token();
-    let backup = fs::read(folder.path()).unwrap();
+    let backup = fs::read(directory.path()).unwrap();
     for harm in [0, 1, 2] {
         for _ in 0..harm * 5 {
             let next = token();
             assert!(next > last, "{next} after {last}");
             last = next;
         }
-        fs::write(folder.path(), &backup).unwrap();
+        fs::write(directory.path(), &backup).unwrap();
         let next = token();
         assert!(next > last, "{next} after {last} and a restored backup");
-        fs::remove_file(folder.path()).unwrap();
+        fs::remove_file(directory.path()).unwrap();
         let after = token();
         assert!(after > next, "{after} after {next} and a deletion");
         last = after;
     }
     // Less than the time, though of this boot.
-    folder.write(held_by(&Owner::ended(1), 41));
+    directory.write(held_by(&Owner::ended(1), 41));
     assert!(token() > last);
 }
 
 #[test]
 fn a_token_that_is_ahead_of_the_time_is_followed_by_a_greater_one() {
-    let folder = Folder::new();
+    let directory = TestDir::new();
     let ahead = 1 << 53;
-    folder.write(held_by(&Owner::ended(1), ahead));
-    let lease = folder.lease().build().unwrap();
+    directory.write(held_by(&Owner::ended(1), ahead));
+    let lease = directory.lease().build().unwrap();
     assert_eq!(lease.try_lock().unwrap().token(), ahead + 1);
     assert_eq!(lease.try_lock().unwrap().token(), ahead + 2);
-    folder.write(held_by(&Owner::ended(1), 1 << 54));
+    directory.write(held_by(&Owner::ended(1), 1 << 54));
     let error = lease.try_lock().unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::LayoutMismatch { .. }), "{error}");
     assert!(error.to_string().contains("centuries ahead"), "{error}");
@@ -129,23 +129,23 @@ fn a_token_that_is_ahead_of_the_time_is_followed_by_a_greater_one() {
 
 #[test]
 fn beats_keep_it_beyond_its_ttl_and_a_second_taker_out() {
-    let folder = Folder::new();
-    let lease = folder.lease().build().unwrap();
+    let directory = TestDir::new();
+    let lease = directory.lease().build().unwrap();
     let guard = lease.lock().unwrap();
     let error = lease.lock_for(MS * 1500).unwrap_err();
     assert!(error.is_timeout());
     assert_eq!(error.owner().unwrap().pid(), std::process::id());
     guard.check().unwrap();
     assert!(guard.remaining() > Duration::ZERO);
-    assert!(folder.record().beat() >= 5);
+    assert!(directory.record().beat() >= 5);
 }
 
 #[test]
 fn a_stranger_that_is_silent_is_taken_over_after_its_ttl_by_a_waiter() {
-    let folder = Folder::new();
-    folder.write(held_by(&stranger(), 41));
+    let directory = TestDir::new();
+    directory.write(held_by(&stranger(), 41));
     let began = Instant::now();
-    let lease = folder.lease().build().unwrap();
+    let lease = directory.lease().build().unwrap();
     assert!(lease.try_lock().unwrap_err().is_held());
     let guard = lease.lock_for(MS * 5000).unwrap();
     let took = began.elapsed();
@@ -156,10 +156,10 @@ fn a_stranger_that_is_silent_is_taken_over_after_its_ttl_by_a_waiter() {
 
 #[test]
 fn programs_that_try_once_take_over_in_the_end() {
-    let folder = Folder::new();
-    folder.write(held_by(&stranger(), 41));
+    let directory = TestDir::new();
+    directory.write(held_by(&stranger(), 41));
     let try_once = || {
-        let lease = folder.lease().build().unwrap();
+        let lease = directory.lease().build().unwrap();
         assert!(matches!(lease.status().unwrap(), LeaseStatus::Held(_)));
         lease.try_lock()
     };
@@ -179,9 +179,9 @@ fn programs_that_try_once_take_over_in_the_end() {
 
 #[test]
 fn a_dead_owner_is_taken_over_at_once() {
-    let folder = Folder::new();
-    folder.write(held_by(&Owner::ended(1), 41));
-    let guard = folder.lease().build().unwrap().try_lock().unwrap();
+    let directory = TestDir::new();
+    directory.write(held_by(&Owner::ended(1), 41));
+    let guard = directory.lease().build().unwrap().try_lock().unwrap();
     assert_eq!(guard.recovered().unwrap().owner().unwrap().pid(), 1);
 }
 
@@ -189,11 +189,11 @@ fn a_dead_owner_is_taken_over_at_once() {
 fn damage_is_held_while_fresh_and_then_reclaimed() {
     let zeros = "\0".repeat(SIZE);
     for damaged in ["", &zeros, "lockkit lease 1\n", "lockkit"] {
-        let folder = Folder::new();
-        fs::write(folder.path(), damaged).unwrap();
-        let lease = folder.lease().invalid_pid_lock_stale_threshold(MS * 200).build().unwrap();
+        let directory = TestDir::new();
+        fs::write(directory.path(), damaged).unwrap();
+        let lease = directory.lease().invalid_pid_lock_stale_threshold(MS * 200).build().unwrap();
         assert!(lease.try_lock().unwrap_err().is_held());
-        assert_eq!(fs::read(folder.path()).unwrap(), damaged.as_bytes(), "it is left as it is");
+        assert_eq!(fs::read(directory.path()).unwrap(), damaged.as_bytes(), "it is left as it is");
         let began = Instant::now();
         let guard = lease.lock_for(MS * 5000).unwrap();
         assert!(began.elapsed() < MS * 500);
@@ -203,11 +203,11 @@ fn damage_is_held_while_fresh_and_then_reclaimed() {
 
 #[test]
 fn foreign_file_is_refused_at_once_and_stays() {
-    let folder = Folder::new();
-    let lease = folder.lease().invalid_pid_lock_stale_threshold(MS * 50).build().unwrap();
+    let directory = TestDir::new();
+    let lease = directory.lease().invalid_pid_lock_stale_threshold(MS * 50).build().unwrap();
     let seen = Seen::new(record::print(b"4242\n"));
     for foreign in ["4242\n", "\n", "{}", &"x".repeat(3000), &"\0".repeat(SIZE + 1)] {
-        fs::write(folder.path(), foreign).unwrap();
+        fs::write(directory.path(), foreign).unwrap();
         let began = Instant::now();
         let refused = [lease.lock().err(), lease.try_lock().err(), lease.status().err(), lease.evict(&seen).err()]
             .map(Option::unwrap);
@@ -215,19 +215,19 @@ fn foreign_file_is_refused_at_once_and_stays() {
         for error in refused {
             assert!(matches!(error.kind(), ErrorKind::NotALease { .. }), "{error}");
         }
-        assert_eq!(fs::read(folder.path()).unwrap(), foreign.as_bytes());
+        assert_eq!(fs::read(directory.path()).unwrap(), foreign.as_bytes());
     }
 }
 
 #[test]
 fn foreign_file_in_place_of_a_held_lease_is_not_written() {
-    let folder = Folder::new();
+    let directory = TestDir::new();
     let (tell, told) = mpsc::channel();
-    let lease = folder.lease().ttl(MS * 400).on_lost(move |loss| tell.send(loss.reason.to_string()).unwrap());
+    let lease = directory.lease().ttl(MS * 400).on_lost(move |loss| tell.send(loss.reason.to_string()).unwrap());
     let lease = lease.build().unwrap();
     for releases in [true, false] {
         let guard = lease.lock().unwrap();
-        fs::write(folder.path(), "notes").unwrap();
+        fs::write(directory.path(), "notes").unwrap();
         if releases {
             let error = guard.release().unwrap_err();
             assert!(matches!(error.kind(), ErrorKind::NotALease { .. }), "{error}");
@@ -236,77 +236,77 @@ fn foreign_file_in_place_of_a_held_lease_is_not_written() {
             assert!(reason.contains("is not a lease"), "{reason}");
             assert!(!guard.is_held());
         }
-        assert_eq!(fs::read(folder.path()).unwrap(), b"notes");
-        fs::remove_file(folder.path()).unwrap();
+        assert_eq!(fs::read(directory.path()).unwrap(), b"notes");
+        fs::remove_file(directory.path()).unwrap();
     }
 }
 
 #[test]
 fn damage_is_held_for_longer_than_its_holder_takes_to_mend_it() {
-    let folder = Folder::new();
-    let lease = Lease::file(folder.path()).ttl(MS * 30_000).heartbeat(MS * 10_000).build().unwrap();
+    let directory = TestDir::new();
+    let lease = Lease::file(directory.path()).ttl(MS * 30_000).heartbeat(MS * 10_000).build().unwrap();
     let guard = lease.lock().unwrap();
-    fs::write(folder.path(), "lockkit lease 1\n").unwrap();
+    fs::write(directory.path(), "lockkit lease 1\n").unwrap();
     assert!(lease.lock_for(MS * 2300).unwrap_err().is_timeout());
     assert!(guard.is_held());
 }
 
 #[test]
 fn a_record_of_a_later_version_is_left_alone() {
-    let folder = Folder::new();
-    fs::write(folder.path(), "lockkit lease 2\n").unwrap();
-    let lease = folder.lease().build().unwrap();
+    let directory = TestDir::new();
+    fs::write(directory.path(), "lockkit lease 2\n").unwrap();
+    let lease = directory.lease().build().unwrap();
     for error in [lease.try_lock().unwrap_err(), lease.status().unwrap_err()] {
         assert!(matches!(error.kind(), ErrorKind::LayoutMismatch { .. }), "{error:?}");
     }
-    assert_eq!(fs::read(folder.path()).unwrap(), b"lockkit lease 2\n");
+    assert_eq!(fs::read(directory.path()).unwrap(), b"lockkit lease 2\n");
 }
 
 #[test]
 fn a_holder_mends_a_record_that_was_spoilt_or_deleted() {
-    let folder = Folder::new();
-    let guard = folder.lease().build().unwrap().lock().unwrap();
+    let directory = TestDir::new();
+    let guard = directory.lease().build().unwrap().lock().unwrap();
     let spoil: [&dyn Fn(); 4] = [
-        &|| fs::write(folder.path(), "lockkit lease 1\nsum").unwrap(),
-        &|| fs::write(folder.path(), "").unwrap(),
-        &|| fs::remove_file(folder.path()).unwrap(),
+        &|| fs::write(directory.path(), "lockkit lease 1\nsum").unwrap(),
+        &|| fs::write(directory.path(), "").unwrap(),
+        &|| fs::remove_file(directory.path()).unwrap(),
         &|| {
-            fs::write(folder.0.join("other"), "\0\0").unwrap();
-            fs::rename(folder.0.join("other"), folder.path()).unwrap();
+            fs::write(directory.0.join("other"), "\0\0").unwrap();
+            fs::rename(directory.0.join("other"), directory.path()).unwrap();
         },
     ];
     for spoil in spoil {
         spoil();
         eventually("it is mended", || {
-            fs::read(folder.path()).is_ok_and(|bytes| matches!(record::parse(&bytes), Content::Ours(_)))
+            fs::read(directory.path()).is_ok_and(|bytes| matches!(record::parse(&bytes), Content::Ours(_)))
         });
-        assert_eq!(folder.record().token(), guard.token());
+        assert_eq!(directory.record().token(), guard.token());
     }
     guard.release().unwrap();
 }
 
 #[test]
 fn a_beat_is_never_written_twice() {
-    let folder = Folder::new();
-    let guard = folder.lease().build().unwrap().lock().unwrap();
-    let old = folder.record();
-    eventually("it beats", || folder.record().beat() > old.beat() + 2);
-    let last = folder.record().beat();
-    folder.write(old);
-    eventually("it beats", || folder.record().beat() > last);
+    let directory = TestDir::new();
+    let guard = directory.lease().build().unwrap().lock().unwrap();
+    let old = directory.record();
+    eventually("it beats", || directory.record().beat() > old.beat() + 2);
+    let last = directory.record().beat();
+    directory.write(old);
+    eventually("it beats", || directory.record().beat() > last);
     drop(guard);
 }
 
 #[test]
 fn a_foreign_record_ends_it_once_and_is_not_touched() {
-    let folder = Folder::new();
+    let directory = TestDir::new();
     let (tell, told) = mpsc::channel();
-    let lease = folder.lease().on_lost(move |loss| tell.send(loss.clone()).unwrap()).build().unwrap();
+    let lease = directory.lease().on_lost(move |loss| tell.send(loss.clone()).unwrap()).build().unwrap();
     let guard = lease.lock().unwrap();
     let signal = guard.lost();
     let mut foreign = held_by(&stranger(), 3);
     let foreign_bytes = *foreign.seal();
-    folder.write(foreign);
+    directory.write(foreign);
     let loss = told.recv_timeout(MS * 2000).unwrap();
     assert!(matches!(&loss.reason, LossReason::TakenOver { by: Some(by) } if by.host() == Some("elsewhere")));
     assert_eq!(loss.token, guard.token());
@@ -315,14 +315,14 @@ fn a_foreign_record_ends_it_once_and_is_not_touched() {
     assert!(matches!(guard.check().unwrap_err().kind(), ErrorKind::LeaseLost { .. }));
     assert!(matches!(guard.release().unwrap_err().kind(), ErrorKind::LeaseLost { .. }));
     assert!(matches!(signal.reason(), Some(LossReason::TakenOver { .. })), "for ever");
-    assert_eq!(fs::read(folder.path()).unwrap(), foreign_bytes);
+    assert_eq!(fs::read(directory.path()).unwrap(), foreign_bytes);
     assert!(told.recv_timeout(MS * 100).is_err(), "told twice");
 }
 
 #[test]
 fn a_release_reaches_a_waiter_at_once() {
-    let folder = Folder::new();
-    let lease = folder.lease().build().unwrap();
+    let directory = TestDir::new();
+    let lease = directory.lease().build().unwrap();
     let mut fastest = Duration::MAX;
     for _ in 0..10 {
         let guard = lease.lock().unwrap();
@@ -342,8 +342,8 @@ fn a_release_reaches_a_waiter_at_once() {
 
 #[test]
 fn a_cancelled_wait_ends_at_once() {
-    let folder = Folder::new();
-    let lease = folder.lease().build().unwrap();
+    let directory = TestDir::new();
+    let lease = directory.lease().build().unwrap();
     let _guard = lease.lock().unwrap();
     let stop = CancelToken::new();
     let waiter = thread::spawn({
@@ -359,8 +359,8 @@ fn a_cancelled_wait_ends_at_once() {
 
 #[test]
 fn only_the_holder_that_was_seen_is_evicted() {
-    let folder = Folder::new();
-    let lease = folder.lease().build().unwrap();
+    let directory = TestDir::new();
+    let lease = directory.lease().build().unwrap();
     let first = lease.lock().unwrap();
     let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("it is held") };
     assert_eq!((seen.token(), seen.owner().unwrap().pid()), (Some(first.token()), std::process::id()));
@@ -375,7 +375,7 @@ fn only_the_holder_that_was_seen_is_evicted() {
     assert!(matches!(reason, LossReason::TakenOver { by: Some(_) }));
     assert!(third.is_held());
     drop(third);
-    fs::write(folder.path(), "lock").unwrap();
+    fs::write(directory.path(), "lock").unwrap();
     let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("it counts as held") };
     assert!(lease.evict(&seen).unwrap());
     assert!(lease.try_lock().is_ok());
@@ -383,9 +383,9 @@ fn only_the_holder_that_was_seen_is_evicted() {
 
 #[test]
 fn without_progress_it_is_lost_and_on_lost_may_panic() {
-    let folder = Folder::new();
+    let directory = TestDir::new();
     static CALLS: AtomicUsize = AtomicUsize::new(0);
-    let lease = folder.lease().require_progress(MS * 100).on_lost(|_| {
+    let lease = directory.lease().require_progress(MS * 100).on_lost(|_| {
         CALLS.fetch_add(1, Ordering::Relaxed);
         std::panic::resume_unwind(Box::new(()));
     });
@@ -399,13 +399,13 @@ fn without_progress_it_is_lost_and_on_lost_may_panic() {
     let reason = guard.lost().wait(&Wait::at_most(MS * 2000)).unwrap();
     assert!(matches!(reason, LossReason::Expired));
     eventually("on_lost is called", || CALLS.load(Ordering::Relaxed) == 1);
-    assert!(folder.lease().build().unwrap().lock_for(MS * 2000).is_ok(), "the heartbeat goes on");
+    assert!(directory.lease().build().unwrap().lock_for(MS * 2000).is_ok(), "the heartbeat goes on");
 }
 
 #[test]
 fn a_callback_may_hold_another_lease() {
-    let folder = Folder::new();
-    let path = folder.0.clone();
+    let directory = TestDir::new();
+    let path = directory.0.clone();
     let (tell, told) = mpsc::channel();
     thread::spawn(move || {
         for n in 0..200 {
@@ -429,14 +429,14 @@ fn what_panics_when_it_is_dropped_costs_no_other_lease() {
             std::panic::resume_unwind(Box::new(()));
         }
     }
-    let folder = Folder::new();
+    let directory = TestDir::new();
     let bomb = Bomb;
-    let lease = Lease::file(folder.0.join("bomb")).heartbeat(MS * 10).on_lost(move |_| _ = &bomb).build().unwrap();
+    let lease = Lease::file(directory.0.join("bomb")).heartbeat(MS * 10).on_lost(move |_| _ = &bomb).build().unwrap();
     let guard = lease.lock().unwrap();
     drop(lease);
     drop(guard);
     thread::sleep(MS * 50);
-    let guard = folder.lease().build().unwrap().lock().unwrap();
+    let guard = directory.lease().build().unwrap().lock().unwrap();
     thread::sleep(MS * 1200);
     guard.check().unwrap();
 }
@@ -444,30 +444,30 @@ fn what_panics_when_it_is_dropped_costs_no_other_lease() {
 #[test]
 #[cfg(unix)]
 fn a_link_is_refused_and_so_is_what_is_no_file() {
-    let folder = Folder::new();
-    let lease = folder.lease().build().unwrap();
+    let directory = TestDir::new();
+    let lease = directory.lease().build().unwrap();
     drop(lease.lock().unwrap());
-    fs::hard_link(folder.path(), folder.0.join("second")).unwrap();
+    fs::hard_link(directory.path(), directory.0.join("second")).unwrap();
     assert!(matches!(lease.try_lock().unwrap_err().kind(), ErrorKind::Insecure { .. }));
-    fs::remove_file(folder.path()).unwrap();
-    std::os::unix::fs::symlink("second", folder.path()).unwrap();
+    fs::remove_file(directory.path()).unwrap();
+    std::os::unix::fs::symlink("second", directory.path()).unwrap();
     assert!(matches!(lease.try_lock().unwrap_err().kind(), ErrorKind::Insecure { .. }));
     assert!(matches!(lease.status().unwrap_err().kind(), ErrorKind::Insecure { .. }));
-    fs::remove_file(folder.path()).unwrap();
-    assert!(std::process::Command::new("mkfifo").arg(folder.path()).status().unwrap().success());
+    fs::remove_file(directory.path()).unwrap();
+    assert!(std::process::Command::new("mkfifo").arg(directory.path()).status().unwrap().success());
     for error in [lease.try_lock().unwrap_err(), lease.status().unwrap_err(), lease.owner().unwrap_err()] {
         assert!(matches!(error.kind(), ErrorKind::Insecure { .. }), "{error:?}");
     }
-    let folder_itself = Lease::file(&folder.0).build().unwrap();
-    assert!(folder_itself.try_lock().is_err());
+    let directory_itself = Lease::file(&directory.0).build().unwrap();
+    assert!(directory_itself.try_lock().is_err());
 }
 
 #[test]
 fn who_is_stopped_inside_a_step_keeps_others_waiting_but_not_for_long() {
-    let folder = Folder::new();
-    let lease = folder.lease().build().unwrap();
+    let directory = TestDir::new();
+    let lease = directory.lease().build().unwrap();
     drop(lease.lock().unwrap());
-    let stuck = fs::File::options().read(true).write(true).open(folder.path()).unwrap();
+    let stuck = fs::File::options().read(true).write(true).open(directory.path()).unwrap();
     flock::lock(&stuck, flock::Mode::Exclusive).unwrap();
     let began = Instant::now();
     assert!(lease.try_lock().unwrap_err().is_held());
@@ -475,7 +475,7 @@ fn who_is_stopped_inside_a_step_keeps_others_waiting_but_not_for_long() {
     assert!(began.elapsed() < MS * 300);
     drop(stuck);
     let guard = lease.lock_for(MS * 500).unwrap();
-    let stuck = fs::File::options().read(true).write(true).open(folder.path()).unwrap();
+    let stuck = fs::File::options().read(true).write(true).open(directory.path()).unwrap();
     flock::lock(&stuck, flock::Mode::Exclusive).unwrap();
     let error = guard.release().unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::Io { .. }), "{error:?}");
@@ -485,11 +485,11 @@ fn who_is_stopped_inside_a_step_keeps_others_waiting_but_not_for_long() {
 
 #[test]
 fn an_eviction_does_not_wait_longer_for_a_longer_ttl() {
-    let folder = Folder::new();
-    let lease = folder.lease().ttl(MS * 60_000).build().unwrap();
+    let directory = TestDir::new();
+    let lease = directory.lease().ttl(MS * 60_000).build().unwrap();
     let _guard = lease.lock().unwrap();
     let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("it is held") };
-    let stuck = fs::File::options().read(true).write(true).open(folder.path()).unwrap();
+    let stuck = fs::File::options().read(true).write(true).open(directory.path()).unwrap();
     flock::lock(&stuck, flock::Mode::Exclusive).unwrap();
     let began = Instant::now();
     assert!(lease.evict(&seen).is_err());
@@ -498,17 +498,17 @@ fn an_eviction_does_not_wait_longer_for_a_longer_ttl() {
 
 #[test]
 #[cfg(unix)]
-fn folders_are_made_on_request_with_their_modes() {
+fn directories_are_made_on_request_with_their_modes() {
     use std::os::unix::fs::PermissionsExt;
-    let folder = Folder::new();
-    let path = folder.0.join("a/b/lease");
+    let directory = TestDir::new();
+    let path = directory.0.join("a/b/lease");
     let error = Lease::file(&path).build().unwrap().lock().unwrap_err();
     assert!(
         matches!(error.kind(), ErrorKind::Io { path, source, .. }
-        if *path == folder.0.join("a/b") && source.kind() == std::io::ErrorKind::NotFound),
+        if *path == directory.0.join("a/b") && source.kind() == std::io::ErrorKind::NotFound),
         "{error}"
     );
-    assert!(!folder.0.join("a").exists());
+    assert!(!directory.0.join("a").exists());
     drop(Lease::file(&path).create_parents().build().unwrap().lock().unwrap());
     let mode = |path: &std::path::Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
     assert_eq!((mode(&path), mode(path.parent().unwrap())), (0o600, 0o700));
@@ -772,8 +772,8 @@ fn doubt_lasts_to_the_deadline_and_then_has_a_reason() {
 
 #[test]
 fn a_store_that_hangs_costs_no_other_store_its_leases() {
-    let folder = Folder::new();
-    let guard = Lease::file(folder.path()).ttl(MS * 1000).heartbeat(MS * 100).build().unwrap().lock().unwrap();
+    let directory = TestDir::new();
+    let guard = Lease::file(directory.path()).ttl(MS * 1000).heartbeat(MS * 100).build().unwrap().lock().unwrap();
     let store = Faulty::new(&ManualClock::new());
     let hung: Vec<_> = (0..50)
         .map(|n| Lease::with_store(store.clone(), n.to_string()).build().unwrap())
@@ -783,12 +783,12 @@ fn a_store_that_hangs_costs_no_other_store_its_leases() {
         })
         .collect();
     store.hangs.store(true, Ordering::Relaxed);
-    let (began, beat) = (Instant::now(), folder.record().beat());
+    let (began, beat) = (Instant::now(), directory.record().beat());
     while began.elapsed() < MS * 3500 {
         guard.check().unwrap();
         thread::sleep(MS * 10);
     }
-    assert!(folder.record().beat() - beat >= 10, "{}", folder.record().beat() - beat);
+    assert!(directory.record().beat() - beat >= 10, "{}", directory.record().beat() - beat);
     assert!(hung.iter().all(|guard| !guard.is_held()));
     let began = Instant::now();
     drop(hung);
@@ -797,8 +797,8 @@ fn a_store_that_hangs_costs_no_other_store_its_leases() {
 
 #[test]
 fn a_request_that_does_not_return_keeps_no_other_lease_from_its_beats_and_no_loss_from_being_told() {
-    let folder = Folder::new();
-    let guard = Lease::file(folder.path()).ttl(MS * 400).heartbeat(MS * 50).build().unwrap().lock().unwrap();
+    let directory = TestDir::new();
+    let guard = Lease::file(directory.path()).ttl(MS * 400).heartbeat(MS * 50).build().unwrap().lock().unwrap();
     let frozen = Faulty::new(&ManualClock::new());
     let mut stuck: Vec<_> = (0..10)
         .map(|n| {
@@ -821,12 +821,12 @@ fn a_request_that_does_not_return_keeps_no_other_lease_from_its_beats_and_no_los
     for (guard, told) in &stuck {
         assert_eq!(told.recv_timeout(MS * 2000).expect("so is that of each lease of the frozen one"), guard.token());
     }
-    let (began, beat) = (Instant::now(), folder.record().beat());
+    let (began, beat) = (Instant::now(), directory.record().beat());
     while began.elapsed() < MS * 1000 {
         guard.check().unwrap();
         thread::sleep(MS * 5);
     }
-    assert!(folder.record().beat() - beat > 10);
+    assert!(directory.record().beat() - beat > 10);
     assert_eq!(frozen.renewals.load(Ordering::Relaxed), 1, "one stuck request of one place");
     let (lost, _) = stuck.swap_remove(5);
     let dropping = thread::spawn(move || drop(lost));
@@ -844,8 +844,8 @@ fn a_request_that_does_not_return_keeps_no_other_lease_from_its_beats_and_no_los
 
 #[test]
 fn a_store_that_hangs_costs_no_other_store_its_short_leases() {
-    let folder = Folder::new();
-    let guard = Lease::file(folder.path()).ttl(MS * 200).heartbeat(MS * 20).build().unwrap().lock().unwrap();
+    let directory = TestDir::new();
+    let guard = Lease::file(directory.path()).ttl(MS * 200).heartbeat(MS * 20).build().unwrap().lock().unwrap();
     let hung = Faulty::new(&ManualClock::new());
     // Each of its requests may take 2 s.
     let _slow = Lease::with_store(hung.clone(), "hung").ttl(MS * 60_000).build().unwrap().lock().unwrap();
@@ -860,8 +860,8 @@ fn a_store_that_hangs_costs_no_other_store_its_short_leases() {
 
 #[test]
 fn files_of_one_file_system_hang_as_one() {
-    let folder = Folder::new();
-    let lease = |name: &str| Lease::file(folder.0.join(name)).build().unwrap();
+    let directory = TestDir::new();
+    let lease = |name: &str| Lease::file(directory.0.join(name)).build().unwrap();
     let (first, second) = (lease("first"), lease("second"));
     assert_eq!(first.0.store.profile().place, None);
     let _guards = (first.lock().unwrap(), second.lock().unwrap());
@@ -871,13 +871,13 @@ fn files_of_one_file_system_hang_as_one() {
 
 #[test]
 fn a_loss_that_is_first_found_at_the_release_is_told_as_one() {
-    let folder = Folder::new();
+    let directory = TestDir::new();
     let (tell, told) = mpsc::channel();
-    let lease = folder.lease().ttl(MS * 60_000).heartbeat(MS * 20_000);
+    let lease = directory.lease().ttl(MS * 60_000).heartbeat(MS * 20_000);
     let lease = lease.on_lost(move |loss| tell.send(loss.clone()).unwrap()).build().unwrap();
     let guard = lease.lock().unwrap();
     let (signal, token) = (guard.lost(), guard.token());
-    folder.write(held_by(&stranger(), token + 1));
+    directory.write(held_by(&stranger(), token + 1));
     assert!(matches!(guard.release().unwrap_err().kind(), ErrorKind::LeaseLost { .. }));
     assert!(matches!(signal.reason(), Some(LossReason::TakenOver { .. })) && signal.token().is_cancelled());
     let loss = told.recv_timeout(MS * 2000).unwrap();
@@ -887,20 +887,20 @@ fn a_loss_that_is_first_found_at_the_release_is_told_as_one() {
 
 #[test]
 fn what_was_lost_by_time_is_free_when_its_guard_goes_and_still_not_released() {
-    let folder = Folder::new();
+    let directory = TestDir::new();
     let clock = ManualClock::new();
-    let lease = Lease::file(folder.path()).ttl(MS * 60_000).heartbeat(MS * 20_000).clock(Arc::new(clock.clone()));
+    let lease = Lease::file(directory.path()).ttl(MS * 60_000).heartbeat(MS * 20_000).clock(Arc::new(clock.clone()));
     let lease = lease.require_progress(MS * 20_000).build().unwrap();
     let guard = lease.lock().unwrap();
     let token = guard.token();
     let signal = guard.lost();
-    let other = Lease::file(folder.path()).ttl(MS * 60_000).heartbeat(MS * 20_000).build().unwrap();
-    let mine = folder.record();
+    let other = Lease::file(directory.path()).ttl(MS * 60_000).heartbeat(MS * 20_000).build().unwrap();
+    let mine = directory.record();
     clock.advance(MS * 200_000);
     assert!(!guard.is_held());
-    folder.write(mine);
+    directory.write(mine);
     drop(guard);
-    assert!(folder.record().is_lost());
+    assert!(directory.record().is_lost());
     assert_eq!(other.status().unwrap(), LeaseStatus::Free);
     let next = other.try_lock().expect("nobody waits for another ttl");
     assert!(next.token() > token);
@@ -910,8 +910,8 @@ fn what_was_lost_by_time_is_free_when_its_guard_goes_and_still_not_released() {
 
 #[test]
 fn system_clocks_are_one_clock_however_many_there_are() {
-    let folder = Folder::new();
-    let lease = |n: u32| Lease::file(folder.0.join(n.to_string())).clock(Arc::new(SystemClock)).build().unwrap();
+    let directory = TestDir::new();
+    let lease = |n: u32| Lease::file(directory.0.join(n.to_string())).clock(Arc::new(SystemClock)).build().unwrap();
     let _guards: Vec<_> = (0..200).map(|n| lease(n).lock().unwrap()).collect();
     // Other tests have clocks of their own at the same time.
     assert!(Heart::start().unwrap().rings() < 100);
@@ -956,8 +956,8 @@ fn a_lease_and_all_that_belongs_to_it_may_go_to_any_thread() {
 
 #[test]
 fn a_thousand_leases_dropped_at_once_are_all_free() {
-    let folder = Folder::new();
-    let leases: Vec<_> = (0..1000).map(|n| Lease::file(folder.0.join(n.to_string())).build().unwrap()).collect();
+    let directory = TestDir::new();
+    let leases: Vec<_> = (0..1000).map(|n| Lease::file(directory.0.join(n.to_string())).build().unwrap()).collect();
     let guards: Vec<_> = leases.iter().map(|lease| lease.try_lock().unwrap()).collect();
     drop(guards);
     assert!(leases.iter().all(|lease| lease.try_lock().is_ok()));

@@ -1,7 +1,7 @@
-//! A table of locks as files in a folder, one for each lock.
+//! A table of locks as files in a directory, one for each lock.
 //!
 //! ```text
-//! next        what kind of folder this is, and the number that the next allocation tries first; locked while anything
+//! next        what kind of directory this is, and the number that the next allocation tries first; locked while anything
 //!             is allocated or freed
 //! 17.lock     lock 17: who holds it (see `named::mark`), and behind that whether it is allocated
 //! ```
@@ -28,15 +28,15 @@ use crate::named::mark::{self, Slate};
 use crate::owner::{Liveness, Owner};
 use crate::steps::step;
 use crate::sys::files::{self, DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
-use crate::sys::folder;
 use crate::sys::fork::{self, NoFork};
+use crate::sys::runtime_dir;
 use crate::wait::{Subject, Wait};
 
-/// A table of locks as files in a folder, for the processes of one machine. Cloning gives another handle on it.
+/// A table of locks as files in a directory, for the processes of one machine. Cloning gives another handle on it.
 ///
 /// For where there is no memory to share, or where a few locks are to be seen in the file system. It has no limit but
 /// the file system's. A lock costs a few microseconds, where [`ShmLockManager`](crate::ShmLockManager) takes
-/// nanoseconds. Not on a file system that several machines share. Nobody but its managers should touch the folder,
+/// nanoseconds. Not on a file system that several machines share. Nobody but its managers should touch the directory,
 /// which is one user's.
 ///
 /// Each lock that is held takes a descriptor, and each [`ManagedLock`] that was ever locked keeps one for the next
@@ -50,19 +50,19 @@ use crate::wait::{Subject, Wait};
 /// ```
 /// use lockkit::{FileLockManager, LockManager};
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # let folder = std::env::temp_dir().join(format!("lockkit-doc-locks-{}", std::process::id()));
-/// let manager = FileLockManager::create(&folder)?;
+/// # let directory = std::env::temp_dir().join(format!("lockkit-doc-locks-{}", std::process::id()));
+/// let manager = FileLockManager::create(&directory)?;
 /// let lock = manager.allocate()?;
-/// drop(FileLockManager::open(&folder)?.retrieve(lock.id())?.lock()?);
+/// drop(FileLockManager::open(&directory)?.retrieve(lock.id())?.lock()?);
 /// lock.free()?;
-/// # std::fs::remove_dir_all(folder)?;
+/// # std::fs::remove_dir_all(directory)?;
 /// # Ok(()) }
 /// ```
 #[derive(Clone, Debug)]
-pub struct FileLockManager(Arc<Folder>);
+pub struct FileLockManager(Arc<Directory>);
 
 #[derive(Debug)]
-struct Folder {
+struct Directory {
     path: PathBuf,
     /// Held while anything is allocated or freed.
     next: FileLock,
@@ -91,48 +91,48 @@ const ALLOCATED_AT: u64 = mark::BYTES as u64;
 const ALLOCATED: u8 = b'A';
 
 impl FileLockManager {
-    /// Makes the folder `folder`, where nothing may be yet, with mode 0700, and a table in it.
+    /// Makes the directory `directory`, where nothing may be yet, with mode 0700, and a table in it.
     ///
     /// # Errors
     /// [`Io`](ErrorKind::Io) when something is there already (`AlreadyExists`), or the system refuses.
-    pub fn create(folder: impl AsRef<Path>) -> Result<Self> {
-        let folder = folder.as_ref();
-        let failed = |error| Error::io("create", folder, error);
-        fs::DirBuilder::new().mode(0o700).create(folder).map_err(failed)?;
-        step("folder made");
-        // The umask is not ours to change, but the folder's mode is.
-        files::set_folder_mode(folder, 0o700).map_err(failed)?;
-        step("mode of the folder set");
-        Self::open(folder)
+    pub fn create(directory: impl AsRef<Path>) -> Result<Self> {
+        let directory = directory.as_ref();
+        let failed = |error| Error::io("create", directory, error);
+        fs::DirBuilder::new().mode(0o700).create(directory).map_err(failed)?;
+        step("directory made");
+        // The umask is not ours to change, but the directory's mode is.
+        files::set_directory_mode(directory, 0o700).map_err(failed)?;
+        step("mode of the directory set");
+        Self::open(directory)
     }
 
-    /// Opens the table in the folder `folder`.
+    /// Opens the table in the directory `directory`.
     ///
     /// # Errors
-    /// [`Io`](ErrorKind::Io) when there is no such folder, or the system refuses;
+    /// [`Io`](ErrorKind::Io) when there is no such directory, or the system refuses;
     /// [`LayoutMismatch`](ErrorKind::LayoutMismatch) when other things are in it than a table of this version; an empty
     /// one becomes a table;
     /// [`ForeignOwner`](ErrorKind::ForeignOwner) when it belongs to another user, who is not root;
     /// [`Insecure`](ErrorKind::Insecure) when others may put files there.
-    pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
-        let failed = |error| Error::io("open", folder.as_ref(), error);
-        let path = folder.as_ref().canonicalize().map_err(failed)?;
+    pub fn open(directory: impl AsRef<Path>) -> Result<Self> {
+        let failed = |error| Error::io("open", directory.as_ref(), error);
+        let path = directory.as_ref().canonicalize().map_err(failed)?;
         if !path.is_dir() {
             return Err(failed(io::ErrorKind::NotADirectory.into()));
         }
         let next = FileLock::own(path.join("next"), 0o600);
-        let folder = Folder { path, next, held: Mutex::default() };
-        folder.check()?;
-        Ok(Self(Arc::new(folder)))
+        let directory = Directory { path, next, held: Mutex::default() };
+        directory.check()?;
+        Ok(Self(Arc::new(directory)))
     }
 
-    /// The folder.
+    /// The directory.
     pub fn path(&self) -> &Path {
         &self.0.path
     }
 
-    fn lock(&self, id: u32) -> FolderLock {
-        FolderLock { folder: self.0.clone(), id, file: FileLock::own(self.0.file(id), 0o600) }
+    fn lock(&self, id: u32) -> TableFileLock {
+        TableFileLock { directory: self.0.clone(), id, file: FileLock::own(self.0.file(id), 0o600) }
     }
 }
 
@@ -206,17 +206,17 @@ fn is_allocated(file: &File) -> bool {
     file.read_exact_at(&mut byte, ALLOCATED_AT).is_ok() && byte == [ALLOCATED]
 }
 
-impl Folder {
+impl Directory {
     fn file(&self, id: u32) -> PathBuf {
         self.path.join(format!("{id}.lock"))
     }
 
-    /// Looks at the folder before anything in it is touched, and makes a table of an empty one, which is what a
+    /// Looks at the directory before anything in it is touched, and makes a table of an empty one, which is what a
     /// `create` that was killed leaves.
     fn check(&self) -> Result<()> {
         let failed = |error| Error::io("open", &self.path, error);
         let found = files::look_at(&self.path).map_err(failed)?;
-        if found.uid() != 0 && !folder::is_own_at(&self.path, &found) {
+        if found.uid() != 0 && !runtime_dir::is_own_at(&self.path, &found) {
             let lock = format!("the lock table {}", self.path.display());
             return Err(ErrorKind::ForeignOwner { lock, uid: found.uid(), pid: None }.into());
         }
@@ -288,35 +288,35 @@ impl Folder {
 
 /// A lock of the table.
 #[derive(Clone, Debug)]
-pub(super) struct FolderLock {
-    folder: Arc<Folder>,
+pub(super) struct TableFileLock {
+    directory: Arc<Directory>,
     id: u32,
     file: FileLock,
 }
 
 /// A lock of the table, held.
 #[derive(Debug)]
-pub(super) struct FolderHold {
-    lock: FolderLock,
+pub(super) struct TableFileHold {
+    lock: TableFileLock,
     turn: u64,
 }
 
-impl FolderLock {
+impl TableFileLock {
     pub(super) fn id(&self) -> u32 {
         self.id
     }
 
-    pub(super) fn acquire(&self, wait: &Wait) -> Result<(FolderHold, Option<Box<Recovered>>)> {
+    pub(super) fn acquire(&self, wait: &Wait) -> Result<(TableFileHold, Option<Box<Recovered>>)> {
         let mut guard = self.file.acquire_as(wait, self)?;
         let recovered = guard.write(mark::take)?;
         let no_fork = NoFork::hold();
-        let mut held = self.folder.held.lock();
+        let mut held = self.directory.held.lock();
         held.turns += 1;
         let turn = held.turns;
         // What a forked child had there of its parent's is closed when forks may come again.
         let inherited = held.guards.insert(self.id, Entry { guard, turn, generation: fork::generation() });
         drop((held, no_fork, inherited));
-        Ok((FolderHold { lock: self.clone(), turn }, recovered))
+        Ok((TableFileHold { lock: self.clone(), turn }, recovered))
     }
 
     pub(super) fn unlock(&self) -> Result<()> {
@@ -325,7 +325,7 @@ impl FolderLock {
 
     fn release(&self, which: impl FnOnce(&Entry) -> bool) -> Result<()> {
         let no_fork = NoFork::hold();
-        let mut held = self.folder.held.lock();
+        let mut held = self.directory.held.lock();
         let mine = |entry: &Entry| entry.generation == fork::generation();
         let entry = match held.guards.get(&self.id) {
             Some(entry) if mine(entry) && which(entry) => held.guards.remove(&self.id),
@@ -343,14 +343,14 @@ impl FolderLock {
         // left that to us.
         let allocated = guard.release_and(is_allocated)?;
         if !allocated {
-            let _next = self.folder.next.lock()?;
+            let _next = self.directory.next.lock()?;
             self.remove_if_free()?;
         }
         Ok(())
     }
 
     pub(super) fn free(&self) -> Result<()> {
-        let _next = self.folder.next.lock()?;
+        let _next = self.directory.next.lock()?;
         match self.free_locked()? {
             true => Ok(()),
             false => Err(ErrorKind::NotAllocated { lock: self.describe() }.into()),
@@ -396,20 +396,20 @@ impl FolderLock {
     }
 }
 
-impl Releases for FolderHold {
+impl Releases for TableFileHold {
     fn release(&mut self) -> Result<()> {
         self.lock.release(|entry| entry.turn == self.turn)
     }
 }
 
-impl Subject for FolderLock {
+impl Subject for TableFileLock {
     fn describe(&self) -> String {
-        format!("lock {} of the lock table {}", self.id, self.folder.path.display())
+        format!("lock {} of the lock table {}", self.id, self.directory.path.display())
     }
 
     #[cfg(feature = "tracing")]
     fn label(&self) -> (&'static str, String) {
-        ("folder", format!("{}#{}", self.folder.path.display(), self.id))
+        ("directory", format!("{}#{}", self.directory.path.display(), self.id))
     }
 
     fn holder(&self) -> Option<Owner> {

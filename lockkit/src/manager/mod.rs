@@ -118,7 +118,7 @@ pub trait LockManager: Send + Sync {
 /// A lock of a [`LockManager`]. Cloning gives another handle on the same lock.
 ///
 /// Not reentrant: a thread that takes it twice waits for itself. Not fair to the last: who comes at the right moment
-/// may overtake those who wait; in shared memory none of them for long, in a folder and in memory there is no limit.
+/// may overtake those who wait; in shared memory none of them for long, in a directory and in memory there is no limit.
 ///
 /// ```
 /// # fn main() -> lockkit::Result<()> {
@@ -137,7 +137,7 @@ pub struct ManagedLock(Handle);
 #[cfg_attr(not(all(target_os = "linux", not(loom))), allow(dead_code))]
 enum Handle {
     Shm(shm::ShmLock),
-    File(file::FolderLock),
+    File(file::TableFileLock),
     Memory(memory::MemoryLock),
 }
 
@@ -352,7 +352,7 @@ lock_methods!(
     ManagedLock, ManagedGuard,
     in_tasks: "A lock that is free is taken here. One that is held is waited for on a thread of its own, under any runtime \
                ([`Io`](crate::ErrorKind::Io) when none can be started). When the future is dropped the thread ends \
-               within some 2 ms in shared memory and at once in a folder, and releases what it may get until then; in \
+               within some 2 ms in shared memory and at once in a directory, and releases what it may get until then; in \
                memory it is 2 ms, too."
 );
 

@@ -41,7 +41,7 @@ use crate::owner::Owner;
 use crate::steps::step;
 use crate::sys::fork::{self, NoFork, Shielded};
 use crate::sys::table::{self, Cell, LOCKS_PER_PAGE, MOST, SLOTS, Shape, Table};
-use crate::sys::{folder, futex, ofd};
+use crate::sys::{futex, ofd, runtime_dir};
 use crate::wait::{Backoff, GaveUp, Patience, Subject, Wait};
 
 /// A table of locks in shared memory, for the processes of one machine. Linux only.
@@ -254,12 +254,12 @@ fn make(path: &Path, capacity: u32) -> Result<()> {
         return Err(ErrorKind::InvalidCapacity { capacity, most: MOST }.into());
     }
     let failed = |error| Error::io("create", path, error);
-    let folder = match path.parent() {
-        Some(folder) if folder != Path::new("") => folder,
+    let directory = match path.parent() {
+        Some(directory) if directory != Path::new("") => directory,
         _ => Path::new("."),
     };
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-    let file = File::from(openat(CWD, folder, flags, Mode::from_raw_mode(0o600)).map_err(failed)?);
+    let file = File::from(openat(CWD, directory, flags, Mode::from_raw_mode(0o600)).map_err(failed)?);
     step("nameless file made");
     // The umask is not ours to change, but the file's mode is.
     fchmod(&file, Mode::from_raw_mode(0o600)).map_err(failed)?;
@@ -478,7 +478,7 @@ impl fmt::Debug for Attached {
 fn open_file(path: &Path) -> Result<Shielded<File>> {
     let mut flags = OFlags::NONBLOCK | OFlags::NOCTTY;
     // A link of /proc/self/fd is the kernel's, and leads to the open file itself.
-    let is_in_proc = |folder: &Path| statfs(folder).is_ok_and(|found| found.f_type == PROC_SUPER_MAGIC);
+    let is_in_proc = |directory: &Path| statfs(directory).is_ok_and(|found| found.f_type == PROC_SUPER_MAGIC);
     if !path.parent().is_some_and(is_in_proc) {
         flags |= OFlags::NOFOLLOW;
     }
@@ -507,7 +507,7 @@ fn check(path: &Path, file: &File) -> Result<((u64, u64), u32)> {
         return Err(no_plain_file(path));
     }
     // Its owner can shorten it under us.
-    if found.uid() != 0 && !folder::is_own(file, &found) {
+    if found.uid() != 0 && !runtime_dir::is_own(file, &found) {
         let lock = format!("the lock table {}", path.display());
         return Err(ErrorKind::ForeignOwner { lock, uid: found.uid(), pid: None }.into());
     }

@@ -1,8 +1,8 @@
-//! A named lock as a file in a private folder, locked with flock.
+//! A named lock as a file in a private directory, locked with flock.
 //!
-//! The folder stands at a fixed place (see [`folder`](crate::sys::folder)). The file holds the record of its holder
-//! (see [`mark`]), and is never deleted. While a lock of it is in use a user's folder itself is locked, shared: that is
-//! how [systemd-tmpfiles] is told to leave a folder's files alone.
+//! The directory stands at a fixed place (see [`runtime_dir`](crate::sys::runtime_dir)). The file holds the record of its holder
+//! (see [`mark`]), and is never deleted. While a lock of it is in use a user's directory itself is locked, shared: that is
+//! how [systemd-tmpfiles] is told to leave a directory's files alone.
 //!
 //! [systemd-tmpfiles]: https://systemd.io/TEMPORARY_DIRECTORIES/
 
@@ -20,12 +20,12 @@ use crate::owner::{Liveness, Owner};
 use crate::steps::step;
 use crate::sys::files::{self, OpenOptionsExt};
 use crate::sys::flock;
-use crate::sys::folder::{self, Sharing};
 use crate::sys::fork::Shielded;
+use crate::sys::runtime_dir::{self, Sharing};
 use crate::wait::{Subject, Wait};
 
 #[derive(Debug)]
-pub(super) struct FolderLock {
+pub(super) struct NamedFileLock {
     name: String,
     sharing: Sharing,
     opened: Mutex<Option<Arc<Opened>>>,
@@ -34,18 +34,18 @@ pub(super) struct FolderLock {
 #[derive(Debug)]
 struct Opened {
     /// A user's is locked, shared, against cleaners.
-    _folder: Shielded<File>,
+    _directory: Shielded<File>,
     lock: FileLock,
 }
 
-impl FolderLock {
+impl NamedFileLock {
     pub(super) fn new(name: &str, sharing: Sharing) -> Self {
         Self { name: name.to_owned(), sharing, opened: Mutex::default() }
     }
 
     pub(super) fn acquire(&self, wait: &Wait, subject: &dyn Subject) -> Result<(FileGuard, Option<Box<Recovered>>)> {
         let mut guard = match self.open()?.lock.acquire_as(wait, subject) {
-            // Somebody has deleted the folder since.
+            // Somebody has deleted the directory since.
             Err(error) if error.is_io(io::ErrorKind::NotFound) => {
                 *self.opened.lock() = None;
                 self.open()?.lock.acquire_as(wait, subject)?
@@ -58,14 +58,14 @@ impl FolderLock {
 
     /// The locks that are held now: name, owner and number of waiters. Makes nothing.
     pub(super) fn list(sharing: Sharing) -> Vec<(String, Option<Owner>, u32)> {
-        let Some(folder) = folder::path(sharing) else { return Vec::new() };
+        let Some(directory) = runtime_dir::path(sharing) else { return Vec::new() };
         let mut living = mark::Living::default();
         #[cfg(target_os = "linux")]
         let table = crate::flocks::FileLocks::of_table();
         let mut held = |entry: std::io::Result<std::fs::DirEntry>| {
             let entry = entry.ok()?;
             let file = entry.file_name().into_string().ok()?;
-            let name = folder::name_of(&file, sharing)?.strip_suffix(".lock")?.to_owned();
+            let name = runtime_dir::name_of(&file, sharing)?.strip_suffix(".lock")?.to_owned();
             let lock = Self::new(&name, sharing);
             let owner = lock.recorded().ok().flatten().filter(|owner| living.has(owner));
             // The table is read once for all of them.
@@ -75,19 +75,19 @@ impl FolderLock {
             let waiters = owner.as_ref().map(|_| lock.waiters().unwrap_or_default());
             (owner.is_some() || waiters.is_some()).then(|| (name, owner, waiters.unwrap_or_default()))
         };
-        std::fs::read_dir(folder).into_iter().flatten().filter_map(&mut held).collect()
+        std::fs::read_dir(directory).into_iter().flatten().filter_map(&mut held).collect()
     }
 
     /// Who waits for it in the kernel.
     pub(super) fn waiters(&self) -> Result<u32> {
-        match folder::path(self.sharing) {
+        match runtime_dir::path(self.sharing) {
             Some(_) => FileLock::own(self.path()?, self.sharing.file_mode()).waiters(),
             None => Ok(0),
         }
     }
 
     fn path(&self) -> Result<std::path::PathBuf> {
-        Ok(folder::open(self.sharing)?.file(&self.file()))
+        Ok(runtime_dir::open(self.sharing)?.file(&self.file()))
     }
 
     pub(super) fn release(&self, mut guard: FileGuard) -> Result<()> {
@@ -108,7 +108,7 @@ impl FolderLock {
 
     /// The holder by the record in the file, which may have died.
     fn recorded(&self) -> Result<Option<Owner>> {
-        if folder::path(self.sharing).is_none() {
+        if runtime_dir::path(self.sharing).is_none() {
             return Ok(None);
         }
         let path = self.path()?;
@@ -132,7 +132,7 @@ impl FolderLock {
             return Ok(true);
         }
         #[cfg(target_os = "linux")]
-        if folder::path(self.sharing).is_some() {
+        if runtime_dir::path(self.sharing).is_some() {
             let on = crate::flocks::FileLocks::of_table().on(&self.path()?);
             return Ok(on.is_ok_and(|on| on.flock.is_some()));
         }
@@ -144,20 +144,20 @@ impl FolderLock {
         if let Some(opened) = &*opened {
             return Ok(opened.clone());
         }
-        let folder = folder::open(self.sharing)?;
+        let directory = runtime_dir::open(self.sharing)?;
         #[cfg(windows)]
         if self.sharing == Sharing::Machine {
             // Made here, where it is made for everybody.
-            folder.open_file(&self.file())?;
+            directory.open_file(&self.file())?;
         }
-        let lock = FileLock::own(folder.file(&self.file()), self.sharing.file_mode());
-        let Ok(folder) = Shielded::new(|| Ok::<_, std::convert::Infallible>(File::from(folder.fd)));
-        let folder = folder.know().keep_across_fork();
+        let lock = FileLock::own(directory.file(&self.file()), self.sharing.file_mode());
+        let Ok(directory) = Shielded::new(|| Ok::<_, std::convert::Infallible>(File::from(directory.fd)));
+        let directory = directory.know().keep_across_fork();
         if let Sharing::User(_) = self.sharing {
             // Somebody may hold it exclusively for a while, to clean it; no lock fails for that.
-            let _ = flock::try_lock(&folder, flock::Mode::Shared);
+            let _ = flock::try_lock(&directory, flock::Mode::Shared);
         }
-        Ok(opened.insert(Arc::new(Opened { _folder: folder, lock })).clone())
+        Ok(opened.insert(Arc::new(Opened { _directory: directory, lock })).clone())
     }
 
     fn file(&self) -> String {

@@ -1,7 +1,7 @@
 //! Locks on a name, valid for all processes of a user or of the machine.
 //!
 //! [`NamedLock`] is the public face; how the lock is held is a [`Backend`]: a listening socket (`socket`, Linux), a
-//! named mutex (`windows`), or a locked file in a private folder (`file`, everywhere else, and on request). What a holder
+//! named mutex (`windows`), or a locked file in a private directory (`file`, everywhere else, and on request). What a holder
 //! that dies leaves for the next one to find is the same small record for all of them (`mark`).
 
 #[cfg(target_os = "linux")]
@@ -27,8 +27,8 @@ use crate::error::Result;
 use crate::lock::{Guard, Recovered, lock_methods};
 use crate::name;
 use crate::owner::Owner;
-use crate::sys::folder::{self, Sharing};
 use crate::sys::fork;
+use crate::sys::runtime_dir::{self, Sharing};
 use crate::trace;
 use crate::wait::{Subject, Wait};
 
@@ -58,7 +58,7 @@ pub enum Scope {
 impl Scope {
     fn sharing(self) -> Sharing {
         match self {
-            Self::User => Sharing::User(folder::effective_uid()),
+            Self::User => Sharing::User(runtime_dir::effective_uid()),
             Self::Machine => Sharing::Machine,
         }
     }
@@ -80,9 +80,9 @@ pub enum Backend {
     /// each that is waited for, has a thread of its own, because a mutex belongs to a thread. Who holds it is known by a
     /// file in the user's local application data, or with [`Scope::Machine`] in that of all users.
     Mutex,
-    /// A locked file in a private folder below `/tmp`, or with [`Scope::Machine`] in `/tmp` itself. The name belongs to
+    /// A locked file in a private directory below `/tmp`, or with [`Scope::Machine`] in `/tmp` itself. The name belongs to
     /// the file system, so processes that see another `/tmp` have names of their own. On macOS it is the user's Darwin
-    /// folder (`DARWIN_USER_DIR` of confstr(3)), and `/Users/Shared`, because `/tmp` is cleaned there; on Windows the
+    /// directory (`DARWIN_USER_DIR` of confstr(3)), and `/Users/Shared`, because `/tmp` is cleaned there; on Windows the
     /// user's local application data, and that of all users. Waiters with a limit look again
     /// every few milliseconds. Deleting the file of a lock that is held, which only its user and root can, lets a
     /// second holder in.
@@ -141,7 +141,7 @@ enum Engine {
     Socket(socket::SocketLock),
     #[cfg(windows)]
     Mutex(windows::MutexLock),
-    File(file::FolderLock),
+    File(file::NamedFileLock),
 }
 
 #[derive(Debug)]
@@ -223,7 +223,7 @@ impl NamedLock {
         #[cfg(not(any(target_os = "linux", windows)))]
         let found: Vec<(String, Option<Owner>, u32)> = Vec::new();
         let found = found.into_iter().map(|found| (found, Backend::Auto));
-        let files = file::FolderLock::list(sharing).into_iter().map(|found| (found, Backend::File));
+        let files = file::NamedFileLock::list(sharing).into_iter().map(|found| (found, Backend::File));
         // A process that binds a name which breaks the rule holds no lock of lockkit's.
         let build = |((name, owner, waiters), backend): ((String, _, _), Backend)| {
             let lock = Self::builder(&name).scope(scope).backend(backend).build().ok()?;
@@ -296,9 +296,9 @@ impl NamedLock {
     /// [`Held`](crate::ErrorKind::Held), [`Timeout`](crate::ErrorKind::Timeout) or
     /// [`Cancelled`](crate::ErrorKind::Cancelled) as `wait` has it;
     /// [`ForeignOwner`](crate::ErrorKind::ForeignOwner) when a user who is not trusted with a [`Scope::User`] lock sits
-    /// on its name, or owns the folder where the file backend must keep it (one that has bound the name without
+    /// on its name, or owns the directory where the file backend must keep it (one that has bound the name without
     /// listening there cannot be told from a holder that is just starting, so that is `Held` by nobody known);
-    /// [`Insecure`](crate::ErrorKind::Insecure) when that folder is open to others;
+    /// [`Insecure`](crate::ErrorKind::Insecure) when that directory is open to others;
     /// [`Io`](crate::ErrorKind::Io) when the system refuses, as when no descriptor is left.
     pub fn acquire(&self, wait: &Wait) -> Result<NamedGuard> {
         trace::acquire(&*self.0, || self.take(wait))
@@ -467,7 +467,7 @@ impl NamedLockBuilder<'_> {
         let name = name::checked(self.name)?;
         let sharing = self.scope.sharing();
         let engine = match self.backend {
-            Backend::File => Engine::File(file::FolderLock::new(name, sharing)),
+            Backend::File => Engine::File(file::NamedFileLock::new(name, sharing)),
             #[cfg(target_os = "linux")]
             Backend::Auto | Backend::Socket => Engine::Socket(socket::SocketLock::new(name, sharing)?),
             #[cfg(windows)]
@@ -477,7 +477,7 @@ impl NamedLockBuilder<'_> {
                 return Err(crate::ErrorKind::Unsupported { what: "the mutex backend of named locks" }.into());
             }
             #[cfg(not(any(target_os = "linux", windows)))]
-            Backend::Auto => Engine::File(file::FolderLock::new(name, sharing)),
+            Backend::Auto => Engine::File(file::NamedFileLock::new(name, sharing)),
             #[cfg(not(target_os = "linux"))]
             Backend::Socket => {
                 return Err(crate::ErrorKind::Unsupported { what: "the socket backend of named locks" }.into());
@@ -516,8 +516,8 @@ impl NamedGuard {
     /// The file backend keeps the record in the lock file: every death is reported, with its owner, but for one between
     /// the start of the machine and the first lock, or after somebody deleted the file. The socket backend keeps it in
     /// memory, below `/dev/shm`, or below `/tmp` where that cannot be used: every death is reported, with its owner, as
-    /// long as both processes see the same folder and nobody deletes the table of records (systemd does at a user's last
-    /// logout, with `RemoveIPC`), and until the records of thousands of other dead holders make room for new ones. A process that cannot open it, because another user has occupied both folders or it has no
+    /// long as both processes see the same directory and nobody deletes the table of records (systemd does at a user's last
+    /// logout, with `RemoveIPC`), and until the records of thousands of other dead holders make room for new ones. A process that cannot open it, because another user has occupied both directories or it has no
     /// descriptor left, reports none, and leaves none to report. With [`Scope::Machine`] the record is open to all
     /// users, and may lie.
     pub fn recovered(&self) -> Option<&Recovered> {

@@ -54,10 +54,10 @@ use crate::error::{Error, Result};
 use crate::lock::Recovered;
 use crate::owner::Owner;
 use crate::steps::step;
-use crate::sys::folder::{self, Folder, Sharing};
 use crate::sys::fork::Shielded;
 use crate::sys::mapping::Mapping;
 use crate::sys::per_process::PerProcess;
+use crate::sys::runtime_dir::{self, RuntimeDir, Sharing};
 use crate::sys::{files, flock, unnamed};
 
 /// The file's name, with the version of the format.
@@ -316,10 +316,11 @@ impl Opened {
 }
 
 /// The file of the table below `base`, or where the file backend has its locks.
-fn open_file(base: Option<&str>, sharing: Sharing) -> Result<(Folder, File)> {
-    let folder = base.map_or_else(|| folder::open(sharing), |base| folder::open_in(base.as_ref(), sharing))?;
-    let file = folder.open_file(FILE)?;
-    Ok((folder, file))
+fn open_file(base: Option<&str>, sharing: Sharing) -> Result<(RuntimeDir, File)> {
+    let directory =
+        base.map_or_else(|| runtime_dir::open(sharing), |base| runtime_dir::open_in(base.as_ref(), sharing))?;
+    let file = directory.open_file(FILE)?;
+    Ok((directory, file))
 }
 
 fn identity(file: &std::fs::Metadata) -> (u64, u64) {
@@ -343,8 +344,8 @@ impl Records {
     }
 
     fn open(base: Option<&'static str>, sharing: Sharing) -> Result<Self> {
-        let (folder, file) = open_file(base, sharing)?;
-        let path = folder.file(FILE);
+        let (directory, file) = open_file(base, sharing)?;
+        let path = directory.file(FILE);
         let failed = |error| Error::io("look at", &path, error);
         let found = file.metadata().map_err(failed)?;
         let private = matches!(sharing, Sharing::User(_));

@@ -38,8 +38,8 @@ use crate::lock::Recovered;
 use crate::owner::{Liveness, Owner};
 use crate::steps::step;
 use crate::sys::clock::nanos;
-use crate::sys::folder::{self, Sharing};
 use crate::sys::fork::{self, Shielded};
+use crate::sys::runtime_dir::{self, Sharing};
 use crate::sys::seqpacket::{self, Address, Arrived, Peer, Reached};
 use crate::sys::{event, user};
 use crate::wait::{Backoff, Patience, Subject, Wait, Waited};
@@ -286,7 +286,7 @@ impl SocketLock {
         let is_own = match sender {
             // The message shows its sender, which may be another process than the one that was queued up at.
             Some(sender) => {
-                let own = folder::effective_uid();
+                let own = runtime_dir::effective_uid();
                 sender.uid == own && user::is_one(own)
             }
             // Only holders of one user have had the socket since this process queued up.
@@ -369,7 +369,7 @@ impl SocketLock {
         let peer = seqpacket::peer(&**waiter).ok()?;
         let is_eligible = match self.sharing {
             // Of exactly this user: the process that gets the socket later may trust no other.
-            Sharing::User(_) => seqpacket::is_own(&**waiter, peer, folder::effective_uid()),
+            Sharing::User(_) => seqpacket::is_own(&**waiter, peer, runtime_dir::effective_uid()),
             Sharing::Machine => true,
         };
         is_eligible.then_some(())?;
@@ -421,7 +421,7 @@ impl SocketLock {
             Sharing::User(own) => {
                 let is_trusted = peer.uid == 0 || seqpacket::is_own(&**connection, peer, own);
                 // This process may act as another user by now than when the lock was built.
-                is_trusted.then(|| peer.uid == own && own == folder::effective_uid())
+                is_trusted.then(|| peer.uid == own && own == runtime_dir::effective_uid())
             }
             // Each message shows its sender.
             Sharing::Machine => Some(false),
@@ -534,7 +534,7 @@ mod tests {
 
     #[test]
     fn waiter_that_gave_up_is_passed_over_though_its_connection_has_a_copy() {
-        for sharing in [Sharing::User(folder::effective_uid()), Sharing::Machine] {
+        for sharing in [Sharing::User(runtime_dir::effective_uid()), Sharing::Machine] {
             let lock = SocketLock::new(&format!("test-gave-up-{}", std::process::id()), sharing).unwrap();
             let (hold, _) = lock.bind().unwrap().unwrap();
             let mut turn = Turn::begin(&lock, &Wait::forever(), &Nothing);

@@ -19,8 +19,8 @@ use crate::lock::Recovered;
 use crate::owner::{Liveness, Owner};
 use crate::steps::step;
 use crate::sys::event::{self, Event};
-use crate::sys::folder::{self, Sharing};
 use crate::sys::mutex::{self, Mutex, Taken};
+use crate::sys::runtime_dir::{self, Sharing};
 use crate::wait::{CancelToken, GaveUp, Subject, Wait};
 
 #[derive(Debug)]
@@ -130,28 +130,30 @@ impl MutexLock {
     }
 
     pub(super) fn owner(&self) -> Option<Owner> {
-        let path = folder::path(self.sharing).map(|_| folder::open(self.sharing).ok())??.file(&record_of(&self.name));
+        let path = runtime_dir::path(self.sharing)
+            .map(|_| runtime_dir::open(self.sharing).ok())??
+            .file(&record_of(&self.name));
         let owner = mark::holder(&File::open(path).ok()?)?;
         (owner.liveness_by_name() != Liveness::Dead).then_some(owner)
     }
 
     /// The names of the locks that somebody holds now, by their records. Makes nothing.
     pub(super) fn list(sharing: Sharing) -> Vec<(String, Option<Owner>, u32)> {
-        let Some(folder) = folder::path(sharing) else { return Vec::new() };
+        let Some(directory) = runtime_dir::path(sharing) else { return Vec::new() };
         let held = |entry: std::io::Result<std::fs::DirEntry>| {
             let file = entry.ok()?.file_name().into_string().ok()?;
-            let name = folder::name_of(&file, sharing)?.strip_suffix(".record")?.to_owned();
+            let name = runtime_dir::name_of(&file, sharing)?.strip_suffix(".record")?.to_owned();
             Self::new(&name, sharing).owner().map(|owner| (name, Some(owner), 0))
         };
-        std::fs::read_dir(folder).into_iter().flatten().filter_map(held).collect()
+        std::fs::read_dir(directory).into_iter().flatten().filter_map(held).collect()
     }
 
     /// The record, as soon as it could be opened: what prevents that may pass.
     fn record(&self) -> Option<&File> {
         match self.record.get() {
             None => {
-                let folder = folder::open(self.sharing).ok()?;
-                let record = folder.open_file(&record_of(&self.name)).ok()?;
+                let directory = runtime_dir::open(self.sharing).ok()?;
+                let record = directory.open_file(&record_of(&self.name)).ok()?;
                 Some(self.record.get_or_init(|| record))
             }
             opened => opened,

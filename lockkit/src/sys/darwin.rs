@@ -7,11 +7,11 @@ use std::path::PathBuf;
 use std::ptr;
 use std::time::Duration;
 
-/// The folder that the system makes for the files of each user: `DARWIN_USER_DIR` of [confstr(3)]. No environment
+/// The directory that the system makes for the files of each user: `DARWIN_USER_DIR` of [confstr(3)]. No environment
 /// variable moves it, and nobody cleans it.
 ///
 /// [confstr(3)]: https://developer.apple.com/library/archive/documentation/System/Conceptual/ManPages_iPhoneOS/man3/confstr.3.html
-pub(crate) fn user_folder() -> io::Result<PathBuf> {
+pub(crate) fn user_directory() -> io::Result<PathBuf> {
     let mut path = [0_u8; libc::PATH_MAX as usize];
     // SAFETY: the call writes no more than it is told there is room for, the zero included.
     let length = unsafe { libc::confstr(libc::_CS_DARWIN_USER_DIR, path.as_mut_ptr().cast(), path.len()) };

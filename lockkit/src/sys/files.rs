@@ -102,14 +102,14 @@ pub(crate) fn is_own(found: &Seen) -> bool {
     found.uid() == rustix::process::geteuid().as_raw()
 }
 
-/// As [`set_mode`], for a folder.
-pub(crate) fn set_folder_mode(path: &Path, mode: u32) -> io::Result<()> {
+/// As [`set_mode`], for a directory.
+pub(crate) fn set_directory_mode(path: &Path, mode: u32) -> io::Result<()> {
     fs::set_permissions(path, Permissions::from_mode(mode))
 }
 
-/// Why the folder, whose owner is this `uid`, may not be trusted by this process.
-pub(crate) fn is_writable_by_others(folder: &Seen) -> bool {
-    folder.mode() & 0o022 != 0
+/// Why the directory, whose owner is this `uid`, may not be trusted by this process.
+pub(crate) fn is_writable_by_others(directory: &Seen) -> bool {
+    directory.mode() & 0o022 != 0
 }
 
 /// The permission bits that let the group and others write to the file.

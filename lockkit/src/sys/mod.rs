@@ -10,7 +10,7 @@
 //! | [`fd`] | descriptors, and handles on Windows, by one set of names | the same |
 //! | [`files`] | what of files differs from system to system | every lock on a file |
 //! | [`flock`] | whole-file locks, through `fs2` | file locks |
-//! | [`folder`] | the private folders, at fixed places | named locks |
+//! | [`runtime_dir`] | the private directories, at fixed places | named locks |
 //! | [`fork`] | descriptors that a forked child does not keep | every held lock |
 //! | `futex` | sleeping until a shared word changes | waiting for a lock in shared memory |
 //! | `mapping` | shared memory as atomic words | what a crash leaves behind |
@@ -45,8 +45,6 @@ pub(crate) mod files;
 #[cfg(unix)]
 pub(crate) mod flock;
 #[cfg(unix)]
-pub(crate) mod folder;
-#[cfg(unix)]
 pub(crate) mod fork;
 #[cfg(target_os = "freebsd")]
 pub(crate) mod freebsd;
@@ -59,6 +57,8 @@ pub(crate) mod ofd;
 pub(crate) mod per_process;
 #[cfg(unix)]
 pub(crate) mod process;
+#[cfg(unix)]
+pub(crate) mod runtime_dir;
 #[cfg(target_os = "linux")]
 pub(crate) mod seqpacket;
 pub(crate) mod slot;
@@ -80,4 +80,4 @@ pub(crate) mod xattr;
 #[cfg(all(windows, feature = "cli"))]
 pub(crate) use windows::command;
 #[cfg(windows)]
-pub(crate) use windows::{clock, event, fd, files, flock, folder, fork, mutex, process};
+pub(crate) use windows::{clock, event, fd, files, flock, fork, mutex, process, runtime_dir};

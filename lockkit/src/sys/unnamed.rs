@@ -9,13 +9,13 @@ use std::path::Path;
 #[cfg(target_os = "linux")]
 use crate::steps::step;
 
-/// Makes a file without a name on the file system of `folder`, with `mode` less the umask. Where there is no such
+/// Makes a file without a name on the file system of `directory`, with `mode` less the umask. Where there is no such
 /// thing the error is of the kind `Unsupported`.
 #[cfg(target_os = "linux")]
-pub(crate) fn file_in(folder: &Path, mode: u32) -> io::Result<File> {
+pub(crate) fn file_in(directory: &Path, mode: u32) -> io::Result<File> {
     use rustix::fs::{Mode, OFlags, open};
     use rustix::io::Errno;
-    match open(folder, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::from_raw_mode(mode)) {
+    match open(directory, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::from_raw_mode(mode)) {
         // The last two are what systems say that do not know the flag.
         Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => Err(io::ErrorKind::Unsupported.into()),
         made => {
@@ -48,9 +48,9 @@ pub(crate) fn is_in_memory(file: &File) -> bool {
 }
 
 #[cfg(not(target_os = "linux"))]
-pub(crate) fn file_in(folder: &Path, _: u32) -> io::Result<File> {
-    // A folder that is not there is told first, as where there is such a thing.
-    folder.metadata()?;
+pub(crate) fn file_in(directory: &Path, _: u32) -> io::Result<File> {
+    // A directory that is not there is told first, as where there is such a thing.
+    directory.metadata()?;
     Err(io::ErrorKind::Unsupported.into())
 }
 

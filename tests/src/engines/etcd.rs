@@ -9,7 +9,7 @@ use lockkit::Lease;
 use rustix::process::Signal;
 
 use super::{Access, Clock, Engine, PASSWORD, Security, USER};
-use crate::servers::{Folder, Server, Shared, free_port, installed};
+use crate::servers::{Server, ServerDir, Shared, free_port, installed};
 use crate::until;
 
 /// The server that the tests of a process share.
@@ -30,7 +30,7 @@ pub struct Etcd {
 }
 
 struct Node {
-    folder: Folder,
+    directory: ServerDir,
     /// Where it listens to clients, on 127.0.0.1.
     port: u16,
     command: Command,
@@ -53,9 +53,9 @@ impl Etcd {
         let cluster = ports.iter().enumerate().map(member).collect::<Vec<_>>().join(",");
         let mut etcd = Self { nodes: Vec::new(), speaks_tls };
         for (at, [client, peer]) in ports.iter().enumerate() {
-            let folder = Folder::in_memory("etcd");
+            let directory = ServerDir::in_memory("etcd");
             let mut command = Command::new(&program);
-            command.arg("--data-dir").arg(folder.path().join("data")).args(["--name", &format!("n{at}")]);
+            command.arg("--data-dir").arg(directory.path().join("data")).args(["--name", &format!("n{at}")]);
             let [client_url, peer_url] = [format!("{scheme}://127.0.0.1:{client}"), format!("http://127.0.0.1:{peer}")];
             command.args(["--listen-client-urls", &client_url, "--advertise-client-urls", &client_url]);
             command.args(["--listen-peer-urls", &peer_url, "--initial-advertise-peer-urls", &peer_url]);
@@ -67,7 +67,7 @@ impl Etcd {
             if let Security::ClientCertificate(certificates) = security {
                 command.arg("--client-cert-auth").arg("--trusted-ca-file").arg(certificates.ca());
             }
-            etcd.nodes.push(Node { folder, port: *client, command, server: None });
+            etcd.nodes.push(Node { directory, port: *client, command, server: None });
         }
         for node in &mut etcd.nodes {
             node.launch()?;
@@ -191,7 +191,7 @@ impl Etcd {
 
 impl Node {
     fn launch(&mut self) -> Result<(), String> {
-        self.server = Some(Server::start(&self.folder, &self.command, self.port)?);
+        self.server = Some(Server::start(&self.directory, &self.command, self.port)?);
         Ok(())
     }
 

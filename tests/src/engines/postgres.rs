@@ -1,6 +1,6 @@
 //! PostgreSQL for tests.
 //!
-//! It refuses to run as root, so there it runs as the user `postgres`, who owns its folder.
+//! It refuses to run as root, so there it runs as the user `postgres`, who owns its directory.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -13,7 +13,7 @@ use rustix::process::Signal;
 
 use super::{Access, Certificates, Clock, Engine, PASSWORD, Security};
 use crate::actor::signal_pid;
-use crate::servers::{Folder, Server, Shared, children_of, free_port};
+use crate::servers::{Server, ServerDir, Shared, children_of, free_port};
 use crate::until;
 
 /// The server that the tests of a process share.
@@ -32,12 +32,12 @@ pub fn shared_url(name: &str) -> Result<String, &'static str> {
     SHARED.get().map(|server| server.lease(name))
 }
 
-/// A server with its folder.
+/// A server with its directory.
 pub struct Postgres {
     server: Option<Server>,
     command: Command,
     port: u16,
-    folder: Folder,
+    directory: ServerDir,
 }
 
 /// How a server is set up.
@@ -67,8 +67,8 @@ impl Postgres {
     /// # Errors
     /// What this machine lacks.
     pub fn set_up(setup: &Setup<'_>) -> Result<Self, String> {
-        let folder = new_folder()?;
-        let (data, password) = (folder.path().join("data"), folder.path().join("password"));
+        let directory = new_directory()?;
+        let (data, password) = (directory.path().join("data"), directory.path().join("password"));
         std::fs::write(&password, PASSWORD).expect("room");
         let mut init = as_its_user(&installed("initdb")?);
         init.arg("-D").arg(&data).arg("--pwfile").arg(&password);
@@ -76,7 +76,7 @@ impl Postgres {
         if let Some(lines) = setup.lets_in {
             std::fs::write(data.join("pg_hba.conf"), format!("local all all trust\n{lines}\n")).expect("room");
         }
-        let mut postgres = Self::in_folder(folder, setup)?;
+        let mut postgres = Self::in_directory(directory, setup)?;
         if let Some(certificates) = setup.certificates {
             let [certificate, key] = certificates.server();
             // It wants a key that nobody else can read.
@@ -104,29 +104,43 @@ impl Postgres {
     }
 
     fn standby_through(&self, port: u16) -> Result<Self, String> {
-        let folder = new_folder()?;
+        let directory = new_directory()?;
         let mut copy = as_its_user(&installed("pg_basebackup")?);
-        copy.arg("-D").arg(folder.path().join("data")).args(["-R", "-c", "fast", "-h", "127.0.0.1", "-U", "postgres"]);
+        copy.arg("-D").arg(directory.path().join("data")).args([
+            "-R",
+            "-c",
+            "fast",
+            "-h",
+            "127.0.0.1",
+            "-U",
+            "postgres",
+        ]);
         run(copy.arg("-p").arg(port.to_string()))?;
-        let mut standby = Self::in_folder(folder, &Setup::default())?;
+        let mut standby = Self::in_directory(directory, &Setup::default())?;
         standby.run()?;
         Ok(standby)
     }
 
-    fn in_folder(folder: Folder, setup: &Setup<'_>) -> Result<Self, String> {
+    fn in_directory(directory: ServerDir, setup: &Setup<'_>) -> Result<Self, String> {
         let port = free_port();
         let mut command = as_its_user(&installed("postgres")?);
-        command.arg("-D").arg(folder.path().join("data")).arg("-k").arg(folder.path()).arg("-p").arg(port.to_string());
-        // A killed server leaves its shared memory behind: in its folder, which goes, and not in /dev/shm.
+        command
+            .arg("-D")
+            .arg(directory.path().join("data"))
+            .arg("-k")
+            .arg(directory.path())
+            .arg("-p")
+            .arg(port.to_string());
+        // A killed server leaves its shared memory behind: in its directory, which goes, and not in /dev/shm.
         let memory = "dynamic_shared_memory_type=mmap";
         let usual = ["listen_addresses=127.0.0.1", "fsync=off", "max_connections=200", memory];
         command.args(usual.iter().chain(setup.settings).flat_map(|setting| ["-c", setting]));
         command.envs(setup.clock.into_iter().flat_map(Clock::variables));
-        Ok(Self { server: None, command, port, folder })
+        Ok(Self { server: None, command, port, directory })
     }
 
     fn run(&mut self) -> Result<(), String> {
-        self.server = Some(Server::start(&self.folder, &self.command, self.port)?);
+        self.server = Some(Server::start(&self.directory, &self.command, self.port)?);
         let ready = installed("pg_isready")?;
         until("PostgreSQL is ready", || {
             let mut ask = Command::new(&ready);
@@ -148,25 +162,25 @@ impl Postgres {
     /// Runs statements as the superuser; returns what they say, unaligned and without headings.
     pub fn sql(&self, statements: &str) -> String {
         let mut psql = Command::new(installed("psql").expect("it is beside the server"));
-        psql.args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-U", "postgres", "-h"]).arg(self.folder.path());
+        psql.args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-U", "postgres", "-h"]).arg(self.directory.path());
         psql.args(["-p", &self.port.to_string(), "-d", "postgres", "-c", statements]);
         run(&mut psql).expect("SQL that works").trim().to_owned()
     }
 
     /// The process that starts all others.
     fn first_process(&self) -> u32 {
-        let file = std::fs::read_to_string(self.folder.path().join("data/postmaster.pid")).expect("it runs");
+        let file = std::fs::read_to_string(self.directory.path().join("data/postmaster.pid")).expect("it runs");
         file.lines().next().and_then(|pid| pid.trim().parse().ok()).expect("a pid")
     }
 
-    /// Its folder, with the Unix socket in it.
-    pub fn folder(&self) -> &Path {
-        self.folder.path()
+    /// Its directory, with the Unix socket in it.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
     }
 
     /// What it has written to its log.
     pub fn log(&self) -> String {
-        std::fs::read_to_string(self.folder.log()).unwrap_or_default()
+        std::fs::read_to_string(self.directory.log()).unwrap_or_default()
     }
 }
 
@@ -231,7 +245,7 @@ impl Engine for Postgres {
         // Else the next one finds the memory that they share in use.
         until("all are gone", || children.iter().all(|child| !Path::new(&format!("/proc/{child}")).exists()));
         // Who was killed cannot have removed it, and its number may be another process's soon.
-        let _ = std::fs::remove_file(self.folder.path().join("data/postmaster.pid"));
+        let _ = std::fs::remove_file(self.directory.path().join("data/postmaster.pid"));
     }
 
     fn restart(&mut self) {
@@ -281,11 +295,11 @@ fn answer_as_an_old_version(mut client: TcpStream) {
     }
 }
 
-/// A folder of the server's user.
-fn new_folder() -> Result<Folder, String> {
-    let folder = Folder::new("postgres");
-    give_to_its_user(folder.path())?;
-    Ok(folder)
+/// A directory of the server's user.
+fn new_directory() -> Result<ServerDir, String> {
+    let directory = ServerDir::new("postgres");
+    give_to_its_user(directory.path())?;
+    Ok(directory)
 }
 
 fn give_to_its_user(path: &Path) -> Result<(), String> {

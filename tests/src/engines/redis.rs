@@ -8,12 +8,12 @@ use std::process::Command;
 use rustix::process::Signal;
 
 use super::{Access, Clock, Engine, PASSWORD, Security};
-use crate::servers::{Folder, Server, Shared, free_port, installed};
+use crate::servers::{Server, ServerDir, Shared, free_port, installed};
 use crate::until;
 
 /// A server that has each change on disk before it answers.
 pub struct Redis {
-    folder: Folder,
+    directory: ServerDir,
     command: Command,
     port: u16,
     server: Option<Server>,
@@ -32,7 +32,7 @@ pub fn shared(name: &str) -> Result<String, &'static str> {
 impl Redis {
     /// Its Unix socket.
     pub fn socket(&self) -> PathBuf {
-        self.folder.path().join("socket")
+        self.directory.path().join("socket")
     }
 
     /// What it answers to a command.
@@ -46,11 +46,11 @@ impl Redis {
 
     fn with(security: &Security, clock: Option<&Clock>, durability: &[&str]) -> Result<Self, String> {
         let program = installed(&["redis-server", "valkey-server"])?;
-        let (folder, port) = (Folder::new("redis"), free_port());
+        let (directory, port) = (ServerDir::new("redis"), free_port());
         let mut command = Command::new(program);
-        command.arg("--unixsocket").arg(folder.path().join("socket"));
+        command.arg("--unixsocket").arg(directory.path().join("socket"));
         command.args(["--bind", "127.0.0.1", "--daemonize", "no", "--save", "", "--databases", "4", "--dir"]);
-        command.arg(folder.path()).args(durability);
+        command.arg(directory.path()).args(durability);
         match security {
             Security::None => {}
             Security::Password => {
@@ -68,8 +68,8 @@ impl Redis {
             command.arg("--port").arg(port.to_string());
         }
         command.envs(clock.into_iter().flat_map(Clock::variables));
-        let server = Server::start(&folder, &command, port)?;
-        Ok(Self { folder, command, port, server: Some(server) })
+        let server = Server::start(&directory, &command, port)?;
+        Ok(Self { directory, command, port, server: Some(server) })
     }
 }
 
@@ -113,7 +113,7 @@ impl Engine for Redis {
 
     fn restart(&mut self) {
         self.kill();
-        self.server = Some(Server::start(&self.folder, &self.command, self.port).expect("it starts again"));
+        self.server = Some(Server::start(&self.directory, &self.command, self.port).expect("it starts again"));
     }
 
     fn follower(&self, port: u16) -> Result<Self, String> {

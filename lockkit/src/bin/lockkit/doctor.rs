@@ -1,6 +1,6 @@
 //! `lockkit doctor`: can this file system be trusted with locks?
 //!
-//! It does not go by the name of the file system, but tries: in a folder of its own below the one that it is asked
+//! It does not go by the name of the file system, but tries: in a directory of its own below the one that it is asked
 //! about, with a second process that it forks and kills. What it cannot try, other hosts, it tells from the kind.
 
 use std::fs::{self, File};
@@ -22,7 +22,7 @@ use crate::look;
 use crate::paint::{BAD, GOOD, ODD, TITLE, paint};
 use crate::supervise::Signals;
 
-/// Find out whether the file system of a folder can be trusted with locks, and with which.
+/// Find out whether the file system of a directory can be trusted with locks, and with which.
 ///
 /// It tries, with two processes: whether flock excludes, whether a kill releases, whether links and renames are
 /// indivisible, how fine the clock of the files is, and whether tables of locks work there. The exit code is 0 when
@@ -30,10 +30,10 @@ use crate::supervise::Signals;
 #[derive(clap::Args)]
 #[command(after_help = "Example: lockkit doctor /srv/shared")]
 pub(crate) struct Doctor {
-    /// The folder. Something is made in it for a moment.
+    /// The directory. Something is made in it for a moment.
     #[arg(value_name = "DIR")]
-    folder: PathBuf,
-    /// Write JSON: {"version":1,"folder":…,"filesystem":{…},"checks":[…],"advice":[…]}, as docs/CLI.md has it.
+    directory: PathBuf,
+    /// Write JSON: {"version":1,"directory":…,"filesystem":{…},"checks":[…],"advice":[…]}, as docs/CLI.md has it.
     #[arg(long)]
     json: bool,
 }
@@ -41,7 +41,7 @@ pub(crate) struct Doctor {
 #[derive(Serialize)]
 struct Report {
     version: u32,
-    folder: String,
+    directory: String,
     filesystem: FileSystem,
     checks: Vec<Check>,
     advice: Vec<Advice>,
@@ -115,21 +115,21 @@ const KINDS: [(u64, &str, Reach); 25] = [
 
 impl Doctor {
     pub(crate) fn carry_out(self) -> Outcome {
-        let folder = self.folder.canonicalize().map_err(|error| {
-            Failure::io(format!("look at {}", self.folder.display()), error).example("lockkit doctor /srv/shared")
+        let directory = self.directory.canonicalize().map_err(|error| {
+            Failure::io(format!("look at {}", self.directory.display()), error).example("lockkit doctor /srv/shared")
         })?;
-        let filesystem = FileSystem::of(&folder)?;
-        // First, so that no signal finds the folder and nobody to take it away.
+        let filesystem = FileSystem::of(&directory)?;
+        // First, so that no signal finds the directory and nobody to take it away.
         let (signals, stop) = (Signals::block()?, CancelToken::new());
-        let bench = Bench::new(&folder)?;
+        let bench = Bench::new(&directory)?;
         let checks = signals.cancelling(&stop, || bench.checks(&stop))?;
         drop(bench);
         if let Some(signal) = signals.first_if(stop.is_cancelled()) {
             return Ok(code::SIGNALLED + signal);
         }
         let advice = advise(filesystem, &checks);
-        let folder = folder.display().to_string();
-        let report = Report { version: look::VERSION, folder, filesystem, checks, advice };
+        let directory = directory.display().to_string();
+        let report = Report { version: look::VERSION, directory, filesystem, checks, advice };
         match self.json {
             true => look::json(&report)?,
             false => report.show()?,
@@ -145,8 +145,9 @@ impl Doctor {
 }
 
 impl FileSystem {
-    fn of(folder: &Path) -> Result<Self, Failure> {
-        let found = statfs(folder).map_err(|error| Failure::io(format!("look at {}", folder.display()), error))?;
+    fn of(directory: &Path) -> Result<Self, Failure> {
+        let found =
+            statfs(directory).map_err(|error| Failure::io(format!("look at {}", directory.display()), error))?;
         // Some numbers have their highest bit set, and a sign where the type has one.
         let magic = u64::from(found.f_type as u32);
         let known = KINDS.iter().find(|(number, ..)| *number == magic);
@@ -155,13 +156,13 @@ impl FileSystem {
     }
 }
 
-/// A folder to try things in, which goes at the end, also at a signal. One that a killed doctor has left goes when the
+/// A directory to try things in, which goes at the end, also at a signal. One that a killed doctor has left goes when the
 /// next comes by and it is [`OLD`].
 struct Bench(PathBuf);
 
-/// How the name of such a folder begins.
+/// How the name of such a directory begins.
 const NAME: &str = ".lockkit-doctor-";
-/// By the file system's own clock, for the folder may be another host's: far longer than anybody needs it.
+/// By the file system's own clock, for the directory may be another host's: far longer than anybody needs it.
 const OLD: Duration = Duration::from_secs(600);
 
 impl Drop for Bench {
@@ -242,23 +243,23 @@ fn stay() -> io::Result<()> {
 }
 
 impl Bench {
-    fn new(folder: &Path) -> Result<Self, Failure> {
-        let path = folder.join(format!("{NAME}{}", std::process::id()));
+    fn new(directory: &Path) -> Result<Self, Failure> {
+        let path = directory.join(format!("{NAME}{}", std::process::id()));
         let made = fs::DirBuilder::new().mode(0o700).create(&path);
-        made.map_err(|error| Failure::io(format!("make anything in {}", folder.display()), error))?;
+        made.map_err(|error| Failure::io(format!("make anything in {}", directory.display()), error))?;
         let bench = Self(path);
-        bench.clear_old(folder);
+        bench.clear_old(directory);
         Ok(bench)
     }
 
     /// Removes what killed ones have left.
-    fn clear_old(&self, folder: &Path) {
+    fn clear_old(&self, directory: &Path) {
         let written = |path: &Path| {
             let found = fs::symlink_metadata(path).ok().filter(fs::Metadata::is_dir)?;
             (found.uid() == rustix::process::geteuid().as_raw()).then(|| found.modified().ok()).flatten()
         };
         let Some(now) = written(&self.0) else { return };
-        for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
             let is_one = entry.file_name().as_encoded_bytes().starts_with(NAME.as_bytes());
             let path = entry.path();
             let age = is_one.then(|| written(&path)).flatten().and_then(|then| now.duration_since(then).ok());
@@ -473,7 +474,8 @@ fn advise(filesystem: FileSystem, checks: &[Check]) -> Vec<Advice> {
     let beyond = (filesystem.place == Reach::Foreign).then_some(foreign.as_str());
     let other_hosts = matches!(filesystem.place, Reach::Network | Reach::Foreign);
     let one_machine = other_hosts.then_some("other hosts may have the file, too, and do not share this memory");
-    let pids = other_hosts.then_some("a pid means nothing on another host: use a folder of this machine, such as /run");
+    let pids =
+        other_hosts.then_some("a pid means nothing on another host: use a directory of this machine, such as /run");
     let file_good = match filesystem.place {
         Reach::Network => {
             "flock works here; that it reaches other hosts, try with lockkit doctor's two processes there"
@@ -489,13 +491,13 @@ fn advise(filesystem: FileSystem, checks: &[Check]) -> Vec<Advice> {
         Advice {
             lock: NAMED,
             usable: true,
-            reason: "it needs no folder at all: the kernel of this machine keeps it".to_owned(),
+            reason: "it needs no directory at all: the kernel of this machine keeps it".to_owned(),
         },
         advice("file lock", &[FLOCK, SHARED, KILL], file_good, beyond),
         advice("pidfile", &[FLOCK, KILL], "the lock and the identity of the owner both hold", pids),
         advice("lease", &[FLOCK, KILL], lease_good, beyond),
         advice("table in shared memory", &[TABLE, NAMELESS], "locks of it take nanoseconds", one_machine),
-        advice("table in a folder", &[FLOCK, KILL], "flock excludes and is released by a kill", one_machine),
+        advice("table in a directory", &[FLOCK, KILL], "flock excludes and is released by a kill", one_machine),
     ]
 }
 
@@ -512,7 +514,7 @@ impl Report {
             writeln!(
                 out,
                 "{} is on {} ({magic:#x}), a file system {reach}.",
-                look::plain(&self.folder),
+                look::plain(&self.directory),
                 paint(TITLE, kind)
             )?;
             for check in &self.checks {

@@ -26,7 +26,7 @@ use crate::failure::code;
 /// What flock(1) exits with when it did not get the lock.
 const CONFLICT: u8 = 1;
 
-/// The names of a program: as getopt(3) has it, and without the folder, as messages have it.
+/// The names of a program: as getopt(3) has it, and without the directory, as messages have it.
 struct Name<'n> {
     full: &'n OsStr,
     short: String,
@@ -278,7 +278,7 @@ impl Name<'_> {
         Err(self.fail(code::USAGE, shown))
     }
 
-    /// Opens the file or folder, or makes the file, as anybody may whom the umask lets.
+    /// Opens the file or directory, or makes the file, as anybody may whom the umask lets.
     fn open(&self, path: &OsStr) -> Result<File, End> {
         let open = |flags: OFlags, create: bool| {
             let mut options = OpenOptions::new();
@@ -287,7 +287,7 @@ impl Name<'_> {
             options.read(true).mode(0o666).custom_flags((flags | OFlags::NOCTTY).bits() as i32).open(path)
         };
         let opened = match open(OFlags::empty(), true) {
-            // A folder cannot be opened with O_CREAT.
+            // A directory cannot be opened with O_CREAT.
             Err(error) if error.kind() == io::ErrorKind::IsADirectory => open(OFlags::empty(), false),
             opened => opened,
         };

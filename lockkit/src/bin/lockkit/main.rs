@@ -88,7 +88,7 @@ enum Command {
     #[cfg(not(target_os = "linux"))]
     #[command(hide = true)]
     Doctor {
-        /// Folders.
+        /// Directorys.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },

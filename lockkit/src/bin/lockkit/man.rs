@@ -6,19 +6,19 @@ use clap::CommandFactory;
 
 use crate::failure::{Failure, Outcome, code};
 
-/// Write the manual pages into a folder, one for each command.
+/// Write the manual pages into a directory, one for each command.
 #[derive(clap::Args)]
 #[command(after_help = "Example: lockkit man ~/.local/share/man/man1 && man lockkit-run")]
 pub(crate) struct Man {
-    /// The folder, which is made if it is not there.
-    folder: PathBuf,
+    /// The directory, which is made if it is not there.
+    directory: PathBuf,
 }
 
 impl Man {
     pub(crate) fn carry_out(self) -> Outcome {
-        let failed = |error| Failure::io(format!("write manual pages into {}", self.folder.display()), error);
-        std::fs::create_dir_all(&self.folder).map_err(failed)?;
-        clap_mangen::generate_to(crate::Cli::command(), &self.folder).map_err(failed)?;
+        let failed = |error| Failure::io(format!("write manual pages into {}", self.directory.display()), error);
+        std::fs::create_dir_all(&self.directory).map_err(failed)?;
+        clap_mangen::generate_to(crate::Cli::command(), &self.directory).map_err(failed)?;
         Ok(code::OK)
     }
 }

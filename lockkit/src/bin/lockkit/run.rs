@@ -40,7 +40,7 @@ pub(crate) struct Run {
     /// The lock with this name.
     #[arg(long, value_name = "NAME", group = "lock")]
     name: Option<String>,
-    /// The lock on this file or folder, as flock(1) takes it.
+    /// The lock on this file or directory, as flock(1) takes it.
     #[arg(long, value_name = "PATH", group = "lock")]
     file: Option<PathBuf>,
     /// The pidfile at this path, which then names the program.

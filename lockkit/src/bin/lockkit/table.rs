@@ -1,4 +1,4 @@
-//! `lockkit table`: tables of numbered locks, in shared memory or in a folder.
+//! `lockkit table`: tables of numbered locks, in shared memory or in a directory.
 
 use std::collections::BTreeMap;
 use std::io::BufRead;
@@ -29,9 +29,9 @@ pub(crate) enum Table {
         /// How many locks it has.
         #[arg(long, value_name = "N", default_value_t = 2048)]
         capacity: u32,
-        /// Make it a folder with a file for each lock, instead of shared memory. It has no capacity.
+        /// Make it a directory with a file for each lock, instead of shared memory. It has no capacity.
         #[arg(long, conflicts_with = "capacity")]
-        folder: bool,
+        directory: bool,
     },
     /// Show who holds which locks, and how many are left to allocate.
     #[command(after_help = "Example: lockkit table list /dev/shm/app.locks --json")]
@@ -98,11 +98,11 @@ fn open(path: &Path) -> Result<Box<dyn LockManager>, Failure> {
 impl Table {
     pub(crate) fn carry_out(self) -> Outcome {
         match self {
-            Self::Create { path, folder: true, .. } => {
+            Self::Create { path, directory: true, .. } => {
                 FileLockManager::create(path)?;
                 Ok(code::OK)
             }
-            Self::Create { path, capacity, folder: false } => {
+            Self::Create { path, capacity, directory: false } => {
                 ShmLockManager::create(path, capacity)?;
                 Ok(code::OK)
             }

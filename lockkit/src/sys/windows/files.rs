@@ -1,7 +1,7 @@
 //! Files on Windows, by the names of the standard library's for Unix.
 //!
 //! - *Which file* it is: the volume's serial number and the file's id, which no other file has while it is open.
-//! - *Permissions* are inherited from the folder, so modes are not set.
+//! - *Permissions* are inherited from the directory, so modes are not set.
 //! - *Deleting* a file that others have open takes its name away at once on NTFS since Windows 10 1709. Elsewhere the
 //!   name stays until the last of them closes it, and in between the file is neither there nor gone:
 //!   `STATUS_DELETE_PENDING`, which is told here as a file that is not there for who opens it, and as one that is there
@@ -125,7 +125,7 @@ pub(crate) trait MetadataExt {
     fn dev(&self) -> u64;
     fn ino(&self) -> u64;
     fn nlink(&self) -> u64;
-    /// Always root's: whose a file is and who may write to it is its folder's to say here.
+    /// Always root's: whose a file is and who may write to it is its directory's to say here.
     fn uid(&self) -> u32;
 }
 
@@ -211,7 +211,7 @@ pub(crate) fn look_at_link(path: &Path) -> io::Result<Seen> {
 }
 
 fn open_to_look(path: &Path, flags: u32) -> io::Result<File> {
-    // What folders are opened with. Attributes can be read whoever has the file open in whatever manner.
+    // What directories are opened with. Attributes can be read whoever has the file open in whatever manner.
     let flags = flags | FILE_FLAG_BACKUP_SEMANTICS;
     open(OpenOptions::new().access_mode(FILE_READ_ATTRIBUTES).custom_flags_raw(flags), path)
 }
@@ -257,11 +257,11 @@ pub(crate) fn is_own(_: &Seen) -> bool {
 }
 
 /// Modes are for Unix.
-pub(crate) fn set_folder_mode(_: &Path, _: u32) -> io::Result<()> {
+pub(crate) fn set_directory_mode(_: &Path, _: u32) -> io::Result<()> {
     Ok(())
 }
 
-/// Not looked at: what a folder lets others do is its access control list's to say.
+/// Not looked at: what a directory lets others do is its access control list's to say.
 pub(crate) fn is_writable_by_others(_: &Seen) -> bool {
     false
 }

@@ -8,7 +8,7 @@
 //! | [`fd`] | handles by the names of descriptors |
 //! | [`files`] | which file is which, by volume and id; what is being deleted |
 //! | [`flock`] | `LockFileEx` on a byte that no file reaches |
-//! | [`folder`] | the folders for lockkit's own files, as the shell knows them |
+//! | [`runtime_dir`] | the directories for lockkit's own files, as the shell knows them |
 //! | [`fork`] | nothing: there is no fork |
 //! | [`mutex`] | named mutexes |
 //! | [`process`] | pid and moment of creation |
@@ -21,10 +21,10 @@ pub(crate) mod event;
 pub(crate) mod fd;
 pub(crate) mod files;
 pub(crate) mod flock;
-pub(crate) mod folder;
 pub(crate) mod fork;
 pub(crate) mod mutex;
 pub(crate) mod process;
+pub(crate) mod runtime_dir;
 pub(crate) mod security;
 
 use std::time::Duration;

@@ -13,7 +13,7 @@ use windows_sys::Win32::Storage::FileSystem::{READ_CONTROL, SYNCHRONIZE};
 use windows_sys::Win32::System::Threading::{CreateMutexExW, MUTEX_MODIFY_STATE, ReleaseMutex};
 
 use super::event;
-use super::folder::Sharing;
+use super::runtime_dir::Sharing;
 use super::security::{self, Descriptor};
 
 /// A mutex, opened. Taken by a thread, and given back by the same.

@@ -52,7 +52,7 @@ enum Where {
     Named(String),
     /// An address, and the name that a certificate must be for.
     At(IpAddr, String),
-    /// The folder of a Unix socket.
+    /// The directory of a Unix socket.
     Unix(std::path::PathBuf),
 }
 
@@ -105,7 +105,7 @@ impl Target {
             match host {
                 Where::Named(name) => name.hash(&mut hasher),
                 Where::At(address, _) => address.hash(&mut hasher),
-                Where::Unix(folder) => folder.hash(&mut hasher),
+                Where::Unix(directory) => directory.hash(&mut hasher),
             }
             port.hash(&mut hasher);
         }
@@ -154,7 +154,7 @@ impl Target {
             _ => not_connected(&shown(host, *port), &error),
         };
         let (socket, name) = match host {
-            Where::Unix(folder) => (self.unix(folder, *port, by), None),
+            Where::Unix(directory) => (self.unix(directory, *port, by), None),
             Where::At(address, name) => (self.tcp(&[(*address, *port).into()], by), Some(&**name)),
             Where::Named(name) => (addresses(name, *port, by).and_then(|found| self.tcp(&found, by)), Some(&**name)),
         };
@@ -162,8 +162,8 @@ impl Target {
         opened.map_err(|cut| failure::of_connecting(cut, &shown(host, *port), self.user(), late))
     }
 
-    fn unix(&self, folder: &std::path::Path, port: u16, by: Deadline) -> io::Result<Shielded<OwnedFd>> {
-        let address = SocketAddrUnix::new(folder.join(format!(".s.PGSQL.{port}")))?;
+    fn unix(&self, directory: &std::path::Path, port: u16, by: Deadline) -> io::Result<Shielded<OwnedFd>> {
+        let address = SocketAddrUnix::new(directory.join(format!(".s.PGSQL.{port}")))?;
         let socket = socket(AddressFamily::UNIX)?;
         loop {
             match connect(&*socket, &address) {
@@ -227,7 +227,7 @@ fn hosts(config: &Config) -> Result<Vec<(Where, u16)>, &'static str> {
     let count = names.len().max(addresses.len());
     if count == 0 {
         return Err(
-            "it names no host; a folder of a Unix socket is written as %2Fvar%2Frun%2Fpostgresql or as host=/…",
+            "it names no host; a directory of a Unix socket is written as %2Fvar%2Frun%2Fpostgresql or as host=/…",
         );
     }
     if !names.is_empty() && !addresses.is_empty() && names.len() != addresses.len() {
@@ -237,7 +237,7 @@ fn hosts(config: &Config) -> Result<Vec<(Where, u16)>, &'static str> {
         return Err("it names more hosts than ports, or fewer");
     }
     let host = |at: usize| match (names.get(at), addresses.get(at)) {
-        (Some(Host::Unix(folder)), _) => Where::Unix(folder.clone()),
+        (Some(Host::Unix(directory)), _) => Where::Unix(directory.clone()),
         (Some(Host::Tcp(name)), Some(address)) => Where::At(*address, name.clone()),
         (Some(Host::Tcp(name)), None) => match name.trim_matches(['[', ']']).parse() {
             Ok(address) => Where::At(address, name.trim_matches(['[', ']']).to_owned()),
@@ -252,7 +252,7 @@ fn hosts(config: &Config) -> Result<Vec<(Where, u16)>, &'static str> {
 fn shown(host: &Where, port: u16) -> String {
     match host {
         Where::Named(name) | Where::At(_, name) => format!("{name}:{port}"),
-        Where::Unix(folder) => format!("{}/.s.PGSQL.{port}", folder.display()),
+        Where::Unix(directory) => format!("{}/.s.PGSQL.{port}", directory.display()),
     }
 }
 

@@ -1,7 +1,7 @@
 //! Where lockkit's own files are: at fixed places, which the system's shell knows, whatever the environment says.
 //!
-//! Those of one user stand in a folder of lockkit's in the user's local application data, which no other user enters,
-//! and which does not roam. Those of the whole machine stand in the folder for all users' application data, each made
+//! Those of one user stand in a directory of lockkit's in the user's local application data, which no other user enters,
+//! and which does not roam. Those of the whole machine stand in the directory for all users' application data, each made
 //! with a list that lets everybody read and write it and nobody but administrators remove it or change that list.
 //!
 //! File names do not tell capitals from small letters here and some are devices' (`nul.x`), so a lock's name is written
@@ -45,15 +45,15 @@ impl Sharing {
 /// What stands before the names of the machine's files.
 const MACHINE: &str = "lockkit-machine-";
 
-/// A folder of lockkit's, or with its files in it.
+/// A directory of lockkit's, or with its files in it.
 #[derive(Debug)]
-pub(crate) struct Folder {
+pub(crate) struct RuntimeDir {
     pub(crate) fd: OwnedHandle,
     path: PathBuf,
     sharing: Sharing,
 }
 
-impl Folder {
+impl RuntimeDir {
     /// The path of lockkit's file `name`.
     pub(crate) fn file(&self, name: &str) -> PathBuf {
         self.path.join(file_name(name, self.sharing))
@@ -176,30 +176,30 @@ fn place(sharing: Sharing) -> io::Result<PathBuf> {
     })
 }
 
-/// The folder for `sharing`, if it is there; for those who only look.
+/// The directory for `sharing`, if it is there; for those who only look.
 pub(crate) fn path(sharing: Sharing) -> Option<PathBuf> {
     place(sharing).ok().filter(|path| path.is_dir())
 }
 
-/// Opens the folder for `sharing`, making a user's where it is missing.
+/// Opens the directory for `sharing`, making a user's where it is missing.
 ///
 /// # Errors
 /// `Io` when it cannot be made or opened.
-pub(crate) fn open(sharing: Sharing) -> Result<Folder> {
-    let path = place(sharing).map_err(|error| Error::io("find the folder for", "named locks", error))?;
+pub(crate) fn open(sharing: Sharing) -> Result<RuntimeDir> {
+    let path = place(sharing).map_err(|error| Error::io("find the directory for", "named locks", error))?;
     let mut options = OpenOptions::new();
     options.read(true);
     std::os::windows::fs::OpenOptionsExt::custom_flags(&mut options, FILE_FLAG_BACKUP_SEMANTICS);
     let opened = match options.open(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            fs::create_dir_all(&path).map_err(|error| Error::io("create the folder", &path, error))?;
-            step("folder made");
+            fs::create_dir_all(&path).map_err(|error| Error::io("create the directory", &path, error))?;
+            step("directory made");
             options.open(&path)
         }
         opened => opened,
     };
-    let folder = opened.map_err(|error| Error::io("open the folder", &path, error))?;
-    Ok(Folder { fd: folder.into(), path, sharing })
+    let directory = opened.map_err(|error| Error::io("open the directory", &path, error))?;
+    Ok(RuntimeDir { fd: directory.into(), path, sharing })
 }
 
 #[cfg(test)]

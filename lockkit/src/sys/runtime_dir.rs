@@ -1,8 +1,8 @@
 //! Where lockkit's own files are: at fixed places, checked before use.
 //!
 //! Two processes that disagree about an environment variable must still exclude each other, so no variable has a say.
-//! The files of one user stand in a folder of their own, which lets nobody else in. Those of the whole machine stand in
-//! the system's folder for everybody, which belongs to root and is sticky, so that nobody removes another's files, and
+//! The files of one user stand in a directory of their own, which lets nobody else in. Those of the whole machine stand in
+//! the system's directory for everybody, which belongs to root and is sticky, so that nobody removes another's files, and
 //! no user comes first and locks the others out.
 
 use std::fs::{File, Metadata};
@@ -19,20 +19,20 @@ use rustix::io::Errno;
 use crate::error::{Error, ErrorKind, Result};
 use crate::steps::step;
 
-/// Where the folders of named locks stand. Emptied when the system starts, or cleaned of what is old and not locked;
+/// Where the directories of named locks stand. Emptied when the system starts, or cleaned of what is old and not locked;
 /// private to a container, which has its own names anyway.
 #[cfg(not(target_vendor = "apple"))]
 fn base(_: Sharing) -> io::Result<PathBuf> {
     Ok("/tmp".into())
 }
 
-/// macOS cleans /tmp of what is old, locked or not. What nobody cleans is the user's Darwin folder, which the system
-/// makes for each user at a place of its own, whatever the environment says; and of folders for everybody, which belong
+/// macOS cleans /tmp of what is old, locked or not. What nobody cleans is the user's Darwin directory, which the system
+/// makes for each user at a place of its own, whatever the environment says; and of directories for everybody, which belong
 /// to root and are sticky, `/Users/Shared`.
 #[cfg(target_vendor = "apple")]
 fn base(sharing: Sharing) -> io::Result<PathBuf> {
     match sharing {
-        Sharing::User(_) => super::darwin::user_folder(),
+        Sharing::User(_) => super::darwin::user_directory(),
         Sharing::Machine => Ok("/Users/Shared".into()),
     }
 }
@@ -62,15 +62,15 @@ impl Sharing {
 /// What stands before the names of the machine's files.
 const MACHINE: &str = "lockkit-machine-";
 
-/// A folder that was found safe.
+/// A directory that was found safe.
 #[derive(Debug)]
-pub(crate) struct Folder {
+pub(crate) struct RuntimeDir {
     pub(crate) fd: OwnedFd,
     path: PathBuf,
     sharing: Sharing,
 }
 
-impl Folder {
+impl RuntimeDir {
     /// The path of lockkit's file `name`.
     pub(crate) fn file(&self, name: &str) -> PathBuf {
         match self.sharing {
@@ -86,7 +86,7 @@ impl Folder {
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
         let failed = |error| Error::io("open", &path, error);
         let mode = Mode::from_raw_mode(self.sharing.file_mode() as RawMode);
-        // Never opened and made in one step, which the kernel refuses for another user's file in a sticky folder.
+        // Never opened and made in one step, which the kernel refuses for another user's file in a sticky directory.
         let file = match open_at(&path, flags, Mode::empty()) {
             Err(Errno::NOENT) => match open_at(&path, flags | OFlags::CREATE | OFlags::EXCL, mode) {
                 // Made by somebody else just now.
@@ -140,7 +140,7 @@ fn is_one_user(_: u32) -> bool {
     true
 }
 
-/// The folder for `sharing`, if it is there; for those who only look.
+/// The directory for `sharing`, if it is there; for those who only look.
 pub(crate) fn path(sharing: Sharing) -> Option<PathBuf> {
     let base = base(sharing).ok()?;
     let path = match sharing {
@@ -159,17 +159,17 @@ pub(crate) fn name_of(file: &str, sharing: Sharing) -> Option<String> {
 }
 
 /// As [`open_in`], at the place that this system has for it.
-pub(crate) fn open(sharing: Sharing) -> Result<Folder> {
-    let base = base(sharing).map_err(|error| Error::io("find the folder for", "named locks", error))?;
+pub(crate) fn open(sharing: Sharing) -> Result<RuntimeDir> {
+    let base = base(sharing).map_err(|error| Error::io("find the directory for", "named locks", error))?;
     open_in(&base, sharing)
 }
 
-/// Opens the folder for `sharing` below `base`, making a user's where it is missing.
+/// Opens the directory for `sharing` below `base`, making a user's where it is missing.
 ///
 /// # Errors
 /// `ForeignOwner` when it belongs to somebody who is not trusted with it, `Insecure` when others could tamper with it,
 /// `Io` when it cannot be made or opened (a symlink in the place of a user's is `ELOOP` or `ENOTDIR`).
-pub(crate) fn open_in(base: &Path, sharing: Sharing) -> Result<Folder> {
+pub(crate) fn open_in(base: &Path, sharing: Sharing) -> Result<RuntimeDir> {
     let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
     let (path, flags) = match sharing {
         Sharing::User(uid) => (base.join(format!("lockkit-u{uid}")), flags | OFlags::NOFOLLOW),
@@ -179,15 +179,15 @@ pub(crate) fn open_in(base: &Path, sharing: Sharing) -> Result<Folder> {
     let fd = match (open_at(&path, flags, Mode::empty()), sharing) {
         (Err(Errno::NOENT), Sharing::User(_)) => match mkdir(&path, private) {
             Ok(()) | Err(Errno::EXIST) => {
-                step("folder made");
+                step("directory made");
                 open_at(&path, flags, Mode::empty())
             }
-            Err(error) => return Err(Error::io("create the folder", &path, error)),
+            Err(error) => return Err(Error::io("create the directory", &path, error)),
         },
         (opened, _) => opened,
     }
-    .map_err(|error| Error::io("open the folder", &path, error))?;
-    let found = fstat(&fd).map_err(|error| Error::io("look at the folder", &path, error))?;
+    .map_err(|error| Error::io("open the directory", &path, error))?;
+    let found = fstat(&fd).map_err(|error| Error::io("look at the directory", &path, error))?;
     let (uid, mode) = (found.st_uid, found.st_mode as RawMode & 0o7777);
     // As in `is_own`, of the user that the lock was built for.
     let is_owner = |own| uid == own && (is_one_user(own) || fchmod(&fd, Mode::from_raw_mode(mode)).is_ok());
@@ -201,15 +201,17 @@ pub(crate) fn open_in(base: &Path, sharing: Sharing) -> Result<Folder> {
         }
     };
     if !trusted {
-        return Err(ErrorKind::ForeignOwner { lock: format!("the folder {}", path.display()), uid, pid: None }.into());
+        return Err(
+            ErrorKind::ForeignOwner { lock: format!("the directory {}", path.display()), uid, pid: None }.into()
+        );
     }
     if let Some(problem) = problem {
         return Err(ErrorKind::Insecure { path, problem }.into());
     }
     if sharing != Sharing::Machine && mode != 0o700 {
-        // The umask took bits away when the folder was made.
-        fchmod(&fd, private).map_err(|error| Error::io("change the mode of the folder", &path, error))?;
-        step("mode of the folder set");
+        // The umask took bits away when the directory was made.
+        fchmod(&fd, private).map_err(|error| Error::io("change the mode of the directory", &path, error))?;
+        step("mode of the directory set");
     }
-    Ok(Folder { fd, path, sharing })
+    Ok(RuntimeDir { fd, path, sharing })
 }
