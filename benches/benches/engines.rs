@@ -14,7 +14,7 @@
 //!
 //! The bounds are what a prototype of each engine took, and how many times sooner than the recipes of others a lease must
 //! change hands. What a request takes is a matter of the machine: on one that is slower than the prototype's was, ours
-//! is to be read beside the same requests made *bare* ([`lockkit_benches::bare`]), without a claim, an owner, a limit to
+//! is to be read beside the same requests made *bare* ([`lockkit_benches::baseline`]), without a claim, an owner, a limit to
 //! every wait, a heartbeat's books, and a thread that listens for all who wait.
 
 use std::io::{BufRead, BufReader};
@@ -31,7 +31,7 @@ use base64::engine::general_purpose::STANDARD;
 use lockkit::lease::{Clock, ManualClock};
 use lockkit::{Lease, LeaseGuard};
 use lockkit_benches::Experiment;
-use lockkit_benches::bare::{self, Bare, Gateway, field};
+use lockkit_benches::baseline::{self, Bare, Gateway, field};
 use lockkit_benches::process::{self, CHILD, Peer, now};
 use lockkit_benches::table::{self, Bound, Row, Value};
 use rustix::process::{Pid, Signal, kill_process};
@@ -104,7 +104,7 @@ static REDIS: Engine = Engine {
         Ok(command)
     },
     url: |port, name| format!("redis://127.0.0.1:{port}/{name}"),
-    bare: |port, name| Box::new(bare::Redis::new(port, name)),
+    bare: |port, name| Box::new(baseline::Redis::new(port, name)),
     peers: &[
         Recipe { name: "redis-py Lock", start: |port| redis_peer("redis", port), behind: Some(20.0) },
         Recipe { name: "python-redis-lock", start: |port| redis_peer("redis_lock", port), behind: None },
@@ -121,7 +121,7 @@ static POSTGRES: Engine = Engine {
     name: "postgres",
     start: start_postgres,
     url: |port, name| format!("postgres://postgres@127.0.0.1:{port}/postgres?sslmode=disable&lease={name}"),
-    bare: |port, name| Box::new(bare::Postgres::new(port, name)),
+    bare: |port, name| Box::new(baseline::Postgres::new(port, name)),
     peers: &[],
     prototype: Prototype {
         uncontended: Duration::from_micros(321),
@@ -143,7 +143,7 @@ static ETCD: Engine = Engine {
         Ok(command)
     },
     url: |port, name| format!("etcd://127.0.0.1:{port}/{name}"),
-    bare: |port, name| Box::new(bare::Etcd::new(port, name)),
+    bare: |port, name| Box::new(baseline::Etcd::new(port, name)),
     peers: &[
         Recipe { name: "etcd's own lock", start: own_lock, behind: Some(20.0) },
         Recipe { name: "etcdctl lock", start: etcdctl, behind: Some(20.0) },

@@ -19,10 +19,10 @@
 //! in seconds that everything runs.
 //!
 //! This library is what the programs share: their [`arguments`], the [`process`]es that they start, the table; and the
-//! [`bare`] requests that leases on servers are measured by.
+//! [`baseline`] requests that leases on servers are measured by.
 
 pub mod arguments;
-pub mod bare;
+pub mod baseline;
 pub mod process;
 pub mod table;
 

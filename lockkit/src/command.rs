@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 
 #[cfg(target_os = "linux")]
-pub use crate::flocks::{FileLocks, Locked, Mechanism, OnFile};
+pub use crate::proc_locks::{FileLocks, Locked, Mechanism, OnFile};
 #[cfg(windows)]
 pub use crate::sys::command::{Cage, end_at_a_closed_pipe, pass_over_interrupts};
 #[cfg(unix)]

@@ -26,18 +26,18 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 #[cfg(feature = "tokio")]
-use crate::awaiting;
+use crate::blocking;
 use crate::error::{Error, ErrorKind, Result};
+use crate::failpoint::step;
 use crate::lock::{Guard, Recovered, lock_methods};
 use crate::owner::Owner;
-use crate::steps::step;
+use crate::sys::atomic_box::Slot;
 use crate::sys::clock::nanos;
 use crate::sys::files::{self, FileExt, MetadataExt, OpenOptionsExt};
 use crate::sys::flock::{self, Mode};
 use crate::sys::fork::{self, Shielded};
-use crate::sys::slot::Slot;
-use crate::sys::unnamed;
-use crate::trace;
+use crate::sys::tmpfile;
+use crate::telemetry;
 use crate::wait::{Backoff, Patience, Subject, Wait};
 
 /// How often a file may be replaced under an acquisition before it is called rogue: more often by far than those come
@@ -254,7 +254,7 @@ impl FileLock {
     pub fn list() -> Vec<Self> {
         #[cfg(target_os = "linux")]
         {
-            let locks = crate::flocks::FileLocks::read("");
+            let locks = crate::proc_locks::FileLocks::read("");
             locks.files().filter(|(_, on)| on.flock.is_some()).map(|(path, _)| Self::new(path)).collect()
         }
         #[cfg(not(target_os = "linux"))]
@@ -295,7 +295,7 @@ impl FileLock {
 
     fn locked(&self) -> Result<(Vec<u32>, u32)> {
         #[cfg(target_os = "linux")]
-        match crate::flocks::FileLocks::read("").on(self.path()) {
+        match crate::proc_locks::FileLocks::read("").on(self.path()) {
             Ok(on) => {
                 if let Some(locked) = on.flock {
                     return Ok((locked.pids, locked.waiters));
@@ -379,14 +379,14 @@ impl FileLock {
     fn acquire_in(&self, mode: Mode, wait: &Wait) -> Result<FileGuard> {
         let take = || self.guard(mode, wait, &*self.0);
         // A file of lockkit's own belongs to another lock, which tells of itself.
-        if self.0.place.wary { take() } else { trace::acquire(&*self.0, take) }
+        if self.0.place.wary { take() } else { telemetry::acquire(&*self.0, take) }
     }
 
     #[cfg(feature = "tokio")]
     async fn acquire_in_async(&self, mode: Mode, wait: &Wait) -> Result<FileGuard> {
         let lock = self.clone();
         let take = move |wait: &Wait| lock.guard(mode, wait, &*lock.0);
-        trace::acquire_async(&*self.0, awaiting::at_once_or_on_a_thread(wait, &*self.0, take)).await
+        telemetry::acquire_async(&*self.0, blocking::at_once_or_on_a_thread(wait, &*self.0, take)).await
     }
 
     #[cfg(feature = "tokio")]
@@ -562,13 +562,13 @@ impl Place {
             Some(_) => Path::new("."),
             None => &self.path,
         };
-        let file = match Shielded::new(|| unnamed::file_in(directory, 0o600)) {
+        let file = match Shielded::new(|| tmpfile::file_in(directory, 0o600)) {
             Err(error) if error.kind() == Io::Unsupported => return self.create_in_place(mode),
             file => file?,
         };
         files::set_mode(&file, mode)?;
         step("mode of the file set");
-        match unnamed::name(&file, &self.path) {
+        match tmpfile::name(&file, &self.path) {
             Err(error) if error.kind() == Io::Unsupported => self.create_in_place(mode),
             named => {
                 named?;
@@ -741,7 +741,7 @@ impl FileGuard {
         let Some(mut open) = self.open.take() else { return Ok(()) };
         self.unlock(&mut open)?;
         if !self.lock.place.wary && open.generation == fork::noted_generation() {
-            trace::released(&*self.lock);
+            telemetry::released(&*self.lock);
         }
         self.keep(open);
         Ok(())

@@ -59,36 +59,36 @@
 #![cfg_attr(windows, allow(clippy::missing_const_for_thread_local))]
 
 #[cfg(feature = "tokio")]
-mod awaiting;
+mod blocking;
 #[cfg(all(any(target_os = "linux", windows), feature = "cli"))]
 #[doc(hidden)]
 pub mod command;
 mod error;
+#[cfg(feature = "steps")]
+#[doc(hidden)]
+pub mod failpoint;
+#[cfg(not(feature = "steps"))]
+mod failpoint;
 mod file;
-#[cfg(target_os = "linux")]
-// The command needs more of it than the library.
-#[cfg_attr(not(feature = "cli"), allow(dead_code, unreachable_pub))]
-mod flocks;
 pub mod instance;
 pub mod lease;
-mod lines;
 mod lock;
 mod manager;
 mod name;
 mod named;
 mod owner;
+mod owner_text;
 mod pidfile;
-#[cfg(feature = "steps")]
-#[doc(hidden)]
-pub mod steps;
-#[cfg(not(feature = "steps"))]
-mod steps;
+#[cfg(target_os = "linux")]
+// The command needs more of it than the library.
+#[cfg_attr(not(feature = "cli"), allow(dead_code, unreachable_pub))]
+mod proc_locks;
 mod sys;
-mod trace;
+mod telemetry;
 mod wait;
 
 #[cfg(feature = "tokio")]
-pub use awaiting::AsyncLock;
+pub use blocking::AsyncLock;
 pub use error::{Error, ErrorKind, Result};
 pub use file::{FileGuard, FileLock};
 #[cfg(target_os = "linux")]

@@ -35,18 +35,18 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 #[cfg(feature = "tokio")]
-use crate::awaiting;
+use crate::blocking;
 use crate::error::{Error, ErrorKind, Result};
+use crate::failpoint::step;
 use crate::file;
 use crate::lock::{Guard, Recovered, lock_methods};
 use crate::owner::{Liveness, Owner};
-use crate::steps::step;
 use crate::sys::files::{self, DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, Seen};
 use crate::sys::flock::{self, Mode as FlockMode};
 use crate::sys::fork::{self, Shielded};
 use crate::sys::per_process::PerProcess;
-use crate::sys::{unnamed, write_lock, xattr};
-use crate::trace;
+use crate::sys::{tmpfile, write_lock, xattr};
+use crate::telemetry;
 use crate::wait::{Backoff, Subject, Wait};
 use record::Content;
 use verdict::Verdict;
@@ -291,14 +291,14 @@ impl PidFile {
     /// Each leaves the file as it was, and none where there was none. (If the permissions of a file that has replaced a stale
     /// one cannot be set, there is none afterwards.)
     pub fn acquire(&self, wait: &Wait) -> Result<PidGuard> {
-        trace::acquire(self, || self.take(wait))
+        telemetry::acquire(self, || self.take(wait))
     }
 
     #[cfg(feature = "tokio")]
     async fn take_async(&self, wait: &Wait) -> Result<PidGuard> {
         let lock = self.clone();
-        let taking = awaiting::at_once_or_on_a_thread(wait, self, move |wait| lock.take(wait));
-        trace::acquire_async(self, taking).await
+        let taking = blocking::at_once_or_on_a_thread(wait, self, move |wait| lock.take(wait));
+        telemetry::acquire_async(self, taking).await
     }
 
     fn take(&self, wait: &Wait) -> Result<PidGuard> {
@@ -563,7 +563,7 @@ impl PidFile {
         let me = Owner::current();
         // Without a name it is open to no other process whatever its permissions are.
         let mode = self.mode.map_or(DEFAULT_MODE, |_| 0o600);
-        let file = self.with_parents(|| Shielded::new(|| unnamed::file_in(self.directory(), mode)));
+        let file = self.with_parents(|| Shielded::new(|| tmpfile::file_in(self.directory(), mode)));
         let file = match file {
             Err(error) if error.kind() == Io::Unsupported => return self.take_over().map(Some),
             file => file.map_err(failed)?,
@@ -576,7 +576,7 @@ impl PidFile {
             files::set_mode(&file, mode).map_err(|error| Error::io("set the mode of", &self.path, error))?;
             step("mode set");
         }
-        match unnamed::name(&file, &self.path) {
+        match tmpfile::name(&file, &self.path) {
             Ok(()) => {}
             Err(error) if error.kind() == Io::AlreadyExists => return Ok(None),
             Err(error) if error.kind() == Io::Unsupported => {
@@ -664,7 +664,7 @@ impl PidFile {
         let mode = match self.mode {
             Some(mode) => mode,
             // As the file system would have it, which may know more than the umask.
-            None => match unnamed::file_in(self.directory(), DEFAULT_MODE) {
+            None => match tmpfile::file_in(self.directory(), DEFAULT_MODE) {
                 Ok(like) => files::mode_of(&like)?,
                 Err(error) if error.kind() == Io::Unsupported => files::mode_of_new(DEFAULT_MODE),
                 Err(error) => return Err(error),
@@ -1142,7 +1142,7 @@ impl PidGuard {
             Err(error) if flock::is_unsupported(&error) => Ok(()),
             unlocked => unlocked,
         });
-        trace::released(self);
+        telemetry::released(self);
         removed.and(unlocked.map_err(|error| Error::io("unlock", &self.path, error)))
     }
 

@@ -17,7 +17,7 @@ use crate::owner::Owner;
 use crate::sys::event::{self, Event, Woke};
 use crate::sys::fd::{AsFd, BorrowedFd};
 use crate::sys::fork;
-use crate::trace;
+use crate::telemetry;
 
 /// How long to wait for a lock.
 ///
@@ -137,7 +137,7 @@ impl Wait {
     /// What is left of this wait for an acquisition that has just found `subject` held; `None` when it does not wait.
     pub(crate) fn patience_for(&self, subject: &dyn Subject) -> Option<Patience> {
         let patience = self.patience()?;
-        trace::waiting(subject);
+        telemetry::waiting(subject);
         Some(patience)
     }
 

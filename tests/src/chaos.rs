@@ -150,7 +150,7 @@ fn belongings_after_a_use(witness: &mut Actor, spec: &Spec) -> (Belongings, BTre
         until("it is taken and released", || witness.ask("try") == "held" && witness.ask("release") == "released");
     }
     #[cfg(target_os = "linux")]
-    let files = crate::faults::files(spec, Path::new("/"));
+    let files = crate::fault_injection::files(spec, Path::new("/"));
     #[cfg(not(target_os = "linux"))]
     let files = spec.files().iter().filter(|path| path.exists()).map(|path| path.display().to_string()).collect();
     (Belongings::of(witness.pid()), files)

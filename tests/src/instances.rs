@@ -29,7 +29,7 @@ use std::time::Duration;
 use lockkit::instance::Outcome;
 use lockkit::{Activation, FirstInstance, Instance, SecondInstance, Wait};
 
-use crate::actor::{Actor, describe};
+use crate::helper_process::{Actor, describe};
 
 /// The variable that instances send.
 pub const VARIABLE: &str = "LOCKKIT_TEST_VARIABLE";
@@ -125,10 +125,10 @@ pub fn serve(name: &OsStr) {
                 format!("spawned {}", child.expect("a program").id())
             }
             "kill-at" => {
-                lockkit::steps::kill_at(number() as usize);
+                lockkit::failpoint::kill_at(number() as usize);
                 "armed".to_owned()
             }
-            "passed" => format!("passed {}", lockkit::steps::passed().join(", ")),
+            "passed" => format!("passed {}", lockkit::failpoint::passed().join(", ")),
             _ => format!("error unknown command {line:?}"),
         };
         println!("{answer}");
@@ -227,7 +227,7 @@ impl Actor {
 
     /// As [`start_instance`](Self::start_instance), as another user, which only root can.
     pub fn start_instance_as(name: &str, uid: u32) -> Self {
-        Self::run(crate::actor::as_user(uid, ["instance", name]))
+        Self::run(crate::helper_process::as_user(uid, ["instance", name]))
     }
 
     /// As [`start_instance`](Self::start_instance), with its command changed by `change`.

@@ -16,7 +16,7 @@
 //! | `hold-many N DIRECTORY` | `holds N`: the leases 0 to N - 1 in a directory; `drop-many` drops them all: `dropped` |
 //! | `fork OTHER` | `parted`: a forked child does not hold its copy, took another lease and kept it, and is gone |
 //! | `limit-threads N`, or `all` | `limited`: its user may have no more threads from now on; means nothing to root |
-//! | `kill-at STEP` | `armed`: see [`lockkit::steps`] |
+//! | `kill-at STEP` | `armed`: see [`lockkit::failpoint`] |
 //! | `go DIRECTORY` | `gone there`: that is its working directory now |
 //!
 //! or `error KIND: text`.
@@ -30,8 +30,8 @@ use std::time::{Duration, Instant};
 
 use lockkit::{ErrorKind, Lease, LeaseBuilder, LeaseGuard, LeaseStatus, LossReason, Wait};
 
-use crate::actor::{announce, describe};
 use crate::chaos::{Dice, IN, Log, OUT, now, read};
+use crate::helper_process::{announce, describe};
 use crate::{Actor, Belongings, LIVELY, program};
 
 /// A lease and its options, as text: `TTL HEARTBEAT PROGRESS PANICS MODE PATH`, in milliseconds. Missing
@@ -158,7 +158,7 @@ pub fn serve(terms: &Terms) {
                 "dropped".to_owned()
             }
             "kill-at" => {
-                lockkit::steps::kill_at(argument.parse().expect("the number of a step"));
+                lockkit::failpoint::kill_at(argument.parse().expect("the number of a step"));
                 "armed".to_owned()
             }
             "go" => {
@@ -167,7 +167,7 @@ pub fn serve(terms: &Terms) {
             }
             #[cfg(target_os = "linux")]
             "limit-threads" => {
-                crate::faults::limit_threads(argument);
+                crate::fault_injection::limit_threads(argument);
                 "limited".to_owned()
             }
             _ => match (&guard, command) {

@@ -2,7 +2,7 @@
 //!
 //! - [`Kind`] is a kind of lock under test, and [`Spec`] one lock of it, which any process can open from its text.
 //! - [`Actor`] is a second process (the program `actor` of this package) that takes and releases locks as it is told.
-//! - [`mod@suite`] has the cases that every kind must pass, on every system; [`suite!`] makes tests of them.
+//! - [`mod@suite`] has the cases that every kind must pass, on every system; [`conformance!`] makes tests of them.
 //! - [`mod@tasks`] has the cases of waits in tasks that every kind must pass, and [`task_suite!`] makes tests of them.
 //! - [`mod@managers`] has the tables of locks under test, the cases that every manager must pass, and a second process
 //!   that works on a table as it is told.
@@ -16,15 +16,18 @@
 //! - [`wine`] has what Wine does otherwise than Windows, so that it cannot judge every case.
 //! - [`chaos`] lets a conductor kill and stop many processes at random, and checks the log of who held when.
 
-pub mod actor;
+pub mod async_conformance;
 pub mod chaos;
+pub mod conformance;
+pub mod crash_points;
 #[cfg(target_os = "linux")]
-pub mod engines;
+pub mod fault_injection;
+pub mod fixtures;
+pub mod helper_process;
 #[cfg(target_os = "linux")]
-pub mod faults;
+pub mod hostile;
 #[cfg(target_os = "linux")]
 pub mod instances;
-pub mod kinds;
 pub mod leases;
 pub mod managers;
 #[cfg(target_os = "linux")]
@@ -32,18 +35,15 @@ pub mod namespaces;
 #[cfg(target_os = "linux")]
 pub mod realtime;
 #[cfg(target_os = "linux")]
-pub mod rogue;
+pub mod server_conformance;
 #[cfg(target_os = "linux")]
 pub mod servers;
-pub mod steps;
-pub mod suite;
-pub mod tasks;
 #[cfg(windows)]
 mod windows;
 pub mod wine;
 
-pub use actor::Actor;
-pub use kinds::{Kind, Spec};
+pub use fixtures::{Kind, Spec};
+pub use helper_process::Actor;
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
@@ -294,7 +294,7 @@ pub fn thread_id() -> u32 {
 /// Has the process `pid` not run from here on, until [`let_go_on`].
 pub fn stop(pid: u32) {
     #[cfg(unix)]
-    actor::signal_pid(pid, rustix::process::Signal::STOP);
+    helper_process::signal_pid(pid, rustix::process::Signal::STOP);
     #[cfg(windows)]
     windows::suspend(pid, true);
 }
@@ -302,7 +302,7 @@ pub fn stop(pid: u32) {
 /// Ends what [`stop`] began.
 pub fn let_go_on(pid: u32) {
     #[cfg(unix)]
-    actor::signal_pid(pid, rustix::process::Signal::CONT);
+    helper_process::signal_pid(pid, rustix::process::Signal::CONT);
     #[cfg(windows)]
     windows::suspend(pid, false);
 }
@@ -311,7 +311,7 @@ pub fn let_go_on(pid: u32) {
 /// takes a handle, which nobody has of it, it ends by itself.
 pub fn kill_pid(pid: u32) {
     #[cfg(unix)]
-    actor::signal_pid(pid, rustix::process::Signal::KILL);
+    helper_process::signal_pid(pid, rustix::process::Signal::KILL);
     #[cfg(not(unix))]
     let _ = pid;
 }

@@ -29,7 +29,7 @@ use lockkit::{
     ErrorKind, FileLockManager, InMemoryLockManager, Liveness, LockManager, ManagedGuard, Owner, ShmLockManager, Wait,
 };
 
-use crate::actor::{announce, describe};
+use crate::helper_process::{announce, describe};
 use crate::wine::{DELETED, is_wine, wine_cannot_judge};
 use crate::{Actor, LIVELY};
 
@@ -156,7 +156,7 @@ pub fn serve(table: &Table) {
     for line in crate::commands() {
         let answer = match line.split_once(' ') {
             Some(("kill-at", step)) => {
-                lockkit::steps::kill_at(step.parse().expect("a number"));
+                lockkit::failpoint::kill_at(step.parse().expect("a number"));
                 Ok("armed".to_owned())
             }
             _ => match &manager {
@@ -574,7 +574,7 @@ macro_rules! shared_managers {
 #[allow(missing_docs)] // Their names are sentences.
 mod shared_cases {
     use super::*;
-    use crate::suite::processes_fork;
+    use crate::conformance::processes_fork;
 
     pub fn a_number_is_the_same_lock_in_another_process(kind: Kind) {
         let table = kind.fresh();
@@ -714,7 +714,7 @@ mod shared_cases {
         {
             return;
         }
-        if !lockkit::steps::ENABLED {
+        if !lockkit::failpoint::ENABLED {
             crate::left_out("this build has no steps to be killed at; they need debug assertions");
             return;
         }
@@ -757,7 +757,7 @@ mod shared_cases {
     }
 
     pub fn a_count_that_a_kill_left_wrong_is_right_for_whoever_asks_next(kind: Kind) {
-        if !lockkit::steps::ENABLED {
+        if !lockkit::failpoint::ENABLED {
             crate::left_out("this build has no steps to be killed at; they need debug assertions");
             return;
         }

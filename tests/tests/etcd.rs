@@ -8,14 +8,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use lockkit::{Lease, LeaseGuard, LeaseStatus, LossReason, Wait};
-use lockkit_tests::engines::etcd::Etcd;
-use lockkit_tests::engines::{Access, Certificates, Engine, PASSWORD, Proxy, Security, USER, until_quiet};
 use lockkit_tests::leases::Terms;
-use lockkit_tests::{Actor, LIVELY, drills, left_out, steps, suite, until};
+use lockkit_tests::server_conformance::etcd::Etcd;
+use lockkit_tests::server_conformance::{Access, Certificates, Engine, PASSWORD, Proxy, Security, USER, until_quiet};
+use lockkit_tests::{Actor, LIVELY, conformance, crash_points, drills, left_out, until};
 use rustix::process::Signal;
 
-suite!(etcd, lockkit_tests::Kind::ETCD);
-drills!(etcd_drills, lockkit_tests::engines::etcd::Etcd);
+conformance!(etcd, lockkit_tests::Kind::ETCD);
+drills!(etcd_drills, lockkit_tests::server_conformance::etcd::Etcd);
 
 /// What the machine lacks is said, and the test passes.
 macro_rules! or_left_out {
@@ -385,7 +385,7 @@ fn what_is_wrong_with_tls_is_told() {
 #[test]
 fn a_step_stands_between_every_two_changes_of_a_lease_on_etcd() {
     match lockkit_tests::Kind::ETCD.left_out() {
-        None => steps::stand_between_changes(lockkit_tests::Kind::ETCD),
+        None => crash_points::stand_between_changes(lockkit_tests::Kind::ETCD),
         Some(why) => left_out(why),
     }
 }

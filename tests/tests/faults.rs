@@ -7,21 +7,21 @@ use std::time::Duration;
 use lockkit::NamedLock;
 use lockkit_tests::leases::Terms;
 use lockkit_tests::realtime::RealTime;
-use lockkit_tests::{Actor, Spec, faults, steps};
+use lockkit_tests::{Actor, Spec, crash_points, fault_injection};
 
-faults!(named_socket, lockkit_tests::Kind::NAMED_SOCKET);
-faults!(machine_socket, lockkit_tests::Kind::MACHINE_SOCKET);
-faults!(named_file, lockkit_tests::Kind::NAMED_FILE);
-faults!(machine_file, lockkit_tests::Kind::MACHINE_FILE);
-faults!(file, lockkit_tests::Kind::FILE);
-faults!(file_shared, lockkit_tests::Kind::FILE_SHARED);
-faults!(pidfile, lockkit_tests::Kind::PIDFILE);
-faults!(lease, lockkit_tests::Kind::LEASE);
-faults!(shm_lock, lockkit_tests::Kind::SHM);
-faults!(directory_lock, lockkit_tests::Kind::DIRECTORY);
+fault_injection!(named_socket, lockkit_tests::Kind::NAMED_SOCKET);
+fault_injection!(machine_socket, lockkit_tests::Kind::MACHINE_SOCKET);
+fault_injection!(named_file, lockkit_tests::Kind::NAMED_FILE);
+fault_injection!(machine_file, lockkit_tests::Kind::MACHINE_FILE);
+fault_injection!(file, lockkit_tests::Kind::FILE);
+fault_injection!(file_shared, lockkit_tests::Kind::FILE_SHARED);
+fault_injection!(pidfile, lockkit_tests::Kind::PIDFILE);
+fault_injection!(lease, lockkit_tests::Kind::LEASE);
+fault_injection!(shm_lock, lockkit_tests::Kind::SHM);
+fault_injection!(directory_lock, lockkit_tests::Kind::DIRECTORY);
 
 // What the suite has of this, for the kind that it leaves out.
-lockkit_tests::suite!(machine_file_of_the_suite, lockkit_tests::Kind::MACHINE_FILE;
+lockkit_tests::conformance!(machine_file_of_the_suite, lockkit_tests::Kind::MACHINE_FILE;
     without_descriptors_the_error_is_clear_and_nothing_is_lost,
     a_process_killed_at_any_step_blocks_nobody,
     chaos_never_lets_two_in,
@@ -34,12 +34,12 @@ fn a_step_stands_between_every_two_changes_of_a_table() {
         let table = kind.fresh();
         let mut player = Actor::start_at(&table);
         player.expect(&format!("kill-at {}", usize::MAX), "armed");
-        steps::stand_between_changes_of(&mut player, &["open", "allocate", "try 0", "release 0", "free 0"]);
+        crash_points::stand_between_changes_of(&mut player, &["open", "allocate", "try 0", "release 0", "free 0"]);
         let mut taker = Actor::start_at(&table);
         taker.expect("allocate-at 3", "allocated 3");
         taker.expect("lock 3", "held");
         taker.kill();
-        steps::stand_between_changes_of(&mut player, &["lock 3", "free 3", "release 3"]);
+        crash_points::stand_between_changes_of(&mut player, &["lock 3", "free 3", "release 3"]);
         table.clean();
     }
 }
@@ -50,32 +50,32 @@ fn a_step_stands_between_every_two_changes_of_a_takeover_and_a_renewal() {
     let terms = Terms::of(directory.path().join("deep").join("lease"));
     let mut player = Actor::start_lease(&terms);
     player.expect(&format!("kill-at {}", usize::MAX), "armed");
-    steps::stand_between_changes_of(&mut player, &["try", "release"]);
+    crash_points::stand_between_changes_of(&mut player, &["try", "release"]);
     let mut dies = Actor::start_lease(&terms);
     assert!(dies.ask("try").starts_with("held "));
     dies.kill();
-    steps::stand_between_changes_of(&mut player, &["lock"]);
+    crash_points::stand_between_changes_of(&mut player, &["lock"]);
     // Beats go on meanwhile, as many as fall into the time that this takes.
-    steps::stand_between_changes_of_the_others(&mut player);
+    crash_points::stand_between_changes_of_the_others(&mut player);
 
     let spec = Spec::parse(&format!("pidfile:{}", directory.path().join("pid").display()));
     let mut dies = Actor::start(&spec);
     dies.expect("lock", "held");
     dies.kill();
-    steps::stand_between_changes_at(&spec, "alone");
+    crash_points::stand_between_changes_at(&spec, "alone");
 }
 
 #[test]
 fn any_system_call_may_fail_once_when_a_table_is_made_and_used() {
     use lockkit_tests::managers::Kind::{Directory, Shm};
     for kind in [Shm, Directory] {
-        faults::fail_each_call_of_a_table(kind);
+        fault_injection::fail_each_call_of_a_table(kind);
     }
 }
 
 #[test]
 fn any_system_call_of_a_takeover_may_fail_once() {
-    faults::fail_each_call_of_a_takeover();
+    fault_injection::fail_each_call_of_a_takeover();
 }
 
 #[test]
@@ -104,18 +104,18 @@ fn c4_lock_on_one_processor_waits_for_forks() {
 #[test]
 fn a7_failed_flock_keeps_file_of_other_holder() {
     for error in ["ENOLCK", "ENOMEM", "EIO", "EPERM", "EINVAL", "EBADF"] {
-        faults::fail_flock_beside_a_holder(error);
+        fault_injection::fail_flock_beside_a_holder(error);
     }
 }
 
 #[test]
 fn a7_unsupported_flock_removes_own_new_file() {
     for error in ["ENOSYS", "EOPNOTSUPP"] {
-        faults::fail_flock_on_a_new_file(error);
+        fault_injection::fail_flock_on_a_new_file(error);
     }
 }
 
 #[test]
 fn any_system_call_of_a_heartbeat_may_fail_once() {
-    faults::fail_each_call_of_a_heartbeat();
+    fault_injection::fail_each_call_of_a_heartbeat();
 }

@@ -17,11 +17,11 @@ use lockkit::{CancelToken, Error, ErrorKind, FileLock, Wait};
 #[cfg(target_os = "linux")]
 use lockkit_tests::another_user;
 use lockkit_tests::wine::{DELETED, wine_cannot_judge};
-use lockkit_tests::{Actor, Belongings, LIVELY, Spec, sleeps, suite, thread_id, until};
+use lockkit_tests::{Actor, Belongings, LIVELY, Spec, conformance, sleeps, thread_id, until};
 use tempfile::TempDir;
 
-suite!(exclusive, lockkit_tests::Kind::FILE);
-suite!(shared, lockkit_tests::Kind::FILE_SHARED);
+conformance!(exclusive, lockkit_tests::Kind::FILE);
+conformance!(shared, lockkit_tests::Kind::FILE_SHARED);
 
 fn directory() -> TempDir {
     tempfile::tempdir().unwrap()

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use lockkit::instance::{MOST_BYTES, Outcome};
 use lockkit::{Activation, CancelToken, ErrorKind, FirstInstance, Instance, NamedLock, SecondInstance, Wait};
-use lockkit_tests::actor::{Actor, signal_pid};
+use lockkit_tests::helper_process::{Actor, signal_pid};
 use lockkit_tests::instances::{VARIABLE, address, call, empty_request, frame};
 use lockkit_tests::namespaces::UserNamespace;
 use lockkit_tests::{Belongings, LIVELY, another_user, fresh_name, until};
@@ -310,7 +310,7 @@ fn starters_that_race_with_a_release_and_with_a_kill_get_an_answer_or_become_the
 
 #[test]
 fn a_first_instance_killed_at_any_step_is_followed_by_the_second() {
-    if !lockkit::steps::ENABLED {
+    if !lockkit::failpoint::ENABLED {
         lockkit_tests::left_out("this build has no steps to be killed at; they need debug assertions");
         return;
     }
@@ -338,7 +338,7 @@ fn a_first_instance_killed_at_any_step_is_followed_by_the_second() {
 
 #[test]
 fn a_first_instance_killed_at_any_step_of_its_release_is_followed_by_the_second() {
-    if !lockkit::steps::ENABLED {
+    if !lockkit::failpoint::ENABLED {
         lockkit_tests::left_out("this build has no steps to be killed at; they need debug assertions");
         return;
     }
@@ -368,7 +368,7 @@ fn a_first_instance_killed_at_any_step_of_its_release_is_followed_by_the_second(
 
 #[test]
 fn a_second_instance_killed_at_any_step_costs_the_first_nothing() {
-    if !lockkit::steps::ENABLED {
+    if !lockkit::failpoint::ENABLED {
         lockkit_tests::left_out("this build has no steps to be killed at; they need debug assertions");
         return;
     }

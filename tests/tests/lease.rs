@@ -22,12 +22,12 @@ use lockkit::{CancelToken, ErrorKind, FileLock, Lease, LeaseStatus, LossReason, 
 use lockkit_tests::another_user;
 use lockkit_tests::leases::{Terms, forge, left_by_the_dead, line};
 use lockkit_tests::wine::{is_wine, wine_cannot_judge};
-use lockkit_tests::{Actor, Belongings, LIVELY, leases, suite, until};
+use lockkit_tests::{Actor, Belongings, LIVELY, conformance, leases, until};
 #[cfg(target_os = "linux")]
 use rustix::process::Signal;
 use tempfile::TempDir;
 
-suite!(file_lease, lockkit_tests::Kind::LEASE);
+conformance!(file_lease, lockkit_tests::Kind::LEASE);
 
 /// Longer than a record that cannot be read counts as held.
 const LONG_AGO: Duration = Duration::from_secs(10);
@@ -962,7 +962,7 @@ impl Fault {
 #[cfg(target_os = "linux")]
 impl Drop for Fault {
     fn drop(&mut self) {
-        lockkit_tests::actor::signal_pid(self.strace.id(), Signal::TERM);
+        lockkit_tests::helper_process::signal_pid(self.strace.id(), Signal::TERM);
         self.strace.wait().unwrap();
     }
 }
@@ -1024,7 +1024,7 @@ fn a_process_killed_at_any_step_of_a_takeover_a_beat_or_the_making_of_directorie
     /// What comes before the steps.
     type Prepare<'a> = &'a dyn Fn(&mut Actor, &Terms);
 
-    if !lockkit::steps::ENABLED {
+    if !lockkit::failpoint::ENABLED {
         return lockkit_tests::left_out("this build has no steps to be killed at; they need debug assertions");
     }
     let (_directory, elsewhere) = place();
@@ -1795,7 +1795,8 @@ fn stop_at_each(call: &str, command: &str) -> usize {
             assert!(is_held(&victim.ask("try")));
         }
         let stop = [format!("trace={call},ppoll"), format!("inject={call}:signal=STOP:when={at}")];
-        let mut strace = lockkit_tests::faults::Strace::attach(&victim, &stop.map(|option| format!("-e{option}")));
+        let mut strace =
+            lockkit_tests::fault_injection::Strace::attach(&victim, &stop.map(|option| format!("-e{option}")));
         victim.tell(command);
         let mut is_over = false;
         until("it is stopped, or answers, or waits without such a call", || {
@@ -1847,7 +1848,7 @@ fn a9_readers_of_a_held_lease_take_no_flock() {
     let [mut holder, mut reader] = [(); 2].map(|()| Actor::start_lease(&terms));
     take(&mut holder, "lock");
     assert!(is_held(&reader.ask("try")));
-    let mut strace = lockkit_tests::faults::Strace::attach(&reader, &[]);
+    let mut strace = lockkit_tests::fault_injection::Strace::attach(&reader, &[]);
     for command in ["try", "status", "lock-for 300", "try"] {
         let answer = reader.ask(command);
         assert!(answer.starts_with("held ") || answer.starts_with("error "), "{answer}");

@@ -1,6 +1,6 @@
 //! Lock managers: the cases of all of them, every case of the suite for their locks, and what is their own.
 
-use lockkit_tests::{managers, shared_managers, suite};
+use lockkit_tests::{conformance, managers, shared_managers};
 
 #[cfg(target_os = "linux")]
 managers!(shm, lockkit_tests::managers::Kind::Shm);
@@ -10,8 +10,8 @@ managers!(memory, lockkit_tests::managers::Kind::Memory);
 shared_managers!(shared_shm, lockkit_tests::managers::Kind::Shm);
 shared_managers!(shared_directory, lockkit_tests::managers::Kind::Directory);
 #[cfg(target_os = "linux")]
-suite!(shm_lock, lockkit_tests::Kind::SHM);
-suite!(directory_lock, lockkit_tests::Kind::DIRECTORY);
+conformance!(shm_lock, lockkit_tests::Kind::SHM);
+conformance!(directory_lock, lockkit_tests::Kind::DIRECTORY);
 
 /// Excludes threads only, so it has the cases of the suite that need no second process.
 mod in_memory_lock {
@@ -19,7 +19,7 @@ mod in_memory_lock {
 
     #[test]
     fn keeps_the_rules_that_need_no_second_process() {
-        use lockkit_tests::suite::*;
+        use lockkit_tests::conformance::*;
         a_lock_is_taken_and_released_and_taken_again(KIND);
         a_second_taker_in_this_process_is_refused_until_the_first_releases(KIND);
         a_waiter_is_cancelled_at_once(KIND);
@@ -105,7 +105,7 @@ mod in_a_directory {
 
     #[test]
     fn a_process_killed_while_it_makes_a_table_leaves_one_that_opens() {
-        if !lockkit::steps::ENABLED {
+        if !lockkit::failpoint::ENABLED {
             return;
         }
         let directory = tempfile::tempdir().unwrap();
@@ -325,7 +325,7 @@ mod shared_memory {
 
     #[test]
     fn a_process_killed_while_it_makes_a_table_leaves_nothing_or_a_whole_one() {
-        if !lockkit::steps::ENABLED {
+        if !lockkit::failpoint::ENABLED {
             return;
         }
         let directory = tempfile::tempdir_in("/dev/shm").unwrap();
@@ -371,7 +371,7 @@ mod shared_memory {
 
     #[test]
     fn a_process_killed_while_a_slots_generations_begin_anew_leaves_the_dead_theirs() {
-        if !lockkit::steps::ENABLED {
+        if !lockkit::failpoint::ENABLED {
             return;
         }
         let [first_slot, slot_size, next_slot] = [4096, 128, 192];

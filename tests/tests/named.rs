@@ -9,22 +9,22 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use lockkit::{Backend, ErrorKind, NamedLock, Scope, Wait};
-use lockkit_tests::actor::Actor;
-use lockkit_tests::{Belongings, Kind, Spec, fresh_name, suite, until};
+use lockkit_tests::helper_process::Actor;
+use lockkit_tests::{Belongings, Kind, Spec, conformance, fresh_name, until};
 #[cfg(target_os = "linux")]
-use lockkit_tests::{another_user, namespaces::UserNamespace, rogue};
+use lockkit_tests::{another_user, hostile, namespaces::UserNamespace};
 
 #[cfg(target_os = "linux")]
-suite!(socket, lockkit_tests::Kind::NAMED_SOCKET);
+conformance!(socket, lockkit_tests::Kind::NAMED_SOCKET);
 #[cfg(target_os = "linux")]
-suite!(machine, lockkit_tests::Kind::MACHINE_SOCKET);
+conformance!(machine, lockkit_tests::Kind::MACHINE_SOCKET);
 #[cfg(windows)]
-suite!(mutex, lockkit_tests::Kind::NAMED_MUTEX);
+conformance!(mutex, lockkit_tests::Kind::NAMED_MUTEX);
 #[cfg(windows)]
-suite!(machine, lockkit_tests::Kind::MACHINE_MUTEX);
-suite!(file, lockkit_tests::Kind::NAMED_FILE);
+conformance!(machine, lockkit_tests::Kind::MACHINE_MUTEX);
+conformance!(file, lockkit_tests::Kind::NAMED_FILE);
 #[cfg(not(target_os = "linux"))]
-suite!(machine_file, lockkit_tests::Kind::MACHINE_FILE);
+conformance!(machine_file, lockkit_tests::Kind::MACHINE_FILE);
 
 /// The kinds for one user, and for the whole machine.
 const OWN: [Kind; 2] = [Kind::NAMED, Kind::NAMED_FILE];
@@ -218,7 +218,7 @@ fn a_queue_full_of_dead_waiters_delays_the_next_but_loses_nothing() {
     let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start(&spec));
     holder.expect("lock", "held");
     let mut dead = 0;
-    while rogue::connect(&abstract_name(my_uid(), spec.at())).is_some() {
+    while hostile::connect(&abstract_name(my_uid(), spec.at())).is_some() {
         dead += 1;
     }
     // As many as net.core.somaxconn allows, but 4,096 at the most.
@@ -229,7 +229,7 @@ fn a_queue_full_of_dead_waiters_delays_the_next_but_loses_nothing() {
     holder.expect("release", "released");
     assert_eq!(waiter.answer(), "held");
     // Its own queue is empty again.
-    assert!(rogue::connect(&abstract_name(my_uid(), spec.at())).is_some());
+    assert!(hostile::connect(&abstract_name(my_uid(), spec.at())).is_some());
     spec.clean();
 }
 
@@ -628,7 +628,7 @@ fn b4_waiters_are_live_and_of_this_user_only() {
         assert_eq!(stranger.answer(), "queued");
         (user, stranger)
     });
-    let looks = rogue::connect(&abstract_name(my_uid(), spec.at()));
+    let looks = hostile::connect(&abstract_name(my_uid(), spec.at()));
     assert_eq!(lock.waiters().unwrap(), 3);
     let held = NamedLock::held(Scope::User).unwrap();
     let held = held.iter().find(|held| held.lock().name() == spec.at()).unwrap();
@@ -646,7 +646,7 @@ fn b4_waiters_are_exact_behind_a_full_queue_of_dead() {
     let _guard = lock.lock().unwrap();
     let mut waiter = Actor::start(&spec);
     waiter.tell_to_wait("lock");
-    while rogue::connect(&abstract_name(my_uid(), spec.at())).is_some() {}
+    while hostile::connect(&abstract_name(my_uid(), spec.at())).is_some() {}
     assert_eq!(lock.waiters().unwrap(), 1);
 }
 
@@ -682,7 +682,7 @@ fn b8_waiter_that_says_nonsense_is_named_by_its_pid() {
     let spec = Kind::NAMED_SOCKET.fresh();
     let lock = NamedLock::new(spec.at()).unwrap();
     let guard = lock.lock().unwrap();
-    let queued = rogue::connect(&abstract_name(my_uid(), spec.at())).unwrap();
+    let queued = hostile::connect(&abstract_name(my_uid(), spec.at())).unwrap();
     rustix::net::send(&queued, b"nonsense", rustix::net::SendFlags::NOSIGNAL).unwrap();
     // One that counts itself, so that the release looks.
     assert!(lock.lock_for(Duration::from_millis(1)).is_err());
@@ -698,7 +698,7 @@ fn b8_process_that_only_asks_gets_no_lock() {
     let spec = Kind::NAMED_SOCKET.fresh();
     let lock = NamedLock::new(spec.at()).unwrap();
     let guard = lock.lock().unwrap();
-    let queued = rogue::connect(&abstract_name(my_uid(), spec.at())).unwrap();
+    let queued = hostile::connect(&abstract_name(my_uid(), spec.at())).unwrap();
     let mut waiter = Actor::start(&spec);
     waiter.tell_to_wait("lock");
     drop(guard);
@@ -711,7 +711,7 @@ fn b8_process_that_only_asks_gets_no_lock() {
 #[test]
 fn c3_holder_stopped_in_its_release_keeps_nothing() {
     for kind in [Kind::NAMED_SOCKET, Kind::MACHINE_SOCKET] {
-        lockkit_tests::steps::stop_at_every_step_of_a_release(kind);
+        lockkit_tests::crash_points::stop_at_every_step_of_a_release(kind);
     }
 }
 
@@ -719,7 +719,7 @@ fn c3_holder_stopped_in_its_release_keeps_nothing() {
 #[test]
 fn c3_holder_killed_beside_a_forked_child_frees_the_lock() {
     for kind in [Kind::NAMED_SOCKET, Kind::MACHINE_SOCKET] {
-        lockkit_tests::steps::kill_beside_a_forked_child(kind);
+        lockkit_tests::crash_points::kill_beside_a_forked_child(kind);
     }
 }
 
@@ -871,7 +871,7 @@ fn c8_release_behind_dead_waiters_is_quick() {
     let lock = NamedLock::new(spec.at()).unwrap();
     best_within(Duration::from_millis(20), || {
         let guard = lock.lock().unwrap();
-        while rogue::connect(&abstract_name(my_uid(), spec.at())).is_some() {}
+        while hostile::connect(&abstract_name(my_uid(), spec.at())).is_some() {}
         let start = std::time::Instant::now();
         drop(guard);
         start.elapsed()
@@ -880,7 +880,7 @@ fn c8_release_behind_dead_waiters_is_quick() {
     let guard = lock.lock().unwrap();
     let mut waiter = Actor::start(&spec);
     for _ in 0..100 {
-        drop(rogue::connect(&abstract_name(my_uid(), spec.at())).unwrap());
+        drop(hostile::connect(&abstract_name(my_uid(), spec.at())).unwrap());
     }
     waiter.tell_to_wait("lock");
     drop(guard);

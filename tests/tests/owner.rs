@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 
 use lockkit::{Liveness, Owner, PidFile, PidStatus};
 #[cfg(target_os = "linux")]
-use lockkit_tests::actor::signal_pid;
+use lockkit_tests::helper_process::signal_pid;
 #[cfg(target_os = "linux")]
 use lockkit_tests::until;
 use lockkit_tests::{Actor, LIVELY, Spec};

@@ -14,12 +14,12 @@ use std::time::{Duration, Instant, SystemTime};
 
 use lockkit::{ErrorKind, PidFile, PidStatus};
 use lockkit_tests::wine::{DELETED, wine_cannot_judge};
-use lockkit_tests::{Actor, LIVELY, Spec, sleeper, suite};
+use lockkit_tests::{Actor, LIVELY, Spec, conformance, sleeper};
 #[cfg(target_os = "linux")]
 use lockkit_tests::{program, until};
 use tempfile::TempDir;
 
-suite!(pidfile, lockkit_tests::Kind::PIDFILE);
+conformance!(pidfile, lockkit_tests::Kind::PIDFILE);
 
 /// A pid that the kernel never gives out: its highest is one less.
 const DEAD: u32 = 4_194_304;
@@ -405,7 +405,7 @@ fn a_stale_file_is_taken_over_by_exactly_one_of_eight_racers() {
 
 #[test]
 fn a_process_killed_at_any_step_of_taking_over_a_stale_file_leaves_one_that_can_be_taken_over() {
-    if !lockkit::steps::ENABLED {
+    if !lockkit::failpoint::ENABLED {
         return lockkit_tests::left_out("this build has no steps to be killed at; they need debug assertions");
     }
     let (directory, path) = place();
@@ -948,7 +948,7 @@ fn a_daemon_that_is_killed_after_its_fork_is_recovered_from() {
     daemon.expect("rewrite", "rewritten");
     let mut waiter = Actor::start(&spec(&path));
     waiter.tell_to_wait("lock");
-    lockkit_tests::actor::signal_pid(child, rustix::process::Signal::KILL);
+    lockkit_tests::helper_process::signal_pid(child, rustix::process::Signal::KILL);
     assert_eq!(waiter.answer(), format!("held recovered {child}"));
 }
 
@@ -1398,7 +1398,7 @@ fn a5_reader_of_pidfile_cannot_delay_restart() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a5_file_of_takers_is_closed_to_readers() {
-    if !lockkit::steps::ENABLED {
+    if !lockkit::failpoint::ENABLED {
         return lockkit_tests::left_out("this build has no steps to be killed at; they need debug assertions");
     }
     let (directory, path) = place();
@@ -1648,7 +1648,7 @@ fn a6_owner_without_proc_is_judged_after_its_death() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a7_failed_lock_leaves_file_of_holder() {
-    if !lockkit_tests::faults::calls_can_fail() {
+    if !lockkit_tests::fault_injection::calls_can_fail() {
         return;
     }
     let (directory, path) = place();
@@ -1659,7 +1659,7 @@ fn a7_failed_lock_leaves_file_of_holder() {
             holder.expect("try", "held");
             let mut victim = Actor::start(&spec(&path));
             victim.expect("owner", &format!("owner {}", holder.pid()));
-            let mut strace = lockkit_tests::faults::Strace::attach(
+            let mut strace = lockkit_tests::fault_injection::Strace::attach(
                 &victim,
                 &["-e".to_owned(), format!("inject={call}:error={error}")],
             );

@@ -8,15 +8,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use lockkit::{ErrorKind, Lease, LeaseGuard, LeaseStatus, Wait};
-use lockkit_tests::engines::postgres::{Postgres, Setup, as_its_user};
-use lockkit_tests::engines::{Certificates, Direction, Engine, PASSWORD, Proxy};
 use lockkit_tests::leases::Terms;
+use lockkit_tests::server_conformance::postgres::{Postgres, Setup, as_its_user};
+use lockkit_tests::server_conformance::{Certificates, Direction, Engine, PASSWORD, Proxy};
 use lockkit_tests::servers::{Server, ServerDir, free_port, installed};
-use lockkit_tests::{Actor, LIVELY, drills, left_out, suite, until};
+use lockkit_tests::{Actor, LIVELY, conformance, drills, left_out, until};
 use rustix::process::Signal;
 
-suite!(on_postgres, lockkit_tests::Kind::POSTGRES);
-drills!(drills_on_postgres, lockkit_tests::engines::postgres::Postgres);
+conformance!(on_postgres, lockkit_tests::Kind::POSTGRES);
+drills!(drills_on_postgres, lockkit_tests::server_conformance::postgres::Postgres);
 
 /// A server of a test's own; the test ends here, with a word on it, where this machine has none.
 macro_rules! server {
@@ -267,7 +267,7 @@ fn a_request_that_was_given_up_is_ended_by_the_server() {
     let lease = lease(server.lease("x"));
     drop(lease.try_lock().unwrap());
     // As VACUUM FULL does, or somebody who has forgotten to commit.
-    let mut psql = as_its_user(&lockkit_tests::engines::postgres::installed("psql").unwrap());
+    let mut psql = as_its_user(&lockkit_tests::server_conformance::postgres::installed("psql").unwrap());
     psql.args(["-h", "127.0.0.1", "-p", &server.port().to_string(), "-U", "postgres", "-d", "postgres", "-c"]);
     psql.arg("BEGIN; LOCK TABLE lockkit_leases; SELECT pg_sleep(600)").stdout(std::process::Stdio::null());
     let mut locker = psql.spawn().unwrap();

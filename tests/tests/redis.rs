@@ -7,12 +7,12 @@ use std::net::TcpStream;
 
 use lockkit::lease::StoreError;
 use lockkit::{ErrorKind, Lease, LeaseStatus, LossReason, Wait};
-use lockkit_tests::engines::redis::Redis;
-use lockkit_tests::engines::{Access, Engine, Proxy, Security};
-use lockkit_tests::{LIVELY, drills, left_out, suite, until};
+use lockkit_tests::server_conformance::redis::Redis;
+use lockkit_tests::server_conformance::{Access, Engine, Proxy, Security};
+use lockkit_tests::{LIVELY, conformance, drills, left_out, until};
 
-suite!(redis_lease, lockkit_tests::Kind::REDIS);
-drills!(redis_drills, lockkit_tests::engines::redis::Redis);
+conformance!(redis_lease, lockkit_tests::Kind::REDIS);
+drills!(redis_drills, lockkit_tests::server_conformance::redis::Redis);
 
 /// A server of this test's own, unless there is none to be had.
 fn server() -> Option<Redis> {

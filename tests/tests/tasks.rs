@@ -9,7 +9,7 @@ use lockkit::{
     AsyncLock, Backend, CancelToken, ErrorKind, FileLock, InMemoryLockManager, Lease, LeaseGuard, LeaseStatus,
     LockManager, LossReason, NamedLock, PidFile, Wait,
 };
-use lockkit_tests::tasks::runtime;
+use lockkit_tests::async_conformance::runtime;
 use lockkit_tests::{Kind, LIVELY, fresh_name, task_suite};
 use tokio::time::timeout;
 

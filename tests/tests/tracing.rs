@@ -6,8 +6,8 @@ use std::sync::{Mutex, Once};
 use std::time::Duration;
 
 use lockkit::{Lease, LeaseStatus, Wait};
-use lockkit_tests::kinds::KINDS;
-use lockkit_tests::tasks::runtime;
+use lockkit_tests::async_conformance::runtime;
+use lockkit_tests::fixtures::KINDS;
 use lockkit_tests::{Actor, Kind, until};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber, span};

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
-use super::reception::Arrived;
-use super::wire::{self, Kind, Request};
+use super::protocol::{self, Kind, Request};
+use super::server::Arrived;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::event::{self, Woke};
 use crate::sys::fork::Shielded;
@@ -124,9 +124,9 @@ impl Activation {
     /// [`TooLarge`](ErrorKind::TooLarge); the sender is told that it was not handled.
     /// [`Io`](ErrorKind::Io) when the sender does not wait any more (`BrokenPipe`), or does not read (`TimedOut`).
     pub fn answer(mut self, bytes: &[u8]) -> Result<()> {
-        let frame = match wire::answer(bytes) {
+        let frame = match protocol::answer(bytes) {
             Ok(frame) => frame,
-            Err(wire::TooLarge { what, size, most }) => {
+            Err(protocol::TooLarge { what, size, most }) => {
                 self.unanswered = Kind::Failed;
                 return Err(ErrorKind::TooLarge { what, size, most }.into());
             }
@@ -155,7 +155,7 @@ impl Drop for Activation {
         if let Some(connection) = self.connection.take() {
             let says = if std::thread::panicking() { Kind::Failed } else { self.unanswered };
             // A header always has room on a connection where nothing was written yet.
-            let _ = stream::send(&connection, &wire::note(says));
+            let _ = stream::send(&connection, &protocol::note(says));
         }
     }
 }

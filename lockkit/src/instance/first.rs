@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 
 use super::activation::Activation;
-use super::place::Place;
-use super::reception::Reception;
+use super::endpoint::Place;
+use super::server::Reception;
 use crate::error::{Error, Result};
 use crate::lock::Recovered;
 use crate::named::NamedGuard;
@@ -147,7 +147,7 @@ impl FirstInstance {
     #[cfg(feature = "tokio")]
     #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
     pub async fn next_activation_async(&self, wait: &Wait) -> Result<Option<Activation>> {
-        crate::awaiting::check_runtime()?;
+        crate::blocking::check_runtime()?;
         Ok(self.reception.0.next_async(wait).await?.map(Activation::new))
     }
 

@@ -22,15 +22,15 @@
 mod activation;
 mod attribute;
 #[cfg(target_os = "linux")]
+mod endpoint;
+#[cfg(target_os = "linux")]
 mod first;
 #[cfg(target_os = "linux")]
-mod place;
-#[cfg(target_os = "linux")]
-mod reception;
+mod protocol;
 #[cfg(target_os = "linux")]
 mod second;
 #[cfg(target_os = "linux")]
-mod wire;
+mod server;
 
 #[cfg(target_os = "linux")]
 pub use activation::Activation;
@@ -40,12 +40,12 @@ pub use first::ActivationStream;
 #[cfg(target_os = "linux")]
 pub use first::{Activations, FirstInstance};
 #[cfg(target_os = "linux")]
-pub use second::{Outcome, SecondInstance};
+pub use protocol::MOST_BYTES;
 #[cfg(target_os = "linux")]
-pub use wire::MOST_BYTES;
+pub use second::{Outcome, SecondInstance};
 
 #[cfg(target_os = "linux")]
-use self::place::Place;
+use self::endpoint::Place;
 #[cfg(target_os = "linux")]
 use crate::{error::Result, named::NamedLock};
 

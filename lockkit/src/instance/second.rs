@@ -5,9 +5,9 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::endpoint::Place;
 use super::first::FirstInstance;
-use super::place::Place;
-use super::wire::{self, Inbox, Kind, Malformed, Request};
+use super::protocol::{self, Inbox, Kind, Malformed, Request};
 use crate::error::{Error, ErrorKind, Result};
 use crate::named::NamedLock;
 use crate::owner::Owner;
@@ -130,7 +130,7 @@ impl SecondInstance {
     pub fn activate(&self, wait: &Wait) -> Result<Outcome> {
         let frame = match self.request.encode() {
             Ok(frame) => frame,
-            Err(wire::TooLarge { what, size, most }) => return Err(ErrorKind::TooLarge { what, size, most }.into()),
+            Err(protocol::TooLarge { what, size, most }) => return Err(ErrorKind::TooLarge { what, size, most }.into()),
         };
         wait.check(self)?;
         let patience = wait.patience().unwrap_or_else(|| Patience::brief(Duration::ZERO));
@@ -167,7 +167,7 @@ impl SecondInstance {
                 Moved::End => break,
             }
         }
-        let mut inbox = Inbox::new(wire::MOST_BYTES);
+        let mut inbox = Inbox::new(protocol::MOST_BYTES);
         loop {
             let portion = match inbox.missing().map_err(|malformed| self.not_handled(malformed))? {
                 0 => break,

@@ -10,8 +10,8 @@ use parking_lot::Mutex;
 
 use super::clock::{Clock, SystemClock};
 use super::file::FileStore;
+use super::state::Terms;
 use super::store::{LeaseName, LeaseStore};
-use super::tenure::Terms;
 use super::{Inner, Lease, Loss, connect, waiters};
 use crate::error::{Error, ErrorKind, Result};
 

@@ -34,21 +34,21 @@ use parking_lot::Mutex;
 
 use super::builder::{LONGEST_TTL, SMALLEST_TTL};
 use super::clock::Clock;
-use super::observer::Observer;
-use super::record::{self, Content, Record, SIZE};
+use super::format::{self, Content, Record, SIZE};
+use super::staleness::Observer;
 use super::store::{
     Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
     StoreProfile, sleep,
 };
 use crate::error::{Error, ErrorKind};
+use crate::failpoint::step;
 use crate::owner::{Liveness, Owner};
-use crate::steps::step;
 use crate::sys::event;
 use crate::sys::fd::AsFd;
 use crate::sys::files::{self, DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, Seen as Found};
 use crate::sys::flock::{self, Mode};
 use crate::sys::fork::Shielded;
-use crate::sys::{runtime_dir, unnamed, watch};
+use crate::sys::{inotify, runtime_dir, tmpfile};
 use crate::wait::{Backoff, CancelToken};
 
 type Result<T, E = StoreError> = std::result::Result<T, E>;
@@ -141,7 +141,7 @@ struct Reading {
 
 impl Reading {
     fn of(bytes: Vec<u8>) -> Self {
-        Self { content: record::parse(&bytes), bytes }
+        Self { content: format::parse(&bytes), bytes }
     }
 }
 
@@ -318,7 +318,7 @@ impl LeaseStore for FileStore {
                 Some(record)
             }
             // What cannot be read had a token that nobody knows.
-            Content::Damaged if seen.is_same_holder(&Seen::new(record::print(bytes))) => {
+            Content::Damaged if seen.is_same_holder(&Seen::new(format::print(bytes))) => {
                 let mut record = self.own_record(&ClaimId::from_number(0), seed(), Duration::ZERO);
                 record.set_free();
                 Some(record)
@@ -329,7 +329,7 @@ impl LeaseStore for FileStore {
 
     fn park(&self, _: &LeaseName, seen: &Seen, by: Deadline, stop: &CancelToken) -> Result<()> {
         // First watch, then look, so that nothing falls in between.
-        let watch = watch::changes_of(&self.path).ok();
+        let watch = inotify::changes_of(&self.path).ok();
         let Some(file) = self.open_for_reading()? else { return Ok(()) };
         let Reading { bytes, content } = self.read(&file)?;
         drop(file);
@@ -341,7 +341,7 @@ impl LeaseStore for FileStore {
                     false => record.heartbeat().clamp(self.retry_delay.min(LOOK), LOOK * 20),
                 }
             }
-            Content::Damaged if record::print(&bytes) == seen.cursor() => LOOK,
+            Content::Damaged if format::print(&bytes) == seen.cursor() => LOOK,
             _ => return Ok(()),
         };
         match watch {
@@ -376,7 +376,7 @@ impl FileStore {
                 Ok(Verdict::Held(self.seen(record, age), Some(record)))
             }
             Content::Damaged => {
-                let print = record::print(&reading.bytes);
+                let print = format::print(&reading.bytes);
                 let age = self.observe(print, None).max(self.unchanged_for(file)?);
                 Ok(Verdict::Held(Seen::new(print).with_expires_in(self.unreadable.saturating_sub(age)), None))
             }
@@ -644,7 +644,7 @@ impl FileStore {
     fn create(&self, mut record: Record) -> Result<bool> {
         let directory = self.path.parent().unwrap_or(&self.path);
         let failed = |error| self.failed("create", error);
-        let make = || Shielded::new(|| unnamed::file_in(directory, self.file_mode.unwrap_or(FILE_MODE)));
+        let make = || Shielded::new(|| tmpfile::file_in(directory, self.file_mode.unwrap_or(FILE_MODE)));
         let file = match make() {
             Err(error) if error.kind() == Io::NotFound => {
                 self.create_directories(directory, error)?;
@@ -665,7 +665,7 @@ impl FileStore {
         // would find held for ever.
         file.sync_data().map_err(|error| self.failed("write", error))?;
         step("nameless file synced");
-        match unnamed::name(&file, &self.path) {
+        match tmpfile::name(&file, &self.path) {
             Ok(()) => {
                 step("file named");
                 Ok(true)
@@ -768,7 +768,7 @@ impl FileStore {
     }
 
     fn not_a_lease(&self, bytes: &[u8]) -> StoreError {
-        let text = record::shown(bytes);
+        let text = format::shown(bytes);
         StoreError::misuse(Error::from(ErrorKind::NotALease { path: self.path.clone(), text }))
     }
 

@@ -27,12 +27,12 @@ mod connect;
 #[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
 mod engine;
 mod file;
-mod heart;
-mod held;
-mod observer;
-mod record;
+mod format;
+mod heartbeat;
+mod shared;
+mod staleness;
+mod state;
 mod store;
-mod tenure;
 #[cfg(test)]
 mod tests;
 mod waiters;
@@ -46,22 +46,22 @@ use std::time::Duration;
 pub use builder::LeaseBuilder;
 use builder::Options;
 pub use clock::{Clock, ManualClock, SystemClock};
-use heart::Heart;
-pub use held::LostSignal;
-use held::{Asking, Held, SHORTEST_REQUEST};
+use heartbeat::Heart;
+pub use shared::LostSignal;
+use shared::{Asking, Held, SHORTEST_REQUEST};
+pub use state::LossReason;
 pub use store::{
     Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
     StoreProfile,
 };
-pub use tenure::LossReason;
 use waiters::Waiter;
 
 #[cfg(feature = "tokio")]
-use crate::awaiting;
+use crate::blocking;
 use crate::error::{Error, ErrorKind, Result};
 use crate::lock::{Guard, Recovered, lock_methods};
 use crate::owner::Owner;
-use crate::trace;
+use crate::telemetry;
 use crate::wait::{GaveUp, Patience, Subject, Wait};
 
 /// The longest that a request may take which somebody waits for, besides a quarter of the ttl.
@@ -281,13 +281,13 @@ impl Lease {
     /// [shared](LeaseBuilder::file_write_mode), and [`Insecure`](ErrorKind::Insecure) when it is a link or no plain file.
     pub fn acquire(&self, wait: &Wait) -> Result<LeaseGuard> {
         let found = Found { lease: &self.0, owner: None };
-        trace::acquire(&found, || self.0.acquire(wait))
+        telemetry::acquire(&found, || self.0.acquire(wait))
     }
 
     #[cfg(feature = "tokio")]
     async fn take_async(&self, wait: &Wait) -> Result<LeaseGuard> {
         let (lease, found) = (self.0.clone(), Found { lease: &self.0, owner: None });
-        trace::acquire_async(&found, awaiting::on_a_thread(wait, &found, move |wait| lease.acquire(wait))).await
+        telemetry::acquire_async(&found, blocking::on_a_thread(wait, &found, move |wait| lease.acquire(wait))).await
     }
 
     /// Who holds the lease now; `None` when nobody does, or nothing tells who. By the time it returns it may already
@@ -377,7 +377,7 @@ impl Inner {
         if let Some(patience) = patience.as_ref().filter(|_| self.waiters.is_awaited()) {
             found.owner = self.waiters.holder();
             waits = true;
-            trace::waiting(&found);
+            telemetry::waiting(&found);
             self.queue_up(waiter, patience, &mut found)?;
         }
         loop {
@@ -410,7 +410,7 @@ impl Inner {
                     match &patience {
                         Some(patience) => {
                             if !mem::replace(&mut waits, true) {
-                                trace::waiting(&found);
+                                telemetry::waiting(&found);
                             }
                             if self.queue_up(waiter, patience, &mut found)? {
                                 self.park(&seen, patience, &found)?;
@@ -681,7 +681,7 @@ impl LeaseGuard {
     #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
     pub async fn release_async(self) -> Result<()> {
         let held = self.held.clone();
-        awaiting::elsewhere_do(&*held, move || self.release()).await
+        blocking::elsewhere_do(&*held, move || self.release()).await
     }
 
     /// Whether the previous owner did not release: it died, or was silent for its ttl, or its record was damaged.

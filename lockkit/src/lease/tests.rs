@@ -7,7 +7,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Instant;
 
-use super::record::{Content, Record, SIZE};
+use super::format::{Content, Record, SIZE};
 use super::*;
 use crate::sys::flock;
 use crate::wait::CancelToken;
@@ -36,7 +36,7 @@ impl TestDir {
     }
 
     fn record(&self) -> Record {
-        match record::parse(&fs::read(self.path()).unwrap()) {
+        match format::parse(&fs::read(self.path()).unwrap()) {
             Content::Ours(record) => *record,
             other => panic!("{other:?}"),
         }
@@ -205,7 +205,7 @@ fn damage_is_held_while_fresh_and_then_reclaimed() {
 fn foreign_file_is_refused_at_once_and_stays() {
     let directory = TestDir::new();
     let lease = directory.lease().invalid_pid_lock_stale_threshold(MS * 50).build().unwrap();
-    let seen = Seen::new(record::print(b"4242\n"));
+    let seen = Seen::new(format::print(b"4242\n"));
     for foreign in ["4242\n", "\n", "{}", &"x".repeat(3000), &"\0".repeat(SIZE + 1)] {
         fs::write(directory.path(), foreign).unwrap();
         let began = Instant::now();
@@ -278,7 +278,7 @@ fn a_holder_mends_a_record_that_was_spoilt_or_deleted() {
     for spoil in spoil {
         spoil();
         eventually("it is mended", || {
-            fs::read(directory.path()).is_ok_and(|bytes| matches!(record::parse(&bytes), Content::Ours(_)))
+            fs::read(directory.path()).is_ok_and(|bytes| matches!(format::parse(&bytes), Content::Ours(_)))
         });
         assert_eq!(directory.record().token(), guard.token());
     }

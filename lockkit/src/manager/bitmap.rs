@@ -11,8 +11,8 @@
 //! who has changed a bit and has yet to count it notices that a recount came between, which may have seen the bit or not,
 //! and counts anew.
 
-use super::seam::{AtomicU32, AtomicU64, Ordering};
-use crate::steps::step;
+use super::atomic::{AtomicU32, AtomicU64, Ordering};
+use crate::failpoint::step;
 
 const BITS: u32 = u64::BITS;
 /// What one allocation adds to the count, and one free: the upper half grows with both.

@@ -3,7 +3,7 @@
 //! ```text
 //! next        what kind of directory this is, and the number that the next allocation tries first; locked while anything
 //!             is allocated or freed
-//! 17.lock     lock 17: who holds it (see `named::mark`), and behind that whether it is allocated
+//! 17.lock     lock 17: who holds it (see `named::holder_record`), and behind that whether it is allocated
 //! ```
 //! Holding lock 17 is holding flock on the file `17.lock`. Whether it is allocated is a byte in the file, so a lock
 //! that was freed still has its file as long as somebody holds it. A file is removed only by who holds both it and
@@ -22,11 +22,11 @@ use parking_lot::Mutex;
 
 use super::{Handle, HeldLock, LockManager, ManagedLock, Releases};
 use crate::error::{Error, ErrorKind, Result};
+use crate::failpoint::step;
 use crate::file::{FileGuard, FileLock};
 use crate::lock::Recovered;
-use crate::named::mark::{self, Slate};
+use crate::named::holder_record::{self, Slate};
 use crate::owner::{Liveness, Owner};
-use crate::steps::step;
 use crate::sys::files::{self, DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use crate::sys::fork::{self, NoFork};
 use crate::sys::runtime_dir;
@@ -86,7 +86,7 @@ struct Entry {
 }
 
 /// Where a lock's file says whether it is allocated.
-const ALLOCATED_AT: u64 = mark::BYTES as u64;
+const ALLOCATED_AT: u64 = holder_record::BYTES as u64;
 /// What it says there; anything else is no.
 const ALLOCATED: u8 = b'A';
 
@@ -308,7 +308,7 @@ impl TableFileLock {
 
     pub(super) fn acquire(&self, wait: &Wait) -> Result<(TableFileHold, Option<Box<Recovered>>)> {
         let mut guard = self.file.acquire_as(wait, self)?;
-        let recovered = guard.write(mark::take)?;
+        let recovered = guard.write(holder_record::take)?;
         let no_fork = NoFork::hold();
         let mut held = self.directory.held.lock();
         held.turns += 1;
@@ -413,7 +413,7 @@ impl Subject for TableFileLock {
     }
 
     fn holder(&self) -> Option<Owner> {
-        let owner = mark::holder(&File::open(self.file.path()).ok()?)?;
+        let owner = holder_record::holder(&File::open(self.file.path()).ok()?)?;
         (owner.liveness_by_name() != Liveness::Dead).then_some(owner)
     }
 }

@@ -10,28 +10,28 @@
 //!
 //! [loom]: https://docs.rs/loom
 
+mod atomic;
 #[cfg_attr(not(all(target_os = "linux", not(loom))), allow(dead_code))]
 mod bitmap;
 mod file;
 mod memory;
-mod seam;
+#[cfg_attr(not(all(target_os = "linux", not(loom))), allow(dead_code))]
+mod raw_lock;
 #[cfg(all(target_os = "linux", not(loom)))]
 mod shm;
 #[cfg(not(all(target_os = "linux", not(loom))))]
-#[path = "shm_absent.rs"]
+#[path = "unsupported.rs"]
 mod shm;
-#[cfg_attr(not(all(target_os = "linux", not(loom))), allow(dead_code))]
-mod word;
 
 use std::fmt;
 
 #[cfg(feature = "tokio")]
-use crate::awaiting;
+use crate::blocking;
 use crate::error::Result;
 use crate::lock::{Guard, Recovered, lock_methods};
 use crate::owner::Owner;
 use crate::sys::fork;
-use crate::trace;
+use crate::telemetry;
 use crate::wait::{Subject, Wait};
 
 pub use file::FileLockManager;
@@ -211,7 +211,7 @@ impl AnyHold for Traced {
     fn release(&mut self) -> Result<()> {
         let released = self.guard.give_back();
         if self.generation.take() == Some(fork::generation()) {
-            trace::released(self.lock.subject());
+            telemetry::released(self.lock.subject());
         }
         released
     }
@@ -262,7 +262,7 @@ impl ManagedLock {
     #[inline]
     pub fn acquire(&self, wait: &Wait) -> Result<ManagedGuard> {
         // What thousands of locks mostly are, in shared memory and free, is worth a few instructions in the caller.
-        if let (false, Handle::Shm(lock)) = (trace::is_on(), &self.0) {
+        if let (false, Handle::Shm(lock)) = (telemetry::is_on(), &self.0) {
             if let Some(taken) = lock.acquire_free(wait) {
                 return Ok(ManagedGuard(Hold::Lean(taken)));
             }
@@ -279,14 +279,14 @@ impl ManagedLock {
     #[cold]
     #[inline(never)]
     fn acquire_traced(&self, wait: &Wait) -> Result<ManagedGuard> {
-        trace::acquire(self.subject(), || self.take(wait))
+        telemetry::acquire(self.subject(), || self.take(wait))
     }
 
     #[cfg(feature = "tokio")]
     async fn take_async(&self, wait: &Wait) -> Result<ManagedGuard> {
         let lock = self.clone();
-        let taking = awaiting::at_once_or_on_a_thread(wait, self.subject(), move |wait| lock.take(wait));
-        trace::acquire_async(self.subject(), taking).await
+        let taking = blocking::at_once_or_on_a_thread(wait, self.subject(), move |wait| lock.take(wait));
+        telemetry::acquire_async(self.subject(), taking).await
     }
 
     fn subject(&self) -> &dyn Subject {
@@ -301,7 +301,7 @@ impl ManagedLock {
         let guard = ManagedGuard(self.acquire_any(wait)?);
         // So the release, where nobody listens, has nothing to ask.
         #[cfg(feature = "tracing")]
-        if trace::is_on() {
+        if telemetry::is_on() {
             let traced = Traced { lock: self.clone(), guard, generation: Some(fork::generation()) };
             return Ok(ManagedGuard(Hold::Full(Box::new(traced))));
         }

@@ -1,6 +1,6 @@
 //! A table of locks in shared memory.
 //!
-//! The layout stands in [`table`], the lock word in [`word`], the allocation in [`bitmap`]; here is what ties them
+//! The layout stands in [`layout`], the lock word in [`raw_lock`], the allocation in [`bitmap`]; here is what ties them
 //! together: files, processes and sleeping.
 //!
 //! A process takes a *slot* of the table and keeps a kernel lock on the slot's first byte for as long as it lives. A
@@ -32,15 +32,15 @@ use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 
 use super::bitmap::{self, Bitmap};
-use super::word::{self, Fairness, OWNER, Slept, Taken, World};
+use super::raw_lock::{self, Fairness, OWNER, Slept, Taken, World};
 use super::{Handle, HeldLock, LockManager, ManagedLock, Releases};
 use crate::error::{Error, ErrorKind, Result};
+use crate::failpoint::step;
 use crate::lock::Recovered;
-use crate::named::mark;
+use crate::named::holder_record;
 use crate::owner::Owner;
-use crate::steps::step;
 use crate::sys::fork::{self, NoFork, Shielded};
-use crate::sys::table::{self, Cell, LOCKS_PER_PAGE, MOST, SLOTS, Shape, Table};
+use crate::sys::layout::{self, Cell, LOCKS_PER_PAGE, MOST, SLOTS, Shape, Table};
 use crate::sys::{futex, ofd, runtime_dir};
 use crate::wait::{Backoff, GaveUp, Patience, Subject, Wait};
 
@@ -270,7 +270,7 @@ fn make(path: &Path, capacity: u32) -> Result<()> {
     reserve(&file, shape.bitmaps()).map_err(failed)?;
     step("room for the bitmaps reserved");
     let failed_io = |error| Error::io("create", path, error);
-    file.write_all_at(&table::header(capacity), 0).map_err(failed_io)?;
+    file.write_all_at(&layout::header(capacity), 0).map_err(failed_io)?;
     step("table written");
     // Else a crash of the system could leave the name without what belongs to it. In memory it costs nothing.
     file.sync_all().map_err(failed_io)?;
@@ -461,7 +461,7 @@ impl Attached {
         let slot = self.table.slots().get((owner & SLOT).checked_sub(1)? as usize)?;
         let same = || slot.generation.load(Ordering::Acquire) & GENERATION == owner >> SLOT_BITS;
         // The generation changes before the record does.
-        same().then(|| mark::holder(&slot.record)).flatten().filter(|_| same())
+        same().then(|| holder_record::holder(&slot.record)).flatten().filter(|_| same())
     }
 
     fn describe(&self) -> String {
@@ -514,7 +514,7 @@ fn check(path: &Path, file: &File) -> Result<((u64, u64), u32)> {
     let mut header = [0; 20];
     match file.read_exact_at(&mut header, 0) {
         Ok(()) => {
-            let capacity = table::capacity(&header, found.len()).map_err(mismatch)?;
+            let capacity = layout::capacity(&header, found.len()).map_err(mismatch)?;
             Ok(((found.dev(), found.ino()), capacity))
         }
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(mismatch("it is too short")),
@@ -551,7 +551,7 @@ fn take_slot(table: &Table, path: &Path, file: &File) -> Result<u64> {
         fence(Ordering::SeqCst);
         let generation = generation & GENERATION;
         step("slot of a new generation");
-        mark::take(&slot.record);
+        holder_record::take(&slot.record);
         return Ok(fork | u64::from(generation << SLOT_BITS | (at + 1)));
     }
     Err(ErrorKind::TooManyProcesses { table: format!("the lock table {}", path.display()), most: SLOTS }.into())
@@ -603,13 +603,13 @@ impl ShmLock {
     #[inline]
     pub(super) fn acquire_free(&self, wait: &Wait) -> Option<ShmHold> {
         let owner = self.table.known_me()?;
-        (wait.is_bare() && word::take_free(&self.cell.word, owner)).then(|| self.begin(owner))
+        (wait.is_bare() && raw_lock::take_free(&self.cell.word, owner)).then(|| self.begin(owner))
     }
 
     pub(super) fn acquire(&self, wait: &Wait) -> Result<(ShmHold, Option<Box<Recovered>>)> {
         wait.check(self)?;
         let owner = self.table.me()?;
-        let taken = match word::take_free(&self.cell.word, owner) {
+        let taken = match raw_lock::take_free(&self.cell.word, owner) {
             true => Taken::Clean,
             false => self.acquire_held(owner, wait)?,
         };
@@ -635,7 +635,7 @@ impl ShmLock {
     fn acquire_held(&self, owner: u32, wait: &Wait) -> Result<Taken> {
         let word = &self.cell.word;
         let Some(patience) = wait.patience_for(self) else {
-            return word::take_now(word, owner, |owner| self.table.is_dead(owner)).ok_or_else(|| self.held());
+            return raw_lock::take_now(word, owner, |owner| self.table.is_dead(owner)).ok_or_else(|| self.held());
         };
         let mut sleeper = Sleeper {
             lock: *self,
@@ -644,10 +644,10 @@ impl ShmLock {
             tick: FIRST_TICK,
         };
         let is_dead = |owner| self.table.is_dead(owner);
-        word::take(word, owner, &mut sleeper).or_else(|stopped| match stopped {
+        raw_lock::take(word, owner, &mut sleeper).or_else(|stopped| match stopped {
             // Its time is over and it tries once more: also what is kept for those who wait, among whom it was.
             Stopped::GaveUp(GaveUp::TimedOut) => {
-                word::take_now(word, owner, is_dead).ok_or_else(|| patience.error(GaveUp::TimedOut, self))
+                raw_lock::take_now(word, owner, is_dead).ok_or_else(|| patience.error(GaveUp::TimedOut, self))
             }
             Stopped::GaveUp(gave_up) => Err(patience.error(gave_up, self)),
             Stopped::Failed(error) => Err(Error::io("wait on a lock of", &self.table.path, error)),
@@ -671,7 +671,7 @@ impl ShmLock {
     /// Who holds the lock, unless it has died.
     fn living_owner(&self, known: &mut HashMap<u32, Option<Owner>>) -> Option<Owner> {
         let held_by = self.cell.word.load(Ordering::Acquire) & OWNER;
-        if held_by == word::FREE {
+        if held_by == raw_lock::FREE {
             return None;
         }
         let look = || if self.table.is_dead(held_by) { None } else { self.table.owner(held_by) };
@@ -720,7 +720,7 @@ impl ShmHold {
             self.cell.since.store(0, Ordering::Relaxed);
         }
         // By value, here and below: a guard whose address nobody gets can stay in registers.
-        match mine && word::release(&self.cell.word, owner, self.cell) {
+        match mine && raw_lock::release(&self.cell.word, owner, self.cell) {
             true => Ok(()),
             false => Err(Self::not_locked(self.cell)),
         }
@@ -840,7 +840,7 @@ impl World for Sleeper<'_> {
         let until = nanos(ClockId::Monotonic) + LONGEST.as_nanos() as u64;
         while nanos(ClockId::Monotonic) < until {
             for _ in 0..32 {
-                if word.load(Ordering::Relaxed) & OWNER == word::FREE {
+                if word.load(Ordering::Relaxed) & OWNER == raw_lock::FREE {
                     return;
                 }
                 std::hint::spin_loop();

@@ -1,7 +1,7 @@
 //! A named lock as a file in a private directory, locked with flock.
 //!
 //! The directory stands at a fixed place (see [`runtime_dir`](crate::sys::runtime_dir)). The file holds the record of its holder
-//! (see [`mark`]), and is never deleted. While a lock of it is in use a user's directory itself is locked, shared: that is
+//! (see [`holder_record`]), and is never deleted. While a lock of it is in use a user's directory itself is locked, shared: that is
 //! how [systemd-tmpfiles] is told to leave a directory's files alone.
 //!
 //! [systemd-tmpfiles]: https://systemd.io/TEMPORARY_DIRECTORIES/
@@ -12,12 +12,12 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::mark::{self, Slate};
+use super::holder_record::{self, Slate};
 use crate::error::{Error, Result};
+use crate::failpoint::step;
 use crate::file::{FileGuard, FileLock};
 use crate::lock::Recovered;
 use crate::owner::{Liveness, Owner};
-use crate::steps::step;
 use crate::sys::files::{self, OpenOptionsExt};
 use crate::sys::flock;
 use crate::sys::fork::Shielded;
@@ -52,16 +52,16 @@ impl NamedFileLock {
             }
             acquired => acquired?,
         };
-        let recovered = guard.write(mark::take)?;
+        let recovered = guard.write(holder_record::take)?;
         Ok((guard, recovered))
     }
 
     /// The locks that are held now: name, owner and number of waiters. Makes nothing.
     pub(super) fn list(sharing: Sharing) -> Vec<(String, Option<Owner>, u32)> {
         let Some(directory) = runtime_dir::path(sharing) else { return Vec::new() };
-        let mut living = mark::Living::default();
+        let mut living = holder_record::Living::default();
         #[cfg(target_os = "linux")]
-        let table = crate::flocks::FileLocks::of_table();
+        let table = crate::proc_locks::FileLocks::of_table();
         let mut held = |entry: std::io::Result<std::fs::DirEntry>| {
             let entry = entry.ok()?;
             let file = entry.file_name().into_string().ok()?;
@@ -117,7 +117,7 @@ impl NamedFileLock {
         options.read(true).custom_flags(files::NOFOLLOW | files::NONBLOCK);
         match files::open(&options, &path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Ok(file) => Ok(mark::holder(&file)),
+            Ok(file) => Ok(holder_record::holder(&file)),
             Err(error) => Err(Error::io("open", &path, error)),
         }
     }
@@ -133,7 +133,7 @@ impl NamedFileLock {
         }
         #[cfg(target_os = "linux")]
         if runtime_dir::path(self.sharing).is_some() {
-            let on = crate::flocks::FileLocks::of_table().on(&self.path()?);
+            let on = crate::proc_locks::FileLocks::of_table().on(&self.path()?);
             return Ok(on.is_ok_and(|on| on.flock.is_some()));
         }
         Ok(false)

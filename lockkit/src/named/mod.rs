@@ -4,10 +4,10 @@
 //! named mutex (`windows`), or a locked file in a private directory (`file`, everywhere else, and on request). What a holder
 //! that dies leaves for the next one to find is the same small record for all of them (`mark`).
 
-#[cfg(target_os = "linux")]
-mod abstracts;
 mod file;
-pub(crate) mod mark;
+pub(crate) mod holder_record;
+#[cfg(target_os = "linux")]
+mod proc_net_unix;
 #[cfg(target_os = "linux")]
 mod records;
 #[cfg(target_os = "linux")]
@@ -20,7 +20,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 #[cfg(feature = "tokio")]
-use crate::awaiting;
+use crate::blocking;
 #[cfg(unix)]
 use crate::error::Error;
 use crate::error::Result;
@@ -29,7 +29,7 @@ use crate::name;
 use crate::owner::Owner;
 use crate::sys::fork;
 use crate::sys::runtime_dir::{self, Sharing};
-use crate::trace;
+use crate::telemetry;
 use crate::wait::{Subject, Wait};
 
 /// Who shares a name.
@@ -301,12 +301,12 @@ impl NamedLock {
     /// [`Insecure`](crate::ErrorKind::Insecure) when that directory is open to others;
     /// [`Io`](crate::ErrorKind::Io) when the system refuses, as when no descriptor is left.
     pub fn acquire(&self, wait: &Wait) -> Result<NamedGuard> {
-        trace::acquire(&*self.0, || self.take(wait))
+        telemetry::acquire(&*self.0, || self.take(wait))
     }
 
     #[cfg(feature = "tokio")]
     async fn take_async(&self, wait: &Wait) -> Result<NamedGuard> {
-        trace::acquire_async(&*self.0, async {
+        telemetry::acquire_async(&*self.0, async {
             match &self.0.engine {
                 #[cfg(target_os = "linux")]
                 Engine::Socket(engine) => {
@@ -315,7 +315,7 @@ impl NamedLock {
                 }
                 _ => {
                     let lock = self.clone();
-                    awaiting::at_once_or_on_a_thread(wait, &*self.0, move |wait| lock.take(wait)).await
+                    blocking::at_once_or_on_a_thread(wait, &*self.0, move |wait| lock.take(wait)).await
                 }
             }
         })
@@ -544,7 +544,7 @@ impl NamedGuard {
             (Engine::Socket(engine), _) => engine.name_holder(owner),
             #[cfg(windows)]
             (Engine::Mutex(engine), _) => engine.name_holder(owner),
-            (Engine::File(_), Some(Hold::File(file))) => mark::name(file.file(), owner),
+            (Engine::File(_), Some(Hold::File(file))) => holder_record::name(file.file(), owner),
             (Engine::File(_), _) => {}
         }
     }
@@ -592,7 +592,7 @@ impl NamedGuard {
             #[cfg(any(target_os = "linux", windows))]
             _ => unreachable!("a hold belongs to the engine that made it"),
         };
-        trace::released(&*self.named);
+        telemetry::released(&*self.named);
         released
     }
 }

@@ -1,6 +1,6 @@
 //! The records of the holders of all locks on sockets: one table for each user, and one for the machine.
 //!
-//! A record identifies the holder of a lock, or the process that died holding it (see [`mark`](super::mark)). The record excludes no process: where a
+//! A record identifies the holder of a lock, or the process that died holding it (see [`holder_record`](super::holder_record)). The record excludes no process: where a
 //! record is lost, a report is lost.
 //!
 //! # Guarantees
@@ -49,16 +49,16 @@ use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
-use super::mark::{self, ACQUIRED, IDENTITY, NAMESPACE, PID, PROGRAM, SUM, WORDS, Words};
+use super::holder_record::{self, ACQUIRED, IDENTITY, NAMESPACE, PID, PROGRAM, SUM, WORDS, Words};
 use crate::error::{Error, Result};
+use crate::failpoint::step;
 use crate::lock::Recovered;
 use crate::owner::Owner;
-use crate::steps::step;
 use crate::sys::fork::Shielded;
 use crate::sys::mapping::Mapping;
 use crate::sys::per_process::PerProcess;
 use crate::sys::runtime_dir::{self, RuntimeDir, Sharing};
-use crate::sys::{files, flock, unnamed};
+use crate::sys::{files, flock, tmpfile};
 
 /// The file's name, with the version of the format.
 const FILE: &str = "records-1";
@@ -144,16 +144,16 @@ impl Mark {
     /// Records that this process holds the lock. For a holder that bound the name: returns the process that died holding the lock before.
     /// One to which the lock was handed over follows a holder that released.
     pub(super) fn take(&self, has_bound: bool) -> Option<Box<Recovered>> {
-        let before = mark::with_current(|record| self.put(record, WRITTEN));
+        let before = holder_record::with_current(|record| self.put(record, WRITTEN));
         step("holder written down");
         let died = before.filter(|before| has_bound && before.is_of(self.key) && before.state() == WRITTEN)?;
-        let owner = mark::owner_of(&died.words).or_else(|| copied(self.records.slot(died.at)?));
+        let owner = holder_record::owner_of(&died.words).or_else(|| copied(self.records.slot(died.at)?));
         Some(Box::new(Recovered::new(owner)))
     }
 
     /// Records that `owner` holds the lock: a process for which this one has taken it.
     pub(super) fn name(&self, owner: &Owner) {
-        self.put(&mark::encode(owner), WRITTEN);
+        self.put(&holder_record::encode(owner), WRITTEN);
     }
 
     /// Records that the lock is about to be handed over to the process of this record.
@@ -189,7 +189,7 @@ impl Mark {
             match seen.state() {
                 WIPED => return None,
                 WRITTEN | HANDED => {
-                    if let Some(owner) = mark::owner_of(&seen.words) {
+                    if let Some(owner) = holder_record::owner_of(&seen.words) {
                         return Some(owner);
                     }
                 }
@@ -281,7 +281,7 @@ struct Records {
     path: PathBuf,
     /// Device and inode of the file.
     file: (u64, u64),
-    /// When the path was last found to lead to the file, as [`mark::now`] counts.
+    /// When the path was last found to lead to the file, as [`holder_record::now`] counts.
     checked: AtomicU64,
     store: Store,
 }
@@ -358,22 +358,22 @@ impl Records {
             Some(Store::Mapped { header, levels: [const { OnceLock::new() }; MAX_LEVELS as usize] })
         };
         let file_id = identity(&found);
-        let store = if private && unnamed::is_in_memory(&file) { mapped() } else { None };
+        let store = if private && tmpfile::is_in_memory(&file) { mapped() } else { None };
         let store = match store {
             Some(store) => store,
             // A mapped table is not written by system calls, too: the exchanges of word 0 would not be seen.
-            None if private && unnamed::is_in_memory(&file) => {
+            None if private && tmpfile::is_in_memory(&file) => {
                 return Err(failed(std::io::ErrorKind::InvalidData.into()));
             }
             None => Store::File(Opened::new(file)),
         };
-        Ok(Self { sharing, base, path, file: file_id, checked: AtomicU64::new(mark::now()), store })
+        Ok(Self { sharing, base, path, file: file_id, checked: AtomicU64::new(holder_record::now()), store })
     }
 
     /// Whether the file is still what the path leads to, as of some milliseconds ago at most.
     fn is_there(&self) -> bool {
         const RECHECK_INTERVAL: Duration = Duration::from_millis(10);
-        let now = mark::now();
+        let now = holder_record::now();
         let age = now.abs_diff(self.checked.load(Ordering::Relaxed));
         if u128::from(age) < RECHECK_INTERVAL.as_nanos() {
             return true;
@@ -467,7 +467,7 @@ impl Records {
     /// The slot of the lock with this key; if there is none and it is `to_claim`, one that can be taken for the lock.
     fn locate(&self, key: u64, to_claim: bool) -> Option<Seen> {
         let mut vacant = None;
-        let mut living = mark::Living::default();
+        let mut living = holder_record::Living::default();
         let levels = self.levels()?;
         for level in 0..levels {
             let first = bucket_of(key, level);
@@ -538,7 +538,7 @@ impl Records {
             Store::File(opened) => {
                 let mut bytes = [0; (ACQUIRED + 1) * WORD];
                 let words = [word].into_iter().chain(record[IDENTITY.start..ACQUIRED].iter().copied());
-                for (bytes, word) in bytes.chunks_exact_mut(WORD).zip(words.chain([mark::now()])) {
+                for (bytes, word) in bytes.chunks_exact_mut(WORD).zip(words.chain([holder_record::now()])) {
                     bytes.copy_from_slice(&word.to_ne_bytes());
                 }
                 opened.last().file.write_all_at(&bytes, u64::from(seen.at) * SLOT as u64).is_ok()
@@ -577,7 +577,7 @@ impl Records {
                 continue;
             }
             for words in bucket.iter().filter(|words| [WRITTEN, HANDED].contains(&(words[0] & STATE))) {
-                holders.extend(mark::owner_of(words).map(|owner| (words[0] & KEY, owner)));
+                holders.extend(holder_record::owner_of(words).map(|owner| (words[0] & KEY, owner)));
             }
         }
         holders
@@ -615,7 +615,7 @@ fn write_slot(slot: &[AtomicU64], before: u64, word: u64, record: &Words) -> boo
     for (word, value) in slot[..ACQUIRED].iter().zip(record).skip(1) {
         word.store(*value, Ordering::Relaxed);
     }
-    slot[ACQUIRED].store(mark::now(), Ordering::Relaxed);
+    slot[ACQUIRED].store(holder_record::now(), Ordering::Relaxed);
     step("words of a record written");
     slot[0].store(word, Ordering::Release);
     true
@@ -626,7 +626,7 @@ fn write_slot(slot: &[AtomicU64], before: u64, word: u64, record: &Words) -> boo
 #[cold]
 fn copy(slot: &[AtomicU64]) {
     let record: Words = std::array::from_fn(|at| slot[at].load(Ordering::Relaxed));
-    if record[SUM] == mark::sum(&record) {
+    if record[SUM] == holder_record::sum(&record) {
         for (at, copy) in COPIED.zip(&slot[ACQUIRED + 1..]) {
             copy.store(record[at], Ordering::Relaxed);
         }
@@ -636,14 +636,14 @@ fn copy(slot: &[AtomicU64]) {
 /// The dead holder whose record was being overwritten.
 fn copied(slot: &[AtomicU64]) -> Option<Owner> {
     // Of this boot, as the memory of the table.
-    let mut record = mark::with_current(|own| *own);
+    let mut record = holder_record::with_current(|own| *own);
     record[PROGRAM].fill(0);
     record[ACQUIRED] = 0;
     for (at, copy) in COPIED.zip(&slot[ACQUIRED + 1..]) {
         record[at] = copy.load(Ordering::Relaxed);
     }
-    record[SUM] = mark::sum(&record);
-    mark::owner_of(&record)
+    record[SUM] = holder_record::sum(&record);
+    holder_record::owner_of(&record)
 }
 
 /// Reads a slot as it is at one moment, unless its writer takes too long.
@@ -670,8 +670,8 @@ fn bucket_of(key: u64, level: u32) -> u32 {
 
 /// Whether the holder of a record is dead.
 #[cold]
-fn is_left(seen: &Seen, living: &mut mark::Living) -> bool {
-    mark::owner_of(&seen.words).is_some_and(|owner| !living.has(&owner))
+fn is_left(seen: &Seen, living: &mut holder_record::Living) -> bool {
+    holder_record::owner_of(&seen.words).is_some_and(|owner| !living.has(&owner))
 }
 
 /// Whether the file, which was `length` bytes long, has memory for all of this many, which are reserved if not.
@@ -724,21 +724,21 @@ mod tests {
         let record = |pid| {
             let mut owner = Owner::current();
             owner.pid = pid;
-            mark::encode(&owner)
+            holder_record::encode(&owner)
         };
         let words = || -> Words { std::array::from_fn(|at| slot[at].load(Ordering::Relaxed)) };
         assert!(write_slot(&slot, 0, word_after(0, key, WRITTEN), &record(7)));
-        assert_eq!(mark::owner_of(&words()).unwrap().pid(), 7);
+        assert_eq!(holder_record::owner_of(&words()).unwrap().pid(), 7);
         for _ in 0..2 {
             // It follows a death, and is killed when it has written a word.
             copy(&slot);
             slot[IDENTITY.start].store(8, Ordering::Relaxed);
-            assert_eq!(mark::owner_of(&words()), None);
+            assert_eq!(holder_record::owner_of(&words()), None);
             assert_eq!(copied(&slot).unwrap().pid(), 7);
         }
         let before = slot[0].load(Ordering::Relaxed);
         assert!(write_slot(&slot, before, word_after(before, key, WRITTEN), &record(9)));
-        assert_eq!(mark::owner_of(&words()).unwrap().pid(), 9);
+        assert_eq!(holder_record::owner_of(&words()).unwrap().pid(), 9);
     }
 
     #[test]

@@ -28,15 +28,15 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
-use super::abstracts::Sockets;
-use super::mark::{self, IDENTITY, SUM, Words};
+use super::holder_record::{self, IDENTITY, SUM, Words};
+use super::proc_net_unix::Sockets;
 use super::records::{Holders, Mark};
 #[cfg(feature = "tokio")]
-use crate::awaiting;
+use crate::blocking;
 use crate::error::{Error, ErrorKind, Result};
+use crate::failpoint::step;
 use crate::lock::Recovered;
 use crate::owner::{Liveness, Owner};
-use crate::steps::step;
 use crate::sys::clock::nanos;
 use crate::sys::fork::{self, Shielded};
 use crate::sys::runtime_dir::{self, Sharing};
@@ -136,7 +136,7 @@ impl<'l> Turn<'l> {
             }
             self.queued = self.lock.queue_up(self.subject)?;
             if let Some(queued) = self.queued.as_ref().filter(|_| !self.is_brief) {
-                mark::with_current(|record| seqpacket::announce(&queued.connection, &announcement(record)));
+                holder_record::with_current(|record| seqpacket::announce(&queued.connection, &announcement(record)));
                 if let Some(mark) = self.lock.mark() {
                     mark.count_waiter();
                 }
@@ -189,7 +189,7 @@ impl SocketLock {
         let prefix = prefix(sharing);
         let sockets = Sockets::read()?;
         let mut holders = Holders::read(sharing);
-        let mut living = mark::Living::default();
+        let mut living = holder_record::Living::default();
         let held = sockets.bound().filter_map(|(address, queue)| {
             let name = address.strip_prefix(&prefix)?;
             let owner = holders.of(name).filter(|owner| living.has(owner));
@@ -225,7 +225,7 @@ impl SocketLock {
     /// passes this waiter over, or the kernel closes the socket that was on its way here.
     #[cfg(feature = "tokio")]
     pub(super) async fn acquire_async(&self, wait: &Wait, subject: &dyn Subject) -> Result<Taken> {
-        awaiting::check_runtime()?;
+        blocking::check_runtime()?;
         if let Some(taken) = self.acquire_free(wait, subject)? {
             return Ok(taken);
         }
@@ -235,7 +235,7 @@ impl SocketLock {
                 Attempt::Taken(taken) => return Ok(taken),
                 Attempt::Sleep(pause) => pause,
             };
-            let readable = awaiting::readable(turn.descriptor());
+            let readable = blocking::readable(turn.descriptor());
             let waited = turn.patience.wait_async(readable, pause).await?;
             if let Some(taken) = turn.wake(waited)? {
                 return Ok(taken);
@@ -377,16 +377,16 @@ impl SocketLock {
         // A process that only asks for the owner announces nothing, and would keep the lock if it were stopped.
         let length = seqpacket::announced(waiter, &mut announced).filter(|length| *length > 0)?;
         let record = (length == ANNOUNCEMENT).then(|| record_of(&announced));
-        let is_whole = |record: &Words| record[SUM] == mark::sum(record);
+        let is_whole = |record: &Words| record[SUM] == holder_record::sum(record);
         // The kernel's word on the pid counts, where both number processes in the same way.
         let is_right = |record: &Words| {
-            mark::with_current(|own| {
-                let [pid, namespace] = [mark::PID, mark::NAMESPACE].map(|at| (record[at], own[at]));
+            holder_record::with_current(|own| {
+                let [pid, namespace] = [holder_record::PID, holder_record::NAMESPACE].map(|at| (record[at], own[at]));
                 (pid.0 == u64::from(peer.pid)) == (namespace.0 == namespace.1)
             })
         };
         let record = record.filter(|record| is_whole(record) && is_right(record));
-        Some(record.unwrap_or_else(|| mark::encode(&Owner::by_pid(peer.pid))))
+        Some(record.unwrap_or_else(|| holder_record::encode(&Owner::by_pid(peer.pid))))
     }
 
     /// Writes down that `owner` holds the lock.

@@ -4,7 +4,7 @@
 //! takes the mutex, sleeps, and gives it back: the waiting is done there, too, together with the cancel event and the
 //! limit, and a waiter that gives up ends its thread. The kernel wakes waiters, mostly first come, first served, and
 //! gives them the mutex of a thread that has died (`WAIT_ABANDONED`). Where nobody has the mutex open it is gone, and
-//! with it the word of a death; so the record ([`mark`]) stands in a file, and tells of deaths in any case.
+//! with it the word of a death; so the record ([`holder_record`]) stands in a file, and tells of deaths in any case.
 
 use std::fs::File;
 use std::os::windows::io::AsHandle;
@@ -13,11 +13,11 @@ use std::sync::{Arc, OnceLock};
 use std::thread::{Builder, JoinHandle};
 use std::time::Instant;
 
-use super::mark::{self, Slate};
+use super::holder_record::{self, Slate};
 use crate::error::{Error, Result};
+use crate::failpoint::step;
 use crate::lock::Recovered;
 use crate::owner::{Liveness, Owner};
-use crate::steps::step;
 use crate::sys::event::{self, Event};
 use crate::sys::mutex::{self, Mutex, Taken};
 use crate::sys::runtime_dir::{self, Sharing};
@@ -78,7 +78,7 @@ impl MutexLock {
             }
         }
         step("mutex taken");
-        let recovered = self.record().and_then(mark::take);
+        let recovered = self.record().and_then(holder_record::take);
         // Who died may not have come to writing down that it holds, or may have had no record to write to.
         let somebody = || (taken == Taken::Abandoned).then(|| Box::new(Recovered::new(None)));
         Ok((hold, recovered.or_else(somebody)))
@@ -125,7 +125,7 @@ impl MutexLock {
     /// Writes down that `owner` holds the lock.
     pub(super) fn name_holder(&self, owner: &Owner) {
         if let Some(record) = self.record() {
-            mark::name(record, owner);
+            holder_record::name(record, owner);
         }
     }
 
@@ -133,7 +133,7 @@ impl MutexLock {
         let path = runtime_dir::path(self.sharing)
             .map(|_| runtime_dir::open(self.sharing).ok())??
             .file(&record_of(&self.name));
-        let owner = mark::holder(&File::open(path).ok()?)?;
+        let owner = holder_record::holder(&File::open(path).ok()?)?;
         (owner.liveness_by_name() != Liveness::Dead).then_some(owner)
     }
 

@@ -28,7 +28,7 @@ use crate::file::beginning;
 use crate::owner::{Liveness, Owner};
 use crate::sys::files::{self, Seen};
 use crate::sys::process::{self, Probe};
-use crate::sys::{unnamed, write_lock, xattr};
+use crate::sys::{tmpfile, write_lock, xattr};
 
 /// For this long after its last write, a blank file may be about to be written.
 const YOUNG: Duration = Duration::from_secs(2);
@@ -179,7 +179,7 @@ pub(super) fn living(pid: u32, file: &File, seen: &Seen) -> Option<Owner> {
 fn started_later(start: u64, file: &File, seen: &Seen) -> Option<bool> {
     let written = seen.modified().ok()?;
     // Nothing in memory is older than the boot: the clock was set forward since, and tells nothing.
-    let clock_was_set = written < process::booted_at()? && unnamed::is_in_memory(file);
+    let clock_was_set = written < process::booted_at()? && tmpfile::is_in_memory(file);
     Some(!clock_was_set && process::started_at(start)? > written.checked_add(REUSE_MARGIN)?)
 }
 
@@ -211,7 +211,7 @@ fn read_settled(file: &File) -> io::Result<Vec<u8>> {
 /// process that cannot be looked up, and may be one to trust.
 #[cfg(target_os = "linux")]
 fn flock_holder(path: &Path, file: &File, seen: &Seen) -> io::Result<Option<Option<Owner>>> {
-    use crate::flocks::FileLocks;
+    use crate::proc_locks::FileLocks;
     use crate::sys::files::MetadataExt;
     use crate::sys::flock::{self, Mode};
 

@@ -18,18 +18,19 @@
 //! | [`per_process`] | a value that a forked child does not inherit | the heartbeat of leases |
 //! | [`process`] | which process is which, and whether it lives | owners |
 //! | `seqpacket` | abstract sockets that hand themselves over | named locks on Linux |
-//! | [`slot`] | a value that one thread at a time takes | kept descriptors |
+//! | [`atomic_box`] | a value that one thread at a time takes | kept descriptors |
 //! | `stream` | abstract sockets that carry bytes both ways | instances that talk |
 //! | `table` | the layout of a lock table in shared memory | numbered locks |
 //! | `unix_diag` | the sockets that there are, from the kernel | the waiters of a named lock |
 //! | `user` | whether a uid means one user | trust between processes |
-//! | [`unnamed`] | files that are complete before they have a name | pidfiles, leases |
-//! | [`watch`] | being woken when a file changes | waiting for a lease |
+//! | [`tmpfile`] | files that are complete before they have a name | pidfiles, leases |
+//! | [`inotify`] | being woken when a file changes | waiting for a lease |
 //! | [`write_lock`] | a lock that a mere reader of the file cannot take | pidfiles |
 //! | [`xattr`] | extended attributes | the holder of a pidfile |
 
 #![allow(unsafe_code)]
 
+pub(crate) mod atomic_box;
 #[cfg(unix)]
 pub(crate) mod clock;
 #[cfg(all(target_os = "linux", feature = "cli"))]
@@ -50,6 +51,9 @@ pub(crate) mod fork;
 pub(crate) mod freebsd;
 #[cfg(all(target_os = "linux", not(loom)))]
 pub(crate) mod futex;
+pub(crate) mod inotify;
+#[cfg(all(target_os = "linux", not(loom)))]
+pub(crate) mod layout;
 #[cfg(target_os = "linux")]
 pub(crate) mod mapping;
 #[cfg(target_os = "linux")]
@@ -61,17 +65,13 @@ pub(crate) mod process;
 pub(crate) mod runtime_dir;
 #[cfg(target_os = "linux")]
 pub(crate) mod seqpacket;
-pub(crate) mod slot;
 #[cfg(target_os = "linux")]
 pub(crate) mod stream;
-#[cfg(all(target_os = "linux", not(loom)))]
-pub(crate) mod table;
+pub(crate) mod tmpfile;
 #[cfg(target_os = "linux")]
 pub(crate) mod unix_diag;
-pub(crate) mod unnamed;
 #[cfg(target_os = "linux")]
 pub(crate) mod user;
-pub(crate) mod watch;
 #[cfg(windows)]
 mod windows;
 pub(crate) mod write_lock;

@@ -17,7 +17,7 @@ use rustix::fs::{Mode, OFlags, RawMode, fchmod, fstat, mkdir, open as open_at};
 use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::steps::step;
+use crate::failpoint::step;
 
 /// Where the directories of named locks stand. Emptied when the system starts, or cleaned of what is old and not locked;
 /// private to a container, which has its own names anyway.

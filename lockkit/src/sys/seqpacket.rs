@@ -20,7 +20,7 @@ use rustix::net::{
 
 use super::fork::Shielded;
 use super::{event, process, user};
-use crate::steps::step;
+use crate::failpoint::step;
 
 pub(crate) type Address = SocketAddrUnix;
 

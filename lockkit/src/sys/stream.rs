@@ -14,7 +14,7 @@ use rustix::net::{self, RecvFlags, SendFlags, SocketFlags, SocketType};
 
 use super::fork::Shielded;
 use super::seqpacket::{Address, Reached, connect_as, listen_as};
-use crate::steps::step;
+use crate::failpoint::step;
 
 /// A listening socket with the address, or `None` when somebody else has it.
 pub(crate) fn listen_at(address: &Address) -> Result<Option<Shielded>> {

@@ -13,7 +13,7 @@ use super::flock;
 #[cfg(target_os = "linux")]
 use super::ofd;
 #[cfg(target_os = "linux")]
-use crate::steps::step;
+use crate::failpoint::step;
 
 /// Takes the lock if no process has one on the file; says whether it did. The file must be open for writing.
 pub(crate) fn try_lock(file: &File) -> io::Result<bool> {

@@ -1,8 +1,8 @@
-//! The second process of the tests; see `lockkit_tests::actor`, `chaos` and `steps`.
+//! The second process of the tests; see `lockkit_tests::helper_process`, `chaos` and `steps`.
 
-use lockkit_tests::{Spec, actor, chaos, leases, managers, steps, tasks};
+use lockkit_tests::{Spec, async_conformance, chaos, crash_points, helper_process, leases, managers};
 #[cfg(target_os = "linux")]
-use lockkit_tests::{faults, instances, realtime, rogue};
+use lockkit_tests::{fault_injection, hostile, instances, realtime};
 
 fn main() {
     // What an instance is called with may be any bytes.
@@ -15,30 +15,34 @@ fn main() {
     let mut arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     #[cfg(target_os = "linux")]
     if arguments.first() == Some(&"stormed") {
-        faults::raise_a_storm();
+        fault_injection::raise_a_storm();
         arguments.remove(0);
     }
     match arguments[..] {
         #[cfg(target_os = "linux")]
-        ["squat", name] => rogue::squat(name),
+        ["squat", name] => hostile::squat(name),
         #[cfg(target_os = "linux")]
-        ["queue", name] => rogue::queue(name),
+        ["queue", name] => hostile::queue(name),
         #[cfg(target_os = "linux")]
-        ["hand-over", name] => rogue::hand_over(name),
+        ["hand-over", name] => hostile::hand_over(name),
         #[cfg(target_os = "linux")]
-        ["hand-over-stream", name] => rogue::hand_over_another_type(name),
+        ["hand-over-stream", name] => hostile::hand_over_another_type(name),
         #[cfg(target_os = "linux")]
         ["realtime", part, name] => realtime::serve(part, name),
         #[cfg(target_os = "linux")]
         ["intrude", place] => instances::intrude(place),
         #[cfg(target_os = "linux")]
         ["pretend", place] => instances::pretend(place),
-        [spec] => actor::serve(&Spec::parse(spec)),
+        [spec] => helper_process::serve(&Spec::parse(spec)),
         [spec, "chaos", logs, seed] => {
             chaos::take_part(&Spec::parse(spec), logs.as_ref(), seed.parse().expect("a seed"))
         }
         [spec, "stress", counter, rounds] => {
-            lockkit_tests::suite::count_up(&Spec::parse(spec), counter.as_ref(), rounds.parse().expect("a number"));
+            lockkit_tests::conformance::count_up(
+                &Spec::parse(spec),
+                counter.as_ref(),
+                rounds.parse().expect("a number"),
+            );
         }
         ["sleep", seconds] => {
             std::thread::sleep(std::time::Duration::from_secs(seconds.parse().expect("a number")));
@@ -49,13 +53,13 @@ fn main() {
             leases::take_part(&leases::Terms::parse(terms), logs.as_ref(), seed.parse().expect("a seed"));
         }
         #[cfg(target_os = "linux")]
-        [spec, "closed", go] => faults::lock_on_the_standard_descriptors(&Spec::parse(spec), go.as_ref()),
+        [spec, "closed", go] => fault_injection::lock_on_the_standard_descriptors(&Spec::parse(spec), go.as_ref()),
         [spec, "tasks", flavor, rounds] => {
-            tasks::drop_often(&Spec::parse(spec), flavor, rounds.parse().expect("a number"))
+            async_conformance::drop_often(&Spec::parse(spec), flavor, rounds.parse().expect("a number"))
         }
         #[cfg(target_os = "linux")]
-        [spec, "closed-input"] => lockkit_tests::suite::lock_on_descriptor_zero(&Spec::parse(spec)),
-        [spec, "steps", scenario] => steps::play(&Spec::parse(spec), scenario),
+        [spec, "closed-input"] => lockkit_tests::conformance::lock_on_descriptor_zero(&Spec::parse(spec)),
+        [spec, "steps", scenario] => crash_points::play(&Spec::parse(spec), scenario),
         _ => panic!(
             "actor [stormed] sleep SECONDS | squat NAME | queue NAME | hand-over NAME | hand-over-stream NAME | realtime PART NAME | intrude UID/NAME | pretend UID/NAME | instance NAME … | table TABLE | lease TERMS [chaos LOG SEED] | SPEC [chaos LOG SEED | stress COUNTER ROUNDS | tasks FLAVOR ROUNDS | closed-input | closed FILE | steps SCENARIO]"
         ),

@@ -18,8 +18,8 @@ use rustix::process::{Pid, Signal, WaitOptions, kill_process, set_parent_process
 use serde::Serialize;
 
 use crate::failure::{Failure, Outcome, code};
-use crate::look;
-use crate::paint::{BAD, GOOD, ODD, TITLE, paint};
+use crate::report;
+use crate::style::{BAD, GOOD, ODD, TITLE, paint};
 use crate::supervise::Signals;
 
 /// Find out whether the file system of a directory can be trusted with locks, and with which.
@@ -129,9 +129,9 @@ impl Doctor {
         }
         let advice = advise(filesystem, &checks);
         let directory = directory.display().to_string();
-        let report = Report { version: look::VERSION, directory, filesystem, checks, advice };
+        let report = Report { version: report::VERSION, directory, filesystem, checks, advice };
         match self.json {
-            true => look::json(&report)?,
+            true => report::json(&report)?,
             false => report.show()?,
         }
         let unusable = report.advice.iter().filter(|lock| !lock.usable).count();
@@ -503,7 +503,7 @@ fn advise(filesystem: FileSystem, checks: &[Check]) -> Vec<Advice> {
 
 impl Report {
     fn show(&self) -> Result<(), Failure> {
-        look::say(|out| {
+        report::say(|out| {
             let FileSystem { kind, magic, place } = self.filesystem;
             let reach = match place {
                 Reach::Local => "of this machine",
@@ -514,7 +514,7 @@ impl Report {
             writeln!(
                 out,
                 "{} is on {} ({magic:#x}), a file system {reach}.",
-                look::plain(&self.directory),
+                report::plain(&self.directory),
                 paint(TITLE, kind)
             )?;
             for check in &self.checks {

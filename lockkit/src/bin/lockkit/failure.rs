@@ -9,8 +9,8 @@ use std::io::{self, Write};
 
 use lockkit::ErrorKind;
 
-use crate::look::plain;
-use crate::paint;
+use crate::report::plain;
+use crate::style;
 
 /// The exit code of a command that worked, or why not.
 pub(crate) type Outcome = Result<u8, Failure>;
@@ -106,7 +106,7 @@ impl Failure {
             return;
         }
         let mut stderr = anstream::stderr().lock();
-        let (bad, end) = (paint::BAD.render(), paint::BAD.render_reset());
+        let (bad, end) = (style::BAD.render(), style::BAD.render_reset());
         // Paths and what a store says may hold anything.
         let _ = writeln!(stderr, "{bad}lockkit:{end} {}", plain(&sentence(&self.message)));
         if let Some(example) = &self.example {

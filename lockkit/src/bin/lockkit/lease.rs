@@ -8,9 +8,9 @@ use lockkit::lease::Seen;
 use lockkit::{Lease, LeaseStatus};
 
 use crate::failure::{Failure, Outcome, code};
-use crate::look;
-use crate::place;
+use crate::report;
 use crate::status::Form;
+use crate::target;
 
 /// Look at leases, and take them from who has them.
 #[derive(clap::Subcommand)]
@@ -58,10 +58,10 @@ impl LeaseCommand {
     pub(crate) fn carry_out(self) -> Outcome {
         match self {
             Self::Show { lease, json } => {
-                let sight = look::of_lease(&place::lease(&lease, |builder| builder)?)?;
+                let sight = report::of_lease(&target::lease(&lease, |builder| builder)?)?;
                 match json {
-                    true => look::json(&Form { version: look::VERSION, lock: &sight })?,
-                    false => look::say(|mut out| sight.show(&mut out))?,
+                    true => report::json(&Form { version: report::VERSION, lock: &sight })?,
+                    false => report::say(|mut out| sight.show(&mut out))?,
                 }
                 Ok(sight.state.code())
             }
@@ -83,7 +83,7 @@ fn owner(seen: &Seen) -> String {
 }
 
 fn release(url: &OsStr, token: Option<u64>) -> Outcome {
-    let lease = place::lease(url, |builder| builder)?;
+    let lease = target::lease(url, |builder| builder)?;
     let Some(seen) = held(&lease)? else {
         return tell(&format!("The lease {} is free already.", lease.name()));
     };
@@ -106,7 +106,7 @@ fn release(url: &OsStr, token: Option<u64>) -> Outcome {
 }
 
 fn steal(url: &OsStr, yes: bool) -> Outcome {
-    let lease = place::lease(url, |builder| builder)?;
+    let lease = target::lease(url, |builder| builder)?;
     let Some(seen) = held(&lease)? else {
         return tell(&format!("The lease {} is free already.", lease.name()));
     };
@@ -127,7 +127,7 @@ fn evict(lease: &Lease, seen: &Seen, done: &str) -> Outcome {
 }
 
 fn tell(text: &str) -> Outcome {
-    look::say(|out| writeln!(out, "{text}"))?;
+    report::say(|out| writeln!(out, "{text}"))?;
     Ok(code::OK)
 }
 

@@ -17,11 +17,11 @@ use serde::Serialize;
 
 use crate::failure::{Failure, Outcome, code};
 use crate::locks::FileLocks;
-use crate::look::{self, Kind, Sight, State};
-use crate::paint::{TITLE, paint};
-use crate::place;
+use crate::report::{self, Kind, Sight, State};
+use crate::style::{TITLE, paint};
 #[cfg(target_os = "linux")]
 use crate::supervise::KEEPER;
+use crate::target;
 
 /// List the locks that are held: kind, name, state, waiters and holders.
 ///
@@ -69,13 +69,13 @@ impl Found {
 
     /// What is in a directory: what is no lock, or free, is left out.
     fn add_entry(&mut self, path: &Path, locks: &FileLocks) {
-        match look::recognised(path, locks, false) {
+        match report::recognised(path, locks, false) {
             Ok(Some(sight)) if sight.state != State::Free => self.add(path, sight),
             Ok(_) => {}
             // It has gone, or is a link that leads nowhere.
             Err(failure) if failure.code() == code::NO_INPUT => {}
             // A file by the name of a pidfile that holds something else.
-            Err(failure) if failure.code() == code::DATA && look::has_pid_extension(path) => {}
+            Err(failure) if failure.code() == code::DATA && report::has_pid_extension(path) => {}
             // That it is locked is known already.
             Err(_) if self.has(path) => {}
             Err(failure) => self.add(path, Sight::unknown(path, &failure)),
@@ -87,12 +87,12 @@ impl List {
     pub(crate) fn carry_out(self) -> Outcome {
         let mut locks = Vec::new();
         for scope in [Scope::User, Scope::Machine] {
-            locks.extend(NamedLock::held(scope)?.iter().filter_map(look::of_held));
+            locks.extend(NamedLock::held(scope)?.iter().filter_map(report::of_held));
         }
         let (found, failures) = self.by_path();
         locks.extend(found.0.into_values());
         match self.json {
-            true => look::json(&Form { version: look::VERSION, locks: &locks })?,
+            true => report::json(&Form { version: report::VERSION, locks: &locks })?,
             false => show(&locks)?,
         }
         let mut failures = failures.into_iter();
@@ -106,16 +106,16 @@ impl List {
         let locks = FileLocks::read(keeper());
         let (mut found, mut failures) = (Found::default(), Vec::new());
         for (path, on) in locks.files().filter(|(path, _)| !is_own(path)) {
-            match look::recognised(path, &locks, true) {
+            match report::recognised(path, &locks, true) {
                 Ok(Some(sight)) if sight.state == State::Held => found.add(path, sight),
                 // They are locked for a moment while they are read or written, by every process.
                 Ok(Some(Sight { kind: Kind::Lease | Kind::Table, .. })) => {}
-                _ => look::locked(path, &on, &locks).for_each(|sight| found.add(path, sight)),
+                _ => report::locked(path, &on, &locks).for_each(|sight| found.add(path, sight)),
             }
         }
         let usual = usual_directories().into_iter().flat_map(|directory| entries(&directory).unwrap_or_default());
         for path in usual.filter(|path| is_usual(path)).chain(locks.open().iter().cloned()) {
-            match look::recognised(&path, &locks, false) {
+            match report::recognised(&path, &locks, false) {
                 Ok(Some(sight)) if sight.state == State::Held => found.add(&path, sight),
                 _ => {}
             }
@@ -130,8 +130,8 @@ impl List {
 }
 
 fn add_given(given: &Path, locks: &FileLocks, found: &mut Found) -> Result<(), Failure> {
-    let given = place::absolute(given)?;
-    match look::at_path(&given, locks) {
+    let given = target::absolute(given)?;
+    match report::at_path(&given, locks) {
         // A directory is listed; that it is locked itself is known already.
         Ok(sight) if sight.kind == Kind::File && given.is_dir() => {
             let paths = entries(&given).map_err(|error| Failure::io(format!("list {}", given.display()), error))?;
@@ -143,7 +143,7 @@ fn add_given(given: &Path, locks: &FileLocks, found: &mut Found) -> Result<(), F
             Ok(())
         }
         Err(failure) => {
-            if look::is_unknown(&failure) && !given.is_dir() {
+            if report::is_unknown(&failure) && !given.is_dir() {
                 found.add(&given, Sight::unknown(&given, &failure));
             }
             Err(failure)
@@ -181,7 +181,7 @@ fn keeper() -> &'static str {
 fn is_usual(path: &Path) -> bool {
     match path.as_os_str().as_encoded_bytes().starts_with(b"/dev/shm/") {
         true => !is_own(path),
-        false => look::has_pid_extension(path),
+        false => report::has_pid_extension(path),
     }
 }
 
@@ -204,5 +204,5 @@ fn show(locks: &[Sight]) -> Result<(), Failure> {
         let _ = writeln!(text, "{}", line(row));
     }
     // The standard output is flushed at every end of a line, which costs a system call each.
-    look::say(|out| out.write_all(text.as_bytes()))
+    report::say(|out| out.write_all(text.as_bytes()))
 }

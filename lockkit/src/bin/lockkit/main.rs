@@ -17,22 +17,22 @@ mod doctor;
 mod failure;
 #[cfg(target_os = "linux")]
 mod flock;
-mod hold;
+mod held_lock;
 mod lease;
 mod list;
 mod locks;
-mod look;
 mod man;
-mod paint;
 mod pidfile;
-mod place;
+mod progress;
+mod report;
 mod run;
 mod status;
+mod style;
 #[cfg_attr(windows, path = "supervise_windows.rs")]
 mod supervise;
 mod table;
+mod target;
 mod wait;
-mod waiting;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -43,7 +43,7 @@ use failure::{Failure, Outcome, code};
 
 /// Locks from the command line: run a program under a lock, and see who holds what.
 #[derive(Parser)]
-#[command(name = "lockkit", version, styles = paint::HELP, max_term_width = 100, after_help = EXAMPLES)]
+#[command(name = "lockkit", version, styles = style::HELP, max_term_width = 100, after_help = EXAMPLES)]
 #[command(subcommand_required = true, arg_required_else_help = true)]
 struct Cli {
     #[command(subcommand)]
@@ -112,7 +112,7 @@ fn main() -> ExitCode {
     if arguments.next_if(|first| first == "run").is_some() {
         // Its arguments alone: building those of all commands would take longer than all else before the program runs.
         let command = clap::Command::new("lockkit-run").bin_name("lockkit run").no_binary_name(true);
-        let command = run::Run::augment_args(command).styles(paint::HELP).max_term_width(100);
+        let command = run::Run::augment_args(command).styles(style::HELP).max_term_width(100);
         return end(
             match command.try_get_matches_from(arguments).and_then(|found| run::Run::from_arg_matches(&found)) {
                 Ok(run) => run.carry_out(),

@@ -6,8 +6,8 @@ use lockkit::{PidFile, PidStatus};
 use serde::Serialize;
 
 use crate::failure::{Failure, Outcome, code};
-use crate::look::{self, Sight, State};
-use crate::place;
+use crate::report::{self, Sight, State};
+use crate::target;
 
 /// Look at pidfiles, and remove stale ones.
 #[derive(clap::Subcommand)]
@@ -61,14 +61,14 @@ impl Pidfile {
 fn check(paths: &[PathBuf], json: bool) -> Outcome {
     let (mut sights, mut worst) = (Vec::new(), None);
     for path in all(paths, &mut worst)? {
-        match look::pidfile(&path) {
+        match report::pidfile(&path) {
             Ok(sight) => sights.push(sight),
             Err(failure) => report(failure, &mut worst),
         }
     }
     match json {
-        true => look::json(&Form { version: look::VERSION, locks: &sights })?,
-        false => look::say(|mut out| sights.iter().try_for_each(|sight| sight.show(&mut out)))?,
+        true => report::json(&Form { version: report::VERSION, locks: &sights })?,
+        false => report::say(|mut out| sights.iter().try_for_each(|sight| sight.show(&mut out)))?,
     }
     let any = |state| sights.iter().any(|sight| sight.state == state);
     Ok(worst.unwrap_or(match (any(State::Held), any(State::Stale)) {
@@ -82,7 +82,7 @@ fn clean(paths: &[PathBuf], dry_run: bool) -> Outcome {
     let mut worst = None;
     for path in all(paths, &mut worst)? {
         match clean_one(&path, dry_run) {
-            Ok(Some(text)) => look::say(|out| writeln!(out, "{text}"))?,
+            Ok(Some(text)) => report::say(|out| writeln!(out, "{text}"))?,
             Ok(None) => {}
             Err(error) => report(error.into(), &mut worst),
         }
@@ -102,7 +102,7 @@ fn clean_one(path: &Path, dry_run: bool) -> lockkit::Result<Option<String>> {
         true => (PidFile::is_stale(path)?, "would remove"),
         false => (PidFile::remove_stale(path)?, "removed"),
     };
-    Ok(stale.then(|| format!("{done} {}{left_by}", look::plain(&path.display().to_string()))))
+    Ok(stale.then(|| format!("{done} {}{left_by}", report::plain(&path.display().to_string()))))
 }
 
 /// Shows why one of the files was not judged. The others are judged all the same.
@@ -115,11 +115,11 @@ fn report(failure: Failure, worst: &mut Option<u8>) {
 fn all(paths: &[PathBuf], worst: &mut Option<u8>) -> Result<Vec<PathBuf>, Failure> {
     let mut found = Vec::new();
     for path in paths {
-        let path = place::absolute(path)?;
+        let path = target::absolute(path)?;
         if !path.is_dir() {
             match path.symlink_metadata() {
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                    let text = look::plain(&path.display().to_string());
+                    let text = report::plain(&path.display().to_string());
                     report(Failure::new(code::NO_INPUT, format!("cannot look at {text}: {error}")), worst);
                 }
                 // What else is wrong with it shows when it is judged.

@@ -10,11 +10,11 @@ use std::time::Duration;
 use lockkit::{CancelToken, FileLock, Owner, PidFile, PidStatus, Wait};
 
 use crate::failure::{Failure, Outcome, code, note};
-use crate::hold::{Hold, Job};
+use crate::held_lock::{Hold, Job};
 use crate::locks::FileLocks;
-use crate::place::{self, ScopeArgument};
+use crate::progress::{self, Audience};
 use crate::supervise::{self, Signals};
-use crate::waiting::{self, Audience};
+use crate::target::{self, ScopeArgument};
 
 /// Run a program while holding a lock.
 ///
@@ -67,16 +67,16 @@ pub(crate) struct Run {
     #[arg(long = "try", conflicts_with = "timeout")]
     try_once: bool,
     /// Give up after this time, such as 5s or "1m 30s".
-    #[arg(long, value_name = "TIME", value_parser = place::duration)]
+    #[arg(long, value_name = "TIME", value_parser = target::duration)]
     timeout: Option<Duration>,
     /// The exit code after giving up.
     #[arg(long, value_name = "N", default_value_t = code::TEMPORARY)]
     exit_code: u8,
     /// How long the lease lasts without a renewal.
-    #[arg(long, value_name = "TIME", value_parser = place::duration)]
+    #[arg(long, value_name = "TIME", value_parser = target::duration)]
     ttl: Option<Duration>,
     /// How long a program may take to end after its lease was lost, before it is killed; 5s unless told otherwise.
-    #[arg(long, value_name = "TIME", value_parser = place::duration)]
+    #[arg(long, value_name = "TIME", value_parser = target::duration)]
     grace: Option<Duration>,
     /// Say nothing when the lock is not taken, and while waiting for it.
     #[arg(long, short)]
@@ -115,7 +115,7 @@ impl Run {
             None => Wait::forever(),
         };
         if let Some(name) = &self.name {
-            let lock = place::named(name, self.scope.unwrap_or_default())?;
+            let lock = target::named(name, self.scope.unwrap_or_default())?;
             let looked = lock.clone();
             let holders = move || looked.owner().ok().flatten().into_iter().collect();
             let acquire = |wait: &Wait| lock.acquire(wait).map(Hold::Named);
@@ -134,7 +134,7 @@ impl Run {
             return self.hold(&text, &wait, holders, |wait| acquire(wait).map(Hold::File));
         }
         if let Some(path) = &self.pidfile {
-            let path = place::absolute(path)?;
+            let path = target::absolute(path)?;
             let lock = PidFile::new(&path)?;
             let lock = if let Some(mode) = self.mode { lock.create_with_mode(mode) } else { lock };
             let lock = if self.create_parents { lock.create_parents() } else { lock };
@@ -156,7 +156,7 @@ impl Run {
     fn check(&self) -> Result<(), Failure> {
         // A lease on a server has no file.
         let is_url =
-            |given: &OsString| place::url(given).is_some_and(|url| !url.to_ascii_lowercase().starts_with("file:"));
+            |given: &OsString| target::url(given).is_some_and(|url| !url.to_ascii_lowercase().starts_with("file:"));
         let has_file = self.name.is_none() && !self.lease.as_ref().is_some_and(is_url);
         let misplaced = [
             ("--scope", self.scope.is_some(), "--name", self.name.is_some()),
@@ -200,10 +200,10 @@ impl Run {
         supervise::run(hold, Signals::block()?, self.job())
     }
 
-    /// As [`hold`](Self::hold), for a lease: by a process of its own, which goes on when this one is killed.
+    /// As [`held_lock`](Self::hold), for a lease: by a process of its own, which goes on when this one is killed.
     fn lead(&self, given: &OsStr, wait: &Wait) -> Outcome {
         let (loss, on_lost) = supervise::loss()?;
-        let lease = place::lease(given, |builder| {
+        let lease = target::lease(given, |builder| {
             let mut builder = builder.on_lost(on_lost);
             if let Some(ttl) = self.ttl {
                 builder = builder.ttl(ttl);
@@ -274,7 +274,7 @@ impl Run {
         acquire: impl FnOnce() -> lockkit::Result<Hold>,
     ) -> Result<Hold, Failure> {
         let audience = Audience::of(self.quiet, self.verbose);
-        let hold = waiting::shown(audience, lock, &holders, acquire).map_err(|error| {
+        let hold = progress::shown(audience, lock, &holders, acquire).map_err(|error| {
             let gave_up = error.is_temporary();
             // The library does not look for the holder of a file, for that takes milliseconds.
             let unnamed = gave_up && !self.quiet && error.owner().is_none();
@@ -286,7 +286,7 @@ impl Run {
             let failure = Failure::from(error);
             let failure = match &found[..] {
                 [] => failure,
-                found => failure.with_more(format_args!(", by {}", waiting::described(found))),
+                found => failure.with_more(format_args!(", by {}", progress::described(found))),
             };
             match gave_up {
                 true => failure.with_code(self.exit_code).quiet(self.quiet),

@@ -6,8 +6,8 @@ use serde::Serialize;
 
 use crate::failure::Outcome;
 use crate::locks::FileLocks;
-use crate::look::{self, Sight};
-use crate::place::{self, Place, ScopeArgument};
+use crate::report::{self, Sight};
+use crate::target::{self, Place, ScopeArgument};
 
 /// Show whether a lock is held, and by whom.
 ///
@@ -48,24 +48,24 @@ pub(crate) struct Form<'l> {
 impl Status {
     pub(crate) fn carry_out(self) -> Outcome {
         let place = Place::parse(&self.place)?;
-        let sight = look::at(&place, self.scope, || FileLocks::read(""));
-        place::note_file_of_name(&place, self.quiet || sight.is_err());
+        let sight = report::at(&place, self.scope, || FileLocks::read(""));
+        target::note_file_of_name(&place, self.quiet || sight.is_err());
         let sight = match (sight, &place) {
             (Ok(sight), _) => sight,
-            (Err(failure), Place::Path(path)) if self.json && look::is_unknown(&failure) => {
-                let path = place::absolute(path)?;
-                look::json(&Form { version: look::VERSION, lock: &Sight::unknown(&path, &failure) })?;
+            (Err(failure), Place::Path(path)) if self.json && report::is_unknown(&failure) => {
+                let path = target::absolute(path)?;
+                report::json(&Form { version: report::VERSION, lock: &Sight::unknown(&path, &failure) })?;
                 return Err(failure);
             }
             (Err(failure), _) => {
-                let quiet = self.quiet && look::is_unknown(&failure);
+                let quiet = self.quiet && report::is_unknown(&failure);
                 return Err(failure.quiet(quiet));
             }
         };
         match (self.quiet, self.json) {
             (true, _) => {}
-            (_, true) => look::json(&Form { version: look::VERSION, lock: &sight })?,
-            _ => look::say(|mut out| sight.show(&mut out))?,
+            (_, true) => report::json(&Form { version: report::VERSION, lock: &sight })?,
+            _ => report::say(|mut out| sight.show(&mut out))?,
         }
         Ok(sight.state.code())
     }

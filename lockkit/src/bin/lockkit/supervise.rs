@@ -46,7 +46,7 @@ use rustix::process::{
 };
 
 use crate::failure::{Failure, Outcome, code};
-use crate::hold::{self, Hold, Job};
+use crate::held_lock::{self, Hold, Job};
 
 /// What a process that keeps a lock for a program is called.
 pub(crate) const KEEPER: &CStr = c"lock-keeper";
@@ -284,7 +284,7 @@ fn become_program(command: &[OsString], hold: &Hold, parked: Option<Parked>, mut
     hold.tell(&mut command);
     signals.unblock();
     let error = lockkit::command::as_given(&mut command).exec();
-    let failure = hold::cannot_run(program, &error);
+    let failure = held_lock::cannot_run(program, &error);
     failure.show();
     failure.code()
 }

@@ -20,7 +20,7 @@ use lockkit::command::{self, Cage};
 use lockkit::{CancelToken, Loss};
 
 use crate::failure::{Failure, Outcome, code};
-use crate::hold::{self, Hold, Job};
+use crate::held_lock::{self, Hold, Job};
 
 /// Brings the reason of a loss, as text.
 pub(crate) struct LossPipe(Receiver<String>);
@@ -82,7 +82,7 @@ fn run_in(cage: &Arc<Cage>, hold: &mut Hold, job: &Job<'_>) -> Result<i32, Failu
     command::pass_over_interrupts().map_err(|error| Failure::io("take note of Ctrl-C", error))?;
     let mut command = Command::new(program);
     hold.tell(command.args(arguments));
-    let mut child = command.spawn().map_err(|error| hold::cannot_run(program, &error))?;
+    let mut child = command.spawn().map_err(|error| held_lock::cannot_run(program, &error))?;
     if let Err(error) = hold.name_holder(child.id(), job.command) {
         let _ = child.kill();
         return Err(error);

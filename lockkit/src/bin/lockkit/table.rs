@@ -9,9 +9,9 @@ use lockkit::{FileLockManager, LockManager, ShmLockManager};
 use crate::failure::{Failure, Outcome, code};
 use crate::lease::confirmed;
 use crate::locks::FileLocks;
-use crate::look;
-use crate::place::Place;
+use crate::report;
 use crate::status::Form;
+use crate::target::Place;
 
 /// Make tables of numbered locks, and give out their numbers.
 #[derive(clap::Subcommand)]
@@ -109,10 +109,10 @@ impl Table {
             Self::List { path, json } => {
                 // So that what is no table is told from a file that is locked.
                 drop(open(&path)?);
-                let sight = look::at(&Place::Path(path), Default::default(), || FileLocks::read(""))?;
+                let sight = report::at(&Place::Path(path), Default::default(), || FileLocks::read(""))?;
                 match json {
-                    true => look::json(&Form { version: look::VERSION, lock: &sight })?,
-                    false => look::say(|mut out| sight.show(&mut out))?,
+                    true => report::json(&Form { version: report::VERSION, lock: &sight })?,
+                    false => report::say(|mut out| sight.show(&mut out))?,
                 }
                 Ok(code::OK)
             }
@@ -123,7 +123,7 @@ impl Table {
                     None => table.allocate()?,
                 };
                 // A number that nobody has read is nobody's.
-                look::say(|out| writeln!(out, "{}", lock.id())).inspect_err(|_| drop(lock.free()))?;
+                report::say(|out| writeln!(out, "{}", lock.id())).inspect_err(|_| drop(lock.free()))?;
                 Ok(code::OK)
             }
             Self::Free { path, all: true, yes, .. } => {
@@ -191,6 +191,6 @@ fn renumber(path: &Path, mut ids: Vec<u32>, yes: bool) -> Outcome {
         renumbered.push((id, if first { id } else { table.allocate()?.id() }));
     }
     // Only now: who stops reading stops this command, which is not to happen halfway.
-    look::say(|out| renumbered.iter().try_for_each(|(id, new)| writeln!(out, "{id} {new}")))?;
+    report::say(|out| renumbered.iter().try_for_each(|(id, new)| writeln!(out, "{id} {new}")))?;
     Ok(code::OK)
 }

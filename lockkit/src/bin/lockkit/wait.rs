@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use crate::failure::{Failure, Outcome, code};
 use crate::locks::FileLocks;
-use crate::look::{self, State, Watched};
-use crate::place::{self, Place, ScopeArgument};
-use crate::waiting::{self, Audience};
+use crate::progress::{self, Audience};
+use crate::report::{self, State, Watched};
+use crate::target::{self, Place, ScopeArgument};
 
 /// Wait until a lock is free, without taking it.
 ///
@@ -30,7 +30,7 @@ pub(crate) struct WaitFor {
     #[arg(long, value_enum, default_value_t)]
     scope: ScopeArgument,
     /// Give up after this time, such as 5s or "1m 30s".
-    #[arg(long, value_name = "TIME", value_parser = place::duration)]
+    #[arg(long, value_name = "TIME", value_parser = target::duration)]
     timeout: Option<Duration>,
     /// Say nothing.
     #[arg(long, short)]
@@ -43,19 +43,19 @@ pub(crate) struct WaitFor {
 impl WaitFor {
     pub(crate) fn carry_out(self) -> Outcome {
         let place = Place::parse(&self.place)?;
-        place::note_file_of_name(&place, self.quiet);
+        target::note_file_of_name(&place, self.quiet);
         let until = self.timeout.and_then(|limit| Instant::now().checked_add(limit));
         let audience = Audience::of(self.quiet, self.verbose);
         let holders = || match self.look(&place) {
             Ok(sight) => sight.holders.into_iter().map(|holder| holder.owner).collect(),
             Err(_) => Vec::new(),
         };
-        waiting::shown(audience, &self.place.to_string_lossy(), holders, || self.watch(&place, until))
+        progress::shown(audience, &self.place.to_string_lossy(), holders, || self.watch(&place, until))
     }
 
-    fn look(&self, place: &Place) -> Result<look::Sight, Failure> {
+    fn look(&self, place: &Place) -> Result<report::Sight, Failure> {
         // The holder of a file, as /proc/locks shows it: a pass over all descriptors would hold up the end of the wait.
-        look::at(place, self.scope, FileLocks::of_table)
+        report::at(place, self.scope, FileLocks::of_table)
     }
 
     fn watch(&self, place: &Place, until: Option<Instant>) -> Outcome {
@@ -67,7 +67,7 @@ impl WaitFor {
         let mut pause = FIRST;
         loop {
             let state = watched.state().map_err(|failure| {
-                let quiet = self.quiet && look::is_unknown(&failure);
+                let quiet = self.quiet && report::is_unknown(&failure);
                 failure.quiet(quiet)
             })?;
             if state != State::Held {

@@ -4,14 +4,14 @@
 //! requests. All leases of a process on one server share a store (see [`connect`](super::connect)), and with it:
 //! - **Connections** ([`Pool`]): a request takes one for itself, so none waits for another's answer. What failed is
 //!   closed, with all that are idle, because a server that was restarted has forgotten them as well.
-//! - **Waiters** ([`bells`]): one thread listens to the server for all of them, and rings whom a change concerns.
+//! - **Waiters** ([`notify`]): one thread listens to the server for all of them, and rings whom a change concerns.
 //! - **A forked child** ([`OfProcess`]) connects anew, and leaves its parent's connections alone.
 //! - **The dead** ([`attempt`]): a holder of this boot of this host that is dead by its identity is taken over at once; all
 //!   others run out by the server's rule.
 
-mod bells;
 #[cfg(feature = "etcd")]
 pub(super) mod etcd;
+mod notify;
 #[cfg(feature = "postgres")]
 #[allow(clippy::incompatible_msrv, reason = "its client needs a younger compiler than the rest of lockkit")]
 pub(super) mod postgres;
@@ -29,12 +29,12 @@ use std::time::{Duration, SystemTime};
 use parking_lot::Mutex;
 use rustix::io::Errno;
 
-pub(super) use bells::{Bells, Ear};
+pub(super) use notify::{Bells, Ear};
 
 use super::store::{self, Attempt, Grant, Seen, StoreError};
 use crate::error::Error;
-use crate::lines;
 use crate::owner::{Liveness, Owner};
+use crate::owner_text;
 use crate::sys::fork::{self, NoFork};
 use crate::sys::per_process::PerProcess;
 
@@ -266,14 +266,14 @@ pub(super) fn passed_on(grant: &Grant) -> Option<String> {
 /// An owner, as text for a record.
 pub(super) fn text_of(owner: &Owner) -> String {
     let mut text = format!("pid {}\n", owner.pid());
-    lines::write(owner, &mut text);
+    owner_text::write(owner, &mut text);
     text
 }
 
 /// The owner that a record tells of, if it tells of one.
 pub(super) fn owner_of(text: &str) -> Option<Owner> {
     let (first, rest) = text.split_once('\n')?;
-    Some(lines::read(first.strip_prefix("pid ")?.parse().ok()?, rest.lines()))
+    Some(owner_text::read(first.strip_prefix("pid ")?.parse().ok()?, rest.lines()))
 }
 
 #[cfg(test)]

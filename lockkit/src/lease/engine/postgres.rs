@@ -12,10 +12,10 @@
 //! Behind a proxy that gives each transaction another session nothing is prepared, and where notifications do not get
 //! through, waiters look at their retry delay.
 
-mod failure;
-mod link;
-mod table;
-mod target;
+mod config;
+mod connection;
+mod errors;
+mod schema;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,15 +24,15 @@ use std::time::{Duration, Instant};
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
-use self::link::{Cut, Link, Sql};
-use self::target::Target;
+use self::config::Target;
+use self::connection::{Cut, Link, Sql};
 use super::{Bells, Ear, OfProcess, Pool, Turns, attempt, own_text, owner_of, passed_on, shown};
 use crate::error;
+use crate::failpoint::step;
 use crate::lease::LeaseStore;
 use crate::lease::store::{
     Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, Released, Renewal, Seen, StoreError, StoreProfile, sleep,
 };
-use crate::steps::step;
 use crate::wait::CancelToken;
 
 type Result<T, E = StoreError> = std::result::Result<T, E>;
@@ -108,7 +108,7 @@ impl LeaseStore for Postgres {
             /// Whoever came in between is there when it is asked again.
             const MOST_TURNS: u32 = 8;
             for _ in 0..MOST_TURNS {
-                let rows = self.ask(&table::ACQUIRE, &values, by)?;
+                let rows = self.ask(&schema::ACQUIRE, &values, by)?;
                 let Some(row) = rows.first() else {
                     match self.holder(name, by)? {
                         // An earlier request of the same claim may have been carried out only now.
@@ -131,11 +131,11 @@ impl LeaseStore for Postgres {
     fn renew(&self, grant: &Grant, by: Deadline) -> Result<Renewal> {
         let (claim, token, ttl) = (grant.claim().to_string(), grant.token().cast_signed(), micros(grant.ttl()));
         // Without a turn: it waits for nobody.
-        let rows = self.ask_now(&table::RENEW, &[&grant.name().as_str(), &claim, &token, &ttl], by)?;
+        let rows = self.ask_now(&schema::RENEW, &[&grant.name().as_str(), &claim, &token, &ttl], by)?;
         if !rows.is_empty() {
             return Ok(Renewal::Extended { ttl: grant.ttl() });
         }
-        let rows = self.ask_now(&table::LOOK, &[&grant.name().as_str()], by)?;
+        let rows = self.ask_now(&schema::LOOK, &[&grant.name().as_str()], by)?;
         let holder = rows.first().map(seen).transpose()?;
         let other = holder.filter(|holder| holder.claim() != Some(*grant.claim()));
         Ok(Renewal::Lost { by: other.and_then(|other| other.owner().cloned()) })
@@ -172,7 +172,7 @@ impl LeaseStore for Postgres {
         }
         // Listened to already, so what happens after the mark is heard of.
         let values: [&(dyn ToSql + Sync); 3] = [&name.as_str(), &claim.to_string(), &token.cast_signed()];
-        if self.ask(&table::MARK, &values, by.min(Deadline::after(LONGEST_MARK)))?.is_empty() {
+        if self.ask(&schema::MARK, &values, by.min(Deadline::after(LONGEST_MARK)))?.is_empty() {
             return Ok(());
         }
         step("waiter marked");
@@ -192,7 +192,7 @@ impl Postgres {
 
     /// Who has the name, whether or not that has run out.
     fn holder(&self, name: &LeaseName, by: Deadline) -> Result<Option<Seen>> {
-        let rows = self.ask(&table::LOOK, &[&name.as_str()], by)?;
+        let rows = self.ask(&schema::LOOK, &[&name.as_str()], by)?;
         rows.first().map(seen).transpose()
     }
 
@@ -209,7 +209,7 @@ impl Postgres {
 
     /// As [`ask_now`](Self::ask_now), and says whether it had been asked before without an answer.
     fn ask_in_doubt(&self, sql: &Sql, values: &[&(dyn ToSql + Sync)], by: Deadline) -> Result<(Vec<Row>, bool)> {
-        let connect = || self.target.connect(by, table::check);
+        let connect = || self.target.connect(by, schema::check);
         let mut is_in_doubt = false;
         let asked = self.own().idle.ask(connect, |link| {
             loop {
@@ -218,13 +218,13 @@ impl Postgres {
                     Err(cut) => cut,
                 };
                 match cut {
-                    Cut::By(error) if failure::is_of_meeting(&error) && !by.is_past() => {}
-                    Cut::By(error) if failure::is_of_statements(&error) && link.is_direct => {
+                    Cut::By(error) if errors::is_of_meeting(&error) && !by.is_past() => {}
+                    Cut::By(error) if errors::is_of_statements(&error) && link.is_direct => {
                         link.forget();
                         link.is_direct = false;
                     }
                     cut => {
-                        let error = failure::of_request(cut);
+                        let error = errors::of_request(cut);
                         is_in_doubt |= matches!(error, StoreError::Unknown(_));
                         return Err(error);
                     }
@@ -247,8 +247,8 @@ impl Postgres {
             [&name.as_str(), &claim.to_string(), &token.cast_signed(), &state.text(), &passed_on];
         let own = self.own();
         let _turn = own.turns.take(by)?;
-        let (rows, is_in_doubt) = self.ask_in_doubt(&table::LEAVE, &values, by)?;
-        if !rows.is_empty() || !self.ask_now(&table::LEFT, &values[..4], by)?.is_empty() {
+        let (rows, is_in_doubt) = self.ask_in_doubt(&schema::LEAVE, &values, by)?;
+        if !rows.is_empty() || !self.ask_now(&schema::LEFT, &values[..4], by)?.is_empty() {
             step("record freed");
             return Ok(Released::Done);
         }
@@ -258,7 +258,7 @@ impl Postgres {
     }
 }
 
-/// A holder, in a row of [`table::LOOK`].
+/// A holder, in a row of [`schema::LOOK`].
 fn seen(row: &Row) -> Result<Seen> {
     let (token, owner, claim): (i64, &str, &str) = (get(row, 0)?, get(row, 1)?, get(row, 2)?);
     let (left, until): (f64, i64) = (get(row, 3)?, get(row, 4)?);
@@ -276,7 +276,7 @@ fn seen(row: &Row) -> Result<Seen> {
 }
 
 fn get<'r, T: tokio_postgres::types::FromSql<'r>>(row: &'r Row, at: usize) -> Result<T> {
-    row.try_get(at).map_err(|error| StoreError::misuse(failure::Said::new(table::of_another_layout(), error)))
+    row.try_get(at).map_err(|error| StoreError::misuse(errors::Said::new(schema::of_another_layout(), error)))
 }
 
 fn micros(ttl: Duration) -> f64 {
@@ -285,24 +285,24 @@ fn micros(ttl: Duration) -> f64 {
 
 /// A connection that hears of what happens from now on. Through a proxy it may not: then it says so, and sets `is_deaf`.
 fn listen(target: &Target, by: Deadline, is_deaf: &AtomicBool) -> Result<Box<dyn Ear>> {
-    let mut link = target.connect(by, table::check)?;
-    link.execute(table::LISTEN, by).map_err(failure::of_request)?;
+    let mut link = target.connect(by, schema::check)?;
+    link.execute(schema::LISTEN, by).map_err(errors::of_request)?;
     step("listens");
     if !link.is_direct {
         // Another connection, for a proxy may bring back to this one what it says itself.
-        let mut other = target.connect(by, table::check)?;
+        let mut other = target.connect(by, schema::check)?;
         let word = format!("\u{1}{}", ClaimId::random());
-        other.ask(&table::NOTIFY, &[&word], by).map_err(failure::of_request)?;
+        other.ask(&schema::NOTIFY, &[&word], by).map_err(errors::of_request)?;
         let echo = Deadline::after(ECHO);
         loop {
-            let news = link.listen(echo).map_err(failure::of_request)?;
+            let news = link.listen(echo).map_err(errors::of_request)?;
             if news.contains(&word) {
                 break;
             }
             if echo.is_past() {
                 // Whoever was only frozen brings it no later than this answer.
-                link.execute("", Deadline::after(ECHO)).map_err(failure::of_request)?;
-                if link.listen(Deadline::after(Duration::ZERO)).map_err(failure::of_request)?.contains(&word) {
+                link.execute("", Deadline::after(ECHO)).map_err(errors::of_request)?;
+                if link.listen(Deadline::after(Duration::ZERO)).map_err(errors::of_request)?.contains(&word) {
                     break;
                 }
                 is_deaf.store(true, Ordering::Relaxed);
@@ -324,10 +324,10 @@ impl Ear for Listener {
     fn listen(&mut self, at_most: Duration, ring: &mut dyn FnMut(&str)) -> Result<()> {
         if self.heard.elapsed() > QUIET {
             // A connection that was cut without a word looks like a quiet one.
-            self.link.execute("", Deadline::after(QUIET / 2)).map_err(failure::of_request)?;
+            self.link.execute("", Deadline::after(QUIET / 2)).map_err(errors::of_request)?;
             self.heard = Instant::now();
         }
-        for name in self.link.listen(Deadline::after(at_most)).map_err(failure::of_request)? {
+        for name in self.link.listen(Deadline::after(at_most)).map_err(errors::of_request)? {
             self.heard = Instant::now();
             ring(&name);
         }

@@ -35,12 +35,12 @@ use rustls::crypto::CryptoProvider;
 
 use super::{Bells, Ear, OfProcess, Pool, addresses, attempt, not_connected, own_text, owner_of, passed_on, shown};
 use crate::error::{Error, Result as AnyResult};
+use crate::failpoint::step;
 use crate::lease::connect::{Parts, invalid};
 use crate::lease::store::{
     Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
     StoreProfile,
 };
-use crate::steps::step;
 use crate::wait::CancelToken;
 
 type Result<T, E = StoreError> = std::result::Result<T, E>;

@@ -24,7 +24,7 @@ use windows_sys::Win32::UI::Shell::{FOLDERID_LocalAppData, FOLDERID_ProgramData,
 use super::files::{self, MetadataExt, OpenOptionsExt, Seen};
 use super::security::Descriptor;
 use crate::error::{Error, ErrorKind, Result};
-use crate::steps::step;
+use crate::failpoint::step;
 
 /// Who shares a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -18,7 +18,7 @@
 //! those at once, and those from a revision that is past only ten times a second. After it has begun the key is read once
 //! more, so that nothing falls in between.
 
-mod gateway;
+mod client;
 mod http;
 mod session;
 
@@ -31,15 +31,15 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
-use self::gateway::{Address, Gateway, Stream, decoded, encoded, is_compacted, is_session_gone, number};
+use self::client::{Address, Gateway, Stream, decoded, encoded, is_compacted, is_session_gone, number};
 use self::session::{Kept, Loose, Session, now};
 use super::{Bells, Ear, OfProcess, Result, attempt, is_own, own_text, owner_of, passed_on, shown, text_of};
+use crate::failpoint::step;
 use crate::lease::store::{
     Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
     StoreProfile,
 };
 use crate::owner::Owner;
-use crate::steps::step;
 use crate::wait::CancelToken;
 
 /// As etcd has it with its usual timing: one and a half elections, in whole seconds.

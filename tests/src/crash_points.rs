@@ -1,6 +1,6 @@
 //! Kills a process at every step of taking and releasing a lock, and sees that nobody is blocked and nobody misled.
 //!
-//! The steps stand in the library (`lockkit::steps`), so the list is what a run really passes: a scenario is played
+//! The steps stand in the library (`lockkit::failpoint`), so the list is what a run really passes: a scenario is played
 //! once to learn them, and then once more for each, with a kill there.
 
 #[cfg(target_os = "linux")]
@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use lockkit::Wait;
 
 #[cfg(target_os = "linux")]
-use crate::faults::{self, Strace};
+use crate::fault_injection::{self, Strace};
 use crate::wine::{DELETED, wine_cannot_judge};
 use crate::{Actor, Kind, Spec};
 
@@ -33,22 +33,22 @@ pub fn play(spec: &Spec, scenario: &str) {
     println!("ready");
     assert_eq!(next(), "go");
     match stop {
-        true => lockkit::steps::stop_at(at),
+        true => lockkit::failpoint::stop_at(at),
         #[cfg(unix)]
-        false if scenario == "forked" => lockkit::steps::kill_at_and_tell(at, |passed| match fork_by_thread() {
+        false if scenario == "forked" => lockkit::failpoint::kill_at_and_tell(at, |passed| match fork_by_thread() {
             Some(child) => println!("left {child}"),
             None => println!("killed after {}", passed.join(", ")),
         }),
-        false => lockkit::steps::kill_at_and_tell(at, |passed| println!("killed after {}", passed.join(", "))),
+        false => lockkit::failpoint::kill_at_and_tell(at, |passed| println!("killed after {}", passed.join(", "))),
     }
-    crate::actor::announce();
+    crate::helper_process::announce();
     let guard = lock.acquire(&Wait::forever()).expect("the lock");
     if ["followed", "forked"].contains(&scenario) {
         println!("held");
         assert_eq!(next(), "go");
     }
     drop(guard);
-    let passed = lockkit::steps::passed();
+    let passed = lockkit::failpoint::passed();
     println!("passed {}", passed.join(", "));
 }
 
@@ -68,7 +68,7 @@ fn fork_by_thread() -> Option<i32> {
 
 /// Kills a process at every step in every scenario.
 pub fn kill_at_every_step(kind: Kind) {
-    if !lockkit::steps::ENABLED {
+    if !lockkit::failpoint::ENABLED {
         crate::left_out("this build has no steps to be killed at; they need debug assertions");
         return;
     }
@@ -87,7 +87,7 @@ pub fn kill_at_every_step(kind: Kind) {
 /// waiter gets in all the same.
 #[cfg(target_os = "linux")]
 pub fn kill_beside_a_forked_child(kind: Kind) {
-    if !lockkit::steps::ENABLED {
+    if !lockkit::failpoint::ENABLED {
         crate::left_out("this build has no steps to be killed at; they need debug assertions");
         return;
     }
@@ -128,7 +128,7 @@ pub fn kill_beside_a_forked_child(kind: Kind) {
 /// goes on; and if the waiter has it, the waiter can release it, and others get it, while the holder stays stopped.
 #[cfg(target_os = "linux")]
 pub fn stop_at_every_step_of_a_release(kind: Kind) {
-    if !lockkit::steps::ENABLED {
+    if !lockkit::failpoint::ENABLED {
         crate::left_out("this build has no steps to be stopped at; they need debug assertions");
         return;
     }
@@ -246,10 +246,10 @@ fn kill_at(kind: Kind, scenario: &str, at: usize) -> Option<String> {
 /// Whether a process can be seen to pass steps; with a word on it where not.
 #[cfg(target_os = "linux")]
 fn steps_can_be_seen() -> bool {
-    if !lockkit::steps::ENABLED {
+    if !lockkit::failpoint::ENABLED {
         crate::left_out("this build has no steps; they need debug assertions");
     }
-    lockkit::steps::ENABLED && faults::calls_can_fail()
+    lockkit::failpoint::ENABLED && fault_injection::calls_can_fail()
 }
 
 /// Sees that a process that takes and releases a lock passes a step between every two system calls that change

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use lockkit::{Owner, command};
 
 use crate::failure::note;
-use crate::look::plain;
+use crate::report::plain;
 
 /// For whom to show a wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -17,7 +17,7 @@
 //! ```
 //! Every field down to the notes stands at a fixed place, and the whole is filled with newlines to a fixed length: a
 //! beat changes a few digits in place and needs no new space, but where a file system writes each change elsewhere (btrfs,
-//! zfs). The four `saw` lines are the notes of observers. The rest is the owner ([`lines`]), or the last owner if the
+//! zfs). The four `saw` lines are the notes of observers. The rest is the owner ([`owner_text`]), or the last owner if the
 //! state is `free`, or `lost` (free, but not by a release). What a file has beyond that length does not count.
 //!
 //! The sum is FNV-1a over the record as 64-bit words, little-endian, without the sum itself and without the notes. It
@@ -32,8 +32,8 @@ use std::ops::Range;
 use std::time::Duration;
 
 use super::store::ClaimId;
-use crate::lines;
 use crate::owner::Owner;
+use crate::owner_text;
 
 /// The length of a record in bytes.
 pub(super) const SIZE: usize = 1024;
@@ -182,7 +182,7 @@ impl Record {
         self.0[OWNER].fill(b'\n');
         let Some(owner) = owner else { return };
         let mut text = format!("pid {}\n", owner.pid);
-        lines::write(owner, &mut text);
+        owner_text::write(owner, &mut text);
         // What does not fit is for people only: program and time stand last.
         let end = text.len().min(OWNER.len());
         let end = text.as_bytes()[..end].iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);
@@ -240,7 +240,7 @@ impl Record {
     pub(super) fn owner(&self) -> Option<Owner> {
         let text = String::from_utf8_lossy(&self.0[OWNER]);
         let (pid, rest) = text.strip_prefix("pid ")?.split_once('\n')?;
-        Some(lines::read(pid.parse().ok()?, rest.lines()))
+        Some(owner_text::read(pid.parse().ok()?, rest.lines()))
     }
 
     /// When an observer first saw this beat by this clock, as it has noted.

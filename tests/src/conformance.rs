@@ -1,7 +1,7 @@
 //! The cases that every kind of lock must pass.
 //!
-//! Each is a function of the [`Kind`]; [`suite!`](crate::suite!) makes a test of each for one kind. A new kind gets
-//! them all by a [`Fixture`](crate::kinds::Fixture).
+//! Each is a function of the [`Kind`]; [`conformance!`](crate::conformance!) makes a test of each for one kind. A new kind gets
+//! them all by a [`Fixture`](crate::fixtures::Fixture).
 
 use std::io::Write;
 use std::path::Path;
@@ -10,17 +10,18 @@ use std::time::Duration;
 
 use lockkit::{CancelToken, Wait};
 
-use crate::kinds::AnyGuard;
+use crate::fixtures::AnyGuard;
 use crate::wine::{DELETED, is_wine, wine_cannot_judge};
 use crate::{
-    Actor, Belongings, Kind, LIVELY, Spec, chaos, kill_pid, let_go_on, program, sleeps, steps, stop, thread_id, until,
+    Actor, Belongings, Kind, LIVELY, Spec, chaos, crash_points, kill_pid, let_go_on, program, sleeps, stop, thread_id,
+    until,
 };
 
 /// Makes a module `$module` with a test for every case of the suite, for one kind of lock.
 #[macro_export]
-macro_rules! suite {
+macro_rules! conformance {
     ($module:ident, $kind:expr) => {
-        $crate::suite!($module, $kind;
+        $crate::conformance!($module, $kind;
             a_lock_is_taken_and_released_and_taken_again,
             a_second_taker_in_this_process_is_refused_until_the_first_releases,
             a_taker_that_timed_out_gets_in_after_the_release,
@@ -51,7 +52,7 @@ macro_rules! suite {
         mod $module {
             $(#[test]
             fn $case() {
-                $crate::left_out_or($kind, $crate::suite::$case);
+                $crate::left_out_or($kind, $crate::conformance::$case);
             })*
         }
     };
@@ -433,7 +434,7 @@ mod cases {
     }
 
     pub fn a_process_killed_at_any_step_blocks_nobody(kind: Kind) {
-        steps::kill_at_every_step(kind);
+        crash_points::kill_at_every_step(kind);
     }
 
     pub fn chaos_never_lets_two_in(kind: Kind) {

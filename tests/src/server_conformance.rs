@@ -178,7 +178,7 @@ impl Clock {
         let clock = Self(tempfile::tempdir().expect("a directory"));
         // Servers that run as other users read it, too.
         std::fs::set_permissions(&clock.0, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("a directory");
-        std::fs::write(clock.file("clock.c"), include_str!("engines/clock.c")).expect("room");
+        std::fs::write(clock.file("clock.c"), include_str!("server_conformance/clock.c")).expect("room");
         std::fs::write(clock.file("ahead"), 0_i64.to_ne_bytes()).expect("room");
         let mut compile = Command::new(compiler);
         compile.args(["-shared", "-fPIC", "-O1", "-o"]).args([clock.file("clock.so"), clock.file("clock.c")]);
@@ -247,7 +247,7 @@ macro_rules! drills {
         mod $module {
             $(#[test]
             fn $drill() {
-                if let Err(why) = $crate::engines::$drill::<$engine>() {
+                if let Err(why) = $crate::server_conformance::$drill::<$engine>() {
                     $crate::left_out(why);
                 }
             })*

@@ -18,8 +18,8 @@
 //! An owner is dead or alive by what [`World`] says, asked at first sight and then once a tick. A dead owner's word is
 //! taken from it with a compare-and-swap, so one of many wins, and knows that it took over.
 
-use super::seam::{AtomicU32, Ordering};
-use crate::steps::step;
+use super::atomic::{AtomicU32, Ordering};
+use crate::failpoint::step;
 
 /// Nobody holds the lock.
 pub(super) const FREE: u32 = 0;

@@ -10,17 +10,17 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::clock::Clock;
-use super::heart::{Heart, Place};
+use super::heartbeat::{Heart, Place};
+use super::state::{LossReason, Next, Tenure};
 use super::store::{Attempt, ClaimId, Deadline, Grant, Released, Renewal, Seen, StoreError};
-use super::tenure::{LossReason, Next, Tenure};
 use super::{Inner, Loss};
 #[cfg(feature = "tokio")]
-use crate::awaiting;
+use crate::blocking;
 use crate::error::{Error, ErrorKind, Result};
 use crate::owner::Owner;
 use crate::sys::fd::AsFd;
 use crate::sys::fork;
-use crate::trace;
+use crate::telemetry;
 use crate::wait::{CancelToken, Patience, Subject, Wait};
 
 /// The longest that whoever releases waits for the store, besides a quarter of the ttl.
@@ -282,7 +282,7 @@ impl Held {
             return Err(self.lost(reason));
         }
         self.ended.cancel();
-        trace::released(&**self);
+        telemetry::released(&**self);
         // What did not work now the heartbeat tries again, as long as the record may stand in the way of others.
         match told {
             Err(_) => self.leave_to_heart(),
@@ -407,7 +407,7 @@ impl Held {
     #[cold]
     fn tell(self: &Arc<Self>, reason: LossReason) {
         self.ended.cancel();
-        trace::lost(&**self, self.token(), &reason);
+        telemetry::lost(&**self, self.token(), &reason);
         let Some(call) = self.lease.options.on_lost.clone() else { return };
         self.heart.tell(call, Loss { lock: self.describe(), token: self.token(), reason });
     }
@@ -570,7 +570,7 @@ impl LostSignal {
                 Ok(patience) => patience,
                 Err(reason) => return Ok(reason),
             };
-            awaiting::check_runtime()?;
+            blocking::check_runtime()?;
             let ended = async {
                 held.ended.cancelled().await;
                 Ok(())

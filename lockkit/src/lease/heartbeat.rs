@@ -32,7 +32,7 @@ use std::time::{Duration, Instant};
 use super::Loss;
 use super::builder::OnLost;
 use super::clock::Clock;
-use super::held::Held;
+use super::shared::Held;
 use crate::sys::per_process::PerProcess;
 
 /// How much later than due a beat may be done, to be done together with those that come next; where a lease beats often,

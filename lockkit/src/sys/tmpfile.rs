@@ -7,7 +7,7 @@ use std::io;
 use std::path::Path;
 
 #[cfg(target_os = "linux")]
-use crate::steps::step;
+use crate::failpoint::step;
 
 /// Makes a file without a name on the file system of `directory`, with `mode` less the umask. Where there is no such
 /// thing the error is of the kind `Unsupported`.

@@ -25,8 +25,8 @@ use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{AsyncMessage, Client, Config, Connection, Error, Row, Statement};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
+use crate::failpoint::step;
 use crate::lease::store::Deadline;
-use crate::steps::step;
 use crate::sys::event;
 use crate::sys::fork::{self, Shielded};
 

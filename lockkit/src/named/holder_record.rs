@@ -27,9 +27,9 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
+use crate::failpoint::step;
 use crate::lock::Recovered;
 use crate::owner::{Liveness, Owner};
-use crate::steps::step;
 use crate::sys::files::FileExt;
 use crate::sys::{fork, process};
 #[cfg(target_os = "linux")]

@@ -9,8 +9,8 @@ use std::io;
 use tokio_postgres::Error;
 use tokio_postgres::error::{Severity, SqlState};
 
-use super::link::Cut;
-use super::table;
+use super::connection::Cut;
+use super::schema;
 use crate::lease::store::StoreError;
 
 /// What was attempted, or is wrong, and the error under it.
@@ -87,14 +87,14 @@ pub(super) fn of_request(cut: Cut) -> StoreError {
         return StoreError::unknown(Said::new("the connection broke", error));
     };
     let (is_misuse, what) = match *said.code() {
-        SqlState::INSUFFICIENT_PRIVILEGE => (true, table::no_privilege()),
+        SqlState::INSUFFICIENT_PRIVILEGE => (true, schema::no_privilege()),
         SqlState::UNDEFINED_COLUMN
         | SqlState::UNDEFINED_FUNCTION
         | SqlState::DATATYPE_MISMATCH
         | SqlState::WRONG_OBJECT_TYPE
         | SqlState::INVALID_COLUMN_REFERENCE
         | SqlState::NOT_NULL_VIOLATION
-        | SqlState::CHECK_VIOLATION => (true, table::of_another_layout()),
+        | SqlState::CHECK_VIOLATION => (true, schema::of_another_layout()),
         SqlState::SYNTAX_ERROR => (true, "the server does not know what PostgreSQL 9.5 does".to_owned()),
         SqlState::UNTRANSLATABLE_CHARACTER | SqlState::CHARACTER_NOT_IN_REPERTOIRE => {
             (true, "the encoding of the database has no such characters as are in the lease's name".to_owned())

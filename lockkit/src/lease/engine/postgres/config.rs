@@ -26,8 +26,8 @@ use tokio_postgres::Config;
 use tokio_postgres::config::{Host, SslMode, SslNegotiation, TargetSessionAttrs};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
-use super::failure;
-use super::link::Link;
+use super::connection::Link;
+use super::errors;
 use crate::error::{self, chain};
 use crate::lease::connect::{Parts, invalid};
 use crate::lease::engine::{addresses, not_connected};
@@ -159,7 +159,7 @@ impl Target {
             Where::Named(name) => (addresses(name, *port, by).and_then(|found| self.tcp(&found, by)), Some(&**name)),
         };
         let opened = Link::open(socket.map_err(failed)?, name, &self.config, &self.tls, by);
-        opened.map_err(|cut| failure::of_connecting(cut, &shown(host, *port), self.user(), late))
+        opened.map_err(|cut| errors::of_connecting(cut, &shown(host, *port), self.user(), late))
     }
 
     fn unix(&self, directory: &std::path::Path, port: u16, by: Deadline) -> io::Result<Shielded<OwnedFd>> {

@@ -65,7 +65,7 @@ pub(crate) struct Slot {
     /// How often the slot was taken; a lock's owner is a slot and a generation of it.
     pub(crate) generation: AtomicU32,
     _reserved: [AtomicU32; 5],
-    /// Who took it, as `named::mark` writes it.
+    /// Who took it, as `named::holder_record` writes it.
     pub(crate) record: [AtomicU64; 13],
 }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use lockkit::{FileGuard, LeaseGuard, NamedGuard, Owner, PidGuard, Recovered};
 
 use crate::failure::{Failure, code};
-use crate::look::plain;
+use crate::report::plain;
 use crate::supervise::LossPipe;
 
 /// A lock that is held.

@@ -17,9 +17,9 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use rustix::io::{Errno, Result as Io};
 
-use super::wire::{self, Inbox, Kind, Request};
+use super::protocol::{self, Inbox, Kind, Request};
 #[cfg(feature = "tokio")]
-use crate::awaiting;
+use crate::blocking;
 use crate::error::{Error, Result};
 use crate::sys::event::{self, Event};
 use crate::sys::fork::{self, Shielded};
@@ -39,7 +39,7 @@ const REST: Duration = Duration::from_millis(100);
 const PORTION: usize = 64 << 10;
 /// How often somebody who does not want to wait looks again as long as something is coming in: enough for the longest
 /// request.
-const ROUNDS: usize = 4 * wire::MOST_REQUEST / PORTION;
+const ROUNDS: usize = 4 * protocol::MOST_REQUEST / PORTION;
 
 /// The names of what is watched; those of callers come after them.
 const LISTENER: u64 = 0;
@@ -149,7 +149,7 @@ impl Reception {
                     // One of its own: a reactor takes a descriptor once, and several tasks may wait here.
                     let own = Shielded::new(|| rustix::io::fcntl_dupfd_cloexec(self.as_fd(), 0));
                     let own = own.map_err(|error| Error::io("wait for", "activations", error))?;
-                    let _ = patience.wait_async(awaiting::readable(Some(own.as_fd())), pause).await?;
+                    let _ = patience.wait_async(blocking::readable(Some(own.as_fd())), pause).await?;
                 }
             }
         }
@@ -312,7 +312,7 @@ impl Desk {
         let is_admitted = seqpacket::is_own(&*connection, sender, self.user) && watched.add(&*connection, id).is_ok();
         if is_admitted {
             self.next_id += 1;
-            let inbox = Inbox::new(wire::MOST_REQUEST);
+            let inbox = Inbox::new(protocol::MOST_REQUEST);
             self.callers.push(Caller { id, since: now, heard: now, connection, sender, inbox });
         }
         is_admitted
@@ -359,7 +359,7 @@ impl Desk {
                 (!event::is_readable(connection.as_fd())).then_some(Arrived { connection, sender, request })
             }
             Err(_) => {
-                let _ = stream::send(connection, &wire::note(Kind::NotUnderstood));
+                let _ = stream::send(connection, &protocol::note(Kind::NotUnderstood));
                 self.dismiss(watched, at);
                 None
             }

@@ -12,8 +12,8 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::time::timeout;
 
 use crate::chaos::Dice;
-use crate::kinds::{AnyGuard, AnyLock};
-use crate::suite::told;
+use crate::conformance::told;
+use crate::fixtures::{AnyGuard, AnyLock};
 use crate::wine::{DELETED, is_wine, wine_cannot_judge};
 use crate::{Actor, Belongings, Kind, LIVELY, Spec, until};
 
@@ -58,13 +58,13 @@ macro_rules! task_suite {
             mod on_one_thread {
                 $(#[test]
                 fn $case() {
-                    $crate::left_out_or($kind, |kind| $crate::tasks::$case(kind, "one"));
+                    $crate::left_out_or($kind, |kind| $crate::async_conformance::$case(kind, "one"));
                 })*
             }
             mod on_several_threads {
                 $(#[test]
                 fn $case() {
-                    $crate::left_out_or($kind, |kind| $crate::tasks::$case(kind, "several"));
+                    $crate::left_out_or($kind, |kind| $crate::async_conformance::$case(kind, "several"));
                 })*
             }
         }

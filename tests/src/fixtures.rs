@@ -1,7 +1,7 @@
 //! The kinds of lock under test.
 //!
 //! A new kind, or a new store of leases, gets every case of the suite by a [`Fixture`], a constant in [`Kind`], its
-//! place in [`KINDS`], and a line `suite!(name, Kind::NAME);` in a file of `tests/tests`.
+//! place in [`KINDS`], and a line `conformance!(name, Kind::NAME);` in a file of `tests/tests`.
 
 use std::fmt;
 use std::ops::Deref;
@@ -15,9 +15,9 @@ use lockkit::{
     Result, Scope, Wait,
 };
 
-#[cfg(target_os = "linux")]
-use crate::engines;
 use crate::managers::{self, Table};
+#[cfg(target_os = "linux")]
+use crate::server_conformance;
 
 /// A lock of any kind.
 pub trait AnyLock: Send + Sync {
@@ -271,7 +271,7 @@ impl Fixture for Pid {
 /// Its ttl is longer than anybody in the suite is ever stopped. So it is a lock like any other there: what frees it is
 /// a release, or that its owner is seen dead, and nobody is taken over alive. What becomes of a holder that is silent
 /// for longer is judged by the tokens, in the tests of leases. The heartbeat is long enough that hardly one falls into
-/// a scenario of [`steps`](crate::steps).
+/// a scenario of [`crash_points`](crate::crash_points).
 struct FileLease;
 
 impl Fixture for FileLease {
@@ -400,11 +400,11 @@ impl Kind {
     pub const PIDFILE: Self = Self(&Pid);
     pub const LEASE: Self = Self(&FileLease);
     #[cfg(target_os = "linux")]
-    pub const ETCD: Self = Self(&EngineLease { name: "etcd", url: engines::etcd::shared_url });
+    pub const ETCD: Self = Self(&EngineLease { name: "etcd", url: server_conformance::etcd::shared_url });
     #[cfg(target_os = "linux")]
-    pub const POSTGRES: Self = Self(&EngineLease { name: "postgres", url: engines::postgres::shared_url });
+    pub const POSTGRES: Self = Self(&EngineLease { name: "postgres", url: server_conformance::postgres::shared_url });
     #[cfg(target_os = "linux")]
-    pub const REDIS: Self = Self(&EngineLease { name: "redis", url: engines::redis::shared });
+    pub const REDIS: Self = Self(&EngineLease { name: "redis", url: server_conformance::redis::shared });
     pub const SHM: Self = Self(&OfManager(managers::Kind::Shm));
     pub const DIRECTORY: Self = Self(&OfManager(managers::Kind::Directory));
     pub const MEMORY: Self = Self(&OfManager(managers::Kind::Memory));

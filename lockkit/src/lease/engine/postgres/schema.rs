@@ -20,10 +20,10 @@
 
 use tokio_postgres::types::Type;
 
-use super::failure::{self, Said, of_request};
-use super::link::{Cut, Link, Sql};
+use super::connection::{Cut, Link, Sql};
+use super::errors::{self, Said, of_request};
+use crate::failpoint::step;
 use crate::lease::store::{Deadline, StoreError};
-use crate::steps::step;
 
 /// What makes the table. It leaves room in its pages, so that a renewal is written beside the row that it replaces.
 pub(super) const CREATE: &str = "CREATE TABLE IF NOT EXISTS lockkit_leases (\
@@ -192,7 +192,7 @@ pub(super) fn check(link: &mut Link, by: Deadline) -> Result<(), StoreError> {
             return Err(StoreError::misuse(too_old(&format!("PostgreSQL {version}"))));
         }
         if row.try_get(3).map_err(strange)? {
-            return Err(StoreError::refused(failure::read_only()));
+            return Err(StoreError::refused(errors::read_only()));
         }
         link.is_direct = link.process() == Some(process);
         if let Some(why) = row.try_get::<_, Option<&str>>(5).map_err(strange)? {

@@ -19,8 +19,8 @@ use serde::Serialize;
 
 use crate::failure::{Failure, code};
 use crate::locks::{FileLocks, Locked, OnFile};
-use crate::paint::{BAD, GOOD, ODD, TITLE, paint};
-use crate::place::{self, Place, ScopeArgument};
+use crate::style::{BAD, GOOD, ODD, TITLE, paint};
+use crate::target::{self, Place, ScopeArgument};
 
 /// The version of the JSON forms.
 pub(crate) const VERSION: u32 = 1;
@@ -268,8 +268,8 @@ impl Sight {
 pub(crate) fn at(place: &Place, scope: ScopeArgument, locks: impl FnOnce() -> FileLocks) -> Result<Sight, Failure> {
     match place {
         Place::Lease(lease) => of_lease(lease),
-        Place::Name(name) => named(&place::named_or_file(name, scope)?),
-        Place::Path(path) => at_path(&place::absolute(path)?, &locks()),
+        Place::Name(name) => named(&target::named_or_file(name, scope)?),
+        Place::Path(path) => at_path(&target::absolute(path)?, &locks()),
     }
 }
 
@@ -297,13 +297,13 @@ impl<'p> Watched<'p> {
     pub(crate) fn state(&mut self) -> Result<State, Failure> {
         let path = match self.place {
             Place::Name(name) => {
-                let usual = place::named_or_file(name, self.scope)?;
+                let usual = target::named_or_file(name, self.scope)?;
                 // One kept on request in a file is another lock of the same name.
                 let held = command::is_held(&usual)? || command::is_held(&filed(name, self.scope.into())?)?;
                 return Ok(if held { State::Held } else { State::Free });
             }
             Place::Lease(lease) => return Ok(of_lease(lease)?.state),
-            Place::Path(path) => place::absolute(path)?,
+            Place::Path(path) => target::absolute(path)?,
         };
         match found_at(&path)? {
             Found::Missing => Ok(State::Free),

@@ -24,7 +24,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::lock::Lock;
 #[cfg(target_os = "linux")]
 use crate::sys::fd::BorrowedFd;
-use crate::trace;
+use crate::telemetry;
 use crate::wait::{CancelToken, Subject, Wait};
 
 /// A [`Lock`] that tasks can wait for. Every lock of this crate is one, and has the method as its own, too.
@@ -111,7 +111,7 @@ pub(crate) async fn elsewhere_do<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
     let (send, receive) = oneshot::channel();
-    let work = trace::carried(work);
+    let work = telemetry::carried(work);
     let thread = std::thread::Builder::new().name("lockkit-wait".to_owned());
     let started = thread.spawn(move || drop(send.send(work())));
     started.map_err(|error| Error::io("start a thread for", subject.describe(), error))?;

@@ -3,7 +3,7 @@
 //!
 //! In every case whoever asks is answered, with the lock or with an error that says what is missing; nobody is inside
 //! beside the holder; and once all is well again the same process gets in, and another, which is told of no death, for
-//! nobody died. [`faults!`](crate::faults!) makes a test of each case for one kind.
+//! nobody died. [`fault_injection!`](crate::fault_injection!) makes a test of each case for one kind.
 
 use std::collections::BTreeSet;
 use std::fs::{self, Permissions};
@@ -21,15 +21,15 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, prlimit, setrlimit};
 
-use crate::actor::signal_pid;
+use crate::helper_process::signal_pid;
 use crate::leases::Terms;
-use crate::{Actor, Belongings, Kind, Spec, another_user, managers, program, steps, suite, until};
+use crate::{Actor, Belongings, Kind, Spec, another_user, conformance, crash_points, managers, program, until};
 
 /// Makes a module `$module` with a test for every case, for one kind of lock.
 #[macro_export]
-macro_rules! faults {
+macro_rules! fault_injection {
     ($module:ident, $kind:expr) => {
-        $crate::faults!($module, $kind;
+        $crate::fault_injection!($module, $kind;
             a_limit_of_file_sizes_is_an_error_or_does_not_matter,
             a_process_that_a_limit_of_file_sizes_ends_holds_nothing,
             a_limit_of_processes_is_an_error_or_does_not_matter,
@@ -52,7 +52,7 @@ macro_rules! faults {
         mod $module {
             $(#[test]
             fn $case() {
-                $crate::faults::$case($kind);
+                $crate::fault_injection::$case($kind);
             })*
         }
     };
@@ -856,7 +856,7 @@ mod cases {
         assert!(answer == "held" || answer == "gone", "{answer}");
         limited.kill();
         let next = other.ask(TAKE);
-        assert!(next == "held" || next == suite::told(kind, limited.pid()), "{next}");
+        assert!(next == "held" || next == conformance::told(kind, limited.pid()), "{next}");
         other.expect("release", "released");
         all_get_in(&mut [&mut other, &mut Actor::start(&spec)]);
         spec.clean();
@@ -977,7 +977,7 @@ mod cases {
         for way in ["lock", "lock-for 20000"] {
             waiter.tell_to_wait(way);
             holder.kill();
-            assert_eq!(waiter.answer(), suite::told(kind, holder.pid()));
+            assert_eq!(waiter.answer(), conformance::told(kind, holder.pid()));
             waiter.expect("release", "released");
             holder = Actor::start(&spec);
             holder.expect("lock", "held");
@@ -1136,7 +1136,7 @@ mod cases {
     }
 
     pub fn a_step_stands_between_every_two_changes(kind: Kind) {
-        steps::stand_between_changes(kind);
+        crash_points::stand_between_changes(kind);
     }
 
     pub fn any_system_call_may_fail_once_when_nobody_else_is_there(kind: Kind) {

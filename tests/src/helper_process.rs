@@ -30,7 +30,7 @@ use std::time::Duration;
 
 use lockkit::{CancelToken, ErrorKind, Wait};
 
-use crate::kinds::{AnyGuard, Spec};
+use crate::fixtures::{AnyGuard, Spec};
 use crate::{LIVELY, program};
 
 /// The handle on an actor; dropping it kills the actor and waits for its end.
@@ -68,7 +68,7 @@ impl Actor {
         Self::run(command)
     }
 
-    /// Starts one that waits in tasks and gives up at random; see [`tasks::drop_often`](crate::tasks::drop_often).
+    /// Starts one that waits in tasks and gives up at random; see [`async_conformance::drop_often`](crate::async_conformance::drop_often).
     pub fn start_tasks(spec: &Spec, flavor: &str, rounds: u32) -> Self {
         Self::start_with(spec, |command| _ = command.args(["tasks", flavor, &rounds.to_string()]))
     }
@@ -281,7 +281,7 @@ pub fn serve(spec: &Spec) {
     let mut names = Vec::new();
     let mut aside = None;
     #[cfg(target_os = "linux")]
-    let mut others = crate::faults::Others::default();
+    let mut others = crate::fault_injection::Others::default();
     for line in crate::commands() {
         let mut take = |wait: &Wait| {
             announce();
@@ -412,7 +412,7 @@ pub fn serve(spec: &Spec) {
             #[cfg(target_os = "linux")]
             "close-all" => {
                 std::mem::take(&mut others).forget();
-                others = crate::faults::Others::in_place_of_all();
+                others = crate::fault_injection::Others::in_place_of_all();
                 "closed".to_owned()
             }
             #[cfg(target_os = "linux")]
@@ -424,7 +424,7 @@ pub fn serve(spec: &Spec) {
                 };
                 let before = wait(Duration::from_millis(50));
                 std::mem::take(&mut others).forget();
-                others = crate::faults::Others::in_place_of_all();
+                others = crate::fault_injection::Others::in_place_of_all();
                 let after = wait(Duration::from_millis(50));
                 let cancelled = std::thread::scope(|scope| {
                     scope.spawn(|| {
@@ -439,7 +439,7 @@ pub fn serve(spec: &Spec) {
             "others" => others.are_kept(),
             #[cfg(target_os = "linux")]
             "spare-others" => {
-                others = crate::faults::Others::default();
+                others = crate::fault_injection::Others::default();
                 "spared".to_owned()
             }
             #[cfg(target_os = "linux")]
@@ -473,7 +473,7 @@ pub fn serve(spec: &Spec) {
             }
             #[cfg(target_os = "linux")]
             "limit-threads" => {
-                crate::faults::limit_threads(argument);
+                crate::fault_injection::limit_threads(argument);
                 "limited".to_owned()
             }
             "feed" => {
@@ -496,7 +496,7 @@ fn resident() -> u64 {
 
 /// Forks at many moments of an acquisition and a release; then the lock must be free, though the children live.
 #[cfg(unix)]
-fn fork_often(lock: &dyn crate::kinds::AnyLock) -> String {
+fn fork_often(lock: &dyn crate::fixtures::AnyLock) -> String {
     let stop = AtomicBool::new(false);
     let children: Vec<i32> = std::thread::scope(|scope| {
         scope.spawn(|| {

@@ -12,7 +12,7 @@ use lockkit::Lease;
 use rustix::process::Signal;
 
 use super::{Access, Certificates, Clock, Engine, PASSWORD, Security};
-use crate::actor::signal_pid;
+use crate::helper_process::signal_pid;
 use crate::servers::{Server, ServerDir, Shared, children_of, free_port};
 use crate::until;
 
