@@ -5,7 +5,7 @@
 //! granted, by a request to its store that is under way; it is released on the spot.
 //!
 //! - A [`NamedLock`](crate::NamedLock) on a socket sleeps on the reactor: the steps are those of the blocking wait, only
-//!   the sleep between them is another ([`Patience::wait_async`](crate::wait::Patience::wait_async)). A future that is
+//!   the sleep between them is another ([`WaitState::wait_async`](crate::wait::WaitState::wait_async)). A future that is
 //!   dropped has closed its connection, so nothing is left to be cleaned up.
 //! - All others wait in a futex, in flock or for a store, which only a thread can. Who finds the lock held gets a thread
 //!   of its own ([`on_a_thread`]), and a token that dropping the future cancels. What the thread brings after that goes
@@ -25,7 +25,7 @@ use crate::lock::Lock;
 #[cfg(target_os = "linux")]
 use crate::sys::fd::BorrowedFd;
 use crate::telemetry;
-use crate::wait::{CancelToken, Subject, Wait};
+use crate::wait::{CancelToken, LockInfo, Wait};
 
 /// A [`Lock`] that tasks can wait for. Every lock of this crate is one, and has the method as its own, too.
 ///
@@ -71,7 +71,7 @@ pub(crate) fn check_runtime() -> Result<()> {
 /// Takes the lock here and now if it is free, which blocks for no longer than a few system calls; else on a thread.
 pub(crate) async fn at_once_or_on_a_thread<G: Send + 'static>(
     wait: &Wait,
-    subject: &dyn Subject,
+    subject: &dyn LockInfo,
     take: impl Fn(&Wait) -> Result<G> + Send + 'static,
 ) -> Result<G> {
     match take(&wait.at_once()) {
@@ -83,7 +83,7 @@ pub(crate) async fn at_once_or_on_a_thread<G: Send + 'static>(
 /// Takes the lock on a thread of its own, which ends soon after the future is dropped.
 pub(crate) async fn on_a_thread<G: Send + 'static>(
     wait: &Wait,
-    subject: &dyn Subject,
+    subject: &dyn LockInfo,
     take: impl FnOnce(&Wait) -> Result<G> + Send + 'static,
 ) -> Result<G> {
     wait.check(subject)?;
@@ -107,7 +107,7 @@ pub(crate) async fn on_a_thread<G: Send + 'static>(
 
 /// Does what blocks on a thread of its own. When the future is dropped the thread goes on, and drops what came of it.
 pub(crate) async fn elsewhere_do<T: Send + 'static>(
-    subject: &dyn Subject,
+    subject: &dyn LockInfo,
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
     let (send, receive) = oneshot::channel();

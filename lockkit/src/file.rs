@@ -8,7 +8,7 @@
 //! between acquisitions, so that mostly none is opened. A wait without an end sits in the kernel; one with a limit or a
 //! token tries again on a timer, because a thread blocked in flock could not be called back.
 //!
-//! The comparison costs more than the lock, and is left out for a file that was locked here less than [`BLINK`] ago and
+//! The comparison costs more than the lock, and is left out for a file that was locked here less than [`RECHECK_WINDOW`] ago and
 //! compared less than [`SOON`] ago, as in a tight loop. A blink is too short for another process to take the lock,
 //! delete the file and release, so whoever deletes it while holding the lock, as one must, is never missed. A file that
 //! is deleted without holding its lock is noticed by the first acquisition after [`SOON`].
@@ -35,10 +35,10 @@ use crate::sys::atomic_box::Slot;
 use crate::sys::clock::nanos;
 use crate::sys::files::{self, FileExt, MetadataExt, OpenOptionsExt};
 use crate::sys::flock::{self, Mode};
-use crate::sys::fork::{self, Shielded};
+use crate::sys::fork::{self, ForkGuarded};
 use crate::sys::tmpfile;
 use crate::telemetry;
-use crate::wait::{Backoff, Patience, Subject, Wait};
+use crate::wait::{Backoff, LockInfo, Wait, WaitState};
 
 /// How often a file may be replaced under an acquisition before it is called rogue: more often by far than those come
 /// between who contend for a numbered lock that was freed, each of whom removes its file.
@@ -46,18 +46,18 @@ const MOST_REPLACEMENTS: u32 = 10_000;
 /// How often it may come and go while it is opened.
 const MOST_OPENINGS: u32 = 100;
 
-/// For how long a comparison is good for locks that follow each other in a [`Blink`], in nanoseconds.
+/// For how long a comparison is good for locks that follow each other in a [`RecheckWindow`], in nanoseconds.
 const SOON: u64 = 1_000_000;
 
 /// The time from one lock here to the next, with the unlock in between, in which nobody else can have locked, deleted
 /// and unlocked: no more than the fastest that this process ever unlocked, locked and looked at the path. Deleting
 /// begins with such a look, and then has the work before it. So it fits the machine, however fast that is.
-struct Blink {
+struct RecheckWindow {
     samples: AtomicU32,
     nanos: AtomicU64,
 }
 
-impl Blink {
+impl RecheckWindow {
     /// So many times must have been measured: any one of them may have been interrupted.
     const ENOUGH: u32 = 32;
     /// Never longer than this, whatever was measured.
@@ -83,7 +83,7 @@ impl Blink {
     }
 }
 
-static BLINK: Blink = Blink::new();
+static RECHECK_WINDOW: RecheckWindow = RecheckWindow::new();
 
 /// A lock on a file or directory, exclusive or shared.
 ///
@@ -152,26 +152,26 @@ pub struct FileLock(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    place: Place,
+    place: FileSpec,
     /// The open file of an earlier acquisition.
     spare: Slot<Open>,
 }
 
 /// Where the file is, and how it is made.
 #[derive(Clone, Debug)]
-struct Place {
+struct FileSpec {
     path: PathBuf,
     /// The permissions of a file made here, exactly; else 0600 less the umask.
     mode: Option<u32>,
     /// Whether missing directories are made.
     parents: bool,
     /// The directory is open to other users, who may have put something else in the file's place.
-    wary: bool,
+    hardened: bool,
 }
 
 #[derive(Debug)]
 struct Open {
-    file: Shielded<File>,
+    file: ForkGuarded<File>,
     /// Its device and inode, which no other file has while it is open.
     identity: (u64, u64),
     /// The process that opened it: what a forked child has is inert.
@@ -183,21 +183,21 @@ struct Open {
     /// When the descriptor was last used, and was the lock's.
     used: u64,
     /// When the lock was last known to be held, at the beginning of a hold. A holder that deletes its own file does so
-    /// later, so a [`Blink`] is counted from here.
+    /// later, so a [`RecheckWindow`] is counted from here.
     held: u64,
 }
 
 impl Open {
-    /// The part of a [`Blink`] that is too short to close a file and open another: opening one is a look at a path, and
+    /// The part of a [`RecheckWindow`] that is too short to close a file and open another: opening one is a look at a path, and
     /// more.
     const HELD: u64 = 2;
     /// The same part for the time between two holds, which includes an unlock.
     const IDLE: u64 = 3;
 
-    /// Whether the descriptor is still this lock's, of which `part` of a [`Blink`] must be too short to replace it.
+    /// Whether the descriptor is still this lock's, of which `part` of a [`RecheckWindow`] must be too short to replace it.
     #[inline]
     fn is_own(&self, now: u64, part: u64) -> bool {
-        BLINK.covers(now.wrapping_sub(self.used).saturating_mul(part)) || self.file.is_own()
+        RECHECK_WINDOW.covers(now.wrapping_sub(self.used).saturating_mul(part)) || self.file.is_own()
     }
 }
 
@@ -205,16 +205,16 @@ impl FileLock {
     /// A lock on the file or directory at `path`. Nothing happens there until it is first locked; then a missing file is
     /// made.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self::at(Place { path: path.into(), mode: None, parents: false, wary: false })
+        Self::at(FileSpec { path: path.into(), mode: None, parents: false, hardened: false })
     }
 
     /// A lock on a file of lockkit's own, which has exactly `mode`, and which no symlink, hard link or special file
     /// may stand for.
     pub(crate) fn own(path: PathBuf, mode: u32) -> Self {
-        Self::at(Place { path, mode: Some(mode), parents: false, wary: true })
+        Self::at(FileSpec { path, mode: Some(mode), parents: false, hardened: true })
     }
 
-    fn at(place: Place) -> Self {
+    fn at(place: FileSpec) -> Self {
         Self(Arc::new(Inner { place, spare: Slot::empty() }))
     }
 
@@ -223,12 +223,12 @@ impl FileLock {
     ///
     /// The mode must let the owner read. An acquisition fails with [`InvalidOption`](ErrorKind::InvalidOption) otherwise.
     pub fn create_with_mode(self, mode: u32) -> Self {
-        Self::at(Place { mode: Some(mode), ..self.0.place.clone() })
+        Self::at(FileSpec { mode: Some(mode), ..self.0.place.clone() })
     }
 
     /// Makes missing directories on the way to the file, too, with the permissions that the process's umask leaves.
     pub fn create_parents(self) -> Self {
-        Self::at(Place { parents: true, ..self.0.place.clone() })
+        Self::at(FileSpec { parents: true, ..self.0.place.clone() })
     }
 
     /// The path of the file.
@@ -371,7 +371,7 @@ impl FileLock {
     }
 
     /// As [`acquire`](Self::acquire), with errors that speak of `subject`.
-    pub(crate) fn acquire_as(&self, wait: &Wait, subject: &dyn Subject) -> Result<FileGuard> {
+    pub(crate) fn acquire_as(&self, wait: &Wait, subject: &dyn LockInfo) -> Result<FileGuard> {
         self.guard(Mode::Exclusive, wait, subject)
     }
 
@@ -379,7 +379,7 @@ impl FileLock {
     fn acquire_in(&self, mode: Mode, wait: &Wait) -> Result<FileGuard> {
         let take = || self.guard(mode, wait, &*self.0);
         // A file of lockkit's own belongs to another lock, which tells of itself.
-        if self.0.place.wary { take() } else { telemetry::acquire(&*self.0, take) }
+        if self.0.place.hardened { take() } else { telemetry::acquire(&*self.0, take) }
     }
 
     #[cfg(feature = "tokio")]
@@ -394,7 +394,7 @@ impl FileLock {
         self.acquire_in_async(Mode::Exclusive, wait).await
     }
 
-    fn guard(&self, mode: Mode, wait: &Wait, subject: &dyn Subject) -> Result<FileGuard> {
+    fn guard(&self, mode: Mode, wait: &Wait, subject: &dyn LockInfo) -> Result<FileGuard> {
         let open = self.0.acquire(mode, wait, subject)?;
         Ok(FileGuard { open: Some(open), mode, lock: self.0.clone() })
     }
@@ -408,7 +408,7 @@ lock_methods!(
                dropped, closes its file and ends; a lock that it gets at the same moment it releases."
 );
 
-impl Subject for Inner {
+impl LockInfo for Inner {
     fn describe(&self) -> String {
         format!("the lock on {}", self.place.path.display())
     }
@@ -425,7 +425,7 @@ impl Subject for Inner {
 }
 
 impl Inner {
-    fn acquire(&self, mode: Mode, wait: &Wait, subject: &dyn Subject) -> Result<Box<Open>> {
+    fn acquire(&self, mode: Mode, wait: &Wait, subject: &dyn LockInfo) -> Result<Box<Open>> {
         wait.check(subject)?;
         let mut patience = None;
         for _ in 0..MOST_REPLACEMENTS {
@@ -459,7 +459,7 @@ impl Inner {
             open.used = now;
             let before = std::mem::replace(&mut open.held, now);
             let since = |moment| now.wrapping_sub(moment);
-            if BLINK.covers(since(before)) && since(open.compared) < SOON && !self.place.wary {
+            if RECHECK_WINDOW.covers(since(before)) && since(open.compared) < SOON && !self.place.hardened {
                 return Ok(open);
             }
             // The descriptor may have been closed during a wait.
@@ -467,7 +467,7 @@ impl Inner {
                 let seen = nanos();
                 // A wait says nothing of how fast this process is.
                 if before != 0 && patience.is_none() {
-                    BLINK.measured(seen.wrapping_sub(before));
+                    RECHECK_WINDOW.measured(seen.wrapping_sub(before));
                 }
                 (open.compared, open.used, open.held) = (now, seen, seen);
                 return Ok(open);
@@ -482,15 +482,15 @@ impl Inner {
         file: &File,
         mode: Mode,
         wait: &Wait,
-        patience: &mut Option<Patience>,
-        subject: &dyn Subject,
+        patience: &mut Option<WaitState>,
+        subject: &dyn LockInfo,
     ) -> Result<()> {
         let failed = |error| Error::io("lock", &self.place.path, error);
         if flock::try_lock(file, mode).map_err(failed)? {
             return Ok(());
         }
         if patience.is_none() {
-            *patience = wait.patience_for(subject);
+            *patience = wait.state_for(subject);
         }
         let Some(patience) = patience else {
             return Err(subject.held());
@@ -510,7 +510,7 @@ impl Inner {
     }
 }
 
-impl Place {
+impl FileSpec {
     /// Whether the path still leads to the file of this device and inode.
     fn names(&self, identity: (u64, u64)) -> Result<bool> {
         match files::look_at(&self.path) {
@@ -524,7 +524,7 @@ impl Place {
     /// sticky directory (`fs.protected_regular`).
     ///
     /// Also says whether it was made.
-    fn open(&self) -> Result<(Shielded<File>, bool)> {
+    fn open(&self) -> Result<(ForkGuarded<File>, bool)> {
         for _ in 0..MOST_OPENINGS {
             match self.open_existing() {
                 Err(error) if error.kind() == Io::NotFound => {}
@@ -555,14 +555,14 @@ impl Place {
     }
 
     /// A file with a mode of its own gets it before the path names it, so that a kill leaves no other one.
-    fn create(&self) -> io::Result<Shielded<File>> {
+    fn create(&self) -> io::Result<ForkGuarded<File>> {
         let Some(mode) = self.mode else { return self.create_at_path(0o600) };
         let directory = match self.path.parent() {
             Some(parent) if parent != Path::new("") => parent,
             Some(_) => Path::new("."),
             None => &self.path,
         };
-        let file = match Shielded::new(|| tmpfile::file_in(directory, 0o600)) {
+        let file = match ForkGuarded::new(|| tmpfile::file_in(directory, 0o600)) {
             Err(error) if error.kind() == Io::Unsupported => return self.create_in_place(mode),
             file => file?,
         };
@@ -583,16 +583,16 @@ impl Place {
         }
     }
 
-    fn create_at_path(&self, mode: u32) -> io::Result<Shielded<File>> {
+    fn create_at_path(&self, mode: u32) -> io::Result<ForkGuarded<File>> {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create_new(true).mode(mode);
-        let file = Shielded::new(|| files::create(&options, &self.path))?;
+        let file = ForkGuarded::new(|| files::create(&options, &self.path))?;
         step("file made");
         Ok(file)
     }
 
     /// As [`create`](Self::create), on a file system without nameless files.
-    fn create_in_place(&self, mode: u32) -> io::Result<Shielded<File>> {
+    fn create_in_place(&self, mode: u32) -> io::Result<ForkGuarded<File>> {
         let file = self.create_at_path(mode)?;
         // The umask is not ours to change, but the file's mode is.
         if let Err(error) = files::set_mode(&file, mode) {
@@ -605,18 +605,18 @@ impl Place {
     }
 
     /// For writing where that is allowed, as some file systems want it for an exclusive lock; else for reading.
-    fn open_existing(&self) -> io::Result<Shielded<File>> {
+    fn open_existing(&self) -> io::Result<ForkGuarded<File>> {
         let unfit = || io::Error::new(Io::InvalidInput, "neither a file nor a directory");
         // Looked at first, because merely opening a FIFO or a device may do something.
         if std::fs::metadata(&self.path).is_ok_and(|found| !found.is_file() && !found.is_dir()) {
             return Err(unfit());
         }
         // One put there since must not keep the call waiting for its other end, nor become this process's terminal.
-        let flags = files::NONBLOCK | files::NOCTTY | if self.wary { files::NOFOLLOW } else { 0 };
+        let flags = files::NONBLOCK | files::NOCTTY | if self.hardened { files::NOFOLLOW } else { 0 };
         let open = |writing| {
             let mut options = OpenOptions::new();
             options.read(true).write(writing).custom_flags(flags);
-            Shielded::new(|| files::open(&options, &self.path))
+            ForkGuarded::new(|| files::open(&options, &self.path))
         };
         let file = match open(true) {
             Err(error) if for_reading_only(error.kind()) => open(false),
@@ -624,7 +624,7 @@ impl Place {
         }?;
         let found = files::look(&file)?;
         // One without a name was deleted just now, which shows once it is locked.
-        if self.wary && !(found.is_file() && found.nlink() <= 1) {
+        if self.hardened && !(found.is_file() && found.nlink() <= 1) {
             return Err(io::Error::new(Io::InvalidInput, "not a plain file of its own"));
         }
         match found.is_file() || found.is_dir() {
@@ -689,7 +689,7 @@ impl FileGuard {
     #[cfg(unix)]
     pub(crate) fn copy(&self) -> io::Result<File> {
         match &self.open {
-            Some(open) if open.file.is_own() => fork::unshielded(|| open.file.try_clone()),
+            Some(open) if open.file.is_own() => fork::unguarded(|| open.file.try_clone()),
             _ => Err(fork::closed_by_program()),
         }
     }
@@ -740,7 +740,7 @@ impl FileGuard {
     fn give_back(&mut self) -> Result<()> {
         let Some(mut open) = self.open.take() else { return Ok(()) };
         self.unlock(&mut open)?;
-        if !self.lock.place.wary && open.generation == fork::noted_generation() {
+        if !self.lock.place.hardened && open.generation == fork::noted_generation() {
             telemetry::released(&*self.lock);
         }
         self.keep(open);

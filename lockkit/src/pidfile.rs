@@ -43,11 +43,11 @@ use crate::lock::{Guard, Recovered, lock_methods};
 use crate::owner::{Liveness, Owner};
 use crate::sys::files::{self, DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, Seen};
 use crate::sys::flock::{self, Mode as FlockMode};
-use crate::sys::fork::{self, Shielded};
+use crate::sys::fork::{self, ForkGuarded};
 use crate::sys::per_process::PerProcess;
 use crate::sys::{tmpfile, write_lock, xattr};
 use crate::telemetry;
-use crate::wait::{Backoff, Subject, Wait};
+use crate::wait::{Backoff, LockInfo, Wait};
 use record::Content;
 use verdict::Verdict;
 
@@ -195,7 +195,7 @@ pub enum PidStatus {
 enum Attempt {
     Taken(PidGuard),
     /// A process has the write lock on this file.
-    Locked(Shielded<File>),
+    Locked(ForkGuarded<File>),
     /// What the file says holds it.
     Claimed,
     /// Another taker is at work, or the file has just been replaced. If that lasts, this error says why.
@@ -220,12 +220,12 @@ fn held_files() -> &'static Mutex<HashSet<(u64, u64)>> {
 enum Claim {
     Kept(Attempt),
     /// With the owner that died and left it, if any.
-    Free(Shielded<File>, Option<Box<Owner>>),
+    Free(ForkGuarded<File>, Option<Box<Owner>>),
 }
 
 /// A file that is there, and what it means.
 struct Judged {
-    file: Shielded<File>,
+    file: ForkGuarded<File>,
     seen: Seen,
     verdict: Verdict,
     bytes: Vec<u8>,
@@ -332,7 +332,7 @@ impl PidFile {
             };
             let patience = match &mut patience {
                 Some(patience) => patience,
-                none => match wait.patience_for(self) {
+                none => match wait.state_for(self) {
                     Some(patience) => none.insert(patience),
                     None => return Err(self.held()),
                 },
@@ -381,7 +381,7 @@ impl PidFile {
             if !fs::metadata(path)?.is_file() {
                 return Err(not_a_plain_file());
             }
-            Shielded::new(|| files::open(OpenOptions::new().read(true).custom_flags(files::NONBLOCK), path))
+            ForkGuarded::new(|| files::open(OpenOptions::new().read(true).custom_flags(files::NONBLOCK), path))
         };
         let file = match open() {
             Err(error) if error.kind() == Io::NotFound => {
@@ -534,7 +534,7 @@ impl PidFile {
         }
         let mut options = OpenOptions::new();
         options.read(true).custom_flags(files::NOFOLLOW | files::NONBLOCK);
-        let file = match Shielded::new(|| files::open(&options, path)) {
+        let file = match ForkGuarded::new(|| files::open(&options, path)) {
             Err(error) if error.kind() == Io::NotFound => return Ok(None),
             opened => opened.map_err(|error| Error::io("open", path, error))?,
         };
@@ -563,7 +563,7 @@ impl PidFile {
         let me = Owner::current();
         // Without a name it is open to no other process whatever its permissions are.
         let mode = self.mode.map_or(DEFAULT_MODE, |_| 0o600);
-        let file = self.with_parents(|| Shielded::new(|| tmpfile::file_in(self.directory(), mode)));
+        let file = self.with_parents(|| ForkGuarded::new(|| tmpfile::file_in(self.directory(), mode)));
         let file = match file {
             Err(error) if error.kind() == Io::Unsupported => return self.take_over().map(Some),
             file => file.map_err(failed)?,
@@ -686,7 +686,7 @@ impl PidFile {
         let mode = 0o600 | shared | shared << 1;
         let mut options = OpenOptions::new();
         options.read(true).write(true).create_new(true).mode(mode).custom_flags(files::NOFOLLOW | files::NONBLOCK);
-        let made = self.with_parents(|| Shielded::new(|| files::create(&options, &path)));
+        let made = self.with_parents(|| ForkGuarded::new(|| files::create(&options, &path)));
         let (file, made) = match made {
             Ok(file) => {
                 step("file of takers made");
@@ -735,7 +735,7 @@ impl PidFile {
     }
 
     /// Opens the file of takers that is there, if there is one.
-    fn open_taker(&self, path: &Path) -> Result<Option<Shielded<File>>> {
+    fn open_taker(&self, path: &Path) -> Result<Option<ForkGuarded<File>>> {
         // Looked at first, because merely opening a FIFO or a device may do something.
         match files::look_at_link(path) {
             Err(error) if error.kind() == Io::NotFound => return Ok(None),
@@ -743,7 +743,7 @@ impl PidFile {
         }
         let mut options = OpenOptions::new();
         options.read(true).write(true).custom_flags(files::NOFOLLOW | files::NONBLOCK);
-        match Shielded::new(|| files::open(&options, path)) {
+        match ForkGuarded::new(|| files::open(&options, path)) {
             Err(error) if error.kind() == Io::NotFound => Ok(None),
             opened => opened.map(Some).map_err(|error| Error::io("open", path, error)),
         }
@@ -787,7 +787,7 @@ impl PidFile {
         self.path.parent().unwrap_or(&self.path)
     }
 
-    fn guard(&self, file: Shielded<File>, written: Written, died: Option<Box<Owner>>) -> Attempt {
+    fn guard(&self, file: ForkGuarded<File>, written: Written, died: Option<Box<Owner>>) -> Attempt {
         held_files().lock().insert(written.numbers);
         Attempt::Taken(PidGuard {
             file: Some(file.know_as(written.numbers).keep_across_fork()),
@@ -811,7 +811,7 @@ lock_methods!(
                same moment it releases."
 );
 
-impl Subject for PidFile {
+impl LockInfo for PidFile {
     fn describe(&self) -> String {
         format!("the pidfile {}", self.path.display())
     }
@@ -832,12 +832,12 @@ impl Subject for PidFile {
 /// The file of takers, whose write lock keeps all others out. Dropping it removes the file, still locked.
 struct Taking {
     name: TakerName,
-    file: Shielded<File>,
+    file: ForkGuarded<File>,
 }
 
 impl Taking {
     /// The file, which has become the pidfile.
-    fn finish(self) -> Shielded<File> {
+    fn finish(self) -> ForkGuarded<File> {
         let Self { mut name, file } = self;
         name.is_gone = true;
         file
@@ -967,7 +967,7 @@ fn overwrite(file: &File, new: &str, old: &[u8]) -> io::Result<()> {
 #[derive(Debug)]
 pub struct PidGuard {
     /// Taken by the release.
-    file: Option<Shielded<File>>,
+    file: Option<ForkGuarded<File>>,
     path: Arc<Path>,
     written: Written,
     /// The process that holds, for a forked child has a copy.
@@ -997,14 +997,14 @@ impl PidGuard {
 
     /// The file through another descriptor, if the program has closed the guard's: the content has kept the lock, for the
     /// process that it names lives. A daemon that closes all that it has inherited is such a program.
-    fn open_again(&self, file: &Shielded<File>) -> Result<Option<Shielded<File>>> {
+    fn open_again(&self, file: &ForkGuarded<File>) -> Result<Option<ForkGuarded<File>>> {
         if file.is_own() {
             return Ok(None);
         }
         let open = |writing| {
             let mut options = OpenOptions::new();
             options.read(true).write(writing).custom_flags(files::NOFOLLOW | files::NONBLOCK | files::NOCTTY);
-            Shielded::new(|| files::open(&options, &self.path))
+            ForkGuarded::new(|| files::open(&options, &self.path))
         };
         let opened = match open(true) {
             // To remove it, or to look at it, takes no right to write it.
@@ -1183,7 +1183,7 @@ impl PidGuard {
     }
 }
 
-impl Subject for PidGuard {
+impl LockInfo for PidGuard {
     fn describe(&self) -> String {
         format!("the pidfile {}", self.path.display())
     }

@@ -23,7 +23,7 @@ mod told {
 
     use crate::error::Result;
     use crate::lock::Guard;
-    use crate::wait::Subject;
+    use crate::wait::LockInfo;
 
     /// Whether anybody listens, to whatever level.
     #[inline]
@@ -33,14 +33,14 @@ mod told {
 
     /// Tells of an acquisition.
     #[inline]
-    pub(crate) fn acquire<G: Guard>(lock: &dyn Subject, take: impl FnOnce() -> Result<G>) -> Result<G> {
+    pub(crate) fn acquire<G: Guard>(lock: &dyn LockInfo, take: impl FnOnce() -> Result<G>) -> Result<G> {
         if is_on() { Acquisition::of(lock).tell(take) } else { take() }
     }
 
     /// Tells of an acquisition by a task.
     #[cfg(feature = "tokio")]
     pub(crate) async fn acquire_async<G: Guard>(
-        lock: &dyn Subject,
+        lock: &dyn LockInfo,
         taking: impl Future<Output = Result<G>>,
     ) -> Result<G> {
         use tracing::Instrument;
@@ -61,10 +61,10 @@ mod told {
 
     /// The lock was found held, and is waited for.
     #[inline]
-    pub(crate) fn waiting(lock: &dyn Subject) {
+    pub(crate) fn waiting(lock: &dyn LockInfo) {
         /// Asking who holds is not for nothing.
         #[cold]
-        fn tell(lock: &dyn Subject) {
+        fn tell(lock: &dyn LockInfo) {
             let (kind, name) = lock.label();
             let holder = lock.holder().map(|owner| owner.describe());
             debug!(target: "lockkit", kind, name, holder, "waiting");
@@ -76,9 +76,9 @@ mod told {
 
     /// The lock was given back.
     #[inline]
-    pub(crate) fn released(lock: &dyn Subject) {
+    pub(crate) fn released(lock: &dyn LockInfo) {
         #[cold]
-        fn tell(lock: &dyn Subject) {
+        fn tell(lock: &dyn LockInfo) {
             let (kind, name) = lock.label();
             trace!(target: "lockkit", kind, name, "released");
         }
@@ -88,7 +88,7 @@ mod told {
     }
 
     /// The lease has ended without its holder's doing.
-    pub(crate) fn lost(lock: &dyn Subject, token: u64, reason: &dyn Display) {
+    pub(crate) fn lost(lock: &dyn LockInfo, token: u64, reason: &dyn Display) {
         if is_on() {
             let (kind, name) = lock.label();
             error!(target: "lockkit", kind, name, token, %reason, "lost");
@@ -104,7 +104,7 @@ mod told {
 
     impl Acquisition {
         #[cold]
-        fn of(lock: &dyn Subject) -> Self {
+        fn of(lock: &dyn LockInfo) -> Self {
             let (kind, name) = lock.label();
             let span = debug_span!(target: "lockkit", "acquire", kind, name);
             Self { kind, name, since: Instant::now(), span }
@@ -140,7 +140,7 @@ mod untold {
     use std::fmt::Display;
 
     use crate::error::Result;
-    use crate::wait::Subject;
+    use crate::wait::LockInfo;
 
     #[inline(always)]
     pub(crate) fn is_on() -> bool {
@@ -148,13 +148,13 @@ mod untold {
     }
 
     #[inline(always)]
-    pub(crate) fn acquire<G>(_lock: &dyn Subject, take: impl FnOnce() -> Result<G>) -> Result<G> {
+    pub(crate) fn acquire<G>(_lock: &dyn LockInfo, take: impl FnOnce() -> Result<G>) -> Result<G> {
         take()
     }
 
     #[cfg(feature = "tokio")]
     pub(crate) fn acquire_async<G>(
-        _lock: &dyn Subject,
+        _lock: &dyn LockInfo,
         taking: impl Future<Output = Result<G>>,
     ) -> impl Future<Output = Result<G>> {
         taking
@@ -166,13 +166,13 @@ mod untold {
     }
 
     #[inline(always)]
-    pub(crate) fn waiting(_lock: &dyn Subject) {}
+    pub(crate) fn waiting(_lock: &dyn LockInfo) {}
 
     #[inline(always)]
-    pub(crate) fn released(_lock: &dyn Subject) {}
+    pub(crate) fn released(_lock: &dyn LockInfo) {}
 
     #[inline(always)]
-    pub(crate) fn lost(_lock: &dyn Subject, _token: u64, _reason: &dyn Display) {}
+    pub(crate) fn lost(_lock: &dyn LockInfo, _token: u64, _reason: &dyn Display) {}
 }
 
 #[cfg(not(feature = "tracing"))]

@@ -1,8 +1,8 @@
 //! How long to wait for a lock, and how to stop waiting early.
 //!
-//! [`Wait`] is what a caller asks for. Once an acquisition finds its lock held, it becomes a [`Patience`]: the moment
+//! [`Wait`] is what a caller asks for. Once an acquisition finds its lock held, it becomes a [`WaitState`]: the moment
 //! to give up at, and the event that wakes the waiter when its [`CancelToken`] is cancelled. Every kind of lock waits
-//! through `Patience`, so a limit and a token mean the same for all of them. No wait of a thread needs another one; for
+//! through `WaitState`, so a limit and a token mean the same for all of them. No wait of a thread needs another one; for
 //! those of tasks see `awaiting`.
 
 use std::fmt;
@@ -127,22 +127,22 @@ impl Wait {
     }
 
     /// Refuses what was cancelled before it began.
-    pub(crate) fn check(&self, subject: &dyn Subject) -> Result<()> {
+    pub(crate) fn check(&self, subject: &dyn LockInfo) -> Result<()> {
         match &self.cancel {
-            Some(token) if token.is_cancelled() => Err(GaveUp::Cancelled.error(subject, Duration::ZERO)),
+            Some(token) if token.is_cancelled() => Err(WaitError::Cancelled.error(subject, Duration::ZERO)),
             _ => Ok(()),
         }
     }
 
     /// What is left of this wait for an acquisition that has just found `subject` held; `None` when it does not wait.
-    pub(crate) fn patience_for(&self, subject: &dyn Subject) -> Option<Patience> {
+    pub(crate) fn state_for(&self, subject: &dyn LockInfo) -> Option<WaitState> {
         let patience = self.patience()?;
         telemetry::waiting(subject);
         Some(patience)
     }
 
     /// What is left of this wait from now on; `None` when it does not wait.
-    pub(crate) fn patience(&self) -> Option<Patience> {
+    pub(crate) fn patience(&self) -> Option<WaitState> {
         let since = Instant::now();
         let until = match self.limit {
             Limit::None => return None,
@@ -150,7 +150,7 @@ impl Wait {
             Limit::For(limit) => since.checked_add(limit),
             Limit::Until(moment) => Some(moment),
         };
-        Some(Patience { since, until, cancel: self.cancel.clone() })
+        Some(WaitState { since, until, cancel: self.cancel.clone() })
     }
 }
 
@@ -280,25 +280,25 @@ impl fmt::Debug for CancelToken {
 }
 
 /// What is left of a [`Wait`] once its lock was found held.
-pub(crate) struct Patience {
+pub(crate) struct WaitState {
     since: Instant,
     until: Option<Instant>,
     cancel: Option<CancelToken>,
 }
 
 /// What came first: what was waited for, or a reason to stop.
-pub(crate) type Waited = std::result::Result<(), GaveUp>;
+pub(crate) type WaitResult = std::result::Result<(), WaitError>;
 
 /// Why a waiter stopped waiting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum GaveUp {
+pub(crate) enum WaitError {
     /// The moment to give up at has come.
     TimedOut,
     /// The token was cancelled.
     Cancelled,
 }
 
-impl Patience {
+impl WaitState {
     /// That of somebody who does not want to wait, and does for a moment.
     #[cfg(target_os = "linux")]
     pub(crate) fn brief(moment: Duration) -> Self {
@@ -322,39 +322,39 @@ impl Patience {
     }
 
     /// Lets `pause` pass.
-    pub(crate) fn sleep(&self, pause: Duration) -> Result<Waited> {
+    pub(crate) fn sleep(&self, pause: Duration) -> Result<WaitResult> {
         self.wait(None, pause)
     }
 
     /// Waits until `fd` has something to read or has hung up, but no longer than `pause`, whose end is `Ok`, too.
-    pub(crate) fn wait(&self, fd: Option<BorrowedFd<'_>>, pause: Duration) -> Result<Waited> {
+    pub(crate) fn wait(&self, fd: Option<BorrowedFd<'_>>, pause: Duration) -> Result<WaitResult> {
         let (until, over) = self.end_of(pause);
         self.wait_by(|cancel| event::wait(fd, cancel, until), over)
     }
 
     /// As [`wait`](Self::wait), until the other end of `fd` has ended its stream.
     #[cfg(target_os = "linux")]
-    pub(crate) fn wait_for_end(&self, fd: Option<BorrowedFd<'_>>, pause: Duration) -> Result<Waited> {
+    pub(crate) fn wait_for_end(&self, fd: Option<BorrowedFd<'_>>, pause: Duration) -> Result<WaitResult> {
         let (until, over) = self.end_of(pause);
         self.wait_by(|cancel| event::wait_for_end(fd, cancel, until), over)
     }
 
     /// Waits until `fd` has room for more to be written, or has hung up.
     #[cfg(target_os = "linux")]
-    pub(crate) fn writable(&self, fd: BorrowedFd<'_>) -> Result<Waited> {
-        self.wait_by(|cancel| event::wait_for_room(fd, cancel, self.until), Err(GaveUp::TimedOut))
+    pub(crate) fn writable(&self, fd: BorrowedFd<'_>) -> Result<WaitResult> {
+        self.wait_by(|cancel| event::wait_for_room(fd, cancel, self.until), Err(WaitError::TimedOut))
     }
 
     fn wait_by(
         &self,
         wait: impl FnOnce(Option<BorrowedFd<'_>>) -> std::io::Result<Woke>,
-        over: Waited,
-    ) -> Result<Waited> {
+        over: WaitResult,
+    ) -> Result<WaitResult> {
         let cancel = self.cancel.as_ref().map(CancelToken::event).transpose()?;
         let is_cancelled = || self.cancel.as_ref().is_some_and(CancelToken::is_cancelled);
         match wait(cancel.as_ref().map(|event| event.as_fd())).map_err(failed)? {
             Woke::Ready => Ok(Ok(())),
-            Woke::Cancelled if is_cancelled() => Ok(Err(GaveUp::Cancelled)),
+            Woke::Cancelled if is_cancelled() => Ok(Err(WaitError::Cancelled)),
             // The program has closed the event, and opened another file. The next wait makes another event.
             Woke::Cancelled => Ok(Ok(())),
             Woke::TimedOut => Ok(over),
@@ -374,7 +374,7 @@ impl Patience {
         &self,
         ready: impl Future<Output = std::io::Result<()>>,
         pause: Duration,
-    ) -> Result<Waited> {
+    ) -> Result<WaitResult> {
         use std::task::Poll::{Pending, Ready};
         let (until, over) = self.end_of(pause);
         let (mut ready, mut cancelled) = (std::pin::pin!(ready), std::pin::pin!(cancelled(self.token())));
@@ -389,7 +389,7 @@ impl Patience {
                 return Ready(result.map(Ok).map_err(failed));
             }
             if cancelled.as_mut().poll(context).is_ready() {
-                return Ready(Ok(Err(GaveUp::Cancelled)));
+                return Ready(Ok(Err(WaitError::Cancelled)));
             }
             match timer.as_mut().poll(context) {
                 Ready(()) => Ready(Ok(over)),
@@ -400,32 +400,32 @@ impl Patience {
     }
 
     /// When a pause ends, and what its end means.
-    fn end_of(&self, pause: Duration) -> (Option<Instant>, Waited) {
+    fn end_of(&self, pause: Duration) -> (Option<Instant>, WaitResult) {
         match (Instant::now().checked_add(pause), self.until) {
             (Some(wake), until) if until.is_none_or(|until| wake <= until) => (Some(wake), Ok(())),
-            (_, until) => (until, Err(GaveUp::TimedOut)),
+            (_, until) => (until, Err(WaitError::TimedOut)),
         }
     }
 
     /// How long a sleep may last that no token can end: at most `pause`, not beyond the limit, and never so long that a
     /// cancellation goes unseen for more than a few milliseconds.
-    pub(crate) fn portion(&self, pause: Duration) -> std::result::Result<Duration, GaveUp> {
+    pub(crate) fn portion(&self, pause: Duration) -> std::result::Result<Duration, WaitError> {
         /// How often a waiter looks at its token.
         const GLANCE: Duration = Duration::from_millis(2);
         let pause = match &self.cancel {
-            Some(token) if token.is_cancelled() => return Err(GaveUp::Cancelled),
+            Some(token) if token.is_cancelled() => return Err(WaitError::Cancelled),
             Some(_) => pause.min(GLANCE),
             None => pause,
         };
         let Some(until) = self.until else { return Ok(pause) };
         match until.saturating_duration_since(Instant::now()) {
-            Duration::ZERO => Err(GaveUp::TimedOut),
+            Duration::ZERO => Err(WaitError::TimedOut),
             left => Ok(left.min(pause)),
         }
     }
 
     /// The error that says why the wait for `subject` ended.
-    pub(crate) fn error(&self, gave_up: GaveUp, subject: &dyn Subject) -> Error {
+    pub(crate) fn error(&self, gave_up: WaitError, subject: &dyn LockInfo) -> Error {
         gave_up.error(subject, self.since.elapsed())
     }
 }
@@ -443,8 +443,8 @@ fn failed(error: std::io::Error) -> Error {
     Error::io("wait on", "a lock", error)
 }
 
-impl GaveUp {
-    fn error(self, subject: &dyn Subject, waited: Duration) -> Error {
+impl WaitError {
+    fn error(self, subject: &dyn LockInfo, waited: Duration) -> Error {
         let lock = subject.describe();
         match self {
             Self::TimedOut => ErrorKind::Timeout { lock, waited, owner: subject.holder().map(Box::new) }.into(),
@@ -454,7 +454,7 @@ impl GaveUp {
 }
 
 /// A lock as errors speak of it.
-pub(crate) trait Subject: Sync {
+pub(crate) trait LockInfo: Sync {
     /// Its kind and its name, for people.
     fn describe(&self) -> String;
     /// Its kind and its name, for programs.
@@ -507,7 +507,7 @@ mod tests {
     #[test]
     fn a_pause_beyond_the_clock_ends_with_the_limit() {
         let patience = Wait::at_most(Duration::from_millis(5)).patience().unwrap();
-        assert_eq!(patience.sleep(Duration::MAX).unwrap(), Err(GaveUp::TimedOut));
+        assert_eq!(patience.sleep(Duration::MAX).unwrap(), Err(WaitError::TimedOut));
     }
 
     #[test]
@@ -518,16 +518,16 @@ mod tests {
             let token = token.clone();
             move || token.cancel()
         });
-        assert_eq!(patience.sleep(Duration::from_secs(60)).unwrap(), Err(GaveUp::Cancelled));
+        assert_eq!(patience.sleep(Duration::from_secs(60)).unwrap(), Err(WaitError::Cancelled));
         canceller.join().unwrap();
         let later = Wait::forever().or_cancelled(&token).patience().unwrap();
-        assert_eq!(later.sleep(Duration::from_secs(60)).unwrap(), Err(GaveUp::Cancelled));
+        assert_eq!(later.sleep(Duration::from_secs(60)).unwrap(), Err(WaitError::Cancelled));
     }
 
     #[test]
     fn a_limit_in_the_past_ends_at_once() {
         let patience = Wait::until(Instant::now() - Duration::from_secs(1)).patience().unwrap();
-        assert_eq!(patience.sleep(Duration::from_secs(60)).unwrap(), Err(GaveUp::TimedOut));
+        assert_eq!(patience.sleep(Duration::from_secs(60)).unwrap(), Err(WaitError::TimedOut));
     }
 
     #[test]

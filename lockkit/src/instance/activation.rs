@@ -12,7 +12,7 @@ use super::protocol::{self, Kind, Request};
 use super::server::Arrived;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::event::{self, Woke};
-use crate::sys::fork::Shielded;
+use crate::sys::fork::ForkGuarded;
 use crate::sys::seqpacket::Peer;
 use crate::sys::stream::{self, Moved};
 
@@ -61,7 +61,7 @@ const COLLECTION: Duration = Duration::from_secs(5);
 #[must_use = "dropping an activation answers it, with no bytes"]
 pub struct Activation {
     /// Taken by the answer.
-    connection: Option<Shielded>,
+    connection: Option<ForkGuarded>,
     sender: Peer,
     request: Request,
     /// What dropping says.

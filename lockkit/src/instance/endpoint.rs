@@ -6,19 +6,19 @@
 use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::fork::Shielded;
+use crate::sys::fork::ForkGuarded;
 use crate::sys::runtime_dir;
 use crate::sys::seqpacket::{self, Address, Peer, Reached};
 use crate::sys::stream;
 
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct Endpoint {
     user: u32,
     path: String,
     address: Address,
 }
 
-impl Place {
+impl Endpoint {
     pub(super) fn of(name: &str) -> Result<Self> {
         let user = runtime_dir::effective_uid();
         // Another name than any lock's, and the longest still fits into an address.
@@ -34,7 +34,7 @@ impl Place {
     }
 
     /// The listening socket, unless there is one already.
-    pub(super) fn listen(&self) -> Result<Option<Shielded>> {
+    pub(super) fn listen(&self) -> Result<Option<ForkGuarded>> {
         stream::listen_at(&self.address).map_err(|error| self.io("bind", error))
     }
 
@@ -42,7 +42,7 @@ impl Place {
     ///
     /// # Errors
     /// `ForeignOwner` when somebody else's listens here.
-    pub(super) fn connect(&self) -> Result<Option<Shielded>> {
+    pub(super) fn connect(&self) -> Result<Option<ForkGuarded>> {
         let connection = match stream::connect(&self.address).map_err(|error| self.io("connect to", error))? {
             Reached::Nobody | Reached::Full => return Ok(None),
             Reached::Queue(connection) => connection,

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 
 use super::activation::Activation;
-use super::endpoint::Place;
+use super::endpoint::Endpoint;
 use super::server::Reception;
 use crate::error::{Error, Result};
 use crate::lock::Recovered;
@@ -84,7 +84,7 @@ impl Drop for Open {
 
 impl FirstInstance {
     /// Opens the reception of whoever has just taken the name.
-    pub(super) fn open(name: &str, place: &Place, guard: NamedGuard) -> Result<Self> {
+    pub(super) fn open(name: &str, place: &Endpoint, guard: NamedGuard) -> Result<Self> {
         let until = Instant::now() + MOMENT;
         let mut backoff = Backoff::new();
         let listener = loop {

@@ -45,7 +45,7 @@ pub use protocol::MOST_BYTES;
 pub use second::{Outcome, SecondInstance};
 
 #[cfg(target_os = "linux")]
-use self::endpoint::Place;
+use self::endpoint::Endpoint;
 #[cfg(target_os = "linux")]
 use crate::{error::Result, named::NamedLock};
 
@@ -87,7 +87,7 @@ impl Instance {
     /// first instance must, and [`Io`](crate::ErrorKind::Io) when some other program does, or no descriptor is left.
     pub fn enter(name: &str) -> Result<Self> {
         let lock = NamedLock::new(name)?;
-        let place = Place::of(name)?;
+        let place = Endpoint::of(name)?;
         match lock.try_lock() {
             Ok(guard) => Ok(Self::First(FirstInstance::open(name, &place, guard)?)),
             Err(error) if error.is_held() => {

@@ -5,14 +5,14 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::endpoint::Place;
+use super::endpoint::Endpoint;
 use super::first::FirstInstance;
 use super::protocol::{self, Inbox, Kind, Malformed, Request};
 use crate::error::{Error, ErrorKind, Result};
 use crate::named::NamedLock;
 use crate::owner::Owner;
 use crate::sys::stream::{self, Moved};
-use crate::wait::{Backoff, GaveUp, Patience, Subject, Wait};
+use crate::wait::{Backoff, LockInfo, Wait, WaitError, WaitState};
 
 /// How much of an answer is read at a time.
 const PORTION: usize = 64 << 10;
@@ -48,7 +48,7 @@ const PORTION: usize = 64 << 10;
 pub struct SecondInstance {
     lock: NamedLock,
     /// As of when it entered, like the lock, whoever this process's user is by now.
-    place: Box<Place>,
+    place: Box<Endpoint>,
     owner: Option<Owner>,
     request: Request,
 }
@@ -74,7 +74,7 @@ enum Call {
 }
 
 impl SecondInstance {
-    pub(super) fn new(lock: NamedLock, place: Place, owner: Option<Owner>) -> Self {
+    pub(super) fn new(lock: NamedLock, place: Endpoint, owner: Option<Owner>) -> Self {
         let directory = std::env::current_dir().ok();
         let request = Request { arguments: std::env::args_os().collect(), directory, ..Request::default() };
         Self { lock, place: Box::new(place), owner, request }
@@ -133,7 +133,7 @@ impl SecondInstance {
             Err(protocol::TooLarge { what, size, most }) => return Err(ErrorKind::TooLarge { what, size, most }.into()),
         };
         wait.check(self)?;
-        let patience = wait.patience().unwrap_or_else(|| Patience::brief(Duration::ZERO));
+        let patience = wait.patience().unwrap_or_else(|| WaitState::brief(Duration::ZERO));
         let mut backoff = Backoff::new();
         loop {
             match self.call(&frame, &patience)? {
@@ -154,7 +154,7 @@ impl SecondInstance {
         }
     }
 
-    fn call(&self, frame: &[u8], patience: &Patience) -> Result<Call> {
+    fn call(&self, frame: &[u8], patience: &WaitState) -> Result<Call> {
         let place = &self.place;
         let Some(connection) = place.connect()? else { return Ok(Call::Unheard) };
         let gave_up = |gave_up| self.gave_up(patience, gave_up);
@@ -188,10 +188,10 @@ impl SecondInstance {
         }
     }
 
-    fn gave_up(&self, patience: &Patience, gave_up: GaveUp) -> Error {
+    fn gave_up(&self, patience: &WaitState, gave_up: WaitError) -> Error {
         match gave_up {
-            GaveUp::Cancelled => patience.error(gave_up, self),
-            GaveUp::TimedOut => {
+            WaitError::Cancelled => patience.error(gave_up, self),
+            WaitError::TimedOut => {
                 let owner = self.holder().map(Box::new);
                 ErrorKind::NoAnswer { first: self.describe(), waited: patience.waited(), owner }.into()
             }
@@ -210,7 +210,7 @@ impl SecondInstance {
     }
 }
 
-impl Subject for SecondInstance {
+impl LockInfo for SecondInstance {
     fn describe(&self) -> String {
         format!("the first instance of {:?}", self.lock.name())
     }

@@ -22,10 +22,10 @@ use super::protocol::{self, Inbox, Kind, Request};
 use crate::blocking;
 use crate::error::{Error, Result};
 use crate::sys::event::{self, Event};
-use crate::sys::fork::{self, Shielded};
+use crate::sys::fork::{self, ForkGuarded};
 use crate::sys::seqpacket::{self, Peer};
 use crate::sys::stream::{self, Moved, Watched};
-use crate::wait::{Patience, Wait};
+use crate::wait::{Wait, WaitState};
 
 /// How many connections are read at a time.
 const MOST_CALLERS: usize = 32;
@@ -48,7 +48,7 @@ const CLOSED: u64 = 1;
 /// A request that has arrived, with the connection on which it is answered.
 #[derive(Debug)]
 pub(super) struct Arrived {
-    pub(super) connection: Shielded,
+    pub(super) connection: ForkGuarded,
     pub(super) sender: Peer,
     pub(super) request: Request,
 }
@@ -74,7 +74,7 @@ pub(super) struct Reception {
 }
 
 struct Desk {
-    listener: Shielded,
+    listener: ForkGuarded,
     /// The user whose processes may call.
     user: u32,
     /// Until when the listener is not watched.
@@ -89,14 +89,14 @@ struct Caller {
     since: Instant,
     /// When something came from it last.
     heard: Instant,
-    connection: Shielded,
+    connection: ForkGuarded,
     sender: Peer,
     inbox: Inbox,
 }
 
 impl Reception {
     /// Receives the processes of `user` at `listener`.
-    pub(super) fn open(listener: Shielded, user: u32) -> Io<Self> {
+    pub(super) fn open(listener: ForkGuarded, user: u32) -> Io<Self> {
         let closed = Event::new().map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::MFILE))?;
         let watched = Watched::new()?;
         watched.add(&*listener, LISTENER)?;
@@ -147,7 +147,7 @@ impl Reception {
                 Found::More => tokio::task::yield_now().await,
                 Found::Later(patience, pause) => {
                     // One of its own: a reactor takes a descriptor once, and several tasks may wait here.
-                    let own = Shielded::new(|| rustix::io::fcntl_dupfd_cloexec(self.as_fd(), 0));
+                    let own = ForkGuarded::new(|| rustix::io::fcntl_dupfd_cloexec(self.as_fd(), 0));
                     let own = own.map_err(|error| Error::io("wait for", "activations", error))?;
                     let _ = patience.wait_async(blocking::readable(Some(own.as_fd())), pause).await?;
                 }
@@ -188,7 +188,7 @@ impl AsFd for Reception {
 struct Looking<'w> {
     reception: &'w Reception,
     wait: &'w Wait,
-    patience: Option<Patience>,
+    patience: Option<WaitState>,
     /// How often it has looked again although the time was over, because something was coming in.
     rounds: usize,
 }
@@ -200,7 +200,7 @@ enum Found<'l> {
     /// To be looked at again at once.
     More,
     /// To be looked at again after a pause, or when the descriptor can be read.
-    Later(&'l Patience, Duration),
+    Later(&'l WaitState, Duration),
 }
 
 impl<'w> Looking<'w> {
@@ -306,7 +306,7 @@ impl Desk {
         }
     }
 
-    fn admit(&mut self, watched: &Watched, connection: Shielded, now: Instant) -> bool {
+    fn admit(&mut self, watched: &Watched, connection: ForkGuarded, now: Instant) -> bool {
         let Ok(sender) = seqpacket::peer(&*connection) else { return false };
         let id = self.next_id;
         let is_admitted = seqpacket::is_own(&*connection, sender, self.user) && watched.add(&*connection, id).is_ok();

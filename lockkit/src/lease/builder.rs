@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 
 use super::clock::{Clock, SystemClock};
 use super::file::FileStore;
-use super::state::Terms;
+use super::state::LeaseTiming;
 use super::store::{LeaseName, LeaseStore};
 use super::{Inner, Lease, Loss, connect, waiters};
 use crate::error::{Error, ErrorKind, Result};
@@ -50,8 +50,8 @@ pub(super) struct Options {
 }
 
 impl Options {
-    pub(super) fn terms(&self) -> Terms {
-        Terms { ttl: self.ttl, heartbeat: self.heartbeat, progress: self.progress }
+    pub(super) fn terms(&self) -> LeaseTiming {
+        LeaseTiming { ttl: self.ttl, heartbeat: self.heartbeat, progress: self.progress }
     }
 }
 
@@ -85,7 +85,7 @@ impl Options {
 /// ```
 #[must_use = "a builder makes nothing until `build`"]
 pub struct LeaseBuilder {
-    place: Place,
+    place: Location,
     ttl: Option<Duration>,
     heartbeat: Option<Duration>,
     progress: Option<Duration>,
@@ -101,7 +101,7 @@ pub struct LeaseBuilder {
 }
 
 /// Where the record is kept.
-pub(super) enum Place {
+pub(super) enum Location {
     File(PathBuf),
     Store(Arc<dyn LeaseStore>, String),
     /// One of these, as a URL says.
@@ -110,18 +110,18 @@ pub(super) enum Place {
 
 impl LeaseBuilder {
     pub(super) fn of_file(path: PathBuf) -> Self {
-        Self::at(Place::File(path))
+        Self::at(Location::File(path))
     }
 
     pub(super) fn of_store(store: Arc<dyn LeaseStore>, key: String) -> Self {
-        Self::at(Place::Store(store, key))
+        Self::at(Location::Store(store, key))
     }
 
     pub(super) fn of_url(url: String) -> Self {
-        Self::at(Place::Url(url))
+        Self::at(Location::Url(url))
     }
 
-    fn at(place: Place) -> Self {
+    fn at(place: Location) -> Self {
         Self {
             place,
             ttl: None,
@@ -311,12 +311,12 @@ impl LeaseBuilder {
     /// [`Io`](ErrorKind::Io) when the path of a file is empty, or the working directory of a relative one is
     /// gone.
     pub fn build(mut self) -> Result<Lease> {
-        if let Place::Url(url) = &self.place {
+        if let Location::Url(url) = &self.place {
             self.place = connect::place(url)?;
         }
         let (smallest, step) = match &self.place {
-            Place::File(_) | Place::Url(_) => (SMALLEST_TTL, Duration::from_nanos(1)),
-            Place::Store(store, _) => {
+            Location::File(_) | Location::Url(_) => (SMALLEST_TTL, Duration::from_nanos(1)),
+            Location::Store(store, _) => {
                 let profile = store.profile();
                 (profile.smallest_ttl.max(SMALLEST_TTL), profile.ttl_step)
             }
@@ -361,8 +361,8 @@ impl LeaseBuilder {
         }
         let clock_id = self.clock.shared_id();
         let (name, store, location): (_, Arc<dyn LeaseStore>, _) = match self.place {
-            Place::Url(url) => return Err(connect::invalid(&url, "it leads to another URL")),
-            Place::File(path) => {
+            Location::Url(url) => return Err(connect::invalid(&url, "it leads to another URL")),
+            Location::File(path) => {
                 let path = std::path::absolute(&path).map_err(|error| Error::io("make absolute", &path, error))?;
                 let store = FileStore {
                     heartbeat,
@@ -381,7 +381,7 @@ impl LeaseBuilder {
                 let location = waiters::Location::File { path: store.path.clone(), unreadable };
                 (LeaseName::of_path(&store.path), Arc::new(store), location)
             }
-            Place::Store(store, key) => {
+            Location::Store(store, key) => {
                 for (option, given) in [
                     ("invalid_pid_lock_stale_threshold", self.unreadable.is_some()),
                     ("file_write_mode", self.file_mode.is_some()),
@@ -416,10 +416,10 @@ impl LeaseBuilder {
 impl fmt::Debug for LeaseBuilder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let place: &dyn fmt::Debug = match &self.place {
-            Place::File(path) => path,
-            Place::Store(_, key) => key,
+            Location::File(path) => path,
+            Location::Store(_, key) => key,
             // Not the URL, which may have a password in it.
-            Place::Url(_) => &"a URL",
+            Location::Url(_) => &"a URL",
         };
         let mut shown = f.debug_struct("LeaseBuilder");
         shown.field("place", place).field("ttl", &self.ttl).field("heartbeat", &self.heartbeat).finish_non_exhaustive()

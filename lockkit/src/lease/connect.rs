@@ -12,7 +12,7 @@ use std::sync::{Arc, Weak};
 #[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
 use parking_lot::Mutex;
 
-use super::builder::Place;
+use super::builder::Location;
 #[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
 use super::{LeaseStore, engine};
 use crate::error::{Error, ErrorKind, Result};
@@ -21,12 +21,12 @@ use crate::sys::files;
 use crate::sys::per_process::PerProcess;
 
 /// Where the lease at `url` is kept. Connects to nothing.
-pub(super) fn place(url: &str) -> Result<Place> {
+pub(super) fn place(url: &str) -> Result<Location> {
     let Some((scheme, rest)) = url.split_once("://") else {
         return Err(invalid(url, "it has no scheme; write it as file:///path, etcd://…, postgres://… or redis://…"));
     };
     match &*scheme.to_ascii_lowercase() {
-        "file" => Ok(Place::File(path(url, rest)?)),
+        "file" => Ok(Location::File(path(url, rest)?)),
         #[cfg(feature = "etcd")]
         "etcd" | "etcds" => in_store(url, 0, engine::etcd::open),
         #[cfg(not(feature = "etcd"))]
@@ -166,17 +166,17 @@ fn split(url: &str, taken: usize) -> Result<(String, String)> {
 
 /// A lease in the store of this process on the server at `url`.
 #[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
-fn in_store(url: &str, taken: usize, open: fn(&str) -> Result<Arc<dyn LeaseStore>>) -> Result<Place> {
+fn in_store(url: &str, taken: usize, open: fn(&str) -> Result<Arc<dyn LeaseStore>>) -> Result<Location> {
     static STORES: PerProcess<Mutex<HashMap<String, Weak<dyn LeaseStore>>>> = PerProcess::new();
     let (name, server) = split(url, taken)?;
     let mut stores = STORES.get(Mutex::default).lock();
     if let Some(store) = stores.get(&server).and_then(Weak::upgrade) {
-        return Ok(Place::Store(store, name));
+        return Ok(Location::Store(store, name));
     }
     stores.retain(|_, store| store.strong_count() > 0);
     let store = open(&server)?;
     stores.insert(server, Arc::downgrade(&store));
-    Ok(Place::Store(store, name))
+    Ok(Location::Store(store, name))
 }
 
 #[cfg(test)]
@@ -185,7 +185,7 @@ mod tests {
 
     fn file(url: &str) -> Option<PathBuf> {
         match place(url) {
-            Ok(Place::File(path)) => Some(path),
+            Ok(Location::File(path)) => Some(path),
             _ => None,
         }
     }

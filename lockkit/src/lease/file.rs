@@ -47,7 +47,7 @@ use crate::sys::event;
 use crate::sys::fd::AsFd;
 use crate::sys::files::{self, DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, Seen as Found};
 use crate::sys::flock::{self, Mode};
-use crate::sys::fork::Shielded;
+use crate::sys::fork::ForkGuarded;
 use crate::sys::{inotify, runtime_dir, tmpfile};
 use crate::wait::{Backoff, CancelToken};
 
@@ -110,7 +110,7 @@ enum Aim {
 }
 
 /// What a step found at the path.
-enum Place<'s> {
+enum LockedPath<'s> {
     /// The file, with its flock.
     Locked(Locked<'s>),
     /// Somebody else has its flock, and keeps it.
@@ -121,7 +121,7 @@ enum Place<'s> {
 
 /// The file that the path names, as long as it is locked.
 struct Locked<'s> {
-    file: Shielded<File>,
+    file: ForkGuarded<File>,
     store: &'s FileStore,
 }
 
@@ -253,9 +253,9 @@ impl LeaseStore for FileStore {
         let extended = Renewal::Extended { ttl: grant.ttl() };
         for _ in 0..MOST_REPLACEMENTS {
             let locked = match self.lock_as_it_is(by.min(Deadline::after(OCCUPIED)))? {
-                Place::Locked(locked) => locked,
-                Place::Occupied => return Err(self.occupied()),
-                Place::Absent => match self.create(self.record_again(grant))? {
+                LockedPath::Locked(locked) => locked,
+                LockedPath::Occupied => return Err(self.occupied()),
+                LockedPath::Absent => match self.create(self.record_again(grant))? {
                     true => return Ok(extended),
                     false => continue,
                 },
@@ -400,7 +400,7 @@ impl FileStore {
 
     /// Writes a note into a held record of when this process first saw its beat, for later processes. A process writes one
     /// note. After that it uses its own observation, so waiters do not wake each other with notes.
-    fn leave_note(&self, file: Shielded<File>, of: &Verdict<'_>) {
+    fn leave_note(&self, file: ForkGuarded<File>, of: &Verdict<'_>) {
         let (Verdict::Held(_, Some(record)), Some(clock)) = (of, self.clock_id) else { return };
         let is_noted = record.noted(clock).is_some();
         if is_noted || !self.observer.try_lock().is_none_or(|mut observer| observer.is_to_note()) {
@@ -511,13 +511,13 @@ impl FileStore {
     }
 
     /// The file that the path names, locked, to hold the lease.
-    fn lock(&self, by: Deadline) -> Result<Place<'_>> {
+    fn lock(&self, by: Deadline) -> Result<LockedPath<'_>> {
         for _ in 0..MOST_REPLACEMENTS {
-            let Some(file) = self.open()? else { return Ok(Place::Absent) };
+            let Some(file) = self.open()? else { return Ok(LockedPath::Absent) };
             let found = self.vet(&file, Aim::Hold)?;
-            let Some(locked) = self.flock(file, by)? else { return Ok(Place::Occupied) };
+            let Some(locked) = self.flock(file, by)? else { return Ok(LockedPath::Occupied) };
             if self.names(&found)? {
-                return Ok(Place::Locked(locked));
+                return Ok(LockedPath::Locked(locked));
             }
         }
         Err(self.replaced())
@@ -525,9 +525,9 @@ impl FileStore {
 
     /// What the path names, locked, whatever it is. Whoever finds its own claim in it needs to know no more: it is the
     /// file that was looked at when the claim was written, and what happens to the path from now on the next beat finds.
-    fn lock_as_it_is(&self, by: Deadline) -> Result<Place<'_>> {
-        let Some(file) = self.open()? else { return Ok(Place::Absent) };
-        Ok(self.flock(file, by)?.map_or(Place::Occupied, Place::Locked))
+    fn lock_as_it_is(&self, by: Deadline) -> Result<LockedPath<'_>> {
+        let Some(file) = self.open()? else { return Ok(LockedPath::Absent) };
+        Ok(self.flock(file, by)?.map_or(LockedPath::Occupied, LockedPath::Locked))
     }
 
     /// Whether what was locked as it is may be written to, and the path still names it.
@@ -536,7 +536,7 @@ impl FileStore {
         self.names(&self.vet(&locked.file, Aim::Hold)?)
     }
 
-    fn flock(&self, file: Shielded<File>, by: Deadline) -> Result<Option<Locked<'_>>> {
+    fn flock(&self, file: ForkGuarded<File>, by: Deadline) -> Result<Option<Locked<'_>>> {
         let mut backoff = Backoff::new();
         while !flock::try_lock(&file, Mode::Exclusive).map_err(|error| self.failed("lock", error))? {
             if by.is_past() {
@@ -557,12 +557,12 @@ impl FileStore {
     }
 
     /// What the path names, if there is anything.
-    fn open(&self) -> Result<Option<Shielded<File>>> {
+    fn open(&self) -> Result<Option<ForkGuarded<File>>> {
         self.check_path()?;
         // Not blocking, so that no FIFO keeps the call, and no terminal becomes this process's.
         let mut options = OpenOptions::new();
         options.read(true).write(true).custom_flags(files::NOFOLLOW | files::NONBLOCK | files::NOCTTY);
-        match Shielded::new(|| files::open(&options, &self.path)) {
+        match ForkGuarded::new(|| files::open(&options, &self.path)) {
             Err(error) if error.kind() == Io::NotFound => Ok(None),
             Err(error) if files::is_of_a_link(&error) => Err(self.is_link()),
             opened => opened.map(Some).map_err(|error| self.failed("open", error)),
@@ -644,7 +644,7 @@ impl FileStore {
     fn create(&self, mut record: Record) -> Result<bool> {
         let directory = self.path.parent().unwrap_or(&self.path);
         let failed = |error| self.failed("create", error);
-        let make = || Shielded::new(|| tmpfile::file_in(directory, self.file_mode.unwrap_or(FILE_MODE)));
+        let make = || ForkGuarded::new(|| tmpfile::file_in(directory, self.file_mode.unwrap_or(FILE_MODE)));
         let file = match make() {
             Err(error) if error.kind() == Io::NotFound => {
                 self.create_directories(directory, error)?;
@@ -682,7 +682,7 @@ impl FileStore {
     fn create_in_place(&self, record: &mut Record) -> Result<bool> {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create_new(true).mode(self.file_mode.unwrap_or(FILE_MODE));
-        let file = match Shielded::new(|| files::create(&options, &self.path)) {
+        let file = match ForkGuarded::new(|| files::create(&options, &self.path)) {
             Err(error) if error.kind() == Io::AlreadyExists => return Ok(false),
             made => made.map_err(|error| self.failed("create", error))?,
         };
@@ -691,7 +691,7 @@ impl FileStore {
         drop(file);
         match self.lock(Deadline::after(LOOKED_AT))? {
             // Nobody takes what is so young; only a holder whose own record was deleted may have written into it.
-            Place::Locked(locked) if locked.read()?.bytes.is_empty() => {
+            LockedPath::Locked(locked) if locked.read()?.bytes.is_empty() => {
                 let synced = || locked.file.sync_data().map_err(|error| self.failed("write", error));
                 let written = locked.write(record, &[]).and_then(|()| synced());
                 if written.is_err() {

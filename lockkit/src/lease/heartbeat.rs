@@ -60,7 +60,7 @@ const FEW: usize = 64;
 
 /// The heartbeat of this process.
 #[derive(Default)]
-pub(super) struct Heart {
+pub(super) struct HeartbeatScheduler {
     queue: Mutex<Queue>,
     /// Wakes the thread that beats.
     changed: Condvar,
@@ -90,14 +90,14 @@ struct Queue {
     deputy_idles: bool,
     /// What the thread that beats is busy with.
     request: Option<Request>,
-    rests: Vec<Rest>,
+    rests: Vec<DomainBackoff>,
     /// No lease that is served has a shorter ttl.
     shortest: Option<Duration>,
     /// The same for each place, as far as is remembered.
-    shortest_at: Vec<(Place, Duration)>,
+    shortest_at: Vec<(FailureDomain, Duration)>,
     /// None beats more often.
     soonest: Option<Duration>,
-    rings: Vec<Ring>,
+    rings: Vec<ClockQueue>,
     /// How many beats have been put in.
     pushed: u64,
     /// How many of the beats are of leases that have been released.
@@ -112,7 +112,7 @@ struct Request {
 
 /// What hangs as one: leases whose requests one stuck request is likely to be followed by more stuck ones of.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum FailureDomain {
     /// A store, by its address.
     Store(usize),
     /// What several stores have in common, as they say.
@@ -120,8 +120,8 @@ pub(super) enum Place {
 }
 
 /// A place of which nothing is asked now.
-struct Rest {
-    place: Place,
+struct DomainBackoff {
+    place: FailureDomain,
     until: Until,
 }
 
@@ -142,7 +142,7 @@ impl Until {
 }
 
 /// The beats by one clock, or by several that show the same.
-struct Ring {
+struct ClockQueue {
     clock: Arc<dyn Clock>,
     clock_id: Option<u128>,
     beats: BTreeMap<Due, Arc<Held>>,
@@ -157,14 +157,14 @@ struct Beat {
 }
 
 /// What is to be done now.
-enum Turn {
+enum Work {
     Beat(Beat),
     /// Nothing for so long; `None` is until something changes.
     Sleep(Option<Duration>),
 }
 
 /// Wakes the heart when a clock jumps.
-struct Bell(&'static Heart);
+struct Bell(&'static HeartbeatScheduler);
 
 impl Wake for Bell {
     fn wake(self: Arc<Self>) {
@@ -174,7 +174,7 @@ impl Wake for Bell {
     }
 }
 
-impl Heart {
+impl HeartbeatScheduler {
     #[cfg(test)]
     pub(super) fn rings(&self) -> usize {
         self.lock().rings.len()
@@ -182,8 +182,8 @@ impl Heart {
 
     /// That of this process, which beats from now on if it has not before.
     pub(super) fn start() -> io::Result<&'static Self> {
-        static HEART: PerProcess<Heart> = PerProcess::new();
-        let heart = HEART.get(Self::default);
+        static SCHEDULER: PerProcess<HeartbeatScheduler> = PerProcess::new();
+        let heart = SCHEDULER.get(Self::default);
         let mut queue = heart.lock();
         if queue.beater == 0 {
             Self::spawn(move || heart.beat_as(1))?;
@@ -261,14 +261,14 @@ impl Heart {
     }
 
     /// No lease there that is served has a shorter ttl, as far as is remembered.
-    pub(super) fn shortest_at(&self, place: Place) -> Option<Duration> {
+    pub(super) fn shortest_at(&self, place: FailureDomain) -> Option<Duration> {
         self.lock().shortest_at.iter().find(|(at, _)| *at == place).map(|(_, shortest)| *shortest)
     }
 
     /// Whether a request hangs there that has taken longer than it may.
-    pub(super) fn is_stuck(&self, place: Place) -> bool {
+    pub(super) fn is_stuck(&self, place: FailureDomain) -> bool {
         let now = Instant::now();
-        let is_stuck = |rest: &Rest| matches!(rest.until, Until::Return { late, .. } if late <= now);
+        let is_stuck = |rest: &DomainBackoff| matches!(rest.until, Until::Return { late, .. } if late <= now);
         self.lock().rests.iter().any(|rest| rest.place == place && is_stuck(rest))
     }
 
@@ -315,7 +315,7 @@ impl Heart {
                 queue.beater += 1;
                 let late = request.began + request.held.longest_release();
                 let until = Until::Return { thread: stuck, late };
-                queue.rests.push(Rest { place: request.held.place(), until });
+                queue.rests.push(DomainBackoff { place: request.held.place(), until });
                 // The end of that lease is to be told, too.
                 queue.push(Beat { due: Duration::ZERO, held: request.held });
                 self.appoint_deputy(&mut queue);
@@ -344,7 +344,7 @@ impl Heart {
                 continue;
             }
             match queue.turn(&bell) {
-                Turn::Beat(mut beat) => {
+                Work::Beat(mut beat) => {
                     if mem::take(&mut queue.wants_deputy) && !queue.has_deputy {
                         self.appoint_deputy(&mut queue);
                     }
@@ -361,7 +361,7 @@ impl Heart {
                     queue = self.lock();
                     queue.rests.retain(|rest| !rest.until.is_return_of(me));
                     if let Some(rest) = rest_after(ended - began, beat.held.longest_release()) {
-                        queue.rests.push(Rest { place, until: Until::Moment(ended + rest) });
+                        queue.rests.push(DomainBackoff { place, until: Until::Moment(ended + rest) });
                     }
                     if queue.beater != me {
                         // The deputy has a beat of its own for that lease. This one may be the last to hold a store.
@@ -382,10 +382,10 @@ impl Heart {
                     queue = self.lock();
                     queue.ended = queue.ended.saturating_sub(1);
                 }
-                Turn::Sleep(None) => {
+                Work::Sleep(None) => {
                     queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
                 }
-                Turn::Sleep(Some(nap)) => {
+                Work::Sleep(Some(nap)) => {
                     let nap = nap + slack(queue.soonest);
                     queue = self.changed.wait_timeout(queue, nap).unwrap_or_else(PoisonError::into_inner).0;
                 }
@@ -403,14 +403,14 @@ impl Queue {
     /// Says whether it is now the first of its ring.
     fn push(&mut self, beat: Beat) -> bool {
         let (clock, clock_id) = (beat.held.clock(), beat.held.clock_id());
-        let is_of = |ring: &Ring| match clock_id {
+        let is_of = |ring: &ClockQueue| match clock_id {
             Some(_) => ring.clock_id == clock_id,
             None => Arc::ptr_eq(&ring.clock, clock),
         };
         let ring = match self.rings.iter().position(is_of) {
             Some(at) => &mut self.rings[at],
             None => {
-                self.rings.push(Ring { clock: clock.clone(), clock_id, beats: BTreeMap::new() });
+                self.rings.push(ClockQueue { clock: clock.clone(), clock_id, beats: BTreeMap::new() });
                 let last = self.rings.len() - 1;
                 &mut self.rings[last]
             }
@@ -422,7 +422,7 @@ impl Queue {
     }
 
     /// How long nothing is to be asked of a place; a heartbeat, where nobody knows.
-    fn rest_of(&mut self, place: Place, now: Instant, heartbeat: Duration) -> Option<Duration> {
+    fn rest_of(&mut self, place: FailureDomain, now: Instant, heartbeat: Duration) -> Option<Duration> {
         if self.rests.is_empty() {
             return None;
         }
@@ -431,7 +431,7 @@ impl Queue {
         rests.map(|rest| if let Until::Moment(moment) = rest.until { moment - now } else { heartbeat }).max()
     }
 
-    fn turn(&mut self, bell: &Waker) -> Turn {
+    fn turn(&mut self, bell: &Waker) -> Work {
         let mut nap: Option<Duration> = None;
         let mut chosen = None;
         for (at, ring) in self.rings.iter().enumerate() {
@@ -446,12 +446,12 @@ impl Queue {
         match (nap, chosen) {
             (Some(Duration::ZERO), Some(at)) => {
                 let first = self.rings[at].beats.pop_first();
-                first.map_or(Turn::Sleep(None), |((due, _), held)| Turn::Beat(Beat { due, held }))
+                first.map_or(Work::Sleep(None), |((due, _), held)| Work::Beat(Beat { due, held }))
             }
             _ => {
                 // Going to sleep is seldom enough to forget the clocks that nobody uses any more.
                 self.rings.retain(|ring| !ring.beats.is_empty());
-                Turn::Sleep(nap)
+                Work::Sleep(nap)
             }
         }
     }

@@ -46,7 +46,7 @@ use std::time::Duration;
 pub use builder::LeaseBuilder;
 use builder::Options;
 pub use clock::{Clock, ManualClock, SystemClock};
-use heartbeat::Heart;
+use heartbeat::HeartbeatScheduler;
 pub use shared::LostSignal;
 use shared::{Asking, Held, SHORTEST_REQUEST};
 pub use state::LossReason;
@@ -62,7 +62,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::lock::{Guard, Recovered, lock_methods};
 use crate::owner::Owner;
 use crate::telemetry;
-use crate::wait::{GaveUp, Patience, Subject, Wait};
+use crate::wait::{LockInfo, Wait, WaitError, WaitState};
 
 /// The longest that a request may take which somebody waits for, besides a quarter of the ttl.
 const LONGEST_ATTEMPT: Duration = Duration::from_secs(2);
@@ -365,8 +365,8 @@ impl Inner {
         let options = &self.options;
         let mut found = Found { lease: self, owner: None };
         wait.check(&found)?;
-        let heart =
-            Heart::start().map_err(|error| Error::io("start the heartbeat thread for", self.name.as_str(), error))?;
+        let heart = HeartbeatScheduler::start()
+            .map_err(|error| Error::io("start the heartbeat thread for", self.name.as_str(), error))?;
         let mut asking = Asking::begin(self.clone(), heart);
         // From here on, so that a limit also bounds a store that does not answer.
         let patience = wait.patience();
@@ -381,7 +381,7 @@ impl Inner {
             self.queue_up(waiter, patience, &mut found)?;
         }
         loop {
-            let by = match patience.as_ref().and_then(Patience::until) {
+            let by = match patience.as_ref().and_then(WaitState::until) {
                 Some(until) => self.request().min(Deadline::from(until).max(Deadline::after(self.shortest_request()))),
                 None => self.request(),
             };
@@ -438,7 +438,7 @@ impl Inner {
                 Some(patience) => match patience.sleep(options.retry_delay)? {
                     Ok(()) => {}
                     // Nobody said that it is held.
-                    Err(GaveUp::TimedOut) if !is_answered => return Err(self.failed(failure)),
+                    Err(WaitError::TimedOut) if !is_answered => return Err(self.failed(failure)),
                     Err(gave_up) => return Err(patience.error(gave_up, &found)),
                 },
                 None => {
@@ -460,7 +460,7 @@ impl Inner {
 
     /// Waits until this thread is first in the queue of the process. Returns true if it was first already and may wait at
     /// the store, and false if the lease may have changed in the meantime.
-    fn queue_up(&self, waiter: &mut Option<Waiter>, patience: &Patience, found: &mut Found<'_>) -> Result<bool> {
+    fn queue_up(&self, waiter: &mut Option<Waiter>, patience: &WaitState, found: &mut Found<'_>) -> Result<bool> {
         if !waiter.as_ref().is_some_and(Waiter::is_first) {
             // Without a free descriptor the thread asks the store out of order.
             *waiter = self.waiters.join().ok();
@@ -481,7 +481,7 @@ impl Inner {
     }
 
     /// Waits for a change of what was seen, until it runs out or the patience does.
-    fn park(&self, seen: &Seen, patience: &Patience, found: &Found<'_>) -> Result<()> {
+    fn park(&self, seen: &Seen, patience: &WaitState, found: &Found<'_>) -> Result<()> {
         /// What is said to run out now is asked for again a moment later.
         const MOMENT: Duration = Duration::from_millis(1);
         /// A clock that no other process reads may run as it likes.
@@ -535,7 +535,7 @@ struct Found<'l> {
     owner: Option<Owner>,
 }
 
-impl Subject for Found<'_> {
+impl LockInfo for Found<'_> {
     fn describe(&self) -> String {
         self.lease.describe()
     }

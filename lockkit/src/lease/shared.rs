@@ -10,8 +10,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::clock::Clock;
-use super::heartbeat::{Heart, Place};
-use super::state::{LossReason, Next, Tenure};
+use super::heartbeat::{FailureDomain, HeartbeatScheduler};
+use super::state::{Action, LeaseState, LossReason};
 use super::store::{Attempt, ClaimId, Deadline, Grant, Released, Renewal, Seen, StoreError};
 use super::{Inner, Loss};
 #[cfg(feature = "tokio")]
@@ -21,7 +21,7 @@ use crate::owner::Owner;
 use crate::sys::fd::AsFd;
 use crate::sys::fork;
 use crate::telemetry;
-use crate::wait::{CancelToken, Patience, Subject, Wait};
+use crate::wait::{CancelToken, LockInfo, Wait, WaitState};
 
 /// The longest that whoever releases waits for the store, besides a quarter of the ttl.
 const LONGEST_RELEASE: Duration = Duration::from_millis(250);
@@ -39,7 +39,7 @@ pub(super) struct Held {
     grant: Grant,
     /// Not where nobody knows whether it was, nor under which token.
     is_granted: bool,
-    heart: &'static Heart,
+    heart: &'static HeartbeatScheduler,
     /// The process that holds, for a forked child has a copy.
     generation: u32,
     /// Cancelled when it has ended.
@@ -50,7 +50,7 @@ pub(super) struct Held {
 }
 
 struct State {
-    tenure: Tenure,
+    tenure: LeaseState,
     /// The heartbeat has asked the store to renew, and has no answer yet.
     asking: bool,
     /// The record may still say that it is held: the heartbeat is to release.
@@ -65,14 +65,14 @@ struct State {
 /// given the name, or may yet be. Then the heartbeat takes that back, so that nobody is kept out by nobody.
 pub(super) struct Asking {
     lease: Arc<Inner>,
-    heart: &'static Heart,
+    heart: &'static HeartbeatScheduler,
     pub(super) claim: ClaimId,
     /// When the last request was sent that got no answer.
     unanswered: Option<Duration>,
 }
 
 impl Asking {
-    pub(super) fn begin(lease: Arc<Inner>, heart: &'static Heart) -> Self {
+    pub(super) fn begin(lease: Arc<Inner>, heart: &'static HeartbeatScheduler) -> Self {
         Self { lease, heart, claim: ClaimId::random(), unanswered: None }
     }
 
@@ -88,7 +88,7 @@ impl Asking {
 
     /// The name was granted to the claim by a request that was sent then, and could not be given back.
     pub(super) fn abandon_claim(&mut self, sent: Duration) {
-        Held::take_back(self.lease.clone(), &self.claim, 0, self.heart, sent);
+        Held::reclaim_orphan(self.lease.clone(), &self.claim, 0, self.heart, sent);
         self.renew_claim();
     }
 
@@ -101,7 +101,7 @@ impl Asking {
 impl Drop for Asking {
     fn drop(&mut self) {
         if let Some(sent) = self.unanswered {
-            Held::take_back(self.lease.clone(), &self.claim, 0, self.heart, sent);
+            Held::reclaim_orphan(self.lease.clone(), &self.claim, 0, self.heart, sent);
         }
     }
 }
@@ -112,7 +112,7 @@ impl Held {
     fn begin(
         lease: Arc<Inner>,
         grant: Grant,
-        heart: &'static Heart,
+        heart: &'static HeartbeatScheduler,
         sent: Duration,
         unanswered: Option<Duration>,
     ) -> Arc<Self> {
@@ -122,7 +122,7 @@ impl Held {
         let missing = options.ttl.saturating_sub(grant.ttl());
         let due = sent + half + half.mul_f64(grant.claim().number() as u16 as f64 / f64::from(u16::MAX));
         let due = due.saturating_sub(missing);
-        let tenure = Tenure::new(terms, sent, grant.ttl(), options.clock.now(), due);
+        let tenure = LeaseState::new(terms, sent, grant.ttl(), options.clock.now(), due);
         let held = Self::new(lease, grant, heart, tenure, true, unanswered);
         heart.serve(held.clone(), due);
         held
@@ -131,10 +131,16 @@ impl Held {
     /// Has the heartbeat free what the claim may be given by a request that was sent then and got no answer, under any
     /// token but the one that is known, if it is not 0. It looks at once and again and again until what was granted
     /// would have run out, for such a request may be carried out late.
-    fn take_back(lease: Arc<Inner>, claim: &ClaimId, known: u64, heart: &'static Heart, sent: Duration) {
+    fn reclaim_orphan(
+        lease: Arc<Inner>,
+        claim: &ClaimId,
+        known: u64,
+        heart: &'static HeartbeatScheduler,
+        sent: Duration,
+    ) {
         let options = &lease.options;
         let (now, ttl) = (options.clock.now(), options.ttl);
-        let mut tenure = Tenure::new(options.terms(), sent, ttl, now, now);
+        let mut tenure = LeaseState::new(options.terms(), sent, ttl, now, now);
         tenure.release();
         let grant = Grant::new(&lease.name, claim, known, ttl);
         let held = Self::new(lease, grant, heart, tenure, false, None);
@@ -145,8 +151,8 @@ impl Held {
     fn new(
         lease: Arc<Inner>,
         grant: Grant,
-        heart: &'static Heart,
-        tenure: Tenure,
+        heart: &'static HeartbeatScheduler,
+        tenure: LeaseState,
         is_granted: bool,
         unanswered: Option<Duration>,
     ) -> Arc<Self> {
@@ -192,9 +198,12 @@ impl Held {
     }
 
     /// What its store hangs with.
-    pub(super) fn place(&self) -> Place {
+    pub(super) fn place(&self) -> FailureDomain {
         let store = &self.lease.store;
-        store.profile().place.map_or(Place::Store(Arc::as_ptr(store).cast::<()>() as usize), Place::Common)
+        store
+            .profile()
+            .place
+            .map_or(FailureDomain::Store(Arc::as_ptr(store).cast::<()>() as usize), FailureDomain::Common)
     }
 
     /// Whether it is held now, and if not, why.
@@ -241,7 +250,7 @@ impl Held {
         // What got no answer may be carried out now that nobody has it any more, and when others have had it since.
         let unanswered = self.lock().unanswered.take();
         if let Some(sent) = unanswered.filter(|sent| self.now() < *sent + self.ttl()) {
-            Self::take_back(self.lease.clone(), self.grant.claim(), self.token(), self.heart, sent);
+            Self::reclaim_orphan(self.lease.clone(), self.grant.claim(), self.token(), self.heart, sent);
         }
         ended
     }
@@ -345,7 +354,7 @@ impl Held {
         let now = self.now();
         let mut state = self.lock();
         let mut next = state.tenure.beat(now);
-        if matches!(next, Next::Renew) {
+        if matches!(next, Action::Renew) {
             state.asking = true;
             drop(state);
             let answer = protected(|| self.lease.store.renew(&self.grant, self.request()));
@@ -365,9 +374,9 @@ impl Held {
         let (left_to_heart, until) = (state.left_to_heart, state.tenure.until());
         drop(state);
         match next {
-            Next::Sleep(until) => return Some(until),
-            Next::Tell(reason) => self.tell(reason),
-            Next::Renew | Next::Nothing => {}
+            Action::Sleep(until) => return Some(until),
+            Action::Tell(reason) => self.tell(reason),
+            Action::Renew | Action::Nothing => {}
         }
         if left_to_heart {
             let told = self.give_back(self.request());
@@ -433,7 +442,7 @@ impl Held {
     }
 }
 
-impl Subject for Held {
+impl LockInfo for Held {
     fn describe(&self) -> String {
         self.lease.describe()
     }
@@ -585,8 +594,8 @@ impl LostSignal {
     fn look<'p>(
         &self,
         wait: &Wait,
-        patience: &'p mut Option<Patience>,
-    ) -> Result<std::result::Result<&'p Patience, LossReason>> {
+        patience: &'p mut Option<WaitState>,
+    ) -> Result<std::result::Result<&'p WaitState, LossReason>> {
         let held = &self.0;
         if let Err(reason) = held.check() {
             return Ok(Err(reason));

@@ -44,14 +44,14 @@ pub enum LossReason {
 
 /// What a lease was taken with.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Terms {
+pub(super) struct LeaseTiming {
     pub(super) ttl: Duration,
     pub(super) heartbeat: Duration,
     /// How long the holder may go without progress before the beats stop.
     pub(super) progress: Option<Duration>,
 }
 
-impl Terms {
+impl LeaseTiming {
     /// Until when a request that was sent then makes the lease good, where the store granted `granted`.
     pub(super) fn valid_until(&self, sent: Duration, granted: Duration) -> Duration {
         let ttl = self.ttl.min(granted);
@@ -61,8 +61,8 @@ impl Terms {
 
 /// A lease from its grant to its end.
 #[derive(Debug)]
-pub(super) struct Tenure {
-    terms: Terms,
+pub(super) struct LeaseState {
+    terms: LeaseTiming,
     /// Until when it is held. Only a renewal moves it.
     until: Duration,
     /// Set once, for ever.
@@ -77,7 +77,7 @@ pub(super) struct Tenure {
 
 /// What the heartbeat is to do next.
 #[derive(Debug)]
-pub(super) enum Next {
+pub(super) enum Action {
     /// Ask the store to renew, and say what it answered.
     Renew,
     /// Nothing until then.
@@ -88,9 +88,9 @@ pub(super) enum Next {
     Nothing,
 }
 
-impl Tenure {
+impl LeaseState {
     /// A lease that was granted by a request sent then, and of which the first beat is due at `due`.
-    pub(super) fn new(terms: Terms, sent: Duration, granted: Duration, now: Duration, due: Duration) -> Self {
+    pub(super) fn new(terms: LeaseTiming, sent: Duration, granted: Duration, now: Duration, due: Duration) -> Self {
         let until = terms.valid_until(sent, granted);
         Self { terms, until, ended: None, doubt: None, progressed: now, due }
     }
@@ -135,12 +135,12 @@ impl Tenure {
     }
 
     /// The heartbeat asks what to do.
-    pub(super) fn beat(&mut self, now: Duration) -> Next {
+    pub(super) fn beat(&mut self, now: Duration) -> Action {
         if let Some(reason) = self.expire(now) {
-            return Next::Tell(reason);
+            return Action::Tell(reason);
         }
         if self.ended.is_some() {
-            return Next::Nothing;
+            return Action::Nothing;
         }
         if now < self.due {
             return self.sleep();
@@ -150,7 +150,7 @@ impl Tenure {
                 self.due = now + self.terms.heartbeat;
                 self.sleep()
             }
-            _ => Next::Renew,
+            _ => Action::Renew,
         }
     }
 
@@ -160,9 +160,9 @@ impl Tenure {
         sent: Duration,
         now: Duration,
         answer: std::result::Result<Renewal, StoreError>,
-    ) -> Next {
+    ) -> Action {
         if self.ended.is_some() {
-            return Next::Nothing;
+            return Action::Nothing;
         }
         let heartbeat = self.terms.heartbeat;
         match answer {
@@ -175,7 +175,7 @@ impl Tenure {
                 self.due = (self.due + heartbeat).max(now + heartbeat / 2);
             }
             Ok(Renewal::Lost { by }) => {
-                return Next::Tell(self.ended.insert(LossReason::TakenOver { by: by.map(Box::new) }).clone());
+                return Action::Tell(self.ended.insert(LossReason::TakenOver { by: by.map(Box::new) }).clone());
             }
             Err(error) => {
                 self.doubt = Some(Arc::new(error));
@@ -183,14 +183,14 @@ impl Tenure {
             }
         }
         match self.expire(now) {
-            Some(reason) => Next::Tell(reason),
+            Some(reason) => Action::Tell(reason),
             None => self.sleep(),
         }
     }
 
     /// The end must be noticed, too, though nobody asks.
-    fn sleep(&self) -> Next {
-        Next::Sleep(self.due.min(self.until))
+    fn sleep(&self) -> Action {
+        Action::Sleep(self.due.min(self.until))
     }
 }
 
@@ -200,22 +200,23 @@ mod tests {
     use super::*;
 
     const MS: Duration = Duration::from_millis(1);
-    const TERMS: Terms = Terms { ttl: Duration::from_secs(3), heartbeat: Duration::from_millis(250), progress: None };
+    const TERMS: LeaseTiming =
+        LeaseTiming { ttl: Duration::from_secs(3), heartbeat: Duration::from_millis(250), progress: None };
     /// 99 in a hundred of the ttl, less 2 ms.
     const GOOD_FOR: Duration = Duration::from_millis(2968);
 
-    fn tenure(terms: Terms, clock: &ManualClock) -> Tenure {
+    fn tenure(terms: LeaseTiming, clock: &ManualClock) -> LeaseState {
         let now = clock.now();
-        Tenure::new(terms, now, terms.ttl, now, now + terms.heartbeat)
+        LeaseState::new(terms, now, terms.ttl, now, now + terms.heartbeat)
     }
 
     fn renewed() -> std::result::Result<Renewal, StoreError> {
         Ok(Renewal::Extended { ttl: TERMS.ttl })
     }
 
-    fn renew(tenure: &mut Tenure, now: Duration) {
-        assert!(matches!(tenure.beat(now), Next::Renew));
-        assert!(matches!(tenure.answered(now, now, renewed()), Next::Sleep(_)));
+    fn renew(tenure: &mut LeaseState, now: Duration) {
+        assert!(matches!(tenure.beat(now), Action::Renew));
+        assert!(matches!(tenure.answered(now, now, renewed()), Action::Sleep(_)));
     }
 
     #[test]
@@ -245,7 +246,7 @@ mod tests {
         let clock = ManualClock::new();
         let mut tenure = tenure(TERMS, &clock);
         clock.advance(TERMS.heartbeat);
-        assert!(matches!(tenure.beat(clock.now()), Next::Renew));
+        assert!(matches!(tenure.beat(clock.now()), Action::Renew));
         tenure.answered(clock.now(), clock.now(), Ok(Renewal::Extended { ttl: MS * 1000 }));
         assert_eq!(tenure.remaining(clock.now()), MS * 988);
     }
@@ -255,7 +256,7 @@ mod tests {
         let clock = ManualClock::new();
         let mut tenure = tenure(TERMS, &clock);
         for beat in 1..=1000_u32 {
-            assert!(matches!(tenure.beat(clock.now()), Next::Sleep(due) if due == TERMS.heartbeat * beat));
+            assert!(matches!(tenure.beat(clock.now()), Action::Sleep(due) if due == TERMS.heartbeat * beat));
             clock.advance(TERMS.heartbeat);
             renew(&mut tenure, clock.now());
             assert_eq!(tenure.remaining(clock.now()), GOOD_FOR);
@@ -269,10 +270,10 @@ mod tests {
         let mut tenure = tenure(TERMS, &clock);
         clock.advance(MS * 300);
         renew(&mut tenure, clock.now());
-        assert!(matches!(tenure.beat(clock.now()), Next::Sleep(due) if due == MS * 500));
+        assert!(matches!(tenure.beat(clock.now()), Action::Sleep(due) if due == MS * 500));
         clock.advance(MS * 400);
         renew(&mut tenure, clock.now());
-        assert!(matches!(tenure.beat(clock.now()), Next::Sleep(due) if due == MS * 825));
+        assert!(matches!(tenure.beat(clock.now()), Action::Sleep(due) if due == MS * 825));
     }
 
     #[test]
@@ -283,21 +284,21 @@ mod tests {
         let mut tries = 0;
         let reason = loop {
             match tenure.beat(clock.now()) {
-                Next::Renew => {
+                Action::Renew => {
                     tries += 1;
                     let answer = Err(StoreError::refused("no space left"));
-                    assert!(matches!(tenure.answered(clock.now(), clock.now(), answer), Next::Sleep(_)));
+                    assert!(matches!(tenure.answered(clock.now(), clock.now(), answer), Action::Sleep(_)));
                 }
-                Next::Sleep(until) => clock.advance(until - clock.now()),
-                Next::Tell(reason) => break reason,
-                Next::Nothing => panic!("it was not told"),
+                Action::Sleep(until) => clock.advance(until - clock.now()),
+                Action::Tell(reason) => break reason,
+                Action::Nothing => panic!("it was not told"),
             }
         };
         assert_eq!(clock.now(), GOOD_FOR);
         assert!((40..50).contains(&tries), "every 62.5 ms of 2718, not {tries} times");
         assert!(matches!(reason, LossReason::Store(_)));
         assert!(reason.to_string().ends_with("no space left"), "{reason}");
-        assert!(matches!(tenure.beat(clock.now()), Next::Nothing));
+        assert!(matches!(tenure.beat(clock.now()), Action::Nothing));
     }
 
     #[test]
@@ -305,9 +306,9 @@ mod tests {
         let clock = ManualClock::new();
         let mut tenure = tenure(TERMS, &clock);
         clock.advance(MS * 2900);
-        assert!(matches!(tenure.beat(clock.now()), Next::Renew));
+        assert!(matches!(tenure.beat(clock.now()), Action::Renew));
         let answer = Err(StoreError::unknown("no answer"));
-        assert!(matches!(tenure.answered(clock.now(), clock.now(), answer), Next::Sleep(_)));
+        assert!(matches!(tenure.answered(clock.now(), clock.now(), answer), Action::Sleep(_)));
         clock.advance(MS * 65);
         renew(&mut tenure, clock.now());
         assert_eq!(tenure.remaining(clock.now()), GOOD_FOR);
@@ -320,11 +321,11 @@ mod tests {
         let clock = ManualClock::new();
         let mut tenure = tenure(TERMS, &clock);
         clock.advance(TERMS.heartbeat);
-        assert!(matches!(tenure.beat(clock.now()), Next::Renew));
+        assert!(matches!(tenure.beat(clock.now()), Action::Renew));
         let answer = Ok(Renewal::Lost { by: Some(Owner::current()) });
         assert!(matches!(
             tenure.answered(clock.now(), clock.now(), answer),
-            Next::Tell(LossReason::TakenOver { by: Some(_) })
+            Action::Tell(LossReason::TakenOver { by: Some(_) })
         ));
         assert_eq!(tenure.remaining(clock.now()), Duration::ZERO);
     }
@@ -335,10 +336,10 @@ mod tests {
         let mut tenure = tenure(TERMS, &clock);
         clock.advance(MS * 2900);
         let sent = clock.now();
-        assert!(matches!(tenure.beat(sent), Next::Renew));
+        assert!(matches!(tenure.beat(sent), Action::Renew));
         clock.advance(MS * 100);
         assert!(tenure.expire(clock.now()).is_some(), "somebody asked before the answer came");
-        assert!(matches!(tenure.answered(sent, clock.now(), renewed()), Next::Nothing));
+        assert!(matches!(tenure.answered(sent, clock.now(), renewed()), Action::Nothing));
         tenure.release();
         assert!(matches!(tenure.ended(), Some(LossReason::Expired)));
     }
@@ -349,9 +350,9 @@ mod tests {
         let mut tenure = tenure(TERMS, &clock);
         clock.advance(MS * 2900);
         let sent = clock.now();
-        assert!(matches!(tenure.beat(sent), Next::Renew));
+        assert!(matches!(tenure.beat(sent), Action::Renew));
         clock.advance(MS * 100);
-        assert!(matches!(tenure.answered(sent, clock.now(), renewed()), Next::Sleep(_)));
+        assert!(matches!(tenure.answered(sent, clock.now(), renewed()), Action::Sleep(_)));
         assert_eq!(tenure.remaining(clock.now()), GOOD_FOR - MS * 100);
     }
 
@@ -361,9 +362,9 @@ mod tests {
         let mut tenure = tenure(TERMS, &clock);
         clock.advance(TERMS.heartbeat);
         let sent = clock.now();
-        assert!(matches!(tenure.beat(sent), Next::Renew));
+        assert!(matches!(tenure.beat(sent), Action::Renew));
         clock.advance(TERMS.ttl);
-        assert!(matches!(tenure.answered(sent, clock.now(), renewed()), Next::Tell(LossReason::Expired)));
+        assert!(matches!(tenure.answered(sent, clock.now(), renewed()), Action::Tell(LossReason::Expired)));
     }
 
     #[test]
@@ -373,24 +374,24 @@ mod tests {
         tenure.release();
         clock.advance(TERMS.ttl);
         assert!(tenure.expire(clock.now()).is_none());
-        assert!(matches!(tenure.beat(clock.now()), Next::Nothing));
+        assert!(matches!(tenure.beat(clock.now()), Action::Nothing));
         assert!(matches!(tenure.ended(), Some(LossReason::Released)));
     }
 
     #[test]
     fn without_progress_the_beats_stop_and_it_runs_out() {
         let clock = ManualClock::new();
-        let terms = Terms { progress: Some(MS * 1000), ..TERMS };
+        let terms = LeaseTiming { progress: Some(MS * 1000), ..TERMS };
         let mut tenure = tenure(terms, &clock);
         let mut renewals = 0;
         while tenure.ended().is_none() {
             match tenure.beat(clock.now()) {
-                Next::Renew => {
+                Action::Renew => {
                     renewals += 1;
                     tenure.answered(clock.now(), clock.now(), renewed());
                 }
-                Next::Sleep(until) => clock.advance(until - clock.now()),
-                Next::Tell(_) | Next::Nothing => {}
+                Action::Sleep(until) => clock.advance(until - clock.now()),
+                Action::Tell(_) | Action::Nothing => {}
             }
         }
         assert_eq!(renewals, 4, "at 250, 500, 750 and 1000 ms");
@@ -401,9 +402,9 @@ mod tests {
     #[test]
     fn progress_in_time_starts_the_beats_again() {
         let clock = ManualClock::new();
-        let mut tenure = tenure(Terms { progress: Some(MS * 1000), ..TERMS }, &clock);
+        let mut tenure = tenure(LeaseTiming { progress: Some(MS * 1000), ..TERMS }, &clock);
         clock.advance(MS * 2000);
-        assert!(matches!(tenure.beat(clock.now()), Next::Sleep(due) if due == MS * 2250));
+        assert!(matches!(tenure.beat(clock.now()), Action::Sleep(due) if due == MS * 2250));
         tenure.progress(clock.now());
         clock.advance(MS * 250);
         renew(&mut tenure, clock.now());

@@ -914,7 +914,7 @@ fn system_clocks_are_one_clock_however_many_there_are() {
     let lease = |n: u32| Lease::file(directory.0.join(n.to_string())).clock(Arc::new(SystemClock)).build().unwrap();
     let _guards: Vec<_> = (0..200).map(|n| lease(n).lock().unwrap()).collect();
     // Other tests have clocks of their own at the same time.
-    assert!(Heart::start().unwrap().rings() < 100);
+    assert!(HeartbeatScheduler::start().unwrap().rings() < 100);
 }
 
 #[test]

@@ -25,12 +25,12 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint::step;
 use crate::file::{FileGuard, FileLock};
 use crate::lock::Recovered;
-use crate::named::holder_record::{self, Slate};
+use crate::named::holder_record::{self, RecordStorage};
 use crate::owner::{Liveness, Owner};
 use crate::sys::files::{self, DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use crate::sys::fork::{self, NoFork};
 use crate::sys::runtime_dir;
-use crate::wait::{Subject, Wait};
+use crate::wait::{LockInfo, Wait};
 
 /// A table of locks as files in a directory, for the processes of one machine. Cloning gives another handle on it.
 ///
@@ -336,7 +336,7 @@ impl TableFileLock {
             return Err(ErrorKind::NotLocked { lock: self.describe() }.into());
         };
         guard.write(|file| {
-            file.wipe();
+            file.clear();
             step("record wiped");
         })?;
         // Looked at after it was unlocked: who frees it later finds it unlocked and removes it, who freed it before has
@@ -402,7 +402,7 @@ impl Releases for TableFileHold {
     }
 }
 
-impl Subject for TableFileLock {
+impl LockInfo for TableFileLock {
     fn describe(&self) -> String {
         format!("lock {} of the lock table {}", self.id, self.directory.path.display())
     }

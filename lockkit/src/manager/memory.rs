@@ -14,7 +14,7 @@ use super::{Handle, HeldLock, LockManager, ManagedLock, Releases};
 use crate::error::{ErrorKind, Result};
 use crate::owner::Owner;
 use crate::sys::process;
-use crate::wait::{Subject, Wait};
+use crate::wait::{LockInfo, Wait};
 
 /// A table of locks inside one process, for tests of programs that use the other managers: it excludes threads, not
 /// processes. Cloning gives another handle on the same table.
@@ -164,7 +164,7 @@ impl MemoryLock {
         let mut state = self.memory.state.lock();
         if state.held.contains_key(&self.id) {
             // Errors ask who holds the lock, so they are made without the mutex.
-            let patience = parking_lot::MutexGuard::unlocked(&mut state, || match wait.patience_for(self) {
+            let patience = parking_lot::MutexGuard::unlocked(&mut state, || match wait.state_for(self) {
                 Some(patience) => Ok(patience),
                 None => Err(self.held()),
             })?;
@@ -205,7 +205,7 @@ impl Releases for MemoryHold {
     }
 }
 
-impl Subject for MemoryLock {
+impl LockInfo for MemoryLock {
     fn describe(&self) -> String {
         format!("lock {} of {DESCRIPTION}", self.id)
     }

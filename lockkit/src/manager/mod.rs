@@ -32,7 +32,7 @@ use crate::lock::{Guard, Recovered, lock_methods};
 use crate::owner::Owner;
 use crate::sys::fork;
 use crate::telemetry;
-use crate::wait::{Subject, Wait};
+use crate::wait::{LockInfo, Wait};
 
 pub use file::FileLockManager;
 pub use memory::InMemoryLockManager;
@@ -289,7 +289,7 @@ impl ManagedLock {
         telemetry::acquire_async(self.subject(), taking).await
     }
 
-    fn subject(&self) -> &dyn Subject {
+    fn subject(&self) -> &dyn LockInfo {
         match &self.0 {
             Handle::Shm(lock) => lock,
             Handle::File(lock) => lock,

@@ -5,17 +5,17 @@
 //! | flag | meaning |
 //! |---|---|
 //! | `WAITERS` | somebody may be asleep on the word: a release wakes one |
-//! | `AWAKE` | one was woken and has yet to look: until then a release wakes no other |
-//! | `KEPT` | the lock is for those who have slept, and not for who comes by: now, or from the next release on |
+//! | `WOKEN` | one was woken and has yet to look: until then a release wakes no other |
+//! | `HANDOFF` | the lock is for those who have slept, and not for who comes by: now, or from the next release on |
 //!
-//! Without an owner and without `KEPT` the lock is free for all. Whoever comes at the right moment may take it before
+//! Without an owner and without `HANDOFF` the lock is free for all. Whoever comes at the right moment may take it before
 //! the woken waiter does, because handing over would cost two context switches for each hold. So that nobody is
 //! overtaken for ever, a waiter that was woken in vain *presses*: it has the lock kept, and spins until the release,
 //! which is soon where locks are held shortly. It may do so once in a while; until then it naps, and no other is woken.
 //! And a release that finds a woken waiter still not there, for it gets no processor, keeps the lock now and then: who
 //! would overtake goes to sleep then, and leaves it one. Should a woken waiter die, the others notice within a tick.
 //!
-//! An owner is dead or alive by what [`World`] says, asked at first sight and then once a tick. A dead owner's word is
+//! An owner is dead or alive by what [`Env`] says, asked at first sight and then once a tick. A dead owner's word is
 //! taken from it with a compare-and-swap, so one of many wins, and knows that it took over.
 
 use super::atomic::{AtomicU32, Ordering};
@@ -24,18 +24,18 @@ use crate::failpoint::step;
 /// Nobody holds the lock.
 pub(super) const FREE: u32 = 0;
 /// Who holds it; 0 for nobody.
-pub(super) const OWNER: u32 = AWAKE - 1;
+pub(super) const OWNER: u32 = WOKEN - 1;
 /// A waiter is on its way.
-const AWAKE: u32 = 1 << 29;
+const WOKEN: u32 = 1 << 29;
 /// Kept for those who have slept.
-const KEPT: u32 = 1 << 30;
+const HANDOFF: u32 = 1 << 30;
 /// Somebody may be asleep.
 const WAITERS: u32 = 1 << 31;
 
 /// What the word does not know: who lives, and how to sleep.
-pub(super) trait World {
+pub(super) trait Env {
     /// Why a waiter stops waiting.
-    type GaveUp;
+    type WaitError;
     /// Whether the owner has died. Once it has, it stays so.
     fn is_dead(&self, owner: u32) -> bool;
     /// Lets time pass until a waiter that was woken in vain may press, or until it is time to give up, which the next
@@ -45,7 +45,7 @@ pub(super) trait World {
     fn spin(&self, word: &AtomicU32);
     /// Sleeps on the word until somebody wakes this thread or a tick is over, unless the word is not `seen` any more;
     /// or says that it is time to give up.
-    fn sleep(&mut self, word: &AtomicU32, seen: u32) -> Result<Slept, Self::GaveUp>;
+    fn sleep(&mut self, word: &AtomicU32, seen: u32) -> Result<Slept, Self::WaitError>;
 }
 
 /// What a release does for waiters.
@@ -78,20 +78,20 @@ pub(super) enum Taken {
 #[inline]
 pub(super) fn take_free(word: &AtomicU32, owner: u32) -> bool {
     let seen = word.load(Ordering::Relaxed);
-    seen & (OWNER | KEPT) == 0
+    seen & (OWNER | HANDOFF) == 0
         && word.compare_exchange(seen, seen | owner, Ordering::Acquire, Ordering::Relaxed).is_ok()
 }
 
 /// Takes the lock unless a living owner holds it.
 #[cold]
 pub(super) fn take_now(word: &AtomicU32, owner: u32, is_dead: impl Fn(u32) -> bool) -> Option<Taken> {
-    attempt(word, owner, Stance { entitled: true, rested: false, awake: false, look: true }, is_dead).ok()
+    attempt(word, owner, Waiter { entitled: true, rested: false, awake: false, look: true }, is_dead).ok()
 }
 
 /// Takes the lock as soon as it can be had.
 #[cold]
-pub(super) fn take<W: World>(word: &AtomicU32, owner: u32, world: &mut W) -> Result<Taken, W::GaveUp> {
-    let mut stance = Stance { entitled: false, rested: false, awake: false, look: true };
+pub(super) fn take<W: Env>(word: &AtomicU32, owner: u32, world: &mut W) -> Result<Taken, W::WaitError> {
+    let mut stance = Waiter { entitled: false, rested: false, awake: false, look: true };
     let mut in_vain = false;
     loop {
         let seen = match attempt(word, owner, stance, |owner| world.is_dead(owner)) {
@@ -113,20 +113,20 @@ pub(super) fn take<W: World>(word: &AtomicU32, owner: u32, world: &mut W) -> Res
         // Who gives up now, after it was woken, has just seen to it that the next release wakes another.
         let slept = world.sleep(word, waiting)?;
         let tick = slept == Slept::Tick;
-        stance = Stance { entitled: true, rested: true, awake: !tick, look: tick };
+        stance = Waiter { entitled: true, rested: true, awake: !tick, look: tick };
         in_vain = !tick;
     }
 }
 
 /// Has the next release keep the lock for the one that is awake; `false` when nobody holds it any more.
 fn press(word: &AtomicU32) -> bool {
-    let pressed = |seen| (seen & OWNER != 0).then_some(seen | AWAKE | KEPT);
+    let pressed = |seen| (seen & OWNER != 0).then_some(seen | WOKEN | HANDOFF);
     word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, pressed).is_ok()
 }
 
 /// How somebody tries to take the lock.
 #[derive(Clone, Copy)]
-struct Stance {
+struct Waiter {
     /// Takes also what is kept.
     entitled: bool,
     /// Has slept, as others may, whom nobody counts.
@@ -137,25 +137,25 @@ struct Stance {
     look: bool,
 }
 
-impl Stance {
+impl Waiter {
     /// The word once this one has come, and waits.
     fn arrive(self, seen: u32) -> u32 {
-        WAITERS | if self.awake { seen & !AWAKE } else { seen }
+        WAITERS | if self.awake { seen & !WOKEN } else { seen }
     }
 
     /// The flags once this one has taken the lock. It stands in for the one that was woken, which may have died on its
     /// way.
     fn take(self, seen: u32) -> u32 {
-        if self.rested { WAITERS } else { seen & (WAITERS | AWAKE) }
+        if self.rested { WAITERS } else { seen & (WAITERS | WOKEN) }
     }
 }
 
 /// Takes the lock if it can be had now; else says what the word was.
-fn attempt(word: &AtomicU32, owner: u32, stance: Stance, is_dead: impl Fn(u32) -> bool) -> Result<Taken, u32> {
+fn attempt(word: &AtomicU32, owner: u32, stance: Waiter, is_dead: impl Fn(u32) -> bool) -> Result<Taken, u32> {
     let mut seen = word.load(Ordering::Relaxed);
     loop {
         let taken = match seen & OWNER {
-            0 if seen & KEPT == 0 || stance.entitled => Taken::Clean,
+            0 if seen & HANDOFF == 0 || stance.entitled => Taken::Clean,
             0 => return Err(seen),
             holder if stance.look && is_dead(holder) => Taken::From(holder),
             _ => return Err(seen),
@@ -185,10 +185,10 @@ fn release_flagged(word: &AtomicU32, mut seen: u32, owner: u32, fairness: &impl 
     let mut keeps = None;
     while seen & OWNER == owner {
         // Whoever is awake will see to those who sleep.
-        let to_wake = seen & (WAITERS | AWAKE) == WAITERS;
-        let next = match seen & AWAKE {
-            0 if to_wake => AWAKE | seen & KEPT,
-            AWAKE if *keeps.get_or_insert_with(|| fairness.keeps()) => seen & !OWNER | KEPT,
+        let to_wake = seen & (WAITERS | WOKEN) == WAITERS;
+        let next = match seen & WOKEN {
+            0 if to_wake => WOKEN | seen & HANDOFF,
+            WOKEN if *keeps.get_or_insert_with(|| fairness.keeps()) => seen & !OWNER | HANDOFF,
             _ => seen & !OWNER,
         };
         match word.compare_exchange(seen, next, Ordering::Release, Ordering::Relaxed) {
@@ -211,9 +211,9 @@ fn release_flagged(word: &AtomicU32, mut seen: u32, owner: u32, fairness: &impl 
 #[cold]
 fn wake_one(word: &AtomicU32, fairness: &impl Fairness) {
     while !fairness.wake(word) {
-        let left = word.fetch_and(!(AWAKE | KEPT), Ordering::Relaxed) & !(AWAKE | KEPT);
+        let left = word.fetch_and(!(WOKEN | HANDOFF), Ordering::Relaxed) & !(WOKEN | HANDOFF);
         let sleeper = left == WAITERS;
-        if !sleeper || word.compare_exchange(left, AWAKE, Ordering::Relaxed, Ordering::Relaxed).is_err() {
+        if !sleeper || word.compare_exchange(left, WOKEN, Ordering::Relaxed, Ordering::Relaxed).is_err() {
             return;
         }
     }
@@ -306,8 +306,8 @@ mod models {
         gives_up: bool,
     }
 
-    impl World for Waiter<'_> {
-        type GaveUp = ();
+    impl Env for Waiter<'_> {
+        type WaitError = ();
 
         fn is_dead(&self, owner: u32) -> bool {
             owner == 9 && self.model.dead.load(Ordering::SeqCst)

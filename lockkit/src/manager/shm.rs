@@ -32,17 +32,17 @@ use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 
 use super::bitmap::{self, Bitmap};
-use super::raw_lock::{self, Fairness, OWNER, Slept, Taken, World};
+use super::raw_lock::{self, Env, Fairness, OWNER, Slept, Taken};
 use super::{Handle, HeldLock, LockManager, ManagedLock, Releases};
 use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint::step;
 use crate::lock::Recovered;
 use crate::named::holder_record;
 use crate::owner::Owner;
-use crate::sys::fork::{self, NoFork, Shielded};
+use crate::sys::fork::{self, ForkGuarded, NoFork};
 use crate::sys::layout::{self, Cell, LOCKS_PER_PAGE, MOST, SLOTS, Shape, Table};
 use crate::sys::{futex, ofd, runtime_dir};
-use crate::wait::{Backoff, GaveUp, Patience, Subject, Wait};
+use crate::wait::{Backoff, LockInfo, Wait, WaitError, WaitState};
 
 /// A table of locks in shared memory, for the processes of one machine. Linux only.
 ///
@@ -302,7 +302,7 @@ struct Attached {
     me: AtomicU64,
     /// The open file that holds the slot's lock. Locked with forks held off. A forked child's copy holds nothing. The
     /// mapping is made of another one, for a mapping keeps its open file, and a forked child keeps the mapping.
-    slot: Mutex<Shielded<File>>,
+    slot: Mutex<ForkGuarded<File>>,
 }
 
 /// What this process is attached to. Locked with forks held off.
@@ -475,7 +475,7 @@ impl fmt::Debug for Attached {
     }
 }
 
-fn open_file(path: &Path) -> Result<Shielded<File>> {
+fn open_file(path: &Path) -> Result<ForkGuarded<File>> {
     let mut flags = OFlags::NONBLOCK | OFlags::NOCTTY;
     // A link of /proc/self/fd is the kernel's, and leads to the open file itself.
     let is_in_proc = |directory: &Path| statfs(directory).is_ok_and(|found| found.f_type == PROC_SUPER_MAGIC);
@@ -484,7 +484,7 @@ fn open_file(path: &Path) -> Result<Shielded<File>> {
     }
     let mut options = File::options();
     options.read(true).write(true).custom_flags(flags.bits() as i32);
-    Shielded::new(|| options.open(path)).map(Shielded::know).map_err(|error| match error.kind() {
+    ForkGuarded::new(|| options.open(path)).map(ForkGuarded::know).map_err(|error| match error.kind() {
         io::ErrorKind::IsADirectory => no_plain_file(path),
         _ => Error::io("open", path, error),
     })
@@ -634,7 +634,7 @@ impl ShmLock {
     #[cold]
     fn acquire_held(&self, owner: u32, wait: &Wait) -> Result<Taken> {
         let word = &self.cell.word;
-        let Some(patience) = wait.patience_for(self) else {
+        let Some(patience) = wait.state_for(self) else {
             return raw_lock::take_now(word, owner, |owner| self.table.is_dead(owner)).ok_or_else(|| self.held());
         };
         let mut sleeper = Sleeper {
@@ -646,10 +646,10 @@ impl ShmLock {
         let is_dead = |owner| self.table.is_dead(owner);
         raw_lock::take(word, owner, &mut sleeper).or_else(|stopped| match stopped {
             // Its time is over and it tries once more: also what is kept for those who wait, among whom it was.
-            Stopped::GaveUp(GaveUp::TimedOut) => {
-                raw_lock::take_now(word, owner, is_dead).ok_or_else(|| patience.error(GaveUp::TimedOut, self))
+            Stopped::WaitError(WaitError::TimedOut) => {
+                raw_lock::take_now(word, owner, is_dead).ok_or_else(|| patience.error(WaitError::TimedOut, self))
             }
-            Stopped::GaveUp(gave_up) => Err(patience.error(gave_up, self)),
+            Stopped::WaitError(gave_up) => Err(patience.error(gave_up, self)),
             Stopped::Failed(error) => Err(Error::io("wait on a lock of", &self.table.path, error)),
         })
     }
@@ -756,7 +756,7 @@ impl Releases for ShmHold {
     }
 }
 
-impl Subject for ShmLock {
+impl LockInfo for ShmLock {
     fn describe(&self) -> String {
         format!("lock {} of {}", self.id, self.table.describe())
     }
@@ -809,18 +809,18 @@ impl Fairness for Cell {
 /// A waiter.
 struct Sleeper<'p> {
     lock: ShmLock,
-    patience: &'p Patience,
+    patience: &'p WaitState,
     ticks: Backoff,
     tick: Duration,
 }
 
 enum Stopped {
-    GaveUp(GaveUp),
+    WaitError(WaitError),
     Failed(io::Error),
 }
 
-impl World for Sleeper<'_> {
-    type GaveUp = Stopped;
+impl Env for Sleeper<'_> {
+    type WaitError = Stopped;
 
     fn is_dead(&self, owner: u32) -> bool {
         self.lock.table.is_dead(owner)
@@ -849,7 +849,7 @@ impl World for Sleeper<'_> {
     }
 
     fn sleep(&mut self, word: &AtomicU32, seen: u32) -> std::result::Result<Slept, Stopped> {
-        let portion = self.patience.portion(self.tick).map_err(Stopped::GaveUp)?;
+        let portion = self.patience.portion(self.tick).map_err(Stopped::WaitError)?;
         match futex::wait(word, seen, portion).map_err(Stopped::Failed)? {
             futex::Woke::Early => Ok(Slept::Woken),
             // Nobody woke it, and where signals come faster than ticks no other tick would ever be over.
@@ -881,7 +881,7 @@ mod tests {
         }
 
         /// Takes another slot, as another process would.
-        fn take_slot(&self) -> (Shielded<File>, u32) {
+        fn take_slot(&self) -> (ForkGuarded<File>, u32) {
             let Attached { table, path, .. } = self.0.0;
             let file = open_file(path).unwrap();
             let me = take_slot(table, path, &file).unwrap();
@@ -924,11 +924,11 @@ mod tests {
     #[test]
     fn whoever_has_no_time_to_wait_takes_also_what_is_kept_for_those_who_wait() {
         /// A waiter that pressed and was killed: it is awake, and the lock was kept for it at the release.
-        const KEPT: u32 = 0b11 << 29;
+        const HANDOFF: u32 = 0b11 << 29;
         let fresh = Fresh::new("kept");
         let lock = fresh.0.retrieve(7).unwrap();
         for wait in [Wait::none(), Wait::at_most(Duration::ZERO), Wait::until(std::time::Instant::now())] {
-            fresh.word(7).store(KEPT, Ordering::SeqCst);
+            fresh.word(7).store(HANDOFF, Ordering::SeqCst);
             drop(lock.acquire(&wait).unwrap());
         }
     }

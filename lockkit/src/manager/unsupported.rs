@@ -6,7 +6,7 @@ use super::{HeldLock, LockManager, ManagedLock, Releases};
 use crate::error::{ErrorKind, Result};
 use crate::lock::Recovered;
 use crate::owner::Owner;
-use crate::wait::{Subject, Wait};
+use crate::wait::{LockInfo, Wait};
 
 /// A table of locks in shared memory: Linux only. On this system nobody can have one.
 #[derive(Clone, Copy, Debug)]
@@ -104,7 +104,7 @@ impl ShmLock {
     }
 }
 
-impl Subject for ShmLock {
+impl LockInfo for ShmLock {
     fn describe(&self) -> String {
         match self.0 {}
     }

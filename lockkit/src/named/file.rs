@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::holder_record::{self, Slate};
+use super::holder_record::{self, RecordStorage};
 use crate::error::{Error, Result};
 use crate::failpoint::step;
 use crate::file::{FileGuard, FileLock};
@@ -20,9 +20,9 @@ use crate::lock::Recovered;
 use crate::owner::{Liveness, Owner};
 use crate::sys::files::{self, OpenOptionsExt};
 use crate::sys::flock;
-use crate::sys::fork::Shielded;
+use crate::sys::fork::ForkGuarded;
 use crate::sys::runtime_dir::{self, Sharing};
-use crate::wait::{Subject, Wait};
+use crate::wait::{LockInfo, Wait};
 
 #[derive(Debug)]
 pub(super) struct NamedFileLock {
@@ -34,7 +34,7 @@ pub(super) struct NamedFileLock {
 #[derive(Debug)]
 struct Opened {
     /// A user's is locked, shared, against cleaners.
-    _directory: Shielded<File>,
+    _directory: ForkGuarded<File>,
     lock: FileLock,
 }
 
@@ -43,7 +43,7 @@ impl NamedFileLock {
         Self { name: name.to_owned(), sharing, opened: Mutex::default() }
     }
 
-    pub(super) fn acquire(&self, wait: &Wait, subject: &dyn Subject) -> Result<(FileGuard, Option<Box<Recovered>>)> {
+    pub(super) fn acquire(&self, wait: &Wait, subject: &dyn LockInfo) -> Result<(FileGuard, Option<Box<Recovered>>)> {
         let mut guard = match self.open()?.lock.acquire_as(wait, subject) {
             // Somebody has deleted the directory since.
             Err(error) if error.is_io(io::ErrorKind::NotFound) => {
@@ -92,7 +92,7 @@ impl NamedFileLock {
 
     pub(super) fn release(&self, mut guard: FileGuard) -> Result<()> {
         guard.write(|file| {
-            file.wipe();
+            file.clear();
             step("record wiped");
         })?;
         guard.release()
@@ -151,7 +151,7 @@ impl NamedFileLock {
             directory.open_file(&self.file())?;
         }
         let lock = FileLock::own(directory.file(&self.file()), self.sharing.file_mode());
-        let Ok(directory) = Shielded::new(|| Ok::<_, std::convert::Infallible>(File::from(directory.fd)));
+        let Ok(directory) = ForkGuarded::new(|| Ok::<_, std::convert::Infallible>(File::from(directory.fd)));
         let directory = directory.know().keep_across_fork();
         if let Sharing::User(_) = self.sharing {
             // Somebody may hold it exclusively for a while, to clean it; no lock fails for that.

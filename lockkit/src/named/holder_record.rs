@@ -8,7 +8,7 @@
 //! A record is [`WORDS`] 64-bit words, native byte order. A writer sets the state last, and wipes nothing but the
 //! state:
 //! ```text
-//! 0      state: WIPED or WRITTEN
+//! 0      state: CLEARED or WRITTEN
 //! 1      pid
 //! 2      start time
 //! 3      pid namespace
@@ -55,7 +55,7 @@ pub(super) const ACQUIRED: usize = 11;
 const WRITTEN_BY_HOLDER: Range<usize> = STATE..ACQUIRED + 1;
 
 /// The holder released, or there never was one.
-const WIPED: u64 = 0;
+const CLEARED: u64 = 0;
 /// A holder is inside, or died there. Changes with the layout.
 const WRITTEN: u64 = u64::from_ne_bytes(*b"lockkit2");
 
@@ -63,16 +63,16 @@ pub(super) type Words = [u64; WORDS];
 
 /// Where a record stands. What cannot be read is no record, and what cannot be written is left: both lose a report
 /// only.
-pub(crate) trait Slate {
+pub(crate) trait RecordStorage {
     /// The record, unless it is wiped.
     fn read(&self) -> Option<Words>;
     /// Writes down the holder `record`, and when it acquired.
     fn write(&self, record: &Words, acquired: u64);
-    fn wipe(&self);
+    fn clear(&self);
 }
 
 /// In a file, through system calls: for files that a hostile user or a full disk could pull away from under a mapping.
-impl Slate for File {
+impl RecordStorage for File {
     fn read(&self) -> Option<Words> {
         let mut bytes = [0; WRITTEN_BY_HOLDER.end * WORD];
         self.read_exact_at(&mut bytes, 0).ok()?;
@@ -80,7 +80,7 @@ impl Slate for File {
         for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(WORD)) {
             *word = u64::from_ne_bytes(std::array::from_fn(|at| bytes[at]));
         }
-        (words[STATE] != WIPED).then_some(words)
+        (words[STATE] != CLEARED).then_some(words)
     }
 
     fn write(&self, record: &Words, acquired: u64) {
@@ -94,8 +94,8 @@ impl Slate for File {
     }
 
     /// If it stayed, the next owner would be told of a death that was none.
-    fn wipe(&self) {
-        if self.write_all_at(&WIPED.to_ne_bytes(), 0).is_err() {
+    fn clear(&self) {
+        if self.write_all_at(&CLEARED.to_ne_bytes(), 0).is_err() {
             step("record not wiped");
             cut_out(self);
         }
@@ -105,17 +105,17 @@ impl Slate for File {
 /// Wipes where writing is refused: what is cut out reads as zeros, takes no room and meets no limit of sizes.
 #[cold]
 fn cut_out(file: &File) {
-    const _: () = assert!(STATE == 0 && WIPED == 0);
+    const _: () = assert!(STATE == 0 && CLEARED == 0);
     #[cfg(target_os = "linux")]
     let _ = fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, WORD as u64);
     #[cfg(not(target_os = "linux"))]
-    let _ = file.write_all_at(&WIPED.to_ne_bytes(), 0);
+    let _ = file.write_all_at(&CLEARED.to_ne_bytes(), 0);
 }
 
 /// In shared memory.
-impl Slate for [AtomicU64; WORDS] {
+impl RecordStorage for [AtomicU64; WORDS] {
     fn read(&self) -> Option<Words> {
-        let written = self[STATE].load(Ordering::Acquire) != WIPED;
+        let written = self[STATE].load(Ordering::Acquire) != CLEARED;
         written.then(|| std::array::from_fn(|at| self[at].load(Ordering::Acquire)))
     }
 
@@ -127,13 +127,13 @@ impl Slate for [AtomicU64; WORDS] {
         self[STATE].store(WRITTEN, Ordering::Release);
     }
 
-    fn wipe(&self) {
-        self[STATE].store(WIPED, Ordering::Release);
+    fn clear(&self) {
+        self[STATE].store(CLEARED, Ordering::Release);
     }
 }
 
 /// Writes down that this process holds the lock from now on, and says who died holding it before.
-pub(crate) fn take(slate: &impl Slate) -> Option<Box<Recovered>> {
+pub(crate) fn take(slate: &impl RecordStorage) -> Option<Box<Recovered>> {
     let before = slate.read();
     write_current(slate);
     step("holder written down");
@@ -141,16 +141,16 @@ pub(crate) fn take(slate: &impl Slate) -> Option<Box<Recovered>> {
 }
 
 /// Writes down that `owner` holds the lock from now on: a process for which this one has taken it.
-pub(crate) fn name(slate: &impl Slate, owner: &Owner) {
+pub(crate) fn name(slate: &impl RecordStorage, owner: &Owner) {
     slate.write(&encode(owner), now());
 }
 
 /// Who holds the lock, or died holding it, by the record.
-pub(crate) fn holder(slate: &impl Slate) -> Option<Owner> {
+pub(crate) fn holder(slate: &impl RecordStorage) -> Option<Owner> {
     decode(&slate.read()?)
 }
 
-fn write_current(slate: &impl Slate) {
+fn write_current(slate: &impl RecordStorage) {
     with_current(|record| slate.write(record, now()));
 }
 
@@ -264,7 +264,7 @@ mod tests {
         let mut me = Owner::current();
         me.acquired = died.acquired;
         assert_eq!(died, me);
-        slate.wipe();
+        slate.clear();
         assert_eq!(holder(slate), None);
         assert_eq!(take(slate), None, "the one before released");
     }

@@ -30,7 +30,7 @@ use crate::owner::Owner;
 use crate::sys::fork;
 use crate::sys::runtime_dir::{self, Sharing};
 use crate::telemetry;
-use crate::wait::{Subject, Wait};
+use crate::wait::{LockInfo, Wait};
 
 /// Who shares a name.
 ///
@@ -112,7 +112,7 @@ pub enum Backend {
 /// # Ok(()) }
 /// ```
 ///
-/// Waited for, and looked at from outside:
+/// WaitResult for, and looked at from outside:
 ///
 /// ```
 /// use std::time::Duration;
@@ -392,7 +392,7 @@ impl Named {
     }
 }
 
-impl Subject for Named {
+impl LockInfo for Named {
     fn describe(&self) -> String {
         match self.scope {
             Scope::User => format!("the named lock {:?}", self.name),
@@ -494,7 +494,7 @@ impl NamedLockBuilder<'_> {
 #[derive(Debug)]
 pub struct NamedGuard {
     named: Arc<Named>,
-    /// Taken by the release.
+    /// Acquired by the release.
     hold: Option<Hold>,
     recovered: Option<Box<Recovered>>,
     /// The process that holds, for a forked child has a copy.
@@ -571,7 +571,7 @@ impl NamedGuard {
             #[cfg(target_os = "linux")]
             Some(Hold::Socket(hold)) if !hold.socket.is_own() => Err(fork::closed_by_program()),
             #[cfg(target_os = "linux")]
-            Some(Hold::Socket(hold)) => fork::unshielded(|| hold.socket.try_clone()),
+            Some(Hold::Socket(hold)) => fork::unguarded(|| hold.socket.try_clone()),
             Some(Hold::File(file)) => file.copy().map(OwnedFd::from),
             None => unreachable!("only the release takes it, and ends the guard"),
         };

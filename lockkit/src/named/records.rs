@@ -21,7 +21,7 @@
 //! ```text
 //! word 0, bits 8 to 63   the key: a hash of the lock's name
 //!         bits 2 to 7    changes with every write
-//!         bits 0 to 1    WIPED, WRITTEN, HANDED or CLAIMED
+//!         bits 0 to 1    CLEARED, WRITTEN, HANDED or CLAIMED
 //! ```
 //! A lock's slot is in the bucket of its key, in the lowest level whose bucket had room. A released lock leaves its key in
 //! the slot until another lock takes the slot, the least recently used one first. So a handle that remembers its slot finds
@@ -54,7 +54,7 @@ use crate::error::{Error, Result};
 use crate::failpoint::step;
 use crate::lock::Recovered;
 use crate::owner::Owner;
-use crate::sys::fork::Shielded;
+use crate::sys::fork::ForkGuarded;
 use crate::sys::mapping::Mapping;
 use crate::sys::per_process::PerProcess;
 use crate::sys::runtime_dir::{self, RuntimeDir, Sharing};
@@ -87,7 +87,7 @@ const CHANGES: u64 = 0xfc;
 const ONE_CHANGE: u64 = 4;
 const STATE: u64 = 3;
 /// The holder released, or there never was one.
-const WIPED: u64 = 0;
+const CLEARED: u64 = 0;
 /// A holder is inside, or died there.
 const WRITTEN: u64 = 1;
 /// The lock is on its way to this holder, or this receiver died before it began.
@@ -112,7 +112,7 @@ fn word_after(seen: u64, key: u64, state: u64) -> u64 {
 
 /// The record of one lock, for a handle of the lock.
 #[derive(Debug)]
-pub(super) struct Mark {
+pub(super) struct HolderRecord {
     records: Arc<Records>,
     key: u64,
     /// Where the lock's slot was last; 0, in the header, for nowhere.
@@ -136,7 +136,7 @@ impl Seen {
     }
 }
 
-impl Mark {
+impl HolderRecord {
     pub(super) fn open(name: &str, sharing: Sharing) -> Result<Self> {
         Ok(Self { records: Records::of(sharing)?, key: key_of(name), slot: AtomicU32::new(0) })
     }
@@ -164,19 +164,19 @@ impl Mark {
 
     /// Records that no process holds the lock. If the record stayed, the next owner would get a
     /// false report of a death.
-    pub(super) fn wipe(&self) {
+    pub(super) fn clear(&self) {
         if let Some((slot, word)) = self.remembered_word() {
-            if word & STATE != WIPED {
+            if word & STATE != CLEARED {
                 // No other process changes it: not even for a new lock, for this holder lives.
-                slot[0].store(word_after(word, self.key, WIPED), Ordering::Release);
+                slot[0].store(word_after(word, self.key, CLEARED), Ordering::Release);
             }
             return;
         }
         // Where this process has written, it may write again.
         let known = self.remembered();
         let found = || self.records.locate(self.key, false).filter(|seen| self.records.may_write(seen.at));
-        if let Some(seen) = known.or_else(found).filter(|seen| seen.state() != WIPED) {
-            self.records.wipe(&seen);
+        if let Some(seen) = known.or_else(found).filter(|seen| seen.state() != CLEARED) {
+            self.records.clear(&seen);
         }
     }
 
@@ -187,7 +187,7 @@ impl Mark {
         for _ in 0..TRIES {
             let seen = self.find()?;
             match seen.state() {
-                WIPED => return None,
+                CLEARED => return None,
                 WRITTEN | HANDED => {
                     if let Some(owner) = holder_record::owner_of(&seen.words) {
                         return Some(owner);
@@ -247,7 +247,7 @@ impl Mark {
         /// How often another lock may be faster; then this one has no record.
         const TRIES: usize = 16;
         let mut seen = None;
-        if let Some((slot, word)) = self.remembered_word().filter(|(_, word)| word & STATE == WIPED) {
+        if let Some((slot, word)) = self.remembered_word().filter(|(_, word)| word & STATE == CLEARED) {
             if write_slot(slot, word, word_after(word, self.key, state), record) {
                 return None;
             }
@@ -299,13 +299,13 @@ enum Store {
 /// A descriptor of the table's file. A program may close descriptors that it did not open; then the file is opened again.
 #[derive(Debug)]
 struct Opened {
-    file: Shielded<File>,
+    file: ForkGuarded<File>,
     again: OnceLock<Box<Opened>>,
 }
 
 impl Opened {
     fn new(file: File) -> Self {
-        let Ok(file) = Shielded::new(|| Ok::<_, Infallible>(file));
+        let Ok(file) = ForkGuarded::new(|| Ok::<_, Infallible>(file));
         Self { file: file.know().keep_across_fork(), again: OnceLock::new() }
     }
 
@@ -480,7 +480,7 @@ impl Records {
             }
             if to_claim && vacant.is_none() {
                 let age = |seen: &Seen| seen.words[ACQUIRED];
-                vacant = bucket().filter(|seen| seen.state() == WIPED).min_by_key(age);
+                vacant = bucket().filter(|seen| seen.state() == CLEARED).min_by_key(age);
                 if vacant.is_none() && level >= FIRST_EVICTING {
                     vacant = bucket().filter(|seen| is_left(seen, &mut living)).min_by_key(age);
                 }
@@ -546,9 +546,9 @@ impl Records {
         }
     }
 
-    fn wipe(&self, seen: &Seen) {
+    fn clear(&self, seen: &Seen) {
         let before = seen.words[0];
-        let word = word_after(before, before & KEY, WIPED);
+        let word = word_after(before, before & KEY, CLEARED);
         match &self.store {
             Store::Mapped { .. } => {
                 if let Some(slot) = self.slot(seen.at) {
@@ -709,7 +709,7 @@ mod tests {
     fn word_of_slot_changes_with_every_write() {
         let key = key_of("lock");
         let (mut word, mut seen) = (0, Vec::new());
-        for state in [WRITTEN, WIPED, HANDED, WRITTEN, WIPED] {
+        for state in [WRITTEN, CLEARED, HANDED, WRITTEN, CLEARED] {
             word = word_after(word, key, state);
             assert_eq!((word & KEY, word & STATE), (key, state));
             assert!(!seen.contains(&word));

@@ -30,7 +30,7 @@ use rustix::io::Errno;
 
 use super::holder_record::{self, IDENTITY, SUM, Words};
 use super::proc_net_unix::Sockets;
-use super::records::{Holders, Mark};
+use super::records::{HolderRecord, Holders};
 #[cfg(feature = "tokio")]
 use crate::blocking;
 use crate::error::{Error, ErrorKind, Result};
@@ -38,11 +38,11 @@ use crate::failpoint::step;
 use crate::lock::Recovered;
 use crate::owner::{Liveness, Owner};
 use crate::sys::clock::nanos;
-use crate::sys::fork::{self, Shielded};
+use crate::sys::fork::{self, ForkGuarded};
 use crate::sys::runtime_dir::{self, Sharing};
 use crate::sys::seqpacket::{self, Address, Arrived, Peer, Reached};
 use crate::sys::{event, user};
-use crate::wait::{Backoff, Patience, Subject, Wait, Waited};
+use crate::wait::{Backoff, LockInfo, Wait, WaitResult, WaitState};
 
 /// For how long somebody who does not want to wait looks again at a lock that seems to be held by nobody alive: its
 /// holder is about to begin or to end, or its socket is still open in a child that is about to start a program.
@@ -56,20 +56,20 @@ const MAX_SKIPPED: usize = 64;
 pub(super) struct SocketLock {
     sharing: Sharing,
     address: Address,
-    mark: OnceLock<Mark>,
+    mark: OnceLock<HolderRecord>,
 }
 
 /// What is held, and who died with it.
-type Taken = (Hold, Option<Box<Recovered>>);
+type Acquired = (Hold, Option<Box<Recovered>>);
 
 /// A lock that is held.
 #[derive(Debug)]
 pub(super) struct Hold {
     /// The listening socket: the lock.
-    pub(super) socket: Shielded,
+    pub(super) socket: ForkGuarded,
     /// What it came through, if it was handed over. It is closed after the release, for which others may wait, and not
     /// between the hand-over and the work: closing a connection takes a tenth of a hand-over.
-    connection: Option<Shielded>,
+    connection: Option<ForkGuarded>,
     origin: Origin,
     /// When the socket was last seen to be this lock's, as [`nanos`].
     since: u64,
@@ -87,10 +87,10 @@ enum Origin {
 }
 
 /// An acquisition that has found the lock held: what it does between its sleeps, whoever sleeps, a thread or a task.
-struct Turn<'l> {
+struct Acquisition<'l> {
     lock: &'l SocketLock,
-    subject: &'l dyn Subject,
-    patience: Patience,
+    subject: &'l dyn LockInfo,
+    patience: WaitState,
     /// Who does not want to wait waits for a [`MOMENT`] all the same, unless somebody holds the lock who lives.
     is_brief: bool,
     backoff: Backoff,
@@ -100,7 +100,7 @@ struct Turn<'l> {
 
 /// A connection in a holder's queue.
 struct Queued {
-    connection: Shielded,
+    connection: ForkGuarded,
     /// Whether the holder belonged to this process's user when this one queued up.
     is_own: bool,
     /// What has come through the connection, before the end of the stream.
@@ -109,19 +109,19 @@ struct Queued {
 
 /// What came of one attempt.
 enum Attempt {
-    Taken(Taken),
+    Acquired(Acquired),
     /// It is held. Sleep until the connection brings something, if there is one, but no longer than this; then
-    /// [`wake`](Turn::wake).
+    /// [`wake`](Acquisition::wake).
     Sleep(Duration),
 }
 
-impl<'l> Turn<'l> {
+impl<'l> Acquisition<'l> {
     #[cold]
-    fn begin(lock: &'l SocketLock, wait: &Wait, subject: &'l dyn Subject) -> Self {
-        let patience = wait.patience_for(subject);
+    fn begin(lock: &'l SocketLock, wait: &Wait, subject: &'l dyn LockInfo) -> Self {
+        let patience = wait.state_for(subject);
         let is_brief = patience.is_none();
         let moment = if lock.mark().is_some() { MOMENT } else { Duration::ZERO };
-        let patience = patience.unwrap_or_else(|| Patience::brief(moment));
+        let patience = patience.unwrap_or_else(|| WaitState::brief(moment));
         Self { lock, subject, patience, is_brief, backoff: Backoff::new(), queued: None }
     }
 
@@ -132,7 +132,7 @@ impl<'l> Turn<'l> {
         }
         if self.queued.is_none() {
             if let Some(taken) = self.lock.bind()? {
-                return Ok(Attempt::Taken(taken));
+                return Ok(Attempt::Acquired(taken));
             }
             self.queued = self.lock.queue_up(self.subject)?;
             if let Some(queued) = self.queued.as_ref().filter(|_| !self.is_brief) {
@@ -155,7 +155,7 @@ impl<'l> Turn<'l> {
     }
 
     /// Takes what has arrived, also when the time is over.
-    fn wake(&mut self, waited: Waited) -> Result<Option<Taken>> {
+    fn wake(&mut self, waited: WaitResult) -> Result<Option<Acquired>> {
         if let Some(queued) = &mut self.queued {
             let has_ended = seqpacket::receive(&queued.connection, &mut queued.arrived);
             if has_ended.map_err(|error| self.lock.io("receive", error))? {
@@ -173,7 +173,7 @@ impl<'l> Turn<'l> {
     }
 }
 
-impl Drop for Turn<'_> {
+impl Drop for Acquisition<'_> {
     /// A program that another thread is starting may have a copy of the connection, so closing it would not show the holder
     /// at once that this waiter has given up.
     fn drop(&mut self) {
@@ -204,14 +204,14 @@ impl SocketLock {
         Ok(Self { sharing, address, mark: OnceLock::new() })
     }
 
-    pub(super) fn acquire(&self, wait: &Wait, subject: &dyn Subject) -> Result<Taken> {
+    pub(super) fn acquire(&self, wait: &Wait, subject: &dyn LockInfo) -> Result<Acquired> {
         if let Some(taken) = self.acquire_free(wait, subject)? {
             return Ok(taken);
         }
-        let mut turn = Turn::begin(self, wait, subject);
+        let mut turn = Acquisition::begin(self, wait, subject);
         loop {
             let pause = match turn.attempt()? {
-                Attempt::Taken(taken) => return Ok(taken),
+                Attempt::Acquired(taken) => return Ok(taken),
                 Attempt::Sleep(pause) => pause,
             };
             let waited = turn.patience.wait_for_end(turn.descriptor(), pause)?;
@@ -224,15 +224,15 @@ impl SocketLock {
     /// As [`acquire`](Self::acquire), asleep on the reactor. Dropping the future closes the connection, so the holder
     /// passes this waiter over, or the kernel closes the socket that was on its way here.
     #[cfg(feature = "tokio")]
-    pub(super) async fn acquire_async(&self, wait: &Wait, subject: &dyn Subject) -> Result<Taken> {
+    pub(super) async fn acquire_async(&self, wait: &Wait, subject: &dyn LockInfo) -> Result<Acquired> {
         blocking::check_runtime()?;
         if let Some(taken) = self.acquire_free(wait, subject)? {
             return Ok(taken);
         }
-        let mut turn = Turn::begin(self, wait, subject);
+        let mut turn = Acquisition::begin(self, wait, subject);
         loop {
             let pause = match turn.attempt()? {
-                Attempt::Taken(taken) => return Ok(taken),
+                Attempt::Acquired(taken) => return Ok(taken),
                 Attempt::Sleep(pause) => pause,
             };
             let readable = blocking::readable(turn.descriptor());
@@ -243,16 +243,16 @@ impl SocketLock {
         }
     }
 
-    fn acquire_free(&self, wait: &Wait, subject: &dyn Subject) -> Result<Option<Taken>> {
+    fn acquire_free(&self, wait: &Wait, subject: &dyn LockInfo) -> Result<Option<Acquired>> {
         wait.check(subject)?;
         self.bind()
     }
 
     /// Binds the name, if no process has it.
-    fn bind(&self) -> Result<Option<Taken>> {
+    fn bind(&self) -> Result<Option<Acquired>> {
         let mark = self.mark();
         // Waiters queue up from the moment on at which the socket listens.
-        let waits = mark.and_then(Mark::waits);
+        let waits = mark.and_then(HolderRecord::waits);
         let Some(socket) = seqpacket::listen_at(&self.address).map_err(|error| self.io("bind", error))? else {
             return Ok(None);
         };
@@ -261,7 +261,7 @@ impl SocketLock {
     }
 
     /// Queues up at the holder; `None` when it cannot be reached.
-    fn queue_up(&self, subject: &dyn Subject) -> Result<Option<Queued>> {
+    fn queue_up(&self, subject: &dyn LockInfo) -> Result<Option<Queued>> {
         let is_shared = self.sharing == Sharing::Machine;
         match seqpacket::connect(&self.address, is_shared).map_err(|error| self.io("connect to", error))? {
             Reached::Nobody | Reached::Full => Ok(None),
@@ -310,7 +310,7 @@ impl SocketLock {
         Ok(Some(Hold { socket, connection: Some(connection), origin, since: nanos() }))
     }
 
-    fn peer(&self, connection: &Shielded) -> Result<Peer> {
+    fn peer(&self, connection: &ForkGuarded) -> Result<Peer> {
         seqpacket::peer(&**connection).map_err(|error| self.io("ask who holds", error))
     }
 
@@ -326,7 +326,7 @@ impl SocketLock {
             return Err(Error::io("release", self.path(), fork::closed_by_program()));
         }
         let mark = self.mark();
-        let is_waited_for = match (origin, mark.and_then(Mark::waits)) {
+        let is_waited_for = match (origin, mark.and_then(HolderRecord::waits)) {
             (Origin::Foreign, _) => false,
             (Origin::Bound(Some(before)), Some(now)) => before != now,
             (Origin::HandedOver, _) => true,
@@ -336,7 +336,7 @@ impl SocketLock {
         let kept = if is_waited_for { self.pass_on(socket, mark) } else { Some(socket) };
         if let Some(socket) = kept {
             if let Some(mark) = mark {
-                mark.wipe();
+                mark.clear();
                 step("record wiped");
             }
             socket.close();
@@ -346,7 +346,7 @@ impl SocketLock {
     }
 
     /// Hands the socket over to the first live waiter; gives it back if there is none, or too many others come first.
-    fn pass_on(&self, socket: Shielded, mark: Option<&Mark>) -> Option<Shielded> {
+    fn pass_on(&self, socket: ForkGuarded, mark: Option<&HolderRecord>) -> Option<ForkGuarded> {
         for _ in 0..MAX_SKIPPED {
             let Some(waiter) = seqpacket::accept(&socket) else { return Some(socket) };
             let Some(receiver) = self.receiver(&waiter) else { continue };
@@ -365,7 +365,7 @@ impl SocketLock {
     }
 
     /// The record of a waiter that may have the lock; `None` for every other connection.
-    fn receiver(&self, waiter: &Shielded) -> Option<Words> {
+    fn receiver(&self, waiter: &ForkGuarded) -> Option<Words> {
         let peer = seqpacket::peer(&**waiter).ok()?;
         let is_eligible = match self.sharing {
             // Of exactly this user: the process that gets the socket later may trust no other.
@@ -416,7 +416,7 @@ impl SocketLock {
 
     /// Whether a process that holds the lock belongs to this process's user; `None` if the process may not hold it. Root can
     /// do anything, and holds locks of other users when it acts for them.
-    fn trusts(&self, connection: &Shielded, peer: Peer) -> Option<bool> {
+    fn trusts(&self, connection: &ForkGuarded, peer: Peer) -> Option<bool> {
         match self.sharing {
             Sharing::User(own) => {
                 let is_trusted = peer.uid == 0 || seqpacket::is_own(&**connection, peer, own);
@@ -449,10 +449,10 @@ impl SocketLock {
     }
 
     /// The record, as soon as it could be opened: what prevents that may pass.
-    fn mark(&self) -> Option<&Mark> {
+    fn mark(&self) -> Option<&HolderRecord> {
         match self.mark.get() {
             None => {
-                let mark = Mark::open(self.name().strip_prefix(&prefix(self.sharing))?, self.sharing).ok()?;
+                let mark = HolderRecord::open(self.name().strip_prefix(&prefix(self.sharing))?, self.sharing).ok()?;
                 Some(self.mark.get_or_init(|| mark))
             }
             opened => opened,
@@ -517,7 +517,7 @@ mod tests {
     #[derive(Debug)]
     struct Nothing;
 
-    impl Subject for Nothing {
+    impl LockInfo for Nothing {
         fn describe(&self) -> String {
             "a lock".to_owned()
         }
@@ -537,7 +537,7 @@ mod tests {
         for sharing in [Sharing::User(runtime_dir::effective_uid()), Sharing::Machine] {
             let lock = SocketLock::new(&format!("test-gave-up-{}", std::process::id()), sharing).unwrap();
             let (hold, _) = lock.bind().unwrap().unwrap();
-            let mut turn = Turn::begin(&lock, &Wait::forever(), &Nothing);
+            let mut turn = Acquisition::begin(&lock, &Wait::forever(), &Nothing);
             assert!(matches!(turn.attempt(), Ok(Attempt::Sleep(Duration::MAX))));
             let copy = turn.descriptor().unwrap().try_clone_to_owned().unwrap();
             drop(turn);

@@ -13,15 +13,15 @@ use std::sync::{Arc, OnceLock};
 use std::thread::{Builder, JoinHandle};
 use std::time::Instant;
 
-use super::holder_record::{self, Slate};
+use super::holder_record::{self, RecordStorage};
 use crate::error::{Error, Result};
 use crate::failpoint::step;
 use crate::lock::Recovered;
 use crate::owner::{Liveness, Owner};
 use crate::sys::event::{self, Event};
-use crate::sys::mutex::{self, Mutex, Taken};
+use crate::sys::mutex::{self, Acquired, Mutex};
 use crate::sys::runtime_dir::{self, Sharing};
-use crate::wait::{CancelToken, GaveUp, Subject, Wait};
+use crate::wait::{CancelToken, LockInfo, Wait, WaitError};
 
 #[derive(Debug)]
 pub(super) struct MutexLock {
@@ -63,29 +63,29 @@ impl MutexLock {
         Self { name: name.to_owned(), sharing, record: OnceLock::new() }
     }
 
-    pub(super) fn acquire(&self, wait: &Wait, subject: &dyn Subject) -> Result<(Hold, Option<Box<Recovered>>)> {
+    pub(super) fn acquire(&self, wait: &Wait, subject: &dyn LockInfo) -> Result<(Hold, Option<Box<Recovered>>)> {
         wait.check(subject)?;
         // A first look, because only who finds it held has to wait.
         let (mut taken, mut hold) = self.take(None, Some(Instant::now()))?;
-        if taken == Taken::TimedOut {
-            let Some(patience) = wait.patience_for(subject) else { return Err(subject.held()) };
+        if taken == Acquired::TimedOut {
+            let Some(patience) = wait.state_for(subject) else { return Err(subject.held()) };
             let cancel = patience.token().map(CancelToken::event).transpose()?;
             (taken, hold) = self.take(cancel, patience.until())?;
             match taken {
-                Taken::Free | Taken::Abandoned => {}
-                Taken::TimedOut => return Err(patience.error(GaveUp::TimedOut, subject)),
-                Taken::Cancelled => return Err(patience.error(GaveUp::Cancelled, subject)),
+                Acquired::Free | Acquired::Abandoned => {}
+                Acquired::TimedOut => return Err(patience.error(WaitError::TimedOut, subject)),
+                Acquired::Cancelled => return Err(patience.error(WaitError::Cancelled, subject)),
             }
         }
         step("mutex taken");
         let recovered = self.record().and_then(holder_record::take);
         // Who died may not have come to writing down that it holds, or may have had no record to write to.
-        let somebody = || (taken == Taken::Abandoned).then(|| Box::new(Recovered::new(None)));
+        let somebody = || (taken == Acquired::Abandoned).then(|| Box::new(Recovered::new(None)));
         Ok((hold, recovered.or_else(somebody)))
     }
 
     /// Has a thread of its own take the mutex and keep it, if it gets it.
-    fn take(&self, cancel: Option<Arc<Event>>, until: Option<Instant>) -> Result<(Taken, Hold)> {
+    fn take(&self, cancel: Option<Arc<Event>>, until: Option<Instant>) -> Result<(Acquired, Hold)> {
         let object = mutex::object(&self.name, self.sharing).map_err(|error| Error::io("name", &self.name, error))?;
         let mutex = Mutex::open(&object, self.sharing).map_err(|error| Error::io("open", &object, error))?;
         let failed = |action, error| Error::io(action, &object, error);
@@ -95,7 +95,7 @@ impl MutexLock {
             let give_back = give_back.clone();
             move || {
                 let taken = mutex.take(cancel.as_ref().map(|cancel| cancel.as_handle()), until);
-                let holds = matches!(taken, Ok(Taken::Free | Taken::Abandoned));
+                let holds = matches!(taken, Ok(Acquired::Free | Acquired::Abandoned));
                 // It is waited for.
                 let _ = tell.send(taken);
                 if !holds {
@@ -116,7 +116,7 @@ impl MutexLock {
 
     pub(super) fn release(&self, mut hold: Hold) -> Result<()> {
         if let Some(record) = self.record() {
-            record.wipe();
+            record.clear();
             step("record wiped");
         }
         hold.end().map_err(|error| Error::io("give back", &self.name, error))
@@ -181,7 +181,7 @@ mod tests {
         std::thread::scope(|scope| {
             let holder = scope.spawn(|| Mutex::open(&object, sharing).unwrap().take(None, None).unwrap());
             // Until the thread has ended, and not only what it does.
-            assert_eq!(holder.join().unwrap(), Taken::Free);
+            assert_eq!(holder.join().unwrap(), Acquired::Free);
         });
         let lock = NamedLock::new(&name).unwrap();
         let guard = lock.try_lock().unwrap();

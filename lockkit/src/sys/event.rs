@@ -9,22 +9,22 @@ use std::time::Instant;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
 
-use super::fork::Shielded;
+use super::fork::ForkGuarded;
 
 /// An event: once set, it stays set.
 pub(crate) struct Event {
     /// Readable once the event is set.
-    fd: Shielded,
+    fd: ForkGuarded,
     /// Where writing sets it, on systems without `eventfd`.
     #[cfg(not(target_os = "linux"))]
-    writer: Shielded,
+    writer: ForkGuarded,
 }
 
 impl Event {
     #[cfg(target_os = "linux")]
     pub(crate) fn new() -> io::Result<Self> {
         use rustix::event::{EventfdFlags, eventfd};
-        let fd = Shielded::new(|| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK))?;
+        let fd = ForkGuarded::new(|| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK))?;
         Ok(Self { fd: fd.know().keep_across_fork() })
     }
 
@@ -36,7 +36,7 @@ impl Event {
         }
         rustix::io::ioctl_fionbio(&writer, true)?;
         let note = |end: OwnedFd| {
-            let Ok(noted) = Shielded::new(|| Ok::<_, std::convert::Infallible>(end));
+            let Ok(noted) = ForkGuarded::new(|| Ok::<_, std::convert::Infallible>(end));
             noted.know().keep_across_fork()
         };
         Ok(Self { fd: note(fd), writer: note(writer) })

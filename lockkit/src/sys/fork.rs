@@ -4,7 +4,7 @@
 //! A lock lives in a descriptor, and `fork` copies descriptors: a child that outlives its parent would keep the
 //! parent's lock, and a name would stay taken after its release for as long as the child lives. Programs started with
 //! exec are no concern, for every descriptor here is close-on-exec. For a plain fork, a handler registered with
-//! [pthread_atfork(3)] runs in the child and puts an inert pipe end in the place of every [`Shielded`] descriptor. The
+//! [pthread_atfork(3)] runs in the child and puts an inert pipe end in the place of every [`ForkGuarded`] descriptor. The
 //! child's copies of the guards stay valid objects, whose descriptors close as usual and lock nothing.
 //!
 //! A thread that makes or closes such a descriptor has a *claim* meanwhile. A fork waits until no other thread has a
@@ -16,7 +16,7 @@
 //! A program may close descriptors that it did not open, with close_range(2) or in a loop, and open files that get the
 //! same numbers. So each descriptor is noted by its number, and each note of a number has a turn of its own. The note of
 //! a descriptor that outlives the call which made it also has the device and inode of its file, or the name of
-//! its socket. [`Shielded::is_own`] compares all that. A descriptor that is not its owner's any more
+//! its socket. [`ForkGuarded::is_own`] compares all that. A descriptor that is not its owner's any more
 //! is not closed, not used, and not replaced in a forked child. What a program closes while a call of lockkit is under
 //! way is not always noticed.
 //!
@@ -278,7 +278,7 @@ fn is(descriptor: BorrowedFd<'_>, noted: Identity) -> bool {
 ///
 /// It is closed when it is dropped, unless its number means another file by then.
 #[derive(Debug)]
-pub(crate) struct Shielded<T: AsFd = OwnedFd> {
+pub(crate) struct ForkGuarded<T: AsFd = OwnedFd> {
     descriptor: ManuallyDrop<T>,
     note: &'static Note,
     turn: u64,
@@ -290,7 +290,7 @@ impl std::fmt::Debug for Note {
     }
 }
 
-impl<T: AsFd> Shielded<T> {
+impl<T: AsFd> ForkGuarded<T> {
     /// Makes a descriptor with `make` and shields it, with no fork in between.
     pub(crate) fn new<E>(make: impl FnOnce() -> Result<T, E>) -> Result<Self, E> {
         Self::known_as(make, UNKNOWN)
@@ -358,14 +358,14 @@ impl<T: AsFd> Shielded<T> {
 }
 
 #[cfg(target_os = "linux")]
-impl Shielded {
+impl ForkGuarded {
     /// As [`new`](Self::new), of a socket that `make` has given the name with this hash, by which it is known from then on.
     pub(crate) fn named<E>(hash: u64, make: impl FnOnce() -> Result<OwnedFd, E>) -> Result<Self, E> {
         Self::known_as(make, (BY_NAME, hash))
     }
 }
 
-impl<T: AsFd> Deref for Shielded<T> {
+impl<T: AsFd> Deref for ForkGuarded<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
@@ -373,7 +373,7 @@ impl<T: AsFd> Deref for Shielded<T> {
     }
 }
 
-impl<T: AsFd> Drop for Shielded<T> {
+impl<T: AsFd> Drop for ForkGuarded<T> {
     fn drop(&mut self) {
         match self.is_own() {
             true => self.close_unless_noted_again(),
@@ -384,7 +384,7 @@ impl<T: AsFd> Drop for Shielded<T> {
 
 /// Makes a descriptor for the caller's own use. A guard whose descriptor had the number, and was closed by the program, no
 /// longer takes the number for its own, whatever the new descriptor means.
-pub(crate) fn unshielded<T: AsFd, E>(make: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+pub(crate) fn unguarded<T: AsFd, E>(make: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
     let _claim = Claim::take();
     let descriptor = make()?;
     let note = note(descriptor.as_fd());
@@ -393,7 +393,7 @@ pub(crate) fn unshielded<T: AsFd, E>(make: impl FnOnce() -> Result<T, E>) -> Res
     Ok(descriptor)
 }
 
-/// What a release says of a descriptor that is not [its own](Shielded::is_own) any more.
+/// What a release says of a descriptor that is not [its own](ForkGuarded::is_own) any more.
 pub(crate) fn closed_by_program() -> io::Error {
     io::Error::other("this process has closed the descriptor of the lock, and so released it earlier")
 }
@@ -501,7 +501,7 @@ mod tests {
     use super::super::seqpacket;
     use super::*;
 
-    fn listener(name: &str) -> Shielded {
+    fn listener(name: &str) -> ForkGuarded {
         let name = format!("lockkit-test-fork-{name}-{}", std::process::id());
         seqpacket::listen_at(&seqpacket::address(&name).unwrap()).unwrap().unwrap()
     }
@@ -537,7 +537,7 @@ mod tests {
             assert!(!one.is_own());
             drop(copy);
             // And one of the same name, for another guard.
-            let copy = unshielded(|| other.try_clone()).unwrap();
+            let copy = unguarded(|| other.try_clone()).unwrap();
             assert_eq!(copy.as_raw_fd(), one.as_raw_fd());
             assert!(!one.note.is_of(one.turn));
             drop(one);

@@ -23,13 +23,13 @@ mod inotify {
 
     use rustix::fs::inotify::{CreateFlags, WatchFlags, add_watch, init, remove_watch};
 
-    use crate::sys::fork::Shielded;
+    use crate::sys::fork::ForkGuarded;
     use crate::sys::per_process::PerProcess;
 
     /// What the next watch of this process uses: without a watch, and with nothing to read.
-    static SPARE: PerProcess<Mutex<Option<Shielded>>> = PerProcess::new();
+    static SPARE: PerProcess<Mutex<Option<ForkGuarded>>> = PerProcess::new();
 
-    fn exchange_spare(with: Option<Shielded>) -> Option<Shielded> {
+    fn exchange_spare(with: Option<ForkGuarded>) -> Option<ForkGuarded> {
         let mut spare = SPARE.get(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
         std::mem::replace(&mut spare, with)
     }
@@ -37,7 +37,7 @@ mod inotify {
     /// Watches a file until it is dropped. Can be read once the file has changed.
     pub(crate) struct Watch {
         /// There until it is dropped.
-        inotify: Option<Shielded>,
+        inotify: Option<ForkGuarded>,
         number: i32,
     }
 
@@ -47,7 +47,7 @@ mod inotify {
     pub(crate) fn changes_of(path: &Path) -> io::Result<Watch> {
         let inotify = match exchange_spare(None) {
             Some(spare) if spare.is_own() => spare,
-            _ => Shielded::new(|| init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK))?.know().keep_across_fork(),
+            _ => ForkGuarded::new(|| init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK))?.know().keep_across_fork(),
         };
         // A file that is removed or replaced while somebody has it open changes its link count at once (`ATTRIB`), and
         // is gone (`DELETE_SELF`) only when that one has closed it.
@@ -69,7 +69,7 @@ mod inotify {
 
     impl Drop for Watch {
         fn drop(&mut self) {
-            let Some(inotify) = self.inotify.take().filter(Shielded::is_own) else { return };
+            let Some(inotify) = self.inotify.take().filter(ForkGuarded::is_own) else { return };
             // It fails when the file is gone.
             let _ = remove_watch(&*inotify, self.number);
             // That tells of itself, behind the changes. It does not block.

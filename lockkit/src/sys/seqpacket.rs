@@ -18,7 +18,7 @@ use rustix::net::{
     SocketFlags, SocketType,
 };
 
-use super::fork::Shielded;
+use super::fork::ForkGuarded;
 use super::{event, process, user};
 use crate::failpoint::step;
 
@@ -48,12 +48,12 @@ fn socket(kind: SocketType) -> Result<OwnedFd> {
 }
 
 /// A listening socket with the address, or `None` when somebody else has it.
-pub(crate) fn listen_at(address: &Address) -> Result<Option<Shielded>> {
+pub(crate) fn listen_at(address: &Address) -> Result<Option<ForkGuarded>> {
     listen_as(SocketType::SEQPACKET, address)
 }
 
-pub(super) fn listen_as(kind: SocketType, address: &Address) -> Result<Option<Shielded>> {
-    let bound = Shielded::named(hash_of(address), || {
+pub(super) fn listen_as(kind: SocketType, address: &Address) -> Result<Option<ForkGuarded>> {
+    let bound = ForkGuarded::named(hash_of(address), || {
         let socket = socket(kind)?;
         retry_on_intr(|| net::bind(&socket, address))?;
         step("name bound");
@@ -89,7 +89,7 @@ pub(super) fn has_name(descriptor: BorrowedFd<'_>, hash: u64) -> bool {
 }
 
 /// Makes this process the one that [`peer`] names to whoever connects.
-pub(crate) fn listen(socket: &Shielded) -> Result<()> {
+pub(crate) fn listen(socket: &ForkGuarded) -> Result<()> {
     net::listen(&**socket, BACKLOG)?;
     step("socket listens");
     Ok(())
@@ -97,7 +97,7 @@ pub(crate) fn listen(socket: &Shielded) -> Result<()> {
 
 /// Whether nobody has the address. Takes it for a moment, in which nobody else can.
 pub(crate) fn is_free(address: &Address) -> Result<bool> {
-    let bound = Shielded::named(hash_of(address), || {
+    let bound = ForkGuarded::named(hash_of(address), || {
         let socket = socket(SocketType::SEQPACKET)?;
         retry_on_intr(|| net::bind(&socket, address)).map(|()| socket)
     });
@@ -111,7 +111,7 @@ pub(crate) fn is_free(address: &Address) -> Result<bool> {
 /// What became of an attempt to connect.
 pub(crate) enum Reached {
     /// In the queue of whoever listens at the address.
-    Queue(Shielded),
+    Queue(ForkGuarded),
     /// The address is taken but nobody listens, as while its owner is starting or ending; or it is free.
     Nobody,
     /// The queue has no room.
@@ -121,7 +121,7 @@ pub(crate) enum Reached {
 /// Queues up at the socket that listens at `address`. With `credentials`, each message that arrives on the connection
 /// shows its sender: unlike [`peer`], which shows the process that listened when this one connected.
 pub(crate) fn connect(address: &Address, credentials: bool) -> Result<Reached> {
-    let connection = Shielded::new(|| socket(SocketType::SEQPACKET))?;
+    let connection = ForkGuarded::new(|| socket(SocketType::SEQPACKET))?;
     if credentials {
         // Before a message can arrive. The kernel gives the connection an abstract name of its own for it.
         set_socket_passcred(&*connection, true)?;
@@ -130,10 +130,10 @@ pub(crate) fn connect(address: &Address, credentials: bool) -> Result<Reached> {
 }
 
 pub(super) fn connect_as(kind: SocketType, address: &Address) -> Result<Reached> {
-    connect_by(Shielded::new(|| socket(kind))?, address)
+    connect_by(ForkGuarded::new(|| socket(kind))?, address)
 }
 
-fn connect_by(connection: Shielded, address: &Address) -> Result<Reached> {
+fn connect_by(connection: ForkGuarded, address: &Address) -> Result<Reached> {
     match retry_on_intr(|| net::connect(&*connection, address)) {
         Ok(()) => {
             step("queued up");
@@ -204,10 +204,10 @@ pub(crate) fn is_own(connection: impl AsFd, peer: Peer, own: u32) -> bool {
 }
 
 /// Takes the next connection out of the queue; `None` when nothing can be taken.
-pub(crate) fn accept(socket: &Shielded) -> Option<Shielded> {
+pub(crate) fn accept(socket: &ForkGuarded) -> Option<ForkGuarded> {
     loop {
-        // Shielded, or a forked child would keep the connection open, and the waiter asleep, when this process is killed.
-        match Shielded::new(|| net::accept_with(&**socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)) {
+        // ForkGuarded, or a forked child would keep the connection open, and the waiter asleep, when this process is killed.
+        match ForkGuarded::new(|| net::accept_with(&**socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)) {
             Ok(connection) => {
                 step("waiter accepted");
                 return Some(connection);
@@ -220,7 +220,7 @@ pub(crate) fn accept(socket: &Shielded) -> Option<Shielded> {
 
 /// Sends this waiter's holder record to the holder. A holder that has gone needs no answer, and without
 /// the message the holder knows the pid alone, so an error means nothing.
-pub(crate) fn announce(connection: &Shielded, record: &[u8]) {
+pub(crate) fn announce(connection: &ForkGuarded, record: &[u8]) {
     let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
     if retry_on_intr(|| net::send(&**connection, record, flags)).is_ok() {
         step("waiter announced");
@@ -228,7 +228,7 @@ pub(crate) fn announce(connection: &Shielded, record: &[u8]) {
 }
 
 /// Ends both streams of the connection, which the other end sees at once, whatever copies of the descriptor there are.
-pub(crate) fn hang_up(connection: &Shielded) {
+pub(crate) fn hang_up(connection: &ForkGuarded) {
     // The program may have closed it, and opened another socket.
     if connection.is_own() && net::shutdown(&**connection, Shutdown::Both).is_ok() {
         step("hung up");
@@ -236,7 +236,7 @@ pub(crate) fn hang_up(connection: &Shielded) {
 }
 
 /// Reads what the waiter at the other end has announced. How many bytes that were, or `None` when it has hung up.
-pub(crate) fn announced(connection: &Shielded, record: &mut [u8]) -> Option<usize> {
+pub(crate) fn announced(connection: &ForkGuarded, record: &mut [u8]) -> Option<usize> {
     let length = match retry_on_intr(|| net::recv(&**connection, &mut *record, RecvFlags::DONTWAIT)) {
         Ok((_, length)) => length,
         Err(Errno::AGAIN) => return Some(0),
@@ -248,7 +248,7 @@ pub(crate) fn announced(connection: &Shielded, record: &mut [u8]) -> Option<usiz
 }
 
 /// Sends the socket itself to the peer; fails when the peer is gone. The peer has the lock when [`complete`] follows.
-pub(crate) fn hand_over(connection: &Shielded, socket: &Shielded) -> Result<()> {
+pub(crate) fn hand_over(connection: &ForkGuarded, socket: &ForkGuarded) -> Result<()> {
     let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     let descriptors = [socket.as_fd()];
@@ -261,7 +261,7 @@ pub(crate) fn hand_over(connection: &Shielded, socket: &Shielded) -> Result<()> 
 
 /// Ends the stream to the peer, which is how the peer knows that no earlier holder has the socket any more. Closing the
 /// connection would not do: a program that is being started may have a copy of it.
-pub(crate) fn complete(connection: &Shielded) {
+pub(crate) fn complete(connection: &ForkGuarded) {
     // Where it fails, the peer is gone, and closing the connection has the same effect.
     let _ = net::shutdown(&**connection, Shutdown::Write);
     step("hand-over completed");
@@ -270,14 +270,14 @@ pub(crate) fn complete(connection: &Shielded) {
 /// A listening socket that has arrived.
 #[derive(Debug)]
 pub(crate) struct Arrived {
-    pub(crate) socket: Shielded,
+    pub(crate) socket: ForkGuarded,
     /// The process that sent it, where the connection shows the senders of messages.
     pub(crate) sender: Option<Peer>,
 }
 
 /// Reads what the holder has sent through `connection` into `arrived`, without waiting. Whether the stream has ended: if
 /// a socket has arrived by then, the lock is handed over; if not, the holder has died, or closed its socket.
-pub(crate) fn receive(connection: &Shielded, arrived: &mut Option<Arrived>) -> Result<bool> {
+pub(crate) fn receive(connection: &ForkGuarded, arrived: &mut Option<Arrived>) -> Result<bool> {
     loop {
         match receive_one(connection) {
             Ok(Some(socket)) => {
@@ -308,11 +308,11 @@ const _: () = {
 /// One message; `None` at the end of the stream, or for a message without a descriptor, which no holder sends.
 ///
 /// Not rustix's `recvmsg`, for the same reason as in [`peer`].
-fn receive_one(connection: &Shielded) -> Result<Option<Arrived>> {
+fn receive_one(connection: &ForkGuarded) -> Result<Option<Arrived>> {
     let mut sender = None;
     let mut failed = None;
-    // Shielded from its first moment on, for it may be the lock.
-    let socket = Shielded::new(|| {
+    // ForkGuarded from its first moment on, for it may be the lock.
+    let socket = ForkGuarded::new(|| {
         let mut message = MESSAGE;
         let mut control: Control = [0; 8];
         let mut part = libc::iovec { iov_base: message.as_mut_ptr().cast(), iov_len: message.len() };
@@ -364,13 +364,13 @@ fn receive_one(connection: &Shielded) -> Result<Option<Arrived>> {
 
 /// Whether the socket has this address, or is a connection to the one that has, on which [`listen`] fails. A stream socket
 /// can have the same name.
-pub(crate) fn is_bound_to(socket: &Shielded, address: &Address) -> bool {
+pub(crate) fn is_bound_to(socket: &ForkGuarded, address: &Address) -> bool {
     socket_type(&**socket) == Ok(SocketType::SEQPACKET)
         && net::getsockname(&**socket).and_then(Address::try_from).is_ok_and(|found| found == *address)
 }
 
 /// Whether both sockets belong to the same network namespace, as far as the kernel tells: others have the same names.
-pub(crate) fn are_of_one_network(one: &Shielded, other: &Shielded) -> bool {
+pub(crate) fn are_of_one_network(one: &ForkGuarded, other: &ForkGuarded) -> bool {
     // `SO_NETNS_COOKIE`, which differs on one architecture.
     const COOKIE: i32 = if cfg!(any(target_arch = "sparc", target_arch = "sparc64")) { 0x50 } else { 71 };
     match (option(&**one, COOKIE, 0_u64), option(&**other, COOKIE, 0_u64)) {
@@ -382,6 +382,6 @@ pub(crate) fn are_of_one_network(one: &Shielded, other: &Shielded) -> bool {
 }
 
 /// Lets no call on the socket wait, whatever an earlier holder has set.
-pub(crate) fn set_nonblocking(socket: &Shielded) -> Result<()> {
+pub(crate) fn set_nonblocking(socket: &ForkGuarded) -> Result<()> {
     ioctl_fionbio(&**socket, true)
 }

@@ -12,12 +12,12 @@ use rustix::event::epoll::{self, Event, EventData, EventFlags};
 use rustix::io::{Errno, Result, retry_on_intr};
 use rustix::net::{self, RecvFlags, SendFlags, SocketFlags, SocketType};
 
-use super::fork::Shielded;
+use super::fork::ForkGuarded;
 use super::seqpacket::{Address, Reached, connect_as, listen_as};
 use crate::failpoint::step;
 
 /// A listening socket with the address, or `None` when somebody else has it.
-pub(crate) fn listen_at(address: &Address) -> Result<Option<Shielded>> {
+pub(crate) fn listen_at(address: &Address) -> Result<Option<ForkGuarded>> {
     listen_as(SocketType::STREAM, address)
 }
 
@@ -27,9 +27,9 @@ pub(crate) fn connect(address: &Address) -> Result<Reached> {
 }
 
 /// The next connection in the queue; `None` when there is none.
-pub(crate) fn accept(listener: &Shielded) -> Result<Option<Shielded>> {
+pub(crate) fn accept(listener: &ForkGuarded) -> Result<Option<ForkGuarded>> {
     loop {
-        match Shielded::new(|| net::accept_with(&**listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)) {
+        match ForkGuarded::new(|| net::accept_with(&**listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)) {
             Ok(connection) => {
                 step("caller accepted");
                 return Ok(Some(connection.know()));
@@ -53,7 +53,7 @@ pub(crate) enum Moved {
 }
 
 /// Writes as much of `bytes` as there is room for.
-pub(crate) fn send(connection: &Shielded, bytes: &[u8]) -> Result<Moved> {
+pub(crate) fn send(connection: &ForkGuarded, bytes: &[u8]) -> Result<Moved> {
     if !connection.is_own() {
         return Ok(Moved::End);
     }
@@ -69,7 +69,7 @@ pub(crate) fn send(connection: &Shielded, bytes: &[u8]) -> Result<Moved> {
 }
 
 /// Appends what has arrived to `to`, `most` bytes at most.
-pub(crate) fn receive(connection: &Shielded, to: &mut Vec<u8>, most: usize) -> Result<Moved> {
+pub(crate) fn receive(connection: &ForkGuarded, to: &mut Vec<u8>, most: usize) -> Result<Moved> {
     let before = to.len();
     to.resize(before + most, 0);
     let received = retry_on_intr(|| net::recv(&**connection, &mut to[before..], RecvFlags::DONTWAIT));
@@ -89,11 +89,11 @@ pub(crate) fn receive(connection: &Shielded, to: &mut Vec<u8>, most: usize) -> R
 ///
 /// [epoll(7)]: https://man7.org/linux/man-pages/man7/epoll.7.html
 #[derive(Debug)]
-pub(crate) struct Watched(Shielded);
+pub(crate) struct Watched(ForkGuarded);
 
 impl Watched {
     pub(crate) fn new() -> Result<Self> {
-        Shielded::new(|| epoll::create(epoll::CreateFlags::CLOEXEC)).map(|made| Self(made.know()))
+        ForkGuarded::new(|| epoll::create(epoll::CreateFlags::CLOEXEC)).map(|made| Self(made.know()))
     }
 
     /// Watches `fd`, under the name `id`, until it is closed or left out.

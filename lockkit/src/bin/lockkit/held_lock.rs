@@ -13,7 +13,7 @@ use crate::report::plain;
 use crate::supervise::LossPipe;
 
 /// A lock that is held.
-pub(crate) enum Hold {
+pub(crate) enum HeldLock {
     Named(NamedGuard),
     File(FileGuard),
     Pidfile(PidGuard),
@@ -31,7 +31,7 @@ pub(crate) struct Job<'r> {
     pub(crate) quiet: bool,
 }
 
-impl Hold {
+impl HeldLock {
     pub(crate) fn recovered(&self) -> Option<&Recovered> {
         match self {
             Self::Named(guard) => guard.recovered(),

@@ -17,7 +17,7 @@ use serde::Serialize;
 
 use crate::failure::{Failure, Outcome, code};
 use crate::locks::FileLocks;
-use crate::report::{self, Kind, Sight, State};
+use crate::report::{self, Kind, Report, State};
 use crate::style::{TITLE, paint};
 #[cfg(target_os = "linux")]
 use crate::supervise::KEEPER;
@@ -50,16 +50,16 @@ pub(crate) struct List {
 #[derive(Serialize)]
 struct Form<'l> {
     version: u32,
-    locks: &'l [Sight],
+    locks: &'l [Report],
 }
 
 /// What was found, by path, and by kind where a file has locks of two. The path is text: a comparison of paths goes part
 /// by part and is slow.
 #[derive(Default)]
-struct Found(BTreeMap<(OsString, Kind), Sight>);
+struct Found(BTreeMap<(OsString, Kind), Report>);
 
 impl Found {
-    fn add(&mut self, path: &Path, sight: Sight) {
+    fn add(&mut self, path: &Path, sight: Report) {
         self.0.insert((path.into(), sight.kind), sight);
     }
 
@@ -78,7 +78,7 @@ impl Found {
             Err(failure) if failure.code() == code::DATA && report::has_pid_extension(path) => {}
             // That it is locked is known already.
             Err(_) if self.has(path) => {}
-            Err(failure) => self.add(path, Sight::unknown(path, &failure)),
+            Err(failure) => self.add(path, Report::unknown(path, &failure)),
         }
     }
 }
@@ -109,7 +109,7 @@ impl List {
             match report::recognised(path, &locks, true) {
                 Ok(Some(sight)) if sight.state == State::Held => found.add(path, sight),
                 // They are locked for a moment while they are read or written, by every process.
-                Ok(Some(Sight { kind: Kind::Lease | Kind::Table, .. })) => {}
+                Ok(Some(Report { kind: Kind::Lease | Kind::Table, .. })) => {}
                 _ => report::locked(path, &on, &locks).for_each(|sight| found.add(path, sight)),
             }
         }
@@ -144,7 +144,7 @@ fn add_given(given: &Path, locks: &FileLocks, found: &mut Found) -> Result<(), F
         }
         Err(failure) => {
             if report::is_unknown(&failure) && !given.is_dir() {
-                found.add(&given, Sight::unknown(&given, &failure));
+                found.add(&given, Report::unknown(&given, &failure));
             }
             Err(failure)
         }
@@ -189,8 +189,8 @@ fn entries(directory: &Path) -> std::io::Result<Vec<PathBuf>> {
     std::fs::read_dir(directory)?.map(|entry| Ok(entry?.path())).collect()
 }
 
-fn show(locks: &[Sight]) -> Result<(), Failure> {
-    let rows: Vec<_> = locks.iter().map(Sight::row).collect();
+fn show(locks: &[Report]) -> Result<(), Failure> {
+    let rows: Vec<_> = locks.iter().map(Report::row).collect();
     let titles = ["KIND", "NAME", "STATE", "WAITERS", "HELD BY"].map(str::to_owned);
     let widths: Vec<usize> = (0..titles.len())
         .map(|column| rows.iter().chain([&titles]).map(|row| row[column].chars().count()).max().unwrap_or_default())

@@ -6,7 +6,7 @@ use lockkit::{PidFile, PidStatus};
 use serde::Serialize;
 
 use crate::failure::{Failure, Outcome, code};
-use crate::report::{self, Sight, State};
+use crate::report::{self, Report, State};
 use crate::target;
 
 /// Look at pidfiles, and remove stale ones.
@@ -46,7 +46,7 @@ pub(crate) enum Pidfile {
 #[derive(Serialize)]
 struct Form<'l> {
     version: u32,
-    locks: &'l [Sight],
+    locks: &'l [Report],
 }
 
 impl Pidfile {

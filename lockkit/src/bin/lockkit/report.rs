@@ -20,7 +20,7 @@ use serde::Serialize;
 use crate::failure::{Failure, code};
 use crate::locks::{FileLocks, Locked, OnFile};
 use crate::style::{BAD, GOOD, ODD, TITLE, paint};
-use crate::target::{self, Place, ScopeArgument};
+use crate::target::{self, ScopeArgument, Target};
 
 /// The version of the JSON forms.
 pub(crate) const VERSION: u32 = 1;
@@ -164,7 +164,7 @@ fn rfc3339(moment: SystemTime) -> String {
 
 /// What is known of a lock.
 #[derive(Clone, Debug, Serialize)]
-pub(crate) struct Sight {
+pub(crate) struct Report {
     pub(crate) kind: Kind,
     pub(crate) name: String,
     /// Of a path that is no text.
@@ -189,7 +189,7 @@ pub(crate) struct Sight {
     reason: Option<String>,
 }
 
-impl Sight {
+impl Report {
     fn new(kind: Kind, name: impl Into<String>, state: State) -> Self {
         Self {
             kind,
@@ -265,16 +265,16 @@ impl Sight {
 }
 
 /// What is known of the lock at `place`; what the kernel knows of locked files is asked for by `locks` where it matters.
-pub(crate) fn at(place: &Place, scope: ScopeArgument, locks: impl FnOnce() -> FileLocks) -> Result<Sight, Failure> {
+pub(crate) fn at(place: &Target, scope: ScopeArgument, locks: impl FnOnce() -> FileLocks) -> Result<Report, Failure> {
     match place {
-        Place::Lease(lease) => of_lease(lease),
-        Place::Name(name) => named(&target::named_or_file(name, scope)?),
-        Place::Path(path) => at_path(&target::absolute(path)?, &locks()),
+        Target::Lease(lease) => of_lease(lease),
+        Target::Name(name) => named(&target::named_or_file(name, scope)?),
+        Target::Path(path) => at_path(&target::absolute(path)?, &locks()),
     }
 }
 
 /// As [`at`], of an absolute path.
-pub(crate) fn at_path(path: &Path, locks: &FileLocks) -> Result<Sight, Failure> {
+pub(crate) fn at_path(path: &Path, locks: &FileLocks) -> Result<Report, Failure> {
     match recognised(path, locks, true)? {
         Some(sight) => Ok(sight),
         None => file(path, locks),
@@ -283,27 +283,27 @@ pub(crate) fn at_path(path: &Path, locks: &FileLocks) -> Result<Sight, Failure> 
 
 /// A lock that is looked at again and again, for its state alone: cheaply, and without keeping others from it.
 pub(crate) struct Watched<'p> {
-    place: &'p Place,
+    place: &'p Target,
     scope: ScopeArgument,
     /// Of a path. Kept, for a lease of another host has run out when it was seen unchanged for long enough.
     lease: Option<Lease>,
 }
 
 impl<'p> Watched<'p> {
-    pub(crate) fn new(place: &'p Place, scope: ScopeArgument) -> Self {
+    pub(crate) fn new(place: &'p Target, scope: ScopeArgument) -> Self {
         Self { place, scope, lease: None }
     }
 
     pub(crate) fn state(&mut self) -> Result<State, Failure> {
         let path = match self.place {
-            Place::Name(name) => {
+            Target::Name(name) => {
                 let usual = target::named_or_file(name, self.scope)?;
                 // One kept on request in a file is another lock of the same name.
                 let held = command::is_held(&usual)? || command::is_held(&filed(name, self.scope.into())?)?;
                 return Ok(if held { State::Held } else { State::Free });
             }
-            Place::Lease(lease) => return Ok(of_lease(lease)?.state),
-            Place::Path(path) => target::absolute(path)?,
+            Target::Lease(lease) => return Ok(of_lease(lease)?.state),
+            Target::Path(path) => target::absolute(path)?,
         };
         match found_at(&path)? {
             Found::Missing => Ok(State::Free),
@@ -330,7 +330,7 @@ fn filed(name: &str, scope: Scope) -> Result<NamedLock, Failure> {
     Ok(NamedLock::builder(name).scope(scope).backend(Backend::File).build()?)
 }
 
-pub(crate) fn named(lock: &NamedLock) -> Result<Sight, Failure> {
+pub(crate) fn named(lock: &NamedLock) -> Result<Report, Failure> {
     let sight = of_named(lock)?;
     if sight.state == State::Free && lock.backend() != Backend::File {
         let filed = filed(lock.name(), lock.scope())?;
@@ -342,7 +342,7 @@ pub(crate) fn named(lock: &NamedLock) -> Result<Sight, Failure> {
 }
 
 /// One of a list of held locks; `None` when the lock is known to be released meanwhile.
-pub(crate) fn of_held(held: &HeldNamedLock) -> Option<Sight> {
+pub(crate) fn of_held(held: &HeldNamedLock) -> Option<Report> {
     let mut sight = with_owner(held.lock(), State::Held, held.owner());
     if held.owner().is_none() {
         // Without a record the kernel may know more.
@@ -357,8 +357,8 @@ pub(crate) fn of_held(held: &HeldNamedLock) -> Option<Sight> {
     Some(sight)
 }
 
-fn with_owner(lock: &NamedLock, state: State, owner: Option<&Owner>) -> Sight {
-    let mut sight = Sight::new(Kind::Named, lock.name(), state);
+fn with_owner(lock: &NamedLock, state: State, owner: Option<&Owner>) -> Report {
+    let mut sight = Report::new(Kind::Named, lock.name(), state);
     sight.scope = Some(match lock.scope() {
         Scope::Machine => "machine",
         _ => "user",
@@ -368,7 +368,7 @@ fn with_owner(lock: &NamedLock, state: State, owner: Option<&Owner>) -> Sight {
 }
 
 /// What is known of the lock of this very backend.
-fn of_named(lock: &NamedLock) -> Result<Sight, Failure> {
+fn of_named(lock: &NamedLock) -> Result<Report, Failure> {
     let owner = lock.owner()?;
     // A name can be taken by a process that cannot be looked up.
     let held = owner.is_some() || command::is_held(lock)?;
@@ -506,7 +506,7 @@ pub(crate) fn has_pid_extension(path: &Path) -> bool {
 
 /// A lock whose kind the file at `path` tells; `None` for any other file, and none. Whether a file counts as a pidfile
 /// that holds just a number is a `guess`.
-pub(crate) fn recognised(path: &Path, locks: &FileLocks, guess: bool) -> Result<Option<Sight>, Failure> {
+pub(crate) fn recognised(path: &Path, locks: &FileLocks, guess: bool) -> Result<Option<Report>, Failure> {
     let explained = |failure: Failure| match failure.code() {
         code::NO_PERMISSION => Failure::new(
             code::NO_PERMISSION,
@@ -542,7 +542,7 @@ pub(crate) fn recognised(path: &Path, locks: &FileLocks, guess: bool) -> Result<
 }
 
 /// A lock on any file or directory.
-fn file(path: &Path, locks: &FileLocks) -> Result<Sight, Failure> {
+fn file(path: &Path, locks: &FileLocks) -> Result<Report, Failure> {
     let on = match locks.on(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => OnFile::default(),
         on => on.map_err(|error| unreadable(path, error))?,
@@ -568,16 +568,16 @@ fn file(path: &Path, locks: &FileLocks) -> Result<Sight, Failure> {
         Some((kind, pid)) => (kind, State::Held, pid),
         None => (Kind::File, State::Free, None),
     };
-    let mut sight = Sight::of_path(kind, path, state);
+    let mut sight = Report::of_path(kind, path, state);
     sight.holders = pid.and_then(Owner::of).iter().map(Holder::new).collect();
     sight.waiters = Some(0);
     Ok(sight)
 }
 
 /// The locks that the kernel shows on the file at `path`, that of flock(2) first.
-pub(crate) fn locked(path: &Path, on: &OnFile, locks: &FileLocks) -> impl Iterator<Item = Sight> {
+pub(crate) fn locked(path: &Path, on: &OnFile, locks: &FileLocks) -> impl Iterator<Item = Report> {
     let sight = |kind, locked: &Locked| {
-        let mut sight = Sight::of_path(kind, path, State::Held);
+        let mut sight = Report::of_path(kind, path, State::Held);
         sight.holders =
             locked.pids.iter().filter_map(|pid| locks.owner(*pid)).map(|owner| Holder::new(&owner)).collect();
         sight.waiters = Some(locked.waiters);
@@ -631,7 +631,7 @@ fn tried(path: &Path) -> Result<Option<(Kind, Option<u32>)>, Failure> {
     Ok(held.then_some((Kind::File, None)))
 }
 
-pub(crate) fn pidfile(path: &Path) -> Result<Sight, Failure> {
+pub(crate) fn pidfile(path: &Path) -> Result<Report, Failure> {
     let (state, owner) = match PidFile::inspect(path)? {
         PidStatus::Absent => (State::Free, None),
         PidStatus::Running(owner) => (State::Held, Some(owner)),
@@ -647,18 +647,18 @@ pub(crate) fn pidfile(path: &Path) -> Result<Sight, Failure> {
             ));
         }
     };
-    let mut sight = Sight::of_path(Kind::Pidfile, path, state);
+    let mut sight = Report::of_path(Kind::Pidfile, path, state);
     sight.holders = owner.iter().map(Holder::new).collect();
     Ok(sight)
 }
 
-fn lease(path: &Path) -> Result<Sight, Failure> {
-    let name_bytes = Sight::of_path(Kind::Lease, path, State::Free).name_bytes;
-    Ok(Sight { name_bytes, ..of_lease(&Lease::file(path).build()?)? })
+fn lease(path: &Path) -> Result<Report, Failure> {
+    let name_bytes = Report::of_path(Kind::Lease, path, State::Free).name_bytes;
+    Ok(Report { name_bytes, ..of_lease(&Lease::file(path).build()?)? })
 }
 
-pub(crate) fn of_lease(lease: &Lease) -> Result<Sight, Failure> {
-    let mut sight = Sight::new(Kind::Lease, lease.name(), State::Free);
+pub(crate) fn of_lease(lease: &Lease) -> Result<Report, Failure> {
+    let mut sight = Report::new(Kind::Lease, lease.name(), State::Free);
     if let LeaseStatus::Held(seen) = lease.status()? {
         let over = seen.expires_in().is_some_and(|left| left.is_zero());
         sight.state = if over { State::Stale } else { State::Held };
@@ -669,13 +669,13 @@ pub(crate) fn of_lease(lease: &Lease) -> Result<Sight, Failure> {
     Ok(sight)
 }
 
-fn table(path: &Path) -> Result<Sight, Failure> {
+fn table(path: &Path) -> Result<Report, Failure> {
     let manager: Box<dyn LockManager> = match path.is_dir() {
         true => Box::new(FileLockManager::open(path)?),
         false => Box::new(ShmLockManager::open(path)?),
     };
     let held = manager.held()?;
-    let mut sight = Sight::of_path(Kind::Table, path, if held.is_empty() { State::Free } else { State::Held });
+    let mut sight = Report::of_path(Kind::Table, path, if held.is_empty() { State::Free } else { State::Held });
     sight.holders = held.iter().map(|held| Holder::of_lock(held.owner(), held.id())).collect();
     sight.available = manager.available()?;
     Ok(sight)

@@ -10,7 +10,7 @@ use std::time::Duration;
 use lockkit::{CancelToken, FileLock, Owner, PidFile, PidStatus, Wait};
 
 use crate::failure::{Failure, Outcome, code, note};
-use crate::held_lock::{Hold, Job};
+use crate::held_lock::{HeldLock, Job};
 use crate::locks::FileLocks;
 use crate::progress::{self, Audience};
 use crate::supervise::{self, Signals};
@@ -118,7 +118,7 @@ impl Run {
             let lock = target::named(name, self.scope.unwrap_or_default())?;
             let looked = lock.clone();
             let holders = move || looked.owner().ok().flatten().into_iter().collect();
-            let acquire = |wait: &Wait| lock.acquire(wait).map(Hold::Named);
+            let acquire = |wait: &Wait| lock.acquire(wait).map(HeldLock::Named);
             return self.hold(&format!("the named lock {name:?}"), &wait, holders, acquire);
         }
         if let Some(path) = &self.file {
@@ -131,7 +131,7 @@ impl Run {
             };
             let acquire = |wait: &Wait| if self.shared { lock.acquire_shared(wait) } else { lock.acquire(wait) };
             let text = format!("the lock on {}", path.display());
-            return self.hold(&text, &wait, holders, |wait| acquire(wait).map(Hold::File));
+            return self.hold(&text, &wait, holders, |wait| acquire(wait).map(HeldLock::File));
         }
         if let Some(path) = &self.pidfile {
             let path = target::absolute(path)?;
@@ -143,7 +143,7 @@ impl Run {
                 Ok(PidStatus::Running(owner)) => vec![owner],
                 _ => Vec::new(),
             };
-            return self.hold(&text, &wait, holders, |wait| lock.acquire(wait).map(Hold::Pidfile));
+            return self.hold(&text, &wait, holders, |wait| lock.acquire(wait).map(HeldLock::Pidfile));
         }
         if let Some(given) = &self.lease {
             return self.lead(given, &wait);
@@ -186,7 +186,7 @@ impl Run {
         lock: &str,
         wait: &Wait,
         holders: impl Fn() -> Vec<Owner> + Send + Sync,
-        acquire: impl FnOnce(&Wait) -> lockkit::Result<Hold>,
+        acquire: impl FnOnce(&Wait) -> lockkit::Result<HeldLock>,
     ) -> Outcome {
         // The first process of a container gets no signal that it does not handle, so it must read those that end a wait.
         if supervise::is_first() {
@@ -229,9 +229,9 @@ impl Run {
                 tried => tried,
             };
             let hold = match hold {
-                Some(tried) => Ok(self.acquire(&lock, holders, || tried.map(|guard| Hold::Lease(guard, loss)))?),
+                Some(tried) => Ok(self.acquire(&lock, holders, || tried.map(|guard| HeldLock::Lease(guard, loss)))?),
                 None => {
-                    let acquire = |wait: &Wait| lease.acquire(wait).map(|guard| Hold::Lease(guard, loss));
+                    let acquire = |wait: &Wait| lease.acquire(wait).map(|guard| HeldLock::Lease(guard, loss));
                     self.acquire_until_signalled(&signals, &lock, wait, holders, acquire)?
                 }
             };
@@ -254,8 +254,8 @@ impl Run {
         lock: &str,
         wait: &Wait,
         holders: impl Fn() -> Vec<Owner> + Send + Sync,
-        acquire: impl FnOnce(&Wait) -> lockkit::Result<Hold>,
-    ) -> Result<Result<Hold, u8>, Failure> {
+        acquire: impl FnOnce(&Wait) -> lockkit::Result<HeldLock>,
+    ) -> Result<Result<HeldLock, u8>, Failure> {
         let stop = CancelToken::new();
         let wait = wait.clone().or_cancelled(&stop);
         match signals.cancelling(&stop, || self.acquire(lock, holders, || acquire(&wait)))? {
@@ -271,8 +271,8 @@ impl Run {
         &self,
         lock: &str,
         holders: impl Fn() -> Vec<Owner> + Send + Sync,
-        acquire: impl FnOnce() -> lockkit::Result<Hold>,
-    ) -> Result<Hold, Failure> {
+        acquire: impl FnOnce() -> lockkit::Result<HeldLock>,
+    ) -> Result<HeldLock, Failure> {
         let audience = Audience::of(self.quiet, self.verbose);
         let hold = progress::shown(audience, lock, &holders, acquire).map_err(|error| {
             let gave_up = error.is_temporary();

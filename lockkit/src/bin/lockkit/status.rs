@@ -6,8 +6,8 @@ use serde::Serialize;
 
 use crate::failure::Outcome;
 use crate::locks::FileLocks;
-use crate::report::{self, Sight};
-use crate::target::{self, Place, ScopeArgument};
+use crate::report::{self, Report};
+use crate::target::{self, ScopeArgument, Target};
 
 /// Show whether a lock is held, and by whom.
 ///
@@ -42,19 +42,19 @@ pub(crate) struct Status {
 #[derive(Serialize)]
 pub(crate) struct Form<'l> {
     pub(crate) version: u32,
-    pub(crate) lock: &'l Sight,
+    pub(crate) lock: &'l Report,
 }
 
 impl Status {
     pub(crate) fn carry_out(self) -> Outcome {
-        let place = Place::parse(&self.place)?;
+        let place = Target::parse(&self.place)?;
         let sight = report::at(&place, self.scope, || FileLocks::read(""));
         target::note_file_of_name(&place, self.quiet || sight.is_err());
         let sight = match (sight, &place) {
             (Ok(sight), _) => sight,
-            (Err(failure), Place::Path(path)) if self.json && report::is_unknown(&failure) => {
+            (Err(failure), Target::Path(path)) if self.json && report::is_unknown(&failure) => {
                 let path = target::absolute(path)?;
-                report::json(&Form { version: report::VERSION, lock: &Sight::unknown(&path, &failure) })?;
+                report::json(&Form { version: report::VERSION, lock: &Report::unknown(&path, &failure) })?;
                 return Err(failure);
             }
             (Err(failure), _) => {

@@ -46,7 +46,7 @@ use rustix::process::{
 };
 
 use crate::failure::{Failure, Outcome, code};
-use crate::held_lock::{self, Hold, Job};
+use crate::held_lock::{self, HeldLock, Job};
 
 /// What a process that keeps a lock for a program is called.
 pub(crate) const KEEPER: &CStr = c"lock-keeper";
@@ -63,14 +63,14 @@ pub(crate) fn loss() -> Result<(LossPipe, impl Fn(&Loss) + Send + Sync + use<>),
 }
 
 /// A descriptor that keeps the lock, where one does.
-fn descriptor_of(hold: &Hold) -> Result<Option<OwnedFd>, Failure> {
+fn descriptor_of(hold: &HeldLock) -> Result<Option<OwnedFd>, Failure> {
     match hold {
-        Hold::Named(guard) => Ok(Some(guard.descriptor()?)),
-        Hold::File(guard) => {
+        HeldLock::Named(guard) => Ok(Some(guard.descriptor()?)),
+        HeldLock::File(guard) => {
             let copy = guard.file().try_clone().map_err(|error| Failure::io("copy a descriptor", error))?;
             Ok(Some(copy.into()))
         }
-        Hold::Pidfile(_) | Hold::Lease(..) => Ok(None),
+        HeldLock::Pidfile(_) | HeldLock::Lease(..) => Ok(None),
     }
 }
 
@@ -210,12 +210,12 @@ pub(crate) fn is_first() -> bool {
 }
 
 /// Runs the program under the lock, releases that, and gives the program's exit status.
-pub(crate) fn run(mut hold: Hold, signals: Signals, job: Job<'_>) -> Outcome {
+pub(crate) fn run(mut hold: HeldLock, signals: Signals, job: Job<'_>) -> Outcome {
     command::wait_for_children();
     let (wait_at_gate, gate) = pipe()?;
     let descriptor = descriptor_of(&hold)?;
     let parked = descriptor.as_ref().map(Parked::new).transpose()?;
-    let leads = matches!(hold, Hold::Lease(..));
+    let leads = matches!(hold, HeldLock::Lease(..));
     let me = getpid();
     if leads {
         // What the program leaves behind stays below this process, so that a loss can end it, too.
@@ -249,7 +249,7 @@ pub(crate) fn run(mut hold: Hold, signals: Signals, job: Job<'_>) -> Outcome {
         }
     };
     let status = match &hold {
-        Hold::Lease(_, loss) => attend(&program, &signals, Some(loss), job),
+        HeldLock::Lease(_, loss) => attend(&program, &signals, Some(loss), job),
         _ => attend(&program, &signals, None, job),
     };
     if let Some(keeper) = keeper {
@@ -271,7 +271,13 @@ fn open_gate(mut gate: File) {
 }
 
 /// The child's part. Returns only if the program could not be started, with the exit code that tells so.
-fn become_program(command: &[OsString], hold: &Hold, parked: Option<Parked>, mut gate: File, signals: &Signals) -> u8 {
+fn become_program(
+    command: &[OsString],
+    hold: &HeldLock,
+    parked: Option<Parked>,
+    mut gate: File,
+    signals: &Signals,
+) -> u8 {
     // The end of the pipe means that nobody holds the lock for this child.
     if gate.read_exact(&mut [0]).is_err() {
         return code::OS;

@@ -20,7 +20,7 @@ use lockkit::command::{self, Cage};
 use lockkit::{CancelToken, Loss};
 
 use crate::failure::{Failure, Outcome, code};
-use crate::held_lock::{self, Hold, Job};
+use crate::held_lock::{self, HeldLock, Job};
 
 /// Brings the reason of a loss, as text.
 pub(crate) struct LossPipe(Receiver<String>);
@@ -61,13 +61,13 @@ pub(crate) fn is_first() -> bool {
 }
 
 /// Runs the program under the lock, releases that, and gives the program's exit code.
-pub(crate) fn run(mut hold: Hold, _: Signals, job: Job<'_>) -> Outcome {
+pub(crate) fn run(mut hold: HeldLock, _: Signals, job: Job<'_>) -> Outcome {
     let cage = Arc::new(Cage::around_this_process().map_err(|error| Failure::io("make a job object", error))?);
     let ended = run_in(&cage, &mut hold, &job);
     // Also after a failure, which is yet to be told: closing the job would end this process.
     cage.open();
     let code = ended?;
-    let leads = matches!(hold, Hold::Lease(..));
+    let leads = matches!(hold, HeldLock::Lease(..));
     match hold.release() {
         Err(error) if !job.quiet && !leads => Failure::from(error).show(),
         _ => {}
@@ -77,7 +77,7 @@ pub(crate) fn run(mut hold: Hold, _: Signals, job: Job<'_>) -> Outcome {
 }
 
 /// Runs the program in the job, and gives its exit code. When this fails the program does not go on.
-fn run_in(cage: &Arc<Cage>, hold: &mut Hold, job: &Job<'_>) -> Result<i32, Failure> {
+fn run_in(cage: &Arc<Cage>, hold: &mut HeldLock, job: &Job<'_>) -> Result<i32, Failure> {
     let [program, arguments @ ..] = job.command else { return Ok(code::USAGE.into()) };
     command::pass_over_interrupts().map_err(|error| Failure::io("take note of Ctrl-C", error))?;
     let mut command = Command::new(program);
@@ -87,7 +87,7 @@ fn run_in(cage: &Arc<Cage>, hold: &mut Hold, job: &Job<'_>) -> Result<i32, Failu
         let _ = child.kill();
         return Err(error);
     }
-    if let Hold::Lease(_, LossPipe(loss)) = hold {
+    if let HeldLock::Lease(_, LossPipe(loss)) = hold {
         let cage = cage.clone();
         // What is sent to the one that is left nobody reads; the sender lives in the lease, which outlives this.
         let loss = std::mem::replace(loss, channel().1);

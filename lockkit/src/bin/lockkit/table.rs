@@ -11,7 +11,7 @@ use crate::lease::confirmed;
 use crate::locks::FileLocks;
 use crate::report;
 use crate::status::Form;
-use crate::target::Place;
+use crate::target::Target;
 
 /// Make tables of numbered locks, and give out their numbers.
 #[derive(clap::Subcommand)]
@@ -109,7 +109,7 @@ impl Table {
             Self::List { path, json } => {
                 // So that what is no table is told from a file that is locked.
                 drop(open(&path)?);
-                let sight = report::at(&Place::Path(path), Default::default(), || FileLocks::read(""))?;
+                let sight = report::at(&Target::Path(path), Default::default(), || FileLocks::read(""))?;
                 match json {
                     true => report::json(&Form { version: report::VERSION, lock: &sight })?,
                     false => report::say(|mut out| sight.show(&mut out))?,

@@ -29,14 +29,14 @@ impl From<ScopeArgument> for Scope {
 
 /// A lock that `status` and `wait` look at.
 #[derive(Clone)]
-pub(crate) enum Place {
+pub(crate) enum Target {
     Name(String),
     Path(PathBuf),
     /// By URL.
     Lease(Lease),
 }
 
-impl Place {
+impl Target {
     /// What has `://` in it is the URL of a lease, what has a slash a path, and anything else a name.
     pub(crate) fn parse(given: &OsStr) -> Result<Self, Failure> {
         check_scheme(given)?;
@@ -55,8 +55,8 @@ impl Place {
 }
 
 /// Says, where a name is asked for and a file of that name is there, how to ask for the file.
-pub(crate) fn note_file_of_name(place: &Place, quiet: bool) {
-    let Place::Name(name) = place else { return };
+pub(crate) fn note_file_of_name(place: &Target, quiet: bool) {
+    let Target::Name(name) = place else { return };
     if !quiet && is_file_here(name) {
         note(format_args!(
             "lockkit: this is the lock named {name:?}; a file of that name is in this directory, too: ask for its lock as {}",
@@ -188,15 +188,15 @@ mod tests {
 
     #[test]
     fn a_place_is_a_url_a_path_or_a_name() {
-        assert!(matches!(Place::parse("file:///srv/leader".as_ref()), Ok(Place::Lease(_))));
-        assert!(matches!(Place::parse("./leader".as_ref()), Ok(Place::Path(_))));
-        assert!(matches!(Place::parse("leader".as_ref()), Ok(Place::Name(_))));
+        assert!(matches!(Target::parse("file:///srv/leader".as_ref()), Ok(Target::Lease(_))));
+        assert!(matches!(Target::parse("./leader".as_ref()), Ok(Target::Path(_))));
+        assert!(matches!(Target::parse("leader".as_ref()), Ok(Target::Name(_))));
         #[cfg(windows)]
-        assert!(matches!(Place::parse("C:\\run\\leader".as_ref()), Ok(Place::Path(_))));
+        assert!(matches!(Target::parse("C:\\run\\leader".as_ref()), Ok(Target::Path(_))));
         #[cfg(unix)]
-        assert!(matches!(Place::parse(OsStr::from_bytes(b"/a\xff")), Ok(Place::Path(_))));
+        assert!(matches!(Target::parse(OsStr::from_bytes(b"/a\xff")), Ok(Target::Path(_))));
         #[cfg(unix)]
-        assert!(Place::parse(OsStr::from_bytes(b"a\xff")).is_err());
+        assert!(Target::parse(OsStr::from_bytes(b"a\xff")).is_err());
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::failure::{Failure, Outcome, code};
 use crate::locks::FileLocks;
 use crate::progress::{self, Audience};
 use crate::report::{self, State, Watched};
-use crate::target::{self, Place, ScopeArgument};
+use crate::target::{self, ScopeArgument, Target};
 
 /// Wait until a lock is free, without taking it.
 ///
@@ -42,7 +42,7 @@ pub(crate) struct WaitFor {
 
 impl WaitFor {
     pub(crate) fn carry_out(self) -> Outcome {
-        let place = Place::parse(&self.place)?;
+        let place = Target::parse(&self.place)?;
         target::note_file_of_name(&place, self.quiet);
         let until = self.timeout.and_then(|limit| Instant::now().checked_add(limit));
         let audience = Audience::of(self.quiet, self.verbose);
@@ -53,12 +53,12 @@ impl WaitFor {
         progress::shown(audience, &self.place.to_string_lossy(), holders, || self.watch(&place, until))
     }
 
-    fn look(&self, place: &Place) -> Result<report::Sight, Failure> {
+    fn look(&self, place: &Target) -> Result<report::Report, Failure> {
         // The holder of a file, as /proc/locks shows it: a pass over all descriptors would hold up the end of the wait.
         report::at(place, self.scope, FileLocks::of_table)
     }
 
-    fn watch(&self, place: &Place, until: Option<Instant>) -> Outcome {
+    fn watch(&self, place: &Target, until: Option<Instant>) -> Outcome {
         const FIRST: Duration = Duration::from_millis(1);
         /// How late the end of a wait may be noticed, but for the look itself.
         const LONGEST: Duration = Duration::from_millis(20);

@@ -29,7 +29,7 @@ use std::time::{Duration, SystemTime};
 use parking_lot::Mutex;
 use rustix::io::Errno;
 
-pub(super) use notify::{Bells, Ear};
+pub(super) use notify::{Listener, Subscriptions};
 
 use super::store::{self, Attempt, Grant, Seen, StoreError};
 use crate::error::Error;
@@ -135,20 +135,20 @@ impl<C> Pool<C> {
 /// Keeps the requests of a process that are made at once to so many, for a server has only so many connections. Whoever
 /// must not wait for others takes no turn.
 #[cfg(feature = "postgres")]
-pub(super) struct Turns {
+pub(super) struct Semaphore {
     left: Mutex<usize>,
     freed: parking_lot::Condvar,
 }
 
 #[cfg(feature = "postgres")]
-impl Turns {
+impl Semaphore {
     /// As many as there are idle connections when all are done.
     pub(super) const fn new() -> Self {
         Self { left: Mutex::new(MOST_IDLE), freed: parking_lot::Condvar::new() }
     }
 
     /// A turn, given back when it is dropped.
-    pub(super) fn take(&self, by: store::Deadline) -> Result<Turn<'_>> {
+    pub(super) fn take(&self, by: store::Deadline) -> Result<Permit<'_>> {
         let mut left = self.left.lock();
         while *left == 0 {
             if self.freed.wait_until(&mut left, by.moment()).timed_out() {
@@ -156,16 +156,16 @@ impl Turns {
             }
         }
         *left -= 1;
-        Ok(Turn(self))
+        Ok(Permit(self))
     }
 }
 
-/// See [`Turns`].
+/// See [`Semaphore`].
 #[cfg(feature = "postgres")]
-pub(super) struct Turn<'t>(&'t Turns);
+pub(super) struct Permit<'t>(&'t Semaphore);
 
 #[cfg(feature = "postgres")]
-impl Drop for Turn<'_> {
+impl Drop for Permit<'_> {
     fn drop(&mut self) {
         *self.0.left.lock() += 1;
         self.0.freed.notify_one();

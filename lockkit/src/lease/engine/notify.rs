@@ -1,7 +1,7 @@
 //! How those who wait for a name are woken.
 //!
 //! Whoever waits hangs up a bell for the name, sees that it is still held, and sleeps. One thread of the store has a
-//! connection of its own to the server, the [`Ear`], and rings the bells of the names that it hears of; when the
+//! connection of its own to the server, the [`Listener`], and rings the bells of the names that it hears of; when the
 //! connection breaks it rings them all and ends, so nobody sleeps through a change, and the next waiter starts it anew.
 //! It also ends when nobody has waited for [`IDLE`]. A waiter that gives up takes its bell away and leaves nothing.
 
@@ -32,15 +32,15 @@ const REST: Duration = Duration::from_millis(250);
 const LOOK: Duration = Duration::from_millis(50);
 
 /// A connection that hears of changes, of every name or at least of those that may have been waited for.
-pub(in crate::lease) trait Ear: Send {
+pub(in crate::lease) trait Listener: Send {
     /// Waits for news, at most so long, and rings the names that have changed. An error says that the connection is of
     /// no use any more.
     fn listen(&mut self, at_most: Duration, ring: &mut dyn FnMut(&str)) -> Result<()>;
 }
 
 /// The bells of a store.
-pub(in crate::lease) struct Bells {
-    connect: Box<dyn Fn(Deadline) -> Result<Box<dyn Ear>> + Send + Sync>,
+pub(in crate::lease) struct Subscriptions {
+    connect: Box<dyn Fn(Deadline) -> Result<Box<dyn Listener>> + Send + Sync>,
     state: Mutex<State>,
 }
 
@@ -79,11 +79,11 @@ impl Failure {
     }
 }
 
-impl Bells {
+impl Subscriptions {
     /// For a store that can be listened to over what `connect` returns by its deadline, which has then registered for
     /// all that happens from now on.
     pub(in crate::lease) fn new(
-        connect: impl Fn(Deadline) -> Result<Box<dyn Ear>> + Send + Sync + 'static,
+        connect: impl Fn(Deadline) -> Result<Box<dyn Listener>> + Send + Sync + 'static,
     ) -> Arc<Self> {
         let state = State { hung: HashMap::new(), thread: Thread::None(None), last_waited: Instant::now() };
         Arc::new(Self { connect: Box::new(connect), state: Mutex::new(state) })
@@ -155,7 +155,7 @@ impl State {
 
 /// What the thread leaves behind however it ends: no waiter that counts on it.
 struct Ended {
-    bells: Weak<Bells>,
+    bells: Weak<Subscriptions>,
     failure: Option<Failure>,
 }
 
@@ -203,7 +203,7 @@ impl Drop for Ended {
 
 /// A bell that hangs for a name.
 pub(in crate::lease) struct Bell {
-    bells: Arc<Bells>,
+    bells: Arc<Subscriptions>,
     name: LeaseName,
     event: Arc<Event>,
 }
@@ -249,7 +249,7 @@ mod tests {
     /// A server that says what it is told to.
     struct Script(Receiver<Option<&'static str>>);
 
-    impl Ear for Script {
+    impl Listener for Script {
         fn listen(&mut self, at_most: Duration, ring: &mut dyn FnMut(&str)) -> Result<()> {
             match self.0.recv_timeout(at_most) {
                 Ok(Some(name)) => ring(name),
@@ -260,15 +260,15 @@ mod tests {
         }
     }
 
-    /// Bells over connections that come out of a channel.
-    fn bells() -> (Arc<Bells>, Sender<Script>) {
+    /// Subscriptions over connections that come out of a channel.
+    fn bells() -> (Arc<Subscriptions>, Sender<Script>) {
         let (send, scripts) = mpsc::channel();
         let scripts = Mutex::new(scripts);
-        let connect = move |by: Deadline| -> Result<Box<dyn Ear>> {
+        let connect = move |by: Deadline| -> Result<Box<dyn Listener>> {
             let script: Script = scripts.lock().recv_timeout(by.remaining()).map_err(StoreError::refused)?;
             Ok(Box::new(script))
         };
-        (Bells::new(connect), send)
+        (Subscriptions::new(connect), send)
     }
 
     fn name(text: &str) -> LeaseName {
@@ -305,7 +305,7 @@ mod tests {
         for is_misuse in [false, true] {
             let tries = Arc::new(AtomicUsize::new(0));
             let counted = tries.clone();
-            let bells = Bells::new(move |_| {
+            let bells = Subscriptions::new(move |_| {
                 counted.fetch_add(1, Ordering::SeqCst);
                 Err(if is_misuse { StoreError::misuse("never") } else { StoreError::refused("not now") })
             });

@@ -26,7 +26,7 @@ use tokio_postgres::types::ToSql;
 
 use self::config::Target;
 use self::connection::{Cut, Link, Sql};
-use super::{Bells, Ear, OfProcess, Pool, Turns, attempt, own_text, owner_of, passed_on, shown};
+use super::{Listener, OfProcess, Pool, Semaphore, Subscriptions, attempt, own_text, owner_of, passed_on, shown};
 use crate::error;
 use crate::failpoint::step;
 use crate::lease::LeaseStore;
@@ -63,8 +63,8 @@ struct Postgres {
 /// What a process has of it.
 struct Own {
     idle: Pool<Link>,
-    turns: Turns,
-    bells: Arc<Bells>,
+    turns: Semaphore,
+    bells: Arc<Subscriptions>,
     /// Notifications do not get through.
     is_deaf: Arc<AtomicBool>,
 }
@@ -186,7 +186,7 @@ impl Postgres {
             let is_deaf = Arc::new(AtomicBool::new(false));
             let (target, deaf) = (self.target.clone(), is_deaf.clone());
             let listen = move |by| listen(&target, by, &deaf);
-            Own { idle: Pool::new(), turns: Turns::new(), bells: Bells::new(listen), is_deaf }
+            Own { idle: Pool::new(), turns: Semaphore::new(), bells: Subscriptions::new(listen), is_deaf }
         })
     }
 
@@ -284,7 +284,7 @@ fn micros(ttl: Duration) -> f64 {
 }
 
 /// A connection that hears of what happens from now on. Through a proxy it may not: then it says so, and sets `is_deaf`.
-fn listen(target: &Target, by: Deadline, is_deaf: &AtomicBool) -> Result<Box<dyn Ear>> {
+fn listen(target: &Target, by: Deadline, is_deaf: &AtomicBool) -> Result<Box<dyn Listener>> {
     let mut link = target.connect(by, schema::check)?;
     link.execute(schema::LISTEN, by).map_err(errors::of_request)?;
     step("listens");
@@ -310,17 +310,17 @@ fn listen(target: &Target, by: Deadline, is_deaf: &AtomicBool) -> Result<Box<dyn
             }
         }
     }
-    Ok(Box::new(Listener { link, heard: Instant::now() }))
+    Ok(Box::new(PgListener { link, heard: Instant::now() }))
 }
 
 /// The connection that listens.
-struct Listener {
+struct PgListener {
     link: Link,
     /// When the server was last heard of.
     heard: Instant,
 }
 
-impl Ear for Listener {
+impl Listener for PgListener {
     fn listen(&mut self, at_most: Duration, ring: &mut dyn FnMut(&str)) -> Result<()> {
         if self.heard.elapsed() > QUIET {
             // A connection that was cut without a word looks like a quiet one.

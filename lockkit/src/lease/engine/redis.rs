@@ -33,7 +33,9 @@ use redis::{
 };
 use rustls::crypto::CryptoProvider;
 
-use super::{Bells, Ear, OfProcess, Pool, addresses, attempt, not_connected, own_text, owner_of, passed_on, shown};
+use super::{
+    Listener, OfProcess, Pool, Subscriptions, addresses, attempt, not_connected, own_text, owner_of, passed_on, shown,
+};
 use crate::error::{Error, Result as AnyResult};
 use crate::failpoint::step;
 use crate::lease::connect::{Parts, invalid};
@@ -87,7 +89,7 @@ struct RedisStore {
 /// What a process has of the store.
 struct Own {
     pool: Pool<Connection>,
-    bells: Arc<Bells>,
+    bells: Arc<Subscriptions>,
 }
 
 /// How it was left, or is.
@@ -105,8 +107,8 @@ impl RedisStore {
     fn own(&self) -> Arc<Own> {
         self.own.get(|| {
             let server = self.server.clone();
-            let connect = move |by| Ok(Box::new(Listener::to(&server, by)?) as Box<dyn Ear>);
-            Own { pool: Pool::new(), bells: Bells::new(connect) }
+            let connect = move |by| Ok(Box::new(RedisListener::to(&server, by)?) as Box<dyn Listener>);
+            Own { pool: Pool::new(), bells: Subscriptions::new(connect) }
         })
     }
 
@@ -619,12 +621,12 @@ fn is_interrupted(error: &RedisError) -> bool {
 }
 
 /// A connection that hears of every release for which somebody waits.
-struct Listener {
+struct RedisListener {
     connection: Connection,
     server: Arc<Server>,
 }
 
-impl Listener {
+impl RedisListener {
     fn to(server: &Arc<Server>, by: Deadline) -> Result<Self> {
         let mut connection = server.connect(by)?;
         let mut subscribe = redis::cmd("PSUBSCRIBE");
@@ -638,7 +640,7 @@ impl Listener {
     }
 }
 
-impl Ear for Listener {
+impl Listener for RedisListener {
     fn listen(&mut self, at_most: Duration, ring: &mut dyn FnMut(&str)) -> Result<()> {
         let listening = self.connection.set_read_timeout(Some(at_most)).and_then(|()| {
             // Dropping it would unsubscribe. It has nothing of its own as long as it is only read from.

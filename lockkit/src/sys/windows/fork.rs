@@ -6,9 +6,9 @@ use std::os::windows::io::OwnedHandle;
 
 /// A handle that holds a lock.
 #[derive(Debug)]
-pub(crate) struct Shielded<T = OwnedHandle>(T);
+pub(crate) struct ForkGuarded<T = OwnedHandle>(T);
 
-impl<T> Shielded<T> {
+impl<T> ForkGuarded<T> {
     pub(crate) fn new<E>(make: impl FnOnce() -> Result<T, E>) -> Result<Self, E> {
         make().map(Self)
     }
@@ -31,7 +31,7 @@ impl<T> Shielded<T> {
     }
 }
 
-impl<T> Deref for Shielded<T> {
+impl<T> Deref for ForkGuarded<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
@@ -41,7 +41,7 @@ impl<T> Deref for Shielded<T> {
 
 /// Makes a handle for the caller's own use.
 #[allow(dead_code)] // As on the other systems.
-pub(crate) fn unshielded<T, E>(make: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+pub(crate) fn unguarded<T, E>(make: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
     make()
 }
 

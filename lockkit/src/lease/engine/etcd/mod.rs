@@ -32,8 +32,10 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use self::client::{Address, Gateway, Stream, decoded, encoded, is_compacted, is_session_gone, number};
-use self::session::{Kept, Loose, Session, now};
-use super::{Bells, Ear, OfProcess, Result, attempt, is_own, own_text, owner_of, passed_on, shown, text_of};
+use self::session::{Kept, Orphan, Session, now};
+use super::{
+    Listener, OfProcess, Result, Subscriptions, attempt, is_own, own_text, owner_of, passed_on, shown, text_of,
+};
 use crate::failpoint::step;
 use crate::lease::store::{
     Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
@@ -66,12 +68,12 @@ struct Own {
     gateway: Arc<Gateway>,
     keys: Keys,
     /// For each ttl, in seconds.
-    sessions: Mutex<HashMap<u64, Arc<Place>>>,
-    bells: Arc<Bells>,
+    sessions: Mutex<HashMap<u64, Arc<SessionSlot>>>,
+    bells: Arc<Subscriptions>,
 }
 
 /// The session for a ttl. Its lock is kept while one is made.
-type Place = Mutex<Option<Arc<Session>>>;
+type SessionSlot = Mutex<Option<Arc<Session>>>;
 
 /// How keys are called.
 #[derive(Clone)]
@@ -192,7 +194,7 @@ impl LeaseStore for Store {
 
     fn release(&self, grant: &Grant, by: Deadline) -> Result<Released> {
         let free = Record::text(FREE, grant.claim(), "");
-        let freed = self.own().give_back(grant, Loose::Released, Some(&free), by)?;
+        let freed = self.own().give_back(grant, Orphan::Released, Some(&free), by)?;
         let claim = Some(*grant.claim());
         Ok(match freed {
             Ok(()) => Released::Done,
@@ -206,7 +208,7 @@ impl LeaseStore for Store {
     fn give_up(&self, grant: &Grant, by: Deadline) -> Result<Released> {
         // The record goes on saying that it is held, by which the next owner learns that it was not released.
         let record = passed_on(grant).map(|died| Record::text(HELD, grant.claim(), &died));
-        let why = if record.is_some() { Loose::InDoubt } else { Loose::RunOut };
+        let why = if record.is_some() { Orphan::InDoubt } else { Orphan::RunOut };
         let freed = self.own().give_back(grant, why, record.as_deref(), by)?;
         Ok(if freed.is_ok() { Released::Done } else { Released::NotMine })
     }
@@ -253,7 +255,7 @@ impl Own {
         let gateway = Arc::new(Gateway::new(address));
         let keys = Keys { held: format!("{}held/", address.prefix), record: format!("{}record/", address.prefix) };
         let (to_watch, prefix) = (gateway.clone(), keys.held.clone());
-        let bells = Bells::new(move |by| Ok(Box::new(Watch::begin(&to_watch, &prefix, by)?)));
+        let bells = Subscriptions::new(move |by| Ok(Box::new(Watch::begin(&to_watch, &prefix, by)?)));
         Self { gateway, keys, sessions: Mutex::default(), bells }
     }
 
@@ -313,7 +315,7 @@ impl Own {
                 }
                 Err(error) => {
                     // Whatever it says: one endpoint may have done it before another refused.
-                    session.loosen(name, claim, Loose::InDoubt, sent);
+                    session.loosen(name, claim, Orphan::InDoubt, sent);
                     return Err(error);
                 }
                 Ok(answer) => answer,
@@ -324,11 +326,11 @@ impl Own {
             if answer.is_done() {
                 step("record written");
                 let before = match nobody {
-                    Some(Loose::InDoubt) => match self.before(name, revision, holder, &session, by) {
+                    Some(Orphan::InDoubt) => match self.before(name, revision, holder, &session, by) {
                         Ok(before) => before,
                         Err(error) => {
                             // It is in doubt again, for nobody knows whose death the next owner is to be told of.
-                            session.loosen(name, claim, Loose::InDoubt, sent);
+                            session.loosen(name, claim, Orphan::InDoubt, sent);
                             return Err(StoreError::unknown(error));
                         }
                     },
@@ -337,12 +339,12 @@ impl Own {
                 let token = answer.revision();
                 if answer.is_in_doubt {
                     // The same request may be carried out once more, and that after the release.
-                    session.loosen(name, claim, Loose::InDoubt, sent);
+                    session.loosen(name, claim, Orphan::InDoubt, sent);
                 }
                 session.add(name, claim, token, sent);
                 let grant = Grant::new(name, claim, token, session.left(began)).with_handle(session);
                 return Ok(Attempt::Granted(match &*before.state {
-                    HELD if nobody != Some(Loose::Released) => grant.recovered_from(before.owner),
+                    HELD if nobody != Some(Orphan::Released) => grant.recovered_from(before.owner),
                     _ => grant,
                 }));
             }
@@ -354,7 +356,7 @@ impl Own {
             }
             let seen = seen(held, answer.read(1));
             nobody = match session.loose(seen.claim()) {
-                None if seen.claim() == Some(*claim) => Some(Loose::InDoubt),
+                None if seen.claim() == Some(*claim) => Some(Orphan::InDoubt),
                 None => return Ok(Attempt::Busy(seen)),
                 why => why,
             };
@@ -449,7 +451,7 @@ impl Own {
     }
 
     /// Frees the key of a grant; see [`free`](Self::free).
-    fn give_back(&self, grant: &Grant, why: Loose, record: Option<&str>, by: Deadline) -> Result<Result<(), Found>> {
+    fn give_back(&self, grant: &Grant, why: Orphan, record: Option<&str>, by: Deadline) -> Result<Result<(), Found>> {
         let session = session_of(grant)?;
         let freed = self.free(grant.name(), Some(*grant.claim()), grant.token(), record, by);
         match freed {
@@ -529,7 +531,7 @@ impl Own {
     /// carried out late, when the claim has been asked for once more and granted: that has a greater revision, since what
     /// is being asked for is not let go meanwhile. What fails is tried again later.
     fn let_go(&self, session: &Session, now: Duration, revision: u64, by: Deadline) {
-        for (name, claim, why) in session.to_let_go(now) {
+        for (name, claim, why) in session.due_for_deletion(now) {
             if self.let_go_of(&name, claim, why, session, revision, by).is_err() {
                 return;
             }
@@ -540,13 +542,13 @@ impl Own {
         &self,
         name: &LeaseName,
         claim: ClaimId,
-        why: Loose,
+        why: Orphan,
         session: &Session,
         revision: u64,
         by: Deadline,
     ) -> Result<()> {
         let free = Record::text(FREE, &claim, "");
-        if why == Loose::InDoubt {
+        if why == Orphan::InDoubt {
             let held = self.look(name, by)?.filter(|held| held.claim() == Some(claim) && held.cursor() <= revision);
             let Some(held) = held else { return Ok(()) };
             let before = self.before(name, held.cursor(), Some(claim), session, by)?;
@@ -562,7 +564,7 @@ impl Own {
             "key": key, "target": "MOD", "result": "LESS", "mod_revision": (revision + 1).to_string(),
         });
         let mut then = vec![json!({ "request_delete_range": { "key": key } })];
-        if why == Loose::Released {
+        if why == Orphan::Released {
             then.push(json!({ "request_put": { "key": self.keys.record(name), "value": encoded(free) } }));
         }
         self.transact(json!([is_of(&key, claim), is_old]), then.into(), json!([]), by).map(drop)
@@ -628,7 +630,7 @@ impl Watch {
     }
 }
 
-impl Ear for Watch {
+impl Listener for Watch {
     fn listen(&mut self, at_most: Duration, ring: &mut dyn FnMut(&str)) -> Result<()> {
         let Some(line) = self.stream.next(Deadline::after(at_most))? else {
             if self.heard.elapsed() > QUIET {
@@ -669,7 +671,7 @@ mod tests {
         let grant = Grant::new(&name, &claim, 1, ttl).with_handle(session.clone());
         let renewed = || own.renew(&grant, Deadline::after(ttl));
         assert!(matches!(renewed(), Ok(Renewal::Extended { .. })));
-        assert_eq!(session.to_let_go(now() + ttl * 2).len(), 1);
+        assert_eq!(session.due_for_deletion(now() + ttl * 2).len(), 1);
         assert!(matches!(renewed(), Ok(Renewal::Lost { .. })));
     }
 }

@@ -12,7 +12,7 @@
 //! the request before, then who kept the session was the leader.
 //!
 //! **What is loose is let go.** A key lives as long as its session, so one that nobody has, or nobody renews, would stay
-//! as long as other leases of the process do. There are three sorts: see [`Loose`]. Whoever keeps the session deletes
+//! as long as other leases of the process do. There are three sorts: see [`Orphan`]. Whoever keeps the session deletes
 //! those that have been loose for a ttl, and a new acquisition takes them over at once. A request that got no answer may
 //! be carried out later than the one that was made in its place, so what it may have left is looked after for three
 //! ttls, also when its claim has been granted, and released, since.
@@ -70,7 +70,7 @@ struct Key {
 
 /// Why nobody has a key that may be there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Loose {
+pub(super) enum Orphan {
     /// The request that acquired it got no answer, and nobody was told of the grant.
     InDoubt,
     /// The request that released it got none.
@@ -82,7 +82,7 @@ pub(super) enum Loose {
 struct LooseKey {
     name: LeaseName,
     claim: ClaimId,
-    why: Loose,
+    why: Orphan,
     since: Duration,
     /// When it is to be deleted, the first time or again.
     due: Duration,
@@ -188,7 +188,7 @@ impl Session {
     }
 
     /// Nobody has the key of this claim, though it may be there.
-    pub(super) fn loosen(&self, name: &LeaseName, claim: &ClaimId, why: Loose, since: Duration) {
+    pub(super) fn loosen(&self, name: &LeaseName, claim: &ClaimId, why: Orphan, since: Duration) {
         let mut state = self.state.lock();
         if state.keys.get(name).is_some_and(|key| key.claim == *claim) {
             state.keys.remove(name);
@@ -208,7 +208,7 @@ impl Session {
     }
 
     /// Why nobody has the key of this claim, if nobody has, nor is just getting it.
-    pub(super) fn loose(&self, claim: Option<ClaimId>) -> Option<Loose> {
+    pub(super) fn loose(&self, claim: Option<ClaimId>) -> Option<Orphan> {
         let state = self.state.lock();
         let loose = state.loose.iter().find(|loose| Some(loose.claim) == claim)?;
         (!state.has(loose)).then_some(loose.why)
@@ -217,30 +217,30 @@ impl Session {
     /// Whether a request of this claim got no answer, and none has since, though one may be under way.
     pub(super) fn is_in_doubt(&self, claim: Option<ClaimId>) -> bool {
         let state = self.state.lock();
-        let in_doubt = |loose: &&LooseKey| loose.why == Loose::InDoubt && Some(loose.claim) == claim;
+        let in_doubt = |loose: &&LooseKey| loose.why == Orphan::InDoubt && Some(loose.claim) == claim;
         state.loose.iter().find(in_doubt).is_some_and(|loose| !state.is_granted(loose))
     }
 
     /// The loose keys that are to be deleted now. They are told of again, for a request that got no answer may still be
     /// under way.
-    pub(super) fn to_let_go(&self, now: Duration) -> Vec<(LeaseName, ClaimId, Loose)> {
+    pub(super) fn due_for_deletion(&self, now: Duration) -> Vec<(LeaseName, ClaimId, Orphan)> {
         let mut state = self.state.lock();
         let run_out = state.keys.iter().filter(|(_, key)| now.saturating_sub(key.renewed) > self.ttl);
         let run_out: Vec<_> = run_out.map(|(name, key)| (name.clone(), key.claim)).collect();
         for (name, claim) in run_out {
             state.keys.remove(&name);
-            state.loosen(LooseKey { name, claim, why: Loose::RunOut, since: now, due: now });
+            state.loosen(LooseKey { name, claim, why: Orphan::RunOut, since: now, due: now });
         }
         let mut loose = std::mem::take(&mut state.loose);
         loose.retain(|loose| now < loose.since + self.ttl * LONG);
         let due = loose.iter_mut().filter(|loose| loose.due <= now && !state.has(loose)).take(MOST_LOOSE);
-        let to_let_go = due.map(|loose| {
+        let due_for_deletion = due.map(|loose| {
             loose.due = now + self.ttl;
             (loose.name.clone(), loose.claim, loose.why)
         });
-        let to_let_go = to_let_go.collect();
+        let due_for_deletion = due_for_deletion.collect();
         state.loose = loose;
-        to_let_go
+        due_for_deletion
     }
 
     /// The keys to look at together with the grant's, and their tokens: those that have not been found for longest.
@@ -356,57 +356,57 @@ mod tests {
         let began = now();
         add(&session, &kept, began);
         add(&session, &hung, began);
-        session.loosen(grant("lost", 3).name(), grant("lost", 3).claim(), Loose::InDoubt, began);
-        assert!(session.to_let_go(began + S * 7).is_empty());
+        session.loosen(grant("lost", 3).name(), grant("lost", 3).claim(), Orphan::InDoubt, began);
+        assert!(session.due_for_deletion(began + S * 7).is_empty());
         session.covers(&kept, began + S * 8);
-        let let_go = session.to_let_go(began + S * 9);
+        let let_go = session.due_for_deletion(began + S * 9);
         let mut let_go: Vec<_> = let_go.iter().map(|(name, _, why)| (name.as_str(), *why)).collect();
         let_go.sort_by_key(|(name, _)| *name);
-        assert_eq!(let_go, [("hung", Loose::RunOut), ("lost", Loose::InDoubt)]);
-        assert_eq!(session.loose(Some(*hung.claim())), Some(Loose::RunOut));
-        assert!(session.to_let_go(began + S * 16).is_empty(), "a ttl later, again");
-        assert_eq!(session.to_let_go(began + S * 18).len(), 3);
+        assert_eq!(let_go, [("hung", Orphan::RunOut), ("lost", Orphan::InDoubt)]);
+        assert_eq!(session.loose(Some(*hung.claim())), Some(Orphan::RunOut));
+        assert!(session.due_for_deletion(began + S * 16).is_empty(), "a ttl later, again");
+        assert_eq!(session.due_for_deletion(began + S * 18).len(), 3);
     }
 
     #[test]
     fn a_doubt_outlasts_the_grant_and_the_release_of_its_claim() {
         let (session, lease) = (Session::new(1, S * 8, now()), grant("one", 1));
         let (began, claim) = (now(), lease.claim());
-        session.loosen(lease.name(), claim, Loose::InDoubt, began);
+        session.loosen(lease.name(), claim, Orphan::InDoubt, began);
         add(&session, &lease, began);
         assert_eq!(session.loose(Some(*claim)), None, "it is held");
         session.covers(&lease, began + S * 8);
-        assert!(session.to_let_go(began + S * 9).is_empty());
+        assert!(session.due_for_deletion(began + S * 9).is_empty());
         session.remove(&lease);
         // The first request may only now be carried out.
-        assert_eq!(session.loose(Some(*claim)), Some(Loose::InDoubt));
-        assert_eq!(session.to_let_go(began + S * 10), [(lease.name().clone(), *claim, Loose::InDoubt)]);
-        assert!(session.to_let_go(began + S * 24).is_empty(), "not for ever");
+        assert_eq!(session.loose(Some(*claim)), Some(Orphan::InDoubt));
+        assert_eq!(session.due_for_deletion(began + S * 10), [(lease.name().clone(), *claim, Orphan::InDoubt)]);
+        assert!(session.due_for_deletion(began + S * 24).is_empty(), "not for ever");
     }
 
     #[test]
     fn what_is_being_asked_for_is_neither_loose_nor_let_go_meanwhile() {
         let (session, lease) = (Arc::new(Session::new(1, S * 8, now())), grant("one", 1));
         let began = now();
-        session.loosen(lease.name(), lease.claim(), Loose::InDoubt, began);
+        session.loosen(lease.name(), lease.claim(), Orphan::InDoubt, began);
         let asked = session.ask(lease.claim(), began + S * 7);
         assert_eq!(session.loose(Some(*lease.claim())), None, "somebody is about to have it");
         assert!(session.is_in_doubt(Some(*lease.claim())), "all the same");
         drop(asked);
-        assert_eq!(session.loose(Some(*lease.claim())), Some(Loose::InDoubt));
-        assert!(session.to_let_go(began + S * 9).is_empty());
-        assert_eq!(session.to_let_go(began + S * 16).len(), 1);
+        assert_eq!(session.loose(Some(*lease.claim())), Some(Orphan::InDoubt));
+        assert!(session.due_for_deletion(began + S * 9).is_empty());
+        assert_eq!(session.due_for_deletion(began + S * 16).len(), 1);
     }
 
     #[test]
     fn a_claim_is_loose_for_one_reason() {
         let (session, lease) = (Session::new(1, S * 8, now()), grant("one", 1));
         let began = now();
-        session.loosen(lease.name(), lease.claim(), Loose::InDoubt, began);
+        session.loosen(lease.name(), lease.claim(), Orphan::InDoubt, began);
         add(&session, &lease, began);
-        let run_out = [(lease.name().clone(), *lease.claim(), Loose::RunOut)];
-        assert_eq!(session.to_let_go(began + S * 9), run_out);
-        assert_eq!(session.to_let_go(began + S * 26), run_out, "looked after from when it ran out");
+        let run_out = [(lease.name().clone(), *lease.claim(), Orphan::RunOut)];
+        assert_eq!(session.due_for_deletion(began + S * 9), run_out);
+        assert_eq!(session.due_for_deletion(began + S * 26), run_out, "looked after from when it ran out");
     }
 
     #[test]

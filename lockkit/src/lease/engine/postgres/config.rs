@@ -33,7 +33,7 @@ use crate::lease::connect::{Parts, invalid};
 use crate::lease::engine::{addresses, not_connected};
 use crate::lease::store::{Deadline, StoreError};
 use crate::sys::event;
-use crate::sys::fork::Shielded;
+use crate::sys::fork::ForkGuarded;
 
 /// As libpq has it.
 const PORT: u16 = 5432;
@@ -162,7 +162,7 @@ impl Target {
         opened.map_err(|cut| errors::of_connecting(cut, &shown(host, *port), self.user(), late))
     }
 
-    fn unix(&self, directory: &std::path::Path, port: u16, by: Deadline) -> io::Result<Shielded<OwnedFd>> {
+    fn unix(&self, directory: &std::path::Path, port: u16, by: Deadline) -> io::Result<ForkGuarded<OwnedFd>> {
         let address = SocketAddrUnix::new(directory.join(format!(".s.PGSQL.{port}")))?;
         let socket = socket(AddressFamily::UNIX)?;
         loop {
@@ -176,7 +176,7 @@ impl Target {
     }
 
     /// The first that answers, of the addresses of one host; of the time that is left each gets an equal part.
-    fn tcp(&self, addresses: &[SocketAddr], by: Deadline) -> io::Result<Shielded<OwnedFd>> {
+    fn tcp(&self, addresses: &[SocketAddr], by: Deadline) -> io::Result<ForkGuarded<OwnedFd>> {
         let mut failed = io::ErrorKind::NotFound.into();
         for (at, address) in addresses.iter().enumerate() {
             let part = by.remaining() / u32::try_from(addresses.len() - at).unwrap_or(u32::MAX);
@@ -188,7 +188,7 @@ impl Target {
         Err(failed)
     }
 
-    fn tcp_at(&self, address: &SocketAddr, by: Deadline) -> io::Result<Shielded<OwnedFd>> {
+    fn tcp_at(&self, address: &SocketAddr, by: Deadline) -> io::Result<ForkGuarded<OwnedFd>> {
         let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
         let socket = socket(family)?;
         match connect(&*socket, address) {
@@ -216,9 +216,9 @@ impl Target {
     }
 }
 
-fn socket(family: AddressFamily) -> io::Result<Shielded<OwnedFd>> {
+fn socket(family: AddressFamily) -> io::Result<ForkGuarded<OwnedFd>> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    Ok(Shielded::new(|| socket_with(family, SocketType::STREAM, flags, None))?.know())
+    Ok(ForkGuarded::new(|| socket_with(family, SocketType::STREAM, flags, None))?.know())
 }
 
 /// The hosts and their ports, as libpq pairs them.

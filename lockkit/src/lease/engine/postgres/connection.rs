@@ -28,7 +28,7 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 use crate::failpoint::step;
 use crate::lease::store::Deadline;
 use crate::sys::event;
-use crate::sys::fork::{self, Shielded};
+use crate::sys::fork::{self, ForkGuarded};
 
 /// A statement of the store's, with the types of its parameters.
 pub(super) struct Sql {
@@ -78,7 +78,7 @@ struct Line {
 impl Link {
     /// Opens the session on a connected socket.
     pub(super) fn open(
-        socket: Shielded<OwnedFd>,
+        socket: ForkGuarded<OwnedFd>,
         host: Option<&str>,
         config: &Config,
         tls: &MakeRustlsConnect,
@@ -232,7 +232,7 @@ impl Wake for Called {
 
 /// A connected socket that does not block.
 struct Wire {
-    socket: Shielded<OwnedFd>,
+    socket: ForkGuarded<OwnedFd>,
     /// It took no more when it was last written to.
     is_full: AtomicBool,
 }
