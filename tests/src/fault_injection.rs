@@ -721,7 +721,7 @@ fn play_with_a_heartbeat(fault: Option<&Fault>) -> Round<Left> {
     assert!(victim.ask("try").starts_with("held "));
     let lease = terms.open();
     let record = || match lease.status().expect("it can be read") {
-        LeaseStatus::Held(seen) => Some(seen.cursor()),
+        LeaseStatus::Held(seen) => Some(seen.revision()),
         _ => None,
     };
     let mut strace = Strace::attach(&victim, &injection(fault));

@@ -14,8 +14,8 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use lockkit::lease::{
-    Attempt, ClaimId, Clock, Deadline, Durability, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
-    StoreProfile, SystemClock,
+    Attempt, ClaimId, Clock, Deadline, Durability, Grant, LeaseName, LeaseSnapshot, LeaseStore, Released, Renewal,
+    StoreError, StoreProfile, SystemClock,
 };
 use lockkit::{CancelToken, ErrorKind, FileLock, Lease, LeaseStatus, LossReason, Wait};
 #[cfg(target_os = "linux")]
@@ -1464,7 +1464,7 @@ impl LeaseStore for Board {
         self.works()?;
         let (token, holder) = &mut *self.record.lock().unwrap();
         if holder.is_some_and(|holder| holder != *claim) {
-            return Ok(Attempt::Busy(Seen::new(*token)));
+            return Ok(Attempt::Busy(LeaseSnapshot::new(*token)));
         }
         *token += u64::from(holder.replace(*claim).is_none());
         Ok(Attempt::Granted(Grant::new(name, claim, *token, ttl)))
@@ -1490,14 +1490,14 @@ impl LeaseStore for Board {
         }
     }
 
-    fn look(&self, _: &LeaseName, _: Deadline) -> Result<Option<Seen>, StoreError> {
+    fn get(&self, _: &LeaseName, _: Deadline) -> Result<Option<LeaseSnapshot>, StoreError> {
         self.works()?;
         let (token, holder) = &*self.record.lock().unwrap();
-        Ok(holder.map(|claim| Seen::new(*token).with_claim(claim).with_token(*token)))
+        Ok(holder.map(|claim| LeaseSnapshot::new(*token).with_claim(claim).with_token(*token)))
     }
 
-    fn evict(&self, _: &LeaseName, _: &Seen, _: Deadline) -> Result<Released, StoreError> {
-        Err(StoreError::misuse("nobody is evicted here"))
+    fn evict(&self, _: &LeaseName, _: &LeaseSnapshot, _: Deadline) -> Result<Released, StoreError> {
+        Err(StoreError::permanent("nobody is evicted here"))
     }
 }
 
@@ -1612,7 +1612,7 @@ fn a1_foreign_files_are_refused_and_stay_as_they_are() {
     fs::create_dir(at("directory")).unwrap();
     rustix::fs::mkfifoat(rustix::fs::CWD, at("fifo"), rustix::fs::Mode::from_raw_mode(0o600)).unwrap();
     let special = ["link", "dangling", "json", "json again", "directory", "fifo"].map(at);
-    let damaged = LeaseStatus::Held(Seen::new(0).with_expires_in(Duration::ZERO));
+    let damaged = LeaseStatus::Held(LeaseSnapshot::new(0).with_expires_in(Duration::ZERO));
     let LeaseStatus::Held(any) = damaged else { unreachable!() };
     let is_refused = |path: &Path, error: lockkit::Error| match error.kind() {
         ErrorKind::NotALease { path: named, text } => {

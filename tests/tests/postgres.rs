@@ -48,7 +48,7 @@ fn in_full(error: &lockkit::Error) -> String {
 #[track_caller]
 fn refusal(lease: &Lease) -> String {
     let error = lease.try_lock().unwrap_err();
-    let is_misuse = matches!(error.kind(), ErrorKind::Store { source: lockkit::lease::StoreError::Misuse(_), .. });
+    let is_misuse = matches!(error.kind(), ErrorKind::Store { source: lockkit::lease::StoreError::Permanent(_), .. });
     let text = in_full(&error);
     assert!(is_misuse && !text.contains(PASSWORD), "{text}");
     text

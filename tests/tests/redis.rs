@@ -117,7 +117,7 @@ fn a_server_without_room_for_a_client_says_so_and_is_asked_again() {
     });
     let lease = lease(&format!("redis://leases:secret@127.0.0.1:{}/own", server.port()));
     let error = lease.try_lock().unwrap_err();
-    let is_refused = matches!(error.kind(), ErrorKind::Store { source: StoreError::Refused(_), .. });
+    let is_refused = matches!(error.kind(), ErrorKind::Store { source: StoreError::NotApplied(_), .. });
     assert!(is_refused && in_full(&error).contains("max number of clients"), "{}", in_full(&error));
     drop(other);
     until("there is room", || lease.try_lock().is_ok());

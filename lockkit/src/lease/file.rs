@@ -37,7 +37,7 @@ use super::clock::Clock;
 use super::format::{self, Content, Record, SIZE};
 use super::staleness::Observer;
 use super::store::{
-    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
+    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseSnapshot, LeaseStore, Released, Renewal, StoreError,
     StoreProfile, sleep,
 };
 use crate::error::{Error, ErrorKind};
@@ -89,7 +89,7 @@ pub(super) struct FileStore {
     /// Whether missing directories are created.
     pub(super) create_parents: bool,
     pub(super) clock: Arc<dyn Clock>,
-    /// The shared id of the clock. Asking for it takes system calls.
+    /// The shared id of the clock. PendingClaim for it takes system calls.
     pub(super) clock_id: Option<u128>,
     /// The file system that the file is on, by its number; 0 until it has been opened. What hangs is a file system.
     pub(super) device: AtomicU64,
@@ -149,14 +149,14 @@ impl Reading {
 enum Verdict<'r> {
     /// The record says that the lease is free.
     Free(&'r Record),
-    /// The lease is held, or the file is blank or damaged (then there is no record). When [`Seen::expires_in`] is zero, any
+    /// The lease is held, or the file is blank or damaged (then there is no record). When [`LeaseSnapshot::expires_in`] is zero, any
     /// process may take the lease.
-    Held(Seen, Option<&'r Record>),
+    Held(LeaseSnapshot, Option<&'r Record>),
 }
 
 impl Verdict<'_> {
     /// Returns the holder if it keeps this claim from taking the lease.
-    fn blocks(&self, claim: &ClaimId) -> Option<&Seen> {
+    fn blocks(&self, claim: &ClaimId) -> Option<&LeaseSnapshot> {
         match self {
             Self::Held(seen, _) if seen.expires_in() != Some(Duration::ZERO) && seen.claim() != Some(*claim) => {
                 Some(seen)
@@ -185,7 +185,7 @@ impl LeaseStore for FileStore {
             smallest_ttl: SMALLEST_TTL,
             // Where it cannot be woken it looks at the retry delay itself.
             wakes_waiters: true,
-            place: match self.device.load(Ordering::Relaxed) {
+            failure_domain: match self.device.load(Ordering::Relaxed) {
                 0 => None,
                 device => Some(device),
             },
@@ -214,7 +214,7 @@ impl LeaseStore for FileStore {
                 // Another writer is in its step.
                 return Ok(Attempt::Busy(match verdict {
                     Verdict::Held(seen, _) => seen,
-                    Verdict::Free(_) => Seen::new(0),
+                    Verdict::Free(_) => LeaseSnapshot::new(0),
                 }));
             };
             if !self.names(&found)? {
@@ -292,7 +292,7 @@ impl LeaseStore for FileStore {
         })
     }
 
-    fn give_up(&self, grant: &Grant, by: Deadline) -> Result<Released> {
+    fn abandon(&self, grant: &Grant, by: Deadline) -> Result<Released> {
         self.free_if(by, false, Released::NotMine, |content, _| match content {
             Content::Ours(record) if is_of(record, grant) => {
                 let mut record = (**record).clone();
@@ -306,11 +306,11 @@ impl LeaseStore for FileStore {
         })
     }
 
-    fn look(&self, _: &LeaseName, _: Deadline) -> Result<Option<Seen>> {
+    fn get(&self, _: &LeaseName, _: Deadline) -> Result<Option<LeaseSnapshot>> {
         self.look_unlocked()
     }
 
-    fn evict(&self, _: &LeaseName, seen: &Seen, by: Deadline) -> Result<Released> {
+    fn evict(&self, _: &LeaseName, seen: &LeaseSnapshot, by: Deadline) -> Result<Released> {
         self.free_if(by, false, Released::NotMine, |content, bytes| match content {
             Content::Ours(record) if record.is_held() && seen.is_same_holder(&seen_holder(record)) => {
                 let mut record = (**record).clone();
@@ -318,7 +318,7 @@ impl LeaseStore for FileStore {
                 Some(record)
             }
             // What cannot be read had a token that nobody knows.
-            Content::Damaged if seen.is_same_holder(&Seen::new(format::print(bytes))) => {
+            Content::Damaged if seen.is_same_holder(&LeaseSnapshot::new(format::fingerprint(bytes))) => {
                 let mut record = self.own_record(&ClaimId::from_number(0), seed(), Duration::ZERO);
                 record.set_free();
                 Some(record)
@@ -327,26 +327,26 @@ impl LeaseStore for FileStore {
         })
     }
 
-    fn park(&self, _: &LeaseName, seen: &Seen, by: Deadline, stop: &CancelToken) -> Result<()> {
+    fn wait_for_change(&self, _: &LeaseName, seen: &LeaseSnapshot, by: Deadline, stop: &CancelToken) -> Result<()> {
         // First watch, then look, so that nothing falls in between.
         let watch = inotify::changes_of(&self.path).ok();
         let Some(file) = self.open_for_reading()? else { return Ok(()) };
         let Reading { bytes, content } = self.read(&file)?;
         drop(file);
         let look = match content {
-            Content::Ours(record) if record.print() == seen.cursor() => {
+            Content::Ours(record) if record.fingerprint() == seen.revision() => {
                 match record.owner().is_some_and(|owner| owner.liveness() == Liveness::Alive) {
                     true => LOOK,
                     // inotify(7) does not tell what another host does.
                     false => record.heartbeat().clamp(self.retry_delay.min(LOOK), LOOK * 20),
                 }
             }
-            Content::Damaged if format::print(&bytes) == seen.cursor() => LOOK,
+            Content::Damaged if format::fingerprint(&bytes) == seen.revision() => LOOK,
             _ => return Ok(()),
         };
         match watch {
             Some(watch) => {
-                let event = stop.event().map_err(StoreError::refused)?;
+                let event = stop.event().map_err(StoreError::not_applied)?;
                 let until = by.min(Deadline::after(look));
                 event::wait(Some(watch.as_fd()), Some(event.as_fd()), Some(until.moment()))
                     .map(drop)
@@ -372,13 +372,13 @@ impl FileStore {
             Content::Ours(record) if !record.is_held() => Ok(Verdict::Free(record)),
             Content::Ours(record) => {
                 let noted = self.clock_id.and_then(|clock| record.noted(clock));
-                let age = self.observe(record.print(), noted);
+                let age = self.observe(record.fingerprint(), noted);
                 Ok(Verdict::Held(self.seen(record, age), Some(record)))
             }
             Content::Damaged => {
-                let print = format::print(&reading.bytes);
+                let print = format::fingerprint(&reading.bytes);
                 let age = self.observe(print, None).max(self.unchanged_for(file)?);
-                Ok(Verdict::Held(Seen::new(print).with_expires_in(self.unreadable.saturating_sub(age)), None))
+                Ok(Verdict::Held(LeaseSnapshot::new(print).with_expires_in(self.unreadable.saturating_sub(age)), None))
             }
             Content::Newer => Err(self.newer()),
             Content::Foreign => Err(self.not_a_lease(&reading.bytes)),
@@ -417,7 +417,8 @@ impl FileStore {
         }
         // Without a lock on the file, an NFS client may write its whole cached page back, which contains an old beat.
         if let Ok(Some(locked)) = self.flock(file, Deadline::after(Duration::ZERO)) {
-            let is_same = |now: Reading| matches!(now.content, Content::Ours(now) if now.print() == record.print());
+            let is_same =
+                |now: Reading| matches!(now.content, Content::Ours(now) if now.fingerprint() == record.fingerprint());
             if locked.read().is_ok_and(is_same) {
                 write(&locked.file);
             }
@@ -434,7 +435,7 @@ impl FileStore {
     }
 
     /// What there is to see of a held record that has been as it is for so long.
-    fn seen(&self, record: &Record, unchanged_for: Duration) -> Seen {
+    fn seen(&self, record: &Record, unchanged_for: Duration) -> LeaseSnapshot {
         let seen = seen_holder(record);
         let owner = record.owner();
         let is_dead = owner.as_ref().is_some_and(|owner| owner.liveness() == Liveness::Dead);
@@ -448,7 +449,7 @@ impl FileStore {
         }
     }
 
-    fn look_unlocked(&self) -> Result<Option<Seen>> {
+    fn look_unlocked(&self) -> Result<Option<LeaseSnapshot>> {
         let Some(file) = self.open_for_reading()? else { return Ok(None) };
         Ok(match self.judge(&file, &self.read_unlocked(&file)?)? {
             Verdict::Held(seen, _) => Some(seen),
@@ -577,7 +578,11 @@ impl FileStore {
         let may_free = || aim == Aim::Free && runtime_dir::effective_uid() == 0;
         if found.uid() != 0 && !is_shared && !runtime_dir::is_own(file, &found) && !may_free() {
             let lock = format!("the lease {}", self.path.display());
-            return Err(StoreError::misuse(Error::from(ErrorKind::ForeignOwner { lock, uid: found.uid(), pid: None })));
+            return Err(StoreError::permanent(Error::from(ErrorKind::ForeignOwner {
+                lock,
+                uid: found.uid(),
+                pid: None,
+            })));
         }
         self.place(file, &found);
         Ok(found)
@@ -715,7 +720,7 @@ impl FileStore {
     /// Creates the missing directories down to `directory` if the caller wants that; otherwise the error is `missing`.
     fn create_directories(&self, directory: &Path, missing: io::Error) -> Result<()> {
         if !self.create_parents {
-            return Err(StoreError::misuse(Error::io("open the directory", directory, missing)));
+            return Err(StoreError::permanent(Error::io("open the directory", directory, missing)));
         }
         let is_missing = |directory: &&Path| files::look_at(directory).is_err_and(|error| error.kind() == Io::NotFound);
         let missing: Vec<_> = directory.ancestors().take_while(is_missing).collect();
@@ -743,7 +748,7 @@ impl FileStore {
     /// A grant of its token would be followed by a greater one, and some day by none.
     fn is_forged(&self) -> StoreError {
         let problem = "its fencing token is centuries ahead of the time, so the record is forged; remove the file";
-        StoreError::misuse(Error::from(ErrorKind::LayoutMismatch { path: self.path.clone(), problem }))
+        StoreError::permanent(Error::from(ErrorKind::LayoutMismatch { path: self.path.clone(), problem }))
     }
 
     /// The record of a grant whose file was deleted or damaged.
@@ -759,21 +764,21 @@ impl FileStore {
     }
 
     fn insecure(&self, problem: &'static str) -> StoreError {
-        StoreError::misuse(Error::from(ErrorKind::Insecure { path: self.path.clone(), problem }))
+        StoreError::permanent(Error::from(ErrorKind::Insecure { path: self.path.clone(), problem }))
     }
 
     fn newer(&self) -> StoreError {
         let problem = "it is the lease of a later version of lockkit";
-        StoreError::misuse(Error::from(ErrorKind::LayoutMismatch { path: self.path.clone(), problem }))
+        StoreError::permanent(Error::from(ErrorKind::LayoutMismatch { path: self.path.clone(), problem }))
     }
 
     fn not_a_lease(&self, bytes: &[u8]) -> StoreError {
         let text = format::shown(bytes);
-        StoreError::misuse(Error::from(ErrorKind::NotALease { path: self.path.clone(), text }))
+        StoreError::permanent(Error::from(ErrorKind::NotALease { path: self.path.clone(), text }))
     }
 
     fn replaced(&self) -> StoreError {
-        StoreError::refused(Error::from(ErrorKind::RogueDeletion { path: self.path.clone() }))
+        StoreError::not_applied(Error::from(ErrorKind::RogueDeletion { path: self.path.clone() }))
     }
 
     fn occupied(&self) -> StoreError {
@@ -867,8 +872,8 @@ fn next_beat(grant: &Grant, written: u64) -> u64 {
     grant.handle::<Beats>().map_or(written.saturating_add(1), |beats| beats.next(written))
 }
 
-fn seen_holder(record: &Record) -> Seen {
-    Seen::new(record.print()).with_claim(record.claim()).with_token(record.token())
+fn seen_holder(record: &Record) -> LeaseSnapshot {
+    LeaseSnapshot::new(record.fingerprint()).with_claim(record.claim()).with_token(record.token())
 }
 
 fn is_of(record: &Record, grant: &Grant) -> bool {
@@ -898,7 +903,7 @@ fn failed_at(action: &'static str, path: &Path, error: io::Error) -> StoreError 
     let lasting = matches!(error.kind(), PermissionDenied | ReadOnlyFilesystem | IsADirectory | NotADirectory)
         || files::is_name_too_long(&error);
     let error = Error::io(action, path, error);
-    if lasting { StoreError::misuse(error) } else { StoreError::refused(error) }
+    if lasting { StoreError::permanent(error) } else { StoreError::not_applied(error) }
 }
 
 #[cfg(test)]

@@ -25,7 +25,7 @@
 //!
 //! A note contains the id of a clock, and the time in nanoseconds at which an observer first saw a beat. Observers write
 //! notes without a lock, so a note can meet a later beat or another note. Each note therefore has a checksum of its own. It
-//! covers the clock and the time, and starts from the [`print`](Record::print) of the record. A note that is torn, or is
+//! covers the clock and the time, and starts from the [`fingerprint`](Record::fingerprint) of the record. A note that is torn, or is
 //! about another beat, does not count.
 
 use std::ops::Range;
@@ -142,7 +142,7 @@ pub(super) fn shown(bytes: &[u8]) -> String {
 }
 
 /// What tells one content of a file from another.
-pub(super) fn print(bytes: &[u8]) -> u64 {
+pub(super) fn fingerprint(bytes: &[u8]) -> u64 {
     fnv(FNV_BASIS, bytes)
 }
 
@@ -273,12 +273,12 @@ impl Record {
     }
 
     fn note_sum(&self, note: &[u8]) -> [u8; NOTE_SUM.end - NOTE_SUM.start] {
-        hex_digits(fnv(self.print(), &note[CLOCK.start..TIME.end]).into())
+        hex_digits(fnv(self.fingerprint(), &note[CLOCK.start..TIME.end]).into())
     }
 
     /// What is the same as long as the record says the same, whatever observers note in it.
-    pub(super) fn print(&self) -> u64 {
-        print(&self.0[STATE.start..BEAT.end])
+    pub(super) fn fingerprint(&self) -> u64 {
+        fingerprint(&self.0[STATE.start..BEAT.end])
     }
 
     /// The bytes to write.
@@ -430,7 +430,7 @@ mod tests {
             noted_by_all = noted(&noted_by_all, clock, S * clock as u32);
         }
         let Content::Ours(noted_by_all) = parse(&noted_by_all.0) else { panic!("notes are no part of the sum") };
-        assert_eq!(noted_by_all.print(), record.print());
+        assert_eq!(noted_by_all.fingerprint(), record.fingerprint());
         assert!((1..=4).all(|clock| noted_by_all.noted(clock) == Some(S * clock as u32)));
         let fifth = noted(&noted_by_all, 5, S * 5);
         assert_eq!(fifth.noted(5), Some(S * 5), "it takes the place of another");

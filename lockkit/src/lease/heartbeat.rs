@@ -5,14 +5,14 @@
 //! put in at the other, so a beat touches little memory however many there are. That of a lease which has ended stays
 //! there until it comes up, or until such ones are more than half of all; a release never searches.
 //!
-//! One request at a time is under way. A second thread, the deputy, sleeps beside it and looks four times a second, or
+//! One request at a time is under way. A second thread, the watchdog, sleeps beside it and looks four times a second, or
 //! more often where a served ttl is shorter than two seconds, whether the request still is. If so it beats from then
-//! on, and starts another deputy; the thread whose request it was ends when that returns. Until then nothing is asked
-//! of that request's *place* (a store, or the file system of a file), though the ends of its leases are told. So
+//! on, and starts another watchdog; the thread whose request it was ends when that returns. Until then nothing is asked
+//! of that request's *domain* (a store, or the file system of a file), though the ends of its leases are told. So
 //! whatever hangs, and for how long, delays the beats of other places by a quarter of the shortest ttl, at most by half
-//! a second, and costs one thread for each place that hangs.
+//! a second, and costs one thread for each domain that hangs.
 //!
-//! A place that took long but returned in time rests for as long as it took, whatever is due there, so others get half
+//! A domain that took long but returned in time rests for as long as it took, whatever is due there, so others get half
 //! of the time at least. It rests no longer than whoever releases waits: what took longer than that may be a process that
 //! was stopped, and its leases have no time to lose.
 //!
@@ -43,10 +43,10 @@ const SLACKS_IN_A_HEARTBEAT: u32 = 20;
 /// How long the thread pauses after a panic.
 const PAUSE: Duration = Duration::from_millis(3);
 
-/// A request that takes longer makes its place rest. A file's that meets a kept flock is shorter.
+/// A request that takes longer makes its domain rest. A file's that meets a kept flock is shorter.
 const SLOW: Duration = Duration::from_millis(25);
 
-/// How often the deputy looks whether a request is stuck, unless a lease has so short a ttl that it must do so within a
+/// How often the watchdog looks whether a request is stuck, unless a lease has so short a ttl that it must do so within a
 /// part of that.
 const LOOK: Duration = Duration::from_millis(250);
 const SOONEST_LOOK: Duration = Duration::from_millis(5);
@@ -64,7 +64,7 @@ pub(super) struct HeartbeatScheduler {
     queue: Mutex<Queue>,
     /// Wakes the thread that beats.
     changed: Condvar,
-    /// Wakes a deputy that idles.
+    /// Wakes a watchdog that idles.
     served: Condvar,
     losses: Mutex<Losses>,
 }
@@ -80,20 +80,20 @@ struct Losses {
 #[derive(Default)]
 struct Queue {
     /// Which thread beats, as they are numbered; 0 before there is one.
-    beater: u64,
+    active_worker: u64,
     has_deputy: bool,
     /// One is to be appointed at the next beat.
     wants_deputy: bool,
     /// Losses are to be told by the thread that beats, for want of another.
     owes_telling: bool,
-    /// The deputy sleeps until a lease is served.
+    /// The watchdog sleeps until a lease is served.
     deputy_idles: bool,
     /// What the thread that beats is busy with.
     request: Option<Request>,
     rests: Vec<DomainBackoff>,
     /// No lease that is served has a shorter ttl.
     shortest: Option<Duration>,
-    /// The same for each place, as far as is remembered.
+    /// The same for each domain, as far as is remembered.
     shortest_at: Vec<(FailureDomain, Duration)>,
     /// None beats more often.
     soonest: Option<Duration>,
@@ -119,9 +119,9 @@ pub(super) enum FailureDomain {
     Common(u64),
 }
 
-/// A place of which nothing is asked now.
+/// A domain of which nothing is asked now.
 struct DomainBackoff {
-    place: FailureDomain,
+    domain: FailureDomain,
     until: Until,
 }
 
@@ -185,9 +185,9 @@ impl HeartbeatScheduler {
         static SCHEDULER: PerProcess<HeartbeatScheduler> = PerProcess::new();
         let heart = SCHEDULER.get(Self::default);
         let mut queue = heart.lock();
-        if queue.beater == 0 {
+        if queue.active_worker == 0 {
             Self::spawn(move || heart.beat_as(1))?;
-            queue.beater = 1;
+            queue.active_worker = 1;
         }
         queue.wants_deputy = !queue.has_deputy;
         Ok(heart)
@@ -205,22 +205,22 @@ impl HeartbeatScheduler {
 
     /// Beats for `held` from `due` on until it ends.
     pub(super) fn serve(&self, held: Arc<Held>, due: Duration) {
-        let place = held.place();
+        let domain = held.domain();
         let mut queue = self.lock();
-        match queue.shortest_at.iter_mut().find(|(at, _)| *at == place) {
+        match queue.shortest_at.iter_mut().find(|(at, _)| *at == domain) {
             Some((_, shortest)) => *shortest = held.ttl().min(*shortest),
             None => {
-                // Each store may be a place of its own, and a program may go on making stores.
+                // Each store may be a domain of its own, and a program may go on making stores.
                 if queue.shortest_at.len() == MOST_PLACES {
                     queue.shortest_at.clear();
                 }
-                queue.shortest_at.push((place, held.ttl()));
+                queue.shortest_at.push((domain, held.ttl()));
             }
         }
         queue.shortest = Some(queue.shortest.map_or(held.ttl(), |shortest| shortest.min(held.ttl())));
-        let slack_before = slack(queue.soonest);
+        let slack_before = coalescing_window(queue.soonest);
         queue.soonest = Some(queue.soonest.map_or(held.heartbeat(), |soonest| soonest.min(held.heartbeat())));
-        let is_shorter = slack(queue.soonest) < slack_before;
+        let is_shorter = coalescing_window(queue.soonest) < slack_before;
         let is_first = queue.push(Beat { due, held });
         let deputy_idles = mem::take(&mut queue.deputy_idles);
         drop(queue);
@@ -261,15 +261,15 @@ impl HeartbeatScheduler {
     }
 
     /// No lease there that is served has a shorter ttl, as far as is remembered.
-    pub(super) fn shortest_at(&self, place: FailureDomain) -> Option<Duration> {
-        self.lock().shortest_at.iter().find(|(at, _)| *at == place).map(|(_, shortest)| *shortest)
+    pub(super) fn shortest_at(&self, domain: FailureDomain) -> Option<Duration> {
+        self.lock().shortest_at.iter().find(|(at, _)| *at == domain).map(|(_, shortest)| *shortest)
     }
 
     /// Whether a request hangs there that has taken longer than it may.
-    pub(super) fn is_stuck(&self, place: FailureDomain) -> bool {
+    pub(super) fn is_stuck(&self, domain: FailureDomain) -> bool {
         let now = Instant::now();
         let is_stuck = |rest: &DomainBackoff| matches!(rest.until, Until::Return { late, .. } if late <= now);
-        self.lock().rests.iter().any(|rest| rest.place == place && is_stuck(rest))
+        self.lock().rests.iter().any(|rest| rest.domain == domain && is_stuck(rest))
     }
 
     /// A lease that it serves was released.
@@ -298,7 +298,7 @@ impl HeartbeatScheduler {
         }
     }
 
-    /// The life of a deputy: until the thread that beats is stuck, whose number and beats it then takes.
+    /// The life of a watchdog: until the thread that beats is stuck, whose number and beats it then takes.
     fn stand_by(&'static self) -> u64 {
         let mut queue = self.lock();
         loop {
@@ -311,15 +311,15 @@ impl HeartbeatScheduler {
             }
             let look = look_every(queue.shortest);
             if let Some(request) = queue.request.take_if(|request| request.began.elapsed() >= look) {
-                let stuck = queue.beater;
-                queue.beater += 1;
+                let stuck = queue.active_worker;
+                queue.active_worker += 1;
                 let late = request.began + request.held.longest_release();
                 let until = Until::Return { thread: stuck, late };
-                queue.rests.push(DomainBackoff { place: request.held.place(), until });
+                queue.rests.push(DomainBackoff { domain: request.held.domain(), until });
                 // The end of that lease is to be told, too.
                 queue.push(Beat { due: Duration::ZERO, held: request.held });
                 self.appoint_deputy(&mut queue);
-                return queue.beater;
+                return queue.active_worker;
             }
             queue = self.served.wait_timeout(queue, look).unwrap_or_else(PoisonError::into_inner).0;
         }
@@ -330,13 +330,13 @@ impl HeartbeatScheduler {
         let mut queue = self.lock();
         // Those of a beat that panicked.
         queue.rests.retain(|rest| !rest.until.is_return_of(me));
-        if queue.beater == me {
+        if queue.active_worker == me {
             let request = queue.request.take();
             drop(queue);
             drop(request);
             queue = self.lock();
         }
-        while queue.beater == me {
+        while queue.active_worker == me {
             if mem::take(&mut queue.owes_telling) {
                 drop(queue);
                 self.tell_all();
@@ -348,10 +348,10 @@ impl HeartbeatScheduler {
                     if mem::take(&mut queue.wants_deputy) && !queue.has_deputy {
                         self.appoint_deputy(&mut queue);
                     }
-                    let place = beat.held.place();
+                    let domain = beat.held.domain();
                     let began = Instant::now();
                     queue.request = Some(Request { held: beat.held.clone(), began });
-                    let rest = queue.rest_of(place, began, beat.held.heartbeat());
+                    let rest = queue.rest_of(domain, began, beat.held.heartbeat());
                     drop(queue);
                     let next = match rest {
                         Some(rest) => beat.held.beat_at_rest(rest),
@@ -361,10 +361,10 @@ impl HeartbeatScheduler {
                     queue = self.lock();
                     queue.rests.retain(|rest| !rest.until.is_return_of(me));
                     if let Some(rest) = rest_after(ended - began, beat.held.longest_release()) {
-                        queue.rests.push(DomainBackoff { place, until: Until::Moment(ended + rest) });
+                        queue.rests.push(DomainBackoff { domain, until: Until::Moment(ended + rest) });
                     }
-                    if queue.beater != me {
-                        // The deputy has a beat of its own for that lease. This one may be the last to hold a store.
+                    if queue.active_worker != me {
+                        // The watchdog has a beat of its own for that lease. This one may be the last to hold a store.
                         drop(queue);
                         drop(beat);
                         return;
@@ -386,7 +386,7 @@ impl HeartbeatScheduler {
                     queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
                 }
                 Work::Sleep(Some(nap)) => {
-                    let nap = nap + slack(queue.soonest);
+                    let nap = nap + coalescing_window(queue.soonest);
                     queue = self.changed.wait_timeout(queue, nap).unwrap_or_else(PoisonError::into_inner).0;
                 }
             }
@@ -421,13 +421,13 @@ impl Queue {
         is_first
     }
 
-    /// How long nothing is to be asked of a place; a heartbeat, where nobody knows.
-    fn rest_of(&mut self, place: FailureDomain, now: Instant, heartbeat: Duration) -> Option<Duration> {
+    /// How long nothing is to be asked of a domain; a heartbeat, where nobody knows.
+    fn rest_of(&mut self, domain: FailureDomain, now: Instant, heartbeat: Duration) -> Option<Duration> {
         if self.rests.is_empty() {
             return None;
         }
         self.rests.retain(|rest| !matches!(rest.until, Until::Moment(moment) if moment <= now));
-        let rests = self.rests.iter().filter(|rest| rest.place == place);
+        let rests = self.rests.iter().filter(|rest| rest.domain == domain);
         rests.map(|rest| if let Until::Moment(moment) = rest.until { moment - now } else { heartbeat }).max()
     }
 
@@ -457,17 +457,17 @@ impl Queue {
     }
 }
 
-/// How long a place rests after a request that took so long, and at most.
+/// How long a domain rests after a request that took so long, and at most.
 fn rest_after(took: Duration, longest: Duration) -> Option<Duration> {
     (took > SLOW).then(|| took.min(longest))
 }
 
 /// How much later than due a beat may be done, where no heartbeat is shorter than that.
-fn slack(soonest: Option<Duration>) -> Duration {
+fn coalescing_window(soonest: Option<Duration>) -> Duration {
     soonest.map_or(SLACK, |soonest| (soonest / SLACKS_IN_A_HEARTBEAT).min(SLACK))
 }
 
-/// How often the deputy looks, where no ttl is shorter than that.
+/// How often the watchdog looks, where no ttl is shorter than that.
 fn look_every(shortest: Option<Duration>) -> Duration {
     shortest.map_or(LOOK, |shortest| (shortest / LOOKS_IN_A_TTL).clamp(SOONEST_LOOK, LOOK))
 }
@@ -488,9 +488,9 @@ mod tests {
     #[test]
     fn a_beat_is_late_by_a_small_part_of_the_shortest_heartbeat() {
         const MS: Duration = Duration::from_millis(1);
-        assert_eq!(slack(None), SLACK);
-        assert_eq!(slack(Some(MS * 250)), SLACK);
-        assert_eq!(slack(Some(MS * 20)), MS);
+        assert_eq!(coalescing_window(None), SLACK);
+        assert_eq!(coalescing_window(Some(MS * 250)), SLACK);
+        assert_eq!(coalescing_window(Some(MS * 20)), MS);
     }
 
     #[test]

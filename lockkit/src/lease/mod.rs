@@ -48,10 +48,10 @@ use builder::Options;
 pub use clock::{Clock, ManualClock, SystemClock};
 use heartbeat::HeartbeatScheduler;
 pub use shared::LostSignal;
-use shared::{Asking, Held, SHORTEST_REQUEST};
+use shared::{Held, PendingClaim, SHORTEST_REQUEST};
 pub use state::LossReason;
 pub use store::{
-    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
+    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseSnapshot, LeaseStore, Released, Renewal, StoreError,
     StoreProfile,
 };
 use waiters::Waiter;
@@ -114,8 +114,8 @@ pub enum LeaseStatus {
     /// Nobody.
     Free,
     /// A holder has it by its record, or the file is blank or damaged and counts as held; then there is no
-    /// [claim](Seen::claim). If [`Seen::expires_in`] is zero the lease is stale: the next process to ask takes it over.
-    Held(Seen),
+    /// [claim](LeaseSnapshot::claim). If [`LeaseSnapshot::expires_in`] is zero the lease is stale: the next process to ask takes it over.
+    Held(LeaseSnapshot),
 }
 
 /// How a lease was lost; what [`on_lost`](LeaseBuilder::on_lost) is told.
@@ -341,7 +341,7 @@ impl Lease {
     ///
     /// # Errors
     /// As [`acquire`](Self::acquire), without those of the wait.
-    pub fn evict(&self, seen: &Seen) -> Result<bool> {
+    pub fn evict(&self, seen: &LeaseSnapshot) -> Result<bool> {
         let evicted = self.0.store.evict(&self.0.name, seen, self.0.request());
         evicted.map(|done| done == Released::Done).map_err(|error| self.0.failed(error))
     }
@@ -367,7 +367,7 @@ impl Inner {
         wait.check(&found)?;
         let heart = HeartbeatScheduler::start()
             .map_err(|error| Error::io("start the heartbeat thread for", self.name.as_str(), error))?;
-        let mut asking = Asking::begin(self.clone(), heart);
+        let mut asking = PendingClaim::begin(self.clone(), heart);
         // From here on, so that a limit also bounds a store that does not answer.
         let patience = wait.patience();
         let mut recovered = None;
@@ -402,7 +402,7 @@ impl Inner {
                         Err(_) => asking.abandon_claim(sent),
                     }
                     is_answered = true;
-                    StoreError::refused("its answer came too late")
+                    StoreError::not_applied("its answer came too late")
                 }
                 Ok(Attempt::Busy(seen)) => {
                     (failures, is_answered) = (0, true);
@@ -413,14 +413,14 @@ impl Inner {
                                 telemetry::waiting(&found);
                             }
                             if self.queue_up(waiter, patience, &mut found)? {
-                                self.park(&seen, patience, &found)?;
+                                self.wait_for_change(&seen, patience, &found)?;
                             }
                         }
                         None => return Err(found.held()),
                     }
                     continue;
                 }
-                Err(error @ StoreError::Misuse(_)) => return Err(self.failed(error)),
+                Err(error @ StoreError::Permanent(_)) => return Err(self.failed(error)),
                 Err(error) => {
                     if matches!(error, StoreError::Unknown(_)) {
                         asking.is_unanswered(sent);
@@ -451,7 +451,7 @@ impl Inner {
 
     /// Gives back a grant that nobody was told of. Whether the next owner will be told of whom it was recovered from.
     fn give_back_untold(&self, grant: &Grant, by: Deadline) -> std::result::Result<bool, StoreError> {
-        let is_passed_on = grant.recovered().is_some() && self.store.give_up(grant, by)? == Released::Done;
+        let is_passed_on = grant.recovered().is_some() && self.store.abandon(grant, by)? == Released::Done;
         if !is_passed_on {
             self.store.release(grant, by)?;
         }
@@ -481,7 +481,7 @@ impl Inner {
     }
 
     /// Waits for a change of what was seen, until it runs out or the patience does.
-    fn park(&self, seen: &Seen, patience: &WaitState, found: &Found<'_>) -> Result<()> {
+    fn wait_for_change(&self, seen: &LeaseSnapshot, patience: &WaitState, found: &Found<'_>) -> Result<()> {
         /// What is said to run out now is asked for again a moment later.
         const MOMENT: Duration = Duration::from_millis(1);
         /// A clock that no other process reads may run as it likes.
@@ -497,16 +497,16 @@ impl Inner {
         }
         let by = patience.until().map_or(Deadline::after(limit), |until| Deadline::after(limit).min(until.into()));
         let stop = patience.token().cloned().unwrap_or_default();
-        let failed = match self.store.park(&self.name, seen, by, &stop) {
-            Err(error @ StoreError::Misuse(_)) => return Err(self.failed(error)),
+        let failed = match self.store.wait_for_change(&self.name, seen, by, &stop) {
+            Err(error @ StoreError::Permanent(_)) => return Err(self.failed(error)),
             parked => parked.is_err(),
         };
         let pause = if failed { patience.sleep(options.retry_delay)? } else { Ok(()) };
         pause.and_then(|()| patience.portion(Duration::MAX).map(drop)).map_err(|gave_up| patience.error(gave_up, found))
     }
 
-    fn look(&self) -> Result<Option<Seen>> {
-        self.store.look(&self.name, self.request()).map_err(|error| self.failed(error))
+    fn look(&self) -> Result<Option<LeaseSnapshot>> {
+        self.store.get(&self.name, self.request()).map_err(|error| self.failed(error))
     }
 
     /// By when a request must have ended that is asked for now: well within a ttl, and while somebody still waits.

@@ -12,7 +12,7 @@ use std::time::Duration;
 use super::clock::Clock;
 use super::heartbeat::{FailureDomain, HeartbeatScheduler};
 use super::state::{Action, LeaseState, LossReason};
-use super::store::{Attempt, ClaimId, Deadline, Grant, Released, Renewal, Seen, StoreError};
+use super::store::{Attempt, ClaimId, Deadline, Grant, LeaseSnapshot, Released, Renewal, StoreError};
 use super::{Inner, Loss};
 #[cfg(feature = "tokio")]
 use crate::blocking;
@@ -27,7 +27,7 @@ use crate::wait::{CancelToken, LockInfo, Wait, WaitState};
 const LONGEST_RELEASE: Duration = Duration::from_millis(250);
 
 /// The longest that a request of the heartbeat may take, besides a quarter of the ttl. It may have to connect anew first,
-/// to a server that is far away. It is less, but no less than a release may take, where another lease at the same place has
+/// to a server that is far away. It is less, but no less than a release may take, where another lease at the same domain has
 /// a short ttl, for its beats may have to wait for it.
 const LONGEST_BEAT: Duration = Duration::from_secs(2);
 
@@ -63,7 +63,7 @@ struct State {
 
 /// An acquisition under way. Where it ends without a grant after a request that got no answer, its claim may have been
 /// given the name, or may yet be. Then the heartbeat takes that back, so that nobody is kept out by nobody.
-pub(super) struct Asking {
+pub(super) struct PendingClaim {
     lease: Arc<Inner>,
     heart: &'static HeartbeatScheduler,
     pub(super) claim: ClaimId,
@@ -71,7 +71,7 @@ pub(super) struct Asking {
     unanswered: Option<Duration>,
 }
 
-impl Asking {
+impl PendingClaim {
     pub(super) fn begin(lease: Arc<Inner>, heart: &'static HeartbeatScheduler) -> Self {
         Self { lease, heart, claim: ClaimId::random(), unanswered: None }
     }
@@ -98,7 +98,7 @@ impl Asking {
     }
 }
 
-impl Drop for Asking {
+impl Drop for PendingClaim {
     fn drop(&mut self) {
         if let Some(sent) = self.unanswered {
             Held::reclaim_orphan(self.lease.clone(), &self.claim, 0, self.heart, sent);
@@ -198,11 +198,11 @@ impl Held {
     }
 
     /// What its store hangs with.
-    pub(super) fn place(&self) -> FailureDomain {
+    pub(super) fn domain(&self) -> FailureDomain {
         let store = &self.lease.store;
         store
             .profile()
-            .place
+            .failure_domain
             .map_or(FailureDomain::Store(Arc::as_ptr(store).cast::<()>() as usize), FailureDomain::Common)
     }
 
@@ -262,7 +262,7 @@ impl Held {
             let has_run_out = matches!(reason, LossReason::Expired | LossReason::Store(_));
             if has_run_out && !mem::replace(&mut self.lock().is_given_up, true) {
                 let is_given_up =
-                    !self.is_store_busy() && protected(|| self.lease.store.give_up(&self.grant, by)).is_ok();
+                    !self.is_store_busy() && protected(|| self.lease.store.abandon(&self.grant, by)).is_ok();
                 if !is_given_up {
                     self.leave_to_heart();
                 }
@@ -305,7 +305,7 @@ impl Held {
 
     /// Whether what is asked of the store now may hang with what was asked before. Only the heartbeat has threads for that.
     fn is_store_busy(&self) -> bool {
-        self.lock().asking || self.heart.is_stuck(self.place())
+        self.lock().asking || self.heart.is_stuck(self.domain())
     }
 
     fn leave_to_heart(self: &Arc<Self>) {
@@ -319,7 +319,7 @@ impl Held {
             _ if !self.is_granted => self.find_and_free(by),
             true => self.lease.store.release(&self.grant, by),
             // A renewal that came too late may have made it good again for a store that finds out itself, too.
-            false => match self.lease.store.give_up(&self.grant, by) {
+            false => match self.lease.store.abandon(&self.grant, by) {
                 Ok(Released::NotMine) if self.seen(by)?.is_some() => self.lease.store.release(&self.grant, by),
                 told => told,
             },
@@ -327,15 +327,15 @@ impl Held {
     }
 
     /// The claim as the holder, if the store names it so.
-    fn seen(&self, by: Deadline) -> Result<Option<Seen>, StoreError> {
-        let seen = self.lease.store.look(self.grant.name(), by)?;
+    fn seen(&self, by: Deadline) -> Result<Option<LeaseSnapshot>, StoreError> {
+        let seen = self.lease.store.get(self.grant.name(), by)?;
         Ok(seen.filter(|seen| seen.claim() == Some(*self.grant.claim())))
     }
 
     /// Frees what the claim was given, and is never done: the request that asked for it may yet be carried out.
     fn find_and_free(&self, by: Deadline) -> Result<Released, StoreError> {
         // What is under the token that is known is given back by who knows how it ended.
-        let is_to_free = |seen: Seen| match self.token() {
+        let is_to_free = |seen: LeaseSnapshot| match self.token() {
             0 => true,
             known => seen.token().is_some_and(|token| token != known),
         };
@@ -423,7 +423,7 @@ impl Held {
 
     /// By when a request must have ended that the heartbeat makes now.
     fn request(&self) -> Deadline {
-        let shortest = self.heart.shortest_at(self.place()).unwrap_or(self.ttl());
+        let shortest = self.heart.shortest_at(self.domain()).unwrap_or(self.ttl());
         Deadline::after((self.ttl() / 4).min(LONGEST_BEAT).min((shortest / 4).max(LONGEST_RELEASE)))
     }
 

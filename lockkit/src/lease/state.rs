@@ -286,7 +286,7 @@ mod tests {
             match tenure.beat(clock.now()) {
                 Action::Renew => {
                     tries += 1;
-                    let answer = Err(StoreError::refused("no space left"));
+                    let answer = Err(StoreError::not_applied("no space left"));
                     assert!(matches!(tenure.answered(clock.now(), clock.now(), answer), Action::Sleep(_)));
                 }
                 Action::Sleep(until) => clock.advance(until - clock.now()),

@@ -31,7 +31,7 @@ type Cause = Box<dyn std::error::Error + Send + Sync>;
 ///   in the step in which they change the record.
 /// - No request takes longer than its [`Deadline`]. One heartbeat thread serves all leases of a process, so what hangs
 ///   holds up the beats of other leases until another thread has noticed, and costs a thread for as long. A renewal
-///   that queues behind the requests of other threads, or behind who waits in [`park`](Self::park), as for a connection
+///   that queues behind the requests of other threads, or behind who waits in [`wait_for_change`](Self::wait_for_change), as for a connection
 ///   that they share, may come too late.
 /// - A request that may have taken effect, though no answer came, is [`StoreError::Unknown`].
 ///
@@ -44,7 +44,7 @@ type Cause = Box<dyn std::error::Error + Send + Sync>;
 /// use std::sync::{Arc, Condvar, Mutex};
 /// use std::time::{Duration, Instant};
 /// use lockkit::lease::{
-///     Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
+///     Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseStore, Released, Renewal, LeaseSnapshot, StoreError,
 ///     StoreProfile,
 /// };
 /// use lockkit::{CancelToken, Lease};
@@ -56,10 +56,10 @@ type Cause = Box<dyn std::error::Error + Send + Sync>;
 /// struct Record { holder: Option<(ClaimId, Instant, Duration)>, token: u64 }
 ///
 /// impl Record {
-///     fn seen(&self) -> Option<Seen> {
+///     fn seen(&self) -> Option<LeaseSnapshot> {
 ///         let (claim, until, _) = self.holder?;
 ///         let left = until.saturating_duration_since(Instant::now());
-///         Some(Seen::new(self.token).with_claim(claim).with_token(self.token).with_expires_in(left))
+///         Some(LeaseSnapshot::new(self.token).with_claim(claim).with_token(self.token).with_expires_in(left))
 ///     }
 ///     fn is_of(&self, grant: &Grant) -> bool {
 ///         self.token == grant.token() && self.holder.is_some_and(|(claim, ..)| claim == *grant.claim())
@@ -103,10 +103,10 @@ type Cause = Box<dyn std::error::Error + Send + Sync>;
 ///             _ => Ok(Released::NotMine),
 ///         }
 ///     }
-///     fn look(&self, name: &LeaseName, _: Deadline) -> Result<Option<Seen>, StoreError> {
+///     fn get(&self, name: &LeaseName, _: Deadline) -> Result<Option<LeaseSnapshot>, StoreError> {
 ///         Ok(self.0.lock().unwrap().get(name.as_str()).and_then(Record::seen))
 ///     }
-///     fn evict(&self, name: &LeaseName, seen: &Seen, _: Deadline) -> Result<Released, StoreError> {
+///     fn evict(&self, name: &LeaseName, seen: &LeaseSnapshot, _: Deadline) -> Result<Released, StoreError> {
 ///         match self.0.lock().unwrap().get_mut(name.as_str()) {
 ///             Some(record) if record.seen().is_some_and(|now| now.is_same_holder(seen)) => {
 ///                 record.holder = None;
@@ -165,7 +165,7 @@ pub trait LeaseStore: Send + Sync {
     ///
     /// # Errors
     /// As [`release`](Self::release).
-    fn give_up(&self, grant: &Grant, by: Deadline) -> Result<Released, StoreError> {
+    fn abandon(&self, grant: &Grant, by: Deadline) -> Result<Released, StoreError> {
         let _ = (grant, by);
         Ok(Released::NotMine)
     }
@@ -174,16 +174,16 @@ pub trait LeaseStore: Send + Sync {
     ///
     /// # Errors
     /// As [`StoreError`] has them.
-    fn look(&self, name: &LeaseName, by: Deadline) -> Result<Option<Seen>, StoreError>;
+    fn get(&self, name: &LeaseName, by: Deadline) -> Result<Option<LeaseSnapshot>, StoreError>;
 
     /// Takes the name from the holder that was `seen`, and from no other.
     ///
     /// # Errors
     /// As [`StoreError`] has them.
-    fn evict(&self, name: &LeaseName, seen: &Seen, by: Deadline) -> Result<Released, StoreError>;
+    fn evict(&self, name: &LeaseName, seen: &LeaseSnapshot, by: Deadline) -> Result<Released, StoreError>;
 
     /// Waits until something has changed since `seen`, `by` has come or `stop` is cancelled. It may return for nothing
-    /// at all; the lease then tries again, and bounds each wait by [`Seen::expires_in`].
+    /// at all; the lease then tries again, and bounds each wait by [`LeaseSnapshot::expires_in`].
     ///
     /// A store that can be told of changes registers for them before it looks whether anything has changed already.
     /// Unless told otherwise, it only lets the time pass: the lease then keeps `by` to
@@ -191,7 +191,7 @@ pub trait LeaseStore: Send + Sync {
     /// [`wakes_waiters`](StoreProfile::wakes_waiters) is false.
     ///
     /// # Errors
-    /// After an error the lease tries again at its retry delay; a [`Misuse`](StoreError::Misuse) ends the acquisition.
+    /// After an error the lease tries again at its retry delay; a [`Permanent`](StoreError::Permanent) ends the acquisition.
     ///
     /// One in memory, whose every change is told on a condition:
     ///
@@ -200,15 +200,21 @@ pub trait LeaseStore: Send + Sync {
     /// # use lockkit::lease::Deadline;
     /// # struct Memory { version: Mutex<u64>, changed: Condvar }
     /// # impl Memory {
-    /// fn park(&self, seen: u64, by: Deadline) {
+    /// fn wait_for_change(&self, seen: u64, by: Deadline) {
     ///     let version = self.version.lock().unwrap();
     ///     drop(self.changed.wait_timeout_while(version, by.remaining(), |version| *version == seen));
     /// }
     /// # }
     /// # let memory = Memory { version: Mutex::new(1), changed: Condvar::new() };
-    /// # memory.park(0, Deadline::after(std::time::Duration::from_secs(9)));
+    /// # memory.wait_for_change(0, Deadline::after(std::time::Duration::from_secs(9)));
     /// ```
-    fn park(&self, name: &LeaseName, seen: &Seen, by: Deadline, stop: &CancelToken) -> Result<(), StoreError> {
+    fn wait_for_change(
+        &self,
+        name: &LeaseName,
+        seen: &LeaseSnapshot,
+        by: Deadline,
+        stop: &CancelToken,
+    ) -> Result<(), StoreError> {
         let _ = (name, seen);
         sleep(by, stop)
     }
@@ -217,7 +223,7 @@ pub trait LeaseStore: Send + Sync {
 /// Lets the time pass until `by` or `stop`.
 pub(super) fn sleep(by: Deadline, stop: &CancelToken) -> Result<(), StoreError> {
     match Wait::until(by.moment()).or_cancelled(stop).patience() {
-        Some(patience) => patience.sleep(by.remaining()).map(drop).map_err(StoreError::refused),
+        Some(patience) => patience.sleep(by.remaining()).map(drop).map_err(StoreError::not_applied),
         None => Ok(()),
     }
 }
@@ -242,11 +248,11 @@ pub struct StoreProfile {
     pub ttl_step: Duration,
     /// What its records last through.
     pub durability: Durability,
-    /// Whether [`park`](LeaseStore::park) wakes at a change; not, unless told otherwise.
+    /// Whether [`wait_for_change`](LeaseStore::wait_for_change) wakes at a change; not, unless told otherwise.
     pub wakes_waiters: bool,
     /// What stores have in common that hang as one, such as the server that they reach: while a request to one of them
     /// hangs, the heartbeat asks none. Each is for itself, unless told otherwise.
-    pub place: Option<u64>,
+    pub failure_domain: Option<u64>,
 }
 
 impl StoreProfile {
@@ -257,7 +263,7 @@ impl StoreProfile {
             ttl_step: Duration::from_nanos(1),
             durability,
             wakes_waiters: false,
-            place: None,
+            failure_domain: None,
         }
     }
 }
@@ -370,7 +376,7 @@ pub enum Attempt {
     /// The name is the claim's.
     Granted(Grant),
     /// Somebody else has it.
-    Busy(Seen),
+    Busy(LeaseSnapshot),
 }
 
 /// A name that was given to a claim.
@@ -459,29 +465,29 @@ impl Grant {
 /// ```
 /// use std::time::Duration;
 /// use lockkit::Owner;
-/// use lockkit::lease::{ClaimId, Seen};
+/// use lockkit::lease::{ClaimId, LeaseSnapshot};
 ///
 /// let (claim, left) = (ClaimId::random(), Duration::from_secs(3));
-/// let seen = Seen::new(1).with_claim(claim).with_token(7).with_owner(Owner::current()).with_expires_in(left);
-/// assert_eq!((seen.cursor(), seen.claim(), seen.token(), seen.expires_in()), (1, Some(claim), Some(7), Some(left)));
+/// let seen = LeaseSnapshot::new(1).with_claim(claim).with_token(7).with_owner(Owner::current()).with_expires_in(left);
+/// assert_eq!((seen.revision(), seen.claim(), seen.token(), seen.expires_in()), (1, Some(claim), Some(7), Some(left)));
 /// assert_eq!(seen.owner().map(Owner::pid), Some(std::process::id()));
 ///
-/// let renewed = Seen::new(2).with_claim(claim).with_token(7);
+/// let renewed = LeaseSnapshot::new(2).with_claim(claim).with_token(7);
 /// assert!(renewed.is_same_holder(&seen));
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Seen {
-    cursor: u64,
+pub struct LeaseSnapshot {
+    revision: u64,
     claim: Option<ClaimId>,
     token: Option<u64>,
     owner: Option<Box<Owner>>,
     expires_in: Option<Duration>,
 }
 
-impl Seen {
-    /// A holder, in a record whose every change changes `cursor`.
-    pub const fn new(cursor: u64) -> Self {
-        Self { cursor, claim: None, token: None, owner: None, expires_in: None }
+impl LeaseSnapshot {
+    /// A holder, in a record whose every change changes `revision`.
+    pub const fn new(revision: u64) -> Self {
+        Self { revision, claim: None, token: None, owner: None, expires_in: None }
     }
 
     /// Adds the claim of the holder.
@@ -509,8 +515,8 @@ impl Seen {
     }
 
     /// What changes with every change of the record.
-    pub fn cursor(&self) -> u64 {
-        self.cursor
+    pub fn revision(&self) -> u64 {
+        self.revision
     }
 
     /// The claim of the holder, where there is a record that can be read.
@@ -538,7 +544,7 @@ impl Seen {
     /// can read: whether it is the very same.
     pub fn is_same_holder(&self, other: &Self) -> bool {
         match (self.claim, other.claim) {
-            (None, None) => self.cursor == other.cursor,
+            (None, None) => self.revision == other.revision,
             _ => (self.claim, self.token) == (other.claim, other.token),
         }
     }
@@ -578,9 +584,9 @@ pub enum Released {
 ///
 /// fn failed(error: Error, is_sent: bool) -> StoreError {
 ///     match error.kind() {
-///         ErrorKind::PermissionDenied => StoreError::misuse(error), // No waiting heals that.
+///         ErrorKind::PermissionDenied => StoreError::permanent(error), // No waiting heals that.
 ///         _ if is_sent => StoreError::unknown(error), // It may be done.
-///         _ => StoreError::refused(error),
+///         _ => StoreError::not_applied(error),
 ///     }
 /// }
 /// # assert!(matches!(failed(ErrorKind::TimedOut.into(), true), StoreError::Unknown(_)));
@@ -588,20 +594,20 @@ pub enum Released {
 #[derive(Debug)]
 pub enum StoreError {
     /// It took no effect; the same may work later.
-    Refused(Cause),
+    NotApplied(Cause),
     /// It may have taken effect: no answer came, or it broke off. Where an acquisition ends so, or a later attempt of it
-    /// has been granted and released since, the heartbeat [looks](LeaseStore::look) for its claim from then on, until a ttl
+    /// has been granted and released since, the heartbeat [looks](LeaseStore::get) for its claim from then on, until a ttl
     /// after the request, and gives back what that was given.
     Unknown(Cause),
     /// It took no effect, and never will: the request, the name or the store's place is not right. A lockkit
     /// [`Error`](crate::Error) as cause is what acquiring then fails with.
-    Misuse(Cause),
+    Permanent(Cause),
 }
 
 impl StoreError {
-    /// [`Refused`](Self::Refused), by this.
-    pub fn refused(cause: impl Into<Cause>) -> Self {
-        Self::Refused(cause.into())
+    /// [`NotApplied`](Self::NotApplied), by this.
+    pub fn not_applied(cause: impl Into<Cause>) -> Self {
+        Self::NotApplied(cause.into())
     }
 
     /// [`Unknown`](Self::Unknown), by this.
@@ -609,23 +615,23 @@ impl StoreError {
         Self::Unknown(cause.into())
     }
 
-    /// [`Misuse`](Self::Misuse), by this.
-    pub fn misuse(cause: impl Into<Cause>) -> Self {
-        Self::Misuse(cause.into())
+    /// [`Permanent`](Self::Permanent), by this.
+    pub fn permanent(cause: impl Into<Cause>) -> Self {
+        Self::Permanent(cause.into())
     }
 
     /// The cause.
     pub(super) fn cause(&self) -> &(dyn std::error::Error + Send + Sync + 'static) {
-        let (Self::Refused(cause) | Self::Unknown(cause) | Self::Misuse(cause)) = self;
+        let (Self::NotApplied(cause) | Self::Unknown(cause) | Self::Permanent(cause)) = self;
         &**cause
     }
 
     /// The error of an operation on `lock` that ends with this one.
     pub(super) fn into_error(self, lock: impl FnOnce() -> String) -> crate::Error {
         let (cause, kind): (Cause, fn(Cause) -> Self) = match self {
-            Self::Refused(cause) => (cause, Self::Refused),
+            Self::NotApplied(cause) => (cause, Self::NotApplied),
             Self::Unknown(cause) => (cause, Self::Unknown),
-            Self::Misuse(cause) => (cause, Self::Misuse),
+            Self::Permanent(cause) => (cause, Self::Permanent),
         };
         match cause.downcast::<crate::Error>() {
             Ok(error) => *error,
@@ -639,10 +645,10 @@ impl fmt::Display for StoreError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let outcome = match self {
             // The error of a built-in store is a complete sentence.
-            Self::Refused(cause) | Self::Misuse(cause) if cause.is::<crate::Error>() => return cause.fmt(f),
-            Self::Refused(_) => "the store refused",
+            Self::NotApplied(cause) | Self::Permanent(cause) if cause.is::<crate::Error>() => return cause.fmt(f),
+            Self::NotApplied(_) => "the store refused",
             Self::Unknown(_) => "the store may or may not have done it",
-            Self::Misuse(_) => "the store cannot do this",
+            Self::Permanent(_) => "the store cannot do this",
         };
         write!(f, "{outcome}: {}", chain(self.cause()))
     }

@@ -205,7 +205,7 @@ fn damage_is_held_while_fresh_and_then_reclaimed() {
 fn foreign_file_is_refused_at_once_and_stays() {
     let directory = TestDir::new();
     let lease = directory.lease().invalid_pid_lock_stale_threshold(MS * 50).build().unwrap();
-    let seen = Seen::new(format::print(b"4242\n"));
+    let seen = LeaseSnapshot::new(format::fingerprint(b"4242\n"));
     for foreign in ["4242\n", "\n", "{}", &"x".repeat(3000), &"\0".repeat(SIZE + 1)] {
         fs::write(directory.path(), foreign).unwrap();
         let began = Instant::now();
@@ -584,13 +584,13 @@ impl LeaseStore for Faulty {
             return Err(StoreError::unknown("no answer"));
         }
         if self.fails.load(Ordering::Relaxed) {
-            return Err(StoreError::refused("told to"));
+            return Err(StoreError::not_applied("told to"));
         }
         let (token, holder) = &mut *self.record.lock();
         let now = self.clock.now();
         match holder {
             Some((held, until)) if held != claim && *until > now => {
-                return Ok(Attempt::Busy(Seen::new(*token).with_expires_in(*until - now)));
+                return Ok(Attempt::Busy(LeaseSnapshot::new(*token).with_expires_in(*until - now)));
             }
             Some((held, _)) if held == claim => {}
             _ => *token += 1,
@@ -619,7 +619,7 @@ impl LeaseStore for Faulty {
             std::panic::resume_unwind(Box::new(()));
         }
         if self.fails.load(Ordering::Relaxed) {
-            return Err(StoreError::refused("told to"));
+            return Err(StoreError::not_applied("told to"));
         }
         match &mut self.record.lock().1 {
             Some((claim, until)) if claim == grant.claim() => {
@@ -639,17 +639,17 @@ impl LeaseStore for Faulty {
         }
     }
 
-    fn give_up(&self, grant: &Grant, by: Deadline) -> Result<Released, StoreError> {
+    fn abandon(&self, grant: &Grant, by: Deadline) -> Result<Released, StoreError> {
         self.passes_on.store(grant.recovered().is_some(), Ordering::Relaxed);
         self.release(grant, by)
     }
 
-    fn look(&self, _: &LeaseName, _: Deadline) -> Result<Option<Seen>, StoreError> {
+    fn get(&self, _: &LeaseName, _: Deadline) -> Result<Option<LeaseSnapshot>, StoreError> {
         let (token, holder) = &*self.record.lock();
-        Ok(holder.map(|(claim, _)| Seen::new(*token).with_claim(claim).with_token(*token)))
+        Ok(holder.map(|(claim, _)| LeaseSnapshot::new(*token).with_claim(claim).with_token(*token)))
     }
 
-    fn evict(&self, _: &LeaseName, seen: &Seen, _: Deadline) -> Result<Released, StoreError> {
+    fn evict(&self, _: &LeaseName, seen: &LeaseSnapshot, _: Deadline) -> Result<Released, StoreError> {
         match self.record.lock().1.take_if(|(claim, _)| Some(*claim) == seen.claim()) {
             Some(_) => Ok(Released::Done),
             None => Ok(Released::NotMine),
@@ -863,10 +863,10 @@ fn files_of_one_file_system_hang_as_one() {
     let directory = TestDir::new();
     let lease = |name: &str| Lease::file(directory.0.join(name)).build().unwrap();
     let (first, second) = (lease("first"), lease("second"));
-    assert_eq!(first.0.store.profile().place, None);
+    assert_eq!(first.0.store.profile().failure_domain, None);
     let _guards = (first.lock().unwrap(), second.lock().unwrap());
-    let place = first.0.store.profile().place;
-    assert!(place.is_some() && place == second.0.store.profile().place);
+    let place = first.0.store.profile().failure_domain;
+    assert!(place.is_some() && place == second.0.store.profile().failure_domain);
 }
 
 #[test]

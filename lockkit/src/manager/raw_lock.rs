@@ -40,7 +40,7 @@ pub(super) trait Env {
     fn is_dead(&self, owner: u32) -> bool;
     /// Lets time pass until a waiter that was woken in vain may press, or until it is time to give up, which the next
     /// sleep will say.
-    fn nap(&self);
+    fn back_off(&self);
     /// Looks at the word again and again until it has no owner, but not for long.
     fn spin(&self, word: &AtomicU32);
     /// Sleeps on the word until somebody wakes this thread or a tick is over, unless the word is not `seen` any more;
@@ -99,8 +99,8 @@ pub(super) fn take<W: Env>(word: &AtomicU32, owner: u32, world: &mut W) -> Resul
             Err(seen) => seen,
         };
         if std::mem::take(&mut in_vain) {
-            world.nap();
-            if press(word) {
+            world.back_off();
+            if request_handoff(word) {
                 world.spin(word);
             }
             continue;
@@ -119,7 +119,7 @@ pub(super) fn take<W: Env>(word: &AtomicU32, owner: u32, world: &mut W) -> Resul
 }
 
 /// Has the next release keep the lock for the one that is awake; `false` when nobody holds it any more.
-fn press(word: &AtomicU32) -> bool {
+fn request_handoff(word: &AtomicU32) -> bool {
     let pressed = |seen| (seen & OWNER != 0).then_some(seen | WOKEN | HANDOFF);
     word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, pressed).is_ok()
 }
@@ -313,7 +313,7 @@ mod models {
             owner == 9 && self.model.dead.load(Ordering::SeqCst)
         }
 
-        fn nap(&self) {
+        fn back_off(&self) {
             thread::yield_now();
         }
 

@@ -826,7 +826,7 @@ impl Env for Sleeper<'_> {
         self.lock.table.is_dead(owner)
     }
 
-    fn nap(&self) {
+    fn back_off(&self) {
         let left = until_due(self.lock.cell, PRESS);
         match self.patience.portion(left) {
             Ok(left) if !left.is_zero() => std::thread::sleep(left),

@@ -4,7 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, IsTerminal, Write};
 use std::path::Path;
 
-use lockkit::lease::Seen;
+use lockkit::lease::LeaseSnapshot;
 use lockkit::{Lease, LeaseStatus};
 
 use crate::failure::{Failure, Outcome, code};
@@ -71,14 +71,14 @@ impl LeaseCommand {
     }
 }
 
-fn held(lease: &Lease) -> Result<Option<Seen>, Failure> {
+fn held(lease: &Lease) -> Result<Option<LeaseSnapshot>, Failure> {
     Ok(match lease.status()? {
         LeaseStatus::Held(seen) => Some(seen),
         _ => None,
     })
 }
 
-fn owner(seen: &Seen) -> String {
+fn owner(seen: &LeaseSnapshot) -> String {
     seen.owner().map_or_else(|| "an unknown process".to_owned(), lockkit::Owner::describe)
 }
 
@@ -116,7 +116,7 @@ fn steal(url: &OsStr, yes: bool) -> Outcome {
     evict(&lease, &seen, "taken")
 }
 
-fn evict(lease: &Lease, seen: &Seen, done: &str) -> Outcome {
+fn evict(lease: &Lease, seen: &LeaseSnapshot, done: &str) -> Outcome {
     match lease.evict(seen)? {
         true => tell(&format!("The lease {} was {done} from {}, and is free.", lease.name(), owner(seen))),
         false => {

@@ -31,7 +31,7 @@ use rustix::io::Errno;
 
 pub(super) use notify::{Listener, Subscriptions};
 
-use super::store::{self, Attempt, Grant, Seen, StoreError};
+use super::store::{self, Attempt, Grant, LeaseSnapshot, StoreError};
 use crate::error::Error;
 use crate::owner::{Liveness, Owner};
 use crate::owner_text;
@@ -103,7 +103,7 @@ impl<C> Pool<C> {
                     self.keep(connection);
                     return Ok(answer);
                 }
-                Err(StoreError::Misuse(cause)) => return Err(StoreError::Misuse(cause)),
+                Err(StoreError::Permanent(cause)) => return Err(StoreError::Permanent(cause)),
                 Err(error) => {
                     is_unknown = matches!(error, StoreError::Unknown(_));
                     self.0.lock().clear();
@@ -117,7 +117,7 @@ impl<C> Pool<C> {
         });
         match asked {
             // The first one may have been carried out, and what is wrong for good the next one will say again.
-            Err(StoreError::Refused(cause) | StoreError::Misuse(cause)) if is_unknown => {
+            Err(StoreError::NotApplied(cause) | StoreError::Permanent(cause)) if is_unknown => {
                 Err(StoreError::Unknown(cause))
             }
             asked => asked,
@@ -152,7 +152,7 @@ impl Semaphore {
         let mut left = self.left.lock();
         while *left == 0 {
             if self.freed.wait_until(&mut left, by.moment()).timed_out() {
-                return Err(StoreError::refused("other requests of this process took too long"));
+                return Err(StoreError::not_applied("other requests of this process took too long"));
             }
         }
         *left -= 1;
@@ -177,9 +177,9 @@ impl Drop for Permit<'_> {
 pub(super) fn not_connected(place: &str, error: &io::Error) -> StoreError {
     match error.raw_os_error() {
         Some(code) if [Errno::MFILE, Errno::NFILE].contains(&Errno::from_raw_os_error(code)) => {
-            StoreError::refused(Error::io("connect to", place, io::Error::from_raw_os_error(code)))
+            StoreError::not_applied(Error::io("connect to", place, io::Error::from_raw_os_error(code)))
         }
-        _ => StoreError::refused(format!("{place} cannot be reached: {error}")),
+        _ => StoreError::not_applied(format!("{place} cannot be reached: {error}")),
     }
 }
 
@@ -228,7 +228,7 @@ pub(super) fn addresses(host: &str, port: u16, by: store::Deadline) -> io::Resul
 
 /// Tries to acquire: `ask` makes the request, and is told whose grant counts as run out, if anybody's. The claim and
 /// the token of that holder are compared in the step itself, so a holder that took the name meanwhile is left alone.
-pub(super) fn attempt(mut ask: impl FnMut(Option<&Seen>) -> Result<Attempt>) -> Result<Attempt> {
+pub(super) fn attempt(mut ask: impl FnMut(Option<&LeaseSnapshot>) -> Result<Attempt>) -> Result<Attempt> {
     match ask(None)? {
         Attempt::Busy(seen) if is_dead(seen.owner()) => ask(Some(&seen)),
         attempt => Ok(attempt),
@@ -242,7 +242,7 @@ fn is_dead(owner: Option<&Owner>) -> bool {
 }
 
 /// A holder as whoever looks is told of it: one that is dead has no time left.
-pub(super) fn shown(seen: Seen) -> Seen {
+pub(super) fn shown(seen: LeaseSnapshot) -> LeaseSnapshot {
     if is_dead(seen.owner()) { seen.with_expires_in(Duration::ZERO) } else { seen }
 }
 
@@ -301,12 +301,12 @@ mod tests {
         let answer =
             pool.ask(connect, |number| if *number == 1 { Err(StoreError::unknown("cut")) } else { Ok(*number) });
         assert_eq!(answer.unwrap(), 2);
-        assert!(pool.ask(connect, |_| Err::<(), _>(StoreError::refused("down"))).is_err());
+        assert!(pool.ask(connect, |_| Err::<(), _>(StoreError::not_applied("down"))).is_err());
         assert_eq!(made.get(), 3, "once more, and no more than that");
         pool.ask(connect, |_| Ok(())).unwrap();
         for is_misuse in [false, true] {
             pool.ask(connect, |_| Ok(())).unwrap();
-            let down = || Err(if is_misuse { StoreError::misuse("never") } else { StoreError::refused("down") });
+            let down = || Err(if is_misuse { StoreError::permanent("never") } else { StoreError::not_applied("down") });
             let answer = pool.ask(down, |_| Err::<(), _>(StoreError::unknown("cut")));
             assert!(matches!(answer, Err(StoreError::Unknown(_))), "the first one may have been carried out");
         }
@@ -314,7 +314,7 @@ mod tests {
 
     #[test]
     fn only_the_dead_are_taken_over() {
-        let seen = |owner: Owner| Attempt::Busy(Seen::new(7).with_token(7).with_owner(owner));
+        let seen = |owner: Owner| Attempt::Busy(LeaseSnapshot::new(7).with_token(7).with_owner(owner));
         let mut dead = Owner::current();
         dead.start = dead.start.map(|start| start + 1);
         let mut before = dead.clone();
@@ -322,7 +322,7 @@ mod tests {
         let mut over = Vec::new();
         for owner in [Owner::current(), before, dead] {
             let _ = attempt(|whom| {
-                over.push(whom.map(Seen::cursor));
+                over.push(whom.map(LeaseSnapshot::revision));
                 Ok(seen(owner.clone()))
             });
         }

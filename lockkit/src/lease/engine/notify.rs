@@ -69,12 +69,12 @@ struct Failure {
 
 impl Failure {
     fn new(error: &StoreError, rest: Duration) -> Self {
-        let is_misuse = matches!(error, StoreError::Misuse(_));
+        let is_misuse = matches!(error, StoreError::Permanent(_));
         Self { text: error.to_string(), is_misuse, rests_until: Instant::now() + rest }
     }
 
     fn error(&self) -> StoreError {
-        let error = if self.is_misuse { StoreError::misuse } else { StoreError::refused };
+        let error = if self.is_misuse { StoreError::permanent } else { StoreError::not_applied };
         error(self.text.clone())
     }
 }
@@ -91,10 +91,15 @@ impl Subscriptions {
 
     /// Hangs up a bell: from when this returns it is rung for every change of `name`. Look once more whether there has
     /// been one, then [`wait`](Bell::wait).
-    pub(in crate::lease) fn hang(self: &Arc<Self>, name: &LeaseName, by: Deadline, stop: &CancelToken) -> Result<Bell> {
+    pub(in crate::lease) fn subscribe(
+        self: &Arc<Self>,
+        name: &LeaseName,
+        by: Deadline,
+        stop: &CancelToken,
+    ) -> Result<Bell> {
         let by = by.min(Deadline::after(CONNECT));
         loop {
-            let event = Arc::new(Event::new().map_err(StoreError::refused)?);
+            let event = Arc::new(Event::new().map_err(StoreError::not_applied)?);
             let bell = Bell { bells: self.clone(), name: name.clone(), event };
             let mut state = self.state.lock();
             state.last_waited = Instant::now();
@@ -115,7 +120,7 @@ impl Subscriptions {
             // It rings when it listens, and when it cannot.
             match bell.sleep(by.moment(), stop)? {
                 Woke::Ready => {}
-                Woke::TimedOut => return Err(StoreError::refused("the server could not be listened to in time")),
+                Woke::TimedOut => return Err(StoreError::not_applied("the server could not be listened to in time")),
                 // The lease finds out that it is to stop.
                 Woke::Cancelled => return Ok(bell),
             }
@@ -128,16 +133,16 @@ impl Subscriptions {
     fn start(self: &Arc<Self>, state: &mut State) -> Result<()> {
         let bells = Arc::downgrade(self);
         let run = move || {
-            let panicked = StoreError::refused("the thread that listens to the server panicked");
+            let panicked = StoreError::not_applied("the thread that listens to the server panicked");
             let mut ended = Ended { bells, failure: Some(Failure::new(&panicked, REST)) };
             ended.failure = ended.listen().err();
         };
-        thread::Builder::new().name("lockkit-listen".to_owned()).spawn(run).map_err(StoreError::refused)?;
+        thread::Builder::new().name("lockkit-listen".to_owned()).spawn(run).map_err(StoreError::not_applied)?;
         state.thread = Thread::Starting;
         Ok(())
     }
 
-    fn ring(&self, name: &str) {
+    fn notify(&self, name: &str) {
         let state = self.state.lock();
         let found = state.hung.iter().find(|(hung, _)| hung.as_str() == name);
         let events = found.map(|(_, events)| events.clone());
@@ -172,7 +177,7 @@ impl Ended {
         loop {
             let mut ring = |name: &str| {
                 if let Some(bells) = self.bells.upgrade() {
-                    bells.ring(name);
+                    bells.notify(name);
                 }
             };
             ear.listen(LISTEN, &mut ring).map_err(|error| Failure::new(&error, Duration::ZERO))?;
@@ -222,8 +227,8 @@ impl Bell {
     }
 
     fn sleep(&self, until: Instant, stop: &CancelToken) -> Result<Woke> {
-        let stop = stop.event().map_err(StoreError::refused)?;
-        event::wait(Some(self.event.as_fd()), Some(stop.as_fd()), Some(until)).map_err(StoreError::refused)
+        let stop = stop.event().map_err(StoreError::not_applied)?;
+        event::wait(Some(self.event.as_fd()), Some(stop.as_fd()), Some(until)).map_err(StoreError::not_applied)
     }
 }
 
@@ -253,7 +258,7 @@ mod tests {
         fn listen(&mut self, at_most: Duration, ring: &mut dyn FnMut(&str)) -> Result<()> {
             match self.0.recv_timeout(at_most) {
                 Ok(Some(name)) => ring(name),
-                Ok(None) | Err(RecvTimeoutError::Disconnected) => return Err(StoreError::refused("cut")),
+                Ok(None) | Err(RecvTimeoutError::Disconnected) => return Err(StoreError::not_applied("cut")),
                 Err(RecvTimeoutError::Timeout) => {}
             }
             Ok(())
@@ -265,7 +270,7 @@ mod tests {
         let (send, scripts) = mpsc::channel();
         let scripts = Mutex::new(scripts);
         let connect = move |by: Deadline| -> Result<Box<dyn Listener>> {
-            let script: Script = scripts.lock().recv_timeout(by.remaining()).map_err(StoreError::refused)?;
+            let script: Script = scripts.lock().recv_timeout(by.remaining()).map_err(StoreError::not_applied)?;
             Ok(Box::new(script))
         };
         (Subscriptions::new(connect), send)
@@ -283,7 +288,7 @@ mod tests {
         let (server, script) = mpsc::channel();
         connect.send(Script(script)).unwrap();
         let (by, stop) = (Deadline::after(LIVELY), CancelToken::new());
-        let [one, other] = ["one", "other"].map(|text| bells.hang(&name(text), by, &stop).unwrap());
+        let [one, other] = ["one", "other"].map(|text| bells.subscribe(&name(text), by, &stop).unwrap());
         server.send(Some("one")).unwrap();
         one.wait(None, by, &stop).unwrap();
         assert!(!by.is_past() && !event::is_readable(other.event.as_fd()));
@@ -293,7 +298,7 @@ mod tests {
         // The next one listens anew.
         let (server, script) = mpsc::channel();
         connect.send(Script(script)).unwrap();
-        let again = bells.hang(&name("one"), by, &stop).unwrap();
+        let again = bells.subscribe(&name("one"), by, &stop).unwrap();
         server.send(Some("one")).unwrap();
         again.wait(None, by, &stop).unwrap();
         drop((one, other, again));
@@ -307,14 +312,14 @@ mod tests {
             let counted = tries.clone();
             let bells = Subscriptions::new(move |_| {
                 counted.fetch_add(1, Ordering::SeqCst);
-                Err(if is_misuse { StoreError::misuse("never") } else { StoreError::refused("not now") })
+                Err(if is_misuse { StoreError::permanent("never") } else { StoreError::not_applied("not now") })
             });
-            let hang = || bells.hang(&name("one"), Deadline::after(LIVELY), &CancelToken::new()).err().unwrap();
+            let hang = || bells.subscribe(&name("one"), Deadline::after(LIVELY), &CancelToken::new()).err().unwrap();
             let began = Instant::now();
-            assert_eq!(matches!(hang(), StoreError::Misuse(_)), is_misuse);
+            assert_eq!(matches!(hang(), StoreError::Permanent(_)), is_misuse);
             // It is not asked again at once, but some time.
             while tries.load(Ordering::SeqCst) == 1 {
-                assert_eq!(matches!(hang(), StoreError::Misuse(_)), is_misuse);
+                assert_eq!(matches!(hang(), StoreError::Permanent(_)), is_misuse);
             }
             assert!(began.elapsed() >= REST && began.elapsed() < LIVELY);
             assert!(bells.state.lock().hung.is_empty());
@@ -327,7 +332,7 @@ mod tests {
         let (_server, script) = mpsc::channel();
         connect.send(Script(script)).unwrap();
         let (by, stop) = (Deadline::after(LIVELY), CancelToken::new());
-        let bell = bells.hang(&name("one"), by, &stop).unwrap();
+        let bell = bells.subscribe(&name("one"), by, &stop).unwrap();
         thread::scope(|scope| {
             let waiter = scope.spawn(|| bell.wait(Some(&Owner::current()), by, &stop));
             stop.cancel();

@@ -31,7 +31,8 @@ use crate::error;
 use crate::failpoint::step;
 use crate::lease::LeaseStore;
 use crate::lease::store::{
-    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, Released, Renewal, Seen, StoreError, StoreProfile, sleep,
+    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseSnapshot, Released, Renewal, StoreError,
+    StoreProfile, sleep,
 };
 use crate::wait::CancelToken;
 
@@ -93,7 +94,7 @@ impl LeaseStore for Postgres {
             smallest_ttl: SMALLEST_TTL,
             ttl_step: TTL_STEP,
             wakes_waiters: !self.own().is_deaf.load(Ordering::Relaxed),
-            place: Some(self.place),
+            failure_domain: Some(self.place),
             ..StoreProfile::new(Durability::Primary)
         }
     }
@@ -101,8 +102,8 @@ impl LeaseStore for Postgres {
     fn try_acquire(&self, name: &LeaseName, claim: &ClaimId, ttl: Duration, by: Deadline) -> Result<Attempt> {
         let (claim_text, micros, owner) = (claim.to_string(), micros(ttl), own_text());
         attempt(|dead| {
-            let dead_claim = dead.and_then(Seen::claim).map(|claim| claim.to_string()).unwrap_or_default();
-            let dead_token = dead.and_then(Seen::token).map_or(0, u64::cast_signed);
+            let dead_claim = dead.and_then(LeaseSnapshot::claim).map(|claim| claim.to_string()).unwrap_or_default();
+            let dead_token = dead.and_then(LeaseSnapshot::token).map_or(0, u64::cast_signed);
             let values: [&(dyn ToSql + Sync); 6] =
                 [&name.as_str(), &claim_text, &micros, &owner, &dead_claim, &dead_token];
             /// Whoever came in between is there when it is asked again.
@@ -124,7 +125,7 @@ impl LeaseStore for Postgres {
                     None => grant,
                 }));
             }
-            Err(StoreError::refused("others took it too fast to see, or the claim has ended already"))
+            Err(StoreError::not_applied("others took it too fast to see, or the claim has ended already"))
         })
     }
 
@@ -145,28 +146,28 @@ impl LeaseStore for Postgres {
         self.leave(grant.name(), *grant.claim(), grant.token(), State::Released, None, by)
     }
 
-    fn give_up(&self, grant: &Grant, by: Deadline) -> Result<Released> {
+    fn abandon(&self, grant: &Grant, by: Deadline) -> Result<Released> {
         self.leave(grant.name(), *grant.claim(), grant.token(), State::Lost, passed_on(grant), by)
     }
 
-    fn look(&self, name: &LeaseName, by: Deadline) -> Result<Option<Seen>> {
+    fn get(&self, name: &LeaseName, by: Deadline) -> Result<Option<LeaseSnapshot>> {
         Ok(self.holder(name, by)?.map(shown))
     }
 
-    fn evict(&self, name: &LeaseName, seen: &Seen, by: Deadline) -> Result<Released> {
+    fn evict(&self, name: &LeaseName, seen: &LeaseSnapshot, by: Deadline) -> Result<Released> {
         match (seen.claim(), seen.token()) {
             (Some(claim), Some(token)) => self.leave(name, claim, token, State::Evicted, None, by),
             _ => Ok(Released::NotMine),
         }
     }
 
-    fn park(&self, name: &LeaseName, seen: &Seen, by: Deadline, stop: &CancelToken) -> Result<()> {
+    fn wait_for_change(&self, name: &LeaseName, seen: &LeaseSnapshot, by: Deadline, stop: &CancelToken) -> Result<()> {
         let own = self.own();
         let (Some(claim), Some(token)) = (seen.claim(), seen.token()) else { return sleep(by, stop) };
         if own.is_deaf.load(Ordering::Relaxed) {
             return sleep(by, stop);
         }
-        let bell = own.bells.hang(name, by, stop)?;
+        let bell = own.bells.subscribe(name, by, stop)?;
         if stop.is_cancelled() {
             return Ok(());
         }
@@ -191,7 +192,7 @@ impl Postgres {
     }
 
     /// Who has the name, whether or not that has run out.
-    fn holder(&self, name: &LeaseName, by: Deadline) -> Result<Option<Seen>> {
+    fn holder(&self, name: &LeaseName, by: Deadline) -> Result<Option<LeaseSnapshot>> {
         let rows = self.ask(&schema::LOOK, &[&name.as_str()], by)?;
         rows.first().map(seen).transpose()
     }
@@ -259,10 +260,10 @@ impl Postgres {
 }
 
 /// A holder, in a row of [`schema::LOOK`].
-fn seen(row: &Row) -> Result<Seen> {
+fn seen(row: &Row) -> Result<LeaseSnapshot> {
     let (token, owner, claim): (i64, &str, &str) = (get(row, 0)?, get(row, 1)?, get(row, 2)?);
     let (left, until): (f64, i64) = (get(row, 3)?, get(row, 4)?);
-    let seen = Seen::new(until.cast_unsigned())
+    let seen = LeaseSnapshot::new(until.cast_unsigned())
         .with_token(token.cast_unsigned())
         .with_expires_in(Duration::try_from_secs_f64(left.max(0.0)).unwrap_or(Duration::MAX));
     let seen = match u128::from_str_radix(claim, 16) {
@@ -276,7 +277,7 @@ fn seen(row: &Row) -> Result<Seen> {
 }
 
 fn get<'r, T: tokio_postgres::types::FromSql<'r>>(row: &'r Row, at: usize) -> Result<T> {
-    row.try_get(at).map_err(|error| StoreError::misuse(errors::Said::new(schema::of_another_layout(), error)))
+    row.try_get(at).map_err(|error| StoreError::permanent(errors::Said::new(schema::of_another_layout(), error)))
 }
 
 fn micros(ttl: Duration) -> f64 {
@@ -306,7 +307,7 @@ fn listen(target: &Target, by: Deadline, is_deaf: &AtomicBool) -> Result<Box<dyn
                     break;
                 }
                 is_deaf.store(true, Ordering::Relaxed);
-                return Err(StoreError::refused("notifications do not get through the proxy before the server"));
+                return Err(StoreError::not_applied("notifications do not get through the proxy before the server"));
             }
         }
     }

@@ -40,7 +40,7 @@ use crate::error::{Error, Result as AnyResult};
 use crate::failpoint::step;
 use crate::lease::connect::{Parts, invalid};
 use crate::lease::store::{
-    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
+    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseSnapshot, LeaseStore, Released, Renewal, StoreError,
     StoreProfile,
 };
 use crate::wait::CancelToken;
@@ -160,7 +160,9 @@ impl RedisStore {
         };
         let answer = answer.map_err(|error| match error {
             // No answer came to the first of several requests, which may have been carried out.
-            StoreError::Refused(cause) | StoreError::Misuse(cause) if is_in_doubt.get() => StoreError::Unknown(cause),
+            StoreError::NotApplied(cause) | StoreError::Permanent(cause) if is_in_doubt.get() => {
+                StoreError::Unknown(cause)
+            }
             error => error,
         });
         let words = redis::from_redis_value(answer?);
@@ -196,7 +198,7 @@ impl RedisStore {
     }
 
     /// Who has the name; leaves the mark of one who waits, if told to.
-    fn look(&self, name: &LeaseName, mark: bool, by: Deadline) -> Result<Option<Seen>> {
+    fn get(&self, name: &LeaseName, mark: bool, by: Deadline) -> Result<Option<LeaseSnapshot>> {
         let words = self.run(&LOOK, name, &[if mark { "waits" } else { "" }], by)?;
         match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
             ["free"] => Ok(None),
@@ -207,7 +209,7 @@ impl RedisStore {
 
     #[cold]
     fn garbled(&self) -> StoreError {
-        StoreError::misuse(format!("what {} keeps for the lease is not lockkit's", self.server.place))
+        StoreError::permanent(format!("what {} keeps for the lease is not lockkit's", self.server.place))
     }
 }
 
@@ -217,7 +219,7 @@ impl LeaseStore for RedisStore {
             smallest_ttl: SMALLEST_TTL,
             ttl_step: Duration::from_micros(1),
             wakes_waiters: true,
-            place: Some(self.server.number),
+            failure_domain: Some(self.server.number),
             ..StoreProfile::new(Durability::Primary)
         }
     }
@@ -238,7 +240,7 @@ impl LeaseStore for RedisStore {
                     }))
                 }
                 ["busy", ref holder @ ..] => seen(holder).map(Attempt::Busy).ok_or_else(|| self.garbled()),
-                ["over"] => Err(StoreError::refused("the claim has ended already")),
+                ["over"] => Err(StoreError::not_applied("the claim has ended already")),
                 _ => Err(self.garbled()),
             }
         })
@@ -260,30 +262,30 @@ impl LeaseStore for RedisStore {
         self.free(grant.name(), of_grant(grant), Left::Released, None, by)
     }
 
-    fn give_up(&self, grant: &Grant, by: Deadline) -> Result<Released> {
+    fn abandon(&self, grant: &Grant, by: Deadline) -> Result<Released> {
         let owner = passed_on(grant).or_else(|| grant.handle::<String>().cloned());
         self.free(grant.name(), of_grant(grant), Left::Lost, owner.as_deref(), by)
     }
 
-    fn look(&self, name: &LeaseName, by: Deadline) -> Result<Option<Seen>> {
-        Ok(self.look(name, false, by)?.map(shown))
+    fn get(&self, name: &LeaseName, by: Deadline) -> Result<Option<LeaseSnapshot>> {
+        Ok(self.get(name, false, by)?.map(shown))
     }
 
-    fn evict(&self, name: &LeaseName, seen: &Seen, by: Deadline) -> Result<Released> {
+    fn evict(&self, name: &LeaseName, seen: &LeaseSnapshot, by: Deadline) -> Result<Released> {
         match of_seen(seen) {
             Some(holder) => self.free(name, holder, Left::Evicted, None, by),
             None => Ok(Released::NotMine),
         }
     }
 
-    fn park(&self, name: &LeaseName, seen: &Seen, by: Deadline, stop: &CancelToken) -> Result<()> {
+    fn wait_for_change(&self, name: &LeaseName, seen: &LeaseSnapshot, by: Deadline, stop: &CancelToken) -> Result<()> {
         let soon = by.min(Deadline::after(LONGEST_LOOK));
-        let bell = self.own().bells.hang(name, soon, stop)?;
+        let bell = self.own().bells.subscribe(name, soon, stop)?;
         step("bell hung");
         if stop.is_cancelled() {
             return Ok(());
         }
-        match self.look(name, true, soon)? {
+        match self.get(name, true, soon)? {
             Some(now) if now.is_same_holder(seen) => bell.wait(seen.owner(), by, stop),
             _ => Ok(()),
         }
@@ -302,17 +304,17 @@ fn of_grant(grant: &Grant) -> [String; 2] {
     [grant.claim().to_string(), grant.token().to_string()]
 }
 
-fn of_seen(seen: &Seen) -> Option<[String; 2]> {
+fn of_seen(seen: &LeaseSnapshot) -> Option<[String; 2]> {
     Some([seen.claim()?.to_string(), seen.token()?.to_string()])
 }
 
 /// The holder that a script tells of: token, claim, what is left in microseconds, owner.
-fn seen(words: &[&str]) -> Option<Seen> {
+fn seen(words: &[&str]) -> Option<LeaseSnapshot> {
     let [token, claim, left, owner] = *words else { return None };
     let left: u64 = left.parse().ok()?;
     let mut hasher = DefaultHasher::new();
     (token, claim, left).hash(&mut hasher);
-    let seen = Seen::new(hasher.finish())
+    let seen = LeaseSnapshot::new(hasher.finish())
         .with_token(token.parse().ok()?)
         .with_claim(ClaimId::from_number(u128::from_str_radix(claim, 16).ok()?))
         .with_expires_in(Duration::from_micros(left));
@@ -467,7 +469,8 @@ impl Server {
         // Read anew for each connection, because certificates are replaced while programs run. At that moment they may
         // be missing, or halves.
         let read = |path: &PathBuf| {
-            fs::read(path).map_err(|error| StoreError::refused(Error::io("read the certificate or key", path, error)))
+            fs::read(path)
+                .map_err(|error| StoreError::not_applied(Error::io("read the certificate or key", path, error)))
         };
         let client_tls = match &self.certificate {
             Some([certificate, key]) => {
@@ -477,7 +480,11 @@ impl Server {
         };
         let root_cert = self.ca.as_ref().map(read).transpose()?;
         Client::build_with_tls(self.address.clone(), TlsCertificates { client_tls, root_cert }).map_err(|error| {
-            StoreError::refused(format!("{} cannot be reached with these certificates: {}", self.place, said(&error)))
+            StoreError::not_applied(format!(
+                "{} cannot be reached with these certificates: {}",
+                self.place,
+                said(&error)
+            ))
         })
     }
 
@@ -486,7 +493,9 @@ impl Server {
         match version.split('.').next().map(str::parse::<u32>) {
             Some(Ok(major)) if major < OLDEST => {
                 let place = &self.place;
-                Err(StoreError::misuse(format!("{place} is version {version}, which is too old: {OLDEST} is needed")))
+                Err(StoreError::permanent(format!(
+                    "{place} is version {version}, which is too old: {OLDEST} is needed"
+                )))
             }
             _ => Ok(()),
         }
@@ -498,10 +507,12 @@ impl Server {
         let place = &self.place;
         // A certificate and a key that do not go together, as when the first of them has just been replaced.
         if error.kind() == Kind::InvalidClientConfig {
-            return StoreError::refused(format!("{place} cannot be reached with this certificate and key: {error}"));
+            return StoreError::not_applied(format!(
+                "{place} cannot be reached with this certificate and key: {error}"
+            ));
         }
         if let Some(error) = inner::<rustls::Error>(error) {
-            return StoreError::misuse(match error {
+            return StoreError::permanent(match error {
                 rustls::Error::InvalidCertificate(_) => format!(
                     "the certificate of {place} cannot be trusted ({error}); `?ca=` in the URL names its authority"
                 ),
@@ -515,7 +526,7 @@ impl Server {
             });
         }
         let Some(found) = inner::<io::Error>(error) else {
-            return StoreError::misuse(format!("{place} cannot be reached: {error}"));
+            return StoreError::permanent(format!("{place} cannot be reached: {error}"));
         };
         use io::ErrorKind::{ConnectionReset, TimedOut, UnexpectedEof, WouldBlock};
         let asks = match self.is_tls() {
@@ -523,11 +534,11 @@ impl Server {
             false => "if it speaks TLS, the URL begins with rediss://",
         };
         match found.kind() {
-            io::ErrorKind::Interrupted => StoreError::refused(Interrupted),
+            io::ErrorKind::Interrupted => StoreError::not_applied(Interrupted),
             UnexpectedEof | ConnectionReset => {
-                StoreError::refused(format!("{place} closed the connection before it answered; {asks}"))
+                StoreError::not_applied(format!("{place} closed the connection before it answered; {asks}"))
             }
-            TimedOut | WouldBlock => StoreError::refused(format!("{place} did not answer in time; {asks}")),
+            TimedOut | WouldBlock => StoreError::not_applied(format!("{place} did not answer in time; {asks}")),
             _ => not_connected(place, found),
         }
     }
@@ -553,11 +564,11 @@ impl Server {
             "BUSY" => "is busy with a script",
             _ => "refused",
         };
-        StoreError::refused(format!("{place} {problem}: {}", said(error)))
+        StoreError::not_applied(format!("{place} {problem}: {}", said(error)))
     }
 
     fn misuse(&self, problem: &str, error: &RedisError) -> StoreError {
-        StoreError::misuse(format!("{} {problem}: {}", self.place, said(error)))
+        StoreError::permanent(format!("{} {problem}: {}", self.place, said(error)))
     }
 
     /// A request that may have been carried out.
@@ -612,7 +623,7 @@ struct Interrupted;
 
 impl Interrupted {
     fn is(error: &StoreError) -> bool {
-        matches!(error, StoreError::Refused(cause) | StoreError::Unknown(cause) if cause.is::<Self>())
+        matches!(error, StoreError::NotApplied(cause) | StoreError::Unknown(cause) if cause.is::<Self>())
     }
 }
 

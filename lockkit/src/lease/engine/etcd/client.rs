@@ -244,7 +244,7 @@ impl Gateway {
         match answer {
             Ok(answer) => Ok((answer, is_in_doubt.get())),
             // One that was refused at last, as for want of a token, may have been carried out before.
-            Err(StoreError::Refused(cause)) if is_in_doubt.get() => Err(StoreError::Unknown(cause)),
+            Err(StoreError::NotApplied(cause)) if is_in_doubt.get() => Err(StoreError::Unknown(cause)),
             Err(error) => Err(error),
         }
     }
@@ -269,10 +269,12 @@ impl Gateway {
                 match stream.next(by).map_err(Failed::Here)? {
                     Some(line) => match self.judge(endpoint, status, &line, by)? {
                         first if first["created"] == true && first["canceled"] != true => Ok(stream),
-                        first => Err(Failed::Here(StoreError::refused(format!("{endpoint} does not watch: {first}")))),
+                        first => {
+                            Err(Failed::Here(StoreError::not_applied(format!("{endpoint} does not watch: {first}"))))
+                        }
                     },
                     None => {
-                        Err(Failed::Here(StoreError::refused(format!("{endpoint} did not begin to watch in time"))))
+                        Err(Failed::Here(StoreError::not_applied(format!("{endpoint} did not begin to watch in time"))))
                     }
                 }
             })
@@ -330,7 +332,7 @@ impl Gateway {
         });
         // Nothing but the login has been asked for, which can have had no effect.
         let answer = answer.map_err(|failed| match failed.into_error() {
-            StoreError::Unknown(cause) => StoreError::Refused(cause),
+            StoreError::Unknown(cause) => StoreError::NotApplied(cause),
             error => error,
         })?;
         let token: Arc<str> = answer["token"].as_str().unwrap_or_default().into();
@@ -369,11 +371,11 @@ impl Gateway {
                     Failed::Here(error) | Failed::Leaderless(error) => {
                         in_doubt |= matches!(error, StoreError::Unknown(_));
                         // One that says what is wrong tells more than one that is down.
-                        if !matches!(failure, Some(StoreError::Misuse(_))) {
+                        if !matches!(failure, Some(StoreError::Permanent(_))) {
                             failure = Some(error);
                         }
                     }
-                    Failed::Everywhere(StoreError::Refused(cause)) if in_doubt => {
+                    Failed::Everywhere(StoreError::NotApplied(cause)) if in_doubt => {
                         return Err(Failed::Everywhere(StoreError::Unknown(cause)));
                     }
                     failed => return Err(failed),
@@ -383,9 +385,9 @@ impl Gateway {
                 std::thread::sleep(ELECTED);
                 continue;
             }
-            let failure = failure.unwrap_or_else(|| StoreError::refused("there is no endpoint"));
+            let failure = failure.unwrap_or_else(|| StoreError::not_applied("there is no endpoint"));
             return Err(Failed::Here(match failure {
-                StoreError::Refused(cause) | StoreError::Misuse(cause) if in_doubt => StoreError::Unknown(cause),
+                StoreError::NotApplied(cause) | StoreError::Permanent(cause) if in_doubt => StoreError::Unknown(cause),
                 failure => failure,
             }));
         }
@@ -397,7 +399,7 @@ impl Gateway {
                 return error;
             }
             if self.tls.is_some() && is_cut(&error) {
-                return StoreError::refused(format!(
+                return StoreError::not_applied(format!(
                     "{endpoint} ended the connection instead of beginning TLS; if it speaks none, write etcd://"
                 ));
             }
@@ -442,7 +444,7 @@ impl Gateway {
         let refusal = Refusal(message.to_owned());
         let says = |part: &str| message.contains(part);
         let user = self.login.as_ref().map_or("", |login| &login.user);
-        let misuse = |text: String| Failed::Everywhere(StoreError::misuse(text));
+        let misuse = |text: String| Failed::Everywhere(StoreError::permanent(text));
         match code {
             _ if says("user name is empty") => {
                 misuse(format!("{endpoint} wants a user and a password: write etcd://user:password@{endpoint}"))
@@ -452,21 +454,21 @@ impl Gateway {
                 "{endpoint} asks nobody for a password: leave the user {user:?} out of the URL, or turn on its authentication"
             )),
             _ if says("invalid auth token") || says("revision of auth store is old") => {
-                Failed::Token(StoreError::refused(refusal))
+                Failed::Token(StoreError::not_applied(refusal))
             }
-            UNAUTHENTICATED => Failed::Token(StoreError::refused(refusal)),
+            UNAUTHENTICATED => Failed::Token(StoreError::not_applied(refusal)),
             PERMISSION_DENIED => misuse(format!(
                 "{endpoint} does not let the user {user:?} use the keys of leases: give it a role that may read and write all with their prefix"
             )),
             _ if says("CommonName") => misuse(format!(
                 "{endpoint} refuses a client certificate with a common name as long as it has authentication on: use one without"
             )),
-            UNAVAILABLE if says("no leader") => Failed::Leaderless(StoreError::refused(refusal)),
+            UNAVAILABLE if says("no leader") => Failed::Leaderless(StoreError::not_applied(refusal)),
             CANCELLED | UNKNOWN | DEADLINE_EXCEEDED | ABORTED | INTERNAL | UNAVAILABLE | DATA_LOSS => {
                 Failed::Here(StoreError::unknown(refusal))
             }
-            INVALID_ARGUMENT | UNIMPLEMENTED => Failed::Everywhere(StoreError::misuse(refusal)),
-            _ => Failed::Everywhere(StoreError::refused(refusal)),
+            INVALID_ARGUMENT | UNIMPLEMENTED => Failed::Everywhere(StoreError::permanent(refusal)),
+            _ => Failed::Everywhere(StoreError::not_applied(refusal)),
         }
     }
 
@@ -474,7 +476,7 @@ impl Gateway {
     fn foreign(&self, endpoint: &Endpoint, status: u16, body: &[u8], by: Deadline) -> Failed {
         let shown: String = String::from_utf8_lossy(body).chars().filter(|c| !c.is_control()).take(80).collect();
         if self.tls.is_none() && shown.contains("HTTP request to an HTTPS server") {
-            return Failed::Everywhere(StoreError::misuse(format!("{endpoint} speaks TLS: write etcds://")));
+            return Failed::Everywhere(StoreError::permanent(format!("{endpoint} speaks TLS: write etcds://")));
         }
         if status != 404 {
             return Failed::Here(StoreError::unknown(format!(
@@ -487,7 +489,7 @@ impl Gateway {
             let version = serde_json::from_slice::<Value>(&body).ok()?;
             Some(version["etcdserver"].as_str()?.to_owned())
         });
-        Failed::Everywhere(StoreError::misuse(match version {
+        Failed::Everywhere(StoreError::permanent(match version {
             None => format!("there is no etcd at {endpoint}"),
             Some(version) if is_older(&version) => {
                 format!("etcd {version} at {endpoint} is too old: {OLDEST} or later is needed")
@@ -532,7 +534,7 @@ fn is_cut(error: &io::Error) -> bool {
 fn tls_trouble(endpoint: &Endpoint, error: &io::Error) -> Option<StoreError> {
     use rustls::Error as Tls;
     let trouble = error.get_ref()?.downcast_ref::<Tls>()?;
-    Some(StoreError::misuse(match trouble {
+    Some(StoreError::permanent(match trouble {
         Tls::InvalidMessage(_) => format!("{endpoint} speaks no TLS: write etcd://"),
         Tls::AlertReceived(AlertDescription::CertificateRequired | AlertDescription::BadCertificate) => format!(
             "{endpoint} wants a certificate of a CA that it trusts: add the parameters cert and key ({trouble})"
@@ -579,9 +581,9 @@ impl Stream {
             }
             match self.connection.piece(by) {
                 Ok(Some(piece)) => self.line.extend_from_slice(&piece),
-                Ok(None) => return Err(StoreError::refused(format!("{} ended its watch", self.place))),
+                Ok(None) => return Err(StoreError::not_applied(format!("{} ended its watch", self.place))),
                 Err(error) if error.kind() == Io::TimedOut => return Ok(None),
-                Err(error) => return Err(StoreError::refused(format!("{} is cut off: {error}", self.place))),
+                Err(error) => return Err(StoreError::not_applied(format!("{} is cut off: {error}", self.place))),
             }
         }
     }
@@ -629,14 +631,14 @@ mod tests {
         let ask = |good: fn() -> Result<(), Failed>| {
             let asked =
                 gateway.anywhere(Deadline::after(Duration::from_secs(60)), |endpoint, _| match &*endpoint.host {
-                    "bad" => Err(Failed::Here(StoreError::misuse("its certificate is not to be trusted"))),
+                    "bad" => Err(Failed::Here(StoreError::permanent("its certificate is not to be trusted"))),
                     _ => good(),
                 });
             gateway.good.store(0, Ordering::Relaxed);
             asked.map_err(Failed::into_error)
         };
         assert!(ask(|| Ok(())).is_ok());
-        assert!(matches!(ask(|| Err(Failed::Here(StoreError::refused("down")))), Err(StoreError::Misuse(_))));
+        assert!(matches!(ask(|| Err(Failed::Here(StoreError::not_applied("down")))), Err(StoreError::Permanent(_))));
         assert!(matches!(ask(|| Err(Failed::Here(StoreError::unknown("cut")))), Err(StoreError::Unknown(_))));
     }
 
@@ -650,14 +652,14 @@ mod tests {
                 asked.set(asked.get() + 1);
                 match asked.get() > most {
                     true => Ok(()),
-                    false => Err(Failed::Leaderless(StoreError::refused("no leader"))),
+                    false => Err(Failed::Leaderless(StoreError::not_applied("no leader"))),
                 }
             });
             answer.map_err(Failed::into_error)
         };
         assert!(elected_after(5, Duration::from_secs(60)).is_ok());
         assert_eq!(asked.get(), 6);
-        assert!(matches!(elected_after(u32::MAX, ELECTED * 3), Err(StoreError::Refused(_))));
+        assert!(matches!(elected_after(u32::MAX, ELECTED * 3), Err(StoreError::NotApplied(_))));
         assert!((2..=8).contains(&asked.get()));
     }
 

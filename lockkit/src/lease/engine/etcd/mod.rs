@@ -38,7 +38,7 @@ use super::{
 };
 use crate::failpoint::step;
 use crate::lease::store::{
-    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseStore, Released, Renewal, Seen, StoreError,
+    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseSnapshot, LeaseStore, Released, Renewal, StoreError,
     StoreProfile,
 };
 use crate::owner::Owner;
@@ -178,7 +178,7 @@ impl LeaseStore for Store {
             smallest_ttl: SMALLEST_TTL,
             ttl_step: Duration::from_secs(1),
             wakes_waiters: true,
-            place: Some(hasher.finish()),
+            failure_domain: Some(hasher.finish()),
             ..StoreProfile::new(Durability::Quorum)
         }
     }
@@ -205,7 +205,7 @@ impl LeaseStore for Store {
         })
     }
 
-    fn give_up(&self, grant: &Grant, by: Deadline) -> Result<Released> {
+    fn abandon(&self, grant: &Grant, by: Deadline) -> Result<Released> {
         // The record goes on saying that it is held, by which the next owner learns that it was not released.
         let record = passed_on(grant).map(|died| Record::text(HELD, grant.claim(), &died));
         let why = if record.is_some() { Orphan::InDoubt } else { Orphan::RunOut };
@@ -213,28 +213,28 @@ impl LeaseStore for Store {
         Ok(if freed.is_ok() { Released::Done } else { Released::NotMine })
     }
 
-    fn look(&self, name: &LeaseName, by: Deadline) -> Result<Option<Seen>> {
-        self.own().look(name, by)
+    fn get(&self, name: &LeaseName, by: Deadline) -> Result<Option<LeaseSnapshot>> {
+        self.own().get(name, by)
     }
 
-    fn evict(&self, name: &LeaseName, seen: &Seen, by: Deadline) -> Result<Released> {
+    fn evict(&self, name: &LeaseName, seen: &LeaseSnapshot, by: Deadline) -> Result<Released> {
         let claim = seen.claim().unwrap_or(ClaimId::from_number(0));
         let evicted = Record::text(EVICTED, &claim, "");
-        let freed = self.own().free(name, seen.claim(), seen.cursor(), Some(&evicted), by)?;
+        let freed = self.own().free(name, seen.claim(), seen.revision(), Some(&evicted), by)?;
         Ok(match freed {
             Err(found) if !found.record.is(EVICTED, Some(claim)) => Released::NotMine,
             _ => Released::Done,
         })
     }
 
-    fn park(&self, name: &LeaseName, seen: &Seen, by: Deadline, stop: &CancelToken) -> Result<()> {
+    fn wait_for_change(&self, name: &LeaseName, seen: &LeaseSnapshot, by: Deadline, stop: &CancelToken) -> Result<()> {
         let own = self.own();
-        let bell = own.bells.hang(name, by, stop)?;
+        let bell = own.bells.subscribe(name, by, stop)?;
         if stop.is_cancelled() {
             return Ok(());
         }
-        match own.look(name, by.min(Deadline::after(LOOK)))? {
-            Some(still) if still.cursor() == seen.cursor() => bell.wait(seen.owner(), by, stop),
+        match own.get(name, by.min(Deadline::after(LOOK)))? {
+            Some(still) if still.revision() == seen.revision() => bell.wait(seen.owner(), by, stop),
             _ => Ok(()),
         }
     }
@@ -247,7 +247,7 @@ impl Store {
 }
 
 fn session_of(grant: &Grant) -> Result<&Arc<Session>> {
-    grant.handle().ok_or_else(|| StoreError::misuse("the grant is of another store"))
+    grant.handle().ok_or_else(|| StoreError::permanent("the grant is of another store"))
 }
 
 impl Own {
@@ -288,11 +288,11 @@ impl Own {
         name: &LeaseName,
         claim: &ClaimId,
         ttl: Duration,
-        over: Option<&Seen>,
+        over: Option<&LeaseSnapshot>,
         by: Deadline,
     ) -> Result<Attempt> {
         let began = now();
-        let mut over = over.map(|seen| (seen.cursor(), seen.claim()));
+        let mut over = over.map(|seen| (seen.revision(), seen.claim()));
         // Why nobody has what is taken over, if nobody has.
         let mut nobody = None;
         let record = Record::text(HELD, claim, &own_text());
@@ -362,7 +362,7 @@ impl Own {
             };
             // An earlier request was done after all, and nobody has what it got. It is taken over, rather than believed,
             // so that of two who find it only one gets it.
-            over = Some((seen.cursor(), seen.claim()));
+            over = Some((seen.revision(), seen.claim()));
         }
         Err(StoreError::unknown("the session ended, or the lease was released, again and again meanwhile"))
     }
@@ -404,7 +404,7 @@ impl Own {
             return Ok(Renewal::Lost { by: None });
         }
         let turn = session.turn.try_lock_until(by.moment());
-        let _turn = turn.ok_or_else(|| StoreError::refused("another renewal of its session is under way"))?;
+        let _turn = turn.ok_or_else(|| StoreError::not_applied("another renewal of its session is under way"))?;
         if session.covers(grant, began) {
             return Ok(Renewal::Extended { ttl: session.left(began) });
         }
@@ -437,14 +437,14 @@ impl Own {
                 }
             }
         }
-        Err(StoreError::refused("etcd changed its leader just now"))
+        Err(StoreError::not_applied("etcd changed its leader just now"))
     }
 
     /// Who has the name of a grant that was not found in place.
     fn what_became_of(&self, grant: &Grant, by: Deadline) -> Result<Renewal> {
-        let seen = self.look(grant.name(), by)?;
-        if seen.as_ref().is_some_and(|seen| seen.cursor() == grant.token()) {
-            return Err(StoreError::refused("etcd knows the lease, but not its session"));
+        let seen = self.get(grant.name(), by)?;
+        if seen.as_ref().is_some_and(|seen| seen.revision() == grant.token()) {
+            return Err(StoreError::not_applied("etcd knows the lease, but not its session"));
         }
         session_of(grant)?.remove(grant);
         Ok(Renewal::Lost { by: seen.and_then(|seen| seen.owner().cloned()) })
@@ -482,7 +482,7 @@ impl Own {
         Ok(if answer.is_done() { Ok(()) } else { Err(Found::of(&answer)) })
     }
 
-    fn look(&self, name: &LeaseName, by: Deadline) -> Result<Option<Seen>> {
+    fn get(&self, name: &LeaseName, by: Deadline) -> Result<Option<LeaseSnapshot>> {
         let answer = self.transact(json!([]), self.read_both(name), json!([]), by)?;
         let held = answer.read(0);
         Ok((!held.is_null()).then(|| seen(held, answer.read(1))))
@@ -494,7 +494,7 @@ impl Own {
         let seconds = ttl.as_secs() + u64::from(ttl.subsec_nanos() > 0);
         let place = self.sessions.lock().entry(seconds).or_default().clone();
         let place = place.try_lock_until(by.moment());
-        let mut place = place.ok_or_else(|| StoreError::refused("a session is being made, and it takes long"))?;
+        let mut place = place.ok_or_else(|| StoreError::not_applied("a session is being made, and it takes long"))?;
         if let Some(session) = &*place {
             if session.can_begin(now()) {
                 return Ok((session.clone(), None));
@@ -508,7 +508,7 @@ impl Own {
         step("session made");
         let id = number(&answer["ID"]);
         if id == 0 {
-            return Err(StoreError::refused("etcd made no session"));
+            return Err(StoreError::not_applied("etcd made no session"));
         }
         let session = Arc::new(Session::new(id, Duration::from_secs(seconds), sent));
         *place = Some(session.clone());
@@ -549,15 +549,15 @@ impl Own {
     ) -> Result<()> {
         let free = Record::text(FREE, &claim, "");
         if why == Orphan::InDoubt {
-            let held = self.look(name, by)?.filter(|held| held.claim() == Some(claim) && held.cursor() <= revision);
+            let held = self.get(name, by)?.filter(|held| held.claim() == Some(claim) && held.revision() <= revision);
             let Some(held) = held else { return Ok(()) };
-            let before = self.before(name, held.cursor(), Some(claim), session, by)?;
+            let before = self.before(name, held.revision(), Some(claim), session, by)?;
             // The next owner is to be told of who did not release before.
             let record = match &*before.state {
                 HELD => Record::text(HELD, &claim, &before.owner.as_ref().map(text_of).unwrap_or_default()),
                 _ => free,
             };
-            return self.free(name, Some(claim), held.cursor(), Some(&record), by).map(drop);
+            return self.free(name, Some(claim), held.revision(), Some(&record), by).map(drop);
         }
         let key = self.keys.held(name);
         let is_old = json!({
@@ -591,9 +591,9 @@ fn is_of(key: &str, claim: ClaimId) -> Value {
 }
 
 /// A holder, by its two keys.
-fn seen(held: &Value, record: &Value) -> Seen {
+fn seen(held: &Value, record: &Value) -> LeaseSnapshot {
     let revision = number(&held["mod_revision"]);
-    let mut seen = Seen::new(revision).with_token(revision);
+    let mut seen = LeaseSnapshot::new(revision).with_token(revision);
     let claim = parse_claim(&decoded(&held["value"]));
     if let Some(claim) = claim {
         seen = seen.with_claim(claim);
@@ -641,11 +641,11 @@ impl Listener for Watch {
             return Ok(());
         };
         self.heard = Instant::now();
-        let news: Value = serde_json::from_slice(&line).map_err(StoreError::refused)?;
+        let news: Value = serde_json::from_slice(&line).map_err(StoreError::not_applied)?;
         let result = &news["result"];
         // Without a leader, or when the revision that it had come to is compacted away.
         if !result.is_object() || result["canceled"] == true {
-            return Err(StoreError::refused(format!("etcd ended the watch: {news}")));
+            return Err(StoreError::not_applied(format!("etcd ended the watch: {news}")));
         }
         for event in result["events"].as_array().into_iter().flatten() {
             if let Some(name) = decoded(&event["kv"]["key"]).strip_prefix(&self.prefix) {

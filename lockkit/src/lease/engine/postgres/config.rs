@@ -138,17 +138,17 @@ impl Target {
                 }
                 // One that says what is wrong with the request tells more than one that is down.
                 Err(error) => match failed {
-                    Some(StoreError::Misuse(_)) => {}
+                    Some(StoreError::Permanent(_)) => {}
                     _ => failed = Some(error),
                 },
             }
         }
-        Err(failed.unwrap_or_else(|| StoreError::refused("there is no host to connect to")))
+        Err(failed.unwrap_or_else(|| StoreError::not_applied("there is no host to connect to")))
     }
 
     fn connect_to(&self, at: usize, by: Deadline) -> Result<Link, StoreError> {
         let (host, port) = &self.hosts[at];
-        let late = || StoreError::refused(format!("{} did not answer in time", shown(host, *port)));
+        let late = || StoreError::not_applied(format!("{} did not answer in time", shown(host, *port)));
         let failed = |error: io::Error| match error.kind() {
             io::ErrorKind::TimedOut => late(),
             _ => not_connected(&shown(host, *port), &error),

@@ -42,11 +42,11 @@ impl std::error::Error for Said {
 pub(super) fn of_connecting(cut: Cut, place: &str, user: &str, late: impl FnOnce() -> StoreError) -> StoreError {
     let error = match cut {
         Cut::Late => return late(),
-        Cut::Here(error) => return StoreError::refused(Said::new(format!("connect to {place}"), error)),
+        Cut::Here(error) => return StoreError::not_applied(Said::new(format!("connect to {place}"), error)),
         Cut::By(error) => error,
     };
-    let refused = |what: String, error| StoreError::refused(Said::new(what, error));
-    let misuse = |what: String, error| StoreError::misuse(Said::new(what, error));
+    let refused = |what: String, error| StoreError::not_applied(Said::new(what, error));
+    let misuse = |what: String, error| StoreError::permanent(Said::new(what, error));
     let Some(code) = error.code() else {
         let source = std::error::Error::source(&error);
         let broken = source.and_then(|source| source.downcast_ref::<io::Error>());
@@ -104,7 +104,11 @@ pub(super) fn of_request(cut: Cut) -> StoreError {
         SqlState::QUERY_CANCELED => (false, "the server cancelled the request, see statement_timeout".to_owned()),
         _ => (false, "the server refused".to_owned()),
     };
-    if is_misuse { StoreError::misuse(Said::new(what, error)) } else { StoreError::refused(Said::new(what, error)) }
+    if is_misuse {
+        StoreError::permanent(Said::new(what, error))
+    } else {
+        StoreError::not_applied(Said::new(what, error))
+    }
 }
 
 /// What is wrong with a server that only reads.

@@ -178,39 +178,41 @@ pub(super) fn check(link: &mut Link, by: Deadline) -> Result<(), StoreError> {
     const MOST_TRIES: usize = 5;
     for _ in 0..MOST_TRIES {
         let row = match link.ask_once(&HELLO, &[], by) {
-            Ok(rows) => rows.into_iter().next().ok_or_else(|| StoreError::refused("the server answered nothing"))?,
+            Ok(rows) => {
+                rows.into_iter().next().ok_or_else(|| StoreError::not_applied("the server answered nothing"))?
+            }
             Err(Cut::By(error)) if error.code() == Some(&tokio_postgres::error::SqlState::UNDEFINED_FUNCTION) => {
-                return Err(StoreError::misuse(Said::new(too_old("this server"), error)));
+                return Err(StoreError::permanent(Said::new(too_old("this server"), error)));
             }
             // It has changed nothing.
-            Err(cut) => return Err(StoreError::refused(Said::new("greet the server", of_request(cut)))),
+            Err(cut) => return Err(StoreError::not_applied(Said::new("greet the server", of_request(cut)))),
         };
-        let strange = |error| StoreError::misuse(Said::new("this is no PostgreSQL server", error));
+        let strange = |error| StoreError::permanent(Said::new("this is no PostgreSQL server", error));
         let (process, version): (i32, i32) = (row.try_get(0).map_err(strange)?, row.try_get(1).map_err(strange)?);
         if version < OLDEST {
             let version: &str = row.try_get(2).map_err(strange)?;
-            return Err(StoreError::misuse(too_old(&format!("PostgreSQL {version}"))));
+            return Err(StoreError::permanent(too_old(&format!("PostgreSQL {version}"))));
         }
         if row.try_get(3).map_err(strange)? {
-            return Err(StoreError::refused(errors::read_only()));
+            return Err(StoreError::not_applied(errors::read_only()));
         }
         link.is_direct = link.process() == Some(process);
         if let Some(why) = row.try_get::<_, Option<&str>>(5).map_err(strange)? {
-            return Err(StoreError::misuse(not_trusted(why)));
+            return Err(StoreError::permanent(not_trusted(why)));
         }
         match row.try_get(4).map_err(strange)? {
             Some(LAYOUT) if link.is_direct => {
                 return link.execute(BOUNDED, by).map_err(|cut| match of_request(cut) {
-                    StoreError::Unknown(cause) => StoreError::Refused(cause),
+                    StoreError::Unknown(cause) => StoreError::NotApplied(cause),
                     error => error,
                 });
             }
             Some(LAYOUT) => return Ok(()),
-            Some(_) => return Err(StoreError::misuse(of_another_layout())),
+            Some(_) => return Err(StoreError::permanent(of_another_layout())),
             None => make(link, by)?,
         }
     }
-    Err(StoreError::refused("the table lockkit_leases cannot be found in the search_path after it was made"))
+    Err(StoreError::not_applied("the table lockkit_leases cannot be found in the search_path after it was made"))
 }
 
 fn make(link: &mut Link, by: Deadline) -> Result<(), StoreError> {
@@ -228,7 +230,7 @@ fn make(link: &mut Link, by: Deadline) -> Result<(), StoreError> {
                     "there is no table lockkit_leases, and this user may not make it; let somebody run: {CREATE}; {}",
                     grant()
                 );
-                Err(StoreError::misuse(Said::new(what, error)))
+                Err(StoreError::permanent(Said::new(what, error)))
             }
             _ => Err(of_request(error.into())),
         },
