@@ -54,7 +54,7 @@ fn second(directory: &Path, files: &[&str]) -> Output {
 
 /// One test, for the example has one name.
 #[test]
-fn a_second_start_hands_its_files_over_to_the_first_which_may_hang_die_and_close() {
+fn activate_example_survives_hang_death_and_close_of_first() {
     let mut first = First::start("/a");
     first.expect("open /a");
     first.expect(&format!("pid {} is the first instance", first.child.id()));

@@ -17,7 +17,7 @@ fn leads(line: &str) -> (&str, u64, &str) {
 }
 
 #[test]
-fn a_killed_leader_is_followed_and_a_stopped_one_is_refused_and_knows_it() {
+fn killed_leader_is_replaced_and_stopped_leader_is_fenced() {
     let start = Instant::now();
     let said = said_by("leader", &[]);
     assert!(start.elapsed() < A_FEW_SECONDS, "{:?}", start.elapsed());

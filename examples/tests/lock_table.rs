@@ -5,7 +5,7 @@ mod common;
 use common::said_by;
 
 #[test]
-fn the_owner_after_a_death_is_told_and_all_locks_are_free_at_the_end() {
+fn lock_table_example_reports_death_and_ends_unlocked() {
     let told = said_by("lock_table", &[]);
     let lines = |part: &str| told.lines().filter(|line| line.contains(part)).count();
     assert_eq!(lines("checks account 2, for its last owner died inside: pid "), 1, "{told}");

@@ -5,7 +5,7 @@ mod common;
 use common::said_by;
 
 #[test]
-fn who_comes_meanwhile_is_told_who_is_inside_and_who_comes_afterwards_gets_in() {
+fn scoped_guard_example_names_holder_and_admits_next() {
     let said = said_by("scoped_guard", &[]);
     let lines: Vec<&str> = said.lines().collect();
     assert_eq!(lines.len(), 5, "{said}");

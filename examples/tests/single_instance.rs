@@ -69,14 +69,14 @@ fn stderr(output: &Output) -> &str {
 
 /// One test, for the example has one name.
 #[test]
-fn the_example_runs_once_says_who_runs_and_survives_its_own_death() {
-    a_second_start_says_who_runs_and_exits_with_75_at_once();
-    a_start_after_a_kill_succeeds_at_once_and_says_who_died();
+fn single_instance_example_runs_once_and_restarts_after_kill() {
+    single_instance_second_start_names_holder_and_exits_75();
+    single_instance_start_after_kill_reports_dead_holder();
     a_start_after_an_orderly_end_says_nothing_of_it();
     a_bad_argument_gets_a_clear_error();
 }
 
-fn a_second_start_says_who_runs_and_exits_with_75_at_once() {
+fn single_instance_second_start_names_holder_and_exits_75() {
     let first = Running::start("1m");
     let start = Instant::now();
     let second = Command::new(example("single_instance")).output().unwrap();
@@ -91,7 +91,7 @@ fn a_second_start_says_who_runs_and_exits_with_75_at_once() {
     first.kill();
 }
 
-fn a_start_after_a_kill_succeeds_at_once_and_says_who_died() {
+fn single_instance_start_after_kill_reports_dead_holder() {
     let killed = Running::start("1m").kill();
     let start = Instant::now();
     let next = Running::start("1ms");

@@ -185,7 +185,7 @@ fn a_wait_with_a_limit_ends_with_the_limit() {
 }
 
 #[test]
-fn what_waits_for_ever_returns_any_other_error_where_it_can_and_panics_where_not() {
+fn refuse_returns_convertible_error_and_panics_otherwise() {
     use lockkit::instance::{OrGiveUp as _, Returns};
 
     fn error() -> lockkit::Error {
@@ -356,7 +356,7 @@ fn an_async_function_holds_the_name_across_its_awaits() {
 }
 
 #[test]
-fn a_future_takes_the_name_when_it_is_first_polled_and_frees_it_when_it_is_dropped() {
+fn future_acquires_at_first_poll_and_releases_on_drop() {
     const NAME: &str = "lockkit-test-macro-future";
 
     #[single_instance(NAME)]
@@ -395,7 +395,7 @@ fn an_async_method_may_borrow() {
 }
 
 #[test]
-fn a_handler_is_told_that_the_previous_owner_died() {
+fn on_recovered_gets_dead_owner() {
     const NAME: &str = "lockkit-test-macro-recovered";
     thread_local! {
         static DEAD: std::cell::Cell<Option<u32>> = const { std::cell::Cell::new(None) };
@@ -415,7 +415,7 @@ fn a_handler_is_told_that_the_previous_owner_died() {
         std::mem::forget(hold(NAME));
         std::process::abort();
     }
-    let mut child = child("a_handler_is_told_that_the_previous_owner_died", "die").spawn().unwrap();
+    let mut child = child("on_recovered_gets_dead_owner", "die").spawn().unwrap();
     assert!(!child.wait().unwrap().success());
     assert_holds(NAME, || work().unwrap());
     assert_eq!(DEAD.get(), Some(child.id()));
@@ -494,7 +494,7 @@ fn a_main_that_finds_its_name_held_says_so_and_exits() {
 // Instances are Linux's.
 #[cfg(target_os = "linux")]
 #[test]
-fn a_handler_for_second_starts_is_called_when_the_one_for_the_dead_has_returned() {
+fn on_second_runs_after_on_recovered_returns() {
     const NAME: &str = "lockkit-test-macro-recovered-first";
     static STEPS: std::sync::Mutex<Vec<&str>> = std::sync::Mutex::new(Vec::new());
 
@@ -526,7 +526,7 @@ fn a_handler_for_second_starts_is_called_when_the_one_for_the_dead_has_returned(
         std::mem::forget(hold(NAME));
         std::process::abort();
     }
-    let test = "a_handler_for_second_starts_is_called_when_the_one_for_the_dead_has_returned";
+    let test = "on_second_runs_after_on_recovered_returns";
     assert!(!child(test, "die").status().unwrap().success());
     main();
     assert_eq!(*STEPS.lock().unwrap(), ["repair", "repaired", "opened"]);
@@ -535,9 +535,9 @@ fn a_handler_for_second_starts_is_called_when_the_one_for_the_dead_has_returned(
 // Instances are Linux's.
 #[cfg(target_os = "linux")]
 #[test]
-fn a_second_main_hands_its_start_over_to_the_first_and_exits_with_success() {
+fn on_second_activates_first_instance_and_exits_zero() {
     const NAME: &str = "lockkit-test-macro-on-second";
-    const TEST: &str = "a_second_main_hands_its_start_over_to_the_first_and_exits_with_success";
+    const TEST: &str = "on_second_activates_first_instance_and_exits_zero";
     static SEEN: std::sync::Mutex<Vec<(Option<u32>, Option<String>)>> = std::sync::Mutex::new(Vec::new());
 
     fn opened(activation: lockkit::Activation) {

@@ -4,7 +4,7 @@
 //! ui` writes it anew; read what has changed.
 
 #[test]
-fn every_error_stands_at_the_token_at_fault() {
+fn compile_error_points_at_invalid_token() {
     trybuild::TestCases::new().compile_fail("tests/ui/fail/*.rs");
 }
 

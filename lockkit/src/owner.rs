@@ -384,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn an_earlier_boot_of_this_host_is_dead_and_another_host_unknown() {
+    fn liveness_is_dead_after_reboot_and_unknown_on_other_host() {
         let mut owner = Owner::current();
         owner.boot = owner.boot.map(|boot| boot ^ 1);
         assert_eq!(owner.liveness_by_name(), Liveness::Dead);

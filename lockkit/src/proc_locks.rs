@@ -296,7 +296,7 @@ mod tests {
     const FILE: FileId = FileId { device: (0xfe, 0), inode: 131 };
 
     #[test]
-    fn a_line_tells_who_holds_and_who_waits() {
+    fn parse_proc_locks_line_separates_holder_and_waiter() {
         let held = Entry { mechanism: Mechanism::Flock, waits: false, pid: 42, file: FILE };
         assert_eq!(parse("1: FLOCK  ADVISORY  WRITE 42 fe:00:131 0 EOF"), Some(held));
         assert!(parse("1: -> FLOCK  ADVISORY  READ 42 fe:00:131 0 EOF").unwrap().waits);
@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_shown_twice_counts_once() {
+    fn waiters_counts_repeated_process_once() {
         let table = "1: FLOCK  ADVISORY  READ 42 fe:00:131 0 EOF\n1: -> FLOCK  ADVISORY  WRITE 7 fe:00:131 0 EOF\n\
                      2: FLOCK  ADVISORY  READ 43 fe:00:131 0 EOF\n2: -> FLOCK  ADVISORY  WRITE 8 fe:00:131 0 EOF\n\
                      3: FLOCK  ADVISORY  READ 42 fe:00:131 0 EOF\n3: -> FLOCK  ADVISORY  WRITE 7 fe:00:131 0 EOF\n\

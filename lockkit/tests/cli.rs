@@ -283,7 +283,7 @@ fn a_machine_wide_name_is_another_than_the_users() {
 }
 
 #[test]
-fn shared_locks_on_a_file_go_together_and_keep_exclusive_ones_out() {
+fn run_shared_file_lock_admits_shared_refuses_exclusive() {
     let lock = Lock::new("--file");
     let (_running, _) = lock.hold(["--shared"]);
     let run = |options: [&str; 2]| code_of(&lock.run(options, "true").output().expect("lockkit starts"));
@@ -292,7 +292,7 @@ fn shared_locks_on_a_file_go_together_and_keep_exclusive_ones_out() {
 }
 
 #[test]
-fn a_killed_lockkit_leaves_the_lock_to_its_program_and_then_free() {
+fn killed_lockkit_leaves_lock_held_by_its_program() {
     for kind in KINDS {
         let lock = Lock::new(kind);
         let (mut running, pid) = lock.hold([]);
@@ -332,7 +332,7 @@ fn keeper(lockkit: u32) -> u32 {
 }
 
 #[test]
-fn the_lock_is_held_while_its_program_lives_whichever_of_lockkit_and_its_keeper_is_killed_first() {
+fn lock_outlives_killed_lockkit_and_keeper_until_program_ends() {
     for kind in ["--name", "--file"] {
         for keeper_first in [false, true] {
             let lock = Lock::new(kind);
@@ -367,7 +367,7 @@ fn a_pidfile_names_the_program_that_its_killed_lockkit_ran() {
 }
 
 #[test]
-fn nothing_of_a_program_outlives_its_lease_whichever_of_lockkit_and_its_keeper_is_killed() {
+fn program_never_outlives_lease_if_lockkit_or_keeper_dies() {
     for (lockkit_first, keeper_too) in [(true, false), (true, true), (false, true), (false, false)] {
         let lock = Lock::new("--lease");
         // One that it waits for, one whose parent has ended, and one in a session of its own.
@@ -425,7 +425,7 @@ fn a_kill_by_name_or_by_command_line_does_not_reach_the_keeper() {
 }
 
 #[test]
-fn what_a_program_leaves_running_does_not_keep_the_lock_of_a_killed_lockkit() {
+fn leftover_child_does_not_keep_lock_of_killed_lockkit() {
     for kind in ["--name", "--file"] {
         let lock = Lock::new(kind);
         let script = "sleep 60 > /dev/null & echo $!; echo $$; exec sleep 60";
@@ -506,7 +506,7 @@ fn what_a_program_leaves_running_does_not_keep_the_lock() {
 }
 
 #[test]
-fn what_reads_the_output_of_a_program_waits_for_nobody_else() {
+fn keeper_does_not_keep_program_output_open() {
     let lock = Lock::new("--name");
     let (mut running, pid) = lock.hold([]);
     let _program = Orphan(pid);
@@ -566,7 +566,7 @@ fn a_lost_lease_ends_its_program() {
 }
 
 #[test]
-fn a_program_that_will_not_end_with_its_lease_is_killed_with_all_it_has_started() {
+fn run_lease_lost_kills_unresponsive_program_and_descendants() {
     let lock = Lock::new("--lease");
     let script = "trap '' TERM; sleep 60 > /dev/null & echo $!; wait; while :; do sleep 0.05; done";
     let mut running = Running::start(lock.run(["--grace", "300ms"], script));
@@ -602,7 +602,7 @@ fn a_killed_holder_of_a_lease_takes_its_program_along() {
 }
 
 #[test]
-fn the_next_program_is_told_who_died() {
+fn run_after_death_reports_dead_holder_to_program() {
     let lock = Lock::new("--pidfile");
     let (mut running, pid) = lock.hold([]);
     running.child.kill().expect("it runs");
@@ -644,7 +644,7 @@ fn read_until(screen: &mut File, fact: impl Fn(&str) -> bool) -> String {
 }
 
 #[test]
-fn a_wait_on_a_terminal_shows_what_for_who_holds_it_and_how_long() {
+fn wait_on_terminal_shows_lock_holder_and_elapsed_time() {
     let lock = Lock::new("--name");
     let (mut running, pid) = lock.hold([]);
     let (end, mut screen) = terminal();
@@ -686,7 +686,7 @@ fn an_interrupt_from_the_terminal_reaches_the_program_once() {
 }
 
 #[test]
-fn a_program_in_another_group_is_interrupted_and_hears_that_the_terminal_is_gone() {
+fn run_program_in_other_group_receives_interrupt_and_hangup() {
     for kind in ["--name", "--lease"] {
         // With setsid(1) the program leaves the session; without, lockkit leads it and is told alone.
         for (begin, signal) in [("exec setsid sh -c", "INT"), ("exec sh -c", "HUP")] {
@@ -733,7 +733,7 @@ fn no_color_is_heeded_on_a_terminal() {
 }
 
 #[test]
-fn a_wait_on_a_pipe_is_silent_unless_told_otherwise() {
+fn wait_on_pipe_prints_only_with_verbose() {
     let lock = Lock::new("--name");
     let (_running, pid) = lock.hold([]);
     let wait = |option: &str| {
@@ -804,7 +804,7 @@ fn status_and_list_say_the_same_in_json() {
 }
 
 #[test]
-fn what_is_in_a_directory_is_listed_on_request_and_tables_in_use_without() {
+fn list_shows_directory_on_request_and_tables_in_use_always() {
     use lockkit::{LockManager, ShmLockManager};
     let (directory, paths) = pidfiles();
     let table = directory.path().join("table");
@@ -822,7 +822,7 @@ fn what_is_in_a_directory_is_listed_on_request_and_tables_in_use_without() {
 }
 
 #[test]
-fn names_of_files_reach_no_terminal_raw_and_looking_at_a_fifo_does_not_block() {
+fn status_escapes_file_names_and_does_not_block_on_fifo() {
     let directory = TempDir::new().expect("a directory");
     let odd = directory.path().join("a\x1b[31m\nb").display().to_string();
     let _holder = Running::start(lockkit(["run", "--file", &odd, "--", "sleep", "60"]));
@@ -1007,7 +1007,7 @@ fn stealing_a_lease_asks_and_names_the_owner() {
 }
 
 #[test]
-fn an_engine_that_this_build_lacks_is_named_with_the_feature_that_brings_it() {
+fn missing_server_store_error_names_cargo_feature() {
     let engines = [
         ("redis://user:secret@localhost:1/leader", "redis", cfg!(feature = "redis")),
         ("postgres://user:secret@localhost:1/db/leader", "postgres", cfg!(feature = "postgres")),
@@ -1087,7 +1087,7 @@ fn redis() -> Option<(TempDir, Running, String)> {
 }
 
 #[test]
-fn a_lease_on_a_server_is_a_lock_like_any_other_and_is_lost_with_it() {
+fn cli_redis_lease_works_and_is_lost_with_server() {
     let Some((_directory, mut server, url)) = redis() else { return };
     assert_eq!((code(["status", &url]), code(["wait", &url])), (0, 0));
     let run = || {
@@ -1163,7 +1163,7 @@ fn paths_that_are_no_text_are_locks_like_any_other() {
 }
 
 #[test]
-fn root_steals_the_lease_of_another_user_and_nobody_else_does() {
+fn steal_lease_of_other_user_requires_root() {
     if !rustix::process::geteuid().is_root() {
         left_out("only root can act as another user");
         return;
@@ -1206,7 +1206,7 @@ fn root_steals_the_lease_of_another_user_and_nobody_else_does() {
 }
 
 #[test]
-fn a_doctor_that_is_interrupted_leaves_nothing_and_a_killed_ones_directory_goes_later() {
+fn doctor_interrupted_or_killed_is_cleaned_up() {
     let directory = TempDir::new_in("/dev/shm").expect("a directory");
     let left = || -> Vec<PathBuf> {
         fs::read_dir(directory.path()).expect("a directory").map(|entry| entry.expect("an entry").path()).collect()
@@ -1279,7 +1279,7 @@ fn tables_give_out_numbers_and_take_them_back() {
 }
 
 #[test]
-fn a_table_keeps_its_numbers_where_they_cannot_be_told_or_do_not_fit() {
+fn table_numbers_kept_when_output_or_renumber_fails() {
     let directory = TempDir::new_in("/dev/shm").expect("a directory");
     let path = directory.path().join("table").display().to_string();
     assert_eq!(code(["table", "create", &path, "--capacity", "2"]), 0);
@@ -1293,7 +1293,7 @@ fn a_table_keeps_its_numbers_where_they_cannot_be_told_or_do_not_fit() {
 }
 
 #[test]
-fn a_table_shows_who_holds_which_lock() {
+fn table_status_reports_holder_of_each_lock() {
     use lockkit::{LockManager, ShmLockManager};
     let directory = TempDir::new_in("/dev/shm").expect("a directory");
     let path = directory.path().join("table");
@@ -1334,7 +1334,7 @@ fn the_doctor_trusts_proc_with_nothing() {
 }
 
 #[test]
-fn every_command_has_completions_a_manual_page_and_help_with_an_example() {
+fn commands_have_completions_man_page_and_help_example() {
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         let script = output(["completions", shell]);
         assert!(code_of(&script) == 0 && text(&script.stdout).contains("lockkit"), "{shell}");
@@ -1666,7 +1666,7 @@ fn flock_by_descriptor_does_what_the_machines_own_does() {
 }
 
 #[test]
-fn flock_as_a_subcommand_is_the_same_and_excludes_the_machines_own() {
+fn flock_subcommand_excludes_system_flock() {
     let Some((directory, both)) = both_flocks() else { return };
     let file = directory.path().join("file").display().to_string();
     let mut holder = lockkit(["flock", &file, "sh", "-c", "echo held; exec sleep 60"]);

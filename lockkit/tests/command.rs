@@ -146,7 +146,7 @@ fn end(pid: u32) {
 
 /// On Linux the lock outlives the one that was called, and a keeper holds it; on Windows the program ends with it.
 #[test]
-fn when_lockkit_is_killed_the_lock_is_never_free_for_long_while_the_program_lives() {
+fn kill_of_lockkit_keeps_lock_while_program_lives() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("a.lock");
     let (mut holder, program) = held(&["--file", file.to_str().unwrap()]);
@@ -169,7 +169,7 @@ const NO_CONSOLE: &str = "no console can be made here";
 /// What a console sends to a group of processes, as Ctrl-C goes to all that it shows.
 #[cfg(windows)]
 #[test]
-fn an_interrupt_of_the_console_ends_the_program_and_lockkit_waits_for_it() {
+fn console_interrupt_ends_program_and_lockkit_waits() {
     use std::os::windows::process::CommandExt;
     use windows_sys::Win32::Foundation::STATUS_CONTROL_C_EXIT;
     use windows_sys::Win32::System::Threading::CREATE_NEW_CONSOLE;
@@ -233,7 +233,7 @@ fn left_by_the_dead(path: &Path, pid: u32) {
 }
 
 #[test]
-fn a_lease_is_shown_and_its_program_knows_the_token_and_ends_when_it_is_lost() {
+fn lease_show_reports_token_and_steal_ends_program() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("leader");
     let text = path.to_str().unwrap();

@@ -23,7 +23,7 @@ macro_rules! conformance {
     ($module:ident, $kind:expr) => {
         $crate::conformance!($module, $kind;
             a_lock_is_taken_and_released_and_taken_again,
-            a_second_taker_in_this_process_is_refused_until_the_first_releases,
+            acquire_held_in_same_process_refused_until_release,
             a_taker_that_timed_out_gets_in_after_the_release,
             a_waiter_is_cancelled_at_once,
             a_cancelled_token_refuses_even_a_free_lock,
@@ -44,7 +44,7 @@ macro_rules! conformance {
             a_guard_can_be_dropped_on_another_thread,
             descriptor_zero_is_a_lock_like_any_other,
             without_descriptors_the_error_is_clear_and_nothing_is_lost,
-            a_process_killed_at_any_step_blocks_nobody,
+            crash_at_any_step_does_not_block_next_holder,
             chaos_never_lets_two_in,
         );
     };
@@ -92,7 +92,7 @@ mod cases {
         spec.clean();
     }
 
-    pub fn a_second_taker_in_this_process_is_refused_until_the_first_releases(kind: Kind) {
+    pub fn acquire_held_in_same_process_refused_until_release(kind: Kind) {
         let spec = kind.fresh();
         let lock = spec.open();
         let guard = lock.acquire(&Wait::none()).unwrap();
@@ -433,7 +433,7 @@ mod cases {
         spec.clean();
     }
 
-    pub fn a_process_killed_at_any_step_blocks_nobody(kind: Kind) {
+    pub fn crash_at_any_step_does_not_block_next_holder(kind: Kind) {
         crash_points::kill_at_every_step(kind);
     }
 

@@ -19,7 +19,7 @@ use crate::{Actor, Kind, Spec};
 /// - `waiting`: the lock is held at first, and handed over.
 /// - `followed`: another process waits when it releases.
 /// - `forked`: as `followed`, and the victim has forked a child just before it is killed, which lives on. Played by
-///   [`kill_beside_a_forked_child`] alone.
+///   [`kill_holder_with_forked_child`] alone.
 const SCENARIOS: [&str; 3] = ["alone", "waiting", "followed"];
 
 /// The victim's side: plays `scenario`, is killed at the step that it is told, and prints the steps that it passed.
@@ -86,7 +86,7 @@ pub fn kill_at_every_step(kind: Kind) {
 /// Kills a holder that is waited for at every step, just after another of its threads has forked a child that lives on: the
 /// waiter gets in all the same.
 #[cfg(target_os = "linux")]
-pub fn kill_beside_a_forked_child(kind: Kind) {
+pub fn kill_holder_with_forked_child(kind: Kind) {
     if !lockkit::failpoint::ENABLED {
         crate::left_out("this build has no steps to be killed at; they need debug assertions");
         return;

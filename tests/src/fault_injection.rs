@@ -35,16 +35,16 @@ macro_rules! fault_injection {
             a_limit_of_processes_is_an_error_or_does_not_matter,
             a_full_file_system_is_an_error_or_does_not_matter,
             a_read_only_file_system_is_an_error_or_does_not_matter,
-            directories_that_may_not_be_written_are_an_error_or_do_not_matter,
+            unwritable_directory_fails_or_has_no_effect,
             waiters_get_in_give_up_and_see_deaths_in_a_storm_of_signals,
             a_crowd_in_a_storm_of_signals_counts_without_losing_one,
             the_standard_descriptors_are_locks_like_any_other,
-            a_step_stands_between_every_two_changes,
+            lock_has_crash_point_between_any_two_changes,
             c7_drop_after_close_range_keeps_other_files,
             c7_lock_after_close_range_excludes_others,
             c7_token_after_close_range_still_cancels,
             c7_drop_of_closed_guard_keeps_next_lock,
-            any_system_call_may_fail_once_when_nobody_else_is_there,
+            any_system_call_may_fail_once_without_contention,
             any_system_call_may_fail_once_when_the_lock_is_passed_on,
         );
     };
@@ -549,7 +549,7 @@ fn injection(fault: Option<&Fault>) -> Vec<String> {
 
 /// A file lock's first flock fails, on a file that its process has just made, while another process holds the lock. That
 /// one keeps it.
-pub fn fail_flock_beside_a_holder(error: &str) {
+pub fn fail_flock_with_other_holder(error: &str) {
     if !calls_can_fail() {
         return;
     }
@@ -911,7 +911,7 @@ mod cases {
         unwritable(kind, &world, 0, || world.remount("ro"), || world.remount("rw"), "Read-only file system");
     }
 
-    pub fn directories_that_may_not_be_written_are_an_error_or_do_not_matter(kind: Kind) {
+    pub fn unwritable_directory_fails_or_has_no_effect(kind: Kind) {
         let (Some(world), Some(user)) = (World::new(), another_user()) else { return };
         let (close, open) = (|| world.set_modes(0o755), || world.set_modes(0o1777));
         unwritable(kind, &world, user.uid, close, open, "Permission denied");
@@ -1135,11 +1135,11 @@ mod cases {
         spec.clean();
     }
 
-    pub fn a_step_stands_between_every_two_changes(kind: Kind) {
+    pub fn lock_has_crash_point_between_any_two_changes(kind: Kind) {
         crash_points::stand_between_changes(kind);
     }
 
-    pub fn any_system_call_may_fail_once_when_nobody_else_is_there(kind: Kind) {
+    pub fn any_system_call_may_fail_once_without_contention(kind: Kind) {
         fail_each_call(kind.name(), |fault| play_with_a_lock(kind, play_alone, fault));
     }
 

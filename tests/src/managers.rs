@@ -286,7 +286,7 @@ macro_rules! managers {
             held_locks_are_listed_with_owner_and_time_without_waiting,
             threads_allocate_and_free_without_sharing_a_number,
             a_panic_releases,
-            a_crowd_that_wants_a_freed_number_gets_it_one_after_the_other,
+            freed_lock_under_contention_stays_exclusive,
         );
     };
     ($module:ident, $kind:expr; $($case:ident,)*) => {
@@ -526,7 +526,7 @@ mod cases {
         table.clean();
     }
 
-    pub fn a_crowd_that_wants_a_freed_number_gets_it_one_after_the_other(kind: Kind) {
+    pub fn freed_lock_under_contention_stays_exclusive(kind: Kind) {
         // Each release of it may take away what stands for it.
         let (threads, rounds) = if is_wine() { (4, 10) } else { (48, 40) };
         let table = kind.fresh();
@@ -565,7 +565,7 @@ macro_rules! shared_managers {
             a_forked_child_holds_locks_of_its_own,
             children_forked_at_any_moment_can_take_locks,
             a_process_killed_at_any_step_of_allocation_corrupts_nothing,
-            a_count_that_a_kill_left_wrong_is_right_for_whoever_asks_next,
+            available_after_crash_matches_free_locks,
             processes_free_and_allocate_a_lock_while_others_are_inside,
         );
     };
@@ -756,7 +756,7 @@ mod shared_cases {
         }
     }
 
-    pub fn a_count_that_a_kill_left_wrong_is_right_for_whoever_asks_next(kind: Kind) {
+    pub fn available_after_crash_matches_free_locks(kind: Kind) {
         if !lockkit::failpoint::ENABLED {
             crate::left_out("this build has no steps to be killed at; they need debug assertions");
             return;

@@ -240,7 +240,7 @@ macro_rules! drills {
             after_a_failover_that_lost_the_grant_two_hold_and_the_later_token_is_greater,
             a_stepped_clock_of_the_server_never_takes_the_tokens_back,
             a_clock_stepped_ahead_gives_away_what_is_held_with_a_greater_token,
-            whoever_finds_itself_holding_is_never_one_of_two_however_long_it_was_stopped,
+            stopped_holder_never_overlaps_next_holder,
         );
     };
     ($module:ident, $engine:ty; $($drill:ident,)*) => {
@@ -1056,7 +1056,7 @@ mod cases {
         Ok(())
     }
 
-    pub fn whoever_finds_itself_holding_is_never_one_of_two_however_long_it_was_stopped<E: Engine>() -> Drill {
+    pub fn stopped_holder_never_overlaps_next_holder<E: Engine>() -> Drill {
         let arena = Arena::<E>::open()?;
         let seconds = std::env::var("LOCKKIT_CHAOS_SECONDS").map_or(10, |text| text.parse().expect("whole seconds"));
         let ttl = if E::TTL < 2000 { 300 } else { E::TTL };

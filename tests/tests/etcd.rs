@@ -83,7 +83,7 @@ fn a_cluster_that_loses_its_leader_keeps_the_lease() {
 }
 
 #[test]
-fn a_leader_that_stops_costs_nobody_the_lease_who_can_reach_the_others_and_never_are_there_two() {
+fn stopped_etcd_leader_keeps_leases_exclusive() {
     const SHORT: Duration = Duration::from_secs(4);
     let etcd = or_left_out!(Etcd::start_nodes(3, &Security::None, &[]));
     let leader = etcd.leader();
@@ -147,7 +147,7 @@ fn an_endpoint_that_is_dead_or_frozen_is_passed_over() {
 }
 
 #[test]
-fn a_waiter_whose_endpoint_freezes_is_woken_long_before_its_holder_would_run_out() {
+fn waiter_with_frozen_endpoint_acquires_before_holder_expires() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
     let proxy = Proxy::to(etcd.port());
     let lasting = |url: String| Lease::connect(url).ttl(10 * LIVELY).heartbeat(LIVELY).build().unwrap();
@@ -168,7 +168,7 @@ fn a_waiter_whose_endpoint_freezes_is_woken_long_before_its_holder_would_run_out
 }
 
 #[test]
-fn a_request_that_is_carried_out_once_more_after_its_release_keeps_nobody_out() {
+fn etcd_request_replayed_after_release_blocks_no_client() {
     const SHORT: Duration = Duration::from_secs(4);
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
     let lease = |url: String| Lease::connect(url).ttl(SHORT).build().unwrap();
@@ -194,7 +194,7 @@ fn a_request_that_is_carried_out_once_more_after_its_release_keeps_nobody_out() 
 }
 
 #[test]
-fn without_a_quorum_the_holder_knows_that_it_lost_the_lease_and_the_next_one_is_told() {
+fn quorum_loss_ends_lease_and_next_guard_reports_it() {
     let mut etcd = or_left_out!(Etcd::start_nodes(3, &Security::None, &[]));
     let lease = Lease::connect(etcd.plain_url("quorum")).ttl(Duration::from_secs(4)).build().unwrap();
     let guard = lease.try_lock().unwrap();
@@ -230,7 +230,7 @@ fn all_leases_of_a_process_with_one_ttl_share_a_session() {
 }
 
 #[test]
-fn a_session_that_nobody_uses_runs_out() {
+fn unused_etcd_session_expires() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
     let lease = Lease::connect(etcd.plain_url("short")).ttl(Duration::from_secs(2)).build().unwrap();
     lease.try_lock().unwrap().release().unwrap();
@@ -260,7 +260,7 @@ fn a_thousand_leases_of_one_process_are_kept_by_a_few_requests() {
 }
 
 #[test]
-fn a_lease_whose_holder_makes_no_progress_is_free_though_its_session_goes_on() {
+fn lease_without_progress_is_freed_while_session_lives() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
     let short = |name| Lease::connect(etcd.plain_url(name)).ttl(Duration::from_secs(2));
     let goes_on = short("goes-on").build().unwrap().try_lock().unwrap();
@@ -273,7 +273,7 @@ fn a_lease_whose_holder_makes_no_progress_is_free_though_its_session_goes_on() {
 }
 
 #[test]
-fn an_evicted_holder_is_told_and_others_of_its_session_are_not() {
+fn etcd_eviction_reported_only_to_evicted_holder() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
     let [evicted, stays] = ["evicted", "stays"].map(|name| lease(etcd.plain_url(name)));
     let guards = [&evicted, &stays].map(|lease| lease.try_lock().unwrap());
@@ -320,7 +320,7 @@ fn a_forked_child_has_a_session_of_its_own() {
 }
 
 #[test]
-fn a_token_of_a_user_that_has_expired_is_asked_for_anew() {
+fn expired_etcd_auth_token_is_requested_again() {
     let mut etcd = or_left_out!(Etcd::start_nodes(1, &Security::Password, &["--auth-token-ttl", "1"]));
     let user = format!("{USER}:{PASSWORD}@");
     let lease = lease(etcd.url_of(&etcd.endpoints(), &user, "expires", ""));
@@ -335,7 +335,7 @@ fn a_token_of_a_user_that_has_expired_is_asked_for_anew() {
 }
 
 #[test]
-fn who_may_not_is_told_why() {
+fn etcd_access_denied_error_names_cause() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::Password, &[]));
     let says = |user: &str, text: &str| {
         let said = why(etcd.url_of(&etcd.endpoints(), user, "denied", ""));
@@ -350,14 +350,14 @@ fn who_may_not_is_told_why() {
 }
 
 #[test]
-fn a_gateway_that_is_turned_off_is_told_of() {
+fn connect_with_gateway_disabled_error_says_so() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &["--enable-grpc-gateway=false"]));
     let said = why(etcd.plain_url("off"));
     assert!(said.contains("has its gateway turned off"), "{said}");
 }
 
 #[test]
-fn what_is_wrong_with_tls_is_told() {
+fn etcd_tls_misconfiguration_error_names_cause() {
     let certificates = or_left_out!(Certificates::new());
     let [ca, stranger] = [certificates.ca(), certificates.stranger()].map(|path| path.display().to_string());
     let [cert, key] = certificates.client().map(|path| path.display().to_string());
@@ -383,7 +383,7 @@ fn what_is_wrong_with_tls_is_told() {
 }
 
 #[test]
-fn a_step_stands_between_every_two_changes_of_a_lease_on_etcd() {
+fn etcd_lease_has_crash_point_between_any_two_changes() {
     match lockkit_tests::Kind::ETCD.left_out() {
         None => crash_points::stand_between_changes(lockkit_tests::Kind::ETCD),
         Some(why) => left_out(why),

@@ -7,7 +7,7 @@ use lockkit_tests::wine::is_wine;
 use lockkit_tests::{Actor, Kind, fresh_name, until};
 
 #[test]
-fn a_held_pidfile_can_be_read_by_everybody_and_is_gone_after_the_release() {
+fn held_pidfile_is_readable_and_release_removes_it() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("app.pid");
     let guard = PidFile::new(&path).unwrap().try_lock().unwrap();
@@ -25,7 +25,7 @@ fn a_held_pidfile_can_be_read_by_everybody_and_is_gone_after_the_release() {
 }
 
 #[test]
-fn the_pidfile_of_a_dead_program_is_stale_and_that_of_a_living_one_is_honoured() {
+fn pidfile_of_dead_process_is_stale_of_live_one_is_held() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("app.pid");
     let mut other = Actor::start(&Kind::FILE.fresh());
@@ -40,7 +40,7 @@ fn the_pidfile_of_a_dead_program_is_stale_and_that_of_a_living_one_is_honoured()
 }
 
 #[test]
-fn an_owner_is_named_while_it_holds_and_nobody_afterwards() {
+fn named_lock_owner_reported_only_while_held() {
     for backend in [Backend::Auto, Backend::File] {
         let name = fresh_name("lockkit-Everywhere");
         let lock = NamedLock::builder(&name).backend(backend).build().unwrap();

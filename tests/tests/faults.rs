@@ -23,12 +23,12 @@ fault_injection!(directory_lock, lockkit_tests::Kind::DIRECTORY);
 // What the suite has of this, for the kind that it leaves out.
 lockkit_tests::conformance!(machine_file_of_the_suite, lockkit_tests::Kind::MACHINE_FILE;
     without_descriptors_the_error_is_clear_and_nothing_is_lost,
-    a_process_killed_at_any_step_blocks_nobody,
+    crash_at_any_step_does_not_block_next_holder,
     chaos_never_lets_two_in,
 );
 
 #[test]
-fn a_step_stands_between_every_two_changes_of_a_table() {
+fn manager_has_crash_point_between_any_two_changes() {
     use lockkit_tests::managers::Kind::{Directory, Shm};
     for kind in [Shm, Directory] {
         let table = kind.fresh();
@@ -45,7 +45,7 @@ fn a_step_stands_between_every_two_changes_of_a_table() {
 }
 
 #[test]
-fn a_step_stands_between_every_two_changes_of_a_takeover_and_a_renewal() {
+fn takeover_and_renewal_have_crash_points_between_changes() {
     let directory = tempfile::tempdir().unwrap();
     let terms = Terms::of(directory.path().join("deep").join("lease"));
     let mut player = Actor::start_lease(&terms);
@@ -104,7 +104,7 @@ fn c4_lock_on_one_processor_waits_for_forks() {
 #[test]
 fn a7_failed_flock_keeps_file_of_other_holder() {
     for error in ["ENOLCK", "ENOMEM", "EIO", "EPERM", "EINVAL", "EBADF"] {
-        fault_injection::fail_flock_beside_a_holder(error);
+        fault_injection::fail_flock_with_other_holder(error);
     }
 }
 

@@ -28,7 +28,7 @@ fn directory() -> TempDir {
 }
 
 /// Runs `work` while another thread waits with `take`, which must then get in.
-fn while_somebody_waits(take: impl FnOnce() + Send, work: impl FnOnce()) {
+fn run_while_waiter_sleeps(take: impl FnOnce() + Send, work: impl FnOnce()) {
     std::thread::scope(|scope| {
         let (send, thread) = std::sync::mpsc::channel();
         let waiter = scope.spawn(move || {
@@ -56,7 +56,7 @@ fn readers_share_and_a_writer_waits_for_the_last_of_them() {
         reader.release().unwrap();
     }
     assert!(lock.lock_for(Duration::from_millis(5)).unwrap_err().is_timeout());
-    while_somebody_waits(|| assert!(!lock.lock().unwrap().is_shared()), || drop(third));
+    run_while_waiter_sleeps(|| assert!(!lock.lock().unwrap().is_shared()), || drop(third));
 }
 
 #[test]
@@ -67,14 +67,14 @@ fn a_writer_keeps_readers_out_whichever_way_they_wait() {
     assert!(lock.try_lock_shared().unwrap_err().is_held());
     assert!(lock.lock_shared_for(Duration::from_millis(5)).unwrap_err().is_timeout());
     let token = CancelToken::new();
-    while_somebody_waits(
+    run_while_waiter_sleeps(
         || {
             let wait = Wait::forever().or_cancelled(&token);
             assert!(lock.acquire_shared(&wait).unwrap_err().is_cancelled());
         },
         || token.cancel(),
     );
-    while_somebody_waits(|| drop(lock.lock_shared().unwrap()), || drop(writer));
+    run_while_waiter_sleeps(|| drop(lock.lock_shared().unwrap()), || drop(writer));
 }
 
 #[test]
@@ -126,7 +126,7 @@ fn it_works_together_with_the_flock_command_both_ways() {
         output.read_exact(&mut [0; 7]).unwrap();
         assert!(lock.try_lock().unwrap_err().is_held());
         assert_eq!(lock.try_lock_shared().is_ok(), shared_is_free);
-        while_somebody_waits(|| drop(lock.lock().unwrap()), || drop(holder.stdin.take()));
+        run_while_waiter_sleeps(|| drop(lock.lock().unwrap()), || drop(holder.stdin.take()));
         assert!(succeeds(holder));
     }
 }
@@ -145,7 +145,7 @@ fn the_guard_reads_and_writes_the_locked_file() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_new_file_has_the_permissions_asked_for_and_an_old_one_keeps_its_own() {
+fn create_with_mode_applies_only_to_new_file() {
     let directory = directory();
     let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o7777;
     let path = directory.path().join("private");
@@ -183,7 +183,7 @@ fn a_directory_can_be_locked() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_reader_of_a_fifo_is_not_disturbed_by_who_tries_to_lock_it() {
+fn file_lock_of_fifo_does_not_disturb_its_reader() {
     let directory = directory();
     let fifo = directory.path().join("fifo");
     rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::from_raw_mode(0o600)).unwrap();
@@ -218,7 +218,7 @@ fn text(error: &Error) -> String {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn what_cannot_be_locked_is_refused_with_its_path_and_the_reason() {
+fn file_lock_of_unlockable_path_names_path_and_cause() {
     let directory = directory();
     let at = |name: &str| directory.path().join(name);
     rustix::fs::mkfifoat(rustix::fs::CWD, at("fifo"), rustix::fs::Mode::from_raw_mode(0o600)).unwrap();
@@ -246,7 +246,7 @@ fn what_cannot_be_locked_is_refused_with_its_path_and_the_reason() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_user_without_the_permissions_is_told_so_and_one_who_may_read_can_lock() {
+fn file_lock_needs_read_permission_and_reports_denial() {
     let Some(user) = another_user() else { return };
     let directory = directory();
     fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o755)).unwrap();
@@ -288,7 +288,7 @@ fn a_waiter_on_a_deleted_file_goes_on_with_the_new_one() {
             let path = directory.path().join("inner/lock");
             let lock = FileLock::new(&path).create_parents();
             let holder = FileLock::new(&path).create_parents().lock().unwrap();
-            while_somebody_waits(
+            run_while_waiter_sleeps(
                 || {
                     let guard = lock.acquire(&wait).unwrap();
                     let (open, named) = (guard.file().metadata().unwrap(), fs::metadata(&path).unwrap());
@@ -307,7 +307,7 @@ fn a_waiter_on_a_deleted_file_goes_on_with_the_new_one() {
 }
 
 #[test]
-fn a_deadline_is_one_for_all_the_files_that_the_path_comes_to_name() {
+fn deadline_is_not_restarted_when_file_is_replaced() {
     if wine_cannot_judge("a file that is open cannot be renamed there") {
         return;
     }
@@ -386,7 +386,7 @@ fn a_file_deleted_by_a_stranger_is_noticed_soon() {
 }
 
 #[test]
-fn a_descriptor_is_kept_between_acquisitions_and_closed_with_the_lock() {
+fn repeated_acquire_leaks_no_descriptor() {
     let directory = directory();
     let spec = Spec::parse(&format!("file:{}", directory.path().join("lock").display()));
     let mut actor = Actor::start(&spec);
@@ -401,7 +401,7 @@ fn a_descriptor_is_kept_between_acquisitions_and_closed_with_the_lock() {
 }
 
 #[test]
-fn where_flock_does_not_work_the_error_says_so_and_no_file_stays_behind() {
+fn flock_unsupported_error_leaves_no_file() {
     let directory = directory();
     let spec = Spec::parse(&format!("file:{}", directory.path().join("lock").display()));
     let strace = || {
@@ -426,7 +426,7 @@ fn where_flock_does_not_work_the_error_says_so_and_no_file_stays_behind() {
 }
 
 #[test]
-fn a_full_disk_does_not_matter_to_a_lock_and_a_failed_one_leaves_no_file() {
+fn acquire_on_full_disk_needs_space_only_to_create() {
     let directory = directory();
     let mounted = Command::new("mount")
         .args(["-t", "tmpfs", "-o", "size=4k,nr_inodes=2", "lockkit-test"])
@@ -480,9 +480,9 @@ lockkit_tests::left_out! { "it takes other users, modes of files, links, FIFOs o
     it_works_together_with_the_flock_command_both_ways,
     a_locked_file_is_listed_with_its_holders_and_waiters,
     a_directory_can_be_locked,
-    a_new_file_has_the_permissions_asked_for_and_an_old_one_keeps_its_own,
-    a_reader_of_a_fifo_is_not_disturbed_by_who_tries_to_lock_it,
-    what_cannot_be_locked_is_refused_with_its_path_and_the_reason,
-    a_user_without_the_permissions_is_told_so_and_one_who_may_read_can_lock,
+    create_with_mode_applies_only_to_new_file,
+    file_lock_of_fifo_does_not_disturb_its_reader,
+    file_lock_of_unlockable_path_names_path_and_cause,
+    file_lock_needs_read_permission_and_reports_denial,
     a_waiter_on_a_deleted_file_goes_on_with_the_new_one,
 }

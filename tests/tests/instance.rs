@@ -178,7 +178,7 @@ fn two_hundred_second_instances_at_once_lose_no_message() {
 }
 
 #[test]
-fn a_first_instance_that_is_stopped_costs_the_second_its_limit_and_handles_nothing_that_was_given_up() {
+fn activate_stopped_first_times_out_and_is_never_handled() {
     let name = name();
     let [mut first, mut given_up, mut later] = [(); 3].map(|()| Actor::start_instance(&name));
     first.expect("enter", "first");
@@ -204,7 +204,7 @@ fn a_first_instance_that_is_stopped_costs_the_second_its_limit_and_handles_nothi
 }
 
 #[test]
-fn a_first_instance_killed_while_the_second_waits_for_its_answer_makes_it_the_first() {
+fn second_becomes_first_when_first_dies_before_answer() {
     let name = name();
     let [mut first, mut second] = [(); 2].map(|()| Actor::start_instance(&name));
     first.expect("enter", "first");
@@ -220,7 +220,7 @@ fn a_first_instance_killed_while_the_second_waits_for_its_answer_makes_it_the_fi
 }
 
 #[test]
-fn a_first_instance_killed_while_the_second_still_sends_makes_it_the_first() {
+fn second_becomes_first_when_first_dies_during_send() {
     let name = name();
     let [mut first, mut second] = [(); 2].map(|()| Actor::start_instance(&name));
     first.expect("enter", "first");
@@ -233,7 +233,7 @@ fn a_first_instance_killed_while_the_second_still_sends_makes_it_the_first() {
 }
 
 #[test]
-fn of_many_that_wait_for_a_first_instance_that_ends_one_becomes_the_first_and_answers_the_others() {
+fn first_instance_end_promotes_one_waiter_that_serves_rest() {
     for end in ["kill", "release"] {
         let name = name();
         let mut first = Actor::start_instance(&name);
@@ -276,7 +276,7 @@ fn starters_at_the_same_moment_are_never_both_first() {
 }
 
 #[test]
-fn starters_that_race_with_a_release_and_with_a_kill_get_an_answer_or_become_the_first() {
+fn start_racing_release_or_kill_is_answered_or_first() {
     let name = name();
     let mut holder = Actor::start_instance(&name);
     holder.expect("start 0", "first");
@@ -309,7 +309,7 @@ fn starters_that_race_with_a_release_and_with_a_kill_get_an_answer_or_become_the
 }
 
 #[test]
-fn a_first_instance_killed_at_any_step_is_followed_by_the_second() {
+fn second_takes_over_after_first_crashes_at_any_step() {
     if !lockkit::failpoint::ENABLED {
         lockkit_tests::left_out("this build has no steps to be killed at; they need debug assertions");
         return;
@@ -337,7 +337,7 @@ fn a_first_instance_killed_at_any_step_is_followed_by_the_second() {
 }
 
 #[test]
-fn a_first_instance_killed_at_any_step_of_its_release_is_followed_by_the_second() {
+fn second_takes_over_after_first_crashes_in_release() {
     if !lockkit::failpoint::ENABLED {
         lockkit_tests::left_out("this build has no steps to be killed at; they need debug assertions");
         return;
@@ -391,7 +391,7 @@ fn a_second_instance_killed_at_any_step_costs_the_first_nothing() {
 }
 
 #[test]
-fn a_first_instance_that_has_the_name_and_does_not_listen_yet_is_waited_for() {
+fn activate_before_first_listens_waits() {
     let name = name();
     let lock = NamedLock::new(&name).unwrap();
     let holder = lock.try_lock().unwrap();
@@ -426,7 +426,7 @@ fn the_address_of_the_one_before_may_linger_for_a_moment() {
 }
 
 #[test]
-fn neither_a_forked_child_nor_a_started_program_keeps_name_or_socket() {
+fn child_processes_do_not_keep_instance_name_or_socket() {
     let name = name();
     let [mut first, mut second] = [(); 2].map(|()| Actor::start_instance(&name));
     first.expect("enter", "first");
@@ -460,7 +460,7 @@ fn a_handler_that_panics_tells_the_sender_and_takes_the_next() {
 }
 
 #[test]
-fn activations_come_through_a_callback_an_iterator_or_not_at_all_if_there_are_none() {
+fn activations_arrive_by_callback_or_iterator_or_none_waiting() {
     let name = name();
     let first = first(&name);
     assert_eq!(first.activations(&Wait::none()).count(), 0);
@@ -616,7 +616,7 @@ fn received_by_a_task(first: &FirstInstance, meanwhile: impl FnOnce()) -> Activa
 }
 
 #[test]
-fn a_receiver_that_takes_long_over_one_activation_keeps_no_other_from_who_waits() {
+fn unanswered_activation_does_not_block_waiting_receiver() {
     let name = name();
     let first = first(&name);
     let (mut senders, mut kept) = (Vec::new(), None);
@@ -636,7 +636,7 @@ fn a_receiver_that_takes_long_over_one_activation_keeps_no_other_from_who_waits(
 }
 
 #[test]
-fn a_receiver_that_leaves_when_all_places_are_taken_keeps_nobody_from_who_waits() {
+fn receiver_return_at_connection_limit_does_not_block_others() {
     let name = name();
     let first = first(&name);
     let mut idle = Vec::new();
@@ -653,7 +653,7 @@ fn a_receiver_that_leaves_when_all_places_are_taken_keeps_nobody_from_who_waits(
 }
 
 #[test]
-fn a_sender_can_be_cancelled_and_the_first_instance_released_under_a_waiting_thread() {
+fn activate_can_be_cancelled_and_first_instance_released() {
     let name = name();
     let first = first(&name);
     let quit = CancelToken::new();
@@ -744,7 +744,7 @@ fn c1_overflow_uid_is_not_trusted_with_activations() {
 }
 
 #[test]
-fn another_user_in_the_place_of_the_first_instance_is_told_nothing() {
+fn activate_sends_nothing_to_instance_of_other_user() {
     let Some(stranger) = another_user() else { return };
     let name = name();
     let mut pretender = Actor::start_rogue(["pretend", &format!("{}/{name}", my_uid())], stranger.uid);
@@ -810,7 +810,7 @@ fn garbage_and_lies_are_turned_away_at_once() {
 }
 
 #[test]
-fn peers_that_connect_and_say_nothing_or_half_hold_nobody_up() {
+fn silent_or_partial_peers_do_not_delay_second_instance() {
     let name = name();
     let [mut first, mut second] = [(); 2].map(|()| Actor::start_instance(&name));
     first.expect("start 0", "first");
@@ -860,7 +860,7 @@ fn descriptors_that_are_sent_along_are_not_taken() {
 }
 
 #[test]
-fn a_first_instance_that_talks_nonsense_is_an_error_for_the_second() {
+fn activate_malformed_answer_fails() {
     for (nonsense, problem) in [
         (b"HTTP/1.1 200 OK\r\n".to_vec(), "no answer"),
         (frame(1, 2, u32::MAX, &[]), "no answer"),
@@ -883,7 +883,7 @@ fn a_first_instance_that_talks_nonsense_is_an_error_for_the_second() {
 }
 
 #[test]
-fn an_answer_that_breaks_off_is_an_error_for_the_second_which_does_not_call_again() {
+fn activate_with_truncated_answer_fails_without_retry() {
     for is_held in [true, false] {
         let name = name();
         let holder = NamedLock::new(&name).unwrap().try_lock().unwrap();
@@ -913,7 +913,7 @@ fn an_answer_that_breaks_off_is_an_error_for_the_second_which_does_not_call_agai
 }
 
 #[test]
-fn a_sender_that_does_not_collect_a_large_answer_holds_the_first_up_for_a_bounded_time() {
+fn answer_not_read_by_sender_fails_in_bounded_time() {
     let name = name();
     let first = first(&name);
     let mut rogue = call(my_uid(), &name);

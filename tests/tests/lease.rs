@@ -154,7 +154,7 @@ fn a_second_acquire_is_held_until_the_release_and_then_works() {
 }
 
 #[test]
-fn a_record_of_the_dead_is_taken_over_with_a_new_claim_and_our_pid_fresh_or_ten_seconds_old() {
+fn dead_holder_taken_over_with_new_claim_at_any_record_age() {
     for age in [Duration::ZERO, LONG_AGO] {
         let (_directory, terms) = place();
         let record = left_by_the_dead(&terms);
@@ -171,7 +171,7 @@ fn a_record_of_the_dead_is_taken_over_with_a_new_claim_and_our_pid_fresh_or_ten_
 }
 
 #[test]
-fn a_record_of_an_earlier_boot_of_this_host_is_taken_over_at_once() {
+fn lease_record_of_earlier_boot_taken_over_at_once() {
     if cfg!(target_os = "linux") && !lockkit_tests::is_on_a_host() {
         return;
     }
@@ -219,7 +219,7 @@ fn the_age_at_which_damage_is_reclaimed_can_be_chosen() {
 }
 
 #[test]
-fn of_twelve_contenders_on_a_free_path_one_wins_and_eleven_are_told_held() {
+fn try_lock_by_twelve_contenders_has_one_winner() {
     let (directory, terms) = place();
     let mut contenders: Vec<Actor> = (0..12).map(|_| Actor::start_lease(&terms)).collect();
     for round in 0..100 {
@@ -288,7 +288,7 @@ fn a_release_touches_no_foreign_record_and_brings_back_none() {
 }
 
 #[test]
-fn a_release_of_what_was_deleted_or_damaged_is_one_and_leaves_nothing_in_the_way() {
+fn release_of_damaged_or_deleted_record_succeeds() {
     let (_directory, mut terms) = place();
     (terms.ttl, terms.heartbeat) = (60_000, 20_000);
     let lease = terms.open();
@@ -314,7 +314,7 @@ fn a_release_of_what_was_deleted_or_damaged_is_one_and_leaves_nothing_in_the_way
 }
 
 #[test]
-fn a_change_of_owner_is_told_once_within_two_seconds() {
+fn takeover_is_reported_once_within_two_seconds() {
     let (_directory, mut terms) = place();
     (terms.ttl, terms.heartbeat) = (3000, 250);
     let stranger = of_a_stranger(&terms);
@@ -338,7 +338,7 @@ fn a_change_of_owner_is_told_once_within_two_seconds() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_holder_that_was_stopped_for_longer_than_its_ttl_finds_it_lost_the_moment_it_runs_again() {
+fn holder_stopped_longer_than_ttl_finds_lease_lost_at_once() {
     for taken_over in [false, true] {
         let (_directory, terms) = place();
         let [mut holder, mut next] = [(); 2].map(|()| Actor::start_lease(&terms));
@@ -392,7 +392,7 @@ fn a_holder_that_was_stopped_for_less_goes_on() {
 }
 
 #[test]
-fn whoever_finds_itself_holding_is_never_one_of_two_however_long_it_was_stopped() {
+fn stopped_holder_never_overlaps_next_holder() {
     let (_directory, mut terms) = place();
     (terms.ttl, terms.heartbeat) = (100, 25);
     let seconds = std::env::var("LOCKKIT_CHAOS_SECONDS").map_or(10, |text| text.parse().expect("whole seconds"));
@@ -550,7 +550,7 @@ fn in_a_container(terms: &Terms) -> Option<Actor> {
 }
 
 #[test]
-fn two_hosts_whose_clocks_are_an_hour_apart_wait_for_each_others_ttl() {
+fn takeover_between_hosts_with_skewed_clocks_waits_ttl() {
     wait_for_each_others_ttl(on_another_host, |stranger| {
         assert!(line(stranger, "host").starts_with("elsewhere"));
         assert_eq!(line(stranger, "boot"), "0123456789abcdef0123456789abcdef");
@@ -599,7 +599,7 @@ fn wait_for_each_others_ttl(start: fn(&Terms) -> Option<Actor>, is_strange: fn(&
 }
 
 #[test]
-fn a_record_that_is_deleted_cut_spoilt_or_put_back_is_mended_by_its_holder() {
+fn damaged_or_deleted_record_repaired_by_live_holder() {
     if wine_cannot_judge("a file that is open cannot be replaced there") {
         return;
     }
@@ -653,7 +653,7 @@ fn a_record_that_is_cut_or_spoilt_lets_no_waiter_in() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn after_a_deletion_whoever_comes_first_has_it_and_its_token_is_greater() {
+fn lease_file_deleted_goes_to_waiter_with_greater_token() {
     let (_directory, terms) = place();
     let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start_lease(&terms));
     let first = take(&mut holder, "try");
@@ -673,7 +673,7 @@ fn after_a_deletion_whoever_comes_first_has_it_and_its_token_is_greater() {
 }
 
 #[test]
-fn a_record_of_a_later_version_is_left_alone_by_the_holder_and_by_who_wants_it() {
+fn later_record_version_kept_by_holder_and_waiter() {
     if wine_cannot_judge("a file that is open cannot be replaced there") {
         return;
     }
@@ -696,7 +696,7 @@ fn a_record_of_a_later_version_is_left_alone_by_the_holder_and_by_who_wants_it()
 }
 
 #[test]
-fn a_waiter_for_a_record_that_is_replaced_by_a_strangers_waits_for_the_stranger() {
+fn waiter_of_replaced_record_waits_for_new_holder() {
     if wine_cannot_judge("a file that is open cannot be replaced there") {
         return;
     }
@@ -714,7 +714,7 @@ fn a_waiter_for_a_record_that_is_replaced_by_a_strangers_waits_for_the_stranger(
 }
 
 #[test]
-fn who_wants_it_goes_by_the_ttl_in_the_record_and_not_by_its_own() {
+fn takeover_waits_for_ttl_in_record_not_own_ttl() {
     let (_directory, terms) = place();
     write(&terms, of_a_stranger(&terms));
     let hasty = Terms { ttl: 60, heartbeat: 20, ..terms.clone() }.open();
@@ -724,7 +724,7 @@ fn who_wants_it_goes_by_the_ttl_in_the_record_and_not_by_its_own() {
 }
 
 #[test]
-fn programs_that_each_try_only_once_take_over_a_silent_stranger_in_the_end() {
+fn try_once_processes_take_over_silent_holder_after_ttl() {
     if SystemClock.shared_id().is_none() {
         let why = "boots are not told apart here, so no program can use what another one has noted by its clock";
         return lockkit_tests::left_out(why);
@@ -825,7 +825,7 @@ impl Drop for SmallDisk {
 }
 
 #[test]
-fn on_a_full_disk_nothing_half_made_is_left_and_a_held_lease_goes_on() {
+fn full_disk_leaves_no_partial_file_and_keeps_held_lease() {
     let Some(disk) = SmallDisk::mount("size=64k") else { return };
     let terms = disk.terms();
     disk.fill();
@@ -857,7 +857,7 @@ fn on_a_full_disk_nothing_half_made_is_left_and_a_held_lease_goes_on() {
 }
 
 #[test]
-fn a_disk_without_room_for_another_file_is_an_error_that_says_so() {
+fn acquire_without_free_inode_reports_storage_full() {
     let Some(disk) = SmallDisk::mount("size=64k,nr_inodes=1") else { return };
     let error = disk.terms().open().try_lock().unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::Io { action: "create", .. }), "{error}");
@@ -897,7 +897,7 @@ fn is_kept_to_its_deadline(terms: &Terms, harm: impl Fn(&Actor), heal: impl Fn()
 }
 
 #[test]
-fn a_deleted_record_for_which_the_disk_has_no_room_is_missed_until_the_deadline() {
+fn renew_deleted_record_on_full_disk_retries_until_deadline() {
     let Some(disk) = SmallDisk::mount("size=64k") else { return };
     let aside = disk.0.path().join("aside");
     is_kept_to_its_deadline(
@@ -916,7 +916,7 @@ fn a_deleted_record_for_which_the_disk_has_no_room_is_missed_until_the_deadline(
 }
 
 #[test]
-fn a_file_system_that_turns_read_only_is_tried_until_the_deadline() {
+fn renew_on_read_only_file_system_retries_until_deadline() {
     let Some(disk) = SmallDisk::mount("size=64k") else { return };
     is_kept_to_its_deadline(
         &disk.terms(),
@@ -979,7 +979,7 @@ fn faults_can_be_made() -> bool {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_disk_that_cannot_be_read_or_written_is_tried_until_the_deadline() {
+fn renew_with_io_errors_retries_until_deadline() {
     if !faults_can_be_made() {
         return;
     }
@@ -1003,7 +1003,7 @@ fn a_disk_that_cannot_be_read_or_written_is_tried_until_the_deadline() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_waiter_that_can_be_told_of_nothing_looks_from_time_to_time() {
+fn lease_waiter_without_inotify_polls() {
     if !faults_can_be_made() {
         return;
     }
@@ -1020,7 +1020,7 @@ fn a_waiter_that_can_be_told_of_nothing_looks_from_time_to_time() {
 }
 
 #[test]
-fn a_process_killed_at_any_step_of_a_takeover_a_beat_or_the_making_of_directories_blocks_nobody() {
+fn lease_crash_at_any_step_does_not_block_next_holder() {
     /// What comes before the steps.
     type Prepare<'a> = &'a dyn Fn(&mut Actor, &Terms);
 
@@ -1072,7 +1072,7 @@ fn a_process_killed_at_any_step_of_a_takeover_a_beat_or_the_making_of_directorie
 
 #[cfg(target_os = "linux")]
 #[test]
-fn without_files_that_have_no_name_one_of_those_who_make_the_record_at_once_wins_too() {
+fn create_race_without_linkat_has_one_winner() {
     if !faults_can_be_made() {
         return;
     }
@@ -1104,7 +1104,7 @@ fn without_files_that_have_no_name_one_of_those_who_make_the_record_at_once_wins
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_record_that_cannot_be_written_where_no_file_is_without_a_name_is_not_left_half_made() {
+fn failed_record_write_without_tmpfile_leaves_no_file() {
     if !faults_can_be_made() {
         return;
     }
@@ -1126,7 +1126,7 @@ fn a_record_that_cannot_be_written_where_no_file_is_without_a_name_is_not_left_h
 
 #[cfg(target_os = "linux")]
 #[test]
-fn where_the_heartbeat_thread_cannot_start_acquiring_fails_and_nothing_is_held() {
+fn acquire_without_heartbeat_thread_fails_and_holds_nothing() {
     let Some(user) = another_user() else { return };
     let (directory, terms) = place();
     chown(directory.path(), Some(user.uid), None).unwrap();
@@ -1146,7 +1146,7 @@ fn where_the_heartbeat_thread_cannot_start_acquiring_fails_and_nothing_is_held()
 
 #[cfg(target_os = "linux")]
 #[test]
-fn where_no_thread_can_be_had_for_on_lost_the_heartbeat_calls_it_once() {
+fn on_lost_without_own_thread_is_called_once_by_heartbeat() {
     let Some(user) = another_user() else { return };
     let (directory, terms) = place();
     chown(directory.path(), Some(user.uid), None).unwrap();
@@ -1185,7 +1185,7 @@ fn a_panic_in_on_lost_ends_there() {
 }
 
 #[test]
-fn a_guard_dropped_at_any_moment_of_a_beat_leaves_a_free_record_for_good() {
+fn drop_during_heartbeat_leaves_record_free() {
     if wine_cannot_judge("each step of a lease takes milliseconds there, and it counts them") {
         return;
     }
@@ -1205,7 +1205,7 @@ fn a_guard_dropped_at_any_moment_of_a_beat_leaves_a_free_record_for_good() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_forked_child_holds_nothing_of_its_parents_and_can_hold_its_own() {
+fn forked_child_does_not_inherit_lease() {
     let (directory, terms) = place();
     let mut parent = Actor::start_lease(&terms);
     let first = take(&mut parent, "try");
@@ -1248,7 +1248,7 @@ fn a_thousand_leases_dropped_or_killed_at_once_are_all_free() {
 }
 
 #[test]
-fn a_worker_that_hangs_loses_its_lease_and_one_that_works_keeps_it() {
+fn lease_lost_without_progress_and_kept_with_progress() {
     if wine_cannot_judge("each step of a lease takes milliseconds there, so that a waiter may keep a beat out") {
         return;
     }
@@ -1272,7 +1272,7 @@ fn a_worker_that_hangs_loses_its_lease_and_one_that_works_keeps_it() {
 }
 
 #[test]
-fn attempts_are_repeated_as_often_and_with_such_pauses_as_is_said() {
+fn acquire_retries_follow_limit_and_delay() {
     if wine_cannot_judge("each step of a lease takes milliseconds there, and it counts them") {
         return;
     }
@@ -1327,7 +1327,7 @@ fn a_waiter_that_gave_up_leaves_no_watch() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn links_to_the_record_are_refused_and_paths_through_linked_directories_are_one() {
+fn record_link_refused_directory_link_is_same_lease() {
     let (directory, terms) = place();
     let at = |name: &str| Terms::of(directory.path().join(name));
     let mut holder = Actor::start_lease(&terms);
@@ -1502,7 +1502,7 @@ impl LeaseStore for Board {
 }
 
 #[test]
-fn a_guard_dropped_while_a_renewal_is_under_way_is_released_after_it() {
+fn drop_during_renewal_releases_after_it() {
     for opens_first in [true, false] {
         let board = Arc::new(Board::default());
         let lease = Lease::with_store(board.clone(), "key").heartbeat(Duration::from_millis(20)).build().unwrap();
@@ -1528,7 +1528,7 @@ fn a_guard_dropped_while_a_renewal_is_under_way_is_released_after_it() {
 }
 
 #[test]
-fn a_broken_store_is_asked_as_often_as_is_said_and_a_lease_outlasts_its_failures() {
+fn broken_store_is_retried_and_lease_survives() {
     let board = Arc::new(Board::default());
     let builder = || Lease::with_store(board.clone(), "key").acquire_retry_delay(Duration::from_millis(5));
     for limit in [0, 1, 7] {
@@ -2138,17 +2138,17 @@ fn c13_waiters_that_give_up_leave_nothing_behind() {
 
 lockkit_tests::left_out! { "it takes other users, modes of files, links, inotify, or a disk that fails, as Linux has them":
     a_waiter_that_gave_up_leaves_no_watch,
-    a_forked_child_holds_nothing_of_its_parents_and_can_hold_its_own,
-    a_holder_that_was_stopped_for_longer_than_its_ttl_finds_it_lost_the_moment_it_runs_again,
+    forked_child_does_not_inherit_lease,
+    holder_stopped_longer_than_ttl_finds_lease_lost_at_once,
     a_holder_that_was_stopped_for_less_goes_on,
-    after_a_deletion_whoever_comes_first_has_it_and_its_token_is_greater,
-    a_disk_that_cannot_be_read_or_written_is_tried_until_the_deadline,
-    a_waiter_that_can_be_told_of_nothing_looks_from_time_to_time,
-    without_files_that_have_no_name_one_of_those_who_make_the_record_at_once_wins_too,
-    a_record_that_cannot_be_written_where_no_file_is_without_a_name_is_not_left_half_made,
-    where_the_heartbeat_thread_cannot_start_acquiring_fails_and_nothing_is_held,
-    where_no_thread_can_be_had_for_on_lost_the_heartbeat_calls_it_once,
-    links_to_the_record_are_refused_and_paths_through_linked_directories_are_one,
+    lease_file_deleted_goes_to_waiter_with_greater_token,
+    renew_with_io_errors_retries_until_deadline,
+    lease_waiter_without_inotify_polls,
+    create_race_without_linkat_has_one_winner,
+    failed_record_write_without_tmpfile_leaves_no_file,
+    acquire_without_heartbeat_thread_fails_and_holds_nothing,
+    on_lost_without_own_thread_is_called_once_by_heartbeat,
+    record_link_refused_directory_link_is_same_lease,
     files_of_other_users_are_refused_but_not_roots,
     the_file_and_its_directories_have_the_modes_asked_for,
     a1_foreign_files_are_refused_and_stay_as_they_are,

@@ -21,7 +21,7 @@ mod in_memory_lock {
     fn keeps_the_rules_that_need_no_second_process() {
         use lockkit_tests::conformance::*;
         a_lock_is_taken_and_released_and_taken_again(KIND);
-        a_second_taker_in_this_process_is_refused_until_the_first_releases(KIND);
+        acquire_held_in_same_process_refused_until_release(KIND);
         a_waiter_is_cancelled_at_once(KIND);
         a_cancelled_token_refuses_even_a_free_lock(KIND);
         two_locks_do_not_block_each_other(KIND);
@@ -104,7 +104,7 @@ mod in_a_directory {
     }
 
     #[test]
-    fn a_process_killed_while_it_makes_a_table_leaves_one_that_opens() {
+    fn crash_creating_directory_table_leaves_it_usable() {
         if !lockkit::failpoint::ENABLED {
             return;
         }
@@ -221,7 +221,7 @@ mod shared_memory {
     }
 
     #[test]
-    fn what_is_no_whole_table_of_this_layout_is_refused_and_never_touched() {
+    fn open_table_with_wrong_size_or_header_is_refused() {
         let table = Kind::Shm.fresh();
         assert_eq!(opened_elsewhere(&table.path()), "opened");
         let file = std::fs::File::options().read(true).write(true).open(table.path()).unwrap();
@@ -261,7 +261,7 @@ mod shared_memory {
     }
 
     #[test]
-    fn a_million_locks_take_less_than_a_mebibyte_until_they_are_used() {
+    fn table_of_a_million_unused_locks_is_sparse() {
         let table = Kind::Shm.fresh();
         let manager = table.open_with(1_000_000);
         let used = || std::fs::metadata(table.path()).unwrap().blocks() * 512;
@@ -276,7 +276,7 @@ mod shared_memory {
     }
 
     #[test]
-    fn a_full_file_system_is_an_error_and_ends_nobody() {
+    fn full_file_system_fails_allocate_and_kills_no_process() {
         let directory = tempfile::tempdir().unwrap();
         let mut mount = Command::new("mount");
         mount.args(["-t", "tmpfs", "-o", "size=1m", "lockkit-test"]).arg(directory.path()).stderr(Stdio::null());
@@ -324,7 +324,7 @@ mod shared_memory {
     }
 
     #[test]
-    fn a_process_killed_while_it_makes_a_table_leaves_nothing_or_a_whole_one() {
+    fn crash_creating_shm_table_leaves_no_partial_file() {
         if !lockkit::failpoint::ENABLED {
             return;
         }
@@ -370,7 +370,7 @@ mod shared_memory {
     }
 
     #[test]
-    fn a_process_killed_while_a_slots_generations_begin_anew_leaves_the_dead_theirs() {
+    fn crash_at_generation_wrap_keeps_dead_holder_detectable() {
         if !lockkit::failpoint::ENABLED {
             return;
         }

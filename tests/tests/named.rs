@@ -193,7 +193,7 @@ fn variables_of_the_environment_do_not_make_it_another_lock() {
 }
 
 #[test]
-fn two_hundred_names_waited_for_leave_no_thread_and_no_descriptor() {
+fn waits_for_200_names_leak_no_thread_or_descriptor() {
     let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start(&Kind::NAMED.fresh()));
     let names: Vec<String> = (0..200).map(|_| fresh_name("lockkit-test")).collect();
     let mut all = |command: &str| {
@@ -213,7 +213,7 @@ fn two_hundred_names_waited_for_leave_no_thread_and_no_descriptor() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_queue_full_of_dead_waiters_delays_the_next_but_loses_nothing() {
+fn release_with_queue_full_of_dead_waiters_serves_next_waiter() {
     let spec = Kind::NAMED_SOCKET.fresh();
     let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start(&spec));
     holder.expect("lock", "held");
@@ -298,7 +298,7 @@ fn users_have_names_of_their_own_and_share_those_of_the_machine() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn whichever_user_comes_first_a_machine_wide_lock_is_open_to_all() {
+fn machine_wide_lock_of_any_first_user_is_open_to_all() {
     let (Some(first), Some(second)) = (another_user(), another_user()) else { return };
     for kind in MACHINE {
         let spec = kind.fresh();
@@ -318,7 +318,7 @@ fn whichever_user_comes_first_a_machine_wide_lock_is_open_to_all() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn processes_of_pid_namespaces_that_do_not_see_each_other_share_a_name() {
+fn processes_in_separate_pid_namespaces_share_name() {
     let isolated = |spec: &Spec| {
         Actor::start_with(spec, |command| {
             let (program, spec) = (command.get_program().to_owned(), spec.invite());
@@ -416,7 +416,7 @@ fn the_record_of_one_lock_is_never_the_file_of_another() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn the_lock_file_belongs_to_the_acting_user_and_to_nobody_else() {
+fn named_lock_file_is_private_to_effective_user() {
     let Some(user) = another_user() else { return };
     let spec = Kind::NAMED_FILE.fresh();
     let mut actor = Actor::start_as(&spec, user.uid);
@@ -430,7 +430,7 @@ fn the_lock_file_belongs_to_the_acting_user_and_to_nobody_else() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_directory_that_somebody_else_prepared_is_refused() {
+fn acquire_in_untrusted_directory_fails() {
     let elsewhere = tempfile::tempdir().unwrap();
     let Some(user) = another_user() else { return };
     let [directory, _] = user.directories();
@@ -480,7 +480,7 @@ fn a_lock_file_that_is_a_link_to_another_file_is_refused() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_fifo_in_the_place_of_a_lock_file_does_not_hang_who_asks_for_the_owner() {
+fn owner_query_on_fifo_does_not_block() {
     let spec = Kind::MACHINE_FILE.fresh();
     let [path] = &spec.files()[..] else { panic!("one file") };
     drop(spec.open().acquire(&Wait::none()).unwrap());
@@ -492,7 +492,7 @@ fn a_fifo_in_the_place_of_a_lock_file_does_not_hang_who_asks_for_the_owner() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn without_memory_for_records_deaths_are_told_by_a_file() {
+fn death_without_shared_memory_is_reported_by_file() {
     let Some(user) = another_user() else { return };
     let [_, memory] = user.directories();
     // It belongs to root, so this user does not trust it.
@@ -506,7 +506,7 @@ fn without_memory_for_records_deaths_are_told_by_a_file() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn without_any_place_for_records_the_lock_works_and_tells_no_deaths() {
+fn lock_without_record_storage_works_and_reports_no_death() {
     let Some(user) = another_user() else { return };
     for directory in user.directories() {
         std::fs::create_dir(&directory).unwrap();
@@ -526,7 +526,7 @@ fn without_any_place_for_records_the_lock_works_and_tells_no_deaths() {
 }
 
 #[test]
-fn a_lock_file_deleted_under_the_holder_is_noticed_by_the_next_owner_of_the_new_file() {
+fn acquire_after_lock_file_deletion_opens_new_file() {
     let spec = Kind::NAMED_FILE.fresh();
     let lock = spec.open();
     let guard = lock.acquire(&Wait::none()).unwrap();
@@ -717,15 +717,15 @@ fn c3_holder_stopped_in_its_release_keeps_nothing() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn c3_holder_killed_beside_a_forked_child_frees_the_lock() {
+fn c3_holder_killed_with_live_forked_child_frees_lock() {
     for kind in [Kind::NAMED_SOCKET, Kind::MACHINE_SOCKET] {
-        lockkit_tests::crash_points::kill_beside_a_forked_child(kind);
+        lockkit_tests::crash_points::kill_holder_with_forked_child(kind);
     }
 }
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a13_limit_of_file_sizes_below_the_table_costs_the_record_alone() {
+fn a13_acquire_with_file_size_limit_still_excludes() {
     for kind in [Kind::NAMED_SOCKET, Kind::MACHINE_SOCKET] {
         let spec = kind.fresh();
         let mut whole = Actor::start(&spec);
@@ -941,20 +941,20 @@ lockkit_tests::left_out! { "it takes other users, modes of files, links, namespa
     a_holder_that_becomes_another_program_holds_no_more,
     waiters_are_served_first_come_first_served,
     a_supervisor_can_name_its_child_as_the_holder,
-    a_queue_full_of_dead_waiters_delays_the_next_but_loses_nothing,
+    release_with_queue_full_of_dead_waiters_serves_next_waiter,
     a_name_that_another_user_sits_on_is_said_to_be_foreign,
     a_stranger_in_the_queue_is_passed_over,
     users_have_names_of_their_own_and_share_those_of_the_machine,
-    whichever_user_comes_first_a_machine_wide_lock_is_open_to_all,
-    processes_of_pid_namespaces_that_do_not_see_each_other_share_a_name,
+    machine_wide_lock_of_any_first_user_is_open_to_all,
+    processes_in_separate_pid_namespaces_share_name,
     a_handle_goes_on_when_its_directory_was_deleted,
     the_record_of_one_lock_is_never_the_file_of_another,
-    the_lock_file_belongs_to_the_acting_user_and_to_nobody_else,
-    a_directory_that_somebody_else_prepared_is_refused,
+    named_lock_file_is_private_to_effective_user,
+    acquire_in_untrusted_directory_fails,
     a_lock_file_that_is_a_link_to_another_file_is_refused,
-    a_fifo_in_the_place_of_a_lock_file_does_not_hang_who_asks_for_the_owner,
-    without_memory_for_records_deaths_are_told_by_a_file,
-    without_any_place_for_records_the_lock_works_and_tells_no_deaths,
+    owner_query_on_fifo_does_not_block,
+    death_without_shared_memory_is_reported_by_file,
+    lock_without_record_storage_works_and_reports_no_death,
     a13_names_used_once_leave_no_growth,
     a13_held_lock_takes_at_most_one_kibibyte,
     a13_damaged_table_of_records_breaks_no_lock,
@@ -963,8 +963,8 @@ lockkit_tests::left_out! { "it takes other users, modes of files, links, namespa
     b8_receiver_that_is_stopped_is_the_owner,
     b8_waiter_that_says_nonsense_is_named_by_its_pid,
     b8_process_that_only_asks_gets_no_lock,
-    a13_limit_of_file_sizes_below_the_table_costs_the_record_alone,
-    c3_holder_killed_beside_a_forked_child_frees_the_lock,
+    a13_acquire_with_file_size_limit_still_excludes,
+    c3_holder_killed_with_live_forked_child_frees_lock,
     c3_holder_stopped_in_its_release_keeps_nothing,
     c2_socket_that_blocks_does_not_block_release,
     c2_lock_goes_from_user_to_user_in_turns,

@@ -85,7 +85,7 @@ fn is_root() -> bool {
 }
 
 #[test]
-fn a_process_is_alive_until_it_ends_and_then_nobody() {
+fn owner_liveness_follows_process() {
     let child = sleeper();
     let pid = child.id();
     let owner = Owner::of(pid).unwrap();
@@ -182,7 +182,7 @@ fn a_later_process_with_the_pid_of_an_owner_is_not_the_owner() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn an_owner_of_an_earlier_boot_is_dead_and_one_of_another_host_unknown() {
+fn pidfile_owner_is_dead_after_reboot_and_unknown_elsewhere() {
     if !lockkit_tests::is_on_a_host() {
         return;
     }
@@ -197,7 +197,7 @@ fn an_owner_of_an_earlier_boot_is_dead_and_one_of_another_host_unknown() {
 }
 
 #[test]
-fn an_owner_in_another_pid_namespace_is_unknown_and_never_stolen_while_it_lives() {
+fn holder_in_other_pid_namespace_is_unknown_and_not_taken_over() {
     let allowed = Command::new("unshare").args(["-p", "-f", "--kill-child", "true"]).stderr(Stdio::null()).status();
     if !allowed.is_ok_and(|status| status.success()) {
         lockkit_tests::left_out("making a pid namespace is not allowed here");
@@ -227,7 +227,7 @@ fn an_owner_in_another_pid_namespace_is_unknown_and_never_stolen_while_it_lives(
 }
 
 #[test]
-fn a_record_from_another_pid_namespace_is_looked_up_by_those_inside() {
+fn pidfile_of_outer_pid_namespace_not_taken_over_inside() {
     let allowed = Command::new("unshare").args(["-p", "-f", "--kill-child", "true"]).stderr(Stdio::null()).status();
     if !allowed.is_ok_and(|status| status.success()) {
         lockkit_tests::left_out("making a pid namespace is not allowed here");
@@ -262,7 +262,7 @@ fn an_owner_is_described_by_pid_program_and_time() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_process_is_not_judged_by_what_a_proc_of_another_pid_namespace_says_of_its_pid() {
+fn liveness_ignores_proc_of_another_pid_namespace() {
     // Inside, the pid of what is a zombie out here, which the /proc of out here still shows.
     let (_directory, path, spec) = place();
     let mut zombie = sleeper();
@@ -297,10 +297,10 @@ fn a_process_is_not_judged_by_what_a_proc_of_another_pid_namespace_says_of_its_p
 
 lockkit_tests::left_out! { "it takes signals and other users, as Linux has them":
     a_later_process_with_the_pid_of_an_owner_is_not_the_owner,
-    an_owner_of_an_earlier_boot_is_dead_and_one_of_another_host_unknown,
+    pidfile_owner_is_dead_after_reboot_and_unknown_elsewhere,
     a_zombie_is_dead,
     a_process_that_is_being_killed_dies_once_and_for_all,
-    a_process_is_not_judged_by_what_a_proc_of_another_pid_namespace_says_of_its_pid,
+    liveness_ignores_proc_of_another_pid_namespace,
     a_stopped_process_is_alive,
     a_process_of_another_user_is_alive,
 }

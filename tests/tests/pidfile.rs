@@ -180,7 +180,7 @@ fn a_relative_path_is_refused_everywhere() {
 }
 
 #[test]
-fn the_file_names_its_owner_as_long_as_it_is_held_and_is_gone_afterwards() {
+fn held_pidfile_names_holder_and_release_removes_it() {
     let (directory, path) = place();
     let guard = lock(&path).try_lock().unwrap();
     assert_eq!(first_line(&path), my_pid());
@@ -196,7 +196,7 @@ fn the_file_names_its_owner_as_long_as_it_is_held_and_is_gone_afterwards() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn others_can_read_the_file_unless_told_otherwise() {
+fn pidfile_mode_is_at_most_0644_unless_set() {
     let (_directory, path) = place();
     let mode = |lock: PidFile| {
         let _guard = lock.try_lock().unwrap();
@@ -208,7 +208,7 @@ fn others_can_read_the_file_unless_told_otherwise() {
 }
 
 #[test]
-fn held_says_who_and_since_when() {
+fn try_lock_of_held_pidfile_names_holder_and_time() {
     let (_directory, path) = place();
     let mut holder = Actor::start(&spec(&path));
     holder.expect("try", "held");
@@ -222,7 +222,7 @@ fn held_says_who_and_since_when() {
 }
 
 #[test]
-fn a_foreign_file_is_honoured_while_its_process_lives_and_taken_over_afterwards() {
+fn foreign_pidfile_is_held_until_its_process_dies() {
     let (_directory, path) = place();
     let mut daemon = Foreign::start();
     let said = format!("{}\n", daemon.pid());
@@ -245,7 +245,7 @@ fn a_foreign_file_is_honoured_while_its_process_lives_and_taken_over_afterwards(
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_waiter_gets_in_when_the_foreign_process_ends_and_hardly_computes_until_then() {
+fn pidfile_waiter_of_foreign_process_sleeps_until_its_exit() {
     let (_directory, path) = place();
     for command in ["lock", "lock-for 30000"] {
         let mut daemon = Foreign::start();
@@ -269,7 +269,7 @@ fn a_waiter_gets_in_when_the_foreign_process_ends_and_hardly_computes_until_then
 }
 
 #[test]
-fn a_foreign_pid_whose_process_started_after_the_file_was_written_is_stale() {
+fn foreign_pidfile_with_reused_pid_is_stale() {
     let (_directory, path) = place();
     if has_just_booted() {
         return lockkit_tests::left_out("the system started so recently that the file would seem older");
@@ -293,7 +293,7 @@ fn has_just_booted() -> bool {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_file_in_memory_older_than_the_boot_proves_nothing_but_that_the_clock_was_set() {
+fn pidfile_on_tmpfs_older_than_boot_is_not_stale() {
     let Ok(directory) = tempfile::tempdir_in("/dev/shm") else {
         return lockkit_tests::left_out("there is no /dev/shm to write to");
     };
@@ -322,7 +322,7 @@ fn a_file_that_names_this_very_process_is_free_for_it() {
 }
 
 #[test]
-fn a_file_removed_or_replaced_under_its_holder_is_a_rogue_deletion_and_what_is_there_stays() {
+fn replaced_pidfile_reports_rogue_deletion_and_is_kept() {
     if wine_cannot_judge(DELETED) {
         return;
     }
@@ -404,7 +404,7 @@ fn a_stale_file_is_taken_over_by_exactly_one_of_eight_racers() {
 }
 
 #[test]
-fn a_process_killed_at_any_step_of_taking_over_a_stale_file_leaves_one_that_can_be_taken_over() {
+fn crash_during_pidfile_takeover_leaves_stale_file() {
     if !lockkit::failpoint::ENABLED {
         return lockkit_tests::left_out("this build has no steps to be killed at; they need debug assertions");
     }
@@ -480,7 +480,7 @@ fn a_waiter_for_a_young_blank_file_gets_in_once_it_is_old() {
 }
 
 #[test]
-fn a_blank_file_from_the_future_holds_nobody_up() {
+fn acquire_blank_pidfile_with_future_mtime_succeeds() {
     let (_directory, path) = place();
     write(&path, "");
     let future = SystemTime::now() + Duration::from_secs(3600);
@@ -489,7 +489,7 @@ fn a_blank_file_from_the_future_holds_nobody_up() {
 }
 
 #[test]
-fn a_young_file_is_held_also_when_the_clock_of_its_file_system_runs_a_little_ahead() {
+fn new_empty_pidfile_held_despite_clock_slightly_ahead() {
     let (_directory, path) = place();
     write(&path, "");
     let ahead = SystemTime::now() + Duration::from_secs(1);
@@ -522,7 +522,7 @@ fn a_file_too_long_to_be_a_pidfile_is_refused_and_not_touched() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_file_that_names_pid_1_is_not_stolen_by_an_unprivileged_user() {
+fn pidfile_of_pid_1_is_held_for_unprivileged_user() {
     if !is_root() {
         return lockkit_tests::left_out("acting as another user needs root");
     }
@@ -579,7 +579,7 @@ fn a_file_that_may_not_be_read_or_replaced_is_an_error() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_directory_that_may_not_be_written_is_an_error_with_the_path() {
+fn acquire_in_unwritable_directory_error_names_path() {
     if !is_root() {
         return lockkit_tests::left_out("root may write everything, and acting as another user needs root");
     }
@@ -592,7 +592,7 @@ fn a_directory_that_may_not_be_written_is_an_error_with_the_path() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn an_owner_that_may_not_remove_its_file_any_more_leaves_it_blank() {
+fn pidfile_release_without_directory_permission_blanks_file() {
     if !is_root() {
         return lockkit_tests::left_out("acting as another user needs root");
     }
@@ -677,7 +677,7 @@ fn a_link_is_refused_and_what_it_leads_to_is_not_touched() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_full_disk_is_an_error_and_costs_nobody_anything() {
+fn acquire_pidfile_on_full_disk_fails_and_changes_nothing() {
     let (directory, path) = place();
     // The file size limit stands for the disk, with the signal that comes with it ignored.
     let start = |blocks: &str| {
@@ -742,7 +742,7 @@ fn start_without_proc(spec: &Spec) -> Option<Actor> {
 }
 
 #[test]
-fn where_a_file_cannot_be_named_after_it_was_written_it_is_made_in_place() {
+fn pidfile_without_proc_is_created_in_place() {
     let (directory, path) = place();
     let Some(mut without) = start_without_proc(&spec(&path)) else {
         return lockkit_tests::left_out("mounting a file system is not allowed here");
@@ -780,7 +780,7 @@ fn a_record_is_held_while_its_owner_lives_even_without_the_lock() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_record_of_another_host_is_never_taken_and_one_of_this_machine_is() {
+fn pidfile_of_other_host_kept_and_of_this_machine_taken_over() {
     let (_directory, path) = place();
     let left = Left::by_the_killed();
     let another_boot = left.with_other(BOOT);
@@ -829,7 +829,7 @@ fn only_a_stale_file_is_removed() {
 }
 
 #[test]
-fn looking_disturbs_nobody_and_never_sees_half_a_record() {
+fn inspect_during_changes_sees_no_partial_record() {
     if wine_cannot_judge(DELETED) {
         return;
     }
@@ -912,7 +912,7 @@ fn first_line_if_any(path: &Path) -> Option<String> {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_daemon_keeps_its_file_though_the_parent_leaves_before_the_child_rewrites_it() {
+fn daemon_keeps_pidfile_when_parent_exits_before_rewrite() {
     for _ in 0..10 {
         daemonized("parent");
     }
@@ -920,7 +920,7 @@ fn a_daemon_keeps_its_file_though_the_parent_leaves_before_the_child_rewrites_it
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_daemon_keeps_its_file_though_the_parent_drops_its_guard_after_the_rewrite() {
+fn daemon_keeps_pidfile_when_parent_exits_after_rewrite() {
     for _ in 0..10 {
         daemonized("child");
     }
@@ -1096,7 +1096,7 @@ fn a2_file_without_pid_is_refused_and_kept() {
 }
 
 #[test]
-fn a2_waiter_for_file_that_turns_into_another_is_told() {
+fn a2_wait_file_stops_being_pidfile_fails() {
     let (_directory, path) = place();
     let daemon = Foreign::start();
     write(&path, daemon.pid().to_string());
@@ -1730,25 +1730,25 @@ fn a10_users_of_a_shared_directory_take_over_in_turn() {
 }
 
 lockkit_tests::left_out! { "it takes other users, modes of files, links, signals or small disks, as Linux has them":
-    a_waiter_gets_in_when_the_foreign_process_ends_and_hardly_computes_until_then,
+    pidfile_waiter_of_foreign_process_sleeps_until_its_exit,
     what_is_no_plain_file_is_refused_at_once,
     service_managers_read_the_pid_out_of_the_first_line,
     the_pidfile_of_nginx_is_honoured,
     start_stop_daemon_and_lockkit_understand_each_other,
-    a_full_disk_is_an_error_and_costs_nobody_anything,
+    acquire_pidfile_on_full_disk_fails_and_changes_nothing,
     a_file_that_names_this_very_process_is_free_for_it,
-    a_daemon_keeps_its_file_though_the_parent_drops_its_guard_after_the_rewrite,
-    a_daemon_keeps_its_file_though_the_parent_leaves_before_the_child_rewrites_it,
-    a_file_in_memory_older_than_the_boot_proves_nothing_but_that_the_clock_was_set,
-    others_can_read_the_file_unless_told_otherwise,
-    a_file_that_names_pid_1_is_not_stolen_by_an_unprivileged_user,
+    daemon_keeps_pidfile_when_parent_exits_after_rewrite,
+    daemon_keeps_pidfile_when_parent_exits_before_rewrite,
+    pidfile_on_tmpfs_older_than_boot_is_not_stale,
+    pidfile_mode_is_at_most_0644_unless_set,
+    pidfile_of_pid_1_is_held_for_unprivileged_user,
     a_file_that_may_not_be_read_or_replaced_is_an_error,
-    a_directory_that_may_not_be_written_is_an_error_with_the_path,
-    an_owner_that_may_not_remove_its_file_any_more_leaves_it_blank,
+    acquire_in_unwritable_directory_error_names_path,
+    pidfile_release_without_directory_permission_blanks_file,
     a_link_is_refused_and_what_it_leads_to_is_not_touched,
     a_small_full_file_system_is_an_error_that_leaves_nothing,
     a_daemon_that_is_killed_after_its_fork_is_recovered_from,
-    a_record_of_another_host_is_never_taken_and_one_of_this_machine_is,
+    pidfile_of_other_host_kept_and_of_this_machine_taken_over,
     a3_blank_file_with_lock_of_another_program_is_held,
     a3_flock_of_a_hidden_process_counts_and_a_strangers_does_not,
     a4_readers_find_the_pid_alone,

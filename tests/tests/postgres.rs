@@ -55,7 +55,7 @@ fn refusal(lease: &Lease) -> String {
 }
 
 #[test]
-fn a_user_who_may_not_make_the_table_is_told_what_to_run_and_needs_no_more_than_that() {
+fn postgres_user_without_create_right_gets_sufficient_sql() {
     let server = server!();
     server.sql("CREATE ROLE poor LOGIN; REVOKE CREATE ON SCHEMA public FROM PUBLIC");
     let lease = lease(server.lease_of("poor", "", "x"));
@@ -104,7 +104,7 @@ fn a_table_of_another_layout_is_refused_and_left_as_it_is() {
 }
 
 #[test]
-fn a_table_of_a_user_who_need_not_be_trusted_is_refused() {
+fn postgres_table_of_untrusted_owner_refused() {
     let server = server!();
     server.sql("CREATE ROLE mallory LOGIN; CREATE ROLE app LOGIN; GRANT CREATE ON SCHEMA public TO mallory");
     drop(lease(server.lease_of("mallory", "", "x")).try_lock().unwrap());
@@ -135,7 +135,7 @@ fn a_table_of_a_user_who_need_not_be_trusted_is_refused() {
 }
 
 #[test]
-fn a_table_that_is_dropped_and_made_anew_serves_on_and_its_tokens_grow() {
+fn postgres_table_dropped_is_recreated_with_growing_tokens() {
     let server = server!();
     let lease = lease(server.lease("x"));
     let before = lease.try_lock().unwrap();
@@ -148,7 +148,7 @@ fn a_table_that_is_dropped_and_made_anew_serves_on_and_its_tokens_grow() {
 }
 
 #[test]
-fn a_standby_is_passed_over_and_takes_leases_once_it_is_promoted() {
+fn postgres_standby_is_skipped_until_promoted() {
     let mut server = server!();
     let standby = match server.standby() {
         Ok(standby) => standby,
@@ -187,7 +187,7 @@ fn a_server_whose_transactions_only_read_says_so() {
 }
 
 #[test]
-fn a_grant_outlives_the_crash_of_a_server_that_does_not_wait_for_its_disk() {
+fn grant_survives_crash_with_synchronous_commit_off() {
     let mut server = server!(settings: &["synchronous_commit=off", "wal_writer_delay=10s", "autovacuum=off"]);
     server.sql("CREATE TABLE other (what text)");
     let lease = lease(server.lease("x"));
@@ -224,7 +224,7 @@ fn transactions_that_must_not_meet_are_repeated() {
 }
 
 #[test]
-fn a_process_with_a_crowd_of_threads_has_ten_connections_at_most() {
+fn many_threads_open_at_most_ten_postgres_connections() {
     let server = server!();
     let (is_over, most) = (AtomicBool::new(false), std::sync::Mutex::new(0));
     let count = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'lockkit'";
@@ -383,7 +383,7 @@ fn a_unix_socket_and_what_else_the_url_says_is_used() {
 }
 
 #[test]
-fn a_host_that_hangs_is_not_waited_for_as_long_as_there_are_others() {
+fn connect_with_hanging_host_uses_next_host() {
     let server = server!();
     // Its queue takes connections, and nobody answers.
     let hangs = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -395,7 +395,7 @@ fn a_host_that_hangs_is_not_waited_for_as_long_as_there_are_others() {
 }
 
 #[test]
-fn a_release_and_an_eviction_that_were_cut_off_after_they_were_done_are_done() {
+fn release_and_eviction_succeed_when_answer_is_lost() {
     let server = server!();
     let proxy = Proxy::to(server.port());
     let url =
@@ -440,7 +440,7 @@ fn pooler(server: &Postgres, mode: &str, size: u32) -> Result<Pooler, String> {
 }
 
 #[test]
-fn behind_a_proxy_that_pools_transactions_leases_work_and_waiters_look_for_themselves() {
+fn lease_works_behind_postgres_transaction_pooler() {
     let server = server!();
     // Fewer sessions than clients, and one for each.
     for (mode, size) in [("transaction", 3), ("session", 30)] {
@@ -476,7 +476,7 @@ fn behind_a_proxy_that_pools_transactions_leases_work_and_waiters_look_for_thems
 }
 
 #[test]
-fn names_that_only_differ_in_case_or_in_blanks_are_different_leases() {
+fn names_differing_in_case_or_spaces_are_separate_leases() {
     let server = server!();
     let names = ["x", "X", "x%20", "%20x", "%C3%A9", "e%CC%81"];
     let guards: Vec<LeaseGuard> = names.iter().map(|name| lease(server.lease(name)).try_lock().unwrap()).collect();
@@ -506,7 +506,7 @@ fn a_waiter_whose_listener_is_cut_off_is_woken_all_the_same() {
 }
 
 #[test]
-fn while_the_server_is_frozen_every_request_ends_in_time_and_the_holder_knows_that_it_has_lost() {
+fn frozen_server_fails_requests_in_time_and_loses_lease() {
     let server = server!();
     let terms = Terms { ttl: 2000, heartbeat: 200, ..Terms::of(server.lease("x")) };
     let (mut holder, mut next) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
@@ -542,7 +542,7 @@ fn a_lease_outlives_the_restart_of_its_server() {
 }
 
 #[test]
-fn a_request_that_is_carried_out_once_more_after_others_had_the_lease_keeps_nobody_out() {
+fn postgres_request_replayed_after_next_holder_blocks_no_client() {
     let server = server!();
     let (proxy, direct) = (Proxy::to(server.port()), server.port());
     let both = |name: &str| {
@@ -567,7 +567,7 @@ fn a_request_that_is_carried_out_once_more_after_others_had_the_lease_keeps_nobo
 }
 
 #[test]
-fn a_connection_that_is_cut_in_the_middle_of_any_request_costs_nothing() {
+fn connection_cut_mid_request_is_recovered() {
     let server = server!();
     let proxy = Proxy::to(server.port());
     let url = format!("postgres://postgres@127.0.0.1:{}/postgres?sslmode=disable&lease=x", proxy.port());

@@ -38,7 +38,7 @@ fn in_full(error: &lockkit::Error) -> String {
 }
 
 #[test]
-fn what_the_server_has_lost_its_holder_puts_back_unless_somebody_came_first() {
+fn holder_restores_lost_record_unless_taken_over() {
     let Some(server) = server() else { return };
     let (holder, next) = (lease(&url(&server)), lease(&url(&server)));
     let guard = holder.try_lock().unwrap();
@@ -83,7 +83,7 @@ fn a_replica_says_where_to_go() {
 }
 
 #[test]
-fn a_primary_that_became_a_replica_is_left_for_the_one_that_its_name_leads_to_now() {
+fn renew_after_failover_moves_to_new_primary() {
     let (Some(before), Some(after)) = (server(), server()) else { return };
     assert_eq!(after.tell(&format!("REPLICAOF 127.0.0.1 {}", before.port())), "+OK");
     until("it is in step", || after.tell("INFO replication").contains("master_link_status:up"));
@@ -101,7 +101,7 @@ fn a_primary_that_became_a_replica_is_left_for_the_one_that_its_name_leads_to_no
 }
 
 #[test]
-fn a_server_without_room_for_a_client_says_so_and_is_asked_again() {
+fn redis_acquire_without_free_client_fails_then_recovers() {
     let Some(server) = server() else { return };
     if !server.tell("ACL SETUSER leases on >secret +@all ~* &*").starts_with("+OK") {
         return left_out("this version knows no rules for users");
@@ -124,7 +124,7 @@ fn a_server_without_room_for_a_client_says_so_and_is_asked_again() {
 }
 
 #[test]
-fn a_server_whose_scripts_were_forgotten_is_told_them_again() {
+fn redis_acquire_after_script_flush_succeeds() {
     let Some(server) = server() else { return };
     let lease = lease(&url(&server));
     for _ in 0..2 {
@@ -181,7 +181,7 @@ fn a_user_needs_no_more_than_an_error_says() {
 }
 
 #[test]
-fn the_next_after_an_evicted_holder_is_told_of_nobody() {
+fn acquire_after_evict_reports_no_recovery() {
     let Some(server) = server() else { return };
     let (holder, next) = (lease(&url(&server)), lease(&url(&server)));
     let guard = holder.try_lock().unwrap();
@@ -194,7 +194,7 @@ fn the_next_after_an_evicted_holder_is_told_of_nobody() {
 }
 
 #[test]
-fn urls_that_are_not_right_are_refused_without_showing_a_password() {
+fn invalid_redis_url_is_refused_without_showing_password() {
     for wrong in [
         "redis://:secret@host/x?ca=/p",
         "rediss://:secret@host/x?cert=/p",

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use lockkit_tests::{program, until};
 
 #[test]
-fn a_server_is_gone_with_its_directory_and_all_that_it_started_when_its_test_is_gone() {
+fn warden_removes_processes_and_directory_when_test_ends() {
     let base = tempfile::tempdir().unwrap();
     let directory = base.path().join("server");
     std::fs::create_dir(&directory).unwrap();

@@ -60,7 +60,7 @@ fn lease(directory: &tempfile::TempDir) -> Lease {
 }
 
 #[test]
-fn every_lock_is_an_async_lock_and_its_future_and_guard_can_be_sent() {
+fn acquire_async_future_and_guard_are_send() {
     fn check<L: AsyncLock<Guard: Send + 'static> + Send + Sync + 'static>(lock: L) {
         let name = std::any::type_name::<L>();
         let taken = runtime("several").block_on(async {
@@ -78,7 +78,7 @@ fn every_lock_is_an_async_lock_and_its_future_and_guard_can_be_sent() {
 }
 
 #[test]
-fn waiters_of_files_leave_the_runtimes_blocking_threads_to_the_holder() {
+fn file_waiters_keep_runtime_blocking_threads_free() {
     let directory = tempfile::tempdir().unwrap();
     let lock = FileLock::new(directory.path().join("file"));
     let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).enable_all().build().unwrap();
@@ -101,7 +101,7 @@ fn waiters_of_files_leave_the_runtimes_blocking_threads_to_the_holder() {
 }
 
 #[test]
-fn outside_of_a_runtime_sockets_say_so_and_all_others_wait_there_too() {
+fn acquire_async_without_runtime_fails_only_for_sockets() {
     if Kind::NAMED_SOCKET.left_out().is_none() {
         let spec = Kind::NAMED_SOCKET.fresh();
         let lock = NamedLock::builder(spec.at()).backend(Backend::Socket).build().unwrap();
@@ -131,7 +131,7 @@ fn outside_of_a_runtime_sockets_say_so_and_all_others_wait_there_too() {
 }
 
 #[test]
-fn a_future_that_was_never_polled_takes_nothing_and_one_polled_once_gives_up_when_dropped() {
+fn dropped_acquire_future_leaves_lock_free() {
     for flavor in ["one", "several"] {
         let kinds = [Kind::NAMED, Kind::FILE, Kind::LEASE, Kind::SHM];
         for kind in kinds.into_iter().filter(|kind| kind.left_out().is_none()) {
@@ -204,7 +204,7 @@ fn the_loss_of_a_lease_is_waited_for_with_limit_and_token() {
 }
 
 #[test]
-fn a_lease_released_in_a_task_is_free_at_once_and_says_if_it_was_lost_before() {
+fn release_async_frees_lease_and_reports_loss() {
     let directory = tempfile::tempdir().unwrap();
     let lease = lease(&directory);
     runtime("one").block_on(async {

@@ -105,7 +105,7 @@ fn kinds() -> impl Iterator<Item = Kind> {
 }
 
 #[test]
-fn an_acquisition_and_its_release_are_told_once_with_kind_and_name() {
+fn acquire_and_release_traced_once_with_kind_and_name() {
     listen();
     for kind in kinds() {
         for in_task in [false, true] {
@@ -132,7 +132,7 @@ fn an_acquisition_and_its_release_are_told_once_with_kind_and_name() {
 }
 
 #[test]
-fn a_wait_is_told_with_the_holder_and_a_limit_with_the_error() {
+fn contended_acquire_traces_holder_and_timeout_error() {
     listen();
     for kind in kinds() {
         for in_task in [false, true] {
@@ -191,7 +191,7 @@ fn a_death_is_a_warning_that_names_the_dead() {
 }
 
 #[test]
-fn a_lost_lease_is_an_error_with_its_token_and_reason_told_once() {
+fn lost_lease_is_traced_once_with_token_and_reason() {
     listen();
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("leader");

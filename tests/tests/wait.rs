@@ -12,7 +12,7 @@ use rustix::process::{Pid, WaitOptions, waitpid};
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_token_cancelled_in_a_forked_child_cancels_nothing_in_the_parent() {
+fn cancel_in_forked_child_does_not_cancel_parent() {
     let lock = NamedLock::new(&fresh_name("lockkit-test")).unwrap();
     let _held = lock.lock().unwrap();
     let token = CancelToken::new();
@@ -43,5 +43,5 @@ fn a_token_cancelled_in_a_forked_child_cancels_nothing_in_the_parent() {
 }
 
 lockkit_tests::left_out! { "there is no fork on this system":
-    a_token_cancelled_in_a_forked_child_cancels_nothing_in_the_parent,
+    cancel_in_forked_child_does_not_cancel_parent,
 }

@@ -288,7 +288,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_request_arrives_as_it_was_sent_in_whatever_portions_and_nothing_behind_it_is_taken(
+        fn request_read_in_portions_is_complete_and_stops_at_its_end(
             request in requests(), portion in 1_usize..64, behind in proptest::collection::vec(any::<u8>(), 0..20),
         ) {
             let frame = request.encode().unwrap();

@@ -481,7 +481,7 @@ mod tests {
     }
 
     #[test]
-    fn a_short_ttl_has_a_short_heartbeat_unless_told_otherwise() {
+    fn default_heartbeat_is_at_most_a_quarter_of_ttl() {
         let heartbeat = |ttl| Lease::file("/nowhere/lease").ttl(ttl).build().unwrap().0.options.heartbeat;
         assert_eq!(heartbeat(MS * 100), MS * 25);
         assert_eq!(heartbeat(TTL), HEARTBEAT);

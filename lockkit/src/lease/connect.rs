@@ -217,7 +217,7 @@ mod tests {
 
     #[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
     #[test]
-    fn the_name_is_the_path_or_a_parameter_and_the_rest_is_the_server() {
+    fn split_url_takes_name_from_path_or_parameter() {
         let both = |url, taken| split(url, taken).map_err(|error| error.to_string());
         let pair = |name: &str, server: &str| Ok((name.to_owned(), server.to_owned()));
         assert_eq!(both("etcd://a:1,b:2/x/y%20z", 0), pair("x/y z", "etcd://a:1,b:2"));

@@ -574,7 +574,7 @@ impl FileStore {
     fn vet(&self, file: &File, aim: Aim) -> Result<Found> {
         let found = self.check(file)?;
         // A lease is shared if both its file and this caller's mode let the same class of users write.
-        let is_shared = files::others_who_write(&found) & self.file_mode.unwrap_or_default() != 0;
+        let is_shared = files::group_other_write_bits(&found) & self.file_mode.unwrap_or_default() != 0;
         let may_free = || aim == Aim::Free && runtime_dir::effective_uid() == 0;
         if found.uid() != 0 && !is_shared && !runtime_dir::is_own(file, &found) && !may_free() {
             let lock = format!("the lease {}", self.path.display());
@@ -960,7 +960,7 @@ mod tests {
     }
 
     #[test]
-    fn who_looks_into_a_file_that_is_just_being_made_does_not_spoil_it() {
+    fn reader_does_not_disturb_create_in_place() {
         let ttl = Duration::from_secs(1);
         let store = store("made", ttl);
         let path = store.path.clone();

@@ -401,7 +401,7 @@ mod tests {
     }
 
     #[test]
-    fn a_freed_record_keeps_its_token_and_who_it_was() {
+    fn free_record_keeps_token_and_owner() {
         let mut freed = record();
         freed.set_free();
         let freed = reread(&mut freed);
@@ -447,7 +447,7 @@ mod tests {
     }
 
     #[test]
-    fn files_are_told_apart_by_their_content() {
+    fn parse_classifies_newer_damaged_and_foreign_content() {
         let whole = *record().seal();
         for newer in ["lockkit lease 2\n", "lockkit lease 10\nflavour sour\n"] {
             assert!(matches!(parse(newer.as_bytes()), Content::Newer), "{newer:?}");
@@ -522,7 +522,7 @@ mod tests {
         }
 
         #[test]
-        fn a_sealed_record_with_any_owner_and_notes_is_read_without_harm(
+        fn sealed_record_with_arbitrary_owner_and_notes_is_readable(
             bytes in proptest::collection::vec(prop_oneof![Just(b'\n'), Just(b' '), any::<u8>()], OWNER.len()),
             lines in "pid [0-9]{0,12}\n((start|boot|namespace|host|program|acquired) [ -~\u{e4}]{0,24}\n){0,9}",
             notes in proptest::collection::vec(prop_oneof![Just(b'f'), b'0'..=b'9', any::<u8>()], NOTES.len()),

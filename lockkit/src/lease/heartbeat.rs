@@ -477,7 +477,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_place_rests_for_as_long_as_it_took_but_not_for_as_long_as_the_process_was_stopped() {
+    fn backoff_after_slow_request_is_limited() {
         const MS: Duration = Duration::from_millis(1);
         assert_eq!(rest_after(MS, MS * 250), None);
         assert_eq!(rest_after(MS * 40, MS * 250), Some(MS * 40));
@@ -494,7 +494,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stuck_request_is_noticed_within_a_quarter_of_the_shortest_ttl() {
+    fn watchdog_detects_stuck_request_within_quarter_of_ttl() {
         const MS: Duration = Duration::from_millis(1);
         for ttl in [MS * 40, MS * 100, MS * 1000, MS * 60_000] {
             // Somewhere within the first look, it began; by the second it has lasted for a whole one.

@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn somebody_else_in_the_record_ends_it_at_once() {
+    fn renewal_finding_new_owner_loses_lease_at_once() {
         let clock = ManualClock::new();
         let mut tenure = tenure(TERMS, &clock);
         clock.advance(TERMS.heartbeat);
@@ -345,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_after_the_end_that_nobody_noticed_still_counts() {
+    fn renewal_answer_after_unnoticed_expiry_counts() {
         let clock = ManualClock::new();
         let mut tenure = tenure(TERMS, &clock);
         clock.advance(MS * 2900);
@@ -368,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn a_released_one_is_not_told_as_lost() {
+    fn released_lease_does_not_expire() {
         let clock = ManualClock::new();
         let mut tenure = tenure(TERMS, &clock);
         tenure.release();

@@ -114,7 +114,7 @@ fn no_deletion_and_no_restored_backup_takes_tokens_back() {
 }
 
 #[test]
-fn a_token_that_is_ahead_of_the_time_is_followed_by_a_greater_one() {
+fn token_ahead_of_clock_still_grows() {
     let directory = TestDir::new();
     let ahead = 1 << 53;
     directory.write(held_by(&Owner::ended(1), ahead));
@@ -141,7 +141,7 @@ fn beats_keep_it_beyond_its_ttl_and_a_second_taker_out() {
 }
 
 #[test]
-fn a_stranger_that_is_silent_is_taken_over_after_its_ttl_by_a_waiter() {
+fn silent_remote_holder_taken_over_after_ttl() {
     let directory = TestDir::new();
     directory.write(held_by(&stranger(), 41));
     let began = Instant::now();
@@ -463,7 +463,7 @@ fn a_link_is_refused_and_so_is_what_is_no_file() {
 }
 
 #[test]
-fn who_is_stopped_inside_a_step_keeps_others_waiting_but_not_for_long() {
+fn stuck_record_flock_fails_acquire_and_release_in_time() {
     let directory = TestDir::new();
     let lease = directory.lease().build().unwrap();
     drop(lease.lock().unwrap());
@@ -684,7 +684,7 @@ fn what_a_request_without_an_answer_has_taken_is_free_again() {
 }
 
 #[test]
-fn a_grant_whose_answer_was_lost_is_the_same_when_asked_for_again() {
+fn retry_after_lost_answer_returns_same_grant() {
     let clock = ManualClock::new();
     let store = Faulty::new(&clock);
     store.swallows.store(true, Ordering::Relaxed);
@@ -692,7 +692,7 @@ fn a_grant_whose_answer_was_lost_is_the_same_when_asked_for_again() {
 }
 
 #[test]
-fn who_died_before_is_known_also_after_an_answer_that_came_too_late() {
+fn acquire_after_late_answer_reports_recovery_once() {
     let clock = ManualClock::new();
     let store = Faulty::new(&clock);
     store.stalls.store(true, Ordering::Relaxed);
@@ -796,7 +796,7 @@ fn a_store_that_hangs_costs_no_other_store_its_leases() {
 }
 
 #[test]
-fn a_request_that_does_not_return_keeps_no_other_lease_from_its_beats_and_no_loss_from_being_told() {
+fn stuck_request_delays_no_other_renewal_or_loss_report() {
     let directory = TestDir::new();
     let guard = Lease::file(directory.path()).ttl(MS * 400).heartbeat(MS * 50).build().unwrap().lock().unwrap();
     let frozen = Faulty::new(&ManualClock::new());
@@ -870,7 +870,7 @@ fn files_of_one_file_system_hang_as_one() {
 }
 
 #[test]
-fn a_loss_that_is_first_found_at_the_release_is_told_as_one() {
+fn loss_found_at_release_is_reported_once() {
     let directory = TestDir::new();
     let (tell, told) = mpsc::channel();
     let lease = directory.lease().ttl(MS * 60_000).heartbeat(MS * 20_000);
@@ -886,7 +886,7 @@ fn a_loss_that_is_first_found_at_the_release_is_told_as_one() {
 }
 
 #[test]
-fn what_was_lost_by_time_is_free_when_its_guard_goes_and_still_not_released() {
+fn drop_of_expired_guard_frees_lease_as_lost() {
     let directory = TestDir::new();
     let clock = ManualClock::new();
     let lease = Lease::file(directory.path()).ttl(MS * 60_000).heartbeat(MS * 20_000).clock(Arc::new(clock.clone()));
@@ -918,7 +918,7 @@ fn system_clocks_are_one_clock_however_many_there_are() {
 }
 
 #[test]
-fn losses_are_told_one_after_the_other_by_one_thread() {
+fn on_lost_callbacks_run_serially_on_one_thread() {
     let clock = ManualClock::new();
     let store = Faulty::new(&clock);
     let (tell, told) = mpsc::channel();

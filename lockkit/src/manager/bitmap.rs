@@ -412,7 +412,7 @@ mod models {
     }
 
     #[test]
-    fn loom_the_count_is_right_whoever_counts_anew_meanwhile() {
+    fn loom_concurrent_recounts_keep_count_exact() {
         loom::model(|| {
             let owned = Owned::with_free(&[64]);
             let other = thread::spawn({
@@ -428,7 +428,7 @@ mod models {
     }
 
     #[test]
-    fn loom_who_wants_a_certain_number_and_who_takes_any_never_get_the_same() {
+    fn loom_allocate_and_allocate_at_never_share_a_number() {
         loom::model(|| {
             let owned = Owned::with_free(&[5, 64]);
             let other = thread::spawn({

@@ -371,7 +371,7 @@ mod models {
     }
 
     #[test]
-    fn loom_a_lock_that_is_kept_at_each_release_leaves_nobody_asleep() {
+    fn loom_handoff_at_each_release_wakes_all_waiters() {
         explore(|| {
             let model = Model::new(FREE, true);
             let others: Vec<_> = [(2, 1), (3, 0)]
@@ -426,7 +426,7 @@ mod models {
     }
 
     #[test]
-    fn loom_who_takes_a_kept_lock_without_waiting_leaves_nobody_asleep() {
+    fn loom_take_now_during_handoff_wakes_all_waiters() {
         explore(|| {
             let model = Model::new(1, true);
             let others: Vec<_> = [(2, 1), (3, 0)]
@@ -447,7 +447,7 @@ mod models {
     }
 
     #[test]
-    fn loom_one_of_many_takes_over_from_the_dead_and_wakes_who_slept_before_the_death() {
+    fn loom_takeover_happens_once_and_wakes_sleepers() {
         explore(|| {
             let model = Model::new(9, false);
             let other = thread::spawn({

@@ -366,13 +366,13 @@ impl Attached {
     fn me(&self) -> Result<u32> {
         match self.known_me() {
             Some(me) => Ok(me),
-            None => self.me_anew(),
+            None => self.take_new_slot(),
         }
     }
 
     /// This process needs another slot: a forked child has none of its own, and closing the descriptor gives one up.
     #[cold]
-    fn me_anew(&self) -> Result<u32> {
+    fn take_new_slot(&self) -> Result<u32> {
         let mut own = open_file(&self.path)?;
         if identity(&self.path, &own)? != self.identity {
             return Err(ErrorKind::RogueDeletion { path: self.path.clone() }.into());
@@ -431,7 +431,7 @@ impl Attached {
             let _no_fork = NoFork::hold();
             self.slot.lock().is_own()
         };
-        if is_own { Ok(me) } else { self.me_anew() }
+        if is_own { Ok(me) } else { self.take_new_slot() }
     }
 
     /// Whether the owner of a lock has died. What the kernel does not say counts as alive.
@@ -452,7 +452,7 @@ impl Attached {
         }
         // In the file that has its number now, every owner would seem dead. The next look is through another descriptor.
         drop((file, no_fork));
-        let _ = self.me_anew();
+        let _ = self.take_new_slot();
         false
     }
 
@@ -922,7 +922,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_has_no_time_to_wait_takes_also_what_is_kept_for_those_who_wait() {
+    fn acquire_without_wait_takes_lock_reserved_for_handoff() {
         /// A waiter that pressed and was killed: it is awake, and the lock was kept for it at the release.
         const HANDOFF: u32 = 0b11 << 29;
         let fresh = Fresh::new("kept");
@@ -934,7 +934,7 @@ mod tests {
     }
 
     #[test]
-    fn an_owner_that_did_not_get_to_write_down_the_time_has_not_that_of_the_one_before() {
+    fn owner_without_time_does_not_inherit_previous_time() {
         let fresh = Fresh::new("untimed");
         let lock = fresh.0.retrieve(7).unwrap();
         let guard = lock.lock().unwrap();
@@ -946,7 +946,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_word_that_names_no_slot_is_of_somebody_who_died() {
+    fn acquire_invalid_slot_in_lock_word_reports_dead_owner() {
         let fresh = Fresh::new("damaged");
         for owner in [1 << SLOT_BITS, SLOTS + 1, OWNER] {
             fresh.word(7).store(owner, Ordering::SeqCst);
@@ -956,7 +956,7 @@ mod tests {
     }
 
     #[test]
-    fn locks_of_the_dead_stay_theirs_when_a_slots_generations_begin_anew() {
+    fn dead_holder_recovered_after_generation_wraparound() {
         let fresh = Fresh::new("anew");
         let (file, other) = fresh.take_slot();
         let at = (other & SLOT) - 1;

@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_tells_the_next_owner_who_died() {
+    fn holder_record_reports_dead_predecessor_until_cleared() {
         let slate = &memory();
         assert_eq!(take(slate), None, "nobody was here before");
         let died = take(slate).unwrap().owner().cloned().unwrap();

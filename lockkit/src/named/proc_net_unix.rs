@@ -127,7 +127,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_tells_the_holder_from_who_waits() {
+    fn parse_proc_net_unix_line_separates_holder_and_waiters() {
         let line = |state| format!("0000000000000000: 00000002 00000000 00010000 0005 {state} 12345 @lockkit/u0/a");
         assert_eq!(parse(&line("01")), Some(Line { name: "lockkit/u0/a".into(), queued: false }));
         assert!(parse(&line("02")).unwrap().queued);

@@ -533,7 +533,7 @@ mod tests {
     }
 
     #[test]
-    fn waiter_that_gave_up_is_passed_over_though_its_connection_has_a_copy() {
+    fn release_skips_cancelled_waiter_with_duplicated_socket() {
         for sharing in [Sharing::User(runtime_dir::effective_uid()), Sharing::Machine] {
             let lock = SocketLock::new(&format!("test-gave-up-{}", std::process::id()), sharing).unwrap();
             let (hold, _) = lock.bind().unwrap().unwrap();

@@ -172,7 +172,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_holder_that_left_no_record_is_told_of_as_nobody_known() {
+    fn abandoned_mutex_without_record_reports_unknown_owner() {
         let name = format!("lockkit-test-{}-abandoned", std::process::id());
         let sharing = Sharing::User(0);
         let object = mutex::object(&name, sharing).unwrap();

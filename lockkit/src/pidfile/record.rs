@@ -311,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn identity_of_another_host_is_told_from_this_one() {
+    fn read_identity_of_other_host_differs_from_local() {
         let mut owner = Owner::current();
         owner.host = Some("elsewhere/1".to_owned());
         let bytes = identity(&owner, written()).unwrap();

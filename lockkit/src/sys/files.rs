@@ -113,7 +113,7 @@ pub(crate) fn is_writable_by_others(directory: &Seen) -> bool {
 }
 
 /// The permission bits that let the group and others write to the file.
-pub(crate) fn others_who_write(found: &Seen) -> u32 {
+pub(crate) fn group_other_write_bits(found: &Seen) -> u32 {
     found.mode() & 0o022
 }
 

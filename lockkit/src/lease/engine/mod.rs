@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_that_was_closed_meanwhile_is_made_anew_and_asked_again() {
+    fn pool_closed_connection_retries_once() {
         let pool = Pool::new();
         let made = std::cell::Cell::new(0);
         let connect = || {

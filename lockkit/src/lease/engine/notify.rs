@@ -306,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_that_cannot_be_listened_to_is_an_error_of_its_own_sort_for_whoever_waits() {
+    fn subscribe_failure_keeps_error_kind_and_delays_retry() {
         for is_misuse in [false, true] {
             let tries = Arc::new(AtomicUsize::new(0));
             let counted = tries.clone();

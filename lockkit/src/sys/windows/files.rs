@@ -267,7 +267,7 @@ pub(crate) fn is_writable_by_others(_: &Seen) -> bool {
 }
 
 /// Modes are for Unix.
-pub(crate) fn others_who_write(_: &Seen) -> u32 {
+pub(crate) fn group_other_write_bits(_: &Seen) -> u32 {
     0
 }
 

@@ -96,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_locked_can_still_be_read_and_written_through_another_handle() {
+    fn locked_file_is_readable_and_writable_by_other_handle() {
         let path = std::env::temp_dir().join(format!("lockkit-flock-{}", std::process::id()));
         let one = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
         let mut other = File::options().read(true).write(true).open(&path).unwrap();

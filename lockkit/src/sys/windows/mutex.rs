@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mutex_of_the_user_lets_in_the_user_and_nobody_else() {
+    fn user_mutex_denies_other_users() {
         let name = fresh(Sharing::User(0));
         let _mutex = Mutex::open(&name, Sharing::User(0)).unwrap();
         let list = list_of(&opened(&name, READ_CONTROL).unwrap());
@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mutex_of_the_machine_can_be_taken_by_everybody_and_changed_by_nobody() {
+    fn machine_mutex_allows_others_to_acquire_not_to_modify() {
         let name = fresh(Sharing::Machine);
         let mutex = Mutex::open(&name, Sharing::Machine).unwrap();
         let list = list_of(&opened(&name, READ_CONTROL).unwrap());
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mutex_that_somebody_else_has_made_is_refused() {
+    fn open_mutex_of_another_owner_fails() {
         let name = fresh(Sharing::User(0));
         // Whoever is no administrator cannot make anything in their name.
         let descriptor = Descriptor::new("O:BAD:P(A;;0x1F0001;;;WD)").unwrap();

@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn no_process_is_taken_for_alive_by_the_numbers_beside_its_own() {
+    fn probe_of_adjacent_or_extreme_pid_is_gone() {
         let me = std::process::id();
         for beside in 1..4 {
             assert_eq!(probe(me + beside), Probe::Gone);
@@ -235,13 +235,13 @@ mod tests {
     }
 
     #[test]
-    fn one_that_nobody_may_look_at_runs() {
+    fn probe_of_inaccessible_process_is_running() {
         let mut pause = Command::new("cmd");
         pause.args(["/c", "pause"]).stdin(Stdio::piped()).stdout(Stdio::null());
         let mut child = pause.spawn().unwrap();
         assert!(matches!(probe(child.id()), Probe::Running(Some(_))));
         // As a user who is no debugger sees the process of another one.
-        security::tests::let_nobody_in(&open(child.id(), WRITE_DAC).unwrap());
+        security::tests::deny_all_access(&open(child.id(), WRITE_DAC).unwrap());
         security::tests::without_privileges(|| {
             let refused = open(child.id(), PROCESS_QUERY_LIMITED_INFORMATION).unwrap_err();
             assert_eq!(refused.kind(), io::ErrorKind::PermissionDenied);

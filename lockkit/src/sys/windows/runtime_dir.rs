@@ -207,7 +207,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_that_differ_have_files_that_differ_also_where_capitals_do_not_count() {
+    fn file_name_is_lowercase_and_maps_back_to_name() {
         for sharing in [Sharing::User(0), Sharing::Machine] {
             for name in ["nul.record", "Nul.record", "NUL.x-_", "a"] {
                 let file = file_name(name, sharing);

@@ -173,7 +173,7 @@ pub(super) mod tests {
     }
 
     /// Has the object let nobody in any more, its owner neither.
-    pub(in super::super) fn let_nobody_in(object: &OwnedHandle) {
+    pub(in super::super) fn deny_all_access(object: &OwnedHandle) {
         let descriptor = Descriptor::new("D:P").unwrap();
         let (mut is_there, mut list, mut by_default) = (0, ptr::null_mut(), 0);
         // SAFETY: the descriptor is a whole one, and each answer has a place.

@@ -643,7 +643,7 @@ mod tests {
     }
 
     #[test]
-    fn while_a_leader_is_being_elected_endpoints_are_asked_again_and_not_for_ever() {
+    fn leaderless_request_is_retried_until_deadline() {
         let gateway = Gateway::new(&Address::parse("etcd://one,other").unwrap());
         let asked = Cell::new(0);
         let elected_after = |most: u32, limit| {

@@ -661,7 +661,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_lease_that_is_being_let_go_is_lost_though_its_key_may_be_there() {
+    fn renew_of_grant_due_for_deletion_is_lost() {
         // Nobody listens there, so nothing but what the session knows can answer.
         let own = Own::new(&Address::parse("etcd://127.0.0.1:1").unwrap());
         let (began, ttl) = (now(), Duration::from_secs(8));

@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lease_is_good_for_what_is_left_of_its_session_and_a_little_less() {
+    fn lease_validity_is_bounded_by_session_ttl() {
         let session = Session::new(1, S * 8, S * 100);
         assert_eq!(session.left(S * 100), S * 8);
         assert_eq!(session.left(S * 99), S * 8, "it was kept since");
@@ -351,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_has_or_renews_is_let_go_after_a_ttl() {
+    fn orphaned_or_unrenewed_grant_is_deleted_after_ttl() {
         let (session, kept, hung) = (Session::new(1, S * 8, now()), grant("kept", 1), grant("hung", 2));
         let began = now();
         add(&session, &kept, began);
@@ -385,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_being_asked_for_is_neither_loose_nor_let_go_meanwhile() {
+    fn pending_claim_is_neither_orphan_nor_deleted() {
         let (session, lease) = (Arc::new(Session::new(1, S * 8, now())), grant("one", 1));
         let began = now();
         session.loosen(lease.name(), lease.claim(), Orphan::InDoubt, began);

@@ -413,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn a_url_that_is_not_right_is_an_error_that_says_what_is_wrong_and_no_password() {
+    fn invalid_postgres_url_error_names_cause_and_no_password() {
         for (url, says) in [
             ("postgres:///db", "names no host"),
             ("postgres://u:secret@a,b/db?port=1,2,3", "ports"),
