@@ -471,7 +471,7 @@ fn a_main_that_finds_its_name_held_says_so_and_exits() {
     let pid = std::process::id();
     let running = format!("{NAME} is already running: pid {pid} (");
     let handled = format!("handled: the named lock {NAME:?} is held by pid {pid} (");
-    let failed = format!("{NAME} cannot start: \"0\" is no lock name");
+    let failed = format!("{NAME} cannot start: invalid lock name \"0\"");
     for (task, code, said) in [
         ("plain", 75, &running),
         ("waiting", 75, &running),

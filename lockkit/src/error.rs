@@ -112,7 +112,7 @@ pub enum ErrorKind {
         lock: String,
     },
     /// A name that breaks the rule of lock names.
-    #[error("{name:?} is no lock name: {rule}")]
+    #[error("invalid lock name {name:?}: {rule}")]
     InvalidName {
         /// The name, cut to its first 80 characters.
         name: String,
@@ -121,7 +121,7 @@ pub enum ErrorKind {
     },
     /// A path that does not start at the root: it would name another file after a change of the working directory, as
     /// daemons make one.
-    #[error("{} is no absolute path", .path.display())]
+    #[error("invalid path {}: it must begin at the root", .path.display())]
     RelativePath {
         /// The path.
         path: PathBuf,
@@ -164,7 +164,7 @@ pub enum ErrorKind {
         problem: &'static str,
     },
     /// The file was deleted or replaced again and again while the lock on it was being taken, or while it was held.
-    #[error("{} was deleted or replaced by somebody else while its lock was in use", .path.display())]
+    #[error("{} was deleted or replaced by another process while its lock was in use", .path.display())]
     RogueDeletion {
         /// The file.
         path: PathBuf,
@@ -210,7 +210,7 @@ pub enum ErrorKind {
     /// A file is not laid out as this version of lockkit has it. One of a table of locks is something else, cut short,
     /// or made by another version or for another kind of machine; one of a lease was written by a later version, or contains
     /// the largest fencing token.
-    #[error("{} is no lock that this program can use: {problem}", .path.display())]
+    #[error("cannot use {}: {problem}", .path.display())]
     LayoutMismatch {
         /// The file.
         path: PathBuf,
@@ -218,7 +218,7 @@ pub enum ErrorKind {
         problem: &'static str,
     },
     /// An option of a lease that cannot be, alone or together with the others.
-    #[error("{option} cannot be so: {problem}")]
+    #[error("invalid {option}: {problem}")]
     InvalidOption {
         /// The method of the builder.
         option: &'static str,
@@ -226,7 +226,7 @@ pub enum ErrorKind {
         problem: String,
     },
     /// A URL of a lease is not right.
-    #[error("the URL {url} is not right: {problem}")]
+    #[error("invalid URL {url}: {problem}")]
     InvalidUrl {
         /// It, without its credentials and parameters.
         url: String,
@@ -270,7 +270,7 @@ pub enum ErrorKind {
         problem: &'static str,
     },
     /// An activation or its answer is larger than can be sent. Nothing was sent.
-    #[error("{what} may have {most} bytes at most, and not {size}")]
+    #[error("invalid size of {what}: {size} bytes; at most {most} are allowed")]
     TooLarge {
         /// What is too large.
         what: &'static str,

@@ -47,7 +47,7 @@ impl Target {
             return Ok(Self::Path(given.into()));
         }
         let name = given.to_str().ok_or_else(|| {
-            let message = format!("{} is no lock name: it is no text in UTF-8", Path::new(given).display());
+            let message = format!("invalid lock name {}: it is no text in UTF-8", Path::new(given).display());
             Failure::usage(message).example("lockkit status backup")
         })?;
         Ok(Self::Name(name.to_owned()))
