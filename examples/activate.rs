@@ -1,13 +1,14 @@
-//! A program whose second start hands its files over to the first, as editors and viewers do.
+//! A program whose second start hands its files over to the first instance, as editors and viewers do.
 //!
 //! Start it, and start it again in another directory of a second terminal, with files:
 //! ```text
 //! cargo run --example activate -- README.md
 //! cd /tmp && /path/to/activate notes.txt "with spaces"
 //! ```
-//! The first one opens them where they are, and tells the second how many it has open now; the second one prints that
-//! and ends with success. Kill the first with `kill -9` or stop it with Ctrl-Z, and start it again: a dead one is
-//! replaced, and one that hangs costs the second two seconds. Press Ctrl-D to close the first.
+//! The first instance opens the files relative to the second's directory, and returns the number of open files. The
+//! second prints this number and exits with success. Kill the first with `kill -9` or stop it with Ctrl-Z, and start
+//! the program again: a dead instance is replaced, and an instance that hangs costs the second two seconds. Press
+//! Ctrl-D to close the first.
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -33,7 +34,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Becomes the first instance, or tells it what to open: then there is nothing left to do.
+/// Becomes the first instance, or sends it the files to open. In the second case nothing is left to do.
 fn enter() -> lockkit::Result<Option<FirstInstance>> {
     match Instance::enter("lockkit-example-activate")? {
         Instance::First(first) => Ok(Some(first)),
@@ -50,7 +51,7 @@ fn enter() -> lockkit::Result<Option<FirstInstance>> {
     }
 }
 
-/// What the program is there for: here, to keep files open until its input ends.
+/// Does the program's work: here, it keeps files open until its input ends.
 fn work(first: &FirstInstance) -> ExitCode {
     if let Some(died) = first.recovered() {
         say(&format!("the last one died: {died}"));
@@ -72,15 +73,15 @@ fn work(first: &FirstInstance) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Opens what a second start was called with.
+/// Opens the files of a second start.
 fn welcome(open: &Open, activation: Activation) {
     let files: Vec<&OsString> = activation.arguments().iter().skip(1).collect();
     let count = add(open, files.into_iter().map(|file| activation.resolve(file)));
-    // A second that has given up does not want to know.
+    // A second start that has given up does not need the answer.
     let _ = activation.answer(format!("{count} open").as_bytes());
 }
 
-/// Opens files, and says how many are open now.
+/// Opens files, and returns how many are open now.
 fn add(open: &Open, files: impl Iterator<Item = PathBuf>) -> usize {
     let Ok(mut open) = open.lock() else { return 0 };
     for file in files {
@@ -90,9 +91,9 @@ fn add(open: &Open, files: impl Iterator<Item = PathBuf>) -> usize {
     open.len()
 }
 
-/// Prints a line at once, also into a pipe.
+/// Prints a line immediately, also into a pipe.
 fn say(line: &str) {
     let mut out = std::io::stdout();
-    // Nobody reads it: no reason to stop.
+    // A closed output is no reason to stop.
     let _ = writeln!(out, "{line}").and_then(|()| out.flush());
 }

@@ -1,12 +1,12 @@
-//! Processes of which one leads, and a resource that refuses whoever does not lead any more.
+//! Processes that elect a leader, and a resource that refuses writes of former leaders.
 //!
-//! Three workers want one lease. Whoever has it counts: it reads a number from a resource and writes the next one, with
-//! its token. The first leader is killed, and the next is told. That one is stopped between reading and writing, for
-//! longer than its lease lasts, and another takes over. Let go on, it finishes what it was about to do, for it asked
-//! before whether it leads. But the resource has seen a later token by then, and refuses the write.
+//! Three workers compete for one lease. The holder counts: it reads a number from a resource and writes the next one,
+//! with its token. The first leader is killed, and the next guard reports it. The second leader is stopped between read
+//! and write, for longer than its TTL, and another worker takes over. When the second leader continues, it finishes its
+//! write, because it checked its lease before. But the resource has seen a later token by then, and refuses the write.
 //!
-//! Run with `cargo run --example leader`. [`work`] is what to copy, and [`Resource::write`] what to ask of whatever a
-//! lease guards: a database, a disk, a service.
+//! Run with `cargo run --example leader`. [`work`] is the part to copy. [`Resource::write`] is the check that a guarded
+//! resource needs: a database, a disk, a service.
 
 use std::error::Error;
 use std::io::{BufRead, BufReader, Write};
@@ -32,7 +32,7 @@ fn main() -> Result<()> {
     conducted
 }
 
-/// A worker: waits until it leads, leads until it does not, and waits again.
+/// Acts as a worker: waits until it leads, leads until it loses the lease, and waits again.
 fn work(directory: &Path) -> Result<()> {
     let me = std::process::id();
     let lease = Lease::file(directory.join("lease"))
@@ -47,7 +47,7 @@ fn work(directory: &Path) -> Result<()> {
         }
         let mut resource = Connection::new(UnixStream::connect(directory.join("resource"))?);
         resource.say(&me.to_string())?;
-        // Asking saves work. It cannot say what is true a moment later; that is why each write has the token.
+        // The check saves work. It can be out of date a moment later, so each write carries the token.
         while guard.is_held() {
             let number: u64 = resource.ask("read")?.parse()?;
             thread::sleep(Duration::from_millis(20));
@@ -61,7 +61,7 @@ fn work(directory: &Path) -> Result<()> {
     }
 }
 
-/// What the lease guards. It knows nothing of leases.
+/// The resource that the lease guards. It knows nothing of leases.
 #[derive(Default)]
 struct Resource {
     number: u64,
@@ -70,7 +70,7 @@ struct Resource {
 }
 
 impl Resource {
-    /// Takes the number, unless somebody with a later token has been here: says whether it did.
+    /// Stores the number, unless the resource has seen a later token. Returns whether it stored the number.
     fn write(&mut self, token: u64, number: u64) -> bool {
         if token < self.token {
             println!("the resource refuses {number} with token {token}, for it has seen {}", self.token);
@@ -81,7 +81,7 @@ impl Resource {
         true
     }
 
-    /// Answers a leader until it has asked for so many writes, or has hung up.
+    /// Answers a leader until the leader has requested so many writes, or has hung up.
     fn serve(&mut self, leader: &mut Connection, writes: usize) -> Result<()> {
         let mut asked = 0;
         while asked < writes {
@@ -99,7 +99,7 @@ impl Resource {
     }
 }
 
-/// Starts the workers, plays the resource, and does to the leaders what happens to leaders.
+/// Starts the workers, acts as the resource, and kills and stops leaders.
 fn conduct(directory: &Path) -> Result<()> {
     let leaders = UnixListener::bind(directory.join("resource"))?;
     let mut resource = Resource::default();
@@ -114,7 +114,7 @@ fn conduct(directory: &Path) -> Result<()> {
 
     let (pid, mut second) = next(&leaders)?;
     resource.serve(&mut second, 3)?;
-    // It has asked for the number, so it believes that it leads, and waits for the answer.
+    // It has requested the number, so it believes that it leads, and waits for the answer.
     second.hear()?;
     println!("{pid} is stopped");
     let stopped = Pid::from_child(workers.get(pid)?);
@@ -127,20 +127,20 @@ fn conduct(directory: &Path) -> Result<()> {
     kill_process(stopped, Signal::CONT)?;
     resource.serve(&mut second, usize::MAX)?;
     println!("the number is {}, and no count was lost", resource.number);
-    // It waits again, and would lead once more if the leader were killed before it.
+    // The worker waits again, and would lead once more if the leader were killed first.
     workers.get(pid)?.kill()?;
     drop(workers);
     Ok(())
 }
 
-/// The next leader: its pid, and what it asks.
+/// Waits for the next leader. Returns its pid and its connection.
 fn next(leaders: &UnixListener) -> Result<(u32, Connection)> {
     let mut leader = Connection::new(leaders.accept()?.0);
     let pid = leader.hear()?.ok_or("a leader hung up at once")?;
     Ok((pid.parse()?, leader))
 }
 
-/// The workers, who are killed at the end, whatever has become of them.
+/// The workers. All are killed at the end, in whatever state they are.
 struct Workers(Vec<Child>);
 
 impl Workers {
@@ -179,7 +179,7 @@ impl Connection {
         Ok(writeln!(self.0.get_mut(), "{line}")?)
     }
 
-    /// The next line, unless the other one has hung up.
+    /// Reads the next line. Returns `None` if the peer has hung up.
     fn hear(&mut self) -> Result<Option<String>> {
         let mut line = String::new();
         let length = self.0.read_line(&mut line)?;

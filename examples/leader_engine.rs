@@ -1,4 +1,4 @@
-//! A leader whose lease is kept wherever a URL says: start it on several machines, and one of them leads.
+//! A leader whose lease is in the store of a URL. Start it on several machines, and one of them leads.
 //!
 //! ```text
 //! cargo run --example leader_engine -- file:///srv/shared/leader 10s
@@ -7,8 +7,9 @@
 //! cargo run --example leader_engine --features etcd -- etcd://a.example:2379,b.example:2379,c.example:2379/leader 10s
 //! ```
 //!
-//! It leads for as long as its second argument says (3 s without one) and then gives the lease to the next. Kill it,
-//! stop it, cut its network: the others take over, with a greater token, and it says so when it comes back.
+//! It leads for the time in its second argument (3 s by default) and then releases the lease to the next process. Kill
+//! it, stop it, or cut its network: another process takes over with a greater token. The former leader reports the loss
+//! when it comes back.
 
 use std::error::Error;
 use std::time::{Duration, Instant};
@@ -32,7 +33,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
 
     let end = Instant::now() + time;
-    // Lead here: give the token along with whatever is written. The wait ends early when the lease is lost.
+    // Lead here: send the token with every write. The wait ends early when the lease is lost.
     match guard.lost().wait(&Wait::until(end)) {
         Err(still_held) if still_held.is_timeout() => {
             guard.release()?;

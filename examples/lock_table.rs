@@ -1,7 +1,8 @@
-//! Worker processes share a table of locks; one is killed in the middle of its work, and the next owner is told.
+//! Worker processes share a table of locks. One worker is killed in the middle of its work, and the next guard reports
+//! it.
 //!
-//! Each worker updates one account after another, each under the lock with its number. The first worker dies inside
-//! account 2 (`abort`); whoever comes next finds out, checks the account before using it, and goes on.
+//! Each worker updates the accounts in order, each under the lock with its number. The first worker dies inside account
+//! 2 (`abort`). The next holder learns of the death, checks the account before using it, and continues.
 //!
 //! Run with `cargo run -p lockkit-examples --example lock_table`.
 
@@ -31,7 +32,8 @@ fn conduct() -> Result<(), Box<dyn std::error::Error>> {
     for mut worker in workers? {
         println!("a worker ended: {}", worker.wait()?);
     }
-    // Whoever came to account 2 after the death has checked it; if nobody did, it is for us to do.
+    // The next holder of account 2 has checked it. If no worker acquired it after the death, the conductor checks it
+    // here.
     check(&table.retrieve(2)?.lock()?, "the conductor", 2);
     println!("{} of 1024 locks are left, {} are held", table.available()?.unwrap_or_default(), table.held()?.len());
     std::fs::remove_file(path)?;

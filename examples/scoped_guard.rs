@@ -1,9 +1,9 @@
-//! A section of a program that one process at a time is in: a guard in a block.
+//! A section of a program that only one process at a time executes: a guard in a block.
 //!
-//! The first process goes into the section and starts a second one, which waits for it a moment, gives up and says who
-//! is inside. When the block of the first one ends, the next to come gets in.
+//! The first process enters the section and starts a second one. The second waits briefly, gives up and names the
+//! holder. When the block of the first one ends, the next process can enter.
 //!
-//! Run with `cargo run --example scoped_guard`. [`section`] is what to copy.
+//! Run with `cargo run --example scoped_guard`. [`section`] is the part to copy.
 
 use std::error::Error;
 use std::process::{Command, id};
@@ -19,7 +19,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     another()
 }
 
-/// Does `work` inside the section, unless somebody else stays there too long.
+/// Does `work` inside the section, unless another process stays there too long.
 fn section(work: impl FnOnce() -> Result<(), Box<dyn Error>>) -> Result<(), Box<dyn Error>> {
     let lock = NamedLock::new("lockkit-example-section")?;
     {
@@ -41,7 +41,7 @@ fn section(work: impl FnOnce() -> Result<(), Box<dyn Error>>) -> Result<(), Box<
     Ok(())
 }
 
-/// Lets a second process try.
+/// Starts a second process, which tries to enter.
 fn another() -> Result<(), Box<dyn Error>> {
     let status = Command::new(std::env::current_exe()?).arg("once").status()?;
     if !status.success() {

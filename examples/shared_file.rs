@@ -1,10 +1,11 @@
 //! A file that several processes read and write: writers one at a time, readers together.
 //!
-//! Four processes add to a number in a file, 50 times each. Each reads it and writes the next one under an exclusive
-//! lock on the file itself. Meanwhile the first process reads it under a shared lock, and never sees half a number.
+//! Four processes increment a number in a file, 50 times each. Each reads the number and writes the next one under an
+//! exclusive lock on the file itself. Meanwhile the first process reads it under a shared lock, and never sees half a
+//! number.
 //!
-//! Run with `cargo run --example shared_file`. [`add`] and [`read`] are what to copy; flock(1) on the same file takes
-//! part.
+//! Run with `cargo run --example shared_file`. [`add`] and [`read`] are the parts to copy. flock(1) on the same file
+//! interoperates.
 
 use std::error::Error;
 use std::os::unix::fs::FileExt;
@@ -47,7 +48,7 @@ fn conduct(path: &Path) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Reads and writes as one step, among all processes.
+/// Reads and writes in one step that is atomic among all processes.
 fn add(lock: &FileLock) -> Result<(), Box<dyn Error>> {
     let guard = lock.lock()?;
     let next = number(&guard)? + 1;
@@ -55,12 +56,12 @@ fn add(lock: &FileLock) -> Result<(), Box<dyn Error>> {
     Ok(guard.release()?)
 }
 
-/// Reads what no writer is in the middle of changing.
+/// Reads while no writer is active.
 fn read(lock: &FileLock) -> Result<u64, Box<dyn Error>> {
     number(&lock.lock_shared()?)
 }
 
-/// The number in the locked file; a file that was just made says nothing yet.
+/// Reads the number in the locked file. A new file has no number yet.
 fn number(guard: &FileGuard) -> Result<u64, Box<dyn Error>> {
     let mut bytes = [0; 20];
     let length = guard.file().read_at(&mut bytes, 0)?;

@@ -4,8 +4,8 @@
 //! ```text
 //! cargo run --example single_instance -- 30s
 //! ```
-//! The second one says who is running, and exits with 75 at once. Kill the first one with `kill -9`: the next start
-//! succeeds at once, and says that the last owner died.
+//! The second start names the running process, and exits with 75 immediately. Kill the first with `kill -9`: the next
+//! start succeeds immediately, and reports that the last owner died.
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -29,7 +29,7 @@ fn work(time: Duration) -> Result<(), String> {
     say("done")
 }
 
-/// The first argument, such as `30s`.
+/// Parses the first argument, such as `30s`.
 fn time_to_work() -> Result<Duration, String> {
     match std::env::args().nth(1) {
         None => Ok(Duration::from_secs(5)),
@@ -38,7 +38,7 @@ fn time_to_work() -> Result<Duration, String> {
     }
 }
 
-/// Prints a line at once, also into a pipe.
+/// Prints a line immediately, also into a pipe.
 fn say(line: &str) -> Result<(), String> {
     let mut out = io::stdout();
     writeln!(out, "{line}").and_then(|()| out.flush()).map_err(|error| format!("cannot write: {error}"))

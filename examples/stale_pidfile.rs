@@ -1,11 +1,11 @@
-//! Walks a directory, /run unless told otherwise, and says of each pidfile whether its process still lives, and why.
+//! Walks a directory (/run by default), and prints for each pidfile whether its process is alive, and why.
 //!
 //! ```text
 //! $ cargo run --example stale_pidfile -- /run
 //! PATH                PID   PROGRAM  STATE   WHY
 //! /run/crond.pid      812   cron     alive   runs: pid 812 (cron), since 2026-11-20 17:03:11 UTC (3 h 2 min ago)
 //! ```
-//! It changes nothing and disturbs nobody. It exits with 1 when it found one that is not alive, and with 2
+//! It changes nothing and disturbs no process. It exits with 1 when it finds a pidfile that is not alive, and with 2
 //! when it cannot read the directory.
 
 use std::error::Error;
@@ -48,7 +48,7 @@ fn find(directory: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
     Ok(())
 }
 
-/// What is to be said of the pidfile `path`; nothing if it is gone by now.
+/// Returns the row for the pidfile `path`; `None` if the file is gone by now.
 fn row(path: &Path) -> Option<Row> {
     let line = |owner: Option<&Owner>, state: &str, why: String| {
         let pid = owner.map_or("-".to_owned(), |owner| owner.pid().to_string());
@@ -85,10 +85,10 @@ fn row(path: &Path) -> Option<Row> {
     }
 }
 
-/// The first few letters of a file, made harmless for a terminal.
+/// Returns the first bytes of a file, escaped for a terminal.
 fn beginning(path: &Path) -> String {
     let mut bytes = Vec::new();
-    // What cannot be read any more begins with nothing.
+    // If the file cannot be read any more, the result is empty.
     let _ = fs::File::open(path).and_then(|file| file.take(20).read_to_end(&mut bytes));
     String::from_utf8_lossy(&bytes).escape_debug().to_string()
 }

@@ -1,7 +1,8 @@
-//! How soon a program runs that the command `lockkit` starts under a lock, beside flock(1). The time runs from just
-//! before the start to what `date` says when it runs. Ours and the peer's starts take turns.
+//! Measures how soon the command `lockkit` starts a program under a lock, in comparison with flock(1). The time runs
+//! from just before the start of the command to the time that `date` prints. Our starts and the peer's starts
+//! alternate.
 //!
-//! It builds the command first, for this package cannot depend on a program.
+//! The bench builds the command first, because this package cannot depend on a program.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -54,7 +55,7 @@ fn main() {
     table::print(&rows);
 }
 
-/// The command, built as users have it.
+/// Builds the command with the same profile as for users, and returns its path.
 fn built() -> PathBuf {
     let program = std::env::current_exe().expect("the program has a path");
     let target = program.ancestors().find(|directory| directory.ends_with("release")).and_then(Path::parent);
@@ -66,12 +67,12 @@ fn built() -> PathBuf {
     target.join("release/lockkit")
 }
 
-/// A program with arguments, and what it is to start.
+/// Returns the words of a command: the program, its arguments, and the program that it starts.
 fn run(program: &str, arguments: &[&str]) -> Vec<String> {
     [program].iter().chain(arguments).chain(&["date", "+%s%N"]).map(|&word| word.to_owned()).collect()
 }
 
-/// How long it took until `date` ran; `None` when the program is not there.
+/// Measures the time until `date` runs. Returns `None` if the program is not installed.
 fn start(words: &[String]) -> Option<Duration> {
     let begun = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("a clock after 1970");
     let output = Command::new(&words[0]).args(&words[1..]).output().ok()?;

@@ -1,15 +1,14 @@
-//! What processes see that want a lock which another one has, beside what they see of flock(2).
+//! Measures processes that contend for a lock, in comparison with flock(2).
 //!
-//! - *Hand-over*: two processes hold the lock in turns, each until the other one sleeps waiting for it. The time runs
-//!   from just before the release to just after the other's acquisition.
-//! - *Crowd*: many processes take the lock over and over and hold it for a moment. What counts is how often it is
-//!   taken, and how long the unluckiest one waited.
-//! - *Timed wait*: the processor time of a waiter that gives up after a while.
-//! - *Giving up*: how late a waiter is that times out, or is cancelled, at worst.
+//! - *Hand-over*: two processes hold the lock in turns. Each holder waits until the other process sleeps in its wait.
+//!   The time runs from just before the release to just after the other process's acquisition.
+//! - *Crowd*: many processes acquire the lock repeatedly and hold it briefly. The results are the number of
+//!   acquisitions and the longest wait of any process.
+//! - *Timed wait*: the processor time of a waiter that times out.
+//! - *Giving up*: the largest delay of a waiter that times out or is cancelled.
 //! - *Death*: a holder is killed while another process waits. The time runs from just before the kill.
 //!
-//! Ours and the peer's turns alternate in blocks. A further lock is one more [`Comparison`]; a peer for it is one more
-//! [`Contender`].
+//! Blocks of ours and of the peer alternate. To add a lock, add a [`Comparison`]; to add a peer, add a [`Contender`].
 
 use std::fs::File;
 use std::path::Path;
@@ -104,23 +103,23 @@ const FSLOCK_WITH_PID: Contender = Contender {
     },
 };
 
-/// A lock of ours, a peer, and what ours may take.
+/// One of our locks, a peer, and the bounds on our lock.
 struct Comparison {
     ours: &'static Contender,
     peer: &'static Contender,
     hand_over: Bound,
-    /// Of the largest crowd.
+    /// The bound on the longest wait in the largest crowd.
     longest_wait: Bound,
 }
 
 /// A lock that several processes can open and hold.
 struct Contender {
     name: &'static str,
-    /// Opens the lock; what it needs on disk goes into the directory.
+    /// Opens the lock, with its files in the given directory.
     open: fn(&Path) -> Hold,
 }
 
-/// Takes the lock, waiting for it, does something inside, and releases it.
+/// Waits for the lock, runs the closure as the holder, and releases the lock.
 type Hold = Box<dyn FnMut(&mut dyn FnMut())>;
 
 impl Contender {
@@ -129,21 +128,21 @@ impl Contender {
         all.find(|contender| contender.name == name).expect("the parent knows the same contenders")
     }
 
-    /// A child that plays a part with this lock.
+    /// Starts a child that plays `part` with this lock.
     fn spawn(&self, part: &str, directory: &Path, number: u64) -> Peer {
         let directory = directory.to_str().expect("the directory's path is UTF-8");
         Peer::spawn(&[part, self.name, directory, &number.to_string()])
     }
 }
 
-/// How much is measured.
+/// The amount of work to measure.
 struct Length {
-    /// Blocks of hand-overs, and turns of each process in one.
+    /// The number of hand-over blocks, and the turns of each process in one block.
     hand_over: (u32, u64),
-    /// Blocks of the crowd, and the length of one.
+    /// The number of crowd blocks, and the length of one block.
     crowd: (u32, Duration),
     deaths: u32,
-    /// How long a timed wait is.
+    /// The length of a timed wait.
     wait: Duration,
 }
 
@@ -152,7 +151,7 @@ const FULL: Length =
 const QUICK: Length =
     Length { hand_over: (2, 50), crowd: (1, Duration::from_millis(50)), deaths: 10, wait: Duration::from_millis(500) };
 
-/// Measures a comparison with files in a directory.
+/// Measures a comparison, with its files in a directory.
 type Experiment = fn(&Comparison, &Path, &Length) -> Vec<Row>;
 
 const EXPERIMENTS: [(&str, Experiment); 3] =
@@ -188,7 +187,7 @@ fn main() {
     table::print(&rows);
 }
 
-/// What a child does.
+/// Plays the part of a child.
 fn play(part: &[String]) {
     let [part, contender, directory, number] = part else { panic!("a child needs its part") };
     let mut hold = (Contender::by_name(contender).open)(directory.as_ref());
@@ -208,7 +207,7 @@ impl Comparison {
         Row { name: format!("{}, {what}", self.ours.name), ours, peer: self.peer.name, theirs, bound }
     }
 
-    /// Measures blocks, ours and the peer's in turns.
+    /// Measures blocks of ours and of the peer, alternating.
     fn in_turns<T>(&self, blocks: u32, mut measure: impl FnMut(&Contender) -> Vec<T>) -> [Vec<T>; 2] {
         let mut all = [Vec::new(), Vec::new()];
         for _ in 0..blocks {
@@ -264,14 +263,14 @@ impl Comparison {
     }
 }
 
-/// Says a child that does nothing from here on but what it was started for.
+/// The line of a child that has finished its preparation.
 const READY: &str = "ready";
-/// Says a process that has just taken the lock.
+/// The line of a process that has just acquired the lock.
 const TAKEN: &str = "taken";
 
 const HAND_OVER: &str = "hand-over";
 
-/// When a process had the lock, and when it was about to release it.
+/// The times just after the acquisition and just before the release.
 struct Turn {
     acquired: u64,
     released: u64,
@@ -292,7 +291,7 @@ fn hand_overs(contender: &Contender, directory: &Path, turns: u64) -> Vec<Durati
             Turn { acquired, released }
         })
         .collect();
-    // Mine, theirs, mine, theirs; the last of theirs was handed to nobody.
+    // The order is: mine, theirs, mine, theirs. The last of theirs has no successor.
     let order: Vec<Turn> = mine.into_iter().zip(theirs).flat_map(|(mine, theirs)| [mine, theirs]).collect();
     let time = |from: u64, to: u64| to.checked_sub(from).expect("one process at a time holds the lock");
     order.windows(2).map(|pair| Duration::from_nanos(time(pair[0].released, pair[1].acquired))).collect()
@@ -311,9 +310,9 @@ fn hand_over_child(hold: &mut Hold, turns: u64, parent: &mut Peer) {
     }
 }
 
-/// Waits for the lock and holds it until the other process waits for it in its turn. The other starts to wait only
-/// when it hears that the lock is held, since a lock that makes no queue would otherwise often go back to the process
-/// that has just released it.
+/// Waits for the lock, and holds it until the other process waits for it. The other process starts to wait only after
+/// it hears that the lock is held. Otherwise a lock without a queue would often return to the process that has just
+/// released it.
 fn take_turn(hold: &mut Hold, other: &mut Peer) -> Turn {
     let mut turn = Turn { acquired: 0, released: 0 };
     hold(&mut || {
@@ -327,12 +326,12 @@ fn take_turn(hold: &mut Hold, other: &mut Peer) -> Turn {
 
 const CROWD: &str = "crowd";
 const CROWD_SIZES: [usize; 3] = [2, 8, 64];
-/// How long each of the crowd holds the lock.
+/// The hold times of the crowd.
 const CROWD_HOLDS: [Duration; 2] = [Duration::ZERO, Duration::from_micros(20)];
-/// The crowd that waits longest.
+/// The crowd with the longest wait.
 const LARGEST: (usize, Duration) = (CROWD_SIZES[2], CROWD_HOLDS[1]);
 
-/// What one process of the crowd got.
+/// The results of one process of the crowd.
 struct Share {
     taken: u64,
     longest_wait: Duration,
@@ -344,7 +343,7 @@ fn crowd(contender: &Contender, directory: &Path, size: usize, hold: Duration, t
     for child in &mut children {
         child.expect(READY);
     }
-    // Late enough that all have heard of it.
+    // This start is late enough that every process has received the message.
     let start = now() + 20_000_000;
     let end = start + time.as_nanos() as u64;
     for child in &mut children {
@@ -359,8 +358,8 @@ fn crowd(contender: &Contender, directory: &Path, size: usize, hold: Duration, t
         .collect()
 }
 
-/// A wait that goes on at the end still counts: for the longest wait with all of its length, for the throughput not at
-/// all.
+/// Acquires the lock repeatedly until the end. An unfinished wait at the end counts with its full length for the
+/// longest wait, and does not count for the throughput.
 fn crowd_child(hold: &mut Hold, inside: u64, parent: &mut Peer) {
     parent.say(READY);
     let [start, end] = parent.hear_numbers();
@@ -381,7 +380,7 @@ fn crowd_child(hold: &mut Hold, inside: u64, parent: &mut Peer) {
     parent.say(format_args!("{taken} {longest_wait}"));
 }
 
-/// How much later than it should a waiter for a held lock gives up, at worst, of every kind.
+/// Measures, for every kind of lock, the largest delay with which a waiter for a held lock gives up.
 fn all_giving_up(directory: &Path) -> Vec<Row> {
     let table = ShmLockManager::create(directory.join("table"), 64).unwrap();
     let files = FileLockManager::create(directory.join("table-of-files")).unwrap();
@@ -437,7 +436,7 @@ fn giving_up<L: Lock + Sync>(name: &str, lock: &L) -> [Row; 2] {
     })
 }
 
-/// The processor time that a wait for a held lock takes of this thread until it gives up.
+/// Measures the processor time that this thread spends in a wait for a held lock until the wait times out.
 fn timed_wait(directory: &Path, limit: Duration) -> Row {
     let busy = |wait: &dyn Fn()| {
         let used = || Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).expect("it is not negative");
@@ -480,7 +479,7 @@ fn death(contender: &Contender, directory: &Path, waiter: &mut Peer) -> Duration
 fn victim(hold: &mut Hold, parent: &mut Peer) {
     hold(&mut || {
         parent.say(TAKEN);
-        // Nothing comes: the kill does, or the end of the parent.
+        // No line arrives. The child ends by the kill, or with its parent.
         parent.hear();
     });
 }

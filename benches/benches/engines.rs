@@ -1,21 +1,22 @@
-//! Leases on servers: what they cost when nobody else wants them, what a beat costs, how fast they change hands, and
-//! what a thousand take.
+//! Measures leases on servers: without contention, renewal, hand-over, and a thousand leases.
 //!
-//! - *Uncontended*: acquiring and releasing, one after the other and by eight threads at once.
-//! - *Renewal*: one beat of the heartbeat, out of some that are due at once. The leases go by a clock that jumps. On
-//!   etcd one request renews them all.
-//! - *Hand-over*: a process releases, and another that waits acquires. The time runs from just before the release. One
-//!   hand-over follows the other, as where many want a lock; or the waiter has waited for long.
-//! - *Thousand*: what the heartbeat of a thousand leases on etcd with a ttl of 2 s takes of a processor, and whether it
-//!   keeps them.
+//! - *Uncontended*: acquire and release, in sequence and by eight threads at once.
+//! - *Renewal*: one heartbeat out of several that are due at once. The leases use a clock that jumps. On etcd one
+//!   request renews all leases.
+//! - *Hand-over*: a process releases, and a waiting process acquires. The time runs from just before the release.
+//!   Hand-overs follow each other directly, as under contention, or the waiter has waited for a long time.
+//! - *Thousand*: the processor share of the heartbeat of a thousand leases on etcd with a TTL of 2 s, and whether the
+//!   heartbeat keeps the leases.
 //!
-//! Each engine is an [`Engine`]: how to start a server, the bare steps on it, its peers. Ours and theirs take turns, on
-//! the same server, whose data is in memory. What is not installed is left out, with a line that says so.
+//! Each engine is an [`Engine`]: the start of a server, the bare requests on it, and its peers. Ours and the peers
+//! alternate on the same server, which keeps its data in memory. The bench leaves out software that is not installed,
+//! and prints a line about it.
 //!
-//! The bounds are what a prototype of each engine took, and how many times sooner than the recipes of others a lease must
-//! change hands. What a request takes is a matter of the machine: on one that is slower than the prototype's was, ours
-//! is to be read beside the same requests made *bare* ([`lockkit_benches::baseline`]), without a claim, an owner, a limit to
-//! every wait, a heartbeat's books, and a thread that listens for all who wait.
+//! The bounds are the measurements of a prototype of each engine. For hand-overs they are also the factors by which a
+//! lease must be faster than the peers' recipes. The duration of a request depends on the machine. On a machine that is
+//! slower than the prototype's, compare our numbers with the *bare* requests ([`lockkit_benches::baseline`]). Bare
+//! requests have no claim, no owner, no limit on waits, no heartbeat bookkeeping, and no thread that listens for all
+//! waiters.
 
 use std::io::{BufRead, BufReader};
 use std::ops::Range;
@@ -38,8 +39,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use rustix::time::{ClockId, clock_gettime};
 use tempfile::TempDir;
 
-/// How much is measured: blocks of operations that take turns, and operations in one; the same of hand-overs; how many
-/// beat, and for how long.
+/// The amount of work to measure: blocks of alternating operations, and operations per block; the same for hand-overs;
+/// the number of leases under heartbeat, and the span.
 struct Length {
     blocks: (u32, u32),
     hand_overs: (u32, u32),
@@ -65,33 +66,33 @@ const EXPERIMENTS: [Experiment<Length>; 10] = [
     ("etcd/thousand", thousand),
 ];
 
-/// What is measured of an engine.
+/// The parameters of an engine.
 struct Engine {
     name: &'static str,
-    /// What starts a server on a loopback port in a directory; or why none can be.
+    /// Returns the command that starts a server on a loopback port in a directory, or the reason why none can start.
     start: fn(&Path, u16) -> Result<Command, String>,
-    /// The URL of a lease on the server at this port.
+    /// Returns the URL of a lease on the server at this port.
     url: fn(u16, &str) -> String,
-    /// The bare steps for a name on the server at this port.
+    /// Returns the bare requests for a name on the server at this port.
     bare: fn(u16, &str) -> Box<dyn Bare>,
     peers: &'static [Recipe],
     prototype: Prototype,
 }
 
-/// What a prototype took.
+/// The measurements of a prototype.
 struct Prototype {
     uncontended: Duration,
     renewal: Duration,
     hand_over: Duration,
-    /// Acquired and released in a second by eight threads.
+    /// Cycles of acquire and release per second by eight threads.
     rate: f64,
 }
 
-/// A peer: a program that speaks the lines of `redis/peer.py`, with the server at this port.
+/// A peer: a program that speaks the line protocol of `redis/peer.py`, with the server at this port.
 struct Recipe {
     name: &'static str,
     start: fn(u16) -> Result<Command, String>,
-    /// So many times faster than this our hand-over must be.
+    /// The factor by which our hand-over must be faster than this peer.
     behind: Option<f64>,
 }
 
@@ -156,7 +157,8 @@ static ETCD: Engine = Engine {
     },
 };
 
-/// It refuses to run as root, so there it runs as the user `postgres`.
+/// Returns the command that starts PostgreSQL. PostgreSQL refuses to run as root, so there it runs as the user
+/// `postgres`.
 fn start_postgres(directory: &Path, port: u16) -> Result<Command, String> {
     let versions = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
     let directories: Vec<_> = versions.map(|version| version.path().join("bin")).collect();
@@ -218,14 +220,14 @@ fn etcdctl(port: u16) -> Result<Command, String> {
     Ok(command)
 }
 
-/// A child: takes etcd's lock by its program for the shell, which holds it until it is interrupted.
+/// Acts as a child: acquires etcd's lock through etcd's command-line program, which holds the lock until an interrupt.
 fn takes_by_etcdctl(port: u16, version: &str) {
-    /// It starts a program for each, so it does only a part of them.
+    /// The child starts a program for each cycle, so it does only a part of the cycles.
     const PART: u32 = 20;
     let lock = |name: &str| {
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "--", "etcdctl"]);
-        // Not the lock of the other peer, which is of the same recipe.
+        // The other peer uses the same recipe, so this lock needs another name.
         command.args(["--endpoints", &format!("127.0.0.1:{port}"), "lock", &format!("etcdctl-{name}")]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
         let mut holder = command.spawn().expect("it is installed");
@@ -242,7 +244,7 @@ fn takes_by_etcdctl(port: u16, version: &str) {
     serve(version, PART, lock, unlock);
 }
 
-/// Does what a peer is asked for, with a lock that is taken by a name; of the cycles only one in so many.
+/// Serves the requests to a peer, with a lock that is acquired by name. Runs only one in `part` cycles.
 fn serve<H>(version: &str, part: u32, mut lock: impl FnMut(&str) -> H, mut unlock: impl FnMut(H)) {
     let mut parent = Peer::parent();
     parent.say(version);
@@ -275,7 +277,7 @@ fn serve<H>(version: &str, part: u32, mut lock: impl FnMut(&str) -> H, mut unloc
     }
 }
 
-/// A child: takes the lock that etcd itself offers, as the bench asks for it.
+/// Acts as a child: acquires etcd's own lock when the bench asks for it.
 fn takes_own_lock(port: u16) {
     let mut gateway = Gateway::open(port);
     let version = gateway.ask("maintenance/status", "{}");
@@ -303,7 +305,7 @@ fn main() {
     }
 }
 
-/// A server, gone when it is dropped.
+/// A server that ends when it is dropped.
 struct Server {
     engine: &'static Engine,
     port: u16,
@@ -312,7 +314,7 @@ struct Server {
 }
 
 impl Server {
-    /// Starts one, or says why it cannot.
+    /// Starts a server, or prints why it cannot.
     fn start(engine: &'static Engine) -> Option<Self> {
         let started = Self::try_start(engine);
         started.inspect_err(|problem| println!("  without {}: {problem}", engine.name)).ok()
@@ -346,7 +348,7 @@ impl Server {
         (self.engine.bare)(self.port, name)
     }
 
-    /// The peers that can be had here.
+    /// Returns the peers that are available on this machine.
     fn peers(&self) -> Vec<(&'static Recipe, Peer)> {
         let start = |recipe: &'static Recipe| match (recipe.start)(self.port) {
             Ok(mut command) => {
@@ -362,7 +364,7 @@ impl Server {
         self.engine.peers.iter().filter_map(start).collect()
     }
 
-    /// A row of ours, beside each of these.
+    /// Returns a row that compares ours with each of these peers.
     fn rows(
         &self,
         name: &str,
@@ -386,14 +388,14 @@ fn lease(url: &str) -> Lease {
     Lease::connect(url).build().expect("a URL that is right")
 }
 
-/// How long one takes, on average.
+/// Returns the average duration of one operation.
 fn each(count: u32, work: impl FnMut()) -> Duration {
     let start = Instant::now();
     std::iter::repeat_with(work).take(count as usize).for_each(drop);
     start.elapsed() / count
 }
 
-/// How often something is done in a second by all of these, each on a thread of its own that does it so often.
+/// Returns the operations per second of all items together. Each item runs `count` operations on a thread of its own.
 fn rate<T: Send>(all: &mut [T], count: u32, work: impl Fn(&mut T) + Sync) -> f64 {
     let start = Instant::now();
     thread::scope(|scope| {
@@ -412,7 +414,7 @@ fn uncontended(engine: &'static Engine, length: &Length) -> Vec<Row> {
     let Some(server) = Server::start(engine) else { return Vec::new() };
     let (blocks, count) = length.blocks;
     let (one, mut bare) = (server.lease("cycles"), server.bare("cycles"));
-    // A release that does not come through on a busy machine is made up for by the heartbeat, or by who comes next.
+    // On a busy machine a release may fail. The heartbeat or the next acquisition then makes up for it.
     let cycle = |lease: &mut Lease| drop(lease.lock().expect("nobody else keeps it"));
     let bare_cycle = |bare: &mut Box<dyn Bare>| {
         assert!(bare.acquire(), "nobody else takes it");
@@ -456,7 +458,7 @@ fn uncontended(engine: &'static Engine, length: &Length) -> Vec<Row> {
 fn renewal(engine: &'static Engine, length: &Length) -> Vec<Row> {
     const COUNT: u32 = 200;
     const HEARTBEAT: Duration = Duration::from_secs(1);
-    /// What etcd has said of a session counts for so long, by a clock that does not jump.
+    /// The client trusts etcd's answer about a session for this long, by a clock that does not jump.
     const KNOWN: Duration = Duration::from_millis(250);
     let Some(server) = Server::start(engine) else { return Vec::new() };
     let jumping = ManualClock::new();
@@ -470,7 +472,7 @@ fn renewal(engine: &'static Engine, length: &Length) -> Vec<Row> {
         .collect();
     let mut bare = server.bare("beats");
     assert!(bare.acquire(), "nobody else takes it");
-    // A renewal leaves what is left of a session, which may have been kept before.
+    // A renewal gives a lease the remaining time of its session, whose last renewal may be earlier.
     let fresh = guards[0].remaining() - HEARTBEAT + KNOWN;
     let (mut times, mut bares) = (Vec::new(), Vec::new());
     for _ in 0..length.blocks.0 {
@@ -479,7 +481,8 @@ fn renewal(engine: &'static Engine, length: &Length) -> Vec<Row> {
         let start = Instant::now();
         jumping.advance(HEARTBEAT);
         for guard in &guards {
-            // Rarely, for looking disturbs what is measured; and what is late is tried again later, which must come.
+            // The loop polls rarely, because polling disturbs the measurement. The time must advance, because a late
+            // renewal is retried later.
             while guard.remaining() < fresh {
                 thread::sleep(Duration::from_millis(1));
                 jumping.advance(Duration::from_micros(100));
@@ -494,7 +497,7 @@ fn renewal(engine: &'static Engine, length: &Length) -> Vec<Row> {
     server.rows(&format!("renewal, one of {COUNT}"), Value::Time(table::median(&mut times)), compared)
 }
 
-/// A child: acquires whenever it is told to, and says when it had it.
+/// Acts as a child: acquires on each line from the parent, and reports the time of the acquisition.
 fn waits(url: &str) {
     let lease = lease(url);
     let mut parent = Peer::parent();
@@ -524,9 +527,10 @@ fn waits_bare(engine: &Engine, port: u16) {
 fn hand_over(engine: &'static Engine, length: &Length) -> Vec<Row> {
     let Some(server) = Server::start(engine) else { return Vec::new() };
     let (blocks, count) = length.hand_overs;
-    // One after the other, as a lock that is wanted changes hands: who waits next begins when the last has it. Waiters of
-    // many ages; each sleeps by then, or asks as often as it does. None is older than 47 ms: etcd serves a waiter of its
-    // own lock ten times a second until it is up to date, and at once from then on.
+    // Hand-overs follow each other as under contention: the next waiter begins when the previous waiter holds the lock.
+    // The waiters have many ages. Each of them sleeps by then, or already polls at its final rate. None is older than
+    // 47 ms: etcd serves a waiter of its own lock ten times per second until the waiter is up to date, and immediately
+    // from then on.
     let young = (0..blocks).map(|block| block * count..(block + 1) * count).collect();
     let mut rows = handed_over(&server, "hand-over", Duration::from_millis(10), young);
     let mut old = handed_over(&server, "hand-over to who has waited long", Duration::from_millis(400), {
@@ -537,7 +541,7 @@ fn hand_over(engine: &'static Engine, length: &Length) -> Vec<Row> {
     rows
 }
 
-/// Rounds in blocks that take turns; each waiter waits for so long at least.
+/// Runs rounds of hand-overs in alternating blocks. Each waiter waits at least for `age`.
 fn handed_over(server: &Server, name: &str, age: Duration, rounds: Vec<Range<u32>>) -> Vec<Row> {
     let engine = server.engine;
     let let_wait = |round: u32| thread::sleep(age + Duration::from_micros(u64::from(round % 100) * 370));

@@ -1,15 +1,16 @@
-//! Leases in files: what they cost when nobody else wants them, how fast they change hands, and what many take.
+//! Measures leases in files: without contention, hand-over, and many leases.
 //!
-//! - *Uncontended*: acquiring and releasing, beside `SoftFileLease` of Python's filelock in the same directory.
-//! - *Renewal*: one beat of the heartbeat, out of a thousand that are due at once, beside its system calls: to open a
-//!   file, lock it, read and write as many bytes, unlock and close it. The leases go by a clock that jumps from one beat to the next.
-//! - *Is held*: asking the guard, beside reading the clock.
-//! - *Hand-over*: a process releases, and another that waits acquires. The time runs from just before the release.
-//! - *Thousand*: acquiring and dropping a thousand leases of new files, beside filelock's.
-//! - *Many*: what the heartbeat of ten thousand leases takes of a processor, and whether it keeps them.
+//! - *Uncontended*: acquire and release, compared with `SoftFileLease` of Python's filelock in the same directory.
+//! - *Renewal*: one heartbeat out of a thousand that are due at once, compared with its system calls: open a file, lock
+//!   it, read and write the same number of bytes, unlock and close it. The leases use a clock that jumps from one
+//!   heartbeat to the next.
+//! - *Is held*: a check of the guard, compared with a read of the clock.
+//! - *Hand-over*: a process releases, and a waiting process acquires. The time runs from just before the release.
+//! - *Thousand*: acquire and drop a thousand leases of new files, compared with filelock.
+//! - *Many*: the processor share of the heartbeat of ten thousand leases, and whether the heartbeat keeps the leases.
 //!
-//! Ours and the peer's turns alternate, so that both see the same machine. Files stand in memory, but for one row.
-//! Where filelock cannot be installed, for want of python3, venv, pip or a package index, its column stays empty.
+//! Ours and the peer alternate, so that both see the same machine. Files are in memory, except in one row. The column
+//! of filelock stays empty if filelock cannot be installed, for want of python3, venv, pip or a package index.
 
 use std::fs::{self, File};
 use std::hint::black_box;
@@ -29,14 +30,14 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::time::{ClockId, clock_gettime};
 use tempfile::TempDir;
 
-/// How much is measured.
+/// The amount of work to measure.
 struct Length {
-    /// Blocks of operations that take turns, and operations in one.
+    /// The number of blocks of alternating operations, and the operations in one block.
     blocks: (u32, u32),
     hand_overs: u32,
-    /// Rounds of acquiring and dropping, and how many leases.
+    /// The rounds of acquire and drop, and the number of leases.
     thousand: (u32, usize),
-    /// How many beat, and for how long.
+    /// The number of leases under heartbeat, and the span.
     many: (usize, Duration),
 }
 
@@ -61,7 +62,7 @@ fn main() {
     lockkit_benches::run(&EXPERIMENTS, &FULL, &QUICK);
 }
 
-/// A directory in memory, where nothing is measured of a disk. Removed at the end.
+/// Creates a directory in memory, so that no disk is measured. The directory is removed at the end.
 fn in_memory() -> TempDir {
     tempfile::tempdir_in("/dev/shm").expect("a directory")
 }
@@ -74,7 +75,7 @@ fn acquire(lease: &Lease) -> LeaseGuard {
     lease.try_lock().expect("nobody else takes it")
 }
 
-/// The medians of blocks of two kinds that take turns.
+/// Returns the medians of two kinds of alternating blocks.
 fn in_turns(
     blocks: u32,
     mut ours: impl FnMut() -> Duration,
@@ -88,7 +89,7 @@ fn in_turns(
     times.map(|mut times| if times.is_empty() { Value::None } else { Value::Time(table::median(&mut times)) })
 }
 
-/// How long one takes, on average.
+/// Returns the average duration of one operation.
 fn each(count: u32, mut work: impl FnMut()) -> Duration {
     let start = Instant::now();
     for _ in 0..count {
@@ -97,13 +98,14 @@ fn each(count: u32, mut work: impl FnMut()) -> Duration {
     start.elapsed() / count
 }
 
-/// A process of Python's that takes leases of filelock.
+/// A Python process that acquires leases of filelock.
 struct Filelock(Peer);
 
 impl Filelock {
     const NAME: &str = "filelock lease";
 
-    /// Installs it if need be; `None`, and a line that says why, where that is not possible.
+    /// Starts the process, and installs filelock if necessary. Returns `None`, and prints the reason, if that is not
+    /// possible.
     fn start() -> Option<Self> {
         let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("filelock");
         let place = Path::new(env!("CARGO_TARGET_TMPDIR")).join("filelock");
@@ -131,7 +133,7 @@ impl Filelock {
         Duration::from_nanos(all) / count
     }
 
-    /// How long it takes to acquire so many, and to release them.
+    /// Returns the durations of `count` acquisitions and of `count` releases.
     fn many(&mut self, directory: &Path, count: usize) -> [Duration; 2] {
         self.0.say(format_args!("many {count} {}", directory.display()));
         self.0.hear_numbers().map(Duration::from_nanos)
@@ -183,9 +185,9 @@ fn renewal(length: &Length) -> Vec<Row> {
             jumping.advance(HEARTBEAT);
             for guard in &guards {
                 while guard.remaining() < fresh {
-                    // Rarely, for looking disturbs what is measured.
+                    // The loop polls rarely, because polling disturbs the measurement.
                     thread::sleep(Duration::from_micros(100));
-                    // A store that had to wait is left alone for a time, which must pass.
+                    // After a slow request the heartbeat skips the store for a time, which must pass.
                     if start.elapsed() > LONG {
                         jumping.advance(Duration::from_micros(50));
                     }
@@ -222,13 +224,13 @@ fn is_held(length: &Length) -> Vec<Row> {
     vec![Row { name: "1000 times is_held".to_owned(), ours, peer: "reading the clock", theirs, bound: Bound::None }]
 }
 
-/// Acquires, does something inside, and releases.
+/// Acquires, runs the closure as the holder, and releases.
 type Hold = Box<dyn FnMut(&mut dyn FnMut())>;
 
-/// Opens what is to be held, in the directory.
+/// Opens the lock in the directory.
 type Open = fn(&Path) -> Hold;
 
-/// What hands over: a lease of ours, and what is woken by the kernel.
+/// The locks to hand over: our lease, and a lock whose waiter the kernel wakes.
 const HAND_OVER: [(&str, Open); 2] = [
     ("lease", |directory| {
         let lease = lease(directory.join("lease"));
@@ -248,7 +250,7 @@ const HAND_OVER: [(&str, Open); 2] = [
     }),
 ];
 
-/// A child: acquires whenever it is told to, and says when it had it.
+/// Acts as a child: acquires on each line from the parent, and reports the time of the acquisition.
 fn waiter(part: &[String]) {
     let [kind, directory] = part else { panic!("a child needs its part") };
     let (_, open) = HAND_OVER.iter().find(|(name, _)| name == kind).expect("the parent knows the same kinds");
@@ -273,7 +275,7 @@ fn hand_over(length: &Length) -> Vec<Row> {
             hold(&mut || {
                 waiter.say("wait");
                 waiter.wait_until_asleep();
-                // Waiters of all ages.
+                // The waiters have different ages.
                 thread::sleep(Duration::from_micros(u64::from(round % 100) * 37));
                 released = now();
             });
@@ -317,7 +319,7 @@ fn thousand(length: &Length) -> Vec<Row> {
     rows.map(|((name, ours), theirs)| Row { name, ours, peer: Filelock::NAME, theirs, bound: Bound::None }).collect()
 }
 
-/// Lets the time pass, and says for how long at most this program did not run, by the clock that leases go by.
+/// Sleeps for `span`, and returns the longest time that this program did not run, by the clock that leases use.
 fn longest_stop(span: Duration) -> Duration {
     const NAP: Duration = Duration::from_millis(50);
     let start = SystemClock.now();
@@ -341,13 +343,13 @@ fn many(length: &Length) -> Vec<Row> {
             acquire(&lease.build().expect("the options go together"))
         })
         .collect();
-    // All beat from here on.
+    // From here on every lease has a heartbeat.
     thread::sleep(HEARTBEAT);
     let used = || Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).expect("it is not negative");
     let (start, before) = (Instant::now(), used());
     let stopped = longest_stop(span);
     let share = (used() - before).as_secs_f64() / start.elapsed().as_secs_f64();
-    // All but this one.
+    // This thread is not counted.
     let threads = fs::read_dir("/proc/self/task").expect("/proc shows the threads").count() - 1;
     let lost: Vec<_> = guards.iter().filter_map(|guard| guard.check().err()).collect();
     if let Some(first) = lost.first() {
@@ -364,7 +366,7 @@ fn many(length: &Length) -> Vec<Row> {
     };
     vec![
         row("processor", Value::Share(share), Bound::Share(0.15)),
-        // One beats; the other sleeps, and looks now and then whether the first is stuck in a request.
+        // One thread renews. The watchdog sleeps, and checks periodically whether the first is stuck in a request.
         row("threads, the deputy included", Value::Count(threads), Bound::Count(2)),
         row("lost", Value::Count(lost.len()), Bound::Count(0)),
     ]

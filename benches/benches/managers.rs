@@ -1,19 +1,21 @@
-//! Lock managers in shared memory beside a robust, process-shared pthread mutex, which is the nearest that C offers.
+//! Measures lock managers in shared memory, compared with a robust, process-shared pthread mutex, the closest
+//! equivalent in C.
 //!
-//! - *Uncontended*: taking and giving back a lock that nobody else wants.
-//! - *Allocate*: allocating a lock and freeing it, in a table that is nearly full beside one that is empty.
-//! - *Open*: opening a table that is there, and attaching a forked child to it, in a large table beside a small one.
+//! - *Uncontended*: acquire and release a lock without contention.
+//! - *Allocate*: allocate and free a lock, in a table that is nearly full and in an empty table.
+//! - *Open*: open an existing table and attach a forked child to it, for a large and a small table.
 //! - *Death*: a holder is killed while another process waits. The time runs from just before the kill.
-//! - *Contended*: many processes take one lock over and over. What counts is how often it is taken, and how long the
-//!   unluckiest one waited, once all have run for a moment and the kernel has spread them over the processors.
+//! - *Contended*: many processes acquire one lock repeatedly. The results are the number of acquisitions and the
+//!   longest wait of any process. The measurement starts when all processes have run for a moment and the kernel has
+//!   spread them over the processors.
 //!
-//! Two processes have a processor each, and still the system pauses each of them now and then. How long at most is
-//! measured of two that take no lock at all. As nobody gets a lock whose holder is paused, or while paused itself, no
-//! lock's longest wait is shorter; and the mutex's is hardly longer where it is held for no time. So of two processes the
-//! bound is on what a wait of ours has beyond such a pause.
+//! Two processes have a processor each, and still the system pauses each of them now and then. The longest pause is
+//! measured with two processes that take no lock. No process gets a lock whose holder is paused, or while it is paused
+//! itself. So no lock's longest wait is shorter than such a pause. The mutex's wait is hardly longer if the hold time
+//! is zero. So for two processes the bound applies to the part of our wait beyond such a pause.
 //!
-//! Ours and the peer's turns alternate, so that both see the same machine. Workers are forked, not started anew, for
-//! the mutex stands in memory without a name; each counts in shared memory.
+//! Ours and the peer alternate, so that both see the same machine. Workers are forked and not started as new programs,
+//! because the mutex is in memory without a name. Each worker counts in shared memory.
 
 use std::hint::black_box;
 use std::mem::MaybeUninit;
@@ -25,13 +27,13 @@ use lockkit_benches::Experiment;
 use lockkit_benches::process::{now, spin};
 use lockkit_benches::table::{self, Bound, Row, Value};
 
-/// How much is measured.
+/// The amount of work to measure.
 struct Length {
-    /// Blocks of operations that take turns, and thousands of operations in one.
+    /// The number of blocks of alternating operations, and thousands of operations in one block.
     blocks: (u32, u32),
     opens: u32,
     deaths: u32,
-    /// Blocks of each crowd, and the length of one.
+    /// The number of blocks of each crowd, and the length of one block.
     crowd: (u32, Duration),
 }
 
@@ -68,7 +70,7 @@ impl Drop for Table {
     }
 }
 
-/// Memory that forked children share.
+/// Maps memory that forked children share.
 fn shared<T>() -> &'static T {
     // SAFETY: a fresh, zeroed mapping of the right length, aligned to a page, never unmapped; every `T` here is made of
     // atomics or initialised through its pointer before use.
@@ -103,9 +105,9 @@ impl Robust {
 
 const ROBUST: &str = "robust pthread";
 
-/// What is measured.
+/// A mutex, or a stand-in, to measure.
 trait Mutex: Copy {
-    /// Whether all of a turn counts as waiting, but for how long it is held.
+    /// Whether a whole turn, minus the hold time, counts as waiting.
     const IS_NOTHING: bool = false;
 
     fn with(self, inside: impl FnOnce());
@@ -147,7 +149,8 @@ impl Mutex for Nothing {
     }
 }
 
-/// How long a thousand times take, on average over `count` thousands: a duration is too coarse for one.
+/// Returns the duration of a thousand operations, averaged over `count` thousands. A `Duration` is too coarse for one
+/// operation.
 fn thousand(count: u32, mut work: impl FnMut()) -> Duration {
     let start = Instant::now();
     for _ in 0..count * 1000 {
@@ -156,7 +159,7 @@ fn thousand(count: u32, mut work: impl FnMut()) -> Duration {
     start.elapsed() / count
 }
 
-/// The medians of blocks of two kinds that take turns.
+/// Returns the medians of two kinds of alternating blocks.
 fn in_turns(blocks: u32, mut ours: impl FnMut() -> Duration, mut theirs: impl FnMut() -> Duration) -> [Value; 2] {
     let mut times = [Vec::new(), Vec::new()];
     for _ in 0..blocks {
@@ -192,7 +195,7 @@ fn allocate(length: &Length) -> Vec<Row> {
         let bound = Bound::Time(Duration::from_micros(60));
         let name = format!("1000 allocate and free of {capacity}, empty");
         rows.push(Row { name, ours: fresh, peer: "nearly full table", theirs: full, bound });
-        // Two that lie far apart, so that the hint is wrong each time.
+        // The two locks are far apart, so that the allocation hint is wrong each time.
         let far = [capacity - 1, 7].map(|id| table.0.retrieve(id).expect("a lock"));
         let _ = far[0].free();
         let apart = || {
@@ -215,7 +218,8 @@ fn allocate(length: &Length) -> Vec<Row> {
     rows
 }
 
-/// The same of locks in files: by a manager that was just opened, where many are allocated, and where none is.
+/// Measures the same for locks in files: with a newly opened manager, in a directory with many allocated locks and in
+/// an empty one.
 fn allocate_in_directories(blocks: u32, count: u32) -> Row {
     const MANY: u32 = 10_000;
     let directories = [MANY, 0].map(|allocated| {
@@ -239,7 +243,7 @@ fn allocate_in_directories(blocks: u32, count: u32) -> Row {
 
 fn open(length: &Length) -> Vec<Row> {
     let opened = |capacity| {
-        // Made by another process, for this one must not have it open.
+        // Another process creates the table, because this process must not have it open.
         let path = format!("/dev/shm/lockkit-bench-{}-open", std::process::id());
         fork(|| drop(ShmLockManager::create(&path, capacity))).join();
         let start = Instant::now();
@@ -251,7 +255,7 @@ fn open(length: &Length) -> Vec<Row> {
     let attached = |table: &Table| {
         let first: &AtomicU64 = shared();
         fork(|| {
-            // It must attach anew, and find out anew who it is.
+            // The child must attach again, and determine its own identity again.
             let start = Instant::now();
             table.0.held().expect("attached");
             first.store(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
@@ -295,20 +299,20 @@ impl Child {
     }
 
     fn kill(&self) {
-        // SAFETY: a child of this process that nobody has waited for.
+        // SAFETY: a child of this process that has not been waited for.
         unsafe { libc::kill(self.0, libc::SIGKILL) };
     }
 }
 
-/// Where the processes of a death say how far they are.
+/// The progress flags of the processes in a death test.
 struct Stages {
     holds: AtomicBool,
     waits: AtomicBool,
-    /// When the waiter got the lock.
+    /// The time at which the waiter acquired the lock.
     got: AtomicU64,
 }
 
-/// How long after the holder's death the waiter has the lock, when it has waited for `age`.
+/// Measures the time from the holder's death to the waiter's acquisition. The waiter has waited for `age` at the kill.
 fn takeover(mutex: impl Mutex, stages: &Stages, age: Duration) -> Duration {
     let until = |stage: &AtomicBool| {
         while !stage.load(Ordering::SeqCst) {
@@ -343,7 +347,7 @@ fn death(length: &Length) -> Vec<Row> {
     let stages = shared();
     let mut times = [Vec::new(), Vec::new()];
     for round in 0..length.deaths {
-        // Waiters of all ages.
+        // The waiters have different ages.
         let age = Duration::from_micros(5_000 + u64::from(round) * 137);
         times[0].push(takeover(&lock, stages, age));
         times[1].push(takeover(robust, stages, age));
@@ -360,7 +364,7 @@ fn death(length: &Length) -> Vec<Row> {
     ]
 }
 
-/// How far the workers are to go, and what they did.
+/// The stage that the workers must reach, and the work that they did.
 struct Counters {
     start: AtomicBool,
     count: AtomicBool,
@@ -369,9 +373,10 @@ struct Counters {
     longest: AtomicU64,
 }
 
-/// How often a second the lock was taken, and the longest wait for it.
+/// Returns the acquisitions per second, and the longest wait.
 fn contend<M: Mutex>(mutex: M, processes: usize, hold: Duration, span: Duration) -> (f64, Duration) {
-    /// Of all time, for the kernel to move processes that it has put on one processor.
+    /// The crowd first runs for this fraction (1/`SETTLE`) of the span. Meanwhile the kernel moves processes that it
+    /// has put on one processor.
     const SETTLE: u32 = 10;
     let counters: &Counters = shared();
     let workers: Vec<Child> = (0..processes)

@@ -1,7 +1,7 @@
-//! What a lock takes besides time: bytes of this process's heap and descriptors, for a lock that nobody holds, and for
-//! one that is held. What the kernel keeps for a descriptor is not counted.
+//! Measures the memory cost of a lock: heap bytes and descriptors of this process, for a free lock and for a held lock.
+//! The kernel's memory for a descriptor is not counted.
 //!
-//! The peers are the same libraries as in `uncontended`. A thousand of each, and the average.
+//! The peers are the same libraries as in `uncontended`. The result is the average over a thousand locks.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::any::Any;
@@ -13,16 +13,16 @@ use lockkit::{FileLock, Lease, LockManager, NamedLock, PidFile, ShmLockManager};
 use lockkit_benches::arguments;
 use lockkit_benches::table::{self, Bound, Row, Value};
 
-/// Counts the bytes that are in use.
+/// An allocator that counts the bytes in use.
 struct Counting;
 
 static IN_USE: AtomicUsize = AtomicUsize::new(0);
 
-// SAFETY: it hands everything to the system's allocator, and counts.
+// SAFETY: it passes every call to the system's allocator, and counts.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         IN_USE.fetch_add(layout.size(), Ordering::Relaxed);
-        // SAFETY: the caller's promises are those that the system's allocator asks for.
+        // SAFETY: the caller's promises are those that the system's allocator requires.
         unsafe { System.alloc(layout) }
     }
 
@@ -38,7 +38,7 @@ static ALLOCATOR: Counting = Counting;
 
 const MANY: usize = 200;
 
-/// What one of many takes.
+/// The average cost of one lock.
 struct Cost {
     bytes: usize,
     descriptors: usize,
@@ -48,9 +48,9 @@ fn descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").expect("the process has descriptors").count()
 }
 
-/// What one of the things that `make` makes takes.
+/// Measures the average cost of the values that `make` returns.
 fn cost(make: &mut dyn FnMut(usize) -> Box<dyn Any>) -> Cost {
-    // What only the first one costs.
+    // The first value has one-time costs.
     drop(make(MANY));
     let mut kept = Vec::with_capacity(MANY);
     let before = (IN_USE.load(Ordering::Relaxed), descriptors());

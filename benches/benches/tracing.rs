@@ -1,7 +1,7 @@
-//! What the feature `tracing` costs a lock that is free, as long as nobody listens.
+//! Measures the cost of the feature `tracing` for a free lock while no subscriber is installed.
 //!
-//! One build of the library has the feature or has it not, so this builds the program `cycle` twice and lets the two
-//! processes take and give back a lock in short blocks that take turns. The table shows the medians of the blocks.
+//! A build of the library either has the feature or does not. So this bench builds the program `cycle` twice and lets
+//! the two processes acquire and release a lock in short alternating blocks. The table shows the medians of the blocks.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -29,11 +29,11 @@ fn main() {
     let rows: Vec<Row> = locks
         .into_iter()
         .map(|(title, kind, place, count)| {
-            // Each has the processor to itself while the other waits for its turn.
+            // Each process has the processor to itself while the other process waits for its turn.
             let mut cycles = programs.each_ref().map(|program| Cycle::start(program, kind, &place));
             let mut times = [Vec::new(), Vec::new()];
             for block in 0..blocks {
-                // Who is first changes, for a machine may slow down in step with the turns.
+                // The first side changes with each block, because a machine may slow down in step with the turns.
                 for side in [block % 2, 1 - block % 2] {
                     times[side].push(cycles[side].block(count));
                 }
@@ -46,7 +46,7 @@ fn main() {
     table::print(&rows);
 }
 
-/// A process that takes and gives back a lock.
+/// A process that acquires and releases a lock.
 struct Cycle {
     child: Child,
     commands: ChildStdin,
@@ -65,7 +65,7 @@ impl Cycle {
         cycle
     }
 
-    /// What a thousand take, measured on so many.
+    /// Returns the duration of a thousand cycles, measured on `count` cycles.
     fn block(&mut self, count: u32) -> Duration {
         writeln!(self.commands, "{count}").expect("it reads");
         let mut answer = String::new();
@@ -81,7 +81,7 @@ impl Drop for Cycle {
     }
 }
 
-/// The program `cycle`, `with` the feature or `without`.
+/// Builds the program `cycle`, `with` the feature or `without`.
 fn built(how: &str) -> PathBuf {
     let program = std::env::current_exe().expect("the program has a path");
     let target = program.ancestors().find(|directory| directory.ends_with("release")).and_then(Path::parent);
@@ -93,7 +93,7 @@ fn built(how: &str) -> PathBuf {
     }
     cargo.arg("--target-dir").arg(target).current_dir(env!("CARGO_MANIFEST_DIR"));
     assert!(cargo.status().expect("cargo is there").success(), "the program could not be built");
-    // The next build takes its place.
+    // The next build overwrites the program.
     let copy = target.join(format!("release/cycle-{how}"));
     std::fs::copy(target.join("release/cycle"), &copy).expect("the program can be copied");
     copy

@@ -1,10 +1,10 @@
-//! Taking and giving back a lock that nobody else wants, and looking at one, beside what the peers take for it.
+//! Measures acquire and release of a lock without contention, and status queries, compared with the peers.
 //!
-//! Criterion runs every contender on its own. On a machine whose speed changes from one second to the next, numbers
-//! that were taken one after the other make no ratio; so the contenders of a comparison are then measured again, in
-//! short blocks that take turns, and the table shows the medians of these blocks.
+//! Criterion runs every contender separately. On a machine whose speed changes from second to second, numbers that were
+//! measured in sequence give no ratio. So the contenders of a comparison are then measured again in short alternating
+//! blocks, and the table shows the medians of these blocks.
 //!
-//! A further row is one more contender, or comparison, in [`comparisons`].
+//! To add a row, add a contender or a comparison in [`comparisons`].
 
 use std::fs::File;
 use std::path::Path;
@@ -19,7 +19,7 @@ use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 const NAME: &str = "lockkit-bench-uncontended";
 
-/// What is compared: one lock of ours with peers that do the same, or less.
+/// A comparison of one of our locks with peers that do the same, or less.
 struct Comparison {
     ours: Contender,
     peers: Vec<(Contender, Bound)>,
@@ -91,7 +91,7 @@ fn in_directory(path: &Path) -> Contender {
     Contender::new("FileLockManager's lock", move || drop(lock.lock().unwrap()))
 }
 
-/// To become the first, and to end being it; the peer takes no calls.
+/// Becomes the first instance and ends it. The peer accepts no calls.
 fn first_instance() -> Contender {
     Contender::new("Instance", || {
         let Instance::First(first) = Instance::enter("lockkit-bench-instance").unwrap() else { panic!("nobody else") };
@@ -99,7 +99,8 @@ fn first_instance() -> Contender {
     })
 }
 
-/// What a test pays that has it in the place of a table in shared memory: it writes down who holds what.
+/// The cost for a test that uses this manager instead of a table in shared memory. The manager records the holder of
+/// each lock.
 fn in_memory() -> Contender {
     let lock = InMemoryLockManager::new(8).unwrap().allocate().unwrap();
     Contender::new("InMemoryLockManager's lock", move || drop(lock.lock().unwrap()))
@@ -110,7 +111,7 @@ fn parking_lot() -> Contender {
     Contender::new("parking_lot", move || drop(std::hint::black_box(&lock).lock()))
 }
 
-/// A look at a file that a living process wrote without lockkit, which is the dearest.
+/// Inspects a file that a living process wrote without lockkit, which is the most expensive case.
 fn inspect(path: &Path) -> Contender {
     std::fs::write(path, format!("{}\n", std::process::id())).unwrap();
     let path = path.to_owned();
@@ -123,7 +124,7 @@ fn file_read(path: &Path) -> Contender {
     Contender::new("reading a file", move || drop(std::fs::read(&path).unwrap()))
 }
 
-/// What a pidfile costs without any lock.
+/// Measures a pidfile without any lock.
 fn file_written_and_removed(path: &Path) -> Contender {
     let path = path.to_owned();
     Contender::new("file made, removed", move || {
@@ -132,7 +133,7 @@ fn file_written_and_removed(path: &Path) -> Contender {
     })
 }
 
-/// The least that taking a name and listening there can cost.
+/// Measures the minimum cost of binding a name and listening there.
 fn bare_socket() -> Contender {
     let address = SocketAddrUnix::new_abstract_name(b"lockkit-bench-bare-socket").unwrap();
     Contender::new("bare socket", move || {
@@ -176,7 +177,7 @@ fn std_file(path: &Path) -> Contender {
     })
 }
 
-/// A file that is there or not, without any lock on it.
+/// Measures a file whose existence is the lock, without a lock on the file itself.
 fn pidlock(path: &Path) -> Contender {
     let path = path.to_owned();
     Contender::new("pidlock", move || {
@@ -186,7 +187,7 @@ fn pidlock(path: &Path) -> Contender {
     })
 }
 
-/// The same, with another way to die without it.
+/// Measures the same, with another behaviour if the process dies without a release.
 fn gix_lock(path: &Path) -> Contender {
     let path = path.to_owned();
     Contender::new("gix-lock", move || {
@@ -210,10 +211,10 @@ fn fslock(path: &Path) -> Contender {
     })
 }
 
-/// A lock that can be taken and given back.
+/// A lock to acquire and release.
 struct Contender {
     name: &'static str,
-    /// Does so many times. The loop is inside, so that the cost of the call is none of a cycle's.
+    /// Runs so many cycles. The loop is inside the closure, so that the cost of the call does not count per cycle.
     repeat: Box<dyn FnMut(u64)>,
 }
 
@@ -233,7 +234,7 @@ impl Contender {
         start.elapsed()
     }
 
-    /// Lets criterion measure it; says whether criterion was asked to.
+    /// Lets criterion measure the contender. Returns whether criterion was asked to.
     fn bench(&mut self, group: &mut BenchmarkGroup<'_, WallTime>) -> bool {
         let mut asked = false;
         group.bench_function(self.name, |bencher| {
@@ -245,7 +246,7 @@ impl Contender {
 }
 
 impl Comparison {
-    /// The rows for our lock and each of its peers, the blocks of all of them taking turns.
+    /// Returns the rows for our lock and each of its peers, from blocks that alternate among all of them.
     fn rows(mut self, length: Length) -> Vec<Row> {
         let mut contenders: Vec<&mut Contender> =
             std::iter::once(&mut self.ours).chain(self.peers.iter_mut().map(|(peer, _)| peer)).collect();
@@ -273,11 +274,11 @@ impl Comparison {
     }
 }
 
-/// How long the blocks are, and how many.
+/// The length and the number of blocks.
 #[derive(Clone, Copy)]
 struct Length {
     blocks: u32,
-    /// How long the slowest contender's may be.
+    /// The maximum block length of the slowest contender.
     block: Duration,
 }
 

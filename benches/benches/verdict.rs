@@ -1,8 +1,8 @@
-//! One table of what the other bench programs found when they ran last: each row with the best peer, and whether its
-//! bound held. `cargo bench` runs it after them, for its name is the last.
+//! Prints one table of the last results of the other bench programs. Each row has the best peer, and whether its bound
+//! held. `cargo bench` runs this program after the others, because its name is the last.
 //!
-//! With `--write` it also writes `docs/BENCHMARKS.md`, and the table of costs in `README.md`; run all programs before, on
-//! a machine that does nothing else.
+//! With `--write` it also writes `docs/BENCHMARKS.md` and the cost table in `README.md`. Run all programs before, on an
+//! otherwise idle machine.
 
 use std::fs;
 use std::path::Path;
@@ -13,7 +13,7 @@ use lockkit_benches::table;
 const PROGRAMS: [&str; 8] =
     ["uncontended", "contended", "managers", "leases", "engines", "command", "memory", "tracing"];
 
-/// The rows that README.md shows, and what each costs there.
+/// The rows that README.md shows, and the name of each operation there.
 const COSTS: [(&str, &str); 14] = [
     ("Instance", "`Instance`, the first"),
     ("NamedLock", "`NamedLock`"),
@@ -30,9 +30,9 @@ const COSTS: [(&str, &str); 14] = [
     ("NamedLock, after SIGKILL of the holder, median", "`NamedLock`, taken over from a killed process"),
     ("lockkit run --name, start of the program", "`lockkit run --name`, until the program has run"),
 ];
-/// Between these stands the table in README.md.
+/// The markers around the table in README.md.
 const MARKS: [&str; 2] = ["<!-- Costs, written by the bench `verdict`. -->\n", "<!-- End of the costs. -->\n"];
-/// Between these stands in docs/BENCHMARKS.md what somebody has written on how to read it, which is kept.
+/// The markers around the handwritten reading notes in docs/BENCHMARKS.md, which are preserved.
 const KEPT: [&str; 2] = ["<!-- Written by hand. -->\n", "<!-- End of what is written by hand. -->\n"];
 
 fn main() {
@@ -59,7 +59,7 @@ fn main() {
     }
 }
 
-/// What README.md shows: for each row our time, and how many times each peer's that is.
+/// Returns the table for README.md: for each row our time, and its ratio to each peer's time.
 fn costs(rows: &[[String; 7]]) -> String {
     let mut table = "| what | time | beside | row |\n|---|--:|---|---|\n".to_owned();
     for (name, what) in COSTS {
@@ -92,7 +92,7 @@ fn introduction() -> String {
         output("date", &["-u", "+%Y-%m-%d"]),
         std::thread::available_parallelism().map_or(1, usize::from),
         first("/proc/cpuinfo", "model name"),
-        // Without what its builder added.
+        // The builder's suffix is removed.
         first("/proc/sys/kernel/osrelease", "").splitn(3, '.').take(2).collect::<Vec<_>>().join("."),
         output("rustc", &["--version"]),
     )

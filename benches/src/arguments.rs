@@ -1,21 +1,21 @@
-//! What a bench program is asked to do, in the words of `cargo bench` and criterion.
+//! The command-line arguments of a bench program, as `cargo bench` and criterion define them.
 
 use std::env;
 
-/// Whether to run little: to see that everything works, not to believe the numbers.
+/// Returns whether to run a short check that everything works. The numbers of such a run are not meaningful.
 ///
-/// Only `cargo bench` says `--bench`. Whatever else runs the program, such as `cargo test --benches`, wants to see that
-/// it works; criterion takes it the same way.
+/// Only `cargo bench` passes `--bench`. Every other caller, such as `cargo test --benches`, wants to check that the
+/// program works. Criterion interprets it in the same way.
 pub fn is_quick() -> bool {
     let is_given = |wanted: &str| env::args().any(|argument| argument == wanted);
     !is_given("--bench") || is_given("--quick") || is_given("--test")
 }
 
-/// The part of a benchmark's name that those to run contain; empty when all run. For programs that criterion, which has
-/// many more options, does not run.
+/// Returns the text that the names of the benchmarks to run contain. The text is empty if all run. For programs that do
+/// not use criterion, which has many more options.
 ///
 /// # Panics
-/// When there is an option that is not known here.
+/// If an option is unknown here.
 pub fn filter() -> String {
     let mut filter = String::new();
     for argument in env::args().skip(1) {

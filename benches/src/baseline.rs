@@ -1,10 +1,10 @@
-//! What a lease costs on a server at least: the requests that it takes, by the engine's plain client on connections that
-//! stand, and nothing around them.
+//! The minimum cost of a lease on a server: only its requests, by the engine's plain client on open connections.
 //!
-//! The steps promise to others what ours do: one takes the name if nobody has it, or whoever has it has run out, with a
-//! token that grows; one makes it last, and one gives it free and wakes who waits, both only if it still is this
-//! claim's. But there is no claim that tells a repeated request from a new one, no word on who holds it or died, no
-//! limit on any wait, and nobody but the one who waits listens.
+//! The requests give other processes the same guarantees as ours. An acquisition succeeds if the name is free or its
+//! claim has expired, and returns a token that grows. A renewal extends the claim. A release frees the name and wakes
+//! the waiters. Renewal and release take effect only if the name still belongs to this claim. But no claim id
+//! distinguishes a repeated request from a new one. No record names the holder or its death. No wait has a limit. Only
+//! the waiting thread listens.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
@@ -16,24 +16,24 @@ use postgres::fallible_iterator::FallibleIterator;
 use postgres::{Client, NoTls, Statement};
 use redis::{Connection, PubSub, Script};
 
-/// One who takes a name by bare requests. All its methods panic when the server refuses.
+/// A client that acquires a name by bare requests. All its methods panic when the server refuses.
 pub trait Bare: Send {
-    /// Asks once, and says whether the name is granted.
+    /// Sends one request, and returns whether the name is granted.
     fn acquire(&mut self) -> bool;
-    /// Makes what is held last for another ttl.
+    /// Extends the held name by another TTL.
     fn renew(&mut self);
-    /// Gives free what is held.
+    /// Releases the held name.
     fn release(&mut self);
-    /// From now on it hears when somebody does, on a connection of its own.
+    /// Subscribes to releases, on a connection of its own.
     fn listen(&mut self);
-    /// Asks, and while somebody else has it waits for the word of a release and asks again.
+    /// Requests the name. While another client holds it, waits for the notification of a release and requests again.
     fn wait(&mut self);
 }
 
-/// For as long a name is asked for, in microseconds.
+/// The TTL of a name, in microseconds.
 const TTL: u32 = 30_000_000;
 
-/// Tells one from all others.
+/// Returns a claim id that differs from all others.
 fn claim() -> String {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     format!("{:016x}{:016x}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
@@ -51,10 +51,10 @@ pub struct Redis {
 }
 
 impl Redis {
-    /// One for this name on the server at this port.
+    /// Creates a client for this name on the server at this port.
     ///
     /// # Panics
-    /// When it cannot be reached.
+    /// If the server cannot be reached.
     pub fn new(port: u16, name: &str) -> Self {
         let scripts = [
             "local time = redis.call('TIME') local now = time[1] * 1000000 + time[2]
@@ -106,7 +106,7 @@ impl Bare for Redis {
     }
 
     fn listen(&mut self) {
-        // For as long as the program runs.
+        // The connection lives as long as the program runs.
         let mut news = Box::leak(Box::new(redis_at(self.port))).as_pubsub();
         news.subscribe(&self.name).expect("it answers");
         self.news = Some(news);
@@ -129,16 +129,16 @@ pub struct Postgres {
 }
 
 impl Postgres {
-    /// One for this name on the server at this port.
+    /// Creates a client for this name on the server at this port.
     ///
     /// # Panics
-    /// When it cannot be reached.
+    /// If the server cannot be reached.
     pub fn new(port: u16, name: &str) -> Self {
         let url = format!("postgres://postgres@127.0.0.1:{port}/postgres");
         let mut client = Client::connect(&url, NoTls).expect("it runs");
         let table = "CREATE TABLE IF NOT EXISTS bare (name text PRIMARY KEY, token bigint NOT NULL, \
                      claim text, until timestamptz NOT NULL, waited boolean NOT NULL) WITH (fillfactor = 50)";
-        // Of those that come at once one makes it.
+        // Of several concurrent attempts, one creates the table.
         while client.batch_execute(table).is_err() {}
         let statements = [
             "INSERT INTO bare AS b (name, token, claim, until, waited) \
@@ -181,7 +181,7 @@ impl Bare for Postgres {
 
     fn wait(&mut self) {
         while !self.acquire() {
-            // Nobody tells who leaves no mark.
+            // Without this statement a release sends no notification.
             if self.client.execute(&self.statements[3], &[&self.name]).expect("it answers") == 1 {
                 self.client.notifications().blocking_iter().next().expect("it runs");
             }
@@ -189,7 +189,7 @@ impl Bare for Postgres {
     }
 }
 
-/// On etcd: two transactions of one key, attached to a lease that stays, and a watch from now.
+/// On etcd: two transactions of one key, attached to a lease that stays, and a watch from the present revision.
 pub struct Etcd {
     gateway: Gateway,
     port: u16,
@@ -201,10 +201,10 @@ pub struct Etcd {
 }
 
 impl Etcd {
-    /// One for this name on the server at this port.
+    /// Creates a client for this name on the server at this port.
     ///
     /// # Panics
-    /// When it cannot be reached.
+    /// If the server cannot be reached.
     pub fn new(port: u16, name: &str) -> Self {
         let mut gateway = Gateway::open(port);
         let session = field(&gateway.ask("lease/grant", r#"{"TTL":"600"}"#), "ID").to_owned();
@@ -256,7 +256,7 @@ pub struct Gateway {
     stream: BufReader<TcpStream>,
 }
 
-/// How the body of an answer comes.
+/// The framing of an answer's body.
 #[derive(PartialEq, Eq)]
 enum Body {
     Chunks,
@@ -267,17 +267,17 @@ impl Gateway {
     /// Connects.
     ///
     /// # Panics
-    /// When it cannot be reached.
+    /// If the gateway cannot be reached.
     pub fn open(port: u16) -> Self {
         let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("it runs");
         stream.set_nodelay(true).expect("a connection");
         Self { stream: BufReader::new(stream) }
     }
 
-    /// The answer to a request.
+    /// Sends a request and returns its answer.
     ///
     /// # Panics
-    /// When there is none.
+    /// If no answer arrives.
     pub fn ask(&mut self, path: &str, body: &str) -> String {
         self.say(path, body);
         match self.head() {
@@ -313,11 +313,11 @@ impl Gateway {
         }
     }
 
-    /// The next chunk; the last is empty.
+    /// Reads the next chunk; the last chunk is empty.
     fn chunk(&mut self) -> String {
         let length = usize::from_str_radix(&self.line(), 16).expect("a length");
         let chunk = self.bytes(length);
-        // After the last one come more headers, if any.
+        // After the last chunk come trailing headers, if any.
         while !self.line().is_empty() {}
         chunk
     }
@@ -335,10 +335,10 @@ impl Gateway {
     }
 }
 
-/// The value of a text field in an answer.
+/// Returns the value of a text field in an answer.
 ///
 /// # Panics
-/// When it is not there.
+/// If the field is missing.
 pub fn field<'a>(answer: &'a str, name: &str) -> &'a str {
     let rest = answer.split_once(&format!("\"{name}\":\"")).map(|(_, rest)| rest);
     rest.and_then(|rest| rest.split('"').next()).unwrap_or_else(|| panic!("no {name} in {answer}"))

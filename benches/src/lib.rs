@@ -1,25 +1,27 @@
-//! Lockkit's locks beside their peers. Linux only.
+//! Compares lockkit's locks with their peers. Linux only.
 //!
-//! `cargo bench -p lockkit-benches` runs these programs, and each ends in a [`table`] that says which bounds held:
-//! - `uncontended`: taking and giving back a lock that nobody else wants. Criterion runs every contender.
-//! - `contended`: what processes see that want a lock which another one has. It times events in several processes,
-//!   which criterion cannot, so it is a plain program.
-//! - `managers`: tables of locks in shared memory, beside a robust pthread mutex. A plain program as well.
-//! - `leases`: file leases, beside those of Python's filelock, which it installs below `target`. Plain as well.
-//! - `engines`: leases on servers, beside the bare requests, and beside what etcd and Python have for them. Plain as well.
-//! - `command`: how soon a program runs that `lockkit run` starts, beside flock(1).
+//! `cargo bench -p lockkit-benches` runs these programs. Each ends with a [`table`] that shows which bounds held:
+//! - `uncontended`: acquire and release of a lock without contention. Criterion runs every contender.
+//! - `contended`: processes that contend for a lock. It times events in several processes, which criterion cannot, so
+//!   it is a plain program.
+//! - `managers`: tables of locks in shared memory, compared with a robust pthread mutex. Also a plain program.
+//! - `leases`: file leases, compared with those of Python's filelock, which it installs below `target`. Also plain.
+//! - `engines`: leases on servers, compared with the bare requests and with the equivalents of etcd and Python. Also
+//!   plain.
+//! - `command`: how soon `lockkit run` starts a program, compared with flock(1).
 //! - `memory`: bytes and descriptors of a lock.
-//! - `tracing`: what the feature of this name costs while nobody listens.
-//! - `verdict`: one table of all that, each row with its best peer; it also writes `docs/BENCHMARKS.md`.
+//! - `tracing`: the cost of the feature of this name without a subscriber.
+//! - `verdict`: one table of all results, each row with its best peer. It also writes `docs/BENCHMARKS.md`.
 //!
-//! Every ratio is between numbers of one run, taken in turns, so that a noisy machine disturbs both sides alike. A row
-//! that is behind fails nothing: on a machine that does other things as well the table informs, it does not judge.
+//! Every ratio is between numbers of one run, measured in alternation, so that a noisy machine disturbs both sides
+//! alike. A row that misses its bound fails nothing. On a machine that does other things as well the table informs, it
+//! does not judge.
 //!
-//! Behind `--`, all programs take a part of a benchmark's name, to run only what contains it, and `--quick`, to see
-//! in seconds that everything runs.
+//! After `--`, all programs accept a part of a benchmark's name, to run only the benchmarks that contain it. They also
+//! accept `--quick`, to check within seconds that everything runs.
 //!
-//! This library is what the programs share: their [`arguments`], the [`process`]es that they start, the table; and the
-//! [`baseline`] requests that leases on servers are measured by.
+//! This library contains the shared parts of the programs: their [`arguments`], the child [`process`]es, the table, and
+//! the [`baseline`] requests with which leases on servers are compared.
 
 pub mod arguments;
 pub mod baseline;
@@ -30,17 +32,17 @@ use lockkit::NamedGuard;
 
 use crate::table::Row;
 
-/// Waits until no other run is under way, which would measure this one as much as itself. The runs of a user can
-/// therefore all use the same lock names; a lock leaves a small record behind for every name.
+/// Waits until no other run is in progress, which would distort this measurement. The runs of a user can therefore all
+/// use the same lock names. A lock leaves a small record behind for every name.
 pub fn alone() -> NamedGuard {
     let lock = lockkit::NamedLock::new("lockkit-benches").expect("the name is valid");
     lock.lock().expect("the lock on the benches can be taken")
 }
 
-/// What a program measures, by name, as much of it as `L` says.
+/// A measurement, by name. `L` says how much to measure.
 pub type Experiment<L> = (&'static str, fn(&L) -> Vec<Row>);
 
-/// Runs the experiments that were asked for, as much of them as was asked for, and prints their rows.
+/// Runs the requested experiments with the requested length, and prints their rows.
 pub fn run<L>(experiments: &[Experiment<L>], full: &L, quick: &L) {
     let filter = arguments::filter();
     let _alone = alone();

@@ -1,8 +1,8 @@
-//! The processes of a bench: a program starts itself again as its own children, and talks with them in lines.
+//! The processes of a bench: a program starts itself again as its own children, and exchanges lines with them.
 //!
-//! A child is told its part by its arguments: [`Peer::spawn`] there is [`part`] here. The two ends are alike from then
-//! on: each is a [`Peer`] of the other. A child does not outlive its parent by much: the parent's ends of the pipes
-//! close with it, and the child ends when it next says or hears something.
+//! A child receives its part in its arguments: [`Peer::spawn`] in the parent corresponds to [`part`] in the child. From
+//! then on the two ends are alike: each is a [`Peer`] of the other. A child does not outlive its parent by much. The
+//! parent's ends of the pipes close with it, and the child ends when it next sends or receives a line.
 
 use std::env;
 use std::fmt::Display;
@@ -14,19 +14,19 @@ use std::os::unix::process::parent_id;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// Goes in front of a child's part.
+/// The argument before a child's part.
 pub const CHILD: &str = "--child";
 
-/// How long a process is left alone once it is seen to sleep: the kernel says so a little before it does.
+/// The extra wait after a process is seen to sleep. The kernel reports the sleep shortly before it begins.
 const SETTLE: Duration = Duration::from_micros(50);
 
 /// The process at the other end of a pair of pipes.
 pub struct Peer {
     reader: Box<dyn BufRead>,
     writer: Box<dyn Write>,
-    /// What the kernel says of its state.
+    /// The kernel's report of its state.
     stat: File,
-    /// Unless it is the parent.
+    /// `None` for the parent.
     child: Option<Child>,
 }
 
@@ -34,16 +34,16 @@ impl Peer {
     /// Starts this program again, as a child with the given part.
     ///
     /// # Panics
-    /// When the system has no room for a process.
+    /// If the system has no room for a process.
     pub fn spawn(part: &[&str]) -> Self {
         let program = env::current_exe().expect("the program has a path");
         Self::start(Command::new(program).arg(CHILD).args(part))
     }
 
-    /// Starts another program as a child, which then talks in lines as well.
+    /// Starts another program as a child, which then exchanges lines as well.
     ///
     /// # Panics
-    /// When it cannot be started.
+    /// If the program cannot be started.
     pub fn start(program: &mut Command) -> Self {
         let mut child = program.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("a child can be started");
         let reader = Box::new(BufReader::new(child.stdout.take().expect("it is piped")));
@@ -51,7 +51,7 @@ impl Peer {
         Self { reader, writer, stat: stat(child.id()), child: Some(child) }
     }
 
-    /// The parent of this child.
+    /// Returns the parent of this child.
     pub fn parent() -> Self {
         let reader = Box::new(BufReader::new(stdin()));
         Self { reader, writer: Box::new(stdout()), stat: stat(parent_id()), child: None }
@@ -60,7 +60,7 @@ impl Peer {
     /// Sends a line.
     ///
     /// # Panics
-    /// When it is a child and has ended. A child whose parent has ended ends here.
+    /// If the peer is a child and has ended. A child whose parent has ended exits here.
     pub fn say(&mut self, line: impl Display) {
         if writeln!(self.writer, "{line}").and_then(|()| self.writer.flush()).is_err() {
             self.has_ended();
@@ -79,10 +79,10 @@ impl Peer {
         }
     }
 
-    /// Waits for just this line.
+    /// Waits for exactly this line.
     ///
     /// # Panics
-    /// When another one comes, and as [`say`](Self::say).
+    /// If another line arrives, and as [`say`](Self::say).
     pub fn expect(&mut self, line: &str) {
         assert_eq!(self.hear(), line, "the processes are out of step");
     }
@@ -90,7 +90,7 @@ impl Peer {
     fn has_ended(&self) -> ! {
         match &self.child {
             Some(child) => panic!("the child {} has ended early", child.id()),
-            // Quietly: whatever ended the parent was told by the parent, or meant all of them.
+            // The exit is silent: the parent has reported the cause of its end, or the cause applied to all processes.
             None => std::process::exit(1),
         }
     }
@@ -98,15 +98,15 @@ impl Peer {
     /// Waits for a line of numbers.
     ///
     /// # Panics
-    /// When anything else comes, and as [`say`](Self::say).
+    /// If anything else arrives, and as [`say`](Self::say).
     pub fn hear_numbers<const N: usize>(&mut self) -> [u64; N] {
         let line = self.hear();
         let numbers: Vec<u64> = line.split(' ').map(|word| word.parse().expect("a number")).collect();
         numbers.try_into().expect("as many numbers as were agreed")
     }
 
-    /// Waits until the other process sleeps, be it in a pipe or in a lock, and a moment longer. It returns as well
-    /// when the other has ended.
+    /// Waits until the other process sleeps, in a pipe or in a lock, and a moment longer. It also returns when the
+    /// other process has ended.
     pub fn wait_until_asleep(&self) {
         while self.is_awake() {
             std::hint::spin_loop();
@@ -114,7 +114,7 @@ impl Peer {
         spin(SETTLE);
     }
 
-    /// By the third field of proc_pid_stat(5). The second one, the name in parentheses, may hold anything.
+    /// Reads the third field of proc_pid_stat(5). The second field, the name in parentheses, may contain any character.
     fn is_awake(&self) -> bool {
         let mut line = [0; 512];
         let Ok(length) = self.stat.read_at(&mut line, 0) else { return false };
@@ -123,10 +123,10 @@ impl Peer {
         matches!(line.get(name_ends + 2), Some(b'R' | b'D'))
     }
 
-    /// Sends a child SIGKILL. Does nothing to a parent.
+    /// Sends SIGKILL to a child. Does nothing to a parent.
     pub fn kill(&mut self) {
         if let Some(child) = &mut self.child {
-            // It fails when the child was waited for, and so is gone.
+            // The kill fails if the child was waited for and so is gone.
             let _ = child.kill();
         }
     }
@@ -145,28 +145,28 @@ fn stat(pid: u32) -> File {
     File::open(format!("/proc/{pid}/stat")).expect("/proc shows the processes")
 }
 
-/// A loopback port that nobody listens on at this moment.
+/// Returns a loopback port without a listener at this moment.
 ///
 /// # Panics
-/// When there is none.
+/// If there is none.
 pub fn free_port() -> u16 {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
     listener.local_addr().expect("an address").port()
 }
 
-/// What [`Peer::spawn`] told this process to do, if it is a child.
+/// Returns the part from [`Peer::spawn`], if this process is a child.
 pub fn part() -> Option<Vec<String>> {
     let mut arguments = env::args().skip(1);
     (arguments.next()? == CHILD).then(|| arguments.collect())
 }
 
-/// Nanoseconds on a clock that all processes share.
+/// Returns nanoseconds on a clock that all processes share.
 pub fn now() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
-/// Keeps the processor busy: a sleep this short would take far longer.
+/// Keeps the processor busy, because a sleep this short would take far longer.
 pub fn spin(time: Duration) {
     let start = Instant::now();
     while start.elapsed() < time {

@@ -1,5 +1,5 @@
-//! The table at the end of a bench program: our number beside a peer's, and whether the bound on it held. It is kept
-//! beside the program as well, for `verdict`, which makes one table of all.
+//! The table at the end of a bench program: our number next to a peer's, and whether its bound held. The table is also
+//! stored next to the program, for `verdict`, which combines all tables.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -8,15 +8,15 @@ use std::time::Duration;
 /// A measured number.
 #[derive(Clone, Copy, Debug)]
 pub enum Value {
-    /// How long something takes; less is better.
+    /// A duration; less is better.
     Time(Duration),
-    /// How often something happens in a second; more is better.
+    /// Operations per second; more is better.
     Rate(f64),
-    /// A part of a processor's time; less is better.
+    /// A share of a processor's time; less is better.
     Share(f64),
-    /// How many there are; less is better.
+    /// A count; less is better.
     Count(usize),
-    /// Nothing was measured: there is no peer, or none that runs on this machine.
+    /// No measurement: there is no peer, or none that runs on this machine.
     None,
 }
 
@@ -58,35 +58,35 @@ impl fmt::Display for Value {
     }
 }
 
-/// What our number may be.
+/// The bound on our number.
 #[derive(Clone, Copy, Debug)]
 pub enum Bound {
-    /// At most this many times the peer's.
+    /// At most this many times the peer's number.
     Ratio(f64),
-    /// At least this many times the peer's.
+    /// At least this many times the peer's number.
     AtLeast(f64),
-    /// At most this long, whatever the peer does.
+    /// At most this long, independently of the peer.
     Time(Duration),
-    /// At most this part of a processor.
+    /// At most this share of a processor.
     Share(f64),
     /// At most so many.
     Count(usize),
-    /// Anything: the row is there for the picture.
+    /// No bound: the row is for information.
     None,
 }
 
 /// One line of the table.
 #[derive(Debug)]
 pub struct Row {
-    /// What was measured.
+    /// The name of the measurement.
     pub name: String,
     /// Our number.
     pub ours: Value,
-    /// Whose number stands beside it.
+    /// The name of the peer.
     pub peer: &'static str,
     /// The peer's number.
     pub theirs: Value,
-    /// What ours may be.
+    /// The bound on our number.
     pub bound: Bound,
 }
 
@@ -107,7 +107,7 @@ impl Row {
     }
 }
 
-/// What a line says, column by column.
+/// The cells of a line, column by column.
 type Cells = [String; 7];
 
 const HEADING: [&str; 7] = ["row", "ours", "peer", "", "ratio", "bound", "verdict"];
@@ -133,7 +133,7 @@ impl Row {
         [name.clone(), ours.to_string(), (*peer).to_owned(), theirs.to_string(), ratio, bound, verdict.to_owned()]
     }
 
-    /// The better the peer, the greater.
+    /// Returns the rank of the peer; a better peer has a greater rank.
     fn rank(&self) -> f64 {
         match self.theirs {
             Value::Rate(rate) => rate,
@@ -147,10 +147,10 @@ fn line([row, ours, peer, theirs, ratio, bound, verdict]: &[impl fmt::Display; 7
     format!("{row:<47} {ours:>10}   {peer:<17} {theirs:>10}   {ratio:>6}   {bound:>7}   {verdict}")
 }
 
-/// Prints the rows, if there are any, and keeps them for [`kept`].
+/// Prints the rows, if there are any, and stores them for [`kept`].
 ///
 /// # Panics
-/// When they cannot be kept.
+/// If the rows cannot be stored.
 pub fn print(rows: &[Row]) {
     if rows.is_empty() {
         return;
@@ -164,23 +164,23 @@ pub fn print(rows: &[Row]) {
     }
     println!();
     let program = std::env::current_exe().expect("the program has a path");
-    // Its name ends in a hash.
+    // The program's name ends in a hash.
     let program = program.file_stem().and_then(|name| name.to_str()?.split('-').next()).expect("it has a name");
     std::fs::create_dir_all(directory()).expect("the build's directory can be written to");
     std::fs::write(directory().join(program), kept).expect("the build's directory can be written to");
 }
 
-/// Where rows are kept: beside the program, so that they belong to the same build.
+/// Returns the directory of the stored rows. It is next to the program, so that the rows belong to the same build.
 fn directory() -> PathBuf {
     let program = std::env::current_exe().expect("the program has a path");
     program.parent().expect("it is in a directory").join("lockkit-bench-rows")
 }
 
-/// The rows that a program kept when it ran last. Of those about one thing that have no bound only the one with the
-/// best peer.
+/// Returns the stored rows of a program's last run. Of the rows about one measurement without a bound, only the row
+/// with the best peer is returned.
 ///
 /// # Panics
-/// When what it kept cannot be read.
+/// If the stored rows cannot be read.
 pub fn kept(program: &str) -> Vec<Cells> {
     let text = match std::fs::read_to_string(directory().join(program)) {
         Ok(text) => text,
@@ -202,7 +202,7 @@ pub fn kept(program: &str) -> Vec<Cells> {
         .collect()
 }
 
-/// One table of rows, as Markdown has it.
+/// Formats rows as a Markdown table.
 pub fn markdown(rows: &[Cells]) -> String {
     let heading = ["row", "ours", "best peer", "", "ratio", "bound", "verdict"];
     let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
@@ -214,23 +214,23 @@ pub fn markdown(rows: &[Cells]) -> String {
     text
 }
 
-/// One table of rows, for a terminal.
+/// Formats rows as a table for a terminal.
 pub fn plain(rows: &[Cells]) -> String {
     rows.iter().fold(line(&HEADING) + "\n", |text, row| text + &line(row) + "\n")
 }
 
-/// The time that half of `times` are below.
+/// Returns the median of `times`.
 ///
 /// # Panics
-/// When there are none.
+/// If `times` is empty.
 pub fn median(times: &mut [Duration]) -> Duration {
     quantile(times, 0.5)
 }
 
-/// The time that the `part` of `times` are below, such as 0.99 of them.
+/// Returns the time below which the fraction `part` of `times` lies, such as 0.99.
 ///
 /// # Panics
-/// When there are none.
+/// If `times` is empty.
 pub fn quantile(times: &mut [Duration], part: f64) -> Duration {
     let at = ((times.len() - 1) as f64 * part) as usize;
     *times.select_nth_unstable(at).1

@@ -1,4 +1,5 @@
-//! The example as a user meets it: files handed over from another directory, a first instance that hangs, dies and closes.
+//! Tests the example from a user's view: files handed over from another directory, and a first instance that hangs,
+//! dies and closes.
 
 #![cfg(target_os = "linux")]
 
@@ -11,7 +12,7 @@ use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use common::example;
 use rustix::process::{Pid, Signal, kill_process};
 
-/// A first instance; killed and reaped when dropped, so that a failed test leaves nothing behind.
+/// A first instance. It is killed and reaped when dropped, so that a failed test leaves nothing behind.
 struct First {
     child: Child,
     out: BufReader<ChildStdout>,
@@ -52,7 +53,7 @@ fn second(directory: &Path, files: &[&str]) -> Output {
     Command::new(example("activate")).args(files).current_dir(directory).stdin(Stdio::null()).output().unwrap()
 }
 
-/// One test, for the example has one name.
+/// This is one test, because the example has one name.
 #[test]
 fn activate_example_survives_hang_death_and_close_of_first() {
     let mut first = First::start("/a");

@@ -1,4 +1,4 @@
-//! Runs the example, and reads what it says.
+//! Runs the example, and checks its output.
 
 mod common;
 
@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use common::said_by;
 
-/// As long as the example may take on a busy machine; it takes a little more than its ttl of 2 s.
+/// The time limit of the example on a busy machine. It takes a little more than its TTL of 2 s.
 const A_FEW_SECONDS: Duration = Duration::from_secs(30);
 
-/// Who leads by this line, with which token, and what else it says.
+/// Parses a line into the leader, its token, and the rest.
 fn leads(line: &str) -> (&str, u64, &str) {
     let (pid, rest) = line.split_once(" leads with token ").unwrap_or_else(|| panic!("nobody leads: {line:?}"));
     let (token, rest) = rest.split_once(';').unwrap_or((rest, ""));

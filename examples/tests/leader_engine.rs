@@ -12,7 +12,7 @@ fn run(arguments: &[&str]) -> Output {
     Command::new(example("leader_engine")).args(arguments).output().unwrap()
 }
 
-/// The tokens of two leaders, one after the other.
+/// Returns the tokens of two successive leaders.
 fn leads_twice(url: &str) -> [u64; 2] {
     [(); 2].map(|()| {
         let output = run(&[url, "20ms"]);
@@ -37,7 +37,7 @@ fn leaders_follow_each_other_with_greater_tokens() {
     assert!(tokens[0] < tokens[1], "{tokens:?}");
 }
 
-/// A server that is gone when this is, and its socket.
+/// A server with its socket. Both are removed when the value is dropped.
 struct Redis(Child, PathBuf);
 
 impl Drop for Redis {
@@ -49,7 +49,7 @@ impl Drop for Redis {
 #[test]
 fn so_they_do_on_a_server() {
     let socket = place("socket");
-    // Of another process of that number, which was killed.
+    // The socket may be left by a killed process with the same pid.
     let _ = std::fs::remove_file(&socket);
     let mut server = Command::new("redis-server");
     server.args(["--port", "0", "--save", "", "--appendonly", "no", "--unixsocket"]).arg(&socket);

@@ -1,4 +1,4 @@
-//! Runs the example: its first worker dies inside account 2, and somebody must be told.
+//! Runs the example: its first worker dies inside account 2, and a later guard must report it.
 
 mod common;
 

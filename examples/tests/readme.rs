@@ -1,4 +1,4 @@
-//! The list of examples in this directory's README is complete, and each is run by a test of its name.
+//! Checks that the list of examples in this directory's README is complete, and that a test with its name runs each.
 
 use std::fs;
 use std::path::Path;

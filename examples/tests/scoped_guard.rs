@@ -1,4 +1,4 @@
-//! Runs the example: the second process must be told who is inside, and the third get in.
+//! Runs the example: the second process must name the holder, and the third must enter.
 
 mod common;
 

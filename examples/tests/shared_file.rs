@@ -1,4 +1,4 @@
-//! Runs the example: no writer may lose a number, and no reader see half of one.
+//! Runs the example: no writer may lose a number, and no reader may see half of one.
 
 mod common;
 

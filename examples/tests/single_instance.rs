@@ -1,4 +1,4 @@
-//! The example as a user meets it: started once, started twice, killed, started with a bad argument.
+//! Tests the example from a user's view: started once, started twice, killed, started with an invalid argument.
 
 mod common;
 
@@ -8,17 +8,17 @@ use std::time::{Duration, Instant};
 
 use common::example;
 
-/// As long as a program that does not wait may take on a busy machine.
+/// The time limit on a busy machine for a program that does not wait.
 const AT_ONCE: Duration = Duration::from_secs(5);
 
-/// A running example; killed and reaped when dropped, so that a failed test leaves nothing behind.
+/// A running example. It is killed and reaped when dropped, so that a failed test leaves nothing behind.
 struct Running {
     child: Child,
     out: BufReader<ChildStdout>,
 }
 
 impl Running {
-    /// Starts one that works for `time`, and waits until it says that it holds the name.
+    /// Starts an example that works for `time`, and waits until it reports that it holds the name.
     fn start(time: &str) -> Self {
         let mut child = Command::new(example("single_instance"))
             .arg(time)
@@ -40,14 +40,14 @@ impl Running {
         line
     }
 
-    /// SIGKILL, and the end of it.
+    /// Sends SIGKILL, and waits for the end. Returns the pid.
     fn kill(mut self) -> u32 {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
         self.child.id()
     }
 
-    /// Waits for the end, and gives what it said on standard error.
+    /// Waits for the end, and returns the output on standard error.
     fn finish(mut self) -> String {
         assert_eq!(self.line(), "done\n");
         assert!(self.child.wait().unwrap().success());
@@ -57,7 +57,7 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // It may have ended by now.
+        // The process may have ended by now.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -67,7 +67,7 @@ fn stderr(output: &Output) -> &str {
     std::str::from_utf8(&output.stderr).unwrap()
 }
 
-/// One test, for the example has one name.
+/// This is one test, because the example has one name.
 #[test]
 fn single_instance_example_runs_once_and_restarts_after_kill() {
     single_instance_second_start_names_holder_and_exits_75();

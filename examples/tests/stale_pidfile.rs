@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 use common::example;
 use lockkit::PidFile;
 
-/// Longer ago than the clocks of a file and a process may differ.
+/// Sets the time further back than the clocks of a file and a process may differ.
 fn backdate(path: &Path) {
     let file = File::options().write(true).open(path).unwrap();
     file.set_modified(SystemTime::now() - Duration::from_secs(120)).unwrap();

@@ -7,20 +7,20 @@ use syn::ext::IdentExt;
 use syn::parse::{Parse, ParseStream};
 use syn::{Error, Expr, ExprLit, ExprPath, Ident, Lit, Path, Result, Token};
 
-/// What the attribute was told.
+/// The arguments of the attribute.
 pub(crate) struct Args {
-    /// A constant expression, to be checked where it is used.
+    /// A constant expression, checked where it is used.
     pub(crate) name: Expr,
     pub(crate) scope: Option<Scope>,
     pub(crate) wait: Option<Wait>,
     pub(crate) exit_code: Option<ExitCode>,
-    /// `fn(lockkit::Error) -> R`, where `R` is what the function returns.
+    /// `fn(lockkit::Error) -> R`, where `R` is the function's return type.
     pub(crate) on_held: Option<ExprPath>,
     /// `fn(&lockkit::Recovered)`.
     pub(crate) on_recovered: Option<ExprPath>,
     /// `fn(lockkit::Activation)`.
     pub(crate) on_second: Option<ExprPath>,
-    /// Where `lockkit` is, if the user's crate calls it otherwise.
+    /// The path of `lockkit`, if the user's crate has another name for it.
     pub(crate) lockkit: Option<Path>,
 }
 
@@ -39,7 +39,7 @@ pub(crate) enum Wait {
 
 /// `exit_code = ...`
 pub(crate) struct ExitCode {
-    /// Where it stands, for it does not fit every function.
+    /// The position of the key: `exit_code` does not fit every function.
     pub(crate) key: Ident,
     pub(crate) code: u8,
 }
@@ -81,7 +81,7 @@ impl Parse for Args {
 }
 
 impl Args {
-    /// Reads one `key = value`.
+    /// Parses one `key = value`.
     fn read(&mut self, input: ParseStream) -> Result<()> {
         if !input.peek(Ident::peek_any) {
             return Err(input.error(format!("after the name, {KEYS}")));
@@ -179,7 +179,7 @@ fn handler(key: &Ident, value: Expr, kind: &str) -> Result<ExprPath> {
     }
 }
 
-/// The path of `lockkit`, as a string or as a path.
+/// Returns the path of `lockkit`, given as a string or as a path.
 fn path(value: Expr) -> Result<Path> {
     const ALLOWED: &str = "`crate` is the path by which this crate knows lockkit, as in `crate = \"lk\"`";
     let path = match &value {
@@ -198,7 +198,7 @@ fn text(value: &Expr) -> Option<String> {
     }
 }
 
-/// Without the invisible delimiters around what a `macro_rules!` macro passed in.
+/// Removes the invisible delimiters around a value that a `macro_rules!` macro passed in.
 fn ungrouped(mut value: Expr) -> Expr {
     while let Expr::Group(group) = value {
         value = *group.expr;

@@ -1,4 +1,4 @@
-//! The function that the attribute stands on, and the statement that goes in front of its body.
+//! The function with the attribute, and the statement that is put in front of its body.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use syn::{Attribute, Error, Ident, Lit, Result, ReturnType, Signature, Token, Ty
 
 use crate::args::{Args, Scope, Wait};
 
-/// A function with a body. The body stays unread, so that whatever Rust allows there is passed on.
+/// A function with a body. The body is not parsed, so that everything that Rust allows there is passed on.
 pub(crate) struct Function {
     attributes: Vec<Attribute>,
     visibility: Visibility,
@@ -58,7 +58,7 @@ fn at_function(input: ParseStream) -> bool {
 }
 
 impl Function {
-    /// The function with the name held around its body.
+    /// Returns the function with the name held around its body.
     pub(crate) fn holding(&self, args: &Args) -> Result<TokenStream> {
         let hold = self.hold(args)?;
         let Self { attributes, visibility, signature, braces, inner_attributes, body } = self;
@@ -69,7 +69,8 @@ impl Function {
         Ok(tokens)
     }
 
-    /// `let` the guard live as long as the body. The body cannot name it, thanks to the hygiene of `mixed_site`.
+    /// Writes a `let` that makes the guard live as long as the body. The body cannot name the guard, because of the
+    /// hygiene of `mixed_site`.
     fn hold(&self, args: &Args) -> Result<TokenStream> {
         let Names { lockkit, std, guard, error, name, .. } = &Names::of(args);
         let (first, last) = ends(&args.name);
@@ -88,7 +89,7 @@ impl Function {
             Some(Wait::AtMost(limit)) => at_most(std, limit),
         };
         let recovered = self.recovered(args);
-        // With `on_second` it comes first: what the dead left behind is put right before anybody asks for it.
+        // With `on_second` it comes first: the repair after the dead owner precedes every request.
         let (enter, recovered) = match &args.on_second {
             None => {
                 let enter = quote_spanned! {Span::mixed_site()=>
@@ -117,7 +118,7 @@ impl Function {
                         #recovered
                         #guard
                     }
-                    // What is returned may be the call of a function that never returns.
+                    // The returned expression may be the call of a function that never returns.
                     #[allow(unreachable_code, clippy::diverging_sub_expression)]
                     #std::Err(#error) => { #refuse }
                 }
@@ -125,7 +126,7 @@ impl Function {
         })
     }
 
-    /// Tells that the previous owner died.
+    /// Writes the report that the previous owner died.
     fn recovered(&self, args: &Args) -> Option<TokenStream> {
         let Names { lockkit, std, guard, recovered, name, .. } = &Names::of(args);
         let tell = match &args.on_recovered {
@@ -151,7 +152,7 @@ impl Function {
         })
     }
 
-    /// Leaves the function because the name was not taken.
+    /// Writes the exit from the function if the name was not acquired.
     fn refuse(&self, args: &Args) -> Result<TokenStream> {
         let here = Span::mixed_site();
         let Names { lockkit, error, returns, name, .. } = &Names::of(args);
@@ -174,7 +175,7 @@ impl Function {
             return Err(Error::new_spanned(&given.key, message));
         }
         match (&self.signature.output, args.wait) {
-            // See `Returns`: the first `return` tells it the type, the second one returns or gives up.
+            // See `Returns`: the first `return` lets it infer the type, the second one returns or gives up.
             (ReturnType::Type(_, kind), Some(Wait::Forever)) if !is_opaque(kind) => Ok(quote_spanned! {here=>
                 use #lockkit::instance::OrGiveUp as _;
                 let #returns = #lockkit::instance::Returns::new();
@@ -207,11 +208,11 @@ impl Function {
     }
 }
 
-/// What the statement names.
+/// The names in the statement.
 ///
-/// Of paths there is only that of `lockkit`, which has the names of the standard library, too: the user's crate may call
-/// another one `core`. The hygiene of `mixed_site` keeps locals apart from other locals, but not from items: a `const` or
-/// `static` of the user's makes a pattern of its name mean something else. So their names are such as no item has.
+/// The only path is that of `lockkit`, which contains the names of the standard library, too: the user's crate may call
+/// another crate `core`. The hygiene of `mixed_site` separates locals from other locals, but not from items: a `const`
+/// or `static` of the user's gives a pattern with its name another meaning. So the locals have names that no item has.
 struct Names {
     /// The path of the crate.
     lockkit: TokenStream,
@@ -221,7 +222,7 @@ struct Names {
     error: Ident,
     recovered: Ident,
     returns: Ident,
-    /// A constant: what is to be held.
+    /// A constant: the name to hold.
     name: Ident,
 }
 
@@ -242,18 +243,18 @@ impl Names {
     }
 }
 
-/// The same name, where a message is to point.
+/// Returns the same name with the position for a message.
 fn at(name: &Ident, span: Span) -> Ident {
     Ident::new(&name.to_string(), span)
 }
 
-/// A limit as the attribute passes it on.
+/// Returns a limit as the attribute passes it on.
 fn at_most(std: &TokenStream, limit: Duration) -> TokenStream {
     let (seconds, nanos) = (limit.as_secs(), limit.subsec_nanos());
     quote!(#std::Some(#std::Duration::new(#seconds, #nanos)))
 }
 
-/// Whether `kind` is `impl Trait`, of which nothing is known before the body says more.
+/// Whether `kind` is `impl Trait`, which is unknown before the body determines it.
 fn is_opaque(kind: &Type) -> bool {
     match kind {
         Type::ImplTrait(_) => true,
@@ -263,8 +264,8 @@ fn is_opaque(kind: &Type) -> bool {
     }
 }
 
-/// Where `tokens` begin and end. Code of ours that stands there as far as the compiler is concerned makes it point at
-/// what the user can mend, when the types do not fit. Names in it are resolved as in the rest of the statement.
+/// Returns the positions where `tokens` begin and end. With such a position on generated code, the compiler points at
+/// what the user can correct if the types do not fit. Names in that code are resolved as in the rest of the statement.
 fn ends(tokens: &impl ToTokens) -> (Span, Span) {
     let mut spans = tokens.to_token_stream().into_iter().map(|token| Span::mixed_site().located_at(token.span()));
     let first = spans.next().unwrap_or_else(Span::mixed_site);

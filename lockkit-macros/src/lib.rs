@@ -1,9 +1,9 @@
 //! The `#[single_instance]` attribute of `lockkit`, which re-exports and documents it.
 //!
-//! The attribute puts one statement in front of a function's body: a `let` that takes the name, or leaves the function.
-//! Everything else of the function is passed on as it stands. What the statement calls is in `lockkit::instance`, the
-//! rule of names included, which a constant in the statement applies. Here, `args` reads the attribute's arguments and
-//! `function` writes the statement.
+//! The attribute puts one statement in front of a function's body: a `let` that acquires the name, or leaves the
+//! function. The rest of the function is passed on unchanged. `lockkit::instance` contains what the statement calls,
+//! including the rule of names, which a constant in the statement applies. Here, `args` parses the attribute's
+//! arguments and `function` writes the statement.
 
 #![forbid(unsafe_code)]
 
@@ -22,7 +22,7 @@ pub fn single_instance(args: TokenStream, item: TokenStream) -> TokenStream {
     match holding {
         Ok(function) => function.into(),
         Err(error) => {
-            // The item goes along as it was, so that nothing is reported missing besides.
+            // The item is emitted unchanged, so that the compiler reports no missing item in addition.
             let mut tokens = TokenStream::from(error.into_compile_error());
             tokens.extend(item);
             tokens

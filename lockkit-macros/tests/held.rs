@@ -1,6 +1,6 @@
-//! The name is held while a function runs, and free once it has returned, however it does.
+//! Checks that the name is held while a function runs, and free after the function has ended in any way.
 
-// They are const; clippy does not see it in what the macro makes of them there.
+// They are const, but clippy does not see this in the macro's expansion.
 #![cfg_attr(windows, allow(clippy::missing_const_for_thread_local))]
 
 use std::future::Future;
@@ -28,14 +28,14 @@ fn hold(name: &str) -> NamedGuard {
 
 const TASK: &str = "LOCKKIT_TEST_TASK";
 
-/// This very program, to run the one `test` again as a child that does `task`.
+/// Returns this program as a child that runs only `test` and does `task`.
 fn child(test: &str, task: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args([test, "--exact", "--nocapture"]).env(TASK, task).stdout(Stdio::null());
     command
 }
 
-/// What this process is to do as a child.
+/// Returns the task of this process, if it is a child.
 fn child_task() -> Option<String> {
     std::env::var(TASK).ok()
 }
@@ -349,7 +349,7 @@ fn an_async_function_holds_the_name_across_its_awaits() {
     }
 
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_time().build().unwrap();
-    // Spawning asks that the future, and so the guard, can go to another thread.
+    // Spawning requires that the future, and so the guard, is `Send`.
     assert_holds(NAME, || runtime.block_on(runtime.spawn(work())).unwrap().unwrap());
     let _held = hold(NAME);
     assert!(runtime.block_on(work()).unwrap_err().is_held());
@@ -491,7 +491,7 @@ fn a_main_that_finds_its_name_held_says_so_and_exits() {
     }
 }
 
-// Instances are Linux's.
+// Instances exist on Linux only.
 #[cfg(target_os = "linux")]
 #[test]
 fn on_second_runs_after_on_recovered_returns() {
@@ -532,7 +532,7 @@ fn on_second_runs_after_on_recovered_returns() {
     assert_eq!(*STEPS.lock().unwrap(), ["repair", "repaired", "opened"]);
 }
 
-// Instances are Linux's.
+// Instances exist on Linux only.
 #[cfg(target_os = "linux")]
 #[test]
 fn on_second_activates_first_instance_and_exits_zero() {
@@ -587,7 +587,7 @@ fn on_second_activates_first_instance_and_exits_zero() {
     assert_eq!(*SEEN.lock().unwrap(), [(Some(pid), Some("a token".to_owned()))]);
     drop(first);
 
-    // One that is there and takes no activations.
+    // The first instance exists and takes no activations.
     let held = hold(NAME);
     let (_, code, said) = start("impatient");
     assert_eq!(code, Some(4), "{said}");

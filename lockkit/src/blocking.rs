@@ -1,16 +1,17 @@
 //! Waiting for locks in tasks (feature `tokio`).
 //!
-//! Each lock has `acquire_async` beside `acquire`, and [`AsyncLock`] is for code that works with any. Dropping the
-//! future gives up: nobody takes the lock later, and no thread and no descriptor stays behind. Only a lease may yet be
-//! granted, by a request to its store that is under way; it is released on the spot.
+//! Each lock has `acquire_async` in addition to `acquire`, and [`AsyncLock`] is for code that works with any lock.
+//! Dropping the future gives up: the lock is not acquired later, and no thread and no descriptor stays behind. Only a
+//! lease may still be granted, by a request to its store that is in flight; it is released at once.
 //!
-//! - A [`NamedLock`](crate::NamedLock) on a socket sleeps on the reactor: the steps are those of the blocking wait, only
-//!   the sleep between them is another ([`WaitState::wait_async`](crate::wait::WaitState::wait_async)). A future that is
-//!   dropped has closed its connection, so nothing is left to be cleaned up.
-//! - All others wait in a futex, in flock or for a store, which only a thread can. Who finds the lock held gets a thread
-//!   of its own ([`on_a_thread`]), and a token that dropping the future cancels. What the thread brings after that goes
-//!   to nobody and is released on the spot. It is not one of the runtime's blocking threads: their number is limited, so
-//!   as many waiters would keep the holder from all that needs such a thread, and they live on for seconds.
+//! - A [`NamedLock`](crate::NamedLock) on a socket sleeps on the reactor. The steps are those of the blocking wait,
+//!   except for the sleep between them ([`WaitState::wait_async`](crate::wait::WaitState::wait_async)). Dropping the
+//!   future closes its connection, so nothing remains to be cleaned up.
+//! - All others wait in a futex, in flock or for a store, which only a thread can. An acquisition that finds the lock
+//!   held starts its own thread ([`on_a_thread`]), with a token that is cancelled when the future is dropped. If the
+//!   thread acquires the lock after that, it releases the lock at once. It is not one of the runtime's blocking
+//!   threads: their number is limited, so as many waiters would block the holder from such a thread, and these threads
+//!   live for seconds.
 
 use std::future::{Future, poll_fn};
 use std::pin::pin;
@@ -27,7 +28,7 @@ use crate::sys::fd::BorrowedFd;
 use crate::telemetry;
 use crate::wait::{CancelToken, LockInfo, Wait};
 
-/// A [`Lock`] that tasks can wait for. Every lock of this crate is one, and has the method as its own, too.
+/// A [`Lock`] that tasks can wait for. Every lock of this crate implements it, and also has the method itself.
 ///
 /// ```
 /// use std::time::Duration;
@@ -44,31 +45,33 @@ use crate::wait::{CancelToken, LockInfo, Wait};
 /// ```
 #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
 pub trait AsyncLock: Lock {
-    /// Takes the lock, waiting as `wait` says, without blocking the thread. Dropping the future gives up at once; a lease
-    /// may yet be granted by a request under way, and is released again.
+    /// Acquires the lock, waiting as `wait` says, without blocking the thread. Dropping the future gives up at once; a
+    /// lease may still be granted by a request in flight, and is then released.
     ///
     /// # Errors
-    /// As [`acquire`](Lock::acquire), and what waiting in a task adds.
+    /// As [`acquire`](Lock::acquire), and those that waiting in a task adds.
     fn acquire_async(&self, wait: &Wait) -> impl Future<Output = Result<Self::Guard>> + Send;
 }
 
-/// When `fd` has something to read, or has hung up; never without one.
+/// Waits until `fd` is readable, or has hung up; without a descriptor, forever.
 #[cfg(target_os = "linux")]
 pub(crate) async fn readable(fd: Option<BorrowedFd<'_>>) -> std::io::Result<()> {
     let Some(fd) = fd else { return std::future::pending().await };
-    // Its successor asks for a promise, in `unsafe`, that the descriptor stays open: that is what borrowing it says.
+    // The successor of this function needs a promise, in `unsafe`, that the descriptor stays open. The borrow proves
+    // that.
     #[allow(deprecated)]
     let registered = AsyncFd::with_interest(fd, Interest::READABLE)?;
     registered.readable().await.map(drop)
 }
 
-/// Refuses to wait where nothing would wake the task.
+/// Returns an error outside a tokio runtime, where nothing would wake the task.
 pub(crate) fn check_runtime() -> Result<()> {
     let missing = |_| ErrorKind::Unsupported { what: "waiting in a task outside of a tokio runtime" }.into();
     Handle::try_current().map(drop).map_err(missing)
 }
 
-/// Takes the lock here and now if it is free, which blocks for no longer than a few system calls; else on a thread.
+/// Acquires a free lock in this thread, which blocks for no longer than a few system calls. Otherwise waits on a
+/// thread.
 pub(crate) async fn at_once_or_on_a_thread<G: Send + 'static>(
     wait: &Wait,
     subject: &dyn LockInfo,
@@ -80,7 +83,7 @@ pub(crate) async fn at_once_or_on_a_thread<G: Send + 'static>(
     }
 }
 
-/// Takes the lock on a thread of its own, which ends soon after the future is dropped.
+/// Acquires the lock on its own thread, which ends soon after the future is dropped.
 pub(crate) async fn on_a_thread<G: Send + 'static>(
     wait: &Wait,
     subject: &dyn LockInfo,
@@ -89,13 +92,13 @@ pub(crate) async fn on_a_thread<G: Send + 'static>(
     wait.check(subject)?;
     let stop = CancelToken::new();
     let elsewhere = wait.elsewhere(&stop);
-    // Also when this future is dropped: the receiver goes first, so nothing can arrive any more.
+    // This also cancels when the future is dropped: the receiver is dropped first, so no result can arrive any more.
     let stop = Cancelling(stop);
     let mut taken = pin!(elsewhere_do(subject, move || take(&elsewhere)));
     let mut cancelled = pin!(wait.cancelled());
     let mut is_cancelled = false;
     poll_fn(|context| {
-        // The thread says what came of it, for it may just have got the lock.
+        // The thread's result decides, because the thread may have just acquired the lock.
         if !is_cancelled && cancelled.as_mut().poll(context).is_ready() {
             is_cancelled = true;
             stop.0.cancel();
@@ -105,7 +108,7 @@ pub(crate) async fn on_a_thread<G: Send + 'static>(
     .await
 }
 
-/// Does what blocks on a thread of its own. When the future is dropped the thread goes on, and drops what came of it.
+/// Runs blocking work on its own thread. If the future is dropped, the thread continues, and drops the result.
 pub(crate) async fn elsewhere_do<T: Send + 'static>(
     subject: &dyn LockInfo,
     work: impl FnOnce() -> Result<T> + Send + 'static,
@@ -121,7 +124,7 @@ pub(crate) async fn elsewhere_do<T: Send + 'static>(
     })
 }
 
-/// Cancels its token when it goes.
+/// A guard that cancels its token when it is dropped.
 struct Cancelling(CancelToken);
 
 impl Drop for Cancelling {

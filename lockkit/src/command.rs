@@ -1,4 +1,4 @@
-//! What the command `lockkit` needs of the library's system layer, and nobody else should use.
+//! The part of the library's system layer that the command `lockkit` needs. Other programs should not use it.
 
 use std::fs::File;
 #[cfg(target_os = "linux")]
@@ -12,29 +12,31 @@ pub use crate::sys::command::{Cage, end_at_a_closed_pipe, pass_over_interrupts};
 pub use crate::sys::command::{as_given, end_at_a_closed_pipe, fork, inherited, rename_process, wait_for_children};
 use crate::{NamedLock, Owner, Result};
 
-/// Whether a process has an fcntl lock on any byte of the file; with its pid, where the kernel tells one. Takes nothing.
+/// Returns whether a process has an fcntl lock on any byte of the file, with its pid if the kernel reports it. Locks
+/// nothing.
 ///
 /// # Errors
-/// When the file system has no such locks.
+/// Fails if the file system has no such locks.
 #[cfg(target_os = "linux")]
 pub fn fcntl_holder(file: &File) -> io::Result<Option<Option<u32>>> {
     crate::sys::ofd::holder(file)
 }
 
-/// Whether the lock is held now. On Linux this takes no place in the holder's queue of waiters, and costs the same however many locks are held.
+/// Returns whether the lock is held now. On Linux this takes no place in the holder's queue of waiters, and its cost
+/// does not depend on the number of held locks.
 ///
 /// # Errors
-/// [`Io`](crate::ErrorKind::Io) when the system does not say.
+/// [`Io`](crate::ErrorKind::Io) if the system does not report the state.
 pub fn is_held(lock: &NamedLock) -> Result<bool> {
     lock.is_held()
 }
 
-/// Whether the file has the attribute in which lockkit keeps the owner of a pidfile.
+/// Returns whether the file has the attribute in which lockkit keeps the owner of a pidfile.
 pub fn is_own_pidfile(file: &File) -> bool {
     crate::pidfile::has_identity(file)
 }
 
-/// Whether two owners are the same process, whatever program it runs and since when it holds a lock.
+/// Returns whether two owners are the same process, whatever program it runs and since when it holds a lock.
 pub fn is_same_process(one: &Owner, other: &Owner) -> bool {
     one.is_same_process(other)
 }

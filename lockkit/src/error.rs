@@ -1,11 +1,11 @@
-//! What can go wrong, in one type.
+//! The error type of the crate.
 //!
-//! [`Error`] is one word wide, so that a `Result` with a guard costs no more than the guard; what happened stands
-//! behind it in [`ErrorKind`]. Programs mostly ask the predicates ([`Error::is_held`] and its like); messages say
-//! which lock, who holds it and since when, and what the system said.
+//! [`Error`] is one word wide, so that a `Result` with a guard costs no more than the guard; the details are in a boxed
+//! [`ErrorKind`]. Programs mostly use the predicates, such as [`Error::is_held`]. Messages name the lock, its holder,
+//! the time of its acquisition, and the system's error.
 //!
-//! `Display` includes the cause, so that `println!("{error}")` says what the system said. The causes are therefore not
-//! repeated by `source()`: reporters that print the whole chain would print them twice.
+//! `Display` includes the cause, so that `println!("{error}")` prints the system's error. Therefore `source()` does not
+//! repeat these causes: reporters that print the whole chain would print them twice.
 
 use std::fmt;
 use std::io;
@@ -15,10 +15,10 @@ use std::time::Duration;
 use crate::lease::{LossReason, StoreError};
 use crate::owner::{Owner, spoken};
 
-/// The result of everything in lockkit that can fail.
+/// The result of every fallible operation in lockkit.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Why a lock was not taken, released or looked at.
+/// The reason why a lock was not acquired, released or checked.
 ///
 /// ```
 /// # fn main() -> lockkit::Result<()> {
@@ -30,7 +30,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// # Ok(()) }
 /// ```
 ///
-/// What a caller does with it:
+/// How a caller handles an error:
 ///
 /// ```
 /// use lockkit::ErrorKind;
@@ -53,8 +53,8 @@ impl fmt::Display for Error {
     }
 }
 
-/// The sentence of `Display`, followed by the causes that it leaves out: `main` and `unwrap` print it. `{:#?}` prints the
-/// fields of the error.
+/// Formats the sentence of `Display`, followed by the causes that it leaves out: `main` and `unwrap` print it. `{:#?}`
+/// prints the fields of the error.
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match f.alternate() {
@@ -65,7 +65,7 @@ impl fmt::Debug for Error {
 }
 
 impl std::error::Error for Error {
-    /// The first cause that `Display` does not include.
+    /// Returns the first cause that `Display` does not include.
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self.kind() {
             ErrorKind::Io { source, .. } => source.source(),
@@ -75,52 +75,51 @@ impl std::error::Error for Error {
     }
 }
 
-/// The error and its causes, joined by colons.
+/// Returns the error and its causes, joined by colons.
 pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
-/// What happened; the example of [`Error`] matches on it.
+/// The kind of an error; the example of [`Error`] matches on it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// Somebody else holds the lock, and the caller did not want to wait.
+    /// Another holder has the lock, and the caller did not wait.
     #[error("{lock} is held{}", by(.owner))]
     Held {
-        /// Which lock, for people: its kind and its name.
+        /// The lock, for people: its kind and its name.
         lock: String,
-        /// Who holds it, where that is known.
+        /// The holder, where it is known.
         owner: Option<Box<Owner>>,
-        /// The program's own word for it, of a lease that has one
+        /// The program's own error, for a lease that has one
         /// ([`held_error`](crate::LeaseBuilder::held_error)).
         source: Option<Box<dyn std::error::Error + Send + Sync>>,
     },
-    /// The lock was still held when the time to wait was over.
+    /// The lock was still held at the end of the wait.
     #[error("{lock} was still held{} after waiting {}", by(.owner), spoken(*.waited))]
     Timeout {
-        /// Which lock, for people: its kind and its name.
+        /// The lock, for people: its kind and its name.
         lock: String,
         /// How long the caller has waited.
         waited: Duration,
-        /// Who holds it, where that is known.
+        /// The holder, where it is known.
         owner: Option<Box<Owner>>,
     },
-    /// The [`CancelToken`](crate::CancelToken) of the wait was cancelled before the lock was taken.
+    /// The [`CancelToken`](crate::CancelToken) of the wait was cancelled before the lock was acquired.
     #[error("waiting for {lock} was cancelled")]
     Cancelled {
-        /// Which lock, for people: its kind and its name.
+        /// The lock, for people: its kind and its name.
         lock: String,
     },
-    /// A name that breaks the rule of lock names.
+    /// A name violates the rule of lock names.
     #[error("invalid lock name {name:?}: {rule}")]
     InvalidName {
         /// The name, cut to its first 80 characters.
         name: String,
-        /// The rule that it breaks.
+        /// The rule that it violates.
         rule: &'static str,
     },
-    /// A path that does not start at the root: it would name another file after a change of the working directory, as
-    /// daemons make one.
+    /// A path is not absolute. It would name another file after a change of the working directory, which daemons make.
     #[error("invalid path {}: it must begin at the root", .path.display())]
     RelativePath {
         /// The path.
@@ -134,7 +133,7 @@ pub enum ErrorKind {
         path: PathBuf,
         /// The beginning of its first line, escaped.
         text: String,
-        /// The rule that it breaks.
+        /// The rule that it violates.
         rule: &'static str,
     },
     /// A lease was expected at the path, but the file is something else. The file is unchanged.
@@ -145,25 +144,25 @@ pub enum ErrorKind {
         /// The beginning of its first line, escaped.
         text: String,
     },
-    /// Another user sits on the name, or owns the directory in which the lock must live, and is not trusted with it.
+    /// Another user, which is not trusted with the lock, occupies its name or owns the directory that must contain it.
     #[error("{lock} is occupied by another user: uid {uid}{}; only that user or root can give it up", of_pid(*.pid))]
     ForeignOwner {
-        /// Which lock or directory.
+        /// The lock or directory.
         lock: String,
         /// The other user.
         uid: u32,
         /// The other user's process, where it is known.
         pid: Option<u32>,
     },
-    /// A directory or file in which a lock must live could be tampered with by other users, and is not used.
+    /// Other users could change a directory or file that must contain a lock, so it is not used.
     #[error("{} is not safe to keep locks in: {problem}", .path.display())]
     Insecure {
         /// The directory or file.
         path: PathBuf,
-        /// What is wrong with it and what would mend it.
+        /// The problem, and how to fix it.
         problem: &'static str,
     },
-    /// The file was deleted or replaced again and again while the lock on it was being taken, or while it was held.
+    /// The file was deleted or replaced repeatedly during the acquisition of its lock, or while the lock was held.
     #[error("{} was deleted or replaced by another process while its lock was in use", .path.display())]
     RogueDeletion {
         /// The file.
@@ -172,7 +171,7 @@ pub enum ErrorKind {
     /// Every lock of a table is allocated.
     #[error("{table} has no lock left to allocate: {allocated} of {capacity} are allocated")]
     Exhausted {
-        /// Which table.
+        /// The table.
         table: String,
         /// How many locks it has.
         capacity: u32,
@@ -182,7 +181,7 @@ pub enum ErrorKind {
     /// A number beyond the end of a table of locks.
     #[error("{table} has no lock {id}: its capacity is {capacity}")]
     NoSuchLock {
-        /// Which table.
+        /// The table.
         table: String,
         /// The number.
         id: u32,
@@ -192,129 +191,130 @@ pub enum ErrorKind {
     /// The lock with this number is allocated already.
     #[error("{lock} is allocated already")]
     AlreadyAllocated {
-        /// Which lock, for people.
+        /// The lock, for people.
         lock: String,
     },
-    /// A lock was freed that is not allocated.
+    /// A lock was to be freed that is not allocated.
     #[error("{lock} is not allocated, so it cannot be freed")]
     NotAllocated {
-        /// Which lock, for people.
+        /// The lock, for people.
         lock: String,
     },
-    /// A lock was unlocked that this process does not hold.
+    /// A lock was to be unlocked that this process does not hold.
     #[error("{lock} is not locked by this process, so it cannot be unlocked")]
     NotLocked {
-        /// Which lock, for people.
+        /// The lock, for people.
         lock: String,
     },
-    /// A file is not laid out as this version of lockkit has it. One of a table of locks is something else, cut short,
-    /// or made by another version or for another kind of machine; one of a lease was written by a later version, or contains
-    /// the largest fencing token.
+    /// A file does not have the layout of this version of lockkit.
+    ///
+    /// - The file of a lock table is something else, truncated, or from another version or another kind of machine.
+    /// - The file of a lease is from a later version, or contains the largest fencing token.
     #[error("cannot use {}: {problem}", .path.display())]
     LayoutMismatch {
         /// The file.
         path: PathBuf,
-        /// What does not fit.
+        /// The mismatch.
         problem: &'static str,
     },
-    /// An option of a lease that cannot be, alone or together with the others.
+    /// An option of a lease is invalid, alone or together with the others.
     #[error("invalid {option}: {problem}")]
     InvalidOption {
         /// The method of the builder.
         option: &'static str,
-        /// What is wrong with it.
+        /// The problem.
         problem: String,
     },
-    /// A URL of a lease is not right.
+    /// A URL of a lease is invalid.
     #[error("invalid URL {url}: {problem}")]
     InvalidUrl {
-        /// It, without its credentials and parameters.
+        /// The URL, without its credentials and parameters.
         url: String,
-        /// What is wrong with it.
+        /// The problem.
         problem: String,
     },
-    /// A lease is not held any more.
+    /// A lease is no longer held.
     #[error("{lock} is lost: {reason}")]
     LeaseLost {
-        /// Which lease, for people.
+        /// The lease, for people.
         lock: String,
-        /// Why.
+        /// The reason.
         reason: LossReason,
     },
-    /// The store of a lease did not do what it was asked, again and again.
+    /// The store of a lease failed repeatedly.
     #[error("cannot reach {lock}: {source}")]
     Store {
-        /// Which lease, for people.
+        /// The lease, for people.
         lock: String,
-        /// What the store said the last time.
+        /// The store's last error.
         source: StoreError,
     },
-    /// The first instance of a program did not answer an activation within the time to wait: it hangs, is stopped, or
-    /// takes none. It may still handle it if it had taken it already; what it had not is dropped.
+    /// The first instance of a program did not answer an activation in time: it hangs, is stopped, or accepts none. If
+    /// it had already accepted the activation, it may still handle it; otherwise the activation is dropped.
     #[error("{first} did not answer within {}{}", spoken(*.waited), running(.owner))]
     NoAnswer {
-        /// Which instance, for people.
+        /// The instance, for people.
         first: String,
         /// How long the caller has waited.
         waited: Duration,
-        /// The process that is first, where it is known.
+        /// The process of the first instance, where it is known.
         owner: Option<Box<Owner>>,
     },
-    /// The first instance of a program has said that it did not handle an activation, or has answered what this one
-    /// does not understand, or has broken off its answer: then it may have handled it.
+    /// The first instance of a program has reported that it did not handle an activation, or its answer is invalid or
+    /// incomplete. With an incomplete answer it may have handled the activation.
     #[error("{first} has not answered the activation: {problem}")]
     NotHandled {
-        /// Which instance, for people.
+        /// The instance, for people.
         first: String,
-        /// Why.
+        /// The reason.
         problem: &'static str,
     },
-    /// An activation or its answer is larger than can be sent. Nothing was sent.
+    /// An activation or its answer is too large. Nothing was sent.
     #[error("invalid size of {what}: {size} bytes; at most {most} are allowed")]
     TooLarge {
-        /// What is too large.
+        /// The object that is too large.
         what: &'static str,
         /// How many bytes it has.
         size: usize,
-        /// The most that can be sent.
+        /// The largest size that can be sent.
         most: usize,
     },
-    /// A table of locks was to be made with no locks, or with more than the largest table has.
+    /// A lock table was to be created without locks, or with more than the largest table has.
     #[error("a lock table has 1 to {most} locks, not {capacity}")]
     InvalidCapacity {
-        /// What was asked for.
+        /// The requested capacity.
         capacity: u32,
-        /// The most that can be had.
+        /// The largest capacity.
         most: u32,
     },
-    /// As many processes as can share a table of locks have it open already.
+    /// The maximum number of processes already has the lock table open.
     #[error("{table} is in use by {most} processes, and has no place for another")]
     TooManyProcesses {
-        /// Which table.
+        /// The table.
         table: String,
-        /// How many can share it.
+        /// How many processes can share it.
         most: u32,
     },
-    /// This system has no such thing, or none that could keep the promise; or lockkit was built without the feature
-    /// that it needs.
+    /// This system lacks the mechanism, or its mechanism could not give the guarantee; or lockkit was built without the
+    /// feature that it needs.
     #[error("{what} is not supported here")]
     Unsupported {
-        /// The thing asked for.
+        /// The requested operation.
         what: &'static str,
     },
-    /// The system refused something that the lock needs.
+    /// A system call that the lock needs failed.
     ///
     /// A write beyond the limit of file sizes (`RLIMIT_FSIZE`, `ulimit -f`) is such an error only in a program that
-    /// ignores or handles `SIGXFSZ`. Rust programs do not by default, so the signal ends them, as it does at every
-    /// other write; what they held is then free like that of any process that died. lockkit changes no signal's
-    /// handling.
+    /// ignores or handles `SIGXFSZ`. Rust programs do not by default, so the signal kills them, as at every other
+    /// write. The locks that such a program held are then free like those of any process that died. lockkit changes no
+    /// signal's handling.
     #[error("cannot {action} {}: {source}", .path.display())]
     Io {
-        /// What was attempted, as a verb: "open", "bind".
+        /// The attempted operation, as a verb: "open", "bind".
         action: &'static str,
-        /// On what. Abstract sockets are written with a leading `@`, as `ss` and `netstat` do.
+        /// Its object. Abstract sockets are written with a leading `@`, as `ss` and `netstat` do.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
 }
@@ -332,32 +332,32 @@ fn of_pid(pid: Option<u32>) -> String {
 }
 
 impl Error {
-    /// What happened, to match on.
+    /// Returns the kind of the error, to match on.
     pub fn kind(&self) -> &ErrorKind {
         &self.0
     }
 
-    /// Somebody else holds the lock, and the call did not wait.
+    /// Returns whether another holder has the lock, and the call did not wait.
     pub fn is_held(&self) -> bool {
         matches!(self.kind(), ErrorKind::Held { .. })
     }
 
-    /// The time to wait was over before the lock came free, or before the first instance answered.
+    /// Returns whether the wait ended before the lock was free, or before the first instance answered.
     pub fn is_timeout(&self) -> bool {
         matches!(self.kind(), ErrorKind::Timeout { .. } | ErrorKind::NoAnswer { .. })
     }
 
-    /// The wait was cancelled.
+    /// Returns whether the wait was cancelled.
     pub fn is_cancelled(&self) -> bool {
         matches!(self.kind(), ErrorKind::Cancelled { .. })
     }
 
-    /// Trying again after a short sleep may well succeed: the lock was held, or the wait for it ran out.
+    /// Returns whether a retry after a short sleep may succeed: the lock was held, or the wait for it timed out.
     pub fn is_temporary(&self) -> bool {
         self.is_held() || self.is_timeout()
     }
 
-    /// Who holds the lock, where the error is about that and it is known.
+    /// Returns the holder of the lock, if the error concerns it and it is known.
     pub fn owner(&self) -> Option<&Owner> {
         match self.kind() {
             ErrorKind::Held { owner, .. } | ErrorKind::Timeout { owner, .. } | ErrorKind::NoAnswer { owner, .. } => {
@@ -382,8 +382,8 @@ impl From<ErrorKind> for Error {
     }
 }
 
-/// A held lock is `WouldBlock`, a wait that ran out `TimedOut`, a cancelled one `Interrupted`; what came from the
-/// system keeps its kind. The lockkit error stays reachable through `get_ref`.
+/// Converts a held lock to `WouldBlock`, a timeout to `TimedOut`, and a cancellation to `Interrupted`. A system's error
+/// keeps its kind. The lockkit error stays reachable through `get_ref`.
 impl From<Error> for io::Error {
     fn from(error: Error) -> Self {
         let kind = match error.kind() {

@@ -1,14 +1,14 @@
-//! Steps at which a test can have this process killed.
+//! Failpoints: places in the code at which a test can have this process killed.
 //!
-//! Every place in the library where something outside the process has just changed says so with `step`. In builds
-//! with debug assertions and the feature `steps`, which only lockkit's own tests turn on, a test can let the process
-//! kill itself at one of them; in all others a step is nothing.
+//! Every place in the library that has just changed something outside the process calls `step`. A test can let the
+//! process kill itself at one of these places. That needs a build with debug assertions and the feature `steps`, which
+//! only lockkit's own tests enable. In all other builds a step does nothing.
 
 /// Whether this build has steps.
 #[cfg(feature = "steps")]
 pub const ENABLED: bool = cfg!(debug_assertions);
 
-/// Is told the steps that a process has passed, just before it kills itself.
+/// A function that receives the steps that a process has passed, just before it kills itself.
 #[cfg(feature = "steps")]
 pub type LastWords = fn(&[&'static str]);
 
@@ -20,10 +20,10 @@ mod armed {
 
     use super::LastWords;
 
-    /// Whether anybody asked for steps: a mutex that is always taken would be found locked by forked children.
+    /// Whether a test has armed the steps: forked children could find a mutex locked that every step locks.
     static ARMED: AtomicBool = AtomicBool::new(false);
     static PASSED: Mutex<(usize, Vec<&'static str>)> = Mutex::new((usize::MAX, Vec::new()));
-    /// Whether the process is stopped at the step, and not killed.
+    /// Whether the process is stopped at the step, instead of killed.
     static STOPS: AtomicBool = AtomicBool::new(false);
     static LAST_WORDS: Mutex<Option<LastWords>> = Mutex::new(None);
 
@@ -65,7 +65,7 @@ mod armed {
 #[cfg(all(feature = "steps", debug_assertions))]
 pub(crate) use armed::step;
 
-/// Something outside the process has just changed.
+/// Marks a change outside the process.
 #[cfg(not(all(feature = "steps", debug_assertions)))]
 #[inline(always)]
 pub(crate) fn step(_what: &'static str) {}
@@ -79,7 +79,7 @@ pub fn kill_at(at: usize) {
     let _ = at;
 }
 
-/// As [`kill_at`], and tells `last_words` the steps passed just before the kill.
+/// Kills like [`kill_at`], and passes the steps to `last_words` just before the kill.
 #[cfg(feature = "steps")]
 pub fn kill_at_and_tell(at: usize, last_words: LastWords) {
     #[cfg(debug_assertions)]
@@ -98,7 +98,7 @@ pub fn stop_at(at: usize) {
     let _ = at;
 }
 
-/// The steps passed since [`kill_at`].
+/// Returns the steps passed since [`kill_at`].
 #[cfg(feature = "steps")]
 pub fn passed() -> Vec<&'static str> {
     #[cfg(debug_assertions)]

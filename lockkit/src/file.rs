@@ -1,22 +1,23 @@
 //! A lock on a path: flock(2), taken so that a deleted or replaced file is noticed.
 //!
-//! The lock is the kernel's, on the open file; the path only leads to it. So after locking, the open file is compared
-//! with what the path names now, and the acquisition starts again if somebody deleted or replaced the file meanwhile:
-//! whoever holds the lock holds it on the file that the next taker will open. The file is never deleted here.
+//! The kernel's lock is on the open file; the path only leads to it. So after locking, the open file is compared with
+//! the file that the path names now. If the file was deleted or replaced meanwhile, the acquisition starts again. So
+//! the holder has its lock on the file that the next process will open. This module never deletes the file, unless it
+//! has just created it and cannot use it.
 //!
-//! Each acquisition has an open file of its own, so threads exclude each other exactly as processes do. One is kept
-//! between acquisitions, so that mostly none is opened. A wait without an end sits in the kernel; one with a limit or a
-//! token tries again on a timer, because a thread blocked in flock could not be called back.
+//! Each acquisition has its own open file, so threads exclude each other exactly as processes do. One open file is kept
+//! between acquisitions, so that most acquisitions open none. A wait without a limit blocks in the kernel. A wait with
+//! a limit or a token retries on a timer, because nothing could interrupt a thread that is blocked in flock.
 //!
-//! The comparison costs more than the lock, and is left out for a file that was locked here less than [`RECHECK_WINDOW`] ago and
-//! compared less than [`SOON`] ago, as in a tight loop. A blink is too short for another process to take the lock,
-//! delete the file and release, so whoever deletes it while holding the lock, as one must, is never missed. A file that
-//! is deleted without holding its lock is noticed by the first acquisition after [`SOON`].
+//! The comparison costs more than the lock. It is omitted for a file that was locked here less than a
+//! [`RECHECK_WINDOW`] ago and compared less than [`SOON`] ago, as in a tight loop. That window is too short for another
+//! process to lock, delete and unlock the file. So a deletion by a process that holds the lock, as the rules require,
+//! is always noticed. A deletion without the lock is noticed by the first acquisition after [`SOON`].
 //!
-//! A program may close descriptors that it did not open, and its next files get their numbers. So before a kept
-//! descriptor is locked, and before a lock is given up, the descriptor is compared with the file that was opened for it
-//! (see [`fork`]). That costs as much as the lock, too, and is left out where too little time has passed to close
-//! one file and open another.
+//! A program may close descriptors that it did not open, and its next files reuse their numbers. So before a kept
+//! descriptor is locked, and before a lock is released, the descriptor is compared with the file that was opened for it
+//! (see [`fork`]). That also costs as much as the lock, and is omitted if too little time has passed to close one file
+//! and open another.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, ErrorKind as Io};
@@ -40,34 +41,34 @@ use crate::sys::tmpfile;
 use crate::telemetry;
 use crate::wait::{Backoff, LockInfo, Wait, WaitState};
 
-/// How often a file may be replaced under an acquisition before it is called rogue: more often by far than those come
-/// between who contend for a numbered lock that was freed, each of whom removes its file.
+/// How often a file may be replaced under an acquisition before that is an error. Processes that contend for a freed
+/// numbered lock each remove its file; the limit is far above the number of such replacements.
 const MOST_REPLACEMENTS: u32 = 10_000;
-/// How often it may come and go while it is opened.
+/// How often the file may appear and disappear while it is opened.
 const MOST_OPENINGS: u32 = 100;
 
-/// For how long a comparison is good for locks that follow each other in a [`RecheckWindow`], in nanoseconds.
+/// How long a comparison is valid for locks that follow each other in a [`RecheckWindow`], in nanoseconds.
 const SOON: u64 = 1_000_000;
 
-/// The time from one lock here to the next, with the unlock in between, in which nobody else can have locked, deleted
-/// and unlocked: no more than the fastest that this process ever unlocked, locked and looked at the path. Deleting
-/// begins with such a look, and then has the work before it. So it fits the machine, however fast that is.
+/// The time from one lock here to the next, with the unlock in between, in which no other process can have locked,
+/// deleted and unlocked. It is at most the shortest time in which this process ever unlocked, locked and looked up the
+/// path. A deletion begins with such a look-up and then does more work. So the window fits the speed of the machine.
 struct RecheckWindow {
     samples: AtomicU32,
     nanos: AtomicU64,
 }
 
 impl RecheckWindow {
-    /// So many times must have been measured: any one of them may have been interrupted.
+    /// The number of measurements that the window needs: any one of them may have been interrupted.
     const ENOUGH: u32 = 32;
-    /// Never longer than this, whatever was measured.
+    /// The upper bound of the window, whatever was measured.
     const LONGEST: u64 = 2000;
 
     const fn new() -> Self {
         Self { samples: AtomicU32::new(0), nanos: AtomicU64::new(Self::LONGEST) }
     }
 
-    /// Notes how long it took with a look at the path.
+    /// Records a measured time that includes a look-up of the path.
     #[cold]
     fn measured(&self, nanos: u64) {
         self.nanos.fetch_min(nanos, Ordering::Relaxed);
@@ -76,7 +77,7 @@ impl RecheckWindow {
         }
     }
 
-    /// Whether a time without a look is that short. None at all means a clock too coarse to tell.
+    /// Returns whether a time without a look-up is in the window. A time of zero means that the clock is too coarse.
     #[inline]
     fn covers(&self, nanos: u64) -> bool {
         nanos != 0 && self.samples.load(Ordering::Relaxed) >= Self::ENOUGH && nanos < self.nanos.load(Ordering::Relaxed)
@@ -87,28 +88,29 @@ static RECHECK_WINDOW: RecheckWindow = RecheckWindow::new();
 
 /// A lock on a file or directory, exclusive or shared.
 ///
-/// It excludes every process that locks the same file with flock(2), the `flock` command among them. Cloning gives
+/// It excludes every process that locks the same file with flock(2), for example the `flock` command. A clone is
 /// another handle on the same lock.
 ///
-/// It does not exclude a program that locks the file with fcntl(2): POSIX locks (`F_SETLK`, lockf(3), as apt, dpkg, SQLite
-/// and Python's `fcntl.lockf` take them) and `F_OFD_SETLK`. The kernel keeps the two kinds of lock apart, except on NFS
-/// and SMB. [`holders`](Self::holders), [`waiters`](Self::waiters) and [`list`](Self::list) report locks of flock(2)
-/// only; the command `lockkit status` shows both kinds.
+/// It does not exclude a program that locks the file with fcntl(2): POSIX locks (`F_SETLK`, lockf(3), as apt, dpkg,
+/// SQLite and Python's `fcntl.lockf` take them) and `F_OFD_SETLK`. The kernel keeps the two kinds of lock apart, except
+/// on NFS and SMB. [`holders`](Self::holders), [`waiters`](Self::waiters) and [`list`](Self::list) report locks of
+/// flock(2) only; the command `lockkit status` shows both kinds.
 ///
-/// The file may hold anything; locking does not touch its content. It is made when it is missing, and never deleted:
-/// deleting it needs its exclusive lock, and then locks that are waited for go on with the next file of that name. One
-/// that is deleted without holding the lock cannot protect its holder, for the next taker makes a new file.
+/// The file may have any content; locking does not change it. A missing file is created, and never deleted. To delete
+/// the file, a process must hold its exclusive lock; waiters then continue with the next file of that name. A deletion
+/// without the lock ends the protection of the holder, because the next process creates a new file.
 ///
 /// A lock is shared or exclusive from its acquisition to its release. There is no upgrade and no downgrade, because
-/// flock does not promise to convert a lock without letting somebody in between ([flock(2)], "Converting a lock").
+/// flock does not promise to convert a lock atomically: another process may acquire it in between ([flock(2)],
+/// "Converting a lock").
 ///
 /// A program that closes descriptors which it did not open, as close_range(2) does, ends this lock.
 /// [`release`](FileGuard::release) then returns an error, and no other file of the program is unlocked or closed. See
 /// [the crate page](crate#descriptors-that-the-program-closes).
 ///
-/// Not for a file system that other machines write to, unless it is known to pass flock on to them, as NFS does since
-/// Linux 2.6.12 and 9p does not; there, use a lease. Not where a waiter must not starve: the kernel serves waiters in
-/// order, but one with a limit or a token looks again only every few milliseconds.
+/// Do not use it on a file system that other machines write to, unless the file system passes flock on to them. NFS
+/// does since Linux 2.6.12, and 9p does not; there, use a lease. Do not use it if a waiter must not starve: the kernel
+/// serves waiters in order, but a waiter with a limit or a token only polls every few milliseconds.
 ///
 /// [flock(2)]: https://man7.org/linux/man-pages/man2/flock.2.html
 ///
@@ -130,7 +132,7 @@ static RECHECK_WINDOW: RecheckWindow = RecheckWindow::new();
 /// # Ok(()) }
 /// ```
 ///
-/// Made with what it needs, looked at, and waited for:
+/// With its directory, its permissions, and a limit:
 ///
 /// ```
 /// use std::time::Duration;
@@ -153,19 +155,19 @@ pub struct FileLock(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     place: FileSpec,
-    /// The open file of an earlier acquisition.
+    /// An open file that an earlier acquisition used.
     spare: Slot<Open>,
 }
 
-/// Where the file is, and how it is made.
+/// Where the file is, and how it is created.
 #[derive(Clone, Debug)]
 struct FileSpec {
     path: PathBuf,
-    /// The permissions of a file made here, exactly; else 0600 less the umask.
+    /// The exact permissions of a file that is created here; without them 0600 less the umask.
     mode: Option<u32>,
-    /// Whether missing directories are made.
+    /// Whether missing directories are created.
     parents: bool,
-    /// The directory is open to other users, who may have put something else in the file's place.
+    /// The directory is open to other users, which may have replaced the file by something else.
     hardened: bool,
 }
 
@@ -174,27 +176,28 @@ struct Open {
     file: ForkGuarded<File>,
     /// Its device and inode, which no other file has while it is open.
     identity: (u64, u64),
-    /// The process that opened it: what a forked child has is inert.
+    /// Identifies the process that opened it: a forked child's copy is inert.
     generation: u32,
-    /// Whether this acquisition made it.
+    /// Whether this acquisition created it.
     made: bool,
-    /// When it was last seen to be the file at the path. This and what follows are [`nanos`]; 0 is never.
+    /// When it was last seen to be the file at the path. This and the next two values are [`nanos`]; 0 means never.
     compared: u64,
-    /// When the descriptor was last used, and was the lock's.
+    /// When the descriptor was last used, and belonged to the lock.
     used: u64,
     /// When the lock was last known to be held, at the beginning of a hold. A holder that deletes its own file does so
-    /// later, so a [`RecheckWindow`] is counted from here.
+    /// later, so a [`RecheckWindow`] starts here.
     held: u64,
 }
 
 impl Open {
-    /// The part of a [`RecheckWindow`] that is too short to close a file and open another: opening one is a look at a path, and
-    /// more.
+    /// The divisor of a [`RecheckWindow`] for a time too short to close a file and open another: an open looks a path
+    /// up, and does more.
     const HELD: u64 = 2;
-    /// The same part for the time between two holds, which includes an unlock.
+    /// The same divisor for the time between two holds, which includes an unlock.
     const IDLE: u64 = 3;
 
-    /// Whether the descriptor is still this lock's, of which `part` of a [`RecheckWindow`] must be too short to replace it.
+    /// Returns whether the descriptor still belongs to this lock. `part` divides the [`RecheckWindow`], so that the
+    /// result is too short to replace the descriptor.
     #[inline]
     fn is_own(&self, now: u64, part: u64) -> bool {
         RECHECK_WINDOW.covers(now.wrapping_sub(self.used).saturating_mul(part)) || self.file.is_own()
@@ -202,14 +205,14 @@ impl Open {
 }
 
 impl FileLock {
-    /// A lock on the file or directory at `path`. Nothing happens there until it is first locked; then a missing file is
-    /// made.
+    /// Creates a lock on the file or directory at `path`. Nothing happens there until the first acquisition, which
+    /// creates a missing file.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self::at(FileSpec { path: path.into(), mode: None, parents: false, hardened: false })
     }
 
-    /// A lock on a file of lockkit's own, which has exactly `mode`, and which no symlink, hard link or special file
-    /// may stand for.
+    /// Creates a lock on a file of lockkit's own. The file has exactly `mode`, and must not be a symlink, a hard link
+    /// or a special file.
     pub(crate) fn own(path: PathBuf, mode: u32) -> Self {
         Self::at(FileSpec { path, mode: Some(mode), parents: false, hardened: true })
     }
@@ -218,27 +221,28 @@ impl FileLock {
         Self(Arc::new(Inner { place, spare: Slot::empty() }))
     }
 
-    /// The permissions that a file gets when locking makes it, exactly, whatever the process's umask is. Without this
-    /// option they are 0600 less the umask.
+    /// Sets the exact permissions of a file that locking creates, whatever the process's umask is. Without this option
+    /// they are 0600 less the umask.
     ///
-    /// The mode must let the owner read. An acquisition fails with [`InvalidOption`](ErrorKind::InvalidOption) otherwise.
+    /// The mode must let the owner read. Otherwise an acquisition fails with
+    /// [`InvalidOption`](ErrorKind::InvalidOption).
     pub fn create_with_mode(self, mode: u32) -> Self {
         Self::at(FileSpec { mode: Some(mode), ..self.0.place.clone() })
     }
 
-    /// Makes missing directories on the way to the file, too, with the permissions that the process's umask leaves.
+    /// Creates missing parent directories, too, with the permissions that the process's umask leaves.
     pub fn create_parents(self) -> Self {
         Self::at(FileSpec { parents: true, ..self.0.place.clone() })
     }
 
-    /// The path of the file.
+    /// Returns the path of the file.
     pub fn path(&self) -> &Path {
         &self.0.place.path
     }
 
-    /// The locks on files that somebody holds now, as far as this process may see: those of its own user's processes,
-    /// and of all when it is root's. A file that is deleted meanwhile is not among them, and neither is one that is
-    /// locked by other means than flock(2). By the time it returns it may already be past. Empty outside Linux.
+    /// Returns the locks on files that are held now, as far as this process may see them: those of its own user's
+    /// processes, and all for root. The result does not include files that are deleted meanwhile, or locks other than
+    /// those of flock(2). The result is a snapshot. It is empty outside Linux.
     ///
     /// ```
     /// # #[cfg(target_os = "linux")]
@@ -261,10 +265,12 @@ impl FileLock {
         Vec::new()
     }
 
-    /// Who holds the lock now, exclusively or shared: each process with a descriptor that keeps it, or at least the one
-    /// that took it. Locks of fcntl(2) do not count, for they do not exclude this one. Empty when the lock is free, when the holder is hidden (a process of another pid namespace), and outside
-    /// Linux. Takes and opens nothing, so it disturbs nobody; it reads the descriptors of all processes, which takes
-    /// milliseconds.
+    /// Returns the holders of the lock now, exclusive or shared: each process with a descriptor that keeps the lock, or
+    /// at least the process that acquired it. Locks of fcntl(2) do not count, because they do not exclude this one.
+    ///
+    /// The result is empty if the lock is free, if the holder is hidden (a process of another pid namespace), and
+    /// outside Linux. The call locks and opens nothing, so it disturbs no process. It reads the descriptors of all
+    /// processes, which takes milliseconds.
     ///
     /// ```
     /// # #[cfg(target_os = "linux")]
@@ -279,13 +285,13 @@ impl FileLock {
     /// ```
     ///
     /// # Errors
-    /// [`Io`](ErrorKind::Io) when the file cannot be looked at, except that nobody holds a missing one.
+    /// [`Io`](ErrorKind::Io) if the file cannot be checked, except that a missing file has no holders.
     pub fn holders(&self) -> Result<Vec<Owner>> {
         Ok(self.locked()?.0.into_iter().filter_map(Owner::of).collect())
     }
 
-    /// How many wait in the kernel for the lock now. Who waits with a limit or a token looks again from time to time,
-    /// and is not among them. None outside Linux.
+    /// Returns how many waiters wait in the kernel for the lock now. A waiter with a limit or a token polls and does
+    /// not count. The result is 0 outside Linux.
     ///
     /// # Errors
     /// As [`holders`](Self::holders).
@@ -307,20 +313,21 @@ impl FileLock {
         Ok((Vec::new(), 0))
     }
 
-    /// Takes the lock for this owner alone, waiting as `wait` says.
+    /// Acquires the lock exclusively, waiting as `wait` says.
     ///
-    /// An endless wait sleeps in the kernel. One with a limit or a token looks again after pauses that grow from 50
+    /// A wait without a limit sleeps in the kernel. A wait with a limit or a token polls, with pauses that grow from 50
     /// microseconds to 5 milliseconds.
     ///
     /// # Errors
-    /// [`Held`](ErrorKind::Held), [`Timeout`](ErrorKind::Timeout) or [`Cancelled`](ErrorKind::Cancelled) as `wait` has
-    /// it; [`Io`](ErrorKind::Io) when the file cannot be opened, made or locked, or is neither a file nor a directory;
-    /// [`RogueDeletion`](ErrorKind::RogueDeletion) when somebody replaces it all the time.
+    /// - [`Held`](ErrorKind::Held), [`Timeout`](ErrorKind::Timeout) or [`Cancelled`](ErrorKind::Cancelled), as `wait`
+    ///   says.
+    /// - [`Io`](ErrorKind::Io) if the file cannot be opened, created or locked, or is neither a file nor a directory.
+    /// - [`RogueDeletion`](ErrorKind::RogueDeletion) if another process replaces the file all the time.
     pub fn acquire(&self, wait: &Wait) -> Result<FileGuard> {
         self.acquire_in(Mode::Exclusive, wait)
     }
 
-    /// Takes the lock together with everybody else who takes it shared, waiting as `wait` says.
+    /// Acquires the lock shared, together with all other shared holders, waiting as `wait` says.
     ///
     /// # Errors
     /// As [`acquire`](Self::acquire).
@@ -328,7 +335,7 @@ impl FileLock {
         self.acquire_in(Mode::Shared, wait)
     }
 
-    /// As [`acquire_shared`](Self::acquire_shared), in a task; see [`acquire_async`](Self::acquire_async).
+    /// Acquires as [`acquire_shared`](Self::acquire_shared), in a task; see [`acquire_async`](Self::acquire_async).
     ///
     /// # Errors
     /// As [`acquire_async`](Self::acquire_async).
@@ -345,15 +352,15 @@ impl FileLock {
         self.acquire_in_async(Mode::Shared, wait).await
     }
 
-    /// Takes the lock shared if nobody has it exclusively now.
+    /// Acquires the lock shared if it is not held exclusively now.
     ///
     /// # Errors
-    /// [`Held`](ErrorKind::Held) when somebody has, and what [`acquire`](Self::acquire) adds.
+    /// [`Held`](ErrorKind::Held) if it is held exclusively, and those that [`acquire`](Self::acquire) adds.
     pub fn try_lock_shared(&self) -> Result<FileGuard> {
         self.acquire_shared(&Wait::none())
     }
 
-    /// Takes the lock shared, waiting for it as long as it takes.
+    /// Acquires the lock shared, waiting without a limit.
     ///
     /// # Errors
     /// Those that [`acquire`](Self::acquire) adds.
@@ -361,16 +368,16 @@ impl FileLock {
         self.acquire_shared(&Wait::forever())
     }
 
-    /// Takes the lock shared, waiting for it at most `limit`.
+    /// Acquires the lock shared, waiting at most `limit`.
     ///
     /// # Errors
-    /// [`Timeout`](ErrorKind::Timeout) when it was still held exclusively then, and what [`acquire`](Self::acquire)
+    /// [`Timeout`](ErrorKind::Timeout) if it was still held exclusively then, and those that [`acquire`](Self::acquire)
     /// adds.
     pub fn lock_shared_for(&self, limit: Duration) -> Result<FileGuard> {
         self.acquire_shared(&Wait::at_most(limit))
     }
 
-    /// As [`acquire`](Self::acquire), with errors that speak of `subject`.
+    /// Acquires as [`acquire`](Self::acquire), with errors that name `subject`.
     pub(crate) fn acquire_as(&self, wait: &Wait, subject: &dyn LockInfo) -> Result<FileGuard> {
         self.guard(Mode::Exclusive, wait, subject)
     }
@@ -378,7 +385,7 @@ impl FileLock {
     #[inline]
     fn acquire_in(&self, mode: Mode, wait: &Wait) -> Result<FileGuard> {
         let take = || self.guard(mode, wait, &*self.0);
-        // A file of lockkit's own belongs to another lock, which tells of itself.
+        // A file of lockkit's own belongs to another lock, which reports its own events.
         if self.0.place.hardened { take() } else { telemetry::acquire(&*self.0, take) }
     }
 
@@ -402,10 +409,10 @@ impl FileLock {
 
 lock_methods!(
     FileLock, FileGuard,
-    in_tasks: "A lock that is free is taken here, which blocks for as long as the file system needs to open and lock the file. \
-               One that is held is waited for on a thread of its own, under any runtime \
-               ([`Io`](crate::ErrorKind::Io) when none can be started). That is woken at once when the future is \
-               dropped, closes its file and ends; a lock that it gets at the same moment it releases."
+    in_tasks: "A free lock is acquired in the call, which blocks for as long as the file system needs to open and \
+               lock the file. A thread of its own waits for a lock that is held, under any runtime \
+               ([`Io`](crate::ErrorKind::Io) if none can be started). When the future is dropped, that thread wakes \
+               at once, closes its file and ends. It releases a lock that it acquires at the same moment."
 );
 
 impl LockInfo for Inner {
@@ -418,7 +425,7 @@ impl LockInfo for Inner {
         ("file", self.place.path.display().to_string())
     }
 
-    /// The kernel does not say.
+    /// Always `None`: the kernel does not name the holder.
     fn holder(&self) -> Option<Owner> {
         None
     }
@@ -443,8 +450,8 @@ impl Inner {
             };
             let made = std::mem::take(&mut open.made);
             if let Err(error) = self.lock(&open.file, mode, wait, &mut patience, subject) {
-                // On a file system without flock no process can hold the lock, and the new file serves no purpose. After
-                // any other error another process may hold it.
+                // On a file system without flock no process can hold the lock, and the new file serves no purpose.
+                // After any other error another process may hold it.
                 let cannot_lock = |error: &Error| match error.kind() {
                     ErrorKind::Io { action: "lock", source, .. } => flock::is_unsupported(source),
                     _ => false,
@@ -465,7 +472,7 @@ impl Inner {
             // The descriptor may have been closed during a wait.
             if self.place.names(open.identity)? && (patience.is_none() || open.file.is_own()) {
                 let seen = nanos();
-                // A wait says nothing of how fast this process is.
+                // A time that includes a wait does not show how fast this process is.
                 if before != 0 && patience.is_none() {
                     RECHECK_WINDOW.measured(seen.wrapping_sub(before));
                 }
@@ -476,7 +483,7 @@ impl Inner {
         Err(ErrorKind::RogueDeletion { path: self.place.path.clone() }.into())
     }
 
-    /// Locks the open file. The patience with which it waits is one for all the files that the path comes to name.
+    /// Locks the open file. `patience` is shared by all the files that the path names during the acquisition.
     fn lock(
         &self,
         file: &File,
@@ -511,7 +518,7 @@ impl Inner {
 }
 
 impl FileSpec {
-    /// Whether the path still leads to the file of this device and inode.
+    /// Returns whether the path still leads to the file of this device and inode.
     fn names(&self, identity: (u64, u64)) -> Result<bool> {
         match files::look_at(&self.path) {
             Ok(named) => Ok((named.dev(), named.ino()) == identity),
@@ -520,10 +527,8 @@ impl FileSpec {
         }
     }
 
-    /// Opens the file, or makes it: never both in one step, which the kernel refuses for another user's file in a
-    /// sticky directory (`fs.protected_regular`).
-    ///
-    /// Also says whether it was made.
+    /// Opens the file, or creates it, and returns whether it was created. It never does both in one step: the kernel
+    /// refuses that for another user's file in a sticky directory (`fs.protected_regular`).
     fn open(&self) -> Result<(ForkGuarded<File>, bool)> {
         for _ in 0..MOST_OPENINGS {
             match self.open_existing() {
@@ -554,7 +559,8 @@ impl FileSpec {
         Err(ErrorKind::RogueDeletion { path: self.path.clone() }.into())
     }
 
-    /// A file with a mode of its own gets it before the path names it, so that a kill leaves no other one.
+    /// Creates the file. A file with an explicit mode gets it before the path names it, so that a kill never leaves a
+    /// file with another mode.
     fn create(&self) -> io::Result<ForkGuarded<File>> {
         let Some(mode) = self.mode else { return self.create_at_path(0o600) };
         let directory = match self.path.parent() {
@@ -573,9 +579,9 @@ impl FileSpec {
             named => {
                 named?;
                 step("lock file named");
-                // Opened again, for /proc shows no path for a descriptor that is older than the name.
+                // Opened again, because /proc shows no path for a descriptor that is older than the name.
                 self.open_existing().map_err(|error| match error.kind() {
-                    // It was removed just now, as if another process had made it.
+                    // It was removed just now, as if another process had created it.
                     Io::NotFound => Io::AlreadyExists.into(),
                     _ => error,
                 })
@@ -591,10 +597,10 @@ impl FileSpec {
         Ok(file)
     }
 
-    /// As [`create`](Self::create), on a file system without nameless files.
+    /// Creates the file like [`create`](Self::create), on a file system without nameless files.
     fn create_in_place(&self, mode: u32) -> io::Result<ForkGuarded<File>> {
         let file = self.create_at_path(mode)?;
-        // The umask is not ours to change, but the file's mode is.
+        // The umask belongs to the program, so the mode is set here.
         if let Err(error) = files::set_mode(&file, mode) {
             let _ = std::fs::remove_file(&self.path);
             step("file made for nothing removed");
@@ -604,14 +610,15 @@ impl FileSpec {
         Ok(file)
     }
 
-    /// For writing where that is allowed, as some file systems want it for an exclusive lock; else for reading.
+    /// Opens the file for writing if that is allowed, because some file systems require it for an exclusive lock.
+    /// Otherwise opens it for reading.
     fn open_existing(&self) -> io::Result<ForkGuarded<File>> {
         let unfit = || io::Error::new(Io::InvalidInput, "neither a file nor a directory");
-        // Looked at first, because merely opening a FIFO or a device may do something.
+        // The check comes first, because the open of a FIFO or a device may have effects.
         if std::fs::metadata(&self.path).is_ok_and(|found| !found.is_file() && !found.is_dir()) {
             return Err(unfit());
         }
-        // One put there since must not keep the call waiting for its other end, nor become this process's terminal.
+        // One that was put there since must not block the open, nor become this process's controlling terminal.
         let flags = files::NONBLOCK | files::NOCTTY | if self.hardened { files::NOFOLLOW } else { 0 };
         let open = |writing| {
             let mut options = OpenOptions::new();
@@ -623,7 +630,7 @@ impl FileSpec {
             opened => opened,
         }?;
         let found = files::look(&file)?;
-        // One without a name was deleted just now, which shows once it is locked.
+        // A file without a name was deleted just now, which is noticed once it is locked.
         if self.hardened && !(found.is_file() && found.nlink() <= 1) {
             return Err(io::Error::new(Io::InvalidInput, "not a plain file of its own"));
         }
@@ -634,7 +641,7 @@ impl FileSpec {
     }
 }
 
-/// Refuses a mode that shuts the owner of the file out, or that is none.
+/// Rejects an invalid mode, and a mode that does not let the owner read the file.
 pub(crate) fn check_mode(mode: Option<u32>) -> Result<()> {
     let problem = match mode.filter(|_| cfg!(unix)) {
         Some(mode) if mode & !0o7777 != 0 => format!("{mode:#o} is no mode"),
@@ -644,8 +651,8 @@ pub(crate) fn check_mode(mode: Option<u32>) -> Result<()> {
     Err(ErrorKind::InvalidOption { option: "create_with_mode", problem }.into())
 }
 
-/// Whether a file that could not be opened for writing for this reason may still be opened for reading. A program that
-/// runs is one of those.
+/// Returns whether a file that could not be opened for writing for this reason may still be opened for reading. The
+/// executable of a running program is such a file.
 fn for_reading_only(reason: Io) -> bool {
     use Io::{ExecutableFileBusy, IsADirectory, PermissionDenied, ReadOnlyFilesystem};
     matches!(reason, PermissionDenied | ReadOnlyFilesystem | IsADirectory | ExecutableFileBusy)
@@ -669,15 +676,15 @@ fn for_reading_only(reason: Io) -> bool {
 #[must_use = "a guard that is dropped at once releases its lock at once; bind it to a name such as `_guard`"]
 #[derive(Debug)]
 pub struct FileGuard {
-    /// Taken by the release.
+    /// `None` after the release has taken it.
     open: Option<Box<Open>>,
     mode: Mode,
     lock: Arc<Inner>,
 }
 
 impl FileGuard {
-    /// The locked file, for reading, and for writing where its permissions allow it. Its position goes on from one
-    /// acquisition to the next; seek, or read and write at offsets.
+    /// Returns the locked file, for reading, and for writing if its permissions allow it. Its position continues from
+    /// one acquisition to the next; seek, or read and write at offsets.
     pub fn file(&self) -> &File {
         match &self.open {
             Some(open) => &open.file,
@@ -685,7 +692,7 @@ impl FileGuard {
         }
     }
 
-    /// Another descriptor of the locked file.
+    /// Returns another descriptor of the locked file.
     #[cfg(unix)]
     pub(crate) fn copy(&self) -> io::Result<File> {
         match &self.open {
@@ -694,29 +701,29 @@ impl FileGuard {
         }
     }
 
-    /// Whether others may hold it shared at the same time.
+    /// Returns whether the lock is shared, so that other processes may hold it shared at the same time.
     pub fn is_shared(&self) -> bool {
         self.mode == Mode::Shared
     }
 
-    /// Releases now and says what went wrong.
+    /// Releases the lock now and returns any failure.
     ///
     /// # Errors
-    /// [`Io`](ErrorKind::Io) when the kernel refuses to unlock, or when the program has closed the descriptor and so
+    /// [`Io`](ErrorKind::Io) if the kernel refuses to unlock, or if the program has closed the descriptor and so
     /// released the lock earlier. The lock is released all the same.
     pub fn release(mut self) -> Result<()> {
         self.give_back()
     }
 
-    /// Always `None`: the file's content is the caller's own, so nothing tells how the previous holder ended.
+    /// Always `None`: the content of the file belongs to the caller, so nothing shows how the previous holder ended.
     pub fn recovered(&self) -> Option<&Recovered> {
         None
     }
 
-    /// Writes to the file, unless the descriptor is not the lock's any more.
+    /// Writes to the file, unless the descriptor no longer belongs to the lock.
     ///
     /// # Errors
-    /// [`Io`](ErrorKind::Io) then; the lock was released when the descriptor was closed.
+    /// [`Io`](ErrorKind::Io) in that case; the lock was released when the descriptor was closed.
     pub(crate) fn write<T>(&mut self, write: impl FnOnce(&File) -> T) -> Result<T> {
         let Some(open) = &mut self.open else { unreachable!("only the release takes it, and ends the guard") };
         if !open.is_own(nanos(), Open::HELD) {
@@ -727,7 +734,7 @@ impl FileGuard {
         Ok(written)
     }
 
-    /// As [`release`](Self::release), and looks at the file once it is unlocked.
+    /// Releases as [`release`](Self::release), and calls `look` with the unlocked file.
     pub(crate) fn release_and<T>(mut self, look: impl FnOnce(&File) -> T) -> Result<T> {
         let Some(mut open) = self.open.take() else { unreachable!("only the release takes it, and ends the guard") };
         self.unlock(&mut open)?;
@@ -748,7 +755,7 @@ impl FileGuard {
     }
 
     fn unlock(&self, open: &mut Open) -> Result<()> {
-        // In a forked child the lock is the parent's, and the descriptor here an inert one.
+        // In a forked child the lock belongs to the parent, and the descriptor is inert.
         if open.generation != fork::noted_generation() {
             return Ok(());
         }
@@ -758,7 +765,7 @@ impl FileGuard {
             return Err(failed(fork::closed_by_program()));
         }
         open.used = now;
-        // If this fails, closing the file releases.
+        // If this fails, closing the file releases the lock.
         flock::unlock(&open.file).map_err(failed)
     }
 
@@ -781,11 +788,11 @@ impl Guard for FileGuard {
 
 impl Drop for FileGuard {
     fn drop(&mut self) {
-        // Closing the file releases, too, so a failure here leaves nothing locked.
+        // Closing the file also releases, so a failure here leaves nothing locked.
         let _ = self.give_back();
     }
 }
-/// The beginning of a file, at most so many bytes of it.
+/// Returns the beginning of a file, at most `most` bytes.
 pub(crate) fn beginning(file: &File, most: usize) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; most];
     let mut filled = 0;

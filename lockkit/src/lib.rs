@@ -1,18 +1,18 @@
-//! Locks that outlive a process boundary: each gives an owned guard, and dropping the guard releases.
+//! Locks between processes: each lock gives an owned guard, and dropping the guard releases the lock.
 //!
-//! A crash never leaves a lock stuck, never lets two in, and the next owner is told about it.
+//! A crash never leaves a lock stuck and never lets two processes hold it. The next owner's guard reports the crash.
 //!
 //! # Which one first
 //!
-//! Take a [`NamedLock`], or [`single_instance`], which puts one around a function, unless one of these is true:
+//! Use a [`NamedLock`], or [`single_instance`], which puts one around a function, unless one of these is true:
 //!
-//! | if | take | it is a lock on |
+//! | if | use | it is a lock on |
 //! |---|---|---|
-//! | a file or directory is guarded, some may read it together, or flock(1) takes part | [`FileLock`] | a path, exclusive or shared |
-//! | a second start hands its arguments over to the first (Linux) | [`Instance`] | a name, whose holder further starts talk to |
-//! | people and programs want to read who runs: `kill $(cat …)`, systemd's `PIDFile=` | [`PidFile`] | a path whose file says who holds it |
+//! | a file or directory is guarded, several processes may read it together, or flock(1) is used too | [`FileLock`] | a path, exclusive or shared |
+//! | a second start hands its arguments over to the first (Linux) | [`Instance`] | a name, whose holder receives the messages of further starts |
+//! | people and programs want to read the holder's pid: `kill $(cat …)`, systemd's `PIDFile=` | [`PidFile`] | a path whose file names the holder |
 //! | several hosts take part, or a holder that hangs must lose its lock | [`Lease`] | a key, for a time that a heartbeat renews |
-//! | there are thousands of locks, or one is taken a million times a second | [`ShmLockManager`] | a number out of a table in shared memory |
+//! | there are thousands of locks, or one is acquired a million times a second | [`ShmLockManager`] | a number from a table in shared memory |
 //! | the same, without memory to share; or inside one process, for tests | [`FileLockManager`]; [`InMemoryLockManager`] | a number |
 //!
 //! All are a [`Lock`] with a [`Guard`], and wait as a [`Wait`] says: not at all, for ever, up to a limit, until a
@@ -41,21 +41,25 @@
 //! # #[cfg(not(feature = "macros"))] fn main() {}
 //! ```
 //!
-//! The features `etcd`, `postgres` and `redis` bring leases on servers, which [`Lease::connect`] takes by a URL; `cli` brings
-//! the command `lockkit`, which on Linux is flock(1), too. All but `macros`, the attribute, are off by default.
+//! The features `etcd`, `postgres` and `redis` add leases on servers: [`Lease::connect`] takes their URL. `cli` adds the
+//! command `lockkit`, which on Linux is flock(1), too. All features but `macros`, the attribute, are off by default.
 //!
-//! With the feature `tokio` every lock can be waited for in tasks, too (`acquire_async`, [`AsyncLock`]). With the feature
-//! `tracing` they tell a subscriber what happens to them: debug events when a lock is waited for (`holder`) and acquired
-//! (`waited`, in seconds), a warning when the owner before died (`recovered`), an error when a lease is lost (`token`,
-//! `reason`), and trace events at the release, each with the `kind` and the `name` of the lock and in a debug span
-//! `acquire` for as long as an acquisition takes.
+//! With the feature `tokio` every lock can also be acquired in tasks (`acquire_async`, [`AsyncLock`]). With the feature
+//! `tracing` the locks report events to a subscriber:
+//!
+//! - debug events when a lock is waited for (`holder`) and acquired (`waited`, in seconds);
+//! - a warning if the previous owner died (`recovered`);
+//! - an error if a lease is lost (`token`, `reason`);
+//! - trace events at the release.
+//!
+//! Each event has the `kind` and the `name` of the lock. A debug span `acquire` covers each acquisition.
 //!
 #![cfg_attr(not(feature = "tokio"), doc = "[`AsyncLock`]: https://docs.rs/lockkit/latest/lockkit/trait.AsyncLock.html")]
 #![doc = include_str!("traps.md")]
 #![warn(missing_docs)]
 #![deny(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
-// They are const; clippy does not see it in what the macro makes of them there.
+// They are const; clippy does not see that in the macro's expansion there.
 #![cfg_attr(windows, allow(clippy::missing_const_for_thread_local))]
 
 #[cfg(feature = "tokio")]
@@ -80,7 +84,7 @@ mod owner;
 mod owner_text;
 mod pidfile;
 #[cfg(target_os = "linux")]
-// The command needs more of it than the library.
+// The command needs more of the module than the library does.
 #[cfg_attr(not(feature = "cli"), allow(dead_code, unreachable_pub))]
 mod proc_locks;
 mod sys;
@@ -106,7 +110,7 @@ pub use owner::{Liveness, Owner};
 pub use pidfile::{PidFile, PidGuard, PidStatus};
 pub use wait::{CancelToken, Wait};
 
-/// What most programs need, for one `use`.
+/// The items that most programs need, for one `use`.
 pub mod prelude {
     #[cfg(target_os = "linux")]
     pub use crate::Instance;

@@ -1,4 +1,4 @@
-//! The words that every lock shares.
+//! The traits and methods that all locks share.
 
 use std::time::Duration;
 
@@ -6,16 +6,15 @@ use crate::error::Result;
 use crate::owner::Owner;
 use crate::wait::Wait;
 
-/// Something that one owner at a time can hold, whichever thread or process it lives in.
+/// A lock that one owner at a time can hold, in any thread or process.
 ///
-/// Every type has these four methods of its own as well, so the trait is needed only by code that works with any
-/// lock.
+/// Every lock type also has these four methods itself, so only code that works with any lock needs the trait.
 ///
 /// ```
 /// use lockkit::{Lock, NamedLock, Result};
 ///
 /// fn exclusively<L: Lock, T>(lock: &L, work: impl FnOnce() -> T) -> Result<T> {
-///     let _guard = lock.lock()?; // Or `lock.acquire(&wait)?`, which all others come down to.
+///     let _guard = lock.lock()?; // Or `lock.acquire(&wait)?`, on which the others are built.
 ///     Ok(work())
 /// }
 /// # fn main() -> Result<()> {
@@ -23,26 +22,26 @@ use crate::wait::Wait;
 /// # Ok(()) }
 /// ```
 pub trait Lock {
-    /// What holding the lock is; dropping it releases.
+    /// The guard of a held lock; dropping it releases.
     type Guard: Guard;
 
-    /// Takes the lock, waiting as `wait` says.
+    /// Acquires the lock, waiting as `wait` says.
     ///
     /// # Errors
     /// [`Held`](crate::ErrorKind::Held), [`Timeout`](crate::ErrorKind::Timeout) or
-    /// [`Cancelled`](crate::ErrorKind::Cancelled) as `wait` has it, and what the kind of lock adds.
+    /// [`Cancelled`](crate::ErrorKind::Cancelled), as `wait` says, and those that the kind of lock adds.
     fn acquire(&self, wait: &Wait) -> Result<Self::Guard>;
 
-    /// Takes the lock if it is free now.
+    /// Acquires the lock if it is free now.
     ///
     /// # Errors
-    /// [`Held`](crate::ErrorKind::Held) when it is not, and what [`acquire`](Self::acquire) adds.
+    /// [`Held`](crate::ErrorKind::Held) if it is not, and those that [`acquire`](Self::acquire) adds.
     #[inline]
     fn try_lock(&self) -> Result<Self::Guard> {
         self.acquire(&Wait::none())
     }
 
-    /// Takes the lock, waiting for it as long as it takes.
+    /// Acquires the lock, waiting without a limit.
     ///
     /// # Errors
     /// Those that the kind of lock adds to [`acquire`](Self::acquire).
@@ -51,30 +50,31 @@ pub trait Lock {
         self.acquire(&Wait::forever())
     }
 
-    /// Takes the lock, waiting for it at most `limit`.
+    /// Acquires the lock, waiting at most `limit`.
     ///
     /// # Errors
-    /// [`Timeout`](crate::ErrorKind::Timeout) when it was still held then, and what [`acquire`](Self::acquire) adds.
+    /// [`Timeout`](crate::ErrorKind::Timeout) if it was still held then, and those that [`acquire`](Self::acquire)
+    /// adds.
     fn lock_for(&self, limit: Duration) -> Result<Self::Guard> {
         self.acquire(&Wait::at_most(limit))
     }
 }
 
-/// A held lock. It owns all it needs, so it can be kept in a struct, held across `.await` and dropped on any thread.
+/// A held lock. It borrows nothing, so it can be kept in a struct, held across `.await` and dropped on any thread.
 #[must_use = "a guard that is dropped at once releases its lock at once; bind it to a name such as `_guard`"]
 pub trait Guard: Send {
-    /// Releases now and says what went wrong, which dropping cannot.
+    /// Releases the lock now and returns any failure, which a drop cannot.
     ///
     /// # Errors
-    /// What the kind of lock says. The lock is released all the same.
+    /// Those of the kind of lock. The lock is released all the same.
     fn release(self) -> Result<()>;
 
-    /// Whether the previous owner died holding the lock, and who that was where it is known. What the lock protects
-    /// may then be half done.
+    /// Returns a report if the previous owner died while it held the lock. The report names that owner, where it is
+    /// known. The data that the lock protects may then be incomplete.
     fn recovered(&self) -> Option<&Recovered>;
 }
 
-/// The previous owner of a lock died holding it.
+/// The report that the previous owner of a lock died holding it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Recovered {
     owner: Option<Owner>,
@@ -85,13 +85,13 @@ impl Recovered {
         Self { owner }
     }
 
-    /// The owner that died, where something still told who it was.
+    /// Returns the owner that died, if its identity is still known.
     pub fn owner(&self) -> Option<&Owner> {
         self.owner.as_ref()
     }
 }
 
-/// For people: `pid 4242 (backup), since 2026-11-20 17:03:11 UTC (42 s ago)`, or `an unknown process`.
+/// Formats for people: `pid 4242 (backup), since 2026-11-20 17:03:11 UTC (42 s ago)`, or `an unknown process`.
 impl std::fmt::Display for Recovered {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match &self.owner {
@@ -101,21 +101,21 @@ impl std::fmt::Display for Recovered {
     }
 }
 
-/// Gives a lock type the methods of [`Lock`] and `AsyncLock` as its own, on top of an inherent `acquire` and a private
-/// `take_async`. `in_tasks` says how that waits.
+/// Implements the methods of [`Lock`] and `AsyncLock` on a lock type, from an inherent `acquire` and a private
+/// `take_async`. `in_tasks` documents how the latter waits.
 macro_rules! lock_methods {
     ($lock:ty, $guard:ty, in_tasks: $in_tasks:expr) => {
         impl $lock {
-            /// Takes the lock if it is free now.
+            /// Acquires the lock if it is free now.
             ///
             /// # Errors
-            /// [`Held`](crate::ErrorKind::Held) when it is not, and what [`acquire`](Self::acquire) adds.
+            /// [`Held`](crate::ErrorKind::Held) if it is not, and those that [`acquire`](Self::acquire) adds.
             #[inline]
             pub fn try_lock(&self) -> $crate::Result<$guard> {
                 $crate::Lock::try_lock(self)
             }
 
-            /// Takes the lock, waiting for it as long as it takes.
+            /// Acquires the lock, waiting without a limit.
             ///
             /// # Errors
             /// Those that [`acquire`](Self::acquire) adds.
@@ -124,10 +124,10 @@ macro_rules! lock_methods {
                 $crate::Lock::lock(self)
             }
 
-            /// Takes the lock, waiting for it at most `limit`.
+            /// Acquires the lock, waiting at most `limit`.
             ///
             /// # Errors
-            /// [`Timeout`](crate::ErrorKind::Timeout) when it was still held then, and what
+            /// [`Timeout`](crate::ErrorKind::Timeout) if it was still held then, and those that
             /// [`acquire`](Self::acquire) adds.
             #[inline]
             pub fn lock_for(&self, limit: std::time::Duration) -> $crate::Result<$guard> {
@@ -137,12 +137,12 @@ macro_rules! lock_methods {
 
         #[cfg(feature = "tokio")]
         impl $lock {
-            /// As [`acquire`](Self::acquire), in a task: the thread is free for others while this one waits.
+            /// Acquires as [`acquire`](Self::acquire), in a task: other tasks can use the thread during the wait.
             ///
             #[doc = $in_tasks]
             ///
-            /// Dropping the future gives up: this process does not keep the lock any more, and nothing stays behind.
-            /// Only a lease may yet be granted by a request under way, and is released again.
+            /// Dropping the future gives up: this process does not keep the lock, and no resources stay behind. Only a
+            /// lease may still be granted by a request in flight; it is then released.
             ///
             /// ```
             /// use std::time::Duration;
@@ -157,7 +157,7 @@ macro_rules! lock_methods {
             /// ```
             ///
             /// # Errors
-            /// As [`acquire`](Self::acquire), and as it says above.
+            /// As [`acquire`](Self::acquire), and those named above.
             #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
             pub async fn acquire_async(&self, wait: &$crate::Wait) -> $crate::Result<$guard> {
                 self.take_async(wait).await

@@ -1,15 +1,15 @@
-//! The rule that every lock name keeps.
+//! The rule for all lock names.
 //!
-//! A name is part of a kernel object's name on one system and of a file name on another, is read aloud in logs and
-//! typed into shells. So: it starts with an ASCII letter, goes on with ASCII letters, digits, `-`, `_` and `.`, and
-//! has 1 to [`MAX_LEN`] bytes. The check is `const`, so that `#[single_instance]` makes it at compile time.
+//! A name is part of a kernel object's name on one system and of a file name on another, appears in logs, and is typed
+//! into shells. So it is an ASCII letter followed by ASCII letters, digits, `-`, `_` and `.`, and has 1 to [`MAX_LEN`]
+//! bytes. The check is `const`, so that `#[single_instance]` does it at compile time.
 
 use crate::error::{Error, ErrorKind, Result};
 
 /// The longest name, in bytes: the longest prefix and a name together still fit into a Unix socket address.
 pub(crate) const MAX_LEN: usize = 80;
 
-/// The rule that `name` breaks, in words; `Ok` when it breaks none.
+/// Returns the rule that `name` violates, in words, or `Ok` for a valid name.
 pub(crate) const fn check(name: &str) -> std::result::Result<(), &'static str> {
     let bytes = name.as_bytes();
     if bytes.is_empty() {
@@ -34,7 +34,7 @@ pub(crate) const fn check(name: &str) -> std::result::Result<(), &'static str> {
     Ok(())
 }
 
-/// `name`, or [`ErrorKind::InvalidName`] with the rule that it breaks.
+/// Returns `name`, or [`ErrorKind::InvalidName`] with the rule that it violates.
 pub(crate) fn checked(name: &str) -> Result<&str> {
     match check(name) {
         Ok(()) => Ok(name),

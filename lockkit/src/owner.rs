@@ -1,8 +1,8 @@
-//! Who holds a lock, and whether that process still lives.
+//! The holder of a lock, and whether its process still lives.
 //!
-//! A pid alone is never enough: it is given out again, means another process in another container, and nothing at all
-//! on another host. An [`Owner`] is a pid with its process's start time, the boot, the pid namespace and the host it
-//! belongs to. What cannot be compared is [`Liveness::Unknown`], and unknown counts as alive.
+//! A pid alone is never enough: it is reused, means another process in another container, and means nothing on another
+//! host. An [`Owner`] is a pid with the process's start time, boot, pid namespace and host. If these cannot be
+//! compared, the result is [`Liveness::Unknown`], and unknown counts as alive.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -13,9 +13,10 @@ use crate::sys::process::{self, Probe};
 
 /// A process that holds a lock, or held it.
 ///
-/// Besides the pid it knows when the process started (on Linux in ticks of the kernel since boot, field 22 of
-/// [proc_pid_stat(5)], which no setting of the clock moves), the boot ([random(4)], `boot_id`), the pid namespace
-/// ([pid_namespaces(7)]) and the host. Two owners are equal if all of that is, and when they took the lock.
+/// Besides the pid it contains the start time of the process, the boot ([random(4)], `boot_id`), the pid namespace
+/// ([pid_namespaces(7)]) and the host. On Linux the start time is in ticks of the kernel since boot, field 22 of
+/// [proc_pid_stat(5)], which does not change when the clock is set. Two owners are equal if all of these are equal, and
+/// also their programs and the times at which they acquired the lock.
 ///
 /// ```
 /// use lockkit::{Liveness, Owner};
@@ -28,7 +29,7 @@ use crate::sys::process::{self, Probe};
 /// [random(4)]: https://man7.org/linux/man-pages/man4/random.4.html
 /// [pid_namespaces(7)]: https://man7.org/linux/man-pages/man7/pid_namespaces.7.html
 ///
-/// For people, and for a supervisor that is about to start another program in its place:
+/// For people, and for a supervisor that is about to execute another program in its process:
 ///
 /// ```
 /// use lockkit::Owner;
@@ -50,16 +51,16 @@ pub struct Owner {
 /// Whether an [`Owner`] still lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Liveness {
-    /// The very process runs.
+    /// The same process runs.
     Alive,
-    /// It has ended: its pid is free, given to a later process, or left to a zombie, or its host has booted since.
+    /// It has ended: its pid is free, reused by a later process, or left to a zombie, or its host has booted since.
     Dead,
-    /// It cannot be told from here, for it belongs to another host or another pid namespace. Counts as alive, always.
+    /// It cannot be determined, because it belongs to another host or pid namespace. It always counts as alive.
     Unknown,
 }
 
 impl Owner {
-    /// This process, when it has taken no lock yet. Cheap after the first call of a thread.
+    /// Returns this process as the owner of no lock yet. Cheap after the first call of a thread.
     ///
     /// ```
     /// let me = lockkit::Owner::current();
@@ -67,7 +68,7 @@ impl Owner {
     /// ```
     pub fn current() -> Self {
         thread_local! {
-            /// Reading it costs tens of microseconds, so each thread keeps it until a fork makes it another's.
+            /// Reading it costs tens of microseconds, so each thread caches it until a fork invalidates it.
             static CURRENT: RefCell<Option<(u32, Owner)>> = const { RefCell::new(None) };
         }
         let generation = fork::generation();
@@ -75,12 +76,12 @@ impl Owner {
             Some((made, owner)) if *made == generation => owner.clone(),
             current => {
                 let owner = Self::myself();
-                // What could not be read, for want of a descriptor perhaps, is asked for again next time.
+                // A part that could not be read, for example without a free descriptor, is read again next time.
                 *current = owner.is_complete().then(|| (generation, owner.clone()));
                 owner
             }
         });
-        // A thread that is ending has no thread-local store any more.
+        // A thread that is ending no longer has thread-local storage.
         cached.unwrap_or_else(|_| Self::myself())
     }
 
@@ -92,9 +93,11 @@ impl Owner {
         }
     }
 
-    /// The process that has `pid` in this process's pid namespace now; `None` when there is none, or only a zombie.
+    /// Returns the process that has `pid` in this process's pid namespace now. Returns `None` if there is none, or only
+    /// a zombie.
     ///
-    /// Keep it rather than the pid, and [`liveness`](Self::liveness) goes on telling this process from a later one.
+    /// Store the owner rather than the pid: then [`liveness`](Self::liveness) distinguishes this process from a later
+    /// one.
     ///
     /// ```
     /// use lockkit::{Liveness, Owner};
@@ -115,7 +118,7 @@ impl Owner {
         }
     }
 
-    /// A process of this host that another pid namespace hides.
+    /// Returns a process of this host that another pid namespace hides.
     pub(crate) fn hidden() -> Self {
         Self {
             pid: 0,
@@ -128,27 +131,27 @@ impl Owner {
         }
     }
 
-    /// The process that has `pid` somewhere, of which nothing else is known.
+    /// Returns the process that has `pid` in an unknown place, and about which nothing else is known.
     pub(crate) fn unknown(pid: u32) -> Self {
         Self { pid, start: None, boot: None, namespace: None, host: None, program: None, acquired: None }
     }
 
-    /// A process of this host by its pid alone, which is 0 where another pid namespace hides it: what else is read of it
-    /// would take too long.
+    /// Returns a process of this host by its pid alone, which is 0 if another pid namespace hides the process. Reading
+    /// the other fields would take too long.
     #[cfg(target_os = "linux")]
     pub(crate) fn by_pid(pid: u32) -> Self {
         Self { pid, namespace: (pid != 0).then(process::pid_namespace).flatten(), ..Self::hidden() }
     }
 
-    /// The process of this pid namespace that had `pid`, and has ended, whatever has the pid now.
+    /// Returns the process of this pid namespace that had `pid`, and has ended, whatever process has the pid now.
     pub(crate) fn ended(pid: u32) -> Self {
         /// No process starts at the same tick as the kernel.
         const NEVER: u64 = 0;
         Self { pid, start: Some(NEVER), namespace: process::pid_namespace(), ..Self::hidden() }
     }
 
-    /// The process that has `pid`, which was seen to have started then. What is looked up for people may already be a
-    /// later one's.
+    /// Returns the process that has `pid`, and that was seen to have the start time `start`. The informative fields may
+    /// already belong to a later process.
     pub(crate) fn read(pid: u32, start: Option<u64>) -> Self {
         Self {
             pid,
@@ -161,49 +164,51 @@ impl Owner {
         }
     }
 
-    /// With another program's name: of a process that is about to start that program in its place.
+    /// Sets the name of another program, for a process that is about to execute that program (exec).
     pub fn with_program(mut self, program: impl Into<String>) -> Self {
         self.program = Some(program.into());
         self
     }
 
-    /// Its pid, as a number of its own pid namespace; 0 when that namespace hides it from this process.
+    /// Returns its pid, as a number of its own pid namespace; 0 if that namespace hides it from this process.
     pub fn pid(&self) -> u32 {
         self.pid
     }
 
-    /// The name of the program that it runs, for people, as far as it is known.
+    /// Returns the name of the program that it runs, for people, as far as it is known.
     pub fn program(&self) -> Option<&str> {
         self.program.as_deref()
     }
 
-    /// The host that it runs on: the host's name and, where there is one, the id of its installation.
+    /// Returns the host that it runs on: the host's name and, where there is one, the id of its installation.
     pub fn host(&self) -> Option<&str> {
         self.host.as_deref()
     }
 
-    /// When it took the lock, by the wall clock, for people; nothing is decided by it.
+    /// Returns when it acquired the lock, by the wall clock, for people. No decision depends on it.
     pub fn acquired(&self) -> Option<SystemTime> {
         self.acquired
     }
 
-    /// Whether it still lives. Asks the system anew each time.
+    /// Returns whether it still lives. Asks the system at each call.
     ///
-    /// A process of another user lives, too, though it must not be signalled (`EPERM`), and so does one that is
-    /// stopped. A zombie is dead. One that was recorded in another pid namespace or on another host is unknown, for its
-    /// pid means nothing here, unless this host has booted since. A process that has been killed counts as dead from
-    /// the moment at which it can run no more code of its own, even if the kernel has yet to take it apart.
+    /// A process of another user that must not be signalled (`EPERM`) lives, and so does a stopped process. A zombie is
+    /// dead. A process that was recorded in another pid namespace or on another host is unknown, because its pid means
+    /// nothing here, unless this host has booted since. A killed process counts as dead as soon as it can run no more
+    /// code, even if the kernel has not cleaned it up yet.
     ///
-    /// Whether it is this host is told by the id of its installation (`/etc/machine-id`). Where that is missing, an
-    /// owner from before the last boot is unknown, for another host may have the same name. So is one in a container (a
-    /// pid namespace or jail of its own), whose name and id may be those of its image: a copy of it may run elsewhere.
+    /// The id of the installation (`/etc/machine-id`) shows whether the host is this one. Without that id, an owner
+    /// from before the last boot is unknown, because another host may have the same name. So is an owner in a container
+    /// (with its own pid namespace or jail). Its name and id may be those of its image, and a copy of the image may run
+    /// elsewhere.
     pub fn liveness(&self) -> Liveness {
         let is_of_the_host = self.namespace.is_some_and(process::is_of_the_host);
         self.liveness_if(|host| is_of_the_host && Some(host) == process::host() && process::has_installation_id(host))
     }
 
-    /// As [`liveness`](Self::liveness), where the record is taken to be this host's if it has its name: in places that
-    /// hosts do not share as a rule, and where something else decides who may go on.
+    /// Returns the liveness as [`liveness`](Self::liveness), but a record with the name of this host counts as this
+    /// host's. It is for places that hosts usually do not share, and where another check decides which process may
+    /// proceed.
     pub(crate) fn liveness_by_name(&self) -> Liveness {
         self.liveness_if(|host| Some(host) == process::host())
     }
@@ -211,7 +216,7 @@ impl Owner {
     fn liveness_if(&self, is_here: impl FnOnce(&str) -> bool) -> Liveness {
         match (self.boot, process::boot_id()) {
             (Some(then), Some(now)) if then != now => {
-                // The same host has booted since, or it is another host, of which nothing can be told.
+                // The same host has booted since, or it is another host, about which nothing is known.
                 return match self.host.as_deref().is_some_and(is_here) {
                     true => Liveness::Dead,
                     false => Liveness::Unknown,
@@ -230,20 +235,20 @@ impl Owner {
         }
     }
 
-    /// Whether all is known that tells the process from every other one.
+    /// Returns whether it has everything that distinguishes the process from all others.
     pub(crate) fn is_complete(&self) -> bool {
         self.start.is_some() && self.boot.is_some() && self.namespace.is_some() && self.host.is_some()
     }
 
-    /// Whether it belongs to this run of this kernel, and to another pid namespace than this process.
+    /// Returns whether it belongs to this run of this kernel, and to another pid namespace than this process.
     pub(crate) fn is_of_another_namespace(&self) -> bool {
         let mine = process::pid_namespace();
         self.is_of_this_boot() && self.namespace.is_some() && mine.is_some() && self.namespace != mine
     }
 
-    /// Whether the process is alive and stopped, by a signal such as SIGSTOP or by a debugger: then it keeps its lock, and
-    /// does nothing until it is continued. False where that is unknown: on systems other than Linux, and for a process of
-    /// another host or pid namespace. The result is a snapshot.
+    /// Returns whether the process is alive and stopped, by a signal such as SIGSTOP or by a debugger. Then it keeps
+    /// its lock, and does nothing until it is continued. The result is false where that is unknown: on systems other
+    /// than Linux, and for a process of another host or pid namespace. The result is a snapshot.
     ///
     /// ```
     /// assert!(!lockkit::Owner::current().is_stopped());
@@ -252,26 +257,26 @@ impl Owner {
         self.liveness_by_name() == Liveness::Alive && process::is_stopped(self.pid)
     }
 
-    /// Whether it belongs to this run of this kernel, whose file locks it then shares.
+    /// Returns whether it belongs to this run of this kernel, so that both share file locks.
     pub(crate) fn is_of_this_boot(&self) -> bool {
         self.boot.is_some() && self.boot == process::boot_id()
     }
 
-    /// Whether both are one process, whatever program it runs and since when it holds a lock.
+    /// Returns whether both are the same process, whatever program it runs and since when it holds a lock.
     #[cfg(all(any(target_os = "linux", windows), feature = "cli"))]
     pub(crate) fn is_same_process(&self, other: &Self) -> bool {
         (self.pid, self.start, self.boot, self.namespace, &self.host)
             == (other.pid, other.start, other.boot, other.namespace, &other.host)
     }
 
-    /// Whether it is the process that asks, or a program that ran in it before an exec.
+    /// Returns whether it is the calling process, or a program that ran in it before an exec.
     pub(crate) fn is_this_process(&self) -> bool {
         let me = Self::current();
         me.start.is_some()
             && (self.pid, self.start, self.boot, self.namespace) == (me.pid, me.start, me.boot, me.namespace)
     }
 
-    /// For people: `pid 4242 (backup), since 2026-11-20 17:03:11 UTC (42 s ago)`, as far as it is known.
+    /// Describes it for people: `pid 4242 (backup), since 2026-11-20 17:03:11 UTC (42 s ago)`, as far as it is known.
     ///
     /// ```
     /// let text = lockkit::Owner::current().describe();
@@ -289,7 +294,7 @@ impl Owner {
         if self.host.is_some() && process::host().is_some_and(|host| self.host.as_deref() != Some(host)) {
             text += &format!(" on host {}", self.host.as_deref().unwrap_or_default().escape_debug());
         } else if self.namespace.is_some_and(|namespace| process::pid_namespace() != Some(namespace)) {
-            // Whoever reads it must not take it for a pid of this one.
+            // A reader must not take it for a pid of this namespace.
             text += " in another pid namespace";
         }
         if let Some(acquired) = self.acquired {
@@ -302,14 +307,14 @@ impl Owner {
     }
 }
 
-/// As [`describe`](Owner::describe) has it.
+/// Formats as [`describe`](Owner::describe).
 impl fmt::Display for Owner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(&self.describe())
     }
 }
 
-/// A moment as people write it, to the second: `2026-11-20 17:03:11 UTC`.
+/// Formats a time for people, to the second: `2026-11-20 17:03:11 UTC`.
 pub(crate) fn utc(moment: SystemTime) -> String {
     /// The last second of the year 9999: a damaged record may claim any number.
     const LAST: u64 = 253_402_300_799;
@@ -334,7 +339,7 @@ pub(crate) fn utc(moment: SystemTime) -> String {
     format!("{year}-{month:02}-{:02} {hour:02}:{minute:02}:{second:02} UTC", days + 1)
 }
 
-/// A span of time as people say it, in its two largest units: `2 min 5 s`.
+/// Formats a span of time for people, in its two largest units: `2 min 5 s`.
 pub(crate) fn spoken(span: Duration) -> String {
     let seconds = span.as_secs();
     match seconds {

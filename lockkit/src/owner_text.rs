@@ -1,17 +1,17 @@
 //! An owner as lines of text, for records that people read with `cat`.
 //!
-//! Each line is a key and a value. An unknown key is passed over, and a damaged value leaves its field unknown. The pid
-//! is the record's own to place.
+//! Each line is a key and a value. An unknown key is ignored, and a damaged value leaves its field unknown. The record
+//! itself stores the pid.
 
 use std::fmt::Write;
 use std::time::{Duration, SystemTime};
 
 use crate::owner::{Owner, utc};
 
-/// The longest program name that is written down, in characters.
+/// The longest program name that is written, in characters.
 const LONGEST_PROGRAM: usize = 64;
 
-/// The owner with `pid` that the lines tell of.
+/// Returns the owner with `pid` that the lines describe.
 pub(crate) fn read<'l>(pid: u32, lines: impl Iterator<Item = &'l str>) -> Owner {
     let mut owner = Owner { pid, start: None, boot: None, namespace: None, host: None, program: None, acquired: None };
     for (key, value) in lines.filter_map(|line| line.split_once(' ')) {

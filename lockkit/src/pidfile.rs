@@ -1,25 +1,26 @@
 //! A lock on a path whose file names its holder: the pidfile of a daemon.
 //!
-//! The holder of a pidfile has, for life, a write lock on the file's open file ([`write_lock`]), and the file contains
-//! its pid. [`verdict`] judges an existing file; [`record`] says what a file contains.
+//! The holder of a pidfile has a write lock on the file's open file ([`write_lock`]) for as long as it lives, and the
+//! file contains its pid. [`verdict`] judges an existing file; [`record`] defines the content of a file.
 //!
 //! # Implementation
-//! No acquisition locks an existing pidfile: any user with read permission could hold a lock on it, too. A holder has a file
-//! of its own, which is complete and locked before the path names it.
+//! No acquisition locks an existing pidfile: any user with read permission could also hold a lock on it. A holder has
+//! its own file, which is complete and locked before the path names it.
 //!
-//! - Absent path: the file is made without a name (`O_TMPFILE`), and link(2) names it if no other file has the name.
-//! - Blank or stale file: the file is made as `.NAME.lockkit` in the same directory, with permissions only for users
-//!   that may write the pidfile. The write lock on it serializes takers: the taker judges the pidfile again and renames its
-//!   own file over it. A crash leaves `.NAME.lockkit`, which the next taker uses.
-//! - Where there are no nameless files, an absent path takes the second way. So does a taker that finds a `.NAME.lockkit`.
+//! - Absent path: the file is created without a name (`O_TMPFILE`), and link(2) names it if no other file has the name.
+//! - Blank or stale file: the file is created as `.NAME.lockkit` in the same directory, with permissions only for users
+//!   that may write the pidfile. The write lock on it serializes takers: the taker judges the pidfile again and renames
+//!   its own file over it. A crash leaves `.NAME.lockkit`, which the next taker uses.
+//! - The second procedure also applies to an absent path if the file system has no nameless files, or if the taker
+//!   finds a `.NAME.lockkit`.
 //!
-//! A release removes the file, then gives up the lock. A wait without a limit sleeps in the kernel until the write lock
-//! of the file is gone (`F_OFD_SETLKW` for a read lock), and judges the path again.
+//! A release removes the file, then releases the lock. A wait without a limit sleeps in the kernel until the write lock
+//! of the file is released (`F_OFD_SETLKW` for a read lock). Then it judges the path again.
 //!
 //! # Fork
-//! Forked children share the open file, as FreeBSD's pidfile(3) has it: a daemon's parent may be gone before the child
-//! calls `rewrite`, and in between no other process gets in. So a child that does not drop its copy of the guard holds on
-//! when its parent is killed, until it ends. A release by the parent frees it all the same.
+//! Forked children share the open file, as in FreeBSD's pidfile(3): a daemon's parent may end before the child calls
+//! `rewrite`, and no other process can acquire the lock in between. So if the parent is killed, a child that has not
+//! dropped its copy of the guard holds the lock until the child ends. A release by the parent frees it all the same.
 
 mod record;
 mod verdict;
@@ -51,10 +52,11 @@ use crate::wait::{Backoff, LockInfo, Wait};
 use record::Content;
 use verdict::Verdict;
 
-/// How often in a row the file may be replaced under an attempt before that counts as finding it held.
+/// How often in a row the file may be replaced during an attempt before the attempt counts it as held.
 const MAX_REPLACEMENTS: u32 = 100;
 
-/// How long a call that does not wait for the lock waits for another taker, which needs microseconds unless it is stopped.
+/// How long a call that does not wait for the lock waits for another taker. A taker that is not stopped needs
+/// microseconds.
 const TAKER_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The permissions of a new file, less the umask.
@@ -63,27 +65,30 @@ const DEFAULT_MODE: u32 = 0o644;
 /// A lock on a path whose file contains the holder's pid.
 ///
 /// For daemons: `kill $(cat /run/app.pid)`, systemd's `PIDFile=` and other readers find the pid and a line end, nothing
-/// else. The lock is released by dropping the guard, which removes the file. Exactly one later acquisition takes over a
-/// file that a crash left behind. A pidfile that another program wrote, without any lock, is honoured while its process
+/// else. Dropping the guard releases the lock and removes the file. Exactly one later acquisition takes over a file
+/// that a crash left behind. A pidfile that another program wrote, without any lock, counts as held while its process
 /// lives.
 ///
-/// The identity of the holder, beyond the pid, is kept in the extended attribute `user.lockkit` of the file. Where the file system
-/// has no such attributes, the file's time and the start of the process tell whether a later process has the pid. There a
-/// pid that was given out again within a minute of the file's last write counts as the holder's; and a clock that was set
-/// forward by more than a minute makes a process that has no lock on its file look like a later one.
+/// The extended attribute `user.lockkit` of the file contains the identity of the holder, beyond the pid. On a file
+/// system without such attributes, the file's time and the start time of the process show whether a later process has
+/// the pid. This method has two limits:
+/// - A pid that was reused within a minute of the file's last write counts as the holder's.
+/// - A clock that was set forward by more than a minute makes a process without a lock on its file look like a later
+///   one.
 ///
-/// A program that closes descriptors which it did not open, as close_range(2) does, keeps this lock: the file still names
-/// it. No other file of the program is closed. See [the crate page](crate#descriptors-that-the-program-closes).
+/// A program that closes descriptors which it did not open, as close_range(2) does, keeps this lock: the file still
+/// names it. No other file of the program is closed. See [the crate page](crate#descriptors-that-the-program-closes).
 ///
-/// Not for guarding data (use [`FileLock`](crate::FileLock)), nor for a single instance without a file to show for it
+/// Do not use it to guard data (use [`FileLock`](crate::FileLock)), or for a single instance that needs no visible file
 /// (use [`NamedLock`](crate::NamedLock)).
 ///
 /// # Files of other programs
 ///
-/// A file holds one or more pids if it begins with a decimal number, behind white space or blank lines at most, and white
-/// space, a NUL or the end of the file follows. It is held while any of the processes may live, and taken over when all
-/// are proven dead. A blank file is taken over when it is 2 s old, and a line end alone at once. Every other file is
-/// [`NotAPidFile`](ErrorKind::NotAPidFile) and is not changed, and neither is a file longer than 4096 bytes.
+/// A file contains one or more pids if it begins with a decimal number. Only white space or blank lines may come before
+/// the number, and white space, a NUL or the end of the file must follow. Such a file is held while any of the
+/// processes may live, and taken over when all are proven dead. A blank file is taken over when it is 2 s old, and a
+/// line end alone at once. Every other file is [`NotAPidFile`](ErrorKind::NotAPidFile) and is not changed, and neither
+/// is a file longer than 4096 bytes.
 ///
 /// | program | what it writes | how `PidFile` reads it |
 /// |---|---|---|
@@ -96,7 +101,7 @@ const DEFAULT_MODE: u32 = 0o644;
 /// | sendmail | `4242\n`, then the command line | pid 4242 |
 /// | haproxy before 2.5, with `nbproc` | `4242\n4243\n`, a pid for each process | each of them |
 /// | scripts for RHEL and LSB | `4242 4243\n` | each of them |
-/// | git (`gc.pid`), shell scripts | `4242 HOST`, and no blank before it | pid 4242, if it is this host; else held, for nothing here can tell. Git itself takes it over after 12 hours |
+/// | git (`gc.pid`), shell scripts | `4242 HOST`, and no blank before it | pid 4242, if it is this host; else held, because this host cannot tell. Git itself takes it over after 12 hours |
 /// | QLockFile of Qt | `4242\nPROGRAM\nHOST\n`, then two lines more | the same |
 /// | C programs that write their buffer | `4242\0` | pid 4242 |
 /// | old UUCP programs | the pid as four binary bytes | no pidfile; where the bytes read as a number, both pids |
@@ -104,7 +109,7 @@ const DEFAULT_MODE: u32 = 0o644;
 /// | apt, dpkg | nothing, with an fcntl lock while they run | held while they run, and then blank |
 /// | Emacs, Chromium, Firefox | a symbolic link to `user@host.4242:170000`, `host-4242`, `127.0.0.1:+4242` | refused; where a file has this text, no pidfile |
 ///
-/// A number behind the pid is taken for another pid, so a file that gives the time or a port there may count as held.
+/// A number after the pid is taken for another pid, so a file with the time or a port there may count as held.
 ///
 /// | reader | what it finds in a file of lockkit's |
 /// |---|---|
@@ -114,17 +119,19 @@ const DEFAULT_MODE: u32 = 0o644;
 /// | `pgrep -L -F` | a locked file, and the pid |
 /// | pidofproc (LSB), `__pids_var_run` (RHEL) | the pid |
 /// | flock(1), pidfile(3) of BSD, the crate fslock | a locked file |
-/// | the crate pidlock, nightlyone's lockfile | the pid of a process that lives |
+/// | the crate pidlock, nightlyone's lockfile | the pid of a live process |
 ///
 /// # Security
 ///
-/// Another user with read permission only cannot delay an acquisition or a release, whatever locks that user takes. There
-/// are two exceptions. On systems without locks of open files, such as macOS, FreeBSD and Windows, a reader's flock can. And
-/// a flock counts on a blank file, and on one that has no identity and names a dead process, where a process that holds it
-/// may be hidden from this one: from a process in a container, and from another user than root and the file's owner.
-/// Keep pidfiles in a
-/// directory that others cannot write to: in one that they can, such as `/tmp`, they can put a file there first, and keep
-/// you waiting or lie about the pid.
+/// Another user that has only read permission cannot delay an acquisition or a release, whatever locks that user takes.
+/// There are two exceptions:
+/// - On systems without locks of open files, such as macOS, FreeBSD and Windows, a reader's flock can.
+/// - A flock counts on a blank file, and on a file that has no identity and names a dead process, if the holder of the
+///   flock may be hidden from this process. The holder may be hidden from a process in a container, and from users
+///   other than root and the file's owner.
+///
+/// Keep pidfiles in a directory that others cannot write to. In a directory such as `/tmp`, they can create the file
+/// first, and block you or give a false pid.
 ///
 /// # Examples
 ///
@@ -144,7 +151,7 @@ const DEFAULT_MODE: u32 = 0o644;
 /// # Ok(()) }
 /// ```
 ///
-/// With a directory of its own, for a daemon whose files its group may read:
+/// With its own directory, for a daemon whose files its group may read:
 ///
 /// ```
 /// use lockkit::{PidFile, Wait};
@@ -163,67 +170,67 @@ pub struct PidFile {
     create_parents: bool,
 }
 
-/// What a pidfile says; see [`PidFile::inspect`].
+/// The state of a pidfile; see [`PidFile::inspect`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PidStatus {
     /// There is no file.
     Absent,
-    /// It names a process that lives, or of which that cannot be told from here, or that has it locked. Of a file that
-    /// another program wrote, the owner's `acquired` is when it did.
+    /// It names a process that lives, that may live, or that has the file locked. For a file that another program
+    /// wrote, the owner's `acquired` is the time of that write.
     Running(Owner),
-    /// A process has it locked, and neither the file nor the system says which.
+    /// A process has it locked, and neither the file nor the system identifies that process.
     Locked,
-    /// It names only processes that are proven dead, though the pid may have been given to a later one. This is the first
-    /// of them. The next acquisition takes it over.
+    /// It names only processes that are proven dead, though a later process may have the pid. This is the first of
+    /// them. The next acquisition takes the file over.
     Stale(Owner),
-    /// It is blank. An acquisition takes it over when it is 2 s old, for until then a program may be about to write it. A
+    /// It is blank. An acquisition takes it over when it is 2 s old: until then a program may be about to write it. A
     /// line end alone is what lockkit leaves in a file that it cannot remove, and is taken over at once.
     Blank {
-        /// How long ago it was last written, by the wall clock; nothing for a time in the future.
+        /// The time since its last write, by the wall clock; zero for a time in the future.
         age: Duration,
         /// Whether an acquisition would take it over now.
         is_free: bool,
     },
-    /// It contains something else than a pid. No acquisition changes it.
+    /// It contains something other than a pid. No acquisition changes it.
     Invalid {
-        /// The rule of pidfiles that it breaks.
+        /// The rule of pidfiles that it violates.
         rule: &'static str,
     },
 }
 
-/// What came of one attempt.
+/// The result of one attempt.
 enum Attempt {
     Taken(PidGuard),
     /// A process has the write lock on this file.
     Locked(ForkGuarded<File>),
-    /// What the file says holds it.
+    /// The content of the file counts as held, without a write lock.
     Claimed,
-    /// Another taker is at work, or the file has just been replaced. If that lasts, this error says why.
+    /// Another taker is at work, or the file has just been replaced. The error is the one to return if that lasts.
     Busy(Option<Error>),
 }
 
-/// Whether this process keeps all other takers out.
+/// Whether this process excludes all other takers.
 enum Begun {
     Alone(Taking),
-    /// Another taker is at work. If that lasts, this error says why.
+    /// Another taker is at work. The error is the one to return if that lasts.
     Busy(Option<Error>),
 }
 
-/// The files of this process's guards, by device and inode. A file that names this process and is none of them is from
-/// before an exec, or from a supervisor.
+/// The files of this process's guards, by device and inode. Any other file that names this process is from before an
+/// exec, or from a supervisor.
 fn held_files() -> &'static Mutex<HashSet<(u64, u64)>> {
     static HELD: PerProcess<Mutex<HashSet<(u64, u64)>>> = PerProcess::new();
     HELD.get(Mutex::default)
 }
 
-/// What a file means to an attempt.
+/// The meaning of a file for an attempt.
 enum Claim {
     Kept(Attempt),
-    /// With the owner that died and left it, if any.
+    /// The file can be taken over. It contains the dead owner that left the file, if any.
     Free(ForkGuarded<File>, Option<Box<Owner>>),
 }
 
-/// A file that is there, and what it means.
+/// An existing file, and its meaning.
 struct Judged {
     file: ForkGuarded<File>,
     seen: Seen,
@@ -231,65 +238,68 @@ struct Judged {
     bytes: Vec<u8>,
 }
 
-/// Whether the file has the attribute that tells its owner.
+/// Returns whether the file has the attribute that identifies its owner.
 #[cfg(all(any(target_os = "linux", windows), feature = "cli"))]
 pub(crate) fn has_identity(file: &File) -> bool {
     xattr::get(file, record::NAME, &mut [0; record::MAX_IDENTITY]).is_ok_and(|found| found.is_some())
 }
 
 impl PidFile {
-    /// A lock on the pidfile at `path`. Nothing happens to the file until it is locked.
+    /// Creates a lock on the pidfile at `path`. Nothing happens to the file until it is locked.
     ///
     /// # Errors
-    /// [`RelativePath`](ErrorKind::RelativePath) unless the path starts at the root, because daemons change their
-    /// working directory.
+    /// [`RelativePath`](ErrorKind::RelativePath) unless the path is absolute, because daemons change their working
+    /// directory.
     pub fn new(path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
         check_absolute(&path)?;
         Ok(Self { path: path.into(), mode: None, create_parents: false })
     }
 
-    /// Gives the file exactly these permissions, whatever the process's umask is. Without it they are 0644 less the
-    /// umask, so that others can read the file.
+    /// Sets exactly these permissions for the file, whatever the process's umask is. Without this call they are 0644
+    /// less the umask, so that others can read the file.
     ///
-    /// Several users of a shared directory can take over each other's files, as long as they may read the file and write
-    /// the directory. With permissions that let a group or all others write, these may also go on with what a killed
-    /// taker left behind (`.NAME.lockkit`); without, its owner or root can.
+    /// Several users of a shared directory can take over each other's files, as long as they may read the file and
+    /// write the directory. With permissions that let a group or all others write, these users may also use what a
+    /// killed taker left (`.NAME.lockkit`). Without such permissions, only its owner or root can.
     ///
-    /// The mode must let the owner read. An acquisition fails with [`InvalidOption`](ErrorKind::InvalidOption) otherwise.
+    /// The mode must let the owner read. An acquisition fails with [`InvalidOption`](ErrorKind::InvalidOption)
+    /// otherwise.
     pub fn create_with_mode(mut self, mode: u32) -> Self {
         self.mode = Some(mode);
         self
     }
 
-    /// Makes missing parent directories, too, with mode 0755 less the umask. They stay.
+    /// Creates missing parent directories, too, with mode 0755 less the umask. A release does not remove them.
     pub fn create_parents(mut self) -> Self {
         self.create_parents = true;
         self
     }
 
-    /// The path of the file.
+    /// Returns the path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
     /// Acquires the lock, waiting as `wait` says.
     ///
-    /// A wait without a limit for a holder that has the file locked sleeps in the kernel. One with a limit or a token, and
-    /// any wait for a process that has no lock, looks again every few milliseconds. There is no order among waiters.
+    /// A wait without a limit for a holder that has the file locked sleeps in the kernel. A wait with a limit or a
+    /// token, and any wait for a process without a lock, polls every few milliseconds. Waiters have no order.
     ///
-    /// `Wait::none()` never waits for a holder. If another process is just taking over a stale file, the call waits up to
-    /// 1 s to see what comes of it.
+    /// `Wait::none()` never waits for a holder. If another process is taking over a stale file, the call waits up to 1
+    /// s for the result.
     ///
     /// # Errors
-    /// - [`Held`](ErrorKind::Held), [`Timeout`](ErrorKind::Timeout) or [`Cancelled`](ErrorKind::Cancelled), as `wait` says.
-    /// - [`NotAPidFile`](ErrorKind::NotAPidFile) for a file that contains something else than a pid; also while waiting.
+    /// - [`Held`](ErrorKind::Held), [`Timeout`](ErrorKind::Timeout) or [`Cancelled`](ErrorKind::Cancelled), as `wait`
+    ///   says.
+    /// - [`NotAPidFile`](ErrorKind::NotAPidFile) for a file that contains something other than a pid; also while
+    ///   waiting.
     /// - [`Insecure`](ErrorKind::Insecure) for a symbolic or hard link.
-    /// - [`InvalidOption`](ErrorKind::InvalidOption) for a [mode](Self::create_with_mode) that shuts the owner out.
-    /// - [`Io`](ErrorKind::Io) if the file cannot be read, made, locked or written.
+    /// - [`InvalidOption`](ErrorKind::InvalidOption) for a [mode](Self::create_with_mode) that denies the owner access.
+    /// - [`Io`](ErrorKind::Io) if the file cannot be read, created, locked or written.
     ///
-    /// Each leaves the file as it was, and none where there was none. (If the permissions of a file that has replaced a stale
-    /// one cannot be set, there is none afterwards.)
+    /// On an error an existing file is unchanged, and an absent file stays absent. There is one exception: if the file
+    /// has replaced a stale one and its permissions cannot be set, the file is removed.
     pub fn acquire(&self, wait: &Wait) -> Result<PidGuard> {
         telemetry::acquire(self, || self.take(wait))
     }
@@ -317,7 +327,7 @@ impl PidFile {
                 Attempt::Locked(file) => Some(file),
                 Attempt::Claimed => None,
                 Attempt::Busy(why) => {
-                    // Another taker needs no more than a moment, which also a call that does not wait gives it.
+                    // A live taker needs only a moment. A call that does not wait allows that time, too.
                     let is_over = busy_since.get_or_insert_with(Instant::now).elapsed() >= TAKER_TIMEOUT;
                     match why {
                         Some(error) if is_over => return Err(error),
@@ -350,11 +360,11 @@ impl PidFile {
         }
     }
 
-    /// What the file at `path` says now: a snapshot.
+    /// Returns the state of the file at `path`: a snapshot.
     ///
-    /// Changes nothing and waits for no process. It reads at most 4 KiB, and judges as an acquisition does. On a blank
-    /// file, and on one that names a dead process of another program, it takes a shared flock for a moment, to learn
-    /// whether a process has one. A symbolic link is followed, which an acquisition refuses.
+    /// Changes nothing and waits for no process. It reads at most 4 KiB, and judges as an acquisition does. If the
+    /// file is blank, or names a dead process of another program, it briefly takes a shared flock, to check for another
+    /// process's flock. It follows a symbolic link, which an acquisition refuses.
     ///
     /// ```
     /// use lockkit::{PidFile, PidStatus};
@@ -370,14 +380,15 @@ impl PidFile {
     /// ```
     ///
     /// # Errors
-    /// [`RelativePath`](ErrorKind::RelativePath); [`Io`](ErrorKind::Io) if the file cannot be read, for want of the right
-    /// to, or is no plain file, or a symbolic link to a file that does not exist.
+    /// - [`RelativePath`](ErrorKind::RelativePath) unless the path is absolute.
+    /// - [`Io`](ErrorKind::Io) if the file cannot be read, for example without permission, if it is no plain file, or
+    ///   if it is a symbolic link to a file that does not exist.
     pub fn inspect(path: impl AsRef<Path>) -> Result<PidStatus> {
         let path = path.as_ref();
         check_absolute(path)?;
         let failed = |error| Error::io("read", path, error);
         let open = || {
-            // Looked at first, because merely opening a FIFO or a device may do something.
+            // The check comes first, because the open of a FIFO or a device may have effects.
             if !fs::metadata(path)?.is_file() {
                 return Err(not_a_plain_file());
             }
@@ -406,7 +417,7 @@ impl PidFile {
         })
     }
 
-    /// Removes the file at `path` if it is stale; says whether it did. It keeps other takers out for that moment, so it
+    /// Removes the file at `path` if it is stale, and returns whether it did. It excludes other takers meanwhile, so it
     /// never removes the file of a process that has just taken it over.
     ///
     /// ```
@@ -418,9 +429,10 @@ impl PidFile {
     /// ```
     ///
     /// # Errors
-    /// [`RelativePath`](ErrorKind::RelativePath); [`NotAPidFile`](ErrorKind::NotAPidFile) for a file that contains
-    /// something else than a pid; [`Insecure`](ErrorKind::Insecure) for a symbolic or hard link; [`Io`](ErrorKind::Io) if
-    /// it cannot be read or removed.
+    /// - [`RelativePath`](ErrorKind::RelativePath) unless the path is absolute.
+    /// - [`NotAPidFile`](ErrorKind::NotAPidFile) for a file that contains something other than a pid.
+    /// - [`Insecure`](ErrorKind::Insecure) for a symbolic or hard link.
+    /// - [`Io`](ErrorKind::Io) if the file cannot be read or removed.
     pub fn remove_stale(path: impl Into<PathBuf>) -> Result<bool> {
         let pid_file = Self::new(path)?;
         let path = &*pid_file.path;
@@ -447,7 +459,7 @@ impl PidFile {
         Ok(false)
     }
 
-    /// Whether [`remove_stale`](Self::remove_stale) would remove the file at `path` now. It changes nothing.
+    /// Returns whether [`remove_stale`](Self::remove_stale) would remove the file at `path` now. Changes nothing.
     ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {
@@ -456,7 +468,7 @@ impl PidFile {
     /// ```
     ///
     /// # Errors
-    /// As [`remove_stale`](Self::remove_stale); also [`Io`](ErrorKind::Io) where this process may not remove it.
+    /// As [`remove_stale`](Self::remove_stale); also [`Io`](ErrorKind::Io) if this process may not remove the file.
     pub fn is_stale(path: impl Into<PathBuf>) -> Result<bool> {
         let pid_file = Self::new(path)?;
         let Some(judged) = pid_file.stale()? else { return Ok(false) };
@@ -465,7 +477,7 @@ impl PidFile {
         let taker = pid_file.taker_path();
         let Some(file) = pid_file.open_taker(&taker)? else { return Ok(true) };
         let failed = |error| Error::io("look at", &taker, error);
-        // One that another taker has kept for so long is that of a stopped one.
+        // A taker that holds its file for so long is stopped.
         let (mut backoff, since) = (Backoff::new(), Instant::now());
         while write_lock::holder(&file).map_err(failed)?.is_some() {
             if since.elapsed() >= TAKER_TIMEOUT {
@@ -476,7 +488,7 @@ impl PidFile {
         pid_file.check_taker(&taker, &file).map(|_| true)
     }
 
-    /// The file that is there, if it is stale.
+    /// Returns the existing file, if it is stale.
     fn stale(&self) -> Result<Option<Judged>> {
         let Some(judged) = self.judge()? else { return Ok(None) };
         match judged.verdict {
@@ -489,8 +501,8 @@ impl PidFile {
     fn attempt(&self) -> Result<Attempt> {
         for _ in 0..MAX_REPLACEMENTS {
             let attempt = match self.judge()? {
-                // An acquisition that finds a taker at work, or the file of a killed one, goes the way of takers. So a
-                // taker that is stopped over a stale file keeps others out also after that file was removed by hand.
+                // An acquisition that finds a live or killed taker's file becomes a taker itself. So a taker that is
+                // stopped over a stale file still excludes others after that file was removed by hand.
                 None if !self.has_taker() => match self.create()? {
                     Some(attempt) => attempt,
                     None => continue,
@@ -524,10 +536,10 @@ impl PidFile {
         }
     }
 
-    /// Judges the file that the path names; `None` when there is none.
+    /// Judges the file that the path names. Returns `None` if there is none.
     fn judge(&self) -> Result<Option<Judged>> {
         let path = &*self.path;
-        // Looked at first, because merely opening a FIFO or a device may do something.
+        // The check comes first, because the open of a FIFO or a device may have effects.
         match files::look_at_link(path) {
             Err(error) if error.kind() == Io::NotFound => return Ok(None),
             seen => self.check_plain(&seen.map_err(|error| Error::io("look at", path, error))?)?,
@@ -538,14 +550,14 @@ impl PidFile {
             Err(error) if error.kind() == Io::NotFound => return Ok(None),
             opened => opened.map_err(|error| Error::io("open", path, error))?,
         };
-        // And again, because another file may have been put there in between.
+        // Checked again, because another file may have been put there in between.
         let seen = files::look(&file).map_err(|error| Error::io("look at", path, error))?;
         self.check_plain(&seen)?;
         let (verdict, bytes) = verdict::judge(path, &file).map_err(|error| Error::io("read", path, error))?;
         Ok(Some(Judged { file, seen, verdict, bytes }))
     }
 
-    /// Refuses what is better not replaced.
+    /// Rejects files that must not be replaced.
     fn check_plain(&self, seen: &Seen) -> Result<()> {
         let problem = match seen {
             seen if seen.is_symlink() => "it is a symbolic link; use the path that it leads to",
@@ -556,12 +568,13 @@ impl PidFile {
         Err(ErrorKind::Insecure { path: self.path.to_path_buf(), problem }.into())
     }
 
-    /// Makes the file, complete and locked before the path names it; `None` when another file has the name by now.
+    /// Creates the file, complete and locked before the path names it. Returns `None` if another file has the name by
+    /// now.
     fn create(&self) -> Result<Option<Attempt>> {
         let failed = |error| Error::io("create", &self.path, error);
-        // Before the file is there, which may take the last descriptor.
+        // Read before the file is created, which may take the last descriptor.
         let me = Owner::current();
-        // Without a name it is open to no other process whatever its permissions are.
+        // Without a name no other process can open it, whatever its permissions are.
         let mode = self.mode.map_or(DEFAULT_MODE, |_| 0o600);
         let file = self.with_parents(|| ForkGuarded::new(|| tmpfile::file_in(self.directory(), mode)));
         let file = match file {
@@ -589,9 +602,9 @@ impl PidFile {
         Ok(Some(self.guard(file, written, None)))
     }
 
-    /// Writes the owner into a new file whose write lock is taken.
+    /// Writes the owner into a new file whose write lock this process holds.
     fn fill(&self, file: &File, owner: &Owner) -> Result<Written> {
-        // The file is new, so no process can have a flock on it.
+        // The file is new, so no other process can have a flock on it.
         lock_for_others(file).map_err(|error| Error::io("lock", &self.path, error))?;
         let text = record::content(owner.pid);
         file.write_all_at(text.as_bytes(), 0).map_err(|error| Error::io("write", &self.path, error))?;
@@ -600,7 +613,8 @@ impl PidFile {
         Ok(Written { text, identified: identify(file, &seen, owner), numbers: file_id(&seen) })
     }
 
-    /// What `make` gives; where the directory is missing and is to be made, after making it.
+    /// Calls `make`. If the directory is missing and [`create_parents`](Self::create_parents) is set, creates the
+    /// directory and calls `make` again.
     fn with_parents<T>(&self, make: impl Fn() -> io::Result<T>) -> io::Result<T> {
         match (make(), self.path.parent()) {
             (Err(error), Some(directory)) if error.kind() == Io::NotFound && self.create_parents => {
@@ -612,7 +626,7 @@ impl PidFile {
         }
     }
 
-    /// Replaces a file that is free by one of this process's.
+    /// Replaces a free file by a file of this process.
     fn take_over(&self) -> Result<Attempt> {
         let me = Owner::current();
         let taking = match self.begin("replace")? {
@@ -628,30 +642,30 @@ impl PidFile {
         };
         let written = self.fill(&taking.file, &me)?;
         let failed = |error| Error::io("replace", &self.path, error);
-        // Only a program that knows nothing of takers can have changed what the path names.
+        // Only a program that ignores the takers' protocol can have changed what the path names.
         let renamed = match judged {
             Some(file) => {
                 if !is_at(&self.path, &file)? {
                     return Ok(Attempt::Busy(None));
                 }
-                // Windows replaces no file that is open everywhere.
+                // Windows does not always replace an open file.
                 drop(file);
                 fs::rename(&taking.name.path, &self.path)
             }
             None => files::rename_new(&taking.name.path, &self.path),
         };
         match renamed {
-            // The second: the file of takers was removed by hand.
+            // `NotFound`: the taker file was removed by hand.
             Err(error) if matches!(error.kind(), Io::AlreadyExists | Io::NotFound) => return Ok(Attempt::Busy(None)),
             renamed => renamed.map_err(failed)?,
         }
         step("file named");
         let file = taking.finish();
         if !is_at(&self.path, &file)? {
-            // The file of takers was removed by hand, and this was the file of the next taker.
+            // The taker file was removed by hand, and the renamed file was that of the next taker.
             return Ok(Attempt::Busy(None));
         }
-        // Not before: a file of takers that a crash left, and that others may read, could be locked by them.
+        // Not earlier: others could lock a taker file that a crash left and that they may read.
         if let Err(error) = self.set_final_mode(&file) {
             let _ = fs::remove_file(&self.path);
             step("file removed");
@@ -663,7 +677,7 @@ impl PidFile {
     fn set_final_mode(&self, file: &File) -> io::Result<()> {
         let mode = match self.mode {
             Some(mode) => mode,
-            // As the file system would have it, which may know more than the umask.
+            // The permissions that the file system sets, which may depend on more than the umask.
             None => match tmpfile::file_in(self.directory(), DEFAULT_MODE) {
                 Ok(like) => files::mode_of(&like)?,
                 Err(error) if error.kind() == Io::Unsupported => files::mode_of_new(DEFAULT_MODE),
@@ -675,14 +689,14 @@ impl PidFile {
         Ok(())
     }
 
-    /// Keeps all other takers out. What the taker is to do to the file is the `action` of errors.
+    /// Excludes all other takers. `action` is what the taker is about to do to the file, for errors.
     ///
-    /// The file of takers is changed, moved and removed only by the process that has its write lock while its name leads
-    /// to it. Only users that may write the pidfile can open it, so no other user can have a lock on it.
+    /// A process changes, moves and removes the taker file only if it has the write lock and the name leads to that
+    /// file. Only users that may write the pidfile can open the taker file, so no other user can have a lock on it.
     fn begin(&self, action: &'static str) -> Result<Begun> {
         let path = self.taker_path();
         let shared = self.mode.unwrap_or_default() & 0o022;
-        // To write a file is to read and write the file of takers.
+        // A user that may write the pidfile may read and write the taker file.
         let mode = 0o600 | shared | shared << 1;
         let mut options = OpenOptions::new();
         options.read(true).write(true).create_new(true).mode(mode).custom_flags(files::NOFOLLOW | files::NONBLOCK);
@@ -695,7 +709,7 @@ impl PidFile {
             Err(error) if error.kind() == Io::AlreadyExists => match self.open_taker(&path) {
                 Ok(Some(file)) => (file, false),
                 Ok(None) => return Ok(Begun::Busy(None)),
-                // Of another user, who is done in a moment, or was killed.
+                // The file belongs to another user's taker, which will finish soon or was killed.
                 Err(error) if error.is_io(Io::PermissionDenied) => return Ok(Begun::Busy(Some(error))),
                 Err(error) => return Err(error),
             },
@@ -705,7 +719,7 @@ impl PidFile {
             Ok(true) => {}
             Ok(false) => return Ok(Begun::Busy(None)),
             Err(error) => {
-                // Otherwise another process may have locked it already.
+                // If it was not made here, another process may have locked it already.
                 if made && flock::is_unsupported(&error) {
                     let _ = fs::remove_file(&path);
                     step("file of takers removed");
@@ -719,7 +733,7 @@ impl PidFile {
         let seen = self.check_taker(&path, &file)?;
         let taking = Taking { name: TakerName { path, is_gone: false }, file };
         if !files::is_own(&seen) {
-            // Left by another user's process. Dropped here, it is removed.
+            // It was left by another user's process. Dropping `taking` removes it.
             return Ok(Begun::Busy(None));
         }
         let failed = |error| Error::io(action, &self.path, error);
@@ -734,9 +748,9 @@ impl PidFile {
         Ok(Begun::Alone(taking))
     }
 
-    /// Opens the file of takers that is there, if there is one.
+    /// Opens an existing taker file. Returns `None` if there is none.
     fn open_taker(&self, path: &Path) -> Result<Option<ForkGuarded<File>>> {
-        // Looked at first, because merely opening a FIFO or a device may do something.
+        // The check comes first, because the open of a FIFO or a device may have effects.
         match files::look_at_link(path) {
             Err(error) if error.kind() == Io::NotFound => return Ok(None),
             seen => check_plain_taker(path, &seen.map_err(|error| Error::io("look at", path, error))?)?,
@@ -749,7 +763,7 @@ impl PidFile {
         }
     }
 
-    /// Refuses a file by the name of the file of takers that no taker has made.
+    /// Rejects a file with the name of the taker file that no taker has created.
     fn check_taker(&self, path: &Path, file: &File) -> Result<Seen> {
         let seen = files::look(file).map_err(|error| Error::io("look at", path, error))?;
         check_plain_taker(path, &seen)?;
@@ -764,14 +778,14 @@ impl PidFile {
         }
     }
 
-    /// Whether a taker is at work, or one was killed.
+    /// Returns whether a taker is at work, or was killed.
     fn has_taker(&self) -> bool {
         files::look_at_link(&self.taker_path()).is_ok()
     }
 
-    /// `.NAME.lockkit` in the directory of the file; a name that would be too long is replaced by its hash.
+    /// Returns `.NAME.lockkit` in the directory of the file; a hash replaces a name that would be too long.
     fn taker_path(&self) -> PathBuf {
-        /// Of Linux and most others, in bytes.
+        /// The limit of Linux and most other systems, in bytes.
         const NAME_MAX: usize = 255;
         let name = self.path.file_name().unwrap_or_default();
         let mut own = OsString::from(".");
@@ -805,10 +819,10 @@ impl PidFile {
 
 lock_methods!(
     PidFile, PidGuard,
-    in_tasks: "A pidfile that is free is taken here, which blocks for as long as the file system needs. One that is held is waited \
-               for on a thread of its own, under any runtime ([`Io`](crate::ErrorKind::Io) when none can be started). \
-               That is woken at once when the future is dropped, closes its file and ends; a lock that it gets at the \
-               same moment it releases."
+    in_tasks: "A free pidfile is acquired in the call, which blocks for as long as the file system needs. A thread \
+               of its own waits for a pidfile that is held, under any runtime ([`Io`](crate::ErrorKind::Io) if none \
+               can be started). When the future is dropped, that thread wakes at once, closes its file and ends. It \
+               releases a lock that it acquires at the same moment."
 );
 
 impl LockInfo for PidFile {
@@ -829,14 +843,14 @@ impl LockInfo for PidFile {
     }
 }
 
-/// The file of takers, whose write lock keeps all others out. Dropping it removes the file, still locked.
+/// The taker file, whose write lock excludes all other takers. A drop removes the file while it is still locked.
 struct Taking {
     name: TakerName,
     file: ForkGuarded<File>,
 }
 
 impl Taking {
-    /// The file, which has become the pidfile.
+    /// Returns the file, which has become the pidfile.
     fn finish(self) -> ForkGuarded<File> {
         let Self { mut name, file } = self;
         name.is_gone = true;
@@ -858,18 +872,18 @@ impl Drop for TakerName {
     }
 }
 
-/// What a holder has written, and where.
+/// The content and the identity of the file that a holder has written.
 #[derive(Debug)]
 struct Written {
-    /// All that the file contains.
+    /// The whole content of the file.
     text: String,
-    /// Whether the file has the identity of the owner, too.
+    /// Whether the file also has the identity of the owner.
     identified: bool,
     /// The device and the inode of the file.
     numbers: (u64, u64),
 }
 
-/// Takes the flock, if it is free, for programs that know no other lock.
+/// Takes the flock, if it is free, for programs that use no other lock.
 fn lock_for_others(file: &File) -> io::Result<()> {
     match flock::try_lock(file, FlockMode::Exclusive) {
         Err(error) if !flock::is_unsupported(&error) => Err(error),
@@ -877,8 +891,8 @@ fn lock_for_others(file: &File) -> io::Result<()> {
     }
 }
 
-/// Gives a file that was just written, as `seen` shows, the identity of `owner`; says whether it has it. Without one the
-/// file is judged by its pid and its time, so it does not matter whether there is room for it, or such a thing at all.
+/// Writes the identity of `owner` to a file that was just written, as `seen` shows, and returns whether that succeeded.
+/// Without an identity the file is judged by its pid and its time, so a full or unsupported attribute does no harm.
 fn identify(file: &File, seen: &Seen, owner: &Owner) -> bool {
     let identity = seen.modified().ok().and_then(|written| record::identity(owner, written));
     identity.is_some_and(|identity| xattr::set(file, record::NAME, &identity).is_ok())
@@ -910,13 +924,13 @@ fn file_id(seen: &Seen) -> (u64, u64) {
     (if cfg!(windows) { 0 } else { seen.dev() }, seen.ino())
 }
 
-/// Whether `path` names the open `file`.
+/// Returns whether `path` names the open `file`.
 fn is_at(path: &Path, file: &File) -> Result<bool> {
     let open = files::look(file).map_err(|error| Error::io("look at", path, error))?;
     names(path, file_id(&open))
 }
 
-/// Whether `path` names the file with this device and inode.
+/// Returns whether `path` names the file with this device and inode.
 fn names(path: &Path, numbers: (u64, u64)) -> Result<bool> {
     match files::look_at_link(path) {
         Ok(named) => Ok(file_id(&named) == numbers),
@@ -925,8 +939,8 @@ fn names(path: &Path, numbers: (u64, u64)) -> Result<bool> {
     }
 }
 
-/// Replaces `old`, all that the file says, with `new`. One write does it, which covers all of `old`, so no kill leaves
-/// a mixture. If that fails `old` is put back.
+/// Replaces `old`, the whole content of the file, with `new`. A single write covers all of `old`, so no kill leaves a
+/// mixture. If the write fails, `old` is restored.
 fn overwrite(file: &File, new: &str, old: &[u8]) -> io::Result<()> {
     let before = file.metadata()?.modified()?;
     let mut bytes = new.as_bytes().to_vec();
@@ -951,8 +965,8 @@ fn overwrite(file: &File, new: &str, old: &[u8]) -> io::Result<()> {
 /// A held [`PidFile`]; dropping it removes the file and releases.
 ///
 /// **A fork** copies the guard. As long as the child does not call [`rewrite`](Self::rewrite), the parent is the owner,
-/// and dropping the child's copy releases nothing. A child that is not to become the owner should drop it: while it
-/// keeps it, and the parent is killed, the file stays locked until the child ends. A program started with exec
+/// and dropping the child's copy releases nothing. A child that does not become the owner should drop it. If it keeps
+/// the copy and the parent is killed, the file stays locked until the child ends. A program started with exec
 /// inherits nothing.
 ///
 /// ```
@@ -966,22 +980,22 @@ fn overwrite(file: &File, new: &str, old: &[u8]) -> io::Result<()> {
 #[must_use = "a guard that is dropped at once releases its lock at once; bind it to a name such as `_guard`"]
 #[derive(Debug)]
 pub struct PidGuard {
-    /// Taken by the release.
+    /// `None` after the release has taken it.
     file: Option<ForkGuarded<File>>,
     path: Arc<Path>,
     written: Written,
-    /// The process that holds, for a forked child has a copy.
+    /// Identifies the process that holds the lock, because a forked child has a copy.
     generation: u32,
     recovered: Option<Box<Recovered>>,
 }
 
 impl PidGuard {
-    /// Whether the file is still there and still says what was written: that the parent of a forked child, until the
-    /// child has called [`rewrite`](Self::rewrite), else that this process holds it.
+    /// Verifies that the file still exists and has the written content. Until a forked child has called
+    /// [`rewrite`](Self::rewrite), that content names its parent; otherwise it names this process.
     ///
     /// # Errors
-    /// [`RogueDeletion`](ErrorKind::RogueDeletion) when somebody removed, replaced or rewrote it;
-    /// [`Io`](ErrorKind::Io) when it cannot be looked at.
+    /// - [`RogueDeletion`](ErrorKind::RogueDeletion) if another process removed, replaced or rewrote the file.
+    /// - [`Io`](ErrorKind::Io) if the file cannot be checked.
     pub fn verify(&self) -> Result<()> {
         let Some(file) = &self.file else { return Err(self.rogue()) };
         let opened = self.open_again(file)?;
@@ -995,8 +1009,8 @@ impl PidGuard {
         }
     }
 
-    /// The file through another descriptor, if the program has closed the guard's: the content has kept the lock, for the
-    /// process that it names lives. A daemon that closes all that it has inherited is such a program.
+    /// Opens the file through another descriptor, if the program has closed the guard's. The lock is still held,
+    /// because the file names a live process. A daemon that closes all inherited descriptors is such a program.
     fn open_again(&self, file: &ForkGuarded<File>) -> Result<Option<ForkGuarded<File>>> {
         if file.is_own() {
             return Ok(None);
@@ -1007,7 +1021,7 @@ impl PidGuard {
             ForkGuarded::new(|| files::open(&options, &self.path))
         };
         let opened = match open(true) {
-            // To remove it, or to look at it, takes no right to write it.
+            // A removal or a check of the file does not need permission to write it.
             Err(error) if error.kind() == Io::PermissionDenied => open(false),
             opened => opened,
         };
@@ -1022,13 +1036,13 @@ impl PidGuard {
         }
     }
 
-    /// Makes this process the owner, and writes its pid: for the child after a daemon's fork. Nobody gets in before,
-    /// in between or after, whether the parent still lives or not.
+    /// Makes this process the owner, and writes its pid: for the child after a daemon's fork. No other process can
+    /// acquire the lock before, during or after the call, whether the parent still lives or not.
     ///
-    /// The parent's copy of the guard then releases nothing any more. Until then it does: the parent should leave with
-    /// [`process::exit`](std::process::exit), which drops nothing, or wait for word from the child. A child that closes all
-    /// the descriptors that it has inherited calls this first, or while the parent lives: a file that names a process which
-    /// has ended, and has no lock, is free.
+    /// After this the parent's copy of the guard releases nothing. Before, it does: the parent should end with
+    /// [`process::exit`](std::process::exit), which drops nothing, or wait for a message from the child. A child that
+    /// closes all inherited descriptors must call this first, or while the parent lives. A file that has no lock, and
+    /// names a process that has ended, is free.
     ///
     /// ```no_run
     /// # fn fork() -> u32 { 0 }
@@ -1042,8 +1056,11 @@ impl PidGuard {
     /// ```
     ///
     /// # Errors
-    /// [`RogueDeletion`](ErrorKind::RogueDeletion) when the file is not there any more or says something else, as after
-    /// a release by the parent; [`Io`](ErrorKind::Io) when it cannot be written. The owner is then who it was before.
+    /// - [`RogueDeletion`](ErrorKind::RogueDeletion) if the file was removed or has another content, for example after
+    ///   a release by the parent.
+    /// - [`Io`](ErrorKind::Io) if the file cannot be written.
+    ///
+    /// On an error the owner is the same as before.
     pub fn rewrite(&mut self) -> Result<()> {
         self.write(&Owner::current())?;
         self.generation = fork::generation();
@@ -1051,9 +1068,9 @@ impl PidGuard {
         Ok(())
     }
 
-    /// Writes another process into the file as the one that holds it: for a supervisor that takes the lock for a child.
-    /// The guard stays here, and dropping it releases as before. Should this process die first, then nobody else gets
-    /// in as long as the process lives that the file names.
+    /// Writes another process into the file as its holder, for a supervisor that acquires the lock for a child. The
+    /// guard stays here, and dropping it releases as before. If this process dies first, no other process can acquire
+    /// the lock as long as the named process lives.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -1075,8 +1092,8 @@ impl PidGuard {
         self.write(owner)
     }
 
-    /// Verifies, and writes `owner`. The pid goes first, which makes the identity of the owner before count no more: killed in between, this process
-    /// leaves a file that is judged by its pid and its time.
+    /// Verifies the file, and writes `owner`. The pid is written first, which invalidates the previous owner's
+    /// identity. If this process is killed in between, it leaves a file that is judged by its pid and its time.
     fn write(&mut self, owner: &Owner) -> Result<()> {
         let failed = |error| Error::io("write", &self.path, error);
         let Some(file) = &self.file else { return Err(self.rogue()) };
@@ -1084,60 +1101,62 @@ impl PidGuard {
         let file = opened.as_ref().unwrap_or(file);
         self.verify_open(file)?;
         if opened.is_some() {
-            // A parent that still lives has them, and then the content says enough.
+            // A parent that still lives has the locks, and then the content is enough.
             write_lock::try_lock(file).and_then(|_| lock_for_others(file)).map_err(failed)?;
         }
         let text = record::content(owner.pid);
         overwrite(file, &text, self.written.text.as_bytes()).map_err(failed)?;
         self.written.text = text;
-        // The file names the owner already, so what fails here is no failure.
+        // The file already names the owner, so a failure here is ignored.
         self.written.identified = files::look(file).is_ok_and(|seen| identify(file, &seen, owner));
         self.file = opened.or(self.file.take());
         Ok(())
     }
 
-    /// Removes the file, releases, and says what went wrong.
+    /// Removes the file, releases the lock, and returns any failure.
     ///
-    /// A process that has given up the rights that it took to make the file cannot remove it. Then it leaves a blank
-    /// line in it, which the next owner takes over at once.
+    /// A process may have given up the rights with which it created the file, and so cannot remove it. Then it leaves a
+    /// blank line in the file, which the next owner takes over at once.
     ///
     /// # Errors
-    /// [`RogueDeletion`](ErrorKind::RogueDeletion) when somebody removed, replaced or rewrote the file; what stands in
-    /// its place stays. [`Io`](ErrorKind::Io) when it cannot be removed. It is released all the same, unless it cannot
-    /// be read: then nothing tells whether a forked child has taken it over, and it stays until this process ends.
+    /// - [`RogueDeletion`](ErrorKind::RogueDeletion) if another process removed, replaced or rewrote the file; a new
+    ///   file in its place stays.
+    /// - [`Io`](ErrorKind::Io) if the file cannot be removed.
+    ///
+    /// The lock is released all the same, unless the file cannot be read. Then it is unknown whether a forked child has
+    /// taken it over, and the lock stays held until this process ends.
     pub fn release(mut self) -> Result<()> {
         self.give_back()
     }
 
-    /// The owner that died without releasing, where the file named one.
+    /// Returns the owner that died without a release, if the file named one.
     pub fn recovered(&self) -> Option<&Recovered> {
         self.recovered.as_deref()
     }
 
     fn give_back(&mut self) -> Result<()> {
         let Some(mut file) = self.file.take() else { return Ok(()) };
-        // The open file is one with the parent's, so closing the copy of a forked child releases nothing.
+        // The copy shares the open file with the parent's, so closing the copy of a forked child releases nothing.
         if self.generation != fork::generation() {
             return Ok(());
         }
-        // First, for another file of this process may get the numbers.
+        // This comes first, because another file of this process may get the same numbers.
         held_files().lock().remove(&self.written.numbers);
         if let Some(opened) = self.open_again(&file)? {
             file = opened;
         }
-        // A file that stayed would keep others out for as long as this process lives, so a read that failed is not the
-        // last word.
+        // A file that stayed would exclude others for as long as this process lives, so a failed read is repeated once.
         let removed = match self.says(&file).or_else(|_| self.says(&file)) {
             Ok(bytes) if bytes == self.written.text.as_bytes() => self.remove(&file),
             Ok(bytes) => match self.successor(&file, &bytes) {
                 None => Err(self.rogue()),
-                // Unlocking would take it from a child that owns it now; closing does not.
+                // An unlock would take the lock from a child that owns it now; closing the file does not.
                 Some(is_child) if is_child => return Ok(()),
                 Some(_) => return Err(self.rogue()),
             },
             Err(error) => Err(error),
         };
-        // Not left to closing, since forked children may have the open file, too.
+        // Closing is not enough, because forked children may have the open file, too.
         let unlocked = write_lock::unlock(&file).and_then(|()| match flock::unlock(&file) {
             Err(error) if flock::is_unsupported(&error) => Ok(()),
             unlocked => unlocked,
@@ -1146,8 +1165,8 @@ impl PidGuard {
         removed.and(unlocked.map_err(|error| Error::io("unlock", &self.path, error)))
     }
 
-    /// Whether a process that lives has written its pid into the file, and then whether it is a forked child that has
-    /// called [`rewrite`](Self::rewrite). Where no identity tells that, it is taken for one.
+    /// Returns `None` unless a live process has written its pid into the file. Otherwise returns whether that is a
+    /// forked child that has called [`rewrite`](Self::rewrite). Without an identity it counts as such a child.
     fn successor(&self, file: &File, bytes: &[u8]) -> Option<bool> {
         let Content::Pids { pids, alone: true, .. } = record::parse(bytes) else { return None };
         let seen = files::look(file).ok()?;
@@ -1210,7 +1229,7 @@ impl Guard for PidGuard {
 
 impl Drop for PidGuard {
     fn drop(&mut self) {
-        // Closing the file releases, too, so a failure here leaves nothing locked.
+        // Closing the file also releases, so a failure here leaves nothing locked.
         let _ = self.give_back();
     }
 }

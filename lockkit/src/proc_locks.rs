@@ -1,12 +1,13 @@
-//! Which locks on files the kernel has, and which processes hold them.
+//! The kernel's lists of locks on files, and the processes that hold these locks.
 //!
-//! The kernel lists each lock twice: in [proc_locks(5)] by file system and inode, with the process that took the lock
-//! and those that wait for it, and in [proc_pid_fdinfo(5)] for each descriptor through which the lock is held. The
-//! second list names the processes that keep a lock, also an inherited one, and by its link the path. The first list
-//! has the waiters, and the locks of processes whose descriptors this process may not see.
+//! The kernel lists each lock twice:
+//! - [proc_locks(5)] lists it by file system and inode, with the process that acquired the lock and its waiters. This
+//!   list also has the locks of processes whose descriptors this process may not read.
+//! - [proc_pid_fdinfo(5)] lists it for each descriptor through which it is held. This list names the processes that
+//!   keep a lock, also an inherited one. The link of the descriptor gives the path.
 //!
-//! [`FileLocks::read`] reads both lists once, so a caller with many paths pays for one pass over /proc. It opens and
-//! locks nothing but files of /proc, so it disturbs no process. (A process that closes any descriptor of a file loses
+//! [`FileLocks::read`] reads both lists once, so a caller with many paths pays for one pass over /proc. It opens only
+//! files of /proc and locks nothing, so it disturbs no process. (A process that closes any descriptor of a file loses
 //! its fcntl locks on that file, so a library must not open the files of its caller.)
 //!
 //! [proc_locks(5)]: https://man7.org/linux/man-pages/man5/proc_locks.5.html
@@ -39,39 +40,39 @@ pub enum Mechanism {
 pub struct Locked {
     /// The processes that hold them, as far as they are known.
     pub pids: Vec<u32>,
-    /// How many wait in the kernel.
+    /// The number of waiters in the kernel.
     pub waiters: u32,
 }
 
-/// The locks on one file; `None` for a mechanism by which it is not locked.
+/// The locks on one file; `None` for a mechanism without a lock.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct OnFile {
-    /// Those of flock(2).
+    /// The locks of flock(2).
     pub flock: Option<Locked>,
-    /// Those of fcntl(2).
+    /// The locks of fcntl(2).
     pub fcntl: Option<Locked>,
 }
 
-/// The locks on files as they were at one moment.
+/// A snapshot of the locks on files.
 #[derive(Debug, Default)]
 pub struct FileLocks {
     /// The lines of /proc/locks.
     table: HashMap<FileId, Vec<Entry>>,
     /// The processes with a descriptor that holds a lock.
     holders: HashMap<(FileId, Mechanism), Vec<u32>>,
-    /// The files of those descriptors: the path by the link, and the device and inode by stat(2). The path is text: a
-    /// comparison of paths goes part by part and is slow.
+    /// The files of those descriptors: the path from the link, and the device and inode from stat(2). The path is text,
+    /// because a comparison of paths goes component by component and is slow.
     files: BTreeMap<OsString, Identity>,
-    /// What the kernel's lists call the files of those descriptors.
+    /// The identities of the files of those descriptors in the kernel's lists.
     ids: HashMap<Identity, FileId>,
     /// The processes whose descriptors were read.
     seen: HashSet<u32>,
-    /// The files that certain processes have open.
+    /// The files that processes with a given name have open.
     open: Vec<PathBuf>,
-    /// Why /proc/locks could not be read.
+    /// The error of reading /proc/locks.
     unread: Option<io::Error>,
     mounts: OnceCell<HashMap<u64, Device>>,
-    /// The device of the file system by that of stat(2).
+    /// The device of the file system, by the device from stat(2).
     devices: RefCell<HashMap<u64, Device>>,
     owners: RefCell<HashMap<u32, Option<Owner>>>,
 }
@@ -79,35 +80,35 @@ pub struct FileLocks {
 /// The major and the minor number.
 type Device = (u32, u32);
 
-/// Device and inode by stat(2).
+/// Device and inode from stat(2).
 type Identity = (u64, u64);
 
-/// A file as the kernel's lists name it. The device is that of the file system, which stat(2) shows otherwise on Btrfs.
+/// The identity of a file in the kernel's lists. The device is the file system's; on Btrfs stat(2) returns another one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct FileId {
     device: Device,
     inode: u64,
 }
 
-/// A lock as a line of the kernel's lists shows it.
+/// A lock, from a line of the kernel's lists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Entry {
     mechanism: Mechanism,
-    /// Whether it is still waited for.
+    /// Whether a process waits for it, instead of holding it.
     waits: bool,
-    /// The process that took it; 0 for an `F_OFD_SETLK` lock and for a process that a pid namespace hides.
+    /// The process that acquired it; 0 for an `F_OFD_SETLK` lock and for a process that a pid namespace hides.
     pid: u32,
     file: FileId,
 }
 
-/// Reads `1: FLOCK  ADVISORY  WRITE 4242 fe:00:131 0 EOF`, with `->` behind the number where it is waited for.
+/// Parses `1: FLOCK  ADVISORY  WRITE 4242 fe:00:131 0 EOF`, with `->` after the number for a waiter.
 fn parse(line: &str) -> Option<Entry> {
     let mut words = line.split_ascii_whitespace().skip(1).peekable();
     let waits = words.next_if_eq(&"->").is_some();
     let mechanism = match words.next()? {
         "FLOCK" => Mechanism::Flock,
         "POSIX" | "OFDLCK" => Mechanism::Fcntl,
-        // A LEASE or a DELEG is the kernel's promise to tell of an open(2), not a lock.
+        // A LEASE or a DELEG is the kernel's promise to report an open(2), not a lock.
         _ => return None,
     };
     let mut words = words.skip(2);
@@ -119,7 +120,7 @@ fn parse(line: &str) -> Option<Entry> {
 }
 
 impl FileLocks {
-    /// Reads all locks on files. Also notes which files are open in processes that are called `keeper`.
+    /// Reads all locks on files. Also records which files are open in processes with the name `keeper`.
     pub fn read(keeper: &str) -> Self {
         let mut locks = Self::of_table();
         locks.seen.clear();
@@ -131,11 +132,11 @@ impl FileLocks {
         locks
     }
 
-    /// As [`read`](Self::read), of /proc/locks alone, in microseconds. The holder is then the process that took the lock,
-    /// which may have passed it on to another, and no paths are known.
+    /// Reads like [`read`](Self::read), but only /proc/locks, in microseconds. The holder is then the process that
+    /// acquired the lock, which may have passed it on to another, and no paths are known.
     pub fn of_table() -> Self {
         let mut locks = Self::default();
-        // Read in one piece: what changes between two reads can show a line twice or not at all.
+        // Read in one call: a change between two reads can show a line twice or not at all.
         match fs::read_to_string("/proc/locks") {
             Ok(table) => {
                 for entry in table.lines().filter_map(parse) {
@@ -149,7 +150,7 @@ impl FileLocks {
 
     fn read_process(&mut self, pid: u32, keeper: &str) {
         let directory = |name| open(format!("/proc/{pid}/{name}"), OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
-        // Names below them are found in half the time that whole paths take.
+        // Names relative to these directories are found in half the time of whole paths.
         let (Ok(links), Ok(infos)) = (directory("fd"), directory("fdinfo")) else { return };
         let Ok(descriptors) = Dir::read_from(&links) else { return };
         self.seen.insert(pid);
@@ -157,7 +158,7 @@ impl FileLocks {
             && fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim_end() == keeper);
         for descriptor in descriptors.flatten() {
             let number = descriptor.file_name();
-            // Those of sockets, pipes and the like are no paths, and far the most in some processes.
+            // The links of sockets, pipes and the like are not paths. Some processes have mostly these.
             let path = readlinkat(&links, number, Vec::new()).ok().map(|path| OsString::from_vec(path.into_bytes()));
             let Some(path) = path.filter(|path| path.as_bytes().starts_with(b"/")) else { continue };
             let Some(entries) = read_info(&infos, number) else { continue };
@@ -167,7 +168,7 @@ impl FileLocks {
                 }
                 continue;
             };
-            // By the link, for the path may lead to another file in this mount namespace.
+            // Through the link, because the path may lead to another file in this mount namespace.
             if let Ok(found) = statat(&links, number, AtFlags::empty()) {
                 let identity = (found.st_dev, found.st_ino);
                 self.ids.insert(identity, first.file);
@@ -182,13 +183,14 @@ impl FileLocks {
         }
     }
 
-    /// Why the kernel's table of locks could not be read: then a file that is not locked by it may be locked all the same.
+    /// Returns the error of reading the kernel's table of locks. After an error, a file without a lock in the result
+    /// may be locked all the same.
     pub fn unread(&self) -> Option<&io::Error> {
         self.unread.as_ref()
     }
 
-    /// The locked files of the processes that this one may look at, by path. A deleted file is not among them, nor one
-    /// whose path leads elsewhere in this mount namespace.
+    /// Returns the locked files of the processes that this process may inspect, by path. The result excludes deleted
+    /// files, and files whose path leads elsewhere in this mount namespace.
     pub fn files(&self) -> impl Iterator<Item = (&Path, OnFile)> {
         self.files.iter().filter_map(|(path, identity)| {
             let path = Path::new(path);
@@ -197,20 +199,20 @@ impl FileLocks {
         })
     }
 
-    /// The files without a lock that the processes called `keeper` have open.
+    /// Returns the files without a lock that the processes with the name `keeper` have open.
     pub fn open(&self) -> &[PathBuf] {
         &self.open
     }
 
-    /// The process with this pid, which is looked up once; `None` when it has ended.
+    /// Returns the process with this pid, or `None` if it has ended. Each pid is looked up once.
     pub fn owner(&self, pid: u32) -> Option<Owner> {
         self.owners.borrow_mut().entry(pid).or_insert_with(|| Owner::of(pid)).clone()
     }
 
-    /// The locks on the file at `path`.
+    /// Returns the locks on the file at `path`.
     ///
     /// # Errors
-    /// When the file cannot be looked at.
+    /// Fails if the metadata of the file cannot be read.
     pub fn on(&self, path: &Path) -> io::Result<OnFile> {
         let found = fs::metadata(path)?;
         let id = self.ids.get(&(found.dev(), found.ino())).copied();
@@ -228,7 +230,8 @@ impl FileLocks {
         if holders.is_empty() && entries.iter().all(|entry| entry.waits) {
             return None;
         }
-        // A process whose descriptors were read and that has none with the lock took it for another.
+        // If a process has no descriptor with the lock, although its descriptors were read, it acquired the lock for
+        // another.
         let took = entries.iter().filter(|entry| !entry.waits && entry.pid != 0).map(|entry| entry.pid);
         let mut pids: Vec<_> = holders.iter().copied().chain(took.filter(|pid| !self.seen.contains(pid))).collect();
         pids.sort_unstable();
@@ -236,7 +239,8 @@ impl FileLocks {
         Some(Locked { pids, waiters: waiters(&entries) })
     }
 
-    /// What the kernel's lists call a file: by the device of the file system on which the path is mounted.
+    /// Returns the identity of a file in the kernel's lists, with the device of the file system where the path is
+    /// mounted.
     fn id_of(&self, path: &Path, found: &fs::Metadata) -> FileId {
         let device = *self.devices.borrow_mut().entry(found.dev()).or_insert_with(|| {
             let mount = statx(CWD, path, AtFlags::empty(), StatxFlags::MNT_ID).ok();
@@ -248,7 +252,7 @@ impl FileLocks {
     }
 }
 
-/// The devices of the file systems, by the id of the mount.
+/// Returns the devices of the file systems, by the id of the mount.
 fn mounts() -> HashMap<u64, Device> {
     let list = fs::read("/proc/self/mountinfo").unwrap_or_default();
     let read = |line: &str| {
@@ -260,9 +264,9 @@ fn mounts() -> HashMap<u64, Device> {
     String::from_utf8_lossy(&list).lines().filter_map(read).collect()
 }
 
-/// The locks that a descriptor holds.
+/// Returns the locks that a descriptor holds.
 fn read_info(directory: &OwnedFd, number: &CStr) -> Option<Vec<Entry>> {
-    // Mostly it has room for all of it, and one read costs half of what reading up to the end does.
+    // The buffer usually suffices, and one read costs half as much as reading up to the end.
     let mut bytes = [0; 1024];
     let mut file = fs::File::from(openat(directory, number, OFlags::CLOEXEC, Mode::empty()).ok()?);
     let length = file.read(&mut bytes).ok()?;
@@ -273,8 +277,8 @@ fn read_info(directory: &OwnedFd, number: &CStr) -> Option<Vec<Entry>> {
     Some(text.lines().filter_map(|line| parse(line.strip_prefix("lock:")?)).collect())
 }
 
-/// How many wait behind the locks on one file. The kernel shows its table a page at a time, and what stood on one page may
-/// come again on the next when the table has changed in between; so of each holder only the longest queue counts.
+/// Returns how many waiters the locks on one file have. The kernel outputs its table a page at a time. If the table
+/// changes in between, a line of one page may be repeated on the next. So only the longest queue of each holder counts.
 fn waiters(entries: &[&Entry]) -> u32 {
     let mut longest: BTreeMap<u32, u32> = BTreeMap::new();
     let (mut holder, mut queue) = (0, 0);

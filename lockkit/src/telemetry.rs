@@ -1,4 +1,4 @@
-//! What locks tell subscribers of [tracing](https://docs.rs/tracing) (feature `tracing`).
+//! The events of locks for subscribers of [tracing](https://docs.rs/tracing) (feature `tracing`).
 //!
 //! | level | message | fields besides `kind` and `name` |
 //! |---|---|---|
@@ -6,12 +6,12 @@
 //! | debug | `waiting`: the lock is held | `holder` |
 //! | debug | `acquired` | `waited` (seconds) |
 //! | debug | `not acquired` | `waited`, `error` |
-//! | warn | `recovered`: the owner before died holding it | `recovered` |
+//! | warn | `recovered`: the previous owner died holding it | `recovered` |
 //! | error | `lost`: a lease has ended before its release | `token`, `reason` |
 //! | trace | `released` | |
 //!
-//! Every acquisition goes through [`acquire`] or [`acquire_async`], so the kinds of lock know nothing of spans. As long
-//! as nobody listens each is one comparison with tracing's highest level; without the feature it is nothing at all.
+//! Every acquisition goes through [`acquire`] or [`acquire_async`], so the kinds of lock do not depend on spans.
+//! Without a subscriber each call is one comparison with tracing's highest level; without the feature it is nothing.
 
 #[cfg(feature = "tracing")]
 mod told {
@@ -25,19 +25,19 @@ mod told {
     use crate::lock::Guard;
     use crate::wait::LockInfo;
 
-    /// Whether anybody listens, to whatever level.
+    /// Returns whether there is a subscriber, for any level.
     #[inline]
     pub(crate) fn is_on() -> bool {
         LevelFilter::current() != LevelFilter::OFF
     }
 
-    /// Tells of an acquisition.
+    /// Reports an acquisition.
     #[inline]
     pub(crate) fn acquire<G: Guard>(lock: &dyn LockInfo, take: impl FnOnce() -> Result<G>) -> Result<G> {
         if is_on() { Acquisition::of(lock).tell(take) } else { take() }
     }
 
-    /// Tells of an acquisition by a task.
+    /// Reports an acquisition by a task.
     #[cfg(feature = "tokio")]
     pub(crate) async fn acquire_async<G: Guard>(
         lock: &dyn LockInfo,
@@ -52,17 +52,17 @@ mod told {
         acquisition.span.in_scope(|| acquisition.told(taken))
     }
 
-    /// The work in the span and for the subscriber of this thread, wherever it is done.
+    /// Wraps the work so that it runs in the span and for the subscriber of this thread, on any thread.
     #[cfg(feature = "tokio")]
     pub(crate) fn carried<T>(work: impl FnOnce() -> T) -> impl FnOnce() -> T {
         let (span, subscriber) = (Span::current(), tracing::dispatcher::get_default(Clone::clone));
         move || tracing::dispatcher::with_default(&subscriber, || span.in_scope(work))
     }
 
-    /// The lock was found held, and is waited for.
+    /// Reports that the lock was found held, and that a wait begins.
     #[inline]
     pub(crate) fn waiting(lock: &dyn LockInfo) {
-        /// Asking who holds is not for nothing.
+        /// Reading the holder has a cost.
         #[cold]
         fn tell(lock: &dyn LockInfo) {
             let (kind, name) = lock.label();
@@ -74,7 +74,7 @@ mod told {
         }
     }
 
-    /// The lock was given back.
+    /// Reports that the lock was released.
     #[inline]
     pub(crate) fn released(lock: &dyn LockInfo) {
         #[cold]
@@ -87,7 +87,7 @@ mod told {
         }
     }
 
-    /// The lease has ended without its holder's doing.
+    /// Reports that the lease ended without an action of its holder.
     pub(crate) fn lost(lock: &dyn LockInfo, token: u64, reason: &dyn Display) {
         if is_on() {
             let (kind, name) = lock.label();

@@ -1,9 +1,9 @@
 //! How long to wait for a lock, and how to stop waiting early.
 //!
-//! [`Wait`] is what a caller asks for. Once an acquisition finds its lock held, it becomes a [`WaitState`]: the moment
-//! to give up at, and the event that wakes the waiter when its [`CancelToken`] is cancelled. Every kind of lock waits
-//! through `WaitState`, so a limit and a token mean the same for all of them. No wait of a thread needs another one; for
-//! those of tasks see `awaiting`.
+//! [`Wait`] is what a caller requests. When an acquisition finds its lock held, the `Wait` becomes a [`WaitState`]: the
+//! deadline, and the event that wakes the waiter when its [`CancelToken`] is cancelled. Every kind of lock waits
+//! through `WaitState`, so a limit and a token mean the same for all of them. A waiting thread needs no second thread;
+//! for tasks see `blocking`.
 
 use std::fmt;
 use std::sync::Arc;
@@ -31,7 +31,7 @@ use crate::telemetry;
 /// # Ok(()) }
 /// ```
 ///
-/// The shortest and the longest:
+/// The shortest and the longest wait:
 ///
 /// ```
 /// # fn main() -> lockkit::Result<()> {
@@ -57,48 +57,48 @@ enum Limit {
 }
 
 impl Wait {
-    /// Not at all: a lock that is held is [`Held`](crate::ErrorKind::Held).
+    /// Does not wait: a held lock returns [`Held`](crate::ErrorKind::Held).
     pub const fn none() -> Self {
         Self { limit: Limit::None, cancel: None }
     }
 
-    /// As long as it takes.
+    /// Waits without a limit.
     pub const fn forever() -> Self {
         Self { limit: Limit::Forever, cancel: None }
     }
 
-    /// At most `limit`, counted anew from the start of each acquisition. Zero tries once; what is too long for the
-    /// clock to count is for ever.
+    /// Waits at most `limit`, measured from the start of each acquisition. Zero tries once; a limit beyond the range of
+    /// the clock means forever.
     pub const fn at_most(limit: Duration) -> Self {
         Self { limit: Limit::For(limit), cancel: None }
     }
 
-    /// Until `moment`; one in the past tries once.
+    /// Waits until `moment`; a moment in the past tries once.
     pub const fn until(moment: Instant) -> Self {
         Self { limit: Limit::Until(moment), cancel: None }
     }
 
-    /// Gives up as soon as `token` is cancelled, too. A token that is cancelled before the acquisition starts wins
-    /// over a lock that is free.
+    /// Adds a token: the wait also ends as soon as `token` is cancelled. A token that is cancelled before the
+    /// acquisition starts ends it even if the lock is free.
     pub fn or_cancelled(mut self, token: &CancelToken) -> Self {
         self.cancel = Some(token.clone());
         self
     }
 
-    /// Whether nothing can cancel it.
+    /// Returns whether there is no token.
     #[cfg_attr(not(all(target_os = "linux", not(loom))), allow(dead_code))]
     #[inline]
     pub(crate) fn is_bare(&self) -> bool {
         self.cancel.is_none()
     }
 
-    /// The same for somebody who does not wait.
+    /// Returns the same wait without waiting.
     #[cfg(feature = "tokio")]
     pub(crate) fn at_once(&self) -> Self {
         Self { limit: Limit::None, cancel: self.cancel.clone() }
     }
 
-    /// The same as seen from another thread that begins later, and that `stop` ends.
+    /// Returns the same wait for another thread that begins later, and that `stop` ends.
     #[cfg(feature = "tokio")]
     pub(crate) fn elsewhere(&self, stop: &CancelToken) -> Self {
         let limit = match self.limit {
@@ -108,25 +108,25 @@ impl Wait {
         Self { limit, cancel: Some(stop.clone()) }
     }
 
-    /// Whether it waits at all.
+    /// Returns whether it waits at all.
     #[cfg(feature = "tokio")]
     pub(crate) fn waits(&self) -> bool {
         !matches!(self.limit, Limit::None)
     }
 
-    /// Waits until it is cancelled.
+    /// Waits until the token is cancelled.
     #[cfg(feature = "tokio")]
     pub(crate) async fn cancelled(&self) {
         cancelled(self.cancel.as_ref()).await;
     }
 
-    /// Whether somebody has cancelled it already.
+    /// Returns whether the token is already cancelled.
     #[cfg(target_os = "linux")]
     pub(crate) fn is_cancelled(&self) -> bool {
         self.cancel.as_ref().is_some_and(CancelToken::is_cancelled)
     }
 
-    /// Refuses what was cancelled before it began.
+    /// Returns an error if the token was cancelled before the acquisition began.
     pub(crate) fn check(&self, subject: &dyn LockInfo) -> Result<()> {
         match &self.cancel {
             Some(token) if token.is_cancelled() => Err(WaitError::Cancelled.error(subject, Duration::ZERO)),
@@ -134,14 +134,14 @@ impl Wait {
         }
     }
 
-    /// What is left of this wait for an acquisition that has just found `subject` held; `None` when it does not wait.
+    /// Returns the state of this wait for an acquisition that has just found `subject` held, and `None` without a wait.
     pub(crate) fn state_for(&self, subject: &dyn LockInfo) -> Option<WaitState> {
         let patience = self.patience()?;
         telemetry::waiting(subject);
         Some(patience)
     }
 
-    /// What is left of this wait from now on; `None` when it does not wait.
+    /// Returns the state of this wait from now on, and `None` without a wait.
     pub(crate) fn patience(&self) -> Option<WaitState> {
         let since = Instant::now();
         let until = match self.limit {
@@ -156,7 +156,7 @@ impl Wait {
 
 /// Stops waits early, from any thread. Clones are the same token; a cancelled token stays cancelled.
 ///
-/// A token belongs to the process that made it: cancelling a copy in a forked child does not reach the parent.
+/// A token belongs to the process that created it: cancelling a copy in a forked child does not affect the parent.
 ///
 /// ```
 /// use lockkit::{CancelToken, NamedLock, Wait};
@@ -178,15 +178,15 @@ pub struct CancelToken(Arc<TokenState>);
 #[derive(Default)]
 struct TokenState {
     cancelled: AtomicBool,
-    /// What threads wait for.
+    /// The event that threads wait for.
     event: Signal<Event>,
-    /// What tasks wait for.
+    /// The notification that tasks wait for.
     #[cfg(feature = "tokio")]
     tasks: Signal<tokio::sync::Notify>,
 }
 
-/// What the first waiter makes, so that a token that nobody waits with costs nothing. A forked child shares its
-/// parent's, and needs one of its own: the number is the fork generation that it belongs to.
+/// A value that the first waiter creates, so that a token without waiters costs nothing. A forked child inherits its
+/// parent's value, and needs its own. The number is the fork generation to which the value belongs.
 struct Signal<T>(Mutex<Option<(u32, Arc<T>)>>);
 
 impl<T> Signal<T> {
@@ -212,14 +212,14 @@ impl<T> Default for Signal<T> {
 }
 
 impl CancelToken {
-    /// A token that nobody has cancelled yet.
+    /// Creates a token that is not cancelled.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Wakes everybody who waits with this token, and whoever will, with [`Cancelled`](crate::ErrorKind::Cancelled).
+    /// Wakes all present and future waiters of this token with [`Cancelled`](crate::ErrorKind::Cancelled).
     pub fn cancel(&self) {
-        // The flag goes first: a waiter looks at it after its event stands in the slot, so it sees one or the other.
+        // The flag is set first: a waiter checks it after storing its event, so it sees the flag or its event is set.
         self.0.cancelled.store(true, Ordering::Release);
         if let Some(event) = self.0.event.get() {
             event.set();
@@ -230,12 +230,12 @@ impl CancelToken {
         }
     }
 
-    /// Whether somebody has cancelled it.
+    /// Returns whether it is cancelled.
     pub fn is_cancelled(&self) -> bool {
         self.0.cancelled.load(Ordering::Acquire)
     }
 
-    /// What becomes readable when it is cancelled.
+    /// Returns the event that becomes readable when the token is cancelled.
     pub(crate) fn event(&self) -> Result<Arc<Event>> {
         let made = self.0.event.get_or_make(Event::is_own, Event::new);
         let event = made.map_err(|error| Error::io("create", "a cancel event", error))?;
@@ -245,7 +245,7 @@ impl CancelToken {
         Ok(event)
     }
 
-    /// Waits in a task until it is cancelled, on any runtime. Dropping the future leaves nothing behind.
+    /// Waits in a task until the token is cancelled, on any runtime. A dropped future leaves nothing behind.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -265,7 +265,7 @@ impl CancelToken {
         let Ok(tasks) =
             self.0.tasks.get_or_make(|_| true, || Ok::<_, std::convert::Infallible>(tokio::sync::Notify::new()));
         let mut told = std::pin::pin!(tasks.notified());
-        // Who cancels tells those that are on the list, so the flag is looked at once this task is.
+        // `cancel` notifies the tasks on the list, so the flag is checked after this task is on it.
         told.as_mut().enable();
         if !self.is_cancelled() {
             told.await;
@@ -279,67 +279,67 @@ impl fmt::Debug for CancelToken {
     }
 }
 
-/// What is left of a [`Wait`] once its lock was found held.
+/// The state of a [`Wait`] after its lock was found held.
 pub(crate) struct WaitState {
     since: Instant,
     until: Option<Instant>,
     cancel: Option<CancelToken>,
 }
 
-/// What came first: what was waited for, or a reason to stop.
+/// The event of a wait: the awaited condition or the end of the pause, or an error that ends the acquisition.
 pub(crate) type WaitResult = std::result::Result<(), WaitError>;
 
-/// Why a waiter stopped waiting.
+/// The reason why a waiter stopped waiting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum WaitError {
-    /// The moment to give up at has come.
+    /// The deadline has passed.
     TimedOut,
     /// The token was cancelled.
     Cancelled,
 }
 
 impl WaitState {
-    /// That of somebody who does not want to wait, and does for a moment.
+    /// Creates the state of a caller that does not wait for a holder, but retries for a moment.
     #[cfg(target_os = "linux")]
     pub(crate) fn brief(moment: Duration) -> Self {
         let since = Instant::now();
         Self { since, until: Some(since + moment), cancel: None }
     }
 
-    /// Nothing but the lock ends this wait, so it may block where only the kernel wakes it.
+    /// Returns whether only the lock ends this wait. Then the wait may block where only the kernel can end it.
     pub(crate) fn is_endless(&self) -> bool {
         self.until.is_none() && self.cancel.is_none()
     }
 
-    /// The moment to give up at.
+    /// Returns the deadline.
     pub(crate) fn until(&self) -> Option<Instant> {
         self.until
     }
 
-    /// What may cancel it.
+    /// Returns the token that may cancel the wait.
     pub(crate) fn token(&self) -> Option<&CancelToken> {
         self.cancel.as_ref()
     }
 
-    /// Lets `pause` pass.
+    /// Sleeps for `pause`.
     pub(crate) fn sleep(&self, pause: Duration) -> Result<WaitResult> {
         self.wait(None, pause)
     }
 
-    /// Waits until `fd` has something to read or has hung up, but no longer than `pause`, whose end is `Ok`, too.
+    /// Waits until `fd` is readable or has hung up, but no longer than `pause`. The end of the pause is `Ok`, too.
     pub(crate) fn wait(&self, fd: Option<BorrowedFd<'_>>, pause: Duration) -> Result<WaitResult> {
         let (until, over) = self.end_of(pause);
         self.wait_by(|cancel| event::wait(fd, cancel, until), over)
     }
 
-    /// As [`wait`](Self::wait), until the other end of `fd` has ended its stream.
+    /// Waits like [`wait`](Self::wait), until the other end of `fd` has ended its stream.
     #[cfg(target_os = "linux")]
     pub(crate) fn wait_for_end(&self, fd: Option<BorrowedFd<'_>>, pause: Duration) -> Result<WaitResult> {
         let (until, over) = self.end_of(pause);
         self.wait_by(|cancel| event::wait_for_end(fd, cancel, until), over)
     }
 
-    /// Waits until `fd` has room for more to be written, or has hung up.
+    /// Waits until `fd` is writable, or has hung up.
     #[cfg(target_os = "linux")]
     pub(crate) fn writable(&self, fd: BorrowedFd<'_>) -> Result<WaitResult> {
         self.wait_by(|cancel| event::wait_for_room(fd, cancel, self.until), Err(WaitError::TimedOut))
@@ -355,20 +355,20 @@ impl WaitState {
         match wait(cancel.as_ref().map(|event| event.as_fd())).map_err(failed)? {
             Woke::Ready => Ok(Ok(())),
             Woke::Cancelled if is_cancelled() => Ok(Err(WaitError::Cancelled)),
-            // The program has closed the event, and opened another file. The next wait makes another event.
+            // The program has closed the event, and opened another file. The next wait creates another event.
             Woke::Cancelled => Ok(Ok(())),
             Woke::TimedOut => Ok(over),
         }
     }
 
-    /// How long it has lasted so far.
+    /// Returns how long the wait has lasted.
     #[cfg(target_os = "linux")]
     pub(crate) fn waited(&self) -> Duration {
         self.since.elapsed()
     }
 
-    /// As [`wait`](Self::wait), in a task, for whatever is `ready`. Where two come together it wins, for what it brings
-    /// would be lost otherwise.
+    /// Waits like [`wait`](Self::wait), in a task, for `ready`. If `ready` and another event come together, `ready`
+    /// wins, because its result would be lost otherwise.
     #[cfg(feature = "tokio")]
     pub(crate) async fn wait_async(
         &self,
@@ -399,7 +399,7 @@ impl WaitState {
         .await
     }
 
-    /// When a pause ends, and what its end means.
+    /// Returns when a pause ends, and the result at its end.
     fn end_of(&self, pause: Duration) -> (Option<Instant>, WaitResult) {
         match (Instant::now().checked_add(pause), self.until) {
             (Some(wake), until) if until.is_none_or(|until| wake <= until) => (Some(wake), Ok(())),
@@ -407,10 +407,10 @@ impl WaitState {
         }
     }
 
-    /// How long a sleep may last that no token can end: at most `pause`, not beyond the limit, and never so long that a
-    /// cancellation goes unseen for more than a few milliseconds.
+    /// Returns how long a sleep may last that no token can end: at most `pause`, and not beyond the limit. With a token
+    /// it is also so short that a cancellation is noticed within a few milliseconds.
     pub(crate) fn portion(&self, pause: Duration) -> std::result::Result<Duration, WaitError> {
-        /// How often a waiter looks at its token.
+        /// The interval at which a waiter checks its token.
         const GLANCE: Duration = Duration::from_millis(2);
         let pause = match &self.cancel {
             Some(token) if token.is_cancelled() => return Err(WaitError::Cancelled),
@@ -424,13 +424,13 @@ impl WaitState {
         }
     }
 
-    /// The error that says why the wait for `subject` ended.
+    /// Returns the error for the reason why the wait for `subject` ended.
     pub(crate) fn error(&self, gave_up: WaitError, subject: &dyn LockInfo) -> Error {
         gave_up.error(subject, self.since.elapsed())
     }
 }
 
-/// Waits until the token is cancelled, if there is one.
+/// Waits until the token is cancelled; without a token, forever.
 #[cfg(feature = "tokio")]
 async fn cancelled(token: Option<&CancelToken>) {
     match token {
@@ -453,23 +453,23 @@ impl WaitError {
     }
 }
 
-/// A lock as errors speak of it.
+/// A lock as error messages describe it.
 pub(crate) trait LockInfo: Sync {
-    /// Its kind and its name, for people.
+    /// Returns its kind and its name, for people.
     fn describe(&self) -> String;
-    /// Its kind and its name, for programs.
+    /// Returns its kind and its name, for programs.
     #[cfg(feature = "tracing")]
     fn label(&self) -> (&'static str, String);
-    /// Who holds it now, where that is known.
+    /// Returns the current holder, where it is known.
     fn holder(&self) -> Option<Owner>;
-    /// The error for somebody who does not wait.
+    /// Returns the error for a caller that does not wait.
     fn held(&self) -> Error {
         ErrorKind::Held { lock: self.describe(), owner: self.holder().map(Box::new), source: None }.into()
     }
 }
 
-/// Pauses between attempts where nothing wakes the waiter: each twice the one before, within bounds that keep both
-/// the delay after a release and the processor time small.
+/// The pauses between attempts if nothing wakes the waiter. Each is twice the previous one, within bounds that keep
+/// both the delay after a release and the processor time small.
 pub(crate) struct Backoff {
     next: Duration,
     longest: Duration,

@@ -1,5 +1,5 @@
-//! The command `lockkit`, driven as people and scripts do: real processes, real signals, a real terminal, and the
-//! machine's own flock(1) beside ours.
+//! Tests of the command `lockkit`, used as people and scripts use it: real processes, real signals, a real terminal,
+//! and the machine's own flock(1) for comparison.
 
 #![cfg(target_os = "linux")]
 
@@ -21,7 +21,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// How long anything may take that must happen: far more than it needs, for machines can be slow.
+/// The time limit for anything that must happen: far more than it needs, because machines can be slow.
 const LIVELY: Duration = Duration::from_secs(30);
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_lockkit");
@@ -34,11 +34,11 @@ fn until(what: &str, mut fact: impl FnMut() -> bool) {
     }
 }
 
-/// Says that the test on this thread is left out, and why: also when those who run tests keep to themselves what passing
-/// ones print.
+/// Reports that the test on this thread is left out, and why, even when the test runner captures the output of passing
+/// tests.
 fn left_out(why: &str) {
     let thread = std::thread::current();
-    // Nobody reads it where it cannot be written.
+    // A closed standard error has no reader.
     let _ = writeln!(std::io::stderr(), "left out: {}: {why}", thread.name().unwrap_or_default());
 }
 
@@ -64,7 +64,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// What it wrote, which is what the schema says and no more.
+/// Parses the output, which must match the schema and contain no other fields.
 fn json(output: &Output) -> Value {
     static SCHEMA: LazyLock<Validator> = LazyLock::new(|| {
         let mut schema: Value = serde_json::from_str(FORMS).expect("JSON");
@@ -79,7 +79,7 @@ fn json(output: &Output) -> Value {
 
 const FORMS: &str = include_str!("../src/bin/lockkit/forms.schema.json");
 
-/// Has a schema allow no fields but those that it tells of, so that none goes without a word there.
+/// Makes the schema reject fields that it does not define, so that every field is documented.
 fn close(schema: &mut Value) {
     match schema {
         Value::Object(fields) => {
@@ -103,7 +103,7 @@ fn signal(pid: u32, signal: Signal) {
     let _ = kill_process(pid, signal);
 }
 
-/// Whether a process runs that has not become a zombie.
+/// Returns whether a process runs and is not a zombie.
 fn lives(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit(')').next().is_some_and(|rest| !rest.is_empty() && !rest.trim_start().starts_with(['Z', 'X']))
@@ -113,11 +113,11 @@ fn lives(pid: u32) -> bool {
 struct Lock {
     run: [String; 2],
     place: String,
-    /// Where its file is, as long as it is needed.
+    /// The directory of its file, kept for as long as the file is needed.
     _directory: TempDir,
 }
 
-/// Takes away the record that a named lock leaves for its next holder.
+/// Removes the record that a named lock leaves for its next holder.
 impl Drop for Lock {
     fn drop(&mut self) {
         let uid = rustix::process::geteuid().as_raw();
@@ -137,14 +137,14 @@ impl Lock {
         Self { run: [kind.to_owned(), place.clone()], place, _directory: directory }
     }
 
-    /// The command that runs `script` under it.
+    /// Returns the command that runs `script` under it.
     fn run<const N: usize>(&self, options: [&str; N], script: &str) -> Command {
         let mut command = lockkit(["run"]);
         command.args(&self.run).args(options).args(["--", "sh", "-c", script]);
         command
     }
 
-    /// Holds it with a program that stays; gives the program's pid, too.
+    /// Holds it with a program that keeps running. Also returns the program's pid.
     fn hold<const N: usize>(&self, options: [&str; N]) -> (Running, u32) {
         let mut running = Running::start(self.run(options, "echo $$; exec sleep 60"));
         let pid = running.line().parse().expect("a pid");
@@ -196,7 +196,7 @@ impl Drop for Running {
     }
 }
 
-/// A program that outlives its parent, which is killed at the end of the test.
+/// A program that outlives its parent. It is killed at the end of the test.
 struct Orphan(u32);
 
 impl Drop for Orphan {
@@ -232,7 +232,7 @@ fn a_held_lock_ends_run_with_the_code_for_it() {
         assert!(said.contains("is held") && said.ends_with(".\n"), "{kind}: {said}");
         let waited = lock.run(["--timeout", "50ms"], "true").output().expect("lockkit starts");
         assert_eq!(code_of(&waited), 75, "{kind}");
-        // A lease is held by lockkit's keeper, and a file by lockkit and its keeper.
+        // The holder of a lease is lockkit's keeper; the holders of a file are lockkit and its keeper.
         let (holder, program) = match kind {
             "--lease" => (keeper(running.pid()), "lockkit"),
             "--file" => (running.pid(), "lockkit"),
@@ -299,7 +299,7 @@ fn killed_lockkit_leaves_lock_held_by_its_program() {
         let program = Orphan(pid);
         running.child.kill().expect("it runs");
         running.child.wait().expect("a child");
-        // Longer than anything would take that is about to happen.
+        // The pause is longer than any pending action would take.
         std::thread::sleep(Duration::from_millis(200));
         assert!(lives(program.0), "{kind}");
         assert_eq!(lock.status(), 1, "{kind}");
@@ -314,13 +314,13 @@ fn killed_lockkit_leaves_lock_held_by_its_program() {
     }
 }
 
-/// The processes that `pid` has started and that live.
+/// Returns the live children of `pid`.
 fn children(pid: u32) -> Vec<u32> {
     let all = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
     all.split_ascii_whitespace().filter_map(|child| child.parse().ok()).collect()
 }
 
-/// The process that keeps `lock` when lockkit, with that pid, is killed.
+/// Returns the process that keeps `lock` when lockkit, with that pid, is killed.
 fn keeper(lockkit: u32) -> u32 {
     let name = |pid: &u32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     let mut found = None;
@@ -370,7 +370,8 @@ fn a_pidfile_names_the_program_that_its_killed_lockkit_ran() {
 fn program_never_outlives_lease_if_lockkit_or_keeper_dies() {
     for (lockkit_first, keeper_too) in [(true, false), (true, true), (false, true), (false, false)] {
         let lock = Lock::new("--lease");
-        // One that it waits for, one whose parent has ended, and one in a session of its own.
+        // The script starts a process that it waits for, a process whose parent has ended, and a process in a session
+        // of its own.
         let script = "sleep 60 > /dev/null & echo $!; (sleep 60 > /dev/null & echo $!); \
                       setsid sleep 60 > /dev/null & echo $!; echo $$; wait";
         let mut running = Running::start(lock.run(["--ttl", "1s"], script));
@@ -379,7 +380,7 @@ fn program_never_outlives_lease_if_lockkit_or_keeper_dies() {
         if lockkit_first {
             signal(running.pid(), Signal::KILL);
             running.child.wait().expect("a child");
-            // For longer than the lease lasts without a renewal.
+            // The loop runs for longer than the lease lasts without a renewal.
             let begun = Instant::now();
             while begun.elapsed() < Duration::from_millis(1500) {
                 assert_eq!(lock.status(), 1);
@@ -396,7 +397,7 @@ fn program_never_outlives_lease_if_lockkit_or_keeper_dies() {
                 assert!(below.iter().all(|process| !lives(process.0)), "something is left of it");
             }
         } else {
-            // A loss ends all of it, too, whether or not lockkit is there.
+            // A loss also ends all of it, whether or not lockkit still runs.
             assert_eq!(code(["lease", "steal", "--yes", &lock.place]), 0);
             until("all has ended", || below.iter().all(|process| !lives(process.0)));
         }
@@ -412,7 +413,7 @@ fn a_kill_by_name_or_by_command_line_does_not_reach_the_keeper() {
         let (program, keeper) = (Orphan(pid), Orphan(keeper(running.pid())));
         let line = fs::read_to_string(format!("/proc/{}/cmdline", keeper.0)).expect("a process");
         assert_eq!(line.trim_end_matches('\0'), "lock-keeper", "{kind}");
-        // As `pkill -9 -f lockkit` would, were there no other test's.
+        // `pkill -9 -f lockkit` would do the same, but it would also kill other tests' processes.
         let killed = Command::new("pkill").args(["-9", "-f", &format!("lockkit.*{}", lock.place)]).status();
         assert!(killed.expect("pkill starts").success(), "{kind}");
         until("lockkit is dead", || !lives(running.pid()));
@@ -449,7 +450,7 @@ fn a_lockkit_that_is_killed_while_it_waits_runs_nothing_later() {
         let mut waiter = Running::start(lock.run([], &format!("echo > {}", ran.display())));
         match kind {
             "--lease" => until("it waits", || !children(waiter.pid()).is_empty()),
-            // Whose place in no queue can be seen: it may be killed before it waits, too.
+            // Its place in a queue is not visible. So the kill may also come before the wait.
             "--pidfile" => {}
             _ => until("it waits", || json(&output(["status", &lock.place, "--json"]))["lock"]["waiters"] == 1),
         }
@@ -466,7 +467,7 @@ fn a_lockkit_that_is_killed_while_it_waits_runs_nothing_later() {
 
 #[test]
 fn the_lock_outlasts_a_lockkit_that_is_killed_at_any_moment() {
-    // Whatever the moment, as long as the program lives nobody else gets the lock.
+    // At whatever moment the kill comes, no other process gets the lock as long as the program lives.
     for kind in ["--name", "--file", "--pidfile"] {
         let lock = Lock::new(kind);
         for round in 0..30 {
@@ -517,8 +518,8 @@ fn keeper_does_not_keep_program_output_open() {
     assert_eq!(rest, "");
 }
 
-/// `command` with the signals that a shell has its background jobs ignore, as it may this test: what is ignored from
-/// the start no shell can trap.
+/// Returns `command` with default actions for the signals that a shell makes its background jobs ignore. This test may
+/// be such a job. A shell cannot trap a signal that is ignored from the start.
 fn with_usual_signals(command: &Command) -> Command {
     let mut usual = Command::new("env");
     usual.arg("--default-signal").arg(command.get_program()).args(command.get_args());
@@ -613,7 +614,7 @@ fn run_after_death_reports_dead_holder_to_program() {
     assert!(text(&told.stderr).contains("died"), "{told:?}");
 }
 
-/// A pseudo-terminal: the program's end, and what is shown on it.
+/// Opens a pseudo-terminal. Returns the program's end, and the screen.
 fn terminal() -> (OwnedFd, File) {
     use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
     let screen = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).expect("a terminal");
@@ -626,7 +627,7 @@ fn terminal() -> (OwnedFd, File) {
     (end.into(), screen.into())
 }
 
-/// Reads what is shown until `fact` holds of it all.
+/// Reads the screen until `fact` holds for all of the text.
 fn read_until(screen: &mut File, fact: impl Fn(&str) -> bool) -> String {
     let begun = Instant::now();
     let mut shown = Vec::new();
@@ -659,7 +660,7 @@ fn wait_on_terminal_shows_lock_holder_and_elapsed_time() {
     running.child.kill().expect("it runs");
     signal(pid, Signal::KILL);
     assert_eq!(waiter.code(), 0);
-    // The line is gone at the end.
+    // The line is erased at the end.
     read_until(&mut screen, |shown| shown.ends_with(" \r"));
 }
 
@@ -671,7 +672,7 @@ fn an_interrupt_from_the_terminal_reaches_the_program_once() {
         let script = "trap 'echo interrupted' INT; echo ready; i=0; while [ $i -lt 40 ]; do sleep 0.02; i=$((i+1)); \
                       done; echo ended";
         let run = with_usual_signals(&lock.run([], script));
-        // Makes the terminal the controlling one, so that it sends signals.
+        // The terminal becomes the controlling terminal, so that it sends signals.
         let mut session = Command::new("setsid");
         session.args(["--ctty", "--wait"]).arg(run.get_program()).args(run.get_args());
         session.stdin(end.try_clone().expect("a terminal")).stderr(end.try_clone().expect("a terminal"));
@@ -688,7 +689,8 @@ fn an_interrupt_from_the_terminal_reaches_the_program_once() {
 #[test]
 fn run_program_in_other_group_receives_interrupt_and_hangup() {
     for kind in ["--name", "--lease"] {
-        // With setsid(1) the program leaves the session; without, lockkit leads it and is told alone.
+        // With setsid(1) the program leaves the session. Without it, lockkit leads the session and alone receives the
+        // signal.
         for (begin, signal) in [("exec setsid sh -c", "INT"), ("exec sh -c", "HUP")] {
             let lock = Lock::new(kind);
             let (end, mut screen) = terminal();
@@ -859,7 +861,7 @@ fn wait_returns_when_the_lock_is_free_and_does_not_take_it() {
     }
 }
 
-/// Directory with a pidfile of a process that lives, one of a process that has ended, and something else.
+/// Creates a directory with a pidfile of a live process, a pidfile of an ended process, and another file.
 fn pidfiles() -> (TempDir, [PathBuf; 3]) {
     let directory = TempDir::new().expect("a directory");
     let paths = ["alive.pid", "dead.pid", "notes.txt"].map(|name| directory.path().join(name));
@@ -888,7 +890,7 @@ fn pidfiles_are_checked_and_only_stale_ones_are_removed() {
     let clean = output(["pidfile", "clean", &dir]);
     assert_eq!((code_of(&clean), text(&clean.stdout).lines().count()), (0, 1));
     assert_eq!(paths.each_ref().map(|path| path.exists()), [true, false, true]);
-    // What a link leads to is left alone, and said to be.
+    // A link's target is left unchanged, and the output says so.
     let link = directory.path().join("link.pid");
     fs::write(&paths[2], dead).expect("a file");
     symlink(&paths[2], &link).expect("a link");
@@ -930,7 +932,7 @@ fn b6_dry_run_check_and_clean_judge_alike() {
         assert_eq!(code(["pidfile", "check", &path_text]), checked, "{path_text}");
         let said = |dry: &[&str]| {
             let run = lockkit(["pidfile", "clean"]).args(dry).arg(path).output().expect("lockkit starts");
-            // How long ago it was left is another time each time.
+            // The age of the file differs in each run.
             let done = text(&run.stdout).replace("would remove", "removed");
             (code_of(&run), done.split(", since").next().unwrap_or_default().to_owned(), text(&run.stderr))
         };
@@ -940,7 +942,7 @@ fn b6_dry_run_check_and_clean_judge_alike() {
         assert_eq!((dry.0, dry.1.is_empty()), (cleaned, path != &dead), "{path_text}: {dry:?}");
         assert_eq!(path.exists(), before.is_some() && path != &dead, "{path_text}");
     }
-    // The others of a directory are judged all the same.
+    // The other files of a directory are judged nevertheless.
     fs::write(&dead, "4194304\n").expect("a file");
     let dir = directory.path().display().to_string();
     let run = output(["pidfile", "clean", &dir]);
@@ -1065,8 +1067,8 @@ fn a_lease_by_url_is_the_lease_at_its_path() {
     assert_eq!(code(["status", &url]), 0);
 }
 
-/// A Redis server that is killed at the end of the test, and the URL of a lease on it; `None`, with a line that says
-/// why, where there can be none.
+/// Starts a Redis server that is killed at the end of the test. Returns it with the URL of a lease on it. Returns
+/// `None`, and prints the reason, if that is impossible.
 fn redis() -> Option<(TempDir, Running, String)> {
     if !cfg!(feature = "redis") {
         left_out("this build has no redis");
@@ -1174,7 +1176,7 @@ fn steal_lease_of_other_user_requires_root() {
         command.stdin(Stdio::null());
         command
     };
-    // Users have to reach it.
+    // Users have to reach the directory.
     let directory = TempDir::new_in("/tmp").expect("a directory");
     fs::set_permissions(directory.path(), Permissions::from_mode(0o777)).expect("a directory");
     let lease = directory.path().join("lease").display().to_string();
@@ -1197,7 +1199,7 @@ fn steal_lease_of_other_user_requires_root() {
     assert_eq!(code_of(&stolen), 0, "{stolen:?}");
     assert_eq!(running.code(), 128 + 15, "it lost the lease");
     assert_eq!(code(["lease", "show", &lease]), 0);
-    // Nor may root hold it there: that user could take it back.
+    // Root may not hold it there either, because that user could take it back.
     let refused = output(["run", "--lease", &lease, "--", "true"]);
     assert_eq!(code_of(&refused), 77);
     assert!(text(&refused.stderr).contains("another user"), "{refused:?}");
@@ -1216,17 +1218,17 @@ fn doctor_interrupted_or_killed_is_cleaned_up() {
         let mut doctor = lockkit(["doctor", &path]);
         doctor.stderr(Stdio::null());
         let running = Running::start(doctor);
-        // Or has ended already.
+        // Or the command has ended already.
         until("it has begun", || !left().is_empty() || !lives(running.pid()));
         running
     };
     for number in [Signal::INT, Signal::TERM, Signal::HUP] {
-        // One that has ended first, as it may on a busy machine, shows nothing.
+        // On a busy machine a run may end before the signal, and then it shows nothing.
         let interrupted = (0..50).any(|_| {
             let mut running = begin();
             signal(running.pid(), number);
             let code = running.code();
-            // Or the signal came when all was done.
+            // Or the signal arrived after the work was done.
             assert!([0, 128 + number.as_raw(), -number.as_raw()].contains(&code), "{code}");
             assert!(left().is_empty(), "{:?}", left());
             code == 128 + number.as_raw()
@@ -1243,7 +1245,7 @@ fn doctor_interrupted_or_killed_is_cleaned_up() {
     let [abandoned] = &left()[..] else { panic!("{:?}", left()) };
     let name = abandoned.file_name().expect("a name").to_string_lossy().into_owned();
     assert_eq!(name, format!(".lockkit-doctor-{}", running.pid()), "as the documentation has it");
-    // It may be that of one that runs, and stays until it is old.
+    // The directory may belong to a running doctor, so it stays until it is old.
     assert_eq!(code(["doctor", &path]), 0);
     assert!(abandoned.exists());
     let hour_ago = SystemTime::now() - Duration::from_secs(3600);
@@ -1393,7 +1395,8 @@ fn arguments_that_make_no_sense_are_refused_with_an_example() {
     }
 }
 
-/// The machine's flock(1) and ours, each under the name `flock` in a directory of its own, as `sh` would find them.
+/// Returns the machine's flock(1) and ours, each under the name `flock` in a directory of its own, as `sh` would find
+/// them.
 fn both_flocks() -> Option<(TempDir, [PathBuf; 2])> {
     let paths = std::env::var_os("PATH").unwrap_or_default();
     let Some(real) = std::env::split_paths(&paths).map(|directory| directory.join("flock")).find(|path| path.is_file())
@@ -1411,7 +1414,7 @@ fn both_flocks() -> Option<(TempDir, [PathBuf; 2])> {
     Some((directory, both))
 }
 
-/// The words of musl for what the machine's own flock has the C library say, and that library's.
+/// musl's error texts, each with the text of the C library that the machine's own flock uses.
 #[cfg(target_env = "musl")]
 const WORDS: [[&str; 2]; 3] = [
     ["Filename too long", "File name too long"],
@@ -1421,12 +1424,12 @@ const WORDS: [[&str; 2]; 3] = [
 #[cfg(not(target_env = "musl"))]
 const WORDS: [[&str; 2]; 0] = [];
 
-/// What is to be the same: the code, and both outputs but for the program's own path and times, and the C library's
-/// words.
+/// Returns the part of the result that must be equal: the exit code, and both outputs. The program's own path, the
+/// times, and the C library's texts are normalised.
 fn outcome(program: &Path, command: &mut Command) -> (i32, String, String) {
     let ended = command.output().expect("it starts");
     let plain = |bytes: &[u8]| {
-        // A letter for each byte, so that none is taken for another.
+        // Each byte becomes one letter, so that no byte is mistaken for another.
         let text: String = bytes.iter().map(|byte| char::from(*byte)).collect();
         let text = text.replace(&program.display().to_string(), "flock");
         let text = WORDS.iter().fold(text, |text, [ours, theirs]| text.replace(ours, theirs));
@@ -1547,7 +1550,7 @@ fn flock_does_what_the_machines_own_does() {
         vec!["--verbose", f, "true"],
         vec!["--verbose", "-s", f, "-c", "echo said"],
         vec!["--verb", f, "true"],
-        // What is wrong.
+        // Invalid arguments.
         vec![],
         vec!["-n"],
         vec!["-z"],
@@ -1592,11 +1595,11 @@ fn flock_does_what_the_machines_own_does() {
     for arguments in cases {
         let ended = both.each_ref().map(|program| {
             let mut command = Command::new(program);
-            // A directory of its own, for one case makes files with odd names.
+            // The commands run in a directory of their own, because one case creates files with odd names.
             command.args(&arguments).stdin(File::open("/etc/hostname").expect("a file")).current_dir(directory.path());
             command.env("SHELL", "/bin/sh").env("LC_ALL", "C");
             let (code, stdout, stderr) = outcome(program, &mut command);
-            // When the machine's own has a pipe there, it writes its words behind the command's.
+            // If the output is a pipe, the machine's own flock writes its messages after the command's.
             let mut lines: Vec<_> = stdout.lines().map(str::to_owned).collect();
             lines.sort_unstable();
             (code, lines, stderr)
@@ -1609,7 +1612,7 @@ fn flock_does_what_the_machines_own_does() {
 fn flock_by_descriptor_does_what_the_machines_own_does() {
     let Some((directory, both)) = both_flocks() else { return };
     let scripts = [
-        // Held by the shell from the command on, until it closes the descriptor.
+        // The shell holds the lock from the command on, until it closes the descriptor.
         "exec 9>file; flock -n 9; echo $?; real -n file true; echo $?; exec 9>&-; real -n file true; echo $?",
         "(flock -x 8; real -n file true; echo $?) 8>file; real -n file true; echo $?",
         "exec 9>file; flock 9; flock -u 9; real -n file true; echo $?",
@@ -1617,15 +1620,15 @@ fn flock_by_descriptor_does_what_the_machines_own_does() {
         "exec 8>file 9>file; real 8; flock -n 9; echo $?; flock -n -E 5 --verbose 9; echo $?; flock -w 0.05 9; echo $?",
         "exec 8>file 9>file; real -s 8; flock -n -s 9; echo $?; flock -n 9; echo $?; flock -u 8; flock -n 9; echo $?",
         "exec 9>file; flock -n 7; echo $?; flock 9 9>&-; echo $?",
-        // Closed ones are not there, whatever Rust's runtime opens in their place.
+        // Closed descriptors count as missing, whatever Rust's runtime opens in their place.
         "flock 0 <&-; echo $?; flock 1 2>&1 >&-; echo $?; flock 2 2>&-; echo $?",
         "flock -h >&-; echo $?; flock file echo said >&-; echo $?; flock --verbose file true >&- 2>&-; echo $?",
         "flock -F file sh -c 'ls /proc/self/fd | wc -w' <&-; flock file sh -c 'ls /proc/self/fd | wc -w' <&-",
         "flock -z 2>/dev/full; echo $?; flock -n 2>&-; echo $?; flock --verbose file true 2>/dev/full; echo $?",
-        // Bytes that are no text.
+        // Bytes that are not valid text.
         "flock /no/such/$'f\\xff' true; flock file $'no\\xff'; flock -w $'\\xff' file true; flock -E $'\\xff' file true",
         "flock $'\\xff'; flock -n$'\\xff' file true; flock --n$'\\xff' file true; flock $'f\\xff' true; ls",
-        // Files of others, and those that may not be read, or made.
+        // Files of other users, and files that may not be read or created.
         "chmod 755 .; chmod 600 file; [ $(id -u) != 0 ] || setpriv --reuid 65534 --clear-groups flock file true; echo $?",
         "chmod 755 .; chmod 644 file; [ $(id -u) != 0 ] || setpriv --reuid 65534 --clear-groups flock file true; echo $?",
         "chmod 755 .; [ $(id -u) != 0 ] || setpriv --reuid 65534 --clear-groups flock new true; echo $?; ls",
@@ -1633,10 +1636,10 @@ fn flock_by_descriptor_does_what_the_machines_own_does() {
         "flock dir/new true; flock file/ true; flock $(printf 'a%.0s' $(seq 300)) true; flock /dev/null echo said",
         "SHELL= flock file -c 'echo $0'; unset SHELL; flock file -c 'echo $0'; SHELL=/no/such flock file -c true; echo $?",
         "mkfifo fifo; exec 9<>fifo; flock 9; echo $?; exec 9<.; flock -n 9; echo $?; flock 9 -c 'echo said' 9>file; ls",
-        // Signals: a command that is told of one, and flock itself.
+        // Signals: a command that receives one, and flock itself.
         "flock file sh -c 'kill -SEGV $$'; echo $?; trap '' INT CHLD; flock file sh -c 'kill -INT $$; exit 4'; echo $?",
         "flock file sh -c 'kill $PPID' & wait $!; echo $?; flock -w 9 file sh -c 'kill -INT $$' & wait $!; echo $?",
-        // The command inherits the descriptor unless told otherwise, and what it leaves running keeps the lock.
+        // The command inherits the descriptor by default, and its surviving children keep the lock.
         "flock file sh -c 'sleep 60 > /dev/null 2>&1 & echo $! > pid'; real -n file true; echo $?; kill $(cat pid)",
         "flock -o file sh -c 'sleep 60 > /dev/null 2>&1 & echo $! > pid'; real -n file true; echo $?; kill $(cat pid)",
         // Without a fork the command has flock's own pid.

@@ -1,5 +1,5 @@
-//! The command `lockkit` on every system that has it: its core, with nothing that only one system has. What is Linux's
-//! stands in `cli.rs`.
+//! Tests of the command `lockkit` on every system that has it: its core, without the parts of only one system. The
+//! Linux parts are in `cli.rs`.
 
 #![cfg(any(target_os = "linux", windows))]
 
@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 use lockkit::{FileLock, Lease, LeaseStatus, NamedLock, PidFile, PidStatus};
 use serde_json::Value;
 
-/// How long anything may take that must happen: far more than it needs, for machines can be slow.
+/// The time limit for anything that must happen: far more than it needs, because machines can be slow.
 const LIVELY: Duration = Duration::from_secs(30);
 
-/// What the program of `run`, which is this very test, is to do.
+/// The variable with the task of the program of `run`, which is this test program itself.
 const TASK: &str = "LOCKKIT_TEST_TASK";
 
 fn until(what: &str, mut fact: impl FnMut() -> bool) {
@@ -50,7 +50,7 @@ fn json(arguments: &[&str]) -> Value {
     serde_json::from_slice(&output(arguments).stdout).expect("JSON")
 }
 
-/// `lockkit run` with the options `under`, whose program does `task`.
+/// Returns `lockkit run` with the options `under`, whose program does `task`.
 fn run(under: &[&str], task: &str) -> Command {
     let mut command = lockkit(&["run"]);
     command.args(under).arg("--").arg(std::env::current_exe().unwrap());
@@ -58,7 +58,7 @@ fn run(under: &[&str], task: &str) -> Command {
     command
 }
 
-/// Starts one whose program says its pid, and then goes on until it is ended.
+/// Starts `lockkit run` with a program that prints its pid and then runs until it is ended.
 fn held(under: &[&str]) -> (Child, u32) {
     said_by(&mut run(under, "stay"))
 }
@@ -74,13 +74,13 @@ fn is_alive(pid: u32) -> bool {
     lockkit::Owner::of(pid).is_some()
 }
 
-/// No test: what the other tests have `lockkit run` run.
+/// This is not a test. The other tests let `lockkit run` run it.
 #[test]
 fn the_program() {
     match std::env::var(TASK).as_deref() {
         Ok("stay") => {
             println!("I am {}", std::process::id());
-            // One that is left over must not stay.
+            // A program that is left over must not stay.
             std::thread::sleep(LIVELY * 2);
         }
         #[cfg(windows)]
@@ -144,7 +144,8 @@ fn end(pid: u32) {
     assert!(command.stdin(Stdio::null()).stdout(Stdio::null()).status().unwrap().success());
 }
 
-/// On Linux the lock outlives the one that was called, and a keeper holds it; on Windows the program ends with it.
+/// On Linux the lock outlives the killed lockkit, and a keeper holds the lock. On Windows the program ends with
+/// lockkit.
 #[test]
 fn kill_of_lockkit_keeps_lock_while_program_lives() {
     let directory = tempfile::tempdir().unwrap();
@@ -162,11 +163,11 @@ fn kill_of_lockkit_keeps_lock_while_program_lives() {
     drop(FileLock::new(&file).lock_for(LIVELY).unwrap());
 }
 
-/// As it is under Wine without a screen.
+/// This is the case under Wine without a screen.
 #[cfg(windows)]
 const NO_CONSOLE: &str = "no console can be made here";
 
-/// What a console sends to a group of processes, as Ctrl-C goes to all that it shows.
+/// A console sends the event to a group of processes, as Ctrl-C goes to all processes of the console.
 #[cfg(windows)]
 #[test]
 fn console_interrupt_ends_program_and_lockkit_waits() {
@@ -181,14 +182,14 @@ fn console_interrupt_ends_program_and_lockkit_waits() {
     let text = String::from_utf8_lossy(&told.stdout);
     if text.contains(NO_CONSOLE) {
         use std::io::Write;
-        // Not by a macro, whose words those who run tests keep to themselves.
+        // A print macro cannot do this, because test runners capture its output.
         return writeln!(std::io::stderr(), "left out: an interrupt of the console: {NO_CONSOLE}").unwrap();
     }
     assert!(text.contains(&format!("it ended with {STATUS_CONTROL_C_EXIT}.")), "{told:?}");
     drop(NamedLock::new(&name).unwrap().lock_for(LIVELY).unwrap());
 }
 
-/// Has `lockkit run` hold `name` on the console of this process, interrupts it, and says what it ended with.
+/// Lets `lockkit run` hold `name` on the console of this process, interrupts it, and reports its exit status.
 #[cfg(windows)]
 #[allow(unsafe_code)]
 fn interrupt(name: &str) {

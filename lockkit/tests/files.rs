@@ -1,5 +1,5 @@
-//! Files of other programs, and true answers of the command about them: each small input that once failed, with what is
-//! expected, and variations of it.
+//! Tests of files of other programs, and of correct answers of the command about them. Each small input failed once.
+//! The tests check the expected result, and variations of the input.
 
 #![cfg(target_os = "linux")]
 
@@ -22,7 +22,7 @@ use tempfile::TempDir;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_lockkit");
 
-/// How long anything may take that must happen: far more than it needs, for machines can be slow.
+/// The time limit for anything that must happen: far more than it needs, because machines can be slow.
 const BOUND: Duration = Duration::from_secs(30);
 
 /// A user without any rights to the files of these tests.
@@ -64,7 +64,7 @@ impl Site {
         self.path(name)
     }
 
-    /// As [`write`](Self::write), last changed an hour ago.
+    /// As [`write`](Self::write), with a modification time one hour ago.
     fn write_old(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
         let path = self.write(name, content);
         let hour_ago = SystemTime::now() - Duration::from_secs(3600);
@@ -82,7 +82,7 @@ impl Site {
         Ended::of(&mut self.command(arguments))
     }
 
-    /// As [`run`](Self::run), as another user; `None`, with a line that says why, where that cannot be.
+    /// As [`run`](Self::run), as another user. Returns `None`, and prints the reason, if that is impossible.
     fn run_as_other(&self, arguments: &[&str]) -> Option<Ended> {
         if !rustix::process::geteuid().is_root() {
             left_out("only root can act as another user");
@@ -100,7 +100,7 @@ impl Site {
         Some(ended)
     }
 
-    /// `lockkit run` with these options, whose program says `held` and stays.
+    /// Starts `lockkit run` with these options, whose program prints `held` and keeps running.
     fn hold(&self, options: &[&str]) -> Running {
         let mut command = self.command(&["run"]);
         command.args(options).args(["--", "sh", "-c", "echo held; exec sleep 60"]);
@@ -110,7 +110,7 @@ impl Site {
     }
 }
 
-/// What a command has left behind.
+/// The result of an ended command.
 struct Ended {
     code: i32,
     out: String,
@@ -124,7 +124,7 @@ impl Ended {
         Self { code: status.code().unwrap_or(-1), out: text(stdout), err: text(stderr) }
     }
 
-    /// What it wrote, which is what the schema says.
+    /// Parses the output, which must match the schema.
     fn json(&self) -> Value {
         static SCHEMA: LazyLock<Validator> = LazyLock::new(|| {
             let schema = serde_json::from_str(include_str!("../src/bin/lockkit/forms.schema.json")).expect("JSON");
@@ -142,7 +142,8 @@ impl std::fmt::Debug for Ended {
     }
 }
 
-/// A program that is ended with the test, by a signal that lockkit passes on: a killed one leaves its lock to its program.
+/// A program that ends with the test, by a signal that lockkit forwards. A killed lockkit would leave its lock to its
+/// program.
 struct Running {
     child: Child,
     lines: BufReader<ChildStdout>,
@@ -196,7 +197,7 @@ fn sleeper() -> Running {
     running
 }
 
-/// The pid of a process that has ended.
+/// Returns the pid of a process that has ended.
 fn dead() -> u32 {
     let mut child = Command::new("true").spawn().expect("it starts");
     child.wait().expect("a child");
@@ -208,7 +209,7 @@ fn fresh_name() -> String {
     format!("files-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
 }
 
-// Files of others (A).
+// Files of other programs (A).
 
 #[test]
 fn a1_lease_on_other_file_is_refused_and_leaves_it() {
@@ -261,7 +262,7 @@ fn a3_pidfile_of_live_program_is_held_in_every_form() {
     ];
     for form in forms {
         let path = site.write_old("gc.pid", &form);
-        // A file that is older than the process would be of a process before it.
+        // A file that is older than the process would belong to an earlier process.
         File::options().write(true).open(&path).and_then(|file| file.set_modified(SystemTime::now())).expect("a file");
         assert_eq!(site.run(&["pidfile", "check", "gc.pid"]).code, 1, "{form:?}");
         assert_eq!(site.run(&["status", "./gc.pid"]).code, 1, "{form:?}");
@@ -292,7 +293,7 @@ fn a8_old_damaged_lease_is_healed_by_try() {
     let zeros: [&[u8]; 3] = [b"", &[0; 1024], b"lockkit lease 1"];
     for content in zeros {
         site.write_old("empty.lease", content);
-        // One look may be needed to see that it does not change.
+        // One attempt may be needed to observe that the file does not change.
         let ran = (0..3).any(|_| {
             let ended = site.run(&["run", "--try", "--lease", "empty.lease", "--", "echo", "RAN"]);
             if ended.code != 0 {
@@ -362,13 +363,13 @@ fn d8_scheme_with_one_slash_is_a_usage_error() {
             [["run", "--try", "--lease", url, "--", "true"].as_slice(), &["status", url], &["lease", "show", url]]
         {
             let ended = site.run(arguments);
-            // Where the form is right, the first error is about a missing engine.
+            // If the form is valid, the first error is about a missing engine.
             assert!(ended.code == 64 || url == "redis:///" && ended.code == 69, "{arguments:?}: {ended:?}");
             assert!(!ended.err.is_empty());
         }
     }
     assert_eq!(fs::read_dir(site.0.path()).expect("a directory").count(), 0, "nothing was made");
-    // A file of that name can still be asked for.
+    // A file with that name remains accessible.
     fs::create_dir_all(site.path("redis:/host")).expect("directories");
     assert_eq!(site.run(&["run", "--lease", "./redis:/host/x", "--", "true"]).code, 0);
     let url = "redis:/user:secret@host/x";
@@ -388,7 +389,7 @@ fn a10_mode_is_exact_whatever_the_umask_is() {
             assert_eq!((ended.code, ended.out.trim()), (0, mode), "{kind}, umask {umask}: {ended:?}");
         }
     }
-    // Without it the file is as flock(1) would make it.
+    // Without the option, the mode of the file is as with flock(1).
     let mut command = Command::new("sh");
     command.args(["-c", &format!("umask 027; exec {PROGRAM} run --file b.lock -- stat -c %a b.lock")]);
     command.current_dir(site.0.path()).stdin(Stdio::null());
@@ -479,7 +480,7 @@ fn b1_named_lock_in_unreadable_file_is_unknown() {
     for command in [&["status"][..], &["wait", "--timeout", "1s"]] {
         let arguments: Vec<&str> = command.iter().copied().chain(["--scope", "machine", &name]).collect();
         let asked = site.run_as_other(&arguments);
-        // Who may read it finds no record, and is told by the kernel.
+        // A user that may read it finds no record, and the kernel reports the lock.
         let seen = site.run(&arguments);
         if let Some(asked) = asked {
             assert!(asked.code == 77 && asked.err.contains(&*path.to_string_lossy()), "{asked:?}");
@@ -521,7 +522,7 @@ fn b1_list_shows_unreadable_files_as_unknown() {
     }
     let text = site.run_as_other(&["list", &here]).expect("another user");
     assert!(text.out.lines().any(|line| line.contains("held.lease") && line.contains("unknown")), "{text:?}");
-    // What is given and may not be read ends it with that, after the rest.
+    // An unreadable argument makes the command fail with that error, after the other rows.
     for name in ["closed", "closed/x", "held.lease"] {
         let refused = site.run_as_other(&["list", "--json", name, &here]).expect("another user");
         assert_eq!(refused.code, 77, "{name}: {refused:?}");
@@ -590,7 +591,7 @@ fn b2_status_of_name_tells_of_file_with_that_name() {
     assert!(refused.code == 64 && refused.err.contains("./1.lock"), "{refused:?}");
 }
 
-/// Programs that keep every processor busy until they are dropped.
+/// Starts programs that keep every processor busy until they are dropped.
 fn busy() -> Vec<Running> {
     let hog = || {
         let mut command = Command::new("sh");
@@ -619,7 +620,7 @@ fn b3_wait_reads_no_processes_and_is_not_late() {
                 });
                 assert_eq!(holder.line(), "held");
                 let mut waiting = Running::start(site.command(&["wait", &place]));
-                // It waits for longer than its pauses grow.
+                // The wait lasts longer than the time in which its pauses grow.
                 std::thread::sleep(Duration::from_millis(300));
                 assert!(waiting.child.try_wait().expect("a child").is_none(), "{kind}");
                 drop(holder.child.stdin.take());
@@ -630,7 +631,7 @@ fn b3_wait_reads_no_processes_and_is_not_late() {
             })
             .collect();
         println!("{kind}: {late:?}");
-        // 50 ms, and what a machine with four programs to each processor takes to start this test again.
+        // 50 ms, and the time that a machine with four programs per processor needs to schedule this test again.
         assert!(late.iter().min() < Some(&Duration::from_millis(250)), "{kind}: {late:?}");
     }
 }
@@ -640,7 +641,7 @@ fn b3_wait_for_a_shared_holder_waits() {
     let site = Site::new();
     let holder = site.hold(&["--file", "a.lock", "--shared"]);
     assert_eq!(site.run(&["wait", "--timeout", "100ms", "./a.lock"]).code, 75);
-    // Asking takes nothing from the others.
+    // A query does not affect the other holders.
     assert_eq!(site.run(&["run", "--try", "--file", "a.lock", "--shared", "--", "true"]).code, 0);
     drop(holder);
     assert_eq!(site.run(&["wait", "--timeout", "30s", "./a.lock"]).code, 0);
@@ -657,7 +658,8 @@ fn b3_wait_for_a_name_takes_no_place_in_the_queue() {
     drop(waiting);
 }
 
-/// A Python program that says `held` once it has done `script`, and stays; `None` where there is no Python.
+/// Starts a Python program that prints `held` after it has run `script`, and keeps running. Returns `None` without
+/// Python.
 fn python(site: &Site, script: &str) -> Option<Running> {
     let script = format!("import fcntl, struct, sys, time\n{script}\nprint('held', flush=True)\ntime.sleep(60)\n");
     let mut command = Command::new("python3");
@@ -706,7 +708,7 @@ fn b5_files_locked_by_fcntl_are_held() {
         let rows: Vec<_> = rows.into_iter().filter(|row| row["name"] == *site.text("data")).collect();
         assert!(rows.len() == 1 && rows[0]["kind"] == "fcntl", "{name}: {rows:?}");
         assert_eq!(site.run(&["wait", "--timeout", "50ms", "./data"]).code, 75, "{name}");
-        // Each mechanism knows nothing of the other.
+        // Each mechanism is independent of the other.
         assert!(FileLock::new(site.path("data")).try_lock().is_ok(), "{name}");
         assert_eq!(FileLock::new(site.path("data")).holders().expect("a file"), [], "{name}");
         holder.child.kill().expect("it runs");
@@ -752,7 +754,7 @@ fn b5_fcntl_lock_of_hidden_process_is_held() {
     let site = Site::new();
     site.write("data", "");
     let Some(_holder) = python(&site, "file = open('data', 'r+b')\nfcntl.lockf(file, fcntl.LOCK_EX)") else { return };
-    // The kernel hides the locks of processes outside of the namespace from its table.
+    // The kernel's table hides the locks of processes outside the namespace.
     let mut command = Command::new("unshare");
     command.args(["--pid", "--fork", "--mount-proc", PROGRAM, "status", "./data"]).current_dir(site.0.path());
     let ended = Ended::of(command.stdin(Stdio::null()));
@@ -933,7 +935,7 @@ fn b10_log_of_a_wait_tells_of_the_next_holder() {
 
 // Hard corners (C).
 
-/// `lockkit run` as the first process of a pid namespace; `None` where there can be none.
+/// Starts `lockkit run` as the first process of a pid namespace. Returns `None` if that is impossible.
 fn as_first(site: &Site, options: &[&str], script: &str) -> Option<Running> {
     if !rustix::process::geteuid().is_root() {
         left_out("only root can make a pid namespace");
@@ -950,7 +952,7 @@ fn c9_run_as_first_process_reaps_orphans() {
     let site = Site::new();
     let name = fresh_name();
     for (kind, place) in [("--name", &*name), ("--file", "a.lock"), ("--pidfile", "a.pid"), ("--lease", "a.lease")] {
-        // Each `sleep` outlives the shell that started it, so it comes to be below the first process.
+        // Each `sleep` outlives the shell that started it, so the first process becomes its parent.
         let script = "for i in 1 2 3 4 5; do (sleep 0.1 &); done; i=0; \
                       while [ $i -lt 200 ]; do sleep 0.1; i=$((i+1)); \
                       grep -l '^State:.Z' /proc/[0-9]*/status > zombies 2> /dev/null || { [ $i -gt 5 ] && break; }; done; \
@@ -970,7 +972,7 @@ fn c9_run_as_first_process_reaps_orphans_while_it_waits() {
         let holder = site.hold(&[kind, place]);
         let Some(mut running) = as_first(&site, &[kind, place], "echo ready") else { return };
         let first = child_of(running.pid());
-        // As `docker exec` starts one: its parent is outside, and ends before it.
+        // `docker exec` starts a process in this way: its parent is outside, and ends before it.
         let mut command = Command::new("nsenter");
         command.args(["--target", &first.to_string(), "--pid", "--mount", "sh", "-c", "(sleep 0.2 & echo $!)"]);
         let orphan = Ended::of(command.stdin(Stdio::null()));
@@ -983,7 +985,7 @@ fn c9_run_as_first_process_reaps_orphans_while_it_waits() {
     }
 }
 
-/// The first process of the namespace that `unshare`, with this pid, has made.
+/// Returns the first process of the namespace that `unshare`, with this pid, has made.
 fn child_of(pid: u32) -> i32 {
     let mut child = None;
     until("it has a child", || {
@@ -1004,7 +1006,8 @@ fn c9_signals_to_run_as_first_process_end_it() {
         let first = Pid::from_raw(child_of(running.pid())).expect("a pid");
         kill_process(first, Signal::TERM).expect("it runs");
         assert_eq!(running.code(), 128 + 15, "{kind}");
-        // Also while it waits for the lock: here from inside, whose signals the kernel does not force on a first process.
+        // The same holds while it waits for the lock. Here the signal comes from inside, and the kernel does not force
+        // such signals on a first process.
         let holder = site.hold(&[kind, place]);
         let mut command = Command::new("unshare");
         let inner = format!("(sleep 0.7; kill -TERM 1) & exec {PROGRAM} run {kind} {place} -- true");
@@ -1018,7 +1021,7 @@ fn c9_signals_to_run_as_first_process_end_it() {
     }
 }
 
-/// A pseudo-terminal with so many columns: the program's end, and what is shown on it.
+/// Opens a pseudo-terminal with so many columns. Returns the program's end, and the screen.
 fn terminal(columns: u16) -> (OwnedFd, File) {
     use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
     let screen = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).expect("a terminal");
@@ -1031,7 +1034,7 @@ fn terminal(columns: u16) -> (OwnedFd, File) {
     (end.into(), screen.into())
 }
 
-/// What is shown, until `fact` holds of it.
+/// Reads the screen until `fact` holds for the text.
 fn read_until(screen: &mut File, fact: impl Fn(&str) -> bool) -> String {
     let begun = Instant::now();
     let mut shown = Vec::new();
@@ -1063,7 +1066,7 @@ fn c10_waiting_line_is_cut_by_the_width_without_escapes() {
         let _waiting = Running::start(waiting);
         let shown = read_until(&mut screen, |shown| shown.matches('\r').count() > 2);
         assert!(!shown.contains('\x1b') && !shown.contains('\n'), "{columns}: {shown:?}");
-        // The last may have been read in part.
+        // The last line may have been read in part.
         let lines: Vec<_> = shown.split('\r').filter(|line| !line.is_empty()).collect();
         let (_, whole) = lines.split_last().expect("lines");
         for line in whole {
@@ -1106,7 +1109,7 @@ fn c10_dumb_terminal_gets_plain_lines() {
         assert_eq!(waiting.code(), 75);
         drop(end);
         let shown = read_until(&mut screen, |shown| shown.contains("lockkit: The"));
-        // The terminal itself makes the end of a line of two characters.
+        // The terminal itself turns each line end into two characters.
         let shown = shown.replace("\r\n", "\n");
         assert!(!shown.contains('\x1b') && !shown.contains('\r'), "{kind:?}: {shown:?}");
         assert_eq!(shown.matches("waiting for").count(), 1, "{kind:?}: {shown:?}");
@@ -1132,7 +1135,7 @@ fn c10_waiting_line_is_one_write() {
     drop(screen);
     let trace = fs::read_to_string(trace).expect("a trace");
     let lines: Vec<_> = trace.lines().filter(|line| line.contains("write(2, \"\\r")).collect();
-    // Some of the line, and the end of it.
+    // Several updates of the line, and its erasure.
     assert!(lines.len() >= 2, "{trace}");
     let (last, shown) = lines.split_last().expect("lines");
     assert!(shown.iter().all(|line| line.contains("\"\\rWaiting for the named lock")), "{trace}");

@@ -1,7 +1,7 @@
-//! `lockkit list` where there are many locks of a kind: one pass shows them all.
+//! Tests of `lockkit list` with many locks of a kind: one pass shows all of them.
 //!
-//! The bounds are generous, for a build without optimisation on a busy machine: what they tell is one pass from one for
-//! each lock, which takes minutes.
+//! The bounds are generous, for a build without optimisation on a busy machine. They distinguish one pass from one pass
+//! per lock, which takes minutes.
 
 #![cfg(target_os = "linux")]
 
@@ -19,13 +19,13 @@ use tempfile::TempDir;
 const MANY: usize = 10_000;
 const BOUND: Duration = Duration::from_secs(30);
 
-/// One test at a time: each lists what the others hold, too.
+/// Runs one test at a time, because each test also lists the locks of the others.
 fn alone() -> MutexGuard<'static, ()> {
     static ONE: Mutex<()> = Mutex::new(());
     ONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether this process may have so many descriptors.
+/// Returns whether this process may have so many descriptors.
 fn has_descriptors() -> bool {
     let wanted = MANY as u64 + 1000;
     let limit = getrlimit(Resource::Nofile);
@@ -45,7 +45,7 @@ fn has_descriptors() -> bool {
     enough
 }
 
-/// The locks of `kind` that begin with `name`, as `list` shows them in time.
+/// Returns the locks of `kind` whose names begin with `name`. `list` must show them in time.
 fn listed(given: Option<&Path>, kind: &str, name: &str) -> Vec<Value> {
     let begun = Instant::now();
     let mut command = Command::new(env!("CARGO_BIN_EXE_lockkit"));

@@ -1,7 +1,7 @@
-//! The cases of waiting for locks in tasks that every kind must pass, on runtimes of one thread and of several.
+//! The cases of asynchronous waits that every kind of lock must pass, on runtimes with one thread and with several.
 //!
-//! Each is a function of the [`Kind`] and of a [`Runtime`]; [`task_suite!`](crate::task_suite!) makes tests of each for
-//! one kind.
+//! Each case is a function of the [`Kind`] and of a [`Runtime`]. [`task_suite!`](crate::task_suite!) makes tests of all
+//! cases for one kind.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -17,8 +17,8 @@ use crate::fixtures::{AnyGuard, AnyLock};
 use crate::wine::{DELETED, is_wine, wine_cannot_judge};
 use crate::{Actor, Belongings, Kind, LIVELY, Spec, until};
 
-/// Makes a module `$module` with a test for every case, for one kind of lock and both kinds of runtime. With `alone`
-/// only those that need no other process.
+/// Makes a module `$module` with a test for every case, for one kind of lock and both kinds of runtime. With `alone` it
+/// contains only the cases that need no other process.
 #[macro_export]
 macro_rules! task_suite {
     ($module:ident, $kind:expr) => {
@@ -42,7 +42,7 @@ macro_rules! task_suite {
             guards_live_across_awaits_on_other_threads,
         );
     };
-    // A server's answers take their time, which the other cases count.
+    // A server needs time for its answers, which the other cases count.
     ($module:ident, $kind:expr, far) => {
         $crate::task_suite!($module, $kind;
             a_task_takes_and_releases_and_takes_again,
@@ -71,10 +71,10 @@ macro_rules! task_suite {
     };
 }
 
-/// A short wait, for takers that are meant to time out.
+/// A short wait, for waiters that are meant to time out.
 const SHORT: Wait = Wait::at_most(Duration::from_millis(20));
 
-/// A runtime of `one` thread or of `several`.
+/// Creates a runtime with `one` thread or with `several`.
 pub fn runtime(flavor: &str) -> Runtime {
     let mut builder = match flavor {
         "one" => Builder::new_current_thread(),
@@ -83,7 +83,7 @@ pub fn runtime(flavor: &str) -> Runtime {
     builder.worker_threads(3).enable_all().build().expect("a runtime")
 }
 
-/// Lets the runtime go on until the future waits for something that is not there.
+/// Lets the runtime continue until the future waits for something that is not ready.
 async fn started<T>(taking: &mut (impl Future<Output = T> + Unpin)) {
     assert!(timeout(Duration::from_millis(20), taking).await.is_err(), "it did not wait");
 }
@@ -162,7 +162,7 @@ mod cases {
                     tokio::spawn(async move { lock.acquire_async(&Wait::at_most(LIVELY)).await.map(drop) })
                 })
                 .collect();
-            // On one thread none of this would come to pass if a waiter blocked it.
+            // On one thread none of this could happen if a waiter blocked the thread.
             for _ in 0..20 {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
@@ -248,7 +248,7 @@ mod cases {
         let mut other = Actor::start(&spec);
         let mut drops = Actor::start_tasks(&spec, flavor, if is_wine() { 50 } else { 1000 });
         let answer = loop {
-            // However many have just given up, none keeps the lock from others.
+            // However many waiters have just given up, none of them keeps the lock from others.
             other.expect("lock-for 30000", "held");
             if let Some(answer) = drops.answered() {
                 break answer;
@@ -257,7 +257,7 @@ mod cases {
         };
         assert_eq!(answer, "dropped");
         other.expect("release", "released");
-        // And none takes it later.
+        // And none acquires it later.
         assert!(drops.finish().success());
         other.expect("try", "held");
         spec.clean();
@@ -265,8 +265,8 @@ mod cases {
 }
 pub use cases::*;
 
-/// Waits for the lock in tasks and drops the futures at random moments, alone and beside another; then what this
-/// process has is what it had before. Answers `dropped`.
+/// Waits for the lock in tasks and drops the futures at random moments, alone and together with another future.
+/// Afterwards this process has the same descriptors and threads as before. Answers `dropped`.
 pub fn drop_often(spec: &Spec, flavor: &str, rounds: u32) {
     let lock: Arc<dyn AnyLock> = spec.open().into();
     let mut dice = Dice::new(std::process::id().into());
@@ -295,7 +295,7 @@ pub fn drop_often(spec: &Spec, flavor: &str, rounds: u32) {
         }
     };
     runtime.block_on(async {
-        // What a process keeps from its first wait on is there once a few have been at it.
+        // Resources that a process keeps after its first wait exist after a few rounds.
         for _ in 0..10 {
             round(&mut dice).await;
         }
@@ -312,8 +312,8 @@ pub fn drop_often(spec: &Spec, flavor: &str, rounds: u32) {
     println!("dropped");
 }
 
-/// What this process has when no thread waits for a lock any more. A thread that has just begun has no name of its own
-/// yet, and one that ends is there for a moment longer, so it must be the same for a while.
+/// Returns the belongings of this process when no thread waits for a lock any more. A thread that has just begun has no
+/// name of its own yet, and a thread that ends remains visible for a moment. So the result must be stable for a while.
 fn once_waits_have_ended() -> Belongings {
     const A_WHILE: u32 = 100;
     let own = || Belongings::of(std::process::id());
@@ -327,9 +327,9 @@ fn once_waits_have_ended() -> Belongings {
     last
 }
 
-/// How many threads wait for locks on behalf of tasks.
+/// Counts the threads that wait for locks on behalf of tasks.
 fn waiting_threads() -> usize {
-    // On Linux one without a name is just beginning, or ending.
+    // On Linux a thread without a name is just beginning or ending.
     let waits = |name: &&String| *name == "lockkit-wait" || (cfg!(target_os = "linux") && name.is_empty());
     crate::thread_names(std::process::id()).iter().filter(waits).count()
 }

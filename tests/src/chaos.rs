@@ -1,8 +1,9 @@
-//! Many processes take one lock at random while a conductor kills and stops them; the log of who held when is checked.
+//! Many processes acquire one lock at random while a conductor kills and stops them. The log of the holders and their
+//! times is checked.
 //!
-//! Each process appends a record to its own log when it has come in and before it goes out, for not every system appends
-//! for several at once. Records have a size that divides a page, so an append is whole or not there, kill or no kill.
-//! Times are those of [`SystemClock`], which all share.
+//! Each process appends a record to its own log after an acquisition and before the release, because not every system
+//! supports concurrent appends of several processes. Records have a size that divides a page, so an append is complete
+//! or absent, even after a kill. The times are those of [`SystemClock`], which all processes share.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs::{File, OpenOptions};
@@ -20,9 +21,9 @@ const RECORD: usize = 32;
 pub(crate) const IN: u32 = 1;
 pub(crate) const OUT: u32 = 2;
 
-/// Nobody died before.
+/// The guard reports no death.
 const NOBODY: u64 = u64::MAX;
-/// Somebody died before, and nobody knows who.
+/// The guard reports a death, but the dead owner is unknown.
 const SOMEBODY: u64 = 0;
 
 /// A record of the log.
@@ -31,7 +32,7 @@ pub(crate) struct Event {
     pub(crate) nanos: u64,
     pub(crate) pid: u32,
     pub(crate) what: u32,
-    /// Who died before; of a lease, the token.
+    /// The dead previous owner; for a lease, the token.
     pub(crate) number: u64,
 }
 
@@ -39,7 +40,7 @@ pub(crate) fn now() -> u64 {
     u64::try_from(SystemClock.now().as_nanos()).expect("not so long ago")
 }
 
-/// What this process writes down, in a directory that all share.
+/// The log of this process, in a directory that all processes share.
 pub(crate) struct Log(File);
 
 impl Log {
@@ -58,7 +59,7 @@ impl Log {
     }
 }
 
-/// What all have written down, in the order of time.
+/// Reads the records of all processes, in the order of time.
 pub(crate) fn read(directory: &Path) -> Vec<Event> {
     let mut events = Vec::new();
     for log in directory.read_dir().expect("a directory") {
@@ -74,16 +75,16 @@ pub(crate) fn read(directory: &Path) -> Vec<Event> {
     events
 }
 
-/// Numbers that look random, the same for the same seed (xorshift).
+/// Pseudo-random numbers, the same for the same seed (xorshift).
 pub struct Dice(u64);
 
 impl Dice {
-    /// From a seed.
+    /// Creates the numbers from a seed.
     pub fn new(seed: u64) -> Self {
         Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
 
-    /// From 0 to `sides` - 1.
+    /// Returns a number from 0 to `sides` - 1.
     pub fn roll(&mut self, sides: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
@@ -92,7 +93,7 @@ impl Dice {
     }
 }
 
-/// The part of one process: locks in every manner until it is killed.
+/// Acts as one process: acquires in every manner until it is killed.
 pub fn take_part(spec: &Spec, logs: &Path, seed: u64) {
     let lock = spec.open();
     let mut log = Log::open(logs);
@@ -111,7 +112,7 @@ pub fn take_part(spec: &Spec, logs: &Path, seed: u64) {
                     std::hint::spin_loop();
                 }
                 log.append(now(), OUT, NOBODY);
-                // A server that does not answer in time is asked again by the heartbeat.
+                // If a server does not answer in time, the heartbeat repeats the request.
                 if let Err(error) = guard.release() {
                     assert!(matches!(error.kind(), ErrorKind::Store { .. }), "{error:?}");
                 }
@@ -122,31 +123,31 @@ pub fn take_part(spec: &Spec, logs: &Path, seed: u64) {
     }
 }
 
-/// When a process died: between the call that killed it and the moment at which its end was known.
+/// The time of a death: between the call that killed the process and the moment at which its end was known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Death {
     called: u64,
     known: u64,
 }
 
-/// What a run came to.
+/// The result of a run.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Tally {
-    /// How often somebody came in.
+    /// The number of acquisitions.
     pub holds: usize,
-    /// How many were killed.
+    /// The number of kills.
     pub kills: usize,
-    /// How many of those were inside.
+    /// The number of killed holders.
     pub died_inside: usize,
 }
 
-/// What a process that stands by has once it has used the lock, and the files of the lock then.
+/// Lets an otherwise idle process use the lock once. Returns its belongings and the files of the lock then.
 fn belongings_after_a_use(witness: &mut Actor, spec: &Spec) -> (Belongings, BTreeSet<String>) {
     if spec.kind().afterlife() == 0 {
         witness.expect("try", "held");
         witness.expect("release", "released");
     } else {
-        // On a server that was too busy to answer in time it is the heartbeat that releases.
+        // A server may be too busy to answer in time. In that case the heartbeat releases.
         until("it is taken and released", || witness.ask("try") == "held" && witness.ask("release") == "released");
     }
     #[cfg(target_os = "linux")]
@@ -156,9 +157,10 @@ fn belongings_after_a_use(witness: &mut Actor, spec: &Spec) -> (Belongings, BTre
     (Belongings::of(witness.pid()), files)
 }
 
-/// Lets 12 processes loose on a lock of `kind` for `span`, kills and stops them at random, and checks that no two were
-/// ever inside, that the lock is free within a second of the last death, and that the next owner was told of a death
-/// exactly when its predecessor died inside. Threads, descriptors and files must be as many afterwards as before.
+/// Runs 12 processes on a lock of `kind` for `span`, and kills and stops them at random. Checks that there were never
+/// two holders, and that the lock is free within a second of the last death. Checks that a guard reported a death
+/// exactly when its predecessor died as holder. The numbers of threads, descriptors and files must be the same
+/// afterwards as before.
 pub fn run(kind: Kind, span: Duration) -> Tally {
     let spec = kind.fresh();
     let mut witness = Actor::start(&spec);
@@ -192,7 +194,7 @@ pub fn run(kind: Kind, span: Duration) -> Tally {
         } else {
             std::thread::sleep(Duration::from_micros(dice.roll(4_000)));
             kill(&mut processes[victim], &mut deaths);
-            // Kept, for on Windows a pid is given to another process once nobody has a handle on the dead one.
+            // The value keeps a handle on the dead process. Without a handle Windows may reuse its pid.
             buried.push(std::mem::replace(&mut processes[victim], start(&mut dice)));
         }
     }
@@ -211,7 +213,7 @@ pub fn run(kind: Kind, span: Duration) -> Tally {
 }
 
 fn check(events: &[Event], deaths: &HashMap<u32, Death>, kind: Kind) -> Tally {
-    /// One stay inside.
+    /// One hold of the lock.
     struct Hold {
         pid: u32,
         from: u64,
@@ -248,13 +250,13 @@ fn check(events: &[Event], deaths: &HashMap<u32, Death>, kind: Kind) -> Tally {
         match after.recovered {
             NOBODY => assert!(!before.died, "{} was not told that {} died inside", after.pid, before.pid),
             died => {
-                // Its predecessor, or one that had just taken the lock, or was just giving it back, and was killed
-                // before it could write so; or whose request came about when it was dead.
+                // The reported process is the predecessor, or a process that was killed before it could log its
+                // acquisition or its release. Or its request took effect after its death.
                 let death = u32::try_from(died).ok().and_then(|died| deaths.get(&died)).copied();
                 let fits = |death: &Death| before.from <= death.known + kind.afterlife() && death.called <= after.from;
                 assert!(
                     match died {
-                        // The kernel tells of a death before which nothing was written down.
+                        // The kernel reports a death before which no record was written.
                         SOMEBODY => cfg!(windows) && deaths.values().any(fits),
                         _ => death.as_ref().is_some_and(fits),
                     },

@@ -1,7 +1,7 @@
 //! The cases that every kind of lock must pass.
 //!
-//! Each is a function of the [`Kind`]; [`conformance!`](crate::conformance!) makes a test of each for one kind. A new kind gets
-//! them all by a [`Fixture`](crate::fixtures::Fixture).
+//! Each case is a function of the [`Kind`]. [`conformance!`](crate::conformance!) makes a test of each for one kind. A
+//! new kind gets all cases through a [`Fixture`](crate::fixtures::Fixture).
 
 use std::io::Write;
 use std::path::Path;
@@ -58,7 +58,7 @@ macro_rules! conformance {
     };
 }
 
-/// Whether processes can be forked; says so where not.
+/// Returns whether processes can be forked. Reports a case as left out where they cannot.
 pub(crate) fn processes_fork() -> bool {
     if !cfg!(unix) {
         crate::left_out("there is no fork on this system");
@@ -66,7 +66,8 @@ pub(crate) fn processes_fork() -> bool {
     cfg!(unix)
 }
 
-/// Whether descriptors have numbers and a limit that a test can set; says so where not.
+/// Returns whether descriptors have numbers and a limit that a test can set. Reports a case as left out where they have
+/// not.
 fn descriptors_are_numbers() -> bool {
     if !cfg!(target_os = "linux") {
         crate::left_out("no descriptor 0, and no limit of descriptors, that a test could set");
@@ -74,7 +75,7 @@ fn descriptors_are_numbers() -> bool {
     cfg!(target_os = "linux")
 }
 
-/// A short wait, for takers that are meant to time out.
+/// A short wait, for waiters that are meant to time out.
 const SHORT: Wait = Wait::at_most(Duration::from_millis(20));
 
 #[allow(missing_docs)] // Their names are sentences.
@@ -227,7 +228,7 @@ mod cases {
         spec.clean();
     }
 
-    /// Waits for a moment and in vain. A server may take longer than that to say that it is held.
+    /// Waits for a moment and times out. A server may take longer than that to report that the lock is held.
     fn give_up(waiter: &mut Actor) {
         let answer = waiter.ask("lock-for 1");
         assert!(answer.starts_with("error Timeout") || answer.starts_with("error Store"), "{answer}");
@@ -330,7 +331,7 @@ mod cases {
             assert!(answer.starts_with("error Cancelled") || answer.starts_with("error Store"), "{answer}");
             Belongings::of(waiter.pid())
         };
-        // What its first waits make for all later ones is there after some of them.
+        // The first waits create resources for all later waits. These exist after some waits.
         let mut before = give_up();
         for _ in 0..200 {
             before = give_up();
@@ -396,7 +397,7 @@ mod cases {
         }
         let spec = kind.fresh();
         let mut starved = Actor::start_with(&spec, |command| {
-            // A limit low enough to be reached soon.
+            // The limit is low, so that it is reached soon.
             let program = command.get_program().to_owned();
             let spec = spec.invite();
             *command = Command::new("sh");
@@ -420,7 +421,7 @@ mod cases {
         starved.expect("lock", "held");
         starved.expect("starve", "starved");
         if !kind.keeps_a_descriptor() {
-            // The heartbeat gives it back once there are descriptors again.
+            // The heartbeat releases the lock once descriptors are available again.
             let answer = starved.ask("release");
             assert!(answer.starts_with("error Io") && answer.contains("(os error 24)"), "{answer}");
             starved.expect("feed", "fed");
@@ -444,7 +445,7 @@ mod cases {
         }
         let tally = chaos::run(kind, Duration::from_secs(seconds));
         println!("{kind:?}: {tally:?}");
-        // Under Wine starting a process takes so long that there is less of everything.
+        // Under Wine the start of a process takes so long that all counts are lower.
         let least = if is_wine() { 10 } else { 100 };
         let is_chaos = tally.holds > least && tally.kills > 10 && (tally.died_inside > 0 || is_wine());
         assert!(is_chaos, "it was no chaos: {tally:?}");
@@ -452,7 +453,7 @@ mod cases {
 }
 pub use cases::*;
 
-/// What the owner after a killed one answers.
+/// Returns the expected answer of the owner after a killed one.
 pub(crate) fn told(kind: Kind, died: u32) -> String {
     match kind.tells_deaths() {
         true => format!("held recovered {died}"),
@@ -460,7 +461,7 @@ pub(crate) fn told(kind: Kind, died: u32) -> String {
     }
 }
 
-/// A worker of the counting case: reads a number and writes the next one, which only works one at a time.
+/// Acts as a worker of the counting case: reads a number and writes the next one, which requires exclusion.
 pub fn count_up(spec: &Spec, counter: &Path, rounds: u32) {
     let lock = spec.open();
     for _ in 0..rounds {
@@ -471,7 +472,7 @@ pub fn count_up(spec: &Spec, counter: &Path, rounds: u32) {
 }
 
 #[cfg(target_os = "linux")]
-/// Closes standard input, so that the lock gets its descriptor, and sees that all is as ever.
+/// Closes standard input, so that the lock gets descriptor 0, and checks that everything works as usual.
 pub fn lock_on_descriptor_zero(spec: &Spec) {
     nix::unistd::close(0).expect("standard input was open");
     let lock = spec.open();

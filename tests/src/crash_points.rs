@@ -1,7 +1,8 @@
-//! Kills a process at every step of taking and releasing a lock, and sees that nobody is blocked and nobody misled.
+//! Kills a process at every step of acquiring and releasing a lock. Checks that no process is blocked or misled
+//! afterwards.
 //!
-//! The steps stand in the library (`lockkit::failpoint`), so the list is what a run really passes: a scenario is played
-//! once to learn them, and then once more for each, with a kill there.
+//! The steps are failpoints in the library (`lockkit::failpoint`), so the list is what a run really passes. A scenario
+//! runs once to record the steps, and then once more for each step, with a kill there.
 
 #[cfg(target_os = "linux")]
 use std::collections::HashMap;
@@ -13,16 +14,16 @@ use crate::fault_injection::{self, Strace};
 use crate::wine::{DELETED, wine_cannot_judge};
 use crate::{Actor, Kind, Spec};
 
-/// What the victim does. In each it takes the lock and releases it.
+/// The scenarios of the victim. In each the victim acquires the lock and releases it.
 ///
-/// - `alone`: nobody else is there.
+/// - `alone`: there is no other process.
 /// - `waiting`: the lock is held at first, and handed over.
-/// - `followed`: another process waits when it releases.
-/// - `forked`: as `followed`, and the victim has forked a child just before it is killed, which lives on. Played by
-///   [`kill_holder_with_forked_child`] alone.
+/// - `followed`: another process waits when the victim releases.
+/// - `forked`: as `followed`, and just before the kill the victim forks a child that lives on. Only
+///   [`kill_holder_with_forked_child`] uses it.
 const SCENARIOS: [&str; 3] = ["alone", "waiting", "followed"];
 
-/// The victim's side: plays `scenario`, is killed at the step that it is told, and prints the steps that it passed.
+/// Acts as the victim: plays `scenario`, is killed at the given step, and prints the steps that it passed.
 pub fn play(spec: &Spec, scenario: &str) {
     let mut lines = crate::commands();
     let mut next = || lines.next().expect("a command");
@@ -52,7 +53,7 @@ pub fn play(spec: &Spec, scenario: &str) {
     println!("passed {}", passed.join(", "));
 }
 
-/// A child that another thread forks, which lives on for a while; `None` where forks are held off at this moment.
+/// Lets another thread fork a child that lives on for a while. Returns `None` while forks are held off.
 #[cfg(unix)]
 fn fork_by_thread() -> Option<i32> {
     let (tell, told) = std::sync::mpsc::channel();
@@ -78,13 +79,13 @@ pub fn kill_at_every_step(kind: Kind) {
         }
         let steps = (1..).find_map(|at| kill_at(kind, scenario, at)).expect("a run that survives");
         println!("{kind:?} {scenario}: {steps}");
-        // It is taken at one step, and given back at another.
+        // The lock is acquired at one step, and released at another.
         assert!(steps.contains(", "), "hardly a step");
     }
 }
 
-/// Kills a holder that is waited for at every step, just after another of its threads has forked a child that lives on: the
-/// waiter gets in all the same.
+/// Kills a holder with a waiter at every step, just after another of its threads has forked a child that lives on. The
+/// waiter acquires nevertheless.
 #[cfg(target_os = "linux")]
 pub fn kill_holder_with_forked_child(kind: Kind) {
     if !lockkit::failpoint::ENABLED {
@@ -124,8 +125,9 @@ pub fn kill_holder_with_forked_child(kind: Kind) {
     assert!(left > 3, "hardly a child was forked");
 }
 
-/// Stops a holder at every step of a release to a waiter. The waiter may have the lock by then, or get it when the holder
-/// goes on; and if the waiter has it, the waiter can release it, and others get it, while the holder stays stopped.
+/// Stops a holder at every step of a release to a waiter. The waiter may hold the lock by then, or acquire it when the
+/// holder continues. If the waiter holds it, the waiter can release it, and others acquire it, while the holder stays
+/// stopped.
 #[cfg(target_os = "linux")]
 pub fn stop_at_every_step_of_a_release(kind: Kind) {
     if !lockkit::failpoint::ENABLED {
@@ -154,7 +156,7 @@ pub fn stop_at_every_step_of_a_release(kind: Kind) {
             victim.answered().or_else(|| crate::is_stopped(victim.pid()).then(|| "stopped".to_owned()))
         });
         let is_over = answer != "stopped";
-        // All that wakes the waiter has happened, so it sleeps on, or is about to have the lock.
+        // Everything that wakes the waiter has happened. So the waiter sleeps on, or is about to acquire.
         let mut held = None;
         crate::until("the waiter sleeps or holds", || {
             held = waiter.answered();
@@ -181,7 +183,7 @@ pub fn stop_at_every_step_of_a_release(kind: Kind) {
     assert!(handed_over >= 1, "the waiter never held while the holder was stopped");
 }
 
-/// Whether a process that died after these steps has left word that it held the lock.
+/// Returns whether a process that died after these steps has left a record that it held the lock.
 fn is_written(steps: &str) -> bool {
     const WRITTEN: [&str; 4] = ["holder written down", "file named", "lock word taken", "record written"];
     const WIPED: [&str; 7] = [
@@ -197,8 +199,8 @@ fn is_written(steps: &str) -> bool {
     last.is_some_and(|step| WRITTEN.contains(&step))
 }
 
-/// Plays `scenario` with a kill at step `at`, and sees that the next taker gets in, and is told of the death if the victim
-/// held the lock. If the victim survived, the steps that it passed.
+/// Plays `scenario` with a kill at step `at`. Checks that the next process acquires the lock, and that its guard
+/// reports the death if the victim held the lock. Returns the steps that the victim passed, if the victim survived.
 fn kill_at(kind: Kind, scenario: &str, at: usize) -> Option<String> {
     let spec = kind.fresh();
     let mut other = Actor::start(&spec);
@@ -227,12 +229,12 @@ fn kill_at(kind: Kind, scenario: &str, at: usize) -> Option<String> {
     victim.kill();
     let answer = match scenario {
         "followed" if other.is_busy() => other.answer(),
-        // Where a file is made in place, one that its maker left empty counts as held for some seconds.
+        // Where a file is created in place, an empty file of a dead process counts as held for some seconds.
         _ => other.ask(if cfg!(target_os = "linux") { "lock-for 5000" } else { "lock-for 20000" }),
     };
     let right = match told {
         Some(true) => answer == format!("held recovered {}", victim.pid()),
-        // Where a record is made in place, one that is left empty tells that somebody died, and not who.
+        // Where a record is created in place, an empty record reports a death without the owner.
         Some(false) if !cfg!(target_os = "linux") => ["held", "held recovered 0"].contains(&answer.as_str()),
         _ => answer == "held",
     };
@@ -243,7 +245,7 @@ fn kill_at(kind: Kind, scenario: &str, at: usize) -> Option<String> {
     survived
 }
 
-/// Whether a process can be seen to pass steps; with a word on it where not.
+/// Returns whether the steps of a process can be observed. Reports a test as left out where they cannot.
 #[cfg(target_os = "linux")]
 fn steps_can_be_seen() -> bool {
     if !lockkit::failpoint::ENABLED {
@@ -252,8 +254,8 @@ fn steps_can_be_seen() -> bool {
     lockkit::failpoint::ENABLED && fault_injection::calls_can_fail()
 }
 
-/// Sees that a process that takes and releases a lock passes a step between every two system calls that change
-/// something which others see.
+/// Checks that a process that acquires and releases a lock passes a step between every two system calls that change
+/// something visible to other processes.
 #[cfg(target_os = "linux")]
 pub fn stand_between_changes(kind: Kind) {
     if !steps_can_be_seen() {
@@ -266,7 +268,7 @@ pub fn stand_between_changes(kind: Kind) {
     }
 }
 
-/// As [`stand_between_changes`], with a lock that may have been left by somebody, in one scenario.
+/// As [`stand_between_changes`], with a lock that another process may have left behind, in one scenario.
 #[cfg(target_os = "linux")]
 pub fn stand_between_changes_at(spec: &Spec, scenario: &str) {
     if !steps_can_be_seen() {
@@ -301,7 +303,7 @@ pub fn stand_between_changes_at(spec: &Spec, scenario: &str) {
     assert!(!passed.is_empty(), "{:?} has no steps in {scenario}", spec.kind());
 }
 
-/// As [`stand_between_changes`], for what `player` is told to do, which is armed already.
+/// As [`stand_between_changes`], for the commands that `player`, which is armed already, receives.
 #[cfg(target_os = "linux")]
 pub fn stand_between_changes_of(player: &mut Actor, commands: &[&str]) {
     if !steps_can_be_seen() {
@@ -317,7 +319,7 @@ pub fn stand_between_changes_of(player: &mut Actor, commands: &[&str]) {
     }
 }
 
-/// As [`stand_between_changes_of`], for what a process does unasked, as it renews a lease.
+/// As [`stand_between_changes_of`], for the background work of a process, such as the renewal of a lease.
 #[cfg(target_os = "linux")]
 pub fn stand_between_changes_of_the_others(player: &mut Actor) {
     if !steps_can_be_seen() {
@@ -328,7 +330,7 @@ pub fn stand_between_changes_of_the_others(player: &mut Actor) {
     assert!(check_steps("a renewal", &strace.end()) > 0, "no step in a renewal");
 }
 
-/// Looks through what strace saw of a process with steps; says how many there were.
+/// Checks the strace log of a process with steps. Returns the number of steps.
 #[cfg(target_os = "linux")]
 fn check_steps(what: &str, log: &str) -> usize {
     const CHANGES: [&str; 23] = [
@@ -362,7 +364,7 @@ fn check_steps(what: &str, log: &str) -> usize {
     let mut begun: HashMap<&str, String> = HashMap::new();
     for line in log.lines() {
         let Some((thread, call)) = line.split_once(' ') else { continue };
-        // What another thread cut in two is put together again.
+        // A call that another thread's line has split is joined again.
         let whole = match call.split_once(" resumed>") {
             Some((_, end)) => format!("{}{end}", begun.remove(thread).unwrap_or_default()),
             None => call.trim_start().to_owned(),
@@ -372,7 +374,7 @@ fn check_steps(what: &str, log: &str) -> usize {
             continue;
         }
         let Some((name, rest)) = whole.split_once('(') else { continue };
-        // What was put together has blanks before the result.
+        // A joined call has blanks before the result.
         let failed = rest.rsplit_once(" = ").is_some_and(|(_, result)| result.starts_with("-1 "));
         let makes = rest.contains("O_CREAT") || rest.contains("O_TMPFILE") || rest.contains("F_OFD_SETLK");
         // A request to a server can take several writes, and changes nothing before it is complete.

@@ -1,9 +1,10 @@
-//! What the system owes a lock, and does not give it: room, files, processes, a sleep that nothing interrupts, and each
-//! single system call.
+//! Injects missing resources: room, files, processes, uninterrupted sleep, and every single system call that a lock
+//! makes.
 //!
-//! In every case whoever asks is answered, with the lock or with an error that says what is missing; nobody is inside
-//! beside the holder; and once all is well again the same process gets in, and another, which is told of no death, for
-//! nobody died. [`fault_injection!`](crate::fault_injection!) makes a test of each case for one kind.
+//! In every case each request gets an answer: the lock, or an error that names the missing resource. Exclusion holds
+//! throughout. When the resource is back, the same process acquires, and so does another. The other process's guard
+//! reports no death, because no holder died. [`fault_injection!`](crate::fault_injection!) makes a test of each case
+//! for one kind.
 
 use std::collections::BTreeSet;
 use std::fs::{self, Permissions};
@@ -58,14 +59,14 @@ macro_rules! fault_injection {
     };
 }
 
-/// Every way of asking for a lock that nobody has.
+/// Every way of requesting a free lock.
 const WAYS: [&str; 3] = ["try", "lock", "lock-for 1000"];
 
-/// How long a taker gets: also a lease that could not be given back is given back by then.
+/// The time limit of an acquisition. By then even a lease whose release failed is released.
 const TAKE: &str = "lock-for 10000";
 
-/// Asks in every way, and sees that each is answered with the lock or an error that says one of `because`. Says how
-/// often it was the lock.
+/// Requests the lock in every way. Checks that each answer is the lock or an error that contains one of `because`.
+/// Returns how often the answer was the lock.
 fn ask_in_every_way(actor: &mut Actor, because: &[&str]) -> usize {
     let mut held = 0;
     for way in WAYS {
@@ -86,7 +87,7 @@ fn is_released_or_says(answer: &str, because: &[&str]) {
     assert!(answer == "released" || (answer.starts_with("error ") && says), "{answer}, not for {because:?}");
 }
 
-/// Each gets in, in turn, and keeps the others out. Nobody died, so nobody is told of a death.
+/// Checks that each actor acquires in turn, and excludes the others. No holder died, so no guard reports a death.
 fn all_get_in(actors: &mut [&mut Actor]) {
     for at in 0..actors.len() {
         actors[at].expect(TAKE, "held");
@@ -99,8 +100,8 @@ fn all_get_in(actors: &mut [&mut Actor]) {
     }
 }
 
-/// The files of a lock, of whatever kind: all whose names have that of the lock in it, where locks leave files, and all
-/// that are in the directory that it is. Below `root`, which is another one in another mount namespace.
+/// Returns the files of a lock of any kind: all files whose names contain the lock's, where locks leave files, and all
+/// files in the lock's own directory. The files are below `root`, which differs in another mount namespace.
 pub fn files(spec: &Spec, root: &Path) -> BTreeSet<String> {
     let name = Path::new(spec.at()).file_name().expect("a name").to_string_lossy().into_owned();
     let below = |path: &Path| root.join(path.strip_prefix("/").expect("absolute"));
@@ -119,7 +120,7 @@ pub fn files(spec: &Spec, root: &Path) -> BTreeSet<String> {
     named.chain(within).collect()
 }
 
-/// The files that one ordinary use of such a lock leaves, with the name of `spec` for its own.
+/// Returns the files that one ordinary use of such a lock leaves, with the name of `spec` for its own.
 fn files_of_an_ordinary_use(kind: Kind, spec: &Spec) -> BTreeSet<String> {
     let other = kind.fresh();
     Actor::start(&other).expect("try", "held");
@@ -132,12 +133,13 @@ fn files_of_an_ordinary_use(kind: Kind, spec: &Spec) -> BTreeSet<String> {
     left.into_iter().map(|path| path.replace(&name(&other), &name(spec))).collect()
 }
 
-/// Files of a program that has closed all descriptors from 3 on, with these numbers: each locked through the descriptor.
+/// Files of a program that has closed all descriptors from 3 on and reused their numbers. Each file is locked through
+/// its descriptor.
 #[derive(Default)]
 pub struct Others(Vec<(fs::File, u64)>);
 
 impl Others {
-    /// So many numbers that a lock had are among them.
+    /// So many descriptor numbers include those of the lock.
     const MANY: usize = 64;
 
     /// Closes every descriptor, as some daemons do at their start, and opens other files.
@@ -155,12 +157,12 @@ impl Others {
         Self(others.collect())
     }
 
-    /// Leaves the numbers to whatever takes them.
+    /// Leaves the numbers to later opens.
     pub fn forget(self) {
         self.0.into_iter().for_each(|(file, _)| std::mem::forget(file));
     }
 
-    /// Whether they are still what the numbers mean, and say the same.
+    /// Answers whether the numbers still refer to these files, with the same contents.
     pub fn are_open(&self) -> &'static str {
         let is_open = |(file, inode): &(fs::File, u64)| {
             let mut bytes = [0; 7];
@@ -171,7 +173,7 @@ impl Others {
         if self.0.iter().all(is_open) { "kept" } else { "error another file, or another text" }
     }
 
-    /// Whether they are also still locked.
+    /// Answers whether the files are also still locked.
     pub fn are_kept(&self) -> String {
         let is_locked = |(file, _): &(fs::File, u64)| {
             let own = format!("/proc/self/fd/{}", file.as_raw_fd());
@@ -191,14 +193,14 @@ fn limit(actor: &Actor, resource: Resource, to: Option<u64>) {
     prlimit(pid, resource, Rlimit { current: to, maximum }).expect("the limits of a child can be set");
 }
 
-/// Lets the user of this process have no more than `most` threads, or `all` that are allowed. Means nothing to root.
+/// Limits the threads of this process's user to `most`, or to `all` that are allowed. Has no effect for root.
 pub fn limit_threads(most: &str) {
     let mut limit = getrlimit(Resource::Nproc);
     limit.current = most.parse().ok().or(limit.maximum);
     setrlimit(Resource::Nproc, limit).expect("not above the highest");
 }
 
-/// An actor that is not killed by a write beyond the limit, but told.
+/// Starts an actor that a write beyond the limit does not kill; the write fails with an error instead.
 fn start_without_sigxfsz(spec: &Spec) -> Actor {
     Actor::start_with(spec, |command| {
         let program = command.get_program().to_owned();
@@ -211,13 +213,13 @@ fn start_without_sigxfsz(spec: &Spec) -> Actor {
 /// A mount namespace with small file systems of its own at every place where locks leave files.
 struct World {
     keeper: Child,
-    /// Ends it.
+    /// Its end closes the namespace.
     _stays: ChildStdin,
     places: Vec<PathBuf>,
 }
 
 impl World {
-    /// Makes one, or says why that cannot be.
+    /// Creates one, or reports why that is impossible.
     fn new() -> Option<Self> {
         let mut places = vec![PathBuf::from("/tmp"), PathBuf::from("/dev/shm")];
         let own = std::env::temp_dir();
@@ -249,7 +251,7 @@ impl World {
         Some(Self { keeper, _stays: stays, places })
     }
 
-    /// An actor in there, as root or another user.
+    /// Starts an actor in the namespace, as root or another user.
     fn start(&self, spec: &Spec, uid: u32) -> Actor {
         Actor::start_with(spec, |command| {
             let program = command.get_program().to_owned();
@@ -268,7 +270,7 @@ impl World {
         command
     }
 
-    /// What is `/` in there, seen from here.
+    /// Returns the namespace's `/`, as a path of this process.
     fn root(&self) -> PathBuf {
         format!("/proc/{}/root", self.keeper.id()).into()
     }
@@ -302,7 +304,7 @@ impl World {
         for place in &self.places {
             let mut mount = self.command(0);
             mount.args(["mount", "-o"]).arg(format!("remount,{how}")).arg(place);
-            // Somebody who has just ended may still have a file open.
+            // A process that has just ended may still have a file open.
             until("it is mounted anew", || mount.stderr(Stdio::null()).status().is_ok_and(|status| status.success()));
         }
     }
@@ -321,7 +323,7 @@ impl Drop for World {
     }
 }
 
-/// Whether a thread of the holder uses descriptors at any moment, so that closing them is never safe.
+/// Returns whether a thread of the holder uses descriptors at any moment, so that closing them is never safe.
 fn is_renewed(kind: Kind) -> bool {
     let is_renewed = kind.name().starts_with("lease");
     if is_renewed {
@@ -330,11 +332,11 @@ fn is_renewed(kind: Kind) -> bool {
     is_renewed
 }
 
-/// How often a second the storm comes.
+/// The signals per second.
 const GUSTS: u32 = 1000;
 
-/// Signals this process at `GUSTS`, for as long as it lives. Each interrupts the system call that it falls into: its
-/// handler is set without `SA_RESTART`.
+/// Signals this process at the rate `GUSTS`, as long as it lives. Each signal interrupts a running system call, because
+/// its handler is set without `SA_RESTART`.
 pub fn raise_a_storm() {
     use nix::sys::signal::{SaFlags, SigAction, SigEvent, SigHandler, SigSet, SigevNotify, Signal, sigaction};
     use nix::sys::timer::{Expiration, Timer, TimerSetTimeFlags};
@@ -349,7 +351,7 @@ pub fn raise_a_storm() {
     let mut timer = Timer::new(nix::time::ClockId::CLOCK_MONOTONIC, event).expect("a timer");
     let every = Expiration::Interval((Duration::from_secs(1) / GUSTS).into());
     timer.set(every, TimerSetTimeFlags::empty()).expect("it can be set");
-    // Dropping it would end it.
+    // A drop would end the timer.
     std::mem::forget(timer);
     until("the storm is felt", || FELT.load(Ordering::Relaxed) > 10);
 }
@@ -360,14 +362,14 @@ fn stormed(spec: &Spec, arguments: &[&str]) -> Command {
     command
 }
 
-/// Takes the lock with none of the three standard descriptors open, so that the lock has them; keeps it until there is
-/// a file `go`; and takes it again.
+/// Acquires the lock with none of the three standard descriptors open, so that the lock uses their numbers. Keeps it
+/// until there is a file `go`, and acquires it again.
 pub fn lock_on_the_standard_descriptors(spec: &Spec, go: &Path) {
     for descriptor in 0..3 {
         nix::unistd::close(descriptor).expect("it was open");
     }
     let lock = spec.open();
-    // Whoever looks whether it is inside takes it for a moment.
+    // A process that checks whether the lock is held acquires it for a moment.
     let guard = lock.acquire(&Wait::at_most(crate::LIVELY)).expect("free");
     until("it may go on", || go.exists());
     assert!(spec.rival().acquire(&Wait::at_most(Duration::from_millis(5))).err().expect("held").is_timeout());
@@ -377,10 +379,10 @@ pub fn lock_on_the_standard_descriptors(spec: &Spec, go: &Path) {
     }
 }
 
-/// The errors that the manual pages list for the system calls of locks, as far as they can happen there: not those that
-/// speak of wrong arguments, nor those that say that nothing is there which is. A `close` that fails is left out, for
-/// strace can only keep it from being done, and the kernel closes whatever it says of it. Actors get their commands with
-/// `readv` and answer with `write`, which locks do not use.
+/// The errors that the manual pages list for the system calls of locks, as far as they can happen. The list omits
+/// errors about wrong arguments, and errors about missing objects that exist. It also omits a failing `close`: strace
+/// can only prevent the call, and the kernel closes in any case. Actors read their commands with `readv` and answer
+/// with `write`, which locks do not use.
 const ERRORS: [(&str, &str); 41] = [
     ("accept4", "EINTR ECONNABORTED EMFILE ENFILE ENOBUFS ENOMEM EPERM"),
     ("bind", "EACCES EADDRINUSE ENOMEM"),
@@ -440,10 +442,10 @@ const MORE_ERRORS: [(&str, &str); 13] = [
     ("unlinkat", "EACCES EBUSY EIO ENOMEM EPERM EROFS"),
 ];
 
-/// Of how many calls of one name each fails once, counted from the first.
+/// The number of calls with one name that fail once each, counted from the first.
 const CALLS: usize = 6;
 
-/// strace(1) at an actor, at all its threads.
+/// strace(1), attached to all threads of an actor.
 pub struct Strace {
     strace: Child,
     log: PathBuf,
@@ -451,7 +453,7 @@ pub struct Strace {
 }
 
 impl Strace {
-    /// Attaches it; `options` say what fails.
+    /// Attaches strace; `options` select the failures.
     pub fn attach(actor: &Actor, options: &[String]) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         let log = directory.path().join("log");
@@ -469,15 +471,15 @@ impl Strace {
         Self { strace, log, _directory: directory }
     }
 
-    /// What it has seen.
+    /// Returns the log so far.
     pub fn so_far(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    /// Detaches it, and gives what it saw.
+    /// Detaches strace, and returns the log.
     pub fn end(&mut self) -> String {
         signal_pid(self.strace.id(), Signal::TERM);
-        // It may wait for the rest of a process that has ended, and that nobody but us can take away.
+        // strace may wait for the remains of an ended process that only this process can reap.
         let end = Instant::now() + Duration::from_secs(2);
         while self.strace.try_wait().is_ok_and(|ended| ended.is_none()) && Instant::now() < end {
             std::thread::sleep(Duration::from_millis(1));
@@ -495,7 +497,7 @@ impl Drop for Strace {
     }
 }
 
-/// Whether there is strace(1), and it may make system calls fail; with a word on it where not.
+/// Returns whether strace(1) is installed and may inject failures. Reports a test as left out where it may not.
 pub fn calls_can_fail() -> bool {
     let mut strace = Command::new("strace");
     strace.args(["-f", "-qq", "-o", "/dev/null", "-e", "inject=flock:error=EINTR", "true"]).stderr(Stdio::null());
@@ -506,7 +508,7 @@ pub fn calls_can_fail() -> bool {
     can
 }
 
-/// The system calls of the thread `thread` in `log` that are a lock's: name, and which of that name.
+/// Returns the lock's system calls of the thread `thread` in `log`: the name, and the index among calls with that name.
 fn calls(log: &str, thread: u32) -> Vec<(String, usize)> {
     let mut counts = std::collections::HashMap::new();
     let mut calls = Vec::new();
@@ -519,7 +521,7 @@ fn calls(log: &str, thread: u32) -> Vec<(String, usize)> {
         let count = counts.entry(name.to_owned()).or_insert(0);
         *count += 1;
         let is_a_locks = match name {
-            // Memory of the process is not the lock's affair.
+            // Private memory of the process is not part of the lock.
             "mmap" => arguments.contains("MAP_SHARED"),
             "fcntl" => arguments.contains("F_OFD_"),
             "futex" => arguments.contains("FUTEX_WAIT"),
@@ -537,25 +539,25 @@ fn errors(name: &str) -> impl Iterator<Item = &'static str> {
     known.flat_map(|(_, errors)| errors.split(' '))
 }
 
-/// Which call of a name fails once, counted from the first, and with what.
+/// The name of the call that fails once, its index from the first, and the error.
 type Fault = (String, usize, &'static str);
 
-/// What strace is to do for a fault.
+/// Returns the strace options for a fault.
 fn injection(fault: Option<&Fault>) -> Vec<String> {
     fault.map_or(vec![], |(name, at, error)| {
         vec!["-e".to_owned(), format!("trace={name}"), format!("-einject={name}:error={error}:when={at}")]
     })
 }
 
-/// A file lock's first flock fails, on a file that its process has just made, while another process holds the lock. That
-/// one keeps it.
+/// Checks a file lock whose first flock fails on a file that its process has just created, while another process holds
+/// the lock. The other process keeps the lock.
 pub fn fail_flock_with_other_holder(error: &str) {
     if !calls_can_fail() {
         return;
     }
     let spec = Kind::FILE.fresh();
     let [mut victim, mut holder] = [(); 2].map(|()| Actor::start(&spec));
-    // The delay is for the holder to come in between.
+    // During the delay the holder acquires.
     let options = ["-e".to_owned(), "trace=flock".to_owned(), format!("-einject=flock:error={error}:delay_enter=1s")];
     let mut strace = Strace::attach(&victim, &options);
     victim.tell("try");
@@ -571,7 +573,7 @@ pub fn fail_flock_with_other_holder(error: &str) {
     spec.clean();
 }
 
-/// A file lock's flock fails as on a file system that has none: the file that was made for it goes.
+/// Checks a file lock whose flock fails as on a file system without flock. The newly created file is removed.
 pub fn fail_flock_on_a_new_file(error: &str) {
     if !calls_can_fail() {
         return;
@@ -591,18 +593,18 @@ pub fn fail_flock_on_a_new_file(error: &str) {
     spec.clean();
 }
 
-/// What came of playing once.
+/// The result of one run.
 struct Round<L> {
-    /// What strace saw.
+    /// The strace log.
     log: String,
-    /// The thread whose calls are to fail.
+    /// The thread whose calls fail.
     thread: u32,
-    /// What is left afterwards.
+    /// The state afterwards.
     left: L,
 }
 
-/// Plays once and all goes well, and then once for each error of each system call that was seen: it sees to what must
-/// hold anyway, and what is left must be the same each time.
+/// Runs the scenario once without a fault, and then once for each error of each system call in the log. The scenario
+/// checks its invariants, and the state afterwards must be the same each time.
 fn fail_each_call<L: PartialEq + std::fmt::Debug + Sync>(what: &str, play: impl Fn(Option<&Fault>) -> Round<L> + Sync) {
     if !calls_can_fail() {
         return;
@@ -613,7 +615,7 @@ fn fail_each_call<L: PartialEq + std::fmt::Debug + Sync>(what: &str, play: impl 
         calls.iter().flat_map(|(name, at)| errors(name).map(|error| (name.clone(), *at, error))).collect();
     let names: BTreeSet<&str> = calls.iter().map(|(name, _)| name.as_str()).collect();
     println!("{what}: {} faults in {}", faults.len(), Vec::from_iter(names).join(" "));
-    // Between processes a lock in shared memory may need none.
+    // Between processes a lock in shared memory may need no system call.
     assert!(!faults.is_empty() || what == "shm", "hardly a system call: {}", sound.log);
     let (next, failures) = (Mutex::new(faults.iter()), Mutex::new(Vec::new()));
     std::thread::scope(|scope| {
@@ -633,10 +635,10 @@ fn fail_each_call<L: PartialEq + std::fmt::Debug + Sync>(what: &str, play: impl 
     assert!(failures.is_empty(), "{what} does not stand these faults: {failures:?}");
 }
 
-/// What an actor has, and what files there are.
+/// The belongings of an actor, and the files.
 type Left = (Belongings, BTreeSet<String>);
 
-/// What a victim does while it is traced, and another process beside it. Whatever it is told, it answers.
+/// The actions of a traced victim and of another process. The victim answers every command.
 type Play = fn(victim: &mut Actor, other: &mut Actor);
 
 fn play_with_a_lock(kind: Kind, play: Play, fault: Option<&Fault>) -> Round<Left> {
@@ -645,7 +647,7 @@ fn play_with_a_lock(kind: Kind, play: Play, fault: Option<&Fault>) -> Round<Left
 
 fn play_with(spec: &Spec, play: Play, fault: Option<&Fault>) -> Round<Left> {
     let [mut victim, mut other] = [(); 2].map(|()| Actor::start(spec));
-    // It has read this, so it is where it reads the next command.
+    // The actor has read this command, so it now waits for the next one.
     for actor in [&mut victim, &mut other] {
         actor.expect("owner", "owner none");
     }
@@ -653,7 +655,7 @@ fn play_with(spec: &Spec, play: Play, fault: Option<&Fault>) -> Round<Left> {
     play(&mut victim, &mut other);
     let log = strace.end();
     all_get_in(&mut [&mut other, &mut victim]);
-    // Some keep a descriptor from one wait for the next.
+    // Some locks keep a descriptor from one wait for the next.
     other.expect(TAKE, "held");
     victim.tell_to_wait(TAKE);
     other.expect("release", "released");
@@ -665,7 +667,7 @@ fn play_with(spec: &Spec, play: Play, fault: Option<&Fault>) -> Round<Left> {
     Round { log, thread: victim.pid(), left }
 }
 
-/// A victim makes a table, or opens it where `is_there`, and allocates, locks, unlocks and frees.
+/// A victim creates a table, or opens it where `is_there`, and allocates, locks, unlocks and frees.
 fn play_with_a_table(kind: managers::Kind, is_there: bool, fault: Option<&Fault>) -> Round<(Belongings, Option<u32>)> {
     let table = kind.fresh();
     if is_there {
@@ -687,7 +689,7 @@ fn play_with_a_table(kind: managers::Kind, is_there: bool, fault: Option<&Fault>
         works(&victim.ask(&format!("free {id}")));
     }
     let log = strace.end();
-    // Nobody has it any more. What could not be freed can be now, and what was not allocated is not.
+    // No process holds it any more. A lock whose free failed can be freed now, and an unallocated lock does not exist.
     if let Some(id) = &id {
         match victim.ask(&format!("try {id}")) {
             held if held == "held" => victim.expect(&format!("release {id}"), "ok"),
@@ -712,7 +714,7 @@ fn play_with_a_table(kind: managers::Kind, is_there: bool, fault: Option<&Fault>
     Round { log, thread: victim.pid(), left }
 }
 
-/// A victim holds a lease while the calls of its heartbeat thread fail: that costs nobody anything.
+/// A victim holds a lease while the calls of its heartbeat thread fail. No process loses anything by that.
 fn play_with_a_heartbeat(fault: Option<&Fault>) -> Round<Left> {
     let directory = tempfile::tempdir().expect("a directory");
     let mut terms = Terms::of(directory.path().join("lease"));
@@ -744,7 +746,7 @@ fn play_with_a_heartbeat(fault: Option<&Fault>) -> Round<Left> {
     Round { log, thread: thread.unwrap_or_default(), left: (Belongings::of(victim.pid()), left) }
 }
 
-/// Lets each system call by which a table is made, opened, and its locks allocated and freed fail once.
+/// Makes each system call that creates or opens a table, or allocates or frees its locks, fail once.
 pub fn fail_each_call_of_a_table(kind: managers::Kind) {
     for is_there in [false, true] {
         fail_each_call(&format!("{kind:?}, a table that is there: {is_there}"), |fault| {
@@ -753,7 +755,7 @@ pub fn fail_each_call_of_a_table(kind: managers::Kind) {
     }
 }
 
-/// Lets each system call of an acquisition fail once that takes over a stale pidfile.
+/// Makes each system call fail once in an acquisition that takes over a stale pidfile.
 pub fn fail_each_call_of_a_takeover() {
     let play = |victim: &mut Actor, other: &mut Actor| {
         if victim.ask("try").starts_with("held") {
@@ -761,7 +763,7 @@ pub fn fail_each_call_of_a_takeover() {
             let answer = victim.ask("release");
             assert!(answer == "released" || answer.starts_with("error "), "{answer}");
         }
-        // It is taken over now, if it was not before.
+        // The takeover happens now, if it did not happen before.
         assert!(other.ask(TAKE).starts_with("held"));
         other.expect("release", "released");
     };
@@ -774,12 +776,12 @@ pub fn fail_each_call_of_a_takeover() {
     }
 }
 
-/// Lets each system call of a heartbeat fail once.
+/// Makes each system call of a heartbeat fail once.
 pub fn fail_each_call_of_a_heartbeat() {
     fail_each_call("a heartbeat", play_with_a_heartbeat);
 }
 
-/// Sees that the victim has answered that it holds the lock, and does; or with an error.
+/// Checks that the victim has answered that it holds the lock, and does hold it, or has answered with an error.
 fn holds(answer: &str, other: &mut Actor) -> bool {
     if answer == "held" {
         let answer = other.ask("try");
@@ -835,7 +837,7 @@ mod cases {
             all_get_in(&mut [&mut other]);
             limit(&limited, Resource::Fsize, None);
             all_get_in(&mut [&mut limited, &mut other]);
-            // Also for who has it already.
+            // This also holds for a process that holds the lock already.
             limited.expect("lock", "held");
             limit(&limited, Resource::Fsize, Some(most));
             is_released_or_says(&limited.ask("release"), &["File too large"]);
@@ -884,7 +886,7 @@ mod cases {
     pub fn a_full_file_system_is_an_error_or_does_not_matter(kind: Kind) {
         let Some(world) = World::new() else { return };
         let spec = kind.fresh();
-        // Those of a table have it open; all others have yet to make their files.
+        // The processes of a table have it open. All others have yet to create their files.
         let [mut one, mut other] = [(); 2].map(|()| world.start(&spec, 0));
         one.expect("owner", "owner none");
         other.expect("owner", "owner none");
@@ -917,27 +919,28 @@ mod cases {
         unwritable(kind, &world, user.uid, close, open, "Permission denied");
     }
 
-    /// An actor that comes when nothing can be made is told so, if it needs anything, and gets in afterwards.
+    /// Checks that an actor that starts when no file can be created gets an error, if it needs a file, and acquires
+    /// afterwards.
     fn unwritable(kind: Kind, world: &World, uid: u32, harm: impl Fn(), heal: impl Fn(), because: &str) {
         let spec = kind.fresh();
         harm();
         let mut early = world.start(&spec, uid);
         let opened = early.ask("owner");
         if opened == "gone" {
-            // The actor must have its table to begin with.
+            // The actor must have its table from the start.
             assert!(["shm", "directory"].contains(&kind.name()), "{kind:?} is opened without files");
         } else {
             let held = ask_in_every_way(&mut early, &[because]);
             println!("{kind:?}, {because}: held {held} times of {}", WAYS.len());
             assert!(held == WAYS.len() || held == 0, "each time the same");
         }
-        // What it keeps open would keep the file system from being mounted anew.
+        // Its open files would prevent the remount of the file system.
         drop(early);
         heal();
         let [mut one, mut other] = [(); 2].map(|()| world.start(&spec, uid));
         all_get_in(&mut [&mut one, &mut other]);
         drop((one, other));
-        // What is there stays as it is; whether it can be locked is another question.
+        // The existing state is unchanged. Whether it can be locked is a separate question.
         harm();
         let mut late = world.start(&spec, uid);
         if late.ask("owner") != "gone" {
@@ -1034,7 +1037,7 @@ mod cases {
         for end in ["release", "drop"] {
             let spec = kind.fresh();
             let mut victim = Actor::start(&spec);
-            // The second time with what the first one kept.
+            // The second round uses the resources that the first one kept.
             for _ in 0..2 {
                 victim.expect("lock", "held");
                 victim.expect("release", "released");
@@ -1085,7 +1088,7 @@ mod cases {
                 victim.expect("others", "kept");
             }
             all_get_in(&mut [&mut other, &mut victim]);
-            // Another holder's lock is no obstacle to noticing, and no wait ends through another file.
+            // Another holder's lock does not prevent the detection, and no wait ends through another file.
             other.expect("lock", "held");
             victim.expect("close-all", "closed");
             if kind.name() == "shm" {
@@ -1115,7 +1118,7 @@ mod cases {
     }
 
     pub fn c7_drop_of_closed_guard_keeps_next_lock(kind: Kind) {
-        // These are the process's own for as long as it lives, whatever it closes.
+        // These belong to the process for as long as it lives, whatever it closes.
         if is_renewed(kind) || ["pidfile", "shm"].contains(&kind.name()) {
             return;
         }

@@ -1,7 +1,10 @@
 //! The kinds of lock under test.
 //!
-//! A new kind, or a new store of leases, gets every case of the suite by a [`Fixture`], a constant in [`Kind`], its
-//! place in [`KINDS`], and a line `conformance!(name, Kind::NAME);` in a file of `tests/tests`.
+//! A new kind, or a new store of leases, gets every case of the suite by four additions:
+//! - a [`Fixture`],
+//! - a constant in [`Kind`],
+//! - its place in [`KINDS`],
+//! - a line `conformance!(name, Kind::NAME);` in a file of `tests/tests`.
 
 use std::fmt;
 use std::ops::Deref;
@@ -25,21 +28,21 @@ pub trait AnyLock: Send + Sync {
     fn acquire(&self, wait: &Wait) -> Result<Box<dyn AnyGuard>>;
     /// As [`AsyncLock::acquire_async`].
     fn acquire_async<'w>(&'w self, wait: &'w Wait) -> Taking<'w>;
-    /// The owner's pid, for kinds that know it.
+    /// Returns the owner's pid, for kinds that know it.
     fn owner(&self) -> Option<u32>;
 }
 
 /// An acquisition by a task.
 pub type Taking<'w> = Pin<Box<dyn Future<Output = Result<Box<dyn AnyGuard>>> + Send + 'w>>;
 
-/// Makes one of what a lock's own method returns.
+/// Boxes the future of a lock's own method.
 fn taking<'w, G: Guard + 'static>(future: impl Future<Output = Result<G>> + Send + 'w) -> Taking<'w> {
     Box::pin(async { Ok(Box::new(future.await?) as Box<dyn AnyGuard>) })
 }
 
 /// A held lock of any kind.
 pub trait AnyGuard: Send {
-    /// The pid of the owner that died before, 0 for an unknown one, `None` when none died.
+    /// The pid of the dead previous owner, 0 for an unknown owner, `None` without a death.
     fn recovered(&self) -> Option<u32>;
     /// As [`Guard::release`].
     fn release(self: Box<Self>) -> Result<()>;
@@ -96,60 +99,60 @@ impl AnyLock for Managed {
     }
 }
 
-/// What the suite must know of a kind of lock: how to make one, so that any process finds it, and what it promises.
+/// The suite's description of a kind of lock: how any process opens it, and what it guarantees.
 pub trait Fixture: Sync {
-    /// What processes call it between them.
+    /// Returns the name of the kind, as processes exchange it.
     fn name(&self) -> &'static str;
 
-    /// Why this machine cannot have one, if it cannot.
+    /// Returns the reason why this machine cannot have the kind, if it cannot.
     fn left_out(&self) -> Option<String> {
         None
     }
 
-    /// Where a lock with a fresh name is: a path, a URL, or the name itself.
+    /// Returns the place of a lock with a fresh name: a path, a URL, or the name itself.
     fn place(&self, name: &str) -> String {
         name.to_owned()
     }
 
-    /// A handle on the lock at `at`, for the process that was started as number `seat` for it; the test's own has none.
+    /// Opens the lock at `at` in the process with the number `seat`. The test's own process has no number.
     fn open(&self, at: &str, seat: Option<usize>) -> Box<dyn AnyLock>;
 
-    /// The files that the lock leaves on disk or in memory by design, which a test takes away.
+    /// Returns the files that the lock leaves on disk or in memory by design. The test removes them.
     fn files(&self, at: &str) -> Vec<PathBuf> {
         vec![at.into()]
     }
 
-    /// Whether the next owner is told of a death.
+    /// Returns whether the next guard reports a death.
     fn tells_deaths(&self) -> bool {
         true
     }
 
-    /// Whether taking the lock may need a descriptor.
+    /// Returns whether an acquisition may need a descriptor.
     fn needs_descriptors(&self) -> bool {
         true
     }
 
-    /// Whether a held lock has a descriptor of its own. Without one it needs one to be given back.
+    /// Returns whether a held lock has a descriptor of its own. Without one, the release needs a descriptor.
     fn keeps_a_descriptor(&self) -> bool {
         true
     }
 
-    /// Whether a forked child keeps what its killed parent held.
+    /// Returns whether a forked child keeps the lock of its killed parent.
     fn survives_in_a_forked_child(&self) -> bool {
         false
     }
 
-    /// How long it is held at most in the chaos, in microseconds: so long that somebody dies inside now and then.
+    /// Returns the longest hold in the chaos, in microseconds. It is long enough that some processes die as holders.
     fn longest_hold(&self) -> u64 {
         300
     }
 
-    /// How long after a process is dead, in nanoseconds, what it had asked for may yet come about.
+    /// Returns how long after the death of a process its requests may still take effect, in nanoseconds.
     fn afterlife(&self) -> u64 {
         0
     }
 
-    /// Whether waiters are served first come, first served.
+    /// Returns whether waiters are served first come, first served.
     fn is_fair(&self) -> bool {
         false
     }
@@ -185,7 +188,7 @@ impl Fixture for Named {
         let sharing = if self.1 == Scope::User { &*user } else { "lockkit-machine-" };
         match self.2 {
             Backend::File => vec![format!("/tmp/{sharing}{at}.lock").into()],
-            // Its record is one of a table.
+            // The record is in a table.
             _ => vec![],
         }
     }
@@ -195,13 +198,13 @@ impl Fixture for Named {
     }
 }
 
-/// A [`FileLock`]. In shared mode the first process that is started takes it shared and all others exclusively, so that
-/// each excludes each other, as everywhere in the suite.
+/// A [`FileLock`]. In shared mode the first process acquires it shared and all others exclusively, so that any two
+/// exclude each other, as everywhere in the suite.
 struct File {
     shared: bool,
 }
 
-/// A [`FileLock`], taken shared.
+/// A [`FileLock`] that is acquired shared.
 struct Shared(FileLock);
 
 impl AnyLock for Shared {
@@ -260,7 +263,7 @@ impl Fixture for Pid {
         Box::new(Any { lock: PidFile::new(at).expect("an absolute path"), owner })
     }
 
-    /// It may be a daemon that has yet to say so.
+    /// It may be a daemon that has yet to rewrite the pidfile.
     fn survives_in_a_forked_child(&self) -> bool {
         true
     }
@@ -268,10 +271,10 @@ impl Fixture for Pid {
 
 /// A [`Lease`] on a file.
 ///
-/// Its ttl is longer than anybody in the suite is ever stopped. So it is a lock like any other there: what frees it is
-/// a release, or that its owner is seen dead, and nobody is taken over alive. What becomes of a holder that is silent
-/// for longer is judged by the tokens, in the tests of leases. The heartbeat is long enough that hardly one falls into
-/// a scenario of [`crash_points`](crate::crash_points).
+/// Its TTL is longer than any process in the suite is ever stopped. So it behaves like every other lock of the suite:
+/// only a release or the observed death of its owner frees it, and no live holder is taken over. The tests of leases
+/// use the tokens to check holders that are silent for longer. The heartbeat interval is so long that hardly any
+/// heartbeat falls into a scenario of [`crash_points`](crate::crash_points).
 struct FileLease;
 
 impl Fixture for FileLease {
@@ -292,12 +295,13 @@ impl Fixture for FileLease {
     }
 }
 
-/// A [`Lease`] on a server. Its ttl is as long as that of a [`FileLease`], for the same reason. The descriptor that it
-/// keeps is a connection.
+/// A [`Lease`] on a server. Its TTL is as long as that of a [`FileLease`], for the same reason. Its descriptor is a
+/// connection.
 #[cfg(target_os = "linux")]
 struct EngineLease {
     name: &'static str,
-    /// The URL of a lease of this name on the server that this process shares, which it starts; or why there is none.
+    /// Returns the URL of a lease with this name on the process's shared server, which it starts; or the reason why
+    /// there is none.
     url: fn(name: &str) -> std::result::Result<String, &'static str>,
 }
 
@@ -362,7 +366,7 @@ impl Fixture for OfManager {
 
     fn open(&self, at: &str, _: Option<usize>) -> Box<dyn AnyLock> {
         let manager = Table::at(self.0, at).open();
-        // Whoever comes first allocates it.
+        // The first process allocates it.
         let lock = manager.allocate_at(0).or_else(|_| manager.retrieve(0)).expect("a first lock");
         Box::new(Managed { manager, lock })
     }
@@ -381,7 +385,7 @@ impl Fixture for OfManager {
 #[derive(Clone, Copy)]
 pub struct Kind(&'static dyn Fixture);
 
-#[allow(missing_docs)] // They say it themselves.
+#[allow(missing_docs)] // The names need no documentation.
 impl Kind {
     pub const NAMED_SOCKET: Self = Self(&Named("named-socket", Scope::User, Backend::Socket));
     pub const MACHINE_SOCKET: Self = Self(&Named("machine-socket", Scope::Machine, Backend::Socket));
@@ -389,7 +393,7 @@ impl Kind {
     pub const MACHINE_MUTEX: Self = Self(&Named("machine-mutex", Scope::Machine, Backend::Mutex));
     pub const NAMED_FILE: Self = Self(&Named("named-file", Scope::User, Backend::File));
     pub const MACHINE_FILE: Self = Self(&Named("machine-file", Scope::Machine, Backend::File));
-    /// What a name is locked by where nothing else is asked for.
+    /// The default kind of named lock on this system.
     pub const NAMED: Self = match () {
         _ if cfg!(target_os = "linux") => Self::NAMED_SOCKET,
         _ if cfg!(windows) => Self::NAMED_MUTEX,
@@ -410,7 +414,7 @@ impl Kind {
     pub const MEMORY: Self = Self(&OfManager(managers::Kind::Memory));
 }
 
-/// All of them.
+/// All kinds.
 pub const KINDS: &[Kind] = &[
     Kind::NAMED_SOCKET,
     Kind::MACHINE_SOCKET,
@@ -434,7 +438,7 @@ pub const KINDS: &[Kind] = &[
 ];
 
 impl Kind {
-    /// A lock that nobody else uses.
+    /// Creates a spec for a lock that no other test uses.
     pub fn fresh(self) -> Spec {
         Spec { kind: self, at: self.place(&crate::fresh_name("lockkit-test")), seat: None, seats: Arc::default() }
     }
@@ -460,17 +464,17 @@ pub struct Spec {
     kind: Kind,
     at: String,
     seat: Option<usize>,
-    /// How many processes have been invited.
+    /// The number of invited processes.
     seats: Arc<AtomicUsize>,
 }
 
 impl Spec {
-    /// What the next process is told: `KIND#SEAT:WHERE`.
+    /// Returns the invitation for the next process: `KIND#SEAT:WHERE`.
     pub fn invite(&self) -> String {
         format!("{:?}#{}:{}", self.kind, self.seats.fetch_add(1, Ordering::Relaxed), self.at)
     }
 
-    /// Reads an invitation, or `KIND:WHERE`.
+    /// Parses an invitation, or `KIND:WHERE`.
     pub fn parse(text: &str) -> Self {
         let (kind, at) = text.split_once(':').expect("KIND#SEAT:WHERE");
         let (name, seat) = kind.split_once('#').map_or((kind, None), |(name, seat)| (name, seat.parse().ok()));
@@ -478,22 +482,22 @@ impl Spec {
         Self { kind, at: at.to_owned(), seat, seats: Arc::default() }
     }
 
-    /// Its kind.
+    /// Returns its kind.
     pub fn kind(&self) -> Kind {
         self.kind
     }
 
-    /// Its name or path.
+    /// Returns its name or path.
     pub fn at(&self) -> &str {
         &self.at
     }
 
-    /// A handle on the lock.
+    /// Opens the lock.
     pub fn open(&self) -> Box<dyn AnyLock> {
         self.kind.open(&self.at, self.seat)
     }
 
-    /// A handle that is to be kept out by those of [`open`](Self::open), in this process as in any other.
+    /// Opens a handle that those of [`open`](Self::open) exclude, in this process as in any other.
     pub fn rival(&self) -> Box<dyn AnyLock> {
         self.kind.open(&self.at, None)
     }
@@ -503,7 +507,7 @@ impl Spec {
         self.kind.files(&self.at)
     }
 
-    /// Takes away what the lock left; call it when nobody uses it any more.
+    /// Removes the files that the lock left. The caller calls it when no process uses the lock any more.
     pub fn clean(&self) {
         for file in self.files() {
             let _ = std::fs::remove_file(file);

@@ -1,4 +1,4 @@
-//! A second process that takes and releases locks as it is told: one command a line, one answer a line.
+//! A second process that acquires and releases locks on command: one command per line, one answer per line.
 //!
 //! | command | answer |
 //! |---|---|
@@ -8,18 +8,18 @@
 //! | `owner` | `owner PID` or `owner none` |
 //! | `fork` | `forked PID`: a forked child, alive until it is killed, or for a while |
 //! | `fork-drop` | `dropped`: a forked child has dropped its copy of the guard and ended |
-//! | `fork-often` | `free`: children that were forked while threads took and released the lock live, and do not keep it |
+//! | `fork-often` | `free`: live children, forked while threads acquired and released the lock, do not keep it |
 //! | `spawn` | `spawned PID`: a program started in the ordinary way, alive until it is killed |
 //! | `exec` | none: the actor has become another program |
-//! | `panic` | `panicked`: a thread took the lock and panicked holding it |
+//! | `panic` | `panicked`: a thread acquired the lock and panicked as holder |
 //! | `hold-name NAME`, `time-out-name NAME`, `clean-name NAME` | `done`: the same with any named lock |
-//! | `use-names N`, `hold-names N` | `done`; `bytes N`: what each of so many locks takes of memory |
-//! | `close-all` | `closed`: every descriptor from 3 on is closed, and other files, which are locked, have those numbers |
-//! | `others` | `kept`: the other files are open and locked; `fork-others` asks a forked child, `spare-others` closes them |
+//! | `use-names N`, `hold-names N` | `done`; `bytes N`: the memory that each of so many locks needs |
+//! | `close-all` | `closed`: every descriptor from 3 on is closed; other, locked files have those numbers |
+//! | `others` | `kept`: those are open and locked; `fork-others` asks a forked child, `spare-others` closes them |
 //! | `reopen` | `open`: the lock is opened again |
-//! | `set-aside`, `drop-aside` | `aside`, `dropped`: the guard is kept while another one is taken, and dropped |
+//! | `set-aside`, `drop-aside` | `aside`, `dropped`: the guard is kept during another acquisition, and dropped |
 //! | `starve` | `starved`: no descriptor is left; `feed` gives them back |
-//! | `limit-threads N`, or `all` | `limited`: its user may have no more threads from now on; means nothing to root |
+//! | `limit-threads N`, or `all` | `limited`: its user may have no more threads from now on; has no effect for root |
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -33,21 +33,22 @@ use lockkit::{CancelToken, ErrorKind, Wait};
 use crate::fixtures::{AnyGuard, Spec};
 use crate::{LIVELY, program};
 
-/// The handle on an actor; dropping it kills the actor and waits for its end.
+/// The handle on an actor. Dropping it kills the actor and waits for its end.
 pub struct Actor {
     child: Child,
     commands: Option<ChildStdin>,
     answers: Receiver<String>,
-    /// Commands without an answer so far.
+    /// The number of commands without an answer so far.
     open: usize,
-    /// Whether it has said that it asks for a lock, and not yet what came of it.
+    /// Whether the actor has announced a request for a lock, and has not yet answered its result.
     asks: Arc<AtomicBool>,
 }
 
-/// What it says before it asks for a lock, where nothing else shows that it waits.
+/// The line before a request for a lock, where nothing else shows that the process waits.
 const ASKS: &str = "asks";
 
-/// To be called before asking for a lock: says so, where nothing else shows that a process waits.
+/// Announces a request for a lock, where nothing else shows that a process waits. The process calls it before the
+/// request.
 pub(crate) fn announce() {
     if !cfg!(target_os = "linux") {
         println!("{ASKS}");
@@ -55,12 +56,12 @@ pub(crate) fn announce() {
 }
 
 impl Actor {
-    /// Starts one for the lock `spec`.
+    /// Starts an actor for the lock `spec`.
     pub fn start(spec: &Spec) -> Self {
         Self::start_with(spec, |_| {})
     }
 
-    /// Starts one, its command changed by `change`: another user, other variables.
+    /// Starts an actor with its command changed by `change`, such as another user or other variables.
     pub fn start_with(spec: &Spec, change: impl FnOnce(&mut Command)) -> Self {
         let mut command = Command::new(program("actor"));
         command.arg(spec.invite()).stdin(Stdio::piped()).stdout(Stdio::piped());
@@ -68,24 +69,25 @@ impl Actor {
         Self::run(command)
     }
 
-    /// Starts one that waits in tasks and gives up at random; see [`async_conformance::drop_often`](crate::async_conformance::drop_often).
+    /// Starts an actor that waits in tasks and gives up at random; see
+    /// [`async_conformance::drop_often`](crate::async_conformance::drop_often).
     pub fn start_tasks(spec: &Spec, flavor: &str, rounds: u32) -> Self {
         Self::start_with(spec, |command| _ = command.args(["tasks", flavor, &rounds.to_string()]))
     }
 
-    /// Starts one as another user, which only root can; see [`another_user`](crate::another_user).
+    /// Starts an actor as another user, which only root can; see [`another_user`](crate::another_user).
     #[cfg(target_os = "linux")]
     pub fn start_as(spec: &Spec, uid: u32) -> Self {
         Self::run(as_user(uid, [spec.invite()]))
     }
 
-    /// Starts the actor in another part than that of serving a lock: `rogue` is what it does, as the user `uid`.
+    /// Starts the actor in another part than that of serving a lock: `rogue` is its part. It runs as the user `uid`.
     #[cfg(target_os = "linux")]
     pub fn start_rogue(rogue: [&str; 2], uid: u32) -> Self {
         Self::run(as_user(uid, rogue))
     }
 
-    /// Starts one that works on a table of locks; see [`managers::serve`](crate::managers::serve).
+    /// Starts an actor that works on a table of locks; see [`managers::serve`](crate::managers::serve).
     pub fn start_at(table: &crate::managers::Table) -> Self {
         Self::start_at_with(table, |_| {})
     }
@@ -98,7 +100,7 @@ impl Actor {
         Self::run(command)
     }
 
-    /// Starts one that works on a lease; see [`leases::serve`](crate::leases::serve).
+    /// Starts an actor that works on a lease; see [`leases::serve`](crate::leases::serve).
     pub fn start_lease(terms: &crate::leases::Terms) -> Self {
         Self::start_lease_with(terms, |_| {})
     }
@@ -144,19 +146,19 @@ impl Actor {
         Self { child, commands, answers, open: 0, asks }
     }
 
-    /// Its pid.
+    /// Returns its pid.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Gives a command without waiting for the answer.
+    /// Sends a command without waiting for the answer.
     pub fn tell(&mut self, command: &str) {
-        // One that has ended gives no answer, which says more than a failure to write.
+        // An ended actor gives no answer, which is a better report than a failed write.
         let _ = writeln!(self.commands.as_mut().expect("a pipe"), "{command}");
         self.open += 1;
     }
 
-    /// The next answer.
+    /// Waits for the next answer.
     pub fn answer(&mut self) -> String {
         match self.answers.recv_timeout(LIVELY) {
             Ok(answer) => {
@@ -168,7 +170,7 @@ impl Actor {
         }
     }
 
-    /// The next answer, if it is there.
+    /// Returns the next answer, if it has arrived.
     pub fn answered(&mut self) -> Option<String> {
         let answer = match self.answers.try_recv() {
             Ok(answer) => answer,
@@ -179,42 +181,42 @@ impl Actor {
         Some(answer)
     }
 
-    /// Whether it sleeps, and not because it reads a command. Where nothing shows that: whether it has begun to ask for
-    /// a lock, a moment ago.
+    /// Returns whether the actor sleeps outside of reading a command. Where the system does not show that, returns
+    /// whether it has announced a request for a lock a moment ago.
     pub fn waits(&self) -> bool {
         if !cfg!(target_os = "linux") {
-            // Only so that most are asleep by then.
+            // The pause lets most actors fall asleep.
             return self.asks.load(Ordering::Relaxed) && crate::sleeps(self.pid(), 0);
         }
         let pid = self.pid();
         let call = std::fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap_or_default();
-        // `read` and `readv`, by which it gets its commands.
+        // `read` and `readv`, by which the actor reads its commands.
         let reads = if cfg!(target_arch = "x86_64") { ["0 0x0 ", "19 0x0 "] } else { ["63 0x0 ", "65 0x0 "] };
         crate::sleeps(pid, pid) && !reads.iter().any(|read| call.starts_with(read)) && !call.starts_with("running")
     }
 
-    /// Expects that the command it was given has no answer yet.
+    /// Checks that the last command has no answer yet.
     pub fn expect_silence(&mut self) {
         assert_eq!(self.answers.try_recv().ok(), None);
     }
 
-    /// Whether it was given a command whose answer nobody has taken.
+    /// Returns whether a command was sent whose answer the test has not read.
     pub fn is_busy(&self) -> bool {
         self.open > 0
     }
 
-    /// Gives a command and waits for the answer.
+    /// Sends a command and waits for the answer.
     pub fn ask(&mut self, command: &str) -> String {
         self.tell(command);
         self.answer()
     }
 
-    /// Asks, and expects exactly `answer`.
+    /// Sends a command, and expects exactly `answer`.
     pub fn expect(&mut self, command: &str, answer: &str) {
         assert_eq!(self.ask(command), answer, "to {command:?}");
     }
 
-    /// Gives a command that makes it wait for a lock, and returns once it sleeps.
+    /// Sends a command that makes it wait for a lock, and returns once it sleeps.
     pub fn tell_to_wait(&mut self, command: &str) {
         self.tell(command);
         self.wait_until_it_waits_or_ends();
@@ -222,13 +224,13 @@ impl Actor {
 
     /// Returns once it sleeps in a wait for a lock, or has ended.
     pub fn wait_until_it_waits_or_ends(&mut self) {
-        // Reading a command is a sleep, too, so the proof is that it sleeps somewhere else.
+        // Reading a command is a sleep, too, so the proof is that it sleeps elsewhere.
         crate::until("the actor waits for the lock", || {
             self.waits() || self.child.try_wait().is_ok_and(|ended| ended.is_some())
         });
     }
 
-    /// SIGKILL, and its end.
+    /// Sends SIGKILL, and waits for the end.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -240,7 +242,7 @@ impl Actor {
         signal_pid(self.pid(), signal);
     }
 
-    /// Its end, with its exit status, after its commands have ended.
+    /// Lets it end after its commands, and returns its exit status.
     pub fn finish(mut self) -> std::process::ExitStatus {
         self.commands = None;
         self.child.wait().expect("a child can be waited for")
@@ -253,8 +255,8 @@ impl Drop for Actor {
     }
 }
 
-/// The actor as another user's command. The program may lie below a directory that the other user cannot enter, so it is
-/// called by a descriptor.
+/// Returns the actor as another user's command. The program may be below a directory that the other user cannot enter,
+/// so it is started through a descriptor.
 #[cfg(target_os = "linux")]
 pub(crate) fn as_user<S: AsRef<std::ffi::OsStr>>(uid: u32, arguments: impl IntoIterator<Item = S>) -> Command {
     static FILE: std::sync::OnceLock<std::fs::File> = std::sync::OnceLock::new();
@@ -265,7 +267,7 @@ pub(crate) fn as_user<S: AsRef<std::ffi::OsStr>>(uid: u32, arguments: impl IntoI
     command
 }
 
-/// Sends a signal to any process; one that is gone already is none to worry about.
+/// Sends a signal to any process. Ignores a process that is already gone.
 #[cfg(unix)]
 pub fn signal_pid(pid: u32, signal: rustix::process::Signal) {
     if let Some(pid) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) {
@@ -273,7 +275,7 @@ pub fn signal_pid(pid: u32, signal: rustix::process::Signal) {
     }
 }
 
-/// The actor's own side: carries out commands until there are no more.
+/// Acts as the actor: executes commands until there are no more.
 pub fn serve(spec: &Spec) {
     let mut lock = spec.open();
     let mut guard: Option<Box<dyn AnyGuard>> = None;
@@ -331,7 +333,7 @@ pub fn serve(spec: &Spec) {
                     }
                     Ok(fork::Fork::Parent(pid)) => {
                         drop(child);
-                        // What a fork does in the child is done once the child has closed its end.
+                        // The child's part of the fork is done once the child has closed its end.
                         assert_eq!(ready.read(&mut [0]).ok(), Some(0));
                         format!("forked {pid}")
                     }
@@ -395,7 +397,7 @@ pub fn serve(spec: &Spec) {
             #[cfg(target_os = "linux")]
             "hold-names" => {
                 let number = argument.parse().expect("a number");
-                // What only the first one costs.
+                // The first lock has one-time costs.
                 drop(lockkit::NamedLock::new("first").and_then(|lock| lock.try_lock()).expect("a free name"));
                 let before = resident();
                 names.reserve(number);
@@ -486,7 +488,7 @@ pub fn serve(spec: &Spec) {
     }
 }
 
-/// The memory of this process that is no part of a program's file, in bytes.
+/// Returns the memory of this process that does not belong to a program file, in bytes.
 #[cfg(target_os = "linux")]
 fn resident() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").expect("/proc");
@@ -494,7 +496,7 @@ fn resident() -> u64 {
     sizes.filter_map(|size| size.split_ascii_whitespace().next()?.parse::<u64>().ok()).sum::<u64>() * 1024
 }
 
-/// Forks at many moments of an acquisition and a release; then the lock must be free, though the children live.
+/// Forks at many moments of an acquisition and a release. Afterwards the lock must be free, though the children live.
 #[cfg(unix)]
 fn fork_often(lock: &dyn crate::fixtures::AnyLock) -> String {
     let stop = AtomicBool::new(false);
@@ -507,7 +509,7 @@ fn fork_often(lock: &dyn crate::fixtures::AnyLock) -> String {
         let mut dice = crate::chaos::Dice::new(std::process::id().into());
         let children = (0..400)
             .map(|_| {
-                // Only to come at another moment of the other thread.
+                // The pause makes the fork hit another moment of the other thread.
                 std::thread::sleep(Duration::from_micros(dice.roll(3000)));
                 match fork::fork().expect("a process can be forked") {
                     fork::Fork::Child => {
@@ -529,7 +531,7 @@ fn fork_often(lock: &dyn crate::fixtures::AnyLock) -> String {
     answer
 }
 
-/// An error as the actor answers it: its kind first.
+/// Formats an error as the actor answers it, with its kind first.
 pub fn describe(error: &lockkit::Error) -> String {
     let kind = match error.kind() {
         ErrorKind::Held { .. } => "Held",

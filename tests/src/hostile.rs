@@ -1,4 +1,4 @@
-//! Processes that mean ill with the abstract socket of a named lock.
+//! Processes that attack the abstract socket of a named lock.
 
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
@@ -26,8 +26,8 @@ fn bound(kind: SocketType, name: &str) -> OwnedFd {
     socket
 }
 
-/// Holds the abstract `name` as a lock does, hands it over to the first waiter, and then keeps a copy of the socket, on
-/// which calls wait however often the receiver sets that they do not.
+/// Holds the abstract `name` as a lock does, and hands it over to the first waiter. Then keeps a copy of the socket, on
+/// which calls block however often the receiver sets it to non-blocking.
 pub fn hand_over(name: &str) {
     let socket = bound(SocketType::SEQPACKET, name);
     println!("holds");
@@ -39,7 +39,7 @@ pub fn hand_over(name: &str) {
     }
 }
 
-/// Holds the abstract `name`, and hands over a socket of another type with the same name, again and again.
+/// Holds the abstract `name`, and repeatedly hands over a socket of another type with the same name.
 pub fn hand_over_another_type(name: &str) {
     let socket = bound(SocketType::SEQPACKET, name);
     let stream = bound(SocketType::STREAM, name);
@@ -58,7 +58,7 @@ fn send(waiter: &OwnedFd, socket: &OwnedFd) {
     let mut control = SendAncillaryBuffer::new(&mut space);
     let descriptors = [socket.as_fd()];
     control.push(SendAncillaryMessage::ScmRights(&descriptors));
-    // A process that only looks has gone by then.
+    // A process that only queries the lock is gone by then.
     let _ = net::sendmsg(waiter, &[IoSlice::new(b"L")], &mut control, SendFlags::NOSIGNAL);
     let _ = net::shutdown(waiter, Shutdown::Write);
 }
@@ -67,7 +67,7 @@ fn address(name: &str) -> SocketAddrUnix {
     SocketAddrUnix::new_abstract_name(name.as_bytes()).expect("a short name")
 }
 
-/// A connection in the queue of whoever listens at the abstract `name`; `None` when the queue is full.
+/// Connects to the listener at the abstract `name`; `None` when its queue is full.
 pub fn connect(name: &str) -> Option<OwnedFd> {
     let socket = socket();
     rustix::io::ioctl_fionbio(&socket, true).expect("a socket");
@@ -78,14 +78,14 @@ pub fn connect(name: &str) -> Option<OwnedFd> {
     }
 }
 
-/// Sits on the abstract `name` until it is killed.
+/// Occupies the abstract `name` until the process is killed.
 pub fn squat(name: &str) {
     let _socket = bound(SocketType::SEQPACKET, name);
     println!("squatting");
     let _ = std::io::stdin().lines().count();
 }
 
-/// Queues up at the abstract `name`, and says what came of it.
+/// Joins the queue at the abstract `name`, and reports the result.
 pub fn queue(name: &str) {
     let socket = socket();
     net::connect(&socket, &address(name)).expect("somebody listens");

@@ -1,12 +1,12 @@
-//! A second process that is an instance of a program, and peers that mean ill with the first one.
+//! A second process that is an instance of a program, and peers that attack the first instance.
 //!
-//! The process, started with [`Actor::start_instance`], does as it is told:
+//! The process, started with [`Actor::start_instance`], executes commands:
 //!
 //! | command | answer |
 //! |---|---|
 //! | `enter` | `first`, `first recovered PID`, or `second of PID` |
 //! | `activate MS` | `answered TEXT`, `became first`, or an error; `activate-with MS BYTES` sends as many bytes, too |
-//! | `start MS` | both, one after the other, and whoever is first then serves |
+//! | `start MS` | both, in sequence; a first instance then serves |
 //! | `serve` | `serving`: answers every activation with [`summary`] on a thread of its own |
 //! | `panic` | `serving`: every handler panics |
 //! | `take MS` | `taken` and the [`summary`], or `none` |
@@ -34,14 +34,14 @@ use crate::helper_process::{Actor, describe};
 /// The variable that instances send.
 pub const VARIABLE: &str = "LOCKKIT_TEST_VARIABLE";
 
-/// What an activation says, as one line: uid, pid (or 0), the arguments behind `actor instance NAME`, how many bytes.
+/// Formats an activation as one line: uid, pid (or 0), the arguments after `actor instance NAME`, the number of bytes.
 pub fn summary(activation: &Activation) -> String {
     let arguments = activation.arguments().get(3..).unwrap_or_default();
     let (uid, pid) = (activation.uid(), activation.pid().unwrap_or_default());
     format!("{uid} {pid} {arguments:?} {}", activation.bytes().len())
 }
 
-/// The process's own side: carries out commands until there are no more.
+/// Acts as the process: executes commands until there are no more.
 pub fn serve(name: &OsStr) {
     let name = name.to_str().expect("a name");
     let mut first: Option<FirstInstance> = None;
@@ -171,17 +171,17 @@ fn activate(second: SecondInstance, millis: u64, first: &mut Option<FirstInstanc
     }
 }
 
-/// The address at which the first instance of the user `uid` receives.
+/// Returns the address at which the first instance of the user `uid` receives.
 pub fn address(uid: u32, name: &str) -> SocketAddr {
     SocketAddr::from_abstract_name(format!("lockkit/first/u{uid}/{name}")).expect("a short name")
 }
 
-/// A connection to whoever listens there, as any program can make it.
+/// Connects to the listener there, as any program can.
 pub fn call(uid: u32, name: &str) -> UnixStream {
     UnixStream::connect_addr(&address(uid, name)).expect("somebody listens")
 }
 
-/// A frame by hand, as the documentation of the wire has it.
+/// Builds a frame by hand, as the documentation of the wire protocol defines it.
 pub fn frame(version: u16, kind: u16, length: u32, content: &[u8]) -> Vec<u8> {
     let mut frame = b"lkin".to_vec();
     frame.extend(version.to_le_bytes());
@@ -191,12 +191,12 @@ pub fn frame(version: u16, kind: u16, length: u32, content: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// A request with nothing in it.
+/// Returns a request without content.
 pub fn empty_request() -> Vec<u8> {
     frame(1, 1, 16, &[0; 16])
 }
 
-/// As somebody else: sends a request to the first instance of the user `uid`, and says what came of it.
+/// As another user: sends a request to the first instance of the user `uid`, and reports the result.
 pub fn intrude(place: &str) {
     let (uid, name) = place.split_once('/').expect("UID/NAME");
     let mut connection = call(uid.parse().expect("a uid"), name);
@@ -207,7 +207,7 @@ pub fn intrude(place: &str) {
     println!("was given {} bytes", answer.len());
 }
 
-/// As somebody else: listens in the place of the first instance of the user `uid`, and says what it was told.
+/// As another user: listens in place of the first instance of the user `uid`, and reports the received request.
 pub fn pretend(place: &str) {
     let (uid, name) = place.split_once('/').expect("UID/NAME");
     let listener = UnixListener::bind_addr(&address(uid.parse().expect("a uid"), name)).expect("a free address");
@@ -220,7 +220,7 @@ pub fn pretend(place: &str) {
 }
 
 impl Actor {
-    /// Starts one that is an instance of `name`; see [`serve`].
+    /// Starts an instance of `name`; see [`serve`].
     pub fn start_instance(name: &str) -> Self {
         Self::start_instance_with(name, |_| {})
     }

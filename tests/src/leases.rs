@@ -1,4 +1,4 @@
-//! Leases: a second process that works on one as it is told, a chaos in which holders lose theirs, and forged
+//! Leases: a second process that works on one on command, a chaos in which holders lose their leases, and forged
 //! records.
 //!
 //! The second process is started with [`Actor::start_lease`]:
@@ -15,7 +15,7 @@
 //! | `progress` | `noted` |
 //! | `hold-many N DIRECTORY` | `holds N`: the leases 0 to N - 1 in a directory; `drop-many` drops them all: `dropped` |
 //! | `fork OTHER` | `parted`: a forked child does not hold its copy, took another lease and kept it, and is gone |
-//! | `limit-threads N`, or `all` | `limited`: its user may have no more threads from now on; means nothing to root |
+//! | `limit-threads N`, or `all` | `limited`: its user may have no more threads from now on; has no effect for root |
 //! | `kill-at STEP` | `armed`: see [`lockkit::failpoint`] |
 //! | `go DIRECTORY` | `gone there`: that is its working directory now |
 //!
@@ -34,17 +34,17 @@ use crate::chaos::{Dice, IN, Log, OUT, now, read};
 use crate::helper_process::{announce, describe};
 use crate::{Actor, Belongings, LIVELY, program};
 
-/// A lease and its options, as text: `TTL HEARTBEAT PROGRESS PANICS MODE PATH`, in milliseconds. Missing
-/// directories of a file are created.
+/// A lease and its options, as text: `TTL HEARTBEAT PROGRESS PANICS MODE PATH`, in milliseconds. Missing directories of
+/// a file are created.
 #[derive(Clone, Debug)]
 pub struct Terms {
-    /// Where its record is: the path of a file, or a URL.
+    /// The place of its record: the path of a file, or a URL.
     pub path: PathBuf,
-    /// Its ttl, in milliseconds.
+    /// Its TTL, in milliseconds.
     pub ttl: u64,
-    /// Its heartbeat, in milliseconds.
+    /// Its heartbeat interval, in milliseconds.
     pub heartbeat: u64,
-    /// Within how many milliseconds progress is required; 0 where it is not.
+    /// The limit within which progress is required, in milliseconds; 0 without a limit.
     pub progress: u64,
     /// Whether `on_lost` panics.
     pub panics: bool,
@@ -53,12 +53,12 @@ pub struct Terms {
 }
 
 impl Terms {
-    /// A lease that is lost soon, but not so soon that a slow machine loses it.
+    /// Returns the terms of a lease that expires soon, but not so soon that a slow machine loses it.
     pub fn of(path: impl Into<PathBuf>) -> Self {
         Self { path: path.into(), ttl: 1000, heartbeat: 100, progress: 0, panics: false, mode: 0 }
     }
 
-    /// Reads what `Display` wrote.
+    /// Parses the output of `Display`.
     pub fn parse(text: &str) -> Self {
         let mut parts = text.splitn(6, ' ');
         let mut next = || parts.next().expect("TTL HEARTBEAT PROGRESS PANICS MODE PATH");
@@ -67,7 +67,7 @@ impl Terms {
         Self { ttl, heartbeat, progress, panics, mode, path: next().into() }
     }
 
-    /// The lease with these options, not yet built.
+    /// Returns the builder of the lease with these options.
     pub fn builder(&self) -> LeaseBuilder {
         let [ttl, heartbeat, progress] = [self.ttl, self.heartbeat, self.progress].map(Duration::from_millis);
         let builder = match self.path.to_str() {
@@ -79,7 +79,7 @@ impl Terms {
         if self.progress == 0 { builder } else { builder.require_progress(progress) }
     }
 
-    /// The lease.
+    /// Builds the lease.
     pub fn open(&self) -> Lease {
         self.builder().build().expect("options that go together")
     }
@@ -92,7 +92,7 @@ impl fmt::Display for Terms {
     }
 }
 
-/// A reason as the actor answers it.
+/// Formats a reason as the actor answers it.
 pub fn told(reason: &LossReason) -> String {
     match reason {
         LossReason::Expired => "expired".to_owned(),
@@ -102,7 +102,7 @@ pub fn told(reason: &LossReason) -> String {
     }
 }
 
-/// The actor's side: carries out commands until there are no more.
+/// Acts as the actor: executes commands until there are no more.
 pub fn serve(terms: &Terms) {
     static LOSSES: Mutex<Vec<String>> = Mutex::new(Vec::new());
     let losses = || LOSSES.lock().expect("nobody panics with it").clone();
@@ -197,7 +197,7 @@ pub fn serve(terms: &Terms) {
     }
 }
 
-/// A forked child sees that its copy of `guard` is not held, and takes and keeps the lease `other`.
+/// Checks that a forked child's copy of `guard` is not held, and that the child acquires and keeps the lease `other`.
 #[cfg(unix)]
 fn fork_away(guard: &LeaseGuard, other: &Terms, is_quiet: impl Fn() -> bool) -> String {
     match fork::fork().expect("a process can be forked") {
@@ -211,7 +211,7 @@ fn fork_away(guard: &LeaseGuard, other: &Terms, is_quiet: impl Fn() -> bool) -> 
                 std::thread::sleep(Duration::from_millis(1));
             }
             drop(own);
-            // Neither this nor the end of the process is a loss, and both leave the parent's record alone.
+            // Neither the drop nor the end of the process is a loss, and both leave the parent's record unchanged.
             std::process::exit(if sound && is_quiet() { 0 } else { 1 });
         }
         fork::Fork::Parent(pid) => {
@@ -223,10 +223,10 @@ fn fork_away(guard: &LeaseGuard, other: &Terms, is_quiet: impl Fn() -> bool) -> 
     }
 }
 
-/// Still held at a moment just before.
+/// The lease was still held just before this record.
 const STILL: u32 = 3;
 
-/// The part of one process in the chaos of leases: takes the lease and holds it for a while, or until it is lost.
+/// Acts as one process in the chaos of leases: acquires the lease and holds it for a while, or until it is lost.
 pub fn take_part(terms: &Terms, logs: &Path, seed: u64) {
     let lease = terms.open();
     let mut log = Log::open(logs);
@@ -242,7 +242,7 @@ pub fn take_part(terms: &Terms, logs: &Path, seed: u64) {
                         log.append(asked, OUT, guard.token());
                         break;
                     }
-                    // Held when it was asked, so it was at every moment before.
+                    // The lease was held at the check, and so at every moment before.
                     log.append(asked, STILL, guard.token());
                     if Instant::now() > end {
                         break;
@@ -256,27 +256,27 @@ pub fn take_part(terms: &Terms, logs: &Path, seed: u64) {
     }
 }
 
-/// What a run came to.
+/// The result of a run.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Tally {
-    /// How often somebody held it at some moment.
+    /// The number of holds that were confirmed at some moment.
     pub holds: usize,
-    /// How often somebody found it lost.
+    /// The number of detected losses.
     pub losses: usize,
-    /// How many were killed.
+    /// The number of kills.
     pub kills: usize,
 }
 
-/// Lets processes loose on one lease for `span`, stops them for up to three times its ttl and kills them, and checks
-/// that whoever found itself holding was never one of two, and that the tokens grew from each to the next.
+/// Runs processes on one lease for `span`, stops them for up to three times its TTL, and kills them. Checks that a
+/// process that saw itself as the holder was never one of two holders, and that the tokens grew with each hold.
 ///
-/// A process that stands by has as much afterwards as before, and so has the directory of the lease.
+/// An otherwise idle process has the same belongings afterwards as before, and so has the directory of the lease.
 pub fn run(terms: &Terms, span: Duration) -> Tally {
     let mut witness = Actor::start_lease(terms);
     let mut use_once = || {
         assert!(witness.ask("lock-for 30000").starts_with("held "));
         witness.expect("release", "released");
-        // Of a server's lease there is none.
+        // A server's lease has no directory.
         let directory = terms.path.parent().expect("a directory").read_dir().into_iter().flatten();
         let files: BTreeSet<_> = directory.map(|entry| entry.expect("an entry").file_name()).collect();
         (Belongings::of(witness.pid()), files)
@@ -308,12 +308,12 @@ pub fn run(terms: &Terms, span: Duration) -> Tally {
         std::thread::sleep(Duration::from_millis(dice.roll(terms.ttl)));
         while let Some(entry) = wakes.first_entry().filter(|entry| *entry.key() < Instant::now()) {
             let pid = entry.remove();
-            // A killed one has another in its place, and its pid to nobody yet.
+            // A killed process has a successor at its index, and its pid is not reused yet.
             if processes.iter().any(|process| process.id() == pid) {
                 crate::let_go_on(pid);
             }
         }
-        // Often the holder.
+        // The victim is often the holder.
         let owner = lease.owner().ok().flatten().map(|owner| owner.pid());
         let holder = processes.iter().position(|process| Some(process.id()) == owner);
         let victim = holder.filter(|_| dice.roll(2) == 0).unwrap_or(dice.roll(6) as usize);
@@ -346,7 +346,7 @@ pub fn run(terms: &Terms, span: Duration) -> Tally {
             _ => losses += 1,
         }
     }
-    // Who was stopped before it could look never found itself holding.
+    // A process that was stopped before its first check never saw itself as the holder.
     let mut holds: Vec<_> = holds.into_iter().filter(|(_, (_, _, until))| *until > 0).collect();
     holds.sort_by_key(|(_, (_, from, _))| *from);
     for pair in holds.windows(2) {
@@ -357,10 +357,10 @@ pub fn run(terms: &Terms, span: Duration) -> Tally {
     Tally { holds: holds.len(), losses, kills }
 }
 
-/// A record with some of its lines changed, and its sum set right. Times an hour off, other
-/// hosts and other boots come out of this.
+/// Changes some lines of a record, and corrects its checksum. The results include times an hour off, other hosts and
+/// other boots.
 pub fn forge(record: &[u8], changes: &[(&str, &str)]) -> Vec<u8> {
-    /// How many lines stand at fixed places, and from where on their values do.
+    /// The number of lines at fixed places, and the column at which their values begin.
     const FIXED: (usize, usize) = (12, 8);
     const SIZE: usize = 1024;
     const SUM: std::ops::Range<usize> = 24..40;
@@ -391,14 +391,14 @@ pub fn forge(record: &[u8], changes: &[(&str, &str)]) -> Vec<u8> {
     forged
 }
 
-/// The value of the line `key` of a record.
+/// Returns the value of the line `key` of a record.
 pub fn line(record: &[u8], key: &str) -> String {
     let text = String::from_utf8_lossy(record);
     let line = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
     line.unwrap_or_else(|| panic!("no {key} in {text}")).trim().to_owned()
 }
 
-/// The record that a killed holder left, under the `terms`.
+/// Returns the record that a killed holder left, under the `terms`.
 pub fn left_by_the_dead(terms: &Terms) -> Vec<u8> {
     let mut actor = Actor::start_lease(terms);
     assert!(actor.ask("try").starts_with("held "));

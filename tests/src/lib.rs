@@ -1,20 +1,23 @@
 //! Tests of lockkit with real processes, real signals and real kills.
 //!
-//! - [`Kind`] is a kind of lock under test, and [`Spec`] one lock of it, which any process can open from its text.
-//! - [`Actor`] is a second process (the program `actor` of this package) that takes and releases locks as it is told.
-//! - [`mod@suite`] has the cases that every kind must pass, on every system; [`conformance!`] makes tests of them.
-//! - [`mod@tasks`] has the cases of waits in tasks that every kind must pass, and [`task_suite!`] makes tests of them.
-//! - [`mod@managers`] has the tables of locks under test, the cases that every manager must pass, and a second process
-//!   that works on a table as it is told.
-//! - [`mod@leases`] has a second process that works on a lease as it is told, and forges records.
-//! - [`instances`] has a second process that is an instance of a program, and peers that mean ill with the first.
-//! - [`mod@faults`] takes from locks what the system owes them: room, files, processes, uninterrupted sleep.
+//! - [`Kind`] is a kind of lock under test. [`Spec`] is one lock of a kind, which any process can open from its text.
+//! - [`Actor`] is a second process (the program `actor` of this package) that acquires and releases locks on command.
+//! - [`mod@conformance`] has the cases that every kind must pass, on every system; [`conformance!`] makes tests of
+//!   them.
+//! - [`mod@async_conformance`] has the cases of waits in tasks that every kind must pass, and [`task_suite!`] makes
+//!   tests of them.
+//! - [`mod@managers`] has the tables of locks under test, and the cases that every manager must pass. It also has a
+//!   second process that works on a table on command.
+//! - [`mod@leases`] has a second process that works on a lease on command, and forges records.
+//! - [`instances`] has a second process that is an instance of a program, and peers that attack the first instance.
+//! - [`mod@fault_injection`] takes resources from locks: room, files, processes, uninterrupted sleep.
 //! - [`realtime`] has a process of a real-time class on one processor.
-//! - [`servers`] starts real servers, and sees that they end.
-//! - [`mod@engines`] has the drills of leases on servers; [`drills!`] makes tests of them for one engine.
+//! - [`servers`] starts real servers, and ensures that they end.
+//! - [`mod@server_conformance`] has the drills of leases on servers; [`drills!`] makes tests of them for one engine.
 //! - [`namespaces`] makes user namespaces, in which a uid means several users.
-//! - [`wine`] has what Wine does otherwise than Windows, so that it cannot judge every case.
-//! - [`chaos`] lets a conductor kill and stop many processes at random, and checks the log of who held when.
+//! - [`wine`] lists the differences between Wine and Windows, because of which Wine cannot judge every case.
+//! - [`chaos`] has a conductor that kills and stops many processes at random, and checks the log of the holders and
+//!   their times.
 
 pub mod async_conformance;
 pub mod chaos;
@@ -50,10 +53,10 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// How long anything may take that must happen: far more than it needs, for machines can be slow.
+/// The time limit for anything that must happen: far more than it needs, because machines can be slow.
 pub const LIVELY: Duration = Duration::from_secs(30);
 
-/// Waits until `fact` holds; panics with `what` when it does not within [`LIVELY`].
+/// Waits until `fact` holds. Panics with `what` if it does not hold within [`LIVELY`].
 pub fn until(what: &str, mut fact: impl FnMut() -> bool) {
     let start = Instant::now();
     while !fact() {
@@ -62,7 +65,7 @@ pub fn until(what: &str, mut fact: impl FnMut() -> bool) {
     }
 }
 
-/// Waits for what `fact` gives; panics with `what` when it gives nothing within [`LIVELY`].
+/// Waits for the value of `fact`. Panics with `what` if there is none within [`LIVELY`].
 pub fn until_some<T>(what: &str, mut fact: impl FnMut() -> Option<T>) -> T {
     let mut found = None;
     until(what, || {
@@ -72,14 +75,14 @@ pub fn until_some<T>(what: &str, mut fact: impl FnMut() -> Option<T>) -> T {
     found.expect("it was found")
 }
 
-/// Whether the process `pid` is stopped.
+/// Returns whether the process `pid` is stopped.
 #[cfg(target_os = "linux")]
 pub fn is_stopped(pid: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit(')').next().unwrap_or_default().trim_start().starts_with('T')
 }
 
-/// Runs a case for a kind of lock, or says why this machine cannot.
+/// Runs a case for a kind of lock, or reports why this machine cannot.
 pub fn left_out_or(kind: Kind, case: impl FnOnce(Kind)) {
     match kind.left_out() {
         None => case(kind),
@@ -87,20 +90,20 @@ pub fn left_out_or(kind: Kind, case: impl FnOnce(Kind)) {
     }
 }
 
-/// Says that the test on this thread is left out, and why: also when those who run tests keep to themselves what passing
-/// ones print.
+/// Reports that the test on this thread is left out, and why, even when the test runner captures the output of passing
+/// tests.
 pub fn left_out(why: impl std::fmt::Display) {
     use std::io::Write;
     let thread = std::thread::current();
-    // Nobody reads it where it cannot be written.
+    // A closed standard error has no reader.
     let _ = writeln!(std::io::stderr(), "left out: {}: {why}", thread.name().unwrap_or_default());
 }
 
-/// Whether this runs on a host itself, and says that the test is left out where it does not: in a container nobody knows
-/// whether an earlier boot of the host was of this one.
+/// Returns whether the process runs directly on a host, and reports the test as left out where it does not. In a
+/// container no process knows whether an earlier boot of the host was of this host.
 pub fn is_on_a_host() -> bool {
     let number = std::fs::read_link("/proc/self/ns/pid").unwrap_or_default();
-    // The first pid namespace, on every Linux.
+    // The first pid namespace has this number on every Linux.
     let is = number.as_os_str() == "pid:[4026531836]" && std::path::Path::new("/etc/machine-id").exists();
     if !is {
         left_out("this is a container, or has no machine-id");
@@ -108,8 +111,8 @@ pub fn is_on_a_host() -> bool {
     is
 }
 
-/// Makes a test of each name that says why it is left out, on systems that are not Linux: those whose file has the test
-/// itself for Linux alone.
+/// Makes a test of each name that reports why it is left out, on systems other than Linux. The file has the test itself
+/// for Linux only.
 #[macro_export]
 macro_rules! left_out {
     ($why:literal: $($case:ident,)*) => {
@@ -121,7 +124,7 @@ macro_rules! left_out {
     };
 }
 
-/// The program `name` of this package, beside the test that runs.
+/// Returns the path of the program `name` of this package, next to the running test.
 pub fn program(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("a test knows where it is");
     let name = format!("{name}{}", std::env::consts::EXE_SUFFIX);
@@ -129,15 +132,15 @@ pub fn program(name: &str) -> PathBuf {
     directory.unwrap_or_else(|| panic!("{name} is not built beside {}", test.display())).join(name)
 }
 
-/// A program that does nothing for so long.
+/// Returns a program that sleeps for `time`.
 pub fn sleeper(time: Duration) -> Command {
     let mut command = if cfg!(unix) { Command::new("sleep") } else { Command::new(program("actor")) };
     command.args((!cfg!(unix)).then_some("sleep")).arg(time.as_secs().to_string()).stdin(Stdio::null());
     command
 }
 
-/// The lines of standard input, as the commands of a second process. On Linux they are read with `readv`, so that a test
-/// can let each `read` of a lock fail, and no other.
+/// Returns the lines of standard input, as the commands of a second process. On Linux they are read with `readv`, so
+/// that a test can make each `read` of a lock fail, and no other.
 pub fn commands() -> impl Iterator<Item = String> {
     struct Input;
     impl Read for Input {
@@ -151,7 +154,7 @@ pub fn commands() -> impl Iterator<Item = String> {
     BufReader::new(Input).lines().map_while(Result::ok)
 }
 
-/// A name that no other test and no other run uses.
+/// Returns a name that no other test and no other run uses.
 pub fn fresh_name(prefix: &str) -> String {
     use std::sync::atomic::{AtomicU32, Ordering};
     static COUNT: AtomicU32 = AtomicU32::new(0);
@@ -159,8 +162,8 @@ pub fn fresh_name(prefix: &str) -> String {
 }
 
 #[cfg(target_os = "linux")]
-/// A user that nobody else is, for tests in which another one is needed; `None`, with a word on it, where this process
-/// may not act as others. Dropping it takes away what lockkit made for that user.
+/// Returns a user that exists in no other test, for tests that need another user. Returns `None`, and reports the
+/// reason, where this process may not act as others. Dropping it removes the files that lockkit made for that user.
 pub fn another_user() -> Option<AnotherUser> {
     use std::sync::atomic::{AtomicU32, Ordering};
     static COUNT: AtomicU32 = AtomicU32::new(0);
@@ -182,7 +185,8 @@ pub struct AnotherUser {
 
 #[cfg(target_os = "linux")]
 impl AnotherUser {
-    /// The directories that lockkit uses for this user: that of the file backend, and that of the records in memory.
+    /// Returns the directories that lockkit uses for this user: that of the file backend, and that of the records in
+    /// memory.
     pub fn directories(&self) -> [PathBuf; 2] {
         ["/tmp", "/dev/shm"].map(|base| PathBuf::from(format!("{base}/lockkit-u{}", self.uid)))
     }
@@ -192,7 +196,7 @@ impl AnotherUser {
 impl Drop for AnotherUser {
     fn drop(&mut self) {
         use std::os::unix::fs::MetadataExt;
-        // An actor that lived on could make them again.
+        // An actor that lived on could create them again.
         let is_its_own = |entry: &std::fs::DirEntry| entry.metadata().is_ok_and(|found| found.uid() == self.uid);
         let pids = || {
             let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten().filter(is_its_own);
@@ -211,7 +215,7 @@ impl Drop for AnotherUser {
     }
 }
 
-/// What this process has open and running, to see that nothing is left behind.
+/// The open files and threads of a process, to check that nothing is left behind.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Belongings {
     descriptors: usize,
@@ -219,20 +223,20 @@ pub struct Belongings {
 }
 
 impl Belongings {
-    /// Counts them now, for the process `pid`. The heartbeat and its deputy, which comes at the first beat, count as one.
-    /// Where the system does not tell (not Linux, not Windows) all are as many.
+    /// Counts them now, for the process `pid`. The heartbeat and its watchdog, which starts at the first heartbeat,
+    /// count as one. Where the system does not show them (neither Linux nor Windows), all counts are equal.
     pub fn of(pid: u32) -> Self {
         let names = thread_names(pid);
         let of_leases = names.iter().filter(|name| *name == "lockkit-lease").count();
         Self { descriptors: descriptors(pid), threads: names.len() - usize::from(of_leases == 2) }
     }
 
-    /// How many descriptors it has open, or handles.
+    /// Returns the number of open descriptors, or handles.
     pub fn descriptors(&self) -> usize {
         self.descriptors
     }
 
-    /// How many threads it has.
+    /// Returns the number of threads.
     pub fn threads(&self) -> usize {
         self.threads
     }
@@ -251,8 +255,8 @@ fn descriptors(_pid: u32) -> usize {
     0
 }
 
-/// What the threads of the process `pid` are called. One that has just begun, or is just ending, may have no name; where
-/// the system does not tell there are none.
+/// Returns the names of the threads of the process `pid`. A thread that is just beginning or ending may have no name.
+/// Where the system does not show them, the list is empty.
 #[cfg(target_os = "linux")]
 pub(crate) fn thread_names(pid: u32) -> Vec<String> {
     let threads = std::fs::read_dir(format!("/proc/{pid}/task")).expect("/proc").flatten();
@@ -268,22 +272,22 @@ pub(crate) fn thread_names(_pid: u32) -> Vec<String> {
     Vec::new()
 }
 
-/// Whether a thread of the process `pid` sleeps, as a waiter does.
+/// Returns whether a thread of the process `pid` sleeps, as a waiter does.
 #[cfg(target_os = "linux")]
 pub fn sleeps(pid: u32, thread: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/task/{thread}/stat")).unwrap_or_default();
     stat.rsplit(')').next().unwrap_or_default().trim_start().starts_with('S')
 }
 
-/// Nothing shows it on this system: true, after a moment in which most do. What a test then asks for must hold at any
-/// moment of the waiter.
+/// Returns true after a moment, because this system does not show it. Most waiters sleep by then. A test's later
+/// assertions must hold at any moment of the waiter.
 #[cfg(not(target_os = "linux"))]
 pub fn sleeps(_pid: u32, _thread: u32) -> bool {
     std::thread::sleep(Duration::from_millis(10));
     true
 }
 
-/// This thread's id, as [`sleeps`] wants it.
+/// Returns this thread's id, as [`sleeps`] expects it.
 pub fn thread_id() -> u32 {
     #[cfg(target_os = "linux")]
     return rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
@@ -291,7 +295,7 @@ pub fn thread_id() -> u32 {
     0
 }
 
-/// Has the process `pid` not run from here on, until [`let_go_on`].
+/// Stops the process `pid` until [`let_go_on`].
 pub fn stop(pid: u32) {
     #[cfg(unix)]
     helper_process::signal_pid(pid, rustix::process::Signal::STOP);
@@ -299,7 +303,7 @@ pub fn stop(pid: u32) {
     windows::suspend(pid, true);
 }
 
-/// Ends what [`stop`] began.
+/// Ends a [`stop`].
 pub fn let_go_on(pid: u32) {
     #[cfg(unix)]
     helper_process::signal_pid(pid, rustix::process::Signal::CONT);
@@ -307,8 +311,8 @@ pub fn let_go_on(pid: u32) {
     windows::suspend(pid, false);
 }
 
-/// Kills a process that was started by one that was started; one that is gone already is none to worry about. Where that
-/// takes a handle, which nobody has of it, it ends by itself.
+/// Kills a grandchild process. Ignores a process that is already gone. Where a kill needs a handle, which no process
+/// has on it, it ends by itself.
 pub fn kill_pid(pid: u32) {
     #[cfg(unix)]
     helper_process::signal_pid(pid, rustix::process::Signal::KILL);
@@ -316,7 +320,7 @@ pub fn kill_pid(pid: u32) {
     let _ = pid;
 }
 
-/// Whether a child that has been waited for was killed, and did not end on its own.
+/// Returns whether a child that has been waited for was killed, and did not end by itself.
 pub fn was_killed(status: std::process::ExitStatus) -> bool {
     #[cfg(unix)]
     return std::os::unix::process::ExitStatusExt::signal(&status) == Some(9);
@@ -325,8 +329,8 @@ pub fn was_killed(status: std::process::ExitStatus) -> bool {
     return status.code() == Some(1);
 }
 
-/// Compiles what the pages of the project show. Here and not in lockkit itself, whose package has neither these pages nor
-/// the peers that one of them shows. What the README shows of instances is Linux's.
+/// Compiles the examples in the project's pages. They are here and not in lockkit itself, whose package has neither
+/// these pages nor the peers that one of them shows. The README's examples of instances are for Linux.
 #[cfg(all(doctest, target_os = "linux"))]
 mod pages {
     #[doc = include_str!("../../README.md")]

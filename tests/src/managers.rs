@@ -1,18 +1,18 @@
 //! Tables of locks under test, and the cases that every manager must pass.
 //!
-//! A second process, started with [`Actor::start_at`], works on a table as it is told:
+//! A second process, started with [`Actor::start_at`], works on a table on command:
 //!
 //! | command | answer |
 //! |---|---|
-//! | `open` | `opened`; everything else opens the table, too, if it is not |
+//! | `open` | `opened`; every other command opens the table, too, if necessary |
 //! | `allocate`, `allocate-at ID` | `allocated ID` |
 //! | `try ID`, `lock ID` | `held`, `held recovered PID` |
 //! | `release ID`, `unlock ID`, `free ID` | `ok` |
 //! | `hold N` | `holds N`: the locks 0 to N - 1 |
-//! | `fork-die ID` | `died PID`: a forked child took the lock and ended without releasing |
-//! | `fork-often ID OTHER` | `forked`: while threads tried for ID, forked children took OTHER, each after the other |
-//! | `churn ID ROUNDS LOG` | `churned`: took a lock that others free and allocate, and saw nobody else inside |
-//! | `grab-all ROUNDS` | `grabbed`: allocated all that it could get, and freed it, over and over |
+//! | `fork-die ID` | `died PID`: a forked child acquired the lock and ended without a release |
+//! | `fork-often ID OTHER` | `forked`: while threads tried ID, forked children acquired OTHER, in sequence |
+//! | `churn ID ROUNDS LOG` | `churned`: acquired a lock that others free and allocate, and saw no second holder |
+//! | `grab-all ROUNDS` | `grabbed`: allocated every available lock, and freed it, repeatedly |
 //! | `kill-at STEP` | `armed` |
 //!
 //! or `error KIND: text`.
@@ -44,11 +44,11 @@ pub enum Kind {
     Memory,
 }
 
-/// How many locks a table under test has, where it has a limit.
+/// The number of locks of a table under test, where it has a limit.
 pub const CAPACITY: u32 = 128;
 
 impl Kind {
-    /// A table that nobody else uses.
+    /// Creates a table that no other test uses.
     pub fn fresh(self) -> Table {
         let name = crate::fresh_name("lockkit-table");
         let at = match self {
@@ -72,39 +72,39 @@ pub struct Table {
 }
 
 impl Table {
-    /// The table of `kind` at a path, or with a name.
+    /// Returns the table of `kind` at a path, or with a name.
     pub fn at(kind: Kind, at: &str) -> Self {
         Self { kind, at: at.to_owned() }
     }
 
-    /// Reads what `Display` wrote.
+    /// Parses the output of `Display`.
     pub fn parse(text: &str) -> Self {
         let (kind, at) = text.split_once(':').expect("KIND:WHERE");
         let kind = [Kind::Shm, Kind::Directory, Kind::Memory].into_iter().find(|known| format!("{known:?}") == kind);
         Self { kind: kind.expect("a known kind"), at: at.to_owned() }
     }
 
-    /// Its path.
+    /// Returns its path.
     pub fn path(&self) -> PathBuf {
         PathBuf::from(&self.at)
     }
 
-    /// Its path or name, as text.
+    /// Returns its path or name, as text.
     pub fn name(&self) -> &str {
         &self.at
     }
 
-    /// A manager of the table, which the first one makes.
+    /// Opens a manager of the table. The first call creates the table.
     pub fn open(&self) -> Box<dyn LockManager> {
         self.open_with(CAPACITY)
     }
 
-    /// A manager of the table, which the first one makes with `capacity`.
+    /// Opens a manager of the table. The first call creates the table with `capacity`.
     pub fn open_with(&self, capacity: u32) -> Box<dyn LockManager> {
         self.try_open(capacity).expect("a table")
     }
 
-    /// As [`open_with`](Self::open_with), where that may fail.
+    /// As [`open_with`](Self::open_with), for cases in which it may fail.
     pub fn try_open(&self, capacity: u32) -> lockkit::Result<Box<dyn LockManager>> {
         static IN_MEMORY: Mutex<Option<HashMap<String, InMemoryLockManager>>> = Mutex::new(None);
         Ok(match self.kind {
@@ -121,7 +121,7 @@ impl Table {
         })
     }
 
-    /// Takes away what is left of it; call it when nobody uses it any more.
+    /// Removes the remaining files. The caller calls it when no process uses the table any more.
     pub fn clean(&self) {
         let _ = match self.kind {
             Kind::Shm => std::fs::remove_file(&self.at),
@@ -130,13 +130,13 @@ impl Table {
         };
     }
 
-    /// Whether the locks have no files, for a directory. Under Wine, where a file that is deleted while it is open keeps its
-    /// name, nobody can say.
+    /// Returns whether the locks have no files, for a directory. Under Wine a file that is deleted while it is open
+    /// keeps its name, so the check is impossible there.
     pub fn has_no_lock_files(&self) -> bool {
         is_wine() || self.lock_files().is_empty()
     }
 
-    /// The files of the locks, for a directory.
+    /// Returns the files of the locks, for a directory.
     pub fn lock_files(&self) -> BTreeSet<String> {
         let names = std::fs::read_dir(&self.at).expect("a directory").map(|entry| entry.expect("an entry").file_name());
         names.map(|name| name.into_string().expect("text")).filter(|name| name.ends_with(".lock")).collect()
@@ -149,7 +149,7 @@ impl fmt::Display for Table {
     }
 }
 
-/// The second process's side: works on the table until there are no more commands.
+/// Acts as the second process: works on the table until there are no more commands.
 pub fn serve(table: &Table) {
     let mut manager: Option<Box<dyn LockManager>> = None;
     let mut guards = HashMap::new();
@@ -202,7 +202,7 @@ fn obey(
         #[cfg(unix)]
         "fork-die" => match fork::fork().expect("a fork") {
             fork::Fork::Child => {
-                // Its own, for the parent's slot is the parent's.
+                // The child has a slot of its own, because the parent's slot is the parent's.
                 std::mem::forget(manager.retrieve(number(1))?.try_lock()?);
                 rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL)
                     .expect("a process can kill itself");
@@ -227,7 +227,7 @@ fn obey(
                 }
                 let taken = (0..200).all(|_| match fork::fork().expect("a fork") {
                     fork::Fork::Child => {
-                        // Should it hang, it is not to outlive the test.
+                        // A child that hangs must not outlive the test.
                         #[cfg(target_os = "linux")]
                         let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
                         let taken = manager.retrieve(number(2)).and_then(|lock| lock.try_lock()?.release());
@@ -249,7 +249,7 @@ fn obey(
                 let lock = manager.retrieve(number(1))?;
                 let guard = lock.lock()?;
                 File::options().write(true).create_new(true).open(inside).expect("nobody else is inside");
-                // Freed or not, it excludes.
+                // The lock excludes, whether or not it is freed.
                 let _ = if round % 2 == 0 { lock.free() } else { manager.allocate_at(number(1)).map(drop) };
                 std::fs::remove_file(inside).expect("it is there");
                 guard.release()?;
@@ -527,7 +527,7 @@ mod cases {
     }
 
     pub fn freed_lock_under_contention_stays_exclusive(kind: Kind) {
-        // Each release of it may take away what stands for it.
+        // Each release of a freed lock may remove its representation, such as its file.
         let (threads, rounds) = if is_wine() { (4, 10) } else { (48, 40) };
         let table = kind.fresh();
         let manager = table.open();
@@ -553,7 +553,7 @@ mod cases {
 }
 pub use cases::*;
 
-/// The cases of managers that processes share.
+/// Makes tests of the cases of managers that processes share.
 #[macro_export]
 macro_rules! shared_managers {
     ($module:ident, $kind:expr) => {
@@ -660,7 +660,7 @@ mod shared_cases {
     pub fn all_that_a_killed_process_held_is_recovered(kind: Kind) {
         // Each lock of a directory costs a descriptor.
         let count = if kind == Kind::Shm { 4096 } else { 500 };
-        // Under Wine each takes milliseconds.
+        // Under Wine each lock takes milliseconds.
         let count = if is_wine() { 50 } else { count };
         let table = kind.fresh();
         let manager = table.open_with(count);
@@ -702,7 +702,8 @@ mod shared_cases {
         let table = kind.fresh();
         let manager = table.open();
         for held in [true, false] {
-            // Whoever finds a lock held asks whether its owner lives; whoever finds it free takes it.
+            // A process that finds a lock held checks whether its owner lives. A process that finds it free acquires
+            // it.
             let _guard = held.then(|| manager.retrieve(1).unwrap().lock().unwrap());
             Actor::start_at(&table).expect("fork-often 1 2", "forked");
         }
@@ -721,7 +722,7 @@ mod shared_cases {
         for command in ["allocate", "allocate-at 65", "free 0"] {
             for step in 1.. {
                 let table = kind.fresh();
-                // One word of 64 that is full without anybody having noticed, and another.
+                // One word of 64 locks, whose fullness is not recorded yet, and another word.
                 let manager = table.open_with(66);
                 for id in 0..64 {
                     manager.allocate_at(id).unwrap();
@@ -730,7 +731,7 @@ mod shared_cases {
                 victim.expect("open", "opened");
                 victim.expect(&format!("kill-at {step}"), "armed");
                 let answer = victim.ask(command);
-                // Whoever finds the table full counts anew.
+                // A process that finds the table full counts again.
                 let table_now = table.clone();
                 drop(manager);
                 let mut other = Actor::start_at(&table_now);
@@ -743,7 +744,7 @@ mod shared_cases {
                     }
                 }
                 if kind.is_limited() {
-                    // All that was free has been given out: 2, less what the victim got, more what it freed.
+                    // All free locks have been allocated: 2, less those of the victim, more those that it freed.
                     assert!((1..=3).contains(&seen.len()), "{command} killed at {step}: {seen:?}");
                     assert_eq!(table.open().available().unwrap(), Some(0), "{command} killed at {step}");
                 }
@@ -767,7 +768,7 @@ mod shared_cases {
         for command in ["allocate", "free 0"] {
             for step in 1.. {
                 let table = kind.fresh();
-                // One who uses the table all the time, so that it is never begun anew.
+                // A process that uses the table all the time, so that the table is never initialised again.
                 let mut bystander = Actor::start_at(&table);
                 bystander.expect("allocate-at 65", "allocated 65");
                 let mut victim = Actor::start_at(&table);

@@ -1,21 +1,21 @@
-//! User namespaces of tests.
+//! User namespaces for tests.
 
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Command, Stdio};
 
 use crate::{Actor, Kind, until};
 
-/// A user namespace that maps the uids from 0 to 65,534 and no others; with a copy of the actor that its users can run.
+/// A user namespace that maps the uids from 0 to 65,534 and no others, with a copy of the actor that its users can run.
 pub struct UserNamespace {
     keeper: Child,
     programs: tempfile::TempDir,
 }
 
 impl UserNamespace {
-    /// The last uid of the map, which is also that of everybody else in there.
+    /// The last uid of the map, which is also that of every unmapped user.
     pub const LAST: u32 = 65_534;
 
-    /// Makes one whose uids begin with `first` outside, or says why that cannot be.
+    /// Creates a namespace whose uids begin with `first` outside, or reports why that is impossible.
     pub fn new(first: u32) -> Option<Self> {
         let programs = tempfile::tempdir_in("/tmp").expect("it can be made");
         std::fs::set_permissions(programs.path(), PermissionsExt::from_mode(0o755)).expect("it can be made");
@@ -41,7 +41,7 @@ impl UserNamespace {
         Some(Self { keeper, programs })
     }
 
-    /// Starts an actor in there, as the user `uid` of the namespace.
+    /// Starts an actor in the namespace, as its user `uid`.
     pub fn start<S: AsRef<std::ffi::OsStr>>(&self, uid: u32, arguments: &[S]) -> Actor {
         Actor::start_with(&Kind::NAMED_SOCKET.fresh(), |command| {
             *command = Command::new("nsenter");

@@ -1,9 +1,9 @@
-//! A process of a real-time class with two threads on one processor: whatever the higher one waits for from the lower
-//! one, it must leave it the processor for.
+//! A process of a real-time class with two threads on one processor. If the higher thread waits for the lower one, it
+//! must leave the processor to the lower one.
 //!
-//! Its two parts differ in what the higher thread does: `fork` while the lower one takes and releases a lock, or
-//! `lock` while the lower one forks. The higher thread prints its id, and continues on a command: then it has its
-//! class.
+//! Its two parts differ in the action of the higher thread: `fork` while the lower one acquires and releases a lock, or
+//! `lock` while the lower one forks. The higher thread prints its id, and continues on a command, after which it has
+//! its class.
 
 use std::io::BufRead;
 use std::process::{Child, Command, Stdio};
@@ -19,7 +19,7 @@ use crate::{LIVELY, program, thread_id};
 /// How often the higher thread does its part, each time from a sleep, so that it interrupts the lower one anywhere.
 const ROUNDS: usize = 200;
 
-/// The process's own side: answers with the longest time that its part took, in milliseconds.
+/// Acts as the process: answers with the longest time that its part took, in milliseconds.
 pub fn serve(part: &str, name: &str) {
     let lock = NamedLock::new(name).expect("a name");
     let stop = AtomicBool::new(false);
@@ -78,18 +78,18 @@ pub struct RealTime {
 }
 
 impl RealTime {
-    /// Starts one; `None`, with a word on it, where this machine does not let it.
+    /// Starts the process. Returns `None`, and reports the reason, where this machine does not allow it.
     pub fn start(part: &str, name: &str) -> Option<Self> {
         if !Command::new("chrt").args(["-f", "1", "true"]).status().is_ok_and(|status| status.success()) {
             crate::left_out("this process may not have a real-time class");
             return None;
         }
-        // Two on one processor would wait for each other.
+        // Two such processes on one processor would wait for each other.
         static ALONE: Mutex<()> = Mutex::new(());
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let allowed = rustix::thread::sched_getaffinity(None).expect("a mask");
         let processor = (0..1024).find(|number| allowed.is_set(*number)).expect("a processor").to_string();
-        // Should it spin all the same, it ends before long.
+        // If it spins nevertheless, this limit ends it soon.
         let mut command = Command::new("prlimit");
         command.args(["--rttime=20000000", "taskset", "-c", &processor, "chrt", "-f", "1"]);
         command.arg(program("actor")).args(["realtime", part, name]);
@@ -100,7 +100,7 @@ impl RealTime {
         let raised = Command::new("chrt").args(["-f", "-p", "2", &higher]).status();
         assert!(raised.is_ok_and(|status| status.success()));
         this.tell();
-        // A thread has the priority of the one that starts it.
+        // A thread inherits the priority of its creator.
         let lower = this.line();
         let lowered = Command::new("chrt").args(["-f", "-p", "1", &lower]).status();
         assert!(lowered.is_ok_and(|status| status.success()));
@@ -108,7 +108,7 @@ impl RealTime {
         Some(this)
     }
 
-    /// The longest time that the part of its higher thread took.
+    /// Returns the longest time that the part of its higher thread took.
     pub fn longest(&mut self) -> Duration {
         Duration::from_millis(self.line().parse().expect("milliseconds"))
     }

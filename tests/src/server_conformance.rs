@@ -1,11 +1,11 @@
-//! Drills for leases on servers: everything that can befall the server, the connection or the holder, with real ones.
+//! Drills for leases on servers: faults of the server, the connection and the holder, with real ones of each.
 //!
-//! An engine comes to its drills by an [`Engine`], which starts its servers, and a line `drills!(module, Type);` in a
-//! file of `tests/tests`. Each drill starts a server of its own, on what is installed; where nothing is, it says
-//! `left out:`, which and why, and passes.
+//! An engine gets its drills by an [`Engine`], which starts its servers, and a line `drills!(module, Type);` in a file
+//! of `tests/tests`. Each drill starts a server of its own from the installed software. Where none is installed, the
+//! drill prints `left out:`, its name and the reason, and passes.
 //!
-//! What befalls a connection comes out of a [`Proxy`] between the client and the server, which counts what it passes
-//! on and cuts connections wherever it is told to.
+//! A [`Proxy`] between the client and the server causes the faults of a connection. It counts the bytes that it
+//! forwards, and cuts connections at any chosen byte.
 
 pub mod etcd;
 pub mod postgres;
@@ -26,27 +26,27 @@ use rustix::process::Signal;
 use crate::leases::Terms;
 use crate::{Actor, LIVELY, leases, sleeps, thread_id, until};
 
-/// A server of an engine, for one drill. What it keeps outlasts a kill and a restart.
+/// A server of an engine, for one drill. Its data outlasts a kill and a restart.
 pub trait Engine: Sized {
-    /// A ttl that is over soon, yet not so soon that a busy machine loses it, in milliseconds. At least what the store
-    /// can keep.
+    /// A TTL that expires soon, but not so soon that a busy machine loses the lease, in milliseconds. It is at least
+    /// the minimum of the store.
     const TTL: u64 = 1000;
 
     /// Answers one connection as a version of the engine that is too old, up to where it shows.
     const OLD: Option<fn(TcpStream)> = None;
 
-    /// Starts a server on 127.0.0.1 that clients have to come to in this way, with the clock of its machine, or the one
-    /// that is given.
+    /// Starts a server on 127.0.0.1 that requires `security` of its clients, with the clock of its machine, or the
+    /// given clock.
     ///
     /// # Errors
-    /// What this machine lacks.
+    /// The missing resource of this machine.
     fn start(security: &Security, clock: Option<&Clock>) -> Result<Self, String>;
 
-    /// The port on which it listens, before and after a restart.
+    /// Returns the port on which it listens, before and after a restart.
     fn port(&self) -> u16;
 
-    /// The URL of a lease of this name on a server of this kind that listens on 127.0.0.1 at `port`, for a client that
-    /// comes with `access`; `None` where the engine has nothing of that sort.
+    /// Returns the URL of a lease with this name on such a server at 127.0.0.1:`port`, for a client with `access`.
+    /// Returns `None` where the engine has no such access.
     fn url(&self, port: u16, access: Access, name: &str) -> Option<String>;
 
     /// Sends a signal to all its processes.
@@ -55,55 +55,55 @@ pub trait Engine: Sized {
     /// Kills it, if it runs, and waits until it is gone.
     fn kill(&mut self);
 
-    /// Starts it again with what it has kept.
+    /// Starts it again with its data.
     fn restart(&mut self);
 
-    /// A server that copies from this one by way of `port`, once it has all that this one has. This one does not wait for
-    /// it.
+    /// Starts a server that copies from this one through `port`, and waits until it has all data of this one. This
+    /// server does not wait for it.
     ///
     /// # Errors
-    /// That an engine has nothing of that sort, or what this machine lacks.
+    /// The engine has no followers, or this machine lacks a resource.
     fn follower(&self, _port: u16) -> Result<Self, String> {
         Err("this engine has no servers that are behind and can be promoted".to_owned())
     }
 
-    /// Makes a follower the one that grants.
+    /// Makes a follower the server that grants.
     fn promote(&self) {}
 
-    /// Whether what becomes of a lease depends on the wall clock of the server.
+    /// Returns whether the state of a lease depends on the wall clock of the server.
     fn goes_by_a_wall_clock() -> bool {
         false
     }
 }
 
-/// What a server asks of its clients.
+/// The requirements of a server on its clients.
 #[derive(Debug)]
 pub enum Security {
-    /// Nothing.
+    /// None.
     None,
-    /// The password [`PASSWORD`], for the engine's usual user or the one of [`USER`].
+    /// The password [`PASSWORD`], for the engine's usual user or for [`USER`].
     Password,
-    /// That they speak TLS. They need no certificate.
+    /// TLS. Clients need no certificate.
     Tls(Certificates),
-    /// That they speak TLS and have a certificate.
+    /// TLS with a client certificate.
     ClientCertificate(Certificates),
 }
 
-/// The password of servers that ask for one.
+/// The password of servers that require one.
 pub const PASSWORD: &str = "open-sesame";
-/// The user to whom it belongs, where the engine's usual one has none.
+/// The user with that password, where the engine's usual user has none.
 pub const USER: &str = "ali";
 
-/// With what a client comes.
+/// The credentials of a client.
 #[derive(Clone, Copy, Debug)]
 pub enum Access<'s> {
-    /// With all that the server asks for.
+    /// Everything that the server requires.
     Right(&'s Security),
-    /// With another password.
+    /// Another password.
     WrongPassword,
-    /// With the right password, or none, for a database that is not there.
+    /// The right password, or none, for a database that does not exist.
     WrongDatabase,
-    /// Over TLS, trusting the authority in this file, and without a certificate of its own.
+    /// TLS, with trust in the authority in this file, and without a certificate of its own.
     Tls(&'s Path),
 }
 
@@ -112,10 +112,10 @@ pub enum Access<'s> {
 pub struct Certificates(tempfile::TempDir);
 
 impl Certificates {
-    /// An authority, and what it has signed for a server at 127.0.0.1 and localhost and for a client.
+    /// Creates an authority, and its certificates for a server at 127.0.0.1 and localhost and for a client.
     ///
     /// # Errors
-    /// Where there is no openssl(1).
+    /// If openssl(1) is not installed.
     pub fn new() -> Result<Self, String> {
         let openssl = crate::servers::installed(&["openssl"])?;
         let directory = tempfile::tempdir().expect("a directory");
@@ -143,22 +143,22 @@ impl Certificates {
         self.0.path().join(name)
     }
 
-    /// The authority's certificate.
+    /// Returns the authority's certificate.
     pub fn ca(&self) -> PathBuf {
         self.file("ca.pem")
     }
 
-    /// That of an authority which has signed nothing here.
+    /// Returns the certificate of an authority that has signed nothing here.
     pub fn stranger(&self) -> PathBuf {
         self.file("stranger.pem")
     }
 
-    /// The server's certificate and key.
+    /// Returns the server's certificate and key.
     pub fn server(&self) -> [PathBuf; 2] {
         ["server.pem", "server.key"].map(|name| self.file(name))
     }
 
-    /// A client's certificate and key.
+    /// Returns a client's certificate and key.
     pub fn client(&self) -> [PathBuf; 2] {
         ["client.pem", "client.key"].map(|name| self.file(name))
     }
@@ -169,10 +169,10 @@ impl Certificates {
 pub struct Clock(tempfile::TempDir);
 
 impl Clock {
-    /// One that shows the time.
+    /// Creates a clock that shows the real time.
     ///
     /// # Errors
-    /// Where there is no compiler for C.
+    /// If there is no compiler for C.
     pub fn new() -> Result<Self, String> {
         let compiler = crate::servers::installed(&["cc", "gcc", "clang"])?;
         let clock = Self(tempfile::tempdir().expect("a directory"));
@@ -192,14 +192,14 @@ impl Clock {
         self.0.path().join(name)
     }
 
-    /// So many seconds ahead of the time from now on.
+    /// Sets the clock this many seconds ahead of the real time from now on.
     pub fn set(&self, seconds: i64) {
-        // In place, for the file is mapped.
+        // The write is in place, because the file is mapped.
         let file = std::fs::File::options().write(true).open(self.file("ahead")).expect("it is there");
         std::os::unix::fs::FileExt::write_all_at(&file, &seconds.to_ne_bytes(), 0).expect("room");
     }
 
-    /// What must stand in the environment of a program that goes by this clock.
+    /// Returns the environment variables of a program that uses this clock.
     pub fn variables(&self) -> [(&'static str, PathBuf); 2] {
         [("LD_PRELOAD", self.file("clock.so")), ("LOCKKIT_CLOCK", self.file("ahead"))]
     }
@@ -255,7 +255,7 @@ macro_rules! drills {
     };
 }
 
-/// A server that is gone with the drill, and the way there.
+/// A server that ends with the drill, and the access to it.
 struct Arena<E> {
     security: Security,
     server: E,
@@ -270,7 +270,7 @@ impl<E: Engine> Arena<E> {
         Ok(Self { server: E::start(&security, None)?, security })
     }
 
-    /// Its server goes by a wall clock that the drill steps.
+    /// Opens an arena whose server uses a wall clock that the drill steps.
     fn with_clock() -> Result<(Self, Clock), String> {
         if !E::goes_by_a_wall_clock() {
             return Err("this engine goes by no wall clock".to_owned());
@@ -280,7 +280,7 @@ impl<E: Engine> Arena<E> {
         Ok((Self { server: E::start(&security, Some(&clock))?, security }, clock))
     }
 
-    /// The terms of a lease that only this drill uses, with the engine's short ttl.
+    /// Returns the terms of a lease that only this drill uses, with the engine's short TTL.
     fn terms(&self) -> Terms {
         self.terms_through(self.server.port())
     }
@@ -291,7 +291,7 @@ impl<E: Engine> Arena<E> {
         Terms { ttl: E::TTL, heartbeat: E::TTL / 10, ..Terms::of(url) }
     }
 
-    /// What a client that comes with `access` is told, with all its causes.
+    /// Returns the error of a client with `access`, with all its causes.
     fn refusal(&self, port: u16, access: Access) -> Result<String, String> {
         let url = self.server.url(port, access, "drill").ok_or("this engine has nothing of that sort")?;
         let terms = Terms { ttl: E::TTL, ..Terms::of(url) };
@@ -311,10 +311,11 @@ impl<E: Engine> Arena<E> {
         self.cut_everywhere_then(|_| (), |proxy, ()| action(proxy));
     }
 
-    /// Plays a scene behind a proxy which then cuts the connection after the first byte of each direction, and after
-    /// others that are spread evenly over all that a scene takes, and after its last. What prepares a scene is not cut.
+    /// Plays a scene repeatedly behind a proxy that cuts the connection: after the first byte of each direction, after
+    /// others that are spread evenly over the length of a scene, and after its last byte. The preparation of a scene is
+    /// not cut.
     fn cut_everywhere_then<T>(&self, prepare: impl Fn(&Proxy) -> T, mut scene: impl FnMut(&Proxy, T)) {
-        /// So many cuts each way.
+        /// The number of cuts in each direction.
         const CUTS: u64 = 40;
         let proxy = Proxy::to(self.server.port());
         let prepared = prepare(&proxy);
@@ -339,13 +340,13 @@ impl<E: Engine> Arena<E> {
     }
 }
 
-/// A lease that tries again soon.
+/// Builds a lease that retries soon.
 fn quick(terms: &Terms) -> Lease {
     let builder = terms.builder().acquire_retry_limit(100).acquire_retry_delay(Duration::from_millis(1));
     builder.build().expect("options that go together")
 }
 
-/// The token under which it is held.
+/// Returns the token under which it is held.
 fn token_of(lease: &Lease) -> Option<u64> {
     match lease.status().expect("the server answers") {
         LeaseStatus::Held(seen) => seen.token(),
@@ -353,7 +354,7 @@ fn token_of(lease: &Lease) -> Option<u64> {
     }
 }
 
-/// Sees that an answer tells of the death of the holder with this pid and token.
+/// Checks that an answer reports the death of the holder with this pid and token.
 fn told_of(answer: &str, pid: u32, before: u64) {
     let (token, told) = held(answer);
     assert!(token > before, "{answer} after {before}");
@@ -366,7 +367,7 @@ fn remaining(holder: &mut Actor) -> Duration {
     Duration::from_micros(micros.unwrap_or_else(|| panic!("{answer}")))
 }
 
-/// Waits until whoever comes through the proxy has asked something, and asks nothing any more.
+/// Waits until the client of the proxy has sent a request, and sends none any more.
 pub fn until_quiet(proxy: &Proxy) {
     const QUIET: Duration = Duration::from_millis(500);
     let (mut asked, mut since) = (0, Instant::now());
@@ -379,18 +380,19 @@ pub fn until_quiet(proxy: &Proxy) {
     });
 }
 
-/// Returns once the lease of which this remains is renewed.
+/// Returns once the lease with this remaining time is renewed.
 fn until_it_beats(mut remaining: impl FnMut() -> Duration) {
     let before = remaining();
     let start = Instant::now();
     until("it beats", || {
-        // Taken first, so that the sum is at most what it was for as long as nothing is added.
+        // The elapsed time is read first. So the sum is at most the earlier remaining time, unless a renewal adds to
+        // it.
         let elapsed = start.elapsed();
         remaining() + elapsed > before + Duration::from_millis(1)
     });
 }
 
-/// An actor of which nobody outside can tell whether it lives.
+/// Starts an actor whose liveness no outside process can determine.
 fn in_a_container(terms: &Terms) -> Option<Actor> {
     let unshare = || {
         let mut command = Command::new("unshare");
@@ -408,21 +410,21 @@ fn in_a_container(terms: &Terms) -> Option<Actor> {
     })
 }
 
-/// With a ttl that does not pass while anybody is waited for here.
+/// Returns terms with a TTL that does not pass during any wait of these drills.
 fn lasting(terms: Terms) -> Terms {
     Terms { ttl: 10 * LIVELY.as_millis() as u64, heartbeat: 1000, ..terms }
 }
 
 type Drill = Result<(), String>;
 
-/// The token of an answer `held TOKEN …`, and what follows it.
+/// Parses an answer `held TOKEN …` into the token and the rest.
 fn held(answer: &str) -> (u64, &str) {
     let rest = answer.strip_prefix("held ").unwrap_or_else(|| panic!("{answer}"));
     let (token, rest) = rest.split_once(' ').unwrap_or((rest, ""));
     (token.parse().expect("a token"), rest)
 }
 
-/// What comes of it in the end, where a connection may be cut once.
+/// Returns the final result of a request whose connection may be cut once.
 fn again<T>(mut ask: impl FnMut() -> lockkit::Result<T>) -> T {
     ask()
         .or_else(|error| match error.kind() {
@@ -534,14 +536,15 @@ mod cases {
         let terms = lasting(arena.terms());
         let (mut taker, mut next) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
         for _ in 0..3 {
-            // So that it is connected, and the request alone is missing.
+            // The connection then exists, so only the request is missing.
             held(&taker.ask("try"));
             taker.expect("release", "released");
             arena.server.signal(Signal::STOP);
             let answer = taker.ask("lock-for 50");
             assert!(answer.starts_with("error Store"), "nobody said that it is held: {answer}");
             arena.server.signal(Signal::CONT);
-            // It lives, so nothing but itself gives the name free before the ttl is over, long after this has given up.
+            // The first waiter lives. So only it can release the name before the TTL has passed, which is long after
+            // this waiter's timeout.
             let answer = next.ask(&format!("lock-for {}", LIVELY.as_millis() / 2));
             let (_, told) = held(&answer);
             assert!(told.is_empty(), "nobody died: {answer}");
@@ -565,7 +568,7 @@ mod cases {
             holder.pid()
         };
         let told = |guard: &LeaseGuard| guard.recovered().and_then(|recovered| recovered.owner()).map(Owner::pid);
-        // Once for the connection, and once for the length of what is answered.
+        // The first round opens the connection, and the second measures the length of the answers.
         let mut length = 0;
         for _ in 0..2 {
             let (died, before) = (leave_to_the_dead(), proxy.passed(Direction::Answer));
@@ -580,12 +583,12 @@ mod cases {
             let cut_off = || proxy.cut_off_after(Direction::Answer, length * cut / CUTS);
             cut_off();
             let taken = taker.try_lock().or_else(|_| {
-                // Once more, so that what it takes may be its own, of which it does not know.
+                // The second attempt may find the name held by the waiter's own unknown grant.
                 cut_off();
                 taker.try_lock()
             });
             proxy.cut_nothing();
-            // The taker lives, so nothing but itself gives the name free before the ttl is over.
+            // The waiter lives, so only it can release the name before the TTL has passed.
             gave_up += u64::from(taken.is_err());
             let guard = taken.or_else(|_| direct.lock_for(LIVELY / 2)).expect("it is free, or given back");
             assert_eq!(told(&guard), Some(died), "after {cut} of {CUTS} parts of the answers");
@@ -662,14 +665,14 @@ mod cases {
             |proxy| quick(&lasting(arena.terms_through(proxy.port()))).lock_for(LIVELY).expect("the lease"),
             |proxy, guard| {
                 let token = guard.token();
-                // Whoever waits may have it before it is asked for again.
+                // A waiter may acquire before the repeated release.
                 let (released, next) = thread::scope(|scope| {
                     let waiter = scope.spawn(|| direct.lock_for(LIVELY));
                     (guard.release(), waiter.join().expect("no panic"))
                 });
                 let is_lost = |error: &lockkit::Error| matches!(error.kind(), ErrorKind::LeaseLost { .. });
                 assert!(!released.as_ref().is_err_and(is_lost), "nobody took it before: {released:?}");
-                // What did not work the heartbeat does.
+                // The heartbeat completes a failed release.
                 let next = next.expect("the name is free");
                 assert!(next.token() > token.max(last) && next.recovered().is_none());
                 last = next.token();
@@ -693,7 +696,7 @@ mod cases {
                 assert!(again(|| lease.evict(&seen)), "it is done, whichever of the two did it");
                 proxy.cut_nothing();
                 assert_eq!(token_of(&direct), None);
-                // A late one harms nobody.
+                // A late eviction has no effect on the next holder.
                 let next = direct.lock_for(LIVELY).expect("free");
                 assert!(!lease.evict(&seen).expect("nothing is cut"));
                 assert_eq!(token_of(&direct), Some(next.token()));
@@ -704,7 +707,7 @@ mod cases {
     }
 
     pub fn a_connection_cut_far_from_the_server_costs_no_lease<E: Engine>() -> Drill {
-        /// So long everything takes each way. To connect anew takes several, there and back.
+        /// The delay in each direction. A new connection takes several round trips.
         const WAY: Duration = Duration::from_millis(80);
         let arena = Arena::<E>::open()?;
         let proxy = Proxy::to(arena.server.port());
@@ -762,7 +765,7 @@ mod cases {
     }
 
     pub fn a_waiter_that_is_cut_off_anywhere_is_woken_by_the_release<E: Engine>() -> Drill {
-        /// A waiter of whom nothing was heard for so long has looked, and is parked.
+        /// A waiter that has been silent for this long has checked the lease, and is parked.
         const QUIET: Duration = Duration::from_millis(30);
         let arena = Arena::<E>::open()?;
         let direct = lasting(arena.terms()).open();
@@ -783,11 +786,12 @@ mod cases {
                         }
                         since.elapsed() > QUIET
                     });
-                    // What is not cut yet may be the word of this. What does not work at once the heartbeat does.
+                    // The remaining cut may hit this release's notification. If the release fails at first, the
+                    // heartbeat completes it.
                     drop(guard);
                     next.join().expect("no panic")
                 });
-                // The ttl is far longer than the waiter's patience.
+                // The TTL is far longer than the waiter's timeout.
                 let next = next.expect("it was woken");
                 assert!(next.token() > token && next.recovered().is_none());
                 proxy.cut_nothing();
@@ -939,7 +943,7 @@ mod cases {
         let arena = Arena::<E>::open()?;
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
         let port = listener.local_addr().expect("an address").port();
-        // It ends with the process.
+        // The thread ends with the process.
         std::thread::spawn(move || listener.incoming().flatten().for_each(answer));
         let error = arena.refusal(port, Access::Right(&Security::None))?;
         assert!(error.contains("too old"), "{error}");
@@ -948,8 +952,8 @@ mod cases {
 
     pub fn an_address_that_swallows_all_that_comes_is_given_up_in_time<E: Engine>() -> Drill {
         let arena = Arena::<E>::open()?;
-        // One takes connections and says nothing. The other's queue is full, so it does not even take them: what would
-        // begin one is dropped.
+        // The first listener accepts connections and never answers. The second listener's queue is full, so it does not
+        // even accept: the kernel drops the first packet of a connection.
         let silent = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
         let full = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
         rustix::net::listen(&full, 0).expect("it listens");
@@ -967,7 +971,7 @@ mod cases {
                 let start = Instant::now();
                 let error = lease.acquire(&wait).expect_err("nobody answers");
                 assert!(matches!(error.kind(), ErrorKind::Store { .. }), "{error}");
-                // Each of five attempts has a quarter of the ttl.
+                // Each of five attempts has a quarter of the TTL.
                 assert!(start.elapsed() < LIVELY, "{:?}", start.elapsed());
             }
             assert!(lease.status().is_err());
@@ -977,11 +981,11 @@ mod cases {
 
     pub fn after_a_failover_that_lost_the_grant_two_hold_and_the_later_token_is_greater<E: Engine>() -> Drill {
         let arena = Arena::<E>::open()?;
-        // The holder comes by an address that moves to whoever grants.
+        // The holder connects through an address that moves to the granting server.
         let front = Proxy::to(arena.server.port());
         let terms = Terms { ttl: 2 * LIVELY.as_millis() as u64, heartbeat: 200, ..arena.terms_through(front.port()) };
         let mut holder = Actor::start_lease(&terms);
-        // So that a token is known on both sides.
+        // Both sides then know a token.
         held(&holder.ask("try"));
         holder.expect("release", "released");
         let copies = Proxy::to(arena.server.port());
@@ -1001,7 +1005,7 @@ mod cases {
         holder.expect("is-held", "yes");
         next.expect("is-held", "yes");
 
-        // Its next beat that reaches the one that grants now ends it.
+        // The holder's next heartbeat that reaches the server which grants now ends the lease.
         front.move_to(follower.server.port());
         assert!(holder.ask("wait-lost").starts_with("lost taken over"));
         next.expect("is-held", "yes");
@@ -1023,7 +1027,8 @@ mod cases {
             last = token;
             clock.set(step);
             until_it_beats(|| remaining(&mut one));
-            // What was stepped ahead had run out for a moment; the beat has taken it back, as nobody came.
+            // When the clock was ahead, the lease was expired for a moment. The heartbeat has renewed it, because no
+            // other process acquired it.
             one.expect("is-held", "yes");
             assert!(other.ask("try").starts_with("error Held"));
             one.expect("release", "released");
@@ -1038,7 +1043,7 @@ mod cases {
 
     pub fn a_clock_stepped_ahead_gives_away_what_is_held_with_a_greater_token<E: Engine>() -> Drill {
         let (arena, clock) = Arena::<E>::with_clock()?;
-        // Nothing is renewed before the drill is over.
+        // No lease is renewed before the drill is over.
         let terms = Terms { ttl: 300_000, heartbeat: 60_000, ..arena.terms() };
         let (mut holder, mut next) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
         let (first, _) = held(&holder.ask("try"));
@@ -1049,7 +1054,7 @@ mod cases {
         assert!(second > first && told == format!("recovered {}", holder.pid()), "{answer}");
         assert!(holder.ask("release").starts_with("error LeaseLost"));
         next.expect("release", "released");
-        // Set back again, the tokens go on growing.
+        // After the clock is set back, the tokens continue to grow.
         clock.set(-3600);
         let (third, _) = held(&holder.ask("lock-for 30000"));
         assert!(third > second);
@@ -1060,7 +1065,7 @@ mod cases {
         let arena = Arena::<E>::open()?;
         let seconds = std::env::var("LOCKKIT_CHAOS_SECONDS").map_or(10, |text| text.parse().expect("whole seconds"));
         let ttl = if E::TTL < 2000 { 300 } else { E::TTL };
-        // A hold lasts for a ttl if its holder is stopped or killed, or half of one.
+        // A hold lasts for a TTL if its holder is stopped or killed, or half of one.
         let span = Duration::from_secs(seconds).max(Duration::from_millis(12 * ttl));
         let tally = leases::run(&Terms { ttl, heartbeat: ttl / 10, ..arena.terms() }, span);
         println!("{tally:?}");

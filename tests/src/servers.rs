@@ -1,13 +1,13 @@
-//! Real servers for tests: started from what is installed, on a free loopback port, in a temporary directory, and gone
-//! whatever becomes of the test.
+//! Real servers for tests: started from the installed software, on a free loopback port, in a temporary directory. They
+//! end with the test, whatever its result.
 //!
-//! Each server runs in a process group of its own under a *warden* (a program of this package), whose standard input is
-//! a pipe that only the test's process has the other end of. When that closes, because the test is done with the server
-//! or because its process is gone for whatever reason, the warden kills the group, and in the second case removes the
+//! Each server runs in a process group of its own under a *warden* (a program of this package). The warden's standard
+//! input is a pipe whose other end only the test's process has. The pipe closes when the test is done with the server,
+//! or when its process ends for any reason. Then the warden kills the group, and in the second case removes the
 //! directory.
 //!
-//! A server that is shared by the tests of a process is a `static` [`Shared`]; a drill that kills or freezes its server
-//! starts one of its own.
+//! The tests of a process share a server in a `static` [`Shared`]. A drill that kills or freezes its server starts one
+//! of its own.
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -23,17 +23,18 @@ use rustix::process::{
 
 use crate::{program, until};
 
-/// A running program under a warden. Dropping it kills the program; the directory goes when the last [`ServerDir`] does.
+/// A running program under a warden. Dropping it kills the program. The directory is removed when the last
+/// [`ServerDir`] is dropped.
 pub struct Server {
     warden: Child,
     group: Pid,
 }
 
 impl Server {
-    /// Starts `command` under a warden and waits until something listens on `port`.
+    /// Starts `command` under a warden and waits until a process listens on `port`.
     ///
     /// # Errors
-    /// What it wrote to standard error, if it ended instead.
+    /// The program's standard error, if it ended instead.
     pub fn start(directory: &ServerDir, command: &Command, port: u16) -> Result<Self, String> {
         let mut warden = Command::new(program("warden"));
         warden.arg(&directory.0).arg(command.get_program()).args(command.get_args());
@@ -70,8 +71,8 @@ impl Server {
     }
 
     fn end(&mut self) {
-        // A word of farewell: the test's process is there yet, and cleans up itself. Before the wait, which closes the
-        // pipe.
+        // The message says that the test's process still exists and cleans up itself. It must precede the wait, which
+        // closes the pipe.
         if let Some(mut farewell) = self.warden.stdin.take() {
             let _ = farewell.write_all(b"bye");
         }
@@ -89,17 +90,18 @@ impl Drop for Server {
     }
 }
 
-/// A directory of a server's, below the temporary one, which every user may enter: some servers run as one of their own.
-/// Its wardens remove it when the test's process is gone before it is dropped.
+/// A directory of a server, below the temporary directory, which every user may enter, because some servers run as a
+/// user of their own. Its wardens remove it if the test's process ends before the drop.
 pub struct ServerDir(PathBuf);
 
 impl ServerDir {
-    /// A new one.
+    /// Creates a directory.
     pub fn new(name: &str) -> Self {
         Self::within(&std::env::temp_dir(), name)
     }
 
-    /// A new one in memory, where there is plenty of it, for a server that has each change on disk before it answers.
+    /// Creates a directory in memory, if there is plenty of it, for a server that writes each change to disk before it
+    /// answers.
     pub fn in_memory(name: &str) -> Self {
         const PLENTY: u64 = 1 << 30;
         const MEMORY: &str = "/dev/shm";
@@ -115,12 +117,12 @@ impl ServerDir {
         Self(directory)
     }
 
-    /// Where it is.
+    /// Returns its path.
     pub fn path(&self) -> &Path {
         &self.0
     }
 
-    /// What the server writes to its standard output and standard error.
+    /// Returns the file with the server's standard output and standard error.
     pub fn log(&self) -> PathBuf {
         self.0.join("log")
     }
@@ -132,25 +134,25 @@ impl Drop for ServerDir {
     }
 }
 
-/// A server for all tests of a process, started when it is first asked for.
+/// A server for all tests of a process, started at its first use.
 pub struct Shared<S: 'static>(OnceLock<Result<S, String>>, fn() -> Result<S, String>);
 
 impl<S> Shared<S> {
-    /// One that `start` starts, or says why it cannot.
+    /// Creates a shared server. `start` starts it, or returns the reason why it cannot.
     pub const fn new(start: fn() -> Result<S, String>) -> Self {
         Self(OnceLock::new(), start)
     }
 
-    /// The server, or why there is none.
+    /// Returns the server, or the reason why there is none.
     ///
     /// # Errors
-    /// What this machine lacks.
+    /// The missing resource of this machine.
     pub fn get(&self) -> Result<&S, &str> {
         self.0.get_or_init(self.1).as_ref().map_err(String::as_str)
     }
 }
 
-/// The first of these programs that is installed; each is a name to be looked for, or an absolute path.
+/// Returns the first of these programs that is installed; each is a name to be looked up, or an absolute path.
 ///
 /// # Errors
 /// A sentence that names them.
@@ -160,16 +162,17 @@ pub fn installed(programs: &[&str]) -> Result<PathBuf, String> {
     found.into_iter().find(|path| path.is_file()).ok_or_else(|| format!("{} is not installed", programs.join(" or ")))
 }
 
-/// A loopback port that nobody listens on. Somebody may before the server does: then it fails to start.
+/// Returns a loopback port without a listener. If another process listens there before the server does, the server
+/// fails to start.
 pub fn free_port() -> u16 {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
     listener.local_addr().expect("an address").port()
 }
 
-/// The children of a process.
+/// Returns the children of a process.
 ///
 /// # Panics
-/// Where there is no `/proc`.
+/// If there is no `/proc`.
 pub fn children_of(parent: u32) -> Vec<u32> {
     let processes = std::fs::read_dir("/proc").expect("/proc").flatten();
     let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
@@ -181,7 +184,7 @@ pub fn children_of(parent: u32) -> Vec<u32> {
     .collect()
 }
 
-/// Removes the System V memory that a process has made, and which outlives the kill of a PostgreSQL.
+/// Removes the System V memory that a process has made. It outlives the kill of a PostgreSQL server.
 fn remove_shared_memory_of(maker: Pid) {
     let all = std::fs::read_to_string("/proc/sysvipc/shm").unwrap_or_default();
     // key, id, permissions, size, maker, last user, attached
@@ -192,9 +195,9 @@ fn remove_shared_memory_of(maker: Pid) {
     }
 }
 
-/// The warden's side: starts the program in a group of its own, says its number, and sees to its end.
+/// Acts as the warden: starts the program in a group of its own, prints its number, and ensures its end.
 pub fn watch_over(directory: &Path, mut program: impl Iterator<Item = OsString>) {
-    // What the server leaves behind becomes the warden's, also where it has a group of its own.
+    // The server's orphans become children of the warden, even from a group of their own.
     set_child_subreaper(Some(getpid())).expect("it is allowed");
     let log = std::fs::File::create(directory.join("log")).expect("a log");
     let mut command = Command::new(program.next().expect("a program"));
@@ -206,12 +209,12 @@ pub fn watch_over(directory: &Path, mut program: impl Iterator<Item = OsString>)
     std::thread::spawn(move || {
         let mut said = Vec::new();
         let _ = std::io::stdin().read_to_end(&mut said);
-        // First, for whoever waits for the server looks as soon as it is gone.
+        // The message precedes the kill, because the waiting thread reads it as soon as the server is gone.
         let _ = send.send(said.is_empty());
         let _ = kill_process_group(group, Signal::KILL);
     });
     server.wait().expect("a child");
-    // What it has started goes with it, and so does what that has started.
+    // The server's children are killed with it, and so are all further descendants.
     let _ = kill_process_group(group, Signal::KILL);
     while let children @ [_, ..] = &*children_of(std::process::id()) {
         for child in children.iter().filter_map(|child| Pid::from_raw(child.cast_signed())) {
@@ -221,7 +224,7 @@ pub fn watch_over(directory: &Path, mut program: impl Iterator<Item = OsString>)
     }
     remove_shared_memory_of(group);
     if is_silent.try_recv().unwrap_or(false) {
-        // The test's process went without a word, and left the directory.
+        // The test's process ended without a message, and left the directory.
         let _ = std::fs::remove_dir_all(directory);
     }
 }

@@ -1,4 +1,4 @@
-//! What the tests ask of Windows that the standard library does not offer.
+//! Windows functions that the tests need and the standard library does not offer.
 
 #![allow(unsafe_code)]
 
@@ -13,16 +13,16 @@ use windows_sys::Win32::System::Threading::{
     PROCESS_SUSPEND_RESUME, THREAD_QUERY_LIMITED_INFORMATION,
 };
 
-/// A handle on the process `pid`, with the rights `access`.
+/// Opens a handle on the process `pid`, with the rights `access`.
 fn open(pid: u32, access: u32) -> OwnedHandle {
-    // SAFETY: asks only.
+    // SAFETY: only queries.
     let process = unsafe { OpenProcess(access, 0, pid) };
     assert!(!process.is_null(), "the process {pid} is there: {}", std::io::Error::last_os_error());
-    // SAFETY: just made, and owned by nobody else.
+    // SAFETY: just created, and without another owner.
     unsafe { OwnedHandle::from_raw_handle(process) }
 }
 
-/// How many handles the process has.
+/// Returns the number of the process's handles.
 pub(crate) fn handles(pid: u32) -> usize {
     let process = open(pid, PROCESS_QUERY_INFORMATION);
     let mut count = 0_u32;
@@ -32,12 +32,12 @@ pub(crate) fn handles(pid: u32) -> usize {
     count as usize
 }
 
-/// The names of its threads; of those that have none, an empty one.
+/// Returns the names of its threads. The name of an unnamed thread is empty.
 pub(crate) fn threads(pid: u32) -> Vec<String> {
-    // SAFETY: takes a picture of all threads, which is a handle of its own.
+    // SAFETY: takes a snapshot of all threads, which is a handle of its own.
     let picture = unsafe { CreateToolhelp32Snapshot(TH32CS_SNAPTHREAD, 0) };
     assert!(picture != INVALID_HANDLE_VALUE, "threads can be listed: {}", std::io::Error::last_os_error());
-    // SAFETY: just made, and owned by nobody else.
+    // SAFETY: just created, and without another owner.
     let picture = unsafe { OwnedHandle::from_raw_handle(picture) };
     let mut entry = THREADENTRY32 { dwSize: size_of::<THREADENTRY32>() as u32, ..Default::default() };
     // SAFETY: the handle is open, and the entry says how long it is.
@@ -53,11 +53,11 @@ pub(crate) fn threads(pid: u32) -> Vec<String> {
     names
 }
 
-/// What a thread is called, if it is still there.
+/// Returns the name of a thread, if the thread still exists.
 fn name_of(thread: u32) -> Option<String> {
-    // SAFETY: asks only.
+    // SAFETY: only queries.
     let handle = unsafe { OpenThread(THREAD_QUERY_LIMITED_INFORMATION, 0, thread) };
-    // SAFETY: just made, and owned by nobody else.
+    // SAFETY: just created, and without another owner.
     let handle = (!handle.is_null()).then(|| unsafe { OwnedHandle::from_raw_handle(handle) })?;
     let mut name = std::ptr::null_mut();
     // SAFETY: the handle is open, and the answer has a place.
@@ -65,7 +65,7 @@ fn name_of(thread: u32) -> Option<String> {
     if found < 0 || name.is_null() {
         return None;
     }
-    // SAFETY: a text that ends with a zero, and that is this function's to free.
+    // SAFETY: the text ends with a zero, and this function must free it.
     unsafe {
         let length = (0..).take_while(|at| *name.add(*at) != 0).count();
         let text = String::from_utf16_lossy(std::slice::from_raw_parts(name, length));
@@ -83,7 +83,7 @@ unsafe extern "system" {
 /// Stops all threads of the process, or lets them run again.
 pub(crate) fn suspend(pid: u32, stop: bool) {
     let process = open(pid, PROCESS_SUSPEND_RESUME);
-    // SAFETY: the handle is open, and has the right that this takes.
+    // SAFETY: the handle is open, and has the right that this call requires.
     let status = unsafe {
         match stop {
             true => NtSuspendProcess(process.as_raw_handle()),

@@ -1,6 +1,6 @@
-//! What Wine does otherwise than Windows, so that it cannot judge every case.
+//! The differences between Wine and Windows, because of which Wine cannot judge every case.
 
-/// Whether this runs under Wine, which does some things not as Windows does.
+/// Returns whether this process runs under Wine, which differs from Windows in some ways.
 pub fn is_wine() -> bool {
     #[cfg(windows)]
     {
@@ -17,7 +17,8 @@ pub fn is_wine() -> bool {
     false
 }
 
-/// Whether this runs under Wine, and says that a case is left out there, and why. On Windows it runs.
+/// Returns whether this process runs under Wine, and reports a case there as left out with the reason. On Windows the
+/// case runs.
 pub fn wine_cannot_judge(why: &str) -> bool {
     if is_wine() {
         crate::left_out(format_args!("under Wine: {why}"));
@@ -25,7 +26,8 @@ pub fn wine_cannot_judge(why: &str) -> bool {
     is_wine()
 }
 
-/// Starts a program. Under Wine that fails now and then, for want of its server's answer; there it is tried again.
+/// Starts a program. Under Wine the start fails occasionally, because Wine's server does not answer; there it is
+/// repeated.
 pub(crate) fn spawn(command: &mut std::process::Command) -> std::io::Result<std::process::Child> {
     const INTERNAL_ERROR: i32 = 1359;
     for _ in 0..9 {
@@ -37,5 +39,5 @@ pub(crate) fn spawn(command: &mut std::process::Command) -> std::io::Result<std:
     command.spawn()
 }
 
-/// What Wine does otherwise with files that are deleted.
+/// The way in which Wine treats deleted files differently.
 pub const DELETED: &str = "a file that is deleted while it is open keeps its name there";

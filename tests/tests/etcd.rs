@@ -1,4 +1,4 @@
-//! Leases on etcd: every case of the suite, every drill of the engines, and what is its own.
+//! Leases on etcd: every case of the suite, every drill of the engines, and cases of etcd alone.
 
 #![cfg(target_os = "linux")]
 
@@ -17,7 +17,7 @@ use rustix::process::Signal;
 conformance!(etcd, lockkit_tests::Kind::ETCD);
 drills!(etcd_drills, lockkit_tests::server_conformance::etcd::Etcd);
 
-/// What the machine lacks is said, and the test passes.
+/// Reports what the machine lacks, and lets the test pass.
 macro_rules! or_left_out {
     ($server:expr) => {
         match $server {
@@ -27,14 +27,14 @@ macro_rules! or_left_out {
     };
 }
 
-/// Long enough that nobody loses it while a leader is elected on a busy machine.
+/// The TTL is long enough that no holder loses the lease during a leader election on a busy machine.
 const TTL: Duration = Duration::from_secs(12);
 
 fn lease(url: impl Into<String>) -> Lease {
     Lease::connect(url).ttl(TTL).build().unwrap()
 }
 
-/// Waits until the lease has been renewed by a request that was sent from now on.
+/// Waits until a request that was sent from now on has renewed the lease.
 fn wait_for_a_renewal(guard: &LeaseGuard) {
     wait_for_renewals(std::slice::from_ref(guard));
 }
@@ -45,13 +45,13 @@ fn wait_for_renewals(guards: &[LeaseGuard]) {
         until("it is renewed", || {
             let elapsed = start.elapsed();
             assert!(guard.is_held(), "{:?}", guard.lost().reason());
-            // What it is good for at most, when it was renewed before.
+            // The right side is the largest remaining time after an earlier renewal.
             guard.remaining() + elapsed > TTL
         });
     }
 }
 
-/// What building or taking the lease at `url` fails with, and all causes of that.
+/// Returns the error of building or acquiring the lease at `url`, with all its causes.
 fn why(url: impl Into<String>) -> String {
     let lease = Lease::connect(url).build().and_then(|lease| lease.try_lock());
     let mut text = String::new();
@@ -95,9 +95,10 @@ fn stopped_etcd_leader_keeps_leases_exclusive() {
         heartbeat: 400,
         ..Terms::of(url(endpoints, name))
     };
-    // It asks the leader first, and then the others.
+    // The client tries the leader first, and then the others.
     let kept = lease(url(&format!("{only_it},{others}"), "kept")).try_lock().unwrap();
-    // Those know nobody but the leader: one for longer than it stops, and one not.
+    // These processes know only the leader. The TTL of the first is longer than the leader's stop, and that of the
+    // second is not.
     let mut asleep = Actor::start_lease(&terms(&only_it, "asleep", 10 * LIVELY));
     let mut alone = Actor::start_lease(&terms(&only_it, "alone", SHORT));
     let mut next = Actor::start_lease(&terms(&others, "alone", SHORT));
@@ -113,13 +114,13 @@ fn stopped_etcd_leader_keeps_leases_exclusive() {
     let told = format!(" recovered {}", alone.pid());
     assert!(second.ends_with(&told) && second > first, "{second} after {first}");
     wait_for_a_renewal(&kept);
-    // It takes itself for the leader yet, until it hears of the other one; what it says then counts for nobody.
+    // The old leader believes that it leads until it hears from the new leader. Its answers in between have no effect.
     etcd.signal_node(leader, Signal::CONT);
     assert!(alone.ask("is-held").starts_with("no"));
     next.expect("is-held", "yes");
     until("the leader that was has found out", || alone.ask("try").starts_with("error Held"));
     asleep.expect("is-held", "yes");
-    // A renewal that was sent to the stopped leader may not have been answered yet. The heartbeat then does the release.
+    // A renewal to the stopped leader may still lack its answer. In that case the heartbeat releases.
     let released = asleep.ask("release");
     assert!(released == "released" || released.contains("still busy"), "{released}");
     drop(lease(url(&others, "asleep")).lock_for(LIVELY).unwrap());
@@ -137,7 +138,7 @@ fn an_endpoint_that_is_dead_or_frozen_is_passed_over() {
 
     let lease = lease(etcd.plain_url("frozen"));
     let guard = lease.try_lock().unwrap();
-    // The one that answered, unless it leads; then all of them must hear from another.
+    // Node 0 answered before. If it leads, all nodes must first hear from another leader.
     etcd.signal_node(0, Signal::STOP);
     wait_for_a_renewal(&guard);
     etcd.signal_node(0, Signal::CONT);
@@ -155,7 +156,7 @@ fn waiter_with_frozen_endpoint_acquires_before_holder_expires() {
     let both = format!("127.0.0.1:{},{}", proxy.port(), etcd.endpoints());
     let waiter = lasting(etcd.url_of(&both, "", "x", ""));
     std::thread::scope(|scope| {
-        // When its time is over it asks once more, and then another endpoint.
+        // When its watch has been silent for too long, the waiter asks once more, and then uses another endpoint.
         let waiting = scope.spawn(move || waiter.lock_for(4 * LIVELY));
         until_quiet(&proxy);
         proxy.hold();
@@ -176,12 +177,12 @@ fn etcd_request_replayed_after_release_blocks_no_client() {
     let (proxy, kept) = loop {
         let proxy = Proxy::to(etcd.port());
         let both = format!("127.0.0.1:{},{}", proxy.port(), etcd.endpoints());
-        // It keeps their session alive.
+        // This lease keeps the session of both alive.
         let kept = lease(etcd.url_of(&both, "", "kept", "")).lock_for(LIVELY).unwrap();
         proxy.hold_at(b"request_put");
         let guard = lease(etcd.url_of(&both, "", "late", "")).lock_for(LIVELY).unwrap();
         guard.release().unwrap();
-        // On a slow machine all of it may have gone the other way.
+        // On a slow machine all requests may have used the other endpoint.
         if proxy.is_holding() {
             break (proxy, kept);
         }
@@ -205,7 +206,7 @@ fn quorum_loss_ends_lease_and_next_guard_reports_it() {
     [0, 1].into_iter().for_each(|node| etcd.launch_node(node));
     etcd.wait_until_it_serves();
     let token = guard.token();
-    // It gives up what it has lost.
+    // The release abandons the lost claim at the store, and fails, because the lease is lost.
     assert!(guard.release().is_err());
     let next = lease.lock_for(LIVELY).unwrap();
     assert!(next.token() > token && next.recovered().is_some());
@@ -223,7 +224,7 @@ fn all_leases_of_a_process_with_one_ttl_share_a_session() {
     let second = take(TTL * 2);
     assert_eq!(etcd.sessions(), 2);
     first.iter().chain(&second).for_each(|guard| guard.check().unwrap());
-    // Another process has its own.
+    // Another process has its own session.
     let mut other = Actor::start_lease(&Terms { ttl: 12_000, ..Terms::of(etcd.plain_url("another")) });
     assert!(other.ask("try").starts_with("held "));
     assert_eq!(etcd.sessions(), 3);
@@ -236,7 +237,7 @@ fn unused_etcd_session_expires() {
     lease.try_lock().unwrap().release().unwrap();
     assert_eq!(etcd.sessions(), 1);
     until("the session is gone", || etcd.sessions() == 0);
-    // Whoever comes then gets another.
+    // A later acquisition gets a new session.
     lease.try_lock().unwrap().release().unwrap();
 }
 
@@ -325,10 +326,10 @@ fn expired_etcd_auth_token_is_requested_again() {
     let user = format!("{USER}:{PASSWORD}@");
     let lease = lease(etcd.url_of(&etcd.endpoints(), &user, "expires", ""));
     let guard = lease.try_lock().unwrap();
-    // A heartbeat is longer than the token lasts.
+    // The heartbeat interval is longer than the lifetime of the authentication token.
     wait_for_a_renewal(&guard);
     wait_for_a_renewal(&guard);
-    // Nor does it know the token when it comes back.
+    // After the restart the server does not know the authentication token either.
     etcd.restart();
     wait_for_a_renewal(&guard);
     guard.release().unwrap();

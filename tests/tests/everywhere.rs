@@ -1,4 +1,4 @@
-//! What is true on every system, beside the suite.
+//! Cases that hold on every system, in addition to the suite.
 
 use std::time::Duration;
 
@@ -51,7 +51,7 @@ fn named_lock_owner_reported_only_while_held() {
         let other = NamedLock::builder(&name.to_ascii_lowercase()).backend(backend).build().unwrap();
         drop(other.try_lock().expect("another name, for capitals count"));
         drop(guard);
-        // What another test is starting just now has a copy of the descriptor until it runs.
+        // A process that another test is starting has a copy of the descriptor until its exec.
         until("nobody is named", || lock.owner().unwrap().is_none());
     }
 }

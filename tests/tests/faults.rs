@@ -1,4 +1,4 @@
-//! Every case of faults, for every kind of lock that processes share.
+//! Every case of fault injection, for every kind of lock that processes share.
 
 #![cfg(target_os = "linux")]
 
@@ -20,7 +20,7 @@ fault_injection!(lease, lockkit_tests::Kind::LEASE);
 fault_injection!(shm_lock, lockkit_tests::Kind::SHM);
 fault_injection!(directory_lock, lockkit_tests::Kind::DIRECTORY);
 
-// What the suite has of this, for the kind that it leaves out.
+// The suite's own cases of this sort, for the kind that the suite leaves out.
 lockkit_tests::conformance!(machine_file_of_the_suite, lockkit_tests::Kind::MACHINE_FILE;
     without_descriptors_the_error_is_clear_and_nothing_is_lost,
     crash_at_any_step_does_not_block_next_holder,
@@ -55,7 +55,7 @@ fn takeover_and_renewal_have_crash_points_between_changes() {
     assert!(dies.ask("try").starts_with("held "));
     dies.kill();
     crash_points::stand_between_changes_of(&mut player, &["lock"]);
-    // Beats go on meanwhile, as many as fall into the time that this takes.
+    // Heartbeats continue meanwhile, as many as fall into this time.
     crash_points::stand_between_changes_of_the_others(&mut player);
 
     let spec = Spec::parse(&format!("pidfile:{}", directory.path().join("pid").display()));

@@ -1,4 +1,4 @@
-//! FileLock: every case of the suite, and what is its own.
+//! FileLock: every case of the suite, and cases of its own.
 
 #[cfg(target_os = "linux")]
 use std::fs::File;
@@ -27,7 +27,7 @@ fn directory() -> TempDir {
     tempfile::tempdir().unwrap()
 }
 
-/// Runs `work` while another thread waits with `take`, which must then get in.
+/// Runs `work` while another thread waits with `take`, which must acquire afterwards.
 fn run_while_waiter_sleeps(take: impl FnOnce() + Send, work: impl FnOnce()) {
     std::thread::scope(|scope| {
         let (send, thread) = std::sync::mpsc::channel();
@@ -90,7 +90,7 @@ fn dropping_one_of_two_readers_lets_no_writer_in() {
     writer.expect("try", "held");
 }
 
-/// `flock`(1) on `path`, with `options`, running `command`.
+/// Starts flock(1) on `path`, with `options`, running `command`.
 #[cfg(target_os = "linux")]
 fn flock(options: &[&str], path: &Path, command: &[&str]) -> Child {
     let mut flock = Command::new("flock");
@@ -120,7 +120,7 @@ fn it_works_together_with_the_flock_command_both_ways() {
     assert!(succeeds(flock(&["-n"], &path, &["true"])));
 
     for (options, shared_is_free) in [(&["-x"][..], false), (&["-s"][..], true)] {
-        // It says that it is inside, and stays there until its input ends.
+        // The command reports that it runs, and keeps running until its input ends.
         let mut holder = flock(options, &path, &["sh", "-c", "echo inside; cat"]);
         let mut output = holder.stdout.take().unwrap();
         output.read_exact(&mut [0; 7]).unwrap();
@@ -193,7 +193,7 @@ fn file_lock_of_fifo_does_not_disturb_its_reader() {
         stat("comm").trim() == "cat" && sleeps(reader.id(), reader.id())
     });
     assert!(FileLock::new(&fifo).lock().is_err());
-    // It would see the end of the file at once.
+    // A disturbed reader would see the end of the file immediately.
     std::thread::sleep(Duration::from_millis(100));
     let ended = reader.try_wait().unwrap();
     reader.kill().unwrap();
@@ -210,7 +210,7 @@ fn a_program_that_runs_can_be_locked() {
     drop(guard);
 }
 
-/// The error's message with what the system said.
+/// Returns the error's message with that of the system.
 #[cfg(target_os = "linux")]
 fn text(error: &Error) -> String {
     format!("{error}: {}", std::error::Error::source(error).map(ToString::to_string).unwrap_or_default())
@@ -317,7 +317,7 @@ fn deadline_is_not_restarted_when_file_is_replaced() {
     std::thread::scope(|scope| {
         let held = FileLock::new(&path).lock().unwrap();
         scope.spawn(|| {
-            // Whenever the waiter gets the old file, a new one is held already.
+            // Whenever the waiter gets the old file, a new one is already held.
             let mut held = held;
             while !stop.load(Ordering::Relaxed) {
                 std::thread::sleep(Duration::from_millis(20));
@@ -328,7 +328,7 @@ fn deadline_is_not_restarted_when_file_is_replaced() {
         });
         let result = FileLock::new(&path).lock_for(Duration::from_millis(100));
         stop.store(true, Ordering::Relaxed);
-        // A deadline that began anew with each file would end only when there were too many of them.
+        // A deadline that restarted with each file would end only after too many files.
         assert!(result.as_ref().err().is_none_or(Error::is_timeout), "{result:?}");
     });
 }
@@ -354,7 +354,8 @@ fn deleting_the_file_under_its_lock_never_lets_two_in() {
                     round += 1;
                     holds.fetch_add(1, Ordering::Relaxed);
                     inside.store(false, Ordering::SeqCst);
-                    // The last act under the lock, for the next taker may make a new file at once.
+                    // The removal is the last action under the lock, because the next holder may create a new file
+                    // immediately.
                     if round % 5 == 0 {
                         fs::remove_file(path).unwrap();
                     }
@@ -444,7 +445,7 @@ fn acquire_on_full_disk_needs_space_only_to_create() {
         assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
         guard.release()
     });
-    // The only file that fits is there now.
+    // The only file that fits exists now.
     let second = FileLock::new(directory.path().join("second")).lock();
     let again = FileLock::new(&path).lock();
     let files = directory.path().read_dir().unwrap().count();

@@ -1,5 +1,5 @@
-//! Instances of a program: who is first, what a second start hands over, and what becomes of it when somebody ends,
-//! hangs or means ill.
+//! Instances of a program: which process is first, how a second start hands over its arguments, and the effect of
+//! processes that end, hang or attack.
 
 #![cfg(target_os = "linux")]
 
@@ -59,7 +59,7 @@ fn next(first: &FirstInstance) -> Activation {
     first.next_activation(&in_time()).unwrap().expect("an activation in time")
 }
 
-/// What an actor that served says of the activation of `sender` with no arguments of its own.
+/// Returns the answer of a serving actor to the activation of `sender` with no arguments of its own.
 fn answered(sender: &Actor) -> String {
     format!("answered {} {} [] 0", my_uid(), sender.pid())
 }
@@ -158,7 +158,7 @@ fn two_hundred_second_instances_at_once_lose_no_message() {
     for sender in &mut senders {
         assert!(sender.ask("enter").starts_with("second of"));
     }
-    // The limit is beyond what this test itself waits for an answer.
+    // The limit is longer than this test itself waits for an answer.
     senders.iter_mut().for_each(|sender| sender.tell("activate-with 60000 1000000"));
     let mut seen = Vec::new();
     for activation in first.activations(&in_time()).take(200) {
@@ -184,7 +184,7 @@ fn activate_stopped_first_times_out_and_is_never_handled() {
     first.expect("enter", "first");
     first.signal(Signal::STOP);
     given_up.expect("enter", &format!("second of {}", first.pid()));
-    // More than the kernel keeps for a first that does not read.
+    // The size exceeds the kernel's buffer for a first instance that does not read.
     let said = given_up.ask("activate-with 200 1000000");
     let expected = "error NoAnswer: the first instance of ";
     assert!(said.starts_with(expected) && said.contains(&format!("it is pid {}", first.pid())), "{said}");
@@ -240,7 +240,7 @@ fn first_instance_end_promotes_one_waiter_that_serves_rest() {
         first.expect("enter", "first");
         let mut senders: Vec<Actor> = (0..20).map(|_| Actor::start_instance(&name)).collect();
         senders.iter_mut().for_each(|sender| sender.tell_to_wait("start 30000"));
-        // One is being handled, the others wait.
+        // One activation is in progress, the others wait.
         assert!(first.ask("take 30000").starts_with("taken "));
         match end {
             "kill" => first.kill(),
@@ -319,7 +319,7 @@ fn second_takes_over_after_first_crashes_at_any_step() {
         let [mut first, mut second] = [(); 2].map(|()| Actor::start_instance(&name));
         first.expect(&format!("kill-at {at}"), "armed");
         first.tell("start 30000");
-        // It may have died by now, or be about to.
+        // The process may have died by now, or be about to die.
         let began = first.answer();
         let said = second.ask("start 30000");
         let is_first = said == "became first" || said.starts_with("first");
@@ -349,7 +349,7 @@ fn second_takes_over_after_first_crashes_in_release() {
         for sender in [&mut second, &mut third] {
             sender.tell_to_wait("start 30000");
         }
-        // One is being handled, and stays without an answer; the other has not been looked at.
+        // One activation is in progress, and gets no answer. The first instance has not taken the other yet.
         assert!(first.ask("take 30000").starts_with("taken "));
         first.expect(&format!("kill-at {at}"), "armed");
         let survived = first.ask("release") == "released";
@@ -398,7 +398,7 @@ fn activate_before_first_listens_waits() {
     let mut second = Actor::start_instance(&name);
     second.expect("enter", &format!("second of {}", std::process::id()));
     second.tell_to_wait("activate 30000");
-    // As another first that takes the name over would have it.
+    // Another first instance that takes over the name would act in the same way.
     let listener = UnixListener::bind_addr(&address(my_uid(), &name)).unwrap();
     let (mut connection, _) = listener.accept().unwrap();
     connection.read_exact(&mut [0; 12]).unwrap();
@@ -488,7 +488,7 @@ fn activations_arrive_by_callback_or_iterator_or_none_waiting() {
     assert_eq!(seen, 3);
     senders.into_iter().for_each(|sender| assert_eq!(answer(sender.join().unwrap().unwrap()), b"iterated"));
 
-    // A program that looks now and then.
+    // This program polls occasionally.
     let senders = send(3);
     let mut seen = 0;
     until("all have come", || {
@@ -534,7 +534,7 @@ fn activations_come_to_tasks_and_a_dropped_future_loses_none() {
     let mut dropped = 0;
     runtime.block_on(async {
         while seen < senders.len() {
-            // The limit that drops it comes at every moment of it.
+            // The limit drops the future at every moment of it.
             let limit = Duration::from_micros(50 * (dropped % 40));
             match tokio::time::timeout(limit, first.next_activation_async(&in_time())).await {
                 Ok(activation) => {
@@ -598,7 +598,7 @@ fn tasks_that_receive_at_once_share_the_activations() {
     senders.iter_mut().for_each(|sender| assert_eq!(sender.answer(), "answered shared"));
 }
 
-/// Has a task wait for an activation, does `meanwhile` before it is its turn again, and says what it got.
+/// Lets a task wait for an activation, runs `meanwhile` before the task is polled again, and returns the activation.
 fn received_by_a_task(first: &FirstInstance, meanwhile: impl FnOnce()) -> Activation {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
@@ -723,7 +723,7 @@ fn c1_overflow_uid_is_not_trusted_with_activations() {
     let Some(stranger) = another_user() else { return };
     let Some(inside) = UserNamespace::new(4_000_000) else { return };
     let (last, name) = (UserNamespace::LAST, name());
-    // A stranger outside looks like the same user in there.
+    // Inside, a stranger outside looks like the same user.
     let mut pretender = Actor::start_rogue(["pretend", &format!("{last}/{name}")], stranger.uid);
     assert_eq!(pretender.answer(), "listening");
     let mut instance = inside.start(last, &["instance", &name]);
@@ -731,7 +731,7 @@ fn c1_overflow_uid_is_not_trusted_with_activations() {
     assert!(answer.contains("ForeignOwner"), "{answer}");
     assert_eq!(pretender.answer(), "was told 0 bytes");
     pretender.kill();
-    // Those of the user in there are first and second.
+    // The processes of the user inside are first and second.
     let mut first = inside.start(last, &["instance", &name]);
     assert_eq!(first.ask("start 30000"), "first");
     let mut intruder = Actor::start_rogue(["intrude", &format!("{last}/{name}")], stranger.uid);
@@ -772,7 +772,7 @@ fn users_have_first_instances_of_their_own() {
     theirs.expect("enter", "first");
 }
 
-/// The end of a connection that the first instance has closed, after what it said.
+/// Reads the remaining data of a connection that the first instance has closed.
 fn closed(mut connection: &UnixStream) -> Vec<u8> {
     connection.set_read_timeout(Some(LIVELY)).unwrap();
     let mut said = Vec::new();
@@ -819,14 +819,15 @@ fn silent_or_partial_peers_do_not_delay_second_instance() {
     for number in 0..300 {
         let mut rogue = call(my_uid(), &name);
         let half = &empty_request()[..number % 28];
-        // It may have been dismissed for a later one already.
+        // The first instance may have closed it already, in favour of a later connection.
         let _ = rogue.write_all(half);
         idle.push(rogue);
     }
     second.expect("start 30000", &answered(&second));
     let now = Belongings::of(first.pid()).descriptors();
     assert!(now <= before + 32, "{now} descriptors, {before} before");
-    // Those of a first instance for which nobody else waits are dismissed, too, though they stay open.
+    // A first instance also closes idle connections when no other process waits for it, although their peers keep them
+    // open.
     until("the first has closed all", || Belongings::of(first.pid()).descriptors() == before);
     assert!(idle.iter().all(|rogue| closed(rogue).is_empty()));
 }
@@ -891,7 +892,7 @@ fn activate_with_truncated_answer_fails_without_retry() {
         let second = second(&name);
         let sender = std::thread::spawn(move || second.activate(&in_time()));
         let (mut connection, _) = listener.accept().unwrap();
-        // All of the request, for to close with some of it unread is another end.
+        // The test reads the complete request, because a close with unread data ends the connection differently.
         let mut header = [0; 12];
         connection.read_exact(&mut header).unwrap();
         let length = u32::from_le_bytes(header[8..].try_into().unwrap());

@@ -1,4 +1,4 @@
-//! Lease: every case of the suite, and what is its own.
+//! Lease: every case of the suite, and cases of its own.
 
 #[cfg(target_os = "linux")]
 use std::fs::Permissions;
@@ -29,11 +29,11 @@ use tempfile::TempDir;
 
 conformance!(file_lease, lockkit_tests::Kind::LEASE);
 
-/// Longer than a record that cannot be read counts as held.
+/// Longer than an unreadable record counts as held.
 const LONG_AGO: Duration = Duration::from_secs(10);
 const HOUR: Duration = Duration::from_secs(3600);
 
-/// A directory for one test, and a lease in it.
+/// Creates a directory for one test, and the terms of a lease in it.
 fn place() -> (TempDir, Terms) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("lease");
@@ -44,13 +44,13 @@ fn read(terms: &Terms) -> Vec<u8> {
     fs::read(&terms.path).unwrap()
 }
 
-/// Changes a file in place, but not while somebody has read it and is about to write.
+/// Changes a file in place, but not between another process's read and write.
 fn write(terms: &Terms, bytes: impl AsRef<[u8]>) {
     let _locked = FileLock::new(&terms.path).lock().unwrap();
     fs::write(&terms.path, bytes).unwrap();
 }
 
-/// Puts another file in its place.
+/// Replaces the file by another one.
 fn replace(terms: &Terms, bytes: impl AsRef<[u8]>) {
     let new = terms.path.with_extension("new");
     fs::write(&new, bytes).unwrap();
@@ -61,7 +61,7 @@ fn set_age(path: &Path, modified: SystemTime) {
     File::options().write(true).open(path).unwrap().set_modified(modified).unwrap();
 }
 
-/// What a held record says of a holder on another host: nothing can be told of it from here, but it is silent.
+/// Returns a held record of a holder on another host. This host can determine only that the holder is silent.
 fn of_a_stranger(terms: &Terms) -> Vec<u8> {
     let (_directory, mut other) = place();
     other.ttl = terms.ttl;
@@ -69,7 +69,7 @@ fn of_a_stranger(terms: &Terms) -> Vec<u8> {
     forge(&record, &[("host", "elsewhere"), ("boot", &"7".repeat(32))])
 }
 
-/// Gives the command, and returns the token of the answer `held TOKEN`, with nothing behind it.
+/// Sends the command, and returns the token of the answer `held TOKEN`, which must have nothing after it.
 fn take(actor: &mut Actor, command: &str) -> u64 {
     token(&actor.ask(command))
 }
@@ -79,12 +79,12 @@ fn token(answer: &str) -> u64 {
     token.parse().unwrap_or_else(|_| panic!("{answer}"))
 }
 
-/// As [`token`], of an answer that tells who died.
+/// As [`token`], for an answer that reports the death of an owner.
 fn token_after(answer: &str, died: u32) -> u64 {
     token(answer.strip_suffix(&format!(" recovered {died}")).expect(answer))
 }
 
-/// How long the lease lasts that `actor` holds, if it is not renewed.
+/// Returns how long the lease of `actor` lasts without a renewal.
 fn remaining(actor: &mut Actor) -> Duration {
     let left = actor.ask("remaining");
     Duration::from_micros(left.strip_prefix("remaining ").expect(&left).parse().unwrap())
@@ -94,7 +94,7 @@ fn is_held(answer: &str) -> bool {
     answer.starts_with("error Held")
 }
 
-/// The beat that stands in the record, and 0 where there is none, as while it is spoilt.
+/// Returns the heartbeat number in the record, and 0 without a valid one, as while the record is damaged.
 fn beat(terms: &Terms) -> u64 {
     let record = fs::read(&terms.path).unwrap_or_default();
     if record.len() < 1024 || !record.starts_with(b"lockkit lease 1\n") {
@@ -108,7 +108,7 @@ fn wait_for_beats(terms: &Terms) {
     until("it beats", || beat(terms) > before + 1);
 }
 
-/// Stops a holder, but not in the middle of a step, which would keep others from theirs for as long.
+/// Stops a holder, but not in the middle of a step, because that would block the steps of other processes for as long.
 #[cfg(target_os = "linux")]
 fn stop(actor: &Actor, terms: &Terms) {
     let is_stopped = || fs::read_to_string(format!("/proc/{}/stat", actor.pid())).unwrap().contains(") T ");
@@ -223,7 +223,7 @@ fn try_lock_by_twelve_contenders_has_one_winner() {
     let (directory, terms) = place();
     let mut contenders: Vec<Actor> = (0..12).map(|_| Actor::start_lease(&terms)).collect();
     for round in 0..100 {
-        // In every other round the record is there, and free.
+        // In every other round the record exists, and is free.
         if round % 2 == 0 {
             let _ = fs::remove_file(&terms.path);
         }
@@ -262,7 +262,7 @@ fn eight_racers_on_one_stale_record_are_never_two_owners() {
 #[test]
 fn a_release_touches_no_foreign_record_and_brings_back_none() {
     let (_directory, mut terms) = place();
-    // No beat comes in between.
+    // The interval is so long that no heartbeat comes in between.
     (terms.ttl, terms.heartbeat) = (60_000, 20_000);
     let lease = terms.open();
     let stranger = of_a_stranger(&terms);
@@ -351,12 +351,12 @@ fn holder_stopped_longer_than_ttl_finds_lease_lost_at_once() {
             let start = Instant::now();
             until("its time is over", || start.elapsed() > Duration::from_millis(terms.ttl));
         }
-        // The question is there before it runs again.
+        // The question arrives before the holder runs again.
         holder.tell("is-held");
         holder.tell("losses");
         holder.signal(Signal::CONT);
         let answer = holder.answer();
-        // If the heartbeat comes first, it may say who it was.
+        // If the heartbeat comes first, the reason may name the new holder.
         assert!(answer.starts_with("no: "), "{answer}");
         let first = holder.answer();
         until("it is told", || holder.ask("losses") == "losses (expired on lockkit-lost)");
@@ -364,7 +364,8 @@ fn holder_stopped_longer_than_ttl_finds_lease_lost_at_once() {
         assert!(holder.ask("release").starts_with("error LeaseLost"));
         match taken_over {
             true => next.expect("is-held", "yes"),
-            // The loser lives, so its record is seen silent for a ttl first, unless it has given it back.
+            // The loser lives. So the next process observes the silent record for a TTL first, unless the loser has
+            // released it.
             false => assert!(next.ask("lock").starts_with("held ")),
         }
         next.expect("release", "released");
@@ -398,7 +399,7 @@ fn stopped_holder_never_overlaps_next_holder() {
     let seconds = std::env::var("LOCKKIT_CHAOS_SECONDS").map_or(10, |text| text.parse().expect("whole seconds"));
     let tally = leases::run(&terms, Duration::from_secs(seconds));
     println!("{tally:?}");
-    // Under Wine starting a process takes so long that there is less of everything.
+    // Under Wine the start of a process takes so long that all counts are lower.
     let is_chaos = match is_wine() {
         true => tally.holds > 2 && tally.kills > 1,
         false => tally.holds > 20 && tally.kills > 10 && tally.losses > 3,
@@ -408,17 +409,17 @@ fn stopped_holder_never_overlaps_next_holder() {
 
 #[test]
 fn times_in_the_record_and_of_its_file_decide_nothing() {
-    // What a step of the wall clock leaves behind, both ways, and another host's clock that is wrong.
+    // The records show a step of the wall clock in both directions, and another host's wrong clock.
     for step in [-1, 1] {
         let (_directory, terms) = place();
         let at = |now: SystemTime| if step < 0 { now - HOUR } else { now + HOUR };
         let moment = at(SystemTime::now()).duration_since(SystemTime::UNIX_EPOCH).unwrap();
         let acquired = format!("{}.000000000 (then)", moment.as_secs());
 
-        // A holder that lives keeps it.
+        // A live holder keeps it.
         let mut holder = Actor::start_lease(&terms);
         let first = take(&mut holder, "try");
-        // A beat between reading and writing would be taken back, which the next one makes up for.
+        // This write may revert a heartbeat between its read and its write. The next heartbeat makes up for it.
         write(&terms, forge(&read(&terms), &[("acquired", &acquired)]));
         set_age(&terms.path, at(SystemTime::now()));
         assert!(terms.open().try_lock().unwrap_err().is_held());
@@ -429,7 +430,7 @@ fn times_in_the_record_and_of_its_file_decide_nothing() {
         assert!(take(&mut holder, "try") > first);
         holder.expect("release", "released");
 
-        // One of whom nothing is known is waited for, for a ttl and no longer.
+        // The wait for a holder of unknown liveness lasts for a TTL and no longer.
         write(&terms, forge(&of_a_stranger(&terms), &[("acquired", &acquired)]));
         set_age(&terms.path, at(SystemTime::now()));
         let start = Instant::now();
@@ -440,14 +441,14 @@ fn times_in_the_record_and_of_its_file_decide_nothing() {
         assert_eq!(guard.recovered().unwrap().owner().unwrap().host(), Some("elsewhere"));
         drop(guard);
 
-        // One that is dead is taken over at once.
+        // A dead holder is taken over immediately.
         write(&terms, forge(&left_by_the_dead(&terms), &[("acquired", &acquired)]));
         set_age(&terms.path, at(SystemTime::now()));
         assert!(terms.open().try_lock().unwrap().recovered().is_some());
     }
 }
 
-/// The library of faketime(1), which shows a program a wall clock of its own.
+/// Returns the library of faketime(1), which shows a program a wall clock of its own.
 fn faketime() -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     let program =
@@ -469,7 +470,7 @@ fn the_wall_clock_stepped_by_an_hour_changes_nothing() {
     let (directory, terms) = place();
     let clock = directory.path().join("clock");
     let set = |offset: &str| {
-        // Whole at every moment, for it is read at each look at the clock.
+        // The file must be complete at every moment, because each clock query reads it.
         fs::write(clock.with_extension("new"), offset).unwrap();
         fs::rename(clock.with_extension("new"), &clock).unwrap();
     };
@@ -502,7 +503,7 @@ fn the_wall_clock_stepped_by_an_hour_changes_nothing() {
         assert!(token_after(&holder.ask("try"), waiter.pid()) > first);
         holder.expect("release", "released");
         holder.kill();
-        // A killed program leaves what the library shares with the programs that it starts.
+        // The library shares a file with the programs that the process starts. A killed process leaves it behind.
         for pid in [holder.pid(), waiter.pid()] {
             let _ = fs::remove_file(format!("/dev/shm/faketime_shm_{pid}"));
             let _ = fs::remove_file(format!("/dev/shm/sem.faketime_sem_{pid}"));
@@ -510,7 +511,7 @@ fn the_wall_clock_stepped_by_an_hour_changes_nothing() {
     }
 }
 
-/// An actor that `unshare`(1) starts with these arguments, after the shell commands `first`.
+/// Starts an actor through `unshare`(1) with these arguments, after the shell commands `first`.
 fn apart(terms: &Terms, arguments: &[&str], first: &str) -> Option<Actor> {
     let command = |program: &[&str]| {
         let mut command = Command::new("unshare");
@@ -528,8 +529,8 @@ fn apart(terms: &Terms, arguments: &[&str], first: &str) -> Option<Actor> {
     }))
 }
 
-/// An actor on another host, as far as this system can be made one: another name and boot id, and a clock since the
-/// start of the system that is an hour ahead.
+/// Starts an actor on another host, as far as this system can simulate one: another name and boot id, and a clock since
+/// the start of the system that is an hour ahead.
 fn on_another_host(terms: &Terms) -> Option<Actor> {
     let boot = terms.path.with_file_name("boot_id");
     fs::write(&boot, "01234567-89ab-cdef-0123-456789abcdef\n").unwrap();
@@ -544,7 +545,7 @@ fn on_another_host(terms: &Terms) -> Option<Actor> {
     apart(terms, &["-m", "-u", "-T", "--boottime", "3600", "--monotonic", "3600"], &first)
 }
 
-/// An actor in another pid namespace, as in a container of its own.
+/// Starts an actor in another pid namespace, as in a container of its own.
 fn in_a_container(terms: &Terms) -> Option<Actor> {
     apart(terms, &["--pid", "--fork", "--kill-child", "--mount-proc"], "")
 }
@@ -562,8 +563,8 @@ fn two_containers_of_one_host_wait_for_each_others_ttl() {
     wait_for_each_others_ttl(in_a_container, |stranger| assert_eq!(line(stranger, "pid"), "1"));
 }
 
-/// Two that cannot see whether the other one lives: an actor as ever, and one that `start` makes, whose record is as
-/// `is_strange` has it.
+/// Tests two actors that cannot determine each other's liveness: an ordinary actor, and an actor from `start`, whose
+/// record `is_strange` checks.
 fn wait_for_each_others_ttl(start: fn(&Terms) -> Option<Actor>, is_strange: fn(&[u8])) {
     for stranger_holds in [true, false] {
         let (_directory, terms) = place();
@@ -574,7 +575,7 @@ fn wait_for_each_others_ttl(start: fn(&Terms) -> Option<Actor>, is_strange: fn(&
         if stranger_holds {
             is_strange(&read(&terms));
         }
-        // As long as it beats, it keeps it.
+        // The holder keeps the lease as long as its heartbeat runs.
         let answer = other.ask(&format!("lock-for {}", 2 * terms.ttl));
         assert!(answer.starts_with("error Timeout"), "{answer}");
         holder.expect("is-held", "yes");
@@ -587,7 +588,7 @@ fn wait_for_each_others_ttl(start: fn(&Terms) -> Option<Actor>, is_strange: fn(&
         let third = take(&mut holder, "lock");
         assert!(third > second);
         let died = line(&read(&terms), "pid").parse().unwrap();
-        // A death is not seen there, and waited for until the time of the dead is over.
+        // The death is not visible there. So the other actor waits until the TTL of the dead holder has passed.
         let asked = Instant::now();
         let left = remaining(&mut holder);
         holder.kill();
@@ -658,14 +659,14 @@ fn lease_file_deleted_goes_to_waiter_with_greater_token() {
     let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start_lease(&terms));
     let first = take(&mut holder, "try");
     waiter.tell_to_wait("lock");
-    // So that the holder cannot be first.
+    // The holder is stopped, so that it cannot be first.
     stop(&holder, &terms);
     fs::remove_file(&terms.path).unwrap();
     let second = token(&waiter.answer());
     assert!(second > first);
     holder.signal(Signal::CONT);
     let answer = holder.ask("wait-lost");
-    // Stopped for so long that its time was over, on a slow machine.
+    // On a slow machine the stop may last longer than its TTL.
     assert!([format!("lost taken over by {}", waiter.pid()), "lost expired".into()].contains(&answer), "{answer}");
     waiter.expect("is-held", "yes");
     waiter.expect("release", "released");
@@ -778,7 +779,7 @@ fn only_the_holder_that_was_seen_is_evicted() {
     assert!(lease.try_lock().unwrap().token() > first);
 }
 
-/// A small file system in memory, gone at the end.
+/// A small file system in memory, removed at the end.
 struct SmallDisk(TempDir);
 
 impl SmallDisk {
@@ -800,7 +801,7 @@ impl SmallDisk {
         self.0.path().join("filler")
     }
 
-    /// Leaves no room on it.
+    /// Fills it completely.
     fn fill(&self) {
         let error = fs::write(self.filler(), vec![0; 1 << 20]).unwrap_err();
         assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
@@ -810,7 +811,7 @@ impl SmallDisk {
         fs::remove_file(self.filler()).unwrap();
     }
 
-    /// Makes it one that can only be read, or one that can be written to; nobody may be writing at that moment.
+    /// Remounts it read-only or writable. No process may be writing at that moment.
     fn remount(&self, how: &str) {
         let mut mount = Command::new("mount");
         mount.arg("-o").arg(format!("remount,{how}")).arg(self.0.path());
@@ -834,7 +835,7 @@ fn full_disk_leaves_no_partial_file_and_keeps_held_lease() {
         assert_eq!(std::io::Error::from(error).kind(), std::io::ErrorKind::StorageFull);
         assert_eq!(disk.0.path().read_dir().unwrap().count(), 1, "only what fills it");
     }
-    // Whoever waits is not kept from its deadline by the repetitions.
+    // The retries do not delay a waiter's deadline.
     let lease = terms.builder().acquire_retry_limit(u32::MAX).build().unwrap();
     let error = lease.lock_for(Duration::from_millis(200)).unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::Io { .. }), "{error}");
@@ -864,8 +865,8 @@ fn acquire_without_free_inode_reports_storage_full() {
     assert_eq!(std::io::Error::from(error).kind(), std::io::ErrorKind::StorageFull);
 }
 
-/// Does `harm`, after which a holder cannot renew; `heal` undoes it. The holder is to keep its lease until its
-/// deadline: to go on where it heals before, and else to lose it then, for a reason that says `because`.
+/// Runs `harm`, after which a holder cannot renew; `heal` undoes it. The holder must keep its lease until its deadline.
+/// If it heals before, the holder continues. Otherwise it loses the lease then, for a reason that contains `because`.
 fn is_kept_to_its_deadline(terms: &Terms, harm: impl Fn(&Actor), heal: impl Fn(), because: &str) {
     for heals in [true, false] {
         let mut holder = Actor::start_lease(&Terms { ttl: if heals { 10_000 } else { terms.ttl }, ..terms.clone() });
@@ -879,7 +880,7 @@ fn is_kept_to_its_deadline(terms: &Terms, harm: impl Fn(&Actor), heal: impl Fn()
             heal();
             until("its time was prolonged", || {
                 let now = asked.elapsed();
-                // By more than a beat that was under way when the harm was done.
+                // The gain must exceed that of a heartbeat that was in progress at the time of the harm.
                 now + remaining(&mut holder) > left + Duration::from_millis(3 * terms.heartbeat)
             });
             holder.expect("losses", "losses");
@@ -904,7 +905,7 @@ fn renew_deleted_record_on_full_disk_retries_until_deadline() {
         &disk.terms(),
         |_| {
             disk.fill();
-            // Where it goes on taking up its room.
+            // The file still occupies its space there.
             fs::rename(disk.terms().path, &aside).unwrap();
         },
         || {
@@ -931,7 +932,7 @@ fn renew_on_read_only_file_system_retries_until_deadline() {
     );
 }
 
-/// Makes system calls of a process fail, until it is dropped: strace(1), at all its threads.
+/// Makes system calls of a process fail until it is dropped, by strace(1) on all its threads.
 #[cfg(target_os = "linux")]
 struct Fault {
     strace: Child,
@@ -967,7 +968,7 @@ impl Drop for Fault {
     }
 }
 
-/// Whether there is strace(1), and it may trace; with a word on it where not.
+/// Returns whether strace(1) is installed and may trace. Reports a test as left out where it may not.
 #[cfg(target_os = "linux")]
 fn faults_can_be_made() -> bool {
     let can = succeeds(Command::new("strace").args(["-f", "-qq", "-o", "/dev/null", "true"]));
@@ -985,7 +986,7 @@ fn renew_with_io_errors_retries_until_deadline() {
     }
     std::thread::scope(|scope| {
         for (fault, because) in [
-            // By number, for each C library has words of its own.
+            // The text is the error number, because each C library has error texts of its own.
             ("pread64:error=EIO", "(os error 5)"),
             ("pwrite64:error=EDQUOT", "(os error 122)"),
             ("?open,openat:error=EMFILE", "(os error 24)"),
@@ -1021,7 +1022,7 @@ fn lease_waiter_without_inotify_polls() {
 
 #[test]
 fn lease_crash_at_any_step_does_not_block_next_holder() {
-    /// What comes before the steps.
+    /// The preparation before the steps.
     type Prepare<'a> = &'a dyn Fn(&mut Actor, &Terms);
 
     if !lockkit::failpoint::ENABLED {
@@ -1048,20 +1049,20 @@ fn lease_crash_at_any_step_does_not_block_next_holder() {
             let mut victim = Actor::start_lease(&terms);
             prepare(&mut victim, &terms);
             let beats = case.contains("beat");
-            // A beat may come, and with it the step, before it has said so.
+            // A heartbeat may reach the step before the actor has answered.
             let armed = victim.ask(&format!("kill-at {step}"));
             assert!(armed == "armed" || (beats && armed == "gone"), "{armed}");
             let answer = victim.ask(if beats { "wait-lost" } else { "try" });
             victim.kill();
             let mut next = Actor::start_lease(&terms);
-            // Where a record is made in place, one that its maker left empty counts as held for some seconds.
+            // Where a record is created in place, an empty record of a dead process counts as held for some seconds.
             let patience = if cfg!(target_os = "linux") { "lock-for 5000" } else { "lock-for 20000" };
             let followed = next.ask(patience);
             assert!(followed.starts_with("held "), "{case}, killed at step {step}: {followed}");
             next.expect("release", "released");
             take(&mut next, "try");
             assert_eq!(terms.path.parent().unwrap().read_dir().unwrap().count(), 1, "{case}: litter after {step}");
-            // Beats go on until the step comes.
+            // Heartbeats continue until the step comes.
             if answer != "gone" || (beats && step == 8) {
                 assert!(step > 2, "{case}: only {step} steps");
                 break;
@@ -1076,15 +1077,15 @@ fn create_race_without_linkat_has_one_winner() {
     if !faults_can_be_made() {
         return;
     }
-    // As on NFS, and where there is no /proc to name them through.
+    // This is the case on NFS, and without a /proc through which to link them.
     let (directory, terms) = place();
     let mut contenders: Vec<Actor> = (0..6).map(|_| Actor::start_lease(&terms)).collect();
-    // The heartbeat threads start before they are traced.
+    // The heartbeat threads start before the trace.
     for contender in &mut contenders {
         take(contender, "lock");
         contender.expect("release", "released");
     }
-    // And some are slower than others between making the file and locking it.
+    // Some contenders are slower than others between the creation and the lock of the file.
     let faults = contenders
         .iter()
         .zip(0..)
@@ -1110,7 +1111,7 @@ fn failed_record_write_without_tmpfile_leaves_no_file() {
     }
     let (directory, terms) = place();
     let mut actor = Actor::start_lease(&terms);
-    // The heartbeat thread starts before it is traced.
+    // The heartbeat thread starts before the trace.
     take(&mut actor, "try");
     actor.expect("release", "released");
     fs::remove_file(&terms.path).unwrap();
@@ -1159,7 +1160,7 @@ fn on_lost_without_own_thread_is_called_once_by_heartbeat() {
     holder.expect("wait-lost", &format!("lost taken over by {by}"));
     let once = format!("losses (taken over by {by} on lockkit-lease)");
     until("it is told", || holder.ask("losses") == once);
-    // The heartbeat goes on.
+    // The heartbeat continues.
     assert!(holder.ask("lock").starts_with("held "));
     wait_for_beats(&terms);
     holder.expect("losses", &once);
@@ -1172,7 +1173,7 @@ fn a_panic_in_on_lost_ends_there() {
     let mut holder = Actor::start_lease(&terms);
     for loss in 1..=2 {
         write(&terms, of_a_stranger(&terms));
-        // A stranger's in the file, so it is waited for.
+        // The record belongs to a stranger, so the actor waits for its expiry.
         assert!(holder.ask("lock").starts_with("held "));
         wait_for_beats(&terms);
         write(&terms, of_a_stranger(&terms));
@@ -1196,7 +1197,7 @@ fn drop_during_heartbeat_leaves_record_free() {
         let guard = lease.try_lock().expect("no beat brought it back");
         assert!(guard.token() > last && guard.recovered().is_none());
         last = guard.token();
-        // Beats come every millisecond, so the drop comes at another moment of them each time.
+        // Heartbeats come every millisecond, so the drop comes at another moment each time.
         std::thread::sleep(Duration::from_micros(round * 7 % 3000));
         drop(guard);
         assert_eq!(lease.status().unwrap(), LeaseStatus::Free);
@@ -1223,10 +1224,10 @@ fn a_thousand_leases_dropped_or_killed_at_once_are_all_free() {
     if wine_cannot_judge("each step of a lease takes milliseconds there, and it counts them") {
         return;
     }
-    // In memory, for each new record is synced.
+    // The lease is in memory, because each new record is synced.
     let directory = tempfile::tempdir_in("/dev/shm").unwrap();
     let mut terms = Terms::of(directory.path().join("lease"));
-    // A slow machine takes more than a moment for a thousand.
+    // A slow machine needs more than a moment for a thousand leases.
     (terms.ttl, terms.heartbeat) = (10_000, 1000);
     let mut holder = Actor::start_lease(&terms);
     take(&mut holder, "try");
@@ -1236,7 +1237,7 @@ fn a_thousand_leases_dropped_or_killed_at_once_are_all_free() {
         (0..1000).map(|n| Terms { path: directory.path().join(n.to_string()), ..terms.clone() }.open()).collect();
     let hold = format!("hold-many 1000 {}", directory.path().display());
     holder.expect(&hold, "holds 1000");
-    // A beat has the file open for as long as it lasts.
+    // A heartbeat has the file open for as long as it lasts.
     until("there is one thread for all, and no descriptor", || Belongings::of(holder.pid()) == before);
     assert!(leases.iter().all(|lease| lease.try_lock().is_err_and(|error| error.is_held())));
     holder.expect("drop-many", "dropped");
@@ -1278,7 +1279,7 @@ fn acquire_retries_follow_limit_and_delay() {
     }
     let (directory, terms) = place();
     let pause = Duration::from_millis(20);
-    // A file in the place of its directory goes away by itself never, and is told at once.
+    // A file in the place of its directory is a permanent error, which is reported immediately.
     fs::write(directory.path().join("file"), "").unwrap();
     let misplaced = Lease::file(directory.path().join("file/lease")).acquire_retry_limit(u32::MAX).build().unwrap();
     let error = misplaced.lock().unwrap_err();
@@ -1295,13 +1296,13 @@ fn acquire_retries_follow_limit_and_delay() {
             assert!(start.elapsed() >= pause * limit, "{:?}", start.elapsed());
         }
     }
-    // Finding it held is no failure.
+    // A held lease is not a failed attempt.
     let _guard = terms.open().try_lock().unwrap();
     let lease = terms.builder().acquire_retry_limit(0).build().unwrap();
     assert!(lease.lock_for(Duration::from_millis(100)).unwrap_err().is_timeout());
 }
 
-/// How many files the process `pid` watches for changes.
+/// Returns how many files the process `pid` watches for changes.
 #[cfg(target_os = "linux")]
 fn watches(pid: u32) -> usize {
     let descriptors = fs::read_dir(format!("/proc/{pid}/fdinfo")).unwrap();
@@ -1354,7 +1355,7 @@ fn record_link_refused_directory_link_is_same_lease() {
         let refused = Actor::start_lease(&at(name)).ask("try");
         assert!(refused.starts_with("error Insecure") && refused.contains("hard link"), "{refused}");
     }
-    // Who holds it is in doubt as long as there are two, and goes on when there is one again.
+    // The holder is uncertain as long as there are two links, and the lease continues when there is one again.
     relative.expect("is-held", "yes");
     fs::remove_file(directory.path().join("hard")).unwrap();
     wait_for_beats(&terms);
@@ -1386,7 +1387,7 @@ fn files_of_other_users_are_refused_but_not_roots() {
         assert!(refused.starts_with("error ForeignOwner"), "{refused}");
     }
     assert_eq!(read(&terms), record);
-    // But root may make it free.
+    // Root may make it free.
     take(&mut theirs, "try");
     let LeaseStatus::Held(seen) = terms.open().status().unwrap() else { panic!("it is held") };
     assert!(terms.open().evict(&seen).unwrap());
@@ -1411,18 +1412,18 @@ fn the_file_and_its_directories_have_the_modes_asked_for() {
     assert_eq!(modes, [0o640, 0o750, 0o750]);
 }
 
-/// A store in memory that fails, and keeps renewals waiting, when it is told to.
+/// A store in memory that fails, and blocks renewals, on request.
 #[derive(Default)]
 struct Board {
-    /// The last token, and who holds.
+    /// The last token, and the claim of the holder.
     record: Mutex<(u64, Option<ClaimId>)>,
-    /// Whether everything fails as a bad disk does.
+    /// Whether every request fails as on a bad disk.
     is_broken: AtomicBool,
     attempts: AtomicUsize,
-    /// Whether renewals do not come back.
+    /// Whether renewals block.
     is_closed: Mutex<bool>,
     opened: Condvar,
-    /// What was done, in its order.
+    /// The steps of requests so far, in order.
     log: Mutex<Vec<&'static str>>,
 }
 
@@ -1476,7 +1477,7 @@ impl LeaseStore for Board {
         drop(self.opened.wait_while(is_closed, |is_closed| *is_closed).unwrap());
         self.works()?;
         self.note("renewed");
-        // As a careless one would: a renewal brings back what was released.
+        // This is how a careless store behaves: a renewal restores a released claim.
         self.record.lock().unwrap().1 = Some(*grant.claim());
         Ok(Renewal::Extended { ttl: grant.ttl() })
     }
@@ -1515,7 +1516,7 @@ fn drop_during_renewal_releases_after_it() {
             board.close(false);
             dropper.join().unwrap();
         } else {
-            // It does not wait for ever, but leaves it to the heartbeat.
+            // The drop does not wait for ever. It leaves the release to the heartbeat.
             drop(guard);
             assert!(!board.has_done("released"));
             board.close(false);
@@ -1559,7 +1560,7 @@ fn broken_store_is_retried_and_lease_survives() {
     guard.release().unwrap();
 }
 
-/// All properties of a file that a program can change.
+/// Returns all properties of a file that a program can change.
 #[cfg(target_os = "linux")]
 fn appearance(path: &Path) -> (Option<Vec<u8>>, Option<PathBuf>, u64, u32, i64, i64, u64) {
     let seen = fs::symlink_metadata(path).unwrap();
@@ -1779,7 +1780,7 @@ fn stop_at_every_call_of(command: &str) -> usize {
 fn stop_at_each(call: &str, command: &str) -> usize {
     /// A waiter never stops making calls.
     const MOST: usize = 3;
-    /// After so many sleeps a waiter has made each call that it makes when it looks.
+    /// After so many sleeps a waiter has made each call of one check.
     const SLEEPS: usize = 4;
     let is_stopped = |actor: &Actor| {
         let stat = fs::read_to_string(format!("/proc/{}/stat", actor.pid())).unwrap_or_default();
@@ -2008,7 +2009,7 @@ fn c12_forged_numbers_fail_with_their_cause_or_do_no_harm() {
         assert_eq!(terms.open().try_lock().unwrap().token(), soon + next);
     }
 
-    // A waiter does not wait for a ttl that no lease can have.
+    // A waiter does not wait for a TTL that no lease can have.
     for ttl in [u64::MAX, 366 * 86_400 * 1_000_000_000] {
         write(
             &terms,
@@ -2019,7 +2020,7 @@ fn c12_forged_numbers_fail_with_their_cause_or_do_no_harm() {
         assert!(start.elapsed() >= Duration::from_millis(1990));
     }
 
-    // The beats of a holder continue after the largest number.
+    // The heartbeat numbers of a holder continue after the largest number.
     let mut holder = Actor::start_lease(&terms);
     take(&mut holder, "lock");
     write(&terms, forge(&read(&terms), &[("beat", &most)]));

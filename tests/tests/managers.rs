@@ -1,4 +1,4 @@
-//! Lock managers: the cases of all of them, every case of the suite for their locks, and what is their own.
+//! Lock managers: the cases of all managers, every case of the suite for their locks, and cases of their own.
 
 use lockkit_tests::{conformance, managers, shared_managers};
 
@@ -13,7 +13,7 @@ shared_managers!(shared_directory, lockkit_tests::managers::Kind::Directory);
 conformance!(shm_lock, lockkit_tests::Kind::SHM);
 conformance!(directory_lock, lockkit_tests::Kind::DIRECTORY);
 
-/// Excludes threads only, so it has the cases of the suite that need no second process.
+/// This kind excludes threads only, so it has the cases of the suite that need no second process.
 mod in_memory_lock {
     const KIND: lockkit_tests::Kind = lockkit_tests::Kind::MEMORY;
 
@@ -58,7 +58,7 @@ mod in_a_directory {
         std::fs::remove_file(path("17.lock")).unwrap();
         refused();
         std::fs::remove_file(path("next")).unwrap();
-        // An empty one is what a `create` leaves that was killed.
+        // A killed `create` leaves an empty file.
         let first = FileLockManager::open(directory.path()).unwrap();
         assert_eq!(first.allocate().unwrap().id(), 0);
         assert_eq!(FileLockManager::open(directory.path()).unwrap().allocate().unwrap().id(), 1);
@@ -155,7 +155,7 @@ mod shared_memory {
             let path = format!("/proc/self/fd/{}", file.as_raw_fd());
             let manager = ShmLockManager::open(&path).unwrap();
             let guard = manager.allocate().unwrap().lock().unwrap();
-            // One that allows no seals would be gone now, and this process with it.
+            // On a file that allows no seals these truncations would succeed, and this process would not survive them.
             if flags == MemfdFlags::ALLOW_SEALING {
                 for length in [0, bytes.len() as u64 - 1] {
                     assert_eq!(ftruncate(&file, length), Err(rustix::io::Errno::PERM));
@@ -214,7 +214,7 @@ mod shared_memory {
         }
     }
 
-    /// What opening `path` comes to in another process, which has never seen it.
+    /// Opens `path` in another process, which has never opened it, and returns the result.
     fn opened_elsewhere(path: &Path) -> String {
         let mut other = Actor::start_at(&Table::at(Kind::Shm, path.to_str().unwrap()));
         other.ask("open")
@@ -296,7 +296,7 @@ mod shared_memory {
         let error = manager.allocate_at(500_000).unwrap_err();
         assert_eq!(io_kind(&error), Some(Io::StorageFull), "{error}");
         assert_eq!(manager.available().unwrap(), Some(1_000_000));
-        // What has its room goes on.
+        // A lock that has its file already continues to work.
         assert!(manager.retrieve(0).unwrap().try_lock().unwrap_err().is_held());
         other.expect("release 0", "ok");
         drop(manager.retrieve(63).unwrap().lock().unwrap());
@@ -350,7 +350,7 @@ mod shared_memory {
     fn as_many_processes_as_there_are_slots_and_one_is_too_many() {
         let table = Kind::Shm.fresh();
         ShmLockManager::create(table.path(), 10).unwrap();
-        // A lock on every slot, as 4094 processes would have.
+        // This locks the other slots, as 4094 processes would.
         let file = std::fs::File::options().read(true).write(true).open(table.path()).unwrap();
         let everybody = nix::libc::flock {
             l_type: nix::libc::F_WRLCK as i16,
@@ -360,7 +360,7 @@ mod shared_memory {
             l_pid: 0,
         };
         nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_OFD_SETLK(&everybody)).unwrap();
-        // This process has one of the first two; one is left.
+        // This process has one of the first two slots; one is left.
         let mut last = Actor::start_at(&table);
         last.expect("open", "opened");
         assert!(opened_elsewhere(&table.path()).starts_with("error TooManyProcesses"));
@@ -380,7 +380,7 @@ mod shared_memory {
             assert_eq!(opened_elsewhere(&table.path()), "opened");
             let file = std::fs::File::options().read(true).write(true).open(table.path()).unwrap();
             let write = |number: u32, at: u64| file.write_all_at(&number.to_ne_bytes(), at).unwrap();
-            // Slot 7 is at its last generation, and its first one still holds a lock, long dead.
+            // Slot 7 is at its last generation, and its first one still holds a lock of a process that died long ago.
             let cells = file.metadata().unwrap().len() - 2 * 4096;
             Actor::start_at(&table).expect("try 0", "held");
             write((1 << 17) - 1, first_slot + 7 * slot_size);

@@ -1,4 +1,4 @@
-//! NamedLock: every case of the suite on each backend, and what is its own.
+//! NamedLock: every case of the suite on each backend, and cases of its own.
 
 use std::env::consts::EXE_SUFFIX;
 #[cfg(target_os = "linux")]
@@ -38,7 +38,7 @@ const NATIVE: Backend = match () {
     _ => Backend::File,
 };
 
-/// The abstract name of a lock of the user `uid`.
+/// Returns the abstract name of a lock of the user `uid`.
 #[cfg(target_os = "linux")]
 fn abstract_name(uid: u32, name: &str) -> String {
     format!("lockkit/u{uid}/{name}")
@@ -138,7 +138,7 @@ fn held_names_are_listed_with_their_waiters() {
         let found = listed().unwrap();
         assert_eq!((found.backend(), found.scope()), (backend, Scope::User));
         assert_eq!(found.owner().unwrap().unwrap().pid(), holder.pid());
-        // Who waits for a mutex or in flock is known to nobody but the system, which on Windows does not say.
+        // Only the system knows the waiters of a mutex or of flock, and Windows does not report them.
         assert_eq!(found.waiters().unwrap(), if cfg!(target_os = "linux") { 3 } else { 0 });
         drop((holder, waiters));
         until("nobody holds it", || listed().is_none());
@@ -221,7 +221,7 @@ fn release_with_queue_full_of_dead_waiters_serves_next_waiter() {
     while hostile::connect(&abstract_name(my_uid(), spec.at())).is_some() {
         dead += 1;
     }
-    // As many as net.core.somaxconn allows, but 4,096 at the most.
+    // The queue holds net.core.somaxconn connections, but at most 4,096.
     assert!(dead >= 128, "the queue took only {dead}");
     assert!(waiter.ask("try").starts_with("error Held"));
     assert!(waiter.ask("lock-for 10").starts_with("error Timeout"));
@@ -348,7 +348,7 @@ fn processes_in_separate_pid_namespaces_share_name() {
         assert_eq!(there.answer(), "held");
         spec.clean();
     }
-    // Without records there is only what the kernel says, which is nothing of a pid.
+    // Without records there is only the kernel's information, which contains no pid.
     let Some(user) = user else { return };
     for directory in user.directories() {
         std::fs::create_dir(directory).unwrap();
@@ -532,14 +532,14 @@ fn acquire_after_lock_file_deletion_opens_new_file() {
     let guard = lock.acquire(&Wait::none()).unwrap();
     spec.clean();
     drop(guard);
-    // The kept descriptor leads to the deleted file, so it is not used again.
+    // The kept descriptor refers to the deleted file, so it is not used again.
     let guard = lock.acquire(&Wait::none()).unwrap();
     assert!(spec.open().acquire(&Wait::none()).err().unwrap().is_held());
     drop(guard);
     spec.clean();
 }
 
-/// Measures some times, of which the best must be within `limit`: other tests run at the same time.
+/// Takes several measurements. The best must be within `limit`, because other tests run at the same time.
 #[cfg(target_os = "linux")]
 fn best_within(limit: Duration, mut measured: impl FnMut() -> Duration) {
     let times: Vec<Duration> = (0..5).map(|_| measured()).collect();
@@ -571,7 +571,7 @@ fn a13_held_lock_takes_at_most_one_kibibyte() {
     let again = Spec::parse("named-socket:held-899");
     assert!(Actor::start_as(&again, user.uid).ask("try").contains(&format!("by pid {}", actor.pid())));
     actor.kill();
-    // The records of the dead are there for the next owners, and the others find room.
+    // The records of dead holders remain for the next owners, and the other names find room.
     other.expect("use-names 2000", "done");
     for number in [0, 450, 899] {
         let spec = Spec::parse(&format!("named-socket:held-{number}"));
@@ -619,7 +619,7 @@ fn b4_waiters_are_live_and_of_this_user_only() {
     let mut waiters = [0; 4].map(|_| Actor::start(&spec));
     waiters.iter_mut().for_each(|waiter| waiter.tell_to_wait("lock"));
     assert_eq!(lock.waiters().unwrap(), 4);
-    // Dead, given up, stopped, of another user, and one that only looks.
+    // The waiters are: dead, given up, stopped, of another user, and a process that only queries.
     waiters[0].kill();
     assert!(Actor::start(&spec).ask("lock-for 10").starts_with("error Timeout"));
     lockkit_tests::stop(waiters[1].pid());
@@ -666,7 +666,7 @@ fn b8_receiver_that_is_stopped_is_the_owner() {
         let owner = lock.owner().unwrap().expect("the receiver");
         assert_eq!((owner.pid(), owner.program(), owner.is_stopped()), (waiter.pid(), Some("actor"), true));
         assert!(lock.try_lock().unwrap_err().to_string().contains(&format!("by pid {}", waiter.pid())));
-        // It dies before it has begun, so its death is none to tell of.
+        // The waiter dies before it runs as the holder, so its death is not reported.
         waiter.kill();
         let guard = lock.lock_for(lockkit_tests::LIVELY).unwrap();
         assert!(guard.recovered().is_none());
@@ -684,7 +684,7 @@ fn b8_waiter_that_says_nonsense_is_named_by_its_pid() {
     let guard = lock.lock().unwrap();
     let queued = hostile::connect(&abstract_name(my_uid(), spec.at())).unwrap();
     rustix::net::send(&queued, b"nonsense", rustix::net::SendFlags::NOSIGNAL).unwrap();
-    // One that counts itself, so that the release looks.
+    // This waiter counts itself, so that the release checks the queue.
     assert!(lock.lock_for(Duration::from_millis(1)).is_err());
     drop(guard);
     assert_eq!(lock.owner().unwrap().map(|owner| owner.pid()), Some(std::process::id()));
@@ -761,7 +761,7 @@ fn c2_socket_that_blocks_does_not_block_release() {
     assert_eq!(victim.answer(), "held");
     next.tell_to_wait("lock");
     victim.expect("release", "released");
-    // The copy keeps the name taken, and nothing else.
+    // The copy keeps the name taken, and has no other effect.
     next.expect_silence();
     rogue.kill();
     assert_eq!(next.answer(), "held");
@@ -809,7 +809,7 @@ fn c1_socket_of_another_type_is_not_the_lock() {
     }
 }
 
-/// One test, for the directories of a user with this number are the same for all.
+/// This is one test, because the directories of a user with this number are the same for all.
 #[cfg(target_os = "linux")]
 #[test]
 fn c1_overflow_uid_is_not_trusted_as_ones_own() {
@@ -819,12 +819,12 @@ fn c1_overflow_uid_is_not_trusted_as_ones_own() {
     let spec = Kind::NAMED_SOCKET.fresh();
     let socket = abstract_name(LAST, spec.at());
 
-    // Two processes of the user in there share the lock.
+    // Two processes of the user inside share the lock.
     let [mut one, mut other] = [(); 2].map(|()| inside.start(LAST, &[spec.invite()]));
     one.expect("lock", "held");
     assert!(other.ask("try").starts_with("error Held"));
     other.tell_to_wait("lock");
-    // A stranger in the queue looks like the same user, and is passed over.
+    // A stranger in the queue looks like the same user, and is skipped.
     let mut queued = Actor::start_rogue(["queue", &socket], stranger.uid);
     assert_eq!(queued.answer(), "queued");
     one.expect("release", "released");
@@ -836,7 +836,7 @@ fn c1_overflow_uid_is_not_trusted_as_ones_own() {
     other.expect("try", &format!("held recovered {}", one.pid()));
     other.expect("release", "released");
 
-    // A stranger outside, and a user of another namespace with the same number, are no holders to wait for.
+    // A stranger outside, and a user of another namespace with the same number, do not count as holders to wait for.
     let elsewhere = UserNamespace::new(3_000_000).unwrap();
     let outside = |socket: &str| Actor::start_rogue(["squat", socket], stranger.uid);
     let same_number = |socket: &str| elsewhere.start(LAST, &["squat", socket]);
@@ -850,7 +850,7 @@ fn c1_overflow_uid_is_not_trusted_as_ones_own() {
     other.expect("try", "held");
     drop(other);
 
-    // A directory of another user looks like the own one.
+    // A directory of another user looks like the user's own.
     for base in ["/tmp", "/dev/shm"] {
         let directory = format!("{base}/lockkit-u{LAST}");
         let _ = std::fs::remove_dir_all(&directory);
@@ -876,7 +876,7 @@ fn c8_release_behind_dead_waiters_is_quick() {
         drop(guard);
         start.elapsed()
     });
-    // A live one behind more than are skipped gets in.
+    // A live waiter behind more waiters than are skipped acquires.
     let guard = lock.lock().unwrap();
     let mut waiter = Actor::start(&spec);
     for _ in 0..100 {
@@ -918,7 +918,7 @@ fn c11_cleaner_leaves_files_of_machine_wide_locks() {
     let directory = tempfile::tempdir().unwrap();
     let [rules, age] = ["rules.conf", "aged"].map(|name| directory.path().join(name));
     std::fs::create_dir(&age).unwrap();
-    // In a directory of its own, for other tests need the rest of /tmp.
+    // The test uses a directory of its own, because other tests need the rest of /tmp.
     let (kept, removed) = (age.join("kept"), age.join("removed"));
     std::fs::copy(path, &kept).unwrap();
     std::fs::set_permissions(&kept, path.metadata().unwrap().permissions()).unwrap();

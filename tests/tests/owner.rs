@@ -1,6 +1,6 @@
-//! Owner: who is who among real processes, and which of them live.
+//! Owner: the identity of real processes, and their liveness.
 //!
-//! Owners that are not of this machine and this moment come out of pidfiles, as they do in life.
+//! Owners of another machine or another time come out of pidfiles, as they do in practice.
 
 use std::env::consts::EXE_SUFFIX;
 #[cfg(target_os = "linux")]
@@ -20,7 +20,7 @@ use lockkit_tests::{Actor, LIVELY, Spec};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
-/// The user that the tests act as when they may choose.
+/// The user that the tests act as when they have the choice.
 #[cfg(target_os = "linux")]
 const NOBODY: u32 = 65_534;
 
@@ -31,7 +31,7 @@ fn place() -> (TempDir, PathBuf, Spec) {
     (directory, path, spec)
 }
 
-/// The owner that the pidfile names.
+/// Returns the owner that the pidfile names.
 fn named(path: &Path) -> Owner {
     match PidFile::inspect(path).unwrap() {
         PidStatus::Running(owner) | PidStatus::Stale(owner) => owner,
@@ -39,7 +39,7 @@ fn named(path: &Path) -> Owner {
     }
 }
 
-/// The extended attribute with the identity of a pidfile's owner, and where its fields are.
+/// The extended attribute with the identity of a pidfile's owner, and the offsets of its fields.
 #[cfg(target_os = "linux")]
 const IDENTITY: &str = "user.lockkit";
 #[cfg(target_os = "linux")]
@@ -49,8 +49,8 @@ const BOOT: usize = 13;
 #[cfg(target_os = "linux")]
 const HOST: usize = 37;
 
-/// A pidfile that names another owner than the one at `path`, by the bytes at `places` of its identity, and that no
-/// process has locked.
+/// Creates a pidfile that names another owner than that of `path`: the bytes at `places` of its identity differ. No
+/// process has locked it.
 #[cfg(target_os = "linux")]
 fn with_other(path: &Path, places: &[usize]) -> PathBuf {
     let copy = path.with_extension("copy");
@@ -145,14 +145,14 @@ fn a_process_that_is_being_killed_dies_once_and_for_all() {
 #[test]
 fn a_process_of_another_user_is_alive() {
     if !is_root() {
-        // Signalling it is refused, which says that it is there.
+        // The refusal of a signal proves that the process exists.
         assert_eq!(Owner::of(1).expect("the first process").liveness(), Liveness::Alive);
         lockkit_tests::left_out("acting as yet another user needs root");
         return;
     }
     let (directory, _, spec) = place();
     fs::set_permissions(directory.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    // Root's process, looked at by somebody else, by the same owner's identity and by a bare pid.
+    // Another user checks root's process, by the owner's identity and by a bare pid.
     let mut holder = Actor::start(&spec);
     holder.expect("try", "held");
     let mut stranger = Actor::start_as(&spec, NOBODY);
@@ -160,7 +160,7 @@ fn a_process_of_another_user_is_alive() {
     assert!(stranger.ask("try").starts_with("error Held"));
     fs::write(spec.at(), "1\n").unwrap();
     stranger.expect("owner", "owner 1");
-    // And the other way round.
+    // Root checks another user's process.
     let child = Command::new("sleep").arg("600").uid(NOBODY).spawn().unwrap();
     assert_eq!(Owner::of(child.id()).unwrap().liveness(), Liveness::Alive);
     end(child);
@@ -220,7 +220,7 @@ fn holder_in_other_pid_namespace_is_unknown_and_not_taken_over() {
     let mut taker = Actor::start(&spec);
     assert!(taker.ask("try").starts_with("error Held"));
     taker.tell_to_wait("lock");
-    // Killed, it still cannot be looked up from here, but the kernel gives up its lock on the file.
+    // After the kill this process still cannot look it up from here, but the kernel releases its lock on the file.
     hidden.kill();
     assert_eq!(taker.answer(), "held recovered 1");
     assert_eq!(owner.liveness(), Liveness::Unknown);
@@ -242,7 +242,7 @@ fn pidfile_of_outer_pid_namespace_not_taken_over_inside() {
         command.args(["-p", "-f", "--kill-child", "--mount-proc"]).arg(program).arg(spec);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
     });
-    // No such pid inside, and still nobody takes it.
+    // The pid does not exist inside, and still no process there takes over the pidfile.
     inside.expect("owner", &format!("owner {}", holder.pid()));
     assert!(inside.ask("try").starts_with("error Held"));
     holder.expect("release", "released");
@@ -263,7 +263,7 @@ fn an_owner_is_described_by_pid_program_and_time() {
 #[cfg(target_os = "linux")]
 #[test]
 fn liveness_ignores_proc_of_another_pid_namespace() {
-    // Inside, the pid of what is a zombie out here, which the /proc of out here still shows.
+    // The pid inside is the pid of a zombie outside, which the outer /proc still shows.
     let (_directory, path, spec) = place();
     let mut zombie = sleeper();
     zombie.kill().unwrap();

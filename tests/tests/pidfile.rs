@@ -1,4 +1,4 @@
-//! PidFile: every case of the suite, and what is its own.
+//! PidFile: every case of the suite, and cases of its own.
 
 use std::env::consts::EXE_SUFFIX;
 #[cfg(target_os = "linux")]
@@ -21,17 +21,17 @@ use tempfile::TempDir;
 
 conformance!(pidfile, lockkit_tests::Kind::PIDFILE);
 
-/// A pid that the kernel never gives out: its highest is one less.
+/// A pid that the kernel never assigns: its highest is one less.
 const DEAD: u32 = 4_194_304;
-/// The user that the tests act as when they may choose.
+/// The user that the tests act as when they have the choice.
 #[cfg(target_os = "linux")]
 const NOBODY: u32 = 65_534;
-/// Longer than a file stays young.
+/// Longer than a file counts as young.
 const OLD: Duration = Duration::from_secs(10);
-/// What the margin between the clocks and the coarseness of both leave no doubt about.
+/// Clearly longer than the margin between the clocks and the granularity of both.
 const LONG_AGO: Duration = Duration::from_secs(120);
 
-/// A directory for one test, and the path of a pidfile in it.
+/// Creates a directory for one test, and returns the path of a pidfile in it.
 fn place() -> (TempDir, PathBuf) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("app.pid");
@@ -71,7 +71,7 @@ fn my_pid() -> String {
     std::process::id().to_string()
 }
 
-/// A file of lockkit's as a killed owner left it: its content, its time and its identity.
+/// A lockkit pidfile as a killed owner left it: its content, its time and its identity.
 struct Left {
     pid: u32,
     text: String,
@@ -80,7 +80,7 @@ struct Left {
     identity: Vec<u8>,
 }
 
-/// The extended attribute of the identity, and where its fields are.
+/// The extended attribute of the identity, and the offsets of its fields.
 #[cfg(target_os = "linux")]
 const IDENTITY: &str = "user.lockkit";
 #[cfg(target_os = "linux")]
@@ -112,7 +112,7 @@ impl Left {
         }
     }
 
-    /// With the byte at `at` of the identity changed.
+    /// Returns a copy with the byte at `at` of the identity changed.
     #[cfg(target_os = "linux")]
     fn with_other(&self, at: usize) -> Self {
         let mut identity = self.identity.clone();
@@ -135,7 +135,7 @@ fn identity(path: &Path) -> Option<Vec<u8>> {
     Some(room[..length].to_vec())
 }
 
-/// A process of some other program, killed at the end.
+/// A process of another program, killed at the end.
 struct Foreign(Child);
 
 impl Foreign {
@@ -307,7 +307,7 @@ fn pidfile_on_tmpfs_older_than_boot_is_not_stale() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_file_that_names_this_very_process_is_free_for_it() {
-    // As a supervisor writes it for the program that it starts, or the program itself before an exec.
+    // A supervisor writes the file for the program that it starts, or the program itself writes it before an exec.
     let (_directory, path) = place();
     let mut actor = Actor::start_with(&spec(&path), |command| {
         let script = format!("echo $$ > {} && exec \"$0\" \"$1\"", path.display());
@@ -529,7 +529,7 @@ fn pidfile_of_pid_1_is_held_for_unprivileged_user() {
     let (directory, path) = place();
     fs::set_permissions(directory.path(), Permissions::from_mode(0o777)).unwrap();
     write(&path, "1\n");
-    // Also when the file could be written.
+    // The result is the same if the file is writable.
     for mode in [0o644, 0o666] {
         fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
         let mut actor = Actor::start_as(&spec(&path), NOBODY);
@@ -551,14 +551,14 @@ fn a_file_that_may_not_be_read_or_replaced_is_an_error() {
     let (directory, path) = place();
     fs::set_permissions(directory.path(), Permissions::from_mode(0o777)).unwrap();
     let mut actor = Actor::start_as(&spec(&path), NOBODY);
-    // One that cannot be read cannot be judged.
+    // An unreadable file cannot be judged.
     write(&path, "1\n");
     fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
     let answer = actor.ask("try");
     assert!(answer.starts_with(&format!("error Io: cannot open {}", path.display())), "{answer}");
     assert!(answer.contains("Permission denied"), "{answer}");
     assert_eq!(text(&path), "1\n");
-    // One that can be is replaced, which the directory allows or not.
+    // A readable file is replaced, if the directory allows it.
     let dead = format!("{DEAD}\n");
     write(&path, &dead);
     fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
@@ -605,7 +605,7 @@ fn pidfile_release_without_directory_permission_blanks_file() {
     let answer = actor.ask("release");
     assert!(answer.starts_with(&format!("error Io: cannot remove {}", path.display())), "{answer}");
     assert_eq!(text(&path), "\n");
-    // It may not replace the file, but the user who started it may.
+    // This process may not replace the file, but the user that started it may.
     assert!(actor.ask("try").contains("Permission denied"));
     assert_eq!(text(&path), "\n");
     let guard = lock(&path).try_lock().unwrap();
@@ -669,7 +669,7 @@ fn a_link_is_refused_and_what_it_leads_to_is_not_touched() {
     fs::hard_link(&target, &path).unwrap();
     refused(&path);
     assert_eq!(text(&target), "precious");
-    // In the directories above, a loop is what the system says it is.
+    // For a loop in the parent directories the error is the system's.
     symlink("loop", directory.path().join("loop")).unwrap();
     let error = lock(&directory.path().join("loop/app.pid")).try_lock().unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::Io { .. }), "{error}");
@@ -679,7 +679,7 @@ fn a_link_is_refused_and_what_it_leads_to_is_not_touched() {
 #[test]
 fn acquire_pidfile_on_full_disk_fails_and_changes_nothing() {
     let (directory, path) = place();
-    // The file size limit stands for the disk, with the signal that comes with it ignored.
+    // The file size limit simulates a full disk, with its signal ignored.
     let start = |blocks: &str| {
         Actor::start_with(&spec(&path), |command| {
             let script = format!("trap '' XFSZ && ulimit -f {blocks} && exec \"$0\" \"$1\"");
@@ -727,7 +727,7 @@ fn a_small_full_file_system_is_an_error_that_leaves_nothing() {
     assert_eq!(left, ["full"]);
 }
 
-/// An actor that sees no /proc, if the machine allows that.
+/// Starts an actor that sees no /proc, if the machine allows that.
 fn start_without_proc(spec: &Spec) -> Option<Actor> {
     let script = "mount -t tmpfs none /proc";
     let allowed = Command::new("unshare").args(["-m", "sh", "-c", script]).stderr(Stdio::null()).status();
@@ -762,7 +762,7 @@ fn pidfile_without_proc_is_created_in_place() {
 
 #[test]
 fn a_record_is_held_while_its_owner_lives_even_without_the_lock() {
-    // As when a daemon closes every descriptor that it has.
+    // This is the case when a daemon closes all its descriptors.
     let (_directory, path) = place();
     let elsewhere = path.with_file_name("elsewhere.pid");
     let mut owner = Actor::start(&spec(&elsewhere));
@@ -788,7 +788,7 @@ fn pidfile_of_other_host_kept_and_of_this_machine_taken_over() {
         ("as it was left", &left, true),
         ("a later process has the pid", &left.with_other(START), true),
         ("before a reboot", &another_boot, true),
-        // The write lock that its owner held for life is free, on this very kernel.
+        // The write lock that its owner held for life is free, on this same kernel.
         ("in a container that was killed", &left.with_other(NAMESPACE), true),
         ("on another host", &another_boot.with_other(HOST), false),
     ] {
@@ -853,7 +853,7 @@ fn inspect_during_changes_sees_no_partial_record() {
         for _ in 0..5000 {
             let guard = lock(&path).try_lock().unwrap();
             guard.release().unwrap();
-            // Under another name first: what is written in place may be seen empty.
+            // The file is written under another name first, because a file that is written in place may be seen empty.
             let ready = path.with_extension("new");
             write(&ready, format!("{DEAD}\n"));
             fs::rename(&ready, &path).unwrap();
@@ -863,7 +863,7 @@ fn inspect_during_changes_sees_no_partial_record() {
     });
 }
 
-/// A daemon that forks, and a contender that waits for its pidfile all the time.
+/// Tests a daemon that forks, and contenders that wait for its pidfile all the time.
 #[cfg(target_os = "linux")]
 fn daemonized(order: &str) {
     let (_directory, path) = place();
@@ -887,14 +887,15 @@ fn daemonized(order: &str) {
     assert_eq!(lock(&path).try_lock().unwrap_err().owner().unwrap().pid().to_string(), child);
     waits.expect_silence();
     polls.expect_silence();
-    // Not by the record alone: the parent's end has not unlocked the file either, unless the child had closed it.
+    // The proof is not the record alone: the parent's end has not unlocked the file either, unless the child had closed
+    // it.
     if let Some(flock) = installed("flock").filter(|_| order != "closes") {
         let free = Command::new(flock).arg("--nonblock").arg(&path).arg("true").status().unwrap();
         assert_eq!(free.code(), Some(1));
     }
 
     daemon.expect("release", "released");
-    // Neither is told of a death, and each gets its turn.
+    // Neither guard reports a death, and each waiter acquires in turn.
     let (mut first, mut second) = (waits, polls);
     until("one of them is in", || first_line_if_any(&path).is_some());
     if first_line_if_any(&path) != Some(first.pid().to_string()) {
@@ -968,7 +969,7 @@ fn service_managers_read_the_pid_out_of_the_first_line() {
     assert_eq!(read("read pid < \"$0\" && kill -0 $pid && echo alive"), "alive");
 }
 
-/// The program, where the machine has it.
+/// Returns the program, if it is installed.
 #[cfg(target_os = "linux")]
 fn installed(name: &str) -> Option<PathBuf> {
     let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin";
@@ -990,7 +991,7 @@ fn start_stop_daemon_and_lockkit_understand_each_other() {
     };
     let started = run(&["--start", "--background", "--make-pidfile"]).args(["--", "600"]).status().unwrap();
     assert!(started.success());
-    // It writes the file in place, so for a moment it may be there and empty.
+    // The program writes the file in place, so for a moment the file may be empty.
     let pid = || match PidFile::inspect(&path).unwrap() {
         PidStatus::Running(owner) => Some(owner.pid()),
         _ => None,
@@ -1006,7 +1007,7 @@ fn start_stop_daemon_and_lockkit_understand_each_other() {
     assert!(run(&["--stop", "--retry", "10"]).status().unwrap().success());
     let guard = lock(&path).lock_for(lockkit_tests::LIVELY).unwrap();
     assert_eq!(guard.recovered().unwrap().owner().unwrap().pid(), daemon);
-    // It reads ours.
+    // The tool reads our pidfile.
     let mut status = Command::new(&tool);
     status.arg("--status").arg("--pidfile").arg(&path);
     assert_eq!(status.status().unwrap().code(), Some(0), "running");
@@ -1040,7 +1041,7 @@ fn the_pidfile_of_nginx_is_honoured() {
     run(&[]);
     until("nginx has written its file", || matches!(PidFile::inspect(&path).unwrap(), PidStatus::Running(_)));
     println!("nginx wrote {:?}", text(&path));
-    // A signal that comes before it has workers may be lost on it.
+    // A signal that arrives before nginx has workers may be lost.
     let master = text(&path).trim().to_owned();
     until("nginx has a worker", || {
         fs::read_to_string(format!("/proc/{master}/task/{master}/children")).is_ok_and(|children| !children.is_empty())
@@ -1052,7 +1053,7 @@ fn the_pidfile_of_nginx_is_honoured() {
     lock(&path).lock_for(lockkit_tests::LIVELY).unwrap().release().unwrap();
 }
 
-/// What programs and people write that is no pidfile, with its name.
+/// Contents of files that are not pidfiles, each with its name.
 const NO_PIDFILES: [(&str, &[u8]); 16] = [
     ("a configuration", b"key = value\n"),
     ("a negative number", b"-1"),
@@ -1111,7 +1112,7 @@ fn a2_wait_file_stops_being_pidfile_fails() {
     }
 }
 
-/// What a program writes for the process with the pid `{}`.
+/// The forms in which programs write the pid `{}`.
 const FORMS: [(&str, &str); 18] = [
     ("nginx, redis, mysqld, cron", "{}\n"),
     ("a program that writes no line end", "{}"),
@@ -1133,7 +1134,7 @@ const FORMS: [(&str, &str); 18] = [
     ("words behind it", "{} started by init\n"),
 ];
 
-/// The form, filled in.
+/// Returns the form with the pid inserted.
 fn written_by(form: &str, pid: u32) -> String {
     let padded = form.replace("{:>10}", &format!("{pid:>10}")).replace("{:>05}", &format!("{pid:05}"));
     padded.replace("{}", &pid.to_string())
@@ -1180,7 +1181,7 @@ fn a3_pid_of_perhaps_another_host_is_held() {
     for said in [
         format!("{DEAD} elsewhere.example.org"),
         format!("{DEAD} elsewhere\n"),
-        // QLockFile.
+        // The format of QLockFile.
         format!("{DEAD}\nkate\nelsewhere\nabcdef0123456789\n0f0f-1e1e\n"),
     ] {
         write_ago(&path, &said, LONG_AGO);
@@ -1196,7 +1197,7 @@ fn a3_pid_of_perhaps_another_host_is_held() {
 fn a3_blank_file_with_lock_of_another_program_is_held() {
     let (_directory, path) = place();
     let Some(python) = python() else { return lockkit_tests::left_out("there is no python3 here") };
-    // As apt and dpkg lock, and as pidfile(3) of BSD does before it writes.
+    // apt and dpkg lock in this way, and so does pidfile(3) of BSD before it writes.
     for (kind, program) in [
         (
             "fcntl",
@@ -1257,7 +1258,7 @@ fn a4_readers_find_the_pid_alone() {
     let child = Foreign::start();
     guard.rewrite_for(&lockkit::Owner::of(child.pid()).unwrap()).unwrap();
     let pid = child.pid().to_string();
-    // The last two are how LSB and RHEL read, and the crates that compare all of the file with a number.
+    // The last two read as LSB and RHEL do, and as the crates that compare the whole file with a number.
     for (reader, script) in [
         ("a shell", "cat \"$0\" | wc -w | grep -qx 1 && for p in $(cat \"$0\"); do echo $p; done"),
         ("kill", "kill -0 $(cat \"$0\") && cat \"$0\""),
@@ -1295,7 +1296,7 @@ fn a4_file_without_identity_is_judged_by_its_time() {
 #[test]
 fn a4_identity_counts_only_for_what_it_was_set_for() {
     let (_directory, path) = place();
-    // A program of a later process that has the same pid writes into the file that a killed one left.
+    // A program of a later process with the same pid writes into the file that a killed process left.
     let daemon = Foreign::start();
     let mut guard = lock(&path).try_lock().unwrap();
     guard.rewrite_for(&lockkit::Owner::of(daemon.pid()).unwrap()).unwrap();
@@ -1309,13 +1310,13 @@ fn a4_identity_counts_only_for_what_it_was_set_for() {
     assert!(lock(&path).try_lock().unwrap_err().is_held());
 }
 
-/// One that every user may run.
+/// Returns a Python that every user may run.
 #[cfg(target_os = "linux")]
 fn python() -> Option<PathBuf> {
     Some(PathBuf::from("/usr/bin/python3")).filter(|path| path.is_file())
 }
 
-/// Processes of a user that have and wait for every lock that a reader of the file can ask for.
+/// Starts processes of a user that hold and wait for every lock that a reader of the file can request.
 #[cfg(target_os = "linux")]
 fn reader_with_all_locks(path: &Path, uid: u32) -> Option<Vec<Child>> {
     let Some(python) = python() else {
@@ -1416,7 +1417,7 @@ fn a5_file_of_takers_is_closed_to_readers() {
             seen += 1;
             assert_eq!(found.permissions().mode() & 0o777, 0o600, "killed at step {at}");
         }
-        // Also for a taker that finds no pidfile any more.
+        // The round also covers an acquisition without a pidfile.
         if at % 2 == 0 {
             let _ = fs::remove_file(&path);
         }
@@ -1451,7 +1452,7 @@ fn a2_file_by_the_name_of_the_file_of_takers_is_kept() {
         }
         assert_eq!((text(&taker), fs::read_to_string(&path).ok()), (said.to_owned(), left));
     }
-    // What a killed taker left.
+    // The content that a killed process left.
     for said in ["", "\n", "4194304\n"] {
         fs::write(&taker, said).unwrap();
         write(&path, format!("{DEAD}\n"));
@@ -1474,7 +1475,8 @@ fn b6_is_stale_and_remove_stale_agree_on_the_file_of_takers() {
         assert!(matches!(error.kind(), ErrorKind::Insecure { .. }), "{error}");
     }
     fs::remove_dir(&taker).unwrap();
-    // Root's, which no other user may open: in the end that is an error, and none before others had a moment for it.
+    // The taker file belongs to root, and no other user may open it. The result is an error, after a short time in
+    // which another process could remove the file.
     write(&taker, "");
     fs::set_permissions(&taker, Permissions::from_mode(0o600)).unwrap();
     let mut other = Actor::start_as(&spec(&path), user.uid);
@@ -1499,7 +1501,7 @@ fn c7_process_that_closed_the_descriptor_holds_once() {
     assert!(!path.exists());
     victim.expect("try", "held");
     victim.expect("others", "kept");
-    // A program that it starts in its place has the pid, and no guard.
+    // A program that replaces the process by exec has the pid, and no guard.
     victim.expect("close-all", "closed");
     assert_eq!(first_line(&path), victim.pid().to_string());
 }
@@ -1532,7 +1534,7 @@ fn a3_flock_of_a_hidden_process_counts_and_a_strangers_does_not() {
     for said in [String::new(), format!("{DEAD}\n")] {
         write_ago(&path, &said, OLD);
         fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
-        // Of root, outside of the namespace of the process that asks.
+        // The lock belongs to root, outside the namespace of the process that asks.
         let daemon = File::open(&path).unwrap();
         rustix::fs::flock(&daemon, rustix::fs::FlockOperation::LockExclusive).unwrap();
         let mut inside = Actor::start_with(&spec(&path), |command| {
@@ -1545,7 +1547,8 @@ fn a3_flock_of_a_hidden_process_counts_and_a_strangers_does_not() {
         assert!(answer.starts_with("error Held"), "{said:?}: {answer}");
         assert_eq!(text(&path), said);
         drop(daemon);
-        // Another user's: the process that took it is gone, and its lock is in another one that root can see.
+        // The lock belongs to another user. The process that acquired it has ended, and another process that root can
+        // see holds it.
         let mut stranger = Command::new("sh");
         stranger.args(["-c", "exec 9<\"$0\"; flock 9 && echo 1 && exec sleep 600"]).arg(&path);
         let mut stranger =
@@ -1567,7 +1570,7 @@ fn a5_stopped_taker_is_held_and_no_wait_for_ever() {
     let stopped = File::create(&taker).unwrap();
     let mut holder = Actor::start(&spec(&taker.with_file_name("other.pid")));
     holder.expect("try", "held");
-    // What a stopped taker has: the write lock on the file of takers.
+    // A stopped taker has this lock: the write lock on the taker file.
     assert!(
         nix::fcntl::fcntl(
             &stopped,
@@ -1603,7 +1606,7 @@ fn a5_stopped_taker_is_held_and_no_wait_for_ever() {
 #[test]
 fn a6_owner_with_one_descriptor_left_is_judged_after_its_death() {
     let (_directory, path) = place();
-    // The last descriptors go, one less each time.
+    // Each victim has one spare descriptor fewer than the one before.
     for spare in (0..6).rev() {
         let mut victim = Actor::start(&spec(&path));
         victim.expect("owner", "owner none");
@@ -1640,7 +1643,7 @@ fn a6_owner_without_proc_is_judged_after_its_death() {
     victim.kill();
     let guard = lock(&path).try_lock().unwrap();
     assert_eq!(guard.recovered().unwrap().owner().unwrap().pid(), victim.pid());
-    // And one that can see nothing takes none for dead that may live.
+    // A process without /proc does not treat a possibly live owner as dead.
     let mut blind = start_without_proc(&spec(&path)).unwrap();
     assert!(blind.ask("try").starts_with("error Held"));
 }
@@ -1665,13 +1668,13 @@ fn a7_failed_lock_leaves_file_of_holder() {
             );
             assert!(victim.ask("try").starts_with("error "), "{call} {error}");
             assert_eq!(first_line(&path), holder.pid().to_string());
-            // Another taker is at work.
+            // The taker file shows that another taker is at work.
             holder.kill();
             write(&taker, "");
             assert!(victim.ask("try").starts_with("error "), "{call} {error}");
             strace.end();
             assert!(path.exists(), "{call} {error}");
-            // It may be removed by a process that has the write lock, and by no other.
+            // A process with the write lock may remove it, and no other process may.
             assert!(call == "flock" || taker.exists(), "{error}");
             lock(&path).try_lock().unwrap().release().unwrap();
         }
@@ -1720,7 +1723,7 @@ fn a10_users_of_a_shared_directory_take_over_in_turn() {
         actor.kill();
         before = Some(actor.pid());
     }
-    // What another user's killed taker left is removed, where this user may open it.
+    // The taker file of another user's killed process is removed, if this user may open it.
     let taker = directory.path().join(".app.pid.lockkit");
     write(&taker, "4242\n");
     chown(&taker, Some(one.uid), None).unwrap();

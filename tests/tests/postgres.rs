@@ -1,4 +1,4 @@
-//! Leases on PostgreSQL: every case of the suite, every drill of the engines, and what is its own.
+//! Leases on PostgreSQL: every case of the suite, every drill of the engines, and cases of PostgreSQL alone.
 
 #![cfg(target_os = "linux")]
 
@@ -18,7 +18,7 @@ use rustix::process::Signal;
 conformance!(on_postgres, lockkit_tests::Kind::POSTGRES);
 drills!(drills_on_postgres, lockkit_tests::server_conformance::postgres::Postgres);
 
-/// A server of a test's own; the test ends here, with a word on it, where this machine has none.
+/// Starts a server for one test. The test ends here, and reports the reason, where this machine has no PostgreSQL.
 macro_rules! server {
     ($($field:ident: $value:expr),*) => {
         match Postgres::set_up(&Setup { $($field: $value,)* ..Setup::default() }) {
@@ -28,12 +28,12 @@ macro_rules! server {
     };
 }
 
-/// A lease that lasts while anybody is waited for here, so that only what a test does ends it.
+/// Builds a lease that outlasts every wait of these tests, so that only a test's own action ends it.
 fn lease(url: String) -> Lease {
     Lease::connect(url).ttl(10 * LIVELY).heartbeat(LIVELY).build().unwrap()
 }
 
-/// With all its causes.
+/// Returns the error with all its causes.
 fn in_full(error: &lockkit::Error) -> String {
     let mut text = error.to_string();
     let mut cause = std::error::Error::source(error);
@@ -44,7 +44,7 @@ fn in_full(error: &lockkit::Error) -> String {
     text
 }
 
-/// What taking it says, which is not repeated in vain: it took no effect and never will.
+/// Returns the permanent error of an acquisition. The request is not repeated: it took no effect and never will.
 #[track_caller]
 fn refusal(lease: &Lease) -> String {
     let error = lease.try_lock().unwrap_err();
@@ -97,7 +97,7 @@ fn a_table_of_another_layout_is_refused_and_left_as_it_is() {
     );
     assert!(refusal(&lease(server.lease("x"))).contains("is of another layout"));
     assert_eq!(server.sql("SELECT * FROM lockkit_leases"), "x|");
-    // Another schema has its own.
+    // Another schema has its own table.
     server.sql("CREATE SCHEMA locks");
     drop(lease(server.lease_of("postgres", "options=-c%20search_path%3Dlocks", "x")).try_lock().unwrap());
     assert_eq!(server.sql("SELECT state FROM locks.lockkit_leases"), "released");
@@ -113,7 +113,7 @@ fn postgres_table_of_untrusted_owner_refused() {
     for lease in [&app, &lease(server.lease("x"))] {
         assert!(refusal(lease).contains("it is of the user mallory"));
     }
-    // Whoever could act as the owner anyway trusts it, and so do all the owner of the database.
+    // A user that could act as the owner anyway trusts the owner. All users trust the owner of the database.
     server.sql("GRANT mallory TO app");
     drop(app.try_lock().unwrap());
     server.sql("REVOKE mallory FROM app; ALTER DATABASE postgres OWNER TO mallory");
@@ -125,7 +125,7 @@ fn postgres_table_of_untrusted_owner_refused() {
     assert!(refusal(&lease(server.lease_of("app", "connect_timeout=9", "x"))).contains("it has a trigger or a rule"));
     server.sql("DROP TRIGGER trap ON lockkit_leases");
     drop(lease(server.lease_of("app", "connect_timeout=9", "x")).try_lock().unwrap());
-    // An operator that fits better than the system's would be called instead.
+    // PostgreSQL would prefer an operator that fits better than the system's.
     server.sql(
         "CREATE FUNCTION public.spring(oid, regclass) RETURNS boolean LANGUAGE plpgsql AS \
          'BEGIN RAISE EXCEPTION ''sprung''; END'; \
@@ -169,7 +169,7 @@ fn postgres_standby_is_skipped_until_promoted() {
     });
     server.kill();
     standby.sql("SELECT pg_promote()");
-    // What the standby had received is in force there, and so is the holder's claim.
+    // The data that the standby had received is in force there, and so is the holder's claim.
     assert!(both.try_lock().unwrap_err().is_held());
     guard.release().unwrap();
     let next = both.try_lock().unwrap();
@@ -181,7 +181,7 @@ fn a_server_whose_transactions_only_read_says_so() {
     let server = server!(settings: &["default_transaction_read_only=on"]);
     let error = lease(server.lease("x")).try_lock().unwrap_err();
     assert!(in_full(&error).contains("default_transaction_read_only"), "{error:?}");
-    // The URL can say otherwise.
+    // The URL can override the setting.
     let options = "options=-c%20default_transaction_read_only%3Doff";
     drop(lease(server.lease_of("postgres", options, "x")).try_lock().unwrap());
 }
@@ -193,7 +193,7 @@ fn grant_survives_crash_with_synchronous_commit_off() {
     let lease = lease(server.lease("x"));
     drop(lease.try_lock().unwrap());
     let guard = lease.try_lock().unwrap();
-    // What is committed as the server has it is lost with the server; or else this would show nothing.
+    // A row with the server's default commit setting is lost with the server. Otherwise this test would prove nothing.
     server.sql("INSERT INTO other VALUES ('lost')");
     server.restart();
     assert_eq!(server.sql("SELECT * FROM other"), "");
@@ -239,14 +239,15 @@ fn many_threads_open_at_most_ten_postgres_connections() {
         let crowd: Vec<_> = (0..24)
             .map(|n| {
                 let server = &server;
-                // All on one, and each on its own, beating.
+                // All threads share one lease, and each has a lease of its own with a heartbeat.
                 scope.spawn(move || {
                     let common = lease(server.lease("common"));
                     let url = server.lease(&n.to_string());
                     let own = Lease::connect(url).ttl(LIVELY).heartbeat(Duration::from_millis(20)).build().unwrap();
                     let _own = own.lock().unwrap();
                     for _ in 0..3 {
-                        // Where a crowd is too slow for somebody's limit, that is said, and not what is asked here.
+                        // If the crowd exceeds an acquisition's time limit, the error says so. That is not the subject
+                        // of this test.
                         until("it gets in", || common.lock().is_ok());
                     }
                 })
@@ -266,7 +267,7 @@ fn a_request_that_was_given_up_is_ended_by_the_server() {
     let server = server!();
     let lease = lease(server.lease("x"));
     drop(lease.try_lock().unwrap());
-    // As VACUUM FULL does, or somebody who has forgotten to commit.
+    // VACUUM FULL holds such a lock, and so does a session with a forgotten commit.
     let mut psql = as_its_user(&lockkit_tests::server_conformance::postgres::installed("psql").unwrap());
     psql.args(["-h", "127.0.0.1", "-p", &server.port().to_string(), "-U", "postgres", "-d", "postgres", "-c"]);
     psql.arg("BEGIN; LOCK TABLE lockkit_leases; SELECT pg_sleep(600)").stdout(std::process::Stdio::null());
@@ -359,7 +360,7 @@ fn tls_is_as_strict_as_the_url_says() {
     let says = refusal(&at(elsewhere, &format!("sslmode=verify-full&sslrootcert={ca}")));
     assert!(says.contains("do not agree on TLS"), "{says}");
     assert!(refusal(&lease("sslmode=disable")).contains("does not let"));
-    // A server that has none.
+    // This server has no certificate.
     let plain = server!();
     let says = refusal(&self::lease(plain.lease_of("postgres", "sslmode=require", "x")));
     assert!(says.contains("does not support TLS"), "{says}");
@@ -377,7 +378,7 @@ fn a_unix_socket_and_what_else_the_url_says_is_used() {
     guard.release().unwrap();
     let _named = lease(url("application_name=nightly")).try_lock().unwrap();
     assert!(server.sql(own).contains("nightly"));
-    // As a parameter, as libpq has it.
+    // The address is a parameter, as in libpq.
     let host = format!("postgres:///postgres?user=postgres&host={directory}&port={}&lease=y", server.port());
     drop(lease(host).try_lock().unwrap());
 }
@@ -385,7 +386,7 @@ fn a_unix_socket_and_what_else_the_url_says_is_used() {
 #[test]
 fn connect_with_hanging_host_uses_next_host() {
     let server = server!();
-    // Its queue takes connections, and nobody answers.
+    // The kernel accepts connections into its queue, and no process answers.
     let hangs = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let hosts = format!("127.0.0.1:{},127.0.0.1:{}", hangs.local_addr().unwrap().port(), server.port());
     let lease = lease(format!("postgres://postgres@{hosts}/postgres?lease=x"));
@@ -416,7 +417,7 @@ fn release_and_eviction_succeed_when_answer_is_lost() {
     assert!(matches!(held.release().unwrap_err().kind(), ErrorKind::LeaseLost { .. }));
 }
 
-/// A pooling proxy before `server`.
+/// A pooling proxy in front of `server`.
 struct Pooler {
     port: u16,
     _server: Server,
@@ -442,7 +443,7 @@ fn pooler(server: &Postgres, mode: &str, size: u32) -> Result<Pooler, String> {
 #[test]
 fn lease_works_behind_postgres_transaction_pooler() {
     let server = server!();
-    // Fewer sessions than clients, and one for each.
+    // The first has fewer sessions than clients, and the second one session per client.
     for (mode, size) in [("transaction", 3), ("session", 30)] {
         let proxy = match pooler(&server, mode, size) {
             Ok(proxy) => proxy,
@@ -470,7 +471,7 @@ fn lease_works_behind_postgres_transaction_pooler() {
             }
             std::mem::swap(&mut one, &mut other);
         }
-        // Statements of one client would meet those of another there.
+        // Prepared statements of one client would conflict with those of another there.
         assert!(!server.log().contains("prepared statement"), "{}", server.log());
     }
 }
@@ -511,7 +512,7 @@ fn frozen_server_fails_requests_in_time_and_loses_lease() {
     let terms = Terms { ttl: 2000, heartbeat: 200, ..Terms::of(server.lease("x")) };
     let (mut holder, mut next) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
     assert!(holder.ask("try").starts_with("held "));
-    // It has a connection, too.
+    // The second process then has a connection, too.
     assert!(next.ask("try").starts_with("error Held"));
     server.signal(Signal::STOP);
     assert!(next.ask("try").starts_with("error Store"));
@@ -550,7 +551,7 @@ fn postgres_request_replayed_after_next_holder_blocks_no_client() {
         lease(format!("postgres://postgres@{hosts}/postgres?sslmode=disable&lease={name}"))
     };
     let others = lease(server.lease("late"));
-    // So that there is a connection by way of the proxy.
+    // This acquisition opens a connection through the proxy.
     drop(both("early").lock_for(LIVELY).unwrap());
     proxy.hold_at(b"late");
     let first = both("late").lock_for(LIVELY).unwrap();

@@ -1,4 +1,4 @@
-//! The table of cases in this package's README is true.
+//! Checks that the table of cases in this package's README is correct.
 
 use std::fs;
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! Leases on Redis: every case of the suite, every drill, and what is its own.
+//! Leases on Redis: every case of the suite, every drill, and cases of Redis alone.
 
 #![cfg(target_os = "linux")]
 
@@ -14,7 +14,7 @@ use lockkit_tests::{LIVELY, conformance, drills, left_out, until};
 conformance!(redis_lease, lockkit_tests::Kind::REDIS);
 drills!(redis_drills, lockkit_tests::server_conformance::redis::Redis);
 
-/// A server of this test's own, unless there is none to be had.
+/// Starts a server for this test. Returns `None` if none is available.
 fn server() -> Option<Redis> {
     Redis::start(&Security::None, None).map_err(left_out).ok()
 }
@@ -47,12 +47,12 @@ fn holder_restores_lost_record_unless_taken_over() {
     assert!(next.try_lock().unwrap_err().is_held());
     assert!(guard.is_held());
     let token = guard.token();
-    // Also when it is the release that comes first.
+    // The same holds if the release comes first.
     assert_eq!(server.tell("FLUSHALL"), "+OK");
     guard.release().unwrap();
     let second = next.try_lock().unwrap();
     assert!(second.token() > token && second.recovered().is_none());
-    // Somebody else was faster.
+    // Another process was faster.
     let slow = Lease::connect(url(&server)).ttl(LIVELY).build().unwrap();
     drop(second);
     let guard = slow.lock().unwrap();
@@ -90,7 +90,7 @@ fn renew_after_failover_moves_to_new_primary() {
     let proxy = Proxy::to(before.port());
     let guard = lease(&before.url(proxy.port(), Access::Right(&Security::None), "own").unwrap()).try_lock().unwrap();
     until("it is copied", || after.tell("EXISTS lockkit:{own}") == ":1");
-    // Nobody cuts a connection.
+    // The test cuts no connection.
     proxy.lead_to(after.port());
     assert_eq!(after.tell("REPLICAOF NO ONE"), "+OK");
     assert_eq!(before.tell(&format!("REPLICAOF 127.0.0.1 {}", after.port())), "+OK");
@@ -167,7 +167,7 @@ fn a_user_needs_no_more_than_an_error_says() {
     let token = guard.token();
     guard.release().unwrap();
     assert!(waiter.join().unwrap().unwrap() > token);
-    // Who may not listen need not wait to be told.
+    // A user that may not subscribe gets an error immediately, without a wait.
     assert!(server.tell(&format!("ACL SETUSER deaf on >secret {rules} resetchannels")).starts_with("+OK"));
     let deaf = lease(&format!("redis://deaf:secret@127.0.0.1:{}/own", server.port()));
     let guard = deaf.try_lock().unwrap();

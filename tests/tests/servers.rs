@@ -1,4 +1,4 @@
-//! What the tests of servers count on.
+//! Guarantees that the tests of servers depend on.
 
 #![cfg(target_os = "linux")]
 
@@ -12,7 +12,8 @@ fn warden_removes_processes_and_directory_when_test_ends() {
     let base = tempfile::tempdir().unwrap();
     let directory = base.path().join("server");
     std::fs::create_dir(&directory).unwrap();
-    // As a process of PostgreSQL's: in a session of its own, and stopped by a test that did not get to let it go on.
+    // This process is like one of PostgreSQL: in a session of its own, and stopped by a test that ended before it
+    // continued the process.
     let pid = directory.join("pid");
     let script = format!("setsid sh -c 'echo $$ >{}; kill -STOP $$' & exec sleep 600", pid.display());
     let mut warden = Command::new(program("warden"));
@@ -24,7 +25,7 @@ fn warden_removes_processes_and_directory_when_test_ends() {
         let stat = std::fs::read_to_string(format!("/proc/{stopped}/stat")).unwrap_or_default();
         stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" T"))
     });
-    // As when the test's process ends, however it does.
+    // The pipe closes in the same way when the test's process ends for any reason.
     drop(warden.stdin.take());
     assert!(warden.wait().unwrap().success());
     assert!(!Path::new("/proc").join(&stopped).exists());

@@ -1,4 +1,4 @@
-//! Locks that are waited for in tasks, and what else tasks can wait for.
+//! Locks that tasks wait for, and the other events that tasks can wait for.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -34,7 +34,7 @@ task_suite!(shm, lockkit_tests::Kind::SHM);
 task_suite!(directory, lockkit_tests::Kind::DIRECTORY);
 task_suite!(memory, lockkit_tests::Kind::MEMORY, alone);
 
-/// What no runtime has a part in: wakes the thread that waits.
+/// A waker that needs no runtime: it unparks the waiting thread.
 struct Unpark(std::thread::Thread);
 
 impl Wake for Unpark {
@@ -54,7 +54,7 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
     }
 }
 
-/// A lease in a directory that lives as long as the test.
+/// Builds a lease in a directory that lives as long as the test.
 fn lease(directory: &tempfile::TempDir) -> Lease {
     Lease::file(directory.path().join("leader")).build().unwrap()
 }
@@ -113,7 +113,7 @@ fn acquire_async_without_runtime_fails_only_for_sockets() {
     for kind in others.into_iter().filter(|kind| kind.left_out().is_none()) {
         let spec = kind.fresh();
         let (lock, rival) = (spec.open(), spec.rival());
-        // A table in memory is its handle's.
+        // A table in memory belongs to its handle.
         let rival = if kind.name() == "memory" { &lock } else { &rival };
         let guard = rival.acquire(&Wait::none()).unwrap();
         std::thread::scope(|scope| {
@@ -175,7 +175,7 @@ fn the_loss_of_a_lease_can_be_awaited() {
             for watcher in watchers {
                 assert_eq!(timeout(LIVELY, watcher).await.unwrap().unwrap().to_string(), reason.to_string());
             }
-            // Whoever comes later is told at once.
+            // A later wait returns immediately.
             assert_eq!(guard.lost().await.to_string(), reason.to_string());
             assert!(!guard.is_held());
         });
@@ -210,7 +210,7 @@ fn release_async_frees_lease_and_reports_loss() {
     runtime("one").block_on(async {
         led(&lease).await.release_async().await.unwrap();
         assert_eq!(lease.status().unwrap(), LeaseStatus::Free);
-        // Dropped after its first poll it is done all the same.
+        // The release completes even if its future is dropped after the first poll.
         let mut releasing = Box::pin(led(&lease).await.release_async());
         std::future::poll_fn(|context| {
             let _ = releasing.as_mut().poll(context);

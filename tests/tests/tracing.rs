@@ -1,4 +1,4 @@
-//! What locks tell a subscriber of tracing.
+//! The events and spans of locks for a subscriber of tracing.
 
 use std::collections::HashMap;
 use std::fmt::Debug;
@@ -14,16 +14,16 @@ use tracing::{Event, Level, Subscriber, span};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 
-/// What was told, by all tests of this program: each looks for its own lock.
+/// The records of all tests of this program. Each test looks for its own lock.
 static TOLD: Mutex<Vec<Told>> = Mutex::new(Vec::new());
 
 #[derive(Clone, Debug, Default)]
 struct Told {
     level: String,
-    /// Empty of a span.
+    /// Empty for a span.
     message: String,
     fields: HashMap<String, String>,
-    /// The span that it is, or is in.
+    /// The span itself, or the span that contains the event.
     span: Option<&'static str>,
 }
 
@@ -66,13 +66,13 @@ fn listen() {
     });
 }
 
-/// What was told of the lock so far.
+/// Returns the records of the lock so far.
 fn told_of(at: &str) -> Vec<Told> {
     let told = TOLD.lock().unwrap();
     told.iter().filter(|told| told.fields.get("name").is_some_and(|name| name.contains(at))).cloned().collect()
 }
 
-/// The levels and messages, in order; a span is named by itself.
+/// Returns the levels and messages, in order. A span appears by its name.
 fn outline(told: &[Told]) -> Vec<String> {
     let line = |told: &Told| match &*told.message {
         "" => format!("{} span {}", told.level, told.span.unwrap_or_default()),
@@ -89,7 +89,7 @@ fn waited(told: &Told) -> f64 {
     told.fields["waited"].parse().unwrap()
 }
 
-/// What the field `kind` says of these.
+/// Returns the value of the field `kind` for this kind.
 fn label(kind: Kind) -> &'static str {
     match kind.name() {
         "named-socket" | "machine-socket" | "named-mutex" | "machine-mutex" | "named-file" | "machine-file" => "named",
@@ -98,7 +98,7 @@ fn label(kind: Kind) -> &'static str {
     }
 }
 
-/// Those that processes share. A lease tells the same wherever it is kept.
+/// Returns the kinds that processes share. A lease reports the same in every store.
 fn kinds() -> impl Iterator<Item = Kind> {
     let is_shared = |kind: &Kind| !["memory", "etcd", "postgres", "redis"].contains(&kind.name());
     KINDS.iter().copied().filter(is_shared).filter(|kind| kind.left_out().is_none())
@@ -149,7 +149,7 @@ fn contended_acquire_traces_holder_and_timeout_error() {
             let told = told_of(spec.at());
             assert_eq!(outline(&told), ["DEBUG span acquire", "DEBUG waiting", "DEBUG not acquired"], "{kind:?}");
             let waiting = find(&told, "waiting");
-            // Also where a thread waits for a task.
+            // The same holds when a thread waits on behalf of a task.
             assert_eq!(waiting.span, Some("acquire"), "{kind:?}");
             let knows_its_holder = lock.owner().is_some();
             assert_eq!(waiting.fields.contains_key("holder"), knows_its_holder, "{kind:?}: {waiting:#?}");

@@ -1,4 +1,4 @@
-//! What Wait and CancelToken promise among processes.
+//! Guarantees of Wait and CancelToken among processes.
 
 #[cfg(target_os = "linux")]
 use std::process::exit;

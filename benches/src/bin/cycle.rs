@@ -1,5 +1,5 @@
-//! Takes and gives back a free lock as often as it is told, one block a line, and answers how many nanoseconds that
-//! took. The bench `tracing` builds it with and without the feature of that name.
+//! Acquires and releases a free lock: each input line gives the number of cycles of a block, and each answer its
+//! nanoseconds. The bench `tracing` builds it with and without the feature of that name.
 
 use std::hint::black_box;
 use std::time::Instant;

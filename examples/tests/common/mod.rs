@@ -1,4 +1,4 @@
-//! What the tests of examples share.
+//! The shared parts of the tests of examples.
 
 // Not every test needs all of it.
 #![allow(dead_code)]
@@ -6,7 +6,8 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-/// The example `name`: test programs stand in `target/<profile>/deps`, examples in `target/<profile>/examples`.
+/// Returns the path of the example `name`. Test programs are in `target/<profile>/deps`, examples in
+/// `target/<profile>/examples`.
 pub(crate) fn example(name: &str) -> PathBuf {
     let test = std::env::current_exe().unwrap();
     let file = format!("{name}{}", std::env::consts::EXE_SUFFIX);
@@ -14,7 +15,7 @@ pub(crate) fn example(name: &str) -> PathBuf {
     examples.find(|path| path.is_file()).unwrap_or_else(|| panic!("cargo build --example {name}"))
 }
 
-/// What the example `name` prints when it is run to its end, with nothing on standard error.
+/// Runs the example `name` to its end, and returns its output. Nothing may be on standard error.
 pub(crate) fn said_by(name: &str, arguments: &[&str]) -> String {
     let output = Command::new(example(name)).args(arguments).output().unwrap();
     let said = String::from_utf8(output.stdout).unwrap();
@@ -24,9 +25,9 @@ pub(crate) fn said_by(name: &str, arguments: &[&str]) -> String {
     said
 }
 
-/// Says what of a test is left out, and why. Not by a macro, whose words those who run tests keep to themselves.
+/// Reports what a test leaves out, and why. A print macro cannot do this, because test runners capture its output.
 pub(crate) fn left_out(what: &str) {
     use std::io::Write;
-    // Nobody reads it where it cannot be written.
+    // A closed standard error has no reader.
     let _ = writeln!(std::io::stderr(), "left out: {what}");
 }

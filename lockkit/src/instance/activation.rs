@@ -1,4 +1,4 @@
-//! What a second start has brought to the first instance.
+//! The message of a second start to the first instance.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -16,18 +16,19 @@ use crate::sys::fork::ForkGuarded;
 use crate::sys::seqpacket::Peer;
 use crate::sys::stream::{self, Moved};
 
-/// How long a sender may take to read its answer. Only one beyond what the kernel keeps for it, some 200 KiB, waits.
+/// The time that a sender may take to read its answer. Only an answer larger than the kernel's buffer, about 200 KiB,
+/// waits.
 const COLLECTION: Duration = Duration::from_secs(5);
 
-/// A second start, as the first instance sees it: what it was called with, and who it is.
+/// A second start, as the first instance sees it: its arguments, and the identity of its sender.
 ///
-/// The sender waits until it is answered, within its limit. Dropping it answers with no bytes; during a panic, or when
-/// the answer was too large, dropping it tells the sender that it was not handled. It can be kept, sent to another
-/// thread, and answered later, also after the [`FirstInstance`](super::FirstInstance) is gone.
+/// The sender waits for the answer, within its limit. Dropping the activation answers with no bytes. During a panic, or
+/// after an answer that was too large, dropping it reports to the sender that it was not handled. It can be kept, sent
+/// to another thread, and answered later, also after the [`FirstInstance`](super::FirstInstance) is gone.
 ///
-/// Who the sender is says the kernel ([unix(7)], `SO_PEERCRED`, as of when it connected), never the sender. All else is
-/// the sender's word, exactly as it was, not necessarily UTF-8. It comes from a process of the same user, and it is
-/// still input: arguments to be parsed like those of a start.
+/// The sender's identity comes from the kernel ([unix(7)], `SO_PEERCRED`, as of when it connected), never from the
+/// sender. Everything else comes from the sender, unchanged, and not necessarily in UTF-8. The sender is a process of
+/// the same user, and its message is still input: parse the arguments like those of a start.
 ///
 /// ```
 /// # use lockkit::{Activation, Instance, Wait};
@@ -45,7 +46,7 @@ const COLLECTION: Duration = Duration::from_secs(5);
 ///
 /// [unix(7)]: https://man7.org/linux/man-pages/man7/unix.7.html
 ///
-/// What else it brought:
+/// The other parts of the message:
 ///
 /// ```
 /// fn describe(again: &lockkit::Activation) {
@@ -60,11 +61,11 @@ const COLLECTION: Duration = Duration::from_secs(5);
 /// ```
 #[must_use = "dropping an activation answers it, with no bytes"]
 pub struct Activation {
-    /// Taken by the answer.
+    /// `None` after the answer.
     connection: Option<ForkGuarded>,
     sender: Peer,
     request: Request,
-    /// What dropping says.
+    /// The frame that a drop sends.
     unanswered: Kind,
 }
 
@@ -73,56 +74,58 @@ impl Activation {
         Self { connection: Some(connection), sender, request, unanswered: Kind::Answer }
     }
 
-    /// The arguments of the second start. The first of them is the program, as in [`std::env::args_os`], unless the
-    /// sender chose [others](super::SecondInstance::arguments).
+    /// Returns the arguments of the second start. The first of them is the program, as in [`std::env::args_os`], unless
+    /// the sender chose [others](super::SecondInstance::arguments).
     pub fn arguments(&self) -> &[OsString] {
         &self.request.arguments
     }
 
-    /// The working directory of the sender; `None` when that was deleted, or cannot be named.
+    /// Returns the working directory of the sender, or `None` if it was deleted or cannot be named.
     pub fn directory(&self) -> Option<&Path> {
         self.request.directory.as_deref()
     }
 
-    /// `path` as the sender means it: a relative one starts at the sender's working directory, not at that of this process.
+    /// Resolves `path` as the sender means it: a relative path starts at the sender's working directory, not at that of
+    /// this process.
     pub fn resolve(&self, path: impl AsRef<Path>) -> PathBuf {
         self.directory().map_or_else(|| path.as_ref().to_owned(), |directory| directory.join(path.as_ref()))
     }
 
-    /// The environment variables that the sender [chose](super::SecondInstance::variables), with their values.
+    /// Returns the environment variables that the sender [chose](super::SecondInstance::variables), with their values.
     pub fn variables(&self) -> &[(OsString, OsString)] {
         &self.request.variables
     }
 
-    /// The value of one of them.
+    /// Returns the value of one of them.
     pub fn variable(&self, name: impl AsRef<OsStr>) -> Option<&OsStr> {
         let found = self.request.variables.iter().find(|(found, _)| found == name.as_ref());
         found.map(|(_, value)| &**value)
     }
 
-    /// The [bytes](super::SecondInstance::bytes) that the sender added.
+    /// Returns the [bytes](super::SecondInstance::bytes) that the sender added.
     pub fn bytes(&self) -> &[u8] {
         &self.request.bytes
     }
 
-    /// The effective user of the sender, from the kernel: that of this process.
+    /// Returns the effective user of the sender, from the kernel: that of this process.
     pub fn uid(&self) -> u32 {
         self.sender.uid
     }
 
-    /// The pid of the sender, from the kernel; `None` when it lives in a pid namespace that this process does not see.
-    /// Once the sender has ended another process may have it.
+    /// Returns the pid of the sender, from the kernel, or `None` if the sender is in a pid namespace that this process
+    /// does not see. Once the sender has ended, another process may have the pid.
     pub fn pid(&self) -> Option<u32> {
         (self.sender.pid != 0).then_some(self.sender.pid)
     }
 
     /// Answers the sender, with up to [`MOST_BYTES`](super::MOST_BYTES).
     ///
-    /// A small answer is written at once. One of more than some 200 KiB waits for the sender to read it, 5 s at most.
+    /// A small answer is written at once. An answer of more than about 200 KiB waits for the sender to read it, 5 s at
+    /// most.
     ///
     /// # Errors
-    /// [`TooLarge`](ErrorKind::TooLarge); the sender is told that it was not handled.
-    /// [`Io`](ErrorKind::Io) when the sender does not wait any more (`BrokenPipe`), or does not read (`TimedOut`).
+    /// - [`TooLarge`](ErrorKind::TooLarge); the sender gets the report that it was not handled.
+    /// - [`Io`](ErrorKind::Io) if the sender does not wait any more (`BrokenPipe`), or does not read (`TimedOut`).
     pub fn answer(mut self, bytes: &[u8]) -> Result<()> {
         let frame = match protocol::answer(bytes) {
             Ok(frame) => frame,
@@ -154,7 +157,7 @@ impl Drop for Activation {
     fn drop(&mut self) {
         if let Some(connection) = self.connection.take() {
             let says = if std::thread::panicking() { Kind::Failed } else { self.unanswered };
-            // A header always has room on a connection where nothing was written yet.
+            // A header always fits on a connection without earlier writes.
             let _ = stream::send(&connection, &protocol::note(says));
         }
     }

@@ -1,8 +1,10 @@
-//! What `#[single_instance]` calls: taking a name at the start of a function, and saying politely that it is held.
+//! The functions that `#[single_instance]` calls: acquiring a name at the start of a function, and reporting that it is
+//! held.
 //!
-//! Programs need only what is documented here. The rest is for the code that the attribute writes, which takes a name
-//! with `enter`, or with `enter_or_activate` where it has `on_second`, and if that fails leaves the function: `main` by
-//! `exit`, others by returning a [`Refusal`], and those that wait for ever and return something else by `give_up`.
+//! Programs need only the documented items. The rest is for the code that the attribute writes. That code acquires a
+//! name with `enter`, or with `enter_or_activate` if it has `on_second`. If that fails, it leaves the function: `main`
+//! by `exit`, others by returning a [`Refusal`]. Functions that wait for ever and return another type leave by
+//! `give_up`.
 
 use std::io::Write;
 use std::marker::PhantomData;
@@ -13,17 +15,17 @@ use crate::lock::Recovered;
 use crate::named::{NamedGuard, NamedLock, Scope};
 use crate::wait::Wait;
 
-/// How a single-instance `main` exits when the name is held, unless `exit_code` says otherwise: `EX_TEMPFAIL` of
+/// The exit code of a single-instance `main` if the name is held, unless `exit_code` is given: `EX_TEMPFAIL` of
 /// [sysexits.h](https://man7.org/linux/man-pages/man3/sysexits.h.3head.html), "try again later".
 pub const EXIT_HELD: i32 = 75;
 
-/// How a single-instance `main` exits when the name could not be asked for at all: `EX_OSERR` of
+/// The exit code of a single-instance `main` if the name could not be tried at all: `EX_OSERR` of
 /// [sysexits.h](https://man7.org/linux/man-pages/man3/sysexits.h.3head.html).
 pub const EXIT_FAILED: i32 = 71;
 
-/// What a function with `#[single_instance]` returns when the name is held: `Err` of the error, or `None`.
+/// The result of a function with `#[single_instance]` if the name is held: `Err` of the error, or `None`.
 ///
-/// Implement it for a return type of your own that can say so:
+/// Implement it for your own return type that can express this:
 /// ```
 /// use lockkit::instance::Refusal;
 ///
@@ -44,7 +46,7 @@ pub const EXIT_FAILED: i32 = 71;
 ///     Outcome::Done
 /// }
 /// ```
-// The compiler would list these impls, or what they ask for, instead of the notes below, which say it all.
+// The compiler would list these impls, or their bounds, instead of the notes below, which are complete.
 #[diagnostic::on_unimplemented(
     message = "a function with `#[single_instance]` must be able to return that the name is held",
     label = "`{Self}` cannot say that the name is held",
@@ -52,7 +54,7 @@ pub const EXIT_FAILED: i32 = 71;
     note = "or wait for the name with `wait = \"forever\"`, or say what to return with `on_held = path::to::handler`"
 )]
 pub trait Refusal {
-    /// The value that says so.
+    /// Returns the value that reports the error.
     fn refused(error: Error) -> Self;
 }
 
@@ -70,11 +72,11 @@ impl<T> Refusal for Option<T> {
     }
 }
 
-/// What a function that waits for ever returns, `R`, found by inference. Such a function may return anything: it passes
-/// the error on where `R` is a [`Refusal`], and gives up otherwise.
+/// The return type `R` of a function that waits for ever, found by inference. Such a function may return any type: it
+/// passes the error on if `R` is a [`Refusal`], and gives up otherwise.
 ///
-/// `value` is never called: it stands in a `return`, to tell the compiler what `R` is. Then `refuse` is the method here
-/// if `R` is a `Refusal`, for methods of a type go before those of a trait, and that of [`OrGiveUp`] if it is not.
+/// `value` is never called: its `return` only makes the compiler infer `R`. Then `refuse` is the method here if `R` is
+/// a `Refusal`, because methods of a type take precedence over those of a trait. Otherwise it is that of [`OrGiveUp`].
 #[doc(hidden)]
 #[derive(Debug, Default)]
 pub struct Returns<R>(PhantomData<fn() -> R>);
@@ -115,7 +117,7 @@ pub mod standard {
     pub use core::time::Duration;
 }
 
-/// Fails to compile unless `name` keeps the rule of lock names.
+/// Fails to compile unless `name` obeys the rule of lock names.
 #[doc(hidden)]
 #[track_caller]
 pub const fn checked_name(name: &'static str) -> &'static str {
@@ -125,7 +127,7 @@ pub const fn checked_name(name: &'static str) -> &'static str {
     }
 }
 
-/// Takes the name as the attribute's arguments say; `wait` of `None` is for ever.
+/// Acquires the name as the attribute's arguments say; a `wait` of `None` means for ever.
 #[doc(hidden)]
 pub fn enter(name: &'static str, scope: Scope, wait: Option<Duration>) -> Result<NamedGuard> {
     NamedLock::builder(name).scope(scope).build()?.acquire(&wait_for(wait))
@@ -139,19 +141,19 @@ fn wait_for(limit: Option<Duration>) -> Wait {
     }
 }
 
-/// For how long a second start of a program with `on_second` waits for the first to answer, unless `wait` says
-/// otherwise.
+/// The time that a second start of a program with `on_second` waits for the first instance to answer, unless `wait` is
+/// given.
 #[cfg(target_os = "linux")]
 pub const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
-/// What a desktop tells a program that it starts, so that a window may come to the front: the first instance needs it
-/// in place of the second ([xdg-activation](https://wayland.app/protocols/xdg-activation-v1), and
+/// The variables that a desktop gives to a program that it starts, so that a window may come to the front. The first
+/// instance needs them instead of the second ([xdg-activation](https://wayland.app/protocols/xdg-activation-v1), and
 /// [startup notification](https://specifications.freedesktop.org/startup-notification-spec/)).
 #[cfg(target_os = "linux")]
 pub const ACTIVATION_VARIABLES: [&str; 2] = ["XDG_ACTIVATION_TOKEN", "DESKTOP_STARTUP_ID"];
 
-/// Takes the name for a function with `on_second`, or hands this start over to who has it and ends the process. Calls
-/// `on_first` before the first activation is received.
+/// Acquires the name for a function with `on_second`, or hands this start over to the holder of the name and ends the
+/// process. Calls `on_first` before the first activation is received.
 #[cfg(target_os = "linux")]
 #[doc(hidden)]
 pub fn enter_or_activate(
@@ -173,7 +175,7 @@ pub fn enter_or_activate(
     Ok(first)
 }
 
-/// Says on standard error why the program does not start, and exits.
+/// Prints on standard error why the program does not start, and exits.
 #[doc(hidden)]
 pub fn exit(name: &str, error: &Error, exit_held: i32) -> ! {
     if !(error.is_held() || error.is_timeout()) {
@@ -191,13 +193,13 @@ pub fn exit(name: &str, error: &Error, exit_held: i32) -> ! {
     std::process::exit(exit_held)
 }
 
-/// Says on standard error that the previous owner died.
+/// Prints on standard error that the previous owner died.
 #[doc(hidden)]
 pub fn tell_recovered(name: &str, recovered: &Recovered) {
     say(&format!("{name}: the last owner died without releasing it: {recovered}"));
 }
 
-/// For a function that waits for ever and cannot return an error.
+/// Panics, for a function that waits for ever and cannot return an error.
 #[doc(hidden)]
 pub fn give_up(error: &Error) -> ! {
     panic!("#[single_instance] could not take its name: {}", chain(error))

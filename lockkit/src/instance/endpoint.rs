@@ -1,7 +1,7 @@
-//! Where the instances of a program meet: an abstract socket beside the one that is the lock.
+//! The endpoint where the instances of a program meet: an abstract socket in addition to the socket that is the lock.
 //!
-//! Its name belongs to the network namespace and to the effective user, exactly as the lock's does, and no variable of
-//! the environment has a say. Whoever connects, and whoever is connected to, is known by the kernel's word.
+//! Its name belongs to the network namespace and to the effective user, exactly as the lock's does, and no environment
+//! variable changes it. The kernel identifies both ends of each connection.
 
 use rustix::io::Errno;
 
@@ -21,27 +21,27 @@ pub(super) struct Endpoint {
 impl Endpoint {
     pub(super) fn of(name: &str) -> Result<Self> {
         let user = runtime_dir::effective_uid();
-        // Another name than any lock's, and the longest still fits into an address.
+        // Different from any lock's name, and the longest name still fits into an address.
         let socket = format!("lockkit/first/u{user}/{name}");
         let path = format!("@{socket}");
         let address = seqpacket::address(&socket).map_err(|error| Error::io("name", &path, error))?;
         Ok(Self { user, path, address })
     }
 
-    /// The user whose processes meet here.
+    /// Returns the user whose processes meet here.
     pub(super) fn user(&self) -> u32 {
         self.user
     }
 
-    /// The listening socket, unless there is one already.
+    /// Returns the listening socket, or `None` if there is one already.
     pub(super) fn listen(&self) -> Result<Option<ForkGuarded>> {
         stream::listen_at(&self.address).map_err(|error| self.io("bind", error))
     }
 
-    /// A connection to this user's process that listens here; `None` when there is none, or it has too many waiting.
+    /// Connects to this user's process that listens here. Returns `None` if there is none, or if its queue is full.
     ///
     /// # Errors
-    /// `ForeignOwner` when somebody else's listens here.
+    /// `ForeignOwner` if another user's process listens here.
     pub(super) fn connect(&self) -> Result<Option<ForkGuarded>> {
         let connection = match stream::connect(&self.address).map_err(|error| self.io("connect to", error))? {
             Reached::Nobody | Reached::Full => return Ok(None),

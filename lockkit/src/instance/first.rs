@@ -1,4 +1,4 @@
-//! The first instance: it holds the name, and receives what further starts bring.
+//! The first instance: it holds the name, and receives the activations of further starts.
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -20,27 +20,27 @@ use crate::lock::Recovered;
 use crate::named::NamedGuard;
 use crate::wait::{Backoff, Wait};
 
-/// How long the socket of the first instance before may still be there, when its name is already free: while it is
-/// taken apart, or another program is just being started with a copy.
+/// The time that the socket of the previous first instance may still exist when its name is already free: while it is
+/// torn down, or another program is just being started with a copy.
 const MOMENT: Duration = Duration::from_secs(5);
-/// How long the thread of a handler pauses when it could not receive.
+/// The pause of a handler's thread after a failure to receive.
 const REST: Duration = Duration::from_millis(100);
 
-/// The first instance: no other one can be as long as this one is held. Dropping it releases.
+/// The first instance: no other instance can be the first while this one is held. Dropping it releases.
 ///
-/// Activations come in the order in which they have arrived whole, through whichever is most convenient:
-/// - [`on_activation`](Self::on_activation) calls a handler on a thread of its own;
-/// - [`activations`](Self::activations) is an iterator that waits as it is told, or not at all, as a program wants that
-///   has a loop of its own;
+/// Activations arrive in the order in which they are complete, through any of these:
+/// - [`on_activation`](Self::on_activation) calls a handler on its own thread;
+/// - [`activations`](Self::activations) is an iterator that waits as requested, or not at all, for a program with its
+///   own loop;
 /// - `for activation in &first` waits for ever;
 /// - `activations_async` is a stream for tasks, and `next_activation_async` a future (feature `tokio`).
 ///
-/// Several at once share them: each activation goes to one. Until one of them takes activations they wait in the
-/// kernel, and their senders with them.
+/// Several of them at once share the activations: each activation goes to one. Until one of them takes activations,
+/// they wait in the kernel, together with their senders.
 ///
-/// When it is dropped, activations that were not given out go back to their senders, of which one becomes the first
-/// instance. Those that were are still to be answered. A forked child's copy holds nothing and receives nothing, and
-/// programs that are started inherit neither the name nor the socket.
+/// When the first instance is dropped, activations that were not given out go back to their senders, and one sender
+/// becomes the first instance. Activations that were given out must still be answered. A forked child's copy holds
+/// nothing and receives nothing. Started programs inherit neither the name nor the socket.
 ///
 /// ```
 /// use lockkit::{Instance, Wait};
@@ -53,7 +53,7 @@ const REST: Duration = Duration::from_millis(100);
 /// # Ok(()) }
 /// ```
 ///
-/// In a program that has a loop of its own:
+/// In a program that has its own loop:
 ///
 /// ```
 /// use lockkit::{Instance, Wait};
@@ -68,12 +68,12 @@ const REST: Duration = Duration::from_millis(100);
 #[must_use = "dropping it lets another instance be the first"]
 pub struct FirstInstance {
     name: String,
-    /// Closed before the guard releases: whoever is first finds the address free.
+    /// Closed before the guard releases: the next first instance finds the address free.
     reception: Open,
     guard: NamedGuard,
 }
 
-/// A reception that is closed by dropping this, however many threads still wait in it.
+/// A reception that closes when this is dropped, however many threads still wait in it.
 struct Open(Arc<Reception>);
 
 impl Drop for Open {
@@ -83,7 +83,7 @@ impl Drop for Open {
 }
 
 impl FirstInstance {
-    /// Opens the reception of whoever has just taken the name.
+    /// Opens the reception of the process that has just acquired the name.
     pub(super) fn open(name: &str, place: &Endpoint, guard: NamedGuard) -> Result<Self> {
         let until = Instant::now() + MOMENT;
         let mut backoff = Backoff::new();
@@ -91,7 +91,7 @@ impl FirstInstance {
             if let Some(listener) = place.listen()? {
                 break listener;
             }
-            // To know another user there, for which waiting is no help.
+            // Detects another user at the address; waiting does not help against that.
             drop(place.connect()?);
             if Instant::now() >= until {
                 return Err(place.io("bind", Errno::ADDRINUSE));
@@ -102,27 +102,27 @@ impl FirstInstance {
         Ok(Self { name: name.to_owned(), reception: Open(Arc::new(reception)), guard })
     }
 
-    /// The name.
+    /// Returns the name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Whether the first instance before died, and who that was; see [`NamedGuard::recovered`].
+    /// Returns the previous first instance if it died; see [`NamedGuard::recovered`].
     pub fn recovered(&self) -> Option<&Recovered> {
         self.guard.recovered()
     }
 
-    /// The next activation; `None` when none has come within `wait`, or it was cancelled. What its senders have given
-    /// up by now is left out.
+    /// Returns the next activation, or `None` if none has come within `wait`, or `wait` was cancelled. Activations that
+    /// their senders have given up by then are left out.
     ///
     /// # Errors
-    /// [`Io`](crate::ErrorKind::Io) when no descriptor is left to wait for the token of `wait` with.
+    /// [`Io`](crate::ErrorKind::Io) if no descriptor is left to wait for the token of `wait` with.
     pub fn next_activation(&self, wait: &Wait) -> Result<Option<Activation>> {
         Ok(self.reception.0.next(wait)?.map(Activation::new))
     }
 
-    /// As [`next_activation`](Self::next_activation), in a task: the loop of an `async` program. Dropping the future loses
-    /// no activation, so it goes well with `select!`. Answering does not wait for small answers.
+    /// Returns the next activation as [`next_activation`](Self::next_activation) does, in a task: the loop of an
+    /// `async` program. Dropping the future loses no activation, so it works with `select!`. Small answers do not wait.
     ///
     /// ```
     /// use lockkit::{Instance, Wait};
@@ -140,10 +140,11 @@ impl FirstInstance {
     ///
     /// # Errors
     /// [`Unsupported`](crate::ErrorKind::Unsupported) outside of a tokio runtime; those of
-    /// [`next_activation`](Self::next_activation), and [`Io`](crate::ErrorKind::Io) when no descriptor is left to wait with.
+    /// [`next_activation`](Self::next_activation), and [`Io`](crate::ErrorKind::Io) if no descriptor is left to wait
+    /// with.
     ///
     /// # Panics
-    /// Tokio does in a runtime that was built without its drivers for I/O and time; `enable_all` brings them.
+    /// Tokio panics in a runtime that was built without its drivers for I/O and time; `enable_all` adds them.
     #[cfg(feature = "tokio")]
     #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
     pub async fn next_activation_async(&self, wait: &Wait) -> Result<Option<Activation>> {
@@ -151,9 +152,9 @@ impl FirstInstance {
         Ok(self.reception.0.next_async(wait).await?.map(Activation::new))
     }
 
-    /// The activations as they come. Each is waited for as `wait` says, and the iterator ends when none has come by
-    /// then, or [`next_activation`](Self::next_activation) would be an error: with [`Wait::none`] it gives those that
-    /// are there, and with a token it goes on until that is cancelled.
+    /// Returns the activations as they arrive. Each is waited for as `wait` says. The iterator ends when none has come
+    /// by then, or [`next_activation`](Self::next_activation) would return an error. With [`Wait::none`] it gives the
+    /// present activations, and with a token it continues until the token is cancelled.
     ///
     /// ```
     /// use lockkit::{CancelToken, Instance, Wait};
@@ -170,8 +171,8 @@ impl FirstInstance {
         Activations { first: self, wait: wait.clone() }
     }
 
-    /// As [`activations`](Self::activations), in a task: a [`Stream`](futures_core::Stream) that ends where the iterator
-    /// would. Dropping it loses no activation.
+    /// Returns the activations as [`activations`](Self::activations) does, in a task: a
+    /// [`Stream`](futures_core::Stream) that ends where the iterator would. Dropping it loses no activation.
     ///
     /// ```
     /// use lockkit::{CancelToken, Instance, Wait};
@@ -196,13 +197,13 @@ impl FirstInstance {
         ActivationStream { first: self, wait: wait.clone(), next: None }
     }
 
-    /// Calls `handler` with each activation, one after the other, on a thread that ends when this `FirstInstance` is
-    /// dropped and the handler has returned. A handler that takes long lets the next senders wait: it can hand the
-    /// activation on, and it is answered when that is dropped. When it panics, the sender is told that it was not
-    /// handled, and the next activation comes as before.
+    /// Calls `handler` with each activation, one after the other. Its thread ends when this `FirstInstance` is dropped
+    /// and the handler has returned. A slow handler makes the next senders wait. It can hand the activation on, which
+    /// is answered when it is dropped. If the handler panics, the sender gets the report that it was not handled, and
+    /// the next activation follows as before.
     ///
     /// # Errors
-    /// [`Io`](crate::ErrorKind::Io) when no thread can be started.
+    /// [`Io`](crate::ErrorKind::Io) if no thread can be started.
     pub fn on_activation(&self, mut handler: impl FnMut(Activation) + Send + 'static) -> Result<()> {
         let reception = self.reception.0.clone();
         let receive = move || {
@@ -210,7 +211,7 @@ impl FirstInstance {
                 match reception.next(&Wait::forever()) {
                     Ok(Some(arrived)) => drop(catch_unwind(AssertUnwindSafe(|| handler(Activation::new(arrived))))),
                     Ok(None) => break,
-                    // What the system lacks now it may have later.
+                    // A resource that the system lacks now may be available later.
                     Err(_) => thread::sleep(REST),
                 }
             }
@@ -219,10 +220,10 @@ impl FirstInstance {
         started.map(drop).map_err(|error| Error::io("start", "a thread for activations", error))
     }
 
-    /// Releases now and says what went wrong.
+    /// Releases now and reports errors.
     ///
     /// # Errors
-    /// As [`NamedGuard::release`]; it is released all the same.
+    /// As [`NamedGuard::release`]; it is released nevertheless.
     pub fn release(self) -> Result<()> {
         let Self { reception, guard, .. } = self;
         drop(reception);
@@ -268,7 +269,7 @@ impl Iterator for Activations<'_> {
 pub struct ActivationStream<'f> {
     first: &'f FirstInstance,
     wait: Wait,
-    /// The wait for the one that is to come, once somebody has asked for it.
+    /// The wait for the next activation, once the stream has been polled for it.
     next: Option<Next<'f>>,
 }
 

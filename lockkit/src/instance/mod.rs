@@ -1,22 +1,22 @@
-//! Programs of which one instance runs, and further starts that tell it what they were started for.
+//! Single-instance programs, whose further starts send their arguments to the running instance.
 //!
-//! [`Instance::enter`] makes a process the first instance of a name, or a second one that hands its arguments, working
-//! directory, chosen variables and any bytes over to the first, and gets its answer. What the first instance can do with
-//! them stands at [`FirstInstance`], what a second one sends at [`SecondInstance`].
+//! [`Instance::enter`] makes a process the first instance of a name, or a second one. A second instance hands its
+//! arguments, working directory, chosen variables and any bytes over to the first, and gets an answer.
+//! [`FirstInstance`] describes what the first instance can do with them, [`SecondInstance`] what a second one sends.
 //!
-//! A [`NamedLock`] of that name decides who is first; a socket beside it only carries words. So two
-//! are never both first, a first instance that hangs stays the first and costs the others no more than their limit, and
-//! when it ends, however it ends, one of those that wait for its answer becomes the first. An activation is answered, or
-//! an error for its sender, or the sender becomes the first: none is lost.
+//! A [`NamedLock`] of that name decides which process is the first; a second socket only carries messages. So two
+//! processes are never both the first. A first instance that hangs stays the first, and delays the others by no more
+//! than their limit. When it ends, however it ends, one of the instances that wait for its answer becomes the first. No
+//! activation is lost: it is answered, or its sender gets an error, or its sender becomes the first.
 //!
 //! Only processes of the same effective user meet, in one network namespace. In a user namespace that does not map all
-//! users, the number of those that it does not map stands for no user. Linux only.
+//! users, the overflow uid of the unmapped users does not identify a user. Linux only.
 //!
-//! [`single_instance`](crate::single_instance) with `on_second` is all of this around `main`. What it calls is here, too;
-//! programs need only what is documented.
+//! [`single_instance`](crate::single_instance) with `on_second` does all of this around `main`. This module contains
+//! what the attribute calls, too; programs need only the documented items.
 //!
-//! How it works: `place` is where they meet, `wire` what they say, `reception` how the first one listens to many
-//! at once and is not held up by any.
+//! `endpoint` is where the instances meet, `protocol` is their messages, and `server` is how the first instance listens
+//! to many connections at once without being delayed by any.
 
 #[cfg(target_os = "linux")]
 mod activation;
@@ -49,7 +49,7 @@ use self::endpoint::Endpoint;
 #[cfg(target_os = "linux")]
 use crate::{error::Result, named::NamedLock};
 
-/// A process that was started under a name of which one instance runs: the first, or another one.
+/// A process that was started under a single-instance name: the first instance, or another one.
 ///
 /// ```
 /// use lockkit::instance::{Instance, Outcome};
@@ -68,23 +68,24 @@ use crate::{error::Result, named::NamedLock};
 #[cfg(target_os = "linux")]
 #[derive(Debug)]
 pub enum Instance {
-    /// No other one runs.
+    /// No other instance runs.
     First(FirstInstance),
-    /// Another one runs.
+    /// Another instance runs.
     Second(SecondInstance),
 }
 
 #[cfg(target_os = "linux")]
 impl Instance {
-    /// Makes this process the first instance of `name` if there is none, without waiting for one that lives.
+    /// Makes this process the first instance of `name` if there is none, without waiting for a live first instance.
     ///
-    /// The name is that of a [`NamedLock`] for this user, which the first instance holds: take no other lock of that
-    /// name beside it.
+    /// The name is that of a [`NamedLock`] for this user, which the first instance holds: do not acquire another lock
+    /// of that name in addition.
     ///
     /// # Errors
-    /// Those of [`NamedLock::new`] and [`NamedLock::acquire`] but for [`Held`](crate::ErrorKind::Held), which is what
-    /// makes it a second one; [`ForeignOwner`](crate::ErrorKind::ForeignOwner) when another user listens where the
-    /// first instance must, and [`Io`](crate::ErrorKind::Io) when some other program does, or no descriptor is left.
+    /// - Those of [`NamedLock::new`] and [`NamedLock::acquire`] except [`Held`](crate::ErrorKind::Held), which makes
+    ///   this process a second instance.
+    /// - [`ForeignOwner`](crate::ErrorKind::ForeignOwner) if another user listens at the address of the first instance.
+    /// - [`Io`](crate::ErrorKind::Io) if some other program listens there, or no descriptor is left.
     pub fn enter(name: &str) -> Result<Self> {
         let lock = NamedLock::new(name)?;
         let place = Endpoint::of(name)?;

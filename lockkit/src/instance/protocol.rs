@@ -1,7 +1,8 @@
-//! What two instances say to each other, as bytes. No system calls; any bytes are read without harm.
+//! The messages between two instances, as bytes. No system calls; any input is read safely.
 //!
-//! The second connects and sends one request; the first sends one answer back and closes. Both ends stay open until
-//! then: a sender that hangs up has given up. Each is a header of 12 bytes and its content, numbers little-endian:
+//! The second instance connects and sends one request. The first sends one answer back and closes. Both ends stay open
+//! until then: a sender that hangs up has given up. Each message is a header of 12 bytes and its content, numbers
+//! little-endian:
 //! ```text
 //! 0   4 bytes   "lkin"
 //! 4   u16       the version of who sends it; the header is the same in every version
@@ -15,14 +16,14 @@
 //! u32, pairs of texts   the variables: how many, and the name and value of each
 //! text                  the bytes
 //! ```
-//! Nothing may follow it. The content of an answer is its bytes; the other two have none. A reader takes neither more
-//! than the header says nor memory for what has not arrived.
+//! Nothing may follow it. The content of an answer is its bytes; the other two kinds have none. A reader reads no more
+//! than the header says, and allocates no memory for bytes that have not arrived.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
-/// The most bytes that an activation can bring, and that can be its answer: 1 MiB.
+/// The most bytes that an activation can carry, and the most bytes of its answer: 1 MiB.
 ///
 /// ```
 /// fn fits(bytes: &[u8]) -> bool {
@@ -31,8 +32,8 @@ use std::path::PathBuf;
 /// ```
 pub const MOST_BYTES: usize = 1 << 20;
 
-/// The longest content of a request: the arguments and the environment of a process never take more than 6 MiB on
-/// Linux ([execve(2)](https://man7.org/linux/man-pages/man2/execve.2.html)), and the bytes 1 MiB.
+/// The longest content of a request: the arguments and the environment of a process never take more than 6 MiB on Linux
+/// ([execve(2)](https://man7.org/linux/man-pages/man2/execve.2.html)), and the bytes 1 MiB.
 pub(super) const MOST_REQUEST: usize = 8 << 20;
 
 /// Raised when the content of any frame changes.
@@ -40,7 +41,7 @@ const VERSION: u16 = 1;
 const MAGIC: [u8; 4] = *b"lkin";
 const HEADER: usize = 12;
 
-/// What a frame is.
+/// The kind of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub(super) enum Kind {
@@ -60,18 +61,18 @@ impl Kind {
     }
 }
 
-/// Why bytes are no frame, or no request.
+/// The reason why bytes are no frame, or no request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Malformed {
-    /// It does not come from lockkit, or breaks its own form.
+    /// The bytes do not come from lockkit, or violate the format.
     Garbage,
     /// Another version of lockkit sent it.
     Version,
-    /// It is longer than what is allowed.
+    /// It is longer than allowed.
     TooLong,
 }
 
-/// What is too large to be sent.
+/// The part of a message that is too large to be sent.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct TooLarge {
     pub(super) what: &'static str,
@@ -79,7 +80,7 @@ pub(super) struct TooLarge {
     pub(super) most: usize,
 }
 
-/// What a second start tells the first.
+/// The data that a second start sends to the first instance.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Request {
     pub(super) arguments: Vec<OsString>,
@@ -89,7 +90,7 @@ pub(super) struct Request {
 }
 
 impl Request {
-    /// The frame that says it.
+    /// Returns the frame of the request.
     pub(super) fn encode(&self) -> Result<Vec<u8>, TooLarge> {
         check("the bytes of an activation", self.bytes.len(), MOST_BYTES)?;
         let directory = self.directory.as_ref().map(|directory| directory.as_os_str().as_bytes()).unwrap_or_default();
@@ -99,7 +100,7 @@ impl Request {
         let size = texts.fold(2 * NUMBER, |size, text| size.saturating_add(NUMBER + text.len()));
         check("an activation", size, MOST_REQUEST)?;
         let mut frame = header(Kind::Request, size);
-        // What fits into `MOST_REQUEST` fits into its numbers, too.
+        // A request that fits into `MOST_REQUEST` also fits into its numbers.
         let number = |frame: &mut Vec<u8>, number: usize| frame.extend((number as u32).to_le_bytes());
         let text = |frame: &mut Vec<u8>, text: &[u8]| {
             frame.extend((text.len() as u32).to_le_bytes());
@@ -161,7 +162,7 @@ fn header(kind: Kind, length: usize) -> Vec<u8> {
     frame
 }
 
-/// The frame of an answer.
+/// Returns the frame of an answer.
 pub(super) fn answer(bytes: &[u8]) -> Result<Vec<u8>, TooLarge> {
     check("an answer", bytes.len(), MOST_BYTES)?;
     let mut frame = header(Kind::Answer, bytes.len());
@@ -169,7 +170,7 @@ pub(super) fn answer(bytes: &[u8]) -> Result<Vec<u8>, TooLarge> {
     Ok(frame)
 }
 
-/// A frame without content.
+/// Returns a frame without content.
 pub(super) fn note(kind: Kind) -> Vec<u8> {
     header(kind, 0)
 }
@@ -178,7 +179,7 @@ pub(super) fn note(kind: Kind) -> Vec<u8> {
 #[derive(Debug)]
 pub(super) struct Inbox {
     arrived: Vec<u8>,
-    /// The longest content that is taken.
+    /// The longest content that is accepted.
     most: usize,
 }
 
@@ -187,12 +188,12 @@ impl Inbox {
         Self { arrived: Vec::new(), most }
     }
 
-    /// Where to put what arrives.
+    /// Returns the buffer for the arriving bytes.
     pub(super) fn arrived(&mut self) -> &mut Vec<u8> {
         &mut self.arrived
     }
 
-    /// How many bytes are still to come, as far as that is known: 0 when the frame is complete.
+    /// Returns the number of missing bytes, as far as it is known: 0 when the frame is complete.
     pub(super) fn missing(&self) -> Result<usize, Malformed> {
         let known = self.arrived.len().min(MAGIC.len());
         if self.arrived[..known] != MAGIC[..known] {
@@ -211,7 +212,8 @@ impl Inbox {
         };
         let kind = Kind::of(u16::from_le_bytes([k0, k1]));
         let version = u16::from_le_bytes([v0, v1]);
-        // What a newer one says beside requests and answers means no more than that.
+        // `NotUnderstood` is valid from every version. Any other frame of another version only means that the version
+        // differs.
         if version != VERSION && kind != Some(Kind::NotUnderstood) {
             return Err(Malformed::Version);
         }
@@ -223,7 +225,7 @@ impl Inbox {
         }
     }
 
-    /// The complete frame as a request.
+    /// Returns the complete frame as a request.
     pub(super) fn request(&self) -> Result<Request, Malformed> {
         match self.header()? {
             Some((Kind::Request, _)) => Request::decode(&self.arrived[HEADER..]),
@@ -231,7 +233,7 @@ impl Inbox {
         }
     }
 
-    /// The complete frame as an answer.
+    /// Returns the complete frame as an answer.
     pub(super) fn answer(mut self) -> Result<(Kind, Vec<u8>), Malformed> {
         match self.header()? {
             None | Some((Kind::Request, _)) => Err(Malformed::Garbage),
@@ -246,7 +248,7 @@ mod tests {
 
     use super::*;
 
-    /// Reads a frame that arrives in portions of `portion` bytes, and says how many of `bytes` it took.
+    /// Reads a frame that arrives in portions of `portion` bytes. Returns the number of `bytes` that it took.
     fn read(bytes: &[u8], portion: usize, most: usize) -> (Result<Inbox, Malformed>, usize) {
         let mut inbox = Inbox::new(most);
         loop {

@@ -1,4 +1,4 @@
-//! A further instance: it tells the first one what it was started for, or takes its place.
+//! A further instance: it sends its arguments to the first instance, or becomes the first.
 
 use std::ffi::{OsStr, OsString};
 use std::os::fd::AsFd;
@@ -14,12 +14,12 @@ use crate::owner::Owner;
 use crate::sys::stream::{self, Moved};
 use crate::wait::{Backoff, LockInfo, Wait, WaitError, WaitState};
 
-/// How much of an answer is read at a time.
+/// The size of one read of an answer.
 const PORTION: usize = 64 << 10;
 
 /// Another start of a program whose first instance runs.
 ///
-/// Unless told otherwise it sends its arguments, the program itself included, and its working directory.
+/// By default it sends its arguments, including the program itself, and its working directory.
 ///
 /// ```
 /// use std::time::Duration;
@@ -47,29 +47,29 @@ const PORTION: usize = 64 << 10;
 #[must_use = "the first instance knows nothing of this start until `activate`"]
 pub struct SecondInstance {
     lock: NamedLock,
-    /// As of when it entered, like the lock, whoever this process's user is by now.
+    /// As of when it entered, like the lock, whatever this process's user is now.
     place: Box<Endpoint>,
     owner: Option<Owner>,
     request: Request,
 }
 
-/// What came of an activation by a [`SecondInstance`].
+/// The outcome of an activation by a [`SecondInstance`].
 #[derive(Debug)]
 #[must_use = "this process may be the first instance now"]
 pub enum Outcome {
     /// The first instance has handled it, and answered with these bytes.
     Answered(Vec<u8>),
-    /// The first instance has ended meanwhile, and this process is the first one now. What it was started for is its
-    /// own to do, even if the one before died while doing it.
+    /// The first instance has ended in the meantime, and this process is the first one now. This process must do its
+    /// own work, even if the previous first instance died while doing it.
     BecameFirst(FirstInstance),
 }
 
-/// What came of one call.
+/// The outcome of one call.
 enum Call {
     Answered(Vec<u8>),
-    /// Nobody listened, or hung up without an answer.
+    /// There was no listener, or it hung up without an answer.
     Unheard,
-    /// It hung up within its answer: it has handled it.
+    /// The first instance hung up within its answer: it has handled the activation.
     BrokenOff,
 }
 
@@ -80,12 +80,12 @@ impl SecondInstance {
         Self { lock, place: Box::new(place), owner, request }
     }
 
-    /// Who was the first instance when this one [entered](super::Instance::enter), where that is known.
+    /// Returns the first instance when this one [entered](super::Instance::enter), if it is known.
     pub fn owner(&self) -> Option<&Owner> {
         self.owner.as_ref()
     }
 
-    /// Sends these arguments instead of this process's own. They arrive byte by byte as they are.
+    /// Sends these arguments instead of this process's own. They arrive unchanged, byte by byte.
     pub fn arguments<A: Into<OsString>>(mut self, arguments: impl IntoIterator<Item = A>) -> Self {
         self.request.arguments = arguments.into_iter().map(Into::into).collect();
         self
@@ -97,36 +97,39 @@ impl SecondInstance {
         self
     }
 
-    /// Sends these variables of this process's environment, too, as far as they are set.
+    /// Sends these variables of this process's environment in addition, if they are set.
     pub fn variables<N: AsRef<OsStr>>(mut self, names: impl IntoIterator<Item = N>) -> Self {
         let set = |name: N| Some((name.as_ref().to_owned(), std::env::var_os(name)?));
         self.request.variables.extend(names.into_iter().filter_map(set));
         self
     }
 
-    /// Sends these bytes, too: up to [`MOST_BYTES`](super::MOST_BYTES).
+    /// Sends these bytes in addition: up to [`MOST_BYTES`](super::MOST_BYTES).
     pub fn bytes(mut self, bytes: impl Into<Vec<u8>>) -> Self {
         self.request.bytes = bytes.into();
         self
     }
 
-    /// Hands this start over to the first instance, and waits as `wait` says until it has answered. If the first has
-    /// ended, or ends before it answers, this process becomes the first itself; while the first is just starting or
-    /// ending, it waits for what comes of that. Not waiting at all means trying once.
+    /// Hands this start over to the first instance, and waits as `wait` says until it has answered. If the first
+    /// instance has ended, or ends before it answers, this process becomes the first itself. While the first is just
+    /// starting or ending, this process waits for the result. `Wait::none()` means one try.
     ///
-    /// The name decides who is first, never the socket: a first instance that is stopped stays the first. When a first
-    /// one has ended, the kernel may take some time to give its name back, up to a second, and its socket, 5 s at most;
-    /// both may come on top of the wait.
+    /// The name decides which process is the first, never the socket: a first instance that is stopped stays the first.
+    /// After the end of a first instance, the kernel may take up to a second to free its name, and 5 s at most to free
+    /// its socket. Both times may add to the wait.
     ///
-    /// A sender that gives up hangs up, and the first instance drops what it has not begun by then.
+    /// A sender that gives up hangs up, and the first instance drops an activation that it has not begun by then.
     ///
     /// # Errors
-    /// [`NoAnswer`](ErrorKind::NoAnswer) or [`Cancelled`](ErrorKind::Cancelled) as `wait` has it;
-    /// [`NotHandled`](ErrorKind::NotHandled) when the first instance panicked over it, broke its answer off because this
-    /// process did not read it for 5 s, or is of a program with another version of lockkit that does not understand this one; [`TooLarge`](ErrorKind::TooLarge) when the bytes are more
-    /// than [`MOST_BYTES`](super::MOST_BYTES), or all together more than 8 MiB;
-    /// [`ForeignOwner`](ErrorKind::ForeignOwner) when another user listens in the place of the first instance, to whom
-    /// nothing is sent; and those of [`NamedLock::acquire`].
+    /// - [`NoAnswer`](ErrorKind::NoAnswer) or [`Cancelled`](ErrorKind::Cancelled), as `wait` says.
+    /// - [`NotHandled`](ErrorKind::NotHandled) if the first instance panicked over it, or broke off its answer because
+    ///   this process did not read it for 5 s. Also if the first instance has another version of lockkit that does not
+    ///   understand this one.
+    /// - [`TooLarge`](ErrorKind::TooLarge) if the bytes are more than [`MOST_BYTES`](super::MOST_BYTES), or everything
+    ///   together more than 8 MiB.
+    /// - [`ForeignOwner`](ErrorKind::ForeignOwner) if another user listens at the address of the first instance.
+    ///   Nothing is sent to that user.
+    /// - Those of [`NamedLock::acquire`].
     pub fn activate(&self, wait: &Wait) -> Result<Outcome> {
         let frame = match self.request.encode() {
             Ok(frame) => frame,
@@ -142,7 +145,7 @@ impl SecondInstance {
                     Ok(guard) => {
                         return FirstInstance::open(self.lock.name(), &self.place, guard).map(Outcome::BecameFirst);
                     }
-                    // To call again would have it handled twice.
+                    // A second call would make the first instance handle it twice.
                     Err(error) if error.is_held() && matches!(call, Call::BrokenOff) => {
                         return Err(self.problem("it broke off its answer, so it may have handled it after all"));
                     }
@@ -163,7 +166,7 @@ impl SecondInstance {
             match stream::send(&connection, rest).map_err(|error| place.io("send to", error))? {
                 Moved::Bytes(sent) => rest = &rest[sent..],
                 Moved::Nothing => patience.writable(connection.as_fd())?.map_err(gave_up)?,
-                // It may have said why.
+                // The first instance may have sent the reason.
                 Moved::End => break,
             }
         }

@@ -1,15 +1,15 @@
-//! Where the first instance receives: one descriptor to wait for, whatever happens on many connections.
+//! The receiver of the first instance: one descriptor to wait for, with many connections behind it.
 //!
-//! [`Reception::look`] never waits. It takes connections of this user's processes, reads what each has sent so far, and
-//! gives out one complete request at a time; nothing more is read before that. [`Reception::next`] is it with the wait
-//! of every lock around it; a runtime waits for the descriptor itself, for as long as `look` says.
+//! [`Reception::look`] never waits. It accepts connections of this user's processes, reads the bytes that have arrived
+//! so far, and returns one complete request at a time. It reads nothing more before that. [`Reception::next`] adds the
+//! wait that every lock has. An async runtime waits for the descriptor itself, for as long as `look` says.
 //!
-//! What callers can cost is bounded. Another user's is closed at once. At most [`MOST_CALLERS`] are being read at a
-//! time, the others wait in the kernel; each has [`DELIVERY`] to say all it has to say, and when others wait for its
-//! place, who has been silent for [`GRACE`] yields it, the longest silent first. Memory is taken for what has arrived,
-//! never for what a length promises, and one request at a time is taken apart, which may take six times its length, in
-//! texts that are all empty. Whoever is dismissed sees its connection closed, as it does when the first ends, and comes
-//! again if it still wants to.
+//! The cost of callers is bounded. A connection of another user is closed at once. At most [`MOST_CALLERS`] are read at
+//! a time, and the others wait in the kernel. Each caller has [`DELIVERY`] to send its whole request. If other callers
+//! wait for a place, a caller that has been silent for [`GRACE`] is dismissed, the longest silent first. Memory is
+//! allocated for bytes that have arrived, never for an announced length. One request at a time is parsed, which may
+//! take six times its length in memory if all its texts are empty. A dismissed caller sees its connection closed, as at
+//! the end of the first instance, and may connect again.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
@@ -27,21 +27,21 @@ use crate::sys::seqpacket::{self, Peer};
 use crate::sys::stream::{self, Moved, Watched};
 use crate::wait::{Wait, WaitState};
 
-/// How many connections are read at a time.
+/// The number of connections that are read at a time.
 const MOST_CALLERS: usize = 32;
-/// How long a request may take to arrive.
+/// The time that a request may take to arrive.
 const DELIVERY: Duration = Duration::from_secs(5);
-/// How long a caller that says nothing keeps its place when all are taken and another one waits.
+/// The time that a silent caller keeps its place when all places are taken and another caller waits.
 const GRACE: Duration = Duration::from_millis(50);
-/// How long nobody is accepted after the system refused to.
+/// The pause before the next accept after the system refused one.
 const REST: Duration = Duration::from_millis(100);
-/// How much is read from one caller before it is another's turn.
+/// The number of bytes that are read from one caller before the next.
 const PORTION: usize = 64 << 10;
-/// How often somebody who does not want to wait looks again as long as something is coming in: enough for the longest
+/// The number of further looks without a wait, or after its end, while data is arriving: enough for the longest
 /// request.
 const ROUNDS: usize = 4 * protocol::MOST_REQUEST / PORTION;
 
-/// The names of what is watched; those of callers come after them.
+/// The names of the watched descriptors; those of callers come after them.
 const LISTENER: u64 = 0;
 const CLOSED: u64 = 1;
 
@@ -53,12 +53,12 @@ pub(super) struct Arrived {
     pub(super) request: Request,
 }
 
-/// What a look at the reception brought.
+/// The result of a look at the reception.
 pub(super) enum Look {
     Arrived(Box<Arrived>),
-    /// Nothing yet, though something moved.
+    /// No request yet, but some data or connection arrived.
     Moved,
-    /// Nothing, until the descriptor can be read or the time has passed.
+    /// Nothing, until the descriptor is readable or the time has passed.
     Nothing(Duration),
     /// The reception is closed.
     Closed,
@@ -66,10 +66,10 @@ pub(super) enum Look {
 
 pub(super) struct Reception {
     watched: Watched,
-    /// Wakes whoever waits when the reception closes.
+    /// Wakes the waiters when the reception closes.
     closed: Event,
     desk: Mutex<Option<Desk>>,
-    /// The process that receives: a forked child has a copy, and perhaps of a locked mutex.
+    /// The process that receives. A forked child has a copy, possibly with a locked mutex.
     generation: u32,
 }
 
@@ -77,9 +77,9 @@ struct Desk {
     listener: ForkGuarded,
     /// The user whose processes may call.
     user: u32,
-    /// Until when the listener is not watched.
+    /// The listener is not watched until this moment.
     rests_until: Option<Instant>,
-    /// In the order in which they came, and so of their ids.
+    /// In the order of arrival, and so of their ids.
     callers: Vec<Caller>,
     next_id: u64,
 }
@@ -87,7 +87,7 @@ struct Desk {
 struct Caller {
     id: u64,
     since: Instant,
-    /// When something came from it last.
+    /// The time of the last data from the caller.
     heard: Instant,
     connection: ForkGuarded,
     sender: Peer,
@@ -111,7 +111,7 @@ impl Reception {
         self.generation != fork::generation()
     }
 
-    /// Closes every connection that was not given out, and wakes whoever waits here.
+    /// Closes every connection that was not given out, and wakes the waiters.
     pub(super) fn close(&self) {
         if !self.is_copy() {
             drop(self.desk.lock().take());
@@ -119,7 +119,8 @@ impl Reception {
         }
     }
 
-    /// The next request that somebody still waits to have answered; `None` when `wait` is over or the reception closed.
+    /// Returns the next request whose sender still waits for an answer, or `None` if `wait` is over or the reception
+    /// closed.
     pub(super) fn next(&self, wait: &Wait) -> Result<Option<Arrived>> {
         let mut looking = Looking::new(self, wait);
         loop {
@@ -128,14 +129,15 @@ impl Reception {
                 Found::Nothing => return Ok(None),
                 Found::More => {}
                 Found::Later(patience, pause) => {
-                    // When the time is over, what has come meanwhile is still looked at.
+                    // At the deadline, the data that has arrived meanwhile is still read.
                     let _ = patience.wait(Some(self.as_fd()), pause)?;
                 }
             }
         }
     }
 
-    /// As [`next`](Self::next), in a task. Dropping the future loses nothing: what was not given out is still here.
+    /// Returns the next request as [`next`](Self::next) does, in a task. Dropping the future loses nothing: requests
+    /// that were not given out are still here.
     #[cfg(feature = "tokio")]
     pub(super) async fn next_async(&self, wait: &Wait) -> Result<Option<Arrived>> {
         let mut looking = Looking::new(self, wait);
@@ -143,10 +145,10 @@ impl Reception {
             match looking.again()? {
                 Found::Arrived(arrived) => return Ok(Some(*arrived)),
                 Found::Nothing => return Ok(None),
-                // However much comes in, it is the other tasks' turn.
+                // Other tasks must run, however much data arrives.
                 Found::More => tokio::task::yield_now().await,
                 Found::Later(patience, pause) => {
-                    // One of its own: a reactor takes a descriptor once, and several tasks may wait here.
+                    // A separate descriptor: a reactor registers a descriptor once, and several tasks may wait here.
                     let own = ForkGuarded::new(|| rustix::io::fcntl_dupfd_cloexec(self.as_fd(), 0));
                     let own = own.map_err(|error| Error::io("wait for", "activations", error))?;
                     let _ = patience.wait_async(blocking::readable(Some(own.as_fd())), pause).await?;
@@ -155,7 +157,7 @@ impl Reception {
         }
     }
 
-    /// Does what can be done without waiting.
+    /// Does the work that needs no waiting.
     pub(super) fn look(&self) -> Result<Look> {
         if self.is_copy() {
             return Ok(Look::Closed);
@@ -165,41 +167,41 @@ impl Reception {
         desk.work(&self.watched).map_err(|error| Error::io("receive", "activations", error))
     }
 
-    /// Watches the listener in any case. Whoever sleeps on here knows nothing of a rest that has begun since.
+    /// Watches the listener in any case: a remaining waiter does not know of a pause that has begun since.
     fn leave(&self) {
         if self.is_copy() {
             return;
         }
         if let Some(desk) = self.desk.lock().as_mut() {
-            // Where that fails, the next look says so.
+            // If it fails, the next look reports it.
             let _ = desk.end_rest(&self.watched);
         }
     }
 }
 
-/// Can be read when [`Reception::look`] has something to do.
+/// Readable when [`Reception::look`] has work to do.
 impl AsFd for Reception {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.watched.as_fd()
     }
 }
 
-/// Looking again and again, for as long as a [`Wait`] says.
+/// Repeated looks, for as long as a [`Wait`] says.
 struct Looking<'w> {
     reception: &'w Reception,
     wait: &'w Wait,
     patience: Option<WaitState>,
-    /// How often it has looked again although the time was over, because something was coming in.
+    /// The number of further looks after the deadline, because data was arriving.
     rounds: usize,
 }
 
 enum Found<'l> {
     Arrived(Box<Arrived>),
-    /// And nothing will be waited for.
+    /// There is nothing, and nothing to wait for.
     Nothing,
-    /// To be looked at again at once.
+    /// Look again at once.
     More,
-    /// To be looked at again after a pause, or when the descriptor can be read.
+    /// Look again after a pause, or when the descriptor is readable.
     Later(&'l WaitState, Duration),
 }
 
@@ -228,7 +230,7 @@ impl<'w> Looking<'w> {
     }
 }
 
-/// Also when its future is dropped.
+/// Also runs when the future is dropped.
 impl Drop for Looking<'_> {
     fn drop(&mut self) {
         self.reception.leave();
@@ -236,15 +238,15 @@ impl Drop for Looking<'_> {
 }
 
 impl Desk {
-    /// Takes what has come in, a portion from each, until one request is complete. The others stay in the kernel, so
-    /// that the descriptor can still be read by whoever else waits for it.
+    /// Reads the arrived data, a portion from each caller, until one request is complete. The other data stays in the
+    /// kernel, so that the descriptor stays readable for other waiters.
     fn work(&mut self, watched: &Watched) -> Io<Look> {
         let now = Instant::now();
         if self.rests_until.is_some_and(|until| now >= until) {
             self.end_rest(watched)?;
         }
         let (mut moved, mut is_called) = (false, false);
-        // What has come from those who are here goes before what time and others want of them.
+        // Data of the present callers comes before timeouts and new callers.
         for id in watched.ready()? {
             match id {
                 LISTENER => is_called = true,
@@ -266,7 +268,7 @@ impl Desk {
         Ok(if moved { Look::Moved } else { Look::Nothing(self.pause()) })
     }
 
-    /// Whether anybody was let in: strangers shall not keep it busy.
+    /// Accepts callers. Returns whether one was admitted: connections of other users must not keep the receiver busy.
     fn accept(&mut self, watched: &Watched, now: Instant) -> Io<bool> {
         let mut is_admitted = false;
         for _ in 0..MOST_CALLERS {
@@ -279,7 +281,7 @@ impl Desk {
             match stream::accept(&self.listener) {
                 Ok(Some(connection)) => is_admitted |= self.admit(watched, connection, now),
                 Ok(None) => break,
-                // No descriptor is left, mostly.
+                // Usually no descriptor is left.
                 Err(_) => {
                     self.rest(watched, now + REST)?;
                     break;
@@ -289,7 +291,8 @@ impl Desk {
         Ok(is_admitted)
     }
 
-    /// Dismisses who has been silent for longest; or says when to try again, if nobody has been for long enough.
+    /// Dismisses the caller that has been silent for longest. Returns when to try again if none has been silent for
+    /// long enough.
     fn make_room(&mut self, watched: &Watched, now: Instant) -> Option<Instant> {
         loop {
             let (at, silent) = self.callers.iter_mut().enumerate().min_by_key(|(_, caller)| caller.heard)?;
@@ -301,7 +304,7 @@ impl Desk {
                 self.dismiss(watched, at);
                 return None;
             }
-            // It is not its fault that nobody has listened.
+            // The data of this caller was not read yet, so it does not count as silent.
             silent.heard = now;
         }
     }
@@ -331,8 +334,8 @@ impl Desk {
         watched.pause(&*self.listener, LISTENER, true)
     }
 
-    /// The request that is complete with what has come from this caller, if its sender is still there: one that has
-    /// given up has told its user so.
+    /// Returns the request that is complete with the data from this caller, if its sender is still there: a sender that
+    /// has given up has already reported that to its user.
     fn read(&mut self, watched: &Watched, id: u64, now: Instant) -> Option<Arrived> {
         let at = self.callers.binary_search_by_key(&id, |caller| caller.id).ok()?;
         let Caller { connection, inbox, heard, .. } = &mut self.callers[at];
@@ -366,16 +369,16 @@ impl Desk {
         }
     }
 
-    /// Takes a caller from its place; dropping it closes the connection.
+    /// Removes a caller; dropping it closes the connection.
     fn dismiss(&mut self, watched: &Watched, at: usize) -> Option<Caller> {
         let caller = self.callers.remove(at);
-        // Its place, and its descriptor, may be what another one waits for.
+        // Another caller may wait for the place or the descriptor of this one.
         self.rests_until = self.rests_until.map(|_| Instant::now());
-        // By hand, for a program that is being started may have a copy of the descriptor for a moment.
+        // Explicitly, because a program that is being started may briefly have a copy of the descriptor.
         watched.leave_out(&*caller.connection).is_ok().then_some(caller)
     }
 
-    /// How long nothing needs to be done unless something comes.
+    /// Returns how long no work is due unless data arrives.
     fn pause(&self) -> Duration {
         let late = self.callers.first().map(|oldest| oldest.since + DELIVERY);
         let next = late.into_iter().chain(self.rests_until).min();

@@ -21,21 +21,21 @@ const UNREADABLE: Duration = Duration::from_secs(2);
 const RETRY_LIMIT: u32 = 4;
 const RETRY_DELAY: Duration = Duration::from_millis(25);
 
-/// A store that keeps a shorter ttl than this can be asked every [`HEARTBEAT`].
+/// A store that keeps a shorter ttl than this can process a request every [`HEARTBEAT`].
 const QUICK: Duration = Duration::from_secs(1);
 
-/// The shortest ttl: below it, what is taken off for safety and the time of a request leave nothing.
+/// The shortest ttl. Below it, the safety margin and the time of a request leave nothing.
 pub(super) const SMALLEST_TTL: Duration = Duration::from_millis(30);
 /// The shortest interval of a repeated action. A shorter interval would use a whole processor.
 const SMALLEST_PERIOD: Duration = Duration::from_millis(1);
-/// The longest ttl: whoever needs a longer one does not need a lease.
+/// The longest ttl. A lock that needs a longer ttl does not need a lease.
 pub(super) const LONGEST_TTL: Duration = Duration::from_secs(365 * 86_400);
 
-/// An error of the program's own, made anew for each time that it is needed.
+/// An error of the program's own, created for each use.
 pub(super) type HeldError = Arc<dyn Fn() -> Box<dyn std::error::Error + Send + Sync> + Send + Sync>;
 pub(super) type OnLost = Arc<dyn Fn(&Loss) + Send + Sync>;
 
-/// What a lease was built with, found consistent.
+/// The options of a lease, which passed the checks of [`LeaseBuilder::build`].
 pub(super) struct Options {
     pub(super) ttl: Duration,
     pub(super) heartbeat: Duration,
@@ -45,7 +45,7 @@ pub(super) struct Options {
     pub(super) retry_limit: u32,
     pub(super) retry_delay: Duration,
     pub(super) clock: Arc<dyn Clock>,
-    /// Its [`shared_id`](Clock::shared_id), which costs system calls.
+    /// The [`shared_id`](Clock::shared_id) of the clock, kept here because a call costs system calls.
     pub(super) clock_id: Option<u128>,
 }
 
@@ -55,9 +55,9 @@ impl Options {
     }
 }
 
-/// Makes a [`Lease`]; see [`Lease::file`], [`Lease::connect`] and [`Lease::with_store`].
+/// A builder of a [`Lease`]; see [`Lease::file`], [`Lease::connect`] and [`Lease::with_store`].
 ///
-/// With all that fits a file, in one place:
+/// All options for a file:
 ///
 /// ```
 /// # fn main() -> lockkit::Result<()> {
@@ -68,11 +68,11 @@ impl Options {
 /// use lockkit::lease::SystemClock;
 ///
 /// let lease = Lease::file(&path)
-///     .ttl(Duration::from_secs(10)) // Given to another after so long without a beat,
-///     .heartbeat(Duration::from_secs(2)) // which is sent so often.
-///     .acquire_retry_limit(5) // Asks so often again where the store fails,
-///     .acquire_retry_delay(Duration::from_millis(100)) // so long after each other.
-///     .invalid_pid_lock_stale_threshold(Duration::from_secs(2)) // A damaged record is reclaimed after so long.
+///     .ttl(Duration::from_secs(10)) // Another process may take over this long after the last renewal.
+///     .heartbeat(Duration::from_secs(2)) // The interval between renewals.
+///     .acquire_retry_limit(5) // Repeats a failed request this often,
+///     .acquire_retry_delay(Duration::from_millis(100)) // with this pause in between.
+///     .invalid_pid_lock_stale_threshold(Duration::from_secs(2)) // A damaged record is reclaimed after this time.
 ///     .file_write_mode(0o640)
 ///     .create_parents()
 ///     .directory_write_mode(0o750)
@@ -100,11 +100,11 @@ pub struct LeaseBuilder {
     create_parents: bool,
 }
 
-/// Where the record is kept.
+/// The location of the record.
 pub(super) enum Location {
     File(PathBuf),
     Store(Arc<dyn LeaseStore>, String),
-    /// One of these, as a URL says.
+    /// A URL that leads to one of these.
     Url(String),
 }
 
@@ -139,29 +139,30 @@ impl LeaseBuilder {
         }
     }
 
-    /// How long the lease lasts after its last renewal; 3 seconds unless told otherwise, or the shortest that the store
-    /// can keep, if that is longer. Who wants the lease waits as long for a holder that is silent.
+    /// Sets how long the lease lasts after its last renewal. The default is 3 seconds, or the shortest ttl of the store
+    /// if that is longer. A waiter waits this long for a silent holder.
     ///
-    /// Another store of this process that hangs may take a quarter of the shortest ttl until the beats go on, at most
-    /// half a second: of a ttl below some 50 ms more than that is lost, and of several that hang at once, as often.
+    /// If another store of this process hangs, renewals may stop for a quarter of the shortest ttl, at most half a
+    /// second. With a ttl below some 50 ms they stop for longer. If several stores hang at once, each of them adds this
+    /// time.
     #[doc(alias = "lease_stale_threshold")]
     pub fn ttl(mut self, ttl: Duration) -> Self {
         self.ttl = Some(ttl);
         self
     }
 
-    /// The interval between renewals: at least 1 ms, at most a third of the ttl. The default is 250 ms. It is a quarter of
-    /// the ttl if that is shorter, or if the store keeps no ttl below one second.
+    /// Sets the interval between renewals: at least 1 ms, at most a third of the ttl. The default is 250 ms. It is a
+    /// quarter of the ttl if that is shorter, or if the store keeps no ttl below one second.
     #[doc(alias = "lease_heartbeat_interval")]
     pub fn heartbeat(mut self, heartbeat: Duration) -> Self {
         self.heartbeat = Some(heartbeat);
         self
     }
 
-    /// What to call when a held lease is lost: once for each loss, and not at a release. The losses of a process are
-    /// told one after the other by a thread that is started for them (the heartbeat's if none can be). So it may take
-    /// its time, but who has more leases is told of the next only when it returns. A panic in it is caught and ends
-    /// there.
+    /// Sets the callback for the loss of a held lease. It runs once for each loss, and not at a release. A thread that
+    /// is started for losses reports the losses of a process one after the other; if no thread can be started, the
+    /// heartbeat thread does. So the callback may take its time, but the next loss is reported only when the callback
+    /// returns. A panic in the callback is caught and has no further effect.
     ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {
@@ -179,9 +180,9 @@ impl LeaseBuilder {
         self
     }
 
-    /// Renews the lease only while [`progress`](super::LeaseGuard::progress) has been called within this time, first
-    /// counted from the acquisition. So a worker that hangs loses its lease, a ttl after it stopped being renewed,
-    /// instead of keeping it for as long as its process lives.
+    /// Renews the lease only while [`progress`](super::LeaseGuard::progress) has been called within this time, which
+    /// first counts from the acquisition. A worker that hangs then loses its lease a ttl after the last renewal, and
+    /// does not keep it for as long as its process lives.
     ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {
@@ -203,8 +204,8 @@ impl LeaseBuilder {
         self
     }
 
-    /// An error of the program's own, for when the lease is held by somebody else and the caller does not wait. It
-    /// becomes the source of the [`Held`](ErrorKind::Held) error, which stays one.
+    /// Sets an error of the program's own, for a lease that another owner holds when the caller does not wait. That
+    /// error becomes the source of the [`Held`](ErrorKind::Held) error; the kind stays `Held`.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -237,38 +238,39 @@ impl LeaseBuilder {
         self
     }
 
-    /// How often in a row an attempt is repeated that the store refused, or did not answer, before acquiring fails; 4
-    /// times unless told otherwise. Finding the lease held is no failure.
+    /// Sets how often in a row an attempt is repeated that the store refused or did not answer, before acquiring fails.
+    /// The default is 4 times. Finding the lease held is no failure.
     pub fn acquire_retry_limit(mut self, limit: u32) -> Self {
         self.retry_limit = limit;
         self
     }
 
-    /// The pause between such attempts, and between looks at a held lease where nothing wakes the waiter: at least 1 ms,
-    /// by default 25 ms.
+    /// Sets the pause between such attempts, and the poll interval at a held lease if nothing wakes the waiter: at
+    /// least 1 ms, by default 25 ms.
     pub fn acquire_retry_delay(mut self, delay: Duration) -> Self {
         self.retry_delay = delay;
         self
     }
 
-    /// For a file: how long a blank file (empty, or zeros) or a damaged lease counts as held. At least a heartbeat; the
-    /// default is 2 seconds, or two heartbeats if that is longer.
+    /// Sets, for a file, how long a blank file (empty, or zeros) or a damaged lease counts as held. At least a
+    /// heartbeat; the default is 2 seconds, or two heartbeats if that is longer.
     ///
     /// The file must be unchanged for this time. The process observes that on its own clock. The times of the file are
-    /// evidence, too, less an hour on a file system of another machine. A live holder repairs the record at its next heartbeat. If the holder is
-    /// stopped when the record is damaged, it can overlap with the next holder by the difference of its ttl and this time.
+    /// evidence, too, less an hour on a file system of another machine. A live holder repairs the record at its next
+    /// heartbeat. A holder that is stopped when the record is damaged can overlap with the next holder, by the
+    /// difference of its ttl and this time.
     pub fn invalid_pid_lock_stale_threshold(mut self, age: Duration) -> Self {
         self.unreadable = Some(age);
         self
     }
 
-    /// For a file: the exact permissions of a new file, independent of the umask. The default is 0600, less the umask. The
-    /// mode must let the owner read and write.
+    /// Sets, for a file, the exact permissions of a new file, independent of the umask. The default is 0600, less the
+    /// umask. The mode must let the owner read and write.
     ///
     /// A mode that lets the group or others write shares the lease between users: this lease then also accepts the file
-    /// of another user, if that file lets the same class write. Otherwise the file of another user than this one or root
-    /// is [`ForeignOwner`](ErrorKind::ForeignOwner). Share a lease only with users that you trust: they can write any
-    /// record. A user who can only read the file can lock it, which prevents renewals.
+    /// of another user, if that file lets the same class write. Otherwise the file of another user than this one or
+    /// root is [`ForeignOwner`](ErrorKind::ForeignOwner). Share a lease only with users that you trust: they can write
+    /// any record. A user with only read permission can lock the file, which prevents renewals.
     ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {
@@ -281,35 +283,35 @@ impl LeaseBuilder {
         self
     }
 
-    /// For a file: the exact permissions of the directories that [`create_parents`](Self::create_parents) creates,
-    /// independent of the umask. The default is 0700, less the umask.
+    /// Sets, for a file, the exact permissions of the directories that [`create_parents`](Self::create_parents)
+    /// creates, independent of the umask. The default is 0700, less the umask.
     pub fn directory_write_mode(mut self, mode: u32) -> Self {
         self.directory_mode = Some(mode);
         self
     }
 
-    /// For a file: creates missing parent directories. A release does not remove them. By default a missing directory is
-    /// an [`Io`](ErrorKind::Io) error of the kind `NotFound` that names the directory.
+    /// Creates, for a file, missing parent directories. A release does not remove them. By default a missing directory
+    /// is an [`Io`](ErrorKind::Io) error of the kind `NotFound` that names the directory.
     pub fn create_parents(mut self) -> Self {
         self.create_parents = true;
         self
     }
 
-    /// The clock to count by; [`SystemClock`] unless told otherwise.
+    /// Sets the clock of the lease; by default [`SystemClock`].
     pub fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
         self.clock = clock;
         self
     }
 
-    /// The lease. Nothing is taken or made yet.
+    /// Builds the lease. Acquires and creates nothing yet.
     ///
     /// # Errors
-    /// [`InvalidOption`](ErrorKind::InvalidOption) when the options do not go together, with the reason;
-    /// [`InvalidName`](ErrorKind::InvalidName) for a key that is empty, longer than 200 bytes or has control
-    /// characters; [`InvalidUrl`](ErrorKind::InvalidUrl) for a URL that is not right, and
-    /// [`Unsupported`](ErrorKind::Unsupported) for one of an engine that this build of lockkit does not have;
-    /// [`Io`](ErrorKind::Io) when the path of a file is empty, or the working directory of a relative one is
-    /// gone.
+    /// - [`InvalidOption`](ErrorKind::InvalidOption) with the reason if the options do not go together.
+    /// - [`InvalidName`](ErrorKind::InvalidName) for a key that is empty, longer than 200 bytes or has control
+    ///   characters.
+    /// - [`InvalidUrl`](ErrorKind::InvalidUrl) for an invalid URL.
+    /// - [`Unsupported`](ErrorKind::Unsupported) for the URL of an engine that this build of lockkit does not have.
+    /// - [`Io`](ErrorKind::Io) if the path of a file is empty, or if it is relative and the working directory is gone.
     pub fn build(mut self) -> Result<Lease> {
         if let Location::Url(url) = &self.place {
             self.place = connect::place(url)?;
@@ -337,7 +339,9 @@ impl LeaseBuilder {
         })?;
         if let Some(within) = self.progress {
             refuse_if(within < heartbeat, "require_progress", || {
-                format!("{within:?} is shorter than a heartbeat, {heartbeat:?}, and nobody would notice in time")
+                format!(
+                    "{within:?} is shorter than a heartbeat, {heartbeat:?}, so that the loss would be noticed too late"
+                )
             })?;
         }
         refuse_if(self.retry_delay < SMALLEST_PERIOD, "acquire_retry_delay", || {
@@ -348,9 +352,7 @@ impl LeaseBuilder {
         })?;
         let unreadable = self.unreadable.unwrap_or(UNREADABLE.max(heartbeat * 2));
         refuse_if(unreadable < heartbeat, "invalid_pid_lock_stale_threshold", || {
-            format!(
-                "{unreadable:?} is shorter than a heartbeat, {heartbeat:?}, at which its holder would write it anew"
-            )
+            format!("{unreadable:?} is shorter than a heartbeat, {heartbeat:?}, at which its holder repairs it")
         })?;
         for (option, mode, least) in
             [("file_write_mode", self.file_mode, 0o600), ("directory_write_mode", self.directory_mode, 0o700)]
@@ -418,7 +420,7 @@ impl fmt::Debug for LeaseBuilder {
         let place: &dyn fmt::Debug = match &self.place {
             Location::File(path) => path,
             Location::Store(_, key) => key,
-            // Not the URL, which may have a password in it.
+            // The URL is not shown, because it may contain a password.
             Location::Url(_) => &"a URL",
         };
         let mut shown = f.debug_struct("LeaseBuilder");
@@ -430,13 +432,13 @@ fn refuse_if(wrong: bool, option: &'static str, problem: impl FnOnce() -> String
     if wrong { Err(ErrorKind::InvalidOption { option, problem: problem() }.into()) } else { Ok(()) }
 }
 
-/// The next whole multiple of `step`.
+/// Rounds `ttl` up to a whole multiple of `step`.
 fn whole_steps(ttl: Duration, step: Duration) -> Duration {
     let step = step.as_nanos().max(1);
     u64::try_from(ttl.as_nanos().div_ceil(step) * step).map_or(ttl, Duration::from_nanos)
 }
 
-/// One for all leases, so that they are told to count by the same.
+/// Returns one clock for all leases, so that all leases count by the same clock.
 fn system_clock() -> Arc<dyn Clock> {
     static CLOCK: LazyLock<Arc<dyn Clock>> = LazyLock::new(|| Arc::new(SystemClock));
     CLOCK.clone()

@@ -1,8 +1,8 @@
-//! The clocks by which leases are counted.
+//! The clocks that leases use.
 //!
-//! A lease is a promise about time, so the clock must not be one that somebody sets, and must go on while the machine
-//! sleeps: a holder that slept for an hour must find its lease gone. No two processes compare their clocks; each only
-//! measures how long something has been as it is on its own.
+//! A lease is a promise about time. So no user must be able to set its clock, and the clock must run while the machine
+//! sleeps: a holder that slept for an hour must find its lease lost. No two processes compare their clocks. Each
+//! process only measures, on its own clock, how long something has been unchanged.
 
 use std::fmt;
 use std::mem;
@@ -14,11 +14,11 @@ use parking_lot::Mutex;
 
 use crate::sys::{clock, process};
 
-/// What a lease reads the time from.
+/// The source of time of a lease.
 ///
-/// Programs need [`SystemClock`], which every lease has unless told otherwise; tests need [`ManualClock`].
+/// Programs need [`SystemClock`], the default of every lease; tests need [`ManualClock`].
 ///
-/// One that goes twice as fast as the system's:
+/// A clock that runs twice as fast as the system's:
 ///
 /// ```
 /// use std::task::Waker;
@@ -40,24 +40,24 @@ use crate::sys::{clock, process};
 /// # assert!(Fast.now() > SystemClock.now() && Fast.shared_id().is_none());
 /// ```
 pub trait Clock: fmt::Debug + Send + Sync {
-    /// How long it is since some moment that stays the same as long as the clock lives. Never goes back.
+    /// Returns the time since some moment that stays the same for the life of the clock. Never goes back.
     fn now(&self) -> Duration;
 
-    /// Wakes `sleeper` at the next jump, for a clock that jumps: who sleeps until a moment of this clock has counted
-    /// on it to run as time does. Once; the sleeper asks anew before it reads the clock and sleeps again.
+    /// Wakes `sleeper` at the next jump, if the clock can jump, because a sleeper assumes that the clock runs as time
+    /// does. The registration is for one jump. The sleeper registers again before it reads the clock and sleeps again.
     fn on_jump(&self, _sleeper: &Waker) {}
 
-    /// What tells the clock that other processes read, too, from every other one; `None` for a clock of this process's
-    /// own, which is what it is unless told otherwise. Two readings under the same id can be compared, and leases of
-    /// one process whose clocks have the same are counted by any of them.
+    /// Returns the id of a clock that other processes read, too, which distinguishes it from every other clock. `None`,
+    /// the default, means a clock of this process only. Two readings under the same id can be compared. Leases of one
+    /// process whose clocks have the same id may be counted by any of these clocks.
     fn shared_id(&self) -> Option<u128> {
         None
     }
 }
 
-/// The time since the machine started, that asleep included: `CLOCK_BOOTTIME` of [clock_gettime(2)] on Linux and
-/// Android, the interrupt time on Windows, `CLOCK_MONOTONIC_RAW` on macOS, and `CLOCK_MONOTONIC` on the BSDs, of which
-/// only OpenBSD's counts sleep in every version.
+/// The time since the machine started, including sleep: `CLOCK_BOOTTIME` of [clock_gettime(2)] on Linux and Android,
+/// the interrupt time on Windows, `CLOCK_MONOTONIC_RAW` on macOS, and `CLOCK_MONOTONIC` on the BSDs. Of the BSDs, only
+/// OpenBSD's clock counts sleep in every version.
 ///
 /// ```
 /// use lockkit::lease::{Clock, SystemClock};
@@ -80,7 +80,7 @@ impl Clock for SystemClock {
     }
 }
 
-/// A clock that stands still until it is told to go on, for tests without sleeping. Clones are the same clock.
+/// A clock that moves only by [`advance`](Self::advance), for tests without sleeping. Clones are the same clock.
 ///
 /// ```
 /// use std::time::Duration;
@@ -99,12 +99,12 @@ struct Manual {
 }
 
 impl ManualClock {
-    /// A clock that stands at zero.
+    /// Creates a clock at zero.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Lets `step` pass at once, and wakes who sleeps by this clock.
+    /// Advances the clock by `step` at once, and wakes the sleepers of this clock.
     pub fn advance(&self, step: Duration) {
         let sleepers = {
             let mut manual = self.0.lock();

@@ -1,7 +1,7 @@
-//! Leases by URL: which engine a URL is of, the name of the lease in it, and one store for all leases of a server.
+//! Leases by URL: the engine of a URL, the name of the lease in it, and one store for all leases on a server.
 //!
-//! What lockkit reads of a URL itself is where the lease's name stands; all else is the engine's own form. The name is
-//! the parameter `lease`, or else the path, less a first part that the engine takes for itself.
+//! lockkit itself reads only the lease's name from a URL; the rest has the engine's own form. The name is the parameter
+//! `lease`, or else the path, less a first part that the engine takes for itself.
 
 #[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
 use std::collections::HashMap;
@@ -20,7 +20,7 @@ use crate::sys::files;
 #[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
 use crate::sys::per_process::PerProcess;
 
-/// Where the lease at `url` is kept. Connects to nothing.
+/// Returns where the lease at `url` is kept. Opens no connection.
 pub(super) fn place(url: &str) -> Result<Location> {
     let Some((scheme, rest)) = url.split_once("://") else {
         return Err(invalid(url, "it has no scheme; write it as file:///path, etcd://…, postgres://… or redis://…"));
@@ -38,14 +38,14 @@ pub(super) fn place(url: &str) -> Result<Location> {
         "postgres" | "postgresql" => {
             Err(left_out("a postgres:// lease in a build of lockkit without its feature `postgres`"))
         }
-        // So it is here, where it is a number and more follows.
+        // The first part of the path is the database here, too, if it is a number and more follows.
         #[cfg(feature = "redis")]
         "redis" | "rediss" | "valkey" | "valkeys" => {
             let first = Parts::of(url).path.split('/').nth(1).unwrap_or_default();
             let has_database = !first.is_empty() && first.bytes().all(|byte| byte.is_ascii_digit());
             in_store(url, usize::from(has_database), engine::redis::open)
         }
-        // All of the path is the socket's.
+        // The whole path is the socket's.
         #[cfg(feature = "redis")]
         "redis+unix" | "valkey+unix" => in_store(url, usize::MAX, engine::redis::open),
         #[cfg(not(feature = "redis"))]
@@ -56,11 +56,12 @@ pub(super) fn place(url: &str) -> Result<Location> {
     }
 }
 
-/// The error that says what is wrong with a URL, which is shown without its credentials and parameters.
+/// Returns the error for an invalid URL, which is shown without its credentials and parameters.
 pub(super) fn invalid(url: &str, problem: impl Into<String>) -> Error {
     let (scheme, rest) = url.split_once("://").map_or((None, url), |(scheme, rest)| (Some(scheme), rest));
     let (head, tail) = rest.split_at(rest.find(['?', '#']).unwrap_or(rest.len()));
-    // With an @ only after those, what is before it may be a password, and so is what the problem quotes of it.
+    // If an @ comes only after a ? or #, the text before the @ may be a password, and so may a quotation in the
+    // problem.
     let (rest, problem) = match tail.contains('@') {
         true => (
             "…",
@@ -77,15 +78,15 @@ fn left_out(what: &'static str) -> Error {
     ErrorKind::Unsupported { what }.into()
 }
 
-/// The path of a `file:` URL, as far as it follows the scheme.
+/// Returns the path of a `file:` URL from `rest`, the part after the scheme.
 fn path(url: &str, rest: &str) -> Result<PathBuf> {
-    // A host is nobody (`file:///path`) or this one.
+    // The host is empty (`file:///path`) or this machine.
     let path = rest.strip_prefix("localhost").unwrap_or(rest);
     let decoded = path.starts_with('/').then(|| unescaped(path)).flatten().and_then(files::path_of_url);
     decoded.ok_or_else(|| invalid(url, "a file URL has three slashes and an absolute path"))
 }
 
-/// `%20` and its like as the bytes that they stand for; `None` where a `%` is followed by anything else.
+/// Decodes escapes such as `%20` to bytes; `None` if a `%` is not followed by two hexadecimal digits.
 fn unescaped(text: &str) -> Option<Vec<u8>> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.bytes();
@@ -121,30 +122,30 @@ impl<'u> Parts<'u> {
         Self { scheme, authority, path, query }
     }
 
-    /// The parameters, as they stand there.
+    /// Returns the parameters, still escaped.
     fn raw_parameters(&self) -> impl Iterator<Item = (&'u str, &'u str)> {
         let pairs = self.query.split('&').filter(|pair| !pair.is_empty());
         pairs.map(|pair| pair.split_once('=').unwrap_or((pair, "")))
     }
 
-    /// The parameters, decoded.
+    /// Returns the parameters, decoded.
     #[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
     pub(super) fn parameters(&self) -> impl Iterator<Item = (&'u str, Option<String>)> {
         self.raw_parameters().map(|(key, value)| (key, text(value)))
     }
 }
 
-/// What an escaped piece of a URL says, if that is UTF-8.
+/// Decodes an escaped part of a URL, if it is UTF-8.
 #[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
 pub(super) fn text(escaped: &str) -> Option<String> {
     String::from_utf8(unescaped(escaped)?).ok()
 }
 
-/// The name of a lease, and the URL of its server without it. So many parts of the path are the server's.
+/// Returns the name of a lease, and the URL of its server without the name. `taken` parts of the path are the server's.
 #[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
 fn split(url: &str, taken: usize) -> Result<(String, String)> {
     let parts = Parts::of(url);
-    // Of a password with a slash in it a part would be shown as the name of a host, and the rest as that of the lease.
+    // With a slash in a password, a part of it would be shown as the host, and the rest as the name of the lease.
     if !parts.authority.is_empty() && parts.path.contains('@') {
         let problem = "there is an @ after a /: write %40, and in a user or password %2F for the /";
         return Err(invalid(&format!("{}://…", parts.scheme), problem));
@@ -164,7 +165,7 @@ fn split(url: &str, taken: usize) -> Result<(String, String)> {
     Ok((name, format!("{}://{}{path}{mark}{}", parts.scheme, parts.authority, query.join("&"))))
 }
 
-/// A lease in the store of this process on the server at `url`.
+/// Returns a lease in this process's store for the server at `url`.
 #[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
 fn in_store(url: &str, taken: usize, open: fn(&str) -> Result<Arc<dyn LeaseStore>>) -> Result<Location> {
     static STORES: PerProcess<Mutex<HashMap<String, Weak<dyn LeaseStore>>>> = PerProcess::new();

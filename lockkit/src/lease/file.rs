@@ -1,27 +1,30 @@
 //! The store that is built in: a file for each lease.
 //!
-//! A reader opens the file, checks that it is a plain file, and reads the record. It takes no lock, so a stopped or killed
-//! reader has no effect on other processes. The checksum shows whether the record is complete. If not, a write is in
-//! progress, and the reader reads again.
+//! A reader opens the file, checks that it is a plain file, and reads the record. It takes no lock, so a stopped or
+//! killed reader has no effect on other processes. The checksum shows whether the record is complete. If not, a write
+//! is in progress, and the reader reads again.
 //!
-//! A writer starts as a reader. If the record lets it write, it takes the file's flock, checks that the path still names
-//! the file, reads the record again, decides again, writes the record in place, unlocks the file and closes it. A
-//! heartbeat that finds its own claim does not check the path. The flock makes each step atomic for all processes. A
-//! process that is killed in a step has changed everything or nothing. No process waits in flock(2), because the process
-//! that has the flock may be stopped: a step tries again until its deadline, and a waiter then counts the lease as held.
+//! A writer starts as a reader. If the record lets it write, the writer takes the file's flock and checks that the path
+//! still names the file. Then the writer reads the record again, decides again, writes the record in place, unlocks the
+//! file and closes it. A heartbeat that finds its own claim does not check the path. The flock makes each step atomic
+//! for all processes. A process that is killed in a step has changed everything or nothing. No process waits in
+//! flock(2), because the process that has the flock may be stopped: a step tries again until its deadline, and a waiter
+//! then counts the lease as held.
 //!
-//! Who may take a record that says it is held: see [`FileStore::judge`]. What becomes of the token:
-//! - It is above the one before, and at least the microseconds since the epoch, where there is no readable record just
-//!   those. So no token is far ahead of the time, and whatever takes a record back (a deletion, a restored backup, a
-//!   power cut) does not take the tokens back, as long as the wall clock is not set back at the same time, too.
+//! [`FileStore::judge`] decides whether a process may take a record that says that the lease is held. The token of a
+//! new grant:
+//! - It is above the previous token, and at least the microseconds since the epoch. Without a readable record it is
+//!   exactly those microseconds. So no token is far ahead of the time. A deletion, a restored backup or a power cut
+//!   takes the record back, but not the tokens. The only condition is that the wall clock is not set back at the same
+//!   time.
 //!
-//! What a holder does when its record is not as it left it:
-//! - Another claim, or none: it was taken over, or evicted. Lost.
+//! What a holder does if its record differs from what it wrote:
+//! - Another claim, or none: the lease was taken over or evicted, and is lost.
 //! - Deleted, blank or damaged, and without another claim: the holder writes the record again. It has the flock and the
-//!   path names that file, so no other process can take the lease at that moment. Until its deadline the lease is its own.
-//!   After a deletion the first process to create the file has the lease.
-//! - The file of another program: the holder never writes to it. It keeps the lease until its deadline, in case the record
-//!   is restored, and then has lost the lease.
+//!   path names that file, so no other process can take the lease at that moment. Until its deadline the lease is its
+//!   own. After a deletion the first process to create the file has the lease.
+//! - The file of another program: the holder never writes to it. It keeps the lease until its deadline, in case the
+//!   record is restored, and then has lost the lease.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, ErrorKind as Io};
@@ -53,23 +56,26 @@ use crate::wait::{Backoff, CancelToken};
 
 type Result<T, E = StoreError> = std::result::Result<T, E>;
 
-/// How long a renewal tries to get the flock. A step lasts some microseconds, so whoever has it longer is not running;
-/// and other leases are to beat, too.
+/// How long a renewal tries to get the flock. A step lasts some microseconds, so a process that has the flock for
+/// longer is not running. Other leases must be renewed, too.
 const OCCUPIED: Duration = Duration::from_millis(20);
-/// How long an attempt to acquire does. Somebody is inside, so it is truly held, and the waiter must look at its limit
-/// and its token.
+/// How long an attempt to acquire tries to get the flock. Another process is in its step, so the lease is truly held.
+/// The waiter must check its time limit and its cancellation.
 const TAKEN: Duration = Duration::from_millis(4);
-/// How long the maker of a file tries. Others only look into what is so young, but one that looks may be interrupted.
+/// How long the creator of a file tries to get the flock. Other processes only look into such a new file, but such a
+/// process may be interrupted.
 const LOOKED_AT: Duration = Duration::from_millis(500);
-/// How often in a row the file may be replaced under a step.
+/// How often in a row the file may be replaced during a step.
 const MOST_REPLACEMENTS: u32 = 100;
-/// How often a waiter looks whether an owner lives that it can look up; nothing wakes it when that dies.
+/// How often a waiter checks that the owner is alive, if it can look the owner up. Nothing wakes a waiter when the
+/// owner dies.
 const LOOK: Duration = Duration::from_millis(50);
-/// How often a reader without the flock reads again that has met somebody writing.
+/// How often a reader without the flock reads again if a write is in progress.
 const MOST_READS: u32 = 8;
-/// How far the clock of a file server may be from this one's.
+/// How far the clock of a file server may differ from this machine's clock.
 const CLOCKS_APART: Duration = Duration::from_secs(3600);
-/// A token so far ahead of the microseconds since the epoch is no grant's: 285 years, more than any clock is set back.
+/// A token so far ahead of the microseconds since the epoch belongs to no grant: 285 years, more than any clock is set
+/// back.
 const FARTHEST_AHEAD: u64 = 1 << 53;
 /// The default modes of new files and directories.
 const FILE_MODE: u32 = 0o600;
@@ -89,23 +95,23 @@ pub(super) struct FileStore {
     /// Whether missing directories are created.
     pub(super) create_parents: bool,
     pub(super) clock: Arc<dyn Clock>,
-    /// The shared id of the clock. PendingClaim for it takes system calls.
+    /// The shared id of the clock, kept here because asking the clock takes system calls.
     pub(super) clock_id: Option<u128>,
-    /// The file system that the file is on, by its number; 0 until it has been opened. What hangs is a file system.
+    /// The number of the file system of the file; 0 until the file has been opened. A file system is a failure domain.
     pub(super) device: AtomicU64,
-    /// What is written must be synced to reach those who share the file.
+    /// Whether a write must be synced to reach the other users of the file.
     pub(super) is_remote: AtomicBool,
-    /// What this process has seen of the record. Whoever does not get it at once goes without, so that a fork which
-    /// left it locked in the child does no harm: the notes in the record do the same work.
+    /// What this process has seen of the record. A thread that does not get the mutex at once goes without it. So a
+    /// fork that left the mutex locked in the child does no harm: the notes in the record do the same work.
     pub(super) observer: Mutex<Observer>,
 }
 
-/// What the file is opened for.
+/// The purpose of an open.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Aim {
-    /// To hold the lease: not in a file of another user, who could take it back at will.
+    /// To hold the lease. The file must not belong to another user, because that user could take it back at any time.
     Hold,
-    /// To make it free, which root may do for anybody.
+    /// To free the lease, which root may do for any user.
     Free,
 }
 
@@ -113,13 +119,13 @@ enum Aim {
 enum LockedPath<'s> {
     /// The file, with its flock.
     Locked(Locked<'s>),
-    /// Somebody else has its flock, and keeps it.
+    /// Another process has the flock, and keeps it.
     Occupied,
-    /// None.
+    /// There is no file.
     Absent,
 }
 
-/// The file that the path names, as long as it is locked.
+/// The file that the path names, while it is locked.
 struct Locked<'s> {
     file: ForkGuarded<File>,
     store: &'s FileStore,
@@ -134,7 +140,7 @@ impl Drop for Locked<'_> {
 
 /// The content of a file at one moment.
 struct Reading {
-    /// Its first bytes, at most one more than a record has.
+    /// The first bytes of the file, at most one more than a record has.
     bytes: Vec<u8>,
     content: Content,
 }
@@ -149,8 +155,8 @@ impl Reading {
 enum Verdict<'r> {
     /// The record says that the lease is free.
     Free(&'r Record),
-    /// The lease is held, or the file is blank or damaged (then there is no record). When [`LeaseSnapshot::expires_in`] is zero, any
-    /// process may take the lease.
+    /// The lease is held, or the file is blank or damaged (then there is no record). When [`LeaseSnapshot::expires_in`]
+    /// is zero, any process may take the lease.
     Held(LeaseSnapshot, Option<&'r Record>),
 }
 
@@ -166,7 +172,8 @@ impl Verdict<'_> {
     }
 }
 
-/// The beats of a grant, which are never repeated: an observer that saw one before goes on counting from then.
+/// The beat numbers of a grant. No number is repeated, because an observer that saw it before would continue to count
+/// from then.
 #[derive(Default)]
 struct Beats(AtomicU64);
 
@@ -183,7 +190,7 @@ impl LeaseStore for FileStore {
     fn profile(&self) -> StoreProfile {
         StoreProfile {
             smallest_ttl: SMALLEST_TTL,
-            // Where it cannot be woken it looks at the retry delay itself.
+            // If a waiter cannot be woken, this store itself polls at the retry delay.
             wakes_waiters: true,
             failure_domain: match self.device.load(Ordering::Relaxed) {
                 0 => None,
@@ -317,7 +324,7 @@ impl LeaseStore for FileStore {
                 record.set_free();
                 Some(record)
             }
-            // What cannot be read had a token that nobody knows.
+            // The token of an unreadable record is unknown.
             Content::Damaged if seen.is_same_holder(&LeaseSnapshot::new(format::fingerprint(bytes))) => {
                 let mut record = self.own_record(&ClaimId::from_number(0), seed(), Duration::ZERO);
                 record.set_free();
@@ -328,7 +335,7 @@ impl LeaseStore for FileStore {
     }
 
     fn wait_for_change(&self, _: &LeaseName, seen: &LeaseSnapshot, by: Deadline, stop: &CancelToken) -> Result<()> {
-        // First watch, then look, so that nothing falls in between.
+        // Subscribes before it reads, so that it misses no change in between.
         let watch = inotify::changes_of(&self.path).ok();
         let Some(file) = self.open_for_reading()? else { return Ok(()) };
         let Reading { bytes, content } = self.read(&file)?;
@@ -337,7 +344,7 @@ impl LeaseStore for FileStore {
             Content::Ours(record) if record.fingerprint() == seen.revision() => {
                 match record.owner().is_some_and(|owner| owner.liveness() == Liveness::Alive) {
                     true => LOOK,
-                    // inotify(7) does not tell what another host does.
+                    // inotify(7) does not report the changes of another host.
                     false => record.heartbeat().clamp(self.retry_delay.min(LOOK), LOOK * 20),
                 }
             }
@@ -358,13 +365,14 @@ impl LeaseStore for FileStore {
 }
 
 impl FileStore {
-    /// Judges a reading. An attempt, a waiter and `status` all use this. A lease is never taken because a fact is unknown:
+    /// Judges a reading. An attempt, a waiter and `status` all use this. A lease is never taken because a fact is
+    /// unknown:
     /// - The record says that the lease is free, or lost by its owner: any process may take it.
     /// - Held, and the owner is dead by its identity: any process may take it at once.
-    /// - Held by an owner that may be alive: a process may take it after it has seen the same beat for the ttl of the record
-    ///   on its own clock, or if a note shows that another process with the same clock has.
-    /// - Blank or damaged: a process may take it after it has seen the file unchanged for [`FileStore::unreadable`] on its
-    ///   own clock, or if the file's times show that.
+    /// - Held by an owner that may be alive: a process may take it after it has seen the same beat for the ttl of the
+    ///   record on its own clock, or if a note shows that another process with the same clock has.
+    /// - Blank or damaged: a process may take it after it has seen the file unchanged for [`FileStore::unreadable`] on
+    ///   its own clock, or if the file's times show that.
     /// - A later version, a file that is not a lease, or a token that is far ahead of the time: an error.
     fn judge<'r>(&self, file: &File, reading: &'r Reading) -> Result<Verdict<'r>> {
         match &reading.content {
@@ -385,8 +393,8 @@ impl FileStore {
         }
     }
 
-    /// Returns at least how long the file has been unchanged, by its modification time. Zero if the time is in the future or
-    /// unknown.
+    /// Returns at least how long the file has been unchanged, by its modification time. Zero if the time is in the
+    /// future or unknown.
     #[cold]
     fn unchanged_for(&self, file: &File) -> Result<Duration> {
         let found = files::look(file).map_err(|error| self.failed("look at", error))?;
@@ -398,8 +406,8 @@ impl FileStore {
         Ok(age.unwrap_or_default().saturating_sub(margin))
     }
 
-    /// Writes a note into a held record of when this process first saw its beat, for later processes. A process writes one
-    /// note. After that it uses its own observation, so waiters do not wake each other with notes.
+    /// Writes a note into a held record of when this process first saw its beat, for later processes. A process writes
+    /// one note. After that it uses its own observation, so waiters do not wake each other with notes.
     fn leave_note(&self, file: ForkGuarded<File>, of: &Verdict<'_>) {
         let (Verdict::Held(_, Some(record)), Some(clock)) = (of, self.clock_id) else { return };
         let is_noted = record.noted(clock).is_some();
@@ -425,7 +433,7 @@ impl FileStore {
         }
     }
 
-    /// How long what has this print has been seen so.
+    /// Returns how long the content with this fingerprint has been seen unchanged.
     fn observe(&self, print: u64, noted: Option<Duration>) -> Duration {
         let now = self.clock.now();
         match self.observer.try_lock() {
@@ -434,7 +442,7 @@ impl FileStore {
         }
     }
 
-    /// What there is to see of a held record that has been as it is for so long.
+    /// Returns the snapshot of a held record that has been unchanged for this long.
     fn seen(&self, record: &Record, unchanged_for: Duration) -> LeaseSnapshot {
         let seen = seen_holder(record);
         let owner = record.owner();
@@ -477,8 +485,8 @@ impl FileStore {
         read(file).map(Reading::of).map_err(|error| self.failed("read", error))
     }
 
-    /// Writes the record of a free lease that `which` makes of what the file says, unless it makes none of it. Where there
-    /// is no file it is `absent`. `is_own`: this process holds the lease.
+    /// Writes the record of a free lease that `which` makes of the content, unless `which` returns `None`. Returns
+    /// `absent` if there is no file. `is_own`: this process holds the lease.
     fn free_if(
         &self,
         by: Deadline,
@@ -493,8 +501,8 @@ impl FileStore {
         for _ in 0..MOST_REPLACEMENTS {
             let Some(file) = self.open()? else { return Ok(absent) };
             let found = self.vet(&file, Aim::Free)?;
-            // The flock on another holder's file would delay its renewal. The file of a holder that has not expired is its
-            // own, except after an eviction.
+            // The flock on another holder's file would delay its renewal. The file of a holder that has not expired is
+            // its own, except after an eviction.
             if !is_own && which(&self.read_unlocked(&file)?)?.is_none() {
                 return Ok(Released::NotMine);
             }
@@ -511,7 +519,7 @@ impl FileStore {
         Err(self.replaced())
     }
 
-    /// The file that the path names, locked, to hold the lease.
+    /// Opens the file that the path names, and locks it, to hold the lease.
     fn lock(&self, by: Deadline) -> Result<LockedPath<'_>> {
         for _ in 0..MOST_REPLACEMENTS {
             let Some(file) = self.open()? else { return Ok(LockedPath::Absent) };
@@ -524,14 +532,14 @@ impl FileStore {
         Err(self.replaced())
     }
 
-    /// What the path names, locked, whatever it is. Whoever finds its own claim in it needs to know no more: it is the
-    /// file that was looked at when the claim was written, and what happens to the path from now on the next beat finds.
+    /// Opens the file that the path names, and locks it, without a check. A holder that finds its own claim needs no
+    /// check: the file was checked when the claim was written. The next heartbeat finds later changes of the path.
     fn lock_as_it_is(&self, by: Deadline) -> Result<LockedPath<'_>> {
         let Some(file) = self.open()? else { return Ok(LockedPath::Absent) };
         Ok(self.flock(file, by)?.map_or(LockedPath::Occupied, LockedPath::Locked))
     }
 
-    /// Whether what was locked as it is may be written to, and the path still names it.
+    /// Returns whether a file that was locked without a check may be written to, and the path still names it.
     #[cold]
     fn is_named(&self, locked: &Locked<'_>) -> Result<bool> {
         self.names(&self.vet(&locked.file, Aim::Hold)?)
@@ -548,7 +556,7 @@ impl FileStore {
         Ok(Some(Locked { file, store: self }))
     }
 
-    /// Whether the path names what was found.
+    /// Returns whether the path names the file `found`.
     fn names(&self, found: &Found) -> Result<bool> {
         match files::look_at_link(&self.path) {
             Ok(named) => Ok((named.dev(), named.ino()) == (found.dev(), found.ino())),
@@ -557,10 +565,10 @@ impl FileStore {
         }
     }
 
-    /// What the path names, if there is anything.
+    /// Opens the file that the path names, if there is one.
     fn open(&self) -> Result<Option<ForkGuarded<File>>> {
         self.check_path()?;
-        // Not blocking, so that no FIFO keeps the call, and no terminal becomes this process's.
+        // Non-blocking, so that a FIFO does not block the call; and a terminal must not become this process's own.
         let mut options = OpenOptions::new();
         options.read(true).write(true).custom_flags(files::NOFOLLOW | files::NONBLOCK | files::NOCTTY);
         match ForkGuarded::new(|| files::open(&options, &self.path)) {
@@ -570,7 +578,7 @@ impl FileStore {
         }
     }
 
-    /// What the file is, if it is one that may be written to.
+    /// Returns the metadata of the file, if the file may be written to.
     fn vet(&self, file: &File, aim: Aim) -> Result<Found> {
         let found = self.check(file)?;
         // A lease is shared if both its file and this caller's mode let the same class of users write.
@@ -588,7 +596,7 @@ impl FileStore {
         Ok(found)
     }
 
-    /// Notes on which file system the file is, and asks of a new one whether it is this machine's own.
+    /// Records the file system of the file. For a new file system, checks whether it is this machine's own.
     fn place(&self, file: &File, found: &Found) {
         if self.device.load(Ordering::Relaxed) != found.dev() {
             self.is_remote.store(!is_local(file), Ordering::Relaxed);
@@ -607,7 +615,7 @@ impl FileStore {
         }
     }
 
-    /// What the file is, if it is a plain one without other names.
+    /// Returns the metadata of the file, if it is a plain file without other names.
     fn check(&self, file: &File) -> Result<Found> {
         let found = files::look(file).map_err(|error| self.failed("look at", error))?;
         self.check_found(&found)?;
@@ -643,8 +651,8 @@ impl FileStore {
         }
     }
 
-    /// Makes the file with this record, whole before the path names it; says whether it did, or somebody else came
-    /// first.
+    /// Creates the file with this record, complete before the path names it. Returns false if another process created
+    /// the file first.
     #[cold]
     fn create(&self, mut record: Record) -> Result<bool> {
         let directory = self.path.parent().unwrap_or(&self.path);
@@ -666,8 +674,8 @@ impl FileStore {
         self.set_mode(&file)?;
         file.write_all_at(record.seal(), 0).map_err(|error| self.failed("write", error))?;
         step("nameless file written");
-        // Once in the life of a file, so that no power cut leaves an empty one, which programs that only ever try once
-        // would find held for ever.
+        // Once in the life of a file, so that no power cut leaves an empty file. Programs that try only once would find
+        // such a file held for ever.
         file.sync_data().map_err(|error| self.failed("write", error))?;
         step("nameless file synced");
         match tmpfile::name(&file, &self.path) {
@@ -681,8 +689,8 @@ impl FileStore {
         }
     }
 
-    /// As [`create`](Self::create), where a file system has no files without a name: others may see it empty, which
-    /// counts as held for a while, also if the maker is killed at that moment.
+    /// Creates the file as [`create`](Self::create) does, for a file system without nameless files. Other processes may
+    /// see the file empty, which counts as held for a while, also if the creator is killed at that moment.
     #[cold]
     fn create_in_place(&self, record: &mut Record) -> Result<bool> {
         let mut options = OpenOptions::new();
@@ -695,12 +703,12 @@ impl FileStore {
         self.set_mode(&file)?;
         drop(file);
         match self.lock(Deadline::after(LOOKED_AT))? {
-            // Nobody takes what is so young; only a holder whose own record was deleted may have written into it.
+            // No process takes such a new file. Only a holder whose own record was deleted may have written into it.
             LockedPath::Locked(locked) if locked.read()?.bytes.is_empty() => {
                 let synced = || locked.file.sync_data().map_err(|error| self.failed("write", error));
                 let written = locked.write(record, &[]).and_then(|()| synced());
                 if written.is_err() {
-                    // An empty one would count as held. While it is locked, nobody else is using it.
+                    // An empty file would count as held. While it is locked, no other process uses it.
                     let _ = fs::remove_file(&self.path);
                 }
                 written.map(|()| true)
@@ -739,19 +747,20 @@ impl FileStore {
         Ok(())
     }
 
-    /// The record of this process, which takes the lease now.
+    /// Creates the record of this process, which acquires the lease now.
     fn own_record(&self, claim: &ClaimId, token: u64, ttl: Duration) -> Record {
         let owner = Owner { acquired: Some(SystemTime::now()), ..Owner::current() };
         Record::held(claim, token, ttl, self.heartbeat, &owner)
     }
 
-    /// A grant of its token would be followed by a greater one, and some day by none.
+    /// Returns the error for a forged token. The next grant would get a greater token, and some day no greater token
+    /// would be left.
     fn is_forged(&self) -> StoreError {
         let problem = "its fencing token is centuries ahead of the time, so the record is forged; remove the file";
         StoreError::permanent(Error::from(ErrorKind::LayoutMismatch { path: self.path.clone(), problem }))
     }
 
-    /// The record of a grant whose file was deleted or damaged.
+    /// Creates the record of a grant again, after its file was deleted or damaged.
     #[cold]
     fn record_again(&self, grant: &Grant) -> Record {
         let mut record = self.own_record(grant.claim(), grant.token(), grant.ttl());
@@ -782,7 +791,7 @@ impl FileStore {
     }
 
     fn occupied(&self) -> StoreError {
-        let stuck = io::Error::new(Io::TimedOut, "somebody has locked it and does not go on");
+        let stuck = io::Error::new(Io::TimedOut, "another process keeps it locked");
         self.failed("lock", stuck)
     }
 
@@ -796,21 +805,22 @@ impl Locked<'_> {
         self.store.read(&self.file)
     }
 
-    /// Reads the locked file; `None` if it contains the same record as `before`. A record is never repeated, so it has not
-    /// changed in between.
+    /// Reads the locked file; `None` if it contains the same record as `before`. A record is never repeated, so it has
+    /// not changed in between.
     fn read_unless(&self, before: &Reading) -> Result<Option<Reading>> {
         let bytes = read(&self.file).map_err(|error| self.store.failed("read", error))?;
         let is_same = matches!(before.content, Content::Ours(_)) && bytes == before.bytes;
         Ok((!is_same).then(|| Reading::of(bytes)))
     }
 
-    /// Replaces what the file says, which begins with `old`. One write does it, within one page. If that fails `old` is
-    /// put back.
+    /// Replaces the content of the file, which begins with `old`, by one write within one page. If the write fails,
+    /// `old` is put back.
     fn write(&self, record: &mut Record, old: &[u8]) -> Result<()> {
         let mut written = self.file.write_all_at(record.seal(), 0);
         step(if record.is_held() { "record written" } else { "record freed" });
         if written.is_ok() && self.store.is_remote.load(Ordering::Relaxed) {
-            // Else it may stand in this machine's memory only, and count here though nobody else sees it.
+            // Without a sync the record may be in this machine's memory only, and count here though no other machine
+            // sees it.
             written = self.file.sync_data();
         }
         written.map_err(|error| {
@@ -820,14 +830,14 @@ impl Locked<'_> {
         })
     }
 
-    /// Writes the next beat of `grant` into its record, which stands in the file as `old`.
+    /// Writes the next beat of `grant` into its record, which the file contains as `old`.
     fn beat(&self, mut record: Record, grant: &Grant, old: &[u8]) -> Result<()> {
         record.set_beat(next_beat(grant, record.beat()));
         self.write(&mut record, old)
     }
 }
 
-/// Whether the file is on a file system of this machine's own. One that is not known is not.
+/// Returns whether the file is on a file system of this machine. An unknown file system is not.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 fn is_local(file: &File) -> bool {
     /// tmpfs, ramfs, ext2 to 4, xfs, btrfs, overlayfs, zfs, f2fs, bcachefs, jfs, fat, exfat: the numbers of
@@ -857,12 +867,12 @@ fn is_local(file: &File) -> bool {
     files::is_local(file)
 }
 
-/// The token of the grant that follows this record.
+/// Returns the token of the grant that follows this record.
 fn token_after(before: Option<&Record>) -> u64 {
     before.map_or(0, Record::token).saturating_add(1).max(seed())
 }
 
-/// Microseconds since the epoch: nobody takes a lease so often.
+/// Returns the microseconds since the epoch. No lease is granted as often as once per microsecond.
 fn seed() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_micros()).unwrap_or(u64::MAX / 2).max(1)
@@ -897,7 +907,7 @@ fn read(file: &File) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// What no waiting heals is the caller's to mend.
+/// Converts an I/O error. It is permanent if waiting does not help and the caller must remove the cause.
 fn failed_at(action: &'static str, path: &Path, error: io::Error) -> StoreError {
     use Io::{IsADirectory, NotADirectory, PermissionDenied, ReadOnlyFilesystem};
     let lasting = matches!(error.kind(), PermissionDenied | ReadOnlyFilesystem | IsADirectory | NotADirectory)
@@ -968,7 +978,7 @@ mod tests {
         let spoilt = thread::scope(|scope| {
             scope.spawn(|| {
                 while !is_over.load(Ordering::Relaxed) {
-                    // It may also have been deleted again.
+                    // The file may also have been deleted again.
                     let _ = store.lock(Deadline::after(Duration::ZERO));
                 }
             });

@@ -1,4 +1,4 @@
-//! What stands in the file of a lease.
+//! The format of a lease file.
 //!
 //! ```text
 //! lockkit lease 1
@@ -15,18 +15,18 @@
 //! start 181264
 //! ...
 //! ```
-//! Every field down to the notes stands at a fixed place, and the whole is filled with newlines to a fixed length: a
-//! beat changes a few digits in place and needs no new space, but where a file system writes each change elsewhere (btrfs,
-//! zfs). The four `saw` lines are the notes of observers. The rest is the owner ([`owner_text`]), or the last owner if the
-//! state is `free`, or `lost` (free, but not by a release). What a file has beyond that length does not count.
+//! Every field down to the notes has a fixed position, and newlines fill the record to a fixed length. A renewal
+//! changes a few digits in place and needs no new space, except where a file system writes each change elsewhere
+//! (btrfs, zfs). The four `saw` lines are the notes of observers. The rest is the owner ([`owner_text`]), or the last
+//! owner if the state is `free`, or `lost` (free, but not by a release). Content beyond that length does not count.
 //!
 //! The sum is FNV-1a over the record as 64-bit words, little-endian, without the sum itself and without the notes. It
-//! guards against halves and accidents, not against forgers.
+//! guards against partial writes and accidents, not against forgery.
 //!
-//! A note contains the id of a clock, and the time in nanoseconds at which an observer first saw a beat. Observers write
-//! notes without a lock, so a note can meet a later beat or another note. Each note therefore has a checksum of its own. It
-//! covers the clock and the time, and starts from the [`fingerprint`](Record::fingerprint) of the record. A note that is torn, or is
-//! about another beat, does not count.
+//! A note contains the id of a clock, and the time in nanoseconds at which an observer first saw a beat. Observers
+//! write notes without a lock, so a note can meet a later beat or another note. Each note therefore has a checksum of
+//! its own. It covers the clock and the time, and starts from the [`fingerprint`](Record::fingerprint) of the record. A
+//! note that is torn, or is about another beat, does not count.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -52,21 +52,21 @@ const OWNER: Range<usize> = NOTES.end..SIZE;
 
 const HELD: &[u8; 4] = b"held";
 const FREE: &[u8; 4] = b"free";
-/// Free, but its last owner did not release: it had lost it before.
+/// Free, but the last owner did not release: it had lost the lease before.
 const LOST: &[u8; 4] = b"lost";
 
-/// A note that nobody has written.
+/// A note that no observer has written.
 const NOTE: &[u8; 79] = b"saw     00000000000000000000000000000000 00000000000000000000 0000000000000000\n";
 /// The first bytes of every note.
 const SAW: Range<usize> = 0..8;
-/// Where in a note the clock stands.
+/// The position of the clock in a note.
 const CLOCK: Range<usize> = 8..40;
-/// Where in a note the time stands.
+/// The position of the time in a note.
 const TIME: Range<usize> = 41..61;
 /// The position of the checksum in a note.
 const NOTE_SUM: Range<usize> = 62..78;
 
-/// All up to the notes.
+/// The beginning of a record, up to the notes.
 const HEAD: &[u8; NOTES.start] = b"lockkit lease 1
 sum     0000000000000000
 state   free
@@ -77,25 +77,25 @@ ttl     00000000000000000000 ns
 every   00000000000000000000 ns
 ";
 
-/// A record that is whole.
+/// A complete record.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) struct Record([u8; SIZE]);
 
-/// What a file was found to say.
+/// The content of a file, classified.
 #[derive(Debug)]
 pub(super) enum Content {
     Ours(Box<Record>),
-    /// A record of a later version, which must be left alone.
+    /// A record of a later version, which lockkit must not change.
     Newer,
-    /// A blank file (empty, or zeros), or a truncated or damaged lease. It may be reclaimed when its holder has had the time
-    /// to repair it.
+    /// A blank file (empty, or zeros), or a truncated or damaged lease. It may be reclaimed when its holder has had the
+    /// time to repair it.
     Damaged,
     /// Any other file. It belongs to another program, and lockkit never writes to it.
     Foreign,
 }
 
-/// Classifies the content of a file by its first [`SIZE`] + 1 bytes, or all bytes of a shorter file. lockkit never writes
-/// more than [`SIZE`] bytes, so a longer file is a lease only if its record is intact.
+/// Classifies the content of a file by its first [`SIZE`] + 1 bytes, or all bytes of a shorter file. lockkit never
+/// writes more than [`SIZE`] bytes, so a longer file is a lease only if its record is intact.
 pub(super) fn parse(bytes: &[u8]) -> Content {
     if let Some(bytes) = bytes.first_chunk::<SIZE>() {
         if bytes.starts_with(MAGIC) {
@@ -119,8 +119,8 @@ fn is_newer(bytes: &[u8]) -> bool {
     newer && (1..=9).contains(&digits) && version.get(digits) == Some(&b'\n')
 }
 
-/// Whether the content begins with [`MAGIC`], or is the beginning of [`MAGIC`] followed by zeros. Notes do not count: an
-/// observer can write its note just after another program truncated the file.
+/// Returns whether the content begins with [`MAGIC`], or is the beginning of [`MAGIC`] followed by zeros. Notes do not
+/// count: an observer can write its note just after another program truncated the file.
 fn is_damaged(bytes: &[u8]) -> bool {
     if bytes.starts_with(MAGIC) {
         return true;
@@ -133,7 +133,7 @@ fn is_damaged(bytes: &[u8]) -> bool {
     are_notes && MAGIC.starts_with(&bytes[..end])
 }
 
-/// The beginning of the first line of a file, escaped.
+/// Returns the beginning of the first line of a file, escaped.
 pub(super) fn shown(bytes: &[u8]) -> String {
     const MOST: usize = 40;
     let first = bytes.split(|byte| *byte == b'\n').next().unwrap_or_default();
@@ -141,14 +141,14 @@ pub(super) fn shown(bytes: &[u8]) -> String {
     if first.len() > MOST { text + "..." } else { text }
 }
 
-/// What tells one content of a file from another.
+/// Returns a hash that distinguishes one content of a file from another.
 pub(super) fn fingerprint(bytes: &[u8]) -> u64 {
     fnv(FNV_BASIS, bytes)
 }
 
 const FNV_BASIS: u64 = 0xcbf2_9ce4_8422_2325;
 
-/// FNV-1a over the words of `bytes`, of which the last may be a part, on top of `sum`.
+/// Computes FNV-1a over the words of `bytes`, starting from `sum`. The last word may be incomplete.
 fn fnv(sum: u64, bytes: &[u8]) -> u64 {
     let add = |sum: u64, word| (sum ^ u64::from_le_bytes(word)).wrapping_mul(0x0000_0100_0000_01b3);
     let words = bytes.chunks_exact(8);
@@ -163,7 +163,7 @@ fn fnv(sum: u64, bytes: &[u8]) -> u64 {
 }
 
 impl Record {
-    /// One of a lease that is held: the first beat of `claim`.
+    /// Creates the record of a held lease: the first beat of `claim`.
     pub(super) fn held(claim: &ClaimId, token: u64, ttl: Duration, heartbeat: Duration, owner: &Owner) -> Self {
         let mut record = Self([b'\n'; SIZE]);
         record.0[..HEAD.len()].copy_from_slice(HEAD);
@@ -177,26 +177,26 @@ impl Record {
         record
     }
 
-    /// Says whose it is, or was.
+    /// Sets the owner, or the last owner.
     pub(super) fn set_owner(&mut self, owner: Option<&Owner>) {
         self.0[OWNER].fill(b'\n');
         let Some(owner) = owner else { return };
         let mut text = format!("pid {}\n", owner.pid);
         owner_text::write(owner, &mut text);
-        // What does not fit is for people only: program and time stand last.
+        // Only text for people is cut off, because the program and the time come last.
         let end = text.len().min(OWNER.len());
         let end = text.as_bytes()[..end].iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);
         self.0[OWNER.start..][..end].copy_from_slice(&text.as_bytes()[..end]);
     }
 
-    /// Makes it free. The token stays.
+    /// Frees the record. The token stays.
     pub(super) fn set_free(&mut self) {
         self.0[STATE].copy_from_slice(FREE);
         self.set_hex(CLAIM, 0);
         self.clear_notes();
     }
 
-    /// As [`set_free`](Self::set_free), of an owner that had lost it.
+    /// Frees the record as [`set_free`](Self::set_free) does, for an owner that had lost the lease.
     pub(super) fn set_lost(&mut self) {
         self.set_free();
         self.0[STATE].copy_from_slice(LOST);
@@ -222,7 +222,7 @@ impl Record {
         self.number(BEAT).unwrap_or_default()
     }
 
-    /// The next beat, which nobody has seen yet.
+    /// Sets the next beat, which no observer has seen yet.
     pub(super) fn set_beat(&mut self, beat: u64) {
         self.set_number(BEAT, beat);
         self.clear_notes();
@@ -236,14 +236,14 @@ impl Record {
         Duration::from_nanos(self.number(EVERY).unwrap_or_default())
     }
 
-    /// Who holds it, or held it last.
+    /// Returns the holder, or the last holder.
     pub(super) fn owner(&self) -> Option<Owner> {
         let text = String::from_utf8_lossy(&self.0[OWNER]);
         let (pid, rest) = text.strip_prefix("pid ")?.split_once('\n')?;
         Some(owner_text::read(pid.parse().ok()?, rest.lines()))
     }
 
-    /// When an observer first saw this beat by this clock, as it has noted.
+    /// Returns when an observer first saw this beat by this clock, if a note says so.
     pub(super) fn noted(&self, clock: u128) -> Option<Duration> {
         let is_of_clock =
             |note: &Range<usize>| self.hex(within(note, CLOCK)) == Some(clock) && self.is_of_this_beat(note);
@@ -251,9 +251,9 @@ impl Record {
         self.number(within(&note, TIME)).map(Duration::from_nanos)
     }
 
-    /// Returns a note that an observer first saw this beat at `now` on this clock, and its offset in the file. It replaces a
-    /// note of the same clock, or a note that does not count. If all notes are of other clocks it replaces one of them, and
-    /// that observer starts again.
+    /// Returns a note that an observer first saw this beat at `now` on this clock, and its offset in the file. It
+    /// replaces a note of the same clock, or a note that does not count. If all notes are of other clocks it replaces
+    /// one of them, and that observer starts again.
     pub(super) fn note(&self, clock: u128, now: Duration) -> (u64, [u8; NOTE.len()]) {
         let is_usable =
             |note: &Range<usize>| self.hex(within(note, CLOCK)) == Some(clock) || !self.is_of_this_beat(note);
@@ -276,12 +276,12 @@ impl Record {
         hex_digits(fnv(self.fingerprint(), &note[CLOCK.start..TIME.end]).into())
     }
 
-    /// What is the same as long as the record says the same, whatever observers note in it.
+    /// Returns a hash that changes with the statement of the record, but not with the notes of observers.
     pub(super) fn fingerprint(&self) -> u64 {
         fingerprint(&self.0[STATE.start..BEAT.end])
     }
 
-    /// The bytes to write.
+    /// Completes the record with its sum, and returns the bytes to write.
     pub(super) fn seal(&mut self) -> &[u8; SIZE] {
         let sum = self.sum();
         self.0[SUM].copy_from_slice(&sum);
@@ -353,7 +353,7 @@ fn hex_digits<const N: usize>(number: u128) -> [u8; N] {
     std::array::from_fn(|at| b"0123456789abcdef"[(number >> (4 * (N - 1 - at)) & 0xf) as usize])
 }
 
-/// Nanoseconds, of which there is room for 584 years.
+/// Converts to nanoseconds, which have room for 584 years.
 fn nanos(span: Duration) -> u64 {
     u64::try_from(span.as_nanos()).unwrap_or(u64::MAX)
 }
@@ -413,7 +413,7 @@ mod tests {
         assert_eq!((freed.token(), freed.claim().number(), freed.owner().unwrap().pid()), (7, 0, std::process::id()));
     }
 
-    /// The record with this note in it.
+    /// Returns the record with this note in it.
     fn noted(record: &Record, clock: u128, time: Duration) -> Record {
         let (at, note) = record.note(clock, time);
         let mut noted = record.clone();

@@ -1,24 +1,30 @@
-//! The thread that renews all leases of a process.
+//! Renews all leases of a process from one thread.
 //!
-//! It sleeps until the first beat is due and then a moment longer ([`SLACK`]), so that beats which come close are done
-//! in one go. Beats stand in a tree by the time they are due, one tree for each clock: most are taken from its one end and
-//! put in at the other, so a beat touches little memory however many there are. That of a lease which has ended stays
-//! there until it comes up, or until such ones are more than half of all; a release never searches.
+//! # Guarantees
+//! - A renewal runs at most [`SLACK`] after it is due (1/20 of the shortest heartbeat interval if that is less). A slow
+//!   or hanging request adds to that.
+//! - A store that hangs delays the renewals of other failure domains by at most a quarter of the shortest ttl, or 10 ms
+//!   if that is more, and at most half a second.
+//! - Each failure domain that hangs costs one thread.
 //!
-//! One request at a time is under way. A second thread, the watchdog, sleeps beside it and looks four times a second, or
-//! more often where a served ttl is shorter than two seconds, whether the request still is. If so it beats from then
-//! on, and starts another watchdog; the thread whose request it was ends when that returns. Until then nothing is asked
-//! of that request's *domain* (a store, or the file system of a file), though the ends of its leases are told. So
-//! whatever hangs, and for how long, delays the beats of other places by a quarter of the shortest ttl, at most by half
-//! a second, and costs one thread for each domain that hangs.
+//! # Implementation
+//! The queue is an ordered map from due time to lease, one map per clock. Most renewals are taken from one end and put
+//! in at the other, so a renewal touches little memory however long the queue is. Renewals that are due within
+//! [`SLACK`] run in one pass. A released lease stays in the queue until it is due, or until released leases are more
+//! than half of the queue. A release never searches the queue.
 //!
-//! A domain that took long but returned in time rests for as long as it took, whatever is due there, so others get half
-//! of the time at least. It rests no longer than whoever releases waits: what took longer than that may be a process that
-//! was stopped, and its leases have no time to lose.
+//! One request runs at a time. A second thread, the watchdog, checks the running request four times per second, or more
+//! often if a served ttl is shorter than two seconds. If the request is stuck, the watchdog takes over the queue and
+//! starts a new watchdog. The stuck thread exits when its request returns. Until then the scheduler sends no request to
+//! the same failure domain (a store, or the file system of a lease file). The ends of its leases are still reported.
 //!
-//! A forked child has a heart of its own, without the beats of its parent's leases, once it takes a lease. The mutex is
-//! the standard library's, because parking_lot's waits go through a table of the whole process, which a fork could
-//! leave locked.
+//! After a slow request that returned in time, the failure domain gets no request for as long as the request took. So
+//! other domains get at least half of the time. This back-off is no longer than a release waits for the store. A longer
+//! request may mean that this process was stopped, and its leases cannot wait.
+//!
+//! # Fork
+//! A forked child starts its own scheduler with its first lease, without the leases of its parent. The mutex is the
+//! standard library's: parking_lot keeps a process-wide table that a fork can leave locked.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -35,91 +41,92 @@ use super::clock::Clock;
 use super::shared::Held;
 use crate::sys::per_process::PerProcess;
 
-/// How much later than due a beat may be done, to be done together with those that come next; where a lease beats often,
-/// this part of its heartbeat. Ten thousand beats a second cost a seventh more where the thread wakes up every 3 ms.
+/// The maximum delay of a renewal after it is due, so that renewals run together. If a lease has a short heartbeat
+/// interval, the maximum is one part in [`SLACKS_IN_A_HEARTBEAT`] of that interval. With a wake-up every 3 ms, ten
+/// thousand renewals per second cost a seventh more.
 const SLACK: Duration = Duration::from_millis(10);
 const SLACKS_IN_A_HEARTBEAT: u32 = 20;
 
 /// How long the thread pauses after a panic.
 const PAUSE: Duration = Duration::from_millis(3);
 
-/// A request that takes longer makes its domain rest. A file's that meets a kept flock is shorter.
+/// A longer request makes its domain back off. A request to a file whose flock another process keeps is shorter.
 const SLOW: Duration = Duration::from_millis(25);
 
-/// How often the watchdog looks whether a request is stuck, unless a lease has so short a ttl that it must do so within a
-/// part of that.
+/// How often the watchdog checks for a stuck request. If a lease has a short ttl, the interval is a part of that ttl.
 const LOOK: Duration = Duration::from_millis(250);
 const SOONEST_LOOK: Duration = Duration::from_millis(5);
 const LOOKS_IN_A_TTL: u32 = 8;
 
-/// The shortest ttls of so many places are remembered.
+/// The maximum number of domains whose shortest ttl is remembered.
 const MOST_PLACES: usize = 64;
 
-/// As many beats of ended leases are not worth a clearance.
+/// Up to this number, released leases in the queue are not worth a clean-up.
 const FEW: usize = 64;
 
-/// The heartbeat of this process.
+/// The heartbeat scheduler of this process.
 #[derive(Default)]
 pub(super) struct HeartbeatScheduler {
     queue: Mutex<Queue>,
-    /// Wakes the thread that beats.
+    /// Wakes the active worker.
     changed: Condvar,
-    /// Wakes a watchdog that idles.
+    /// Wakes an idle watchdog.
     served: Condvar,
     losses: Mutex<Losses>,
 }
 
-/// The losses that `on_lost` is still to be told of.
+/// The losses that are not yet reported to `on_lost`.
 #[derive(Default)]
 struct Losses {
-    /// A thread is at it, or the heartbeat will be.
+    /// A thread reports the losses, or the active worker will.
     told: bool,
     queue: VecDeque<(OnLost, Loss)>,
 }
 
 #[derive(Default)]
 struct Queue {
-    /// Which thread beats, as they are numbered; 0 before there is one.
+    /// The number of the active worker, the thread that renews; 0 before the first.
     active_worker: u64,
     has_deputy: bool,
-    /// One is to be appointed at the next beat.
+    /// A watchdog must be started at the next heartbeat.
     wants_deputy: bool,
-    /// Losses are to be told by the thread that beats, for want of another.
+    /// The active worker must report losses, because no other thread could be started.
     owes_telling: bool,
     /// The watchdog sleeps until a lease is served.
     deputy_idles: bool,
-    /// What the thread that beats is busy with.
+    /// The request of the active worker.
     request: Option<Request>,
     rests: Vec<DomainBackoff>,
-    /// No lease that is served has a shorter ttl.
+    /// No served lease has a shorter ttl.
     shortest: Option<Duration>,
-    /// The same for each domain, as far as is remembered.
+    /// The same for each domain, as far as it is remembered.
     shortest_at: Vec<(FailureDomain, Duration)>,
-    /// None beats more often.
+    /// No served lease has a shorter heartbeat interval.
     soonest: Option<Duration>,
     rings: Vec<ClockQueue>,
-    /// How many beats have been put in.
+    /// How many heartbeats have been put in.
     pushed: u64,
-    /// How many of the beats are of leases that have been released.
+    /// How many of the heartbeats are of released leases.
     ended: usize,
 }
 
-/// A beat under way.
+/// A heartbeat under way.
 struct Request {
     held: Arc<Held>,
     began: Instant,
 }
 
-/// What hangs as one: leases whose requests one stuck request is likely to be followed by more stuck ones of.
+/// A failure domain: leases that hang together. After one stuck request, further requests of the domain are likely to
+/// be stuck.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum FailureDomain {
     /// A store, by its address.
     Store(usize),
-    /// What several stores have in common, as they say.
+    /// The failure domain that several stores report as theirs.
     Common(u64),
 }
 
-/// A domain of which nothing is asked now.
+/// A domain that gets no request now.
 struct DomainBackoff {
     domain: FailureDomain,
     until: Until,
@@ -128,7 +135,7 @@ struct DomainBackoff {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Until {
     Moment(Instant),
-    /// This thread, which beats no more, has returned. It should have by the moment at which it is late.
+    /// Until this thread, which is not active any more, has returned. The thread is late after the moment `late`.
     Return {
         thread: u64,
         late: Instant,
@@ -141,14 +148,14 @@ impl Until {
     }
 }
 
-/// The beats by one clock, or by several that show the same.
+/// The heartbeats by one clock, or by several clocks that show the same time.
 struct ClockQueue {
     clock: Arc<dyn Clock>,
     clock_id: Option<u128>,
     beats: BTreeMap<Due, Arc<Held>>,
 }
 
-/// When a beat is due, and which one of those that are due then.
+/// The due time of a heartbeat, and a number that distinguishes heartbeats with the same due time.
 type Due = (Duration, u64);
 
 struct Beat {
@@ -156,19 +163,20 @@ struct Beat {
     held: Arc<Held>,
 }
 
-/// What is to be done now.
+/// What the active worker does next.
 enum Work {
     Beat(Beat),
-    /// Nothing for so long; `None` is until something changes.
+    /// Nothing for this long; `None` means until something changes.
     Sleep(Option<Duration>),
 }
 
-/// Wakes the heart when a clock jumps.
+/// The waker of the scheduler for a clock that jumps.
 struct Bell(&'static HeartbeatScheduler);
 
 impl Wake for Bell {
     fn wake(self: Arc<Self>) {
-        // With the lock, so that it falls before the heart reads the clock, or after it has gone to sleep.
+        // Takes the lock, so that the wake-up comes before the scheduler reads the clock, or after it has gone to
+        // sleep.
         let _queue = self.0.lock();
         self.0.changed.notify_one();
     }
@@ -180,7 +188,7 @@ impl HeartbeatScheduler {
         self.lock().rings.len()
     }
 
-    /// That of this process, which beats from now on if it has not before.
+    /// Returns the scheduler of this process, and starts it if it does not run.
     pub(super) fn start() -> io::Result<&'static Self> {
         static SCHEDULER: PerProcess<HeartbeatScheduler> = PerProcess::new();
         let heart = SCHEDULER.get(Self::default);
@@ -197,20 +205,21 @@ impl HeartbeatScheduler {
         thread::Builder::new().name("lockkit-lease".into()).spawn(work).map(drop)
     }
 
-    /// Only at a beat, for a program that is about to start another one has better things to do at its first lease. Where
-    /// no thread can be had, the heart does without until the beat after the next acquisition.
+    /// Starts a watchdog. This happens only at a heartbeat, so that the first lease does not delay a program that is
+    /// about to start another program. If no thread can be started, the scheduler runs without a watchdog until the
+    /// heartbeat after the next acquisition.
     fn appoint_deputy(&'static self, queue: &mut Queue) {
         queue.has_deputy = Self::spawn(move || self.beat_as(self.stand_by())).is_ok();
     }
 
-    /// Beats for `held` from `due` on until it ends.
+    /// Renews `held` from `due` on until it ends.
     pub(super) fn serve(&self, held: Arc<Held>, due: Duration) {
         let domain = held.domain();
         let mut queue = self.lock();
         match queue.shortest_at.iter_mut().find(|(at, _)| *at == domain) {
             Some((_, shortest)) => *shortest = held.ttl().min(*shortest),
             None => {
-                // Each store may be a domain of its own, and a program may go on making stores.
+                // Each store may be a domain of its own, and a program may create any number of stores.
                 if queue.shortest_at.len() == MOST_PLACES {
                     queue.shortest_at.clear();
                 }
@@ -232,7 +241,7 @@ impl HeartbeatScheduler {
         }
     }
 
-    /// Has a loss told, after those before it and on a thread that ends when all are.
+    /// Reports a loss, after earlier losses, on a thread that ends when all losses are reported.
     pub(super) fn tell(&'static self, call: OnLost, loss: Loss) {
         let mut losses = self.losses.lock().unwrap_or_else(PoisonError::into_inner);
         losses.queue.push_back((call, loss));
@@ -254,25 +263,25 @@ impl HeartbeatScheduler {
                 return;
             };
             drop(losses);
-            // A panic has been reported by its hook, and concerns nobody else. What the callback owns goes in here,
-            // too.
+            // The panic hook has reported the panic, and no other lease depends on it. The callback's own values are
+            // dropped in here, too.
             let _ = catch_unwind(AssertUnwindSafe(move || call(&loss)));
         }
     }
 
-    /// No lease there that is served has a shorter ttl, as far as is remembered.
+    /// Returns a ttl such that no served lease of the domain has a shorter ttl, as far as it is remembered.
     pub(super) fn shortest_at(&self, domain: FailureDomain) -> Option<Duration> {
         self.lock().shortest_at.iter().find(|(at, _)| *at == domain).map(|(_, shortest)| *shortest)
     }
 
-    /// Whether a request hangs there that has taken longer than it may.
+    /// Returns whether a request to the domain hangs that has taken longer than allowed.
     pub(super) fn is_stuck(&self, domain: FailureDomain) -> bool {
         let now = Instant::now();
         let is_stuck = |rest: &DomainBackoff| matches!(rest.until, Until::Return { late, .. } if late <= now);
         self.lock().rests.iter().any(|rest| rest.domain == domain && is_stuck(rest))
     }
 
-    /// A lease that it serves was released.
+    /// Records the release of a served lease.
     pub(super) fn released(&self) {
         let mut over = Vec::new();
         let mut queue = self.lock();
@@ -286,19 +295,21 @@ impl HeartbeatScheduler {
             }
             queue.ended = 0;
         }
-        // They go without the lock: with them may go a store, or a callback that holds a lease itself.
+        // The ended leases are dropped without the lock: a store may be dropped with them, or a callback that holds a
+        // lease itself.
         drop(queue);
     }
 
-    /// The life of the thread of that number from when it beats.
+    /// Runs the thread with the number `me` from when it is active.
     fn beat_as(&'static self, me: u64) {
-        // What a program's own clock or store panics with, as when it is dropped, must not end the other leases.
+        // A panic in a program's own clock or store, for example at its drop, must not end the other leases.
         while catch_unwind(AssertUnwindSafe(|| self.run(me))).is_err() {
             thread::sleep(PAUSE);
         }
     }
 
-    /// The life of a watchdog: until the thread that beats is stuck, whose number and beats it then takes.
+    /// Runs a watchdog until the active worker is stuck. The watchdog then takes over the queue. Returns its number as
+    /// the active worker.
     fn stand_by(&'static self) -> u64 {
         let mut queue = self.lock();
         loop {
@@ -316,7 +327,7 @@ impl HeartbeatScheduler {
                 let late = request.began + request.held.longest_release();
                 let until = Until::Return { thread: stuck, late };
                 queue.rests.push(DomainBackoff { domain: request.held.domain(), until });
-                // The end of that lease is to be told, too.
+                // The end of that lease must be reported, too.
                 queue.push(Beat { due: Duration::ZERO, held: request.held });
                 self.appoint_deputy(&mut queue);
                 return queue.active_worker;
@@ -328,7 +339,7 @@ impl HeartbeatScheduler {
     fn run(&'static self, me: u64) {
         let bell = Waker::from(Arc::new(Bell(self)));
         let mut queue = self.lock();
-        // Those of a beat that panicked.
+        // The back-off of a heartbeat that panicked.
         queue.rests.retain(|rest| !rest.until.is_return_of(me));
         if queue.active_worker == me {
             let request = queue.request.take();
@@ -364,19 +375,20 @@ impl HeartbeatScheduler {
                         queue.rests.push(DomainBackoff { domain, until: Until::Moment(ended + rest) });
                     }
                     if queue.active_worker != me {
-                        // The watchdog has a beat of its own for that lease. This one may be the last to hold a store.
+                        // The watchdog has put in a heartbeat for that lease. This one may hold the last reference to a
+                        // store, so it is dropped without the lock.
                         drop(queue);
                         drop(beat);
                         return;
                     }
-                    // Not the last to hold anything.
+                    // Not the last reference, because `beat` has one, too.
                     queue.request = None;
                     if let Some(due) = next {
                         beat.due = due;
                         queue.push(beat);
                         continue;
                     }
-                    // An ended one goes without the lock.
+                    // The heartbeat of an ended lease is dropped without the lock.
                     drop(queue);
                     drop(beat);
                     queue = self.lock();
@@ -394,13 +406,13 @@ impl HeartbeatScheduler {
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue> {
-        // Nothing in here is left half done by a panic.
+        // A panic leaves no partial change in here.
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Queue {
-    /// Says whether it is now the first of its ring.
+    /// Puts in a heartbeat. Returns whether it is now the first of its queue.
     fn push(&mut self, beat: Beat) -> bool {
         let (clock, clock_id) = (beat.held.clock(), beat.held.clock_id());
         let is_of = |ring: &ClockQueue| match clock_id {
@@ -421,7 +433,7 @@ impl Queue {
         is_first
     }
 
-    /// How long nothing is to be asked of a domain; a heartbeat, where nobody knows.
+    /// Returns how long the domain must get no request; a heartbeat interval if that time is unknown.
     fn rest_of(&mut self, domain: FailureDomain, now: Instant, heartbeat: Duration) -> Option<Duration> {
         if self.rests.is_empty() {
             return None;
@@ -449,7 +461,7 @@ impl Queue {
                 first.map_or(Work::Sleep(None), |((due, _), held)| Work::Beat(Beat { due, held }))
             }
             _ => {
-                // Going to sleep is seldom enough to forget the clocks that nobody uses any more.
+                // Going to sleep is rare enough for the removal of unused clocks.
                 self.rings.retain(|ring| !ring.beats.is_empty());
                 Work::Sleep(nap)
             }
@@ -457,17 +469,17 @@ impl Queue {
     }
 }
 
-/// How long a domain rests after a request that took so long, and at most.
+/// Returns how long a domain backs off after a request that took `took`, at most `longest`.
 fn rest_after(took: Duration, longest: Duration) -> Option<Duration> {
     (took > SLOW).then(|| took.min(longest))
 }
 
-/// How much later than due a beat may be done, where no heartbeat is shorter than that.
+/// Returns the maximum delay of a renewal after it is due, if no heartbeat interval is shorter than `soonest`.
 fn coalescing_window(soonest: Option<Duration>) -> Duration {
     soonest.map_or(SLACK, |soonest| (soonest / SLACKS_IN_A_HEARTBEAT).min(SLACK))
 }
 
-/// How often the watchdog looks, where no ttl is shorter than that.
+/// Returns how often the watchdog checks, if no ttl is shorter than `shortest`.
 fn look_every(shortest: Option<Duration>) -> Duration {
     shortest.map_or(LOOK, |shortest| (shortest / LOOKS_IN_A_TTL).clamp(SOONEST_LOOK, LOOK))
 }
@@ -497,7 +509,8 @@ mod tests {
     fn watchdog_detects_stuck_request_within_quarter_of_ttl() {
         const MS: Duration = Duration::from_millis(1);
         for ttl in [MS * 40, MS * 100, MS * 1000, MS * 60_000] {
-            // Somewhere within the first look, it began; by the second it has lasted for a whole one.
+            // The request began before the first check at the latest. By the second check it has lasted for a whole
+            // interval.
             assert!(look_every(Some(ttl)) * 2 <= ttl / 4);
         }
         assert_eq!(look_every(Some(MS * 60_000)), LOOK);

@@ -1,23 +1,25 @@
 //! Leases: a lock with a time to live, a fencing token, and an honest answer to "do I still hold it?".
 //!
-//! A lease is a record that says who holds a key, and for how long from its last renewal. One heartbeat thread renews
-//! all leases of a process. A holder that cannot renew, because it was stopped, cut off or is hung, loses the lease
-//! when its time is over, and **knows it**: [`LeaseGuard::is_held`] counts by the holder's own clock, from before the
-//! request that was granted, less one part in a hundred and 2 ms. So it turns false before anybody else can get in, as
-//! long as no clock runs wrong by more than that, and whether or not a heartbeat has run since. No two clocks are
-//! compared.
+//! A lease is a record that names the holder of a key, and says how long the lease lasts after its last renewal. One
+//! heartbeat thread renews all leases of a process. A holder that is stopped, cut off or hung cannot renew. Such a
+//! holder loses the lease when its time is over, and **knows it**: [`LeaseGuard::is_held`] uses the holder's own clock.
+//! It counts the ttl, less one part in a hundred and 2 ms, from before the granted request was sent. So `is_held` turns
+//! false before another process can acquire the lease, whether or not a heartbeat has run since. This holds as long as
+//! no clock runs wrong by more than that margin. lockkit compares no two clocks.
 //!
-//! What no lease can do is stop a holder between asking `is_held` and what it then does; nor tell it that the virtual
-//! machine in which it runs was paused or put back to a snapshot, where its clock stands still. For that there is the
-//! [`token`](LeaseGuard::token), greater with every owner: let what the lease guards refuse a lower one than it has
-//! seen.
-//!
-//! Implementation: `tenure` is the state of a held lease, without side effects; `heart` is the heartbeat thread; `waiters`
-//! is the queue of the threads that wait for a lease; `store` is the interface of a lease store, `file` the built-in
-//! store, `record` the format of its file, `observer` the rule by which an unchanged record expires, and `clock` the time.
+//! No lease can stop a holder between its call of `is_held` and its next action. No lease can notice that the virtual
+//! machine of the holder was paused or put back to a snapshot, where its clock stops. The [`token`](LeaseGuard::token)
+//! covers these cases: it is greater with every owner. The resource that the lease guards must refuse a token lower
+//! than the highest token that it has seen.
 //!
 //! Leases are from C. Gray and D. Cheriton, *Leases: An Efficient Fault-Tolerant Mechanism for Distributed File Cache
 //! Consistency* (SOSP 1989). Why they need fencing: M. Kleppmann, [How to do distributed locking] (2016).
+//!
+//! # Implementation
+//! `state` is the state of a held lease, without side effects. `shared` is a held lease as its guard, its watchers and
+//! the heartbeat share it. `heartbeat` is the heartbeat thread. `waiters` is the queue of the threads that wait for a
+//! lease. `store` is the interface of a lease store, and `file` the built-in store. `format` is the format of its file.
+//! `staleness` is the rule by which an unchanged record expires. `clock` is the time.
 //!
 //! [How to do distributed locking]: https://martin.kleppmann.com/2016/02/08/how-to-do-distributed-locking.html
 
@@ -64,22 +66,22 @@ use crate::owner::Owner;
 use crate::telemetry;
 use crate::wait::{LockInfo, Wait, WaitError, WaitState};
 
-/// The longest that a request may take which somebody waits for, besides a quarter of the ttl.
+/// The maximum time of a request that a caller waits for. A quarter of the ttl applies if it is shorter.
 const LONGEST_ATTEMPT: Duration = Duration::from_secs(2);
 
 /// A lock with a time to live: one owner at a time among all processes that reach its record, on one host or several.
 ///
-/// For leaders, and for work on a shared disk. It frees itself when its holder is dead, stopped, hung or cut off for
-/// longer than its ttl, where every other lock of this crate waits for a holder that lives. The price is that a holder
-/// can lose it: ask [`is_held`](LeaseGuard::is_held) or [`check`](LeaseGuard::check) before each thing that matters,
-/// watch [`lost`](LeaseGuard::lost), and give the [`token`](LeaseGuard::token) along with every write.
+/// Use it for leader election, and for work on a shared disk. If its holder is dead, stopped, hung or cut off for
+/// longer than its ttl, the lease becomes free. Every other lock of this crate waits for a live holder. The price is
+/// that a holder can lose the lease. Call [`is_held`](LeaseGuard::is_held) or [`check`](LeaseGuard::check) before each
+/// important action, watch [`lost`](LeaseGuard::lost), and send the [`token`](LeaseGuard::token) with every write.
 ///
-/// Not for a single machine where a holder that is stopped should keep its lock
-/// ([`NamedLock`](crate::NamedLock), [`FileLock`](crate::FileLock)), nor where losing it half-way through does harm
-/// and nothing checks the token.
+/// Do not use it on a single machine where a stopped holder should keep its lock: use [`NamedLock`](crate::NamedLock)
+/// or [`FileLock`](crate::FileLock). Do not use it where losing the lease half-way does harm and no resource checks the
+/// token.
 ///
-/// [`file`](Self::file) keeps the record in a file; [`with_store`](Self::with_store) wherever a [`LeaseStore`] can.
-/// Cloning gives another handle on the same lease.
+/// [`file`](Self::file) keeps the record in a file; [`with_store`](Self::with_store) in any [`LeaseStore`]. A clone is
+/// another handle on the same lease.
 ///
 /// ```
 /// # fn main() -> lockkit::Result<()> {
@@ -107,18 +109,19 @@ struct Inner {
     options: Options,
 }
 
-/// Who holds a lease; see [`Lease::status`].
+/// The state of a lease; see [`Lease::status`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum LeaseStatus {
-    /// Nobody.
+    /// No process holds the lease.
     Free,
-    /// A holder has it by its record, or the file is blank or damaged and counts as held; then there is no
-    /// [claim](LeaseSnapshot::claim). If [`LeaseSnapshot::expires_in`] is zero the lease is stale: the next process to ask takes it over.
+    /// The record names a holder, or the file is blank or damaged and counts as held; then there is no
+    /// [claim](LeaseSnapshot::claim). If [`LeaseSnapshot::expires_in`] is zero the lease is stale: the next process to
+    /// ask takes it over.
     Held(LeaseSnapshot),
 }
 
-/// How a lease was lost; what [`on_lost`](LeaseBuilder::on_lost) is told.
+/// The loss of a lease: the argument of the [`on_lost`](LeaseBuilder::on_lost) callback.
 ///
 /// ```
 /// # fn main() -> lockkit::Result<()> {
@@ -129,54 +132,58 @@ pub enum LeaseStatus {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Loss {
-    /// Which lease, for people.
+    /// The lease, described for people.
     pub lock: String,
-    /// The token under which it was held.
+    /// The token under which the lease was held.
     pub token: u64,
-    /// Why.
+    /// The reason of the loss.
     pub reason: LossReason,
 }
 
 impl Lease {
-    /// A lease whose record is a file, on this machine or on a file system that several share and whose flock(2)
-    /// reaches all of them.
+    /// Returns a builder for a lease whose record is a file. The file is on this machine, or on a file system that
+    /// several machines share and whose flock(2) reaches all of them.
     ///
-    /// The first acquisition creates the file. lockkit never deletes it, because it contains the token; do not delete it
-    /// either. Its directory must exist, unless [`create_parents`](LeaseBuilder::create_parents) is given. After a deletion
-    /// the next process to ask gets the lease at once, and the holder learns of it at its next heartbeat. If no process has
-    /// asked until then, the heartbeat creates the file again. [`build`](LeaseBuilder::build) makes the path absolute, so a
-    /// later change of the working directory has no effect.
+    /// The first acquisition creates the file. lockkit never deletes it, because it contains the token; do not delete
+    /// it either. Its directory must exist, unless [`create_parents`](LeaseBuilder::create_parents) is given. After a
+    /// deletion the next process to ask gets the lease at once, and the holder learns of it at its next heartbeat. If
+    /// no process has asked until then, the heartbeat creates the file again. [`build`](LeaseBuilder::build) makes the
+    /// path absolute, so a later change of the working directory has no effect.
     ///
     /// lockkit never writes to a file that is not a lease, for any user and in any method: the error is
-    /// [`NotALease`](ErrorKind::NotALease). It reclaims only a blank file (empty, or at most 1024 zeros) and a lease that
-    /// was truncated or damaged. If the file of a held lease is replaced by another program's file, the holder keeps the
-    /// lease until its deadline, in case the record is restored.
+    /// [`NotALease`](ErrorKind::NotALease). It reclaims only a blank file (empty, or at most 1024 zeros) and a lease
+    /// that was truncated or damaged. If another program's file replaces the file of a held lease, the holder keeps the
+    /// lease until its deadline. The record may be restored by then.
     ///
-    /// Each heartbeat opens, locks, rewrites and closes the file, some microseconds in memory: no descriptor
-    /// is kept, so ten thousand leases need no more of them than one. On file systems of
-    /// this machine (tmpfs, ext4, xfs, btrfs and their like) the file is not synced at each step: what a power
-    /// cut takes back is allowed for, and so is a deletion or a restored backup, because each new token is at least the
-    /// microseconds since the epoch. The wall clock must only not be set back along with the file, and of several hosts
-    /// none may be ahead of the others for as long as such a loss takes back. On all other file systems, such as NFS,
-    /// CIFS and FUSE, each step is synced, so that a beat has reached the server before it counts.
+    /// Each heartbeat opens, locks, rewrites and closes the file, which takes some microseconds in memory. lockkit
+    /// keeps no descriptor open, so ten thousand leases need no more descriptors than one. On file systems of this
+    /// machine (tmpfs, ext4, xfs, btrfs and similar) a step does not sync the file. A power cut, a deletion and a
+    /// restored backup do no harm to the order of tokens: each new token is at least the microseconds since the epoch.
+    /// That holds unless the wall clock is set back along with the file. With several hosts, no host's clock may be
+    /// ahead of the others by as much time as such a loss takes back. On all other file systems, such as NFS, CIFS
+    /// and FUSE, each step is synced, so that a heartbeat has reached the server before it counts.
     ///
-    /// The price: a process without free descriptors cannot renew, and loses its file leases after a ttl. A
-    /// holder that is stopped in the middle of a heartbeat, or killed but not yet gone, keeps the file locked until it
-    /// continues or is gone, and no other process can take the lease. (The host of an NFS client that is cut off keeps the
-    /// file locked until the server frees the lock: 90 s on Linux.) Other processes lock the file only to take a lease that
-    /// is free or expired. Any user who can open the file can lock it, so let only those users open it that share the lease.
+    /// The price: a process without free descriptors cannot renew, and loses its file leases after a ttl. A holder that
+    /// is stopped in the middle of a heartbeat, or killed but not yet gone, keeps the file locked until it continues or
+    /// is gone. Until then no other process can take the lease. (The host of an NFS client that is cut off keeps the
+    /// file locked until the server frees the lock: 90 s on Linux.) Other processes lock the file only to take a lease
+    /// that is free or expired. Any user with permission to open the file can lock it. Give that permission only to the
+    /// users that share the lease.
     ///
-    /// Who wants a held lease takes it over when its owner is dead by its identity (the same host, or an earlier boot
-    /// of it, where `/etc/machine-id` tells which host that is), or when its beat has not changed for the ttl that
-    /// stands in the record, by the clock of who wants it. A program that tries only once each time it is started, as
-    /// from cron, gets there too: it leaves a note of when it first saw that beat, which the next one on the same
-    /// machine goes on from.
+    /// A process takes over a held lease in two cases:
+    /// - The owner is dead by its identity. It ran on this host, or on an earlier boot of this host if
+    ///   `/etc/machine-id` identifies the host.
+    /// - The owner's heartbeat has not changed for the ttl in the record, by the clock of the process that takes the
+    ///   lease over.
+    ///
+    /// A program that tries only once per start, for example from cron, succeeds too. It leaves a note of the time at
+    /// which it first saw that heartbeat. The next program on the same machine continues from the note.
     ///
     /// A blank or damaged file counts as held for
-    /// [`invalid_pid_lock_stale_threshold`](LeaseBuilder::invalid_pid_lock_stale_threshold). After that the next process to
-    /// ask takes it, also a program that tries only once: the times of the file show how long it has been unchanged. (On a
-    /// file system of another machine, an hour of that does not count, for the clocks may differ.)
-    /// [`status`](Self::status) reports the same. A file of a later version of the format stays unchanged.
+    /// [`invalid_pid_lock_stale_threshold`](LeaseBuilder::invalid_pid_lock_stale_threshold). After that the next
+    /// process to ask takes it, also a program that tries only once: the times of the file show how long it has been
+    /// unchanged. (On a file system of another machine, an hour of that does not count, because the clocks may differ.)
+    /// [`status`](Self::status) reports the same. lockkit does not change a file of a later version of the format.
     ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {
@@ -199,7 +206,7 @@ impl Lease {
         LeaseBuilder::of_file(path.into())
     }
 
-    /// A lease at a URL: in a file, or on a server.
+    /// Returns a builder for a lease at a URL: in a file, or on a server.
     ///
     /// | URL | needs the feature |
     /// |---|---|
@@ -208,28 +215,34 @@ impl Lease {
     /// | `postgres://user@host/database?lease=name` | `postgres` |
     /// | `redis://host:6379/name` | `redis` |
     ///
-    /// **Redis and Valkey**, from version 5 on: `redis://user:password@host:port/database/name`, where all but the host
-    /// and the name can be left out; `rediss://` for TLS, by the authorities of the system or `?ca=/path`, with a
-    /// certificate of the client's own by `?cert=/path&key=/path`, all PEM files, which are read anew for each
-    /// connection; `valkey://` and `valkeys://` mean the same; `redis+unix:///path/of/socket?lease=name`, with `db`,
-    /// `user` and `pass` as parameters, for a socket. A server that fails over, or comes back without what it was told
-    /// last, can give a lease twice, so there the [`token`](LeaseGuard::token) must be checked. Have it keep its data
-    /// with `appendonly yes`, and evict nothing (`maxmemory-policy noeviction`, or one of the volatile ones: the keys
-    /// `lockkit:{name}` never expire, because they keep the tokens). It goes by its wall clock: if that is set forward,
-    /// leases end that much too soon for others, and that much too late if it is set back. The shortest ttl is 100 ms.
-    /// Where there are access lists, the user needs `~lockkit:* &lockkit:* +@hash +@scripting +@pubsub +time`. No
-    /// server of a cluster, for that may send the lease elsewhere.
+    /// **Redis and Valkey**, from version 5 on: `redis://user:password@host:port/database/name`. All parts but the host
+    /// and the name are optional. `rediss://` uses TLS, with the system's authorities or those of `?ca=/path`.
+    /// `?cert=/path&key=/path` adds a client certificate. These are PEM files, and each connection reads them again.
+    /// `valkey://` and `valkeys://` mean the same. For a socket: `redis+unix:///path/of/socket?lease=name`, with `db`,
+    /// `user` and `pass` as parameters.
     ///
-    /// The name is the end of the path, or the parameter `lease`, with `%2F` and its like for what means something else
-    /// in a URL. All leases of a process on one server share its connections. Nothing is connected to until the lease is
-    /// first used; a URL that is not right is an error of [`build`](LeaseBuilder::build).
+    /// A server that fails over, or restarts without its last writes, can grant a lease twice, so there the
+    /// [`token`](LeaseGuard::token) must be checked. Configure the server to keep its data (`appendonly yes`) and to
+    /// evict nothing: `maxmemory-policy noeviction`, or one of the volatile policies. The volatile policies are safe
+    /// because the keys `lockkit:{name}` never expire: these keys keep the tokens. The server uses its wall clock. If
+    /// that clock is set forward, leases end that much too soon for other processes; if it is set back, that much too
+    /// late. The shortest ttl is 100 ms. With access lists, the user needs
+    /// `~lockkit:* &lockkit:* +@hash +@scripting +@pubsub +time`. Do not use a server of a cluster, because it may
+    /// redirect the lease to another server.
     ///
-    /// Of etcd (3.4 or later, its gateway on): several nodes stand as `host:2379,host:2379`, and `user:password@` before
-    /// them; `etcds://` speaks TLS. Parameters are `ca`, a file with the certificates to trust instead of the system's;
-    /// `cert` and `key`, the files of a client's certificate, which must have no common name where etcd has
-    /// authentication on; and `prefix`, what all keys begin with, `lockkit/` unless told otherwise. A user needs to read
-    /// and write all keys with that prefix. Where etcd asks for certificates of clients, its own must be one for clients,
-    /// too, because its gateway comes to it as one.
+    /// The name is the end of the path, or the parameter `lease`. Characters with another meaning in a URL are escaped,
+    /// such as `%2F`. All leases of a process on one server share its connections. lockkit connects when the lease is
+    /// first used. An invalid URL is an error of [`build`](LeaseBuilder::build).
+    ///
+    /// **etcd**, 3.4 or later, with its gateway on: several nodes are written as `host:2379,host:2379`, after an
+    /// optional `user:password@`. `etcds://` uses TLS. The parameters are:
+    /// - `ca`: a file with the certificates to trust instead of the system's;
+    /// - `cert` and `key`: the files of a client certificate, which must have no common name if etcd has authentication
+    ///   on;
+    /// - `prefix`: the beginning of all keys, by default `lockkit/`.
+    ///
+    /// The user needs to read and write all keys with that prefix. If etcd requires client certificates, etcd's own
+    /// certificate must be valid for clients, too, because its gateway connects to it as a client.
     ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {
@@ -244,41 +257,47 @@ impl Lease {
         LeaseBuilder::of_url(url.into())
     }
 
-    /// A lease on `key` in `store`. Share one store among all its leases.
+    /// Returns a builder for a lease on `key` in `store`. Share one store among all its leases.
     ///
     /// [`LeaseStore`] has an example.
     pub fn with_store(store: Arc<dyn LeaseStore>, key: impl Into<String>) -> LeaseBuilder {
         LeaseBuilder::of_store(store, key.into())
     }
 
-    /// The name under which the store keeps it; of a file, its path.
+    /// Returns the name under which the store keeps the lease. For a file this is its path.
     pub fn name(&self) -> &str {
         self.0.name.as_str()
     }
 
-    /// Takes the lease, waiting as `wait` says.
+    /// Acquires the lease, waiting as `wait` says.
     ///
-    /// The heartbeat thread is started first, once for the process. A waiter for a file is woken by the release (by
-    /// inotify(7) on Linux; elsewhere it looks at its [retry delay](LeaseBuilder::acquire_retry_delay)), and looks
-    /// every 50 ms whether an owner of this host still lives. The waiting threads of a process form a queue (FIFO),
-    /// and only the first thread waits at the store; each other thread needs a descriptor. The wait leaves no thread behind, but what looks up the name of an
-    /// engine's host for longer than the wait lasts. On Linux the process
-    /// keeps one descriptor from its first wait on, for the next.
+    /// The first call in a process starts the heartbeat thread. A waiter for a file is woken by the release, by
+    /// inotify(7) on Linux; elsewhere the waiter polls at its [retry delay](LeaseBuilder::acquire_retry_delay). Every
+    /// 50 ms that waiter checks whether an owner on this host is alive. The waiting threads of a process form a queue
+    /// (FIFO), and only the first thread waits at the store; each other thread needs a descriptor. After the wait no
+    /// thread remains, except a thread that looks up the host name of a server for longer than the wait lasts. On Linux
+    /// the process keeps one descriptor from its first wait on, for the next.
     ///
-    /// Also who does not wait for a holder waits for the store: each attempt may take a quarter of the ttl, at most 2
-    /// seconds, and no longer than the limit of the wait.
+    /// A call that does not wait for a holder still waits for the store. Each attempt may take a quarter of the ttl, at
+    /// most 2 seconds, and no longer than the limit of the wait.
     ///
     /// # Errors
-    /// [`Held`](ErrorKind::Held), [`Timeout`](ErrorKind::Timeout) or [`Cancelled`](ErrorKind::Cancelled) as `wait` has
-    /// it; [`Io`](ErrorKind::Io) when the heartbeat thread cannot be started, or the file not be made, opened, locked
-    /// or written; [`Store`](ErrorKind::Store) when another store fails as often as
-    /// [`acquire_retry_limit`](LeaseBuilder::acquire_retry_limit) has it, or never answered within the limit of the
-    /// wait: then the request may yet take effect, and the heartbeat frees what it has taken as soon as the store
-    /// answers. Of a file also
-    /// [`NotALease`](ErrorKind::NotALease) when it is something else,
-    /// [`LayoutMismatch`](ErrorKind::LayoutMismatch) when a later version wrote it or no greater token can follow,
-    /// [`ForeignOwner`](ErrorKind::ForeignOwner) when another user than this one or root owns it and the lease is not
-    /// [shared](LeaseBuilder::file_write_mode), and [`Insecure`](ErrorKind::Insecure) when it is a link or no plain file.
+    /// - [`Held`](ErrorKind::Held), [`Timeout`](ErrorKind::Timeout) or [`Cancelled`](ErrorKind::Cancelled), as `wait`
+    ///   says.
+    /// - [`Io`](ErrorKind::Io) if the heartbeat thread cannot be started, or if the file cannot be created, opened,
+    ///   locked or written.
+    /// - [`Store`](ErrorKind::Store) if a store other than a file fails more often than
+    ///   [`acquire_retry_limit`](LeaseBuilder::acquire_retry_limit) allows, or never answered within the limit of the
+    ///   wait. A request without an answer may still take effect; the heartbeat frees such a grant as soon as the store
+    ///   answers.
+    ///
+    /// For a file also:
+    /// - [`NotALease`](ErrorKind::NotALease) if the file is not a lease.
+    /// - [`LayoutMismatch`](ErrorKind::LayoutMismatch) if a later version wrote the file, or no greater token can
+    ///   follow.
+    /// - [`ForeignOwner`](ErrorKind::ForeignOwner) if a user other than this one or root owns the file, and the lease
+    ///   is not [shared](LeaseBuilder::file_write_mode).
+    /// - [`Insecure`](ErrorKind::Insecure) if the file is a link or not a plain file.
     pub fn acquire(&self, wait: &Wait) -> Result<LeaseGuard> {
         let found = Found { lease: &self.0, owner: None };
         telemetry::acquire(&found, || self.0.acquire(wait))
@@ -290,8 +309,8 @@ impl Lease {
         telemetry::acquire_async(&found, blocking::on_a_thread(wait, &found, move |wait| lease.acquire(wait))).await
     }
 
-    /// Who holds the lease now; `None` when nobody does, or nothing tells who. By the time it returns it may already
-    /// be past.
+    /// Returns the holder of the lease; `None` if the lease is free, or if the record does not identify the holder. The
+    /// result is a snapshot.
     ///
     /// # Errors
     /// As [`status`](Self::status).
@@ -299,7 +318,7 @@ impl Lease {
         Ok(self.0.look()?.and_then(|seen| seen.owner().cloned()))
     }
 
-    /// What the record says now. Changes nothing and waits for nobody.
+    /// Returns what the record says now. Changes nothing and waits for no holder.
     ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {
@@ -313,16 +332,18 @@ impl Lease {
     /// ```
     ///
     /// # Errors
-    /// [`Io`](ErrorKind::Io) or [`Store`](ErrorKind::Store) when the record cannot be read;
-    /// [`NotALease`](ErrorKind::NotALease) when the file is something else; [`LayoutMismatch`](ErrorKind::LayoutMismatch) when a later version wrote it;
-    /// [`Insecure`](ErrorKind::Insecure) when its file is a link or no plain file.
+    /// - [`Io`](ErrorKind::Io) or [`Store`](ErrorKind::Store) if the record cannot be read.
+    /// - [`NotALease`](ErrorKind::NotALease) if the file is not a lease.
+    /// - [`LayoutMismatch`](ErrorKind::LayoutMismatch) if a later version wrote the file.
+    /// - [`Insecure`](ErrorKind::Insecure) if the file is a link or not a plain file.
     pub fn status(&self) -> Result<LeaseStatus> {
         Ok(self.0.look()?.map_or(LeaseStatus::Free, LeaseStatus::Held))
     }
 
-    /// Takes the lease from the holder that was seen, and from no other: says whether it did, which is not when it has
-    /// been released or taken by somebody else since. The holder is not asked. It learns of it at its next beat, and
-    /// until then believes that it holds: make sure that it is gone, or that its token is checked.
+    /// Takes the lease from the holder in `seen`, and from no other holder. Returns false if the lease has since been
+    /// released, or taken by another holder. lockkit does not ask the holder. The holder learns of the eviction at its
+    /// next heartbeat, and until then believes that it holds the lease. Make sure that the holder is gone, or that its
+    /// token is checked.
     ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {
@@ -340,7 +361,7 @@ impl Lease {
     /// ```
     ///
     /// # Errors
-    /// As [`acquire`](Self::acquire), without those of the wait.
+    /// As [`acquire`](Self::acquire), without the errors of the wait.
     pub fn evict(&self, seen: &LeaseSnapshot) -> Result<bool> {
         let evicted = self.0.store.evict(&self.0.name, seen, self.0.request());
         evicted.map(|done| done == Released::Done).map_err(|error| self.0.failed(error))
@@ -368,7 +389,7 @@ impl Inner {
         let heart = HeartbeatScheduler::start()
             .map_err(|error| Error::io("start the heartbeat thread for", self.name.as_str(), error))?;
         let mut asking = PendingClaim::begin(self.clone(), heart);
-        // From here on, so that a limit also bounds a store that does not answer.
+        // The time limit starts here, so that it also bounds a store that does not answer.
         let patience = wait.patience();
         let mut recovered = None;
         let mut failures = 0;
@@ -394,11 +415,11 @@ impl Inner {
                     }
                     match self.give_back_untold(&grant, self.request()) {
                         Ok(is_passed_on) => {
-                            // What nobody else will be told of.
+                            // If the store does not pass this report on, this acquisition is the last that can make it.
                             recovered = grant.take_recovered().filter(|_| !is_passed_on).or(recovered);
                             asking.renew_claim();
                         }
-                        // The heartbeat gives it back, and passes on who died.
+                        // The heartbeat gives the grant back, and passes the report of the dead owner on.
                         Err(_) => asking.abandon_claim(sent),
                     }
                     is_answered = true;
@@ -428,16 +449,16 @@ impl Inner {
                     error
                 }
             };
-            // The same claim again: if the store did it after all, it gives the same grant.
+            // The next attempt repeats the claim. If the store carried out this attempt, it returns the same grant.
             failures += 1;
             if failures > options.retry_limit {
                 return Err(self.failed(failure));
             }
-            // Also who does not wait for a holder waits for the store.
+            // A call that does not wait for a holder still waits for the store.
             match &patience {
                 Some(patience) => match patience.sleep(options.retry_delay)? {
                     Ok(()) => {}
-                    // Nobody said that it is held.
+                    // The store never answered that the lease is held, so this is not a timeout of the lock.
                     Err(WaitError::TimedOut) if !is_answered => return Err(self.failed(failure)),
                     Err(gave_up) => return Err(patience.error(gave_up, &found)),
                 },
@@ -449,7 +470,8 @@ impl Inner {
         }
     }
 
-    /// Gives back a grant that nobody was told of. Whether the next owner will be told of whom it was recovered from.
+    /// Gives back a grant that no caller received. Returns whether the store reports the owner that the grant was
+    /// recovered from to the next owner.
     fn give_back_untold(&self, grant: &Grant, by: Deadline) -> std::result::Result<bool, StoreError> {
         let is_passed_on = grant.recovered().is_some() && self.store.abandon(grant, by)? == Released::Done;
         if !is_passed_on {
@@ -458,8 +480,8 @@ impl Inner {
         Ok(is_passed_on)
     }
 
-    /// Waits until this thread is first in the queue of the process. Returns true if it was first already and may wait at
-    /// the store, and false if the lease may have changed in the meantime.
+    /// Waits until this thread is first in the queue of the process. Returns true if it was first already and may wait
+    /// at the store, and false if the lease may have changed in the meantime.
     fn queue_up(&self, waiter: &mut Option<Waiter>, patience: &WaitState, found: &mut Found<'_>) -> Result<bool> {
         if !waiter.as_ref().is_some_and(Waiter::is_first) {
             // Without a free descriptor the thread asks the store out of order.
@@ -480,11 +502,11 @@ impl Inner {
         })
     }
 
-    /// Waits for a change of what was seen, until it runs out or the patience does.
+    /// Waits until the lease differs from `seen`, until `seen` expires, or until the wait ends.
     fn wait_for_change(&self, seen: &LeaseSnapshot, patience: &WaitState, found: &Found<'_>) -> Result<()> {
-        /// What is said to run out now is asked for again a moment later.
+        /// The shortest wait: a lease that expires now is requested again after this time.
         const MOMENT: Duration = Duration::from_millis(1);
-        /// A clock that no other process reads may run as it likes.
+        /// The longest wait with a clock that no other process reads, because such a clock may run at any speed.
         const PRIVATE: Duration = Duration::from_millis(5);
 
         let options = &self.options;
@@ -509,13 +531,13 @@ impl Inner {
         self.store.get(&self.name, self.request()).map_err(|error| self.failed(error))
     }
 
-    /// By when a request must have ended that is asked for now: well within a ttl, and while somebody still waits.
+    /// Returns the deadline of a request that starts now: well within a ttl, and while the caller still waits.
     fn request(&self) -> Deadline {
         Deadline::after((self.options.ttl / 4).min(LONGEST_ATTEMPT))
     }
 
-    /// What an attempt is given at least, however soon the waiter gives up: without an answer nobody would know whether
-    /// it took effect, and the name might be held by nobody for a moment. A store that keeps no short ttls is a slow one.
+    /// Returns the minimum time of an attempt, even if the waiter gives up sooner. Without an answer the outcome would
+    /// be unknown, and an orphaned grant could hold the name for a moment. A store that keeps no short ttls is slow.
     fn shortest_request(&self) -> Duration {
         (self.store.profile().smallest_ttl / 8).clamp(SHORTEST_REQUEST, Duration::from_millis(250))
     }
@@ -557,11 +579,12 @@ impl LockInfo for Found<'_> {
 
 lock_methods!(
     Lease, LeaseGuard,
-    in_tasks: "It is done on a thread of its own, under any runtime ([`Io`](crate::ErrorKind::Io) when none can be started), for \
-               stores may block. When the future is dropped that thread stops waiting at once and ends; if a request is \
-               under way, when the store has answered or the request's time is over: a quarter of the ttl, or 2 seconds \
-               at most. What was granted until then it releases. A guard that is dropped in a task blocks it for a \
-               moment: see [`LeaseGuard::release_async`]."
+    in_tasks: "The acquisition runs on a thread of its own, under any runtime ([`Io`](crate::ErrorKind::Io) if none \
+               can be started), because stores may block. When the future is dropped, that thread stops waiting at \
+               once and ends. If a request is under way, the thread ends when the store has answered or the \
+               request's time is over: a quarter of the TTL, or 2 s at most. It releases a lease that is granted \
+               until then. A guard that is dropped in a task blocks the task for a moment: see \
+               [`LeaseGuard::release_async`]."
 );
 
 impl fmt::Debug for Lease {
@@ -573,22 +596,23 @@ impl fmt::Debug for Lease {
     }
 }
 
-/// A held [`Lease`]; dropping it releases, and waits for that for a quarter of the ttl or 250 ms at most. A file on a mount
-/// that hangs knows no such limit; but where a request is seen to hang already, the heartbeat is left to release.
+/// A held [`Lease`]. Dropping the guard releases the lease, and waits for the store for a quarter of the ttl, at most
+/// 250 ms. A file on a mount that hangs has no such limit. But if a request is known to hang already, the drop leaves
+/// the release to the heartbeat.
 ///
-/// A guard is held until its lease is lost, and a lost lease stays lost; when its guard goes the name is given free, as far
-/// as that can be done at once, so that nobody waits any longer, and the next owner is told that it was not released. A
-/// forked child's copy of a guard is not held, and dropping it does nothing. A guard that is leaked (`mem::forget`) goes on
-/// being renewed until the process ends.
+/// A guard is held until its lease is lost, and a lost lease stays lost. When the guard of a lost lease is dropped, it
+/// frees the name as far as that is possible at once, so that waiters stop waiting. The next owner then learns that the
+/// lease was not released. A forked child's copy of a guard is not held, and dropping it does nothing. The lease of a
+/// leaked guard (`mem::forget`) is renewed until the process ends.
 ///
-/// All methods may be called from any thread. None but dropping and releasing touches the store.
+/// All methods may be called from any thread. Only dropping and releasing access the store.
 ///
 /// ```
 /// # fn main() -> lockkit::Result<()> {
 /// # let path = std::env::temp_dir().join(format!("lockkit-doc-lease-guard-{}", std::process::id()));
 /// let guard = lockkit::Lease::file(&path).build()?.lock()?;
-/// guard.check()?; // An error that says why, if it were lost.
-/// assert!(guard.is_held() && guard.remaining() <= std::time::Duration::from_secs(3)); // The ttl, unless told otherwise.
+/// guard.check()?; // Returns the reason as an error if the lease is lost.
+/// assert!(guard.is_held() && guard.remaining() <= std::time::Duration::from_secs(3)); // The default ttl.
 /// guard.release()?;
 /// # std::fs::remove_file(path).unwrap();
 /// # Ok(()) }
@@ -600,32 +624,33 @@ pub struct LeaseGuard {
 }
 
 impl LeaseGuard {
-    /// The fencing token: greater than that of every earlier owner of this lease. Give it along with each write to what
-    /// the lease guards, and have that refuse a lower one than it has seen.
+    /// Returns the fencing token: greater than the token of every earlier owner of this lease. Send it with each write
+    /// to the resource that the lease guards. That resource must refuse a token lower than the highest token that it
+    /// has seen.
     pub fn token(&self) -> u64 {
         self.held.token()
     }
 
-    /// Whether the lease is held now, by the clock and not only by the last heartbeat: the first to ask after the time
-    /// is over finds it lost. Some 50 ns.
+    /// Returns whether the lease is held now. The result depends on the clock and not only on the last heartbeat: the
+    /// first call after the time is over finds the lease lost. A call takes some 50 ns.
     pub fn is_held(&self) -> bool {
         self.held.check().is_ok()
     }
 
-    /// How long the lease lasts if it is not renewed; nothing once it is lost.
+    /// Returns how long the lease lasts if it is not renewed; zero once it is lost.
     pub fn remaining(&self) -> Duration {
         self.held.remaining()
     }
 
-    /// As [`is_held`](Self::is_held), to be used with `?`.
+    /// Checks [`is_held`](Self::is_held), for use with `?`.
     ///
     /// # Errors
-    /// [`LeaseLost`](ErrorKind::LeaseLost) with the reason when it is not held any more.
+    /// [`LeaseLost`](ErrorKind::LeaseLost) with the reason if the lease is not held any more.
     pub fn check(&self) -> Result<()> {
         self.held.check().map_err(|reason| self.held.lost(reason))
     }
 
-    /// What tells of the loss, to be watched elsewhere. It outlives the guard.
+    /// Returns a signal of the loss, which other code can watch. The signal outlives the guard.
     ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {
@@ -643,25 +668,26 @@ impl LeaseGuard {
         LostSignal::new(self.held.clone())
     }
 
-    /// Says that the work goes on. Where [`require_progress`](LeaseBuilder::require_progress) asks for it, the lease is
-    /// only renewed while this is called often enough.
+    /// Reports that the work makes progress. With [`require_progress`](LeaseBuilder::require_progress) the lease is
+    /// renewed only while this is called often enough.
     pub fn progress(&self) {
         self.held.progress();
     }
 
-    /// Releases now and says what went wrong.
+    /// Releases the lease now, and returns an error if that fails.
     ///
     /// # Errors
-    /// [`LeaseLost`](ErrorKind::LeaseLost) when it had been lost before; [`Io`](ErrorKind::Io) or
-    /// [`Store`](ErrorKind::Store) when the store could not be told: the heartbeat then tries on, until the lease has run
-    /// out by itself.
+    /// - [`LeaseLost`](ErrorKind::LeaseLost) if the lease was lost before.
+    /// - [`Io`](ErrorKind::Io) or [`Store`](ErrorKind::Store) if the release at the store failed. The heartbeat then
+    ///   repeats the release until the lease expires.
     pub fn release(self) -> Result<()> {
         self.held.release()
     }
 
-    /// As [`release`](Self::release), without blocking the thread: dropping the guard in a task blocks it for as long
-    /// as the store takes, a quarter of the ttl or 250 ms at most, also when a renewal is under way. It is done on a
-    /// thread of its own, and also when the future is dropped after its first poll.
+    /// Releases the lease as [`release`](Self::release) does, without blocking the thread. Dropping the guard in a task
+    /// blocks the task for as long as the store takes: a quarter of the ttl or 250 ms at most. The limit also holds
+    /// when a renewal is under way. The release runs on a thread of its own. The release also completes when the future
+    /// is dropped after its first poll.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -675,8 +701,8 @@ impl LeaseGuard {
     /// ```
     ///
     /// # Errors
-    /// As [`release`](Self::release), and [`Io`](ErrorKind::Io) when no thread can be started: the lease is released all
-    /// the same, by this one.
+    /// As [`release`](Self::release), and [`Io`](ErrorKind::Io) if no thread can be started. In that case the calling
+    /// thread releases the lease.
     #[cfg(feature = "tokio")]
     #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
     pub async fn release_async(self) -> Result<()> {
@@ -684,8 +710,9 @@ impl LeaseGuard {
         blocking::elsewhere_do(&*held, move || self.release()).await
     }
 
-    /// Whether the previous owner did not release: it died, or was silent for its ttl, or its record was damaged.
-    /// Who that was, where it is known; it may live, and may never have learned that it had the lease.
+    /// Returns `Some` if the previous owner did not release: it died, was silent for its ttl, or its record was
+    /// damaged. The value names that owner, if it is known. That owner may be alive, and may never have learned that it
+    /// had the lease.
     pub fn recovered(&self) -> Option<&Recovered> {
         self.recovered.as_deref()
     }
@@ -703,7 +730,7 @@ impl Guard for LeaseGuard {
 
 impl Drop for LeaseGuard {
     fn drop(&mut self) {
-        // What could not be released runs out by itself.
+        // A lease that could not be released expires.
         let _ = self.held.release();
     }
 }

@@ -1,7 +1,8 @@
 //! A held lease, as its guard, its watchers and the heartbeat share it.
 //!
-//! The state is under a mutex that nobody keeps while a store is asked, so whoever wants to know never waits for one. A
-//! forked child has a copy, perhaps of a locked mutex; it asks for the generation first, and touches nothing else.
+//! The state is under a mutex. No thread holds the mutex during a request to a store, so a reader of the state never
+//! waits for a store. A forked child has a copy, perhaps of a locked mutex. The child checks the generation first, and
+//! touches nothing else.
 
 use std::fmt;
 use std::mem;
@@ -23,46 +24,46 @@ use crate::sys::fork;
 use crate::telemetry;
 use crate::wait::{CancelToken, LockInfo, Wait, WaitState};
 
-/// The longest that whoever releases waits for the store, besides a quarter of the ttl.
+/// The maximum time that a release waits for the store. A quarter of the ttl applies if it is shorter.
 const LONGEST_RELEASE: Duration = Duration::from_millis(250);
 
-/// The longest that a request of the heartbeat may take, besides a quarter of the ttl. It may have to connect anew first,
-/// to a server that is far away. It is less, but no less than a release may take, where another lease at the same domain has
-/// a short ttl, for its beats may have to wait for it.
+/// The maximum time of a request of the heartbeat, which may first have to connect to a distant server. A quarter of
+/// the ttl applies if it is shorter. The limit is lower if another lease of the same domain has a short ttl, because
+/// that lease may have to wait for the request. The limit is then not below [`LONGEST_RELEASE`].
 const LONGEST_BEAT: Duration = Duration::from_secs(2);
 
-/// What a request is given at least, also a release that had to wait long for a renewal.
+/// The minimum time of a request, also of a release that waited long for a renewal.
 pub(super) const SHORTEST_REQUEST: Duration = Duration::from_millis(20);
 
 pub(super) struct Held {
     lease: Arc<Inner>,
     grant: Grant,
-    /// Not where nobody knows whether it was, nor under which token.
+    /// False if it is unknown whether the claim was granted, and under which token.
     is_granted: bool,
     heart: &'static HeartbeatScheduler,
-    /// The process that holds, for a forked child has a copy.
+    /// The process that holds the lease. A forked child has a copy of this value.
     generation: u32,
-    /// Cancelled when it has ended.
+    /// Cancelled when the lease has ended.
     ended: CancelToken,
     state: Mutex<State>,
-    /// A renewal under way has come back.
+    /// Notified when a renewal under way has returned.
     answered: Condvar,
 }
 
 struct State {
     tenure: LeaseState,
-    /// The heartbeat has asked the store to renew, and has no answer yet.
+    /// The heartbeat has sent a renewal to the store, and has no answer yet.
     asking: bool,
-    /// The record may still say that it is held: the heartbeat is to release.
+    /// The record may still say that the lease is held: the heartbeat must release it.
     left_to_heart: bool,
-    /// The guard went when it was lost already, and has done what there was to do.
+    /// The guard was released after the loss, and has done what was left to do.
     is_given_up: bool,
-    /// When a request of the claim was sent that got no answer, before another one was granted.
+    /// When a request of the claim was sent that got no answer, before another request was granted.
     unanswered: Option<Duration>,
 }
 
-/// An acquisition under way. Where it ends without a grant after a request that got no answer, its claim may have been
-/// given the name, or may yet be. Then the heartbeat takes that back, so that nobody is kept out by nobody.
+/// An acquisition under way. If it ends without a grant after a request that got no answer, the request may leave an
+/// orphaned grant, also later. The heartbeat then frees the orphaned grant, so that it does not block clients.
 pub(super) struct PendingClaim {
     lease: Arc<Inner>,
     heart: &'static HeartbeatScheduler,
@@ -76,23 +77,23 @@ impl PendingClaim {
         Self { lease, heart, claim: ClaimId::random(), unanswered: None }
     }
 
-    /// No answer came to the request that was sent then.
+    /// Records that the request that was sent at `sent` got no answer.
     pub(super) fn is_unanswered(&mut self, sent: Duration) {
         self.unanswered = Some(sent);
     }
 
-    /// The name was granted to the claim by a request that was sent then.
+    /// Begins to hold the name, which a request sent at `sent` was granted.
     pub(super) fn granted(mut self, grant: Grant, sent: Duration) -> Arc<Held> {
         Held::begin(self.lease.clone(), grant, self.heart, sent, self.unanswered.take())
     }
 
-    /// The name was granted to the claim by a request that was sent then, and could not be given back.
+    /// Leaves a grant to the heartbeat: a request sent at `sent` was granted, and the grant could not be given back.
     pub(super) fn abandon_claim(&mut self, sent: Duration) {
         Held::reclaim_orphan(self.lease.clone(), &self.claim, 0, self.heart, sent);
         self.renew_claim();
     }
 
-    /// The name was granted to the claim, and given back: another one asks from here on.
+    /// Replaces the claim after its grant was given back. Later requests use the new claim.
     pub(super) fn renew_claim(&mut self) {
         (self.claim, self.unanswered) = (ClaimId::random(), None);
     }
@@ -107,8 +108,9 @@ impl Drop for PendingClaim {
 }
 
 impl Held {
-    /// What was granted by a request sent then. The first beat comes after half a heartbeat to a whole one, by chance,
-    /// so that a thousand leases taken at once do not beat at once for ever; sooner by what is missing of a ttl.
+    /// Begins to hold the grant of a request that was sent at `sent`. The first heartbeat comes after half an interval
+    /// to a whole interval, at random. So a thousand leases that are acquired at once do not renew at once for ever. If
+    /// the store granted less than the ttl, the first heartbeat comes sooner by the difference.
     fn begin(
         lease: Arc<Inner>,
         grant: Grant,
@@ -128,9 +130,9 @@ impl Held {
         held
     }
 
-    /// Has the heartbeat free what the claim may be given by a request that was sent then and got no answer, under any
-    /// token but the one that is known, if it is not 0. It looks at once and again and again until what was granted
-    /// would have run out, for such a request may be carried out late.
+    /// Has the heartbeat free what the claim may be granted by a request that was sent at `sent` and got no answer. If
+    /// `known` is not 0, a grant under the token `known` is left alone. The heartbeat checks at once, and repeatedly
+    /// until such a grant would have expired, because the request may take effect late.
     fn reclaim_orphan(
         lease: Arc<Inner>,
         claim: &ClaimId,
@@ -180,7 +182,7 @@ impl Held {
         &self.lease.options.clock
     }
 
-    /// What its clock has in common with others that show the same.
+    /// Returns the id that the clock shares with other clocks that show the same time.
     pub(super) fn clock_id(&self) -> Option<u128> {
         self.lease.options.clock_id
     }
@@ -197,7 +199,7 @@ impl Held {
         self.lease.options.heartbeat
     }
 
-    /// What its store hangs with.
+    /// Returns the failure domain of the store.
     pub(super) fn domain(&self) -> FailureDomain {
         let store = &self.lease.store;
         store
@@ -206,7 +208,7 @@ impl Held {
             .map_or(FailureDomain::Store(Arc::as_ptr(store).cast::<()>() as usize), FailureDomain::Common)
     }
 
-    /// Whether it is held now, and if not, why.
+    /// Checks that the lease is held now. Otherwise the error is the reason.
     pub(super) fn check(self: &Arc<Self>) -> std::result::Result<(), LossReason> {
         if self.is_inherited() {
             return Err(LossReason::Forked);
@@ -221,7 +223,7 @@ impl Held {
         state.tenure.ended().cloned().map_or(Ok(()), Err)
     }
 
-    /// Whether it has ended, and the heartbeat has nothing more to do for it.
+    /// Returns whether the lease has ended, and the heartbeat has nothing more to do for it.
     pub(super) fn is_over(&self) -> bool {
         let state = self.lock();
         state.tenure.ended().is_some() && !state.left_to_heart
@@ -241,13 +243,13 @@ impl Held {
         }
     }
 
-    /// Ends it and tells the store. Once; later calls do nothing.
+    /// Ends the lease and releases it at the store. Later calls do nothing.
     pub(super) fn release(self: &Arc<Self>) -> Result<()> {
         if self.is_inherited() {
             return Ok(());
         }
         let ended = self.end();
-        // What got no answer may be carried out now that nobody has it any more, and when others have had it since.
+        // A request without an answer may take effect now that the lease is free, or after other holders had the lease.
         let unanswered = self.lock().unanswered.take();
         if let Some(sent) = unanswered.filter(|sent| self.now() < *sent + self.ttl()) {
             Self::reclaim_orphan(self.lease.clone(), self.grant.claim(), self.token(), self.heart, sent);
@@ -258,7 +260,7 @@ impl Held {
     fn end(self: &Arc<Self>) -> Result<()> {
         let by = Deadline::after(self.longest_release());
         if let Err(reason) = self.check() {
-            // A process that lives is not to keep others waiting for what it has lost.
+            // A live process must not make others wait for a lease that the process has lost.
             let has_run_out = matches!(reason, LossReason::Expired | LossReason::Store(_));
             if has_run_out && !mem::replace(&mut self.lock().is_given_up, true) {
                 let is_given_up =
@@ -274,7 +276,7 @@ impl Held {
             return Err(self.lost(reason.clone()));
         }
         state.tenure.release();
-        // A renewal that arrives after the release must not bring the record back.
+        // A renewal that arrives after the release must not restore the record.
         while state.asking && !by.is_past() {
             let waited = self.answered.wait_timeout(state, by.remaining());
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -292,7 +294,7 @@ impl Held {
         }
         self.ended.cancel();
         telemetry::released(&**self);
-        // What did not work now the heartbeat tries again, as long as the record may stand in the way of others.
+        // The heartbeat repeats a failed release for as long as the record may block others.
         match told {
             Err(_) => self.leave_to_heart(),
             Ok(_) => self.heart.released(),
@@ -303,7 +305,8 @@ impl Held {
         }
     }
 
-    /// Whether what is asked of the store now may hang with what was asked before. Only the heartbeat has threads for that.
+    /// Returns whether a request to the store may now hang behind an earlier request. Only the heartbeat has threads
+    /// for that.
     fn is_store_busy(&self) -> bool {
         self.lock().asking || self.heart.is_stuck(self.domain())
     }
@@ -318,7 +321,7 @@ impl Held {
         protected(|| match is_released {
             _ if !self.is_granted => self.find_and_free(by),
             true => self.lease.store.release(&self.grant, by),
-            // A renewal that came too late may have made it good again for a store that finds out itself, too.
+            // A late renewal may have extended the grant again, also in a store that detects the expiry by itself.
             false => match self.lease.store.abandon(&self.grant, by) {
                 Ok(Released::NotMine) if self.seen(by)?.is_some() => self.lease.store.release(&self.grant, by),
                 told => told,
@@ -326,22 +329,22 @@ impl Held {
         })
     }
 
-    /// The claim as the holder, if the store names it so.
+    /// Returns the snapshot of the store if it shows the claim as the holder.
     fn seen(&self, by: Deadline) -> Result<Option<LeaseSnapshot>, StoreError> {
         let seen = self.lease.store.get(self.grant.name(), by)?;
         Ok(seen.filter(|seen| seen.claim() == Some(*self.grant.claim())))
     }
 
-    /// Frees what the claim was given, and is never done: the request that asked for it may yet be carried out.
+    /// Frees what the claim was granted. Always returns an error, because the unanswered request may still take effect.
     fn find_and_free(&self, by: Deadline) -> Result<Released, StoreError> {
-        // What is under the token that is known is given back by who knows how it ended.
+        // The code that knows how the grant under the known token ended gives that grant back.
         let is_to_free = |seen: LeaseSnapshot| match self.token() {
             0 => true,
             known => seen.token().is_some_and(|token| token != known),
         };
         if self.seen(by)?.is_some_and(is_to_free) {
             let (store, name, claim) = (&self.lease.store, self.grant.name(), self.grant.claim());
-            // The same claim again is the same grant, which knows whether it was taken over from somebody who died.
+            // An attempt with the same claim returns the same grant, which reports whether its previous owner died.
             if let Attempt::Granted(grant) = store.try_acquire(name, claim, self.grant.ttl(), by)? {
                 self.lease.give_back_untold(&grant, by)?;
             }
@@ -349,7 +352,7 @@ impl Held {
         Err(StoreError::unknown("the request may yet be carried out"))
     }
 
-    /// Does what is to be done now, on the heartbeat thread; says when to come again, if ever.
+    /// Does what is due, on the heartbeat thread. Returns when to run again, if ever.
     pub(super) fn beat(self: &Arc<Self>) -> Option<Duration> {
         let now = self.now();
         let mut state = self.lock();
@@ -358,13 +361,14 @@ impl Held {
             state.asking = true;
             drop(state);
             let answer = protected(|| self.lease.store.renew(&self.grant, self.request()));
-            // The store may have done it after all.
+            // After an error the store may still have renewed the lease.
             let in_force = !matches!(answer, Ok(Renewal::Lost { .. }));
             let answered = self.now();
             state = self.lock();
             state.asking = false;
             next = state.tenure.answered(now, answered, answer);
-            // Nobody is to wait for what nobody holds. A guard that waits for the answer releases itself.
+            // Waiters must not wait for a lease without a holder. A guard that waits for this answer releases the lease
+            // itself.
             match state.tenure.ended() {
                 None => {}
                 Some(LossReason::Released) => self.answered.notify_all(),
@@ -382,7 +386,7 @@ impl Held {
             let told = self.give_back(self.request());
             let now = self.now();
             if told.is_err() && now < until {
-                // As soon as a renewal that failed: others wait.
+                // Retries as soon as after a failed renewal, because others wait.
                 return Some(now + self.heartbeat() / 4);
             }
             self.lock().left_to_heart = false;
@@ -390,14 +394,15 @@ impl Held {
         None
     }
 
-    /// As [`beat`](Self::beat), where nothing may be asked of the store for so long: tells of the end.
+    /// Does what [`beat`](Self::beat) does while the store must get no request for the duration `rest`: only reports
+    /// the end.
     pub(super) fn beat_at_rest(self: &Arc<Self>, rest: Duration) -> Option<Duration> {
         let now = self.now();
         let mut state = self.lock();
         let lost = state.tenure.expire(now);
         let again = match state.tenure.ended() {
             None => Some((now + rest).min(state.tenure.until())),
-            // A thread that has asked the store may leave it to do something.
+            // A thread with a request to the store under way may leave work to the heartbeat.
             Some(_) => (state.asking || state.left_to_heart).then(|| now + rest),
         };
         drop(state);
@@ -407,12 +412,12 @@ impl Held {
         again
     }
 
-    /// The error that says that it is not held any more.
+    /// Returns the error that says that the lease is not held any more.
     pub(super) fn lost(&self, reason: LossReason) -> Error {
         ErrorKind::LeaseLost { lock: self.describe(), reason }.into()
     }
 
-    /// Tells everybody of a loss. Whoever ended the tenure calls it, so it is called once.
+    /// Reports a loss to all watchers. The code that ended the lease calls this, so it runs once.
     #[cold]
     fn tell(self: &Arc<Self>, reason: LossReason) {
         self.ended.cancel();
@@ -421,13 +426,13 @@ impl Held {
         self.heart.tell(call, Loss { lock: self.describe(), token: self.token(), reason });
     }
 
-    /// By when a request must have ended that the heartbeat makes now.
+    /// Returns the deadline of a request that the heartbeat sends now.
     fn request(&self) -> Deadline {
         let shortest = self.heart.shortest_at(self.domain()).unwrap_or(self.ttl());
         Deadline::after((self.ttl() / 4).min(LONGEST_BEAT).min((shortest / 4).max(LONGEST_RELEASE)))
     }
 
-    /// How long whoever releases waits for the store.
+    /// Returns how long a release waits for the store.
     pub(super) fn longest_release(&self) -> Duration {
         (self.ttl() / 4).min(LONGEST_RELEASE)
     }
@@ -437,7 +442,7 @@ impl Held {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Nothing in here is left half done by a panic.
+        // A panic leaves no partial change in here.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -457,12 +462,12 @@ impl LockInfo for Held {
     }
 }
 
-/// What a store says, also if it panics: the heartbeat serves others, too.
+/// Returns the answer of a store. A panic becomes an error, because the heartbeat serves other leases, too.
 fn protected<T>(ask: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
     catch_unwind(AssertUnwindSafe(ask)).unwrap_or_else(|_| Err(StoreError::unknown("the store panicked")))
 }
 
-/// Tells of the loss of a lease, or of its release. Clones tell of the same one, and all outlive the guard.
+/// A signal of the loss of a lease, or of its release. Clones are the same signal, and all outlive the guard.
 ///
 /// ```
 /// # fn main() -> lockkit::Result<()> {
@@ -484,18 +489,18 @@ impl LostSignal {
         Self(held)
     }
 
-    /// Whether the lease is not held any more, by the clock: as [`is_held`](super::LeaseGuard::is_held) has it.
+    /// Returns whether the lease is not held any more, by the clock, as [`is_held`](super::LeaseGuard::is_held) does.
     pub fn is_lost(&self) -> bool {
         self.reason().is_some()
     }
 
-    /// Why the lease is not held any more; `None` while it is.
+    /// Returns why the lease is not held any more; `None` while it is held.
     pub fn reason(&self) -> Option<LossReason> {
         self.0.check().err()
     }
 
-    /// A token that is cancelled at the loss or the release, to end waits for other locks with. The heartbeat thread
-    /// cancels it, or whoever else finds the lease lost first.
+    /// Returns a token that is cancelled at the loss or the release, to end waits for other locks. The heartbeat thread
+    /// cancels the token, or the first other check that finds the lease lost.
     ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {
@@ -521,8 +526,10 @@ impl LostSignal {
     /// Waits for the loss or the release, as long as `wait` says.
     ///
     /// # Errors
-    /// [`Timeout`](ErrorKind::Timeout), or [`Held`](ErrorKind::Held) without waiting, when the lease is still held by
-    /// then; [`Cancelled`](ErrorKind::Cancelled); [`Io`](ErrorKind::Io) when no descriptor is left to wait with.
+    /// - [`Timeout`](ErrorKind::Timeout), or [`Held`](ErrorKind::Held) without waiting, if the lease is still held by
+    ///   then.
+    /// - [`Cancelled`](ErrorKind::Cancelled), as `wait` says.
+    /// - [`Io`](ErrorKind::Io) if no descriptor is left to wait with.
     pub fn wait(&self, wait: &Wait) -> Result<LossReason> {
         let held = &self.0;
         let mut patience = None;
@@ -531,7 +538,7 @@ impl LostSignal {
                 Ok(patience) => patience,
                 Err(reason) => return Ok(reason),
             };
-            // The heartbeat may itself be late in noticing the end.
+            // The heartbeat may be late in noticing the end.
             let event = held.ended.event()?;
             if let Err(gave_up) = patience.wait(Some(event.as_fd()), held.remaining())? {
                 return Err(patience.error(gave_up, &**held));
@@ -539,7 +546,7 @@ impl LostSignal {
         }
     }
 
-    /// As [`wait`](Self::wait), in a task. A signal can be awaited itself, too, where nothing else ends the wait.
+    /// Waits as [`wait`](Self::wait) does, in a task. If nothing else ends the wait, await the signal itself.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -558,7 +565,7 @@ impl LostSignal {
     /// As [`wait`](Self::wait), without `Io`; [`Unsupported`](ErrorKind::Unsupported) outside of a tokio runtime.
     ///
     /// # Panics
-    /// tokio does, when its runtime was built without a timer (`enable_time`).
+    /// tokio panics if its runtime was built without a timer (`enable_time`).
     ///
     /// ```no_run
     /// # async fn lead() -> lockkit::Result<()> {
@@ -590,7 +597,7 @@ impl LostSignal {
         }
     }
 
-    /// Why the lease is not held any more, or with what patience to wait for that.
+    /// Returns why the lease is not held any more, or the state of the wait for its end.
     fn look<'p>(
         &self,
         wait: &Wait,
@@ -624,7 +631,7 @@ impl LostSignal {
 /// ```
 ///
 /// # Panics
-/// tokio does, outside of its runtime and in one that was built without a timer (`enable_time`).
+/// tokio panics outside of its runtime, and in a runtime that was built without a timer (`enable_time`).
 #[cfg(feature = "tokio")]
 #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
 impl IntoFuture for LostSignal {
@@ -635,7 +642,7 @@ impl IntoFuture for LostSignal {
         Box::pin(async move {
             let held = &self.0;
             while let Ok(()) = held.check() {
-                // The heartbeat may itself be late in noticing the end.
+                // The heartbeat may be late in noticing the end.
                 let _ = tokio::time::timeout(held.remaining(), held.ended.cancelled()).await;
             }
             held.check().err().unwrap_or(LossReason::Released)

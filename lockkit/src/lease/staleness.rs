@@ -1,36 +1,36 @@
-//! The rule by which a record that nobody renews runs out.
+//! The rule by which a record without renewals expires.
 //!
-//! An observer never asks what the time was when the record was written. It only measures, on its own clock, how long
-//! it has seen the record unchanged. The owner counts from before it sent the beat, so by the time an observer has seen
-//! that beat for a whole ttl, the owner's time is over whatever either clock shows.
+//! An observer never uses the time at which the record was written. It only measures, on its own clock, how long it has
+//! seen the record unchanged. The owner counts from before it sent the renewal. When an observer has seen that renewal
+//! for a whole ttl, the owner's time is over, whatever either clock shows.
 
 use std::time::Duration;
 
 /// What one observer has seen of one record.
 #[derive(Debug, Default)]
 pub(super) struct Observer {
-    /// What the record was the last time, and since when it has been seen so.
+    /// The last fingerprint of the record, and since when the observer has seen it.
     seen: Option<(u64, Duration)>,
-    /// Whether it has left a note for others.
+    /// Whether this observer has left a note for others.
     has_noted: bool,
 }
 
 impl Observer {
-    /// How long the record, which is `print` now, has been seen so; `noted` is when an observer by the same clock saw
-    /// it so before.
+    /// Returns how long the record, whose fingerprint is `print` now, has been seen unchanged. `noted` is the time at
+    /// which an earlier observer by the same clock saw this fingerprint.
     pub(super) fn unchanged_for(&mut self, print: u64, now: Duration, noted: Option<Duration>) -> Duration {
         let since = match self.seen {
             Some((seen, since)) if seen == print => since,
             _ => now,
         };
-        // A note from the future is damaged, or a lie.
+        // A note from the future is damaged, or forged.
         let since = noted.filter(|noted| *noted <= now).map_or(since, |noted| noted.min(since));
         self.seen = Some((print, since));
         now.saturating_sub(since)
     }
 
-    /// Whether it is to leave a note for who comes after it. Once: from then on it goes by its own sight, so those who
-    /// wait do not wake each other with notes.
+    /// Returns whether this observer must leave a note for later observers. Returns true once: from then on the
+    /// observer uses its own observation, so waiters do not wake each other with notes.
     pub(super) fn is_to_note(&mut self) -> bool {
         !std::mem::replace(&mut self.has_noted, true)
     }

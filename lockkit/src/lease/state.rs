@@ -1,7 +1,7 @@
-//! The state of a held lease: what happens to it goes in, what is to be done comes out.
+//! The state of a held lease: events go in, and the actions to take come out.
 //!
-//! No thread, no clock and no store is in here, so every rule of time is tested by saying what time it is. The times
-//! are those of the lease's clock.
+//! This module has no thread, no clock and no store. Tests of every rule of time pass the time as an argument. All
+//! times are those of the lease's clock.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,50 +9,50 @@ use std::time::Duration;
 use super::store::{Renewal, StoreError};
 use crate::owner::Owner;
 
-/// What a grant is worth less, for a clock of the holder's that runs slow by up to one part in a hundred against the
-/// store's or an observer's, or is read late.
+/// The safety margins of a grant: one part in [`DRIFT`] of the ttl, and [`MARGIN`]. The holder's clock may be read
+/// late. It may run slow against the clock of the store or of an observer, by up to one part in a hundred.
 const DRIFT: u32 = 100;
 const MARGIN: Duration = Duration::from_millis(2);
 
 /// A failed renewal is repeated after a quarter of a heartbeat, but no sooner than this.
 const SOONEST_RETRY: Duration = Duration::from_millis(10);
 
-/// Why a lease is not held any more: what [`Loss`](super::Loss) and [`LostSignal`](super::LostSignal) tell.
+/// The reason why a lease is not held any more, in [`Loss`](super::Loss) and [`LostSignal`](super::LostSignal).
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LossReason {
-    /// Its time was over before it was renewed: the process was stopped, or asleep with the machine, or it did not
-    /// call [`progress`](super::LeaseGuard::progress).
+    /// The lease expired before it was renewed. The process was stopped, or asleep with the machine, or it did not call
+    /// [`progress`](super::LeaseGuard::progress).
     #[error("it was not renewed in time")]
     Expired,
-    /// The record names somebody else, or was given free by force.
+    /// The record names another holder, or was freed by force.
     #[error("it was taken over{}", .by.as_ref().map(|by| format!(" by {}", by.describe())).unwrap_or_default())]
     TakenOver {
-        /// Who has it, where that is known.
+        /// The new holder, if it is known.
         by: Option<Box<Owner>>,
     },
     /// Its guard released it.
     #[error("it was released")]
     Released,
-    /// Its time was over, because the store did not renew it; what it said the last time.
+    /// The lease expired, because the store did not renew it. Contains the last error of the store.
     #[error("it could not be renewed in time: {}", .0)]
     Store(Arc<StoreError>),
-    /// This is a forked child's copy of its guard: the lease stays with the parent.
+    /// This guard is a forked child's copy: the lease stays with the parent.
     #[error("it is held by the parent of this forked process")]
     Forked,
 }
 
-/// What a lease was taken with.
+/// The options of a lease that determine its timing.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct LeaseTiming {
     pub(super) ttl: Duration,
     pub(super) heartbeat: Duration,
-    /// How long the holder may go without progress before the beats stop.
+    /// How long the holder may go without progress before the renewals stop.
     pub(super) progress: Option<Duration>,
 }
 
 impl LeaseTiming {
-    /// Until when a request that was sent then makes the lease good, where the store granted `granted`.
+    /// Returns until when a request sent at `sent` makes the lease valid, if the store granted `granted`.
     pub(super) fn valid_until(&self, sent: Duration, granted: Duration) -> Duration {
         let ttl = self.ttl.min(granted);
         sent + (ttl - ttl / DRIFT).saturating_sub(MARGIN)
@@ -63,54 +63,54 @@ impl LeaseTiming {
 #[derive(Debug)]
 pub(super) struct LeaseState {
     terms: LeaseTiming,
-    /// Until when it is held. Only a renewal moves it.
+    /// When the lease expires. Only a renewal moves this time.
     until: Duration,
-    /// Set once, for ever.
+    /// Set when the lease ends, and never cleared. Only a release that came too late replaces the reason.
     ended: Option<LossReason>,
-    /// What the store has said since the last renewal instead of renewing.
+    /// The last error of the store since the last renewal.
     doubt: Option<Arc<StoreError>>,
-    /// When the holder last said that its work goes on.
+    /// When the holder last reported progress.
     progressed: Duration,
-    /// When the next beat is due.
+    /// When the next heartbeat is due.
     due: Duration,
 }
 
-/// What the heartbeat is to do next.
+/// What the heartbeat does next.
 #[derive(Debug)]
 pub(super) enum Action {
-    /// Ask the store to renew, and say what it answered.
+    /// Send a renewal to the store, and report its answer.
     Renew,
-    /// Nothing until then.
+    /// Nothing until this time.
     Sleep(Duration),
-    /// Tell of the loss, which was found just now.
+    /// Report the loss, which was found just now.
     Tell(LossReason),
     /// Nothing, ever.
     Nothing,
 }
 
 impl LeaseState {
-    /// A lease that was granted by a request sent then, and of which the first beat is due at `due`.
+    /// Creates a lease that was granted by a request sent at `sent`. Its first heartbeat is due at `due`.
     pub(super) fn new(terms: LeaseTiming, sent: Duration, granted: Duration, now: Duration, due: Duration) -> Self {
         let until = terms.valid_until(sent, granted);
         Self { terms, until, ended: None, doubt: None, progressed: now, due }
     }
 
-    /// Why it is not held any more.
+    /// Returns why the lease is not held any more.
     pub(super) fn ended(&self) -> Option<&LossReason> {
         self.ended.as_ref()
     }
 
-    /// Until when the last renewal was good, also if it has ended since.
+    /// Returns until when the last renewal is valid, also if the lease has ended since.
     pub(super) fn until(&self) -> Duration {
         self.until
     }
 
-    /// How long it lasts if it is not renewed.
+    /// Returns how long the lease lasts if it is not renewed.
     pub(super) fn remaining(&self, now: Duration) -> Duration {
         if self.ended.is_some() { Duration::ZERO } else { self.until.saturating_sub(now) }
     }
 
-    /// Ends it if its time is over, and returns the reason if that is found just now.
+    /// Ends the lease if its time is over. Returns the reason if this call ended the lease.
     pub(super) fn expire(&mut self, now: Duration) -> Option<LossReason> {
         let over = self.ended.is_none() && now >= self.until;
         over.then(|| {
@@ -119,22 +119,23 @@ impl LeaseState {
         })
     }
 
-    /// The holder's work goes on.
+    /// Records that the holder's work makes progress.
     pub(super) fn progress(&mut self, now: Duration) {
         self.progressed = now;
     }
 
-    /// Ends it, because its guard goes.
+    /// Ends the lease, because its guard releases it.
     pub(super) fn release(&mut self) {
         self.ended.get_or_insert(LossReason::Released);
     }
 
-    /// The store had given it to somebody else before it was released: it was lost, and nobody knew.
+    /// Ends the lease as taken over: the store had granted it to another holder before the release, and no check
+    /// noticed that.
     pub(super) fn release_was_too_late(&mut self) -> LossReason {
         self.ended.insert(LossReason::TakenOver { by: None }).clone()
     }
 
-    /// The heartbeat asks what to do.
+    /// Returns what the heartbeat does now.
     pub(super) fn beat(&mut self, now: Duration) -> Action {
         if let Some(reason) = self.expire(now) {
             return Action::Tell(reason);
@@ -154,7 +155,7 @@ impl LeaseState {
         }
     }
 
-    /// What the store answered to a renewal that was sent then.
+    /// Processes the answer of the store to a renewal that was sent at `sent`.
     pub(super) fn answered(
         &mut self,
         sent: Duration,
@@ -167,11 +168,11 @@ impl LeaseState {
         let heartbeat = self.terms.heartbeat;
         match answer {
             Ok(Renewal::Extended { ttl }) => {
-                // Also where the time was over before the answer came and nobody has noticed: the claim was in force
-                // all along, or the store would not have renewed it.
+                // The lease is also valid if its time was over before the answer came and no check noticed that. The
+                // claim was in force all along, or the store would not have renewed it.
                 self.until = self.terms.valid_until(sent, ttl);
                 self.doubt = None;
-                // At the same beat of the bar as before, so that beats that were spread stay so.
+                // Keeps the phase of the heartbeat, so that heartbeats that were spread stay spread.
                 self.due = (self.due + heartbeat).max(now + heartbeat / 2);
             }
             Ok(Renewal::Lost { by }) => {
@@ -188,7 +189,8 @@ impl LeaseState {
         }
     }
 
-    /// The end must be noticed, too, though nobody asks.
+    /// Sleeps until the next heartbeat or the end of the lease. The end must be noticed even without a check by the
+    /// caller.
     fn sleep(&self) -> Action {
         Action::Sleep(self.due.min(self.until))
     }
@@ -202,7 +204,7 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
     const TERMS: LeaseTiming =
         LeaseTiming { ttl: Duration::from_secs(3), heartbeat: Duration::from_millis(250), progress: None };
-    /// 99 in a hundred of the ttl, less 2 ms.
+    /// 99 hundredths of the ttl, less 2 ms.
     const GOOD_FOR: Duration = Duration::from_millis(2968);
 
     fn tenure(terms: LeaseTiming, clock: &ManualClock) -> LeaseState {

@@ -1,8 +1,8 @@
-//! What a lease asks of the place where its record is kept.
+//! The interface between a lease and the store that keeps its record.
 //!
-//! A [`LeaseStore`] takes steps that are each one whole for everybody who uses the store, and says how to wait for a
-//! change. Everything else is the lease's business: how long a grant is good for, when to beat, what a failure means,
-//! when it is lost. So a store for another engine is five requests long, and cannot get the timing wrong.
+//! Each request of a [`LeaseStore`] is atomic for all users of the store. The store also says how to wait for a change.
+//! The lease decides everything else: how long a grant is valid, when to renew, what a failure means, when the lease is
+//! lost. So a store for another engine needs five requests, and cannot get the timing wrong.
 
 use std::any::Any;
 use std::collections::hash_map::RandomState;
@@ -21,22 +21,22 @@ use crate::wait::{CancelToken, Wait};
 
 type Cause = Box<dyn std::error::Error + Send + Sync>;
 
-/// Keeps the records of leases.
+/// A store that keeps the records of leases.
 ///
-/// What every store owes:
-/// - [`try_acquire`](Self::try_acquire) is one indivisible step: a name that is absent, free, expired, or already of
-///   the same claim becomes the claim's, with a token above every earlier one of that name (a claim that has it
-///   already keeps its token).
-/// - [`renew`](Self::renew), [`release`](Self::release) and [`evict`](Self::evict) compare the claim and the token
-///   in the step in which they change the record.
-/// - No request takes longer than its [`Deadline`]. One heartbeat thread serves all leases of a process, so what hangs
-///   holds up the beats of other leases until another thread has noticed, and costs a thread for as long. A renewal
-///   that queues behind the requests of other threads, or behind who waits in [`wait_for_change`](Self::wait_for_change), as for a connection
-///   that they share, may come too late.
+/// Requirements for every store:
+/// - [`try_acquire`](Self::try_acquire) is one atomic step. A name that is absent, free, expired, or already the
+///   claim's becomes the claim's. Its token is above every earlier token of that name, but a claim that already has the
+///   name keeps its token.
+/// - [`renew`](Self::renew), [`release`](Self::release) and [`evict`](Self::evict) compare the claim and the token in
+///   the step in which they change the record.
+/// - No request takes longer than its [`Deadline`]. One heartbeat thread serves all leases of a process. A hanging
+///   request delays the renewals of other leases until another thread has noticed, and costs a thread for as long as
+///   the request hangs. A renewal may come too late if it queues behind the requests of other threads, for example on a
+///   shared connection. The same is true behind a waiter in [`wait_for_change`](Self::wait_for_change).
 /// - A request that may have taken effect, though no answer came, is [`StoreError::Unknown`].
 ///
-/// A store needs no clock of its own that anybody compares: it promises to keep a record for the ttl from when it got
-/// the request, and the lease counts from before it sent it.
+/// No process compares a store's clock with another clock. A store promises to keep a record for the ttl from when the
+/// store got the request; the lease counts from before it sent the request.
 ///
 /// A store in memory, for the threads of one process:
 /// ```
@@ -127,14 +127,15 @@ type Cause = Box<dyn std::error::Error + Send + Sync>;
 /// # Ok(()) }
 /// ```
 pub trait LeaseStore: Send + Sync {
-    /// What it can do. Always the same, but that its place may be found out by the first request. It is asked often.
+    /// Returns what the store can do. The result is always the same, except that the first request may determine the
+    /// failure domain. The lease calls this often.
     fn profile(&self) -> StoreProfile;
 
-    /// Makes the name `claim`'s for `ttl`, unless somebody else has it. Repeated with the same claim after
+    /// Gives the name to `claim` for `ttl`, unless another claim has it. Repeated with the same claim after
     /// [`StoreError::Unknown`], it returns the grant that the earlier request may have made.
     ///
     /// # Errors
-    /// As [`StoreError`] has them, here and below.
+    /// See [`StoreError`], here and below.
     fn try_acquire(
         &self,
         name: &LeaseName,
@@ -143,25 +144,26 @@ pub trait LeaseStore: Send + Sync {
         by: Deadline,
     ) -> Result<Attempt, StoreError>;
 
-    /// Makes the grant good for another ttl from now, if it is still in force.
+    /// Extends the grant by another ttl from now, if the grant is still in force.
     ///
     /// # Errors
-    /// An error is doubt, which the lease removes by asking again until the grant has run out.
+    /// After an error the outcome is in doubt. The lease repeats the request until the grant has expired.
     fn renew(&self, grant: &Grant, by: Deadline) -> Result<Renewal, StoreError>;
 
-    /// Gives the name free, if it is still the grant's. The token stays, so that the next one is greater.
+    /// Frees the name, if it is still the grant's. The token stays, so that the next token is greater.
     ///
     /// # Errors
-    /// After an error the grant runs out by itself.
+    /// After an error the grant expires by itself.
     fn release(&self, grant: &Grant, by: Deadline) -> Result<Released, StoreError>;
 
-    /// As [`release`](Self::release), of a grant that was not released by its holder, which the next owner is told:
-    /// - one that has run out by its holder's count;
-    /// - one that nobody was told of, because its request went unanswered, and that was
-    ///   [recovered](Grant::recovered) from somebody else: the next owner is told of that one.
+    /// Releases, as [`release`](Self::release) does, a grant that its holder did not release. The store reports this to
+    /// the next owner:
+    /// - The grant has expired by its holder's clock.
+    /// - No caller received the grant, because its request got no answer, and the grant was
+    ///   [recovered](Grant::recovered) from an earlier owner. The store reports that earlier owner to the next owner.
     ///
-    /// Only stores need it where others would go on waiting for what has run out, or that answer [`StoreError::Unknown`];
-    /// unless told otherwise it does nothing.
+    /// A store needs this only if other processes would go on waiting for an expired grant, or if it returns
+    /// [`StoreError::Unknown`]. By default this does nothing.
     ///
     /// # Errors
     /// As [`release`](Self::release).
@@ -170,30 +172,31 @@ pub trait LeaseStore: Send + Sync {
         Ok(Released::NotMine)
     }
 
-    /// Who has the name now; `None` when it is free. Changes nothing.
+    /// Returns the holder of the name; `None` if the name is free. Changes nothing.
     ///
     /// # Errors
-    /// As [`StoreError`] has them.
+    /// See [`StoreError`].
     fn get(&self, name: &LeaseName, by: Deadline) -> Result<Option<LeaseSnapshot>, StoreError>;
 
-    /// Takes the name from the holder that was `seen`, and from no other.
+    /// Takes the name from the holder in `seen`, and from no other holder.
     ///
     /// # Errors
-    /// As [`StoreError`] has them.
+    /// See [`StoreError`].
     fn evict(&self, name: &LeaseName, seen: &LeaseSnapshot, by: Deadline) -> Result<Released, StoreError>;
 
-    /// Waits until something has changed since `seen`, `by` has come or `stop` is cancelled. It may return for nothing
-    /// at all; the lease then tries again, and bounds each wait by [`LeaseSnapshot::expires_in`].
+    /// Waits until a change since `seen`, until `by`, or until `stop` is cancelled. A spurious return is allowed: the
+    /// lease then tries again, and bounds each wait by [`LeaseSnapshot::expires_in`].
     ///
-    /// A store that can be told of changes registers for them before it looks whether anything has changed already.
-    /// Unless told otherwise, it only lets the time pass: the lease then keeps `by` to
+    /// A store with notifications subscribes to changes before it checks for a change that has already happened. By
+    /// default this only sleeps. The lease then limits `by` to
     /// [`acquire_retry_delay`](super::LeaseBuilder::acquire_retry_delay), because
     /// [`wakes_waiters`](StoreProfile::wakes_waiters) is false.
     ///
     /// # Errors
-    /// After an error the lease tries again at its retry delay; a [`Permanent`](StoreError::Permanent) ends the acquisition.
+    /// After an error the lease tries again at its retry delay; a [`Permanent`](StoreError::Permanent) error ends the
+    /// acquisition.
     ///
-    /// One in memory, whose every change is told on a condition:
+    /// A store in memory that notifies every change through a condition variable:
     ///
     /// ```
     /// # use std::sync::{Condvar, Mutex};
@@ -220,7 +223,7 @@ pub trait LeaseStore: Send + Sync {
     }
 }
 
-/// Lets the time pass until `by` or `stop`.
+/// Sleeps until `by` or `stop`.
 pub(super) fn sleep(by: Deadline, stop: &CancelToken) -> Result<(), StoreError> {
     match Wait::until(by.moment()).or_cancelled(stop).patience() {
         Some(patience) => patience.sleep(by.remaining()).map(drop).map_err(StoreError::not_applied),
@@ -228,7 +231,7 @@ pub(super) fn sleep(by: Deadline, stop: &CancelToken) -> Result<(), StoreError> 
     }
 }
 
-/// What a [`LeaseStore`] can do.
+/// The capabilities of a [`LeaseStore`].
 ///
 /// ```
 /// use std::time::Duration;
@@ -241,22 +244,23 @@ pub(super) fn sleep(by: Deadline, stop: &CancelToken) -> Result<(), StoreError> 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct StoreProfile {
-    /// The shortest ttl that it can keep; nothing, unless told otherwise.
+    /// The shortest ttl that the store can keep; zero by default.
     pub smallest_ttl: Duration,
-    /// Ttls are whole multiples of this, so longer ones are asked for where needed; a nanosecond, unless told
-    /// otherwise.
+    /// The step of the ttl: every ttl is a whole multiple of this, so a lease asks for a longer ttl if needed. A
+    /// nanosecond by default.
     pub ttl_step: Duration,
-    /// What its records last through.
+    /// What the records survive.
     pub durability: Durability,
-    /// Whether [`wait_for_change`](LeaseStore::wait_for_change) wakes at a change; not, unless told otherwise.
+    /// Whether [`wait_for_change`](LeaseStore::wait_for_change) wakes at a change; false by default.
     pub wakes_waiters: bool,
-    /// What stores have in common that hang as one, such as the server that they reach: while a request to one of them
-    /// hangs, the heartbeat asks none. Each is for itself, unless told otherwise.
+    /// The failure domain: identifies what stores that hang together have in common, such as their server. While a
+    /// request to one of these stores hangs, the heartbeat sends no request to any of them. By default each store is on
+    /// its own.
     pub failure_domain: Option<u64>,
 }
 
 impl StoreProfile {
-    /// One that keeps any ttl and wakes nobody.
+    /// Creates a profile of a store that keeps any ttl and wakes no waiter.
     pub const fn new(durability: Durability) -> Self {
         Self {
             smallest_ttl: Duration::ZERO,
@@ -268,18 +272,18 @@ impl StoreProfile {
     }
 }
 
-/// What the records of a store last through, and so how far its leases and their tokens can be relied on; a part of its
+/// What the records of a store survive, and so how far its leases and their tokens can be relied on. A part of its
 /// [`StoreProfile`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Durability {
-    /// The process: for tests.
+    /// The records last as long as the process: for tests.
     Memory,
-    /// What a file lasts through: the end of every process, and as a rule of the machine.
+    /// The records survive what a file survives: the end of every process, and as a rule of the machine.
     Local,
-    /// The restart of its one primary server, but not the failover to another.
+    /// The records survive the restart of the one primary server, but not the failover to another server.
     Primary,
-    /// The loss of any minority of its servers.
+    /// The records survive the loss of any minority of the servers.
     Quorum,
 }
 
@@ -299,7 +303,7 @@ impl LeaseName {
     /// The longest name, in bytes.
     pub const LONGEST: usize = 200;
 
-    /// A name that every store can keep.
+    /// Creates a name that every store can keep.
     ///
     /// # Errors
     /// [`InvalidName`](ErrorKind::InvalidName) unless it has 1 to 200 bytes and no control characters.
@@ -313,12 +317,12 @@ impl LeaseName {
         Err(ErrorKind::InvalidName { name: name.chars().take(80).collect(), rule }.into())
     }
 
-    /// The name of a file's lease, which the store knows by itself.
+    /// Creates the name of a file's lease, which the store knows by itself.
     pub(super) fn of_path(path: &std::path::Path) -> Self {
         Self(path.to_string_lossy().into())
     }
 
-    /// The name.
+    /// Returns the name.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -330,7 +334,7 @@ impl fmt::Display for LeaseName {
     }
 }
 
-/// One acquisition, told from every other one: 128 bits by chance.
+/// The id of one acquisition, different from every other id: 128 random bits.
 ///
 /// ```
 /// use lockkit::lease::ClaimId;
@@ -342,22 +346,22 @@ impl fmt::Display for LeaseName {
 pub struct ClaimId(u128);
 
 impl ClaimId {
-    /// A new one.
+    /// Creates a new id.
     pub fn random() -> Self {
         static COUNT: AtomicU64 = AtomicU64::new(0);
-        // The keys are random, but a forked child has its parent's: what is hashed differs for any two calls that may
-        // have the same keys.
+        // The keys are random, but a forked child has its parent's keys. So the hashed value differs between any two
+        // calls that may have the same keys.
         let call = (std::process::id(), fork::generation(), COUNT.fetch_add(1, Ordering::Relaxed), SystemClock.now());
         let keys = RandomState::new();
         Self(u128::from(keys.hash_one((0, call))) << 64 | u128::from(keys.hash_one((1, call))))
     }
 
-    /// The claim of this number, as [`number`](Self::number) gave it.
+    /// Creates the claim of this number, as [`number`](Self::number) returned it.
     pub const fn from_number(number: u128) -> Self {
         Self(number)
     }
 
-    /// As a number, for a store to keep.
+    /// Returns the claim as a number, for a store to keep.
     pub const fn number(self) -> u128 {
         self.0
     }
@@ -370,16 +374,16 @@ impl fmt::Display for ClaimId {
     }
 }
 
-/// What came of an attempt to acquire: of [`LeaseStore::try_acquire`]. The example of [`LeaseStore`] makes both.
+/// The result of an attempt to acquire, [`LeaseStore::try_acquire`]. The example of [`LeaseStore`] makes both.
 #[derive(Debug)]
 pub enum Attempt {
     /// The name is the claim's.
     Granted(Grant),
-    /// Somebody else has it.
+    /// Another claim has the name.
     Busy(LeaseSnapshot),
 }
 
-/// A name that was given to a claim.
+/// The grant of a name to a claim.
 ///
 /// ```
 /// # fn main() -> lockkit::Result<()> {
@@ -387,7 +391,7 @@ pub enum Attempt {
 /// use lockkit::Owner;
 /// use lockkit::lease::{ClaimId, Grant, LeaseName};
 ///
-/// struct Session(u64); // Whatever a store wants to know of it.
+/// struct Session(u64); // What a store needs to know of the grant.
 ///
 /// let (name, claim, ttl) = (LeaseName::new("nightly")?, ClaimId::random(), Duration::from_secs(10));
 /// let grant = Grant::new(&name, &claim, 7, ttl).with_handle(Session(42)).recovered_from(Some(Owner::current()));
@@ -407,50 +411,50 @@ pub struct Grant {
 }
 
 impl Grant {
-    /// The grant of `name` to `claim` for `ttl` from when the store got the request.
+    /// Creates the grant of `name` to `claim` for `ttl` from when the store got the request.
     pub fn new(name: &LeaseName, claim: &ClaimId, token: u64, ttl: Duration) -> Self {
         Self { name: name.clone(), claim: *claim, token, ttl, handle: None, recovered: None }
     }
 
-    /// Adds what the store needs to find it again, such as the number of a session.
+    /// Adds what the store needs to find the grant again, such as the number of a session.
     pub fn with_handle(mut self, handle: impl Any + Send + Sync) -> Self {
         self.handle = Some(Arc::new(handle));
         self
     }
 
-    /// Says that the previous owner did not release, and who that was where it is known.
+    /// Records that the previous owner did not release, and the identity of that owner, if it is known.
     pub fn recovered_from(mut self, owner: Option<Owner>) -> Self {
         self.recovered = Some(Box::new(Recovered::new(owner)));
         self
     }
 
-    /// The name.
+    /// Returns the name.
     pub fn name(&self) -> &LeaseName {
         &self.name
     }
 
-    /// The claim.
+    /// Returns the claim.
     pub fn claim(&self) -> &ClaimId {
         &self.claim
     }
 
-    /// The fencing token: greater than that of every earlier grant of the name.
+    /// Returns the fencing token: greater than the token of every earlier grant of the name.
     pub fn token(&self) -> u64 {
         self.token
     }
 
-    /// How long it is good for.
+    /// Returns how long the grant is valid.
     pub fn ttl(&self) -> Duration {
         self.ttl
     }
 
-    /// What the store added, if it is of this type.
+    /// Returns what the store added, if it is of this type.
     pub fn handle<T: Any>(&self) -> Option<&T> {
         self.handle.as_deref()?.downcast_ref()
     }
 
-    /// From whom it was recovered, if the previous owner did not release. A grant that is held does not say it any more,
-    /// for its guard does.
+    /// Returns from which owner the grant was recovered, if the previous owner did not release. The grant of a held
+    /// lease does not contain this any more, because the guard does.
     pub fn recovered(&self) -> Option<&Recovered> {
         self.recovered.as_deref()
     }
@@ -460,7 +464,7 @@ impl Grant {
     }
 }
 
-/// Who has a name, as a store saw it at one moment.
+/// The holder of a name, as a store saw it at one moment.
 ///
 /// ```
 /// use std::time::Duration;
@@ -485,7 +489,7 @@ pub struct LeaseSnapshot {
 }
 
 impl LeaseSnapshot {
-    /// A holder, in a record whose every change changes `revision`.
+    /// Creates a snapshot of a holder. Every change of the record must change `revision`.
     pub const fn new(revision: u64) -> Self {
         Self { revision, claim: None, token: None, owner: None, expires_in: None }
     }
@@ -502,46 +506,46 @@ impl LeaseSnapshot {
         self
     }
 
-    /// Adds who holds it.
+    /// Adds the identity of the holder.
     pub fn with_owner(mut self, owner: Owner) -> Self {
         self.owner = Some(Box::new(owner));
         self
     }
 
-    /// Adds how long from now it has until it runs out, unless it is renewed.
+    /// Adds the time from now to the expiry, if no renewal comes.
     pub fn with_expires_in(mut self, left: Duration) -> Self {
         self.expires_in = Some(left);
         self
     }
 
-    /// What changes with every change of the record.
+    /// Returns the revision, which changes with every change of the record.
     pub fn revision(&self) -> u64 {
         self.revision
     }
 
-    /// The claim of the holder, where there is a record that can be read.
+    /// Returns the claim of the holder, if the record is readable.
     pub fn claim(&self) -> Option<ClaimId> {
         self.claim
     }
 
-    /// The token of the holder, where there is a record that can be read.
+    /// Returns the token of the holder, if the record is readable.
     pub fn token(&self) -> Option<u64> {
         self.token
     }
 
-    /// Who holds it, where that is known.
+    /// Returns the holder, if it is known.
     pub fn owner(&self) -> Option<&Owner> {
         self.owner.as_deref()
     }
 
-    /// How long it had, then, until it runs out unless it is renewed, where that is known. Nothing at all means that it
-    /// has run out, or that its owner is dead, and the next to come will take it over.
+    /// Returns the time from the snapshot to the expiry if no renewal comes, if that is known. Zero means that the
+    /// lease has expired, or that its owner is dead: the next process to ask takes it over.
     pub fn expires_in(&self) -> Option<Duration> {
         self.expires_in
     }
 
-    /// Whether the other one is of the same holder, however often that has renewed in between. Of records that nobody
-    /// can read: whether it is the very same.
+    /// Returns whether both snapshots show the same holder, however often the holder renewed in between. For unreadable
+    /// records: whether both show the very same record.
     pub fn is_same_holder(&self, other: &Self) -> bool {
         match (self.claim, other.claim) {
             (None, None) => self.revision == other.revision,
@@ -550,33 +554,33 @@ impl LeaseSnapshot {
     }
 }
 
-/// What came of a renewal: of [`LeaseStore::renew`]. The example of [`LeaseStore`] makes both.
+/// The result of a renewal, [`LeaseStore::renew`]. The example of [`LeaseStore`] makes both.
 #[derive(Debug)]
 pub enum Renewal {
-    /// It is good for this long from when the lease asked.
+    /// The grant is valid for this long from when the lease sent the request.
     Extended {
-        /// The ttl that the store granted; of a session that keeps many names, what is left of its own.
+        /// The ttl that the store granted; for a session that keeps many names, what is left of the session's ttl.
         ttl: Duration,
     },
     /// The name is not the claim's any more.
     Lost {
-        /// Who has it now, where that is known.
+        /// The new holder, if it is known.
         by: Option<Owner>,
     },
 }
 
-/// What came of a release or an eviction. The example of [`LeaseStore`] makes both.
+/// The result of a release or an eviction. The example of [`LeaseStore`] makes both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Released {
     /// The name is free.
     Done,
-    /// It was not that claim's any more, and nothing was changed.
+    /// The name was not that claim's any more, and nothing was changed.
     NotMine,
 }
 
-/// Why a store did not do what it was asked.
+/// The reason why a store did not carry out a request.
 ///
-/// What a store makes of what its connection says:
+/// How a store converts the errors of its connection:
 ///
 /// ```
 /// use std::io::{Error, ErrorKind};
@@ -584,8 +588,8 @@ pub enum Released {
 ///
 /// fn failed(error: Error, is_sent: bool) -> StoreError {
 ///     match error.kind() {
-///         ErrorKind::PermissionDenied => StoreError::permanent(error), // No waiting heals that.
-///         _ if is_sent => StoreError::unknown(error), // It may be done.
+///         ErrorKind::PermissionDenied => StoreError::permanent(error), // Waiting does not help.
+///         _ if is_sent => StoreError::unknown(error), // It may have taken effect.
 ///         _ => StoreError::not_applied(error),
 ///     }
 /// }
@@ -593,40 +597,41 @@ pub enum Released {
 /// ```
 #[derive(Debug)]
 pub enum StoreError {
-    /// It took no effect; the same may work later.
+    /// The request had no effect; the same request may work later.
     NotApplied(Cause),
-    /// It may have taken effect: no answer came, or it broke off. Where an acquisition ends so, or a later attempt of it
-    /// has been granted and released since, the heartbeat [looks](LeaseStore::get) for its claim from then on, until a ttl
-    /// after the request, and gives back what that was given.
+    /// The request may have taken effect: no answer came, or the answer broke off. If an acquisition ends like this,
+    /// its claim may have an orphaned grant. The same is true if a later attempt of the acquisition has been granted
+    /// and released since. From then on, until a ttl after the request, the heartbeat [checks](LeaseStore::get) for the
+    /// claim, and gives an orphaned grant back.
     Unknown(Cause),
-    /// It took no effect, and never will: the request, the name or the store's place is not right. A lockkit
-    /// [`Error`](crate::Error) as cause is what acquiring then fails with.
+    /// The request had no effect, and never will: the request, the name or the store's location is wrong. If the cause
+    /// is a lockkit [`Error`](crate::Error), acquiring fails with that error.
     Permanent(Cause),
 }
 
 impl StoreError {
-    /// [`NotApplied`](Self::NotApplied), by this.
+    /// Creates [`NotApplied`](Self::NotApplied) with this cause.
     pub fn not_applied(cause: impl Into<Cause>) -> Self {
         Self::NotApplied(cause.into())
     }
 
-    /// [`Unknown`](Self::Unknown), by this.
+    /// Creates [`Unknown`](Self::Unknown) with this cause.
     pub fn unknown(cause: impl Into<Cause>) -> Self {
         Self::Unknown(cause.into())
     }
 
-    /// [`Permanent`](Self::Permanent), by this.
+    /// Creates [`Permanent`](Self::Permanent) with this cause.
     pub fn permanent(cause: impl Into<Cause>) -> Self {
         Self::Permanent(cause.into())
     }
 
-    /// The cause.
+    /// Returns the cause.
     pub(super) fn cause(&self) -> &(dyn std::error::Error + Send + Sync + 'static) {
         let (Self::NotApplied(cause) | Self::Unknown(cause) | Self::Permanent(cause)) = self;
         &**cause
     }
 
-    /// The error of an operation on `lock` that ends with this one.
+    /// Returns the error of an operation on `lock` that ends with this store error.
     pub(super) fn into_error(self, lock: impl FnOnce() -> String) -> crate::Error {
         let (cause, kind): (Cause, fn(Cause) -> Self) = match self {
             Self::NotApplied(cause) => (cause, Self::NotApplied),
@@ -662,38 +667,38 @@ impl std::error::Error for StoreError {}
 /// use std::time::{Duration, Instant};
 /// use lockkit::lease::Deadline;
 /// let by = Deadline::after(Duration::from_secs(2));
-/// assert!(!by.is_past() && by.remaining() <= Duration::from_secs(2)); // What a socket gets as its limit.
+/// assert!(!by.is_past() && by.remaining() <= Duration::from_secs(2)); // The timeout of a socket.
 /// assert!(by.moment() > Instant::now());
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Deadline(Instant);
 
 impl Deadline {
-    /// The longest that anything here waits in one go.
+    /// The longest single wait in this module.
     const FAR: Duration = Duration::from_secs(3600);
 
-    /// As long from now; at most an hour.
+    /// Creates a deadline `limit` from now, at most an hour from now.
     pub fn after(limit: Duration) -> Self {
         Self(Instant::now() + limit.min(Self::FAR))
     }
 
-    /// The moment.
+    /// Returns the moment.
     pub fn moment(self) -> Instant {
         self.0
     }
 
-    /// How long it is until then; nothing, once it is past.
+    /// Returns the time until the deadline; zero once the deadline is past.
     pub fn remaining(self) -> Duration {
         self.0.saturating_duration_since(Instant::now())
     }
 
-    /// Whether it has come.
+    /// Returns whether the deadline has come.
     pub fn is_past(self) -> bool {
         self.remaining().is_zero()
     }
 }
 
-/// That moment.
+/// Creates a deadline at that moment.
 impl From<Instant> for Deadline {
     fn from(moment: Instant) -> Self {
         Self(moment)

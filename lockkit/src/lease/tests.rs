@@ -1,4 +1,4 @@
-//! The lease and its file store together, within one process.
+//! Tests of the lease and its file store together, within one process.
 
 use std::fs;
 use std::path::PathBuf;
@@ -14,7 +14,7 @@ use crate::wait::CancelToken;
 
 const MS: Duration = Duration::from_millis(1);
 
-/// A path of its own below a directory in memory, removed at the end.
+/// A path below a new directory in memory, which is removed at the end.
 struct TestDir(PathBuf);
 
 impl TestDir {
@@ -53,7 +53,7 @@ impl Drop for TestDir {
     }
 }
 
-/// An owner of whom nothing can be told from here.
+/// Returns an owner on another host, whose liveness is unknown here.
 fn stranger() -> Owner {
     Owner { host: Some("elsewhere".into()), boot: Some(7), ..Owner::current() }
 }
@@ -108,7 +108,7 @@ fn no_deletion_and_no_restored_backup_takes_tokens_back() {
         assert!(after > next, "{after} after {next} and a deletion");
         last = after;
     }
-    // Less than the time, though of this boot.
+    // A token below the time, of an owner of this boot.
     directory.write(held_by(&Owner::ended(1), 41));
     assert!(token() > last);
 }
@@ -336,7 +336,7 @@ fn a_release_reaches_a_waiter_at_once() {
         let (taken, _guard) = waiter.join().unwrap().unwrap();
         fastest = fastest.min(taken - released);
     }
-    // Who only looked from time to time would take up to 50 ms; on an idle machine it is below one.
+    // A waiter that only polls would take up to 50 ms; on an idle machine the hand-over takes less than one.
     assert!(!cfg!(target_os = "linux") || fastest < MS * 20, "{fastest:?}");
 }
 
@@ -514,24 +514,24 @@ fn directories_are_made_on_request_with_their_modes() {
     assert_eq!((mode(&path), mode(path.parent().unwrap())), (0o600, 0o700));
 }
 
-/// A store in memory that fails as it is told, by a clock of its own.
+/// A store in memory with a clock of its own, which fails as these fields say.
 struct Faulty {
     clock: ManualClock,
     record: parking_lot::Mutex<(u64, Option<(ClaimId, Duration)>)>,
     fails: AtomicBool,
     panics: AtomicBool,
-    /// The next grant is made, but the answer is not given.
+    /// The next grant is made, but its answer is lost.
     swallows: AtomicBool,
-    /// The next grant is after somebody who died, and the answer comes a ttl late.
+    /// The next grant follows an owner that died, and the answer comes a ttl late.
     stalls: AtomicBool,
-    /// Attempts and renewals take as long as they may.
+    /// Attempts and renewals take as long as their deadline allows, and get no answer.
     hangs: AtomicBool,
-    /// Renewals and releases do not return, whatever their deadline, while it is set.
+    /// While this is set, renewals and releases do not return, whatever their deadline.
     freezes: AtomicBool,
     renewals: AtomicUsize,
-    /// Whose attempt was the last.
+    /// The claim of the last attempt.
     last: parking_lot::Mutex<Option<ClaimId>>,
-    /// The last one gave it up, and somebody died before.
+    /// The last grant was abandoned, and an owner had died before.
     passes_on: AtomicBool,
 }
 
@@ -558,7 +558,7 @@ impl Faulty {
 }
 
 impl Faulty {
-    /// Does not return while it is frozen.
+    /// Does not return while `freezes` is set.
     fn is_asked(&self) {
         while self.freezes.load(Ordering::Relaxed) {
             thread::sleep(MS);
@@ -665,7 +665,7 @@ fn what_a_request_without_an_answer_has_taken_is_free_again() {
     let is_free = || store.record.lock().1.is_none();
     store.swallows.store(true, Ordering::Relaxed);
     assert!(matches!(lease.try_lock().unwrap_err().kind(), ErrorKind::Store { .. }));
-    // By this clock it would be held for ever.
+    // By this clock the name would be held for ever.
     eventually("it is taken back", is_free);
 
     store.hangs.store(true, Ordering::Relaxed);
@@ -700,7 +700,7 @@ fn acquire_after_late_answer_reports_recovery_once() {
     assert!(guard.recovered().is_some() && guard.token() == 2);
     guard.release().unwrap();
 
-    // Where that is the last try, whoever comes next knows it, once.
+    // If that is the last try, the next holder gets the report, once.
     store.stalls.store(true, Ordering::Relaxed);
     let error = store.lease().acquire_retry_limit(0).build().unwrap().try_lock().unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::Store { .. }), "{error:?}");
@@ -810,7 +810,7 @@ fn stuck_request_delays_no_other_renewal_or_loss_report() {
         .collect();
     frozen.freezes.store(true, Ordering::Relaxed);
     eventually("it is asked", || frozen.renewals.load(Ordering::Relaxed) > 0);
-    // Another lease, of another store, runs out meanwhile.
+    // Another lease, of another store, expires meanwhile.
     let clock = ManualClock::new();
     let (tell, told) = mpsc::channel();
     let other = Faulty::new(&clock).lease().on_lost(move |_| _ = tell.send(())).build().unwrap().lock().unwrap();
@@ -847,7 +847,7 @@ fn a_store_that_hangs_costs_no_other_store_its_short_leases() {
     let directory = TestDir::new();
     let guard = Lease::file(directory.path()).ttl(MS * 200).heartbeat(MS * 20).build().unwrap().lock().unwrap();
     let hung = Faulty::new(&ManualClock::new());
-    // Each of its requests may take 2 s.
+    // Each request of this store may take 2 s.
     let _slow = Lease::with_store(hung.clone(), "hung").ttl(MS * 60_000).build().unwrap().lock().unwrap();
     hung.hangs.store(true, Ordering::Relaxed);
     let began = Instant::now();
@@ -913,7 +913,7 @@ fn system_clocks_are_one_clock_however_many_there_are() {
     let directory = TestDir::new();
     let lease = |n: u32| Lease::file(directory.0.join(n.to_string())).clock(Arc::new(SystemClock)).build().unwrap();
     let _guards: Vec<_> = (0..200).map(|n| lease(n).lock().unwrap()).collect();
-    // Other tests have clocks of their own at the same time.
+    // Other tests run at the same time, with clocks of their own.
     assert!(HeartbeatScheduler::start().unwrap().rings() < 100);
 }
 

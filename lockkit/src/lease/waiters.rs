@@ -4,13 +4,13 @@
 //! waiter per process, and a release wakes one thread.
 //!
 //! # Implementation
-//! A thread joins the queue if the lease is held, or if the queue is not empty. It leaves the queue when it acquires the
-//! lease or gives up, and wakes the next thread. If the store fails for the first thread, the queue is dissolved: every
-//! thread asks the store for itself, so no thread waits for the failures of others. A thread without a free descriptor
-//! for its event asks the store out of order.
+//! A thread joins the queue if the lease is held, or if the queue is not empty. It leaves the queue when it acquires
+//! the lease or gives up, and wakes the next thread. If the store fails for the first thread, the queue is dissolved:
+//! every thread asks the store for itself, so no thread waits for the failures of others. A thread without a free
+//! descriptor for its event asks the store out of order.
 //!
-//! A forked child has an empty queue. The mutex is the standard library's: parking_lot keeps a process-wide table that a
-//! fork can leave locked.
+//! A forked child has an empty queue. The mutex is the standard library's: parking_lot keeps a process-wide table that
+//! a fork can leave locked.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -76,7 +76,7 @@ fn lines() -> MutexGuard<'static, Lines> {
 }
 
 impl Key {
-    /// Whether a thread waits, so that the next one must join.
+    /// Returns whether a thread waits, so that the next one must join.
     pub(super) fn is_awaited(&self) -> bool {
         let lines = lines();
         !lines.is_empty() && lines.contains_key(self)
@@ -89,7 +89,7 @@ impl Key {
         }
     }
 
-    /// The holder of the lease, as the first thread last saw it.
+    /// Returns the holder of the lease, as the first thread last saw it.
     pub(super) fn holder(&self) -> Option<Owner> {
         lines().get(self)?.holder.clone()
     }
@@ -115,7 +115,7 @@ pub(super) struct Waiter {
 }
 
 impl Waiter {
-    /// Whether this thread is first, and may ask the store.
+    /// Returns whether this thread is first, and may ask the store.
     pub(super) fn is_first(&self) -> bool {
         lines()
             .get(&self.key)
@@ -123,7 +123,7 @@ impl Waiter {
             .is_some_and(|first| Arc::ptr_eq(first, &self.entry))
     }
 
-    /// Readable when this thread becomes first, or the queue is dissolved.
+    /// Returns a descriptor that is readable when this thread becomes first, or the queue is dissolved.
     pub(super) fn as_fd(&self) -> Option<BorrowedFd<'_>> {
         self.entry.event.as_ref().map(|event| event.as_fd())
     }

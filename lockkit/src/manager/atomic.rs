@@ -1,4 +1,4 @@
-//! The atomics of the algorithms here: the real ones, or those of [loom], which tries every order of events.
+//! The atomics of the algorithms here: the standard ones, or those of [loom], which explores every order of events.
 //!
 //! [loom]: https://docs.rs/loom
 

@@ -1,34 +1,36 @@
-//! Which numbers of a table are allocated: a bit for each, and above them a bit for each word of those that is full.
+//! The allocation of the numbers of a table: a bit for each number, and an upper bit for each full word of bits.
 //!
-//! The bits are the truth; taking one is a compare-and-swap, so no number is given out twice. The rest makes it fast: a
-//! hint says where room was last, the upper bits skip what is full, 4096 numbers at a look. Both may be wrong for a
-//! moment, or for longer when a process is killed between two of its writes: a search that finds nothing by them looks
-//! at every word before it says so.
+//! The bits decide. A compare-and-swap takes one, so no number is allocated twice. The rest makes the search fast: a
+//! hint stores the last place with room, and the upper bits skip full words, 4096 numbers at a time. Both may be wrong
+//! briefly, or for longer after a kill between two writes. A search that finds nothing with them checks every word
+//! before it fails.
 //!
-//! The count is kept beside the bits. A kill between the two leaves it wrong by one, until somebody finds the table
-//! full, or is the first to ask for the count after a process has attached: then it is counted anew. Its upper half
-//! counts the changes, so that a recount notices when it was overtaken; and the upper half of that the recounts, so that
-//! who has changed a bit and has yet to count it notices that a recount came between, which may have seen the bit or not,
-//! and counts anew.
+//! The count is a separate word. A kill between the change of a bit and that of the count leaves the count wrong by
+//! one. A recount corrects it when a process finds the table full, or when the count is first read after a process has
+//! attached.
+//!
+//! The upper half of the count counts the changes, so that a recount notices a change in between. The upper half of
+//! that counts the recounts. So a process that has changed a bit, but not yet the count, notices a recount in between.
+//! That recount may have seen the bit or not, so the process recounts.
 
 use super::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::failpoint::step;
 
 const BITS: u32 = u64::BITS;
-/// What one allocation adds to the count, and one free: the upper half grows with both.
+/// The change of the count by one allocation, and by one free: the upper half grows with both.
 const ONE_MORE: u64 = (1 << 32) + 1;
 const ONE_LESS: u64 = (1 << 32) - 1;
-/// What `in_doubt` says: the count is right, as far as nobody is killed beside it,
+/// `in_doubt`: the count is right, unless a process is killed between a bit and the count.
 const SURE: u32 = 0;
-/// it may be wrong,
+/// `in_doubt`: the count may be wrong.
 pub(super) const IN_DOUBT: u32 = 1;
-/// or somebody counts, who may have been killed.
+/// `in_doubt`: a process recounts, and may have been killed.
 const COUNTED: u32 = 2;
-/// What a recount adds. So many changes look like one, too, which costs a recount in vain.
+/// The change of the count by a recount. So many changes look like a recount, too, which costs an unnecessary recount.
 const RECOUNT: u64 = 1 << 48;
 
-/// How many bits are set. Most words of a large table are empty, so they are looked at a cache line at a time; and where
-/// the processor is not known to have an instruction for it, counting takes ten times as long as looking.
+/// Returns how many bits are set. Most words of a large table are empty, so they are read a cache line at a time.
+/// Without an instruction for it, counting bits takes ten times as long as reading them.
 fn ones(words: &[AtomicU64]) -> u32 {
     const LINE: usize = 8;
     let load = |word: &AtomicU64| word.load(Ordering::SeqCst);
@@ -40,30 +42,30 @@ fn ones(words: &[AtomicU64]) -> u32 {
     words.chunks(LINE).map(in_line).sum()
 }
 
-/// Which recount a count comes from.
+/// Returns the number of recounts in a count.
 fn epoch(count: u64) -> u64 {
     count / RECOUNT
 }
 
-/// The bits of a table, wherever they stand.
+/// The bits of a table, in any memory.
 #[derive(Clone, Copy)]
 pub(super) struct Bitmap<'t> {
     /// A bit for each number.
     pub(super) words: &'t [AtomicU64],
-    /// A bit for each word: it has no room.
+    /// A bit for each full word.
     pub(super) full: &'t [AtomicU64],
-    /// How many bits are set; above, how often that has changed.
+    /// The number of set bits; in the upper half the number of changes.
     pub(super) count: &'t AtomicU64,
     /// [`SURE`], [`IN_DOUBT`] or [`COUNTED`].
     pub(super) in_doubt: &'t AtomicU32,
     /// A word that may have room.
     pub(super) hint: &'t AtomicU32,
-    /// How many numbers there are.
+    /// The number of numbers.
     pub(super) capacity: u32,
 }
 
 impl Bitmap<'_> {
-    /// Allocates a number, a low one if there is a choice; `None` when all are.
+    /// Allocates a number, preferably a low one. Returns `None` if all are allocated.
     #[inline]
     pub(super) fn allocate(&self) -> Option<u32> {
         let start = self.hint.load(Ordering::Relaxed) as usize;
@@ -78,7 +80,7 @@ impl Bitmap<'_> {
         let (upper, from) = (start / BITS as usize % self.full.len(), start % BITS as usize);
         for round in 0..=self.full.len() {
             let at = (upper + round) % self.full.len();
-            // In the first one only what lies behind the start; the last round sees to the rest of it.
+            // The first round starts behind the hint; the last round covers the part before it.
             let mut roomy =
                 !self.full[at].load(Ordering::Relaxed) & if round == 0 { u64::MAX << from } else { u64::MAX };
             while roomy != 0 {
@@ -106,7 +108,7 @@ impl Bitmap<'_> {
         None
     }
 
-    /// Allocates `id`; `false` when it is allocated.
+    /// Allocates `id`. Returns `false` if it is allocated.
     pub(super) fn allocate_at(&self, id: u32) -> bool {
         let word = (id / BITS) as usize;
         let epoch = self.epoch();
@@ -117,7 +119,7 @@ impl Bitmap<'_> {
         true
     }
 
-    /// Frees `id`; `false` when it is not allocated.
+    /// Frees `id`. Returns `false` if it is not allocated.
     #[inline]
     pub(super) fn free(&self, id: u32) -> bool {
         let word = (id / BITS) as usize;
@@ -141,10 +143,10 @@ impl Bitmap<'_> {
         self.hint.store(0, Ordering::Relaxed);
     }
 
-    /// How many numbers are not allocated. Whoever asks while the count is in doubt counts.
+    /// Returns how many numbers are not allocated. Recounts first if the count is in doubt.
     pub(super) fn available(&self) -> u32 {
         if self.in_doubt.load(Ordering::SeqCst) != SURE {
-            // It may come into doubt anew meanwhile, and stays so where others change the count too fast.
+            // The count may come into doubt again meanwhile. It stays in doubt if other processes change it too fast.
             self.in_doubt.store(COUNTED, Ordering::SeqCst);
             if self.recount() {
                 let _ = self.in_doubt.compare_exchange(COUNTED, SURE, Ordering::SeqCst, Ordering::Relaxed);
@@ -153,14 +155,14 @@ impl Bitmap<'_> {
         self.capacity - self.allocated()
     }
 
-    /// How many numbers are allocated, by the count.
+    /// Returns how many numbers are allocated, from the count.
     pub(super) fn allocated(&self) -> u32 {
-        // The bits go before the count, so for a moment it may fall below nothing.
+        // The bits change before the count, so the count may briefly be negative.
         let count = self.count.load(Ordering::Relaxed) as u32 as i32;
         count.clamp(0, self.capacity as i32) as u32
     }
 
-    /// Puts the count right; `false` when others went on changing it all the time.
+    /// Corrects the count. Returns `false` if other processes changed it during every attempt.
     #[cold]
     pub(super) fn recount(&self) -> bool {
         const ATTEMPTS: u32 = 8;
@@ -175,13 +177,13 @@ impl Bitmap<'_> {
         false
     }
 
-    /// To be asked before a bit is changed.
+    /// Returns the number of recounts; to be called before a bit is changed.
     #[inline]
     fn epoch(&self) -> u64 {
         epoch(self.count.load(Ordering::SeqCst))
     }
 
-    /// Counts what was changed since `epoch`.
+    /// Adds a change that was made after `epoch` was read.
     #[inline]
     fn count(&self, epoch: u64, change: u64) {
         if self::epoch(self.count.fetch_add(change, Ordering::SeqCst)) != epoch && !self.recount() {
@@ -189,7 +191,7 @@ impl Bitmap<'_> {
         }
     }
 
-    /// Allocates the lowest number of a word that is free.
+    /// Allocates the lowest free number of a word.
     #[inline]
     fn claim_in(&self, word: usize) -> Option<u32> {
         let epoch = self.epoch();
@@ -217,13 +219,13 @@ impl Bitmap<'_> {
         step("allocation counted");
     }
 
-    /// Has the next searches skip a word in which one has found no room. Allocating the last of it does not mark it
-    /// yet, for where that one comes and goes the mark would, too.
+    /// Makes the next searches skip a word in which a search found no room. Allocating the last number of a word does
+    /// not mark it yet: if that number is allocated and freed again and again, the mark would change each time, too.
     fn mark_full(&self, word: usize) {
         let upper = &self.full[word / BITS as usize];
         upper.fetch_or(bit(word), Ordering::SeqCst);
         step("word marked full");
-        // Somebody may have freed a number in it before the mark was there to be taken away.
+        // Another process may have freed a number in the word before the mark was set, and so did not clear the mark.
         if !self.is_full(word) {
             upper.fetch_and(!bit(word), Ordering::SeqCst);
         }
@@ -248,7 +250,7 @@ impl Bitmap<'_> {
         !self.words[word].load(Ordering::SeqCst) & self.mask(word) == 0
     }
 
-    /// The bits of a word that stand for numbers: all, but in the last one.
+    /// Returns the bits of a word that are numbers: all of them, except in the last word.
     fn mask(&self, word: usize) -> u64 {
         match self.capacity - word as u32 * BITS {
             left if left < BITS => (1 << left) - 1,
@@ -257,7 +259,7 @@ impl Bitmap<'_> {
     }
 }
 
-/// The upper bit of a word.
+/// Returns the upper bit of a word.
 fn bit(word: usize) -> u64 {
     1 << (word % BITS as usize)
 }
@@ -337,7 +339,7 @@ mod tests {
     fn what_a_killed_process_left_wrong_is_put_right() {
         let owned = Owned::new(130);
         let bitmap = owned.bitmap();
-        // A mark on a word that has room, and a hint that leads nowhere.
+        // A mark on a word that has room, and a hint to no word.
         owned.full[0].store(7, Ordering::SeqCst);
         owned.hint.store(77, Ordering::SeqCst);
         let all: BTreeSet<u32> = (0..130).map_while(|_| bitmap.allocate()).collect();
@@ -349,7 +351,7 @@ mod tests {
         assert_eq!(bitmap.allocated(), 129);
         assert_eq!(bitmap.allocate(), None);
         assert_eq!(bitmap.allocated(), 130);
-        // And a count without its bit.
+        // A count without its bit.
         owned.words[2].store(0, Ordering::SeqCst);
         assert_eq!(bitmap.available(), 0, "nobody has said that it is in doubt");
         owned.in_doubt.store(1, Ordering::SeqCst);
@@ -375,7 +377,7 @@ mod models {
     }
 
     impl Owned {
-        /// A table of 66 in which `free` are free.
+        /// Creates a table of 66 numbers, of which `free` are free.
         fn with_free(free: &[u32]) -> Arc<Self> {
             let mut words = [u64::MAX, 0b11];
             for id in free {

@@ -5,12 +5,13 @@
 //!             is allocated or freed
 //! 17.lock     lock 17: who holds it (see `named::holder_record`), and behind that whether it is allocated
 //! ```
-//! Holding lock 17 is holding flock on the file `17.lock`. Whether it is allocated is a byte in the file, so a lock
-//! that was freed still has its file as long as somebody holds it. A file is removed only by who holds both it and
-//! `next`, and only if its number is not allocated: so the path leads to the same file for everybody, and who waited
-//! for one that was removed meanwhile notices and starts again ([`FileLock`]). Locking a freed number makes a file that
-//! is not allocated, and the release removes it. Who is killed in between leaves such a file to the next user of the
-//! number.
+//! A process holds lock 17 if it holds flock on the file `17.lock`. A byte in the file says whether the lock is
+//! allocated, so a freed lock still has its file as long as it is held. A process removes a file only if it holds both
+//! the file and `next`, and only if the number is not allocated. So the path leads to the same file for every process.
+//! If a file is removed while a process waits for it, the waiter notices and starts again ([`FileLock`]).
+//!
+//! Locking a freed number creates a file that is not allocated, and the release removes it. A process that is killed in
+//! between leaves the file to the next user of the number.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -32,20 +33,22 @@ use crate::sys::fork::{self, NoFork};
 use crate::sys::runtime_dir;
 use crate::wait::{LockInfo, Wait};
 
-/// A table of locks as files in a directory, for the processes of one machine. Cloning gives another handle on it.
+/// A table of locks as files in a directory, for the processes of one machine. A clone is another handle on it.
 ///
-/// For where there is no memory to share, or where a few locks are to be seen in the file system. It has no limit but
-/// the file system's. A lock costs a few microseconds, where [`ShmLockManager`](crate::ShmLockManager) takes
-/// nanoseconds. Not on a file system that several machines share. Nobody but its managers should touch the directory,
-/// which is one user's.
+/// For systems without shared memory, or for a few locks that should be visible in the file system. Only the file
+/// system limits the number of locks. A lock costs a few microseconds, and a [`ShmLockManager`](crate::ShmLockManager)
+/// lock nanoseconds. Do not use it on a file system that several machines share. Only the managers of the table should
+/// touch the directory, which belongs to one user.
 ///
-/// Each lock that is held takes a descriptor, and each [`ManagedLock`] that was ever locked keeps one for the next
-/// time: keep numbers rather than thousands of handles.
+/// Each held lock takes a descriptor, and each [`ManagedLock`] that was ever locked keeps one for the next time: keep
+/// numbers rather than thousands of handles.
 ///
-/// A process that is stopped while it allocates or frees holds up all others that do, and releases of freed locks,
-/// until it goes on or dies. Freeing a lock whose owner died inside forgets that. [`held`](LockManager::held) goes by
-/// what owners have written down: it goes on listing one that has started another program in its place, which ends its
-/// hold, and one that died in another pid namespace, until the next owner comes.
+/// A process that is stopped while it allocates or frees blocks all other allocations and frees, and releases of freed
+/// locks, until it continues or dies. Freeing a lock whose owner died in it discards the report of that death.
+/// [`held`](LockManager::held) uses the records of the owners. Two kinds of owners stay listed until the next owner
+/// comes:
+/// - An owner that has executed another program (exec), which ended its hold.
+/// - An owner that died in another pid namespace.
 ///
 /// ```
 /// use lockkit::{FileLockManager, LockManager};
@@ -64,10 +67,10 @@ pub struct FileLockManager(Arc<Directory>);
 #[derive(Debug)]
 struct Directory {
     path: PathBuf,
-    /// Held while anything is allocated or freed.
+    /// Held during each allocation and each free.
     next: FileLock,
-    /// What this process holds through this manager; here and not in the guards, so that `unlock` finds it.
-    /// Locked with forks held off.
+    /// The locks that this process holds through this manager. They are here and not in the guards, so that `unlock`
+    /// finds them. The mutex is locked with forks held off.
     held: Mutex<Holds>,
 }
 
@@ -81,26 +84,26 @@ struct Holds {
 struct Entry {
     guard: FileGuard,
     turn: u64,
-    /// The process that holds, for a forked child has a copy.
+    /// Identifies the process that holds the lock, because a forked child has a copy.
     generation: u32,
 }
 
-/// Where a lock's file says whether it is allocated.
+/// The offset of the byte in a lock's file that says whether it is allocated.
 const ALLOCATED_AT: u64 = holder_record::BYTES as u64;
-/// What it says there; anything else is no.
+/// The value of the byte for an allocated lock; any other value means free.
 const ALLOCATED: u8 = b'A';
 
 impl FileLockManager {
-    /// Makes the directory `directory`, where nothing may be yet, with mode 0700, and a table in it.
+    /// Creates the directory `directory`, which must not exist yet, with mode 0700, and a table in it.
     ///
     /// # Errors
-    /// [`Io`](ErrorKind::Io) when something is there already (`AlreadyExists`), or the system refuses.
+    /// [`Io`](ErrorKind::Io) if the path exists (`AlreadyExists`), or a system call fails.
     pub fn create(directory: impl AsRef<Path>) -> Result<Self> {
         let directory = directory.as_ref();
         let failed = |error| Error::io("create", directory, error);
         fs::DirBuilder::new().mode(0o700).create(directory).map_err(failed)?;
         step("directory made");
-        // The umask is not ours to change, but the directory's mode is.
+        // The umask belongs to the program, so the mode is set here.
         files::set_directory_mode(directory, 0o700).map_err(failed)?;
         step("mode of the directory set");
         Self::open(directory)
@@ -109,11 +112,11 @@ impl FileLockManager {
     /// Opens the table in the directory `directory`.
     ///
     /// # Errors
-    /// [`Io`](ErrorKind::Io) when there is no such directory, or the system refuses;
-    /// [`LayoutMismatch`](ErrorKind::LayoutMismatch) when other things are in it than a table of this version; an empty
-    /// one becomes a table;
-    /// [`ForeignOwner`](ErrorKind::ForeignOwner) when it belongs to another user, who is not root;
-    /// [`Insecure`](ErrorKind::Insecure) when others may put files there.
+    /// - [`Io`](ErrorKind::Io) if there is no such directory, or a system call fails.
+    /// - [`LayoutMismatch`](ErrorKind::LayoutMismatch) if the directory contains anything other than a table of this
+    ///   version. An empty directory becomes a table.
+    /// - [`ForeignOwner`](ErrorKind::ForeignOwner) if it belongs to another user, other than root.
+    /// - [`Insecure`](ErrorKind::Insecure) if other users can create files in it.
     pub fn open(directory: impl AsRef<Path>) -> Result<Self> {
         let failed = |error| Error::io("open", directory.as_ref(), error);
         let path = directory.as_ref().canonicalize().map_err(failed)?;
@@ -126,7 +129,7 @@ impl FileLockManager {
         Ok(Self(Arc::new(directory)))
     }
 
-    /// The directory.
+    /// Returns the directory.
     pub fn path(&self) -> &Path {
         &self.0.path
     }
@@ -142,7 +145,8 @@ impl LockManager for FileLockManager {
         let first = read_next(next.file());
         for id in (first..=u32::MAX).chain(0..first) {
             if self.0.claim(id)? {
-                // It is allocated, come what may; without this the next allocation looks a little longer.
+                // The number is allocated in any case. If this write fails, the next allocation only searches a little
+                // longer.
                 let _ = self.0.write_next(next.file(), id.wrapping_add(1));
                 return Ok(ManagedLock(Handle::File(self.lock(id))));
             }
@@ -185,7 +189,7 @@ impl LockManager for FileLockManager {
     }
 }
 
-/// How the file `next` starts, the version last; the number is behind it.
+/// The start of the file `next`, with the version last; the number follows.
 const HEADER: [u8; 12] = *b"lockkitF\0\0\0\x01";
 
 fn is_table(next: &File) -> bool {
@@ -211,8 +215,8 @@ impl Directory {
         self.path.join(format!("{id}.lock"))
     }
 
-    /// Looks at the directory before anything in it is touched, and makes a table of an empty one, which is what a
-    /// `create` that was killed leaves.
+    /// Checks the directory before anything in it is changed. Creates a table in an empty directory, which a killed
+    /// `create` leaves.
     fn check(&self) -> Result<()> {
         let failed = |error| Error::io("open", &self.path, error);
         let found = files::look_at(&self.path).map_err(failed)?;
@@ -230,7 +234,7 @@ impl Directory {
             return Ok(());
         }
         for entry in fs::read_dir(&self.path).map_err(failed)? {
-            // Unless somebody else has just made the table.
+            // Another process may have just created the table.
             if entry.map_err(failed)?.file_name() != "next" && !is_made() {
                 return mismatch("there are other things in it");
             }
@@ -243,7 +247,7 @@ impl Directory {
         }
     }
 
-    /// The numbers that have files.
+    /// Returns the numbers that have files.
     fn ids(&self) -> Result<Vec<u32>> {
         let failed = |error| Error::io("list", &self.path, error);
         let mut ids = Vec::new();
@@ -265,7 +269,7 @@ impl Directory {
         Ok(())
     }
 
-    /// Allocates `id`, which is false when it is; only for who holds `next`.
+    /// Allocates `id`. Returns `false` if it is allocated already. The caller must hold `next`.
     fn claim(&self, id: u32) -> Result<bool> {
         let path = self.file(id);
         let failed = |error| Error::io("allocate", &path, error);
@@ -277,7 +281,7 @@ impl Directory {
         if is_allocated(&file) {
             return Ok(false);
         }
-        // The umask is not ours to change, but the file's mode is.
+        // The umask belongs to the program, so the mode is set here.
         files::set_mode(&file, 0o600).map_err(failed)?;
         step("mode of the lock file set");
         file.write_all_at(&[ALLOCATED], ALLOCATED_AT).map_err(failed)?;
@@ -294,7 +298,7 @@ pub(super) struct TableFileLock {
     file: FileLock,
 }
 
-/// A lock of the table, held.
+/// A held lock of the table.
 #[derive(Debug)]
 pub(super) struct TableFileHold {
     lock: TableFileLock,
@@ -313,7 +317,7 @@ impl TableFileLock {
         let mut held = self.directory.held.lock();
         held.turns += 1;
         let turn = held.turns;
-        // What a forked child had there of its parent's is closed when forks may come again.
+        // A forked child may have inherited an entry of its parent here. It is closed after forks are allowed again.
         let inherited = held.guards.insert(self.id, Entry { guard, turn, generation: fork::generation() });
         drop((held, no_fork, inherited));
         Ok((TableFileHold { lock: self.clone(), turn }, recovered))
@@ -339,8 +343,8 @@ impl TableFileLock {
             file.clear();
             step("record wiped");
         })?;
-        // Looked at after it was unlocked: who frees it later finds it unlocked and removes it, who freed it before has
-        // left that to us.
+        // Checked after the unlock: a process that frees the number later finds the file unlocked and removes it; a
+        // process that freed the number before has left the removal to this process.
         let allocated = guard.release_and(is_allocated)?;
         if !allocated {
             let _next = self.directory.next.lock()?;
@@ -357,7 +361,7 @@ impl TableFileLock {
         }
     }
 
-    /// Frees it, unless it is free; only for who holds `next`.
+    /// Frees the lock, unless it is free. The caller must hold `next`.
     fn free_locked(&self) -> Result<bool> {
         let path = self.file.path();
         let failed = |error| Error::io("free", path, error);
@@ -375,16 +379,16 @@ impl TableFileLock {
         Ok(was)
     }
 
-    /// Removes the file unless it is allocated or somebody holds it, who will do this after releasing; only for who
-    /// holds `next`.
+    /// Removes the file unless it is allocated or held. A holder does this after its release. The caller must hold
+    /// `next`.
     fn remove_if_free(&self) -> Result<()> {
         let path = self.file.path();
-        // Locking it would make it. Nobody else can remove it meanwhile.
+        // Locking the file would create it. No other process can remove it meanwhile.
         if !path.exists() {
             return Ok(());
         }
         match self.file.try_lock() {
-            // With it goes what an owner that died has left: who is given the number next has nothing to do with that.
+            // This also discards the record of a dead owner: it does not concern the next user of the number.
             Ok(guard) if !is_allocated(guard.file()) => {
                 fs::remove_file(path).map_err(|error| Error::io("remove", path, error))?;
                 step("lock file removed");

@@ -1,7 +1,7 @@
 //! A table of locks inside one process.
 //!
-//! One mutex guards all of it, and one condition wakes whoever waits for any lock: it is for tests of programs that use
-//! the other managers, so it is short, and keeps every rule of theirs.
+//! One mutex guards the whole table, and one condition variable wakes all waiters of all locks. The manager is for
+//! tests of programs that use the other managers, so it is short, and has all their rules.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -16,8 +16,8 @@ use crate::owner::Owner;
 use crate::sys::process;
 use crate::wait::{LockInfo, Wait};
 
-/// A table of locks inside one process, for tests of programs that use the other managers: it excludes threads, not
-/// processes. Cloning gives another handle on the same table.
+/// A table of locks inside one process, for tests of programs that use the other managers. It excludes threads, not
+/// processes. A clone is another handle on the same table.
 ///
 /// ```
 /// use lockkit::{InMemoryLockManager, LockManager};
@@ -41,7 +41,7 @@ struct Memory {
 #[derive(Default)]
 struct State {
     allocated: BTreeSet<u32>,
-    /// A number below which all are allocated.
+    /// A number below which all numbers are allocated.
     hint: u32,
     held: BTreeMap<u32, Entry>,
     turns: u64,
@@ -53,7 +53,7 @@ struct Entry {
 }
 
 impl InMemoryLockManager {
-    /// A table of `capacity` locks.
+    /// Creates a table of `capacity` locks.
     ///
     /// # Errors
     /// [`InvalidCapacity`](ErrorKind::InvalidCapacity) for 0.
@@ -135,7 +135,7 @@ pub(super) struct MemoryLock {
     id: u32,
 }
 
-/// A lock of the table, held.
+/// A held lock of the table.
 #[derive(Debug)]
 pub(super) struct MemoryHold {
     lock: MemoryLock,
@@ -157,13 +157,13 @@ impl MemoryLock {
     }
 
     pub(super) fn acquire(&self, wait: &Wait) -> Result<MemoryHold> {
-        /// How long a waiter sleeps at most before it looks at its token again.
+        /// The longest sleep of a waiter before it checks its token again.
         const TICK: Duration = Duration::from_secs(1);
         wait.check(self)?;
         let owner = Owner { acquired: Some(process::cheap_time()), ..Owner::current() };
         let mut state = self.memory.state.lock();
         if state.held.contains_key(&self.id) {
-            // Errors ask who holds the lock, so they are made without the mutex.
+            // Creating an error asks for the holder, which needs the mutex. So the mutex is unlocked here.
             let patience = parking_lot::MutexGuard::unlocked(&mut state, || match wait.state_for(self) {
                 Some(patience) => Ok(patience),
                 None => Err(self.held()),

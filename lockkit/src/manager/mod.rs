@@ -1,12 +1,12 @@
 //! Tables of numbered locks.
 //!
-//! A [`LockManager`] gives out numbers; each is a [`ManagedLock`], the same for every process that retrieves it. Three
-//! managers keep the same rules: `shm` in shared memory, for thousands of fine locks at nanoseconds each; `file` with a
-//! file for each lock, where there is no shared memory; `memory` inside one process, for tests.
+//! A [`LockManager`] allocates numbers; each is a [`ManagedLock`], the same for every process that retrieves it. Three
+//! managers have the same rules. `shm` is in shared memory, for thousands of fine-grained locks at nanoseconds each.
+//! `file` has a file for each lock, for use without shared memory. `memory` is inside one process, for tests.
 //!
-//! `word` is the lock word in shared memory and `bitmap` the allocation, both free of system calls, so that [loom] can
-//! check them. Allocating and locking know nothing of each other: a lock that is not allocated works all the same, for
-//! somebody may still hold on to a number that was freed.
+//! `raw_lock` is the lock word in shared memory and `bitmap` the allocation. Both are free of system calls, so that
+//! [loom] can check them. Allocation and locking are independent: a lock that is not allocated works all the same,
+//! because a process may still use a number that was freed.
 //!
 //! [loom]: https://docs.rs/loom
 
@@ -38,10 +38,10 @@ pub use file::FileLockManager;
 pub use memory::InMemoryLockManager;
 pub use shm::ShmLockManager;
 
-/// A table of locks with numbers from 0 on, which gives them out and takes them back.
+/// A table of numbered locks, from 0 on, which allocates and frees them.
 ///
-/// After podman's [libpod/lock]: a number is allocated to something, written down with it, and retrieved by every
-/// process that works on the thing.
+/// Modelled on podman's [libpod/lock]: a number is allocated for an object and stored with it. Every process that works
+/// on the object retrieves the lock by that number.
 ///
 /// ```
 /// use lockkit::{InMemoryLockManager, LockManager};
@@ -59,49 +59,52 @@ pub use shm::ShmLockManager;
 ///
 /// [libpod/lock]: https://github.com/containers/podman/tree/main/libpod/lock
 pub trait LockManager: Send + Sync {
-    /// A lock that was free so far, with its new number.
+    /// Allocates a free lock, with its new number.
     ///
     /// # Errors
-    /// [`Exhausted`](crate::ErrorKind::Exhausted) when all are allocated; what else the manager says.
+    /// [`Exhausted`](crate::ErrorKind::Exhausted) if all are allocated, and the errors of the manager.
     fn allocate(&self) -> Result<ManagedLock>;
 
-    /// The lock with the number `id`: the same one for every process, allocated or not.
+    /// Returns the lock with the number `id`: the same lock for every process, allocated or not.
     ///
     /// # Errors
-    /// [`NoSuchLock`](crate::ErrorKind::NoSuchLock) beyond the end of the table; what else the manager says.
+    /// [`NoSuchLock`](crate::ErrorKind::NoSuchLock) beyond the end of the table, and the errors of the manager.
     fn retrieve(&self, id: u32) -> Result<ManagedLock>;
 
-    /// The lock with the number `id`, allocated by this call: for those who have numbers written down and begin with a
-    /// new table, as after a restart.
+    /// Allocates the lock with the number `id`, for programs that have stored numbers and begin with a new table, for
+    /// example after a restart.
     ///
     /// # Errors
-    /// [`AlreadyAllocated`](crate::ErrorKind::AlreadyAllocated) when it was;
-    /// [`NoSuchLock`](crate::ErrorKind::NoSuchLock) beyond the end of the table; what else the manager says.
+    /// - [`AlreadyAllocated`](crate::ErrorKind::AlreadyAllocated) if it was allocated.
+    /// - [`NoSuchLock`](crate::ErrorKind::NoSuchLock) beyond the end of the table.
+    /// - The errors of the manager.
     fn allocate_at(&self, id: u32) -> Result<ManagedLock>;
 
-    /// How many locks are left to allocate; `None` where there is no limit. It is a counter, not a scan, except that a
-    /// table in shared memory is counted by whoever asks first after a process has begun to use it. A process that is
-    /// killed in the midst of an allocation leaves it wrong by one until then. By the time it returns it may be past.
+    /// Returns how many locks are left to allocate, and `None` without a limit. The result is a snapshot.
+    ///
+    /// The call reads a counter and scans nothing. There is one exception: the first call after a process has begun to
+    /// use a table in shared memory recounts. Until then, a process killed during an allocation leaves the counter
+    /// wrong by one.
     ///
     /// # Errors
-    /// What the manager says.
+    /// The errors of the manager.
     fn available(&self) -> Result<Option<u32>>;
 
-    /// The locks that somebody holds now, by number. Never waits for any of them, so with others at work it is no
-    /// snapshot: each entry was true at some moment of the call.
+    /// Returns the locks that are held now, by number. The call never waits for any of them. While other processes
+    /// work, the list is not a snapshot of one moment: each entry was true at some time during the call.
     ///
     /// # Errors
-    /// What the manager says.
+    /// The errors of the manager.
     fn held(&self) -> Result<Vec<HeldLock>>;
 
     /// Frees every lock.
     ///
-    /// Dangerous: whoever has a number written down goes on using it, while the next allocation gives it to somebody
-    /// else. Only for a program that knows to be alone, and gives out all numbers anew afterwards
-    /// ([`allocate_at`](Self::allocate_at)). Locks that are held stay held.
+    /// Dangerous: a process that has stored a number continues to use it, while the next allocation gives it to another
+    /// process. Call it only from a program that runs alone, and that then allocates all stored numbers again
+    /// ([`allocate_at`](Self::allocate_at)). Held locks stay held.
     ///
     /// # Errors
-    /// What the manager says.
+    /// The errors of the manager.
     ///
     /// ```
     /// use lockkit::{InMemoryLockManager, LockManager};
@@ -115,10 +118,11 @@ pub trait LockManager: Send + Sync {
     fn free_all(&self) -> Result<()>;
 }
 
-/// A lock of a [`LockManager`]. Cloning gives another handle on the same lock.
+/// A lock of a [`LockManager`]. A clone is another handle on the same lock.
 ///
-/// Not reentrant: a thread that takes it twice waits for itself. Not fair to the last: who comes at the right moment
-/// may overtake those who wait; in shared memory none of them for long, in a directory and in memory there is no limit.
+/// Not reentrant: locking twice from the same thread deadlocks. Not strictly fair: an acquisition may barge, that is
+/// overtake waiters. In shared memory the wait of an overtaken waiter is bounded; in a directory and in memory it is
+/// not.
 ///
 /// ```
 /// # fn main() -> lockkit::Result<()> {
@@ -141,15 +145,16 @@ enum Handle {
     Memory(memory::MemoryLock),
 }
 
-/// What a guard gives back when it is dropped. Each sort sees to that itself, so that a guard can be taken apart.
+/// The part of a guard that a drop releases. Each variant does so in its own drop, so that a guard can be destructured.
 #[derive(Debug)]
 enum Hold {
-    /// In shared memory, from nobody who died: small, for a guard is moved about while others wait for its lock.
+    /// In shared memory, without a dead predecessor. It is small, because a guard is moved while others wait for its
+    /// lock.
     Lean(shm::ShmHold),
     Full(Box<dyn AnyHold>),
 }
 
-/// A hold of any manager, and who died before it.
+/// A hold of any manager, and its dead predecessor, if any.
 trait AnyHold: fmt::Debug + Send + Sync {
     fn release(&mut self) -> Result<()>;
     fn recovered(&self) -> Option<&Recovered>;
@@ -159,7 +164,7 @@ trait AnyHold: fmt::Debug + Send + Sync {
 struct Full<H: Releases> {
     hold: H,
     recovered: Option<Box<Recovered>>,
-    /// The process that holds, for a forked child has a copy; `None` once released.
+    /// Identifies the process that holds the lock, because a forked child has a copy; `None` after the release.
     generation: Option<u32>,
 }
 
@@ -171,7 +176,7 @@ impl<H: Releases + 'static> Full<H> {
 
 impl<H: Releases> Drop for Full<H> {
     fn drop(&mut self) {
-        // What fails here was given back already, or is freed when its file is closed.
+        // On a failure the lock was released already, or closing its file releases it.
         let _ = AnyHold::release(self);
     }
 }
@@ -189,13 +194,13 @@ impl<H: Releases> AnyHold for Full<H> {
     }
 }
 
-/// The hold of an acquisition that was told of.
+/// The hold of an acquisition that was reported to tracing.
 #[cfg(feature = "tracing")]
 #[derive(Debug)]
 struct Traced {
     lock: ManagedLock,
     guard: ManagedGuard,
-    /// The process that holds, for a forked child has a copy; `None` once released.
+    /// Identifies the process that holds the lock, because a forked child has a copy; `None` after the release.
     generation: Option<u32>,
 }
 
@@ -221,13 +226,13 @@ impl AnyHold for Traced {
     }
 }
 
-/// What one manager gives back, once.
+/// A hold of one manager, to be released once.
 trait Releases: fmt::Debug + Send + Sync {
     fn release(&mut self) -> Result<()>;
 }
 
 impl ManagedLock {
-    /// Its number.
+    /// Returns its number.
     pub fn id(&self) -> u32 {
         match &self.0 {
             Handle::Shm(lock) => lock.id(),
@@ -236,12 +241,12 @@ impl ManagedLock {
         }
     }
 
-    /// Gives the number back, so that it can be allocated again. The lock itself goes on working, for those who still
-    /// have it; whether somebody holds it makes no difference.
+    /// Frees the number, so that it can be allocated again, whether the lock is held or not. The lock itself continues
+    /// to work for processes that still use it.
     ///
     /// # Errors
-    /// [`NotAllocated`](crate::ErrorKind::NotAllocated) when it is not allocated;
-    /// [`Io`](crate::ErrorKind::Io) when the system refuses.
+    /// - [`NotAllocated`](crate::ErrorKind::NotAllocated) if it is not allocated.
+    /// - [`Io`](crate::ErrorKind::Io) if a system call fails.
     pub fn free(&self) -> Result<()> {
         match &self.0 {
             Handle::Shm(lock) => lock.free(),
@@ -250,24 +255,27 @@ impl ManagedLock {
         }
     }
 
-    /// Takes the lock, waiting as `wait` says.
+    /// Acquires the lock, waiting as `wait` says.
     ///
     /// # Errors
-    /// [`Held`](crate::ErrorKind::Held), [`Timeout`](crate::ErrorKind::Timeout) or
-    /// [`Cancelled`](crate::ErrorKind::Cancelled) as `wait` has it; [`Io`](crate::ErrorKind::Io) when the system
-    /// refuses. A forked child opens a shared table anew when it first takes a lock, so there it may also be
-    /// [`TooManyProcesses`](crate::ErrorKind::TooManyProcesses) when the table has no place for it,
-    /// [`RogueDeletion`](crate::ErrorKind::RogueDeletion) when the table's file was replaced, and
-    /// [`Io`](crate::ErrorKind::Io) when it was deleted or the process may not open it any more.
+    /// - [`Held`](crate::ErrorKind::Held), [`Timeout`](crate::ErrorKind::Timeout) or
+    ///   [`Cancelled`](crate::ErrorKind::Cancelled), as `wait` says.
+    /// - [`Io`](crate::ErrorKind::Io) if a system call fails.
+    ///
+    /// A forked child opens a shared table again when it first acquires a lock. That adds these errors:
+    /// - [`TooManyProcesses`](crate::ErrorKind::TooManyProcesses) if the table has no free slot.
+    /// - [`RogueDeletion`](crate::ErrorKind::RogueDeletion) if the table's file was replaced.
+    /// - [`Io`](crate::ErrorKind::Io) if it was deleted or the process may no longer open it.
     #[inline]
     pub fn acquire(&self, wait: &Wait) -> Result<ManagedGuard> {
-        // What thousands of locks mostly are, in shared memory and free, is worth a few instructions in the caller.
+        // The common case, a free lock in shared memory, is inlined into the caller.
         if let (false, Handle::Shm(lock)) = (telemetry::is_on(), &self.0) {
             if let Some(taken) = lock.acquire_free(wait) {
                 return Ok(ManagedGuard(Hold::Lean(taken)));
             }
         }
-        // Taken apart and put together, so that what was taken above need not be built where this writes its result.
+        // Destructured and rebuilt, so that the result above need not be built at the place where this writes its
+        // result.
         #[allow(clippy::needless_match)]
         match self.acquire_traced(wait) {
             Ok(ManagedGuard(Hold::Lean(hold))) => Ok(ManagedGuard(Hold::Lean(hold))),
@@ -299,7 +307,7 @@ impl ManagedLock {
 
     fn take(&self, wait: &Wait) -> Result<ManagedGuard> {
         let guard = ManagedGuard(self.acquire_any(wait)?);
-        // So the release, where nobody listens, has nothing to ask.
+        // So a release without tracing has nothing to check.
         #[cfg(feature = "tracing")]
         if telemetry::is_on() {
             let traced = Traced { lock: self.clone(), guard, generation: Some(fork::generation()) };
@@ -320,15 +328,15 @@ impl ManagedLock {
         }
     }
 
-    /// Gives back what this process took and whose guard it gave away to [`std::mem::forget`]: for programs that offer
-    /// `lock` and `unlock` to others and cannot keep a guard in between. Everybody else drops the guard.
+    /// Releases a lock that this process holds and whose guard it gave to [`std::mem::forget`]. It is for programs that
+    /// offer `lock` and `unlock` to others and cannot keep a guard in between. All other programs drop the guard.
     ///
-    /// A guard that is still there gives nothing back after this. Not to be called while the guard is being dropped in
-    /// another thread: in shared memory one of the two might give back what a third thread has just taken.
+    /// A guard that still exists releases nothing after this. Do not call this while another thread drops the guard: in
+    /// shared memory one of the two might release what a third thread has just acquired.
     ///
     /// # Errors
-    /// [`NotLocked`](crate::ErrorKind::NotLocked) when this process does not hold the lock; with a
-    /// [`FileLockManager`] or an [`InMemoryLockManager`], when it was not taken through this manager or a clone of it.
+    /// [`NotLocked`](crate::ErrorKind::NotLocked) if this process does not hold the lock. With a [`FileLockManager`] or
+    /// an [`InMemoryLockManager`] also if the lock was not acquired through this manager or a clone of it.
     ///
     /// ```
     /// use lockkit::{InMemoryLockManager, LockManager};
@@ -350,10 +358,10 @@ impl ManagedLock {
 
 lock_methods!(
     ManagedLock, ManagedGuard,
-    in_tasks: "A lock that is free is taken here. One that is held is waited for on a thread of its own, under any runtime \
-               ([`Io`](crate::ErrorKind::Io) when none can be started). When the future is dropped the thread ends \
-               within some 2 ms in shared memory and at once in a directory, and releases what it may get until then; in \
-               memory it is 2 ms, too."
+    in_tasks: "A free lock is acquired in the call. A thread of its own waits for a lock that is held, under any \
+               runtime ([`Io`](crate::ErrorKind::Io) if none can be started). When the future is dropped, the \
+               thread ends within 2 ms in shared memory and in process memory, and at once in a directory. It \
+               releases a lock that it acquires until then."
 );
 
 /// A held [`ManagedLock`]; dropping it releases.
@@ -364,20 +372,20 @@ lock_methods!(
 pub struct ManagedGuard(Hold);
 
 impl ManagedGuard {
-    /// Releases now and says what went wrong.
+    /// Releases the lock now and returns any failure.
     ///
     /// # Errors
-    /// [`NotLocked`](crate::ErrorKind::NotLocked) when [`ManagedLock::unlock`] has given the lock back already;
-    /// [`Io`](crate::ErrorKind::Io) from a [`FileLockManager`] when the system refuses.
+    /// - [`NotLocked`](crate::ErrorKind::NotLocked) if [`ManagedLock::unlock`] has already released the lock.
+    /// - [`Io`](crate::ErrorKind::Io) from a [`FileLockManager`] if a system call fails.
     pub fn release(mut self) -> Result<()> {
         self.give_back()
     }
 
-    /// Whether the previous owner died holding the lock, and who that was. Every death is told, whichever way the lock
-    /// was taken; the owner is unknown only when its place in the table was given to another process in between, or its
-    /// record is damaged.
+    /// Returns a report, with the previous owner, if that owner died while it held the lock. Every death is reported,
+    /// however the lock was acquired. The owner is unknown only if its slot in the table was given to another process
+    /// in between, or if its record is damaged.
     ///
-    /// In an [`InMemoryLockManager`] nobody dies, so it is always `None`.
+    /// With an [`InMemoryLockManager`] the result is always `None`, because no holder can die.
     pub fn recovered(&self) -> Option<&Recovered> {
         match &self.0 {
             Hold::Lean(_) => None,
@@ -404,7 +412,7 @@ impl Guard for ManagedGuard {
     }
 }
 
-/// A lock that somebody holds; see [`LockManager::held`].
+/// A held lock; see [`LockManager::held`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HeldLock {
     id: u32,
@@ -412,12 +420,12 @@ pub struct HeldLock {
 }
 
 impl HeldLock {
-    /// Its number.
+    /// Returns its number.
     pub fn id(&self) -> u32 {
         self.id
     }
 
-    /// Who holds it; [`Owner::acquired`] says since when.
+    /// Returns the holder of the lock; [`Owner::acquired`] is the time of the acquisition.
     pub fn owner(&self) -> &Owner {
         &self.owner
     }

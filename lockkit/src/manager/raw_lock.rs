@@ -1,80 +1,87 @@
-//! The word that is a lock in shared memory.
+//! The lock word in shared memory.
 //!
-//! An owner or none, and three flags:
+//! It contains the owner, or 0, and three flags:
 //!
 //! | flag | meaning |
 //! |---|---|
-//! | `WAITERS` | somebody may be asleep on the word: a release wakes one |
-//! | `WOKEN` | one was woken and has yet to look: until then a release wakes no other |
-//! | `HANDOFF` | the lock is for those who have slept, and not for who comes by: now, or from the next release on |
+//! | `WAITERS` | Threads may sleep on the word. A release wakes one of them. |
+//! | `WOKEN` | A waiter was woken and has not checked the word yet. Until it does, a release wakes no other. |
+//! | `HANDOFF` | Only waiters that have slept may acquire the lock: now, or from the next release on. |
 //!
-//! Without an owner and without `HANDOFF` the lock is free for all. Whoever comes at the right moment may take it before
-//! the woken waiter does, because handing over would cost two context switches for each hold. So that nobody is
-//! overtaken for ever, a waiter that was woken in vain *presses*: it has the lock kept, and spins until the release,
-//! which is soon where locks are held shortly. It may do so once in a while; until then it naps, and no other is woken.
-//! And a release that finds a woken waiter still not there, for it gets no processor, keeps the lock now and then: who
-//! would overtake goes to sleep then, and leaves it one. Should a woken waiter die, the others notice within a tick.
+//! Without an owner and without `HANDOFF` any thread may acquire the lock. A thread may barge, that is acquire the lock
+//! before the woken waiter does, because a hand-over would cost two context switches for each hold.
 //!
-//! An owner is dead or alive by what [`Env`] says, asked at first sight and then once a tick. A dead owner's word is
-//! taken from it with a compare-and-swap, so one of many wins, and knows that it took over.
+//! Two rules bound the wait of a waiter:
+//! - A waiter that was woken and did not get the lock requests a hand-off: the next release keeps the lock for waiters
+//!   that have slept. The waiter spins until that release, which comes soon if locks are held briefly. A minimum
+//!   interval separates the requests. Until the next request is allowed, the waiter backs off, and no other waiter is
+//!   woken.
+//! - A woken waiter may not get a processor. A release that still finds `WOKEN` set keeps the lock from time to time. A
+//!   thread that would barge then goes to sleep, and frees a processor for the waiter.
+//!
+//! If a woken waiter dies, the other waiters notice within a tick.
+//!
+//! [`Env`] reports whether an owner is dead. A waiter asks at its first attempt and then once per tick. A dead owner's
+//! word is taken over with a compare-and-swap, so exactly one waiter wins, and knows that it took over.
 
 use super::atomic::{AtomicU32, Ordering};
 use crate::failpoint::step;
 
-/// Nobody holds the lock.
+/// The lock is free.
 pub(super) const FREE: u32 = 0;
-/// Who holds it; 0 for nobody.
+/// The bits of the owner; 0 if the lock is free.
 pub(super) const OWNER: u32 = WOKEN - 1;
-/// A waiter is on its way.
+/// A waiter was woken and has not checked the word yet.
 const WOKEN: u32 = 1 << 29;
-/// Kept for those who have slept.
+/// The lock is kept for waiters that have slept.
 const HANDOFF: u32 = 1 << 30;
-/// Somebody may be asleep.
+/// Threads may sleep on the word.
 const WAITERS: u32 = 1 << 31;
 
-/// What the word does not know: who lives, and how to sleep.
+/// The operations that the word does not provide: whether an owner lives, and how to sleep.
 pub(super) trait Env {
-    /// Why a waiter stops waiting.
+    /// The reason why a waiter stops waiting.
     type WaitError;
-    /// Whether the owner has died. Once it has, it stays so.
+    /// Returns whether the owner has died. Once true, it stays true.
     fn is_dead(&self, owner: u32) -> bool;
-    /// Lets time pass until a waiter that was woken in vain may press, or until it is time to give up, which the next
-    /// sleep will say.
+    /// Waits until a waiter that was woken and did not get the lock may request a hand-off, or until its timeout. The
+    /// next sleep reports the timeout.
     fn back_off(&self);
-    /// Looks at the word again and again until it has no owner, but not for long.
+    /// Polls the word until it has no owner, but only briefly.
     fn spin(&self, word: &AtomicU32);
-    /// Sleeps on the word until somebody wakes this thread or a tick is over, unless the word is not `seen` any more;
-    /// or says that it is time to give up.
+    /// Sleeps on the word until another thread wakes this one or a tick is over, unless the word is no longer `seen`.
+    /// Returns an error if the waiter has to give up.
     fn sleep(&mut self, word: &AtomicU32, seen: u32) -> Result<Slept, Self::WaitError>;
 }
 
-/// What a release does for waiters.
+/// The operations of a release for waiters.
 pub(super) trait Fairness {
-    /// Whether the lock should be kept for the one that was woken and has yet to look. May be asked very often.
+    /// Returns whether to keep the lock for the woken waiter that has not checked the word yet. May be called very
+    /// often.
     fn keeps(&self) -> bool;
-    /// Wakes one thread that sleeps on the word; says whether there was one.
+    /// Wakes one thread that sleeps on the word, and returns whether there was one.
     fn wake(&self, word: &AtomicU32) -> bool;
 }
 
-/// What ended a sleep.
+/// The event that ended a sleep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Slept {
-    /// Somebody woke this thread, or the word had changed before it slept.
+    /// Another thread woke this one, or the word had changed before the sleep.
     Woken,
-    /// A tick is over, or was cut short by a signal.
+    /// A tick is over, or a signal interrupted it.
     Tick,
 }
 
-/// The lock is taken.
+/// How the lock was acquired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Taken {
-    /// From nobody.
+    /// It was free.
     Clean,
     /// From an owner that died holding it.
     From(u32),
 }
 
-/// Takes a lock that is free for all.
+/// Acquires a lock that has neither an owner nor `HANDOFF`.
 #[inline]
 pub(super) fn take_free(word: &AtomicU32, owner: u32) -> bool {
     let seen = word.load(Ordering::Relaxed);
@@ -82,13 +89,13 @@ pub(super) fn take_free(word: &AtomicU32, owner: u32) -> bool {
         && word.compare_exchange(seen, seen | owner, Ordering::Acquire, Ordering::Relaxed).is_ok()
 }
 
-/// Takes the lock unless a living owner holds it.
+/// Acquires the lock unless a live owner holds it.
 #[cold]
 pub(super) fn take_now(word: &AtomicU32, owner: u32, is_dead: impl Fn(u32) -> bool) -> Option<Taken> {
     attempt(word, owner, Waiter { entitled: true, rested: false, awake: false, look: true }, is_dead).ok()
 }
 
-/// Takes the lock as soon as it can be had.
+/// Acquires the lock, waiting for it.
 #[cold]
 pub(super) fn take<W: Env>(word: &AtomicU32, owner: u32, world: &mut W) -> Result<Taken, W::WaitError> {
     let mut stance = Waiter { entitled: false, rested: false, awake: false, look: true };
@@ -110,7 +117,7 @@ pub(super) fn take<W: Env>(word: &AtomicU32, owner: u32, world: &mut W) -> Resul
             continue;
         }
         step("waiter announced");
-        // Who gives up now, after it was woken, has just seen to it that the next release wakes another.
+        // A waiter that was woken and gives up now has just cleared `WOKEN`, so that the next release wakes another.
         let slept = world.sleep(word, waiting)?;
         let tick = slept == Slept::Tick;
         stance = Waiter { entitled: true, rested: true, awake: !tick, look: tick };
@@ -118,39 +125,39 @@ pub(super) fn take<W: Env>(word: &AtomicU32, owner: u32, world: &mut W) -> Resul
     }
 }
 
-/// Has the next release keep the lock for the one that is awake; `false` when nobody holds it any more.
+/// Makes the next release keep the lock for the woken waiter. Returns `false` if the lock has no owner any more.
 fn request_handoff(word: &AtomicU32) -> bool {
     let pressed = |seen| (seen & OWNER != 0).then_some(seen | WOKEN | HANDOFF);
     word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, pressed).is_ok()
 }
 
-/// How somebody tries to take the lock.
+/// How a thread tries to acquire the lock.
 #[derive(Clone, Copy)]
 struct Waiter {
-    /// Takes also what is kept.
+    /// May acquire a lock that is kept for waiters.
     entitled: bool,
-    /// Has slept, as others may, whom nobody counts.
+    /// Has slept. Other threads may sleep, too, because the word does not count them.
     rested: bool,
-    /// Is the one that was woken.
+    /// Was woken by a release.
     awake: bool,
-    /// Looks whether the owner lives.
+    /// Checks whether the owner is alive.
     look: bool,
 }
 
 impl Waiter {
-    /// The word once this one has come, and waits.
+    /// Returns the word after this waiter has arrived to wait.
     fn arrive(self, seen: u32) -> u32 {
         WAITERS | if self.awake { seen & !WOKEN } else { seen }
     }
 
-    /// The flags once this one has taken the lock. It stands in for the one that was woken, which may have died on its
-    /// way.
+    /// Returns the flags after this waiter has acquired the lock. A waiter that has slept clears `WOKEN` for the woken
+    /// waiter, which may have died before it checked the word.
     fn take(self, seen: u32) -> u32 {
         if self.rested { WAITERS } else { seen & (WAITERS | WOKEN) }
     }
 }
 
-/// Takes the lock if it can be had now; else says what the word was.
+/// Acquires the lock if that is possible now; otherwise returns the word that it read.
 fn attempt(word: &AtomicU32, owner: u32, stance: Waiter, is_dead: impl Fn(u32) -> bool) -> Result<Taken, u32> {
     let mut seen = word.load(Ordering::Relaxed);
     loop {
@@ -167,10 +174,10 @@ fn attempt(word: &AtomicU32, owner: u32, stance: Waiter, is_dead: impl Fn(u32) -
     }
 }
 
-/// Gives the lock back; `false` when `owner` does not hold it.
+/// Releases the lock. Returns `false` if `owner` does not hold it.
 #[inline]
 pub(super) fn release(word: &AtomicU32, owner: u32, fairness: &impl Fairness) -> bool {
-    // A guess: a processor stalls on looking first at what it has just exchanged.
+    // Expects no flags and does not load the word first: a processor stalls on reading what it has just exchanged.
     match word.compare_exchange(owner, FREE, Ordering::Release, Ordering::Relaxed) {
         Ok(_) => {
             step("lock word given back");
@@ -184,7 +191,7 @@ pub(super) fn release(word: &AtomicU32, owner: u32, fairness: &impl Fairness) ->
 fn release_flagged(word: &AtomicU32, mut seen: u32, owner: u32, fairness: &impl Fairness) -> bool {
     let mut keeps = None;
     while seen & OWNER == owner {
-        // Whoever is awake will see to those who sleep.
+        // An awake waiter takes care of the sleeping ones: it sets `WAITERS` when it acquires or sleeps.
         let to_wake = seen & (WAITERS | WOKEN) == WAITERS;
         let next = match seen & WOKEN {
             0 if to_wake => WOKEN | seen & HANDOFF,
@@ -206,8 +213,8 @@ fn release_flagged(word: &AtomicU32, mut seen: u32, owner: u32, fairness: &impl 
     false
 }
 
-/// Wakes one who sleeps on the word, which says so already. If nobody does it takes that back, and looks again for who
-/// went to sleep in between.
+/// Wakes a thread that sleeps on the word, in which `WOKEN` is set already. If no thread sleeps, clears `WOKEN` and
+/// checks again for a waiter that went to sleep in between.
 #[cold]
 fn wake_one(word: &AtomicU32, fairness: &impl Fairness) {
     while !fairness.wake(word) {
@@ -230,7 +237,7 @@ mod models {
 
     use super::*;
 
-    /// A futex without ticks, so that a wake-up that gets lost shows as a deadlock.
+    /// A futex without ticks, so that a lost wake-up shows as a deadlock.
     #[derive(Default)]
     struct Futex {
         sleepers: Mutex<(u32, u32)>,
@@ -269,7 +276,7 @@ mod models {
         dead: AtomicBool,
         /// Whether releases keep the lock for waiters.
         fair: bool,
-        /// What the lock protects; loom sees two who touch it at once.
+        /// The protected data; loom detects two threads that access it at once.
         inside: UnsafeCell<()>,
     }
 
@@ -299,7 +306,7 @@ mod models {
         }
     }
 
-    /// How a waiter's sleeps go: the first ones end by a tick, as many as `ticks`; then only waking helps.
+    /// How a waiter's sleeps end: the first `ticks` sleeps end by a tick, the others only by a wake-up.
     struct Waiter<'m> {
         model: &'m Model,
         ticks: u32,
@@ -335,7 +342,7 @@ mod models {
         }
     }
 
-    /// Takes and releases once; says from whom it took.
+    /// Acquires and releases once, and returns how it acquired.
     fn visit(model: &Model, owner: u32, ticks: u32, gives_up: bool) -> Option<Taken> {
         let mut waiter = Waiter { model, ticks, gives_up };
         let taken = match take_free(&model.word, owner) {

@@ -1,18 +1,18 @@
 //! A table of locks in shared memory.
 //!
-//! The layout stands in [`layout`], the lock word in [`raw_lock`], the allocation in [`bitmap`]; here is what ties them
-//! together: files, processes and sleeping.
+//! [`layout`] has the file format, [`raw_lock`] the lock word, and [`bitmap`] the allocation. This module combines
+//! them: files, processes and sleeping.
 //!
 //! A process takes a *slot* of the table and keeps a kernel lock on the slot's first byte for as long as it lives. A
-//! lock word names its owner by slot and generation of the slot. So an owner is dead when its slot is of a later
-//! generation or its byte is not locked: the kernel answers, no pid does, and it holds across pid namespaces. The next
-//! user of a slot raises its generation first, so that it is never taken for the dead one.
+//! lock word names its owner by slot and generation of the slot. So an owner is dead when its slot has a later
+//! generation or its byte is not locked. The kernel decides this, not a pid, so it also works across pid namespaces.
+//! The next user of a slot raises its generation first, so that it is never mistaken for the dead one.
 //!
-//! A process attaches to a table once and for its life, whatever the number of managers it opens: their memory is never
-//! unmapped, so that a guard is a plain reference and costs no counting.
+//! A process attaches to a table once and for its life, whatever the number of managers it opens. The memory is never
+//! unmapped, so a guard is a plain reference without a reference count.
 //!
-//! A page of cells is reserved in the file before its first lock is handed out, so that a full file system is an error
-//! there and not a SIGBUS later.
+//! A page of cells is reserved in the file before its first lock is handed out. So a full file system is an error
+//! there, and not a SIGBUS later.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -46,34 +46,37 @@ use crate::wait::{Backoff, LockInfo, Wait, WaitError, WaitState};
 
 /// A table of locks in shared memory, for the processes of one machine. Linux only.
 ///
-/// Taking and releasing a lock that is free costs some ten nanoseconds and no system call. A process that dies holding
-/// locks, thousands of them if need be, leaves each to its next owner, who is told ([`ManagedGuard::recovered`]) at
-/// once when it comes later and within 10 ms when it waits.
+/// Acquiring and releasing a free lock costs some ten nanoseconds and no system call. A process may die holding
+/// thousands of locks. The next owner of each lock gets the report ([`ManagedGuard::recovered`]): at once if it comes
+/// later, and within 10 ms if it waits.
 ///
-/// The table is a file, best in a file system in memory such as `/dev/shm` or `/run`, which starts empty with the
-/// machine: the locks on numbers that were written down are then allocated again with
-/// [`allocate_at`](LockManager::allocate_at). It belongs to the user that made it, with mode 0600; who can write to it
-/// can break every lock in it. It takes memory as locks are first used, 4 KiB for each 64 of them.
+/// The table is a file, best in a file system in memory such as `/dev/shm` or `/run`, which is empty after a boot.
+/// Locks whose numbers were stored elsewhere are then allocated again with [`allocate_at`](LockManager::allocate_at).
+/// The table belongs to the user that created it, with mode 0600; a process that can write to it can break every lock
+/// in it. It takes memory as locks are first used, 4 KiB for each 64 of them.
 ///
-/// A process stays attached to a table until it ends, also when every handle on it is gone: for a few tables each, not
-/// for thousands that come and go. At most 4094 processes share a table. A process that closes descriptors which it did
-/// not open, as some daemons do at their start, gives away what it holds; let it call [`open`](Self::open) afterwards. A
-/// forked child attaches again when it first uses the table, and needs the file still to be there and to be its own. Do
-/// not put the table on a file system that several machines share. On a disk, create it again when the machine starts:
-/// after a crash the file may be older than the locks that were held.
+/// A process stays attached to a table until it ends, also after all handles are dropped. So use a few tables per
+/// process, not thousands of short-lived ones. At most 4094 processes share a table.
+///
+/// A process that closes descriptors which it did not open, as some daemons do at their start, gives up the locks that
+/// it holds; it must call [`open`](Self::open) afterwards. A forked child attaches again when it first uses the table.
+/// The file must still exist then, and be the same file.
+///
+/// Do not put the table on a file system that several machines share. On a disk, create the table again when the
+/// machine starts: after a crash the file may be older than the locks that were held.
 ///
 /// # Truncation
-/// The table is mapped memory. If a program with write permission shortens the file, the kernel ends every process that
-/// then touches a lock beyond the new end (`SIGBUS`). That includes a process that only waits, and `lockkit table`. No
-/// error is returned, and no guard is dropped. `truncate`, a shell redirection (`> table`) and `cp` onto the file shorten
-/// it. Removing or replacing the file does not: attached processes keep the old one.
+/// The table is mapped memory. If a program with write permission shortens the file, the kernel kills every process
+/// that then touches a lock beyond the new end (`SIGBUS`). That includes a process that only waits, and
+/// `lockkit table`. No error is returned, and no guard is dropped. `truncate`, a shell redirection (`> table`) and `cp`
+/// onto the file shorten it. Removing or replacing the file does not: attached processes keep the old one.
 ///
-/// Opening seals the file against that (`F_SEAL_SHRINK`, [memfd_create(2)]) where the file is a memfd that allows seals.
-/// A process opens a memfd by the path `/proc/self/fd/N`. No other file takes seals, also none in `/dev/shm`: there only
+/// Opening seals the file against that (`F_SEAL_SHRINK`, [memfd_create(2)]) if the file is a memfd that allows seals. A
+/// process opens a memfd by the path `/proc/self/fd/N`. No other file takes seals, not even in `/dev/shm`: there only
 /// the file's mode, 0600, protects the table from other users.
 ///
-/// A full file system that cannot set room aside (fallocate(2)) ends processes in the same way; those in memory, ext4,
-/// XFS and btrfs can.
+/// A full file system that cannot reserve room (fallocate(2)) kills processes in the same way. File systems in memory,
+/// ext4, XFS and btrfs can reserve room.
 ///
 /// [memfd_create(2)]: https://man7.org/linux/man-pages/man2/memfd_create.2.html
 ///
@@ -101,14 +104,14 @@ use crate::wait::{Backoff, LockInfo, Wait, WaitError, WaitState};
 ///
 /// [`ManagedGuard::recovered`]: crate::ManagedGuard::recovered
 ///
-/// A service that makes the table, and programs that only open it:
+/// A service that creates the table, and programs that only open it:
 ///
 /// ```
 /// # #[cfg(target_os = "linux")]
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use lockkit::ShmLockManager;
 /// # let path = format!("/dev/shm/lockkit-doc-shm-create-{}", std::process::id());
-/// let made = ShmLockManager::create(&path, 100)?; // Fails where there is one.
+/// let made = ShmLockManager::create(&path, 100)?; // Fails if the path exists.
 /// let opened = ShmLockManager::open(&path)?;
 /// assert_eq!(opened.capacity(), 100);
 /// # std::fs::remove_file(path)?;
@@ -119,39 +122,41 @@ use crate::wait::{Backoff, LockInfo, Wait, WaitError, WaitState};
 pub struct ShmLockManager(&'static Attached);
 
 impl ShmLockManager {
-    /// Makes a table of `capacity` locks at `path`, where nothing may be yet. It appears there complete.
+    /// Creates a table of `capacity` locks at `path`, which must not exist yet. The table appears there complete.
     ///
     /// # Errors
-    /// [`InvalidCapacity`](ErrorKind::InvalidCapacity) for 0, or more than 16,777,216;
-    /// [`Io`](ErrorKind::Io) when something is there already (`AlreadyExists`), or the system refuses, as when the file
-    /// system has no room or cannot make files without a name (`O_TMPFILE`);
-    /// [`Unsupported`](ErrorKind::Unsupported) outside Linux. Where this process itself finds no room in the table or
-    /// has too many descriptors, it is there, complete, and [`open`](Self::open) is what is left to be done.
+    /// - [`InvalidCapacity`](ErrorKind::InvalidCapacity) for 0, or more than 16,777,216.
+    /// - [`Io`](ErrorKind::Io) if the path exists (`AlreadyExists`) or a system call fails, for example because the
+    ///   file system is full or cannot create files without a name (`O_TMPFILE`).
+    /// - [`Unsupported`](ErrorKind::Unsupported) outside Linux.
+    ///
+    /// If only the attachment of this process fails, because all slots are taken or it has too many descriptors, the
+    /// table exists and is complete. Then only [`open`](Self::open) remains to be called.
     pub fn create(path: impl AsRef<Path>, capacity: u32) -> Result<Self> {
         make(path.as_ref(), capacity)?;
         Self::open(path)
     }
 
-    /// Opens the table at `path`, which says how many locks it has. Seals it against [truncation](Self#truncation) where
-    /// that is possible.
+    /// Opens the table at `path`; the file contains the number of locks. Seals the file against
+    /// [truncation](Self#truncation) where that is possible.
     ///
     /// # Errors
-    /// [`Io`](ErrorKind::Io) when there is none (`NotFound`), or the system refuses;
-    /// [`LayoutMismatch`](ErrorKind::LayoutMismatch) when it is something else, or damaged;
-    /// [`ForeignOwner`](ErrorKind::ForeignOwner) when it belongs to another user, who is not root;
-    /// [`TooManyProcesses`](ErrorKind::TooManyProcesses) when 4094 processes use it;
-    /// [`Unsupported`](ErrorKind::Unsupported) outside Linux.
+    /// - [`Io`](ErrorKind::Io) if there is no file (`NotFound`), or a system call fails.
+    /// - [`LayoutMismatch`](ErrorKind::LayoutMismatch) if the file is not a table, or is damaged.
+    /// - [`ForeignOwner`](ErrorKind::ForeignOwner) if it belongs to another user, other than root.
+    /// - [`TooManyProcesses`](ErrorKind::TooManyProcesses) if 4094 processes use it.
+    /// - [`Unsupported`](ErrorKind::Unsupported) outside Linux.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let path = std::path::absolute(path).map_err(|error| Error::io("find", path, error))?;
         Ok(Self(Attached::at(path)?))
     }
 
-    /// Opens the table at `path`, or makes it with `capacity` locks. Any number of processes may do so at once: they
-    /// get the same table, with the capacity that the first one wanted.
+    /// Opens the table at `path`, or creates it with `capacity` locks. Any number of processes may do so at once: all
+    /// get the same table, with the capacity of the first process.
     ///
     /// # Errors
-    /// As [`create`](Self::create) and [`open`](Self::open), but for what is there or is not.
+    /// As [`create`](Self::create) and [`open`](Self::open), except for an existing or a missing file.
     pub fn open_or_create(path: impl AsRef<Path>, capacity: u32) -> Result<Self> {
         loop {
             match Self::open(&path) {
@@ -165,12 +170,12 @@ impl ShmLockManager {
         }
     }
 
-    /// How many locks the table has.
+    /// Returns how many locks the table has.
     pub fn capacity(&self) -> u32 {
         self.0.capacity
     }
 
-    /// The path by which this process opened the table first.
+    /// Returns the path by which this process first opened the table.
     pub fn path(&self) -> &Path {
         &self.0.path
     }
@@ -247,8 +252,8 @@ fn is_io(error: &Error, kind: io::ErrorKind) -> bool {
     matches!(error.kind(), ErrorKind::Io { source, .. } if source.kind() == kind)
 }
 
-/// Makes a table without a name, and links it to `path` when it is complete: a process killed in between leaves
-/// nothing.
+/// Creates a table without a name, and links it to `path` when it is complete. A process that is killed in between
+/// leaves nothing.
 fn make(path: &Path, capacity: u32) -> Result<()> {
     if capacity == 0 || capacity > MOST {
         return Err(ErrorKind::InvalidCapacity { capacity, most: MOST }.into());
@@ -261,7 +266,7 @@ fn make(path: &Path, capacity: u32) -> Result<()> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     let file = File::from(openat(CWD, directory, flags, Mode::from_raw_mode(0o600)).map_err(failed)?);
     step("nameless file made");
-    // The umask is not ours to change, but the file's mode is.
+    // The umask belongs to the program, so the mode is set here.
     fchmod(&file, Mode::from_raw_mode(0o600)).map_err(failed)?;
     step("mode of the file set");
     let shape = Shape::of(capacity);
@@ -272,7 +277,7 @@ fn make(path: &Path, capacity: u32) -> Result<()> {
     let failed_io = |error| Error::io("create", path, error);
     file.write_all_at(&layout::header(capacity), 0).map_err(failed_io)?;
     step("table written");
-    // Else a crash of the system could leave the name without what belongs to it. In memory it costs nothing.
+    // Otherwise a crash of the system could leave the name without its content. In memory the call costs nothing.
     file.sync_all().map_err(failed_io)?;
     step("table synced");
     let own = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
@@ -281,7 +286,7 @@ fn make(path: &Path, capacity: u32) -> Result<()> {
     Ok(())
 }
 
-/// Has the file system set room aside for a range of bytes. Where it cannot, room is taken when it is used.
+/// Reserves room in the file system for a range of bytes. If it cannot reserve, room is allocated at the first use.
 fn reserve(file: &File, (offset, length): (u64, u64)) -> std::result::Result<(), Errno> {
     match rustix::io::retry_on_intr(|| fallocate(file, FallocateFlags::KEEP_SIZE, offset, length)) {
         Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
@@ -295,39 +300,40 @@ struct Attached {
     /// Device and inode.
     identity: (u64, u64),
     table: &'static Table,
-    /// Those of `table`.
+    /// The cells of `table`.
     cells: &'static [Cell],
     capacity: u32,
-    /// This process as lock words name it, and above it the fork generation for which that holds.
+    /// The owner number of this process in lock words. The upper half is the fork generation for which it is valid.
     me: AtomicU64,
-    /// The open file that holds the slot's lock. Locked with forks held off. A forked child's copy holds nothing. The
-    /// mapping is made of another one, for a mapping keeps its open file, and a forked child keeps the mapping.
+    /// The open file that holds the slot's lock. This mutex is locked with forks held off. A forked child's copy holds
+    /// nothing. The mapping uses another open file, because a mapping keeps its file open, and a child keeps the
+    /// mapping.
     slot: Mutex<ForkGuarded<File>>,
 }
 
-/// What this process is attached to. Locked with forks held off.
+/// The tables to which this process is attached. The mutex is locked with forks held off.
 static ATTACHED: Mutex<Vec<&'static Attached>> = Mutex::new(Vec::new());
 
-/// How lock words name an owner: the number of its slot, from 1 on, in the lower bits, and above it the slot's
+/// An owner in a lock word: the lower bits are the number of its slot, from 1 on, and the upper bits the slot's
 /// generation.
 const SLOT_BITS: u32 = 12;
 const SLOT: u32 = (1 << SLOT_BITS) - 1;
 const GENERATION: u32 = OWNER >> SLOT_BITS;
-/// Somebody who died, without a slot any more.
+/// An owner that died and whose slot is no longer known.
 const DIED: u32 = SLOT;
 const _: () = assert!(SLOTS < DIED);
 
 impl Attached {
     fn at(path: PathBuf) -> Result<&'static Self> {
-        // Files are opened and closed without the mutex, for with it no fork may come.
+        // Files are opened and closed without the mutex, because forks are held off while it is locked.
         let slot = open_file(&path)?;
         let (identity, capacity) = check(&path, &slot)?;
         let mapped = open_file(&path)?;
         if self::identity(&path, &mapped)? != identity {
             return Err(ErrorKind::RogueDeletion { path }.into());
         }
-        // A process that shortens the file ends every process that uses it. A memfd whose maker allows seals can be kept from it
-        // (MFD_ALLOW_SEALING); every other file refuses.
+        // A process that shortens the file kills every process that uses it. A memfd that was created with
+        // MFD_ALLOW_SEALING can be sealed against that; every other file refuses.
         if fcntl_add_seals(&*mapped, SealFlags::SHRINK).is_ok() {
             step("table sealed");
         }
@@ -354,14 +360,14 @@ impl Attached {
         Ok(fresh)
     }
 
-    /// This process as lock words name it, unless it has forked since it attached.
+    /// Returns the owner number of this process, unless the process has forked since it attached.
     #[inline]
     fn known_me(&self) -> Option<u32> {
         let me = self.me.load(Ordering::Relaxed);
         ((me >> 32) as u32 == fork::noted_generation()).then_some(me as u32)
     }
 
-    /// This process as lock words name it.
+    /// Returns the owner number of this process.
     #[inline]
     fn me(&self) -> Result<u32> {
         match self.known_me() {
@@ -370,7 +376,7 @@ impl Attached {
         }
     }
 
-    /// This process needs another slot: a forked child has none of its own, and closing the descriptor gives one up.
+    /// Takes another slot for this process: a forked child has no slot, and closing the descriptor gives a slot up.
     #[cold]
     fn take_new_slot(&self) -> Result<u32> {
         let mut own = open_file(&self.path)?;
@@ -382,7 +388,7 @@ impl Attached {
         let mut me = self.me.load(Ordering::Relaxed);
         if (me >> 32) as u32 != fork::generation() || !slot.is_own() {
             me = take_slot(self.table, &self.path, &own)?;
-            // What is no longer needed is closed when the mutex is free again.
+            // The old file is closed after the mutex is unlocked.
             std::mem::swap(&mut *slot, &mut own);
             self.me.store(me, Ordering::Relaxed);
         }
@@ -402,7 +408,7 @@ impl Attached {
         }
     }
 
-    /// Has room for the lock `id` set aside in the file before somebody touches it.
+    /// Reserves room in the file for the lock `id` before a process accesses the lock.
     #[inline]
     fn reserve(&self, id: u32) -> Result<()> {
         let page = (id / LOCKS_PER_PAGE) as usize;
@@ -424,7 +430,7 @@ impl Attached {
         Ok(())
     }
 
-    /// As [`me`](Self::me), and sees whether the program has closed the descriptor that holds the slot.
+    /// Returns the owner number, as [`me`](Self::me), and checks whether the program has closed the slot's descriptor.
     fn check_slot(&self) -> Result<u32> {
         let me = self.me()?;
         let is_own = {
@@ -434,9 +440,9 @@ impl Attached {
         if is_own { Ok(me) } else { self.take_new_slot() }
     }
 
-    /// Whether the owner of a lock has died. What the kernel does not say counts as alive.
+    /// Returns whether the owner of a lock has died. If the kernel does not answer, the owner counts as alive.
     fn is_dead(&self, owner: u32) -> bool {
-        // A damaged word may name no slot at all.
+        // A damaged word may name no slot.
         let at = (owner & SLOT).wrapping_sub(1);
         let Some(slot) = self.table.slots().get(at as usize) else { return true };
         if slot.generation.load(Ordering::Acquire) & GENERATION != owner >> SLOT_BITS {
@@ -450,13 +456,13 @@ impl Attached {
         if file.is_own() {
             return ofd::is_locked(&file, Shape::slot(at).0).is_ok_and(|locked| !locked);
         }
-        // In the file that has its number now, every owner would seem dead. The next look is through another descriptor.
+        // Every owner would seem dead in another file that reused the descriptor. The next check uses a new descriptor.
         drop((file, no_fork));
         let _ = self.take_new_slot();
         false
     }
 
-    /// Who an owner is, or was, while its slot tells.
+    /// Returns the identity of a live or dead owner, as long as its slot has its record.
     fn owner(&self, owner: u32) -> Option<Owner> {
         let slot = self.table.slots().get((owner & SLOT).checked_sub(1)? as usize)?;
         let same = || slot.generation.load(Ordering::Acquire) & GENERATION == owner >> SLOT_BITS;
@@ -477,7 +483,7 @@ impl fmt::Debug for Attached {
 
 fn open_file(path: &Path) -> Result<ForkGuarded<File>> {
     let mut flags = OFlags::NONBLOCK | OFlags::NOCTTY;
-    // A link of /proc/self/fd is the kernel's, and leads to the open file itself.
+    // A link in /proc/self/fd is made by the kernel, and leads to the open file itself.
     let is_in_proc = |directory: &Path| statfs(directory).is_ok_and(|found| found.f_type == PROC_SUPER_MAGIC);
     if !path.parent().is_some_and(is_in_proc) {
         flags |= OFlags::NOFOLLOW;
@@ -499,14 +505,14 @@ fn identity(path: &Path, file: &File) -> Result<(u64, u64)> {
     Ok((found.dev(), found.ino()))
 }
 
-/// Looks at a file before any of it is mapped; says which one it is, and how many locks it has.
+/// Checks a file before any of it is mapped. Returns its identity and the number of its locks.
 fn check(path: &Path, file: &File) -> Result<((u64, u64), u32)> {
     let mismatch = |problem| Error::from(ErrorKind::LayoutMismatch { path: path.to_owned(), problem });
     let found = file.metadata().map_err(|error| Error::io("look at", path, error))?;
     if !found.is_file() {
         return Err(no_plain_file(path));
     }
-    // Its owner can shorten it under us.
+    // Another owner could shorten the mapped file.
     if found.uid() != 0 && !runtime_dir::is_own(file, &found) {
         let lock = format!("the lock table {}", path.display());
         return Err(ErrorKind::ForeignOwner { lock, uid: found.uid(), pid: None }.into());
@@ -522,8 +528,8 @@ fn check(path: &Path, file: &File) -> Result<((u64, u64), u32)> {
     }
 }
 
-/// Takes a slot that no living process has, with `file`, and writes down who this is. Says how lock words name this
-/// process, and above it for which fork generation.
+/// Takes a slot that no live process has, with `file`, and records this process in it. Returns the owner number, with
+/// the fork generation for which it is valid in the upper half.
 fn take_slot(table: &Table, path: &Path, file: &File) -> Result<u64> {
     let fork = u64::from(fork::generation()) << 32;
     let start = table.header().next_slot.0.fetch_add(1, Ordering::Relaxed) % SLOTS;
@@ -533,21 +539,21 @@ fn take_slot(table: &Table, path: &Path, file: &File) -> Result<u64> {
             continue;
         }
         step("slot locked");
-        // Somebody may have been killed beside the count since. Who asks for it next counts: a large table is opened as
-        // soon as a small one.
+        // A process may have been killed between its change of the bitmap and that of the count. The next caller that
+        // needs the count recounts, so that a large table opens as fast as a small one.
         table.header().is_count_in_doubt.store(bitmap::IN_DOUBT, Ordering::SeqCst);
         reserve(file, (offset.into(), length.into())).map_err(|error| Error::io("make room in", path, error))?;
         step("room for the slot reserved");
         let slot = &table.slots()[at as usize];
-        // Nobody else changes it while this process has the slot.
+        // Only the process that has the slot changes its generation.
         let generation = slot.generation.load(Ordering::Acquire).wrapping_add(1);
         if generation & GENERATION == 0 {
-            // First, so that a kill in between leaves it to the next.
+            // This comes first, so that after a kill in between the next user of the slot does it.
             forget_generations(table, at);
             step("generations forgotten");
         }
         slot.generation.store(generation, Ordering::Release);
-        // No reader may find what is written into the record with the old generation.
+        // No reader may find parts of the new record under the old generation.
         fence(Ordering::SeqCst);
         let generation = generation & GENERATION;
         step("slot of a new generation");
@@ -557,8 +563,8 @@ fn take_slot(table: &Table, path: &Path, file: &File) -> Result<u64> {
     Err(ErrorKind::TooManyProcesses { table: format!("the lock table {}", path.display()), most: SLOTS }.into())
 }
 
-/// Once in 131,072 times that a slot is taken its generations begin anew. Locks that a dead user of it still holds must
-/// not be taken for the new one's, so they become locks of somebody who died.
+/// Resets the owners of a slot whose generations wrap around, which happens once in 131,072 uses of the slot. Locks
+/// that a dead user of the slot still holds must not count as the new user's. So their owner becomes [`DIED`].
 #[cold]
 fn forget_generations(table: &Table, slot: u32) {
     for cell in table.used_cells().flat_map(|(_, cells)| cells) {
@@ -576,14 +582,14 @@ pub(super) struct ShmLock {
     id: u32,
 }
 
-/// A lock of the table, held. Its parts are of one width, for processors stall on reading at once what was written in
-/// several.
+/// A held lock of the table. Its fields have the same width, because processors stall on a read of what was just
+/// written in several parts.
 #[derive(Debug)]
 pub(super) struct ShmHold {
     cell: &'static Cell,
-    /// Who took it, in the upper half, and which acquisition it was.
+    /// The owner, in the upper half, and the number of the acquisition.
     acquired: u64,
-    /// The process that holds, for a forked child has a copy; or [`RELEASED`](Self::RELEASED).
+    /// Identifies the process that holds the lock, because a forked child has a copy; or [`RELEASED`](Self::RELEASED).
     generation: u64,
 }
 
@@ -599,7 +605,7 @@ impl ShmLock {
         }
     }
 
-    /// Takes the lock if it is free and nothing is in the way.
+    /// Acquires the lock if it is free and no slow path is needed.
     #[inline]
     pub(super) fn acquire_free(&self, wait: &Wait) -> Option<ShmHold> {
         let owner = self.table.known_me()?;
@@ -620,7 +626,7 @@ impl ShmLock {
         Ok((self.begin(owner), recovered))
     }
 
-    /// Writes down that the lock was taken. Only the holder writes that, and the lock carries the writes to the next.
+    /// Records the acquisition. Only the holder writes this, and the lock makes the writes visible to the next holder.
     #[inline]
     fn begin(&self, owner: u32) -> ShmHold {
         step("lock word taken");
@@ -645,7 +651,7 @@ impl ShmLock {
         };
         let is_dead = |owner| self.table.is_dead(owner);
         raw_lock::take(word, owner, &mut sleeper).or_else(|stopped| match stopped {
-            // Its time is over and it tries once more: also what is kept for those who wait, among whom it was.
+            // After its timeout the waiter tries once more. It may acquire a lock that is kept for waiters.
             Stopped::WaitError(WaitError::TimedOut) => {
                 raw_lock::take_now(word, owner, is_dead).ok_or_else(|| patience.error(WaitError::TimedOut, self))
             }
@@ -668,7 +674,7 @@ impl ShmLock {
         owner
     }
 
-    /// Who holds the lock, unless it has died.
+    /// Returns the holder of the lock, unless it has died.
     fn living_owner(&self, known: &mut HashMap<u32, Option<Owner>>) -> Option<Owner> {
         let held_by = self.cell.word.load(Ordering::Acquire) & OWNER;
         if held_by == raw_lock::FREE {
@@ -684,7 +690,7 @@ impl ShmLock {
         if self.cell.word.load(Ordering::Relaxed) & OWNER != owner {
             return Err(self.not_locked());
         }
-        // No guard of this acquisition gives back what somebody takes from here on.
+        // The guard of this acquisition must not release the lock of a later one.
         let turn = self.cell.turn.load(Ordering::Relaxed).wrapping_add(1);
         self.cell.turn.store(turn, Ordering::Relaxed);
         ShmHold::new(self.cell, owner, turn).release()
@@ -697,7 +703,7 @@ impl ShmLock {
 }
 
 impl ShmHold {
-    /// No fork generation.
+    /// A value that is no fork generation.
     const RELEASED: u64 = u64::MAX;
 
     #[inline]
@@ -706,7 +712,7 @@ impl ShmHold {
         Self { cell, acquired, generation: fork::noted_generation().into() }
     }
 
-    /// Gives the lock back, once, in the process that took it.
+    /// Releases the lock, once, in the process that acquired it.
     #[inline]
     pub(super) fn release(&mut self) -> Result<()> {
         if self.generation != u64::from(fork::noted_generation()) {
@@ -716,10 +722,10 @@ impl ShmHold {
         let (owner, turn) = ((self.acquired >> 32) as u32, self.acquired as u32);
         let mine = self.cell.turn.load(Ordering::Relaxed) == turn;
         if mine {
-            // Who is killed before it has written down when it took the lock is not to have this one's time.
+            // If the next holder is killed before it records its time, it must not have this holder's time.
             self.cell.since.store(0, Ordering::Relaxed);
         }
-        // By value, here and below: a guard whose address nobody gets can stay in registers.
+        // By value, here and below: a guard whose address is never taken can stay in registers.
         match mine && raw_lock::release(&self.cell.word, owner, self.cell) {
             true => Ok(()),
             false => Err(Self::not_locked(self.cell)),
@@ -745,7 +751,7 @@ impl ShmHold {
 impl Drop for ShmHold {
     #[inline]
     fn drop(&mut self) {
-        // It fails where it was given back already.
+        // The release fails if the lock was already released.
         let _ = Self::release(self);
     }
 }
@@ -771,20 +777,21 @@ impl LockInfo for ShmLock {
     }
 }
 
-/// How long a waiter sleeps at most before it looks whether the owner lives: at first, and in the end.
+/// The longest sleep of a waiter before it checks that the owner is alive: at first, and in the end.
 const FIRST_TICK: Duration = Duration::from_micros(500);
 const LAST_TICK: Duration = Duration::from_millis(5);
-/// How often a waiter that was woken in vain may have the lock kept: often enough that nobody waits long, and so seldom
-/// that the spinning does not show.
+/// The interval of hand-off requests by waiters that were woken and did not get the lock. It is short enough to bound
+/// the wait, and long enough that the spinning costs little.
 const PRESS: Duration = Duration::from_micros(200);
-/// How often a release may keep the lock for a waiter that gets no processor, which costs two context switches.
+/// The interval at which a release may keep the lock for a waiter without a processor, which costs two context
+/// switches.
 const YIELD: Duration = Duration::from_millis(1);
 
-/// How long until the lock has not been kept for `pause`. When that is now, it has just been kept.
+/// Returns the time until the last hand-off is `pause` ago. If that is zero, records a hand-off now.
 #[inline]
 fn until_due(cell: &Cell, pause: Duration) -> Duration {
     let now = nanos(ClockId::Monotonic);
-    // What lies in the future is of an earlier boot.
+    // A time in the future is from an earlier boot.
     let since = now.checked_sub(cell.kept.load(Ordering::Relaxed)).map_or(pause, Duration::from_nanos);
     let left = pause.saturating_sub(since);
     if left.is_zero() {
@@ -796,7 +803,7 @@ fn until_due(cell: &Cell, pause: Duration) -> Duration {
 impl Fairness for Cell {
     #[inline]
     fn keeps(&self) -> bool {
-        /// Of so many releases in a tight loop one looks at the clock.
+        /// In a tight loop, one of this many releases reads the clock.
         const LOOKS: u32 = 16;
         self.turn.load(Ordering::Relaxed) % LOOKS == 0 && until_due(self, YIELD).is_zero()
     }
@@ -835,7 +842,7 @@ impl Env for Sleeper<'_> {
     }
 
     fn spin(&self, word: &AtomicU32) {
-        /// Longer than a short hold, and shorter by far than what sleeping and being woken takes.
+        /// Longer than a short hold, and much shorter than a sleep and a wake-up.
         const LONGEST: Duration = Duration::from_micros(5);
         let until = nanos(ClockId::Monotonic) + LONGEST.as_nanos() as u64;
         while nanos(ClockId::Monotonic) < until {
@@ -852,7 +859,7 @@ impl Env for Sleeper<'_> {
         let portion = self.patience.portion(self.tick).map_err(Stopped::WaitError)?;
         match futex::wait(word, seen, portion).map_err(Stopped::Failed)? {
             futex::Woke::Early => Ok(Slept::Woken),
-            // Nobody woke it, and where signals come faster than ticks no other tick would ever be over.
+            // No thread woke it. If signals came faster than ticks, no other tick would ever end.
             futex::Woke::Interrupted => Ok(Slept::Tick),
             futex::Woke::TimedOut => {
                 self.tick = self.ticks.next();
@@ -913,7 +920,7 @@ mod tests {
         let guard = lock.try_lock().unwrap();
         assert_eq!(guard.recovered().unwrap().owner().unwrap().pid(), std::process::id());
         drop(guard);
-        // The same slot for somebody else: it is alive again, but who held the lock is not.
+        // Another process takes the same slot: the slot is alive again, but the holder of the lock is not.
         fresh.word(7).store(other, Ordering::SeqCst);
         fresh.0.0.table.header().next_slot.0.fetch_sub(1, Ordering::SeqCst);
         let (_file, another) = fresh.take_slot();
@@ -923,7 +930,8 @@ mod tests {
 
     #[test]
     fn acquire_without_wait_takes_lock_reserved_for_handoff() {
-        /// A waiter that pressed and was killed: it is awake, and the lock was kept for it at the release.
+        /// The word of a waiter that requested a hand-off and was killed: it was woken, and the release kept the lock
+        /// for it.
         const HANDOFF: u32 = 0b11 << 29;
         let fresh = Fresh::new("kept");
         let lock = fresh.0.retrieve(7).unwrap();
@@ -960,7 +968,7 @@ mod tests {
         let fresh = Fresh::new("anew");
         let (file, other) = fresh.take_slot();
         let at = (other & SLOT) - 1;
-        // What the first generation of the slot left, long ago.
+        // The state that the first generation of the slot left.
         fresh.word(7).store(at + 1, Ordering::SeqCst);
         fresh.0.0.table.slots()[at as usize].generation.store(GENERATION, Ordering::SeqCst);
         drop(file);

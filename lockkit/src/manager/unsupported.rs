@@ -1,4 +1,4 @@
-//! In the place of `shm` where there are no futexes: a manager that cannot be had.
+//! Replaces `shm` on systems without futexes: a manager that cannot be created.
 
 use std::path::Path;
 
@@ -8,11 +8,11 @@ use crate::lock::Recovered;
 use crate::owner::Owner;
 use crate::wait::{LockInfo, Wait};
 
-/// A table of locks in shared memory: Linux only. On this system nobody can have one.
+/// A table of locks in shared memory: Linux only. On this system no value of this type exists.
 #[derive(Clone, Copy, Debug)]
 pub struct ShmLockManager(Never);
 
-/// What cannot be.
+/// A type without values.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Never {}
 
@@ -39,12 +39,12 @@ impl ShmLockManager {
         unsupported()
     }
 
-    /// How many locks the table has.
+    /// Returns how many locks the table has.
     pub fn capacity(&self) -> u32 {
         match self.0 {}
     }
 
-    /// The path by which this process opened the table first.
+    /// Returns the path by which this process first opened the table.
     pub fn path(&self) -> &Path {
         match self.0 {}
     }

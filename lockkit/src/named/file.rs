@@ -1,8 +1,8 @@
 //! A named lock as a file in a private directory, locked with flock.
 //!
-//! The directory stands at a fixed place (see [`runtime_dir`](crate::sys::runtime_dir)). The file holds the record of its holder
-//! (see [`holder_record`]), and is never deleted. While a lock of it is in use a user's directory itself is locked, shared: that is
-//! how [systemd-tmpfiles] is told to leave a directory's files alone.
+//! The directory is at a fixed place (see [`runtime_dir`](crate::sys::runtime_dir)). The file contains the record of
+//! its holder (see [`holder_record`]), and is never deleted. While one of its locks is in use, a user's directory
+//! itself has a shared lock: it makes [systemd-tmpfiles] leave the files of the directory alone.
 //!
 //! [systemd-tmpfiles]: https://systemd.io/TEMPORARY_DIRECTORIES/
 
@@ -33,7 +33,7 @@ pub(super) struct NamedFileLock {
 
 #[derive(Debug)]
 struct Opened {
-    /// A user's is locked, shared, against cleaners.
+    /// A user's directory has a shared lock, against cleaners.
     _directory: ForkGuarded<File>,
     lock: FileLock,
 }
@@ -45,7 +45,7 @@ impl NamedFileLock {
 
     pub(super) fn acquire(&self, wait: &Wait, subject: &dyn LockInfo) -> Result<(FileGuard, Option<Box<Recovered>>)> {
         let mut guard = match self.open()?.lock.acquire_as(wait, subject) {
-            // Somebody has deleted the directory since.
+            // The directory has been deleted since.
             Err(error) if error.is_io(io::ErrorKind::NotFound) => {
                 *self.opened.lock() = None;
                 self.open()?.lock.acquire_as(wait, subject)?
@@ -56,7 +56,7 @@ impl NamedFileLock {
         Ok((guard, recovered))
     }
 
-    /// The locks that are held now: name, owner and number of waiters. Makes nothing.
+    /// Returns the locks that are held now: name, owner and number of waiters. Creates nothing.
     pub(super) fn list(sharing: Sharing) -> Vec<(String, Option<Owner>, u32)> {
         let Some(directory) = runtime_dir::path(sharing) else { return Vec::new() };
         let mut living = holder_record::Living::default();
@@ -68,7 +68,7 @@ impl NamedFileLock {
             let name = runtime_dir::name_of(&file, sharing)?.strip_suffix(".lock")?.to_owned();
             let lock = Self::new(&name, sharing);
             let owner = lock.recorded().ok().flatten().filter(|owner| living.has(owner));
-            // The table is read once for all of them.
+            // The table of locks is read once for all files.
             #[cfg(target_os = "linux")]
             let waiters = table.on(&entry.path()).ok().and_then(|on| on.flock).map(|locked| locked.waiters);
             #[cfg(not(target_os = "linux"))]
@@ -78,7 +78,7 @@ impl NamedFileLock {
         std::fs::read_dir(directory).into_iter().flatten().filter_map(&mut held).collect()
     }
 
-    /// Who waits for it in the kernel.
+    /// Returns how many waiters the lock has in the kernel.
     pub(super) fn waiters(&self) -> Result<u32> {
         match runtime_dir::path(self.sharing) {
             Some(_) => FileLock::own(self.path()?, self.sharing.file_mode()).waiters(),
@@ -98,21 +98,21 @@ impl NamedFileLock {
         guard.release()
     }
 
-    /// The holder by the record. Makes nothing.
+    /// Returns the holder from the record. Creates nothing.
     ///
     /// # Errors
-    /// Those of the directory and of the file, except that a missing one has no holder.
+    /// Those of the directory and of the file, except that a missing one means no holder.
     pub(super) fn owner(&self) -> Result<Option<Owner>> {
         Ok(self.recorded()?.filter(|owner| owner.liveness_by_name() != Liveness::Dead))
     }
 
-    /// The holder by the record in the file, which may have died.
+    /// Returns the holder from the record in the file; it may have died.
     fn recorded(&self) -> Result<Option<Owner>> {
         if runtime_dir::path(self.sharing).is_none() {
             return Ok(None);
         }
         let path = self.path()?;
-        // Somebody may have put a link or a FIFO there, which must not be followed or waited for.
+        // Another process may have put a link or a FIFO there. A link must not be followed, and a FIFO must not block.
         let mut options = OpenOptions::new();
         options.read(true).custom_flags(files::NOFOLLOW | files::NONBLOCK);
         match files::open(&options, &path) {
@@ -122,7 +122,8 @@ impl NamedFileLock {
         }
     }
 
-    /// Whether a record names a living holder, or the kernel shows one that has yet to write its record. Makes nothing.
+    /// Returns whether a record names a live holder, or the kernel shows a holder that has not written its record yet.
+    /// Creates nothing.
     ///
     /// # Errors
     /// As [`owner`](Self::owner).
@@ -147,14 +148,14 @@ impl NamedFileLock {
         let directory = runtime_dir::open(self.sharing)?;
         #[cfg(windows)]
         if self.sharing == Sharing::Machine {
-            // Made here, where it is made for everybody.
+            // Creates the file here, where it gets permissions for all users.
             directory.open_file(&self.file())?;
         }
         let lock = FileLock::own(directory.file(&self.file()), self.sharing.file_mode());
         let Ok(directory) = ForkGuarded::new(|| Ok::<_, std::convert::Infallible>(File::from(directory.fd)));
         let directory = directory.know().keep_across_fork();
         if let Sharing::User(_) = self.sharing {
-            // Somebody may hold it exclusively for a while, to clean it; no lock fails for that.
+            // A cleaner may hold it exclusively for a while. An acquisition does not fail for that.
             let _ = flock::try_lock(&directory, flock::Mode::Shared);
         }
         Ok(opened.insert(Arc::new(Opened { _directory: directory, lock })).clone())

@@ -1,11 +1,12 @@
-//! What a holder leaves behind if it dies: a small record beside the lock.
+//! The record of a lock's holder, which reports its death to the next holder.
 //!
-//! The kernel frees a named lock when its holder dies, and forgets. So a holder writes down who it is before the guard
-//! is given out and wipes that before the lock is released; whoever takes the lock next and finds it written knows that
-//! the holder before died, and who that was. Only the holder writes, and the lock itself carries the writes from one
-//! holder to the next. The record excludes nobody: losing it loses a report, never the lock.
+//! The kernel frees a named lock when its holder dies, and keeps no trace of that. So a holder writes its identity
+//! before the guard is returned, and clears the record before the lock is released. If the next holder finds a written
+//! record, the previous holder died, and the record identifies it. Only the holder writes, and the lock itself makes
+//! the writes of one holder visible to the next. The record excludes no process: losing it loses a report, never the
+//! lock.
 //!
-//! A record is [`WORDS`] 64-bit words, native byte order. A writer sets the state last, and wipes nothing but the
+//! A record is [`WORDS`] 64-bit words, native byte order. A writer sets the state last, and clears nothing but the
 //! state:
 //! ```text
 //! 0      state: CLEARED or WRITTEN
@@ -18,7 +19,7 @@
 //! 11     when acquired, nanoseconds since the epoch
 //! 12     unused
 //! ```
-//! The records of locks that are no file have the same words, but for the first, in a table: see `records`.
+//! The records of locks that are not files have the same words, except for the first, in a table: see `records`.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -56,22 +57,23 @@ const WRITTEN_BY_HOLDER: Range<usize> = STATE..ACQUIRED + 1;
 
 /// The holder released, or there never was one.
 const CLEARED: u64 = 0;
-/// A holder is inside, or died there. Changes with the layout.
+/// A holder holds the lock, or died holding it. The value changes with the layout.
 const WRITTEN: u64 = u64::from_ne_bytes(*b"lockkit2");
 
 pub(super) type Words = [u64; WORDS];
 
-/// Where a record stands. What cannot be read is no record, and what cannot be written is left: both lose a report
-/// only.
+/// The place where a record is kept. A record that cannot be read counts as none, and a failed write is ignored: both
+/// lose only a report.
 pub(crate) trait RecordStorage {
-    /// The record, unless it is wiped.
+    /// Returns the record, unless it is cleared.
     fn read(&self) -> Option<Words>;
-    /// Writes down the holder `record`, and when it acquired.
+    /// Writes the holder `record` and the time at which it acquired.
     fn write(&self, record: &Words, acquired: u64);
     fn clear(&self);
 }
 
-/// In a file, through system calls: for files that a hostile user or a full disk could pull away from under a mapping.
+/// A record in a file, through system calls: a mapping would fault if a hostile user truncated the file, or if the disk
+/// was full.
 impl RecordStorage for File {
     fn read(&self) -> Option<Words> {
         let mut bytes = [0; WRITTEN_BY_HOLDER.end * WORD];
@@ -93,7 +95,7 @@ impl RecordStorage for File {
         let _ = self.write_all_at(&bytes, 0);
     }
 
-    /// If it stayed, the next owner would be told of a death that was none.
+    /// Clears the record. If it stayed, the next owner would get a false report of a death.
     fn clear(&self) {
         if self.write_all_at(&CLEARED.to_ne_bytes(), 0).is_err() {
             step("record not wiped");
@@ -102,7 +104,7 @@ impl RecordStorage for File {
     }
 }
 
-/// Wipes where writing is refused: what is cut out reads as zeros, takes no room and meets no limit of sizes.
+/// Clears the record if writing fails: a punched hole reads as zeros, takes no room and meets no limit of sizes.
 #[cold]
 fn cut_out(file: &File) {
     const _: () = assert!(STATE == 0 && CLEARED == 0);
@@ -112,7 +114,7 @@ fn cut_out(file: &File) {
     let _ = file.write_all_at(&CLEARED.to_ne_bytes(), 0);
 }
 
-/// In shared memory.
+/// A record in shared memory.
 impl RecordStorage for [AtomicU64; WORDS] {
     fn read(&self) -> Option<Words> {
         let written = self[STATE].load(Ordering::Acquire) != CLEARED;
@@ -132,7 +134,7 @@ impl RecordStorage for [AtomicU64; WORDS] {
     }
 }
 
-/// Writes down that this process holds the lock from now on, and says who died holding it before.
+/// Records this process as the holder, and returns the process that died holding the lock before.
 pub(crate) fn take(slate: &impl RecordStorage) -> Option<Box<Recovered>> {
     let before = slate.read();
     write_current(slate);
@@ -140,12 +142,12 @@ pub(crate) fn take(slate: &impl RecordStorage) -> Option<Box<Recovered>> {
     before.map(|before| Box::new(Recovered::new(decode(&before))))
 }
 
-/// Writes down that `owner` holds the lock from now on: a process for which this one has taken it.
+/// Records `owner` as the holder: a process for which this process has acquired the lock.
 pub(crate) fn name(slate: &impl RecordStorage, owner: &Owner) {
     slate.write(&encode(owner), now());
 }
 
-/// Who holds the lock, or died holding it, by the record.
+/// Returns the process that holds the lock, or died holding it, from the record.
 pub(crate) fn holder(slate: &impl RecordStorage) -> Option<Owner> {
     decode(&slate.read()?)
 }
@@ -154,7 +156,7 @@ fn write_current(slate: &impl RecordStorage) {
     with_current(|record| slate.write(record, now()));
 }
 
-/// Hands `what` the record of this process.
+/// Calls `what` with the record of this process.
 pub(super) fn with_current<T>(what: impl Fn(&Words) -> T) -> T {
     thread_local! {
         /// This process's record, and the fork generation that it belongs to.
@@ -165,32 +167,33 @@ pub(super) fn with_current<T>(what: impl Fn(&Words) -> T) -> T {
         Some((made, record)) if *made == generation && is_complete(record) => what(record),
         current => what(&current.insert((generation, encode(&Owner::current()))).1),
     });
-    // A thread that is ending has no thread-local store any more.
+    // A thread that is ending no longer has thread-local storage.
     done.unwrap_or_else(|_| what(&encode(&Owner::current())))
 }
 
-/// Whether all is known that tells the process from every other one. What could not be read, for want of a descriptor
-/// perhaps, is asked for again next time.
+/// Returns whether the record has everything that distinguishes the process from all others. A part that could not be
+/// read, for example without a free descriptor, is read again next time.
 fn is_complete(record: &Words) -> bool {
     record[START] != 0 && record[NAMESPACE] != 0 && record[BOOT] != [0, 0]
 }
 
-/// Which processes live, each looked at once, for a list.
+/// A cache of which processes live, for a list: each process is checked once.
 #[derive(Debug, Default)]
 pub(super) struct Living(HashMap<Identity, bool>);
 
-/// Pid, start time and pid namespace, boot.
+/// Pid, start time and pid namespace, boot id.
 type Identity = (u32, [Option<u64>; 2], Option<u128>);
 
 impl Living {
-    /// Whether the owner lives, or may.
+    /// Returns whether the owner lives or may live.
     pub(super) fn has(&mut self, owner: &Owner) -> bool {
         let identity = (owner.pid, [owner.start, owner.namespace], owner.boot);
         *self.0.entry(identity).or_insert_with(|| owner.liveness_by_name() != Liveness::Dead)
     }
 }
 
-/// Nanoseconds since the epoch, by the clock that is cheapest to read: a few milliseconds do not matter to people.
+/// Returns the nanoseconds since the epoch, by the clock that is cheapest to read. An error of a few milliseconds does
+/// not matter to a reader of the record.
 pub(super) fn now() -> u64 {
     let since = process::cheap_time().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     since.as_nanos() as u64
@@ -222,7 +225,7 @@ fn decode(words: &Words) -> Option<Owner> {
     (words[STATE] == WRITTEN).then(|| owner_of(words)).flatten()
 }
 
-/// The holder that the words name, whatever their state; `None` where they are not one whole record.
+/// Returns the holder that the words name, whatever their state, and `None` if they are not one whole record.
 pub(super) fn owner_of(words: &Words) -> Option<Owner> {
     if words[SUM] != sum(words) {
         return None;
@@ -235,7 +238,7 @@ pub(super) fn owner_of(words: &Words) -> Option<Owner> {
         start: some(words[START]),
         namespace: some(words[NAMESPACE]),
         boot: Some(u128::from(words[4]) | u128::from(words[5]) << 64).filter(|boot| *boot != 0),
-        // A named lock is this machine's; an earlier boot of it is told by the boot id.
+        // A named lock belongs to this machine; the boot id distinguishes an earlier boot of it.
         host: process::host().map(str::to_owned),
         program: String::from_utf8(program).ok().filter(|program| !program.is_empty()),
         acquired: some(words[ACQUIRED])
@@ -243,7 +246,7 @@ pub(super) fn owner_of(words: &Words) -> Option<Owner> {
     })
 }
 
-/// FNV-1a over words: it guards against halves, not against forgers.
+/// Returns the FNV-1a sum of the words. It detects half-written records, not forgeries.
 pub(super) fn sum(words: &Words) -> u64 {
     words[IDENTITY].iter().fold(0xcbf2_9ce4_8422_2325, |sum, word| (sum ^ word).wrapping_mul(0x0000_0100_0000_01b3))
 }

@@ -1,8 +1,8 @@
 //! Locks on a name, valid for all processes of a user or of the machine.
 //!
-//! [`NamedLock`] is the public face; how the lock is held is a [`Backend`]: a listening socket (`socket`, Linux), a
-//! named mutex (`windows`), or a locked file in a private directory (`file`, everywhere else, and on request). What a holder
-//! that dies leaves for the next one to find is the same small record for all of them (`mark`).
+//! [`NamedLock`] is the public type. A [`Backend`] says how the lock is held: a listening socket (`socket`, Linux), a
+//! named mutex (`windows`), or a locked file in a private directory (`file`, on all other systems, and on request). All
+//! backends report a dead holder to the next one with the same small record (`holder_record`).
 
 mod file;
 pub(crate) mod holder_record;
@@ -32,7 +32,7 @@ use crate::sys::runtime_dir::{self, Sharing};
 use crate::telemetry;
 use crate::wait::{LockInfo, Wait};
 
-/// Who shares a name.
+/// The processes that share a name.
 ///
 /// ```
 /// # fn main() -> lockkit::Result<()> {
@@ -46,12 +46,12 @@ use crate::wait::{LockInfo, Wait};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Scope {
-    /// The processes of one user, by effective uid. Only that user and root are ever handed the lock.
+    /// The processes of one user, by effective uid. The lock is handed over only to that user and root.
     #[default]
     User,
-    /// All processes of the machine. Every user can take such a lock, so every user can keep the others waiting, and hand
-    /// a lock that it has taken to two others: use it among users that trust each other. No release waits for another
-    /// user. (One can be slowed down, by milliseconds, by a user that keeps the memory file system busy.)
+    /// All processes of the machine. Every user can acquire such a lock. So every user can keep the others waiting, and
+    /// can give an acquired lock to two processes: use this scope among users that trust each other. No release waits
+    /// for another user. (A user that keeps the memory file system busy can slow a release down by milliseconds.)
     Machine,
 }
 
@@ -64,42 +64,42 @@ impl Scope {
     }
 }
 
-/// How a [`NamedLock`] is held. Locks with different backends know nothing of each other: all processes that share a
-/// name must use the same.
+/// How a [`NamedLock`] is held. Locks with different backends do not exclude each other: all processes that share a
+/// name must use the same backend.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Backend {
-    /// The best that the system has: [`Socket`](Self::Socket) on Linux, [`Mutex`](Self::Mutex) on Windows,
+    /// The best backend of the system: [`Socket`](Self::Socket) on Linux, [`Mutex`](Self::Mutex) on Windows,
     /// [`File`](Self::File) elsewhere.
     #[default]
     Auto,
     /// An abstract Unix socket, Linux only. Waiters are served first come, first served, and woken by the kernel. The
-    /// name belongs to the network namespace, so containers with a network of their own have names of their own.
+    /// name belongs to the network namespace, so containers with their own network have their own names.
     Socket,
-    /// A named mutex, Windows only, valid in all sessions. Waiters are woken by the kernel. Each lock that is held, and
-    /// each that is waited for, has a thread of its own, because a mutex belongs to a thread. Who holds it is known by a
-    /// file in the user's local application data, or with [`Scope::Machine`] in that of all users.
+    /// A named mutex, Windows only, valid in all sessions. The kernel wakes the waiters. Each held lock and each
+    /// waiting acquisition has its own thread, because a mutex belongs to a thread. A file in the user's local
+    /// application data names the holder; with [`Scope::Machine`] the file is in the application data of all users.
     Mutex,
-    /// A locked file in a private directory below `/tmp`, or with [`Scope::Machine`] in `/tmp` itself. The name belongs to
-    /// the file system, so processes that see another `/tmp` have names of their own. On macOS it is the user's Darwin
-    /// directory (`DARWIN_USER_DIR` of confstr(3)), and `/Users/Shared`, because `/tmp` is cleaned there; on Windows the
-    /// user's local application data, and that of all users. Waiters with a limit look again
-    /// every few milliseconds. Deleting the file of a lock that is held, which only its user and root can, lets a
-    /// second holder in.
+    /// A locked file in a private directory below `/tmp`, or with [`Scope::Machine`] in `/tmp` itself. The name belongs
+    /// to the file system, so processes that see another `/tmp` have their own names. On macOS the directory is the
+    /// user's Darwin directory (`DARWIN_USER_DIR` of confstr(3)), or with [`Scope::Machine`] `/Users/Shared`, because
+    /// macOS cleans `/tmp`. On Windows it is the local application data of the user, or with [`Scope::Machine`] that of
+    /// all users. Waiters with a limit poll every few milliseconds. Deleting the file of a held lock, which only its
+    /// user and root can do, lets a second holder in.
     File,
 }
 
 /// A lock on a name: one owner at a time among all processes of a user, or of the machine.
 ///
-/// For single-instance programs, cron jobs and daemons. It needs no cleaning up: the kernel frees the name when its
-/// holder ends, however it ends. Cloning gives another handle on the same lock.
+/// For single-instance programs, cron jobs and daemons. The lock needs no clean-up: the kernel frees the name when its
+/// holder ends, for any reason. A clone is another handle on the same lock.
 ///
 /// A program that closes descriptors which it did not open, as close_range(2) does, ends this lock.
 /// [`release`](NamedGuard::release) then returns an error, and no other file of the program is closed. See
 /// [the crate page](crate#descriptors-that-the-program-closes).
 ///
-/// Not for guarding data on a file system that several machines share (use a lease), nor against other users who know
-/// the name and mean ill with [`Scope::Machine`].
+/// Do not use it to guard data on a file system that several machines share (use a lease). [`Scope::Machine`] does not
+/// protect against hostile users that know the name.
 ///
 /// ```
 /// use lockkit::NamedLock;
@@ -112,7 +112,7 @@ pub enum Backend {
 /// # Ok(()) }
 /// ```
 ///
-/// WaitResult for, and looked at from outside:
+/// Waiting with a limit, and asking for the owner and the waiters:
 ///
 /// ```
 /// use std::time::Duration;
@@ -154,16 +154,16 @@ enum Hold {
 }
 
 impl NamedLock {
-    /// A lock on `name` for the processes of this user. Nothing is taken or made yet.
+    /// Creates a lock on `name` for the processes of this user. It acquires and creates nothing in the system yet.
     ///
     /// # Errors
-    /// [`InvalidName`](crate::ErrorKind::InvalidName) unless the name starts with an ASCII letter and goes on with
-    /// ASCII letters, digits, `-`, `_` and `.`, in 1 to 80 bytes.
+    /// [`InvalidName`](crate::ErrorKind::InvalidName) unless the name is an ASCII letter followed by ASCII letters,
+    /// digits, `-`, `_` and `.`, in 1 to 80 bytes.
     pub fn new(name: &str) -> Result<Self> {
         Self::builder(name).build()
     }
 
-    /// A lock on `name` with a choice of [`Scope`] and [`Backend`].
+    /// Returns a builder for a lock on `name` with a choice of [`Scope`] and [`Backend`].
     ///
     /// ```
     /// use lockkit::{NamedLock, Scope};
@@ -175,11 +175,11 @@ impl NamedLock {
         NamedLockBuilder { name, scope: Scope::default(), backend: Backend::default() }
     }
 
-    /// The locks of this user, or of the machine, that somebody holds now, by name, of every backend. By the time it
-    /// returns it may already be past. Takes and makes nothing.
+    /// Returns the locks of this user, or of the machine, that are held now, sorted by name, of every backend. The
+    /// result is a snapshot. Acquires and creates nothing.
     ///
-    /// Of the socket backend those of this network namespace, of the file backend those below this process's `/tmp`,
-    /// as far as their holders are known (see [`owner`](Self::owner)).
+    /// The result has the socket locks of this network namespace and the file locks below this process's `/tmp`, as far
+    /// as their holders are known (see [`owner`](Self::owner)).
     ///
     /// ```
     /// use lockkit::{NamedLock, Scope};
@@ -190,16 +190,16 @@ impl NamedLock {
     /// ```
     ///
     /// # Errors
-    /// [`Io`](crate::ErrorKind::Io) when the system does not say which sockets there are.
+    /// [`Io`](crate::ErrorKind::Io) if the system does not list its sockets.
     pub fn list(scope: Scope) -> Result<Vec<Self>> {
         Ok(Self::held(scope)?.into_iter().map(|held| held.lock).collect())
     }
 
-    /// The locks of this user, or of the machine, that are held now, by name, of every backend, with their owners and
-    /// the number of their waiters. It looks at all of them at once, which is much faster than asking each lock. The
-    /// result is a snapshot. Takes and makes nothing.
+    /// Returns the locks of this user, or of the machine, that are held now, with their owners and numbers of waiters.
+    /// They are sorted by name, and of every backend. One call reads all of them, which is much faster than asking each
+    /// lock. The result is a snapshot. Acquires and creates nothing.
     ///
-    /// Found are the same locks as by [`list`](Self::list).
+    /// The locks are those of [`list`](Self::list).
     ///
     /// ```
     /// use lockkit::{NamedLock, Scope};
@@ -213,7 +213,7 @@ impl NamedLock {
     /// ```
     ///
     /// # Errors
-    /// [`Io`](crate::ErrorKind::Io) when the system does not say which sockets there are.
+    /// [`Io`](crate::ErrorKind::Io) if the system does not list its sockets.
     pub fn held(scope: Scope) -> Result<Vec<HeldNamedLock>> {
         let sharing = scope.sharing();
         #[cfg(target_os = "linux")]
@@ -224,7 +224,7 @@ impl NamedLock {
         let found: Vec<(String, Option<Owner>, u32)> = Vec::new();
         let found = found.into_iter().map(|found| (found, Backend::Auto));
         let files = file::NamedFileLock::list(sharing).into_iter().map(|found| (found, Backend::File));
-        // A process that binds a name which breaks the rule holds no lock of lockkit's.
+        // A process that binds an invalid name holds no lock of lockkit's.
         let build = |((name, owner, waiters), backend): ((String, _, _), Backend)| {
             let lock = Self::builder(&name).scope(scope).backend(backend).build().ok()?;
             Some(HeldNamedLock { lock, owner, waiters })
@@ -234,17 +234,17 @@ impl NamedLock {
         Ok(held)
     }
 
-    /// The name.
+    /// Returns the name.
     pub fn name(&self) -> &str {
         &self.0.name
     }
 
-    /// Who shares the name.
+    /// Returns which processes share the name.
     pub fn scope(&self) -> Scope {
         self.0.scope
     }
 
-    /// How it is held: never [`Backend::Auto`], but what that means here.
+    /// Returns how the lock is held: never [`Backend::Auto`], but the backend that it selects here.
     pub fn backend(&self) -> Backend {
         match &self.0.engine {
             #[cfg(target_os = "linux")]
@@ -255,17 +255,17 @@ impl NamedLock {
         }
     }
 
-    /// How many wait for the lock now. The result is a snapshot.
+    /// Returns how many waiters the lock has now. The result is a snapshot.
     ///
-    /// With the socket backend the number is exact: waiters that have died or given up, and connections of other users to a
-    /// lock of [`Scope::User`], do not count. Where the process may not use netlink ([sock_diag(7)]), they do, and so do
-    /// processes that only ask for the owner. With the file backend waiters without a limit count, and only on Linux. Of a
-    /// mutex no waiter is known.
+    /// With the socket backend the number is exact: waiters that have died or given up do not count, nor do connections
+    /// of other users to a lock of [`Scope::User`]. Where the process may not use netlink ([sock_diag(7)]), these
+    /// count, and so do processes that only ask for the owner. With the file backend only waiters without a limit
+    /// count, and only on Linux. For a mutex the number is always 0.
     ///
     /// [sock_diag(7)]: https://man7.org/linux/man-pages/man7/sock_diag.7.html
     ///
     /// # Errors
-    /// [`Io`](crate::ErrorKind::Io) when the system does not say.
+    /// [`Io`](crate::ErrorKind::Io) if the system does not report the waiters.
     pub fn waiters(&self) -> Result<u32> {
         match &self.0.engine {
             #[cfg(target_os = "linux")]
@@ -276,30 +276,30 @@ impl NamedLock {
         }
     }
 
-    /// Takes the lock, waiting as `wait` says.
+    /// Acquires the lock, waiting as `wait` says.
     ///
-    /// Not waiting means not waiting for a holder that lives. A lock that the last holder's record says is nobody's,
-    /// but whose name is still taken, as while a killed process is taken apart or a program is being started, is given
-    /// up to a second to come free.
+    /// `Wait::none()` never waits for a live holder. If the record names no live holder but the name is still bound,
+    /// the call waits up to 1 s for the name. This happens while the kernel ends a killed process, or while a program
+    /// starts.
     ///
-    /// Waiting costs no polling on the socket backend: the kernel wakes the waiter when the lock is handed to it, when
-    /// the holder dies, at its deadline and at its cancellation. Only while the holder's queue of 4,096 (or
-    /// `net.core.somaxconn`) is full of waiters, living or not, does a further one look again every few milliseconds;
-    /// each waiter that gave up keeps its place there until the next release. A release skips at most 64 of those in a
-    /// row; behind more, and between processes of different users that share a lock of [`Scope::Machine`], waiters get in
-    /// in any order.
+    /// The socket backend waits without polling: the kernel wakes the waiter when the lock is handed over, when the
+    /// holder dies, at the deadline, and on cancellation. The queue of a holder has 4,096 places (or
+    /// `net.core.somaxconn`). While it is full of waiters, live or not, a further waiter polls every few milliseconds.
+    /// A waiter that gave up keeps its place until the next release. A release skips at most 64 such places in a row.
+    /// Waiters behind more of them acquire in any order, as do processes of different users that share a lock of
+    /// [`Scope::Machine`].
     ///
-    /// A waiter holds the lock when the holder before has closed its own copy of it. A holder that is stopped in the middle
-    /// of its release goes on holding.
+    /// A waiter holds the lock when the previous holder has closed its copy of the socket. A holder that is stopped
+    /// during its release still holds the lock.
     ///
     /// # Errors
-    /// [`Held`](crate::ErrorKind::Held), [`Timeout`](crate::ErrorKind::Timeout) or
-    /// [`Cancelled`](crate::ErrorKind::Cancelled) as `wait` has it;
-    /// [`ForeignOwner`](crate::ErrorKind::ForeignOwner) when a user who is not trusted with a [`Scope::User`] lock sits
-    /// on its name, or owns the directory where the file backend must keep it (one that has bound the name without
-    /// listening there cannot be told from a holder that is just starting, so that is `Held` by nobody known);
-    /// [`Insecure`](crate::ErrorKind::Insecure) when that directory is open to others;
-    /// [`Io`](crate::ErrorKind::Io) when the system refuses, as when no descriptor is left.
+    /// - [`Held`](crate::ErrorKind::Held), [`Timeout`](crate::ErrorKind::Timeout) or
+    ///   [`Cancelled`](crate::ErrorKind::Cancelled), as `wait` says.
+    /// - [`ForeignOwner`](crate::ErrorKind::ForeignOwner) if a user that is not trusted with a [`Scope::User`] lock
+    ///   occupies its name, or owns the directory where the file backend must keep it. A foreign process that has bound
+    ///   the name without listening looks like a holder that is starting: the error is then `Held`, without a holder.
+    /// - [`Insecure`](crate::ErrorKind::Insecure) if that directory is open to other users.
+    /// - [`Io`](crate::ErrorKind::Io) if a system call fails, for example without a free file descriptor.
     pub fn acquire(&self, wait: &Wait) -> Result<NamedGuard> {
         telemetry::acquire(&*self.0, || self.take(wait))
     }
@@ -346,7 +346,7 @@ impl NamedLock {
         NamedGuard { named: self.0.clone(), hold: Some(hold), recovered, generation: fork::generation() }
     }
 
-    /// Whether the lock is held now, for a caller that asks again and again.
+    /// Returns whether the lock is held now. It is cheap enough to be called repeatedly.
     #[cfg(all(any(target_os = "linux", windows), feature = "cli"))]
     pub(crate) fn is_held(&self) -> Result<bool> {
         match &self.0.engine {
@@ -358,14 +358,15 @@ impl NamedLock {
         }
     }
 
-    /// Who holds the lock now; `None` when nobody does. By the time it returns it may already be past.
+    /// Returns the holder of the lock, or `None` if the lock is free. The result is a snapshot.
     ///
-    /// Where the holder has left no record (see [`NamedGuard::recovered`]) the socket backend asks the kernel, which
-    /// takes one place in the holder's queue of waiters until the next release. The file backend knows only the record,
-    /// and so names a holder that has started another program in its place (exec) until the next one takes the lock.
+    /// If the holder has left no record (see [`NamedGuard::recovered`]), the socket backend asks the kernel. That
+    /// occupies one place in the holder's queue of waiters until the next release. The file backend knows only the
+    /// record. It still names a holder that has executed another program (exec), until the next process acquires the
+    /// lock.
     ///
     /// # Errors
-    /// [`Io`](crate::ErrorKind::Io) when the holder cannot be asked because its queue is full.
+    /// [`Io`](crate::ErrorKind::Io) if the holder's queue is full, so that it cannot be asked.
     pub fn owner(&self) -> Result<Option<Owner>> {
         self.0.owner()
     }
@@ -373,11 +374,11 @@ impl NamedLock {
 
 lock_methods!(
     NamedLock, NamedGuard,
-    in_tasks: "With the socket backend the wait is the runtime's own, woken by the kernel through its reactor: no thread, and \
-               one descriptor, which is closed with the future or the guard. It must be a tokio runtime \
-               ([`Unsupported`](crate::ErrorKind::Unsupported) otherwise) with I/O and time (`enable_all`, or tokio \
-               panics). With the other backends a lock that is held is waited for on a thread of its own, as with \
-               [`FileLock::acquire_async`](crate::FileLock::acquire_async)."
+    in_tasks: "With the socket backend the runtime waits, and the kernel wakes the task through the reactor. The \
+               wait takes no thread and one descriptor, which is closed with the future or the guard. The runtime \
+               must be tokio ([`Unsupported`](crate::ErrorKind::Unsupported) otherwise) with I/O and time \
+               (`enable_all`, or tokio panics). With the other backends a thread of its own waits for a lock that \
+               is held, as with [`FileLock::acquire_async`](crate::FileLock::acquire_async)."
 );
 
 impl Named {
@@ -410,7 +411,7 @@ impl LockInfo for Named {
     }
 }
 
-/// A [`NamedLock`] that was held when [`NamedLock::held`] looked.
+/// A [`NamedLock`] that was held during a call of [`NamedLock::held`].
 #[derive(Clone, Debug)]
 pub struct HeldNamedLock {
     lock: NamedLock,
@@ -419,23 +420,23 @@ pub struct HeldNamedLock {
 }
 
 impl HeldNamedLock {
-    /// The lock.
+    /// Returns the lock.
     pub fn lock(&self) -> &NamedLock {
         &self.lock
     }
 
-    /// The holder, as far as its record tells; unlike [`NamedLock::owner`] this never asks the kernel.
+    /// Returns the holder from its record; unlike [`NamedLock::owner`] this never asks the kernel.
     pub fn owner(&self) -> Option<&Owner> {
         self.owner.as_ref()
     }
 
-    /// How many wait, as [`NamedLock::waiters`] counts.
+    /// Returns how many waiters the lock has, as [`NamedLock::waiters`] counts them.
     pub fn waiters(&self) -> u32 {
         self.waiters
     }
 }
 
-/// Makes a [`NamedLock`]; see [`NamedLock::builder`].
+/// A builder of a [`NamedLock`]; see [`NamedLock::builder`].
 #[derive(Clone, Copy, Debug)]
 #[must_use = "a builder makes nothing until `build`"]
 pub struct NamedLockBuilder<'n> {
@@ -445,24 +446,24 @@ pub struct NamedLockBuilder<'n> {
 }
 
 impl NamedLockBuilder<'_> {
-    /// Who shares the name; [`Scope::User`] unless told otherwise.
+    /// Sets which processes share the name. The default is [`Scope::User`].
     pub fn scope(mut self, scope: Scope) -> Self {
         self.scope = scope;
         self
     }
 
-    /// How the lock is held; [`Backend::Auto`] unless told otherwise.
+    /// Sets how the lock is held. The default is [`Backend::Auto`].
     pub fn backend(mut self, backend: Backend) -> Self {
         self.backend = backend;
         self
     }
 
-    /// The lock. Nothing is taken or made yet.
+    /// Builds the lock. It acquires and creates nothing in the system yet.
     ///
     /// # Errors
-    /// [`InvalidName`](crate::ErrorKind::InvalidName) as in [`NamedLock::new`];
-    /// [`Unsupported`](crate::ErrorKind::Unsupported) for [`Backend::Socket`] outside Linux, and for
-    /// [`Backend::Mutex`] outside Windows.
+    /// - [`InvalidName`](crate::ErrorKind::InvalidName) as in [`NamedLock::new`].
+    /// - [`Unsupported`](crate::ErrorKind::Unsupported) for [`Backend::Socket`] outside Linux, and for
+    ///   [`Backend::Mutex`] outside Windows.
     pub fn build(self) -> Result<NamedLock> {
         let name = name::checked(self.name)?;
         let sharing = self.scope.sharing();
@@ -494,38 +495,44 @@ impl NamedLockBuilder<'_> {
 #[derive(Debug)]
 pub struct NamedGuard {
     named: Arc<Named>,
-    /// Acquired by the release.
+    /// `None` after the release has taken it.
     hold: Option<Hold>,
     recovered: Option<Box<Recovered>>,
-    /// The process that holds, for a forked child has a copy.
+    /// Identifies the process that holds the lock, because a forked child has a copy of the guard.
     generation: u32,
 }
 
 impl NamedGuard {
-    /// Releases now and says what went wrong.
+    /// Releases the lock now and returns any failure.
     ///
     /// # Errors
-    /// [`Io`](crate::ErrorKind::Io) when the program has closed the descriptor, and so released the lock earlier; from the
-    /// file backend also when the kernel refuses to unlock, and the lock is released all the same.
+    /// [`Io`](crate::ErrorKind::Io) if the program has closed the descriptor, and so released the lock earlier. With
+    /// the file backend also if the kernel refuses to unlock; the lock is released all the same.
     pub fn release(mut self) -> Result<()> {
         self.give_back()
     }
 
-    /// Whether the previous owner died holding the lock, and who that was.
+    /// Returns a report if the previous owner died while it held the lock. The report names that owner, where it is
+    /// known.
     ///
-    /// The file backend keeps the record in the lock file: every death is reported, with its owner, but for one between
-    /// the start of the machine and the first lock, or after somebody deleted the file. The socket backend keeps it in
-    /// memory, below `/dev/shm`, or below `/tmp` where that cannot be used: every death is reported, with its owner, as
-    /// long as both processes see the same directory and nobody deletes the table of records (systemd does at a user's last
-    /// logout, with `RemoveIPC`), and until the records of thousands of other dead holders make room for new ones. A process that cannot open it, because another user has occupied both directories or it has no
-    /// descriptor left, reports none, and leaves none to report. With [`Scope::Machine`] the record is open to all
-    /// users, and may lie.
+    /// The file backend keeps the record in the lock file. It reports every death, with the owner, except for one
+    /// between the start of the machine and the first lock, or after the file was deleted.
+    ///
+    /// The socket backend keeps the record in memory, below `/dev/shm`, or below `/tmp` where that cannot be used. It
+    /// reports every death, with the owner, as long as these conditions hold:
+    /// - Both processes see the same directory.
+    /// - The table of records is not deleted (systemd does that at a user's last logout, with `RemoveIPC`).
+    /// - The records of thousands of other dead holders have not made room for new ones.
+    ///
+    /// A process that cannot open the record reports no death, and its own death is not reported. This happens when
+    /// another user has occupied both directories, or without a free file descriptor. With [`Scope::Machine`] all users
+    /// can write the record, so it may be wrong.
     pub fn recovered(&self) -> Option<&Recovered> {
         self.recovered.as_deref()
     }
 
-    /// Writes down another process as the one that holds: for a supervisor that takes the lock for a child, whom
-    /// [`owner`](NamedLock::owner) then names. The guard stays here, and dropping it releases as before.
+    /// Records another process as the holder, for a supervisor that acquires the lock for a child.
+    /// [`owner`](NamedLock::owner) then returns that process. The guard stays here, and dropping it releases as before.
     ///
     /// ```no_run
     /// # use lockkit::{NamedLock, Owner};
@@ -549,9 +556,9 @@ impl NamedGuard {
         }
     }
 
-    /// Another descriptor of what holds the lock, close-on-exec, which a forked child keeps: nobody else gets the lock
-    /// as long as one is open, also when this process is killed. Close all copies before the guard is released, or the
-    /// lock stays taken: a release cannot close them.
+    /// Returns another descriptor of the lock, close-on-exec, which a forked child keeps. No other process can acquire
+    /// the lock as long as such a descriptor is open, even if this process is killed. Close all copies before the guard
+    /// is released: a release cannot close them, and the lock stays held.
     ///
     /// ```
     /// use lockkit::NamedLock;
@@ -564,7 +571,7 @@ impl NamedGuard {
     /// ```
     ///
     /// # Errors
-    /// [`Io`](crate::ErrorKind::Io) when no descriptor is left.
+    /// [`Io`](crate::ErrorKind::Io) without a free file descriptor.
     #[cfg(unix)]
     pub fn descriptor(&self) -> Result<OwnedFd> {
         let copy = match &self.hold {
@@ -609,7 +616,7 @@ impl Guard for NamedGuard {
 
 impl Drop for NamedGuard {
     fn drop(&mut self) {
-        // Closing the descriptor releases, too, so a failure here leaves nothing locked.
+        // Closing the descriptor also releases, so a failure here leaves nothing locked.
         let _ = self.give_back();
     }
 }

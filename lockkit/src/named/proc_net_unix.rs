@@ -1,7 +1,7 @@
-//! Which abstract sockets there are, and which connections wait at them, for lists.
+//! Lists abstract sockets and the connections that wait at them.
 //!
 //! The kernel answers by netlink (see [`unix_diag`]), where the number of waiters is exact. Where netlink is forbidden,
-//! [proc_net(5)] lists the same sockets in `unix`, without the users and without what has become of a connection.
+//! [proc_net(5)] lists the same sockets in `unix`, without the users and without the current state of a connection.
 //!
 //! [proc_net(5)]: https://man7.org/linux/man-pages/man5/proc_pid_net.5.html
 
@@ -17,18 +17,18 @@ const SEQPACKET: u8 = 5;
 /// The sockets of this network namespace.
 #[derive(Debug, Default)]
 pub(super) struct Sockets {
-    /// Those that have an abstract name, by the name.
+    /// The sockets that have an abstract name, by the name.
     bound: BTreeMap<String, Queue>,
-    /// Those that may wait, by inode.
+    /// The connections that may be waiters, by inode.
     connections: HashMap<u32, Connection>,
 }
 
 /// The connections that wait to be accepted.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Queue {
-    /// Their inodes, 0 for one whose other end is closed.
+    /// The inodes of the connections, 0 for a connection whose other end is closed.
     Known(Vec<u32>),
-    /// As many at most.
+    /// At most this many connections.
     Counted(u32),
 }
 
@@ -43,7 +43,7 @@ impl Sockets {
     pub(super) fn read() -> Result<Self> {
         match unix_diag::dump() {
             Ok(sockets) => Ok(Self::of(sockets)),
-            // Others' names may be any bytes.
+            // The names of foreign sockets may be any bytes.
             Err(_) => match std::fs::read(LIST) {
                 Ok(list) => Ok(Self::parse(&String::from_utf8_lossy(&list))),
                 Err(error) => Err(Error::io("read", LIST, error)),
@@ -59,7 +59,7 @@ impl Sockets {
                 found.connections.insert(socket.inode, connection);
             } else if [LISTEN, CLOSE].contains(&socket.state) {
                 let name = socket.name.strip_prefix(b"\0").and_then(|name| String::from_utf8(name.to_vec()).ok());
-                // A queue that is empty is not shown.
+                // The kernel does not report an empty queue.
                 let queue = match socket.queue {
                     None if socket.waiting > 0 => Queue::Counted(socket.waiting),
                     known => Queue::Known(known.unwrap_or_default()),
@@ -81,7 +81,7 @@ impl Sockets {
         found
     }
 
-    /// Those that have an abstract name.
+    /// Returns the sockets that have an abstract name.
     pub(super) fn bound(&self) -> impl Iterator<Item = (&str, &Queue)> {
         self.bound.iter().map(|(name, queue)| (name.as_str(), queue))
     }
@@ -90,7 +90,7 @@ impl Sockets {
         self.bound.get(name)
     }
 
-    /// How many in the queue are waiters, of `user` if it is one user's lock.
+    /// Returns how many connections in the queue are waiters, of `user` if the lock belongs to one user.
     pub(super) fn waiters(&self, queue: &Queue, user: Option<u32>) -> u32 {
         match queue {
             Queue::Counted(count) => *count,
@@ -107,13 +107,14 @@ impl Sockets {
 #[derive(Debug, PartialEq, Eq)]
 struct Line {
     name: String,
-    /// Whether it is the far end of a connection that is not accepted yet; else it is the one that has the name.
+    /// Whether it is the far end of a connection that is not accepted yet; otherwise it is the socket that has the
+    /// name.
     queued: bool,
 }
 
 /// Reads `0000000000000000: 00000002 00000000 00010000 0005 01 12345 @name`.
 fn parse(line: &str) -> Option<Line> {
-    /// `SS_CONNECTING`, which the kernel says of a connection that waits to be accepted.
+    /// `SS_CONNECTING`, the state that the kernel reports for a connection that waits to be accepted.
     const CONNECTING: &str = "02";
     let mut words = line.split_ascii_whitespace().skip(4);
     let kind = u8::from_str_radix(words.next()?, 16).ok()?;

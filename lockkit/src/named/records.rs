@@ -1,12 +1,12 @@
 //! The records of the holders of all locks on sockets: one table for each user, and one for the machine.
 //!
-//! A record identifies the holder of a lock, or the process that died holding it (see [`holder_record`](super::holder_record)). The record excludes no process: where a
-//! record is lost, a report is lost.
+//! A record identifies the holder of a lock, or the process that died holding it (see
+//! [`holder_record`](super::holder_record)). The record excludes no process: a lost record is a lost report.
 //!
 //! # Guarantees
 //! - The memory of a table is bounded by the number of locks that are held at once, plus 1 MiB for the records of dead
 //!   holders. At 32 MiB further locks have no record.
-//! - A kill at any moment leaves the record of the holder before, of the new one, or none.
+//! - A kill at any time leaves the record of the previous holder, of the new holder, or none.
 //!
 //! # Implementation
 //! A table is a file of pages:
@@ -16,23 +16,24 @@
 //! pages 2 to 3      level 1: 8 buckets
 //! pages 4 to 7      level 2: 16 buckets, and so on
 //! ```
-//! A slot is 128 bytes: word 0, the words 1 to 11 of a record, and the words 1 to 3 (pid, start time, namespace) of the
-//! record before, if that holder died: the report of its death if the next holder is killed while it writes.
+//! A slot is 128 bytes: word 0, the words 1 to 11 of a record, and a copy. The copy has the words 1 to 3 (pid, start
+//! time, namespace) of the previous record, if that holder died. It reports the death if the next holder is killed
+//! while it writes.
 //! ```text
 //! word 0, bits 8 to 63   the key: a hash of the lock's name
 //!         bits 2 to 7    changes with every write
 //!         bits 0 to 1    CLEARED, WRITTEN, HANDED or CLAIMED
 //! ```
-//! A lock's slot is in the bucket of its key, in the lowest level whose bucket had room. A released lock leaves its key in
-//! the slot until another lock takes the slot, the least recently used one first. So a handle that remembers its slot finds
-//! it again without a search. A level is added when the buckets of all others are full of held locks. From level 7 on, the
-//! record of a dead holder makes room, too.
+//! A lock's slot is in the bucket of its key, in the lowest level whose bucket had room. A released lock leaves its key
+//! in the slot until another lock takes the slot; the least recently used slot is taken first. So a handle that
+//! remembers its slot finds it again without a search. A level is added when the buckets of all others are full of held
+//! locks. From level 7 on, the record of a dead holder makes room, too.
 //!
-//! Only the holder of a lock writes a slot with the lock's key, and only after a search through all levels, so no key has
-//! two slots. Two holders that take the same slot for different locks exchange word 0, and the exchange of one fails.
+//! Only the holder of a lock writes a slot with the lock's key, and only after a search through all levels, so no key
+//! has two slots. Two holders that take the same slot for different locks exchange word 0, and one exchange fails.
 //!
-//! The table of a user is mapped once in each process: its file is private, complete and in memory, so no other user can
-//! shorten it under the mapping. That of the machine can be written by every user, so it is never mapped, but read and
+//! The table of a user is mapped once in each process: its file is private, complete and in memory, so no other user
+//! can shorten it under the mapping. Every user can write the table of the machine, so it is never mapped, but read and
 //! written by system calls. There a flock on the file orders the processes that take a slot of another lock.
 
 use std::collections::HashMap;
@@ -74,7 +75,7 @@ const SLOT: usize = 128;
 const SLOT_WORDS: usize = SLOT / WORD;
 const SLOTS_OF_A_PAGE: u32 = (PAGE as usize / SLOT) as u32;
 const BUCKET: usize = 8;
-/// So at most 262,112 locks have a record.
+/// The limit makes at most 262,112 records possible.
 const MAX_LEVELS: u32 = 13;
 /// From this level on, 1 MiB into the table, the record of a dead holder makes room.
 const FIRST_EVICTING: u32 = 7;
@@ -88,24 +89,24 @@ const ONE_CHANGE: u64 = 4;
 const STATE: u64 = 3;
 /// The holder released, or there never was one.
 const CLEARED: u64 = 0;
-/// A holder is inside, or died there.
+/// A holder holds the lock, or died holding it.
 const WRITTEN: u64 = 1;
-/// The lock is on its way to this holder, or this receiver died before it began.
+/// The lock is in flight to this holder, or this receiver died before it began.
 const HANDED: u64 = 2;
-/// A holder is just writing, or died while writing.
+/// A holder is writing the record, or died while writing.
 const CLAIMED: u64 = 3;
 
-/// The key of the lock `name`: FNV-1a with its bits mixed.
+/// Returns the key of the lock `name`: FNV-1a with its bits mixed.
 fn key_of(name: &str) -> u64 {
     let sum = |sum: u64, byte| (sum ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
     let mut key = name.bytes().fold(0xcbf2_9ce4_8422_2325, sum);
     key = (key ^ key >> 32).wrapping_mul(0xd6e8_feb8_6659_fd93);
     key ^= key >> 32;
-    // A slot without a key is one that no lock has used.
+    // Key 0 means that no lock has used the slot.
     (key & KEY).max(1 << KEY.trailing_zeros())
 }
 
-/// Word 0 of a slot in which `seen` was found, for the next state.
+/// Returns word 0 for the next state of a slot whose word 0 is `seen`.
 fn word_after(seen: u64, key: u64, state: u64) -> u64 {
     key | (seen.wrapping_add(ONE_CHANGE) & CHANGES) | state
 }
@@ -115,11 +116,11 @@ fn word_after(seen: u64, key: u64, state: u64) -> u64 {
 pub(super) struct HolderRecord {
     records: Arc<Records>,
     key: u64,
-    /// Where the lock's slot was last; 0, in the header, for nowhere.
+    /// The last position of the lock's slot. 0, which is in the header, means none.
     slot: AtomicU32,
 }
 
-/// A slot as it was found.
+/// A slot and the words that were read from it.
 #[derive(Clone, Copy)]
 struct Seen {
     at: u32,
@@ -141,8 +142,8 @@ impl HolderRecord {
         Ok(Self { records: Records::of(sharing)?, key: key_of(name), slot: AtomicU32::new(0) })
     }
 
-    /// Records that this process holds the lock. For a holder that bound the name: returns the process that died holding the lock before.
-    /// One to which the lock was handed over follows a holder that released.
+    /// Records that this process holds the lock. For a holder that bound the name, it returns the process that died
+    /// holding the lock before. A holder that received the lock by a hand-over follows a holder that released.
     pub(super) fn take(&self, has_bound: bool) -> Option<Box<Recovered>> {
         let before = holder_record::with_current(|record| self.put(record, WRITTEN));
         step("holder written down");
@@ -151,7 +152,7 @@ impl HolderRecord {
         Some(Box::new(Recovered::new(owner)))
     }
 
-    /// Records that `owner` holds the lock: a process for which this one has taken it.
+    /// Records that `owner` holds the lock: a process for which this process has acquired it.
     pub(super) fn name(&self, owner: &Owner) {
         self.put(&holder_record::encode(owner), WRITTEN);
     }
@@ -162,17 +163,17 @@ impl HolderRecord {
         step("receiver written down");
     }
 
-    /// Records that no process holds the lock. If the record stayed, the next owner would get a
-    /// false report of a death.
+    /// Records that no process holds the lock. If the record stayed, the next owner would get a false report of a
+    /// death.
     pub(super) fn clear(&self) {
         if let Some((slot, word)) = self.remembered_word() {
             if word & STATE != CLEARED {
-                // No other process changes it: not even for a new lock, for this holder lives.
+                // No other process changes the slot, not even for a new lock, because this holder lives.
                 slot[0].store(word_after(word, self.key, CLEARED), Ordering::Release);
             }
             return;
         }
-        // Where this process has written, it may write again.
+        // A process that has written a slot may write it again.
         let known = self.remembered();
         let found = || self.records.locate(self.key, false).filter(|seen| self.records.may_write(seen.at));
         if let Some(seen) = known.or_else(found).filter(|seen| seen.state() != CLEARED) {
@@ -180,9 +181,9 @@ impl HolderRecord {
         }
     }
 
-    /// The holder by the record, or the process that died holding the lock.
+    /// Returns the holder from the record, or the process that died holding the lock.
     pub(super) fn holder(&self) -> Option<Owner> {
-        /// A record is written within less; a writer that is stopped in between is not waited for.
+        /// A record is written in less time. The reader does not wait for a writer that is stopped in between.
         const TRIES: usize = 100;
         for _ in 0..TRIES {
             let seen = self.find()?;
@@ -200,8 +201,8 @@ impl HolderRecord {
         None
     }
 
-    /// How often waiters of this lock, and of some others, have queued up so far; `None` where no memory is shared to
-    /// count in.
+    /// Returns how often waiters of this lock, and of some others, have queued up so far, and `None` without shared
+    /// memory for the count.
     pub(super) fn waits(&self) -> Option<u64> {
         Some(self.counter()?.load(Ordering::SeqCst))
     }
@@ -221,12 +222,12 @@ impl HolderRecord {
         }
     }
 
-    /// The lock's slot.
+    /// Returns the lock's slot.
     fn find(&self) -> Option<Seen> {
         self.remembered().or_else(|| self.records.locate(self.key, false))
     }
 
-    /// The lock's slot where it was last.
+    /// Returns the lock's slot at its last position.
     fn remembered(&self) -> Option<Seen> {
         let at = self.slot.load(Ordering::Relaxed);
         let mut words = [[0; WORDS]];
@@ -234,7 +235,7 @@ impl HolderRecord {
         Some(Seen { at, words: words[0] }).filter(|seen| seen.is_of(self.key))
     }
 
-    /// As [`remembered`](Self::remembered), where the table is mapped: the slot and its word 0.
+    /// Returns the slot and its word 0, like [`remembered`](Self::remembered), for a mapped table.
     #[inline]
     fn remembered_word(&self) -> Option<(&[AtomicU64], u64)> {
         let slot = self.records.slot(self.slot.load(Ordering::Relaxed))?;
@@ -242,9 +243,10 @@ impl HolderRecord {
         (word & KEY == self.key).then_some((slot, word))
     }
 
-    /// Writes `record` into the lock's slot, or takes one for it. What was there, also where writing fails.
+    /// Writes `record` into the lock's slot, or takes a slot for it. Returns the previous content, also if writing
+    /// fails.
     fn put(&self, record: &Words, state: u64) -> Option<Seen> {
-        /// How often another lock may be faster; then this one has no record.
+        /// The number of times that another lock may take the slot first; then this lock has no record.
         const TRIES: usize = 16;
         let mut seen = None;
         if let Some((slot, word)) = self.remembered_word().filter(|(_, word)| word & STATE == CLEARED) {
@@ -281,22 +283,23 @@ struct Records {
     path: PathBuf,
     /// Device and inode of the file.
     file: (u64, u64),
-    /// When the path was last found to lead to the file, as [`holder_record::now`] counts.
+    /// When the path was last seen to lead to the file, from [`holder_record::now`].
     checked: AtomicU64,
     store: Store,
 }
 
-// There is one in a process, as a rule.
+// A process usually has only one of them.
 #[allow(clippy::large_enum_variant)]
 #[derive(Debug)]
 enum Store {
-    /// In shared memory, each level mapped when it is first used.
+    /// In shared memory. Each level is mapped at its first use.
     Mapped { header: Mapping, levels: [OnceLock<Mapping>; MAX_LEVELS as usize] },
-    /// Reached by system calls.
+    /// Accessed by system calls.
     File(Opened),
 }
 
-/// A descriptor of the table's file. A program may close descriptors that it did not open; then the file is opened again.
+/// A descriptor of the table's file. A program may close descriptors that it did not open; then the file is opened
+/// again.
 #[derive(Debug)]
 struct Opened {
     file: ForkGuarded<File>,
@@ -309,13 +312,13 @@ impl Opened {
         Self { file: file.know().keep_across_fork(), again: OnceLock::new() }
     }
 
-    /// The one that was opened last.
+    /// Returns the descriptor that was opened last.
     fn last(&self) -> &Self {
         std::iter::successors(Some(self), |opened| opened.again.get().map(Box::as_ref)).last().unwrap_or(self)
     }
 }
 
-/// The file of the table below `base`, or where the file backend has its locks.
+/// Opens the file of the table below `base`, or in the directory of the file backend.
 fn open_file(base: Option<&str>, sharing: Sharing) -> Result<(RuntimeDir, File)> {
     let directory =
         base.map_or_else(|| runtime_dir::open(sharing), |base| runtime_dir::open_in(base.as_ref(), sharing))?;
@@ -328,10 +331,10 @@ fn identity(file: &std::fs::Metadata) -> (u64, u64) {
 }
 
 impl Records {
-    /// The table for `sharing`, which this process opens once: in memory, or where the file backend has its locks if
-    /// there is no memory to be had. It is opened again where the file was deleted.
+    /// Returns the table for `sharing`, which this process opens once: in memory, or in the directory of the file
+    /// backend if memory cannot be used. A deleted file is opened again.
     fn of(sharing: Sharing) -> Result<Arc<Self>> {
-        /// Another one for a forked child, which may have inherited the mutex locked.
+        /// A forked child has its own value, because it may have inherited the mutex locked.
         static OPENED: PerProcess<Mutex<Vec<Arc<Records>>>> = PerProcess::new();
         let mut opened = OPENED.get(Mutex::default).lock();
         opened.retain(|records| records.sharing != sharing || records.is_there());
@@ -361,7 +364,7 @@ impl Records {
         let store = if private && tmpfile::is_in_memory(&file) { mapped() } else { None };
         let store = match store {
             Some(store) => store,
-            // A mapped table is not written by system calls, too: the exchanges of word 0 would not be seen.
+            // System calls must not write a mapped table: they would not see the exchanges of word 0.
             None if private && tmpfile::is_in_memory(&file) => {
                 return Err(failed(std::io::ErrorKind::InvalidData.into()));
             }
@@ -370,7 +373,7 @@ impl Records {
         Ok(Self { sharing, base, path, file: file_id, checked: AtomicU64::new(holder_record::now()), store })
     }
 
-    /// Whether the file is still what the path leads to, as of some milliseconds ago at most.
+    /// Returns whether the path still leads to the file, as of at most 10 ms ago.
     fn is_there(&self) -> bool {
         const RECHECK_INTERVAL: Duration = Duration::from_millis(10);
         let now = holder_record::now();
@@ -391,7 +394,7 @@ impl Records {
             Store::File(opened) => {
                 let found = match opened.last().file.metadata() {
                     Ok(found) if identity(&found) == self.file => found,
-                    // A failed look does not show that the descriptor was closed.
+                    // Another error does not show that the descriptor was closed.
                     Err(error) if Errno::from_io_error(&error) != Some(Errno::BADF) => return None,
                     _ => self.open_again(opened)?,
                 };
@@ -400,8 +403,9 @@ impl Records {
         }
     }
 
-    /// What the file is, if the descriptor is still the table's: a program may have closed it, and opened another file. A
-    /// slot with the lock's key tells the same, so nothing is written through a descriptor of another file.
+    /// Returns the file's metadata if the descriptor is still the table's: a program may have closed it, and opened
+    /// another file. A slot with the lock's key proves the same, so nothing is written through a descriptor of another
+    /// file.
     fn looked_at(&self, file: &File) -> Option<std::fs::Metadata> {
         file.metadata().ok().filter(|found| identity(found) == self.file)
     }
@@ -411,12 +415,12 @@ impl Records {
     fn open_again(&self, opened: &Opened) -> Option<std::fs::Metadata> {
         let (_, file) = open_file(self.base, self.sharing).ok()?;
         let found = self.looked_at(&file)?;
-        // Another thread may have been faster.
+        // Another thread may have set it first.
         let _ = opened.last().again.set(Box::new(Opened::new(file)));
         Some(found)
     }
 
-    /// The memory of a level that the table has.
+    /// Returns the memory of an existing level of the table.
     fn level(&self, level: u32) -> Option<&Mapping> {
         let Store::Mapped { levels, .. } = &self.store else { return None };
         let mapped = levels.get(level as usize)?;
@@ -429,14 +433,14 @@ impl Records {
         Some(mapped.get_or_init(|| mapping))
     }
 
-    /// The words of the slot `at` in memory.
+    /// Returns the words of the slot `at` in memory.
     fn slot(&self, at: u32) -> Option<&[AtomicU64]> {
         let level = (at / SLOTS_OF_A_PAGE).checked_ilog2()?;
         let first = (at - (SLOTS_OF_A_PAGE << level)) as usize * SLOT_WORDS;
         self.level(level)?.words().get(first..first + SLOT_WORDS)
     }
 
-    /// Reads slots from `at` on.
+    /// Reads the slots from `at` on.
     fn read<const N: usize>(&self, at: u32, into: &mut [Words; N]) -> Option<()> {
         match &self.store {
             Store::Mapped { .. } => {
@@ -447,8 +451,8 @@ impl Records {
             Store::File(opened) => {
                 let file = &opened.last().file;
                 let mut slots = [[0; SLOT]; N];
-                // What the file does not have yet is zeros. A local file is read up to its end in one go, and of what was
-                // not, no sum is right.
+                // A part that the file does not have yet reads as zeros. A local file is read up to its end in one
+                // call. A record that was not read completely has a wrong sum.
                 while let Err(error) = file.read_at(slots.as_flattened_mut(), u64::from(at) * SLOT as u64) {
                     if error.kind() != std::io::ErrorKind::Interrupted {
                         return None;
@@ -464,7 +468,8 @@ impl Records {
         Some(())
     }
 
-    /// The slot of the lock with this key; if there is none and it is `to_claim`, one that can be taken for the lock.
+    /// Returns the slot of the lock with this key. If there is none and `to_claim` is set, it returns a slot that the
+    /// lock can take.
     fn locate(&self, key: u64, to_claim: bool) -> Option<Seen> {
         let mut vacant = None;
         let mut living = holder_record::Living::default();
@@ -472,7 +477,7 @@ impl Records {
         for level in 0..levels {
             let first = bucket_of(key, level);
             let mut words = [[0; WORDS]; BUCKET];
-            // A level that cannot be read may have the slot, so none may be taken elsewhere.
+            // A level that cannot be read may have the slot, so no slot may be taken in another level.
             self.read(first, &mut words)?;
             let bucket = || (first..).zip(&words).map(|(at, words)| Seen { at, words: *words });
             if let Some(found) = bucket().find(|seen| seen.is_of(key)) {
@@ -496,7 +501,7 @@ impl Records {
     #[cold]
     fn grow(&self, level: u32) -> Option<()> {
         (level < MAX_LEVELS).then_some(())?;
-        // A file grows as it is written.
+        // A file grows when it is written.
         let Store::Mapped { header, .. } = &self.store else { return Some(()) };
         let (_, file) = open_file(self.base, self.sharing).ok()?;
         let found = self.looked_at(&file)?;
@@ -505,13 +510,14 @@ impl Records {
         Some(())
     }
 
-    /// Orders the processes that take a slot of another lock, where no exchange does: until the file is dropped. Only for a
-    /// moment, for another user may keep the lock; then two may take the same slot, and one has no record.
+    /// Orders the processes that take a slot of another lock, until the returned file is dropped. Only the file store
+    /// needs it, because it has no exchange. It waits only briefly, because another user may keep the lock; then two
+    /// processes may take the same slot, and one of them has no record.
     fn order_claims(&self) -> Option<File> {
         const TRIES: usize = 20;
         const PAUSE: Duration = Duration::from_micros(50);
         let Store::File(_) = &self.store else { return None };
-        // Where it has been replaced, there is nothing to order.
+        // If the file has been replaced, there is nothing to order.
         let file =
             OpenOptions::new().read(true).custom_flags(files::NOFOLLOW | files::NONBLOCK).open(&self.path).ok()?;
         for _ in 0..TRIES {
@@ -523,13 +529,13 @@ impl Records {
         None
     }
 
-    /// Whether this process may write the slot `at`. It is asked once for each slot, not at each write, which would cost a
-    /// machine-wide lock a tenth of its cycle.
+    /// Returns whether this process may write the slot `at`. It is checked once for each slot and not at each write,
+    /// which would cost a machine-wide lock a tenth of its cycle.
     fn may_write(&self, at: u32) -> bool {
         matches!(self.store, Store::Mapped { .. }) || may_reach(u64::from(at + 1) * SLOT as u64)
     }
 
-    /// Writes a record into a slot, unless it has changed since it was seen.
+    /// Writes a record into a slot, unless the slot has changed since it was read.
     fn write(&self, seen: &Seen, key: u64, state: u64, record: &Words) -> bool {
         let before = seen.words[0];
         let word = word_after(before, key, state);
@@ -560,7 +566,7 @@ impl Records {
                 let at = u64::from(seen.at) * SLOT as u64;
                 if file.write_all_at(&word.to_ne_bytes(), at).is_err() {
                     step("record not wiped");
-                    // What is cut out reads as zeros, takes no room and meets no limit of sizes.
+                    // A punched hole reads as zeros, takes no room and meets no limit of sizes.
                     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
                     let _ = fallocate(&**file, flags, at, WORD as u64);
                 }
@@ -568,7 +574,7 @@ impl Records {
         }
     }
 
-    /// The holders of all locks, by the keys of the locks.
+    /// Returns the holders of all locks, by the keys of the locks.
     fn holders(&self) -> HashMap<u64, Owner> {
         let mut holders = HashMap::new();
         for first in (SLOTS_OF_A_PAGE..SLOTS_OF_A_PAGE << self.levels().unwrap_or_default()).step_by(BUCKET) {
@@ -584,7 +590,7 @@ impl Records {
     }
 }
 
-/// The holders of all locks by their records, for a list.
+/// The holders of all locks according to their records, for a list.
 pub(super) struct Holders(HashMap<u64, Owner>);
 
 impl Holders {
@@ -600,8 +606,8 @@ impl Holders {
 /// Writes a record into a slot, with this word 0, if word 0 is still `before`.
 #[inline]
 fn write_slot(slot: &[AtomicU64], before: u64, word: u64, record: &Words) -> bool {
-    // A holder that dies while it writes has not begun. But if it follows a holder that died, that death is still to be
-    // reported. A releaser that dies while it writes its receiver has released: the receiver lives.
+    // A holder that dies while it writes has not begun. But if it follows a holder that died, that death must still be
+    // reported. A releasing holder that dies while it writes its receiver has released: the receiver lives.
     let follows_death = (before ^ word) & (KEY | STATE) == 0 && word & STATE == WRITTEN;
     let meanwhile = if follows_death { word } else { word | CLAIMED };
     if slot[0].compare_exchange(before, meanwhile, Ordering::AcqRel, Ordering::Relaxed).is_err() {
@@ -621,8 +627,8 @@ fn write_slot(slot: &[AtomicU64], before: u64, word: u64, record: &Words) -> boo
     true
 }
 
-/// Copies what identifies a dead holder, before its record is overwritten. A record that is not whole was being overwritten
-/// by a holder that died, too, and has its copy already.
+/// Copies the identity of a dead holder before its record is overwritten. If the record is not whole, a holder that
+/// also died was overwriting it, and the copy exists already.
 #[cold]
 fn copy(slot: &[AtomicU64]) {
     let record: Words = std::array::from_fn(|at| slot[at].load(Ordering::Relaxed));
@@ -633,9 +639,9 @@ fn copy(slot: &[AtomicU64]) {
     }
 }
 
-/// The dead holder whose record was being overwritten.
+/// Returns the dead holder whose record was being overwritten.
 fn copied(slot: &[AtomicU64]) -> Option<Owner> {
-    // Of this boot, as the memory of the table.
+    // The copy is of this boot, as is the memory of the table.
     let mut record = holder_record::with_current(|own| *own);
     record[PROGRAM].fill(0);
     record[ACQUIRED] = 0;
@@ -646,7 +652,7 @@ fn copied(slot: &[AtomicU64]) -> Option<Owner> {
     holder_record::owner_of(&record)
 }
 
-/// Reads a slot as it is at one moment, unless its writer takes too long.
+/// Reads a consistent state of a slot, unless its writer takes too long.
 fn read_slot(slot: &[AtomicU64], words: &mut Words) {
     const TRIES: usize = 100;
     for _ in 0..TRIES {
@@ -662,19 +668,19 @@ fn read_slot(slot: &[AtomicU64], words: &mut Words) {
     }
 }
 
-/// The first slot of the bucket for a key.
+/// Returns the first slot of the bucket for a key.
 fn bucket_of(key: u64, level: u32) -> u32 {
     let buckets = u64::from(SLOTS_OF_A_PAGE << level) / BUCKET as u64;
     (SLOTS_OF_A_PAGE << level) + ((key >> 8) & (buckets - 1)) as u32 * BUCKET as u32
 }
 
-/// Whether the holder of a record is dead.
+/// Returns whether the holder of a record is dead.
 #[cold]
 fn is_left(seen: &Seen, living: &mut holder_record::Living) -> bool {
     holder_record::owner_of(&seen.words).is_some_and(|owner| !living.has(&owner))
 }
 
-/// Whether the file, which was `length` bytes long, has memory for all of this many, which are reserved if not.
+/// Returns whether the file, which was `length` bytes long, has memory for `bytes` bytes, and reserves them if not.
 fn is_complete(file: &File, length: u64, bytes: u64) -> bool {
     if length >= bytes {
         return true;
@@ -684,8 +690,8 @@ fn is_complete(file: &File, length: u64, bytes: u64) -> bool {
     is_reserved
 }
 
-/// Whether this process may write a file up to this length. Beyond its limit of file sizes the kernel would end it
-/// (`SIGXFSZ`).
+/// Returns whether this process may write a file up to this length. Beyond its limit of file sizes the kernel would
+/// kill it (`SIGXFSZ`).
 fn may_reach(length: u64) -> bool {
     getrlimit(Resource::Fsize).current.is_none_or(|most| length <= most)
 }
@@ -730,7 +736,7 @@ mod tests {
         assert!(write_slot(&slot, 0, word_after(0, key, WRITTEN), &record(7)));
         assert_eq!(holder_record::owner_of(&words()).unwrap().pid(), 7);
         for _ in 0..2 {
-            // It follows a death, and is killed when it has written a word.
+            // The writer follows a death, and is killed after it has written one word.
             copy(&slot);
             slot[IDENTITY.start].store(8, Ordering::Relaxed);
             assert_eq!(holder_record::owner_of(&words()), None);

@@ -1,5 +1,5 @@
-//! A named lock as a listening socket: the process that listens at the name holds the lock, and a release passes the
-//! socket on.
+//! Named locks on Linux: a listening socket in the abstract namespace. The process that listens at the name holds the
+//! lock, and a release passes the socket on.
 //!
 //! | event | mechanism |
 //! |---|---|
@@ -10,16 +10,16 @@
 //! | a waiter dies or gives up | Its connection is closed, and the release skips it. A socket in flight to it is closed by the kernel. |
 //!
 //! # Guarantees
-//! - A waiter holds the lock when it has the socket and has seen the end of the stream. So no earlier holder has a copy of
-//!   the socket then, wherever that holder is stopped. Until then the earlier holder holds.
-//! - A socket that another user has had is never accepted from and never passed on: that user may let `accept` block, or
-//!   hand copies to others. Its release closes it, and its waiters bind again.
-//! - A release looks at [`MAX_SKIPPED`] connections in a row at most. If none of them is a live waiter, it closes the
-//!   socket, and the waiters behind them bind again in any order.
+//! - A waiter holds the lock when it has received the socket and the end of the stream. At that point no earlier holder
+//!   has a copy of the socket, wherever that holder is stopped. Until then the earlier holder holds the lock.
+//! - If another user has had a socket, this process never accepts from it and never passes it on: that user could make
+//!   `accept` block, or give copies to other processes. The release closes the socket, and its waiters bind again.
+//! - A release skips at most [`MAX_SKIPPED`] connections in a row. If none of them is a live waiter, the release closes
+//!   the socket, and the waiters behind them bind again in any order.
 //!
-//! The new holder calls `listen` again, so that the credentials which the kernel shows to a process that connects are its own. A
-//! record in memory (see [`records`](super::records)) tells the next holder of a death, and names the holder. Its table
-//! also counts the waiters that have queued up, which saves a holder from asking the kernel at every release: a waiter that
+//! The new holder calls `listen` again, so that the kernel shows its credentials to a process that connects. A record
+//! in memory (see [`records`](super::records)) names the holder and reports its death to the next holder. The table of
+//! records also counts the waiters that have queued up, which saves the holder a system call per release. A waiter that
 //! is not counted sees a hang-up and binds again.
 
 use std::os::fd::{AsFd, BorrowedFd};
@@ -44,12 +44,12 @@ use crate::sys::seqpacket::{self, Address, Arrived, Peer, Reached};
 use crate::sys::{event, user};
 use crate::wait::{Backoff, LockInfo, Wait, WaitResult, WaitState};
 
-/// For how long somebody who does not want to wait looks again at a lock that seems to be held by nobody alive: its
-/// holder is about to begin or to end, or its socket is still open in a child that is about to start a program.
+/// How long a caller that does not wait retries a lock without a known live holder: the holder is about to start or to
+/// end, or its socket is still open in a child that is about to start a program.
 const MOMENT: Duration = Duration::from_secs(1);
 
-/// After so many connections in a row that are no live waiters, a release closes the socket: one connection costs some
-/// tens of microseconds, and the kernel drops all of them in a fraction of that.
+/// The number of connections in a row without a live waiter after which a release closes the socket. Skipping one
+/// connection costs some tens of microseconds; the kernel drops all of them in a fraction of that.
 const MAX_SKIPPED: usize = 64;
 
 #[derive(Debug)]
@@ -59,59 +59,59 @@ pub(super) struct SocketLock {
     mark: OnceLock<HolderRecord>,
 }
 
-/// What is held, and who died with it.
+/// The acquired lock, and the holder that died with it.
 type Acquired = (Hold, Option<Box<Recovered>>);
 
-/// A lock that is held.
+/// A lock that this process holds.
 #[derive(Debug)]
 pub(super) struct Hold {
     /// The listening socket: the lock.
     pub(super) socket: ForkGuarded,
-    /// What it came through, if it was handed over. It is closed after the release, for which others may wait, and not
-    /// between the hand-over and the work: closing a connection takes a tenth of a hand-over.
+    /// The connection that the socket came through, if it was handed over. It is closed after the release, for which
+    /// others may wait, and not between the hand-over and the work: closing a connection takes a tenth of a hand-over.
     connection: Option<ForkGuarded>,
     origin: Origin,
-    /// When the socket was last seen to be this lock's, as [`nanos`].
+    /// When the socket was last seen to be this lock's, from [`nanos`].
     since: u64,
 }
 
-/// What is known of the queue of a socket that is held.
+/// What this process knows about the queue of a held socket.
 #[derive(Debug)]
 enum Origin {
-    /// This process bound the name when the table had counted so many waiters, where it counts them.
+    /// This process bound the name. The value is the waiter count of the table at that time, if the table counts.
     Bound(Option<u64>),
-    /// It was handed over, so more may wait.
+    /// An earlier holder handed the socket over, so more processes may wait.
     HandedOver,
-    /// Another user has had it.
+    /// Another user has had the socket.
     Foreign,
 }
 
-/// An acquisition that has found the lock held: what it does between its sleeps, whoever sleeps, a thread or a task.
+/// An acquisition that found the lock held: its steps between two sleeps, for a thread or a task.
 struct Acquisition<'l> {
     lock: &'l SocketLock,
     subject: &'l dyn LockInfo,
     patience: WaitState,
-    /// Who does not want to wait waits for a [`MOMENT`] all the same, unless somebody holds the lock who lives.
+    /// Whether the caller does not wait. It still waits for a [`MOMENT`], unless a live process holds the lock.
     is_brief: bool,
     backoff: Backoff,
-    /// In the holder's queue, if it could be reached.
+    /// The place in the holder's queue, if the holder could be reached.
     queued: Option<Queued>,
 }
 
 /// A connection in a holder's queue.
 struct Queued {
     connection: ForkGuarded,
-    /// Whether the holder belonged to this process's user when this one queued up.
+    /// Whether the holder belonged to this process's user when this connection queued up.
     is_own: bool,
-    /// What has come through the connection, before the end of the stream.
+    /// What the connection has received before the end of the stream.
     arrived: Option<Arrived>,
 }
 
-/// What came of one attempt.
+/// The result of one attempt.
 enum Attempt {
     Acquired(Acquired),
-    /// It is held. Sleep until the connection brings something, if there is one, but no longer than this; then
-    /// [`wake`](Acquisition::wake).
+    /// The lock is held. Sleep until the connection is readable, if there is a connection, but no longer than this;
+    /// then call [`wake`](Acquisition::wake).
     Sleep(Duration),
 }
 
@@ -149,12 +149,12 @@ impl<'l> Acquisition<'l> {
         }))
     }
 
-    /// What to sleep on.
+    /// Returns the descriptor to sleep on.
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         self.queued.as_ref().map(|queued| queued.connection.as_fd())
     }
 
-    /// Takes what has arrived, also when the time is over.
+    /// Takes over a socket that has arrived, also after the timeout.
     fn wake(&mut self, waited: WaitResult) -> Result<Option<Acquired>> {
         if let Some(queued) = &mut self.queued {
             let has_ended = seqpacket::receive(&queued.connection, &mut queued.arrived);
@@ -174,8 +174,8 @@ impl<'l> Acquisition<'l> {
 }
 
 impl Drop for Acquisition<'_> {
-    /// A program that another thread is starting may have a copy of the connection, so closing it would not show the holder
-    /// at once that this waiter has given up.
+    /// Shuts the connection down. A program that another thread is starting may have a copy of the connection.
+    /// Then a close alone would not show the holder at once that this waiter has given up.
     fn drop(&mut self) {
         if let Some(queued) = &self.queued {
             seqpacket::hang_up(&queued.connection);
@@ -184,7 +184,7 @@ impl Drop for Acquisition<'_> {
 }
 
 impl SocketLock {
-    /// The locks that are held now: name, owner and number of waiters.
+    /// Returns the locks that are held now: name, owner and number of waiters.
     pub(super) fn list(sharing: Sharing) -> Result<Vec<(String, Option<Owner>, u32)>> {
         let prefix = prefix(sharing);
         let sockets = Sockets::read()?;
@@ -221,8 +221,8 @@ impl SocketLock {
         }
     }
 
-    /// As [`acquire`](Self::acquire), asleep on the reactor. Dropping the future closes the connection, so the holder
-    /// passes this waiter over, or the kernel closes the socket that was on its way here.
+    /// Acquires like [`acquire`](Self::acquire), but sleeps on the reactor. Dropping the future closes the connection,
+    /// so the holder skips this waiter, or the kernel closes the socket that was in flight to it.
     #[cfg(feature = "tokio")]
     pub(super) async fn acquire_async(&self, wait: &Wait, subject: &dyn LockInfo) -> Result<Acquired> {
         blocking::check_runtime()?;
@@ -251,7 +251,7 @@ impl SocketLock {
     /// Binds the name, if no process has it.
     fn bind(&self) -> Result<Option<Acquired>> {
         let mark = self.mark();
-        // Waiters queue up from the moment on at which the socket listens.
+        // Waiters can queue up as soon as the socket listens.
         let waits = mark.and_then(HolderRecord::waits);
         let Some(socket) = seqpacket::listen_at(&self.address).map_err(|error| self.io("bind", error))? else {
             return Ok(None);
@@ -260,7 +260,7 @@ impl SocketLock {
         Ok(Some((Hold { socket, connection: None, origin: Origin::Bound(waits), since: nanos() }, died)))
     }
 
-    /// Queues up at the holder; `None` when it cannot be reached.
+    /// Queues up at the holder. Returns `None` if the holder cannot be reached.
     fn queue_up(&self, subject: &dyn LockInfo) -> Result<Option<Queued>> {
         let is_shared = self.sharing == Sharing::Machine;
         match seqpacket::connect(&self.address, is_shared).map_err(|error| self.io("connect to", error))? {
@@ -276,7 +276,7 @@ impl SocketLock {
         }
     }
 
-    /// Makes the socket that the holder before handed over this process's own; `None` if it is not the lock's.
+    /// Takes over the socket that the previous holder handed over. Returns `None` if it is not the lock's socket.
     fn take_over(&self, queued: Queued) -> Result<Option<Hold>> {
         let Queued { connection, is_own, arrived } = queued;
         let Some(Arrived { socket, sender }) = arrived else { return Ok(None) };
@@ -284,7 +284,8 @@ impl SocketLock {
             return Ok(None);
         }
         let is_own = match sender {
-            // The message shows its sender, which may be another process than the one that was queued up at.
+            // The message shows its sender, which may be another process than the holder at which this process queued
+            // up.
             Some(sender) => {
                 let own = runtime_dir::effective_uid();
                 sender.uid == own && user::is_one(own)
@@ -305,7 +306,7 @@ impl SocketLock {
             Err(Errno::INVAL) => return Ok(None),
             Err(error) => return Err(self.io("listen on", error)),
         }
-        // A record that is still there is older than the holder before, which released.
+        // A record that is still there is older than the previous holder, which released.
         self.mark().map(|mark| mark.take(false));
         Ok(Some(Hold { socket, connection: Some(connection), origin, since: nanos() }))
     }
@@ -317,11 +318,11 @@ impl SocketLock {
     /// Passes the lock on to the first waiter, or frees it.
     ///
     /// # Errors
-    /// [`Io`](ErrorKind::Io) when the program has released it already, by closing the descriptor.
+    /// [`Io`](ErrorKind::Io) if the program has already released the lock by closing the descriptor.
     pub(super) fn release(&self, hold: Hold) -> Result<()> {
         let Hold { socket, connection, origin, since } = hold;
-        // The program may have closed the descriptor, and with it released the lock: then the record is another
-        // holder's.
+        // The program may have closed the descriptor and thereby released the lock. Then the record belongs to another
+        // holder.
         if !socket.is_own_since(since, nanos()) {
             return Err(Error::io("release", self.path(), fork::closed_by_program()));
         }
@@ -330,7 +331,7 @@ impl SocketLock {
             (Origin::Foreign, _) => false,
             (Origin::Bound(Some(before)), Some(now)) => before != now,
             (Origin::HandedOver, _) => true,
-            // Looking is cheap, accepting is not, and mostly nobody waits.
+            // Polling is cheap, `accept` is not, and usually no process waits.
             (Origin::Bound(_), _) => event::is_readable(socket.as_fd()),
         };
         let kept = if is_waited_for { self.pass_on(socket, mark) } else { Some(socket) };
@@ -345,7 +346,8 @@ impl SocketLock {
         Ok(())
     }
 
-    /// Hands the socket over to the first live waiter; gives it back if there is none, or too many others come first.
+    /// Hands the socket over to the first live waiter. Returns the socket if there is none, or if too many other
+    /// connections come first.
     fn pass_on(&self, socket: ForkGuarded, mark: Option<&HolderRecord>) -> Option<ForkGuarded> {
         for _ in 0..MAX_SKIPPED {
             let Some(waiter) = seqpacket::accept(&socket) else { return Some(socket) };
@@ -354,7 +356,7 @@ impl SocketLock {
                 mark.hand_to(&receiver);
             }
             if seqpacket::hand_over(&waiter, &socket).is_ok() {
-                // From the end of the stream on the receiver holds the lock, and no copy may be left here by then.
+                // At the end of the stream the receiver holds the lock, and by then this process must not have a copy.
                 socket.close();
                 step("own copy closed");
                 seqpacket::complete(&waiter);
@@ -364,11 +366,11 @@ impl SocketLock {
         Some(socket)
     }
 
-    /// The record of a waiter that may have the lock; `None` for every other connection.
+    /// Returns the record of a waiter that may have the lock, and `None` for every other connection.
     fn receiver(&self, waiter: &ForkGuarded) -> Option<Words> {
         let peer = seqpacket::peer(&**waiter).ok()?;
         let is_eligible = match self.sharing {
-            // Of exactly this user: the process that gets the socket later may trust no other.
+            // Exactly this user: the process that gets the socket later may trust no other user.
             Sharing::User(_) => seqpacket::is_own(&**waiter, peer, runtime_dir::effective_uid()),
             Sharing::Machine => true,
         };
@@ -378,7 +380,7 @@ impl SocketLock {
         let length = seqpacket::announced(waiter, &mut announced).filter(|length| *length > 0)?;
         let record = (length == ANNOUNCEMENT).then(|| record_of(&announced));
         let is_whole = |record: &Words| record[SUM] == holder_record::sum(record);
-        // The kernel's word on the pid counts, where both number processes in the same way.
+        // The pid that the kernel reports decides, if both processes are in the same pid namespace.
         let is_right = |record: &Words| {
             holder_record::with_current(|own| {
                 let [pid, namespace] = [holder_record::PID, holder_record::NAMESPACE].map(|at| (record[at], own[at]));
@@ -389,38 +391,38 @@ impl SocketLock {
         Some(record.unwrap_or_else(|| holder_record::encode(&Owner::by_pid(peer.pid))))
     }
 
-    /// Writes down that `owner` holds the lock.
+    /// Records `owner` as the holder of the lock.
     pub(super) fn name_holder(&self, owner: &Owner) {
         if let Some(mark) = self.mark() {
             mark.name(owner);
         }
     }
 
-    /// The live waiters in the holder's queue.
+    /// Returns the number of live waiters in the holder's queue.
     pub(super) fn waiters(&self) -> Result<u32> {
         let sockets = Sockets::read()?;
         Ok(sockets.at(self.name()).map_or(0, |queue| sockets.waiters(queue, user_of(self.sharing))))
     }
 
-    /// Whether the name is taken. While it is, asking disturbs nobody; a free one is taken for a moment.
+    /// Returns whether the name is bound. The check has no effect on a holder; it binds a free name for a moment.
     #[cfg(feature = "cli")]
     pub(super) fn is_held(&self) -> Result<bool> {
         let free = seqpacket::is_free(&self.address).map_err(|error| self.io("bind", error))?;
         Ok(!free)
     }
 
-    /// The abstract name.
+    /// Returns the abstract name.
     fn name(&self) -> &str {
         std::str::from_utf8(self.address.abstract_name().unwrap_or_default()).unwrap_or_default()
     }
 
-    /// Whether a process that holds the lock belongs to this process's user; `None` if the process may not hold it. Root can
-    /// do anything, and holds locks of other users when it acts for them.
+    /// Returns whether a process that holds the lock belongs to this process's user, and `None` if the process may not
+    /// hold it. Root has all rights, and holds locks of other users when it acts for them.
     fn trusts(&self, connection: &ForkGuarded, peer: Peer) -> Option<bool> {
         match self.sharing {
             Sharing::User(own) => {
                 let is_trusted = peer.uid == 0 || seqpacket::is_own(&**connection, peer, own);
-                // This process may act as another user by now than when the lock was built.
+                // The effective user of this process may have changed since the lock was built.
                 is_trusted.then(|| peer.uid == own && own == runtime_dir::effective_uid())
             }
             // Each message shows its sender.
@@ -430,7 +432,7 @@ impl SocketLock {
 
     pub(super) fn owner(&self) -> Result<Option<Owner>> {
         if let Some(owner) = self.living_holder() {
-            // A holder that starts another program in its place leaves its record, and the name.
+            // A holder that executes another program (exec) leaves its record, and the name becomes free.
             let free = seqpacket::is_free(&self.address).map_err(|error| self.io("bind", error))?;
             return Ok((!free).then_some(owner));
         }
@@ -441,14 +443,14 @@ impl SocketLock {
         }
     }
 
-    /// The holder by the record, unless it has died since. Asking costs the holder nothing, where a connection would
-    /// take a place in its queue until it releases.
+    /// Returns the holder from the record, unless it has died since. Reading the record costs the holder nothing; a
+    /// connection would occupy a place in its queue until it releases.
     fn living_holder(&self) -> Option<Owner> {
         let owner = self.mark()?.holder()?;
         (owner.liveness_by_name() != Liveness::Dead).then_some(owner)
     }
 
-    /// The record, as soon as it could be opened: what prevents that may pass.
+    /// Returns the record once it could be opened. A failed attempt is repeated, because its cause may be temporary.
     fn mark(&self) -> Option<&HolderRecord> {
         match self.mark.get() {
             None => {
@@ -468,7 +470,7 @@ impl SocketLock {
     }
 }
 
-/// What stands before the name of a lock in that of its socket.
+/// Returns the prefix of a lock's name in the name of its socket.
 fn prefix(sharing: Sharing) -> String {
     match sharing {
         Sharing::User(uid) => format!("lockkit/u{uid}/"),
@@ -483,7 +485,7 @@ fn owner_of(peer: Peer) -> Option<Owner> {
     }
 }
 
-/// What a waiter says of itself: the words of its record that name a process, with their sum.
+/// The size of a waiter's announcement: the words of its record that identify a process, and their sum.
 const ANNOUNCEMENT: usize = (SUM + 1 - IDENTITY.start) * size_of::<u64>();
 
 fn announcement(record: &Words) -> [u8; ANNOUNCEMENT] {
@@ -502,7 +504,7 @@ fn record_of(announcement: &[u8; ANNOUNCEMENT]) -> Words {
     record
 }
 
-/// The user whose connections are waiters, if it is one.
+/// Returns the user whose connections are waiters, if there is only one such user.
 fn user_of(sharing: Sharing) -> Option<u32> {
     match sharing {
         Sharing::User(uid) => Some(uid),

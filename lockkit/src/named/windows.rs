@@ -1,10 +1,11 @@
-//! A named lock as a named mutex of Windows.
+//! Named locks on Windows: a named mutex.
 //!
-//! A mutex belongs to the thread that took it, a guard to whoever has it. So each hold has a thread of its own, which
-//! takes the mutex, sleeps, and gives it back: the waiting is done there, too, together with the cancel event and the
-//! limit, and a waiter that gives up ends its thread. The kernel wakes waiters, mostly first come, first served, and
-//! gives them the mutex of a thread that has died (`WAIT_ABANDONED`). Where nobody has the mutex open it is gone, and
-//! with it the word of a death; so the record ([`holder_record`]) stands in a file, and tells of deaths in any case.
+//! A mutex belongs to the thread that acquired it, but a guard can move to another thread. So each hold has its own
+//! thread, which acquires the mutex, sleeps, and releases it. The thread also does the waiting, on the mutex, the
+//! cancel event and the limit; if the waiter gives up, its thread ends. The kernel wakes waiters, mostly first come,
+//! first served. It gives a waiter the mutex of a dead thread, with the result `WAIT_ABANDONED`. When no process has
+//! the mutex open, the mutex is deleted, and the report of a death is lost. So the record ([`holder_record`]) is in a
+//! file, and reports a death in any case.
 
 use std::fs::File;
 use std::os::windows::io::AsHandle;
@@ -30,7 +31,7 @@ pub(super) struct MutexLock {
     record: OnceLock<File>,
 }
 
-/// The mutex, taken: by a thread that sleeps until it is to give it back.
+/// The held mutex: its thread sleeps until it has to release the mutex.
 pub(super) struct Hold {
     give_back: Arc<Event>,
     thread: Option<JoinHandle<std::io::Result<()>>>,
@@ -43,7 +44,7 @@ impl std::fmt::Debug for Hold {
 }
 
 impl Hold {
-    /// Gives it back; returns when that is done.
+    /// Releases the mutex, and returns when that is done.
     fn end(&mut self) -> std::io::Result<()> {
         let Some(thread) = self.thread.take() else { return Ok(()) };
         self.give_back.set();
@@ -53,7 +54,7 @@ impl Hold {
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        // If it fails the thread has ended, and with it the hold.
+        // On a failure the thread has ended, and with it the hold.
         let _ = self.end();
     }
 }
@@ -65,7 +66,7 @@ impl MutexLock {
 
     pub(super) fn acquire(&self, wait: &Wait, subject: &dyn LockInfo) -> Result<(Hold, Option<Box<Recovered>>)> {
         wait.check(subject)?;
-        // A first look, because only who finds it held has to wait.
+        // A first attempt: only a held mutex needs the wait state and the cancel event.
         let (mut taken, mut hold) = self.take(None, Some(Instant::now()))?;
         if taken == Acquired::TimedOut {
             let Some(patience) = wait.state_for(subject) else { return Err(subject.held()) };
@@ -79,12 +80,12 @@ impl MutexLock {
         }
         step("mutex taken");
         let recovered = self.record().and_then(holder_record::take);
-        // Who died may not have come to writing down that it holds, or may have had no record to write to.
+        // A dead holder may have died before it wrote its record, or may have had no record to write to.
         let somebody = || (taken == Acquired::Abandoned).then(|| Box::new(Recovered::new(None)));
         Ok((hold, recovered.or_else(somebody)))
     }
 
-    /// Has a thread of its own take the mutex and keep it, if it gets it.
+    /// Starts a thread that acquires the mutex and holds it, if it succeeds.
     fn take(&self, cancel: Option<Arc<Event>>, until: Option<Instant>) -> Result<(Acquired, Hold)> {
         let object = mutex::object(&self.name, self.sharing).map_err(|error| Error::io("name", &self.name, error))?;
         let mutex = Mutex::open(&object, self.sharing).map_err(|error| Error::io("open", &object, error))?;
@@ -96,7 +97,7 @@ impl MutexLock {
             move || {
                 let taken = mutex.take(cancel.as_ref().map(|cancel| cancel.as_handle()), until);
                 let holds = matches!(taken, Ok(Acquired::Free | Acquired::Abandoned));
-                // It is waited for.
+                // The receiver always waits for this message.
                 let _ = tell.send(taken);
                 if !holds {
                     return Ok(());
@@ -122,7 +123,7 @@ impl MutexLock {
         hold.end().map_err(|error| Error::io("give back", &self.name, error))
     }
 
-    /// Writes down that `owner` holds the lock.
+    /// Records `owner` as the holder of the lock.
     pub(super) fn name_holder(&self, owner: &Owner) {
         if let Some(record) = self.record() {
             holder_record::name(record, owner);
@@ -137,7 +138,7 @@ impl MutexLock {
         (owner.liveness_by_name() != Liveness::Dead).then_some(owner)
     }
 
-    /// The names of the locks that somebody holds now, by their records. Makes nothing.
+    /// Returns the names of the locks that are held now according to their records. Creates nothing.
     pub(super) fn list(sharing: Sharing) -> Vec<(String, Option<Owner>, u32)> {
         let Some(directory) = runtime_dir::path(sharing) else { return Vec::new() };
         let held = |entry: std::io::Result<std::fs::DirEntry>| {
@@ -148,7 +149,7 @@ impl MutexLock {
         std::fs::read_dir(directory).into_iter().flatten().filter_map(held).collect()
     }
 
-    /// The record, as soon as it could be opened: what prevents that may pass.
+    /// Returns the record once it could be opened. A failed attempt is repeated, because its cause may be temporary.
     fn record(&self) -> Option<&File> {
         match self.record.get() {
             None => {
@@ -176,11 +177,11 @@ mod tests {
         let name = format!("lockkit-test-{}-abandoned", std::process::id());
         let sharing = Sharing::User(0);
         let object = mutex::object(&name, sharing).unwrap();
-        // As long as somebody has it open the kernel knows that it was abandoned.
+        // The kernel remembers that the mutex was abandoned as long as a handle to it is open.
         let _open = Mutex::open(&object, sharing).unwrap();
         std::thread::scope(|scope| {
             let holder = scope.spawn(|| Mutex::open(&object, sharing).unwrap().take(None, None).unwrap());
-            // Until the thread has ended, and not only what it does.
+            // Joins until the thread has ended, and not only its closure.
             assert_eq!(holder.join().unwrap(), Acquired::Free);
         });
         let lock = NamedLock::new(&name).unwrap();

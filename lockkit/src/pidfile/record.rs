@@ -17,11 +17,11 @@
 //! | 45 to 52 | time of the file's last write (mtime), in nanoseconds since 1970 |
 //! | 53 to 63 | the beginning of the program's name, 0 to 11 bytes of UTF-8 |
 //!
-//! Numbers are little-endian. ext4 keeps an attribute of up to 64 bytes with this name inside an inode of 256 bytes; a
-//! longer one takes a block of its own, and an acquisition four times as long.
+//! Numbers are little-endian. ext4 keeps an attribute of up to 64 bytes with this name inside an inode of 256 bytes. A
+//! longer attribute takes its own block, and makes an acquisition take four times as long.
 //!
-//! The attribute counts only for the content that it was set for: for its pid, and for its time. A program that writes
-//! its own pid into the file leaves an attribute that counts no more, even if it happens to have the same pid.
+//! The attribute is valid only for the content for which it was set: for its pid, and for its time. If a program writes
+//! its own pid into the file, the attribute becomes invalid, even if the pid happens to be the same.
 
 use std::net::IpAddr;
 use std::time::{Duration, SystemTime};
@@ -32,7 +32,7 @@ use crate::sys::process;
 /// At most this many bytes, and one more, are read. A longer file is no pidfile.
 pub(super) const MAX_LENGTH: usize = 4096;
 
-/// What a released file says that could not be removed. No part of a pid looks like it.
+/// The content of a released file that could not be removed. No part of a pid looks like it.
 pub(super) const BLANK: &str = "\n";
 
 /// The name of the attribute.
@@ -44,7 +44,7 @@ pub(super) const MAX_IDENTITY: usize = 64;
 const VERSION: u8 = 1;
 const PROGRAM: usize = 53;
 
-/// What a file was found to contain.
+/// The parsed content of a file.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Content {
     /// Nothing but white space and NULs.
@@ -53,22 +53,22 @@ pub(super) enum Content {
     Pids {
         /// In the order of the file, at least one.
         pids: Vec<u32>,
-        /// Whether the file contains nothing but one pid, as those of lockkit do.
+        /// Whether the file contains nothing but one pid, like the files of lockkit.
         alone: bool,
-        /// The host that is named behind the pid, if it is not known to be this one.
+        /// The host that is named after the pid, if it is not known to be this one.
         elsewhere: Option<String>,
     },
-    /// Something else; the rule of pidfiles that it breaks.
+    /// Something else. The value is the rule of pidfiles that it violates.
     Other(&'static str),
 }
 
-/// Reads the content of a file. `bytes` has a byte more than [`MAX_LENGTH`] if the file has.
+/// Parses the content of a file. `bytes` has a byte more than [`MAX_LENGTH`] if the file has.
 ///
 /// - White space at the beginning is skipped, line ends included.
-/// - A decimal number follows, and behind it white space, a NUL or the end.
-/// - Further numbers of the line are pids, too, up to the first other word. Further lines are, as long as they contain
-///   nothing but numbers. A number that no process can have as its pid ends the list.
-/// - A host that is named with the pid has the process ([`host_of`]).
+/// - A decimal number follows, and after it white space, a NUL or the end.
+/// - Further numbers of the line are pids, too, up to the first other word. Further lines count, too, as long as they
+///   contain nothing but numbers. A number that cannot be a pid ends the list.
+/// - If a host is named with the pid, the process is on that host ([`host_of`]).
 /// - A file of four bytes that ends with a NUL is also read as a binary pid, as old UUCP programs write it. Without a
 ///   number it is not blank.
 pub(super) fn parse(bytes: &[u8]) -> Content {
@@ -83,7 +83,7 @@ pub(super) fn parse(bytes: &[u8]) -> Content {
         };
     }
     let text = &bytes[begin..];
-    // A C string is over at its end, whatever its buffer has behind it.
+    // A C string ends at its NUL, whatever follows in its buffer.
     let text = text.split(|byte| *byte == 0).next().unwrap_or_default();
     let lines: Vec<_> = text.split(|byte| *byte == b'\n').map(words).collect();
     let numbers = |words: &[&[u8]]| words.iter().map_while(|word| pid(word).ok()).collect::<Vec<_>>();
@@ -91,7 +91,7 @@ pub(super) fn parse(bytes: &[u8]) -> Content {
     for words in lines.iter().filter(|words| !words.is_empty()) {
         let more = numbers(words);
         let is_whole = more.len() == words.len();
-        // Behind the first line, only lines of nothing but pids count.
+        // After the first line, only lines of nothing but pids count.
         if pids.is_empty() || is_whole {
             pids.extend(more);
         }
@@ -113,10 +113,10 @@ pub(super) fn parse(bytes: &[u8]) -> Content {
     Content::Pids { pids, alone, elsewhere }
 }
 
-/// The host of the process, if the file names one:
-/// - behind the pid in the only line, as git and shell scripts write it. UUCP programs write their own name there, and blanks
-///   before the pid;
-/// - in the third line of three or five, behind the pid and the program, as QLockFile of Qt writes it.
+/// Returns the host of the process, if the file names one:
+/// - After the pid in the only line, as git and shell scripts write it. UUCP programs write their own name there, and
+///   blanks before the pid.
+/// - In the third line of three or five, after the pid and the program, as QLockFile of Qt writes it.
 fn host_of<'t>(lines: &[Vec<&'t [u8]>]) -> Option<&'t [u8]> {
     let end = lines.iter().rposition(|words| !words.is_empty())? + 1;
     match &lines[..end] {
@@ -132,7 +132,7 @@ fn host_of<'t>(lines: &[Vec<&'t [u8]>]) -> Option<&'t [u8]> {
     }
 }
 
-/// As isspace(3) has it.
+/// Returns whether isspace(3) counts the byte as white space.
 fn is_space(byte: u8) -> bool {
     byte.is_ascii_whitespace() || byte == 0x0b
 }
@@ -154,8 +154,8 @@ fn pid(word: &[u8]) -> Result<u32, &'static str> {
     }
 }
 
-/// Whether the word may be the name or the address of another host than this one. A number, a date, an option and a path
-/// are none.
+/// Returns whether the word may be the name or the address of another host. A number, a date, an option and a path are
+/// not.
 fn is_foreign(word: &[u8]) -> bool {
     let is_name = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_' | b':') || *byte > 127;
     let is_letter = |byte: &u8| byte.is_ascii_alphabetic() || *byte > 127;
@@ -165,12 +165,13 @@ fn is_foreign(word: &[u8]) -> bool {
     (may_be_host || is_address()) && !word.eq_ignore_ascii_case(process::host_name().as_bytes())
 }
 
-/// The content of the file of the process `pid`.
+/// Returns the content of the file of the process `pid`.
 pub(super) fn content(pid: u32) -> String {
     format!("{pid}\n")
 }
 
-/// The identity of `owner`, for a file that was last written then; `None` if the owner is not known completely.
+/// Returns the identity of `owner`, for a file that was last written at `written`. Returns `None` if the owner is not
+/// known completely.
 pub(super) fn identity(owner: &Owner, written: SystemTime) -> Option<Vec<u8>> {
     let mut bytes = vec![VERSION];
     bytes.extend(owner.pid.to_le_bytes());
@@ -188,7 +189,7 @@ pub(super) fn identity(owner: &Owner, written: SystemTime) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// Reads an identity that counts for a file that contains `pid` and was last written then.
+/// Reads an identity that is valid for a file that contains `pid` and was last written at `written`.
 pub(super) fn read_identity(bytes: &[u8], pid: u32, written: SystemTime) -> Option<Owner> {
     if bytes.len() > MAX_IDENTITY || *bytes.first()? != VERSION {
         return None;
@@ -197,7 +198,7 @@ pub(super) fn read_identity(bytes: &[u8], pid: u32, written: SystemTime) -> Opti
     let is_right = bytes.get(1..5)? == pid.to_le_bytes() && number(45)? == nanos(written)?;
     let host = match process::host() {
         Some(host) if sum(host) == number(37)? => host.to_owned(),
-        // Its name is not known here.
+        // The name of that host is not known here.
         _ => format!("{:016x}", number(37)?),
     };
     let program = std::str::from_utf8(bytes.get(PROGRAM..)?).ok()?;
@@ -213,9 +214,9 @@ pub(super) fn read_identity(bytes: &[u8], pid: u32, written: SystemTime) -> Opti
     })
 }
 
-/// Whether the identity had no room for the whole name of the program.
+/// Returns whether the identity had no room for the whole name of the program.
 pub(super) fn is_program_cut(owner: &Owner) -> bool {
-    // A letter takes up to four bytes.
+    // A character takes up to four bytes.
     owner.program.as_ref().is_none_or(|program| program.len() + 4 > MAX_IDENTITY - PROGRAM)
 }
 
@@ -223,12 +224,12 @@ fn nanos(moment: SystemTime) -> Option<u64> {
     u64::try_from(moment.duration_since(SystemTime::UNIX_EPOCH).ok().as_ref().map(Duration::as_nanos)?).ok()
 }
 
-/// FNV-1a.
+/// Returns the FNV-1a sum.
 pub(super) fn sum(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, |sum, byte| (sum ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3))
 }
 
-/// The beginning of the first line, for people.
+/// Returns the beginning of the first line, for people.
 pub(super) fn shown(bytes: &[u8]) -> String {
     const MAX_SHOWN: usize = 40;
     let first = bytes.split(|byte| *byte == b'\n').next().unwrap_or_default();

@@ -1,19 +1,20 @@
-//! The holder of a pidfile: the one judgement that acquisitions, [`PidFile::inspect`] and removals share.
+//! Judges whether a pidfile is held. Acquisitions, [`PidFile::inspect`] and removals share this code.
 //!
 //! | the file | verdict |
 //! |---|---|
 //! | a process has the write lock | held |
 //! | it has an identity that counts ([`record`]) | held while its owner lives; an owner of another pid namespace of this boot, which had the write lock for life, is gone; any other owner that cannot be looked up may live |
 //! | it contains pids of other programs | held while one of them lives that did not start after the file was written |
-//! | it contains a pid and the name of another host | held: nothing here can tell |
-//! | it names this very process, and no other that lives | free: it is from before an exec, or from a supervisor |
-//! | it is blank | held for [`YOUNG`], for a program may be about to write; then free. One line end is free at once |
+//! | it contains a pid and the name of another host | held: this host cannot tell |
+//! | it names this very process, and no other live process | free: it is from before an exec, or from a supervisor |
+//! | it is blank | held for [`YOUNG`], because a program may be about to write; then free. One line end is free at once |
 //! | it contains anything else | no pidfile |
 //!
-//! A blank file, and one that only a dead process of another program names, is held all the same while a trusted process
-//! has a flock on it: pidfile(3) of BSD makes and locks the file long before it writes the pid, and children keep the lock.
+//! A flock of a trusted process counts on a blank file, and on a file that names only dead processes of other programs:
+//! the file is held. The reason: pidfile(3) of BSD creates and locks the file long before it writes the
+//! pid, and children keep the lock.
 //!
-//! The write lock is looked at before the content. It is only ever taken on a new file, so once it is seen free no owner
+//! The write lock is checked before the content. It is only ever taken on a new file, so once it is seen free, no owner
 //! of lockkit's changes the file any more.
 //!
 //! [`PidFile::inspect`]: super::PidFile::inspect
@@ -33,34 +34,34 @@ use crate::sys::{tmpfile, write_lock, xattr};
 /// For this long after its last write, a blank file may be about to be written.
 const YOUNG: Duration = Duration::from_secs(2);
 
-/// A process must have started as long after the last write of a file for its pid to count as reused. The two moments
-/// come from different clocks, of which one is set from time to time.
+/// A pid counts as reused if its process started at least this long after the last write of the file. The two times
+/// come from different clocks, and one of these clocks is set from time to time.
 const REUSE_MARGIN: Duration = Duration::from_secs(60);
 
-/// What a file means to a process that wants it.
+/// The meaning of a file for a process that wants the lock.
 #[derive(Debug)]
 pub(super) enum Verdict {
     Held {
         /// The holder, as far as it is known.
         owner: Option<Owner>,
-        /// Whether the write lock shows it: then the kernel wakes waiters.
+        /// Whether the file is held by the write lock: then the kernel wakes waiters.
         by_lock: bool,
     },
-    /// It names only processes that are proven dead; the first of them.
+    /// It names only processes that are proven dead. This is the first of them.
     Stale(Owner),
     /// It names this very process.
     Own(Owner),
     Blank {
-        /// How long ago it was last written, by the wall clock.
+        /// The time since its last write, by the wall clock.
         age: Duration,
-        /// Whether it may be about to be written.
+        /// Whether a program may be about to write it.
         young: bool,
     },
-    /// It is no pidfile; the rule that it breaks.
+    /// It is no pidfile. The value is the rule that it violates.
     Other(&'static str),
 }
 
-/// Judges the open file, which `path` named a moment ago. Gives its content, too.
+/// Judges the open file, which `path` named a moment ago. Also returns its content.
 pub(super) fn judge(path: &Path, file: &File) -> io::Result<(Verdict, Vec<u8>)> {
     let lock = write_lock::holder(file)?;
     let bytes = read_settled(file)?;
@@ -93,15 +94,15 @@ pub(super) fn judge(path: &Path, file: &File) -> io::Result<(Verdict, Vec<u8>)> 
     Ok((verdict, bytes))
 }
 
-/// Judges a file with an identity, and without a write lock. An owner that has started another program, or has closed its
-/// descriptors, has lost the lock and holds the file all the same.
+/// Judges a file with an identity and without a write lock. An owner that has executed another program (exec), or has
+/// closed its descriptors, has lost the lock and holds the file all the same.
 fn of_owner(owner: Owner) -> Verdict {
     if owner.is_this_process() {
         return Verdict::Own(owner);
     }
     match owner.liveness_by_name() {
         Liveness::Dead => Verdict::Stale(owner),
-        // Such an owner had the write lock on this kernel, and it is free: a container was killed.
+        // Such an owner had the write lock on this kernel, and the lock is free: a container was killed.
         Liveness::Unknown if owner.is_of_another_namespace() => Verdict::Stale(owner),
         Liveness::Alive | Liveness::Unknown => Verdict::Held { owner: Some(shown(owner)), by_lock: false },
     }
@@ -123,7 +124,7 @@ fn of_program(pids: &[u32], path: &Path, file: &File, seen: &Seen) -> io::Result
     })
 }
 
-/// The holder of a file whose write lock the process `pid` has, or one that the kernel does not name.
+/// Returns the holder of a write-locked file. The process `pid` has the lock; the kernel may not name the process.
 fn owner_of_locked(pid: u32, content: &Content, file: &File, seen: &Seen) -> io::Result<Option<Owner>> {
     if let Content::Pids { pids, alone, .. } = content {
         let identity = if *alone { identity(file, pids[0], seen)? } else { None };
@@ -137,14 +138,14 @@ fn owner_of_locked(pid: u32, content: &Content, file: &File, seen: &Seen) -> io:
     Ok(Owner::of(pid))
 }
 
-/// The owner by the attribute of a file that contains `pid`.
+/// Returns the owner from the attribute of a file that contains `pid`.
 pub(super) fn identity(file: &File, pid: u32, seen: &Seen) -> io::Result<Option<Owner>> {
     let mut room = [0; record::MAX_IDENTITY];
     let Some(bytes) = xattr::get(file, record::NAME, &mut room)? else { return Ok(None) };
     Ok(seen.modified().ok().and_then(|written| record::read_identity(bytes, pid, written)))
 }
 
-/// With the whole name of its program, while it lives.
+/// Returns the owner, with the whole name of its program while it lives.
 fn shown(mut owner: Owner) -> Owner {
     if record::is_program_cut(&owner) && owner.liveness_by_name() == Liveness::Alive {
         owner.program = process::program(owner.pid).or(owner.program);
@@ -152,20 +153,20 @@ fn shown(mut owner: Owner) -> Owner {
     owner
 }
 
-/// How long ago the file was last written; `None` when that lies in the future.
+/// Returns the time since the last write of the file, and `None` for a time in the future.
 fn age(seen: &Seen) -> Option<Duration> {
     SystemTime::now().duration_since(seen.modified().ok()?).ok()
 }
 
-/// Whether the file was written just now, by a clock that may run as far ahead of ours, as a file server's does. A time
-/// further in the future, which is the clock's fault, is not just now.
+/// Returns whether the file was written less than [`YOUNG`] ago. A file server's clock may be ahead of this one by the
+/// same time. A time further in the future is a fault of a clock, and does not count.
 fn is_young(seen: &Seen) -> bool {
     let Ok(written) = seen.modified() else { return false };
     let apart = SystemTime::now().duration_since(written).unwrap_or_else(|ahead| ahead.duration());
     apart < YOUNG
 }
 
-/// The process that another program's file names, if it may be the one that the file was written for.
+/// Returns the process that another program's file names, if the file may have been written for it.
 pub(super) fn living(pid: u32, file: &File, seen: &Seen) -> Option<Owner> {
     let start = match process::probe(pid) {
         Probe::Gone | Probe::Ended => return None,
@@ -175,25 +176,25 @@ pub(super) fn living(pid: u32, file: &File, seen: &Seen) -> Option<Owner> {
     (!is_later).then(|| Owner::read(pid, start))
 }
 
-/// Whether a process that started then is later than the file, as far as the clocks can tell.
+/// Returns whether a process with this start time is later than the file, as far as the clocks show.
 fn started_later(start: u64, file: &File, seen: &Seen) -> Option<bool> {
     let written = seen.modified().ok()?;
-    // Nothing in memory is older than the boot: the clock was set forward since, and tells nothing.
+    // No file in memory is older than the boot: the clock was set forward since, and proves nothing.
     let clock_was_set = written < process::booted_at()? && tmpfile::is_in_memory(file);
     Some(!clock_was_set && process::started_at(start)? > written.checked_add(REUSE_MARGIN)?)
 }
 
-/// The owner of a file that another program wrote: it took the lock, as far as it is one, when it did.
+/// Returns the owner of a file that another program wrote. Its time of acquisition is that of the write.
 fn writer(owner: Owner, seen: &Seen) -> Owner {
     Owner { acquired: seen.modified().ok(), ..owner }
 }
 
-/// The beginning of a file, up to a byte more than [`record::MAX_LENGTH`].
+/// Returns the beginning of a file, up to a byte more than [`record::MAX_LENGTH`].
 pub(super) fn read(file: &File) -> io::Result<Vec<u8>> {
     beginning(file, record::MAX_LENGTH + 1)
 }
 
-/// As [`read`], until the same was seen twice: not every file system keeps a read and a write apart.
+/// Reads like [`read`], until two reads are equal: not every file system makes a read and a write atomic.
 fn read_settled(file: &File) -> io::Result<Vec<u8>> {
     const MAX_READS: u32 = 8;
     let mut bytes = read(file)?;
@@ -206,9 +207,9 @@ fn read_settled(file: &File) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The process that has a flock on a file of another program's, where it is one to trust: root's, this user's, or that
-/// of the file's owner. Any other user with read permission can lock it, and that means nothing. `Some(None)` is a
-/// process that cannot be looked up, and may be one to trust.
+/// Returns the process that has a flock on another program's file, if it is trusted: root's, this user's, or the
+/// file owner's. Any other user with read permission can lock the file, so that lock is ignored. `Some(None)` is
+/// a process that cannot be looked up, and that may be trusted.
 #[cfg(target_os = "linux")]
 fn flock_holder(path: &Path, file: &File, seen: &Seen) -> io::Result<Option<Option<Owner>>> {
     use crate::proc_locks::FileLocks;
@@ -218,7 +219,7 @@ fn flock_holder(path: &Path, file: &File, seen: &Seen) -> io::Result<Option<Opti
     // The kernel's table has no locks of processes that a pid namespace hides.
     let sees_all = process::pid_namespace().is_some_and(process::is_of_the_host);
     let shown = |locks: &FileLocks| match locks.on(path) {
-        // It was removed just now.
+        // The file was removed just now.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         on => on.map(|on| on.flock),
     };
@@ -236,7 +237,7 @@ fn flock_holder(path: &Path, file: &File, seen: &Seen) -> io::Result<Option<Opti
     let me = rustix::process::geteuid().as_raw();
     let is_trusted = |uid: u32| [0, me, seen.uid()].contains(&uid);
     let pids = shown(&FileLocks::read(""))?.map(|locked| locked.pids).unwrap_or_default();
-    // A process that ends meanwhile has no users any more, and no lock.
+    // A process that ends meanwhile has neither users nor a lock.
     let users: Vec<_> = pids.iter().filter_map(|pid| Some((*pid, process::users(*pid)?))).collect();
     if let Some((pid, _)) = users.iter().find(|(_, users)| users.iter().all(|uid| is_trusted(*uid))) {
         return Ok(Some(Owner::of(*pid)));
@@ -244,14 +245,14 @@ fn flock_holder(path: &Path, file: &File, seen: &Seen) -> io::Result<Option<Opti
     if !users.is_empty() {
         return Ok(None);
     }
-    // Its own processes a user sees in any case, and root sees all, unless a pid namespace or an option of /proc hides them.
+    // A user sees its own processes, and root sees all, unless a pid namespace or an option of /proc hides them.
     let has_proc = process::users(std::process::id()).is_some();
     let is_hidden = |pid: &u32| matches!(process::probe(*pid), Probe::Running(_));
     let may_be_hidden = !sees_all || !has_proc || (me != 0 && me != seen.uid()) || pids.iter().any(is_hidden);
     Ok(may_be_hidden.then_some(None))
 }
 
-/// The write lock is a flock here.
+/// Always `None`: the write lock is a flock here.
 #[cfg(not(target_os = "linux"))]
 fn flock_holder(_: &Path, _: &File, _: &Seen) -> io::Result<Option<Option<Owner>>> {
     Ok(None)

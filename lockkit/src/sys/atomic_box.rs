@@ -1,6 +1,6 @@
-//! A place for one value, which any thread can put there or take away without waiting.
+//! A slot for one value. Any thread can put the value there or take it without waiting.
 //!
-//! One atomic exchange for each, where a mutex takes two; and none that a fork could leave locked.
+//! Each operation is one atomic exchange; a mutex takes two. A fork cannot leave the slot locked.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -19,7 +19,7 @@ impl<T> Slot<T> {
         Self { value: AtomicPtr::new(ptr::null_mut()), owns: PhantomData }
     }
 
-    /// The value, which is then no longer there.
+    /// Takes the value out of the slot.
     pub(crate) fn take(&self) -> Option<Box<T>> {
         let value = self.value.swap(ptr::null_mut(), Ordering::Acquire);
         // SAFETY: a pointer that is not null came from `Box::into_raw` in `put`, and the swap gave it to this call
@@ -27,11 +27,11 @@ impl<T> Slot<T> {
         (!value.is_null()).then(|| unsafe { Box::from_raw(value) })
     }
 
-    /// Puts a value there; drops it if there is one already.
+    /// Puts a value into the slot, or drops it if the slot is full.
     pub(crate) fn put(&self, value: Box<T>) {
         let value = Box::into_raw(value);
         if self.value.compare_exchange(ptr::null_mut(), value, Ordering::Release, Ordering::Relaxed).is_err() {
-            // SAFETY: the exchange failed, so the pointer just made by `Box::into_raw` is still this call's alone.
+            // SAFETY: the exchange failed, so only this call has the pointer that `Box::into_raw` just made.
             drop(unsafe { Box::from_raw(value) });
         }
     }

@@ -1,7 +1,7 @@
-//! The time since the system started, that asleep included.
+//! The time since the system started, including the time asleep.
 //!
 //! Linux and Android have a clock for it, and macOS (`darwin`). OpenBSD's monotonic clock counts sleep. FreeBSD's and
-//! NetBSD's may stand still while the machine is suspended, as servers are not.
+//! NetBSD's clocks may stop while the machine is suspended; servers are not suspended.
 
 use std::time::Duration;
 
@@ -24,7 +24,8 @@ pub(crate) fn now() -> Duration {
     super::darwin::time_since_start()
 }
 
-/// Nanoseconds of the monotonic clock, for short spans. A number costs less to keep and compare than an `Instant`.
+/// Returns the nanoseconds of the monotonic clock, for short spans. A number costs less to keep and compare than an
+/// `Instant`.
 #[inline]
 pub(crate) fn nanos() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);

@@ -1,4 +1,4 @@
-//! What macOS and its kin tell only by calls of their own.
+//! Information that macOS and its relatives give only through their own calls.
 
 use std::ffi::{CStr, CString, OsStr};
 use std::io;
@@ -7,13 +7,13 @@ use std::path::PathBuf;
 use std::ptr;
 use std::time::Duration;
 
-/// The directory that the system makes for the files of each user: `DARWIN_USER_DIR` of [confstr(3)]. No environment
-/// variable moves it, and nobody cleans it.
+/// Returns the directory that the system makes for the files of each user: `DARWIN_USER_DIR` of [confstr(3)]. No
+/// environment variable moves it, and no process cleans it.
 ///
 /// [confstr(3)]: https://developer.apple.com/library/archive/documentation/System/Conceptual/ManPages_iPhoneOS/man3/confstr.3.html
 pub(crate) fn user_directory() -> io::Result<PathBuf> {
     let mut path = [0_u8; libc::PATH_MAX as usize];
-    // SAFETY: the call writes no more than it is told there is room for, the zero included.
+    // SAFETY: the call writes at most the given number of bytes, including the zero.
     let length = unsafe { libc::confstr(libc::_CS_DARWIN_USER_DIR, path.as_mut_ptr().cast(), path.len()) };
     match CStr::from_bytes_until_nul(&path) {
         Ok(path) if (1..=libc::PATH_MAX as usize).contains(&length) => Ok(OsStr::from_bytes(path.to_bytes()).into()),
@@ -21,14 +21,14 @@ pub(crate) fn user_directory() -> io::Result<PathBuf> {
     }
 }
 
-/// What tells this boot from every other one: a UUID that the kernel makes when it starts.
+/// Returns the identity of this boot: a UUID that the kernel makes when it starts.
 pub(crate) fn boot_session() -> Option<u128> {
     let text = sysctl("kern.bootsessionuuid")?;
     let text = std::str::from_utf8(&text).ok()?.trim_end_matches('\0');
     u128::from_str_radix(&text.replace('-', ""), 16).ok()
 }
 
-/// The id of this machine: that of its hardware, as far as the system tells it.
+/// Returns the id of this machine: the id of its hardware, if the system reports one.
 pub(crate) fn machine() -> Option<String> {
     let mut id = [0_u8; 16];
     let wait = libc::timespec { tv_sec: 1, tv_nsec: 0 };
@@ -41,18 +41,18 @@ fn sysctl(name: &str) -> Option<Vec<u8>> {
     let name = CString::new(name).ok()?;
     let mut value = vec![0_u8; 128];
     let mut length = value.len();
-    // SAFETY: the name ends with a zero, and the call writes no more than it is told there is room for.
+    // SAFETY: the name ends with a zero, and the call writes at most the given number of bytes.
     let status =
         unsafe { libc::sysctlbyname(name.as_ptr(), value.as_mut_ptr().cast(), &raw mut length, ptr::null_mut(), 0) };
     value.truncate(length);
     (status == 0).then_some(value)
 }
 
-/// The time since the machine started, that asleep included: `CLOCK_MONOTONIC_RAW`, which is `mach_continuous_time` and,
-/// unlike `CLOCK_MONOTONIC` in earlier versions, is moved by nobody who sets the clock.
+/// Returns the time since the machine started, including the time asleep: `CLOCK_MONOTONIC_RAW`, which is
+/// `mach_continuous_time`. Unlike `CLOCK_MONOTONIC` in earlier versions, setting the clock does not move it.
 pub(crate) fn time_since_start() -> Duration {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: writes the time that it is given a place for. It does not fail for this clock.
+    // SAFETY: the call writes the time to the given address. It does not fail for this clock.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_RAW, &raw mut now) };
     Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
 }

@@ -1,4 +1,4 @@
-//! An event that wakes whoever waits for it, and the one wait that everything here sleeps in.
+//! An event that wakes its waiters, and the one wait function of this crate.
 
 use std::io;
 #[cfg(not(target_os = "linux"))]
@@ -15,7 +15,7 @@ use super::fork::ForkGuarded;
 pub(crate) struct Event {
     /// Readable once the event is set.
     fd: ForkGuarded,
-    /// Where writing sets it, on systems without `eventfd`.
+    /// Writing to it sets the event, on systems without `eventfd`.
     #[cfg(not(target_os = "linux"))]
     writer: ForkGuarded,
 }
@@ -42,20 +42,21 @@ impl Event {
         Ok(Self { fd: note(fd), writer: note(writer) })
     }
 
-    /// Whether the descriptor still means the event: a program that closed it may have a file of its own by this number.
+    /// Whether the descriptor still refers to the event: a program that closed it may have its own file under the
+    /// number.
     pub(crate) fn is_own(&self) -> bool {
         self.fd.is_own()
     }
 
-    /// Wakes everybody who waits, now and later.
+    /// Wakes all waiters, now and later.
     pub(crate) fn set(&self) {
         #[cfg(target_os = "linux")]
         let writer = &self.fd;
         #[cfg(not(target_os = "linux"))]
         let writer = &self.writer;
-        // A program that closed the descriptor may have a file of its own by this number.
+        // A program that closed the descriptor may have its own file under this number.
         if writer.is_own() {
-            // A write can only fail because the event is set many times over already.
+            // A write can only fail because the event is already set many times.
             let _ = rustix::io::write(&**writer, &1_u64.to_ne_bytes());
         }
     }
@@ -74,14 +75,14 @@ pub(crate) enum Woke {
     Ready,
     /// The event was set.
     Cancelled,
-    /// The moment came.
+    /// The deadline passed.
     TimedOut,
 }
 
-/// Sleeps until `fd` can be read, `cancel` is set or `until` has come, whichever is first. Where two come together the
-/// descriptor wins: what it brings would be lost otherwise.
+/// Sleeps until `fd` is readable, `cancel` is set or `until` passes, whichever is first. If two happen together, the
+/// descriptor wins: its data would be lost otherwise.
 ///
-/// poll(2); signals do not end the wait.
+/// Uses poll(2); signals do not end the wait.
 pub(crate) fn wait(
     fd: Option<BorrowedFd<'_>>,
     cancel: Option<BorrowedFd<'_>>,
@@ -90,7 +91,7 @@ pub(crate) fn wait(
     wait_as(fd.map(watch), cancel, until)
 }
 
-/// As [`wait`], until `fd` can be written to, or its other end is closed.
+/// Waits as [`wait`] does, until `fd` is writable or its other end is closed.
 #[cfg(target_os = "linux")]
 pub(crate) fn wait_for_room(
     fd: BorrowedFd<'_>,
@@ -100,8 +101,8 @@ pub(crate) fn wait_for_room(
     wait_as(Some(PollFd::from_borrowed_fd(fd, PollFlags::OUT)), cancel, until)
 }
 
-/// As [`wait`], until the other end of `fd` has ended its stream, or has hung up. Data alone does not wake: the kernel
-/// wakes a sleeper in poll(2) only for events that it asked for.
+/// Waits as [`wait`] does, until the other end of `fd` has ended its stream or has hung up. Data alone does not wake:
+/// the kernel wakes a sleeper in poll(2) only for the requested events.
 #[cfg(target_os = "linux")]
 pub(crate) fn wait_for_end(
     fd: Option<BorrowedFd<'_>>,
@@ -140,8 +141,8 @@ fn wait_as(fd: Option<PollFd<'_>>, cancel: Option<BorrowedFd<'_>>, until: Option
     }
 }
 
-/// Sleeps until `fd` can be read or has hung up, or can be written where `to_write` says so; false when `until` came
-/// first. As [`wait`].
+/// Sleeps until `fd` is readable or has hung up, or is writable if `to_write` is set. Returns false if `until` passed
+/// first. Otherwise waits as [`wait`] does.
 #[cfg(feature = "postgres")]
 pub(crate) fn wait_for_traffic(fd: BorrowedFd<'_>, to_write: bool, until: Instant) -> io::Result<bool> {
     let flags = if to_write { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
@@ -157,7 +158,7 @@ pub(crate) fn wait_for_traffic(fd: BorrowedFd<'_>, to_write: bool, until: Instan
     }
 }
 
-/// Whether `fd` can be read now.
+/// Whether `fd` is readable now.
 #[cfg_attr(not(target_os = "linux"), allow(dead_code))]
 pub(crate) fn is_readable(fd: BorrowedFd<'_>) -> bool {
     let mut polled = [watch(fd)];

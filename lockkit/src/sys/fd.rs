@@ -1,4 +1,4 @@
-//! What can be waited for and locked: descriptors here, handles on Windows, by one set of names.
+//! The objects that can be waited for and locked, under common names: descriptors here, handles on Windows.
 
 #[cfg(not(target_os = "linux"))]
 pub(crate) use std::os::fd::OwnedFd;

@@ -1,7 +1,7 @@
 //! Whole-file locks: flock(2), through `fs2`.
 //!
-//! The only module that knows the crate. Its gaps are closed here: a wait that a signal interrupts goes on, and a
-//! lock that somebody else holds is a `false`, not an error to compare.
+//! Only this module uses the crate. It closes the gaps of `fs2`: a wait continues after a signal, and contention is
+//! `false`, not an error to compare.
 
 use std::fs::File;
 use std::io;
@@ -13,13 +13,13 @@ use crate::failpoint::step;
 /// How much a lock on a file excludes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
-    /// Other shared ones are welcome.
+    /// Allows other shared locks.
     Shared,
-    /// Nobody else.
+    /// Allows no other lock.
     Exclusive,
 }
 
-/// Takes the lock, waiting in the kernel for as long as it takes.
+/// Acquires the lock. Waits in the kernel without a limit.
 pub(crate) fn lock(file: &File, mode: Mode) -> io::Result<()> {
     retried(|| match mode {
         Mode::Shared => FileExt::lock_shared(file),
@@ -27,7 +27,7 @@ pub(crate) fn lock(file: &File, mode: Mode) -> io::Result<()> {
     })
 }
 
-/// Takes the lock if it is free; says whether it was.
+/// Acquires the lock if it is free. Returns whether it was.
 pub(crate) fn try_lock(file: &File, mode: Mode) -> io::Result<bool> {
     let tried = retried(|| match mode {
         Mode::Shared => FileExt::try_lock_shared(file),
@@ -40,7 +40,7 @@ pub(crate) fn try_lock(file: &File, mode: Mode) -> io::Result<bool> {
     }
 }
 
-/// Gives the lock back, also where a forked child still has the descriptor.
+/// Releases the lock, also if a forked child still has the descriptor.
 pub(crate) fn unlock(file: &File) -> io::Result<()> {
     retried(|| FileExt::unlock(file))
 }
@@ -48,7 +48,7 @@ pub(crate) fn unlock(file: &File) -> io::Result<()> {
 /// Whether the error says that the file system has no flock at all, so that no process can hold one on the file. Any
 /// other error (`ENOLCK`, `ENOMEM`, `EIO`) says nothing about the locks of other processes.
 pub(crate) fn is_unsupported(error: &io::Error) -> bool {
-    // ENOTSUP and EOPNOTSUPP are one number on Linux only.
+    // ENOTSUP and EOPNOTSUPP are the same number on Linux only.
     let unsupported = [libc::ENOSYS, libc::EOPNOTSUPP, libc::ENOTSUP];
     error.raw_os_error().is_some_and(|code| unsupported.contains(&code))
 }
@@ -58,7 +58,7 @@ fn retried(mut call: impl FnMut() -> io::Result<()>) -> io::Result<()> {
         match call() {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             result => {
-                // One that failed has changed nothing.
+                // A failed call has changed nothing.
                 if result.is_ok() {
                     step("flock called");
                 }

@@ -1,24 +1,23 @@
-//! Descriptors that belong to locks: a forked child does not keep them, and another file is never taken for one.
+//! Descriptors that belong to locks: a forked child does not keep them, and another file is never mistaken for one.
 //!
 //! # Forks
-//! A lock lives in a descriptor, and `fork` copies descriptors: a child that outlives its parent would keep the
-//! parent's lock, and a name would stay taken after its release for as long as the child lives. Programs started with
-//! exec are no concern, for every descriptor here is close-on-exec. For a plain fork, a handler registered with
-//! [pthread_atfork(3)] runs in the child and puts an inert pipe end in the place of every [`ForkGuarded`] descriptor. The
-//! child's copies of the guards stay valid objects, whose descriptors close as usual and lock nothing.
+//! A lock lives in a descriptor, and `fork` copies descriptors. A child that outlives its parent would keep the
+//! parent's lock, and a name would stay taken after its release while the child lives. Programs started with exec are
+//! no problem, because every descriptor here is close-on-exec. For a plain fork, a handler registered with
+//! [pthread_atfork(3)] runs in the child and replaces every [`ForkGuarded`] descriptor with an inert pipe end. The
+//! child's copies of the guards stay valid objects. Their descriptors close as usual and lock nothing.
 //!
 //! A thread that makes or closes such a descriptor has a *claim* meanwhile. A fork waits until no other thread has a
 //! claim, and a claim waits until no other thread forks. A thread never waits for itself: a signal handler may fork
-//! while its thread has a claim. Both waits sleep after some turns, because the other thread may need this processor.
+//! while its thread has a claim. Both waits sleep after some yields, because the other thread may need this processor.
 //! A process made with a raw `clone` system call runs no handlers and is not covered.
 //!
 //! # Foreign closes
-//! A program may close descriptors that it did not open, with close_range(2) or in a loop, and open files that get the
-//! same numbers. So each descriptor is noted by its number, and each note of a number has a turn of its own. The note of
-//! a descriptor that outlives the call which made it also has the device and inode of its file, or the name of
-//! its socket. [`ForkGuarded::is_own`] compares all that. A descriptor that is not its owner's any more
-//! is not closed, not used, and not replaced in a forked child. What a program closes while a call of lockkit is under
-//! way is not always noticed.
+//! A program may close descriptors that it did not open, with close_range(2) or in a loop. It may then open files that
+//! get the same numbers. So lockkit notes each descriptor by its number, and each note of a number has its own turn
+//! number. If a descriptor outlives the call that made it, its note also has the device and inode of its file, or the
+//! name of its socket. [`ForkGuarded::is_own`] compares all of these. A descriptor that is not its owner's any more is
+//! not closed, not used, and not replaced in a forked child. A close during a call of lockkit is not always noticed.
 //!
 //! [pthread_atfork(3)]: https://man7.org/linux/man-pages/man3/pthread_atfork.3.html
 
@@ -37,16 +36,16 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
-/// How many forks lie between the first process to use lockkit and this one.
+/// The number of forks between the first process that used lockkit and this process.
 static GENERATION: AtomicU32 = AtomicU32::new(0);
 
-/// Claims, in multiples of [`CLAIM`], and forks under way, in multiples of [`FORK`].
+/// Claims, in multiples of [`CLAIM`], and forks in progress, in multiples of [`FORK`].
 static COUNTS: AtomicU64 = AtomicU64::new(0);
 const CLAIM: u64 = 1;
 const FORK: u64 = 1 << 32;
 
 thread_local! {
-    /// This thread's part of [`COUNTS`]. Without a destructor, so that it is there in every handler.
+    /// This thread's part of [`COUNTS`]. It has no destructor, so it exists in every handler.
     static OWN: Cell<u64> = const { Cell::new(0) };
 }
 
@@ -58,7 +57,7 @@ const fn forks(counts: u64) -> u64 {
     counts / FORK
 }
 
-/// Holds forks of other threads off.
+/// Delays forks of other threads.
 #[derive(Debug)]
 struct Claim(PhantomData<*const ()>);
 
@@ -84,21 +83,22 @@ impl Drop for Claim {
     }
 }
 
-/// Takes a claim out of [`COUNTS`], unless there is none: a forked child begins without, also where its thread has one.
+/// Subtracts a claim from [`COUNTS`], unless there is none: a forked child starts with none, even if its thread has
+/// one.
 fn uncount_claim() {
     let without = |counts: u64| (claims(counts) > 0).then_some(counts.wrapping_sub(CLAIM));
     let _ = COUNTS.fetch_update(Ordering::SeqCst, Ordering::Relaxed, without);
 }
 
-/// How threads wait for each other here. Uses nothing that a handler of a fork may not.
+/// The pause with which threads wait for each other here. It uses only what a fork handler may use.
 #[derive(Default)]
 struct Pause(u32);
 
 impl Pause {
-    /// So often the thread only yields: mostly the other one is about to be done.
+    /// The number of pauses that only yield: usually the other thread is almost done.
     const YIELDS: u32 = 50;
 
-    /// A thread of a real-time class that only yields would keep a thread of a lower class off its processor.
+    /// A real-time thread that only yields would keep a thread of a lower class off its processor.
     fn sleep(&mut self) {
         match self.0.checked_sub(Self::YIELDS) {
             None => std::thread::yield_now(),
@@ -108,35 +108,35 @@ impl Pause {
     }
 }
 
-/// What is known of a descriptor number.
+/// The information about a descriptor number.
 struct Note {
-    /// How often the number was noted, in multiples of [`TURN`], and what the latest note says: one of [`FREE`],
-    /// [`SHIELDED`], [`KEPT`].
+    /// The number of notes so far, in multiples of [`TURN`], and the kind of the latest note: [`FREE`], [`SHIELDED`] or
+    /// [`KEPT`].
     state: AtomicU64,
     device: AtomicU64,
     inode: AtomicU64,
 }
 
 const TURN: u64 = 4;
-/// The number is no lock's.
+/// The number belongs to no lock.
 const FREE: u64 = 0;
-/// A forked child gets an inert descriptor in its place.
+/// A forked child gets an inert descriptor instead.
 const SHIELDED: u64 = 1;
 /// A forked child keeps it.
 const KEPT: u64 = 2;
 
-/// In fewer nanoseconds than these no program closes a file and opens another: that takes two system calls, and the second looks
-/// for a name.
+/// In less than this many nanoseconds no program closes a file and opens another: that takes two system calls, and the
+/// second one looks up a name.
 #[cfg(target_os = "linux")]
 const TOO_SHORT_TO_REPLACE: u64 = 200;
 
-/// By which a file is known: its device and inode.
+/// The identity of a file: its device and inode.
 type Identity = (u64, u64);
-/// That of a descriptor which does not outlive the call that made it, or which the system did not describe. It is taken
-/// for its owner's.
+/// The identity of a descriptor that does not outlive the call that made it, or that the system did not describe. Such
+/// a descriptor counts as its owner's.
 const UNKNOWN: Identity = (0, 0);
-/// What stands for the device of a socket that is known by its name, which takes no system call to note. The hash of the
-/// name stands for the inode.
+/// Replaces the device for a socket that is identified by its name, which takes no system call to note. The hash of the
+/// name replaces the inode.
 #[cfg(target_os = "linux")]
 const BY_NAME: u64 = u64::MAX;
 
@@ -150,7 +150,7 @@ impl Note {
         self.inode.store(inode, Ordering::Relaxed);
     }
 
-    /// Begins the next turn, of a descriptor that the kernel has just given to this thread.
+    /// Begins the next turn, for a descriptor that the kernel has just given to this thread.
     fn begin(&self, identity: Identity) -> u64 {
         self.set_identity(identity);
         let turn = self.state.load(Ordering::Relaxed) / TURN + 1;
@@ -158,36 +158,36 @@ impl Note {
         turn
     }
 
-    /// Whether the number is still a lock's, and of this turn.
+    /// Whether the number still belongs to a lock, and to this turn.
     fn is_of(&self, turn: u64) -> bool {
         let state = self.state.load(Ordering::Acquire);
         state / TURN == turn && state % TURN != FREE
     }
 
-    /// Says something else, unless the number has been noted again.
+    /// Changes the kind, unless the number has been noted again.
     fn set(&self, turn: u64, kind: u64) {
         let set = |state: u64| (state / TURN == turn).then_some(turn * TURN + kind);
         let _ = self.state.fetch_update(Ordering::AcqRel, Ordering::Relaxed, set);
     }
 }
 
-/// The notes by number, in tables of growing length: the first has [`FIRST`] notes, each further one twice as many as
-/// the one before. They are made when they are needed, and never freed.
+/// The notes by number, in tables of growing length. The first table has [`FIRST`] notes, and each further table has
+/// twice as many as the one before. Tables are made on demand and never freed.
 static NOTES: [AtomicPtr<Note>; TABLES] = [const { AtomicPtr::new(ptr::null_mut()) }; TABLES];
 const FIRST: usize = 64;
-/// Enough for every number.
+/// Enough tables for every number.
 const TABLES: usize = (RawFd::BITS - FIRST.ilog2()) as usize;
 
-/// The length of a table.
+/// Returns the length of a table.
 const fn length(table: usize) -> usize {
     FIRST << table
 }
 
-/// The notes of a table, if it is made.
+/// Returns the notes of a table, if the table is made.
 fn notes(table: usize) -> Option<&'static [Note]> {
     let start = NOTES[table].load(Ordering::Acquire);
-    // SAFETY: not null, so `make` put it there: it has this length and is never freed. A `Note` consists of atomic
-    // integers, for which all zeros is a value.
+    // SAFETY: the pointer is not null, so `make` stored it: the table has this length and is never freed. A `Note`
+    // consists of atomic integers, for which all zeros is a value.
     (!start.is_null()).then(|| unsafe { slice::from_raw_parts(start, length(table)) })
 }
 
@@ -210,7 +210,7 @@ fn make(table: usize) -> &'static [Note] {
     }
 }
 
-/// The note of a number.
+/// Returns the note of a number.
 fn note(descriptor: BorrowedFd<'_>) -> &'static Note {
     let at = descriptor.as_raw_fd() as usize + FIRST;
     let table = (at.ilog2() - FIRST.ilog2()) as usize;
@@ -218,14 +218,14 @@ fn note(descriptor: BorrowedFd<'_>) -> &'static Note {
     &notes[at - length(table)]
 }
 
-/// Every note of a number that a lock has, with the number.
+/// Returns every note of a number that belongs to a lock, with the number.
 fn noted() -> impl Iterator<Item = (RawFd, &'static Note)> {
     let tables = (0..TABLES).filter_map(|table| Some((table, notes(table)?)));
     let all = tables.flat_map(|(table, notes)| (length(table) - FIRST..).zip(notes));
     all.map(|(number, note)| (number as RawFd, note))
 }
 
-/// The identity of an open file, or why the system does not say it.
+/// Returns the identity of an open file, or the error of the system.
 #[allow(clippy::unnecessary_cast)] // The types differ from system to system.
 fn identity(descriptor: BorrowedFd<'_>) -> Result<Identity, Errno> {
     let found = rustix::fs::fstat(descriptor)?;
@@ -237,15 +237,15 @@ fn identity(descriptor: BorrowedFd<'_>) -> Result<Identity, Errno> {
     Ok(identity)
 }
 
-/// The inode of a file without one of its own (an event, an epoll, an inotify) that is not marked as lockkit's. Files of
-/// this kind share an inode.
+/// The inode of a file without its own inode (an event, an epoll, an inotify) that does not have lockkit's mark. All
+/// files of this kind share an inode.
 #[cfg(target_os = "linux")]
 const ANONYMOUS: u64 = u64::MAX;
-/// The signal of the mark (`F_SETSIG`). No signal is sent, for that takes `O_ASYNC`, too, and then no program has use for
-/// this one.
+/// The signal number that marks the file (`F_SETSIG`). The kernel sends no signal: that also takes `O_ASYNC`, and then
+/// no program has use for this signal.
 #[cfg(target_os = "linux")]
 const MARK: i32 = libc::SIGSYS;
-/// Of [fcntl(2)](https://man7.org/linux/man-pages/man2/fcntl.2.html); `libc` does not have them.
+/// From [fcntl(2)](https://man7.org/linux/man-pages/man2/fcntl.2.html); `libc` does not have them.
 #[cfg(target_os = "linux")]
 const F_SETSIG: i32 = 10;
 #[cfg(target_os = "linux")]
@@ -253,18 +253,18 @@ const F_GETSIG: i32 = 11;
 
 #[cfg(target_os = "linux")]
 fn is_marked(descriptor: BorrowedFd<'_>) -> bool {
-    // SAFETY: the call reads a number of the open file, whatever the descriptor is.
+    // SAFETY: the call reads a number of the open file, for any descriptor.
     unsafe { libc::fcntl(descriptor.as_raw_fd(), F_GETSIG) == MARK }
 }
 
 #[cfg(target_os = "linux")]
 fn mark(descriptor: BorrowedFd<'_>) {
-    // SAFETY: the call sets a number of the open file, which is lockkit's.
+    // SAFETY: the call sets a number of the open file, which belongs to lockkit.
     unsafe { libc::fcntl(descriptor.as_raw_fd(), F_SETSIG, MARK) };
 }
 
-/// Whether the descriptor is open and of that identity. Where the system does not say, it is, for not closing it would
-/// keep a lock.
+/// Whether the descriptor is open and has that identity. If the system does not report it, the answer is yes, because
+/// leaving the descriptor open would keep a lock.
 fn is(descriptor: BorrowedFd<'_>, noted: Identity) -> bool {
     match noted {
         UNKNOWN => true,
@@ -274,9 +274,9 @@ fn is(descriptor: BorrowedFd<'_>, noted: Identity) -> bool {
     }
 }
 
-/// A descriptor that holds a lock, or a place in the queue for one: a forked child gets an inert one instead.
+/// A descriptor that holds a lock, or a place in the queue for a lock. A forked child gets an inert descriptor instead.
 ///
-/// It is closed when it is dropped, unless its number means another file by then.
+/// Dropping it closes the descriptor, unless its number refers to another file by then.
 #[derive(Debug)]
 pub(crate) struct ForkGuarded<T: AsFd = OwnedFd> {
     descriptor: ManuallyDrop<T>,
@@ -291,7 +291,7 @@ impl std::fmt::Debug for Note {
 }
 
 impl<T: AsFd> ForkGuarded<T> {
-    /// Makes a descriptor with `make` and shields it, with no fork in between.
+    /// Makes a descriptor with `make` and guards it, with no fork in between.
     pub(crate) fn new<E>(make: impl FnOnce() -> Result<T, E>) -> Result<Self, E> {
         Self::known_as(make, UNKNOWN)
     }
@@ -304,7 +304,7 @@ impl<T: AsFd> ForkGuarded<T> {
         Ok(Self { descriptor: ManuallyDrop::new(descriptor), note, turn })
     }
 
-    /// Notes which file it is, for a descriptor that outlives the call that has made it.
+    /// Notes the identity of the file, for a descriptor that outlives the call that made it.
     pub(crate) fn know(self) -> Self {
         #[cfg(target_os = "linux")]
         if identity(self.as_fd()).is_ok_and(|(_, inode)| inode == ANONYMOUS) {
@@ -314,25 +314,25 @@ impl<T: AsFd> ForkGuarded<T> {
         self.know_as(identity)
     }
 
-    /// As [`know`](Self::know), where the caller has looked at the file: by its device and inode.
+    /// Notes the given device and inode, as [`know`](Self::know) does, for a caller that has already read them.
     pub(crate) fn know_as(self, identity: Identity) -> Self {
         self.note.set_identity(identity);
         self
     }
 
-    /// Lets forked children keep the descriptor from here on.
+    /// Lets forked children keep the descriptor from now on.
     pub(crate) fn keep_across_fork(self) -> Self {
         self.note.set(self.turn, KEPT);
         self
     }
 
-    /// Whether the number still means the file that was opened for it. The program may have closed that, and the kernel
-    /// may have given the number to another file.
+    /// Whether the number still refers to the file that was opened under it. The program may have closed the file, and
+    /// the kernel may have given the number to another file.
     pub(crate) fn is_own(&self) -> bool {
         self.note.is_of(self.turn) && is(self.descriptor.as_fd(), self.note.identity())
     }
 
-    /// As [`is_own`](Self::is_own) at `now`, for a descriptor that was this lock's at `then`: both are
+    /// Checks [`is_own`](Self::is_own) at `now`, for a descriptor that was this lock's at `then`. Both times are
     /// [`nanos`](super::clock::nanos).
     #[cfg(target_os = "linux")]
     #[inline]
@@ -340,7 +340,7 @@ impl<T: AsFd> ForkGuarded<T> {
         now.wrapping_sub(then) < TOO_SHORT_TO_REPLACE || self.is_own()
     }
 
-    /// As dropping it, just after [`is_own`](Self::is_own) was true.
+    /// Closes the descriptor as a drop does, just after [`is_own`](Self::is_own) was true.
     #[cfg(target_os = "linux")]
     pub(crate) fn close(self) {
         ManuallyDrop::new(self).close_unless_noted_again();
@@ -351,7 +351,7 @@ impl<T: AsFd> ForkGuarded<T> {
         if self.note.is_of(self.turn) {
             // SAFETY: dropped once, for `self` is not used afterwards.
             unsafe { ManuallyDrop::drop(&mut self.descriptor) };
-            // Afterwards, so that a child which a signal handler forks in between finds the note.
+            // After the close, so that a child that a signal handler forks in between finds the note.
             self.note.set(self.turn, FREE);
         }
     }
@@ -359,7 +359,8 @@ impl<T: AsFd> ForkGuarded<T> {
 
 #[cfg(target_os = "linux")]
 impl ForkGuarded {
-    /// As [`new`](Self::new), of a socket that `make` has given the name with this hash, by which it is known from then on.
+    /// Makes a socket as [`new`](Self::new) does. `make` has given it the name with this hash, which identifies it from
+    /// then on.
     pub(crate) fn named<E>(hash: u64, make: impl FnOnce() -> Result<OwnedFd, E>) -> Result<Self, E> {
         Self::known_as(make, (BY_NAME, hash))
     }
@@ -382,8 +383,8 @@ impl<T: AsFd> Drop for ForkGuarded<T> {
     }
 }
 
-/// Makes a descriptor for the caller's own use. A guard whose descriptor had the number, and was closed by the program, no
-/// longer takes the number for its own, whatever the new descriptor means.
+/// Makes a descriptor for the caller's own use. If the program closed a guard's descriptor that had this number, that
+/// guard no longer counts the number as its own, whatever the new descriptor refers to.
 pub(crate) fn unguarded<T: AsFd, E>(make: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
     let _claim = Claim::take();
     let descriptor = make()?;
@@ -393,14 +394,14 @@ pub(crate) fn unguarded<T: AsFd, E>(make: impl FnOnce() -> Result<T, E>) -> Resu
     Ok(descriptor)
 }
 
-/// What a release says of a descriptor that is not [its own](ForkGuarded::is_own) any more.
+/// Returns the error of a release whose descriptor is not [its own](ForkGuarded::is_own) any more.
 pub(crate) fn closed_by_program() -> io::Error {
     io::Error::other("this process has closed the descriptor of the lock, and so released it earlier")
 }
 
-/// Holds forks of other threads off until it is dropped: for a mutex that a forked child needs, and must not find
-/// locked by a thread that it does not have. Made before the mutex is locked. No shielded descriptor should be made or
-/// dropped meanwhile, for that makes forks wait longer.
+/// Delays forks of other threads until it is dropped. It protects a mutex that a forked child needs: the child must not
+/// inherit it locked by a thread that the child does not have. The caller makes it before it locks the mutex. No
+/// guarded descriptor should be made or dropped meanwhile, because that makes forks wait longer.
 #[derive(Debug)]
 pub(crate) struct NoFork(#[allow(dead_code)] Claim);
 
@@ -410,14 +411,15 @@ impl NoFork {
     }
 }
 
-/// Which process this is, counted in forks. Two equal numbers in one process image mean that no fork lies between.
+/// Returns the number of this process, counted in forks. Two equal numbers in one process image mean that no fork lies
+/// between.
 #[inline]
 pub(crate) fn generation() -> u32 {
     install();
     noted_generation()
 }
 
-/// What [`generation`] says, for code that comes after a first call of it.
+/// Returns what [`generation`] does, for code that runs after a first call of it.
 #[inline]
 pub(crate) fn noted_generation() -> u32 {
     GENERATION.load(Ordering::Relaxed)
@@ -427,8 +429,8 @@ pub(crate) fn noted_generation() -> u32 {
 fn install() {
     static INSTALLED: Once = Once::new();
     INSTALLED.call_once(|| {
-        // It fails only without memory for its list; then a forked child keeps what it inherits, as it does with
-        // every other lock library.
+        // Registration fails only without memory for the list of handlers. Then a forked child keeps inherited
+        // descriptors, as with every other lock library.
         // SAFETY: the three handlers are functions of this program, sound to call at any time.
         let _ =
             unsafe { libc::pthread_atfork(Some(before_fork), Some(after_fork_in_parent), Some(after_fork_in_child)) };
@@ -446,22 +448,22 @@ unsafe extern "C" fn before_fork() {
 }
 
 unsafe extern "C" fn after_fork_in_parent() {
-    // None was counted where the handlers were registered during this very fork.
+    // None was counted if the handlers were registered during this fork.
     if forks(OWN.get()) > 0 {
         COUNTS.fetch_sub(FORK, Ordering::SeqCst);
         OWN.set(OWN.get() - FORK);
     }
 }
 
-/// Only what POSIX allows after a fork of a process with threads: atomics, `pipe`, `fstat`, `getsockname`, `dup2`,
-/// `fcntl`, `close`.
+/// Calls only what POSIX allows after a fork of a process with threads: atomics, `pipe`, `fstat`, `getsockname`,
+/// `dup2`, `fcntl`, `close`.
 unsafe extern "C" fn after_fork_in_child() {
     GENERATION.fetch_add(1, Ordering::Relaxed);
     if forks(OWN.get()) > 0 {
         OWN.set(OWN.get() - FORK);
     }
-    // Of the threads only this one is here. If a signal handler forks, the thread may be about to count its claim, or may
-    // just have uncounted it, so its claims are counted as none.
+    // Only this thread exists in the child. If a signal handler forks, its thread may be about to count its claim, or
+    // may have just subtracted it. So the claims of this thread count as none.
     COUNTS.store(0, Ordering::SeqCst);
     let inert = rustix::pipe::pipe().ok().map(|(reader, _writer)| reader);
     let inert_identity = inert.as_ref().and_then(|inert| identity(inert.as_fd()).ok()).unwrap_or(UNKNOWN);
@@ -470,7 +472,7 @@ unsafe extern "C" fn after_fork_in_child() {
         if state % TURN != SHIELDED {
             continue;
         }
-        // SAFETY: only looked at, which harms no file, whatever the number means.
+        // SAFETY: the number is only inspected, which harms no file, whatever the number refers to.
         let is_own = is(unsafe { BorrowedFd::borrow_raw(number) }, note.identity());
         if is_own && disarm(number, inert.as_ref()) {
             note.set_identity(inert_identity);
@@ -480,11 +482,11 @@ unsafe extern "C" fn after_fork_in_child() {
     }
 }
 
-/// Puts the inert descriptor in the place of a lock's, or closes the lock's; says whether it is replaced.
+/// Replaces a lock's descriptor with the inert one, or closes it. Returns whether it was replaced.
 fn disarm(number: RawFd, inert: Option<&OwnedFd>) -> bool {
-    // SAFETY: the number is noted as a lock's, and means its file; the guard that owns it is a copy which this handler,
-    // the only code that runs, may act for. It stays open unless no inert one could be made: then it is closed here,
-    // and noted as free, so that the guard does not close it again.
+    // SAFETY: the number is noted as a lock's, and refers to its file. The guard that owns it is a copy, and this
+    // handler, the only code that runs, may act for the guard. The descriptor stays open unless no inert one could be
+    // made: then it is closed here and noted as free, so that the guard does not close it again.
     let mut lock = ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(number) });
     let replaced = inert.is_some_and(|inert| {
         rustix::io::dup2(inert, &mut lock).is_ok()
@@ -506,9 +508,9 @@ mod tests {
         seqpacket::listen_at(&seqpacket::address(&name).unwrap()).unwrap().unwrap()
     }
 
-    /// Does it in a child without other threads, which would take the numbers of descriptors that it closes.
+    /// Runs `what` in a child without other threads, which would take the numbers of descriptors that it closes.
     fn in_child(what: impl FnOnce()) {
-        // SAFETY: the child allocates, and no other thread of this process keeps the allocator's lock over a fork in glibc.
+        // SAFETY: the child allocates. In glibc no other thread of this process keeps the allocator's lock over a fork.
         let child = unsafe { libc::fork() };
         if child == 0 {
             let is_right = std::panic::catch_unwind(std::panic::AssertUnwindSafe(what)).is_ok();
@@ -526,7 +528,7 @@ mod tests {
         in_child(|| {
             let (one, other) = (listener("one"), listener("other"));
             let replace = |make: &dyn Fn() -> OwnedFd| {
-                // SAFETY: the test closes what the guard owns, whose code is to cope with that.
+                // SAFETY: the test closes the descriptor that the guard owns, and the guard's code must handle that.
                 drop(unsafe { OwnedFd::from_raw_fd(one.as_raw_fd()) });
                 let made = make();
                 assert_eq!(made.as_raw_fd(), one.as_raw_fd());
@@ -536,7 +538,7 @@ mod tests {
             let copy = replace(&|| other.try_clone().unwrap());
             assert!(!one.is_own());
             drop(copy);
-            // And one of the same name, for another guard.
+            // A socket of the same name, for another guard.
             let copy = unguarded(|| other.try_clone()).unwrap();
             assert_eq!(copy.as_raw_fd(), one.as_raw_fd());
             assert!(!one.note.is_of(one.turn));

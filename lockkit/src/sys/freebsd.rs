@@ -1,27 +1,27 @@
-//! What FreeBSD tells only by calls of its own.
+//! Information that FreeBSD gives only through its own calls.
 
 use std::ffi::CString;
 use std::mem::MaybeUninit;
 use std::ptr;
 
-/// What the kernel says of a process.
+/// The kernel's description of a process.
 pub(crate) struct Process {
-    /// Microseconds from the start of the system to its own.
+    /// Microseconds from the start of the system to the start of the process.
     pub(crate) start: u64,
     pub(crate) is_zombie: bool,
-    /// The jail that it is in, 0 for none.
+    /// The jail of the process, 0 for none.
     pub(crate) jail: u64,
 }
 
-/// Looks at the process `pid`; `None` when it must not be seen.
+/// Looks up the process `pid`. Returns `None` if this process may not see it.
 ///
-/// The kernel gives the start by the wall clock as it is set now, so it is counted from the start of the system, which
-/// the kernel gives by the same clock: no setting moves the difference.
+/// The kernel reports the start by the wall clock as it is set now. The kernel reports the start of the system by the
+/// same clock. So the difference of both does not change when the clock is set.
 pub(crate) fn process(pid: i32) -> Option<Process> {
     let mut found = MaybeUninit::<libc::kinfo_proc>::uninit();
     let mut length = size_of::<libc::kinfo_proc>();
     let name = [libc::CTL_KERN, libc::KERN_PROC, libc::KERN_PROC_PID, pid];
-    // SAFETY: the name has as many numbers as it says, and the call writes no more than it is told there is room for.
+    // SAFETY: the name has as many numbers as it says, and the call writes at most the given number of bytes.
     let status = unsafe {
         let to = found.as_mut_ptr().cast();
         libc::sysctl(name.as_ptr(), name.len() as u32, to, &raw mut length, ptr::null(), 0)
@@ -29,7 +29,7 @@ pub(crate) fn process(pid: i32) -> Option<Process> {
     if status != 0 || length != size_of::<libc::kinfo_proc>() {
         return None;
     }
-    // SAFETY: the kernel has filled all of it in.
+    // SAFETY: the kernel has filled in all of it.
     let found = unsafe { found.assume_init() };
     let mut booted = libc::timeval { tv_sec: 0, tv_usec: 0 };
     let mut length = size_of::<libc::timeval>();
@@ -44,12 +44,12 @@ pub(crate) fn process(pid: i32) -> Option<Process> {
     Some(Process { start, is_zombie: found.ki_stat == libc::SZOMB, jail: u64::try_from(found.ki_jid).ok()? })
 }
 
-/// The id of this machine's installation.
+/// Returns the id of this machine's installation.
 pub(crate) fn machine() -> Option<String> {
     let name = CString::new("kern.hostuuid").ok()?;
     let mut id = [0_u8; 64];
     let mut length = id.len();
-    // SAFETY: the name ends with a zero, and the call writes no more than it is told there is room for.
+    // SAFETY: the name ends with a zero, and the call writes at most the given number of bytes.
     let status = unsafe { libc::sysctlbyname(name.as_ptr(), id.as_mut_ptr().cast(), &raw mut length, ptr::null(), 0) };
     let end = id.iter().position(|byte| *byte == 0)?;
     let text = std::str::from_utf8(&id[..end]).ok()?;

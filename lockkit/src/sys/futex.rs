@@ -13,15 +13,15 @@ use rustix::thread::futex::{self, Flags};
 /// What ended a sleep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Woke {
-    /// The word was another one already, or somebody woke this thread.
+    /// The word already had another value, or another thread woke this one.
     Early,
-    /// A signal came.
+    /// A signal arrived.
     Interrupted,
-    /// The time is over.
+    /// The limit passed.
     TimedOut,
 }
 
-/// Sleeps until somebody calls [`wake_one`] for `word`, in this process or another, but at most `limit`, and only if
+/// Sleeps until a thread of this or another process calls [`wake_one`] for `word`, but at most `limit`, and only if
 /// `word` is still `expected`.
 pub(crate) fn wait(word: &AtomicU32, expected: u32, limit: Duration) -> io::Result<Woke> {
     let limit = Timespec::try_from(limit).ok();
@@ -33,7 +33,7 @@ pub(crate) fn wait(word: &AtomicU32, expected: u32, limit: Duration) -> io::Resu
     }
 }
 
-/// Wakes the thread that has slept longest on `word`; says whether there was one.
+/// Wakes the thread that has slept longest on `word`. Returns whether there was one.
 pub(crate) fn wake_one(word: &AtomicU32) -> bool {
     futex::wake(word, Flags::empty(), 1).is_ok_and(|woken| woken > 0)
 }

@@ -1,13 +1,13 @@
-//! Being woken when a file changes: [inotify(7)].
+//! Wake-ups when a file changes: [inotify(7)].
 //!
-//! The kernel takes milliseconds, often more than ten, to close an inotify descriptor: it waits until nobody looks at
-//! what was watched, on the whole machine. Who has been woken has no time for that. So a process keeps one descriptor
-//! for its next watch, and only those that are used beside it are closed.
+//! The kernel takes milliseconds, often more than ten, to close an inotify descriptor: it waits until no code on the
+//! whole machine still looks at the removed watches. A woken waiter has no time for that. So a process keeps one
+//! descriptor for its next watch, and closes only those that are used in addition.
 //!
 //! [inotify(7)]: https://man7.org/linux/man-pages/man7/inotify.7.html
 
 #[cfg(target_os = "linux")]
-pub(crate) use inotify::changes_of;
+pub(crate) use linux::changes_of;
 
 #[cfg(not(target_os = "linux"))]
 pub(crate) fn changes_of(_: &std::path::Path) -> std::io::Result<super::fd::OwnedFd> {
@@ -15,7 +15,7 @@ pub(crate) fn changes_of(_: &std::path::Path) -> std::io::Result<super::fd::Owne
 }
 
 #[cfg(target_os = "linux")]
-mod inotify {
+mod linux {
     use std::io;
     use std::os::fd::{AsFd, BorrowedFd};
     use std::path::Path;
@@ -26,7 +26,7 @@ mod inotify {
     use crate::sys::fork::ForkGuarded;
     use crate::sys::per_process::PerProcess;
 
-    /// What the next watch of this process uses: without a watch, and with nothing to read.
+    /// The descriptor for the next watch of this process: without a watch, and with nothing to read.
     static SPARE: PerProcess<Mutex<Option<ForkGuarded>>> = PerProcess::new();
 
     fn exchange_spare(with: Option<ForkGuarded>) -> Option<ForkGuarded> {
@@ -34,23 +34,23 @@ mod inotify {
         std::mem::replace(&mut spare, with)
     }
 
-    /// Watches a file until it is dropped. Can be read once the file has changed.
+    /// A watch on a file, until it is dropped. It is readable once the file has changed.
     pub(crate) struct Watch {
-        /// There until it is dropped.
+        /// Present until the drop.
         inotify: Option<ForkGuarded>,
         number: i32,
     }
 
-    /// A watch that can be read once the file at `path` has been written, cut, replaced, moved or removed from now on,
-    /// and now and then for nothing. It sees only what this machine does to it. An error where there is no such thing,
-    /// or no more of them to be had.
+    /// Returns a watch that becomes readable once the file at `path` is written, truncated, replaced, moved or removed
+    /// from now on. Spurious wake-ups happen. The watch sees only changes by this machine. Fails if the system has no
+    /// inotify, or no more instances are available.
     pub(crate) fn changes_of(path: &Path) -> io::Result<Watch> {
         let inotify = match exchange_spare(None) {
             Some(spare) if spare.is_own() => spare,
             _ => ForkGuarded::new(|| init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK))?.know().keep_across_fork(),
         };
-        // A file that is removed or replaced while somebody has it open changes its link count at once (`ATTRIB`), and
-        // is gone (`DELETE_SELF`) only when that one has closed it.
+        // A file that is removed or replaced while a process has it open changes its link count at once (`ATTRIB`). It
+        // is gone (`DELETE_SELF`) only when that process has closed it.
         let changes = WatchFlags::MODIFY | WatchFlags::ATTRIB | WatchFlags::MOVE_SELF | WatchFlags::DELETE_SELF;
         match add_watch(&*inotify, path, changes | WatchFlags::DONT_FOLLOW) {
             Ok(number) => Ok(Watch { inotify: Some(inotify), number }),
@@ -70,9 +70,9 @@ mod inotify {
     impl Drop for Watch {
         fn drop(&mut self) {
             let Some(inotify) = self.inotify.take().filter(ForkGuarded::is_own) else { return };
-            // It fails when the file is gone.
+            // It fails if the file is gone.
             let _ = remove_watch(&*inotify, self.number);
-            // That tells of itself, behind the changes. It does not block.
+            // The removal queues an event of its own, after the changes. The read does not block.
             while rustix::io::read(&*inotify, &mut [0; 1024]).is_ok_and(|length| length > 0) {}
             drop(exchange_spare(Some(inotify)));
         }

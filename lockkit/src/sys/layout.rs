@@ -8,9 +8,9 @@
 //! ...        allocated    a bit for each lock: it is allocated
 //! ...        [Cell]       at a page, one for each lock
 //! ```
-//! Numbers are native; the header's `layout` word tells another byte order apart, and sizes that changed. All zeros is
-//! a table with nothing allocated, nothing locked and nobody attached, so a new file needs its header only. A page of
-//! cells has as many of them as a word of `allocated` has bits.
+//! Numbers are native; the header's `layout` word detects another byte order and changed sizes. All zeros is a table
+//! with nothing allocated, nothing locked and no process attached, so a new file needs only its header. A page of cells
+//! has as many cells as a word of `allocated` has bits.
 
 use std::fs::File;
 use std::io;
@@ -19,53 +19,53 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::mapping::Mapping;
 
-/// How many processes can use a table at once.
+/// The number of processes that can use a table at once.
 pub(crate) const SLOTS: u32 = 4094;
 /// The most locks that a table can have.
 pub(crate) const MOST: u32 = 1 << 24;
-/// How many locks have their cells in one page.
+/// The number of locks whose cells are in one page.
 pub(crate) const LOCKS_PER_PAGE: u32 = (PAGE / size_of::<Cell>()) as u32;
-/// What is reserved and counted as used at once, whatever the system's own pages are.
+/// The unit of reservation and of use counting, whatever the system's own page size is.
 const PAGE: usize = 4096;
 /// Processor caches share no line between two of these.
 const LINE: usize = 64;
 
 /// The first bytes of a table.
 pub(crate) const MAGIC: u64 = u64::from_ne_bytes(*b"lockkitT");
-/// Grows with every change that an older lockkit must not meet.
+/// Grows with every change that an older lockkit must not read.
 pub(crate) const VERSION: u32 = 1;
-/// The sizes. Read in another byte order, it is another number.
+/// The sizes. In another byte order it is another number.
 pub(crate) const LAYOUT: u32 = SLOTS << 16 | (size_of::<Slot>() as u32) << 8 | size_of::<Cell>() as u32;
 
-/// What opens a table. The first three fields never change, so that they can be checked before the file is mapped.
+/// The start of a table. The first three fields never change, so that they can be checked before the file is mapped.
 #[repr(C, align(64))]
 pub(crate) struct Header {
     pub(crate) magic: AtomicU64,
     pub(crate) version: AtomicU32,
     pub(crate) layout: AtomicU32,
     pub(crate) capacity: AtomicU32,
-    /// Not zero: nobody has counted since a process attached, and a kill may have left the count wrong before.
+    /// Not zero: no process has counted since a process attached, and a kill may have left the count wrong before that.
     pub(crate) is_count_in_doubt: AtomicU32,
     _reserved: [AtomicU32; 10],
     pub(crate) count: Line<AtomicU64>,
     pub(crate) hint: Line<AtomicU32>,
-    /// Where the next process looks for a free slot first.
+    /// The slot at which the next process starts its search for a free slot.
     pub(crate) next_slot: Line<AtomicU32>,
 }
 
-/// Something with a cache line of its own.
+/// A value with its own cache line.
 #[repr(C, align(64))]
 pub(crate) struct Line<T>(pub(crate) T);
 
 /// A process that uses the table, or did.
 ///
-/// It holds a kernel lock on the slot's first byte for as long as it lives.
+/// The process holds a kernel lock on the slot's first byte while it lives.
 #[repr(C)]
 pub(crate) struct Slot {
-    /// How often the slot was taken; a lock's owner is a slot and a generation of it.
+    /// The number of times that the slot was taken; a lock's owner is a slot and its generation.
     pub(crate) generation: AtomicU32,
     _reserved: [AtomicU32; 5],
-    /// Who took it, as `named::holder_record` writes it.
+    /// The record of the process, as `named::holder_record` writes it.
     pub(crate) record: [AtomicU64; 13],
 }
 
@@ -73,13 +73,13 @@ pub(crate) struct Slot {
 #[derive(Debug)]
 #[repr(C, align(64))]
 pub(crate) struct Cell {
-    /// See `manager::word`.
+    /// See `manager::raw_lock`.
     pub(crate) word: AtomicU32,
-    /// Changes with every acquisition, so that nobody gives back what another one took.
+    /// Changes with every acquisition, so that no release ends the acquisition of another holder.
     pub(crate) turn: AtomicU32,
-    /// When it was taken, in nanoseconds since the epoch, by the coarse clock.
+    /// The time of the acquisition, in nanoseconds since the epoch, by the coarse clock.
     pub(crate) since: AtomicU64,
-    /// When a release last kept it for waiters, in nanoseconds of the monotonic clock.
+    /// The time at which a release last kept the lock for waiters, in nanoseconds of the monotonic clock.
     pub(crate) kept: AtomicU64,
     _reserved: [AtomicU64; 5],
 }
@@ -107,7 +107,7 @@ const _: () = {
     assert!(Shape::of(1).full == 528_384);
 };
 
-/// The header of a new table, as bytes: what [`Header::of`] reads.
+/// Returns the header of a new table, as bytes: what [`Header::of`] reads.
 pub(crate) fn header(capacity: u32) -> [u8; 20] {
     let mut bytes = [0; 20];
     bytes[..8].copy_from_slice(&MAGIC.to_ne_bytes());
@@ -117,7 +117,7 @@ pub(crate) fn header(capacity: u32) -> [u8; 20] {
     bytes
 }
 
-/// The capacity of the table that starts with `bytes` and is `length` bytes long; or what is wrong with it.
+/// Returns the capacity of the table that starts with `bytes` and is `length` bytes long, or what is wrong with it.
 pub(crate) fn capacity(bytes: &[u8; 20], length: u64) -> Result<u32, &'static str> {
     let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|byte| bytes[at + byte]));
     if u64::from_ne_bytes(std::array::from_fn(|byte| bytes[byte])) != MAGIC {
@@ -139,7 +139,7 @@ pub(crate) fn capacity(bytes: &[u8; 20], length: u64) -> Result<u32, &'static st
     Ok(capacity)
 }
 
-/// Where the parts of a table begin, in bytes.
+/// The offsets of the parts of a table, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shape {
     full: usize,
@@ -164,17 +164,17 @@ impl Shape {
         Self { full, touched, allocated, cells, size, capacity }
     }
 
-    /// What must be reserved before a table can be used at all: the bitmaps.
+    /// Returns the range that must be reserved before a table can be used at all: the bitmaps.
     pub(crate) fn bitmaps(&self) -> (u64, u64) {
         (self.full as u64, (self.cells - self.full) as u64)
     }
 
-    /// Where the page of cells numbered `page` stands, with its length.
+    /// Returns the offset and length of the page of cells numbered `page`.
     pub(crate) fn page_of_cells(&self, page: usize) -> (u64, u64) {
         (self.cells as u64 + page as u64 * PAGE as u64, PAGE as u64)
     }
 
-    /// Where the slot numbered `at` stands, with its length. Its first byte is the one that its process locks.
+    /// Returns the offset and length of the slot numbered `at`. The slot's process locks its first byte.
     pub(crate) fn slot(at: u32) -> (u32, u32) {
         (PAGE as u32 + at * size_of::<Slot>() as u32, size_of::<Slot>() as u32)
     }
@@ -198,7 +198,7 @@ unsafe impl Shared for Slot {}
 // SAFETY: `repr(C)`, of atomic integers.
 unsafe impl Shared for Cell {}
 
-/// A table, mapped.
+/// A mapped table.
 #[derive(Debug)]
 pub(crate) struct Table {
     mapping: Mapping,
@@ -208,8 +208,8 @@ pub(crate) struct Table {
 impl Table {
     /// Maps `file`, which [`capacity`] found to be a table of `capacity` locks.
     ///
-    /// Should somebody shorten the file while it is mapped, the system ends the process that touches what is gone
-    /// (SIGBUS); nothing can be done about that from inside.
+    /// If a process shortens the file while it is mapped, the system ends each process that touches the missing part
+    /// (SIGBUS). The process cannot prevent that.
     pub(crate) fn map(file: &File, capacity: u32) -> io::Result<Self> {
         let shape = Shape::of(capacity);
         let words = usize::try_from(shape.size / 8).map_err(|_| io::ErrorKind::FileTooLarge)?;
@@ -244,8 +244,8 @@ impl Table {
         self.part(self.shape.cells, self.shape.capacity as usize)
     }
 
-    /// The cells that may have been used, page by page, with the number of the page. The others are not touched, for
-    /// that would take memory for them.
+    /// Returns the cells that may have been used, page by page, with the number of the page. The other cells are not
+    /// touched, because that would allocate memory for them.
     pub(crate) fn used_cells(&self) -> impl Iterator<Item = (u32, &[Cell])> {
         let pages = self.cells().chunks(LOCKS_PER_PAGE as usize).zip(0..);
         let touched = self.touched();

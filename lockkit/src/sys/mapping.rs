@@ -9,8 +9,8 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 /// `words` words of a file, shared with every other process that maps it.
 ///
-/// The file must stay at least that long while it is mapped: the system ends a process that touches a mapped page
-/// which its file no longer has (SIGBUS). Callers map only files that no other user can shorten.
+/// The file must stay at least that long while it is mapped: the system ends a process that touches a mapped page which
+/// its file no longer has (SIGBUS). Callers map only files that no other user can shorten.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     start: ptr::NonNull<AtomicU64>,
@@ -23,13 +23,13 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps `words` words of `file` from the byte `start` on, which begins a page. The file must be open for reading and
-    /// writing and be that long.
+    /// Maps `words` words of `file` from the byte `start` on, which begins a page. The file must be open for reading
+    /// and writing, and must be that long.
     pub(crate) fn new(file: &File, start: u64, words: usize) -> io::Result<Self> {
         if file.metadata()?.len() < start + (words * size_of::<AtomicU64>()) as u64 {
             return Err(io::Error::from(io::ErrorKind::UnexpectedEof));
         }
-        // SAFETY: a fresh mapping at an address of the kernel's choice, which is nobody else's memory.
+        // SAFETY: a fresh mapping at an address of the kernel's choice, so it overlaps no other memory.
         let start = unsafe {
             mmap(
                 ptr::null_mut(),

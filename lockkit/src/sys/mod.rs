@@ -1,31 +1,31 @@
-//! Everything that differs from system to system, and everything `unsafe`.
+//! Everything that differs between systems, and everything `unsafe`.
 //!
-//! One small module per mechanism, each a safe interface over what the kernel offers:
+//! One small module per mechanism, each a safe interface to what the kernel offers:
 //!
-//! | module | mechanism | behind |
+//! | module | mechanism | used by |
 //! |---|---|---|
-//! | [`clock`] | the time that goes on during sleep | leases |
+//! | [`clock`] | the time that continues during sleep | leases |
 //! | `command` | what no crate offers safely | the command `lockkit` |
-//! | [`event`] | an event to wait for beside a descriptor | cancellation |
+//! | [`event`] | an event to wait for together with a descriptor | cancellation |
 //! | [`fd`] | descriptors, and handles on Windows, by one set of names | the same |
-//! | [`files`] | what of files differs from system to system | every lock on a file |
+//! | [`files`] | operations on files that differ between systems | every lock on a file |
 //! | [`flock`] | whole-file locks, through `fs2` | file locks |
 //! | [`runtime_dir`] | the private directories, at fixed places | named locks |
 //! | [`fork`] | descriptors that a forked child does not keep | every held lock |
 //! | `futex` | sleeping until a shared word changes | waiting for a lock in shared memory |
-//! | `mapping` | shared memory as atomic words | what a crash leaves behind |
+//! | `mapping` | shared memory as atomic words | the records that remain after a crash |
 //! | `ofd` | locks that belong to an open file | which processes still use a lock table, pidfiles |
 //! | [`per_process`] | a value that a forked child does not inherit | the heartbeat of leases |
-//! | [`process`] | which process is which, and whether it lives | owners |
-//! | `seqpacket` | abstract sockets that hand themselves over | named locks on Linux |
+//! | [`process`] | the identity of processes, and whether they live | owners |
+//! | `seqpacket` | abstract sockets that can be handed over | named locks on Linux |
 //! | [`atomic_box`] | a value that one thread at a time takes | kept descriptors |
-//! | `stream` | abstract sockets that carry bytes both ways | instances that talk |
-//! | `table` | the layout of a lock table in shared memory | numbered locks |
-//! | `unix_diag` | the sockets that there are, from the kernel | the waiters of a named lock |
+//! | `stream` | abstract sockets that carry bytes both ways | instances that communicate |
+//! | `layout` | the layout of a lock table in shared memory | numbered locks |
+//! | `unix_diag` | the existing sockets, from the kernel | the waiters of a named lock |
 //! | `user` | whether a uid means one user | trust between processes |
 //! | [`tmpfile`] | files that are complete before they have a name | pidfiles, leases |
-//! | [`inotify`] | being woken when a file changes | waiting for a lease |
-//! | [`write_lock`] | a lock that a mere reader of the file cannot take | pidfiles |
+//! | [`inotify`] | wake-ups when a file changes | waiting for a lease |
+//! | [`write_lock`] | a lock that a mere reader of the file cannot acquire | pidfiles |
 //! | [`xattr`] | extended attributes | the holder of a pidfile |
 
 #![allow(unsafe_code)]

@@ -1,7 +1,8 @@
-//! Locks on a byte of a file, or on all of it, that belong to an open file, not to a process: `F_OFD_SETLK` in [fcntl(2)].
+//! Locks on a byte of a file, or on the whole file, that belong to an open file, not to a process: `F_OFD_SETLK` in
+//! [fcntl(2)].
 //!
-//! The kernel drops them when the last descriptor of the open file is closed, however that comes about, and tells
-//! anyone who has the file whether one is there. Through `libc`, for rustix has no such call.
+//! The kernel releases them when the last descriptor of the open file is closed, for any reason. It shows them to every
+//! process that has the file open. This module uses `libc`, because rustix has no such call.
 //!
 //! [fcntl(2)]: https://man7.org/linux/man-pages/man2/fcntl.2.html
 
@@ -9,7 +10,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-/// Locks the byte at `offset` for this open file; `false` when another open file has it.
+/// Locks the byte at `offset` for this open file. Returns `false` if another open file has it.
 #[cfg_attr(loom, allow(dead_code))]
 pub(crate) fn try_lock(file: &File, offset: u32) -> io::Result<bool> {
     is_granted(call(file, libc::F_OFD_SETLK, libc::F_WRLCK, byte(offset)))
@@ -22,23 +23,23 @@ pub(crate) fn is_locked(file: &File, offset: u32) -> io::Result<bool> {
     Ok(found.l_type != libc::F_UNLCK as libc::c_short)
 }
 
-/// Takes the write lock on the whole file for this open file, which must be open for writing; `false` when another open
-/// file or a process has any lock on it.
+/// Acquires the write lock on the whole file for this open file, which must be open for writing. Returns `false` if
+/// another open file or a process has any lock on it.
 pub(crate) fn try_write_lock(file: &File) -> io::Result<bool> {
     is_granted(call(file, libc::F_OFD_SETLK, libc::F_WRLCK, WHOLE))
 }
 
-/// Gives up the lock on the whole file, also where a forked child shares the open file.
+/// Releases the lock on the whole file, also if a forked child shares the open file.
 pub(crate) fn unlock(file: &File) -> io::Result<()> {
     call(file, libc::F_OFD_SETLK, libc::F_UNLCK, WHOLE).map(drop)
 }
 
-/// The process that has a write lock on the file through another open file, or 0 where the kernel does not name it;
-/// `None` when none has. Read locks do not matter.
+/// Returns the process that has a write lock on the file through another open file, or 0 if the kernel does not name
+/// it. Returns `None` if none has. Read locks do not matter.
 pub(crate) fn writer(file: &File) -> io::Result<Option<u32>> {
     // A read lock conflicts with write locks only.
     let found = call(file, libc::F_OFD_GETLK, libc::F_RDLCK, WHOLE)?;
-    // The kernel says -1 for a lock of an open file, and 0 for a process of another pid namespace.
+    // The kernel reports -1 for a lock of an open file, and 0 for a process of another pid namespace.
     let pid = u32::try_from(found.l_pid).unwrap_or_default();
     Ok((found.l_type != libc::F_UNLCK as libc::c_short).then_some(pid))
 }
@@ -48,12 +49,12 @@ pub(crate) fn wait_for_writers(file: &File) -> io::Result<()> {
     call(file, libc::F_OFD_SETLKW, libc::F_RDLCK, WHOLE).map(drop)
 }
 
-/// First byte and length; the length 0 reaches to the end, wherever that is.
+/// First byte and length; the length 0 extends to the end of the file, wherever that is.
 type Range = (libc::off_t, libc::off_t);
 
 const WHOLE: Range = (0, 0);
 
-/// Slots stand in the first megabyte, which every `off_t` reaches.
+/// Slots lie in the first megabyte, which every `off_t` can address.
 #[cfg_attr(loom, allow(dead_code))]
 fn byte(offset: u32) -> Range {
     (offset as libc::off_t, 1)
@@ -67,7 +68,8 @@ fn is_granted(answer: io::Result<libc::flock>) -> io::Result<bool> {
     }
 }
 
-/// Whether another open file or another process has a lock on any byte; with the pid, which only a lock of a process has.
+/// Whether another open file or another process has a lock on any byte, with the pid, which only a lock of a process
+/// has.
 #[cfg(feature = "cli")]
 pub(crate) fn holder(file: &File) -> io::Result<Option<Option<u32>>> {
     // A write lock conflicts with every lock.

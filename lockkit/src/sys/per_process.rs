@@ -1,15 +1,15 @@
-//! A value of which each process has its own, also one that was forked.
+//! A value of which each process, also a forked one, has its own.
 //!
-//! A forked child gets a fresh one at its first use. What it inherited may have been locked by a thread that it does
-//! not have, so it is neither touched nor dropped: it is left where it is, once for each fork that is followed by a
-//! use.
+//! A forked child makes a new value at its first use. The inherited value may have been locked by a thread that the
+//! child does not have. So the child neither touches nor drops it. The inherited value leaks once for each fork that is
+//! followed by a use.
 
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
 use super::fork;
 
-/// One for each process, made when it is first asked for.
+/// One value for each process, made at its first use.
 pub(crate) struct PerProcess<T: 'static> {
     /// Null, or leaked by `get`; with the fork generation that it belongs to.
     current: AtomicPtr<(u32, T)>,
@@ -31,10 +31,10 @@ impl<T: Send + Sync + 'static> PerProcess<T> {
             }
             let fresh = Box::into_raw(Box::new((generation, make())));
             match self.current.compare_exchange(current, fresh, Ordering::AcqRel, Ordering::Acquire) {
-                // SAFETY: just made by `Box::into_raw`, and nobody ever frees it.
+                // SAFETY: just made by `Box::into_raw`, and never freed.
                 Ok(_) => return unsafe { &(*fresh).1 },
                 Err(first) => {
-                    // SAFETY: `fresh` comes from `Box::into_raw` above and was shared with nobody.
+                    // SAFETY: `fresh` comes from `Box::into_raw` above and was not shared.
                     drop(unsafe { Box::from_raw(fresh) });
                     current = first;
                 }

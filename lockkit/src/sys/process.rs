@@ -1,8 +1,8 @@
-//! Which process is which, and whether it still lives.
+//! The identity of processes, and whether they still live.
 //!
-//! On Linux a process is told from a later one with the same pid by its start time in kernel ticks since boot
-//! ([proc_pid_stat(5)], field 22), which no setting of the clock moves. On FreeBSD it is counted in microseconds since
-//! boot. Elsewhere it is what `sysinfo` gives, in seconds: on macOS the kernel writes it down once. `sysinfo` also gives
+//! On Linux the start time in kernel ticks since boot ([proc_pid_stat(5)], field 22) distinguishes a process from a
+//! later one with the same pid. Setting the clock does not move it. On FreeBSD the start time is in microseconds since
+//! boot. Elsewhere it is what `sysinfo` gives, in seconds: on macOS the kernel records it once. `sysinfo` also gives
 //! the program's name for people.
 //!
 //! [proc_pid_stat(5)]: https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
@@ -25,23 +25,23 @@ use sysinfo::{ProcessRefreshKind, ProcessesToUpdate, System, UpdateKind};
 #[cfg(target_os = "linux")]
 use super::per_process::PerProcess;
 
-/// What the system says of a pid.
+/// The system's answer about a pid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Probe {
-    /// No process has it.
+    /// No process has the pid.
     Gone,
-    /// The process that has it runs no code any more: it was killed and is being taken apart, or is a zombie.
+    /// The process that has the pid runs no code any more: it was killed and is being torn down, or is a zombie.
     Ended,
-    /// A process has it, which started then, where the system lets us see that.
+    /// A process that has the pid, with its start time if this process may see it.
     Running(Option<u64>),
 }
 
-/// Looks at `pid`, as a number of this process's own pid namespace. What cannot be seen counts as running.
+/// Probes `pid`, as a number of this process's own pid namespace. A process that cannot be seen counts as running.
 pub(crate) fn probe(pid: u32) -> Probe {
     let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) else {
         return Probe::Gone;
     };
-    // EPERM is an answer, too: a process of another user. /proc may be mounted so that it hides those.
+    // EPERM also proves a process: one of another user. /proc may be mounted so that it hides those.
     if test_kill_process(pid) == Err(rustix::io::Errno::SRCH) {
         return Probe::Gone;
     }
@@ -57,17 +57,18 @@ fn started(pid: Pid) -> Probe {
     stat.ok().and_then(|stat| parse_stat(&stat)).unwrap_or(Probe::Running(None))
 }
 
-/// The one line of a file below /proc, which the kernel gives whole to a read that has room for it.
+/// Reads the one line of a file below /proc, which the kernel returns whole if the buffer is large enough.
 #[cfg(target_os = "linux")]
 fn read_line(path: &str) -> std::io::Result<String> {
     let mut line = [0; 2048];
     let length = fs::File::open(path)?.read(&mut line)?;
-    // The name of a program may be anything.
+    // A program's name may contain any bytes.
     Ok(String::from_utf8_lossy(&line[..length]).into_owned())
 }
 
-/// The real and the effective user of a process. Not the owner of its directory below /proc, which is root for every
-/// process that may not be dumped; nor the effective user alone, which a setuid program changes for whoever starts it.
+/// Returns the real and the effective user of a process. The owner of its directory below /proc is no substitute: that
+/// is root for every process that may not be dumped. Nor is the effective user alone, which a setuid program changes
+/// for the user that starts it.
 #[cfg(target_os = "linux")]
 pub(crate) fn users(pid: u32) -> Option<[u32; 2]> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
@@ -76,8 +77,8 @@ pub(crate) fn users(pid: u32) -> Option<[u32; 2]> {
     Some([next()?, next()?])
 }
 
-/// A process in a pid namespace without a /proc of its own sees that of an outer one, where its pids are other
-/// processes'.
+/// A process in a pid namespace without its own /proc sees that of an outer namespace, where its pids belong to other
+/// processes.
 #[cfg(target_os = "linux")]
 fn proc_is_of_this_namespace() -> bool {
     let me = fs::read_link("/proc/self").ok();
@@ -96,7 +97,7 @@ fn stops(stat: &str) -> bool {
     stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with(['T', 't']))
 }
 
-/// Nothing is known of it here.
+/// This system does not report it.
 #[cfg(not(target_os = "linux"))]
 pub(crate) fn is_stopped(_: u32) -> bool {
     false
@@ -130,10 +131,10 @@ fn started(pid: Pid) -> Probe {
     }
 }
 
-/// Reads a line of `/proc/<pid>/stat`. The program's name, in parentheses, may itself hold spaces and parentheses.
+/// Parses a line of `/proc/<pid>/stat`. The program's name, in parentheses, may itself contain spaces and parentheses.
 #[cfg(target_os = "linux")]
 fn parse_stat(stat: &str) -> Option<Probe> {
-    /// The number that the manual page gives to the first field behind the name, which is the state.
+    /// The number of the first field after the name, the state, in the manual page.
     const STATE: usize = 3;
     const THREADS: usize = 20;
     const START: usize = 22;
@@ -144,12 +145,12 @@ fn parse_stat(stat: &str) -> Option<Probe> {
     let start = field(START)?.parse().ok()?;
     let threads: i64 = field(THREADS)?.parse().ok()?;
     let ended = match field(STATE)? {
-        // A first thread may have ended on its own while the process goes on in others.
+        // The first thread may have ended while the process continues in others.
         "Z" | "X" | "x" => threads <= 1,
-        // A traced one shows whatever its tracer stopped it at.
+        // The exit code of a traced process shows whatever its tracer stopped it at.
         "t" => false,
-        // A killed process looks alive until it is taken apart, but its exit code is set. A stopped one shows the
-        // signal that stopped it in the same place, and may well go on.
+        // A killed process looks alive until it is torn down, but its exit code is set. A stopped process shows the
+        // signal that stopped it in the same field, and may continue.
         _ => field(EXIT_CODE).and_then(|code| code.parse().ok()).is_some_and(is_fatal),
     };
     Some(if ended { Probe::Ended } else { Probe::Running(Some(start)) })
@@ -162,7 +163,7 @@ fn is_fatal(exit_code: i32) -> bool {
     exit_code != 0 && !stops.iter().any(|stop| stop.as_raw() == exit_code)
 }
 
-/// The wall clock, by the reading that is cheapest: a few milliseconds do not matter to people.
+/// Returns the wall clock by its cheapest reading: a few milliseconds do not matter to people.
 #[cfg(target_os = "linux")]
 pub(crate) fn cheap_time() -> SystemTime {
     let now = clock_gettime(ClockId::RealtimeCoarse);
@@ -177,7 +178,7 @@ pub(crate) fn cheap_time() -> SystemTime {
 /// The highest pid that the kernel gives out: `PID_MAX_LIMIT` on Linux.
 pub(crate) const MOST_PID: u32 = if cfg!(target_os = "linux") { 1 << 22 } else { i32::MAX as u32 };
 
-/// When the system started, by the wall clock as it is set now; `None` where nothing tells.
+/// Returns when the system started, by the wall clock as it is set now, or `None` if nothing reports it.
 #[cfg(target_os = "linux")]
 pub(crate) fn booted_at() -> Option<SystemTime> {
     let up = clock_gettime(ClockId::Boottime);
@@ -189,7 +190,7 @@ pub(crate) fn booted_at() -> Option<SystemTime> {
     SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(System::boot_time()))
 }
 
-/// The `start` of a [`Probe`] by the wall clock as it is set now.
+/// Converts the `start` of a [`Probe`] to the wall clock as it is set now.
 #[cfg(target_os = "linux")]
 pub(crate) fn started_at(start: u64) -> Option<SystemTime> {
     let since_boot = Duration::from_secs_f64(start as f64 / rustix::param::clock_ticks_per_second() as f64);
@@ -206,9 +207,9 @@ pub(crate) fn started_at(start: u64) -> Option<SystemTime> {
     SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(start))
 }
 
-/// The program that `pid` runs, for people: its file's name, or what the system calls it.
+/// Returns the program that `pid` runs, for people: its file's name, or the system's name for it.
 pub(crate) fn program(pid: u32) -> Option<String> {
-    // The link alone tells, at a tenth of what sysinfo reads to get there.
+    // The link is enough, and costs a tenth of what sysinfo reads.
     #[cfg(target_os = "linux")]
     if let Some(name) = fs::read_link(format!("/proc/{pid}/exe")).ok().as_deref().and_then(Path::file_name) {
         let name = name.to_string_lossy();
@@ -227,10 +228,10 @@ fn look<T>(pid: u32, what: ProcessRefreshKind, read: impl FnOnce(&sysinfo::Proce
     system.process(pid).map(read)
 }
 
-/// What tells this boot of this kernel from every other one; `None` where the system does not say.
+/// Returns the identity of this boot of this kernel, or `None` if the system does not report it.
 pub(crate) fn boot_id() -> Option<u128> {
     static BOOT: OnceLock<u128> = OnceLock::new();
-    // What could not be read, for want of a descriptor perhaps, is asked for again next time.
+    // A failed read, perhaps for lack of a descriptor, is repeated at the next call.
     BOOT.get().copied().or_else(|| read_boot_id().map(|boot| *BOOT.get_or_init(|| boot)))
 }
 
@@ -245,19 +246,19 @@ fn read_boot_id() -> Option<u128> {
     super::darwin::boot_session()
 }
 
-/// The moment at which the system started would move whenever somebody sets the clock, and the living would look dead.
-/// So all boots of a host are one here, and processes are told apart by their start times alone.
+/// The system's start time would move whenever the clock is set, and living processes would look dead. So all boots of
+/// a host are the same here, and only the start times distinguish processes.
 #[cfg(not(any(target_os = "linux", target_vendor = "apple")))]
 fn read_boot_id() -> Option<u128> {
     let sum = |sum: u64, byte| (sum ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
     Some(u128::from(host()?.bytes().fold(0xcbf2_9ce4_8422_2325, sum)))
 }
 
-/// The namespaces of this process in which pids and start times count, as one number: that of the pid namespace in the
-/// lower half, as `/proc/self/ns/pid` shows it, and that of the time namespace, where there is one, in the upper.
+/// Returns the namespaces of this process in which pids and start times count, as one number. The lower half is the pid
+/// namespace, as `/proc/self/ns/pid` shows it. The upper half is the time namespace, if there is one.
 ///
-/// They are read once: a process stays in its pid namespace, and in its time namespace unless it joins another one by
-/// setns(2), as [`Owner::current`](crate::Owner::current) does not notice either.
+/// They are read once. A process stays in its pid namespace, and in its time namespace unless it joins another one by
+/// setns(2). [`Owner::current`](crate::Owner::current) does not notice that either.
 #[cfg(target_os = "linux")]
 pub(crate) fn pid_namespace() -> Option<u64> {
     static KNOWN: PerProcess<OnceLock<u64>> = PerProcess::new();
@@ -274,20 +275,21 @@ pub(crate) fn pid_namespace() -> Option<u64> {
     Some(*known.get_or_init(|| read))
 }
 
-/// The jail of this process, which hides the processes of others from it; 1 more than its number, for 0 says nothing.
+/// Returns the jail of this process plus 1, because 0 means unknown. The jail hides the processes of others from this
+/// process.
 #[cfg(target_os = "freebsd")]
 pub(crate) fn pid_namespace() -> Option<u64> {
     let me = rustix::process::getpid().as_raw_nonzero().get();
     Some(super::freebsd::process(me)?.jail + 1)
 }
 
-/// There is one for all.
+/// There is one namespace for all processes.
 #[cfg(not(any(target_os = "linux", target_os = "freebsd")))]
 pub(crate) fn pid_namespace() -> Option<u64> {
     Some(1)
 }
 
-/// Whether processes of these namespaces are of the host itself, and not of a container on it.
+/// Whether processes of these namespaces belong to the host itself, not to a container on it.
 #[cfg(target_os = "linux")]
 pub(crate) fn is_of_the_host(namespace: u64) -> bool {
     /// `PROC_PID_INIT_INO`, which is the same on every Linux.
@@ -295,14 +297,14 @@ pub(crate) fn is_of_the_host(namespace: u64) -> bool {
     namespace as u32 == FIRST
 }
 
-/// Whether processes of this jail are of the host itself, or whether it is another system, which has none.
+/// Whether processes of this jail belong to the host itself. True on other systems, which have no jails.
 #[cfg(not(target_os = "linux"))]
 pub(crate) fn is_of_the_host(namespace: u64) -> bool {
     namespace == 1
 }
 
-/// What tells the clock that counts from the start of the system, as this process sees it, from every other one: the
-/// boot, and the time namespace, which shifts it. `None` where boots cannot be told apart.
+/// Returns the identity of the clock that counts from the start of the system, as this process sees it: the boot, and
+/// the time namespace, which shifts the clock. `None` if boots cannot be distinguished.
 #[cfg(any(target_os = "linux", target_vendor = "apple"))]
 pub(crate) fn clock_id() -> Option<u128> {
     Some(boot_id()? ^ u128::from(pid_namespace()? >> 32))
@@ -313,9 +315,9 @@ pub(crate) fn clock_id() -> Option<u128> {
     None
 }
 
-/// This host: its name, and the id of its installation where there is one, so that two hosts that were given the same
-/// name still differ. Two that were cloned from one image with their names do not. `None` when the id could not be
-/// read for now, as without a free descriptor: the name alone would be another host.
+/// Returns this host: its name, and the id of its installation if there is one. So two hosts with the same name differ,
+/// unless they were cloned from one image with their names. `None` if the id cannot be read for now, as without a free
+/// descriptor: the name alone would be another host.
 pub(crate) fn host() -> Option<&'static str> {
     static HOST: OnceLock<String> = OnceLock::new();
     if let Some(host) = HOST.get() {
@@ -328,7 +330,7 @@ pub(crate) fn host() -> Option<&'static str> {
     }))
 }
 
-/// The name of this host, as the system has it for its processes.
+/// Returns the name of this host, as the system reports it to its processes.
 pub(crate) fn host_name() -> String {
     rustix::system::uname().nodename().to_string_lossy().replace(char::is_control, "?")
 }
@@ -343,7 +345,7 @@ fn installation() -> std::io::Result<Option<String>> {
     Ok(super::freebsd::machine())
 }
 
-/// `None` where the host has no such id, and never will: errors that pass are errors.
+/// Returns `None` if the host has no such id, and never will: temporary errors are errors.
 #[cfg(not(any(target_vendor = "apple", target_os = "freebsd")))]
 fn installation() -> std::io::Result<Option<String>> {
     use std::io::ErrorKind;
@@ -355,17 +357,17 @@ fn installation() -> std::io::Result<Option<String>> {
         },
     };
     let id = id.trim();
-    // machine-id(5): until the system has chosen one, it says so in words.
+    // machine-id(5): until the system has chosen an id, the file contains words instead.
     Ok((id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit())).then(|| id.to_owned()))
 }
 
-/// Whether what [`host`] gave has the id of an installation, besides the name.
+/// Whether the result of [`host`] contains the id of an installation in addition to the name.
 pub(crate) fn has_installation_id(host: &str) -> bool {
     // No host name has a slash.
     host.contains('/')
 }
 
-/// Changes nothing, and shows who traces this process where a step is.
+/// Changes nothing, and shows a tracer of this process where a step is.
 #[cfg(all(feature = "steps", debug_assertions))]
 pub(crate) fn show_a_step() {
     let _ = rustix::process::getppid();

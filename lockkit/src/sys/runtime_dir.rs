@@ -1,9 +1,9 @@
-//! Where lockkit's own files are: at fixed places, checked before use.
+//! lockkit's own files: at fixed places, checked before use.
 //!
-//! Two processes that disagree about an environment variable must still exclude each other, so no variable has a say.
-//! The files of one user stand in a directory of their own, which lets nobody else in. Those of the whole machine stand in
-//! the system's directory for everybody, which belongs to root and is sticky, so that nobody removes another's files, and
-//! no user comes first and locks the others out.
+//! Two processes with different environments must still exclude each other, so no environment variable counts. The
+//! files of one user lie in their own directory, which admits no other user. The files of the whole machine lie in the
+//! system's directory for all users. That directory belongs to root and is sticky. So no user removes another's files,
+//! and no user can create it first and lock the others out.
 
 use std::fs::{File, Metadata};
 use std::io;
@@ -19,16 +19,16 @@ use rustix::io::Errno;
 use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint::step;
 
-/// Where the directories of named locks stand. Emptied when the system starts, or cleaned of what is old and not locked;
-/// private to a container, which has its own names anyway.
+/// Returns the parent of the directories of named locks. The system empties it when it starts, or removes what is old
+/// and not locked. It is private to a container, which has its own names anyway.
 #[cfg(not(target_vendor = "apple"))]
 fn base(_: Sharing) -> io::Result<PathBuf> {
     Ok("/tmp".into())
 }
 
-/// macOS cleans /tmp of what is old, locked or not. What nobody cleans is the user's Darwin directory, which the system
-/// makes for each user at a place of its own, whatever the environment says; and of directories for everybody, which belong
-/// to root and are sticky, `/Users/Shared`.
+/// macOS removes old files from /tmp, locked or not. The user's Darwin directory is not cleaned: the system makes it
+/// for each user at its own place, whatever the environment says. Of the directories for all users that belong to root
+/// and are sticky, `/Users/Shared` is not cleaned.
 #[cfg(target_vendor = "apple")]
 fn base(sharing: Sharing) -> io::Result<PathBuf> {
     match sharing {
@@ -37,21 +37,21 @@ fn base(sharing: Sharing) -> io::Result<PathBuf> {
     }
 }
 
-/// Who shares a lock.
+/// The users that share a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Sharing {
     /// The processes of one user, given by its effective uid.
     User(u32),
-    /// Everybody on the machine.
+    /// All users of the machine.
     Machine,
 }
 
 impl Sharing {
-    /// The mode of the files inside.
+    /// Returns the mode of the files inside.
     pub(crate) fn file_mode(self) -> u32 {
         match self {
             Self::User(_) => 0o600,
-            // The sticky bit of a file tells systemd-tmpfiles never to remove it, however old it is. Other systems do not
+            // The sticky bit of a file makes systemd-tmpfiles never remove it, however old it is. Other systems do not
             // let every user set it.
             Self::Machine if cfg!(target_os = "linux") => 0o1666,
             Self::Machine => 0o666,
@@ -59,7 +59,7 @@ impl Sharing {
     }
 }
 
-/// What stands before the names of the machine's files.
+/// The prefix of the names of the machine's files.
 const MACHINE: &str = "lockkit-machine-";
 
 /// A directory that was found safe.
@@ -71,7 +71,7 @@ pub(crate) struct RuntimeDir {
 }
 
 impl RuntimeDir {
-    /// The path of lockkit's file `name`.
+    /// Returns the path of lockkit's file `name`.
     pub(crate) fn file(&self, name: &str) -> PathBuf {
         match self.sharing {
             Sharing::User(_) => self.path.join(name),
@@ -79,17 +79,19 @@ impl RuntimeDir {
         }
     }
 
-    /// Opens lockkit's file `name` for reading and writing, or makes it: one of its own, not a link to something else.
+    /// Opens lockkit's file `name` for reading and writing, or creates it. It must be a file of its own, not a link to
+    /// another one.
     #[cfg(target_os = "linux")]
     pub(crate) fn open_file(&self, name: &str) -> Result<File> {
         let path = self.file(name);
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
         let failed = |error| Error::io("open", &path, error);
         let mode = Mode::from_raw_mode(self.sharing.file_mode() as RawMode);
-        // Never opened and made in one step, which the kernel refuses for another user's file in a sticky directory.
+        // Opening and creating are separate steps: the kernel refuses both in one step for another user's file in a
+        // sticky directory.
         let file = match open_at(&path, flags, Mode::empty()) {
             Err(Errno::NOENT) => match open_at(&path, flags | OFlags::CREATE | OFlags::EXCL, mode) {
-                // Made by somebody else just now.
+                // Another process has just created it.
                 Err(Errno::EXIST) => open_at(&path, flags, Mode::empty()),
                 made => made.inspect(|_| step("file made")),
             },
@@ -100,7 +102,7 @@ impl RuntimeDir {
         if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile || found.st_nlink != 1 {
             return Err(ErrorKind::Insecure { path, problem: "it is not a plain file of its own" }.into());
         }
-        // The umask took bits away when the file was made, perhaps by a process that was killed then.
+        // The umask removed bits at the creation, perhaps by a process that was killed then.
         if found.st_uid == effective_uid() && found.st_mode as RawMode & 0o7777 != mode.as_raw_mode() {
             fchmod(&file, mode).map_err(failed)?;
             step("mode of the file set");
@@ -109,19 +111,19 @@ impl RuntimeDir {
     }
 }
 
-/// The effective user of this process.
+/// Returns the effective user of this process.
 pub(crate) fn effective_uid() -> u32 {
     rustix::process::geteuid().as_raw()
 }
 
-/// Whether the file or directory belongs to this process's user, by its metadata. Where the uid may mean several users,
-/// the kernel decides: it lets only the owner set a mode, here the one that is set.
+/// Whether the file or directory belongs to this process's user, by its metadata. If the uid may mean several users,
+/// the kernel decides: it lets only the owner set a mode, here the present one.
 pub(crate) fn is_own(file: impl AsFd, found: &Metadata) -> bool {
     let mode = Mode::from_raw_mode(found.mode() as RawMode & 0o7777);
     found.uid() == effective_uid() && (is_one_user(found.uid()) || fchmod(file, mode).is_ok())
 }
 
-/// As [`is_own`], of the directory at the path.
+/// Checks the directory at the path, as [`is_own`] does.
 pub(crate) fn is_own_at(path: &Path, found: &Metadata) -> bool {
     let is_it =
         |opened: &File| opened.metadata().is_ok_and(|seen| (seen.dev(), seen.ino()) == (found.dev(), found.ino()));
@@ -140,7 +142,7 @@ fn is_one_user(_: u32) -> bool {
     true
 }
 
-/// The directory for `sharing`, if it is there; for those who only look.
+/// Returns the directory for `sharing`, if it exists, for callers that only read.
 pub(crate) fn path(sharing: Sharing) -> Option<PathBuf> {
     let base = base(sharing).ok()?;
     let path = match sharing {
@@ -150,7 +152,7 @@ pub(crate) fn path(sharing: Sharing) -> Option<PathBuf> {
     path.is_dir().then_some(path)
 }
 
-/// The name that a file in there has, without what stands before it.
+/// Returns the lock name of a file in the directory, without the prefix.
 pub(crate) fn name_of(file: &str, sharing: Sharing) -> Option<String> {
     match sharing {
         Sharing::User(_) => Some(file.to_owned()),
@@ -158,17 +160,18 @@ pub(crate) fn name_of(file: &str, sharing: Sharing) -> Option<String> {
     }
 }
 
-/// As [`open_in`], at the place that this system has for it.
+/// Opens the directory as [`open_in`] does, at the place that this system has for it.
 pub(crate) fn open(sharing: Sharing) -> Result<RuntimeDir> {
     let base = base(sharing).map_err(|error| Error::io("find the directory for", "named locks", error))?;
     open_in(&base, sharing)
 }
 
-/// Opens the directory for `sharing` below `base`, making a user's where it is missing.
+/// Opens the directory for `sharing` below `base`, and creates a user's directory if it is missing.
 ///
 /// # Errors
-/// `ForeignOwner` when it belongs to somebody who is not trusted with it, `Insecure` when others could tamper with it,
-/// `Io` when it cannot be made or opened (a symlink in the place of a user's is `ELOOP` or `ENOTDIR`).
+/// - `ForeignOwner` if it belongs to a user that is not trusted with it.
+/// - `Insecure` if others could tamper with it.
+/// - `Io` if it cannot be created or opened (a symlink in the place of a user's directory is `ELOOP` or `ENOTDIR`).
 pub(crate) fn open_in(base: &Path, sharing: Sharing) -> Result<RuntimeDir> {
     let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
     let (path, flags) = match sharing {
@@ -189,7 +192,7 @@ pub(crate) fn open_in(base: &Path, sharing: Sharing) -> Result<RuntimeDir> {
     .map_err(|error| Error::io("open the directory", &path, error))?;
     let found = fstat(&fd).map_err(|error| Error::io("look at the directory", &path, error))?;
     let (uid, mode) = (found.st_uid, found.st_mode as RawMode & 0o7777);
-    // As in `is_own`, of the user that the lock was built for.
+    // As in `is_own`, for the user that the lock was built for.
     let is_owner = |own| uid == own && (is_one_user(own) || fchmod(&fd, Mode::from_raw_mode(mode)).is_ok());
     let (trusted, problem) = match sharing {
         Sharing::User(own) => {
@@ -209,7 +212,7 @@ pub(crate) fn open_in(base: &Path, sharing: Sharing) -> Result<RuntimeDir> {
         return Err(ErrorKind::Insecure { path, problem }.into());
     }
     if sharing != Sharing::Machine && mode != 0o700 {
-        // The umask took bits away when the directory was made.
+        // The umask removed bits at the creation.
         fchmod(&fd, private).map_err(|error| Error::io("change the mode of the directory", &path, error))?;
         step("mode of the directory set");
     }

@@ -1,6 +1,6 @@
-//! Abstract Unix sockets that listen, queue and hand themselves over: [unix(7)].
+//! Abstract Unix sockets that listen, queue and can be handed over: [unix(7)].
 //!
-//! The kernel gives an abstract name to one socket at a time and takes it back when the last descriptor of that socket
+//! The kernel gives an abstract name to one socket at a time. It frees the name when the last descriptor of that socket
 //! is closed, however its process ended. No file is involved.
 //!
 //! [unix(7)]: https://man7.org/linux/man-pages/man7/unix.7.html
@@ -24,21 +24,22 @@ use crate::failpoint::step;
 
 pub(crate) type Address = SocketAddrUnix;
 
-/// How many connections may wait to be accepted; the kernel's own bound, `net.core.somaxconn`, is as large by default.
+/// The number of connections that may wait to be accepted; the kernel's own limit, `net.core.somaxconn`, is as large by
+/// default.
 pub(crate) const BACKLOG: i32 = 4096;
 
-/// What the socket is sent with, for it cannot be sent alone.
+/// The payload of the socket's message, because a descriptor cannot be sent alone.
 const MESSAGE: [u8; 1] = *b"L";
 
 /// The process at the other end of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Peer {
     pub(crate) uid: u32,
-    /// 0 when it lives in a pid namespace that this process does not see.
+    /// 0 if the process is in a pid namespace that this process does not see.
     pub(crate) pid: u32,
 }
 
-/// The address of the abstract socket `name`.
+/// Returns the address of the abstract socket `name`.
 pub(crate) fn address(name: &str) -> Result<Address> {
     SocketAddrUnix::new_abstract_name(name.as_bytes())
 }
@@ -47,7 +48,7 @@ fn socket(kind: SocketType) -> Result<OwnedFd> {
     net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)
 }
 
-/// A listening socket with the address, or `None` when somebody else has it.
+/// Returns a listening socket with the address, or `None` if another process has it.
 pub(crate) fn listen_at(address: &Address) -> Result<Option<ForkGuarded>> {
     listen_as(SocketType::SEQPACKET, address)
 }
@@ -69,7 +70,7 @@ pub(super) fn listen_as(kind: SocketType, address: &Address) -> Result<Option<Fo
     }
 }
 
-/// A hash of the name: FNV-1a over words.
+/// Returns a hash of the name: FNV-1a over words.
 fn hash_of(address: &Address) -> u64 {
     let add = |sum: u64, word: &[u8]| {
         let mut bytes = [0; 8];
@@ -79,23 +80,24 @@ fn hash_of(address: &Address) -> u64 {
     address.abstract_name().unwrap_or_default().chunks(8).fold(0xcbf2_9ce4_8422_2325, add)
 }
 
-/// Whether it is a socket with the name of this hash. A connection that such a socket has accepted has the name, too.
+/// Whether the descriptor is a socket with the name of this hash. A connection that such a socket has accepted has the
+/// name, too.
 pub(super) fn has_name(descriptor: BorrowedFd<'_>, hash: u64) -> bool {
     match net::getsockname(descriptor) {
         Ok(found) => Address::try_from(found).is_ok_and(|found| hash_of(&found) == hash),
-        // Any other error does not show that the descriptor was closed.
+        // Any other error does not prove that the descriptor was closed.
         Err(error) => !matches!(error, Errno::BADF | Errno::NOTSOCK),
     }
 }
 
-/// Makes this process the one that [`peer`] names to whoever connects.
+/// Makes this process the one that [`peer`] names to connecting processes.
 pub(crate) fn listen(socket: &ForkGuarded) -> Result<()> {
     net::listen(&**socket, BACKLOG)?;
     step("socket listens");
     Ok(())
 }
 
-/// Whether nobody has the address. Takes it for a moment, in which nobody else can.
+/// Whether the address is free. Takes the address for a moment, in which no other process can take it.
 pub(crate) fn is_free(address: &Address) -> Result<bool> {
     let bound = ForkGuarded::named(hash_of(address), || {
         let socket = socket(SocketType::SEQPACKET)?;
@@ -108,22 +110,22 @@ pub(crate) fn is_free(address: &Address) -> Result<bool> {
     }
 }
 
-/// What became of an attempt to connect.
+/// The outcome of an attempt to connect.
 pub(crate) enum Reached {
-    /// In the queue of whoever listens at the address.
+    /// The connection is in the queue of the listener at the address.
     Queue(ForkGuarded),
-    /// The address is taken but nobody listens, as while its owner is starting or ending; or it is free.
+    /// The address is taken but has no listener, as while its owner is starting or ending; or the address is free.
     Nobody,
-    /// The queue has no room.
+    /// The queue is full.
     Full,
 }
 
-/// Queues up at the socket that listens at `address`. With `credentials`, each message that arrives on the connection
-/// shows its sender: unlike [`peer`], which shows the process that listened when this one connected.
+/// Joins the queue of the socket that listens at `address`. With `credentials`, each message on the connection shows
+/// its sender. [`peer`], in contrast, shows the process that listened when this one connected.
 pub(crate) fn connect(address: &Address, credentials: bool) -> Result<Reached> {
     let connection = ForkGuarded::new(|| socket(SocketType::SEQPACKET))?;
     if credentials {
-        // Before a message can arrive. The kernel gives the connection an abstract name of its own for it.
+        // Before a message can arrive. The kernel gives the connection its own abstract name for this.
         set_socket_passcred(&*connection, true)?;
     }
     connect_by(connection, address)
@@ -145,17 +147,17 @@ fn connect_by(connection: ForkGuarded, address: &Address) -> Result<Reached> {
     }
 }
 
-/// Who is at the other end: for a connection the process that last called `listen`, for an accepted one the process
-/// that connected.
+/// Returns the process at the other end: for a connection the process that last called `listen`, for an accepted one
+/// the process that connected.
 ///
-/// Not rustix's `socket_peercred`, whose type says that a pid is never 0: that is what the kernel writes for a process
-/// of a pid namespace that this one does not see.
+/// rustix's `socket_peercred` does not fit: its type says that a pid is never 0. The kernel writes 0 for a process of a
+/// pid namespace that this process does not see.
 pub(crate) fn peer(connection: impl AsFd) -> Result<Peer> {
     let found = option(connection, libc::SO_PEERCRED, libc::ucred { pid: 0, uid: 0, gid: 0 })?;
     Ok(found.into())
 }
 
-/// Types that any bytes are a value of, as the kernel writes them for an option of a socket.
+/// Types for which any bytes are a value, as the kernel writes them for a socket option.
 trait Plain: Copy {}
 impl Plain for libc::ucred {}
 impl Plain for u64 {}
@@ -185,7 +187,7 @@ impl From<libc::ucred> for Peer {
 
 /// Whether `peer`, the process at the other end of `connection`, belongs to the user `own` of this process.
 ///
-/// Equal uids are not enough where the uid may stand for several users (see [`user`]). There the process must be in this
+/// Equal uids are not enough if the uid may mean several users (see [`user`]). Then the process must be in this
 /// process's user namespace, and the kernel must show it to this process as one of the same user.
 pub(crate) fn is_own(connection: impl AsFd, peer: Peer, own: u32) -> bool {
     if peer.uid != own || user::is_one(own) {
@@ -199,14 +201,15 @@ pub(crate) fn is_own(connection: impl AsFd, peer: Peer, own: u32) -> bool {
     }
     // SAFETY: the kernel has just made the descriptor for this call, and no other owner knows it.
     let process = unsafe { OwnedFd::from_raw_fd(process) };
-    // The pid belongs to the peer for as long as the peer has not ended, which its descriptor shows afterwards.
+    // The pid belongs to the peer until the peer ends, which the pidfd shows afterwards.
     process::is_of_same_user(peer.pid) && !event::is_readable(process.as_fd())
 }
 
-/// Takes the next connection out of the queue; `None` when nothing can be taken.
+/// Accepts the next connection of the queue. Returns `None` if nothing can be accepted.
 pub(crate) fn accept(socket: &ForkGuarded) -> Option<ForkGuarded> {
     loop {
-        // ForkGuarded, or a forked child would keep the connection open, and the waiter asleep, when this process is killed.
+        // ForkGuarded: otherwise a forked child would keep the connection open, and the waiter asleep, after this
+        // process is killed.
         match ForkGuarded::new(|| net::accept_with(&**socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)) {
             Ok(connection) => {
                 step("waiter accepted");
@@ -218,8 +221,8 @@ pub(crate) fn accept(socket: &ForkGuarded) -> Option<ForkGuarded> {
     }
 }
 
-/// Sends this waiter's holder record to the holder. A holder that has gone needs no answer, and without
-/// the message the holder knows the pid alone, so an error means nothing.
+/// Sends this waiter's holder record to the holder. Errors do not matter: a holder that has gone needs no answer, and
+/// without the message the holder knows only the pid.
 pub(crate) fn announce(connection: &ForkGuarded, record: &[u8]) {
     let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
     if retry_on_intr(|| net::send(&**connection, record, flags)).is_ok() {
@@ -227,7 +230,7 @@ pub(crate) fn announce(connection: &ForkGuarded, record: &[u8]) {
     }
 }
 
-/// Ends both streams of the connection, which the other end sees at once, whatever copies of the descriptor there are.
+/// Ends both streams of the connection. The other end sees it at once, whatever copies of the descriptor exist.
 pub(crate) fn hang_up(connection: &ForkGuarded) {
     // The program may have closed it, and opened another socket.
     if connection.is_own() && net::shutdown(&**connection, Shutdown::Both).is_ok() {
@@ -235,7 +238,8 @@ pub(crate) fn hang_up(connection: &ForkGuarded) {
     }
 }
 
-/// Reads what the waiter at the other end has announced. How many bytes that were, or `None` when it has hung up.
+/// Reads the announcement of the waiter at the other end. Returns its length in bytes, or `None` if the waiter has hung
+/// up.
 pub(crate) fn announced(connection: &ForkGuarded, record: &mut [u8]) -> Option<usize> {
     let length = match retry_on_intr(|| net::recv(&**connection, &mut *record, RecvFlags::DONTWAIT)) {
         Ok((_, length)) => length,
@@ -247,7 +251,7 @@ pub(crate) fn announced(connection: &ForkGuarded, record: &mut [u8]) -> Option<u
     (rest == Err(Errno::AGAIN)).then_some(length)
 }
 
-/// Sends the socket itself to the peer; fails when the peer is gone. The peer has the lock when [`complete`] follows.
+/// Sends the socket itself to the peer. Fails if the peer is gone. The peer has the lock when [`complete`] follows.
 pub(crate) fn hand_over(connection: &ForkGuarded, socket: &ForkGuarded) -> Result<()> {
     let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
@@ -259,24 +263,24 @@ pub(crate) fn hand_over(connection: &ForkGuarded, socket: &ForkGuarded) -> Resul
     Ok(())
 }
 
-/// Ends the stream to the peer, which is how the peer knows that no earlier holder has the socket any more. Closing the
-/// connection would not do: a program that is being started may have a copy of it.
+/// Ends the stream to the peer, which tells the peer that no earlier holder has the socket any more. Closing the
+/// connection is not enough: a program that is being started may have a copy of it.
 pub(crate) fn complete(connection: &ForkGuarded) {
-    // Where it fails, the peer is gone, and closing the connection has the same effect.
+    // If it fails, the peer is gone, and closing the connection has the same effect.
     let _ = net::shutdown(&**connection, Shutdown::Write);
     step("hand-over completed");
 }
 
-/// A listening socket that has arrived.
+/// A received listening socket.
 #[derive(Debug)]
 pub(crate) struct Arrived {
     pub(crate) socket: ForkGuarded,
-    /// The process that sent it, where the connection shows the senders of messages.
+    /// The process that sent it, if the connection shows the senders of messages.
     pub(crate) sender: Option<Peer>,
 }
 
-/// Reads what the holder has sent through `connection` into `arrived`, without waiting. Whether the stream has ended: if
-/// a socket has arrived by then, the lock is handed over; if not, the holder has died, or closed its socket.
+/// Reads what the holder has sent through `connection` into `arrived`, without waiting. Returns whether the stream has
+/// ended. If a socket has arrived by then, the lock is handed over; if not, the holder has died or closed its socket.
 pub(crate) fn receive(connection: &ForkGuarded, arrived: &mut Option<Arrived>) -> Result<bool> {
     loop {
         match receive_one(connection) {
@@ -289,15 +293,15 @@ pub(crate) fn receive(connection: &ForkGuarded, arrived: &mut Option<Arrived>) -
                 return Ok(true);
             }
             Err(Errno::AGAIN) => return Ok(false),
-            // Once, if the holder closed the connection before it read all that this process had sent. What the holder
-            // had sent can still be read.
+            // Occurs once, if the holder closed the connection before it read all that this process had sent. The data
+            // that the holder sent can still be read.
             Err(Errno::INTR | Errno::CONNRESET) => {}
             Err(error) => return Err(error),
         }
     }
 }
 
-/// Room for a descriptor and for credentials, aligned as the headers in it are.
+/// Space for a descriptor and for credentials, with the alignment of their headers.
 type Control = [u64; 8];
 const _: () = {
     // SAFETY: CMSG_SPACE only computes.
@@ -305,13 +309,14 @@ const _: () = {
     assert!(needed as usize <= size_of::<Control>() && align_of::<libc::cmsghdr>() <= align_of::<u64>());
 };
 
-/// One message; `None` at the end of the stream, or for a message without a descriptor, which no holder sends.
+/// Reads one message. Returns `None` at the end of the stream, or for a message without a descriptor, which no holder
+/// sends.
 ///
-/// Not rustix's `recvmsg`, for the same reason as in [`peer`].
+/// rustix's `recvmsg` does not fit, for the same reason as in [`peer`].
 fn receive_one(connection: &ForkGuarded) -> Result<Option<Arrived>> {
     let mut sender = None;
     let mut failed = None;
-    // ForkGuarded from its first moment on, for it may be the lock.
+    // ForkGuarded from the start, because it may be the lock.
     let socket = ForkGuarded::new(|| {
         let mut message = MESSAGE;
         let mut control: Control = [0; 8];
@@ -340,7 +345,7 @@ fn receive_one(connection: &ForkGuarded) -> Result<Option<Arrived>> {
                     for at in 0..length / size_of::<i32>() {
                         // SAFETY: these are the numbers of descriptors that the kernel has just made for this process.
                         let sent = unsafe { OwnedFd::from_raw_fd(ptr::read_unaligned(data.cast::<i32>().add(at))) };
-                        // Further ones, which no holder sends, are closed.
+                        // Further descriptors, which no holder sends, are closed.
                         socket.get_or_insert(sent);
                     }
                 }
@@ -362,14 +367,15 @@ fn receive_one(connection: &ForkGuarded) -> Result<Option<Arrived>> {
     }
 }
 
-/// Whether the socket has this address, or is a connection to the one that has, on which [`listen`] fails. A stream socket
-/// can have the same name.
+/// Whether the socket has this address, or is a connection to the socket that has it, on which [`listen`] fails. A
+/// stream socket can have the same name.
 pub(crate) fn is_bound_to(socket: &ForkGuarded, address: &Address) -> bool {
     socket_type(&**socket) == Ok(SocketType::SEQPACKET)
         && net::getsockname(&**socket).and_then(Address::try_from).is_ok_and(|found| found == *address)
 }
 
-/// Whether both sockets belong to the same network namespace, as far as the kernel tells: others have the same names.
+/// Whether both sockets belong to the same network namespace, as far as the kernel reports it. Other namespaces have
+/// the same names.
 pub(crate) fn are_of_one_network(one: &ForkGuarded, other: &ForkGuarded) -> bool {
     // `SO_NETNS_COOKIE`, which differs on one architecture.
     const COOKIE: i32 = if cfg!(any(target_arch = "sparc", target_arch = "sparc64")) { 0x50 } else { 71 };
@@ -381,7 +387,7 @@ pub(crate) fn are_of_one_network(one: &ForkGuarded, other: &ForkGuarded) -> bool
     }
 }
 
-/// Lets no call on the socket wait, whatever an earlier holder has set.
+/// Makes all calls on the socket nonblocking, whatever an earlier holder has set.
 pub(crate) fn set_nonblocking(socket: &ForkGuarded) -> Result<()> {
     ioctl_fionbio(&**socket, true)
 }

@@ -1,7 +1,7 @@
 //! Abstract Unix sockets that carry bytes both ways, without ever waiting: [unix(7)], `SOCK_STREAM`.
 //!
-//! Descriptors that a peer sends along are never received: they are read without a place for them, and then the kernel
-//! closes them. Every socket is shielded, so that a forked child neither keeps the address nor a peer waiting.
+//! Descriptors that a peer sends are never received: the reads leave no room for them, so the kernel closes them. Every
+//! socket is fork-guarded, so that a forked child neither keeps the address nor keeps a peer waiting.
 //!
 //! [unix(7)]: https://man7.org/linux/man-pages/man7/unix.7.html
 
@@ -16,17 +16,17 @@ use super::fork::ForkGuarded;
 use super::seqpacket::{Address, Reached, connect_as, listen_as};
 use crate::failpoint::step;
 
-/// A listening socket with the address, or `None` when somebody else has it.
+/// Returns a listening socket with the address, or `None` if another process has it.
 pub(crate) fn listen_at(address: &Address) -> Result<Option<ForkGuarded>> {
     listen_as(SocketType::STREAM, address)
 }
 
-/// A connection to whoever listens at the address.
+/// Connects to the listener at the address.
 pub(crate) fn connect(address: &Address) -> Result<Reached> {
     connect_as(SocketType::STREAM, address)
 }
 
-/// The next connection in the queue; `None` when there is none.
+/// Accepts the next connection of the queue. Returns `None` if there is none.
 pub(crate) fn accept(listener: &ForkGuarded) -> Result<Option<ForkGuarded>> {
     loop {
         match ForkGuarded::new(|| net::accept_with(&**listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)) {
@@ -41,18 +41,18 @@ pub(crate) fn accept(listener: &ForkGuarded) -> Result<Option<ForkGuarded>> {
     }
 }
 
-/// What came of an attempt to write or to read.
+/// The outcome of an attempt to write or to read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Moved {
-    /// As many bytes, at least one.
+    /// This many bytes, at least one.
     Bytes(usize),
-    /// None now.
+    /// No bytes now.
     Nothing,
-    /// None ever: the other end is closed.
+    /// No bytes ever: the other end is closed.
     End,
 }
 
-/// Writes as much of `bytes` as there is room for.
+/// Writes as much of `bytes` as fits.
 pub(crate) fn send(connection: &ForkGuarded, bytes: &[u8]) -> Result<Moved> {
     if !connection.is_own() {
         return Ok(Moved::End);
@@ -68,7 +68,7 @@ pub(crate) fn send(connection: &ForkGuarded, bytes: &[u8]) -> Result<Moved> {
     }
 }
 
-/// Appends what has arrived to `to`, `most` bytes at most.
+/// Appends the arrived bytes to `to`, at most `most`.
 pub(crate) fn receive(connection: &ForkGuarded, to: &mut Vec<u8>, most: usize) -> Result<Moved> {
     let before = to.len();
     to.resize(before + most, 0);
@@ -85,7 +85,7 @@ pub(crate) fn receive(connection: &ForkGuarded, to: &mut Vec<u8>, most: usize) -
     }
 }
 
-/// Many descriptors watched as one, which can be read when one of them can: [epoll(7)].
+/// Many descriptors watched as one, which is readable if one of them is: [epoll(7)].
 ///
 /// [epoll(7)]: https://man7.org/linux/man-pages/man7/epoll.7.html
 #[derive(Debug)]
@@ -101,7 +101,7 @@ impl Watched {
         epoll::add(&*self.0, fd, EventData::new_u64(id), EventFlags::IN)
     }
 
-    /// Watches it no more for now, or again.
+    /// Pauses the watch on `fd`, or resumes it.
     pub(crate) fn pause(&self, fd: impl AsFd, id: u64, pause: bool) -> Result<()> {
         let flags = if pause { EventFlags::empty() } else { EventFlags::IN };
         epoll::modify(&*self.0, fd, EventData::new_u64(id), flags)
@@ -111,7 +111,8 @@ impl Watched {
         epoll::delete(&*self.0, fd)
     }
 
-    /// The names of those that can be read now, or have hung up; some of them, if there are many.
+    /// Returns the names of the descriptors that are readable now or have hung up; only some of them, if there are
+    /// many.
     pub(crate) fn ready(&self) -> Result<impl Iterator<Item = u64> + use<>> {
         const AT_ONCE: usize = 32;
         if !self.0.is_own() {

@@ -1,4 +1,4 @@
-//! Files that have no name at first, so that one can be complete before anybody sees it: `O_TMPFILE` of [open(2)].
+//! Files that have no name at first, so that a file is complete before it becomes visible: `O_TMPFILE` of [open(2)].
 //!
 //! [open(2)]: https://man7.org/linux/man-pages/man2/open.2.html
 
@@ -9,14 +9,14 @@ use std::path::Path;
 #[cfg(target_os = "linux")]
 use crate::failpoint::step;
 
-/// Makes a file without a name on the file system of `directory`, with `mode` less the umask. Where there is no such
-/// thing the error is of the kind `Unsupported`.
+/// Creates a file without a name on the file system of `directory`, with `mode` less the umask. If the system cannot do
+/// that, the error is of the kind `Unsupported`.
 #[cfg(target_os = "linux")]
 pub(crate) fn file_in(directory: &Path, mode: u32) -> io::Result<File> {
     use rustix::fs::{Mode, OFlags, open};
     use rustix::io::Errno;
     match open(directory, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::from_raw_mode(mode)) {
-        // The last two are what systems say that do not know the flag.
+        // The last two are the errors of systems that do not know the flag.
         Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => Err(io::ErrorKind::Unsupported.into()),
         made => {
             let file = made?.into();
@@ -26,8 +26,7 @@ pub(crate) fn file_in(directory: &Path, mode: u32) -> io::Result<File> {
     }
 }
 
-/// Names it, unless something has that name. Where /proc is not there to do it through, the error is of the kind
-/// `Unsupported`.
+/// Names the file, unless the name exists. Without /proc, which this needs, the error is of the kind `Unsupported`.
 #[cfg(target_os = "linux")]
 pub(crate) fn name(file: &File, path: &Path) -> io::Result<()> {
     use rustix::fs::{AtFlags, CWD, linkat};
@@ -40,7 +39,7 @@ pub(crate) fn name(file: &File, path: &Path) -> io::Result<()> {
     }
 }
 
-/// Whether it is on a file system in memory, which is empty when the system starts.
+/// Whether the file is on a file system in memory, which is empty when the system starts.
 #[cfg(target_os = "linux")]
 pub(crate) fn is_in_memory(file: &File) -> bool {
     const TMPFS_MAGIC: u64 = 0x0102_1994;
@@ -49,7 +48,7 @@ pub(crate) fn is_in_memory(file: &File) -> bool {
 
 #[cfg(not(target_os = "linux"))]
 pub(crate) fn file_in(directory: &Path, _: u32) -> io::Result<File> {
-    // A directory that is not there is told first, as where there is such a thing.
+    // A missing directory is reported first, as on systems with `O_TMPFILE`.
     directory.metadata()?;
     Err(io::ErrorKind::Unsupported.into())
 }

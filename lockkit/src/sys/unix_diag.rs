@@ -1,6 +1,7 @@
 //! All Unix sockets of this network namespace, as the kernel describes them: [sock_diag(7)], `unix_diag`.
 //!
-//! Unlike `/proc/net/unix` it tells which connections wait at a listening socket, and whether each of them is still open.
+//! Unlike `/proc/net/unix` it shows the connections that wait at a listening socket, and whether each of them is still
+//! open.
 //!
 //! [sock_diag(7)]: https://man7.org/linux/man-pages/man7/sock_diag.7.html
 
@@ -19,14 +20,15 @@ pub(crate) struct Socket {
     pub(crate) inode: u32,
     /// The user that made it, since Linux 5.3.
     pub(crate) uid: Option<u32>,
-    /// The path, or the abstract name behind a NUL byte.
+    /// The path, or the abstract name after a NUL byte.
     pub(crate) name: Vec<u8>,
-    /// The inodes of the connections that wait to be accepted; 0 for one whose other end is closed. `None` where there are
-    /// too many for a message.
+    /// The inodes of the connections that wait to be accepted; 0 for a connection whose other end is closed. `None` if
+    /// there are too many for a message.
     pub(crate) queue: Option<Vec<u32>>,
-    /// How many connections wait to be accepted; of a connection, how many bytes wait to be read.
+    /// For a listener, the number of connections that wait to be accepted; for a connection, the number of bytes that
+    /// wait to be read.
     pub(crate) waiting: u32,
-    /// How many bytes it has sent that its peer has not read, with their overhead.
+    /// The number of bytes that it has sent and its peer has not read, with their overhead.
     pub(crate) unread: u32,
 }
 
@@ -35,18 +37,19 @@ pub(crate) const ESTABLISHED: u8 = 1;
 pub(crate) const CLOSE: u8 = 7;
 pub(crate) const LISTEN: u8 = 10;
 
-/// The kernel puts no more into one message, and only puts so much where the reader has had room for it before.
+/// The kernel puts no more into one message, and only puts that much if the reader had room for it before.
 const MESSAGE: usize = 32 << 10;
 const HEADER: usize = 16;
 
-/// Every socket that is connected, or listens, or is bound and does not listen yet.
+/// Returns every socket that is connected, or listens, or is bound and does not listen yet.
 ///
-/// A queue of more than some 8,000 connections fits into no message, and the kernel ends the list at such a socket, without
-/// a word. (There are longer ones where `net.core.somaxconn` was raised.) So the list is asked for once more, without
-/// queues, and sockets that only that one has are without their queues.
+/// A queue of more than about 8,000 connections fits into no message, and the kernel silently ends the list at such a
+/// socket. (Longer queues exist if `net.core.somaxconn` was raised.) So the list is requested once more without queues.
+/// Sockets that only the second list contains are returned without their queues.
 ///
 /// # Errors
-/// Those of the system calls, as where a filter forbids netlink; `EOPNOTSUPP` when the kernel has no `unix_diag`.
+/// Returns the errors of the system calls, for example if a filter forbids netlink; `EOPNOTSUPP` if the kernel has no
+/// `unix_diag`.
 pub(crate) fn dump() -> Result<Vec<Socket>> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let kernel = net::socket_with(AddressFamily::NETLINK, SocketType::DGRAM, flags, Some(netlink::SOCK_DIAG))?;
@@ -61,8 +64,8 @@ pub(crate) fn dump() -> Result<Vec<Socket>> {
             }
         }
     };
-    // The first answer is empty, and tells the kernel how large a message may be: a full queue does not fit into the
-    // size that the kernel begins with, and would end the list there.
+    // The first answer is empty, and shows the kernel how large a message may be. A full queue does not fit into the
+    // kernel's initial size, and would end the list there.
     ask(0, SHOW, &mut sockets)?;
     ask(1 << ESTABLISHED | 1 << CLOSE | 1 << LISTEN, SHOW | SHOW_QUEUE, &mut sockets)?;
     let mut all = Vec::new();
@@ -93,7 +96,7 @@ fn request(states: u32, show: u32) -> [u8; HEADER + 24] {
     bytes
 }
 
-/// Reads messages; whether they end the list.
+/// Parses messages. Returns whether they end the list.
 fn read_messages(mut bytes: &[u8], sockets: &mut Vec<Socket>) -> Result<bool> {
     const ERROR: u16 = 2;
     const DONE: u16 = 3;
@@ -101,7 +104,7 @@ fn read_messages(mut bytes: &[u8], sockets: &mut Vec<Socket>) -> Result<bool> {
         let length = length as usize;
         let body = bytes.get(HEADER..length).ok_or(Errno::BADMSG)?;
         match kind {
-            // Of whatever kind: there is another way to ask.
+            // Every kind of error is the same: the caller has another way to get the list.
             ERROR => return Err(Errno::OPNOTSUPP),
             DONE => return Ok(true),
             _ => sockets.extend(read_socket(body)),
@@ -111,7 +114,7 @@ fn read_messages(mut bytes: &[u8], sockets: &mut Vec<Socket>) -> Result<bool> {
     Ok(false)
 }
 
-/// Reads `struct unix_diag_msg` and its attributes.
+/// Parses `struct unix_diag_msg` and its attributes.
 fn read_socket(body: &[u8]) -> Option<Socket> {
     const NAME: u16 = 0;
     const ICONS: u16 = 3;

@@ -1,10 +1,10 @@
-//! The lock of a pidfile's holder, which no process can take that may only read the file.
+//! The lock of a pidfile's holder, which a process that may only read the file cannot acquire.
 //!
 //! On Linux it is a write lock of the open file ([`ofd`](super::ofd)). The kernel grants one only through a descriptor
-//! that is open for writing, and tells write locks from read locks. So the locks of readers delay no holder, and are
-//! not mistaken for one. Forked children share the lock with the open file.
+//! that is open for writing, and distinguishes write locks from read locks. So the locks of readers delay no holder,
+//! and are not mistaken for one. Forked children share the lock with the open file.
 //!
-//! Elsewhere, and on a kernel without such locks (`EINVAL`), it is flock(2), which readers can take, too.
+//! Elsewhere, and on a kernel without such locks (`EINVAL`), it is flock(2), which readers can acquire, too.
 
 use std::fs::File;
 use std::io;
@@ -15,7 +15,7 @@ use super::ofd;
 #[cfg(target_os = "linux")]
 use crate::failpoint::step;
 
-/// Takes the lock if no process has one on the file; says whether it did. The file must be open for writing.
+/// Acquires the lock if no process has a lock on the file. Returns whether it did. The file must be open for writing.
 pub(crate) fn try_lock(file: &File) -> io::Result<bool> {
     #[cfg(target_os = "linux")]
     if let Some(answer) = known(ofd::try_write_lock(file)) {
@@ -28,7 +28,7 @@ pub(crate) fn try_lock(file: &File) -> io::Result<bool> {
     flock::try_lock(file, flock::Mode::Exclusive)
 }
 
-/// Gives the lock up, also where a forked child shares the open file.
+/// Releases the lock, also if a forked child shares the open file.
 pub(crate) fn unlock(file: &File) -> io::Result<()> {
     #[cfg(target_os = "linux")]
     if let Some(answer) = known(ofd::unlock(file)) {
@@ -37,21 +37,21 @@ pub(crate) fn unlock(file: &File) -> io::Result<()> {
     flock::unlock(file)
 }
 
-/// The process that has the lock through another open file, or 0 where the system does not name it; `None` when no
-/// process has it.
+/// Returns the process that has the lock through another open file, or 0 if the system does not name it. Returns `None`
+/// if no process has it.
 pub(crate) fn holder(file: &File) -> io::Result<Option<u32>> {
     #[cfg(target_os = "linux")]
     if let Some(answer) = known(ofd::writer(file)) {
         return answer;
     }
-    // Shared, so that two processes that look do not take each other for a holder.
+    // Shared, so that two processes that check do not mistake each other for a holder.
     match flock::try_lock(file, flock::Mode::Shared)? {
         true => flock::unlock(file).map(|()| None),
         false => Ok(Some(0)),
     }
 }
 
-/// Sleeps until no other process has the lock. The file must be open for reading, and closing it ends what the wait
+/// Sleeps until no other process has the lock. The file must be open for reading. Closing it removes what the wait
 /// leaves behind.
 pub(crate) fn wait(file: &File) -> io::Result<()> {
     #[cfg(target_os = "linux")]
@@ -61,10 +61,10 @@ pub(crate) fn wait(file: &File) -> io::Result<()> {
     flock::lock(file, flock::Mode::Shared)
 }
 
-/// The kernel's answer; `None` when it does not know the question.
+/// Returns the kernel's answer, or `None` if the kernel does not know the command.
 #[cfg(target_os = "linux")]
 fn known<T>(answer: io::Result<T>) -> Option<io::Result<T>> {
-    // The locks are as old as Linux 3.15, and some kernels that act as Linux have none.
+    // Linux has the locks since 3.15, and some kernels that emulate Linux have none.
     let unknown = |error: &io::Error| error.raw_os_error() == Some(libc::EINVAL) || flock::is_unsupported(error);
     if answer.as_ref().is_err_and(unknown) { None } else { Some(answer) }
 }

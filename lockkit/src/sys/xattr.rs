@@ -5,8 +5,8 @@
 use std::fs::File;
 use std::io;
 
-/// The attribute `name`, where the file has it and it is not longer than `room`; `None` where it has none, a longer
-/// one, or where the file system has no attributes.
+/// Reads the attribute `name`, if the file has it and it is at most `room` long. Returns `None` if the file has none,
+/// or a longer one, or if the file system has no attributes.
 #[cfg(any(target_os = "linux", target_vendor = "apple"))]
 pub(crate) fn get<'r>(file: &File, name: &str, room: &'r mut [u8]) -> io::Result<Option<&'r [u8]>> {
     use rustix::io::Errno;
@@ -21,7 +21,7 @@ pub(crate) fn get<'r>(file: &File, name: &str, room: &'r mut [u8]) -> io::Result
     }
 }
 
-/// Gives the file the attribute `name`, in the place of one that it has.
+/// Sets the attribute `name` of the file, or replaces it.
 #[cfg(any(target_os = "linux", target_vendor = "apple"))]
 pub(crate) fn set(file: &File, name: &str, value: &[u8]) -> io::Result<()> {
     rustix::fs::fsetxattr(file, name, value, rustix::fs::XattrFlags::empty())?;

@@ -1,11 +1,11 @@
-//! The second process of the tests; see `lockkit_tests::helper_process`, `chaos` and `steps`.
+//! The second process of the tests; see `lockkit_tests::helper_process`, `chaos` and `crash_points`.
 
 use lockkit_tests::{Spec, async_conformance, chaos, crash_points, helper_process, leases, managers};
 #[cfg(target_os = "linux")]
 use lockkit_tests::{fault_injection, hostile, instances, realtime};
 
 fn main() {
-    // What an instance is called with may be any bytes.
+    // The arguments of an instance may be any bytes.
     #[cfg(target_os = "linux")]
     if std::env::args_os().nth(1).is_some_and(|part| part == "instance") {
         return instances::serve(&std::env::args_os().nth(2).expect("a name"));

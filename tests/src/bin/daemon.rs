@@ -1,9 +1,9 @@
-//! A daemon: takes the pidfile PATH, forks, and lets the child go on as the owner.
+//! A daemon: acquires the pidfile PATH, forks, and lets the child continue as the owner.
 //!
-//! One command a line, one answer a line: `fork`, then `rewrite` for the child, then `release`.
-//! ORDER says who is first: with `parent` the parent leaves at once, as daemon(3) does; with `child` it waits for word
-//! from the child, and drops its copy of the guard then. With `closes` it is as with `child`, and the child closes all
-//! descriptors that it inherited before it rewrites.
+//! One command per line, one answer per line: `fork`, then `rewrite` for the child, then `release`. ORDER says which
+//! process acts first. With `parent` the parent exits immediately, as daemon(3) does. With `child` the parent waits for
+//! a message from the child, and then drops its copy of the guard. `closes` is as `child`, and the child closes all
+//! inherited descriptors before it rewrites.
 
 #[cfg(unix)]
 use std::io::{Read, Write};

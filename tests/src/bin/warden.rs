@@ -1,4 +1,4 @@
-//! Keeps a server for a test: `warden DIRECTORY PROGRAM ARGUMENTS…`, see `lockkit_tests::servers`.
+//! Supervises a server for a test: `warden DIRECTORY PROGRAM ARGUMENTS…`, see `lockkit_tests::servers`.
 
 #[cfg(target_os = "linux")]
 fn main() {

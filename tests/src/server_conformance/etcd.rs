@@ -15,10 +15,10 @@ use crate::until;
 /// The server that the tests of a process share.
 pub static SHARED: Shared<Etcd> = Shared::new(|| Etcd::start_nodes(1, &Security::None, &[]));
 
-/// The URL of a lease on the [`SHARED`] server.
+/// Returns the URL of a lease on the [`SHARED`] server.
 ///
 /// # Errors
-/// Why there is none.
+/// The reason why there is no server.
 pub fn shared_url(name: &str) -> Result<String, &'static str> {
     SHARED.get().map(|server| server.url_of(&server.endpoints(), "", name, ""))
 }
@@ -31,19 +31,19 @@ pub struct Etcd {
 
 struct Node {
     directory: ServerDir,
-    /// Where it listens to clients, on 127.0.0.1.
+    /// The port for clients, on 127.0.0.1.
     port: u16,
     command: Command,
     server: Option<Server>,
 }
 
 impl Etcd {
-    /// A cluster of so many nodes, with these options of etcd's beside those that it needs. It has users only where a
-    /// password is asked for: [`USER`] may use the keys of leases, `guest` with the password `guest` none, and `root` is
-    /// `root`.
+    /// Starts a cluster of so many nodes, with these options of etcd in addition to the necessary ones. It has users
+    /// only where a password is required: [`USER`] may use the keys of leases, `guest` with the password `guest` none,
+    /// and `root` is `root`.
     ///
     /// # Errors
-    /// What this machine lacks.
+    /// The missing resource of this machine.
     pub fn start_nodes(count: usize, security: &Security, options: &[&str]) -> Result<Self, String> {
         let program = installed(&["etcd"])?;
         let speaks_tls = matches!(security, Security::Tls(_) | Security::ClientCertificate(_));
@@ -79,20 +79,20 @@ impl Etcd {
         Ok(etcd)
     }
 
-    /// Starts the node with what it has kept, where it does not run, and waits until it serves.
+    /// Starts the node with its data, if it does not run, and waits until it serves.
     pub fn start_again(&mut self, at: usize) {
         self.launch_node(at);
         self.wait_until_it_serves();
     }
 
-    /// Starts the node again, which may have to wait for others.
+    /// Starts the node again. It may have to wait for other nodes.
     pub fn launch_node(&mut self, at: usize) {
         self.nodes[at].launch().expect("it did before");
     }
 
-    /// Waits until all that run serve.
+    /// Waits until all running nodes serve.
     pub fn wait_until_it_serves(&self) {
-        // Of those that speak TLS, whoever it is for asks again.
+        // With TLS there is no check here. The test's own requests are repeated.
         let serves = |node: &Node| match self.speaks_tls {
             false => node.get("/health").is_some_and(|answer| answer.contains(r#""health":"true""#)),
             true => true,
@@ -100,24 +100,24 @@ impl Etcd {
         until("every node serves", || self.nodes.iter().filter(|node| node.server.is_some()).all(serves));
     }
 
-    /// The URL of a lease on these endpoints as this user, as `user:password@`, and with these parameters, as
+    /// Returns the URL of a lease on these endpoints as this user, as `user:password@`, and with these parameters, as
     /// `?name=value`.
     pub fn url_of(&self, endpoints: &str, user: &str, name: &str, parameters: &str) -> String {
         let scheme = if self.speaks_tls { "etcds" } else { "etcd" };
         format!("{scheme}://{user}{endpoints}/{name}{parameters}")
     }
 
-    /// The URL of a lease, with all nodes as endpoints.
+    /// Returns the URL of a lease, with all nodes as endpoints.
     pub fn plain_url(&self, name: &str) -> String {
         self.url_of(&self.endpoints(), "", name, "")
     }
 
-    /// All nodes, as `host:port` with commas between.
+    /// Returns all nodes, as `host:port` with commas between.
     pub fn endpoints(&self) -> String {
         self.endpoints_of(0..self.nodes.len())
     }
 
-    /// These nodes, in this order, as `host:port` with commas between.
+    /// Returns these nodes, in this order, as `host:port` with commas between.
     pub fn endpoints_of(&self, nodes: impl IntoIterator<Item = usize>) -> String {
         let endpoint = |at: usize| format!("127.0.0.1:{}", self.nodes[at].port);
         nodes.into_iter().map(endpoint).collect::<Vec<_>>().join(",")
@@ -133,7 +133,7 @@ impl Etcd {
         self.nodes[at].server.take().into_iter().for_each(Server::kill);
     }
 
-    /// The node that leads, as soon as one does.
+    /// Returns the node that leads, as soon as there is a leader.
     pub fn leader(&self) -> usize {
         let mut leader = None;
         until("there is a leader", || {
@@ -147,21 +147,21 @@ impl Etcd {
         leader.expect("it was found")
     }
 
-    /// How many leases etcd counts, each the session of a process.
+    /// Returns the number of leases in etcd, each the session of a process.
     pub fn sessions(&self) -> usize {
         self.post("/v3/lease/leases", "{}").matches(r#""ID""#).count()
     }
 
-    /// What the first node answers to a request of its gateway.
+    /// Returns the first node's answer to a request of its gateway.
     pub fn post(&self, path: &str, body: &str) -> String {
         let request = format!("POST {path} HTTP/1.0\r\nContent-Length: {}\r\n\r\n{body}", body.len());
         self.nodes[0].http(&request).expect("it answers")
     }
 
-    /// Runs etcdctl as root; returns what it says.
+    /// Runs etcdctl as root. Returns its output.
     ///
     /// # Errors
-    /// That it is not installed.
+    /// If etcdctl is not installed.
     pub fn ctl(&self, arguments: &[&str]) -> Result<String, String> {
         let mut ctl = Command::new(installed(&["etcdctl"])?);
         ctl.env("ETCDCTL_API", "3").args(["--endpoints", &self.endpoints()]).args(arguments);
@@ -201,7 +201,7 @@ impl Node {
 
     fn http(&self, request: &str) -> Option<String> {
         let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).ok()?;
-        // Also of one that is stopped.
+        // The timeout also applies to a stopped node.
         stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
         stream.write_all(request.as_bytes()).ok()?;
         let mut answer = String::new();
@@ -216,7 +216,7 @@ impl Engine for Etcd {
 
     const OLD: Option<fn(TcpStream)> = Some(answer_as_an_old_version);
 
-    /// It goes by no clock that can be set.
+    /// No clock of etcd can be set.
     fn start(security: &Security, _: Option<&Clock>) -> Result<Self, String> {
         let etcd = Self::start_nodes(1, security, &[])?;
         let url = etcd.url(etcd.port(), Access::Right(security), "ready").expect("the right way is always there");
@@ -261,7 +261,7 @@ impl Engine for Etcd {
     }
 }
 
-/// Answers as etcd 3.3 does, whose gateway is elsewhere.
+/// Answers as etcd 3.3 does, whose gateway has another path.
 fn answer_as_an_old_version(mut client: TcpStream) {
     let mut asked = Vec::new();
     let mut bytes = [0; 4096];

@@ -1,6 +1,6 @@
 //! PostgreSQL for tests.
 //!
-//! It refuses to run as root, so there it runs as the user `postgres`, who owns its directory.
+//! It refuses to run as root, so there it runs as the user `postgres`, which owns its directory.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -19,15 +19,15 @@ use crate::until;
 /// The server that the tests of a process share.
 pub static SHARED: Shared<Postgres> = Shared::new(|| {
     let server = Postgres::open()?;
-    // With its table made, so that those who come first find it as all others do.
+    // The table is created here, so that the first tests find the same state as all others.
     drop(Lease::connect(server.lease("first")).build().expect("a URL").try_lock().expect("nobody has it"));
     Ok(server)
 });
 
-/// The URL of a lease on the [`SHARED`] server.
+/// Returns the URL of a lease on the [`SHARED`] server.
 ///
 /// # Errors
-/// Why there is none.
+/// The reason why there is no server.
 pub fn shared_url(name: &str) -> Result<String, &'static str> {
     SHARED.get().map(|server| server.lease(name))
 }
@@ -40,12 +40,12 @@ pub struct Postgres {
     directory: ServerDir,
 }
 
-/// How a server is set up.
+/// The configuration of a server.
 #[derive(Default)]
 pub struct Setup<'s> {
-    /// Settings as `name=value`, beside those that every test needs.
+    /// Settings as `name=value`, in addition to those that every test needs.
     pub settings: &'s [&'s str],
-    /// Who gets in over TCP, as lines of `pg_hba.conf`; everybody, unless told otherwise.
+    /// The access rules for TCP, as lines of `pg_hba.conf`. The default admits every user.
     pub lets_in: Option<&'s str>,
     /// Certificates for TLS.
     pub certificates: Option<&'s Certificates>,
@@ -54,18 +54,18 @@ pub struct Setup<'s> {
 }
 
 impl Postgres {
-    /// One that everybody may use.
+    /// Starts a server that every user may use.
     ///
     /// # Errors
-    /// What this machine lacks.
+    /// The missing resource of this machine.
     pub fn open() -> Result<Self, String> {
         Self::set_up(&Setup::default())
     }
 
-    /// One that is set up in this way. The superuser `postgres` has the drills' password.
+    /// Starts a server with this configuration. The superuser `postgres` has the drills' password.
     ///
     /// # Errors
-    /// What this machine lacks.
+    /// The missing resource of this machine.
     pub fn set_up(setup: &Setup<'_>) -> Result<Self, String> {
         let directory = new_directory()?;
         let (data, password) = (directory.path().join("data"), directory.path().join("password"));
@@ -79,7 +79,7 @@ impl Postgres {
         let mut postgres = Self::in_directory(directory, setup)?;
         if let Some(certificates) = setup.certificates {
             let [certificate, key] = certificates.server();
-            // It wants a key that nobody else can read.
+            // PostgreSQL requires a key that no other user can read.
             let own = data.join("server.key");
             std::fs::write(&own, std::fs::read(key).expect("a key")).expect("room");
             std::fs::set_permissions(&own, PermissionsExt::from_mode(0o600)).expect("a file");
@@ -95,10 +95,10 @@ impl Postgres {
         Ok(postgres)
     }
 
-    /// A standby of this server, which only reads.
+    /// Starts a standby of this server, which only reads.
     ///
     /// # Errors
-    /// What this machine lacks.
+    /// The missing resource of this machine.
     pub fn standby(&self) -> Result<Self, String> {
         self.standby_through(self.port)
     }
@@ -131,7 +131,7 @@ impl Postgres {
             .arg(directory.path())
             .arg("-p")
             .arg(port.to_string());
-        // A killed server leaves its shared memory behind: in its directory, which goes, and not in /dev/shm.
+        // A killed server leaves its shared memory behind: in its directory, which is removed, and not in /dev/shm.
         let memory = "dynamic_shared_memory_type=mmap";
         let usual = ["listen_addresses=127.0.0.1", "fsync=off", "max_connections=200", memory];
         command.args(usual.iter().chain(setup.settings).flat_map(|setting| ["-c", setting]));
@@ -149,17 +149,17 @@ impl Postgres {
         Ok(())
     }
 
-    /// The URL of a lease.
+    /// Returns the URL of a lease.
     pub fn lease(&self, name: &str) -> String {
         self.lease_of("postgres", "", name)
     }
 
-    /// The URL of a lease as another user, and with further parameters.
+    /// Returns the URL of a lease as another user, and with further parameters.
     pub fn lease_of(&self, user: &str, parameters: &str, name: &str) -> String {
         format!("postgres://{user}@127.0.0.1:{}/postgres?{parameters}&lease={name}", self.port)
     }
 
-    /// Runs statements as the superuser; returns what they say, unaligned and without headings.
+    /// Runs statements as the superuser. Returns their output, unaligned and without headings.
     pub fn sql(&self, statements: &str) -> String {
         let mut psql = Command::new(installed("psql").expect("it is beside the server"));
         psql.args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-U", "postgres", "-h"]).arg(self.directory.path());
@@ -167,18 +167,18 @@ impl Postgres {
         run(&mut psql).expect("SQL that works").trim().to_owned()
     }
 
-    /// The process that starts all others.
+    /// Returns the pid of the process that starts all others.
     fn first_process(&self) -> u32 {
         let file = std::fs::read_to_string(self.directory.path().join("data/postmaster.pid")).expect("it runs");
         file.lines().next().and_then(|pid| pid.trim().parse().ok()).expect("a pid")
     }
 
-    /// Its directory, with the Unix socket in it.
+    /// Returns its directory, which contains the Unix socket.
     pub fn directory(&self) -> &Path {
         self.directory.path()
     }
 
-    /// What it has written to its log.
+    /// Returns the contents of its log.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.directory.log()).unwrap_or_default()
     }
@@ -206,7 +206,7 @@ impl Engine for Postgres {
     fn url(&self, port: u16, access: Access, name: &str) -> Option<String> {
         let with = |user: &str, rest: &str| format!("postgres://{user}@127.0.0.1:{port}/{rest}lease={name}");
         Some(match access {
-            // Unless told otherwise it would take TLS where it can have it.
+            // By default the client would use TLS if the server offers it.
             Access::Right(Security::None) => with("postgres", "postgres?sslmode=disable&"),
             Access::Right(Security::Password) => with(&format!("postgres:{PASSWORD}"), "postgres?"),
             Access::WrongPassword => with("postgres:open-barley", "postgres?"),
@@ -225,9 +225,9 @@ impl Engine for Postgres {
 
     fn signal(&self, signal: Signal) {
         let first = self.first_process();
-        // Stopped, it starts no more of them.
+        // While the first process is stopped, it starts no more children.
         signal_pid(first, Signal::STOP);
-        // Each is in a group of its own.
+        // Each child is in a process group of its own.
         children_of(first).into_iter().for_each(|child| signal_pid(child, signal));
         signal_pid(first, signal);
         if ![Signal::STOP, Signal::KILL].contains(&signal) {
@@ -242,9 +242,9 @@ impl Engine for Postgres {
         let children = children_of(first);
         children.iter().for_each(|child| signal_pid(*child, Signal::KILL));
         server.kill();
-        // Else the next one finds the memory that they share in use.
+        // Otherwise the next server finds their shared memory in use.
         until("all are gone", || children.iter().all(|child| !Path::new(&format!("/proc/{child}")).exists()));
-        // Who was killed cannot have removed it, and its number may be another process's soon.
+        // A killed server cannot have removed the file, and another process may soon have its pid.
         let _ = std::fs::remove_file(self.directory.path().join("data/postmaster.pid"));
     }
 
@@ -269,12 +269,12 @@ impl Engine for Postgres {
     }
 }
 
-/// The parameters with which a client checks the server's certificate, in whole.
+/// Returns the parameters with which a client fully checks the server's certificate.
 fn checked_by(ca: &Path) -> String {
     format!("sslmode=verify-full&sslrootcert={}&", ca.display())
 }
 
-/// Lets everybody in, and knows nothing that PostgreSQL 9.3 did not know.
+/// Admits every client, and knows nothing that PostgreSQL 9.3 did not know.
 fn answer_as_an_old_version(mut client: TcpStream) {
     let message = |kind: u8, body: &[u8]| [&[kind], &(body.len() as u32 + 4).to_be_bytes()[..], body].concat();
     let ready = message(b'Z', b"I");
@@ -282,7 +282,7 @@ fn answer_as_an_old_version(mut client: TcpStream) {
     let mut bytes = [0; 4096];
     while let Ok(length @ 1..) = client.read(&mut bytes) {
         let answer = match (bytes[0], bytes.get(4..8)) {
-            // A request for TLS, and the greeting.
+            // A request for TLS, and the startup message.
             (0, Some([0x04, 0xd2, 0x16, 0x2f])) => b"N".to_vec(),
             (0, _) => [message(b'R', &[0; 4]), message(b'K', &[1; 8]), ready.clone()].concat(),
             // Messages that end with a Sync.
@@ -295,7 +295,7 @@ fn answer_as_an_old_version(mut client: TcpStream) {
     }
 }
 
-/// A directory of the server's user.
+/// Creates a directory that belongs to the server's user.
 fn new_directory() -> Result<ServerDir, String> {
     let directory = ServerDir::new("postgres");
     give_to_its_user(directory.path())?;
@@ -311,7 +311,7 @@ fn give_to_its_user(path: &Path) -> Result<(), String> {
     chown(path, Some(user?), Some(group?)).map_err(|error| error.to_string())
 }
 
-/// A command that root runs as the user `postgres`.
+/// Returns a command that root runs as the user `postgres`.
 pub fn as_its_user(program: &Path) -> Command {
     if !rustix::process::geteuid().is_root() {
         return Command::new(program);
@@ -322,10 +322,10 @@ pub fn as_its_user(program: &Path) -> Command {
     command
 }
 
-/// A program of PostgreSQL's, of the newest version that is installed.
+/// Returns the path of a PostgreSQL program, of the newest installed version.
 ///
 /// # Errors
-/// That none is.
+/// If no version is installed.
 pub fn installed(program: &str) -> Result<PathBuf, String> {
     let versions = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
     let found = versions.map(|version| version.path().join("bin").join(program)).filter(|path| path.is_file());
@@ -333,7 +333,7 @@ pub fn installed(program: &str) -> Result<PathBuf, String> {
     found.max_by_key(number).map_or_else(|| crate::servers::installed(&[program]), Ok)
 }
 
-/// What the command writes to its standard output.
+/// Returns the standard output of the command.
 fn run(command: &mut Command) -> Result<String, String> {
     let program = command.get_program().display().to_string();
     let done = command.stdin(Stdio::null()).output().map_err(|error| format!("{program}: {error}"))?;

@@ -1,4 +1,4 @@
-//! A proxy on a loopback port that counts what it passes on, and cuts connections.
+//! A proxy on a loopback port that counts the bytes that it forwards, and cuts connections.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
@@ -8,10 +8,10 @@ use std::sync::{Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
-/// How often what is held looks whether it may go on.
+/// The poll interval of held data.
 const MOMENT: Duration = Duration::from_millis(1);
 
-/// Which way.
+/// A direction of the data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
     /// From the client to the server.
@@ -20,7 +20,8 @@ pub enum Direction {
     Answer,
 }
 
-/// Stands between a client and a server, and cuts where it is told to. It ends when it is dropped, and its connections with it.
+/// A proxy between a client and a server that cuts connections at chosen bytes. It ends when it is dropped, and its
+/// connections with it.
 pub struct Proxy {
     port: u16,
     state: Arc<State>,
@@ -28,11 +29,11 @@ pub struct Proxy {
 
 #[derive(Default)]
 struct State {
-    /// Where the server is.
+    /// The port of the server.
     server: AtomicU16,
-    /// Cut the connection that passes on the last of so many more bytes this way.
+    /// The pending cut: the connection that forwards the last of so many more bytes in this direction is cut.
     cut: Mutex<Option<(Direction, u64)>>,
-    /// Let nobody in once that has been cut.
+    /// Whether the proxy refuses connections after that cut.
     stays_cut: AtomicBool,
     cuts: AtomicUsize,
     passed: [AtomicU64; 2],
@@ -40,19 +41,19 @@ struct State {
     open: AtomicUsize,
     /// How often all connections have been cut at once.
     moves: AtomicUsize,
-    /// What comes is taken, and passed on when this is over.
+    /// Whether the proxy accepts data and delays it until this flag is false.
     holds: AtomicBool,
-    /// Hold from the request on in which these bytes stand.
+    /// The bytes of the request from which on the proxy holds data.
     hold_at: Mutex<Option<Vec<u8>>>,
-    /// What everything takes to be passed on, in microseconds.
+    /// The delay of all forwarded data, in microseconds.
     delay: AtomicU64,
-    /// A request is passed on, and the server may answer, though the client has gone.
+    /// Whether the proxy forwards a request of a client that has gone, and the server may answer.
     lingers: AtomicBool,
     is_over: AtomicBool,
 }
 
 impl Proxy {
-    /// One to the server at this port.
+    /// Creates a proxy to the server at this port.
     pub fn to(server: u16) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
         let port = listener.local_addr().expect("an address").port();
@@ -63,7 +64,7 @@ impl Proxy {
                 if shared.is_over.load(Ordering::SeqCst) {
                     return;
                 }
-                // Where there is no server, the client is turned away as the server would.
+                // Without a server, the proxy refuses the client as the server would.
                 let port = shared.server.load(Ordering::SeqCst);
                 if shared.stays_cut.load(Ordering::SeqCst) && shared.cut().is_none() {
                     continue;
@@ -76,61 +77,63 @@ impl Proxy {
         Self { port, state }
     }
 
-    /// Where it listens.
+    /// Returns the port on which it listens.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// Cuts the connection over which the last of so many bytes goes this way, from now on counted over all connections,
-    /// right after that byte; after none: as soon as any would go.
+    /// Cuts the connection that carries the last of so many bytes in this direction, right after that byte. The count
+    /// starts now and includes all connections. For zero bytes the cut happens as soon as any byte would go.
     pub fn cut_after(&self, direction: Direction, bytes: u64) {
         *self.state.cut() = Some((direction, bytes));
     }
 
-    /// As [`cut_after`](Self::cut_after), and lets nobody in from then on until it is to [cut nothing](Self::cut_nothing).
+    /// As [`cut_after`](Self::cut_after), and refuses connections from then on until
+    /// [`cut_nothing`](Self::cut_nothing).
     pub fn cut_off_after(&self, direction: Direction, bytes: u64) {
         self.cut_after(direction, bytes);
         self.state.stays_cut.store(true, Ordering::SeqCst);
     }
 
-    /// From now on it is one to the server at this port; no connection to the one before passes on anything any more.
+    /// Directs the proxy to the server at this port from now on. Connections to the previous server forward nothing any
+    /// more.
     pub fn move_to(&self, server: u16) {
         self.lead_to(server);
         self.state.moves.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// Passes on nothing until it is to [let go](Self::let_go): as a server that is frozen, or a network that is slow.
+    /// Forwards nothing until [`let_go`](Self::let_go), as a frozen server or a slow network does.
     pub fn hold(&self) {
         self.state.holds.store(true, Ordering::SeqCst);
     }
 
-    /// As [`hold`](Self::hold), from the first request on in which these bytes stand.
+    /// As [`hold`](Self::hold), from the first request on that contains these bytes.
     pub fn hold_at(&self, bytes: &[u8]) {
         *self.state.hold_at.lock().expect("nobody panics with it") = Some(bytes.to_vec());
     }
 
-    /// Whether it is holding something, or would.
+    /// Returns whether it holds data, or would hold new data.
     pub fn is_holding(&self) -> bool {
         self.state.holds.load(Ordering::SeqCst)
     }
 
-    /// From now on everything takes so long to be passed on, either way, as over a long distance.
+    /// Delays all data by this time in both directions from now on, as over a long distance.
     pub fn slow_down(&self, delay: Duration) {
         self.state.delay.store(delay.as_micros() as u64, Ordering::SeqCst);
     }
 
-    /// Leads to the server at this port whoever comes from now on. The connections that there are stay.
+    /// Directs new connections to the server at this port. Existing connections stay.
     pub fn lead_to(&self, server: u16) {
         self.state.server.store(server, Ordering::SeqCst);
     }
 
-    /// Passes on what it has held, also that of clients which have gone since, whose connections stay.
+    /// Forwards the held data, including that of clients that have gone since. The connections of these clients stay.
     pub fn let_go(&self) {
         self.state.lingers.store(true, Ordering::SeqCst);
         self.state.holds.store(false, Ordering::SeqCst);
     }
 
-    /// Passes on nothing any more, and lets nobody in.
+    /// Forwards nothing any more, and refuses connections.
     pub fn stop(&self) {
         self.state.is_over.store(true, Ordering::SeqCst);
     }
@@ -141,27 +144,27 @@ impl Proxy {
         *self.state.cut() = None;
     }
 
-    /// Whether it is to cut a connection yet.
+    /// Returns whether a cut is pending.
     pub fn is_to_cut(&self) -> bool {
         self.state.cut().is_some()
     }
 
-    /// How often it has cut.
+    /// Returns the number of cuts.
     pub fn cuts(&self) -> usize {
         self.state.cuts.load(Ordering::SeqCst)
     }
 
-    /// How many bytes have gone this way.
+    /// Returns the number of bytes that have gone in this direction.
     pub fn passed(&self, direction: Direction) -> u64 {
         self.state.passed[direction as usize].load(Ordering::SeqCst)
     }
 
-    /// How many connections there have been.
+    /// Returns the number of connections so far.
     pub fn connections(&self) -> usize {
         self.state.connections.load(Ordering::SeqCst)
     }
 
-    /// How many there are.
+    /// Returns the number of open connections.
     pub fn open(&self) -> usize {
         self.state.open.load(Ordering::SeqCst)
     }
@@ -209,7 +212,7 @@ impl State {
         });
     }
 
-    /// Whether connections are not to end.
+    /// Returns whether connections stay open.
     fn keeps_on(&self) -> bool {
         let keeps_on = [&self.holds, &self.lingers].iter().any(|flag| flag.load(Ordering::SeqCst));
         keeps_on && !self.is_over.load(Ordering::SeqCst)
@@ -248,7 +251,7 @@ impl State {
         }
     }
 
-    /// How many of these bytes may go this way, and whether the connection is cut then.
+    /// Returns how many of these bytes may go in this direction, and whether the connection is cut then.
     fn allowed(&self, direction: Direction, length: usize) -> (usize, bool) {
         let mut cut = self.cut();
         match &mut *cut {

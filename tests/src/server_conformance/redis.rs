@@ -11,7 +11,7 @@ use super::{Access, Clock, Engine, PASSWORD, Security};
 use crate::servers::{Server, ServerDir, Shared, free_port, installed};
 use crate::until;
 
-/// A server that has each change on disk before it answers.
+/// A server that writes each change to disk before it answers.
 pub struct Redis {
     directory: ServerDir,
     command: Command,
@@ -19,10 +19,11 @@ pub struct Redis {
     server: Option<Server>,
 }
 
-/// The URL of a lease of this name on the server that all tests of this process share, which keeps nothing on disk.
+/// Returns the URL of a lease with this name on the server that all tests of this process share. That server stores
+/// nothing on disk.
 ///
 /// # Errors
-/// Why there is none.
+/// The reason why there is no server.
 pub fn shared(name: &str) -> Result<String, &'static str> {
     static SERVER: Shared<Redis> = Shared::new(|| Redis::with(&Security::None, None, &["--appendonly", "no"]));
     let server = SERVER.get()?;
@@ -30,12 +31,12 @@ pub fn shared(name: &str) -> Result<String, &'static str> {
 }
 
 impl Redis {
-    /// Its Unix socket.
+    /// Returns its Unix socket.
     pub fn socket(&self) -> PathBuf {
         self.directory.path().join("socket")
     }
 
-    /// What it answers to a command.
+    /// Sends a command, and returns the answer.
     pub fn tell(&self, command: &str) -> String {
         let mut connection = TcpStream::connect(("127.0.0.1", self.port)).expect("it runs");
         connection.write_all(format!("{command}\r\n").as_bytes()).expect("it runs");
@@ -132,7 +133,7 @@ impl Engine for Redis {
     }
 }
 
-/// Says of each command that it is a Redis of 2013.
+/// Answers each command with the version of a Redis of 2013.
 fn answer_as_an_old_version(mut client: TcpStream) {
     const SAYS: &str = "# Server\r\nredis_version:2.8.3\r\n";
     let mut bytes = [0; 4096];

@@ -1,4 +1,4 @@
-//! `lockkit completions`: scripts that complete its arguments.
+//! `lockkit completions`: shell scripts that complete the command's arguments.
 
 use std::io::Write;
 

@@ -1,7 +1,8 @@
 //! `lockkit doctor`: can this file system be trusted with locks?
 //!
-//! It does not go by the name of the file system, but tries: in a directory of its own below the one that it is asked
-//! about, with a second process that it forks and kills. What it cannot try, other hosts, it tells from the kind.
+//! It does not rely on the name of the file system, but tests it. It works in its own directory below the given one,
+//! with a second process that it forks and kills. The behaviour with other hosts, which it cannot test, it derives from
+//! the kind.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -50,22 +51,22 @@ struct Report {
 #[derive(Clone, Copy, Serialize)]
 struct FileSystem {
     kind: &'static str,
-    /// The number that statfs(2) gives.
+    /// The number that statfs(2) returns.
     magic: u64,
     place: Reach,
 }
 
-/// Who else may use the same files.
+/// The other users of the same files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Reach {
     /// This kernel alone.
     Local,
-    /// This kernel alone, and nothing of it outlives a restart.
+    /// This kernel alone, and the files do not outlive a restart.
     Memory,
     /// Other hosts.
     Network,
-    /// What it is in truth is known to a program outside the kernel, or to another kernel.
+    /// Only a program outside the kernel, or another kernel, knows which of these it is.
     Foreign,
 }
 
@@ -84,7 +85,7 @@ struct Advice {
     reason: String,
 }
 
-/// What statfs(2) calls the kinds.
+/// The kinds by the numbers of statfs(2).
 const KINDS: [(u64, &str, Reach); 25] = [
     (0x6969, "nfs", Reach::Network),
     (0x517b, "smb", Reach::Network),
@@ -119,7 +120,7 @@ impl Doctor {
             Failure::io(format!("look at {}", self.directory.display()), error).example("lockkit doctor /srv/shared")
         })?;
         let filesystem = FileSystem::of(&directory)?;
-        // First, so that no signal finds the directory and nobody to take it away.
+        // First, so that no signal can arrive between the creation of the directory and its cleanup.
         let (signals, stop) = (Signals::block()?, CancelToken::new());
         let bench = Bench::new(&directory)?;
         let checks = signals.cancelling(&stop, || bench.checks(&stop))?;
@@ -137,7 +138,7 @@ impl Doctor {
         let unusable = report.advice.iter().filter(|lock| !lock.usable).count();
         Ok(match unusable {
             0 => code::OK,
-            // All but the one that needs no files.
+            // All but the lock that needs no files.
             all if all + 1 == report.advice.len() => 2,
             _ => 1,
         })
@@ -148,7 +149,7 @@ impl FileSystem {
     fn of(directory: &Path) -> Result<Self, Failure> {
         let found =
             statfs(directory).map_err(|error| Failure::io(format!("look at {}", directory.display()), error))?;
-        // Some numbers have their highest bit set, and a sign where the type has one.
+        // Some numbers have their highest bit set, and are negative if the type is signed.
         let magic = u64::from(found.f_type as u32);
         let known = KINDS.iter().find(|(number, ..)| *number == magic);
         let (kind, place) = known.map_or(("unknown", Reach::Foreign), |(_, kind, place)| (*kind, *place));
@@ -156,13 +157,14 @@ impl FileSystem {
     }
 }
 
-/// A directory to try things in, which goes at the end, also at a signal. One that a killed doctor has left goes when the
-/// next comes by and it is [`OLD`].
+/// A directory for the tests, which is removed at the end, also at a signal. A directory that a killed doctor has left
+/// is removed by the next doctor once it is [`OLD`].
 struct Bench(PathBuf);
 
-/// How the name of such a directory begins.
+/// The prefix of the name of such a directory.
 const NAME: &str = ".lockkit-doctor-";
-/// By the file system's own clock, for the directory may be another host's: far longer than anybody needs it.
+/// By the file system's own clock, because the directory may belong to another host: far longer than any doctor needs
+/// it.
 const OLD: Duration = Duration::from_secs(600);
 
 impl Drop for Bench {
@@ -180,15 +182,15 @@ const NAMELESS: &str = "a file can be complete before it has a name";
 const CLOCK: &str = "the clock of files";
 const TABLE: &str = "locks in shared memory exclude another process";
 
-/// What a check found, or why it did not pass.
+/// The finding of a check, or the reason why it did not pass.
 type Found = Result<String, String>;
 
 /// A check.
 type Try = fn(&Bench) -> Found;
 
-/// For how long a second process may take over what ought to be at once.
+/// The time limit for a second process, for what should happen at once.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How often two processes race.
+/// The number of races between two processes.
 const ROUNDS: u32 = 200;
 
 fn told(error: impl Into<io::Error>) -> String {
@@ -199,14 +201,14 @@ fn told(error: impl Into<io::Error>) -> String {
 struct Second(Pid);
 
 impl Second {
-    /// Starts it, and returns once it has said that it is ready.
+    /// Starts it, and returns once it has reported that it is ready.
     fn start(work: impl FnOnce(&mut File) -> io::Result<()>) -> Result<Self, String> {
         let (ready, word) = pipe_with(PipeFlags::CLOEXEC).map_err(told)?;
         let (mut ready, mut word) = (File::from(ready), File::from(word));
         match lockkit::command::fork().map_err(told)? {
             None => {
                 drop(ready);
-                // It ends with a doctor that is killed.
+                // It ends together with a killed doctor.
                 let _ = set_parent_process_death_signal(Some(Signal::KILL));
                 let done = work(&mut word).is_ok();
                 std::process::exit(i32::from(!done))
@@ -236,7 +238,7 @@ impl Drop for Second {
     }
 }
 
-/// Stays until it is killed.
+/// Sleeps until it is killed.
 fn stay() -> io::Result<()> {
     std::thread::sleep(PATIENCE * 4);
     Ok(())
@@ -252,7 +254,7 @@ impl Bench {
         Ok(bench)
     }
 
-    /// Removes what killed ones have left.
+    /// Removes the directories that killed doctors have left.
     fn clear_old(&self, directory: &Path) {
         let written = |path: &Path| {
             let found = fs::symlink_metadata(path).ok().filter(fs::Metadata::is_dir)?;
@@ -269,7 +271,7 @@ impl Bench {
         }
     }
 
-    /// Stops between two when it is told to.
+    /// Runs the checks. Stops between two of them when `stop` is cancelled.
     fn checks(&self, stop: &CancelToken) -> Vec<Check> {
         let all: [(&'static str, Try); 8] = [
             (FLOCK, Self::flock),
@@ -294,7 +296,7 @@ impl Bench {
         File::options().read(true).write(true).create(true).truncate(false).open(self.0.join(name))
     }
 
-    /// A second process that has `name` flocked.
+    /// Starts a second process that holds a flock on `name`.
     fn holder(&self, name: &str, operation: FlockOperation) -> Result<Second, String> {
         Second::start(|word| {
             let file = self.open(name)?;

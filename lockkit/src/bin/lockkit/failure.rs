@@ -1,6 +1,7 @@
-//! What goes wrong, in a sentence that says what can be done, and the exit code that tells scripts.
+//! Failures: a sentence that says what the user can do, and the exit code for scripts.
 //!
-//! The codes are those of [sysexits.h(3head)], so that none is taken for an answer: `status` has 0, 1 and 2 for those.
+//! The codes are those of [sysexits.h(3head)], so that none is mistaken for an answer: `status` uses 0, 1 and 2 for
+//! answers.
 //!
 //! [sysexits.h(3head)]: https://man7.org/linux/man-pages/man3/sysexits.h.3head.html
 
@@ -12,14 +13,14 @@ use lockkit::ErrorKind;
 use crate::report::plain;
 use crate::style;
 
-/// The exit code of a command that worked, or why not.
+/// The exit code of a command that worked, or the failure.
 pub(crate) type Outcome = Result<u8, Failure>;
 
 /// Exit codes.
 pub(crate) mod code {
-    /// All is well.
+    /// Success.
     pub(crate) const OK: u8 = 0;
-    /// The arguments make no sense.
+    /// The arguments are invalid.
     pub(crate) const USAGE: u8 = 64;
     /// A file is not what it should be.
     pub(crate) const DATA: u8 = 65;
@@ -34,9 +35,9 @@ pub(crate) mod code {
     pub(crate) const CANNOT_CREATE: u8 = 73;
     /// The system refused to read or write.
     pub(crate) const IO: u8 = 74;
-    /// Held by somebody else; later it may work.
+    /// Another process holds it; a later try may work.
     pub(crate) const TEMPORARY: u8 = 75;
-    /// This user may not.
+    /// This user lacks the permission.
     pub(crate) const NO_PERMISSION: u8 = 77;
     /// The program was found, and cannot be run.
     pub(crate) const CANNOT_RUN: u8 = 126;
@@ -46,7 +47,7 @@ pub(crate) mod code {
     pub(crate) const SIGNALLED: u8 = 128;
 }
 
-/// Why a command did not work.
+/// The failure of a command.
 #[derive(Debug)]
 pub(crate) struct Failure {
     code: u8,
@@ -75,19 +76,19 @@ impl Failure {
         self
     }
 
-    /// With more behind what it says.
+    /// Appends to the message.
     pub(crate) fn with_more(mut self, more: impl std::fmt::Display) -> Self {
         self.message += &more.to_string();
         self
     }
 
-    /// With another exit code.
+    /// Replaces the exit code.
     pub(crate) fn with_code(mut self, code: u8) -> Self {
         self.code = code;
         self
     }
 
-    /// Says nothing, if so asked.
+    /// Prints nothing, if `quiet` is set.
     pub(crate) fn quiet(mut self, quiet: bool) -> Self {
         self.quiet |= quiet;
         self
@@ -107,7 +108,7 @@ impl Failure {
         }
         let mut stderr = anstream::stderr().lock();
         let (bad, end) = (style::BAD.render(), style::BAD.render_reset());
-        // Paths and what a store says may hold anything.
+        // Paths and the text of a store may contain any characters.
         let _ = writeln!(stderr, "{bad}lockkit:{end} {}", plain(&sentence(&self.message)));
         if let Some(example) = &self.example {
             let _ = writeln!(stderr, "For example: {}", plain(example));
@@ -115,13 +116,13 @@ impl Failure {
     }
 }
 
-/// Writes a line to the standard error, if that can be written to: unlike the macro it never panics.
+/// Writes a line to the standard error, if it is writable: unlike the macro it never panics.
 pub(crate) fn note(line: impl std::fmt::Display) {
-    // In one write, so that lines of several processes stay whole.
+    // In one write, so that lines of several processes do not mix.
     let _ = io::stderr().write_all(format!("{}\n", plain(&line.to_string())).as_bytes());
 }
 
-/// With a full stop.
+/// Adds a full stop.
 fn sentence(message: &str) -> String {
     let mut letters = message.chars();
     let first = letters.next().map(|first| first.to_uppercase().to_string()).unwrap_or_default();

@@ -1,8 +1,8 @@
 //! `lockkit flock`, and `lockkit` called under the name `flock`: a drop-in for util-linux's [flock(1)].
 //!
-//! Its options, exit codes and messages are flock(1)'s, so clap has no part in this: arguments are read as
-//! getopt_long(3) does, and files are opened and locked as flock(1) does, without what lockkit's own locks add. The
-//! descriptor is inherited by the command, unless `--close` says otherwise.
+//! Its options, exit codes and messages are flock(1)'s, so it does not use clap. It reads arguments as getopt_long(3)
+//! does. It opens and locks files as flock(1) does, without the additions of lockkit's own locks. The command inherits
+//! the descriptor, unless `--close` is given.
 //!
 //! [flock(1)]: https://man7.org/linux/man-pages/man1/flock.1.html
 
@@ -23,20 +23,21 @@ use rustix::io::Errno;
 
 use crate::failure::code;
 
-/// What flock(1) exits with when it did not get the lock.
+/// The exit code of flock(1) when it did not get the lock.
 const CONFLICT: u8 = 1;
 
-/// The names of a program: as getopt(3) has it, and without the directory, as messages have it.
+/// The names of a program: the full one for messages of getopt(3), and the one without the directory for other
+/// messages.
 struct Name<'n> {
     full: &'n OsStr,
     short: String,
-    /// Why something that was to be said on the standard output was not.
+    /// The error of a failed write to the standard output.
     unsaid: RefCell<Option<io::Error>>,
-    /// Whether something was to be said on the standard error that was not.
+    /// Whether a write to the standard error failed.
     mute: Cell<bool>,
 }
 
-/// An exit code with nothing more to say.
+/// An exit code without a further message.
 struct End(u8);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -56,7 +57,7 @@ struct Options {
     verbose: bool,
 }
 
-/// The long options, with the short ones that they stand for; `v` stands for itself.
+/// The long options with their short options; `v` is no short option, only the code of `--verbose`.
 const LONG: [(&str, char); 12] = [
     ("shared", 's'),
     ("exclusive", 'x'),
@@ -75,13 +76,13 @@ const VERSION: (&str, char) = ("version", 'V');
 const SHORT: &str = "sexnoFuwEhV";
 const WITH_VALUE: &str = "wE";
 
-/// What it does with the arguments behind its name.
+/// Runs the command with the arguments after its name.
 pub(crate) fn main(called: &OsStr, arguments: Vec<OsString>) -> ExitCode {
     lockkit::command::end_at_a_closed_pipe();
     let short = Path::new(called).file_name().unwrap_or(called).to_string_lossy().into_owned();
     let name = Name { full: called, short, unsaid: RefCell::default(), mute: Cell::default() };
     let (Ok(code) | Err(End(code))) = name.run(arguments);
-    // As C programs do when they close it at the end.
+    // As C programs do when they close the standard output at the end.
     match name.unsaid.take() {
         Some(error) => {
             name.warn(format!("write error: {}", text(&error)));
@@ -112,7 +113,8 @@ impl Name<'_> {
         let begun = Instant::now();
         let given = rest.first().map(|given| given.as_bytes()).unwrap_or_default();
         if let Err(error) = self.lock(&file, &options)? {
-            // NFS locks by fcntl(2), which wants an exclusively locked file to be open for writing.
+            // NFS implements these locks by fcntl(2), which requires a file with an exclusive lock to be open for
+            // writing.
             let writable = match path {
                 Some(path) if options.kind == Kind::Exclusive && matches!(error, Errno::IO | Errno::BADF) => {
                     OpenOptions::new().read(true).write(true).open(path).ok()
@@ -142,7 +144,7 @@ impl Name<'_> {
         }
     }
 
-    /// Reads the options as getopt_long(3) does that stops at the first argument that is none.
+    /// Reads the options as a getopt_long(3) that stops at the first argument that is no option.
     fn options(&self, arguments: Vec<OsString>) -> Result<(Options, Vec<OsString>), End> {
         let mut options = Options {
             kind: Kind::Exclusive,
@@ -208,7 +210,7 @@ impl Name<'_> {
             // Two names of one option are not ambiguous.
             (None, [first, others @ ..]) if others.iter().all(|other| other.1 == first.1) => *first,
             (None, several) => {
-                // Another name of the first one's option is not told.
+                // Other names of the first one's option are not listed.
                 let first = several.first().map(|(_, option)| *option);
                 let told = several.iter().enumerate().filter(|(at, (_, option))| *at == 0 || Some(*option) != first);
                 let names: Vec<_> = told.map(|(_, (long, _))| format!("'--{long}'")).collect();
@@ -241,7 +243,7 @@ impl Name<'_> {
                 let Some(seconds) = value.to_str().and_then(seconds) else {
                     return Err(self.fail(code::USAGE, [b"invalid timeout value: '", value.as_bytes(), b"'"].concat()));
                 };
-                // What the kernel's timer has no room for.
+                // A limit beyond the range of the kernel's timer.
                 let limit =
                     Duration::try_from_secs_f64(seconds).ok().filter(|limit| i64::try_from(limit.as_secs()).is_ok());
                 let Some(limit) = limit else {
@@ -265,7 +267,7 @@ impl Name<'_> {
         Ok(())
     }
 
-    /// As strtol(3) reads it, to the end.
+    /// Parses a number as strtol(3) does, to the end.
     fn number(&self, text: &OsStr, what: &str) -> Result<i32, End> {
         let digits = text.to_str().unwrap_or_default().trim_ascii_start();
         let unsigned = digits.strip_prefix(['+', '-']).unwrap_or(digits);
@@ -278,11 +280,11 @@ impl Name<'_> {
         Err(self.fail(code::USAGE, shown))
     }
 
-    /// Opens the file or directory, or makes the file, as anybody may whom the umask lets.
+    /// Opens the file or directory, or creates the file with mode 0666 less the umask.
     fn open(&self, path: &OsStr) -> Result<File, End> {
         let open = |flags: OFlags, create: bool| {
             let mut options = OpenOptions::new();
-            // Made with read access only, for which `create` of the standard library has no word.
+            // Created with read access only, which `create` of the standard library does not support.
             let flags = if create { flags | OFlags::CREATE } else { flags };
             options.read(true).mode(0o666).custom_flags((flags | OFlags::NOCTTY).bits() as i32).open(path)
         };
@@ -302,7 +304,7 @@ impl Name<'_> {
         })
     }
 
-    /// The command that the arguments behind the file are.
+    /// Returns the command in the arguments after the file.
     fn command(&self, given: &[OsString]) -> Result<Vec<OsString>, End> {
         match given {
             [option, command @ ..] if option == "-c" || option == "--command" => {
@@ -317,9 +319,9 @@ impl Name<'_> {
         }
     }
 
-    /// Takes the lock; the inner error is the system's.
+    /// Acquires the lock; the inner error is the system's.
     fn lock(&self, file: &File, options: &Options) -> Result<Result<(), Errno>, End> {
-        // No time to wait is not to wait, for a timer of no time would never ring.
+        // A limit of zero means no wait: a timer of zero would never expire.
         let waits = options.block && options.limit != Some(Duration::ZERO);
         let limit = options.limit.filter(|_| waits);
         let tried = match (options.kind, waits, limit) {
@@ -348,7 +350,7 @@ impl Name<'_> {
         Ok(tried)
     }
 
-    /// Waits in the kernel, on a thread that is left behind when the time is over: this process ends then.
+    /// Waits in the kernel, on a thread that is abandoned at the deadline: this process ends then.
     fn wait_for(&self, file: &File, kind: Kind, limit: Duration) -> Option<Result<(), Errno>> {
         let copy = match file.try_clone() {
             Ok(copy) => copy,
@@ -389,7 +391,7 @@ impl Name<'_> {
         Ok(status.code().or_else(signalled).and_then(|code| u8::try_from(code).ok()).unwrap_or(code::OS))
     }
 
-    /// At once, for the command may write there, too.
+    /// Writes at once, because the command may write to the same output.
     fn say(&self, text: impl AsRef<[u8]>) {
         let mut out = io::stdout().lock();
         if let Err(error) = out.write_all(text.as_ref()).and_then(|()| out.flush()) {
@@ -414,7 +416,7 @@ impl Name<'_> {
         End(code)
     }
 
-    /// As getopt(3) says it, which has the whole name.
+    /// Reports a misuse as getopt(3) does, with the full name.
     fn misused(&self, message: impl AsRef<[u8]>) -> End {
         self.note(&[self.full.as_bytes(), b": ", message.as_ref()].concat());
         self.try_help()
@@ -445,7 +447,7 @@ fn wait(file: &File, kind: Kind) -> Result<(), Errno> {
     rustix::io::retry_on_intr(|| flock(file, operation))
 }
 
-/// As strtod(3) reads it, to the end: in decimal, or in hexadecimal with a binary exponent.
+/// Parses a number as strtod(3) does, to the end: in decimal, or in hexadecimal with a binary exponent.
 fn seconds(text: &str) -> Option<f64> {
     let text = text.trim_ascii_start();
     let (sign, unsigned) = match text.strip_prefix('-') {
@@ -466,7 +468,7 @@ fn seconds(text: &str) -> Option<f64> {
     Some(sign * value * 2f64.powi(exponent.saturating_sub(i32::try_from(part.len()).ok()?.saturating_mul(4))))
 }
 
-/// What the C library says of the error.
+/// Returns the C library's text of the error.
 fn text(error: &io::Error) -> String {
     let text = error.to_string();
     text.split(" (os error").next().unwrap_or_default().to_owned()

@@ -17,15 +17,15 @@ pub(crate) enum HeldLock {
     Named(NamedGuard),
     File(FileGuard),
     Pidfile(PidGuard),
-    /// With what brings word of its loss.
+    /// With the pipe that reports its loss.
     Lease(LeaseGuard, LossPipe),
 }
 
-/// What is to be run.
+/// The program to run.
 #[derive(Clone, Copy)]
 pub(crate) struct Job<'r> {
     pub(crate) command: &'r [OsString],
-    /// How long it may take to end after a loss.
+    /// The time that the program may take to end after a loss.
     #[cfg_attr(windows, expect(dead_code, reason = "nothing asks a program of Windows to end"))]
     pub(crate) grace: Duration,
     pub(crate) quiet: bool,
@@ -41,9 +41,9 @@ impl HeldLock {
         }
     }
 
-    /// Says that the program with this pid holds it.
+    /// Records that the program with this pid holds the lock.
     pub(crate) fn name_holder(&mut self, pid: u32, command: &[OsString]) -> Result<(), Failure> {
-        // One that has ended already needs no name.
+        // A program that has already ended needs no name.
         let owner = || Owner::of(pid).map(|owner| owner.with_program(program_name(command)));
         match self {
             Self::Named(guard) => owner().iter().for_each(|owner| guard.name_holder(owner)),
@@ -53,13 +53,13 @@ impl HeldLock {
         Ok(())
     }
 
-    /// Tells the program under which token it runs, and who died before.
+    /// Passes to the program the fencing token, and the owner that died before.
     pub(crate) fn tell(&self, command: &mut Command) {
         if let Self::Lease(guard, _) = self {
             command.env("LOCKKIT_TOKEN", guard.token().to_string());
         }
         match self.recovered() {
-            // A program may have any name, and what reads the variable may be a shell or a terminal.
+            // A program may have any name, and a shell or a terminal may read the variable.
             Some(died) => command.env("LOCKKIT_RECOVERED", plain(&died.to_string())),
             None => command.env_remove("LOCKKIT_RECOVERED"),
         };
@@ -80,7 +80,7 @@ fn program_name(command: &[OsString]) -> String {
     name.map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
-/// Why the program does not run, with the exit code that tells so.
+/// Returns the failure of a program that does not run, with its exit code.
 pub(crate) fn cannot_run(program: &OsStr, error: &io::Error) -> Failure {
     let code = match error.kind() {
         io::ErrorKind::NotFound => code::NOT_FOUND,

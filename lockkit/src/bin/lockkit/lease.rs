@@ -1,4 +1,4 @@
-//! `lockkit lease`: looks at a lease, and takes it from who has it.
+//! `lockkit lease`: shows a lease, and releases or steals it.
 
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, IsTerminal, Write};
@@ -131,7 +131,7 @@ fn tell(text: &str) -> Outcome {
     Ok(code::OK)
 }
 
-/// Asks on the terminal. Without one nobody could answer, so that is refused.
+/// Asks on the terminal. Without a terminal there can be no answer, so it fails.
 pub(crate) fn confirmed(question: &str) -> Result<bool, Failure> {
     if !std::io::stdin().is_terminal() {
         let message = format!("{question} There is no terminal to ask on; say so with --yes");

@@ -1,11 +1,12 @@
 //! `lockkit list`: every lock that is held, as far as this user may see.
 //!
-//! Named locks and locked files are found by themselves; of pidfiles those in the system's directories for them. A lease
-//! leaves no trace in the kernel while nobody touches it, so `lockkit run` keeps its file open for this; those that
-//! other programs hold are found by path only. A table in shared memory is open, and locked in its own way, in each
-//! process that uses it.
+//! Named locks and locked files are found without a path. Pidfiles are found in the system's directories for them. A
+//! lease leaves no trace in the kernel while no process accesses it, so `lockkit run` keeps its file open for this.
+//! Leases that other programs hold are found by path only. A table in shared memory is open, and locked in its own way,
+//! in each process that uses it.
 //!
-//! All of it is one pass: over the sockets, over /proc, and over each directory. What was released meanwhile is left out.
+//! The list is one pass over the sockets, over /proc, and over each directory. Locks that were released meanwhile are
+//! left out.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -53,8 +54,8 @@ struct Form<'l> {
     locks: &'l [Report],
 }
 
-/// What was found, by path, and by kind where a file has locks of two. The path is text: a comparison of paths goes part
-/// by part and is slow.
+/// The results by path, and by kind if a file has locks of two kinds. The path is text: comparing paths part by part is
+/// slow.
 #[derive(Default)]
 struct Found(BTreeMap<(OsString, Kind), Report>);
 
@@ -67,16 +68,16 @@ impl Found {
         self.0.range((path.into(), Kind::Named)..).next().is_some_and(|((found, _), _)| found == path.as_os_str())
     }
 
-    /// What is in a directory: what is no lock, or free, is left out.
+    /// Adds the lock at an entry of a directory. Files that are no lock, and free locks, are left out.
     fn add_entry(&mut self, path: &Path, locks: &FileLocks) {
         match report::recognised(path, locks, false) {
             Ok(Some(sight)) if sight.state != State::Free => self.add(path, sight),
             Ok(_) => {}
-            // It has gone, or is a link that leads nowhere.
+            // The file is gone, or is a link that leads nowhere.
             Err(failure) if failure.code() == code::NO_INPUT => {}
-            // A file by the name of a pidfile that holds something else.
+            // A file with the name of a pidfile and other content.
             Err(failure) if failure.code() == code::DATA && report::has_pid_extension(path) => {}
-            // That it is locked is known already.
+            // Its lock is known already.
             Err(_) if self.has(path) => {}
             Err(failure) => self.add(path, Report::unknown(path, &failure)),
         }
@@ -101,14 +102,14 @@ impl List {
         last.map_or(Ok(code::OK), Err)
     }
 
-    /// The locks at paths, and why some of those that are given could not be looked at.
+    /// Returns the locks at paths, and the failures for some of the given paths.
     fn by_path(&self) -> (Found, Vec<Failure>) {
         let locks = FileLocks::read(keeper());
         let (mut found, mut failures) = (Found::default(), Vec::new());
         for (path, on) in locks.files().filter(|(path, _)| !is_own(path)) {
             match report::recognised(path, &locks, true) {
                 Ok(Some(sight)) if sight.state == State::Held => found.add(path, sight),
-                // They are locked for a moment while they are read or written, by every process.
+                // Every process locks them briefly while it reads or writes them.
                 Ok(Some(Report { kind: Kind::Lease | Kind::Table, .. })) => {}
                 _ => report::locked(path, &on, &locks).for_each(|sight| found.add(path, sight)),
             }
@@ -132,7 +133,7 @@ impl List {
 fn add_given(given: &Path, locks: &FileLocks, found: &mut Found) -> Result<(), Failure> {
     let given = target::absolute(given)?;
     match report::at_path(&given, locks) {
-        // A directory is listed; that it is locked itself is known already.
+        // A directory is listed; its own lock is known already.
         Ok(sight) if sight.kind == Kind::File && given.is_dir() => {
             let paths = entries(&given).map_err(|error| Failure::io(format!("list {}", given.display()), error))?;
             paths.iter().for_each(|path| found.add_entry(path, locks));
@@ -151,13 +152,13 @@ fn add_given(given: &Path, locks: &FileLocks, found: &mut Found) -> Result<(), F
     }
 }
 
-/// The files by which named locks are kept, which are in the list by their names.
+/// Whether the file belongs to a named lock, which is in the list by its name.
 fn is_own(path: &Path) -> bool {
     let text = path.to_string_lossy();
     ["/tmp/lockkit-u", "/tmp/lockkit-machine", "/dev/shm/lockkit-"].iter().any(|own| text.starts_with(own))
 }
 
-/// None, as nothing is usual here.
+/// Returns none: there are no usual directories here.
 #[cfg(not(target_os = "linux"))]
 fn usual_directories() -> [PathBuf; 0] {
     []
@@ -169,7 +170,7 @@ fn usual_directories() -> [PathBuf; 3] {
     ["/run".into(), format!("/run/user/{uid}").into(), "/dev/shm".into()]
 }
 
-/// The name of the processes that hold leases for `lockkit run`.
+/// Returns the name of the processes that hold leases for `lockkit run`.
 fn keeper() -> &'static str {
     #[cfg(target_os = "linux")]
     return KEEPER.to_str().unwrap_or_default();
@@ -203,6 +204,6 @@ fn show(locks: &[Report]) -> Result<(), Failure> {
     for row in &rows {
         let _ = writeln!(text, "{}", line(row));
     }
-    // The standard output is flushed at every end of a line, which costs a system call each.
+    // One write: the standard output flushes at every end of a line, which costs a system call each.
     report::say(|out| out.write_all(text.as_bytes()))
 }

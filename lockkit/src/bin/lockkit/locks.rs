@@ -1,4 +1,4 @@
-//! What the kernel tells of locked files, on every system: nothing outside Linux.
+//! The kernel's information about locked files, on every system: none outside Linux.
 
 #[cfg(target_os = "linux")]
 pub(crate) use lockkit::command::{FileLocks, Locked, OnFile};
@@ -6,7 +6,7 @@ pub(crate) use lockkit::command::{FileLocks, Locked, OnFile};
 #[cfg(not(target_os = "linux"))]
 pub(crate) use absent::{FileLocks, Locked, OnFile};
 
-/// The same names where the kernel has no such lists.
+/// The same names for systems whose kernel has no such lists.
 #[cfg(not(target_os = "linux"))]
 mod absent {
     use std::io;

@@ -1,12 +1,12 @@
-//! `lockkit`, the command: runs anything under any lock, and shows who holds what.
+//! `lockkit`, the command: runs a program under a lock, and shows the holders of locks.
 //!
-//! For people who never write Rust, and for everybody who looks at locks. Each subcommand is a module with its
-//! arguments and what it does; what several share stands in `failure` (what went wrong, in a sentence, and its exit
-//! code), `place` (how a lock is named on a command line), `look` (what is known of one lock, as text and as
-//! JSON) and `paint` (colours). Called under the name `flock`, it is flock(1): see `flock`.
+//! It serves people without Rust code, and the inspection of locks. Each subcommand is a module with its arguments and
+//! its code. Shared code is in `failure` (a failure as a sentence, and its exit code), `target` (how a command line
+//! names a lock), `report` (the information about one lock, as text and as JSON) and `style` (colours). Called under
+//! the name `flock`, it is flock(1): see `flock`.
 //!
-//! It works on Linux, where it rests on pidfds, signalfd and /proc, and on Windows, where `flock` and `doctor` are not
-//! there.
+//! It works on Linux, where it uses pidfds, signalfd and /proc, and on Windows, where `flock` and `doctor` do not
+//! exist.
 
 #[cfg(not(any(target_os = "linux", windows)))]
 compile_error!("the command `lockkit` (feature `cli`) needs Linux or Windows; the library does not");
@@ -88,7 +88,7 @@ enum Command {
     #[cfg(not(target_os = "linux"))]
     #[command(hide = true)]
     Doctor {
-        /// Directorys.
+        /// Directories.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
@@ -104,13 +104,14 @@ fn main() -> ExitCode {
         return flock::main(&called, arguments.collect());
     }
     let mut arguments = arguments.peekable();
-    // Before clap, which would have a word on `--help` and on what it does not know.
+    // Before clap, which would handle `--help` and unknown options itself.
     #[cfg(target_os = "linux")]
     if arguments.next_if(|first| first == "flock").is_some() {
         return flock::main("flock".as_ref(), arguments.collect());
     }
     if arguments.next_if(|first| first == "run").is_some() {
-        // Its arguments alone: building those of all commands would take longer than all else before the program runs.
+        // Its arguments alone: building the arguments of all commands would take longer than everything else before the
+        // program runs.
         let command = clap::Command::new("lockkit-run").bin_name("lockkit run").no_binary_name(true);
         let command = run::Run::augment_args(command).styles(style::HELP).max_term_width(100);
         return end(
@@ -129,18 +130,18 @@ fn main() -> ExitCode {
     })
 }
 
-/// Says what is wrong with the arguments, or what was asked for: help or the version.
+/// Prints the error in the arguments, or the requested help or version.
 fn misused(error: &clap::Error, example: &str) -> Outcome {
     let _ = error.print();
     if !error.use_stderr() {
         return Ok(code::OK);
     }
     failure::note(format_args!("For example: {example}"));
-    // Clap's own code is that of a stale lock here.
+    // Clap's own code means a stale lock here.
     Ok(code::USAGE)
 }
 
-/// The first example in the help of the command that was meant.
+/// Returns the first example in the help of the intended command.
 fn example_for(given: &[OsString]) -> String {
     let mut command = Cli::command();
     for argument in given.iter().skip(1) {

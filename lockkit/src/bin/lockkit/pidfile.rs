@@ -1,4 +1,4 @@
-//! `lockkit pidfile`: looks at pidfiles, and removes those that are proven stale.
+//! `lockkit pidfile`: checks pidfiles, and removes those that are proven stale.
 
 use std::path::{Path, PathBuf};
 
@@ -90,9 +90,9 @@ fn clean(paths: &[PathBuf], dry_run: bool) -> Outcome {
     Ok(worst.unwrap_or(code::OK))
 }
 
-/// Removes the file at `path` if it is stale, or only judges it; says what it did.
+/// Removes the file at `path` if it is stale, or only judges it. Returns a description of the action.
 fn clean_one(path: &Path, dry_run: bool) -> lockkit::Result<Option<String>> {
-    // Asked before the file is gone. What holds a lock needs no look at links and permissions.
+    // Read before the file is gone. A file whose lock is held needs no check of links and permissions.
     let left_by = match PidFile::inspect(path)? {
         PidStatus::Stale(owner) => format!(", left by {}", owner.describe()),
         PidStatus::Invalid { .. } => String::new(),
@@ -105,13 +105,13 @@ fn clean_one(path: &Path, dry_run: bool) -> lockkit::Result<Option<String>> {
     Ok(stale.then(|| format!("{done} {}{left_by}", report::plain(&path.display().to_string()))))
 }
 
-/// Shows why one of the files was not judged. The others are judged all the same.
+/// Prints why one of the files was not judged. The others are judged nevertheless.
 fn report(failure: Failure, worst: &mut Option<u8>) {
     failure.show();
     *worst = Some(failure.code());
 }
 
-/// The files among `paths`, and in the directories among them. A path that leads nowhere is reported.
+/// Returns the files among `paths`, and in the directories among them. Reports a path that leads nowhere.
 fn all(paths: &[PathBuf], worst: &mut Option<u8>) -> Result<Vec<PathBuf>, Failure> {
     let mut found = Vec::new();
     for path in paths {
@@ -122,7 +122,7 @@ fn all(paths: &[PathBuf], worst: &mut Option<u8>) -> Result<Vec<PathBuf>, Failur
                     let text = report::plain(&path.display().to_string());
                     report(Failure::new(code::NO_INPUT, format!("cannot look at {text}: {error}")), worst);
                 }
-                // What else is wrong with it shows when it is judged.
+                // Other problems are reported when the file is judged.
                 _ => found.push(path),
             }
             continue;

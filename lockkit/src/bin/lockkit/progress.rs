@@ -1,11 +1,11 @@
-//! What is shown while a lock is waited for: which one, who holds it, and for how long it has been waited for.
+//! The display of a wait for a lock: which lock, its holders, and the time since the wait began.
 //!
-//! The wait itself is one call on the main thread, so that it keeps its place in the queue. A second thread shows it,
-//! and has ended before anything is forked.
+//! The wait itself is one call on the main thread, so that it keeps its place in the queue. A second thread shows the
+//! wait, and has ended before any fork.
 //!
-//! The line on a terminal is written by one write(2), with no escape sequence: it begins with a carriage return, is cut
-//! before the last column, and covers the line before it with spaces. So wherever a stop or a kill cuts it off, the
-//! terminal is as before.
+//! One write(2) writes the line on a terminal, with no escape sequence. The line begins with a carriage return, is cut
+//! before the last column, and covers the previous line with spaces. So a stop or a kill at any point leaves the
+//! terminal as before.
 
 use std::io::{IsTerminal, Write};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -16,7 +16,7 @@ use lockkit::{Owner, command};
 use crate::failure::note;
 use crate::report::plain;
 
-/// For whom to show a wait.
+/// The audience of the display.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Audience {
     /// A line that is rewritten.
@@ -38,17 +38,17 @@ impl Audience {
     }
 }
 
-/// Whether the terminal may not know a carriage return.
+/// Whether the terminal may not support a carriage return.
 fn is_dumb() -> bool {
     let name = std::env::var_os("TERM");
     cfg!(unix) && name.is_none_or(|name| name.is_empty() || name == "dumb")
 }
 
-/// A lock that is taken sooner is not worth a word.
+/// A lock that is acquired sooner is not reported.
 const AT_ONCE: Duration = Duration::from_millis(150);
 const NEXT: Duration = Duration::from_millis(500);
 
-/// Runs `acquire`, and meanwhile shows that `lock` is waited for, and by whom it is held as `holders` says.
+/// Runs `acquire`. Meanwhile shows that `lock` is waited for, and its holders, which `holders` returns.
 pub(crate) fn shown<T>(
     audience: Audience,
     lock: &str,
@@ -60,7 +60,7 @@ pub(crate) fn shown<T>(
     }
     std::thread::scope(|scope| {
         let (done, is_done) = channel::<()>();
-        // Without a thread nothing is shown, and nothing else is amiss.
+        // Without a thread the wait is not shown; everything else works.
         let _ = std::thread::Builder::new().spawn_scoped(scope, move || match audience {
             Audience::Terminal => show(&plain(lock), &holders, &is_done),
             _ => log(&plain(lock), &holders, &is_done),
@@ -71,7 +71,7 @@ pub(crate) fn shown<T>(
     })
 }
 
-/// The holders, for people.
+/// Returns the holders as text for people.
 pub(crate) fn described(holders: &[Owner]) -> String {
     holders.iter().map(Owner::describe).collect::<Vec<_>>().join("; ")
 }
@@ -83,7 +83,7 @@ fn held_by(holders: &[Owner]) -> String {
     }
 }
 
-/// Waits for the first, or the next, moment to show something; false when there is nothing more to show.
+/// Waits for the first, or the next, moment to show the wait. Returns false when there is nothing more to show.
 fn is_time(done: &Receiver<()>, pause: &mut Duration) -> bool {
     let waits = done.recv_timeout(*pause) == Err(RecvTimeoutError::Timeout);
     *pause = NEXT;
@@ -110,12 +110,12 @@ fn show(lock: &str, holders: &dyn Fn() -> Vec<Owner>, done: &Receiver<()>) {
 }
 
 fn write(text: &str) {
-    // Not by a macro, which writes each piece by itself.
+    // Without a macro, which writes each piece separately.
     let _ = std::io::stderr().write_all(text.as_bytes());
 }
 
-/// Writes a line when the wait begins, and when another process is the holder. That the lock has no holder for a moment,
-/// or the holder runs another program, is no news.
+/// Writes a line when the wait begins, and when another process becomes the holder. A short gap without a holder, or
+/// another program of the same holder, is not reported.
 fn log(lock: &str, holders: &dyn Fn() -> Vec<Owner>, done: &Receiver<()>) {
     let mut pause = AT_ONCE;
     let mut last: Option<Vec<Owner>> = None;
@@ -136,7 +136,7 @@ fn are_same(some: &[Owner], others: &[Owner]) -> bool {
     some.len() == others.len() && some.iter().all(|one| others.iter().any(|other| command::is_same_process(one, other)))
 }
 
-/// How many columns the terminal has, at least 2.
+/// Returns the number of columns of the terminal, at least 2.
 fn terminal_width() -> usize {
     const USUAL: usize = 80;
     #[cfg(unix)]
@@ -149,7 +149,8 @@ fn terminal_width() -> usize {
     }
 }
 
-/// The beginning of `line` that fits into so many columns, with an ellipsis where something is cut off; and its columns.
+/// Returns the beginning of `line` that fits into so many columns, with an ellipsis at a cut, and its number of
+/// columns.
 fn cut(line: &str, columns: usize) -> (String, usize) {
     let whole: usize = line.chars().map(width_of).sum();
     if whole <= columns {
@@ -168,11 +169,11 @@ fn cut(line: &str, columns: usize) -> (String, usize) {
     (shown, taken)
 }
 
-/// How many columns a terminal gives a letter: 2 for those of East Asia and for pictures. Where terminals differ it is the
-/// larger number, for a line that is too long is wrapped.
+/// Returns the number of columns of a letter on a terminal: 2 for East Asian letters and for pictures. If terminals
+/// differ, it is the larger number, because a line that is too long is wrapped.
 fn width_of(letter: char) -> usize {
     match u32::from(letter) {
-        // Combining marks, and what chooses the form of the letter before.
+        // Combining marks, and selectors for the form of the previous letter.
         0x300..=0x36f | 0x20d0..=0x20ff | 0xfe00..=0xfe0f => 0,
         0x1100..=0x115f
         | 0x231a..=0x231b

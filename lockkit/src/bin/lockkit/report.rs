@@ -1,4 +1,4 @@
-//! What is known of one lock: its kind, its state and who holds it, as text and as JSON.
+//! The information about one lock: its kind, its state and its holders, as text and as JSON.
 //!
 //! The JSON forms have a version, and are documented in docs/CLI.md. Within a version fields are only added.
 
@@ -43,14 +43,14 @@ pub(crate) enum Kind {
 pub(crate) enum State {
     Free,
     Held,
-    /// The one that held it died or ran out of time, and the next to come takes it over.
+    /// The holder died or its time ran out, and the next process takes the lock over.
     Stale,
-    /// It may be held, but this process may not read what would tell.
+    /// It may be held, but this process may not read the evidence.
     Unknown,
 }
 
 impl State {
-    /// What `status` exits with.
+    /// Returns the exit code of `status`.
     pub(crate) fn code(self) -> u8 {
         match self {
             Self::Free => 0,
@@ -73,17 +73,17 @@ impl State {
 /// A process that holds a lock.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Holder {
-    /// 0 where a pid namespace hides it.
+    /// 0 if a pid namespace hides it.
     pid: u32,
     program: Option<String>,
     host: Option<String>,
-    /// Since when it holds, in RFC 3339.
+    /// When it acquired the lock, in RFC 3339.
     since: Option<String>,
     alive: Option<bool>,
     /// It is alive, keeps the lock, and does nothing until it is continued.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     stopped: bool,
-    /// Of a table: which of its locks.
+    /// For a table: the number of the lock.
     #[serde(skip_serializing_if = "Option::is_none")]
     lock: Option<u32>,
     #[serde(skip)]
@@ -94,11 +94,11 @@ pub(crate) struct Holder {
 type Life = (Option<bool>, bool);
 
 thread_local! {
-    /// The lives of the owners that were looked at, by pid: many locks may have one holder.
+    /// The lives of the checked owners, by pid: many locks may have one holder.
     static KNOWN: RefCell<HashMap<u32, Vec<(Owner, Life)>>> = RefCell::default();
 }
 
-/// Looks once at each process.
+/// Checks each process once.
 fn life(owner: &Owner) -> Life {
     KNOWN.with_borrow_mut(|known| {
         let owners = known.entry(owner.pid()).or_default();
@@ -144,8 +144,8 @@ impl Holder {
     }
 }
 
-/// With control characters, which any user can give a file's name, written out: they would reach the terminal. So are
-/// the marks that reverse or hide text.
+/// Escapes control characters, which any user can put into a file's name, because they would reach the terminal. Also
+/// escapes the marks that reverse or hide text.
 pub(crate) fn plain(text: &str) -> String {
     let misleads = |letter: char| matches!(letter, '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
     let mut shown = String::with_capacity(text.len());
@@ -162,29 +162,29 @@ fn rfc3339(moment: SystemTime) -> String {
     humantime::format_rfc3339_seconds(moment).to_string()
 }
 
-/// What is known of a lock.
+/// The information about a lock.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Report {
     pub(crate) kind: Kind,
     pub(crate) name: String,
-    /// Of a path that is no text.
+    /// For a path that is no text.
     #[serde(skip_serializing_if = "Option::is_none")]
     name_bytes: Option<Vec<u8>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     scope: Option<&'static str>,
     pub(crate) state: State,
     pub(crate) holders: Vec<Holder>,
-    /// How many wait, at most; of those that can be seen.
+    /// The highest possible number of waiters, among those that are visible.
     waiters: Option<u32>,
-    /// Of a lease.
+    /// For a lease.
     #[serde(skip_serializing_if = "Option::is_none")]
     token: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     expires_in_ms: Option<u64>,
-    /// Of a table.
+    /// For a table.
     #[serde(skip_serializing_if = "Option::is_none")]
     available: Option<u32>,
-    /// Why the state is unknown.
+    /// The reason for an unknown state.
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
 }
@@ -206,14 +206,14 @@ impl Report {
         }
     }
 
-    /// The lock at `path`, if it is not known whether the lock is held.
+    /// Returns a report of the lock at `path` if it is unknown whether the lock is held.
     pub(crate) fn unknown(path: &Path, failure: &Failure) -> Self {
         let kind = if has_pid_extension(path) { Kind::Pidfile } else { Kind::File };
         Self { reason: Some(failure.message().to_owned()), ..Self::of_path(kind, path, State::Unknown) }
     }
 
     fn of_path(kind: Kind, path: &Path, state: State) -> Self {
-        // Where they are no bytes to the system, they are in the encoding of Rust's library.
+        // If paths are no bytes on this system, these are in the encoding of Rust's library.
         let name_bytes = path.to_str().is_none().then(|| path.as_os_str().as_encoded_bytes().to_vec());
         Self { name_bytes, ..Self::new(kind, path.display().to_string(), state) }
     }
@@ -226,7 +226,7 @@ impl Report {
         }
     }
 
-    /// One sentence or more.
+    /// Writes one sentence or more.
     pub(crate) fn show(&self, out: &mut impl Write) -> std::io::Result<()> {
         writeln!(out, "{} {} is {}", self.kind_text(), paint(TITLE, plain(&self.name)), self.state.painted())?;
         for holder in &self.holders {
@@ -250,7 +250,7 @@ impl Report {
         Ok(())
     }
 
-    /// What `list` shows of it in columns.
+    /// Returns the columns of `list`.
     pub(crate) fn row(&self) -> [String; 5] {
         let mut held = self.holders.iter().map(Holder::text).collect::<Vec<_>>().join("; ");
         if held.is_empty() {
@@ -264,7 +264,8 @@ impl Report {
     }
 }
 
-/// What is known of the lock at `place`; what the kernel knows of locked files is asked for by `locks` where it matters.
+/// Returns the report of the lock at `place`. `locks` reads the kernel's information about locked files if it is
+/// needed.
 pub(crate) fn at(place: &Target, scope: ScopeArgument, locks: impl FnOnce() -> FileLocks) -> Result<Report, Failure> {
     match place {
         Target::Lease(lease) => of_lease(lease),
@@ -273,7 +274,7 @@ pub(crate) fn at(place: &Target, scope: ScopeArgument, locks: impl FnOnce() -> F
     }
 }
 
-/// As [`at`], of an absolute path.
+/// Returns the report for an absolute path, as [`at`] does.
 pub(crate) fn at_path(path: &Path, locks: &FileLocks) -> Result<Report, Failure> {
     match recognised(path, locks, true)? {
         Some(sight) => Ok(sight),
@@ -281,11 +282,11 @@ pub(crate) fn at_path(path: &Path, locks: &FileLocks) -> Result<Report, Failure>
     }
 }
 
-/// A lock that is looked at again and again, for its state alone: cheaply, and without keeping others from it.
+/// A lock whose state is read repeatedly: cheaply, and without blocking other processes.
 pub(crate) struct Watched<'p> {
     place: &'p Target,
     scope: ScopeArgument,
-    /// Of a path. Kept, for a lease of another host has run out when it was seen unchanged for long enough.
+    /// For a path. Kept, because a lease of another host counts as expired once it was seen unchanged for long enough.
     lease: Option<Lease>,
 }
 
@@ -298,7 +299,7 @@ impl<'p> Watched<'p> {
         let path = match self.place {
             Target::Name(name) => {
                 let usual = target::named_or_file(name, self.scope)?;
-                // One kept on request in a file is another lock of the same name.
+                // A lock that is kept in a file on request is another lock of the same name.
                 let held = command::is_held(&usual)? || command::is_held(&filed(name, self.scope.into())?)?;
                 return Ok(if held { State::Held } else { State::Free });
             }
@@ -341,7 +342,7 @@ pub(crate) fn named(lock: &NamedLock) -> Result<Report, Failure> {
     Ok(sight)
 }
 
-/// One of a list of held locks; `None` when the lock is known to be released meanwhile.
+/// Returns the report of one of a list of held locks, or `None` if the lock is known to be released meanwhile.
 pub(crate) fn of_held(held: &HeldNamedLock) -> Option<Report> {
     let mut sight = with_owner(held.lock(), State::Held, held.owner());
     if held.owner().is_none() {
@@ -349,7 +350,7 @@ pub(crate) fn of_held(held: &HeldNamedLock) -> Option<Report> {
         match of_named(held.lock()) {
             Ok(asked) if asked.state == State::Free => return None,
             Ok(asked) => sight.holders = asked.holders,
-            // It is held by a process that cannot be asked.
+            // The lock is held by a process that cannot be queried.
             Err(_) => {}
         }
     }
@@ -367,32 +368,32 @@ fn with_owner(lock: &NamedLock, state: State, owner: Option<&Owner>) -> Report {
     sight
 }
 
-/// What is known of the lock of this very backend.
+/// Returns the report of the lock of this backend only.
 fn of_named(lock: &NamedLock) -> Result<Report, Failure> {
     let owner = lock.owner()?;
-    // A name can be taken by a process that cannot be looked up.
+    // A name can be held by a process that cannot be looked up.
     let held = owner.is_some() || command::is_held(lock)?;
     let mut sight = with_owner(lock, if held { State::Held } else { State::Free }, owner.as_ref());
-    // Asked for after the owner, whom asking may cost a place in the queue only where there is no record.
+    // Read after the owner. Reading the owner may take a place in the queue only if there is no record.
     sight.waiters = lock.waiters().ok();
     Ok(sight)
 }
 
-/// What is at a path.
+/// The kind of file at a path.
 enum Found {
     Missing,
     Lease,
     Table,
     Pidfile,
-    /// A file that holds a number and nothing else: a pidfile, unless another process than this has it locked.
+    /// A file that contains only a number: a pidfile, unless a process with another pid has it locked.
     Number(u32),
     /// Any other file, or a directory.
     Plain,
-    /// A FIFO, a socket or a device: to open one would wait for its other end, or do anything.
+    /// A FIFO, a socket or a device: opening it could wait for its other end, or have any effect.
     Special,
 }
 
-/// Looks at what is at `path`. What may not be read may be any lock, so that is an error.
+/// Determines the kind of file at `path`. An unreadable file may be any lock, so that is an error.
 fn found_at(path: &Path) -> Result<Found, Failure> {
     let unreadable = |error| unreadable(path, error);
     let found = match std::fs::metadata(path) {
@@ -416,7 +417,7 @@ fn found_at(path: &Path) -> Result<Found, Failure> {
         return Ok(Found::Special);
     }
     let (begin, file) = match beginning(path) {
-        // It was removed just now.
+        // It has just been removed.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Found::Missing),
         read => read.map_err(unreadable)?,
     };
@@ -441,19 +442,19 @@ fn unreadable(path: &Path, error: io::Error) -> Failure {
     Failure::new(crate::failure::of_io(error.kind()), message)
 }
 
-/// Whether a look failed so that the lock may be held all the same.
+/// Whether the failure of a look leaves open that the lock is held.
 pub(crate) fn is_unknown(failure: &Failure) -> bool {
     matches!(failure.code(), code::NO_PERMISSION | code::IO)
 }
 
-/// The first bytes, and the file.
+/// Returns the first bytes, and the file.
 fn beginning(path: &Path) -> io::Result<(Vec<u8>, File)> {
     let mut file = open(path)?;
     let mut bytes = vec![0; 64];
     let length = loop {
         match file.read(&mut bytes) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            // A regular file gives all that there is.
+            // A regular file returns all its bytes.
             read => break read?,
         }
     };
@@ -461,7 +462,7 @@ fn beginning(path: &Path) -> io::Result<(Vec<u8>, File)> {
     Ok((bytes, file))
 }
 
-/// Opens a file for reading that was no FIFO or device when it was looked at, and does not wait if it has become one.
+/// Opens a file for reading that was no FIFO or device when it was checked. Does not wait if it has become one.
 fn open(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.read(true);
@@ -474,7 +475,7 @@ fn open(path: &Path) -> io::Result<File> {
     options.open(path)
 }
 
-/// Whether a file without a record is one from which a crash has taken it.
+/// Whether a file without a record is a lease file whose record a crash has erased.
 fn was_lease(path: &Path, begin: &[u8], file: &File) -> bool {
     const RECORD: u64 = 1024;
     let has_extension = path.extension().is_some_and(|extension| extension == "lease");
@@ -482,14 +483,14 @@ fn was_lease(path: &Path, begin: &[u8], file: &File) -> bool {
         && (has_extension || !begin.is_empty() && file.metadata().is_ok_and(|found| found.len() == RECORD))
 }
 
-/// Whether the file is a pidfile by lockkit's mark, which it had behind the pid in earlier versions.
+/// Whether the file is a pidfile by lockkit's mark, which earlier versions wrote after the pid.
 fn is_own(begin: &[u8], file: &File) -> bool {
     const OLD_MARK: &[u8] = b"\nlockkit 1\n";
     let digits = begin.iter().take_while(|byte| byte.is_ascii_digit()).count();
     digits > 0 && (begin[digits..].starts_with(OLD_MARK) || command::is_own_pidfile(file))
 }
 
-/// The pid that is all that the file holds.
+/// Returns the pid if it is the whole content of the file.
 fn number(begin: &[u8], file: &File) -> Option<u32> {
     // No system gives out a greater pid: `PID_MAX_LIMIT` on Linux.
     const MAX_PID: u32 = 1 << 22;
@@ -504,8 +505,8 @@ pub(crate) fn has_pid_extension(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension == "pid")
 }
 
-/// A lock whose kind the file at `path` tells; `None` for any other file, and none. Whether a file counts as a pidfile
-/// that holds just a number is a `guess`.
+/// Returns the report of a lock whose kind the file at `path` shows, or `None` for any other file and for none. `guess`
+/// decides whether a file that contains just a number counts as a pidfile.
 pub(crate) fn recognised(path: &Path, locks: &FileLocks, guess: bool) -> Result<Option<Report>, Failure> {
     let explained = |failure: Failure| match failure.code() {
         code::NO_PERMISSION => Failure::new(
@@ -525,7 +526,7 @@ pub(crate) fn recognised(path: &Path, locks: &FileLocks, guess: bool) -> Result<
         found @ (Found::Pidfile | Found::Number(_)) => {
             let on = locks.on(path).unwrap_or_default();
             if let Found::Number(number) = found {
-                // What another process has locked is a number that the lock guards.
+                // If a process with another pid has the file locked, the number is data that the lock guards.
                 let mut by = [&on.flock, &on.fcntl].into_iter().flatten();
                 if by.any(|locked| !locked.pids.contains(&number)) {
                     return Ok(None);
@@ -541,7 +542,7 @@ pub(crate) fn recognised(path: &Path, locks: &FileLocks, guess: bool) -> Result<
     }
 }
 
-/// A lock on any file or directory.
+/// Returns the report of a lock on any file or directory.
 fn file(path: &Path, locks: &FileLocks) -> Result<Report, Failure> {
     let on = match locks.on(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => OnFile::default(),
@@ -552,7 +553,7 @@ fn file(path: &Path, locks: &FileLocks) -> Result<Report, Failure> {
     }
     let kind = match std::fs::metadata(path) {
         Ok(found) if found.is_file() || found.is_dir() => tried(path)?,
-        // Only the kernel's table tells of these.
+        // Only the kernel's table shows these locks.
         Ok(_) => match locks.unread() {
             Some(error) => {
                 return Err(Failure::new(
@@ -574,7 +575,7 @@ fn file(path: &Path, locks: &FileLocks) -> Result<Report, Failure> {
     Ok(sight)
 }
 
-/// The locks that the kernel shows on the file at `path`, that of flock(2) first.
+/// Returns the locks that the kernel shows on the file at `path`, that of flock(2) first.
 pub(crate) fn locked(path: &Path, on: &OnFile, locks: &FileLocks) -> impl Iterator<Item = Report> {
     let sight = |kind, locked: &Locked| {
         let mut sight = Report::of_path(kind, path, State::Held);
@@ -587,8 +588,9 @@ pub(crate) fn locked(path: &Path, on: &OnFile, locks: &FileLocks) -> impl Iterat
     flock.into_iter().chain(on.fcntl.as_ref().map(|locked| sight(Kind::Fcntl, locked)))
 }
 
-/// Whether a process has the file or directory locked, by a try: how, and its pid where that is known. A try that fails
-/// takes nothing, and one that succeeds holds the lock for a moment, exclusively, or it would not see a shared lock.
+/// Tests whether a process has the file or directory locked. Returns the kind, and the pid if it is known. A failed try
+/// acquires nothing. A successful try holds the lock for a moment, exclusively, because otherwise it would not detect a
+/// shared lock.
 #[cfg(unix)]
 fn tried(path: &Path) -> Result<Option<(Kind, Option<u32>)>, Failure> {
     use rustix::fs::{FlockOperation, flock};
@@ -603,16 +605,16 @@ fn tried(path: &Path) -> Result<Option<(Kind, Option<u32>)>, Failure> {
     if let Ok(Some(pid)) = command::fcntl_holder(&file) {
         return Ok(Some((Kind::Fcntl, pid)));
     }
-    // The try of another process looks like a holder, so it takes several to be one.
+    // The try of another process looks like a holder, so only several failed tries count as a holder.
     for pause in [100, 1000, 3000] {
         match retry_on_intr(|| flock(&file, FlockOperation::NonBlockingLockExclusive)) {
             Err(Errno::WOULDBLOCK) => std::thread::sleep(std::time::Duration::from_micros(pause)),
-            // NFS wants an exclusive lock to be on a file that is open for writing.
+            // NFS requires a file to be open for writing for an exclusive lock.
             Err(Errno::BADF) => {
                 let tried = retry_on_intr(|| flock(&file, FlockOperation::NonBlockingLockShared));
                 return Ok((tried == Err(Errno::WOULDBLOCK)).then_some((Kind::File, None)));
             }
-            // Where flock(2) does not work no process holds one.
+            // If flock(2) does not work there, no process holds such a lock.
             Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => return Ok(None),
             Err(error) => return Err(unreadable(path, error.into())),
         }
@@ -620,7 +622,7 @@ fn tried(path: &Path) -> Result<Option<(Kind, Option<u32>)>, Failure> {
     Ok(Some((Kind::File, None)))
 }
 
-/// Here it is lockkit's own lock.
+/// On this system it is lockkit's own lock.
 #[cfg(not(unix))]
 fn tried(path: &Path) -> Result<Option<(Kind, Option<u32>)>, Failure> {
     match open(path) {
@@ -688,7 +690,7 @@ pub(crate) fn json(form: &impl Serialize) -> Result<(), Failure> {
     writeln!(out, "{text}").map_err(|error| Failure::io("write to the standard output", error))
 }
 
-/// Writes text to the standard output, coloured where that is wanted.
+/// Writes text to the standard output, coloured if requested.
 pub(crate) fn say(write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<(), Failure> {
     let mut out = anstream::stdout().lock();
     write(&mut out).map_err(|error| Failure::io("write to the standard output", error))

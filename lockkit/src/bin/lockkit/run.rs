@@ -1,6 +1,6 @@
 //! `lockkit run`: runs a program under a lock.
 //!
-//! The lock is taken here, in one wait; the program is then started and looked after by [`supervise`].
+//! This module acquires the lock, in one wait. [`supervise`] then starts the program and supervises it.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -89,9 +89,9 @@ pub(crate) struct Run {
     command: Vec<OsString>,
 }
 
-/// The permissions that `text` has in octal.
+/// Parses permissions in octal.
 fn mode(text: &str) -> Result<u32, String> {
-    // The number alone: neither a sign nor what `0o` says.
+    // The number alone: neither a sign nor the prefix `0o`.
     let is_octal = text.bytes().all(|byte| matches!(byte, b'0'..=b'7'));
     let mode = u32::from_str_radix(text, 8).ok().filter(|mode| is_octal && *mode <= 0o777);
     match mode {
@@ -103,7 +103,7 @@ fn mode(text: &str) -> Result<u32, String> {
     }
 }
 
-/// How long a program may take to end after its lease was lost, unless told otherwise.
+/// The default time that a program may take to end after its lease was lost.
 const GRACE: Duration = Duration::from_secs(5);
 
 impl Run {
@@ -122,7 +122,7 @@ impl Run {
             return self.hold(&format!("the named lock {name:?}"), &wait, holders, acquire);
         }
         if let Some(path) = &self.file {
-            // A mode as flock(1) has it, for both may be used on the same file.
+            // The mode of flock(1), because both may be used on the same file.
             let lock = FileLock::new(path).create_with_mode(self.mode.unwrap_or_else(|| less_the_umask(0o666)));
             let lock = if self.create_parents { lock.create_parents() } else { lock };
             let holders = || {
@@ -151,8 +151,8 @@ impl Run {
         Err(Failure::usage("a lock is missing").example("lockkit run --name backup -- CMD"))
     }
 
-    /// Refuses options that mean nothing for the kind of lock. Clap's own `requires` lets them pass where what they
-    /// require is excluded by another kind.
+    /// Rejects options without a meaning for the kind of lock. Clap's own `requires` accepts them if the required
+    /// option is excluded by another kind.
     fn check(&self) -> Result<(), Failure> {
         // A lease on a server has no file.
         let is_url =
@@ -180,7 +180,7 @@ impl Run {
         }
     }
 
-    /// Takes the lock and runs the program.
+    /// Acquires the lock and runs the program.
     fn hold(
         &self,
         lock: &str,
@@ -188,7 +188,7 @@ impl Run {
         holders: impl Fn() -> Vec<Owner> + Send + Sync,
         acquire: impl FnOnce(&Wait) -> lockkit::Result<HeldLock>,
     ) -> Outcome {
-        // The first process of a container gets no signal that it does not handle, so it must read those that end a wait.
+        // The first process of a container gets only signals that it handles, so it must read those that end a wait.
         if supervise::is_first() {
             let signals = Signals::block()?;
             return match self.acquire_until_signalled(&signals, lock, wait, holders, acquire)? {
@@ -200,7 +200,8 @@ impl Run {
         supervise::run(hold, Signals::block()?, self.job())
     }
 
-    /// As [`held_lock`](Self::hold), for a lease: by a process of its own, which goes on when this one is killed.
+    /// Runs the program under a lease, as [`hold`](Self::hold) does for other locks: in a separate process, which
+    /// continues when this one is killed.
     fn lead(&self, given: &OsStr, wait: &Wait) -> Outcome {
         let (loss, on_lost) = supervise::loss()?;
         let lease = target::lease(given, |builder| {
@@ -220,9 +221,11 @@ impl Run {
             let looked = lease.clone();
             let holders = move || looked.owner().ok().flatten().into_iter().collect();
             let lock = format!("the lease {}", lease.name());
-            // Before the first thread, the heartbeat's: whichever does not block a signal is who gets it.
+            // Before the first thread, the heartbeat's: the kernel delivers a signal to a thread that does not block
+            // it.
             let signals = Signals::block()?;
-            // One in a file is tried first, which takes no time, and saves the thread that watches for signals.
+            // A lease in a file is first tried without waiting, which is fast, and saves the thread that watches for
+            // signals.
             let tried = Path::new(lease.name()).is_absolute().then(|| lease.try_lock());
             let hold = match tried {
                 Some(Err(error)) if error.is_held() && !self.try_once => None,
@@ -236,9 +239,9 @@ impl Run {
                 }
             };
             match hold {
-                // A signal that came too late to cancel the wait is the program's.
+                // A signal that came too late to cancel the wait is for the program.
                 Ok(hold) => {
-                    // For `lockkit list`, which finds a lease by who has its file open.
+                    // For `lockkit list`, which finds a lease by the processes that have its file open.
                     let _found_by = File::open(given).or_else(|_| File::open(lease.name()));
                     supervise::run(hold, signals, self.job())
                 }
@@ -247,7 +250,8 @@ impl Run {
         })
     }
 
-    /// As [`acquire`](Self::acquire), until one of the blocked signals comes: then with the exit code that tells of it.
+    /// Acquires as [`acquire`](Self::acquire) does, until a blocked signal arrives; then returns the exit code for that
+    /// signal.
     fn acquire_until_signalled(
         &self,
         signals: &Signals,
@@ -276,7 +280,7 @@ impl Run {
         let audience = Audience::of(self.quiet, self.verbose);
         let hold = progress::shown(audience, lock, &holders, acquire).map_err(|error| {
             let gave_up = error.is_temporary();
-            // The library does not look for the holder of a file, for that takes milliseconds.
+            // The library does not search for the holder of a file, because that takes milliseconds.
             let unnamed = gave_up && !self.quiet && error.owner().is_none();
             let found = match &self.file {
                 Some(path) if unnamed => FileLock::new(path).holders().unwrap_or_default(),
@@ -304,7 +308,7 @@ impl Run {
     }
 }
 
-/// `mode` as a file that is made with it has it. Asking for the umask sets it, so this is for a process of one thread.
+/// Returns `mode` as a new file gets it. Reading the umask sets it, so this is for a process with one thread.
 #[cfg(unix)]
 fn less_the_umask(mode: u32) -> u32 {
     use rustix::fs::Mode;

@@ -1,23 +1,23 @@
-//! Looks after the program that `lockkit run` runs, so that the lock is held for exactly as long as it lives.
+//! Supervises the program of `lockkit run`, so that the lock is held for exactly as long as the program lives.
 //!
-//! The program is started in a child that waits for a word before it does (the *gate*), so it never runs before what
-//! keeps the lock for it is in place, whenever lockkit is killed. What that is differs:
+//! The program is started in a child that first waits for a message (the *gate*). So it never runs before the mechanism
+//! that keeps the lock for it is in place, whenever lockkit is killed. The mechanism depends on the lock:
 //! - *Named locks and files* live in a descriptor. A third process, the *keeper*, has a copy of it, and a pidfd of the
-//!   program. If lockkit is killed the keeper keeps the lock until the program ends; else it leaves just before the
-//!   release. If both are killed the lock is [`Parked`] with the program, out of which either of them takes it at the
-//!   program's end, so that what that leaves running does not keep the lock.
-//! - *Pidfiles* name the program, by pid and start time, and stay held as long as that lives.
-//! - *Leases* must be renewed, which only a process can. So the one that holds it is not the one that was called, but a
-//!   child of it ([`behind`]), which goes on when its parent is killed. If the holder itself is killed, the system
-//!   kills the program with it (`PR_SET_PDEATHSIG`), and the parent, to whom all else that the program has started then
-//!   belongs, kills that. The fencing token covers the moment in between.
+//!   program. If lockkit is killed, the keeper keeps the lock until the program ends; otherwise it exits just before
+//!   the release. For the case that both are killed, the lock is [`Parked`] with the program. At the program's end
+//!   lockkit or the keeper takes the lock out of there, so that the processes that the program leaves running do not
+//!   keep it.
+//! - *Pidfiles* name the program, by pid and start time, and stay held as long as the program lives.
+//! - *Leases* must be renewed, which only a process can do. So a child of the called process holds the lease
+//!   ([`behind`]), and continues when its parent is killed. If the holder itself is killed, the system kills the
+//!   program with it (`PR_SET_PDEATHSIG`). The parent then inherits everything else that the program has started, and
+//!   kills it. The fencing token covers the moment in between.
 //!
-//! Keepers and holders of leases have a name of their own ([`KEEPER`]), also in their command lines: who kills every
-//! `lockkit` by name means those that were called.
+//! Keepers and holders of leases have their own name ([`KEEPER`]), also in their command lines: a command that kills
+//! every `lockkit` by name is meant for the called processes.
 //!
-//! Signals are blocked while the program runs, and read from a signalfd in the same poll in which its end is seen. What
-//! a terminal sends goes to the program anyway as long as that is in the same process group, so it is not passed on
-//! then.
+//! Signals are blocked while the program runs, and read from a signalfd in the same poll that sees the program's end. A
+//! terminal's signals reach the program anyway while it is in the same process group, so they are not passed on then.
 
 use std::ffi::{CStr, OsString};
 use std::fs::File;
@@ -48,13 +48,13 @@ use rustix::process::{
 use crate::failure::{Failure, Outcome, code};
 use crate::held_lock::{self, HeldLock, Job};
 
-/// What a process that keeps a lock for a program is called.
+/// The name of a process that keeps a lock for a program.
 pub(crate) const KEEPER: &CStr = c"lock-keeper";
 
-/// Brings the reason of a loss, as text.
+/// Delivers the reason of a loss, as text.
 pub(crate) struct LossPipe(File);
 
-/// A pipe for the loss of a lease, and what writes to it.
+/// Makes a pipe for the loss of a lease, and the function that writes to it.
 pub(crate) fn loss() -> Result<(LossPipe, impl Fn(&Loss) + Send + Sync + use<>), Failure> {
     let (reader, writer) = pipe()?;
     Ok((LossPipe(reader), move |loss: &Loss| {
@@ -62,7 +62,7 @@ pub(crate) fn loss() -> Result<(LossPipe, impl Fn(&Loss) + Send + Sync + use<>),
     }))
 }
 
-/// A descriptor that keeps the lock, where one does.
+/// Returns a descriptor that keeps the lock, if one does.
 fn descriptor_of(hold: &HeldLock) -> Result<Option<OwnedFd>, Failure> {
     match hold {
         HeldLock::Named(guard) => Ok(Some(guard.descriptor()?)),
@@ -74,7 +74,7 @@ fn descriptor_of(hold: &HeldLock) -> Result<Option<OwnedFd>, Failure> {
     }
 }
 
-/// The signals that are passed on.
+/// The signals that are passed on to the program.
 const PASSED_ON: [NixSignal; 6] = [
     NixSignal::SIGINT,
     NixSignal::SIGTERM,
@@ -84,10 +84,10 @@ const PASSED_ON: [NixSignal; 6] = [
     NixSignal::SIGUSR2,
 ];
 
-/// Signals, read instead of delivered.
+/// Signals that are read instead of delivered.
 pub(crate) struct Signals {
     read: SignalFd,
-    /// Which were blocked before.
+    /// The signals that were blocked before.
     before: SigSet,
 }
 
@@ -101,17 +101,17 @@ impl Signals {
         Ok(Self { read, before })
     }
 
-    /// Lets them be delivered again.
+    /// Lets the signals be delivered again.
     fn unblock(&self) {
         let _ = self.before.thread_set_mask();
     }
 
-    /// Does `wait`, and cancels `stop` when a signal comes meanwhile, which stays to be read. As the first process of a
-    /// container it has the orphans meanwhile.
+    /// Calls `wait`, and cancels `stop` when a signal arrives meanwhile; the signal stays to be read. As the first
+    /// process of a container it also reaps orphans meanwhile.
     pub(crate) fn cancelling<T>(&self, stop: &CancelToken, wait: impl FnOnce() -> T) -> Result<T, Failure> {
         let (is_done, done) = pipe()?;
         Ok(std::thread::scope(|scope| {
-            // Without a thread a signal has to wait for the lock, too.
+            // Without a thread a signal must also wait for the lock.
             let _ = std::thread::Builder::new().spawn_scoped(scope, || {
                 let timeout = is_first().then(|| timespec(REAPING));
                 loop {
@@ -129,13 +129,13 @@ impl Signals {
         }))
     }
 
-    /// The number of the first signal that has come, which is read, `if` it is to be.
+    /// Returns the number of the first signal that has arrived, and reads it, if `read` is set.
     pub(crate) fn first_if(&self, read: bool) -> Option<u8> {
         let signal = read.then(|| self.read.read_signal().ok().flatten()).flatten()?;
         u8::try_from(signal.ssi_signo).ok()
     }
 
-    /// Passes on what has come to `child`, but for what a terminal sent to both.
+    /// Passes the arrived signals on to `child`, except those that a terminal sent to both.
     fn pass_on(&self, child: &Child) {
         while let Ok(Some(signal)) = self.read.read_signal() {
             let Some(number) = Signal::from_named_raw(signal.ssi_signo as i32) else { continue };
@@ -146,7 +146,7 @@ impl Signals {
     }
 }
 
-/// A child, and what becomes readable at its end.
+/// A child, and a descriptor that becomes readable at its end.
 struct Child {
     pid: Pid,
     pidfd: OwnedFd,
@@ -163,23 +163,23 @@ impl Child {
         }
     }
 
-    /// Whether a signal that came here went to this child, too: a terminal sends it to the group of processes in its
-    /// foreground, but tells the leader of its session alone that it is gone.
+    /// Whether a signal to this process also reached this child. A terminal sends signals to its foreground process
+    /// group, but reports its hang-up only to the leader of its session.
     fn has_got(&self, signal: Signal, code: i32) -> bool {
-        /// The kernel itself sent it.
+        /// The code of a signal that the kernel itself sent.
         const SI_KERNEL: i32 = 0x80;
         let to_leader_alone = || signal == Signal::HUP && getsid(None).is_ok_and(|leader| leader == getpid());
         let same_group = || getpgid(Some(self.pid)).is_ok_and(|group| group == getpgrp());
         code == SI_KERNEL && same_group() && !to_leader_alone()
     }
 
-    /// Waits for its end, which has been seen, or must come.
+    /// Waits for the end of the child, which has been seen or must come.
     fn end(&self) -> Option<WaitStatus> {
         let (_, status) = retry_on_intr(|| waitpid(Some(self.pid), WaitOptions::empty())).ok()??;
         Some(status)
     }
 
-    /// As [`end`](Self::end), as the exit code that tells of it.
+    /// Waits as [`end`](Self::end) does. Returns the exit code for the status.
     fn status(&self) -> Option<u8> {
         exit_code(self.end()?)
     }
@@ -197,19 +197,19 @@ fn fork() -> Result<Option<Pid>, Failure> {
     command::fork().map_err(|error| Failure::io("start a process", error).with_code(code::OS))
 }
 
-/// What is read from, and what is written to. No program that is started has either.
+/// Makes a pipe: the reader and the writer. No started program inherits either.
 fn pipe() -> Result<(File, File), Failure> {
     let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).map_err(|error| Failure::io("make a pipe", error))?;
     Ok((reader.into(), writer.into()))
 }
 
-/// Whether this is the first process of a pid namespace, as of a container: to it belong the processes whose parents have
-/// ended, and no signal ends it unless it handles that.
+/// Whether this is the first process of a pid namespace, as of a container: it inherits the orphans, and no signal ends
+/// it unless it handles that signal.
 pub(crate) fn is_first() -> bool {
     getpid() == Pid::INIT
 }
 
-/// Runs the program under the lock, releases that, and gives the program's exit status.
+/// Runs the program under the lock, releases the lock, and returns the program's exit status.
 pub(crate) fn run(mut hold: HeldLock, signals: Signals, job: Job<'_>) -> Outcome {
     command::wait_for_children();
     let (wait_at_gate, gate) = pipe()?;
@@ -218,7 +218,7 @@ pub(crate) fn run(mut hold: HeldLock, signals: Signals, job: Job<'_>) -> Outcome
     let leads = matches!(hold, HeldLock::Lease(..));
     let me = getpid();
     if leads {
-        // What the program leaves behind stays below this process, so that a loss can end it, too.
+        // The processes that the program leaves behind stay below this process, so that a loss can end them, too.
         let _ = set_child_subreaper(Some(me));
     }
     let program = match fork()? {
@@ -240,7 +240,7 @@ pub(crate) fn run(mut hold: HeldLock, signals: Signals, job: Job<'_>) -> Outcome
         Some(descriptor) => Some(Keeper::start(descriptor, parked.as_ref(), &program, gate)?),
         None => {
             if leads {
-                // From here on this process is a keeper, and goes on when its parent is killed.
+                // From here on this process is a keeper, and continues when its parent is killed.
                 command::rename_process(KEEPER);
                 let _ = set_parent_process_death_signal(None);
             }
@@ -265,12 +265,12 @@ pub(crate) fn run(mut hold: HeldLock, signals: Signals, job: Job<'_>) -> Outcome
     Ok(status)
 }
 
-/// Lets the program start. A failure means that it is gone already, which shows later.
+/// Lets the program start. A failure means that the program is already gone, which shows later.
 fn open_gate(mut gate: File) {
     let _ = gate.write_all(b"!");
 }
 
-/// The child's part. Returns only if the program could not be started, with the exit code that tells so.
+/// Runs the child's part. Returns only if the program could not be started, with the exit code for that.
 fn become_program(
     command: &[OsString],
     hold: &HeldLock,
@@ -278,11 +278,11 @@ fn become_program(
     mut gate: File,
     signals: &Signals,
 ) -> u8 {
-    // The end of the pipe means that nobody holds the lock for this child.
+    // The end of the pipe means that no process holds the lock for this child.
     if gate.read_exact(&mut [0]).is_err() {
         return code::OS;
     }
-    // Without it the keeper has to do.
+    // Without it the keeper must suffice.
     let _inherited = parked.and_then(|parked| parked.bequeath().ok());
     let [program, arguments @ ..] = command else { return code::USAGE };
     let mut command = Command::new(program);
@@ -295,12 +295,12 @@ fn become_program(
     failure.code()
 }
 
-/// How often adopted processes that have ended are waited for.
+/// The interval for reaping adopted processes that have ended.
 const REAPING: Duration = Duration::from_millis(500);
 
 /// Waits for the program's end, passes signals on to it, and ends it when its lease is lost.
 fn attend(program: &Child, signals: &Signals, mut loss: Option<&LossPipe>, job: Job<'_>) -> u8 {
-    // Those whose parents have ended come to be below this process.
+    // This process adopts the orphans below it.
     let adopts = loss.is_some() || is_first();
     let mut patience: Option<Instant> = None;
     loop {
@@ -310,7 +310,7 @@ fn attend(program: &Child, signals: &Signals, mut loss: Option<&LossPipe>, job: 
         let timeout = left.or(adopts.then_some(REAPING)).map(timespec);
         match poll(&mut watched, timeout.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
-            // Then it can only be waited for.
+            // Then the program can only be waited for.
             Err(_) => return program.status().unwrap_or(code::OS),
         }
         let ready: Vec<bool> = watched.iter().map(|watched| !watched.revents().is_empty()).collect();
@@ -346,11 +346,11 @@ fn timespec(span: Duration) -> Timespec {
     Timespec { tv_sec: span.as_secs() as i64, tv_nsec: span.subsec_nanos().into() }
 }
 
-/// Takes note of the end of children but `program`.
+/// Reaps ended children, except `program`.
 fn bury_others(program: Option<Pid>) {
     let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
     while let Ok(Some(ended)) = waitid(Id::All, look).map(|ended| ended.pid()) {
-        // The program has its turn at the end, and then the others.
+        // `Child::end` reaps the program; the others follow after that.
         if program.is_some_and(|program| ended.as_raw() == program.as_raw_nonzero().get()) {
             return;
         }
@@ -358,11 +358,11 @@ fn bury_others(program: Option<Pid>) {
     }
 }
 
-/// Waits until what the ended program has left behind has ended, too, and kills what is still there `until` then. What
-/// may not be signalled, such as a set-uid program, is left.
+/// Waits until the processes that the ended program has left behind have ended, too, and kills those that remain at
+/// `until`. Processes that may not be signalled, such as a set-uid program, are left.
 fn end_descendants(until: Option<Instant>) {
     loop {
-        // No signal at all only asks whether it may be sent.
+        // Signal 0 only checks whether a signal may be sent.
         let mut left = descendants();
         left.retain(|pid| test_kill_process(*pid) != Err(Errno::PERM));
         if left.is_empty() {
@@ -382,14 +382,14 @@ fn signal_descendants(signal: Signal) {
     }
 }
 
-/// All processes below this one, by /proc.
+/// Returns all processes below this one, by /proc.
 fn descendants() -> Vec<Pid> {
     let entries = std::fs::read_dir("/proc").into_iter().flatten();
     let parents: Vec<(i32, i32)> = entries
         .filter_map(|entry| {
             let pid = entry.ok()?.file_name().to_str()?.parse().ok()?;
             let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-            // Behind the name, which may hold anything: the state and the parent.
+            // After the name, which may contain anything: the state and the parent.
             let mut fields = stat.rsplit(')').next()?.split_ascii_whitespace();
             let (state, parent) = (fields.next()?, fields.next()?.parse().ok()?);
             (state != "Z").then_some((pid, parent))
@@ -405,9 +405,9 @@ fn descendants() -> Vec<Pid> {
     found.into_iter().skip(1).filter_map(Pid::from_raw).collect()
 }
 
-/// A copy of a lock's descriptor, on its way through a socket that nobody reads: it counts as open as long as the socket
-/// is. The program inherits the socket, and all that it starts; yet whoever has it can take the descriptor out, so that
-/// the lock is free however many still have the socket.
+/// A copy of a lock's descriptor, in transit in a socket that no process reads: it counts as open as long as the socket
+/// is. The program and all its children inherit the socket. Any process that has the socket can take the descriptor
+/// out, so that the lock is free however many processes still have the socket.
 struct Parked(OwnedFd);
 
 impl Parked {
@@ -423,7 +423,7 @@ impl Parked {
         Ok(Self(socket))
     }
 
-    /// Has the program inherit it, under a number that scripts do not use for their own.
+    /// Lets the program inherit it, under a number that scripts do not use for their own files.
     fn bequeath(self) -> rustix::io::Result<OwnedFd> {
         const BEYOND_SCRIPTS: i32 = 64;
         let inherited = fcntl_dupfd_cloexec(&self.0, BEYOND_SCRIPTS)?;
@@ -431,12 +431,12 @@ impl Parked {
         Ok(inherited)
     }
 
-    /// Takes the descriptor out and closes it, unless somebody else has.
+    /// Takes the descriptor out and closes it, unless another process has done so.
     fn take_out(&self) {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut rights = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
-        // What was received is closed with the buffer.
+        // The received descriptor is closed with the buffer.
         let _ = recvmsg(&self.0, &mut [IoSliceMut::new(&mut [0])], &mut rights, flags);
     }
 }
@@ -449,8 +449,8 @@ struct Keeper {
 }
 
 impl Keeper {
-    /// Starts it. It opens the gate itself, once it is out of reach of what is meant for lockkit; this process's end is
-    /// closed, or the program would wait for ever if the keeper were killed before.
+    /// Starts the keeper. The keeper opens the gate itself, once signals for lockkit cannot reach it. This process
+    /// closes its end of the gate: otherwise the program would wait for ever if the keeper were killed before that.
     fn start(descriptor: OwnedFd, parked: Option<&Parked>, program: &Child, gate: File) -> Result<Self, Failure> {
         let (life_of_parent, life) = pipe()?;
         match fork()? {
@@ -465,20 +465,20 @@ impl Keeper {
         }
     }
 
-    /// Has it leave, for the release comes next.
+    /// Makes the keeper exit, because the release comes next.
     fn dismiss(self) {
         drop(self.life);
         let _ = retry_on_intr(|| waitpid(Some(self.pid), WaitOptions::empty()));
     }
 }
 
-/// The keeper's part: returns when the parent has let go of its pipe or been killed, and the program has ended.
+/// Runs the keeper's part. Returns when the parent has closed its pipe or was killed, and the program has ended.
 fn keep(program: &OwnedFd, mut parent: File, gate: File) {
-    // Out of reach of the terminal and of signals to the job, none of which is blocked for the program.
+    // Detached from the terminal and from signals to the job, none of which is blocked for the program.
     let _ = setsid();
     command::rename_process(KEEPER);
     open_gate(gate);
-    // Whoever reads what the program writes is not to wait for the keeper.
+    // A reader of the program's output must not wait for the keeper.
     if let Ok(null) = std::fs::File::options().read(true).write(true).open("/dev/null") {
         let _ = rustix::stdio::dup2_stdin(&null);
         let _ = rustix::stdio::dup2_stdout(&null);
@@ -489,18 +489,18 @@ fn keep(program: &OwnedFd, mut parent: File, gate: File) {
     let _ = retry_on_intr(|| poll(&mut ended, None));
 }
 
-/// Has `lead` done by a child, which goes on when this process is killed, and gives its exit code. If the child is
-/// killed, so is all that it has started.
+/// Runs `lead` in a child, which continues when this process is killed, and returns its exit code. If the child is
+/// killed, everything that it has started is killed, too.
 pub(crate) fn behind(lead: impl FnOnce() -> Outcome) -> Outcome {
     let signals = Signals::block()?;
     command::wait_for_children();
-    // What is below the child when that is killed comes to be below this process.
+    // When the child is killed, this process inherits the processes below it.
     let me = getpid();
     let _ = set_child_subreaper(Some(me));
     let leader = match fork()? {
         None => {
             signals.unblock();
-            // Until it holds the lease: who kills a lockkit that waits means the wait.
+            // Until the child holds the lease: killing a lockkit that waits must end the wait.
             let _ = set_parent_process_death_signal(Some(Signal::KILL));
             if getppid() != Some(me) {
                 std::process::exit(code::OS.into());

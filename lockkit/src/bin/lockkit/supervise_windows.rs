@@ -1,16 +1,16 @@
-//! Looks after the program that `lockkit run` runs, so that the program and the lock end together; for Windows.
+//! Supervises the program of `lockkit run`, so that the program and the lock end together; for Windows.
 //!
-//! This process holds the lock, and puts itself into a job object, into which all that it starts is born. The only
-//! handle on the job is its own, so when it is killed the system closes the job and ends the program, and whatever that
-//! has started, with it. (A moment lies in between, in which the lock is free and the program not yet gone; what must
-//! not suffer that wants a lease, whose fencing token covers it.) When the program ends by itself the job is told to let
-//! live what it left running, and the lock is released.
+//! This process holds the lock, and puts itself into a job object. Every process that it starts is in the job from the
+//! start. Only this process has a handle on the job. So when it is killed, the system closes the job and ends the
+//! program, and everything that the program has started, with it. In a short moment in between, the lock is free and
+//! the program not yet gone. A resource that this can harm needs a lease, whose fencing token covers the moment. When
+//! the program ends by itself, the job is set to let its remaining processes live, and the lock is released.
 //!
-//! Ctrl-C and Ctrl-Break reach every process of the console by themselves, so here they are passed over: what the
-//! program makes of them ends it, or does not. When the console is closed this waits for the program for as long as the
-//! system lets it.
+//! Ctrl-C and Ctrl-Break reach every process of the console by themselves, so this process ignores them: the program
+//! decides whether they end it. When the console is closed, this process waits for the program for as long as the
+//! system permits.
 //!
-//! A lease that is lost ends the job at once, this process with it: no signal asks a program of Windows to end.
+//! A lost lease ends the job at once, this process with it: no signal asks a program of Windows to end.
 
 use std::process::Command;
 use std::sync::Arc;
@@ -22,10 +22,10 @@ use lockkit::{CancelToken, Loss};
 use crate::failure::{Failure, Outcome, code};
 use crate::held_lock::{self, HeldLock, Job};
 
-/// Brings the reason of a loss, as text.
+/// Delivers the reason of a loss, as text.
 pub(crate) struct LossPipe(Receiver<String>);
 
-/// A channel for the loss of a lease, and what writes to it.
+/// Makes a channel for the loss of a lease, and the function that writes to it.
 pub(crate) fn loss() -> Result<(LossPipe, impl Fn(&Loss) + Send + Sync + use<>), Failure> {
     let (send, receive) = channel();
     Ok((LossPipe(receive), move |loss: &Loss| {
@@ -50,21 +50,21 @@ impl Signals {
     }
 }
 
-/// Does `lead` here: what must end with this process is in its job.
+/// Runs `lead` in this process: the processes that must end with it are in its job.
 pub(crate) fn behind(lead: impl FnOnce() -> Outcome) -> Outcome {
     lead()
 }
 
-/// No process here is the first of its kind.
+/// Returns false: Windows has no first process of a namespace.
 pub(crate) fn is_first() -> bool {
     false
 }
 
-/// Runs the program under the lock, releases that, and gives the program's exit code.
+/// Runs the program under the lock, releases the lock, and returns the program's exit code.
 pub(crate) fn run(mut hold: HeldLock, _: Signals, job: Job<'_>) -> Outcome {
     let cage = Arc::new(Cage::around_this_process().map_err(|error| Failure::io("make a job object", error))?);
     let ended = run_in(&cage, &mut hold, &job);
-    // Also after a failure, which is yet to be told: closing the job would end this process.
+    // Also after a failure, which is reported later: closing the job would end this process.
     cage.open();
     let code = ended?;
     let leads = matches!(hold, HeldLock::Lease(..));
@@ -72,11 +72,11 @@ pub(crate) fn run(mut hold: HeldLock, _: Signals, job: Job<'_>) -> Outcome {
         Err(error) if !job.quiet && !leads => Failure::from(error).show(),
         _ => {}
     }
-    // One that is more than a byte is passed on whole, too.
+    // A code larger than a byte is also passed on unchanged.
     u8::try_from(code).or_else(|_| std::process::exit(code))
 }
 
-/// Runs the program in the job, and gives its exit code. When this fails the program does not go on.
+/// Runs the program in the job, and returns its exit code. After a failure the program does not continue.
 fn run_in(cage: &Arc<Cage>, hold: &mut HeldLock, job: &Job<'_>) -> Result<i32, Failure> {
     let [program, arguments @ ..] = job.command else { return Ok(code::USAGE.into()) };
     command::pass_over_interrupts().map_err(|error| Failure::io("take note of Ctrl-C", error))?;
@@ -89,7 +89,7 @@ fn run_in(cage: &Arc<Cage>, hold: &mut HeldLock, job: &Job<'_>) -> Result<i32, F
     }
     if let HeldLock::Lease(_, LossPipe(loss)) = hold {
         let cage = cage.clone();
-        // What is sent to the one that is left nobody reads; the sender lives in the lease, which outlives this.
+        // No thread reads the replacement channel; the sender lives in the lease, which outlives this function.
         let loss = std::mem::replace(loss, channel().1);
         std::thread::spawn(move || {
             if let Ok(reason) = loss.recv() {

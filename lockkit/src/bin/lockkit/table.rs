@@ -107,7 +107,7 @@ impl Table {
                 Ok(code::OK)
             }
             Self::List { path, json } => {
-                // So that what is no table is told from a file that is locked.
+                // Distinguishes a file that is no table from a locked file.
                 drop(open(&path)?);
                 let sight = report::at(&Target::Path(path), Default::default(), || FileLocks::read(""))?;
                 match json {
@@ -122,7 +122,7 @@ impl Table {
                     Some(id) => table.allocate_at(id)?,
                     None => table.allocate()?,
                 };
-                // A number that nobody has read is nobody's.
+                // A number that was not printed is freed again.
                 report::say(|out| writeln!(out, "{}", lock.id())).inspect_err(|_| drop(lock.free()))?;
                 Ok(code::OK)
             }
@@ -164,7 +164,8 @@ fn renumber(path: &Path, mut ids: Vec<u32>, yes: bool) -> Outcome {
         let message = format!("lock {} of {} is held by {}", held.id(), path.display(), held.owner().describe());
         return Err(Failure::new(code::TEMPORARY, message));
     }
-    // Before anything is freed: halfway through, the old numbers would be gone and the new ones untold.
+    // Checked before any lock is freed: halfway through, the old numbers would be gone and the new ones not yet
+    // printed.
     if !path.is_dir() {
         let capacity = ShmLockManager::open(path)?.capacity();
         if ids.len() > capacity as usize {
@@ -174,7 +175,8 @@ fn renumber(path: &Path, mut ids: Vec<u32>, yes: bool) -> Outcome {
         }
     }
     agreed(yes, &format!("Free all locks of {}, and give {} numbers anew?", path.display(), ids.len()))?;
-    // Who has a number alone keeps it; the others come after those, so that none of them takes it.
+    // The first use of a number keeps it. Further uses get new numbers afterwards, so that none of them takes a kept
+    // number.
     let mut uses = BTreeMap::new();
     table.free_all()?;
     for id in &ids {
@@ -182,7 +184,7 @@ fn renumber(path: &Path, mut ids: Vec<u32>, yes: bool) -> Outcome {
     }
     let mut kept = BTreeMap::new();
     for id in uses.keys() {
-        // One beyond the end of a new table is given another.
+        // A number beyond the end of a new table is replaced.
         kept.insert(*id, table.allocate_at(*id).is_ok());
     }
     let mut renumbered = Vec::with_capacity(ids.len());
@@ -190,7 +192,7 @@ fn renumber(path: &Path, mut ids: Vec<u32>, yes: bool) -> Outcome {
         let first = kept.insert(id, false) == Some(true);
         renumbered.push((id, if first { id } else { table.allocate()?.id() }));
     }
-    // Only now: who stops reading stops this command, which is not to happen halfway.
+    // Printed only now: a reader that stops reading ends this command, which must not happen halfway.
     report::say(|out| renumbered.iter().try_for_each(|(id, new)| writeln!(out, "{id} {new}")))?;
     Ok(code::OK)
 }

@@ -1,4 +1,4 @@
-//! How a lock is named on a command line: a name, a path, or the URL of a lease.
+//! How a command line names a lock: a name, a path, or the URL of a lease.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -27,7 +27,7 @@ impl From<ScopeArgument> for Scope {
     }
 }
 
-/// A lock that `status` and `wait` look at.
+/// A lock that `status` and `wait` read.
 #[derive(Clone)]
 pub(crate) enum Target {
     Name(String),
@@ -37,7 +37,7 @@ pub(crate) enum Target {
 }
 
 impl Target {
-    /// What has `://` in it is the URL of a lease, what has a slash a path, and anything else a name.
+    /// Parses a target: with `://` it is the URL of a lease, with a slash a path, and otherwise a name.
     pub(crate) fn parse(given: &OsStr) -> Result<Self, Failure> {
         check_scheme(given)?;
         if url(given).is_some() {
@@ -54,7 +54,7 @@ impl Target {
     }
 }
 
-/// Says, where a name is asked for and a file of that name is there, how to ask for the file.
+/// If a name was given and a file of that name exists, prints how to name the file.
 pub(crate) fn note_file_of_name(place: &Target, quiet: bool) {
     let Target::Name(name) = place else { return };
     if !quiet && is_file_here(name) {
@@ -69,7 +69,7 @@ fn is_file_here(name: &str) -> bool {
     std::fs::symlink_metadata(name).is_ok()
 }
 
-/// A bare name, as the path of a file in this directory.
+/// Returns a bare name as the path of a file in this directory.
 fn as_path(name: &str) -> String {
     format!(".{}{name}", std::path::MAIN_SEPARATOR)
 }
@@ -81,7 +81,7 @@ pub(crate) fn named(name: &str, scope: ScopeArgument) -> Result<NamedLock, Failu
         .map_err(|error| Failure::from(error).example("lockkit run --name nightly-backup -- CMD"))
 }
 
-/// As [`named`], for a command that takes a name or a path: what is no name may be a file.
+/// Builds a lock as [`named`] does, for a command that takes a name or a path: an invalid name may be a file.
 pub(crate) fn named_or_file(name: &str, scope: ScopeArgument) -> Result<NamedLock, Failure> {
     named(name, scope).map_err(|failure| match is_file_here(name) {
         true => failure
@@ -91,7 +91,7 @@ pub(crate) fn named_or_file(name: &str, scope: ScopeArgument) -> Result<NamedLoc
     })
 }
 
-/// The lease at `given`, a path or a URL, with the options that `with` adds.
+/// Returns the lease at `given`, a path or a URL, with the options that `with` adds.
 pub(crate) fn lease(given: &OsStr, with: impl FnOnce(LeaseBuilder) -> LeaseBuilder) -> Result<Lease, Failure> {
     check_scheme(given)?;
     let builder = match url(given) {
@@ -125,14 +125,14 @@ const SCHEMES: [&str; 13] = [
     "https",
 ];
 
-/// Refuses what begins as a URL and lacks a slash: taken as a relative path, it would be a lock of this host alone.
+/// Rejects text that begins as a URL and lacks a slash: as a relative path, it would be a lock of this host alone.
 fn check_scheme(given: &OsStr) -> Result<(), Failure> {
     let text = given.to_string_lossy();
     let Some((scheme, rest)) = text.split_once(':') else { return Ok(()) };
     if rest.starts_with("//") || !SCHEMES.iter().any(|known| known.eq_ignore_ascii_case(scheme)) {
         return Ok(());
     }
-    // What follows may be a password.
+    // The rest may be a password.
     let (scheme, slashes) =
         (scheme.to_ascii_lowercase(), if scheme.eq_ignore_ascii_case("file") { "///" } else { "//" });
     let message = format!(
@@ -144,17 +144,17 @@ fn check_scheme(given: &OsStr) -> Result<(), Failure> {
     }))
 }
 
-/// The text of a URL.
+/// Returns the text of a URL.
 pub(crate) fn url(given: &OsStr) -> Option<&str> {
     given.to_str().filter(|text| text.contains("://"))
 }
 
-/// `path`, absolute.
+/// Makes `path` absolute.
 pub(crate) fn absolute(path: &Path) -> Result<PathBuf, Failure> {
     std::path::absolute(path).map_err(|error| Failure::io(format!("find {}", path.display()), error))
 }
 
-/// A span of time as people write it: `5s`, `1m 30s`, `250ms`; a bare number is seconds.
+/// Parses a span of time in the usual notation: `5s`, `1m 30s`, `250ms`; a bare number is seconds.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     match text.parse::<f64>() {
         Ok(seconds) => Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string()),

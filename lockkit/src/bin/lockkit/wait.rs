@@ -1,9 +1,9 @@
 //! `lockkit wait`: returns when a lock is free.
 //!
-//! It looks again and again instead of taking the lock: taking it would keep others out, and eat the news of a death
-//! that belongs to the next owner. A look costs microseconds however many processes and locks there are: a name is
-//! tried with bind(2), a file with a flock(2) that does not wait and with `F_OFD_GETLK`, and of pidfiles and leases the
-//! record is read.
+//! It checks the lock repeatedly instead of acquiring it. Acquiring it would block other processes, and consume the
+//! report of a death that belongs to the next owner. A check costs microseconds however many processes and locks there
+//! are. A name is tried with bind(2), a file with a nonblocking flock(2) and with `F_OFD_GETLK`. For pidfiles and
+//! leases the record is read.
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -54,13 +54,13 @@ impl WaitFor {
     }
 
     fn look(&self, place: &Target) -> Result<report::Report, Failure> {
-        // The holder of a file, as /proc/locks shows it: a pass over all descriptors would hold up the end of the wait.
+        // The holder of a file, as /proc/locks shows it: a pass over all descriptors would delay the end of the wait.
         report::at(place, self.scope, FileLocks::of_table)
     }
 
     fn watch(&self, place: &Target, until: Option<Instant>) -> Outcome {
         const FIRST: Duration = Duration::from_millis(1);
-        /// How late the end of a wait may be noticed, but for the look itself.
+        /// The maximum delay until the end of a wait is noticed, without the check itself.
         const LONGEST: Duration = Duration::from_millis(20);
         let given = Path::new(&self.place);
         let mut watched = Watched::new(place, self.scope);

@@ -1,13 +1,15 @@
-//! Lease stores on servers that exist, and what they have in common.
+//! Lease stores on existing servers, and what they share.
 //!
-//! Each engine is a [`LeaseStore`](super::LeaseStore) of its own in a module of its own, and does nothing but its
-//! requests. All leases of a process on one server share a store (see [`connect`](super::connect)), and with it:
-//! - **Connections** ([`Pool`]): a request takes one for itself, so none waits for another's answer. What failed is
-//!   closed, with all that are idle, because a server that was restarted has forgotten them as well.
-//! - **Waiters** ([`notify`]): one thread listens to the server for all of them, and rings whom a change concerns.
-//! - **A forked child** ([`OfProcess`]) connects anew, and leaves its parent's connections alone.
-//! - **The dead** ([`attempt`]): a holder of this boot of this host that is dead by its identity is taken over at once; all
-//!   others run out by the server's rule.
+//! Each engine is a [`LeaseStore`](super::LeaseStore) in its own module, and contains only its requests. All leases of
+//! a process on one server share a store (see [`connect`](super::connect)), and with it:
+//! - **Connections** ([`Pool`]): each request uses a connection of its own, so no request waits for the answer to
+//!   another. A failed connection is closed together with all idle connections, because a restarted server has
+//!   forgotten those as well.
+//! - **Waiters** ([`notify`]): one thread listens to the server for all waiters, and notifies those that a change
+//!   concerns.
+//! - **A forked child** ([`OfProcess`]) opens its own connections, and does not touch its parent's.
+//! - **Dead holders** ([`attempt`]): a holder of this boot of this host is taken over at once if its identity proves it
+//!   dead. All other holders expire by the server's rule.
 
 #[cfg(feature = "etcd")]
 pub(super) mod etcd;
@@ -40,7 +42,7 @@ use crate::sys::per_process::PerProcess;
 
 type Result<T, E = StoreError> = std::result::Result<T, E>;
 
-/// What belongs to one process: a forked child makes its own, and neither uses nor drops its parent's.
+/// A value of one process: a forked child makes its own, and neither uses nor drops its parent's.
 pub(super) struct OfProcess<T> {
     current: Mutex<Option<(u32, Arc<T>)>>,
 }
@@ -50,7 +52,7 @@ impl<T> OfProcess<T> {
         Self { current: Mutex::new(None) }
     }
 
-    /// This process's own. `make` opens no connection, for forks are held off meanwhile.
+    /// Returns this process's value. `make` opens no connection, because forks are held off meanwhile.
     pub(super) fn get(&self, make: impl FnOnce() -> T) -> Arc<T> {
         let generation = fork::generation();
         let _no_fork = NoFork::hold();
@@ -59,7 +61,7 @@ impl<T> OfProcess<T> {
             Some((made, own)) if *made == generation => own.clone(),
             _ => {
                 let own = Arc::new(make());
-                // To close it would say good-bye to the server in the parent's name.
+                // Dropping the inherited value would end the parent's connections at the server.
                 mem::forget(current.replace((generation, own.clone())));
                 own
             }
@@ -76,10 +78,10 @@ impl<T> Drop for OfProcess<T> {
     }
 }
 
-/// Connections that wait for their next request.
+/// The idle connections, which wait for their next request.
 pub(super) struct Pool<C>(Mutex<Vec<C>>);
 
-/// As many as are kept: more are only needed at once by as many threads.
+/// The maximum number of idle connections. More are needed at once only if as many threads send requests at once.
 const MOST_IDLE: usize = 8;
 
 impl<C> Pool<C> {
@@ -87,9 +89,9 @@ impl<C> Pool<C> {
         Self(Mutex::new(Vec::new()))
     }
 
-    /// Asks on a connection of its own. One that was idle may have been closed by the server meanwhile, so where it
-    /// fails before the server can have answered, the request is made once more on a new one: every request of an engine
-    /// can be repeated.
+    /// Sends a request on a connection of its own. The server may have closed an idle connection meanwhile. So a
+    /// request that fails there is sent once more on a new connection, unless its error is permanent. Every request of
+    /// an engine can be repeated.
     pub(super) fn ask<R>(
         &self,
         connect: impl Fn() -> Result<C>,
@@ -116,7 +118,7 @@ impl<C> Pool<C> {
             Ok(answer)
         });
         match asked {
-            // The first one may have been carried out, and what is wrong for good the next one will say again.
+            // The first request may have taken effect. A permanent error comes back with the next request.
             Err(StoreError::NotApplied(cause) | StoreError::Permanent(cause)) if is_unknown => {
                 Err(StoreError::Unknown(cause))
             }
@@ -132,8 +134,8 @@ impl<C> Pool<C> {
     }
 }
 
-/// Keeps the requests of a process that are made at once to so many, for a server has only so many connections. Whoever
-/// must not wait for others takes no turn.
+/// Limits the concurrent requests of a process, because a server has a limited number of connections. A request that
+/// must not wait for others takes no permit.
 #[cfg(feature = "postgres")]
 pub(super) struct Semaphore {
     left: Mutex<usize>,
@@ -142,12 +144,12 @@ pub(super) struct Semaphore {
 
 #[cfg(feature = "postgres")]
 impl Semaphore {
-    /// As many as there are idle connections when all are done.
+    /// Returns a semaphore with as many permits as the pool keeps idle connections.
     pub(super) const fn new() -> Self {
         Self { left: Mutex::new(MOST_IDLE), freed: parking_lot::Condvar::new() }
     }
 
-    /// A turn, given back when it is dropped.
+    /// Takes a permit, which is given back when it is dropped.
     pub(super) fn take(&self, by: store::Deadline) -> Result<Permit<'_>> {
         let mut left = self.left.lock();
         while *left == 0 {
@@ -172,7 +174,7 @@ impl Drop for Permit<'_> {
     }
 }
 
-/// No connection to `place` came about. Where it is this process that lacks something, the error says so by itself.
+/// Returns the error for a failed connection to `place`. If this process lacks a resource, the error says so by itself.
 #[cold]
 pub(super) fn not_connected(place: &str, error: &io::Error) -> StoreError {
     match error.raw_os_error() {
@@ -183,10 +185,10 @@ pub(super) fn not_connected(place: &str, error: &io::Error) -> StoreError {
     }
 }
 
-/// The addresses of a host. The system's own look-up knows no limit, so it is left to a thread, which ends when it does.
+/// Returns the addresses of a host. The system's look-up has no timeout, so a thread runs it, and ends with it.
 pub(super) fn addresses(host: &str, port: u16, by: store::Deadline) -> io::Result<Vec<SocketAddr>> {
-    /// As many look-ups of one host may be under way that nobody waits for any more. Where none comes to an end, each
-    /// attempt would leave one more thread.
+    /// The maximum number of look-ups of one host that the callers have given up and that still run. If no look-up
+    /// ended, each attempt would leave one more thread.
     const MOST_LEFT: u32 = 4;
     static LEFT: PerProcess<Mutex<HashMap<String, u32>>> = PerProcess::new();
     if let Ok(address) = host.trim_matches(['[', ']']).parse::<IpAddr>() {
@@ -202,7 +204,7 @@ pub(super) fn addresses(host: &str, port: u16, by: store::Deadline) -> io::Resul
     let look_up = move || {
         let addresses = (&*name, port).to_socket_addrs().map(Iterator::collect);
         let mut left = left.lock();
-        // Nobody waits for it.
+        // The caller has given up.
         if send.send(addresses).is_err()
             && let Some(count) = left.get_mut(&name)
         {
@@ -216,7 +218,7 @@ pub(super) fn addresses(host: &str, port: u16, by: store::Deadline) -> io::Resul
     if let Ok(addresses) = found.recv_timeout(by.remaining()) {
         return addresses;
     }
-    // With the lock, for it may end just now.
+    // Under the lock, because the look-up may end just now.
     let mut left = left.lock();
     let last = found.try_recv();
     drop(found);
@@ -226,8 +228,9 @@ pub(super) fn addresses(host: &str, port: u16, by: store::Deadline) -> io::Resul
     })
 }
 
-/// Tries to acquire: `ask` makes the request, and is told whose grant counts as run out, if anybody's. The claim and
-/// the token of that holder are compared in the step itself, so a holder that took the name meanwhile is left alone.
+/// Tries to acquire. `ask` makes the request; its argument is the holder whose grant counts as expired, if any. The
+/// request itself compares the claim and the token of that holder, so a holder that acquired the name meanwhile is not
+/// affected.
 pub(super) fn attempt(mut ask: impl FnMut(Option<&LeaseSnapshot>) -> Result<Attempt>) -> Result<Attempt> {
     match ask(None)? {
         Attempt::Busy(seen) if is_dead(seen.owner()) => ask(Some(&seen)),
@@ -235,42 +238,43 @@ pub(super) fn attempt(mut ask: impl FnMut(Option<&LeaseSnapshot>) -> Result<Atte
     }
 }
 
-/// Whether it is dead for certain. That this host has booted since is not: another one of its name and installation, as
-/// machines made from one image are, may share the server.
+/// Returns whether the owner is certainly dead. A reboot of this host is no proof. Another host of the same name and
+/// installation, such as a machine from the same image, may share the server.
 fn is_dead(owner: Option<&Owner>) -> bool {
     owner.is_some_and(|owner| owner.is_of_this_boot() && owner.liveness() == Liveness::Dead)
 }
 
-/// A holder as whoever looks is told of it: one that is dead has no time left.
+/// Returns a holder as callers see it: a dead holder has no time left.
 pub(super) fn shown(seen: LeaseSnapshot) -> LeaseSnapshot {
     if is_dead(seen.owner()) { seen.with_expires_in(Duration::ZERO) } else { seen }
 }
 
-/// Whether it is this process.
+/// Returns whether the owner is this process.
 #[cfg(feature = "etcd")]
 pub(super) fn is_own(owner: &Owner) -> bool {
     let identity = |owner: &Owner| (owner.pid, owner.start, owner.boot, owner.namespace);
     identity(owner) == identity(&Owner::current())
 }
 
-/// This process, as text for a record.
+/// Returns this process, as text for a record.
 pub(super) fn own_text() -> String {
     text_of(&Owner { acquired: Some(SystemTime::now()), ..Owner::current() })
 }
 
-/// Whom the next owner is to be told of instead of the holder when the grant is given up, as text for a record.
+/// Returns the owner that the next grant reports instead of the holder when the grant is given up, as text for a
+/// record.
 pub(super) fn passed_on(grant: &Grant) -> Option<String> {
     Some(grant.recovered()?.owner().map(text_of).unwrap_or_default())
 }
 
-/// An owner, as text for a record.
+/// Returns an owner, as text for a record.
 pub(super) fn text_of(owner: &Owner) -> String {
     let mut text = format!("pid {}\n", owner.pid());
     owner_text::write(owner, &mut text);
     text
 }
 
-/// The owner that a record tells of, if it tells of one.
+/// Returns the owner in the text of a record, if there is one.
 pub(super) fn owner_of(text: &str) -> Option<Owner> {
     let (first, rest) = text.split_once('\n')?;
     Some(owner_text::read(first.strip_prefix("pid ")?.parse().ok()?, rest.lines()))

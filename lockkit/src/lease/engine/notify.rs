@@ -1,9 +1,10 @@
-//! How those who wait for a name are woken.
+//! Wakes the waiters of lease names.
 //!
-//! Whoever waits hangs up a bell for the name, sees that it is still held, and sleeps. One thread of the store has a
-//! connection of its own to the server, the [`Listener`], and rings the bells of the names that it hears of; when the
-//! connection breaks it rings them all and ends, so nobody sleeps through a change, and the next waiter starts it anew.
-//! It also ends when nobody has waited for [`IDLE`]. A waiter that gives up takes its bell away and leaves nothing.
+//! A waiter subscribes to the name, checks that the name is still held, and sleeps. One thread of the store has its own
+//! connection to the server, the [`Listener`], and notifies the subscriptions of the names that the server reports.
+//! When the connection breaks, the thread notifies all subscriptions and ends, so that no waiter sleeps through a
+//! change. The next waiter starts the thread again. The thread also ends when no waiter has been subscribed for
+//! [`IDLE`]. A waiter that gives up removes its subscription and leaves nothing.
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
@@ -19,26 +20,27 @@ use crate::owner::{Liveness, Owner};
 use crate::sys::event::{self, Event, Woke};
 use crate::wait::CancelToken;
 
-/// How long the thread stays when nobody waits.
+/// How long the thread stays without waiters.
 const IDLE: Duration = Duration::from_secs(10);
-/// How long it listens until it looks whether it is still needed.
+/// How long the thread listens before it checks whether it is still needed.
 const LISTEN: Duration = Duration::from_secs(1);
-/// How long the thread tries to connect, however soon the waiter gives up that needs it, and however late: the next one
-/// may need it, too, and one that waits for long can look by itself meanwhile.
+/// How long the thread tries to connect, whether the waiter that needs it gives up earlier or later. The next waiter
+/// may need the connection, too. A waiter with a later deadline can poll meanwhile.
 const CONNECT: Duration = Duration::from_secs(5);
-/// After it could not connect, nobody has it try again for so long.
+/// The pause after a failed connection before the next attempt.
 const REST: Duration = Duration::from_millis(250);
-/// How often a waiter looks whether an owner lives that it can look up; nothing wakes it when that dies.
+/// How often a waiter checks that an owner is alive, if the waiter can look it up; the death of an owner wakes no
+/// waiter.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// A connection that hears of changes, of every name or at least of those that may have been waited for.
+/// A connection that reports changes, of every name or at least of the names that may have waiters.
 pub(in crate::lease) trait Listener: Send {
-    /// Waits for news, at most so long, and rings the names that have changed. An error says that the connection is of
-    /// no use any more.
+    /// Waits for news, at most `at_most`, and calls `ring` with each name that has changed. An error means that the
+    /// connection cannot be used any more.
     fn listen(&mut self, at_most: Duration, ring: &mut dyn FnMut(&str)) -> Result<()>;
 }
 
-/// The bells of a store.
+/// The subscriptions of a store's waiters.
 pub(in crate::lease) struct Subscriptions {
     connect: Box<dyn Fn(Deadline) -> Result<Box<dyn Listener>> + Send + Sync>,
     state: Mutex<State>,
@@ -50,19 +52,19 @@ struct State {
     last_waited: Instant,
 }
 
-/// The one that listens.
+/// The thread that listens.
 enum Thread {
-    /// There is none. Why the last one ended, if it was not for want of waiters.
+    /// No thread runs. The reason why the last one ended, unless it was the lack of waiters.
     None(Option<Failure>),
-    /// It connects.
+    /// The thread connects.
     Starting,
     Listening,
 }
 
-/// Why there is nobody who listens.
+/// The reason why no thread listens.
 struct Failure {
     text: String,
-    /// The next one will fail as well.
+    /// The next attempt will fail as well.
     is_misuse: bool,
     rests_until: Instant,
 }
@@ -80,8 +82,8 @@ impl Failure {
 }
 
 impl Subscriptions {
-    /// For a store that can be listened to over what `connect` returns by its deadline, which has then registered for
-    /// all that happens from now on.
+    /// Returns the subscriptions of a store. `connect` returns, by its deadline, a listener that is registered for all
+    /// later changes.
     pub(in crate::lease) fn new(
         connect: impl Fn(Deadline) -> Result<Box<dyn Listener>> + Send + Sync + 'static,
     ) -> Arc<Self> {
@@ -89,8 +91,8 @@ impl Subscriptions {
         Arc::new(Self { connect: Box::new(connect), state: Mutex::new(state) })
     }
 
-    /// Hangs up a bell: from when this returns it is rung for every change of `name`. Look once more whether there has
-    /// been one, then [`wait`](Bell::wait).
+    /// Subscribes to `name`. From the return of this call, every change of `name` notifies the subscription. The caller
+    /// checks once more for a change and then calls [`Bell::wait`].
     pub(in crate::lease) fn subscribe(
         self: &Arc<Self>,
         name: &LeaseName,
@@ -117,11 +119,11 @@ impl Subscriptions {
             if is_listening {
                 return Ok(bell);
             }
-            // It rings when it listens, and when it cannot.
+            // The thread notifies this subscription when it listens, and when it cannot.
             match bell.sleep(by.moment(), stop)? {
                 Woke::Ready => {}
                 Woke::TimedOut => return Err(StoreError::not_applied("the server could not be listened to in time")),
-                // The lease finds out that it is to stop.
+                // The lease itself checks for the cancellation.
                 Woke::Cancelled => return Ok(bell),
             }
             if let Thread::None(Some(failure)) = &self.state.lock().thread {
@@ -146,7 +148,7 @@ impl Subscriptions {
         let state = self.state.lock();
         let found = state.hung.iter().find(|(hung, _)| hung.as_str() == name);
         let events = found.map(|(_, events)| events.clone());
-        // Whoever wakes takes down its bell, and is not to wait for this.
+        // A woken waiter needs the lock to remove its subscription, and must not wait for this loop.
         drop(state);
         events.into_iter().flatten().for_each(|event| event.set());
     }
@@ -158,7 +160,7 @@ impl State {
     }
 }
 
-/// What the thread leaves behind however it ends: no waiter that counts on it.
+/// The drop guard of the thread: however the thread ends, no waiter continues to rely on it.
 struct Ended {
     bells: Weak<Subscriptions>,
     failure: Option<Failure>,
@@ -170,7 +172,7 @@ impl Ended {
         let mut ear = (bells.connect)(Deadline::after(CONNECT)).map_err(|error| Failure::new(&error, REST))?;
         let mut state = bells.state.lock();
         state.thread = Thread::Listening;
-        // They look once more, for they have not been listened for until now.
+        // The waiters check once more, because no connection listened for them until now.
         state.ring_all();
         drop(state);
         drop(bells);
@@ -186,7 +188,7 @@ impl Ended {
             if !state.hung.is_empty() {
                 state.last_waited = Instant::now();
             } else if state.last_waited.elapsed() > IDLE {
-                // Under the lock: whoever hangs up a bell from here on starts another.
+                // Under the lock: the next subscriber starts another thread.
                 state.thread = Thread::None(None);
                 return Ok(());
             }
@@ -206,7 +208,7 @@ impl Drop for Ended {
     }
 }
 
-/// A bell that hangs for a name.
+/// A subscription to a name.
 pub(in crate::lease) struct Bell {
     bells: Arc<Subscriptions>,
     name: LeaseName,
@@ -214,7 +216,8 @@ pub(in crate::lease) struct Bell {
 }
 
 impl Bell {
-    /// Sleeps until it rings, `by` has come, `stop` is cancelled, or `owner`, whom the caller waits for, is dead.
+    /// Sleeps until the subscription is notified, `by` has come, `stop` is cancelled, or `owner`, the holder that the
+    /// caller waits for, is dead.
     pub(in crate::lease) fn wait(&self, owner: Option<&Owner>, by: Deadline, stop: &CancelToken) -> Result<()> {
         let can_be_seen = owner.is_some_and(|owner| owner.is_of_this_boot() && owner.liveness() != Liveness::Unknown);
         loop {
@@ -251,7 +254,7 @@ mod tests {
 
     use super::*;
 
-    /// A server that says what it is told to.
+    /// A server that sends what the test scripts.
     struct Script(Receiver<Option<&'static str>>);
 
     impl Listener for Script {
@@ -265,7 +268,7 @@ mod tests {
         }
     }
 
-    /// Subscriptions over connections that come out of a channel.
+    /// Returns subscriptions over connections from a channel.
     fn bells() -> (Arc<Subscriptions>, Sender<Script>) {
         let (send, scripts) = mpsc::channel();
         let scripts = Mutex::new(scripts);
@@ -295,7 +298,7 @@ mod tests {
         server.send(None).unwrap();
         other.wait(None, by, &stop).unwrap();
         assert!(!by.is_past());
-        // The next one listens anew.
+        // The next subscriber starts a thread that listens again.
         let (server, script) = mpsc::channel();
         connect.send(Script(script)).unwrap();
         let again = bells.subscribe(&name("one"), by, &stop).unwrap();
@@ -317,7 +320,7 @@ mod tests {
             let hang = || bells.subscribe(&name("one"), Deadline::after(LIVELY), &CancelToken::new()).err().unwrap();
             let began = Instant::now();
             assert_eq!(matches!(hang(), StoreError::Permanent(_)), is_misuse);
-            // It is not asked again at once, but some time.
+            // The connection is not retried at once, but eventually.
             while tries.load(Ordering::SeqCst) == 1 {
                 assert_eq!(matches!(hang(), StoreError::Permanent(_)), is_misuse);
             }

@@ -1,16 +1,16 @@
-//! Leases on PostgreSQL: a row for each in the table `lockkit_leases`, of the database that the URL names and the first
-//! schema of the user's search_path.
+//! Leases on PostgreSQL: one row per lease in the table `lockkit_leases`. The table is in the database that the URL
+//! names, in the first schema of the user's search_path.
 //!
-//! Each step is one statement and one round trip (see `table`), on a connection that nobody else uses meanwhile (see
-//! `link`). The row decides; LISTEN and NOTIFY only wake. Who waits leaves a mark in the row, and who releases notifies
-//! only where there is one, because NOTIFY makes all commits of a server wait for each other.
+//! Each step is one statement and one round trip (see `schema`), on a connection that no other request uses meanwhile
+//! (see `connection`). The row decides; LISTEN and NOTIFY only wake. A waiter leaves a mark in the row. A release
+//! notifies only if there is a mark, because NOTIFY makes all commits of a server wait for each other.
 //!
-//! The time is the server's: `until` is set and compared by its clock alone, so the clients' clocks mean nothing. Set
-//! forward, that clock gives a held lease to whoever asks, and its holder learns of it at its next beat; set back, what
-//! nobody renews stays held for longer. The token is greater all the same.
+//! The time is the server's: only its clock sets and compares `until`, so the clients' clocks have no effect. If the
+//! server's clock is set forward, a held lease goes to the next request, and its holder learns of that at its next
+//! heartbeat. If the clock is set back, a lease without renewals stays held for longer. The token grows in both cases.
 //!
-//! Behind a proxy that gives each transaction another session nothing is prepared, and where notifications do not get
-//! through, waiters look at their retry delay.
+//! Behind a proxy that gives each transaction another session no statement is prepared. Where notifications do not get
+//! through, waiters poll at their retry delay.
 
 mod config;
 mod connection;
@@ -38,18 +38,19 @@ use crate::wait::CancelToken;
 
 type Result<T, E = StoreError> = std::result::Result<T, E>;
 
-/// The shortest ttl: of a shorter one a checkpoint or a lock of the server's may take all.
+/// The minimum TTL: a checkpoint or a lock of the server may use up a shorter one.
 const SMALLEST_TTL: Duration = Duration::from_millis(250);
-/// Ttls are counted in these.
+/// The unit of TTLs.
 const TTL_STEP: Duration = Duration::from_micros(1);
-/// How long what a waiter asks may take.
+/// The timeout of a waiter's request.
 const LONGEST_MARK: Duration = Duration::from_secs(2);
-/// After so long without news a listener asks whether the server is there, and for how long.
+/// The time without news after which a listener asks whether the server is alive. The listener waits half as long for
+/// the answer.
 const QUIET: Duration = Duration::from_secs(10);
-/// How long a notification may be under way to ourselves, through whatever stands between.
+/// How long a notification from this process to itself may take, through any proxy in between.
 const ECHO: Duration = Duration::from_secs(2);
 
-/// The store on the server at `url`. Connects to nothing yet.
+/// Returns the store on the server at `url`, without connecting.
 pub(in crate::lease) fn open(url: &str) -> error::Result<Arc<dyn LeaseStore>> {
     let target = Arc::new(Target::of(url)?);
     Ok(Arc::new(Postgres { place: target.place(), target, own: OfProcess::new() }))
@@ -61,7 +62,7 @@ struct Postgres {
     own: OfProcess<Own>,
 }
 
-/// What a process has of it.
+/// The state of the store in one process.
 struct Own {
     idle: Pool<Link>,
     turns: Semaphore,
@@ -70,7 +71,7 @@ struct Own {
     is_deaf: Arc<AtomicBool>,
 }
 
-/// How a holder leaves a lease, as the row says.
+/// The state in which a holder leaves a lease, as in the row.
 #[derive(Clone, Copy)]
 enum State {
     Released,
@@ -106,13 +107,13 @@ impl LeaseStore for Postgres {
             let dead_token = dead.and_then(LeaseSnapshot::token).map_or(0, u64::cast_signed);
             let values: [&(dyn ToSql + Sync); 6] =
                 [&name.as_str(), &claim_text, &micros, &owner, &dead_claim, &dead_token];
-            /// Whoever came in between is there when it is asked again.
+            /// The maximum number of attempts; the next attempt sees a holder that came in between.
             const MOST_TURNS: u32 = 8;
             for _ in 0..MOST_TURNS {
                 let rows = self.ask(&schema::ACQUIRE, &values, by)?;
                 let Some(row) = rows.first() else {
                     match self.holder(name, by)? {
-                        // An earlier request of the same claim may have been carried out only now.
+                        // An earlier request of the same claim may have taken effect only now.
                         Some(seen) if seen.claim() != Some(*claim) => return Ok(Attempt::Busy(seen)),
                         _ => continue,
                     }
@@ -131,7 +132,7 @@ impl LeaseStore for Postgres {
 
     fn renew(&self, grant: &Grant, by: Deadline) -> Result<Renewal> {
         let (claim, token, ttl) = (grant.claim().to_string(), grant.token().cast_signed(), micros(grant.ttl()));
-        // Without a turn: it waits for nobody.
+        // Without a permit: a renewal waits for no other request.
         let rows = self.ask_now(&schema::RENEW, &[&grant.name().as_str(), &claim, &token, &ttl], by)?;
         if !rows.is_empty() {
             return Ok(Renewal::Extended { ttl: grant.ttl() });
@@ -171,7 +172,7 @@ impl LeaseStore for Postgres {
         if stop.is_cancelled() {
             return Ok(());
         }
-        // Listened to already, so what happens after the mark is heard of.
+        // The subscription exists already, so a change after the mark is not missed.
         let values: [&(dyn ToSql + Sync); 3] = [&name.as_str(), &claim.to_string(), &token.cast_signed()];
         if self.ask(&schema::MARK, &values, by.min(Deadline::after(LONGEST_MARK)))?.is_empty() {
             return Ok(());
@@ -191,13 +192,13 @@ impl Postgres {
         })
     }
 
-    /// Who has the name, whether or not that has run out.
+    /// Returns the holder of the name, even if its lease has expired.
     fn holder(&self, name: &LeaseName, by: Deadline) -> Result<Option<LeaseSnapshot>> {
         let rows = self.ask(&schema::LOOK, &[&name.as_str()], by)?;
         rows.first().map(seen).transpose()
     }
 
-    /// Asks when it is this request's turn: a process keeps its server's connections to so many.
+    /// Runs a statement with a permit: a process limits its connections to the server.
     fn ask(&self, sql: &Sql, values: &[&(dyn ToSql + Sync)], by: Deadline) -> Result<Vec<Row>> {
         let own = self.own();
         let _turn = own.turns.take(by)?;
@@ -208,7 +209,7 @@ impl Postgres {
         self.ask_in_doubt(sql, values, by).map(|(rows, _)| rows)
     }
 
-    /// As [`ask_now`](Self::ask_now), and says whether it had been asked before without an answer.
+    /// Like [`ask_now`](Self::ask_now), and also returns whether an earlier attempt got no answer.
     fn ask_in_doubt(&self, sql: &Sql, values: &[&(dyn ToSql + Sync)], by: Deadline) -> Result<(Vec<Row>, bool)> {
         let connect = || self.target.connect(by, schema::check);
         let mut is_in_doubt = false;
@@ -253,13 +254,13 @@ impl Postgres {
             step("record freed");
             return Ok(Released::Done);
         }
-        // No answer came to the first of two requests, and somebody took what it had freed.
+        // The first of two requests got no answer but freed the name, and another claim acquired the name.
         let is_release = matches!(state, State::Released);
         Ok(if is_release && is_in_doubt { Released::Done } else { Released::NotMine })
     }
 }
 
-/// A holder, in a row of [`schema::LOOK`].
+/// Returns the snapshot of a holder from a row of [`schema::LOOK`].
 fn seen(row: &Row) -> Result<LeaseSnapshot> {
     let (token, owner, claim): (i64, &str, &str) = (get(row, 0)?, get(row, 1)?, get(row, 2)?);
     let (left, until): (f64, i64) = (get(row, 3)?, get(row, 4)?);
@@ -284,13 +285,15 @@ fn micros(ttl: Duration) -> f64 {
     ttl.as_secs_f64() * 1e6
 }
 
-/// A connection that hears of what happens from now on. Through a proxy it may not: then it says so, and sets `is_deaf`.
+/// Opens a connection that receives all later notifications. Through a proxy they may not arrive: then this returns an
+/// error and sets `is_deaf`.
 fn listen(target: &Target, by: Deadline, is_deaf: &AtomicBool) -> Result<Box<dyn Listener>> {
     let mut link = target.connect(by, schema::check)?;
     link.execute(schema::LISTEN, by).map_err(errors::of_request)?;
     step("listens");
     if !link.is_direct {
-        // Another connection, for a proxy may bring back to this one what it says itself.
+        // Another connection sends, because a proxy may return to the listening connection what that connection itself
+        // sends.
         let mut other = target.connect(by, schema::check)?;
         let word = format!("\u{1}{}", ClaimId::random());
         other.ask(&schema::NOTIFY, &[&word], by).map_err(errors::of_request)?;
@@ -301,7 +304,7 @@ fn listen(target: &Target, by: Deadline, is_deaf: &AtomicBool) -> Result<Box<dyn
                 break;
             }
             if echo.is_past() {
-                // Whoever was only frozen brings it no later than this answer.
+                // A server or proxy that was only frozen delivers the notification no later than this answer.
                 link.execute("", Deadline::after(ECHO)).map_err(errors::of_request)?;
                 if link.listen(Deadline::after(Duration::ZERO)).map_err(errors::of_request)?.contains(&word) {
                     break;
@@ -317,14 +320,14 @@ fn listen(target: &Target, by: Deadline, is_deaf: &AtomicBool) -> Result<Box<dyn
 /// The connection that listens.
 struct PgListener {
     link: Link,
-    /// When the server was last heard of.
+    /// When the server last sent anything.
     heard: Instant,
 }
 
 impl Listener for PgListener {
     fn listen(&mut self, at_most: Duration, ring: &mut dyn FnMut(&str)) -> Result<()> {
         if self.heard.elapsed() > QUIET {
-            // A connection that was cut without a word looks like a quiet one.
+            // A connection that was cut without a notice looks like a quiet connection.
             self.link.execute("", Deadline::after(QUIET / 2)).map_err(errors::of_request)?;
             self.heard = Instant::now();
         }

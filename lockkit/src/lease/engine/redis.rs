@@ -1,19 +1,21 @@
 //! Leases on Redis and Valkey.
 //!
-//! The record of a lease is the hash `lockkit:{name}`, which stays for ever, because it keeps the token: the greater of
-//! the token before plus one and the microseconds since the epoch. Each step is one Lua script, and so indivisible.
+//! The record of a lease is the hash `lockkit:{name}`. The record is never deleted, because it keeps the token: the
+//! greater of the previous token plus one and the microseconds since the epoch. Each step is one Lua script, and so
+//! atomic.
 //!
-//! - **Time** is the server's wall clock, the only one that it has: a record holds until a moment on it. Stepped ahead,
-//!   it ends the leases of others too early by as much; stepped back, those of the silent last longer by as much. A
-//!   holder counts by its own clock, and what its next beat finds untaken it keeps. The tokens grow either way.
-//! - **A restart** keeps what the server has written to its disk, with `appendonly yes`. Where it has lost a record, or
-//!   has an older one, the holder's next beat puts it back, unless somebody else has come first.
-//! - **A failover** may lose what was not copied yet, and so give the lease twice; the later holder's token is greater
-//!   as long as the new primary's clock is not behind. Only the token makes that safe.
-//! - **A request** ends by its deadline. Only over TLS the client looks up the name of the host once more, which nothing
-//!   bounds; an address, or a name in `/etc/hosts`, costs no time.
-//! - **Waiters** leave a mark in the record. A release that finds it publishes to the channel `lockkit:{name}`; one
-//!   connection of the process listens to all of these.
+//! - **Time** is the server's wall clock, the only clock that the server has: a record is valid until a moment on it.
+//!   If the clock is stepped ahead, it ends the leases of others too early by as much. If it is stepped back, leases
+//!   without renewals last longer by as much. A holder counts by its own clock, and keeps a lease that its next
+//!   heartbeat finds untaken. The tokens grow in both cases.
+//! - **A restart** keeps what the server has written to its disk, with `appendonly yes`. If a record is lost or older
+//!   afterwards, the holder's next heartbeat restores it, unless another claim has acquired the lease first.
+//! - **A failover** may lose writes that were not yet copied, and so grant the lease twice. The later holder's token is
+//!   greater if the new primary's clock is not behind. Only the token makes a failover safe.
+//! - **A request** ends by its deadline. Only over TLS the client looks up the host name once more, without a limit.
+//!   The look-up takes no time for an address, or for a name in `/etc/hosts`.
+//! - **Waiters** leave a mark in the record. A release that finds the mark publishes to the channel `lockkit:{name}`;
+//!   one connection of the process listens to all these channels.
 
 use std::cell::Cell;
 use std::collections::hash_map::DefaultHasher;
@@ -47,16 +49,16 @@ use crate::wait::CancelToken;
 
 type Result<T, E = StoreError> = std::result::Result<T, E>;
 
-/// What one slow answer should not lose.
+/// The minimum TTL, which one slow answer should not use up.
 const SMALLEST_TTL: Duration = Duration::from_millis(100);
-/// Scripts that ask for the time may write from this version on.
+/// The oldest version in which a script that reads the time may write.
 const OLDEST: u32 = 5;
-/// How long a waiter's own requests may take.
+/// The timeout of a waiter's own requests.
 const LONGEST_LOOK: Duration = Duration::from_secs(2);
-/// The shortest limit that a socket can be given, for a deadline that has come.
+/// The shortest timeout that a socket accepts, for a deadline that has passed.
 const MOMENT: Duration = Duration::from_micros(1);
 
-/// A script, which the server is told whole when it does not know it by its hash.
+/// A script. The server gets its text only if the server does not know its hash.
 struct Script {
     code: &'static str,
     hash: String,
@@ -76,7 +78,7 @@ static RENEW: LazyLock<Script> = script!("redis/renew.lua");
 static FREE: LazyLock<Script> = script!("redis/free.lua");
 static LOOK: LazyLock<Script> = script!("redis/look.lua");
 
-/// The store on the server at `url`. Connects to nothing yet.
+/// Returns the store on the server at `url`, without connecting.
 pub(in crate::lease) fn open(url: &str) -> AnyResult<Arc<dyn LeaseStore>> {
     Ok(Arc::new(RedisStore { server: Arc::new(Server::of(url)?), own: OfProcess::new() }))
 }
@@ -86,20 +88,20 @@ struct RedisStore {
     own: OfProcess<Own>,
 }
 
-/// What a process has of the store.
+/// The state of the store in one process.
 struct Own {
     pool: Pool<Connection>,
     bells: Arc<Subscriptions>,
 }
 
-/// How it was left, or is.
+/// The way in which a lease was left, or is left now.
 #[derive(Clone, Copy)]
 enum Left {
     /// Its holder released it.
     Released,
     /// Its holder gave it up.
     Lost,
-    /// Somebody took it away.
+    /// The holder was evicted.
     Evicted,
 }
 
@@ -117,8 +119,8 @@ impl RedisStore {
         self.run_in_doubt(script, name, arguments, by).map(|(words, _)| words)
     }
 
-    /// As [`run`](Self::run), and says whether it had been asked before without an answer. Every script may run more than
-    /// once.
+    /// Like [`run`](Self::run), and also returns whether an earlier attempt got no answer. Every script may run more
+    /// than once.
     fn run_in_doubt(
         &self,
         script: &Script,
@@ -146,7 +148,7 @@ impl RedisStore {
                     Err(error) if error.kind() == Kind::Server(ServerErrorKind::NoScript) => {
                         ask(connection, &call("EVAL", script.code))
                     }
-                    // It was the primary. By now its name may lead to the one that is.
+                    // The server was the primary. Its name may now lead to the new primary.
                     Err(error) if is_of_replica(&error) => Err(server.refused(&error)),
                     answer => Ok(answer),
                 },
@@ -159,7 +161,7 @@ impl RedisStore {
             }
         };
         let answer = answer.map_err(|error| match error {
-            // No answer came to the first of several requests, which may have been carried out.
+            // The first of several requests got no answer and may have taken effect.
             StoreError::NotApplied(cause) | StoreError::Permanent(cause) if is_in_doubt.get() => {
                 StoreError::Unknown(cause)
             }
@@ -190,14 +192,14 @@ impl RedisStore {
                 step("record freed");
                 Ok(Released::Done)
             }
-            // No answer came to the first of several requests, and somebody took what it had freed.
+            // The first of several requests got no answer but freed the name, and another claim acquired the name.
             Some("not mine") if matches!(left, Left::Released) && is_in_doubt => Ok(Released::Done),
             Some("not mine") => Ok(Released::NotMine),
             _ => Err(self.garbled()),
         }
     }
 
-    /// Who has the name; leaves the mark of one who waits, if told to.
+    /// Returns the holder of the name; with `mark`, also leaves the mark of a waiter.
     fn get(&self, name: &LeaseName, mark: bool, by: Deadline) -> Result<Option<LeaseSnapshot>> {
         let words = self.run(&LOOK, name, &[if mark { "waits" } else { "" }], by)?;
         match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
@@ -296,7 +298,7 @@ fn key(name: &LeaseName) -> String {
     format!("{PREFIX}{name}{SUFFIX}")
 }
 
-/// What stands around the name of a lease in its key and its channel.
+/// The text before and after the name of a lease in its key and its channel.
 const PREFIX: &str = "lockkit:{";
 const SUFFIX: &str = "}";
 
@@ -308,7 +310,7 @@ fn of_seen(seen: &LeaseSnapshot) -> Option<[String; 2]> {
     Some([seen.claim()?.to_string(), seen.token()?.to_string()])
 }
 
-/// The holder that a script tells of: token, claim, what is left in microseconds, owner.
+/// Returns the holder in a script's answer: token, claim, time left in microseconds, owner.
 fn seen(words: &[&str]) -> Option<LeaseSnapshot> {
     let [token, claim, left, owner] = *words else { return None };
     let left: u64 = left.parse().ok()?;
@@ -324,16 +326,16 @@ fn seen(words: &[&str]) -> Option<LeaseSnapshot> {
     })
 }
 
-/// How to come to a server.
+/// The address of a server and the settings for connecting to it.
 struct Server {
-    /// Without user, password and database, with which this module sets up a connection itself: each answer within the
-    /// time that is left, and each error in words.
+    /// The address without user, password and database. This module sends those itself, so that each answer has the
+    /// remaining time as its limit, and each error gets its own message.
     address: ConnectionInfo,
     settings: RedisConnectionInfo,
     ca: Option<PathBuf>,
     /// A client's certificate and its key.
     certificate: Option<[PathBuf; 2]>,
-    /// For people.
+    /// The address in messages.
     place: String,
     number: u64,
 }
@@ -368,7 +370,7 @@ impl Server {
         if !is_tls && (ca.is_some() || certificate.is_some()) {
             return Err(wrong("`ca`, `cert` and `key` are for TLS, with rediss:// or valkeys://"));
         }
-        // So that a waiter learns of a server that vanished without a word.
+        // So that a waiter learns of a server that vanished without a notice.
         let keepalive = TcpKeepalive::new().with_time(Duration::from_secs(10)).with_interval(Duration::from_secs(5));
         let tcp = TcpSettings::default().set_nodelay(true).set_keepalive(keepalive);
         let place = format!("{}", parsed.addr());
@@ -390,16 +392,16 @@ impl Server {
         matches!(self.address.addr(), ConnectionAddr::TcpTls { .. })
     }
 
-    /// A connection that is ready for requests.
+    /// Opens a connection that is ready for requests.
     fn connect(&self, by: Deadline) -> Result<Connection> {
         let mut connection = self.open(by)?;
-        // Once and for all: a request is far smaller than a socket's room, which is empty whenever one is sent.
+        // Set once: a request is far smaller than the socket's buffer, which is empty whenever a request is sent.
         let limited = connection.set_write_timeout(Some(by.remaining().max(MOMENT)));
         limited.map_err(|error| self.unreachable(&error))?;
-        // What fails here has changed nothing, whatever came of it.
+        // A failure here has changed nothing, whatever the answer.
         let mut ask = |command: &Cmd| match ask(&mut connection, command, by) {
             Err(error) => Err(self.unreachable(&error)),
-            // What it says to whomever it has no room for, whatever that one asks.
+            // The server gives this answer to any request when it has no room for the client.
             Ok(Err(error)) if said(&error).contains("max number of clients") => Err(self.refused(&error)),
             Ok(answer) => Ok(answer),
         };
@@ -423,7 +425,7 @@ impl Server {
         }
         match ask(redis::cmd("INFO").arg("server"))? {
             Ok(Value::BulkString(told)) => self.check_version(&String::from_utf8_lossy(&told))?,
-            // It need not be allowed to ask.
+            // The user may lack the permission for INFO.
             Ok(_) => {}
             Err(error) if error.kind() == Kind::Server(ServerErrorKind::NoPerm) => {}
             Err(error) => return Err(self.refused(&error)),
@@ -432,7 +434,8 @@ impl Server {
         Ok(connection)
     }
 
-    /// A connection to the first address of the host that answers; of the time that is left each gets an equal part.
+    /// Opens a connection to the first address of the host that answers; each address gets an equal part of the time
+    /// that is left.
     fn open(&self, by: Deadline) -> Result<Connection> {
         let open = |client: Client, part: u32| {
             let limit = (by.remaining() / part.max(1)).max(MOMENT);
@@ -454,7 +457,7 @@ impl Server {
                 }
                 opened
             }
-            // The client has to know the name, so it is the client that tries them all, each for so long.
+            // The client must know the name for TLS, so the client itself tries all addresses, each for this time.
             ConnectionAddr::TcpTls { host, port, .. } => open(self.tls_client()?, count(look_up(host, *port)?.len())),
             _ => Client::open(self.address.clone()).and_then(|client| open(client, 1)),
         };
@@ -462,12 +465,12 @@ impl Server {
     }
 
     fn tls_client(&self) -> Result<Client> {
-        // The client takes the process's, and panics where there is none and several could be.
+        // The client takes the provider of the process, and panics if there is none and several are possible.
         if CryptoProvider::get_default().is_none() {
             let _ = rustls::crypto::ring::default_provider().install_default();
         }
-        // Read anew for each connection, because certificates are replaced while programs run. At that moment they may
-        // be missing, or halves.
+        // Read for each connection, because certificates are replaced while programs run. During the replacement a file
+        // may be missing or incomplete.
         let read = |path: &PathBuf| {
             fs::read(path)
                 .map_err(|error| StoreError::not_applied(Error::io("read the certificate or key", path, error)))
@@ -501,11 +504,11 @@ impl Server {
         }
     }
 
-    /// Why there is no connection.
+    /// Returns the error for a failed connection.
     #[cold]
     fn unreachable(&self, error: &RedisError) -> StoreError {
         let place = &self.place;
-        // A certificate and a key that do not go together, as when the first of them has just been replaced.
+        // The certificate and the key do not match, for example when only one of them has been replaced so far.
         if error.kind() == Kind::InvalidClientConfig {
             return StoreError::not_applied(format!(
                 "{place} cannot be reached with this certificate and key: {error}"
@@ -543,7 +546,7 @@ impl Server {
         }
     }
 
-    /// What an answer that says no means.
+    /// Returns the meaning of an error answer.
     #[cold]
     fn refused(&self, error: &RedisError) -> StoreError {
         let place = &self.place;
@@ -571,7 +574,7 @@ impl Server {
         StoreError::permanent(format!("{} {problem}: {}", self.place, said(error)))
     }
 
-    /// A request that may have been carried out.
+    /// Returns the error for a request that may have taken effect.
     #[cold]
     fn unknown(&self, error: &RedisError) -> StoreError {
         let place = &self.place;
@@ -585,7 +588,7 @@ impl Server {
     }
 }
 
-/// Asks, and tells a connection that failed from an answer that says no.
+/// Sends a request. The outer error is a failed connection, the inner error an error answer of the server.
 fn ask(connection: &mut Connection, command: &Cmd, by: Deadline) -> Result<Result<Value, RedisError>, RedisError> {
     connection.set_read_timeout(Some(by.remaining().max(MOMENT)))?;
     match connection.req_command(command).and_then(Value::extract_error) {
@@ -594,13 +597,13 @@ fn ask(connection: &mut Connection, command: &Cmd, by: Deadline) -> Result<Resul
     }
 }
 
-/// Whether only a primary may do what was asked. Before Redis 7 the word for that stands within the words of the script's
-/// failure.
+/// Returns whether only a primary may run the request. Before Redis 7 the error code is within the message of the
+/// script's failure.
 fn is_of_replica(error: &RedisError) -> bool {
     said(error).contains("READONLY")
 }
 
-/// What the server said.
+/// Returns the server's message.
 fn said(error: &RedisError) -> String {
     match (error.code(), error.detail()) {
         (Some(code), Some(detail)) => format!("{code} {detail}"),
@@ -608,15 +611,15 @@ fn said(error: &RedisError) -> String {
     }
 }
 
-/// The error of this type that is at the bottom of the client's.
+/// Returns the error of this type at the bottom of the client's error.
 fn inner<E: std::error::Error + 'static>(error: &RedisError) -> Option<&E> {
     let shared: &Arc<dyn std::error::Error + Send + Sync> = error.source()?.downcast_ref()?;
     let error: &(dyn std::error::Error + 'static) = &**shared;
     error.downcast_ref().or_else(|| error.downcast_ref::<io::Error>()?.get_ref()?.downcast_ref())
 }
 
-/// A signal, or a stop, came in the middle of a wait for the server, which the client takes for a failure: it has to be
-/// asked again, over another connection.
+/// A signal or a stop interrupted a wait for the server. The client treats that as a failure, so the request must be
+/// repeated over another connection.
 #[derive(Debug, thiserror::Error)]
 #[error("the wait for the server was interrupted")]
 struct Interrupted;
@@ -631,7 +634,7 @@ fn is_interrupted(error: &RedisError) -> bool {
     inner::<io::Error>(error).is_some_and(|error| error.kind() == io::ErrorKind::Interrupted)
 }
 
-/// A connection that hears of every release for which somebody waits.
+/// A connection that receives every release that has a waiter.
 struct RedisListener {
     connection: Connection,
     server: Arc<Server>,
@@ -641,7 +644,7 @@ impl RedisListener {
     fn to(server: &Arc<Server>, by: Deadline) -> Result<Self> {
         let mut connection = server.connect(by)?;
         let mut subscribe = redis::cmd("PSUBSCRIBE");
-        // As the rules of a user say it, letter by letter: those of a pattern are not compared by what they match.
+        // Exactly the pattern in the user's ACL: Redis compares the text of patterns, not what they match.
         subscribe.arg("lockkit:*");
         match ask(&mut connection, &subscribe, by) {
             Ok(Ok(_)) => Ok(Self { connection, server: server.clone() }),
@@ -654,7 +657,7 @@ impl RedisListener {
 impl Listener for RedisListener {
     fn listen(&mut self, at_most: Duration, ring: &mut dyn FnMut(&str)) -> Result<()> {
         let listening = self.connection.set_read_timeout(Some(at_most)).and_then(|()| {
-            // Dropping it would unsubscribe. It has nothing of its own as long as it is only read from.
+            // Dropping it would unsubscribe. It owns nothing as long as it is only read from.
             ManuallyDrop::new(self.connection.as_pubsub()).get_message()
         });
         match listening {

@@ -1,8 +1,9 @@
-//! The time since the system started, that asleep included, which nobody sets: the interrupt time, read to less than a
-//! microsecond.
+//! The time since the system started, including the time asleep. Setting the clock does not move it. It is the
+//! interrupt time, read to less than a microsecond.
 //!
-//! Systems that are older than the call (before Windows 10) and Wine have the performance counter instead. The coarse
-//! readings of the interrupt time will not do: a tick of 16 ms is longer than what a lease's holder gives up early.
+//! Systems older than the call (before Windows 10) and Wine use the performance counter instead. The coarse readings of
+//! the interrupt time are not precise enough: a tick of 16 ms is longer than the margin by which a lease's holder gives
+//! up early.
 
 use std::mem;
 use std::sync::OnceLock;
@@ -18,7 +19,7 @@ pub(crate) fn now() -> Duration {
     match QUERY.get_or_init(find) {
         Some(query) => {
             let mut ticks = 0;
-            // SAFETY: writes the number that it is given a place for.
+            // SAFETY: the call writes the number to the given address.
             unsafe { query(&raw mut ticks) };
             super::span(ticks)
         }
@@ -26,7 +27,7 @@ pub(crate) fn now() -> Duration {
     }
 }
 
-/// Nanoseconds of a clock that goes on steadily, for short spans.
+/// Returns the nanoseconds of a steady clock, for short spans.
 pub(crate) fn nanos() -> u64 {
     counted().as_nanos() as u64
 }
@@ -43,7 +44,7 @@ fn find() -> Option<Query> {
 
 fn counted() -> Duration {
     let (mut count, mut frequency) = (0, 0);
-    // SAFETY: each writes the number that it is given a place for. They do not fail.
+    // SAFETY: each call writes the number to the given address. They do not fail.
     unsafe {
         QueryPerformanceCounter(&raw mut count);
         QueryPerformanceFrequency(&raw mut frequency);

@@ -1,4 +1,5 @@
-//! What the command `lockkit` asks of Windows: that a program ends with it, and that Ctrl-C does not end it first.
+//! Windows calls of the command `lockkit`: the program ends with the command, and Ctrl-C does not end the command
+//! first.
 
 use std::io;
 use std::os::windows::io::{AsRawHandle, FromRawHandle, OwnedHandle};
@@ -12,26 +13,27 @@ use windows_sys::Win32::System::JobObjects::{
 };
 use windows_sys::Win32::System::Threading::GetCurrentProcess;
 
-/// A job object with this process in it, and all that it starts from here on. When this process ends, all others in it
-/// are ended by the system, unless it was opened.
+/// A job object that contains this process and every process that it starts from then on. When this process ends, the
+/// system ends all others in the job, unless the job was opened.
 #[derive(Debug)]
 pub struct Cage(OwnedHandle);
 
 impl Cage {
-    /// Makes one.
+    /// Makes the job.
     ///
     /// # Errors
-    /// What the system says, as where a job that this process is in already allows no other (before Windows 8).
+    /// Returns the system's error, for example if a job that already contains this process allows no other job (before
+    /// Windows 8).
     pub fn around_this_process() -> io::Result<Self> {
-        // SAFETY: asks for a job of its own: without a name, inherited by nobody.
+        // SAFETY: the call makes a new job, which has no name and is not inherited.
         let job = unsafe { CreateJobObjectW(ptr::null(), ptr::null()) };
         if job.is_null() {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: just made, and owned by nobody else.
+        // SAFETY: the call has just made the handle, and it has no other owner.
         let cage = Self(unsafe { OwnedHandle::from_raw_handle(job) });
         cage.limit(JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE)?;
-        // SAFETY: the job is open, and this process is there.
+        // SAFETY: the job is open, and this process exists.
         match unsafe { AssignProcessToJobObject(cage.0.as_raw_handle(), GetCurrentProcess()) } {
             0 => Err(io::Error::last_os_error()),
             _ => Ok(cage),
@@ -41,7 +43,7 @@ impl Cage {
     fn limit(&self, flags: u32) -> io::Result<()> {
         let mut limits = JOBOBJECT_EXTENDED_LIMIT_INFORMATION::default();
         limits.BasicLimitInformation.LimitFlags = flags;
-        // SAFETY: the job is open, and the structure is the one that is named, with its length.
+        // SAFETY: the job is open, and the structure has the named type and its length.
         let done = unsafe {
             SetInformationJobObject(
                 self.0.as_raw_handle(),
@@ -53,36 +55,36 @@ impl Cage {
         if done == 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
-    /// Lets what is in it outlive this process.
+    /// Lets the processes in the job outlive this process.
     pub fn open(&self) {
         let _ = self.limit(0);
     }
 
-    /// Ends all that is in it, this process too, with this exit code.
+    /// Ends all processes in the job, including this one, with this exit code.
     pub fn end_all(&self, code: u32) {
         // SAFETY: the job is open. This process may end before the call returns.
         unsafe { TerminateJobObject(self.0.as_raw_handle(), code) };
     }
 }
 
-/// Has Ctrl-C and Ctrl-Break go by this process: the console gives them to the program as well. When the console is
-/// closed, or the user logs off, this process stays for as long as the system lets it.
+/// Makes this process ignore Ctrl-C and Ctrl-Break: the console also sends them to the program. When the console is
+/// closed or the user logs off, this process stays for as long as the system permits.
 ///
 /// # Errors
-/// What the system says.
+/// Returns the system's error.
 pub fn pass_over_interrupts() -> io::Result<()> {
     unsafe extern "system" fn handler(event: u32) -> i32 {
         if event != CTRL_C_EVENT && event != CTRL_BREAK_EVENT {
-            // To return is to end at once.
+            // Returning would end the process at once.
             loop {
                 std::thread::park();
             }
         }
         1
     }
-    // SAFETY: the handler lives as long as the process, and runs on a thread of its own, in which it needs nothing.
+    // SAFETY: the handler lives as long as the process. It runs on its own thread, and needs nothing there.
     if unsafe { SetConsoleCtrlHandler(Some(handler), 1) } == 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Writing to a pipe that nobody reads is an error here, and no signal.
+/// Does nothing: a write to a closed pipe is an error on Windows, and no signal.
 pub fn end_at_a_closed_pipe() {}

@@ -1,7 +1,7 @@
-//! An event that wakes whoever waits for it, and the one wait that everything here sleeps in.
+//! An event that wakes its waiters, and the one wait function of this crate.
 //!
-//! Waits with a handle end at a tick of the system's clock, which come 16 ms apart unless some program has asked for
-//! more; sleeps without one are exact to less than a millisecond.
+//! Waits with a handle end at a tick of the system's clock. The ticks come 16 ms apart unless some program has asked
+//! for more. Sleeps without a handle are exact to less than a millisecond.
 
 use std::io;
 use std::os::windows::io::{AsHandle, AsRawHandle, BorrowedHandle, FromRawHandle, OwnedHandle};
@@ -16,24 +16,24 @@ pub(crate) struct Event(OwnedHandle);
 
 impl Event {
     pub(crate) fn new() -> io::Result<Self> {
-        // SAFETY: asks for an event of its own: without a name, reset by nobody, inherited by nobody.
+        // SAFETY: the call makes a new event, which has no name, is reset by no thread and is not inherited.
         let handle = unsafe { CreateEventW(ptr::null(), 1, 0, ptr::null()) };
         match handle.is_null() {
             true => Err(io::Error::last_os_error()),
-            // SAFETY: just made, and owned by nobody else.
+            // SAFETY: the call has just made the handle, and it has no other owner.
             false => Ok(Self(unsafe { OwnedHandle::from_raw_handle(handle) })),
         }
     }
 
-    /// Wakes everybody who waits, now and later.
+    /// Wakes all waiters, now and later.
     pub(crate) fn set(&self) {
-        // SAFETY: the handle is an open event's.
+        // SAFETY: the handle belongs to an open event.
         unsafe { SetEvent(self.0.as_raw_handle()) };
     }
 }
 
 impl Event {
-    /// A handle that the program closes for lockkit is a fault of the program.
+    /// A program that closes lockkit's handle is at fault.
     pub(crate) fn is_own(&self) -> bool {
         true
     }
@@ -52,12 +52,12 @@ pub(crate) enum Woke {
     Ready,
     /// The event was set.
     Cancelled,
-    /// The moment came.
+    /// The deadline passed.
     TimedOut,
 }
 
-/// Sleeps until `handle` is signalled, `cancel` is set or `until` has come, whichever is first. Where two come together
-/// the handle wins: what it brings would be lost otherwise.
+/// Sleeps until `handle` is signalled, `cancel` is set or `until` passes, whichever is first. If two happen together,
+/// the handle wins: its result would be lost otherwise.
 pub(crate) fn wait(
     handle: Option<BorrowedHandle<'_>>,
     cancel: Option<BorrowedHandle<'_>>,
@@ -81,24 +81,24 @@ pub(crate) fn wait(
     }
 }
 
-/// Which of several handles ended a wait.
+/// The handle that ended a wait for several handles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Signalled {
-    /// The first of them that was signalled.
+    /// The index of the first signalled handle.
     pub(crate) at: usize,
-    /// It is a mutex, whose owner ended without giving it back.
+    /// The handle is a mutex whose owner ended without releasing it.
     pub(crate) abandoned: bool,
 }
 
-/// Sleeps until one of `handles` is signalled; `None` when `until` came before.
+/// Sleeps until one of `handles` is signalled. Returns `None` if `until` passed first.
 pub(crate) fn any(handles: &[BorrowedHandle<'_>], until: Option<Instant>) -> io::Result<Option<Signalled>> {
     let raw: Vec<HANDLE> = handles.iter().map(AsRawHandle::as_raw_handle).collect();
     let count = raw.len() as u32;
     loop {
-        // Up to the next millisecond, and never so many that they mean for ever.
+        // Rounded up to the next millisecond, and never so many that they mean for ever.
         let left = until.map(|until| until.saturating_duration_since(Instant::now()).as_micros().div_ceil(1000));
         let limit = left.map_or(INFINITE, |left| left.min(u128::from(INFINITE - 1)) as u32);
-        // SAFETY: as many handles as it is told, all open as long as they are borrowed.
+        // SAFETY: the array has the given number of handles, which are all open as long as they are borrowed.
         match unsafe { WaitForMultipleObjects(count, raw.as_ptr(), 0, limit) } {
             WAIT_FAILED => return Err(io::Error::last_os_error()),
             WAIT_TIMEOUT if until.is_some_and(|until| Instant::now() >= until) => return Ok(None),

@@ -4,7 +4,7 @@ pub(crate) use std::os::windows::io::{BorrowedHandle as BorrowedFd, OwnedHandle 
 
 use std::os::windows::io::AsHandle;
 
-/// Something with a handle.
+/// A type with a handle.
 pub(crate) trait AsFd {
     fn as_fd(&self) -> BorrowedFd<'_>;
 }

@@ -1,11 +1,11 @@
-//! Files on Windows, by the names of the standard library's for Unix.
+//! Files on Windows, by the names of the standard library's Unix extensions.
 //!
-//! - *Which file* it is: the volume's serial number and the file's id, which no other file has while it is open.
+//! - *The identity* of a file: the volume's serial number and the file's id, which no other file has while it is open.
 //! - *Permissions* are inherited from the directory, so modes are not set.
-//! - *Deleting* a file that others have open takes its name away at once on NTFS since Windows 10 1709. Elsewhere the
-//!   name stays until the last of them closes it, and in between the file is neither there nor gone:
-//!   `STATUS_DELETE_PENDING`, which is told here as a file that is not there for who opens it, and as one that is there
-//!   for who makes it. The callers try again then, as they do when somebody else came first.
+//! - *Deleting* a file that other processes have open removes its name at once on NTFS since Windows 10 1709. Elsewhere
+//!   the name stays until the last process closes the file. In between a call gets `STATUS_DELETE_PENDING`. This module
+//!   reports that as a missing file when it opens, and as an existing file when it creates. The callers then try again,
+//!   as they do when another process came first.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
@@ -24,20 +24,20 @@ use windows_sys::Win32::Storage::FileSystem::{
     GetFileInformationByHandleEx,
 };
 
-/// For `custom_flags`: a link is not followed.
+/// For `custom_flags`: does not follow a symbolic link.
 pub(crate) const NOFOLLOW: i32 = FILE_FLAG_OPEN_REPARSE_POINT as i32;
-/// Opening waits for nobody here.
+/// Opening waits for no other process on Windows.
 pub(crate) const NONBLOCK: i32 = 0;
-/// There are no terminals to come by here.
+/// Opening acquires no terminal on Windows.
 pub(crate) const NOCTTY: i32 = 0;
 
 #[link(name = "ntdll")]
 unsafe extern "system" {
-    /// What the last system call of this thread came to: the Windows error that is made of it says less.
+    /// Returns the status of this thread's last system call, which is more precise than the Windows error made of it.
     safe fn RtlGetLastNtStatus() -> i32;
 }
 
-/// Reading and writing at offsets. It moves the file's position, which nothing here goes by.
+/// Reading and writing at offsets. It moves the file's position, which no code here uses.
 pub(crate) trait FileExt {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
@@ -103,7 +103,7 @@ impl DirBuilderExt for std::fs::DirBuilder {
     }
 }
 
-/// What there is to see of a file.
+/// The metadata of a file.
 #[derive(Debug)]
 pub(crate) struct Seen {
     metadata: Metadata,
@@ -120,12 +120,12 @@ impl Deref for Seen {
     }
 }
 
-/// The numbers of a file, as Unix has them.
+/// The numbers of a file, as on Unix.
 pub(crate) trait MetadataExt {
     fn dev(&self) -> u64;
     fn ino(&self) -> u64;
     fn nlink(&self) -> u64;
-    /// Always root's: whose a file is and who may write to it is its directory's to say here.
+    /// Always root: on Windows the directory decides which user owns a file and may write to it.
     fn uid(&self) -> u32;
 }
 
@@ -147,17 +147,17 @@ impl MetadataExt for Seen {
     }
 }
 
-/// Opens a file that is there.
+/// Opens an existing file.
 pub(crate) fn open(options: &OpenOptions, path: &Path) -> io::Result<File> {
     options.open(path).map_err(|error| unless_pending(error, io::ErrorKind::NotFound))
 }
 
-/// Makes a file, with `options` that say so.
+/// Creates a file; `options` must request that.
 pub(crate) fn create(options: &OpenOptions, path: &Path) -> io::Result<File> {
     options.open(path).map_err(|error| unless_pending(error, io::ErrorKind::AlreadyExists))
 }
 
-/// The error of the call that has just failed, or `instead` where it met a file that is being deleted.
+/// Returns the error of the call that has just failed, or `instead` if the call met a file that is being deleted.
 fn unless_pending(error: io::Error, instead: io::ErrorKind) -> io::Error {
     let status = RtlGetLastNtStatus();
     match error.raw_os_error() == Some(ERROR_ACCESS_DENIED as i32) && status == STATUS_DELETE_PENDING {
@@ -166,12 +166,12 @@ fn unless_pending(error: io::Error, instead: io::ErrorKind) -> io::Error {
     }
 }
 
-/// What the open file is.
+/// Returns the metadata of the open file.
 pub(crate) fn look(file: &File) -> io::Result<Seen> {
     let metadata = file.metadata()?;
     let handle = file.as_raw_handle();
     let mut found = MaybeUninit::<BY_HANDLE_FILE_INFORMATION>::uninit();
-    // SAFETY: the handle is open as long as `file` is, and the call fills in what it is given, or fails.
+    // SAFETY: the handle is open as long as `file` is, and the call fills in its argument, or fails.
     let found = unsafe {
         if GetFileInformationByHandle(handle, found.as_mut_ptr()) == 0 {
             return Err(io::Error::last_os_error());
@@ -186,12 +186,12 @@ pub(crate) fn look(file: &File) -> io::Result<Seen> {
             .then(|| id.assume_init())
     };
     let (volume, id) = match id {
-        // NTFS has 64 bits of them, ReFS all 128.
+        // NTFS has ids of 64 bits, ReFS of all 128.
         Some(id) => {
             let whole = u128::from_le_bytes(id.FileId.Identifier);
             (id.VolumeSerialNumber, whole as u64 ^ ((whole >> 64) as u64).rotate_left(32))
         }
-        // File systems that are older than the question.
+        // File systems older than this query.
         None => {
             let id = u64::from(found.nFileIndexHigh) << 32 | u64::from(found.nFileIndexLow);
             (found.dwVolumeSerialNumber.into(), id)
@@ -200,18 +200,18 @@ pub(crate) fn look(file: &File) -> io::Result<Seen> {
     Ok(Seen { metadata, volume, id, links: found.nNumberOfLinks.into() })
 }
 
-/// What the path leads to.
+/// Returns the metadata of the file that the path leads to.
 pub(crate) fn look_at(path: &Path) -> io::Result<Seen> {
     look(&open_to_look(path, 0)?)
 }
 
-/// What stands at the path itself, perhaps a link.
+/// Returns the metadata of the path itself, which may be a symbolic link.
 pub(crate) fn look_at_link(path: &Path) -> io::Result<Seen> {
     look(&open_to_look(path, FILE_FLAG_OPEN_REPARSE_POINT)?)
 }
 
 fn open_to_look(path: &Path, flags: u32) -> io::Result<File> {
-    // What directories are opened with. Attributes can be read whoever has the file open in whatever manner.
+    // The flag with which directories are opened. Attributes are readable however other processes have opened the file.
     let flags = flags | FILE_FLAG_BACKUP_SEMANTICS;
     open(OpenOptions::new().access_mode(FILE_READ_ATTRIBUTES).custom_flags_raw(flags), path)
 }
@@ -241,17 +241,17 @@ pub(crate) fn mode_of_new(mode: u32) -> u32 {
     mode
 }
 
-/// Not checked: access control lists decide about removal.
+/// Does not check: access control lists decide about removal.
 pub(crate) fn check_removable(_: &Path, _: &Seen) -> io::Result<()> {
     Ok(())
 }
 
-/// Gives the file at `from` the name `to`.
+/// Renames the file at `from` to `to`.
 pub(crate) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     std::fs::rename(from, to)
 }
 
-/// Not looked at: whose a file is is for its directory to say.
+/// Does not check: the directory decides which user owns a file.
 pub(crate) fn is_own(_: &Seen) -> bool {
     true
 }
@@ -261,7 +261,7 @@ pub(crate) fn set_directory_mode(_: &Path, _: u32) -> io::Result<()> {
     Ok(())
 }
 
-/// Not looked at: what a directory lets others do is its access control list's to say.
+/// Does not check: the access control list of a directory decides which users can write to it.
 pub(crate) fn is_writable_by_others(_: &Seen) -> bool {
     false
 }
@@ -271,30 +271,30 @@ pub(crate) fn group_other_write_bits(_: &Seen) -> u32 {
     0
 }
 
-/// Whether the error comes of a name that the file system cannot have.
-// `ErrorKind::InvalidFilename` says so, but is younger than the oldest compiler that lockkit is for.
+/// Whether the error is due to a name that the file system cannot store.
+// `ErrorKind::InvalidFilename` would say so, but is newer than lockkit's oldest supported compiler.
 pub(crate) fn is_name_too_long(error: &io::Error) -> bool {
     let refused = [ERROR_FILENAME_EXCED_RANGE, ERROR_INVALID_NAME];
     error.raw_os_error().is_some_and(|code| refused.contains(&(code as u32)))
 }
 
-/// Opening a link without following it works here.
+/// Always false: on Windows a symbolic link can be opened without following it.
 pub(crate) fn is_of_a_link(_: &io::Error) -> bool {
     false
 }
 
-/// Whether the file is on a file system of this machine's own: no protocol leads to it.
+/// Whether the file is on a local file system: no remote protocol leads to it.
 pub(crate) fn is_local(file: &File) -> bool {
     let mut protocol = MaybeUninit::<FILE_REMOTE_PROTOCOL_INFO>::uninit();
     let length = size_of::<FILE_REMOTE_PROTOCOL_INFO>() as u32;
     let to = protocol.as_mut_ptr().cast();
-    // SAFETY: the handle is open as long as `file` is, and the call writes no more than it is told there is room for.
+    // SAFETY: the handle is open as long as `file` is, and the call writes at most the given number of bytes.
     let remote = unsafe { GetFileInformationByHandleEx(file.as_raw_handle(), FileRemoteProtocolInfo, to, length) };
     let failed = io::Error::last_os_error();
     remote == 0 && failed.raw_os_error() == Some(ERROR_INVALID_PARAMETER as i32)
 }
 
-/// The path that a `file:` URL names, decoded: in `/C:/path` the first slash is no part of it.
+/// Returns the path in the decoded path of a `file:` URL: in `/C:/path` the first slash is not part of it.
 pub(crate) fn path_of_url(path: Vec<u8>) -> Option<PathBuf> {
     let path = PathBuf::from(String::from_utf8(path).ok()?.strip_prefix('/')?);
     path.is_absolute().then_some(path)

@@ -1,11 +1,11 @@
 //! Whole-file locks, over `LockFileEx`.
 //!
-//! Windows locks ranges of bytes, and lets nobody else read or write what is locked. So one byte is locked that no file
-//! reaches, and the content stays everybody's to read. Whoever locks the whole file, as other programs do, excludes us
-//! and is excluded.
+//! Windows locks ranges of bytes, and lets no other handle read or write a locked range. So lockkit locks one byte that
+//! no file reaches, and the content stays readable. Another program that locks the whole file excludes lockkit and is
+//! excluded.
 //!
 //! A lock belongs to the handle, which no child inherits, and ends with it. All handles here are for synchronous use:
-//! with one for overlapped use the calls would come back before they are done.
+//! with a handle for overlapped use the calls would return before they are done.
 
 use std::fs::File;
 use std::io;
@@ -25,21 +25,21 @@ use crate::failpoint::step;
 /// How much a lock on a file excludes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
-    /// Other shared ones are welcome.
+    /// Allows other shared locks.
     Shared,
-    /// Nobody else.
+    /// Allows no other lock.
     Exclusive,
 }
 
-/// The byte that is locked. Half of what the largest offset is, so that nothing takes it for a negative one.
+/// The offset of the locked byte. It is half of the largest offset, so that no code takes it for a negative one.
 const BYTE: u64 = 1 << 62;
 
-/// Takes the lock, waiting in the kernel for as long as it takes.
+/// Acquires the lock. Waits in the kernel without a limit.
 pub(crate) fn lock(file: &File, mode: Mode) -> io::Result<()> {
     call(file, mode, 0)
 }
 
-/// Takes the lock if it is free; says whether it was.
+/// Acquires the lock if it is free. Returns whether it was.
 pub(crate) fn try_lock(file: &File, mode: Mode) -> io::Result<bool> {
     match call(file, mode, LOCKFILE_FAIL_IMMEDIATELY) {
         Ok(()) => Ok(true),
@@ -48,10 +48,11 @@ pub(crate) fn try_lock(file: &File, mode: Mode) -> io::Result<bool> {
     }
 }
 
-/// Gives the lock back.
+/// Releases the lock.
 pub(crate) fn unlock(file: &File) -> io::Result<()> {
     let mut place = place();
-    // SAFETY: the handle is open as long as `file` is, and for synchronous use, so `place` is read during the call only.
+    // SAFETY: the handle is open as long as `file` is, and for synchronous use, so `place` is read during the call
+    // only.
     let done = unsafe { UnlockFileEx(file.as_raw_handle(), 0, 1, 0, &raw mut place) };
     result_of(done)
 }
@@ -83,7 +84,8 @@ fn place() -> OVERLAPPED {
     OVERLAPPED { Anonymous: OVERLAPPED_0 { Anonymous: at }, ..OVERLAPPED::default() }
 }
 
-/// What the file systems say of a lock that somebody else has. The second is what they say instead of waiting.
+/// Whether the error is a file system's report of a lock that another handle has. The second code is the one that file
+/// systems return instead of waiting.
 fn is_contended(error: &io::Error) -> bool {
     let code = error.raw_os_error().map(|code| code as u32);
     matches!(code, Some(ERROR_LOCK_VIOLATION | ERROR_IO_PENDING))

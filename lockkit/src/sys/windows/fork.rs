@@ -1,4 +1,4 @@
-//! Windows has no fork, and its handles are inherited by nobody who is not told to: nothing to shield.
+//! Windows has no fork, and a child inherits a handle only on request: there is nothing to guard.
 
 use std::io;
 use std::ops::Deref;
@@ -25,7 +25,7 @@ impl<T> ForkGuarded<T> {
         self
     }
 
-    /// A handle that the program closes for the guard is a fault of the program, which Windows reports to a debugger.
+    /// A program that closes the guard's handle is at fault; Windows reports it to a debugger.
     pub(crate) fn is_own(&self) -> bool {
         true
     }
@@ -45,12 +45,12 @@ pub(crate) fn unguarded<T, E>(make: impl FnOnce() -> Result<T, E>) -> Result<T, 
     make()
 }
 
-/// What a release says of a handle that is not its own any more, which is never.
+/// Returns the error of a release whose handle is not its own any more, which never happens.
 pub(crate) fn closed_by_program() -> io::Error {
     io::Error::other("this process has closed the handle of the lock, and so released it earlier")
 }
 
-/// Holds nothing off.
+/// Delays nothing.
 #[derive(Debug)]
 pub(crate) struct NoFork(());
 
@@ -60,13 +60,13 @@ impl NoFork {
     }
 }
 
-/// Which process this is, counted in forks: none.
+/// Returns the number of this process, counted in forks: always the same.
 #[inline]
 pub(crate) fn generation() -> u32 {
     0
 }
 
-/// As [`generation`].
+/// Returns the same as [`generation`].
 #[inline]
 pub(crate) fn noted_generation() -> u32 {
     0

@@ -1,18 +1,18 @@
-//! What [`sys`](super) is on Windows, module by module, by the same names where there is the same need.
+//! The Windows version of [`sys`](super), module by module, with the same names for the same needs.
 //!
 //! | module | mechanism |
 //! |---|---|
-//! | [`clock`] | the interrupt time, which goes on during sleep |
-//! | `command` | a job object, and what becomes of Ctrl-C, for the command `lockkit` |
+//! | [`clock`] | the interrupt time, which continues during sleep |
+//! | `command` | a job object, and the handling of Ctrl-C, for the command `lockkit` |
 //! | [`event`] | events, and one wait for handles, cancellation and time |
 //! | [`fd`] | handles by the names of descriptors |
-//! | [`files`] | which file is which, by volume and id; what is being deleted |
+//! | [`files`] | the identity of files, by volume and id; files that are being deleted |
 //! | [`flock`] | `LockFileEx` on a byte that no file reaches |
 //! | [`runtime_dir`] | the directories for lockkit's own files, as the shell knows them |
 //! | [`fork`] | nothing: there is no fork |
 //! | [`mutex`] | named mutexes |
-//! | [`process`] | pid and moment of creation |
-//! | [`security`] | who this process is, and what it lets others do |
+//! | [`process`] | pid and creation time |
+//! | [`security`] | the user of this process, and the access that it gives to others |
 
 pub(crate) mod clock;
 #[cfg(feature = "cli")]
@@ -36,7 +36,7 @@ fn span(ticks: u64) -> Duration {
     Duration::new(ticks / TICKS, (ticks % TICKS) as u32 * 100)
 }
 
-/// Text as Windows wants it, with a zero behind it.
+/// Converts text to Windows's encoding, with a zero at the end.
 fn wide(text: &str) -> Vec<u16> {
     text.encode_utf16().chain([0]).collect()
 }

@@ -1,8 +1,8 @@
-//! Named mutexes: what the kernel frees when the thread that has it ends, and then says so.
+//! Named mutexes: the kernel frees a mutex when its owning thread ends, and reports that to the next owner.
 //!
-//! All names are `Global\`: those that are `Local\` differ from session to session, and a user may have several, as one
-//! at the screen, one of each remote login, and that of services, in which scheduled tasks run. What belongs to one
-//! user has that user's SID in its name, and lets nobody else in.
+//! All names are `Global\`. `Local\` names differ from session to session, and a user may have several sessions: one at
+//! the screen, one for each remote login, and that of services, in which scheduled tasks run. The mutex of one user has
+//! that user's SID in its name, and admits no other user.
 
 use std::io;
 use std::os::windows::io::{AsHandle, AsRawHandle, BorrowedHandle, FromRawHandle, OwnedHandle};
@@ -16,7 +16,7 @@ use super::event;
 use super::runtime_dir::Sharing;
 use super::security::{self, Descriptor};
 
-/// A mutex, opened. Taken by a thread, and given back by the same.
+/// An open mutex. The thread that acquires it must release it.
 #[derive(Debug)]
 pub(crate) struct Mutex(OwnedHandle);
 
@@ -25,15 +25,15 @@ pub(crate) struct Mutex(OwnedHandle);
 pub(crate) enum Taken {
     /// This thread has it.
     Free,
-    /// This thread has it, and the one before ended without giving it back.
+    /// This thread has it, and the previous owner ended without releasing it.
     Abandoned,
     /// The event was set.
     Cancelled,
-    /// The moment came.
+    /// The deadline passed.
     TimedOut,
 }
 
-/// The name of the kernel's object for the lock `name`.
+/// Returns the name of the kernel's object for the lock `name`.
 pub(crate) fn object(name: &str, sharing: Sharing) -> io::Result<String> {
     Ok(match sharing {
         Sharing::User(_) => format!("Global\\lockkit-{}-{name}", security::user()?),
@@ -41,18 +41,18 @@ pub(crate) fn object(name: &str, sharing: Sharing) -> io::Result<String> {
     })
 }
 
-/// Who may do what with it, and what is asked of it here.
+/// Returns the access that users get, and the access that lockkit requests.
 fn rights(sharing: Sharing) -> io::Result<(Descriptor, u32)> {
     let (text, access) = match sharing {
-        // All of it for the user, the system and its administrators; nothing for anybody else. The owner is the user
-        // also where it would be a group, as with administrators.
+        // All access for the user, the system and its administrators; none for others. The owner is the user also if
+        // the default owner is a group, as with administrators.
         Sharing::User(_) => {
             let user = security::user()?;
             let text = format!("O:{user}D:P(A;;0x1F0001;;;{user})(A;;0x1F0001;;;SY)(A;;0x1F0001;;;BA)");
             (text, SYNCHRONIZE | MUTEX_MODIFY_STATE | READ_CONTROL)
         }
-        // To wait for it and to give it back for everybody, its maker among them (`OW`), who could otherwise change
-        // what others may.
+        // All users may wait for the mutex and release it. That includes its maker (`OW`), which could otherwise change
+        // the access of others.
         Sharing::Machine => {
             let text = "D:P(A;;0x100001;;;WD)(A;;0x120001;;;OW)(A;;0x1F0001;;;SY)(A;;0x1F0001;;;BA)".to_owned();
             (text, SYNCHRONIZE | MUTEX_MODIFY_STATE)
@@ -62,15 +62,15 @@ fn rights(sharing: Sharing) -> io::Result<(Descriptor, u32)> {
 }
 
 impl Mutex {
-    /// Opens or makes it.
+    /// Opens or creates the mutex.
     ///
     /// # Errors
-    /// `PermissionDenied` when another user has made it, whatever that one lets us do.
+    /// `PermissionDenied` if another user has created it, whatever access that user gives.
     pub(crate) fn open(object: &str, sharing: Sharing) -> io::Result<Self> {
         let (descriptor, access) = rights(sharing)?;
         let attributes = descriptor.attributes();
         let wide = super::wide(object);
-        // SAFETY: the name ends with a zero, and the attributes' descriptor is there until the end of this call.
+        // SAFETY: the name ends with a zero, and the attributes' descriptor lives until the end of this call.
         let (handle, existed) = unsafe {
             let handle = CreateMutexExW(&raw const attributes, wide.as_ptr(), 0, access);
             (handle, GetLastError() == ERROR_ALREADY_EXISTS)
@@ -78,7 +78,7 @@ impl Mutex {
         if handle.is_null() {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: just made, and owned by nobody else.
+        // SAFETY: the call has just made the handle, and it has no other owner.
         let mutex = Self(unsafe { OwnedHandle::from_raw_handle(handle) });
         if existed && matches!(sharing, Sharing::User(_)) {
             let owner = security::owner_of(&mutex.0)?;
@@ -89,7 +89,7 @@ impl Mutex {
         Ok(mutex)
     }
 
-    /// Takes it for this thread, unless `cancel` is set or `until` comes first.
+    /// Acquires the mutex for this thread, unless `cancel` is set or `until` passes first.
     pub(crate) fn take(&self, cancel: Option<BorrowedHandle<'_>>, until: Option<Instant>) -> io::Result<Taken> {
         let mutex = self.0.as_handle();
         let signalled = match cancel {
@@ -104,9 +104,9 @@ impl Mutex {
         })
     }
 
-    /// Gives it back, on the thread that took it.
+    /// Releases the mutex, on the thread that acquired it.
     pub(crate) fn give_back(&self) -> io::Result<()> {
-        // SAFETY: the handle is an open mutex's. On a thread that does not have it the call fails.
+        // SAFETY: the handle belongs to an open mutex. On a thread that does not own it the call fails.
         if unsafe { ReleaseMutex(self.0.as_raw_handle()) } == 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 }
@@ -137,7 +137,7 @@ mod tests {
         let handle = unsafe { OpenMutexW(access, 0, wide.as_ptr()) };
         match handle.is_null() {
             true => Err(io::Error::last_os_error()),
-            // SAFETY: just made, and owned by nobody else.
+            // SAFETY: the call has just made the handle, and it has no other owner.
             false => Ok(unsafe { OwnedHandle::from_raw_handle(handle) }),
         }
     }
@@ -184,17 +184,17 @@ mod tests {
     #[test]
     fn open_mutex_of_another_owner_fails() {
         let name = fresh(Sharing::User(0));
-        // Whoever is no administrator cannot make anything in their name.
+        // Without administrator rights a process cannot create an object that administrators own.
         let descriptor = Descriptor::new("O:BAD:P(A;;0x1F0001;;;WD)").unwrap();
         let attributes = descriptor.attributes();
         let wide = super::super::wide(&name);
-        // SAFETY: the name ends with a zero, and the attributes' descriptor is there until the end of this call.
+        // SAFETY: the name ends with a zero, and the attributes' descriptor lives until the end of this call.
         let handle = unsafe { CreateMutexExW(&raw const attributes, wide.as_ptr(), 0, SYNCHRONIZE) };
         if handle.is_null() {
             let _ = writeln!(io::stderr(), "left out: only an administrator can play another user");
             return;
         }
-        // SAFETY: just made, and owned by nobody else.
+        // SAFETY: the call has just made the handle, and it has no other owner.
         let _theirs = unsafe { OwnedHandle::from_raw_handle(handle) };
         let refused = Mutex::open(&name, Sharing::User(0));
         assert!(is_denied(&refused), "{refused:?}");

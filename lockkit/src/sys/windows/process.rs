@@ -1,8 +1,8 @@
-//! Which process is which, and whether it still lives.
+//! The identity of processes, and whether they still live.
 //!
-//! A process is told from a later one with the same pid by the moment of its creation, in ticks of 100 ns of the wall
-//! clock as it was set then, which is written down once and moves no more. Whether it has ended is asked of the process
-//! itself, for its exit code may be any number, 259 (`STILL_ACTIVE`) among them.
+//! The creation time distinguishes a process from a later one with the same pid. It is in ticks of 100 ns of the wall
+//! clock as it was set then. The system records it once, and it does not move any more. The process itself is queried
+//! for its end, because its exit code may be any number, 259 (`STILL_ACTIVE`) among them.
 
 use std::io;
 use std::os::windows::io::{AsRawHandle, FromRawHandle, OwnedHandle};
@@ -19,27 +19,27 @@ use windows_sys::Win32::System::Threading::{
     PROCESS_SYNCHRONIZE, QueryFullProcessImageNameW, WaitForSingleObject,
 };
 
-/// What the system says of a pid.
+/// The system's answer about a pid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Probe {
-    /// No process has it.
+    /// No process has the pid.
     Gone,
-    /// The process that has it runs no code any more, but somebody keeps a handle on it.
+    /// The process that has the pid runs no code any more, but an open handle on it remains.
     Ended,
-    /// A process has it, which was created then, where the system lets us see that.
+    /// A process that has the pid, with its creation time if this process may see it.
     Running(Option<u64>),
 }
 
-/// Looks at `pid`. What cannot be seen counts as running.
+/// Probes `pid`. A process that cannot be seen counts as running.
 pub(crate) fn probe(pid: u32) -> Probe {
     let process = match open(pid, PROCESS_QUERY_LIMITED_INFORMATION | PROCESS_SYNCHRONIZE) {
         Ok(process) => process,
         Err(error) if error.raw_os_error() == Some(ERROR_INVALID_PARAMETER as i32) => return Probe::Gone,
-        // Access denied is an answer, too: a process of another user, or a protected one.
+        // Access denied also proves a process: one of another user, or a protected one.
         Err(_) => return Probe::Running(None),
     };
     let handle = process.as_raw_handle();
-    // SAFETY: the handle is an open process's. Numbers between pids are taken for the one below.
+    // SAFETY: the handle belongs to an open process. Windows rounds a number between pids down to the pid below.
     if unsafe { GetProcessId(handle) } != pid {
         return Probe::Gone;
     }
@@ -56,46 +56,46 @@ pub(crate) fn probe(pid: u32) -> Probe {
 }
 
 fn open(pid: u32, access: u32) -> io::Result<OwnedHandle> {
-    // SAFETY: asks only.
+    // SAFETY: the call only queries.
     let handle = unsafe { OpenProcess(access, 0, pid) };
     match handle.is_null() {
         true => Err(io::Error::last_os_error()),
-        // SAFETY: just made, and owned by nobody else.
+        // SAFETY: the call has just made the handle, and it has no other owner.
         false => Ok(unsafe { OwnedHandle::from_raw_handle(handle) }),
     }
 }
 
-/// Nothing is known of it here.
+/// This system does not report it.
 pub(crate) fn is_stopped(_: u32) -> bool {
     false
 }
 
-/// The wall clock, by the reading that is cheapest.
+/// Returns the wall clock by its cheapest reading.
 pub(crate) fn cheap_time() -> SystemTime {
     SystemTime::now()
 }
 
-/// The highest pid that there may be: they are multiples of 4.
+/// The highest possible pid: pids are multiples of 4.
 pub(crate) const MOST_PID: u32 = u32::MAX - 3;
 
-/// When the system started, by the wall clock as it is set now.
+/// Returns when the system started, by the wall clock as it is set now.
 pub(crate) fn booted_at() -> Option<SystemTime> {
     SystemTime::now().checked_sub(super::clock::now())
 }
 
-/// The `start` of a [`Probe`] by the wall clock as it was set then.
+/// Converts the `start` of a [`Probe`] to the wall clock as it was set then.
 pub(crate) fn started_at(start: u64) -> Option<SystemTime> {
-    /// From 1601, where Windows counts from, to 1970.
+    /// From 1601, the start of Windows time, to 1970.
     const EPOCH: u64 = 11_644_473_600 * super::TICKS;
     SystemTime::UNIX_EPOCH.checked_add(super::span(start.checked_sub(EPOCH)?))
 }
 
-/// The program that `pid` runs, for people: its file's name.
+/// Returns the program that `pid` runs, for people: its file's name.
 pub(crate) fn program(pid: u32) -> Option<String> {
     let process = open(pid, PROCESS_QUERY_LIMITED_INFORMATION).ok()?;
     let mut path = [0_u16; 1024];
     let mut length = path.len() as u32;
-    // SAFETY: the handle is open, and the call writes no more than it is told there is room for.
+    // SAFETY: the handle is open, and the call writes at most the given number of letters.
     let found = unsafe {
         QueryFullProcessImageNameW(process.as_raw_handle(), PROCESS_NAME_WIN32, path.as_mut_ptr(), &raw mut length)
     };
@@ -103,13 +103,13 @@ pub(crate) fn program(pid: u32) -> Option<String> {
     Some(Path::new(&path).file_name()?.to_string_lossy().into_owned())
 }
 
-/// What tells this boot of this machine from every other one: how often the machine has booted, as the kernel shows it
-/// to every process, and which machine it is. Where the kernel does not count (before Windows 10) all boots are one:
-/// then the moments of creation alone tell processes apart.
+/// Returns the identity of this boot of this machine: the number of boots, as the kernel shows it to every process, and
+/// the machine. If the kernel does not count boots (before Windows 10), all boots are the same. Then only the creation
+/// times distinguish processes.
 pub(crate) fn boot_id() -> Option<u128> {
     /// `KUSER_SHARED_DATA`, which is mapped at the same place in every process, and its field `BootId`.
     const BOOT_ID: *const u32 = (0x7ffe_0000_usize + 0x2c4) as *const u32;
-    // SAFETY: a page that is mapped for reading in every process; the field is four bytes, aligned.
+    // SAFETY: the page is mapped for reading in every process; the field is four bytes, aligned.
     let count = unsafe { BOOT_ID.read_volatile() };
     Some(u128::from(sum(host()?)) << 32 | u128::from(count))
 }
@@ -119,23 +119,23 @@ fn sum(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, |sum, byte| (sum ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3))
 }
 
-/// There is one space of pids for all.
+/// There is one pid space for all processes.
 pub(crate) fn pid_namespace() -> Option<u64> {
     Some(1)
 }
 
-/// Whether processes of that namespace are of the host itself.
+/// Whether processes of that namespace belong to the host itself.
 pub(crate) fn is_of_the_host(namespace: u64) -> bool {
     namespace == 1
 }
 
-/// What tells the clock that counts from the start of the system from every other one.
+/// Returns the identity of the clock that counts from the start of the system.
 pub(crate) fn clock_id() -> Option<u128> {
     boot_id().filter(|boot| *boot as u32 != 0)
 }
 
-/// This host: its name, and the id of its installation where there is one, so that two hosts that were given the same
-/// name still differ. Two that were cloned from one image with their names do not.
+/// Returns this host: its name, and the id of its installation if there is one. So two hosts with the same name differ,
+/// unless they were cloned from one image with their names.
 pub(crate) fn host() -> Option<&'static str> {
     static HOST: OnceLock<String> = OnceLock::new();
     Some(HOST.get_or_init(|| match installation() {
@@ -144,11 +144,11 @@ pub(crate) fn host() -> Option<&'static str> {
     }))
 }
 
-/// The name of this host.
+/// Returns the name of this host.
 pub(crate) fn host_name() -> String {
     let mut name = [0_u16; 256];
     let mut length = name.len() as u32;
-    // SAFETY: the call writes no more than it is told there is room for.
+    // SAFETY: the call writes at most the given number of letters.
     let found = unsafe { GetComputerNameExW(ComputerNamePhysicalDnsHostname, name.as_mut_ptr(), &raw mut length) };
     let name = if found == 0 { String::new() } else { String::from_utf16_lossy(&name[..length as usize]) };
     name.replace(char::is_control, "?")
@@ -158,7 +158,7 @@ fn installation() -> Option<String> {
     let (key, value) = (super::wide("SOFTWARE\\Microsoft\\Cryptography"), super::wide("MachineGuid"));
     let mut id = [0_u16; 64];
     let mut length = size_of_val(&id) as u32;
-    // SAFETY: both names end with a zero, and the call writes no more than it is told there is room for.
+    // SAFETY: both names end with a zero, and the call writes at most the given number of bytes.
     let status = unsafe {
         RegGetValueW(
             HKEY_LOCAL_MACHINE,
@@ -174,25 +174,25 @@ fn installation() -> Option<String> {
     (status == 0 && end > 0).then(|| String::from_utf16_lossy(&id[..end]))
 }
 
-/// Whether what [`host`] gave has the id of an installation, besides the name.
+/// Whether the result of [`host`] contains the id of an installation in addition to the name.
 pub(crate) fn has_installation_id(host: &str) -> bool {
     // No host name has a slash.
     host.contains('/')
 }
 
-/// Nothing to be seen here.
+/// Does nothing: Windows has no way to show it.
 #[cfg(all(feature = "steps", debug_assertions))]
 pub(crate) fn show_a_step() {}
 
-/// Ends this process at once, as a kill from outside does.
+/// Ends this process at once, as an external kill does.
 #[cfg(all(feature = "steps", debug_assertions))]
 pub(crate) fn kill_this_process() {
     use windows_sys::Win32::System::Threading::{GetCurrentProcess, TerminateProcess};
-    // SAFETY: ends the process, so nothing comes after it.
+    // SAFETY: the call ends the process, so no code follows.
     unsafe { TerminateProcess(GetCurrentProcess(), 1) };
 }
 
-/// No test stops a process at a step here.
+/// Does nothing: no test stops a process at a step on Windows.
 #[cfg(all(feature = "steps", debug_assertions))]
 pub(crate) fn stop_this_process() {}
 
@@ -240,7 +240,7 @@ mod tests {
         pause.args(["/c", "pause"]).stdin(Stdio::piped()).stdout(Stdio::null());
         let mut child = pause.spawn().unwrap();
         assert!(matches!(probe(child.id()), Probe::Running(Some(_))));
-        // As a user who is no debugger sees the process of another one.
+        // As for a user without debug rights that queries another user's process.
         security::tests::deny_all_access(&open(child.id(), WRITE_DAC).unwrap());
         security::tests::without_privileges(|| {
             let refused = open(child.id(), PROCESS_QUERY_LIMITED_INFORMATION).unwrap_err();

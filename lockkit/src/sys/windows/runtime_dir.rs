@@ -1,11 +1,12 @@
-//! Where lockkit's own files are: at fixed places, which the system's shell knows, whatever the environment says.
+//! lockkit's own files: at fixed places, which the system's shell knows, whatever the environment says.
 //!
-//! Those of one user stand in a directory of lockkit's in the user's local application data, which no other user enters,
-//! and which does not roam. Those of the whole machine stand in the directory for all users' application data, each made
-//! with a list that lets everybody read and write it and nobody but administrators remove it or change that list.
+//! The files of one user lie in a directory of lockkit's in the user's local application data, which no other user
+//! enters and which does not roam. The files of the whole machine lie in the directory for all users' application data.
+//! Each has an access control list: all users may read and write the file, and only administrators may remove it or
+//! change the list.
 //!
-//! File names do not tell capitals from small letters here and some are devices' (`nul.x`), so a lock's name is written
-//! with `!` before what was a capital, and `n-` before it all.
+//! File names are case-insensitive here, and some are devices (`nul.x`). So a lock's file name has `!` before each
+//! letter that was a capital. It starts with `n-`, or with the prefix of the machine's files.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -26,12 +27,12 @@ use super::security::Descriptor;
 use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint::step;
 
-/// Who shares a lock.
+/// The users that share a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Sharing {
-    /// The processes of this user; there are no numbers of users here.
+    /// The processes of this user; Windows has no user numbers.
     User(u32),
-    /// Everybody on the machine.
+    /// All users of the machine.
     Machine,
 }
 
@@ -42,10 +43,10 @@ impl Sharing {
     }
 }
 
-/// What stands before the names of the machine's files.
+/// The prefix of the names of the machine's files.
 const MACHINE: &str = "lockkit-machine-";
 
-/// A directory of lockkit's, or with its files in it.
+/// A directory of lockkit's, or one that contains its files.
 #[derive(Debug)]
 pub(crate) struct RuntimeDir {
     pub(crate) fd: OwnedHandle,
@@ -54,12 +55,13 @@ pub(crate) struct RuntimeDir {
 }
 
 impl RuntimeDir {
-    /// The path of lockkit's file `name`.
+    /// Returns the path of lockkit's file `name`.
     pub(crate) fn file(&self, name: &str) -> PathBuf {
         self.path.join(file_name(name, self.sharing))
     }
 
-    /// Opens lockkit's file `name` for reading and writing, or makes it: one of its own, not a link to something else.
+    /// Opens lockkit's file `name` for reading and writing, or creates it. It must be a file of its own, not a link to
+    /// another one.
     pub(crate) fn open_file(&self, name: &str) -> Result<File> {
         let path = self.file(name);
         let failed = |error| Error::io("open", &path, error);
@@ -68,7 +70,7 @@ impl RuntimeDir {
         OpenOptionsExt::custom_flags(&mut options, files::NOFOLLOW);
         let file = match files::open(&options, &path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => match self.make(&path) {
-                // Made by somebody else just now.
+                // Another process has just created it.
                 Err(error) if error.raw_os_error() == Some(ERROR_FILE_EXISTS as i32) => files::open(&options, &path),
                 made => {
                     step("file made");
@@ -88,14 +90,14 @@ impl RuntimeDir {
     fn make(&self, path: &std::path::Path) -> io::Result<File> {
         let everybody = match self.sharing {
             Sharing::User(_) => None,
-            // Reading and writing for everybody, the maker among them.
+            // Reading and writing for all users, including the maker.
             Sharing::Machine => {
                 Some(Descriptor::new("D:P(A;;0x12019F;;;WD)(A;;0x12019F;;;OW)(A;;FA;;;SY)(A;;FA;;;BA)")?)
             }
         };
         let attributes = everybody.as_ref().map(Descriptor::attributes);
         let wide = super::wide(&path.to_string_lossy());
-        // SAFETY: the path ends with a zero, and the attributes' descriptor is there until the end of this call.
+        // SAFETY: the path ends with a zero, and the attributes' descriptor lives until the end of this call.
         let handle = unsafe {
             CreateFileW(
                 wide.as_ptr(),
@@ -109,7 +111,7 @@ impl RuntimeDir {
         };
         match handle == INVALID_HANDLE_VALUE {
             true => Err(io::Error::last_os_error()),
-            // SAFETY: just made, and owned by nobody else.
+            // SAFETY: the call has just made the handle, and it has no other owner.
             false => Ok(File::from(unsafe { OwnedHandle::from_raw_handle(handle) })),
         }
     }
@@ -126,7 +128,7 @@ fn file_name(name: &str, sharing: Sharing) -> String {
     written
 }
 
-/// The name that `file_name` was made of, if it was.
+/// Returns the lock name from which `file_name` made `file`, if it did.
 pub(crate) fn name_of(file: &str, sharing: Sharing) -> Option<String> {
     let mut letters = file.strip_prefix(if sharing == Sharing::Machine { MACHINE } else { "n-" })?.chars();
     let mut name = String::new();
@@ -136,24 +138,24 @@ pub(crate) fn name_of(file: &str, sharing: Sharing) -> Option<String> {
     Some(name)
 }
 
-/// Whether the file or directory belongs to this process's user; nothing tells.
+/// Whether the file or directory belongs to this process's user; Windows does not report it here.
 pub(crate) fn is_own(_: &File, found: &Seen) -> bool {
     found.uid() == effective_uid()
 }
 
-/// As [`is_own`], of the directory at the path.
+/// Checks the directory at the path, as [`is_own`] does.
 pub(crate) fn is_own_at(_: &Path, found: &Seen) -> bool {
     found.uid() == effective_uid()
 }
 
-/// Users have no numbers here, and no file has one as its owner.
+/// Returns 0: users have no numbers here, and no file has one as its owner.
 pub(crate) fn effective_uid() -> u32 {
     0
 }
 
 fn known(id: &windows_sys::core::GUID) -> io::Result<PathBuf> {
     let mut text = ptr::null_mut();
-    // SAFETY: asks for a path of this process's user, and the answer has a place.
+    // SAFETY: the call queries a path of this process's user, and the answer has a place.
     let status = unsafe { SHGetKnownFolderPath(id, 0, ptr::null_mut(), &raw mut text) };
     if text.is_null() {
         return Err(io::Error::other(format!("the shell does not say where it is (0x{status:08x})")));
@@ -164,7 +166,7 @@ fn known(id: &windows_sys::core::GUID) -> io::Result<PathBuf> {
         std::slice::from_raw_parts(text, length)
     };
     let path = String::from_utf16(letters);
-    // SAFETY: to be freed so, and once, also where there is nothing; `letters` is not used any more.
+    // SAFETY: this is the required way to free it, once, also without a path; `letters` is not used any more.
     unsafe { CoTaskMemFree(text.cast()) };
     path.map(PathBuf::from).map_err(io::Error::other)
 }
@@ -176,15 +178,15 @@ fn place(sharing: Sharing) -> io::Result<PathBuf> {
     })
 }
 
-/// The directory for `sharing`, if it is there; for those who only look.
+/// Returns the directory for `sharing`, if it exists, for callers that only read.
 pub(crate) fn path(sharing: Sharing) -> Option<PathBuf> {
     place(sharing).ok().filter(|path| path.is_dir())
 }
 
-/// Opens the directory for `sharing`, making a user's where it is missing.
+/// Opens the directory for `sharing`, and creates a user's directory if it is missing.
 ///
 /// # Errors
-/// `Io` when it cannot be made or opened.
+/// `Io` if it cannot be created or opened.
 pub(crate) fn open(sharing: Sharing) -> Result<RuntimeDir> {
     let path = place(sharing).map_err(|error| Error::io("find the directory for", "named locks", error))?;
     let mut options = OpenOptions::new();

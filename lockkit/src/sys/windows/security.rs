@@ -1,4 +1,4 @@
-//! Who this process is, and what it lets others do with what it makes.
+//! The user of this process, and the access that this process gives to the objects that it makes.
 
 use std::io;
 use std::os::windows::io::{AsRawHandle, FromRawHandle, OwnedHandle};
@@ -20,16 +20,16 @@ struct Local(*mut core::ffi::c_void);
 
 impl Drop for Local {
     fn drop(&mut self) {
-        // SAFETY: it came from a call that says to free it so, and is freed once.
+        // SAFETY: the memory came from a call that requires this way to free it, and is freed once.
         unsafe { LocalFree(self.0) };
     }
 }
 
-/// What others may do with an object that is made with it.
+/// The access of others to an object that is made with it.
 pub(crate) struct Descriptor(Local);
 
 impl Descriptor {
-    /// From its text in the [security descriptor definition language].
+    /// Converts text in the [security descriptor definition language].
     ///
     /// [security descriptor definition language]: https://learn.microsoft.com/windows/win32/secauthz/security-descriptor-string-format
     pub(crate) fn new(text: &str) -> io::Result<Self> {
@@ -47,40 +47,40 @@ impl Descriptor {
         if done == 0 { Err(io::Error::last_os_error()) } else { Ok(Self(Local(made))) }
     }
 
-    /// As calls that make an object want it; good as long as `self` is there.
+    /// Returns the form that calls which make an object need; valid as long as `self` lives.
     pub(crate) fn attributes(&self) -> SECURITY_ATTRIBUTES {
         let length = size_of::<SECURITY_ATTRIBUTES>() as u32;
         SECURITY_ATTRIBUTES { nLength: length, lpSecurityDescriptor: self.0.0, bInheritHandle: 0 }
     }
 }
 
-/// The user of this process, as text: `S-1-5-21-…`.
+/// Returns the user of this process, as text: `S-1-5-21-…`.
 pub(crate) fn user() -> io::Result<String> {
     let mut token: HANDLE = ptr::null_mut();
     // SAFETY: the answer has a place.
     if unsafe { OpenProcessToken(GetCurrentProcess(), TOKEN_QUERY, &raw mut token) } == 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: just made, and owned by nobody else.
+    // SAFETY: the call has just made the handle, and it has no other owner.
     let token = unsafe { OwnedHandle::from_raw_handle(token) };
     // The largest SID has 68 bytes; in words, so that the structure is aligned.
     let mut found = [0_u64; 32];
     let mut length = size_of_val(&found) as u32;
-    // SAFETY: the call writes no more than it is told there is room for.
+    // SAFETY: the call writes at most the given number of bytes.
     let done = unsafe {
         GetTokenInformation(token.as_raw_handle(), TokenUser, found.as_mut_ptr().cast(), length, &raw mut length)
     };
     if done == 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the call has filled in this structure, and it is aligned. The SID that it points to stands behind it.
+    // SAFETY: the call has filled in this structure, and it is aligned. The SID that it points to lies after it.
     text_of(unsafe { (*found.as_ptr().cast::<TOKEN_USER>()).User.Sid })
 }
 
-/// The owner of a kernel object, by a handle that may read that.
+/// Returns the owner of a kernel object, by a handle that may read it.
 pub(crate) fn owner_of(object: &OwnedHandle) -> io::Result<String> {
     let (mut owner, mut descriptor): (PSID, PSECURITY_DESCRIPTOR) = (ptr::null_mut(), ptr::null_mut());
-    // SAFETY: the handle is open as long as it is borrowed, and each answer that is asked for has a place.
+    // SAFETY: the handle is open as long as it is borrowed, and each requested answer has a place.
     let status = unsafe {
         GetSecurityInfo(
             object.as_raw_handle(),
@@ -96,7 +96,7 @@ pub(crate) fn owner_of(object: &OwnedHandle) -> io::Result<String> {
     if status != 0 {
         return Err(io::Error::from_raw_os_error(status as i32));
     }
-    // The owner stands in it.
+    // The descriptor contains the owner.
     let _descriptor = Local(descriptor);
     text_of(owner)
 }
@@ -107,17 +107,17 @@ fn text_of(sid: PSID) -> io::Result<String> {
     if unsafe { ConvertSidToStringSidW(sid, &raw mut text) } == 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the system has written a text that ends with a zero, and says to free it so.
+    // SAFETY: the system has written a text that ends with a zero, and requires this way to free it.
     Ok(unsafe { read(text) })
 }
 
 /// Reads a text that the system has allocated, and frees it.
 ///
 /// # Safety
-/// It ends with a zero, nobody else has it, and it is to be freed by `LocalFree`.
+/// The text ends with a zero, has no other owner, and must be freed by `LocalFree`.
 unsafe fn read(text: *mut u16) -> String {
     let _owner = Local(text.cast());
-    // SAFETY: it ends with a zero, and is freed at the end of this.
+    // SAFETY: the text ends with a zero, and is freed at the end of this function.
     let letters = unsafe {
         let length = (0..).take_while(|&at| *text.add(at) != 0).count();
         std::slice::from_raw_parts(text, length)
@@ -142,27 +142,27 @@ pub(super) mod tests {
 
     use super::*;
 
-    /// Ends what this thread does as somebody else.
+    /// Ends the impersonation of this thread.
     struct Revert;
 
     impl Drop for Revert {
         fn drop(&mut self) {
-            // SAFETY: ends what was begun on this thread.
+            // SAFETY: the call ends the impersonation that this thread began.
             let reverted = unsafe { RevertToSelf() };
             assert!(reverted != 0 || std::thread::panicking(), "{}", io::Error::last_os_error());
         }
     }
 
-    /// Does something without the privileges that let administrators look at every process.
+    /// Calls `act` without the privileges that let administrators query every process.
     pub(in super::super) fn without_privileges<T>(act: impl FnOnce() -> T) -> T {
         let mut token: HANDLE = ptr::null_mut();
-        // SAFETY: gives this thread a token of its own.
+        // SAFETY: the call gives this thread a token of its own.
         assert!(unsafe { ImpersonateSelf(SecurityImpersonation) } != 0, "{}", io::Error::last_os_error());
         let _revert = Revert;
         // SAFETY: the answer has a place.
         let opened = unsafe { OpenThreadToken(GetCurrentThread(), TOKEN_ADJUST_PRIVILEGES, 1, &raw mut token) };
         assert!(opened != 0, "{}", io::Error::last_os_error());
-        // SAFETY: just made, and owned by nobody else.
+        // SAFETY: the call has just made the handle, and it has no other owner.
         let token = unsafe { OwnedHandle::from_raw_handle(token) };
         // SAFETY: the handle is open, and all privileges need no list.
         let done = unsafe {
@@ -172,15 +172,15 @@ pub(super) mod tests {
         act()
     }
 
-    /// Has the object let nobody in any more, its owner neither.
+    /// Removes all access to the object, also for its owner.
     pub(in super::super) fn deny_all_access(object: &OwnedHandle) {
         let descriptor = Descriptor::new("D:P").unwrap();
         let (mut is_there, mut list, mut by_default) = (0, ptr::null_mut(), 0);
-        // SAFETY: the descriptor is a whole one, and each answer has a place.
+        // SAFETY: the descriptor is complete, and each answer has a place.
         let found =
             unsafe { GetSecurityDescriptorDacl(descriptor.0.0, &raw mut is_there, &raw mut list, &raw mut by_default) };
         assert!(found != 0 && is_there != 0 && !list.is_null());
-        // SAFETY: the handle is open, and the list is there as long as its descriptor is.
+        // SAFETY: the handle is open, and the list lives as long as its descriptor.
         let status = unsafe {
             SetSecurityInfo(
                 object.as_raw_handle(),
@@ -195,10 +195,10 @@ pub(super) mod tests {
         assert_eq!(status, 0);
     }
 
-    /// Who may do what with a kernel object, as text.
+    /// Returns the access control list of a kernel object, as text.
     pub(in super::super) fn list_of(object: &OwnedHandle) -> String {
         let mut descriptor: PSECURITY_DESCRIPTOR = ptr::null_mut();
-        // SAFETY: the handle is open, and the answer that is asked for has a place.
+        // SAFETY: the handle is open, and the requested answer has a place.
         let status = unsafe {
             GetSecurityInfo(
                 object.as_raw_handle(),
@@ -216,7 +216,7 @@ pub(super) mod tests {
     }
 
     impl Descriptor {
-        /// Its list, as the system writes it.
+        /// Returns its list, as the system writes it.
         pub(in super::super) fn list(&self) -> String {
             let mut text = ptr::null_mut();
             // SAFETY: the descriptor came from the system, and the answer has a place.
@@ -230,13 +230,13 @@ pub(super) mod tests {
                 )
             };
             assert!(told != 0, "{}", io::Error::last_os_error());
-            // SAFETY: the system has written a text that ends with a zero, and says to free it so.
+            // SAFETY: the system has written a text that ends with a zero, and requires this way to free it.
             unsafe { read(text) }
         }
     }
 
-    /// Does something as somebody who is neither this user nor an administrator. Not under Wine, where nobody can cease to
-    /// be the user.
+    /// Calls `act` as a user that is neither this user nor an administrator. Returns `None` under Wine, where no
+    /// process can give up its user.
     pub(in super::super) fn as_another<T>(act: impl FnOnce() -> T) -> Option<T> {
         let ntdll = super::super::wide("ntdll.dll");
         // SAFETY: both names end with a zero, and that module is loaded in every process for ever.
@@ -249,12 +249,12 @@ pub(super) mod tests {
         // SAFETY: the answer has a place.
         let opened = unsafe { OpenProcessToken(GetCurrentProcess(), access, &raw mut token) };
         assert!(opened != 0, "{}", io::Error::last_os_error());
-        // SAFETY: just made, and owned by nobody else.
+        // SAFETY: the call has just made the handle, and it has no other owner.
         let token = unsafe { OwnedHandle::from_raw_handle(token) };
         let sids = [user().unwrap(), "S-1-5-32-544".to_owned(), "S-1-5-18".to_owned()].map(|text| Sid::new(&text));
         let without = sids.each_ref().map(|sid| SID_AND_ATTRIBUTES { Sid: sid.0.0, Attributes: 0 });
         let mut made: HANDLE = ptr::null_mut();
-        // SAFETY: the handle is open, the list has as many entries as it says, whose SIDs are there, and the answer has a
+        // SAFETY: the handle is open, the list has as many entries as it says, whose SIDs exist, and the answer has a
         // place.
         let done = unsafe {
             CreateRestrictedToken(
@@ -270,7 +270,7 @@ pub(super) mod tests {
             )
         };
         assert!(done != 0, "{}", io::Error::last_os_error());
-        // SAFETY: just made, and owned by nobody else.
+        // SAFETY: the call has just made the handle, and it has no other owner.
         let made = unsafe { OwnedHandle::from_raw_handle(made) };
         // SAFETY: the handle is open.
         assert!(unsafe { ImpersonateLoggedOnUser(made.as_raw_handle()) } != 0, "{}", io::Error::last_os_error());

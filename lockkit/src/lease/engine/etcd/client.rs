@@ -1,13 +1,14 @@
-//! Requests to etcd's JSON gateway: which endpoint to ask, in whose name, and what its answers mean.
+//! Requests to etcd's JSON gateway: the choice of the endpoint, the credentials, and the meaning of the answers.
 //!
-//! - **Endpoints**: the one that answered last is asked first. One that cannot be reached, has no leader, or takes longer
-//!   than its part of the time, is followed by the next, within the request's deadline, and while a leader is being
-//!   elected by the first again. Every request here can be repeated: see [`Store`](super::Store).
-//! - **Credentials**: a token is asked for with the first request and again when the server does not know it any more.
-//! - **JSON**: numbers of 64 bits come as strings, what is zero or empty is left out, bytes are base64.
+//! - **Endpoints**: the endpoint that answered last is asked first. The next one is asked if an endpoint cannot be
+//!   reached, has no leader, or takes longer than its part of the time. All of this ends by the request's deadline.
+//!   While a leader is being elected, the first endpoint follows the last. Every request here can be repeated: see
+//!   [`Store`](super::Store).
+//! - **Credentials**: a token is requested with the first request, and again when the server no longer knows it.
+//! - **JSON**: numbers of 64 bits are strings, zero or empty values are omitted, bytes are base64.
 //!
-//! The HTTP client is [`http`](super::http), on the crates that parse HTTP and speak TLS, because a store must know
-//! whether a request was sent, put a limit on each read of a watch, and start no thread for a request.
+//! The HTTP client is [`http`](super::http), on the crates that parse HTTP and speak TLS. The reason: a store must know
+//! whether a request was sent, limit each read of a watch, and start no thread for a request.
 
 use std::cell::Cell;
 use std::fmt;
@@ -31,12 +32,12 @@ use crate::lease::connect::{self, Parts, text};
 use crate::lease::engine::{Pool, Result, not_connected};
 use crate::lease::store::{Deadline, StoreError};
 
-/// The oldest etcd whose gateway stands under `/v3/`.
+/// The oldest etcd with its gateway under `/v3/`.
 const OLDEST: &str = "3.4";
 const PORT: u16 = 2379;
-/// How long it may take to begin a watch, or to find out what is wrong.
+/// The timeout for beginning a watch, and for finding out what is wrong.
 const ASIDE: Duration = Duration::from_secs(2);
-/// How long after one another endpoints are asked whether they have a leader by now.
+/// The pause before all endpoints are asked again whether they have a leader.
 const ELECTED: Duration = Duration::from_millis(50);
 
 pub(super) struct Gateway {
@@ -60,13 +61,13 @@ struct Login {
     password: String,
 }
 
-/// What a URL says, and all that can be found wrong without a connection.
+/// The content of a URL, checked as far as is possible without a connection.
 #[derive(Clone)]
 pub(super) struct Address {
     hosts: Vec<(Arc<str>, u16)>,
     tls: Option<Arc<ClientConfig>>,
     login: Option<Login>,
-    /// What all keys begin with.
+    /// The prefix of all keys.
     pub(super) prefix: String,
 }
 
@@ -85,7 +86,7 @@ impl Address {
                 (Some(Login { user, password }), hosts)
             }
         };
-        // Not quoted: of a password with a slash in it, it is the first part.
+        // The text is not quoted: it may be the first part of a password with a slash in it.
         let no_host =
             || wrong("what names its endpoints is no host:port,host:port; in a user or password / is %2F".into());
         let hosts = hosts.split(',').map(|host| endpoint(host).ok_or_else(no_host));
@@ -127,7 +128,7 @@ fn endpoint(text: &str) -> Option<(Arc<str>, u16)> {
     (!host.is_empty() && (is_bracketed || !host.contains(':'))).then(|| (host.into(), port))
 }
 
-/// What to trust and who to be.
+/// Returns the TLS configuration: the trusted roots and the client's certificate.
 fn tls(ca: Option<&str>, cert: Option<&str>, key: Option<&str>) -> Result<Arc<ClientConfig>, String> {
     let certificates = |file: &str| -> Result<Vec<CertificateDer<'static>>, String> {
         let read = CertificateDer::pem_file_iter(Path::new(file)).and_then(Iterator::collect::<Result<Vec<_>, _>>);
@@ -141,7 +142,7 @@ fn tls(ca: Option<&str>, cert: Option<&str>, key: Option<&str>) -> Result<Arc<Cl
                 roots.add(certificate).map_err(|error| format!("{file} has no certificate of a CA: {error}"))?;
             }
         }
-        // What cannot be read of the system's is left out; a server that it was for is then not trusted.
+        // System certificates that cannot be read are left out; a server that needs one of them is then not trusted.
         None => drop(roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs)),
     }
     let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -158,12 +159,12 @@ fn tls(ca: Option<&str>, cert: Option<&str>, key: Option<&str>) -> Result<Arc<Cl
         }
         _ => return Err("the parameters cert and key go together".into()),
     };
-    // What could be resumed stands under a mutex, which a fork could leave locked.
+    // A mutex guards the sessions for resumption, and a fork could leave it locked.
     config.resumption = Resumption::disabled();
     Ok(Arc::new(config))
 }
 
-/// What etcd says instead of an answer.
+/// The error message of etcd in place of an answer.
 #[derive(Debug)]
 struct Refusal(String);
 
@@ -175,12 +176,12 @@ impl fmt::Display for Refusal {
 
 impl std::error::Error for Refusal {}
 
-/// Whether a request failed because its session is not there any more.
+/// Returns whether a request failed because its session no longer exists.
 pub(super) fn is_session_gone(error: &StoreError) -> bool {
     says(error, "requested lease not found")
 }
 
-/// Whether a request failed because etcd has forgotten the revision that it asked for.
+/// Returns whether a request failed because etcd has compacted the revision that it asked for.
 pub(super) fn is_compacted(error: &StoreError) -> bool {
     says(error, "required revision has been compacted")
 }
@@ -190,15 +191,15 @@ fn says(error: &StoreError, part: &str) -> bool {
     refusal.is_some_and(|refusal| refusal.0.contains(part))
 }
 
-/// Why an endpoint gave no answer.
+/// The reason why an endpoint gave no answer.
 enum Failed {
-    /// The token is not known any more.
+    /// The token is no longer known.
     Token(StoreError),
-    /// Another endpoint may do better.
+    /// Another endpoint may succeed.
     Here(StoreError),
-    /// Another endpoint may do better, or this one when a leader has been elected.
+    /// Another endpoint may succeed, or this one after a leader has been elected.
     Leaderless(StoreError),
-    /// They would all say so.
+    /// All endpoints would answer the same.
     Everywhere(StoreError),
 }
 
@@ -214,12 +215,12 @@ impl Gateway {
         }
     }
 
-    /// Asks, and returns the answer.
+    /// Sends a request and returns the answer.
     pub(super) fn ask(&self, path: &str, body: &Value, by: Deadline) -> Result<Value> {
         self.ask_in_doubt(path, body, by).map(|(answer, _)| answer)
     }
 
-    /// As [`ask`](Self::ask), and says whether it had been asked before without an answer.
+    /// Like [`ask`](Self::ask), and also returns whether an earlier attempt got no answer.
     pub(super) fn ask_in_doubt(&self, path: &str, body: &Value, by: Deadline) -> Result<(Value, bool)> {
         let is_in_doubt = Cell::new(false);
         let answer = self.with_token(by, |token| {
@@ -243,7 +244,7 @@ impl Gateway {
         });
         match answer {
             Ok(answer) => Ok((answer, is_in_doubt.get())),
-            // One that was refused at last, as for want of a token, may have been carried out before.
+            // A request that is refused in the end, for example without a token, may have taken effect before.
             Err(StoreError::NotApplied(cause)) if is_in_doubt.get() => Err(StoreError::Unknown(cause)),
             Err(error) => Err(error),
         }
@@ -281,8 +282,8 @@ impl Gateway {
         })
     }
 
-    /// Asks the endpoint of this place for a sign of life; an error says that it takes what it is sent and gives none. What
-    /// keeps it from being asked says nothing about it.
+    /// Asks the endpoint of this address for a sign of life. An error means that the endpoint accepts the request and
+    /// does not answer. A failure that prevents the request proves nothing about the endpoint.
     pub(super) fn greet(&self, place: &str, by: Deadline) -> Result<()> {
         let Some(endpoint) = self.endpoints.iter().find(|endpoint| endpoint.to_string() == place) else {
             return Ok(());
@@ -302,7 +303,7 @@ impl Gateway {
         }
     }
 
-    /// Does it with the token that there is, and once more with a new one where the server does not know it any more.
+    /// Sends a request with the known token, and once more with a new token if the server no longer knows the first.
     fn with_token<T>(&self, by: Deadline, ask: impl Fn(Option<&str>) -> Result<T, Failed>) -> Result<T> {
         let Some(login) = &self.login else {
             return ask(None).map_err(Failed::into_error);
@@ -315,7 +316,7 @@ impl Gateway {
             },
             None => None,
         };
-        // Not under the lock: who has a token is not to wait for who has not.
+        // Outside the lock: a request that has a token must not wait for one that has none.
         let request = json!({ "name": login.user, "password": login.password });
         let answer = self.anywhere(by, |endpoint, by| {
             let body = request.to_string();
@@ -330,7 +331,7 @@ impl Gateway {
             let (status, body) = pooled.map_err(Failed::Here)?;
             self.judge(endpoint, status, &body, by)
         });
-        // Nothing but the login has been asked for, which can have had no effect.
+        // Only the login was requested, and a login has no effect.
         let answer = answer.map_err(|failed| match failed.into_error() {
             StoreError::Unknown(cause) => StoreError::NotApplied(cause),
             error => error,
@@ -344,8 +345,8 @@ impl Gateway {
         ask(Some(&token)).map_err(Failed::into_error)
     }
 
-    /// Asks one endpoint after the other, and all of them again for as long as there is time and one waits for a leader:
-    /// an election takes a second or two, which is no reason to fail.
+    /// Asks one endpoint after another. While an endpoint waits for a leader and there is time, asks all of them again.
+    /// An election takes a second or two, which is no reason to fail.
     fn anywhere<T>(&self, by: Deadline, ask: impl Fn(&Endpoint, Deadline) -> Result<T, Failed>) -> Result<T, Failed> {
         let count = self.endpoints.len();
         let mut in_doubt = false;
@@ -370,7 +371,7 @@ impl Gateway {
                 match failed {
                     Failed::Here(error) | Failed::Leaderless(error) => {
                         in_doubt |= matches!(error, StoreError::Unknown(_));
-                        // One that says what is wrong tells more than one that is down.
+                        // A permanent error explains more than an endpoint that is down.
                         if !matches!(failure, Some(StoreError::Permanent(_))) {
                             failure = Some(error);
                         }
@@ -407,7 +408,7 @@ impl Gateway {
         })
     }
 
-    /// The error for a request that was sent, or may have been.
+    /// Returns the error for a request that was sent, or may have been.
     fn silent(&self, endpoint: &Endpoint, error: &io::Error) -> StoreError {
         match tls_trouble(endpoint, error) {
             Some(error) => error,
@@ -421,12 +422,12 @@ impl Gateway {
         }
     }
 
-    /// The result in an answer, or what its error means.
+    /// Returns the result in an answer, or the meaning of its error.
     fn judge(&self, endpoint: &Endpoint, status: u16, body: &[u8], by: Deadline) -> Result<Value, Failed> {
         let Ok(mut answer) = serde_json::from_slice::<Value>(body) else {
             return Err(self.foreign(endpoint, status, body, by));
         };
-        // What concerns a stream stands one level deeper.
+        // The result or the error of a stream is one level deeper.
         let error = match &answer["error"] {
             Value::Null if status == 200 => {
                 return Ok(if answer["result"].is_object() { answer["result"].take() } else { answer });
@@ -472,7 +473,8 @@ impl Gateway {
         }
     }
 
-    /// What an answer means that is none of etcd's gateway: what runs there, if it can be told.
+    /// Returns the error for an answer that is not from etcd's gateway; it names the server that answers, if that can
+    /// be found out.
     fn foreign(&self, endpoint: &Endpoint, status: u16, body: &[u8], by: Deadline) -> Failed {
         let shown: String = String::from_utf8_lossy(body).chars().filter(|c| !c.is_control()).take(80).collect();
         if self.tls.is_none() && shown.contains("HTTP request to an HTTPS server") {
@@ -514,7 +516,7 @@ const UNAVAILABLE: i64 = 14;
 const DATA_LOSS: i64 = 15;
 const UNAUTHENTICATED: i64 = 16;
 
-/// Every request is to fail rather than wait where its server knows of no leader.
+/// Returns the headers of a request. Every request must fail, not wait, if its server knows no leader.
 fn headers(token: Option<&str>) -> Vec<(&'static str, &str)> {
     let mut headers = vec![("Content-Type", "application/json"), ("Grpc-Metadata-hasleader", "true")];
     headers.extend(token.map(|token| ("Authorization", token)));
@@ -530,7 +532,7 @@ fn is_cut(error: &io::Error) -> bool {
     matches!(error.kind(), Io::UnexpectedEof | Io::ConnectionReset)
 }
 
-/// What TLS has against a connection.
+/// Returns the TLS error of a connection, if there is one.
 fn tls_trouble(endpoint: &Endpoint, error: &io::Error) -> Option<StoreError> {
     use rustls::Error as Tls;
     let trouble = error.get_ref()?.downcast_ref::<Tls>()?;
@@ -567,12 +569,12 @@ pub(super) struct Stream {
 }
 
 impl Stream {
-    /// Whose answers they are.
+    /// Returns the endpoint that sends the answers.
     pub(super) fn place(&self) -> &str {
         &self.place
     }
 
-    /// The next line; `None` when none came in time.
+    /// Returns the next line, or `None` if none came in time.
     pub(super) fn next(&mut self, by: Deadline) -> Result<Option<Vec<u8>>> {
         loop {
             if let Some(end) = self.line.iter().position(|byte| *byte == b'\n') {
@@ -589,18 +591,18 @@ impl Stream {
     }
 }
 
-/// Bytes as they stand in JSON.
+/// Returns bytes as JSON contains them.
 pub(super) fn encoded(bytes: impl AsRef<[u8]>) -> String {
     STANDARD.encode(bytes)
 }
 
-/// Text that stands in JSON as bytes; empty where there is none.
+/// Returns the text of bytes in JSON; empty if there are none.
 pub(super) fn decoded(value: &Value) -> String {
     let bytes = value.as_str().and_then(|text| STANDARD.decode(text).ok());
     String::from_utf8(bytes.unwrap_or_default()).unwrap_or_default()
 }
 
-/// A number that may stand in JSON as a string, or be left out when it is zero.
+/// Returns a number, which JSON may contain as a string, or omit if it is zero.
 pub(super) fn number(value: &Value) -> u64 {
     value.as_str().and_then(|text| text.parse().ok()).or_else(|| value.as_u64()).unwrap_or_default()
 }

@@ -1,8 +1,8 @@
 //! HTTP/1.1 as far as etcd's gateway speaks it: a request with a length, an answer in pieces, over TCP or TLS.
 //!
-//! Nothing waits longer than until the request's deadline: each read and write sets the socket's own limit to what is
-//! left. An answer can be read piece by piece with a limit for each, which is how a watch is listened to. Who asks is
-//! told whether a failure came before anything of the request was sent ([`Connection::open`]), or after.
+//! No call waits past the request's deadline: each read and write sets the socket's own timeout to the time that is
+//! left. A watch reads its answer piece by piece, with a timeout for each piece. The caller learns whether a failure
+//! came before any part of the request was sent ([`Connection::open`]), or after.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
@@ -16,21 +16,21 @@ use rustls::{ClientConfig, ClientConnection, StreamOwned};
 use crate::lease::engine::addresses;
 use crate::lease::store::Deadline;
 
-/// No piece of an answer, and no head, is longer.
+/// The maximum length of a piece of an answer, and of a head.
 const LONGEST_PIECE: usize = 64 << 20;
 const MOST_HEADERS: usize = 64;
-/// How long a peer is silent until TCP asks whether it is there, and how often in a row it asks.
+/// How long a peer is silent before TCP probes it, and how often in a row TCP probes.
 const SILENT: Duration = Duration::from_secs(5);
 const MOST_PROBES: u32 = 3;
 
-/// A socket on which nothing lasts longer than until `by`.
+/// A socket whose calls last until `by` at most.
 struct Socket {
     tcp: TcpStream,
     by: Deadline,
 }
 
 impl Socket {
-    /// What is left; an error when it is nothing.
+    /// Returns the time that is left; an error if there is none.
     fn left(&self) -> io::Result<Option<Duration>> {
         match self.by.remaining() {
             Duration::ZERO => Err(ErrorKind::TimedOut.into()),
@@ -39,7 +39,7 @@ impl Socket {
     }
 }
 
-/// A limit of the socket that is over is `WouldBlock`.
+/// Converts `WouldBlock`, by which a socket reports its timeout, to `TimedOut`.
 fn timed(error: io::Error) -> io::Error {
     if error.kind() == ErrorKind::WouldBlock { ErrorKind::TimedOut.into() } else { error }
 }
@@ -86,7 +86,7 @@ impl Stream {
 trait ReadWrite: Read + Write {}
 impl<T: Read + Write> ReadWrite for T {}
 
-/// How an answer ends.
+/// The way in which an answer ends.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Framing {
     /// After so many more bytes.
@@ -100,13 +100,13 @@ enum Framing {
 pub(super) struct Connection {
     stream: Stream,
     host: Arc<str>,
-    /// What has come and is not used yet.
+    /// The bytes that have arrived and are not used yet.
     input: Vec<u8>,
     framing: Framing,
 }
 
 impl Connection {
-    /// Connects to `host:port`, and with `tls` shakes hands. No request is under way yet, whatever fails.
+    /// Connects to `host:port`, and with `tls` performs the handshake. Whatever fails here, no request has been sent.
     pub(super) fn open(host: &Arc<str>, port: u16, tls: Option<&Arc<ClientConfig>>, by: Deadline) -> io::Result<Self> {
         let tcp = dial(host, port, by)?;
         tcp.set_nodelay(true)?;
@@ -132,8 +132,8 @@ impl Connection {
         Ok(Self { stream, host: authority, input: Vec::new(), framing: Framing::Length(0) })
     }
 
-    /// Sends a request and returns the status of its answer, whose body is to be read with [`piece`](Self::piece).
-    /// Without a body it is a GET.
+    /// Sends a request and returns the status of its answer; [`piece`](Self::piece) reads the body. Without a body the
+    /// request is a GET.
     pub(super) fn begin(
         &mut self,
         path: &str,
@@ -155,7 +155,7 @@ impl Connection {
         self.read_head()
     }
 
-    /// Asks, and returns the status and the whole body.
+    /// Sends a request and returns the status and the whole body.
     pub(super) fn ask(
         &mut self,
         path: &str,
@@ -195,7 +195,7 @@ impl Connection {
                 None => Framing::Close,
             };
             self.input.drain(..length);
-            // What comes before the answer itself, such as 100, has no body.
+            // An interim answer, such as 100, has no body.
             if status >= 200 {
                 self.framing = framing;
                 return Ok(status);
@@ -203,8 +203,8 @@ impl Connection {
         }
     }
 
-    /// The next piece of the body, in whole chunks where the server sends chunks; `None` at its end. One that did not
-    /// come in time can be waited for again.
+    /// Returns the next piece of the body, in whole chunks if the server sends chunks; `None` at the end. After a
+    /// timeout the caller can wait for the same piece again.
     pub(super) fn piece(&mut self, by: Deadline) -> io::Result<Option<Vec<u8>>> {
         self.stream.until(by);
         loop {
@@ -220,7 +220,7 @@ impl Connection {
                         httparse::parse_chunk_size(&self.input).map_err(|_| garbled("a chunk without a size"))?;
                     match size {
                         httparse::Status::Complete((from, 0)) => {
-                            // Trailers end with an empty line, and mean nothing here.
+                            // Trailers end with an empty line and are ignored.
                             let rest = &self.input[from..];
                             let end = if rest.starts_with(b"\r\n") {
                                 Some(2)
@@ -280,12 +280,12 @@ fn garbled(what: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Err
     io::Error::new(ErrorKind::InvalidData, what)
 }
 
-/// The first of the host's addresses that answers.
+/// Connects to the first of the host's addresses that answers.
 fn dial(host: &Arc<str>, port: u16, by: Deadline) -> io::Result<TcpStream> {
     let addresses = addresses(host, port, by)?;
     let mut failure = ErrorKind::NotFound.into();
     for (at, address) in addresses.iter().enumerate() {
-        // One that is silent leaves the others their part of the time.
+        // A silent address leaves the others their part of the time.
         let left = by.remaining() / u32::try_from(addresses.len() - at).unwrap_or(u32::MAX);
         if left.is_zero() {
             return Err(ErrorKind::TimedOut.into());

@@ -1,22 +1,23 @@
 //! Leases on etcd, 3.4 or later: `etcd://host:2379,host:2379/name`, or `etcds://` for TLS.
 //!
 //! Each lease has two keys below the prefix:
-//! - `held/NAME` is there while it is held. Its value is the claim, its revision the token, and it is attached to the
-//!   [session](session) of its holder: etcd deletes it when that has not been kept alive for its ttl.
-//! - `record/NAME` stays for ever: `held`, `free` or `evicted`, the claim of the last holder, and who that is. It says
-//!   `held` when the holder before did not release, which the next one is told. Where that one never knew that it had it,
-//!   it says who died before instead.
+//! - `held/NAME` exists while the lease is held. Its value is the claim, and its revision is the token. The key is
+//!   attached to the [session](session) of its holder: etcd deletes the key when the session was not kept alive for its
+//!   TTL.
+//! - `record/NAME` is never deleted. It contains `held`, `free` or `evicted`, the claim of the last holder, and, with
+//!   `held`, the identity of that holder. It says `held` if the last holder did not release; the next grant reports
+//!   this. If the last holder never learned of its grant, the record names the owner that died before it instead.
 //!
-//! Every step is one transaction. It compares the revision of `held/NAME`, which is zero where there is none and which only
-//! an acquisition changes, and then changes both keys or none. A token is the revision of the transaction that granted, so
-//! tokens grow as long as the cluster's data is not taken back to an earlier backup.
+//! Every step is one transaction. The transaction compares the revision of `held/NAME`, which is zero if the key does
+//! not exist and which only an acquisition changes. Then it changes both keys or none. A token is the revision of the
+//! granting transaction, so tokens grow unless the cluster's data is restored from an earlier backup.
 //!
-//! Every request can be repeated: a grant is found again by its claim, a release and an eviction by what the record
-//! says, and a session that was made for an answer which got lost runs out by itself.
+//! Every request can be repeated. A repeated acquisition finds its grant by the claim; a repeated release or eviction
+//! finds its effect in the record. A session whose creation got no answer expires by itself.
 //!
-//! Waiters are woken by one watch over all `held/` keys, for deletions only. It is a watch from now, because etcd serves
-//! those at once, and those from a revision that is past only ten times a second. After it has begun the key is read once
-//! more, so that nothing falls in between.
+//! One watch over all `held/` keys, for deletions only, wakes the waiters. The watch starts from now: etcd serves such
+//! watches at once, but watches from a past revision only ten times per second. After the watch has begun, the waiter
+//! reads the key once more, so that no change is missed.
 
 mod client;
 mod http;
@@ -44,16 +45,16 @@ use crate::lease::store::{
 use crate::owner::Owner;
 use crate::wait::CancelToken;
 
-/// As etcd has it with its usual timing: one and a half elections, in whole seconds.
+/// The minimum TTL of etcd with its default timing: one and a half election timeouts, in whole seconds.
 const SMALLEST_TTL: Duration = Duration::from_secs(2);
-/// How long a waiter gives the server to say whether there is something to wait for.
+/// The timeout of a waiter's check that the lease is still held.
 const LOOK: Duration = Duration::from_secs(2);
-/// After so long without news a watch finds out whether its endpoint is there.
+/// The time without news after which a watch checks that its endpoint is alive.
 const QUIET: Duration = Duration::from_secs(4);
-/// How often in a row a session may end, or the leader change, under one request.
+/// How often in a row the session may end, or the leader change, during one request.
 const MOST_TURNS: u32 = 3;
 
-/// The store on the servers at `url`. Connects to nothing yet.
+/// Returns the store on the servers at `url`, without connecting.
 pub(in crate::lease) fn open(url: &str) -> crate::Result<Arc<dyn LeaseStore>> {
     Ok(Arc::new(Store { address: Address::parse(url)?, own: OfProcess::new() }))
 }
@@ -63,19 +64,19 @@ struct Store {
     own: OfProcess<Own>,
 }
 
-/// What one process has.
+/// The state of the store in one process.
 struct Own {
     gateway: Arc<Gateway>,
     keys: Keys,
-    /// For each ttl, in seconds.
+    /// The session for each TTL, in seconds.
     sessions: Mutex<HashMap<u64, Arc<SessionSlot>>>,
     bells: Arc<Subscriptions>,
 }
 
-/// The session for a ttl. Its lock is kept while one is made.
+/// The session for a TTL. Its lock is held while a session is created.
 type SessionSlot = Mutex<Option<Arc<Session>>>;
 
-/// How keys are called.
+/// The prefixes of the keys.
 #[derive(Clone)]
 struct Keys {
     held: String,
@@ -92,7 +93,7 @@ impl Keys {
     }
 }
 
-/// What stands in a record.
+/// The content of a `record` key.
 struct Record {
     state: String,
     claim: Option<ClaimId>,
@@ -108,7 +109,7 @@ impl Record {
         format!("{state} {claim}\n{owner}")
     }
 
-    /// That of a key as etcd shows it, or of none.
+    /// Parses a key in etcd's JSON. Without a key, the record is empty.
     fn parse(key: &Value) -> Self {
         let text = decoded(&key["value"]);
         let (first, owner) = text.split_once('\n').unwrap_or_default();
@@ -121,10 +122,10 @@ impl Record {
     }
 }
 
-/// What was found where a key was to be freed and is another's, or nobody's.
+/// What a step found that wanted to free a key, if the key belongs to another claim or does not exist.
 struct Found {
     record: Record,
-    /// It had been asked for before, without an answer.
+    /// An earlier attempt of the request got no answer.
     is_in_doubt: bool,
 }
 
@@ -138,15 +139,15 @@ fn parse_claim(text: &str) -> Option<ClaimId> {
     u128::from_str_radix(text, 16).ok().map(ClaimId::from_number)
 }
 
-/// What etcd answered to a transaction.
+/// The answer of etcd to a transaction.
 struct Answer {
     told: Value,
-    /// It had been asked before, without an answer.
+    /// An earlier attempt got no answer.
     is_in_doubt: bool,
 }
 
 impl Answer {
-    /// Whether what it compared was so.
+    /// Returns whether all comparisons held.
     fn is_done(&self) -> bool {
         self.told["succeeded"] == true
     }
@@ -159,12 +160,12 @@ impl Answer {
         number(&self.told["header"]["raft_term"])
     }
 
-    /// The key that the operation of this number read; null where there is none.
+    /// Returns the key that the operation of this number read; null if there is none.
     fn read(&self, at: usize) -> &Value {
         &self.told["responses"][at]["response_range"]["kvs"][0]
     }
 
-    /// The key as it was before the operation of this number wrote it.
+    /// Returns the key as it was before the operation of this number wrote it.
     fn before(&self, at: usize) -> &Value {
         &self.told["responses"][at]["response_put"]["prev_kv"]
     }
@@ -199,14 +200,14 @@ impl LeaseStore for Store {
         Ok(match freed {
             Ok(()) => Released::Done,
             Err(found) if found.record.is(FREE, claim) => Released::Done,
-            // No answer came to the first of several requests, and somebody took what it had freed.
+            // The first of several requests got no answer but freed the name, and another claim acquired the name.
             Err(found) if found.is_in_doubt && found.record.claim != claim => Released::Done,
             Err(_) => Released::NotMine,
         })
     }
 
     fn abandon(&self, grant: &Grant, by: Deadline) -> Result<Released> {
-        // The record goes on saying that it is held, by which the next owner learns that it was not released.
+        // The record keeps saying `held`, so the next grant reports that this one was not released.
         let record = passed_on(grant).map(|died| Record::text(HELD, grant.claim(), &died));
         let why = if record.is_some() { Orphan::InDoubt } else { Orphan::RunOut };
         let freed = self.own().give_back(grant, why, record.as_deref(), by)?;
@@ -259,14 +260,14 @@ impl Own {
         Self { gateway, keys, sessions: Mutex::default(), bells }
     }
 
-    /// One transaction: `then` where all is as compared, `otherwise` where not.
+    /// Runs one transaction: `then` if all comparisons hold, `otherwise` if not.
     fn transact(&self, compare: Value, then: Value, otherwise: Value, by: Deadline) -> Result<Answer> {
         let body = json!({ "compare": compare, "success": then, "failure": otherwise });
         let (told, is_in_doubt) = self.gateway.ask_in_doubt("/v3/kv/txn", &body, by)?;
         Ok(Answer { told, is_in_doubt })
     }
 
-    /// Compares the revision of a `held` key, and the claim in it if one is given.
+    /// Returns the comparison of a `held` key's revision, and of its claim if one is given.
     fn is_held(&self, name: &LeaseName, revision: u64, claim: Option<ClaimId>) -> Value {
         let key = self.keys.held(name);
         match claim {
@@ -282,7 +283,7 @@ impl Own {
         ])
     }
 
-    /// Takes the name if nobody has it, or if `over` has it and nobody else.
+    /// Acquires the name if it is free, or if its holder is `over`.
     fn acquire(
         &self,
         name: &LeaseName,
@@ -293,13 +294,13 @@ impl Own {
     ) -> Result<Attempt> {
         let began = now();
         let mut over = over.map(|seen| (seen.revision(), seen.claim()));
-        // Why nobody has what is taken over, if nobody has.
+        // Why the grant that is taken over is orphaned, if it is.
         let mut nobody = None;
         let record = Record::text(HELD, claim, &own_text());
         for _ in 0..MOST_TURNS {
             let (session, kept) = self.session(ttl, by)?;
             let sent = now();
-            // Until what came of it is noted, nobody else takes it for loose.
+            // Until the outcome is recorded, other threads do not treat the claim as orphaned.
             let _asked = session.ask(claim, sent);
             let (revision, holder) = over.unwrap_or_default();
             let put = json!([
@@ -314,7 +315,7 @@ impl Own {
                     continue;
                 }
                 Err(error) => {
-                    // Whatever it says: one endpoint may have done it before another refused.
+                    // For any error: one endpoint may have applied the request before another refused it.
                     session.loosen(name, claim, Orphan::InDoubt, sent);
                     return Err(error);
                 }
@@ -329,7 +330,7 @@ impl Own {
                     Some(Orphan::InDoubt) => match self.before(name, revision, holder, &session, by) {
                         Ok(before) => before,
                         Err(error) => {
-                            // It is in doubt again, for nobody knows whose death the next owner is to be told of.
+                            // The claim is in doubt again: it is unknown whose death the next grant must report.
                             session.loosen(name, claim, Orphan::InDoubt, sent);
                             return Err(StoreError::unknown(error));
                         }
@@ -338,7 +339,7 @@ impl Own {
                 };
                 let token = answer.revision();
                 if answer.is_in_doubt {
-                    // The same request may be carried out once more, and that after the release.
+                    // The same request may be applied once more, even after the release.
                     session.loosen(name, claim, Orphan::InDoubt, sent);
                 }
                 session.add(name, claim, token, sent);
@@ -350,7 +351,7 @@ impl Own {
             }
             let held = answer.read(0);
             if held.is_null() {
-                // It has come free since it was seen held.
+                // The name became free after it was seen held.
                 (over, nobody) = (None, None);
                 continue;
             }
@@ -360,15 +361,15 @@ impl Own {
                 None => return Ok(Attempt::Busy(seen)),
                 why => why,
             };
-            // An earlier request was done after all, and nobody has what it got. It is taken over, rather than believed,
-            // so that of two who find it only one gets it.
+            // An earlier request took effect, and its grant is orphaned. The grant is taken over, not simply accepted,
+            // so that only one of two finders gets it.
             over = Some((seen.revision(), seen.claim()));
         }
         Err(StoreError::unknown("the session ended, or the lease was released, again and again meanwhile"))
     }
 
-    /// The record as it was before the claim's request at that revision, which nobody knew to be carried out, and before
-    /// others of that sort; as far as etcd still knows.
+    /// Returns the record as it was before the claim's indeterminate request at that revision, and before other
+    /// indeterminate requests of this process. If etcd has compacted the revision, the record is empty.
     fn before(
         &self,
         name: &LeaseName,
@@ -399,7 +400,7 @@ impl Own {
         if session.covers(grant, began) {
             return Ok(Renewal::Extended { ttl: session.left(began) });
         }
-        // It is being let go: nobody has it, though its key may still be there.
+        // The key is being deleted as orphaned: the lease is lost, though its key may still exist.
         if session.loose(Some(*grant.claim())).is_some() {
             return Ok(Renewal::Lost { by: None });
         }
@@ -440,7 +441,7 @@ impl Own {
         Err(StoreError::not_applied("etcd changed its leader just now"))
     }
 
-    /// Who has the name of a grant that was not found in place.
+    /// Finds the present holder after the key of a grant was not found in place.
     fn what_became_of(&self, grant: &Grant, by: Deadline) -> Result<Renewal> {
         let seen = self.get(grant.name(), by)?;
         if seen.as_ref().is_some_and(|seen| seen.revision() == grant.token()) {
@@ -464,8 +465,8 @@ impl Own {
         freed
     }
 
-    /// Deletes the `held` key of that revision and claim, and writes the record if one is given. `Err` is what was found
-    /// where the key is not so.
+    /// Deletes the `held` key of that revision and claim, and writes the record if one is given. Returns what it found
+    /// as `Err` if the key has another revision or claim.
     fn free(
         &self,
         name: &LeaseName,
@@ -488,8 +489,8 @@ impl Own {
         Ok((!held.is_null()).then(|| seen(held, answer.read(1))))
     }
 
-    /// The session for leases of this ttl, of which enough is left, or which is kept by a request of which the next will
-    /// show whether it counts.
+    /// Returns the session for leases of this TTL. Either enough of the session is left, or a request has just kept it
+    /// alive. In the second case the next request shows whether that counts.
     fn session(&self, ttl: Duration, by: Deadline) -> Result<(Arc<Session>, Option<Kept>)> {
         let seconds = ttl.as_secs() + u64::from(ttl.subsec_nanos() > 0);
         let place = self.sessions.lock().entry(seconds).or_default().clone();
@@ -515,7 +516,7 @@ impl Own {
         Ok((session, None))
     }
 
-    /// Keeps a session for another ttl; `None` when it is gone.
+    /// Keeps a session alive for another TTL. Returns `None` if the session is gone.
     fn keep(&self, session: &Session, by: Deadline) -> Result<Option<Kept>> {
         let sent = now();
         let answer = self.gateway.ask("/v3/lease/keepalive", &json!({ "ID": session.id.to_string() }), by)?;
@@ -527,9 +528,9 @@ impl Own {
         Ok(is_there.then(|| Kept { sent, term: number(&answer["header"]["raft_term"]) }))
     }
 
-    /// Deletes the loose keys of a session that were written no later than at this revision. Such a request may be
-    /// carried out late, when the claim has been asked for once more and granted: that has a greater revision, since what
-    /// is being asked for is not let go meanwhile. What fails is tried again later.
+    /// Deletes the orphaned keys of a session that were written at or before this revision. A deletion may be applied
+    /// late, after the claim was requested once more and granted. That grant has a greater revision, because a claim
+    /// that is being requested is not deleted. A failed deletion is retried later.
     fn let_go(&self, session: &Session, now: Duration, revision: u64, by: Deadline) {
         for (name, claim, why) in session.due_for_deletion(now) {
             if self.let_go_of(&name, claim, why, session, revision, by).is_err() {
@@ -552,7 +553,7 @@ impl Own {
             let held = self.get(name, by)?.filter(|held| held.claim() == Some(claim) && held.revision() <= revision);
             let Some(held) = held else { return Ok(()) };
             let before = self.before(name, held.revision(), Some(claim), session, by)?;
-            // The next owner is to be told of who did not release before.
+            // The next grant must report the earlier holder that did not release.
             let record = match &*before.state {
                 HELD => Record::text(HELD, &claim, &before.owner.as_ref().map(text_of).unwrap_or_default()),
                 _ => free,
@@ -570,7 +571,7 @@ impl Own {
         self.transact(json!([is_of(&key, claim), is_old]), then.into(), json!([]), by).map(drop)
     }
 
-    /// The next lease of this ttl needs another session.
+    /// Forgets the session, so that the next lease of this TTL uses another.
     fn forget(&self, ttl: Duration, session: &Arc<Session>, by: Deadline) {
         let seconds = ttl.as_secs() + u64::from(ttl.subsec_nanos() > 0);
         let place = self.sessions.lock().entry(seconds).or_default().clone();
@@ -580,17 +581,17 @@ impl Own {
     }
 }
 
-/// Compares the revision of a key, which is that of the transaction which granted.
+/// Returns the comparison of a key's revision, which is the revision of the granting transaction.
 fn is_at(key: &str, revision: u64) -> Value {
     json!({ "key": key, "target": "MOD", "result": "EQUAL", "mod_revision": revision.to_string() })
 }
 
-/// Compares the claim in a key.
+/// Returns the comparison of the claim in a key.
 fn is_of(key: &str, claim: ClaimId) -> Value {
     json!({ "key": key, "target": "VALUE", "result": "EQUAL", "value": encoded(claim.to_string()) })
 }
 
-/// A holder, by its two keys.
+/// Returns the snapshot of a holder from its two keys.
 fn seen(held: &Value, record: &Value) -> LeaseSnapshot {
     let revision = number(&held["mod_revision"]);
     let mut seen = LeaseSnapshot::new(revision).with_token(revision);
@@ -599,7 +600,7 @@ fn seen(held: &Value, record: &Value) -> LeaseSnapshot {
         seen = seen.with_claim(claim);
     }
     let record = Record::parse(record);
-    // Nobody but who tampers makes them differ.
+    // The claims differ only after tampering.
     if let Some(owner) = record.owner.filter(|_| record.claim == claim) {
         seen = seen.with_owner(owner);
     }
@@ -611,13 +612,13 @@ struct Watch {
     gateway: Arc<Gateway>,
     stream: Stream,
     prefix: String,
-    /// When its endpoint was last heard of.
+    /// When the endpoint last sent anything.
     heard: Instant,
 }
 
 impl Watch {
     fn begin(gateway: &Arc<Gateway>, prefix: &str, by: Deadline) -> Result<Self> {
-        // The end of the range is the prefix with a last byte that is one more: it ends with a slash.
+        // The prefix ends with a slash. The range ends at the prefix with this last byte incremented.
         let mut end = prefix.as_bytes().to_vec();
         if let Some(last) = end.last_mut() {
             *last += 1;
@@ -634,7 +635,7 @@ impl Listener for Watch {
     fn listen(&mut self, at_most: Duration, ring: &mut dyn FnMut(&str)) -> Result<()> {
         let Some(line) = self.stream.next(Deadline::after(at_most))? else {
             if self.heard.elapsed() > QUIET {
-                // A frozen endpoint looks like one that has nothing to say.
+                // A frozen endpoint looks like an endpoint without news.
                 self.gateway.greet(self.stream.place(), Deadline::after(QUIET / 2))?;
                 self.heard = Instant::now();
             }
@@ -643,7 +644,7 @@ impl Listener for Watch {
         self.heard = Instant::now();
         let news: Value = serde_json::from_slice(&line).map_err(StoreError::not_applied)?;
         let result = &news["result"];
-        // Without a leader, or when the revision that it had come to is compacted away.
+        // etcd ends the watch if it has no leader, or if it has compacted the revision that the watch had reached.
         if !result.is_object() || result["canceled"] == true {
             return Err(StoreError::not_applied(format!("etcd ended the watch: {news}")));
         }
@@ -662,7 +663,7 @@ mod tests {
 
     #[test]
     fn renew_of_grant_due_for_deletion_is_lost() {
-        // Nobody listens there, so nothing but what the session knows can answer.
+        // No server listens at this address, so only the session's own state can answer.
         let own = Own::new(&Address::parse("etcd://127.0.0.1:1").unwrap());
         let (began, ttl) = (now(), Duration::from_secs(8));
         let (name, claim) = (LeaseName::new("one").unwrap(), ClaimId::from_number(1));

@@ -1,23 +1,23 @@
-//! Sessions: one lease of etcd's for all leases of a process that have the same ttl.
+//! Sessions: one etcd lease for all leases of a process that have the same TTL.
 //!
-//! Keys that are attached to a session are deleted by etcd when nobody has kept the session alive for its ttl. So one
-//! request renews them all, and what a lease is good for counts from when the session was last kept, by a request that
-//! was *sent* then. A renewal looks whether the session was kept and the lease's own key was found in place less than an
-//! eighth of the ttl ago, or 250 ms, and only else asks; it then asks for as many other keys as fit into the request. So
-//! a thousand leases of 2 s cost some forty requests in a second.
+//! etcd deletes the keys of a session that was not kept alive for its TTL. So one request renews all its leases. The
+//! validity of a lease counts from the time at which the request that last kept the session alive was *sent*. A renewal
+//! sends no request if two facts are recent: the session was kept alive, and the lease's key was found in place. Recent
+//! means less than an eighth of the TTL ago, and less than 250 ms ago. Otherwise the renewal asks etcd, and checks as
+//! many other keys as fit into the request. So a thousand leases of 2 s cost about forty requests per second.
 //!
-//! **A session counts as kept only once a quorum has said so.** The leader keeps sessions alive by itself, so one that was
-//! cut off or stopped, and has been replaced without knowing it yet, would go on doing so. Every answer names the term of
-//! its leader. The request that follows, a transaction, is answered by a quorum: when its term is that of the answer to
-//! the request before, then who kept the session was the leader.
+//! **A session counts as kept alive only after a quorum confirms it.** The leader keeps sessions alive by itself. A
+//! leader that was cut off or stopped would continue to do so until it learns that it was replaced. Every answer names
+//! the term of its leader. A quorum answers the request that follows, a transaction. If its term is the term of the
+//! answer before, the server that kept the session alive was the leader.
 //!
-//! **What is loose is let go.** A key lives as long as its session, so one that nobody has, or nobody renews, would stay
-//! as long as other leases of the process do. There are three sorts: see [`Orphan`]. Whoever keeps the session deletes
-//! those that have been loose for a ttl, and a new acquisition takes them over at once. A request that got no answer may
-//! be carried out later than the one that was made in its place, so what it may have left is looked after for three
-//! ttls, also when its claim has been granted, and released, since.
+//! **Orphaned keys are deleted.** A key lives as long as its session. A key without a holder, or without renewals,
+//! would live as long as other leases of the process. There are three kinds: see [`Orphan`]. The thread that keeps the
+//! session alive deletes keys that have been orphaned for a TTL. A new acquisition takes them over at once. A request
+//! without an answer may be applied later than the request that replaced it. So the possible grant of such a request is
+//! looked after for three TTLs, even if its claim has been granted and released since.
 //!
-//! A session that no lease uses is kept by nobody, and gone after its ttl.
+//! A session without leases is not kept alive, and ends after its TTL.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -28,54 +28,55 @@ use parking_lot::Mutex;
 use crate::lease::clock::{Clock, SystemClock};
 use crate::lease::store::{ClaimId, Grant, LeaseName};
 
-/// What is known is good for this part of the ttl, and no longer than for so long: who beats often is to be told soon.
+/// A check of the session or of a key counts for the TTL divided by this, at most [`LONGEST_KNOWN`]. The limit exists
+/// because a holder with a short heartbeat interval must learn of a loss soon.
 const PARTS: u32 = 8;
 const LONGEST_KNOWN: Duration = Duration::from_millis(250);
-/// The most keys that are looked at in one request; etcd refuses transactions of more operations.
+/// The maximum number of keys that one request checks; etcd refuses transactions with more operations.
 const MOST_KEYS: usize = 128;
-/// For so many ttls a request that got no answer counts as possibly still under way.
+/// The number of TTLs for which a request without an answer counts as possibly still under way.
 const LONG: u32 = 3;
-/// The most loose keys that are looked after at once.
+/// The maximum number of orphaned keys that are deleted at once.
 const MOST_LOOSE: usize = 16;
 
 pub(super) struct Session {
-    /// As etcd numbers it.
+    /// The id that etcd gave the session.
     pub(super) id: u64,
     ttl: Duration,
-    /// One at a time keeps it and looks after its keys.
+    /// Held by the one renewal that keeps the session alive and checks its keys.
     pub(super) turn: Mutex<()>,
     state: Mutex<State>,
 }
 
 struct State {
-    /// When the request was sent by which it is kept now.
+    /// When the request was sent that last kept the session alive.
     kept: Duration,
     keys: HashMap<LeaseName, Key>,
     loose: Vec<LooseKey>,
-    /// The claims that are being asked for, each as often as it is.
+    /// The claims that are being requested, each as often as there are requests.
     asked: Vec<ClaimId>,
-    /// Until then keys count as found that were found within a ttl.
+    /// Until this time a key counts as found if it was found within a TTL.
     rests_until: Duration,
 }
 
-/// A key that is attached to the session, as far as is known.
+/// A key that is attached to the session, as far as this process knows.
 struct Key {
     claim: ClaimId,
     token: u64,
-    /// When the request was sent that found it in place.
+    /// When the request was sent that found the key in place.
     found: Duration,
     /// When its lease was last renewed.
     renewed: Duration,
 }
 
-/// Why nobody has a key that may be there.
+/// The reason why a key that may exist has no holder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Orphan {
-    /// The request that acquired it got no answer, and nobody was told of the grant.
+    /// The request that acquired the key got no answer, and no caller received the grant.
     InDoubt,
-    /// The request that released it got none.
+    /// The request that released the key got no answer.
     Released,
-    /// Nobody has renewed it for a ttl: its holder hangs, or could not say that it gave it up.
+    /// The key was not renewed for a TTL: its holder hangs, or could not report that it gave up the lease.
     RunOut,
 }
 
@@ -84,11 +85,11 @@ struct LooseKey {
     claim: ClaimId,
     why: Orphan,
     since: Duration,
-    /// When it is to be deleted, the first time or again.
+    /// When the key is due for deletion, for the first time or again.
     due: Duration,
 }
 
-/// A claim is being asked for; see [`Session::ask`].
+/// A claim that is being requested; see [`Session::ask`].
 pub(super) struct Asked {
     session: Arc<Session>,
     claim: ClaimId,
@@ -103,7 +104,7 @@ impl Drop for Asked {
     }
 }
 
-/// A session that was kept by a request sent then, if the leader of that term still is the leader.
+/// A keep-alive of a session by a request sent at `sent`. It counts if the leader of `term` still is the leader.
 #[derive(Clone, Copy)]
 pub(super) struct Kept {
     pub(super) sent: Duration,
@@ -111,7 +112,7 @@ pub(super) struct Kept {
 }
 
 impl Session {
-    /// One that etcd has made at a request that was sent then.
+    /// Returns the session that etcd created for a request sent at `sent`.
     pub(super) fn new(id: u64, ttl: Duration, sent: Duration) -> Self {
         Self {
             id,
@@ -127,13 +128,14 @@ impl Session {
         }
     }
 
-    /// Whether so much of it is left that a lease can begin: it is kept at its first beat, which comes before a third more
-    /// is over. To keep it first would make whoever has waited wait for one more request.
+    /// Returns whether enough of the session is left to begin a lease. The first heartbeat of the lease keeps the
+    /// session alive, before another third of the TTL has passed. Keeping it alive first would cost a waiter one more
+    /// request.
     pub(super) fn can_begin(&self, now: Duration) -> bool {
         now.saturating_sub(self.state.lock().kept) < self.ttl / 4
     }
 
-    /// Whether it was kept not long before `now`.
+    /// Returns whether the session was kept alive shortly before `now`.
     pub(super) fn is_fresh(&self, now: Duration) -> bool {
         self.is_recent(self.state.lock().kept, now)
     }
@@ -146,30 +148,30 @@ impl Session {
         (self.ttl / PARTS).min(LONGEST_KNOWN)
     }
 
-    /// It was kept, as a quorum has said.
+    /// Records a keep-alive that a quorum has confirmed.
     pub(super) fn keep(&self, sent: Duration) {
         let mut state = self.state.lock();
         state.kept = state.kept.max(sent);
     }
 
-    /// How long a lease of it is good for, counted from `now`. The part that is over counts for a little more, so that
-    /// what the lease takes off for clocks that run wrong is taken off the whole.
+    /// Returns how long a lease of this session is valid, counted from `now`. The elapsed part counts for a little
+    /// more, so that the lease's deduction for clock drift covers the whole TTL.
     pub(super) fn left(&self, now: Duration) -> Duration {
         let over = now.saturating_sub(self.state.lock().kept);
         self.ttl.saturating_sub(over + over / 64)
     }
 
-    /// A key was attached by a request that was sent then.
+    /// Records a key that was attached by a request sent at `sent`.
     pub(super) fn add(&self, name: &LeaseName, claim: &ClaimId, token: u64, sent: Duration) {
         let key = Key { claim: *claim, token, found: sent, renewed: now() };
         let mut state = self.state.lock();
-        // An answer that was overtaken by the one to a later acquisition tells nothing any more.
+        // The answer to a later acquisition may arrive first; then this one is out of date.
         if state.keys.get(name).is_none_or(|known| known.token <= token) {
             state.keys.insert(name.clone(), key);
         }
     }
 
-    /// The grant's key is not attached any more.
+    /// Removes the grant's key, which is not attached any more.
     pub(super) fn remove(&self, grant: &Grant) {
         let mut state = self.state.lock();
         if state.keys.get(grant.name()).is_some_and(|key| key.is_of(grant)) {
@@ -177,8 +179,8 @@ impl Session {
         }
     }
 
-    /// The grant is being renewed. Whether the session was kept and the grant's key was found in place not long before
-    /// `now`.
+    /// Records a renewal of the grant. Returns whether the session was kept alive and the grant's key was found in
+    /// place shortly before `now`.
     pub(super) fn covers(&self, grant: &Grant, now: Duration) -> bool {
         let mut state = self.state.lock();
         let (is_kept, rests) = (self.is_recent(state.kept, now), now < state.rests_until);
@@ -187,7 +189,7 @@ impl Session {
         is_kept && (self.is_recent(key.found, now) || (rests && now.saturating_sub(key.found) < self.ttl))
     }
 
-    /// Nobody has the key of this claim, though it may be there.
+    /// Records that the key of this claim is orphaned, though the key may exist.
     pub(super) fn loosen(&self, name: &LeaseName, claim: &ClaimId, why: Orphan, since: Duration) {
         let mut state = self.state.lock();
         if state.keys.get(name).is_some_and(|key| key.claim == *claim) {
@@ -196,8 +198,8 @@ impl Session {
         state.loosen(LooseKey { name: name.clone(), claim: *claim, why, since, due: since + self.ttl });
     }
 
-    /// The claim is being asked for, from `now` on and until what this returns is dropped: its key is not loose
-    /// meanwhile, and not let go before a ttl is over, which no request outlasts.
+    /// Records that the claim is being requested, from `now` until the returned value is dropped. Meanwhile its key is
+    /// not orphaned. The key is not deleted before a TTL has passed, which no request outlasts.
     pub(super) fn ask(self: &Arc<Self>, claim: &ClaimId, now: Duration) -> Asked {
         let mut state = self.state.lock();
         if let Some(loose) = state.loose.iter_mut().find(|loose| loose.claim == *claim) {
@@ -207,22 +209,23 @@ impl Session {
         Asked { session: self.clone(), claim: *claim }
     }
 
-    /// Why nobody has the key of this claim, if nobody has, nor is just getting it.
+    /// Returns why the key of this claim is orphaned, if it is. A claim that is being requested is not orphaned.
     pub(super) fn loose(&self, claim: Option<ClaimId>) -> Option<Orphan> {
         let state = self.state.lock();
         let loose = state.loose.iter().find(|loose| Some(loose.claim) == claim)?;
         (!state.has(loose)).then_some(loose.why)
     }
 
-    /// Whether a request of this claim got no answer, and none has since, though one may be under way.
+    /// Returns whether a request of this claim got no answer, and no later request of the claim was granted. A later
+    /// request may be under way.
     pub(super) fn is_in_doubt(&self, claim: Option<ClaimId>) -> bool {
         let state = self.state.lock();
         let in_doubt = |loose: &&LooseKey| loose.why == Orphan::InDoubt && Some(loose.claim) == claim;
         state.loose.iter().find(in_doubt).is_some_and(|loose| !state.is_granted(loose))
     }
 
-    /// The loose keys that are to be deleted now. They are told of again, for a request that got no answer may still be
-    /// under way.
+    /// Returns the orphaned keys to delete now. The same keys are due again later, because a request without an answer
+    /// may still be under way.
     pub(super) fn due_for_deletion(&self, now: Duration) -> Vec<(LeaseName, ClaimId, Orphan)> {
         let mut state = self.state.lock();
         let run_out = state.keys.iter().filter(|(_, key)| now.saturating_sub(key.renewed) > self.ttl);
@@ -243,7 +246,7 @@ impl Session {
         due_for_deletion
     }
 
-    /// The keys to look at together with the grant's, and their tokens: those that have not been found for longest.
+    /// Returns the keys to check together with the grant's, and their tokens: the keys whose last check is the oldest.
     pub(super) fn to_look_at(&self, grant: &Grant, now: Duration) -> Vec<(LeaseName, u64)> {
         let state = self.state.lock();
         let mut stale: Vec<_> = state.keys.iter().filter(|(name, _)| *name != grant.name()).collect();
@@ -253,9 +256,9 @@ impl Session {
         std::iter::once((grant.name().clone(), grant.token())).chain(stale).collect()
     }
 
-    /// The names were looked at by a request that was sent then, and found to be of these tokens, or not. The answer
-    /// came just `now`: nobody looks again for as long as that took, so that on a slow server the beats of many leases
-    /// do not wait for one look after the other.
+    /// Records that a request sent at `sent` checked whether the keys of the names have these tokens. The answer
+    /// arrived at `now`. No further check follows for as long as the request took. So on a slow server the heartbeats
+    /// of many leases do not wait for one check after another.
     pub(super) fn looked_at(&self, found: impl Iterator<Item = (LeaseName, u64, bool)>, sent: Duration, now: Duration) {
         let mut state = self.state.lock();
         state.rests_until = now + now.saturating_sub(sent);
@@ -263,7 +266,7 @@ impl Session {
             let known = state.keys.get_mut(&name).filter(|key| key.token == token);
             match known {
                 Some(key) if is_in_place => key.found = key.found.max(sent),
-                // Who renews it finds out what became of it.
+                // The next renewal of the lease finds out why.
                 Some(_) => drop(state.keys.remove(&name)),
                 None => {}
             }
@@ -272,13 +275,13 @@ impl Session {
 }
 
 impl State {
-    /// What is known of a claim last is what counts.
+    /// Records an orphan, in place of an earlier one of the same claim.
     fn loosen(&mut self, key: LooseKey) {
         self.loose.retain(|known| known.claim != key.claim);
         self.loose.push(key);
     }
 
-    /// Whether the claim was granted after all, by a later request, or may be by one that is under way.
+    /// Returns whether a later request of the claim was granted, or is under way and may be granted.
     fn has(&self, loose: &LooseKey) -> bool {
         self.is_granted(loose) || self.asked.contains(&loose.claim)
     }
@@ -294,7 +297,7 @@ impl Key {
     }
 }
 
-/// The time by which sessions are counted.
+/// Returns the time on the clock that sessions use.
 pub(super) fn now() -> Duration {
     SystemClock.now()
 }
@@ -319,7 +322,7 @@ mod tests {
         assert_eq!(session.left(S * 100), S * 8);
         assert_eq!(session.left(S * 99), S * 8, "it was kept since");
         for over in 0..8 {
-            // What the lease makes of it: see `Terms::valid_until`.
+            // The lease computes its validity from this: see `LeaseTiming::valid_until`.
             let left = session.left(S * (100 + over));
             assert!(S * over + (left - left / 100) <= S * 8 - S * 8 / 100, "{over}");
         }
@@ -378,7 +381,7 @@ mod tests {
         session.covers(&lease, began + S * 8);
         assert!(session.due_for_deletion(began + S * 9).is_empty());
         session.remove(&lease);
-        // The first request may only now be carried out.
+        // The first request may be applied only now.
         assert_eq!(session.loose(Some(*claim)), Some(Orphan::InDoubt));
         assert_eq!(session.due_for_deletion(began + S * 10), [(lease.name().clone(), *claim, Orphan::InDoubt)]);
         assert!(session.due_for_deletion(began + S * 24).is_empty(), "not for ever");

@@ -1,9 +1,10 @@
-//! Where the server is, and how to get in: what a `postgres://` URL says.
+//! The content of a `postgres://` URL: the address of the server and the credentials.
 //!
-//! The URL is libpq's, as far as tokio-postgres reads it; what it does not know of TLS (`verify-ca`, `verify-full`,
-//! `sslrootcert`, `sslcert`, `sslkey`) is read here. What the URL does not say is not looked for in the environment or
-//! in files. Of several hosts the one that answered last is asked first, and each gets an equal part of the time that
-//! is left, so that one which hangs does not use it all up. A server that only reads is passed over.
+//! The URL is libpq's, as far as tokio-postgres reads it. This module reads the TLS parameters that tokio-postgres does
+//! not know (`verify-ca`, `verify-full`, `sslrootcert`, `sslcert`, `sslkey`). Values that the URL omits are not taken
+//! from the environment or from files. Of several hosts, the one that answered last is asked first. Each host gets an
+//! equal part of the time that is left, so that a hanging host does not use up all of it. A server that is read-only is
+//! skipped.
 
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
@@ -35,20 +36,20 @@ use crate::lease::store::{Deadline, StoreError};
 use crate::sys::event;
 use crate::sys::fork::ForkGuarded;
 
-/// As libpq has it.
+/// The default port of libpq.
 const PORT: u16 = 5432;
 
 pub(super) struct Target {
     config: Config,
     tls: MakeRustlsConnect,
     hosts: Vec<(Where, u16)>,
-    /// Which of them answered last.
+    /// The index of the host that answered last.
     answered: AtomicUsize,
 }
 
 /// A host.
 enum Where {
-    /// To be looked up.
+    /// A name to look up.
     Named(String),
     /// An address, and the name that a certificate must be for.
     At(IpAddr, String),
@@ -57,12 +58,12 @@ enum Where {
 }
 
 impl Target {
-    /// What the URL says. Reads the files that it names, and connects to nothing.
+    /// Parses the URL. Reads the files that it names, and connects to nothing.
     pub(super) fn of(url: &str) -> error::Result<Self> {
         let wrong = |problem: &str| invalid(url, problem);
         let mut tls = Tls::default();
         let parts = Parts::of(url);
-        // The builder below would take the second one's left for the host.
+        // The builder below would take the part before the second @ for the host.
         if parts.authority.matches('@').count() > 1 {
             return Err(wrong("it has more than one @ before its path; in a user or password write %40"));
         }
@@ -78,7 +79,7 @@ impl Target {
                 _ => rest.push((key, value)),
             }
         }
-        // Without its parameters, which the builder below is told of one by one.
+        // Without the TLS parameters; the others are escaped one by one for the builder below.
         let escape = |text: &str| text.bytes().map(|byte| format!("%{byte:02X}")).collect::<String>();
         let query: Vec<_> = rest.iter().map(|(key, value)| format!("{key}={}", escape(value))).collect();
         let plain = format!("postgres://{}{}?{}", parts.authority, parts.path, query.join("&"));
@@ -98,7 +99,7 @@ impl Target {
         Ok(Self { config, tls: MakeRustlsConnect::new(tls), hosts, answered: AtomicUsize::new(0) })
     }
 
-    /// What stores on the same servers have in common.
+    /// Returns a number that stores on the same servers have in common.
     pub(super) fn place(&self) -> u64 {
         let mut hasher = DefaultHasher::new();
         for (host, port) in &self.hosts {
@@ -112,12 +113,12 @@ impl Target {
         hasher.finish()
     }
 
-    /// The user, as an error speaks of it.
+    /// Returns the user, as error messages name it.
     pub(super) fn user(&self) -> &str {
         self.config.get_user().unwrap_or("this system's user")
     }
 
-    /// A connection to the first host that lets us in and that `check` finds of use.
+    /// Connects to the first host that accepts the credentials and passes `check`.
     pub(super) fn connect(
         &self,
         by: Deadline,
@@ -136,7 +137,7 @@ impl Target {
                     self.answered.store(at, Ordering::Relaxed);
                     return Ok(link);
                 }
-                // One that says what is wrong with the request tells more than one that is down.
+                // A permanent error explains more than a host that is down.
                 Err(error) => match failed {
                     Some(StoreError::Permanent(_)) => {}
                     _ => failed = Some(error),
@@ -175,7 +176,7 @@ impl Target {
         }
     }
 
-    /// The first that answers, of the addresses of one host; of the time that is left each gets an equal part.
+    /// Connects to the first address of a host that answers; each address gets an equal part of the time that is left.
     fn tcp(&self, addresses: &[SocketAddr], by: Deadline) -> io::Result<ForkGuarded<OwnedFd>> {
         let mut failed = io::ErrorKind::NotFound.into();
         for (at, address) in addresses.iter().enumerate() {
@@ -221,7 +222,7 @@ fn socket(family: AddressFamily) -> io::Result<ForkGuarded<OwnedFd>> {
     Ok(ForkGuarded::new(|| socket_with(family, SocketType::STREAM, flags, None))?.know())
 }
 
-/// The hosts and their ports, as libpq pairs them.
+/// Returns the hosts and their ports, as libpq pairs them.
 fn hosts(config: &Config) -> Result<Vec<(Where, u16)>, &'static str> {
     let (names, addresses, ports) = (config.get_hosts(), config.get_hostaddrs(), config.get_ports());
     let count = names.len().max(addresses.len());
@@ -256,7 +257,7 @@ fn shown(host: &Where, port: u16) -> String {
     }
 }
 
-/// What a URL says of TLS.
+/// The TLS parameters of a URL.
 #[derive(Default)]
 struct Tls {
     mode: Option<String>,
@@ -275,8 +276,8 @@ impl Tls {
         }
     }
 
-    /// What is checked of the server's certificate is what libpq checks: with `verify-full` its chain and its name, with
-    /// `verify-ca`, and with `require` where roots are given, its chain, and else nothing.
+    /// Returns the TLS configuration. It checks the server's certificate as libpq does. `verify-full` checks the chain
+    /// and the name. `verify-ca`, and `require` with given roots, check the chain. Other modes check nothing.
     fn config(&self) -> Result<ClientConfig, String> {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let schemes = provider.signature_verification_algorithms.supported_schemes();
@@ -314,7 +315,7 @@ impl Tls {
             }
             _ => return Err("sslcert and sslkey go together".to_owned()),
         };
-        // What could be resumed stands under a mutex, which a fork could leave locked.
+        // A mutex guards the sessions for resumption, and a fork could leave it locked.
         config.resumption = Resumption::disabled();
         Ok(config)
     }
@@ -334,12 +335,12 @@ fn system_roots() -> Result<RootCertStore, String> {
     if roots.is_empty() { Err("this system has no certificates of authorities".to_owned()) } else { Ok(roots) }
 }
 
-/// Checks as much of a server's certificate as sslmode says.
+/// A verifier that checks as much of a server's certificate as sslmode requires.
 #[derive(Debug)]
 struct Verifier {
-    /// The authorities that it must come from, if any.
+    /// The authorities that the certificate must come from, if any.
     chain: Option<Arc<WebPkiServerVerifier>>,
-    /// It must be for the host that we connect to.
+    /// The certificate must be for the host of the connection.
     is_named: bool,
     schemes: Vec<SignatureScheme>,
 }

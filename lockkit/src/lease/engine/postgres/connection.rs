@@ -1,11 +1,10 @@
-//! One connection to a PostgreSQL server, on which whoever has it asks and waits for the answer, no longer than a
-//! deadline.
+//! One connection to a PostgreSQL server. Its user sends a request and waits for the answer, no longer than a deadline.
 //!
-//! The protocol is tokio-postgres's, which comes as futures over any stream of bytes. They need no runtime: whoever
-//! asks polls them itself, and when they can do no more sleeps in poll(2) for the one socket that they wait for. So a
-//! request costs a write, a sleep and a read; its deadline holds also when the server is frozen; there is no thread, no
-//! further descriptor, and nothing that must not be used from within a program's own runtime. The connection after a
-//! missed deadline is of no use, for the answer may yet come.
+//! tokio-postgres implements the protocol, as futures over any stream of bytes. The futures need no runtime: the
+//! calling thread polls them, and when they can make no progress sleeps in poll(2) for their one socket. So a request
+//! costs a write, a sleep and a read. Its deadline holds even when the server is frozen. There is no thread, no further
+//! descriptor, and nothing that must not be used within a program's own runtime. A connection cannot be used after a
+//! missed deadline, because the answer may still arrive.
 //!
 //! A forked child gets inert descriptors in place of the sockets.
 
@@ -30,25 +29,25 @@ use crate::lease::store::Deadline;
 use crate::sys::event;
 use crate::sys::fork::{self, ForkGuarded};
 
-/// A statement of the store's, with the types of its parameters.
+/// A statement of the store, with the types of its parameters.
 pub(super) struct Sql {
-    /// Where a connection keeps it prepared.
+    /// The index under which a connection keeps the prepared statement.
     pub(super) slot: usize,
     pub(super) text: &'static str,
     pub(super) types: &'static [Type],
 }
 
-/// How many of them there are.
+/// The number of statements.
 pub(super) const STATEMENTS: usize = 8;
 
-/// Why there is no answer.
+/// The reason why there is no answer.
 #[derive(Debug)]
 pub(super) enum Cut {
-    /// The deadline came.
+    /// The deadline passed.
     Late,
-    /// The server said so, or the connection broke.
+    /// The server reported the error, or the connection broke.
     By(Error),
-    /// This machine said so.
+    /// This machine reported the error.
     Here(io::Error),
 }
 
@@ -63,15 +62,15 @@ pub(super) struct Link {
     line: Line,
     client: Client,
     statements: [Option<Statement>; STATEMENTS],
-    /// Statements can be prepared on it: nothing stands between that gives each transaction another session.
+    /// Statements can be prepared: no proxy in between gives each transaction another session.
     pub(super) is_direct: bool,
 }
 
-/// What moves the bytes.
+/// The part of a connection that moves the bytes.
 struct Line {
     wire: Arc<Wire>,
     traffic: Connection<Stream, <MakeRustlsConnect as MakeTlsConnect<Stream>>::Stream>,
-    /// Names that the server has told of and nobody has asked for yet.
+    /// Names that the server has sent and no caller has taken yet.
     news: Vec<String>,
 }
 
@@ -94,21 +93,22 @@ impl Link {
         Ok(Self { line, client, statements: [const { None }; STATEMENTS], is_direct: false })
     }
 
-    /// The number of the server's process at the other end, as the server or whatever stands between said at first.
+    /// Returns the number of the server's process at the other end, as the server or a proxy in between reported it at
+    /// first.
     pub(super) fn process(&self) -> Option<i32> {
-        // The one thing that tells it is a request to cancel, which is caught here.
+        // Only a cancel request reveals the number; it is captured here and not sent.
         let mut caught = Vec::new();
         let token = self.client.cancel_token();
         let sent = {
             let sending = pin!(token.cancel_query_raw(Catch(&mut caught), CatchTls));
             sending.poll(&mut Context::from_waker(Waker::noop()))
         };
-        // It ends with the number and a key.
+        // The request ends with the number and a key.
         let number = caught.last_chunk::<8>()?.first_chunk::<4>()?;
         matches!(sent, Poll::Ready(Ok(()))).then(|| i32::from_be_bytes(*number))
     }
 
-    /// Asks by a statement that is prepared at its first use where that can be done.
+    /// Runs a statement, which is prepared at its first use if possible.
     pub(super) fn ask(&mut self, sql: &Sql, values: &[&(dyn ToSql + Sync)], by: Deadline) -> Result<Vec<Row>, Cut> {
         if !self.is_direct {
             return self.ask_once(sql, values, by);
@@ -121,7 +121,7 @@ impl Link {
         Ok(line.run(client.query(statement, values), by)??)
     }
 
-    /// Asks by a statement that is not kept.
+    /// Runs a statement without keeping it prepared.
     pub(super) fn ask_once(
         &mut self,
         sql: &Sql,
@@ -133,18 +133,18 @@ impl Link {
         Ok(line.run(client.query_typed(sql.text, &typed), by)??)
     }
 
-    /// Has statements without values carried out.
+    /// Executes statements without values.
     pub(super) fn execute(&mut self, sql: &str, by: Deadline) -> Result<(), Cut> {
         let Self { line, client, .. } = self;
         Ok(line.run(client.batch_execute(sql), by)??)
     }
 
-    /// Forgets what was prepared.
+    /// Forgets the prepared statements.
     pub(super) fn forget(&mut self) {
         self.statements = [const { None }; STATEMENTS];
     }
 
-    /// The names that the server has told of, waiting for the first until `by`.
+    /// Returns the names that the server has sent, waiting for the first until `by`.
     pub(super) fn listen(&mut self, by: Deadline) -> Result<Vec<String>, Cut> {
         if self.line.news.is_empty() {
             let Line { wire, traffic, news } = &mut self.line;
@@ -170,7 +170,7 @@ impl Line {
     }
 }
 
-/// Sends and receives as much as can be without waiting.
+/// Sends and receives as much as is possible without waiting.
 fn receive<T: AsyncRead + AsyncWrite + Unpin>(
     traffic: &mut Connection<Stream, T>,
     news: &mut Vec<String>,
@@ -187,14 +187,15 @@ fn receive<T: AsyncRead + AsyncWrite + Unpin>(
     }
 }
 
-/// Polls `work` until it is ready or `by` has come; `traffic` moves the bytes that it waits for, unless it does itself.
+/// Polls `work` until it is ready or `by` has come. `traffic` moves the bytes that `work` waits for, unless `work`
+/// moves them itself.
 fn run<F: Future>(
     wire: &Wire,
     mut traffic: impl FnMut(&mut Context<'_>) -> Result<(), Cut>,
     work: F,
     by: Deadline,
 ) -> Result<F::Output, Cut> {
-    // The program may have closed it, and another file may have its number.
+    // The program may have closed the socket, and another file may have its number.
     if !wire.socket.is_own() {
         return Err(Cut::Here(fork::closed_by_program()));
     }
@@ -205,12 +206,12 @@ fn run<F: Future>(
     loop {
         called.0.store(false, Ordering::Relaxed);
         let moved = traffic(&mut cx);
-        // Also of a connection that broke: what the server said last is there.
+        // Polls even if the connection broke: the server's last message may have arrived.
         if let Poll::Ready(done) = work.as_mut().poll(&mut cx) {
             return Ok(done);
         }
         moved?;
-        // A request was queued, or an answer: there is more to do before anything comes from outside.
+        // A request or an answer was queued: there is more to do before the socket changes.
         if called.0.load(Ordering::Relaxed) {
             continue;
         }
@@ -233,12 +234,12 @@ impl Wake for Called {
 /// A connected socket that does not block.
 struct Wire {
     socket: ForkGuarded<OwnedFd>,
-    /// It took no more when it was last written to.
+    /// The socket accepted no more bytes at the last write.
     is_full: AtomicBool,
 }
 
 impl Wire {
-    /// What came of a call that does not block. Nobody is woken later: [`run`] sleeps for the socket itself.
+    /// Converts the result of a non-blocking call. It registers no waker: [`run`] sleeps for the socket itself.
     fn poll<T>(result: Result<T, Errno>) -> Poll<io::Result<T>> {
         match result {
             Ok(done) => Poll::Ready(Ok(done)),
@@ -278,7 +279,7 @@ impl AsyncWrite for Stream {
     }
 }
 
-/// A stream that keeps what is written to it, and says yes to whoever asks for TLS.
+/// A stream that keeps the written bytes, and accepts every request for TLS.
 struct Catch<'c>(&'c mut Vec<u8>);
 
 impl AsyncRead for Catch<'_> {
@@ -309,7 +310,7 @@ impl TlsStream for Catch<'_> {
     }
 }
 
-/// What makes "TLS" of a [`Catch`]: nothing.
+/// A TLS connector for [`Catch`] that does nothing.
 struct CatchTls;
 
 impl<'c> TlsConnect<Catch<'c>> for CatchTls {

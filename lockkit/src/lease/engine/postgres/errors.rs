@@ -1,7 +1,8 @@
-//! What went wrong, as a sentence, and whether it may have taken effect.
+//! The errors as sentences, and whether the request may have taken effect.
 //!
-//! An `ERROR` of the server undid the transaction, so the request took no effect. A `FATAL` one ended the session and may
-//! have come after the commit. No sentence has a password in it: neither the server's words nor tokio-postgres's have.
+//! An `ERROR` of the server undid the transaction, so the request took no effect. A `FATAL` error ended the session and
+//! may have come after the commit. No sentence contains a password: neither the server's messages nor tokio-postgres's
+//! do.
 
 use std::fmt;
 use std::io;
@@ -13,7 +14,7 @@ use super::connection::Cut;
 use super::schema;
 use crate::lease::store::StoreError;
 
-/// What was attempted, or is wrong, and the error under it.
+/// The failed attempt or the fault, and the error under it.
 #[derive(Debug)]
 pub(super) struct Said {
     what: String,
@@ -38,7 +39,7 @@ impl std::error::Error for Said {
     }
 }
 
-/// Why there is no connection to `place`. It has taken no effect whatever it is.
+/// Returns the error for a failed connection to `place`. The attempt has taken no effect, whatever the error is.
 pub(super) fn of_connecting(cut: Cut, place: &str, user: &str, late: impl FnOnce() -> StoreError) -> StoreError {
     let error = match cut {
         Cut::Late => return late(),
@@ -76,7 +77,7 @@ pub(super) fn of_connecting(cut: Cut, place: &str, user: &str, late: impl FnOnce
     }
 }
 
-/// What a request failed of.
+/// Returns the error of a failed request.
 pub(super) fn of_request(cut: Cut) -> StoreError {
     let error = match cut {
         Cut::Late => return StoreError::unknown("the server did not answer in time"),
@@ -111,15 +112,15 @@ pub(super) fn of_request(cut: Cut) -> StoreError {
     }
 }
 
-/// What is wrong with a server that only reads.
+/// Returns the message for a read-only server.
 pub(super) fn read_only() -> String {
     "the server only reads: it is a standby, or default_transaction_read_only is on; where there are several, name them \
      all in the URL"
         .to_owned()
 }
 
-/// Whether the session has another past than we think, as behind a proxy that gives each transaction another one, or
-/// after the table was made anew.
+/// Returns whether the session's history differs from what this process assumes. A proxy that gives each transaction
+/// another session causes that, and so does a re-created table.
 pub(super) fn is_of_statements(error: &Error) -> bool {
     let Some(said) = error.as_db_error() else { return false };
     matches!(
@@ -131,7 +132,7 @@ pub(super) fn is_of_statements(error: &Error) -> bool {
     ) && said.parsed_severity() == Some(Severity::Error)
 }
 
-/// Whether the same is to be asked again at once: two transactions met.
+/// Returns whether the request should be repeated at once, because two transactions conflicted.
 pub(super) fn is_of_meeting(error: &Error) -> bool {
     matches!(error.code(), Some(&SqlState::T_R_SERIALIZATION_FAILURE | &SqlState::T_R_DEADLOCK_DETECTED))
 }

@@ -1,22 +1,22 @@
-//! The table of the leases: its layout, its statements, and how it is made.
+//! The lease table: its layout, its statements, and how it is created.
 //!
-//! A row is never deleted, because it keeps the token. What stands in it:
+//! A row is never deleted, because it keeps the token. Its columns:
 //!
-//! | column | what |
+//! | column | content |
 //! |---|---|
 //! | `name` | the lease |
-//! | `state` | `held`; or how its last holder left it: `released`, `lost` (it knew that it had run out), `evicted` |
+//! | `state` | `held`; or how its last holder left it: `released`, `lost` (the holder knew of the expiry), `evicted` |
 //! | `token` | of the last grant |
 //! | `claim` | of the last grant, 32 hexadecimal digits |
-//! | `until` | when a held one runs out, by the server's clock |
-//! | `owner` | who holds it, or did; of a `lost` one that nobody knew to be held, who died before |
-//! | `died` | who held it before and did not release, if so; empty if that is not known |
-//! | `waited` | somebody waits for this holder or the dead before it, and is to be told when it goes |
+//! | `until` | when a held lease expires, by the server's clock |
+//! | `owner` | the present or last holder; in a `lost` row whose grant no caller received, the earlier dead holder |
+//! | `died` | the previous holder, if it did not release; empty if that holder is unknown |
+//! | `waited` | a waiter waits for this holder or for the dead one before it; the end of the grant notifies it |
 //!
-//! The claim and the token stay when a lease is given free, so a repeated release finds that it has been done. Each step
-//! is one statement and so one transaction; why it did not take place, if so, is asked by another. It is committed with
-//! `synchronous_commit` at `on` at least, whatever the server's default is: a grant that a crash takes back would be
-//! given again.
+//! The claim and the token stay when a lease is freed, so a repeated release finds that it has been done. Each step is
+//! one statement and so one transaction. If the step did not take place, another statement asks why. Each transaction
+//! is committed with `synchronous_commit` at `on` at least, whatever the server's default is: a grant that a crash
+//! undoes would be given again.
 
 use tokio_postgres::types::Type;
 
@@ -25,7 +25,7 @@ use super::errors::{self, Said, of_request};
 use crate::failpoint::step;
 use crate::lease::store::{Deadline, StoreError};
 
-/// What makes the table. It leaves room in its pages, so that a renewal is written beside the row that it replaces.
+/// Creates the table. Its pages keep free space, so that a renewal is written next to the row that it replaces.
 pub(super) const CREATE: &str = "CREATE TABLE IF NOT EXISTS lockkit_leases (\
      name text COLLATE \"C\" PRIMARY KEY, \
      state text NOT NULL, \
@@ -37,16 +37,19 @@ pub(super) const CREATE: &str = "CREATE TABLE IF NOT EXISTS lockkit_leases (\
      waited boolean NOT NULL\
      ) WITH (fillfactor = 50)";
 
-/// Its columns, as [`HELLO`] tells them.
+/// The columns of the table, as [`HELLO`] reports them.
 const LAYOUT: &str = "name text, state text, token bigint, claim text, until timestamp with time zone, owner text, \
      died text, waited boolean";
 
-/// The server, the table, and why it is not to be trusted, if so. On a server that is too old it fails, or says so.
+/// Reports the server, the table, and the reason not to trust the table, if any. On a server that is too old, the
+/// statement fails or reports the version.
 ///
-/// What stands on a table runs in the name of whoever writes to it, so it must be of somebody who could take that name
-/// anyway, or own the place where this user's table would be: whoever made it first in a schema of all is not that. All
-/// types are those of the functions and operators here, letter by letter, for one that fits better than the system's can
-/// be somebody's as well.
+/// The code attached to a table, such as triggers and rules, runs with the rights of the user that writes to it. So the
+/// table's owner must be able to act as this user anyway (this user or a superuser), or own the schema or database of
+/// this user's table. A role of which this user is a member may own the table too, unless this user is a superuser. A
+/// user that only created the table first in a schema for all is not trusted. All types match the functions and
+/// operators in this statement exactly. An overload that matches better than the system's may belong to another user as
+/// well.
 const HELLO: Sql = Sql {
     slot: 0,
     text: "SELECT pg_backend_pid(), current_setting('server_version_num')::int, current_setting('server_version'), \
@@ -66,17 +69,18 @@ const HELLO: Sql = Sql {
     types: &[],
 };
 
-/// The first version that has what is used here: `INSERT … ON CONFLICT`.
+/// The oldest version with the feature used here: `INSERT … ON CONFLICT`.
 const OLDEST: i32 = 90_500;
 
-/// Bounds a session's statements, unless they are bounded more closely: the server goes on with one that its client has
-/// given up, as behind a lock of the table, and sees only then that nobody is there. Longer than any request may take. It
-/// does not bound the wait of a commit for a standby, and where a proxy gives each transaction another session it is not
-/// said, for it would be said to others'.
+/// Limits the duration of a session's statements, unless a shorter limit is set. The server continues a statement whose
+/// client has given up, for example one that waits for a lock of the table. Only afterwards does the server see that
+/// the client is gone. The limit is longer than any request may take. It does not limit how long a commit waits for a
+/// standby. Behind a proxy that gives each transaction another session the limit is not set, because it would apply to
+/// the sessions of others.
 const BOUNDED: &str = "SELECT set_config('statement_timeout', least(nullif(setting::int, 0), 3000)::text, false) \
      FROM pg_settings WHERE name = 'statement_timeout'";
 
-/// What raises `synchronous_commit` to `on` in a statement, where it is lower.
+/// Raises `synchronous_commit` to `on` within a statement, if it is lower.
 macro_rules! durably {
     () => {
         "CASE WHEN current_setting('synchronous_commit') NOT IN ('on', 'remote_apply') \
@@ -84,14 +88,15 @@ macro_rules! durably {
     };
 }
 
-/// The name, the claim, the ttl in microseconds, the owner, and the claim and the token of a holder that is dead. A row
-/// where it is granted: the token, and who died. None where somebody else has it.
+/// Parameters: the name, the claim, the TTL in microseconds, the owner, and the claim and the token of a dead holder.
+/// Returns a row if the lease is granted: the token, and the holder that died. Returns no row if another claim has the
+/// lease.
 ///
-/// A request that was overtaken by the end of its own grant, but for an eviction, gets none. Whoever waits for a holder that is taken over
-/// goes on waiting for the next, so the mark stays.
+/// A request that arrives after the end of its own grant gets no row, except after an eviction. A waiter for a holder
+/// that is taken over continues to wait for the next holder, so the mark stays.
 ///
-/// It looks first, because what INSERT does about a row that is there locks it even where it then changes nothing, and
-/// that is written to disk.
+/// The statement reads first: INSERT locks an existing row even if it then changes nothing, and that lock is written to
+/// disk.
 pub(super) const ACQUIRE: Sql = Sql {
     slot: 1,
     text: concat!(
@@ -115,7 +120,7 @@ pub(super) const ACQUIRE: Sql = Sql {
     types: &[Type::TEXT, Type::TEXT, Type::FLOAT8, Type::TEXT, Type::TEXT, Type::INT8],
 };
 
-/// The name, the claim, the token and the ttl. A row where it is renewed.
+/// Parameters: the name, the claim, the token and the TTL. Returns a row if the lease is renewed.
 pub(super) const RENEW: Sql = Sql {
     slot: 2,
     text: concat!(
@@ -126,8 +131,8 @@ pub(super) const RENEW: Sql = Sql {
     types: &[Type::TEXT, Type::TEXT, Type::INT8, Type::FLOAT8],
 };
 
-/// The name, the claim, the token, how it is left, and who is to count as its holder then, if another. A row where it was
-/// held until now.
+/// Parameters: the name, the claim, the token, the state to leave the lease in, and the owner to record as its holder,
+/// if another. Returns a row if the lease was held until now.
 pub(super) const LEAVE: Sql = Sql {
     slot: 3,
     text: concat!(
@@ -139,14 +144,14 @@ pub(super) const LEAVE: Sql = Sql {
     types: &[Type::TEXT, Type::TEXT, Type::INT8, Type::TEXT, Type::TEXT],
 };
 
-/// As [`LEAVE`]. A row where it was left so before.
+/// Parameters: as the first four of [`LEAVE`]. Returns a row if the lease was left in this state before.
 pub(super) const LEFT: Sql = Sql {
     slot: 7,
     text: "SELECT FROM lockkit_leases WHERE name = $1 AND claim = $2 AND token = $3 AND state = $4",
     types: &[Type::TEXT, Type::TEXT, Type::INT8, Type::TEXT],
 };
 
-/// The name. A row where it is held, whether or not it has run out.
+/// Parameter: the name. Returns a row if the lease is held, even if it has expired.
 pub(super) const LOOK: Sql = Sql {
     slot: 4,
     text: "SELECT token, owner, claim, extract(epoch FROM until - clock_timestamp())::float8, \
@@ -154,8 +159,8 @@ pub(super) const LOOK: Sql = Sql {
     types: &[Type::TEXT],
 };
 
-/// The name, and the claim and the token of its holder. A row where the holder is still that one, and the mark is left
-/// that somebody waits for it.
+/// Parameters: the name, and the claim and the token of its holder. Returns a row if the holder is still the same, and
+/// then marks the row as having a waiter.
 pub(super) const MARK: Sql = Sql {
     slot: 5,
     text: "WITH holds AS (SELECT waited FROM lockkit_leases \
@@ -166,15 +171,15 @@ pub(super) const MARK: Sql = Sql {
     types: &[Type::TEXT, Type::TEXT, Type::INT8],
 };
 
-/// A text, sent to all who listen.
+/// Sends a text to all listeners.
 pub(super) const NOTIFY: Sql = Sql { slot: 6, text: "SELECT pg_notify('lockkit_leases', $1)", types: &[Type::TEXT] };
 
-/// What hears of it.
+/// Subscribes a connection to these texts.
 pub(super) const LISTEN: &str = "LISTEN lockkit_leases";
 
-/// Sees that the server and its table are of use, and makes the table where there is none.
+/// Checks that the server and its table are usable, and creates the table if there is none.
 pub(super) fn check(link: &mut Link, by: Deadline) -> Result<(), StoreError> {
-    /// Others may be making it, too.
+    /// The maximum number of tries: other processes may be creating the table, too.
     const MOST_TRIES: usize = 5;
     for _ in 0..MOST_TRIES {
         let row = match link.ask_once(&HELLO, &[], by) {
@@ -184,7 +189,7 @@ pub(super) fn check(link: &mut Link, by: Deadline) -> Result<(), StoreError> {
             Err(Cut::By(error)) if error.code() == Some(&tokio_postgres::error::SqlState::UNDEFINED_FUNCTION) => {
                 return Err(StoreError::permanent(Said::new(too_old("this server"), error)));
             }
-            // It has changed nothing.
+            // The statement has changed nothing.
             Err(cut) => return Err(StoreError::not_applied(Said::new("greet the server", of_request(cut)))),
         };
         let strange = |error| StoreError::permanent(Said::new("this is no PostgreSQL server", error));
@@ -223,7 +228,7 @@ fn make(link: &mut Link, by: Deadline) -> Result<(), StoreError> {
             Ok(())
         }
         Err(Cut::By(error)) => match error.code() {
-            // Somebody else makes it at this moment, which IF NOT EXISTS does not see.
+            // Another process is creating the table at this moment, which IF NOT EXISTS does not see.
             Some(&(SqlState::UNIQUE_VIOLATION | SqlState::DUPLICATE_TABLE | SqlState::DUPLICATE_OBJECT)) => Ok(()),
             Some(&(SqlState::INSUFFICIENT_PRIVILEGE | SqlState::INVALID_SCHEMA_NAME)) => {
                 let what = format!(
@@ -246,7 +251,7 @@ fn grant() -> &'static str {
     "GRANT SELECT, INSERT, UPDATE ON lockkit_leases TO …;"
 }
 
-/// What is wrong with a user who may not use the table.
+/// Returns the message for a user without the privileges to use the table.
 pub(super) fn no_privilege() -> String {
     format!("this user may not use the table lockkit_leases; let its owner run: {}", grant())
 }
@@ -258,7 +263,7 @@ fn not_trusted(why: &str) -> String {
     )
 }
 
-/// What is wrong with a table that is not ours.
+/// Returns the message for a table of another layout.
 pub(super) fn of_another_layout() -> String {
     format!(
         "the table lockkit_leases is of another layout than this version of lockkit's ({LAYOUT}, with name as primary \
