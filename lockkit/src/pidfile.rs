@@ -657,6 +657,10 @@ impl PidFile {
         match renamed {
             // `NotFound`: the taker file was removed by hand.
             Err(error) if matches!(error.kind(), Io::AlreadyExists | Io::NotFound) => return Ok(Attempt::Busy(None)),
+            // Windows replaces no file that another process has open, as to look at it.
+            Err(error) if cfg!(windows) && error.kind() == Io::PermissionDenied => {
+                return Ok(Attempt::Busy(Some(failed(error))));
+            }
             renamed => renamed.map_err(failed)?,
         }
         step("file named");
@@ -1158,6 +1162,8 @@ impl PidGuard {
         };
         // Closing is not enough, because forked children may have the open file, too.
         let unlocked = write_lock::unlock(&file).and_then(|()| match flock::unlock(&file) {
+            // They are one lock there, and it is unlocked.
+            _ if cfg!(windows) => Ok(()),
             Err(error) if flock::is_unsupported(&error) => Ok(()),
             unlocked => unlocked,
         });
