@@ -658,9 +658,7 @@ impl PidFile {
             // `NotFound`: the taker file was removed by hand.
             Err(error) if matches!(error.kind(), Io::AlreadyExists | Io::NotFound) => return Ok(Attempt::Busy(None)),
             // Windows replaces no file that another process has open, as to look at it.
-            Err(error) if cfg!(windows) && error.kind() == Io::PermissionDenied => {
-                return Ok(Attempt::Busy(Some(failed(error))));
-            }
+            Err(error) if cfg!(windows) && error.kind() == Io::PermissionDenied => return Ok(Attempt::Busy(None)),
             renamed => renamed.map_err(failed)?,
         }
         step("file named");
