@@ -22,7 +22,7 @@ pub(crate) struct Mutex(OwnedHandle);
 
 /// What ended a wait for a mutex.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Taken {
+pub(crate) enum Acquired {
     /// This thread has it.
     Free,
     /// This thread has it, and the previous owner ended without releasing it.
@@ -90,17 +90,17 @@ impl Mutex {
     }
 
     /// Acquires the mutex for this thread, unless `cancel` is set or `until` passes first.
-    pub(crate) fn take(&self, cancel: Option<BorrowedHandle<'_>>, until: Option<Instant>) -> io::Result<Taken> {
+    pub(crate) fn take(&self, cancel: Option<BorrowedHandle<'_>>, until: Option<Instant>) -> io::Result<Acquired> {
         let mutex = self.0.as_handle();
         let signalled = match cancel {
             Some(cancel) => event::any(&[mutex, cancel], until)?,
             None => event::any(&[mutex], until)?,
         };
         Ok(match signalled {
-            None => Taken::TimedOut,
-            Some(event::Signalled { at: 0, abandoned: true }) => Taken::Abandoned,
-            Some(event::Signalled { at: 0, .. }) => Taken::Free,
-            Some(_) => Taken::Cancelled,
+            None => Acquired::TimedOut,
+            Some(event::Signalled { at: 0, abandoned: true }) => Acquired::Abandoned,
+            Some(event::Signalled { at: 0, .. }) => Acquired::Free,
+            Some(_) => Acquired::Cancelled,
         })
     }
 
@@ -170,14 +170,14 @@ mod tests {
         assert!(list.to_ascii_lowercase().starts_with("d:p(a;;0x100001;;;wd)(a;;0x120001;;;ow)"), "{list}");
         as_another(|| {
             let same = Mutex::open(&name, Sharing::Machine).unwrap();
-            assert_eq!(same.take(None, Some(Instant::now())).unwrap(), Taken::Free);
+            assert_eq!(same.take(None, Some(Instant::now())).unwrap(), Acquired::Free);
             same.give_back().unwrap();
             for access in [READ_CONTROL, WRITE_DAC, WRITE_OWNER, DELETE, MUTEX_ALL_ACCESS] {
                 let open = opened(&name, access);
                 assert!(is_denied(&open), "{access:x}: {open:?}");
             }
         });
-        assert_eq!(mutex.take(None, Some(Instant::now())).unwrap(), Taken::Free);
+        assert_eq!(mutex.take(None, Some(Instant::now())).unwrap(), Acquired::Free);
         mutex.give_back().unwrap();
     }
 
@@ -210,9 +210,9 @@ mod tests {
                 scope.spawn(|| Mutex::open(&name, sharing).unwrap().take(None, None).unwrap());
             });
             let until = Some(Instant::now() + Duration::from_secs(30));
-            assert_eq!(mutex.take(None, until).unwrap(), Taken::Abandoned);
+            assert_eq!(mutex.take(None, until).unwrap(), Acquired::Abandoned);
             mutex.give_back().unwrap();
-            assert_eq!(mutex.take(None, until).unwrap(), Taken::Free);
+            assert_eq!(mutex.take(None, until).unwrap(), Acquired::Free);
             mutex.give_back().unwrap();
         }
     }
