@@ -411,6 +411,14 @@ impl From<Error> for io::Error {
     }
 }
 
+/// Returns the beginning of the first line of a file, escaped, for a message.
+pub(crate) fn first_line(bytes: &[u8]) -> String {
+    const MAX_SHOWN: usize = 40;
+    let first = bytes.split(|byte| *byte == b'\n').next().unwrap_or_default();
+    let cut = String::from_utf8_lossy(&first[..first.len().min(MAX_SHOWN)]).escape_debug().to_string();
+    if first.len() > MAX_SHOWN { cut + "..." } else { cut }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -422,7 +430,13 @@ mod tests {
     }
 
     #[test]
-    fn display_and_debug_include_the_cause_once() {
+    fn first_line_in_message_is_short_and_harmless() {
+        assert_eq!(first_line(b"12\x1b[2J x\nrest"), "12\\u{1b}[2J x");
+        assert!(first_line(&[0xff; 9000]).len() < 200);
+    }
+
+    #[test]
+    fn b11_display_and_debug_include_the_cause_once() {
         let error = Error::io("open", "/x", io::Error::from(io::ErrorKind::NotFound));
         assert_eq!(error.to_string(), "cannot open /x: entity not found");
         assert_eq!(format!("{error:?}"), "cannot open /x: entity not found");

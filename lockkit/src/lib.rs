@@ -74,6 +74,7 @@ pub mod failpoint;
 #[cfg(not(feature = "steps"))]
 mod failpoint;
 mod file;
+mod fnv;
 pub mod instance;
 pub mod lease;
 mod lock;

@@ -37,9 +37,10 @@ use parking_lot::Mutex;
 
 #[cfg(feature = "tokio")]
 use crate::blocking;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{self, Error, ErrorKind, Result};
 use crate::failpoint::step;
 use crate::file;
+use crate::fnv;
 use crate::lock::{Guard, Recovered, lock_methods};
 use crate::owner::{Liveness, Owner};
 use crate::sys::files::{self, DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, Seen};
@@ -794,7 +795,7 @@ impl PidFile {
         own.push(name);
         own.push(".lockkit");
         if own.len() > NAME_MAX {
-            own = format!(".{:016x}.lockkit", record::sum(&name.to_string_lossy())).into();
+            own = format!(".{:016x}.lockkit", fnv::of_bytes(name.to_string_lossy().as_bytes())).into();
         }
         self.directory().join(own)
     }
@@ -815,7 +816,7 @@ impl PidFile {
     }
 
     fn not_a_pidfile(&self, bytes: &[u8], rule: &'static str) -> Error {
-        ErrorKind::NotAPidFile { path: self.path.to_path_buf(), text: record::shown(bytes), rule }.into()
+        ErrorKind::NotAPidFile { path: self.path.to_path_buf(), text: error::first_line(bytes), rule }.into()
     }
 }
 

@@ -14,6 +14,7 @@
 //! | `panic` | `panicked`: a thread acquired the lock and panicked as holder |
 //! | `hold-name NAME`, `time-out-name NAME`, `clean-name NAME` | `done`: the same with any named lock |
 //! | `use-names N`, `hold-names N` | `done`; `bytes N`: the memory that each of so many locks needs |
+//! | `list-behind N` | `listed M`: the locks of `hold-names`, listed with sockets of N waiting connections about |
 //! | `close-all` | `closed`: every descriptor from 3 on is closed; other, locked files have those numbers |
 //! | `others` | `kept`: those are open and locked; `fork-others` asks a forked child, `spare-others` closes them |
 //! | `reopen` | `open`: the lock is opened again |
@@ -406,6 +407,14 @@ pub fn serve(spec: &Spec) {
                     names.push(lock.try_lock().expect("a free name"));
                 }
                 format!("bytes {}", (resident() - before) / number as u64)
+            }
+            #[cfg(target_os = "linux")]
+            "list-behind" => {
+                let queues = crate::hostile::full_queues(argument.parse().expect("a number"));
+                let listed = lockkit::NamedLock::held(lockkit::Scope::User).expect("a list");
+                let held = listed.iter().filter(|held| held.lock().name().starts_with("held-")).count();
+                drop(queues);
+                format!("listed {held}")
             }
             "clean-name" => {
                 Spec::parse(&format!("named-socket:{argument}")).clean();

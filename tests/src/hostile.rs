@@ -26,6 +26,27 @@ fn bound(kind: SocketType, name: &str) -> OwnedFd {
     socket
 }
 
+/// Sockets that listen at names of their own, each with a queue of so many connections, and these connections.
+pub fn full_queues(connections: usize) -> Vec<OwnedFd> {
+    const SOCKETS: usize = 2;
+    let maximum = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
+    let limit = rustix::process::Rlimit { current: maximum, maximum };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).expect("as many descriptors as allowed");
+    let mut sockets = Vec::new();
+    for number in 0..SOCKETS {
+        let name = format!("lockkit-test-queue-{}-{number}", std::process::id());
+        let listener = bound(SocketType::STREAM, &name);
+        net::listen(&listener, i32::MAX).expect("a bound socket");
+        for _ in 0..connections {
+            let connection = socket_of(SocketType::STREAM);
+            net::connect(&connection, &address(&name)).expect("room in the queue");
+            sockets.push(connection);
+        }
+        sockets.push(listener);
+    }
+    sockets
+}
+
 /// Holds the abstract `name` as a lock does, and hands it over to the first waiter. Then keeps a copy of the socket, on
 /// which calls block however often the receiver sets it to non-blocking.
 pub fn hand_over(name: &str) {

@@ -889,6 +889,32 @@ fn c8_release_behind_dead_waiters_is_quick() {
 
 #[cfg(target_os = "linux")]
 #[test]
+fn b9_list_is_complete_despite_queues_too_long_for_a_message() {
+    if !rustix::process::geteuid().is_root() {
+        return lockkit_tests::left_out("a network namespace and so many descriptors need root");
+    }
+    let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
+    if descriptors.is_some_and(|most| most < 18_000) {
+        return lockkit_tests::left_out("too few descriptors are allowed here");
+    }
+    // The length of queues belongs to the network namespace, as names do.
+    let script = "echo 65535 > /proc/sys/net/core/somaxconn && exec \"$0\" \"$1\"";
+    let allowed = Command::new("unshare").args(["--net", "sh", "-c", script, "true"]).stderr(Stdio::null()).status();
+    if !allowed.is_ok_and(|status| status.success()) {
+        return lockkit_tests::left_out("a network namespace is not allowed here");
+    }
+    let mut actor = Actor::start_with(&Kind::NAMED_SOCKET.fresh(), |command| {
+        let (program, spec) = (command.get_program().to_owned(), command.get_args().next().unwrap().to_owned());
+        *command = Command::new("unshare");
+        command.args(["--net", "sh", "-c", script]).arg(program).arg(spec);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    });
+    assert!(actor.ask("hold-names 100").starts_with("bytes "));
+    actor.expect("list-behind 8450", "listed 100");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
 fn b12_all_held_names_are_listed_in_one_pass() {
     let guards: Vec<_> = (0..400)
         .map(|number| NamedLock::new(&format!("lockkit-test-many-{}-{number}", std::process::id())).unwrap())
@@ -963,6 +989,7 @@ lockkit_tests::left_out! { "it takes other users, modes of files, links, namespa
     b8_receiver_that_is_stopped_is_the_owner,
     b8_waiter_that_says_nonsense_is_named_by_its_pid,
     b8_process_that_only_asks_gets_no_lock,
+    b9_list_is_complete_despite_queues_too_long_for_a_message,
     a13_acquire_with_file_size_limit_still_excludes,
     c3_holder_killed_with_live_forked_child_frees_lock,
     c3_holder_stopped_in_its_release_keeps_nothing,

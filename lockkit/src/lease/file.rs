@@ -782,7 +782,7 @@ impl FileStore {
     }
 
     fn not_a_lease(&self, bytes: &[u8]) -> StoreError {
-        let text = format::shown(bytes);
+        let text = crate::error::first_line(bytes);
         StoreError::permanent(Error::from(ErrorKind::NotALease { path: self.path.clone(), text }))
     }
 

@@ -32,6 +32,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use super::store::ClaimId;
+use crate::fnv;
 use crate::owner::Owner;
 use crate::owner_text;
 
@@ -133,24 +134,14 @@ fn is_damaged(bytes: &[u8]) -> bool {
     are_notes && MAGIC.starts_with(&bytes[..end])
 }
 
-/// Returns the beginning of the first line of a file, escaped.
-pub(super) fn shown(bytes: &[u8]) -> String {
-    const MOST: usize = 40;
-    let first = bytes.split(|byte| *byte == b'\n').next().unwrap_or_default();
-    let text = String::from_utf8_lossy(&first[..first.len().min(MOST)]).escape_debug().to_string();
-    if first.len() > MOST { text + "..." } else { text }
-}
-
 /// Returns a hash that distinguishes one content of a file from another.
 pub(super) fn fingerprint(bytes: &[u8]) -> u64 {
-    fnv(FNV_BASIS, bytes)
+    add_words(fnv::BASIS, bytes)
 }
 
-const FNV_BASIS: u64 = 0xcbf2_9ce4_8422_2325;
-
 /// Computes FNV-1a over the words of `bytes`, starting from `sum`. The last word may be incomplete.
-fn fnv(sum: u64, bytes: &[u8]) -> u64 {
-    let add = |sum: u64, word| (sum ^ u64::from_le_bytes(word)).wrapping_mul(0x0000_0100_0000_01b3);
+fn add_words(sum: u64, bytes: &[u8]) -> u64 {
+    let add = |sum, word| fnv::add(sum, u64::from_le_bytes(word));
     let words = bytes.chunks_exact(8);
     let rest = words.remainder();
     let sum = words.filter_map(|word| word.try_into().ok()).fold(sum, add);
@@ -273,7 +264,7 @@ impl Record {
     }
 
     fn note_sum(&self, note: &[u8]) -> [u8; NOTE_SUM.end - NOTE_SUM.start] {
-        hex_digits(fnv(self.fingerprint(), &note[CLOCK.start..TIME.end]).into())
+        hex_digits(add_words(self.fingerprint(), &note[CLOCK.start..TIME.end]).into())
     }
 
     /// Returns a hash that changes with the statement of the record, but not with the notes of observers.
@@ -289,7 +280,10 @@ impl Record {
     }
 
     fn sum(&self) -> [u8; SUM.end - SUM.start] {
-        let sum = fnv(fnv(fnv(FNV_BASIS, &self.0[..SUM.start]), &self.0[SUM.end..NOTES.start]), &self.0[NOTES.end..]);
+        let sum = add_words(
+            add_words(add_words(fnv::BASIS, &self.0[..SUM.start]), &self.0[SUM.end..NOTES.start]),
+            &self.0[NOTES.end..],
+        );
         hex_digits(sum.into())
     }
 

@@ -3,7 +3,7 @@
 //! ```text
 //! next        what kind of directory this is, and the number that the next allocation tries first; locked while anything
 //!             is allocated or freed
-//! 17.lock     lock 17: who holds it (see `named::holder_record`), and behind that whether it is allocated
+//! 17.lock     lock 17: its holder (see `named::holder_record`), and behind that whether it is allocated
 //! ```
 //! A process holds lock 17 if it holds flock on the file `17.lock`. A byte in the file says whether the lock is
 //! allocated, so a freed lock still has its file as long as it is held. A process removes a file only if it holds both

@@ -29,6 +29,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use crate::failpoint::step;
+use crate::fnv;
 use crate::lock::Recovered;
 use crate::owner::{Liveness, Owner};
 use crate::sys::files::FileExt;
@@ -248,7 +249,7 @@ pub(super) fn owner_of(words: &Words) -> Option<Owner> {
 
 /// Returns the FNV-1a sum of the words. It detects half-written records, not forgeries.
 pub(super) fn sum(words: &Words) -> u64 {
-    words[IDENTITY].iter().fold(0xcbf2_9ce4_8422_2325, |sum, word| (sum ^ word).wrapping_mul(0x0000_0100_0000_01b3))
+    words[IDENTITY].iter().copied().fold(fnv::BASIS, fnv::add)
 }
 
 #[cfg(test)]

@@ -53,6 +53,7 @@ use rustix::process::{Resource, getrlimit};
 use super::holder_record::{self, ACQUIRED, IDENTITY, NAMESPACE, PID, PROGRAM, SUM, WORDS, Words};
 use crate::error::{Error, Result};
 use crate::failpoint::step;
+use crate::fnv;
 use crate::lock::Recovered;
 use crate::owner::Owner;
 use crate::sys::fork::ForkGuarded;
@@ -98,8 +99,7 @@ const CLAIMED: u64 = 3;
 
 /// Returns the key of the lock `name`: FNV-1a with its bits mixed.
 fn key_of(name: &str) -> u64 {
-    let sum = |sum: u64, byte| (sum ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
-    let mut key = name.bytes().fold(0xcbf2_9ce4_8422_2325, sum);
+    let mut key = fnv::of_bytes(name.as_bytes());
     key = (key ^ key >> 32).wrapping_mul(0xd6e8_feb8_6659_fd93);
     key ^= key >> 32;
     // Key 0 means that no lock has used the slot.

@@ -26,6 +26,7 @@
 use std::net::IpAddr;
 use std::time::{Duration, SystemTime};
 
+use crate::fnv;
 use crate::owner::Owner;
 use crate::sys::process;
 
@@ -178,7 +179,7 @@ pub(super) fn identity(owner: &Owner, written: SystemTime) -> Option<Vec<u8>> {
     bytes.extend(owner.start?.to_le_bytes());
     bytes.extend(owner.boot?.to_le_bytes());
     bytes.extend(owner.namespace?.to_le_bytes());
-    bytes.extend(sum(owner.host.as_deref()?).to_le_bytes());
+    bytes.extend(fnv::of_bytes(owner.host.as_deref()?.as_bytes()).to_le_bytes());
     bytes.extend(nanos(written)?.to_le_bytes());
     let program = owner.program.as_deref().unwrap_or_default();
     let mut end = program.len().min(MAX_IDENTITY - PROGRAM);
@@ -197,7 +198,7 @@ pub(super) fn read_identity(bytes: &[u8], pid: u32, written: SystemTime) -> Opti
     let number = |at: usize| Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?));
     let is_right = bytes.get(1..5)? == pid.to_le_bytes() && number(45)? == nanos(written)?;
     let host = match process::host() {
-        Some(host) if sum(host) == number(37)? => host.to_owned(),
+        Some(host) if fnv::of_bytes(host.as_bytes()) == number(37)? => host.to_owned(),
         // The name of that host is not known here.
         _ => format!("{:016x}", number(37)?),
     };
@@ -222,19 +223,6 @@ pub(super) fn is_program_cut(owner: &Owner) -> bool {
 
 fn nanos(moment: SystemTime) -> Option<u64> {
     u64::try_from(moment.duration_since(SystemTime::UNIX_EPOCH).ok().as_ref().map(Duration::as_nanos)?).ok()
-}
-
-/// Returns the FNV-1a sum.
-pub(super) fn sum(text: &str) -> u64 {
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, |sum, byte| (sum ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3))
-}
-
-/// Returns the beginning of the first line, for people.
-pub(super) fn shown(bytes: &[u8]) -> String {
-    const MAX_SHOWN: usize = 40;
-    let first = bytes.split(|byte| *byte == b'\n').next().unwrap_or_default();
-    let cut = String::from_utf8_lossy(&first[..first.len().min(MAX_SHOWN)]).escape_debug().to_string();
-    if first.len() > MAX_SHOWN { cut + "..." } else { cut }
 }
 
 #[cfg(test)]
@@ -442,11 +430,5 @@ mod tests {
             let Content::Other(broken) = parse(text.as_bytes()) else { panic!("{text:?} is a pid") };
             assert!(broken.contains(rule), "{text:?}: {broken}");
         }
-    }
-
-    #[test]
-    fn shown_text_is_short_and_harmless() {
-        assert_eq!(shown(b"12\x1b[2J x\nrest"), "12\\u{1b}[2J x");
-        assert!(shown(&[0xff; 9000]).len() < 200);
     }
 }

@@ -250,8 +250,7 @@ fn read_boot_id() -> Option<u128> {
 /// a host are the same here, and only the start times distinguish processes.
 #[cfg(not(any(target_os = "linux", target_vendor = "apple")))]
 fn read_boot_id() -> Option<u128> {
-    let sum = |sum: u64, byte| (sum ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
-    Some(u128::from(host()?.bytes().fold(0xcbf2_9ce4_8422_2325, sum)))
+    Some(u128::from(crate::fnv::of_bytes(host()?.as_bytes())))
 }
 
 /// Returns the namespaces of this process in which pids and start times count, as one number. The lower half is the pid

@@ -218,3 +218,27 @@ pub(crate) fn open_in(base: &Path, sharing: Sharing) -> Result<RuntimeDir> {
     }
     Ok(RuntimeDir { fd, path, sharing })
 }
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn file_whose_maker_was_killed_gets_its_mode_from_the_next_opener() {
+        let base = std::env::temp_dir().join(format!("lockkit-runtime-dir-{}", std::process::id()));
+        fs::create_dir_all(&base).unwrap();
+        let directory = open_in(&base, Sharing::User(effective_uid())).unwrap();
+        let mode = || fs::metadata(directory.file("table")).unwrap().permissions().mode() & 0o7777;
+        for left in [0o644, 0o600, 0o640] {
+            drop(directory.open_file("table").unwrap());
+            assert_eq!(mode(), 0o600);
+            fs::set_permissions(directory.file("table"), fs::Permissions::from_mode(left)).unwrap();
+        }
+        drop(directory.open_file("table").unwrap());
+        assert_eq!(mode(), 0o600);
+        fs::remove_dir_all(base).unwrap();
+    }
+}

@@ -21,6 +21,7 @@ use rustix::net::{
 use super::fork::ForkGuarded;
 use super::{event, process, user};
 use crate::failpoint::step;
+use crate::fnv;
 
 pub(crate) type Address = SocketAddrUnix;
 
@@ -75,9 +76,9 @@ fn hash_of(address: &Address) -> u64 {
     let add = |sum: u64, word: &[u8]| {
         let mut bytes = [0; 8];
         bytes[..word.len()].copy_from_slice(word);
-        (sum ^ u64::from_ne_bytes(bytes)).wrapping_mul(0x0000_0100_0000_01b3)
+        fnv::add(sum, u64::from_ne_bytes(bytes))
     };
-    address.abstract_name().unwrap_or_default().chunks(8).fold(0xcbf2_9ce4_8422_2325, add)
+    address.abstract_name().unwrap_or_default().chunks(8).fold(fnv::BASIS, add)
 }
 
 /// Whether the descriptor is a socket with the name of this hash. A connection that such a socket has accepted has the

@@ -111,12 +111,7 @@ pub(crate) fn boot_id() -> Option<u128> {
     const BOOT_ID: *const u32 = (0x7ffe_0000_usize + 0x2c4) as *const u32;
     // SAFETY: the page is mapped for reading in every process; the field is four bytes, aligned.
     let count = unsafe { BOOT_ID.read_volatile() };
-    Some(u128::from(sum(host()?)) << 32 | u128::from(count))
-}
-
-/// FNV-1a.
-fn sum(text: &str) -> u64 {
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, |sum, byte| (sum ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3))
+    Some(u128::from(crate::fnv::of_bytes(host()?.as_bytes())) << 32 | u128::from(count))
 }
 
 /// There is one pid space for all processes.
