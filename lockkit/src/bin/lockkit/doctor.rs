@@ -34,7 +34,7 @@ pub(crate) struct Doctor {
     /// The directory. Something is made in it for a moment.
     #[arg(value_name = "DIR")]
     directory: PathBuf,
-    /// Write JSON: {"version":1,"directory":…,"filesystem":{…},"checks":[…],"advice":[…]}, as docs/CLI.md has it.
+    /// Write JSON: {"version":1,"folder":…,"filesystem":{…},"checks":[…],"advice":[…]}, as docs/CLI.md has it.
     #[arg(long)]
     json: bool,
 }
@@ -42,6 +42,8 @@ pub(crate) struct Doctor {
 #[derive(Serialize)]
 struct Report {
     version: u32,
+    /// The name of the field is older than the word.
+    #[serde(rename = "folder")]
     directory: String,
     filesystem: FileSystem,
     checks: Vec<Check>,
