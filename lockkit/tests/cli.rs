@@ -1318,6 +1318,7 @@ fn the_doctor_finds_memory_sound() {
     assert_eq!(code_of(&report), 0, "{report:?}");
     let report = json(&report);
     assert_eq!((&report["version"], &report["filesystem"]["kind"]), (&1.into(), &"tmpfs".into()));
+    assert_eq!(report["folder"], path.as_str());
     assert!(
         report["checks"]
             .as_array()
