@@ -260,7 +260,8 @@ fn pidfile_waiter_of_foreign_process_sleeps_until_its_exit() {
         std::thread::sleep(Duration::from_millis(500));
         let share = (computed() - before).as_secs_f64() / start.elapsed().as_secs_f64();
         println!("{command}: {:.2} % of a core", share * 100.0);
-        assert!(share < 0.05, "{share}");
+        // A waiter that does not sleep uses a whole core. One that sleeps uses 1 to 8 %, depending on the machine.
+        assert!(share < 0.5, "{share}");
         waiter.expect_silence();
         daemon.end();
         assert_eq!(waiter.answer(), format!("held recovered {}", daemon.pid()));
