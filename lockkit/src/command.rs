@@ -4,12 +4,12 @@ use std::fs::File;
 #[cfg(target_os = "linux")]
 use std::io;
 
-#[cfg(target_os = "linux")]
-pub use crate::proc_locks::{FileLocks, Locked, Mechanism, OnFile};
 #[cfg(windows)]
 pub use crate::sys::command::{Cage, end_at_a_closed_pipe, pass_over_interrupts};
 #[cfg(unix)]
 pub use crate::sys::command::{as_given, end_at_a_closed_pipe, fork, inherited, rename_process, wait_for_children};
+#[cfg(target_os = "linux")]
+pub use crate::sys::proc_locks::{FileLocks, Locked, Mechanism, OnFile};
 use crate::{NamedLock, Owner, Result};
 
 /// Returns whether a process has an fcntl lock on any byte of the file, with its pid if the kernel reports it. Locks

@@ -62,44 +62,30 @@
 // They are const; clippy does not see that in the macro's expansion there.
 #![cfg_attr(windows, allow(clippy::missing_const_for_thread_local))]
 
-#[cfg(feature = "tokio")]
-mod blocking;
+mod base;
 #[cfg(all(any(target_os = "linux", windows), feature = "cli"))]
 #[doc(hidden)]
 pub mod command;
-mod error;
-#[cfg(feature = "steps")]
-#[doc(hidden)]
-pub mod failpoint;
-#[cfg(not(feature = "steps"))]
-mod failpoint;
-mod file;
-mod fnv;
+mod file_lock;
 pub mod instance;
 pub mod lease;
-mod lock;
 mod manager;
-mod name;
 mod named;
-mod owner;
-mod owner_text;
 mod pidfile;
-#[cfg(target_os = "linux")]
-// The command needs more of the module than the library does.
-#[cfg_attr(not(feature = "cli"), allow(dead_code, unreachable_pub))]
-mod proc_locks;
 mod sys;
-mod telemetry;
-mod wait;
 
 #[cfg(feature = "tokio")]
-pub use blocking::AsyncLock;
-pub use error::{Error, ErrorKind, Result};
-pub use file::{FileGuard, FileLock};
+pub use base::blocking::AsyncLock;
+pub use base::cancel::CancelToken;
+pub use base::error::{Error, ErrorKind, Result};
+pub use base::guard::{Guard, Recovered};
+pub use base::lock::Lock;
+pub use base::owner::{Liveness, Owner};
+pub use base::wait::Wait;
+pub use file_lock::{FileGuard, FileLock};
 #[cfg(target_os = "linux")]
 pub use instance::{Activation, FirstInstance, Instance, SecondInstance};
 pub use lease::{Lease, LeaseBuilder, LeaseGuard, LeaseStatus, Loss, LossReason, LostSignal};
-pub use lock::{Guard, Lock, Recovered};
 #[cfg(feature = "macros")]
 #[doc = include_str!("single_instance.md")]
 pub use lockkit_macros::single_instance;
@@ -107,9 +93,10 @@ pub use manager::{
     FileLockManager, HeldLock, InMemoryLockManager, LockManager, ManagedGuard, ManagedLock, ShmLockManager,
 };
 pub use named::{Backend, HeldNamedLock, NamedGuard, NamedLock, NamedLockBuilder, Scope};
-pub use owner::{Liveness, Owner};
 pub use pidfile::{PidFile, PidGuard, PidStatus};
-pub use wait::{CancelToken, Wait};
+#[cfg(feature = "steps")]
+#[doc(hidden)]
+pub use sys::failpoint;
 
 /// The items that most programs need, for one `use`.
 pub mod prelude {

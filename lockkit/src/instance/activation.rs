@@ -10,7 +10,7 @@ use rustix::io::Errno;
 
 use super::protocol::{self, Kind, Request};
 use super::server::Arrived;
-use crate::error::{Error, ErrorKind, Result};
+use crate::base::error::{Error, ErrorKind, Result};
 use crate::sys::event::{self, Woke};
 use crate::sys::fork::ForkGuarded;
 use crate::sys::seqpacket::Peer;

@@ -10,10 +10,10 @@ use std::io::Write;
 use std::marker::PhantomData;
 use std::time::Duration;
 
-use crate::error::{Error, ErrorKind, Result, chain};
-use crate::lock::Recovered;
+use crate::base::error::{Error, ErrorKind, Result, chain};
+use crate::base::guard::Recovered;
+use crate::base::wait::Wait;
 use crate::named::{NamedGuard, NamedLock, Scope};
-use crate::wait::Wait;
 
 /// The exit code of a single-instance `main` if the name is held, unless `exit_code` is given: `EX_TEMPFAIL` of
 /// [sysexits.h](https://man7.org/linux/man-pages/man3/sysexits.h.3head.html), "try again later".
@@ -121,7 +121,7 @@ pub mod standard {
 #[doc(hidden)]
 #[track_caller]
 pub const fn checked_name(name: &'static str) -> &'static str {
-    match crate::name::check(name) {
+    match crate::base::name::check(name) {
         Ok(()) => name,
         Err(rule) => panic!("{}", rule),
     }

@@ -5,9 +5,9 @@
 
 use rustix::io::Errno;
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::base::error::{Error, ErrorKind, Result};
+use crate::base::runtime_dir;
 use crate::sys::fork::ForkGuarded;
-use crate::sys::runtime_dir;
 use crate::sys::seqpacket::{self, Address, Peer, Reached};
 use crate::sys::stream;
 
@@ -65,7 +65,7 @@ impl Endpoint {
 mod tests {
     #[test]
     fn the_longest_name_of_the_last_user_fits() {
-        let longest = format!("lockkit/first/u{}/{}", u32::MAX, "x".repeat(crate::name::MAX_LEN));
+        let longest = format!("lockkit/first/u{}/{}", u32::MAX, "x".repeat(crate::base::name::MAX_LEN));
         assert!(super::seqpacket::address(&longest).is_ok());
     }
 }

@@ -15,10 +15,10 @@ use rustix::io::Errno;
 use super::activation::Activation;
 use super::endpoint::Endpoint;
 use super::server::Reception;
-use crate::error::{Error, Result};
-use crate::lock::Recovered;
+use crate::base::error::{Error, Result};
+use crate::base::guard::Recovered;
+use crate::base::wait::{Backoff, Wait};
 use crate::named::NamedGuard;
-use crate::wait::{Backoff, Wait};
 
 /// The time that the socket of the previous first instance may still exist when its name is already free: while it is
 /// torn down, or another program is just being started with a copy.
@@ -148,7 +148,7 @@ impl FirstInstance {
     #[cfg(feature = "tokio")]
     #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
     pub async fn next_activation_async(&self, wait: &Wait) -> Result<Option<Activation>> {
-        crate::blocking::check_runtime()?;
+        crate::base::blocking::check_runtime()?;
         Ok(self.reception.0.next_async(wait).await?.map(Activation::new))
     }
 

@@ -47,7 +47,8 @@ pub use second::{Outcome, SecondInstance};
 #[cfg(target_os = "linux")]
 use self::endpoint::Endpoint;
 #[cfg(target_os = "linux")]
-use crate::{error::Result, named::NamedLock};
+use crate::base::error::Result;
+use crate::named::NamedLock;
 
 /// A process that was started under a single-instance name: the first instance, or another one.
 ///

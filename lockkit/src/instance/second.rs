@@ -8,11 +8,12 @@ use std::time::Duration;
 use super::endpoint::Endpoint;
 use super::first::FirstInstance;
 use super::protocol::{self, Inbox, Kind, Malformed, Request};
-use crate::error::{Error, ErrorKind, Result};
+use crate::base::error::{Error, ErrorKind, Result};
+use crate::base::lock_info::LockInfo;
+use crate::base::owner::Owner;
+use crate::base::wait::{Backoff, Wait, WaitError, WaitState};
 use crate::named::NamedLock;
-use crate::owner::Owner;
 use crate::sys::stream::{self, Moved};
-use crate::wait::{Backoff, LockInfo, Wait, WaitError, WaitState};
 
 /// The size of one read of an answer.
 const PORTION: usize = 64 << 10;

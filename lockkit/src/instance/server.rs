@@ -19,13 +19,13 @@ use rustix::io::{Errno, Result as Io};
 
 use super::protocol::{self, Inbox, Kind, Request};
 #[cfg(feature = "tokio")]
-use crate::blocking;
-use crate::error::{Error, Result};
+use crate::base::blocking;
+use crate::base::error::{Error, Result};
+use crate::base::wait::{Wait, WaitState};
 use crate::sys::event::{self, Event};
-use crate::sys::fork::{self, ForkGuarded};
+use crate::sys::fork::{ForkGuarded, ProcessId};
 use crate::sys::seqpacket::{self, Peer};
 use crate::sys::stream::{self, Moved, Watched};
-use crate::wait::{Wait, WaitState};
 
 /// The number of connections that are read at a time.
 const MOST_CALLERS: usize = 32;
@@ -70,7 +70,7 @@ pub(super) struct Reception {
     closed: Event,
     desk: Mutex<Option<Desk>>,
     /// The process that receives. A forked child has a copy, possibly with a locked mutex.
-    generation: u32,
+    process: ProcessId,
 }
 
 struct Desk {
@@ -103,12 +103,12 @@ impl Reception {
         watched.add(&closed, CLOSED)?;
         let callers = Vec::with_capacity(MOST_CALLERS);
         let desk = Desk { listener, user, rests_until: None, callers, next_id: CLOSED + 1 };
-        Ok(Self { watched, closed, desk: Mutex::new(Some(desk)), generation: fork::generation() })
+        Ok(Self { watched, closed, desk: Mutex::new(Some(desk)), process: ProcessId::current() })
     }
 
     /// Whether this process is a child of the one that receives.
     pub(super) fn is_copy(&self) -> bool {
-        self.generation != fork::generation()
+        !self.process.is_current()
     }
 
     /// Closes every connection that was not given out, and wakes the waiters.

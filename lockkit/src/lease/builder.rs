@@ -9,11 +9,11 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use super::clock::{Clock, SystemClock};
-use super::file::FileStore;
 use super::state::LeaseTiming;
-use super::store::{LeaseName, LeaseStore};
-use super::{Inner, Lease, Loss, connect, waiters};
-use crate::error::{Error, ErrorKind, Result};
+use super::store::file::FileStore;
+use super::store::lease_store::{LeaseName, LeaseStore};
+use super::{Inner, Lease, Loss, connect, url, waiters};
+use crate::base::error::{Error, ErrorKind, Result};
 
 const TTL: Duration = Duration::from_secs(3);
 const HEARTBEAT: Duration = Duration::from_millis(250);
@@ -363,7 +363,7 @@ impl LeaseBuilder {
         }
         let clock_id = self.clock.shared_id();
         let (name, store, location): (_, Arc<dyn LeaseStore>, _) = match self.place {
-            Location::Url(url) => return Err(connect::invalid(&url, "it leads to another URL")),
+            Location::Url(url) => return Err(url::invalid(&url, "it leads to another URL")),
             Location::File(path) => {
                 let path = std::path::absolute(&path).map_err(|error| Error::io("make absolute", &path, error))?;
                 let store = FileStore {

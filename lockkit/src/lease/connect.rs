@@ -5,7 +5,6 @@
 
 #[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
 use std::collections::HashMap;
-use std::path::PathBuf;
 #[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
 use std::sync::{Arc, Weak};
 
@@ -14,11 +13,17 @@ use parking_lot::Mutex;
 
 use super::builder::Location;
 #[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
-use super::{LeaseStore, engine};
-use crate::error::{Error, ErrorKind, Result};
-use crate::sys::files;
+use super::store;
 #[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
-use crate::sys::per_process::PerProcess;
+use super::store::lease_store::LeaseStore;
+#[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
+use super::url::{Parts, text};
+use super::url::{invalid, path};
+use crate::base::error::Result;
+#[cfg(not(all(feature = "etcd", feature = "postgres", feature = "redis")))]
+use crate::base::error::{Error, ErrorKind};
+#[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
+use crate::sys::process_local::ProcessLocal;
 
 /// Returns where the lease at `url` is kept. Opens no connection.
 pub(super) fn place(url: &str) -> Result<Location> {
@@ -28,12 +33,12 @@ pub(super) fn place(url: &str) -> Result<Location> {
     match &*scheme.to_ascii_lowercase() {
         "file" => Ok(Location::File(path(url, rest)?)),
         #[cfg(feature = "etcd")]
-        "etcd" | "etcds" => in_store(url, 0, engine::etcd::open),
+        "etcd" | "etcds" => in_store(url, 0, store::etcd::open),
         #[cfg(not(feature = "etcd"))]
         "etcd" | "etcds" => Err(left_out("an etcd:// lease in a build of lockkit without its feature `etcd`")),
         // The first part of the path is the database.
         #[cfg(feature = "postgres")]
-        "postgres" | "postgresql" => in_store(url, 1, engine::postgres::open),
+        "postgres" | "postgresql" => in_store(url, 1, store::postgres::open),
         #[cfg(not(feature = "postgres"))]
         "postgres" | "postgresql" => {
             Err(left_out("a postgres:// lease in a build of lockkit without its feature `postgres`"))
@@ -43,11 +48,11 @@ pub(super) fn place(url: &str) -> Result<Location> {
         "redis" | "rediss" | "valkey" | "valkeys" => {
             let first = Parts::of(url).path.split('/').nth(1).unwrap_or_default();
             let has_database = !first.is_empty() && first.bytes().all(|byte| byte.is_ascii_digit());
-            in_store(url, usize::from(has_database), engine::redis::open)
+            in_store(url, usize::from(has_database), store::redis::open)
         }
         // The whole path is the socket's.
         #[cfg(feature = "redis")]
-        "redis+unix" | "valkey+unix" => in_store(url, usize::MAX, engine::redis::open),
+        "redis+unix" | "valkey+unix" => in_store(url, usize::MAX, store::redis::open),
         #[cfg(not(feature = "redis"))]
         "redis" | "rediss" | "valkey" | "valkeys" | "redis+unix" | "valkey+unix" => {
             Err(left_out("a redis:// lease in a build of lockkit without its feature `redis`"))
@@ -56,89 +61,9 @@ pub(super) fn place(url: &str) -> Result<Location> {
     }
 }
 
-/// Returns the error for an invalid URL, which is shown without its credentials and parameters.
-pub(super) fn invalid(url: &str, problem: impl Into<String>) -> Error {
-    let (scheme, rest) = url.split_once("://").map_or((None, url), |(scheme, rest)| (Some(scheme), rest));
-    let (head, tail) = rest.split_at(rest.find(['?', '#']).unwrap_or(rest.len()));
-    // If an @ comes only after a ? or #, the text before the @ may be a password, and so may a quotation in the
-    // problem.
-    let (rest, problem) = match tail.contains('@') {
-        true => (
-            "…",
-            "there is an @ after a ? or #: write %40, and in a user or password %3F for the ? and %23 for the #".into(),
-        ),
-        false => (head.rsplit_once('@').map_or(head, |(_, rest)| rest), problem.into()),
-    };
-    let shown = scheme.map_or_else(|| rest.to_owned(), |scheme| format!("{scheme}://{rest}"));
-    ErrorKind::InvalidUrl { url: shown.chars().map(|c| if c.is_control() { '?' } else { c }).collect(), problem }.into()
-}
-
 #[cfg(not(all(feature = "etcd", feature = "postgres", feature = "redis")))]
 fn left_out(what: &'static str) -> Error {
     ErrorKind::Unsupported { what }.into()
-}
-
-/// Returns the path of a `file:` URL from `rest`, the part after the scheme.
-fn path(url: &str, rest: &str) -> Result<PathBuf> {
-    // The host is empty (`file:///path`) or this machine.
-    let path = rest.strip_prefix("localhost").unwrap_or(rest);
-    let decoded = path.starts_with('/').then(|| unescaped(path)).flatten().and_then(files::path_of_url);
-    decoded.ok_or_else(|| invalid(url, "a file URL has three slashes and an absolute path"))
-}
-
-/// Decodes escapes such as `%20` to bytes; `None` if a `%` is not followed by two hexadecimal digits.
-fn unescaped(text: &str) -> Option<Vec<u8>> {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.bytes();
-    while let Some(byte) = rest.next() {
-        bytes.push(match byte {
-            b'%' => {
-                let digits = [rest.next()?, rest.next()?].map(|digit| char::from(digit).to_digit(16));
-                let [Some(high), Some(low)] = digits else { return None };
-                u8::try_from(high * 16 + low).ok()?
-            }
-            byte => byte,
-        });
-    }
-    Some(bytes)
-}
-
-/// A URL in its parts: `scheme://authority/path?parameter=value`.
-#[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
-pub(super) struct Parts<'u> {
-    pub(super) scheme: &'u str,
-    pub(super) authority: &'u str,
-    /// With its slash, or empty.
-    pub(super) path: &'u str,
-    query: &'u str,
-}
-
-#[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
-impl<'u> Parts<'u> {
-    pub(super) fn of(url: &'u str) -> Self {
-        let (scheme, rest) = url.split_once("://").unwrap_or(("", url));
-        let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
-        let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
-        Self { scheme, authority, path, query }
-    }
-
-    /// Returns the parameters, still escaped.
-    fn raw_parameters(&self) -> impl Iterator<Item = (&'u str, &'u str)> {
-        let pairs = self.query.split('&').filter(|pair| !pair.is_empty());
-        pairs.map(|pair| pair.split_once('=').unwrap_or((pair, "")))
-    }
-
-    /// Returns the parameters, decoded.
-    #[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
-    pub(super) fn parameters(&self) -> impl Iterator<Item = (&'u str, Option<String>)> {
-        self.raw_parameters().map(|(key, value)| (key, text(value)))
-    }
-}
-
-/// Decodes an escaped part of a URL, if it is UTF-8.
-#[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
-pub(super) fn text(escaped: &str) -> Option<String> {
-    String::from_utf8(unescaped(escaped)?).ok()
 }
 
 /// Returns the name of a lease, and the URL of its server without the name. `taken` parts of the path are the server's.
@@ -168,9 +93,9 @@ fn split(url: &str, taken: usize) -> Result<(String, String)> {
 /// Returns a lease in this process's store for the server at `url`.
 #[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
 fn in_store(url: &str, taken: usize, open: fn(&str) -> Result<Arc<dyn LeaseStore>>) -> Result<Location> {
-    static STORES: PerProcess<Mutex<HashMap<String, Weak<dyn LeaseStore>>>> = PerProcess::new();
+    static STORES: ProcessLocal<Mutex<HashMap<String, Weak<dyn LeaseStore>>>> = ProcessLocal::new();
     let (name, server) = split(url, taken)?;
-    let mut stores = STORES.get(Mutex::default).lock();
+    let mut stores = STORES.get_or_make(Mutex::default).lock();
     if let Some(store) = stores.get(&server).and_then(Weak::upgrade) {
         return Ok(Location::Store(store, name));
     }
@@ -182,7 +107,10 @@ fn in_store(url: &str, taken: usize, open: fn(&str) -> Result<Arc<dyn LeaseStore
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use super::*;
+    use crate::base::error::ErrorKind;
 
     fn file(url: &str) -> Option<PathBuf> {
         match place(url) {

@@ -39,7 +39,7 @@ use super::Loss;
 use super::builder::OnLost;
 use super::clock::Clock;
 use super::shared::Held;
-use crate::sys::per_process::PerProcess;
+use crate::sys::process_local::ProcessLocal;
 
 /// The maximum delay of a renewal after it is due, so that renewals run together. If a lease has a short heartbeat
 /// interval, the maximum is one part in [`SLACKS_IN_A_HEARTBEAT`] of that interval. With a wake-up every 3 ms, ten
@@ -190,8 +190,8 @@ impl HeartbeatScheduler {
 
     /// Returns the scheduler of this process, and starts it if it does not run.
     pub(super) fn start() -> io::Result<&'static Self> {
-        static SCHEDULER: PerProcess<HeartbeatScheduler> = PerProcess::new();
-        let heart = SCHEDULER.get(Self::default);
+        static SCHEDULER: ProcessLocal<HeartbeatScheduler> = ProcessLocal::new();
+        let heart = SCHEDULER.get_or_make(Self::default);
         let mut queue = heart.lock();
         if queue.active_worker == 0 {
             Self::spawn(move || heart.beat_as(1))?;

@@ -26,17 +26,13 @@
 mod builder;
 mod clock;
 mod connect;
-#[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
-mod engine;
-mod file;
-mod format;
 mod heartbeat;
 mod shared;
-mod staleness;
 mod state;
 mod store;
 #[cfg(test)]
 mod tests;
+mod url;
 mod waiters;
 
 use std::fmt;
@@ -45,26 +41,28 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use crate::base::error::{LossReason, StoreError};
 pub use builder::LeaseBuilder;
 use builder::Options;
 pub use clock::{Clock, ManualClock, SystemClock};
 use heartbeat::HeartbeatScheduler;
 pub use shared::LostSignal;
 use shared::{Held, PendingClaim, SHORTEST_REQUEST};
-pub use state::LossReason;
-pub use store::{
-    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseSnapshot, LeaseStore, Released, Renewal, StoreError,
+pub use store::lease_store::{
+    Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseSnapshot, LeaseStore, Released, Renewal,
     StoreProfile,
 };
 use waiters::Waiter;
 
 #[cfg(feature = "tokio")]
-use crate::blocking;
-use crate::error::{Error, ErrorKind, Result};
-use crate::lock::{Guard, Recovered, lock_methods};
-use crate::owner::Owner;
-use crate::telemetry;
-use crate::wait::{LockInfo, Wait, WaitError, WaitState};
+use crate::base::blocking;
+use crate::base::error::{Error, ErrorKind, Result};
+use crate::base::guard::{Guard, Recovered};
+use crate::base::lock::lock_methods;
+use crate::base::lock_info::LockInfo;
+use crate::base::owner::Owner;
+use crate::base::telemetry;
+use crate::base::wait::{Wait, WaitError, WaitState};
 
 /// The maximum time of a request that a caller waits for. A quarter of the ttl applies if it is shorter.
 const LONGEST_ATTEMPT: Duration = Duration::from_secs(2);

@@ -1,7 +1,7 @@
 //! A held lease, as its guard, its watchers and the heartbeat share it.
 //!
 //! The state is under a mutex. No thread holds the mutex during a request to a store, so a reader of the state never
-//! waits for a store. A forked child has a copy, perhaps of a locked mutex. The child checks the generation first, and
+//! waits for a store. A forked child has a copy, perhaps of a locked mutex. The child checks [`ProcessId`] first, and
 //! touches nothing else.
 
 use std::fmt;
@@ -12,17 +12,21 @@ use std::time::Duration;
 
 use super::clock::Clock;
 use super::heartbeat::{FailureDomain, HeartbeatScheduler};
-use super::state::{Action, LeaseState, LossReason};
-use super::store::{Attempt, ClaimId, Deadline, Grant, LeaseSnapshot, Released, Renewal, StoreError};
+use super::state::{Action, LeaseState};
+use super::store::lease_store::{Attempt, ClaimId, Deadline, Grant, LeaseSnapshot, Released, Renewal};
 use super::{Inner, Loss};
 #[cfg(feature = "tokio")]
-use crate::blocking;
-use crate::error::{Error, ErrorKind, Result};
-use crate::owner::Owner;
+use crate::base::blocking;
+use crate::base::cancel::CancelToken;
+use crate::base::error::LossReason;
+use crate::base::error::StoreError;
+use crate::base::error::{Error, ErrorKind, Result};
+use crate::base::lock_info::LockInfo;
+use crate::base::owner::Owner;
+use crate::base::telemetry;
+use crate::base::wait::{Wait, WaitState};
 use crate::sys::fd::AsFd;
-use crate::sys::fork;
-use crate::telemetry;
-use crate::wait::{CancelToken, LockInfo, Wait, WaitState};
+use crate::sys::fork::ProcessId;
 
 /// The maximum time that a release waits for the store. A quarter of the ttl applies if it is shorter.
 const LONGEST_RELEASE: Duration = Duration::from_millis(250);
@@ -42,7 +46,7 @@ pub(super) struct Held {
     is_granted: bool,
     heart: &'static HeartbeatScheduler,
     /// The process that holds the lease. A forked child has a copy of this value.
-    generation: u32,
+    process: ProcessId,
     /// Cancelled when the lease has ended.
     ended: CancelToken,
     state: Mutex<State>,
@@ -163,7 +167,7 @@ impl Held {
             grant,
             is_granted,
             heart,
-            generation: fork::generation(),
+            process: ProcessId::current(),
             ended: CancelToken::new(),
             state: Mutex::new(State { tenure, asking: false, left_to_heart: false, is_given_up: false, unanswered }),
             answered: Condvar::new(),
@@ -438,7 +442,7 @@ impl Held {
     }
 
     fn is_inherited(&self) -> bool {
-        self.generation != fork::generation()
+        !self.process.is_current()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -6,8 +6,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::store::{Renewal, StoreError};
-use crate::owner::Owner;
+use super::store::lease_store::Renewal;
+use crate::base::error::{LossReason, StoreError};
 
 /// The safety margins of a grant: one part in [`DRIFT`] of the ttl, and [`MARGIN`]. The holder's clock may be read
 /// late. It may run slow against the clock of the store or of an observer, by up to one part in a hundred.
@@ -16,31 +16,6 @@ const MARGIN: Duration = Duration::from_millis(2);
 
 /// A failed renewal is repeated after a quarter of a heartbeat, but no sooner than this.
 const SOONEST_RETRY: Duration = Duration::from_millis(10);
-
-/// The reason why a lease is not held any more, in [`Loss`](super::Loss) and [`LostSignal`](super::LostSignal).
-#[derive(Clone, Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum LossReason {
-    /// The lease expired before it was renewed. The process was stopped, or asleep with the machine, or it did not call
-    /// [`progress`](super::LeaseGuard::progress).
-    #[error("it was not renewed in time")]
-    Expired,
-    /// The record names another holder, or was freed by force.
-    #[error("it was taken over{}", .by.as_ref().map(|by| format!(" by {}", by.describe())).unwrap_or_default())]
-    TakenOver {
-        /// The new holder, if it is known.
-        by: Option<Box<Owner>>,
-    },
-    /// Its guard released it.
-    #[error("it was released")]
-    Released,
-    /// The lease expired, because the store did not renew it. Contains the last error of the store.
-    #[error("it could not be renewed in time: {}", .0)]
-    Store(Arc<StoreError>),
-    /// This guard is a forked child's copy: the lease stays with the parent.
-    #[error("it is held by the parent of this forked process")]
-    Forked,
-}
 
 /// The options of a lease that determine its timing.
 #[derive(Clone, Copy, Debug)]
@@ -200,6 +175,7 @@ impl LeaseState {
 mod tests {
     use super::super::clock::{Clock, ManualClock};
     use super::*;
+    use crate::base::owner::Owner;
 
     const MS: Duration = Duration::from_millis(1);
     const TERMS: LeaseTiming =

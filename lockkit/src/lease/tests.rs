@@ -7,10 +7,10 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Instant;
 
-use super::format::{Content, Record, SIZE};
+use super::store::file::format::{self, Content, Record, SIZE};
 use super::*;
+use crate::base::cancel::CancelToken;
 use crate::sys::flock;
-use crate::wait::CancelToken;
 
 const MS: Duration = Duration::from_millis(1);
 

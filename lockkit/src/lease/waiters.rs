@@ -18,11 +18,11 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::store::LeaseName;
-use crate::owner::Owner;
+use super::store::lease_store::LeaseName;
+use crate::base::owner::Owner;
 use crate::sys::event::Event;
 use crate::sys::fd::{AsFd, BorrowedFd};
-use crate::sys::per_process::PerProcess;
+use crate::sys::process_local::ProcessLocal;
 
 /// Identifies a queue: leases at one location that are acquired by the same rules. A thread relies on the first thread,
 /// which must therefore judge the lease, repeat its requests and fail as the thread itself would.
@@ -70,9 +70,9 @@ impl Entry {
 type Lines = HashMap<Key, Line>;
 
 fn lines() -> MutexGuard<'static, Lines> {
-    static LINES: PerProcess<Mutex<Lines>> = PerProcess::new();
+    static LINES: ProcessLocal<Mutex<Lines>> = ProcessLocal::new();
     // A panic leaves no partial change in here.
-    LINES.get(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner)
+    LINES.get_or_make(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Key {

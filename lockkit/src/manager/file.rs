@@ -22,16 +22,17 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::{Handle, HeldLock, LockManager, ManagedLock, Releases};
-use crate::error::{Error, ErrorKind, Result};
-use crate::failpoint::step;
-use crate::file::{FileGuard, FileLock};
-use crate::lock::Recovered;
-use crate::named::holder_record::{self, RecordStorage};
-use crate::owner::{Liveness, Owner};
+use crate::base::error::{Error, ErrorKind, Result};
+use crate::base::guard::Recovered;
+use crate::base::holder_record::{self, RecordStorage};
+use crate::base::lock_info::LockInfo;
+use crate::base::owner::{Liveness, Owner};
+use crate::base::runtime_dir;
+use crate::base::wait::Wait;
+use crate::file_lock::{FileGuard, FileLock};
+use crate::sys::failpoint::step;
 use crate::sys::files::{self, DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
-use crate::sys::fork::{self, NoFork};
-use crate::sys::runtime_dir;
-use crate::wait::{LockInfo, Wait};
+use crate::sys::fork::{NoFork, ProcessId};
 
 /// A table of locks as files in a directory, for the processes of one machine. A clone is another handle on it.
 ///
@@ -85,7 +86,7 @@ struct Entry {
     guard: FileGuard,
     turn: u64,
     /// Identifies the process that holds the lock, because a forked child has a copy.
-    generation: u32,
+    process: ProcessId,
 }
 
 /// The offset of the byte in a lock's file that says whether it is allocated.
@@ -318,7 +319,7 @@ impl TableFileLock {
         held.turns += 1;
         let turn = held.turns;
         // A forked child may have inherited an entry of its parent here. It is closed after forks are allowed again.
-        let inherited = held.guards.insert(self.id, Entry { guard, turn, generation: fork::generation() });
+        let inherited = held.guards.insert(self.id, Entry { guard, turn, process: ProcessId::current() });
         drop((held, no_fork, inherited));
         Ok((TableFileHold { lock: self.clone(), turn }, recovered))
     }
@@ -330,7 +331,7 @@ impl TableFileLock {
     fn release(&self, which: impl FnOnce(&Entry) -> bool) -> Result<()> {
         let no_fork = NoFork::hold();
         let mut held = self.directory.held.lock();
-        let mine = |entry: &Entry| entry.generation == fork::generation();
+        let mine = |entry: &Entry| entry.process.is_current();
         let entry = match held.guards.get(&self.id) {
             Some(entry) if mine(entry) && which(entry) => held.guards.remove(&self.id),
             _ => None,

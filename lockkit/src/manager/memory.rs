@@ -11,10 +11,11 @@ use std::time::Duration;
 use parking_lot::{Condvar, Mutex};
 
 use super::{Handle, HeldLock, LockManager, ManagedLock, Releases};
-use crate::error::{ErrorKind, Result};
-use crate::owner::Owner;
+use crate::base::error::{ErrorKind, Result};
+use crate::base::lock_info::LockInfo;
+use crate::base::owner::Owner;
+use crate::base::wait::Wait;
 use crate::sys::process;
-use crate::wait::{LockInfo, Wait};
 
 /// A table of locks inside one process, for tests of programs that use the other managers. It excludes threads, not
 /// processes. A clone is another handle on the same table.

@@ -4,35 +4,25 @@
 //! managers have the same rules. `shm` is in shared memory, for thousands of fine-grained locks at nanoseconds each.
 //! `file` has a file for each lock, for use without shared memory. `memory` is inside one process, for tests.
 //!
-//! `raw_lock` is the lock word in shared memory and `bitmap` the allocation. Both are free of system calls, so that
-//! [loom] can check them. Allocation and locking are independent: a lock that is not allocated works all the same,
-//! because a process may still use a number that was freed.
-//!
-//! [loom]: https://docs.rs/loom
+//! Allocation and locking are independent: a lock that is not allocated works all the same, because a process may still
+//! use a number that was freed.
 
-mod atomic;
-#[cfg_attr(not(all(target_os = "linux", not(loom))), allow(dead_code))]
-mod bitmap;
 mod file;
 mod memory;
-#[cfg_attr(not(all(target_os = "linux", not(loom))), allow(dead_code))]
-mod raw_lock;
-#[cfg(all(target_os = "linux", not(loom)))]
-mod shm;
-#[cfg(not(all(target_os = "linux", not(loom))))]
-#[path = "unsupported.rs"]
 mod shm;
 
 use std::fmt;
 
 #[cfg(feature = "tokio")]
-use crate::blocking;
-use crate::error::Result;
-use crate::lock::{Guard, Recovered, lock_methods};
-use crate::owner::Owner;
-use crate::sys::fork;
-use crate::telemetry;
-use crate::wait::{LockInfo, Wait};
+use crate::base::blocking;
+use crate::base::error::Result;
+use crate::base::guard::{Guard, Recovered};
+use crate::base::lock::lock_methods;
+use crate::base::lock_info::LockInfo;
+use crate::base::owner::Owner;
+use crate::base::telemetry;
+use crate::base::wait::Wait;
+use crate::sys::fork::ProcessId;
 
 pub use file::FileLockManager;
 pub use memory::InMemoryLockManager;
@@ -165,12 +155,12 @@ struct Full<H: Releases> {
     hold: H,
     recovered: Option<Box<Recovered>>,
     /// Identifies the process that holds the lock, because a forked child has a copy; `None` after the release.
-    generation: Option<u32>,
+    process: Option<ProcessId>,
 }
 
 impl<H: Releases + 'static> Full<H> {
     fn hold((hold, recovered): (H, Option<Box<Recovered>>)) -> Hold {
-        Hold::Full(Box::new(Self { hold, recovered, generation: Some(fork::generation()) }))
+        Hold::Full(Box::new(Self { hold, recovered, process: Some(ProcessId::current()) }))
     }
 }
 
@@ -183,7 +173,7 @@ impl<H: Releases> Drop for Full<H> {
 
 impl<H: Releases> AnyHold for Full<H> {
     fn release(&mut self) -> Result<()> {
-        match self.generation.take() == Some(fork::generation()) {
+        match self.process.take().is_some_and(ProcessId::is_current) {
             true => self.hold.release(),
             false => Ok(()),
         }
@@ -201,7 +191,7 @@ struct Traced {
     lock: ManagedLock,
     guard: ManagedGuard,
     /// Identifies the process that holds the lock, because a forked child has a copy; `None` after the release.
-    generation: Option<u32>,
+    process: Option<ProcessId>,
 }
 
 #[cfg(feature = "tracing")]
@@ -215,7 +205,7 @@ impl Drop for Traced {
 impl AnyHold for Traced {
     fn release(&mut self) -> Result<()> {
         let released = self.guard.give_back();
-        if self.generation.take() == Some(fork::generation()) {
+        if self.process.take().is_some_and(ProcessId::is_current) {
             telemetry::released(self.lock.subject());
         }
         released
@@ -310,7 +300,7 @@ impl ManagedLock {
         // So a release without tracing has nothing to check.
         #[cfg(feature = "tracing")]
         if telemetry::is_on() {
-            let traced = Traced { lock: self.clone(), guard, generation: Some(fork::generation()) };
+            let traced = Traced { lock: self.clone(), guard, process: Some(ProcessId::current()) };
             return Ok(ManagedGuard(Hold::Full(Box::new(traced))));
         }
         Ok(guard)

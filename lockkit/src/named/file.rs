@@ -1,6 +1,6 @@
 //! A named lock as a file in a private directory, locked with flock.
 //!
-//! The directory is at a fixed place (see [`runtime_dir`](crate::sys::runtime_dir)). The file contains the record of
+//! The directory is at a fixed place (see [`runtime_dir`](crate::base::runtime_dir)). The file contains the record of
 //! its holder (see [`holder_record`]), and is never deleted. While one of its locks is in use, a user's directory
 //! itself has a shared lock: it makes [systemd-tmpfiles] leave the files of the directory alone.
 //!
@@ -12,17 +12,18 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::holder_record::{self, RecordStorage};
-use crate::error::{Error, Result};
-use crate::failpoint::step;
-use crate::file::{FileGuard, FileLock};
-use crate::lock::Recovered;
-use crate::owner::{Liveness, Owner};
+use crate::base::error::{Error, Result};
+use crate::base::guard::Recovered;
+use crate::base::holder_record::{self, RecordStorage};
+use crate::base::lock_info::LockInfo;
+use crate::base::owner::{Liveness, Owner};
+use crate::base::runtime_dir::{self, Sharing};
+use crate::base::wait::Wait;
+use crate::file_lock::{FileGuard, FileLock};
+use crate::sys::failpoint::step;
 use crate::sys::files::{self, OpenOptionsExt};
 use crate::sys::flock;
 use crate::sys::fork::ForkGuarded;
-use crate::sys::runtime_dir::{self, Sharing};
-use crate::wait::{LockInfo, Wait};
 
 #[derive(Debug)]
 pub(super) struct NamedFileLock {
@@ -61,7 +62,7 @@ impl NamedFileLock {
         let Some(directory) = runtime_dir::path(sharing) else { return Vec::new() };
         let mut living = holder_record::Living::default();
         #[cfg(target_os = "linux")]
-        let table = crate::proc_locks::FileLocks::of_table();
+        let table = crate::sys::proc_locks::FileLocks::of_table();
         let mut held = |entry: std::io::Result<std::fs::DirEntry>| {
             let entry = entry.ok()?;
             let file = entry.file_name().into_string().ok()?;
@@ -81,7 +82,7 @@ impl NamedFileLock {
     /// Returns how many waiters the lock has in the kernel.
     pub(super) fn waiters(&self) -> Result<u32> {
         match runtime_dir::path(self.sharing) {
-            Some(_) => FileLock::own(self.path()?, self.sharing.file_mode()).waiters(),
+            Some(_) => FileLock::own(self.path()?, runtime_dir::file_mode(self.sharing)).waiters(),
             None => Ok(0),
         }
     }
@@ -134,7 +135,7 @@ impl NamedFileLock {
         }
         #[cfg(target_os = "linux")]
         if runtime_dir::path(self.sharing).is_some() {
-            let on = crate::proc_locks::FileLocks::of_table().on(&self.path()?);
+            let on = crate::sys::proc_locks::FileLocks::of_table().on(&self.path()?);
             return Ok(on.is_ok_and(|on| on.flock.is_some()));
         }
         Ok(false)
@@ -151,7 +152,7 @@ impl NamedFileLock {
             // Creates the file here, where it gets permissions for all users.
             directory.open_file(&self.file())?;
         }
-        let lock = FileLock::own(directory.file(&self.file()), self.sharing.file_mode());
+        let lock = FileLock::own(directory.file(&self.file()), runtime_dir::file_mode(self.sharing));
         let Ok(directory) = ForkGuarded::new(|| Ok::<_, std::convert::Infallible>(File::from(directory.fd)));
         let directory = directory.know().keep_across_fork();
         if let Sharing::User(_) = self.sharing {

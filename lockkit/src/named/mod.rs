@@ -1,36 +1,36 @@
 //! Locks on a name, valid for all processes of a user or of the machine.
 //!
 //! [`NamedLock`] is the public type. A [`Backend`] says how the lock is held: a listening socket (`socket`, Linux), a
-//! named mutex (`windows`), or a locked file in a private directory (`file`, on all other systems, and on request). All
+//! named mutex (`mutex_windows`), or a locked file in a private directory (`file`, on all other systems, and on request). All
 //! backends report a dead holder to the next one with the same small record (`holder_record`).
 
 mod file;
-pub(crate) mod holder_record;
-#[cfg(target_os = "linux")]
-mod proc_net_unix;
+#[cfg(windows)]
+mod mutex_windows;
 #[cfg(target_os = "linux")]
 mod records;
 #[cfg(target_os = "linux")]
 mod socket;
-#[cfg(windows)]
-mod windows;
 
 #[cfg(unix)]
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 #[cfg(feature = "tokio")]
-use crate::blocking;
+use crate::base::blocking;
 #[cfg(unix)]
-use crate::error::Error;
-use crate::error::Result;
-use crate::lock::{Guard, Recovered, lock_methods};
-use crate::name;
-use crate::owner::Owner;
-use crate::sys::fork;
-use crate::sys::runtime_dir::{self, Sharing};
-use crate::telemetry;
-use crate::wait::{LockInfo, Wait};
+use crate::base::error::Error;
+use crate::base::error::Result;
+use crate::base::guard::{Guard, Recovered};
+use crate::base::holder_record;
+use crate::base::lock::lock_methods;
+use crate::base::lock_info::LockInfo;
+use crate::base::name;
+use crate::base::owner::Owner;
+use crate::base::runtime_dir::{self, Sharing};
+use crate::base::telemetry;
+use crate::base::wait::Wait;
+use crate::sys::fork::{self, ProcessId};
 
 /// The processes that share a name.
 ///
@@ -150,7 +150,7 @@ enum Hold {
     Socket(socket::Hold),
     #[cfg(windows)]
     Mutex(windows::Hold),
-    File(crate::file::FileGuard),
+    File(crate::file_lock::FileGuard),
 }
 
 impl NamedLock {
@@ -219,7 +219,7 @@ impl NamedLock {
         #[cfg(target_os = "linux")]
         let found = socket::SocketLock::list(sharing)?;
         #[cfg(windows)]
-        let found = windows::MutexLock::list(sharing);
+        let found = mutex_windows::MutexLock::list(sharing);
         #[cfg(not(any(target_os = "linux", windows)))]
         let found: Vec<(String, Option<Owner>, u32)> = Vec::new();
         let found = found.into_iter().map(|found| (found, Backend::Auto));
@@ -343,7 +343,7 @@ impl NamedLock {
     }
 
     fn guard(&self, hold: Hold, recovered: Option<Box<Recovered>>) -> NamedGuard {
-        NamedGuard { named: self.0.clone(), hold: Some(hold), recovered, generation: fork::generation() }
+        NamedGuard { named: self.0.clone(), hold: Some(hold), recovered, process: ProcessId::current() }
     }
 
     /// Returns whether the lock is held now. It is cheap enough to be called repeatedly.
@@ -472,7 +472,7 @@ impl NamedLockBuilder<'_> {
             #[cfg(target_os = "linux")]
             Backend::Auto | Backend::Socket => Engine::Socket(socket::SocketLock::new(name, sharing)?),
             #[cfg(windows)]
-            Backend::Auto | Backend::Mutex => Engine::Mutex(windows::MutexLock::new(name, sharing)),
+            Backend::Auto | Backend::Mutex => Engine::Mutex(mutex_windows::MutexLock::new(name, sharing)),
             #[cfg(not(windows))]
             Backend::Mutex => {
                 return Err(crate::ErrorKind::Unsupported { what: "the mutex backend of named locks" }.into());
@@ -499,7 +499,7 @@ pub struct NamedGuard {
     hold: Option<Hold>,
     recovered: Option<Box<Recovered>>,
     /// Identifies the process that holds the lock, because a forked child has a copy of the guard.
-    generation: u32,
+    process: ProcessId,
 }
 
 impl NamedGuard {
@@ -587,7 +587,7 @@ impl NamedGuard {
 
     fn give_back(&mut self) -> Result<()> {
         let Some(hold) = self.hold.take() else { return Ok(()) };
-        if self.generation != fork::generation() {
+        if !self.process.is_current() {
             return Ok(());
         }
         let released = match (&self.named.engine, hold) {

@@ -1,7 +1,7 @@
 //! The records of the holders of all locks on sockets: one table for each user, and one for the machine.
 //!
 //! A record identifies the holder of a lock, or the process that died holding it (see
-//! [`holder_record`](super::holder_record)). The record excludes no process: a lost record is a lost report.
+//! [`holder_record`](crate::base::holder_record)). The record excludes no process: a lost record is a lost report.
 //!
 //! # Guarantees
 //! - The memory of a table is bounded by the number of locks that are held at once, plus 1 MiB for the records of dead
@@ -50,16 +50,16 @@ use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
-use super::holder_record::{self, ACQUIRED, IDENTITY, NAMESPACE, PID, PROGRAM, SUM, WORDS, Words};
-use crate::error::{Error, Result};
-use crate::failpoint::step;
-use crate::fnv;
-use crate::lock::Recovered;
-use crate::owner::Owner;
+use crate::base::error::{Error, Result};
+use crate::base::guard::Recovered;
+use crate::base::holder_record::{self, ACQUIRED, IDENTITY, NAMESPACE, PID, PROGRAM, SUM, WORDS, Words};
+use crate::base::owner::Owner;
+use crate::base::runtime_dir::{self, RuntimeDir, Sharing};
+use crate::sys::failpoint::step;
+use crate::sys::fnv;
 use crate::sys::fork::ForkGuarded;
 use crate::sys::mapping::Mapping;
-use crate::sys::per_process::PerProcess;
-use crate::sys::runtime_dir::{self, RuntimeDir, Sharing};
+use crate::sys::process_local::ProcessLocal;
 use crate::sys::{files, flock, tmpfile};
 
 /// The file's name, with the version of the format.
@@ -335,8 +335,8 @@ impl Records {
     /// backend if memory cannot be used. A deleted file is opened again.
     fn of(sharing: Sharing) -> Result<Arc<Self>> {
         /// A forked child has its own value, because it may have inherited the mutex locked.
-        static OPENED: PerProcess<Mutex<Vec<Arc<Records>>>> = PerProcess::new();
-        let mut opened = OPENED.get(Mutex::default).lock();
+        static OPENED: ProcessLocal<Mutex<Vec<Arc<Records>>>> = ProcessLocal::new();
+        let mut opened = OPENED.get_or_make(Mutex::default).lock();
         opened.retain(|records| records.sharing != sharing || records.is_there());
         if let Some(records) = opened.iter().find(|records| records.sharing == sharing) {
             return Ok(records.clone());

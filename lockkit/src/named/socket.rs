@@ -28,21 +28,22 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
-use super::holder_record::{self, IDENTITY, SUM, Words};
-use super::proc_net_unix::Sockets;
 use super::records::{HolderRecord, Holders};
 #[cfg(feature = "tokio")]
-use crate::blocking;
-use crate::error::{Error, ErrorKind, Result};
-use crate::failpoint::step;
-use crate::lock::Recovered;
-use crate::owner::{Liveness, Owner};
+use crate::base::blocking;
+use crate::base::error::{Error, ErrorKind, Result};
+use crate::base::guard::Recovered;
+use crate::base::holder_record::{self, IDENTITY, SUM, Words};
+use crate::base::lock_info::LockInfo;
+use crate::base::owner::{Liveness, Owner};
+use crate::base::runtime_dir::{self, Sharing};
+use crate::base::wait::{Backoff, Wait, WaitResult, WaitState};
 use crate::sys::clock::nanos;
+use crate::sys::failpoint::step;
 use crate::sys::fork::{self, ForkGuarded};
-use crate::sys::runtime_dir::{self, Sharing};
+use crate::sys::proc_net_unix::{LIST, Sockets};
 use crate::sys::seqpacket::{self, Address, Arrived, Peer, Reached};
 use crate::sys::{event, user};
-use crate::wait::{Backoff, LockInfo, Wait, WaitResult, WaitState};
 
 /// How long a caller that does not wait retries a lock without a known live holder: the holder is about to start or to
 /// end, or its socket is still open in a child that is about to start a program.
@@ -187,7 +188,7 @@ impl SocketLock {
     /// Returns the locks that are held now: name, owner and number of waiters.
     pub(super) fn list(sharing: Sharing) -> Result<Vec<(String, Option<Owner>, u32)>> {
         let prefix = prefix(sharing);
-        let sockets = Sockets::read()?;
+        let sockets = sockets()?;
         let mut holders = Holders::read(sharing);
         let mut living = holder_record::Living::default();
         let held = sockets.bound().filter_map(|(address, queue)| {
@@ -400,7 +401,7 @@ impl SocketLock {
 
     /// Returns the number of live waiters in the holder's queue.
     pub(super) fn waiters(&self) -> Result<u32> {
-        let sockets = Sockets::read()?;
+        let sockets = sockets()?;
         Ok(sockets.at(self.name()).map_or(0, |queue| sockets.waiters(queue, user_of(self.sharing))))
     }
 
@@ -510,6 +511,11 @@ fn user_of(sharing: Sharing) -> Option<u32> {
         Sharing::User(uid) => Some(uid),
         Sharing::Machine => None,
     }
+}
+
+/// Returns the sockets of this network namespace.
+fn sockets() -> Result<Sockets> {
+    Sockets::read().map_err(|error| Error::io("read", LIST, error))
 }
 
 #[cfg(test)]

@@ -26,8 +26,8 @@
 use std::net::IpAddr;
 use std::time::{Duration, SystemTime};
 
-use crate::fnv;
-use crate::owner::Owner;
+use crate::base::owner::Owner;
+use crate::sys::fnv;
 use crate::sys::process;
 
 /// At most this many bytes, and one more, are read. A longer file is no pidfile.

@@ -25,8 +25,8 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use super::record::{self, Content};
-use crate::file::beginning;
-use crate::owner::{Liveness, Owner};
+use crate::base::owner::{Liveness, Owner};
+use crate::file_lock::beginning;
 use crate::sys::files::{self, Seen};
 use crate::sys::process::{self, Probe};
 use crate::sys::{tmpfile, write_lock, xattr};
@@ -212,9 +212,9 @@ fn read_settled(file: &File) -> io::Result<Vec<u8>> {
 /// a process that cannot be looked up, and that may be trusted.
 #[cfg(target_os = "linux")]
 fn flock_holder(path: &Path, file: &File, seen: &Seen) -> io::Result<Option<Option<Owner>>> {
-    use crate::proc_locks::FileLocks;
     use crate::sys::files::MetadataExt;
     use crate::sys::flock::{self, Mode};
+    use crate::sys::proc_locks::FileLocks;
 
     // The kernel's table has no locks of processes that a pid namespace hides.
     let sees_all = process::pid_namespace().is_some_and(process::is_of_the_host);

@@ -8,7 +8,7 @@ use std::io;
 
 use fs2::FileExt;
 
-use crate::failpoint::step;
+use crate::sys::failpoint::step;
 
 /// How much a lock on a file excludes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -269,7 +269,7 @@ fn is(descriptor: BorrowedFd<'_>, noted: Identity) -> bool {
     match noted {
         UNKNOWN => true,
         #[cfg(target_os = "linux")]
-        (BY_NAME, hash) => super::seqpacket::has_name(descriptor, hash),
+        (BY_NAME, hash) => super::socket_name::has_name(descriptor, hash),
         noted => identity(descriptor).map_or_else(|error| error != Errno::BADF, |found| found == noted),
     }
 }
@@ -411,18 +411,37 @@ impl NoFork {
     }
 }
 
-/// Returns the number of this process, counted in forks. Two equal numbers in one process image mean that no fork lies
-/// between.
-#[inline]
-pub(crate) fn generation() -> u32 {
-    install();
-    noted_generation()
-}
+/// A process, as distinguished from the processes that it is forked from and that are forked from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct ProcessId(u32);
 
-/// Returns what [`generation`] does, for code that runs after a first call of it.
-#[inline]
-pub(crate) fn noted_generation() -> u32 {
-    GENERATION.load(Ordering::Relaxed)
+impl ProcessId {
+    /// Returns this process.
+    #[inline]
+    pub(crate) fn current() -> Self {
+        install();
+        Self(GENERATION.load(Ordering::Relaxed))
+    }
+
+    /// Returns this process, for code that runs after a first call of [`current`](Self::current).
+    #[cfg(target_os = "linux")]
+    #[inline]
+    pub(crate) fn known() -> Self {
+        Self(GENERATION.load(Ordering::Relaxed))
+    }
+
+    /// Returns the number of forks between the first process that used lockkit and this one.
+    #[cfg(target_os = "linux")]
+    #[inline]
+    pub(crate) fn number(self) -> u32 {
+        self.0
+    }
+
+    /// Returns whether it is this process. The handlers that count forks were installed when the value was made.
+    #[inline]
+    pub(crate) fn is_current(self) -> bool {
+        self.0 == GENERATION.load(Ordering::Relaxed)
+    }
 }
 
 #[inline]
@@ -500,12 +519,20 @@ fn disarm(number: RawFd, inert: Option<&OwnedFd>) -> bool {
 
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
-    use super::super::seqpacket;
+    use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketType};
+
+    use super::super::socket_name::hash_of;
     use super::*;
 
     fn listener(name: &str) -> ForkGuarded {
         let name = format!("lockkit-test-fork-{name}-{}", std::process::id());
-        seqpacket::listen_at(&seqpacket::address(&name).unwrap()).unwrap().unwrap()
+        let address = SocketAddrUnix::new_abstract_name(name.as_bytes()).unwrap();
+        let listening = ForkGuarded::named(hash_of(&address), || {
+            let socket = net::socket(AddressFamily::UNIX, SocketType::SEQPACKET, None)?;
+            net::bind(&socket, &address)?;
+            net::listen(&socket, 1).map(|()| socket)
+        });
+        listening.unwrap()
     }
 
     /// Runs `what` in a child without other threads, which would take the numbers of descriptors that it closes.

@@ -24,13 +24,13 @@ mod linux {
     use rustix::fs::inotify::{CreateFlags, WatchFlags, add_watch, init, remove_watch};
 
     use crate::sys::fork::ForkGuarded;
-    use crate::sys::per_process::PerProcess;
+    use crate::sys::process_local::ProcessLocal;
 
     /// The descriptor for the next watch of this process: without a watch, and with nothing to read.
-    static SPARE: PerProcess<Mutex<Option<ForkGuarded>>> = PerProcess::new();
+    static SPARE: ProcessLocal<Mutex<Option<ForkGuarded>>> = ProcessLocal::new();
 
     fn exchange_spare(with: Option<ForkGuarded>) -> Option<ForkGuarded> {
-        let mut spare = SPARE.get(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
+        let mut spare = SPARE.get_or_make(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
         std::mem::replace(&mut spare, with)
     }
 

@@ -1,4 +1,4 @@
-//! Everything that differs between systems, and everything `unsafe`.
+//! Everything that differs between systems, and everything `unsafe`. Nothing here uses another module of the library.
 //!
 //! One small module per mechanism, each a safe interface to what the kernel offers:
 //!
@@ -10,15 +10,20 @@
 //! | [`fd`] | descriptors, and handles on Windows, by one set of names | the same |
 //! | [`files`] | operations on files that differ between systems | every lock on a file |
 //! | [`flock`] | whole-file locks, through `fs2` | file locks |
-//! | [`runtime_dir`] | the private directories, at fixed places | named locks |
+//! | [`failpoint`] | places at which a test can have the process killed | tests |
+//! | [`fnv`] | the hash FNV-1a | records, names of sockets |
 //! | [`fork`] | descriptors that a forked child does not keep | every held lock |
 //! | `futex` | sleeping until a shared word changes | waiting for a lock in shared memory |
 //! | `mapping` | shared memory as atomic words | the records that remain after a crash |
 //! | `ofd` | locks that belong to an open file | which processes still use a lock table, pidfiles |
-//! | [`per_process`] | a value that a forked child does not inherit | the heartbeat of leases |
+//! | `proc_locks` | the kernel's lists of locks on files | the holders of locks on files |
+//! | `proc_net_unix` | the abstract sockets and their queues | the list of named locks |
 //! | [`process`] | the identity of processes, and whether they live | owners |
+//! | [`process_local`] | a value that a forked child does not inherit | the heartbeat of leases, cancel tokens |
 //! | `seqpacket` | abstract sockets that can be handed over | named locks on Linux |
 //! | [`atomic_box`] | a value that one thread at a time takes | kept descriptors |
+//! | [`sharing`] | the users that share a lock | named locks |
+//! | `socket_name` | the name of a socket as the identity of its descriptor | descriptors of named locks |
 //! | `stream` | abstract sockets that carry bytes both ways | instances that communicate |
 //! | `layout` | the layout of a lock table in shared memory | numbered locks |
 //! | `unix_diag` | the existing sockets, from the kernel | the waiters of a named lock |
@@ -39,12 +44,17 @@ pub(crate) mod command;
 pub(crate) mod darwin;
 #[cfg(unix)]
 pub(crate) mod event;
+#[cfg(feature = "steps")]
+pub mod failpoint;
+#[cfg(not(feature = "steps"))]
+pub(crate) mod failpoint;
 #[cfg(unix)]
 pub(crate) mod fd;
 #[cfg(unix)]
 pub(crate) mod files;
 #[cfg(unix)]
 pub(crate) mod flock;
+pub(crate) mod fnv;
 #[cfg(unix)]
 pub(crate) mod fork;
 #[cfg(target_os = "freebsd")]
@@ -58,13 +68,18 @@ pub(crate) mod layout;
 pub(crate) mod mapping;
 #[cfg(target_os = "linux")]
 pub(crate) mod ofd;
-pub(crate) mod per_process;
+#[cfg(target_os = "linux")]
+pub(crate) mod proc_locks;
+#[cfg(target_os = "linux")]
+pub(crate) mod proc_net_unix;
 #[cfg(unix)]
 pub(crate) mod process;
-#[cfg(unix)]
-pub(crate) mod runtime_dir;
+pub(crate) mod process_local;
 #[cfg(target_os = "linux")]
 pub(crate) mod seqpacket;
+pub(crate) mod sharing;
+#[cfg(target_os = "linux")]
+pub(crate) mod socket_name;
 #[cfg(target_os = "linux")]
 pub(crate) mod stream;
 pub(crate) mod tmpfile;
@@ -80,4 +95,4 @@ pub(crate) mod xattr;
 #[cfg(all(windows, feature = "cli"))]
 pub(crate) use windows::command;
 #[cfg(windows)]
-pub(crate) use windows::{clock, event, fd, files, flock, fork, mutex, process, runtime_dir};
+pub(crate) use windows::{clock, event, fd, files, flock, fork, known_folder, mutex, process, security};

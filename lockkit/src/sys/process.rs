@@ -23,7 +23,7 @@ use rustix::time::{ClockId, clock_gettime};
 use sysinfo::{ProcessRefreshKind, ProcessesToUpdate, System, UpdateKind};
 
 #[cfg(target_os = "linux")]
-use super::per_process::PerProcess;
+use super::process_local::ProcessLocal;
 
 /// The system's answer about a pid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -250,7 +250,7 @@ fn read_boot_id() -> Option<u128> {
 /// a host are the same here, and only the start times distinguish processes.
 #[cfg(not(any(target_os = "linux", target_vendor = "apple")))]
 fn read_boot_id() -> Option<u128> {
-    Some(u128::from(crate::fnv::of_bytes(host()?.as_bytes())))
+    Some(u128::from(crate::sys::fnv::of_bytes(host()?.as_bytes())))
 }
 
 /// Returns the namespaces of this process in which pids and start times count, as one number. The lower half is the pid
@@ -260,8 +260,8 @@ fn read_boot_id() -> Option<u128> {
 /// setns(2). [`Owner::current`](crate::Owner::current) does not notice that either.
 #[cfg(target_os = "linux")]
 pub(crate) fn pid_namespace() -> Option<u64> {
-    static KNOWN: PerProcess<OnceLock<u64>> = PerProcess::new();
-    let known = KNOWN.get(OnceLock::new);
+    static KNOWN: ProcessLocal<OnceLock<u64>> = ProcessLocal::new();
+    let known = KNOWN.get_or_make(OnceLock::new);
     if let Some(known) = known.get() {
         return Some(*known);
     }
@@ -364,24 +364,6 @@ fn installation() -> std::io::Result<Option<String>> {
 pub(crate) fn has_installation_id(host: &str) -> bool {
     // No host name has a slash.
     host.contains('/')
-}
-
-/// Changes nothing, and shows a tracer of this process where a step is.
-#[cfg(all(feature = "steps", debug_assertions))]
-pub(crate) fn show_a_step() {
-    let _ = rustix::process::getppid();
-}
-
-/// SIGKILL.
-#[cfg(all(feature = "steps", debug_assertions))]
-pub(crate) fn kill_this_process() {
-    let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
-}
-
-/// SIGSTOP.
-#[cfg(all(feature = "steps", debug_assertions))]
-pub(crate) fn stop_this_process() {
-    let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::STOP);
 }
 
 #[cfg(all(test, target_os = "linux"))]

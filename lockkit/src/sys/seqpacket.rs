@@ -7,7 +7,7 @@
 
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 
 use rustix::cmsg_space;
@@ -18,10 +18,10 @@ use rustix::net::{
     SocketFlags, SocketType,
 };
 
+use super::failpoint::step;
 use super::fork::ForkGuarded;
+use super::socket_name::hash_of;
 use super::{event, process, user};
-use crate::failpoint::step;
-use crate::fnv;
 
 pub(crate) type Address = SocketAddrUnix;
 
@@ -68,26 +68,6 @@ pub(super) fn listen_as(kind: SocketType, address: &Address) -> Result<Option<Fo
         }
         Err(Errno::ADDRINUSE) => Ok(None),
         Err(error) => Err(error),
-    }
-}
-
-/// Returns a hash of the name: FNV-1a over words.
-fn hash_of(address: &Address) -> u64 {
-    let add = |sum: u64, word: &[u8]| {
-        let mut bytes = [0; 8];
-        bytes[..word.len()].copy_from_slice(word);
-        fnv::add(sum, u64::from_ne_bytes(bytes))
-    };
-    address.abstract_name().unwrap_or_default().chunks(8).fold(fnv::BASIS, add)
-}
-
-/// Whether the descriptor is a socket with the name of this hash. A connection that such a socket has accepted has the
-/// name, too.
-pub(super) fn has_name(descriptor: BorrowedFd<'_>, hash: u64) -> bool {
-    match net::getsockname(descriptor) {
-        Ok(found) => Address::try_from(found).is_ok_and(|found| hash_of(&found) == hash),
-        // Any other error does not prove that the descriptor was closed.
-        Err(error) => !matches!(error, Errno::BADF | Errno::NOTSOCK),
     }
 }
 

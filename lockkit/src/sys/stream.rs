@@ -14,7 +14,7 @@ use rustix::net::{self, RecvFlags, SendFlags, SocketFlags, SocketType};
 
 use super::fork::ForkGuarded;
 use super::seqpacket::{Address, Reached, connect_as, listen_as};
-use crate::failpoint::step;
+use crate::sys::failpoint::step;
 
 /// Returns a listening socket with the address, or `None` if another process has it.
 pub(crate) fn listen_at(address: &Address) -> Result<Option<ForkGuarded>> {

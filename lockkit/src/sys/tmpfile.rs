@@ -7,7 +7,7 @@ use std::io;
 use std::path::Path;
 
 #[cfg(target_os = "linux")]
-use crate::failpoint::step;
+use crate::sys::failpoint::step;
 
 /// Creates a file without a name on the file system of `directory`, with `mode` less the umask. If the system cannot do
 /// that, the error is of the kind `Unsupported`.

@@ -13,7 +13,7 @@ use super::flock;
 #[cfg(target_os = "linux")]
 use super::ofd;
 #[cfg(target_os = "linux")]
-use crate::failpoint::step;
+use crate::sys::failpoint::step;
 
 /// Acquires the lock if no process has a lock on the file. Returns whether it did. The file must be open for writing.
 pub(crate) fn try_lock(file: &File) -> io::Result<bool> {

@@ -25,7 +25,7 @@ pub(crate) fn get<'r>(file: &File, name: &str, room: &'r mut [u8]) -> io::Result
 #[cfg(any(target_os = "linux", target_vendor = "apple"))]
 pub(crate) fn set(file: &File, name: &str, value: &[u8]) -> io::Result<()> {
     rustix::fs::fsetxattr(file, name, value, rustix::fs::XattrFlags::empty())?;
-    crate::failpoint::step("attribute set");
+    crate::sys::failpoint::step("attribute set");
     Ok(())
 }
 

@@ -12,17 +12,22 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::ops::Deref;
 use std::os::windows::fs::{FileExt as _, OpenOptionsExt as _};
-use std::os::windows::io::AsRawHandle;
+use std::os::windows::io::{AsRawHandle, FromRawHandle, OwnedHandle};
 use std::path::{Path, PathBuf};
+use std::ptr;
 
 use windows_sys::Win32::Foundation::{
-    ERROR_ACCESS_DENIED, ERROR_FILENAME_EXCED_RANGE, ERROR_INVALID_NAME, ERROR_INVALID_PARAMETER, STATUS_DELETE_PENDING,
+    ERROR_ACCESS_DENIED, ERROR_FILENAME_EXCED_RANGE, ERROR_INVALID_NAME, ERROR_INVALID_PARAMETER, INVALID_HANDLE_VALUE,
+    STATUS_DELETE_PENDING,
 };
 use windows_sys::Win32::Storage::FileSystem::{
-    BY_HANDLE_FILE_INFORMATION, FILE_FLAG_BACKUP_SEMANTICS, FILE_FLAG_OPEN_REPARSE_POINT, FILE_ID_INFO,
-    FILE_READ_ATTRIBUTES, FILE_REMOTE_PROTOCOL_INFO, FileIdInfo, FileRemoteProtocolInfo, GetFileInformationByHandle,
-    GetFileInformationByHandleEx,
+    BY_HANDLE_FILE_INFORMATION, CREATE_NEW, CreateFileW, FILE_ATTRIBUTE_NORMAL, FILE_FLAG_BACKUP_SEMANTICS,
+    FILE_FLAG_OPEN_REPARSE_POINT, FILE_GENERIC_READ, FILE_GENERIC_WRITE, FILE_ID_INFO, FILE_READ_ATTRIBUTES,
+    FILE_REMOTE_PROTOCOL_INFO, FILE_SHARE_DELETE, FILE_SHARE_READ, FILE_SHARE_WRITE, FileIdInfo,
+    FileRemoteProtocolInfo, GetFileInformationByHandle, GetFileInformationByHandleEx,
 };
+
+use super::security::Descriptor;
 
 /// For `custom_flags`: does not follow a symbolic link.
 pub(crate) const NOFOLLOW: i32 = FILE_FLAG_OPEN_REPARSE_POINT as i32;
@@ -155,6 +160,33 @@ pub(crate) fn open(options: &OpenOptions, path: &Path) -> io::Result<File> {
 /// Creates a file; `options` must request that.
 pub(crate) fn create(options: &OpenOptions, path: &Path) -> io::Result<File> {
     options.open(path).map_err(|error| unless_pending(error, io::ErrorKind::AlreadyExists))
+}
+
+/// Creates a file with the access that `access` gives, or with what the directory gives. All others may open, write and
+/// delete it meanwhile.
+///
+/// # Errors
+/// `ERROR_FILE_EXISTS` if the path leads to a file.
+pub(crate) fn create_new(path: &Path, access: Option<&Descriptor>) -> io::Result<File> {
+    let attributes = access.map(Descriptor::attributes);
+    let wide = super::wide(&path.to_string_lossy());
+    // SAFETY: the path ends with a zero, and the attributes' descriptor lives until the end of this call.
+    let handle = unsafe {
+        CreateFileW(
+            wide.as_ptr(),
+            FILE_GENERIC_READ | FILE_GENERIC_WRITE,
+            FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE,
+            attributes.as_ref().map_or(ptr::null(), ptr::from_ref),
+            CREATE_NEW,
+            FILE_ATTRIBUTE_NORMAL,
+            ptr::null_mut(),
+        )
+    };
+    match handle == INVALID_HANDLE_VALUE {
+        true => Err(io::Error::last_os_error()),
+        // SAFETY: the call has just made the handle, and it has no other owner.
+        false => Ok(File::from(unsafe { OwnedHandle::from_raw_handle(handle) })),
+    }
 }
 
 /// Returns the error of the call that has just failed, or `instead` if the call met a file that is being deleted.

@@ -20,7 +20,7 @@ use windows_sys::Win32::Storage::FileSystem::{
 use windows_sys::Win32::System::IO::{OVERLAPPED, OVERLAPPED_0, OVERLAPPED_0_0};
 use windows_sys::core::BOOL;
 
-use crate::failpoint::step;
+use crate::sys::failpoint::step;
 
 /// How much a lock on a file excludes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,7 +8,7 @@
 //! | [`fd`] | handles by the names of descriptors |
 //! | [`files`] | the identity of files, by volume and id; files that are being deleted |
 //! | [`flock`] | `LockFileEx` on a byte that no file reaches |
-//! | [`runtime_dir`] | the directories for lockkit's own files, as the shell knows them |
+//! | [`known_folder`] | the directories for application data, as the shell knows them |
 //! | [`fork`] | nothing: there is no fork |
 //! | [`mutex`] | named mutexes |
 //! | [`process`] | pid and creation time |
@@ -22,9 +22,9 @@ pub(crate) mod fd;
 pub(crate) mod files;
 pub(crate) mod flock;
 pub(crate) mod fork;
+pub(crate) mod known_folder;
 pub(crate) mod mutex;
 pub(crate) mod process;
-pub(crate) mod runtime_dir;
 pub(crate) mod security;
 
 use std::time::Duration;

@@ -13,8 +13,8 @@ use windows_sys::Win32::Storage::FileSystem::{READ_CONTROL, SYNCHRONIZE};
 use windows_sys::Win32::System::Threading::{CreateMutexExW, MUTEX_MODIFY_STATE, ReleaseMutex};
 
 use super::event;
-use super::runtime_dir::Sharing;
 use super::security::{self, Descriptor};
+use crate::sys::sharing::Sharing;
 
 /// An open mutex. The thread that acquires it must release it.
 #[derive(Debug)]

@@ -111,7 +111,7 @@ pub(crate) fn boot_id() -> Option<u128> {
     const BOOT_ID: *const u32 = (0x7ffe_0000_usize + 0x2c4) as *const u32;
     // SAFETY: the page is mapped for reading in every process; the field is four bytes, aligned.
     let count = unsafe { BOOT_ID.read_volatile() };
-    Some(u128::from(crate::fnv::of_bytes(host()?.as_bytes())) << 32 | u128::from(count))
+    Some(u128::from(crate::sys::fnv::of_bytes(host()?.as_bytes())) << 32 | u128::from(count))
 }
 
 /// There is one pid space for all processes.
@@ -174,22 +174,6 @@ pub(crate) fn has_installation_id(host: &str) -> bool {
     // No host name has a slash.
     host.contains('/')
 }
-
-/// Does nothing: Windows has no way to show it.
-#[cfg(all(feature = "steps", debug_assertions))]
-pub(crate) fn show_a_step() {}
-
-/// Ends this process at once, as an external kill does.
-#[cfg(all(feature = "steps", debug_assertions))]
-pub(crate) fn kill_this_process() {
-    use windows_sys::Win32::System::Threading::{GetCurrentProcess, TerminateProcess};
-    // SAFETY: the call ends the process, so no code follows.
-    unsafe { TerminateProcess(GetCurrentProcess(), 1) };
-}
-
-/// Does nothing: no test stops a process at a step on Windows.
-#[cfg(all(feature = "steps", debug_assertions))]
-pub(crate) fn stop_this_process() {}
 
 #[cfg(test)]
 mod tests {

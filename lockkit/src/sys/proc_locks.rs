@@ -1,0 +1,338 @@
+//! The kernel's lists of locks on files, and the processes that hold these locks.
+//!
+//! The kernel lists each lock twice:
+//! - [proc_locks(5)] lists it by file system and inode, with the process that acquired the lock and its waiters. This
+//!   list also has the locks of processes whose descriptors this process may not read.
+//! - [proc_pid_fdinfo(5)] lists it for each descriptor through which it is held. This list names the processes that
+//!   keep a lock, also an inherited one. The link of the descriptor gives the path.
+//!
+//! [`FileLocks::read`] reads both lists once, so a caller with many paths pays for one pass over /proc. It opens only
+//! files of /proc and locks nothing, so it disturbs no process. (A process that closes any descriptor of a file loses
+//! its fcntl locks on that file, so a library must not open the files of its caller.)
+//!
+//! [proc_locks(5)]: https://man7.org/linux/man-pages/man5/proc_locks.5.html
+//! [proc_pid_fdinfo(5)]: https://man7.org/linux/man-pages/man5/proc_pid_fdinfo.5.html
+
+use std::cell::{OnceCell, RefCell};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ffi::{CStr, OsString};
+use std::fs;
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use crate::base::owner::Owner;
+use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, StatxFlags, major, minor, open, openat, readlinkat, statat, statx};
+
+/// How a process locks a file. Locks of one mechanism do not exclude those of the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Mechanism {
+    /// flock(2), on the whole file.
+    Flock,
+    /// fcntl(2), on any range of bytes: `F_SETLK` (POSIX, also lockf(3)) and `F_OFD_SETLK`.
+    Fcntl,
+}
+
+/// The locks of one mechanism on one file.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Locked {
+    /// The processes that hold them, as far as they are known.
+    pub pids: Vec<u32>,
+    /// The number of waiters in the kernel.
+    pub waiters: u32,
+}
+
+/// The locks on one file; `None` for a mechanism without a lock.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OnFile {
+    /// The locks of flock(2).
+    pub flock: Option<Locked>,
+    /// The locks of fcntl(2).
+    pub fcntl: Option<Locked>,
+}
+
+/// A snapshot of the locks on files.
+#[derive(Debug, Default)]
+pub struct FileLocks {
+    /// The lines of /proc/locks.
+    table: HashMap<FileId, Vec<Entry>>,
+    /// The processes with a descriptor that holds a lock.
+    holders: HashMap<(FileId, Mechanism), Vec<u32>>,
+    /// The files of those descriptors: the path from the link, and the device and inode from stat(2). The path is text,
+    /// because a comparison of paths goes component by component and is slow.
+    files: BTreeMap<OsString, Identity>,
+    /// The identities of the files of those descriptors in the kernel's lists.
+    ids: HashMap<Identity, FileId>,
+    /// The processes whose descriptors were read.
+    seen: HashSet<u32>,
+    /// The files that processes with a given name have open.
+    open: Vec<PathBuf>,
+    /// The error of reading /proc/locks.
+    unread: Option<io::Error>,
+    mounts: OnceCell<HashMap<u64, Device>>,
+    /// The device of the file system, by the device from stat(2).
+    devices: RefCell<HashMap<u64, Device>>,
+    owners: RefCell<HashMap<u32, Option<Owner>>>,
+}
+
+/// The major and the minor number.
+type Device = (u32, u32);
+
+/// Device and inode from stat(2).
+type Identity = (u64, u64);
+
+/// The identity of a file in the kernel's lists. The device is the file system's; on Btrfs stat(2) returns another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct FileId {
+    device: Device,
+    inode: u64,
+}
+
+/// A lock, from a line of the kernel's lists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Entry {
+    mechanism: Mechanism,
+    /// Whether a process waits for it, instead of holding it.
+    waits: bool,
+    /// The process that acquired it; 0 for an `F_OFD_SETLK` lock and for a process that a pid namespace hides.
+    pid: u32,
+    file: FileId,
+}
+
+/// Parses `1: FLOCK  ADVISORY  WRITE 4242 fe:00:131 0 EOF`, with `->` after the number for a waiter.
+fn parse(line: &str) -> Option<Entry> {
+    let mut words = line.split_ascii_whitespace().skip(1).peekable();
+    let waits = words.next_if_eq(&"->").is_some();
+    let mechanism = match words.next()? {
+        "FLOCK" => Mechanism::Flock,
+        "POSIX" | "OFDLCK" => Mechanism::Fcntl,
+        // A LEASE or a DELEG is the kernel's promise to report an open(2), not a lock.
+        _ => return None,
+    };
+    let mut words = words.skip(2);
+    let pid = words.next()?.parse().unwrap_or_default();
+    let mut file = words.next()?.split(':');
+    let mut number = |radix| u64::from_str_radix(file.next()?, radix).ok();
+    let device = (u32::try_from(number(16)?).ok()?, u32::try_from(number(16)?).ok()?);
+    Some(Entry { mechanism, waits, pid, file: FileId { device, inode: number(10)? } })
+}
+
+impl FileLocks {
+    /// Reads all locks on files. Also records which files are open in processes with the name `keeper`.
+    pub fn read(keeper: &str) -> Self {
+        let mut locks = Self::of_table();
+        locks.seen.clear();
+        let processes =
+            fs::read_dir("/proc").into_iter().flatten().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        for pid in processes.filter_map(|name| name.parse::<u32>().ok()) {
+            locks.read_process(pid, keeper);
+        }
+        locks
+    }
+
+    /// Reads like [`read`](Self::read), but only /proc/locks, in microseconds. The holder is then the process that
+    /// acquired the lock, which may have passed it on to another, and no paths are known.
+    pub fn of_table() -> Self {
+        let mut locks = Self::default();
+        // Read in one call: a change between two reads can show a line twice or not at all.
+        match fs::read_to_string("/proc/locks") {
+            Ok(table) => {
+                for entry in table.lines().filter_map(parse) {
+                    locks.table.entry(entry.file).or_default().push(entry);
+                }
+            }
+            Err(error) => locks.unread = Some(error),
+        }
+        locks
+    }
+
+    fn read_process(&mut self, pid: u32, keeper: &str) {
+        let directory = |name| open(format!("/proc/{pid}/{name}"), OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+        // Names relative to these directories are found in half the time of whole paths.
+        let (Ok(links), Ok(infos)) = (directory("fd"), directory("fdinfo")) else { return };
+        let Ok(descriptors) = Dir::read_from(&links) else { return };
+        self.seen.insert(pid);
+        let is_keeper = !keeper.is_empty()
+            && fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim_end() == keeper);
+        for descriptor in descriptors.flatten() {
+            let number = descriptor.file_name();
+            // The links of sockets, pipes and the like are not paths. Some processes have mostly these.
+            let path = readlinkat(&links, number, Vec::new()).ok().map(|path| OsString::from_vec(path.into_bytes()));
+            let Some(path) = path.filter(|path| path.as_bytes().starts_with(b"/")) else { continue };
+            let Some(entries) = read_info(&infos, number) else { continue };
+            let Some(first) = entries.first() else {
+                if is_keeper {
+                    self.open.push(path.into());
+                }
+                continue;
+            };
+            // Through the link, because the path may lead to another file in this mount namespace.
+            if let Ok(found) = statat(&links, number, AtFlags::empty()) {
+                let identity = (found.st_dev, found.st_ino);
+                self.ids.insert(identity, first.file);
+                self.files.insert(path, identity);
+            }
+            for entry in entries {
+                let holders = self.holders.entry((entry.file, entry.mechanism)).or_default();
+                if holders.last() != Some(&pid) {
+                    holders.push(pid);
+                }
+            }
+        }
+    }
+
+    /// Returns the error of reading the kernel's table of locks. After an error, a file without a lock in the result
+    /// may be locked all the same.
+    pub fn unread(&self) -> Option<&io::Error> {
+        self.unread.as_ref()
+    }
+
+    /// Returns the locked files of the processes that this process may inspect, by path. The result excludes deleted
+    /// files, and files whose path leads elsewhere in this mount namespace.
+    pub fn files(&self) -> impl Iterator<Item = (&Path, OnFile)> {
+        self.files.iter().filter_map(|(path, identity)| {
+            let path = Path::new(path);
+            let found = fs::metadata(path).ok()?;
+            ((found.dev(), found.ino()) == *identity).then(|| (path, self.on_id(self.ids[identity])))
+        })
+    }
+
+    /// Returns the files without a lock that the processes with the name `keeper` have open.
+    pub fn open(&self) -> &[PathBuf] {
+        &self.open
+    }
+
+    /// Returns the process with this pid, or `None` if it has ended. Each pid is looked up once.
+    pub fn owner(&self, pid: u32) -> Option<Owner> {
+        self.owners.borrow_mut().entry(pid).or_insert_with(|| Owner::of(pid)).clone()
+    }
+
+    /// Returns the locks on the file at `path`.
+    ///
+    /// # Errors
+    /// Fails if the metadata of the file cannot be read.
+    pub fn on(&self, path: &Path) -> io::Result<OnFile> {
+        let found = fs::metadata(path)?;
+        let id = self.ids.get(&(found.dev(), found.ino())).copied();
+        Ok(self.on_id(id.unwrap_or_else(|| self.id_of(path, &found))))
+    }
+
+    fn on_id(&self, id: FileId) -> OnFile {
+        OnFile { flock: self.by(Mechanism::Flock, id), fcntl: self.by(Mechanism::Fcntl, id) }
+    }
+
+    fn by(&self, mechanism: Mechanism, id: FileId) -> Option<Locked> {
+        let entries = self.table.get(&id).map(Vec::as_slice).unwrap_or_default();
+        let entries: Vec<_> = entries.iter().filter(|entry| entry.mechanism == mechanism).collect();
+        let holders = self.holders.get(&(id, mechanism)).map(Vec::as_slice).unwrap_or_default();
+        if holders.is_empty() && entries.iter().all(|entry| entry.waits) {
+            return None;
+        }
+        // If a process has no descriptor with the lock, although its descriptors were read, it acquired the lock for
+        // another.
+        let took = entries.iter().filter(|entry| !entry.waits && entry.pid != 0).map(|entry| entry.pid);
+        let mut pids: Vec<_> = holders.iter().copied().chain(took.filter(|pid| !self.seen.contains(pid))).collect();
+        pids.sort_unstable();
+        pids.dedup();
+        Some(Locked { pids, waiters: waiters(&entries) })
+    }
+
+    /// Returns the identity of a file in the kernel's lists, with the device of the file system where the path is
+    /// mounted.
+    fn id_of(&self, path: &Path, found: &fs::Metadata) -> FileId {
+        let device = *self.devices.borrow_mut().entry(found.dev()).or_insert_with(|| {
+            let mount = statx(CWD, path, AtFlags::empty(), StatxFlags::MNT_ID).ok();
+            let mount = mount.filter(|found| found.stx_mask & StatxFlags::MNT_ID.bits() != 0);
+            let device = mount.and_then(|mount| self.mounts.get_or_init(mounts).get(&mount.stx_mnt_id).copied());
+            device.unwrap_or_else(|| (major(found.dev()), minor(found.dev())))
+        });
+        FileId { device, inode: found.ino() }
+    }
+}
+
+/// Returns the devices of the file systems, by the id of the mount.
+fn mounts() -> HashMap<u64, Device> {
+    let list = fs::read("/proc/self/mountinfo").unwrap_or_default();
+    let read = |line: &str| {
+        let mut words = line.split(' ');
+        let mount = words.next()?.parse().ok()?;
+        let (major, minor) = words.nth(1)?.split_once(':')?;
+        Some((mount, (major.parse().ok()?, minor.parse().ok()?)))
+    };
+    String::from_utf8_lossy(&list).lines().filter_map(read).collect()
+}
+
+/// Returns the locks that a descriptor holds.
+fn read_info(directory: &OwnedFd, number: &CStr) -> Option<Vec<Entry>> {
+    // The buffer usually suffices, and one read costs half as much as reading up to the end.
+    let mut bytes = [0; 1024];
+    let mut file = fs::File::from(openat(directory, number, OFlags::CLOEXEC, Mode::empty()).ok()?);
+    let length = file.read(&mut bytes).ok()?;
+    let mut text = String::from_utf8_lossy(&bytes[..length]).into_owned();
+    if length == bytes.len() {
+        file.read_to_string(&mut text).ok()?;
+    }
+    Some(text.lines().filter_map(|line| parse(line.strip_prefix("lock:")?)).collect())
+}
+
+/// Returns how many waiters the locks on one file have. The kernel outputs its table a page at a time. If the table
+/// changes in between, a line of one page may be repeated on the next. So only the longest queue of each holder counts.
+fn waiters(entries: &[&Entry]) -> u32 {
+    let mut longest: BTreeMap<u32, u32> = BTreeMap::new();
+    let (mut holder, mut queue) = (0, 0);
+    for entry in entries {
+        match entry.waits {
+            true => queue += 1,
+            false => (holder, queue) = (entry.pid, 0),
+        }
+        let most = longest.entry(holder).or_default();
+        *most = queue.max(*most);
+    }
+    longest.values().sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FILE: FileId = FileId { device: (0xfe, 0), inode: 131 };
+
+    #[test]
+    fn parse_proc_locks_line_separates_holder_and_waiter() {
+        let held = Entry { mechanism: Mechanism::Flock, waits: false, pid: 42, file: FILE };
+        assert_eq!(parse("1: FLOCK  ADVISORY  WRITE 42 fe:00:131 0 EOF"), Some(held));
+        assert!(parse("1: -> FLOCK  ADVISORY  READ 42 fe:00:131 0 EOF").unwrap().waits);
+        assert_eq!(parse("2: FLOCK  ADVISORY  WRITE -1 fe:00:131 0 EOF").unwrap().pid, 0);
+        let posix = Entry { mechanism: Mechanism::Fcntl, ..held };
+        assert_eq!(parse("3: POSIX  ADVISORY  WRITE 42 fe:00:131 1073741826 1073742335"), Some(posix));
+        assert_eq!(parse("4: OFDLCK ADVISORY  READ  -1 fe:00:131 0 0"), Some(Entry { pid: 0, ..posix }));
+        assert_eq!(parse("5: LEASE  ACTIVE    READ 42 fe:00:131 0 EOF"), None);
+        assert_eq!(parse("1: FLOCK"), None);
+        assert_eq!(parse("1: FLOCK ADVISORY WRITE 42 fe:00 0 EOF"), None);
+    }
+
+    #[test]
+    fn waiters_counts_repeated_process_once() {
+        let table = "1: FLOCK  ADVISORY  READ 42 fe:00:131 0 EOF\n1: -> FLOCK  ADVISORY  WRITE 7 fe:00:131 0 EOF\n\
+                     2: FLOCK  ADVISORY  READ 43 fe:00:131 0 EOF\n2: -> FLOCK  ADVISORY  WRITE 8 fe:00:131 0 EOF\n\
+                     3: FLOCK  ADVISORY  READ 42 fe:00:131 0 EOF\n3: -> FLOCK  ADVISORY  WRITE 7 fe:00:131 0 EOF\n\
+                     3: -> FLOCK  ADVISORY  WRITE 9 fe:00:131 0 EOF";
+        let entries: Vec<_> = table.lines().filter_map(parse).collect();
+        assert_eq!(waiters(&entries.iter().collect::<Vec<_>>()), 3);
+        assert_eq!(waiters(&[]), 0);
+    }
+
+    #[test]
+    fn process_that_passed_its_lock_on_is_no_holder() {
+        let entry = |pid| Entry { mechanism: Mechanism::Flock, waits: false, pid, file: FILE };
+        let mut locks = FileLocks { table: HashMap::from([(FILE, vec![entry(7)])]), ..FileLocks::default() };
+        assert_eq!(locks.on_id(FILE).flock.unwrap().pids, [7]);
+        locks.seen.insert(7);
+        assert!(locks.on_id(FILE).flock.unwrap().pids.is_empty());
+        locks.holders.insert((FILE, Mechanism::Flock), vec![8]);
+        assert_eq!(locks.on_id(FILE).flock.unwrap().pids, [8]);
+        assert_eq!(locks.on_id(FILE).fcntl, None);
+    }
+}
