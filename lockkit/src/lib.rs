@@ -41,8 +41,9 @@
 //! # #[cfg(not(feature = "macros"))] fn main() {}
 //! ```
 //!
-//! The features `etcd`, `postgres` and `redis` add leases on servers: [`Lease::connect`] takes their URL. `cli` adds the
-//! command `lockkit`, which on Linux is flock(1), too. All features but `macros`, the attribute, are off by default.
+//! The features `etcd`, `postgres` and `redis` add leases on servers: [`Lease::connect`] takes their URL. All features but
+//! `macros`, the attribute, are off by default. The package `lockkit-cli` has the command `lockkit`, which on Linux is
+//! flock(1), too.
 //!
 //! With the feature `tokio` every lock can also be acquired in tasks (`acquire_async`, [`AsyncLock`]). With the feature
 //! `tracing` the locks report events to a subscriber:
@@ -64,15 +65,11 @@
 
 #[cfg(feature = "tokio")]
 mod blocking;
-#[cfg(all(any(target_os = "linux", windows), feature = "cli"))]
-#[doc(hidden)]
-pub mod command;
 mod error;
-#[cfg(feature = "steps")]
-#[doc(hidden)]
-pub mod failpoint;
-#[cfg(not(feature = "steps"))]
+#[cfg(not(lockkit_failpoints))]
 mod failpoint;
+#[cfg(lockkit_failpoints)]
+pub mod failpoint;
 mod file;
 mod fnv;
 pub mod instance;
@@ -85,9 +82,8 @@ mod owner;
 mod owner_text;
 mod pidfile;
 #[cfg(target_os = "linux")]
-// The command needs more of the module than the library does.
-#[cfg_attr(not(feature = "cli"), allow(dead_code, unreachable_pub))]
-mod proc_locks;
+#[cfg_attr(docsrs, doc(cfg(target_os = "linux")))]
+pub mod proc_locks;
 mod sys;
 mod telemetry;
 mod wait;

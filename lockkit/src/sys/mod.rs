@@ -5,7 +5,6 @@
 //! | module | mechanism | used by |
 //! |---|---|---|
 //! | [`clock`] | the time that continues during sleep | leases |
-//! | `command` | what no crate offers safely | the command `lockkit` |
 //! | [`event`] | an event to wait for together with a descriptor | cancellation |
 //! | [`fd`] | descriptors, and handles on Windows, by one set of names | the same |
 //! | [`files`] | operations on files that differ between systems | every lock on a file |
@@ -33,8 +32,6 @@
 pub(crate) mod atomic_box;
 #[cfg(unix)]
 pub(crate) mod clock;
-#[cfg(all(target_os = "linux", feature = "cli"))]
-pub(crate) mod command;
 #[cfg(target_vendor = "apple")]
 pub(crate) mod darwin;
 #[cfg(unix)]
@@ -76,8 +73,5 @@ pub(crate) mod user;
 mod windows;
 pub(crate) mod write_lock;
 pub(crate) mod xattr;
-#[cfg(windows)]
-#[cfg(all(windows, feature = "cli"))]
-pub(crate) use windows::command;
 #[cfg(windows)]
 pub(crate) use windows::{clock, event, fd, files, flock, fork, mutex, process, runtime_dir};

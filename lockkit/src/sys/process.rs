@@ -367,19 +367,19 @@ pub(crate) fn has_installation_id(host: &str) -> bool {
 }
 
 /// Changes nothing, and shows a tracer of this process where a step is.
-#[cfg(all(feature = "steps", debug_assertions))]
+#[cfg(all(lockkit_failpoints, debug_assertions))]
 pub(crate) fn show_a_step() {
     let _ = rustix::process::getppid();
 }
 
 /// SIGKILL.
-#[cfg(all(feature = "steps", debug_assertions))]
+#[cfg(all(lockkit_failpoints, debug_assertions))]
 pub(crate) fn kill_this_process() {
     let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
 }
 
 /// SIGSTOP.
-#[cfg(all(feature = "steps", debug_assertions))]
+#[cfg(all(lockkit_failpoints, debug_assertions))]
 pub(crate) fn stop_this_process() {
     let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::STOP);
 }

@@ -176,11 +176,11 @@ pub(crate) fn has_installation_id(host: &str) -> bool {
 }
 
 /// Does nothing: Windows has no way to show it.
-#[cfg(all(feature = "steps", debug_assertions))]
+#[cfg(all(lockkit_failpoints, debug_assertions))]
 pub(crate) fn show_a_step() {}
 
 /// Ends this process at once, as an external kill does.
-#[cfg(all(feature = "steps", debug_assertions))]
+#[cfg(all(lockkit_failpoints, debug_assertions))]
 pub(crate) fn kill_this_process() {
     use windows_sys::Win32::System::Threading::{GetCurrentProcess, TerminateProcess};
     // SAFETY: the call ends the process, so no code follows.
@@ -188,7 +188,7 @@ pub(crate) fn kill_this_process() {
 }
 
 /// Does nothing: no test stops a process at a step on Windows.
-#[cfg(all(feature = "steps", debug_assertions))]
+#[cfg(all(lockkit_failpoints, debug_assertions))]
 pub(crate) fn stop_this_process() {}
 
 #[cfg(test)]
