@@ -41,8 +41,9 @@
 //! # #[cfg(not(feature = "macros"))] fn main() {}
 //! ```
 //!
-//! The features `etcd`, `postgres` and `redis` add leases on servers: [`Lease::connect`] takes their URL. `cli` adds the
-//! command `lockkit`, which on Linux is flock(1), too. All features but `macros`, the attribute, are off by default.
+//! The features `etcd`, `postgres` and `redis` add leases on servers: [`Lease::connect`] takes their URL. All features but
+//! `macros`, the attribute, are off by default. The package `lockkit-cli` has the command `lockkit`, which on Linux is
+//! flock(1), too.
 //!
 //! With the feature `tokio` every lock can also be acquired in tasks (`acquire_async`, [`AsyncLock`]). With the feature
 //! `tracing` the locks report events to a subscriber:
@@ -63,9 +64,6 @@
 #![cfg_attr(windows, allow(clippy::missing_const_for_thread_local))]
 
 mod base;
-#[cfg(all(any(target_os = "linux", windows), feature = "cli"))]
-#[doc(hidden)]
-pub mod command;
 mod file_lock;
 pub mod instance;
 pub mod lease;
@@ -94,9 +92,11 @@ pub use manager::{
 };
 pub use named::{Backend, HeldNamedLock, NamedGuard, NamedLock, NamedLockBuilder, Scope};
 pub use pidfile::{PidFile, PidGuard, PidStatus};
-#[cfg(feature = "steps")]
-#[doc(hidden)]
+#[cfg(lockkit_failpoints)]
 pub use sys::failpoint;
+#[cfg(target_os = "linux")]
+#[cfg_attr(docsrs, doc(cfg(target_os = "linux")))]
+pub use sys::proc_locks;
 
 /// The items that most programs need, for one `use`.
 pub mod prelude {

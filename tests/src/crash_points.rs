@@ -34,13 +34,13 @@ pub fn play(spec: &Spec, scenario: &str) {
     println!("ready");
     assert_eq!(next(), "go");
     match stop {
-        true => lockkit::failpoint::stop_at(at),
+        true => crate::failpoint::stop_at(at),
         #[cfg(unix)]
-        false if scenario == "forked" => lockkit::failpoint::kill_at_and_tell(at, |passed| match fork_by_thread() {
+        false if scenario == "forked" => crate::failpoint::kill_at_and_tell(at, |passed| match fork_by_thread() {
             Some(child) => println!("left {child}"),
             None => println!("killed after {}", passed.join(", ")),
         }),
-        false => lockkit::failpoint::kill_at_and_tell(at, |passed| println!("killed after {}", passed.join(", "))),
+        false => crate::failpoint::kill_at_and_tell(at, |passed| println!("killed after {}", passed.join(", "))),
     }
     crate::helper_process::announce();
     let guard = lock.acquire(&Wait::forever()).expect("the lock");
@@ -49,7 +49,7 @@ pub fn play(spec: &Spec, scenario: &str) {
         assert_eq!(next(), "go");
     }
     drop(guard);
-    let passed = lockkit::failpoint::passed();
+    let passed = crate::failpoint::passed();
     println!("passed {}", passed.join(", "));
 }
 
@@ -69,8 +69,7 @@ fn fork_by_thread() -> Option<i32> {
 
 /// Kills a process at every step in every scenario.
 pub fn kill_at_every_step(kind: Kind) {
-    if !lockkit::failpoint::ENABLED {
-        crate::left_out("this build has no steps to be killed at; they need debug assertions");
+    if !crate::failpoint::are_enabled() {
         return;
     }
     for scenario in SCENARIOS {
@@ -88,8 +87,7 @@ pub fn kill_at_every_step(kind: Kind) {
 /// waiter acquires nevertheless.
 #[cfg(target_os = "linux")]
 pub fn kill_holder_with_forked_child(kind: Kind) {
-    if !lockkit::failpoint::ENABLED {
-        crate::left_out("this build has no steps to be killed at; they need debug assertions");
+    if !crate::failpoint::are_enabled() {
         return;
     }
     let mut left = 0;
@@ -130,8 +128,7 @@ pub fn kill_holder_with_forked_child(kind: Kind) {
 /// stopped.
 #[cfg(target_os = "linux")]
 pub fn stop_at_every_step_of_a_release(kind: Kind) {
-    if !lockkit::failpoint::ENABLED {
-        crate::left_out("this build has no steps to be stopped at; they need debug assertions");
+    if !crate::failpoint::are_enabled() {
         return;
     }
     let mut handed_over = 0;
@@ -248,10 +245,7 @@ fn kill_at(kind: Kind, scenario: &str, at: usize) -> Option<String> {
 /// Returns whether the steps of a process can be observed. Reports a test as left out where they cannot.
 #[cfg(target_os = "linux")]
 fn steps_can_be_seen() -> bool {
-    if !lockkit::failpoint::ENABLED {
-        crate::left_out("this build has no steps; they need debug assertions");
-    }
-    lockkit::failpoint::ENABLED && fault_injection::calls_can_fail()
+    crate::failpoint::are_enabled() && fault_injection::calls_can_fail()
 }
 
 /// Checks that a process that acquires and releases a lock passes a step between every two system calls that change

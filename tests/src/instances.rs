@@ -125,10 +125,10 @@ pub fn serve(name: &OsStr) {
                 format!("spawned {}", child.expect("a program").id())
             }
             "kill-at" => {
-                lockkit::failpoint::kill_at(number() as usize);
+                crate::failpoint::kill_at(number() as usize);
                 "armed".to_owned()
             }
-            "passed" => format!("passed {}", lockkit::failpoint::passed().join(", ")),
+            "passed" => format!("passed {}", crate::failpoint::passed().join(", ")),
             _ => format!("error unknown command {line:?}"),
         };
         println!("{answer}");

@@ -16,7 +16,7 @@
 //! | `hold-many N DIRECTORY` | `holds N`: the leases 0 to N - 1 in a directory; `drop-many` drops them all: `dropped` |
 //! | `fork OTHER` | `parted`: a forked child does not hold its copy, took another lease and kept it, and is gone |
 //! | `limit-threads N`, or `all` | `limited`: its user may have no more threads from now on; has no effect for root |
-//! | `kill-at STEP` | `armed`: see [`lockkit::failpoint`] |
+//! | `kill-at STEP` | `armed`: see [`crate::failpoint`] |
 //! | `go DIRECTORY` | `gone there`: that is its working directory now |
 //!
 //! or `error KIND: text`.
@@ -158,7 +158,7 @@ pub fn serve(terms: &Terms) {
                 "dropped".to_owned()
             }
             "kill-at" => {
-                lockkit::failpoint::kill_at(argument.parse().expect("the number of a step"));
+                crate::failpoint::kill_at(argument.parse().expect("the number of a step"));
                 "armed".to_owned()
             }
             "go" => {

@@ -10,6 +10,7 @@
 //!   second process that works on a table on command.
 //! - [`mod@leases`] has a second process that works on a lease on command, and forges records.
 //! - [`instances`] has a second process that is an instance of a program, and peers that attack the first instance.
+//! - [`failpoint`] has the places in the library at which a test kills or stops a process.
 //! - [`mod@fault_injection`] takes resources from locks: room, files, processes, uninterrupted sleep.
 //! - [`realtime`] has a process of a real-time class on one processor.
 //! - [`servers`] starts real servers, and ensures that they end.
@@ -23,6 +24,7 @@ pub mod async_conformance;
 pub mod chaos;
 pub mod conformance;
 pub mod crash_points;
+pub mod failpoint;
 #[cfg(target_os = "linux")]
 pub mod fault_injection;
 pub mod fixtures;

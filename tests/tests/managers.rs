@@ -105,7 +105,7 @@ mod in_a_directory {
 
     #[test]
     fn crash_creating_directory_table_leaves_it_usable() {
-        if !lockkit::failpoint::ENABLED {
+        if !lockkit_tests::failpoint::are_enabled() {
             return;
         }
         let directory = tempfile::tempdir().unwrap();
@@ -325,7 +325,7 @@ mod shared_memory {
 
     #[test]
     fn crash_creating_shm_table_leaves_no_partial_file() {
-        if !lockkit::failpoint::ENABLED {
+        if !lockkit_tests::failpoint::are_enabled() {
             return;
         }
         let directory = tempfile::tempdir_in("/dev/shm").unwrap();
@@ -371,7 +371,7 @@ mod shared_memory {
 
     #[test]
     fn crash_at_generation_wrap_keeps_dead_holder_detectable() {
-        if !lockkit::failpoint::ENABLED {
+        if !lockkit_tests::failpoint::are_enabled() {
             return;
         }
         let [first_slot, slot_size, next_slot] = [4096, 128, 192];

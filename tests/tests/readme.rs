@@ -8,7 +8,7 @@ fn every_test_that_the_table_of_cases_names_is_there() {
     let package = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut code = String::new();
     let directories =
-        ["src", "tests", "../lockkit/src", "../lockkit/tests", "renamed", "../lockkit-macros", "../examples/tests"];
+        ["src", "tests", "../lockkit/src", "../lockkit-cli", "renamed", "../lockkit-macros", "../examples/tests"];
     let mut directories: Vec<_> = directories.map(|directory| package.join(directory)).into();
     while let Some(directory) = directories.pop() {
         for entry in fs::read_dir(directory).unwrap() {

@@ -262,8 +262,16 @@ impl Owner {
     }
 
     /// Returns whether both are the same process, whatever program it runs and since when it holds a lock.
-    #[cfg(all(any(target_os = "linux", windows), feature = "cli"))]
-    pub(crate) fn is_same_process(&self, other: &Self) -> bool {
+    ///
+    /// A pid that was given out again is another process: the start time, the boot, the pid namespace and the host are
+    /// compared, too. The call compares only the two values, and asks the system nothing.
+    ///
+    /// ```
+    /// use lockkit::Owner;
+    /// let renamed = Owner::current().with_program("backup");
+    /// assert!(renamed.is_same_process(&Owner::current()));
+    /// ```
+    pub fn is_same_process(&self, other: &Self) -> bool {
         (self.pid, self.start, self.boot, self.namespace, &self.host)
             == (other.pid, other.start, other.boot, other.namespace, &other.host)
     }

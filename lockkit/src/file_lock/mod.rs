@@ -260,7 +260,7 @@ impl FileLock {
     pub fn list() -> Vec<Self> {
         #[cfg(target_os = "linux")]
         {
-            let locks = crate::sys::proc_locks::FileLocks::read("");
+            let locks = crate::sys::proc_locks::FileLocks::read();
             locks.files().filter(|(_, on)| on.flock.is_some()).map(|(path, _)| Self::new(path)).collect()
         }
         #[cfg(not(target_os = "linux"))]
@@ -303,7 +303,7 @@ impl FileLock {
 
     fn locked(&self) -> Result<(Vec<u32>, u32)> {
         #[cfg(target_os = "linux")]
-        match crate::sys::proc_locks::FileLocks::read("").on(self.path()) {
+        match crate::sys::proc_locks::FileLocks::read().on(self.path()) {
             Ok(on) => {
                 if let Some(locked) = on.flock {
                     return Ok((locked.pids, locked.waiters));

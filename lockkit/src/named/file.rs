@@ -62,7 +62,7 @@ impl NamedFileLock {
         let Some(directory) = runtime_dir::path(sharing) else { return Vec::new() };
         let mut living = holder_record::Living::default();
         #[cfg(target_os = "linux")]
-        let table = crate::sys::proc_locks::FileLocks::of_table();
+        let table = crate::sys::proc_locks::FileLocks::read_table();
         let mut held = |entry: std::io::Result<std::fs::DirEntry>| {
             let entry = entry.ok()?;
             let file = entry.file_name().into_string().ok()?;
@@ -128,14 +128,13 @@ impl NamedFileLock {
     ///
     /// # Errors
     /// As [`owner`](Self::owner).
-    #[cfg(all(any(target_os = "linux", windows), feature = "cli"))]
     pub(super) fn is_held(&self) -> Result<bool> {
         if self.owner()?.is_some() {
             return Ok(true);
         }
         #[cfg(target_os = "linux")]
         if runtime_dir::path(self.sharing).is_some() {
-            let on = crate::sys::proc_locks::FileLocks::of_table().on(&self.path()?);
+            let on = crate::sys::proc_locks::FileLocks::read_table().on(&self.path()?);
             return Ok(on.is_ok_and(|on| on.flock.is_some()));
         }
         Ok(false)

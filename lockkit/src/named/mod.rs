@@ -346,9 +346,32 @@ impl NamedLock {
         NamedGuard { named: self.0.clone(), hold: Some(hold), recovered, process: ProcessId::current() }
     }
 
-    /// Returns whether the lock is held now. It is cheap enough to be called repeatedly.
-    #[cfg(all(any(target_os = "linux", windows), feature = "cli"))]
-    pub(crate) fn is_held(&self) -> Result<bool> {
+    /// Returns whether a process holds the lock. The result is a snapshot, and can be out of date by the time the caller
+    /// acts. To exclude other processes, acquire the lock instead, for example with [`Wait::none`].
+    ///
+    /// The cost is a few system calls, however many locks are held. The call takes no place in the holder's queue of
+    /// waiters, unlike [`owner`](Self::owner). It can therefore be repeated often.
+    ///
+    /// ```
+    /// # fn main() -> lockkit::Result<()> {
+    /// let lock = lockkit::NamedLock::new("lockkit-doc-is-held")?;
+    /// let guard = lock.lock()?;
+    /// assert!(lock.is_held()?);
+    /// drop(guard);
+    /// assert!(!lock.is_held()?);
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Io`](crate::ErrorKind::Io) if the system does not report the state, for example because the lock directory or
+    /// its file cannot be read.
+    ///
+    /// # Platform
+    /// - The socket backend (Linux) binds a free name for a moment. An acquisition in this moment tries again, also with
+    ///   [`Wait::none`].
+    /// - The file backend on Linux asks the kernel if there is no record. Elsewhere, and on Windows, only the record
+    ///   counts: a holder that has not written its record yet is not seen.
+    pub fn is_held(&self) -> Result<bool> {
         match &self.0.engine {
             #[cfg(target_os = "linux")]
             Engine::Socket(engine) => engine.is_held(),

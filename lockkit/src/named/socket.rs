@@ -406,7 +406,6 @@ impl SocketLock {
     }
 
     /// Returns whether the name is bound. The check has no effect on a holder; it binds a free name for a moment.
-    #[cfg(feature = "cli")]
     pub(super) fn is_held(&self) -> Result<bool> {
         let free = seqpacket::is_free(&self.address).map_err(|error| self.io("bind", error))?;
         Ok(!free)

@@ -241,12 +241,6 @@ struct Judged {
     bytes: Vec<u8>,
 }
 
-/// Returns whether the file has the attribute that identifies its owner.
-#[cfg(all(any(target_os = "linux", windows), feature = "cli"))]
-pub(crate) fn has_identity(file: &File) -> bool {
-    xattr::get(file, record::NAME, &mut [0; record::MAX_IDENTITY]).is_ok_and(|found| found.is_some())
-}
-
 impl PidFile {
     /// Creates a lock on the pidfile at `path`. Nothing happens to the file until it is locked.
     ///
@@ -361,6 +355,23 @@ impl PidFile {
                 }
             }
         }
+    }
+
+    /// Returns whether the open file has the extended attribute in which lockkit keeps the identity of a pidfile's owner.
+    ///
+    /// The attribute distinguishes a pidfile from another file that contains just a number. `false` does not prove that
+    /// the file is no pidfile: other programs write none, and some file systems have no attributes.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # let path = std::env::temp_dir().join(format!("lockkit-doc-counter-{}", std::process::id()));
+    /// std::fs::write(&path, "42\n")?;
+    /// assert!(!lockkit::PidFile::has_owner_identity(&std::fs::File::open(&path)?));
+    /// # std::fs::remove_file(path)
+    /// # }
+    /// ```
+    pub fn has_owner_identity(file: &File) -> bool {
+        xattr::get(file, record::NAME, &mut [0; record::MAX_IDENTITY]).is_ok_and(|found| found.is_some())
     }
 
     /// Returns the state of the file at `path`: a snapshot.

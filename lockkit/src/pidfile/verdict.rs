@@ -223,8 +223,8 @@ fn flock_holder(path: &Path, file: &File, seen: &Seen) -> io::Result<Option<Opti
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         on => on.map(|on| on.flock),
     };
-    let table = FileLocks::of_table();
-    if sees_all && table.unread().is_none() && shown(&table)?.is_none() {
+    let table = FileLocks::read_table();
+    if sees_all && table.table_error().is_none() && shown(&table)?.is_none() {
         return Ok(None);
     }
     // A try disturbs a program that takes the lock at this moment, so it comes last.
@@ -236,7 +236,7 @@ fn flock_holder(path: &Path, file: &File, seen: &Seen) -> io::Result<Option<Opti
     }
     let me = rustix::process::geteuid().as_raw();
     let is_trusted = |uid: u32| [0, me, seen.uid()].contains(&uid);
-    let pids = shown(&FileLocks::read(""))?.map(|locked| locked.pids).unwrap_or_default();
+    let pids = shown(&FileLocks::read())?.map(|locked| locked.pids).unwrap_or_default();
     // A process that ends meanwhile has neither users nor a lock.
     let users: Vec<_> = pids.iter().filter_map(|pid| Some((*pid, process::users(*pid)?))).collect();
     if let Some((pid, _)) = users.iter().find(|(_, users)| users.iter().all(|uid| is_trusted(*uid))) {

@@ -1,18 +1,19 @@
 //! Failpoints: places in the code at which a test can have this process killed.
 //!
 //! Every place in the library that has just changed something outside the process calls `step`. A test can let the
-//! process kill itself at one of these places. That needs a build with debug assertions and the feature `steps`, which
-//! only lockkit's own tests enable. In all other builds a step does nothing.
+//! process kill itself at one of these places. That needs a build with debug assertions and the flag
+//! `--cfg lockkit_failpoints`, which only lockkit's own workspace sets. In all other builds a step does nothing, and this
+//! module is private.
 
 /// Whether this build has steps.
-#[cfg(feature = "steps")]
+#[cfg(lockkit_failpoints)]
 pub const ENABLED: bool = cfg!(debug_assertions);
 
 /// A function that receives the steps that a process has passed, just before it kills itself.
-#[cfg(feature = "steps")]
+#[cfg(lockkit_failpoints)]
 pub type LastWords = fn(&[&'static str]);
 
-#[cfg(all(feature = "steps", debug_assertions))]
+#[cfg(all(lockkit_failpoints, debug_assertions))]
 mod armed {
     use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -62,7 +63,7 @@ mod armed {
     }
 }
 
-#[cfg(all(feature = "steps", debug_assertions, unix))]
+#[cfg(all(lockkit_failpoints, debug_assertions, unix))]
 mod this_process {
     use rustix::process::{Signal, getpid, getppid, kill_process};
 
@@ -82,7 +83,7 @@ mod this_process {
     }
 }
 
-#[cfg(all(feature = "steps", debug_assertions, windows))]
+#[cfg(all(lockkit_failpoints, debug_assertions, windows))]
 mod this_process {
     use windows_sys::Win32::System::Threading::{GetCurrentProcess, TerminateProcess};
 
@@ -99,16 +100,16 @@ mod this_process {
     pub(super) fn stop() {}
 }
 
-#[cfg(all(feature = "steps", debug_assertions))]
+#[cfg(all(lockkit_failpoints, debug_assertions))]
 pub(crate) use armed::step;
 
 /// Marks a change outside the process.
-#[cfg(not(all(feature = "steps", debug_assertions)))]
+#[cfg(not(all(lockkit_failpoints, debug_assertions)))]
 #[inline(always)]
 pub(crate) fn step(_what: &'static str) {}
 
 /// Kills this process at the step numbered `at`, counted from 1 from here on.
-#[cfg(feature = "steps")]
+#[cfg(lockkit_failpoints)]
 pub fn kill_at(at: usize) {
     #[cfg(debug_assertions)]
     armed::arm(at, false);
@@ -117,7 +118,7 @@ pub fn kill_at(at: usize) {
 }
 
 /// Kills like [`kill_at`], and passes the steps to `last_words` just before the kill.
-#[cfg(feature = "steps")]
+#[cfg(lockkit_failpoints)]
 pub fn kill_at_and_tell(at: usize, last_words: LastWords) {
     #[cfg(debug_assertions)]
     armed::tell(last_words);
@@ -127,7 +128,7 @@ pub fn kill_at_and_tell(at: usize, last_words: LastWords) {
 }
 
 /// Stops this process at the step numbered `at`, counted from 1 from here on, until it is continued. Only on Unix.
-#[cfg(feature = "steps")]
+#[cfg(lockkit_failpoints)]
 pub fn stop_at(at: usize) {
     #[cfg(debug_assertions)]
     armed::arm(at, true);
@@ -136,7 +137,7 @@ pub fn stop_at(at: usize) {
 }
 
 /// Returns the steps passed since [`kill_at`].
-#[cfg(feature = "steps")]
+#[cfg(lockkit_failpoints)]
 pub fn passed() -> Vec<&'static str> {
     #[cfg(debug_assertions)]
     return armed::passed();
@@ -144,7 +145,7 @@ pub fn passed() -> Vec<&'static str> {
     Vec::new()
 }
 
-#[cfg(all(test, feature = "steps"))]
+#[cfg(all(test, lockkit_failpoints))]
 mod tests {
     #[test]
     fn failpoints_in_release_build_are_disabled() {

@@ -5,7 +5,6 @@
 //! | module | mechanism | used by |
 //! |---|---|---|
 //! | [`clock`] | the time that continues during sleep | leases |
-//! | `command` | what no crate offers safely | the command `lockkit` |
 //! | [`event`] | an event to wait for together with a descriptor | cancellation |
 //! | [`fd`] | descriptors, and handles on Windows, by one set of names | the same |
 //! | [`files`] | operations on files that differ between systems | every lock on a file |
@@ -38,15 +37,13 @@
 pub(crate) mod atomic_box;
 #[cfg(unix)]
 pub(crate) mod clock;
-#[cfg(all(target_os = "linux", feature = "cli"))]
-pub(crate) mod command;
 #[cfg(target_vendor = "apple")]
 pub(crate) mod darwin;
 #[cfg(unix)]
 pub(crate) mod event;
-#[cfg(feature = "steps")]
+#[cfg(lockkit_failpoints)]
 pub mod failpoint;
-#[cfg(not(feature = "steps"))]
+#[cfg(not(lockkit_failpoints))]
 pub(crate) mod failpoint;
 #[cfg(unix)]
 pub(crate) mod fd;
@@ -69,7 +66,7 @@ pub(crate) mod mapping;
 #[cfg(target_os = "linux")]
 pub(crate) mod ofd;
 #[cfg(target_os = "linux")]
-pub(crate) mod proc_locks;
+pub mod proc_locks;
 #[cfg(target_os = "linux")]
 pub(crate) mod proc_net_unix;
 #[cfg(unix)]
@@ -91,8 +88,5 @@ pub(crate) mod user;
 mod windows;
 pub(crate) mod write_lock;
 pub(crate) mod xattr;
-#[cfg(windows)]
-#[cfg(all(windows, feature = "cli"))]
-pub(crate) use windows::command;
 #[cfg(windows)]
 pub(crate) use windows::{clock, event, fd, files, flock, fork, known_folder, mutex, process, security};

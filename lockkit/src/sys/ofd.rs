@@ -68,16 +68,6 @@ fn is_granted(answer: io::Result<libc::flock>) -> io::Result<bool> {
     }
 }
 
-/// Whether another open file or another process has a lock on any byte, with the pid, which only a lock of a process
-/// has.
-#[cfg(feature = "cli")]
-pub(crate) fn holder(file: &File) -> io::Result<Option<Option<u32>>> {
-    // A write lock conflicts with every lock.
-    let found = call(file, libc::F_OFD_GETLK, libc::F_WRLCK, WHOLE)?;
-    let is_locked = found.l_type != libc::F_UNLCK as libc::c_short;
-    Ok(is_locked.then(|| u32::try_from(found.l_pid).ok().filter(|pid| *pid != 0)))
-}
-
 fn call(file: &File, command: libc::c_int, kind: libc::c_int, range: Range) -> io::Result<libc::flock> {
     // SAFETY: a C struct of integers, for which all zeros is a value. Its pid must be 0 for these commands.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };

@@ -1,14 +1,19 @@
 //! The kernel's lists of locks on files, and the processes that hold these locks.
 //!
+//! [`FileLocks`] is a snapshot of all locks of flock(2) and fcntl(2) that this process may see, whatever program holds
+//! them.
+//!
+//! # Implementation
 //! The kernel lists each lock twice:
 //! - [proc_locks(5)] lists it by file system and inode, with the process that acquired the lock and its waiters. This
 //!   list also has the locks of processes whose descriptors this process may not read.
 //! - [proc_pid_fdinfo(5)] lists it for each descriptor through which it is held. This list names the processes that
 //!   keep a lock, also an inherited one. The link of the descriptor gives the path.
 //!
-//! [`FileLocks::read`] reads both lists once, so a caller with many paths pays for one pass over /proc. It opens only
-//! files of /proc and locks nothing, so it disturbs no process. (A process that closes any descriptor of a file loses
-//! its fcntl locks on that file, so a library must not open the files of its caller.)
+//! [`FileLocks::read`] reads both lists once, so a caller with many paths pays for one pass over /proc.
+//! [`FileLocks::read_table`] reads the first list alone. Both open only files of /proc and lock nothing, so they disturb no
+//! process. (A process that closes any descriptor of a file loses its fcntl locks on that file, so a library must not
+//! open the files of its caller.)
 //!
 //! [proc_locks(5)]: https://man7.org/linux/man-pages/man5/proc_locks.5.html
 //! [proc_pid_fdinfo(5)]: https://man7.org/linux/man-pages/man5/proc_pid_fdinfo.5.html
@@ -23,37 +28,74 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use crate::base::owner::Owner;
 use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, StatxFlags, major, minor, open, openat, readlinkat, statat, statx};
 
 /// How a process locks a file. Locks of one mechanism do not exclude those of the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Mechanism {
+enum Mechanism {
     /// flock(2), on the whole file.
     Flock,
     /// fcntl(2), on any range of bytes: `F_SETLK` (POSIX, also lockf(3)) and `F_OFD_SETLK`.
     Fcntl,
 }
 
-/// The locks of one mechanism on one file.
+/// The holders and the waiters of all locks of one mechanism on one file.
+///
+/// ```
+/// # let path = std::env::temp_dir().join(format!("lockkit-doc-holders-of-{}", std::process::id()));
+/// use lockkit::proc_locks::FileLocks;
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let _guard = lockkit::FileLock::new(&path).lock()?;
+/// let flock = FileLocks::read().on(&path)?.flock.expect("a lock of flock(2)");
+/// assert_eq!((flock.pids, flock.waiters), (vec![std::process::id()], 0));
+/// # std::fs::remove_file(path)?;
+/// # Ok(()) }
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Locked {
-    /// The processes that hold them, as far as they are known.
+#[non_exhaustive]
+pub struct LockHolders {
+    /// The processes that hold a lock, in ascending order. A process that a pid namespace hides is missing, and so is one
+    /// that holds only an `F_OFD_SETLK` lock if its descriptors were not read.
     pub pids: Vec<u32>,
     /// The number of waiters in the kernel.
     pub waiters: u32,
 }
 
-/// The locks on one file; `None` for a mechanism without a lock.
+/// The locks on one file; `None` for a mechanism without a lock. Locks of one mechanism do not exclude those of the other.
+///
+/// ```
+/// # let path = std::env::temp_dir().join(format!("lockkit-doc-locks-on-{}", std::process::id()));
+/// use lockkit::proc_locks::{FileLocks, LocksOnFile};
+/// # fn main() -> std::io::Result<()> {
+/// std::fs::write(&path, "not locked")?;
+/// assert_eq!(FileLocks::read_table().on(&path)?, LocksOnFile::default());
+/// # std::fs::remove_file(path)
+/// # }
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct OnFile {
-    /// The locks of flock(2).
-    pub flock: Option<Locked>,
-    /// The locks of fcntl(2).
-    pub fcntl: Option<Locked>,
+#[non_exhaustive]
+pub struct LocksOnFile {
+    /// The locks of flock(2), each on the whole file.
+    pub flock: Option<LockHolders>,
+    /// The locks of fcntl(2), each on a range of bytes: `F_SETLK` (POSIX, also lockf(3)) and `F_OFD_SETLK`.
+    pub fcntl: Option<LockHolders>,
 }
 
 /// A snapshot of the locks on files.
+///
+/// ```
+/// # let path = std::env::temp_dir().join(format!("lockkit-doc-file-locks-{}", std::process::id()));
+/// use lockkit::proc_locks::FileLocks;
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let _guard = lockkit::FileLock::new(&path).lock()?;
+/// let locks = FileLocks::read();
+/// assert!(locks.on(&path)?.flock.is_some());
+/// for (path, on) in locks.files() {
+///     println!("{}: {on:?}", path.display());
+/// }
+/// # std::fs::remove_file(path)?;
+/// # Ok(()) }
+/// ```
 #[derive(Debug, Default)]
 pub struct FileLocks {
     /// The lines of /proc/locks.
@@ -68,13 +110,12 @@ pub struct FileLocks {
     /// The processes whose descriptors were read.
     seen: HashSet<u32>,
     /// The files that processes with a given name have open.
-    open: Vec<PathBuf>,
+    open_files: Vec<PathBuf>,
     /// The error of reading /proc/locks.
-    unread: Option<io::Error>,
+    table_error: Option<io::Error>,
     mounts: OnceCell<HashMap<u64, Device>>,
     /// The device of the file system, by the device from stat(2).
     devices: RefCell<HashMap<u64, Device>>,
-    owners: RefCell<HashMap<u32, Option<Owner>>>,
 }
 
 /// The major and the minor number.
@@ -120,21 +161,43 @@ fn parse(line: &str) -> Option<Entry> {
 }
 
 impl FileLocks {
-    /// Reads all locks on files. Also records which files are open in processes with the name `keeper`.
-    pub fn read(keeper: &str) -> Self {
-        let mut locks = Self::of_table();
+    /// Reads all locks on files: /proc/locks, and the descriptors of every process that this process may inspect. The
+    /// descriptors cost milliseconds.
+    pub fn read() -> Self {
+        Self::read_processes(None)
+    }
+
+    /// Reads like [`read`](Self::read), and records the files that processes named `program` have open without a lock, for
+    /// [`open_files`](Self::open_files). The name is the one in `/proc/PID/comm`, of at most 15 bytes.
+    ///
+    /// ```
+    /// use lockkit::proc_locks::FileLocks;
+    /// # fn main() -> std::io::Result<()> {
+    /// let program = std::fs::read_to_string("/proc/self/comm")?;
+    /// let executable = std::env::current_exe()?.canonicalize()?;
+    /// let _open = std::fs::File::open(&executable)?;
+    /// let locks = FileLocks::read_with_open_files(program.trim_end());
+    /// assert!(locks.open_files().contains(&executable));
+    /// # Ok(()) }
+    /// ```
+    pub fn read_with_open_files(program: &str) -> Self {
+        Self::read_processes(Some(program))
+    }
+
+    fn read_processes(program: Option<&str>) -> Self {
+        let mut locks = Self::read_table();
         locks.seen.clear();
         let processes =
             fs::read_dir("/proc").into_iter().flatten().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
         for pid in processes.filter_map(|name| name.parse::<u32>().ok()) {
-            locks.read_process(pid, keeper);
+            locks.read_process(pid, program);
         }
         locks
     }
 
     /// Reads like [`read`](Self::read), but only /proc/locks, in microseconds. The holder is then the process that
     /// acquired the lock, which may have passed it on to another, and no paths are known.
-    pub fn of_table() -> Self {
+    pub fn read_table() -> Self {
         let mut locks = Self::default();
         // Read in one call: a change between two reads can show a line twice or not at all.
         match fs::read_to_string("/proc/locks") {
@@ -143,19 +206,20 @@ impl FileLocks {
                     locks.table.entry(entry.file).or_default().push(entry);
                 }
             }
-            Err(error) => locks.unread = Some(error),
+            Err(error) => locks.table_error = Some(error),
         }
         locks
     }
 
-    fn read_process(&mut self, pid: u32, keeper: &str) {
+    fn read_process(&mut self, pid: u32, program: Option<&str>) {
         let directory = |name| open(format!("/proc/{pid}/{name}"), OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
         // Names relative to these directories are found in half the time of whole paths.
         let (Ok(links), Ok(infos)) = (directory("fd"), directory("fdinfo")) else { return };
         let Ok(descriptors) = Dir::read_from(&links) else { return };
         self.seen.insert(pid);
-        let is_keeper = !keeper.is_empty()
-            && fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim_end() == keeper);
+        let is_program = program.is_some_and(|program| {
+            fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim_end() == program)
+        });
         for descriptor in descriptors.flatten() {
             let number = descriptor.file_name();
             // The links of sockets, pipes and the like are not paths. Some processes have mostly these.
@@ -163,8 +227,8 @@ impl FileLocks {
             let Some(path) = path.filter(|path| path.as_bytes().starts_with(b"/")) else { continue };
             let Some(entries) = read_info(&infos, number) else { continue };
             let Some(first) = entries.first() else {
-                if is_keeper {
-                    self.open.push(path.into());
+                if is_program {
+                    self.open_files.push(path.into());
                 }
                 continue;
             };
@@ -183,15 +247,16 @@ impl FileLocks {
         }
     }
 
-    /// Returns the error of reading the kernel's table of locks. After an error, a file without a lock in the result
-    /// may be locked all the same.
-    pub fn unread(&self) -> Option<&io::Error> {
-        self.unread.as_ref()
+    /// Returns the error of reading the kernel's table of locks, /proc/locks. After an error, a file without a lock in the
+    /// result may be locked all the same.
+    pub fn table_error(&self) -> Option<&io::Error> {
+        self.table_error.as_ref()
     }
 
     /// Returns the locked files of the processes that this process may inspect, by path. The result excludes deleted
-    /// files, and files whose path leads elsewhere in this mount namespace.
-    pub fn files(&self) -> impl Iterator<Item = (&Path, OnFile)> {
+    /// files, and files whose path leads elsewhere in this mount namespace. After [`read_table`](Self::read_table) it is
+    /// empty.
+    pub fn files(&self) -> impl Iterator<Item = (&Path, LocksOnFile)> {
         self.files.iter().filter_map(|(path, identity)| {
             let path = Path::new(path);
             let found = fs::metadata(path).ok()?;
@@ -199,31 +264,27 @@ impl FileLocks {
         })
     }
 
-    /// Returns the files without a lock that the processes with the name `keeper` have open.
-    pub fn open(&self) -> &[PathBuf] {
-        &self.open
+    /// Returns the files without a lock that the processes named in
+    /// [`read_with_open_files`](Self::read_with_open_files) have open.
+    pub fn open_files(&self) -> &[PathBuf] {
+        &self.open_files
     }
 
-    /// Returns the process with this pid, or `None` if it has ended. Each pid is looked up once.
-    pub fn owner(&self, pid: u32) -> Option<Owner> {
-        self.owners.borrow_mut().entry(pid).or_insert_with(|| Owner::of(pid)).clone()
-    }
-
-    /// Returns the locks on the file at `path`.
+    /// Returns the locks on the file at `path`, which may be a directory. Follows a symbolic link.
     ///
     /// # Errors
     /// Fails if the metadata of the file cannot be read.
-    pub fn on(&self, path: &Path) -> io::Result<OnFile> {
+    pub fn on(&self, path: &Path) -> io::Result<LocksOnFile> {
         let found = fs::metadata(path)?;
         let id = self.ids.get(&(found.dev(), found.ino())).copied();
         Ok(self.on_id(id.unwrap_or_else(|| self.id_of(path, &found))))
     }
 
-    fn on_id(&self, id: FileId) -> OnFile {
-        OnFile { flock: self.by(Mechanism::Flock, id), fcntl: self.by(Mechanism::Fcntl, id) }
+    fn on_id(&self, id: FileId) -> LocksOnFile {
+        LocksOnFile { flock: self.by(Mechanism::Flock, id), fcntl: self.by(Mechanism::Fcntl, id) }
     }
 
-    fn by(&self, mechanism: Mechanism, id: FileId) -> Option<Locked> {
+    fn by(&self, mechanism: Mechanism, id: FileId) -> Option<LockHolders> {
         let entries = self.table.get(&id).map(Vec::as_slice).unwrap_or_default();
         let entries: Vec<_> = entries.iter().filter(|entry| entry.mechanism == mechanism).collect();
         let holders = self.holders.get(&(id, mechanism)).map(Vec::as_slice).unwrap_or_default();
@@ -236,7 +297,7 @@ impl FileLocks {
         let mut pids: Vec<_> = holders.iter().copied().chain(took.filter(|pid| !self.seen.contains(pid))).collect();
         pids.sort_unstable();
         pids.dedup();
-        Some(Locked { pids, waiters: waiters(&entries) })
+        Some(LockHolders { pids, waiters: waiters(&entries) })
     }
 
     /// Returns the identity of a file in the kernel's lists, with the device of the file system where the path is

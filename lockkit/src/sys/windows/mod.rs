@@ -3,7 +3,6 @@
 //! | module | mechanism |
 //! |---|---|
 //! | [`clock`] | the interrupt time, which continues during sleep |
-//! | `command` | a job object, and the handling of Ctrl-C, for the command `lockkit` |
 //! | [`event`] | events, and one wait for handles, cancellation and time |
 //! | [`fd`] | handles by the names of descriptors |
 //! | [`files`] | the identity of files, by volume and id; files that are being deleted |
@@ -15,8 +14,6 @@
 //! | [`security`] | the user of this process, and the access that it gives to others |
 
 pub(crate) mod clock;
-#[cfg(feature = "cli")]
-pub(crate) mod command;
 pub(crate) mod event;
 pub(crate) mod fd;
 pub(crate) mod files;

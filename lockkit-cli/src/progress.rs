@@ -11,7 +11,7 @@ use std::io::{IsTerminal, Write};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use lockkit::{Owner, command};
+use lockkit::Owner;
 
 use crate::failure::note;
 use crate::report::plain;
@@ -133,7 +133,7 @@ fn log(lock: &str, holders: &dyn Fn() -> Vec<Owner>, done: &Receiver<()>) {
 }
 
 fn are_same(some: &[Owner], others: &[Owner]) -> bool {
-    some.len() == others.len() && some.iter().all(|one| others.iter().any(|other| command::is_same_process(one, other)))
+    some.len() == others.len() && some.iter().all(|one| others.iter().any(|other| one.is_same_process(other)))
 }
 
 /// Returns the number of columns of the terminal, at least 2.

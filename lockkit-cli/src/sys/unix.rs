@@ -1,4 +1,4 @@
-//! System calls of the command `lockkit` that no crate offers without `unsafe`.
+//! The Unix version of [`sys`](super).
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -15,7 +15,7 @@ use rustix::process::Pid;
 ///
 /// The child of a process with threads has only the thread that forked. It should do no more than it must before it
 /// starts a program or exits. (glibc nevertheless lets it allocate memory.)
-pub fn fork() -> io::Result<Option<Pid>> {
+pub(crate) fn fork() -> io::Result<Option<Pid>> {
     // SAFETY: the call itself has no preconditions. The child runs safe code. A mutex that another thread had locked at
     // the fork can block the child, which does not violate memory safety.
     match unsafe { libc::fork() } {
@@ -56,7 +56,7 @@ static LOOK: extern "C" fn() = look;
 /// Makes `command` start by fork and exec with the SIGPIPE disposition and standard descriptors that this process got.
 /// Rust's library would reset SIGPIPE to its default and open the closed descriptors. The shell runs a script without a
 /// first line that names its interpreter.
-pub fn as_given(command: &mut Command) -> &mut Command {
+pub(crate) fn as_given(command: &mut Command) -> &mut Command {
     let restore = || {
         for number in (0..3).filter(|number| CLOSED.load(Ordering::Relaxed) & (1 << number) != 0) {
             // SAFETY: the descriptor belongs to this process, in the child before exec replaces the program.
@@ -77,7 +77,7 @@ pub fn as_given(command: &mut Command) -> &mut Command {
 ///
 /// # Errors
 /// `EBADF` if the parent left no file open under the number.
-pub fn inherited(number: RawFd) -> io::Result<File> {
+pub(crate) fn inherited(number: RawFd) -> io::Result<File> {
     if (0..3).contains(&number) && CLOSED.load(Ordering::Relaxed) & (1 << number) != 0 {
         return Err(io::Error::from_raw_os_error(libc::EBADF));
     }
@@ -91,7 +91,7 @@ pub fn inherited(number: RawFd) -> io::Result<File> {
 
 /// Renames this process, also in the command line that `ps` shows and `pkill -f` matches. The new command line is cut
 /// to the length of the old one. Without write access through /proc, the command line does not change.
-pub fn rename_process(name: &CStr) {
+pub(crate) fn rename_process(name: &CStr) {
     let _ = rustix::thread::set_name(name);
     let _ = rewrite_command_line(name.to_bytes());
 }
@@ -116,13 +116,13 @@ fn rewrite_command_line(name: &[u8]) -> io::Result<()> {
 }
 
 /// Keeps ended children until they are waited for, also if the parent of this process set SIGCHLD to be ignored.
-pub fn wait_for_children() {
+pub(crate) fn wait_for_children() {
     // SAFETY: no handler is installed, so no code runs at a signal.
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
 }
 
 /// Makes a write to a closed pipe end this process, as in C programs. Rust's runtime turns such a write into an error.
-pub fn end_at_a_closed_pipe() {
+pub(crate) fn end_at_a_closed_pipe() {
     // SAFETY: as above.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
 }

@@ -77,7 +77,7 @@ fn json(output: &Output) -> Value {
     form
 }
 
-const FORMS: &str = include_str!("../src/bin/lockkit/forms.schema.json");
+const FORMS: &str = include_str!("../src/forms.schema.json");
 
 /// Makes the schema reject fields that it does not define, so that every field is documented.
 fn close(schema: &mut Value) {
@@ -1032,7 +1032,7 @@ fn missing_server_store_error_names_cargo_feature() {
             assert_eq!(code_of(&refused), 69, "{refused:?}");
             let said = text(&refused.stderr);
             assert!(said.contains(&format!("feature `{feature}`")) && !said.contains("secret"), "{said}");
-            assert!(said.contains("For example: cargo install lockkit --features cli,"), "{said}");
+            assert!(said.contains("For example: cargo install lockkit-cli --features "), "{said}");
         }
     }
     for wrong in ["gopher://host/leader", "file://elsewhere/leader", "file:///a%zz"] {

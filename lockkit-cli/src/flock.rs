@@ -22,6 +22,7 @@ use rustix::fs::{FlockOperation, OFlags, flock};
 use rustix::io::Errno;
 
 use crate::failure::code;
+use crate::sys;
 
 /// The exit code of flock(1) when it did not get the lock.
 const CONFLICT: u8 = 1;
@@ -78,7 +79,7 @@ const WITH_VALUE: &str = "wE";
 
 /// Runs the command with the arguments after its name.
 pub(crate) fn main(called: &OsStr, arguments: Vec<OsString>) -> ExitCode {
-    lockkit::command::end_at_a_closed_pipe();
+    sys::end_at_a_closed_pipe();
     let short = Path::new(called).file_name().unwrap_or(called).to_string_lossy().into_owned();
     let name = Name { full: called, short, unsaid: RefCell::default(), mute: Cell::default() };
     let (Ok(code) | Err(End(code))) = name.run(arguments);
@@ -104,7 +105,7 @@ impl Name<'_> {
             [] => return Err(self.fail(code::USAGE, "requires file descriptor, file or directory")),
             [number] => {
                 let number = self.number(number, "bad file descriptor")?;
-                let file = lockkit::command::inherited(number)
+                let file = sys::inherited(number)
                     .map_err(|error| self.fail(code::DATA, format!("{number}: {}", text(&error))))?;
                 (file, None, Vec::new())
             }
@@ -367,7 +368,7 @@ impl Name<'_> {
     }
 
     fn execute(&self, file: &File, program: &OsStr, arguments: &[OsString], options: &Options) -> Result<u8, End> {
-        lockkit::command::wait_for_children();
+        sys::wait_for_children();
         if options.verbose {
             self.say([self.short.as_bytes(), b": executing ", program.as_bytes(), b"\n"].concat());
         }
@@ -376,7 +377,7 @@ impl Name<'_> {
             inherited.map_err(|error| self.fail(code::OS, text_of(error)))?;
         }
         let mut command = Command::new(program);
-        lockkit::command::as_given(command.args(arguments));
+        sys::as_given(command.args(arguments));
         let failed = |error: io::Error| {
             let code = if error.kind() == io::ErrorKind::OutOfMemory { code::OS } else { code::UNAVAILABLE };
             let why = format!(": {}", text(&error));
@@ -405,7 +406,7 @@ impl Name<'_> {
 
     /// Writes a line to the standard error.
     fn note(&self, line: &[u8]) {
-        let closed = || lockkit::command::inherited(2).is_err();
+        let closed = || sys::inherited(2).is_err();
         if closed() || io::stderr().lock().write_all(&[line, b"\n"].concat()).is_err() {
             self.mute.set(true);
         }

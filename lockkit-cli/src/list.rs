@@ -17,7 +17,7 @@ use lockkit::{NamedLock, Scope};
 use serde::Serialize;
 
 use crate::failure::{Failure, Outcome, code};
-use crate::locks::FileLocks;
+use crate::locks::{FileLocks, Owners};
 use crate::report::{self, Kind, Report, State};
 use crate::style::{TITLE, paint};
 #[cfg(target_os = "linux")]
@@ -104,18 +104,18 @@ impl List {
 
     /// Returns the locks at paths, and the failures for some of the given paths.
     fn by_path(&self) -> (Found, Vec<Failure>) {
-        let locks = FileLocks::read(keeper());
-        let (mut found, mut failures) = (Found::default(), Vec::new());
+        let locks = file_locks();
+        let (mut found, mut failures, owners) = (Found::default(), Vec::new(), Owners::default());
         for (path, on) in locks.files().filter(|(path, _)| !is_own(path)) {
             match report::recognised(path, &locks, true) {
                 Ok(Some(sight)) if sight.state == State::Held => found.add(path, sight),
                 // Every process locks them briefly while it reads or writes them.
                 Ok(Some(Report { kind: Kind::Lease | Kind::Table, .. })) => {}
-                _ => report::locked(path, &on, &locks).for_each(|sight| found.add(path, sight)),
+                _ => report::locked(path, &on, &owners).for_each(|sight| found.add(path, sight)),
             }
         }
         let usual = usual_directories().into_iter().flat_map(|directory| entries(&directory).unwrap_or_default());
-        for path in usual.filter(|path| is_usual(path)).chain(locks.open().iter().cloned()) {
+        for path in usual.filter(|path| is_usual(path)).chain(locks.open_files().iter().cloned()) {
             match report::recognised(&path, &locks, false) {
                 Ok(Some(sight)) if sight.state == State::Held => found.add(&path, sight),
                 _ => {}
@@ -170,12 +170,12 @@ fn usual_directories() -> [PathBuf; 3] {
     ["/run".into(), format!("/run/user/{uid}").into(), "/dev/shm".into()]
 }
 
-/// Returns the name of the processes that hold leases for `lockkit run`.
-fn keeper() -> &'static str {
+/// Reads the locks on files, and the open files of the processes that hold leases for `lockkit run`.
+fn file_locks() -> FileLocks {
     #[cfg(target_os = "linux")]
-    return KEEPER.to_str().unwrap_or_default();
+    return FileLocks::read_with_open_files(KEEPER.to_str().unwrap_or_default());
     #[cfg(not(target_os = "linux"))]
-    ""
+    FileLocks::read()
 }
 
 /// Whether a file in a usual directory is worth opening.

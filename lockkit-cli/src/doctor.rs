@@ -22,6 +22,7 @@ use crate::failure::{Failure, Outcome, code};
 use crate::report;
 use crate::style::{BAD, GOOD, ODD, TITLE, paint};
 use crate::supervise::Signals;
+use crate::sys;
 
 /// Find out whether the file system of a directory can be trusted with locks, and with which.
 ///
@@ -207,7 +208,7 @@ impl Second {
     fn start(work: impl FnOnce(&mut File) -> io::Result<()>) -> Result<Self, String> {
         let (ready, word) = pipe_with(PipeFlags::CLOEXEC).map_err(told)?;
         let (mut ready, mut word) = (File::from(ready), File::from(word));
-        match lockkit::command::fork().map_err(told)? {
+        match sys::fork().map_err(told)? {
             None => {
                 drop(ready);
                 // It ends together with a killed doctor.

@@ -16,11 +16,11 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 
-use lockkit::command::{self, Cage};
 use lockkit::{CancelToken, Loss};
 
 use crate::failure::{Failure, Outcome, code};
 use crate::held_lock::{self, HeldLock, Job};
+use crate::sys::{self, Cage};
 
 /// Delivers the reason of a loss, as text.
 pub(crate) struct LossPipe(Receiver<String>);
@@ -79,7 +79,7 @@ pub(crate) fn run(mut hold: HeldLock, _: Signals, job: Job<'_>) -> Outcome {
 /// Runs the program in the job, and returns its exit code. After a failure the program does not continue.
 fn run_in(cage: &Arc<Cage>, hold: &mut HeldLock, job: &Job<'_>) -> Result<i32, Failure> {
     let [program, arguments @ ..] = job.command else { return Ok(code::USAGE.into()) };
-    command::pass_over_interrupts().map_err(|error| Failure::io("take note of Ctrl-C", error))?;
+    sys::pass_over_interrupts().map_err(|error| Failure::io("take note of Ctrl-C", error))?;
     let mut command = Command::new(program);
     hold.tell(command.args(arguments));
     let mut child = command.spawn().map_err(|error| held_lock::cannot_run(program, &error))?;

@@ -48,7 +48,7 @@ pub(crate) struct Form<'l> {
 impl Status {
     pub(crate) fn carry_out(self) -> Outcome {
         let place = Target::parse(&self.place)?;
-        let sight = report::at(&place, self.scope, || FileLocks::read(""));
+        let sight = report::at(&place, self.scope, FileLocks::read);
         target::note_file_of_name(&place, self.quiet || sight.is_err());
         let sight = match (sight, &place) {
             (Ok(sight), _) => sight,

@@ -55,7 +55,7 @@ impl WaitFor {
 
     fn look(&self, place: &Target) -> Result<report::Report, Failure> {
         // The holder of a file, as /proc/locks shows it: a pass over all descriptors would delay the end of the wait.
-        report::at(place, self.scope, FileLocks::of_table)
+        report::at(place, self.scope, FileLocks::read_table)
     }
 
     fn watch(&self, place: &Target, until: Option<Instant>) -> Outcome {

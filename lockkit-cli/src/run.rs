@@ -126,7 +126,7 @@ impl Run {
             let lock = FileLock::new(path).create_with_mode(self.mode.unwrap_or_else(|| less_the_umask(0o666)));
             let lock = if self.create_parents { lock.create_parents() } else { lock };
             let holders = || {
-                let on = FileLocks::of_table().on(path).unwrap_or_default();
+                let on = FileLocks::read_table().on(path).unwrap_or_default();
                 on.flock.map(|locked| locked.pids).unwrap_or_default().into_iter().filter_map(Owner::of).collect()
             };
             let acquire = |wait: &Wait| if self.shared { lock.acquire_shared(wait) } else { lock.acquire(wait) };

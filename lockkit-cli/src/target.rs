@@ -101,7 +101,7 @@ pub(crate) fn lease(given: &OsStr, with: impl FnOnce(LeaseBuilder) -> LeaseBuild
     with(builder).build().map_err(|error| {
         let example = match error.kind() {
             ErrorKind::InvalidUrl { .. } => "lockkit run --lease file:///srv/shared/leader -- CMD",
-            ErrorKind::Unsupported { .. } => "cargo install lockkit --features cli,etcd,postgres,redis",
+            ErrorKind::Unsupported { .. } => "cargo install lockkit-cli --features etcd,postgres,redis",
             _ => "lockkit run --lease /srv/shared/leader -- CMD",
         };
         Failure::from(error).example(example)

@@ -28,7 +28,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use lockkit::{CancelToken, Loss, command};
+use lockkit::{CancelToken, Loss};
 use nix::sys::signal::{SigSet, Signal as NixSignal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
@@ -47,6 +47,7 @@ use rustix::process::{
 
 use crate::failure::{Failure, Outcome, code};
 use crate::held_lock::{self, HeldLock, Job};
+use crate::sys;
 
 /// The name of a process that keeps a lock for a program.
 pub(crate) const KEEPER: &CStr = c"lock-keeper";
@@ -194,7 +195,7 @@ fn exit_code(status: WaitStatus) -> Option<u8> {
 }
 
 fn fork() -> Result<Option<Pid>, Failure> {
-    command::fork().map_err(|error| Failure::io("start a process", error).with_code(code::OS))
+    sys::fork().map_err(|error| Failure::io("start a process", error).with_code(code::OS))
 }
 
 /// Makes a pipe: the reader and the writer. No started program inherits either.
@@ -211,7 +212,7 @@ pub(crate) fn is_first() -> bool {
 
 /// Runs the program under the lock, releases the lock, and returns the program's exit status.
 pub(crate) fn run(mut hold: HeldLock, signals: Signals, job: Job<'_>) -> Outcome {
-    command::wait_for_children();
+    sys::wait_for_children();
     let (wait_at_gate, gate) = pipe()?;
     let descriptor = descriptor_of(&hold)?;
     let parked = descriptor.as_ref().map(Parked::new).transpose()?;
@@ -241,7 +242,7 @@ pub(crate) fn run(mut hold: HeldLock, signals: Signals, job: Job<'_>) -> Outcome
         None => {
             if leads {
                 // From here on this process is a keeper, and continues when its parent is killed.
-                command::rename_process(KEEPER);
+                sys::rename_process(KEEPER);
                 let _ = set_parent_process_death_signal(None);
             }
             open_gate(gate);
@@ -289,7 +290,7 @@ fn become_program(
     command.args(arguments);
     hold.tell(&mut command);
     signals.unblock();
-    let error = lockkit::command::as_given(&mut command).exec();
+    let error = sys::as_given(&mut command).exec();
     let failure = held_lock::cannot_run(program, &error);
     failure.show();
     failure.code()
@@ -476,7 +477,7 @@ impl Keeper {
 fn keep(program: &OwnedFd, mut parent: File, gate: File) {
     // Detached from the terminal and from signals to the job, none of which is blocked for the program.
     let _ = setsid();
-    command::rename_process(KEEPER);
+    sys::rename_process(KEEPER);
     open_gate(gate);
     // A reader of the program's output must not wait for the keeper.
     if let Ok(null) = std::fs::File::options().read(true).write(true).open("/dev/null") {
@@ -493,7 +494,7 @@ fn keep(program: &OwnedFd, mut parent: File, gate: File) {
 /// killed, everything that it has started is killed, too.
 pub(crate) fn behind(lead: impl FnOnce() -> Outcome) -> Outcome {
     let signals = Signals::block()?;
-    command::wait_for_children();
+    sys::wait_for_children();
     // When the child is killed, this process inherits the processes below it.
     let me = getpid();
     let _ = set_child_subreaper(Some(me));

@@ -8,8 +8,10 @@
 //! It works on Linux, where it uses pidfds, signalfd and /proc, and on Windows, where `flock` and `doctor` do not
 //! exist.
 
+#![deny(unsafe_code)]
+
 #[cfg(not(any(target_os = "linux", windows)))]
-compile_error!("the command `lockkit` (feature `cli`) needs Linux or Windows; the library does not");
+compile_error!("the command `lockkit` needs Linux or Windows; the library does not");
 
 mod completions;
 #[cfg(target_os = "linux")]
@@ -30,6 +32,7 @@ mod status;
 mod style;
 #[cfg_attr(windows, path = "supervise_windows.rs")]
 mod supervise;
+mod sys;
 mod table;
 mod target;
 mod wait;
@@ -121,7 +124,7 @@ fn main() -> ExitCode {
             },
         );
     }
-    lockkit::command::end_at_a_closed_pipe();
+    sys::end_at_a_closed_pipe();
     let given: Vec<_> = [called].into_iter().chain(arguments).collect();
     let parsed = Cli::command().try_get_matches_from(&given).and_then(|found| Cli::from_arg_matches(&found));
     end(match parsed {

@@ -109,7 +109,7 @@ impl Table {
             Self::List { path, json } => {
                 // Distinguishes a file that is no table from a locked file.
                 drop(open(&path)?);
-                let sight = report::at(&Target::Path(path), Default::default(), || FileLocks::read(""))?;
+                let sight = report::at(&Target::Path(path), Default::default(), FileLocks::read)?;
                 match json {
                     true => report::json(&Form { version: report::VERSION, lock: &sight })?,
                     false => report::say(|mut out| sight.show(&mut out))?,

@@ -13,12 +13,12 @@ use std::time::SystemTime;
 use lockkit::FileLock;
 use lockkit::{
     Backend, FileLockManager, HeldNamedLock, Lease, LeaseStatus, Liveness, LockManager, NamedLock, Owner, PidFile,
-    PidStatus, Scope, ShmLockManager, command,
+    PidStatus, Scope, ShmLockManager,
 };
 use serde::Serialize;
 
 use crate::failure::{Failure, code};
-use crate::locks::{FileLocks, Locked, OnFile};
+use crate::locks::{self, FileLocks, LockHolders, LocksOnFile, Owners};
 use crate::style::{BAD, GOOD, ODD, TITLE, paint};
 use crate::target::{self, ScopeArgument, Target};
 
@@ -102,7 +102,7 @@ thread_local! {
 fn life(owner: &Owner) -> Life {
     KNOWN.with_borrow_mut(|known| {
         let owners = known.entry(owner.pid()).or_default();
-        if let Some((_, life)) = owners.iter().find(|(known, _)| command::is_same_process(known, owner)) {
+        if let Some((_, life)) = owners.iter().find(|(known, _)| known.is_same_process(owner)) {
             return *life;
         }
         let alive = match owner.liveness() {
@@ -300,7 +300,7 @@ impl<'p> Watched<'p> {
             Target::Name(name) => {
                 let usual = target::named_or_file(name, self.scope)?;
                 // A lock that is kept in a file on request is another lock of the same name.
-                let held = command::is_held(&usual)? || command::is_held(&filed(name, self.scope.into())?)?;
+                let held = usual.is_held()? || filed(name, self.scope.into())?.is_held()?;
                 return Ok(if held { State::Held } else { State::Free });
             }
             Target::Lease(lease) => return Ok(of_lease(lease)?.state),
@@ -322,7 +322,7 @@ impl<'p> Watched<'p> {
                 state => Ok(if tried(&path)?.is_some() { State::Held } else { state }),
             },
             Found::Plain => Ok(if tried(&path)?.is_some() { State::Held } else { State::Free }),
-            Found::Special => Ok(file(&path, &FileLocks::of_table())?.state),
+            Found::Special => Ok(file(&path, &FileLocks::read_table())?.state),
         }
     }
 }
@@ -335,7 +335,7 @@ pub(crate) fn named(lock: &NamedLock) -> Result<Report, Failure> {
     let sight = of_named(lock)?;
     if sight.state == State::Free && lock.backend() != Backend::File {
         let filed = filed(lock.name(), lock.scope())?;
-        if command::is_held(&filed)? {
+        if filed.is_held()? {
             return of_named(&filed);
         }
     }
@@ -372,7 +372,7 @@ fn with_owner(lock: &NamedLock, state: State, owner: Option<&Owner>) -> Report {
 fn of_named(lock: &NamedLock) -> Result<Report, Failure> {
     let owner = lock.owner()?;
     // A name can be held by a process that cannot be looked up.
-    let held = owner.is_some() || command::is_held(lock)?;
+    let held = owner.is_some() || lock.is_held()?;
     let mut sight = with_owner(lock, if held { State::Held } else { State::Free }, owner.as_ref());
     // Read after the owner. Reading the owner may take a place in the queue only if there is no record.
     sight.waiters = lock.waiters().ok();
@@ -487,7 +487,7 @@ fn was_lease(path: &Path, begin: &[u8], file: &File) -> bool {
 fn is_own(begin: &[u8], file: &File) -> bool {
     const OLD_MARK: &[u8] = b"\nlockkit 1\n";
     let digits = begin.iter().take_while(|byte| byte.is_ascii_digit()).count();
-    digits > 0 && (begin[digits..].starts_with(OLD_MARK) || command::is_own_pidfile(file))
+    digits > 0 && (begin[digits..].starts_with(OLD_MARK) || PidFile::has_owner_identity(file))
 }
 
 /// Returns the pid if it is the whole content of the file.
@@ -545,16 +545,16 @@ pub(crate) fn recognised(path: &Path, locks: &FileLocks, guess: bool) -> Result<
 /// Returns the report of a lock on any file or directory.
 fn file(path: &Path, locks: &FileLocks) -> Result<Report, Failure> {
     let on = match locks.on(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => OnFile::default(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => LocksOnFile::default(),
         on => on.map_err(|error| unreadable(path, error))?,
     };
-    if let Some(sight) = locked(path, &on, locks).next() {
+    if let Some(sight) = locked(path, &on, &Owners::default()).next() {
         return Ok(sight);
     }
     let kind = match std::fs::metadata(path) {
         Ok(found) if found.is_file() || found.is_dir() => tried(path)?,
         // Only the kernel's table shows these locks.
-        Ok(_) => match locks.unread() {
+        Ok(_) => match locks.table_error() {
             Some(error) => {
                 return Err(Failure::new(
                     code::IO,
@@ -576,11 +576,10 @@ fn file(path: &Path, locks: &FileLocks) -> Result<Report, Failure> {
 }
 
 /// Returns the locks that the kernel shows on the file at `path`, that of flock(2) first.
-pub(crate) fn locked(path: &Path, on: &OnFile, locks: &FileLocks) -> impl Iterator<Item = Report> {
-    let sight = |kind, locked: &Locked| {
+pub(crate) fn locked(path: &Path, on: &LocksOnFile, owners: &Owners) -> impl Iterator<Item = Report> {
+    let sight = |kind, locked: &LockHolders| {
         let mut sight = Report::of_path(kind, path, State::Held);
-        sight.holders =
-            locked.pids.iter().filter_map(|pid| locks.owner(*pid)).map(|owner| Holder::new(&owner)).collect();
+        sight.holders = locked.pids.iter().filter_map(|pid| owners.of(*pid)).map(|owner| Holder::new(&owner)).collect();
         sight.waiters = Some(locked.waiters);
         sight
     };
@@ -602,7 +601,7 @@ fn tried(path: &Path) -> Result<Option<(Kind, Option<u32>)>, Failure> {
         opened => opened.map_err(|error| unreadable(path, error))?,
     };
     #[cfg(target_os = "linux")]
-    if let Ok(Some(pid)) = command::fcntl_holder(&file) {
+    if let Ok(Some(pid)) = locks::fcntl_holder(&file) {
         return Ok(Some((Kind::Fcntl, pid)));
     }
     // The try of another process looks like a holder, so only several failed tries count as a holder.

@@ -1,5 +1,4 @@
-//! Windows calls of the command `lockkit`: the program ends with the command, and Ctrl-C does not end the command
-//! first.
+//! The Windows version of [`sys`](super): the program ends with the command, and Ctrl-C does not end the command first.
 
 use std::io;
 use std::os::windows::io::{AsRawHandle, FromRawHandle, OwnedHandle};
@@ -16,7 +15,7 @@ use windows_sys::Win32::System::Threading::GetCurrentProcess;
 /// A job object that contains this process and every process that it starts from then on. When this process ends, the
 /// system ends all others in the job, unless the job was opened.
 #[derive(Debug)]
-pub struct Cage(OwnedHandle);
+pub(crate) struct Cage(OwnedHandle);
 
 impl Cage {
     /// Makes the job.
@@ -24,7 +23,7 @@ impl Cage {
     /// # Errors
     /// Returns the system's error, for example if a job that already contains this process allows no other job (before
     /// Windows 8).
-    pub fn around_this_process() -> io::Result<Self> {
+    pub(crate) fn around_this_process() -> io::Result<Self> {
         // SAFETY: the call makes a new job, which has no name and is not inherited.
         let job = unsafe { CreateJobObjectW(ptr::null(), ptr::null()) };
         if job.is_null() {
@@ -56,12 +55,12 @@ impl Cage {
     }
 
     /// Lets the processes in the job outlive this process.
-    pub fn open(&self) {
+    pub(crate) fn open(&self) {
         let _ = self.limit(0);
     }
 
     /// Ends all processes in the job, including this one, with this exit code.
-    pub fn end_all(&self, code: u32) {
+    pub(crate) fn end_all(&self, code: u32) {
         // SAFETY: the job is open. This process may end before the call returns.
         unsafe { TerminateJobObject(self.0.as_raw_handle(), code) };
     }
@@ -72,7 +71,7 @@ impl Cage {
 ///
 /// # Errors
 /// Returns the system's error.
-pub fn pass_over_interrupts() -> io::Result<()> {
+pub(crate) fn pass_over_interrupts() -> io::Result<()> {
     unsafe extern "system" fn handler(event: u32) -> i32 {
         if event != CTRL_C_EVENT && event != CTRL_BREAK_EVENT {
             // Returning would end the process at once.
@@ -87,4 +86,4 @@ pub fn pass_over_interrupts() -> io::Result<()> {
 }
 
 /// Does nothing: a write to a closed pipe is an error on Windows, and no signal.
-pub fn end_at_a_closed_pipe() {}
+pub(crate) fn end_at_a_closed_pipe() {}

@@ -127,7 +127,7 @@ impl Ended {
     /// Parses the output, which must match the schema.
     fn json(&self) -> Value {
         static SCHEMA: LazyLock<Validator> = LazyLock::new(|| {
-            let schema = serde_json::from_str(include_str!("../src/bin/lockkit/forms.schema.json")).expect("JSON");
+            let schema = serde_json::from_str(include_str!("../src/forms.schema.json")).expect("JSON");
             jsonschema::validator_for(&schema).expect("a schema")
         });
         let form = serde_json::from_str(&self.out).unwrap_or_else(|error| panic!("{error}: {self:?}"));
