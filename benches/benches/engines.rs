@@ -533,7 +533,7 @@ fn hand_over(engine: &'static Engine, length: &Length) -> Vec<Row> {
     // from then on.
     let young = (0..blocks).map(|block| block * count..(block + 1) * count).collect();
     let mut rows = handed_over(&server, "hand-over", Duration::from_millis(10), young);
-    let mut old = handed_over(&server, "hand-over to who has waited long", Duration::from_millis(400), {
+    let mut old = handed_over(&server, "hand-over after a long wait", Duration::from_millis(400), {
         (0..length.late_hand_overs).map(|round| round..round + 1).collect()
     });
     old.iter_mut().for_each(|row| row.bound = Bound::None);

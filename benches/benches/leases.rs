@@ -367,7 +367,7 @@ fn many(length: &Length) -> Vec<Row> {
     vec![
         row("processor", Value::Share(share), Bound::Share(0.15)),
         // One thread renews. The watchdog sleeps, and checks periodically whether the first is stuck in a request.
-        row("threads, the deputy included", Value::Count(threads), Bound::Count(2)),
+        row("threads, with the watchdog", Value::Count(threads), Bound::Count(2)),
         row("lost", Value::Count(lost.len()), Bound::Count(0)),
     ]
 }

@@ -455,7 +455,7 @@ fn contended(length: &Length) -> Vec<Row> {
             } else {
                 let pause = medians(alone).1;
                 row("longest wait", waits[0], ROBUST, waits[1], Bound::None);
-                row("longest wait beside a pause", waits[0], "no lock", Value::Time(pause), Bound::None);
+                row("longest wait, compared with a pause", waits[0], "no lock", Value::Time(pause), Bound::None);
                 let beyond = Value::Time(our_wait.saturating_sub(pause));
                 row("longest wait beyond a pause", beyond, ROBUST, waits[1], half);
             }

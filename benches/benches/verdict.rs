@@ -61,7 +61,7 @@ fn main() {
 
 /// Returns the table for README.md: for each row our time, and its ratio to each peer's time.
 fn costs(rows: &[[String; 7]]) -> String {
-    let mut table = "| what | time | beside | row |\n|---|--:|---|---|\n".to_owned();
+    let mut table = "| what | time | ratio | row |\n|---|--:|---|---|\n".to_owned();
     for (name, what) in COSTS {
         let named = || rows.iter().filter(move |row| row[0] == name);
         let Some([_, ours, ..]) = named().next() else { continue };
@@ -85,10 +85,10 @@ fn introduction() -> String {
         "# Benchmarks\n\n\
          What `cargo bench -p lockkit-benches` printed on {}, on {} cores of {} with Linux {} and {}. Each ratio is \
          between numbers of one run, taken in turns; a bound is on the ratio, or on ours where it has a unit. Rows \
-         without a bound are there for the picture. Run it again, and write this page anew, with\n\n\
+         without a bound are for information. To measure again and to rewrite this page, run\n\n\
          ```\ncargo bench -p lockkit-benches\ncargo bench -p lockkit-benches --bench verdict -- --write\n```\n\n\
-         on a machine that does nothing else. What is measured how stands at the top of each program in \
-         `benches/benches`.\n\n",
+         on a machine that does nothing else. The head of each program in `benches/benches` says what it measures, and \
+         how.\n\n",
         output("date", &["-u", "+%Y-%m-%d"]),
         std::thread::available_parallelism().map_or(1, usize::from),
         first("/proc/cpuinfo", "model name"),
