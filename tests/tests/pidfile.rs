@@ -433,7 +433,7 @@ fn crash_during_pidfile_takeover_leaves_stale_file() {
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
         if last.starts_with("passed ") {
             println!("{last}");
-            assert!(last.contains("file of takers made") && last.contains("mode set"), "{last}");
+            assert!(last.contains("taker file created") && last.contains("mode set"), "{last}");
             break;
         }
     }

@@ -38,7 +38,7 @@ use crate::base::wait::{Backoff, Wait, WaitState};
 use crate::sys::atomic_box::Slot;
 use crate::sys::clock::nanos;
 use crate::sys::failpoint::step;
-use crate::sys::files::{self, FileExt, MetadataExt, OpenOptionsExt};
+use crate::sys::files::{self, MetadataExt, OpenOptionsExt};
 use crate::sys::flock::{self, Mode};
 use crate::sys::fork::{self, ForkGuarded, ProcessId};
 use crate::sys::tmpfile;
@@ -444,7 +444,8 @@ impl Inner {
                     let process = ProcessId::current();
                     check_mode(self.place.mode)?;
                     let (file, made) = self.place.open()?;
-                    let found = files::look(&file).map_err(|error| Error::io("look at", &self.place.path, error))?;
+                    let found =
+                        files::metadata_of(&file).map_err(|error| Error::io("look at", &self.place.path, error))?;
                     let identity = (found.dev(), found.ino());
                     let file = file.know_as(identity);
                     Box::new(Open { file, identity, process, made, compared: 0, used: 0, held: 0 })
@@ -522,7 +523,7 @@ impl Inner {
 impl FileSpec {
     /// Returns whether the path still leads to the file of this device and inode.
     fn names(&self, identity: (u64, u64)) -> Result<bool> {
-        match files::look_at(&self.path) {
+        match files::metadata(&self.path) {
             Ok(named) => Ok((named.dev(), named.ino()) == identity),
             Err(error) if error.kind() == Io::NotFound => Ok(false),
             Err(error) => Err(Error::io("look at", &self.path, error)),
@@ -631,7 +632,7 @@ impl FileSpec {
             Err(error) if for_reading_only(error.kind()) => open(false),
             opened => opened,
         }?;
-        let found = files::look(&file)?;
+        let found = files::metadata_of(&file)?;
         // A file without a name was deleted just now, which is noticed once it is locked.
         if self.hardened && !(found.is_file() && found.nlink() <= 1) {
             return Err(io::Error::new(Io::InvalidInput, "not a plain file of its own"));
@@ -793,19 +794,4 @@ impl Drop for FileGuard {
         // Closing the file also releases, so a failure here leaves nothing locked.
         let _ = self.give_back();
     }
-}
-/// Returns the beginning of a file, at most `most` bytes.
-pub(crate) fn beginning(file: &File, most: usize) -> io::Result<Vec<u8>> {
-    let mut bytes = vec![0; most];
-    let mut filled = 0;
-    while filled < bytes.len() {
-        match file.read_at(&mut bytes[filled..], filled as u64) {
-            Ok(0) => break,
-            Ok(more) => filled += more,
-            Err(error) if error.kind() == Io::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    bytes.truncate(filled);
-    Ok(bytes)
 }

@@ -7,6 +7,7 @@
 //! | [`clock`] | the time that continues during sleep | leases |
 //! | [`event`] | an event to wait for together with a descriptor | cancellation |
 //! | [`fd`] | descriptors, and handles on Windows, by one set of names | the same |
+//! | [`file_id`] | the identity of a file, and whether a path still names it | pidfiles, file locks |
 //! | [`files`] | operations on files that differ between systems | every lock on a file |
 //! | [`flock`] | whole-file locks, through `fs2` | file locks |
 //! | [`failpoint`] | places at which a test can have the process killed | tests |
@@ -47,6 +48,7 @@ pub mod failpoint;
 pub(crate) mod failpoint;
 #[cfg(unix)]
 pub(crate) mod fd;
+pub(crate) mod file_id;
 #[cfg(unix)]
 pub(crate) mod files;
 #[cfg(unix)]

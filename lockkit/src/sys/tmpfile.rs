@@ -18,8 +18,8 @@ pub(crate) fn file_in(directory: &Path, mode: u32) -> io::Result<File> {
     match open(directory, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::from_raw_mode(mode)) {
         // The last two are the errors of systems that do not know the flag.
         Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => Err(io::ErrorKind::Unsupported.into()),
-        made => {
-            let file = made?.into();
+        opened => {
+            let file = opened?.into();
             step("nameless file made");
             Ok(file)
         }

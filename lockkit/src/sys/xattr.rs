@@ -5,17 +5,17 @@
 use std::fs::File;
 use std::io;
 
-/// Reads the attribute `name`, if the file has it and it is at most `room` long. Returns `None` if the file has none,
+/// Reads the attribute `name`, if the file has it and it fits into `buffer`. Returns `None` if the file has none,
 /// or a longer one, or if the file system has no attributes.
 #[cfg(any(target_os = "linux", target_vendor = "apple"))]
-pub(crate) fn get<'r>(file: &File, name: &str, room: &'r mut [u8]) -> io::Result<Option<&'r [u8]>> {
+pub(crate) fn get<'b>(file: &File, name: &str, buffer: &'b mut [u8]) -> io::Result<Option<&'b [u8]>> {
     use rustix::io::Errno;
     #[cfg(target_os = "linux")]
     const ABSENT: Errno = Errno::NODATA;
     #[cfg(not(target_os = "linux"))]
     const ABSENT: Errno = Errno::from_raw_os_error(libc::ENOATTR);
-    match rustix::fs::fgetxattr(file, name, &mut *room) {
-        Ok(length) => Ok(room.get(..length)),
+    match rustix::fs::fgetxattr(file, name, &mut *buffer) {
+        Ok(length) => Ok(buffer.get(..length)),
         Err(ABSENT | Errno::OPNOTSUPP | Errno::NOSYS | Errno::RANGE) => Ok(None),
         Err(error) => Err(error.into()),
     }
@@ -30,7 +30,7 @@ pub(crate) fn set(file: &File, name: &str, value: &[u8]) -> io::Result<()> {
 }
 
 #[cfg(not(any(target_os = "linux", target_vendor = "apple")))]
-pub(crate) fn get<'r>(_: &File, _: &str, _: &'r mut [u8]) -> io::Result<Option<&'r [u8]>> {
+pub(crate) fn get<'b>(_: &File, _: &str, _: &'b mut [u8]) -> io::Result<Option<&'b [u8]>> {
     Ok(None)
 }
 
