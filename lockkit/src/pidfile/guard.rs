@@ -10,8 +10,8 @@ use parking_lot::Mutex;
 
 use super::existing::{is_at, names};
 use super::record::{self, Content};
-use super::verdict;
 use super::write::{WrittenFile, lock_for_others, overwrite, set_identity};
+use super::{pid_file, verdict};
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::guard::{Guard, Recovered};
 use crate::base::lock_info::LockInfo;
@@ -309,12 +309,12 @@ enum NewOwner {
 
 impl LockInfo for PidGuard {
     fn describe(&self) -> String {
-        format!("the pidfile {}", self.path.display())
+        pid_file::describe(&self.path)
     }
 
     #[cfg(feature = "tracing")]
     fn label(&self) -> (&'static str, String) {
-        ("pidfile", self.path.display().to_string())
+        pid_file::label(&self.path)
     }
 
     fn holder(&self) -> Option<Owner> {

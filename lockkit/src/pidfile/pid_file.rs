@@ -227,12 +227,12 @@ impl PidFile {
 
 impl LockInfo for PidFile {
     fn describe(&self) -> String {
-        format!("the pidfile {}", self.path.display())
+        describe(&self.path)
     }
 
     #[cfg(feature = "tracing")]
     fn label(&self) -> (&'static str, String) {
-        ("pidfile", self.path.display().to_string())
+        label(&self.path)
     }
 
     fn holder(&self) -> Option<Owner> {
@@ -241,6 +241,17 @@ impl LockInfo for PidFile {
             _ => None,
         }
     }
+}
+
+/// Describes the lock in errors.
+pub(super) fn describe(path: &Path) -> String {
+    format!("the pidfile {}", path.display())
+}
+
+/// Returns the kind and the name of the lock, for events.
+#[cfg(feature = "tracing")]
+pub(super) fn label(path: &Path) -> (&'static str, String) {
+    ("pidfile", path.display().to_string())
 }
 
 fn check_absolute(path: &Path) -> Result<()> {

@@ -11,10 +11,10 @@
 //! | it contains anything else | no pidfile |
 //!
 //! A flock of a trusted process counts on a blank file, and on a file that names only dead processes of other programs:
-//! the file is held. The reason: pidfile(3) of BSD creates and locks the file long before it writes the
-//! pid, and children keep the lock.
+//! the file is held. The reason: pidfile(3) of BSD creates and locks the file long before it writes the pid, and
+//! children keep the lock.
 //!
-//! The write lock is checked before the content. It is only ever taken on a new file, so once it is seen free, no owner
+//! The write lock is checked before the content. A holder acquires it only on a new file. So once it is free, no owner
 //! of lockkit's changes the file any more.
 //!
 //! [`PidFile::inspect`]: crate::PidFile::inspect

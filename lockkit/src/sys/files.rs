@@ -75,10 +75,10 @@ pub(crate) fn check_removable(directory: &Path, found: &Metadata) -> io::Result<
     use rustix::fs::{Access, AtFlags, CWD, accessat};
     accessat(CWD, directory, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS)?;
     let parent = metadata(directory)?;
-    let me = rustix::process::geteuid().as_raw();
+    let user = rustix::process::geteuid().as_raw();
     // In a sticky directory only these users may remove the file (`EPERM`).
     let is_sticky = parent.mode() & 0o1000 != 0;
-    match !is_sticky || [0, found.uid(), parent.uid()].contains(&me) {
+    match !is_sticky || [0, found.uid(), parent.uid()].contains(&user) {
         true => Ok(()),
         false => Err(Errno::PERM.into()),
     }
