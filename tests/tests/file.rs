@@ -44,7 +44,7 @@ fn run_while_waiter_sleeps(take: impl FnOnce() + Send, work: impl FnOnce()) {
 }
 
 #[test]
-fn readers_share_and_a_writer_waits_for_the_last_of_them() {
+fn exclusive_waiter_acquires_after_last_shared_release() {
     let directory = directory();
     let lock = FileLock::new(directory.path().join("lock"));
     let first = lock.lock_shared().unwrap();
@@ -60,7 +60,7 @@ fn readers_share_and_a_writer_waits_for_the_last_of_them() {
 }
 
 #[test]
-fn a_writer_keeps_readers_out_whichever_way_they_wait() {
+fn acquire_shared_of_exclusive_lock_waits_or_fails() {
     let directory = directory();
     let lock = FileLock::new(directory.path().join("lock"));
     let writer = lock.lock().unwrap();
@@ -78,7 +78,7 @@ fn a_writer_keeps_readers_out_whichever_way_they_wait() {
 }
 
 #[test]
-fn dropping_one_of_two_readers_lets_no_writer_in() {
+fn release_by_one_of_two_readers_excludes_writers() {
     let directory = directory();
     let spec = Spec::parse(&format!("file:{}", directory.path().join("lock").display()));
     let lock = FileLock::new(spec.at());
@@ -105,7 +105,7 @@ fn succeeds(mut child: Child) -> bool {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn it_works_together_with_the_flock_command_both_ways() {
+fn file_lock_and_flock_command_exclude_each_other() {
     let directory = directory();
     let path = directory.path().join("lock");
     let lock = FileLock::new(&path);
@@ -132,7 +132,7 @@ fn it_works_together_with_the_flock_command_both_ways() {
 }
 
 #[test]
-fn the_guard_reads_and_writes_the_locked_file() {
+fn guard_file_reads_and_writes_locked_file() {
     let directory = directory();
     let lock = FileLock::new(directory.path().join("lock"));
     lock.lock().unwrap().file().write_all(b"mine").unwrap();
@@ -159,7 +159,7 @@ fn create_with_mode_applies_only_to_new_file() {
 }
 
 #[test]
-fn missing_directories_are_made_only_when_asked() {
+fn acquire_file_creates_directories_only_on_request() {
     let directory = directory();
     let path = directory.path().join("a/b/lock");
     let error = FileLock::new(&path).lock().unwrap_err();
@@ -172,7 +172,7 @@ fn missing_directories_are_made_only_when_asked() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_directory_can_be_locked() {
+fn acquire_of_directory_excludes_others() {
     let directory = directory();
     let lock = FileLock::new(directory.path());
     let guard = lock.lock().unwrap();
@@ -203,7 +203,7 @@ fn file_lock_of_fifo_does_not_disturb_its_reader() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_program_that_runs_can_be_locked() {
+fn acquire_of_running_executable_succeeds() {
     let lock = FileLock::new(std::env::current_exe().unwrap());
     let guard = lock.lock().unwrap();
     assert!(lock.try_lock_shared().unwrap_err().is_held());
@@ -268,7 +268,7 @@ fn file_lock_needs_read_permission_and_reports_denial() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_waiter_on_a_deleted_file_goes_on_with_the_new_one() {
+fn waiter_of_replaced_file_acquires_new_file() {
     let directory = directory();
     for wait in [Wait::forever(), Wait::at_most(LIVELY)] {
         for replace in [
@@ -334,7 +334,7 @@ fn deadline_is_not_restarted_when_file_is_replaced() {
 }
 
 #[test]
-fn deleting_the_file_under_its_lock_never_lets_two_in() {
+fn deletion_under_lock_never_admits_two_holders() {
     if wine_cannot_judge(DELETED) {
         return;
     }
@@ -369,7 +369,7 @@ fn deleting_the_file_under_its_lock_never_lets_two_in() {
 }
 
 #[test]
-fn a_file_deleted_by_a_stranger_is_noticed_soon() {
+fn deletion_without_lock_is_noticed_soon() {
     let directory = directory();
     let path = directory.path().join("lock");
     let lock = FileLock::new(&path);
@@ -459,7 +459,7 @@ fn acquire_on_full_disk_needs_space_only_to_create() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_locked_file_is_listed_with_its_holders_and_waiters() {
+fn list_reports_locked_file_with_holders_and_waiters() {
     let spec = lockkit_tests::Kind::FILE.fresh();
     let lock = FileLock::new(spec.at());
     assert_eq!((lock.holders().unwrap().len(), lock.waiters().unwrap()), (0, 0), "nothing is there");
@@ -477,13 +477,13 @@ fn a_locked_file_is_listed_with_its_holders_and_waiters() {
 }
 
 lockkit_tests::left_out! { "it takes other users, modes of files, links, FIFOs or forks, as Linux has them":
-    a_program_that_runs_can_be_locked,
-    it_works_together_with_the_flock_command_both_ways,
-    a_locked_file_is_listed_with_its_holders_and_waiters,
-    a_directory_can_be_locked,
+    acquire_of_running_executable_succeeds,
+    file_lock_and_flock_command_exclude_each_other,
+    list_reports_locked_file_with_holders_and_waiters,
+    acquire_of_directory_excludes_others,
     create_with_mode_applies_only_to_new_file,
     file_lock_of_fifo_does_not_disturb_its_reader,
     file_lock_of_unlockable_path_names_path_and_cause,
     file_lock_needs_read_permission_and_reports_denial,
-    a_waiter_on_a_deleted_file_goes_on_with_the_new_one,
+    waiter_of_replaced_file_acquires_new_file,
 }

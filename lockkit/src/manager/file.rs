@@ -220,7 +220,7 @@ impl Directory {
     /// `create` leaves.
     fn check(&self) -> Result<()> {
         let failed = |error| Error::io("open", &self.path, error);
-        let found = files::look_at(&self.path).map_err(failed)?;
+        let found = files::metadata(&self.path).map_err(failed)?;
         if found.uid() != 0 && !runtime_dir::is_own_at(&self.path, &found) {
             let lock = format!("the lock table {}", self.path.display());
             return Err(ErrorKind::ForeignOwner { lock, uid: found.uid(), pid: None }.into());

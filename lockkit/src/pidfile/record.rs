@@ -4,7 +4,7 @@
 //! lockkit writes the pid in decimal and a line end, nothing else. It reads what other programs write ([`parse`]).
 //!
 //! # Identity
-//! The extended attribute [`NAME`] of the file:
+//! The extended attribute [`ATTRIBUTE`] of the file:
 //!
 //! | bytes | field |
 //! |---|---|
@@ -37,13 +37,13 @@ pub(super) const MAX_LENGTH: usize = 4096;
 pub(super) const BLANK: &str = "\n";
 
 /// The name of the attribute.
-pub(super) const NAME: &str = "user.lockkit";
+pub(super) const ATTRIBUTE: &str = "user.lockkit";
 
 /// The greatest length of the attribute.
 pub(super) const MAX_IDENTITY: usize = 64;
 
 const VERSION: u8 = 1;
-const PROGRAM: usize = 53;
+const PROGRAM_OFFSET: usize = 53;
 
 /// The parsed content of a file.
 #[derive(Debug, PartialEq, Eq)]
@@ -55,9 +55,9 @@ pub(super) enum Content {
         /// In the order of the file, at least one.
         pids: Vec<u32>,
         /// Whether the file contains nothing but one pid, like the files of lockkit.
-        alone: bool,
+        is_single: bool,
         /// The host that is named after the pid, if it is not known to be this one.
-        elsewhere: Option<String>,
+        foreign_host: Option<String>,
     },
     /// Something else. The value is the rule of pidfiles that it violates.
     Other(&'static str),
@@ -104,14 +104,14 @@ pub(super) fn parse(bytes: &[u8]) -> Content {
         let first = lines[0].first().copied().unwrap_or_default();
         return Content::Other(pid(first).err().unwrap_or_default());
     }
-    let elsewhere = if begin == 0 { host_of(&lines).filter(|host| is_foreign(host)) } else { None };
-    let elsewhere = elsewhere.map(|host| String::from_utf8_lossy(host).into_owned());
+    let foreign_host = if begin == 0 { host_of(&lines).filter(|host| is_foreign(host)) } else { None };
+    let foreign_host = foreign_host.map(|host| String::from_utf8_lossy(host).into_owned());
     if let [one, two, three, 0] = *bytes {
         let binary = u32::from_ne_bytes([one, two, three, 0]);
         pids.extend((1..=process::MOST_PID).contains(&binary).then_some(binary));
     }
-    let alone = pids.len() == 1 && text.trim_ascii().len() == lines[0][0].len();
-    Content::Pids { pids, alone, elsewhere }
+    let is_single = pids.len() == 1 && text.trim_ascii().len() == lines[0][0].len();
+    Content::Pids { pids, is_single, foreign_host }
 }
 
 /// Returns the host of the process, if the file names one:
@@ -182,7 +182,7 @@ pub(super) fn identity(owner: &Owner, written: SystemTime) -> Option<Vec<u8>> {
     bytes.extend(fnv::of_bytes(owner.host.as_deref()?.as_bytes()).to_le_bytes());
     bytes.extend(nanos(written)?.to_le_bytes());
     let program = owner.program.as_deref().unwrap_or_default();
-    let mut end = program.len().min(MAX_IDENTITY - PROGRAM);
+    let mut end = program.len().min(MAX_IDENTITY - PROGRAM_OFFSET);
     while !program.is_char_boundary(end) {
         end -= 1;
     }
@@ -202,7 +202,7 @@ pub(super) fn read_identity(bytes: &[u8], pid: u32, written: SystemTime) -> Opti
         // The name of that host is not known here.
         _ => format!("{:016x}", number(37)?),
     };
-    let program = std::str::from_utf8(bytes.get(PROGRAM..)?).ok()?;
+    let program = std::str::from_utf8(bytes.get(PROGRAM_OFFSET..)?).ok()?;
     let program: String = program.chars().map(|letter| if letter.is_control() { '?' } else { letter }).collect();
     is_right.then_some(Owner {
         pid,
@@ -218,7 +218,7 @@ pub(super) fn read_identity(bytes: &[u8], pid: u32, written: SystemTime) -> Opti
 /// Returns whether the identity had no room for the whole name of the program.
 pub(super) fn is_program_cut(owner: &Owner) -> bool {
     // A character takes up to four bytes.
-    owner.program.as_ref().is_none_or(|program| program.len() + 4 > MAX_IDENTITY - PROGRAM)
+    owner.program.as_ref().is_none_or(|program| program.len() + 4 > MAX_IDENTITY - PROGRAM_OFFSET)
 }
 
 fn nanos(moment: SystemTime) -> Option<u64> {
@@ -285,7 +285,7 @@ mod tests {
         let bytes = identity(&owner, written()).unwrap();
         assert_eq!(read_identity(&bytes, owner.pid + 1, written()), None);
         assert_eq!(read_identity(&bytes, owner.pid, written() + Duration::from_micros(1)), None);
-        for end in 0..PROGRAM {
+        for end in 0..PROGRAM_OFFSET {
             assert_eq!(read_identity(&bytes[..end], owner.pid, written()), None, "{end} bytes");
         }
         let mut other = bytes.clone();
@@ -294,7 +294,7 @@ mod tests {
         other = bytes.clone();
         other.resize(MAX_IDENTITY + 1, b'x');
         assert_eq!(read_identity(&other, owner.pid, written()), None);
-        other = bytes[..PROGRAM].to_vec();
+        other = bytes[..PROGRAM_OFFSET].to_vec();
         other.push(0xff);
         assert_eq!(read_identity(&other, owner.pid, written()), None);
     }
@@ -320,7 +320,7 @@ mod tests {
             ("42\0\0\0\0", 42),
         ] {
             let found = parse(text.as_bytes());
-            assert_eq!(found, Content::Pids { pids: vec![pid], alone: true, elsewhere: None }, "{text:?}");
+            assert_eq!(found, Content::Pids { pids: vec![pid], is_single: true, foreign_host: None }, "{text:?}");
         }
     }
 
@@ -328,7 +328,7 @@ mod tests {
     fn parse_of_text_behind_the_pid_is_the_pid() {
         for text in ["42\n/var/lib/postgresql\n1700000000\n", "42 /usr/sbin/sendmail -bd\n", "42\tminicom root\n"] {
             let found = parse(text.as_bytes());
-            assert_eq!(found, Content::Pids { pids: vec![42], alone: false, elsewhere: None }, "{text:?}");
+            assert_eq!(found, Content::Pids { pids: vec![42], is_single: false, foreign_host: None }, "{text:?}");
         }
     }
 
@@ -347,9 +347,9 @@ mod tests {
     #[test]
     fn parse_of_pid_and_host_tells_this_host_from_others() {
         let host = |text: &str| match parse(text.as_bytes()) {
-            Content::Pids { pids, elsewhere, .. } => {
+            Content::Pids { pids, foreign_host, .. } => {
                 assert_eq!(pids, [42], "{text:?}");
-                elsewhere
+                foreign_host
             }
             other => panic!("{text:?}: {other:?}"),
         };

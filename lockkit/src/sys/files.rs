@@ -2,7 +2,7 @@
 //!
 //! Here they come from the standard library's Unix extensions. Windows lacks half of them (`windows/files.rs`).
 
-pub(crate) use std::fs::Metadata as Seen;
+pub(crate) use std::fs::Metadata;
 pub(crate) use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 
 use std::ffi::OsString;
@@ -33,17 +33,17 @@ pub(crate) fn create(options: &OpenOptions, path: &Path) -> io::Result<File> {
 }
 
 /// Returns the metadata of the open file.
-pub(crate) fn look(file: &File) -> io::Result<Seen> {
+pub(crate) fn metadata_of(file: &File) -> io::Result<Metadata> {
     file.metadata()
 }
 
 /// Returns the metadata of the file that the path leads to.
-pub(crate) fn look_at(path: &Path) -> io::Result<Seen> {
+pub(crate) fn metadata(path: &Path) -> io::Result<Metadata> {
     fs::metadata(path)
 }
 
 /// Returns the metadata of the path itself, which may be a symbolic link.
-pub(crate) fn look_at_link(path: &Path) -> io::Result<Seen> {
+pub(crate) fn symlink_metadata(path: &Path) -> io::Result<Metadata> {
     fs::symlink_metadata(path)
 }
 
@@ -54,13 +54,13 @@ pub(crate) fn set_mode(file: &File, mode: u32) -> io::Result<()> {
 
 /// Returns the permissions of the file.
 pub(crate) fn mode_of(file: &File) -> io::Result<u32> {
-    Ok(look(file)?.mode() & 0o777)
+    Ok(metadata_of(file)?.mode() & 0o777)
 }
 
 /// Returns the part of `mode` that a file gets if this process creates it now: `mode` less the umask. This assumes a
 /// file system of which nothing else is known. Reading the umask sets it, so another thread may create a file in the
 /// meantime that others cannot read.
-pub(crate) fn mode_of_new(mode: u32) -> u32 {
+pub(crate) fn new_file_mode(mode: u32) -> u32 {
     use parking_lot::Mutex;
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _no_fork = super::fork::NoFork::hold();
@@ -71,14 +71,14 @@ pub(crate) fn mode_of_new(mode: u32) -> u32 {
 }
 
 /// Checks whether this process may remove a file like `found` from the directory, as far as permissions show.
-pub(crate) fn check_removable(directory: &Path, found: &Seen) -> io::Result<()> {
+pub(crate) fn check_removable(directory: &Path, found: &Metadata) -> io::Result<()> {
     use rustix::fs::{Access, AtFlags, CWD, accessat};
     accessat(CWD, directory, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS)?;
-    let parent = look_at(directory)?;
-    let me = rustix::process::geteuid().as_raw();
+    let parent = metadata(directory)?;
+    let user = rustix::process::geteuid().as_raw();
     // In a sticky directory only these users may remove the file (`EPERM`).
     let is_sticky = parent.mode() & 0o1000 != 0;
-    match !is_sticky || [0, found.uid(), parent.uid()].contains(&me) {
+    match !is_sticky || [0, found.uid(), parent.uid()].contains(&user) {
         true => Ok(()),
         false => Err(Errno::PERM.into()),
     }
@@ -99,7 +99,7 @@ pub(crate) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
 }
 
 /// Whether the file belongs to the user of this process.
-pub(crate) fn is_own(found: &Seen) -> bool {
+pub(crate) fn is_owned_by_user(found: &Metadata) -> bool {
     found.uid() == rustix::process::geteuid().as_raw()
 }
 
@@ -109,12 +109,12 @@ pub(crate) fn set_directory_mode(path: &Path, mode: u32) -> io::Result<()> {
 }
 
 /// Whether the mode of the directory lets its group or others write to it, so that this process may not trust it.
-pub(crate) fn is_writable_by_others(directory: &Seen) -> bool {
+pub(crate) fn is_writable_by_others(directory: &Metadata) -> bool {
     directory.mode() & 0o022 != 0
 }
 
 /// Returns the permission bits that let the group and others write to the file.
-pub(crate) fn group_other_write_bits(found: &Seen) -> u32 {
+pub(crate) fn group_other_write_bits(found: &Metadata) -> u32 {
     found.mode() & 0o022
 }
 
@@ -126,7 +126,7 @@ pub(crate) fn is_name_too_long(error: &io::Error) -> bool {
 
 /// Whether opening failed because the path is a symbolic link that must not be followed. POSIX specifies `ELOOP`;
 /// FreeBSD and NetBSD use other errnos.
-pub(crate) fn is_of_a_link(error: &io::Error) -> bool {
+pub(crate) fn is_symlink_refused(error: &io::Error) -> bool {
     #[cfg(target_os = "netbsd")]
     const NOT_FOLLOWED: i32 = libc::EFTYPE;
     #[cfg(not(target_os = "netbsd"))]

@@ -1,7 +1,7 @@
 //! Whole-file locks: flock(2), through `fs2`.
 //!
-//! Only this module uses the crate. It closes the gaps of `fs2`: a wait continues after a signal, and contention is
-//! `false`, not an error to compare.
+//! Only this module uses `fs2`, and changes two results: a wait continues after a signal, and a lock that another
+//! process holds is `false`, not an error.
 
 use std::fs::File;
 use std::io;
@@ -21,7 +21,7 @@ pub(crate) enum Mode {
 
 /// Acquires the lock. Waits in the kernel without a limit.
 pub(crate) fn lock(file: &File, mode: Mode) -> io::Result<()> {
-    retried(|| match mode {
+    retry_interrupted(|| match mode {
         Mode::Shared => FileExt::lock_shared(file),
         Mode::Exclusive => FileExt::lock_exclusive(file),
     })
@@ -29,7 +29,7 @@ pub(crate) fn lock(file: &File, mode: Mode) -> io::Result<()> {
 
 /// Acquires the lock if it is free. Returns whether it was.
 pub(crate) fn try_lock(file: &File, mode: Mode) -> io::Result<bool> {
-    let tried = retried(|| match mode {
+    let tried = retry_interrupted(|| match mode {
         Mode::Shared => FileExt::try_lock_shared(file),
         Mode::Exclusive => FileExt::try_lock_exclusive(file),
     });
@@ -42,7 +42,7 @@ pub(crate) fn try_lock(file: &File, mode: Mode) -> io::Result<bool> {
 
 /// Releases the lock, also if a forked child still has the descriptor.
 pub(crate) fn unlock(file: &File) -> io::Result<()> {
-    retried(|| FileExt::unlock(file))
+    retry_interrupted(|| FileExt::unlock(file))
 }
 
 /// Whether the error says that the file system has no flock at all, so that no process can hold one on the file. Any
@@ -53,7 +53,7 @@ pub(crate) fn is_unsupported(error: &io::Error) -> bool {
     error.raw_os_error().is_some_and(|code| unsupported.contains(&code))
 }
 
-fn retried(mut call: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+fn retry_interrupted(mut call: impl FnMut() -> io::Result<()>) -> io::Result<()> {
     loop {
         match call() {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -7,6 +7,7 @@
 //! | [`clock`] | the time that continues during sleep | leases |
 //! | [`event`] | an event to wait for together with a descriptor | cancellation |
 //! | [`fd`] | descriptors, and handles on Windows, by one set of names | the same |
+//! | [`file_id`] | the identity of a file, and whether a path still names it | pidfiles, file locks |
 //! | [`files`] | operations on files that differ between systems | every lock on a file |
 //! | [`flock`] | whole-file locks, through `fs2` | file locks |
 //! | [`failpoint`] | places at which a test can have the process killed | tests |
@@ -14,7 +15,7 @@
 //! | [`fork`] | descriptors that a forked child does not keep | every held lock |
 //! | `futex` | sleeping until a shared word changes | waiting for a lock in shared memory |
 //! | `mapping` | shared memory as atomic words | the records that remain after a crash |
-//! | `ofd` | locks that belong to an open file | which processes still use a lock table, pidfiles |
+//! | [`ofd`] | locks that belong to an open file | which processes still use a lock table, pidfiles |
 //! | `proc_locks` | the kernel's lists of locks on files | the holders of locks on files |
 //! | `proc_net_unix` | the abstract sockets and their queues | the list of named locks |
 //! | [`process`] | the identity of processes, and whether they live | owners |
@@ -47,6 +48,7 @@ pub mod failpoint;
 pub(crate) mod failpoint;
 #[cfg(unix)]
 pub(crate) mod fd;
+pub(crate) mod file_id;
 #[cfg(unix)]
 pub(crate) mod files;
 #[cfg(unix)]
@@ -63,7 +65,7 @@ pub(crate) mod inotify;
 pub(crate) mod layout;
 #[cfg(target_os = "linux")]
 pub(crate) mod mapping;
-#[cfg(target_os = "linux")]
+#[cfg_attr(not(target_os = "linux"), path = "ofd_unsupported.rs")]
 pub(crate) mod ofd;
 #[cfg(target_os = "linux")]
 pub mod proc_locks;
@@ -79,6 +81,7 @@ pub(crate) mod sharing;
 pub(crate) mod socket_name;
 #[cfg(target_os = "linux")]
 pub(crate) mod stream;
+#[cfg_attr(not(target_os = "linux"), path = "tmpfile_unsupported.rs")]
 pub(crate) mod tmpfile;
 #[cfg(target_os = "linux")]
 pub(crate) mod unix_diag;
@@ -87,6 +90,7 @@ pub(crate) mod user;
 #[cfg(windows)]
 mod windows;
 pub(crate) mod write_lock;
+#[cfg_attr(not(any(target_os = "linux", target_vendor = "apple")), path = "xattr_unsupported.rs")]
 pub(crate) mod xattr;
 #[cfg(windows)]
 pub(crate) use windows::{clock, event, fd, files, flock, fork, known_folder, mutex, process, security};

@@ -26,19 +26,19 @@ pub(crate) fn is_locked(file: &File, offset: u32) -> io::Result<bool> {
 /// Acquires the write lock on the whole file for this open file, which must be open for writing. Returns `false` if
 /// another open file or a process has any lock on it.
 pub(crate) fn try_write_lock(file: &File) -> io::Result<bool> {
-    is_granted(call(file, libc::F_OFD_SETLK, libc::F_WRLCK, WHOLE))
+    is_granted(call(file, libc::F_OFD_SETLK, libc::F_WRLCK, WHOLE_FILE))
 }
 
 /// Releases the lock on the whole file, also if a forked child shares the open file.
 pub(crate) fn unlock(file: &File) -> io::Result<()> {
-    call(file, libc::F_OFD_SETLK, libc::F_UNLCK, WHOLE).map(drop)
+    call(file, libc::F_OFD_SETLK, libc::F_UNLCK, WHOLE_FILE).map(drop)
 }
 
 /// Returns the process that has a write lock on the file through another open file, or 0 if the kernel does not name
 /// it. Returns `None` if none has. Read locks do not matter.
 pub(crate) fn writer(file: &File) -> io::Result<Option<u32>> {
     // A read lock conflicts with write locks only.
-    let found = call(file, libc::F_OFD_GETLK, libc::F_RDLCK, WHOLE)?;
+    let found = call(file, libc::F_OFD_GETLK, libc::F_RDLCK, WHOLE_FILE)?;
     // The kernel reports -1 for a lock of an open file, and 0 for a process of another pid namespace.
     let pid = u32::try_from(found.l_pid).unwrap_or_default();
     Ok((found.l_type != libc::F_UNLCK as libc::c_short).then_some(pid))
@@ -46,13 +46,13 @@ pub(crate) fn writer(file: &File) -> io::Result<Option<u32>> {
 
 /// Sleeps until no other open file and no process has a write lock on the file, which must be open for reading.
 pub(crate) fn wait_for_writers(file: &File) -> io::Result<()> {
-    call(file, libc::F_OFD_SETLKW, libc::F_RDLCK, WHOLE).map(drop)
+    call(file, libc::F_OFD_SETLKW, libc::F_RDLCK, WHOLE_FILE).map(drop)
 }
 
 /// First byte and length; the length 0 extends to the end of the file, wherever that is.
 type Range = (libc::off_t, libc::off_t);
 
-const WHOLE: Range = (0, 0);
+const WHOLE_FILE: Range = (0, 0);
 
 /// Slots lie in the first megabyte, which every `off_t` can address.
 #[cfg_attr(loom, allow(dead_code))]
@@ -91,13 +91,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_byte_belongs_to_one_open_file_until_that_is_closed() {
+    fn lock_of_byte_released_when_open_file_is_closed() {
         let path = std::env::temp_dir().join(format!("lockkit-ofd-{}", std::process::id()));
         let one = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
         let other = File::options().read(true).write(true).open(&path).unwrap();
         assert!(try_lock(&one, 7).unwrap());
-        assert!(try_lock(&one, 7).unwrap(), "its own lock is no obstacle");
-        assert!((0..100).all(|at| !is_locked(&one, at).unwrap()), "nor is it seen from inside");
+        assert!(try_lock(&one, 7).unwrap(), "the holder's own lock does not conflict");
+        assert!((0..100).all(|at| !is_locked(&one, at).unwrap()), "the holder does not see its own lock");
         assert!(!try_lock(&other, 7).unwrap());
         assert!(is_locked(&other, 7).unwrap());
         assert!(!is_locked(&other, 8).unwrap());
@@ -115,11 +115,11 @@ mod tests {
         wait_for_writers(&reader).unwrap();
         let third = File::open(&path).unwrap();
         assert_eq!(writer(&third).unwrap(), None, "a read lock is no writer");
-        assert!(!try_write_lock(&one).unwrap(), "it keeps writers out");
+        assert!(!try_write_lock(&one).unwrap(), "the read lock excludes writers");
         drop(reader);
         assert!(try_write_lock(&one).unwrap());
         assert_eq!(writer(&third).unwrap(), Some(0));
-        assert_eq!(writer(&one).unwrap(), None, "its own lock is not seen from inside");
+        assert_eq!(writer(&one).unwrap(), None, "the holder does not see its own lock");
         assert!(try_write_lock(&third).is_err(), "a file open for reading only cannot have one");
         unlock(&one).unwrap();
         assert_eq!(writer(&third).unwrap(), None);

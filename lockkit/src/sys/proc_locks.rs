@@ -30,6 +30,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, StatxFlags, major, minor, open, openat, readlinkat, statat, statx};
 
+use super::file_id::{self, FileId};
+
 /// How a process locks a file. Locks of one mechanism do not exclude those of the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Mechanism {
@@ -99,16 +101,16 @@ pub struct LocksOnFile {
 #[derive(Debug, Default)]
 pub struct FileLocks {
     /// The lines of /proc/locks.
-    table: HashMap<FileId, Vec<Entry>>,
+    table: HashMap<ListedFile, Vec<Entry>>,
     /// The processes with a descriptor that holds a lock.
-    holders: HashMap<(FileId, Mechanism), Vec<u32>>,
+    holders: HashMap<(ListedFile, Mechanism), Vec<u32>>,
     /// The files of those descriptors: the path from the link, and the device and inode from stat(2). The path is text,
     /// because a comparison of paths goes component by component and is slow.
-    files: BTreeMap<OsString, Identity>,
-    /// The identities of the files of those descriptors in the kernel's lists.
-    ids: HashMap<Identity, FileId>,
+    files: BTreeMap<OsString, FileId>,
+    /// The files of those descriptors in the kernel's lists.
+    listed: HashMap<FileId, ListedFile>,
     /// The processes whose descriptors were read.
-    seen: HashSet<u32>,
+    inspected: HashSet<u32>,
     /// The files that processes with a given name have open.
     open_files: Vec<PathBuf>,
     /// The error of reading /proc/locks.
@@ -121,12 +123,9 @@ pub struct FileLocks {
 /// The major and the minor number.
 type Device = (u32, u32);
 
-/// Device and inode from stat(2).
-type Identity = (u64, u64);
-
-/// The identity of a file in the kernel's lists. The device is the file system's; on Btrfs stat(2) returns another one.
+/// A file in the kernel's lists. The device is the file system's; on Btrfs stat(2) returns another one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct FileId {
+struct ListedFile {
     device: Device,
     inode: u64,
 }
@@ -139,7 +138,7 @@ struct Entry {
     waits: bool,
     /// The process that acquired it; 0 for an `F_OFD_SETLK` lock and for a process that a pid namespace hides.
     pid: u32,
-    file: FileId,
+    file: ListedFile,
 }
 
 /// Parses `1: FLOCK  ADVISORY  WRITE 4242 fe:00:131 0 EOF`, with `->` after the number for a waiter.
@@ -157,7 +156,7 @@ fn parse(line: &str) -> Option<Entry> {
     let mut file = words.next()?.split(':');
     let mut number = |radix| u64::from_str_radix(file.next()?, radix).ok();
     let device = (u32::try_from(number(16)?).ok()?, u32::try_from(number(16)?).ok()?);
-    Some(Entry { mechanism, waits, pid, file: FileId { device, inode: number(10)? } })
+    Some(Entry { mechanism, waits, pid, file: ListedFile { device, inode: number(10)? } })
 }
 
 impl FileLocks {
@@ -186,7 +185,7 @@ impl FileLocks {
 
     fn read_processes(program: Option<&str>) -> Self {
         let mut locks = Self::read_table();
-        locks.seen.clear();
+        locks.inspected.clear();
         let processes =
             fs::read_dir("/proc").into_iter().flatten().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
         for pid in processes.filter_map(|name| name.parse::<u32>().ok()) {
@@ -216,7 +215,7 @@ impl FileLocks {
         // Names relative to these directories are found in half the time of whole paths.
         let (Ok(links), Ok(infos)) = (directory("fd"), directory("fdinfo")) else { return };
         let Ok(descriptors) = Dir::read_from(&links) else { return };
-        self.seen.insert(pid);
+        self.inspected.insert(pid);
         let is_program = program.is_some_and(|program| {
             fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim_end() == program)
         });
@@ -234,9 +233,9 @@ impl FileLocks {
             };
             // Through the link, because the path may lead to another file in this mount namespace.
             if let Ok(found) = statat(&links, number, AtFlags::empty()) {
-                let identity = (found.st_dev, found.st_ino);
-                self.ids.insert(identity, first.file);
-                self.files.insert(path, identity);
+                let id = (found.st_dev, found.st_ino);
+                self.listed.insert(id, first.file);
+                self.files.insert(path, id);
             }
             for entry in entries {
                 let holders = self.holders.entry((entry.file, entry.mechanism)).or_default();
@@ -257,10 +256,10 @@ impl FileLocks {
     /// files, and files whose path leads elsewhere in this mount namespace. After [`read_table`](Self::read_table) it is
     /// empty.
     pub fn files(&self) -> impl Iterator<Item = (&Path, LocksOnFile)> {
-        self.files.iter().filter_map(|(path, identity)| {
+        self.files.iter().filter_map(|(path, id)| {
             let path = Path::new(path);
             let found = fs::metadata(path).ok()?;
-            ((found.dev(), found.ino()) == *identity).then(|| (path, self.on_id(self.ids[identity])))
+            (file_id::of(&found) == *id).then(|| (path, self.locks_on(self.listed[id])))
         })
     }
 
@@ -276,40 +275,41 @@ impl FileLocks {
     /// Fails if the metadata of the file cannot be read.
     pub fn on(&self, path: &Path) -> io::Result<LocksOnFile> {
         let found = fs::metadata(path)?;
-        let id = self.ids.get(&(found.dev(), found.ino())).copied();
-        Ok(self.on_id(id.unwrap_or_else(|| self.id_of(path, &found))))
+        let id = self.listed.get(&file_id::of(&found)).copied();
+        Ok(self.locks_on(id.unwrap_or_else(|| self.listed_file(path, &found))))
     }
 
-    fn on_id(&self, id: FileId) -> LocksOnFile {
-        LocksOnFile { flock: self.by(Mechanism::Flock, id), fcntl: self.by(Mechanism::Fcntl, id) }
+    fn locks_on(&self, file: ListedFile) -> LocksOnFile {
+        LocksOnFile { flock: self.locks_of(Mechanism::Flock, file), fcntl: self.locks_of(Mechanism::Fcntl, file) }
     }
 
-    fn by(&self, mechanism: Mechanism, id: FileId) -> Option<LockHolders> {
-        let entries = self.table.get(&id).map(Vec::as_slice).unwrap_or_default();
+    fn locks_of(&self, mechanism: Mechanism, file: ListedFile) -> Option<LockHolders> {
+        let entries = self.table.get(&file).map(Vec::as_slice).unwrap_or_default();
         let entries: Vec<_> = entries.iter().filter(|entry| entry.mechanism == mechanism).collect();
-        let holders = self.holders.get(&(id, mechanism)).map(Vec::as_slice).unwrap_or_default();
+        let holders = self.holders.get(&(file, mechanism)).map(Vec::as_slice).unwrap_or_default();
         if holders.is_empty() && entries.iter().all(|entry| entry.waits) {
             return None;
         }
         // If a process has no descriptor with the lock, although its descriptors were read, it acquired the lock for
         // another.
-        let took = entries.iter().filter(|entry| !entry.waits && entry.pid != 0).map(|entry| entry.pid);
-        let mut pids: Vec<_> = holders.iter().copied().chain(took.filter(|pid| !self.seen.contains(pid))).collect();
+        let acquirers = entries.iter().filter(|entry| !entry.waits && entry.pid != 0).map(|entry| entry.pid);
+        let mut pids: Vec<_> =
+            holders.iter().copied().chain(acquirers.filter(|pid| !self.inspected.contains(pid))).collect();
         pids.sort_unstable();
         pids.dedup();
         Some(LockHolders { pids, waiters: waiters(&entries) })
     }
 
-    /// Returns the identity of a file in the kernel's lists, with the device of the file system where the path is
+    /// Returns the file in the kernel's lists, with the device of the file system where the path is
     /// mounted.
-    fn id_of(&self, path: &Path, found: &fs::Metadata) -> FileId {
+    fn listed_file(&self, path: &Path, found: &fs::Metadata) -> ListedFile {
         let device = *self.devices.borrow_mut().entry(found.dev()).or_insert_with(|| {
             let mount = statx(CWD, path, AtFlags::empty(), StatxFlags::MNT_ID).ok();
             let mount = mount.filter(|found| found.stx_mask & StatxFlags::MNT_ID.bits() != 0);
             let device = mount.and_then(|mount| self.mounts.get_or_init(mounts).get(&mount.stx_mnt_id).copied());
             device.unwrap_or_else(|| (major(found.dev()), minor(found.dev())))
         });
-        FileId { device, inode: found.ino() }
+        ListedFile { device, inode: found.ino() }
     }
 }
 
@@ -358,7 +358,7 @@ fn waiters(entries: &[&Entry]) -> u32 {
 mod tests {
     use super::*;
 
-    const FILE: FileId = FileId { device: (0xfe, 0), inode: 131 };
+    const FILE: ListedFile = ListedFile { device: (0xfe, 0), inode: 131 };
 
     #[test]
     fn parse_proc_locks_line_separates_holder_and_waiter() {
@@ -386,14 +386,14 @@ mod tests {
     }
 
     #[test]
-    fn process_that_passed_its_lock_on_is_no_holder() {
+    fn holders_exclude_process_that_passed_its_lock_on() {
         let entry = |pid| Entry { mechanism: Mechanism::Flock, waits: false, pid, file: FILE };
         let mut locks = FileLocks { table: HashMap::from([(FILE, vec![entry(7)])]), ..FileLocks::default() };
-        assert_eq!(locks.on_id(FILE).flock.unwrap().pids, [7]);
-        locks.seen.insert(7);
-        assert!(locks.on_id(FILE).flock.unwrap().pids.is_empty());
+        assert_eq!(locks.locks_on(FILE).flock.unwrap().pids, [7]);
+        locks.inspected.insert(7);
+        assert!(locks.locks_on(FILE).flock.unwrap().pids.is_empty());
         locks.holders.insert((FILE, Mechanism::Flock), vec![8]);
-        assert_eq!(locks.on_id(FILE).flock.unwrap().pids, [8]);
-        assert_eq!(locks.on_id(FILE).fcntl, None);
+        assert_eq!(locks.locks_on(FILE).flock.unwrap().pids, [8]);
+        assert_eq!(locks.locks_on(FILE).fcntl, None);
     }
 }

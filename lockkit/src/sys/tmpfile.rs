@@ -4,22 +4,22 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 
-#[cfg(target_os = "linux")]
-use crate::sys::failpoint::step;
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, open};
+use rustix::io::Errno;
+
+use super::failpoint::step;
 
 /// Creates a file without a name on the file system of `directory`, with `mode` less the umask. If the system cannot do
 /// that, the error is of the kind `Unsupported`.
-#[cfg(target_os = "linux")]
 pub(crate) fn file_in(directory: &Path, mode: u32) -> io::Result<File> {
-    use rustix::fs::{Mode, OFlags, open};
-    use rustix::io::Errno;
     match open(directory, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::from_raw_mode(mode)) {
         // The last two are the errors of systems that do not know the flag.
         Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => Err(io::ErrorKind::Unsupported.into()),
-        made => {
-            let file = made?.into();
+        opened => {
+            let file = opened?.into();
             step("nameless file made");
             Ok(file)
         }
@@ -27,38 +27,16 @@ pub(crate) fn file_in(directory: &Path, mode: u32) -> io::Result<File> {
 }
 
 /// Names the file, unless the name exists. Without /proc, which this needs, the error is of the kind `Unsupported`.
-#[cfg(target_os = "linux")]
 pub(crate) fn name(file: &File, path: &Path) -> io::Result<()> {
-    use rustix::fs::{AtFlags, CWD, linkat};
-    use rustix::io::Errno;
-    use std::os::fd::AsRawFd;
-    let unnamed = format!("/proc/self/fd/{}", file.as_raw_fd());
-    match linkat(CWD, &unnamed, CWD, path, AtFlags::SYMLINK_FOLLOW) {
+    let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+    match linkat(CWD, &link, CWD, path, AtFlags::SYMLINK_FOLLOW) {
         Err(Errno::NOENT | Errno::XDEV | Errno::PERM) => Err(io::ErrorKind::Unsupported.into()),
         named => Ok(named?),
     }
 }
 
 /// Whether the file is on a file system in memory, which is empty when the system starts.
-#[cfg(target_os = "linux")]
 pub(crate) fn is_in_memory(file: &File) -> bool {
     const TMPFS_MAGIC: u64 = 0x0102_1994;
     rustix::fs::fstatfs(file).is_ok_and(|system| system.f_type as u64 == TMPFS_MAGIC)
-}
-
-#[cfg(not(target_os = "linux"))]
-pub(crate) fn file_in(directory: &Path, _: u32) -> io::Result<File> {
-    // A missing directory is reported first, as on systems with `O_TMPFILE`.
-    directory.metadata()?;
-    Err(io::ErrorKind::Unsupported.into())
-}
-
-#[cfg(not(target_os = "linux"))]
-pub(crate) fn name(_: &File, _: &Path) -> io::Result<()> {
-    Err(io::ErrorKind::Unsupported.into())
-}
-
-#[cfg(not(target_os = "linux"))]
-pub(crate) fn is_in_memory(_: &File) -> bool {
-    false
 }

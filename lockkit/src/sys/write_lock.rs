@@ -9,30 +9,25 @@
 use std::fs::File;
 use std::io;
 
-use super::flock;
-#[cfg(target_os = "linux")]
-use super::ofd;
-#[cfg(target_os = "linux")]
-use crate::sys::failpoint::step;
+use super::failpoint::step;
+use super::{flock, ofd};
 
 /// Acquires the lock if no process has a lock on the file. Returns whether it did. The file must be open for writing.
 pub(crate) fn try_lock(file: &File) -> io::Result<bool> {
-    #[cfg(target_os = "linux")]
-    if let Some(answer) = known(ofd::try_write_lock(file)) {
-        let taken = answer?;
-        if taken {
-            step("write lock taken");
+    if let Some(answer) = supported(ofd::try_write_lock(file)) {
+        let acquired = answer?;
+        if acquired {
+            step("write lock acquired");
         }
-        return Ok(taken);
+        return Ok(acquired);
     }
     flock::try_lock(file, flock::Mode::Exclusive)
 }
 
 /// Releases the lock, also if a forked child shares the open file.
 pub(crate) fn unlock(file: &File) -> io::Result<()> {
-    #[cfg(target_os = "linux")]
-    if let Some(answer) = known(ofd::unlock(file)) {
-        return answer.inspect(|()| step("write lock given up"));
+    if let Some(answer) = supported(ofd::unlock(file)) {
+        return answer.inspect(|()| step("write lock released"));
     }
     flock::unlock(file)
 }
@@ -40,8 +35,7 @@ pub(crate) fn unlock(file: &File) -> io::Result<()> {
 /// Returns the process that has the lock through another open file, or 0 if the system does not name it. Returns `None`
 /// if no process has it.
 pub(crate) fn holder(file: &File) -> io::Result<Option<u32>> {
-    #[cfg(target_os = "linux")]
-    if let Some(answer) = known(ofd::writer(file)) {
+    if let Some(answer) = supported(ofd::writer(file)) {
         return answer;
     }
     // Shared, so that two processes that check do not mistake each other for a holder.
@@ -54,17 +48,17 @@ pub(crate) fn holder(file: &File) -> io::Result<Option<u32>> {
 /// Sleeps until no other process has the lock. The file must be open for reading. Closing it removes what the wait
 /// leaves behind.
 pub(crate) fn wait(file: &File) -> io::Result<()> {
-    #[cfg(target_os = "linux")]
-    if let Some(answer) = known(ofd::wait_for_writers(file)) {
-        return answer.inspect(|()| step("write lock awaited"));
+    if let Some(answer) = supported(ofd::wait_for_writers(file)) {
+        return answer.inspect(|()| step("write lock waited for"));
     }
     flock::lock(file, flock::Mode::Shared)
 }
 
-/// Returns the kernel's answer, or `None` if the kernel does not know the command.
-#[cfg(target_os = "linux")]
-fn known<T>(answer: io::Result<T>) -> Option<io::Result<T>> {
-    // Linux has the locks since 3.15, and some kernels that emulate Linux have none.
-    let unknown = |error: &io::Error| error.raw_os_error() == Some(libc::EINVAL) || flock::is_unsupported(error);
-    if answer.as_ref().is_err_and(unknown) { None } else { Some(answer) }
+/// Returns the kernel's answer, or `None` if the system does not know the command.
+fn supported<T>(answer: io::Result<T>) -> Option<io::Result<T>> {
+    // Linux has the locks since 3.15, and some kernels that emulate Linux have none (`EINVAL`, `ENOSYS`).
+    let is_unknown = |error: &io::Error| {
+        matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) || flock::is_unsupported(error)
+    };
+    if answer.as_ref().is_err_and(is_unknown) { None } else { Some(answer) }
 }

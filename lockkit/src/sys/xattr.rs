@@ -5,36 +5,30 @@
 use std::fs::File;
 use std::io;
 
-/// Reads the attribute `name`, if the file has it and it is at most `room` long. Returns `None` if the file has none,
+use rustix::fs::{XattrFlags, fgetxattr, fsetxattr};
+use rustix::io::Errno;
+
+use super::failpoint::step;
+
+/// The error for a file without the attribute.
+#[cfg(target_os = "linux")]
+const ABSENT: Errno = Errno::NODATA;
+#[cfg(not(target_os = "linux"))]
+const ABSENT: Errno = Errno::from_raw_os_error(libc::ENOATTR);
+
+/// Reads the attribute `name`, if the file has it and it fits into `buffer`. Returns `None` if the file has none,
 /// or a longer one, or if the file system has no attributes.
-#[cfg(any(target_os = "linux", target_vendor = "apple"))]
-pub(crate) fn get<'r>(file: &File, name: &str, room: &'r mut [u8]) -> io::Result<Option<&'r [u8]>> {
-    use rustix::io::Errno;
-    #[cfg(target_os = "linux")]
-    const ABSENT: Errno = Errno::NODATA;
-    #[cfg(not(target_os = "linux"))]
-    const ABSENT: Errno = Errno::from_raw_os_error(libc::ENOATTR);
-    match rustix::fs::fgetxattr(file, name, &mut *room) {
-        Ok(length) => Ok(room.get(..length)),
+pub(crate) fn get<'b>(file: &File, name: &str, buffer: &'b mut [u8]) -> io::Result<Option<&'b [u8]>> {
+    match fgetxattr(file, name, &mut *buffer) {
+        Ok(length) => Ok(buffer.get(..length)),
         Err(ABSENT | Errno::OPNOTSUPP | Errno::NOSYS | Errno::RANGE) => Ok(None),
         Err(error) => Err(error.into()),
     }
 }
 
 /// Sets the attribute `name` of the file, or replaces it.
-#[cfg(any(target_os = "linux", target_vendor = "apple"))]
 pub(crate) fn set(file: &File, name: &str, value: &[u8]) -> io::Result<()> {
-    rustix::fs::fsetxattr(file, name, value, rustix::fs::XattrFlags::empty())?;
-    crate::sys::failpoint::step("attribute set");
+    fsetxattr(file, name, value, XattrFlags::empty())?;
+    step("attribute set");
     Ok(())
-}
-
-#[cfg(not(any(target_os = "linux", target_vendor = "apple")))]
-pub(crate) fn get<'r>(_: &File, _: &str, _: &'r mut [u8]) -> io::Result<Option<&'r [u8]>> {
-    Ok(None)
-}
-
-#[cfg(not(any(target_os = "linux", target_vendor = "apple")))]
-pub(crate) fn set(_: &File, _: &str, _: &[u8]) -> io::Result<()> {
-    Err(io::ErrorKind::Unsupported.into())
 }

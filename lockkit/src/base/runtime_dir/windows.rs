@@ -19,7 +19,7 @@ use windows_sys::Win32::Storage::FileSystem::FILE_FLAG_BACKUP_SEMANTICS;
 use super::{MACHINE, Sharing};
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::sys::failpoint::step;
-use crate::sys::files::{self, MetadataExt, OpenOptionsExt, Seen};
+use crate::sys::files::{self, Metadata, MetadataExt, OpenOptionsExt};
 use crate::sys::known_folder;
 use crate::sys::security::Descriptor;
 
@@ -62,7 +62,7 @@ impl RuntimeDir {
             opened => opened,
         }
         .map_err(failed)?;
-        let found = files::look(&file).map_err(failed)?;
+        let found = files::metadata_of(&file).map_err(failed)?;
         match found.is_file() && found.nlink() == 1 {
             true => Ok(file),
             false => Err(ErrorKind::Insecure { path, problem: "it is not a plain file of its own" }.into()),
@@ -103,12 +103,12 @@ pub(crate) fn name_of(file: &str, sharing: Sharing) -> Option<String> {
 }
 
 /// Whether the file or directory belongs to this process's user; Windows does not report it here.
-pub(crate) fn is_own(_: &File, found: &Seen) -> bool {
+pub(crate) fn is_own(_: &File, found: &Metadata) -> bool {
     found.uid() == effective_uid()
 }
 
 /// Checks the directory at the path, as [`is_own`] does.
-pub(crate) fn is_own_at(_: &Path, found: &Seen) -> bool {
+pub(crate) fn is_own_at(_: &Path, found: &Metadata) -> bool {
     found.uid() == effective_uid()
 }
 

@@ -7,7 +7,7 @@
 //!   reports that as a missing file when it opens, and as an existing file when it creates. The callers then try again,
 //!   as they do when another process came first.
 
-use std::fs::{File, Metadata, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::mem::MaybeUninit;
 use std::ops::Deref;
@@ -102,7 +102,7 @@ pub(crate) trait DirBuilderExt {
     fn mode(&mut self, mode: u32) -> &mut Self;
 }
 
-impl DirBuilderExt for std::fs::DirBuilder {
+impl DirBuilderExt for fs::DirBuilder {
     fn mode(&mut self, _: u32) -> &mut Self {
         self
     }
@@ -110,17 +110,17 @@ impl DirBuilderExt for std::fs::DirBuilder {
 
 /// The metadata of a file.
 #[derive(Debug)]
-pub(crate) struct Seen {
-    metadata: Metadata,
+pub(crate) struct Metadata {
+    metadata: fs::Metadata,
     volume: u64,
     id: u64,
     links: u64,
 }
 
-impl Deref for Seen {
-    type Target = Metadata;
+impl Deref for Metadata {
+    type Target = fs::Metadata;
 
-    fn deref(&self) -> &Metadata {
+    fn deref(&self) -> &fs::Metadata {
         &self.metadata
     }
 }
@@ -134,7 +134,7 @@ pub(crate) trait MetadataExt {
     fn uid(&self) -> u32;
 }
 
-impl MetadataExt for Seen {
+impl MetadataExt for Metadata {
     fn dev(&self) -> u64 {
         self.volume
     }
@@ -199,7 +199,7 @@ fn unless_pending(error: io::Error, instead: io::ErrorKind) -> io::Error {
 }
 
 /// Returns the metadata of the open file.
-pub(crate) fn look(file: &File) -> io::Result<Seen> {
+pub(crate) fn metadata_of(file: &File) -> io::Result<Metadata> {
     let metadata = file.metadata()?;
     let handle = file.as_raw_handle();
     let mut found = MaybeUninit::<BY_HANDLE_FILE_INFORMATION>::uninit();
@@ -229,20 +229,20 @@ pub(crate) fn look(file: &File) -> io::Result<Seen> {
             (found.dwVolumeSerialNumber.into(), id)
         }
     };
-    Ok(Seen { metadata, volume, id, links: found.nNumberOfLinks.into() })
+    Ok(Metadata { metadata, volume, id, links: found.nNumberOfLinks.into() })
 }
 
 /// Returns the metadata of the file that the path leads to.
-pub(crate) fn look_at(path: &Path) -> io::Result<Seen> {
-    look(&open_to_look(path, 0)?)
+pub(crate) fn metadata(path: &Path) -> io::Result<Metadata> {
+    metadata_of(&open_for_metadata(path, 0)?)
 }
 
 /// Returns the metadata of the path itself, which may be a symbolic link.
-pub(crate) fn look_at_link(path: &Path) -> io::Result<Seen> {
-    look(&open_to_look(path, FILE_FLAG_OPEN_REPARSE_POINT)?)
+pub(crate) fn symlink_metadata(path: &Path) -> io::Result<Metadata> {
+    metadata_of(&open_for_metadata(path, FILE_FLAG_OPEN_REPARSE_POINT)?)
 }
 
-fn open_to_look(path: &Path, flags: u32) -> io::Result<File> {
+fn open_for_metadata(path: &Path, flags: u32) -> io::Result<File> {
     // The flag with which directories are opened. Attributes are readable however other processes have opened the file.
     let flags = flags | FILE_FLAG_BACKUP_SEMANTICS;
     open(OpenOptions::new().access_mode(FILE_READ_ATTRIBUTES).custom_flags_raw(flags), path)
@@ -269,22 +269,22 @@ pub(crate) fn mode_of(_: &File) -> io::Result<u32> {
 }
 
 /// Modes are for Unix.
-pub(crate) fn mode_of_new(mode: u32) -> u32 {
+pub(crate) fn new_file_mode(mode: u32) -> u32 {
     mode
 }
 
 /// Does not check: access control lists decide about removal.
-pub(crate) fn check_removable(_: &Path, _: &Seen) -> io::Result<()> {
+pub(crate) fn check_removable(_: &Path, _: &Metadata) -> io::Result<()> {
     Ok(())
 }
 
 /// Renames the file at `from` to `to`.
 pub(crate) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
-    std::fs::rename(from, to)
+    fs::rename(from, to)
 }
 
 /// Does not check: the directory decides which user owns a file.
-pub(crate) fn is_own(_: &Seen) -> bool {
+pub(crate) fn is_owned_by_user(_: &Metadata) -> bool {
     true
 }
 
@@ -294,12 +294,12 @@ pub(crate) fn set_directory_mode(_: &Path, _: u32) -> io::Result<()> {
 }
 
 /// Does not check: the access control list of a directory decides which users can write to it.
-pub(crate) fn is_writable_by_others(_: &Seen) -> bool {
+pub(crate) fn is_writable_by_others(_: &Metadata) -> bool {
     false
 }
 
 /// Modes are for Unix.
-pub(crate) fn group_other_write_bits(_: &Seen) -> u32 {
+pub(crate) fn group_other_write_bits(_: &Metadata) -> u32 {
     0
 }
 
@@ -311,7 +311,7 @@ pub(crate) fn is_name_too_long(error: &io::Error) -> bool {
 }
 
 /// Always false: on Windows a symbolic link can be opened without following it.
-pub(crate) fn is_of_a_link(_: &io::Error) -> bool {
+pub(crate) fn is_symlink_refused(_: &io::Error) -> bool {
     false
 }
 

@@ -31,8 +31,8 @@ pub(crate) enum Mode {
     Exclusive,
 }
 
-/// The offset of the locked byte. It is half of the largest offset, so that no code takes it for a negative one.
-const BYTE: u64 = 1 << 62;
+/// The offset of the locked byte. It is half of the largest offset, so that no code mistakes it for a negative one.
+const LOCKED_BYTE: u64 = 1 << 62;
 
 /// Acquires the lock. Waits in the kernel without a limit.
 pub(crate) fn lock(file: &File, mode: Mode) -> io::Result<()> {
@@ -50,11 +50,11 @@ pub(crate) fn try_lock(file: &File, mode: Mode) -> io::Result<bool> {
 
 /// Releases the lock.
 pub(crate) fn unlock(file: &File) -> io::Result<()> {
-    let mut place = place();
-    // SAFETY: the handle is open as long as `file` is, and for synchronous use, so `place` is read during the call
+    let mut range = locked_byte();
+    // SAFETY: the handle is open as long as `file` is, and for synchronous use, so `range` is read during the call
     // only.
-    let done = unsafe { UnlockFileEx(file.as_raw_handle(), 0, 1, 0, &raw mut place) };
-    result_of(done)
+    let done = unsafe { UnlockFileEx(file.as_raw_handle(), 0, 1, 0, &raw mut range) };
+    to_result(done)
 }
 
 /// Whether the error says that the file system has no locks at all, so that no process can hold one on the file.
@@ -65,13 +65,13 @@ pub(crate) fn is_unsupported(error: &io::Error) -> bool {
 
 fn call(file: &File, mode: Mode, flags: u32) -> io::Result<()> {
     let flags = flags | if mode == Mode::Exclusive { LOCKFILE_EXCLUSIVE_LOCK } else { 0 };
-    let mut place = place();
+    let mut range = locked_byte();
     // SAFETY: as in `unlock`.
-    let done = unsafe { LockFileEx(file.as_raw_handle(), flags, 0, 1, 0, &raw mut place) };
-    result_of(done)
+    let done = unsafe { LockFileEx(file.as_raw_handle(), flags, 0, 1, 0, &raw mut range) };
+    to_result(done)
 }
 
-fn result_of(done: BOOL) -> io::Result<()> {
+fn to_result(done: BOOL) -> io::Result<()> {
     if done == 0 {
         return Err(io::Error::last_os_error());
     }
@@ -79,8 +79,9 @@ fn result_of(done: BOOL) -> io::Result<()> {
     Ok(())
 }
 
-fn place() -> OVERLAPPED {
-    let at = OVERLAPPED_0_0 { Offset: BYTE as u32, OffsetHigh: (BYTE >> 32) as u32 };
+/// Returns the locked byte as the system calls take it.
+fn locked_byte() -> OVERLAPPED {
+    let at = OVERLAPPED_0_0 { Offset: LOCKED_BYTE as u32, OffsetHigh: (LOCKED_BYTE >> 32) as u32 };
     OVERLAPPED { Anonymous: OVERLAPPED_0 { Anonymous: at }, ..OVERLAPPED::default() }
 }
 

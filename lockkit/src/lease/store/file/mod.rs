@@ -55,7 +55,7 @@ use crate::lease::store::lease_store::{
 use crate::sys::event;
 use crate::sys::failpoint::step;
 use crate::sys::fd::AsFd;
-use crate::sys::files::{self, DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, Seen as Found};
+use crate::sys::files::{self, DirBuilderExt, FileExt, Metadata as Found, MetadataExt, OpenOptionsExt};
 use crate::sys::flock::{self, Mode};
 use crate::sys::fork::ForkGuarded;
 use crate::sys::{inotify, tmpfile};
@@ -403,7 +403,7 @@ impl FileStore {
     /// future or unknown.
     #[cold]
     fn unchanged_for(&self, file: &File) -> Result<Duration> {
-        let found = files::look(file).map_err(|error| self.failed("look at", error))?;
+        let found = files::metadata_of(file).map_err(|error| self.failed("look at", error))?;
         let age = found.modified().ok().and_then(|modified| SystemTime::now().duration_since(modified).ok());
         let margin = match self.is_remote.load(Ordering::Relaxed) {
             true => CLOCKS_APART,
@@ -564,7 +564,7 @@ impl FileStore {
 
     /// Returns whether the path names the file `found`.
     fn names(&self, found: &Found) -> Result<bool> {
-        match files::look_at_link(&self.path) {
+        match files::symlink_metadata(&self.path) {
             Ok(named) => Ok((named.dev(), named.ino()) == (found.dev(), found.ino())),
             Err(error) if error.kind() == Io::NotFound => Ok(false),
             Err(error) => Err(self.failed("look at", error)),
@@ -579,7 +579,7 @@ impl FileStore {
         options.read(true).write(true).custom_flags(files::NOFOLLOW | files::NONBLOCK | files::NOCTTY);
         match ForkGuarded::new(|| files::open(&options, &self.path)) {
             Err(error) if error.kind() == Io::NotFound => Ok(None),
-            Err(error) if files::is_of_a_link(&error) => Err(self.is_link()),
+            Err(error) if files::is_symlink_refused(&error) => Err(self.is_link()),
             opened => opened.map(Some).map_err(|error| self.failed("open", error)),
         }
     }
@@ -615,7 +615,7 @@ impl FileStore {
         if self.device.load(Ordering::Relaxed) != 0 {
             return Ok(());
         }
-        match files::look_at_link(&self.path) {
+        match files::symlink_metadata(&self.path) {
             Err(error) if error.kind() == Io::NotFound => Ok(()),
             found => self.check_found(&found.map_err(|error| self.failed("open", error))?),
         }
@@ -623,7 +623,7 @@ impl FileStore {
 
     /// Returns the metadata of the file, if it is a plain file without other names.
     fn check(&self, file: &File) -> Result<Found> {
-        let found = files::look(file).map_err(|error| self.failed("look at", error))?;
+        let found = files::metadata_of(file).map_err(|error| self.failed("look at", error))?;
         self.check_found(&found)?;
         Ok(found)
     }
@@ -647,7 +647,7 @@ impl FileStore {
         options.read(true).custom_flags(files::NOFOLLOW | files::NONBLOCK | files::NOCTTY);
         match files::open(&options, &self.path) {
             Err(error) if error.kind() == Io::NotFound => Ok(None),
-            Err(error) if files::is_of_a_link(&error) => Err(self.is_link()),
+            Err(error) if files::is_symlink_refused(&error) => Err(self.is_link()),
             opened => {
                 let file = opened.map_err(|error| self.failed("open", error))?;
                 let found = self.check(&file)?;
@@ -675,7 +675,7 @@ impl FileStore {
             Err(error) if error.kind() == Io::Unsupported => return self.create_in_place(&mut record),
             file => file.map_err(failed)?,
         };
-        let made = files::look(&file).map_err(|error| self.failed("look at", error))?;
+        let made = files::metadata_of(&file).map_err(|error| self.failed("look at", error))?;
         self.place(&file, &made);
         self.set_mode(&file)?;
         file.write_all_at(record.seal(), 0).map_err(|error| self.failed("write", error))?;
@@ -736,7 +736,8 @@ impl FileStore {
         if !self.create_parents {
             return Err(StoreError::permanent(Error::io("open the directory", directory, missing)));
         }
-        let is_missing = |directory: &&Path| files::look_at(directory).is_err_and(|error| error.kind() == Io::NotFound);
+        let is_missing =
+            |directory: &&Path| files::metadata(directory).is_err_and(|error| error.kind() == Io::NotFound);
         let missing: Vec<_> = directory.ancestors().take_while(is_missing).collect();
         for directory in missing.into_iter().rev() {
             match DirBuilder::new().mode(self.directory_mode.unwrap_or(DIRECTORY_MODE)).create(directory) {
