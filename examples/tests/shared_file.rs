@@ -5,7 +5,7 @@ mod common;
 use common::said_by;
 
 #[test]
-fn four_writers_lose_no_number_and_a_reader_sees_no_half_of_one() {
+fn shared_file_example_loses_no_number_to_four_writers() {
     let said = said_by("shared_file", &[]);
     let lines: Vec<&str> = said.lines().collect();
     assert_eq!(lines[0], "the number is 0");

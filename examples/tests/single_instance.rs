@@ -72,8 +72,8 @@ fn stderr(output: &Output) -> &str {
 fn single_instance_example_runs_once_and_restarts_after_kill() {
     single_instance_second_start_names_holder_and_exits_75();
     single_instance_start_after_kill_reports_dead_holder();
-    a_start_after_an_orderly_end_says_nothing_of_it();
-    a_bad_argument_gets_a_clear_error();
+    single_instance_start_after_release_reports_nothing();
+    single_instance_invalid_argument_gets_clear_error();
 }
 
 fn single_instance_second_start_names_holder_and_exits_75() {
@@ -102,12 +102,12 @@ fn single_instance_start_after_kill_reports_dead_holder() {
     assert_eq!(said.lines().count(), 1, "{said:?}");
 }
 
-fn a_start_after_an_orderly_end_says_nothing_of_it() {
+fn single_instance_start_after_release_reports_nothing() {
     Running::start("0s").finish();
     assert_eq!(Running::start("0s").finish(), "");
 }
 
-fn a_bad_argument_gets_a_clear_error() {
+fn single_instance_invalid_argument_gets_clear_error() {
     let output = Command::new(example("single_instance")).arg("soon").output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).contains("\"soon\" is no time to work"), "{}", stderr(&output));

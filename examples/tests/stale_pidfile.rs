@@ -17,7 +17,7 @@ fn backdate(path: &Path) {
 }
 
 #[test]
-fn each_pidfile_of_a_directory_gets_a_line_that_says_why() {
+fn stale_pidfile_example_explains_each_file() {
     let directory = std::env::temp_dir().join(format!("lockkit-example-stale-pidfile-{}", std::process::id()));
     fs::create_dir_all(directory.join("below")).unwrap();
     let mut daemon = Command::new("sleep").arg("600").stdin(Stdio::null()).spawn().unwrap();

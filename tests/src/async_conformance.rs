@@ -23,34 +23,34 @@ use crate::{Actor, Belongings, Kind, LIVELY, Spec, until};
 macro_rules! task_suite {
     ($module:ident, $kind:expr) => {
         $crate::task_suite!($module, $kind;
-            a_task_takes_and_releases_and_takes_again,
-            a_task_that_timed_out_gets_in_after_the_release,
-            a_waiting_task_is_cancelled_at_once,
-            tasks_go_on_while_another_waits,
-            guards_live_across_awaits_on_other_threads,
-            a_waiting_task_goes_on_when_another_process_releases,
-            a_killed_holder_frees_the_lock_for_a_waiting_task,
-            futures_dropped_at_any_moment_leave_nothing_behind,
+            acquire_async_after_release_succeeds_for_every_wait,
+            acquire_async_after_timeout_succeeds_once_released,
+            cancel_during_async_wait_ends_wait_at_once,
+            acquire_async_of_held_lock_blocks_no_thread,
+            guard_held_across_await_keeps_exclusion,
+            release_by_other_process_serves_async_waiter,
+            kill_of_holder_serves_async_waiter,
+            acquire_async_dropped_at_any_moment_leaks_nothing,
         );
     };
     ($module:ident, $kind:expr, alone) => {
         $crate::task_suite!($module, $kind;
-            a_task_takes_and_releases_and_takes_again,
-            a_task_that_timed_out_gets_in_after_the_release,
-            a_waiting_task_is_cancelled_at_once,
-            tasks_go_on_while_another_waits,
-            guards_live_across_awaits_on_other_threads,
+            acquire_async_after_release_succeeds_for_every_wait,
+            acquire_async_after_timeout_succeeds_once_released,
+            cancel_during_async_wait_ends_wait_at_once,
+            acquire_async_of_held_lock_blocks_no_thread,
+            guard_held_across_await_keeps_exclusion,
         );
     };
     // A server needs time for its answers, which the other cases count.
     ($module:ident, $kind:expr, far) => {
         $crate::task_suite!($module, $kind;
-            a_task_takes_and_releases_and_takes_again,
-            a_waiting_task_is_cancelled_at_once,
-            tasks_go_on_while_another_waits,
-            guards_live_across_awaits_on_other_threads,
-            a_waiting_task_goes_on_when_another_process_releases,
-            a_killed_holder_frees_the_lock_for_a_waiting_task,
+            acquire_async_after_release_succeeds_for_every_wait,
+            cancel_during_async_wait_ends_wait_at_once,
+            acquire_async_of_held_lock_blocks_no_thread,
+            guard_held_across_await_keeps_exclusion,
+            release_by_other_process_serves_async_waiter,
+            kill_of_holder_serves_async_waiter,
         );
     };
     ($module:ident, $kind:expr; $($case:ident,)*) => {
@@ -88,11 +88,11 @@ async fn started<T>(taking: &mut (impl Future<Output = T> + Unpin)) {
     assert!(timeout(Duration::from_millis(20), taking).await.is_err(), "it did not wait");
 }
 
-#[allow(missing_docs)] // Their names are sentences.
+#[allow(missing_docs)] // Each name states the operation, the condition and the result.
 mod cases {
     use super::*;
 
-    pub fn a_task_takes_and_releases_and_takes_again(kind: Kind, flavor: &str) {
+    pub fn acquire_async_after_release_succeeds_for_every_wait(kind: Kind, flavor: &str) {
         let spec = kind.fresh();
         let lock = spec.open();
         runtime(flavor).block_on(async {
@@ -105,7 +105,7 @@ mod cases {
         spec.clean();
     }
 
-    pub fn a_task_that_timed_out_gets_in_after_the_release(kind: Kind, flavor: &str) {
+    pub fn acquire_async_after_timeout_succeeds_once_released(kind: Kind, flavor: &str) {
         let spec = kind.fresh();
         let (lock, holder) = (spec.open(), spec.rival());
         runtime(flavor).block_on(async {
@@ -122,7 +122,7 @@ mod cases {
         spec.clean();
     }
 
-    pub fn a_waiting_task_is_cancelled_at_once(kind: Kind, flavor: &str) {
+    pub fn cancel_during_async_wait_ends_wait_at_once(kind: Kind, flavor: &str) {
         let spec = kind.fresh();
         let lock = spec.open();
         runtime(flavor).block_on(async {
@@ -151,7 +151,7 @@ mod cases {
         spec.clean();
     }
 
-    pub fn tasks_go_on_while_another_waits(kind: Kind, flavor: &str) {
+    pub fn acquire_async_of_held_lock_blocks_no_thread(kind: Kind, flavor: &str) {
         let spec = kind.fresh();
         let lock: Arc<dyn AnyLock> = spec.open().into();
         runtime(flavor).block_on(async {
@@ -175,7 +175,7 @@ mod cases {
         spec.clean();
     }
 
-    pub fn guards_live_across_awaits_on_other_threads(kind: Kind, flavor: &str) {
+    pub fn guard_held_across_await_keeps_exclusion(kind: Kind, flavor: &str) {
         let spec = kind.fresh();
         let lock: Arc<dyn AnyLock> = spec.open().into();
         let (inside, count) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
@@ -204,7 +204,7 @@ mod cases {
         spec.clean();
     }
 
-    pub fn a_waiting_task_goes_on_when_another_process_releases(kind: Kind, flavor: &str) {
+    pub fn release_by_other_process_serves_async_waiter(kind: Kind, flavor: &str) {
         let spec = kind.fresh();
         let mut holder = Actor::start(&spec);
         let lock = spec.open();
@@ -223,7 +223,7 @@ mod cases {
         spec.clean();
     }
 
-    pub fn a_killed_holder_frees_the_lock_for_a_waiting_task(kind: Kind, flavor: &str) {
+    pub fn kill_of_holder_serves_async_waiter(kind: Kind, flavor: &str) {
         let spec = kind.fresh();
         let mut holder = Actor::start(&spec);
         holder.expect("lock", "held");
@@ -240,7 +240,7 @@ mod cases {
         spec.clean();
     }
 
-    pub fn futures_dropped_at_any_moment_leave_nothing_behind(kind: Kind, flavor: &str) {
+    pub fn acquire_async_dropped_at_any_moment_leaks_nothing(kind: Kind, flavor: &str) {
         if kind.name() == "pidfile" && wine_cannot_judge(DELETED) {
             return;
         }

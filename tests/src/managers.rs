@@ -273,19 +273,19 @@ fn obey(
 macro_rules! managers {
     ($module:ident, $kind:expr) => {
         $crate::managers!($module, $kind;
-            a_lock_is_allocated_locked_unlocked_and_freed,
-            allocations_differ_until_there_are_no_more,
-            what_is_freed_can_be_allocated_again,
-            freeing_what_is_not_allocated_is_an_error,
-            unlocking_what_is_not_locked_is_an_error,
-            a_guard_gives_nothing_back_after_an_unlock,
-            a_number_can_be_allocated_by_name_once,
-            freeing_all_makes_the_first_available_again,
-            locks_can_be_released_in_any_order_and_a_second_locker_waits,
-            a_lock_stays_usable_after_it_was_freed,
-            held_locks_are_listed_with_owner_and_time_without_waiting,
-            threads_allocate_and_free_without_sharing_a_number,
-            a_panic_releases,
+            allocate_lock_unlock_free_each_succeed,
+            allocate_until_full_gives_distinct_numbers,
+            allocate_after_free_reuses_number,
+            free_of_unallocated_lock_fails,
+            unlock_of_unlocked_lock_fails,
+            release_after_unlock_keeps_next_holder,
+            allocate_at_same_number_twice_fails,
+            free_all_makes_first_number_available,
+            release_in_other_order_serves_waiter,
+            lock_of_freed_number_still_excludes,
+            held_lists_owner_and_time_without_waiting,
+            allocate_by_many_threads_gives_distinct_numbers,
+            panic_of_holder_thread_releases,
             freed_lock_under_contention_stays_exclusive,
         );
     };
@@ -299,11 +299,11 @@ macro_rules! managers {
     };
 }
 
-#[allow(missing_docs)] // Their names are sentences.
+#[allow(missing_docs)] // Each name states the operation, the condition and the result.
 mod cases {
     use super::*;
 
-    pub fn a_lock_is_allocated_locked_unlocked_and_freed(kind: Kind) {
+    pub fn allocate_lock_unlock_free_each_succeed(kind: Kind) {
         let table = kind.fresh();
         let manager = table.open();
         let lock = manager.allocate().unwrap();
@@ -318,7 +318,7 @@ mod cases {
         table.clean();
     }
 
-    pub fn allocations_differ_until_there_are_no_more(kind: Kind) {
+    pub fn allocate_until_full_gives_distinct_numbers(kind: Kind) {
         let table = kind.fresh();
         let manager = table.open();
         let ids: BTreeSet<u32> = (0..CAPACITY).map(|_| manager.allocate().unwrap().id()).collect();
@@ -334,7 +334,7 @@ mod cases {
         table.clean();
     }
 
-    pub fn what_is_freed_can_be_allocated_again(kind: Kind) {
+    pub fn allocate_after_free_reuses_number(kind: Kind) {
         let table = kind.fresh();
         let manager = table.open();
         let locks: Vec<_> = (0..CAPACITY).map(|_| manager.allocate().unwrap()).collect();
@@ -348,7 +348,7 @@ mod cases {
         table.clean();
     }
 
-    pub fn freeing_what_is_not_allocated_is_an_error(kind: Kind) {
+    pub fn free_of_unallocated_lock_fails(kind: Kind) {
         let table = kind.fresh();
         let manager = table.open();
         let lock = manager.retrieve(7).unwrap();
@@ -363,7 +363,7 @@ mod cases {
         table.clean();
     }
 
-    pub fn unlocking_what_is_not_locked_is_an_error(kind: Kind) {
+    pub fn unlock_of_unlocked_lock_fails(kind: Kind) {
         let table = kind.fresh();
         let lock = table.open().allocate().unwrap();
         let refused = || matches!(lock.unlock().unwrap_err().kind(), ErrorKind::NotLocked { .. });
@@ -374,7 +374,7 @@ mod cases {
         table.clean();
     }
 
-    pub fn a_guard_gives_nothing_back_after_an_unlock(kind: Kind) {
+    pub fn release_after_unlock_keeps_next_holder(kind: Kind) {
         let table = kind.fresh();
         let lock = table.open().allocate().unwrap();
         let (first, second) = (lock.lock().unwrap(), {
@@ -387,7 +387,7 @@ mod cases {
         table.clean();
     }
 
-    pub fn a_number_can_be_allocated_by_name_once(kind: Kind) {
+    pub fn allocate_at_same_number_twice_fails(kind: Kind) {
         let table = kind.fresh();
         let manager = table.open();
         assert_eq!(manager.allocate_at(42).unwrap().id(), 42);
@@ -410,7 +410,7 @@ mod cases {
         table.clean();
     }
 
-    pub fn freeing_all_makes_the_first_available_again(kind: Kind) {
+    pub fn free_all_makes_first_number_available(kind: Kind) {
         let table = kind.fresh();
         let manager = table.open();
         let first = manager.allocate().unwrap();
@@ -428,7 +428,7 @@ mod cases {
         table.clean();
     }
 
-    pub fn locks_can_be_released_in_any_order_and_a_second_locker_waits(kind: Kind) {
+    pub fn release_in_other_order_serves_waiter(kind: Kind) {
         let table = kind.fresh();
         let manager = table.open();
         let (a, b) = (manager.allocate().unwrap(), manager.allocate().unwrap());
@@ -444,7 +444,7 @@ mod cases {
         table.clean();
     }
 
-    pub fn a_lock_stays_usable_after_it_was_freed(kind: Kind) {
+    pub fn lock_of_freed_number_still_excludes(kind: Kind) {
         if kind == Kind::Directory && wine_cannot_judge(DELETED) {
             return;
         }
@@ -468,7 +468,7 @@ mod cases {
         table.clean();
     }
 
-    pub fn held_locks_are_listed_with_owner_and_time_without_waiting(kind: Kind) {
+    pub fn held_lists_owner_and_time_without_waiting(kind: Kind) {
         let table = kind.fresh();
         let manager = table.open();
         assert_eq!(manager.held().unwrap(), []);
@@ -488,7 +488,7 @@ mod cases {
         table.clean();
     }
 
-    pub fn threads_allocate_and_free_without_sharing_a_number(kind: Kind) {
+    pub fn allocate_by_many_threads_gives_distinct_numbers(kind: Kind) {
         if kind == Kind::Directory && wine_cannot_judge(DELETED) {
             return;
         }
@@ -513,7 +513,7 @@ mod cases {
         table.clean();
     }
 
-    pub fn a_panic_releases(kind: Kind) {
+    pub fn panic_of_holder_thread_releases(kind: Kind) {
         let table = kind.fresh();
         let lock = table.open().allocate().unwrap();
         let inside = lock.clone();
@@ -558,25 +558,25 @@ pub use cases::*;
 macro_rules! shared_managers {
     ($module:ident, $kind:expr) => {
         $crate::managers!($module, $kind;
-            a_number_is_the_same_lock_in_another_process,
-            a_table_has_the_same_modes_whatever_the_umask,
-            a_lock_that_was_freed_still_excludes_other_processes,
-            all_that_a_killed_process_held_is_recovered,
-            a_forked_child_holds_locks_of_its_own,
-            children_forked_at_any_moment_can_take_locks,
-            a_process_killed_at_any_step_of_allocation_corrupts_nothing,
+            retrieve_in_other_process_is_same_lock,
+            create_with_any_umask_gives_same_modes,
+            freed_lock_excludes_other_processes,
+            kill_with_many_held_locks_recovers_all,
+            fork_child_holds_locks_of_its_own,
+            fork_at_any_moment_child_can_acquire,
+            crash_at_any_step_of_allocate_keeps_table_valid,
             available_after_crash_matches_free_locks,
-            processes_free_and_allocate_a_lock_while_others_are_inside,
+            free_and_allocate_while_held_keeps_exclusion,
         );
     };
 }
 
-#[allow(missing_docs)] // Their names are sentences.
+#[allow(missing_docs)] // Each name states the operation, the condition and the result.
 mod shared_cases {
     use super::*;
     use crate::conformance::processes_fork;
 
-    pub fn a_number_is_the_same_lock_in_another_process(kind: Kind) {
+    pub fn retrieve_in_other_process_is_same_lock(kind: Kind) {
         let table = kind.fresh();
         let manager = table.open();
         let mut other = Actor::start_at(&table);
@@ -599,12 +599,12 @@ mod shared_cases {
     }
 
     #[cfg(not(unix))]
-    pub fn a_table_has_the_same_modes_whatever_the_umask(_: Kind) {
+    pub fn create_with_any_umask_gives_same_modes(_: Kind) {
         crate::left_out("files have no modes on this system");
     }
 
     #[cfg(unix)]
-    pub fn a_table_has_the_same_modes_whatever_the_umask(kind: Kind) {
+    pub fn create_with_any_umask_gives_same_modes(kind: Kind) {
         use std::os::unix::fs::PermissionsExt;
         use std::process::{Command, Stdio};
         let table = kind.fresh();
@@ -630,7 +630,7 @@ mod shared_cases {
         table.clean();
     }
 
-    pub fn a_lock_that_was_freed_still_excludes_other_processes(kind: Kind) {
+    pub fn freed_lock_excludes_other_processes(kind: Kind) {
         if kind == Kind::Directory && wine_cannot_judge(DELETED) {
             return;
         }
@@ -657,7 +657,7 @@ mod shared_cases {
         table.clean();
     }
 
-    pub fn all_that_a_killed_process_held_is_recovered(kind: Kind) {
+    pub fn kill_with_many_held_locks_recovers_all(kind: Kind) {
         // Each lock of a directory costs a descriptor.
         let count = if kind == Kind::Shm { 4096 } else { 500 };
         // Under Wine each lock takes milliseconds.
@@ -678,7 +678,7 @@ mod shared_cases {
         table.clean();
     }
 
-    pub fn a_forked_child_holds_locks_of_its_own(kind: Kind) {
+    pub fn fork_child_holds_locks_of_its_own(kind: Kind) {
         if !processes_fork() {
             return;
         }
@@ -695,7 +695,7 @@ mod shared_cases {
         table.clean();
     }
 
-    pub fn children_forked_at_any_moment_can_take_locks(kind: Kind) {
+    pub fn fork_at_any_moment_child_can_acquire(kind: Kind) {
         if !processes_fork() {
             return;
         }
@@ -710,7 +710,7 @@ mod shared_cases {
         table.clean();
     }
 
-    pub fn a_process_killed_at_any_step_of_allocation_corrupts_nothing(kind: Kind) {
+    pub fn crash_at_any_step_of_allocate_keeps_table_valid(kind: Kind) {
         if kind == Kind::Directory && wine_cannot_judge("it starts hundreds of processes, each of which takes too long")
         {
             return;
@@ -787,7 +787,7 @@ mod shared_cases {
         }
     }
 
-    pub fn processes_free_and_allocate_a_lock_while_others_are_inside(kind: Kind) {
+    pub fn free_and_allocate_while_held_keeps_exclusion(kind: Kind) {
         if kind == Kind::Directory && wine_cannot_judge(DELETED) {
             return;
         }

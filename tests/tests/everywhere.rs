@@ -57,7 +57,7 @@ fn named_lock_owner_reported_only_while_held() {
 }
 
 #[test]
-fn what_this_system_does_not_have_is_unsupported() {
+fn missing_feature_of_system_is_unsupported() {
     let unsupported = |error: lockkit::Error| matches!(error.kind(), ErrorKind::Unsupported { .. });
     let built = |backend| NamedLock::builder("lockkit-everywhere").backend(backend).build();
     assert_eq!(built(Backend::Socket).map_or_else(unsupported, |_| false), !cfg!(target_os = "linux"));

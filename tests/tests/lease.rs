@@ -128,7 +128,7 @@ fn succeeds(command: &mut Command) -> bool {
 }
 
 #[test]
-fn a_second_acquire_is_held_until_the_release_and_then_works() {
+fn try_lock_of_held_lease_refused_until_release() {
     #[derive(Debug, PartialEq)]
     struct BuildRuns;
     impl std::fmt::Display for BuildRuns {
@@ -208,7 +208,7 @@ fn damaged_record_reclaimed_after_two_seconds() {
 }
 
 #[test]
-fn the_age_at_which_damage_is_reclaimed_can_be_chosen() {
+fn acquire_damaged_record_waits_for_chosen_age() {
     let (_directory, terms) = place();
     for (age, gets_in) in [(HOUR, false), (Duration::from_millis(100), true)] {
         write(&terms, "lockkit lease 1\n");
@@ -239,7 +239,7 @@ fn try_lock_by_twelve_contenders_has_one_winner() {
 }
 
 #[test]
-fn eight_racers_on_one_stale_record_are_never_two_owners() {
+fn try_lock_of_stale_record_by_eight_has_one_winner() {
     let (_directory, terms) = place();
     let stale = left_by_the_dead(&terms);
     let died = line(&stale, "pid").parse().unwrap();
@@ -260,7 +260,7 @@ fn eight_racers_on_one_stale_record_are_never_two_owners() {
 }
 
 #[test]
-fn a_release_touches_no_foreign_record_and_brings_back_none() {
+fn release_keeps_foreign_record() {
     let (_directory, mut terms) = place();
     // The interval is so long that no heartbeat comes in between.
     (terms.ttl, terms.heartbeat) = (60_000, 20_000);
@@ -375,7 +375,7 @@ fn holder_stopped_longer_than_ttl_finds_lease_lost_at_once() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_holder_that_was_stopped_for_less_goes_on() {
+fn holder_stopped_shorter_than_ttl_keeps_lease() {
     let (_directory, mut terms) = place();
     terms.ttl = LIVELY.as_millis() as u64;
     let [mut holder, mut next] = [(); 2].map(|()| Actor::start_lease(&terms));
@@ -408,7 +408,7 @@ fn stopped_holder_never_overlaps_next_holder() {
 }
 
 #[test]
-fn times_in_the_record_and_of_its_file_decide_nothing() {
+fn acquire_ignores_times_in_record_and_of_file() {
     // The records show a step of the wall clock in both directions, and another host's wrong clock.
     for step in [-1, 1] {
         let (_directory, terms) = place();
@@ -459,7 +459,7 @@ fn faketime() -> Option<PathBuf> {
 }
 
 #[test]
-fn the_wall_clock_stepped_by_an_hour_changes_nothing() {
+fn wall_clock_step_by_an_hour_keeps_lease() {
     if cfg!(target_env = "musl") {
         lockkit_tests::left_out("a program that is linked statically reads no preloaded clock");
         return;
@@ -559,7 +559,7 @@ fn takeover_between_hosts_with_skewed_clocks_waits_ttl() {
 }
 
 #[test]
-fn two_containers_of_one_host_wait_for_each_others_ttl() {
+fn takeover_between_containers_waits_ttl() {
     wait_for_each_others_ttl(in_a_container, |stranger| assert_eq!(line(stranger, "pid"), "1"));
 }
 
@@ -631,7 +631,7 @@ fn damaged_or_deleted_record_repaired_by_live_holder() {
 }
 
 #[test]
-fn a_record_that_is_cut_or_spoilt_lets_no_waiter_in() {
+fn wait_for_damaged_record_of_live_holder_continues() {
     if wine_cannot_judge("a file that is open cannot be replaced there") {
         return;
     }
@@ -749,7 +749,7 @@ fn try_once_processes_take_over_silent_holder_after_ttl() {
 }
 
 #[test]
-fn only_the_holder_that_was_seen_is_evicted() {
+fn evict_removes_only_holder_of_snapshot() {
     let (_directory, terms) = place();
     let lease = terms.open();
     let mut holder = Actor::start_lease(&terms);
@@ -1167,7 +1167,7 @@ fn on_lost_without_own_thread_is_called_once_by_heartbeat() {
 }
 
 #[test]
-fn a_panic_in_on_lost_ends_there() {
+fn panic_in_on_lost_does_not_stop_heartbeat() {
     let (_directory, mut terms) = place();
     terms.panics = true;
     let mut holder = Actor::start_lease(&terms);
@@ -1220,7 +1220,7 @@ fn forked_child_does_not_inherit_lease() {
 }
 
 #[test]
-fn a_thousand_leases_dropped_or_killed_at_once_are_all_free() {
+fn drop_or_kill_with_thousand_leases_frees_all() {
     if wine_cannot_judge("each step of a lease takes milliseconds there, and it counts them") {
         return;
     }
@@ -1312,7 +1312,7 @@ fn watches(pid: u32) -> usize {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_waiter_that_gave_up_leaves_no_watch() {
+fn wait_after_timeout_leaves_no_inotify_watch() {
     let (_directory, terms) = place();
     let mut holder = Actor::start_lease(&terms);
     take(&mut holder, "try");
@@ -1370,7 +1370,7 @@ fn record_link_refused_directory_link_is_same_lease() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn files_of_other_users_are_refused_but_not_roots() {
+fn acquire_file_of_other_user_refused_of_root_allowed() {
     let Some(user) = another_user() else { return };
     let Some(third) = another_user() else { return };
     let (directory, terms) = place();
@@ -1399,7 +1399,7 @@ fn files_of_other_users_are_refused_but_not_roots() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn the_file_and_its_directories_have_the_modes_asked_for() {
+fn create_with_modes_applies_them_to_file_and_parents() {
     let (directory, terms) = place();
     let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o7777;
     drop(terms.open().lock().unwrap());
@@ -1571,7 +1571,7 @@ fn appearance(path: &Path) -> (Option<Vec<u8>>, Option<PathBuf>, u64, u32, i64, 
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a1_foreign_files_are_refused_and_stay_as_they_are() {
+fn a1_acquire_of_foreign_file_refused_and_keeps_it() {
     let (directory, terms) = place();
     let at = |name: &str| directory.path().join(name);
     let file = |name: &str, bytes: &[u8]| {
@@ -1687,7 +1687,7 @@ fn a1_holder_never_writes_into_a_foreign_file() {
 }
 
 #[test]
-fn a1_record_put_back_in_time_costs_nothing() {
+fn a1_record_restored_before_deadline_keeps_lease() {
     if wine_cannot_judge("a file that is open cannot be replaced there") {
         return;
     }
@@ -1712,7 +1712,7 @@ fn a1_record_put_back_in_time_costs_nothing() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a8_damage_is_judged_alike_by_every_question() {
+fn a8_status_and_try_agree_on_damaged_record() {
     std::thread::scope(|scope| {
         for damaged in DAMAGED {
             scope.spawn(move || {
@@ -1750,7 +1750,7 @@ fn a8_damage_is_judged_alike_by_every_question() {
 }
 
 #[test]
-fn a8_old_damage_is_reclaimed_by_the_first_try() {
+fn a8_try_of_old_damaged_record_reclaims_it() {
     for damaged in DAMAGED {
         let (_directory, terms) = place();
         write(&terms, damaged);
@@ -1828,7 +1828,7 @@ fn stop_at_each(call: &str, command: &str) -> usize {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a9_process_stopped_while_it_looks_costs_no_lease() {
+fn a9_reader_stopped_at_any_call_keeps_lease() {
     if !faults_can_be_made() {
         return;
     }
@@ -1841,7 +1841,7 @@ fn a9_process_stopped_while_it_looks_costs_no_lease() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a9_readers_of_a_held_lease_take_no_flock() {
+fn a9_read_of_held_lease_takes_no_flock() {
     if !faults_can_be_made() {
         return;
     }
@@ -1861,7 +1861,7 @@ fn a9_readers_of_a_held_lease_take_no_flock() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a9_status_answers_while_a_writer_is_stopped() {
+fn a9_status_during_stopped_write_answers() {
     let (_directory, terms) = place();
     let mut holder = Actor::start_lease(&terms);
     take(&mut holder, "lock");
@@ -1882,7 +1882,7 @@ fn a9_status_answers_while_a_writer_is_stopped() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a10_users_of_a_group_share_a_lease_by_its_mode() {
+fn a10_group_mode_shares_lease_between_users() {
     let (Some(one), Some(two)) = (another_user(), another_user()) else { return };
     let group = one.uid;
     let (directory, mut terms) = place();
@@ -1929,7 +1929,7 @@ fn a10_users_of_a_group_share_a_lease_by_its_mode() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a11_missing_directories_are_made_on_request_only() {
+fn a11_create_parents_only_on_request() {
     let (directory, _) = place();
     let path = directory.path().join("a/b/lease");
     let lease = Lease::file(&path).build().unwrap();
@@ -1960,7 +1960,7 @@ fn a11_missing_directories_are_made_on_request_only() {
 }
 
 #[test]
-fn c5_heartbeat_below_a_millisecond_is_refused() {
+fn c5_build_with_heartbeat_below_1_ms_refused() {
     let (_directory, terms) = place();
     let file = || Lease::file(&terms.path);
     let store = || Lease::with_store(Arc::new(Board::default()), "key");
@@ -1983,7 +1983,7 @@ fn c5_heartbeat_below_a_millisecond_is_refused() {
 }
 
 #[test]
-fn c12_forged_numbers_fail_with_their_cause_or_do_no_harm() {
+fn c12_acquire_of_forged_numbers_fails_or_is_safe() {
     let (_directory, terms) = place();
     let most = u64::MAX.to_string();
     let dead = left_by_the_dead(&terms);
@@ -2053,7 +2053,7 @@ fn crowd(threads: usize, often: usize, open: impl Fn() -> Lease + Sync) -> Durat
 
 #[cfg(target_os = "linux")]
 #[test]
-fn c13_crowd_of_threads_takes_a_lease_in_turns_quickly() {
+fn c13_acquire_by_200_threads_is_quick_and_exclusive() {
     let (_directory, terms) = place();
     let shared = terms.open();
     let took = crowd(200, 5, || shared.clone());
@@ -2067,7 +2067,7 @@ fn c13_crowd_of_threads_takes_a_lease_in_turns_quickly() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn c13_waiters_of_a_process_hand_over_in_order() {
+fn c13_waiters_of_one_process_served_in_order() {
     let (_directory, terms) = place();
     let lease = terms.open();
     let order = Mutex::new(Vec::new());
@@ -2099,7 +2099,7 @@ fn c13_waiters_of_a_process_hand_over_in_order() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn c13_waiters_that_give_up_leave_nothing_behind() {
+fn c13_wait_after_timeout_or_cancel_leaks_nothing() {
     let (_directory, terms) = place();
     let lease = terms.open();
     let guard = lease.lock().unwrap();
@@ -2138,10 +2138,10 @@ fn c13_waiters_that_give_up_leave_nothing_behind() {
 }
 
 lockkit_tests::left_out! { "it takes other users, modes of files, links, inotify, or a disk that fails, as Linux has them":
-    a_waiter_that_gave_up_leaves_no_watch,
+    wait_after_timeout_leaves_no_inotify_watch,
     forked_child_does_not_inherit_lease,
     holder_stopped_longer_than_ttl_finds_lease_lost_at_once,
-    a_holder_that_was_stopped_for_less_goes_on,
+    holder_stopped_shorter_than_ttl_keeps_lease,
     lease_file_deleted_goes_to_waiter_with_greater_token,
     renew_with_io_errors_retries_until_deadline,
     lease_waiter_without_inotify_polls,
@@ -2150,16 +2150,16 @@ lockkit_tests::left_out! { "it takes other users, modes of files, links, inotify
     acquire_without_heartbeat_thread_fails_and_holds_nothing,
     on_lost_without_own_thread_is_called_once_by_heartbeat,
     record_link_refused_directory_link_is_same_lease,
-    files_of_other_users_are_refused_but_not_roots,
-    the_file_and_its_directories_have_the_modes_asked_for,
-    a1_foreign_files_are_refused_and_stay_as_they_are,
-    a8_damage_is_judged_alike_by_every_question,
-    a9_process_stopped_while_it_looks_costs_no_lease,
-    a9_readers_of_a_held_lease_take_no_flock,
-    a9_status_answers_while_a_writer_is_stopped,
-    a10_users_of_a_group_share_a_lease_by_its_mode,
-    a11_missing_directories_are_made_on_request_only,
-    c13_crowd_of_threads_takes_a_lease_in_turns_quickly,
-    c13_waiters_of_a_process_hand_over_in_order,
-    c13_waiters_that_give_up_leave_nothing_behind,
+    acquire_file_of_other_user_refused_of_root_allowed,
+    create_with_modes_applies_them_to_file_and_parents,
+    a1_acquire_of_foreign_file_refused_and_keeps_it,
+    a8_status_and_try_agree_on_damaged_record,
+    a9_reader_stopped_at_any_call_keeps_lease,
+    a9_read_of_held_lease_takes_no_flock,
+    a9_status_during_stopped_write_answers,
+    a10_group_mode_shares_lease_between_users,
+    a11_create_parents_only_on_request,
+    c13_acquire_by_200_threads_is_quick_and_exclusive,
+    c13_waiters_of_one_process_served_in_order,
+    c13_wait_after_timeout_or_cancel_leaks_nothing,
 }

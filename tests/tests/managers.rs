@@ -20,12 +20,12 @@ mod in_memory_lock {
     #[test]
     fn keeps_the_rules_that_need_no_second_process() {
         use lockkit_tests::conformance::*;
-        a_lock_is_taken_and_released_and_taken_again(KIND);
+        acquire_after_release_succeeds_for_every_wait(KIND);
         acquire_held_in_same_process_refused_until_release(KIND);
-        a_waiter_is_cancelled_at_once(KIND);
-        a_cancelled_token_refuses_even_a_free_lock(KIND);
-        two_locks_do_not_block_each_other(KIND);
-        a_guard_can_be_dropped_on_another_thread(KIND);
+        cancel_during_wait_ends_wait_at_once(KIND);
+        acquire_free_lock_with_cancelled_token_is_cancelled(KIND);
+        acquire_of_second_lock_is_independent(KIND);
+        guard_drop_on_other_thread_releases(KIND);
     }
 
     #[test]

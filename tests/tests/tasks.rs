@@ -161,7 +161,7 @@ async fn led(lease: &Lease) -> LeaseGuard {
 }
 
 #[test]
-fn the_loss_of_a_lease_can_be_awaited() {
+fn lost_awaited_by_task_reports_reason() {
     let directory = tempfile::tempdir().unwrap();
     let lease = lease(&directory);
     for flavor in ["one", "several"] {
@@ -183,7 +183,7 @@ fn the_loss_of_a_lease_can_be_awaited() {
 }
 
 #[test]
-fn the_loss_of_a_lease_is_waited_for_with_limit_and_token() {
+fn lost_wait_async_ends_at_limit_or_cancellation() {
     let directory = tempfile::tempdir().unwrap();
     let lease = lease(&directory);
     runtime("one").block_on(async {
@@ -227,7 +227,7 @@ fn release_async_frees_lease_and_reports_loss() {
 }
 
 #[test]
-fn a_token_wakes_every_task_that_waits_for_it() {
+fn cancel_token_wakes_every_waiting_task() {
     for flavor in ["one", "several"] {
         runtime(flavor).block_on(async {
             let token = CancelToken::new();
@@ -246,7 +246,7 @@ fn a_token_wakes_every_task_that_waits_for_it() {
 }
 
 #[test]
-fn a_single_instance_function_runs_once_under_a_runtime() {
+fn single_instance_async_function_runs_once() {
     #[lockkit::single_instance("lockkit-test-under-a-runtime")]
     async fn work(meanwhile: impl Future<Output = ()>) -> Result<(), lockkit::Error> {
         meanwhile.await;

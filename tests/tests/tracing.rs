@@ -174,7 +174,7 @@ fn contended_acquire_traces_holder_and_timeout_error() {
 }
 
 #[test]
-fn a_death_is_a_warning_that_names_the_dead() {
+fn acquire_after_death_traces_warning_with_owner() {
     listen();
     for kind in kinds().filter(|kind| kind.tells_deaths()) {
         let spec = kind.fresh();
@@ -212,7 +212,7 @@ fn lost_lease_is_traced_once_with_token_and_reason() {
 }
 
 #[test]
-fn a_lock_of_a_table_in_memory_tells_of_itself_too() {
+fn acquire_of_memory_table_lock_is_traced() {
     listen();
     let lock = Kind::MEMORY.fresh().open();
     drop(lock.acquire(&Wait::none()).unwrap());
