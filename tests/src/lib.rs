@@ -15,6 +15,7 @@
 //! - [`realtime`] has a process of a real-time class on one processor.
 //! - [`servers`] starts real servers, and ensures that they end.
 //! - [`mod@server_conformance`] has the drills of leases on servers; [`drills!`] makes tests of them for one engine.
+//! - [`small_disk`] has a small file system, which a test can fill.
 //! - [`namespaces`] makes user namespaces, in which a uid means several users.
 //! - [`wine`] lists the differences between Wine and Windows, because of which Wine cannot judge every case.
 //! - [`chaos`] has a conductor that kills and stops many processes at random, and checks the log of the holders and
@@ -43,6 +44,7 @@ pub mod realtime;
 pub mod server_conformance;
 #[cfg(target_os = "linux")]
 pub mod servers;
+pub mod small_disk;
 #[cfg(windows)]
 mod windows;
 pub mod wine;
@@ -132,6 +134,11 @@ pub fn program(name: &str) -> PathBuf {
     let name = format!("{name}{}", std::env::consts::EXE_SUFFIX);
     let directory = test.ancestors().find(|directory| directory.join(&name).is_file());
     directory.unwrap_or_else(|| panic!("{name} is not built beside {}", test.display())).join(name)
+}
+
+/// Runs a command without output, and returns whether it succeeds.
+pub fn succeeds(command: &mut Command) -> bool {
+    command.stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|status| status.success())
 }
 
 /// Returns a program that sleeps for `time`.
