@@ -147,7 +147,7 @@ fn main() {
     if !"memory".contains(&arguments::filter()) {
         return;
     }
-    let _alone = lockkit_benches::alone();
+    let _exclusive = lockkit_benches::exclusive_run();
     let directory = tempfile::tempdir_in("/dev/shm").expect("memory to make files in");
     let mut rows = Vec::new();
     for (mut ours, mut peer) in contenders(directory.path()) {
