@@ -13,7 +13,7 @@ use lockkit::{CancelToken, Wait};
 use crate::fixtures::AnyGuard;
 use crate::wine::{DELETED, is_wine, wine_cannot_judge};
 use crate::{
-    Actor, Belongings, Kind, LIVELY, Spec, chaos, crash_points, kill_pid, let_go_on, program, sleeps, stop, thread_id,
+    Actor, Belongings, Kind, LIVELY, Spec, chaos, crash_points, kill_pid, program, resume, sleeps, stop, thread_id,
     until,
 };
 
@@ -52,7 +52,7 @@ macro_rules! conformance {
         mod $module {
             $(#[test]
             fn $case() {
-                $crate::left_out_or($kind, $crate::conformance::$case);
+                $crate::run_or_leave_out($kind, $crate::conformance::$case);
             })*
         }
     };
@@ -70,7 +70,7 @@ pub(crate) fn processes_fork() -> bool {
 /// not.
 fn descriptors_are_numbers() -> bool {
     if !cfg!(target_os = "linux") {
-        crate::left_out("no descriptor 0, and no limit of descriptors, that a test could set");
+        crate::left_out("this system has no descriptor 0, and no limit of descriptors that a test can set");
     }
     cfg!(target_os = "linux")
 }
@@ -97,10 +97,10 @@ mod cases {
         let spec = kind.fresh();
         let lock = spec.open();
         let guard = lock.acquire(&Wait::none()).unwrap();
-        for taker in [&lock, &spec.open()] {
-            let error = taker.acquire(&Wait::none()).err().unwrap();
+        for contender in [&lock, &spec.open()] {
+            let error = contender.acquire(&Wait::none()).err().unwrap();
             assert!(error.is_held() && error.is_temporary(), "{error}");
-            assert!(taker.acquire(&SHORT).err().unwrap().is_timeout());
+            assert!(contender.acquire(&SHORT).err().unwrap().is_timeout());
         }
         drop(guard);
         lock.acquire(&Wait::none()).unwrap();
@@ -204,11 +204,11 @@ mod cases {
 
     pub fn kill_of_waiter_does_not_delay_next_waiter(kind: Kind) {
         let spec = kind.fresh();
-        let [mut holder, mut dies, mut next] = [(); 3].map(|()| Actor::start(&spec));
+        let [mut holder, mut killed_waiter, mut next] = [(); 3].map(|()| Actor::start(&spec));
         holder.expect("lock", "held");
-        dies.tell_to_wait("lock");
+        killed_waiter.tell_to_wait("lock");
         next.tell_to_wait("lock");
-        dies.kill();
+        killed_waiter.kill();
         holder.expect("release", "released");
         assert_eq!(next.answer(), "held");
         spec.clean();
@@ -218,18 +218,18 @@ mod cases {
         let spec = kind.fresh();
         let [mut holder, mut stopped, mut next] = [(); 3].map(|()| Actor::start(&spec));
         holder.expect("lock", "held");
-        give_up(&mut stopped);
+        time_out(&mut stopped);
         stop(stopped.pid());
         next.tell_to_wait("lock");
         holder.expect("release", "released");
         assert_eq!(next.answer(), "held");
-        let_go_on(stopped.pid());
+        resume(stopped.pid());
         assert!(stopped.ask("try").starts_with("error Held"));
         spec.clean();
     }
 
     /// Waits for a moment and times out. A server may take longer than that to report that the lock is held.
-    fn give_up(waiter: &mut Actor) {
+    fn time_out(waiter: &mut Actor) {
         let answer = waiter.ask("lock-for 1");
         assert!(answer.starts_with("error Timeout") || answer.starts_with("error Store"), "{answer}");
     }
@@ -256,17 +256,17 @@ mod cases {
     }
 
     pub fn spawn_while_held_child_does_not_inherit_lock(kind: Kind) {
-        inherited_by("spawn", "spawned ", kind);
+        check_child_does_not_inherit("spawn", "spawned ", kind);
     }
 
     pub fn fork_while_held_child_does_not_inherit_lock(kind: Kind) {
         if processes_fork() {
-            inherited_by("fork", "forked ", kind);
+            check_child_does_not_inherit("fork", "forked ", kind);
         }
     }
 
     /// The child outlives the release once, and its killed parent once.
-    fn inherited_by(command: &str, answer: &str, kind: Kind) {
+    fn check_child_does_not_inherit(command: &str, answer: &str, kind: Kind) {
         let spec = kind.fresh();
         for killed in [false, true] {
             let mut holder = Actor::start(&spec);
@@ -277,7 +277,7 @@ mod cases {
             assert!(next.ask("try").starts_with("error Held"));
             if killed {
                 holder.kill();
-                if command == "fork" && kind.survives_in_a_forked_child() {
+                if command == "fork" && kind.is_kept_by_forked_child() {
                     assert!(next.ask("try").starts_with("error Held"));
                     kill_pid(child);
                     next.tell("lock");
@@ -326,7 +326,7 @@ mod cases {
         holder.expect("lock", "held");
         let mut waiter = Actor::start(&spec);
         let mut give_up = || {
-            give_up(&mut waiter);
+            time_out(&mut waiter);
             let answer = waiter.ask("lock-cancelled 1");
             assert!(answer.starts_with("error Cancelled") || answer.starts_with("error Store"), "{answer}");
             Belongings::of(waiter.pid())
@@ -339,7 +339,7 @@ mod cases {
         for _ in 0..200 {
             give_up();
         }
-        until("it has no more than before", || give_up() == before);
+        until("the waiter has the same belongings as before", || give_up() == before);
         holder.expect("release", "released");
         waiter.expect("try", "held");
         spec.clean();
@@ -396,7 +396,7 @@ mod cases {
             return;
         }
         let spec = kind.fresh();
-        let mut starved = Actor::start_with(&spec, |command| {
+        let mut limited = Actor::start_with(&spec, |command| {
             // The limit is low, so that it is reached soon.
             let program = command.get_program().to_owned();
             let spec = spec.invite();
@@ -404,12 +404,12 @@ mod cases {
             command.args(["-c", "ulimit -n 64 && exec \"$0\" \"$1\""]).arg(program).arg(spec);
             command.stdin(Stdio::piped()).stdout(Stdio::piped());
         });
-        starved.expect("starve", "starved");
+        limited.expect("use-descriptors", "used");
         for command in ["try", "lock", "lock-for 1000"] {
-            let answer = starved.ask(command);
+            let answer = limited.ask(command);
             if !kind.needs_descriptors() {
                 assert_eq!(answer, "held");
-                starved.expect("release", "released");
+                limited.expect("release", "released");
                 continue;
             }
             assert!(answer.starts_with("error Io") && answer.contains("(os error 24)"), "{answer}");
@@ -417,19 +417,19 @@ mod cases {
         let mut other = Actor::start(&spec);
         other.expect("try", "held");
         other.expect("release", "released");
-        starved.expect("feed", "fed");
-        starved.expect("lock", "held");
-        starved.expect("starve", "starved");
-        if !kind.keeps_a_descriptor() {
+        limited.expect("free-descriptors", "freed");
+        limited.expect("lock", "held");
+        limited.expect("use-descriptors", "used");
+        if !kind.has_descriptor_while_held() {
             // The heartbeat releases the lock once descriptors are available again.
-            let answer = starved.ask("release");
+            let answer = limited.ask("release");
             assert!(answer.starts_with("error Io") && answer.contains("(os error 24)"), "{answer}");
-            starved.expect("feed", "fed");
+            limited.expect("free-descriptors", "freed");
             other.expect("lock", "held");
             spec.clean();
             return;
         }
-        starved.expect("release", "released");
+        limited.expect("release", "released");
         other.expect("try", "held");
         spec.clean();
     }
@@ -446,16 +446,16 @@ mod cases {
         let tally = chaos::run(kind, Duration::from_secs(seconds));
         println!("{kind:?}: {tally:?}");
         // Under Wine the start of a process takes so long that all counts are lower.
-        let least = if is_wine() { 10 } else { 100 };
-        let is_chaos = tally.holds > least && tally.kills > 10 && (tally.died_inside > 0 || is_wine());
-        assert!(is_chaos, "it was no chaos: {tally:?}");
+        let minimum = if is_wine() { 10 } else { 100 };
+        let is_enough = tally.holds > minimum && tally.kills > 10 && (tally.died_as_holder > 0 || is_wine());
+        assert!(is_enough, "too few kills: {tally:?}");
     }
 }
 pub use cases::*;
 
 /// Returns the expected answer of the owner after a killed one.
 pub(crate) fn told(kind: Kind, died: u32) -> String {
-    match kind.tells_deaths() {
+    match kind.reports_deaths() {
         true => format!("held recovered {died}"),
         false => "held".to_owned(),
     }
@@ -477,7 +477,7 @@ pub fn lock_on_descriptor_zero(spec: &Spec) {
     nix::unistd::close(0).expect("standard input was open");
     let lock = spec.open();
     let guard = lock.acquire(&Wait::none()).expect("free");
-    assert_eq!(std::fs::symlink_metadata("/proc/self/fd/0").is_ok(), spec.kind().keeps_a_descriptor());
+    assert_eq!(std::fs::symlink_metadata("/proc/self/fd/0").is_ok(), spec.kind().has_descriptor_while_held());
     assert!(spec.rival().acquire(&Wait::none()).err().expect("held").is_held());
     drop(guard);
     drop(spec.open().acquire(&Wait::none()).expect("free again"));

@@ -19,7 +19,7 @@
 //! | `others` | `kept`: those are open and locked; `fork-others` asks a forked child, `spare-others` closes them |
 //! | `reopen` | `open`: the lock is opened again |
 //! | `set-aside`, `drop-aside` | `aside`, `dropped`: the guard is kept during another acquisition, and dropped |
-//! | `starve` | `starved`: no descriptor is left; `feed` gives them back |
+//! | `use-descriptors` | `used`: no descriptor is left; `free-descriptors` closes those: `freed` |
 //! | `limit-threads N`, or `all` | `limited`: its user may have no more threads from now on; has no effect for root |
 
 use std::io::{BufRead, BufReader, Write};
@@ -71,7 +71,7 @@ impl Actor {
     }
 
     /// Starts an actor that waits in tasks and gives up at random; see
-    /// [`async_conformance::drop_often`](crate::async_conformance::drop_often).
+    /// [`async_conformance::drop_futures_at_random`](crate::async_conformance::drop_futures_at_random).
     pub fn start_tasks(spec: &Spec, flavor: &str, rounds: u32) -> Self {
         Self::start_with(spec, |command| _ = command.args(["tasks", flavor, &rounds.to_string()]))
     }
@@ -280,9 +280,9 @@ pub fn signal_pid(pid: u32, signal: rustix::process::Signal) {
 pub fn serve(spec: &Spec) {
     let mut lock = spec.open();
     let mut guard: Option<Box<dyn AnyGuard>> = None;
-    let mut hoard = Vec::new();
+    let mut open_files = Vec::new();
     let mut names = Vec::new();
-    let mut aside = None;
+    let mut kept_guard = None;
     #[cfg(target_os = "linux")]
     let mut others = crate::fault_injection::Others::default();
     for line in crate::commands() {
@@ -469,27 +469,27 @@ pub fn serve(spec: &Spec) {
                 "open".to_owned()
             }
             "set-aside" => {
-                aside = guard.take();
+                kept_guard = guard.take();
                 "aside".to_owned()
             }
             "drop-aside" => {
-                drop(aside.take());
+                drop(kept_guard.take());
                 "dropped".to_owned()
             }
-            "starve" => {
+            "use-descriptors" => {
                 while let Ok(file) = std::fs::File::open("/dev/null") {
-                    hoard.push(file);
+                    open_files.push(file);
                 }
-                "starved".to_owned()
+                "used".to_owned()
             }
             #[cfg(target_os = "linux")]
             "limit-threads" => {
                 crate::fault_injection::limit_threads(argument);
                 "limited".to_owned()
             }
-            "feed" => {
-                hoard.clear();
-                "fed".to_owned()
+            "free-descriptors" => {
+                open_files.clear();
+                "freed".to_owned()
             }
             _ => format!("error unknown command {line:?}"),
         };
@@ -515,11 +515,11 @@ fn fork_often(lock: &dyn crate::fixtures::AnyLock) -> String {
                 let _ = lock.acquire(&Wait::at_most(Duration::from_millis(100)));
             }
         });
-        let mut dice = crate::chaos::Dice::new(std::process::id().into());
+        let mut random = crate::chaos::Random::new(std::process::id().into());
         let children = (0..400)
             .map(|_| {
                 // The pause makes the fork hit another moment of the other thread.
-                std::thread::sleep(Duration::from_micros(dice.roll(3000)));
+                std::thread::sleep(Duration::from_micros(random.below(3000)));
                 match fork::fork().expect("a process can be forked") {
                     fork::Fork::Child => {
                         std::thread::sleep(LIVELY);

@@ -178,7 +178,7 @@ pub fn address(uid: u32, name: &str) -> SocketAddr {
 
 /// Connects to the listener there, as any program can.
 pub fn call(uid: u32, name: &str) -> UnixStream {
-    UnixStream::connect_addr(&address(uid, name)).expect("somebody listens")
+    UnixStream::connect_addr(&address(uid, name)).expect("a process listens there")
 }
 
 /// Builds a frame by hand, as the documentation of the wire protocol defines it.
@@ -197,7 +197,7 @@ pub fn empty_request() -> Vec<u8> {
 }
 
 /// As another user: sends a request to the first instance of the user `uid`, and reports the result.
-pub fn intrude(place: &str) {
+pub fn send_as_other_user(place: &str) {
     let (uid, name) = place.split_once('/').expect("UID/NAME");
     let mut connection = call(uid.parse().expect("a uid"), name);
     println!("connected");
@@ -208,7 +208,7 @@ pub fn intrude(place: &str) {
 }
 
 /// As another user: listens in place of the first instance of the user `uid`, and reports the received request.
-pub fn pretend(place: &str) {
+pub fn listen_as_other_user(place: &str) {
     let (uid, name) = place.split_once('/').expect("UID/NAME");
     let listener = UnixListener::bind_addr(&address(uid.parse().expect("a uid"), name)).expect("a free address");
     println!("listening");

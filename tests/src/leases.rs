@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 
 use lockkit::{ErrorKind, Lease, LeaseBuilder, LeaseGuard, LeaseStatus, LossReason, Wait};
 
-use crate::chaos::{Dice, IN, Log, OUT, now, read};
+use crate::chaos::{ACQUIRED, Log, RELEASED, Random, now, read};
 use crate::helper_process::{announce, describe};
 use crate::{Actor, Belongings, LIVELY, program};
 
@@ -81,7 +81,7 @@ impl Terms {
 
     /// Builds the lease.
     pub fn open(&self) -> Lease {
-        self.builder().build().expect("options that go together")
+        self.builder().build().expect("valid options")
     }
 }
 
@@ -93,7 +93,7 @@ impl fmt::Display for Terms {
 }
 
 /// Formats a reason as the actor answers it.
-pub fn told(reason: &LossReason) -> String {
+pub fn describe_reason(reason: &LossReason) -> String {
     match reason {
         LossReason::Expired => "expired".to_owned(),
         LossReason::TakenOver { by: Some(by) } => format!("taken over by {}", by.pid()),
@@ -105,16 +105,16 @@ pub fn told(reason: &LossReason) -> String {
 /// Acts as the actor: executes commands until there are no more.
 pub fn serve(terms: &Terms) {
     static LOSSES: Mutex<Vec<String>> = Mutex::new(Vec::new());
-    let losses = || LOSSES.lock().expect("nobody panics with it").clone();
+    let losses = || LOSSES.lock().expect("no panic while locked").clone();
     let panics = terms.panics;
     let lease = terms.builder().on_lost(move |loss| {
         let thread = std::thread::current().name().unwrap_or_default().to_owned();
-        LOSSES.lock().expect("nobody panics with it").push(format!(" ({} on {thread})", told(&loss.reason)));
+        LOSSES.lock().expect("no panic while locked").push(format!(" ({} on {thread})", describe_reason(&loss.reason)));
         if panics {
             std::panic::resume_unwind(Box::new("on purpose"));
         }
     });
-    let lease = lease.build().expect("options that go together");
+    let lease = lease.build().expect("valid options");
     let mut guard: Option<LeaseGuard> = None;
     let mut many: Vec<LeaseGuard> = Vec::new();
     for line in crate::commands() {
@@ -174,11 +174,11 @@ pub fn serve(terms: &Terms) {
                 (None, _) => "error NotHeld".to_owned(),
                 (Some(guard), "is-held") => match guard.lost().reason() {
                     None => "yes".to_owned(),
-                    Some(reason) => format!("no: {}", told(&reason)),
+                    Some(reason) => format!("no: {}", describe_reason(&reason)),
                 },
                 (Some(guard), "remaining") => format!("remaining {}", guard.remaining().as_micros()),
                 (Some(guard), "wait-lost") => match guard.lost().wait(&Wait::forever()) {
-                    Ok(reason) => format!("lost {}", told(&reason)),
+                    Ok(reason) => format!("lost {}", describe_reason(&reason)),
                     Err(error) => describe(&error),
                 },
                 (Some(guard), "progress") => {
@@ -188,7 +188,7 @@ pub fn serve(terms: &Terms) {
                 #[cfg(unix)]
                 (Some(guard), "fork") => {
                     let other = Terms { path: argument.into(), ..terms.clone() };
-                    fork_away(guard, &other, || losses().is_empty())
+                    check_forked_child(guard, &other, || losses().is_empty())
                 }
                 _ => format!("error unknown command {line:?}"),
             },
@@ -199,51 +199,51 @@ pub fn serve(terms: &Terms) {
 
 /// Checks that a forked child's copy of `guard` is not held, and that the child acquires and keeps the lease `other`.
 #[cfg(unix)]
-fn fork_away(guard: &LeaseGuard, other: &Terms, is_quiet: impl Fn() -> bool) -> String {
+fn check_forked_child(guard: &LeaseGuard, other: &Terms, reports_no_loss: impl Fn() -> bool) -> String {
     match fork::fork().expect("a process can be forked") {
         fork::Fork::Child => {
-            let mut sound = matches!(guard.lost().reason(), Some(LossReason::Forked));
-            sound &= !guard.is_held() && guard.remaining().is_zero() && guard.lost().token().is_cancelled();
+            let mut is_correct = matches!(guard.lost().reason(), Some(LossReason::Forked));
+            is_correct &= !guard.is_held() && guard.remaining().is_zero() && guard.lost().token().is_cancelled();
             let own = other.open().try_lock();
             let end = Instant::now() + Duration::from_millis(3 * other.ttl);
             while Instant::now() < end {
-                sound &= own.as_ref().is_ok_and(LeaseGuard::is_held);
+                is_correct &= own.as_ref().is_ok_and(LeaseGuard::is_held);
                 std::thread::sleep(Duration::from_millis(1));
             }
             drop(own);
             // Neither the drop nor the end of the process is a loss, and both leave the parent's record unchanged.
-            std::process::exit(if sound && is_quiet() { 0 } else { 1 });
+            std::process::exit(if is_correct && reports_no_loss() { 0 } else { 1 });
         }
         fork::Fork::Parent(pid) => {
             let pid = rustix::process::Pid::from_raw(pid);
             let ended = rustix::process::waitpid(pid, rustix::process::WaitOptions::empty());
-            let sound = ended.is_ok_and(|ended| ended.is_some_and(|(_, status)| status.exit_status() == Some(0)));
-            if sound { "parted".to_owned() } else { "error fork: the child was wrong".to_owned() }
+            let is_correct = ended.is_ok_and(|ended| ended.is_some_and(|(_, status)| status.exit_status() == Some(0)));
+            if is_correct { "parted".to_owned() } else { "error fork: the child failed a check".to_owned() }
         }
     }
 }
 
 /// The lease was still held just before this record.
-const STILL: u32 = 3;
+const STILL_HELD: u32 = 3;
 
 /// Acts as one process in the chaos of leases: acquires the lease and holds it for a while, or until it is lost.
-pub fn take_part(terms: &Terms, logs: &Path, seed: u64) {
+pub fn run_chaos_worker(terms: &Terms, logs: &Path, seed: u64) {
     let lease = terms.open();
     let mut log = Log::open(logs);
-    let mut dice = Dice::new(seed);
+    let mut random = Random::new(seed);
     loop {
-        match lease.lock_for(Duration::from_micros(dice.roll(20_000))) {
+        match lease.lock_for(Duration::from_micros(random.below(20_000))) {
             Ok(guard) => {
-                log.append(now(), IN, guard.token());
-                let end = Instant::now() + Duration::from_millis(dice.roll(terms.ttl));
+                log.append(now(), ACQUIRED, guard.token());
+                let end = Instant::now() + Duration::from_millis(random.below(terms.ttl));
                 loop {
                     let asked = now();
                     if !guard.is_held() {
-                        log.append(asked, OUT, guard.token());
+                        log.append(asked, RELEASED, guard.token());
                         break;
                     }
                     // The lease was held at the check, and so at every moment before.
-                    log.append(asked, STILL, guard.token());
+                    log.append(asked, STILL_HELD, guard.token());
                     if Instant::now() > end {
                         break;
                     }
@@ -272,26 +272,26 @@ pub struct Tally {
 ///
 /// An otherwise idle process has the same belongings afterwards as before, and so has the directory of the lease.
 pub fn run(terms: &Terms, span: Duration) -> Tally {
-    let mut witness = Actor::start_lease(terms);
+    let mut observer = Actor::start_lease(terms);
     let mut use_once = || {
-        assert!(witness.ask("lock-for 30000").starts_with("held "));
-        witness.expect("release", "released");
+        assert!(observer.ask("lock-for 30000").starts_with("held "));
+        observer.expect("release", "released");
         // A server's lease has no directory.
         let directory = terms.path.parent().expect("a directory").read_dir().into_iter().flatten();
         let files: BTreeSet<_> = directory.map(|entry| entry.expect("an entry").file_name()).collect();
-        (Belongings::of(witness.pid()), files)
+        (Belongings::of(observer.pid()), files)
     };
     let before = use_once();
     let directory = tempfile::tempdir().expect("a directory");
-    let mut dice = Dice::new(now());
-    let start = |dice: &mut Dice| {
+    let mut random = Random::new(now());
+    let start = |random: &mut Random| {
         let mut command = Command::new(program("actor"));
         command
             .arg("lease")
             .arg(terms.to_string())
             .arg("chaos")
             .arg(directory.path())
-            .arg(dice.roll(u64::MAX).to_string());
+            .arg(random.below(u64::MAX).to_string());
         crate::wine::spawn(command.stdin(Stdio::null())).expect("a process starts")
     };
     let kill = |child: &mut Child| {
@@ -299,48 +299,48 @@ pub fn run(terms: &Terms, span: Duration) -> Tally {
         let status = child.wait().expect("a child can be waited for");
         assert!(crate::was_killed(status), "a process failed on its own: {status}");
     };
-    let mut processes: Vec<Child> = (0..6).map(|_| start(&mut dice)).collect();
-    let mut wakes: BTreeMap<Instant, u32> = BTreeMap::new();
+    let mut processes: Vec<Child> = (0..6).map(|_| start(&mut random)).collect();
+    let mut resumes: BTreeMap<Instant, u32> = BTreeMap::new();
     let lease = terms.open();
     let mut kills = processes.len();
     let end = Instant::now() + span;
     while Instant::now() < end {
-        std::thread::sleep(Duration::from_millis(dice.roll(terms.ttl)));
-        while let Some(entry) = wakes.first_entry().filter(|entry| *entry.key() < Instant::now()) {
+        std::thread::sleep(Duration::from_millis(random.below(terms.ttl)));
+        while let Some(entry) = resumes.first_entry().filter(|entry| *entry.key() < Instant::now()) {
             let pid = entry.remove();
             // A killed process has a successor at its index, and its pid is not reused yet.
             if processes.iter().any(|process| process.id() == pid) {
-                crate::let_go_on(pid);
+                crate::resume(pid);
             }
         }
         // The victim is often the holder.
         let owner = lease.owner().ok().flatten().map(|owner| owner.pid());
         let holder = processes.iter().position(|process| Some(process.id()) == owner);
-        let victim = holder.filter(|_| dice.roll(2) == 0).unwrap_or(dice.roll(6) as usize);
-        if dice.roll(6) == 0 {
+        let victim = holder.filter(|_| random.below(2) == 0).unwrap_or(random.below(6) as usize);
+        if random.below(6) == 0 {
             kill(&mut processes[victim]);
             kills += 1;
-            processes[victim] = start(&mut dice);
+            processes[victim] = start(&mut random);
         } else {
             crate::stop(processes[victim].id());
-            wakes.insert(Instant::now() + Duration::from_millis(dice.roll(3 * terms.ttl)), processes[victim].id());
+            resumes.insert(Instant::now() + Duration::from_millis(random.below(3 * terms.ttl)), processes[victim].id());
         }
     }
     processes.iter_mut().for_each(kill);
-    drop(terms.open().lock_for(LIVELY).expect("nobody alive holds it"));
-    assert_eq!(use_once(), before, "what a process and the directory have");
+    drop(terms.open().lock_for(LIVELY).expect("no live process holds it"));
+    assert_eq!(use_once(), before, "the belongings of a process, and the files of the directory");
 
     let mut holds: HashMap<u64, (u32, u64, u64)> = HashMap::new();
     let mut losses = 0;
     for event in read(directory.path()) {
         match event.what {
-            IN => {
+            ACQUIRED => {
                 let before = holds.insert(event.number, (event.pid, event.nanos, 0));
                 assert_eq!(before, None, "a token was given twice: {event:?}");
             }
-            STILL => {
-                let (pid, _, until) = holds.get_mut(&event.number).expect("who holds came in");
-                assert_eq!(*pid, event.pid, "two have one token: {event:?}");
+            STILL_HELD => {
+                let (pid, _, until) = holds.get_mut(&event.number).expect("a check follows an acquisition");
+                assert_eq!(*pid, event.pid, "two processes have one token: {event:?}");
                 *until = event.nanos;
             }
             _ => losses += 1,
@@ -351,8 +351,11 @@ pub fn run(terms: &Terms, span: Duration) -> Tally {
     holds.sort_by_key(|(_, (_, from, _))| *from);
     for pair in holds.windows(2) {
         let [(token, (pid, _, until)), (next, (after, from, _))] = pair else { unreachable!("windows of two") };
-        assert!(until <= from, "{pid} found that it held at {until}, when {after} had come in at {from}");
-        assert!(token < next, "{after} came in after {pid} with the token {next}, which is not above {token}");
+        assert!(until <= from, "process {pid} held at {until}, but process {after} acquired at {from}");
+        assert!(
+            token < next,
+            "process {after} acquired after {pid} with the token {next}, which is not greater than {token}"
+        );
     }
     Tally { holds: holds.len(), losses, kills }
 }

@@ -64,7 +64,7 @@ pub const LIVELY: Duration = Duration::from_secs(30);
 pub fn until(what: &str, mut fact: impl FnMut() -> bool) {
     let start = Instant::now();
     while !fact() {
-        assert!(start.elapsed() < LIVELY, "waited in vain until {what}");
+        assert!(start.elapsed() < LIVELY, "timed out waiting until {what}");
         std::thread::sleep(Duration::from_millis(1));
     }
 }
@@ -76,7 +76,7 @@ pub fn until_some<T>(what: &str, mut fact: impl FnMut() -> Option<T>) -> T {
         found = fact();
         found.is_some()
     });
-    found.expect("it was found")
+    found.expect("a value was found")
 }
 
 /// Returns whether the process `pid` is stopped.
@@ -87,7 +87,7 @@ pub fn is_stopped(pid: u32) -> bool {
 }
 
 /// Runs a case for a kind of lock, or reports why this machine cannot.
-pub fn left_out_or(kind: Kind, case: impl FnOnce(Kind)) {
+pub fn run_or_leave_out(kind: Kind, case: impl FnOnce(Kind)) {
     match kind.left_out() {
         None => case(kind),
         Some(why) => left_out(why),
@@ -130,10 +130,12 @@ macro_rules! left_out {
 
 /// Returns the path of the program `name` of this package, next to the running test.
 pub fn program(name: &str) -> PathBuf {
-    let test = std::env::current_exe().expect("a test knows where it is");
+    let test = std::env::current_exe().expect("the test has a path");
     let name = format!("{name}{}", std::env::consts::EXE_SUFFIX);
     let directory = test.ancestors().find(|directory| directory.join(&name).is_file());
-    directory.unwrap_or_else(|| panic!("{name} is not built beside {}", test.display())).join(name)
+    directory
+        .unwrap_or_else(|| panic!("cannot find {name} near {}: build the package first", test.display()))
+        .join(name)
 }
 
 /// Runs a command without output, and returns whether it succeeds.
@@ -217,7 +219,7 @@ impl Drop for AnotherUser {
         };
         let pids = pids();
         pids.iter().for_each(|pid| kill_pid(*pid));
-        until("its processes are gone", || pids.iter().all(is_dead));
+        until("the processes of the user have ended", || pids.iter().all(is_dead));
         for directory in self.directories() {
             let _ = std::fs::remove_dir_all(&directory).or_else(|_| std::fs::remove_file(&directory));
         }
@@ -304,7 +306,7 @@ pub fn thread_id() -> u32 {
     0
 }
 
-/// Stops the process `pid` until [`let_go_on`].
+/// Stops the process `pid` until [`resume`].
 pub fn stop(pid: u32) {
     #[cfg(unix)]
     helper_process::signal_pid(pid, rustix::process::Signal::STOP);
@@ -313,7 +315,7 @@ pub fn stop(pid: u32) {
 }
 
 /// Ends a [`stop`].
-pub fn let_go_on(pid: u32) {
+pub fn resume(pid: u32) {
     #[cfg(unix)]
     helper_process::signal_pid(pid, rustix::process::Signal::CONT);
     #[cfg(windows)]

@@ -160,15 +160,17 @@ pub fn serve(table: &Table) {
                 Ok("armed".to_owned())
             }
             _ => match &manager {
-                Some(manager) => obey(&line, &**manager, &mut guards),
-                None => table.try_open(CAPACITY).and_then(|opened| obey(&line, &**manager.insert(opened), &mut guards)),
+                Some(manager) => execute(&line, &**manager, &mut guards),
+                None => {
+                    table.try_open(CAPACITY).and_then(|opened| execute(&line, &**manager.insert(opened), &mut guards))
+                }
             },
         };
         println!("{}", answer.unwrap_or_else(|error| describe(&error)));
     }
 }
 
-fn obey(
+fn execute(
     line: &str,
     manager: &dyn LockManager,
     guards: &mut HashMap<u32, ManagedGuard>,
@@ -206,7 +208,7 @@ fn obey(
                 std::mem::forget(manager.retrieve(number(1))?.try_lock()?);
                 rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL)
                     .expect("a process can kill itself");
-                unreachable!("it is dead");
+                unreachable!("the process has killed itself");
             }
             fork::Fork::Parent(child) => {
                 let pid = rustix::process::Pid::from_raw(child);
@@ -248,7 +250,7 @@ fn obey(
             for round in 0..number(2) {
                 let lock = manager.retrieve(number(1))?;
                 let guard = lock.lock()?;
-                File::options().write(true).create_new(true).open(inside).expect("nobody else is inside");
+                File::options().write(true).create_new(true).open(inside).expect("no other process holds the lock");
                 // The lock excludes, whether or not it is freed.
                 let _ = if round % 2 == 0 { lock.free() } else { manager.allocate_at(number(1)).map(drop) };
                 std::fs::remove_file(inside).expect("it is there");
@@ -326,8 +328,9 @@ mod cases {
         if kind.is_limited() {
             assert_eq!(manager.available().unwrap(), Some(0));
             let error = manager.allocate().unwrap_err();
-            let told = matches!(error.kind(), ErrorKind::Exhausted { capacity: CAPACITY, allocated: CAPACITY, .. });
-            assert!(told, "{error}");
+            let is_exhausted =
+                matches!(error.kind(), ErrorKind::Exhausted { capacity: CAPACITY, allocated: CAPACITY, .. });
+            assert!(is_exhausted, "{error}");
         } else {
             assert_eq!(manager.available().unwrap(), None);
         }
@@ -500,7 +503,7 @@ mod cases {
                     for _ in 0..100 {
                         let locks: Vec<_> = (0..8).map(|_| manager.allocate().unwrap()).collect();
                         for lock in &locks {
-                            drop(lock.try_lock().expect("nobody else has it"));
+                            drop(lock.try_lock().expect("no other thread holds it"));
                             lock.free().unwrap();
                         }
                     }
@@ -584,7 +587,7 @@ mod shared_cases {
         let id = lock.id();
         let held = lock.lock().unwrap();
         assert!(other.ask(&format!("try {id}")).starts_with("error Held"));
-        assert!(other.ask(&format!("unlock {id}")).starts_with("error NotLocked"), "somebody else's");
+        assert!(other.ask(&format!("unlock {id}")).starts_with("error NotLocked"), "another process holds it");
         other.tell_to_wait(&format!("lock {id}"));
         held.release().unwrap();
         assert_eq!(other.answer(), "held");
@@ -648,9 +651,9 @@ mod shared_cases {
         held.release().unwrap();
         assert_eq!(other.answer(), "held");
         other.kill();
-        let told = lock.lock().unwrap();
-        assert_eq!(told.recovered().unwrap().owner().unwrap().pid(), other.pid());
-        drop(told);
+        let guard = lock.lock().unwrap();
+        assert_eq!(guard.recovered().unwrap().owner().unwrap().pid(), other.pid());
+        drop(guard);
         if kind == Kind::Directory {
             assert!(table.has_no_lock_files());
         }
@@ -668,7 +671,7 @@ mod shared_cases {
         holder.expect(&format!("hold {count}"), &format!("holds {count}"));
         assert_eq!(manager.held().unwrap().len(), count as usize);
         holder.kill();
-        assert_eq!(manager.held().unwrap(), [], "the dead hold nothing");
+        assert_eq!(manager.held().unwrap(), [], "a dead process holds no lock");
         for id in 0..count {
             let guard = manager.retrieve(id).unwrap().try_lock().unwrap();
             assert_eq!(guard.recovered().expect("recovered").owner().unwrap().pid(), holder.pid(), "{id}");
@@ -767,8 +770,8 @@ mod shared_cases {
             for step in 1.. {
                 let table = kind.fresh();
                 // A process that uses the table all the time, so that the table is never initialised again.
-                let mut bystander = Actor::start_at(&table);
-                bystander.expect("allocate-at 65", "allocated 65");
+                let mut attached = Actor::start_at(&table);
+                attached.expect("allocate-at 65", "allocated 65");
                 let mut victim = Actor::start_at(&table);
                 victim.expect("allocate", "allocated 0");
                 victim.expect(&format!("kill-at {step}"), "armed");
@@ -795,12 +798,12 @@ mod shared_cases {
         let _manager = table.open();
         let directory = tempfile::tempdir().unwrap();
         let inside = directory.path().join("inside");
-        let mut churners: Vec<_> = (0..4).map(|_| Actor::start_at(&table)).collect();
-        for churner in &mut churners {
-            churner.tell(&format!("churn 9 300 {}", inside.display()));
+        let mut workers: Vec<_> = (0..4).map(|_| Actor::start_at(&table)).collect();
+        for worker in &mut workers {
+            worker.tell(&format!("churn 9 300 {}", inside.display()));
         }
-        for churner in &mut churners {
-            assert_eq!(churner.answer(), "churned");
+        for worker in &mut workers {
+            assert_eq!(worker.answer(), "churned");
         }
         let _ = table.open().retrieve(9).unwrap().free();
         if kind == Kind::Directory {
