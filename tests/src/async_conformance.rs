@@ -58,13 +58,13 @@ macro_rules! task_suite {
             mod on_one_thread {
                 $(#[test]
                 fn $case() {
-                    $crate::run_or_leave_out($kind, |kind| $crate::async_conformance::$case(kind, "one"));
+                    $crate::fixtures::run_or_leave_out($kind, |kind| $crate::async_conformance::$case(kind, "one"));
                 })*
             }
             mod on_several_threads {
                 $(#[test]
                 fn $case() {
-                    $crate::run_or_leave_out($kind, |kind| $crate::async_conformance::$case(kind, "several"));
+                    $crate::fixtures::run_or_leave_out($kind, |kind| $crate::async_conformance::$case(kind, "several"));
                 })*
             }
         }

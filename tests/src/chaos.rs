@@ -218,15 +218,16 @@ pub fn run(kind: Kind, span: Duration) -> Tally {
     tally
 }
 
+/// One hold of the lock.
+struct Hold {
+    pid: u32,
+    from: u64,
+    until: u64,
+    died: bool,
+    recovered: u64,
+}
+
 fn check(events: &[Event], deaths: &HashMap<u32, Death>, kind: Kind) -> Tally {
-    /// One hold of the lock.
-    struct Hold {
-        pid: u32,
-        from: u64,
-        until: u64,
-        died: bool,
-        recovered: u64,
-    }
     let mut holds: Vec<Hold> = Vec::new();
     let mut held_by: HashMap<u32, usize> = HashMap::new();
     for event in events {

@@ -52,7 +52,7 @@ macro_rules! conformance {
         mod $module {
             $(#[test]
             fn $case() {
-                $crate::run_or_leave_out($kind, $crate::conformance::$case);
+                $crate::fixtures::run_or_leave_out($kind, $crate::conformance::$case);
             })*
         }
     };

@@ -519,3 +519,11 @@ impl Spec {
         }
     }
 }
+
+/// Runs a case for a kind of lock, or reports why this machine cannot.
+pub fn run_or_leave_out(kind: Kind, case: impl FnOnce(Kind)) {
+    match kind.left_out() {
+        None => case(kind),
+        Some(why) => crate::left_out(why),
+    }
+}

@@ -25,12 +25,14 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use lockkit::{ErrorKind, Lease, LeaseBuilder, LeaseGuard, LeaseStatus, LossReason, Wait};
 
-use crate::chaos::{ACQUIRED, Log, RELEASED, Random, now, read};
+use crate::chaos::{ACQUIRED, Event, Log, RELEASED, Random, now, read};
+#[cfg(unix)]
+use crate::helper_process::child_succeeds;
 use crate::helper_process::{announce, describe};
 use crate::{Actor, Belongings, LIVELY, program};
 
@@ -102,99 +104,123 @@ pub fn describe_reason(reason: &LossReason) -> String {
     }
 }
 
+/// Returns the reasons of all losses so far, and the thread of each.
+fn losses() -> MutexGuard<'static, Vec<String>> {
+    static LOSSES: Mutex<Vec<String>> = Mutex::new(Vec::new());
+    LOSSES.lock().expect("no panic while locked")
+}
+
 /// Acts as the actor: executes commands until there are no more.
 pub fn serve(terms: &Terms) {
-    static LOSSES: Mutex<Vec<String>> = Mutex::new(Vec::new());
-    let losses = || LOSSES.lock().expect("no panic while locked").clone();
     let panics = terms.panics;
     let lease = terms.builder().on_lost(move |loss| {
         let thread = std::thread::current().name().unwrap_or_default().to_owned();
-        LOSSES.lock().expect("no panic while locked").push(format!(" ({} on {thread})", describe_reason(&loss.reason)));
+        losses().push(format!(" ({} on {thread})", describe_reason(&loss.reason)));
         if panics {
             std::panic::resume_unwind(Box::new("on purpose"));
         }
     });
     let lease = lease.build().expect("valid options");
-    let mut guard: Option<LeaseGuard> = None;
-    let mut many: Vec<LeaseGuard> = Vec::new();
+    let mut guard = None;
+    let mut many = Vec::new();
     for line in crate::commands() {
-        let mut take = |wait: &Wait| match (announce(), lease.acquire(wait)).1 {
-            Ok(taken) => {
-                let died = taken.recovered().map(|died| died.owner().map_or(0, |owner| owner.pid()));
-                let died = died.map_or(String::new(), |pid| format!(" recovered {pid}"));
-                let answer = format!("held {}{died}", taken.token());
-                guard = Some(taken);
-                answer
-            }
-            Err(error) => describe(&error),
-        };
         let (command, argument) = line.split_once(' ').unwrap_or((&line, ""));
-        let answer = match command {
-            "try" => take(&Wait::none()),
-            "lock" => take(&Wait::forever()),
-            "lock-for" => take(&Wait::at_most(Duration::from_millis(argument.parse().expect("milliseconds")))),
-            "release" => match guard.take().map(LeaseGuard::release) {
-                Some(Ok(())) => "released".to_owned(),
-                Some(Err(error)) => describe(&error),
-                None => "error NotHeld".to_owned(),
-            },
-            "status" => match lease.status() {
-                Ok(LeaseStatus::Held(seen)) => {
-                    let what = if seen.claim().is_some() { "held" } else { "damaged" };
-                    format!("{what} {}", seen.expires_in().unwrap_or_default().as_nanos())
-                }
-                Ok(_) => "free".to_owned(),
-                Err(error) => describe(&error),
-            },
-            "losses" => format!("losses{}", losses().concat()),
-            "hold-many" => {
-                let (count, directory) = argument.split_once(' ').expect("N DIRECTORY");
-                let open = |n: usize| Terms { path: Path::new(directory).join(n.to_string()), ..terms.clone() }.open();
-                many = (0..count.parse().expect("N")).map(|n| open(n).try_lock().expect("free")).collect();
-                format!("holds {}", many.len())
-            }
-            "drop-many" => {
-                many.clear();
-                "dropped".to_owned()
-            }
-            "kill-at" => {
-                crate::failpoint::kill_at(argument.parse().expect("the number of a step"));
-                "armed".to_owned()
-            }
-            "go" => {
-                std::env::set_current_dir(argument).expect("a directory");
-                "gone there".to_owned()
-            }
-            #[cfg(target_os = "linux")]
-            "limit-threads" => {
-                crate::fault_injection::limit_threads(argument);
-                "limited".to_owned()
-            }
-            _ => match (&guard, command) {
-                (None, _) => "error NotHeld".to_owned(),
-                (Some(guard), "is-held") => match guard.lost().reason() {
-                    None => "yes".to_owned(),
-                    Some(reason) => format!("no: {}", describe_reason(&reason)),
-                },
-                (Some(guard), "remaining") => format!("remaining {}", guard.remaining().as_micros()),
-                (Some(guard), "wait-lost") => match guard.lost().wait(&Wait::forever()) {
-                    Ok(reason) => format!("lost {}", describe_reason(&reason)),
-                    Err(error) => describe(&error),
-                },
-                (Some(guard), "progress") => {
-                    guard.progress();
-                    "noted".to_owned()
-                }
-                #[cfg(unix)]
-                (Some(guard), "fork") => {
-                    let other = Terms { path: argument.into(), ..terms.clone() };
-                    check_forked_child(guard, &other, || losses().is_empty())
-                }
-                _ => format!("error unknown command {line:?}"),
-            },
-        };
-        println!("{answer}");
+        let answer = use_lease(command, argument, &lease, &mut guard)
+            .or_else(|| use_process(command, argument, terms, &mut many))
+            .or_else(|| use_guard(command, argument, terms, guard.as_ref()));
+        println!("{}", answer.unwrap_or_else(|| format!("error unknown command {line:?}")));
     }
+}
+
+/// Executes a command on the lease.
+fn use_lease(command: &str, argument: &str, lease: &Lease, guard: &mut Option<LeaseGuard>) -> Option<String> {
+    let mut acquire = |wait: &Wait| match (announce(), lease.acquire(wait)).1 {
+        Ok(acquired) => {
+            let died = acquired.recovered().map(|died| died.owner().map_or(0, |owner| owner.pid()));
+            let died = died.map_or(String::new(), |pid| format!(" recovered {pid}"));
+            let answer = format!("held {}{died}", acquired.token());
+            *guard = Some(acquired);
+            answer
+        }
+        Err(error) => describe(&error),
+    };
+    Some(match command {
+        "try" => acquire(&Wait::none()),
+        "lock" => acquire(&Wait::forever()),
+        "lock-for" => acquire(&Wait::at_most(Duration::from_millis(argument.parse().expect("milliseconds")))),
+        "release" => match guard.take().map(LeaseGuard::release) {
+            Some(Ok(())) => "released".to_owned(),
+            Some(Err(error)) => describe(&error),
+            None => "error NotHeld".to_owned(),
+        },
+        "status" => match lease.status() {
+            Ok(LeaseStatus::Held(seen)) => {
+                let what = if seen.claim().is_some() { "held" } else { "damaged" };
+                format!("{what} {}", seen.expires_in().unwrap_or_default().as_nanos())
+            }
+            Ok(_) => "free".to_owned(),
+            Err(error) => describe(&error),
+        },
+        _ => return None,
+    })
+}
+
+/// Executes a command on the process, or on `many` leases.
+fn use_process(command: &str, argument: &str, terms: &Terms, many: &mut Vec<LeaseGuard>) -> Option<String> {
+    Some(match command {
+        "losses" => format!("losses{}", losses().concat()),
+        "hold-many" => {
+            let (count, directory) = argument.split_once(' ').expect("N DIRECTORY");
+            let open = |n: usize| Terms { path: Path::new(directory).join(n.to_string()), ..terms.clone() }.open();
+            *many = (0..count.parse().expect("N")).map(|n| open(n).try_lock().expect("free")).collect();
+            format!("holds {}", many.len())
+        }
+        "drop-many" => {
+            many.clear();
+            "dropped".to_owned()
+        }
+        "kill-at" => {
+            crate::failpoint::kill_at(argument.parse().expect("the number of a step"));
+            "armed".to_owned()
+        }
+        "go" => {
+            std::env::set_current_dir(argument).expect("a directory");
+            "gone there".to_owned()
+        }
+        #[cfg(target_os = "linux")]
+        "limit-threads" => {
+            crate::fault_injection::limit_threads(argument);
+            "limited".to_owned()
+        }
+        _ => return None,
+    })
+}
+
+/// Executes a command on the guard.
+#[cfg_attr(not(unix), allow(unused_variables))]
+fn use_guard(command: &str, argument: &str, terms: &Terms, guard: Option<&LeaseGuard>) -> Option<String> {
+    let Some(guard) = guard else { return Some("error NotHeld".to_owned()) };
+    Some(match command {
+        "is-held" => match guard.lost().reason() {
+            None => "yes".to_owned(),
+            Some(reason) => format!("no: {}", describe_reason(&reason)),
+        },
+        "remaining" => format!("remaining {}", guard.remaining().as_micros()),
+        "wait-lost" => match guard.lost().wait(&Wait::forever()) {
+            Ok(reason) => format!("lost {}", describe_reason(&reason)),
+            Err(error) => describe(&error),
+        },
+        "progress" => {
+            guard.progress();
+            "noted".to_owned()
+        }
+        #[cfg(unix)]
+        "fork" => {
+            let other = Terms { path: argument.into(), ..terms.clone() };
+            check_forked_child(guard, &other, || losses().is_empty())
+        }
+        _ => return None,
+    })
 }
 
 /// Checks that a forked child's copy of `guard` is not held, and that the child acquires and keeps the lease `other`.
@@ -215,10 +241,11 @@ fn check_forked_child(guard: &LeaseGuard, other: &Terms, reports_no_loss: impl F
             std::process::exit(if is_correct && reports_no_loss() { 0 } else { 1 });
         }
         fork::Fork::Parent(pid) => {
-            let pid = rustix::process::Pid::from_raw(pid);
-            let ended = rustix::process::waitpid(pid, rustix::process::WaitOptions::empty());
-            let is_correct = ended.is_ok_and(|ended| ended.is_some_and(|(_, status)| status.exit_status() == Some(0)));
-            if is_correct { "parted".to_owned() } else { "error fork: the child failed a check".to_owned() }
+            if child_succeeds(pid) {
+                "parted".to_owned()
+            } else {
+                "error fork: the child failed a check".to_owned()
+            }
         }
     }
 }
@@ -267,6 +294,13 @@ pub struct Tally {
     pub kills: usize,
 }
 
+/// Kills a process, and checks that it has not failed before.
+fn kill(child: &mut Child) {
+    child.kill().expect("a child can be killed");
+    let status = child.wait().expect("a child can be waited for");
+    assert!(crate::was_killed(status), "a process failed on its own: {status}");
+}
+
 /// Runs processes on one lease for `span`, stops them for up to three times its TTL, and kills them. Checks that a
 /// process that saw itself as the holder was never one of two holders, and that the tokens grew with each hold.
 ///
@@ -293,11 +327,6 @@ pub fn run(terms: &Terms, span: Duration) -> Tally {
             .arg(directory.path())
             .arg(random.below(u64::MAX).to_string());
         crate::wine::spawn(command.stdin(Stdio::null())).expect("a process starts")
-    };
-    let kill = |child: &mut Child| {
-        child.kill().expect("a child can be killed");
-        let status = child.wait().expect("a child can be waited for");
-        assert!(crate::was_killed(status), "a process failed on its own: {status}");
     };
     let mut processes: Vec<Child> = (0..6).map(|_| start(&mut random)).collect();
     let mut resumes: BTreeMap<Instant, u32> = BTreeMap::new();
@@ -329,10 +358,15 @@ pub fn run(terms: &Terms, span: Duration) -> Tally {
     processes.iter_mut().for_each(kill);
     drop(terms.open().lock_for(LIVELY).expect("no live process holds it"));
     assert_eq!(use_once(), before, "the belongings of a process, and the files of the directory");
+    let (holds, losses) = check(&read(directory.path()));
+    Tally { holds, losses, kills }
+}
 
+/// Checks the records of all processes. Returns the number of confirmed holds, and of detected losses.
+fn check(events: &[Event]) -> (usize, usize) {
     let mut holds: HashMap<u64, (u32, u64, u64)> = HashMap::new();
     let mut losses = 0;
-    for event in read(directory.path()) {
+    for event in events {
         match event.what {
             ACQUIRED => {
                 let before = holds.insert(event.number, (event.pid, event.nanos, 0));
@@ -357,7 +391,7 @@ pub fn run(terms: &Terms, span: Duration) -> Tally {
             "process {after} acquired after {pid} with the token {next}, which is not greater than {token}"
         );
     }
-    Tally { holds: holds.len(), losses, kills }
+    (holds.len(), losses)
 }
 
 /// Changes some lines of a record, and corrects its checksum. The results include times an hour off, other hosts and
@@ -407,4 +441,31 @@ pub fn left_by_the_dead(terms: &Terms) -> Vec<u8> {
     assert!(actor.ask("try").starts_with("held "));
     actor.kill();
     std::fs::read(&terms.path).expect("a record")
+}
+
+impl Actor {
+    /// Starts an actor that works on a lease; see [`serve`].
+    pub fn start_lease(terms: &Terms) -> Self {
+        Self::start_lease_with(terms, |_| {})
+    }
+
+    /// As [`start_lease`](Self::start_lease), with its command changed by `change`.
+    pub fn start_lease_with(terms: &Terms, change: impl FnOnce(&mut Command)) -> Self {
+        Self::start_part(["lease".to_owned(), terms.to_string()], change)
+    }
+
+    /// As [`start_lease`](Self::start_lease), as another user, which only root can.
+    #[cfg(target_os = "linux")]
+    pub fn start_lease_as(terms: &Terms, uid: u32) -> Self {
+        Self::run(crate::helper_process::as_user(uid, ["lease".to_owned(), terms.to_string()]))
+    }
+
+    /// As [`start_lease_as`](Self::start_lease_as), as a member of the group `gid`.
+    #[cfg(target_os = "linux")]
+    pub fn start_lease_in_group(terms: &Terms, uid: u32, gid: u32) -> Self {
+        use std::os::unix::process::CommandExt;
+        let mut command = crate::helper_process::as_user(uid, ["lease".to_owned(), terms.to_string()]);
+        command.gid(gid);
+        Self::run(command)
+    }
 }

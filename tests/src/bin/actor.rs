@@ -4,6 +4,9 @@ use lockkit_tests::{Spec, async_conformance, chaos, crash_points, helper_process
 #[cfg(target_os = "linux")]
 use lockkit_tests::{fault_injection, hostile, instances, realtime};
 
+/// The arguments of the parts.
+const USAGE: &str = "actor [stormed] sleep SECONDS | squat NAME | queue NAME | hand-over NAME | hand-over-stream NAME | realtime PART NAME | intrude UID/NAME | pretend UID/NAME | instance NAME … | table TABLE | lease TERMS [chaos LOG SEED] | SPEC [chaos LOG SEED | stress COUNTER ROUNDS | tasks FLAVOR ROUNDS | closed-input | closed FILE | steps SCENARIO]";
+
 fn main() {
     // The arguments of an instance may be any bytes.
     #[cfg(target_os = "linux")]
@@ -60,8 +63,6 @@ fn main() {
         #[cfg(target_os = "linux")]
         [spec, "closed-input"] => lockkit_tests::conformance::lock_on_descriptor_zero(&Spec::parse(spec)),
         [spec, "steps", scenario] => crash_points::run_scenario(&Spec::parse(spec), scenario),
-        _ => panic!(
-            "actor [stormed] sleep SECONDS | squat NAME | queue NAME | hand-over NAME | hand-over-stream NAME | realtime PART NAME | intrude UID/NAME | pretend UID/NAME | instance NAME … | table TABLE | lease TERMS [chaos LOG SEED] | SPEC [chaos LOG SEED | stress COUNTER ROUNDS | tasks FLAVOR ROUNDS | closed-input | closed FILE | steps SCENARIO]"
-        ),
+        _ => panic!("{USAGE}"),
     }
 }

@@ -140,23 +140,18 @@ fn file_properties(path: &Path) -> (Option<Vec<u8>>, Option<PathBuf>, u64, u32, 
     (content, fs::read_link(path).ok(), seen.ino(), seen.mode(), at.0, at.1, seen.len())
 }
 
+/// Creates files that are not leases, and paths that are no files of their own: links, a directory and a FIFO.
 #[cfg(target_os = "linux")]
-#[test]
-fn a1_acquire_of_foreign_file_refused_and_keeps_it() {
-    let (directory, terms) = temp_lease();
-    let at = |name: &str| directory.path().join(name);
+fn create_foreign_files(directory: &Path, record: &[u8]) -> (Vec<PathBuf>, [PathBuf; 6]) {
+    let at = |name: &str| directory.join(name);
     let file = |name: &str, bytes: &[u8]| {
         fs::write(at(name), bytes).unwrap();
         at(name)
     };
-    let record = {
-        drop(terms.open().lock().unwrap());
-        read(&terms)
-    };
     let program = fs::read(std::env::current_exe().unwrap()).unwrap();
     let database = [b"SQLite format 3\0", &[0; 4080][..]].concat();
     lockkit::ShmLockManager::create(at("table"), 64).unwrap();
-    let files = [
+    let files = vec![
         file("notes", b"one\ntwo\n"),
         file("newline", b"\n"),
         file("nul then text", b"\0\0\0\0text"),
@@ -184,6 +179,16 @@ fn a1_acquire_of_foreign_file_refused_and_keeps_it() {
     fs::create_dir(at("directory")).unwrap();
     rustix::fs::mkfifoat(rustix::fs::CWD, at("fifo"), rustix::fs::Mode::from_raw_mode(0o600)).unwrap();
     let special = ["link", "dangling", "json", "json again", "directory", "fifo"].map(at);
+    (files, special)
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a1_acquire_of_foreign_file_refused_and_keeps_it() {
+    let (directory, terms) = temp_lease();
+    drop(terms.open().lock().unwrap());
+    let (files, special) = create_foreign_files(directory.path(), &read(&terms));
+    let at = |name: &str| directory.path().join(name);
     let damaged = LeaseStatus::Held(LeaseSnapshot::new(0).with_expires_in(Duration::ZERO));
     let LeaseStatus::Held(any) = damaged else { unreachable!() };
     let is_refused = |path: &Path, error: lockkit::Error| match error.kind() {
