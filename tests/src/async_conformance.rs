@@ -22,35 +22,32 @@ use crate::{Actor, Belongings, Kind, LIVELY, Spec, until};
 #[macro_export]
 macro_rules! task_suite {
     ($module:ident, $kind:expr) => {
-        $crate::task_suite!($module, $kind;
-            acquire_async_after_release_succeeds_for_every_wait,
-            acquire_async_after_timeout_succeeds_once_released,
-            cancel_during_async_wait_ends_wait_at_once,
-            acquire_async_of_held_lock_blocks_no_thread,
-            guard_held_across_await_keeps_exclusion,
+        $crate::task_suite!(@near $module, $kind;
             release_by_other_process_serves_async_waiter,
             kill_of_holder_serves_async_waiter,
             acquire_async_dropped_at_any_moment_leaks_nothing,
         );
     };
     ($module:ident, $kind:expr, alone) => {
-        $crate::task_suite!($module, $kind;
-            acquire_async_after_release_succeeds_for_every_wait,
-            acquire_async_after_timeout_succeeds_once_released,
-            cancel_during_async_wait_ends_wait_at_once,
-            acquire_async_of_held_lock_blocks_no_thread,
-            guard_held_across_await_keeps_exclusion,
-        );
+        $crate::task_suite!(@near $module, $kind;);
     };
     // A server needs time for its answers, which the other cases count.
     ($module:ident, $kind:expr, far) => {
+        $crate::task_suite!(@every $module, $kind;
+            release_by_other_process_serves_async_waiter,
+            kill_of_holder_serves_async_waiter,
+        );
+    };
+    (@near $module:ident, $kind:expr; $($case:ident,)*) => {
+        $crate::task_suite!(@every $module, $kind; acquire_async_after_timeout_succeeds_once_released, $($case,)*);
+    };
+    (@every $module:ident, $kind:expr; $($case:ident,)*) => {
         $crate::task_suite!($module, $kind;
             acquire_async_after_release_succeeds_for_every_wait,
             cancel_during_async_wait_ends_wait_at_once,
             acquire_async_of_held_lock_blocks_no_thread,
             guard_held_across_await_keeps_exclusion,
-            release_by_other_process_serves_async_waiter,
-            kill_of_holder_serves_async_waiter,
+            $($case,)*
         );
     };
     ($module:ident, $kind:expr; $($case:ident,)*) => {

@@ -1,4 +1,4 @@
-//! Many processes acquire one lock at random while a conductor kills and stops them. The log of the holders and their
+//! Many processes acquire one lock at random while the test kills and stops them. The log of the holders and their
 //! times is checked.
 //!
 //! Each process appends a record to its own log after an acquisition and before the release, because not every system

@@ -29,7 +29,8 @@ use std::time::Duration;
 use lockkit::instance::Outcome;
 use lockkit::{Activation, FirstInstance, Instance, SecondInstance, Wait};
 
-use crate::helper_process::{Actor, describe};
+use crate::errors::describe;
+use crate::helper_process::Actor;
 
 /// The variable that instances send.
 pub const VARIABLE: &str = "LOCKKIT_TEST_VARIABLE";

@@ -31,9 +31,10 @@ use std::time::{Duration, Instant};
 use lockkit::{ErrorKind, Lease, LeaseBuilder, LeaseGuard, LeaseStatus, LossReason, Wait};
 
 use crate::chaos::{ACQUIRED, Event, Log, RELEASED, Random, now, read};
+use crate::errors::describe;
+use crate::helper_process::announce;
 #[cfg(unix)]
 use crate::helper_process::child_succeeds;
-use crate::helper_process::{announce, describe};
 use crate::{Actor, Belongings, LIVELY, program};
 
 /// A lease and its options, as text: `TTL HEARTBEAT PROGRESS PANICS MODE PATH`, in milliseconds. Missing directories of

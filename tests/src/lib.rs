@@ -17,16 +17,18 @@
 //! - [`mod@server_conformance`] has the drills of leases on servers; [`drills!`] makes tests of them for one engine.
 //! - [`until`] waits for a fact, [`left_out()`] reports a test that this machine cannot run, and [`Belongings`] counts
 //!   what a process must not leave behind.
+//! - [`errors`] formats errors.
 //! - [`small_disk`] has a small file system, which a test can fill.
 //! - [`namespaces`] makes user namespaces, in which a uid means several users.
 //! - [`wine`] lists the differences between Wine and Windows, because of which Wine cannot judge every case.
-//! - [`chaos`] has a conductor that kills and stops many processes at random, and checks the log of the holders and
+//! - [`chaos`] kills and stops many processes at random, and checks the log of the holders and
 //!   their times.
 
 pub mod async_conformance;
 pub mod chaos;
 pub mod conformance;
 pub mod crash_points;
+pub mod errors;
 pub mod failpoint;
 #[cfg(target_os = "linux")]
 pub mod fault_injection;

@@ -31,7 +31,7 @@ pub(crate) use actor::announce;
 pub(crate) use actor::as_user;
 #[cfg(unix)]
 pub(crate) use session::child_succeeds;
-pub use session::{describe, serve};
+pub use session::serve;
 
 #[cfg(unix)]
 pub use crate::process::signal_pid;

@@ -4,10 +4,11 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use lockkit::{CancelToken, ErrorKind, NamedGuard, NamedLock, Wait};
+use lockkit::{CancelToken, NamedGuard, NamedLock, Wait};
 
 use super::actor::announce;
 use crate::LIVELY;
+use crate::errors::describe;
 use crate::fixtures::{AnyGuard, AnyLock, Spec};
 
 /// Acts as the actor: executes commands until there are no more.
@@ -335,34 +336,4 @@ fn fork_often(lock: &dyn AnyLock) -> String {
         let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
     }
     answer
-}
-
-/// Formats an error as the actor answers it, with its kind first.
-pub fn describe(error: &lockkit::Error) -> String {
-    let kind = match error.kind() {
-        ErrorKind::Held { .. } => "Held",
-        ErrorKind::Timeout { .. } => "Timeout",
-        ErrorKind::Cancelled { .. } => "Cancelled",
-        ErrorKind::ForeignOwner { .. } => "ForeignOwner",
-        ErrorKind::Insecure { .. } => "Insecure",
-        ErrorKind::RogueDeletion { .. } => "RogueDeletion",
-        ErrorKind::Exhausted { .. } => "Exhausted",
-        ErrorKind::NoSuchLock { .. } => "NoSuchLock",
-        ErrorKind::AlreadyAllocated { .. } => "AlreadyAllocated",
-        ErrorKind::NotAllocated { .. } => "NotAllocated",
-        ErrorKind::NotLocked { .. } => "NotLocked",
-        ErrorKind::LayoutMismatch { .. } => "LayoutMismatch",
-        ErrorKind::TooManyProcesses { .. } => "TooManyProcesses",
-        ErrorKind::NotAPidFile { .. } => "NotAPidFile",
-        ErrorKind::NotALease { .. } => "NotALease",
-        ErrorKind::LeaseLost { .. } => "LeaseLost",
-        ErrorKind::Store { .. } => "Store",
-        ErrorKind::NoAnswer { .. } => "NoAnswer",
-        ErrorKind::NotHandled { .. } => "NotHandled",
-        ErrorKind::TooLarge { .. } => "TooLarge",
-        ErrorKind::Io { .. } => "Io",
-        _ => "Other",
-    };
-    let source = std::error::Error::source(error).map(|source| format!(": {source}"));
-    format!("error {kind}: {error}{}", source.unwrap_or_default())
 }

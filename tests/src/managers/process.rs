@@ -11,9 +11,10 @@ use lockkit::{LockManager, ManagedGuard, Owner, Result, Wait};
 
 use super::table::{CAPACITY, Table};
 use crate::Actor;
+use crate::errors::describe;
+use crate::helper_process::announce;
 #[cfg(unix)]
 use crate::helper_process::child_succeeds;
-use crate::helper_process::{announce, describe};
 
 /// Acts as the second process: works on the table until there are no more commands.
 pub fn serve(table: &Table) {
