@@ -42,7 +42,7 @@ fn enter() -> lockkit::Result<Option<FirstInstance>> {
             let second = second.variables(["XDG_ACTIVATION_TOKEN", "DESKTOP_STARTUP_ID"]);
             match second.activate(&Wait::at_most(Duration::from_secs(2)))? {
                 Outcome::Answered(answer) => {
-                    say(&format!("the first instance says: {}", String::from_utf8_lossy(&answer)));
+                    print_line(&format!("the first instance says: {}", String::from_utf8_lossy(&answer)));
                     Ok(None)
                 }
                 Outcome::BecameFirst(first) => Ok(Some(first)),
@@ -54,27 +54,27 @@ fn enter() -> lockkit::Result<Option<FirstInstance>> {
 /// Does the program's work: here, it keeps files open until its input ends.
 fn work(first: &FirstInstance) -> ExitCode {
     if let Some(died) = first.recovered() {
-        say(&format!("the last one died: {died}"));
+        print_line(&format!("the last first instance died: {died}"));
     }
     let open = Open::default();
     let directory = std::env::current_dir().unwrap_or_default();
     add(&open, std::env::args_os().skip(1).map(|file| directory.join(file)));
     let listening = first.on_activation({
         let open = open.clone();
-        move |activation| welcome(&open, activation)
+        move |activation| handle(&open, activation)
     });
     if let Err(error) = listening {
         eprintln!("activate: {error}");
         return ExitCode::from(71);
     }
-    say(&format!("pid {} is the first instance", std::process::id()));
+    print_line(&format!("pid {} is the first instance", std::process::id()));
     let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
-    say("closed");
+    print_line("closed");
     ExitCode::SUCCESS
 }
 
 /// Opens the files of a second start.
-fn welcome(open: &Open, activation: Activation) {
+fn handle(open: &Open, activation: Activation) {
     let files: Vec<&OsString> = activation.arguments().iter().skip(1).collect();
     let count = add(open, files.into_iter().map(|file| activation.resolve(file)));
     // A second start that has given up does not need the answer.
@@ -85,14 +85,14 @@ fn welcome(open: &Open, activation: Activation) {
 fn add(open: &Open, files: impl Iterator<Item = PathBuf>) -> usize {
     let Ok(mut open) = open.lock() else { return 0 };
     for file in files {
-        say(&format!("open {}", file.display()));
+        print_line(&format!("open {}", file.display()));
         open.push(file);
     }
     open.len()
 }
 
 /// Prints a line immediately, also into a pipe.
-fn say(line: &str) {
+fn print_line(line: &str) {
     let mut out = std::io::stdout();
     // A closed output is no reason to stop.
     let _ = writeln!(out, "{line}").and_then(|()| out.flush());

@@ -27,9 +27,9 @@ fn main() -> Result<()> {
     }
     let directory = std::env::temp_dir().join(format!("lockkit-example-leader-{}", std::process::id()));
     std::fs::create_dir(&directory)?;
-    let conducted = conduct(&directory);
+    let result = coordinate(&directory);
     std::fs::remove_dir_all(&directory)?;
-    conducted
+    result
 }
 
 /// Acts as a worker: waits until it leads, leads until it loses the lease, and waits again.
@@ -42,11 +42,13 @@ fn work(directory: &Path) -> Result<()> {
     loop {
         let guard = lease.lock()?;
         match guard.recovered() {
-            Some(before) => println!("{me} leads with token {}; unreleased by {before}", guard.token()),
+            Some(before) => {
+                println!("{me} leads with token {}; the previous leader did not release: {before}", guard.token())
+            }
             None => println!("{me} leads with token {}", guard.token()),
         }
         let mut resource = Connection::new(UnixStream::connect(directory.join("resource"))?);
-        resource.say(&me.to_string())?;
+        resource.send(&me.to_string())?;
         // The check saves work. It can be out of date a moment later, so each write carries the token.
         while guard.is_held() {
             let number: u64 = resource.ask("read")?.parse()?;
@@ -73,26 +75,26 @@ impl Resource {
     /// Stores the number, unless the resource has seen a later token. Returns whether it stored the number.
     fn write(&mut self, token: u64, number: u64) -> bool {
         if token < self.token {
-            println!("the resource refuses {number} with token {token}, for it has seen {}", self.token);
+            println!("the resource refuses {number} with token {token}: it has seen {}", self.token);
             return false;
         }
         (self.number, self.token) = (number, token);
-        println!("the resource takes {number} with token {token}");
+        println!("the resource accepts {number} with token {token}");
         true
     }
 
-    /// Answers a leader until the leader has requested so many writes, or has hung up.
+    /// Answers a leader until the leader has requested so many writes, or has closed its connection.
     fn serve(&mut self, leader: &mut Connection, writes: usize) -> Result<()> {
-        let mut asked = 0;
-        while asked < writes {
-            let Some(request) = leader.hear()? else { break };
+        let mut writes_done = 0;
+        while writes_done < writes {
+            let Some(request) = leader.receive()? else { break };
             match request.split(' ').collect::<Vec<_>>().as_slice() {
-                ["read"] => leader.say(&self.number.to_string())?,
+                ["read"] => leader.send(&self.number.to_string())?,
                 ["write", token, number] => {
-                    asked += 1;
-                    leader.say(if self.write(token.parse()?, number.parse()?) { "taken" } else { "refused" })?;
+                    writes_done += 1;
+                    leader.send(if self.write(token.parse()?, number.parse()?) { "accepted" } else { "refused" })?;
                 }
-                _ => return Err(format!("{request:?} is no request").into()),
+                _ => return Err(format!("unknown request: {request:?}").into()),
             }
         }
         Ok(())
@@ -100,7 +102,7 @@ impl Resource {
 }
 
 /// Starts the workers, acts as the resource, and kills and stops leaders.
-fn conduct(directory: &Path) -> Result<()> {
+fn coordinate(directory: &Path) -> Result<()> {
     let leaders = UnixListener::bind(directory.join("resource"))?;
     let mut resource = Resource::default();
     let mut workers = Workers::start(3, directory)?;
@@ -115,15 +117,15 @@ fn conduct(directory: &Path) -> Result<()> {
     let (pid, mut second) = next(&leaders)?;
     resource.serve(&mut second, 3)?;
     // It has requested the number, so it believes that it leads, and waits for the answer.
-    second.hear()?;
+    second.receive()?;
     println!("{pid} is stopped");
     let stopped = Pid::from_child(workers.get(pid)?);
     kill_process(stopped, Signal::STOP)?;
-    second.say(&resource.number.to_string())?;
+    second.send(&resource.number.to_string())?;
 
     let (_, mut third) = next(&leaders)?;
     resource.serve(&mut third, 3)?;
-    println!("{pid} goes on");
+    println!("{pid} continues");
     kill_process(stopped, Signal::CONT)?;
     resource.serve(&mut second, usize::MAX)?;
     println!("the number is {}, and no count was lost", resource.number);
@@ -136,7 +138,7 @@ fn conduct(directory: &Path) -> Result<()> {
 /// Waits for the next leader. Returns its pid and its connection.
 fn next(leaders: &UnixListener) -> Result<(u32, Connection)> {
     let mut leader = Connection::new(leaders.accept()?.0);
-    let pid = leader.hear()?.ok_or("a leader hung up at once")?;
+    let pid = leader.receive()?.ok_or("a leader closed its connection at once")?;
     Ok((pid.parse()?, leader))
 }
 
@@ -153,7 +155,7 @@ impl Workers {
     }
 
     fn get(&mut self, pid: u32) -> Result<&mut Child> {
-        self.0.iter_mut().find(|worker| worker.id() == pid).ok_or_else(|| format!("{pid} is no worker").into())
+        self.0.iter_mut().find(|worker| worker.id() == pid).ok_or_else(|| format!("no worker has the pid {pid}").into())
     }
 }
 
@@ -175,19 +177,19 @@ impl Connection {
         Self(BufReader::new(stream))
     }
 
-    fn say(&mut self, line: &str) -> Result<()> {
+    fn send(&mut self, line: &str) -> Result<()> {
         Ok(writeln!(self.0.get_mut(), "{line}")?)
     }
 
-    /// Reads the next line. Returns `None` if the peer has hung up.
-    fn hear(&mut self) -> Result<Option<String>> {
+    /// Reads the next line. Returns `None` if the peer has closed its connection.
+    fn receive(&mut self) -> Result<Option<String>> {
         let mut line = String::new();
         let length = self.0.read_line(&mut line)?;
         Ok((length > 0).then(|| line.trim_end().to_owned()))
     }
 
     fn ask(&mut self, question: &str) -> Result<String> {
-        self.say(question)?;
-        self.hear()?.ok_or_else(|| "the resource is gone".into())
+        self.send(question)?;
+        self.receive()?.ok_or_else(|| "the resource has closed the connection".into())
     }
 }

@@ -22,14 +22,15 @@ fn main() -> Result<(), Box<dyn Error>> {
     let time = arguments.next().map_or(Ok(Duration::from_secs(3)), |time| humantime::parse_duration(&time))?;
 
     let me = std::process::id();
-    let lease = Lease::connect(url).on_lost(move |loss| println!("{me} leads no more: {}", loss.reason)).build()?;
+    let lease =
+        Lease::connect(url).on_lost(move |loss| println!("{me} does not lead any more: {}", loss.reason)).build()?;
     if let Some(leader) = lease.owner()? {
         println!("{me} waits for {}", leader.describe());
     }
     let guard = lease.lock()?;
     println!("{me} leads with token {}", guard.token());
     if let Some(before) = guard.recovered() {
-        println!("{me} was told that its predecessor did not release: {before}");
+        println!("{me} learns that the previous leader did not release: {before}");
     }
 
     let end = Instant::now() + time;

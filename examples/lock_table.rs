@@ -16,11 +16,11 @@ const ACCOUNTS: u32 = 4;
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     match std::env::args().collect::<Vec<_>>().as_slice() {
         [_, table, worker] => work(table, worker.parse()?),
-        _ => conduct(),
+        _ => coordinate(),
     }
 }
 
-fn conduct() -> Result<(), Box<dyn std::error::Error>> {
+fn coordinate() -> Result<(), Box<dyn std::error::Error>> {
     let path = format!("/dev/shm/lockkit-example-{}", std::process::id());
     let table = ShmLockManager::create(&path, 1024)?;
     for _ in 0..ACCOUNTS {
@@ -32,9 +32,9 @@ fn conduct() -> Result<(), Box<dyn std::error::Error>> {
     for mut worker in workers? {
         println!("a worker ended: {}", worker.wait()?);
     }
-    // The next holder of account 2 has checked it. If no worker acquired it after the death, the conductor checks it
+    // The next holder of account 2 has checked it. If no worker acquired it after the death, the parent checks it
     // here.
-    check(&table.retrieve(2)?.lock()?, "the conductor", 2);
+    check(&table.retrieve(2)?.lock()?, "the parent", 2);
     println!("{} of 1024 locks are left, {} are held", table.available()?.unwrap_or_default(), table.held()?.len());
     std::fs::remove_file(path)?;
     Ok(())
@@ -54,8 +54,8 @@ fn work(table: &str, worker: u32) -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-fn check(guard: &ManagedGuard, who: &str, account: u32) {
+fn check(guard: &ManagedGuard, process: &str, account: u32) {
     if let Some(died) = guard.recovered() {
-        println!("{who} checks account {account}, for its last owner died inside: {died}");
+        println!("{process} checks account {account}: the last holder died inside: {died}");
     }
 }

@@ -15,8 +15,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     if std::env::args_os().len() > 1 {
         return section(|| Ok(()));
     }
-    section(another)?;
-    another()
+    section(start_another)?;
+    start_another()
 }
 
 /// Does `work` inside the section, unless another process stays there too long.
@@ -32,7 +32,7 @@ fn section(work: impl FnOnce() -> Result<(), Box<dyn Error>>) -> Result<(), Box<
             Err(error) => return Err(error.into()),
         };
         if let Some(died) = guard.recovered() {
-            println!("pid {} looks first what is half done, for the last one died inside: {died}", id());
+            println!("pid {} first checks what is incomplete: the last holder died inside: {died}", id());
         }
         println!("pid {} is inside", id());
         work()?;
@@ -42,10 +42,10 @@ fn section(work: impl FnOnce() -> Result<(), Box<dyn Error>>) -> Result<(), Box<
 }
 
 /// Starts a second process, which tries to enter.
-fn another() -> Result<(), Box<dyn Error>> {
+fn start_another() -> Result<(), Box<dyn Error>> {
     let status = Command::new(std::env::current_exe()?).arg("once").status()?;
     if !status.success() {
-        return Err(format!("the other one failed: {status}").into());
+        return Err(format!("the second process failed: {status}").into());
     }
     Ok(())
 }

@@ -23,12 +23,12 @@ fn main() -> Result<(), Box<dyn Error>> {
         return (0..ROUNDS).try_for_each(|_| add(&lock));
     }
     let path = std::env::temp_dir().join(format!("lockkit-example-number-{}", std::process::id()));
-    let conducted = conduct(&path);
+    let result = coordinate(&path);
     std::fs::remove_file(&path)?;
-    conducted
+    result
 }
 
-fn conduct(path: &Path) -> Result<(), Box<dyn Error>> {
+fn coordinate(path: &Path) -> Result<(), Box<dyn Error>> {
     let lock = FileLock::new(path);
     let mut last = read(&lock)?;
     println!("the number is {last}");
@@ -44,7 +44,7 @@ fn conduct(path: &Path) -> Result<(), Box<dyn Error>> {
     for mut writer in writers {
         println!("a writer ended: {}", writer.wait()?);
     }
-    println!("the number is {}: no writer lost one, no reader saw half of one", read(&lock)?);
+    println!("the number is {}: no writer lost a number, no reader saw a partial number", read(&lock)?);
     Ok(())
 }
 

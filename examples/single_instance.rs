@@ -24,9 +24,13 @@ fn main() -> ExitCode {
 }
 
 fn work(time: Duration) -> Result<(), String> {
-    say(&format!("pid {} holds the name; working for {}", std::process::id(), humantime::format_duration(time)))?;
+    print_line(&format!(
+        "pid {} holds the name; working for {}",
+        std::process::id(),
+        humantime::format_duration(time)
+    ))?;
     thread::sleep(time);
-    say("done")
+    print_line("done")
 }
 
 /// Parses the first argument, such as `30s`.
@@ -34,12 +38,12 @@ fn time_to_work() -> Result<Duration, String> {
     match std::env::args().nth(1) {
         None => Ok(Duration::from_secs(5)),
         Some(time) => humantime::parse_duration(&time)
-            .map_err(|error| format!("{time:?} is no time to work, such as \"5s\" or \"2m\": {error}")),
+            .map_err(|error| format!("invalid time to work {time:?}: {error}; use a time such as \"5s\" or \"2m\"")),
     }
 }
 
 /// Prints a line immediately, also into a pipe.
-fn say(line: &str) -> Result<(), String> {
+fn print_line(line: &str) -> Result<(), String> {
     let mut out = io::stdout();
     writeln!(out, "{line}").and_then(|()| out.flush()).map_err(|error| format!("cannot write: {error}"))
 }

@@ -16,7 +16,7 @@ fn main() {
     if !"command/start".contains(&filter) {
         return;
     }
-    let _alone = lockkit_benches::alone();
+    let _exclusive = lockkit_benches::exclusive_run();
     let rounds = if arguments::is_quick() { 5 } else { 300 };
     let (lockkit, directory) = (built(), tempfile::tempdir().expect("a directory"));
     let file = |name: &str| directory.path().join(name).display().to_string();

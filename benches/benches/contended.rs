@@ -162,7 +162,7 @@ fn main() {
         return play(&part);
     }
     let filter = arguments::filter();
-    let _alone = lockkit_benches::alone();
+    let _exclusive = lockkit_benches::exclusive_run();
     let directory = tempfile::tempdir().unwrap();
     let length = if arguments::is_quick() { QUICK } else { FULL };
 
@@ -198,7 +198,7 @@ fn play(part: &[String]) {
         CROWD => crowd_child(&mut hold, number, &mut parent),
         WAITER => waiter(&mut hold, &mut parent),
         VICTIM => victim(&mut hold, &mut parent),
-        _ => panic!("no part is called {part}"),
+        _ => panic!("unknown part of a child: {part}"),
     }
 }
 
@@ -208,7 +208,7 @@ impl Comparison {
     }
 
     /// Measures blocks of ours and of the peer, alternating.
-    fn in_turns<T>(&self, blocks: u32, mut measure: impl FnMut(&Contender) -> Vec<T>) -> [Vec<T>; 2] {
+    fn alternate<T>(&self, blocks: u32, mut measure: impl FnMut(&Contender) -> Vec<T>) -> [Vec<T>; 2] {
         let mut all = [Vec::new(), Vec::new()];
         for _ in 0..blocks {
             for (contender, all) in [self.ours, self.peer].into_iter().zip(&mut all) {
@@ -220,7 +220,7 @@ impl Comparison {
 
     fn hand_over(&self, directory: &Path, length: &Length) -> Vec<Row> {
         let (blocks, turns) = length.hand_over;
-        let times = self.in_turns(blocks, |contender| hand_overs(contender, directory, turns));
+        let times = self.alternate(blocks, |contender| hand_overs(contender, directory, turns));
         let [[ours, our_tail], [theirs, their_tail]] =
             times.map(|mut times| [table::median(&mut times), table::quantile(&mut times, 0.99)].map(Value::Time));
         vec![
@@ -232,14 +232,14 @@ impl Comparison {
     fn crowd(&self, directory: &Path, length: &Length) -> Vec<Row> {
         let (blocks, time) = length.crowd;
         let sum = |shares: Vec<Share>| {
-            let taken: u64 = shares.iter().map(|share| share.taken).sum();
+            let acquisitions: u64 = shares.iter().map(|share| share.acquisitions).sum();
             let longest = shares.iter().map(|share| share.longest_wait).max().unwrap_or_default();
-            [Value::Time(longest), Value::Rate(taken as f64 / (time * blocks).as_secs_f64())]
+            [Value::Time(longest), Value::Rate(acquisitions as f64 / (time * blocks).as_secs_f64())]
         };
         let mut rows = Vec::new();
         for hold in CROWD_HOLDS {
             for size in CROWD_SIZES {
-                let shares = self.in_turns(blocks, |contender| crowd(contender, directory, size, hold, time));
+                let shares = self.alternate(blocks, |contender| crowd(contender, directory, size, hold, time));
                 let [[ours, our_rate], [theirs, their_rate]] = shares.map(sum);
                 let what = format!("{size} processes hold {} us", hold.as_micros());
                 let bound = if (size, hold) == LARGEST { self.longest_wait } else { Bound::None };
@@ -266,12 +266,12 @@ impl Comparison {
 /// The line of a child that has finished its preparation.
 const READY: &str = "ready";
 /// The line of a process that has just acquired the lock.
-const TAKEN: &str = "taken";
+const ACQUIRED: &str = "acquired";
 
 const HAND_OVER: &str = "hand-over";
 
 /// The times just after the acquisition and just before the release.
-struct Turn {
+struct HoldTimes {
     acquired: u64,
     released: u64,
 }
@@ -282,46 +282,46 @@ fn hand_overs(contender: &Contender, directory: &Path, turns: u64) -> Vec<Durati
     child.expect(READY);
     let mut mine = Vec::new();
     for _ in 0..turns {
-        mine.push(take_turn(&mut hold, &mut child));
-        child.expect(TAKEN);
+        mine.push(hold_once(&mut hold, &mut child));
+        child.expect(ACQUIRED);
     }
-    let theirs: Vec<Turn> = (0..turns)
+    let theirs: Vec<HoldTimes> = (0..turns)
         .map(|_| {
-            let [acquired, released] = child.hear_numbers();
-            Turn { acquired, released }
+            let [acquired, released] = child.receive_numbers();
+            HoldTimes { acquired, released }
         })
         .collect();
     // The order is: mine, theirs, mine, theirs. The last of theirs has no successor.
-    let order: Vec<Turn> = mine.into_iter().zip(theirs).flat_map(|(mine, theirs)| [mine, theirs]).collect();
+    let order: Vec<HoldTimes> = mine.into_iter().zip(theirs).flat_map(|(mine, theirs)| [mine, theirs]).collect();
     let time = |from: u64, to: u64| to.checked_sub(from).expect("one process at a time holds the lock");
     order.windows(2).map(|pair| Duration::from_nanos(time(pair[0].released, pair[1].acquired))).collect()
 }
 
 fn hand_over_child(hold: &mut Hold, turns: u64, parent: &mut Peer) {
-    parent.say(READY);
-    let mine: Vec<Turn> = (0..turns)
+    parent.send(READY);
+    let mine: Vec<HoldTimes> = (0..turns)
         .map(|_| {
-            parent.expect(TAKEN);
-            take_turn(hold, parent)
+            parent.expect(ACQUIRED);
+            hold_once(hold, parent)
         })
         .collect();
-    for Turn { acquired, released } in mine {
-        parent.say(format_args!("{acquired} {released}"));
+    for HoldTimes { acquired, released } in mine {
+        parent.send(format_args!("{acquired} {released}"));
     }
 }
 
 /// Waits for the lock, and holds it until the other process waits for it. The other process starts to wait only after
 /// it hears that the lock is held. Otherwise a lock without a queue would often return to the process that has just
 /// released it.
-fn take_turn(hold: &mut Hold, other: &mut Peer) -> Turn {
-    let mut turn = Turn { acquired: 0, released: 0 };
+fn hold_once(hold: &mut Hold, other: &mut Peer) -> HoldTimes {
+    let mut times = HoldTimes { acquired: 0, released: 0 };
     hold(&mut || {
-        turn.acquired = now();
-        other.say(TAKEN);
+        times.acquired = now();
+        other.send(ACQUIRED);
         other.wait_until_asleep();
-        turn.released = now();
+        times.released = now();
     });
-    turn
+    times
 }
 
 const CROWD: &str = "crowd";
@@ -333,7 +333,7 @@ const LARGEST: (usize, Duration) = (CROWD_SIZES[2], CROWD_HOLDS[1]);
 
 /// The results of one process of the crowd.
 struct Share {
-    taken: u64,
+    acquisitions: u64,
     longest_wait: Duration,
 }
 
@@ -347,13 +347,13 @@ fn crowd(contender: &Contender, directory: &Path, size: usize, hold: Duration, t
     let start = now() + 20_000_000;
     let end = start + time.as_nanos() as u64;
     for child in &mut children {
-        child.say(format_args!("{start} {end}"));
+        child.send(format_args!("{start} {end}"));
     }
     children
         .iter_mut()
         .map(|child| {
-            let [taken, longest_wait] = child.hear_numbers();
-            Share { taken, longest_wait: Duration::from_nanos(longest_wait) }
+            let [acquisitions, longest_wait] = child.receive_numbers();
+            Share { acquisitions, longest_wait: Duration::from_nanos(longest_wait) }
         })
         .collect()
 }
@@ -361,23 +361,23 @@ fn crowd(contender: &Contender, directory: &Path, size: usize, hold: Duration, t
 /// Acquires the lock repeatedly until the end. An unfinished wait at the end counts with its full length for the
 /// longest wait, and does not count for the throughput.
 fn crowd_child(hold: &mut Hold, inside: u64, parent: &mut Peer) {
-    parent.say(READY);
-    let [start, end] = parent.hear_numbers();
+    parent.send(READY);
+    let [start, end] = parent.receive_numbers();
     std::thread::sleep(Duration::from_nanos(start.saturating_sub(now())));
-    let (mut taken, mut longest_wait) = (0_u64, 0);
+    let (mut acquisitions, mut longest_wait) = (0_u64, 0);
     let mut asked = now();
     while asked < end {
         hold(&mut || {
             let acquired = now();
             longest_wait = longest_wait.max(acquired - asked);
             if acquired < end {
-                taken += 1;
+                acquisitions += 1;
                 spin(Duration::from_nanos(inside));
             }
         });
         asked = now();
     }
-    parent.say(format_args!("{taken} {longest_wait}"));
+    parent.send(format_args!("{acquisitions} {longest_wait}"));
 }
 
 /// Measures, for every kind of lock, the largest delay with which a waiter for a held lock gives up.
@@ -401,7 +401,7 @@ fn giving_up<L: Lock + Sync>(name: &str, lock: &L) -> [Row; 2] {
     const ROUNDS: usize = 50;
     const LIMIT: Duration = Duration::from_millis(10);
     let _held = lock.lock().unwrap();
-    let worst = |late: &dyn Fn() -> Duration| Value::Time((0..ROUNDS).map(|_| late()).max().unwrap_or_default());
+    let maximum = |delay: &dyn Fn() -> Duration| Value::Time((0..ROUNDS).map(|_| delay()).max().unwrap_or_default());
     let timed_out = || {
         let start = Instant::now();
         assert!(lock.lock_for(LIMIT).is_err_and(|error| error.is_timeout()));
@@ -425,10 +425,10 @@ fn giving_up<L: Lock + Sync>(name: &str, lock: &L) -> [Row; 2] {
             waiter.join().expect("the waiter is well").saturating_duration_since(start)
         })
     };
-    let sleep = worst(&slept);
+    let sleep = maximum(&slept);
     let bound = Bound::Time(Duration::from_millis(5));
-    [("timing out", worst(&timed_out)), ("being cancelled", worst(&cancelled))].map(|(what, ours)| Row {
-        name: format!("{name}, late at {what}, worst of {ROUNDS}"),
+    [("a timeout", maximum(&timed_out)), ("a cancellation", maximum(&cancelled))].map(|(what, ours)| Row {
+        name: format!("{name}, delay at {what}, maximum of {ROUNDS}"),
         ours,
         peer: "a sleep",
         theirs: sleep,
@@ -467,28 +467,28 @@ const VICTIM: &str = "victim";
 
 fn death(contender: &Contender, directory: &Path, waiter: &mut Peer) -> Duration {
     let mut holder = contender.spawn(VICTIM, directory, 0);
-    holder.expect(TAKEN);
-    waiter.say("wait");
+    holder.expect(ACQUIRED);
+    waiter.send("wait");
     waiter.wait_until_asleep();
     let killed = now();
     holder.kill();
-    let [acquired] = waiter.hear_numbers();
+    let [acquired] = waiter.receive_numbers();
     Duration::from_nanos(acquired.checked_sub(killed).expect("the lock was held until the kill"))
 }
 
 fn victim(hold: &mut Hold, parent: &mut Peer) {
     hold(&mut || {
-        parent.say(TAKEN);
+        parent.send(ACQUIRED);
         // No line arrives. The child ends by the kill, or with its parent.
-        parent.hear();
+        parent.receive();
     });
 }
 
 fn waiter(hold: &mut Hold, parent: &mut Peer) -> ! {
     loop {
-        parent.hear();
+        parent.receive();
         let mut acquired = 0;
         hold(&mut || acquired = now());
-        parent.say(acquired);
+        parent.send(acquired);
     }
 }

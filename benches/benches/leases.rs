@@ -68,15 +68,15 @@ fn in_memory() -> TempDir {
 }
 
 fn lease(path: impl AsRef<Path>) -> Lease {
-    Lease::file(path.as_ref()).build().expect("the options go together")
+    Lease::file(path.as_ref()).build().expect("the options are valid")
 }
 
 fn acquire(lease: &Lease) -> LeaseGuard {
-    lease.try_lock().expect("nobody else takes it")
+    lease.try_lock().expect("no other process holds it")
 }
 
 /// Returns the medians of two kinds of alternating blocks.
-fn in_turns(
+fn alternate(
     blocks: u32,
     mut ours: impl FnMut() -> Duration,
     mut theirs: impl FnMut() -> Option<Duration>,
@@ -117,7 +117,7 @@ impl Filelock {
         match python {
             Ok(python) => {
                 let mut peer = Peer::start(Command::new(python).arg(directory.join("peer.py")));
-                println!("  beside SoftFileLease of filelock {}", peer.hear());
+                println!("  compared with SoftFileLease of filelock {}", peer.receive());
                 Some(Self(peer))
             }
             Err(problem) => {
@@ -128,15 +128,15 @@ impl Filelock {
     }
 
     fn cycles(&mut self, path: &Path, count: u32) -> Duration {
-        self.0.say(format_args!("cycles {count} {}", path.display()));
-        let [all] = self.0.hear_numbers();
+        self.0.send(format_args!("cycles {count} {}", path.display()));
+        let [all] = self.0.receive_numbers();
         Duration::from_nanos(all) / count
     }
 
     /// Returns the durations of `count` acquisitions and of `count` releases.
     fn many(&mut self, directory: &Path, count: usize) -> [Duration; 2] {
-        self.0.say(format_args!("many {count} {}", directory.display()));
-        self.0.hear_numbers().map(Duration::from_nanos)
+        self.0.send(format_args!("many {count} {}", directory.display()));
+        self.0.receive_numbers().map(Duration::from_nanos)
     }
 }
 
@@ -148,7 +148,7 @@ fn uncontended(length: &Length) -> Vec<Row> {
         .map(|(place, directory)| {
             let one = lease(directory.path().join("ours"));
             let path = directory.path().join("theirs");
-            let [ours, theirs] = in_turns(
+            let [ours, theirs] = alternate(
                 blocks,
                 || each(count, || drop(acquire(&one))),
                 || filelock.as_mut().map(|filelock| filelock.cycles(&path, count)),
@@ -166,30 +166,30 @@ fn renewal(length: &Length) -> Vec<Row> {
     const HEARTBEAT: Duration = Duration::from_millis(250);
     const LONG: Duration = Duration::from_millis(30);
     let directory = in_memory();
-    let jumping = ManualClock::new();
-    let clock: Arc<dyn Clock> = Arc::new(jumping.clone());
+    let manual_clock = ManualClock::new();
+    let clock: Arc<dyn Clock> = Arc::new(manual_clock.clone());
     let guards: Vec<LeaseGuard> = (0..COUNT)
         .map(|number| {
             let lease =
                 Lease::file(directory.path().join(number.to_string())).heartbeat(HEARTBEAT).clock(clock.clone());
-            acquire(&lease.build().expect("the options go together"))
+            acquire(&lease.build().expect("the options are valid"))
         })
         .collect();
     let fresh = guards[0].remaining() - HEARTBEAT / 2;
     let paths: Vec<_> = (0..COUNT).map(|number| directory.path().join(format!("bare-{number}"))).collect();
     paths.iter().for_each(|path| std::fs::write(path, RECORD).expect("there is room"));
-    let [ours, theirs] = in_turns(
+    let [ours, theirs] = alternate(
         length.blocks.0,
         || {
             let start = Instant::now();
-            jumping.advance(HEARTBEAT);
+            manual_clock.advance(HEARTBEAT);
             for guard in &guards {
                 while guard.remaining() < fresh {
                     // The loop polls rarely, because polling disturbs the measurement.
                     thread::sleep(Duration::from_micros(100));
                     // After a slow request the heartbeat skips the store for a time, which must pass.
                     if start.elapsed() > LONG {
-                        jumping.advance(Duration::from_micros(50));
+                        manual_clock.advance(Duration::from_micros(50));
                     }
                 }
             }
@@ -200,7 +200,7 @@ fn renewal(length: &Length) -> Vec<Row> {
             Some(each(COUNT, || {
                 let path = files.next().expect("as many as turns");
                 let file = File::options().read(true).write(true).open(path).expect("a file");
-                flock(&file, FlockOperation::NonBlockingLockExclusive).expect("nobody has it");
+                flock(&file, FlockOperation::NonBlockingLockExclusive).expect("no process has locked it");
                 let mut record = [0; RECORD.len()];
                 file.read_exact_at(&mut record, 0).expect("it has as much");
                 file.write_all_at(&record, 0).expect("there is room");
@@ -216,7 +216,7 @@ fn is_held(length: &Length) -> Vec<Row> {
     let (blocks, count) = length.blocks;
     let directory = in_memory();
     let guard = acquire(&lease(directory.path().join("lease")));
-    let [ours, theirs] = in_turns(
+    let [ours, theirs] = alternate(
         blocks,
         || each(count, || assert!((0..1000).all(|_| guard.is_held()))),
         || Some(each(count, || (0..1000).for_each(|_| _ = black_box(clock_gettime(ClockId::Boottime))))),
@@ -257,10 +257,10 @@ fn waiter(part: &[String]) {
     let mut hold = open(directory.as_ref());
     let mut parent = Peer::parent();
     loop {
-        parent.hear();
+        parent.receive();
         let mut acquired = 0;
         hold(&mut || acquired = now());
-        parent.say(acquired);
+        parent.send(acquired);
     }
 }
 
@@ -273,13 +273,13 @@ fn hand_over(length: &Length) -> Vec<Row> {
         for (hold, waiter, times) in &mut contenders {
             let mut released = 0;
             hold(&mut || {
-                waiter.say("wait");
+                waiter.send("wait");
                 waiter.wait_until_asleep();
                 // The waiters have different ages.
                 thread::sleep(Duration::from_micros(u64::from(round % 100) * 37));
                 released = now();
             });
-            let [acquired] = waiter.hear_numbers();
+            let [acquired] = waiter.receive_numbers();
             times.push(Duration::from_nanos(acquired.checked_sub(released).expect("one at a time holds it")));
         }
     }
@@ -321,13 +321,13 @@ fn thousand(length: &Length) -> Vec<Row> {
 
 /// Sleeps for `span`, and returns the longest time that this program did not run, by the clock that leases use.
 fn longest_stop(span: Duration) -> Duration {
-    const NAP: Duration = Duration::from_millis(50);
+    const CHECK_INTERVAL: Duration = Duration::from_millis(50);
     let start = SystemClock.now();
     let (mut last, mut longest) = (start, Duration::ZERO);
     while last - start < span {
-        thread::sleep(NAP);
+        thread::sleep(CHECK_INTERVAL);
         let now = SystemClock.now();
-        longest = longest.max((now - last).saturating_sub(NAP));
+        longest = longest.max((now - last).saturating_sub(CHECK_INTERVAL));
         last = now;
     }
     longest
@@ -340,7 +340,7 @@ fn many(length: &Length) -> Vec<Row> {
     let guards: Vec<LeaseGuard> = (0..count)
         .map(|number| {
             let lease = Lease::file(directory.path().join(number.to_string())).heartbeat(HEARTBEAT);
-            acquire(&lease.build().expect("the options go together"))
+            acquire(&lease.build().expect("the options are valid"))
         })
         .collect();
     // From here on every lease has a heartbeat.
@@ -357,17 +357,17 @@ fn many(length: &Length) -> Vec<Row> {
     }
     if stopped > HEARTBEAT {
         println!(
-            "  something stopped this program for {stopped:?}; leases do not survive 3 s of that, nor should they"
+            "  this program was stopped for {stopped:?}; leases expire after 3 s without a renewal, as they should"
         );
     }
     let row = |what: &str, ours, bound| {
-        let name = format!("{count} leases beat each second, {what}");
+        let name = format!("{count} leases renewed each second, {what}");
         Row { name, ours, peer: "-", theirs: Value::None, bound }
     };
     vec![
         row("processor", Value::Share(share), Bound::Share(0.15)),
         // One thread renews. The watchdog sleeps, and checks periodically whether the first is stuck in a request.
-        row("threads, with the watchdog", Value::Count(threads), Bound::Count(2)),
+        row("threads with the watchdog", Value::Count(threads), Bound::Count(2)),
         row("lost", Value::Count(lost.len()), Bound::Count(0)),
     ]
 }

@@ -160,7 +160,7 @@ fn thousand(count: u32, mut work: impl FnMut()) -> Duration {
 }
 
 /// Returns the medians of two kinds of alternating blocks.
-fn in_turns(blocks: u32, mut ours: impl FnMut() -> Duration, mut theirs: impl FnMut() -> Duration) -> [Value; 2] {
+fn alternate(blocks: u32, mut ours: impl FnMut() -> Duration, mut theirs: impl FnMut() -> Duration) -> [Value; 2] {
     let mut times = [Vec::new(), Vec::new()];
     for _ in 0..blocks {
         times[0].push(ours());
@@ -173,7 +173,7 @@ fn uncontended(length: &Length) -> Vec<Row> {
     let table = Table::new(64);
     let (lock, robust) = (table.0.allocate().expect("a lock"), Robust::new());
     let (blocks, count) = length.blocks;
-    let [ours, theirs] = in_turns(
+    let [ours, theirs] = alternate(
         blocks,
         || thousand(count, || (&lock).with(|| _ = black_box(0))),
         || thousand(count, || robust.with(|| _ = black_box(0))),
@@ -191,7 +191,7 @@ fn allocate(length: &Length) -> Vec<Row> {
         for _ in 1..capacity {
             table.0.allocate().expect("a lock");
         }
-        let [full, fresh] = in_turns(blocks, || cycle(&table), || cycle(&empty));
+        let [full, fresh] = alternate(blocks, || cycle(&table), || cycle(&empty));
         let bound = Bound::Time(Duration::from_micros(60));
         let name = format!("1000 allocate and free of {capacity}, empty");
         rows.push(Row { name, ours: fresh, peer: "nearly full table", theirs: full, bound });
@@ -206,7 +206,7 @@ fn allocate(length: &Length) -> Vec<Row> {
                 let _ = (black_box(first), second.free());
             })
         };
-        let [apart, fresh_again] = in_turns(blocks, apart, || cycle(&empty));
+        let [apart, fresh_again] = alternate(blocks, apart, || cycle(&empty));
         for (what, ours, theirs, bound) in
             [("1 left", full, fresh, bound), ("2 far apart", apart, fresh_again, Bound::None)]
         {
@@ -236,7 +236,7 @@ fn allocate_in_directories(blocks: u32, count: u32) -> Row {
         }
         start.elapsed() / count
     };
-    let [ours, theirs] = in_turns(blocks, || cycle(0), || cycle(1));
+    let [ours, theirs] = alternate(blocks, || cycle(0), || cycle(1));
     let name = format!("open, allocate and free in a directory of {MANY}");
     Row { name, ours, peer: "an empty one", theirs, bound: Bound::Ratio(1.5) }
 }
@@ -249,7 +249,7 @@ fn open(length: &Length) -> Vec<Row> {
         let start = Instant::now();
         ShmLockManager::open(&path).expect("a table");
         let elapsed = start.elapsed();
-        std::fs::remove_file(path).expect("it is there");
+        std::fs::remove_file(path).expect("the file exists");
         elapsed
     };
     let attached = |table: &Table| {
@@ -269,8 +269,8 @@ fn open(length: &Length) -> Vec<Row> {
         Row { name, ours, peer: "one of 2048", theirs, bound }
     };
     let (large_table, small_table) = (Table::new(large), Table::new(small));
-    let open = in_turns(length.opens, || opened(large), || opened(small));
-    let attach = in_turns(length.opens, || attached(&large_table), || attached(&small_table));
+    let open = alternate(length.opens, || opened(large), || opened(small));
+    let attach = alternate(length.opens, || attached(&large_table), || attached(&small_table));
     vec![
         row("open", open, Bound::Time(Duration::from_micros(60))),
         row("attach a forked child to", attach, Bound::None),
@@ -309,7 +309,7 @@ struct Stages {
     holds: AtomicBool,
     waits: AtomicBool,
     /// The time at which the waiter acquired the lock.
-    got: AtomicU64,
+    acquired: AtomicU64,
 }
 
 /// Measures the time from the holder's death to the waiter's acquisition. The waiter has waited for `age` at the kill.
@@ -330,7 +330,7 @@ fn takeover(mutex: impl Mutex, stages: &Stages, age: Duration) -> Duration {
     until(&stages.holds);
     let waiter = fork(|| {
         stages.waits.store(true, Ordering::SeqCst);
-        mutex.with(|| stages.got.store(now(), Ordering::SeqCst));
+        mutex.with(|| stages.acquired.store(now(), Ordering::SeqCst));
     });
     until(&stages.waits);
     std::thread::sleep(age);
@@ -338,7 +338,7 @@ fn takeover(mutex: impl Mutex, stages: &Stages, age: Duration) -> Duration {
     holder.kill();
     waiter.join();
     holder.join();
-    Duration::from_nanos(stages.got.load(Ordering::SeqCst) - killed)
+    Duration::from_nanos(stages.acquired.load(Ordering::SeqCst) - killed)
 }
 
 fn death(length: &Length) -> Vec<Row> {
@@ -375,9 +375,9 @@ struct Counters {
 
 /// Returns the acquisitions per second, and the longest wait.
 fn contend<M: Mutex>(mutex: M, processes: usize, hold: Duration, span: Duration) -> (f64, Duration) {
-    /// The crowd first runs for this fraction (1/`SETTLE`) of the span. Meanwhile the kernel moves processes that it
+    /// The crowd first runs for this fraction (1/`SETTLE_FRACTION`) of the span. Meanwhile the kernel moves processes that it
     /// has put on one processor.
-    const SETTLE: u32 = 10;
+    const SETTLE_FRACTION: u32 = 10;
     let counters: &Counters = shared();
     let workers: Vec<Child> = (0..processes)
         .map(|_| {
@@ -408,7 +408,7 @@ fn contend<M: Mutex>(mutex: M, processes: usize, hold: Duration, span: Duration)
         })
         .collect();
     counters.start.store(true, Ordering::Relaxed);
-    std::thread::sleep(span / SETTLE);
+    std::thread::sleep(span / SETTLE_FRACTION);
     let start = Instant::now();
     counters.count.store(true, Ordering::Relaxed);
     std::thread::sleep(span);
@@ -455,7 +455,7 @@ fn contended(length: &Length) -> Vec<Row> {
             } else {
                 let pause = medians(alone).1;
                 row("longest wait", waits[0], ROBUST, waits[1], Bound::None);
-                row("longest wait, compared with a pause", waits[0], "no lock", Value::Time(pause), Bound::None);
+                row("longest wait compared with a pause", waits[0], "no lock", Value::Time(pause), Bound::None);
                 let beyond = Value::Time(our_wait.saturating_sub(pause));
                 row("longest wait beyond a pause", beyond, ROBUST, waits[1], half);
             }

@@ -6,7 +6,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::any::Any;
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use lockkit::{FileLock, Lease, LockManager, NamedLock, PidFile, ShmLockManager};
@@ -75,13 +75,15 @@ fn contender<L: 'static, G: 'static>(
     Contender { name, free: Box::new(move |at| Box::new(make(at))), held: Box::new(move |at| Box::new(hold(new(at)))) }
 }
 
-fn contenders(directory: &Path) -> Vec<(Contender, Contender)> {
-    let path = |name: &'static str| {
-        let directory = directory.to_owned();
-        move |at: usize| directory.join(format!("{name}-{at}"))
-    };
-    let (file, fd, pid, fslock, lease) = (path("file"), path("fd"), path("pid"), path("fslock"), path("lease"));
-    let table = ShmLockManager::create(directory.join("table"), 1024).expect("a table");
+/// Returns a function from a number to a path in the directory.
+fn numbered_path(directory: &Path, name: &'static str) -> impl Fn(usize) -> PathBuf + Clone + use<> {
+    let directory = directory.to_owned();
+    move |at| directory.join(format!("{name}-{at}"))
+}
+
+fn names_and_files(directory: &Path) -> Vec<(Contender, Contender)> {
+    let path = |name| numbered_path(directory, name);
+    let (file, fd) = (path("file"), path("fd"));
     vec![
         (
             contender(
@@ -109,6 +111,14 @@ fn contenders(directory: &Path) -> Vec<(Contender, Contender)> {
                 },
             ),
         ),
+    ]
+}
+
+fn pidfiles_leases_and_tables(directory: &Path) -> Vec<(Contender, Contender)> {
+    let path = |name| numbered_path(directory, name);
+    let (pid, fslock, lease) = (path("pid"), path("fslock"), path("lease"));
+    let table = ShmLockManager::create(directory.join("table"), 1024).expect("a table");
+    vec![
         (
             contender(
                 "PidFile",
@@ -147,10 +157,12 @@ fn main() {
     if !"memory".contains(&arguments::filter()) {
         return;
     }
-    let _alone = lockkit_benches::alone();
+    let _exclusive = lockkit_benches::exclusive_run();
     let directory = tempfile::tempdir_in("/dev/shm").expect("memory to make files in");
     let mut rows = Vec::new();
-    for (mut ours, mut peer) in contenders(directory.path()) {
+    for (mut ours, mut peer) in
+        names_and_files(directory.path()).into_iter().chain(pidfiles_leases_and_tables(directory.path()))
+    {
         for (state, ours_cost, peer_cost) in
             [("free", cost(&mut ours.free), cost(&mut peer.free)), ("held", cost(&mut ours.held), cost(&mut peer.held))]
         {

@@ -16,7 +16,7 @@ fn main() {
     if !"tracing/cost".contains(&filter) {
         return;
     }
-    let _alone = lockkit_benches::alone();
+    let _exclusive = lockkit_benches::exclusive_run();
     let blocks = if arguments::is_quick() { 20 } else { 1000 };
     let programs = [built("with"), built("without")];
     let directory = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a directory");

@@ -94,7 +94,9 @@ fn in_directory(path: &Path) -> Contender {
 /// Becomes the first instance and ends it. The peer accepts no calls.
 fn first_instance() -> Contender {
     Contender::new("Instance", || {
-        let Instance::First(first) = Instance::enter("lockkit-bench-instance").unwrap() else { panic!("nobody else") };
+        let Instance::First(first) = Instance::enter("lockkit-bench-instance").unwrap() else {
+            panic!("another process is the first instance")
+        };
         drop(first);
     })
 }
@@ -283,7 +285,7 @@ struct Length {
 }
 
 fn main() {
-    let _alone = lockkit_benches::alone();
+    let _exclusive = lockkit_benches::exclusive_run();
     let directory = tempfile::tempdir().unwrap();
     let mut criterion = Criterion::default()
         .warm_up_time(Duration::from_millis(500))

@@ -17,7 +17,7 @@ use postgres::{Client, NoTls, Statement};
 use redis::{Connection, PubSub, Script};
 
 /// A client that acquires a name by bare requests. All its methods panic when the server refuses.
-pub trait Bare: Send {
+pub trait BaselineClient: Send {
     /// Sends one request, and returns whether the name is granted.
     fn acquire(&mut self) -> bool;
     /// Extends the held name by another TTL.
@@ -47,7 +47,7 @@ pub struct Redis {
     name: String,
     claim: String,
     token: u64,
-    news: Option<PubSub<'static>>,
+    subscription: Option<PubSub<'static>>,
 }
 
 impl Redis {
@@ -76,7 +76,7 @@ impl Redis {
              return 1",
         ];
         let (scripts, name) = (scripts.map(Script::new), format!("bare:{{{name}}}"));
-        Self { port, connection: redis_at(port), scripts, name, claim: claim(), token: 0, news: None }
+        Self { port, connection: redis_at(port), scripts, name, claim: claim(), token: 0, subscription: None }
     }
 }
 
@@ -85,7 +85,7 @@ fn redis_at(port: u16) -> Connection {
     client.get_connection().expect("it runs")
 }
 
-impl Bare for Redis {
+impl BaselineClient for Redis {
     fn acquire(&mut self) -> bool {
         let mut call = self.scripts[0].key(&self.name);
         let token: Option<u64> = call.arg(&self.claim).arg(TTL).invoke(&mut self.connection).expect("it answers");
@@ -107,14 +107,14 @@ impl Bare for Redis {
 
     fn listen(&mut self) {
         // The connection lives as long as the program runs.
-        let mut news = Box::leak(Box::new(redis_at(self.port))).as_pubsub();
-        news.subscribe(&self.name).expect("it answers");
-        self.news = Some(news);
+        let mut subscription = Box::leak(Box::new(redis_at(self.port))).as_pubsub();
+        subscription.subscribe(&self.name).expect("it answers");
+        self.subscription = Some(subscription);
     }
 
     fn wait(&mut self) {
         while !self.acquire() {
-            self.news.as_mut().expect("it listens").get_message().expect("it runs");
+            self.subscription.as_mut().expect("it listens").get_message().expect("it runs");
         }
     }
 }
@@ -157,7 +157,7 @@ impl Postgres {
     }
 }
 
-impl Bare for Postgres {
+impl BaselineClient for Postgres {
     fn acquire(&mut self) -> bool {
         let rows = self.client.query(&self.statements[0], &[&self.name, &self.claim, &f64::from(TTL)]);
         let rows = rows.expect("it answers");
@@ -197,7 +197,7 @@ pub struct Etcd {
     key: String,
     claim: String,
     revision: String,
-    news: Option<Gateway>,
+    subscription: Option<Gateway>,
 }
 
 impl Etcd {
@@ -209,11 +209,11 @@ impl Etcd {
         let mut gateway = Gateway::open(port);
         let session = field(&gateway.ask("lease/grant", r#"{"TTL":"600"}"#), "ID").to_owned();
         let [key, claim] = [format!("bare/{name}"), claim()].map(|text| STANDARD.encode(text));
-        Self { gateway, port, session, key, claim, revision: String::new(), news: None }
+        Self { gateway, port, session, key, claim, revision: String::new(), subscription: None }
     }
 }
 
-impl Bare for Etcd {
+impl BaselineClient for Etcd {
     fn acquire(&mut self) -> bool {
         let Self { key, claim, session, .. } = self;
         let body = format!(
@@ -239,14 +239,14 @@ impl Bare for Etcd {
 
     fn listen(&mut self) {
         let mut watch = Gateway::open(self.port);
-        watch.say("watch", &format!(r#"{{"create_request":{{"key":"{}","filters":["NOPUT"]}}}}"#, self.key));
+        watch.send("watch", &format!(r#"{{"create_request":{{"key":"{}","filters":["NOPUT"]}}}}"#, self.key));
         assert!(watch.head() == Body::Chunks && watch.chunk().contains(r#""created":true"#), "it watches");
-        self.news = Some(watch);
+        self.subscription = Some(watch);
     }
 
     fn wait(&mut self) {
         while !self.acquire() {
-            self.news.as_mut().expect("it listens").chunk();
+            self.subscription.as_mut().expect("it listens").chunk();
         }
     }
 }
@@ -279,7 +279,7 @@ impl Gateway {
     /// # Panics
     /// If no answer arrives.
     pub fn ask(&mut self, path: &str, body: &str) -> String {
-        self.say(path, body);
+        self.send(path, body);
         match self.head() {
             Body::Bytes(length) => self.bytes(length),
             Body::Chunks => {
@@ -294,7 +294,7 @@ impl Gateway {
         }
     }
 
-    fn say(&mut self, path: &str, body: &str) {
+    fn send(&mut self, path: &str, body: &str) {
         let length = body.len();
         let request = format!("POST /v3/{path} HTTP/1.1\r\nHost: etcd\r\nContent-Length: {length}\r\n\r\n{body}");
         self.stream.get_mut().write_all(request.as_bytes()).expect("it runs");

@@ -11,7 +11,7 @@
 //! - `command`: how soon `lockkit run` starts a program, compared with flock(1).
 //! - `memory`: bytes and descriptors of a lock.
 //! - `tracing`: the cost of the feature of this name without a subscriber.
-//! - `verdict`: one table of all results, each row with its best peer. It also writes `docs/BENCHMARKS.md`.
+//! - `summary`: one table of all results, each row with its best peer. It also writes `docs/BENCHMARKS.md`.
 //!
 //! Every ratio is between numbers of one run, measured in alternation, so that a noisy machine disturbs both sides
 //! alike. A row that misses its bound fails nothing. On a machine that does other things as well the table informs, it
@@ -34,7 +34,7 @@ use crate::table::Row;
 
 /// Waits until no other run is in progress, which would distort this measurement. The runs of a user can therefore all
 /// use the same lock names. A lock leaves a small record behind for every name.
-pub fn alone() -> NamedGuard {
+pub fn exclusive_run() -> NamedGuard {
     let lock = lockkit::NamedLock::new("lockkit-benches").expect("the name is valid");
     lock.lock().expect("the lock on the benches can be taken")
 }
@@ -45,7 +45,7 @@ pub type Experiment<L> = (&'static str, fn(&L) -> Vec<Row>);
 /// Runs the requested experiments with the requested length, and prints their rows.
 pub fn run<L>(experiments: &[Experiment<L>], full: &L, quick: &L) {
     let filter = arguments::filter();
-    let _alone = alone();
+    let _exclusive = exclusive_run();
     let length = if arguments::is_quick() { quick } else { full };
     let mut rows = Vec::new();
     for (name, experiment) in experiments {

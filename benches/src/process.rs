@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 pub const CHILD: &str = "--child";
 
 /// The extra wait after a process is seen to sleep. The kernel reports the sleep shortly before it begins.
-const SETTLE: Duration = Duration::from_micros(50);
+const SETTLE_TIME: Duration = Duration::from_micros(50);
 
 /// The process at the other end of a pair of pipes.
 pub struct Peer {
@@ -61,7 +61,7 @@ impl Peer {
     ///
     /// # Panics
     /// If the peer is a child and has ended. A child whose parent has ended exits here.
-    pub fn say(&mut self, line: impl Display) {
+    pub fn send(&mut self, line: impl Display) {
         if writeln!(self.writer, "{line}").and_then(|()| self.writer.flush()).is_err() {
             self.has_ended();
         }
@@ -70,8 +70,8 @@ impl Peer {
     /// Waits for a line.
     ///
     /// # Panics
-    /// As [`say`](Self::say).
-    pub fn hear(&mut self) -> String {
+    /// As [`send`](Self::send).
+    pub fn receive(&mut self) -> String {
         let mut line = String::new();
         match self.reader.read_line(&mut line) {
             Ok(length) if length > 0 => line.trim_end().to_owned(),
@@ -82,9 +82,9 @@ impl Peer {
     /// Waits for exactly this line.
     ///
     /// # Panics
-    /// If another line arrives, and as [`say`](Self::say).
+    /// If another line arrives, and as [`send`](Self::send).
     pub fn expect(&mut self, line: &str) {
-        assert_eq!(self.hear(), line, "the processes are out of step");
+        assert_eq!(self.receive(), line, "the other process sent another line");
     }
 
     fn has_ended(&self) -> ! {
@@ -98,9 +98,9 @@ impl Peer {
     /// Waits for a line of numbers.
     ///
     /// # Panics
-    /// If anything else arrives, and as [`say`](Self::say).
-    pub fn hear_numbers<const N: usize>(&mut self) -> [u64; N] {
-        let line = self.hear();
+    /// If anything else arrives, and as [`send`](Self::send).
+    pub fn receive_numbers<const N: usize>(&mut self) -> [u64; N] {
+        let line = self.receive();
         let numbers: Vec<u64> = line.split(' ').map(|word| word.parse().expect("a number")).collect();
         numbers.try_into().expect("as many numbers as were agreed")
     }
@@ -111,7 +111,7 @@ impl Peer {
         while self.is_awake() {
             std::hint::spin_loop();
         }
-        spin(SETTLE);
+        spin(SETTLE_TIME);
     }
 
     /// Reads the third field of proc_pid_stat(5). The second field, the name in parentheses, may contain any character.

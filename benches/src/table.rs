@@ -1,5 +1,5 @@
 //! The table at the end of a bench program: our number next to a peer's, and whether its bound held. The table is also
-//! stored next to the program, for `verdict`, which combines all tables.
+//! stored next to the program, for the bench `summary`, which combines all tables.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -147,7 +147,7 @@ fn line([row, ours, peer, theirs, ratio, bound, verdict]: &[impl fmt::Display; 7
     format!("{row:<47} {ours:>10}   {peer:<17} {theirs:>10}   {ratio:>6}   {bound:>7}   {verdict}")
 }
 
-/// Prints the rows, if there are any, and stores them for [`kept`].
+/// Prints the rows, if there are any, and stores them for [`stored_rows`].
 ///
 /// # Panics
 /// If the rows cannot be stored.
@@ -156,18 +156,18 @@ pub fn print(rows: &[Row]) {
         return;
     }
     println!("\n{}", line(&HEADING));
-    let mut kept = String::new();
+    let mut stored = String::new();
     for row in rows {
         let cells = row.cells();
         println!("{}", line(&cells));
-        kept += &format!("{}\t{}\n", row.rank(), cells.join("\t"));
+        stored += &format!("{}\t{}\n", row.rank(), cells.join("\t"));
     }
     println!();
     let program = std::env::current_exe().expect("the program has a path");
     // The program's name ends in a hash.
     let program = program.file_stem().and_then(|name| name.to_str()?.split('-').next()).expect("it has a name");
     std::fs::create_dir_all(directory()).expect("the build's directory can be written to");
-    std::fs::write(directory().join(program), kept).expect("the build's directory can be written to");
+    std::fs::write(directory().join(program), stored).expect("the build's directory can be written to");
 }
 
 /// Returns the directory of the stored rows. It is next to the program, so that the rows belong to the same build.
@@ -181,11 +181,11 @@ fn directory() -> PathBuf {
 ///
 /// # Panics
 /// If the stored rows cannot be read.
-pub fn kept(program: &str) -> Vec<Cells> {
+pub fn stored_rows(program: &str) -> Vec<Cells> {
     let text = match std::fs::read_to_string(directory().join(program)) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Vec::new(),
-        Err(error) => panic!("cannot read what {program} kept: {error}"),
+        Err(error) => panic!("cannot read the stored rows of {program}: {error}"),
     };
     let rows: Vec<(f64, Cells)> = text
         .lines()

@@ -69,9 +69,9 @@ fn activate_example_survives_hang_death_and_close_of_first() {
     (2..=7).for_each(|file| first.expect(&format!("open /usr/{file}")));
 
     first.signal(Signal::STOP);
-    let hangs = second(Path::new("/"), &["d"]);
-    assert_eq!(hangs.status.code(), Some(75));
-    let said = String::from_utf8(hangs.stderr).unwrap();
+    let timed_out = second(Path::new("/"), &["d"]);
+    assert_eq!(timed_out.status.code(), Some(75));
+    let said = String::from_utf8(timed_out.stderr).unwrap();
     let expected = "activate: the first instance of \"lockkit-example-activate\" did not answer within ";
     assert!(said.starts_with(expected), "{said}");
     first.signal(Signal::CONT);
@@ -81,7 +81,7 @@ fn activate_example_survives_hang_death_and_close_of_first() {
     let died = first.child.id();
     first.child.kill().unwrap();
     let mut next = First::start("/f");
-    assert!(next.line().starts_with(&format!("the last one died: pid {died} (activate), since ")));
+    assert!(next.line().starts_with(&format!("the last first instance died: pid {died} (activate), since ")));
     next.expect("open /f");
     next.expect(&format!("pid {} is the first instance", next.child.id()));
     drop(next.child.stdin.take());

@@ -4,14 +4,15 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::said_by;
+use common::output_of;
 
 /// The time limit of the example on a busy machine. It takes a little more than its TTL of 2 s.
-const A_FEW_SECONDS: Duration = Duration::from_secs(30);
+const MAX_RUN_TIME: Duration = Duration::from_secs(30);
 
 /// Parses a line into the leader, its token, and the rest.
 fn leads(line: &str) -> (&str, u64, &str) {
-    let (pid, rest) = line.split_once(" leads with token ").unwrap_or_else(|| panic!("nobody leads: {line:?}"));
+    let (pid, rest) =
+        line.split_once(" leads with token ").unwrap_or_else(|| panic!("the line names no leader: {line:?}"));
     let (token, rest) = rest.split_once(';').unwrap_or((rest, ""));
     (pid, token.parse().unwrap(), rest)
 }
@@ -19,23 +20,26 @@ fn leads(line: &str) -> (&str, u64, &str) {
 #[test]
 fn killed_leader_is_replaced_and_stopped_leader_is_fenced() {
     let start = Instant::now();
-    let said = said_by("leader", &[]);
-    assert!(start.elapsed() < A_FEW_SECONDS, "{:?}", start.elapsed());
+    let output = output_of("leader", &[]);
+    assert!(start.elapsed() < MAX_RUN_TIME, "{:?}", start.elapsed());
 
-    let mut lines = said.lines();
-    let mut next = || lines.next().expect("it says more");
+    let mut lines = output.lines();
+    let mut next = || lines.next().expect("the example prints another line");
     let (first, token, recovered) = leads(next());
-    assert_eq!(recovered, "", "nobody led before");
+    assert_eq!(recovered, "", "there was no earlier leader");
     for number in 1..=3 {
-        assert_eq!(next(), format!("the resource takes {number} with token {token}"));
+        assert_eq!(next(), format!("the resource accepts {number} with token {token}"));
     }
     assert_eq!(next(), format!("{first} is killed"));
 
     let (second, old, recovered) = leads(next());
     assert!(old > token);
-    assert!(recovered.starts_with(&format!(" unreleased by pid {first} (leader)")), "{recovered:?}");
+    assert!(
+        recovered.starts_with(&format!(" the previous leader did not release: pid {first} (leader)")),
+        "{recovered:?}"
+    );
     for number in 4..=6 {
-        assert_eq!(next(), format!("the resource takes {number} with token {old}"));
+        assert_eq!(next(), format!("the resource accepts {number} with token {old}"));
     }
     assert_eq!(next(), format!("{second} is stopped"));
 
@@ -44,9 +48,9 @@ fn killed_leader_is_replaced_and_stopped_leader_is_fenced() {
     assert!(third != first && third != second);
     assert!(recovered.starts_with(&format!(" unreleased by pid {second} (leader)")), "{recovered:?}");
     for number in 7..=9 {
-        assert_eq!(next(), format!("the resource takes {number} with token {new}"));
+        assert_eq!(next(), format!("the resource accepts {number} with token {new}"));
     }
-    assert_eq!(next(), format!("{second} goes on"));
+    assert_eq!(next(), format!("{second} continues"));
     assert_eq!(next(), format!("the resource refuses 7 with token {old}, for it has seen {new}"));
     assert_eq!(next(), format!("{second} is refused"));
     let lost = next();

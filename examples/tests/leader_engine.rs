@@ -30,7 +30,7 @@ fn place(name: &str) -> PathBuf {
 }
 
 #[test]
-fn leaders_follow_each_other_with_greater_tokens() {
+fn next_leader_on_file_gets_greater_token() {
     let lease = place("file");
     let tokens = leads_twice(&format!("file://{}", lease.display()));
     std::fs::remove_file(lease).unwrap();
@@ -47,14 +47,14 @@ impl Drop for Redis {
 }
 
 #[test]
-fn so_they_do_on_a_server() {
+fn next_leader_on_server_gets_greater_token() {
     let socket = place("socket");
     // The socket may be left by a killed process with the same pid.
     let _ = std::fs::remove_file(&socket);
     let mut server = Command::new("redis-server");
     server.args(["--port", "0", "--save", "", "--appendonly", "no", "--unixsocket"]).arg(&socket);
     let Ok(child) = server.stdin(Stdio::null()).stdout(Stdio::null()).spawn() else {
-        return left_out("so_they_do_on_a_server: redis-server is not installed");
+        return left_out("next_leader_on_server_gets_greater_token: redis-server is not installed");
     };
     let _server = Redis(child, socket.clone());
     let start = Instant::now();
@@ -65,14 +65,14 @@ fn so_they_do_on_a_server() {
     let url = format!("redis+unix://{}?lease=leader", socket.display());
     let error = String::from_utf8(run(&[&url, "1ms"]).stderr).unwrap();
     if error.contains("without its feature") {
-        return left_out("so_they_do_on_a_server: this build is without redis");
+        return left_out("next_leader_on_server_gets_greater_token: this build is without redis");
     }
     let tokens = leads_twice(&url);
     assert!(tokens[0] < tokens[1], "{tokens:?}");
 }
 
 #[test]
-fn a_url_that_is_not_right_gets_a_clear_error() {
+fn invalid_url_gets_clear_error() {
     for (url, problem) in [("gopher://there/leader", "lockkit knows file://"), ("leader", "it has no scheme")] {
         let output = run(&[url]);
         let said = String::from_utf8(output.stderr).unwrap();

@@ -2,14 +2,14 @@
 
 mod common;
 
-use common::said_by;
+use common::output_of;
 
 #[test]
-fn four_writers_lose_no_number_and_a_reader_sees_no_half_of_one() {
-    let said = said_by("shared_file", &[]);
-    let lines: Vec<&str> = said.lines().collect();
+fn shared_file_example_loses_no_number_to_four_writers() {
+    let output = output_of("shared_file", &[]);
+    let lines: Vec<&str> = output.lines().collect();
     assert_eq!(lines[0], "the number is 0");
     assert_eq!(lines[1..5], ["a writer ended: exit status: 0"; 4]);
-    assert_eq!(lines[5], "the number is 200: no writer lost one, no reader saw half of one");
-    assert_eq!(lines.len(), 6, "{said}");
+    assert_eq!(lines[5], "the number is 200: no writer lost a number, no reader saw a partial number");
+    assert_eq!(lines.len(), 6, "{output}");
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use common::example;
 
 /// The time limit on a busy machine for a program that does not wait.
-const AT_ONCE: Duration = Duration::from_secs(5);
+const MAX_START_TIME: Duration = Duration::from_secs(5);
 
 /// A running example. It is killed and reaped when dropped, so that a failed test leaves nothing behind.
 struct Running {
@@ -72,15 +72,15 @@ fn stderr(output: &Output) -> &str {
 fn single_instance_example_runs_once_and_restarts_after_kill() {
     single_instance_second_start_names_holder_and_exits_75();
     single_instance_start_after_kill_reports_dead_holder();
-    a_start_after_an_orderly_end_says_nothing_of_it();
-    a_bad_argument_gets_a_clear_error();
+    single_instance_start_after_release_reports_nothing();
+    single_instance_invalid_argument_gets_clear_error();
 }
 
 fn single_instance_second_start_names_holder_and_exits_75() {
     let first = Running::start("1m");
     let start = Instant::now();
     let second = Command::new(example("single_instance")).output().unwrap();
-    assert!(start.elapsed() < AT_ONCE, "{:?}", start.elapsed());
+    assert!(start.elapsed() < MAX_START_TIME, "{:?}", start.elapsed());
     assert_eq!(second.status.code(), Some(75));
     assert_eq!(second.stdout, b"");
     let said = stderr(&second);
@@ -95,20 +95,20 @@ fn single_instance_start_after_kill_reports_dead_holder() {
     let killed = Running::start("1m").kill();
     let start = Instant::now();
     let next = Running::start("1ms");
-    assert!(start.elapsed() < AT_ONCE, "{:?}", start.elapsed());
+    assert!(start.elapsed() < MAX_START_TIME, "{:?}", start.elapsed());
     let said = next.finish();
     let died = format!("lockkit-example: the last owner died without releasing it: pid {killed} (single_instance)");
     assert!(said.starts_with(&died), "{said:?}");
     assert_eq!(said.lines().count(), 1, "{said:?}");
 }
 
-fn a_start_after_an_orderly_end_says_nothing_of_it() {
+fn single_instance_start_after_release_reports_nothing() {
     Running::start("0s").finish();
     assert_eq!(Running::start("0s").finish(), "");
 }
 
-fn a_bad_argument_gets_a_clear_error() {
+fn single_instance_invalid_argument_gets_clear_error() {
     let output = Command::new(example("single_instance")).arg("soon").output().unwrap();
     assert_eq!(output.status.code(), Some(2));
-    assert!(stderr(&output).contains("\"soon\" is no time to work"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("invalid time to work \"soon\""), "{}", stderr(&output));
 }

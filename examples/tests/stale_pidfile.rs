@@ -11,13 +11,13 @@ use common::example;
 use lockkit::PidFile;
 
 /// Sets the time further back than the clocks of a file and a process may differ.
-fn backdate(path: &Path) {
+fn set_old_time(path: &Path) {
     let file = File::options().write(true).open(path).unwrap();
     file.set_modified(SystemTime::now() - Duration::from_secs(120)).unwrap();
 }
 
 #[test]
-fn each_pidfile_of_a_directory_gets_a_line_that_says_why() {
+fn stale_pidfile_example_explains_each_file() {
     let directory = std::env::temp_dir().join(format!("lockkit-example-stale-pidfile-{}", std::process::id()));
     fs::create_dir_all(directory.join("below")).unwrap();
     let mut daemon = Command::new("sleep").arg("600").stdin(Stdio::null()).spawn().unwrap();
@@ -26,7 +26,7 @@ fn each_pidfile_of_a_directory_gets_a_line_that_says_why() {
     write("alive.pid", format!("{}\n", daemon.id()));
     write("dead.pid", "4194304\n".to_owned());
     write("reused.pid", format!("{}\n", daemon.id()));
-    backdate(&directory.join("reused.pid"));
+    set_old_time(&directory.join("reused.pid"));
     write("invalid.pid", "x12 \u{1b}x\n".to_owned());
     write("notes.txt", "1\n".to_owned());
     write("blank\u{1b}.pid", "\n".to_owned());

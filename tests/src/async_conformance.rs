@@ -11,7 +11,7 @@ use lockkit::{CancelToken, Wait};
 use tokio::runtime::{Builder, Runtime};
 use tokio::time::timeout;
 
-use crate::chaos::Dice;
+use crate::chaos::Random;
 use crate::conformance::told;
 use crate::fixtures::{AnyGuard, AnyLock};
 use crate::wine::{DELETED, is_wine, wine_cannot_judge};
@@ -22,35 +22,32 @@ use crate::{Actor, Belongings, Kind, LIVELY, Spec, until};
 #[macro_export]
 macro_rules! task_suite {
     ($module:ident, $kind:expr) => {
-        $crate::task_suite!($module, $kind;
-            a_task_takes_and_releases_and_takes_again,
-            a_task_that_timed_out_gets_in_after_the_release,
-            a_waiting_task_is_cancelled_at_once,
-            tasks_go_on_while_another_waits,
-            guards_live_across_awaits_on_other_threads,
-            a_waiting_task_goes_on_when_another_process_releases,
-            a_killed_holder_frees_the_lock_for_a_waiting_task,
-            futures_dropped_at_any_moment_leave_nothing_behind,
+        $crate::task_suite!(@near $module, $kind;
+            release_by_other_process_serves_async_waiter,
+            kill_of_holder_serves_async_waiter,
+            acquire_async_dropped_at_any_moment_leaks_nothing,
         );
     };
     ($module:ident, $kind:expr, alone) => {
-        $crate::task_suite!($module, $kind;
-            a_task_takes_and_releases_and_takes_again,
-            a_task_that_timed_out_gets_in_after_the_release,
-            a_waiting_task_is_cancelled_at_once,
-            tasks_go_on_while_another_waits,
-            guards_live_across_awaits_on_other_threads,
-        );
+        $crate::task_suite!(@near $module, $kind;);
     };
     // A server needs time for its answers, which the other cases count.
     ($module:ident, $kind:expr, far) => {
+        $crate::task_suite!(@every $module, $kind;
+            release_by_other_process_serves_async_waiter,
+            kill_of_holder_serves_async_waiter,
+        );
+    };
+    (@near $module:ident, $kind:expr; $($case:ident,)*) => {
+        $crate::task_suite!(@every $module, $kind; acquire_async_after_timeout_succeeds_once_released, $($case,)*);
+    };
+    (@every $module:ident, $kind:expr; $($case:ident,)*) => {
         $crate::task_suite!($module, $kind;
-            a_task_takes_and_releases_and_takes_again,
-            a_waiting_task_is_cancelled_at_once,
-            tasks_go_on_while_another_waits,
-            guards_live_across_awaits_on_other_threads,
-            a_waiting_task_goes_on_when_another_process_releases,
-            a_killed_holder_frees_the_lock_for_a_waiting_task,
+            acquire_async_after_release_succeeds_for_every_wait,
+            cancel_during_async_wait_ends_wait_at_once,
+            acquire_async_of_held_lock_blocks_no_thread,
+            guard_held_across_await_keeps_exclusion,
+            $($case,)*
         );
     };
     ($module:ident, $kind:expr; $($case:ident,)*) => {
@@ -58,13 +55,13 @@ macro_rules! task_suite {
             mod on_one_thread {
                 $(#[test]
                 fn $case() {
-                    $crate::left_out_or($kind, |kind| $crate::async_conformance::$case(kind, "one"));
+                    $crate::fixtures::run_or_leave_out($kind, |kind| $crate::async_conformance::$case(kind, "one"));
                 })*
             }
             mod on_several_threads {
                 $(#[test]
                 fn $case() {
-                    $crate::left_out_or($kind, |kind| $crate::async_conformance::$case(kind, "several"));
+                    $crate::fixtures::run_or_leave_out($kind, |kind| $crate::async_conformance::$case(kind, "several"));
                 })*
             }
         }
@@ -84,15 +81,15 @@ pub fn runtime(flavor: &str) -> Runtime {
 }
 
 /// Lets the runtime continue until the future waits for something that is not ready.
-async fn started<T>(taking: &mut (impl Future<Output = T> + Unpin)) {
-    assert!(timeout(Duration::from_millis(20), taking).await.is_err(), "it did not wait");
+async fn expect_pending<T>(acquiring: &mut (impl Future<Output = T> + Unpin)) {
+    assert!(timeout(Duration::from_millis(20), acquiring).await.is_err(), "the acquisition did not wait");
 }
 
-#[allow(missing_docs)] // Their names are sentences.
+#[allow(missing_docs)] // Each name states the operation, the condition and the result.
 mod cases {
     use super::*;
 
-    pub fn a_task_takes_and_releases_and_takes_again(kind: Kind, flavor: &str) {
+    pub fn acquire_async_after_release_succeeds_for_every_wait(kind: Kind, flavor: &str) {
         let spec = kind.fresh();
         let lock = spec.open();
         runtime(flavor).block_on(async {
@@ -105,7 +102,7 @@ mod cases {
         spec.clean();
     }
 
-    pub fn a_task_that_timed_out_gets_in_after_the_release(kind: Kind, flavor: &str) {
+    pub fn acquire_async_after_timeout_succeeds_once_released(kind: Kind, flavor: &str) {
         let spec = kind.fresh();
         let (lock, holder) = (spec.open(), spec.rival());
         runtime(flavor).block_on(async {
@@ -122,7 +119,7 @@ mod cases {
         spec.clean();
     }
 
-    pub fn a_waiting_task_is_cancelled_at_once(kind: Kind, flavor: &str) {
+    pub fn cancel_during_async_wait_ends_wait_at_once(kind: Kind, flavor: &str) {
         let spec = kind.fresh();
         let lock = spec.open();
         runtime(flavor).block_on(async {
@@ -130,15 +127,15 @@ mod cases {
             let token = CancelToken::new();
             for wait in [Wait::forever(), Wait::at_most(LIVELY * 4)] {
                 let wait = wait.or_cancelled(&token);
-                let mut takings = [lock.acquire_async(&wait), lock.acquire_async(&wait)];
+                let mut futures = [lock.acquire_async(&wait), lock.acquire_async(&wait)];
                 if !token.is_cancelled() {
-                    for taking in &mut takings {
-                        started(taking).await;
+                    for acquiring in &mut futures {
+                        expect_pending(acquiring).await;
                     }
                     token.cancel();
                 }
-                for taking in takings {
-                    let error = timeout(LIVELY, taking).await.expect("it ends").err().unwrap();
+                for acquiring in futures {
+                    let error = timeout(LIVELY, acquiring).await.expect("the wait ends").err().unwrap();
                     assert!(error.is_cancelled(), "{error}");
                 }
             }
@@ -151,7 +148,7 @@ mod cases {
         spec.clean();
     }
 
-    pub fn tasks_go_on_while_another_waits(kind: Kind, flavor: &str) {
+    pub fn acquire_async_of_held_lock_blocks_no_thread(kind: Kind, flavor: &str) {
         let spec = kind.fresh();
         let lock: Arc<dyn AnyLock> = spec.open().into();
         runtime(flavor).block_on(async {
@@ -175,7 +172,7 @@ mod cases {
         spec.clean();
     }
 
-    pub fn guards_live_across_awaits_on_other_threads(kind: Kind, flavor: &str) {
+    pub fn guard_held_across_await_keeps_exclusion(kind: Kind, flavor: &str) {
         let spec = kind.fresh();
         let lock: Arc<dyn AnyLock> = spec.open().into();
         let (inside, count) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
@@ -186,10 +183,10 @@ mod cases {
                     tokio::spawn(async move {
                         for _ in 0..5 {
                             let guard = lock.acquire_async(&Wait::at_most(LIVELY)).await.unwrap();
-                            assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "two are inside");
+                            assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "two tasks hold the lock");
                             tokio::task::yield_now().await;
                             tokio::time::sleep(Duration::from_micros(100)).await;
-                            assert_eq!(inside.fetch_sub(1, Ordering::SeqCst), 1, "two are inside");
+                            assert_eq!(inside.fetch_sub(1, Ordering::SeqCst), 1, "two tasks hold the lock");
                             count.fetch_add(1, Ordering::SeqCst);
                             drop(guard);
                         }
@@ -204,17 +201,17 @@ mod cases {
         spec.clean();
     }
 
-    pub fn a_waiting_task_goes_on_when_another_process_releases(kind: Kind, flavor: &str) {
+    pub fn release_by_other_process_serves_async_waiter(kind: Kind, flavor: &str) {
         let spec = kind.fresh();
         let mut holder = Actor::start(&spec);
         let lock = spec.open();
         runtime(flavor).block_on(async {
             for wait in [Wait::forever(), Wait::at_most(LIVELY)] {
                 holder.expect("try", "held");
-                let mut taking = lock.acquire_async(&wait);
-                started(&mut taking).await;
+                let mut acquiring = lock.acquire_async(&wait);
+                expect_pending(&mut acquiring).await;
                 holder.expect("release", "released");
-                let guard: Box<dyn AnyGuard> = timeout(LIVELY, taking).await.expect("it gets the lock").unwrap();
+                let guard: Box<dyn AnyGuard> = timeout(LIVELY, acquiring).await.expect("the task acquires").unwrap();
                 assert_eq!(guard.recovered(), None);
                 assert!(holder.ask("try").starts_with("error Held"));
                 guard.release().unwrap();
@@ -223,24 +220,24 @@ mod cases {
         spec.clean();
     }
 
-    pub fn a_killed_holder_frees_the_lock_for_a_waiting_task(kind: Kind, flavor: &str) {
+    pub fn kill_of_holder_serves_async_waiter(kind: Kind, flavor: &str) {
         let spec = kind.fresh();
         let mut holder = Actor::start(&spec);
         holder.expect("lock", "held");
         let lock = spec.open();
         runtime(flavor).block_on(async {
             let wait = Wait::forever();
-            let mut taking = lock.acquire_async(&wait);
-            started(&mut taking).await;
+            let mut acquiring = lock.acquire_async(&wait);
+            expect_pending(&mut acquiring).await;
             holder.kill();
-            let guard: Box<dyn AnyGuard> = timeout(LIVELY, taking).await.expect("it gets the lock").unwrap();
+            let guard: Box<dyn AnyGuard> = timeout(LIVELY, acquiring).await.expect("the task acquires").unwrap();
             let answer = guard.recovered().map_or("held".to_owned(), |died| format!("held recovered {died}"));
             assert_eq!(answer, told(kind, holder.pid()));
         });
         spec.clean();
     }
 
-    pub fn futures_dropped_at_any_moment_leave_nothing_behind(kind: Kind, flavor: &str) {
+    pub fn acquire_async_dropped_at_any_moment_leaks_nothing(kind: Kind, flavor: &str) {
         if kind.name() == "pidfile" && wine_cannot_judge(DELETED) {
             return;
         }
@@ -267,29 +264,29 @@ pub use cases::*;
 
 /// Waits for the lock in tasks and drops the futures at random moments, alone and together with another future.
 /// Afterwards this process has the same descriptors and threads as before. Answers `dropped`.
-pub fn drop_often(spec: &Spec, flavor: &str, rounds: u32) {
+pub fn drop_futures_at_random(spec: &Spec, flavor: &str, rounds: u32) {
     let lock: Arc<dyn AnyLock> = spec.open().into();
-    let mut dice = Dice::new(std::process::id().into());
+    let mut random = Random::new(std::process::id().into());
     let runtime = runtime(flavor);
-    let round = async |dice: &mut Dice| {
-        let pause = Duration::from_micros(dice.roll(1500));
+    let round = async |random: &mut Random| {
+        let pause = Duration::from_micros(random.below(1500));
         let waiter = tokio::spawn({
             let lock = lock.clone();
-            let pause = Duration::from_micros(dice.roll(1500));
-            async move { timeout(pause, lock.acquire_async(&Wait::forever())).await.map(|taken| taken.map(drop)) }
+            let pause = Duration::from_micros(random.below(1500));
+            async move { timeout(pause, lock.acquire_async(&Wait::forever())).await.map(|acquired| acquired.map(drop)) }
         });
         let wait = Wait::at_most(LIVELY);
         tokio::select! {
-            taken = lock.acquire_async(&wait) => drop(taken.expect("the lock")),
+            acquired = lock.acquire_async(&wait) => drop(acquired.expect("the lock")),
             () = tokio::time::sleep(pause) => {}
         }
         // Sockets are waited for on the reactor.
         assert!(!spec.kind().is_fair() || waiting_threads() == 0);
-        if dice.roll(4) == 0 {
+        if random.below(4) == 0 {
             waiter.abort();
         }
         match waiter.await {
-            Ok(Ok(taken)) => taken.expect("the lock"),
+            Ok(Ok(acquired)) => acquired.expect("the lock"),
             Ok(Err(_)) => {}
             Err(ended) => assert!(ended.is_cancelled(), "{ended}"),
         }
@@ -297,32 +294,32 @@ pub fn drop_often(spec: &Spec, flavor: &str, rounds: u32) {
     runtime.block_on(async {
         // Resources that a process keeps after its first wait exist after a few rounds.
         for _ in 0..10 {
-            round(&mut dice).await;
+            round(&mut random).await;
         }
         drop(lock.acquire_async(&Wait::at_most(LIVELY)).await.expect("the lock"));
     });
-    let before = once_waits_have_ended();
+    let before = belongings_after_waits();
     runtime.block_on(async {
         for _ in 0..rounds {
-            round(&mut dice).await;
+            round(&mut random).await;
         }
         drop(lock.acquire_async(&Wait::at_most(LIVELY)).await.expect("the lock"));
     });
-    assert_eq!(once_waits_have_ended(), before);
+    assert_eq!(belongings_after_waits(), before);
     println!("dropped");
 }
 
 /// Returns the belongings of this process when no thread waits for a lock any more. A thread that has just begun has no
 /// name of its own yet, and a thread that ends remains visible for a moment. So the result must be stable for a while.
-fn once_waits_have_ended() -> Belongings {
-    const A_WHILE: u32 = 100;
+fn belongings_after_waits() -> Belongings {
+    const STABLE_CHECKS: u32 = 100;
     let own = || Belongings::of(std::process::id());
     let (mut last, mut seen) = (own(), 0);
     until("all waits have ended", || {
         let now = own();
         seen = if now == last && waiting_threads() == 0 { seen + 1 } else { 0 };
         last = now;
-        seen == A_WHILE
+        seen == STABLE_CHECKS
     });
     last
 }

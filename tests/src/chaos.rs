@@ -1,4 +1,4 @@
-//! Many processes acquire one lock at random while a conductor kills and stops them. The log of the holders and their
+//! Many processes acquire one lock at random while the test kills and stops them. The log of the holders and their
 //! times is checked.
 //!
 //! Each process appends a record to its own log after an acquisition and before the release, because not every system
@@ -18,13 +18,13 @@ use lockkit::{ErrorKind, Wait};
 use crate::{Actor, Belongings, Kind, Spec, program, until};
 
 const RECORD: usize = 32;
-pub(crate) const IN: u32 = 1;
-pub(crate) const OUT: u32 = 2;
+pub(crate) const ACQUIRED: u32 = 1;
+pub(crate) const RELEASED: u32 = 2;
 
 /// The guard reports no death.
-const NOBODY: u64 = u64::MAX;
+const NO_DEATH: u64 = u64::MAX;
 /// The guard reports a death, but the dead owner is unknown.
-const SOMEBODY: u64 = 0;
+const UNKNOWN_OWNER: u64 = 0;
 
 /// A record of the log.
 #[derive(Clone, Copy, Debug)]
@@ -76,42 +76,42 @@ pub(crate) fn read(directory: &Path) -> Vec<Event> {
 }
 
 /// Pseudo-random numbers, the same for the same seed (xorshift).
-pub struct Dice(u64);
+pub struct Random(u64);
 
-impl Dice {
+impl Random {
     /// Creates the numbers from a seed.
     pub fn new(seed: u64) -> Self {
         Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
 
-    /// Returns a number from 0 to `sides` - 1.
-    pub fn roll(&mut self, sides: u64) -> u64 {
+    /// Returns a number from 0 to `limit` - 1.
+    pub fn below(&mut self, limit: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
-        self.0 % sides
+        self.0 % limit
     }
 }
 
 /// Acts as one process: acquires in every manner until it is killed.
-pub fn take_part(spec: &Spec, logs: &Path, seed: u64) {
+pub fn run_chaos_worker(spec: &Spec, logs: &Path, seed: u64) {
     let lock = spec.open();
     let mut log = Log::open(logs);
-    let mut dice = Dice::new(seed);
+    let mut random = Random::new(seed);
     loop {
-        let wait = match dice.roll(3) {
+        let wait = match random.below(3) {
             0 => Wait::none(),
-            1 => Wait::at_most(Duration::from_micros(dice.roll(20_000))),
+            1 => Wait::at_most(Duration::from_micros(random.below(20_000))),
             _ => Wait::forever(),
         };
         match lock.acquire(&wait) {
             Ok(guard) => {
-                log.append(now(), IN, guard.recovered().map_or(NOBODY, u64::from));
-                let hold = Instant::now() + Duration::from_micros(dice.roll(spec.kind().longest_hold()));
+                log.append(now(), ACQUIRED, guard.recovered().map_or(NO_DEATH, u64::from));
+                let hold = Instant::now() + Duration::from_micros(random.below(spec.kind().longest_hold()));
                 while Instant::now() < hold {
                     std::hint::spin_loop();
                 }
-                log.append(now(), OUT, NOBODY);
+                log.append(now(), RELEASED, NO_DEATH);
                 // If a server does not answer in time, the heartbeat repeats the request.
                 if let Err(error) = guard.release() {
                     assert!(matches!(error.kind(), ErrorKind::Store { .. }), "{error:?}");
@@ -138,23 +138,25 @@ pub struct Tally {
     /// The number of kills.
     pub kills: usize,
     /// The number of killed holders.
-    pub died_inside: usize,
+    pub died_as_holder: usize,
 }
 
 /// Lets an otherwise idle process use the lock once. Returns its belongings and the files of the lock then.
-fn belongings_after_a_use(witness: &mut Actor, spec: &Spec) -> (Belongings, BTreeSet<String>) {
-    if spec.kind().afterlife() == 0 {
-        witness.expect("try", "held");
-        witness.expect("release", "released");
+fn belongings_after_use(observer: &mut Actor, spec: &Spec) -> (Belongings, BTreeSet<String>) {
+    if spec.kind().late_request_limit() == 0 {
+        observer.expect("try", "held");
+        observer.expect("release", "released");
     } else {
         // A server may be too busy to answer in time. In that case the heartbeat releases.
-        until("it is taken and released", || witness.ask("try") == "held" && witness.ask("release") == "released");
+        until("the observer acquires and releases", || {
+            observer.ask("try") == "held" && observer.ask("release") == "released"
+        });
     }
     #[cfg(target_os = "linux")]
     let files = crate::fault_injection::files(spec, Path::new("/"));
     #[cfg(not(target_os = "linux"))]
     let files = spec.files().iter().filter(|path| path.exists()).map(|path| path.display().to_string()).collect();
-    (Belongings::of(witness.pid()), files)
+    (Belongings::of(observer.pid()), files)
 }
 
 /// Runs 12 processes on a lock of `kind` for `span`, and kills and stops them at random. Checks that there were never
@@ -163,13 +165,13 @@ fn belongings_after_a_use(witness: &mut Actor, spec: &Spec) -> (Belongings, BTre
 /// afterwards as before.
 pub fn run(kind: Kind, span: Duration) -> Tally {
     let spec = kind.fresh();
-    let mut witness = Actor::start(&spec);
-    let before = belongings_after_a_use(&mut witness, &spec);
+    let mut observer = Actor::start(&spec);
+    let before = belongings_after_use(&mut observer, &spec);
     let directory = tempfile::tempdir().expect("a directory");
-    let mut dice = Dice::new(now());
+    let mut random = Random::new(now());
     let mut deaths: HashMap<u32, Death> = HashMap::new();
-    let start = |dice: &mut Dice| {
-        let seed = dice.roll(u64::MAX).to_string();
+    let start = |random: &mut Random| {
+        let seed = random.below(u64::MAX).to_string();
         let mut command = Command::new(program("actor"));
         command.arg(spec.invite()).arg("chaos").arg(directory.path()).arg(seed).stdin(Stdio::null());
         crate::wine::spawn(&mut command).expect("a process starts")
@@ -179,23 +181,23 @@ pub fn run(kind: Kind, span: Duration) -> Tally {
         child.kill().expect("a child can be killed");
         let status = child.wait().expect("a child can be waited for");
         assert!(crate::was_killed(status), "a process failed on its own: {status}");
-        assert_eq!(deaths.insert(child.id(), Death { called, known: now() }), None, "a pid came twice");
+        assert_eq!(deaths.insert(child.id(), Death { called, known: now() }), None, "a pid was reused");
     };
 
-    let mut processes: Vec<Child> = (0..12).map(|_| start(&mut dice)).collect();
-    let mut buried = Vec::new();
+    let mut processes: Vec<Child> = (0..12).map(|_| start(&mut random)).collect();
+    let mut reaped = Vec::new();
     let end = Instant::now() + span;
     while Instant::now() < end {
-        let victim = dice.roll(12) as usize;
-        if dice.roll(3) == 0 {
+        let victim = random.below(12) as usize;
+        if random.below(3) == 0 {
             crate::stop(processes[victim].id());
-            std::thread::sleep(Duration::from_micros(dice.roll(20_000)));
-            crate::let_go_on(processes[victim].id());
+            std::thread::sleep(Duration::from_micros(random.below(20_000)));
+            crate::resume(processes[victim].id());
         } else {
-            std::thread::sleep(Duration::from_micros(dice.roll(4_000)));
+            std::thread::sleep(Duration::from_micros(random.below(4_000)));
             kill(&mut processes[victim], &mut deaths);
             // The value keeps a handle on the dead process. Without a handle Windows may reuse its pid.
-            buried.push(std::mem::replace(&mut processes[victim], start(&mut dice)));
+            reaped.push(std::mem::replace(&mut processes[victim], start(&mut random)));
         }
     }
     for process in &mut processes {
@@ -203,34 +205,39 @@ pub fn run(kind: Kind, span: Duration) -> Tally {
     }
     let lock = spec.open();
     let guard = lock.acquire(&Wait::at_most(Duration::from_secs(1))).expect("free within a second of the last death");
-    Log::open(directory.path()).append(now(), IN, guard.recovered().map_or(NOBODY, u64::from));
+    Log::open(directory.path()).append(now(), ACQUIRED, guard.recovered().map_or(NO_DEATH, u64::from));
     drop(guard);
     drop(lock);
-    assert_eq!(belongings_after_a_use(&mut witness, &spec), before, "what a process and the lock have");
+    assert_eq!(
+        belongings_after_use(&mut observer, &spec),
+        before,
+        "the belongings of a process, and the files of the lock"
+    );
     let tally = check(&read(directory.path()), &deaths, kind);
     spec.clean();
     tally
 }
 
+/// One hold of the lock.
+struct Hold {
+    pid: u32,
+    from: u64,
+    until: u64,
+    died: bool,
+    recovered: u64,
+}
+
 fn check(events: &[Event], deaths: &HashMap<u32, Death>, kind: Kind) -> Tally {
-    /// One hold of the lock.
-    struct Hold {
-        pid: u32,
-        from: u64,
-        until: u64,
-        died: bool,
-        recovered: u64,
-    }
     let mut holds: Vec<Hold> = Vec::new();
-    let mut inside: HashMap<u32, usize> = HashMap::new();
+    let mut held_by: HashMap<u32, usize> = HashMap::new();
     for event in events {
-        if event.what == IN {
-            assert!(!inside.contains_key(&event.pid), "{event:?} came in twice");
-            inside.insert(event.pid, holds.len());
+        if event.what == ACQUIRED {
+            assert!(!held_by.contains_key(&event.pid), "{event:?}: the process acquired twice without a release");
+            held_by.insert(event.pid, holds.len());
             let until = deaths.get(&event.pid).map_or(u64::MAX, |death| death.called.max(event.nanos));
             holds.push(Hold { pid: event.pid, from: event.nanos, until, died: true, recovered: event.number });
         } else {
-            let at = inside.remove(&event.pid).expect("who goes out came in");
+            let at = held_by.remove(&event.pid).expect("a release follows an acquisition");
             (holds[at].until, holds[at].died) = (event.nanos, false);
         }
     }
@@ -238,29 +245,35 @@ fn check(events: &[Event], deaths: &HashMap<u32, Death>, kind: Kind) -> Tally {
         let [before, after] = pair else { unreachable!("windows of two") };
         assert!(
             before.until <= after.from,
-            "{} was inside until {} when {} came in at {}",
+            "process {} held until {}, but process {} acquired at {}",
             before.pid,
             before.until,
             after.pid,
             after.from
         );
-        if !kind.tells_deaths() {
+        if !kind.reports_deaths() {
             continue;
         }
         match after.recovered {
-            NOBODY => assert!(!before.died, "{} was not told that {} died inside", after.pid, before.pid),
+            NO_DEATH => assert!(
+                !before.died,
+                "the guard of process {} did not report that holder {} died",
+                after.pid, before.pid
+            ),
             died => {
                 // The reported process is the predecessor, or a process that was killed before it could log its
                 // acquisition or its release. Or its request took effect after its death.
                 let death = u32::try_from(died).ok().and_then(|died| deaths.get(&died)).copied();
-                let fits = |death: &Death| before.from <= death.known + kind.afterlife() && death.called <= after.from;
+                let fits = |death: &Death| {
+                    before.from <= death.known + kind.late_request_limit() && death.called <= after.from
+                };
                 assert!(
                     match died {
                         // The kernel reports a death before which no record was written.
-                        SOMEBODY => cfg!(windows) && deaths.values().any(fits),
+                        UNKNOWN_OWNER => cfg!(windows) && deaths.values().any(fits),
                         _ => death.as_ref().is_some_and(fits),
                     },
-                    "{} was told that {died} died, which it did at {death:?}, after {} was inside from {}",
+                    "the guard of process {} reported the death of {died} ({death:?}), but process {} held from {}",
                     after.pid,
                     before.pid,
                     before.from
@@ -271,6 +284,6 @@ fn check(events: &[Event], deaths: &HashMap<u32, Death>, kind: Kind) -> Tally {
     Tally {
         holds: holds.len() - 1,
         kills: deaths.len(),
-        died_inside: holds.iter().filter(|hold| hold.died && hold.until != u64::MAX).count(),
+        died_as_holder: holds.iter().filter(|hold| hold.died && hold.until != u64::MAX).count(),
     }
 }

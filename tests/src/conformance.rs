@@ -13,7 +13,7 @@ use lockkit::{CancelToken, Wait};
 use crate::fixtures::AnyGuard;
 use crate::wine::{DELETED, is_wine, wine_cannot_judge};
 use crate::{
-    Actor, Belongings, Kind, LIVELY, Spec, chaos, crash_points, kill_pid, let_go_on, program, sleeps, stop, thread_id,
+    Actor, Belongings, Kind, LIVELY, Spec, chaos, crash_points, kill_pid, program, resume, sleeps, stop, thread_id,
     until,
 };
 
@@ -22,37 +22,37 @@ use crate::{
 macro_rules! conformance {
     ($module:ident, $kind:expr) => {
         $crate::conformance!($module, $kind;
-            a_lock_is_taken_and_released_and_taken_again,
+            acquire_after_release_succeeds_for_every_wait,
             acquire_held_in_same_process_refused_until_release,
-            a_taker_that_timed_out_gets_in_after_the_release,
-            a_waiter_is_cancelled_at_once,
-            a_cancelled_token_refuses_even_a_free_lock,
-            two_locks_do_not_block_each_other,
-            a_waiter_goes_on_when_another_process_releases,
-            a_killed_holder_frees_the_lock_for_the_next_waiter,
-            a_killed_holder_frees_the_lock_for_a_newcomer,
-            a_killed_waiter_does_not_hold_up_the_next,
-            a_stopped_waiter_that_gave_up_does_not_take_the_lock_later,
-            ten_workers_count_to_two_thousand_without_losing_one,
-            a_started_program_does_not_inherit_the_lock,
-            a_forked_child_does_not_inherit_the_lock,
-            children_forked_at_any_moment_do_not_keep_the_lock,
-            a_forked_child_that_drops_the_guard_does_not_release_it,
-            waiters_that_gave_up_leave_nothing_behind,
-            programs_that_are_being_started_do_not_keep_a_released_lock,
-            a_panic_releases,
-            a_guard_can_be_dropped_on_another_thread,
-            descriptor_zero_is_a_lock_like_any_other,
-            without_descriptors_the_error_is_clear_and_nothing_is_lost,
+            acquire_after_timeout_succeeds_once_released,
+            cancel_during_wait_ends_wait_at_once,
+            acquire_free_lock_with_cancelled_token_is_cancelled,
+            acquire_of_second_lock_is_independent,
+            release_by_other_process_serves_waiter,
+            kill_of_holder_serves_waiter_and_reports_death,
+            acquire_after_kill_of_holder_reports_death,
+            kill_of_waiter_does_not_delay_next_waiter,
+            stopped_waiter_after_timeout_never_acquires,
+            count_under_lock_by_ten_processes_loses_nothing,
+            spawn_while_held_child_does_not_inherit_lock,
+            fork_while_held_child_does_not_inherit_lock,
+            fork_at_any_moment_child_does_not_keep_lock,
+            guard_drop_in_forked_child_does_not_release,
+            wait_after_timeout_or_cancel_leaks_nothing,
+            release_during_spawn_frees_lock,
+            panic_of_holder_thread_releases,
+            guard_drop_on_other_thread_releases,
+            acquire_with_descriptor_zero_works_as_usual,
+            acquire_without_free_descriptor_fails_then_recovers,
             crash_at_any_step_does_not_block_next_holder,
-            chaos_never_lets_two_in,
+            chaos_of_kills_and_stops_keeps_exclusion,
         );
     };
     ($module:ident, $kind:expr; $($case:ident,)*) => {
         mod $module {
             $(#[test]
             fn $case() {
-                $crate::left_out_or($kind, $crate::conformance::$case);
+                $crate::fixtures::run_or_leave_out($kind, $crate::conformance::$case);
             })*
         }
     };
@@ -70,7 +70,7 @@ pub(crate) fn processes_fork() -> bool {
 /// not.
 fn descriptors_are_numbers() -> bool {
     if !cfg!(target_os = "linux") {
-        crate::left_out("no descriptor 0, and no limit of descriptors, that a test could set");
+        crate::left_out("this system has no descriptor 0, and no limit of descriptors that a test can set");
     }
     cfg!(target_os = "linux")
 }
@@ -78,11 +78,11 @@ fn descriptors_are_numbers() -> bool {
 /// A short wait, for waiters that are meant to time out.
 const SHORT: Wait = Wait::at_most(Duration::from_millis(20));
 
-#[allow(missing_docs)] // Their names are sentences.
+#[allow(missing_docs)] // Each name states the operation, the condition and the result.
 mod cases {
     use super::*;
 
-    pub fn a_lock_is_taken_and_released_and_taken_again(kind: Kind) {
+    pub fn acquire_after_release_succeeds_for_every_wait(kind: Kind) {
         let spec = kind.fresh();
         let lock = spec.open();
         for wait in [Wait::none(), Wait::forever(), Wait::at_most(LIVELY), SHORT] {
@@ -97,17 +97,17 @@ mod cases {
         let spec = kind.fresh();
         let lock = spec.open();
         let guard = lock.acquire(&Wait::none()).unwrap();
-        for taker in [&lock, &spec.open()] {
-            let error = taker.acquire(&Wait::none()).err().unwrap();
+        for contender in [&lock, &spec.open()] {
+            let error = contender.acquire(&Wait::none()).err().unwrap();
             assert!(error.is_held() && error.is_temporary(), "{error}");
-            assert!(taker.acquire(&SHORT).err().unwrap().is_timeout());
+            assert!(contender.acquire(&SHORT).err().unwrap().is_timeout());
         }
         drop(guard);
         lock.acquire(&Wait::none()).unwrap();
         spec.clean();
     }
 
-    pub fn a_taker_that_timed_out_gets_in_after_the_release(kind: Kind) {
+    pub fn acquire_after_timeout_succeeds_once_released(kind: Kind) {
         let spec = kind.fresh();
         let mut holder = Actor::start(&spec);
         holder.expect("lock", "held");
@@ -120,7 +120,7 @@ mod cases {
         spec.clean();
     }
 
-    pub fn a_waiter_is_cancelled_at_once(kind: Kind) {
+    pub fn cancel_during_wait_ends_wait_at_once(kind: Kind) {
         let spec = kind.fresh();
         let lock = spec.open();
         let guard = lock.acquire(&Wait::none()).unwrap();
@@ -145,7 +145,7 @@ mod cases {
         spec.clean();
     }
 
-    pub fn a_cancelled_token_refuses_even_a_free_lock(kind: Kind) {
+    pub fn acquire_free_lock_with_cancelled_token_is_cancelled(kind: Kind) {
         let spec = kind.fresh();
         let token = CancelToken::new();
         token.cancel();
@@ -155,7 +155,7 @@ mod cases {
         spec.clean();
     }
 
-    pub fn two_locks_do_not_block_each_other(kind: Kind) {
+    pub fn acquire_of_second_lock_is_independent(kind: Kind) {
         let (one, other) = (kind.fresh(), kind.fresh());
         let _first = one.open().acquire(&Wait::none()).unwrap();
         let _second = other.open().acquire(&Wait::none()).unwrap();
@@ -163,7 +163,7 @@ mod cases {
         other.clean();
     }
 
-    pub fn a_waiter_goes_on_when_another_process_releases(kind: Kind) {
+    pub fn release_by_other_process_serves_waiter(kind: Kind) {
         let spec = kind.fresh();
         let (mut holder, mut waiter) = (Actor::start(&spec), Actor::start(&spec));
         for command in ["lock", "lock-for 30000"] {
@@ -178,7 +178,7 @@ mod cases {
         spec.clean();
     }
 
-    pub fn a_killed_holder_frees_the_lock_for_the_next_waiter(kind: Kind) {
+    pub fn kill_of_holder_serves_waiter_and_reports_death(kind: Kind) {
         let spec = kind.fresh();
         let (mut holder, mut waiter) = (Actor::start(&spec), Actor::start(&spec));
         holder.expect("lock", "held");
@@ -190,7 +190,7 @@ mod cases {
         spec.clean();
     }
 
-    pub fn a_killed_holder_frees_the_lock_for_a_newcomer(kind: Kind) {
+    pub fn acquire_after_kill_of_holder_reports_death(kind: Kind) {
         let spec = kind.fresh();
         let mut holder = Actor::start(&spec);
         holder.expect("lock", "held");
@@ -202,39 +202,39 @@ mod cases {
         spec.clean();
     }
 
-    pub fn a_killed_waiter_does_not_hold_up_the_next(kind: Kind) {
+    pub fn kill_of_waiter_does_not_delay_next_waiter(kind: Kind) {
         let spec = kind.fresh();
-        let [mut holder, mut dies, mut next] = [(); 3].map(|()| Actor::start(&spec));
+        let [mut holder, mut killed_waiter, mut next] = [(); 3].map(|()| Actor::start(&spec));
         holder.expect("lock", "held");
-        dies.tell_to_wait("lock");
+        killed_waiter.tell_to_wait("lock");
         next.tell_to_wait("lock");
-        dies.kill();
+        killed_waiter.kill();
         holder.expect("release", "released");
         assert_eq!(next.answer(), "held");
         spec.clean();
     }
 
-    pub fn a_stopped_waiter_that_gave_up_does_not_take_the_lock_later(kind: Kind) {
+    pub fn stopped_waiter_after_timeout_never_acquires(kind: Kind) {
         let spec = kind.fresh();
         let [mut holder, mut stopped, mut next] = [(); 3].map(|()| Actor::start(&spec));
         holder.expect("lock", "held");
-        give_up(&mut stopped);
+        time_out(&mut stopped);
         stop(stopped.pid());
         next.tell_to_wait("lock");
         holder.expect("release", "released");
         assert_eq!(next.answer(), "held");
-        let_go_on(stopped.pid());
+        resume(stopped.pid());
         assert!(stopped.ask("try").starts_with("error Held"));
         spec.clean();
     }
 
     /// Waits for a moment and times out. A server may take longer than that to report that the lock is held.
-    fn give_up(waiter: &mut Actor) {
+    fn time_out(waiter: &mut Actor) {
         let answer = waiter.ask("lock-for 1");
         assert!(answer.starts_with("error Timeout") || answer.starts_with("error Store"), "{answer}");
     }
 
-    pub fn ten_workers_count_to_two_thousand_without_losing_one(kind: Kind) {
+    pub fn count_under_lock_by_ten_processes_loses_nothing(kind: Kind) {
         let spec = kind.fresh();
         let directory = tempfile::tempdir().unwrap();
         let counter = directory.path().join("counter");
@@ -255,18 +255,18 @@ mod cases {
         spec.clean();
     }
 
-    pub fn a_started_program_does_not_inherit_the_lock(kind: Kind) {
-        inherited_by("spawn", "spawned ", kind);
+    pub fn spawn_while_held_child_does_not_inherit_lock(kind: Kind) {
+        check_child_does_not_inherit("spawn", "spawned ", kind);
     }
 
-    pub fn a_forked_child_does_not_inherit_the_lock(kind: Kind) {
+    pub fn fork_while_held_child_does_not_inherit_lock(kind: Kind) {
         if processes_fork() {
-            inherited_by("fork", "forked ", kind);
+            check_child_does_not_inherit("fork", "forked ", kind);
         }
     }
 
     /// The child outlives the release once, and its killed parent once.
-    fn inherited_by(command: &str, answer: &str, kind: Kind) {
+    fn check_child_does_not_inherit(command: &str, answer: &str, kind: Kind) {
         let spec = kind.fresh();
         for killed in [false, true] {
             let mut holder = Actor::start(&spec);
@@ -277,7 +277,7 @@ mod cases {
             assert!(next.ask("try").starts_with("error Held"));
             if killed {
                 holder.kill();
-                if command == "fork" && kind.survives_in_a_forked_child() {
+                if command == "fork" && kind.is_kept_by_forked_child() {
                     assert!(next.ask("try").starts_with("error Held"));
                     kill_pid(child);
                     next.tell("lock");
@@ -296,7 +296,7 @@ mod cases {
         spec.clean();
     }
 
-    pub fn children_forked_at_any_moment_do_not_keep_the_lock(kind: Kind) {
+    pub fn fork_at_any_moment_child_does_not_keep_lock(kind: Kind) {
         if !processes_fork() {
             return;
         }
@@ -305,7 +305,7 @@ mod cases {
         spec.clean();
     }
 
-    pub fn a_forked_child_that_drops_the_guard_does_not_release_it(kind: Kind) {
+    pub fn guard_drop_in_forked_child_does_not_release(kind: Kind) {
         if !processes_fork() {
             return;
         }
@@ -320,13 +320,13 @@ mod cases {
         spec.clean();
     }
 
-    pub fn waiters_that_gave_up_leave_nothing_behind(kind: Kind) {
+    pub fn wait_after_timeout_or_cancel_leaks_nothing(kind: Kind) {
         let spec = kind.fresh();
         let mut holder = Actor::start(&spec);
         holder.expect("lock", "held");
         let mut waiter = Actor::start(&spec);
         let mut give_up = || {
-            give_up(&mut waiter);
+            time_out(&mut waiter);
             let answer = waiter.ask("lock-cancelled 1");
             assert!(answer.starts_with("error Cancelled") || answer.starts_with("error Store"), "{answer}");
             Belongings::of(waiter.pid())
@@ -339,13 +339,13 @@ mod cases {
         for _ in 0..200 {
             give_up();
         }
-        until("it has no more than before", || give_up() == before);
+        until("the waiter has the same belongings as before", || give_up() == before);
         holder.expect("release", "released");
         waiter.expect("try", "held");
         spec.clean();
     }
 
-    pub fn programs_that_are_being_started_do_not_keep_a_released_lock(kind: Kind) {
+    pub fn release_during_spawn_frees_lock(kind: Kind) {
         let spec = kind.fresh();
         let lock = spec.open();
         std::thread::scope(|scope| {
@@ -363,7 +363,7 @@ mod cases {
         spec.clean();
     }
 
-    pub fn a_panic_releases(kind: Kind) {
+    pub fn panic_of_holder_thread_releases(kind: Kind) {
         let spec = kind.fresh();
         let mut panics = Actor::start(&spec);
         panics.expect("panic", "panicked");
@@ -371,7 +371,7 @@ mod cases {
         spec.clean();
     }
 
-    pub fn a_guard_can_be_dropped_on_another_thread(kind: Kind) {
+    pub fn guard_drop_on_other_thread_releases(kind: Kind) {
         let spec = kind.fresh();
         let lock = spec.open();
         let guard: Box<dyn AnyGuard> = lock.acquire(&Wait::none()).unwrap();
@@ -380,7 +380,7 @@ mod cases {
         spec.clean();
     }
 
-    pub fn descriptor_zero_is_a_lock_like_any_other(kind: Kind) {
+    pub fn acquire_with_descriptor_zero_works_as_usual(kind: Kind) {
         if !descriptors_are_numbers() {
             return;
         }
@@ -391,12 +391,12 @@ mod cases {
         spec.clean();
     }
 
-    pub fn without_descriptors_the_error_is_clear_and_nothing_is_lost(kind: Kind) {
+    pub fn acquire_without_free_descriptor_fails_then_recovers(kind: Kind) {
         if !descriptors_are_numbers() {
             return;
         }
         let spec = kind.fresh();
-        let mut starved = Actor::start_with(&spec, |command| {
+        let mut limited = Actor::start_with(&spec, |command| {
             // The limit is low, so that it is reached soon.
             let program = command.get_program().to_owned();
             let spec = spec.invite();
@@ -404,12 +404,12 @@ mod cases {
             command.args(["-c", "ulimit -n 64 && exec \"$0\" \"$1\""]).arg(program).arg(spec);
             command.stdin(Stdio::piped()).stdout(Stdio::piped());
         });
-        starved.expect("starve", "starved");
+        limited.expect("use-descriptors", "used");
         for command in ["try", "lock", "lock-for 1000"] {
-            let answer = starved.ask(command);
+            let answer = limited.ask(command);
             if !kind.needs_descriptors() {
                 assert_eq!(answer, "held");
-                starved.expect("release", "released");
+                limited.expect("release", "released");
                 continue;
             }
             assert!(answer.starts_with("error Io") && answer.contains("(os error 24)"), "{answer}");
@@ -417,19 +417,19 @@ mod cases {
         let mut other = Actor::start(&spec);
         other.expect("try", "held");
         other.expect("release", "released");
-        starved.expect("feed", "fed");
-        starved.expect("lock", "held");
-        starved.expect("starve", "starved");
-        if !kind.keeps_a_descriptor() {
+        limited.expect("free-descriptors", "freed");
+        limited.expect("lock", "held");
+        limited.expect("use-descriptors", "used");
+        if !kind.has_descriptor_while_held() {
             // The heartbeat releases the lock once descriptors are available again.
-            let answer = starved.ask("release");
+            let answer = limited.ask("release");
             assert!(answer.starts_with("error Io") && answer.contains("(os error 24)"), "{answer}");
-            starved.expect("feed", "fed");
+            limited.expect("free-descriptors", "freed");
             other.expect("lock", "held");
             spec.clean();
             return;
         }
-        starved.expect("release", "released");
+        limited.expect("release", "released");
         other.expect("try", "held");
         spec.clean();
     }
@@ -438,7 +438,7 @@ mod cases {
         crash_points::kill_at_every_step(kind);
     }
 
-    pub fn chaos_never_lets_two_in(kind: Kind) {
+    pub fn chaos_of_kills_and_stops_keeps_exclusion(kind: Kind) {
         let seconds = std::env::var("LOCKKIT_CHAOS_SECONDS").map_or(20, |text| text.parse().expect("whole seconds"));
         if kind.name() == "pidfile" && wine_cannot_judge(DELETED) {
             return;
@@ -446,16 +446,16 @@ mod cases {
         let tally = chaos::run(kind, Duration::from_secs(seconds));
         println!("{kind:?}: {tally:?}");
         // Under Wine the start of a process takes so long that all counts are lower.
-        let least = if is_wine() { 10 } else { 100 };
-        let is_chaos = tally.holds > least && tally.kills > 10 && (tally.died_inside > 0 || is_wine());
-        assert!(is_chaos, "it was no chaos: {tally:?}");
+        let minimum = if is_wine() { 10 } else { 100 };
+        let is_enough = tally.holds > minimum && tally.kills > 10 && (tally.died_as_holder > 0 || is_wine());
+        assert!(is_enough, "too few kills: {tally:?}");
     }
 }
 pub use cases::*;
 
 /// Returns the expected answer of the owner after a killed one.
 pub(crate) fn told(kind: Kind, died: u32) -> String {
-    match kind.tells_deaths() {
+    match kind.reports_deaths() {
         true => format!("held recovered {died}"),
         false => "held".to_owned(),
     }
@@ -477,7 +477,7 @@ pub fn lock_on_descriptor_zero(spec: &Spec) {
     nix::unistd::close(0).expect("standard input was open");
     let lock = spec.open();
     let guard = lock.acquire(&Wait::none()).expect("free");
-    assert_eq!(std::fs::symlink_metadata("/proc/self/fd/0").is_ok(), spec.kind().keeps_a_descriptor());
+    assert_eq!(std::fs::symlink_metadata("/proc/self/fd/0").is_ok(), spec.kind().has_descriptor_while_held());
     assert!(spec.rival().acquire(&Wait::none()).err().expect("held").is_held());
     drop(guard);
     drop(spec.open().acquire(&Wait::none()).expect("free again"));

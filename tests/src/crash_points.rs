@@ -24,7 +24,7 @@ use crate::{Actor, Kind, Spec};
 const SCENARIOS: [&str; 3] = ["alone", "waiting", "followed"];
 
 /// Acts as the victim: plays `scenario`, is killed at the given step, and prints the steps that it passed.
-pub fn play(spec: &Spec, scenario: &str) {
+pub fn run_scenario(spec: &Spec, scenario: &str) {
     let mut lines = crate::commands();
     let mut next = || lines.next().expect("a command");
     let command = next();
@@ -56,15 +56,15 @@ pub fn play(spec: &Spec, scenario: &str) {
 /// Lets another thread fork a child that lives on for a while. Returns `None` while forks are held off.
 #[cfg(unix)]
 fn fork_by_thread() -> Option<i32> {
-    let (tell, told) = std::sync::mpsc::channel();
+    let (send, receive) = std::sync::mpsc::channel();
     std::thread::spawn(move || match fork::fork() {
-        Ok(fork::Fork::Parent(child)) => _ = tell.send(child),
+        Ok(fork::Fork::Parent(child)) => _ = send.send(child),
         _ => {
             std::thread::sleep(2 * crate::LIVELY);
             std::process::exit(0);
         }
     });
-    told.recv_timeout(std::time::Duration::from_millis(200)).ok()
+    receive.recv_timeout(std::time::Duration::from_millis(200)).ok()
 }
 
 /// Kills a process at every step in every scenario.
@@ -79,7 +79,7 @@ pub fn kill_at_every_step(kind: Kind) {
         let steps = (1..).find_map(|at| kill_at(kind, scenario, at)).expect("a run that survives");
         println!("{kind:?} {scenario}: {steps}");
         // The lock is acquired at one step, and released at another.
-        assert!(steps.contains(", "), "hardly a step");
+        assert!(steps.contains(", "), "the scenario passes fewer than two steps");
     }
 }
 
@@ -111,7 +111,7 @@ pub fn kill_holder_with_forked_child(kind: Kind) {
         if let Some(child) = last.strip_prefix("left ") {
             left += 1;
             let child = rustix::process::Pid::from_raw(child.parse().expect("a pid")).expect("a pid");
-            rustix::process::kill_process(child, rustix::process::Signal::KILL).expect("it lives");
+            rustix::process::kill_process(child, rustix::process::Signal::KILL).expect("the child lives");
         } else {
             assert!(is_over || last.starts_with("killed after "), "{last}");
         }
@@ -120,7 +120,7 @@ pub fn kill_holder_with_forked_child(kind: Kind) {
             break;
         }
     }
-    assert!(left > 3, "hardly a child was forked");
+    assert!(left > 3, "too few children were forked");
 }
 
 /// Stops a holder at every step of a release to a waiter. The waiter may hold the lock by then, or acquire it when the
@@ -221,21 +221,21 @@ fn kill_at(kind: Kind, scenario: &str, at: usize) -> Option<String> {
         last = victim.answer();
     }
     let survived = last.strip_prefix("passed ").map(str::to_owned);
-    let told = last.strip_prefix("killed after ").map(|steps| kind.tells_deaths() && is_written(steps));
-    assert!(survived.is_some() || told.is_some(), "{last}");
+    let is_reported = last.strip_prefix("killed after ").map(|steps| kind.reports_deaths() && is_written(steps));
+    assert!(survived.is_some() || is_reported.is_some(), "{last}");
     victim.kill();
     let answer = match scenario {
         "followed" if other.is_busy() => other.answer(),
         // Where a file is created in place, an empty file of a dead process counts as held for some seconds.
         _ => other.ask(if cfg!(target_os = "linux") { "lock-for 5000" } else { "lock-for 20000" }),
     };
-    let right = match told {
+    let is_expected = match is_reported {
         Some(true) => answer == format!("held recovered {}", victim.pid()),
         // Where a record is created in place, an empty record reports a death without the owner.
         Some(false) if !cfg!(target_os = "linux") => ["held", "held recovered 0"].contains(&answer.as_str()),
         _ => answer == "held",
     };
-    assert!(right, "{kind:?} {scenario}, {last}: {answer}");
+    assert!(is_expected, "{kind:?} {scenario}, {last}: {answer}");
     other.expect("release", "released");
     Actor::start(&spec).expect("try", "held");
     spec.clean();
@@ -244,7 +244,7 @@ fn kill_at(kind: Kind, scenario: &str, at: usize) -> Option<String> {
 
 /// Returns whether the steps of a process can be observed. Reports a test as left out where they cannot.
 #[cfg(target_os = "linux")]
-fn steps_can_be_seen() -> bool {
+fn steps_are_observable() -> bool {
     crate::failpoint::are_enabled() && fault_injection::calls_can_fail()
 }
 
@@ -252,7 +252,7 @@ fn steps_can_be_seen() -> bool {
 /// something visible to other processes.
 #[cfg(target_os = "linux")]
 pub fn stand_between_changes(kind: Kind) {
-    if !steps_can_be_seen() {
+    if !steps_are_observable() {
         return;
     }
     for scenario in SCENARIOS {
@@ -265,47 +265,47 @@ pub fn stand_between_changes(kind: Kind) {
 /// As [`stand_between_changes`], with a lock that another process may have left behind, in one scenario.
 #[cfg(target_os = "linux")]
 pub fn stand_between_changes_at(spec: &Spec, scenario: &str) {
-    if !steps_can_be_seen() {
+    if !steps_are_observable() {
         return;
     }
     let mut other = Actor::start(spec);
-    let mut player = Actor::start_with(spec, |command| {
+    let mut process = Actor::start_with(spec, |command| {
         command.arg("steps").arg(scenario);
     });
-    player.expect(&usize::MAX.to_string(), "ready");
+    process.expect(&usize::MAX.to_string(), "ready");
     if scenario == "waiting" {
         other.expect("lock", "held");
     }
-    let mut strace = Strace::attach(&player, &[]);
-    player.tell("go");
+    let mut strace = Strace::attach(&process, &[]);
+    process.tell("go");
     match scenario {
         "waiting" => {
-            player.wait_until_it_waits_or_ends();
+            process.wait_until_it_waits_or_ends();
             other.expect("release", "released");
         }
         "followed" => {
-            assert_eq!(player.answer(), "held");
+            assert_eq!(process.answer(), "held");
             other.tell_to_wait("lock");
-            player.tell("go");
+            process.tell("go");
         }
         _ => {}
     }
-    let passed = player.answer();
+    let passed = process.answer();
     check_steps(&format!("{:?} {scenario}", spec.kind()), &strace.end());
-    let passed = passed.strip_prefix("passed ").expect("it ends well");
+    let passed = passed.strip_prefix("passed ").expect("the scenario completes");
     println!("{:?} {scenario}: {passed}", spec.kind());
     assert!(!passed.is_empty(), "{:?} has no steps in {scenario}", spec.kind());
 }
 
-/// As [`stand_between_changes`], for the commands that `player`, which is armed already, receives.
+/// As [`stand_between_changes`], for the commands that `process`, which is armed already, receives.
 #[cfg(target_os = "linux")]
-pub fn stand_between_changes_of(player: &mut Actor, commands: &[&str]) {
-    if !steps_can_be_seen() {
+pub fn stand_between_changes_of(process: &mut Actor, commands: &[&str]) {
+    if !steps_are_observable() {
         return;
     }
     for command in commands {
-        let mut strace = Strace::attach(player, &[]);
-        let answer = player.ask(command);
+        let mut strace = Strace::attach(process, &[]);
+        let answer = process.ask(command);
         assert!(!answer.starts_with("error"), "{answer}");
         let seen = check_steps(command, &strace.end());
         println!("{command}: {seen} steps");
@@ -315,11 +315,11 @@ pub fn stand_between_changes_of(player: &mut Actor, commands: &[&str]) {
 
 /// As [`stand_between_changes_of`], for the background work of a process, such as the renewal of a lease.
 #[cfg(target_os = "linux")]
-pub fn stand_between_changes_of_the_others(player: &mut Actor) {
-    if !steps_can_be_seen() {
+pub fn stand_between_changes_of_the_others(process: &mut Actor) {
+    if !steps_are_observable() {
         return;
     }
-    let mut strace = Strace::attach(player, &[]);
+    let mut strace = Strace::attach(process, &[]);
     crate::until("it has renewed", || strace.so_far().matches("pwrite64(").count() >= 2);
     assert!(check_steps("a renewal", &strace.end()) > 0, "no step in a renewal");
 }
@@ -355,28 +355,28 @@ fn check_steps(what: &str, log: &str) -> usize {
     let mut steps = 0;
     // What each thread has changed since its last step.
     let mut changed: HashMap<&str, String> = HashMap::new();
-    let mut begun: HashMap<&str, String> = HashMap::new();
+    let mut unfinished: HashMap<&str, String> = HashMap::new();
     for line in log.lines() {
         let Some((thread, call)) = line.split_once(' ') else { continue };
         // A call that another thread's line has split is joined again.
         let whole = match call.split_once(" resumed>") {
-            Some((_, end)) => format!("{}{end}", begun.remove(thread).unwrap_or_default()),
+            Some((_, end)) => format!("{}{end}", unfinished.remove(thread).unwrap_or_default()),
             None => call.trim_start().to_owned(),
         };
         if let Some((begin, _)) = whole.split_once(" <unfinished") {
-            begun.insert(thread, begin.to_owned());
+            unfinished.insert(thread, begin.to_owned());
             continue;
         }
         let Some((name, rest)) = whole.split_once('(') else { continue };
         // A joined call has blanks before the result.
         let failed = rest.rsplit_once(" = ").is_some_and(|(_, result)| result.starts_with("-1 "));
-        let makes = rest.contains("O_CREAT") || rest.contains("O_TMPFILE") || rest.contains("F_OFD_SETLK");
+        let creates = rest.contains("O_CREAT") || rest.contains("O_TMPFILE") || rest.contains("F_OFD_SETLK");
         // A request to a server can take several writes, and changes nothing before it is complete.
         let is_of_request = name == "sendto" && !rest.contains("MSG_DONTWAIT");
         if name == "getppid" {
             steps += 1;
             changed.remove(thread);
-        } else if (CHANGES.contains(&name) || makes) && !failed && !is_of_request {
+        } else if (CHANGES.contains(&name) || creates) && !failed && !is_of_request {
             let before = changed.insert(thread, whole.clone());
             assert!(before.is_none(), "{what}: no step between {before:?} and {whole}");
         }

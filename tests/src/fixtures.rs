@@ -3,7 +3,7 @@
 //! A new kind, or a new store of leases, gets every case of the suite by four additions:
 //! - a [`Fixture`],
 //! - a constant in [`Kind`],
-//! - its place in [`KINDS`],
+//! - an entry in [`KINDS`],
 //! - a line `conformance!(name, Kind::NAME);` in a file of `tests/tests`.
 
 use std::fmt;
@@ -27,16 +27,16 @@ pub trait AnyLock: Send + Sync {
     /// As [`lockkit::Lock::acquire`].
     fn acquire(&self, wait: &Wait) -> Result<Box<dyn AnyGuard>>;
     /// As [`AsyncLock::acquire_async`].
-    fn acquire_async<'w>(&'w self, wait: &'w Wait) -> Taking<'w>;
+    fn acquire_async<'w>(&'w self, wait: &'w Wait) -> AcquireFuture<'w>;
     /// Returns the owner's pid, for kinds that know it.
     fn owner(&self) -> Option<u32>;
 }
 
 /// An acquisition by a task.
-pub type Taking<'w> = Pin<Box<dyn Future<Output = Result<Box<dyn AnyGuard>>> + Send + 'w>>;
+pub type AcquireFuture<'w> = Pin<Box<dyn Future<Output = Result<Box<dyn AnyGuard>>> + Send + 'w>>;
 
 /// Boxes the future of a lock's own method.
-fn taking<'w, G: Guard + 'static>(future: impl Future<Output = Result<G>> + Send + 'w) -> Taking<'w> {
+fn box_acquire<'w, G: Guard + 'static>(future: impl Future<Output = Result<G>> + Send + 'w) -> AcquireFuture<'w> {
     Box::pin(async { Ok(Box::new(future.await?) as Box<dyn AnyGuard>) })
 }
 
@@ -69,8 +69,8 @@ impl<L: AsyncLock<Guard: 'static> + Send + Sync> AnyLock for Any<L> {
         Ok(Box::new(self.lock.acquire(wait)?))
     }
 
-    fn acquire_async<'w>(&'w self, wait: &'w Wait) -> Taking<'w> {
-        taking(self.lock.acquire_async(wait))
+    fn acquire_async<'w>(&'w self, wait: &'w Wait) -> AcquireFuture<'w> {
+        box_acquire(self.lock.acquire_async(wait))
     }
 
     fn owner(&self) -> Option<u32> {
@@ -89,8 +89,8 @@ impl AnyLock for Managed {
         Ok(Box::new(self.lock.acquire(wait)?))
     }
 
-    fn acquire_async<'w>(&'w self, wait: &'w Wait) -> Taking<'w> {
-        taking(self.lock.acquire_async(wait))
+    fn acquire_async<'w>(&'w self, wait: &'w Wait) -> AcquireFuture<'w> {
+        box_acquire(self.lock.acquire_async(wait))
     }
 
     fn owner(&self) -> Option<u32> {
@@ -109,13 +109,13 @@ pub trait Fixture: Sync {
         None
     }
 
-    /// Returns the place of a lock with a fresh name: a path, a URL, or the name itself.
-    fn place(&self, name: &str) -> String {
+    /// Returns the address of a lock with a fresh name: a path, a URL, or the name itself.
+    fn address(&self, name: &str) -> String {
         name.to_owned()
     }
 
-    /// Opens the lock at `at` in the process with the number `seat`. The test's own process has no number.
-    fn open(&self, at: &str, seat: Option<usize>) -> Box<dyn AnyLock>;
+    /// Opens the lock at `at` in the invited process `number`. The test's own process has no number.
+    fn open(&self, at: &str, number: Option<usize>) -> Box<dyn AnyLock>;
 
     /// Returns the files that the lock leaves on disk or in memory by design. The test removes them.
     fn files(&self, at: &str) -> Vec<PathBuf> {
@@ -123,7 +123,7 @@ pub trait Fixture: Sync {
     }
 
     /// Returns whether the next guard reports a death.
-    fn tells_deaths(&self) -> bool {
+    fn reports_deaths(&self) -> bool {
         true
     }
 
@@ -133,12 +133,12 @@ pub trait Fixture: Sync {
     }
 
     /// Returns whether a held lock has a descriptor of its own. Without one, the release needs a descriptor.
-    fn keeps_a_descriptor(&self) -> bool {
+    fn has_descriptor_while_held(&self) -> bool {
         true
     }
 
     /// Returns whether a forked child keeps the lock of its killed parent.
-    fn survives_in_a_forked_child(&self) -> bool {
+    fn is_kept_by_forked_child(&self) -> bool {
         false
     }
 
@@ -148,7 +148,7 @@ pub trait Fixture: Sync {
     }
 
     /// Returns how long after the death of a process its requests may still take effect, in nanoseconds.
-    fn afterlife(&self) -> u64 {
+    fn late_request_limit(&self) -> u64 {
         0
     }
 
@@ -173,7 +173,7 @@ impl Fixture for Named {
 
     fn open(&self, at: &str, _: Option<usize>) -> Box<dyn AnyLock> {
         let lock = NamedLock::builder(at).scope(self.1).backend(self.2).build().expect("a valid name");
-        let owner = |lock: &NamedLock| lock.owner().expect("an owner can be asked for").map(|owner| owner.pid());
+        let owner = |lock: &NamedLock| lock.owner().expect("the owner can be read").map(|owner| owner.pid());
         Box::new(Any { lock, owner })
     }
 
@@ -212,8 +212,8 @@ impl AnyLock for Shared {
         Ok(Box::new(self.0.acquire_shared(wait)?))
     }
 
-    fn acquire_async<'w>(&'w self, wait: &'w Wait) -> Taking<'w> {
-        taking(self.0.acquire_shared_async(wait))
+    fn acquire_async<'w>(&'w self, wait: &'w Wait) -> AcquireFuture<'w> {
+        box_acquire(self.0.acquire_shared_async(wait))
     }
 
     fn owner(&self) -> Option<u32> {
@@ -226,19 +226,19 @@ impl Fixture for File {
         if self.shared { "file-shared" } else { "file" }
     }
 
-    fn place(&self, name: &str) -> String {
+    fn address(&self, name: &str) -> String {
         std::env::temp_dir().join(format!("{name}.lock")).display().to_string()
     }
 
-    fn open(&self, at: &str, seat: Option<usize>) -> Box<dyn AnyLock> {
+    fn open(&self, at: &str, number: Option<usize>) -> Box<dyn AnyLock> {
         let lock = FileLock::new(at);
-        match (self.shared, seat) {
+        match (self.shared, number) {
             (true, Some(0)) => Box::new(Shared(lock)),
             _ => Box::new(Any { lock, owner: |_| None }),
         }
     }
 
-    fn tells_deaths(&self) -> bool {
+    fn reports_deaths(&self) -> bool {
         false
     }
 }
@@ -251,7 +251,7 @@ impl Fixture for Pid {
         "pidfile"
     }
 
-    fn place(&self, name: &str) -> String {
+    fn address(&self, name: &str) -> String {
         std::env::temp_dir().join(format!("{name}.pid")).display().to_string()
     }
 
@@ -264,7 +264,7 @@ impl Fixture for Pid {
     }
 
     /// It may be a daemon that has yet to rewrite the pidfile.
-    fn survives_in_a_forked_child(&self) -> bool {
+    fn is_kept_by_forked_child(&self) -> bool {
         true
     }
 }
@@ -282,7 +282,7 @@ impl Fixture for FileLease {
         "lease"
     }
 
-    fn place(&self, name: &str) -> String {
+    fn address(&self, name: &str) -> String {
         std::env::temp_dir().join(format!("{name}.lease")).display().to_string()
     }
 
@@ -290,7 +290,7 @@ impl Fixture for FileLease {
         lease(Lease::file(at))
     }
 
-    fn keeps_a_descriptor(&self) -> bool {
+    fn has_descriptor_while_held(&self) -> bool {
         false
     }
 }
@@ -298,7 +298,7 @@ impl Fixture for FileLease {
 /// A [`Lease`] on a server. Its TTL is as long as that of a [`FileLease`], for the same reason. Its descriptor is a
 /// connection.
 #[cfg(target_os = "linux")]
-struct EngineLease {
+struct ServerLease {
     name: &'static str,
     /// Returns the URL of a lease with this name on the process's shared server, which it starts; or the reason why
     /// there is none.
@@ -306,7 +306,7 @@ struct EngineLease {
 }
 
 #[cfg(target_os = "linux")]
-impl Fixture for EngineLease {
+impl Fixture for ServerLease {
     fn name(&self) -> &'static str {
         self.name
     }
@@ -315,8 +315,8 @@ impl Fixture for EngineLease {
         (self.url)("any").err().map(str::to_owned)
     }
 
-    fn place(&self, name: &str) -> String {
-        (self.url)(name).expect("left out where there is no server")
+    fn address(&self, name: &str) -> String {
+        (self.url)(name).expect("the case is left out without a server")
     }
 
     fn open(&self, at: &str, _: Option<usize>) -> Box<dyn AnyLock> {
@@ -332,21 +332,21 @@ impl Fixture for EngineLease {
     }
 
     /// A request may be on its way to the server, or wait there for others.
-    fn afterlife(&self) -> u64 {
+    fn late_request_limit(&self) -> u64 {
         1_000_000_000
     }
 }
 
 fn lease(builder: LeaseBuilder) -> Box<dyn AnyLock> {
     let builder = builder.ttl(crate::LIVELY).heartbeat(crate::LIVELY / 4);
-    let owner = |lease: &Lease| lease.owner().expect("an owner can be asked for").map(|owner| owner.pid());
-    Box::new(Any { lock: builder.build().expect("options that go together"), owner })
+    let owner = |lease: &Lease| lease.owner().expect("the owner can be read").map(|owner| owner.pid());
+    Box::new(Any { lock: builder.build().expect("valid options"), owner })
 }
 
 /// The first lock of a table, allocated.
-struct OfManager(managers::Kind);
+struct TableLock(managers::Kind);
 
-impl Fixture for OfManager {
+impl Fixture for TableLock {
     fn name(&self) -> &'static str {
         match self.0 {
             managers::Kind::Shm => "shm",
@@ -357,10 +357,10 @@ impl Fixture for OfManager {
 
     fn left_out(&self) -> Option<String> {
         let is_missing = self.0 == managers::Kind::Shm && !cfg!(target_os = "linux");
-        is_missing.then(|| "tables in shared memory are Linux's".to_owned())
+        is_missing.then(|| "tables in shared memory need Linux".to_owned())
     }
 
-    fn place(&self, _: &str) -> String {
+    fn address(&self, _: &str) -> String {
         self.0.fresh().name().to_owned()
     }
 
@@ -404,14 +404,14 @@ impl Kind {
     pub const PIDFILE: Self = Self(&Pid);
     pub const LEASE: Self = Self(&FileLease);
     #[cfg(target_os = "linux")]
-    pub const ETCD: Self = Self(&EngineLease { name: "etcd", url: server_conformance::etcd::shared_url });
+    pub const ETCD: Self = Self(&ServerLease { name: "etcd", url: server_conformance::etcd::shared_url });
     #[cfg(target_os = "linux")]
-    pub const POSTGRES: Self = Self(&EngineLease { name: "postgres", url: server_conformance::postgres::shared_url });
+    pub const POSTGRES: Self = Self(&ServerLease { name: "postgres", url: server_conformance::postgres::shared_url });
     #[cfg(target_os = "linux")]
-    pub const REDIS: Self = Self(&EngineLease { name: "redis", url: server_conformance::redis::shared });
-    pub const SHM: Self = Self(&OfManager(managers::Kind::Shm));
-    pub const DIRECTORY: Self = Self(&OfManager(managers::Kind::Directory));
-    pub const MEMORY: Self = Self(&OfManager(managers::Kind::Memory));
+    pub const REDIS: Self = Self(&ServerLease { name: "redis", url: server_conformance::redis::shared });
+    pub const SHM: Self = Self(&TableLock(managers::Kind::Shm));
+    pub const DIRECTORY: Self = Self(&TableLock(managers::Kind::Directory));
+    pub const MEMORY: Self = Self(&TableLock(managers::Kind::Memory));
 }
 
 /// All kinds.
@@ -440,7 +440,12 @@ pub const KINDS: &[Kind] = &[
 impl Kind {
     /// Creates a spec for a lock that no other test uses.
     pub fn fresh(self) -> Spec {
-        Spec { kind: self, at: self.place(&crate::fresh_name("lockkit-test")), seat: None, seats: Arc::default() }
+        Spec {
+            kind: self,
+            at: self.address(&crate::fresh_name("lockkit-test")),
+            number: None,
+            invitations: Arc::default(),
+        }
     }
 }
 
@@ -463,23 +468,23 @@ impl fmt::Debug for Kind {
 pub struct Spec {
     kind: Kind,
     at: String,
-    seat: Option<usize>,
+    number: Option<usize>,
     /// The number of invited processes.
-    seats: Arc<AtomicUsize>,
+    invitations: Arc<AtomicUsize>,
 }
 
 impl Spec {
-    /// Returns the invitation for the next process: `KIND#SEAT:WHERE`.
+    /// Returns the invitation for the next process: `KIND#NUMBER:WHERE`.
     pub fn invite(&self) -> String {
-        format!("{:?}#{}:{}", self.kind, self.seats.fetch_add(1, Ordering::Relaxed), self.at)
+        format!("{:?}#{}:{}", self.kind, self.invitations.fetch_add(1, Ordering::Relaxed), self.at)
     }
 
     /// Parses an invitation, or `KIND:WHERE`.
     pub fn parse(text: &str) -> Self {
-        let (kind, at) = text.split_once(':').expect("KIND#SEAT:WHERE");
-        let (name, seat) = kind.split_once('#').map_or((kind, None), |(name, seat)| (name, seat.parse().ok()));
+        let (kind, at) = text.split_once(':').expect("KIND#NUMBER:WHERE");
+        let (name, number) = kind.split_once('#').map_or((kind, None), |(name, number)| (name, number.parse().ok()));
         let kind = KINDS.iter().find(|known| known.name() == name).copied().expect("a known kind");
-        Self { kind, at: at.to_owned(), seat, seats: Arc::default() }
+        Self { kind, at: at.to_owned(), number, invitations: Arc::default() }
     }
 
     /// Returns its kind.
@@ -494,7 +499,7 @@ impl Spec {
 
     /// Opens the lock.
     pub fn open(&self) -> Box<dyn AnyLock> {
-        self.kind.open(&self.at, self.seat)
+        self.kind.open(&self.at, self.number)
     }
 
     /// Opens a handle that those of [`open`](Self::open) exclude, in this process as in any other.
@@ -512,5 +517,13 @@ impl Spec {
         for file in self.files() {
             let _ = std::fs::remove_file(file);
         }
+    }
+}
+
+/// Runs a case for a kind of lock, or reports why this machine cannot.
+pub fn run_or_leave_out(kind: Kind, case: impl FnOnce(Kind)) {
+    match kind.left_out() {
+        None => case(kind),
+        Some(why) => crate::left_out(why),
     }
 }

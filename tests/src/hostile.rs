@@ -100,16 +100,16 @@ pub fn connect(name: &str) -> Option<OwnedFd> {
 }
 
 /// Occupies the abstract `name` until the process is killed.
-pub fn squat(name: &str) {
+pub fn occupy_name(name: &str) {
     let _socket = bound(SocketType::SEQPACKET, name);
     println!("squatting");
     let _ = std::io::stdin().lines().count();
 }
 
 /// Joins the queue at the abstract `name`, and reports the result.
-pub fn queue(name: &str) {
+pub fn join_queue(name: &str) {
     let socket = socket();
-    net::connect(&socket, &address(name)).expect("somebody listens");
+    net::connect(&socket, &address(name)).expect("a process listens there");
     println!("queued");
     let mut message = [0; 16];
     match net::recv(&socket, &mut message, RecvFlags::empty()) {

@@ -29,7 +29,8 @@ use std::time::Duration;
 use lockkit::instance::Outcome;
 use lockkit::{Activation, FirstInstance, Instance, SecondInstance, Wait};
 
-use crate::helper_process::{Actor, describe};
+use crate::errors::describe;
+use crate::helper_process::Actor;
 
 /// The variable that instances send.
 pub const VARIABLE: &str = "LOCKKIT_TEST_VARIABLE";
@@ -43,44 +44,88 @@ pub fn summary(activation: &Activation) -> String {
 
 /// Acts as the process: executes commands until there are no more.
 pub fn serve(name: &OsStr) {
-    let name = name.to_str().expect("a name");
-    let mut first: Option<FirstInstance> = None;
-    let mut second: Option<SecondInstance> = None;
-    let mut taken = VecDeque::new();
+    let mut session = Session {
+        name: name.to_str().expect("a name").to_owned(),
+        first: None,
+        second: None,
+        received: VecDeque::new(),
+    };
     for line in std::io::stdin().lines().map_while(Result::ok) {
         let (command, argument) = line.split_once(' ').unwrap_or((&line, ""));
-        let number = || argument.split(' ').next().and_then(|number| number.parse().ok()).expect("a number");
-        let answer = match command {
-            "enter" => enter(name, &mut first, &mut second),
-            "activate" => activate(second.take().expect("a second"), number(), &mut first),
+        let answer = session.use_instance(command, argument).or_else(|| session.use_activation(command, argument));
+        let answer = answer.or_else(|| session.use_process(command, argument));
+        println!("{}", answer.unwrap_or_else(|| format!("error unknown command {line:?}")));
+    }
+}
+
+/// Parses the first word.
+fn number(argument: &str) -> u64 {
+    argument.split(' ').next().and_then(|number| number.parse().ok()).expect("a number")
+}
+
+/// What the commands so far have left.
+struct Session {
+    name: String,
+    first: Option<FirstInstance>,
+    second: Option<SecondInstance>,
+    received: VecDeque<Activation>,
+}
+
+impl Session {
+    fn first(&self) -> &FirstInstance {
+        self.first.as_ref().expect("a first")
+    }
+
+    fn enter(&mut self) -> String {
+        enter(&self.name, &mut self.first, &mut self.second)
+    }
+
+    /// Executes a command on the instance.
+    fn use_instance(&mut self, command: &str, argument: &str) -> Option<String> {
+        Some(match command {
+            "enter" => self.enter(),
+            "activate" => activate(self.second.take().expect("a second"), number(argument), &mut self.first),
             "activate-with" => {
                 let bytes: usize = argument.split(' ').nth(1).and_then(|bytes| bytes.parse().ok()).expect("bytes");
-                activate(second.take().expect("a second").bytes(vec![b'x'; bytes]), number(), &mut first)
+                let second = self.second.take().expect("a second").bytes(vec![b'x'; bytes]);
+                activate(second, number(argument), &mut self.first)
             }
             "start" => {
-                let mut answer = enter(name, &mut first, &mut second);
-                if let Some(second) = second.take() {
-                    answer = activate(second, number(), &mut first);
+                let mut answer = self.enter();
+                if let Some(second) = self.second.take() {
+                    answer = activate(second, number(argument), &mut self.first);
                 }
-                if let Some(first) = &first {
+                if let Some(first) = &self.first {
                     first.on_activation(answer_with_summary).expect("a thread");
                 }
                 answer
             }
             "serve" => {
-                first.as_ref().expect("a first").on_activation(answer_with_summary).expect("a thread");
+                self.first().on_activation(answer_with_summary).expect("a thread");
                 "serving".to_owned()
             }
             "panic" => {
-                first.as_ref().expect("a first").on_activation(|_| panic!("on purpose")).expect("a thread");
+                self.first().on_activation(|_| panic!("on purpose")).expect("a thread");
                 "serving".to_owned()
             }
+            "release" => match self.first.take().map(FirstInstance::release) {
+                Some(Ok(())) => "released".to_owned(),
+                Some(Err(error)) => describe(&error),
+                None => "error NotFirst".to_owned(),
+            },
+            _ => return None,
+        })
+    }
+
+    /// Executes a command on received activations.
+    fn use_activation(&mut self, command: &str, argument: &str) -> Option<String> {
+        Some(match command {
             "take" => {
-                let wait = Wait::at_most(Duration::from_millis(number()));
-                match first.as_ref().expect("a first").next_activation(&wait) {
+                let wait = Wait::at_most(Duration::from_millis(number(argument)));
+                match self.first().next_activation(&wait) {
                     Ok(Some(activation)) => {
                         let answer = format!("taken {}", summary(&activation));
-                        taken.push_back(activation);
+                        self.received.push_back(activation);
                         answer
                     }
                     Ok(None) => "none".to_owned(),
@@ -88,50 +133,53 @@ pub fn serve(name: &OsStr) {
                 }
             }
             "answer" => {
-                let activation: Activation = taken.pop_front().expect("an activation");
+                let activation = self.received.pop_front().expect("an activation");
                 activation.answer(argument.as_bytes()).map_or_else(|error| describe(&error), |()| "done".to_owned())
             }
             "drop" => {
-                drop(taken.pop_front());
+                drop(self.received.pop_front());
                 "done".to_owned()
             }
-            "release" => match first.take().map(FirstInstance::release) {
-                Some(Ok(())) => "released".to_owned(),
-                Some(Err(error)) => describe(&error),
-                None => "error NotFirst".to_owned(),
-            },
-            "fork" => {
-                let (mut ready, child) = std::io::pipe().expect("a pipe");
-                match fork::fork().expect("a child") {
-                    fork::Fork::Child => {
-                        drop(ready);
-                        let copy = first.as_ref().expect("a first");
-                        assert!(copy.next_activation(&Wait::forever()).is_ok_and(|none| none.is_none()));
-                        taken.clear();
-                        drop(first);
-                        drop(child);
-                        std::thread::sleep(2 * crate::LIVELY);
-                        std::process::exit(0);
-                    }
-                    fork::Fork::Parent(pid) => {
-                        drop(child);
-                        let _ = ready.read(&mut [0]);
-                        format!("forked {pid}")
-                    }
-                }
-            }
+            _ => return None,
+        })
+    }
+
+    /// Executes a command on processes and failpoints.
+    fn use_process(&mut self, command: &str, argument: &str) -> Option<String> {
+        Some(match command {
+            "fork" => self.fork(),
             "spawn" => {
                 let child = Command::new("sleep").arg("60").stdin(Stdio::null()).stdout(Stdio::null()).spawn();
                 format!("spawned {}", child.expect("a program").id())
             }
             "kill-at" => {
-                crate::failpoint::kill_at(number() as usize);
+                crate::failpoint::kill_at(number(argument) as usize);
                 "armed".to_owned()
             }
             "passed" => format!("passed {}", crate::failpoint::passed().join(", ")),
-            _ => format!("error unknown command {line:?}"),
-        };
-        println!("{answer}");
+            _ => return None,
+        })
+    }
+
+    /// Forks a child that drops its copy of everything and sleeps. Returns once the child has done so.
+    fn fork(&mut self) -> String {
+        let (mut ready, child) = std::io::pipe().expect("a pipe");
+        match fork::fork().expect("a child") {
+            fork::Fork::Child => {
+                drop(ready);
+                assert!(self.first().next_activation(&Wait::forever()).is_ok_and(|none| none.is_none()));
+                self.received.clear();
+                drop(self.first.take());
+                drop(child);
+                std::thread::sleep(2 * crate::LIVELY);
+                std::process::exit(0);
+            }
+            fork::Fork::Parent(pid) => {
+                drop(child);
+                let _ = ready.read(&mut [0]);
+                format!("forked {pid}")
+            }
+        }
     }
 }
 
@@ -178,7 +226,7 @@ pub fn address(uid: u32, name: &str) -> SocketAddr {
 
 /// Connects to the listener there, as any program can.
 pub fn call(uid: u32, name: &str) -> UnixStream {
-    UnixStream::connect_addr(&address(uid, name)).expect("somebody listens")
+    UnixStream::connect_addr(&address(uid, name)).expect("a process listens there")
 }
 
 /// Builds a frame by hand, as the documentation of the wire protocol defines it.
@@ -197,7 +245,7 @@ pub fn empty_request() -> Vec<u8> {
 }
 
 /// As another user: sends a request to the first instance of the user `uid`, and reports the result.
-pub fn intrude(place: &str) {
+pub fn send_as_other_user(place: &str) {
     let (uid, name) = place.split_once('/').expect("UID/NAME");
     let mut connection = call(uid.parse().expect("a uid"), name);
     println!("connected");
@@ -208,7 +256,7 @@ pub fn intrude(place: &str) {
 }
 
 /// As another user: listens in place of the first instance of the user `uid`, and reports the received request.
-pub fn pretend(place: &str) {
+pub fn listen_as_other_user(place: &str) {
     let (uid, name) = place.split_once('/').expect("UID/NAME");
     let listener = UnixListener::bind_addr(&address(uid.parse().expect("a uid"), name)).expect("a free address");
     println!("listening");

@@ -228,7 +228,7 @@ macro_rules! drills {
             a_waiter_asks_nothing_of_the_server_and_is_woken_by_the_release,
             a_waiter_that_is_cut_off_anywhere_is_woken_by_the_release,
             a_waiter_outlasts_a_restart_of_the_server_if_it_may_try_so_often,
-            a_waiter_is_cancelled_at_once,
+            cancel_during_wait_ends_wait_at_once,
             many_leases_share_few_connections,
             a_forked_child_has_connections_of_its_own,
             a_wrong_password_is_a_clear_error,
@@ -834,7 +834,7 @@ mod cases {
         Ok(())
     }
 
-    pub fn a_waiter_is_cancelled_at_once<E: Engine>() -> Drill {
+    pub fn cancel_during_wait_ends_wait_at_once<E: Engine>() -> Drill {
         let arena = Arena::<E>::open()?;
         let lease = lasting(arena.terms()).open();
         let _guard = lease.try_lock().expect("free");

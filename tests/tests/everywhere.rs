@@ -12,9 +12,7 @@ fn held_pidfile_is_readable_and_release_removes_it() {
     let path = directory.path().join("app.pid");
     let guard = PidFile::new(&path).unwrap().try_lock().unwrap();
     if is_wine() {
-        lockkit_tests::left_out(
-            "under Wine: what Windows refuses to read of a locked file, for all of it can be read there",
-        );
+        lockkit_tests::left_out("under Wine: Windows refuses to read a part of a locked file, and Wine does not");
     }
     let text = std::fs::read_to_string(&path).unwrap();
     assert_eq!(text.lines().next(), Some(&*std::process::id().to_string()));
@@ -49,15 +47,15 @@ fn named_lock_owner_reported_only_while_held() {
         assert_eq!(lock.owner().unwrap().unwrap().pid(), std::process::id());
         assert!(NamedLock::list(Scope::User).unwrap().iter().any(|held| held.name() == name));
         let other = NamedLock::builder(&name.to_ascii_lowercase()).backend(backend).build().unwrap();
-        drop(other.try_lock().expect("another name, for capitals count"));
+        drop(other.try_lock().expect("names are case-sensitive"));
         drop(guard);
         // A process that another test is starting has a copy of the descriptor until its exec.
-        until("nobody is named", || lock.owner().unwrap().is_none());
+        until("no owner is reported", || lock.owner().unwrap().is_none());
     }
 }
 
 #[test]
-fn what_this_system_does_not_have_is_unsupported() {
+fn missing_feature_of_system_is_unsupported() {
     let unsupported = |error: lockkit::Error| matches!(error.kind(), ErrorKind::Unsupported { .. });
     let built = |backend| NamedLock::builder("lockkit-everywhere").backend(backend).build();
     assert_eq!(built(Backend::Socket).map_or_else(unsupported, |_| false), !cfg!(target_os = "linux"));

@@ -22,9 +22,9 @@ fault_injection!(directory_lock, lockkit_tests::Kind::DIRECTORY);
 
 // The suite's own cases of this sort, for the kind that the suite leaves out.
 lockkit_tests::conformance!(machine_file_of_the_suite, lockkit_tests::Kind::MACHINE_FILE;
-    without_descriptors_the_error_is_clear_and_nothing_is_lost,
+    acquire_without_free_descriptor_fails_then_recovers,
     crash_at_any_step_does_not_block_next_holder,
-    chaos_never_lets_two_in,
+    chaos_of_kills_and_stops_keeps_exclusion,
 );
 
 #[test]

@@ -16,6 +16,7 @@ use std::time::Duration;
 use lockkit::{CancelToken, Error, ErrorKind, FileLock, Wait};
 #[cfg(target_os = "linux")]
 use lockkit_tests::another_user;
+use lockkit_tests::small_disk::SmallDisk;
 use lockkit_tests::wine::{DELETED, wine_cannot_judge};
 use lockkit_tests::{Actor, Belongings, LIVELY, Spec, conformance, sleeps, thread_id, until};
 use tempfile::TempDir;
@@ -428,28 +429,17 @@ fn flock_unsupported_error_leaves_no_file() {
 
 #[test]
 fn acquire_on_full_disk_needs_space_only_to_create() {
-    let directory = directory();
-    let mounted = Command::new("mount")
-        .args(["-t", "tmpfs", "-o", "size=4k,nr_inodes=2", "lockkit-test"])
-        .arg(directory.path())
-        .stderr(Stdio::null())
-        .status()
-        .is_ok_and(|status| status.success());
-    if !mounted {
-        lockkit_tests::left_out("this machine does not let the test mount a small file system");
-        return;
-    }
-    let path = directory.path().join("lock");
+    let Some(disk) = SmallDisk::mount("size=4k,nr_inodes=2") else { return };
+    let path = disk.path().join("lock");
     let full = FileLock::new(&path).lock().and_then(|guard| {
         let error = guard.file().write_all(&[0; 8192]).unwrap_err();
         assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
         guard.release()
     });
     // The only file that fits exists now.
-    let second = FileLock::new(directory.path().join("second")).lock();
+    let second = FileLock::new(disk.path().join("second")).lock();
     let again = FileLock::new(&path).lock();
-    let files = directory.path().read_dir().unwrap().count();
-    assert!(Command::new("umount").arg("-l").arg(directory.path()).status().unwrap().success());
+    let files = disk.path().read_dir().unwrap().count();
     full.unwrap();
     drop(again.unwrap());
     let error = second.unwrap_err();

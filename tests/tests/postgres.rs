@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use lockkit::{ErrorKind, Lease, LeaseGuard, LeaseStatus, Wait};
+use lockkit_tests::errors::with_causes;
 use lockkit_tests::leases::Terms;
 use lockkit_tests::server_conformance::postgres::{Postgres, Setup, as_its_user};
 use lockkit_tests::server_conformance::{Certificates, Direction, Engine, PASSWORD, Proxy};
@@ -33,23 +34,12 @@ fn lease(url: String) -> Lease {
     Lease::connect(url).ttl(10 * LIVELY).heartbeat(LIVELY).build().unwrap()
 }
 
-/// Returns the error with all its causes.
-fn in_full(error: &lockkit::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        text += &format!(": {error}");
-        cause = error.source();
-    }
-    text
-}
-
 /// Returns the permanent error of an acquisition. The request is not repeated: it took no effect and never will.
 #[track_caller]
 fn refusal(lease: &Lease) -> String {
     let error = lease.try_lock().unwrap_err();
     let is_misuse = matches!(error.kind(), ErrorKind::Store { source: lockkit::lease::StoreError::Permanent(_), .. });
-    let text = in_full(&error);
+    let text = with_causes(&error);
     assert!(is_misuse && !text.contains(PASSWORD), "{text}");
     text
 }
@@ -156,7 +146,7 @@ fn postgres_standby_is_skipped_until_promoted() {
     };
     let alone = lease(standby.lease("x"));
     let error = alone.try_lock().unwrap_err();
-    assert!(in_full(&error).contains("the server only reads"), "{error:?}");
+    assert!(with_causes(&error).contains("the server only reads"), "{error:?}");
     let both = format!("127.0.0.1:{},127.0.0.1:{}", standby.port(), server.port());
     let both = lease(format!("postgres://postgres@{both}/postgres?lease=x"));
     let guard = both.try_lock().unwrap();
@@ -180,7 +170,7 @@ fn postgres_standby_is_skipped_until_promoted() {
 fn a_server_whose_transactions_only_read_says_so() {
     let server = server!(settings: &["default_transaction_read_only=on"]);
     let error = lease(server.lease("x")).try_lock().unwrap_err();
-    assert!(in_full(&error).contains("default_transaction_read_only"), "{error:?}");
+    assert!(with_causes(&error).contains("default_transaction_read_only"), "{error:?}");
     // The URL can override the setting.
     let options = "options=-c%20default_transaction_read_only%3Doff";
     drop(lease(server.lease_of("postgres", options, "x")).try_lock().unwrap());
@@ -298,7 +288,7 @@ fn a_server_without_a_connection_left_says_so() {
     drop(lease(server.lease("x")).try_lock().unwrap());
     server.sql("CREATE ROLE poor LOGIN CONNECTION LIMIT 0; GRANT ALL ON lockkit_leases TO poor");
     let error = lease(server.lease_of("poor", "", "x")).try_lock().unwrap_err();
-    assert!(in_full(&error).contains("has no connection left"), "{error:?}");
+    assert!(with_causes(&error).contains("has no connection left"), "{error:?}");
 }
 
 #[test]
@@ -312,12 +302,12 @@ fn passwords_are_checked_by_scram_and_appear_in_no_error() {
     }
     let url = server.lease_of(&format!("postgres:{PASSWORD}"), "sslmode=sometimes", "x");
     let error = Lease::connect(url).build().unwrap_err();
-    assert!(matches!(error.kind(), ErrorKind::InvalidUrl { .. }) && !in_full(&error).contains(PASSWORD), "{error}");
+    assert!(matches!(error.kind(), ErrorKind::InvalidUrl { .. }) && !with_causes(&error).contains(PASSWORD), "{error}");
     for unescaped in ['@', '/', '?'] {
         let url = format!("postgres://me:first{unescaped}second@127.0.0.1:1/postgres?lease=x");
         let error = Lease::connect(url).build().unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::InvalidUrl { .. }), "{error}");
-        let says = in_full(&error);
+        let says = with_causes(&error);
         assert!(!says.contains("first") && !says.contains("second"), "{says}");
     }
 }
@@ -346,7 +336,7 @@ fn tls_is_as_strict_as_the_url_says() {
         format!("sslmode=verify-ca&sslrootcert={ca}"),
         format!("sslmode=verify-full&sslrootcert={ca}"),
     ] {
-        drop(lease(&right).try_lock().unwrap_or_else(|error| panic!("{right}: {}", in_full(&error))));
+        drop(lease(&right).try_lock().unwrap_or_else(|error| panic!("{right}: {}", with_causes(&error))));
     }
     drop(at(elsewhere, &format!("sslmode=verify-ca&sslrootcert={ca}")).try_lock().unwrap());
     for wrong in [
@@ -584,7 +574,7 @@ fn connection_cut_mid_request_is_recovered() {
             let guard = lease.lock_for(LIVELY).unwrap();
             assert!(guard.token() > last && guard.recovered().is_none(), "cut at {at} of {bytes} {direction:?}");
             last = guard.token();
-            guard.release().unwrap_or_else(|error| panic!("cut at {at} {direction:?}: {}", in_full(&error)));
+            guard.release().unwrap_or_else(|error| panic!("cut at {at} {direction:?}: {}", with_causes(&error)));
         }
         proxy.cut_nothing();
     }

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 #[test]
-fn every_test_that_the_table_of_cases_names_is_there() {
+fn readme_table_names_existing_tests() {
     let package = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut code = String::new();
     let directories =

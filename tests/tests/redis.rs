@@ -7,6 +7,7 @@ use std::net::TcpStream;
 
 use lockkit::lease::StoreError;
 use lockkit::{ErrorKind, Lease, LeaseStatus, LossReason, Wait};
+use lockkit_tests::errors::with_causes;
 use lockkit_tests::server_conformance::redis::Redis;
 use lockkit_tests::server_conformance::{Access, Engine, Proxy, Security};
 use lockkit_tests::{LIVELY, conformance, drills, left_out, until};
@@ -25,16 +26,6 @@ fn url(server: &Redis) -> String {
 
 fn lease(url: &str) -> Lease {
     Lease::connect(url).ttl(LIVELY).heartbeat(std::time::Duration::from_millis(20)).build().unwrap()
-}
-
-fn in_full(error: &lockkit::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        text += &format!(": {error}");
-        cause = error.source();
-    }
-    text
 }
 
 #[test]
@@ -67,7 +58,7 @@ fn holder_restores_lost_record_unless_taken_over() {
 fn something_else_under_the_key_is_a_clear_error_and_left_alone() {
     let Some(server) = server() else { return };
     server.tell("SET lockkit:{own} treasure");
-    let error = in_full(&lease(&url(&server)).try_lock().unwrap_err());
+    let error = with_causes(&lease(&url(&server)).try_lock().unwrap_err());
     assert!(error.contains("keeps something else"), "{error}");
     assert!(server.tell("GET lockkit:{own}").ends_with("treasure"));
 }
@@ -77,7 +68,7 @@ fn a_replica_says_where_to_go() {
     let (Some(primary), Some(replica)) = (server(), server()) else { return };
     assert_eq!(replica.tell(&format!("REPLICAOF 127.0.0.1 {}", primary.port())), "+OK");
     until("it is in step", || replica.tell("INFO replication").contains("master_link_status:up"));
-    let error = in_full(&lease(&url(&replica)).try_lock().unwrap_err());
+    let error = with_causes(&lease(&url(&replica)).try_lock().unwrap_err());
     assert!(error.contains("replica") && error.contains("primary"), "{error}");
     assert!(matches!(lease(&url(&replica)).status(), Ok(lockkit::LeaseStatus::Free)), "it can be asked");
 }
@@ -118,7 +109,7 @@ fn redis_acquire_without_free_client_fails_then_recovers() {
     let lease = lease(&format!("redis://leases:secret@127.0.0.1:{}/own", server.port()));
     let error = lease.try_lock().unwrap_err();
     let is_refused = matches!(error.kind(), ErrorKind::Store { source: StoreError::NotApplied(_), .. });
-    assert!(is_refused && in_full(&error).contains("max number of clients"), "{}", in_full(&error));
+    assert!(is_refused && with_causes(&error).contains("max number of clients"), "{}", with_causes(&error));
     drop(other);
     until("there is room", || lease.try_lock().is_ok());
 }
@@ -171,10 +162,10 @@ fn a_user_needs_no_more_than_an_error_says() {
     assert!(server.tell(&format!("ACL SETUSER deaf on >secret {rules} resetchannels")).starts_with("+OK"));
     let deaf = lease(&format!("redis://deaf:secret@127.0.0.1:{}/own", server.port()));
     let guard = deaf.try_lock().unwrap();
-    let error = in_full(&deaf.lock_for(LIVELY).unwrap_err());
+    let error = with_causes(&deaf.lock_for(LIVELY).unwrap_err());
     assert!(error.contains("does not allow this user") && error.contains("&lockkit:*"), "{error}");
     guard.release().unwrap();
-    let error = in_full(&lease(&url("/1")).try_lock().unwrap_err());
+    let error = with_causes(&lease(&url("/1")).try_lock().unwrap_err());
     assert!(error.contains(rules) && error.contains("+select"), "{error}");
     assert_eq!(server.tell("ACL SETUSER leases +select"), "+OK");
     drop(lease(&url("/1")).try_lock().unwrap());

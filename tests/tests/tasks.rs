@@ -141,13 +141,13 @@ fn dropped_acquire_future_leaves_lock_free() {
                 let forever = Wait::forever();
                 drop(lock.acquire_async(&forever));
                 let guard = rival.acquire(&Wait::none()).unwrap();
-                let mut taking = lock.acquire_async(&forever);
+                let mut acquiring = lock.acquire_async(&forever);
                 std::future::poll_fn(|context| {
-                    assert!(taking.as_mut().poll(context).is_pending());
+                    assert!(acquiring.as_mut().poll(context).is_pending());
                     Poll::Ready(())
                 })
                 .await;
-                drop(taking);
+                drop(acquiring);
                 drop(guard);
                 drop(rival.acquire_async(&Wait::at_most(LIVELY)).await.unwrap());
             });
@@ -156,21 +156,21 @@ fn dropped_acquire_future_leaves_lock_free() {
     }
 }
 
-async fn led(lease: &Lease) -> LeaseGuard {
+async fn acquire(lease: &Lease) -> LeaseGuard {
     lease.acquire_async(&Wait::at_most(LIVELY)).await.unwrap()
 }
 
 #[test]
-fn the_loss_of_a_lease_can_be_awaited() {
+fn lost_awaited_by_task_reports_reason() {
     let directory = tempfile::tempdir().unwrap();
     let lease = lease(&directory);
     for flavor in ["one", "several"] {
         runtime(flavor).block_on(async {
-            let guard = led(&lease).await;
+            let guard = acquire(&lease).await;
             let watchers = [(); 3].map(|()| tokio::spawn(guard.lost().into_future()));
-            let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("it is held") };
+            let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("the lease is held") };
             assert!(lease.evict(&seen).unwrap());
-            let reason = timeout(LIVELY, guard.lost()).await.expect("it is told of the loss");
+            let reason = timeout(LIVELY, guard.lost()).await.expect("the loss is reported");
             assert!(!matches!(reason, LossReason::Released), "{reason}");
             for watcher in watchers {
                 assert_eq!(timeout(LIVELY, watcher).await.unwrap().unwrap().to_string(), reason.to_string());
@@ -183,11 +183,11 @@ fn the_loss_of_a_lease_can_be_awaited() {
 }
 
 #[test]
-fn the_loss_of_a_lease_is_waited_for_with_limit_and_token() {
+fn lost_wait_async_ends_at_limit_or_cancellation() {
     let directory = tempfile::tempdir().unwrap();
     let lease = lease(&directory);
     runtime("one").block_on(async {
-        let guard = led(&lease).await;
+        let guard = acquire(&lease).await;
         let lost = guard.lost();
         assert!(lost.wait_async(&Wait::none()).await.unwrap_err().is_held());
         assert!(lost.wait_async(&Wait::at_most(Duration::from_millis(5))).await.unwrap_err().is_timeout());
@@ -199,7 +199,7 @@ fn the_loss_of_a_lease_is_waited_for_with_limit_and_token() {
         let reason = lost.wait_async(&Wait::forever()).await.unwrap();
         assert!(matches!(reason, LossReason::Released), "{reason}");
     });
-    let error = block_on(runtime("one").block_on(led(&lease)).lost().wait_async(&Wait::forever())).unwrap_err();
+    let error = block_on(runtime("one").block_on(acquire(&lease)).lost().wait_async(&Wait::forever())).unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::Unsupported { .. }), "{error}");
 }
 
@@ -208,18 +208,18 @@ fn release_async_frees_lease_and_reports_loss() {
     let directory = tempfile::tempdir().unwrap();
     let lease = lease(&directory);
     runtime("one").block_on(async {
-        led(&lease).await.release_async().await.unwrap();
+        acquire(&lease).await.release_async().await.unwrap();
         assert_eq!(lease.status().unwrap(), LeaseStatus::Free);
         // The release completes even if its future is dropped after the first poll.
-        let mut releasing = Box::pin(led(&lease).await.release_async());
+        let mut releasing = Box::pin(acquire(&lease).await.release_async());
         std::future::poll_fn(|context| {
             let _ = releasing.as_mut().poll(context);
             Poll::Ready(())
         })
         .await;
         drop(releasing);
-        let guard = led(&lease).await;
-        let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("it is held") };
+        let guard = acquire(&lease).await;
+        let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("the lease is held") };
         lease.evict(&seen).unwrap();
         let error = guard.release_async().await.unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::LeaseLost { .. }), "{error}");
@@ -227,7 +227,7 @@ fn release_async_frees_lease_and_reports_loss() {
 }
 
 #[test]
-fn a_token_wakes_every_task_that_waits_for_it() {
+fn cancel_token_wakes_every_waiting_task() {
     for flavor in ["one", "several"] {
         runtime(flavor).block_on(async {
             let token = CancelToken::new();
@@ -238,7 +238,7 @@ fn a_token_wakes_every_task_that_waits_for_it() {
             assert!(timeout(Duration::from_millis(5), token.cancelled()).await.is_err());
             token.cancel();
             for waiter in waiters {
-                timeout(LIVELY, waiter).await.expect("it is woken").unwrap();
+                timeout(LIVELY, waiter).await.expect("the waiter is woken").unwrap();
             }
             token.cancelled().await;
         });
@@ -246,7 +246,7 @@ fn a_token_wakes_every_task_that_waits_for_it() {
 }
 
 #[test]
-fn a_single_instance_function_runs_once_under_a_runtime() {
+fn single_instance_async_function_runs_once() {
     #[lockkit::single_instance("lockkit-test-under-a-runtime")]
     async fn work(meanwhile: impl Future<Output = ()>) -> Result<(), lockkit::Error> {
         meanwhile.await;

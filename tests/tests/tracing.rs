@@ -15,10 +15,10 @@ use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 
 /// The records of all tests of this program. Each test looks for its own lock.
-static TOLD: Mutex<Vec<Told>> = Mutex::new(Vec::new());
+static RECORDS: Mutex<Vec<Record>> = Mutex::new(Vec::new());
 
 #[derive(Clone, Debug, Default)]
-struct Told {
+struct Record {
     level: String,
     /// Empty for a span.
     message: String,
@@ -27,7 +27,7 @@ struct Told {
     span: Option<&'static str>,
 }
 
-impl Visit for Told {
+impl Visit for Record {
     fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
         let value = format!("{value:?}");
         match field.name() {
@@ -41,52 +41,55 @@ impl Visit for Told {
     }
 }
 
-struct Listener;
+struct Recorder;
 
-impl<S: Subscriber + for<'s> LookupSpan<'s>> Layer<S> for Listener {
+impl<S: Subscriber + for<'s> LookupSpan<'s>> Layer<S> for Recorder {
     fn on_event(&self, event: &Event<'_>, context: Context<'_, S>) {
-        let mut told = Told { level: event.metadata().level().to_string(), ..Told::default() };
-        told.span = context.event_span(event).map(|span| span.name());
-        event.record(&mut told);
-        TOLD.lock().unwrap().push(told);
+        let mut record = Record { level: event.metadata().level().to_string(), ..Record::default() };
+        record.span = context.event_span(event).map(|span| span.name());
+        event.record(&mut record);
+        RECORDS.lock().unwrap().push(record);
     }
 
     fn on_new_span(&self, attributes: &span::Attributes<'_>, _: &span::Id, _: Context<'_, S>) {
-        let mut told = Told { level: attributes.metadata().level().to_string(), ..Told::default() };
-        told.span = Some(attributes.metadata().name());
-        attributes.record(&mut told);
-        TOLD.lock().unwrap().push(told);
+        let mut record = Record { level: attributes.metadata().level().to_string(), ..Record::default() };
+        record.span = Some(attributes.metadata().name());
+        attributes.record(&mut record);
+        RECORDS.lock().unwrap().push(record);
     }
 }
 
-fn listen() {
-    static LISTENS: Once = Once::new();
-    LISTENS.call_once(|| {
-        tracing::subscriber::set_global_default(tracing_subscriber::registry().with(Listener)).unwrap();
+fn start_recording() {
+    static STARTED: Once = Once::new();
+    STARTED.call_once(|| {
+        tracing::subscriber::set_global_default(tracing_subscriber::registry().with(Recorder)).unwrap();
     });
 }
 
 /// Returns the records of the lock so far.
-fn told_of(at: &str) -> Vec<Told> {
-    let told = TOLD.lock().unwrap();
-    told.iter().filter(|told| told.fields.get("name").is_some_and(|name| name.contains(at))).cloned().collect()
+fn records_of(at: &str) -> Vec<Record> {
+    let records = RECORDS.lock().unwrap();
+    records.iter().filter(|record| record.fields.get("name").is_some_and(|name| name.contains(at))).cloned().collect()
 }
 
 /// Returns the levels and messages, in order. A span appears by its name.
-fn outline(told: &[Told]) -> Vec<String> {
-    let line = |told: &Told| match &*told.message {
-        "" => format!("{} span {}", told.level, told.span.unwrap_or_default()),
-        message => format!("{} {message}", told.level),
+fn outline(records: &[Record]) -> Vec<String> {
+    let line = |record: &Record| match &*record.message {
+        "" => format!("{} span {}", record.level, record.span.unwrap_or_default()),
+        message => format!("{} {message}", record.level),
     };
-    told.iter().map(line).collect()
+    records.iter().map(line).collect()
 }
 
-fn find<'t>(told: &'t [Told], message: &str) -> &'t Told {
-    told.iter().find(|told| told.message == message).unwrap_or_else(|| panic!("nothing {message:?} in {told:#?}"))
+fn find<'t>(records: &'t [Record], message: &str) -> &'t Record {
+    records
+        .iter()
+        .find(|record| record.message == message)
+        .unwrap_or_else(|| panic!("no record {message:?} in {records:#?}"))
 }
 
-fn waited(told: &Told) -> f64 {
-    told.fields["waited"].parse().unwrap()
+fn waited(record: &Record) -> f64 {
+    record.fields["waited"].parse().unwrap()
 }
 
 /// Returns the value of the field `kind` for this kind.
@@ -106,7 +109,7 @@ fn kinds() -> impl Iterator<Item = Kind> {
 
 #[test]
 fn acquire_and_release_traced_once_with_kind_and_name() {
-    listen();
+    start_recording();
     for kind in kinds() {
         for in_task in [false, true] {
             let spec = kind.fresh();
@@ -117,15 +120,15 @@ fn acquire_and_release_traced_once_with_kind_and_name() {
                 false => lock.acquire(&wait).unwrap(),
             };
             drop(guard);
-            let told = told_of(spec.at());
+            let records = records_of(spec.at());
             assert_eq!(
-                outline(&told),
+                outline(&records),
                 [format!("{} span acquire", Level::DEBUG), "DEBUG acquired".into(), "TRACE released".into()],
                 "{kind:?}"
             );
-            assert!(told.iter().all(|told| told.fields["kind"] == label(kind)), "{told:#?}");
-            assert_eq!(told[1].span, Some("acquire"));
-            assert!(waited(&told[1]) >= 0.0);
+            assert!(records.iter().all(|record| record.fields["kind"] == label(kind)), "{records:#?}");
+            assert_eq!(records[1].span, Some("acquire"));
+            assert!(waited(&records[1]) >= 0.0);
             spec.clean();
         }
     }
@@ -133,7 +136,7 @@ fn acquire_and_release_traced_once_with_kind_and_name() {
 
 #[test]
 fn contended_acquire_traces_holder_and_timeout_error() {
-    listen();
+    start_recording();
     for kind in kinds() {
         for in_task in [false, true] {
             let spec = kind.fresh();
@@ -146,9 +149,9 @@ fn contended_acquire_traces_holder_and_timeout_error() {
             };
             let limit = Duration::from_millis(20);
             assert!(take(&Wait::at_most(limit)).err().unwrap().is_timeout());
-            let told = told_of(spec.at());
-            assert_eq!(outline(&told), ["DEBUG span acquire", "DEBUG waiting", "DEBUG not acquired"], "{kind:?}");
-            let waiting = find(&told, "waiting");
+            let records = records_of(spec.at());
+            assert_eq!(outline(&records), ["DEBUG span acquire", "DEBUG waiting", "DEBUG not acquired"], "{kind:?}");
+            let waiting = find(&records, "waiting");
             // The same holds when a thread waits on behalf of a task.
             assert_eq!(waiting.span, Some("acquire"), "{kind:?}");
             let knows_its_holder = lock.owner().is_some();
@@ -156,17 +159,19 @@ fn contended_acquire_traces_holder_and_timeout_error() {
             if knows_its_holder {
                 assert!(waiting.fields["holder"].contains(&format!("pid {}", holder.pid())), "{waiting:#?}");
             }
-            let gave_up = find(&told, "not acquired");
-            assert!(waited(gave_up) >= limit.as_secs_f64(), "{gave_up:#?}");
-            assert!(gave_up.fields["error"].contains("still held"), "{gave_up:#?}");
+            let timed_out = find(&records, "not acquired");
+            assert!(waited(timed_out) >= limit.as_secs_f64(), "{timed_out:#?}");
+            assert!(timed_out.fields["error"].contains("still held"), "{timed_out:#?}");
 
             let guard = std::thread::scope(|scope| {
                 let waiter = scope.spawn(|| take(&Wait::forever()));
-                until("it waits", || told_of(spec.at()).iter().filter(|told| told.message == "waiting").count() == 2);
+                until("the waiter waits", || {
+                    records_of(spec.at()).iter().filter(|record| record.message == "waiting").count() == 2
+                });
                 holder.expect("release", "released");
                 waiter.join().unwrap().unwrap()
             });
-            assert!(waited(find(&told_of(spec.at()), "acquired")) > 0.0);
+            assert!(waited(find(&records_of(spec.at()), "acquired")) > 0.0);
             drop(guard);
             spec.clean();
         }
@@ -174,16 +179,16 @@ fn contended_acquire_traces_holder_and_timeout_error() {
 }
 
 #[test]
-fn a_death_is_a_warning_that_names_the_dead() {
-    listen();
-    for kind in kinds().filter(|kind| kind.tells_deaths()) {
+fn acquire_after_death_traces_warning_with_owner() {
+    start_recording();
+    for kind in kinds().filter(|kind| kind.reports_deaths()) {
         let spec = kind.fresh();
         let mut holder = Actor::start(&spec);
         holder.expect("lock", "held");
         holder.kill();
         drop(spec.open().acquire(&Wait::at_most(lockkit_tests::LIVELY)).unwrap());
-        let told = told_of(spec.at());
-        let recovered = find(&told, "recovered");
+        let records = records_of(spec.at());
+        let recovered = find(&records, "recovered");
         assert_eq!((&*recovered.level, &*recovered.fields["kind"]), ("WARN", label(kind)));
         assert!(recovered.fields["recovered"].contains(&format!("pid {}", holder.pid())), "{recovered:#?}");
         spec.clean();
@@ -192,33 +197,33 @@ fn a_death_is_a_warning_that_names_the_dead() {
 
 #[test]
 fn lost_lease_is_traced_once_with_token_and_reason() {
-    listen();
+    start_recording();
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("leader");
     let lease = Lease::file(&path).build().unwrap();
     let guard = lease.lock().unwrap();
-    let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("it is held") };
+    let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("the lease is held") };
     assert!(lease.evict(&seen).unwrap());
     let reason = guard.lost().wait(&Wait::at_most(lockkit_tests::LIVELY)).unwrap();
     let at = path.display().to_string();
-    until("the loss is told", || told_of(&at).iter().any(|told| told.message == "lost"));
+    until("the loss is reported", || records_of(&at).iter().any(|record| record.message == "lost"));
     let token = guard.token();
     assert!(guard.release().is_err());
-    let told = told_of(&at);
-    assert_eq!(outline(&told), ["DEBUG span acquire", "DEBUG acquired", "ERROR lost"]);
-    assert_eq!(told[2].fields["token"], token.to_string());
-    assert_eq!(told[2].fields["reason"], reason.to_string());
-    assert_eq!(told[2].fields["kind"], "lease");
+    let records = records_of(&at);
+    assert_eq!(outline(&records), ["DEBUG span acquire", "DEBUG acquired", "ERROR lost"]);
+    assert_eq!(records[2].fields["token"], token.to_string());
+    assert_eq!(records[2].fields["reason"], reason.to_string());
+    assert_eq!(records[2].fields["kind"], "lease");
 }
 
 #[test]
-fn a_lock_of_a_table_in_memory_tells_of_itself_too() {
-    listen();
+fn acquire_of_memory_table_lock_is_traced() {
+    start_recording();
     let lock = Kind::MEMORY.fresh().open();
     drop(lock.acquire(&Wait::none()).unwrap());
-    let told = TOLD.lock().unwrap().clone();
-    let told: Vec<_> =
-        told.into_iter().filter(|told| told.fields.get("kind").is_some_and(|kind| kind == "memory")).collect();
-    assert_eq!(outline(&told), ["DEBUG span acquire", "DEBUG acquired", "TRACE released"]);
-    assert!(told.iter().all(|told| told.fields["name"] == "0"));
+    let records = RECORDS.lock().unwrap().clone();
+    let records: Vec<_> =
+        records.into_iter().filter(|record| record.fields.get("kind").is_some_and(|kind| kind == "memory")).collect();
+    assert_eq!(outline(&records), ["DEBUG span acquire", "DEBUG acquired", "TRACE released"]);
+    assert!(records.iter().all(|record| record.fields["name"] == "0"));
 }

@@ -16,13 +16,13 @@ pub(crate) fn example(name: &str) -> PathBuf {
 }
 
 /// Runs the example `name` to its end, and returns its output. Nothing may be on standard error.
-pub(crate) fn said_by(name: &str, arguments: &[&str]) -> String {
+pub(crate) fn output_of(name: &str, arguments: &[&str]) -> String {
     let output = Command::new(example(name)).args(arguments).output().unwrap();
-    let said = String::from_utf8(output.stdout).unwrap();
-    println!("{said}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    println!("{text}");
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
     assert!(output.status.success(), "{}", output.status);
-    said
+    text
 }
 
 /// Reports what a test leaves out, and why. A print macro cannot do this, because test runners capture its output.

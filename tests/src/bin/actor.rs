@@ -4,6 +4,9 @@ use lockkit_tests::{Spec, async_conformance, chaos, crash_points, helper_process
 #[cfg(target_os = "linux")]
 use lockkit_tests::{fault_injection, hostile, instances, realtime};
 
+/// The arguments of the parts.
+const USAGE: &str = "actor [stormed] sleep SECONDS | squat NAME | queue NAME | hand-over NAME | hand-over-stream NAME | realtime PART NAME | intrude UID/NAME | pretend UID/NAME | instance NAME … | table TABLE | lease TERMS [chaos LOG SEED] | SPEC [chaos LOG SEED | stress COUNTER ROUNDS | tasks FLAVOR ROUNDS | closed-input | closed FILE | steps SCENARIO]";
+
 fn main() {
     // The arguments of an instance may be any bytes.
     #[cfg(target_os = "linux")]
@@ -20,9 +23,9 @@ fn main() {
     }
     match arguments[..] {
         #[cfg(target_os = "linux")]
-        ["squat", name] => hostile::squat(name),
+        ["squat", name] => hostile::occupy_name(name),
         #[cfg(target_os = "linux")]
-        ["queue", name] => hostile::queue(name),
+        ["queue", name] => hostile::join_queue(name),
         #[cfg(target_os = "linux")]
         ["hand-over", name] => hostile::hand_over(name),
         #[cfg(target_os = "linux")]
@@ -30,12 +33,12 @@ fn main() {
         #[cfg(target_os = "linux")]
         ["realtime", part, name] => realtime::serve(part, name),
         #[cfg(target_os = "linux")]
-        ["intrude", place] => instances::intrude(place),
+        ["intrude", place] => instances::send_as_other_user(place),
         #[cfg(target_os = "linux")]
-        ["pretend", place] => instances::pretend(place),
+        ["pretend", place] => instances::listen_as_other_user(place),
         [spec] => helper_process::serve(&Spec::parse(spec)),
         [spec, "chaos", logs, seed] => {
-            chaos::take_part(&Spec::parse(spec), logs.as_ref(), seed.parse().expect("a seed"))
+            chaos::run_chaos_worker(&Spec::parse(spec), logs.as_ref(), seed.parse().expect("a seed"))
         }
         [spec, "stress", counter, rounds] => {
             lockkit_tests::conformance::count_up(
@@ -50,18 +53,16 @@ fn main() {
         ["table", table] => managers::serve(&managers::Table::parse(table)),
         ["lease", terms] => leases::serve(&leases::Terms::parse(terms)),
         ["lease", terms, "chaos", logs, seed] => {
-            leases::take_part(&leases::Terms::parse(terms), logs.as_ref(), seed.parse().expect("a seed"));
+            leases::run_chaos_worker(&leases::Terms::parse(terms), logs.as_ref(), seed.parse().expect("a seed"));
         }
         #[cfg(target_os = "linux")]
         [spec, "closed", go] => fault_injection::lock_on_the_standard_descriptors(&Spec::parse(spec), go.as_ref()),
         [spec, "tasks", flavor, rounds] => {
-            async_conformance::drop_often(&Spec::parse(spec), flavor, rounds.parse().expect("a number"))
+            async_conformance::drop_futures_at_random(&Spec::parse(spec), flavor, rounds.parse().expect("a number"))
         }
         #[cfg(target_os = "linux")]
         [spec, "closed-input"] => lockkit_tests::conformance::lock_on_descriptor_zero(&Spec::parse(spec)),
-        [spec, "steps", scenario] => crash_points::play(&Spec::parse(spec), scenario),
-        _ => panic!(
-            "actor [stormed] sleep SECONDS | squat NAME | queue NAME | hand-over NAME | hand-over-stream NAME | realtime PART NAME | intrude UID/NAME | pretend UID/NAME | instance NAME … | table TABLE | lease TERMS [chaos LOG SEED] | SPEC [chaos LOG SEED | stress COUNTER ROUNDS | tasks FLAVOR ROUNDS | closed-input | closed FILE | steps SCENARIO]"
-        ),
+        [spec, "steps", scenario] => crash_points::run_scenario(&Spec::parse(spec), scenario),
+        _ => panic!("{USAGE}"),
     }
 }

@@ -31,14 +31,16 @@ const COSTS: [(&str, &str); 14] = [
     ("lockkit run --name, start of the program", "`lockkit run --name`, until the program has run"),
 ];
 /// The markers around the table in README.md.
-const MARKS: [&str; 2] = ["<!-- Costs, written by the bench `verdict`. -->\n", "<!-- End of the costs. -->\n"];
+const COST_MARKERS: [&str; 2] = ["<!-- Costs, written by the bench `summary`. -->\n", "<!-- End of the costs. -->\n"];
+/// The beginning of the first of these markers. `--write` replaces the rest of its line.
+const COST_MARKER: &str = "<!-- Costs,";
 /// The markers around the handwritten reading notes in docs/BENCHMARKS.md, which are preserved.
-const KEPT: [&str; 2] = ["<!-- Written by hand. -->\n", "<!-- End of what is written by hand. -->\n"];
+const HANDWRITTEN_MARKERS: [&str; 2] = ["<!-- Written by hand. -->\n", "<!-- End of what is written by hand. -->\n"];
 
 fn main() {
-    let rows: Vec<_> = PROGRAMS.into_iter().flat_map(table::kept).collect();
+    let rows: Vec<_> = PROGRAMS.into_iter().flat_map(table::stored_rows).collect();
     if rows.is_empty() {
-        println!("no program has kept rows yet; run `cargo bench -p lockkit-benches`");
+        println!("no rows are stored yet; run `cargo bench -p lockkit-benches`");
         return;
     }
     println!("\n{}", table::plain(&rows));
@@ -46,15 +48,23 @@ fn main() {
     println!("{} bounds held, {} behind, {} rows without a bound\n", count("held"), count("behind"), count("-"));
     if std::env::args().any(|argument| argument == "--write") {
         let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/BENCHMARKS.md");
-        let text = fs::read_to_string(&page).expect("BENCHMARKS.md is there");
-        let by_hand = text.split_once(KEPT[0]).and_then(|(_, behind)| behind.split_once(KEPT[1]));
-        let by_hand = by_hand.expect("BENCHMARKS.md has its marks").0;
-        let written = format!("{}{}{by_hand}{}\n{}", introduction(), KEPT[0], KEPT[1], table::markdown(&rows));
-        fs::write(&page, written).expect("the page can be written");
+        let text = fs::read_to_string(&page).expect("BENCHMARKS.md exists");
+        let by_hand =
+            text.split_once(HANDWRITTEN_MARKERS[0]).and_then(|(_, after)| after.split_once(HANDWRITTEN_MARKERS[1]));
+        let by_hand = by_hand.expect("BENCHMARKS.md has its markers").0;
+        let written = format!(
+            "{}{}{by_hand}{}\n{}",
+            introduction(),
+            HANDWRITTEN_MARKERS[0],
+            HANDWRITTEN_MARKERS[1],
+            table::markdown(&rows)
+        );
+        fs::write(&page, written).expect("BENCHMARKS.md can be written");
         let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md");
-        let text = fs::read_to_string(&page).expect("README.md is there");
-        let [before, behind] = MARKS.map(|mark| text.split_once(mark).expect("README.md has its marks"));
-        let written = format!("{}{}{}{}{}", before.0, MARKS[0], costs(&rows), MARKS[1], behind.1);
+        let text = fs::read_to_string(&page).expect("README.md exists");
+        let (before, _) = text.split_once(COST_MARKER).expect("README.md has its markers");
+        let (_, after) = text.split_once(COST_MARKERS[1]).expect("README.md has its markers");
+        let written = format!("{before}{}{}{}{after}", COST_MARKERS[0], costs(&rows), COST_MARKERS[1]);
         fs::write(&page, written).expect("README.md can be written");
     }
 }
@@ -83,12 +93,11 @@ fn introduction() -> String {
     };
     format!(
         "# Benchmarks\n\n\
-         What `cargo bench -p lockkit-benches` printed on {}, on {} cores of {} with Linux {} and {}. Each ratio is \
-         between numbers of one run, taken in turns; a bound is on the ratio, or on ours where it has a unit. Rows \
-         without a bound are for information. To measure again and to rewrite this page, run\n\n\
-         ```\ncargo bench -p lockkit-benches\ncargo bench -p lockkit-benches --bench verdict -- --write\n```\n\n\
-         on a machine that does nothing else. The head of each program in `benches/benches` says what it measures, and \
-         how.\n\n",
+         The output of `cargo bench -p lockkit-benches` on {}, on {} cores of {} with Linux {} and {}. Both numbers of a \
+         ratio are from one run, measured in alternation. A bound applies to the ratio, or to our number if the bound \
+         has a unit. Rows without a bound are for information. To measure again and rewrite this page, run\n\n\
+         ```\ncargo bench -p lockkit-benches\ncargo bench -p lockkit-benches --bench summary -- --write\n```\n\n\
+         on an otherwise idle machine. The head of each program in `benches/benches` describes what it measures.\n\n",
         output("date", &["-u", "+%Y-%m-%d"]),
         std::thread::available_parallelism().map_or(1, usize::from),
         first("/proc/cpuinfo", "model name"),

@@ -18,7 +18,8 @@
 //! requests have no claim, no owner, no limit on waits, no heartbeat bookkeeping, and no thread that listens for all
 //! waiters.
 
-use std::io::{BufRead, BufReader};
+mod peers;
+
 use std::ops::Range;
 use std::os::unix::fs::chown;
 use std::path::Path;
@@ -27,15 +28,12 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use lockkit::lease::{Clock, ManualClock};
 use lockkit::{Lease, LeaseGuard};
 use lockkit_benches::Experiment;
-use lockkit_benches::baseline::{self, Bare, Gateway, field};
-use lockkit_benches::process::{self, CHILD, Peer, now};
+use lockkit_benches::baseline::{self, BaselineClient};
+use lockkit_benches::process::{self, Peer, now};
 use lockkit_benches::table::{self, Bound, Row, Value};
-use rustix::process::{Pid, Signal, kill_process};
 use rustix::time::{ClockId, clock_gettime};
 use tempfile::TempDir;
 
@@ -74,8 +72,8 @@ struct Engine {
     /// Returns the URL of a lease on the server at this port.
     url: fn(u16, &str) -> String,
     /// Returns the bare requests for a name on the server at this port.
-    bare: fn(u16, &str) -> Box<dyn Bare>,
-    peers: &'static [Recipe],
+    bare: fn(u16, &str) -> Box<dyn BaselineClient>,
+    peers: &'static [PeerProgram],
     prototype: Prototype,
 }
 
@@ -89,11 +87,11 @@ struct Prototype {
 }
 
 /// A peer: a program that speaks the line protocol of `redis/peer.py`, with the server at this port.
-struct Recipe {
+struct PeerProgram {
     name: &'static str,
     start: fn(u16) -> Result<Command, String>,
     /// The factor by which our hand-over must be faster than this peer.
-    behind: Option<f64>,
+    min_speedup: Option<f64>,
 }
 
 static REDIS: Engine = Engine {
@@ -107,8 +105,12 @@ static REDIS: Engine = Engine {
     url: |port, name| format!("redis://127.0.0.1:{port}/{name}"),
     bare: |port, name| Box::new(baseline::Redis::new(port, name)),
     peers: &[
-        Recipe { name: "redis-py Lock", start: |port| redis_peer("redis", port), behind: Some(20.0) },
-        Recipe { name: "python-redis-lock", start: |port| redis_peer("redis_lock", port), behind: None },
+        PeerProgram { name: "redis-py Lock", start: |port| peers::redis_peer("redis", port), min_speedup: Some(20.0) },
+        PeerProgram {
+            name: "python-redis-lock",
+            start: |port| peers::redis_peer("redis_lock", port),
+            min_speedup: None,
+        },
     ],
     prototype: Prototype {
         uncontended: Duration::from_micros(142),
@@ -146,8 +148,8 @@ static ETCD: Engine = Engine {
     url: |port, name| format!("etcd://127.0.0.1:{port}/{name}"),
     bare: |port, name| Box::new(baseline::Etcd::new(port, name)),
     peers: &[
-        Recipe { name: "etcd's own lock", start: own_lock, behind: Some(20.0) },
-        Recipe { name: "etcdctl lock", start: etcdctl, behind: Some(20.0) },
+        PeerProgram { name: "etcd's own lock", start: peers::own_lock, min_speedup: Some(20.0) },
+        PeerProgram { name: "etcdctl lock", start: peers::etcdctl, min_speedup: Some(20.0) },
     ],
     prototype: Prototype {
         uncontended: Duration::from_micros(908),
@@ -193,115 +195,19 @@ fn start_postgres(directory: &Path, port: u16) -> Result<Command, String> {
     Ok(command)
 }
 
-fn redis_peer(package: &str, port: u16) -> Result<Command, String> {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("redis");
-    let place = Path::new(env!("CARGO_TARGET_TMPDIR")).join("redis");
-    let install = Command::new(directory.join("install.sh")).arg(place).output().map_err(|error| error.to_string())?;
-    if !install.status.success() {
-        return Err(String::from_utf8_lossy(&install.stderr).trim_end().to_owned());
-    }
-    let mut command = Command::new(String::from_utf8_lossy(&install.stdout).trim_end());
-    command.arg(directory.join("peer.py")).arg(package).arg(port.to_string());
-    Ok(command)
-}
-
-fn own_lock(port: u16) -> Result<Command, String> {
-    let mut command = Command::new(std::env::current_exe().map_err(|error| error.to_string())?);
-    command.args([CHILD, "own-lock", &port.to_string()]);
-    Ok(command)
-}
-
-fn etcdctl(port: u16) -> Result<Command, String> {
-    let version = Command::new("etcdctl").arg("version").output().map_err(|error| error.to_string())?;
-    let mut command = Command::new(std::env::current_exe().map_err(|error| error.to_string())?);
-    let version = String::from_utf8_lossy(&version.stdout);
-    let version = version.lines().next().and_then(|line| line.rsplit(' ').next()).unwrap_or_default().to_owned();
-    command.args([CHILD, "etcdctl", &port.to_string(), &version]);
-    Ok(command)
-}
-
-/// Acts as a child: acquires etcd's lock through etcd's command-line program, which holds the lock until an interrupt.
-fn takes_by_etcdctl(port: u16, version: &str) {
-    /// The child starts a program for each cycle, so it does only a part of the cycles.
-    const PART: u32 = 20;
-    let lock = |name: &str| {
-        let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "--", "etcdctl"]);
-        // The other peer uses the same recipe, so this lock needs another name.
-        command.args(["--endpoints", &format!("127.0.0.1:{port}"), "lock", &format!("etcdctl-{name}")]);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
-        let mut holder = command.spawn().expect("it is installed");
-        let mut key = String::new();
-        let said = holder.stdout.as_mut().expect("it is piped");
-        BufReader::new(said).read_line(&mut key).expect("it says what it holds");
-        assert!(!key.is_empty(), "it says what it holds");
-        holder
-    };
-    let unlock = |mut holder: Child| {
-        kill_process(Pid::from_child(&holder), Signal::INT).expect("it runs");
-        holder.wait().expect("it ends");
-    };
-    serve(version, PART, lock, unlock);
-}
-
-/// Serves the requests to a peer, with a lock that is acquired by name. Runs only one in `part` cycles.
-fn serve<H>(version: &str, part: u32, mut lock: impl FnMut(&str) -> H, mut unlock: impl FnMut(H)) {
-    let mut parent = Peer::parent();
-    parent.say(version);
-    let mut held = None;
-    loop {
-        let line = parent.hear();
-        match line.split_once(' ').unwrap_or((&line, "")) {
-            ("cycles", count) => {
-                let start = now();
-                (0..count.parse::<u32>().expect("a number") / part).for_each(|_| unlock(lock("cycles")));
-                parent.say((now() - start) * u64::from(part));
-            }
-            ("hold", _) => {
-                held = Some(lock("hand-over"));
-                parent.say("held");
-            }
-            ("release", _) => {
-                let before = now();
-                held.take().into_iter().for_each(&mut unlock);
-                parent.say(before);
-            }
-            ("wait", _) => {
-                let holder = lock("hand-over");
-                let acquired = now();
-                unlock(holder);
-                parent.say(acquired);
-            }
-            _ => panic!("{line} is not what a peer is asked for"),
-        }
-    }
-}
-
-/// Acts as a child: acquires etcd's own lock when the bench asks for it.
-fn takes_own_lock(port: u16) {
-    let mut gateway = Gateway::open(port);
-    let version = gateway.ask("maintenance/status", "{}");
-    let session = field(&gateway.ask("lease/grant", r#"{"TTL":"600"}"#), "ID").to_owned();
-    let lock = |name: &str| {
-        let name = format!(r#"{{"name":"{}","lease":"{session}"}}"#, STANDARD.encode(name));
-        field(&gateway.ask("lock/lock", &name), "key").to_owned()
-    };
-    let mut second = Gateway::open(port);
-    let unlock = |key: String| drop(second.ask("lock/unlock", &format!(r#"{{"key":"{key}"}}"#)));
-    serve(field(&version, "version"), 1, lock, unlock);
-}
-
 fn main() {
     match process::part().as_deref() {
         None => lockkit_benches::run(&EXPERIMENTS, &FULL, &QUICK),
-        Some([what, port]) if what == "own-lock" => takes_own_lock(port.parse().expect("a port")),
-        Some([what, port, version]) if what == "etcdctl" => takes_by_etcdctl(port.parse().expect("a port"), version),
+        Some([what, port]) if what == "own-lock" => peers::serve_own_lock(port.parse().expect("a port")),
+        Some([what, port, version]) if what == "etcdctl" => {
+            peers::serve_etcdctl(port.parse().expect("a port"), version)
+        }
         Some([engine, port]) => {
             let engine = [&REDIS, &POSTGRES, &ETCD].into_iter().find(|known| known.name == engine);
-            waits_bare(engine.expect("an engine"), port.parse().expect("a port"));
+            run_baseline_waiter(engine.expect("an engine"), port.parse().expect("a port"));
         }
-        Some([url]) => waits(url),
-        Some(part) => panic!("{part:?} is no part for a child"),
+        Some([url]) => run_waiter(url),
+        Some(part) => panic!("unknown part of a child: {part:?}"),
     }
 }
 
@@ -344,20 +250,20 @@ impl Server {
         lease(&self.url(name))
     }
 
-    fn bare(&self, name: &str) -> Box<dyn Bare> {
+    fn bare(&self, name: &str) -> Box<dyn BaselineClient> {
         (self.engine.bare)(self.port, name)
     }
 
     /// Returns the peers that are available on this machine.
-    fn peers(&self) -> Vec<(&'static Recipe, Peer)> {
-        let start = |recipe: &'static Recipe| match (recipe.start)(self.port) {
+    fn peers(&self) -> Vec<(&'static PeerProgram, Peer)> {
+        let start = |program: &'static PeerProgram| match (program.start)(self.port) {
             Ok(mut command) => {
                 let mut peer = Peer::start(&mut command);
-                println!("  beside {} {}", recipe.name, peer.hear());
-                Some((recipe, peer))
+                println!("  compared with {} {}", program.name, peer.receive());
+                Some((program, peer))
             }
             Err(problem) => {
-                println!("  without {}, which cannot be installed: {problem}", recipe.name);
+                println!("  without {}, which cannot be installed: {problem}", program.name);
                 None
             }
         };
@@ -385,7 +291,7 @@ impl Drop for Server {
 }
 
 fn lease(url: &str) -> Lease {
-    Lease::connect(url).build().expect("a URL that is right")
+    Lease::connect(url).build().expect("a valid URL")
 }
 
 /// Returns the average duration of one operation.
@@ -415,9 +321,9 @@ fn uncontended(engine: &'static Engine, length: &Length) -> Vec<Row> {
     let (blocks, count) = length.blocks;
     let (one, mut bare) = (server.lease("cycles"), server.bare("cycles"));
     // On a busy machine a release may fail. The heartbeat or the next acquisition then makes up for it.
-    let cycle = |lease: &mut Lease| drop(lease.lock().expect("nobody else keeps it"));
-    let bare_cycle = |bare: &mut Box<dyn Bare>| {
-        assert!(bare.acquire(), "nobody else takes it");
+    let cycle = |lease: &mut Lease| drop(lease.lock().expect("no other process keeps it"));
+    let bare_cycle = |bare: &mut Box<dyn BaselineClient>| {
+        assert!(bare.acquire(), "no other process holds it");
         bare.release();
     };
     let mut peers = server.peers();
@@ -426,8 +332,8 @@ fn uncontended(engine: &'static Engine, length: &Length) -> Vec<Row> {
         ours.push(each(count, || cycle(&mut one.clone())));
         bares.push(each(count, || bare_cycle(&mut bare)));
         for ((_, peer), times) in peers.iter_mut().zip(&mut theirs) {
-            peer.say(format_args!("cycles {count}"));
-            let [all] = peer.hear_numbers();
+            peer.send(format_args!("cycles {count}"));
+            let [all] = peer.receive_numbers();
             times.push(Duration::from_nanos(all) / count);
         }
     }
@@ -440,7 +346,7 @@ fn uncontended(engine: &'static Engine, length: &Length) -> Vec<Row> {
         Value::Rate(rates[rates.len() / 2])
     };
     let theirs = peers.iter().zip(&mut theirs);
-    let theirs = theirs.map(|((recipe, _), times)| (recipe.name, Value::Time(table::median(times)), Bound::None));
+    let theirs = theirs.map(|((program, _), times)| (program.name, Value::Time(table::median(times)), Bound::None));
     let compared = [
         (BARE, Value::Time(table::median(&mut bares)), Bound::None),
         (PROTOTYPE, Value::Time(engine.prototype.uncontended), Bound::Ratio(1.0)),
@@ -461,17 +367,17 @@ fn renewal(engine: &'static Engine, length: &Length) -> Vec<Row> {
     /// The client trusts etcd's answer about a session for this long, by a clock that does not jump.
     const KNOWN: Duration = Duration::from_millis(250);
     let Some(server) = Server::start(engine) else { return Vec::new() };
-    let jumping = ManualClock::new();
-    let clock: Arc<dyn Clock> = Arc::new(jumping.clone());
+    let manual_clock = ManualClock::new();
+    let clock: Arc<dyn Clock> = Arc::new(manual_clock.clone());
     let guards: Vec<LeaseGuard> = (0..COUNT)
         .map(|number| {
             let url = server.url(&format!("beats-{number}"));
             let lease = Lease::connect(url).ttl(Duration::from_secs(30)).heartbeat(HEARTBEAT).clock(clock.clone());
-            lease.build().expect("the options go together").try_lock().expect("nobody else takes it")
+            lease.build().expect("the options are valid").try_lock().expect("no other process holds it")
         })
         .collect();
     let mut bare = server.bare("beats");
-    assert!(bare.acquire(), "nobody else takes it");
+    assert!(bare.acquire(), "no other process holds it");
     // A renewal gives a lease the remaining time of its session, whose last renewal may be earlier.
     let fresh = guards[0].remaining() - HEARTBEAT + KNOWN;
     let (mut times, mut bares) = (Vec::new(), Vec::new());
@@ -479,13 +385,13 @@ fn renewal(engine: &'static Engine, length: &Length) -> Vec<Row> {
         bares.push(each(COUNT, || bare.renew()));
         thread::sleep(KNOWN);
         let start = Instant::now();
-        jumping.advance(HEARTBEAT);
+        manual_clock.advance(HEARTBEAT);
         for guard in &guards {
             // The loop polls rarely, because polling disturbs the measurement. The time must advance, because a late
             // renewal is retried later.
             while guard.remaining() < fresh {
                 thread::sleep(Duration::from_millis(1));
-                jumping.advance(Duration::from_micros(100));
+                manual_clock.advance(Duration::from_micros(100));
             }
         }
         times.push(start.elapsed() / COUNT);
@@ -498,29 +404,29 @@ fn renewal(engine: &'static Engine, length: &Length) -> Vec<Row> {
 }
 
 /// Acts as a child: acquires on each line from the parent, and reports the time of the acquisition.
-fn waits(url: &str) {
+fn run_waiter(url: &str) {
     let lease = lease(url);
     let mut parent = Peer::parent();
     loop {
-        parent.hear();
+        parent.receive();
         let guard = lease.lock().expect("the lease");
         let acquired = now();
         guard.release().expect("it is held");
-        parent.say(acquired);
+        parent.send(acquired);
     }
 }
 
-/// As [`waits`], by bare requests.
-fn waits_bare(engine: &Engine, port: u16) {
+/// As [`run_waiter`], by bare requests.
+fn run_baseline_waiter(engine: &Engine, port: u16) {
     let mut bare = (engine.bare)(port, "hand-over");
     bare.listen();
     let mut parent = Peer::parent();
     loop {
-        parent.hear();
+        parent.receive();
         bare.wait();
         let acquired = now();
         bare.release();
-        parent.say(acquired);
+        parent.send(acquired);
     }
 }
 
@@ -544,38 +450,38 @@ fn hand_over(engine: &'static Engine, length: &Length) -> Vec<Row> {
 /// Runs rounds of hand-overs in alternating blocks. Each waiter waits at least for `age`.
 fn handed_over(server: &Server, name: &str, age: Duration, rounds: Vec<Range<u32>>) -> Vec<Row> {
     let engine = server.engine;
-    let let_wait = |round: u32| thread::sleep(age + Duration::from_micros(u64::from(round % 100) * 370));
+    let wait_for_age = |round: u32| thread::sleep(age + Duration::from_micros(u64::from(round % 100) * 370));
     let between = |released: u64, acquired: u64| {
         Duration::from_nanos(acquired.checked_sub(released).expect("one at a time holds it"))
     };
     let (lease, mut waiter) = (server.lease("hand-over"), Peer::spawn(&[&server.url("hand-over")]));
     let mut ours = |round| {
         let guard = lease.lock().expect("the lease");
-        waiter.say("wait");
-        let_wait(round);
+        waiter.send("wait");
+        wait_for_age(round);
         let released = now();
         guard.release().expect("it is still held");
-        let [acquired] = waiter.hear_numbers();
+        let [acquired] = waiter.receive_numbers();
         between(released, acquired)
     };
     let mut holder = server.bare("hand-over");
     let mut waiter = Peer::spawn(&[engine.name, &server.port.to_string()]);
     let mut bare = |round| {
-        assert!(holder.acquire(), "nobody else takes it");
-        waiter.say("wait");
-        let_wait(round);
+        assert!(holder.acquire(), "no other process holds it");
+        waiter.send("wait");
+        wait_for_age(round);
         let released = now();
         holder.release();
-        let [acquired] = waiter.hear_numbers();
+        let [acquired] = waiter.receive_numbers();
         between(released, acquired)
     };
     let theirs = |holder: &mut Peer, waiter: &mut Peer, round| {
-        holder.say("hold");
+        holder.send("hold");
         holder.expect("held");
-        waiter.say("wait");
-        let_wait(round);
-        holder.say("release");
-        let ([released], [acquired]) = (holder.hear_numbers(), waiter.hear_numbers());
+        waiter.send("wait");
+        wait_for_age(round);
+        holder.send("release");
+        let ([released], [acquired]) = (holder.receive_numbers(), waiter.receive_numbers());
         between(released, acquired)
     };
     let mut peers: Vec<_> = server.peers().into_iter().zip(server.peers()).collect();
@@ -587,9 +493,9 @@ fn handed_over(server: &Server, name: &str, age: Duration, rounds: Vec<Range<u32
             times.extend(rounds.clone().map(|round| theirs(holder, waiter, round)));
         }
     }
-    let theirs = peers.iter().zip(&mut others).map(|(((recipe, _), _), times)| {
-        let bound = recipe.behind.map_or(Bound::None, |behind| Bound::Ratio(1.0 / behind));
-        (recipe.name, Value::Time(table::median(times)), bound)
+    let theirs = peers.iter().zip(&mut others).map(|(((program, _), _), times)| {
+        let bound = program.min_speedup.map_or(Bound::None, |factor| Bound::Ratio(1.0 / factor));
+        (program.name, Value::Time(table::median(times)), bound)
     });
     let compared = [
         (BARE, Value::Time(table::median(&mut bares)), Bound::None),
@@ -604,7 +510,7 @@ fn thousand(length: &Length) -> Vec<Row> {
     let guards: Vec<LeaseGuard> = (0..count)
         .map(|number| {
             let lease = Lease::connect(server.url(&number.to_string())).ttl(Duration::from_secs(2));
-            lease.build().expect("the options go together").try_lock().expect("nobody else takes it")
+            lease.build().expect("the options are valid").try_lock().expect("no other process holds it")
         })
         .collect();
     let used = || Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).expect("it is not negative");
