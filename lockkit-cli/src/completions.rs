@@ -2,7 +2,6 @@
 
 use std::io::Write;
 
-use clap::CommandFactory;
 use clap_complete::Shell;
 
 use crate::failure::{Failure, Outcome, code};
@@ -16,9 +15,10 @@ pub(crate) struct Completions {
 }
 
 impl Completions {
-    pub(crate) fn carry_out(self) -> Outcome {
+    /// Prints the script for `command`, the whole command line.
+    pub(crate) fn carry_out(self, command: &mut clap::Command) -> Outcome {
         let mut script = Vec::new();
-        clap_complete::generate(self.shell, &mut crate::Cli::command(), "lockkit", &mut script);
+        clap_complete::generate(self.shell, command, "lockkit", &mut script);
         std::io::stdout().write_all(&script).map_err(|error| Failure::io("write the script", error))?;
         Ok(code::OK)
     }

@@ -14,13 +14,12 @@ use std::time::{Duration, Instant, SystemTime};
 use lockkit::{CancelToken, LockManager, ShmLockManager, Wait};
 use rustix::fs::{AtFlags, CWD, FlockOperation, OFlags, flock, linkat, statfs};
 use rustix::io::{Errno, retry_on_intr};
-use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, set_parent_process_death_signal, waitpid};
 use serde::Serialize;
 
 use crate::failure::{Failure, Outcome, code};
 use crate::report;
-use crate::style::{BAD, GOOD, ODD, TITLE, paint};
+use crate::style::{BAD, GOOD, ODD, TITLE, paint, plain};
 use crate::supervise::Signals;
 use crate::sys;
 
@@ -206,8 +205,7 @@ struct Second(Pid);
 impl Second {
     /// Starts it, and returns once it has reported that it is ready.
     fn start(work: impl FnOnce(&mut File) -> io::Result<()>) -> Result<Self, String> {
-        let (ready, word) = pipe_with(PipeFlags::CLOEXEC).map_err(told)?;
-        let (mut ready, mut word) = (File::from(ready), File::from(word));
+        let (mut ready, mut word) = sys::pipe().map_err(told)?;
         match sys::fork().map_err(told)? {
             None => {
                 drop(ready);
@@ -519,7 +517,7 @@ impl Report {
             writeln!(
                 out,
                 "{} is on {} ({magic:#x}), a file system {reach}.",
-                report::plain(&self.directory),
+                plain(&self.directory),
                 paint(TITLE, kind)
             )?;
             for check in &self.checks {

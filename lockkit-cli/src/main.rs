@@ -1,8 +1,10 @@
 //! `lockkit`, the command: runs a program under a lock, and shows the holders of locks.
 //!
 //! It serves people without Rust code, and the inspection of locks. Each subcommand is a module with its arguments and
-//! its code. Shared code is in `failure` (a failure as a sentence, and its exit code), `target` (how a command line
-//! names a lock), `report` (the information about one lock, as text and as JSON) and `style` (colours). Called under
+//! its code. Shared code, from the top down: `run` uses `supervise`, `held_lock`, `loss` and `progress`. `report` (the
+//! information about one lock, as text and as JSON) uses `target` (how a command line names a lock) and `locks` (the
+//! kernel's lists). All use `failure` (a failure as a sentence, and its exit code), `style` (colours) and `sys` (system
+//! calls). Called under
 //! the name `flock`, it is flock(1): see `flock`.
 //!
 //! It works on Linux, where it uses pidfds, signalfd and /proc, and on Windows, where `flock` and `doctor` do not
@@ -23,6 +25,7 @@ mod held_lock;
 mod lease;
 mod list;
 mod locks;
+mod loss;
 mod man;
 mod pidfile;
 mod progress;
@@ -187,8 +190,8 @@ impl Command {
             Self::Doctor(doctor) => doctor.carry_out(),
             #[cfg(not(target_os = "linux"))]
             Self::Doctor { .. } => Err(Failure::new(code::UNAVAILABLE, "doctor tries what only Linux has")),
-            Self::Completions(completions) => completions.carry_out(),
-            Self::Man(man) => man.carry_out(),
+            Self::Completions(completions) => completions.carry_out(&mut Cli::command()),
+            Self::Man(man) => man.carry_out(Cli::command()),
         }
     }
 }

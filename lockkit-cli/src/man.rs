@@ -2,8 +2,6 @@
 
 use std::path::PathBuf;
 
-use clap::CommandFactory;
-
 use crate::failure::{Failure, Outcome, code};
 
 /// Write the manual pages into a directory, one for each command.
@@ -15,10 +13,11 @@ pub(crate) struct Man {
 }
 
 impl Man {
-    pub(crate) fn carry_out(self) -> Outcome {
+    /// Writes the pages of `command`, the whole command line.
+    pub(crate) fn carry_out(self, command: clap::Command) -> Outcome {
         let failed = |error| Failure::io(format!("write manual pages into {}", self.directory.display()), error);
         std::fs::create_dir_all(&self.directory).map_err(failed)?;
-        clap_mangen::generate_to(crate::Cli::command(), &self.directory).map_err(failed)?;
+        clap_mangen::generate_to(command, &self.directory).map_err(failed)?;
         Ok(code::OK)
     }
 }

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::failure::{Failure, Outcome, code};
 use crate::report::{self, Report, State};
+use crate::style::plain;
 use crate::target;
 
 /// Look at pidfiles, and remove stale ones.
@@ -102,7 +103,7 @@ fn clean_one(path: &Path, dry_run: bool) -> lockkit::Result<Option<String>> {
         true => (PidFile::is_stale(path)?, "would remove"),
         false => (PidFile::remove_stale(path)?, "removed"),
     };
-    Ok(stale.then(|| format!("{done} {}{left_by}", report::plain(&path.display().to_string()))))
+    Ok(stale.then(|| format!("{done} {}{left_by}", plain(&path.display().to_string()))))
 }
 
 /// Prints why one of the files was not judged. The others are judged nevertheless.
@@ -119,7 +120,7 @@ fn all(paths: &[PathBuf], worst: &mut Option<u8>) -> Result<Vec<PathBuf>, Failur
         if !path.is_dir() {
             match path.symlink_metadata() {
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                    let text = report::plain(&path.display().to_string());
+                    let text = plain(&path.display().to_string());
                     report(Failure::new(code::NO_INPUT, format!("cannot look at {text}: {error}")), worst);
                 }
                 // Other problems are reported when the file is judged.

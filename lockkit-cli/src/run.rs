@@ -12,6 +12,7 @@ use lockkit::{CancelToken, FileLock, Owner, PidFile, PidStatus, Wait};
 use crate::failure::{Failure, Outcome, code, note};
 use crate::held_lock::{HeldLock, Job};
 use crate::locks::FileLocks;
+use crate::loss;
 use crate::progress::{self, Audience};
 use crate::supervise::{self, Signals};
 use crate::target::{self, ScopeArgument};
@@ -203,7 +204,7 @@ impl Run {
     /// Runs the program under a lease, as [`hold`](Self::hold) does for other locks: in a separate process, which
     /// continues when this one is killed.
     fn lead(&self, given: &OsStr, wait: &Wait) -> Outcome {
-        let (loss, on_lost) = supervise::loss()?;
+        let (loss, on_lost) = loss::loss()?;
         let lease = target::lease(given, |builder| {
             let mut builder = builder.on_lost(on_lost);
             if let Some(ttl) = self.ttl {
