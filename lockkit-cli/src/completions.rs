@@ -6,7 +6,7 @@ use clap_complete::Shell;
 
 use crate::failure::{Failure, Outcome, code};
 
-/// Print a script that completes lockkit's arguments in a shell.
+/// Prints a script that completes lockkit's arguments in a shell.
 #[derive(clap::Args)]
 #[command(after_help = "Example: lockkit completions bash > ~/.local/share/bash-completion/completions/lockkit")]
 pub(crate) struct Completions {

@@ -23,18 +23,19 @@ use crate::style::{BAD, GOOD, ODD, TITLE, paint, plain};
 use crate::supervise::Signals;
 use crate::sys;
 
-/// Find out whether the file system of a directory can be trusted with locks, and with which.
+/// Tests which kinds of lock are reliable on the file system of a directory.
 ///
-/// It tries, with two processes: whether flock excludes, whether a kill releases, whether links and renames are
-/// indivisible, how fine the clock of the files is, and whether tables of locks work there. The exit code is 0 when
-/// every kind of lock can be used, 1 when some cannot, and 2 when none on files can.
+/// The test runs two processes. It checks whether flock excludes the other process, whether a kill releases the lock,
+/// and whether links and renames are atomic. It measures the resolution of the file clock, and checks whether tables of
+/// locks work. The exit code is 0 if every kind of lock can be used, 1 if some kinds cannot, and 2 if no kind on files
+/// can.
 #[derive(clap::Args)]
 #[command(after_help = "Example: lockkit doctor /srv/shared")]
 pub(crate) struct Doctor {
-    /// The directory. Something is made in it for a moment.
+    /// The directory. The test creates a directory in it, and removes it at the end.
     #[arg(value_name = "DIR")]
     directory: PathBuf,
-    /// Write JSON: {"version":1,"folder":…,"filesystem":{…},"checks":[…],"advice":[…]}, as docs/CLI.md has it.
+    /// Writes JSON: {"version":1,"folder":…,"filesystem":{…},"checks":[…],"advice":[…]}; see docs/CLI.md.
     #[arg(long)]
     json: bool,
 }

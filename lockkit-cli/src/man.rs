@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use crate::failure::{Failure, Outcome, code};
 
-/// Write the manual pages into a directory, one for each command.
+/// Writes the manual pages into a directory, one for each command.
 #[derive(clap::Args)]
 #[command(after_help = "Example: lockkit man ~/.local/share/man/man1 && man lockkit-run")]
 pub(crate) struct Man {
-    /// The directory, which is made if it is not there.
+    /// The directory. It is created if it is missing.
     directory: PathBuf,
 }
 

@@ -8,7 +8,7 @@ use lockkit::{ErrorKind, Lease, LeaseBuilder, NamedLock, Scope};
 
 use crate::failure::{Failure, note};
 
-/// Who shares a name.
+/// The processes that share a name.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum ScopeArgument {
     /// The processes of this user.

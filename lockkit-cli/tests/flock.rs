@@ -66,7 +66,8 @@ fn outcome(program: &Path, command: &mut Command) -> (i32, String, String) {
     (code_of(&ended), plain(&ended.stdout), plain(&ended.stderr))
 }
 
-/// In the arguments below: a free file, a file that is locked exclusively, a file that is locked shared, and a directory.
+/// In the arguments below: a free file, a file that is locked exclusively, a file that is locked shared, and a
+/// directory.
 const PLACES: [&str; 4] = ["{free}", "{held}", "{shared}", "{directory}"];
 
 /// Running commands.

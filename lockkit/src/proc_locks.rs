@@ -11,9 +11,9 @@
 //!   keep a lock, also an inherited one. The link of the descriptor gives the path.
 //!
 //! [`FileLocks::read`] reads both lists once, so a caller with many paths pays for one pass over /proc.
-//! [`FileLocks::read_table`] reads the first list alone. Both open only files of /proc and lock nothing, so they disturb no
-//! process. (A process that closes any descriptor of a file loses its fcntl locks on that file, so a library must not
-//! open the files of its caller.)
+//! [`FileLocks::read_table`] reads the first list alone. Both open only files of /proc and lock nothing, so they
+//! disturb no process. (A process that closes any descriptor of a file loses its fcntl locks on that file, so a library
+//! must not open the files of its caller.)
 //!
 //! [proc_locks(5)]: https://man7.org/linux/man-pages/man5/proc_locks.5.html
 //! [proc_pid_fdinfo(5)]: https://man7.org/linux/man-pages/man5/proc_pid_fdinfo.5.html
@@ -54,14 +54,15 @@ enum Mechanism {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LockHolders {
-    /// The processes that hold a lock, in ascending order. A process that a pid namespace hides is missing, and so is one
-    /// that holds only an `F_OFD_SETLK` lock if its descriptors were not read.
+    /// The processes that hold a lock, in ascending order. A process that a pid namespace hides is missing, and so is
+    /// one that holds only an `F_OFD_SETLK` lock if its descriptors were not read.
     pub pids: Vec<u32>,
     /// The number of waiters in the kernel.
     pub waiters: u32,
 }
 
-/// The locks on one file; `None` for a mechanism without a lock. Locks of one mechanism do not exclude those of the other.
+/// The locks on one file; `None` for a mechanism without a lock. Locks of one mechanism do not exclude those of the
+/// other.
 ///
 /// ```
 /// # let path = std::env::temp_dir().join(format!("lockkit-doc-locks-on-{}", std::process::id()));
@@ -167,8 +168,8 @@ impl FileLocks {
         Self::read_processes(None)
     }
 
-    /// Reads like [`read`](Self::read), and records the files that processes named `program` have open without a lock, for
-    /// [`open_files`](Self::open_files). The name is the one in `/proc/PID/comm`, of at most 15 bytes.
+    /// Reads like [`read`](Self::read), and records the files that processes named `program` have open without a lock,
+    /// for [`open_files`](Self::open_files). The name is the one in `/proc/PID/comm`, of at most 15 bytes.
     ///
     /// ```
     /// use lockkit::proc_locks::FileLocks;
@@ -247,15 +248,15 @@ impl FileLocks {
         }
     }
 
-    /// Returns the error of reading the kernel's table of locks, /proc/locks. After an error, a file without a lock in the
-    /// result may be locked all the same.
+    /// Returns the error of reading the kernel's table of locks, /proc/locks. After an error, a file without a lock in
+    /// the result may be locked all the same.
     pub fn table_error(&self) -> Option<&io::Error> {
         self.table_error.as_ref()
     }
 
     /// Returns the locked files of the processes that this process may inspect, by path. The result excludes deleted
-    /// files, and files whose path leads elsewhere in this mount namespace. After [`read_table`](Self::read_table) it is
-    /// empty.
+    /// files, and files whose path leads elsewhere in this mount namespace. After [`read_table`](Self::read_table) it
+    /// is empty.
     pub fn files(&self) -> impl Iterator<Item = (&Path, LocksOnFile)> {
         self.files.iter().filter_map(|(path, identity)| {
             let path = Path::new(path);

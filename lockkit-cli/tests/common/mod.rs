@@ -1,5 +1,5 @@
-//! What the tests of the command share. They use the command as people and scripts do: with real processes, real signals
-//! and real terminals.
+//! What the tests of the command share. They use the command as people and scripts do: with real processes, real
+//! signals and real terminals.
 
 // Each file of tests uses a part of it.
 #![allow(dead_code)]
