@@ -42,9 +42,9 @@ enum Mechanism {
 /// The holders and the waiters of all locks of one mechanism on one file.
 ///
 /// ```
-/// # let path = std::env::temp_dir().join(format!("lockkit-doc-holders-of-{}", std::process::id()));
 /// use lockkit::proc_locks::FileLocks;
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let path = std::env::temp_dir().join(format!("lockkit-doc-holders-of-{}", std::process::id()));
 /// let _guard = lockkit::FileLock::new(&path).lock()?;
 /// let flock = FileLocks::read().on(&path)?.flock.expect("a lock of flock(2)");
 /// assert_eq!((flock.pids, flock.waiters), (vec![std::process::id()], 0));
@@ -65,9 +65,9 @@ pub struct LockHolders {
 /// other.
 ///
 /// ```
-/// # let path = std::env::temp_dir().join(format!("lockkit-doc-locks-on-{}", std::process::id()));
 /// use lockkit::proc_locks::{FileLocks, LocksOnFile};
 /// # fn main() -> std::io::Result<()> {
+/// # let path = std::env::temp_dir().join(format!("lockkit-doc-locks-on-{}", std::process::id()));
 /// std::fs::write(&path, "not locked")?;
 /// assert_eq!(FileLocks::read_table().on(&path)?, LocksOnFile::default());
 /// # std::fs::remove_file(path)
@@ -85,11 +85,14 @@ pub struct LocksOnFile {
 /// A snapshot of the locks on files.
 ///
 /// ```
-/// # let path = std::env::temp_dir().join(format!("lockkit-doc-file-locks-{}", std::process::id()));
 /// use lockkit::proc_locks::FileLocks;
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let path = std::env::temp_dir().join(format!("lockkit-doc-file-locks-{}", std::process::id()));
 /// let _guard = lockkit::FileLock::new(&path).lock()?;
 /// let locks = FileLocks::read();
+/// if let Some(error) = locks.table_error() {
+///     eprintln!("some locks may be missing: {error}");
+/// }
 /// assert!(locks.on(&path)?.flock.is_some());
 /// for (path, on) in locks.files() {
 ///     println!("{}: {on:?}", path.display());
@@ -198,6 +201,11 @@ impl FileLocks {
 
     /// Reads like [`read`](Self::read), but only /proc/locks, in microseconds. The holder is then the process that
     /// acquired the lock, which may have passed it on to another, and no paths are known.
+    ///
+    /// ```
+    /// use lockkit::proc_locks::FileLocks;
+    /// assert_eq!(FileLocks::read_table().files().count(), 0);
+    /// ```
     pub fn read_table() -> Self {
         let mut locks = Self::default();
         // Read in one call: a change between two reads can show a line twice or not at all.
