@@ -208,8 +208,7 @@ impl FileLocks {
     /// ```
     pub fn read_table() -> Self {
         let mut locks = Self::default();
-        // Read in one call: a change between two reads can show a line twice or not at all.
-        match fs::read_to_string("/proc/locks") {
+        match read_table_text() {
             Ok(table) => {
                 for entry in table.lines().filter_map(parse) {
                     locks.table.entry(entry.file).or_default().push(entry);
@@ -320,6 +319,25 @@ impl FileLocks {
         });
         FileId { device, inode: found.ino() }
     }
+}
+
+/// Reads /proc/locks a page at a time, which is the most that the kernel returns at once. Between two reads a change of
+/// the table can hide a line or repeat one, and `fs::read_to_string` begins with reads of 32 bytes.
+fn read_table_text() -> io::Result<String> {
+    /// The largest page of any system.
+    const PAGE: usize = 1 << 16;
+    let mut file = fs::File::open("/proc/locks")?;
+    let (mut bytes, mut length) = (Vec::new(), 0);
+    loop {
+        bytes.resize(length + PAGE, 0);
+        match file.read(&mut bytes[length..]) {
+            Ok(0) => break,
+            Ok(read) => length += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(String::from_utf8_lossy(&bytes[..length]).into_owned())
 }
 
 /// Returns the devices of the file systems, by the id of the mount.
