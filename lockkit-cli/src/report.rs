@@ -18,7 +18,7 @@ use lockkit::{
 use serde::Serialize;
 
 use crate::failure::{Failure, code};
-use crate::locks::{self, FileLocks, LockHolders, LocksOnFile, Owners};
+use crate::locks::{FileLocks, LockHolders, LocksOnFile, Owners};
 use crate::style::{BAD, GOOD, ODD, TITLE, paint, plain};
 use crate::target::{self, ScopeArgument, Target};
 
@@ -587,7 +587,7 @@ fn tried(path: &Path) -> Result<Option<(Kind, Option<u32>)>, Failure> {
         opened => opened.map_err(|error| unreadable(path, error))?,
     };
     #[cfg(target_os = "linux")]
-    if let Ok(Some(pid)) = locks::fcntl_holder(&file) {
+    if let Ok(Some(pid)) = crate::locks::fcntl_holder(&file) {
         return Ok(Some((Kind::Fcntl, pid)));
     }
     // The try of another process looks like a holder, so only several failed tries count as a holder.
