@@ -61,7 +61,7 @@ fn built() -> PathBuf {
     let target = program.ancestors().find(|directory| directory.ends_with("release")).and_then(Path::parent);
     let target = target.expect("benches are built in release mode");
     let mut cargo = Command::new(env!("CARGO"));
-    cargo.args(["build", "--quiet", "--release", "--package", "lockkit", "--features", "cli", "--bin", "lockkit"]);
+    cargo.args(["build", "--quiet", "--release", "--package", "lockkit-cli", "--bin", "lockkit"]);
     cargo.arg("--target-dir").arg(target).current_dir(env!("CARGO_MANIFEST_DIR"));
     assert!(cargo.status().expect("cargo is there").success(), "the command could not be built");
     target.join("release/lockkit")

@@ -2,12 +2,11 @@
 
 use std::io::Write;
 
-use clap::CommandFactory;
 use clap_complete::Shell;
 
 use crate::failure::{Failure, Outcome, code};
 
-/// Print a script that completes lockkit's arguments in a shell.
+/// Prints a script that completes lockkit's arguments in a shell.
 #[derive(clap::Args)]
 #[command(after_help = "Example: lockkit completions bash > ~/.local/share/bash-completion/completions/lockkit")]
 pub(crate) struct Completions {
@@ -16,9 +15,10 @@ pub(crate) struct Completions {
 }
 
 impl Completions {
-    pub(crate) fn carry_out(self) -> Outcome {
+    /// Prints the script for `command`, the whole command line.
+    pub(crate) fn carry_out(self, command: &mut clap::Command) -> Outcome {
         let mut script = Vec::new();
-        clap_complete::generate(self.shell, &mut crate::Cli::command(), "lockkit", &mut script);
+        clap_complete::generate(self.shell, command, "lockkit", &mut script);
         std::io::stdout().write_all(&script).map_err(|error| Failure::io("write the script", error))?;
         Ok(code::OK)
     }

@@ -14,28 +14,28 @@ use std::time::{Duration, Instant, SystemTime};
 use lockkit::{CancelToken, LockManager, ShmLockManager, Wait};
 use rustix::fs::{AtFlags, CWD, FlockOperation, OFlags, flock, linkat, statfs};
 use rustix::io::{Errno, retry_on_intr};
-use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, set_parent_process_death_signal, waitpid};
 use serde::Serialize;
 
 use crate::failure::{Failure, Outcome, code};
 use crate::report;
-use crate::style::{BAD, GOOD, ODD, TITLE, paint};
+use crate::style::{BAD, GOOD, ODD, TITLE, paint, plain};
 use crate::supervise::Signals;
 use crate::sys;
 
-/// Find out whether the file system of a directory can be trusted with locks, and with which.
+/// Tests which kinds of lock are reliable on the file system of a directory.
 ///
-/// It tries, with two processes: whether flock excludes, whether a kill releases, whether links and renames are
-/// indivisible, how fine the clock of the files is, and whether tables of locks work there. The exit code is 0 when
-/// every kind of lock can be used, 1 when some cannot, and 2 when none on files can.
+/// The test runs two processes. It checks whether flock excludes the other process, whether a kill releases the lock,
+/// and whether links and renames are atomic. It measures the resolution of the file clock, and checks whether tables of
+/// locks work. The exit code is 0 if every kind of lock can be used, 1 if some kinds cannot, and 2 if no kind on files
+/// can.
 #[derive(clap::Args)]
 #[command(after_help = "Example: lockkit doctor /srv/shared")]
 pub(crate) struct Doctor {
-    /// The directory. Something is made in it for a moment.
+    /// The directory. The test creates a directory in it, and removes it at the end.
     #[arg(value_name = "DIR")]
     directory: PathBuf,
-    /// Write JSON: {"version":1,"folder":…,"filesystem":{…},"checks":[…],"advice":[…]}, as docs/CLI.md has it.
+    /// Writes JSON: {"version":1,"folder":…,"filesystem":{…},"checks":[…],"advice":[…]}; see docs/CLI.md.
     #[arg(long)]
     json: bool,
 }
@@ -206,8 +206,7 @@ struct Second(Pid);
 impl Second {
     /// Starts it, and returns once it has reported that it is ready.
     fn start(work: impl FnOnce(&mut File) -> io::Result<()>) -> Result<Self, String> {
-        let (ready, word) = pipe_with(PipeFlags::CLOEXEC).map_err(told)?;
-        let (mut ready, mut word) = (File::from(ready), File::from(word));
+        let (mut ready, mut word) = sys::pipe().map_err(told)?;
         match sys::fork().map_err(told)? {
             None => {
                 drop(ready);
@@ -519,7 +518,7 @@ impl Report {
             writeln!(
                 out,
                 "{} is on {} ({magic:#x}), a file system {reach}.",
-                report::plain(&self.directory),
+                plain(&self.directory),
                 paint(TITLE, kind)
             )?;
             for check in &self.checks {

@@ -10,8 +10,7 @@ use std::io::{self, Write};
 
 use lockkit::ErrorKind;
 
-use crate::report::plain;
-use crate::style;
+use crate::style::{self, plain};
 
 /// The exit code of a command that worked, or the failure.
 pub(crate) type Outcome = Result<u8, Failure>;

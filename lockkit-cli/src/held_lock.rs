@@ -9,8 +9,8 @@ use std::time::Duration;
 use lockkit::{FileGuard, LeaseGuard, NamedGuard, Owner, PidGuard, Recovered};
 
 use crate::failure::{Failure, code};
-use crate::report::plain;
-use crate::supervise::LossPipe;
+use crate::loss::LossPipe;
+use crate::style::plain;
 
 /// A lock that is held.
 pub(crate) enum HeldLock {

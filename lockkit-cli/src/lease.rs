@@ -12,43 +12,43 @@ use crate::report;
 use crate::status::Form;
 use crate::target;
 
-/// Look at leases, and take them from who has them.
+/// Shows leases, and releases them or takes them from their holders.
 #[derive(clap::Subcommand)]
 #[command(after_help = "Example: lockkit lease show /srv/shared/leader")]
 pub(crate) enum LeaseCommand {
-    /// Show who holds a lease, under which token, and for how long. Exits as status does: 0 free, 1 held, 2 stale.
+    /// Shows the holder of a lease, its token, and the remaining time. Exits with 0 if free, 1 if held, 2 if stale.
     #[command(after_help = "Example: lockkit lease show file:///srv/shared/leader --json")]
     Show {
         /// The lease.
         #[arg(value_name = "PATH|URL")]
         lease: OsString,
-        /// Write JSON: {"version":1,"lock":{…}}, as docs/CLI.md has it.
+        /// Writes JSON: {"version":1,"lock":{…}}; see docs/CLI.md.
         #[arg(long)]
         json: bool,
     },
-    /// Make a lease free that nobody has a use for: one that is stale, or one whose token you know.
+    /// Releases a stale lease, or a held lease whose token is given.
     ///
-    /// A lease that somebody holds is only released with its token, which lockkit run gives to its program as
-    /// LOCKKIT_TOKEN. To take it from a holder, use steal.
+    /// A held lease is released only with its token. lockkit run passes the token to its program as LOCKKIT_TOKEN. The
+    /// command steal takes a lease from its holder without the token.
     #[command(after_help = "Example: lockkit lease release /srv/shared/leader --token \"$LOCKKIT_TOKEN\"")]
     Release {
         /// The lease.
         #[arg(value_name = "PATH|URL")]
         lease: OsString,
-        /// The token under which it is held.
+        /// The token of the holder.
         #[arg(long, value_name = "N")]
         token: Option<u64>,
     },
-    /// Take a lease from its holder, and leave it free.
+    /// Takes a lease from its holder, and leaves it free.
     ///
-    /// The holder is not asked. It learns of it at its next heartbeat, and until then believes that it holds the lease:
-    /// make sure that it is gone, or that what the lease guards refuses an old token.
+    /// The holder is not asked. It notices the loss at its next heartbeat, and acts as the holder until then. Before
+    /// the call, stop the holder, or make sure that the guarded resource rejects an old token.
     #[command(after_help = "Example: lockkit lease steal /srv/shared/leader --yes")]
     Steal {
         /// The lease.
         #[arg(value_name = "PATH|URL")]
         lease: OsString,
-        /// Do not ask.
+        /// Does not ask for a confirmation.
         #[arg(long, short)]
         yes: bool,
     },

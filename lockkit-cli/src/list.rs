@@ -24,26 +24,25 @@ use crate::style::{TITLE, paint};
 use crate::supervise::KEEPER;
 use crate::target;
 
-/// List the locks that are held: kind, name, state, waiters and holders.
+/// Lists the locks that are held: kind, name, state, waiters and holders.
 ///
-/// Shown are the named locks of this user and of the machine; of the processes of this user, or of everybody for root,
-/// the files that they have locked by flock(2) or fcntl(2), the leases under which lockkit runs programs, and the tables
-/// in shared memory that they use; the pidfiles in /run, and the tables in /dev/shm. What else there is, such as the
-/// leases of other programs, is found in the files and directories that are given.
+/// The list has the named locks of this user and of the machine, the pidfiles in /run, and the tables in /dev/shm. Of
+/// the processes of this user, or of all users for root, it has the files locked by flock(2) or fcntl(2), the leases
+/// under which lockkit runs programs, and the tables in use in shared memory. Other locks, such as the leases of other
+/// programs, are found only in the given files and directories.
 ///
-/// Of a directory that is given, stale locks are shown, too, and as unknown those files that this user may not read. A
-/// file that is given is shown whatever its state. The exit code is 77 when a file or directory that is given may not be
-/// read.
+/// For a given directory the list also has stale locks, and shows files that this user may not read as unknown. A given
+/// file is listed in any state. The exit code is 77 if a given file or directory may not be read.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
   lockkit list
-  lockkit list /srv/shared             Also what is in this directory.
+  lockkit list /srv/shared             Also lists the locks in this directory.
   lockkit list --json | jq -r '.locks[] | select(.kind == \"named\") | .name'")]
 pub(crate) struct List {
-    /// Files, also of free locks, and directories in which to look for leases, pidfiles and tables.
+    /// Files to list in any state, and directories to search for leases, pidfiles and tables.
     paths: Vec<PathBuf>,
-    /// Write JSON: {"version":1,"locks":[…]}, as docs/CLI.md has it.
+    /// Writes JSON: {"version":1,"locks":[…]}; see docs/CLI.md.
     #[arg(long)]
     json: bool,
 }

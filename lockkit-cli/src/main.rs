@@ -1,9 +1,17 @@
 //! `lockkit`, the command: runs a program under a lock, and shows the holders of locks.
 //!
 //! It serves people without Rust code, and the inspection of locks. Each subcommand is a module with its arguments and
-//! its code. Shared code is in `failure` (a failure as a sentence, and its exit code), `target` (how a command line
-//! names a lock), `report` (the information about one lock, as text and as JSON) and `style` (colours). Called under
-//! the name `flock`, it is flock(1): see `flock`.
+//! its code. A module uses only modules below it:
+//!
+//! | floor | modules |
+//! |---|---|
+//! | subcommands | `run`, `flock`, `list`, `table`, `lease`, `status`, `wait`, `pidfile`, `doctor`, `completions`, `man` |
+//! | the program of `run` | `supervise`, above `held_lock` (the lock), above `loss` (the report that a lease is lost) |
+//! | the display of a wait | `progress` |
+//! | the state of a lock | `report`, above `target` (how a command line names a lock) and `locks` (the kernel's lists) |
+//! | base | `failure` (a failure as a sentence, and its exit code), `style` (colours), `sys` (system calls) |
+//!
+//! Called under the name `flock`, the command is flock(1): see `flock`.
 //!
 //! It works on Linux, where it uses pidfds, signalfd and /proc, and on Windows, where `flock` and `doctor` do not
 //! exist.
@@ -23,6 +31,7 @@ mod held_lock;
 mod lease;
 mod list;
 mod locks;
+mod loss;
 mod man;
 mod pidfile;
 mod progress;
@@ -44,7 +53,7 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use failure::{Failure, Outcome, code};
 
-/// Locks from the command line: run a program under a lock, and see who holds what.
+/// Runs programs under locks between processes, and shows the holders of locks.
 #[derive(Parser)]
 #[command(name = "lockkit", version, styles = style::HELP, max_term_width = 100, after_help = EXAMPLES)]
 #[command(subcommand_required = true, arg_required_else_help = true)]
@@ -57,22 +66,22 @@ const EXAMPLES: &str = "\
 Examples:
   lockkit run --name backup -- rsync -a /home /mnt     Only one backup runs at a time.
   lockkit run --try --pidfile /run/app.pid -- app      Fails with 75 if app runs already.
-  lockkit list                                         Shows who holds what.
-  lockkit status backup && echo free                   Tells by its exit code: 0 free, 1 held, 2 stale.
-  lockkit doctor /srv/shared                           Says which locks can be trusted there.
+  lockkit list                                         Shows the locks and their holders.
+  lockkit status backup && echo free                   Exits with 0 if free, 1 if held, 2 if stale.
+  lockkit doctor /srv/shared                           Shows which locks are reliable there.
 
-Exit codes besides those of each command: 64 for arguments that make no sense, 65 for a file that is no lock, 66 for a
-missing file, 69 for what this build or system cannot do, 74 for a failure of the system, 75 for a lock that is held,
-77 for what this user may not do.";
+Exit codes besides those of each command: 64 for invalid arguments, 65 for a file that is no lock, 66 for a missing \
+file, 69 for a request that this build or system does not support, 74 for a failure of the system, 75 for a lock that is \
+held, 77 for a missing permission.";
 
 #[derive(Subcommand)]
 enum Command {
     Run(run::Run),
     // Its arguments are flock(1)'s, which clap cannot parse.
-    /// Do what flock(1) does, with its options, exit codes and messages.
+    /// Does what flock(1) does, with its options, exit codes and messages.
     #[command(disable_help_flag = true, after_help = "Example: lockkit flock -n /tmp/backup.lock rsync -a /home /mnt")]
     Flock {
-        /// What flock(1) takes; `lockkit flock --help` shows it.
+        /// The arguments of flock(1); `lockkit flock --help` shows them.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
@@ -87,7 +96,7 @@ enum Command {
     Table(table::Table),
     #[cfg(target_os = "linux")]
     Doctor(doctor::Doctor),
-    /// Not on this system: docs/PLATFORM.md says which locks can be trusted where.
+    /// Is not available on this system; docs/PLATFORM.md lists the reliable locks of each system.
     #[cfg(not(target_os = "linux"))]
     #[command(hide = true)]
     Doctor {
@@ -187,8 +196,8 @@ impl Command {
             Self::Doctor(doctor) => doctor.carry_out(),
             #[cfg(not(target_os = "linux"))]
             Self::Doctor { .. } => Err(Failure::new(code::UNAVAILABLE, "doctor tries what only Linux has")),
-            Self::Completions(completions) => completions.carry_out(),
-            Self::Man(man) => man.carry_out(),
+            Self::Completions(completions) => completions.carry_out(&mut Cli::command()),
+            Self::Man(man) => man.carry_out(Cli::command()),
         }
     }
 }
@@ -198,7 +207,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_arguments_are_consistent() {
+    fn argument_definitions_are_consistent() {
         Cli::command().debug_assert();
     }
 }

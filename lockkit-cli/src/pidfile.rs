@@ -7,37 +7,38 @@ use serde::Serialize;
 
 use crate::failure::{Failure, Outcome, code};
 use crate::report::{self, Report, State};
+use crate::style::plain;
 use crate::target;
 
-/// Look at pidfiles, and remove stale ones.
+/// Checks pidfiles, and removes stale ones.
 #[derive(clap::Subcommand)]
 #[command(after_help = "Example: lockkit pidfile check /run")]
 pub(crate) enum Pidfile {
-    /// Show whose pidfiles these are, and whether those processes live.
+    /// Shows the processes of pidfiles, and whether they are alive.
     ///
-    /// The exit code is 1 when the process of a pidfile lives or may live, else 2 when one is stale, and else 0: none is
-    /// there, or all are blank. It is 65 when a file is no pidfile, 66 for a path that leads nowhere, and 77 when a file
-    /// cannot be read.
+    /// The exit code is 1 if the process of a pidfile is alive or may be alive. Otherwise it is 2 if a pidfile is
+    /// stale, and 0 if there is no pidfile or all are blank. It is 65 if a file is no pidfile, 66 for a path that does
+    /// not exist, and 77 if a file cannot be read.
     #[command(after_help = "Example: lockkit pidfile check /run/sshd.pid /run/crond.pid")]
     Check {
-        /// Pidfiles, and directories, of which those files count whose names end with .pid.
+        /// Pidfiles, and directories. In a directory only files whose names end with .pid count.
         #[arg(required = true, value_name = "PATH|DIR")]
         paths: Vec<PathBuf>,
-        /// Write JSON: {"version":1,"locks":[…]}, as docs/CLI.md has it.
+        /// Writes JSON: {"version":1,"locks":[…]}; see docs/CLI.md.
         #[arg(long)]
         json: bool,
     },
-    /// Remove the pidfiles whose processes are proven dead, and no others.
+    /// Removes the pidfiles whose processes are proven dead, and no others.
     ///
-    /// A file that names a process of another host, or is blank, stays. So does one that is no pidfile, with exit code 65,
-    /// and a symbolic or hard link, with 77. Other takers are kept out while a file is judged and removed, so no new owner
-    /// loses its own.
+    /// A blank file stays, and so does a file that names a process of another host. A file that is no pidfile stays,
+    /// with exit code 65. A symbolic or hard link stays, with exit code 77. No other process can acquire a pidfile
+    /// during its check and removal, so no new owner loses its file.
     #[command(after_help = "Example: lockkit pidfile clean --dry-run /var/run/app")]
     Clean {
-        /// Pidfiles, and directories, of which those files count whose names end with .pid.
+        /// Pidfiles, and directories. In a directory only files whose names end with .pid count.
         #[arg(required = true, value_name = "PATH|DIR")]
         paths: Vec<PathBuf>,
-        /// Only judge the files, and say what would be removed or refused.
+        /// Only checks the files, and prints which would be removed or refused.
         #[arg(long)]
         dry_run: bool,
     },
@@ -102,7 +103,7 @@ fn clean_one(path: &Path, dry_run: bool) -> lockkit::Result<Option<String>> {
         true => (PidFile::is_stale(path)?, "would remove"),
         false => (PidFile::remove_stale(path)?, "removed"),
     };
-    Ok(stale.then(|| format!("{done} {}{left_by}", report::plain(&path.display().to_string()))))
+    Ok(stale.then(|| format!("{done} {}{left_by}", plain(&path.display().to_string()))))
 }
 
 /// Prints why one of the files was not judged. The others are judged nevertheless.
@@ -119,7 +120,7 @@ fn all(paths: &[PathBuf], worst: &mut Option<u8>) -> Result<Vec<PathBuf>, Failur
         if !path.is_dir() {
             match path.symlink_metadata() {
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                    let text = report::plain(&path.display().to_string());
+                    let text = plain(&path.display().to_string());
                     report(Failure::new(code::NO_INPUT, format!("cannot look at {text}: {error}")), worst);
                 }
                 // Other problems are reported when the file is judged.

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use lockkit::Owner;
 
 use crate::failure::note;
-use crate::report::plain;
+use crate::style::plain;
 
 /// The audience of the display.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

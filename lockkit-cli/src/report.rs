@@ -18,8 +18,8 @@ use lockkit::{
 use serde::Serialize;
 
 use crate::failure::{Failure, code};
-use crate::locks::{self, FileLocks, LockHolders, LocksOnFile, Owners};
-use crate::style::{BAD, GOOD, ODD, TITLE, paint};
+use crate::locks::{FileLocks, LockHolders, LocksOnFile, Owners};
+use crate::style::{BAD, GOOD, ODD, TITLE, paint, plain};
 use crate::target::{self, ScopeArgument, Target};
 
 /// The version of the JSON forms.
@@ -142,20 +142,6 @@ impl Holder {
             None => format!("{}{stopped}", self.owner.describe()),
         }
     }
-}
-
-/// Escapes control characters, which any user can put into a file's name, because they would reach the terminal. Also
-/// escapes the marks that reverse or hide text.
-pub(crate) fn plain(text: &str) -> String {
-    let misleads = |letter: char| matches!(letter, '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
-    let mut shown = String::with_capacity(text.len());
-    for letter in text.chars() {
-        match letter.is_control() || misleads(letter) {
-            true => shown.extend(letter.escape_default()),
-            false => shown.push(letter),
-        }
-    }
-    shown
 }
 
 fn rfc3339(moment: SystemTime) -> String {
@@ -601,7 +587,7 @@ fn tried(path: &Path) -> Result<Option<(Kind, Option<u32>)>, Failure> {
         opened => opened.map_err(|error| unreadable(path, error))?,
     };
     #[cfg(target_os = "linux")]
-    if let Ok(Some(pid)) = locks::fcntl_holder(&file) {
+    if let Ok(Some(pid)) = crate::locks::fcntl_holder(&file) {
         return Ok(Some((Kind::Fcntl, pid)));
     }
     // The try of another process looks like a holder, so only several failed tries count as a holder.

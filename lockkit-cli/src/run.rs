@@ -12,76 +12,78 @@ use lockkit::{CancelToken, FileLock, Owner, PidFile, PidStatus, Wait};
 use crate::failure::{Failure, Outcome, code, note};
 use crate::held_lock::{HeldLock, Job};
 use crate::locks::FileLocks;
+use crate::loss;
 use crate::progress::{self, Audience};
 use crate::supervise::{self, Signals};
 use crate::target::{self, ScopeArgument};
 
-/// Run a program while holding a lock.
+/// Runs a program while holding a lock.
 ///
-/// The exit status is the program's own, or 128 and the number of the signal that ended it. SIGINT, SIGTERM, SIGHUP,
-/// SIGQUIT, SIGUSR1 and SIGUSR2 are passed on to it. The lock is released when the program ends, whatever it leaves
-/// running, and not before: it stays held while the program lives even if lockkit is killed. (On Windows Ctrl-C reaches
-/// the program by itself, and when lockkit is killed the program and all that it started end with it.)
+/// The exit status is the program's own, or 128 plus the number of the signal that ended it. lockkit passes SIGINT,
+/// SIGTERM, SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2 on to the program. The lock is released when the program ends, even if
+/// processes that it started continue. The lock stays held while the program lives, even if lockkit is killed. (On
+/// Windows the console sends Ctrl-C to the program, too. If lockkit is killed there, the program and all processes that
+/// it started end with it.)
 ///
-/// While it waits on a terminal it shows what it waits for and who holds it.
+/// A wait on a terminal shows the lock and its holder.
 ///
-/// The program finds in LOCKKIT_TOKEN the fencing token of a lease, and in LOCKKIT_RECOVERED who died holding the lock
-/// before, if anybody did.
+/// The program gets two variables: LOCKKIT_TOKEN, the fencing token of a lease, and LOCKKIT_RECOVERED, the previous
+/// owner, if that died holding the lock.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
-  lockkit run --name backup -- rsync -a /home /mnt        Waits for its turn.
-  lockkit run --try --quiet --name backup -- rsync …      Gives up with 75 while another one runs.
-  lockkit run --file /srv/data --shared -- tar cf - /srv  Reads while nobody writes.
+  lockkit run --name backup -- rsync -a /home /mnt        Waits until the lock is free.
+  lockkit run --try --quiet --name backup -- rsync …      Exits with 75 while another one runs.
+  lockkit run --file /srv/data --shared -- tar cf - /srv  Reads while no process writes.
   lockkit run --pidfile /run/app.pid -- app --foreground  Keeps a pidfile with the pid of app.
-  lockkit run --lease /srv/shared/leader -- lead          Ends lead when the lease is lost.")]
+  lockkit run --lease /srv/shared/leader -- lead          Ends lead if the lease is lost.")]
 #[command(group = clap::ArgGroup::new("lock").required(true))]
 pub(crate) struct Run {
-    /// The lock with this name.
+    /// Uses the named lock with this name.
     #[arg(long, value_name = "NAME", group = "lock")]
     name: Option<String>,
-    /// The lock on this file or directory, as flock(1) takes it.
+    /// Uses the lock on this file or directory, as flock(1) does.
     #[arg(long, value_name = "PATH", group = "lock")]
     file: Option<PathBuf>,
-    /// The pidfile at this path, which then names the program.
+    /// Uses the pidfile at this path, which then contains the program's pid.
     #[arg(long, value_name = "PATH", group = "lock")]
     pidfile: Option<PathBuf>,
-    /// The lease at this path or URL: file:///path, and with the engines of this build etcd://…, postgres://… and
-    /// redis://…. When it is lost the program is ended.
+    /// Uses the lease at this path or URL: file:///path, and etcd://…, postgres://… or redis://… if this build has the
+    /// feature of that name. If the lease is lost, the program is ended.
     #[arg(long, value_name = "PATH|URL", group = "lock")]
     lease: Option<OsString>,
-    /// Who shares the name.
+    /// The processes that share the name.
     #[arg(long, value_enum)]
     scope: Option<ScopeArgument>,
-    /// Share the lock on the file with others who share it.
+    /// Acquires the lock on the file shared, together with other shared holders.
     #[arg(long)]
     shared: bool,
-    /// The permissions of a file that is made for the lock, in octal, exactly: the umask takes none away. Unless told
-    /// otherwise 666 for --file and 644 for --pidfile, less the umask, and 600 for --lease.
+    /// The permissions of a file that is created for the lock, in octal, exactly: the umask does not apply. The default
+    /// is 666 for --file and 644 for --pidfile, less the umask, and 600 for --lease.
     #[arg(long, value_name = "OCTAL", value_parser = mode)]
     mode: Option<u32>,
-    /// Make the missing directories above the file, too. They stay.
+    /// Creates missing directories above the file, too. They are not removed.
     #[arg(long)]
     create_parents: bool,
-    /// Give up at once when the lock is held.
+    /// Gives up at once if the lock is held.
     #[arg(long = "try", conflicts_with = "timeout")]
     try_once: bool,
-    /// Give up after this time, such as 5s or "1m 30s".
+    /// Gives up after this time, such as 5s or "1m 30s".
     #[arg(long, value_name = "TIME", value_parser = target::duration)]
     timeout: Option<Duration>,
     /// The exit code after giving up.
     #[arg(long, value_name = "N", default_value_t = code::TEMPORARY)]
     exit_code: u8,
-    /// How long the lease lasts without a renewal.
+    /// The time after which the lease expires without a renewal.
     #[arg(long, value_name = "TIME", value_parser = target::duration)]
     ttl: Option<Duration>,
-    /// How long a program may take to end after its lease was lost, before it is killed; 5s unless told otherwise.
+    /// The time that the program may take to end after its lease is lost. Then it is killed. The default is 5s.
     #[arg(long, value_name = "TIME", value_parser = target::duration)]
     grace: Option<Duration>,
-    /// Say nothing when the lock is not taken, and while waiting for it.
+    /// Prints nothing during a wait, or if the lock is not acquired.
     #[arg(long, short)]
     quiet: bool,
-    /// Tell of waits also where no terminal is, and of a previous owner that died.
+    /// Reports waits also without a terminal, and a previous owner that died.
     #[arg(long, short, conflicts_with = "quiet")]
     verbose: bool,
     /// The program and its arguments.
@@ -203,7 +205,7 @@ impl Run {
     /// Runs the program under a lease, as [`hold`](Self::hold) does for other locks: in a separate process, which
     /// continues when this one is killed.
     fn lead(&self, given: &OsStr, wait: &Wait) -> Outcome {
-        let (loss, on_lost) = supervise::loss()?;
+        let (loss, on_lost) = loss::loss()?;
         let lease = target::lease(given, |builder| {
             let mut builder = builder.on_lost(on_lost);
             if let Some(ttl) = self.ttl {

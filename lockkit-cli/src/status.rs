@@ -9,15 +9,15 @@ use crate::locks::FileLocks;
 use crate::report::{self, Report};
 use crate::target::{self, ScopeArgument, Target};
 
-/// Show whether a lock is held, and by whom.
+/// Shows whether a lock is held, and its holders.
 ///
-/// The exit code is 0 when it is free, 1 when it is held, and 2 when it is stale: its owner died or its time ran out,
-/// and the next process to come takes it over. It is 77 when this user may not read what would tell, and then says
-/// nothing of the lock.
+/// The exit code is 0 if the lock is free, 1 if it is held, and 2 if it is stale. The owner of a stale lock died or its
+/// time ran out, and the next acquisition takes the lock over. The exit code is 77 if this user may not read the state,
+/// which leaves the state unknown.
 ///
-/// What has :// in it is the URL of a lease, what has a slash a path, anything else a name. Whether a path is that of a
-/// lease, a pidfile, a table of locks or any other file is told by its content, and of a pidfile by the extension .pid.
-/// Of any other file it tells the locks of flock(2), and if there are none, those of fcntl(2).
+/// An argument with :// is the URL of a lease, an argument with a slash is a path, and any other argument is a name.
+/// The content of a file shows whether it is a lease, a pidfile or a table of locks; the extension .pid also marks a
+/// pidfile. For any other file the locks of flock(2) are shown, and if there are none, the locks of fcntl(2).
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -28,13 +28,13 @@ pub(crate) struct Status {
     /// The name or the path of the lock, or the URL of a lease.
     #[arg(value_name = "NAME|PATH|URL")]
     place: OsString,
-    /// Who shares the name.
+    /// The processes that share the name.
     #[arg(long, value_enum, default_value_t)]
     scope: ScopeArgument,
-    /// Say nothing; the exit code tells.
+    /// Prints nothing; the exit code shows the state.
     #[arg(long, short, conflicts_with = "json")]
     quiet: bool,
-    /// Write JSON: {"version":1,"lock":{…}}, as docs/CLI.md has it.
+    /// Writes JSON: {"version":1,"lock":{…}}; see docs/CLI.md.
     #[arg(long)]
     json: bool,
 }

@@ -28,7 +28,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use lockkit::{CancelToken, Loss};
+use lockkit::CancelToken;
 use nix::sys::signal::{SigSet, Signal as NixSignal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
@@ -38,7 +38,6 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags,
     SocketType, recvmsg, sendmsg, socketpair,
 };
-use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitOptions, WaitStatus, getpgid, getpgrp, getpid, getppid, getsid, kill_process,
     pidfd_open, pidfd_send_signal, set_child_subreaper, set_parent_process_death_signal, setsid, test_kill_process,
@@ -47,21 +46,11 @@ use rustix::process::{
 
 use crate::failure::{Failure, Outcome, code};
 use crate::held_lock::{self, HeldLock, Job};
+use crate::loss::LossPipe;
 use crate::sys;
 
 /// The name of a process that keeps a lock for a program.
 pub(crate) const KEEPER: &CStr = c"lock-keeper";
-
-/// Delivers the reason of a loss, as text.
-pub(crate) struct LossPipe(File);
-
-/// Makes a pipe for the loss of a lease, and the function that writes to it.
-pub(crate) fn loss() -> Result<(LossPipe, impl Fn(&Loss) + Send + Sync + use<>), Failure> {
-    let (reader, writer) = pipe()?;
-    Ok((LossPipe(reader), move |loss: &Loss| {
-        let _ = (&writer).write_all(format!("{} is lost: {}", loss.lock, loss.reason).as_bytes());
-    }))
-}
 
 /// Returns a descriptor that keeps the lock, if one does.
 fn descriptor_of(hold: &HeldLock) -> Result<Option<OwnedFd>, Failure> {
@@ -200,8 +189,7 @@ fn fork() -> Result<Option<Pid>, Failure> {
 
 /// Makes a pipe: the reader and the writer. No started program inherits either.
 fn pipe() -> Result<(File, File), Failure> {
-    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).map_err(|error| Failure::io("make a pipe", error))?;
-    Ok((reader.into(), writer.into()))
+    sys::pipe().map_err(|error| Failure::io("make a pipe", error))
 }
 
 /// Whether this is the first process of a pid namespace, as of a container: it inherits the orphans, and no signal ends

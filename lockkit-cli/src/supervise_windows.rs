@@ -14,24 +14,14 @@
 
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::channel;
 
-use lockkit::{CancelToken, Loss};
+use lockkit::CancelToken;
 
 use crate::failure::{Failure, Outcome, code};
 use crate::held_lock::{self, HeldLock, Job};
+use crate::loss::LossPipe;
 use crate::sys::{self, Cage};
-
-/// Delivers the reason of a loss, as text.
-pub(crate) struct LossPipe(Receiver<String>);
-
-/// Makes a channel for the loss of a lease, and the function that writes to it.
-pub(crate) fn loss() -> Result<(LossPipe, impl Fn(&Loss) + Send + Sync + use<>), Failure> {
-    let (send, receive) = channel();
-    Ok((LossPipe(receive), move |loss: &Loss| {
-        let _ = send.send(format!("{} is lost: {}", loss.lock, loss.reason));
-    }))
-}
 
 /// There are no signals; until the program runs, Ctrl-C ends this process, and so the wait for the lock.
 pub(crate) struct Signals(());

@@ -13,7 +13,7 @@ use crate::report;
 use crate::status::Form;
 use crate::target::Target;
 
-/// Make tables of numbered locks, and give out their numbers.
+/// Creates tables of numbered locks, and allocates their numbers.
 #[derive(clap::Subcommand)]
 #[command(after_help = "\
 Examples:
@@ -21,37 +21,37 @@ Examples:
   id=$(lockkit table allocate /dev/shm/app.locks)
   lockkit table free /dev/shm/app.locks \"$id\"")]
 pub(crate) enum Table {
-    /// Make a table, where nothing may be yet.
+    /// Creates a table at a path that does not exist.
     #[command(after_help = "Example: lockkit table create /dev/shm/app.locks --capacity 2048")]
     Create {
-        /// Where, best in a file system in memory.
+        /// The path of the table, preferably in a file system in memory.
         path: PathBuf,
-        /// How many locks it has.
+        /// The number of locks in the table.
         #[arg(long, value_name = "N", default_value_t = 2048)]
         capacity: u32,
-        /// Make it a directory with a file for each lock, instead of shared memory. It has no capacity.
+        /// Creates a directory with a file for each lock, instead of shared memory. It has no capacity.
         #[arg(long, conflicts_with = "capacity")]
         directory: bool,
     },
-    /// Show who holds which locks, and how many are left to allocate.
+    /// Shows the holders of the locks, and how many locks are left to allocate.
     #[command(after_help = "Example: lockkit table list /dev/shm/app.locks --json")]
     List {
         /// The table.
         path: PathBuf,
-        /// Write JSON: {"version":1,"lock":{…}}, as docs/CLI.md has it.
+        /// Writes JSON: {"version":1,"lock":{…}}; see docs/CLI.md.
         #[arg(long)]
         json: bool,
     },
-    /// Allocate a lock, and print its number.
+    /// Allocates a lock, and prints its number.
     #[command(after_help = "Example: id=$(lockkit table allocate /dev/shm/app.locks)")]
     Allocate {
         /// The table.
         path: PathBuf,
-        /// This very one, which must be free.
+        /// The number of the lock to allocate. It must be free.
         #[arg(long, value_name = "ID")]
         at: Option<u32>,
     },
-    /// Give numbers back, so that they can be allocated again.
+    /// Frees numbers, so that they can be allocated again.
     #[command(after_help = "Example: lockkit table free /dev/shm/app.locks 17 18")]
     Free {
         /// The table.
@@ -59,27 +59,28 @@ pub(crate) enum Table {
         /// The numbers.
         #[arg(required_unless_present = "all", value_name = "ID")]
         ids: Vec<u32>,
-        /// All of them. Whoever has a number written down goes on using it, while others are given it anew.
+        /// Frees all numbers. A program that still uses an old number then shares it with the next program that gets
+        /// it.
         #[arg(long, conflicts_with = "ids")]
         all: bool,
-        /// Do not ask before freeing all.
+        /// Frees all numbers without asking for a confirmation.
         #[arg(long, short)]
         yes: bool,
     },
-    /// Free all locks, and give each number that is in use a new one.
+    /// Frees all locks, and gives each number that is in use a new one.
     ///
-    /// For when numbers were given out twice, or not given back by programs that are gone. It reads the numbers
-    /// in use, one for each thing that has a lock, from the arguments or the standard input, and prints each with its
-    /// new number. A number that comes twice is given two. Nobody may use the table meanwhile: it is refused while a
-    /// lock is held.
+    /// This repairs a table whose numbers were given out twice, or were not freed by programs that have ended. The
+    /// command reads the numbers in use, one for each object that has a lock, from the arguments or the standard input.
+    /// It prints each with its new number. A number that appears twice gets two new numbers. No program may use the
+    /// table meanwhile: the command fails while a lock is held.
     #[command(after_help = "Example: lockkit table renumber /dev/shm/app.locks --yes 17 18 18")]
     Renumber {
         /// The table.
         path: PathBuf,
-        /// The numbers in use; read from the standard input when there are none.
+        /// The numbers in use. Without numbers, the command reads them from the standard input.
         #[arg(value_name = "ID")]
         ids: Vec<u32>,
-        /// Do not ask.
+        /// Does not ask for a confirmation.
         #[arg(long, short)]
         yes: bool,
     },

@@ -8,7 +8,7 @@ use lockkit::{ErrorKind, Lease, LeaseBuilder, NamedLock, Scope};
 
 use crate::failure::{Failure, note};
 
-/// Who shares a name.
+/// The processes that share a name.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum ScopeArgument {
     /// The processes of this user.
@@ -173,7 +173,7 @@ mod tests {
 
     #[test]
     #[cfg(unix)]
-    fn a_lease_is_a_path_or_a_url() {
+    fn lease_parses_path_or_url() {
         let name = |given: &str| {
             let lease = lease(given.as_ref(), |builder| builder);
             lease.map(|lease| lease.name().to_owned()).map_err(|failure| failure.code())
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn a_place_is_a_url_a_path_or_a_name() {
+    fn target_parses_url_path_or_name() {
         assert!(matches!(Target::parse("file:///srv/leader".as_ref()), Ok(Target::Lease(_))));
         assert!(matches!(Target::parse("./leader".as_ref()), Ok(Target::Path(_))));
         assert!(matches!(Target::parse("leader".as_ref()), Ok(Target::Name(_))));
@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn spans_of_time_are_read_as_people_write_them() {
+    fn duration_parses_usual_notation() {
         for (text, span) in [("5", 5000), ("0.25", 250), ("5s", 5000), ("250ms", 250), ("1m 30s", 90_000)] {
             assert_eq!(duration(text), Ok(Duration::from_millis(span)));
         }

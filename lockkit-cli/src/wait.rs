@@ -15,27 +15,27 @@ use crate::progress::{self, Audience};
 use crate::report::{self, State, Watched};
 use crate::target::{self, ScopeArgument, Target};
 
-/// Wait until a lock is free, without taking it.
+/// Waits until a lock is free, without acquiring it.
 ///
-/// A stale lock is free for the next process to come, so that ends the wait, too. The exit code is 0, 75 when the time
-/// was over first, or 77 when this user may not read what would tell. By the time it returns another process may have
-/// taken the lock: lockkit run runs something under it.
+/// A stale lock also ends the wait, because the next process can acquire it. The exit code is 0 after the wait, 75
+/// after the timeout, and 77 if this user may not read the state. Another process may acquire the lock before the
+/// command returns. To run a program under the lock, use lockkit run.
 #[derive(clap::Args)]
 #[command(after_help = "Example: lockkit wait backup --timeout 1h && shutdown")]
 pub(crate) struct WaitFor {
     /// The name or the path of the lock, or the URL of a lease.
     #[arg(value_name = "NAME|PATH|URL")]
     place: OsString,
-    /// Who shares the name.
+    /// The processes that share the name.
     #[arg(long, value_enum, default_value_t)]
     scope: ScopeArgument,
-    /// Give up after this time, such as 5s or "1m 30s".
+    /// Gives up after this time, such as 5s or "1m 30s".
     #[arg(long, value_name = "TIME", value_parser = target::duration)]
     timeout: Option<Duration>,
-    /// Say nothing.
+    /// Prints nothing.
     #[arg(long, short)]
     quiet: bool,
-    /// Tell of the wait also where no terminal is.
+    /// Reports the wait also without a terminal.
     #[arg(long, short, conflicts_with = "quiet")]
     verbose: bool,
 }

@@ -92,7 +92,7 @@ fn the_program() {
 }
 
 #[test]
-fn the_exit_code_is_that_of_the_program_and_a_held_name_is_75() {
+fn run_exits_with_program_code_or_75_if_held() {
     let name = fresh_name();
     for given in ["0", "3", "200"] {
         let status = run(&["--name", &name], given).stdout(Stdio::null()).status().unwrap();
@@ -111,7 +111,7 @@ fn the_exit_code_is_that_of_the_program_and_a_held_name_is_75() {
 }
 
 #[test]
-fn while_the_program_runs_status_names_it_and_wait_waits() {
+fn run_running_status_names_program_and_wait_waits() {
     let name = fresh_name();
     assert_eq!(code(&["status", &name]), 0);
     let (mut holder, program) = held(&["--name", &name]);
@@ -211,7 +211,7 @@ fn interrupt(name: &str) {
 }
 
 #[test]
-fn a_pidfile_names_the_program_and_check_tells_its_state() {
+fn run_pidfile_names_program_and_check_shows_state() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("app.pid");
     let text = path.to_str().unwrap();
@@ -256,7 +256,7 @@ fn lease_show_reports_token_and_steal_ends_program() {
 }
 
 #[test]
-fn a_table_in_a_directory_gives_out_its_numbers() {
+fn table_in_directory_allocates_numbers() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("table");
     let text = path.to_str().unwrap();
@@ -271,7 +271,7 @@ fn a_table_in_a_directory_gives_out_its_numbers() {
 
 #[cfg(windows)]
 #[test]
-fn what_this_system_does_not_have_is_said() {
+fn unsupported_command_on_windows_exits_69() {
     let directory = tempfile::tempdir().unwrap();
     let table = directory.path().join("table");
     for arguments in [&["flock", "-n", "a"][..], &["doctor"], &["table", "create", table.to_str().unwrap()]] {

@@ -41,9 +41,9 @@
 //! # #[cfg(not(feature = "macros"))] fn main() {}
 //! ```
 //!
-//! The features `etcd`, `postgres` and `redis` add leases on servers: [`Lease::connect`] takes their URL. All features but
-//! `macros`, the attribute, are off by default. The package `lockkit-cli` has the command `lockkit`, which on Linux is
-//! flock(1), too.
+//! The features `etcd`, `postgres` and `redis` add leases on servers: [`Lease::connect`] takes their URL. All features
+//! but `macros`, the attribute, are off by default. The package `lockkit-cli` has the command `lockkit`, which on Linux
+//! is flock(1), too.
 //!
 //! With the feature `tokio` every lock can also be acquired in tasks (`acquire_async`, [`AsyncLock`]). With the feature
 //! `tracing` the locks report events to a subscriber:

@@ -8,6 +8,6 @@ mod unix;
 mod windows;
 
 #[cfg(unix)]
-pub(crate) use unix::{as_given, end_at_a_closed_pipe, fork, inherited, rename_process, wait_for_children};
+pub(crate) use unix::{as_given, end_at_a_closed_pipe, fork, inherited, pipe, rename_process, wait_for_children};
 #[cfg(windows)]
 pub(crate) use windows::{Cage, end_at_a_closed_pipe, pass_over_interrupts};

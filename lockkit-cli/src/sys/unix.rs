@@ -9,6 +9,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
+use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::Pid;
 
 /// Forks. Returns `None` in the child, and the child's pid in the parent.
@@ -22,6 +23,12 @@ pub(crate) fn fork() -> io::Result<Option<Pid>> {
         -1 => Err(io::Error::last_os_error()),
         pid => Ok(Pid::from_raw(pid)),
     }
+}
+
+/// Makes a pipe: the reader and the writer. No started program inherits either.
+pub(crate) fn pipe() -> io::Result<(File, File)> {
+    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
+    Ok((reader.into(), writer.into()))
 }
 
 /// The descriptors 0, 1 and 2 that the parent left closed: a bit for each.

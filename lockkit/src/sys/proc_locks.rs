@@ -11,9 +11,9 @@
 //!   keep a lock, also an inherited one. The link of the descriptor gives the path.
 //!
 //! [`FileLocks::read`] reads both lists once, so a caller with many paths pays for one pass over /proc.
-//! [`FileLocks::read_table`] reads the first list alone. Both open only files of /proc and lock nothing, so they disturb no
-//! process. (A process that closes any descriptor of a file loses its fcntl locks on that file, so a library must not
-//! open the files of its caller.)
+//! [`FileLocks::read_table`] reads the first list alone. Both open only files of /proc and lock nothing, so they
+//! disturb no process. (A process that closes any descriptor of a file loses its fcntl locks on that file, so a library
+//! must not open the files of its caller.)
 //!
 //! [proc_locks(5)]: https://man7.org/linux/man-pages/man5/proc_locks.5.html
 //! [proc_pid_fdinfo(5)]: https://man7.org/linux/man-pages/man5/proc_pid_fdinfo.5.html
@@ -44,9 +44,9 @@ enum Mechanism {
 /// The holders and the waiters of all locks of one mechanism on one file.
 ///
 /// ```
-/// # let path = std::env::temp_dir().join(format!("lockkit-doc-holders-of-{}", std::process::id()));
 /// use lockkit::proc_locks::FileLocks;
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let path = std::env::temp_dir().join(format!("lockkit-doc-holders-of-{}", std::process::id()));
 /// let _guard = lockkit::FileLock::new(&path).lock()?;
 /// let flock = FileLocks::read().on(&path)?.flock.expect("a lock of flock(2)");
 /// assert_eq!((flock.pids, flock.waiters), (vec![std::process::id()], 0));
@@ -56,19 +56,20 @@ enum Mechanism {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LockHolders {
-    /// The processes that hold a lock, in ascending order. A process that a pid namespace hides is missing, and so is one
-    /// that holds only an `F_OFD_SETLK` lock if its descriptors were not read.
+    /// The processes that hold a lock, in ascending order. A process that a pid namespace hides is missing, and so is
+    /// one that holds only an `F_OFD_SETLK` lock if its descriptors were not read.
     pub pids: Vec<u32>,
     /// The number of waiters in the kernel.
     pub waiters: u32,
 }
 
-/// The locks on one file; `None` for a mechanism without a lock. Locks of one mechanism do not exclude those of the other.
+/// The locks on one file; `None` for a mechanism without a lock. Locks of one mechanism do not exclude those of the
+/// other.
 ///
 /// ```
-/// # let path = std::env::temp_dir().join(format!("lockkit-doc-locks-on-{}", std::process::id()));
 /// use lockkit::proc_locks::{FileLocks, LocksOnFile};
 /// # fn main() -> std::io::Result<()> {
+/// # let path = std::env::temp_dir().join(format!("lockkit-doc-locks-on-{}", std::process::id()));
 /// std::fs::write(&path, "not locked")?;
 /// assert_eq!(FileLocks::read_table().on(&path)?, LocksOnFile::default());
 /// # std::fs::remove_file(path)
@@ -86,11 +87,14 @@ pub struct LocksOnFile {
 /// A snapshot of the locks on files.
 ///
 /// ```
-/// # let path = std::env::temp_dir().join(format!("lockkit-doc-file-locks-{}", std::process::id()));
 /// use lockkit::proc_locks::FileLocks;
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let path = std::env::temp_dir().join(format!("lockkit-doc-file-locks-{}", std::process::id()));
 /// let _guard = lockkit::FileLock::new(&path).lock()?;
 /// let locks = FileLocks::read();
+/// if let Some(error) = locks.table_error() {
+///     eprintln!("some locks may be missing: {error}");
+/// }
 /// assert!(locks.on(&path)?.flock.is_some());
 /// for (path, on) in locks.files() {
 ///     println!("{}: {on:?}", path.display());
@@ -166,8 +170,8 @@ impl FileLocks {
         Self::read_processes(None)
     }
 
-    /// Reads like [`read`](Self::read), and records the files that processes named `program` have open without a lock, for
-    /// [`open_files`](Self::open_files). The name is the one in `/proc/PID/comm`, of at most 15 bytes.
+    /// Reads like [`read`](Self::read), and records the files that processes named `program` have open without a lock,
+    /// for [`open_files`](Self::open_files). The name is the one in `/proc/PID/comm`, of at most 15 bytes.
     ///
     /// ```
     /// use lockkit::proc_locks::FileLocks;
@@ -196,10 +200,14 @@ impl FileLocks {
 
     /// Reads like [`read`](Self::read), but only /proc/locks, in microseconds. The holder is then the process that
     /// acquired the lock, which may have passed it on to another, and no paths are known.
+    ///
+    /// ```
+    /// use lockkit::proc_locks::FileLocks;
+    /// assert_eq!(FileLocks::read_table().files().count(), 0);
+    /// ```
     pub fn read_table() -> Self {
         let mut locks = Self::default();
-        // Read in one call: a change between two reads can show a line twice or not at all.
-        match fs::read_to_string("/proc/locks") {
+        match read_table_text() {
             Ok(table) => {
                 for entry in table.lines().filter_map(parse) {
                     locks.table.entry(entry.file).or_default().push(entry);
@@ -246,15 +254,15 @@ impl FileLocks {
         }
     }
 
-    /// Returns the error of reading the kernel's table of locks, /proc/locks. After an error, a file without a lock in the
-    /// result may be locked all the same.
+    /// Returns the error of reading the kernel's table of locks, /proc/locks. After an error, a file without a lock in
+    /// the result may be locked all the same.
     pub fn table_error(&self) -> Option<&io::Error> {
         self.table_error.as_ref()
     }
 
     /// Returns the locked files of the processes that this process may inspect, by path. The result excludes deleted
-    /// files, and files whose path leads elsewhere in this mount namespace. After [`read_table`](Self::read_table) it is
-    /// empty.
+    /// files, and files whose path leads elsewhere in this mount namespace. After [`read_table`](Self::read_table) it
+    /// is empty.
     pub fn files(&self) -> impl Iterator<Item = (&Path, LocksOnFile)> {
         self.files.iter().filter_map(|(path, id)| {
             let path = Path::new(path);
@@ -311,6 +319,25 @@ impl FileLocks {
         });
         ListedFile { device, inode: found.ino() }
     }
+}
+
+/// Reads /proc/locks a page at a time, which is the most that the kernel returns at once. Between two reads a change of
+/// the table can hide a line or repeat one, and `fs::read_to_string` begins with reads of 32 bytes.
+fn read_table_text() -> io::Result<String> {
+    /// The largest page of any system.
+    const PAGE: usize = 1 << 16;
+    let mut file = fs::File::open("/proc/locks")?;
+    let (mut bytes, mut length) = (Vec::new(), 0);
+    loop {
+        bytes.resize(length + PAGE, 0);
+        match file.read(&mut bytes[length..]) {
+            Ok(0) => break,
+            Ok(read) => length += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(String::from_utf8_lossy(&bytes[..length]).into_owned())
 }
 
 /// Returns the devices of the file systems, by the id of the mount.
