@@ -115,7 +115,7 @@ impl Lease {
     /// # Errors
     /// As [`status`](Self::status).
     pub fn owner(&self) -> Result<Option<Owner>> {
-        Ok(self.snapshot()?.and_then(|seen| seen.owner().cloned()))
+        Ok(self.snapshot()?.and_then(|snapshot| snapshot.owner().cloned()))
     }
 
     /// Returns what the record says now. Changes nothing and waits for no holder.
@@ -125,7 +125,7 @@ impl Lease {
     /// # let path = std::env::temp_dir().join(format!("lockkit-doc-lease-status-{}", std::process::id()));
     /// use lockkit::{Lease, LeaseStatus};
     /// match Lease::file(&path).build()?.status()? {
-    ///     LeaseStatus::Held(seen) => println!("token {:?}, held by {:?}", seen.token(), seen.owner()),
+    ///     LeaseStatus::Held(snapshot) => println!("token {:?}, held by {:?}", snapshot.token(), snapshot.owner()),
     ///     _ => println!("free"),
     /// }
     /// # Ok(()) }
@@ -140,10 +140,10 @@ impl Lease {
         Ok(self.snapshot()?.map_or(LeaseStatus::Free, LeaseStatus::Held))
     }
 
-    /// Takes the lease from the holder in `seen`, and from no other holder. Returns false if the lease has since been
-    /// released, or taken by another holder. lockkit does not ask the holder. The holder learns of the eviction at its
-    /// next heartbeat, and until then believes that it holds the lease. Make sure that the holder is gone, or that its
-    /// token is checked.
+    /// Takes the lease from the holder in `snapshot`, and from no other holder. Returns false if the lease has since
+    /// been released, or taken by another holder. lockkit does not ask the holder. The holder learns of the eviction at
+    /// its next heartbeat, and until then believes that it holds the lease. Make sure that the holder is gone, or that
+    /// its token is checked.
     ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {
@@ -151,8 +151,8 @@ impl Lease {
     /// # use lockkit::{Lease, LeaseStatus};
     /// # let lease = Lease::file(&path).build()?;
     /// let guard = lease.lock()?;
-    /// if let LeaseStatus::Held(seen) = lease.status()? {
-    ///     assert!(lease.evict(&seen)?);
+    /// if let LeaseStatus::Held(snapshot) = lease.status()? {
+    ///     assert!(lease.evict(&snapshot)?);
     /// }
     /// assert_eq!(lease.status()?, LeaseStatus::Free);
     /// # drop(guard);
@@ -162,8 +162,8 @@ impl Lease {
     ///
     /// # Errors
     /// As [`acquire`](Self::acquire), without the errors of the wait.
-    pub fn evict(&self, seen: &LeaseSnapshot) -> Result<bool> {
-        let evicted = self.0.store.evict(&self.0.name, seen, self.0.request_deadline());
+    pub fn evict(&self, snapshot: &LeaseSnapshot) -> Result<bool> {
+        let evicted = self.0.store.evict(&self.0.name, snapshot, self.0.request_deadline());
         evicted.map(|done| done == Released::Done).map_err(|error| self.0.error(error))
     }
 

@@ -303,16 +303,16 @@ impl Held {
 
     /// Returns the snapshot of the store if it shows the claim as the holder.
     fn snapshot(&self, by: Deadline) -> Result<Option<LeaseSnapshot>, StoreError> {
-        let seen = self.lease.store.get(self.grant.name(), by)?;
-        Ok(seen.filter(|seen| seen.claim() == Some(*self.grant.claim())))
+        let snapshot = self.lease.store.get(self.grant.name(), by)?;
+        Ok(snapshot.filter(|snapshot| snapshot.claim() == Some(*self.grant.claim())))
     }
 
     /// Frees what the claim was granted. Always returns an error, because the unanswered request may still take effect.
     fn free_orphan(&self, by: Deadline) -> Result<Released, StoreError> {
         // The code that knows how the grant under the known token ended gives that grant back.
-        let is_to_free = |seen: LeaseSnapshot| match self.token() {
+        let is_to_free = |snapshot: LeaseSnapshot| match self.token() {
             0 => true,
-            known => seen.token().is_some_and(|token| token != known),
+            known => snapshot.token().is_some_and(|token| token != known),
         };
         if self.snapshot(by)?.is_some_and(is_to_free) {
             let (store, name, claim) = (&self.lease.store, self.grant.name(), self.grant.claim());

@@ -36,8 +36,8 @@ use crate::base::wait::Wait;
 /// use std::sync::{Arc, Condvar, Mutex};
 /// use std::time::{Duration, Instant};
 /// use lockkit::lease::{
-///     Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseStore, Released, Renewal, LeaseSnapshot, StoreError,
-///     StoreProfile,
+///     Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseSnapshot, LeaseStore, Released, Renewal,
+///     StoreError, StoreProfile,
 /// };
 /// use lockkit::{CancelToken, Lease};
 ///
@@ -48,7 +48,7 @@ use crate::base::wait::Wait;
 /// struct Record { holder: Option<(ClaimId, Instant, Duration)>, token: u64 }
 ///
 /// impl Record {
-///     fn seen(&self) -> Option<LeaseSnapshot> {
+///     fn snapshot(&self) -> Option<LeaseSnapshot> {
 ///         let (claim, until, _) = self.holder?;
 ///         let left = until.saturating_duration_since(Instant::now());
 ///         Some(LeaseSnapshot::new(self.token).with_claim(claim).with_token(self.token).with_expires_in(left))
@@ -69,7 +69,7 @@ use crate::base::wait::Wait;
 ///         let (now, old) = (Instant::now(), record.holder);
 ///         match old {
 ///             Some((holder, until, _)) if holder != *claim && until > now => {
-///                 return Ok(Attempt::Busy(record.seen().expect("it is held")));
+///                 return Ok(Attempt::Busy(record.snapshot().expect("a busy name is held")));
 ///             }
 ///             Some((holder, ..)) if holder == *claim => {}
 ///             _ => record.token += 1,
@@ -96,11 +96,11 @@ use crate::base::wait::Wait;
 ///         }
 ///     }
 ///     fn get(&self, name: &LeaseName, _: Deadline) -> Result<Option<LeaseSnapshot>, StoreError> {
-///         Ok(self.0.lock().unwrap().get(name.as_str()).and_then(Record::seen))
+///         Ok(self.0.lock().unwrap().get(name.as_str()).and_then(Record::snapshot))
 ///     }
-///     fn evict(&self, name: &LeaseName, seen: &LeaseSnapshot, _: Deadline) -> Result<Released, StoreError> {
+///     fn evict(&self, name: &LeaseName, snapshot: &LeaseSnapshot, _: Deadline) -> Result<Released, StoreError> {
 ///         match self.0.lock().unwrap().get_mut(name.as_str()) {
-///             Some(record) if record.seen().is_some_and(|now| now.is_same_holder(seen)) => {
+///             Some(record) if record.snapshot().is_some_and(|now| now.is_same_holder(snapshot)) => {
 ///                 record.holder = None;
 ///                 Ok(Released::Done)
 ///             }
@@ -170,14 +170,14 @@ pub trait LeaseStore: Send + Sync {
     /// See [`StoreError`].
     fn get(&self, name: &LeaseName, by: Deadline) -> Result<Option<LeaseSnapshot>, StoreError>;
 
-    /// Takes the name from the holder in `seen`, and from no other holder.
+    /// Takes the name from the holder in `snapshot`, and from no other holder.
     ///
     /// # Errors
     /// See [`StoreError`].
-    fn evict(&self, name: &LeaseName, seen: &LeaseSnapshot, by: Deadline) -> Result<Released, StoreError>;
+    fn evict(&self, name: &LeaseName, snapshot: &LeaseSnapshot, by: Deadline) -> Result<Released, StoreError>;
 
-    /// Waits until a change since `seen`, until `by`, or until `stop` is cancelled. A spurious return is allowed: the
-    /// lease then tries again, and bounds each wait by [`LeaseSnapshot::expires_in`].
+    /// Waits until a change since `snapshot`, until `by`, or until `stop` is cancelled. A spurious return is allowed:
+    /// the lease then tries again, and bounds each wait by [`LeaseSnapshot::expires_in`].
     ///
     /// A store with notifications subscribes to changes before it checks for a change that has already happened. By
     /// default this only sleeps. The lease then limits `by` to
@@ -195,9 +195,9 @@ pub trait LeaseStore: Send + Sync {
     /// # use lockkit::lease::Deadline;
     /// # struct Memory { version: Mutex<u64>, changed: Condvar }
     /// # impl Memory {
-    /// fn wait_for_change(&self, seen: u64, by: Deadline) {
+    /// fn wait_for_change(&self, snapshot: u64, by: Deadline) {
     ///     let version = self.version.lock().unwrap();
-    ///     drop(self.changed.wait_timeout_while(version, by.remaining(), |version| *version == seen));
+    ///     drop(self.changed.wait_timeout_while(version, by.remaining(), |version| *version == snapshot));
     /// }
     /// # }
     /// # let memory = Memory { version: Mutex::new(1), changed: Condvar::new() };
@@ -206,11 +206,11 @@ pub trait LeaseStore: Send + Sync {
     fn wait_for_change(
         &self,
         name: &LeaseName,
-        seen: &LeaseSnapshot,
+        snapshot: &LeaseSnapshot,
         by: Deadline,
         stop: &CancelToken,
     ) -> Result<(), StoreError> {
-        let _ = (name, seen);
+        let _ = (name, snapshot);
         sleep(by, stop)
     }
 }
@@ -218,7 +218,7 @@ pub trait LeaseStore: Send + Sync {
 /// Sleeps until `by` or `stop`.
 pub(in crate::lease) fn sleep(by: Deadline, stop: &CancelToken) -> Result<(), StoreError> {
     match Wait::until(by.moment()).or_cancelled(stop).patience() {
-        Some(patience) => patience.sleep(by.remaining()).map(drop).map_err(StoreError::not_applied),
+        Some(wait_state) => wait_state.sleep(by.remaining()).map(drop).map_err(StoreError::not_applied),
         None => Ok(()),
     }
 }

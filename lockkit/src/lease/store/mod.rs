@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`lease_store`] | the interface between a lease and its store |
 //! | [`types`] | the values that they exchange |
-//! | [`file`] | the store in a file |
+//! | [`mod@file`] | the store in a file |
 //! | `server` | what the stores on servers share |
 //! | `etcd`, `postgres`, `redis` | the stores on servers, behind features of their names |
 

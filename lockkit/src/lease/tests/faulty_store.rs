@@ -146,8 +146,8 @@ impl LeaseStore for FaultyStore {
         Ok(holder.map(|(claim, _)| LeaseSnapshot::new(*token).with_claim(claim).with_token(*token)))
     }
 
-    fn evict(&self, _: &LeaseName, seen: &LeaseSnapshot, _: Deadline) -> Result<Released, StoreError> {
-        match self.record.lock().1.take_if(|(claim, _)| Some(*claim) == seen.claim()) {
+    fn evict(&self, _: &LeaseName, snapshot: &LeaseSnapshot, _: Deadline) -> Result<Released, StoreError> {
+        match self.record.lock().1.take_if(|(claim, _)| Some(*claim) == snapshot.claim()) {
             Some(_) => Ok(Released::Done),
             None => Ok(Released::NotMine),
         }

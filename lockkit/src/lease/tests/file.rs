@@ -133,11 +133,11 @@ fn damaged_record_is_held_then_reclaimed() {
 fn acquire_foreign_file_fails_and_keeps_it() {
     let directory = TestDir::new();
     let lease = directory.lease().invalid_pid_lock_stale_threshold(MS * 50).build().unwrap();
-    let seen = LeaseSnapshot::new(format::fingerprint(b"4242\n"));
+    let snapshot = LeaseSnapshot::new(format::fingerprint(b"4242\n"));
     for foreign in ["4242\n", "\n", "{}", &"x".repeat(3000), &"\0".repeat(SIZE + 1)] {
         fs::write(directory.path(), foreign).unwrap();
         let began = Instant::now();
-        let refused = [lease.lock().err(), lease.try_lock().err(), lease.status().err(), lease.evict(&seen).err()]
+        let refused = [lease.lock().err(), lease.try_lock().err(), lease.status().err(), lease.evict(&snapshot).err()]
             .map(Option::unwrap);
         assert!(began.elapsed() < MS * 1000);
         for error in refused {

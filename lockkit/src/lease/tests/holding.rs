@@ -32,13 +32,13 @@ fn evict_with_old_snapshot_keeps_new_holder() {
     let directory = TestDir::new();
     let lease = directory.lease().build().unwrap();
     let first = lease.lock().unwrap();
-    let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("the lease is held") };
-    assert_eq!((seen.token(), seen.owner().unwrap().pid()), (Some(first.token()), std::process::id()));
+    let LeaseStatus::Held(snapshot) = lease.status().unwrap() else { panic!("the lease must be held") };
+    assert_eq!((snapshot.token(), snapshot.owner().unwrap().pid()), (Some(first.token()), std::process::id()));
     drop(first);
     let second = lease.lock().unwrap();
-    assert!(!lease.evict(&seen).unwrap());
-    let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("the lease is held") };
-    assert!(lease.evict(&seen).unwrap());
+    assert!(!lease.evict(&snapshot).unwrap());
+    let LeaseStatus::Held(snapshot) = lease.status().unwrap() else { panic!("the lease must be held") };
+    assert!(lease.evict(&snapshot).unwrap());
     let third = lease.try_lock().unwrap();
     assert!(third.token() > second.token());
     let reason = second.lost().wait(&Wait::at_most(MS * 2000)).unwrap();
@@ -46,8 +46,8 @@ fn evict_with_old_snapshot_keeps_new_holder() {
     assert!(third.is_held());
     drop(third);
     fs::write(directory.path(), "lock").unwrap();
-    let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("the lease counts as held") };
-    assert!(lease.evict(&seen).unwrap());
+    let LeaseStatus::Held(snapshot) = lease.status().unwrap() else { panic!("the lease must count as held") };
+    assert!(lease.evict(&snapshot).unwrap());
     assert!(lease.try_lock().is_ok());
 }
 

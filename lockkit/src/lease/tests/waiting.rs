@@ -75,10 +75,10 @@ fn evict_with_long_ttl_fails_within_request_timeout() {
     let directory = TestDir::new();
     let lease = directory.lease().ttl(MS * 60_000).build().unwrap();
     let _guard = lease.lock().unwrap();
-    let LeaseStatus::Held(seen) = lease.status().unwrap() else { panic!("the lease is held") };
+    let LeaseStatus::Held(snapshot) = lease.status().unwrap() else { panic!("the lease must be held") };
     let stuck = fs::File::options().read(true).write(true).open(directory.path()).unwrap();
     flock::lock(&stuck, flock::Mode::Exclusive).unwrap();
     let began = Instant::now();
-    assert!(lease.evict(&seen).is_err());
+    assert!(lease.evict(&snapshot).is_err());
     assert!(began.elapsed() < MS * 5000);
 }

@@ -73,7 +73,7 @@ impl FileStore {
     }
 
     pub(super) fn newer_error(&self) -> StoreError {
-        let problem = "it is the lease of a later version of lockkit";
+        let problem = "it is the lease of a later version of lockkit; update lockkit";
         StoreError::permanent(Error::from(ErrorKind::LayoutMismatch { path: self.spec.path.clone(), problem }))
     }
 

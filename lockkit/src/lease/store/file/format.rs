@@ -221,8 +221,8 @@ impl Record {
     }
 
     /// Sets the next heartbeat number, which no observer has seen yet.
-    pub(in crate::lease) fn set_heartbeat_number(&mut self, beat: u64) {
-        self.set_number(BEAT, beat);
+    pub(in crate::lease) fn set_heartbeat_number(&mut self, number: u64) {
+        self.set_number(BEAT, number);
         self.clear_notes();
     }
 
@@ -437,7 +437,7 @@ mod tests {
         assert_eq!(fifth.first_seen(5), Some(S * 5), "the fifth note replaces another");
         assert_eq!((1..=4).filter(|clock| fifth.first_seen(*clock).is_some()).count(), 3);
         assert_eq!(noted(&noted_by_all, 3, S * 30).first_seen(3), Some(S * 30));
-        // An observer writes its note just after the next beat.
+        // An observer writes its note just after the next heartbeat.
         let (at, note) = record.note(1, S);
         let mut next = record;
         next.set_heartbeat_number(43);
@@ -495,17 +495,18 @@ mod tests {
     proptest! {
         #[test]
         fn written_record_reads_back(
-            claim: u128, token: u64, beat: u64, ttl: u64, every: u64, pid in 1..=u32::MAX, start: Option<u64>,
+            claim: u128, token: u64, number: u64, ttl: u64, every: u64, pid in 1..=u32::MAX, start: Option<u64>,
             boot: Option<u128>, namespace: Option<u64>, program in proptest::option::of(".*"), clock in 1_u128..,
             seen: u64,
         ) {
             let owner = Owner { pid, start, boot, namespace, program, ..me() };
             let [ttl, every, seen] = [ttl, every, seen].map(Duration::from_nanos);
             let mut record = Record::held(&ClaimId::from_number(claim), token, ttl, every, &owner);
-            record.set_heartbeat_number(beat);
+            record.set_heartbeat_number(number);
             let mut record = noted(&record, clock, seen);
             let record = reread(&mut record);
-            prop_assert_eq!((record.claim().number(), record.token(), record.heartbeat_number()), (claim, token, beat));
+            prop_assert_eq!((record.claim().number(), record.token()), (claim, token));
+            prop_assert_eq!(record.heartbeat_number(), number);
             prop_assert_eq!((record.ttl(), record.heartbeat(), record.first_seen(clock)), (ttl, every, Some(seen)));
             let read = record.owner().unwrap();
             prop_assert_eq!((read.pid, read.start, read.boot), (pid, start, boot));

@@ -33,8 +33,10 @@ impl Verdict<'_> {
     /// Returns the holder if it keeps this claim from taking the lease.
     pub(super) fn blocks(&self, claim: &ClaimId) -> Option<&LeaseSnapshot> {
         match self {
-            Self::Held(seen, _) if seen.expires_in() != Some(Duration::ZERO) && seen.claim() != Some(*claim) => {
-                Some(seen)
+            Self::Held(snapshot, _)
+                if snapshot.expires_in() != Some(Duration::ZERO) && snapshot.claim() != Some(*claim) =>
+            {
+                Some(snapshot)
             }
             _ => None,
         }
@@ -100,16 +102,16 @@ impl FileStore {
 
     /// Returns the snapshot of a held record that has been unchanged for this long.
     fn snapshot(&self, record: &Record, unchanged_for: Duration) -> LeaseSnapshot {
-        let seen = holder_snapshot(record);
+        let snapshot = holder_snapshot(record);
         let owner = record.owner();
         let is_dead = owner.as_ref().is_some_and(|owner| owner.liveness() == Liveness::Dead);
         // A longer ttl is forged, because no lease can have it. Such a record counts as held as long as a damaged one.
         let ttl = if record.ttl() > MAX_TTL { self.spec.damage_timeout } else { record.ttl() };
         let left = if is_dead { Duration::ZERO } else { ttl.saturating_sub(unchanged_for) };
-        let seen = seen.with_expires_in(left);
+        let snapshot = snapshot.with_expires_in(left);
         match owner {
-            Some(owner) => seen.with_owner(owner),
-            None => seen,
+            Some(owner) => snapshot.with_owner(owner),
+            None => snapshot,
         }
     }
 
@@ -117,7 +119,7 @@ impl FileStore {
     pub(super) fn read_snapshot(&self) -> Result<Option<LeaseSnapshot>> {
         let Some(file) = self.open_for_reading()? else { return Ok(None) };
         Ok(match self.judge(&file, &self.read_unlocked(&file)?)? {
-            Verdict::Held(seen, _) => Some(seen),
+            Verdict::Held(snapshot, _) => Some(snapshot),
             Verdict::Free(_) => None,
         })
     }

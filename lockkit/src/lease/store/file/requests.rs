@@ -151,15 +151,15 @@ impl LeaseStore for FileStore {
         self.read_snapshot()
     }
 
-    fn evict(&self, _: &LeaseName, seen: &LeaseSnapshot, by: Deadline) -> Result<Released> {
+    fn evict(&self, _: &LeaseName, snapshot: &LeaseSnapshot, by: Deadline) -> Result<Released> {
         self.free_if(by, false, Released::NotMine, |content, bytes| match content {
-            Content::Ours(record) if record.is_held() && seen.is_same_holder(&holder_snapshot(record)) => {
+            Content::Ours(record) if record.is_held() && snapshot.is_same_holder(&holder_snapshot(record)) => {
                 let mut record = (**record).clone();
                 record.set_free();
                 Some(record)
             }
             // The token of an unreadable record is unknown.
-            Content::Damaged if seen.is_same_holder(&LeaseSnapshot::new(format::fingerprint(bytes))) => {
+            Content::Damaged if snapshot.is_same_holder(&LeaseSnapshot::new(format::fingerprint(bytes))) => {
                 let mut record = self.own_record(&ClaimId::from_number(0), min_token(), Duration::ZERO);
                 record.set_free();
                 Some(record)
@@ -168,14 +168,14 @@ impl LeaseStore for FileStore {
         })
     }
 
-    fn wait_for_change(&self, _: &LeaseName, seen: &LeaseSnapshot, by: Deadline, stop: &CancelToken) -> Result<()> {
+    fn wait_for_change(&self, _: &LeaseName, snapshot: &LeaseSnapshot, by: Deadline, stop: &CancelToken) -> Result<()> {
         // Subscribes before it reads, so that it misses no change in between.
         let watch = inotify::changes_of(&self.spec.path).ok();
         let Some(file) = self.open_for_reading()? else { return Ok(()) };
         let Reading { bytes, content } = self.read(&file)?;
         drop(file);
         let check_interval = match content {
-            Content::Ours(record) if record.fingerprint() == seen.revision() => {
+            Content::Ours(record) if record.fingerprint() == snapshot.revision() => {
                 match record.owner().is_some_and(|owner| owner.liveness() == Liveness::Alive) {
                     true => OWNER_CHECK_INTERVAL,
                     // inotify(7) does not report the changes of another host.
@@ -184,7 +184,7 @@ impl LeaseStore for FileStore {
                         .clamp(self.spec.retry_delay.min(OWNER_CHECK_INTERVAL), OWNER_CHECK_INTERVAL * 20),
                 }
             }
-            Content::Damaged if format::fingerprint(&bytes) == seen.revision() => OWNER_CHECK_INTERVAL,
+            Content::Damaged if format::fingerprint(&bytes) == snapshot.revision() => OWNER_CHECK_INTERVAL,
             _ => return Ok(()),
         };
         match watch {

@@ -60,25 +60,25 @@ fn age_on_remote_file_system_counts_less_an_hour() {
 #[test]
 fn reader_does_not_disturb_create_in_place() {
     let ttl = Duration::from_secs(1);
-    let store = store("made", ttl);
+    let store = store("created", ttl);
     let path = store.spec.path.clone();
     let is_over = AtomicBool::new(false);
-    let spoilt = thread::scope(|scope| {
+    let disturbed = thread::scope(|scope| {
         scope.spawn(|| {
             while !is_over.load(Ordering::Relaxed) {
                 // The file may also have been deleted again.
                 let _ = store.lock(Deadline::after(Duration::ZERO));
             }
         });
-        let make = || store.create_in_place(&mut store.own_record(&ClaimId::random(), 1, ttl));
-        let is_spoilt = |_: &u32| {
-            let made = make().unwrap();
+        let create = || store.create_in_place(&mut store.own_record(&ClaimId::random(), 1, ttl));
+        let is_disturbed = |_: &u32| {
+            let is_created = create().unwrap();
             fs::remove_file(&path).unwrap();
-            !made
+            !is_created
         };
-        let spoilt = (0..2000).filter(is_spoilt).count();
+        let disturbed = (0..2000).filter(is_disturbed).count();
         is_over.store(true, Ordering::Relaxed);
-        spoilt
+        disturbed
     });
-    assert_eq!(spoilt, 0);
+    assert_eq!(disturbed, 0);
 }
