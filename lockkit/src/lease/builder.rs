@@ -1,59 +1,21 @@
-//! The options of a lease, and which of them go together.
+//! The builder of a lease.
 
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::Mutex;
-
-use super::clock::{Clock, SystemClock};
-use super::state::LeaseTiming;
-use super::store::file::FileStore;
+use super::clock::Clock;
+use super::connect;
+use super::handle::Lease;
+use super::location::Location;
+use super::options::{Loss, Options};
+use super::settings::{Settings, reject_if};
+use super::spec::LeaseSpec;
+use super::store::file::{FileSpec, FileStore};
 use super::store::lease_store::{LeaseName, LeaseStore};
-use super::{Inner, Lease, Loss, connect, url, waiters};
-use crate::base::error::{Error, ErrorKind, Result};
-
-const TTL: Duration = Duration::from_secs(3);
-const HEARTBEAT: Duration = Duration::from_millis(250);
-const UNREADABLE: Duration = Duration::from_secs(2);
-const RETRY_LIMIT: u32 = 4;
-const RETRY_DELAY: Duration = Duration::from_millis(25);
-
-/// A store that keeps a shorter ttl than this can process a request every [`HEARTBEAT`].
-const QUICK: Duration = Duration::from_secs(1);
-
-/// The shortest ttl. Below it, the safety margin and the time of a request leave nothing.
-pub(super) const SMALLEST_TTL: Duration = Duration::from_millis(30);
-/// The shortest interval of a repeated action. A shorter interval would use a whole processor.
-const SMALLEST_PERIOD: Duration = Duration::from_millis(1);
-/// The longest ttl. A lock that needs a longer ttl does not need a lease.
-pub(super) const LONGEST_TTL: Duration = Duration::from_secs(365 * 86_400);
-
-/// An error of the program's own, created for each use.
-pub(super) type HeldError = Arc<dyn Fn() -> Box<dyn std::error::Error + Send + Sync> + Send + Sync>;
-pub(super) type OnLost = Arc<dyn Fn(&Loss) + Send + Sync>;
-
-/// The options of a lease, which passed the checks of [`LeaseBuilder::build`].
-pub(super) struct Options {
-    pub(super) ttl: Duration,
-    pub(super) heartbeat: Duration,
-    pub(super) progress: Option<Duration>,
-    pub(super) on_lost: Option<OnLost>,
-    pub(super) held_error: Option<HeldError>,
-    pub(super) retry_limit: u32,
-    pub(super) retry_delay: Duration,
-    pub(super) clock: Arc<dyn Clock>,
-    /// The [`shared_id`](Clock::shared_id) of the clock, kept here because a call costs system calls.
-    pub(super) clock_id: Option<u128>,
-}
-
-impl Options {
-    pub(super) fn terms(&self) -> LeaseTiming {
-        LeaseTiming { ttl: self.ttl, heartbeat: self.heartbeat, progress: self.progress }
-    }
-}
+use super::waiters::{QueueKey, RecordId};
+use crate::base::error::{Error, Result};
 
 /// A builder of a [`Lease`]; see [`Lease::file`], [`Lease::connect`] and [`Lease::with_store`].
 ///
@@ -85,58 +47,144 @@ impl Options {
 /// ```
 #[must_use = "a builder makes nothing until `build`"]
 pub struct LeaseBuilder {
-    place: Location,
-    ttl: Option<Duration>,
-    heartbeat: Option<Duration>,
-    progress: Option<Duration>,
-    on_lost: Option<OnLost>,
-    held_error: Option<HeldError>,
-    retry_limit: u32,
-    retry_delay: Duration,
-    clock: Arc<dyn Clock>,
-    unreadable: Option<Duration>,
-    file_mode: Option<u32>,
-    directory_mode: Option<u32>,
-    create_parents: bool,
+    target: Target,
+    settings: Settings,
 }
 
-/// The location of the record.
-pub(super) enum Location {
-    File(PathBuf),
-    Store(Arc<dyn LeaseStore>, String),
-    /// A URL that leads to one of these.
+/// The lease that a builder builds.
+enum Target {
+    Location(Location),
     Url(String),
 }
 
+impl Lease {
+    /// Returns a builder for a lease whose record is a file. The file is on this machine, or on a file system that
+    /// several machines share and whose flock(2) reaches all of them.
+    ///
+    /// The first acquisition creates the file. lockkit never deletes it, because it contains the token; do not delete
+    /// it either. Its directory must exist, unless [`create_parents`](LeaseBuilder::create_parents) is given. After a
+    /// deletion the next process to ask gets the lease at once, and the holder learns of it at its next heartbeat. If
+    /// no process has asked until then, the heartbeat creates the file again. [`build`](LeaseBuilder::build) makes the
+    /// path absolute, so a later change of the working directory has no effect.
+    ///
+    /// lockkit never writes to a file that is not a lease, for any user and in any method: the error is
+    /// [`NotALease`](crate::ErrorKind::NotALease). It reclaims only a blank file (empty, or at most 1024 zeros) and a
+    /// lease that was truncated or damaged. If another program's file replaces the file of a held lease, the holder
+    /// keeps the lease until its deadline. The record may be restored by then.
+    ///
+    /// Each heartbeat opens, locks, rewrites and closes the file, which takes some microseconds in memory. lockkit
+    /// keeps no descriptor open, so ten thousand leases need no more descriptors than one. On file systems of this
+    /// machine (tmpfs, ext4, xfs, btrfs and similar) a step does not sync the file. A power cut, a deletion and a
+    /// restored backup do no harm to the order of tokens: each new token is at least the microseconds since the epoch.
+    /// That holds unless the wall clock is set back along with the file. With several hosts, no host's clock may be
+    /// ahead of the others by as much time as such a loss takes back. On all other file systems, such as NFS, CIFS
+    /// and FUSE, each step is synced, so that a heartbeat has reached the server before it counts.
+    ///
+    /// The price: a process without free descriptors cannot renew, and loses its file leases after a ttl. A holder that
+    /// is stopped in the middle of a heartbeat, or killed but not yet gone, keeps the file locked until it continues or
+    /// is gone. Until then no other process can take the lease. (The host of an NFS client that is cut off keeps the
+    /// file locked until the server frees the lock: 90 s on Linux.) Other processes lock the file only to take a lease
+    /// that is free or expired. Any user with permission to open the file can lock it. Give that permission only to the
+    /// users that share the lease.
+    ///
+    /// A process takes over a held lease in two cases:
+    /// - The owner is dead by its identity. It ran on this host, or on an earlier boot of this host if
+    ///   `/etc/machine-id` identifies the host.
+    /// - The owner's heartbeat has not changed for the ttl in the record, by the clock of the process that takes the
+    ///   lease over.
+    ///
+    /// A program that tries only once per start, for example from cron, succeeds too. It leaves a note of the time at
+    /// which it first saw that heartbeat. The next program on the same machine continues from the note.
+    ///
+    /// A blank or damaged file counts as held for
+    /// [`invalid_pid_lock_stale_threshold`](LeaseBuilder::invalid_pid_lock_stale_threshold). After that the next
+    /// process to ask takes it, also a program that tries only once: the times of the file show how long it has been
+    /// unchanged. (On a file system of another machine, an hour of that does not count, because the clocks may differ.)
+    /// [`status`](Self::status) reports the same. lockkit does not change a file of a later version of the format.
+    ///
+    /// ```
+    /// # fn main() -> lockkit::Result<()> {
+    /// # let directory = std::env::temp_dir().join(format!("lockkit-doc-leases-{}", std::process::id()));
+    /// use std::time::Duration;
+    /// use lockkit::Lease;
+    ///
+    /// let lease = Lease::file(directory.join("leader"))
+    ///     .create_parents()
+    ///     .ttl(Duration::from_secs(5))
+    ///     .on_lost(|loss| eprintln!("{} is lost: {}", loss.lock, loss.reason))
+    ///     .build()?;
+    /// let guard = lease.try_lock()?;
+    /// assert!(lease.try_lock().unwrap_err().is_held());
+    /// # drop(guard);
+    /// # std::fs::remove_dir_all(directory).unwrap();
+    /// # Ok(()) }
+    /// ```
+    pub fn file(path: impl Into<PathBuf>) -> LeaseBuilder {
+        LeaseBuilder::new(Target::Location(Location::File(path.into())))
+    }
+
+    /// Returns a builder for a lease at a URL: in a file, or on a server.
+    ///
+    /// | URL | needs the feature |
+    /// |---|---|
+    /// | `file:///path` | |
+    /// | `etcd://host:2379/name` | `etcd` |
+    /// | `postgres://user@host/database?lease=name` | `postgres` |
+    /// | `redis://host:6379/name` | `redis` |
+    ///
+    /// **Redis and Valkey**, from version 5 on: `redis://user:password@host:port/database/name`. All parts but the host
+    /// and the name are optional. `rediss://` uses TLS, with the system's authorities or those of `?ca=/path`.
+    /// `?cert=/path&key=/path` adds a client certificate. These are PEM files, and each connection reads them again.
+    /// `valkey://` and `valkeys://` mean the same. For a socket: `redis+unix:///path/of/socket?lease=name`, with `db`,
+    /// `user` and `pass` as parameters.
+    ///
+    /// A server that fails over, or restarts without its last writes, can grant a lease twice, so there the
+    /// [`token`](super::LeaseGuard::token) must be checked. Configure the server to keep its data (`appendonly yes`)
+    /// and to evict nothing: `maxmemory-policy noeviction`, or one of the volatile policies. The volatile policies are
+    /// safe because the keys `lockkit:{name}` never expire: these keys keep the tokens. The server uses its wall clock.
+    /// If that clock is set forward, leases end that much too soon for other processes; if it is set back, that much
+    /// too late. The shortest ttl is 100 ms. With access lists, the user needs
+    /// `~lockkit:* &lockkit:* +@hash +@scripting +@pubsub +time`. Do not use a server of a cluster, because it may
+    /// redirect the lease to another server.
+    ///
+    /// The name is the end of the path, or the parameter `lease`. Characters with another meaning in a URL are escaped,
+    /// such as `%2F`. All leases of a process on one server share its connections. lockkit connects when the lease is
+    /// first used. An invalid URL is an error of [`build`](LeaseBuilder::build).
+    ///
+    /// **etcd**, 3.4 or later, with its gateway on: several nodes are written as `host:2379,host:2379`, after an
+    /// optional `user:password@`. `etcds://` uses TLS. The parameters are:
+    /// - `ca`: a file with the certificates to trust instead of the system's;
+    /// - `cert` and `key`: the files of a client certificate, which must have no common name if etcd has authentication
+    ///   on;
+    /// - `prefix`: the beginning of all keys, by default `lockkit/`.
+    ///
+    /// The user needs to read and write all keys with that prefix. If etcd requires client certificates, etcd's own
+    /// certificate must be valid for clients, too, because its gateway connects to it as a client.
+    ///
+    /// ```
+    /// # fn main() -> lockkit::Result<()> {
+    /// # let path = std::env::temp_dir().join(format!("lockkit-doc-lease-url-{}", std::process::id()));
+    /// use lockkit::Lease;
+    /// let guard = Lease::connect(format!("file://{}", path.display())).build()?.try_lock()?;
+    /// # drop(guard);
+    /// # std::fs::remove_file(path).unwrap();
+    /// # Ok(()) }
+    /// ```
+    pub fn connect(url: impl Into<String>) -> LeaseBuilder {
+        LeaseBuilder::new(Target::Url(url.into()))
+    }
+
+    /// Returns a builder for a lease on `key` in `store`. Share one store among all its leases.
+    ///
+    /// [`LeaseStore`] has an example.
+    pub fn with_store(store: Arc<dyn LeaseStore>, key: impl Into<String>) -> LeaseBuilder {
+        LeaseBuilder::new(Target::Location(Location::Store(store, key.into())))
+    }
+}
+
 impl LeaseBuilder {
-    pub(super) fn of_file(path: PathBuf) -> Self {
-        Self::at(Location::File(path))
-    }
-
-    pub(super) fn of_store(store: Arc<dyn LeaseStore>, key: String) -> Self {
-        Self::at(Location::Store(store, key))
-    }
-
-    pub(super) fn of_url(url: String) -> Self {
-        Self::at(Location::Url(url))
-    }
-
-    fn at(place: Location) -> Self {
-        Self {
-            place,
-            ttl: None,
-            heartbeat: None,
-            progress: None,
-            on_lost: None,
-            held_error: None,
-            retry_limit: RETRY_LIMIT,
-            retry_delay: RETRY_DELAY,
-            clock: system_clock(),
-            unreadable: None,
-            file_mode: None,
-            directory_mode: None,
-            create_parents: false,
-        }
+    fn new(target: Target) -> Self {
+        Self { target, settings: Settings::default() }
     }
 
     /// Sets how long the lease lasts after its last renewal. The default is 3 seconds, or the shortest ttl of the store
@@ -147,7 +195,7 @@ impl LeaseBuilder {
     /// time.
     #[doc(alias = "lease_stale_threshold")]
     pub fn ttl(mut self, ttl: Duration) -> Self {
-        self.ttl = Some(ttl);
+        self.settings.ttl = Some(ttl);
         self
     }
 
@@ -155,7 +203,7 @@ impl LeaseBuilder {
     /// quarter of the ttl if that is shorter, or if the store keeps no ttl below one second.
     #[doc(alias = "lease_heartbeat_interval")]
     pub fn heartbeat(mut self, heartbeat: Duration) -> Self {
-        self.heartbeat = Some(heartbeat);
+        self.settings.heartbeat = Some(heartbeat);
         self
     }
 
@@ -176,7 +224,7 @@ impl LeaseBuilder {
     /// ```
     #[doc(alias = "on_lease_lost")]
     pub fn on_lost(mut self, call: impl Fn(&Loss) + Send + Sync + 'static) -> Self {
-        self.on_lost = Some(Arc::new(call));
+        self.settings.on_lost = Some(Arc::new(call));
         self
     }
 
@@ -200,12 +248,12 @@ impl LeaseBuilder {
     /// # Ok(()) }
     /// ```
     pub fn require_progress(mut self, within: Duration) -> Self {
-        self.progress = Some(within);
+        self.settings.progress = Some(within);
         self
     }
 
     /// Sets an error of the program's own, for a lease that another owner holds when the caller does not wait. That
-    /// error becomes the source of the [`Held`](ErrorKind::Held) error; the kind stays `Held`.
+    /// error becomes the source of the [`Held`](crate::ErrorKind::Held) error; the kind stays `Held`.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -234,21 +282,21 @@ impl LeaseBuilder {
     where
         E: std::error::Error + Send + Sync + 'static,
     {
-        self.held_error = Some(Arc::new(move || Box::new(error())));
+        self.settings.held_error = Some(Arc::new(move || Box::new(error())));
         self
     }
 
     /// Sets how often in a row an attempt is repeated that the store refused or did not answer, before acquiring fails.
     /// The default is 4 times. Finding the lease held is no failure.
     pub fn acquire_retry_limit(mut self, limit: u32) -> Self {
-        self.retry_limit = limit;
+        self.settings.retry_limit = limit;
         self
     }
 
     /// Sets the pause between such attempts, and the poll interval at a held lease if nothing wakes the waiter: at
     /// least 1 ms, by default 25 ms.
     pub fn acquire_retry_delay(mut self, delay: Duration) -> Self {
-        self.retry_delay = delay;
+        self.settings.retry_delay = delay;
         self
     }
 
@@ -260,7 +308,7 @@ impl LeaseBuilder {
     /// heartbeat. A holder that is stopped when the record is damaged can overlap with the next holder, by the
     /// difference of its ttl and this time.
     pub fn invalid_pid_lock_stale_threshold(mut self, age: Duration) -> Self {
-        self.unreadable = Some(age);
+        self.settings.damage_timeout = Some(age);
         self
     }
 
@@ -269,8 +317,8 @@ impl LeaseBuilder {
     ///
     /// A mode that lets the group or others write shares the lease between users: this lease then also accepts the file
     /// of another user, if that file lets the same class write. Otherwise the file of another user than this one or
-    /// root is [`ForeignOwner`](ErrorKind::ForeignOwner). Share a lease only with users that you trust: they can write
-    /// any record. A user with only read permission can lock the file, which prevents renewals.
+    /// root is [`ForeignOwner`](crate::ErrorKind::ForeignOwner). Share a lease only with users that you trust: they can
+    /// write any record. A user with only read permission can lock the file, which prevents renewals.
     ///
     /// ```
     /// # fn main() -> lockkit::Result<()> {
@@ -279,178 +327,117 @@ impl LeaseBuilder {
     /// # Ok(()) }
     /// ```
     pub fn file_write_mode(mut self, mode: u32) -> Self {
-        self.file_mode = Some(mode);
+        self.settings.file_mode = Some(mode);
         self
     }
 
     /// Sets, for a file, the exact permissions of the directories that [`create_parents`](Self::create_parents)
     /// creates, independent of the umask. The default is 0700, less the umask.
     pub fn directory_write_mode(mut self, mode: u32) -> Self {
-        self.directory_mode = Some(mode);
+        self.settings.directory_mode = Some(mode);
         self
     }
 
     /// Creates, for a file, missing parent directories. A release does not remove them. By default a missing directory
-    /// is an [`Io`](ErrorKind::Io) error of the kind `NotFound` that names the directory.
+    /// is an [`Io`](crate::ErrorKind::Io) error of the kind `NotFound` that names the directory.
     pub fn create_parents(mut self) -> Self {
-        self.create_parents = true;
+        self.settings.create_parents = true;
         self
     }
 
-    /// Sets the clock of the lease; by default [`SystemClock`].
+    /// Sets the clock of the lease; by default [`SystemClock`](super::SystemClock).
     pub fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
-        self.clock = clock;
+        self.settings.clock = clock;
         self
     }
 
     /// Builds the lease. Acquires and creates nothing yet.
     ///
     /// # Errors
-    /// - [`InvalidOption`](ErrorKind::InvalidOption) with the reason if the options do not go together.
-    /// - [`InvalidName`](ErrorKind::InvalidName) for a key that is empty, longer than 200 bytes or has control
+    /// - [`InvalidOption`](crate::ErrorKind::InvalidOption) with the reason if the options do not go together.
+    /// - [`InvalidName`](crate::ErrorKind::InvalidName) for a key that is empty, longer than 200 bytes or has control
     ///   characters.
-    /// - [`InvalidUrl`](ErrorKind::InvalidUrl) for an invalid URL.
-    /// - [`Unsupported`](ErrorKind::Unsupported) for the URL of an engine that this build of lockkit does not have.
-    /// - [`Io`](ErrorKind::Io) if the path of a file is empty, or if it is relative and the working directory is gone.
-    pub fn build(mut self) -> Result<Lease> {
-        if let Location::Url(url) = &self.place {
-            self.place = connect::place(url)?;
-        }
-        let (smallest, step) = match &self.place {
-            Location::File(_) | Location::Url(_) => (SMALLEST_TTL, Duration::from_nanos(1)),
-            Location::Store(store, _) => {
-                let profile = store.profile();
-                (profile.smallest_ttl.max(SMALLEST_TTL), profile.ttl_step)
-            }
+    /// - [`InvalidUrl`](crate::ErrorKind::InvalidUrl) for an invalid URL.
+    /// - [`Unsupported`](crate::ErrorKind::Unsupported) for the URL of an engine that this build of lockkit does not
+    ///   have.
+    /// - [`Io`](crate::ErrorKind::Io) if the path of a file is empty, or if it is relative and the working directory is
+    ///   gone.
+    pub fn build(self) -> Result<Lease> {
+        let Self { target, settings } = self;
+        let location = match target {
+            Target::Location(location) => location,
+            Target::Url(url) => connect::locate(&url)?,
         };
-        let ttl = self.ttl.unwrap_or(TTL.max(smallest));
-        refuse_if(ttl < smallest, "ttl", || {
-            format!("{ttl:?} is shorter than {smallest:?}, the shortest that can be kept")
-        })?;
-        refuse_if(ttl > LONGEST_TTL, "ttl", || format!("{ttl:?} is longer than a year"))?;
-        let ttl = whole_steps(ttl, step);
-        let usual = if smallest < QUICK { HEARTBEAT } else { ttl };
-        let heartbeat = self.heartbeat.unwrap_or(usual.min(ttl / 4));
-        refuse_if(heartbeat < SMALLEST_PERIOD, "heartbeat", || {
-            format!("{heartbeat:?} is shorter than 1ms, the shortest heartbeat that leaves the processor to others")
-        })?;
-        refuse_if(heartbeat > ttl / 3, "heartbeat", || {
-            format!("{heartbeat:?} is more than a third of the ttl, {ttl:?}, so that one late beat may lose the lease")
-        })?;
-        if let Some(within) = self.progress {
-            refuse_if(within < heartbeat, "require_progress", || {
-                format!(
-                    "{within:?} is shorter than a heartbeat, {heartbeat:?}, so that the loss would be noticed too late"
-                )
-            })?;
-        }
-        refuse_if(self.retry_delay < SMALLEST_PERIOD, "acquire_retry_delay", || {
-            format!(
-                "{:?} is shorter than 1ms, the shortest pause that leaves the processor to others",
-                self.retry_delay
-            )
-        })?;
-        let unreadable = self.unreadable.unwrap_or(UNREADABLE.max(heartbeat * 2));
-        refuse_if(unreadable < heartbeat, "invalid_pid_lock_stale_threshold", || {
-            format!("{unreadable:?} is shorter than a heartbeat, {heartbeat:?}, at which its holder repairs it")
-        })?;
-        for (option, mode, least) in
-            [("file_write_mode", self.file_mode, 0o600), ("directory_write_mode", self.directory_mode, 0o700)]
-        {
-            let Some(mode) = mode else { continue };
-            refuse_if(mode & !0o7777 != 0, option, || format!("{mode:#o} is no mode"))?;
-            refuse_if(mode & least != least, option, || format!("{mode:#o} would shut its own maker out"))?;
-        }
-        let clock_id = self.clock.shared_id();
-        let (name, store, location): (_, Arc<dyn LeaseStore>, _) = match self.place {
-            Location::Url(url) => return Err(url::invalid(&url, "it leads to another URL")),
+        let timing = settings.checked_timing(&location)?;
+        settings.check_modes()?;
+        let clock_id = settings.clock.shared_id();
+        let (name, store, record): (_, Arc<dyn LeaseStore>, _) = match location {
             Location::File(path) => {
                 let path = std::path::absolute(&path).map_err(|error| Error::io("make absolute", &path, error))?;
-                let store = FileStore {
-                    heartbeat,
-                    unreadable,
-                    retry_delay: self.retry_delay,
-                    file_mode: self.file_mode,
-                    directory_mode: self.directory_mode,
-                    create_parents: self.create_parents,
-                    clock: self.clock.clone(),
+                let store = FileStore::new(FileSpec {
+                    heartbeat: timing.heartbeat,
+                    damage_timeout: timing.damage_timeout,
+                    retry_delay: settings.retry_delay,
+                    file_mode: settings.file_mode,
+                    directory_mode: settings.directory_mode,
+                    create_parents: settings.create_parents,
+                    clock: settings.clock.clone(),
                     clock_id,
-                    device: AtomicU64::default(),
-                    is_remote: AtomicBool::default(),
-                    observer: Mutex::default(),
-                    path,
-                };
-                let location = waiters::Location::File { path: store.path.clone(), unreadable };
-                (LeaseName::of_path(&store.path), Arc::new(store), location)
+                    path: path.clone(),
+                });
+                let name = LeaseName::of_path(&path);
+                (name, Arc::new(store), RecordId::File { path, damage_timeout: timing.damage_timeout })
             }
             Location::Store(store, key) => {
-                for (option, given) in [
-                    ("invalid_pid_lock_stale_threshold", self.unreadable.is_some()),
-                    ("file_write_mode", self.file_mode.is_some()),
-                    ("directory_write_mode", self.directory_mode.is_some()),
-                    ("create_parents", self.create_parents),
-                ] {
-                    refuse_if(given, option, || "this lease is not kept in a file".into())?;
+                for option in settings.file_options() {
+                    reject_if(true, option, || "this lease is not kept in a file".into())?;
                 }
                 let name = LeaseName::new(&key)?;
-                let location = waiters::Location::Store(Arc::as_ptr(&store).cast::<()>() as usize, name.clone());
-                (name, store, location)
+                let record = RecordId::Store(Arc::as_ptr(&store).cast::<()>() as usize, name.clone());
+                (name, store, record)
             }
         };
-        let clock = clock_id.ok_or(Arc::as_ptr(&self.clock).cast::<()>() as usize);
-        let (retry_delay, retry_limit) = (self.retry_delay, self.retry_limit);
-        let waiters = waiters::Key { location, clock, retry_delay, retry_limit };
+        let clock = clock_id.ok_or(Arc::as_ptr(&settings.clock).cast::<()>() as usize);
+        let (retry_delay, retry_limit) = (settings.retry_delay, settings.retry_limit);
         let options = Options {
-            ttl,
-            heartbeat,
-            progress: self.progress,
-            on_lost: self.on_lost,
-            held_error: self.held_error,
-            retry_limit: self.retry_limit,
-            retry_delay: self.retry_delay,
+            ttl: timing.ttl,
+            heartbeat: timing.heartbeat,
+            progress: settings.progress,
+            on_lost: settings.on_lost,
+            held_error: settings.held_error,
+            retry_limit,
+            retry_delay,
             clock_id,
-            clock: self.clock,
+            clock: settings.clock,
         };
-        Ok(Lease(Arc::new(Inner { name, store, waiters, options })))
+        let queue = QueueKey { record, clock, retry_delay, retry_limit };
+        Ok(Lease::new(LeaseSpec { name, store, queue, options }))
     }
 }
 
 impl fmt::Debug for LeaseBuilder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let place: &dyn fmt::Debug = match &self.place {
-            Location::File(path) => path,
-            Location::Store(_, key) => key,
+        let location: &dyn fmt::Debug = match &self.target {
+            Target::Location(Location::File(path)) => path,
+            Target::Location(Location::Store(_, key)) => key,
             // The URL is not shown, because it may contain a password.
-            Location::Url(_) => &"a URL",
+            Target::Url(_) => &"a URL",
         };
+        let Settings { ttl, heartbeat, .. } = &self.settings;
         let mut shown = f.debug_struct("LeaseBuilder");
-        shown.field("place", place).field("ttl", &self.ttl).field("heartbeat", &self.heartbeat).finish_non_exhaustive()
+        shown.field("location", location).field("ttl", ttl).field("heartbeat", heartbeat).finish_non_exhaustive()
     }
-}
-
-fn refuse_if(wrong: bool, option: &'static str, problem: impl FnOnce() -> String) -> Result<()> {
-    if wrong { Err(ErrorKind::InvalidOption { option, problem: problem() }.into()) } else { Ok(()) }
-}
-
-/// Rounds `ttl` up to a whole multiple of `step`.
-fn whole_steps(ttl: Duration, step: Duration) -> Duration {
-    let step = step.as_nanos().max(1);
-    u64::try_from(ttl.as_nanos().div_ceil(step) * step).map_or(ttl, Duration::from_nanos)
-}
-
-/// Returns one clock for all leases, so that all leases count by the same clock.
-fn system_clock() -> Arc<dyn Clock> {
-    static CLOCK: LazyLock<Arc<dyn Clock>> = LazyLock::new(|| Arc::new(SystemClock));
-    CLOCK.clone()
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::settings::{DEFAULT_HEARTBEAT_INTERVAL, DEFAULT_TTL};
     use super::*;
+    use crate::base::error::ErrorKind;
 
     const MS: Duration = Duration::from_millis(1);
 
-    fn refused(builder: LeaseBuilder) -> &'static str {
+    fn rejected_option(builder: LeaseBuilder) -> &'static str {
         match builder.build().unwrap_err().kind() {
             ErrorKind::InvalidOption { option, problem } => {
                 assert!(!problem.is_empty());
@@ -461,22 +448,22 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_go_together_is_refused_by_name() {
+    fn build_with_invalid_option_names_option() {
         let file = || Lease::file("/nowhere/lease");
-        assert_eq!(refused(file().ttl(MS)), "ttl");
-        assert_eq!(refused(file().ttl(Duration::MAX)), "ttl");
+        assert_eq!(rejected_option(file().ttl(MS)), "ttl");
+        assert_eq!(rejected_option(file().ttl(Duration::MAX)), "ttl");
         for too_short in [Duration::ZERO, Duration::from_nanos(1), MS - Duration::from_nanos(1)] {
-            assert_eq!(refused(file().heartbeat(too_short)), "heartbeat");
-            assert_eq!(refused(file().acquire_retry_delay(too_short)), "acquire_retry_delay");
+            assert_eq!(rejected_option(file().heartbeat(too_short)), "heartbeat");
+            assert_eq!(rejected_option(file().acquire_retry_delay(too_short)), "acquire_retry_delay");
         }
-        assert_eq!(refused(file().ttl(MS * 300).heartbeat(MS * 101)), "heartbeat");
-        assert_eq!(refused(file().require_progress(MS * 249)), "require_progress");
+        assert_eq!(rejected_option(file().ttl(MS * 300).heartbeat(MS * 101)), "heartbeat");
+        assert_eq!(rejected_option(file().require_progress(MS * 249)), "require_progress");
         assert_eq!(
-            refused(file().heartbeat(MS * 250).invalid_pid_lock_stale_threshold(MS * 249)),
+            rejected_option(file().heartbeat(MS * 250).invalid_pid_lock_stale_threshold(MS * 249)),
             "invalid_pid_lock_stale_threshold"
         );
-        assert_eq!(refused(file().file_write_mode(0o444)), "file_write_mode");
-        assert_eq!(refused(file().directory_write_mode(0o10700)), "directory_write_mode");
+        assert_eq!(rejected_option(file().file_write_mode(0o444)), "file_write_mode");
+        assert_eq!(rejected_option(file().directory_write_mode(0o10700)), "directory_write_mode");
         assert!(file().ttl(MS * 300).heartbeat(MS * 100).require_progress(MS * 100).build().is_ok());
         assert!(file().heartbeat(MS).acquire_retry_delay(MS).require_progress(MS).build().is_ok());
         assert!(Lease::file("").build().is_err());
@@ -486,14 +473,7 @@ mod tests {
     fn default_heartbeat_is_at_most_a_quarter_of_ttl() {
         let heartbeat = |ttl| Lease::file("/nowhere/lease").ttl(ttl).build().unwrap().0.options.heartbeat;
         assert_eq!(heartbeat(MS * 100), MS * 25);
-        assert_eq!(heartbeat(TTL), HEARTBEAT);
-        assert_eq!(heartbeat(TTL * 100), HEARTBEAT);
-    }
-
-    #[test]
-    fn a_ttl_is_asked_for_in_whole_steps() {
-        assert_eq!(whole_steps(MS * 1001, MS * 1000), MS * 2000);
-        assert_eq!(whole_steps(MS * 2000, MS * 1000), MS * 2000);
-        assert_eq!(whole_steps(MS, Duration::ZERO), MS);
+        assert_eq!(heartbeat(DEFAULT_TTL), DEFAULT_HEARTBEAT_INTERVAL);
+        assert_eq!(heartbeat(DEFAULT_TTL * 100), DEFAULT_HEARTBEAT_INTERVAL);
     }
 }

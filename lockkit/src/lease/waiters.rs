@@ -24,23 +24,24 @@ use crate::sys::event::Event;
 use crate::sys::fd::{AsFd, BorrowedFd};
 use crate::sys::process_local::ProcessLocal;
 
-/// Identifies a queue: leases at one location that are acquired by the same rules. A thread relies on the first thread,
-/// which must therefore judge the lease, repeat its requests and fail as the thread itself would.
+/// Identifies a queue: the leases of one record that are acquired by the same rules. A thread relies on the first
+/// thread, which must therefore judge the lease, repeat its requests and fail as the thread itself would.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Key {
-    pub(super) location: Location,
+pub(super) struct QueueKey {
+    pub(super) record: RecordId,
     /// The shared id of the clock, or its address.
     pub(super) clock: Result<u128, usize>,
     pub(super) retry_delay: Duration,
     pub(super) retry_limit: u32,
 }
 
+/// Identifies the record of a lease in this process.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Location {
+pub(super) enum RecordId {
     File {
         path: PathBuf,
         /// How long a damaged file counts as held.
-        unreadable: Duration,
+        damage_timeout: Duration,
     },
     /// The address of the store, and the name in it.
     Store(usize, LeaseName),
@@ -48,7 +49,7 @@ pub(super) enum Location {
 
 /// The waiters for one lease, at least one.
 #[derive(Default)]
-struct Line {
+struct Queue {
     waiters: VecDeque<Arc<Entry>>,
     /// The holder of the lease, as the first thread last saw it.
     holder: Option<Owner>,
@@ -67,31 +68,31 @@ impl Entry {
     }
 }
 
-type Lines = HashMap<Key, Line>;
+type Queues = HashMap<QueueKey, Queue>;
 
-fn lines() -> MutexGuard<'static, Lines> {
-    static LINES: ProcessLocal<Mutex<Lines>> = ProcessLocal::new();
+fn queues() -> MutexGuard<'static, Queues> {
+    static QUEUES: ProcessLocal<Mutex<Queues>> = ProcessLocal::new();
     // A panic leaves no partial change in here.
-    LINES.get_or_make(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner)
+    QUEUES.get_or_make(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Key {
+impl QueueKey {
     /// Returns whether a thread waits, so that the next one must join.
-    pub(super) fn is_awaited(&self) -> bool {
-        let lines = lines();
-        !lines.is_empty() && lines.contains_key(self)
+    pub(super) fn has_waiters(&self) -> bool {
+        let queues = queues();
+        !queues.is_empty() && queues.contains_key(self)
     }
 
     /// Records the holder of the lease, for the errors of the waiters.
     pub(super) fn set_holder(&self, holder: Option<&Owner>) {
-        if let Some(line) = lines().get_mut(self) {
-            line.holder = holder.cloned();
+        if let Some(queue) = queues().get_mut(self) {
+            queue.holder = holder.cloned();
         }
     }
 
     /// Returns the holder of the lease, as the first thread last saw it.
     pub(super) fn holder(&self) -> Option<Owner> {
-        lines().get(self)?.holder.clone()
+        queues().get(self)?.holder.clone()
     }
 
     /// Joins the queue at its end.
@@ -99,27 +100,27 @@ impl Key {
     /// # Errors
     /// If no event can be created, for example without a free descriptor.
     pub(super) fn join(&self) -> io::Result<Waiter> {
-        let mut lines = lines();
-        let line = lines.entry(self.clone()).or_default();
-        let event = if line.waiters.is_empty() { None } else { Some(Event::new()?) };
+        let mut queues = queues();
+        let queue = queues.entry(self.clone()).or_default();
+        let event = if queue.waiters.is_empty() { None } else { Some(Event::new()?) };
         let entry = Arc::new(Entry { event });
-        line.waiters.push_back(entry.clone());
+        queue.waiters.push_back(entry.clone());
         Ok(Waiter { key: self.clone(), entry })
     }
 }
 
 /// A place in the queue. Dropping it leaves the queue and wakes the next thread.
 pub(super) struct Waiter {
-    key: Key,
+    key: QueueKey,
     entry: Arc<Entry>,
 }
 
 impl Waiter {
     /// Returns whether this thread is first, and may ask the store.
     pub(super) fn is_first(&self) -> bool {
-        lines()
+        queues()
             .get(&self.key)
-            .and_then(|line| line.waiters.front())
+            .and_then(|queue| queue.waiters.front())
             .is_some_and(|first| Arc::ptr_eq(first, &self.entry))
     }
 
@@ -130,20 +131,20 @@ impl Waiter {
 
     /// Dissolves the queue if this thread is first: every thread asks the store for itself.
     pub(super) fn dissolve(self) {
-        let line = if self.is_first() { lines().remove(&self.key) } else { None };
-        line.into_iter().flat_map(|line| line.waiters).for_each(|entry| entry.wake());
+        let queue = if self.is_first() { queues().remove(&self.key) } else { None };
+        queue.into_iter().flat_map(|queue| queue.waiters).for_each(|entry| entry.wake());
     }
 }
 
 impl Drop for Waiter {
     fn drop(&mut self) {
-        let mut lines = lines();
+        let mut queues = queues();
         // After the queue was dissolved there may be a new one without this thread.
-        let Some(line) = lines.get_mut(&self.key) else { return };
-        let Some(at) = line.waiters.iter().position(|entry| Arc::ptr_eq(entry, &self.entry)) else { return };
-        line.waiters.remove(at);
-        match line.waiters.front() {
-            None => _ = lines.remove(&self.key),
+        let Some(queue) = queues.get_mut(&self.key) else { return };
+        let Some(at) = queue.waiters.iter().position(|entry| Arc::ptr_eq(entry, &self.entry)) else { return };
+        queue.waiters.remove(at);
+        match queue.waiters.front() {
+            None => _ = queues.remove(&self.key),
             Some(first) if at == 0 => first.wake(),
             Some(_) => {}
         }
@@ -155,9 +156,9 @@ mod tests {
     use super::*;
     use crate::sys::event;
 
-    fn key(path: &str) -> Key {
-        let location = Location::File { path: path.into(), unreadable: Duration::from_secs(2) };
-        Key { location, clock: Ok(1), retry_delay: Duration::from_millis(25), retry_limit: 4 }
+    fn key(path: &str) -> QueueKey {
+        let record = RecordId::File { path: path.into(), damage_timeout: Duration::from_secs(2) };
+        QueueKey { record, clock: Ok(1), retry_delay: Duration::from_millis(25), retry_limit: 4 }
     }
 
     fn is_woken(waiter: &Waiter) -> bool {
@@ -167,9 +168,9 @@ mod tests {
     #[test]
     fn join_in_order_makes_first_in_order() {
         let key = key("order");
-        assert!(!key.is_awaited());
+        assert!(!key.has_waiters());
         let [first, second, third, fourth] = [(); 4].map(|()| key.join().unwrap());
-        assert!(first.is_first() && first.as_fd().is_none() && key.is_awaited());
+        assert!(first.is_first() && first.as_fd().is_none() && key.has_waiters());
         assert!(!second.is_first() && !is_woken(&second));
         drop(third);
         assert!(!is_woken(&second) && !is_woken(&fourth), "giving up wakes no other waiter");
@@ -178,16 +179,16 @@ mod tests {
         drop(second);
         assert!(fourth.is_first() && is_woken(&fourth));
         drop(fourth);
-        assert!(!key.is_awaited(), "nothing is left");
+        assert!(!key.has_waiters(), "nothing is left");
     }
 
     #[test]
     fn join_affects_only_the_same_lease_and_rules() {
         let one = key("one");
         let _waiter = one.join().unwrap();
-        assert!(!key("other").is_awaited());
-        assert!(!Key { clock: Err(1), ..one.clone() }.is_awaited());
-        assert!(key("one").is_awaited());
+        assert!(!key("other").has_waiters());
+        assert!(!QueueKey { clock: Err(1), ..one.clone() }.has_waiters());
+        assert!(key("one").has_waiters());
     }
 
     #[test]
@@ -195,7 +196,7 @@ mod tests {
         let key = key("dissolved");
         let [first, second] = [(); 2].map(|()| key.join().unwrap());
         first.dissolve();
-        assert!(is_woken(&second) && !second.is_first() && !key.is_awaited());
+        assert!(is_woken(&second) && !second.is_first() && !key.has_waiters());
         let newcomer = key.join().unwrap();
         drop(second);
         assert!(newcomer.is_first());

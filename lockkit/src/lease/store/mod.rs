@@ -3,7 +3,8 @@
 //! | module | contents |
 //! |---|---|
 //! | [`lease_store`] | the interface between a lease and its store |
-//! | [`file`] | the store in a file |
+//! | [`types`] | the values that they exchange |
+//! | [`mod@file`] | the store in a file |
 //! | `server` | what the stores on servers share |
 //! | `etcd`, `postgres`, `redis` | the stores on servers, behind features of their names |
 
@@ -18,3 +19,4 @@ pub(super) mod postgres;
 pub(super) mod redis;
 #[cfg(any(feature = "etcd", feature = "postgres", feature = "redis"))]
 pub(super) mod server;
+pub(super) mod types;

@@ -23,10 +23,11 @@
 //! The sum is FNV-1a over the record as 64-bit words, little-endian, without the sum itself and without the notes. It
 //! guards against partial writes and accidents, not against forgery.
 //!
-//! A note contains the id of a clock, and the time in nanoseconds at which an observer first saw a beat. Observers
-//! write notes without a lock, so a note can meet a later beat or another note. Each note therefore has a checksum of
-//! its own. It covers the clock and the time, and starts from the [`fingerprint`](Record::fingerprint) of the record. A
-//! note that is torn, or is about another beat, does not count.
+//! A note contains the id of a clock, and the time in nanoseconds at which an observer first saw a heartbeat number,
+//! the field `beat`. Observers write notes without a lock, so a note can meet a later heartbeat number or another note.
+//! Each note therefore has a checksum of its own. It covers the clock and the time, and starts from the
+//! [`fingerprint`](Record::fingerprint) of the record. A note that is torn, or is about another heartbeat number, does
+//! not count.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -154,7 +155,7 @@ fn add_words(sum: u64, bytes: &[u8]) -> u64 {
 }
 
 impl Record {
-    /// Creates the record of a held lease: the first beat of `claim`.
+    /// Creates the record of a held lease: the first heartbeat of `claim`.
     pub(in crate::lease) fn held(
         claim: &ClaimId,
         token: u64,
@@ -215,13 +216,13 @@ impl Record {
         ClaimId::from_number(self.hex(CLAIM).unwrap_or_default())
     }
 
-    pub(in crate::lease) fn beat(&self) -> u64 {
+    pub(in crate::lease) fn heartbeat_number(&self) -> u64 {
         self.number(BEAT).unwrap_or_default()
     }
 
-    /// Sets the next beat, which no observer has seen yet.
-    pub(in crate::lease) fn set_beat(&mut self, beat: u64) {
-        self.set_number(BEAT, beat);
+    /// Sets the next heartbeat number, which no observer has seen yet.
+    pub(in crate::lease) fn set_heartbeat_number(&mut self, number: u64) {
+        self.set_number(BEAT, number);
         self.clear_notes();
     }
 
@@ -240,20 +241,20 @@ impl Record {
         Some(owner_text::read(pid.parse().ok()?, rest.lines()))
     }
 
-    /// Returns when an observer first saw this beat by this clock, if a note says so.
-    pub(in crate::lease) fn noted(&self, clock: u128) -> Option<Duration> {
+    /// Returns when an observer first saw this heartbeat number by this clock, if a note says so.
+    pub(in crate::lease) fn first_seen(&self, clock: u128) -> Option<Duration> {
         let is_of_clock =
-            |note: &Range<usize>| self.hex(within(note, CLOCK)) == Some(clock) && self.is_of_this_beat(note);
+            |note: &Range<usize>| self.hex(within(note, CLOCK)) == Some(clock) && self.is_of_this_heartbeat(note);
         let note = self.notes().find(is_of_clock)?;
         self.number(within(&note, TIME)).map(Duration::from_nanos)
     }
 
-    /// Returns a note that an observer first saw this beat at `now` on this clock, and its offset in the file. It
-    /// replaces a note of the same clock, or a note that does not count. If all notes are of other clocks it replaces
-    /// one of them, and that observer starts again.
+    /// Returns a note that an observer first saw this heartbeat number at `now` on this clock, and its offset in the
+    /// file. It replaces a note of the same clock, or a note that does not count. If all notes are of other clocks it
+    /// replaces one of them, and that observer starts again.
     pub(in crate::lease) fn note(&self, clock: u128, now: Duration) -> (u64, [u8; NOTE.len()]) {
         let is_usable =
-            |note: &Range<usize>| self.hex(within(note, CLOCK)) == Some(clock) || !self.is_of_this_beat(note);
+            |note: &Range<usize>| self.hex(within(note, CLOCK)) == Some(clock) || !self.is_of_this_heartbeat(note);
         let at =
             self.notes().find(is_usable).map_or(NOTES.start + (clock % 4) as usize * NOTE.len(), |note| note.start);
         let mut note = *NOTE;
@@ -264,7 +265,7 @@ impl Record {
         (at as u64, note)
     }
 
-    fn is_of_this_beat(&self, note: &Range<usize>) -> bool {
+    fn is_of_this_heartbeat(&self, note: &Range<usize>) -> bool {
         let note = &self.0[note.clone()];
         note.starts_with(&NOTE[SAW]) && note[NOTE_SUM] == self.note_sum(note)
     }
@@ -374,7 +375,7 @@ mod tests {
 
     fn record() -> Record {
         let mut record = Record::held(&ClaimId::from_number(0xabc), 7, S * 3, S / 4, &me());
-        record.set_beat(42);
+        record.set_heartbeat_number(42);
         record
     }
 
@@ -386,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_reads_as_its_documentation_shows() {
+    fn record_text_matches_documented_format() {
         let mut record = record();
         let text = String::from_utf8(record.seal().to_vec()).unwrap();
         let lines: Vec<_> = text.lines().collect();
@@ -422,7 +423,7 @@ mod tests {
     }
 
     #[test]
-    fn notes_count_for_one_beat_and_change_nothing_else() {
+    fn notes_count_for_one_heartbeat_only() {
         let mut record = record();
         record.seal();
         let mut noted_by_all = record.clone();
@@ -431,19 +432,19 @@ mod tests {
         }
         let Content::Ours(noted_by_all) = parse(&noted_by_all.0) else { panic!("notes are no part of the sum") };
         assert_eq!(noted_by_all.fingerprint(), record.fingerprint());
-        assert!((1..=4).all(|clock| noted_by_all.noted(clock) == Some(S * clock as u32)));
+        assert!((1..=4).all(|clock| noted_by_all.first_seen(clock) == Some(S * clock as u32)));
         let fifth = noted(&noted_by_all, 5, S * 5);
-        assert_eq!(fifth.noted(5), Some(S * 5), "it takes the place of another");
-        assert_eq!((1..=4).filter(|clock| fifth.noted(*clock).is_some()).count(), 3);
-        assert_eq!(noted(&noted_by_all, 3, S * 30).noted(3), Some(S * 30));
-        // An observer writes its note just after the next beat.
+        assert_eq!(fifth.first_seen(5), Some(S * 5), "the fifth note replaces another");
+        assert_eq!((1..=4).filter(|clock| fifth.first_seen(*clock).is_some()).count(), 3);
+        assert_eq!(noted(&noted_by_all, 3, S * 30).first_seen(3), Some(S * 30));
+        // An observer writes its note just after the next heartbeat.
         let (at, note) = record.note(1, S);
         let mut next = record;
-        next.set_beat(43);
+        next.set_heartbeat_number(43);
         next.0[at as usize..][..note.len()].copy_from_slice(&note);
-        assert_eq!(next.noted(1), None, "it is about another beat");
+        assert_eq!(next.first_seen(1), None, "the note is about another heartbeat");
         let again = noted(&next, 2, S);
-        assert_eq!(again.note(3, S).0, at + note.len() as u64, "the place of one that does not count is used");
+        assert_eq!(again.note(3, S).0, at + note.len() as u64, "a note that does not count is replaced");
     }
 
     #[test]
@@ -493,31 +494,32 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_is_written_reads_back(
-            claim: u128, token: u64, beat: u64, ttl: u64, every: u64, pid in 1..=u32::MAX, start: Option<u64>,
+        fn written_record_reads_back(
+            claim: u128, token: u64, number: u64, ttl: u64, every: u64, pid in 1..=u32::MAX, start: Option<u64>,
             boot: Option<u128>, namespace: Option<u64>, program in proptest::option::of(".*"), clock in 1_u128..,
             seen: u64,
         ) {
             let owner = Owner { pid, start, boot, namespace, program, ..me() };
             let [ttl, every, seen] = [ttl, every, seen].map(Duration::from_nanos);
             let mut record = Record::held(&ClaimId::from_number(claim), token, ttl, every, &owner);
-            record.set_beat(beat);
+            record.set_heartbeat_number(number);
             let mut record = noted(&record, clock, seen);
             let record = reread(&mut record);
-            prop_assert_eq!((record.claim().number(), record.token(), record.beat()), (claim, token, beat));
-            prop_assert_eq!((record.ttl(), record.heartbeat(), record.noted(clock)), (ttl, every, Some(seen)));
+            prop_assert_eq!((record.claim().number(), record.token()), (claim, token));
+            prop_assert_eq!(record.heartbeat_number(), number);
+            prop_assert_eq!((record.ttl(), record.heartbeat(), record.first_seen(clock)), (ttl, every, Some(seen)));
             let read = record.owner().unwrap();
             prop_assert_eq!((read.pid, read.start, read.boot), (pid, start, boot));
             prop_assert_eq!((read.namespace, read.host, read.acquired), (namespace, owner.host, owner.acquired));
         }
 
         #[test]
-        fn any_bytes_are_read_without_harm(bytes in proptest::collection::vec(any::<u8>(), 0..2 * SIZE)) {
+        fn parse_arbitrary_bytes_returns_no_record(bytes in proptest::collection::vec(any::<u8>(), 0..2 * SIZE)) {
             prop_assert!(!matches!(parse(&bytes), Content::Ours(_)));
         }
 
         #[test]
-        fn any_tail_behind_the_first_line_is_read_without_harm(tail in proptest::collection::vec(any::<u8>(), 0..SIZE)) {
+        fn parse_arbitrary_tail_does_not_panic(tail in proptest::collection::vec(any::<u8>(), 0..SIZE)) {
             parse(&[FAMILY, &tail].concat());
         }
 
@@ -536,12 +538,12 @@ mod tests {
             let Content::Ours(record) = parse(record.seal()) else { panic!("it is sealed and well formed") };
             let pid = lines[4..lines.find('\n').unwrap()].parse::<u32>().ok();
             prop_assert_eq!(record.owner().map(|owner| owner.pid), pid);
-            record.noted(clock);
-            prop_assert_eq!(noted(&record, clock, S).noted(clock), Some(S));
+            record.first_seen(clock);
+            prop_assert_eq!(noted(&record, clock, S).first_seen(clock), Some(S));
         }
 
         #[test]
-        fn no_change_of_a_byte_goes_unseen(at in 0..SIZE - NOTES.len(), change in 1_u8..) {
+        fn parse_changed_byte_returns_no_record(at in 0..SIZE - NOTES.len(), change in 1_u8..) {
             let at = if at < NOTES.start { at } else { at + NOTES.len() };
             let mut bytes = *record().seal();
             bytes[at] ^= change;
@@ -549,17 +551,17 @@ mod tests {
         }
 
         #[test]
-        fn a_torn_note_does_not_count(at in 0..NOTE.len(), change in 1_u8..) {
+        fn torn_note_does_not_count(at in 0..NOTE.len(), change in 1_u8..) {
             let record = record();
             let (start, note) = record.note(7, S);
             let mut noted = record;
             noted.0[start as usize..][..note.len()].copy_from_slice(&note);
             noted.0[start as usize + at] ^= change;
-            prop_assert_eq!(noted.noted(7).filter(|time| *time != S), None);
+            prop_assert_eq!(noted.first_seen(7).filter(|time| *time != S), None);
         }
 
         #[test]
-        fn no_cut_goes_unseen(length in 0..SIZE) {
+        fn parse_truncated_record_returns_damaged(length in 0..SIZE) {
             prop_assert!(matches!(parse(&record().seal()[..length]), Content::Damaged));
         }
     }

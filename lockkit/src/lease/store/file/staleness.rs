@@ -16,22 +16,23 @@ pub(in crate::lease) struct Observer {
 }
 
 impl Observer {
-    /// Returns how long the record, whose fingerprint is `print` now, has been seen unchanged. `noted` is the time at
-    /// which an earlier observer by the same clock saw this fingerprint.
-    pub(super) fn unchanged_for(&mut self, print: u64, now: Duration, noted: Option<Duration>) -> Duration {
+    /// Returns how long the record, whose fingerprint is `fingerprint` now, has been seen unchanged. `first_seen` is
+    /// the time at which an earlier observer by the same clock saw this fingerprint.
+    pub(super) fn unchanged_for(&mut self, fingerprint: u64, now: Duration, first_seen: Option<Duration>) -> Duration {
         let since = match self.seen {
-            Some((seen, since)) if seen == print => since,
+            Some((seen, since)) if seen == fingerprint => since,
             _ => now,
         };
         // A note from the future is damaged, or forged.
-        let since = noted.filter(|noted| *noted <= now).map_or(since, |noted| noted.min(since));
-        self.seen = Some((print, since));
+        let since =
+            first_seen.filter(|first_seen| *first_seen <= now).map_or(since, |first_seen| first_seen.min(since));
+        self.seen = Some((fingerprint, since));
         now.saturating_sub(since)
     }
 
     /// Returns whether this observer must leave a note for later observers. Returns true once: from then on the
     /// observer uses its own observation, so waiters do not wake each other with notes.
-    pub(super) fn is_to_note(&mut self) -> bool {
+    pub(super) fn must_leave_note(&mut self) -> bool {
         !std::mem::replace(&mut self.has_noted, true)
     }
 }
@@ -44,26 +45,38 @@ mod tests {
     const S: Duration = Duration::from_secs(1);
 
     #[test]
-    fn a_record_is_as_old_as_it_has_been_seen_unchanged() {
+    fn record_age_counts_from_first_sight() {
         let (clock, mut observer) = (ManualClock::new(), Observer::default());
         clock.advance(S * 1000);
-        assert_eq!(observer.unchanged_for(1, clock.now(), None), Duration::ZERO, "however old it may be");
+        assert_eq!(
+            observer.unchanged_for(1, clock.now(), None),
+            Duration::ZERO,
+            "the age before the first sight does not count"
+        );
         clock.advance(S * 2);
         assert_eq!(observer.unchanged_for(1, clock.now(), None), S * 2);
         clock.advance(S);
-        assert_eq!(observer.unchanged_for(2, clock.now(), None), Duration::ZERO, "it beat in between");
+        assert_eq!(observer.unchanged_for(2, clock.now(), None), Duration::ZERO, "the record was renewed in between");
         clock.advance(S);
-        assert_eq!(observer.unchanged_for(1, clock.now(), None), Duration::ZERO, "and so it did if it went back");
+        assert_eq!(
+            observer.unchanged_for(1, clock.now(), None),
+            Duration::ZERO,
+            "a record that returns was changed in between, too"
+        );
     }
 
     #[test]
-    fn a_note_by_the_same_clock_counts_as_ones_own_sight() {
+    fn note_of_same_clock_counts_as_own_observation() {
         let (clock, mut observer) = (ManualClock::new(), Observer::default());
         clock.advance(S * 10);
         assert_eq!(observer.unchanged_for(1, clock.now(), Some(S * 4)), S * 6);
         clock.advance(S);
-        assert_eq!(observer.unchanged_for(1, clock.now(), None), S * 7, "and is remembered");
-        assert_eq!(observer.unchanged_for(1, clock.now(), Some(S * 9)), S * 7, "one's own was earlier");
-        assert_eq!(observer.unchanged_for(3, clock.now(), Some(S * 99)), Duration::ZERO, "from the future");
+        assert_eq!(observer.unchanged_for(1, clock.now(), None), S * 7, "the earlier sight is remembered");
+        assert_eq!(observer.unchanged_for(1, clock.now(), Some(S * 9)), S * 7, "the own observation was earlier");
+        assert_eq!(
+            observer.unchanged_for(3, clock.now(), Some(S * 99)),
+            Duration::ZERO,
+            "a note from the future does not count"
+        );
     }
 }
