@@ -66,7 +66,7 @@ fn why(url: impl Into<String>) -> String {
 }
 
 #[test]
-fn a_cluster_that_loses_its_leader_keeps_the_lease() {
+fn etcd_leader_loss_keeps_lease() {
     let mut etcd = or_left_out!(Etcd::start_nodes(3, &Security::None, &[]));
     let lease = lease(etcd.plain_url("leader"));
     let guard = lease.try_lock().unwrap();
@@ -130,7 +130,7 @@ fn stopped_etcd_leader_keeps_leases_exclusive() {
 }
 
 #[test]
-fn an_endpoint_that_is_dead_or_frozen_is_passed_over() {
+fn request_skips_dead_or_frozen_endpoint() {
     let mut etcd = or_left_out!(Etcd::start_nodes(3, &Security::None, &[]));
     let nobody = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
     let url = etcd.url_of(&format!("127.0.0.1:{nobody},{}", etcd.endpoints()), "", "dead", "");
@@ -213,7 +213,7 @@ fn quorum_loss_ends_lease_and_next_guard_reports_it() {
 }
 
 #[test]
-fn all_leases_of_a_process_with_one_ttl_share_a_session() {
+fn leases_with_same_ttl_share_one_etcd_session() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
     let take = |ttl: Duration| {
         let lease = |n| Lease::connect(etcd.plain_url(&format!("{}-{n}", ttl.as_secs()))).ttl(ttl).build().unwrap();
@@ -242,7 +242,7 @@ fn unused_etcd_session_expires() {
 }
 
 #[test]
-fn a_thousand_leases_of_one_process_are_kept_by_a_few_requests() {
+fn thousand_etcd_leases_renew_with_few_requests() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
     let lost = Arc::new(AtomicUsize::new(0));
     let guards: Vec<_> = (0..1000)
@@ -291,7 +291,7 @@ fn etcd_eviction_reported_only_to_evicted_holder() {
 }
 
 #[test]
-fn a_waiter_outlasts_the_compaction_of_what_it_waits_from() {
+fn waiter_survives_etcd_compaction() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
     let terms = Terms { ttl: 30_000, ..Terms::of(etcd.plain_url("compacted")) };
     let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start_lease(&terms));
@@ -309,7 +309,7 @@ fn a_waiter_outlasts_the_compaction_of_what_it_waits_from() {
 }
 
 #[test]
-fn a_forked_child_has_a_session_of_its_own() {
+fn forked_child_creates_own_etcd_session() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
     let terms = |name| Terms { ttl: 3000, heartbeat: 500, ..Terms::of(etcd.plain_url(name)) };
     let mut parent = Actor::start_lease(&terms("parent"));
@@ -342,19 +342,19 @@ fn etcd_access_denied_error_names_cause() {
         let said = why(etcd.url_of(&etcd.endpoints(), user, "denied", ""));
         assert!(said.contains(text), "{said}");
     };
-    says("", "wants a user and a password");
-    says("guest:guest@", "does not let the user \"guest\"");
-    says(&format!("{USER}:open-barley@"), &format!("knows no user {USER:?} of this password"));
+    says("", "without a user and a password");
+    says("guest:guest@", "the user \"guest\" lacks the permission");
+    says(&format!("{USER}:open-barley@"), &format!("as {USER:?}: no such user has this password"));
     let open = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
     let said = why(open.url_of(&open.endpoints(), &format!("{USER}:{PASSWORD}@"), "open", ""));
-    assert!(said.contains("asks nobody for a password"), "{said}");
+    assert!(said.contains("its authentication is off"), "{said}");
 }
 
 #[test]
 fn connect_with_gateway_disabled_error_says_so() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &["--enable-grpc-gateway=false"]));
     let said = why(etcd.plain_url("off"));
-    assert!(said.contains("has its gateway turned off"), "{said}");
+    assert!(said.contains("the gateway of etcd"), "{said}");
 }
 
 #[test]
@@ -373,11 +373,11 @@ fn etcd_tls_misconfiguration_error_names_cause() {
         let said = why(&url);
         assert!(said.contains(text), "{url} says: {said}");
     };
-    says(format!("etcds://127.0.0.1:{port}/tls?ca={ca}"), "add the parameters cert and key");
-    says(format!("etcds://127.0.0.1:{port}/tls?ca={stranger}&cert={cert}&key={key}"), "is not to be trusted");
-    says(format!("etcds://127.0.0.1:{port}/tls?ca={ca}&cert={cert}&key={other_key}"), "do not go together");
+    says(format!("etcds://127.0.0.1:{port}/tls?ca={ca}"), "with the parameters cert and key");
+    says(format!("etcds://127.0.0.1:{port}/tls?ca={stranger}&cert={cert}&key={key}"), "cannot trust the certificate");
+    says(format!("etcds://127.0.0.1:{port}/tls?ca={ca}&cert={cert}&key={other_key}"), "do not match");
     says(format!("etcds://127.0.0.1:{port}/tls?ca=/no/such/file"), "/no/such/file");
-    says(format!("etcds://127.0.0.1:{port}/tls?ca={key}"), "there is no certificate in");
+    says(format!("etcds://127.0.0.1:{port}/tls?ca={key}"), "contains no certificate");
     says(format!("etcd://127.0.0.1:{port}/tls"), "etcds://");
     let plain = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
     says(format!("etcds://{}/tls?ca={ca}", plain.endpoints()), "write etcd://");
@@ -392,7 +392,7 @@ fn etcd_lease_has_crash_point_between_any_two_changes() {
 }
 
 #[test]
-fn a_lease_on_etcd_and_etcdctl_do_not_mind_each_other() {
+fn etcdctl_reads_lease_below_prefix() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
     let guard = lease(format!("{}?prefix=mine/", etcd.plain_url("shown"))).try_lock().unwrap();
     let record = or_left_out!(etcd.ctl(&["get", "--print-value-only", "mine/record/shown"]));

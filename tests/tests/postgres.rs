@@ -60,7 +60,7 @@ fn postgres_user_without_create_right_gets_sufficient_sql() {
     server.sql("CREATE ROLE poor LOGIN; REVOKE CREATE ON SCHEMA public FROM PUBLIC");
     let lease = lease(server.lease_of("poor", "", "x"));
     let says = refusal(&lease);
-    let (_, create) = says.split_once("let somebody run: ").expect(&says);
+    let (_, create) = says.split_once("let a user with the privilege run: ").expect(&says);
     let (create, rest) = create.split_once("; GRANT").expect(&says);
     server.sql(create);
     assert!(refusal(&lease).contains("GRANT SELECT, INSERT, UPDATE ON lockkit_leases"));
@@ -73,7 +73,7 @@ fn postgres_user_without_create_right_gets_sufficient_sql() {
 }
 
 #[test]
-fn processes_that_come_at_once_where_there_is_no_table_make_one() {
+fn concurrent_first_acquires_create_one_table() {
     let server = server!();
     for round in 0..3 {
         let name = |n: usize| Terms { ttl: 60_000, heartbeat: 10_000, ..Terms::of(server.lease(&n.to_string())) };
@@ -90,12 +90,12 @@ fn processes_that_come_at_once_where_there_is_no_table_make_one() {
 }
 
 #[test]
-fn a_table_of_another_layout_is_refused_and_left_as_it_is() {
+fn table_of_other_layout_refused_and_unchanged() {
     let server = server!();
     server.sql(
         "CREATE TABLE lockkit_leases (name text PRIMARY KEY, holder text); INSERT INTO lockkit_leases VALUES ('x')",
     );
-    assert!(refusal(&lease(server.lease("x"))).contains("is of another layout"));
+    assert!(refusal(&lease(server.lease("x"))).contains("needs the layout"));
     assert_eq!(server.sql("SELECT * FROM lockkit_leases"), "x|");
     // Another schema has its own table.
     server.sql("CREATE SCHEMA locks");
@@ -156,7 +156,7 @@ fn postgres_standby_is_skipped_until_promoted() {
     };
     let alone = lease(standby.lease("x"));
     let error = alone.try_lock().unwrap_err();
-    assert!(in_full(&error).contains("the server only reads"), "{error:?}");
+    assert!(in_full(&error).contains("the server is a standby"), "{error:?}");
     let both = format!("127.0.0.1:{},127.0.0.1:{}", standby.port(), server.port());
     let both = lease(format!("postgres://postgres@{both}/postgres?lease=x"));
     let guard = both.try_lock().unwrap();
@@ -177,7 +177,7 @@ fn postgres_standby_is_skipped_until_promoted() {
 }
 
 #[test]
-fn a_server_whose_transactions_only_read_says_so() {
+fn read_only_server_error_names_setting() {
     let server = server!(settings: &["default_transaction_read_only=on"]);
     let error = lease(server.lease("x")).try_lock().unwrap_err();
     assert!(in_full(&error).contains("default_transaction_read_only"), "{error:?}");
@@ -205,7 +205,7 @@ fn grant_survives_crash_with_synchronous_commit_off() {
 }
 
 #[test]
-fn transactions_that_must_not_meet_are_repeated() {
+fn serialization_conflict_is_retried() {
     let server = server!(settings: &["default_transaction_isolation=serializable"]);
     let at_work = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -263,7 +263,7 @@ fn many_threads_open_at_most_ten_postgres_connections() {
 }
 
 #[test]
-fn a_request_that_was_given_up_is_ended_by_the_server() {
+fn abandoned_request_is_cancelled_by_server() {
     let server = server!();
     let lease = lease(server.lease("x"));
     drop(lease.try_lock().unwrap());
@@ -293,22 +293,22 @@ fn a_request_that_was_given_up_is_ended_by_the_server() {
 }
 
 #[test]
-fn a_server_without_a_connection_left_says_so() {
+fn connect_without_free_connection_error_says_so() {
     let server = server!();
     drop(lease(server.lease("x")).try_lock().unwrap());
     server.sql("CREATE ROLE poor LOGIN CONNECTION LIMIT 0; GRANT ALL ON lockkit_leases TO poor");
     let error = lease(server.lease_of("poor", "", "x")).try_lock().unwrap_err();
-    assert!(in_full(&error).contains("has no connection left"), "{error:?}");
+    assert!(in_full(&error).contains("it has no connection left"), "{error:?}");
 }
 
 #[test]
-fn passwords_are_checked_by_scram_and_appear_in_no_error() {
+fn scram_password_checked_and_absent_from_errors() {
     let server = server!(lets_in: Some("host all all all scram-sha-256"));
     drop(lease(server.lease_of(&format!("postgres:{PASSWORD}"), "", "x")).try_lock().unwrap());
     let wrong = format!("{PASSWORD}!");
     for user in [format!("postgres:{wrong}"), format!("nobody:{PASSWORD}"), "postgres".to_owned()] {
         let says = refusal(&lease(server.lease_of(&user, "", "x")));
-        assert!(says.contains("in"), "{says}");
+        assert!(says.contains("cannot log in"), "{says}");
     }
     let url = server.lease_of(&format!("postgres:{PASSWORD}"), "sslmode=sometimes", "x");
     let error = Lease::connect(url).build().unwrap_err();
@@ -323,7 +323,7 @@ fn passwords_are_checked_by_scram_and_appear_in_no_error() {
 }
 
 #[test]
-fn tls_is_as_strict_as_the_url_says() {
+fn tls_verification_follows_sslmode() {
     let certificates = match Certificates::new() {
         Ok(certificates) => certificates,
         Err(why) => return left_out(why),
@@ -355,11 +355,11 @@ fn tls_is_as_strict_as_the_url_says() {
         format!("sslmode=verify-full&sslrootcert={stranger}"),
     ] {
         let says = refusal(&lease(&wrong));
-        assert!(says.contains("do not agree on TLS"), "{wrong}: {says}");
+        assert!(says.contains("cannot use TLS"), "{wrong}: {says}");
     }
     let says = refusal(&at(elsewhere, &format!("sslmode=verify-full&sslrootcert={ca}")));
-    assert!(says.contains("do not agree on TLS"), "{says}");
-    assert!(refusal(&lease("sslmode=disable")).contains("does not let"));
+    assert!(says.contains("cannot use TLS"), "{says}");
+    assert!(refusal(&lease("sslmode=disable")).contains("cannot log in"));
     // This server has no certificate.
     let plain = server!();
     let says = refusal(&self::lease(plain.lease_of("postgres", "sslmode=require", "x")));
@@ -367,7 +367,7 @@ fn tls_is_as_strict_as_the_url_says() {
 }
 
 #[test]
-fn a_unix_socket_and_what_else_the_url_says_is_used() {
+fn unix_socket_and_application_name_of_url_are_used() {
     let server = server!();
     let directory = server.directory().display().to_string().replace('/', "%2F");
     let url = |rest: &str| format!("postgresql://postgres@{directory}:{}/postgres?lease=x&{rest}", server.port());
@@ -486,7 +486,7 @@ fn names_differing_in_case_or_spaces_are_separate_leases() {
 }
 
 #[test]
-fn a_waiter_whose_listener_is_cut_off_is_woken_all_the_same() {
+fn waiter_with_cut_listener_is_woken_by_release() {
     let server = server!();
     let lease = lease(server.lease("x"));
     let guard = lease.try_lock().unwrap();
@@ -525,7 +525,7 @@ fn frozen_server_fails_requests_in_time_and_loses_lease() {
 }
 
 #[test]
-fn a_lease_outlives_the_restart_of_its_server() {
+fn lease_survives_postgres_restart() {
     let mut server = server!();
     let terms = Terms { ttl: 60_000, heartbeat: 50, ..Terms::of(server.lease("x")) };
     let (mut holder, mut waiter) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
