@@ -26,7 +26,7 @@ use super::http::Connection;
 use super::watch_stream::WatchStream;
 use crate::base::error::StoreError;
 use crate::lease::store::lease_store::Deadline;
-use crate::lease::store::server::{Pool, Result, connect_error, equal_part};
+use crate::lease::store::server::{Outcome, Pool, Result, connect_error, equal_part};
 
 /// The oldest etcd with its gateway under `/v3/`.
 const MIN_VERSION: &str = "3.4";
@@ -69,32 +69,38 @@ impl Client {
     }
 
     /// Like [`send`](Self::send), and also returns whether an earlier attempt got no answer.
+    ///
+    /// The rule of [`Outcome`] has two exceptions here. A permanent refusal stays permanent after an attempt without an
+    /// answer, so that the caller stops and sees the cause; the session looks after the possible grant of an acquisition
+    /// that failed with any error. A TLS error of a sent request is permanent, but the request counts as indeterminate.
     pub(super) fn send_observed(&self, path: &str, body: &Value, by: Deadline) -> Result<(Value, bool)> {
-        let is_indeterminate = Cell::new(false);
+        let outcome = Outcome::default();
         let answer = self.with_token(by, |token| {
             self.at_any_endpoint(by, |endpoint, by| {
                 let pooled = endpoint.pool.run(
+                    &Outcome::default(),
                     || self.connect(endpoint, by),
                     |connection| {
                         let headers = headers(token);
                         connection
                             .send(path, &headers, Some(body.to_string().as_bytes()), by)
-                            .inspect_err(|_| is_indeterminate.set(true))
+                            .inspect_err(|_| outcome.set_indeterminate())
                             .map_err(|error| self.unanswered(endpoint, &error))
                     },
                 );
                 let (status, body) = pooled.map_err(AttemptError::Endpoint)?;
                 self.parse(endpoint, status, &body, by).inspect_err(|error| {
-                    let is_unknown = matches!(error, AttemptError::Endpoint(StoreError::Unknown(_)));
-                    is_indeterminate.set(is_indeterminate.get() || is_unknown);
+                    if let AttemptError::Endpoint(error) = error {
+                        outcome.observe(error);
+                    }
                 })
             })
         });
         match answer {
-            Ok(answer) => Ok((answer, is_indeterminate.get())),
+            Ok(answer) => Ok((answer, outcome.is_indeterminate())),
+            Err(error @ StoreError::Permanent(_)) => Err(error),
             // A request that is refused in the end, for example without a token, may have taken effect before.
-            Err(StoreError::NotApplied(cause)) if is_indeterminate.get() => Err(StoreError::Unknown(cause)),
-            Err(error) => Err(error),
+            Err(error) => Err(outcome.resolve(error)),
         }
     }
 
@@ -135,6 +141,7 @@ impl Client {
         };
         let is_silent = Cell::new(false);
         let asked = endpoint.pool.run(
+            &Outcome::default(),
             || self.connect(endpoint, by),
             |connection| {
                 let answer = connection.send("/version", &[], None, by);
@@ -177,6 +184,7 @@ impl Client {
         let answer = self.at_any_endpoint(by, |endpoint, by| {
             let body = request.to_string();
             let pooled = endpoint.pool.run(
+                &Outcome::default(),
                 || self.connect(endpoint, by),
                 |connection| {
                     connection
@@ -203,7 +211,7 @@ impl Client {
         send: impl Fn(&Endpoint, Deadline) -> Result<T, AttemptError>,
     ) -> Result<T, AttemptError> {
         let count = self.endpoints.len();
-        let mut is_indeterminate = false;
+        let outcome = Outcome::default();
         loop {
             let first = self.last_answered.load(Ordering::Relaxed);
             let mut is_electing = false;
@@ -224,15 +232,16 @@ impl Client {
                 is_electing |= matches!(error, AttemptError::Leaderless(_));
                 match error {
                     AttemptError::Endpoint(error) | AttemptError::Leaderless(error) => {
-                        is_indeterminate |= matches!(error, StoreError::Unknown(_));
+                        outcome.observe(&error);
                         // A permanent error explains more than an endpoint that is down.
                         if !matches!(failure, Some(StoreError::Permanent(_))) {
                             failure = Some(error);
                         }
                     }
-                    AttemptError::Cluster(StoreError::NotApplied(cause)) if is_indeterminate => {
-                        return Err(AttemptError::Cluster(StoreError::Unknown(cause)));
+                    AttemptError::Cluster(error @ StoreError::NotApplied(_)) => {
+                        return Err(AttemptError::Cluster(outcome.resolve(error)));
                     }
+                    // Permanent for all endpoints, or the token is to be renewed.
                     error => return Err(error),
                 }
             }
@@ -241,12 +250,7 @@ impl Client {
                 continue;
             }
             let failure = failure.unwrap_or_else(|| StoreError::not_applied("the URL names no endpoint"));
-            return Err(AttemptError::Endpoint(match failure {
-                StoreError::NotApplied(cause) | StoreError::Permanent(cause) if is_indeterminate => {
-                    StoreError::Unknown(cause)
-                }
-                failure => failure,
-            }));
+            return Err(AttemptError::Endpoint(outcome.resolve(failure)));
         }
     }
 

@@ -47,7 +47,7 @@ use crate::lease::store::lease_store::{
     Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseSnapshot, LeaseStore, Released, Renewal,
     StoreProfile,
 };
-use crate::lease::store::server::{Result, acquire_or_take_over, format_recovered_owner};
+use crate::lease::store::server::{Result, acquire_or_take_over, format_recovered_owner, release_not_found};
 use crate::sys::process_local::ProcessLocal;
 
 /// The minimum TTL of etcd with its default timing: one and a half election timeouts, in whole seconds.
@@ -94,8 +94,8 @@ impl LeaseStore for EtcdStore {
         Ok(match freed {
             Ok(()) => Released::Done,
             Err(other) if other.record.is(FREE, claim) => Released::Done,
-            // The first of several requests got no answer but freed the name, and another claim acquired the name.
-            Err(other) if other.is_indeterminate && other.record.claim != claim => Released::Done,
+            Err(other) if other.record.claim != claim => release_not_found(other.is_indeterminate),
+            // The record has this claim, but no attempt of this request wrote `free` to it.
             Err(_) => Released::NotMine,
         })
     }

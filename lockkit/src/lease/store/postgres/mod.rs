@@ -38,8 +38,8 @@ use crate::lease::store::lease_store::{
     Attempt, ClaimId, Deadline, Durability, Grant, LeaseName, LeaseSnapshot, Released, Renewal, StoreProfile, sleep,
 };
 use crate::lease::store::server::{
-    EndState, Pool, Result, Semaphore, Subscriptions, acquire_or_take_over, expire_if_dead, format_current_owner,
-    format_recovered_owner, parse_claim, parse_owner,
+    EndState, Outcome, Pool, Result, Semaphore, Subscriptions, acquire_or_take_over, expire_if_dead,
+    format_current_owner, format_recovered_owner, parse_claim, parse_owner, release_not_found,
 };
 use crate::sys::failpoint::step;
 use crate::sys::process_local::ProcessLocal;
@@ -203,8 +203,8 @@ impl PostgresStore {
     /// Like [`query_without_permit`](Self::query_without_permit), and also returns whether an earlier attempt got no answer.
     fn query_observed(&self, sql: &Sql, values: &[&(dyn ToSql + Sync)], by: Deadline) -> Result<(Vec<Row>, bool)> {
         let connect = || self.config.connect(by, check);
-        let mut is_indeterminate = false;
-        let answer = self.state().pool.run(connect, |connection| {
+        let outcome = Outcome::default();
+        let answer = self.state().pool.run(&outcome, connect, |connection| {
             loop {
                 let error = match connection.query(sql, values, by) {
                     Ok(rows) => return Ok(rows),
@@ -216,15 +216,11 @@ impl PostgresStore {
                         connection.forget_statements();
                         connection.is_direct = false;
                     }
-                    error => {
-                        let error = of_request(error);
-                        is_indeterminate |= matches!(error, StoreError::Unknown(_));
-                        return Err(error);
-                    }
+                    error => return Err(of_request(error)),
                 }
             }
         });
-        answer.map(|rows| (rows, is_indeterminate))
+        answer.map(|rows| (rows, outcome.is_indeterminate()))
     }
 
     fn free(
@@ -245,9 +241,7 @@ impl PostgresStore {
             step("record freed");
             return Ok(Released::Done);
         }
-        // The first of two requests got no answer but freed the name, and another claim acquired the name.
-        let is_release = end == EndState::Released;
-        Ok(if is_release && is_indeterminate { Released::Done } else { Released::NotMine })
+        Ok(if end == EndState::Released { release_not_found(is_indeterminate) } else { Released::NotMine })
     }
 }
 

@@ -22,7 +22,6 @@ mod connection;
 mod error;
 mod key;
 
-use std::cell::Cell;
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 use std::sync::{Arc, LazyLock};
@@ -41,8 +40,8 @@ use crate::lease::store::lease_store::{
     StoreProfile,
 };
 use crate::lease::store::server::{
-    EndState, Listener, Pool, Result, Subscriptions, acquire_or_take_over, expire_if_dead, format_current_owner,
-    format_recovered_owner, parse_claim, parse_owner,
+    EndState, Listener, Outcome, Pool, Result, Subscriptions, acquire_or_take_over, expire_if_dead,
+    format_current_owner, format_recovered_owner, parse_claim, parse_owner, release_not_found,
 };
 use crate::sys::failpoint::step;
 use crate::sys::process_local::ProcessLocal;
@@ -118,15 +117,13 @@ impl RedisStore {
             call
         };
         let config = &self.config;
-        let is_indeterminate = Cell::new(false);
+        let outcome = Outcome::default();
         let send = |connection: &mut Connection, command: &Cmd| {
-            send(connection, command, by).map_err(|error| {
-                is_indeterminate.set(true);
-                config.unanswered(&error)
-            })
+            send(connection, command, by).map_err(|error| config.unanswered(&error))
         };
         let run = || {
             self.state().pool.run(
+                &outcome,
                 || config.connect(by),
                 |connection| match send(connection, &call("EVALSHA", &script.hash))? {
                     Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
@@ -144,15 +141,9 @@ impl RedisStore {
                 answer => break answer.and_then(|answer| answer.map_err(|error| config.refused(&error))),
             }
         };
-        let answer = answer.map_err(|error| match error {
-            // The first of several requests got no answer and may have taken effect.
-            StoreError::NotApplied(cause) | StoreError::Permanent(cause) if is_indeterminate.get() => {
-                StoreError::Unknown(cause)
-            }
-            error => error,
-        });
-        let words = redis::from_redis_value(answer?);
-        Ok((words.map_err(|_| self.foreign_record())?, is_indeterminate.get()))
+        let answer = answer.map_err(|error| outcome.resolve(error))?;
+        let words = redis::from_redis_value(answer).map_err(|_| self.foreign_record())?;
+        Ok((words, outcome.is_indeterminate()))
     }
 
     fn free(
@@ -172,8 +163,7 @@ impl RedisStore {
                 step("record freed");
                 Ok(Released::Done)
             }
-            // The first of several requests got no answer but freed the name, and another claim acquired the name.
-            Some("not mine") if state == EndState::Released && is_indeterminate => Ok(Released::Done),
+            Some("not mine") if state == EndState::Released => Ok(release_not_found(is_indeterminate)),
             Some("not mine") => Ok(Released::NotMine),
             _ => Err(self.foreign_record()),
         }

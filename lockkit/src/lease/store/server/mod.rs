@@ -8,6 +8,8 @@
 //! - **Waiters** ([`notify`]): one thread listens to the server for all waiters, and notifies those that a change
 //!   concerns.
 //! - **A forked child** ([`ProcessLocal`](crate::sys::process_local::ProcessLocal)) opens its own connections, and does not touch its parent's.
+//! - **Requests that were sent more than once** ([`Outcome`]): if an attempt got no answer, the request may have taken
+//!   effect, whatever the later attempts return.
 //! - **Dead holders** ([`acquire_or_take_over`]): a holder of this boot of this host is taken over at once if its
 //!   identity proves it dead. All other holders expire by the server's rule.
 
@@ -20,7 +22,7 @@ mod resolve;
 pub(super) use notify::{Listener, Subscriptions};
 #[cfg(any(feature = "postgres", feature = "redis"))]
 pub(super) use outcome::EndState;
-pub(super) use outcome::{Result, acquire_or_take_over, expire_if_dead};
+pub(super) use outcome::{Outcome, Result, acquire_or_take_over, expire_if_dead, release_not_found};
 pub(super) use pool::Pool;
 #[cfg(feature = "postgres")]
 pub(super) use pool::Semaphore;

@@ -2,7 +2,7 @@
 
 use parking_lot::Mutex;
 
-use super::outcome::Result;
+use super::outcome::{Outcome, Result};
 use crate::base::error::StoreError;
 #[cfg(feature = "postgres")]
 use crate::lease::store::lease_store::Deadline;
@@ -18,41 +18,29 @@ impl<C> Pool<C> {
         Self(Mutex::new(Vec::new()))
     }
 
-    /// Sends a request on a connection of its own. The server may have closed an idle connection meanwhile. So a
-    /// request that fails there is sent once more on a new connection, unless its error is permanent. Every request of
-    /// an engine can be repeated.
+    /// Sends a request on a connection of its own, and records in `outcome` an attempt without an answer. The server may
+    /// have closed an idle connection meanwhile. So a request that fails there is sent once more on a new connection,
+    /// unless its error is permanent. Every request of an engine can be repeated.
     pub(in crate::lease::store) fn run<R>(
         &self,
+        outcome: &Outcome,
         connect: impl Fn() -> Result<C>,
         mut request: impl FnMut(&mut C) -> Result<R>,
     ) -> Result<R> {
-        let idle = self.0.lock().pop();
-        let mut is_indeterminate = false;
-        if let Some(mut connection) = idle {
-            match request(&mut connection) {
-                Ok(answer) => {
-                    self.keep(connection);
-                    return Ok(answer);
-                }
-                Err(StoreError::Permanent(cause)) => return Err(StoreError::Permanent(cause)),
-                Err(error) => {
-                    is_indeterminate = matches!(error, StoreError::Unknown(_));
-                    self.0.lock().clear();
-                }
-            }
-        }
-        let last = connect().and_then(|mut connection| {
-            let answer = request(&mut connection)?;
+        let mut attempt = |mut connection: C| {
+            let answer = request(&mut connection).inspect_err(|error| outcome.observe(error))?;
             self.keep(connection);
             Ok(answer)
-        });
-        match last {
-            // The first request may have taken effect. A permanent error comes back with the next request.
-            Err(StoreError::NotApplied(cause) | StoreError::Permanent(cause)) if is_indeterminate => {
-                Err(StoreError::Unknown(cause))
+        };
+        let idle = self.0.lock().pop();
+        if let Some(connection) = idle {
+            match attempt(connection) {
+                Err(error) if !matches!(error, StoreError::Permanent(_)) => self.0.lock().clear(),
+                answer => return answer,
             }
-            last => last,
         }
+        // A permanent error comes back with the next request.
+        connect().and_then(attempt).map_err(|error| outcome.resolve(error))
     }
 
     fn keep(&self, connection: C) {
@@ -117,19 +105,20 @@ mod tests {
             opened.set(opened.get() + 1);
             Ok(opened.get())
         };
-        assert_eq!(pool.run(connect, |number| Ok(*number)).unwrap(), 1);
-        assert_eq!(pool.run(connect, |number| Ok(*number)).unwrap(), 1, "the connection is kept");
-        let answer =
-            pool.run(connect, |number| if *number == 1 { Err(StoreError::unknown("cut")) } else { Ok(*number) });
+        assert_eq!(pool.run(&Outcome::default(), connect, |number| Ok(*number)).unwrap(), 1);
+        assert_eq!(pool.run(&Outcome::default(), connect, |number| Ok(*number)).unwrap(), 1, "the connection is kept");
+        let answer = pool.run(&Outcome::default(), connect, |number| {
+            if *number == 1 { Err(StoreError::unknown("cut")) } else { Ok(*number) }
+        });
         assert_eq!(answer.unwrap(), 2);
-        assert!(pool.run(connect, |_| Err::<(), _>(StoreError::not_applied("down"))).is_err());
+        assert!(pool.run(&Outcome::default(), connect, |_| Err::<(), _>(StoreError::not_applied("down"))).is_err());
         assert_eq!(opened.get(), 3, "the request is sent once more, and not again");
-        pool.run(connect, |_| Ok(())).unwrap();
+        pool.run(&Outcome::default(), connect, |_| Ok(())).unwrap();
         for is_permanent in [false, true] {
-            pool.run(connect, |_| Ok(())).unwrap();
+            pool.run(&Outcome::default(), connect, |_| Ok(())).unwrap();
             let down =
                 || Err(if is_permanent { StoreError::permanent("never") } else { StoreError::not_applied("down") });
-            let answer = pool.run(down, |_| Err::<(), _>(StoreError::unknown("cut")));
+            let answer = pool.run(&Outcome::default(), down, |_| Err::<(), _>(StoreError::unknown("cut")));
             assert!(matches!(answer, Err(StoreError::Unknown(_))), "the first request may have taken effect");
         }
     }
