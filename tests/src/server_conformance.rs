@@ -26,7 +26,7 @@ pub use clock::Clock;
 pub use connections::*;
 pub use engine::{Access, Engine, PASSWORD, Security, USER};
 pub use failures::*;
-pub use fixture::until_quiet;
+pub use fixture::{error_chain, until_quiet};
 pub use holders::*;
 pub use proxy::{Direction, Proxy};
 pub use requests::*;

@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use lockkit::{Lease, LeaseGuard, LeaseStatus, LossReason, Wait};
 use lockkit_tests::leases::Terms;
 use lockkit_tests::server_conformance::etcd::Etcd;
-use lockkit_tests::server_conformance::{Access, Certificates, Engine, PASSWORD, Proxy, Security, USER, until_quiet};
+use lockkit_tests::server_conformance::{
+    Access, Certificates, Engine, PASSWORD, Proxy, Security, USER, error_chain, until_quiet,
+};
 use lockkit_tests::{Actor, LIVELY, conformance, crash_points, drills, left_out, until};
 use rustix::process::Signal;
 
@@ -52,15 +54,9 @@ fn wait_for_renewals(guards: &[LeaseGuard]) {
 }
 
 /// Returns the error of building or acquiring the lease at `url`, with all its causes.
-fn why(url: impl Into<String>) -> String {
+fn refusal(url: impl Into<String>) -> String {
     let lease = Lease::connect(url).build().and_then(|lease| lease.try_lock());
-    let mut text = String::new();
-    let error = lease.unwrap_err();
-    let mut cause: Option<&dyn std::error::Error> = Some(&error);
-    while let Some(error) = cause {
-        text += &format!("{error}: ");
-        cause = error.source();
-    }
+    let text = error_chain(&lease.unwrap_err());
     assert!(!text.contains(PASSWORD) && !text.contains("barley"), "{text}");
     text
 }
@@ -111,14 +107,14 @@ fn stopped_etcd_leader_keeps_leases_exclusive() {
     next.tell("lock-for 60000");
     assert!(alone.ask("wait-lost").starts_with("lost "));
     let second = next.answer();
-    let told = format!(" recovered {}", alone.pid());
-    assert!(second.ends_with(&told) && second > first, "{second} after {first}");
+    let recovered = format!(" recovered {}", alone.pid());
+    assert!(second.ends_with(&recovered) && second > first, "{second} after {first}");
     wait_for_a_renewal(&kept);
     // The old leader believes that it leads until it hears from the new leader. Its answers in between have no effect.
     etcd.signal_node(leader, Signal::CONT);
     assert!(alone.ask("is-held").starts_with("no"));
     next.expect("is-held", "yes");
-    until("the leader that was has found out", || alone.ask("try").starts_with("error Held"));
+    until("the old leader knows the new leader", || alone.ask("try").starts_with("error Held"));
     asleep.expect("is-held", "yes");
     // A renewal to the stopped leader may still lack its answer. In that case the heartbeat releases.
     let released = asleep.ask("release");
@@ -132,8 +128,8 @@ fn stopped_etcd_leader_keeps_leases_exclusive() {
 #[test]
 fn request_skips_dead_or_frozen_endpoint() {
     let mut etcd = or_left_out!(Etcd::start_nodes(3, &Security::None, &[]));
-    let nobody = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
-    let url = etcd.url_of(&format!("127.0.0.1:{nobody},{}", etcd.endpoints()), "", "dead", "");
+    let closed_port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
+    let url = etcd.url_of(&format!("127.0.0.1:{closed_port},{}", etcd.endpoints()), "", "dead", "");
     lease(url).try_lock().unwrap().release().unwrap();
 
     let lease = lease(etcd.plain_url("frozen"));
@@ -202,7 +198,7 @@ fn quorum_loss_ends_lease_and_next_guard_reports_it() {
     [0, 1].into_iter().for_each(|node| etcd.kill_node(node));
     let reason = guard.lost().wait(&Wait::at_most(LIVELY)).unwrap();
     assert!(matches!(reason, LossReason::Store(_)), "{reason}");
-    assert!(lease.try_lock().is_err(), "nobody can take it");
+    assert!(lease.try_lock().is_err(), "no client can acquire without a quorum");
     [0, 1].into_iter().for_each(|node| etcd.launch_node(node));
     etcd.wait_until_it_serves();
     let token = guard.token();
@@ -282,7 +278,7 @@ fn etcd_eviction_reported_only_to_evicted_holder() {
     assert_eq!(seen.token(), Some(guards[0].token()));
     assert!(evicted.evict(&seen).unwrap());
     assert_eq!(evicted.status().unwrap(), LeaseStatus::Free);
-    assert!(!stays.evict(&seen).unwrap(), "it is another's");
+    assert!(!stays.evict(&seen).unwrap(), "the snapshot shows the holder of another lease");
     let reason = guards[0].lost().wait(&Wait::at_most(LIVELY)).unwrap();
     assert!(matches!(reason, LossReason::TakenOver { by: None }), "{reason}");
     wait_for_a_renewal(&guards[1]);
@@ -338,23 +334,23 @@ fn expired_etcd_auth_token_is_requested_again() {
 #[test]
 fn etcd_access_denied_error_names_cause() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::Password, &[]));
-    let says = |user: &str, text: &str| {
-        let said = why(etcd.url_of(&etcd.endpoints(), user, "denied", ""));
-        assert!(said.contains(text), "{said}");
+    let assert_message = |user: &str, text: &str| {
+        let message = refusal(etcd.url_of(&etcd.endpoints(), user, "denied", ""));
+        assert!(message.contains(text), "{message}");
     };
-    says("", "without a user and a password");
-    says("guest:guest@", "the user \"guest\" lacks the permission");
-    says(&format!("{USER}:open-barley@"), &format!("as {USER:?}: no such user has this password"));
+    assert_message("", "without a user and a password");
+    assert_message("guest:guest@", "the user \"guest\" lacks the permission");
+    assert_message(&format!("{USER}:open-barley@"), &format!("as {USER:?}: no such user has this password"));
     let open = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
-    let said = why(open.url_of(&open.endpoints(), &format!("{USER}:{PASSWORD}@"), "open", ""));
-    assert!(said.contains("its authentication is off"), "{said}");
+    let message = refusal(open.url_of(&open.endpoints(), &format!("{USER}:{PASSWORD}@"), "open", ""));
+    assert!(message.contains("its authentication is off"), "{message}");
 }
 
 #[test]
 fn connect_with_gateway_disabled_error_says_so() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &["--enable-grpc-gateway=false"]));
-    let said = why(etcd.plain_url("off"));
-    assert!(said.contains("the gateway of etcd"), "{said}");
+    let message = refusal(etcd.plain_url("off"));
+    assert!(message.contains("the gateway of etcd"), "{message}");
 }
 
 #[test]
@@ -369,18 +365,21 @@ fn etcd_tls_misconfiguration_error_names_cause() {
     lease(&right).try_lock().unwrap().release().unwrap();
 
     let port = etcd.port();
-    let says = |url: String, text: &str| {
-        let said = why(&url);
-        assert!(said.contains(text), "{url} says: {said}");
+    let assert_message = |url: String, text: &str| {
+        let message = refusal(&url);
+        assert!(message.contains(text), "{url} says: {message}");
     };
-    says(format!("etcds://127.0.0.1:{port}/tls?ca={ca}"), "with the parameters cert and key");
-    says(format!("etcds://127.0.0.1:{port}/tls?ca={stranger}&cert={cert}&key={key}"), "cannot trust the certificate");
-    says(format!("etcds://127.0.0.1:{port}/tls?ca={ca}&cert={cert}&key={other_key}"), "do not match");
-    says(format!("etcds://127.0.0.1:{port}/tls?ca=/no/such/file"), "/no/such/file");
-    says(format!("etcds://127.0.0.1:{port}/tls?ca={key}"), "contains no certificate");
-    says(format!("etcd://127.0.0.1:{port}/tls"), "etcds://");
+    assert_message(format!("etcds://127.0.0.1:{port}/tls?ca={ca}"), "with the parameters cert and key");
+    assert_message(
+        format!("etcds://127.0.0.1:{port}/tls?ca={stranger}&cert={cert}&key={key}"),
+        "cannot trust the certificate",
+    );
+    assert_message(format!("etcds://127.0.0.1:{port}/tls?ca={ca}&cert={cert}&key={other_key}"), "do not match");
+    assert_message(format!("etcds://127.0.0.1:{port}/tls?ca=/no/such/file"), "/no/such/file");
+    assert_message(format!("etcds://127.0.0.1:{port}/tls?ca={key}"), "contains no certificate");
+    assert_message(format!("etcd://127.0.0.1:{port}/tls"), "etcds://");
     let plain = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
-    says(format!("etcds://{}/tls?ca={ca}", plain.endpoints()), "write etcd://");
+    assert_message(format!("etcds://{}/tls?ca={ca}", plain.endpoints()), "write etcd://");
 }
 
 #[test]

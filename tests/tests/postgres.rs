@@ -10,7 +10,7 @@ use std::time::Duration;
 use lockkit::{ErrorKind, Lease, LeaseGuard, LeaseStatus, Wait};
 use lockkit_tests::leases::Terms;
 use lockkit_tests::server_conformance::postgres::{Postgres, Setup, as_its_user};
-use lockkit_tests::server_conformance::{Certificates, Direction, Engine, PASSWORD, Proxy};
+use lockkit_tests::server_conformance::{Certificates, Direction, Engine, PASSWORD, Proxy, error_chain};
 use lockkit_tests::servers::{Server, ServerDir, free_port, installed};
 use lockkit_tests::{Actor, LIVELY, conformance, drills, left_out, until};
 use rustix::process::Signal;
@@ -33,23 +33,12 @@ fn lease(url: String) -> Lease {
     Lease::connect(url).ttl(10 * LIVELY).heartbeat(LIVELY).build().unwrap()
 }
 
-/// Returns the error with all its causes.
-fn in_full(error: &lockkit::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        text += &format!(": {error}");
-        cause = error.source();
-    }
-    text
-}
-
 /// Returns the permanent error of an acquisition. The request is not repeated: it took no effect and never will.
 #[track_caller]
 fn refusal(lease: &Lease) -> String {
     let error = lease.try_lock().unwrap_err();
     let is_misuse = matches!(error.kind(), ErrorKind::Store { source: lockkit::lease::StoreError::Permanent(_), .. });
-    let text = in_full(&error);
+    let text = error_chain(&error);
     assert!(is_misuse && !text.contains(PASSWORD), "{text}");
     text
 }
@@ -59,12 +48,12 @@ fn postgres_user_without_create_right_gets_sufficient_sql() {
     let server = server!();
     server.sql("CREATE ROLE poor LOGIN; REVOKE CREATE ON SCHEMA public FROM PUBLIC");
     let lease = lease(server.lease_of("poor", "", "x"));
-    let says = refusal(&lease);
-    let (_, create) = says.split_once("let a user with the privilege run: ").expect(&says);
-    let (create, rest) = create.split_once("; GRANT").expect(&says);
+    let message = refusal(&lease);
+    let (_, create) = message.split_once("let a user with the privilege run: ").expect(&message);
+    let (create, rest) = create.split_once("; GRANT").expect(&message);
     server.sql(create);
     assert!(refusal(&lease).contains("GRANT SELECT, INSERT, UPDATE ON lockkit_leases"));
-    let grant = format!("GRANT{}", rest.split_once('…').expect(&says).0);
+    let grant = format!("GRANT{}", rest.split_once('…').expect(&message).0);
     server.sql(&format!("{grant} poor"));
     let guard = lease.try_lock().unwrap();
     assert!(lease.try_lock().unwrap_err().is_held());
@@ -141,7 +130,7 @@ fn postgres_table_dropped_is_recreated_with_growing_tokens() {
     let before = lease.try_lock().unwrap();
     let token = before.token();
     server.sql("DROP TABLE lockkit_leases");
-    let after = lease.try_lock().expect("nobody has it any more");
+    let after = lease.try_lock().expect("the grant was lost with the table");
     assert!(after.token() > token);
     assert!(matches!(before.release().unwrap_err().kind(), ErrorKind::LeaseLost { .. }));
     after.release().unwrap();
@@ -156,7 +145,7 @@ fn postgres_standby_is_skipped_until_promoted() {
     };
     let alone = lease(standby.lease("x"));
     let error = alone.try_lock().unwrap_err();
-    assert!(in_full(&error).contains("the server is a standby"), "{error:?}");
+    assert!(error_chain(&error).contains("the server is a standby"), "{error:?}");
     let both = format!("127.0.0.1:{},127.0.0.1:{}", standby.port(), server.port());
     let both = lease(format!("postgres://postgres@{both}/postgres?lease=x"));
     let guard = both.try_lock().unwrap();
@@ -180,7 +169,7 @@ fn postgres_standby_is_skipped_until_promoted() {
 fn read_only_server_error_names_setting() {
     let server = server!(settings: &["default_transaction_read_only=on"]);
     let error = lease(server.lease("x")).try_lock().unwrap_err();
-    assert!(in_full(&error).contains("default_transaction_read_only"), "{error:?}");
+    assert!(error_chain(&error).contains("default_transaction_read_only"), "{error:?}");
     // The URL can override the setting.
     let options = "options=-c%20default_transaction_read_only%3Doff";
     drop(lease(server.lease_of("postgres", options, "x")).try_lock().unwrap());
@@ -248,7 +237,7 @@ fn many_threads_open_at_most_ten_postgres_connections() {
                     for _ in 0..3 {
                         // If the crowd exceeds an acquisition's time limit, the error says so. That is not the subject
                         // of this test.
-                        until("it gets in", || common.lock().is_ok());
+                        until("the thread acquires the common lease", || common.lock().is_ok());
                     }
                 })
             })
@@ -298,7 +287,7 @@ fn connect_without_free_connection_error_says_so() {
     drop(lease(server.lease("x")).try_lock().unwrap());
     server.sql("CREATE ROLE poor LOGIN CONNECTION LIMIT 0; GRANT ALL ON lockkit_leases TO poor");
     let error = lease(server.lease_of("poor", "", "x")).try_lock().unwrap_err();
-    assert!(in_full(&error).contains("it has no connection left"), "{error:?}");
+    assert!(error_chain(&error).contains("it has no connection left"), "{error:?}");
 }
 
 #[test]
@@ -307,18 +296,18 @@ fn scram_password_checked_and_absent_from_errors() {
     drop(lease(server.lease_of(&format!("postgres:{PASSWORD}"), "", "x")).try_lock().unwrap());
     let wrong = format!("{PASSWORD}!");
     for user in [format!("postgres:{wrong}"), format!("nobody:{PASSWORD}"), "postgres".to_owned()] {
-        let says = refusal(&lease(server.lease_of(&user, "", "x")));
-        assert!(says.contains("cannot log in"), "{says}");
+        let message = refusal(&lease(server.lease_of(&user, "", "x")));
+        assert!(message.contains("cannot log in"), "{message}");
     }
     let url = server.lease_of(&format!("postgres:{PASSWORD}"), "sslmode=sometimes", "x");
     let error = Lease::connect(url).build().unwrap_err();
-    assert!(matches!(error.kind(), ErrorKind::InvalidUrl { .. }) && !in_full(&error).contains(PASSWORD), "{error}");
+    assert!(matches!(error.kind(), ErrorKind::InvalidUrl { .. }) && !error_chain(&error).contains(PASSWORD), "{error}");
     for unescaped in ['@', '/', '?'] {
         let url = format!("postgres://me:first{unescaped}second@127.0.0.1:1/postgres?lease=x");
         let error = Lease::connect(url).build().unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::InvalidUrl { .. }), "{error}");
-        let says = in_full(&error);
-        assert!(!says.contains("first") && !says.contains("second"), "{says}");
+        let message = error_chain(&error);
+        assert!(!message.contains("first") && !message.contains("second"), "{message}");
     }
 }
 
@@ -346,7 +335,7 @@ fn tls_verification_follows_sslmode() {
         format!("sslmode=verify-ca&sslrootcert={ca}"),
         format!("sslmode=verify-full&sslrootcert={ca}"),
     ] {
-        drop(lease(&right).try_lock().unwrap_or_else(|error| panic!("{right}: {}", in_full(&error))));
+        drop(lease(&right).try_lock().unwrap_or_else(|error| panic!("{right}: {}", error_chain(&error))));
     }
     drop(at(elsewhere, &format!("sslmode=verify-ca&sslrootcert={ca}")).try_lock().unwrap());
     for wrong in [
@@ -354,16 +343,16 @@ fn tls_verification_follows_sslmode() {
         format!("sslmode=verify-ca&sslrootcert={stranger}"),
         format!("sslmode=verify-full&sslrootcert={stranger}"),
     ] {
-        let says = refusal(&lease(&wrong));
-        assert!(says.contains("cannot use TLS"), "{wrong}: {says}");
+        let message = refusal(&lease(&wrong));
+        assert!(message.contains("cannot use TLS"), "{wrong}: {message}");
     }
-    let says = refusal(&at(elsewhere, &format!("sslmode=verify-full&sslrootcert={ca}")));
-    assert!(says.contains("cannot use TLS"), "{says}");
+    let message = refusal(&at(elsewhere, &format!("sslmode=verify-full&sslrootcert={ca}")));
+    assert!(message.contains("cannot use TLS"), "{message}");
     assert!(refusal(&lease("sslmode=disable")).contains("cannot log in"));
     // This server has no certificate.
     let plain = server!();
-    let says = refusal(&self::lease(plain.lease_of("postgres", "sslmode=require", "x")));
-    assert!(says.contains("does not support TLS"), "{says}");
+    let message = refusal(&self::lease(plain.lease_of("postgres", "sslmode=require", "x")));
+    assert!(message.contains("does not support TLS"), "{message}");
 }
 
 #[test]
@@ -561,8 +550,8 @@ fn postgres_request_replayed_after_next_holder_blocks_no_client() {
     second.release().unwrap();
     proxy.let_go();
     until("it is carried out once more", || {
-        let told: u64 = server.sql("SELECT token FROM lockkit_leases WHERE name = 'late'").parse().unwrap();
-        told > token
+        let token_now: u64 = server.sql("SELECT token FROM lockkit_leases WHERE name = 'late'").parse().unwrap();
+        token_now > token
     });
     drop(others.lock_for(LIVELY).unwrap());
 }
@@ -584,7 +573,7 @@ fn connection_cut_mid_request_is_recovered() {
             let guard = lease.lock_for(LIVELY).unwrap();
             assert!(guard.token() > last && guard.recovered().is_none(), "cut at {at} of {bytes} {direction:?}");
             last = guard.token();
-            guard.release().unwrap_or_else(|error| panic!("cut at {at} {direction:?}: {}", in_full(&error)));
+            guard.release().unwrap_or_else(|error| panic!("cut at {at} {direction:?}: {}", error_chain(&error)));
         }
         proxy.cut_nothing();
     }

@@ -8,7 +8,7 @@ use std::net::TcpStream;
 use lockkit::lease::StoreError;
 use lockkit::{ErrorKind, Lease, LeaseStatus, LossReason, Wait};
 use lockkit_tests::server_conformance::redis::Redis;
-use lockkit_tests::server_conformance::{Access, Engine, Proxy, Security};
+use lockkit_tests::server_conformance::{Access, Engine, Proxy, Security, error_chain};
 use lockkit_tests::{LIVELY, conformance, drills, left_out, until};
 
 conformance!(redis_lease, lockkit_tests::Kind::REDIS);
@@ -25,16 +25,6 @@ fn url(server: &Redis) -> String {
 
 fn lease(url: &str) -> Lease {
     Lease::connect(url).ttl(LIVELY).heartbeat(std::time::Duration::from_millis(20)).build().unwrap()
-}
-
-fn in_full(error: &lockkit::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        text += &format!(": {error}");
-        cause = error.source();
-    }
-    text
 }
 
 #[test]
@@ -67,7 +57,7 @@ fn holder_restores_lost_record_unless_taken_over() {
 fn foreign_value_under_key_refused_and_unchanged() {
     let Some(server) = server() else { return };
     server.tell("SET lockkit:{own} treasure");
-    let error = in_full(&lease(&url(&server)).try_lock().unwrap_err());
+    let error = error_chain(&lease(&url(&server)).try_lock().unwrap_err());
     assert!(error.contains("contains something else"), "{error}");
     assert!(server.tell("GET lockkit:{own}").ends_with("treasure"));
 }
@@ -77,7 +67,7 @@ fn acquire_on_replica_error_names_primary() {
     let (Some(primary), Some(replica)) = (server(), server()) else { return };
     assert_eq!(replica.tell(&format!("REPLICAOF 127.0.0.1 {}", primary.port())), "+OK");
     until("it is in step", || replica.tell("INFO replication").contains("master_link_status:up"));
-    let error = in_full(&lease(&url(&replica)).try_lock().unwrap_err());
+    let error = error_chain(&lease(&url(&replica)).try_lock().unwrap_err());
     assert!(error.contains("replica") && error.contains("primary"), "{error}");
     assert!(matches!(lease(&url(&replica)).status(), Ok(lockkit::LeaseStatus::Free)), "it can be asked");
 }
@@ -104,7 +94,7 @@ fn renew_after_failover_moves_to_new_primary() {
 fn redis_acquire_without_free_client_fails_then_recovers() {
     let Some(server) = server() else { return };
     if !server.tell("ACL SETUSER leases on >secret +@all ~* &*").starts_with("+OK") {
-        return left_out("this version knows no rules for users");
+        return left_out("this version has no rules for users");
     }
     assert_eq!(server.tell("CONFIG SET maxclients 1"), "+OK");
     let mut other = None;
@@ -118,7 +108,7 @@ fn redis_acquire_without_free_client_fails_then_recovers() {
     let lease = lease(&format!("redis://leases:secret@127.0.0.1:{}/own", server.port()));
     let error = lease.try_lock().unwrap_err();
     let is_refused = matches!(error.kind(), ErrorKind::Store { source: StoreError::NotApplied(_), .. });
-    assert!(is_refused && in_full(&error).contains("max number of clients"), "{}", in_full(&error));
+    assert!(is_refused && error_chain(&error).contains("max number of clients"), "{}", error_chain(&error));
     drop(other);
     until("there is room", || lease.try_lock().is_ok());
 }
@@ -157,7 +147,7 @@ fn user_with_documented_permissions_can_use_lease() {
     let Some(server) = server() else { return };
     let rules = "+@hash +@scripting +@pubsub +time ~lockkit:* &lockkit:*";
     if !server.tell(&format!("ACL SETUSER leases on >secret {rules}")).starts_with("+OK") {
-        return left_out("this version knows no rules for users");
+        return left_out("this version has no rules for users");
     }
     let url = |database| format!("redis://leases:secret@127.0.0.1:{}{database}/own", server.port());
     let guard = lease(&url("")).try_lock().unwrap();
@@ -171,10 +161,10 @@ fn user_with_documented_permissions_can_use_lease() {
     assert!(server.tell(&format!("ACL SETUSER deaf on >secret {rules} resetchannels")).starts_with("+OK"));
     let deaf = lease(&format!("redis://deaf:secret@127.0.0.1:{}/own", server.port()));
     let guard = deaf.try_lock().unwrap();
-    let error = in_full(&deaf.lock_for(LIVELY).unwrap_err());
+    let error = error_chain(&deaf.lock_for(LIVELY).unwrap_err());
     assert!(error.contains("leases need the permissions") && error.contains("&lockkit:*"), "{error}");
     guard.release().unwrap();
-    let error = in_full(&lease(&url("/1")).try_lock().unwrap_err());
+    let error = error_chain(&lease(&url("/1")).try_lock().unwrap_err());
     assert!(error.contains(rules) && error.contains("+select"), "{error}");
     assert_eq!(server.tell("ACL SETUSER leases +select"), "+OK");
     drop(lease(&url("/1")).try_lock().unwrap());

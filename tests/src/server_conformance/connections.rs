@@ -27,7 +27,7 @@ pub fn many_leases_share_few_connections<E: Engine>() -> Drill {
     let guards: Vec<_> = (0..MANY).map(|n| open(n).lock_for(LIVELY).expect("free")).collect();
     let before: Vec<_> = guards.iter().map(|guard| guard.remaining()).collect();
     let start = Instant::now();
-    until("all have beaten", || {
+    until("all leases are renewed", || {
         guards
             .iter()
             .zip(&before)
@@ -97,7 +97,7 @@ pub fn tls_mismatch_error_names_cause<E: Engine>() -> Drill {
 }
 
 pub fn too_old_server_error_names_cause<E: Engine>() -> Drill {
-    let answer = E::OLD.ok_or("nobody plays an old version of this engine")?;
+    let answer = E::OLD.ok_or("this engine has no imitation of an old version")?;
     let server = TestServer::<E>::open()?;
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
     let port = listener.local_addr().expect("an address").port();
@@ -127,7 +127,7 @@ pub fn silent_address_fails_within_time_limit<E: Engine>() -> Drill {
         let waits = [Wait::none(), Wait::at_most(Duration::from_millis(100)), Wait::at_most(LIVELY)];
         for wait in waits {
             let start = Instant::now();
-            let error = lease.acquire(&wait).expect_err("nobody answers");
+            let error = lease.acquire(&wait).expect_err("the address does not answer");
             assert!(matches!(error.kind(), ErrorKind::Store { .. }), "{error}");
             // Each of five attempts has a quarter of the TTL.
             assert!(start.elapsed() < LIVELY, "{:?}", start.elapsed());

@@ -20,7 +20,7 @@ pub fn server_frozen_within_ttl_keeps_lease<E: Engine>() -> Drill {
     let before = remaining(&mut holder);
     server.engine.signal(Signal::STOP);
     // A request times out meanwhile.
-    until("some beats are late", || remaining(&mut holder) + Duration::from_secs(3) < before);
+    until("some renewals are late", || remaining(&mut holder) + Duration::from_secs(3) < before);
     server.engine.signal(Signal::CONT);
     until_renewed(|| remaining(&mut holder));
     holder.expect("is-held", "yes");
@@ -38,8 +38,8 @@ pub fn server_frozen_beyond_ttl_reports_one_loss_in_time<E: Engine>() -> Drill {
     let frozen = Instant::now();
     until("it is lost", || holder.ask("is-held") != "yes");
     assert!(frozen.elapsed() < LIVELY / 2, "the deadline is the lease's, not the server's");
-    until("it was told", || holder.ask("losses") != "losses");
-    assert!(next.ask("try").starts_with("error Store"), "a server that hangs holds up nobody for ever");
+    until("the loss is reported", || holder.ask("losses") != "losses");
+    assert!(next.ask("try").starts_with("error Store"), "a request to a frozen server times out");
     server.engine.signal(Signal::CONT);
     let (token, _) = parse_held(&next.ask("lock"));
     assert!(token > first);

@@ -52,12 +52,7 @@ impl<E: Engine> TestServer<E> {
         let url = self.engine.url(port, access, "drill").ok_or("this engine has nothing of that sort")?;
         let terms = Terms { ttl: E::TTL, ..Terms::of(url) };
         let error = terms.open().lock_for(LIVELY).expect_err("it is refused");
-        let mut text = error.to_string();
-        let mut cause = std::error::Error::source(&error);
-        while let Some(error) = cause {
-            text += &format!(": {error}");
-            cause = error.source();
-        }
+        let text = error_chain(&error);
         println!("{access:?}: {text}");
         Ok(text)
     }
@@ -96,6 +91,13 @@ impl<E: Engine> TestServer<E> {
     }
 }
 
+/// Returns the error with all its causes.
+pub fn error_chain(error: &lockkit::Error) -> String {
+    let first: &dyn std::error::Error = error;
+    let causes = std::iter::successors(Some(first), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
 /// Builds a lease that retries soon.
 pub(super) fn lease_with_fast_retries(terms: &Terms) -> Lease {
     let builder = terms.builder().acquire_retry_limit(100).acquire_retry_delay(Duration::from_millis(1));
@@ -127,7 +129,7 @@ pub(super) fn remaining(holder: &mut Actor) -> Duration {
 pub fn until_quiet(proxy: &Proxy) {
     const QUIET: Duration = Duration::from_millis(500);
     let (mut asked, mut since) = (0, Instant::now());
-    until("the waiter asks nothing any more", || {
+    until("the waiter sends no more requests", || {
         let now = proxy.passed(Direction::Request);
         if now != asked || now == 0 {
             (asked, since) = (now, Instant::now());
@@ -136,11 +138,11 @@ pub fn until_quiet(proxy: &Proxy) {
     });
 }
 
-/// Returns once the lease with this remaining time is renewed.
+/// Waits until the lease with this remaining time is renewed.
 pub(super) fn until_renewed(mut remaining: impl FnMut() -> Duration) {
     let before = remaining();
     let start = Instant::now();
-    until("it beats", || {
+    until("the lease is renewed", || {
         // The elapsed time is read first. So the sum is at most the earlier remaining time, unless a renewal adds to
         // it.
         let elapsed = start.elapsed();

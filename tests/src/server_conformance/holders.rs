@@ -31,7 +31,7 @@ pub fn status_of_dead_holder_reports_no_time_left<E: Engine>() -> Drill {
     parse_held(&holder.ask("try"));
     let is_over = || match lease.status().expect("the server answers") {
         LeaseStatus::Held(seen) => seen.expires_in() == Some(Duration::ZERO),
-        other => panic!("nobody has released it: {other:?}"),
+        other => panic!("no holder released the lease: {other:?}"),
     };
     assert!(!is_over());
     holder.kill();
@@ -48,7 +48,7 @@ pub fn silent_remote_holder_expires_and_next_guard_reports_it<E: Engine>() -> Dr
     let mut next = Actor::start_lease(&terms);
     let (first, _) = parse_held(&remote.ask("try"));
     remote.kill();
-    assert!(next.ask("try").starts_with("error Held"), "nobody here can know that it is dead");
+    assert!(next.ask("try").starts_with("error Held"), "no local process can determine that the holder is dead");
     let answer = next.ask("lock");
     let (token, recovered) = parse_held(&answer);
     assert!(token > first && recovered.starts_with("recovered "), "{answer}");
@@ -81,13 +81,13 @@ pub fn late_grant_of_timed_out_waiter_is_freed<E: Engine>() -> Drill {
         waiter.expect("release", "released");
         server.engine.signal(Signal::STOP);
         let answer = waiter.ask("lock-for 50");
-        assert!(answer.starts_with("error Store"), "nobody said that it is held: {answer}");
+        assert!(answer.starts_with("error Store"), "the server did not report a holder: {answer}");
         server.engine.signal(Signal::CONT);
         // The first waiter lives. So only it can release the name before the TTL has passed, which is long after
         // this waiter's timeout.
         let answer = next.ask(&format!("lock-for {}", LIVELY.as_millis() / 2));
         let (_, recovered) = parse_held(&answer);
-        assert!(recovered.is_empty(), "nobody died: {answer}");
+        assert!(recovered.is_empty(), "no holder died: {answer}");
         next.expect("release", "released");
     }
     waiter.expect("is-held", "error NotHeld");

@@ -70,7 +70,10 @@ pub fn release_cut_anywhere_frees_name<E: Engine>() -> Drill {
                 (guard.release(), waiter.join().expect("no panic"))
             });
             let is_lost = |error: &lockkit::Error| matches!(error.kind(), ErrorKind::LeaseLost { .. });
-            assert!(!released.as_ref().is_err_and(is_lost), "nobody took it before: {released:?}");
+            assert!(
+                !released.as_ref().is_err_and(is_lost),
+                "no other client acquired before the release: {released:?}"
+            );
             // The heartbeat completes a failed release.
             let next = next.expect("the name is free");
             assert!(next.token() > token.max(last) && next.recovered().is_none());

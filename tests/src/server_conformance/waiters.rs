@@ -63,7 +63,7 @@ pub fn waiter_cut_anywhere_is_woken_by_release<E: Engine>() -> Drill {
     let server = TestServer::<E>::open()?;
     let direct = with_long_ttl(server.terms()).open();
     server.cut_everywhere_then(
-        |_| direct.lock_for(LIVELY).expect("nobody keeps it"),
+        |_| direct.lock_for(LIVELY).expect("the lease is free"),
         |proxy, guard| {
             let waiter = lease_with_fast_retries(&with_long_ttl(server.terms_through(proxy.port())));
             let token = guard.token();
@@ -96,7 +96,7 @@ pub fn waiter_cut_anywhere_is_woken_by_release<E: Engine>() -> Drill {
 pub fn waiter_with_retries_survives_server_restart<E: Engine>() -> Drill {
     let mut server = TestServer::<E>::open()?;
     let terms = with_long_ttl(Terms { heartbeat: 100, ..server.terms() });
-    let guard = terms.open().lock_for(LIVELY).expect("nobody has it");
+    let guard = terms.open().lock_for(LIVELY).expect("the lease is free");
     let [few_retries, many_retries] = [4, 10_000].map(|limit| {
         let delay = Duration::from_millis(25);
         let builder = terms.builder().acquire_retry_limit(limit).acquire_retry_delay(delay);
