@@ -220,8 +220,8 @@ pub(super) fn is_renewed(kind: Kind) -> bool {
 /// The signals per second.
 pub(super) const SIGNALS_PER_SECOND: u32 = 1000;
 
-/// Signals this process at the rate `SIGNALS_PER_SECOND`, as long as it lives. Each signal interrupts a running system call, because
-/// its handler is set without `SA_RESTART`.
+/// Signals this process at the rate `SIGNALS_PER_SECOND`, as long as it lives. Each signal interrupts a running system
+/// call, because its handler is set without `SA_RESTART`.
 pub fn raise_a_storm() {
     use nix::sys::signal::{SaFlags, SigAction, SigEvent, SigHandler, SigSet, SigevNotify, Signal, sigaction};
     use nix::sys::timer::{Expiration, Timer, TimerSetTimeFlags};

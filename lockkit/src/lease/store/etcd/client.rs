@@ -71,8 +71,9 @@ impl Client {
     /// Like [`send`](Self::send), and also returns whether an earlier attempt got no answer.
     ///
     /// The rule of [`Outcome`] has two exceptions here. A permanent refusal stays permanent after an attempt without an
-    /// answer, so that the caller stops and sees the cause; the session looks after the possible grant of an acquisition
-    /// that failed with any error. A TLS error of a sent request is permanent, but the request counts as indeterminate.
+    /// answer, so that the caller stops and sees the cause. The session looks after the possible grant of an
+    /// acquisition that failed with any error. A TLS error of a sent request is permanent, but the request counts as
+    /// indeterminate.
     pub(super) fn send_observed(&self, path: &str, body: &Value, by: Deadline) -> Result<(Value, bool)> {
         let outcome = Outcome::default();
         let answer = self.with_token(by, |token| {
@@ -277,7 +278,8 @@ impl Client {
                 "cannot read the answer of {endpoint}: it is not an answer of etcd: {error}"
             )),
             None if self.tls.is_none() && is_disconnected(error) => StoreError::unknown(format!(
-                "cannot get an answer from {endpoint}: the server ended the connection; if it speaks TLS, write etcds://"
+                "cannot get an answer from {endpoint}: the server ended the connection; if it speaks TLS, write \
+                 etcds://"
             )),
             None => StoreError::unknown(format!("cannot get an answer from {endpoint}: {error}")),
         }

@@ -1,5 +1,5 @@
-//! The meaning of etcd's refusals and of failed connections: the message, whether the request may have taken effect, and
-//! whether another endpoint may succeed.
+//! The meaning of etcd's refusals and of failed connections: the message, whether the request may have taken effect,
+//! and whether another endpoint may succeed.
 
 use std::fmt::{self, Display};
 use std::io;
@@ -77,8 +77,8 @@ pub(super) fn refusal(endpoint: &impl Display, user: &str, code: i64, message: &
             "cannot use {endpoint} without a user and a password; write etcd://user:password@{endpoint}"
         )),
         _ if has("authentication failed") => permanent(format!(
-            "cannot log in to {endpoint} as {user:?}: no such user has this password; check the user and the password of \
-             the URL"
+            "cannot log in to {endpoint} as {user:?}: no such user has this password; check the user and the password \
+             of the URL"
         )),
         _ if has("authentication is not enabled") => permanent(format!(
             "cannot log in to {endpoint} as {user:?}: its authentication is off; remove the user from the URL, or turn \
@@ -89,12 +89,12 @@ pub(super) fn refusal(endpoint: &impl Display, user: &str, code: i64, message: &
         }
         UNAUTHENTICATED => AttemptError::Token(StoreError::not_applied(refusal)),
         PERMISSION_DENIED => permanent(format!(
-            "cannot use the keys of leases at {endpoint}: the user {user:?} lacks the permission; give it a role that may \
-             read and write all keys with their prefix"
+            "cannot use the keys of leases at {endpoint}: the user {user:?} lacks the permission; give it a role that \
+             may read and write all keys with their prefix"
         )),
         _ if has("CommonName") => permanent(format!(
-            "cannot use {endpoint} with a client certificate that has a common name while its authentication is on; use \
-             a certificate without a common name"
+            "cannot use {endpoint} with a client certificate that has a common name while its authentication is on; \
+             use a certificate without a common name"
         )),
         UNAVAILABLE if has("no leader") => AttemptError::Leaderless(StoreError::not_applied(refusal)),
         CANCELLED | UNKNOWN | DEADLINE_EXCEEDED | ABORTED | INTERNAL | UNAVAILABLE | DATA_LOSS => {

@@ -2,7 +2,7 @@
 //!
 //! Each lease has two keys below the prefix:
 //! - `held/NAME` exists while the lease is held. Its value is the claim, and its revision is the token. The key is
-//!   attached to the [session](session) of its holder: etcd deletes the key when the session was not kept alive for its
+//!   attached to the [session] of its holder: etcd deletes the key when the session was not kept alive for its
 //!   TTL.
 //! - `record/NAME` is never deleted. It contains `held`, `free` or `evicted`, the claim of the last holder, and, with
 //!   `held`, the identity of that holder. It says `held` if the last holder did not release; the next grant reports

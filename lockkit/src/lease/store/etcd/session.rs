@@ -12,10 +12,10 @@
 //! answer before, the server that kept the session alive was the leader.
 //!
 //! **Orphaned keys are deleted.** A key lives as long as its session. A key without a holder, or without renewals,
-//! would live as long as other leases of the process. There are three kinds: see [`OrphanCause`]. The thread that keeps the
-//! session alive deletes keys that have been orphaned for a TTL. A new acquisition takes them over at once. A request
-//! without an answer may be applied later than the request that replaced it. So the possible grant of such a request is
-//! looked after for three TTLs, even if its claim has been granted and released since.
+//! would live as long as other leases of the process. There are three kinds: see [`OrphanCause`]. The thread that keeps
+//! the session alive deletes keys that have been orphaned for a TTL. A new acquisition takes them over at once. A
+//! request without an answer may be applied later than the request that replaced it. So the possible grant of such a
+//! request is looked after for three TTLs, even if its claim has been granted and released since.
 //!
 //! A session without leases is not kept alive, and ends after its TTL.
 
@@ -34,7 +34,8 @@ const RECENT_DIVISOR: u32 = 8;
 const MAX_RECENT: Duration = Duration::from_millis(250);
 /// The maximum number of keys that one request checks; etcd refuses transactions with more operations.
 const MAX_KEYS_PER_REQUEST: usize = 128;
-/// An orphaned key is looked after for so many TTLs. Until then a request without an answer counts as possibly under way.
+/// An orphaned key is looked after for so many TTLs. Until then a request without an answer counts as possibly under
+/// way.
 const ORPHAN_LIFETIME_TTLS: u32 = 3;
 /// The maximum number of orphaned keys that one keep-alive of the session deletes.
 const MAX_DELETIONS_PER_KEEP_ALIVE: usize = 16;

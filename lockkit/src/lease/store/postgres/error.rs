@@ -71,8 +71,8 @@ pub(super) fn of_connecting(
     match *code {
         SqlState::INVALID_PASSWORD | SqlState::INVALID_AUTHORIZATION_SPECIFICATION => permanent(
             format!(
-                "cannot log in to {server} as {user}; check the user, the password, the certificate, and sslmode in the \
-                 URL, because the server may require or refuse TLS"
+                "cannot log in to {server} as {user}; check the user, the password, the certificate, and sslmode in \
+                 the URL, because the server may require or refuse TLS"
             ),
             error,
         ),

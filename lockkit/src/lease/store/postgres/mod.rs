@@ -111,7 +111,8 @@ impl LeaseStore for PostgresStore {
                 }));
             }
             Err(StoreError::not_applied(
-                "cannot acquire the lease: other clients held it too shortly to be seen, or the grant of this claim has already ended",
+                "cannot acquire the lease: other clients held it too shortly to be seen, or the grant of this claim \
+                 has already ended",
             ))
         })
     }
@@ -200,7 +201,8 @@ impl PostgresStore {
         self.query_observed(sql, values, by).map(|(rows, _)| rows)
     }
 
-    /// Like [`query_without_permit`](Self::query_without_permit), and also returns whether an earlier attempt got no answer.
+    /// Like [`query_without_permit`](Self::query_without_permit), and also returns whether an earlier attempt got no
+    /// answer.
     fn query_observed(&self, sql: &Sql, values: &[&(dyn ToSql + Sync)], by: Deadline) -> Result<(Vec<Row>, bool)> {
         let connect = || self.config.connect(by, check);
         let outcome = Outcome::default();

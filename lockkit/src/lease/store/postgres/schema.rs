@@ -35,8 +35,8 @@ pub(super) const CREATE: &str = "CREATE TABLE IF NOT EXISTS lockkit_leases (\
      ) WITH (fillfactor = 50)";
 
 /// The columns of the table, as [`INSPECT`] reports them.
-pub(super) const LAYOUT: &str = "name text, state text, token bigint, claim text, until timestamp with time zone, owner text, \
-     died text, waited boolean";
+pub(super) const LAYOUT: &str = "name text, state text, token bigint, claim text, until timestamp with time zone, \
+     owner text, died text, waited boolean";
 
 /// Reports the server, the table, and the reason not to trust the table, if any. On a server that is too old, the
 /// statement fails or reports the version.
@@ -74,7 +74,8 @@ pub(super) const MIN_VERSION: i32 = 90_500;
 /// the client is gone. The limit is longer than any request may take. It does not limit how long a commit waits for a
 /// standby. Behind a proxy that gives each transaction another session the limit is not set, because it would apply to
 /// the sessions of others.
-pub(super) const LIMIT_STATEMENTS: &str = "SELECT set_config('statement_timeout', least(nullif(setting::int, 0), 3000)::text, false) \
+pub(super) const LIMIT_STATEMENTS: &str = "SELECT \
+     set_config('statement_timeout', least(nullif(setting::int, 0), 3000)::text, false) \
      FROM pg_settings WHERE name = 'statement_timeout'";
 
 /// Raises `synchronous_commit` to `on` within a statement, if it is lower.

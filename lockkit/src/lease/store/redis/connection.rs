@@ -132,7 +132,8 @@ impl ServerConfig {
             Some(Ok(major)) if major < MIN_VERSION => {
                 let server = &self.server;
                 Err(StoreError::permanent(format!(
-                    "cannot use {server} for the lease: version {version} is too old; use version {MIN_VERSION} or later"
+                    "cannot use {server} for the lease: version {version} is too old; use version {MIN_VERSION} or \
+                     later"
                 )))
             }
             _ => Ok(()),

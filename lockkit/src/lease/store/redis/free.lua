@@ -1,5 +1,5 @@
--- Arguments: the claim, the token, the state in which the grant ends, whether the caller is the holder, and the owner to
--- record as the holder, if another.
+-- Arguments: the claim, the token, the state in which the grant ends, whether the caller is the holder, and the owner
+-- to record as the holder, if another.
 local is_its = claim == ARGV[1] and token == ARGV[2]
 if is_its and state ~= 'held' then
     -- An earlier attempt of this request may have ended the grant.

@@ -1,13 +1,14 @@
 //! Lease stores on existing servers, and what they share.
 //!
-//! Each engine is a [`LeaseStore`](crate::lease::LeaseStore) in its own module, and contains only its requests. All leases of
-//! a process on one server share a store (see [`connect`](crate::lease::connect)), and with it:
+//! Each engine is a [`LeaseStore`](crate::lease::LeaseStore) in its own module, and contains only its requests. All
+//! leases of a process on one server share a store (see [`connect`](crate::lease::connect)), and with it:
 //! - **Connections** ([`Pool`]): each request uses a connection of its own, so no request waits for the answer to
 //!   another. A failed connection is closed together with all idle connections, because a restarted server has
 //!   forgotten those as well.
 //! - **Waiters** ([`notify`]): one thread listens to the server for all waiters, and notifies those that a change
 //!   concerns.
-//! - **A forked child** ([`ProcessLocal`](crate::sys::process_local::ProcessLocal)) opens its own connections, and does not touch its parent's.
+//! - **A forked child** opens its own connections, and does not touch its parent's: see
+//!   [`ProcessLocal`](crate::sys::process_local::ProcessLocal).
 //! - **Requests that were sent more than once** ([`Outcome`]): if an attempt got no answer, the request may have taken
 //!   effect, whatever the later attempts return.
 //! - **Dead holders** ([`acquire_or_take_over`]): a holder of this boot of this host is taken over at once if its

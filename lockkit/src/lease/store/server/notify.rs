@@ -36,8 +36,8 @@ const OWNER_CHECK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// A connection that reports changes, of every name or at least of the names that may have waiters.
 pub(in crate::lease::store) trait Listener: Send {
-    /// Waits for changes, at most `at_most`, and calls `notify` with each name that has changed. An error means that the
-    /// connection cannot be used any more.
+    /// Waits for changes, at most `at_most`, and calls `notify` with each name that has changed. An error means that
+    /// the connection cannot be used any more.
     fn listen(&mut self, at_most: Duration, notify: &mut dyn FnMut(&str)) -> Result<()>;
 }
 

@@ -18,9 +18,9 @@ impl<C> Pool<C> {
         Self(Mutex::new(Vec::new()))
     }
 
-    /// Sends a request on a connection of its own, and records in `outcome` an attempt without an answer. The server may
-    /// have closed an idle connection meanwhile. So a request that fails there is sent once more on a new connection,
-    /// unless its error is permanent. Every request of an engine can be repeated.
+    /// Sends a request on a connection of its own, and records in `outcome` an attempt without an answer. The server
+    /// may have closed an idle connection meanwhile. So a request that fails there is sent once more on a new
+    /// connection, unless its error is permanent. Every request of an engine can be repeated.
     pub(in crate::lease::store) fn run<R>(
         &self,
         outcome: &Outcome,
