@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use lockkit::{Lease, LeaseGuard, LeaseStatus, LossReason, Wait};
+use lockkit_tests::errors::with_causes;
 use lockkit_tests::leases::Terms;
 use lockkit_tests::server_conformance::etcd::Etcd;
 use lockkit_tests::server_conformance::{Access, Certificates, Engine, PASSWORD, Proxy, Security, USER, until_quiet};
@@ -52,21 +53,15 @@ fn wait_for_renewals(guards: &[LeaseGuard]) {
 }
 
 /// Returns the error of building or acquiring the lease at `url`, with all its causes.
-fn why(url: impl Into<String>) -> String {
+fn refusal(url: impl Into<String>) -> String {
     let lease = Lease::connect(url).build().and_then(|lease| lease.try_lock());
-    let mut text = String::new();
-    let error = lease.unwrap_err();
-    let mut cause: Option<&dyn std::error::Error> = Some(&error);
-    while let Some(error) = cause {
-        text += &format!("{error}: ");
-        cause = error.source();
-    }
+    let text = with_causes(&lease.unwrap_err());
     assert!(!text.contains(PASSWORD) && !text.contains("barley"), "{text}");
     text
 }
 
 #[test]
-fn a_cluster_that_loses_its_leader_keeps_the_lease() {
+fn etcd_leader_loss_keeps_lease() {
     let mut etcd = or_left_out!(Etcd::start_nodes(3, &Security::None, &[]));
     let lease = lease(etcd.plain_url("leader"));
     let guard = lease.try_lock().unwrap();
@@ -111,14 +106,14 @@ fn stopped_etcd_leader_keeps_leases_exclusive() {
     next.tell("lock-for 60000");
     assert!(alone.ask("wait-lost").starts_with("lost "));
     let second = next.answer();
-    let told = format!(" recovered {}", alone.pid());
-    assert!(second.ends_with(&told) && second > first, "{second} after {first}");
+    let recovered = format!(" recovered {}", alone.pid());
+    assert!(second.ends_with(&recovered) && second > first, "{second} after {first}");
     wait_for_a_renewal(&kept);
     // The old leader believes that it leads until it hears from the new leader. Its answers in between have no effect.
     etcd.signal_node(leader, Signal::CONT);
     assert!(alone.ask("is-held").starts_with("no"));
     next.expect("is-held", "yes");
-    until("the leader that was has found out", || alone.ask("try").starts_with("error Held"));
+    until("the old leader knows the new leader", || alone.ask("try").starts_with("error Held"));
     asleep.expect("is-held", "yes");
     // A renewal to the stopped leader may still lack its answer. In that case the heartbeat releases.
     let released = asleep.ask("release");
@@ -130,10 +125,10 @@ fn stopped_etcd_leader_keeps_leases_exclusive() {
 }
 
 #[test]
-fn an_endpoint_that_is_dead_or_frozen_is_passed_over() {
+fn request_skips_dead_or_frozen_endpoint() {
     let mut etcd = or_left_out!(Etcd::start_nodes(3, &Security::None, &[]));
-    let nobody = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
-    let url = etcd.url_of(&format!("127.0.0.1:{nobody},{}", etcd.endpoints()), "", "dead", "");
+    let closed_port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
+    let url = etcd.url_of(&format!("127.0.0.1:{closed_port},{}", etcd.endpoints()), "", "dead", "");
     lease(url).try_lock().unwrap().release().unwrap();
 
     let lease = lease(etcd.plain_url("frozen"));
@@ -202,7 +197,7 @@ fn quorum_loss_ends_lease_and_next_guard_reports_it() {
     [0, 1].into_iter().for_each(|node| etcd.kill_node(node));
     let reason = guard.lost().wait(&Wait::at_most(LIVELY)).unwrap();
     assert!(matches!(reason, LossReason::Store(_)), "{reason}");
-    assert!(lease.try_lock().is_err(), "nobody can take it");
+    assert!(lease.try_lock().is_err(), "no client can acquire without a quorum");
     [0, 1].into_iter().for_each(|node| etcd.launch_node(node));
     etcd.wait_until_it_serves();
     let token = guard.token();
@@ -213,7 +208,7 @@ fn quorum_loss_ends_lease_and_next_guard_reports_it() {
 }
 
 #[test]
-fn all_leases_of_a_process_with_one_ttl_share_a_session() {
+fn leases_with_same_ttl_share_one_etcd_session() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
     let take = |ttl: Duration| {
         let lease = |n| Lease::connect(etcd.plain_url(&format!("{}-{n}", ttl.as_secs()))).ttl(ttl).build().unwrap();
@@ -242,7 +237,7 @@ fn unused_etcd_session_expires() {
 }
 
 #[test]
-fn a_thousand_leases_of_one_process_are_kept_by_a_few_requests() {
+fn thousand_etcd_leases_renew_with_few_requests() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
     let lost = Arc::new(AtomicUsize::new(0));
     let guards: Vec<_> = (0..1000)
@@ -282,7 +277,7 @@ fn etcd_eviction_reported_only_to_evicted_holder() {
     assert_eq!(seen.token(), Some(guards[0].token()));
     assert!(evicted.evict(&seen).unwrap());
     assert_eq!(evicted.status().unwrap(), LeaseStatus::Free);
-    assert!(!stays.evict(&seen).unwrap(), "it is another's");
+    assert!(!stays.evict(&seen).unwrap(), "the snapshot shows the holder of another lease");
     let reason = guards[0].lost().wait(&Wait::at_most(LIVELY)).unwrap();
     assert!(matches!(reason, LossReason::TakenOver { by: None }), "{reason}");
     wait_for_a_renewal(&guards[1]);
@@ -291,7 +286,7 @@ fn etcd_eviction_reported_only_to_evicted_holder() {
 }
 
 #[test]
-fn a_waiter_outlasts_the_compaction_of_what_it_waits_from() {
+fn waiter_survives_etcd_compaction() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
     let terms = Terms { ttl: 30_000, ..Terms::of(etcd.plain_url("compacted")) };
     let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start_lease(&terms));
@@ -309,7 +304,7 @@ fn a_waiter_outlasts_the_compaction_of_what_it_waits_from() {
 }
 
 #[test]
-fn a_forked_child_has_a_session_of_its_own() {
+fn forked_child_creates_own_etcd_session() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
     let terms = |name| Terms { ttl: 3000, heartbeat: 500, ..Terms::of(etcd.plain_url(name)) };
     let mut parent = Actor::start_lease(&terms("parent"));
@@ -338,23 +333,23 @@ fn expired_etcd_auth_token_is_requested_again() {
 #[test]
 fn etcd_access_denied_error_names_cause() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::Password, &[]));
-    let says = |user: &str, text: &str| {
-        let said = why(etcd.url_of(&etcd.endpoints(), user, "denied", ""));
-        assert!(said.contains(text), "{said}");
+    let assert_message = |user: &str, text: &str| {
+        let message = refusal(etcd.url_of(&etcd.endpoints(), user, "denied", ""));
+        assert!(message.contains(text), "{message}");
     };
-    says("", "wants a user and a password");
-    says("guest:guest@", "does not let the user \"guest\"");
-    says(&format!("{USER}:open-barley@"), &format!("knows no user {USER:?} of this password"));
+    assert_message("", "without a user and a password");
+    assert_message("guest:guest@", "the user \"guest\" lacks the permission");
+    assert_message(&format!("{USER}:open-barley@"), &format!("as {USER:?}: no such user has this password"));
     let open = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
-    let said = why(open.url_of(&open.endpoints(), &format!("{USER}:{PASSWORD}@"), "open", ""));
-    assert!(said.contains("asks nobody for a password"), "{said}");
+    let message = refusal(open.url_of(&open.endpoints(), &format!("{USER}:{PASSWORD}@"), "open", ""));
+    assert!(message.contains("its authentication is off"), "{message}");
 }
 
 #[test]
 fn connect_with_gateway_disabled_error_says_so() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &["--enable-grpc-gateway=false"]));
-    let said = why(etcd.plain_url("off"));
-    assert!(said.contains("has its gateway turned off"), "{said}");
+    let message = refusal(etcd.plain_url("off"));
+    assert!(message.contains("the gateway of etcd"), "{message}");
 }
 
 #[test]
@@ -369,18 +364,21 @@ fn etcd_tls_misconfiguration_error_names_cause() {
     lease(&right).try_lock().unwrap().release().unwrap();
 
     let port = etcd.port();
-    let says = |url: String, text: &str| {
-        let said = why(&url);
-        assert!(said.contains(text), "{url} says: {said}");
+    let assert_message = |url: String, text: &str| {
+        let message = refusal(&url);
+        assert!(message.contains(text), "{url} says: {message}");
     };
-    says(format!("etcds://127.0.0.1:{port}/tls?ca={ca}"), "add the parameters cert and key");
-    says(format!("etcds://127.0.0.1:{port}/tls?ca={stranger}&cert={cert}&key={key}"), "is not to be trusted");
-    says(format!("etcds://127.0.0.1:{port}/tls?ca={ca}&cert={cert}&key={other_key}"), "do not go together");
-    says(format!("etcds://127.0.0.1:{port}/tls?ca=/no/such/file"), "/no/such/file");
-    says(format!("etcds://127.0.0.1:{port}/tls?ca={key}"), "there is no certificate in");
-    says(format!("etcd://127.0.0.1:{port}/tls"), "etcds://");
+    assert_message(format!("etcds://127.0.0.1:{port}/tls?ca={ca}"), "with the parameters cert and key");
+    assert_message(
+        format!("etcds://127.0.0.1:{port}/tls?ca={stranger}&cert={cert}&key={key}"),
+        "cannot trust the certificate",
+    );
+    assert_message(format!("etcds://127.0.0.1:{port}/tls?ca={ca}&cert={cert}&key={other_key}"), "do not match");
+    assert_message(format!("etcds://127.0.0.1:{port}/tls?ca=/no/such/file"), "/no/such/file");
+    assert_message(format!("etcds://127.0.0.1:{port}/tls?ca={key}"), "contains no certificate");
+    assert_message(format!("etcd://127.0.0.1:{port}/tls"), "etcds://");
     let plain = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
-    says(format!("etcds://{}/tls?ca={ca}", plain.endpoints()), "write etcd://");
+    assert_message(format!("etcds://{}/tls?ca={ca}", plain.endpoints()), "write etcd://");
 }
 
 #[test]
@@ -392,7 +390,7 @@ fn etcd_lease_has_crash_point_between_any_two_changes() {
 }
 
 #[test]
-fn a_lease_on_etcd_and_etcdctl_do_not_mind_each_other() {
+fn etcdctl_reads_lease_below_prefix() {
     let etcd = or_left_out!(Etcd::start_nodes(1, &Security::None, &[]));
     let guard = lease(format!("{}?prefix=mine/", etcd.plain_url("shown"))).try_lock().unwrap();
     let record = or_left_out!(etcd.ctl(&["get", "--print-value-only", "mine/record/shown"]));

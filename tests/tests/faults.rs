@@ -66,7 +66,7 @@ fn takeover_and_renewal_have_crash_points_between_changes() {
 }
 
 #[test]
-fn any_system_call_may_fail_once_when_a_table_is_made_and_used() {
+fn failed_system_call_of_table_use_recovers() {
     use lockkit_tests::managers::Kind::{Directory, Shm};
     for kind in [Shm, Directory] {
         fault_injection::fail_each_call_of_a_table(kind);
@@ -74,7 +74,7 @@ fn any_system_call_may_fail_once_when_a_table_is_made_and_used() {
 }
 
 #[test]
-fn any_system_call_of_a_takeover_may_fail_once() {
+fn failed_system_call_of_takeover_recovers() {
     fault_injection::fail_each_call_of_a_takeover();
 }
 
@@ -116,6 +116,6 @@ fn a7_unsupported_flock_removes_own_new_file() {
 }
 
 #[test]
-fn any_system_call_of_a_heartbeat_may_fail_once() {
+fn failed_system_call_of_heartbeat_recovers() {
     fault_injection::fail_each_call_of_a_heartbeat();
 }

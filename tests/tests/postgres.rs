@@ -49,12 +49,12 @@ fn postgres_user_without_create_right_gets_sufficient_sql() {
     let server = server!();
     server.sql("CREATE ROLE poor LOGIN; REVOKE CREATE ON SCHEMA public FROM PUBLIC");
     let lease = lease(server.lease_of("poor", "", "x"));
-    let says = refusal(&lease);
-    let (_, create) = says.split_once("let somebody run: ").expect(&says);
-    let (create, rest) = create.split_once("; GRANT").expect(&says);
+    let message = refusal(&lease);
+    let (_, create) = message.split_once("let a user with the privilege run: ").expect(&message);
+    let (create, rest) = create.split_once("; GRANT").expect(&message);
     server.sql(create);
     assert!(refusal(&lease).contains("GRANT SELECT, INSERT, UPDATE ON lockkit_leases"));
-    let grant = format!("GRANT{}", rest.split_once('…').expect(&says).0);
+    let grant = format!("GRANT{}", rest.split_once('…').expect(&message).0);
     server.sql(&format!("{grant} poor"));
     let guard = lease.try_lock().unwrap();
     assert!(lease.try_lock().unwrap_err().is_held());
@@ -63,7 +63,7 @@ fn postgres_user_without_create_right_gets_sufficient_sql() {
 }
 
 #[test]
-fn processes_that_come_at_once_where_there_is_no_table_make_one() {
+fn concurrent_first_acquires_create_one_table() {
     let server = server!();
     for round in 0..3 {
         let name = |n: usize| Terms { ttl: 60_000, heartbeat: 10_000, ..Terms::of(server.lease(&n.to_string())) };
@@ -80,12 +80,12 @@ fn processes_that_come_at_once_where_there_is_no_table_make_one() {
 }
 
 #[test]
-fn a_table_of_another_layout_is_refused_and_left_as_it_is() {
+fn table_of_other_layout_refused_and_unchanged() {
     let server = server!();
     server.sql(
         "CREATE TABLE lockkit_leases (name text PRIMARY KEY, holder text); INSERT INTO lockkit_leases VALUES ('x')",
     );
-    assert!(refusal(&lease(server.lease("x"))).contains("is of another layout"));
+    assert!(refusal(&lease(server.lease("x"))).contains("needs the layout"));
     assert_eq!(server.sql("SELECT * FROM lockkit_leases"), "x|");
     // Another schema has its own table.
     server.sql("CREATE SCHEMA locks");
@@ -131,7 +131,7 @@ fn postgres_table_dropped_is_recreated_with_growing_tokens() {
     let before = lease.try_lock().unwrap();
     let token = before.token();
     server.sql("DROP TABLE lockkit_leases");
-    let after = lease.try_lock().expect("nobody has it any more");
+    let after = lease.try_lock().expect("the grant was lost with the table");
     assert!(after.token() > token);
     assert!(matches!(before.release().unwrap_err().kind(), ErrorKind::LeaseLost { .. }));
     after.release().unwrap();
@@ -146,7 +146,7 @@ fn postgres_standby_is_skipped_until_promoted() {
     };
     let alone = lease(standby.lease("x"));
     let error = alone.try_lock().unwrap_err();
-    assert!(with_causes(&error).contains("the server only reads"), "{error:?}");
+    assert!(with_causes(&error).contains("the server is a standby"), "{error:?}");
     let both = format!("127.0.0.1:{},127.0.0.1:{}", standby.port(), server.port());
     let both = lease(format!("postgres://postgres@{both}/postgres?lease=x"));
     let guard = both.try_lock().unwrap();
@@ -167,7 +167,7 @@ fn postgres_standby_is_skipped_until_promoted() {
 }
 
 #[test]
-fn a_server_whose_transactions_only_read_says_so() {
+fn read_only_server_error_names_setting() {
     let server = server!(settings: &["default_transaction_read_only=on"]);
     let error = lease(server.lease("x")).try_lock().unwrap_err();
     assert!(with_causes(&error).contains("default_transaction_read_only"), "{error:?}");
@@ -195,7 +195,7 @@ fn grant_survives_crash_with_synchronous_commit_off() {
 }
 
 #[test]
-fn transactions_that_must_not_meet_are_repeated() {
+fn serialization_conflict_is_retried() {
     let server = server!(settings: &["default_transaction_isolation=serializable"]);
     let at_work = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -238,7 +238,7 @@ fn many_threads_open_at_most_ten_postgres_connections() {
                     for _ in 0..3 {
                         // If the crowd exceeds an acquisition's time limit, the error says so. That is not the subject
                         // of this test.
-                        until("it gets in", || common.lock().is_ok());
+                        until("the thread acquires the common lease", || common.lock().is_ok());
                     }
                 })
             })
@@ -253,7 +253,7 @@ fn many_threads_open_at_most_ten_postgres_connections() {
 }
 
 #[test]
-fn a_request_that_was_given_up_is_ended_by_the_server() {
+fn abandoned_request_is_cancelled_by_server() {
     let server = server!();
     let lease = lease(server.lease("x"));
     drop(lease.try_lock().unwrap());
@@ -283,22 +283,22 @@ fn a_request_that_was_given_up_is_ended_by_the_server() {
 }
 
 #[test]
-fn a_server_without_a_connection_left_says_so() {
+fn connect_without_free_connection_error_says_so() {
     let server = server!();
     drop(lease(server.lease("x")).try_lock().unwrap());
     server.sql("CREATE ROLE poor LOGIN CONNECTION LIMIT 0; GRANT ALL ON lockkit_leases TO poor");
     let error = lease(server.lease_of("poor", "", "x")).try_lock().unwrap_err();
-    assert!(with_causes(&error).contains("has no connection left"), "{error:?}");
+    assert!(with_causes(&error).contains("it has no connection left"), "{error:?}");
 }
 
 #[test]
-fn passwords_are_checked_by_scram_and_appear_in_no_error() {
+fn scram_password_checked_and_absent_from_errors() {
     let server = server!(lets_in: Some("host all all all scram-sha-256"));
     drop(lease(server.lease_of(&format!("postgres:{PASSWORD}"), "", "x")).try_lock().unwrap());
     let wrong = format!("{PASSWORD}!");
     for user in [format!("postgres:{wrong}"), format!("nobody:{PASSWORD}"), "postgres".to_owned()] {
-        let says = refusal(&lease(server.lease_of(&user, "", "x")));
-        assert!(says.contains("in"), "{says}");
+        let message = refusal(&lease(server.lease_of(&user, "", "x")));
+        assert!(message.contains("cannot log in"), "{message}");
     }
     let url = server.lease_of(&format!("postgres:{PASSWORD}"), "sslmode=sometimes", "x");
     let error = Lease::connect(url).build().unwrap_err();
@@ -307,13 +307,13 @@ fn passwords_are_checked_by_scram_and_appear_in_no_error() {
         let url = format!("postgres://me:first{unescaped}second@127.0.0.1:1/postgres?lease=x");
         let error = Lease::connect(url).build().unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::InvalidUrl { .. }), "{error}");
-        let says = with_causes(&error);
-        assert!(!says.contains("first") && !says.contains("second"), "{says}");
+        let message = with_causes(&error);
+        assert!(!message.contains("first") && !message.contains("second"), "{message}");
     }
 }
 
 #[test]
-fn tls_is_as_strict_as_the_url_says() {
+fn tls_verification_follows_sslmode() {
     let certificates = match Certificates::new() {
         Ok(certificates) => certificates,
         Err(why) => return left_out(why),
@@ -344,20 +344,20 @@ fn tls_is_as_strict_as_the_url_says() {
         format!("sslmode=verify-ca&sslrootcert={stranger}"),
         format!("sslmode=verify-full&sslrootcert={stranger}"),
     ] {
-        let says = refusal(&lease(&wrong));
-        assert!(says.contains("do not agree on TLS"), "{wrong}: {says}");
+        let message = refusal(&lease(&wrong));
+        assert!(message.contains("cannot use TLS"), "{wrong}: {message}");
     }
-    let says = refusal(&at(elsewhere, &format!("sslmode=verify-full&sslrootcert={ca}")));
-    assert!(says.contains("do not agree on TLS"), "{says}");
-    assert!(refusal(&lease("sslmode=disable")).contains("does not let"));
+    let message = refusal(&at(elsewhere, &format!("sslmode=verify-full&sslrootcert={ca}")));
+    assert!(message.contains("cannot use TLS"), "{message}");
+    assert!(refusal(&lease("sslmode=disable")).contains("cannot log in"));
     // This server has no certificate.
     let plain = server!();
-    let says = refusal(&self::lease(plain.lease_of("postgres", "sslmode=require", "x")));
-    assert!(says.contains("does not support TLS"), "{says}");
+    let message = refusal(&self::lease(plain.lease_of("postgres", "sslmode=require", "x")));
+    assert!(message.contains("does not support TLS"), "{message}");
 }
 
 #[test]
-fn a_unix_socket_and_what_else_the_url_says_is_used() {
+fn unix_socket_and_application_name_of_url_are_used() {
     let server = server!();
     let directory = server.directory().display().to_string().replace('/', "%2F");
     let url = |rest: &str| format!("postgresql://postgres@{directory}:{}/postgres?lease=x&{rest}", server.port());
@@ -476,7 +476,7 @@ fn names_differing_in_case_or_spaces_are_separate_leases() {
 }
 
 #[test]
-fn a_waiter_whose_listener_is_cut_off_is_woken_all_the_same() {
+fn waiter_with_cut_listener_is_woken_by_release() {
     let server = server!();
     let lease = lease(server.lease("x"));
     let guard = lease.try_lock().unwrap();
@@ -515,7 +515,7 @@ fn frozen_server_fails_requests_in_time_and_loses_lease() {
 }
 
 #[test]
-fn a_lease_outlives_the_restart_of_its_server() {
+fn lease_survives_postgres_restart() {
     let mut server = server!();
     let terms = Terms { ttl: 60_000, heartbeat: 50, ..Terms::of(server.lease("x")) };
     let (mut holder, mut waiter) = (Actor::start_lease(&terms), Actor::start_lease(&terms));
@@ -551,8 +551,8 @@ fn postgres_request_replayed_after_next_holder_blocks_no_client() {
     second.release().unwrap();
     proxy.let_go();
     until("it is carried out once more", || {
-        let told: u64 = server.sql("SELECT token FROM lockkit_leases WHERE name = 'late'").parse().unwrap();
-        told > token
+        let token_now: u64 = server.sql("SELECT token FROM lockkit_leases WHERE name = 'late'").parse().unwrap();
+        token_now > token
     });
     drop(others.lock_for(LIVELY).unwrap());
 }

@@ -55,16 +55,16 @@ fn holder_restores_lost_record_unless_taken_over() {
 }
 
 #[test]
-fn something_else_under_the_key_is_a_clear_error_and_left_alone() {
+fn foreign_value_under_key_refused_and_unchanged() {
     let Some(server) = server() else { return };
     server.tell("SET lockkit:{own} treasure");
     let error = with_causes(&lease(&url(&server)).try_lock().unwrap_err());
-    assert!(error.contains("keeps something else"), "{error}");
+    assert!(error.contains("contains something else"), "{error}");
     assert!(server.tell("GET lockkit:{own}").ends_with("treasure"));
 }
 
 #[test]
-fn a_replica_says_where_to_go() {
+fn acquire_on_replica_error_names_primary() {
     let (Some(primary), Some(replica)) = (server(), server()) else { return };
     assert_eq!(replica.tell(&format!("REPLICAOF 127.0.0.1 {}", primary.port())), "+OK");
     until("it is in step", || replica.tell("INFO replication").contains("master_link_status:up"));
@@ -95,7 +95,7 @@ fn renew_after_failover_moves_to_new_primary() {
 fn redis_acquire_without_free_client_fails_then_recovers() {
     let Some(server) = server() else { return };
     if !server.tell("ACL SETUSER leases on >secret +@all ~* &*").starts_with("+OK") {
-        return left_out("this version knows no rules for users");
+        return left_out("this version has no rules for users");
     }
     assert_eq!(server.tell("CONFIG SET maxclients 1"), "+OK");
     let mut other = None;
@@ -125,7 +125,7 @@ fn redis_acquire_after_script_flush_succeeds() {
 }
 
 #[test]
-fn a_unix_socket_leads_to_the_same_leases() {
+fn lease_over_unix_socket_is_same_lease() {
     let Some(server) = server() else { return };
     let socket = server.socket();
     let through = lease(&format!("redis+unix://{}?lease=own", socket.display()));
@@ -136,7 +136,7 @@ fn a_unix_socket_leads_to_the_same_leases() {
 }
 
 #[test]
-fn leases_of_different_databases_are_different() {
+fn same_name_in_other_database_is_separate_lease() {
     let Some(server) = server() else { return };
     let of = |database: u32| lease(&format!("redis://127.0.0.1:{}/{database}/own", server.port()));
     let (_one, _other) = (of(1).try_lock().unwrap(), of(2).try_lock().unwrap());
@@ -144,11 +144,11 @@ fn leases_of_different_databases_are_different() {
 }
 
 #[test]
-fn a_user_needs_no_more_than_an_error_says() {
+fn user_with_documented_permissions_can_use_lease() {
     let Some(server) = server() else { return };
     let rules = "+@hash +@scripting +@pubsub +time ~lockkit:* &lockkit:*";
     if !server.tell(&format!("ACL SETUSER leases on >secret {rules}")).starts_with("+OK") {
-        return left_out("this version knows no rules for users");
+        return left_out("this version has no rules for users");
     }
     let url = |database| format!("redis://leases:secret@127.0.0.1:{}{database}/own", server.port());
     let guard = lease(&url("")).try_lock().unwrap();
@@ -163,7 +163,7 @@ fn a_user_needs_no_more_than_an_error_says() {
     let deaf = lease(&format!("redis://deaf:secret@127.0.0.1:{}/own", server.port()));
     let guard = deaf.try_lock().unwrap();
     let error = with_causes(&deaf.lock_for(LIVELY).unwrap_err());
-    assert!(error.contains("does not allow this user") && error.contains("&lockkit:*"), "{error}");
+    assert!(error.contains("leases need the permissions") && error.contains("&lockkit:*"), "{error}");
     guard.release().unwrap();
     let error = with_causes(&lease(&url("/1")).try_lock().unwrap_err());
     assert!(error.contains(rules) && error.contains("+select"), "{error}");

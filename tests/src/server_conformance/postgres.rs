@@ -20,7 +20,7 @@ use crate::until;
 pub static SHARED: Shared<Postgres> = Shared::new(|| {
     let server = Postgres::open()?;
     // The table is created here, so that the first tests find the same state as all others.
-    drop(Lease::connect(server.lease("first")).build().expect("a URL").try_lock().expect("nobody has it"));
+    drop(Lease::connect(server.lease("first")).build().expect("a URL").try_lock().expect("the lease is free"));
     Ok(server)
 });
 

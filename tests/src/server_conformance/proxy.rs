@@ -109,7 +109,7 @@ impl Proxy {
 
     /// As [`hold`](Self::hold), from the first request on that contains these bytes.
     pub fn hold_at(&self, bytes: &[u8]) {
-        *self.state.hold_at.lock().expect("nobody panics with it") = Some(bytes.to_vec());
+        *self.state.hold_at.lock().expect("no thread panics with the lock") = Some(bytes.to_vec());
     }
 
     /// Returns whether it holds data, or would hold new data.
@@ -179,7 +179,7 @@ impl Drop for Proxy {
 
 impl State {
     fn cut(&self) -> MutexGuard<'_, Option<(Direction, u64)>> {
-        self.cut.lock().expect("nobody panics with it")
+        self.cut.lock().expect("no thread panics with the lock")
     }
 
     fn connect(self: &Arc<Self>, client: TcpStream, server: TcpStream) {
@@ -245,7 +245,7 @@ impl State {
     }
 
     fn hold_if_due(&self, request: &[u8]) {
-        let mut at = self.hold_at.lock().expect("nobody panics with it");
+        let mut at = self.hold_at.lock().expect("no thread panics with the lock");
         if at.take_if(|bytes| request.windows(bytes.len()).any(|window| window == *bytes)).is_some() {
             self.holds.store(true, Ordering::SeqCst);
         }

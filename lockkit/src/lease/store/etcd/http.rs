@@ -14,14 +14,14 @@ use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ClientConnection, StreamOwned};
 
 use crate::lease::store::lease_store::Deadline;
-use crate::lease::store::server::addresses;
+use crate::lease::store::server::{addresses, equal_part};
 
-/// The maximum length of a piece of an answer, and of a head.
-const LONGEST_PIECE: usize = 64 << 20;
-const MOST_HEADERS: usize = 64;
+/// The maximum length of an answer, of a piece of a watch, and of a head, in bytes.
+const MAX_PIECE_LENGTH: usize = 64 << 20;
+const MAX_HEADERS: usize = 64;
 /// How long a peer is silent before TCP probes it, and how often in a row TCP probes.
-const SILENT: Duration = Duration::from_secs(5);
-const MOST_PROBES: u32 = 3;
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
+const MAX_KEEPALIVE_PROBES: u32 = 3;
 
 /// A socket whose calls last until `by` at most.
 struct Socket {
@@ -31,30 +31,30 @@ struct Socket {
 
 impl Socket {
     /// Returns the time that is left; an error if there is none.
-    fn left(&self) -> io::Result<Option<Duration>> {
+    fn remaining(&self) -> io::Result<Option<Duration>> {
         match self.by.remaining() {
             Duration::ZERO => Err(ErrorKind::TimedOut.into()),
-            left => Ok(Some(left)),
+            remaining => Ok(Some(remaining)),
         }
     }
 }
 
 /// Converts `WouldBlock`, by which a socket reports its timeout, to `TimedOut`.
-fn timed(error: io::Error) -> io::Error {
+fn map_timeout(error: io::Error) -> io::Error {
     if error.kind() == ErrorKind::WouldBlock { ErrorKind::TimedOut.into() } else { error }
 }
 
 impl Read for Socket {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.tcp.set_read_timeout(self.left()?)?;
-        self.tcp.read(buffer).map_err(timed)
+        self.tcp.set_read_timeout(self.remaining()?)?;
+        self.tcp.read(buffer).map_err(map_timeout)
     }
 }
 
 impl Write for Socket {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.tcp.set_write_timeout(self.left()?)?;
-        self.tcp.write(bytes).map_err(timed)
+        self.tcp.set_write_timeout(self.remaining()?)?;
+        self.tcp.write(bytes).map_err(map_timeout)
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -68,7 +68,7 @@ enum Stream {
 }
 
 impl Stream {
-    fn until(&mut self, by: Deadline) {
+    fn set_deadline(&mut self, by: Deadline) {
         match self {
             Self::Plain(socket) => socket.by = by,
             Self::Tls(stream) => stream.sock.by = by,
@@ -108,19 +108,19 @@ pub(super) struct Connection {
 impl Connection {
     /// Connects to `host:port`, and with `tls` performs the handshake. Whatever fails here, no request has been sent.
     pub(super) fn open(host: &Arc<str>, port: u16, tls: Option<&Arc<ClientConfig>>, by: Deadline) -> io::Result<Self> {
-        let tcp = dial(host, port, by)?;
+        let tcp = connect(host, port, by)?;
         tcp.set_nodelay(true)?;
         set_socket_keepalive(&tcp, true)?;
-        set_tcp_keepidle(&tcp, SILENT)?;
-        set_tcp_keepintvl(&tcp, SILENT)?;
-        set_tcp_keepcnt(&tcp, MOST_PROBES)?;
+        set_tcp_keepidle(&tcp, KEEPALIVE_INTERVAL)?;
+        set_tcp_keepintvl(&tcp, KEEPALIVE_INTERVAL)?;
+        set_tcp_keepcnt(&tcp, MAX_KEEPALIVE_PROBES)?;
         let mut socket = Socket { tcp, by };
         let stream = match tls {
             None => Stream::Plain(socket),
             Some(config) => {
-                let bare = host.trim_start_matches('[').trim_end_matches(']').to_owned();
-                let name =
-                    ServerName::try_from(bare).map_err(|error| io::Error::new(ErrorKind::InvalidInput, error))?;
+                let server_name = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+                let name = ServerName::try_from(server_name)
+                    .map_err(|error| io::Error::new(ErrorKind::InvalidInput, error))?;
                 let mut tls = ClientConnection::new(config.clone(), name).map_err(io::Error::other)?;
                 while tls.is_handshaking() {
                     tls.complete_io(&mut socket)?;
@@ -141,7 +141,7 @@ impl Connection {
         body: Option<&[u8]>,
         by: Deadline,
     ) -> io::Result<u16> {
-        self.stream.until(by);
+        self.stream.set_deadline(by);
         let method = if body.is_some() { "POST" } else { "GET" };
         let mut request = format!("{method} {path} HTTP/1.1\r\nHost: {}\r\n", self.host).into_bytes();
         for (name, value) in headers {
@@ -156,7 +156,7 @@ impl Connection {
     }
 
     /// Sends a request and returns the status and the whole body.
-    pub(super) fn ask(
+    pub(super) fn send(
         &mut self,
         path: &str,
         headers: &[(&str, &str)],
@@ -164,21 +164,21 @@ impl Connection {
         by: Deadline,
     ) -> io::Result<(u16, Vec<u8>)> {
         let status = self.begin(path, headers, body, by)?;
-        let mut whole = Vec::new();
+        let mut received = Vec::new();
         while let Some(piece) = self.piece(by)? {
-            whole.extend_from_slice(&piece);
-            if whole.len() > LONGEST_PIECE {
-                return Err(garbled("an answer without end"));
+            received.extend_from_slice(&piece);
+            if received.len() > MAX_PIECE_LENGTH {
+                return Err(invalid_data(format!("the answer is longer than {MAX_PIECE_LENGTH} bytes")));
             }
         }
-        Ok((status, whole))
+        Ok((status, received))
     }
 
     fn read_head(&mut self) -> io::Result<u16> {
         loop {
-            let mut headers = [httparse::EMPTY_HEADER; MOST_HEADERS];
+            let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
             let mut head = httparse::Response::new(&mut headers);
-            let httparse::Status::Complete(length) = head.parse(&self.input).map_err(garbled)? else {
+            let httparse::Status::Complete(length) = head.parse(&self.input).map_err(invalid_data)? else {
                 self.fill()?;
                 continue;
             };
@@ -188,7 +188,8 @@ impl Connection {
                 std::str::from_utf8(header.value).ok()
             };
             let is_chunked = value("transfer-encoding").is_some_and(|value| value.eq_ignore_ascii_case("chunked"));
-            let announced = value("content-length").map(|length| length.trim().parse().map_err(garbled)).transpose()?;
+            let announced =
+                value("content-length").map(|length| length.trim().parse().map_err(invalid_data)).transpose()?;
             let framing = match announced {
                 _ if is_chunked => Framing::Chunked,
                 Some(length) => Framing::Length(length),
@@ -206,18 +207,18 @@ impl Connection {
     /// Returns the next piece of the body, in whole chunks if the server sends chunks; `None` at the end. After a
     /// timeout the caller can wait for the same piece again.
     pub(super) fn piece(&mut self, by: Deadline) -> io::Result<Option<Vec<u8>>> {
-        self.stream.until(by);
+        self.stream.set_deadline(by);
         loop {
             match self.framing {
                 Framing::Length(0) => return Ok(None),
-                Framing::Length(left) if !self.input.is_empty() => {
-                    let piece: Vec<u8> = self.input.drain(..left.min(self.input.len())).collect();
-                    self.framing = Framing::Length(left - piece.len());
+                Framing::Length(remaining) if !self.input.is_empty() => {
+                    let piece: Vec<u8> = self.input.drain(..remaining.min(self.input.len())).collect();
+                    self.framing = Framing::Length(remaining - piece.len());
                     return Ok(Some(piece));
                 }
                 Framing::Chunked => {
                     let size =
-                        httparse::parse_chunk_size(&self.input).map_err(|_| garbled("a chunk without a size"))?;
+                        httparse::parse_chunk_size(&self.input).map_err(|_| invalid_data("a chunk has no size"))?;
                     match size {
                         httparse::Status::Complete((from, 0)) => {
                             // Trailers end with an empty line and are ignored.
@@ -234,8 +235,11 @@ impl Connection {
                             }
                         }
                         httparse::Status::Complete((from, size)) => {
-                            let size = usize::try_from(size).ok().filter(|size| *size <= LONGEST_PIECE);
-                            let to = from + size.ok_or_else(|| garbled("a chunk without end"))?;
+                            let size = usize::try_from(size).ok().filter(|size| *size <= MAX_PIECE_LENGTH);
+                            let to = from
+                                + size.ok_or_else(|| {
+                                    invalid_data(format!("a chunk is longer than {MAX_PIECE_LENGTH} bytes"))
+                                })?;
                             if self.input.len() >= to + 2 {
                                 let piece = self.input[from..to].to_vec();
                                 self.input.drain(..to + 2);
@@ -258,8 +262,8 @@ impl Connection {
     }
 
     fn fill(&mut self) -> io::Result<()> {
-        if self.input.len() > LONGEST_PIECE {
-            return Err(garbled("a line without end"));
+        if self.input.len() > MAX_PIECE_LENGTH {
+            return Err(invalid_data(format!("a line is longer than {MAX_PIECE_LENGTH} bytes")));
         }
         let mut buffer = [0; 16 << 10];
         loop {
@@ -276,23 +280,23 @@ impl Connection {
     }
 }
 
-fn garbled(what: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error {
+fn invalid_data(what: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error {
     io::Error::new(ErrorKind::InvalidData, what)
 }
 
 /// Connects to the first of the host's addresses that answers.
-fn dial(host: &Arc<str>, port: u16, by: Deadline) -> io::Result<TcpStream> {
+fn connect(host: &Arc<str>, port: u16, by: Deadline) -> io::Result<TcpStream> {
     let addresses = addresses(host, port, by)?;
     let mut failure = ErrorKind::NotFound.into();
     for (at, address) in addresses.iter().enumerate() {
         // A silent address leaves the others their part of the time.
-        let left = by.remaining() / u32::try_from(addresses.len() - at).unwrap_or(u32::MAX);
-        if left.is_zero() {
+        let part = equal_part(by, addresses.len() - at);
+        if part.is_zero() {
             return Err(ErrorKind::TimedOut.into());
         }
-        match TcpStream::connect_timeout(address, left) {
+        match TcpStream::connect_timeout(address, part) {
             Ok(tcp) => return Ok(tcp),
-            Err(error) => failure = timed(error),
+            Err(error) => failure = map_timeout(error),
         }
     }
     Err(failure)

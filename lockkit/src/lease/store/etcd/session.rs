@@ -12,10 +12,10 @@
 //! answer before, the server that kept the session alive was the leader.
 //!
 //! **Orphaned keys are deleted.** A key lives as long as its session. A key without a holder, or without renewals,
-//! would live as long as other leases of the process. There are three kinds: see [`Orphan`]. The thread that keeps the
-//! session alive deletes keys that have been orphaned for a TTL. A new acquisition takes them over at once. A request
-//! without an answer may be applied later than the request that replaced it. So the possible grant of such a request is
-//! looked after for three TTLs, even if its claim has been granted and released since.
+//! would live as long as other leases of the process. There are three kinds: see [`OrphanCause`]. The thread that keeps
+//! the session alive deletes keys that have been orphaned for a TTL. A new acquisition takes them over at once. A
+//! request without an answer may be applied later than the request that replaced it. So the possible grant of such a
+//! request is looked after for three TTLs, even if its claim has been granted and released since.
 //!
 //! A session without leases is not kept alive, and ends after its TTL.
 
@@ -28,35 +28,36 @@ use parking_lot::Mutex;
 use crate::lease::clock::{Clock, SystemClock};
 use crate::lease::store::lease_store::{ClaimId, Grant, LeaseName};
 
-/// A check of the session or of a key counts for the TTL divided by this, at most [`LONGEST_KNOWN`]. The limit exists
+/// A check of the session or of a key counts for the TTL divided by this, at most [`MAX_RECENT`]. The limit exists
 /// because a holder with a short heartbeat interval must learn of a loss soon.
-const PARTS: u32 = 8;
-const LONGEST_KNOWN: Duration = Duration::from_millis(250);
+const RECENT_DIVISOR: u32 = 8;
+const MAX_RECENT: Duration = Duration::from_millis(250);
 /// The maximum number of keys that one request checks; etcd refuses transactions with more operations.
-const MOST_KEYS: usize = 128;
-/// The number of TTLs for which a request without an answer counts as possibly still under way.
-const LONG: u32 = 3;
-/// The maximum number of orphaned keys that are deleted at once.
-const MOST_LOOSE: usize = 16;
+const MAX_KEYS_PER_REQUEST: usize = 128;
+/// An orphaned key is looked after for so many TTLs. Until then a request without an answer counts as possibly under
+/// way.
+const ORPHAN_LIFETIME_TTLS: u32 = 3;
+/// The maximum number of orphaned keys that one keep-alive of the session deletes.
+const MAX_DELETIONS_PER_KEEP_ALIVE: usize = 16;
 
 pub(super) struct Session {
     /// The id that etcd gave the session.
     pub(super) id: u64,
     ttl: Duration,
     /// Held by the one renewal that keeps the session alive and checks its keys.
-    pub(super) turn: Mutex<()>,
+    pub(super) renewal_lock: Mutex<()>,
     state: Mutex<State>,
 }
 
 struct State {
     /// When the request was sent that last kept the session alive.
-    kept: Duration,
+    kept_alive_at: Duration,
     keys: HashMap<LeaseName, Key>,
-    loose: Vec<LooseKey>,
+    orphans: Vec<Orphan>,
     /// The claims that are being requested, each as often as there are requests.
-    asked: Vec<ClaimId>,
+    requested_claims: Vec<ClaimId>,
     /// Until this time a key counts as found if it was found within a TTL.
-    rests_until: Duration,
+    checks_paused_until: Duration,
 }
 
 /// A key that is attached to the session, as far as this process knows.
@@ -64,49 +65,49 @@ struct Key {
     claim: ClaimId,
     token: u64,
     /// When the request was sent that found the key in place.
-    found: Duration,
+    found_at: Duration,
     /// When its lease was last renewed.
-    renewed: Duration,
+    renewed_at: Duration,
 }
 
 /// The reason why a key that may exist has no holder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Orphan {
+pub(super) enum OrphanCause {
     /// The request that acquired the key got no answer, and no caller received the grant.
-    InDoubt,
+    Indeterminate,
     /// The request that released the key got no answer.
     Released,
     /// The key was not renewed for a TTL: its holder hangs, or could not report that it gave up the lease.
-    RunOut,
+    NotRenewed,
 }
 
-struct LooseKey {
+struct Orphan {
     name: LeaseName,
     claim: ClaimId,
-    why: Orphan,
+    cause: OrphanCause,
     since: Duration,
     /// When the key is due for deletion, for the first time or again.
     due: Duration,
 }
 
-/// A claim that is being requested; see [`Session::ask`].
-pub(super) struct Asked {
+/// A claim that is being requested; see [`Session::begin_request`].
+pub(super) struct ClaimRequest {
     session: Arc<Session>,
     claim: ClaimId,
 }
 
-impl Drop for Asked {
+impl Drop for ClaimRequest {
     fn drop(&mut self) {
         let mut state = self.session.state.lock();
-        if let Some(at) = state.asked.iter().position(|claim| *claim == self.claim) {
-            state.asked.swap_remove(at);
+        if let Some(at) = state.requested_claims.iter().position(|claim| *claim == self.claim) {
+            state.requested_claims.swap_remove(at);
         }
     }
 }
 
 /// A keep-alive of a session by a request sent at `sent`. It counts if the leader of `term` still is the leader.
 #[derive(Clone, Copy)]
-pub(super) struct Kept {
+pub(super) struct KeepAlive {
     pub(super) sent: Duration,
     pub(super) term: u64,
 }
@@ -117,13 +118,13 @@ impl Session {
         Self {
             id,
             ttl,
-            turn: Mutex::new(()),
+            renewal_lock: Mutex::new(()),
             state: Mutex::new(State {
-                kept: sent,
+                kept_alive_at: sent,
                 keys: HashMap::new(),
-                loose: Vec::new(),
-                asked: Vec::new(),
-                rests_until: Duration::ZERO,
+                orphans: Vec::new(),
+                requested_claims: Vec::new(),
+                checks_paused_until: Duration::ZERO,
             }),
         }
     }
@@ -132,38 +133,38 @@ impl Session {
     /// session alive, before another third of the TTL has passed. Keeping it alive first would cost a waiter one more
     /// request.
     pub(super) fn can_begin(&self, now: Duration) -> bool {
-        now.saturating_sub(self.state.lock().kept) < self.ttl / 4
+        now.saturating_sub(self.state.lock().kept_alive_at) < self.ttl / 4
     }
 
     /// Returns whether the session was kept alive shortly before `now`.
     pub(super) fn is_fresh(&self, now: Duration) -> bool {
-        self.is_recent(self.state.lock().kept, now)
+        self.is_recent(self.state.lock().kept_alive_at, now)
     }
 
     fn is_recent(&self, then: Duration, now: Duration) -> bool {
-        now.saturating_sub(then) < self.known_for()
+        now.saturating_sub(then) < self.recent_limit()
     }
 
-    fn known_for(&self) -> Duration {
-        (self.ttl / PARTS).min(LONGEST_KNOWN)
+    fn recent_limit(&self) -> Duration {
+        (self.ttl / RECENT_DIVISOR).min(MAX_RECENT)
     }
 
     /// Records a keep-alive that a quorum has confirmed.
-    pub(super) fn keep(&self, sent: Duration) {
+    pub(super) fn record_keep_alive(&self, sent: Duration) {
         let mut state = self.state.lock();
-        state.kept = state.kept.max(sent);
+        state.kept_alive_at = state.kept_alive_at.max(sent);
     }
 
     /// Returns how long a lease of this session is valid, counted from `now`. The elapsed part counts for a little
     /// more, so that the lease's deduction for clock drift covers the whole TTL.
     pub(super) fn left(&self, now: Duration) -> Duration {
-        let over = now.saturating_sub(self.state.lock().kept);
+        let over = now.saturating_sub(self.state.lock().kept_alive_at);
         self.ttl.saturating_sub(over + over / 64)
     }
 
     /// Records a key that was attached by a request sent at `sent`.
     pub(super) fn add(&self, name: &LeaseName, claim: &ClaimId, token: u64, sent: Duration) {
-        let key = Key { claim: *claim, token, found: sent, renewed: now() };
+        let key = Key { claim: *claim, token, found_at: sent, renewed_at: now() };
         let mut state = self.state.lock();
         // The answer to a later acquisition may arrive first; then this one is out of date.
         if state.keys.get(name).is_none_or(|known| known.token <= token) {
@@ -183,89 +184,98 @@ impl Session {
     /// place shortly before `now`.
     pub(super) fn covers(&self, grant: &Grant, now: Duration) -> bool {
         let mut state = self.state.lock();
-        let (is_kept, rests) = (self.is_recent(state.kept, now), now < state.rests_until);
+        let (is_kept, is_paused) = (self.is_recent(state.kept_alive_at, now), now < state.checks_paused_until);
         let Some(key) = state.keys.get_mut(grant.name()).filter(|key| key.is_of(grant)) else { return false };
-        key.renewed = key.renewed.max(now);
-        is_kept && (self.is_recent(key.found, now) || (rests && now.saturating_sub(key.found) < self.ttl))
+        key.renewed_at = key.renewed_at.max(now);
+        is_kept && (self.is_recent(key.found_at, now) || (is_paused && now.saturating_sub(key.found_at) < self.ttl))
     }
 
     /// Records that the key of this claim is orphaned, though the key may exist.
-    pub(super) fn loosen(&self, name: &LeaseName, claim: &ClaimId, why: Orphan, since: Duration) {
+    pub(super) fn record_orphan(&self, name: &LeaseName, claim: &ClaimId, cause: OrphanCause, since: Duration) {
         let mut state = self.state.lock();
         if state.keys.get(name).is_some_and(|key| key.claim == *claim) {
             state.keys.remove(name);
         }
-        state.loosen(LooseKey { name: name.clone(), claim: *claim, why, since, due: since + self.ttl });
+        state.record_orphan(Orphan { name: name.clone(), claim: *claim, cause, since, due: since + self.ttl });
     }
 
     /// Records that the claim is being requested, from `now` until the returned value is dropped. Meanwhile its key is
     /// not orphaned. The key is not deleted before a TTL has passed, which no request outlasts.
-    pub(super) fn ask(self: &Arc<Self>, claim: &ClaimId, now: Duration) -> Asked {
+    pub(super) fn begin_request(self: &Arc<Self>, claim: &ClaimId, now: Duration) -> ClaimRequest {
         let mut state = self.state.lock();
-        if let Some(loose) = state.loose.iter_mut().find(|loose| loose.claim == *claim) {
-            loose.due = loose.due.max(now + self.ttl);
+        if let Some(orphan) = state.orphans.iter_mut().find(|orphan| orphan.claim == *claim) {
+            orphan.due = orphan.due.max(now + self.ttl);
         }
-        state.asked.push(*claim);
-        Asked { session: self.clone(), claim: *claim }
+        state.requested_claims.push(*claim);
+        ClaimRequest { session: self.clone(), claim: *claim }
     }
 
     /// Returns why the key of this claim is orphaned, if it is. A claim that is being requested is not orphaned.
-    pub(super) fn loose(&self, claim: Option<ClaimId>) -> Option<Orphan> {
+    pub(super) fn orphan_cause(&self, claim: Option<ClaimId>) -> Option<OrphanCause> {
         let state = self.state.lock();
-        let loose = state.loose.iter().find(|loose| Some(loose.claim) == claim)?;
-        (!state.has(loose)).then_some(loose.why)
+        let orphan = state.orphans.iter().find(|orphan| Some(orphan.claim) == claim)?;
+        (!state.is_granted_or_requested(orphan)).then_some(orphan.cause)
     }
 
     /// Returns whether a request of this claim got no answer, and no later request of the claim was granted. A later
     /// request may be under way.
-    pub(super) fn is_in_doubt(&self, claim: Option<ClaimId>) -> bool {
+    pub(super) fn is_indeterminate(&self, claim: Option<ClaimId>) -> bool {
         let state = self.state.lock();
-        let in_doubt = |loose: &&LooseKey| loose.why == Orphan::InDoubt && Some(loose.claim) == claim;
-        state.loose.iter().find(in_doubt).is_some_and(|loose| !state.is_granted(loose))
+        let matches_claim =
+            |orphan: &&Orphan| orphan.cause == OrphanCause::Indeterminate && Some(orphan.claim) == claim;
+        state.orphans.iter().find(matches_claim).is_some_and(|orphan| !state.is_granted(orphan))
     }
 
     /// Returns the orphaned keys to delete now. The same keys are due again later, because a request without an answer
     /// may still be under way.
-    pub(super) fn due_for_deletion(&self, now: Duration) -> Vec<(LeaseName, ClaimId, Orphan)> {
+    pub(super) fn due_for_deletion(&self, now: Duration) -> Vec<(LeaseName, ClaimId, OrphanCause)> {
         let mut state = self.state.lock();
-        let run_out = state.keys.iter().filter(|(_, key)| now.saturating_sub(key.renewed) > self.ttl);
-        let run_out: Vec<_> = run_out.map(|(name, key)| (name.clone(), key.claim)).collect();
-        for (name, claim) in run_out {
+        let not_renewed = state.keys.iter().filter(|(_, key)| now.saturating_sub(key.renewed_at) > self.ttl);
+        let not_renewed: Vec<_> = not_renewed.map(|(name, key)| (name.clone(), key.claim)).collect();
+        for (name, claim) in not_renewed {
             state.keys.remove(&name);
-            state.loosen(LooseKey { name, claim, why: Orphan::RunOut, since: now, due: now });
+            state.record_orphan(Orphan { name, claim, cause: OrphanCause::NotRenewed, since: now, due: now });
         }
-        let mut loose = std::mem::take(&mut state.loose);
-        loose.retain(|loose| now < loose.since + self.ttl * LONG);
-        let due = loose.iter_mut().filter(|loose| loose.due <= now && !state.has(loose)).take(MOST_LOOSE);
-        let due_for_deletion = due.map(|loose| {
-            loose.due = now + self.ttl;
-            (loose.name.clone(), loose.claim, loose.why)
+        let mut orphans = std::mem::take(&mut state.orphans);
+        orphans.retain(|orphan| now < orphan.since + self.ttl * ORPHAN_LIFETIME_TTLS);
+        let due = orphans
+            .iter_mut()
+            .filter(|orphan| orphan.due <= now && !state.is_granted_or_requested(orphan))
+            .take(MAX_DELETIONS_PER_KEEP_ALIVE);
+        let due_for_deletion = due.map(|orphan| {
+            orphan.due = now + self.ttl;
+            (orphan.name.clone(), orphan.claim, orphan.cause)
         });
         let due_for_deletion = due_for_deletion.collect();
-        state.loose = loose;
+        state.orphans = orphans;
         due_for_deletion
     }
 
     /// Returns the keys to check together with the grant's, and their tokens: the keys whose last check is the oldest.
-    pub(super) fn to_look_at(&self, grant: &Grant, now: Duration) -> Vec<(LeaseName, u64)> {
+    pub(super) fn keys_to_check(&self, grant: &Grant, now: Duration) -> Vec<(LeaseName, u64)> {
         let state = self.state.lock();
         let mut stale: Vec<_> = state.keys.iter().filter(|(name, _)| *name != grant.name()).collect();
-        stale.retain(|(_, key)| now.saturating_sub(key.found) >= self.known_for() / 2);
-        stale.sort_unstable_by_key(|(_, key)| key.found);
-        let stale = stale.into_iter().map(|(name, key)| (name.clone(), key.token)).take(MOST_KEYS - 1);
+        stale.retain(|(_, key)| now.saturating_sub(key.found_at) >= self.recent_limit() / 2);
+        stale.sort_unstable_by_key(|(_, key)| key.found_at);
+        let stale = stale.into_iter().map(|(name, key)| (name.clone(), key.token)).take(MAX_KEYS_PER_REQUEST - 1);
         std::iter::once((grant.name().clone(), grant.token())).chain(stale).collect()
     }
 
     /// Records that a request sent at `sent` checked whether the keys of the names have these tokens. The answer
     /// arrived at `now`. No further check follows for as long as the request took. So on a slow server the heartbeats
     /// of many leases do not wait for one check after another.
-    pub(super) fn looked_at(&self, found: impl Iterator<Item = (LeaseName, u64, bool)>, sent: Duration, now: Duration) {
+    pub(super) fn record_check(
+        &self,
+        found: impl Iterator<Item = (LeaseName, u64, bool)>,
+        sent: Duration,
+        now: Duration,
+    ) {
         let mut state = self.state.lock();
-        state.rests_until = now + now.saturating_sub(sent);
+        state.checks_paused_until = now + now.saturating_sub(sent);
         for (name, token, is_in_place) in found {
             let known = state.keys.get_mut(&name).filter(|key| key.token == token);
             match known {
-                Some(key) if is_in_place => key.found = key.found.max(sent),
+                Some(key) if is_in_place => key.found_at = key.found_at.max(sent),
                 // The next renewal of the lease finds out why.
                 Some(_) => drop(state.keys.remove(&name)),
                 None => {}
@@ -276,18 +286,18 @@ impl Session {
 
 impl State {
     /// Records an orphan, in place of an earlier one of the same claim.
-    fn loosen(&mut self, key: LooseKey) {
-        self.loose.retain(|known| known.claim != key.claim);
-        self.loose.push(key);
+    fn record_orphan(&mut self, orphan: Orphan) {
+        self.orphans.retain(|known| known.claim != orphan.claim);
+        self.orphans.push(orphan);
     }
 
     /// Returns whether a later request of the claim was granted, or is under way and may be granted.
-    fn has(&self, loose: &LooseKey) -> bool {
-        self.is_granted(loose) || self.asked.contains(&loose.claim)
+    fn is_granted_or_requested(&self, orphan: &Orphan) -> bool {
+        self.is_granted(orphan) || self.requested_claims.contains(&orphan.claim)
     }
 
-    fn is_granted(&self, loose: &LooseKey) -> bool {
-        self.keys.get(&loose.name).is_some_and(|key| key.claim == loose.claim)
+    fn is_granted(&self, orphan: &Orphan) -> bool {
+        self.keys.get(&orphan.name).is_some_and(|key| key.claim == orphan.claim)
     }
 }
 
@@ -306,10 +316,10 @@ pub(super) fn now() -> Duration {
 mod tests {
     use super::*;
 
-    const S: Duration = Duration::from_secs(1);
+    const SECOND: Duration = Duration::from_secs(1);
 
     fn grant(name: &str, token: u64) -> Grant {
-        Grant::new(&LeaseName::new(name).unwrap(), &ClaimId::from_number(token.into()), token, S * 8)
+        Grant::new(&LeaseName::new(name).unwrap(), &ClaimId::from_number(token.into()), token, SECOND * 8)
     }
 
     fn add(session: &Session, grant: &Grant, sent: Duration) {
@@ -318,36 +328,39 @@ mod tests {
 
     #[test]
     fn lease_validity_is_bounded_by_session_ttl() {
-        let session = Session::new(1, S * 8, S * 100);
-        assert_eq!(session.left(S * 100), S * 8);
-        assert_eq!(session.left(S * 99), S * 8, "it was kept since");
+        let session = Session::new(1, SECOND * 8, SECOND * 100);
+        assert_eq!(session.left(SECOND * 100), SECOND * 8);
+        assert_eq!(session.left(SECOND * 99), SECOND * 8, "a later request kept it alive");
         for over in 0..8 {
             // The lease computes its validity from this: see `LeaseTiming::valid_until`.
-            let left = session.left(S * (100 + over));
-            assert!(S * over + (left - left / 100) <= S * 8 - S * 8 / 100, "{over}");
+            let left = session.left(SECOND * (100 + over));
+            assert!(SECOND * over + (left - left / 100) <= SECOND * 8 - SECOND * 8 / 100, "{over}");
         }
-        assert_eq!(session.left(S * 108), Duration::ZERO);
-        session.keep(S * 104);
-        session.keep(S * 101);
-        assert_eq!(session.left(S * 104), S * 8, "never back");
+        assert_eq!(session.left(SECOND * 108), Duration::ZERO);
+        session.record_keep_alive(SECOND * 104);
+        session.record_keep_alive(SECOND * 101);
+        assert_eq!(session.left(SECOND * 104), SECOND * 8, "an earlier request has no effect");
     }
 
     #[test]
-    fn what_was_kept_and_found_just_now_is_not_asked_for_again() {
-        let (session, one, other) = (Session::new(1, S * 8, S * 100), grant("one", 1), grant("other", 2));
-        add(&session, &one, S * 100);
-        add(&session, &other, S * 100);
-        let later = S * 100 + LONGEST_KNOWN;
+    fn renew_within_recent_check_sends_no_request() {
+        let (session, one, other) = (Session::new(1, SECOND * 8, SECOND * 100), grant("one", 1), grant("other", 2));
+        add(&session, &one, SECOND * 100);
+        add(&session, &other, SECOND * 100);
+        let later = SECOND * 100 + MAX_RECENT;
         let soon = later - Duration::from_nanos(1);
         assert!(session.covers(&one, soon) && !session.covers(&one, later));
-        assert!(session.can_begin(S * 101) && !session.can_begin(S * 102), "it has three quarters left, or not");
-        assert!(!session.covers(&grant("one", 3), soon), "it is another's");
-        session.keep(later);
-        assert!(!session.covers(&one, later), "kept, but not found");
-        let names: Vec<_> = session.to_look_at(&one, later).into_iter().map(|(name, _)| name).collect();
+        assert!(
+            session.can_begin(SECOND * 101) && !session.can_begin(SECOND * 102),
+            "three quarters of the TTL must be left"
+        );
+        assert!(!session.covers(&grant("one", 3), soon), "another grant has the key");
+        session.record_keep_alive(later);
+        assert!(!session.covers(&one, later), "the key was not found recently");
+        let names: Vec<_> = session.keys_to_check(&one, later).into_iter().map(|(name, _)| name).collect();
         assert_eq!(names, [one.name().clone(), other.name().clone()]);
         let found = [(one.name().clone(), one.token(), true), (other.name().clone(), other.token(), false)];
-        session.looked_at(found.into_iter(), later, later);
+        session.record_check(found.into_iter(), later, later);
         assert!(session.covers(&one, later) && !session.covers(&other, later));
         session.remove(&one);
         assert!(!session.covers(&one, later));
@@ -355,78 +368,85 @@ mod tests {
 
     #[test]
     fn orphaned_or_unrenewed_grant_is_deleted_after_ttl() {
-        let (session, kept, hung) = (Session::new(1, S * 8, now()), grant("kept", 1), grant("hung", 2));
+        let (session, renewed, hung) = (Session::new(1, SECOND * 8, now()), grant("renewed", 1), grant("hung", 2));
         let began = now();
-        add(&session, &kept, began);
+        add(&session, &renewed, began);
         add(&session, &hung, began);
-        session.loosen(grant("lost", 3).name(), grant("lost", 3).claim(), Orphan::InDoubt, began);
-        assert!(session.due_for_deletion(began + S * 7).is_empty());
-        session.covers(&kept, began + S * 8);
-        let let_go = session.due_for_deletion(began + S * 9);
-        let mut let_go: Vec<_> = let_go.iter().map(|(name, _, why)| (name.as_str(), *why)).collect();
-        let_go.sort_by_key(|(name, _)| *name);
-        assert_eq!(let_go, [("hung", Orphan::RunOut), ("lost", Orphan::InDoubt)]);
-        assert_eq!(session.loose(Some(*hung.claim())), Some(Orphan::RunOut));
-        assert!(session.due_for_deletion(began + S * 16).is_empty(), "a ttl later, again");
-        assert_eq!(session.due_for_deletion(began + S * 18).len(), 3);
+        session.record_orphan(grant("lost", 3).name(), grant("lost", 3).claim(), OrphanCause::Indeterminate, began);
+        assert!(session.due_for_deletion(began + SECOND * 7).is_empty());
+        session.covers(&renewed, began + SECOND * 8);
+        let deleted = session.due_for_deletion(began + SECOND * 9);
+        let mut deleted: Vec<_> = deleted.iter().map(|(name, _, cause)| (name.as_str(), *cause)).collect();
+        deleted.sort_by_key(|(name, _)| *name);
+        assert_eq!(deleted, [("hung", OrphanCause::NotRenewed), ("lost", OrphanCause::Indeterminate)]);
+        assert_eq!(session.orphan_cause(Some(*hung.claim())), Some(OrphanCause::NotRenewed));
+        assert!(session.due_for_deletion(began + SECOND * 16).is_empty(), "the next deletion is due after a TTL");
+        assert_eq!(session.due_for_deletion(began + SECOND * 18).len(), 3);
     }
 
     #[test]
-    fn a_doubt_outlasts_the_grant_and_the_release_of_its_claim() {
-        let (session, lease) = (Session::new(1, S * 8, now()), grant("one", 1));
+    fn indeterminate_claim_outlives_grant_and_release() {
+        let (session, lease) = (Session::new(1, SECOND * 8, now()), grant("one", 1));
         let (began, claim) = (now(), lease.claim());
-        session.loosen(lease.name(), claim, Orphan::InDoubt, began);
+        session.record_orphan(lease.name(), claim, OrphanCause::Indeterminate, began);
         add(&session, &lease, began);
-        assert_eq!(session.loose(Some(*claim)), None, "it is held");
-        session.covers(&lease, began + S * 8);
-        assert!(session.due_for_deletion(began + S * 9).is_empty());
+        assert_eq!(session.orphan_cause(Some(*claim)), None, "a later request was granted");
+        session.covers(&lease, began + SECOND * 8);
+        assert!(session.due_for_deletion(began + SECOND * 9).is_empty());
         session.remove(&lease);
         // The first request may be applied only now.
-        assert_eq!(session.loose(Some(*claim)), Some(Orphan::InDoubt));
-        assert_eq!(session.due_for_deletion(began + S * 10), [(lease.name().clone(), *claim, Orphan::InDoubt)]);
-        assert!(session.due_for_deletion(began + S * 24).is_empty(), "not for ever");
+        assert_eq!(session.orphan_cause(Some(*claim)), Some(OrphanCause::Indeterminate));
+        assert_eq!(
+            session.due_for_deletion(began + SECOND * 10),
+            [(lease.name().clone(), *claim, OrphanCause::Indeterminate)]
+        );
+        assert!(session.due_for_deletion(began + SECOND * 24).is_empty(), "an orphan is forgotten after three TTLs");
     }
 
     #[test]
     fn pending_claim_is_neither_orphan_nor_deleted() {
-        let (session, lease) = (Arc::new(Session::new(1, S * 8, now())), grant("one", 1));
+        let (session, lease) = (Arc::new(Session::new(1, SECOND * 8, now())), grant("one", 1));
         let began = now();
-        session.loosen(lease.name(), lease.claim(), Orphan::InDoubt, began);
-        let asked = session.ask(lease.claim(), began + S * 7);
-        assert_eq!(session.loose(Some(*lease.claim())), None, "somebody is about to have it");
-        assert!(session.is_in_doubt(Some(*lease.claim())), "all the same");
-        drop(asked);
-        assert_eq!(session.loose(Some(*lease.claim())), Some(Orphan::InDoubt));
-        assert!(session.due_for_deletion(began + S * 9).is_empty());
-        assert_eq!(session.due_for_deletion(began + S * 16).len(), 1);
+        session.record_orphan(lease.name(), lease.claim(), OrphanCause::Indeterminate, began);
+        let pending = session.begin_request(lease.claim(), began + SECOND * 7);
+        assert_eq!(session.orphan_cause(Some(*lease.claim())), None, "the claim is being requested");
+        assert!(session.is_indeterminate(Some(*lease.claim())), "no later request was granted");
+        drop(pending);
+        assert_eq!(session.orphan_cause(Some(*lease.claim())), Some(OrphanCause::Indeterminate));
+        assert!(session.due_for_deletion(began + SECOND * 9).is_empty());
+        assert_eq!(session.due_for_deletion(began + SECOND * 16).len(), 1);
     }
 
     #[test]
-    fn a_claim_is_loose_for_one_reason() {
-        let (session, lease) = (Session::new(1, S * 8, now()), grant("one", 1));
+    fn claim_has_one_orphan_cause() {
+        let (session, lease) = (Session::new(1, SECOND * 8, now()), grant("one", 1));
         let began = now();
-        session.loosen(lease.name(), lease.claim(), Orphan::InDoubt, began);
+        session.record_orphan(lease.name(), lease.claim(), OrphanCause::Indeterminate, began);
         add(&session, &lease, began);
-        let run_out = [(lease.name().clone(), *lease.claim(), Orphan::RunOut)];
-        assert_eq!(session.due_for_deletion(began + S * 9), run_out);
-        assert_eq!(session.due_for_deletion(began + S * 26), run_out, "looked after from when it ran out");
+        let not_renewed = [(lease.name().clone(), *lease.claim(), OrphanCause::NotRenewed)];
+        assert_eq!(session.due_for_deletion(began + SECOND * 9), not_renewed);
+        assert_eq!(
+            session.due_for_deletion(began + SECOND * 26),
+            not_renewed,
+            "the time counts from the missed renewal"
+        );
     }
 
     #[test]
-    fn a_later_acquisition_is_not_taken_back_by_an_earlier_answer() {
-        let (session, early, late) = (Session::new(1, S * 8, S), grant("one", 1), grant("one", 2));
-        add(&session, &late, S);
-        add(&session, &early, S);
+    fn late_answer_keeps_later_acquisition() {
+        let (session, early, late) = (Session::new(1, SECOND * 8, SECOND), grant("one", 1), grant("one", 2));
+        add(&session, &late, SECOND);
+        add(&session, &early, SECOND);
         session.remove(&early);
-        assert!(session.covers(&late, S) && !session.covers(&early, S));
+        assert!(session.covers(&late, SECOND) && !session.covers(&early, SECOND));
     }
 
     #[test]
-    fn a_request_looks_at_no_more_keys_than_etcd_takes() {
-        let session = Session::new(1, S * 8, S);
+    fn check_is_limited_to_etcd_operation_limit() {
+        let session = Session::new(1, SECOND * 8, SECOND);
         for token in 1..=1000 {
-            add(&session, &grant(&token.to_string(), token), S);
+            add(&session, &grant(&token.to_string(), token), SECOND);
         }
-        assert_eq!(session.to_look_at(&grant("7", 7), S * 3).len(), MOST_KEYS);
+        assert_eq!(session.keys_to_check(&grant("7", 7), SECOND * 3).len(), MAX_KEYS_PER_REQUEST);
     }
 }

@@ -100,7 +100,8 @@ impl FileStore {
         if !self.spec.create_parents {
             return Err(StoreError::permanent(Error::io("open the directory", directory, missing)));
         }
-        let is_missing = |directory: &&Path| files::metadata(directory).is_err_and(|error| error.kind() == Io::NotFound);
+        let is_missing =
+            |directory: &&Path| files::metadata(directory).is_err_and(|error| error.kind() == Io::NotFound);
         let missing: Vec<_> = directory.ancestors().take_while(is_missing).collect();
         for directory in missing.into_iter().rev() {
             match DirBuilder::new().mode(self.spec.directory_mode.unwrap_or(DEFAULT_DIRECTORY_MODE)).create(directory) {

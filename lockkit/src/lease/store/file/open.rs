@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use super::file_store::{FileStore, Result};
 use crate::base::error::{Error, ErrorKind, StoreError};
 use crate::base::runtime_dir;
-use crate::sys::files::{self, MetadataExt, OpenOptionsExt, Seen as Metadata};
+use crate::sys::files::{self, Metadata, MetadataExt, OpenOptionsExt};
 use crate::sys::fork::ForkGuarded;
 
 /// The purpose of an open.

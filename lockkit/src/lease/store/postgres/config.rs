@@ -27,70 +27,71 @@ use tokio_postgres::Config;
 use tokio_postgres::config::{Host, SslMode, SslNegotiation, TargetSessionAttrs};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
-use super::connection::Link;
-use super::errors;
+use super::connection::Connection;
+use super::error::of_connecting;
 use crate::base::error::StoreError;
 use crate::base::error::{self, chain};
 use crate::lease::store::lease_store::Deadline;
-use crate::lease::store::server::{addresses, not_connected};
+use crate::lease::store::server::{addresses, connect_error, equal_part};
 use crate::lease::url::{Parts, invalid};
 use crate::sys::event;
 use crate::sys::fork::ForkGuarded;
 
 /// The default port of libpq.
-const PORT: u16 = 5432;
+const DEFAULT_PORT: u16 = 5432;
 
-pub(super) struct Target {
+pub(super) struct ServerConfig {
     config: Config,
     tls: MakeRustlsConnect,
-    hosts: Vec<(Where, u16)>,
+    hosts: Vec<(HostAddress, u16)>,
     /// The index of the host that answered last.
     answered: AtomicUsize,
 }
 
 /// A host.
-enum Where {
+enum HostAddress {
     /// A name to look up.
-    Named(String),
+    Name(String),
     /// An address, and the name that a certificate must be for.
-    At(IpAddr, String),
+    Address(IpAddr, String),
     /// The directory of a Unix socket.
     Unix(std::path::PathBuf),
 }
 
-impl Target {
+impl ServerConfig {
     /// Parses the URL. Reads the files that it names, and connects to nothing.
-    pub(super) fn of(url: &str) -> error::Result<Self> {
+    pub(super) fn parse(url: &str) -> error::Result<Self> {
         let wrong = |problem: &str| invalid(url, problem);
-        let mut tls = Tls::default();
+        let mut tls = TlsParameters::default();
         let parts = Parts::of(url);
         // The builder below would take the part before the second @ for the host.
         if parts.authority.matches('@').count() > 1 {
-            return Err(wrong("it has more than one @ before its path; in a user or password write %40"));
+            return Err(wrong("only one @ is allowed before the path; in a user or password write %40"));
         }
-        let mut rest = Vec::new();
+        let mut other_parameters = Vec::new();
         for (key, value) in parts.parameters() {
-            let value =
-                value.ok_or_else(|| wrong("a parameter is no UTF-8, or a % in it is not followed by two digits"))?;
+            let value = value.ok_or_else(|| {
+                wrong("the value of a parameter must be UTF-8, and two hexadecimal digits must follow each %")
+            })?;
             match key {
                 "sslmode" => tls.mode = Some(value),
                 "sslrootcert" => tls.roots = Some(value),
                 "sslcert" => tls.certificate = Some(value),
                 "sslkey" => tls.key = Some(value),
-                _ => rest.push((key, value)),
+                _ => other_parameters.push((key, value)),
             }
         }
         // Without the TLS parameters; the others are escaped one by one for the builder below.
         let escape = |text: &str| text.bytes().map(|byte| format!("%{byte:02X}")).collect::<String>();
-        let query: Vec<_> = rest.iter().map(|(key, value)| format!("{key}={}", escape(value))).collect();
-        let plain = format!("postgres://{}{}?{}", parts.authority, parts.path, query.join("&"));
-        let mut config: Config = plain.parse().map_err(|error| wrong(&chain(&error)))?;
+        let query: Vec<_> = other_parameters.iter().map(|(key, value)| format!("{key}={}", escape(value))).collect();
+        let without_tls = format!("postgres://{}{}?{}", parts.authority, parts.path, query.join("&"));
+        let mut config: Config = without_tls.parse().map_err(|error| wrong(&chain(&error)))?;
         config.ssl_mode(tls.ssl_mode().map_err(|problem| wrong(&problem))?);
         if config.get_application_name().is_none() {
             config.application_name("lockkit");
         }
         if config.get_target_session_attrs() == TargetSessionAttrs::ReadOnly {
-            return Err(wrong("a lease is written, so target_session_attrs=read-only does not do"));
+            return Err(wrong("target_session_attrs=read-only is not allowed, because a lease is written"));
         }
         let hosts = hosts(&config).map_err(wrong)?;
         let mut tls = tls.config().map_err(|problem| wrong(&problem))?;
@@ -101,13 +102,13 @@ impl Target {
     }
 
     /// Returns a number that stores on the same servers have in common.
-    pub(super) fn place(&self) -> u64 {
+    pub(super) fn failure_domain(&self) -> u64 {
         let mut hasher = DefaultHasher::new();
         for (host, port) in &self.hosts {
             match host {
-                Where::Named(name) => name.hash(&mut hasher),
-                Where::At(address, _) => address.hash(&mut hasher),
-                Where::Unix(directory) => directory.hash(&mut hasher),
+                HostAddress::Name(name) => name.hash(&mut hasher),
+                HostAddress::Address(address, _) => address.hash(&mut hasher),
+                HostAddress::Unix(directory) => directory.hash(&mut hasher),
             }
             port.hash(&mut hasher);
         }
@@ -123,53 +124,57 @@ impl Target {
     pub(super) fn connect(
         &self,
         by: Deadline,
-        check: impl Fn(&mut Link, Deadline) -> Result<(), StoreError>,
-    ) -> Result<Link, StoreError> {
+        check: impl Fn(&mut Connection, Deadline) -> Result<(), StoreError>,
+    ) -> Result<Connection, StoreError> {
         let (count, first) = (self.hosts.len(), self.answered.load(Ordering::Relaxed));
-        let mut failed: Option<StoreError> = None;
-        for turn in 0..count {
-            let at = (first + turn) % count;
-            let part = by.remaining() / u32::try_from(count - turn).unwrap_or(u32::MAX);
+        let mut failure: Option<StoreError> = None;
+        for attempt in 0..count {
+            let at = (first + attempt) % count;
+            let part = equal_part(by, count - attempt);
             let limit = self.config.get_connect_timeout().filter(|limit| !limit.is_zero());
             let by = by.min(Deadline::after(limit.map_or(part, |limit| part.min(*limit))));
-            let tried = self.connect_to(at, by).and_then(|mut link| check(&mut link, by).map(|()| link));
-            match tried {
-                Ok(link) => {
+            let connected =
+                self.connect_to(at, by).and_then(|mut connection| check(&mut connection, by).map(|()| connection));
+            match connected {
+                Ok(connection) => {
                     self.answered.store(at, Ordering::Relaxed);
-                    return Ok(link);
+                    return Ok(connection);
                 }
                 // A permanent error explains more than a host that is down.
-                Err(error) => match failed {
+                Err(error) => match failure {
                     Some(StoreError::Permanent(_)) => {}
-                    _ => failed = Some(error),
+                    _ => failure = Some(error),
                 },
             }
         }
-        Err(failed.unwrap_or_else(|| StoreError::not_applied("there is no host to connect to")))
+        Err(failure.unwrap_or_else(|| StoreError::not_applied("the URL names no host")))
     }
 
-    fn connect_to(&self, at: usize, by: Deadline) -> Result<Link, StoreError> {
+    fn connect_to(&self, at: usize, by: Deadline) -> Result<Connection, StoreError> {
         let (host, port) = &self.hosts[at];
-        let late = || StoreError::not_applied(format!("{} did not answer in time", shown(host, *port)));
-        let failed = |error: io::Error| match error.kind() {
-            io::ErrorKind::TimedOut => late(),
-            _ => not_connected(&shown(host, *port), &error),
+        let timeout =
+            || StoreError::not_applied(format!("cannot connect to {}: no answer came in time", host_text(host, *port)));
+        let failure = |error: io::Error| match error.kind() {
+            io::ErrorKind::TimedOut => timeout(),
+            _ => connect_error(&host_text(host, *port), &error),
         };
         let (socket, name) = match host {
-            Where::Unix(directory) => (self.unix(directory, *port, by), None),
-            Where::At(address, name) => (self.tcp(&[(*address, *port).into()], by), Some(&**name)),
-            Where::Named(name) => (addresses(name, *port, by).and_then(|found| self.tcp(&found, by)), Some(&**name)),
+            HostAddress::Unix(directory) => (self.connect_unix(directory, *port, by), None),
+            HostAddress::Address(address, name) => (self.connect_tcp(&[(*address, *port).into()], by), Some(&**name)),
+            HostAddress::Name(name) => {
+                (addresses(name, *port, by).and_then(|found| self.connect_tcp(&found, by)), Some(&**name))
+            }
         };
-        let opened = Link::open(socket.map_err(failed)?, name, &self.config, &self.tls, by);
-        opened.map_err(|cut| errors::of_connecting(cut, &shown(host, *port), self.user(), late))
+        let opened = Connection::open(socket.map_err(failure)?, name, &self.config, &self.tls, by);
+        opened.map_err(|error| of_connecting(error, &host_text(host, *port), self.user(), timeout))
     }
 
-    fn unix(&self, directory: &std::path::Path, port: u16, by: Deadline) -> io::Result<ForkGuarded<OwnedFd>> {
+    fn connect_unix(&self, directory: &std::path::Path, port: u16, by: Deadline) -> io::Result<ForkGuarded<OwnedFd>> {
         let address = SocketAddrUnix::new(directory.join(format!(".s.PGSQL.{port}")))?;
         let socket = socket(AddressFamily::UNIX)?;
         loop {
             match connect(&*socket, &address) {
-                // The queue of a server that does not run is full.
+                // The accept queue of a stopped server is full.
                 Err(Errno::AGAIN) if !by.is_past() => thread::sleep(Duration::from_millis(1)),
                 Err(Errno::AGAIN) => return Err(io::ErrorKind::TimedOut.into()),
                 done => return done.map(|()| socket).map_err(io::Error::from),
@@ -178,19 +183,19 @@ impl Target {
     }
 
     /// Connects to the first address of a host that answers; each address gets an equal part of the time that is left.
-    fn tcp(&self, addresses: &[SocketAddr], by: Deadline) -> io::Result<ForkGuarded<OwnedFd>> {
-        let mut failed = io::ErrorKind::NotFound.into();
+    fn connect_tcp(&self, addresses: &[SocketAddr], by: Deadline) -> io::Result<ForkGuarded<OwnedFd>> {
+        let mut failure = io::ErrorKind::NotFound.into();
         for (at, address) in addresses.iter().enumerate() {
-            let part = by.remaining() / u32::try_from(addresses.len() - at).unwrap_or(u32::MAX);
-            match self.tcp_at(address, by.min(Deadline::after(part))) {
+            let part = equal_part(by, addresses.len() - at);
+            match self.connect_tcp_address(address, by.min(Deadline::after(part))) {
                 Ok(socket) => return Ok(socket),
-                Err(error) => failed = error,
+                Err(error) => failure = error,
             }
         }
-        Err(failed)
+        Err(failure)
     }
 
-    fn tcp_at(&self, address: &SocketAddr, by: Deadline) -> io::Result<ForkGuarded<OwnedFd>> {
+    fn connect_tcp_address(&self, address: &SocketAddr, by: Deadline) -> io::Result<ForkGuarded<OwnedFd>> {
         let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
         let socket = socket(family)?;
         match connect(&*socket, address) {
@@ -224,56 +229,56 @@ fn socket(family: AddressFamily) -> io::Result<ForkGuarded<OwnedFd>> {
 }
 
 /// Returns the hosts and their ports, as libpq pairs them.
-fn hosts(config: &Config) -> Result<Vec<(Where, u16)>, &'static str> {
+fn hosts(config: &Config) -> Result<Vec<(HostAddress, u16)>, &'static str> {
     let (names, addresses, ports) = (config.get_hosts(), config.get_hostaddrs(), config.get_ports());
     let count = names.len().max(addresses.len());
     if count == 0 {
         return Err(
-            "it names no host; a directory of a Unix socket is written as %2Fvar%2Frun%2Fpostgresql or as host=/…",
+            "a host is missing; write the directory of a Unix socket as %2Fvar%2Frun%2Fpostgresql or as host=/…",
         );
     }
     if !names.is_empty() && !addresses.is_empty() && names.len() != addresses.len() {
-        return Err("it names more hosts than addresses (hostaddr), or fewer");
+        return Err("the number of addresses (hostaddr) must be the number of hosts");
     }
     if ports.len() > 1 && ports.len() != count {
-        return Err("it names more hosts than ports, or fewer");
+        return Err("the number of ports must be one, or the number of hosts");
     }
     let host = |at: usize| match (names.get(at), addresses.get(at)) {
-        (Some(Host::Unix(directory)), _) => Where::Unix(directory.clone()),
-        (Some(Host::Tcp(name)), Some(address)) => Where::At(*address, name.clone()),
+        (Some(Host::Unix(directory)), _) => HostAddress::Unix(directory.clone()),
+        (Some(Host::Tcp(name)), Some(address)) => HostAddress::Address(*address, name.clone()),
         (Some(Host::Tcp(name)), None) => match name.trim_matches(['[', ']']).parse() {
-            Ok(address) => Where::At(address, name.trim_matches(['[', ']']).to_owned()),
-            Err(_) => Where::Named(name.clone()),
+            Ok(address) => HostAddress::Address(address, name.trim_matches(['[', ']']).to_owned()),
+            Err(_) => HostAddress::Name(name.clone()),
         },
-        (None, Some(address)) => Where::At(*address, address.to_string()),
-        (None, None) => Where::Named(String::new()),
+        (None, Some(address)) => HostAddress::Address(*address, address.to_string()),
+        (None, None) => HostAddress::Name(String::new()),
     };
-    Ok((0..count).map(|at| (host(at), ports.get(at).or(ports.first()).copied().unwrap_or(PORT))).collect())
+    Ok((0..count).map(|at| (host(at), ports.get(at).or(ports.first()).copied().unwrap_or(DEFAULT_PORT))).collect())
 }
 
-fn shown(host: &Where, port: u16) -> String {
+fn host_text(host: &HostAddress, port: u16) -> String {
     match host {
-        Where::Named(name) | Where::At(_, name) => format!("{name}:{port}"),
-        Where::Unix(directory) => format!("{}/.s.PGSQL.{port}", directory.display()),
+        HostAddress::Name(name) | HostAddress::Address(_, name) => format!("{name}:{port}"),
+        HostAddress::Unix(directory) => format!("{}/.s.PGSQL.{port}", directory.display()),
     }
 }
 
 /// The TLS parameters of a URL.
 #[derive(Default)]
-struct Tls {
+struct TlsParameters {
     mode: Option<String>,
     roots: Option<String>,
     certificate: Option<String>,
     key: Option<String>,
 }
 
-impl Tls {
+impl TlsParameters {
     fn ssl_mode(&self) -> Result<SslMode, String> {
         match self.mode.as_deref() {
             None | Some("prefer") => Ok(SslMode::Prefer),
             Some("disable") => Ok(SslMode::Disable),
             Some("require" | "verify-ca" | "verify-full") => Ok(SslMode::Require),
-            Some(_) => Err("sslmode is disable, prefer, require, verify-ca or verify-full".to_owned()),
+            Some(_) => Err("sslmode must be disable, prefer, require, verify-ca or verify-full".to_owned()),
         }
     }
 
@@ -285,9 +290,11 @@ impl Tls {
         let chain = match (self.mode.as_deref(), self.roots.as_deref()) {
             (Some("verify-full"), None | Some("system")) => Some(system_roots()?),
             (Some("verify-ca"), None | Some("system")) => {
-                return Err("sslmode=verify-ca needs the file of an authority of your own as sslrootcert, for of the \
-                            system's authorities anybody gets a certificate; or use verify-full"
-                    .to_owned());
+                return Err(
+                    "sslmode=verify-ca needs sslrootcert with the file of your own authority, because anybody gets a \
+                            certificate from the system's authorities; or use verify-full"
+                        .to_owned(),
+                );
             }
             (Some("verify-full" | "verify-ca" | "require"), Some(path)) => Some(roots_in(path)?),
             _ => None,
@@ -295,12 +302,12 @@ impl Tls {
         let chain = match chain {
             Some(roots) => {
                 let verifier = WebPkiServerVerifier::builder_with_provider(roots.into(), provider.clone()).build();
-                Some(verifier.map_err(|error| format!("sslrootcert is of no use: {error}"))?)
+                Some(verifier.map_err(|error| format!("cannot use sslrootcert: {error}"))?)
             }
             None => None,
         };
         let is_named = self.mode.as_deref() == Some("verify-full");
-        let verifier = Arc::new(Verifier { chain, is_named, schemes });
+        let verifier = Arc::new(SslModeVerifier { chain, is_named, schemes });
         let builder = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .map_err(|error| error.to_string())?
@@ -310,11 +317,14 @@ impl Tls {
             (None, None) => builder.with_no_client_auth(),
             (Some(certificate), Some(key)) => {
                 let read = CertificateDer::pem_file_iter(certificate).and_then(Iterator::collect);
-                let chain: Vec<_> = read.map_err(|error| format!("sslcert {certificate} cannot be read: {error}"))?;
-                let key = PrivateKeyDer::from_pem_file(key).map_err(|error| format!("sslkey {key}: {error}"))?;
-                builder.with_client_auth_cert(chain, key).map_err(|error| format!("sslcert and sslkey: {error}"))?
+                let chain: Vec<_> = read.map_err(|error| format!("cannot read sslcert {certificate}: {error}"))?;
+                let key =
+                    PrivateKeyDer::from_pem_file(key).map_err(|error| format!("cannot read sslkey {key}: {error}"))?;
+                builder
+                    .with_client_auth_cert(chain, key)
+                    .map_err(|error| format!("cannot use sslcert and sslkey: {error}"))?
             }
-            _ => return Err("sslcert and sslkey go together".to_owned()),
+            _ => return Err("sslcert and sslkey must be given together".to_owned()),
         };
         // A mutex guards the sessions for resumption, and a fork could leave it locked.
         config.resumption = Resumption::disabled();
@@ -324,21 +334,25 @@ impl Tls {
 
 fn roots_in(path: &str) -> Result<RootCertStore, String> {
     let read = CertificateDer::pem_file_iter(path).and_then(Iterator::collect);
-    let certificates: Vec<_> = read.map_err(|error| format!("sslrootcert {path} cannot be read: {error}"))?;
+    let certificates: Vec<_> = read.map_err(|error| format!("cannot read sslrootcert {path}: {error}"))?;
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(certificates);
-    if roots.is_empty() { Err(format!("sslrootcert {path} has no certificate in it")) } else { Ok(roots) }
+    if roots.is_empty() { Err(format!("sslrootcert {path} contains no certificate")) } else { Ok(roots) }
 }
 
 fn system_roots() -> Result<RootCertStore, String> {
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-    if roots.is_empty() { Err("this system has no certificates of authorities".to_owned()) } else { Ok(roots) }
+    if roots.is_empty() {
+        Err("cannot verify certificates: this system has no certificates of authorities".to_owned())
+    } else {
+        Ok(roots)
+    }
 }
 
 /// A verifier that checks as much of a server's certificate as sslmode requires.
 #[derive(Debug)]
-struct Verifier {
+struct SslModeVerifier {
     /// The authorities that the certificate must come from, if any.
     chain: Option<Arc<WebPkiServerVerifier>>,
     /// The certificate must be for the host of the connection.
@@ -346,7 +360,7 @@ struct Verifier {
     schemes: Vec<SignatureScheme>,
 }
 
-impl ServerCertVerifier for Verifier {
+impl ServerCertVerifier for SslModeVerifier {
     fn verify_server_cert(
         &self,
         certificate: &CertificateDer<'_>,
@@ -401,8 +415,8 @@ mod tests {
     use super::*;
 
     fn hosts_of(url: &str) -> Vec<String> {
-        let target = Target::of(url).unwrap_or_else(|error| panic!("{url}: {error}"));
-        target.hosts.iter().map(|(host, port)| shown(host, *port)).collect()
+        let target = ServerConfig::parse(url).unwrap_or_else(|error| panic!("{url}: {error}"));
+        target.hosts.iter().map(|(host, port)| host_text(host, *port)).collect()
     }
 
     #[test]
@@ -417,17 +431,17 @@ mod tests {
     #[test]
     fn invalid_postgres_url_error_names_cause_and_no_password() {
         for (url, says) in [
-            ("postgres:///db", "names no host"),
+            ("postgres:///db", "a host is missing"),
             ("postgres://u:secret@a,b/db?port=1,2,3", "ports"),
-            ("postgres://u:secret@a/db?sslmode=allow", "sslmode is"),
+            ("postgres://u:secret@a/db?sslmode=allow", "sslmode must be"),
             ("postgres://u:secret@a/db?sslmode=verify-ca", "sslrootcert"),
-            ("postgres://u:secret@a/db?sslrootcert=/nowhere&sslmode=verify-full", "/nowhere cannot be read"),
-            ("postgres://u:secret@a/db?sslcert=/nowhere", "go together"),
-            ("postgres://u:secret@a/db?target_session_attrs=read-only", "a lease is written"),
+            ("postgres://u:secret@a/db?sslrootcert=/nowhere&sslmode=verify-full", "cannot read sslrootcert /nowhere"),
+            ("postgres://u:secret@a/db?sslcert=/nowhere", "given together"),
+            ("postgres://u:secret@a/db?target_session_attrs=read-only", "because a lease is written"),
             ("postgres://u:secret@a/db?nonsense=secret", "nonsense"),
             ("postgres://u:secret@a/db?connect_timeout=secret", "connect_timeout"),
         ] {
-            let error = Target::of(url).err().unwrap_or_else(|| panic!("{url} is taken")).to_string();
+            let error = ServerConfig::parse(url).err().unwrap_or_else(|| panic!("{url} is accepted")).to_string();
             assert!(error.contains(says) && !error.contains("secret"), "{url}: {error}");
         }
     }

@@ -21,7 +21,7 @@ use rustix::net::{RecvFlags, SendFlags, Shutdown};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_postgres::tls::{ChannelBinding, MakeTlsConnect, TlsConnect, TlsStream};
 use tokio_postgres::types::{ToSql, Type};
-use tokio_postgres::{AsyncMessage, Client, Config, Connection, Error, Row, Statement};
+use tokio_postgres::{AsyncMessage, Client, Config, Error, Row, Statement};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use crate::lease::store::lease_store::Deadline;
@@ -38,43 +38,43 @@ pub(super) struct Sql {
 }
 
 /// The number of statements.
-pub(super) const STATEMENTS: usize = 8;
+pub(super) const STATEMENT_COUNT: usize = 8;
 
-/// The reason why there is no answer.
+/// The reason why a request has no answer.
 #[derive(Debug)]
-pub(super) enum Cut {
+pub(super) enum QueryError {
     /// The deadline passed.
-    Late,
+    TimedOut,
     /// The server reported the error, or the connection broke.
-    By(Error),
+    Driver(Error),
     /// This machine reported the error.
-    Here(io::Error),
+    Io(io::Error),
 }
 
-impl From<Error> for Cut {
+impl From<Error> for QueryError {
     fn from(error: Error) -> Self {
-        Self::By(error)
+        Self::Driver(error)
     }
 }
 
 /// An open connection.
-pub(super) struct Link {
-    line: Line,
+pub(super) struct Connection {
+    transport: Transport,
     client: Client,
-    statements: [Option<Statement>; STATEMENTS],
+    statements: [Option<Statement>; STATEMENT_COUNT],
     /// Statements can be prepared: no proxy in between gives each transaction another session.
     pub(super) is_direct: bool,
 }
 
-/// The part of a connection that moves the bytes.
-struct Line {
-    wire: Arc<Wire>,
-    traffic: Connection<Stream, <MakeRustlsConnect as MakeTlsConnect<Stream>>::Stream>,
-    /// Names that the server has sent and no caller has taken yet.
-    news: Vec<String>,
+/// The part of a connection that sends and receives the bytes.
+struct Transport {
+    socket: Arc<Socket>,
+    driver: tokio_postgres::Connection<Stream, <MakeRustlsConnect as MakeTlsConnect<Stream>>::Stream>,
+    /// The payloads that the server has sent and no caller has taken yet: the names of leases.
+    notifications: Vec<String>,
 }
 
-impl Link {
+impl Connection {
     /// Opens the session on a connected socket.
     pub(super) fn open(
         socket: ForkGuarded<OwnedFd>,
@@ -82,163 +82,170 @@ impl Link {
         config: &Config,
         tls: &MakeRustlsConnect,
         by: Deadline,
-    ) -> Result<Self, Cut> {
-        let wire = Arc::new(Wire { socket, is_full: AtomicBool::new(false) });
+    ) -> Result<Self, QueryError> {
+        let socket = Arc::new(Socket { descriptor: socket, is_full: AtomicBool::new(false) });
         let connector = MakeTlsConnect::<Stream>::make_tls_connect(&mut tls.clone(), host.unwrap_or_default());
         let connector = connector.unwrap_or_else(|never| match never {});
-        let opening = config.connect_raw(Stream(wire.clone()), connector);
-        let (client, traffic) = run(&wire, |_| Ok(()), opening, by)??;
+        let opening = config.connect_raw(Stream(socket.clone()), connector);
+        let (client, driver) = run(&socket, |_| Ok(()), opening, by)??;
         step("session opened");
-        let line = Line { wire, traffic, news: Vec::new() };
-        Ok(Self { line, client, statements: [const { None }; STATEMENTS], is_direct: false })
+        let transport = Transport { socket, driver, notifications: Vec::new() };
+        Ok(Self { transport, client, statements: [const { None }; STATEMENT_COUNT], is_direct: false })
     }
 
     /// Returns the number of the server's process at the other end, as the server or a proxy in between reported it at
     /// first.
-    pub(super) fn process(&self) -> Option<i32> {
+    pub(super) fn server_process(&self) -> Option<i32> {
         // Only a cancel request reveals the number; it is captured here and not sent.
-        let mut caught = Vec::new();
+        let mut captured = Vec::new();
         let token = self.client.cancel_token();
         let sent = {
-            let sending = pin!(token.cancel_query_raw(Catch(&mut caught), CatchTls));
+            let sending = pin!(token.cancel_query_raw(CapturedStream(&mut captured), CapturedTls));
             sending.poll(&mut Context::from_waker(Waker::noop()))
         };
         // The request ends with the number and a key.
-        let number = caught.last_chunk::<8>()?.first_chunk::<4>()?;
+        let number = captured.last_chunk::<8>()?.first_chunk::<4>()?;
         matches!(sent, Poll::Ready(Ok(()))).then(|| i32::from_be_bytes(*number))
     }
 
     /// Runs a statement, which is prepared at its first use if possible.
-    pub(super) fn ask(&mut self, sql: &Sql, values: &[&(dyn ToSql + Sync)], by: Deadline) -> Result<Vec<Row>, Cut> {
-        if !self.is_direct {
-            return self.ask_once(sql, values, by);
-        }
-        let Self { line, client, statements, .. } = self;
-        let statement = match &mut statements[sql.slot] {
-            Some(statement) => statement,
-            none => none.insert(line.run(client.prepare_typed(sql.text, sql.types), by)??),
-        };
-        Ok(line.run(client.query(statement, values), by)??)
-    }
-
-    /// Runs a statement without keeping it prepared.
-    pub(super) fn ask_once(
+    pub(super) fn query(
         &mut self,
         sql: &Sql,
         values: &[&(dyn ToSql + Sync)],
         by: Deadline,
-    ) -> Result<Vec<Row>, Cut> {
+    ) -> Result<Vec<Row>, QueryError> {
+        if !self.is_direct {
+            return self.query_unprepared(sql, values, by);
+        }
+        let Self { transport, client, statements, .. } = self;
+        let statement = match &mut statements[sql.slot] {
+            Some(statement) => statement,
+            none => none.insert(transport.run(client.prepare_typed(sql.text, sql.types), by)??),
+        };
+        Ok(transport.run(client.query(statement, values), by)??)
+    }
+
+    /// Runs a statement without keeping it prepared.
+    pub(super) fn query_unprepared(
+        &mut self,
+        sql: &Sql,
+        values: &[&(dyn ToSql + Sync)],
+        by: Deadline,
+    ) -> Result<Vec<Row>, QueryError> {
         let typed: Vec<_> = values.iter().copied().zip(sql.types.iter().cloned()).collect();
-        let Self { line, client, .. } = self;
-        Ok(line.run(client.query_typed(sql.text, &typed), by)??)
+        let Self { transport, client, .. } = self;
+        Ok(transport.run(client.query_typed(sql.text, &typed), by)??)
     }
 
     /// Executes statements without values.
-    pub(super) fn execute(&mut self, sql: &str, by: Deadline) -> Result<(), Cut> {
-        let Self { line, client, .. } = self;
-        Ok(line.run(client.batch_execute(sql), by)??)
+    pub(super) fn execute(&mut self, sql: &str, by: Deadline) -> Result<(), QueryError> {
+        let Self { transport, client, .. } = self;
+        Ok(transport.run(client.batch_execute(sql), by)??)
     }
 
     /// Forgets the prepared statements.
-    pub(super) fn forget(&mut self) {
-        self.statements = [const { None }; STATEMENTS];
+    pub(super) fn forget_statements(&mut self) {
+        self.statements = [const { None }; STATEMENT_COUNT];
     }
 
-    /// Returns the names that the server has sent, waiting for the first until `by`.
-    pub(super) fn listen(&mut self, by: Deadline) -> Result<Vec<String>, Cut> {
-        if self.line.news.is_empty() {
-            let Line { wire, traffic, news } = &mut self.line;
-            let heard = std::future::poll_fn(|cx| {
-                let received = receive(traffic, news, cx);
-                if received.is_ok() && news.is_empty() { Poll::Pending } else { Poll::Ready(received) }
+    /// Returns the payloads of the notifications that the server has sent. Waits for the first until `by`.
+    pub(super) fn listen(&mut self, by: Deadline) -> Result<Vec<String>, QueryError> {
+        if self.transport.notifications.is_empty() {
+            let Transport { socket, driver, notifications } = &mut self.transport;
+            let received = std::future::poll_fn(|cx| {
+                let received = receive(driver, notifications, cx);
+                if received.is_ok() && notifications.is_empty() { Poll::Pending } else { Poll::Ready(received) }
             });
-            match run(wire, |_| Ok(()), heard, by) {
-                Ok(heard) => heard?,
-                Err(Cut::Late) => {}
+            match run(socket, |_| Ok(()), received, by) {
+                Ok(received) => received?,
+                Err(QueryError::TimedOut) => {}
                 Err(cut) => return Err(cut),
             }
         }
-        Ok(std::mem::take(&mut self.line.news))
+        Ok(std::mem::take(&mut self.transport.notifications))
     }
 }
 
-impl Line {
-    /// Polls `work` until it is ready, and moves the bytes that it waits for.
-    fn run<F: Future>(&mut self, work: F, by: Deadline) -> Result<F::Output, Cut> {
-        let Self { wire, traffic, news } = self;
-        run(wire, |cx| receive(traffic, news, cx), work, by)
+impl Transport {
+    /// Polls `work` until it is ready, and sends and receives the bytes that it waits for.
+    fn run<F: Future>(&mut self, work: F, by: Deadline) -> Result<F::Output, QueryError> {
+        let Self { socket, driver, notifications } = self;
+        run(socket, |cx| receive(driver, notifications, cx), work, by)
     }
 }
 
 /// Sends and receives as much as is possible without waiting.
 fn receive<T: AsyncRead + AsyncWrite + Unpin>(
-    traffic: &mut Connection<Stream, T>,
-    news: &mut Vec<String>,
+    driver: &mut tokio_postgres::Connection<Stream, T>,
+    notifications: &mut Vec<String>,
     cx: &mut Context<'_>,
-) -> Result<(), Cut> {
+) -> Result<(), QueryError> {
     loop {
-        match traffic.poll_message(cx) {
-            Poll::Ready(Some(Ok(AsyncMessage::Notification(told)))) => news.push(told.payload().to_owned()),
+        match driver.poll_message(cx) {
+            Poll::Ready(Some(Ok(AsyncMessage::Notification(notification)))) => {
+                notifications.push(notification.payload().to_owned())
+            }
             Poll::Ready(Some(Ok(_))) => {}
             Poll::Ready(Some(Err(error))) => return Err(error.into()),
-            Poll::Ready(None) => return Err(Cut::Here(io::ErrorKind::ConnectionAborted.into())),
+            Poll::Ready(None) => return Err(QueryError::Io(io::ErrorKind::ConnectionAborted.into())),
             Poll::Pending => return Ok(()),
         }
     }
 }
 
-/// Polls `work` until it is ready or `by` has come. `traffic` moves the bytes that `work` waits for, unless `work`
-/// moves them itself.
+/// Polls `work` until it is ready or `by` has come. `driver` sends and receives the bytes that `work` waits for, unless
+/// `work` does that itself.
 fn run<F: Future>(
-    wire: &Wire,
-    mut traffic: impl FnMut(&mut Context<'_>) -> Result<(), Cut>,
+    socket: &Socket,
+    mut driver: impl FnMut(&mut Context<'_>) -> Result<(), QueryError>,
     work: F,
     by: Deadline,
-) -> Result<F::Output, Cut> {
+) -> Result<F::Output, QueryError> {
     // The program may have closed the socket, and another file may have its number.
-    if !wire.socket.is_own() {
-        return Err(Cut::Here(fork::closed_by_program()));
+    if !socket.descriptor.is_own() {
+        return Err(QueryError::Io(fork::closed_by_program()));
     }
-    let called = Arc::new(Called(AtomicBool::new(false)));
-    let waker = Waker::from(called.clone());
+    let woken = Arc::new(Woken(AtomicBool::new(false)));
+    let waker = Waker::from(woken.clone());
     let mut cx = Context::from_waker(&waker);
     let mut work = pin!(work);
     loop {
-        called.0.store(false, Ordering::Relaxed);
-        let moved = traffic(&mut cx);
+        woken.0.store(false, Ordering::Relaxed);
+        let driven = driver(&mut cx);
         // Polls even if the connection broke: the server's last message may have arrived.
         if let Poll::Ready(done) = work.as_mut().poll(&mut cx) {
             return Ok(done);
         }
-        moved?;
+        driven?;
         // A request or an answer was queued: there is more to do before the socket changes.
-        if called.0.load(Ordering::Relaxed) {
+        if woken.0.load(Ordering::Relaxed) {
             continue;
         }
-        let is_full = wire.is_full.swap(false, Ordering::Relaxed);
-        if !event::wait_for_traffic(wire.socket.as_fd(), is_full, by.moment()).map_err(Cut::Here)? {
-            return Err(Cut::Late);
+        let is_full = socket.is_full.swap(false, Ordering::Relaxed);
+        if !event::wait_for_traffic(socket.descriptor.as_fd(), is_full, by.moment()).map_err(QueryError::Io)? {
+            return Err(QueryError::TimedOut);
         }
     }
 }
 
 /// Set when a future is to be polled again, at once.
-struct Called(AtomicBool);
+struct Woken(AtomicBool);
 
-impl Wake for Called {
+impl Wake for Woken {
     fn wake(self: Arc<Self>) {
         self.0.store(true, Ordering::Relaxed);
     }
 }
 
 /// A connected socket that does not block.
-struct Wire {
-    socket: ForkGuarded<OwnedFd>,
+struct Socket {
+    descriptor: ForkGuarded<OwnedFd>,
     /// The socket accepted no more bytes at the last write.
     is_full: AtomicBool,
 }
 
-impl Wire {
+impl Socket {
     /// Converts the result of a non-blocking call. It registers no waker: [`run`] sleeps for the socket itself.
     fn poll<T>(result: Result<T, Errno>) -> Poll<io::Result<T>> {
         match result {
@@ -250,13 +257,13 @@ impl Wire {
 }
 
 /// The socket as tokio-postgres reads and writes it.
-pub(super) struct Stream(Arc<Wire>);
+pub(super) struct Stream(Arc<Socket>);
 
 impl AsyncRead for Stream {
     fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let room = buffer.initialize_unfilled();
-        let read = rustix::io::retry_on_intr(|| rustix::net::recv(&*self.0.socket, &mut *room, RecvFlags::empty()));
-        let (read, _) = ready!(Wire::poll(read))?;
+        let read = rustix::io::retry_on_intr(|| rustix::net::recv(&*self.0.descriptor, &mut *room, RecvFlags::empty()));
+        let (read, _) = ready!(Socket::poll(read))?;
         buffer.advance(read);
         Poll::Ready(Ok(()))
     }
@@ -264,8 +271,8 @@ impl AsyncRead for Stream {
 
 impl AsyncWrite for Stream {
     fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let sent = rustix::io::retry_on_intr(|| rustix::net::send(&*self.0.socket, bytes, SendFlags::NOSIGNAL));
-        let sent = Wire::poll(sent);
+        let sent = rustix::io::retry_on_intr(|| rustix::net::send(&*self.0.descriptor, bytes, SendFlags::NOSIGNAL));
+        let sent = Socket::poll(sent);
         self.0.is_full.store(sent.is_pending(), Ordering::Relaxed);
         sent
     }
@@ -275,21 +282,21 @@ impl AsyncWrite for Stream {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(rustix::net::shutdown(&*self.0.socket, Shutdown::Write).map_err(io::Error::from))
+        Poll::Ready(rustix::net::shutdown(&*self.0.descriptor, Shutdown::Write).map_err(io::Error::from))
     }
 }
 
 /// A stream that keeps the written bytes, and accepts every request for TLS.
-struct Catch<'c>(&'c mut Vec<u8>);
+struct CapturedStream<'c>(&'c mut Vec<u8>);
 
-impl AsyncRead for Catch<'_> {
+impl AsyncRead for CapturedStream<'_> {
     fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         buffer.put_slice(b"S");
         Poll::Ready(Ok(()))
     }
 }
 
-impl AsyncWrite for Catch<'_> {
+impl AsyncWrite for CapturedStream<'_> {
     fn poll_write(mut self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.0.extend_from_slice(bytes);
         Poll::Ready(Ok(bytes.len()))
@@ -304,21 +311,21 @@ impl AsyncWrite for Catch<'_> {
     }
 }
 
-impl TlsStream for Catch<'_> {
+impl TlsStream for CapturedStream<'_> {
     fn channel_binding(&self) -> ChannelBinding {
         ChannelBinding::none()
     }
 }
 
-/// A TLS connector for [`Catch`] that does nothing.
-struct CatchTls;
+/// A TLS connector for [`CapturedStream`] that does nothing.
+struct CapturedTls;
 
-impl<'c> TlsConnect<Catch<'c>> for CatchTls {
-    type Stream = Catch<'c>;
+impl<'c> TlsConnect<CapturedStream<'c>> for CapturedTls {
+    type Stream = CapturedStream<'c>;
     type Error = io::Error;
-    type Future = std::future::Ready<io::Result<Catch<'c>>>;
+    type Future = std::future::Ready<io::Result<CapturedStream<'c>>>;
 
-    fn connect(self, stream: Catch<'c>) -> Self::Future {
+    fn connect(self, stream: CapturedStream<'c>) -> Self::Future {
         std::future::ready(Ok(stream))
     }
 }

@@ -1,4 +1,4 @@
-//! The lease table: its layout, its statements, and how it is created.
+//! The lease table: its layout and its statements.
 //!
 //! A row is never deleted, because it keeps the token. Its columns:
 //!
@@ -20,11 +20,7 @@
 
 use tokio_postgres::types::Type;
 
-use super::connection::{Cut, Link, Sql};
-use super::errors::{self, Said, of_request};
-use crate::base::error::StoreError;
-use crate::lease::store::lease_store::Deadline;
-use crate::sys::failpoint::step;
+use super::connection::Sql;
 
 /// Creates the table. Its pages keep free space, so that a renewal is written next to the row that it replaces.
 pub(super) const CREATE: &str = "CREATE TABLE IF NOT EXISTS lockkit_leases (\
@@ -38,9 +34,9 @@ pub(super) const CREATE: &str = "CREATE TABLE IF NOT EXISTS lockkit_leases (\
      waited boolean NOT NULL\
      ) WITH (fillfactor = 50)";
 
-/// The columns of the table, as [`HELLO`] reports them.
-const LAYOUT: &str = "name text, state text, token bigint, claim text, until timestamp with time zone, owner text, \
-     died text, waited boolean";
+/// The columns of the table, as [`INSPECT`] reports them.
+pub(super) const LAYOUT: &str = "name text, state text, token bigint, claim text, until timestamp with time zone, \
+     owner text, died text, waited boolean";
 
 /// Reports the server, the table, and the reason not to trust the table, if any. On a server that is too old, the
 /// statement fails or reports the version.
@@ -51,7 +47,7 @@ const LAYOUT: &str = "name text, state text, token bigint, claim text, until tim
 /// user that only created the table first in a schema for all is not trusted. All types match the functions and
 /// operators in this statement exactly. An overload that matches better than the system's may belong to another user as
 /// well.
-const HELLO: Sql = Sql {
+pub(super) const INSPECT: Sql = Sql {
     slot: 0,
     text: "SELECT pg_backend_pid(), current_setting('server_version_num')::int, current_setting('server_version'), \
          current_setting('transaction_read_only') = 'on', \
@@ -71,18 +67,19 @@ const HELLO: Sql = Sql {
 };
 
 /// The oldest version with the feature used here: `INSERT … ON CONFLICT`.
-const OLDEST: i32 = 90_500;
+pub(super) const MIN_VERSION: i32 = 90_500;
 
 /// Limits the duration of a session's statements, unless a shorter limit is set. The server continues a statement whose
 /// client has given up, for example one that waits for a lock of the table. Only afterwards does the server see that
 /// the client is gone. The limit is longer than any request may take. It does not limit how long a commit waits for a
 /// standby. Behind a proxy that gives each transaction another session the limit is not set, because it would apply to
 /// the sessions of others.
-const BOUNDED: &str = "SELECT set_config('statement_timeout', least(nullif(setting::int, 0), 3000)::text, false) \
+pub(super) const LIMIT_STATEMENTS: &str = "SELECT \
+     set_config('statement_timeout', least(nullif(setting::int, 0), 3000)::text, false) \
      FROM pg_settings WHERE name = 'statement_timeout'";
 
 /// Raises `synchronous_commit` to `on` within a statement, if it is lower.
-macro_rules! durably {
+macro_rules! with_durable_commit {
     () => {
         "CASE WHEN current_setting('synchronous_commit') NOT IN ('on', 'remote_apply') \
          THEN set_config('synchronous_commit', 'on', true) END"
@@ -116,7 +113,7 @@ pub(super) const ACQUIRE: Sql = Sql {
          WHERE (l.state <> 'held' OR l.until <= clock_timestamp() OR l.claim = excluded.claim \
          OR (l.claim = $5 AND l.token = $6)) \
          AND NOT (l.state IN ('released', 'lost') AND l.claim = excluded.claim) RETURNING token, died, ",
-        durably!()
+        with_durable_commit!()
     ),
     types: &[Type::TEXT, Type::TEXT, Type::FLOAT8, Type::TEXT, Type::TEXT, Type::INT8],
 };
@@ -127,33 +124,33 @@ pub(super) const RENEW: Sql = Sql {
     text: concat!(
         "UPDATE lockkit_leases SET until = clock_timestamp() + $4 * interval '1 microsecond' \
          WHERE name = $1 AND claim = $2 AND token = $3 AND state = 'held' RETURNING ",
-        durably!()
+        with_durable_commit!()
     ),
     types: &[Type::TEXT, Type::TEXT, Type::INT8, Type::FLOAT8],
 };
 
-/// Parameters: the name, the claim, the token, the state to leave the lease in, and the owner to record as its holder,
+/// Parameters: the name, the claim, the token, the state in which the grant ends, and the owner to record as its holder,
 /// if another. Returns a row if the lease was held until now.
-pub(super) const LEAVE: Sql = Sql {
+pub(super) const FREE: Sql = Sql {
     slot: 3,
     text: concat!(
         "UPDATE lockkit_leases SET state = $4, owner = coalesce($5, owner) \
          WHERE name = $1 AND claim = $2 AND token = $3 AND state = 'held' \
          RETURNING CASE WHEN waited THEN pg_notify('lockkit_leases', $1) END, ",
-        durably!()
+        with_durable_commit!()
     ),
     types: &[Type::TEXT, Type::TEXT, Type::INT8, Type::TEXT, Type::TEXT],
 };
 
-/// Parameters: as the first four of [`LEAVE`]. Returns a row if the lease was left in this state before.
-pub(super) const LEFT: Sql = Sql {
+/// Parameters: as the first four of [`FREE`]. Returns a row if the lease was freed in this state before.
+pub(super) const IS_FREED: Sql = Sql {
     slot: 7,
     text: "SELECT FROM lockkit_leases WHERE name = $1 AND claim = $2 AND token = $3 AND state = $4",
     types: &[Type::TEXT, Type::TEXT, Type::INT8, Type::TEXT],
 };
 
 /// Parameter: the name. Returns a row if the lease is held, even if it has expired.
-pub(super) const LOOK: Sql = Sql {
+pub(super) const GET: Sql = Sql {
     slot: 4,
     text: "SELECT token, owner, claim, extract(epoch FROM until - clock_timestamp())::float8, \
          (extract(epoch FROM until)::float8 * 1000000::float8)::bigint FROM lockkit_leases WHERE name = $1 AND state = 'held'",
@@ -177,97 +174,3 @@ pub(super) const NOTIFY: Sql = Sql { slot: 6, text: "SELECT pg_notify('lockkit_l
 
 /// Subscribes a connection to these texts.
 pub(super) const LISTEN: &str = "LISTEN lockkit_leases";
-
-/// Checks that the server and its table are usable, and creates the table if there is none.
-pub(super) fn check(link: &mut Link, by: Deadline) -> Result<(), StoreError> {
-    /// The maximum number of tries: other processes may be creating the table, too.
-    const MOST_TRIES: usize = 5;
-    for _ in 0..MOST_TRIES {
-        let row = match link.ask_once(&HELLO, &[], by) {
-            Ok(rows) => {
-                rows.into_iter().next().ok_or_else(|| StoreError::not_applied("the server answered nothing"))?
-            }
-            Err(Cut::By(error)) if error.code() == Some(&tokio_postgres::error::SqlState::UNDEFINED_FUNCTION) => {
-                return Err(StoreError::permanent(Said::new(too_old("this server"), error)));
-            }
-            // The statement has changed nothing.
-            Err(cut) => return Err(StoreError::not_applied(Said::new("greet the server", of_request(cut)))),
-        };
-        let strange = |error| StoreError::permanent(Said::new("this is no PostgreSQL server", error));
-        let (process, version): (i32, i32) = (row.try_get(0).map_err(strange)?, row.try_get(1).map_err(strange)?);
-        if version < OLDEST {
-            let version: &str = row.try_get(2).map_err(strange)?;
-            return Err(StoreError::permanent(too_old(&format!("PostgreSQL {version}"))));
-        }
-        if row.try_get(3).map_err(strange)? {
-            return Err(StoreError::not_applied(errors::read_only()));
-        }
-        link.is_direct = link.process() == Some(process);
-        if let Some(why) = row.try_get::<_, Option<&str>>(5).map_err(strange)? {
-            return Err(StoreError::permanent(not_trusted(why)));
-        }
-        match row.try_get(4).map_err(strange)? {
-            Some(LAYOUT) if link.is_direct => {
-                return link.execute(BOUNDED, by).map_err(|cut| match of_request(cut) {
-                    StoreError::Unknown(cause) => StoreError::NotApplied(cause),
-                    error => error,
-                });
-            }
-            Some(LAYOUT) => return Ok(()),
-            Some(_) => return Err(StoreError::permanent(of_another_layout())),
-            None => make(link, by)?,
-        }
-    }
-    Err(StoreError::not_applied("the table lockkit_leases cannot be found in the search_path after it was made"))
-}
-
-fn make(link: &mut Link, by: Deadline) -> Result<(), StoreError> {
-    use tokio_postgres::error::SqlState;
-    match link.execute(CREATE, by) {
-        Ok(()) => {
-            step("table made");
-            Ok(())
-        }
-        Err(Cut::By(error)) => match error.code() {
-            // Another process is creating the table at this moment, which IF NOT EXISTS does not see.
-            Some(&(SqlState::UNIQUE_VIOLATION | SqlState::DUPLICATE_TABLE | SqlState::DUPLICATE_OBJECT)) => Ok(()),
-            Some(&(SqlState::INSUFFICIENT_PRIVILEGE | SqlState::INVALID_SCHEMA_NAME)) => {
-                let what = format!(
-                    "there is no table lockkit_leases, and this user may not make it; let somebody run: {CREATE}; {}",
-                    grant()
-                );
-                Err(StoreError::permanent(Said::new(what, error)))
-            }
-            _ => Err(of_request(error.into())),
-        },
-        Err(cut) => Err(of_request(cut)),
-    }
-}
-
-fn too_old(server: &str) -> String {
-    format!("{server} is too old: leases need PostgreSQL 9.5 or later, for INSERT … ON CONFLICT")
-}
-
-fn grant() -> &'static str {
-    "GRANT SELECT, INSERT, UPDATE ON lockkit_leases TO …;"
-}
-
-/// Returns the message for a user without the privileges to use the table.
-pub(super) fn no_privilege() -> String {
-    format!("this user may not use the table lockkit_leases; let its owner run: {}", grant())
-}
-
-fn not_trusted(why: &str) -> String {
-    format!(
-        "the table lockkit_leases may do as another user wants: {why}; have another schema come first in the search_path, \
-         or let the owner of the schema or the database, or this user, make it"
-    )
-}
-
-/// Returns the message for a table of another layout.
-pub(super) fn of_another_layout() -> String {
-    format!(
-        "the table lockkit_leases is of another layout than this version of lockkit's ({LAYOUT}, with name as primary \
-         key); have another schema come first in the search_path, or drop it when nobody holds a lease in it"
-    )
-}

@@ -1,6 +1,6 @@
--- claim, ttl, owner, and the claim and token of the holder that counts as run out
+-- Arguments: the claim, the TTL, the owner, and the claim and the token of a holder that counts as expired.
 if claim == ARGV[1] and (state == 'released' or state == 'lost') then
-    -- A request that was overtaken by the end of its own grant, but for an eviction.
+    -- The request arrives after the end of its own grant. After an eviction the claim may acquire again.
     return {'over'}
 end
 local before = record[6] or ''
@@ -10,7 +10,7 @@ if claim ~= ARGV[1] or state ~= 'held' then
     end
     before = ''
     if claim and state ~= 'released' and state ~= 'evicted' then
-        -- Never empty, so that an owner who is not known is told of, too.
+        -- Never empty, so that the grant also reports the death of an unknown owner.
         before = ' ' .. owner
     end
     token = whole(math.max(tonumber(token) + 1, now))

@@ -1,4 +1,5 @@
--- What every script begins with: the time, and what the record says. Numbers of microseconds are exact in a double.
+-- The beginning of every script: the server's time, and the content of the record. A double represents whole numbers of
+-- microseconds exactly.
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 local record = redis.call('HMGET', KEYS[1], 'token', 'claim', 'state', 'until', 'owner', 'before', 'awaited')

@@ -1,4 +1,4 @@
--- claim, token, ttl, owner
+-- Arguments: the claim, the token, the TTL, the owner.
 if claim == ARGV[1] and token == ARGV[2] then
     if state ~= 'held' then
         return {'lost', ''}
@@ -7,7 +7,7 @@ if claim == ARGV[1] and token == ARGV[2] then
 elseif is_held or tonumber(token) >= tonumber(ARGV[2]) then
     return {'lost', is_held and owner or ''}
 else
-    -- The server has lost what it was told: whoever took the name since would have a greater token, or hold it.
+    -- The server has lost the grant. A later holder of the name would have a greater token, or would hold the name.
     write('token', ARGV[2], 'claim', ARGV[1], 'state', 'held', 'until', whole(now + ARGV[3]), 'owner', ARGV[4],
         'before', '')
 end

@@ -1,4 +1,4 @@
--- whether somebody waits for a change
+-- Argument: whether to leave the mark of a waiter.
 if not is_held then
     return {'free'}
 end
