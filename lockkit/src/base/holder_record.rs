@@ -100,7 +100,7 @@ impl RecordStorage for File {
     /// Clears the record. If it stayed, the next owner would get a false report of a death.
     fn clear(&self) {
         if self.write_all_at(&CLEARED.to_ne_bytes(), 0).is_err() {
-            step("record not wiped");
+            step("record not cleared");
             cut_out(self);
         }
     }
@@ -140,7 +140,7 @@ impl RecordStorage for [AtomicU64; WORDS] {
 pub(crate) fn take(slate: &impl RecordStorage) -> Option<Box<Recovered>> {
     let before = slate.read();
     write_current(slate);
-    step("holder written down");
+    step("holder recorded");
     before.map(|before| Box::new(Recovered::new(decode(&before))))
 }
 

@@ -94,7 +94,7 @@ impl NamedFileLock {
     pub(super) fn release(&self, mut guard: FileGuard) -> Result<()> {
         guard.write(|file| {
             file.clear();
-            step("record wiped");
+            step("record cleared");
         })?;
         guard.release()
     }

@@ -80,7 +80,7 @@ impl MutexLock {
                 Acquired::Cancelled => return Err(patience.error(WaitError::Cancelled, subject)),
             }
         }
-        step("mutex taken");
+        step("mutex acquired");
         let recovered = self.record().and_then(holder_record::take);
         // A dead holder may have died before it wrote its record, or may have had no record to write to.
         let somebody = || (taken == Acquired::Abandoned).then(|| Box::new(Recovered::new(None)));
@@ -106,7 +106,7 @@ impl MutexLock {
                 }
                 event::wait(Some(give_back.as_handle()), None, None)?;
                 let given_back = mutex.give_back();
-                step("mutex given back");
+                step("mutex released");
                 given_back
             }
         };
@@ -120,7 +120,7 @@ impl MutexLock {
     pub(super) fn release(&self, mut hold: Hold) -> Result<()> {
         if let Some(record) = self.record() {
             record.clear();
-            step("record wiped");
+            step("record cleared");
         }
         hold.end().map_err(|error| Error::io("give back", &self.name, error))
     }

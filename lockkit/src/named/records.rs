@@ -146,7 +146,7 @@ impl HolderRecord {
     /// holding the lock before. A holder that received the lock by a hand-over follows a holder that released.
     pub(super) fn take(&self, has_bound: bool) -> Option<Box<Recovered>> {
         let before = holder_record::with_current(|record| self.put(record, WRITTEN));
-        step("holder written down");
+        step("holder recorded");
         let died = before.filter(|before| has_bound && before.is_of(self.key) && before.state() == WRITTEN)?;
         let owner = holder_record::owner_of(&died.words).or_else(|| copied(self.records.slot(died.at)?));
         Some(Box::new(Recovered::new(owner)))
@@ -160,7 +160,7 @@ impl HolderRecord {
     /// Records that the lock is about to be handed over to the process of this record.
     pub(super) fn hand_to(&self, record: &Words) {
         self.put(record, HANDED);
-        step("receiver written down");
+        step("receiver recorded");
     }
 
     /// Records that no process holds the lock. If the record stayed, the next owner would get a false report of a
@@ -565,7 +565,7 @@ impl Records {
                 let file = &opened.last().file;
                 let at = u64::from(seen.at) * SLOT as u64;
                 if file.write_all_at(&word.to_ne_bytes(), at).is_err() {
-                    step("record not wiped");
+                    step("record not cleared");
                     // A punched hole reads as zeros, takes no room and meets no limit of sizes.
                     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
                     let _ = fallocate(&**file, flags, at, WORD as u64);

@@ -339,7 +339,7 @@ impl SocketLock {
         if let Some(socket) = kept {
             if let Some(mark) = mark {
                 mark.clear();
-                step("record wiped");
+                step("record cleared");
             }
             socket.close();
         }
