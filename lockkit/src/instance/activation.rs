@@ -13,8 +13,8 @@ use super::server::Arrived;
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::sys::event::{self, Woke};
 use crate::sys::fork::ForkGuarded;
-use crate::sys::seqpacket::Peer;
-use crate::sys::stream::{self, Moved};
+use crate::sys::unix_socket::socket::Peer;
+use crate::sys::unix_socket::stream::{self, Transferred};
 
 /// The time that a sender may take to read its answer. Only an answer larger than the kernel's buffer, about 200 KiB,
 /// waits.
@@ -140,9 +140,9 @@ impl Activation {
         let mut rest = &*frame;
         while !rest.is_empty() {
             match stream::send(&connection, rest).map_err(failed)? {
-                Moved::Bytes(sent) => rest = &rest[sent..],
-                Moved::End => return Err(failed(Errno::PIPE)),
-                Moved::Nothing => match event::wait_for_room(connection.as_fd(), None, Some(until)) {
+                Transferred::Bytes(sent) => rest = &rest[sent..],
+                Transferred::Closed => return Err(failed(Errno::PIPE)),
+                Transferred::WouldBlock => match event::wait_for_room(connection.as_fd(), None, Some(until)) {
                     Ok(Woke::TimedOut) => return Err(failed(Errno::TIMEDOUT)),
                     Ok(_) => {}
                     Err(error) => return Err(Error::io("answer", format!("pid {}", self.sender.pid), error)),

@@ -13,7 +13,7 @@ use crate::base::lock_info::LockInfo;
 use crate::base::owner::Owner;
 use crate::base::wait::{Backoff, Wait, WaitError, WaitState};
 use crate::named::NamedLock;
-use crate::sys::stream::{self, Moved};
+use crate::sys::unix_socket::stream::{self, Transferred};
 
 /// The size of one read of an answer.
 const PORTION: usize = 64 << 10;
@@ -165,10 +165,10 @@ impl SecondInstance {
         let mut rest = frame;
         while !rest.is_empty() {
             match stream::send(&connection, rest).map_err(|error| place.io("send to", error))? {
-                Moved::Bytes(sent) => rest = &rest[sent..],
-                Moved::Nothing => patience.writable(connection.as_fd())?.map_err(gave_up)?,
+                Transferred::Bytes(sent) => rest = &rest[sent..],
+                Transferred::WouldBlock => patience.writable(connection.as_fd())?.map_err(gave_up)?,
                 // The first instance may have sent the reason.
-                Moved::End => break,
+                Transferred::Closed => break,
             }
         }
         let mut inbox = Inbox::new(protocol::MOST_BYTES);
@@ -179,10 +179,10 @@ impl SecondInstance {
             };
             let moved = stream::receive(&connection, inbox.arrived(), portion);
             match moved.map_err(|error| place.io("receive from", error))? {
-                Moved::Bytes(_) => {}
-                Moved::Nothing => patience.wait(Some(connection.as_fd()), Duration::MAX)?.map_err(gave_up)?,
-                Moved::End if inbox.arrived().is_empty() => return Ok(Call::Unheard),
-                Moved::End => return Ok(Call::BrokenOff),
+                Transferred::Bytes(_) => {}
+                Transferred::WouldBlock => patience.wait(Some(connection.as_fd()), Duration::MAX)?.map_err(gave_up)?,
+                Transferred::Closed if inbox.arrived().is_empty() => return Ok(Call::Unheard),
+                Transferred::Closed => return Ok(Call::BrokenOff),
             }
         }
         match inbox.answer().map_err(|malformed| self.not_handled(malformed))? {

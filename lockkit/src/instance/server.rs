@@ -24,8 +24,8 @@ use crate::base::error::{Error, Result};
 use crate::base::wait::{Wait, WaitState};
 use crate::sys::event::{self, Event};
 use crate::sys::fork::{ForkGuarded, ProcessId};
-use crate::sys::seqpacket::{self, Peer};
-use crate::sys::stream::{self, Moved, Watched};
+use crate::sys::unix_socket::socket::{self, Peer};
+use crate::sys::unix_socket::stream::{self, Epoll, Transferred};
 
 /// The number of connections that are read at a time.
 const MOST_CALLERS: usize = 32;
@@ -65,7 +65,7 @@ pub(super) enum Look {
 }
 
 pub(super) struct Reception {
-    watched: Watched,
+    watched: Epoll,
     /// Wakes the waiters when the reception closes.
     closed: Event,
     desk: Mutex<Option<Desk>>,
@@ -98,7 +98,7 @@ impl Reception {
     /// Receives the processes of `user` at `listener`.
     pub(super) fn open(listener: ForkGuarded, user: u32) -> Io<Self> {
         let closed = Event::new().map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::MFILE))?;
-        let watched = Watched::new()?;
+        let watched = Epoll::new()?;
         watched.add(&*listener, LISTENER)?;
         watched.add(&closed, CLOSED)?;
         let callers = Vec::with_capacity(MOST_CALLERS);
@@ -240,7 +240,7 @@ impl Drop for Looking<'_> {
 impl Desk {
     /// Reads the arrived data, a portion from each caller, until one request is complete. The other data stays in the
     /// kernel, so that the descriptor stays readable for other waiters.
-    fn work(&mut self, watched: &Watched) -> Io<Look> {
+    fn work(&mut self, watched: &Epoll) -> Io<Look> {
         let now = Instant::now();
         if self.rests_until.is_some_and(|until| now >= until) {
             self.end_rest(watched)?;
@@ -269,7 +269,7 @@ impl Desk {
     }
 
     /// Accepts callers. Returns whether one was admitted: connections of other users must not keep the receiver busy.
-    fn accept(&mut self, watched: &Watched, now: Instant) -> Io<bool> {
+    fn accept(&mut self, watched: &Epoll, now: Instant) -> Io<bool> {
         let mut is_admitted = false;
         for _ in 0..MOST_CALLERS {
             if self.callers.len() >= MOST_CALLERS {
@@ -293,7 +293,7 @@ impl Desk {
 
     /// Dismisses the caller that has been silent for longest. Returns when to try again if none has been silent for
     /// long enough.
-    fn make_room(&mut self, watched: &Watched, now: Instant) -> Option<Instant> {
+    fn make_room(&mut self, watched: &Epoll, now: Instant) -> Option<Instant> {
         loop {
             let (at, silent) = self.callers.iter_mut().enumerate().min_by_key(|(_, caller)| caller.heard)?;
             let yields = silent.heard + GRACE;
@@ -309,10 +309,10 @@ impl Desk {
         }
     }
 
-    fn admit(&mut self, watched: &Watched, connection: ForkGuarded, now: Instant) -> bool {
-        let Ok(sender) = seqpacket::peer(&*connection) else { return false };
+    fn admit(&mut self, watched: &Epoll, connection: ForkGuarded, now: Instant) -> bool {
+        let Ok(sender) = socket::peer(&*connection) else { return false };
         let id = self.next_id;
-        let is_admitted = seqpacket::is_own(&*connection, sender, self.user) && watched.add(&*connection, id).is_ok();
+        let is_admitted = socket::is_own(&*connection, sender, self.user) && watched.add(&*connection, id).is_ok();
         if is_admitted {
             self.next_id += 1;
             let inbox = Inbox::new(protocol::MOST_REQUEST);
@@ -321,7 +321,7 @@ impl Desk {
         is_admitted
     }
 
-    fn end_rest(&mut self, watched: &Watched) -> Io<()> {
+    fn end_rest(&mut self, watched: &Epoll) -> Io<()> {
         if self.rests_until.is_some() {
             watched.pause(&*self.listener, LISTENER, false)?;
             self.rests_until = None;
@@ -329,14 +329,14 @@ impl Desk {
         Ok(())
     }
 
-    fn rest(&mut self, watched: &Watched, until: Instant) -> Io<()> {
+    fn rest(&mut self, watched: &Epoll, until: Instant) -> Io<()> {
         self.rests_until = Some(until);
         watched.pause(&*self.listener, LISTENER, true)
     }
 
     /// Returns the request that is complete with the data from this caller, if its sender is still there: a sender that
     /// has given up has already reported that to its user.
-    fn read(&mut self, watched: &Watched, id: u64, now: Instant) -> Option<Arrived> {
+    fn read(&mut self, watched: &Epoll, id: u64, now: Instant) -> Option<Arrived> {
         let at = self.callers.binary_search_by_key(&id, |caller| caller.id).ok()?;
         let Caller { connection, inbox, heard, .. } = &mut self.callers[at];
         *heard = now;
@@ -346,9 +346,9 @@ impl Desk {
                 Ok(0) => break inbox.request(),
                 Ok(_) if portion == 0 => return None,
                 Ok(missing) => match stream::receive(connection, inbox.arrived(), missing.min(portion)) {
-                    Ok(Moved::Bytes(received)) => portion -= received,
-                    Ok(Moved::Nothing) => return None,
-                    Ok(Moved::End) | Err(_) => {
+                    Ok(Transferred::Bytes(received)) => portion -= received,
+                    Ok(Transferred::WouldBlock) => return None,
+                    Ok(Transferred::Closed) | Err(_) => {
                         self.dismiss(watched, at);
                         return None;
                     }
@@ -370,12 +370,12 @@ impl Desk {
     }
 
     /// Removes a caller; dropping it closes the connection.
-    fn dismiss(&mut self, watched: &Watched, at: usize) -> Option<Caller> {
+    fn dismiss(&mut self, watched: &Epoll, at: usize) -> Option<Caller> {
         let caller = self.callers.remove(at);
         // Another caller may wait for the place or the descriptor of this one.
         self.rests_until = self.rests_until.map(|_| Instant::now());
         // Explicitly, because a program that is being started may briefly have a copy of the descriptor.
-        watched.leave_out(&*caller.connection).is_ok().then_some(caller)
+        watched.remove(&*caller.connection).is_ok().then_some(caller)
     }
 
     /// Returns how long no work is due unless data arrives.

@@ -238,7 +238,7 @@ impl TableFileLock {
 
     pub(super) fn acquire(&self, wait: &Wait) -> Result<(TableFileHold, Option<Box<Recovered>>)> {
         let mut guard = self.file.acquire_as(wait, self)?;
-        let recovered = guard.write(holder_record::take)?;
+        let recovered = guard.write(holder_record::record_current)?;
         let no_fork = NoFork::hold();
         let mut held = self.directory.held.lock();
         held.acquisitions += 1;

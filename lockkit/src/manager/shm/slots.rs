@@ -55,7 +55,7 @@ pub(super) fn take_slot(table: &Table, path: &Path, file: &File) -> Result<u64> 
         fence(Ordering::SeqCst);
         let generation = generation & GENERATION;
         step("generation raised");
-        holder_record::take(&slot.record);
+        holder_record::record_current(&slot.record);
         return Ok(fork | u64::from(generation << SLOT_BITS | (at + 1)));
     }
     Err(ErrorKind::TooManyProcesses { table: format!("the lock table {}", path.display()), most: SLOTS }.into())
