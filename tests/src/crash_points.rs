@@ -36,11 +36,11 @@ pub fn play(spec: &Spec, scenario: &str) {
     match stop {
         true => crate::failpoint::stop_at(at),
         #[cfg(unix)]
-        false if scenario == "forked" => crate::failpoint::kill_at_and_tell(at, |passed| match fork_by_thread() {
+        false if scenario == "forked" => crate::failpoint::kill_at_after(at, |passed| match fork_by_thread() {
             Some(child) => println!("left {child}"),
             None => println!("killed after {}", passed.join(", ")),
         }),
-        false => crate::failpoint::kill_at_and_tell(at, |passed| println!("killed after {}", passed.join(", "))),
+        false => crate::failpoint::kill_at_after(at, |passed| println!("killed after {}", passed.join(", "))),
     }
     crate::helper_process::announce();
     let guard = lock.acquire(&Wait::forever()).expect("the lock");

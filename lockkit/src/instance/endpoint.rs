@@ -47,7 +47,7 @@ impl Endpoint {
             Reached::NoListener | Reached::Full => return Ok(None),
             Reached::Queue(connection) => connection,
         };
-        let peer = socket::peer(&*connection).map_err(|error| self.io("ask who listens at", error))?;
+        let peer = socket::peer(&*connection).map_err(|error| self.io("query the listener at", error))?;
         if !socket::is_own(&*connection, peer, self.user) {
             let Peer { uid, pid } = peer;
             let pid = (pid != 0).then_some(pid);
@@ -64,7 +64,7 @@ impl Endpoint {
 #[cfg(test)]
 mod tests {
     #[test]
-    fn the_longest_name_of_the_last_user_fits() {
+    fn address_of_longest_name_and_highest_uid_fits() {
         let longest = format!("lockkit/first/u{}/{}", u32::MAX, "x".repeat(crate::base::name::MAX_LEN));
         assert!(super::socket::address(&longest).is_ok());
     }

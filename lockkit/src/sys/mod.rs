@@ -17,6 +17,7 @@
 //! | `ofd` | locks that belong to an open file | which processes still use a lock table, pidfiles |
 //! | `proc_locks` | the kernel's lists of locks on files | the holders of locks on files |
 //! | `proc_net_unix` | the abstract sockets and their queues | the list of named locks |
+//! | [`probe`] | the system's answer about a pid | `process` |
 //! | [`process`] | the identity of processes, and whether they live | owners |
 //! | [`process_local`] | a value that a forked child does not inherit | the heartbeat of leases, cancel tokens |
 //! | [`atomic_box`] | a value that one thread at a time takes | kept descriptors |
@@ -64,6 +65,7 @@ pub(crate) mod layout;
 pub(crate) mod mapping;
 #[cfg(target_os = "linux")]
 pub(crate) mod ofd;
+pub(crate) mod probe;
 #[cfg(target_os = "linux")]
 pub mod proc_locks;
 #[cfg(target_os = "linux")]
