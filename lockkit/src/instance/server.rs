@@ -5,11 +5,11 @@
 //! wait that every lock has. An async runtime waits for the descriptor itself, for as long as `poll` says.
 //!
 //! The cost of clients is bounded. A connection of another user is closed at once. At most [`MAX_CLIENTS`] are read at
-//! a time, and the others wait in the kernel. Each client has [`REQUEST_TIMEOUT`] to send its whole request. If other clients
-//! wait for a place, a client that has been silent for [`IDLE_TIMEOUT`] is dismissed, the longest silent first. Memory is
-//! allocated for bytes that have arrived, never for an announced length. One request at a time is parsed, which may
-//! take six times its length in memory if all its texts are empty. A dismissed client sees its connection closed, as at
-//! the end of the first instance, and may connect again.
+//! a time, and the others wait in the kernel. Each client has [`REQUEST_TIMEOUT`] to send its whole request. If other
+//! clients wait for a place, a client that has been silent for [`IDLE_TIMEOUT`] is dismissed, the longest silent first.
+//! Memory is allocated for bytes that have arrived, never for an announced length. One request at a time is parsed,
+//! which may take six times its length in memory if all its texts are empty. A dismissed client sees its connection
+//! closed, as at the end of the first instance, and may connect again.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
@@ -41,7 +41,7 @@ const READ_SIZE: usize = 64 << 10;
 /// request.
 const MAX_EXTRA_POLLS: usize = 4 * protocol::MAX_REQUEST_BYTES / READ_SIZE;
 
-/// The names of the epoll descriptors; those of clients come after them.
+/// The names of the watched descriptors; those of clients come after them.
 const LISTENER: u64 = 0;
 const CLOSED: u64 = 1;
 
@@ -77,7 +77,7 @@ struct Connections {
     listener: ForkGuarded,
     /// The user whose processes may call.
     user: u32,
-    /// The listener is not epoll until this moment.
+    /// The listener is not watched until this time.
     accept_paused_until: Option<Instant>,
     /// In the order of arrival, and so of their ids.
     clients: Vec<Client>,
@@ -238,8 +238,8 @@ impl Drop for Receiver<'_> {
 }
 
 impl Connections {
-    /// Reads the arrived data, at most [`READ_SIZE`] bytes from each client, until one request is complete. The other data stays in the
-    /// kernel, so that the descriptor stays readable for other waiters.
+    /// Reads the arrived data, at most [`READ_SIZE`] bytes from each client, until one request is complete. The other
+    /// data stays in the kernel, so that the descriptor stays readable for other waiters.
     fn receive(&mut self, epoll: &Epoll) -> Io<Polled> {
         let now = Instant::now();
         if self.accept_paused_until.is_some_and(|until| now >= until) {

@@ -87,7 +87,7 @@ impl MemoryLock {
     }
 
     pub(super) fn acquire(&self, wait: &Wait) -> Result<MemoryHold> {
-        /// A waiter sleeps no longer before it checks its token again.
+        /// The longest sleep of a waiter before it checks its token again.
         const MAX_SLEEP: Duration = Duration::from_secs(1);
         wait.check(self)?;
         let owner = Owner { acquired: Some(process::cheap_time()), ..Owner::current() };

@@ -63,7 +63,8 @@ impl NamedGuard {
     }
 
     /// Records another process as the holder, for a supervisor that acquires the lock for a child.
-    /// [`owner`](crate::NamedLock::owner) then returns that process. The guard stays here, and dropping it releases as before.
+    /// [`owner`](crate::NamedLock::owner) then returns that process. The guard stays here, and dropping it releases as
+    /// before.
     ///
     /// ```no_run
     /// # use lockkit::{NamedLock, Owner};

@@ -78,8 +78,7 @@ impl MutexLock {
         let (mut acquired, mut hold) = self.start_hold(None, Some(Instant::now()))?;
         if acquired == Acquired::TimedOut {
             let Some(wait_state) = wait.state_for(info) else { return Err(info.held()) };
-            let cancel = wait_state.token().map(CancelToken::event).transpose()?;
-            (acquired, hold) = self.start_hold(cancel, wait_state.until())?;
+            (acquired, hold) = self.start_hold(wait_state.token().cloned(), wait_state.until())?;
             match acquired {
                 Acquired::Free | Acquired::Abandoned => {}
                 Acquired::TimedOut => return Err(wait_state.error(WaitError::TimedOut, info)),
@@ -93,17 +92,20 @@ impl MutexLock {
         Ok((hold, recovered.or_else(unknown)))
     }
 
-    /// Starts a thread that acquires the mutex and is_held it, if it succeeds.
-    fn start_hold(&self, cancel: Option<Arc<Event>>, until: Option<Instant>) -> Result<(Acquired, MutexHold)> {
+    /// Starts a thread that acquires the mutex and holds it, if it succeeds.
+    fn start_hold(&self, cancel: Option<CancelToken>, until: Option<Instant>) -> Result<(Acquired, MutexHold)> {
         let object = mutex::object(&self.name, self.sharing).map_err(|error| Error::io("name", &self.name, error))?;
         let mutex = Mutex::open(&object, self.sharing).map_err(|error| Error::io("open", &object, error))?;
         let failed = |action, error| Error::io(action, &object, error);
         let release_event = Arc::new(Event::new().map_err(|error| failed("create an event for", error))?);
+        // Reports a failure to create the cancel event here. The thread then gets the same event.
+        cancel.as_ref().map(CancelToken::event).transpose()?;
         let (sender, receiver) = sync_channel(1);
         let hold_mutex = {
             let release_event = release_event.clone();
             move || {
-                let acquired = mutex.acquire(cancel.as_ref().map(|cancel| cancel.as_handle()), until);
+                let cancel = cancel.as_ref().and_then(|token| token.event().ok());
+                let acquired = mutex.acquire(cancel.map(|event| event.as_handle()), until);
                 let is_held = matches!(acquired, Ok(Acquired::Free | Acquired::Abandoned));
                 // The receiver always waits for this message.
                 let _ = sender.send(acquired);

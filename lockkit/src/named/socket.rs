@@ -109,7 +109,8 @@ struct Acquisition<'l> {
     lock: &'l SocketLock,
     info: &'l dyn LockInfo,
     wait_state: WaitState,
-    /// Whether the caller does not wait. It still waits for a [`UNKNOWN_HOLDER_TIMEOUT`], unless a live process holds the lock.
+    /// Whether the caller does not wait. It still waits for [`UNKNOWN_HOLDER_TIMEOUT`], unless a live process holds the
+    /// lock.
     is_brief: bool,
     backoff: Backoff,
     /// The place in the holder's queue, if the holder could be reached.
@@ -172,7 +173,7 @@ impl<'l> Acquisition<'l> {
         self.queued.as_ref().map(|queued| queued.connection.as_fd())
     }
 
-    /// Takes over a socket that has received, also after the timeout.
+    /// Takes over a socket that was received, also after the timeout.
     fn wake(&mut self, waited: WaitResult) -> Result<Option<Acquired>> {
         if let Some(queued) = &mut self.queued {
             let has_ended = seqpacket::receive(&queued.connection, &mut queued.received);
@@ -422,7 +423,7 @@ impl SocketLock {
         Ok(sockets.at(self.name()).map_or(0, |queue| sockets.waiters(queue, user_of(self.sharing))))
     }
 
-    /// Returns whether the name is bound. The check has no effect on a holder; it binds a free name for a retry_for.
+    /// Returns whether the name is bound. The check has no effect on a holder; it binds a free name for a moment.
     pub(super) fn is_held(&self) -> Result<bool> {
         let free = seqpacket::is_free(&self.address).map_err(|error| self.io("bind", error))?;
         Ok(!free)

@@ -21,7 +21,7 @@ impl<T> AtomicBox<T> {
         Self { value: AtomicPtr::new(ptr::null_mut()), owns: PhantomData }
     }
 
-    /// Takes the value out of the box.
+    /// Takes the value.
     pub(crate) fn take(&self) -> Option<Box<T>> {
         let value = self.value.swap(ptr::null_mut(), Ordering::Acquire);
         // SAFETY: a pointer that is not null came from `Box::into_raw` in `put`, and the swap gave it to this call
@@ -29,7 +29,7 @@ impl<T> AtomicBox<T> {
         (!value.is_null()).then(|| unsafe { Box::from_raw(value) })
     }
 
-    /// Puts a value into the box, or drops it if the box is full.
+    /// Stores a value, or drops it if there is one already.
     pub(crate) fn put(&self, value: Box<T>) {
         let value = Box::into_raw(value);
         if self.value.compare_exchange(ptr::null_mut(), value, Ordering::Release, Ordering::Relaxed).is_err() {

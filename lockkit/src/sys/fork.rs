@@ -150,7 +150,7 @@ impl Note {
         self.inode.store(inode, Ordering::Relaxed);
     }
 
-    /// Notes a new descriptor under the next sequence number, for a descriptor that the kernel has just given to this thread.
+    /// Notes a descriptor that the kernel has just given to this thread, and returns its sequence number.
     fn begin(&self, identity: Identity) -> u64 {
         self.set_identity(identity);
         let sequence = self.state.load(Ordering::Relaxed) / SEQUENCE + 1;
@@ -158,7 +158,7 @@ impl Note {
         sequence
     }
 
-    /// Whether the number still belongs to a lock, under this sequence number.
+    /// Whether the number still belongs to a lock, and its note has this sequence number.
     fn is_of(&self, sequence: u64) -> bool {
         let state = self.state.load(Ordering::Acquire);
         state / SEQUENCE == sequence && state % SEQUENCE != FREE

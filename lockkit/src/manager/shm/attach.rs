@@ -147,7 +147,8 @@ impl Attached {
         Ok(())
     }
 
-    /// Returns the owner number, as [`own_number`](Self::own_number), and checks whether the program has closed the slot's descriptor.
+    /// Returns the owner number, as [`own_number`](Self::own_number) does. Takes another slot if the program has closed
+    /// the slot's descriptor.
     pub(super) fn check_slot(&self) -> Result<u32> {
         let own_number = self.own_number()?;
         let is_own = {

@@ -81,7 +81,7 @@ pub(super) fn reserve(file: &File, (offset, length): (u64, u64)) -> std::result:
     }
 }
 
-/// Returns the slot that an owner names, unless the word is damaged and names none.
+/// Returns the slot that an owner names, or `None` if a damaged word names no slot.
 fn slot_of(table: &Table, owner: u32) -> Option<&Slot> {
     table.slots().get((owner & SLOT).checked_sub(1)? as usize)
 }

@@ -123,8 +123,8 @@ pub(crate) struct Received {
     pub(crate) sender: Option<Peer>,
 }
 
-/// Reads what the holder has sent through `connection` into `received_socket`, without waiting. Returns whether the stream has
-/// ended. If a socket has arrived by then, the lock is handed over; if not, the holder has died or closed its socket.
+/// Reads what the holder has sent through `connection` into `received_socket`, without waiting. Returns whether the
+/// stream has ended. If a socket has arrived by then, the lock is handed over; if not, the holder has died or closed its socket.
 pub(crate) fn receive(connection: &ForkGuarded, received_socket: &mut Option<Received>) -> Result<bool> {
     loop {
         match receive_one(connection) {
