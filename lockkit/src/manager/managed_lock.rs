@@ -19,7 +19,7 @@ use crate::base::telemetry;
 use crate::base::wait::Wait;
 use crate::sys::fork::ProcessId;
 
-/// A lock of a [`LockManager`]. A clone is another handle on the same lock.
+/// A lock of a [`LockManager`](crate::LockManager). A clone is another handle on the same lock.
 ///
 /// Not reentrant: locking twice from the same thread deadlocks. Not strictly fair: an acquisition may barge, that is
 /// overtake waiters. In shared memory the wait of an overtaken waiter is bounded; in a directory and in memory it is
@@ -231,8 +231,9 @@ impl ManagedLock {
     /// shared memory one of the two might release what a third thread has just acquired.
     ///
     /// # Errors
-    /// [`NotLocked`](crate::ErrorKind::NotLocked) if this process does not hold the lock. With a [`FileLockManager`] or
-    /// an [`InMemoryLockManager`] also if the lock was not acquired through this manager or a clone of it.
+    /// [`NotLocked`](crate::ErrorKind::NotLocked) if this process does not hold the lock. With a
+    /// [`FileLockManager`](crate::FileLockManager) or an [`InMemoryLockManager`](crate::InMemoryLockManager) also if the
+    /// lock was not acquired through this manager or a clone of it.
     ///
     /// ```
     /// use lockkit::{InMemoryLockManager, LockManager};
@@ -272,7 +273,7 @@ impl ManagedGuard {
     ///
     /// # Errors
     /// - [`NotLocked`](crate::ErrorKind::NotLocked) if [`ManagedLock::unlock`] has already released the lock.
-    /// - [`Io`](crate::ErrorKind::Io) from a [`FileLockManager`] if a system call fails.
+    /// - [`Io`](crate::ErrorKind::Io) from a [`FileLockManager`](crate::FileLockManager) if a system call fails.
     pub fn release(mut self) -> Result<()> {
         self.release_once()
     }
@@ -281,7 +282,8 @@ impl ManagedGuard {
     /// however the lock was acquired. The owner is unknown only if its slot in the table was given to another process
     /// in between, or if its record is damaged.
     ///
-    /// With an [`InMemoryLockManager`] the result is always `None`, because no holder can die.
+    /// With an [`InMemoryLockManager`](crate::InMemoryLockManager) the result is always `None`, because no holder can
+    /// die.
     pub fn recovered(&self) -> Option<&Recovered> {
         match &self.0 {
             GuardHold::Inline(_) => None,

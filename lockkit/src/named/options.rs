@@ -34,8 +34,8 @@ impl Scope {
     }
 }
 
-/// How a [`NamedLock`] is held. Locks with different backends do not exclude each other: all processes that share a
-/// name must use the same backend.
+/// How a [`NamedLock`](crate::NamedLock) is held. Locks with different backends do not exclude each other: all processes
+/// that share a name must use the same backend.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Backend {
