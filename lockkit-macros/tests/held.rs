@@ -48,7 +48,7 @@ fn assert_holds(name: &str, call: impl FnOnce() -> bool) {
 }
 
 #[test]
-fn a_function_that_returns_a_result_refuses_with_the_error() {
+fn held_name_in_result_function_returns_error() {
     const NAME: &str = "lockkit-test-macro-result";
 
     #[single_instance(NAME)]
@@ -64,7 +64,7 @@ fn a_function_that_returns_a_result_refuses_with_the_error() {
 }
 
 #[test]
-fn any_error_made_from_ours_will_do_under_any_alias() {
+fn held_name_converts_to_own_error_type() {
     const NAME: &str = "lockkit-test-macro-alias";
     type Outcome<T, E = Box<dyn std::error::Error + Send + Sync>> = Result<T, E>;
 
@@ -111,7 +111,7 @@ fn any_error_made_from_ours_will_do_under_any_alias() {
 }
 
 #[test]
-fn a_function_that_returns_an_option_refuses_with_none() {
+fn held_name_in_option_function_returns_none() {
     const NAME: &str = "lockkit-test-macro-option";
 
     #[single_instance(NAME)]
@@ -125,7 +125,7 @@ fn a_function_that_returns_an_option_refuses_with_none() {
 }
 
 #[test]
-fn a_handler_says_what_a_function_returns_when_the_name_is_held() {
+fn on_held_handler_decides_return_value() {
     const NAME: &str = "lockkit-test-macro-on-held";
 
     fn why(error: lockkit::Error) -> String {
@@ -143,7 +143,7 @@ fn a_handler_says_what_a_function_returns_when_the_name_is_held() {
 }
 
 #[test]
-fn a_wait_for_ever_ends_when_the_name_comes_free() {
+fn wait_forever_ends_when_name_is_free() {
     const NAME: &str = "lockkit-test-macro-forever";
 
     #[single_instance(NAME, wait = "forever")]
@@ -168,7 +168,7 @@ fn a_wait_for_ever_ends_when_the_name_comes_free() {
 }
 
 #[test]
-fn a_wait_with_a_limit_ends_with_the_limit() {
+fn wait_with_limit_ends_at_limit() {
     const NAME: &str = "lockkit-test-macro-limit";
 
     #[single_instance(NAME, wait = "100ms")]
@@ -200,7 +200,7 @@ fn refuse_returns_convertible_error_and_panics_otherwise() {
 }
 
 #[test]
-fn the_scope_is_the_users_unless_it_is_the_machines() {
+fn scope_without_argument_is_user() {
     const NAME: &str = "lockkit-test-macro-scope";
 
     #[single_instance(NAME, scope = "machine")]
@@ -219,7 +219,7 @@ fn the_scope_is_the_users_unless_it_is_the_machines() {
 }
 
 #[test]
-fn an_early_return_a_question_mark_and_a_panic_release_the_name() {
+fn early_return_and_panic_release_name() {
     const NAME: &str = "lockkit-test-macro-leave";
 
     #[single_instance(NAME)]
@@ -239,7 +239,7 @@ fn an_early_return_a_question_mark_and_a_panic_release_the_name() {
 }
 
 #[test]
-fn locals_are_dropped_while_the_name_is_held() {
+fn locals_are_dropped_before_release() {
     const NAME: &str = "lockkit-test-macro-locals";
 
     struct Local<'a>(&'a mut bool);
@@ -262,7 +262,7 @@ fn locals_are_dropped_while_the_name_is_held() {
 }
 
 #[test]
-fn methods_generics_lifetimes_and_opaque_types_keep_working() {
+fn attribute_on_methods_and_generic_functions_works() {
     const NAME: &str = "lockkit-test-macro-shapes";
 
     struct Job {
@@ -323,7 +323,7 @@ fn methods_generics_lifetimes_and_opaque_types_keep_working() {
 }
 
 #[test]
-fn two_names_on_one_function_are_both_held() {
+fn two_attributes_on_function_hold_both_names() {
     const OUTER: &str = "lockkit-test-macro-outer";
     const INNER: &str = "lockkit-test-macro-inner";
 
@@ -338,7 +338,7 @@ fn two_names_on_one_function_are_both_held() {
 }
 
 #[test]
-fn an_async_function_holds_the_name_across_its_awaits() {
+fn async_function_holds_name_across_awaits() {
     const NAME: &str = "lockkit-test-macro-async";
 
     #[single_instance(NAME)]
@@ -374,7 +374,7 @@ fn future_acquires_at_first_poll_and_releases_on_drop() {
 }
 
 #[test]
-fn an_async_method_may_borrow() {
+fn attribute_on_async_method_with_borrow_works() {
     const NAME: &str = "lockkit-test-macro-async-method";
 
     struct Job(Vec<bool>);
@@ -425,7 +425,7 @@ fn on_recovered_gets_dead_owner() {
 }
 
 #[test]
-fn a_main_that_finds_its_name_held_says_so_and_exits() {
+fn main_with_held_name_reports_and_exits() {
     const NAME: &str = "lockkit-test-macro-main";
 
     fn plain() {
@@ -479,14 +479,14 @@ fn a_main_that_finds_its_name_held_says_so_and_exits() {
         ("with handler", 0, &handled),
         ("fail", 71, &failed),
     ] {
-        let output = child("a_main_that_finds_its_name_held_says_so_and_exits", task).output().unwrap();
+        let output = child("main_with_held_name_reports_and_exits", task).output().unwrap();
         let stderr = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(code), "{task}: {stderr}");
         assert!(stderr.starts_with(said) && stderr.lines().count() == 1, "{task}: {stderr}");
     }
     drop(held);
     for task in ["plain", "waiting", "with code", "with handler"] {
-        let output = child("a_main_that_finds_its_name_held_says_so_and_exits", task).output().unwrap();
+        let output = child("main_with_held_name_reports_and_exits", task).output().unwrap();
         assert!(output.status.success() && output.stderr.is_empty(), "{task}: {output:?}");
     }
 }

@@ -9,11 +9,11 @@ fn compile_error_points_at_invalid_token() {
 }
 
 #[test]
-fn what_a_function_is_made_of_is_preserved() {
+fn attribute_preserves_function_parts() {
     trybuild::TestCases::new().pass("tests/ui/pass/*.rs");
 }
 
 #[test]
-fn c6_items_of_the_module_keep_their_names() {
+fn c6_items_of_module_keep_their_names() {
     trybuild::TestCases::new().pass("tests/ui/names/*.rs");
 }

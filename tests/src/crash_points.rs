@@ -36,11 +36,11 @@ pub fn run_scenario(spec: &Spec, scenario: &str) {
     match stop {
         true => crate::failpoint::stop_at(at),
         #[cfg(unix)]
-        false if scenario == "forked" => crate::failpoint::kill_at_and_tell(at, |passed| match fork_by_thread() {
+        false if scenario == "forked" => crate::failpoint::kill_at_after(at, |passed| match fork_by_thread() {
             Some(child) => println!("left {child}"),
             None => println!("killed after {}", passed.join(", ")),
         }),
-        false => crate::failpoint::kill_at_and_tell(at, |passed| println!("killed after {}", passed.join(", "))),
+        false => crate::failpoint::kill_at_after(at, |passed| println!("killed after {}", passed.join(", "))),
     }
     crate::helper_process::announce();
     let guard = lock.acquire(&Wait::forever()).expect("the lock");
@@ -182,17 +182,16 @@ pub fn stop_at_every_step_of_a_release(kind: Kind) {
 
 /// Returns whether a process that died after these steps has left a record that it held the lock.
 fn is_written(steps: &str) -> bool {
-    const WRITTEN: [&str; 4] = ["holder written down", "file named", "lock word taken", "record written"];
-    const WIPED: [&str; 7] = [
+    const WRITTEN: [&str; 4] = ["holder recorded", "file named", "lock word acquired", "record written"];
+    const CLEARED: [&str; 6] = [
         "words of a record written",
-        "record wiped",
-        "receiver written down",
+        "record cleared",
+        "receiver recorded",
         "file removed",
-        "lock word given back",
-        "lock word given back to waiters",
+        "lock word released",
         "record freed",
     ];
-    let last = steps.rsplit(", ").find(|step| WRITTEN.contains(step) || WIPED.contains(step));
+    let last = steps.rsplit(", ").find(|step| WRITTEN.contains(step) || CLEARED.contains(step));
     last.is_some_and(|step| WRITTEN.contains(&step))
 }
 

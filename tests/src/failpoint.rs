@@ -5,10 +5,10 @@
 //! [`are_enabled`] first is left out.
 
 #[cfg(lockkit_failpoints)]
-pub use lockkit::failpoint::{ENABLED, LastWords, kill_at, kill_at_and_tell, passed, stop_at};
+pub use lockkit::failpoint::{BeforeKill, ENABLED, kill_at, kill_at_after, passed, stop_at};
 
 #[cfg(not(lockkit_failpoints))]
-pub use absent::{ENABLED, LastWords, kill_at, kill_at_and_tell, passed, stop_at};
+pub use absent::{BeforeKill, ENABLED, kill_at, kill_at_after, passed, stop_at};
 
 /// Returns whether a process can be killed at a failpoint. Reports the test as left out if it cannot.
 pub fn are_enabled() -> bool {
@@ -27,7 +27,7 @@ mod absent {
     pub const ENABLED: bool = false;
 
     /// A function that receives the failpoints that a process has passed.
-    pub type LastWords = fn(&[&'static str]);
+    pub type BeforeKill = fn(&[&'static str]);
 
     /// Panics.
     pub fn kill_at(_at: usize) {
@@ -35,7 +35,7 @@ mod absent {
     }
 
     /// Panics.
-    pub fn kill_at_and_tell(_at: usize, _last_words: LastWords) {
+    pub fn kill_at_after(_at: usize, _before_kill: BeforeKill) {
         panic!("{WHY}");
     }
 

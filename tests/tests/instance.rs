@@ -65,7 +65,7 @@ fn answered(sender: &Actor) -> String {
 }
 
 #[test]
-fn a_second_start_hands_over_all_it_has_exactly_as_it_is() {
+fn activate_delivers_request_unchanged() {
     let name = name();
     let first = first(&name);
     let directory = tempfile::tempdir().unwrap();
@@ -110,7 +110,7 @@ fn a_second_start_hands_over_all_it_has_exactly_as_it_is() {
 }
 
 #[test]
-fn an_activation_that_is_dropped_is_answered_with_nothing() {
+fn dropped_activation_answers_with_no_bytes() {
     let name = name();
     let first = first(&name);
     let mut sender = Actor::start_instance(&name);
@@ -121,7 +121,7 @@ fn an_activation_that_is_dropped_is_answered_with_nothing() {
 }
 
 #[test]
-fn a_mebibyte_goes_each_way_and_one_byte_more_is_refused() {
+fn activate_with_one_mebibyte_works_and_with_more_fails() {
     let name = name();
     let first = first(&name);
     let bytes: Vec<u8> = (0..MOST_BYTES).map(|at| (at % 251) as u8).collect();
@@ -259,7 +259,7 @@ fn first_instance_end_promotes_one_waiter_that_serves_rest() {
 }
 
 #[test]
-fn starters_at_the_same_moment_are_never_both_first() {
+fn concurrent_starts_have_one_first_instance() {
     let name = name();
     let mut starters = [(); 3].map(|()| Actor::start_instance(&name));
     for _ in 0..300 {
@@ -365,7 +365,7 @@ fn second_takes_over_after_first_crashes_in_release() {
 }
 
 #[test]
-fn a_second_instance_killed_at_any_step_costs_the_first_nothing() {
+fn second_killed_at_any_step_does_not_affect_first() {
     if !lockkit_tests::failpoint::are_enabled() {
         return;
     }
@@ -413,7 +413,7 @@ fn activate_before_first_listens_waits() {
 }
 
 #[test]
-fn the_address_of_the_one_before_may_linger_for_a_moment() {
+fn enter_waits_for_address_of_previous_first() {
     let name = name();
     let lingering = UnixListener::bind_addr(&address(my_uid(), &name)).unwrap();
     let mut starter = Actor::start_instance(&name);
@@ -444,7 +444,7 @@ fn child_processes_do_not_keep_instance_name_or_socket() {
 }
 
 #[test]
-fn a_handler_that_panics_tells_the_sender_and_takes_the_next() {
+fn handler_panic_is_reported_and_next_request_handled() {
     let name = name();
     let [mut first, mut second] = [(); 2].map(|()| Actor::start_instance(&name));
     first.expect("enter", "first");
@@ -457,7 +457,7 @@ fn a_handler_that_panics_tells_the_sender_and_takes_the_next() {
 }
 
 #[test]
-fn activations_arrive_by_callback_or_iterator_or_none_waiting() {
+fn activations_arrive_by_callback_iterator_and_poll() {
     let name = name();
     let first = first(&name);
     assert_eq!(first.activations(&Wait::none()).count(), 0);
@@ -509,7 +509,7 @@ fn activations_arrive_by_callback_or_iterator_or_none_waiting() {
 }
 
 #[test]
-fn activations_come_to_tasks_and_a_dropped_future_loses_none() {
+fn dropped_next_activation_future_loses_no_activation() {
     let name = name();
     let first = first(&name);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
@@ -553,7 +553,7 @@ fn activations_come_to_tasks_and_a_dropped_future_loses_none() {
 }
 
 #[test]
-fn activations_come_as_a_stream_until_it_is_cancelled() {
+fn activation_stream_ends_when_cancelled() {
     use tokio_stream::StreamExt;
 
     let name = name();
@@ -579,7 +579,7 @@ fn activations_come_as_a_stream_until_it_is_cancelled() {
 }
 
 #[test]
-fn tasks_that_receive_at_once_share_the_activations() {
+fn concurrent_tasks_share_activations() {
     let name = name();
     let first = first(&name);
     let mut senders = [(); 2].map(|()| Actor::start_instance(&name));
@@ -669,7 +669,7 @@ fn activate_can_be_cancelled_and_first_instance_released() {
 }
 
 #[test]
-fn nothing_is_left_behind() {
+fn repeated_activations_leak_no_thread_or_descriptor() {
     let name = name();
     let [mut first, mut second] = [(); 2].map(|()| Actor::start_instance(&name));
     let round = |first: &mut Actor, second: &mut Actor| {
@@ -687,7 +687,7 @@ fn nothing_is_left_behind() {
 }
 
 #[test]
-fn variables_of_the_environment_lead_to_no_other_instance() {
+fn environment_variables_do_not_change_instance() {
     let name = name();
     let directory = tempfile::tempdir().unwrap();
     let mut first = Actor::start_instance(&name);
@@ -702,7 +702,7 @@ fn variables_of_the_environment_lead_to_no_other_instance() {
 }
 
 #[test]
-fn another_user_is_turned_away_by_the_first_instance() {
+fn first_instance_rejects_other_user() {
     let Some(stranger) = another_user() else { return };
     let name = name();
     let first = first(&name);
@@ -761,7 +761,7 @@ fn activate_sends_nothing_to_instance_of_other_user() {
 }
 
 #[test]
-fn users_have_first_instances_of_their_own() {
+fn first_instances_of_users_are_separate() {
     let Some(user) = another_user() else { return };
     let name = name();
     let _first = first(&name);
@@ -780,7 +780,7 @@ fn closed(mut connection: &UnixStream) -> Vec<u8> {
 }
 
 #[test]
-fn garbage_and_lies_are_turned_away_at_once() {
+fn malformed_requests_are_rejected_at_once() {
     let name = name();
     let [mut first, mut second] = [(); 2].map(|()| Actor::start_instance(&name));
     first.expect("start 0", "first");
@@ -830,7 +830,7 @@ fn silent_or_partial_peers_do_not_delay_second_instance() {
 }
 
 #[test]
-fn descriptors_that_are_sent_along_are_not_taken() {
+fn descriptors_sent_with_request_are_not_received() {
     let name = name();
     let [mut first, mut second] = [(); 2].map(|()| Actor::start_instance(&name));
     first.expect("enter", "first");
@@ -860,9 +860,9 @@ fn descriptors_that_are_sent_along_are_not_taken() {
 #[test]
 fn activate_malformed_answer_fails() {
     for (nonsense, problem) in [
-        (b"HTTP/1.1 200 OK\r\n".to_vec(), "no answer"),
-        (frame(1, 2, u32::MAX, &[]), "no answer"),
-        (frame(1, 1, 0, &[]), "no answer"),
+        (b"HTTP/1.1 200 OK\r\n".to_vec(), "is invalid"),
+        (frame(1, 2, u32::MAX, &[]), "is invalid"),
+        (frame(1, 1, 0, &[]), "is invalid"),
         (frame(2, 2, 0, &[]), "another version"),
         (frame(2, 4, 0, &[]), "another version"),
         (frame(1, 3, 0, &[]), "failed"),
@@ -900,7 +900,7 @@ fn activate_with_truncated_answer_fails_without_retry() {
             drop(connection);
             let error = sender.join().unwrap().unwrap_err();
             assert!(matches!(error.kind(), ErrorKind::NotHandled { .. }), "{error}");
-            assert!(error.to_string().contains("broke off"), "{error}");
+            assert!(error.to_string().contains("is incomplete"), "{error}");
             listener.set_nonblocking(true).unwrap();
             assert_eq!(listener.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock, "it called again");
         } else {
@@ -924,7 +924,7 @@ fn answer_not_read_by_sender_fails_in_bounded_time() {
 }
 
 #[test]
-fn a_sender_in_another_pid_namespace_has_no_pid() {
+fn sender_in_other_pid_namespace_has_no_pid() {
     if !Command::new("unshare").args(["--pid", "--fork", "true"]).status().is_ok_and(|status| status.success()) {
         lockkit_tests::left_out("this machine makes no pid namespaces for the test");
         return;

@@ -18,7 +18,7 @@ mod in_memory_lock {
     const KIND: lockkit_tests::Kind = lockkit_tests::Kind::MEMORY;
 
     #[test]
-    fn keeps_the_rules_that_need_no_second_process() {
+    fn conformance_cases_within_one_process_pass() {
         use lockkit_tests::conformance::*;
         acquire_after_release_succeeds_for_every_wait(KIND);
         acquire_held_in_same_process_refused_until_release(KIND);
@@ -29,7 +29,7 @@ mod in_memory_lock {
     }
 
     #[test]
-    fn capacity_zero_is_refused() {
+    fn new_with_capacity_zero_fails() {
         assert!(lockkit::InMemoryLockManager::new(0).is_err());
     }
 }
@@ -40,7 +40,7 @@ mod in_a_directory {
     use lockkit_tests::managers::{Kind, Table};
 
     #[test]
-    fn a_directory_that_is_no_table_is_refused_and_left_as_it_is() {
+    fn open_directory_without_table_fails_and_keeps_it() {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
         let refused = || {
@@ -69,7 +69,7 @@ mod in_a_directory {
 
     #[test]
     #[cfg(target_os = "linux")]
-    fn a_directory_that_others_may_write_to_is_refused() {
+    fn open_directory_writable_by_others_fails() {
         use std::os::unix::fs::PermissionsExt;
 
         use lockkit_tests::another_user;
@@ -89,7 +89,7 @@ mod in_a_directory {
     }
 
     #[test]
-    fn a_freed_lock_leaves_no_file_even_if_its_owner_died() {
+    fn free_of_dead_owners_lock_leaves_no_file() {
         let table = Kind::Directory.fresh();
         let manager = table.open();
         for all in [false, true] {
@@ -168,7 +168,7 @@ mod shared_memory {
     }
 
     #[test]
-    fn create_refuses_what_is_there_and_open_what_is_not() {
+    fn create_existing_path_fails_and_open_missing_path_fails() {
         let table = Kind::Shm.fresh();
         assert_eq!(io_kind(&ShmLockManager::open(table.path()).unwrap_err()), Some(Io::NotFound));
         let manager = ShmLockManager::create(table.path(), 10).unwrap();
@@ -179,7 +179,7 @@ mod shared_memory {
     }
 
     #[test]
-    fn a_capacity_of_none_or_too_many_is_refused() {
+    fn create_with_invalid_capacity_fails() {
         let table = Kind::Shm.fresh();
         for capacity in [0, (1 << 24) + 1, u32::MAX] {
             let error = ShmLockManager::create(table.path(), capacity).unwrap_err();
@@ -189,7 +189,7 @@ mod shared_memory {
     }
 
     #[test]
-    fn openers_get_the_capacity_that_the_creator_wanted() {
+    fn open_returns_capacity_of_creator() {
         let table = Kind::Shm.fresh();
         table.open_with(10);
         assert_eq!(ShmLockManager::open_or_create(table.path(), 500).unwrap().capacity(), 10);
@@ -200,7 +200,7 @@ mod shared_memory {
     }
 
     #[test]
-    fn eight_processes_that_create_at_once_end_up_in_one_table() {
+    fn concurrent_open_or_create_makes_one_table() {
         for round in 0..60 {
             let table = if round % 2 == 0 { Kind::Shm } else { Kind::Directory }.fresh();
             let mut racers: Vec<_> = (0..8).map(|_| Actor::start_at(&table)).collect();
@@ -251,7 +251,7 @@ mod shared_memory {
     }
 
     #[test]
-    fn a_symlink_is_not_followed() {
+    fn open_symlink_fails() {
         let (table, link) = (Kind::Shm.fresh(), Kind::Shm.fresh());
         table.open();
         std::os::unix::fs::symlink(table.path(), link.path()).unwrap();
@@ -300,7 +300,7 @@ mod shared_memory {
     }
 
     #[test]
-    fn the_count_is_right_after_a_fight_for_the_last_locks() {
+    fn count_is_exact_after_contention_for_last_locks() {
         let table = Kind::Shm.fresh();
         let manager = table.open_with(8);
         for _ in 0..20 {
@@ -340,7 +340,7 @@ mod shared_memory {
     }
 
     #[test]
-    fn as_many_processes_as_there_are_slots_and_one_is_too_many() {
+    fn open_beyond_last_slot_fails_until_slot_is_free() {
         let table = Kind::Shm.fresh();
         ShmLockManager::create(table.path(), 10).unwrap();
         // This locks the other slots, as 4094 processes would.
@@ -394,7 +394,7 @@ mod shared_memory {
     }
 
     #[test]
-    fn a_process_attaches_once_however_often_it_opens() {
+    fn repeated_open_attaches_once() {
         let table = Kind::Shm.fresh();
         let first = ShmLockManager::create(table.path(), 10).unwrap();
         let descriptors = || {
@@ -417,7 +417,7 @@ mod shared_memory {
     }
 
     #[test]
-    fn a_waiter_takes_over_within_moments_of_the_death() {
+    fn waiter_acquires_soon_after_holder_death() {
         let table = Kind::Shm.fresh();
         let manager = table.open();
         for _ in 0..20 {

@@ -50,7 +50,7 @@ fn my_uid() -> u32 {
 }
 
 #[test]
-fn a_bad_name_is_refused_with_the_rule_it_breaks() {
+fn new_with_invalid_name_fails_with_its_rule() {
     for (name, rule) in [
         ("", "empty"),
         ("42", "letter"),
@@ -69,7 +69,7 @@ fn a_bad_name_is_refused_with_the_rule_it_breaks() {
 }
 
 #[test]
-fn the_longest_name_works_on_every_backend() {
+fn longest_name_works_on_every_backend() {
     let backends = [NATIVE, Backend::File];
     for (scope, backend) in [Scope::User, Scope::Machine].into_iter().flat_map(|scope| backends.map(|b| (scope, b))) {
         let name = format!("{:x<80}", fresh_name("lockkit-test"));
@@ -86,7 +86,7 @@ fn the_longest_name_works_on_every_backend() {
 }
 
 #[test]
-fn the_owner_is_known_while_it_holds_and_named_in_the_error() {
+fn owner_is_known_while_held_and_named_in_error() {
     for kind in OWN {
         let spec = kind.fresh();
         let [mut holder, mut other] = [(); 2].map(|()| Actor::start(&spec));
@@ -109,7 +109,7 @@ fn the_owner_is_known_while_it_holds_and_named_in_the_error() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn waiters_are_served_first_come_first_served() {
+fn waiters_are_served_in_order_of_arrival() {
     let spec = Kind::NAMED_SOCKET.fresh();
     let mut holder = Actor::start(&spec);
     holder.expect("lock", "held");
@@ -126,7 +126,7 @@ fn waiters_are_served_first_come_first_served() {
 }
 
 #[test]
-fn held_names_are_listed_with_their_waiters() {
+fn list_reports_held_names_with_waiters() {
     for (kind, backend) in OWN.into_iter().zip([NATIVE, Backend::File]) {
         let spec = kind.fresh();
         let listed = || NamedLock::list(Scope::User).unwrap().into_iter().find(|found| found.name() == spec.at());
@@ -147,7 +147,7 @@ fn held_names_are_listed_with_their_waiters() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_supervisor_can_name_its_child_as_the_holder() {
+fn name_holder_records_supervised_child() {
     for (kind, backend) in OWN.into_iter().zip([NATIVE, Backend::File]) {
         let spec = kind.fresh();
         let lock = NamedLock::builder(spec.at()).backend(backend).build().unwrap();
@@ -166,7 +166,7 @@ fn a_supervisor_can_name_its_child_as_the_holder() {
 }
 
 #[test]
-fn variables_of_the_environment_do_not_make_it_another_lock() {
+fn environment_variables_do_not_change_lock() {
     for kind in OWN {
         let spec = kind.fresh();
         let directory = tempfile::tempdir().unwrap();
@@ -235,7 +235,7 @@ fn release_with_queue_full_of_dead_waiters_serves_next_waiter() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_name_that_another_user_sits_on_is_said_to_be_foreign() {
+fn acquire_name_of_other_user_fails_with_foreign_owner() {
     let Some(stranger) = another_user() else { return };
     let spec = Kind::NAMED_SOCKET.fresh();
     let mut squatter = Actor::start_rogue(["squat", &abstract_name(my_uid(), spec.at())], stranger.uid);
@@ -257,7 +257,7 @@ fn a_name_that_another_user_sits_on_is_said_to_be_foreign() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_stranger_in_the_queue_is_passed_over() {
+fn release_skips_connection_of_other_user() {
     let Some(stranger) = another_user() else { return };
     let spec = Kind::NAMED_SOCKET.fresh();
     let [mut holder, mut waiter] = [(); 2].map(|()| Actor::start(&spec));
@@ -273,7 +273,7 @@ fn a_stranger_in_the_queue_is_passed_over() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn users_have_names_of_their_own_and_share_those_of_the_machine() {
+fn user_names_are_separate_and_machine_names_shared() {
     let Some(user) = another_user() else { return };
     for (kind, own) in OWN.map(|kind| (kind, true)).into_iter().chain(MACHINE.map(|kind| (kind, false))) {
         let spec = kind.fresh();
@@ -372,7 +372,7 @@ fn processes_in_separate_pid_namespaces_share_name() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_holder_that_becomes_another_program_holds_no_more() {
+fn exec_in_holder_frees_lock() {
     let spec = Kind::NAMED_SOCKET.fresh();
     let (mut holder, mut other) = (Actor::start(&spec), Actor::start(&spec));
     holder.expect("lock", "held");
@@ -385,7 +385,7 @@ fn a_holder_that_becomes_another_program_holds_no_more() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_handle_goes_on_when_its_directory_was_deleted() {
+fn acquire_after_directory_deletion_works() {
     let Some(user) = another_user() else { return };
     let spec = Kind::NAMED_FILE.fresh();
     let mut actor = Actor::start_as(&spec, user.uid);
@@ -398,7 +398,7 @@ fn a_handle_goes_on_when_its_directory_was_deleted() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn the_record_of_one_lock_is_never_the_file_of_another() {
+fn record_of_one_lock_is_not_file_of_another() {
     let Some(user) = another_user() else { return };
     let [_, memory] = user.directories();
     std::fs::create_dir(&memory).unwrap();
@@ -460,7 +460,7 @@ fn acquire_in_untrusted_directory_fails() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_lock_file_that_is_a_link_to_another_file_is_refused() {
+fn acquire_with_linked_lock_file_fails() {
     let victim = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(victim.path(), "precious").unwrap();
     let spec = Kind::NAMED_FILE.fresh();
@@ -678,7 +678,7 @@ fn b8_receiver_that_is_stopped_is_the_owner() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn b8_waiter_that_says_nonsense_is_named_by_its_pid() {
+fn b8_waiter_with_invalid_announcement_is_named_by_pid() {
     let spec = Kind::NAMED_SOCKET.fresh();
     let lock = NamedLock::new(spec.at()).unwrap();
     let guard = lock.lock().unwrap();
@@ -694,7 +694,7 @@ fn b8_waiter_that_says_nonsense_is_named_by_its_pid() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn b8_process_that_only_asks_gets_no_lock() {
+fn b8_owner_query_gets_no_lock() {
     let spec = Kind::NAMED_SOCKET.fresh();
     let lock = NamedLock::new(spec.at()).unwrap();
     let guard = lock.lock().unwrap();
@@ -709,7 +709,7 @@ fn b8_process_that_only_asks_gets_no_lock() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn c3_holder_stopped_in_its_release_keeps_nothing() {
+fn c3_holder_stopped_in_release_keeps_no_socket() {
     for kind in [Kind::NAMED_SOCKET, Kind::MACHINE_SOCKET] {
         lockkit_tests::crash_points::stop_at_every_step_of_a_release(kind);
     }
@@ -812,7 +812,7 @@ fn c1_socket_of_another_type_is_not_the_lock() {
 /// This is one test, because the directories of a user with this number are the same for all.
 #[cfg(target_os = "linux")]
 #[test]
-fn c1_overflow_uid_is_not_trusted_as_ones_own() {
+fn c1_overflow_uid_is_not_trusted_as_own_uid() {
     let Some(stranger) = another_user() else { return };
     let Some(inside) = UserNamespace::new(2_000_000) else { return };
     const LAST: u32 = UserNamespace::LAST;
@@ -964,20 +964,20 @@ fn c11_cleaner_leaves_files_of_machine_wide_locks() {
 }
 
 lockkit_tests::left_out! { "it takes other users, modes of files, links, namespaces, or sockets, as Linux has them":
-    a_holder_that_becomes_another_program_holds_no_more,
-    waiters_are_served_first_come_first_served,
-    a_supervisor_can_name_its_child_as_the_holder,
+    exec_in_holder_frees_lock,
+    waiters_are_served_in_order_of_arrival,
+    name_holder_records_supervised_child,
     release_with_queue_full_of_dead_waiters_serves_next_waiter,
-    a_name_that_another_user_sits_on_is_said_to_be_foreign,
-    a_stranger_in_the_queue_is_passed_over,
-    users_have_names_of_their_own_and_share_those_of_the_machine,
+    acquire_name_of_other_user_fails_with_foreign_owner,
+    release_skips_connection_of_other_user,
+    user_names_are_separate_and_machine_names_shared,
     machine_wide_lock_of_any_first_user_is_open_to_all,
     processes_in_separate_pid_namespaces_share_name,
-    a_handle_goes_on_when_its_directory_was_deleted,
-    the_record_of_one_lock_is_never_the_file_of_another,
+    acquire_after_directory_deletion_works,
+    record_of_one_lock_is_not_file_of_another,
     named_lock_file_is_private_to_effective_user,
     acquire_in_untrusted_directory_fails,
-    a_lock_file_that_is_a_link_to_another_file_is_refused,
+    acquire_with_linked_lock_file_fails,
     owner_query_on_fifo_does_not_block,
     death_without_shared_memory_is_reported_by_file,
     lock_without_record_storage_works_and_reports_no_death,
@@ -987,16 +987,16 @@ lockkit_tests::left_out! { "it takes other users, modes of files, links, namespa
     b4_waiters_are_live_and_of_this_user_only,
     b4_waiters_are_exact_behind_a_full_queue_of_dead,
     b8_receiver_that_is_stopped_is_the_owner,
-    b8_waiter_that_says_nonsense_is_named_by_its_pid,
-    b8_process_that_only_asks_gets_no_lock,
+    b8_waiter_with_invalid_announcement_is_named_by_pid,
+    b8_owner_query_gets_no_lock,
     b9_list_is_complete_despite_queues_too_long_for_a_message,
     a13_acquire_with_file_size_limit_still_excludes,
     c3_holder_killed_with_live_forked_child_frees_lock,
-    c3_holder_stopped_in_its_release_keeps_nothing,
+    c3_holder_stopped_in_release_keeps_no_socket,
     c2_socket_that_blocks_does_not_block_release,
     c2_lock_goes_from_user_to_user_in_turns,
     c1_socket_of_another_type_is_not_the_lock,
-    c1_overflow_uid_is_not_trusted_as_ones_own,
+    c1_overflow_uid_is_not_trusted_as_own_uid,
     c8_release_behind_dead_waiters_is_quick,
     b12_all_held_names_are_listed_in_one_pass,
     c11_cleaner_leaves_files_of_machine_wide_locks,

@@ -98,7 +98,7 @@ fn owner_liveness_follows_process() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_zombie_is_dead() {
+fn liveness_of_zombie_is_dead() {
     let mut child = sleeper();
     let owner = Owner::of(child.id()).unwrap();
     child.kill().unwrap();
@@ -110,7 +110,7 @@ fn a_zombie_is_dead() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_stopped_process_is_alive() {
+fn liveness_of_stopped_process_is_alive() {
     let child = sleeper();
     let owner = Owner::of(child.id()).unwrap();
     signal_pid(child.id(), Signal::STOP);
@@ -122,7 +122,7 @@ fn a_stopped_process_is_alive() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_process_that_is_being_killed_dies_once_and_for_all() {
+fn liveness_of_killed_process_stays_dead() {
     for _ in 0..200 {
         let mut child = sleeper();
         let owner = Owner::of(child.id()).unwrap();
@@ -143,7 +143,7 @@ fn a_process_that_is_being_killed_dies_once_and_for_all() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_process_of_another_user_is_alive() {
+fn liveness_of_other_users_process_is_alive() {
     if !is_root() {
         // The refusal of a signal proves that the process exists.
         assert_eq!(Owner::of(1).expect("the first process").liveness(), Liveness::Alive);
@@ -168,7 +168,7 @@ fn a_process_of_another_user_is_alive() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_later_process_with_the_pid_of_an_owner_is_not_the_owner() {
+fn liveness_of_reused_pid_is_dead() {
     let (_directory, path, spec) = place();
     let mut holder = Actor::start(&spec);
     holder.expect("try", "held");
@@ -251,7 +251,7 @@ fn pidfile_of_outer_pid_namespace_not_taken_over_inside() {
 }
 
 #[test]
-fn an_owner_is_described_by_pid_program_and_time() {
+fn describe_includes_pid_program_and_time() {
     let (_directory, path, spec) = place();
     let mut holder = Actor::start(&spec);
     holder.expect("try", "held");
@@ -296,11 +296,11 @@ fn liveness_ignores_proc_of_another_pid_namespace() {
 }
 
 lockkit_tests::left_out! { "it takes signals and other users, as Linux has them":
-    a_later_process_with_the_pid_of_an_owner_is_not_the_owner,
+    liveness_of_reused_pid_is_dead,
     pidfile_owner_is_dead_after_reboot_and_unknown_elsewhere,
-    a_zombie_is_dead,
-    a_process_that_is_being_killed_dies_once_and_for_all,
+    liveness_of_zombie_is_dead,
+    liveness_of_killed_process_stays_dead,
     liveness_ignores_proc_of_another_pid_namespace,
-    a_stopped_process_is_alive,
-    a_process_of_another_user_is_alive,
+    liveness_of_stopped_process_is_alive,
+    liveness_of_other_users_process_is_alive,
 }

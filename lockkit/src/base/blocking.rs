@@ -76,11 +76,11 @@ pub(crate) fn check_runtime() -> Result<()> {
 /// thread.
 pub(crate) async fn at_once_or_on_a_thread<G: Send + 'static>(
     wait: &Wait,
-    subject: &dyn LockInfo,
+    info: &dyn LockInfo,
     take: impl Fn(&Wait) -> Result<G> + Send + 'static,
 ) -> Result<G> {
     match take(&wait.at_once()) {
-        Err(error) if error.is_held() && wait.waits() => on_a_thread(wait, subject, take).await,
+        Err(error) if error.is_held() && wait.waits() => on_a_thread(wait, info, take).await,
         taken => taken,
     }
 }
@@ -88,15 +88,15 @@ pub(crate) async fn at_once_or_on_a_thread<G: Send + 'static>(
 /// Acquires the lock on its own thread, which ends soon after the future is dropped.
 pub(crate) async fn on_a_thread<G: Send + 'static>(
     wait: &Wait,
-    subject: &dyn LockInfo,
+    info: &dyn LockInfo,
     take: impl FnOnce(&Wait) -> Result<G> + Send + 'static,
 ) -> Result<G> {
-    wait.check(subject)?;
+    wait.check(info)?;
     let stop = CancelToken::new();
-    let elsewhere = wait.elsewhere(&stop);
+    let thread_wait = wait.for_thread(&stop);
     // This also cancels when the future is dropped: the receiver is dropped first, so no result can arrive any more.
-    let stop = Cancelling(stop);
-    let mut taken = pin!(elsewhere_do(subject, move || take(&elsewhere)));
+    let stop = CancelOnDrop(stop);
+    let mut taken = pin!(run_on_thread(info, move || take(&thread_wait)));
     let mut cancelled = pin!(wait.cancelled());
     let mut is_cancelled = false;
     poll_fn(|context| {
@@ -111,25 +111,25 @@ pub(crate) async fn on_a_thread<G: Send + 'static>(
 }
 
 /// Runs blocking work on its own thread. If the future is dropped, the thread continues, and drops the result.
-pub(crate) async fn elsewhere_do<T: Send + 'static>(
-    subject: &dyn LockInfo,
+pub(crate) async fn run_on_thread<T: Send + 'static>(
+    info: &dyn LockInfo,
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
     let (send, receive) = oneshot::channel();
-    let work = telemetry::carried(work);
+    let work = telemetry::in_current_span(work);
     let thread = std::thread::Builder::new().name("lockkit-wait".to_owned());
     let started = thread.spawn(move || drop(send.send(work())));
-    started.map_err(|error| Error::io("start a thread for", subject.describe(), error))?;
+    started.map_err(|error| Error::io("start a thread for", info.describe(), error))?;
     receive.await.unwrap_or_else(|_| {
-        let panicked = std::io::Error::other("the thread that did it panicked");
-        Err(Error::io("wait for", subject.describe(), panicked))
+        let panicked = std::io::Error::other("the thread panicked");
+        Err(Error::io("wait for", info.describe(), panicked))
     })
 }
 
 /// A guard that cancels its token when it is dropped.
-struct Cancelling(CancelToken);
+struct CancelOnDrop(CancelToken);
 
-impl Drop for Cancelling {
+impl Drop for CancelOnDrop {
     fn drop(&mut self) {
         self.0.cancel();
     }

@@ -95,11 +95,11 @@ impl CancelToken {
     #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
     pub async fn cancelled(&self) {
         let tasks = self.0.tasks.get_or_make(tokio::sync::Notify::new);
-        let mut told = std::pin::pin!(tasks.notified());
+        let mut notified = std::pin::pin!(tasks.notified());
         // `cancel` notifies the tasks on the list, so the flag is checked after this task is on it.
-        told.as_mut().enable();
+        notified.as_mut().enable();
         if !self.is_cancelled() {
-            told.await;
+            notified.await;
         }
     }
 }

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::base::owner::{Owner, spoken};
+use crate::base::owner::{Owner, format_duration};
 
 type Cause = Box<dyn std::error::Error + Send + Sync>;
 
@@ -41,7 +41,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 ///     match error.kind() {
 ///         ErrorKind::Held { .. } => "try again later".to_owned(),
 ///         ErrorKind::InvalidName { rule, .. } => format!("choose another name: {rule}"),
-///         _ if error.is_timeout() || error.is_cancelled() => "somebody had no patience".to_owned(),
+///         _ if error.is_timeout() || error.is_cancelled() => "the wait has ended".to_owned(),
 ///         _ => error.to_string(), // A sentence that includes the cause.
 ///     }
 /// }
@@ -98,7 +98,7 @@ pub enum ErrorKind {
         source: Option<Box<dyn std::error::Error + Send + Sync>>,
     },
     /// The lock was still held at the end of the wait.
-    #[error("{lock} was still held{} after waiting {}", by(.owner), spoken(*.waited))]
+    #[error("{lock} was still held{} after waiting {}", by(.owner), format_duration(*.waited))]
     Timeout {
         /// The lock, for people: its kind and its name.
         lock: String,
@@ -171,7 +171,7 @@ pub enum ErrorKind {
         path: PathBuf,
     },
     /// Every lock of a table is allocated.
-    #[error("{table} has no lock left to allocate: {allocated} of {capacity} are allocated")]
+    #[error("cannot allocate a lock of {table}: {allocated} of {capacity} are allocated")]
     Exhausted {
         /// The table.
         table: String,
@@ -191,19 +191,19 @@ pub enum ErrorKind {
         capacity: u32,
     },
     /// The lock with this number is allocated already.
-    #[error("{lock} is allocated already")]
+    #[error("cannot allocate {lock}: it is allocated already")]
     AlreadyAllocated {
         /// The lock, for people.
         lock: String,
     },
     /// A lock was to be freed that is not allocated.
-    #[error("{lock} is not allocated, so it cannot be freed")]
+    #[error("cannot free {lock}: it is not allocated")]
     NotAllocated {
         /// The lock, for people.
         lock: String,
     },
     /// A lock was to be unlocked that this process does not hold.
-    #[error("{lock} is not locked by this process, so it cannot be unlocked")]
+    #[error("cannot unlock {lock}: this process does not hold it")]
     NotLocked {
         /// The lock, for people.
         lock: String,
@@ -253,7 +253,7 @@ pub enum ErrorKind {
     },
     /// The first instance of a program did not answer an activation in time: it hangs, is stopped, or accepts none. If
     /// it had already accepted the activation, it may still handle it; otherwise the activation is dropped.
-    #[error("{first} did not answer within {}{}", spoken(*.waited), running(.owner))]
+    #[error("{first} did not answer within {}{}", format_duration(*.waited), running(.owner))]
     NoAnswer {
         /// The instance, for people.
         first: String,
@@ -282,7 +282,7 @@ pub enum ErrorKind {
         most: usize,
     },
     /// A lock table was to be created without locks, or with more than the largest table has.
-    #[error("a lock table has 1 to {most} locks, not {capacity}")]
+    #[error("invalid capacity {capacity}: a lock table has 1 to {most} locks")]
     InvalidCapacity {
         /// The requested capacity.
         capacity: u32,
@@ -290,7 +290,7 @@ pub enum ErrorKind {
         most: u32,
     },
     /// The maximum number of processes already has the lock table open.
-    #[error("{table} is in use by {most} processes, and has no place for another")]
+    #[error("cannot open {table}: {most} processes use it, and no slot is free")]
     TooManyProcesses {
         /// The table.
         table: String,
@@ -534,7 +534,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_error_is_one_word_wide() {
+    fn error_size_is_one_word() {
         assert_eq!(size_of::<Error>(), size_of::<usize>());
         assert_eq!(size_of::<Result<()>>(), size_of::<usize>());
     }
@@ -554,7 +554,7 @@ mod tests {
     }
 
     #[test]
-    fn an_io_error_keeps_the_kind_the_message_and_the_cause() {
+    fn conversion_to_io_error_keeps_kind_and_cause() {
         let error = Error::io("open", "/x", io::Error::from(io::ErrorKind::NotFound));
         let io: io::Error = error.into();
         assert_eq!(io.kind(), io::ErrorKind::NotFound);

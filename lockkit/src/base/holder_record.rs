@@ -100,15 +100,15 @@ impl RecordStorage for File {
     /// Clears the record. If it stayed, the next owner would get a false report of a death.
     fn clear(&self) {
         if self.write_all_at(&CLEARED.to_ne_bytes(), 0).is_err() {
-            step("record not wiped");
-            cut_out(self);
+            step("record not cleared");
+            punch_hole(self);
         }
     }
 }
 
 /// Clears the record if writing fails: a punched hole reads as zeros, takes no room and meets no limit of sizes.
 #[cold]
-fn cut_out(file: &File) {
+fn punch_hole(file: &File) {
     const _: () = assert!(STATE == 0 && CLEARED == 0);
     #[cfg(target_os = "linux")]
     let _ = fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, WORD as u64);
@@ -137,25 +137,25 @@ impl RecordStorage for [AtomicU64; WORDS] {
 }
 
 /// Records this process as the holder, and returns the process that died holding the lock before.
-pub(crate) fn take(slate: &impl RecordStorage) -> Option<Box<Recovered>> {
-    let before = slate.read();
-    write_current(slate);
-    step("holder written down");
+pub(crate) fn record_current(storage: &impl RecordStorage) -> Option<Box<Recovered>> {
+    let before = storage.read();
+    write_current(storage);
+    step("holder recorded");
     before.map(|before| Box::new(Recovered::new(decode(&before))))
 }
 
 /// Records `owner` as the holder: a process for which this process has acquired the lock.
-pub(crate) fn name(slate: &impl RecordStorage, owner: &Owner) {
-    slate.write(&encode(owner), now());
+pub(crate) fn record_owner(storage: &impl RecordStorage, owner: &Owner) {
+    storage.write(&encode(owner), now());
 }
 
 /// Returns the process that holds the lock, or died holding it, from the record.
-pub(crate) fn holder(slate: &impl RecordStorage) -> Option<Owner> {
-    decode(&slate.read()?)
+pub(crate) fn holder(storage: &impl RecordStorage) -> Option<Owner> {
+    decode(&storage.read()?)
 }
 
-fn write_current(slate: &impl RecordStorage) {
-    with_current(|record| slate.write(record, now()));
+fn write_current(storage: &impl RecordStorage) {
+    with_current(|record| storage.write(record, now()));
 }
 
 /// Calls `what` with the record of this process.
@@ -180,14 +180,14 @@ fn is_complete(record: &Words) -> bool {
 
 /// A cache of which processes live, for a list: each process is checked once.
 #[derive(Debug, Default)]
-pub(crate) struct Living(HashMap<Identity, bool>);
+pub(crate) struct LivenessCache(HashMap<Identity, bool>);
 
 /// Pid, start time and pid namespace, boot id.
 type Identity = (u32, [Option<u64>; 2], Option<u128>);
 
-impl Living {
+impl LivenessCache {
     /// Returns whether the owner lives or may live.
-    pub(crate) fn has(&mut self, owner: &Owner) -> bool {
+    pub(crate) fn may_live(&mut self, owner: &Owner) -> bool {
         let identity = (owner.pid, [owner.start, owner.namespace], owner.boot);
         *self.0.entry(identity).or_insert_with(|| owner.liveness_by_name() != Liveness::Dead)
     }
@@ -262,28 +262,28 @@ mod tests {
 
     #[test]
     fn holder_record_reports_dead_predecessor_until_cleared() {
-        let slate = &memory();
-        assert_eq!(take(slate), None, "nobody was here before");
-        let died = take(slate).unwrap().owner().cloned().unwrap();
+        let storage = &memory();
+        assert_eq!(record_current(storage), None, "no process held it before");
+        let died = record_current(storage).unwrap().owner().cloned().unwrap();
         let mut me = Owner::current();
         me.acquired = died.acquired;
         assert_eq!(died, me);
-        slate.clear();
-        assert_eq!(holder(slate), None);
-        assert_eq!(take(slate), None, "the one before released");
+        storage.clear();
+        assert_eq!(holder(storage), None);
+        assert_eq!(record_current(storage), None, "the previous holder released");
     }
 
     #[test]
-    fn half_a_record_is_a_death_without_a_name() {
-        let slate = &memory();
-        take(slate);
-        slate[2].fetch_add(1, Ordering::Relaxed);
-        assert_eq!(holder(slate), None);
-        assert_eq!(take(slate), Some(Box::new(Recovered::new(None))));
+    fn half_written_record_reports_unknown_owner() {
+        let storage = &memory();
+        record_current(storage);
+        storage[2].fetch_add(1, Ordering::Relaxed);
+        assert_eq!(holder(storage), None);
+        assert_eq!(record_current(storage), Some(Box::new(Recovered::new(None))));
     }
 
     #[test]
-    fn a_long_program_name_is_cut_between_characters() {
+    fn long_program_name_is_cut_between_characters() {
         let mut owner = Owner::current();
         owner.program = Some("é".repeat(40));
         let words = encode(&owner);

@@ -47,14 +47,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_that_keep_the_rule_pass() {
+    fn valid_name_is_accepted() {
         for name in ["a", "test-42", "com.example.app", "A_b-c.d9", &"x".repeat(MAX_LEN)] {
             assert_eq!(checked(name).unwrap(), name);
         }
     }
 
     #[test]
-    fn a_broken_name_is_refused_with_the_rule_it_breaks() {
+    fn invalid_name_is_refused_with_its_rule() {
         for (name, rule) in [
             ("", "empty"),
             (&*"x".repeat(MAX_LEN + 1), "at most 80 bytes"),

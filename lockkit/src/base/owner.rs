@@ -74,17 +74,17 @@ impl Owner {
         let cached = CURRENT.try_with(|current| match &mut *current.borrow_mut() {
             Some((process, owner)) if process.is_current() => owner.clone(),
             current => {
-                let owner = Self::myself();
+                let owner = Self::read_current();
                 // A part that could not be read, for example without a free descriptor, is read again next time.
                 *current = owner.is_complete().then(|| (ProcessId::current(), owner.clone()));
                 owner
             }
         });
         // A thread that is ending no longer has thread-local storage.
-        cached.unwrap_or_else(|_| Self::myself())
+        cached.unwrap_or_else(|_| Self::read_current())
     }
 
-    fn myself() -> Self {
+    fn read_current() -> Self {
         let pid = std::process::id();
         match process::probe(pid) {
             Probe::Running(start) => Self::read(pid, start),
@@ -145,8 +145,8 @@ impl Owner {
     /// Returns the process of this pid namespace that had `pid`, and has ended, whatever process has the pid now.
     pub(crate) fn ended(pid: u32) -> Self {
         /// No process starts at the same tick as the kernel.
-        const NEVER: u64 = 0;
-        Self { pid, start: Some(NEVER), namespace: process::pid_namespace(), ..Self::hidden() }
+        const START_OF_KERNEL: u64 = 0;
+        Self { pid, start: Some(START_OF_KERNEL), namespace: process::pid_namespace(), ..Self::hidden() }
     }
 
     /// Returns the process that has `pid`, and that was seen to have the start time `start`. The informative fields may
@@ -305,9 +305,9 @@ impl Owner {
             text += " in another pid namespace";
         }
         if let Some(acquired) = self.acquired {
-            text += &format!(", since {}", utc(acquired));
+            text += &format!(", since {}", format_utc(acquired));
             if let Ok(ago) = acquired.elapsed() {
-                text += &format!(" ({} ago)", spoken(ago));
+                text += &format!(" ({} ago)", format_duration(ago));
             }
         }
         text
@@ -322,10 +322,10 @@ impl fmt::Display for Owner {
 }
 
 /// Formats a time for people, to the second: `2026-11-20 17:03:11 UTC`.
-pub(crate) fn utc(moment: SystemTime) -> String {
+pub(crate) fn format_utc(moment: SystemTime) -> String {
     /// The last second of the year 9999: a damaged record may claim any number.
-    const LAST: u64 = 253_402_300_799;
-    let seconds = moment.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs().min(LAST);
+    const MAX_SECONDS: u64 = 253_402_300_799;
+    let seconds = moment.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs().min(MAX_SECONDS);
     let (mut days, clock) = (seconds / 86_400, seconds % 86_400);
     let leap = |year: u64| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
     let mut year = 1970;
@@ -347,7 +347,7 @@ pub(crate) fn utc(moment: SystemTime) -> String {
 }
 
 /// Formats a span of time for people, in its two largest units: `2 min 5 s`.
-pub(crate) fn spoken(span: Duration) -> String {
+pub(crate) fn format_duration(span: Duration) -> String {
     let seconds = span.as_secs();
     match seconds {
         0 => format!("{} ms", span.as_millis()),
@@ -363,7 +363,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn moments_read_as_the_calendar_has_them() {
+    fn format_utc_prints_calendar_date() {
         for (seconds, text) in [
             (0, "1970-01-01 00:00:00 UTC"),
             (951_782_400, "2000-02-29 00:00:00 UTC"),
@@ -371,12 +371,12 @@ mod tests {
             (1_735_689_599, "2024-12-31 23:59:59 UTC"),
             (4_107_542_400, "2100-03-01 00:00:00 UTC"),
         ] {
-            assert_eq!(utc(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)), text);
+            assert_eq!(format_utc(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)), text);
         }
     }
 
     #[test]
-    fn spans_are_said_in_their_two_largest_units() {
+    fn format_duration_prints_two_largest_units() {
         for (span, text) in [
             (Duration::from_micros(2500), "2 ms"),
             (Duration::from_secs(59), "59 s"),
@@ -384,12 +384,12 @@ mod tests {
             (Duration::from_secs(7260), "2 h 1 min"),
             (Duration::from_secs(90_000), "1 d 1 h"),
         ] {
-            assert_eq!(spoken(span), text);
+            assert_eq!(format_duration(span), text);
         }
     }
 
     #[test]
-    fn a_later_process_with_the_same_pid_is_not_the_owner() {
+    fn owner_with_reused_pid_is_dead() {
         let mut owner = Owner::current();
         owner.start = owner.start.map(|start| start + 1);
         assert_eq!(owner.liveness(), Liveness::Dead);
@@ -410,7 +410,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_that_has_nothing_but_a_name_may_be_another_one() {
+    fn liveness_of_host_without_id_is_unknown() {
         let mut owner = Owner::current();
         owner.boot = owner.boot.map(|boot| boot ^ 1);
         let is_here = |_: &str| true;
@@ -424,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn another_pid_namespace_is_unknown_whatever_the_pid() {
+    fn liveness_in_other_pid_namespace_is_unknown() {
         let mut owner = Owner::current();
         owner.pid = i32::MAX as u32;
         assert_eq!(owner.liveness(), Liveness::Dead);

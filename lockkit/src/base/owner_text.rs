@@ -6,10 +6,10 @@
 use std::fmt::Write;
 use std::time::{Duration, SystemTime};
 
-use crate::base::owner::{Owner, utc};
+use crate::base::owner::{Owner, format_utc};
 
 /// The longest program name that is written, in characters.
-const LONGEST_PROGRAM: usize = 64;
+const MAX_PROGRAM_CHARS: usize = 64;
 
 /// Returns the owner with `pid` that the lines describe.
 pub(crate) fn read<'l>(pid: u32, lines: impl Iterator<Item = &'l str>) -> Owner {
@@ -21,14 +21,14 @@ pub(crate) fn read<'l>(pid: u32, lines: impl Iterator<Item = &'l str>) -> Owner 
             "namespace" => owner.namespace = value.parse().ok(),
             "host" => owner.host = Some(value.to_owned()),
             "program" => owner.program = Some(value.to_owned()),
-            "acquired" => owner.acquired = moment(value),
+            "acquired" => owner.acquired = parse_time(value),
             _ => {}
         }
     }
     owner
 }
 
-fn moment(value: &str) -> Option<SystemTime> {
+fn parse_time(value: &str) -> Option<SystemTime> {
     let (seconds, nanos) = value.split(' ').next()?.split_once('.')?;
     let nanos = Duration::from_nanos(nanos.parse::<u32>().ok()?.into());
     SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds.parse().ok()?).checked_add(nanos)?)
@@ -51,12 +51,12 @@ pub(crate) fn write(owner: &Owner, text: &mut String) {
         line("host", format_args!("{host}"));
     }
     if let Some(program) = &owner.program {
-        let program: String = program.chars().take(LONGEST_PROGRAM).map(printable).collect();
+        let program: String = program.chars().take(MAX_PROGRAM_CHARS).map(printable).collect();
         line("program", format_args!("{program}"));
     }
     if let Some(acquired) = owner.acquired {
         let since = acquired.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        line("acquired", format_args!("{}.{:09} ({})", since.as_secs(), since.subsec_nanos(), utc(acquired)));
+        line("acquired", format_args!("{}.{:09} ({})", since.as_secs(), since.subsec_nanos(), format_utc(acquired)));
     }
 }
 

@@ -14,7 +14,7 @@
 //! Without a subscriber each call is one comparison with tracing's highest level; without the feature it is nothing.
 
 #[cfg(feature = "tracing")]
-mod told {
+mod enabled {
     use std::fmt::Display;
     use std::time::Instant;
 
@@ -34,27 +34,27 @@ mod told {
     /// Reports an acquisition.
     #[inline]
     pub(crate) fn acquire<G: Guard>(lock: &dyn LockInfo, take: impl FnOnce() -> Result<G>) -> Result<G> {
-        if is_on() { Acquisition::of(lock).tell(take) } else { take() }
+        if is_on() { Acquisition::of(lock).run(take) } else { take() }
     }
 
     /// Reports an acquisition by a task.
     #[cfg(feature = "tokio")]
     pub(crate) async fn acquire_async<G: Guard>(
         lock: &dyn LockInfo,
-        taking: impl Future<Output = Result<G>>,
+        acquiring: impl Future<Output = Result<G>>,
     ) -> Result<G> {
         use tracing::Instrument;
         if !is_on() {
-            return taking.await;
+            return acquiring.await;
         }
         let acquisition = Acquisition::of(lock);
-        let taken = taking.instrument(acquisition.span.clone()).await;
-        acquisition.span.in_scope(|| acquisition.told(taken))
+        let result = acquiring.instrument(acquisition.span.clone()).await;
+        acquisition.span.in_scope(|| acquisition.report(result))
     }
 
     /// Wraps the work so that it runs in the span and for the subscriber of this thread, on any thread.
     #[cfg(feature = "tokio")]
-    pub(crate) fn carried<T>(work: impl FnOnce() -> T) -> impl FnOnce() -> T {
+    pub(crate) fn in_current_span<T>(work: impl FnOnce() -> T) -> impl FnOnce() -> T {
         let (span, subscriber) = (Span::current(), tracing::dispatcher::get_default(Clone::clone));
         move || tracing::dispatcher::with_default(&subscriber, || span.in_scope(work))
     }
@@ -64,13 +64,13 @@ mod told {
     pub(crate) fn waiting(lock: &dyn LockInfo) {
         /// Reading the holder has a cost.
         #[cold]
-        fn tell(lock: &dyn LockInfo) {
+        fn emit(lock: &dyn LockInfo) {
             let (kind, name) = lock.label();
             let holder = lock.holder().map(|owner| owner.describe());
             debug!(target: "lockkit", kind, name, holder, "waiting");
         }
         if LevelFilter::current() >= LevelFilter::DEBUG {
-            tell(lock);
+            emit(lock);
         }
     }
 
@@ -78,12 +78,12 @@ mod told {
     #[inline]
     pub(crate) fn released(lock: &dyn LockInfo) {
         #[cold]
-        fn tell(lock: &dyn LockInfo) {
+        fn emit(lock: &dyn LockInfo) {
             let (kind, name) = lock.label();
             trace!(target: "lockkit", kind, name, "released");
         }
         if LevelFilter::current() >= LevelFilter::TRACE {
-            tell(lock);
+            emit(lock);
         }
     }
 
@@ -111,14 +111,14 @@ mod told {
         }
 
         #[cold]
-        fn tell<G: Guard>(self, take: impl FnOnce() -> Result<G>) -> Result<G> {
-            self.span.in_scope(|| self.told(take()))
+        fn run<G: Guard>(self, take: impl FnOnce() -> Result<G>) -> Result<G> {
+            self.span.in_scope(|| self.report(take()))
         }
 
-        fn told<G: Guard>(&self, taken: Result<G>) -> Result<G> {
+        fn report<G: Guard>(&self, result: Result<G>) -> Result<G> {
             let Self { kind, name, since, .. } = self;
             let waited = since.elapsed().as_secs_f64();
-            match &taken {
+            match &result {
                 Ok(guard) => {
                     debug!(target: "lockkit", kind, name, waited, "acquired");
                     if let Some(recovered) = guard.recovered() {
@@ -127,16 +127,16 @@ mod told {
                 }
                 Err(error) => debug!(target: "lockkit", kind, name, waited, %error, "not acquired"),
             }
-            taken
+            result
         }
     }
 }
 
 #[cfg(feature = "tracing")]
-pub(crate) use told::*;
+pub(crate) use enabled::*;
 
 #[cfg(not(feature = "tracing"))]
-mod untold {
+mod disabled {
     use std::fmt::Display;
 
     use crate::base::error::Result;
@@ -155,13 +155,13 @@ mod untold {
     #[cfg(feature = "tokio")]
     pub(crate) fn acquire_async<G>(
         _lock: &dyn LockInfo,
-        taking: impl Future<Output = Result<G>>,
+        acquiring: impl Future<Output = Result<G>>,
     ) -> impl Future<Output = Result<G>> {
-        taking
+        acquiring
     }
 
     #[cfg(feature = "tokio")]
-    pub(crate) fn carried<T>(work: impl FnOnce() -> T) -> impl FnOnce() -> T {
+    pub(crate) fn in_current_span<T>(work: impl FnOnce() -> T) -> impl FnOnce() -> T {
         work
     }
 
@@ -176,4 +176,4 @@ mod untold {
 }
 
 #[cfg(not(feature = "tracing"))]
-pub(crate) use untold::*;
+pub(crate) use disabled::*;

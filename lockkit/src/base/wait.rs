@@ -97,7 +97,7 @@ impl Wait {
 
     /// Returns the same wait for another thread that begins later, and that `stop` ends.
     #[cfg(feature = "tokio")]
-    pub(crate) fn elsewhere(&self, stop: &CancelToken) -> Self {
+    pub(crate) fn for_thread(&self, stop: &CancelToken) -> Self {
         let limit = match self.limit {
             Limit::For(limit) => Instant::now().checked_add(limit).map_or(Limit::Forever, Limit::Until),
             ref limit => limit.clone(),
@@ -124,22 +124,22 @@ impl Wait {
     }
 
     /// Returns an error if the token was cancelled before the acquisition began.
-    pub(crate) fn check(&self, subject: &dyn LockInfo) -> Result<()> {
+    pub(crate) fn check(&self, info: &dyn LockInfo) -> Result<()> {
         match &self.cancel {
-            Some(token) if token.is_cancelled() => Err(WaitError::Cancelled.error(subject, Duration::ZERO)),
+            Some(token) if token.is_cancelled() => Err(WaitError::Cancelled.error(info, Duration::ZERO)),
             _ => Ok(()),
         }
     }
 
-    /// Returns the state of this wait for an acquisition that has just found `subject` held, and `None` without a wait.
-    pub(crate) fn state_for(&self, subject: &dyn LockInfo) -> Option<WaitState> {
-        let patience = self.patience()?;
-        telemetry::waiting(subject);
-        Some(patience)
+    /// Returns the state of this wait for an acquisition that has just found `info` held, and `None` without a wait.
+    pub(crate) fn state_for(&self, info: &dyn LockInfo) -> Option<WaitState> {
+        let wait_state = self.state()?;
+        telemetry::waiting(info);
+        Some(wait_state)
     }
 
     /// Returns the state of this wait from now on, and `None` without a wait.
-    pub(crate) fn patience(&self) -> Option<WaitState> {
+    pub(crate) fn state(&self) -> Option<WaitState> {
         let since = Instant::now();
         let until = match self.limit {
             Limit::None => return None,
@@ -283,10 +283,10 @@ impl WaitState {
     /// it is also so short that a cancellation is noticed within a few milliseconds.
     pub(crate) fn portion(&self, pause: Duration) -> std::result::Result<Duration, WaitError> {
         /// The interval at which a waiter checks its token.
-        const GLANCE: Duration = Duration::from_millis(2);
+        const CANCEL_CHECK_INTERVAL: Duration = Duration::from_millis(2);
         let pause = match &self.cancel {
             Some(token) if token.is_cancelled() => return Err(WaitError::Cancelled),
-            Some(_) => pause.min(GLANCE),
+            Some(_) => pause.min(CANCEL_CHECK_INTERVAL),
             None => pause,
         };
         let Some(until) = self.until else { return Ok(pause) };
@@ -296,9 +296,9 @@ impl WaitState {
         }
     }
 
-    /// Returns the error for the reason why the wait for `subject` ended.
-    pub(crate) fn error(&self, gave_up: WaitError, subject: &dyn LockInfo) -> Error {
-        gave_up.error(subject, self.since.elapsed())
+    /// Returns the error for the reason why the wait for `info` ended.
+    pub(crate) fn error(&self, reason: WaitError, info: &dyn LockInfo) -> Error {
+        reason.error(info, self.since.elapsed())
     }
 }
 
@@ -307,10 +307,10 @@ fn failed(error: std::io::Error) -> Error {
 }
 
 impl WaitError {
-    fn error(self, subject: &dyn LockInfo, waited: Duration) -> Error {
-        let lock = subject.describe();
+    fn error(self, info: &dyn LockInfo, waited: Duration) -> Error {
+        let lock = info.describe();
         match self {
-            Self::TimedOut => ErrorKind::Timeout { lock, waited, owner: subject.holder().map(Box::new) }.into(),
+            Self::TimedOut => ErrorKind::Timeout { lock, waited, owner: info.holder().map(Box::new) }.into(),
             Self::Cancelled => ErrorKind::Cancelled { lock }.into(),
         }
     }
@@ -320,24 +320,24 @@ impl WaitError {
 /// both the delay after a release and the processor time small.
 pub(crate) struct Backoff {
     next: Duration,
-    longest: Duration,
+    max: Duration,
 }
 
 impl Backoff {
-    const FIRST: Duration = Duration::from_micros(50);
-    const LONGEST: Duration = Duration::from_millis(5);
+    const MIN_PAUSE: Duration = Duration::from_micros(50);
+    const MAX_PAUSE: Duration = Duration::from_millis(5);
 
     pub(crate) fn new() -> Self {
-        Self::between(Self::FIRST, Self::LONGEST)
+        Self::between(Self::MIN_PAUSE, Self::MAX_PAUSE)
     }
 
-    pub(crate) fn between(first: Duration, longest: Duration) -> Self {
-        Self { next: first, longest }
+    pub(crate) fn between(min: Duration, max: Duration) -> Self {
+        Self { next: min, max }
     }
 
     pub(crate) fn next(&mut self) -> Duration {
         let pause = self.next;
-        self.next = (pause * 2).min(self.longest);
+        self.next = (pause * 2).min(self.max);
         pause
     }
 }
@@ -347,43 +347,43 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_limit_beyond_the_clock_is_for_ever() {
-        let patience = Wait::at_most(Duration::MAX).patience().unwrap();
-        assert!(patience.is_endless());
+    fn limit_beyond_clock_range_is_endless() {
+        let wait_state = Wait::at_most(Duration::MAX).state().unwrap();
+        assert!(wait_state.is_endless());
     }
 
     #[test]
-    fn a_pause_beyond_the_clock_ends_with_the_limit() {
-        let patience = Wait::at_most(Duration::from_millis(5)).patience().unwrap();
-        assert_eq!(patience.sleep(Duration::MAX).unwrap(), Err(WaitError::TimedOut));
+    fn pause_beyond_clock_range_ends_with_limit() {
+        let wait_state = Wait::at_most(Duration::from_millis(5)).state().unwrap();
+        assert_eq!(wait_state.sleep(Duration::MAX).unwrap(), Err(WaitError::TimedOut));
     }
 
     #[test]
-    fn cancelling_ends_a_sleep_at_once_and_for_good() {
+    fn cancel_ends_present_and_later_sleeps() {
         let token = CancelToken::new();
-        let patience = Wait::forever().or_cancelled(&token).patience().unwrap();
+        let wait_state = Wait::forever().or_cancelled(&token).state().unwrap();
         let canceller = std::thread::spawn({
             let token = token.clone();
             move || token.cancel()
         });
-        assert_eq!(patience.sleep(Duration::from_secs(60)).unwrap(), Err(WaitError::Cancelled));
+        assert_eq!(wait_state.sleep(Duration::from_secs(60)).unwrap(), Err(WaitError::Cancelled));
         canceller.join().unwrap();
-        let later = Wait::forever().or_cancelled(&token).patience().unwrap();
+        let later = Wait::forever().or_cancelled(&token).state().unwrap();
         assert_eq!(later.sleep(Duration::from_secs(60)).unwrap(), Err(WaitError::Cancelled));
     }
 
     #[test]
-    fn a_limit_in_the_past_ends_at_once() {
-        let patience = Wait::until(Instant::now() - Duration::from_secs(1)).patience().unwrap();
-        assert_eq!(patience.sleep(Duration::from_secs(60)).unwrap(), Err(WaitError::TimedOut));
+    fn sleep_until_past_moment_times_out_at_once() {
+        let wait_state = Wait::until(Instant::now() - Duration::from_secs(1)).state().unwrap();
+        assert_eq!(wait_state.sleep(Duration::from_secs(60)).unwrap(), Err(WaitError::TimedOut));
     }
 
     #[test]
-    fn pauses_grow_to_a_bound() {
+    fn backoff_pauses_grow_to_maximum() {
         let mut backoff = Backoff::new();
         let pauses: Vec<_> = (0..12).map(|_| backoff.next()).collect();
-        assert_eq!(pauses[0], Backoff::FIRST);
-        assert_eq!(pauses[1], Backoff::FIRST * 2);
-        assert_eq!(pauses[11], Backoff::LONGEST);
+        assert_eq!(pauses[0], Backoff::MIN_PAUSE);
+        assert_eq!(pauses[1], Backoff::MIN_PAUSE * 2);
+        assert_eq!(pauses[11], Backoff::MAX_PAUSE);
     }
 }

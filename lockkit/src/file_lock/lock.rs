@@ -16,7 +16,7 @@ use crate::base::lock_info::LockInfo;
 use crate::base::owner::Owner;
 use crate::base::telemetry;
 use crate::base::wait::Wait;
-use crate::sys::atomic_box::Slot;
+use crate::sys::atomic_box::AtomicBox;
 use crate::sys::flock::Mode;
 
 /// A lock on a file or directory, exclusive or shared.
@@ -99,7 +99,7 @@ impl FileLock {
     }
 
     fn with_spec(spec: FileSpec) -> Self {
-        Self(Arc::new(Shared { spec, spare: Slot::empty() }))
+        Self(Arc::new(Shared { spec, spare: AtomicBox::empty() }))
     }
 
     /// Sets the exact permissions of a file that locking creates, whatever the process's umask is. Without this option

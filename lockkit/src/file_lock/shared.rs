@@ -9,7 +9,7 @@ use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::lock_info::LockInfo;
 use crate::base::owner::Owner;
 use crate::base::wait::{Backoff, Wait, WaitState};
-use crate::sys::atomic_box::Slot;
+use crate::sys::atomic_box::AtomicBox;
 use crate::sys::clock::nanos;
 use crate::sys::failpoint::step;
 use crate::sys::flock::{self, Mode};
@@ -25,7 +25,7 @@ const MAX_REPLACEMENTS: u32 = 10_000;
 pub(super) struct Shared {
     pub(super) spec: FileSpec,
     /// An open file that an earlier acquisition used.
-    pub(super) spare: Slot<OpenFile>,
+    pub(super) spare: AtomicBox<OpenFile>,
 }
 
 impl LockInfo for Shared {

@@ -9,16 +9,16 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 
 use super::protocol::{self, Kind, Request};
-use super::server::Arrived;
+use super::server::ReceivedRequest;
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::sys::event::{self, Woke};
 use crate::sys::fork::ForkGuarded;
-use crate::sys::seqpacket::Peer;
-use crate::sys::stream::{self, Moved};
+use crate::sys::unix_socket::socket::Peer;
+use crate::sys::unix_socket::stream::{self, Transferred};
 
 /// The time that a sender may take to read its answer. Only an answer larger than the kernel's buffer, about 200 KiB,
 /// waits.
-const COLLECTION: Duration = Duration::from_secs(5);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A second start, as the first instance sees it: its arguments, and the identity of its sender.
 ///
@@ -66,12 +66,12 @@ pub struct Activation {
     sender: Peer,
     request: Request,
     /// The frame that a drop sends.
-    unanswered: Kind,
+    answer_on_drop: Kind,
 }
 
 impl Activation {
-    pub(super) fn new(Arrived { connection, sender, request }: Arrived) -> Self {
-        Self { connection: Some(connection), sender, request, unanswered: Kind::Answer }
+    pub(super) fn new(ReceivedRequest { connection, sender, request }: ReceivedRequest) -> Self {
+        Self { connection: Some(connection), sender, request, answer_on_drop: Kind::Answer }
     }
 
     /// Returns the arguments of the second start. The first of them is the program, as in [`std::env::args_os`], unless
@@ -129,20 +129,20 @@ impl Activation {
     pub fn answer(mut self, bytes: &[u8]) -> Result<()> {
         let frame = match protocol::answer(bytes) {
             Ok(frame) => frame,
-            Err(protocol::TooLarge { what, size, most }) => {
-                self.unanswered = Kind::Failed;
-                return Err(ErrorKind::TooLarge { what, size, most }.into());
+            Err(protocol::TooLarge { what, size, max }) => {
+                self.answer_on_drop = Kind::Failed;
+                return Err(ErrorKind::TooLarge { what, size, most: max }.into());
             }
         };
         let Some(connection) = self.connection.take() else { return Ok(()) };
         let failed = |error| Error::io("answer", format!("pid {}", self.sender.pid), error);
-        let until = Instant::now() + COLLECTION;
+        let until = Instant::now() + ANSWER_TIMEOUT;
         let mut rest = &*frame;
         while !rest.is_empty() {
             match stream::send(&connection, rest).map_err(failed)? {
-                Moved::Bytes(sent) => rest = &rest[sent..],
-                Moved::End => return Err(failed(Errno::PIPE)),
-                Moved::Nothing => match event::wait_for_room(connection.as_fd(), None, Some(until)) {
+                Transferred::Bytes(sent) => rest = &rest[sent..],
+                Transferred::Closed => return Err(failed(Errno::PIPE)),
+                Transferred::WouldBlock => match event::wait_for_room(connection.as_fd(), None, Some(until)) {
                     Ok(Woke::TimedOut) => return Err(failed(Errno::TIMEDOUT)),
                     Ok(_) => {}
                     Err(error) => return Err(Error::io("answer", format!("pid {}", self.sender.pid), error)),
@@ -156,9 +156,9 @@ impl Activation {
 impl Drop for Activation {
     fn drop(&mut self) {
         if let Some(connection) = self.connection.take() {
-            let says = if std::thread::panicking() { Kind::Failed } else { self.unanswered };
+            let kind = if std::thread::panicking() { Kind::Failed } else { self.answer_on_drop };
             // A header always fits on a connection without earlier writes.
-            let _ = stream::send(&connection, &protocol::note(says));
+            let _ = stream::send(&connection, &protocol::empty_frame(kind));
         }
     }
 }

@@ -10,6 +10,14 @@ use std::io::Write;
 use std::marker::PhantomData;
 use std::time::Duration;
 
+#[cfg(target_os = "linux")]
+use super::activation::Activation;
+#[cfg(target_os = "linux")]
+use super::enter::Instance;
+#[cfg(target_os = "linux")]
+use super::first::FirstInstance;
+#[cfg(target_os = "linux")]
+use super::second::Outcome;
 use crate::base::error::{Error, ErrorKind, Result, chain};
 use crate::base::guard::Recovered;
 use crate::base::wait::Wait;
@@ -159,10 +167,9 @@ pub const ACTIVATION_VARIABLES: [&str; 2] = ["XDG_ACTIVATION_TOKEN", "DESKTOP_ST
 pub fn enter_or_activate(
     name: &'static str,
     wait: Option<Duration>,
-    on_first: fn(&super::FirstInstance),
-    on_second: fn(super::Activation),
-) -> Result<super::FirstInstance> {
-    use super::{Instance, Outcome};
+    on_first: fn(&FirstInstance),
+    on_second: fn(Activation),
+) -> Result<FirstInstance> {
     let first = match Instance::enter(name)? {
         Instance::First(first) => first,
         Instance::Second(second) => match second.variables(ACTIVATION_VARIABLES).activate(&wait_for(wait))? {
@@ -179,16 +186,16 @@ pub fn enter_or_activate(
 #[doc(hidden)]
 pub fn exit(name: &str, error: &Error, exit_held: i32) -> ! {
     if !(error.is_held() || error.is_timeout()) {
-        say(&format!("{name} cannot start: {}", chain(error)));
+        print_error(&format!("{name} cannot start: {}", chain(error)));
         std::process::exit(EXIT_FAILED);
     }
-    let but = match error.kind() {
+    let suffix = match error.kind() {
         ErrorKind::NoAnswer { .. } => ", but does not answer",
         _ => "",
     };
     match error.owner() {
-        Some(owner) => say(&format!("{name} is already running{but}: {}", owner.describe())),
-        None => say(&format!("{name} is already running{but}")),
+        Some(owner) => print_error(&format!("{name} is already running{suffix}: {}", owner.describe())),
+        None => print_error(&format!("{name} is already running{suffix}")),
     }
     std::process::exit(exit_held)
 }
@@ -196,16 +203,16 @@ pub fn exit(name: &str, error: &Error, exit_held: i32) -> ! {
 /// Prints on standard error that the previous owner died.
 #[doc(hidden)]
 pub fn tell_recovered(name: &str, recovered: &Recovered) {
-    say(&format!("{name}: the last owner died without releasing it: {recovered}"));
+    print_error(&format!("{name}: the last owner died without releasing it: {recovered}"));
 }
 
 /// Panics, for a function that waits for ever and cannot return an error.
 #[doc(hidden)]
 pub fn give_up(error: &Error) -> ! {
-    panic!("#[single_instance] could not take its name: {}", chain(error))
+    panic!("#[single_instance] cannot acquire its name: {}", chain(error))
 }
 
-fn say(line: &str) {
+fn print_error(line: &str) {
     // A closed standard error is no reason to fail.
     let _ = writeln!(std::io::stderr(), "{line}");
 }

@@ -8,8 +8,8 @@ use rustix::io::Errno;
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::runtime_dir;
 use crate::sys::fork::ForkGuarded;
-use crate::sys::seqpacket::{self, Address, Peer, Reached};
-use crate::sys::stream;
+use crate::sys::unix_socket::socket::{self, Address, Peer, Reached};
+use crate::sys::unix_socket::stream;
 
 #[derive(Debug)]
 pub(super) struct Endpoint {
@@ -22,9 +22,9 @@ impl Endpoint {
     pub(super) fn of(name: &str) -> Result<Self> {
         let user = runtime_dir::effective_uid();
         // Different from any lock's name, and the longest name still fits into an address.
-        let socket = format!("lockkit/first/u{user}/{name}");
-        let path = format!("@{socket}");
-        let address = seqpacket::address(&socket).map_err(|error| Error::io("name", &path, error))?;
+        let name = format!("lockkit/first/u{user}/{name}");
+        let path = format!("@{name}");
+        let address = socket::address(&name).map_err(|error| Error::io("name", &path, error))?;
         Ok(Self { user, path, address })
     }
 
@@ -44,11 +44,11 @@ impl Endpoint {
     /// `ForeignOwner` if another user's process listens here.
     pub(super) fn connect(&self) -> Result<Option<ForkGuarded>> {
         let connection = match stream::connect(&self.address).map_err(|error| self.io("connect to", error))? {
-            Reached::Nobody | Reached::Full => return Ok(None),
+            Reached::NoListener | Reached::Full => return Ok(None),
             Reached::Queue(connection) => connection,
         };
-        let peer = seqpacket::peer(&*connection).map_err(|error| self.io("ask who listens at", error))?;
-        if !seqpacket::is_own(&*connection, peer, self.user) {
+        let peer = socket::peer(&*connection).map_err(|error| self.io("query the listener at", error))?;
+        if !socket::is_own(&*connection, peer, self.user) {
             let Peer { uid, pid } = peer;
             let pid = (pid != 0).then_some(pid);
             return Err(ErrorKind::ForeignOwner { lock: self.path.clone(), uid, pid }.into());
@@ -64,8 +64,8 @@ impl Endpoint {
 #[cfg(test)]
 mod tests {
     #[test]
-    fn the_longest_name_of_the_last_user_fits() {
+    fn address_of_longest_name_and_highest_uid_fits() {
         let longest = format!("lockkit/first/u{}/{}", u32::MAX, "x".repeat(crate::base::name::MAX_LEN));
-        assert!(super::seqpacket::address(&longest).is_ok());
+        assert!(super::socket::address(&longest).is_ok());
     }
 }

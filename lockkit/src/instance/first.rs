@@ -14,7 +14,7 @@ use rustix::io::Errno;
 
 use super::activation::Activation;
 use super::endpoint::Endpoint;
-use super::server::Reception;
+use super::server::Server;
 use crate::base::error::{Error, Result};
 use crate::base::guard::Recovered;
 use crate::base::wait::{Backoff, Wait};
@@ -22,9 +22,9 @@ use crate::named::NamedGuard;
 
 /// The time that the socket of the previous first instance may still exist when its name is already free: while it is
 /// torn down, or another program is just being started with a copy.
-const MOMENT: Duration = Duration::from_secs(5);
+const BIND_TIMEOUT: Duration = Duration::from_secs(5);
 /// The pause of a handler's thread after a failure to receive.
-const REST: Duration = Duration::from_millis(100);
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The first instance: no other instance can be the first while this one is held. Dropping it releases.
 ///
@@ -69,37 +69,37 @@ const REST: Duration = Duration::from_millis(100);
 pub struct FirstInstance {
     name: String,
     /// Closed before the guard releases: the next first instance finds the address free.
-    reception: Open,
+    server: OpenServer,
     guard: NamedGuard,
 }
 
-/// A reception that closes when this is dropped, however many threads still wait in it.
-struct Open(Arc<Reception>);
+/// A server that closes when this is dropped, however many threads still wait for it.
+struct OpenServer(Arc<Server>);
 
-impl Drop for Open {
+impl Drop for OpenServer {
     fn drop(&mut self) {
         self.0.close();
     }
 }
 
 impl FirstInstance {
-    /// Opens the reception of the process that has just acquired the name.
-    pub(super) fn open(name: &str, place: &Endpoint, guard: NamedGuard) -> Result<Self> {
-        let until = Instant::now() + MOMENT;
+    /// Opens the server of the process that has just acquired the name.
+    pub(super) fn open(name: &str, endpoint: &Endpoint, guard: NamedGuard) -> Result<Self> {
+        let until = Instant::now() + BIND_TIMEOUT;
         let mut backoff = Backoff::new();
         let listener = loop {
-            if let Some(listener) = place.listen()? {
+            if let Some(listener) = endpoint.listen()? {
                 break listener;
             }
             // Detects another user at the address; waiting does not help against that.
-            drop(place.connect()?);
+            drop(endpoint.connect()?);
             if Instant::now() >= until {
-                return Err(place.io("bind", Errno::ADDRINUSE));
+                return Err(endpoint.io("bind", Errno::ADDRINUSE));
             }
             thread::sleep(backoff.next());
         };
-        let reception = Reception::open(listener, place.user()).map_err(|error| place.io("watch", error))?;
-        Ok(Self { name: name.to_owned(), reception: Open(Arc::new(reception)), guard })
+        let server = Server::open(listener, endpoint.user()).map_err(|error| endpoint.io("watch", error))?;
+        Ok(Self { name: name.to_owned(), server: OpenServer(Arc::new(server)), guard })
     }
 
     /// Returns the name.
@@ -118,7 +118,7 @@ impl FirstInstance {
     /// # Errors
     /// [`Io`](crate::ErrorKind::Io) if no descriptor is left to wait for the token of `wait` with.
     pub fn next_activation(&self, wait: &Wait) -> Result<Option<Activation>> {
-        Ok(self.reception.0.next(wait)?.map(Activation::new))
+        Ok(self.server.0.next(wait)?.map(Activation::new))
     }
 
     /// Returns the next activation as [`next_activation`](Self::next_activation) does, in a task: the loop of an
@@ -149,7 +149,7 @@ impl FirstInstance {
     #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
     pub async fn next_activation_async(&self, wait: &Wait) -> Result<Option<Activation>> {
         crate::base::blocking::check_runtime()?;
-        Ok(self.reception.0.next_async(wait).await?.map(Activation::new))
+        Ok(self.server.0.next_async(wait).await?.map(Activation::new))
     }
 
     /// Returns the activations as they arrive. Each is waited for as `wait` says. The iterator ends when none has come
@@ -205,14 +205,14 @@ impl FirstInstance {
     /// # Errors
     /// [`Io`](crate::ErrorKind::Io) if no thread can be started.
     pub fn on_activation(&self, mut handler: impl FnMut(Activation) + Send + 'static) -> Result<()> {
-        let reception = self.reception.0.clone();
+        let server = self.server.0.clone();
         let receive = move || {
             loop {
-                match reception.next(&Wait::forever()) {
-                    Ok(Some(arrived)) => drop(catch_unwind(AssertUnwindSafe(|| handler(Activation::new(arrived))))),
+                match server.next(&Wait::forever()) {
+                    Ok(Some(request)) => drop(catch_unwind(AssertUnwindSafe(|| handler(Activation::new(request))))),
                     Ok(None) => break,
                     // A resource that the system lacks now may be available later.
-                    Err(_) => thread::sleep(REST),
+                    Err(_) => thread::sleep(RETRY_INTERVAL),
                 }
             }
         };
@@ -225,8 +225,8 @@ impl FirstInstance {
     /// # Errors
     /// As [`NamedGuard::release`]; it is released nevertheless.
     pub fn release(self) -> Result<()> {
-        let Self { reception, guard, .. } = self;
-        drop(reception);
+        let Self { server, guard, .. } = self;
+        drop(server);
         guard.release()
     }
 }
@@ -270,11 +270,11 @@ pub struct ActivationStream<'f> {
     first: &'f FirstInstance,
     wait: Wait,
     /// The wait for the next activation, once the stream has been polled for it.
-    next: Option<Next<'f>>,
+    next: Option<NextActivation<'f>>,
 }
 
 #[cfg(feature = "tokio")]
-type Next<'f> = Pin<Box<dyn Future<Output = Result<Option<Activation>>> + Send + 'f>>;
+type NextActivation<'f> = Pin<Box<dyn Future<Output = Result<Option<Activation>>> + Send + 'f>>;
 
 #[cfg(feature = "tokio")]
 impl futures_core::Stream for ActivationStream<'_> {

@@ -5,15 +5,15 @@
 //! little-endian:
 //! ```text
 //! 0   4 bytes   "lkin"
-//! 4   u16       the version of who sends it; the header is the same in every version
-//! 6   u16       what it is: 1 a request, 2 an answer, 3 the first failed, 4 the request was not understood
+//! 4   u16       the version of the sender; the header is the same in every version
+//! 6   u16       the kind: 1 a request, 2 an answer, 3 the first failed, 4 the request was not understood
 //! 8   u32       the length of the content
 //! ```
 //! The content of a request, where a *text* is its length (u32) and its bytes:
 //! ```text
-//! u32, texts            the arguments: how many, and each
-//! text                  the working directory; empty where the sender could not tell
-//! u32, pairs of texts   the variables: how many, and the name and value of each
+//! u32, texts            the arguments: their number, and each
+//! text                  the working directory; empty where the sender does not know it
+//! u32, pairs of texts   the variables: their number, and the name and value of each
 //! text                  the bytes
 //! ```
 //! Nothing may follow it. The content of an answer is its bytes; the other two kinds have none. A reader reads no more
@@ -34,7 +34,7 @@ pub const MOST_BYTES: usize = 1 << 20;
 
 /// The longest content of a request: the arguments and the environment of a process never take more than 6 MiB on Linux
 /// ([execve(2)](https://man7.org/linux/man-pages/man2/execve.2.html)), and the bytes 1 MiB.
-pub(super) const MOST_REQUEST: usize = 8 << 20;
+pub(super) const MAX_REQUEST_BYTES: usize = 8 << 20;
 
 /// Raised when the content of any frame changes.
 const VERSION: u16 = 1;
@@ -77,7 +77,7 @@ pub(super) enum Malformed {
 pub(super) struct TooLarge {
     pub(super) what: &'static str,
     pub(super) size: usize,
-    pub(super) most: usize,
+    pub(super) max: usize,
 }
 
 /// The data that a second start sends to the first instance.
@@ -98,9 +98,9 @@ impl Request {
         let variables = self.variables.iter().flat_map(|(name, value)| [name.as_bytes(), value.as_bytes()]);
         let texts = arguments.clone().chain([directory]).chain(variables.clone()).chain([&*self.bytes]);
         let size = texts.fold(2 * NUMBER, |size, text| size.saturating_add(NUMBER + text.len()));
-        check("an activation", size, MOST_REQUEST)?;
+        check("an activation", size, MAX_REQUEST_BYTES)?;
         let mut frame = header(Kind::Request, size);
-        // A request that fits into `MOST_REQUEST` also fits into its numbers.
+        // A request that fits into `MAX_REQUEST_BYTES` also fits into its numbers.
         let number = |frame: &mut Vec<u8>, number: usize| frame.extend((number as u32).to_le_bytes());
         let text = |frame: &mut Vec<u8>, text: &[u8]| {
             frame.extend((text.len() as u32).to_le_bytes());
@@ -149,8 +149,8 @@ fn os_string(from: &mut &[u8]) -> Result<OsString, Malformed> {
     Ok(OsString::from_vec(text(from)?.to_vec()))
 }
 
-fn check(what: &'static str, size: usize, most: usize) -> Result<(), TooLarge> {
-    if size > most { Err(TooLarge { what, size, most }) } else { Ok(()) }
+fn check(what: &'static str, size: usize, max: usize) -> Result<(), TooLarge> {
+    if size > max { Err(TooLarge { what, size, max }) } else { Ok(()) }
 }
 
 fn header(kind: Kind, length: usize) -> Vec<u8> {
@@ -171,43 +171,42 @@ pub(super) fn answer(bytes: &[u8]) -> Result<Vec<u8>, TooLarge> {
 }
 
 /// Returns a frame without content.
-pub(super) fn note(kind: Kind) -> Vec<u8> {
+pub(super) fn empty_frame(kind: Kind) -> Vec<u8> {
     header(kind, 0)
 }
 
 /// A frame as it arrives.
 #[derive(Debug)]
 pub(super) struct Inbox {
-    arrived: Vec<u8>,
+    buffer: Vec<u8>,
     /// The longest content that is accepted.
-    most: usize,
+    max: usize,
 }
 
 impl Inbox {
-    pub(super) fn new(most: usize) -> Self {
-        Self { arrived: Vec::new(), most }
+    pub(super) fn new(max: usize) -> Self {
+        Self { buffer: Vec::new(), max }
     }
 
     /// Returns the buffer for the arriving bytes.
-    pub(super) fn arrived(&mut self) -> &mut Vec<u8> {
-        &mut self.arrived
+    pub(super) fn buffer(&mut self) -> &mut Vec<u8> {
+        &mut self.buffer
     }
 
     /// Returns the number of missing bytes, as far as it is known: 0 when the frame is complete.
     pub(super) fn missing(&self) -> Result<usize, Malformed> {
-        let known = self.arrived.len().min(MAGIC.len());
-        if self.arrived[..known] != MAGIC[..known] {
+        let known = self.buffer.len().min(MAGIC.len());
+        if self.buffer[..known] != MAGIC[..known] {
             return Err(Malformed::Garbage);
         }
         match self.header()? {
-            None => Ok(HEADER - self.arrived.len()),
-            Some((_, length)) => (HEADER + length).checked_sub(self.arrived.len()).ok_or(Malformed::Garbage),
+            None => Ok(HEADER - self.buffer.len()),
+            Some((_, length)) => (HEADER + length).checked_sub(self.buffer.len()).ok_or(Malformed::Garbage),
         }
     }
 
     fn header(&self) -> Result<Option<(Kind, usize)>, Malformed> {
-        let Some((&[_, _, _, _, v0, v1, k0, k1, l0, l1, l2, l3], _)) = self.arrived.split_first_chunk::<HEADER>()
-        else {
+        let Some((&[_, _, _, _, v0, v1, k0, k1, l0, l1, l2, l3], _)) = self.buffer.split_first_chunk::<HEADER>() else {
             return Ok(None);
         };
         let kind = Kind::of(u16::from_le_bytes([k0, k1]));
@@ -220,7 +219,7 @@ impl Inbox {
         let length = usize::try_from(u32::from_le_bytes([l0, l1, l2, l3])).map_err(|_| Malformed::TooLong)?;
         match kind {
             None => Err(Malformed::Garbage),
-            Some(_) if length > self.most => Err(Malformed::TooLong),
+            Some(_) if length > self.max => Err(Malformed::TooLong),
             Some(kind) => Ok(Some((kind, length))),
         }
     }
@@ -228,7 +227,7 @@ impl Inbox {
     /// Returns the complete frame as a request.
     pub(super) fn request(&self) -> Result<Request, Malformed> {
         match self.header()? {
-            Some((Kind::Request, _)) => Request::decode(&self.arrived[HEADER..]),
+            Some((Kind::Request, _)) => Request::decode(&self.buffer[HEADER..]),
             _ => Err(Malformed::Garbage),
         }
     }
@@ -237,7 +236,7 @@ impl Inbox {
     pub(super) fn answer(mut self) -> Result<(Kind, Vec<u8>), Malformed> {
         match self.header()? {
             None | Some((Kind::Request, _)) => Err(Malformed::Garbage),
-            Some((kind, _)) => Ok((kind, self.arrived.split_off(HEADER))),
+            Some((kind, _)) => Ok((kind, self.buffer.split_off(HEADER))),
         }
     }
 }
@@ -249,10 +248,10 @@ mod tests {
     use super::*;
 
     /// Reads a frame that arrives in portions of `portion` bytes. Returns the number of `bytes` that it took.
-    fn read(bytes: &[u8], portion: usize, most: usize) -> (Result<Inbox, Malformed>, usize) {
-        let mut inbox = Inbox::new(most);
+    fn read(bytes: &[u8], portion: usize, max: usize) -> (Result<Inbox, Malformed>, usize) {
+        let mut inbox = Inbox::new(max);
         loop {
-            let at = inbox.arrived.len();
+            let at = inbox.buffer.len();
             match inbox.missing() {
                 Err(malformed) => return (Err(malformed), at),
                 Ok(0) => return (Ok(inbox), at),
@@ -261,7 +260,7 @@ mod tests {
                     if end == at {
                         return (Ok(inbox), at);
                     }
-                    inbox.arrived().extend(&bytes[at..end]);
+                    inbox.buffer().extend(&bytes[at..end]);
                 }
             }
         }
@@ -290,97 +289,101 @@ mod tests {
 
     proptest! {
         #[test]
-        fn request_read_in_portions_is_complete_and_stops_at_its_end(
+        fn request_read_in_portions_stops_at_its_end(
             request in requests(), portion in 1_usize..64, behind in proptest::collection::vec(any::<u8>(), 0..20),
         ) {
             let frame = request.encode().unwrap();
-            let (inbox, taken) = read(&[&*frame, &behind].concat(), portion, MOST_REQUEST);
+            let (inbox, taken) = read(&[&*frame, &behind].concat(), portion, MAX_REQUEST_BYTES);
             prop_assert_eq!(inbox.unwrap().request(), Ok(request));
             prop_assert_eq!(taken, frame.len());
         }
 
         #[test]
-        fn an_answer_arrives_as_it_was_sent(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        fn answer_is_received_as_sent(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let (inbox, _) = read(&answer(&bytes).unwrap(), 7, MOST_BYTES);
             prop_assert_eq!(inbox.unwrap().answer(), Ok((Kind::Answer, bytes)));
         }
 
         #[test]
-        fn any_bytes_are_read_without_harm(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let (inbox, _) = read(&bytes, 64, MOST_REQUEST);
+        fn read_of_any_bytes_does_not_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let (inbox, _) = read(&bytes, 64, MAX_REQUEST_BYTES);
             let _ = inbox.map(|inbox| (inbox.request().is_ok(), inbox.answer().is_ok()));
         }
 
         #[test]
-        fn any_content_behind_a_right_header_is_read_without_harm(
+        fn read_of_any_content_does_not_panic(
             content in proptest::collection::vec(prop_oneof![Just(0_u8), Just(1), any::<u8>()], 0..100),
         ) {
             let mut frame = header(Kind::Request, content.len());
             frame.extend(&content);
-            let (inbox, _) = read(&frame, 64, MOST_REQUEST);
+            let (inbox, _) = read(&frame, 64, MAX_REQUEST_BYTES);
             if let Ok(request) = inbox.unwrap().request() {
                 prop_assert_eq!(&request.encode().unwrap()[HEADER..], &*content);
             }
         }
 
         #[test]
-        fn a_cut_or_spoilt_request_is_read_without_harm(
-            request in requests(), cut in any::<proptest::sample::Index>(), spoil in any::<proptest::sample::Index>(),
+        fn read_of_damaged_request_does_not_panic(
+            request in requests(), cut in any::<proptest::sample::Index>(), position in any::<proptest::sample::Index>(),
             with in any::<u8>(),
         ) {
             let mut frame = request.encode().unwrap();
             let whole = frame.len();
             frame.truncate(cut.index(whole));
-            let (inbox, _) = read(&frame, 64, MOST_REQUEST);
-            prop_assert!(inbox.unwrap().missing().unwrap() > 0, "half is never whole");
+            let (inbox, _) = read(&frame, 64, MAX_REQUEST_BYTES);
+            prop_assert!(inbox.unwrap().missing().unwrap() > 0, "a part is never complete");
             let mut frame = request.encode().unwrap();
-            let at = spoil.index(whole);
+            let at = position.index(whole);
             frame[at] = with;
-            let _ = read(&frame, 64, MOST_REQUEST).0.map(|inbox| inbox.request());
+            let _ = read(&frame, 64, MAX_REQUEST_BYTES).0.map(|inbox| inbox.request());
         }
     }
 
     #[test]
-    fn what_is_no_frame_is_known_as_soon_as_it_can_be() {
+    fn invalid_frame_is_rejected_at_first_wrong_byte() {
         let frame = Request::default().encode().unwrap();
-        let spoilt = |at: usize, with: &[u8]| {
+        let damaged = |at: usize, with: &[u8]| {
             let mut frame = frame.clone();
             frame[at..at + with.len()].copy_from_slice(with);
-            let (inbox, taken) = read(&frame, 1, MOST_REQUEST);
+            let (inbox, taken) = read(&frame, 1, MAX_REQUEST_BYTES);
             (inbox.map(|_| ()), taken)
         };
-        assert_eq!(spoilt(0, b"G"), (Err(Malformed::Garbage), 1));
-        assert_eq!(spoilt(4, &[9, 9]), (Err(Malformed::Version), HEADER));
-        assert_eq!(spoilt(6, &[9]), (Err(Malformed::Garbage), HEADER));
-        assert_eq!(spoilt(8, &[0xff; 4]), (Err(Malformed::TooLong), HEADER));
-        assert_eq!(spoilt(8, &(MOST_REQUEST as u32 + 1).to_le_bytes()), (Err(Malformed::TooLong), HEADER));
+        assert_eq!(damaged(0, b"G"), (Err(Malformed::Garbage), 1));
+        assert_eq!(damaged(4, &[9, 9]), (Err(Malformed::Version), HEADER));
+        assert_eq!(damaged(6, &[9]), (Err(Malformed::Garbage), HEADER));
+        assert_eq!(damaged(8, &[0xff; 4]), (Err(Malformed::TooLong), HEADER));
+        assert_eq!(damaged(8, &(MAX_REQUEST_BYTES as u32 + 1).to_le_bytes()), (Err(Malformed::TooLong), HEADER));
     }
 
     #[test]
-    fn lengths_and_counts_that_lie_are_garbage_and_take_no_memory() {
+    fn wrong_lengths_are_rejected_without_allocation() {
         for content in [&[0xff; 4][..], &[1, 0, 0, 0, 0xff, 0xff, 0xff, 0xff], &[0; 15], &[0; 17]] {
             let mut frame = header(Kind::Request, content.len());
             frame.extend(content);
-            assert_eq!(read(&frame, 64, MOST_REQUEST).0.unwrap().request(), Err(Malformed::Garbage), "{content:?}");
+            assert_eq!(
+                read(&frame, 64, MAX_REQUEST_BYTES).0.unwrap().request(),
+                Err(Malformed::Garbage),
+                "{content:?}"
+            );
         }
     }
 
     #[test]
-    fn what_is_too_large_is_refused_before_it_is_sent() {
+    fn too_large_message_is_refused_before_sending() {
         let request = |bytes| Request { bytes: vec![0; bytes], ..Request::default() };
         assert!(request(MOST_BYTES).encode().is_ok());
         assert_eq!(request(MOST_BYTES + 1).encode().unwrap_err().size, MOST_BYTES + 1);
-        assert_eq!(answer(&vec![0; MOST_BYTES + 1]).unwrap_err().most, MOST_BYTES);
-        let arguments = vec![OsString::from_vec(vec![b'x'; MOST_REQUEST])];
+        assert_eq!(answer(&vec![0; MOST_BYTES + 1]).unwrap_err().max, MOST_BYTES);
+        let arguments = vec![OsString::from_vec(vec![b'x'; MAX_REQUEST_BYTES])];
         assert_eq!(Request { arguments, ..Request::default() }.encode().unwrap_err().what, "an activation");
     }
 
     #[test]
-    fn a_later_version_can_say_that_it_does_not_understand() {
-        let mut frame = note(Kind::NotUnderstood);
+    fn not_understood_is_read_from_any_version() {
+        let mut frame = empty_frame(Kind::NotUnderstood);
         frame[4] = 7;
         assert_eq!(read(&frame, 64, 0).0.unwrap().answer(), Ok((Kind::NotUnderstood, Vec::new())));
-        let mut frame = note(Kind::Answer);
+        let mut frame = empty_frame(Kind::Answer);
         frame[4] = 7;
         assert_eq!(read(&frame, 64, 0).0.unwrap_err(), Malformed::Version);
     }

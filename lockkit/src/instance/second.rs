@@ -13,10 +13,10 @@ use crate::base::lock_info::LockInfo;
 use crate::base::owner::Owner;
 use crate::base::wait::{Backoff, Wait, WaitError, WaitState};
 use crate::named::NamedLock;
-use crate::sys::stream::{self, Moved};
+use crate::sys::unix_socket::stream::{self, Transferred};
 
 /// The size of one read of an answer.
-const PORTION: usize = 64 << 10;
+const READ_SIZE: usize = 64 << 10;
 
 /// Another start of a program whose first instance runs.
 ///
@@ -49,7 +49,7 @@ const PORTION: usize = 64 << 10;
 pub struct SecondInstance {
     lock: NamedLock,
     /// As of when it entered, like the lock, whatever this process's user is now.
-    place: Box<Endpoint>,
+    endpoint: Box<Endpoint>,
     owner: Option<Owner>,
     request: Request,
 }
@@ -69,16 +69,16 @@ pub enum Outcome {
 enum Call {
     Answered(Vec<u8>),
     /// There was no listener, or it hung up without an answer.
-    Unheard,
+    NoAnswer,
     /// The first instance hung up within its answer: it has handled the activation.
-    BrokenOff,
+    AnswerCut,
 }
 
 impl SecondInstance {
-    pub(super) fn new(lock: NamedLock, place: Endpoint, owner: Option<Owner>) -> Self {
+    pub(super) fn new(lock: NamedLock, endpoint: Endpoint, owner: Option<Owner>) -> Self {
         let directory = std::env::current_dir().ok();
         let request = Request { arguments: std::env::args_os().collect(), directory, ..Request::default() };
-        Self { lock, place: Box::new(place), owner, request }
+        Self { lock, endpoint: Box::new(endpoint), owner, request }
     }
 
     /// Returns the first instance when this one [entered](super::Instance::enter), if it is known.
@@ -134,70 +134,74 @@ impl SecondInstance {
     pub fn activate(&self, wait: &Wait) -> Result<Outcome> {
         let frame = match self.request.encode() {
             Ok(frame) => frame,
-            Err(protocol::TooLarge { what, size, most }) => return Err(ErrorKind::TooLarge { what, size, most }.into()),
+            Err(protocol::TooLarge { what, size, max }) => {
+                return Err(ErrorKind::TooLarge { what, size, most: max }.into());
+            }
         };
         wait.check(self)?;
-        let patience = wait.patience().unwrap_or_else(|| WaitState::brief(Duration::ZERO));
+        let wait_state = wait.state().unwrap_or_else(|| WaitState::brief(Duration::ZERO));
         let mut backoff = Backoff::new();
         loop {
-            match self.call(&frame, &patience)? {
+            match self.call(&frame, &wait_state)? {
                 Call::Answered(bytes) => return Ok(Outcome::Answered(bytes)),
                 call => match self.lock.try_lock() {
                     Ok(guard) => {
-                        return FirstInstance::open(self.lock.name(), &self.place, guard).map(Outcome::BecameFirst);
+                        return FirstInstance::open(self.lock.name(), &self.endpoint, guard).map(Outcome::BecameFirst);
                     }
                     // A second call would make the first instance handle it twice.
-                    Err(error) if error.is_held() && matches!(call, Call::BrokenOff) => {
-                        return Err(self.problem("it broke off its answer, so it may have handled it after all"));
+                    Err(error) if error.is_held() && matches!(call, Call::AnswerCut) => {
+                        return Err(self.problem("its answer is incomplete, so it may have handled the activation"));
                     }
                     Err(error) if error.is_held() => {}
                     Err(error) => return Err(error),
                 },
             }
-            patience.sleep(backoff.next())?.map_err(|gave_up| self.gave_up(&patience, gave_up))?;
+            wait_state.sleep(backoff.next())?.map_err(|reason| self.wait_error(&wait_state, reason))?;
         }
     }
 
-    fn call(&self, frame: &[u8], patience: &WaitState) -> Result<Call> {
-        let place = &self.place;
-        let Some(connection) = place.connect()? else { return Ok(Call::Unheard) };
-        let gave_up = |gave_up| self.gave_up(patience, gave_up);
+    fn call(&self, frame: &[u8], wait_state: &WaitState) -> Result<Call> {
+        let endpoint = &self.endpoint;
+        let Some(connection) = endpoint.connect()? else { return Ok(Call::NoAnswer) };
+        let wait_error = |reason| self.wait_error(wait_state, reason);
         let mut rest = frame;
         while !rest.is_empty() {
-            match stream::send(&connection, rest).map_err(|error| place.io("send to", error))? {
-                Moved::Bytes(sent) => rest = &rest[sent..],
-                Moved::Nothing => patience.writable(connection.as_fd())?.map_err(gave_up)?,
+            match stream::send(&connection, rest).map_err(|error| endpoint.io("send to", error))? {
+                Transferred::Bytes(sent) => rest = &rest[sent..],
+                Transferred::WouldBlock => wait_state.writable(connection.as_fd())?.map_err(wait_error)?,
                 // The first instance may have sent the reason.
-                Moved::End => break,
+                Transferred::Closed => break,
             }
         }
         let mut inbox = Inbox::new(protocol::MOST_BYTES);
         loop {
             let portion = match inbox.missing().map_err(|malformed| self.not_handled(malformed))? {
                 0 => break,
-                missing => missing.min(PORTION),
+                missing => missing.min(READ_SIZE),
             };
-            let moved = stream::receive(&connection, inbox.arrived(), portion);
-            match moved.map_err(|error| place.io("receive from", error))? {
-                Moved::Bytes(_) => {}
-                Moved::Nothing => patience.wait(Some(connection.as_fd()), Duration::MAX)?.map_err(gave_up)?,
-                Moved::End if inbox.arrived().is_empty() => return Ok(Call::Unheard),
-                Moved::End => return Ok(Call::BrokenOff),
+            let transferred = stream::receive(&connection, inbox.buffer(), portion);
+            match transferred.map_err(|error| endpoint.io("receive from", error))? {
+                Transferred::Bytes(_) => {}
+                Transferred::WouldBlock => {
+                    wait_state.wait(Some(connection.as_fd()), Duration::MAX)?.map_err(wait_error)?
+                }
+                Transferred::Closed if inbox.buffer().is_empty() => return Ok(Call::NoAnswer),
+                Transferred::Closed => return Ok(Call::AnswerCut),
             }
         }
         match inbox.answer().map_err(|malformed| self.not_handled(malformed))? {
             (Kind::Answer, bytes) => Ok(Call::Answered(bytes)),
-            (Kind::Failed, _) => Err(self.problem("it failed while it was handling it")),
+            (Kind::Failed, _) => Err(self.problem("it failed while it handled the activation")),
             (Kind::NotUnderstood | Kind::Request, _) => Err(self.not_handled(Malformed::Version)),
         }
     }
 
-    fn gave_up(&self, patience: &WaitState, gave_up: WaitError) -> Error {
-        match gave_up {
-            WaitError::Cancelled => patience.error(gave_up, self),
+    fn wait_error(&self, wait_state: &WaitState, reason: WaitError) -> Error {
+        match reason {
+            WaitError::Cancelled => wait_state.error(reason, self),
             WaitError::TimedOut => {
                 let owner = self.holder().map(Box::new);
-                ErrorKind::NoAnswer { first: self.describe(), waited: patience.waited(), owner }.into()
+                ErrorKind::NoAnswer { first: self.describe(), waited: wait_state.waited(), owner }.into()
             }
         }
     }
@@ -205,7 +209,7 @@ impl SecondInstance {
     fn not_handled(&self, malformed: Malformed) -> Error {
         self.problem(match malformed {
             Malformed::Version => "it has another version of lockkit, which does not understand this one; restart it",
-            Malformed::Garbage | Malformed::TooLong => "what it has said is no answer",
+            Malformed::Garbage | Malformed::TooLong => "its answer is invalid",
         })
     }
 

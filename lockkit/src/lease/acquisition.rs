@@ -78,7 +78,7 @@ impl<'a> Acquisition<'a> {
             waiter,
             claim: PendingClaim::begin(lease.clone(), scheduler),
             // The time limit starts here, so that it also bounds a store that does not answer.
-            wait_state: wait.patience(),
+            wait_state: wait.state(),
             found,
             recovered: None,
             failures: 0,

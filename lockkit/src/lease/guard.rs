@@ -126,7 +126,7 @@ impl LeaseGuard {
     #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
     pub async fn release_async(self) -> Result<()> {
         let held = self.held.clone();
-        blocking::elsewhere_do(&*held, move || self.release()).await
+        blocking::run_on_thread(&*held, move || self.release()).await
     }
 
     /// Returns `Some` if the previous owner did not release: it died, was silent for its ttl, or its record was

@@ -156,7 +156,7 @@ impl LostSignal {
         wait.check(&**held)?;
         match wait_state {
             Some(wait_state) => Ok(Ok(wait_state)),
-            none => match wait.patience() {
+            none => match wait.state() {
                 Some(wait_state) => Ok(Ok(none.insert(wait_state))),
                 None => Err(held.held()),
             },

@@ -1,6 +1,6 @@
 //! A named lock as a file in a private directory, locked with flock.
 //!
-//! The directory is at a fixed place (see [`runtime_dir`](crate::base::runtime_dir)). The file contains the record of
+//! The directory has a fixed path (see [`runtime_dir`](crate::base::runtime_dir)). The file contains the record of
 //! its holder (see [`holder_record`]), and is never deleted. While one of its locks is in use, a user's directory
 //! itself has a shared lock: it makes [systemd-tmpfiles] leave the files of the directory alone.
 //!
@@ -44,23 +44,23 @@ impl NamedFileLock {
         Self { name: name.to_owned(), sharing, opened: Mutex::default() }
     }
 
-    pub(super) fn acquire(&self, wait: &Wait, subject: &dyn LockInfo) -> Result<(FileGuard, Option<Box<Recovered>>)> {
-        let mut guard = match self.open()?.lock.acquire_as(wait, subject) {
+    pub(super) fn acquire(&self, wait: &Wait, info: &dyn LockInfo) -> Result<(FileGuard, Option<Box<Recovered>>)> {
+        let mut guard = match self.open()?.lock.acquire_as(wait, info) {
             // The directory has been deleted since.
             Err(error) if error.is_io(io::ErrorKind::NotFound) => {
                 *self.opened.lock() = None;
-                self.open()?.lock.acquire_as(wait, subject)?
+                self.open()?.lock.acquire_as(wait, info)?
             }
             acquired => acquired?,
         };
-        let recovered = guard.write(holder_record::take)?;
+        let recovered = guard.write(holder_record::record_current)?;
         Ok((guard, recovered))
     }
 
     /// Returns the locks that are held now: name, owner and number of waiters. Creates nothing.
     pub(super) fn list(sharing: Sharing) -> Vec<(String, Option<Owner>, u32)> {
         let Some(directory) = runtime_dir::path(sharing) else { return Vec::new() };
-        let mut living = holder_record::Living::default();
+        let mut living = holder_record::LivenessCache::default();
         #[cfg(target_os = "linux")]
         let table = crate::sys::proc_locks::FileLocks::read_table();
         let mut held = |entry: std::io::Result<std::fs::DirEntry>| {
@@ -68,7 +68,7 @@ impl NamedFileLock {
             let file = entry.file_name().into_string().ok()?;
             let name = runtime_dir::name_of(&file, sharing)?.strip_suffix(".lock")?.to_owned();
             let lock = Self::new(&name, sharing);
-            let owner = lock.recorded().ok().flatten().filter(|owner| living.has(owner));
+            let owner = lock.recorded().ok().flatten().filter(|owner| living.may_live(owner));
             // The table of locks is read once for all files.
             #[cfg(target_os = "linux")]
             let waiters = table.on(&entry.path()).ok().and_then(|on| on.flock).map(|locked| locked.waiters);
@@ -94,7 +94,7 @@ impl NamedFileLock {
     pub(super) fn release(&self, mut guard: FileGuard) -> Result<()> {
         guard.write(|file| {
             file.clear();
-            step("record wiped");
+            step("record cleared");
         })?;
         guard.release()
     }

@@ -14,6 +14,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread::{Builder, JoinHandle};
 use std::time::Instant;
 
+use super::options::Backend;
 use crate::base::cancel::CancelToken;
 use crate::base::error::{Error, Result};
 use crate::base::guard::Recovered;
@@ -26,6 +27,11 @@ use crate::sys::event::{self, Event};
 use crate::sys::failpoint::step;
 use crate::sys::mutex::{self, Acquired, Mutex};
 
+/// The backend that [`Backend::Auto`] selects.
+pub(super) const NATIVE: Backend = Backend::Mutex;
+pub(super) type NativeLock = MutexLock;
+pub(super) type NativeHold = MutexHold;
+
 #[derive(Debug)]
 pub(super) struct MutexLock {
     name: String,
@@ -34,105 +40,122 @@ pub(super) struct MutexLock {
 }
 
 /// The held mutex: its thread sleeps until it has to release the mutex.
-pub(super) struct Hold {
-    give_back: Arc<Event>,
+pub(super) struct MutexHold {
+    release_event: Arc<Event>,
     thread: Option<JoinHandle<std::io::Result<()>>>,
 }
 
-impl std::fmt::Debug for Hold {
+impl std::fmt::Debug for MutexHold {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Hold").finish_non_exhaustive()
+        f.debug_struct("MutexHold").finish_non_exhaustive()
     }
 }
 
-impl Hold {
+impl MutexHold {
     /// Releases the mutex, and returns when that is done.
-    fn end(&mut self) -> std::io::Result<()> {
+    fn release(&mut self) -> std::io::Result<()> {
         let Some(thread) = self.thread.take() else { return Ok(()) };
-        self.give_back.set();
+        self.release_event.set();
         thread.join().unwrap_or_else(|_| Err(std::io::Error::other("its thread panicked")))
     }
 }
 
-impl Drop for Hold {
+impl Drop for MutexHold {
     fn drop(&mut self) {
         // On a failure the thread has ended, and with it the hold.
-        let _ = self.end();
+        let _ = self.release();
     }
 }
 
 impl MutexLock {
-    pub(super) fn new(name: &str, sharing: Sharing) -> Self {
-        Self { name: name.to_owned(), sharing, record: OnceLock::new() }
+    pub(super) fn new(name: &str, sharing: Sharing) -> Result<Self> {
+        Ok(Self { name: name.to_owned(), sharing, record: OnceLock::new() })
     }
 
-    pub(super) fn acquire(&self, wait: &Wait, subject: &dyn LockInfo) -> Result<(Hold, Option<Box<Recovered>>)> {
-        wait.check(subject)?;
+    pub(super) fn acquire(&self, wait: &Wait, info: &dyn LockInfo) -> Result<(MutexHold, Option<Box<Recovered>>)> {
+        wait.check(info)?;
         // A first attempt: only a held mutex needs the wait state and the cancel event.
-        let (mut taken, mut hold) = self.take(None, Some(Instant::now()))?;
-        if taken == Acquired::TimedOut {
-            let Some(patience) = wait.state_for(subject) else { return Err(subject.held()) };
-            let cancel = patience.token().map(CancelToken::event).transpose()?;
-            (taken, hold) = self.take(cancel, patience.until())?;
-            match taken {
+        let (mut acquired, mut hold) = self.start_hold(None, Some(Instant::now()))?;
+        if acquired == Acquired::TimedOut {
+            let Some(wait_state) = wait.state_for(info) else { return Err(info.held()) };
+            (acquired, hold) = self.start_hold(wait_state.token().cloned(), wait_state.until())?;
+            match acquired {
                 Acquired::Free | Acquired::Abandoned => {}
-                Acquired::TimedOut => return Err(patience.error(WaitError::TimedOut, subject)),
-                Acquired::Cancelled => return Err(patience.error(WaitError::Cancelled, subject)),
+                Acquired::TimedOut => return Err(wait_state.error(WaitError::TimedOut, info)),
+                Acquired::Cancelled => return Err(wait_state.error(WaitError::Cancelled, info)),
             }
         }
-        step("mutex taken");
-        let recovered = self.record().and_then(holder_record::take);
+        step("mutex acquired");
+        let recovered = self.record().and_then(holder_record::record_current);
         // A dead holder may have died before it wrote its record, or may have had no record to write to.
-        let somebody = || (taken == Acquired::Abandoned).then(|| Box::new(Recovered::new(None)));
-        Ok((hold, recovered.or_else(somebody)))
+        let unknown = || (acquired == Acquired::Abandoned).then(|| Box::new(Recovered::new(None)));
+        Ok((hold, recovered.or_else(unknown)))
     }
 
     /// Starts a thread that acquires the mutex and holds it, if it succeeds.
-    fn take(&self, cancel: Option<Arc<Event>>, until: Option<Instant>) -> Result<(Acquired, Hold)> {
+    fn start_hold(&self, cancel: Option<CancelToken>, until: Option<Instant>) -> Result<(Acquired, MutexHold)> {
         let object = mutex::object(&self.name, self.sharing).map_err(|error| Error::io("name", &self.name, error))?;
         let mutex = Mutex::open(&object, self.sharing).map_err(|error| Error::io("open", &object, error))?;
         let failed = |action, error| Error::io(action, &object, error);
-        let give_back = Arc::new(Event::new().map_err(|error| failed("create an event for", error))?);
-        let (tell, told) = sync_channel(1);
-        let keep = {
-            let give_back = give_back.clone();
+        let release_event = Arc::new(Event::new().map_err(|error| failed("create an event for", error))?);
+        // Reports a failure to create the cancel event here. The thread then gets the same event.
+        cancel.as_ref().map(CancelToken::event).transpose()?;
+        let (sender, receiver) = sync_channel(1);
+        let hold_mutex = {
+            let release_event = release_event.clone();
             move || {
-                let taken = mutex.take(cancel.as_ref().map(|cancel| cancel.as_handle()), until);
-                let holds = matches!(taken, Ok(Acquired::Free | Acquired::Abandoned));
+                let cancel = cancel.as_ref().and_then(|token| token.event().ok());
+                let acquired = mutex.acquire(cancel.map(|event| event.as_handle()), until);
+                let is_held = matches!(acquired, Ok(Acquired::Free | Acquired::Abandoned));
                 // The receiver always waits for this message.
-                let _ = tell.send(taken);
-                if !holds {
+                let _ = sender.send(acquired);
+                if !is_held {
                     return Ok(());
                 }
-                event::wait(Some(give_back.as_handle()), None, None)?;
-                let given_back = mutex.give_back();
-                step("mutex given back");
-                given_back
+                event::wait(Some(release_event.as_handle()), None, None)?;
+                let released = mutex.release();
+                step("mutex released");
+                released
             }
         };
-        let thread = Builder::new().name("lockkit-named".into()).spawn(keep);
+        let thread = Builder::new().name("lockkit-named".into()).spawn(hold_mutex);
         let thread = thread.map_err(|error| failed("start a thread for", error))?;
-        let hold = Hold { give_back, thread: Some(thread) };
-        let taken = told.recv().unwrap_or_else(|_| Err(std::io::Error::other("its thread panicked")));
-        Ok((taken.map_err(|error| failed("wait for", error))?, hold))
+        let hold = MutexHold { release_event, thread: Some(thread) };
+        let acquired = receiver.recv().unwrap_or_else(|_| Err(std::io::Error::other("its thread panicked")));
+        Ok((acquired.map_err(|error| failed("wait for", error))?, hold))
     }
 
-    pub(super) fn release(&self, mut hold: Hold) -> Result<()> {
+    pub(super) fn release(&self, mut hold: MutexHold) -> Result<()> {
         if let Some(record) = self.record() {
             record.clear();
-            step("record wiped");
+            step("record cleared");
         }
-        hold.end().map_err(|error| Error::io("give back", &self.name, error))
+        hold.release().map_err(|error| Error::io("release", &self.name, error))
     }
 
     /// Records `owner` as the holder of the lock.
     pub(super) fn name_holder(&self, owner: &Owner) {
         if let Some(record) = self.record() {
-            holder_record::name(record, owner);
+            holder_record::record_owner(record, owner);
         }
     }
 
-    pub(super) fn owner(&self) -> Option<Owner> {
+    /// Returns whether a record names a live holder.
+    pub(super) fn is_held(&self) -> Result<bool> {
+        Ok(self.live_owner().is_some())
+    }
+
+    /// Returns 0: the kernel does not report the waiters.
+    #[allow(clippy::unused_self)] // As in the other backends.
+    pub(super) fn waiters(&self) -> Result<u32> {
+        Ok(0)
+    }
+
+    pub(super) fn owner(&self) -> Result<Option<Owner>> {
+        Ok(self.live_owner())
+    }
+
+    fn live_owner(&self) -> Option<Owner> {
         let path = runtime_dir::path(self.sharing)
             .map(|_| runtime_dir::open(self.sharing).ok())??
             .file(&record_of(&self.name));
@@ -141,14 +164,15 @@ impl MutexLock {
     }
 
     /// Returns the names of the locks that are held now according to their records. Creates nothing.
-    pub(super) fn list(sharing: Sharing) -> Vec<(String, Option<Owner>, u32)> {
-        let Some(directory) = runtime_dir::path(sharing) else { return Vec::new() };
+    pub(super) fn list(sharing: Sharing) -> Result<Vec<(String, Option<Owner>, u32)>> {
+        let Some(directory) = runtime_dir::path(sharing) else { return Ok(Vec::new()) };
         let held = |entry: std::io::Result<std::fs::DirEntry>| {
             let file = entry.ok()?.file_name().into_string().ok()?;
             let name = runtime_dir::name_of(&file, sharing)?.strip_suffix(".record")?.to_owned();
-            Self::new(&name, sharing).owner().map(|owner| (name, Some(owner), 0))
+            let owner = Self::new(&name, sharing).ok()?.live_owner()?;
+            Some((name, Some(owner), 0))
         };
-        std::fs::read_dir(directory).into_iter().flatten().filter_map(held).collect()
+        Ok(std::fs::read_dir(directory).into_iter().flatten().filter_map(held).collect())
     }
 
     /// Returns the record once it could be opened. A failed attempt is repeated, because its cause may be temporary.
@@ -182,7 +206,7 @@ mod tests {
         // The kernel remembers that the mutex was abandoned as long as a handle to it is open.
         let _open = Mutex::open(&object, sharing).unwrap();
         std::thread::scope(|scope| {
-            let holder = scope.spawn(|| Mutex::open(&object, sharing).unwrap().take(None, None).unwrap());
+            let holder = scope.spawn(|| Mutex::open(&object, sharing).unwrap().acquire(None, None).unwrap());
             // Joins until the thread has ended, and not only its closure.
             assert_eq!(holder.join().unwrap(), Acquired::Free);
         });

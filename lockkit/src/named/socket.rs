@@ -22,12 +22,13 @@
 //! records also counts the waiters that have queued up, which saves the holder a system call per release. A waiter that
 //! is not counted sees a hang-up and binds again.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use rustix::io::Errno;
 
+use super::options::Backend;
 use super::records::{HolderRecord, Holders};
 #[cfg(feature = "tokio")]
 use crate::base::blocking;
@@ -42,38 +43,54 @@ use crate::sys::clock::nanos;
 use crate::sys::failpoint::step;
 use crate::sys::fork::{self, ForkGuarded};
 use crate::sys::proc_net_unix::{LIST, Sockets};
-use crate::sys::seqpacket::{self, Address, Arrived, Peer, Reached};
+use crate::sys::unix_socket::seqpacket::{self, Received};
+use crate::sys::unix_socket::socket::{self, Address, Peer, Reached};
 use crate::sys::{event, user};
 
 /// How long a caller that does not wait retries a lock without a known live holder: the holder is about to start or to
 /// end, or its socket is still open in a child that is about to start a program.
-const MOMENT: Duration = Duration::from_secs(1);
+const UNKNOWN_HOLDER_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The number of connections in a row without a live waiter after which a release closes the socket. Skipping one
 /// connection costs some tens of microseconds; the kernel drops all of them in a fraction of that.
 const MAX_SKIPPED: usize = 64;
 
+/// The backend that [`Backend::Auto`] selects.
+pub(super) const NATIVE: Backend = Backend::Socket;
+pub(super) type NativeLock = SocketLock;
+pub(super) type NativeHold = SocketHold;
+
 #[derive(Debug)]
 pub(super) struct SocketLock {
     sharing: Sharing,
     address: Address,
-    mark: OnceLock<HolderRecord>,
+    record: OnceLock<HolderRecord>,
 }
 
 /// The acquired lock, and the holder that died with it.
-type Acquired = (Hold, Option<Box<Recovered>>);
+type Acquired = (SocketHold, Option<Box<Recovered>>);
 
 /// A lock that this process holds.
 #[derive(Debug)]
-pub(super) struct Hold {
+pub(super) struct SocketHold {
     /// The listening socket: the lock.
-    pub(super) socket: ForkGuarded,
+    socket: ForkGuarded,
     /// The connection that the socket came through, if it was handed over. It is closed after the release, for which
     /// others may wait, and not between the hand-over and the work: closing a connection takes a tenth of a hand-over.
     connection: Option<ForkGuarded>,
     origin: Origin,
     /// When the socket was last seen to be this lock's, from [`nanos`].
     since: u64,
+}
+
+impl SocketHold {
+    /// Returns another descriptor of the socket.
+    pub(super) fn descriptor(&self) -> std::io::Result<OwnedFd> {
+        match self.socket.is_own() {
+            true => fork::unguarded(|| self.socket.try_clone()),
+            false => Err(fork::closed_by_program()),
+        }
+    }
 }
 
 /// What this process knows about the queue of a held socket.
@@ -90,9 +107,10 @@ enum Origin {
 /// An acquisition that found the lock held: its steps between two sleeps, for a thread or a task.
 struct Acquisition<'l> {
     lock: &'l SocketLock,
-    subject: &'l dyn LockInfo,
-    patience: WaitState,
-    /// Whether the caller does not wait. It still waits for a [`MOMENT`], unless a live process holds the lock.
+    info: &'l dyn LockInfo,
+    wait_state: WaitState,
+    /// Whether the caller does not wait. It still waits for [`UNKNOWN_HOLDER_TIMEOUT`], unless a live process holds the
+    /// lock.
     is_brief: bool,
     backoff: Backoff,
     /// The place in the holder's queue, if the holder could be reached.
@@ -105,7 +123,7 @@ struct Queued {
     /// Whether the holder belonged to this process's user when this connection queued up.
     is_own: bool,
     /// What the connection has received before the end of the stream.
-    arrived: Option<Arrived>,
+    received: Option<Received>,
 }
 
 /// The result of one attempt.
@@ -118,28 +136,28 @@ enum Attempt {
 
 impl<'l> Acquisition<'l> {
     #[cold]
-    fn begin(lock: &'l SocketLock, wait: &Wait, subject: &'l dyn LockInfo) -> Self {
-        let patience = wait.state_for(subject);
-        let is_brief = patience.is_none();
-        let moment = if lock.mark().is_some() { MOMENT } else { Duration::ZERO };
-        let patience = patience.unwrap_or_else(|| WaitState::brief(moment));
-        Self { lock, subject, patience, is_brief, backoff: Backoff::new(), queued: None }
+    fn begin(lock: &'l SocketLock, wait: &Wait, info: &'l dyn LockInfo) -> Self {
+        let wait_state = wait.state_for(info);
+        let is_brief = wait_state.is_none();
+        let retry_for = if lock.record().is_some() { UNKNOWN_HOLDER_TIMEOUT } else { Duration::ZERO };
+        let wait_state = wait_state.unwrap_or_else(|| WaitState::brief(retry_for));
+        Self { lock, info, wait_state, is_brief, backoff: Backoff::new(), queued: None }
     }
 
     /// Binds the name, or queues up at its holder.
     fn attempt(&mut self) -> Result<Attempt> {
-        if self.is_brief && self.lock.living_holder().is_some() {
-            return Err(self.subject.held());
+        if self.is_brief && self.lock.live_holder().is_some() {
+            return Err(self.info.held());
         }
         if self.queued.is_none() {
-            if let Some(taken) = self.lock.bind()? {
-                return Ok(Attempt::Acquired(taken));
+            if let Some(acquired) = self.lock.bind()? {
+                return Ok(Attempt::Acquired(acquired));
             }
-            self.queued = self.lock.queue_up(self.subject)?;
+            self.queued = self.lock.queue_up(self.info)?;
             if let Some(queued) = self.queued.as_ref().filter(|_| !self.is_brief) {
                 holder_record::with_current(|record| seqpacket::announce(&queued.connection, &announcement(record)));
-                if let Some(mark) = self.lock.mark() {
-                    mark.count_waiter();
+                if let Some(record) = self.lock.record() {
+                    record.count_waiter();
                 }
                 self.backoff = Backoff::new();
             }
@@ -155,10 +173,10 @@ impl<'l> Acquisition<'l> {
         self.queued.as_ref().map(|queued| queued.connection.as_fd())
     }
 
-    /// Takes over a socket that has arrived, also after the timeout.
+    /// Takes over a socket that was received, also after the timeout.
     fn wake(&mut self, waited: WaitResult) -> Result<Option<Acquired>> {
         if let Some(queued) = &mut self.queued {
-            let has_ended = seqpacket::receive(&queued.connection, &mut queued.arrived);
+            let has_ended = seqpacket::receive(&queued.connection, &mut queued.received);
             if has_ended.map_err(|error| self.lock.io("receive", error))? {
                 if let Some(hold) = self.queued.take().map(|queued| self.lock.take_over(queued)).transpose()?.flatten()
                 {
@@ -168,8 +186,8 @@ impl<'l> Acquisition<'l> {
         }
         match waited {
             Ok(()) => Ok(None),
-            Err(_) if self.is_brief => Err(self.subject.held()),
-            Err(gave_up) => Err(self.patience.error(gave_up, self.subject)),
+            Err(_) if self.is_brief => Err(self.info.held()),
+            Err(reason) => Err(self.wait_state.error(reason, self.info)),
         }
     }
 }
@@ -190,10 +208,10 @@ impl SocketLock {
         let prefix = prefix(sharing);
         let sockets = sockets()?;
         let mut holders = Holders::read(sharing);
-        let mut living = holder_record::Living::default();
+        let mut living = holder_record::LivenessCache::default();
         let held = sockets.bound().filter_map(|(address, queue)| {
             let name = address.strip_prefix(&prefix)?;
-            let owner = holders.of(name).filter(|owner| living.has(owner));
+            let owner = holders.of(name).filter(|owner| living.may_live(owner));
             Some((name.to_owned(), owner, sockets.waiters(queue, user_of(sharing))))
         });
         Ok(held.collect())
@@ -201,23 +219,23 @@ impl SocketLock {
 
     pub(super) fn new(name: &str, sharing: Sharing) -> Result<Self> {
         let socket = prefix(sharing) + name;
-        let address = seqpacket::address(&socket).map_err(|error| Error::io("name", format!("@{socket}"), error))?;
-        Ok(Self { sharing, address, mark: OnceLock::new() })
+        let address = socket::address(&socket).map_err(|error| Error::io("name", format!("@{socket}"), error))?;
+        Ok(Self { sharing, address, record: OnceLock::new() })
     }
 
-    pub(super) fn acquire(&self, wait: &Wait, subject: &dyn LockInfo) -> Result<Acquired> {
-        if let Some(taken) = self.acquire_free(wait, subject)? {
-            return Ok(taken);
+    pub(super) fn acquire(&self, wait: &Wait, info: &dyn LockInfo) -> Result<Acquired> {
+        if let Some(acquired) = self.acquire_free(wait, info)? {
+            return Ok(acquired);
         }
-        let mut turn = Acquisition::begin(self, wait, subject);
+        let mut acquisition = Acquisition::begin(self, wait, info);
         loop {
-            let pause = match turn.attempt()? {
-                Attempt::Acquired(taken) => return Ok(taken),
+            let pause = match acquisition.attempt()? {
+                Attempt::Acquired(acquired) => return Ok(acquired),
                 Attempt::Sleep(pause) => pause,
             };
-            let waited = turn.patience.wait_for_end(turn.descriptor(), pause)?;
-            if let Some(taken) = turn.wake(waited)? {
-                return Ok(taken);
+            let waited = acquisition.wait_state.wait_for_end(acquisition.descriptor(), pause)?;
+            if let Some(acquired) = acquisition.wake(waited)? {
+                return Ok(acquired);
             }
         }
     }
@@ -225,62 +243,62 @@ impl SocketLock {
     /// Acquires like [`acquire`](Self::acquire), but sleeps on the reactor. Dropping the future closes the connection,
     /// so the holder skips this waiter, or the kernel closes the socket that was in flight to it.
     #[cfg(feature = "tokio")]
-    pub(super) async fn acquire_async(&self, wait: &Wait, subject: &dyn LockInfo) -> Result<Acquired> {
+    pub(super) async fn acquire_async(&self, wait: &Wait, info: &dyn LockInfo) -> Result<Acquired> {
         blocking::check_runtime()?;
-        if let Some(taken) = self.acquire_free(wait, subject)? {
-            return Ok(taken);
+        if let Some(acquired) = self.acquire_free(wait, info)? {
+            return Ok(acquired);
         }
-        let mut turn = Acquisition::begin(self, wait, subject);
+        let mut acquisition = Acquisition::begin(self, wait, info);
         loop {
-            let pause = match turn.attempt()? {
-                Attempt::Acquired(taken) => return Ok(taken),
+            let pause = match acquisition.attempt()? {
+                Attempt::Acquired(acquired) => return Ok(acquired),
                 Attempt::Sleep(pause) => pause,
             };
-            let readable = blocking::readable(turn.descriptor());
-            let waited = turn.patience.wait_async(readable, pause).await?;
-            if let Some(taken) = turn.wake(waited)? {
-                return Ok(taken);
+            let readable = blocking::readable(acquisition.descriptor());
+            let waited = acquisition.wait_state.wait_async(readable, pause).await?;
+            if let Some(acquired) = acquisition.wake(waited)? {
+                return Ok(acquired);
             }
         }
     }
 
-    fn acquire_free(&self, wait: &Wait, subject: &dyn LockInfo) -> Result<Option<Acquired>> {
-        wait.check(subject)?;
+    fn acquire_free(&self, wait: &Wait, info: &dyn LockInfo) -> Result<Option<Acquired>> {
+        wait.check(info)?;
         self.bind()
     }
 
     /// Binds the name, if no process has it.
     fn bind(&self) -> Result<Option<Acquired>> {
-        let mark = self.mark();
+        let record = self.record();
         // Waiters can queue up as soon as the socket listens.
-        let waits = mark.and_then(HolderRecord::waits);
+        let waits = record.and_then(HolderRecord::waiter_count);
         let Some(socket) = seqpacket::listen_at(&self.address).map_err(|error| self.io("bind", error))? else {
             return Ok(None);
         };
-        let died = self.mark().and_then(|mark| mark.take(true));
-        Ok(Some((Hold { socket, connection: None, origin: Origin::Bound(waits), since: nanos() }, died)))
+        let died = self.record().and_then(|record| record.record_current(true));
+        Ok(Some((SocketHold { socket, connection: None, origin: Origin::Bound(waits), since: nanos() }, died)))
     }
 
     /// Queues up at the holder. Returns `None` if the holder cannot be reached.
-    fn queue_up(&self, subject: &dyn LockInfo) -> Result<Option<Queued>> {
+    fn queue_up(&self, info: &dyn LockInfo) -> Result<Option<Queued>> {
         let is_shared = self.sharing == Sharing::Machine;
         match seqpacket::connect(&self.address, is_shared).map_err(|error| self.io("connect to", error))? {
-            Reached::Nobody | Reached::Full => Ok(None),
+            Reached::NoListener | Reached::Full => Ok(None),
             Reached::Queue(connection) => {
                 let Peer { uid, pid } = self.peer(&connection)?;
                 let Some(is_own) = self.trusts(&connection, Peer { uid, pid }) else {
                     let pid = (pid != 0).then_some(pid);
-                    return Err(ErrorKind::ForeignOwner { lock: subject.describe(), uid, pid }.into());
+                    return Err(ErrorKind::ForeignOwner { lock: info.describe(), uid, pid }.into());
                 };
-                Ok(Some(Queued { connection, is_own, arrived: None }))
+                Ok(Some(Queued { connection, is_own, received: None }))
             }
         }
     }
 
     /// Takes over the socket that the previous holder handed over. Returns `None` if it is not the lock's socket.
-    fn take_over(&self, queued: Queued) -> Result<Option<Hold>> {
-        let Queued { connection, is_own, arrived } = queued;
-        let Some(Arrived { socket, sender }) = arrived else { return Ok(None) };
+    fn take_over(&self, queued: Queued) -> Result<Option<SocketHold>> {
+        let Queued { connection, is_own, received } = queued;
+        let Some(Received { socket, sender }) = received else { return Ok(None) };
         if !seqpacket::is_bound_to(&socket, &self.address) {
             return Ok(None);
         }
@@ -301,45 +319,45 @@ impl SocketLock {
             false => Origin::Foreign,
         };
         seqpacket::set_nonblocking(&socket).map_err(|error| self.io("set up", error))?;
-        match seqpacket::listen(&socket) {
+        match socket::listen(&socket) {
             Ok(()) => {}
             // A connection has the name of its listener, too.
             Err(Errno::INVAL) => return Ok(None),
             Err(error) => return Err(self.io("listen on", error)),
         }
         // A record that is still there is older than the previous holder, which released.
-        self.mark().map(|mark| mark.take(false));
-        Ok(Some(Hold { socket, connection: Some(connection), origin, since: nanos() }))
+        self.record().map(|record| record.record_current(false));
+        Ok(Some(SocketHold { socket, connection: Some(connection), origin, since: nanos() }))
     }
 
     fn peer(&self, connection: &ForkGuarded) -> Result<Peer> {
-        seqpacket::peer(&**connection).map_err(|error| self.io("ask who holds", error))
+        socket::peer(&**connection).map_err(|error| self.io("query the holder of", error))
     }
 
     /// Passes the lock on to the first waiter, or frees it.
     ///
     /// # Errors
     /// [`Io`](ErrorKind::Io) if the program has already released the lock by closing the descriptor.
-    pub(super) fn release(&self, hold: Hold) -> Result<()> {
-        let Hold { socket, connection, origin, since } = hold;
+    pub(super) fn release(&self, hold: SocketHold) -> Result<()> {
+        let SocketHold { socket, connection, origin, since } = hold;
         // The program may have closed the descriptor and thereby released the lock. Then the record belongs to another
         // holder.
         if !socket.is_own_since(since, nanos()) {
             return Err(Error::io("release", self.path(), fork::closed_by_program()));
         }
-        let mark = self.mark();
-        let is_waited_for = match (origin, mark.and_then(HolderRecord::waits)) {
+        let record = self.record();
+        let is_waited_for = match (origin, record.and_then(HolderRecord::waiter_count)) {
             (Origin::Foreign, _) => false,
             (Origin::Bound(Some(before)), Some(now)) => before != now,
             (Origin::HandedOver, _) => true,
             // Polling is cheap, `accept` is not, and usually no process waits.
             (Origin::Bound(_), _) => event::is_readable(socket.as_fd()),
         };
-        let kept = if is_waited_for { self.pass_on(socket, mark) } else { Some(socket) };
-        if let Some(socket) = kept {
-            if let Some(mark) = mark {
-                mark.clear();
-                step("record wiped");
+        let unsent = if is_waited_for { self.hand_over(socket, record) } else { Some(socket) };
+        if let Some(socket) = unsent {
+            if let Some(record) = record {
+                record.clear();
+                step("record cleared");
             }
             socket.close();
         }
@@ -349,12 +367,12 @@ impl SocketLock {
 
     /// Hands the socket over to the first live waiter. Returns the socket if there is none, or if too many other
     /// connections come first.
-    fn pass_on(&self, socket: ForkGuarded, mark: Option<&HolderRecord>) -> Option<ForkGuarded> {
+    fn hand_over(&self, socket: ForkGuarded, record: Option<&HolderRecord>) -> Option<ForkGuarded> {
         for _ in 0..MAX_SKIPPED {
             let Some(waiter) = seqpacket::accept(&socket) else { return Some(socket) };
             let Some(receiver) = self.receiver(&waiter) else { continue };
-            if let Some(mark) = mark {
-                mark.hand_to(&receiver);
+            if let Some(record) = record {
+                record.record_receiver(&receiver);
             }
             if seqpacket::hand_over(&waiter, &socket).is_ok() {
                 // At the end of the stream the receiver holds the lock, and by then this process must not have a copy.
@@ -369,10 +387,10 @@ impl SocketLock {
 
     /// Returns the record of a waiter that may have the lock, and `None` for every other connection.
     fn receiver(&self, waiter: &ForkGuarded) -> Option<Words> {
-        let peer = seqpacket::peer(&**waiter).ok()?;
+        let peer = socket::peer(&**waiter).ok()?;
         let is_eligible = match self.sharing {
             // Exactly this user: the process that gets the socket later may trust no other user.
-            Sharing::User(_) => seqpacket::is_own(&**waiter, peer, runtime_dir::effective_uid()),
+            Sharing::User(_) => socket::is_own(&**waiter, peer, runtime_dir::effective_uid()),
             Sharing::Machine => true,
         };
         is_eligible.then_some(())?;
@@ -394,8 +412,8 @@ impl SocketLock {
 
     /// Records `owner` as the holder of the lock.
     pub(super) fn name_holder(&self, owner: &Owner) {
-        if let Some(mark) = self.mark() {
-            mark.name(owner);
+        if let Some(record) = self.record() {
+            record.record_owner(owner);
         }
     }
 
@@ -421,7 +439,7 @@ impl SocketLock {
     fn trusts(&self, connection: &ForkGuarded, peer: Peer) -> Option<bool> {
         match self.sharing {
             Sharing::User(own) => {
-                let is_trusted = peer.uid == 0 || seqpacket::is_own(&**connection, peer, own);
+                let is_trusted = peer.uid == 0 || socket::is_own(&**connection, peer, own);
                 // The effective user of this process may have changed since the lock was built.
                 is_trusted.then(|| peer.uid == own && own == runtime_dir::effective_uid())
             }
@@ -431,31 +449,31 @@ impl SocketLock {
     }
 
     pub(super) fn owner(&self) -> Result<Option<Owner>> {
-        if let Some(owner) = self.living_holder() {
+        if let Some(owner) = self.live_holder() {
             // A holder that executes another program (exec) leaves its record, and the name becomes free.
             let free = seqpacket::is_free(&self.address).map_err(|error| self.io("bind", error))?;
             return Ok((!free).then_some(owner));
         }
         match seqpacket::connect(&self.address, false).map_err(|error| self.io("connect to", error))? {
-            Reached::Nobody => Ok(None),
-            Reached::Full => Err(self.io("ask who holds", Errno::AGAIN)),
+            Reached::NoListener => Ok(None),
+            Reached::Full => Err(self.io("query the holder of", Errno::AGAIN)),
             Reached::Queue(connection) => Ok(owner_of(self.peer(&connection)?)),
         }
     }
 
     /// Returns the holder from the record, unless it has died since. Reading the record costs the holder nothing; a
     /// connection would occupy a place in its queue until it releases.
-    fn living_holder(&self) -> Option<Owner> {
-        let owner = self.mark()?.holder()?;
+    fn live_holder(&self) -> Option<Owner> {
+        let owner = self.record()?.holder()?;
         (owner.liveness_by_name() != Liveness::Dead).then_some(owner)
     }
 
     /// Returns the record once it could be opened. A failed attempt is repeated, because its cause may be temporary.
-    fn mark(&self) -> Option<&HolderRecord> {
-        match self.mark.get() {
+    fn record(&self) -> Option<&HolderRecord> {
+        match self.record.get() {
             None => {
-                let mark = HolderRecord::open(self.name().strip_prefix(&prefix(self.sharing))?, self.sharing).ok()?;
-                Some(self.mark.get_or_init(|| mark))
+                let record = HolderRecord::open(self.name().strip_prefix(&prefix(self.sharing))?, self.sharing).ok()?;
+                Some(self.record.get_or_init(|| record))
             }
             opened => opened,
         }
@@ -522,9 +540,9 @@ mod tests {
     use super::*;
 
     #[derive(Debug)]
-    struct Nothing;
+    struct TestInfo;
 
-    impl LockInfo for Nothing {
+    impl LockInfo for TestInfo {
         fn describe(&self) -> String {
             "a lock".to_owned()
         }
@@ -544,10 +562,10 @@ mod tests {
         for sharing in [Sharing::User(runtime_dir::effective_uid()), Sharing::Machine] {
             let lock = SocketLock::new(&format!("test-gave-up-{}", std::process::id()), sharing).unwrap();
             let (hold, _) = lock.bind().unwrap().unwrap();
-            let mut turn = Acquisition::begin(&lock, &Wait::forever(), &Nothing);
-            assert!(matches!(turn.attempt(), Ok(Attempt::Sleep(Duration::MAX))));
-            let copy = turn.descriptor().unwrap().try_clone_to_owned().unwrap();
-            drop(turn);
+            let mut acquisition = Acquisition::begin(&lock, &Wait::forever(), &TestInfo);
+            assert!(matches!(acquisition.attempt(), Ok(Attempt::Sleep(Duration::MAX))));
+            let copy = acquisition.descriptor().unwrap().try_clone_to_owned().unwrap();
+            drop(acquisition);
             lock.release(hold).unwrap();
             let (hold, died) = lock.bind().unwrap().expect("the lock is free");
             assert_eq!(died, None);

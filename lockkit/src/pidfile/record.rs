@@ -108,7 +108,7 @@ pub(super) fn parse(bytes: &[u8]) -> Content {
     let foreign_host = foreign_host.map(|host| String::from_utf8_lossy(host).into_owned());
     if let [one, two, three, 0] = *bytes {
         let binary = u32::from_ne_bytes([one, two, three, 0]);
-        pids.extend((1..=process::MOST_PID).contains(&binary).then_some(binary));
+        pids.extend((1..=process::MAX_PID).contains(&binary).then_some(binary));
     }
     let is_single = pids.len() == 1 && text.trim_ascii().len() == lines[0][0].len();
     Content::Pids { pids, is_single, foreign_host }
@@ -150,7 +150,7 @@ fn pid(word: &[u8]) -> Result<u32, &'static str> {
     let pid = std::str::from_utf8(word).ok().and_then(|word| word.parse().ok()).ok_or(beyond)?;
     match pid {
         0 => Err("no process has the pid 0"),
-        1..=process::MOST_PID => Ok(pid),
+        1..=process::MAX_PID => Ok(pid),
         _ => Err(beyond),
     }
 }
@@ -404,8 +404,8 @@ mod tests {
     #[test]
     fn parse_of_anything_else_names_the_broken_rule() {
         let long = "1".repeat(40);
-        let [highest, beyond] = [process::MOST_PID, process::MOST_PID + 1].map(|pid| pid.to_string());
-        assert_eq!(pids(&highest), [process::MOST_PID]);
+        let [highest, beyond] = [process::MAX_PID, process::MAX_PID + 1].map(|pid| pid.to_string());
+        assert_eq!(pids(&highest), [process::MAX_PID]);
         let longer = format!("1\n{}", " ".repeat(MAX_LENGTH));
         for (text, rule) in [
             ("-1", "digits"),

@@ -17,7 +17,7 @@ pub(crate) fn user_directory() -> io::Result<PathBuf> {
     let length = unsafe { libc::confstr(libc::_CS_DARWIN_USER_DIR, path.as_mut_ptr().cast(), path.len()) };
     match CStr::from_bytes_until_nul(&path) {
         Ok(path) if (1..=libc::PATH_MAX as usize).contains(&length) => Ok(OsStr::from_bytes(path.to_bytes()).into()),
-        _ => Err(io::Error::other("confstr(3) does not say where DARWIN_USER_DIR is")),
+        _ => Err(io::Error::other("confstr(3) does not report DARWIN_USER_DIR")),
     }
 }
 

@@ -11,7 +11,7 @@ pub const ENABLED: bool = cfg!(debug_assertions);
 
 /// A function that receives the steps that a process has passed, just before it kills itself.
 #[cfg(lockkit_failpoints)]
-pub type LastWords = fn(&[&'static str]);
+pub type BeforeKill = fn(&[&'static str]);
 
 #[cfg(all(lockkit_failpoints, debug_assertions))]
 mod armed {
@@ -19,28 +19,28 @@ mod armed {
 
     use parking_lot::Mutex;
 
-    use super::{LastWords, this_process};
+    use super::{BeforeKill, this_process};
 
     /// Whether a test has armed the steps: forked children could find a mutex locked that every step locks.
     static ARMED: AtomicBool = AtomicBool::new(false);
     static PASSED: Mutex<(usize, Vec<&'static str>)> = Mutex::new((usize::MAX, Vec::new()));
     /// Whether the process is stopped at the step, instead of killed.
     static STOPS: AtomicBool = AtomicBool::new(false);
-    static LAST_WORDS: Mutex<Option<LastWords>> = Mutex::new(None);
+    static BEFORE_KILL: Mutex<Option<BeforeKill>> = Mutex::new(None);
 
     pub(crate) fn step(what: &'static str) {
         if !ARMED.load(Ordering::Relaxed) {
             return;
         }
-        this_process::show_a_step();
+        this_process::make_step_visible();
         let mut passed = PASSED.lock();
         passed.1.push(what);
         if passed.1.len() == passed.0 {
             match STOPS.load(Ordering::Relaxed) {
                 true => this_process::stop(),
                 false => {
-                    if let Some(tell) = *LAST_WORDS.lock() {
-                        tell(&passed.1);
+                    if let Some(before_kill) = *BEFORE_KILL.lock() {
+                        before_kill(&passed.1);
                     }
                     this_process::kill()
                 }
@@ -54,8 +54,8 @@ mod armed {
         ARMED.store(true, Ordering::Relaxed);
     }
 
-    pub(super) fn tell(last_words: LastWords) {
-        *LAST_WORDS.lock() = Some(last_words);
+    pub(super) fn call_before_kill(before_kill: BeforeKill) {
+        *BEFORE_KILL.lock() = Some(before_kill);
     }
 
     pub(super) fn passed() -> Vec<&'static str> {
@@ -68,7 +68,7 @@ mod this_process {
     use rustix::process::{Signal, getpid, getppid, kill_process};
 
     /// Changes nothing, and shows a tracer of this process where a step is.
-    pub(super) fn show_a_step() {
+    pub(super) fn make_step_visible() {
         let _ = getppid();
     }
 
@@ -88,7 +88,7 @@ mod this_process {
     use windows_sys::Win32::System::Threading::{GetCurrentProcess, TerminateProcess};
 
     /// Does nothing: Windows has no way to show it.
-    pub(super) fn show_a_step() {}
+    pub(super) fn make_step_visible() {}
 
     /// Ends this process at once, as an external kill does.
     pub(super) fn kill() {
@@ -117,13 +117,13 @@ pub fn kill_at(at: usize) {
     let _ = at;
 }
 
-/// Kills like [`kill_at`], and passes the steps to `last_words` just before the kill.
+/// Kills like [`kill_at`], and passes the steps to `before_kill` just before the kill.
 #[cfg(lockkit_failpoints)]
-pub fn kill_at_and_tell(at: usize, last_words: LastWords) {
+pub fn kill_at_after(at: usize, before_kill: BeforeKill) {
     #[cfg(debug_assertions)]
-    armed::tell(last_words);
+    armed::call_before_kill(before_kill);
     #[cfg(not(debug_assertions))]
-    let _ = last_words;
+    let _ = before_kill;
     kill_at(at);
 }
 

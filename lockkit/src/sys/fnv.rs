@@ -24,7 +24,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hashes_are_those_of_the_published_vectors() {
+    fn hash_matches_published_vectors() {
         for (text, hash) in [("", BASIS), ("a", 0xaf63_dc4c_8601_ec8c), ("foobar", 0x8594_4171_f739_67e8)] {
             assert_eq!(of_bytes(text.as_bytes()), hash, "{text:?}");
         }

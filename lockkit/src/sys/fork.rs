@@ -14,7 +14,7 @@
 //!
 //! # Foreign closes
 //! A program may close descriptors that it did not open, with close_range(2) or in a loop. It may then open files that
-//! get the same numbers. So lockkit notes each descriptor by its number, and each note of a number has its own turn
+//! get the same numbers. So lockkit notes each descriptor by its number, and each note of a number has its own sequence
 //! number. If a descriptor outlives the call that made it, its note also has the device and inode of its file, or the
 //! name of its socket. [`ForkGuarded::is_own`] compares all of these. A descriptor that is not its owner's any more is
 //! not closed, not used, and not replaced in a forked child. A close during a call of lockkit is not always noticed.
@@ -110,25 +110,25 @@ impl Pause {
 
 /// The information about a descriptor number.
 struct Note {
-    /// The number of notes so far, in multiples of [`TURN`], and the kind of the latest note: [`FREE`], [`SHIELDED`] or
+    /// The number of notes so far, in multiples of [`SEQUENCE`], and the kind of the latest note: [`FREE`], [`GUARDED`] or
     /// [`KEPT`].
     state: AtomicU64,
     device: AtomicU64,
     inode: AtomicU64,
 }
 
-const TURN: u64 = 4;
+const SEQUENCE: u64 = 4;
 /// The number belongs to no lock.
 const FREE: u64 = 0;
 /// A forked child gets an inert descriptor instead.
-const SHIELDED: u64 = 1;
+const GUARDED: u64 = 1;
 /// A forked child keeps it.
 const KEPT: u64 = 2;
 
 /// In less than this many nanoseconds no program closes a file and opens another: that takes two system calls, and the
 /// second one looks up a name.
 #[cfg(target_os = "linux")]
-const TOO_SHORT_TO_REPLACE: u64 = 200;
+const MIN_REPLACEMENT_NANOS: u64 = 200;
 
 /// The identity of a file: its device and inode.
 type Identity = (u64, u64);
@@ -150,23 +150,23 @@ impl Note {
         self.inode.store(inode, Ordering::Relaxed);
     }
 
-    /// Begins the next turn, for a descriptor that the kernel has just given to this thread.
+    /// Notes a descriptor that the kernel has just given to this thread, and returns its sequence number.
     fn begin(&self, identity: Identity) -> u64 {
         self.set_identity(identity);
-        let turn = self.state.load(Ordering::Relaxed) / TURN + 1;
-        self.state.store(turn * TURN + SHIELDED, Ordering::Release);
-        turn
+        let sequence = self.state.load(Ordering::Relaxed) / SEQUENCE + 1;
+        self.state.store(sequence * SEQUENCE + GUARDED, Ordering::Release);
+        sequence
     }
 
-    /// Whether the number still belongs to a lock, and to this turn.
-    fn is_of(&self, turn: u64) -> bool {
+    /// Whether the number still belongs to a lock, and its note has this sequence number.
+    fn is_of(&self, sequence: u64) -> bool {
         let state = self.state.load(Ordering::Acquire);
-        state / TURN == turn && state % TURN != FREE
+        state / SEQUENCE == sequence && state % SEQUENCE != FREE
     }
 
     /// Changes the kind, unless the number has been noted again.
-    fn set(&self, turn: u64, kind: u64) {
-        let set = |state: u64| (state / TURN == turn).then_some(turn * TURN + kind);
+    fn set(&self, sequence: u64, kind: u64) {
+        let set = |state: u64| (state / SEQUENCE == sequence).then_some(sequence * SEQUENCE + kind);
         let _ = self.state.fetch_update(Ordering::AcqRel, Ordering::Relaxed, set);
     }
 }
@@ -281,7 +281,7 @@ fn is(descriptor: BorrowedFd<'_>, noted: Identity) -> bool {
 pub(crate) struct ForkGuarded<T: AsFd = OwnedFd> {
     descriptor: ManuallyDrop<T>,
     note: &'static Note,
-    turn: u64,
+    sequence: u64,
 }
 
 impl std::fmt::Debug for Note {
@@ -300,8 +300,8 @@ impl<T: AsFd> ForkGuarded<T> {
         let _claim = Claim::take();
         let descriptor = make()?;
         let note = note(descriptor.as_fd());
-        let turn = note.begin(identity);
-        Ok(Self { descriptor: ManuallyDrop::new(descriptor), note, turn })
+        let sequence = note.begin(identity);
+        Ok(Self { descriptor: ManuallyDrop::new(descriptor), note, sequence })
     }
 
     /// Notes the identity of the file, for a descriptor that outlives the call that made it.
@@ -322,14 +322,14 @@ impl<T: AsFd> ForkGuarded<T> {
 
     /// Lets forked children keep the descriptor from now on.
     pub(crate) fn keep_across_fork(self) -> Self {
-        self.note.set(self.turn, KEPT);
+        self.note.set(self.sequence, KEPT);
         self
     }
 
     /// Whether the number still refers to the file that was opened under it. The program may have closed the file, and
     /// the kernel may have given the number to another file.
     pub(crate) fn is_own(&self) -> bool {
-        self.note.is_of(self.turn) && is(self.descriptor.as_fd(), self.note.identity())
+        self.note.is_of(self.sequence) && is(self.descriptor.as_fd(), self.note.identity())
     }
 
     /// Checks [`is_own`](Self::is_own) at `now`, for a descriptor that was this lock's at `then`. Both times are
@@ -337,7 +337,7 @@ impl<T: AsFd> ForkGuarded<T> {
     #[cfg(target_os = "linux")]
     #[inline]
     pub(crate) fn is_own_since(&self, then: u64, now: u64) -> bool {
-        now.wrapping_sub(then) < TOO_SHORT_TO_REPLACE || self.is_own()
+        now.wrapping_sub(then) < MIN_REPLACEMENT_NANOS || self.is_own()
     }
 
     /// Closes the descriptor as a drop does, just after [`is_own`](Self::is_own) was true.
@@ -348,11 +348,11 @@ impl<T: AsFd> ForkGuarded<T> {
 
     fn close_unless_noted_again(&mut self) {
         let _claim = Claim::take();
-        if self.note.is_of(self.turn) {
+        if self.note.is_of(self.sequence) {
             // SAFETY: dropped once, for `self` is not used afterwards.
             unsafe { ManuallyDrop::drop(&mut self.descriptor) };
             // After the close, so that a child that a signal handler forks in between finds the note.
-            self.note.set(self.turn, FREE);
+            self.note.set(self.sequence, FREE);
         }
     }
 }
@@ -378,7 +378,7 @@ impl<T: AsFd> Drop for ForkGuarded<T> {
     fn drop(&mut self) {
         match self.is_own() {
             true => self.close_unless_noted_again(),
-            false => self.note.set(self.turn, FREE),
+            false => self.note.set(self.sequence, FREE),
         }
     }
 }
@@ -389,8 +389,8 @@ pub(crate) fn unguarded<T: AsFd, E>(make: impl FnOnce() -> Result<T, E>) -> Resu
     let _claim = Claim::take();
     let descriptor = make()?;
     let note = note(descriptor.as_fd());
-    let turn = note.begin(UNKNOWN);
-    note.set(turn, FREE);
+    let sequence = note.begin(UNKNOWN);
+    note.set(sequence, FREE);
     Ok(descriptor)
 }
 
@@ -488,21 +488,21 @@ unsafe extern "C" fn after_fork_in_child() {
     let inert_identity = inert.as_ref().and_then(|inert| identity(inert.as_fd()).ok()).unwrap_or(UNKNOWN);
     for (number, note) in noted() {
         let state = note.state.load(Ordering::Relaxed);
-        if state % TURN != SHIELDED {
+        if state % SEQUENCE != GUARDED {
             continue;
         }
         // SAFETY: the number is only inspected, which harms no file, whatever the number refers to.
         let is_own = is(unsafe { BorrowedFd::borrow_raw(number) }, note.identity());
-        if is_own && disarm(number, inert.as_ref()) {
+        if is_own && replace_with_inert(number, inert.as_ref()) {
             note.set_identity(inert_identity);
         } else {
-            note.set(state / TURN, FREE);
+            note.set(state / SEQUENCE, FREE);
         }
     }
 }
 
 /// Replaces a lock's descriptor with the inert one, or closes it. Returns whether it was replaced.
-fn disarm(number: RawFd, inert: Option<&OwnedFd>) -> bool {
+fn replace_with_inert(number: RawFd, inert: Option<&OwnedFd>) -> bool {
     // SAFETY: the number is noted as a lock's, and refers to its file. The guard that owns it is a copy, and this
     // handler, the only code that runs, may act for the guard. The descriptor stays open unless no inert one could be
     // made: then it is closed here and noted as free, so that the guard does not close it again.
@@ -551,7 +551,7 @@ mod tests {
     }
 
     #[test]
-    fn number_of_closed_lock_is_not_taken_for_another_socket() {
+    fn reused_number_of_closed_lock_is_not_own() {
         in_child(|| {
             let (one, other) = (listener("one"), listener("other"));
             let replace = |make: &dyn Fn() -> OwnedFd| {
@@ -568,7 +568,7 @@ mod tests {
             // A socket of the same name, for another guard.
             let copy = unguarded(|| other.try_clone()).unwrap();
             assert_eq!(copy.as_raw_fd(), one.as_raw_fd());
-            assert!(!one.note.is_of(one.turn));
+            assert!(!one.note.is_of(one.sequence));
             drop(one);
             assert!(rustix::fs::fstat(&copy).is_ok(), "it is still open");
             assert!(other.is_own());
@@ -576,7 +576,7 @@ mod tests {
     }
 
     #[test]
-    fn child_forked_while_its_thread_begins_a_claim_can_fork_again() {
+    fn child_forked_during_claim_can_fork_again() {
         install();
         // As in a signal handler, between the two steps of a claim.
         OWN.set(OWN.get() + CLAIM);

@@ -87,7 +87,7 @@ mod linux {
         use crate::sys::event::{self, Woke};
 
         #[test]
-        fn each_watch_sees_the_changes_of_its_own_time_only() {
+        fn watch_reports_only_changes_since_its_start() {
             let path = std::env::temp_dir().join(format!("lockkit-watch-{}", std::process::id()));
             let is_woken = |watch: &Watch| {
                 let soon = Instant::now() + Duration::from_millis(20);

@@ -22,7 +22,7 @@ use super::mapping::Mapping;
 /// The number of processes that can use a table at once.
 pub(crate) const SLOTS: u32 = 4094;
 /// The most locks that a table can have.
-pub(crate) const MOST: u32 = 1 << 24;
+pub(crate) const MAX_LOCKS: u32 = 1 << 24;
 /// The number of locks whose cells are in one page.
 pub(crate) const LOCKS_PER_PAGE: u32 = (PAGE / size_of::<Cell>()) as u32;
 /// The unit of reservation and of use counting, whatever the system's own page size is.
@@ -45,7 +45,7 @@ pub(crate) struct Header {
     pub(crate) layout: AtomicU32,
     pub(crate) capacity: AtomicU32,
     /// Not zero: no process has counted since a process attached, and a kill may have left the count wrong before that.
-    pub(crate) is_count_in_doubt: AtomicU32,
+    pub(crate) count_state: AtomicU32,
     _reserved: [AtomicU32; 10],
     pub(crate) count: Line<AtomicU64>,
     pub(crate) hint: Line<AtomicU32>,
@@ -65,7 +65,7 @@ pub(crate) struct Slot {
     /// The number of times that the slot was taken; a lock's owner is a slot and its generation.
     pub(crate) generation: AtomicU32,
     _reserved: [AtomicU32; 5],
-    /// The record of the process, as `named::holder_record` writes it.
+    /// The record of the process, as `base::holder_record` writes it.
     pub(crate) record: [AtomicU64; 13],
 }
 
@@ -73,14 +73,14 @@ pub(crate) struct Slot {
 #[derive(Debug)]
 #[repr(C, align(64))]
 pub(crate) struct Cell {
-    /// See `manager::raw_lock`.
+    /// The lock word, see `manager::shm::raw_lock`.
     pub(crate) word: AtomicU32,
     /// Changes with every acquisition, so that no release ends the acquisition of another holder.
-    pub(crate) turn: AtomicU32,
+    pub(crate) acquisition: AtomicU32,
     /// The time of the acquisition, in nanoseconds since the epoch, by the coarse clock.
-    pub(crate) since: AtomicU64,
+    pub(crate) acquired_at: AtomicU64,
     /// The time at which a release last kept the lock for waiters, in nanoseconds of the monotonic clock.
-    pub(crate) kept: AtomicU64,
+    pub(crate) handed_off_at: AtomicU64,
     _reserved: [AtomicU64; 5],
 }
 
@@ -90,7 +90,7 @@ const _: () = {
     assert!(offset_of!(Header, version) == 8);
     assert!(offset_of!(Header, layout) == 12);
     assert!(offset_of!(Header, capacity) == 16);
-    assert!(offset_of!(Header, is_count_in_doubt) == 20);
+    assert!(offset_of!(Header, count_state) == 20);
     assert!(offset_of!(Header, count) == 64);
     assert!(offset_of!(Header, hint) == 128);
     assert!(offset_of!(Header, next_slot) == 192);
@@ -99,9 +99,9 @@ const _: () = {
     assert!(offset_of!(Slot, record) == 24);
     assert!(size_of::<Cell>() == 64 && align_of::<Cell>() == LINE);
     assert!(offset_of!(Cell, word) == 0);
-    assert!(offset_of!(Cell, turn) == 4);
-    assert!(offset_of!(Cell, since) == 8);
-    assert!(offset_of!(Cell, kept) == 16);
+    assert!(offset_of!(Cell, acquisition) == 4);
+    assert!(offset_of!(Cell, acquired_at) == 8);
+    assert!(offset_of!(Cell, handed_off_at) == 16);
     assert!(LOCKS_PER_PAGE == u64::BITS);
     assert!(PAGE + SLOTS as usize * size_of::<Slot>() == 528_128);
     assert!(Shape::of(1).full == 528_384);
@@ -130,7 +130,7 @@ pub(crate) fn capacity(bytes: &[u8; 20], length: u64) -> Result<u32, &'static st
         return Err("it is of another layout, as on another kind of machine");
     }
     let capacity = word(16);
-    if capacity == 0 || capacity > MOST {
+    if capacity == 0 || capacity > MAX_LOCKS {
         return Err("its capacity is out of bounds");
     }
     if length != Shape::of(capacity).size {
@@ -270,8 +270,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parts_follow_each_other_and_stay_within_the_file() {
-        for capacity in [1, 63, 64, 65, 2048, 4096, 4097, 1_000_000, MOST] {
+    fn parts_are_disjoint_and_within_file() {
+        for capacity in [1, 63, 64, 65, 2048, 4096, 4097, 1_000_000, MAX_LOCKS] {
             let shape = Shape::of(capacity);
             let summary = shape.words().div_ceil(64) * 8;
             assert!(shape.full >= 4096 + SLOTS as usize * 128);
@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_is_believed_only_when_all_of_it_fits() {
+    fn header_with_any_wrong_byte_is_rejected() {
         let good = header(100);
         let size = Shape::of(100).size;
         assert_eq!(super::capacity(&good, size), Ok(100));

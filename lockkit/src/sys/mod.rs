@@ -18,14 +18,14 @@
 //! | [`ofd`] | locks that belong to an open file | which processes still use a lock table, pidfiles |
 //! | `proc_locks` | the kernel's lists of locks on files | the holders of locks on files |
 //! | `proc_net_unix` | the abstract sockets and their queues | the list of named locks |
+//! | [`probe`] | the system's answer about a pid | `process` |
 //! | [`process`] | the identity of processes, and whether they live | owners |
 //! | [`process_local`] | a value that a forked child does not inherit | the heartbeat of leases, cancel tokens |
-//! | `seqpacket` | abstract sockets that can be handed over | named locks on Linux |
 //! | [`atomic_box`] | a value that one thread at a time takes | kept descriptors |
 //! | [`sharing`] | the users that share a lock | named locks |
 //! | `socket_name` | the name of a socket as the identity of its descriptor | descriptors of named locks |
-//! | `stream` | abstract sockets that carry bytes both ways | instances that communicate |
 //! | `layout` | the layout of a lock table in shared memory | numbered locks |
+//! | `unix_socket` | abstract sockets: those that can be handed over, and those that carry bytes | named locks on Linux, instances |
 //! | `unix_diag` | the existing sockets, from the kernel | the waiters of a named lock |
 //! | `user` | whether a uid means one user | trust between processes |
 //! | [`tmpfile`] | files that are complete before they have a name | pidfiles, leases |
@@ -67,6 +67,7 @@ pub(crate) mod layout;
 pub(crate) mod mapping;
 #[cfg_attr(not(target_os = "linux"), path = "ofd_unsupported.rs")]
 pub(crate) mod ofd;
+pub(crate) mod probe;
 #[cfg(target_os = "linux")]
 pub mod proc_locks;
 #[cfg(target_os = "linux")]
@@ -74,17 +75,15 @@ pub(crate) mod proc_net_unix;
 #[cfg(unix)]
 pub(crate) mod process;
 pub(crate) mod process_local;
-#[cfg(target_os = "linux")]
-pub(crate) mod seqpacket;
 pub(crate) mod sharing;
 #[cfg(target_os = "linux")]
 pub(crate) mod socket_name;
-#[cfg(target_os = "linux")]
-pub(crate) mod stream;
 #[cfg_attr(not(target_os = "linux"), path = "tmpfile_unsupported.rs")]
 pub(crate) mod tmpfile;
 #[cfg(target_os = "linux")]
 pub(crate) mod unix_diag;
+#[cfg(target_os = "linux")]
+pub(crate) mod unix_socket;
 #[cfg(target_os = "linux")]
 pub(crate) mod user;
 #[cfg(windows)]

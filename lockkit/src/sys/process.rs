@@ -22,19 +22,9 @@ use rustix::process::{Pid, test_kill_process};
 use rustix::time::{ClockId, clock_gettime};
 use sysinfo::{ProcessRefreshKind, ProcessesToUpdate, System, UpdateKind};
 
+pub(crate) use super::probe::Probe;
 #[cfg(target_os = "linux")]
 use super::process_local::ProcessLocal;
-
-/// The system's answer about a pid.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Probe {
-    /// No process has the pid.
-    Gone,
-    /// The process that has the pid runs no code any more: it was killed and is being torn down, or is a zombie.
-    Ended,
-    /// A process that has the pid, with its start time if this process may see it.
-    Running(Option<u64>),
-}
 
 /// Probes `pid`, as a number of this process's own pid namespace. A process that cannot be seen counts as running.
 pub(crate) fn probe(pid: u32) -> Probe {
@@ -124,7 +114,7 @@ fn started(pid: Pid) -> Probe {
 #[cfg(not(any(target_os = "linux", target_os = "freebsd")))]
 fn started(pid: Pid) -> Probe {
     let pid = pid.as_raw_nonzero().get() as u32;
-    match look(pid, ProcessRefreshKind::nothing(), |process| (process.status(), process.start_time())) {
+    match read_process(pid, ProcessRefreshKind::nothing(), |process| (process.status(), process.start_time())) {
         Some((sysinfo::ProcessStatus::Zombie | sysinfo::ProcessStatus::Dead, _)) => Probe::Ended,
         Some((_, start)) => Probe::Running(Some(start)),
         None => Probe::Running(None),
@@ -176,7 +166,7 @@ pub(crate) fn cheap_time() -> SystemTime {
 }
 
 /// The highest pid that the kernel gives out: `PID_MAX_LIMIT` on Linux.
-pub(crate) const MOST_PID: u32 = if cfg!(target_os = "linux") { 1 << 22 } else { i32::MAX as u32 };
+pub(crate) const MAX_PID: u32 = if cfg!(target_os = "linux") { 1 << 22 } else { i32::MAX as u32 };
 
 /// Returns when the system started, by the wall clock as it is set now, or `None` if nothing reports it.
 #[cfg(target_os = "linux")]
@@ -215,13 +205,13 @@ pub(crate) fn program(pid: u32) -> Option<String> {
         let name = name.to_string_lossy();
         return Some(name.strip_suffix(" (deleted)").unwrap_or(&name).to_owned());
     }
-    look(pid, ProcessRefreshKind::nothing().with_exe(UpdateKind::Always), |process| {
+    read_process(pid, ProcessRefreshKind::nothing().with_exe(UpdateKind::Always), |process| {
         let file = process.exe().and_then(Path::file_name).filter(|name| !name.is_empty());
         file.unwrap_or(process.name()).to_string_lossy().into_owned()
     })
 }
 
-fn look<T>(pid: u32, what: ProcessRefreshKind, read: impl FnOnce(&sysinfo::Process) -> T) -> Option<T> {
+fn read_process<T>(pid: u32, what: ProcessRefreshKind, read: impl FnOnce(&sysinfo::Process) -> T) -> Option<T> {
     let pid = sysinfo::Pid::from_u32(pid);
     let mut system = System::new();
     system.refresh_processes_specifics(ProcessesToUpdate::Some(&[pid]), false, what.without_tasks());
@@ -377,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stat_line_tells_the_running_from_the_ended() {
+    fn stat_line_shows_whether_process_ended() {
         let running = Some(Probe::Running(Some(777)));
         assert_eq!(parse_stat(&stat("R", 1, 0)), running);
         assert_eq!(parse_stat(&stat("T", 1, 19)), running, "stopped, not killed");
@@ -390,20 +380,20 @@ mod tests {
     }
 
     #[test]
-    fn stat_line_of_stopped_process_says_so() {
+    fn stat_line_shows_whether_process_is_stopped() {
         assert!(stops(&stat("T", 1, 19)) && stops(&stat("t", 1, 5)));
         assert!(!stops(&stat("S", 1, 0)) && !stops(""));
     }
 
     #[test]
-    fn this_process_runs_and_keeps_its_start_time() {
+    fn probe_of_this_process_returns_same_start() {
         let now = probe(std::process::id());
         assert!(matches!(now, Probe::Running(Some(_))));
         assert_eq!(probe(std::process::id()), now);
     }
 
     #[test]
-    fn a_pid_beyond_every_limit_is_gone() {
+    fn probe_of_impossible_pid_is_gone() {
         assert_eq!(probe(0), Probe::Gone);
         assert_eq!(probe(i32::MAX as u32), Probe::Gone);
         assert_eq!(probe(u32::MAX), Probe::Gone);

@@ -55,7 +55,7 @@ pub(crate) fn dump() -> Result<Vec<Socket>> {
     let kernel = net::socket_with(AddressFamily::NETLINK, SocketType::DGRAM, flags, Some(netlink::SOCK_DIAG))?;
     let mut sockets = Vec::new();
     let mut buffer = vec![0; MESSAGE];
-    let mut ask = |states, show, sockets: &mut Vec<Socket>| {
+    let mut request_list = |states, show, sockets: &mut Vec<Socket>| {
         retry_on_intr(|| net::send(&kernel, &request(states, show), SendFlags::empty()))?;
         loop {
             let (length, _) = retry_on_intr(|| net::recv(&kernel, &mut buffer[..], RecvFlags::DONTWAIT))?;
@@ -66,10 +66,10 @@ pub(crate) fn dump() -> Result<Vec<Socket>> {
     };
     // The first answer is empty, and shows the kernel how large a message may be. A full queue does not fit into the
     // kernel's initial size, and would end the list there.
-    ask(0, SHOW, &mut sockets)?;
-    ask(1 << ESTABLISHED | 1 << CLOSE | 1 << LISTEN, SHOW | SHOW_QUEUE, &mut sockets)?;
+    request_list(0, SHOW, &mut sockets)?;
+    request_list(1 << ESTABLISHED | 1 << CLOSE | 1 << LISTEN, SHOW | SHOW_QUEUE, &mut sockets)?;
     let mut all = Vec::new();
-    ask(1 << ESTABLISHED | 1 << CLOSE | 1 << LISTEN, SHOW, &mut all)?;
+    request_list(1 << ESTABLISHED | 1 << CLOSE | 1 << LISTEN, SHOW, &mut all)?;
     let known: HashSet<u32> = sockets.iter().map(|socket| socket.inode).collect();
     sockets.extend(all.into_iter().filter(|socket| !known.contains(&socket.inode)));
     Ok(sockets)
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn cut_messages_are_errors_or_nothing() {
+    fn truncated_message_is_error_or_ignored() {
         let mut body = vec![1, 5, LISTEN, 0];
         body.extend(7_u32.to_ne_bytes());
         body.extend([0; 8]);

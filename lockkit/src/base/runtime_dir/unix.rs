@@ -1,8 +1,7 @@
-//! lockkit's own files: at fixed places, checked before use.
+//! The directories on Unix.
 //!
-//! Two processes with different environments must still exclude each other, so no environment variable counts. The
-//! files of one user lie in their own directory, which admits no other user. The files of the whole machine lie in the
-//! system's directory for all users. That directory belongs to root and is sticky. So no user removes another's files,
+//! The files of one user lie in their own directory, which admits no other user. The files of the whole machine lie in
+//! the system's directory for all users. That directory belongs to root and is sticky. So no user removes another's files,
 //! and no user can create it first and lock the others out.
 
 use std::fs::{File, Metadata};
@@ -11,27 +10,25 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-#[cfg(target_os = "linux")]
-use rustix::fs::FileType;
 use rustix::fs::{Mode, OFlags, RawMode, fchmod, fstat, mkdir, open as open_at};
 use rustix::io::Errno;
 
-use super::{MACHINE, Sharing};
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::sys::failpoint::step;
+use crate::sys::sharing::Sharing;
 
 /// Returns the parent of the directories of named locks. The system empties it when it starts, or removes what is old
 /// and not locked. It is private to a container, which has its own names anyway.
 #[cfg(not(target_vendor = "apple"))]
-fn base(_: Sharing) -> io::Result<PathBuf> {
+pub(super) fn base(_: Sharing) -> io::Result<PathBuf> {
     Ok("/tmp".into())
 }
 
 /// macOS removes old files from /tmp, locked or not. The user's Darwin directory is not cleaned: the system makes it
-/// for each user at its own place, whatever the environment says. Of the directories for all users that belong to root
+/// for each user at its own path, whatever the environment says. Of the directories for all users that belong to root
 /// and are sticky, `/Users/Shared` is not cleaned.
 #[cfg(target_vendor = "apple")]
-fn base(sharing: Sharing) -> io::Result<PathBuf> {
+pub(super) fn base(sharing: Sharing) -> io::Result<PathBuf> {
     match sharing {
         Sharing::User(_) => crate::sys::darwin::user_directory(),
         Sharing::Machine => Ok("/Users/Shared".into()),
@@ -49,53 +46,47 @@ pub(crate) fn file_mode(sharing: Sharing) -> u32 {
     }
 }
 
-/// A directory that was found safe.
-#[derive(Debug)]
-pub(crate) struct RuntimeDir {
-    pub(crate) fd: OwnedFd,
-    path: PathBuf,
-    sharing: Sharing,
+/// Nothing precedes the name of a file in the directory of one user.
+pub(super) const USER_PREFIX: &str = "";
+
+/// Returns the form of a lock's name in a file name: the name itself.
+pub(super) fn encode(name: &str) -> String {
+    name.to_owned()
 }
 
-impl RuntimeDir {
-    /// Returns the path of lockkit's file `name`.
-    pub(crate) fn file(&self, name: &str) -> PathBuf {
-        match self.sharing {
-            Sharing::User(_) => self.path.join(name),
-            Sharing::Machine => self.path.join(format!("{MACHINE}{name}")),
-        }
-    }
+/// Returns the lock name with this form.
+#[allow(clippy::unnecessary_wraps)] // On Windows not every file name is such a form.
+pub(super) fn decode(name: &str) -> Option<String> {
+    Some(name.to_owned())
+}
 
-    /// Opens lockkit's file `name` for reading and writing, or creates it. It must be a file of its own, not a link to
-    /// another one.
-    #[cfg(target_os = "linux")]
-    pub(crate) fn open_file(&self, name: &str) -> Result<File> {
-        let path = self.file(name);
-        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
-        let failed = |error| Error::io("open", &path, error);
-        let mode = Mode::from_raw_mode(file_mode(self.sharing) as RawMode);
-        // Opening and creating are separate steps: the kernel refuses both in one step for another user's file in a
-        // sticky directory.
-        let file = match open_at(&path, flags, Mode::empty()) {
-            Err(Errno::NOENT) => match open_at(&path, flags | OFlags::CREATE | OFlags::EXCL, mode) {
-                // Another process has just created it.
-                Err(Errno::EXIST) => open_at(&path, flags, Mode::empty()),
-                made => made.inspect(|_| step("file made")),
-            },
-            opened => opened,
-        }
-        .map_err(failed)?;
-        let found = fstat(&file).map_err(failed)?;
-        if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile || found.st_nlink != 1 {
-            return Err(ErrorKind::Insecure { path, problem: "it is not a plain file of its own" }.into());
-        }
-        // The umask removed bits at the creation, perhaps by a process that was killed then.
-        if found.st_uid == effective_uid() && found.st_mode as RawMode & 0o7777 != mode.as_raw_mode() {
-            fchmod(&file, mode).map_err(failed)?;
-            step("mode of the file set");
-        }
-        Ok(File::from(file))
+/// Opens a file for reading and writing, or creates it. Does not follow a symbolic link.
+#[cfg(target_os = "linux")]
+pub(super) fn open_or_create(path: &Path, sharing: Sharing) -> io::Result<File> {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let mode = Mode::from_raw_mode(file_mode(sharing) as RawMode);
+    // Opening and creating are separate steps: the kernel refuses both in one step for another user's file in a
+    // sticky directory.
+    let file = match open_at(path, flags, Mode::empty()) {
+        Err(Errno::NOENT) => match open_at(path, flags | OFlags::CREATE | OFlags::EXCL, mode) {
+            // Another process has just created it.
+            Err(Errno::EXIST) => open_at(path, flags, Mode::empty()),
+            created => created.inspect(|_| step("file made")),
+        },
+        opened => opened,
+    };
+    Ok(File::from(file?))
+}
+
+/// Sets the mode again if the umask removed bits at the creation, perhaps by a process that was killed then.
+#[cfg(target_os = "linux")]
+pub(super) fn repair_mode(file: &File, found: &Metadata, sharing: Sharing) -> io::Result<()> {
+    let mode = file_mode(sharing);
+    if found.uid() == effective_uid() && found.mode() & 0o7777 != mode {
+        fchmod(file, Mode::from_raw_mode(mode as RawMode))?;
+        step("mode of the file set");
     }
+    Ok(())
 }
 
 /// Returns the effective user of this process.
@@ -129,58 +120,40 @@ fn is_one_user(_: u32) -> bool {
     true
 }
 
-/// Returns the directory for `sharing`, if it exists, for callers that only read.
-pub(crate) fn path(sharing: Sharing) -> Option<PathBuf> {
-    let base = base(sharing).ok()?;
-    let path = match sharing {
-        Sharing::User(uid) => base.join(format!("lockkit-u{uid}")),
-        Sharing::Machine => base,
-    };
-    path.is_dir().then_some(path)
-}
-
-/// Returns the lock name of a file in the directory, without the prefix.
-pub(crate) fn name_of(file: &str, sharing: Sharing) -> Option<String> {
+/// Returns the directory for `sharing` below `base`.
+pub(super) fn directory(base: &Path, sharing: Sharing) -> PathBuf {
     match sharing {
-        Sharing::User(_) => Some(file.to_owned()),
-        Sharing::Machine => file.strip_prefix(MACHINE).map(str::to_owned),
+        Sharing::User(uid) => base.join(format!("lockkit-u{uid}")),
+        Sharing::Machine => base.to_owned(),
     }
 }
 
-/// Opens the directory as [`open_in`] does, at the place that this system has for it.
-pub(crate) fn open(sharing: Sharing) -> Result<RuntimeDir> {
-    let base = base(sharing).map_err(|error| Error::io("find the directory for", "named locks", error))?;
-    open_in(&base, sharing)
-}
-
-/// Opens the directory for `sharing` below `base`, and creates a user's directory if it is missing.
-///
-/// # Errors
-/// - `ForeignOwner` if it belongs to a user that is not trusted with it.
-/// - `Insecure` if others could tamper with it.
-/// - `Io` if it cannot be created or opened (a symlink in the place of a user's directory is `ELOOP` or `ENOTDIR`).
-pub(crate) fn open_in(base: &Path, sharing: Sharing) -> Result<RuntimeDir> {
+/// Opens the directory, and creates a user's directory if it is missing. Checks the owner and the mode.
+pub(super) fn open_directory(path: &Path, sharing: Sharing) -> Result<OwnedFd> {
     let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
-    let (path, flags) = match sharing {
-        Sharing::User(uid) => (base.join(format!("lockkit-u{uid}")), flags | OFlags::NOFOLLOW),
-        Sharing::Machine => (base.to_owned(), flags),
-    };
+    let flags = if sharing == Sharing::Machine { flags } else { flags | OFlags::NOFOLLOW };
     let private = Mode::from_raw_mode(0o700);
-    let fd = match (open_at(&path, flags, Mode::empty()), sharing) {
-        (Err(Errno::NOENT), Sharing::User(_)) => match mkdir(&path, private) {
+    let fd = match (open_at(path, flags, Mode::empty()), sharing) {
+        (Err(Errno::NOENT), Sharing::User(_)) => match mkdir(path, private) {
             Ok(()) | Err(Errno::EXIST) => {
                 step("directory made");
-                open_at(&path, flags, Mode::empty())
+                open_at(path, flags, Mode::empty())
             }
-            Err(error) => return Err(Error::io("create the directory", &path, error)),
+            Err(error) => return Err(Error::io("create the directory", path, error)),
         },
         (opened, _) => opened,
     }
-    .map_err(|error| Error::io("open the directory", &path, error))?;
-    let found = fstat(&fd).map_err(|error| Error::io("look at the directory", &path, error))?;
+    .map_err(|error| Error::io("open the directory", path, error))?;
+    check_directory(&fd, path, sharing)?;
+    Ok(fd)
+}
+
+/// Checks that other users cannot tamper with the directory, and that its owner is trusted with it.
+fn check_directory(fd: &OwnedFd, path: &Path, sharing: Sharing) -> Result<()> {
+    let found = fstat(fd).map_err(|error| Error::io("inspect the directory", path, error))?;
     let (uid, mode) = (found.st_uid, found.st_mode as RawMode & 0o7777);
     // As in `is_own`, for the user that the lock was built for.
-    let is_owner = |own| uid == own && (is_one_user(own) || fchmod(&fd, Mode::from_raw_mode(mode)).is_ok());
+    let is_owner = |own| uid == own && (is_one_user(own) || fchmod(fd, Mode::from_raw_mode(mode)).is_ok());
     let (trusted, problem) = match sharing {
         Sharing::User(own) => {
             (is_owner(own), (mode & 0o077 != 0).then_some("other users have access to it; make it mode 0700"))
@@ -196,36 +169,13 @@ pub(crate) fn open_in(base: &Path, sharing: Sharing) -> Result<RuntimeDir> {
         );
     }
     if let Some(problem) = problem {
-        return Err(ErrorKind::Insecure { path, problem }.into());
+        return Err(ErrorKind::Insecure { path: path.to_owned(), problem }.into());
     }
     if sharing != Sharing::Machine && mode != 0o700 {
         // The umask removed bits at the creation.
-        fchmod(&fd, private).map_err(|error| Error::io("change the mode of the directory", &path, error))?;
+        fchmod(fd, Mode::from_raw_mode(0o700))
+            .map_err(|error| Error::io("change the mode of the directory", path, error))?;
         step("mode of the directory set");
     }
-    Ok(RuntimeDir { fd, path, sharing })
-}
-
-#[cfg(all(test, target_os = "linux"))]
-mod tests {
-    use std::fs;
-    use std::os::unix::fs::PermissionsExt;
-
-    use super::*;
-
-    #[test]
-    fn file_whose_maker_was_killed_gets_its_mode_from_the_next_opener() {
-        let base = std::env::temp_dir().join(format!("lockkit-runtime-dir-{}", std::process::id()));
-        fs::create_dir_all(&base).unwrap();
-        let directory = open_in(&base, Sharing::User(effective_uid())).unwrap();
-        let mode = || fs::metadata(directory.file("table")).unwrap().permissions().mode() & 0o7777;
-        for left in [0o644, 0o600, 0o640] {
-            drop(directory.open_file("table").unwrap());
-            assert_eq!(mode(), 0o600);
-            fs::set_permissions(directory.file("table"), fs::Permissions::from_mode(left)).unwrap();
-        }
-        drop(directory.open_file("table").unwrap());
-        assert_eq!(mode(), 0o600);
-        fs::remove_dir_all(base).unwrap();
-    }
+    Ok(())
 }

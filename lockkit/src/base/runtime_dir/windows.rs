@@ -1,4 +1,4 @@
-//! lockkit's own files: at fixed places, which the system's shell knows, whatever the environment says.
+//! The directories on Windows: those that the system's shell knows, whatever the environment says.
 //!
 //! The files of one user lie in a directory of lockkit's in the user's local application data, which no other user
 //! enters and which does not roam. The files of the whole machine lie in the directory for all users' application data.
@@ -16,73 +16,57 @@ use std::path::{Path, PathBuf};
 use windows_sys::Win32::Foundation::ERROR_FILE_EXISTS;
 use windows_sys::Win32::Storage::FileSystem::FILE_FLAG_BACKUP_SEMANTICS;
 
-use super::{MACHINE, Sharing};
-use crate::base::error::{Error, ErrorKind, Result};
+use crate::base::error::{Error, Result};
 use crate::sys::failpoint::step;
 use crate::sys::files::{self, Metadata, MetadataExt, OpenOptionsExt};
 use crate::sys::known_folder;
 use crate::sys::security::Descriptor;
+use crate::sys::sharing::Sharing;
 
 /// Returns the mode of lockkit's own files. Modes are for Unix.
 pub(crate) fn file_mode(_: Sharing) -> u32 {
     0
 }
 
-/// A directory of lockkit's, or one that contains its files.
-#[derive(Debug)]
-pub(crate) struct RuntimeDir {
-    pub(crate) fd: OwnedHandle,
-    path: PathBuf,
-    sharing: Sharing,
-}
+/// A file name is no device name with this prefix.
+pub(super) const USER_PREFIX: &str = "n-";
 
-impl RuntimeDir {
-    /// Returns the path of lockkit's file `name`.
-    pub(crate) fn file(&self, name: &str) -> PathBuf {
-        self.path.join(file_name(name, self.sharing))
-    }
-
-    /// Opens lockkit's file `name` for reading and writing, or creates it. It must be a file of its own, not a link to
-    /// another one.
-    pub(crate) fn open_file(&self, name: &str) -> Result<File> {
-        let path = self.file(name);
-        let failed = |error| Error::io("open", &path, error);
-        let mut options = OpenOptions::new();
-        options.read(true).write(true);
-        OpenOptionsExt::custom_flags(&mut options, files::NOFOLLOW);
-        let file = match files::open(&options, &path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => match self.make(&path) {
-                // Another process has just created it.
-                Err(error) if error.raw_os_error() == Some(ERROR_FILE_EXISTS as i32) => files::open(&options, &path),
-                made => {
-                    step("file made");
-                    made
-                }
-            },
-            opened => opened,
-        }
-        .map_err(failed)?;
-        let found = files::metadata_of(&file).map_err(failed)?;
-        match found.is_file() && found.nlink() == 1 {
-            true => Ok(file),
-            false => Err(ErrorKind::Insecure { path, problem: "it is not a plain file of its own" }.into()),
-        }
-    }
-
-    fn make(&self, path: &std::path::Path) -> io::Result<File> {
-        let everybody = match self.sharing {
-            Sharing::User(_) => None,
-            // Reading and writing for all users, including the maker.
-            Sharing::Machine => {
-                Some(Descriptor::new("D:P(A;;0x12019F;;;WD)(A;;0x12019F;;;OW)(A;;FA;;;SY)(A;;FA;;;BA)")?)
+/// Opens a file for reading and writing, or creates it. Does not follow a symbolic link.
+pub(super) fn open_or_create(path: &Path, sharing: Sharing) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true);
+    OpenOptionsExt::custom_flags(&mut options, files::NOFOLLOW);
+    match files::open(&options, path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => match create(path, sharing) {
+            // Another process has just created it.
+            Err(error) if error.raw_os_error() == Some(ERROR_FILE_EXISTS as i32) => files::open(&options, path),
+            created => {
+                step("file made");
+                created
             }
-        };
-        files::create_new(path, everybody.as_ref())
+        },
+        opened => opened,
     }
 }
 
-fn file_name(name: &str, sharing: Sharing) -> String {
-    let mut written = String::from(if sharing == Sharing::Machine { MACHINE } else { "n-" });
+fn create(path: &Path, sharing: Sharing) -> io::Result<File> {
+    let access = match sharing {
+        Sharing::User(_) => None,
+        // Reading and writing for all users, including the creator.
+        Sharing::Machine => Some(Descriptor::new("D:P(A;;0x12019F;;;WD)(A;;0x12019F;;;OW)(A;;FA;;;SY)(A;;FA;;;BA)")?),
+    };
+    files::create_new(path, access.as_ref())
+}
+
+/// Repairs nothing: modes are for Unix.
+#[allow(clippy::unnecessary_wraps)] // As on Unix.
+pub(super) fn repair_mode(_: &File, _: &Metadata, _: Sharing) -> io::Result<()> {
+    Ok(())
+}
+
+/// Returns the form of a lock's name in a file name.
+pub(super) fn encode(name: &str) -> String {
+    let mut written = String::new();
     for letter in name.chars() {
         if letter.is_ascii_uppercase() {
             written.push('!');
@@ -92,9 +76,9 @@ fn file_name(name: &str, sharing: Sharing) -> String {
     written
 }
 
-/// Returns the lock name from which `file_name` made `file`, if it did.
-pub(crate) fn name_of(file: &str, sharing: Sharing) -> Option<String> {
-    let mut letters = file.strip_prefix(if sharing == Sharing::Machine { MACHINE } else { "n-" })?.chars();
+/// Returns the lock name with this form, if it is such a form.
+pub(super) fn decode(file: &str) -> Option<String> {
+    let mut letters = file.chars();
     let mut name = String::new();
     while let Some(letter) = letters.next() {
         name.push(if letter == '!' { letters.next()?.to_ascii_uppercase() } else { letter });
@@ -117,37 +101,36 @@ pub(crate) fn effective_uid() -> u32 {
     0
 }
 
-fn place(sharing: Sharing) -> io::Result<PathBuf> {
-    Ok(match sharing {
-        Sharing::User(_) => known_folder::local_app_data()?.join("lockkit"),
-        Sharing::Machine => known_folder::program_data()?,
-    })
+/// Returns the directory that contains that for `sharing`, as the system's shell knows it.
+pub(super) fn base(sharing: Sharing) -> io::Result<PathBuf> {
+    match sharing {
+        Sharing::User(_) => known_folder::local_app_data(),
+        Sharing::Machine => known_folder::program_data(),
+    }
 }
 
-/// Returns the directory for `sharing`, if it exists, for callers that only read.
-pub(crate) fn path(sharing: Sharing) -> Option<PathBuf> {
-    place(sharing).ok().filter(|path| path.is_dir())
+/// Returns the directory for `sharing` below `base`.
+pub(super) fn directory(base: &Path, sharing: Sharing) -> PathBuf {
+    match sharing {
+        Sharing::User(_) => base.join("lockkit"),
+        Sharing::Machine => base.to_owned(),
+    }
 }
 
-/// Opens the directory for `sharing`, and creates a user's directory if it is missing.
-///
-/// # Errors
-/// `Io` if it cannot be created or opened.
-pub(crate) fn open(sharing: Sharing) -> Result<RuntimeDir> {
-    let path = place(sharing).map_err(|error| Error::io("find the directory for", "named locks", error))?;
+/// Opens the directory, and creates a user's directory if it is missing.
+pub(super) fn open_directory(path: &Path, _: Sharing) -> Result<OwnedHandle> {
     let mut options = OpenOptions::new();
     options.read(true);
     std::os::windows::fs::OpenOptionsExt::custom_flags(&mut options, FILE_FLAG_BACKUP_SEMANTICS);
-    let opened = match options.open(&path) {
+    let opened = match options.open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            fs::create_dir_all(&path).map_err(|error| Error::io("create the directory", &path, error))?;
+            fs::create_dir_all(path).map_err(|error| Error::io("create the directory", path, error))?;
             step("directory made");
-            options.open(&path)
+            options.open(path)
         }
         opened => opened,
     };
-    let directory = opened.map_err(|error| Error::io("open the directory", &path, error))?;
-    Ok(RuntimeDir { fd: directory.into(), path, sharing })
+    Ok(opened.map_err(|error| Error::io("open the directory", path, error))?.into())
 }
 
 #[cfg(test)]
@@ -156,13 +139,10 @@ mod tests {
 
     #[test]
     fn file_name_is_lowercase_and_maps_back_to_name() {
-        for sharing in [Sharing::User(0), Sharing::Machine] {
-            for name in ["nul.record", "Nul.record", "NUL.x-_", "a"] {
-                let file = file_name(name, sharing);
-                assert_eq!(file, file.to_ascii_lowercase());
-                assert_eq!(name_of(&file, sharing).as_deref(), Some(name));
-            }
+        for name in ["nul.record", "Nul.record", "NUL.x-_", "a"] {
+            let file = encode(name);
+            assert_eq!(file, file.to_ascii_lowercase());
+            assert_eq!(decode(&file).as_deref(), Some(name));
         }
-        assert_eq!(name_of("other", Sharing::User(0)), None);
     }
 }

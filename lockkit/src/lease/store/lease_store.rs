@@ -217,7 +217,7 @@ pub trait LeaseStore: Send + Sync {
 
 /// Sleeps until `by` or `stop`.
 pub(in crate::lease) fn sleep(by: Deadline, stop: &CancelToken) -> Result<(), StoreError> {
-    match Wait::until(by.moment()).or_cancelled(stop).patience() {
+    match Wait::until(by.moment()).or_cancelled(stop).state() {
         Some(wait_state) => wait_state.sleep(by.remaining()).map(drop).map_err(StoreError::not_applied),
         None => Ok(()),
     }

@@ -20,18 +20,18 @@ const BITS: u32 = u64::BITS;
 /// The change of the count by one allocation, and by one free: the upper half grows with both.
 const ONE_MORE: u64 = (1 << 32) + 1;
 const ONE_LESS: u64 = (1 << 32) - 1;
-/// `in_doubt`: the count is right, unless a process is killed between a bit and the count.
-const SURE: u32 = 0;
-/// `in_doubt`: the count may be wrong.
-pub(super) const IN_DOUBT: u32 = 1;
-/// `in_doubt`: a process recounts, and may have been killed.
-const COUNTED: u32 = 2;
+/// `count_state`: the count is right, unless a process is killed between a bit and the count.
+const EXACT: u32 = 0;
+/// `count_state`: the count may be wrong.
+pub(super) const MAY_BE_STALE: u32 = 1;
+/// `count_state`: a process recounts, and may have been killed.
+const RECOUNTING: u32 = 2;
 /// The change of the count by a recount. So many changes look like a recount, too, which costs an unnecessary recount.
 const RECOUNT: u64 = 1 << 48;
 
 /// Returns how many bits are set. Most words of a large table are empty, so they are read a cache line at a time.
 /// Without an instruction for it, counting bits takes ten times as long as reading them.
-fn ones(words: &[AtomicU64]) -> u32 {
+fn count_set_bits(words: &[AtomicU64]) -> u32 {
     const LINE: usize = 8;
     let load = |word: &AtomicU64| word.load(Ordering::SeqCst);
     let count = |word: u64| if word == u64::MAX { BITS } else { word.count_ones() };
@@ -56,8 +56,8 @@ pub(super) struct Bitmap<'t> {
     pub(super) full: &'t [AtomicU64],
     /// The number of set bits; in the upper half the number of changes.
     pub(super) count: &'t AtomicU64,
-    /// [`SURE`], [`IN_DOUBT`] or [`COUNTED`].
-    pub(super) in_doubt: &'t AtomicU32,
+    /// [`EXACT`], [`MAY_BE_STALE`] or [`RECOUNTING`].
+    pub(super) count_state: &'t AtomicU32,
     /// A word that may have room.
     pub(super) hint: &'t AtomicU32,
     /// The number of numbers.
@@ -81,11 +81,11 @@ impl Bitmap<'_> {
         for round in 0..=self.full.len() {
             let at = (upper + round) % self.full.len();
             // The first round starts behind the hint; the last round covers the part before it.
-            let mut roomy =
+            let mut not_full =
                 !self.full[at].load(Ordering::Relaxed) & if round == 0 { u64::MAX << from } else { u64::MAX };
-            while roomy != 0 {
-                let word = at * BITS as usize + roomy.trailing_zeros() as usize;
-                roomy &= roomy - 1;
+            while not_full != 0 {
+                let word = at * BITS as usize + not_full.trailing_zeros() as usize;
+                not_full &= not_full - 1;
                 if word >= self.words.len() {
                     continue;
                 }
@@ -103,7 +103,7 @@ impl Bitmap<'_> {
             }
         }
         if !self.recount() {
-            self.in_doubt.store(IN_DOUBT, Ordering::SeqCst);
+            self.count_state.store(MAY_BE_STALE, Ordering::SeqCst);
         }
         None
     }
@@ -115,7 +115,7 @@ impl Bitmap<'_> {
         if self.words[word].fetch_or(1 << (id % BITS), Ordering::SeqCst) & 1 << (id % BITS) != 0 {
             return false;
         }
-        self.note_one_more(epoch);
+        self.count_allocation(epoch);
         true
     }
 
@@ -127,7 +127,7 @@ impl Bitmap<'_> {
         if self.words[word].fetch_and(!(1 << (id % BITS)), Ordering::SeqCst) & 1 << (id % BITS) == 0 {
             return false;
         }
-        self.note_less(epoch, word, ONE_LESS);
+        self.count_frees(epoch, word, ONE_LESS);
         true
     }
 
@@ -137,7 +137,7 @@ impl Bitmap<'_> {
             if bits.load(Ordering::Relaxed) != 0 {
                 let epoch = self.epoch();
                 let freed = bits.swap(0, Ordering::SeqCst).count_ones();
-                self.note_less(epoch, word, ONE_LESS.wrapping_mul(freed.into()));
+                self.count_frees(epoch, word, ONE_LESS.wrapping_mul(freed.into()));
             }
         }
         self.hint.store(0, Ordering::Relaxed);
@@ -145,11 +145,11 @@ impl Bitmap<'_> {
 
     /// Returns how many numbers are not allocated. Recounts first if the count is in doubt.
     pub(super) fn available(&self) -> u32 {
-        if self.in_doubt.load(Ordering::SeqCst) != SURE {
+        if self.count_state.load(Ordering::SeqCst) != EXACT {
             // The count may come into doubt again meanwhile. It stays in doubt if other processes change it too fast.
-            self.in_doubt.store(COUNTED, Ordering::SeqCst);
+            self.count_state.store(RECOUNTING, Ordering::SeqCst);
             if self.recount() {
-                let _ = self.in_doubt.compare_exchange(COUNTED, SURE, Ordering::SeqCst, Ordering::Relaxed);
+                let _ = self.count_state.compare_exchange(RECOUNTING, EXACT, Ordering::SeqCst, Ordering::Relaxed);
             }
         }
         self.capacity - self.allocated()
@@ -168,7 +168,7 @@ impl Bitmap<'_> {
         const ATTEMPTS: u32 = 8;
         for _ in 0..ATTEMPTS {
             let before = self.count.load(Ordering::SeqCst);
-            let bits = ones(self.words);
+            let bits = count_set_bits(self.words);
             let after = (before >> 32 << 32).wrapping_add(RECOUNT) | u64::from(bits);
             if self.count.compare_exchange(before, after, Ordering::SeqCst, Ordering::Relaxed).is_ok() {
                 return true;
@@ -187,7 +187,7 @@ impl Bitmap<'_> {
     #[inline]
     fn count(&self, epoch: u64, change: u64) {
         if self::epoch(self.count.fetch_add(change, Ordering::SeqCst)) != epoch && !self.recount() {
-            self.in_doubt.store(IN_DOUBT, Ordering::SeqCst);
+            self.count_state.store(MAY_BE_STALE, Ordering::SeqCst);
         }
     }
 
@@ -204,7 +204,7 @@ impl Bitmap<'_> {
             let lowest = free & free.wrapping_neg();
             match self.words[word].compare_exchange_weak(seen, seen | lowest, Ordering::SeqCst, Ordering::Relaxed) {
                 Ok(_) => {
-                    self.note_one_more(epoch);
+                    self.count_allocation(epoch);
                     return Some(word as u32 * BITS + lowest.trailing_zeros());
                 }
                 Err(changed) => seen = changed,
@@ -213,7 +213,7 @@ impl Bitmap<'_> {
     }
 
     #[inline]
-    fn note_one_more(&self, epoch: u64) {
+    fn count_allocation(&self, epoch: u64) {
         step("number allocated");
         self.count(epoch, ONE_MORE);
         step("allocation counted");
@@ -232,13 +232,13 @@ impl Bitmap<'_> {
     }
 
     #[inline]
-    fn note_less(&self, epoch: u64, word: usize, change: u64) {
+    fn count_frees(&self, epoch: u64, word: usize, change: u64) {
         step("number freed");
         let upper = &self.full[word / BITS as usize];
         if upper.load(Ordering::SeqCst) & bit(word) != 0 {
             upper.fetch_and(!bit(word), Ordering::SeqCst);
         }
-        step("word marked roomy");
+        step("word marked not full");
         if (word as u32) < self.hint.load(Ordering::Relaxed) {
             self.hint.store(word as u32, Ordering::Relaxed);
         }
@@ -271,16 +271,16 @@ mod tests {
     use super::*;
 
     #[derive(Default)]
-    struct Owned {
+    struct TestBitmap {
         words: Vec<AtomicU64>,
         full: Vec<AtomicU64>,
         count: AtomicU64,
-        in_doubt: AtomicU32,
+        count_state: AtomicU32,
         hint: AtomicU32,
         capacity: u32,
     }
 
-    impl Owned {
+    impl TestBitmap {
         fn new(capacity: u32) -> Self {
             let words = capacity.div_ceil(BITS);
             let zeros = |count: u32| (0..count).map(|_| AtomicU64::new(0)).collect();
@@ -288,15 +288,15 @@ mod tests {
         }
 
         fn bitmap(&self) -> Bitmap<'_> {
-            let Self { words, full, count, in_doubt, hint, capacity } = self;
-            Bitmap { words, full, count, in_doubt, hint, capacity: *capacity }
+            let Self { words, full, count, count_state, hint, capacity } = self;
+            Bitmap { words, full, count, count_state, hint, capacity: *capacity }
         }
     }
 
     #[test]
-    fn numbers_come_in_order_and_each_once() {
+    fn allocate_returns_each_number_once_in_order() {
         for capacity in [1, 63, 64, 65, 4096, 4097, 10_000] {
-            let owned = Owned::new(capacity);
+            let owned = TestBitmap::new(capacity);
             let bitmap = owned.bitmap();
             for id in 0..capacity {
                 assert_eq!(bitmap.allocate(), Some(id));
@@ -315,15 +315,15 @@ mod tests {
     }
 
     #[test]
-    fn it_does_what_a_set_does() {
-        let owned = Owned::new(9000);
+    fn bitmap_behaves_like_a_set() {
+        let owned = TestBitmap::new(9000);
         let bitmap = owned.bitmap();
         let mut set = BTreeSet::new();
-        let mut dice: u64 = 42;
+        let mut random: u64 = 42;
         for _ in 0..200_000 {
-            dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            let id = (dice >> 33) as u32 % 9000;
-            match dice >> 61 {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let id = (random >> 33) as u32 % 9000;
+            match random >> 61 {
                 0..4 => match bitmap.allocate() {
                     Some(id) => assert!(set.insert(id)),
                     None => assert_eq!(set.len(), 9000),
@@ -336,8 +336,8 @@ mod tests {
     }
 
     #[test]
-    fn what_a_killed_process_left_wrong_is_put_right() {
-        let owned = Owned::new(130);
+    fn wrong_state_after_kill_is_corrected() {
+        let owned = TestBitmap::new(130);
         let bitmap = owned.bitmap();
         // A mark on a word that has room, and a hint to no word.
         owned.full[0].store(7, Ordering::SeqCst);
@@ -353,10 +353,10 @@ mod tests {
         assert_eq!(bitmap.allocated(), 130);
         // A count without its bit.
         owned.words[2].store(0, Ordering::SeqCst);
-        assert_eq!(bitmap.available(), 0, "nobody has said that it is in doubt");
-        owned.in_doubt.store(1, Ordering::SeqCst);
+        assert_eq!(bitmap.available(), 0, "the count is not marked as stale");
+        owned.count_state.store(1, Ordering::SeqCst);
         assert_eq!((bitmap.available(), bitmap.allocated()), (2, 128));
-        assert_eq!(owned.in_doubt.load(Ordering::SeqCst), 0);
+        assert_eq!(owned.count_state.load(Ordering::SeqCst), 0);
     }
 }
 
@@ -368,15 +368,15 @@ mod models {
 
     use super::*;
 
-    struct Owned {
+    struct TestBitmap {
         words: [AtomicU64; 2],
         full: [AtomicU64; 1],
         count: AtomicU64,
-        in_doubt: AtomicU32,
+        count_state: AtomicU32,
         hint: AtomicU32,
     }
 
-    impl Owned {
+    impl TestBitmap {
         /// Creates a table of 66 numbers, of which `free` are free.
         fn with_free(free: &[u32]) -> Arc<Self> {
             let mut words = [u64::MAX, 0b11];
@@ -388,21 +388,21 @@ mod models {
                 words: words.map(AtomicU64::new),
                 full: [AtomicU64::new(full)],
                 count: AtomicU64::new(66 - free.len() as u64),
-                in_doubt: AtomicU32::new(0),
+                count_state: AtomicU32::new(0),
                 hint: AtomicU32::new(0),
             })
         }
 
         fn bitmap(&self) -> Bitmap<'_> {
-            let Self { words, full, count, in_doubt, hint } = self;
-            Bitmap { words, full, count, in_doubt, hint, capacity: 66 }
+            let Self { words, full, count, count_state, hint } = self;
+            Bitmap { words, full, count, count_state, hint, capacity: 66 }
         }
     }
 
     #[test]
-    fn loom_no_number_is_given_out_twice() {
+    fn loom_allocate_returns_no_number_twice() {
         loom::model(|| {
-            let owned = Owned::with_free(&[5, 64]);
+            let owned = TestBitmap::with_free(&[5, 64]);
             let other = thread::spawn({
                 let owned = owned.clone();
                 move || owned.bitmap().allocate()
@@ -416,7 +416,7 @@ mod models {
     #[test]
     fn loom_concurrent_recounts_keep_count_exact() {
         loom::model(|| {
-            let owned = Owned::with_free(&[64]);
+            let owned = TestBitmap::with_free(&[64]);
             let other = thread::spawn({
                 let owned = owned.clone();
                 move || owned.bitmap().allocate()
@@ -430,9 +430,9 @@ mod models {
     }
 
     #[test]
-    fn loom_allocate_and_allocate_at_never_share_a_number() {
+    fn loom_allocate_and_allocate_at_share_no_number() {
         loom::model(|| {
-            let owned = Owned::with_free(&[5, 64]);
+            let owned = TestBitmap::with_free(&[5, 64]);
             let other = thread::spawn({
                 let owned = owned.clone();
                 move || owned.bitmap().allocate_at(5)
@@ -447,9 +447,9 @@ mod models {
     }
 
     #[test]
-    fn loom_what_is_freed_can_be_had_again() {
+    fn loom_freed_number_is_allocated_again() {
         loom::model(|| {
-            let owned = Owned::with_free(&[64]);
+            let owned = TestBitmap::with_free(&[64]);
             let other = thread::spawn({
                 let owned = owned.clone();
                 move || assert!(owned.bitmap().free(3))

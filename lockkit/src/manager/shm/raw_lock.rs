@@ -58,7 +58,7 @@ pub(super) trait Env {
 pub(super) trait Fairness {
     /// Returns whether to keep the lock for the woken waiter that has not checked the word yet. May be called very
     /// often.
-    fn keeps(&self) -> bool;
+    fn hands_off(&self) -> bool;
     /// Wakes one thread that sleeps on the word, and returns whether there was one.
     fn wake(&self, word: &AtomicU32) -> bool;
 }
@@ -74,16 +74,16 @@ pub(super) enum Slept {
 
 /// How the lock was acquired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Taken {
+pub(super) enum Acquired {
     /// It was free.
-    Clean,
+    Free,
     /// From an owner that died holding it.
-    From(u32),
+    FromDead(u32),
 }
 
 /// Acquires a lock that has neither an owner nor `HANDOFF`.
 #[inline]
-pub(super) fn take_free(word: &AtomicU32, owner: u32) -> bool {
+pub(super) fn acquire_free(word: &AtomicU32, owner: u32) -> bool {
     let seen = word.load(Ordering::Relaxed);
     seen & (OWNER | HANDOFF) == 0
         && word.compare_exchange(seen, seen | owner, Ordering::Acquire, Ordering::Relaxed).is_ok()
@@ -91,84 +91,97 @@ pub(super) fn take_free(word: &AtomicU32, owner: u32) -> bool {
 
 /// Acquires the lock unless a live owner holds it.
 #[cold]
-pub(super) fn take_now(word: &AtomicU32, owner: u32, is_dead: impl Fn(u32) -> bool) -> Option<Taken> {
-    attempt(word, owner, Waiter { entitled: true, rested: false, awake: false, look: true }, is_dead).ok()
+pub(super) fn acquire_now(word: &AtomicU32, owner: u32, is_dead: impl Fn(u32) -> bool) -> Option<Acquired> {
+    attempt(
+        word,
+        owner,
+        Waiter { may_take_reserved: true, has_slept: false, was_woken: false, checks_owner: true },
+        is_dead,
+    )
+    .ok()
 }
 
 /// Acquires the lock, waiting for it.
 #[cold]
-pub(super) fn take<W: Env>(word: &AtomicU32, owner: u32, world: &mut W) -> Result<Taken, W::WaitError> {
-    let mut stance = Waiter { entitled: false, rested: false, awake: false, look: true };
-    let mut in_vain = false;
+pub(super) fn acquire<W: Env>(word: &AtomicU32, owner: u32, env: &mut W) -> Result<Acquired, W::WaitError> {
+    let mut waiter = Waiter { may_take_reserved: false, has_slept: false, was_woken: false, checks_owner: true };
+    let mut has_lost_race = false;
     loop {
-        let seen = match attempt(word, owner, stance, |owner| world.is_dead(owner)) {
-            Ok(taken) => return Ok(taken),
+        let seen = match attempt(word, owner, waiter, |owner| env.is_dead(owner)) {
+            Ok(acquired) => return Ok(acquired),
             Err(seen) => seen,
         };
-        if std::mem::take(&mut in_vain) {
-            world.back_off();
+        if std::mem::take(&mut has_lost_race) {
+            env.back_off();
             if request_handoff(word) {
-                world.spin(word);
+                env.spin(word);
             }
             continue;
         }
-        let waiting = stance.arrive(seen);
-        if waiting != seen && word.compare_exchange(seen, waiting, Ordering::Relaxed, Ordering::Relaxed).is_err() {
+        let waiting_word = waiter.word_while_waiting(seen);
+        if waiting_word != seen
+            && word.compare_exchange(seen, waiting_word, Ordering::Relaxed, Ordering::Relaxed).is_err()
+        {
             continue;
         }
         step("waiter announced");
         // A waiter that was woken and gives up now has just cleared `WOKEN`, so that the next release wakes another.
-        let slept = world.sleep(word, waiting)?;
+        let slept = env.sleep(word, waiting_word)?;
         let tick = slept == Slept::Tick;
-        stance = Waiter { entitled: true, rested: true, awake: !tick, look: tick };
-        in_vain = !tick;
+        waiter = Waiter { may_take_reserved: true, has_slept: true, was_woken: !tick, checks_owner: tick };
+        has_lost_race = !tick;
     }
 }
 
 /// Makes the next release keep the lock for the woken waiter. Returns `false` if the lock has no owner any more.
 fn request_handoff(word: &AtomicU32) -> bool {
-    let pressed = |seen| (seen & OWNER != 0).then_some(seen | WOKEN | HANDOFF);
-    word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, pressed).is_ok()
+    let request = |seen| (seen & OWNER != 0).then_some(seen | WOKEN | HANDOFF);
+    word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, request).is_ok()
 }
 
 /// How a thread tries to acquire the lock.
 #[derive(Clone, Copy)]
 struct Waiter {
     /// May acquire a lock that is kept for waiters.
-    entitled: bool,
+    may_take_reserved: bool,
     /// Has slept. Other threads may sleep, too, because the word does not count them.
-    rested: bool,
+    has_slept: bool,
     /// Was woken by a release.
-    awake: bool,
+    was_woken: bool,
     /// Checks whether the owner is alive.
-    look: bool,
+    checks_owner: bool,
 }
 
 impl Waiter {
     /// Returns the word after this waiter has arrived to wait.
-    fn arrive(self, seen: u32) -> u32 {
-        WAITERS | if self.awake { seen & !WOKEN } else { seen }
+    fn word_while_waiting(self, seen: u32) -> u32 {
+        WAITERS | if self.was_woken { seen & !WOKEN } else { seen }
     }
 
     /// Returns the flags after this waiter has acquired the lock. A waiter that has slept clears `WOKEN` for the woken
     /// waiter, which may have died before it checked the word.
-    fn take(self, seen: u32) -> u32 {
-        if self.rested { WAITERS } else { seen & (WAITERS | WOKEN) }
+    fn flags_after_acquire(self, seen: u32) -> u32 {
+        if self.has_slept { WAITERS } else { seen & (WAITERS | WOKEN) }
     }
 }
 
 /// Acquires the lock if that is possible now; otherwise returns the word that it read.
-fn attempt(word: &AtomicU32, owner: u32, stance: Waiter, is_dead: impl Fn(u32) -> bool) -> Result<Taken, u32> {
+fn attempt(word: &AtomicU32, owner: u32, waiter: Waiter, is_dead: impl Fn(u32) -> bool) -> Result<Acquired, u32> {
     let mut seen = word.load(Ordering::Relaxed);
     loop {
-        let taken = match seen & OWNER {
-            0 if seen & HANDOFF == 0 || stance.entitled => Taken::Clean,
+        let acquired = match seen & OWNER {
+            0 if seen & HANDOFF == 0 || waiter.may_take_reserved => Acquired::Free,
             0 => return Err(seen),
-            holder if stance.look && is_dead(holder) => Taken::From(holder),
+            holder if waiter.checks_owner && is_dead(holder) => Acquired::FromDead(holder),
             _ => return Err(seen),
         };
-        match word.compare_exchange(seen, owner | stance.take(seen), Ordering::Acquire, Ordering::Relaxed) {
-            Ok(_) => return Ok(taken),
+        match word.compare_exchange(
+            seen,
+            owner | waiter.flags_after_acquire(seen),
+            Ordering::Acquire,
+            Ordering::Relaxed,
+        ) {
+            Ok(_) => return Ok(acquired),
             Err(changed) => seen = changed,
         }
     }
@@ -180,7 +193,7 @@ pub(super) fn release(word: &AtomicU32, owner: u32, fairness: &impl Fairness) ->
     // Expects no flags and does not load the word first: a processor stalls on reading what it has just exchanged.
     match word.compare_exchange(owner, FREE, Ordering::Release, Ordering::Relaxed) {
         Ok(_) => {
-            step("lock word given back");
+            step("lock word released");
             true
         }
         Err(seen) => release_flagged(word, seen, owner, fairness),
@@ -189,18 +202,18 @@ pub(super) fn release(word: &AtomicU32, owner: u32, fairness: &impl Fairness) ->
 
 #[inline(never)]
 fn release_flagged(word: &AtomicU32, mut seen: u32, owner: u32, fairness: &impl Fairness) -> bool {
-    let mut keeps = None;
+    let mut hands_off = None;
     while seen & OWNER == owner {
         // An awake waiter takes care of the sleeping ones: it sets `WAITERS` when it acquires or sleeps.
         let to_wake = seen & (WAITERS | WOKEN) == WAITERS;
         let next = match seen & WOKEN {
             0 if to_wake => WOKEN | seen & HANDOFF,
-            WOKEN if *keeps.get_or_insert_with(|| fairness.keeps()) => seen & !OWNER | HANDOFF,
+            WOKEN if *hands_off.get_or_insert_with(|| fairness.hands_off()) => seen & !OWNER | HANDOFF,
             _ => seen & !OWNER,
         };
         match word.compare_exchange(seen, next, Ordering::Release, Ordering::Relaxed) {
             Ok(_) => {
-                step("lock word given back");
+                step("lock word released");
                 if to_wake {
                     wake_one(word, fairness);
                     step("waiter woken");
@@ -219,8 +232,8 @@ fn release_flagged(word: &AtomicU32, mut seen: u32, owner: u32, fairness: &impl 
 fn wake_one(word: &AtomicU32, fairness: &impl Fairness) {
     while !fairness.wake(word) {
         let left = word.fetch_and(!(WOKEN | HANDOFF), Ordering::Relaxed) & !(WOKEN | HANDOFF);
-        let sleeper = left == WAITERS;
-        if !sleeper || word.compare_exchange(left, WOKEN, Ordering::Relaxed, Ordering::Relaxed).is_err() {
+        let has_sleeper = left == WAITERS;
+        if !has_sleeper || word.compare_exchange(left, WOKEN, Ordering::Relaxed, Ordering::Relaxed).is_err() {
             return;
         }
     }
@@ -275,30 +288,30 @@ mod models {
         /// Whether the owner 9 has died.
         dead: AtomicBool,
         /// Whether releases keep the lock for waiters.
-        fair: bool,
+        hands_off_always: bool,
         /// The protected data; loom detects two threads that access it at once.
-        inside: UnsafeCell<()>,
+        protected: UnsafeCell<()>,
     }
 
     impl Model {
-        fn new(word: u32, fair: bool) -> Arc<Self> {
+        fn new(word: u32, hands_off_always: bool) -> Arc<Self> {
             Arc::new(Self {
-                fair,
+                hands_off_always,
                 word: AtomicU32::new(word),
                 futex: Futex::default(),
                 dead: AtomicBool::new(false),
-                inside: UnsafeCell::new(()),
+                protected: UnsafeCell::new(()),
             })
         }
 
         fn enter(&self) {
-            self.inside.with_mut(|_| ());
+            self.protected.with_mut(|_| ());
         }
     }
 
     impl Fairness for Model {
-        fn keeps(&self) -> bool {
-            self.fair
+        fn hands_off(&self) -> bool {
+            self.hands_off_always
         }
 
         fn wake(&self, _word: &AtomicU32) -> bool {
@@ -343,34 +356,34 @@ mod models {
     }
 
     /// Acquires and releases once, and returns how it acquired.
-    fn visit(model: &Model, owner: u32, ticks: u32, gives_up: bool) -> Option<Taken> {
+    fn acquire_and_release(model: &Model, owner: u32, ticks: u32, gives_up: bool) -> Option<Acquired> {
         let mut waiter = Waiter { model, ticks, gives_up };
-        let taken = match take_free(&model.word, owner) {
-            true => Taken::Clean,
-            false => take(&model.word, owner, &mut waiter).ok()?,
+        let acquired = match acquire_free(&model.word, owner) {
+            true => Acquired::Free,
+            false => acquire(&model.word, owner, &mut waiter).ok()?,
         };
         model.enter();
         assert!(release(&model.word, owner, model));
-        Some(taken)
+        Some(acquired)
     }
 
-    fn explore(model: impl Fn() + Send + Sync + 'static) {
+    fn check_bounded(model: impl Fn() + Send + Sync + 'static) {
         let mut builder = loom::model::Builder::new();
         builder.preemption_bound = Some(3);
         builder.check(model);
     }
 
     #[test]
-    fn loom_two_never_hold_it_and_no_wake_up_is_lost() {
-        explore(|| {
+    fn loom_exclusion_holds_and_no_wakeup_is_lost() {
+        check_bounded(|| {
             let model = Model::new(FREE, false);
             let others: Vec<_> = [2, 3]
                 .map(|owner| {
                     let model = model.clone();
-                    thread::spawn(move || assert!(visit(&model, owner, 0, false).is_some()))
+                    thread::spawn(move || assert!(acquire_and_release(&model, owner, 0, false).is_some()))
                 })
                 .into();
-            assert!(visit(&model, 1, 0, false).is_some());
+            assert!(acquire_and_release(&model, 1, 0, false).is_some());
             for other in others {
                 other.join().unwrap();
             }
@@ -379,15 +392,15 @@ mod models {
 
     #[test]
     fn loom_handoff_at_each_release_wakes_all_waiters() {
-        explore(|| {
+        check_bounded(|| {
             let model = Model::new(FREE, true);
             let others: Vec<_> = [(2, 1), (3, 0)]
                 .map(|(owner, ticks)| {
                     let model = model.clone();
-                    thread::spawn(move || assert!(visit(&model, owner, ticks, false).is_some()))
+                    thread::spawn(move || assert!(acquire_and_release(&model, owner, ticks, false).is_some()))
                 })
                 .into();
-            assert!(visit(&model, 1, 0, false).is_some());
+            assert!(acquire_and_release(&model, 1, 0, false).is_some());
             for other in others {
                 other.join().unwrap();
             }
@@ -395,18 +408,18 @@ mod models {
     }
 
     #[test]
-    fn loom_a_waiter_that_gives_up_takes_no_wake_up_with_it() {
-        explore(|| {
+    fn loom_cancelled_waiter_loses_no_wakeup() {
+        check_bounded(|| {
             let model = Model::new(FREE, false);
             let others: Vec<_> = [(2, true), (3, false)]
                 .map(|(owner, gives_up)| {
                     let model = model.clone();
                     thread::spawn(move || {
-                        assert!(visit(&model, owner, 0, gives_up).is_some() || gives_up);
+                        assert!(acquire_and_release(&model, owner, 0, gives_up).is_some() || gives_up);
                     })
                 })
                 .into();
-            assert!(visit(&model, 1, 0, false).is_some());
+            assert!(acquire_and_release(&model, 1, 0, false).is_some());
             for other in others {
                 other.join().unwrap();
             }
@@ -414,14 +427,14 @@ mod models {
     }
 
     #[test]
-    fn loom_a_lock_kept_for_one_that_gave_up_goes_to_the_next() {
-        explore(|| {
+    fn loom_handoff_to_cancelled_waiter_goes_to_next() {
+        check_bounded(|| {
             let model = Model::new(1, true);
             let others: Vec<_> = [(2, 1, true), (3, 0, false)]
                 .map(|(owner, ticks, gives_up)| {
                     let model = model.clone();
                     thread::spawn(move || {
-                        assert!(visit(&model, owner, ticks, gives_up).is_some() || gives_up);
+                        assert!(acquire_and_release(&model, owner, ticks, gives_up).is_some() || gives_up);
                     })
                 })
                 .into();
@@ -433,17 +446,17 @@ mod models {
     }
 
     #[test]
-    fn loom_take_now_during_handoff_wakes_all_waiters() {
-        explore(|| {
+    fn loom_acquire_now_during_handoff_wakes_all_waiters() {
+        check_bounded(|| {
             let model = Model::new(1, true);
             let others: Vec<_> = [(2, 1), (3, 0)]
                 .map(|(owner, ticks)| {
                     let model = model.clone();
-                    thread::spawn(move || assert!(visit(&model, owner, ticks, false).is_some()))
+                    thread::spawn(move || assert!(acquire_and_release(&model, owner, ticks, false).is_some()))
                 })
                 .into();
             assert!(release(&model.word, 1, &*model));
-            if take_now(&model.word, 1, |_| false).is_some() {
+            if acquire_now(&model.word, 1, |_| false).is_some() {
                 model.enter();
                 assert!(release(&model.word, 1, &*model));
             }
@@ -455,16 +468,16 @@ mod models {
 
     #[test]
     fn loom_takeover_happens_once_and_wakes_sleepers() {
-        explore(|| {
+        check_bounded(|| {
             let model = Model::new(9, false);
             let other = thread::spawn({
                 let model = model.clone();
-                move || visit(&model, 2, 0, false).unwrap()
+                move || acquire_and_release(&model, 2, 0, false).unwrap()
             });
             model.dead.store(true, Ordering::SeqCst);
-            let mine = visit(&model, 1, 0, false).unwrap();
+            let mine = acquire_and_release(&model, 1, 0, false).unwrap();
             let other = other.join().unwrap();
-            assert_eq!([mine, other].iter().filter(|taken| **taken == Taken::From(9)).count(), 1);
+            assert_eq!([mine, other].iter().filter(|acquired| **acquired == Acquired::FromDead(9)).count(), 1);
         });
     }
 }

@@ -22,7 +22,7 @@ fn known(id: &windows_sys::core::GUID) -> io::Result<PathBuf> {
     // SAFETY: the call queries a path of this process's user, and the answer has a place.
     let status = unsafe { SHGetKnownFolderPath(id, 0, ptr::null_mut(), &raw mut text) };
     if text.is_null() {
-        return Err(io::Error::other(format!("the shell does not say where it is (0x{status:08x})")));
+        return Err(io::Error::other(format!("the shell does not report the directory (0x{status:08x})")));
     }
     // SAFETY: the shell has written a text that ends with a zero.
     let letters = unsafe {

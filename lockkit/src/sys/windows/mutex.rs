@@ -83,14 +83,14 @@ impl Mutex {
         if existed && matches!(sharing, Sharing::User(_)) {
             let owner = security::owner_of(&mutex.0)?;
             if owner != security::user()? {
-                return Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("{owner} has made it")));
+                return Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("{owner} created it")));
             }
         }
         Ok(mutex)
     }
 
     /// Acquires the mutex for this thread, unless `cancel` is set or `until` passes first.
-    pub(crate) fn take(&self, cancel: Option<BorrowedHandle<'_>>, until: Option<Instant>) -> io::Result<Acquired> {
+    pub(crate) fn acquire(&self, cancel: Option<BorrowedHandle<'_>>, until: Option<Instant>) -> io::Result<Acquired> {
         let mutex = self.0.as_handle();
         let signalled = match cancel {
             Some(cancel) => event::any(&[mutex, cancel], until)?,
@@ -105,7 +105,7 @@ impl Mutex {
     }
 
     /// Releases the mutex, on the thread that acquired it.
-    pub(crate) fn give_back(&self) -> io::Result<()> {
+    pub(crate) fn release(&self) -> io::Result<()> {
         // SAFETY: the handle belongs to an open mutex. On a thread that does not own it the call fails.
         if unsafe { ReleaseMutex(self.0.as_raw_handle()) } == 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
@@ -170,15 +170,15 @@ mod tests {
         assert!(list.to_ascii_lowercase().starts_with("d:p(a;;0x100001;;;wd)(a;;0x120001;;;ow)"), "{list}");
         as_another(|| {
             let same = Mutex::open(&name, Sharing::Machine).unwrap();
-            assert_eq!(same.take(None, Some(Instant::now())).unwrap(), Acquired::Free);
-            same.give_back().unwrap();
+            assert_eq!(same.acquire(None, Some(Instant::now())).unwrap(), Acquired::Free);
+            same.release().unwrap();
             for access in [READ_CONTROL, WRITE_DAC, WRITE_OWNER, DELETE, MUTEX_ALL_ACCESS] {
                 let open = opened(&name, access);
                 assert!(is_denied(&open), "{access:x}: {open:?}");
             }
         });
-        assert_eq!(mutex.take(None, Some(Instant::now())).unwrap(), Acquired::Free);
-        mutex.give_back().unwrap();
+        assert_eq!(mutex.acquire(None, Some(Instant::now())).unwrap(), Acquired::Free);
+        mutex.release().unwrap();
     }
 
     #[test]
@@ -191,29 +191,29 @@ mod tests {
         // SAFETY: the name ends with a zero, and the attributes' descriptor lives until the end of this call.
         let handle = unsafe { CreateMutexExW(&raw const attributes, wide.as_ptr(), 0, SYNCHRONIZE) };
         if handle.is_null() {
-            let _ = writeln!(io::stderr(), "left out: only an administrator can play another user");
+            let _ = writeln!(io::stderr(), "left out: only an administrator can act as another user");
             return;
         }
         // SAFETY: the call has just made the handle, and it has no other owner.
         let _theirs = unsafe { OwnedHandle::from_raw_handle(handle) };
         let refused = Mutex::open(&name, Sharing::User(0));
         assert!(is_denied(&refused), "{refused:?}");
-        assert!(refused.unwrap_err().to_string().contains("S-1-5-32-544 has made it"));
+        assert!(refused.unwrap_err().to_string().contains("S-1-5-32-544 created it"));
     }
 
     #[test]
-    fn a_mutex_of_a_thread_that_ended_is_abandoned_once() {
+    fn mutex_of_ended_thread_is_abandoned_once() {
         for sharing in SHARINGS {
             let name = fresh(sharing);
             let mutex = Mutex::open(&name, sharing).unwrap();
             std::thread::scope(|scope| {
-                scope.spawn(|| Mutex::open(&name, sharing).unwrap().take(None, None).unwrap());
+                scope.spawn(|| Mutex::open(&name, sharing).unwrap().acquire(None, None).unwrap());
             });
             let until = Some(Instant::now() + Duration::from_secs(30));
-            assert_eq!(mutex.take(None, until).unwrap(), Acquired::Abandoned);
-            mutex.give_back().unwrap();
-            assert_eq!(mutex.take(None, until).unwrap(), Acquired::Free);
-            mutex.give_back().unwrap();
+            assert_eq!(mutex.acquire(None, until).unwrap(), Acquired::Abandoned);
+            mutex.release().unwrap();
+            assert_eq!(mutex.acquire(None, until).unwrap(), Acquired::Free);
+            mutex.release().unwrap();
         }
     }
 }

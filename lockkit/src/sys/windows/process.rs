@@ -19,16 +19,7 @@ use windows_sys::Win32::System::Threading::{
     PROCESS_SYNCHRONIZE, QueryFullProcessImageNameW, WaitForSingleObject,
 };
 
-/// The system's answer about a pid.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Probe {
-    /// No process has the pid.
-    Gone,
-    /// The process that has the pid runs no code any more, but an open handle on it remains.
-    Ended,
-    /// A process that has the pid, with its creation time if this process may see it.
-    Running(Option<u64>),
-}
+pub(crate) use crate::sys::probe::Probe;
 
 /// Probes `pid`. A process that cannot be seen counts as running.
 pub(crate) fn probe(pid: u32) -> Probe {
@@ -76,7 +67,7 @@ pub(crate) fn cheap_time() -> SystemTime {
 }
 
 /// The highest possible pid: pids are multiples of 4.
-pub(crate) const MOST_PID: u32 = u32::MAX - 3;
+pub(crate) const MAX_PID: u32 = u32::MAX - 3;
 
 /// Returns when the system started, by the wall clock as it is set now.
 pub(crate) fn booted_at() -> Option<SystemTime> {
@@ -186,7 +177,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn this_process_runs_and_keeps_its_moment_of_creation() {
+    fn probe_of_this_process_returns_same_creation_time() {
         let now = probe(std::process::id());
         let Probe::Running(Some(start)) = now else { panic!("{now:?}") };
         assert_eq!(probe(std::process::id()), now);
@@ -202,11 +193,11 @@ mod tests {
             assert_eq!(probe(me + beside), Probe::Gone);
         }
         assert_eq!(probe(0), Probe::Gone);
-        assert_eq!(probe(MOST_PID), Probe::Gone);
+        assert_eq!(probe(MAX_PID), Probe::Gone);
     }
 
     #[test]
-    fn one_that_exits_with_259_has_ended() {
+    fn probe_of_process_exited_with_259_is_ended() {
         let mut child = Command::new("cmd").args(["/c", "exit 259"]).stdin(Stdio::null()).spawn().unwrap();
         assert_eq!(child.wait().unwrap().code(), Some(259));
         // The handle on it is still open.

@@ -1,11 +1,6 @@
-//! Abstract Unix sockets that listen, queue and can be handed over: [unix(7)].
-//!
-//! The kernel gives an abstract name to one socket at a time. It frees the name when the last descriptor of that socket
-//! is closed, however its process ended. No file is involved.
-//!
-//! [unix(7)]: https://man7.org/linux/man-pages/man7/unix.7.html
+//! Abstract sockets that listen, queue and can be handed over: `SOCK_SEQPACKET`.
 
-use std::io::{self, IoSlice};
+use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
@@ -14,68 +9,20 @@ use rustix::cmsg_space;
 use rustix::io::{Errno, Result, ioctl_fionbio, retry_on_intr};
 use rustix::net::sockopt::{set_socket_passcred, socket_type};
 use rustix::net::{
-    self, AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, SocketAddrUnix,
-    SocketFlags, SocketType,
+    self, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, SocketFlags, SocketType,
 };
 
-use super::failpoint::step;
-use super::fork::ForkGuarded;
-use super::socket_name::hash_of;
-use super::{event, process, user};
-
-pub(crate) type Address = SocketAddrUnix;
-
-/// The number of connections that may wait to be accepted; the kernel's own limit, `net.core.somaxconn`, is as large by
-/// default.
-pub(crate) const BACKLOG: i32 = 4096;
+use super::socket::{Address, Peer, Reached, connect_by, last_error, listen_as, option, socket};
+use crate::sys::failpoint::step;
+use crate::sys::fork::ForkGuarded;
+use crate::sys::socket_name::hash_of;
 
 /// The payload of the socket's message, because a descriptor cannot be sent alone.
 const MESSAGE: [u8; 1] = *b"L";
 
-/// The process at the other end of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Peer {
-    pub(crate) uid: u32,
-    /// 0 if the process is in a pid namespace that this process does not see.
-    pub(crate) pid: u32,
-}
-
-/// Returns the address of the abstract socket `name`.
-pub(crate) fn address(name: &str) -> Result<Address> {
-    SocketAddrUnix::new_abstract_name(name.as_bytes())
-}
-
-fn socket(kind: SocketType) -> Result<OwnedFd> {
-    net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)
-}
-
 /// Returns a listening socket with the address, or `None` if another process has it.
 pub(crate) fn listen_at(address: &Address) -> Result<Option<ForkGuarded>> {
     listen_as(SocketType::SEQPACKET, address)
-}
-
-pub(super) fn listen_as(kind: SocketType, address: &Address) -> Result<Option<ForkGuarded>> {
-    let bound = ForkGuarded::named(hash_of(address), || {
-        let socket = socket(kind)?;
-        retry_on_intr(|| net::bind(&socket, address))?;
-        step("name bound");
-        Ok(socket)
-    });
-    match bound {
-        Ok(socket) => {
-            listen(&socket)?;
-            Ok(Some(socket))
-        }
-        Err(Errno::ADDRINUSE) => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
-/// Makes this process the one that [`peer`] names to connecting processes.
-pub(crate) fn listen(socket: &ForkGuarded) -> Result<()> {
-    net::listen(&**socket, BACKLOG)?;
-    step("socket listens");
-    Ok(())
 }
 
 /// Whether the address is free. Takes the address for a moment, in which no other process can take it.
@@ -91,18 +38,8 @@ pub(crate) fn is_free(address: &Address) -> Result<bool> {
     }
 }
 
-/// The outcome of an attempt to connect.
-pub(crate) enum Reached {
-    /// The connection is in the queue of the listener at the address.
-    Queue(ForkGuarded),
-    /// The address is taken but has no listener, as while its owner is starting or ending; or the address is free.
-    Nobody,
-    /// The queue is full.
-    Full,
-}
-
 /// Joins the queue of the socket that listens at `address`. With `credentials`, each message on the connection shows
-/// its sender. [`peer`], in contrast, shows the process that listened when this one connected.
+/// its sender. [`peer`](super::socket::peer), in contrast, shows the process that listened when this one connected.
 pub(crate) fn connect(address: &Address, credentials: bool) -> Result<Reached> {
     let connection = ForkGuarded::new(|| socket(SocketType::SEQPACKET))?;
     if credentials {
@@ -110,80 +47,6 @@ pub(crate) fn connect(address: &Address, credentials: bool) -> Result<Reached> {
         set_socket_passcred(&*connection, true)?;
     }
     connect_by(connection, address)
-}
-
-pub(super) fn connect_as(kind: SocketType, address: &Address) -> Result<Reached> {
-    connect_by(ForkGuarded::new(|| socket(kind))?, address)
-}
-
-fn connect_by(connection: ForkGuarded, address: &Address) -> Result<Reached> {
-    match retry_on_intr(|| net::connect(&*connection, address)) {
-        Ok(()) => {
-            step("queued up");
-            Ok(Reached::Queue(connection.know()))
-        }
-        Err(Errno::CONNREFUSED) => Ok(Reached::Nobody),
-        Err(Errno::AGAIN) => Ok(Reached::Full),
-        Err(error) => Err(error),
-    }
-}
-
-/// Returns the process at the other end: for a connection the process that last called `listen`, for an accepted one
-/// the process that connected.
-///
-/// rustix's `socket_peercred` does not fit: its type says that a pid is never 0. The kernel writes 0 for a process of a
-/// pid namespace that this process does not see.
-pub(crate) fn peer(connection: impl AsFd) -> Result<Peer> {
-    let found = option(connection, libc::SO_PEERCRED, libc::ucred { pid: 0, uid: 0, gid: 0 })?;
-    Ok(found.into())
-}
-
-/// Types for which any bytes are a value, as the kernel writes them for a socket option.
-trait Plain: Copy {}
-impl Plain for libc::ucred {}
-impl Plain for u64 {}
-impl Plain for i32 {}
-
-fn option<T: Plain>(socket: impl AsFd, option: i32, mut value: T) -> Result<T> {
-    let mut length = size_of::<T>() as libc::socklen_t;
-    let descriptor = socket.as_fd().as_raw_fd();
-    // SAFETY: the kernel writes at most `length` bytes to `value`, which has as many, and any bytes are a value of it.
-    let status =
-        unsafe { libc::getsockopt(descriptor, libc::SOL_SOCKET, option, (&raw mut value).cast(), &raw mut length) };
-    match status {
-        0 => Ok(value),
-        _ => Err(last_error()),
-    }
-}
-
-fn last_error() -> Errno {
-    Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)
-}
-
-impl From<libc::ucred> for Peer {
-    fn from(found: libc::ucred) -> Self {
-        Self { uid: found.uid, pid: found.pid.unsigned_abs() }
-    }
-}
-
-/// Whether `peer`, the process at the other end of `connection`, belongs to the user `own` of this process.
-///
-/// Equal uids are not enough if the uid may mean several users (see [`user`]). Then the process must be in this
-/// process's user namespace, and the kernel must show it to this process as one of the same user.
-pub(crate) fn is_own(connection: impl AsFd, peer: Peer, own: u32) -> bool {
-    if peer.uid != own || user::is_one(own) {
-        return peer.uid == own;
-    }
-    // `SO_PEERPIDFD`, which differs on one architecture.
-    const PEERPIDFD: i32 = if cfg!(any(target_arch = "sparc", target_arch = "sparc64")) { 0x56 } else { 77 };
-    let Ok(process) = option(connection, PEERPIDFD, -1_i32) else { return false };
-    if process < 0 {
-        return false;
-    }
-    // SAFETY: the kernel has just made the descriptor for this call, and no other owner knows it.
-    let process = unsafe { OwnedFd::from_raw_fd(process) };
-    // The pid belongs to the peer until the peer ends, which the pidfd shows afterwards.
-    process::is_of_same_user(peer.pid) && !event::is_readable(process.as_fd())
 }
 
 /// Accepts the next connection of the queue. Returns `None` if nothing can be accepted.
@@ -254,23 +117,23 @@ pub(crate) fn complete(connection: &ForkGuarded) {
 
 /// A received listening socket.
 #[derive(Debug)]
-pub(crate) struct Arrived {
+pub(crate) struct Received {
     pub(crate) socket: ForkGuarded,
     /// The process that sent it, if the connection shows the senders of messages.
     pub(crate) sender: Option<Peer>,
 }
 
-/// Reads what the holder has sent through `connection` into `arrived`, without waiting. Returns whether the stream has
-/// ended. If a socket has arrived by then, the lock is handed over; if not, the holder has died or closed its socket.
-pub(crate) fn receive(connection: &ForkGuarded, arrived: &mut Option<Arrived>) -> Result<bool> {
+/// Reads what the holder has sent through `connection` into `received_socket`, without waiting. Returns whether the
+/// stream has ended. If a socket has arrived by then, the lock is handed over; if not, the holder has died or closed its socket.
+pub(crate) fn receive(connection: &ForkGuarded, received_socket: &mut Option<Received>) -> Result<bool> {
     loop {
         match receive_one(connection) {
             Ok(Some(socket)) => {
                 step("socket received");
-                arrived.get_or_insert(socket);
+                received_socket.get_or_insert(socket);
             }
             Ok(None) => {
-                step("stream ended");
+                step("end of stream received");
                 return Ok(true);
             }
             Err(Errno::AGAIN) => return Ok(false),
@@ -293,8 +156,8 @@ const _: () = {
 /// Reads one message. Returns `None` at the end of the stream, or for a message without a descriptor, which no holder
 /// sends.
 ///
-/// rustix's `recvmsg` does not fit, for the same reason as in [`peer`].
-fn receive_one(connection: &ForkGuarded) -> Result<Option<Arrived>> {
+/// rustix's `recvmsg` does not fit, for the same reason as in [`peer`](super::socket::peer).
+fn receive_one(connection: &ForkGuarded) -> Result<Option<Received>> {
     let mut sender = None;
     let mut failed = None;
     // ForkGuarded from the start, because it may be the lock.
@@ -342,7 +205,7 @@ fn receive_one(connection: &ForkGuarded) -> Result<Option<Arrived>> {
         socket.ok_or(())
     });
     match (socket, failed) {
-        (Ok(socket), _) => Ok(Some(Arrived { socket: socket.know(), sender })),
+        (Ok(socket), _) => Ok(Some(Received { socket: socket.know(), sender })),
         (Err(()), None) => Ok(None),
         (Err(()), Some(error)) => Err(error),
     }

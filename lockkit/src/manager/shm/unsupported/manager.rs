@@ -1,21 +1,15 @@
-//! Replaces `shm` on systems without futexes: a manager that cannot be created.
+//! A manager of which no value exists.
 
 use std::path::Path;
 
+use super::lock::Never;
 use crate::base::error::{ErrorKind, Result};
-use crate::base::guard::Recovered;
-use crate::base::lock_info::LockInfo;
-use crate::base::owner::Owner;
-use crate::base::wait::Wait;
-use crate::manager::{HeldLock, LockManager, ManagedLock, Releases};
+use crate::manager::lock_manager::{HeldLock, LockManager};
+use crate::manager::managed_lock::ManagedLock;
 
 /// A table of locks in shared memory: Linux only. On this system no value of this type exists.
 #[derive(Clone, Copy, Debug)]
 pub struct ShmLockManager(Never);
-
-/// A type without values.
-#[derive(Clone, Copy, Debug)]
-pub(in crate::manager) enum Never {}
 
 fn unsupported<T>() -> Result<T> {
     Err(ErrorKind::Unsupported { what: "a lock table in shared memory" }.into())
@@ -73,55 +67,6 @@ impl LockManager for ShmLockManager {
     }
 
     fn free_all(&self) -> Result<()> {
-        match self.0 {}
-    }
-}
-
-#[derive(Clone, Debug)]
-pub(in crate::manager) struct ShmLock(Never);
-
-#[derive(Debug)]
-pub(in crate::manager) struct ShmHold(Never);
-
-impl ShmLock {
-    pub(in crate::manager) fn id(&self) -> u32 {
-        match self.0 {}
-    }
-
-    pub(in crate::manager) fn free(&self) -> Result<()> {
-        match self.0 {}
-    }
-
-    pub(in crate::manager) fn acquire_free(&self, _wait: &Wait) -> Option<ShmHold> {
-        match self.0 {}
-    }
-
-    pub(in crate::manager) fn acquire(&self, _wait: &Wait) -> Result<(ShmHold, Option<Box<Recovered>>)> {
-        match self.0 {}
-    }
-
-    pub(in crate::manager) fn unlock(&self) -> Result<()> {
-        match self.0 {}
-    }
-}
-
-impl LockInfo for ShmLock {
-    fn describe(&self) -> String {
-        match self.0 {}
-    }
-
-    #[cfg(feature = "tracing")]
-    fn label(&self) -> (&'static str, String) {
-        match self.0 {}
-    }
-
-    fn holder(&self) -> Option<Owner> {
-        match self.0 {}
-    }
-}
-
-impl Releases for ShmHold {
-    fn release(&mut self) -> Result<()> {
         match self.0 {}
     }
 }

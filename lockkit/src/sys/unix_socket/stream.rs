@@ -1,9 +1,7 @@
-//! Abstract Unix sockets that carry bytes both ways, without ever waiting: [unix(7)], `SOCK_STREAM`.
+//! Abstract sockets that carry bytes both ways, without ever waiting: `SOCK_STREAM`.
 //!
 //! Descriptors that a peer sends are never received: the reads leave no room for them, so the kernel closes them. Every
 //! socket is fork-guarded, so that a forked child neither keeps the address nor keeps a peer waiting.
-//!
-//! [unix(7)]: https://man7.org/linux/man-pages/man7/unix.7.html
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -12,9 +10,9 @@ use rustix::event::epoll::{self, Event, EventData, EventFlags};
 use rustix::io::{Errno, Result, retry_on_intr};
 use rustix::net::{self, RecvFlags, SendFlags, SocketFlags, SocketType};
 
-use super::fork::ForkGuarded;
-use super::seqpacket::{Address, Reached, connect_as, listen_as};
+use super::socket::{Address, Reached, connect_as, listen_as};
 use crate::sys::failpoint::step;
+use crate::sys::fork::ForkGuarded;
 
 /// Returns a listening socket with the address, or `None` if another process has it.
 pub(crate) fn listen_at(address: &Address) -> Result<Option<ForkGuarded>> {
@@ -31,7 +29,7 @@ pub(crate) fn accept(listener: &ForkGuarded) -> Result<Option<ForkGuarded>> {
     loop {
         match ForkGuarded::new(|| net::accept_with(&**listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)) {
             Ok(connection) => {
-                step("caller accepted");
+                step("client accepted");
                 return Ok(Some(connection.know()));
             }
             Err(Errno::INTR | Errno::CONNABORTED) => {}
@@ -43,44 +41,44 @@ pub(crate) fn accept(listener: &ForkGuarded) -> Result<Option<ForkGuarded>> {
 
 /// The outcome of an attempt to write or to read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Moved {
+pub(crate) enum Transferred {
     /// This many bytes, at least one.
     Bytes(usize),
     /// No bytes now.
-    Nothing,
+    WouldBlock,
     /// No bytes ever: the other end is closed.
-    End,
+    Closed,
 }
 
 /// Writes as much of `bytes` as fits.
-pub(crate) fn send(connection: &ForkGuarded, bytes: &[u8]) -> Result<Moved> {
+pub(crate) fn send(connection: &ForkGuarded, bytes: &[u8]) -> Result<Transferred> {
     if !connection.is_own() {
-        return Ok(Moved::End);
+        return Ok(Transferred::Closed);
     }
     match retry_on_intr(|| net::send(&**connection, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)) {
         Ok(sent) => {
             step("bytes sent");
-            Ok(Moved::Bytes(sent))
+            Ok(Transferred::Bytes(sent))
         }
-        Err(Errno::AGAIN) => Ok(Moved::Nothing),
-        Err(Errno::PIPE | Errno::CONNRESET) => Ok(Moved::End),
+        Err(Errno::AGAIN) => Ok(Transferred::WouldBlock),
+        Err(Errno::PIPE | Errno::CONNRESET) => Ok(Transferred::Closed),
         Err(error) => Err(error),
     }
 }
 
-/// Appends the arrived bytes to `to`, at most `most`.
-pub(crate) fn receive(connection: &ForkGuarded, to: &mut Vec<u8>, most: usize) -> Result<Moved> {
+/// Appends the arrived bytes to `to`, at most `max`.
+pub(crate) fn receive(connection: &ForkGuarded, to: &mut Vec<u8>, max: usize) -> Result<Transferred> {
     let before = to.len();
-    to.resize(before + most, 0);
+    to.resize(before + max, 0);
     let received = retry_on_intr(|| net::recv(&**connection, &mut to[before..], RecvFlags::DONTWAIT));
     to.truncate(before + received.map_or(0, |(received, _)| received));
     match received {
-        Ok((0, _)) | Err(Errno::CONNRESET) => Ok(Moved::End),
+        Ok((0, _)) | Err(Errno::CONNRESET) => Ok(Transferred::Closed),
         Ok((received, _)) => {
             step("bytes received");
-            Ok(Moved::Bytes(received))
+            Ok(Transferred::Bytes(received))
         }
-        Err(Errno::AGAIN) => Ok(Moved::Nothing),
+        Err(Errno::AGAIN) => Ok(Transferred::WouldBlock),
         Err(error) => Err(error),
     }
 }
@@ -89,14 +87,14 @@ pub(crate) fn receive(connection: &ForkGuarded, to: &mut Vec<u8>, most: usize) -
 ///
 /// [epoll(7)]: https://man7.org/linux/man-pages/man7/epoll.7.html
 #[derive(Debug)]
-pub(crate) struct Watched(ForkGuarded);
+pub(crate) struct Epoll(ForkGuarded);
 
-impl Watched {
+impl Epoll {
     pub(crate) fn new() -> Result<Self> {
         ForkGuarded::new(|| epoll::create(epoll::CreateFlags::CLOEXEC)).map(|made| Self(made.know()))
     }
 
-    /// Watches `fd`, under the name `id`, until it is closed or left out.
+    /// Watches `fd`, under the name `id`, until it is closed or removed.
     pub(crate) fn add(&self, fd: impl AsFd, id: u64) -> Result<()> {
         epoll::add(&*self.0, fd, EventData::new_u64(id), EventFlags::IN)
     }
@@ -107,25 +105,25 @@ impl Watched {
         epoll::modify(&*self.0, fd, EventData::new_u64(id), flags)
     }
 
-    pub(crate) fn leave_out(&self, fd: impl AsFd) -> Result<()> {
+    pub(crate) fn remove(&self, fd: impl AsFd) -> Result<()> {
         epoll::delete(&*self.0, fd)
     }
 
     /// Returns the names of the descriptors that are readable now or have hung up; only some of them, if there are
     /// many.
     pub(crate) fn ready(&self) -> Result<impl Iterator<Item = u64> + use<>> {
-        const AT_ONCE: usize = 32;
+        const MAX_EVENTS: usize = 32;
         if !self.0.is_own() {
             return Err(Errno::BADF);
         }
-        let mut events = [Event { flags: EventFlags::empty(), data: EventData::new_u64(0) }; AT_ONCE];
+        let mut events = [Event { flags: EventFlags::empty(), data: EventData::new_u64(0) }; MAX_EVENTS];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         let count = retry_on_intr(|| epoll::wait(&*self.0, &mut events, Some(&now)))?;
         Ok(events.into_iter().take(count).map(|event| event.data.u64()))
     }
 }
 
-impl AsFd for Watched {
+impl AsFd for Epoll {
     fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
         let descriptor: &OwnedFd = &self.0;
         descriptor.as_fd()
