@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::file_store::{FileStore, Result};
 use super::format::{self, Content, Record};
@@ -12,7 +12,8 @@ use super::staleness::Observer;
 use crate::base::owner::Liveness;
 use crate::lease::options::MAX_TTL;
 use crate::lease::store::lease_store::{ClaimId, LeaseSnapshot};
-use crate::sys::files;
+use crate::sys::files::{self, MetadataExt};
+use crate::sys::fnv;
 
 /// How far the clock of a file server may differ from this machine's clock.
 pub(super) const MAX_CLOCK_DIFFERENCE: Duration = Duration::from_secs(3600);
@@ -43,6 +44,13 @@ impl Verdict<'_> {
     }
 }
 
+/// Returns what identifies one damage of one file. Equal content is not enough: a file can be blank, become a record,
+/// and be blank again.
+fn damage_key(fingerprint: u64, metadata: &files::Metadata) -> u64 {
+    let modified = metadata.modified().ok().and_then(|modified| modified.duration_since(UNIX_EPOCH).ok());
+    [metadata.ino(), modified.map_or(0, |since| since.as_nanos() as u64)].into_iter().fold(fingerprint, fnv::add)
+}
+
 impl FileStore {
     /// Judges a reading. An attempt, a waiter and `status` all use this. A lease is never taken because a fact is
     /// unknown:
@@ -67,7 +75,9 @@ impl FileStore {
             }
             Content::Damaged => {
                 let fingerprint = format::fingerprint(&reading.bytes);
-                let age = self.observe(fingerprint, None).max(self.unchanged_for(file)?);
+                let metadata = files::metadata_of(file).map_err(|error| self.io_error("inspect", error))?;
+                let seen_for = self.observe(damage_key(fingerprint, &metadata), None);
+                let age = seen_for.max(self.unchanged_for(&metadata));
                 Ok(Verdict::Held(
                     LeaseSnapshot::new(fingerprint).with_expires_in(self.spec.damage_timeout.saturating_sub(age)),
                     None,
@@ -81,14 +91,13 @@ impl FileStore {
     /// Returns at least how long the file has been unchanged, by its modification time. Zero if the time is in the
     /// future or unknown.
     #[cold]
-    pub(super) fn unchanged_for(&self, file: &File) -> Result<Duration> {
-        let metadata = files::metadata_of(file).map_err(|error| self.io_error("inspect", error))?;
+    pub(super) fn unchanged_for(&self, metadata: &files::Metadata) -> Duration {
         let age = metadata.modified().ok().and_then(|modified| SystemTime::now().duration_since(modified).ok());
         let margin = match self.is_remote.load(Ordering::Relaxed) {
             true => MAX_CLOCK_DIFFERENCE,
             false => Duration::ZERO,
         };
-        Ok(age.unwrap_or_default().saturating_sub(margin))
+        age.unwrap_or_default().saturating_sub(margin)
     }
 
     /// Returns how long the content with this fingerprint has been seen unchanged.

@@ -11,8 +11,9 @@ use super::file_store::{FileSpec, FileStore};
 use super::judgement::MAX_CLOCK_DIFFERENCE;
 #[cfg(target_os = "linux")]
 use super::open::is_local;
-use crate::lease::clock::SystemClock;
+use crate::lease::clock::{ManualClock, SystemClock};
 use crate::lease::store::lease_store::{ClaimId, Deadline};
+use crate::sys::files;
 
 #[test]
 #[cfg(target_os = "linux")]
@@ -49,11 +50,31 @@ fn age_on_remote_file_system_counts_less_an_hour() {
     ] {
         store.is_remote.store(is_remote, Ordering::Relaxed);
         file.set_modified(SystemTime::now() - age).unwrap();
-        let found = store.unchanged_for(&file).unwrap();
+        let found = store.unchanged_for(&files::metadata_of(&file).unwrap());
         assert!((least..least + minute / 2).contains(&found), "{is_remote} {age:?}: {found:?}");
     }
     file.set_modified(SystemTime::now() + minute).unwrap();
-    assert_eq!(store.unchanged_for(&file).unwrap(), Duration::ZERO);
+    assert_eq!(store.unchanged_for(&files::metadata_of(&file).unwrap()), Duration::ZERO);
+    fs::remove_file(&store.spec.path).unwrap();
+}
+
+#[test]
+fn file_blank_again_counts_as_held_for_whole_timeout() {
+    let clock = ManualClock::new();
+    let mut store = store("blank", Duration::from_secs(60));
+    store.spec.clock = Arc::new(clock.clone());
+    let blank_since = |age| {
+        let file = File::create(&store.spec.path).unwrap();
+        file.set_modified(SystemTime::now() - age).unwrap();
+    };
+    let second = Duration::from_secs(1);
+    let left = || store.read_snapshot().unwrap().unwrap().expires_in().unwrap();
+    blank_since(second * 2);
+    assert!(left() > second * 50);
+    clock.advance(second * 70);
+    assert_eq!(left(), Duration::ZERO);
+    blank_since(second);
+    assert!(left() > second * 50, "{:?}", left());
     fs::remove_file(&store.spec.path).unwrap();
 }
 
