@@ -46,12 +46,15 @@ fn killed_leader_is_replaced_and_stopped_leader_is_fenced() {
     let (third, new, recovered) = leads(next());
     assert!(new > old);
     assert!(third != first && third != second);
-    assert!(recovered.starts_with(&format!(" unreleased by pid {second} (leader)")), "{recovered:?}");
+    assert!(
+        recovered.starts_with(&format!(" the previous leader did not release: pid {second} (leader)")),
+        "{recovered:?}"
+    );
     for number in 7..=9 {
         assert_eq!(next(), format!("the resource accepts {number} with token {new}"));
     }
     assert_eq!(next(), format!("{second} continues"));
-    assert_eq!(next(), format!("the resource refuses 7 with token {old}, for it has seen {new}"));
+    assert_eq!(next(), format!("the resource refuses 7 with token {old}: it has seen {new}"));
     assert_eq!(next(), format!("{second} is refused"));
     let lost = next();
     assert!(lost.starts_with(&format!("{second} does not lead any more: ")), "{lost:?}");
