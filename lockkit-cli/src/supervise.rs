@@ -4,7 +4,7 @@
 //! that keeps the lock for it is in place, whenever lockkit is killed. The mechanism depends on the lock:
 //! - *Named locks and files* live in a descriptor. A third process, the *keeper*, has a copy of it, and a pidfd of the
 //!   program. If lockkit is killed, the keeper keeps the lock until the program ends; otherwise it exits just before
-//!   the release. For the case that both are killed, the lock is [`Parked`] with the program. At the program's end
+//!   the release. For the case that both are killed, the lock is [`InFlightDescriptor`] with the program. At the program's end
 //!   lockkit or the keeper takes the lock out of there, so that the processes that the program leaves running do not
 //!   keep it.
 //! - *Pidfiles* name the program, by pid and start time, and stay held as long as the program lives.
@@ -203,7 +203,7 @@ pub(crate) fn run(mut hold: HeldLock, signals: Signals, job: Job<'_>) -> Outcome
     sys::wait_for_children();
     let (wait_at_gate, gate) = pipe()?;
     let descriptor = descriptor_of(&hold)?;
-    let parked = descriptor.as_ref().map(Parked::new).transpose()?;
+    let in_flight = descriptor.as_ref().map(InFlightDescriptor::new).transpose()?;
     let leads = matches!(hold, HeldLock::Lease(..));
     let me = getpid();
     if leads {
@@ -219,14 +219,14 @@ pub(crate) fn run(mut hold: HeldLock, signals: Signals, job: Job<'_>) -> Outcome
                     std::process::exit(code::OS.into());
                 }
             }
-            std::process::exit(become_program(job.command, &hold, parked, wait_at_gate, &signals).into())
+            std::process::exit(become_program(job.command, &hold, in_flight, wait_at_gate, &signals).into())
         }
         Some(pid) => Child::new(pid)?,
     };
     drop(wait_at_gate);
     hold.name_holder(program.pid.as_raw_nonzero().get().unsigned_abs(), job.command)?;
     let keeper = match descriptor {
-        Some(descriptor) => Some(Keeper::start(descriptor, parked.as_ref(), &program, gate)?),
+        Some(descriptor) => Some(Keeper::start(descriptor, in_flight.as_ref(), &program, gate)?),
         None => {
             if leads {
                 // From here on this process is a keeper, and continues when its parent is killed.
@@ -244,8 +244,8 @@ pub(crate) fn run(mut hold: HeldLock, signals: Signals, job: Job<'_>) -> Outcome
     if let Some(keeper) = keeper {
         keeper.dismiss();
     }
-    if let Some(parked) = parked {
-        parked.take_out();
+    if let Some(in_flight) = in_flight {
+        in_flight.receive_and_close();
     }
     match hold.release() {
         Err(error) if !job.quiet && !leads => Failure::from(error).show(),
@@ -263,7 +263,7 @@ fn open_gate(mut gate: File) {
 fn become_program(
     command: &[OsString],
     hold: &HeldLock,
-    parked: Option<Parked>,
+    in_flight: Option<InFlightDescriptor>,
     mut gate: File,
     signals: &Signals,
 ) -> u8 {
@@ -272,7 +272,7 @@ fn become_program(
         return code::OS;
     }
     // Without it the keeper must suffice.
-    let _inherited = parked.and_then(|parked| parked.bequeath().ok());
+    let _inherited = in_flight.and_then(|in_flight| in_flight.make_inheritable().ok());
     let [program, arguments @ ..] = command else { return code::USAGE };
     let mut command = Command::new(program);
     command.args(arguments);
@@ -291,11 +291,11 @@ const REAPING: Duration = Duration::from_millis(500);
 fn attend(program: &Child, signals: &Signals, mut loss: Option<&LossPipe>, job: Job<'_>) -> u8 {
     // This process adopts the orphans below it.
     let adopts = loss.is_some() || is_first();
-    let mut patience: Option<Instant> = None;
+    let mut kill_at: Option<Instant> = None;
     loop {
         let mut watched = vec![PollFd::new(&program.pidfd, PollFlags::IN), PollFd::new(&signals.read, PollFlags::IN)];
         watched.extend(loss.map(|loss| PollFd::new(&loss.0, PollFlags::IN)));
-        let left = patience.map(|until| until.saturating_duration_since(Instant::now()));
+        let left = kill_at.map(|until| until.saturating_duration_since(Instant::now()));
         let timeout = left.or(adopts.then_some(REAPING)).map(timespec);
         match poll(&mut watched, timeout.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
@@ -305,8 +305,8 @@ fn attend(program: &Child, signals: &Signals, mut loss: Option<&LossPipe>, job: 
         let ready: Vec<bool> = watched.iter().map(|watched| !watched.revents().is_empty()).collect();
         if ready[0] {
             let status = program.status().unwrap_or(code::OS);
-            if patience.is_some() {
-                end_descendants(patience);
+            if kill_at.is_some() {
+                end_descendants(kill_at);
             }
             return status;
         }
@@ -322,11 +322,11 @@ fn attend(program: &Child, signals: &Signals, mut loss: Option<&LossPipe>, job: 
             let reason = String::from_utf8_lossy(&reason[..read]).into_owned();
             Failure::new(code::TEMPORARY, format!("{reason}, so the program is ended")).show();
             signal_descendants(Signal::TERM);
-            patience = Some(Instant::now() + job.grace);
+            kill_at = Some(Instant::now() + job.grace);
         }
-        if patience.is_some_and(|until| until <= Instant::now()) {
+        if kill_at.is_some_and(|until| until <= Instant::now()) {
             signal_descendants(Signal::KILL);
-            patience = Some(Instant::now() + Duration::from_millis(100));
+            kill_at = Some(Instant::now() + Duration::from_millis(100));
         }
     }
 }
@@ -397,11 +397,11 @@ fn descendants() -> Vec<Pid> {
 /// A copy of a lock's descriptor, in transit in a socket that no process reads: it counts as open as long as the socket
 /// is. The program and all its children inherit the socket. Any process that has the socket can take the descriptor
 /// out, so that the lock is free however many processes still have the socket.
-struct Parked(OwnedFd);
+struct InFlightDescriptor(OwnedFd);
 
-impl Parked {
+impl InFlightDescriptor {
     fn new(descriptor: &OwnedFd) -> Result<Self, Failure> {
-        let failed = |error| Failure::io("park a descriptor in a socket", error);
+        let failed = |error| Failure::io("send a descriptor into a socket", error);
         let (way_in, socket) =
             socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).map_err(failed)?;
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -413,7 +413,7 @@ impl Parked {
     }
 
     /// Lets the program inherit it, under a number that scripts do not use for their own files.
-    fn bequeath(self) -> rustix::io::Result<OwnedFd> {
+    fn make_inheritable(self) -> rustix::io::Result<OwnedFd> {
         const BEYOND_SCRIPTS: i32 = 64;
         let inherited = fcntl_dupfd_cloexec(&self.0, BEYOND_SCRIPTS)?;
         fcntl_setfd(&inherited, FdFlags::empty())?;
@@ -421,7 +421,7 @@ impl Parked {
     }
 
     /// Takes the descriptor out and closes it, unless another process has done so.
-    fn take_out(&self) {
+    fn receive_and_close(&self) {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut rights = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
@@ -440,13 +440,18 @@ struct Keeper {
 impl Keeper {
     /// Starts the keeper. The keeper opens the gate itself, once signals for lockkit cannot reach it. This process
     /// closes its end of the gate: otherwise the program would wait for ever if the keeper were killed before that.
-    fn start(descriptor: OwnedFd, parked: Option<&Parked>, program: &Child, gate: File) -> Result<Self, Failure> {
+    fn start(
+        descriptor: OwnedFd,
+        in_flight: Option<&InFlightDescriptor>,
+        program: &Child,
+        gate: File,
+    ) -> Result<Self, Failure> {
         let (life_of_parent, life) = pipe()?;
         match fork()? {
             None => {
                 drop(life);
                 keep(&program.pidfd, life_of_parent, gate);
-                parked.iter().for_each(|parked| parked.take_out());
+                in_flight.iter().for_each(|in_flight| in_flight.receive_and_close());
                 drop(descriptor);
                 std::process::exit(0)
             }

@@ -61,14 +61,14 @@ pub mod wine;
 pub use fixtures::{Kind, Spec};
 pub use helper_process::Actor;
 pub use left_out::{is_on_a_host, left_out};
-#[cfg(target_os = "linux")]
-pub use process::is_stopped;
 #[cfg(unix)]
 pub use process::signal_pid;
 pub(crate) use process::thread_names;
 pub use process::{
     Belongings, commands, kill_pid, program, resume, sleeper, sleeps, stop, succeeds, thread_id, was_killed,
 };
+#[cfg(target_os = "linux")]
+pub use process::{is_stopped, wait_until_stopped};
 #[cfg(target_os = "linux")]
 pub use users::{AnotherUser, another_user};
 pub use waiting::{LIVELY, fresh_name, until, until_some};

@@ -163,10 +163,29 @@ pub fn is_stopped(pid: u32) -> bool {
     stat.rsplit(')').next().unwrap_or_default().trim_start().starts_with('T')
 }
 
-/// Sends a signal to any process. Ignores a process that is already gone.
+/// Sends a signal to any process. Ignores a process that is already gone. On Linux a process that gets `STOP` runs no
+/// code any more when this returns.
 #[cfg(unix)]
 pub fn signal_pid(pid: u32, signal: rustix::process::Signal) {
-    if let Some(pid) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) {
-        let _ = rustix::process::kill_process(pid, signal);
+    let Some(target) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) else { return };
+    let _ = rustix::process::kill_process(target, signal);
+    #[cfg(target_os = "linux")]
+    if signal == rustix::process::Signal::STOP {
+        wait_until_stopped(pid);
     }
+}
+
+/// Waits until no thread of the process `pid` runs code. The signal reaches one thread, and the others continue until
+/// that thread is scheduled, which takes time on a busy machine.
+#[cfg(target_os = "linux")]
+pub fn wait_until_stopped(pid: u32) {
+    let is_stopped = |task: std::io::Result<std::fs::DirEntry>| {
+        let stat = task.and_then(|task| std::fs::read_to_string(task.path().join("stat"))).unwrap_or_default();
+        let state = stat.rsplit(')').next().and_then(|rest| rest.trim_start().chars().next());
+        // A thread that has ended has no state.
+        state.is_none_or(|state| "TtZX".contains(state))
+    };
+    let all_stopped =
+        || std::fs::read_dir(format!("/proc/{pid}/task")).is_ok_and(|tasks| tasks.into_iter().all(is_stopped));
+    crate::until("the process is stopped", || !std::path::Path::new(&format!("/proc/{pid}")).exists() || all_stopped());
 }

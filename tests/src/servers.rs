@@ -21,7 +21,7 @@ use rustix::process::{
     Pid, Signal, WaitOptions, getpid, kill_process, kill_process_group, set_child_subreaper, waitpid,
 };
 
-use crate::{program, until};
+use crate::{program, until, wait_until_stopped};
 
 /// A running program under a warden. Dropping it kills the program. The directory is removed when the last
 /// [`ServerDir`] is dropped.
@@ -59,9 +59,12 @@ impl Server {
         }
     }
 
-    /// Sends a signal to all its processes.
+    /// Sends a signal to all its processes. A server that gets `STOP` runs no code any more when this returns.
     pub fn signal(&self, signal: Signal) {
         kill_process_group(self.group, signal).expect("the server runs");
+        if signal == Signal::STOP {
+            wait_until_stopped(self.group.as_raw_nonzero().get().unsigned_abs());
+        }
     }
 
     /// Kills it and waits until it is gone. Its directory stays.
