@@ -1,5 +1,6 @@
 //! Takeovers, evictions, and how a holder learns of its loss.
 
+#[cfg(target_os = "linux")]
 use std::fs;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -11,12 +12,12 @@ use lockkit_tests::{Actor, LIVELY, leases, until};
 #[cfg(target_os = "linux")]
 use rustix::process::Signal;
 
-#[cfg(target_os = "linux")]
-use crate::fixture::stop;
 use crate::fixture::{
-    OLD_AGE, acquire, is_held, read, record_of_other_host, replace, set_modified, temp_lease, token, token_after,
+    OLD_AGE, acquire, is_held, read, record_of_other_host, replace, set_modified, temp_lease, token_after,
     wait_for_heartbeats, write,
 };
+#[cfg(target_os = "linux")]
+use crate::fixture::{stop, token};
 
 #[test]
 fn dead_holder_taken_over_with_new_claim_at_any_record_age() {

@@ -22,6 +22,7 @@ use lockkit::{PidFile, PidStatus};
 #[cfg(target_os = "linux")]
 use lockkit_tests::{Actor, until};
 
+#[cfg(unix)]
 use crate::support::*;
 
 #[cfg(target_os = "linux")]
