@@ -28,5 +28,6 @@ pub fn until_some<T>(what: &str, mut fact: impl FnMut() -> Option<T>) -> T {
 /// Returns a name that no other test and no other run uses.
 pub fn fresh_name(prefix: &str) -> String {
     static COUNT: AtomicU32 = AtomicU32::new(0);
-    format!("{prefix}-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
+    // Of one length, so that no name is the beginning of another: tests find the files of a lock by its name.
+    format!("{prefix}-{:07}-{:05}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
 }
