@@ -1,7 +1,7 @@
 //! The builder of a lease.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use super::connect;
 use super::handle::Lease;
 use super::location::Location;
 use super::options::{Loss, Options};
-use super::settings::{Settings, reject_if};
+use super::settings::{CheckedTiming, Settings, reject_if};
 use super::spec::LeaseSpec;
 use super::store::file::{FileSpec, FileStore};
 use super::store::lease_store::{LeaseName, LeaseStore};
@@ -371,31 +371,9 @@ impl LeaseBuilder {
         let timing = settings.checked_timing(&location)?;
         settings.check_modes()?;
         let clock_id = settings.clock.shared_id();
-        let (name, store, record): (_, Arc<dyn LeaseStore>, _) = match location {
-            Location::File(path) => {
-                let path = std::path::absolute(&path).map_err(|error| Error::io("make absolute", &path, error))?;
-                let store = FileStore::new(FileSpec {
-                    heartbeat: timing.heartbeat,
-                    damage_timeout: timing.damage_timeout,
-                    retry_delay: settings.retry_delay,
-                    file_mode: settings.file_mode,
-                    directory_mode: settings.directory_mode,
-                    create_parents: settings.create_parents,
-                    clock: settings.clock.clone(),
-                    clock_id,
-                    path: path.clone(),
-                });
-                let name = LeaseName::of_path(&path);
-                (name, Arc::new(store), RecordId::File { path, damage_timeout: timing.damage_timeout })
-            }
-            Location::Store(store, key) => {
-                for option in settings.file_options() {
-                    reject_if(true, option, || "this lease is not kept in a file".into())?;
-                }
-                let name = LeaseName::new(&key)?;
-                let record = RecordId::Store(Arc::as_ptr(&store).cast::<()>() as usize, name.clone());
-                (name, store, record)
-            }
+        let (name, store, record) = match location {
+            Location::File(path) => record_in_file(&path, &settings, &timing, clock_id)?,
+            Location::Store(store, key) => record_in_store(store, &key, &settings)?,
         };
         let clock = clock_id.ok_or(Arc::as_ptr(&settings.clock).cast::<()>() as usize);
         let (retry_delay, retry_limit) = (settings.retry_delay, settings.retry_limit);
@@ -413,6 +391,35 @@ impl LeaseBuilder {
         let queue = QueueKey { record, clock, retry_delay, retry_limit };
         Ok(Lease::new(LeaseSpec { name, store, queue, options }))
     }
+}
+
+/// The name of a lease, the store that keeps it, and what identifies its record.
+type Kept = (LeaseName, Arc<dyn LeaseStore>, RecordId);
+
+fn record_in_file(path: &Path, settings: &Settings, timing: &CheckedTiming, clock_id: Option<u128>) -> Result<Kept> {
+    let path = std::path::absolute(path).map_err(|error| Error::io("make absolute", path, error))?;
+    let store = FileStore::new(FileSpec {
+        heartbeat: timing.heartbeat,
+        damage_timeout: timing.damage_timeout,
+        retry_delay: settings.retry_delay,
+        file_mode: settings.file_mode,
+        directory_mode: settings.directory_mode,
+        create_parents: settings.create_parents,
+        clock: settings.clock.clone(),
+        clock_id,
+        path: path.clone(),
+    });
+    let name = LeaseName::of_path(&path);
+    Ok((name, Arc::new(store), RecordId::File { path, damage_timeout: timing.damage_timeout }))
+}
+
+fn record_in_store(store: Arc<dyn LeaseStore>, key: &str, settings: &Settings) -> Result<Kept> {
+    for option in settings.file_options() {
+        reject_if(true, option, || "this lease is not kept in a file".into())?;
+    }
+    let name = LeaseName::new(key)?;
+    let record = RecordId::Store(Arc::as_ptr(&store).cast::<()>() as usize, name.clone());
+    Ok((name, store, record))
 }
 
 impl fmt::Debug for LeaseBuilder {

@@ -81,6 +81,20 @@ impl Settings {
         let ttl = round_up(ttl, step);
         let default = if min_ttl < MAX_TTL_OF_FAST_STORE { DEFAULT_HEARTBEAT_INTERVAL } else { ttl };
         let heartbeat = self.heartbeat.unwrap_or(default.min(ttl / 4));
+        self.check_heartbeat(heartbeat, ttl)?;
+        reject_if(self.retry_delay < MIN_REPEAT_INTERVAL, "acquire_retry_delay", || {
+            format!("{:?} is shorter than the minimum, 1ms, and would use a whole processor", self.retry_delay)
+        })?;
+        let damage_timeout = self.damage_timeout.unwrap_or(DEFAULT_DAMAGE_TIMEOUT.max(heartbeat * 2));
+        reject_if(damage_timeout < heartbeat, "invalid_pid_lock_stale_threshold", || {
+            format!(
+                "{damage_timeout:?} is shorter than a heartbeat, {heartbeat:?}, at which the holder repairs the file"
+            )
+        })?;
+        Ok(CheckedTiming { ttl, heartbeat, damage_timeout })
+    }
+
+    fn check_heartbeat(&self, heartbeat: Duration, ttl: Duration) -> Result<()> {
         reject_if(heartbeat < MIN_REPEAT_INTERVAL, "heartbeat", || {
             format!("{heartbeat:?} is shorter than the minimum, 1ms, and would use a whole processor")
         })?;
@@ -92,16 +106,7 @@ impl Settings {
                 format!("{within:?} is shorter than a heartbeat, {heartbeat:?}, so the loss would be noticed too late")
             })?;
         }
-        reject_if(self.retry_delay < MIN_REPEAT_INTERVAL, "acquire_retry_delay", || {
-            format!("{:?} is shorter than the minimum, 1ms, and would use a whole processor", self.retry_delay)
-        })?;
-        let damage_timeout = self.damage_timeout.unwrap_or(DEFAULT_DAMAGE_TIMEOUT.max(heartbeat * 2));
-        reject_if(damage_timeout < heartbeat, "invalid_pid_lock_stale_threshold", || {
-            format!(
-                "{damage_timeout:?} is shorter than a heartbeat, {heartbeat:?}, at which the holder repairs the file"
-            )
-        })?;
-        Ok(CheckedTiming { ttl, heartbeat, damage_timeout })
+        Ok(())
     }
 
     /// Checks the modes of new files and directories.

@@ -1,13 +1,14 @@
 //! Tests of a lease with a store that fails, hangs, or answers late.
 
 use std::sync::atomic::Ordering;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Instant;
 
 use super::faulty_store::FaultyStore;
 use super::fixtures::{MS, TestDir, eventually};
 use crate::base::error::ErrorKind;
+use crate::lease::LeaseGuard;
 use crate::lease::{Attempt, Deadline, Lease, LeaseName, LeaseStore, LossReason, ManualClock};
 
 #[test]
@@ -151,22 +152,18 @@ fn hanging_store_keeps_leases_of_other_store() {
     assert!(began.elapsed() < MS * 1000);
 }
 
-#[test]
-fn stuck_request_delays_no_other_renewal_or_loss_report() {
-    let directory = TestDir::new();
-    let guard = Lease::file(directory.path()).ttl(MS * 400).heartbeat(MS * 50).build().unwrap().lock().unwrap();
-    let frozen = FaultyStore::new(&ManualClock::new());
-    let mut stuck: Vec<_> = (0..10)
-        .map(|n| {
-            frozen.record.lock().1 = None;
-            let (report, reports) = mpsc::channel();
-            let lease = Lease::with_store(frozen.clone(), n.to_string()).ttl(MS * 600).heartbeat(MS * 50);
-            (lease.on_lost(move |loss| _ = report.send(loss.token)).build().unwrap().lock().unwrap(), reports)
-        })
-        .collect();
-    frozen.freezes.store(true, Ordering::Relaxed);
-    eventually("the store is asked", || frozen.renewals.load(Ordering::Relaxed) > 0);
-    // Another lease, of another store, expires meanwhile.
+/// Acquires ten leases in the store, with the reports of their losses.
+fn ten_leases_of(store: &Arc<FaultyStore>) -> Vec<(LeaseGuard, mpsc::Receiver<u64>)> {
+    let acquire = |name: usize| {
+        store.record.lock().1 = None;
+        let (report, reports) = mpsc::channel();
+        let lease = Lease::with_store(store.clone(), name.to_string()).ttl(MS * 600).heartbeat(MS * 50);
+        (lease.on_lost(move |loss| _ = report.send(loss.token)).build().unwrap().lock().unwrap(), reports)
+    };
+    (0..10).map(acquire).collect()
+}
+
+fn lease_of_another_store_expires_and_is_reported() {
     let clock = ManualClock::new();
     let (report, reports) = mpsc::channel();
     let other = FaultyStore::new(&clock).lease().on_lost(move |_| _ = report.send(())).build().unwrap().lock().unwrap();
@@ -174,6 +171,17 @@ fn stuck_request_delays_no_other_renewal_or_loss_report() {
     clock.advance(MS * 10_000);
     reports.recv_timeout(MS * 1500).expect("the loss of the other lease is reported");
     assert!(signal.is_cancelled());
+}
+
+#[test]
+fn stuck_request_delays_no_other_renewal_or_loss_report() {
+    let directory = TestDir::new();
+    let guard = Lease::file(directory.path()).ttl(MS * 400).heartbeat(MS * 50).build().unwrap().lock().unwrap();
+    let frozen = FaultyStore::new(&ManualClock::new());
+    let mut stuck = ten_leases_of(&frozen);
+    frozen.freezes.store(true, Ordering::Relaxed);
+    eventually("the store is asked", || frozen.renewals.load(Ordering::Relaxed) > 0);
+    lease_of_another_store_expires_and_is_reported();
     for (guard, reports) in &stuck {
         assert_eq!(
             reports.recv_timeout(MS * 2000).expect("the loss of each lease of the frozen store is reported"),

@@ -216,39 +216,11 @@ impl Connection {
                     self.framing = Framing::Length(remaining - piece.len());
                     return Ok(Some(piece));
                 }
-                Framing::Chunked => {
-                    let size =
-                        httparse::parse_chunk_size(&self.input).map_err(|_| invalid_data("a chunk has no size"))?;
-                    match size {
-                        httparse::Status::Complete((from, 0)) => {
-                            // Trailers end with an empty line and are ignored.
-                            let rest = &self.input[from..];
-                            let end = if rest.starts_with(b"\r\n") {
-                                Some(2)
-                            } else {
-                                rest.windows(4).position(|window| window == b"\r\n\r\n").map(|at| at + 4)
-                            };
-                            if let Some(end) = end {
-                                self.input.drain(..from + end);
-                                self.framing = Framing::Length(0);
-                                continue;
-                            }
-                        }
-                        httparse::Status::Complete((from, size)) => {
-                            let size = usize::try_from(size).ok().filter(|size| *size <= MAX_PIECE_LENGTH);
-                            let to = from
-                                + size.ok_or_else(|| {
-                                    invalid_data(format!("a chunk is longer than {MAX_PIECE_LENGTH} bytes"))
-                                })?;
-                            if self.input.len() >= to + 2 {
-                                let piece = self.input[from..to].to_vec();
-                                self.input.drain(..to + 2);
-                                return Ok(Some(piece));
-                            }
-                        }
-                        httparse::Status::Partial => {}
-                    }
-                }
+                Framing::Chunked => match self.chunk()? {
+                    Some(piece) => return Ok(Some(piece)),
+                    None if self.framing == Framing::Length(0) => return Ok(None),
+                    None => {}
+                },
                 Framing::Close if !self.input.is_empty() => return Ok(Some(std::mem::take(&mut self.input))),
                 Framing::Length(_) | Framing::Close => {}
             }
@@ -258,6 +230,39 @@ impl Connection {
                 }
                 filled => filled?,
             }
+        }
+    }
+
+    /// Takes the next chunk out of the input, if it has arrived. After the last chunk, sets the framing to no further
+    /// bytes.
+    fn chunk(&mut self) -> io::Result<Option<Vec<u8>>> {
+        let size = httparse::parse_chunk_size(&self.input).map_err(|_| invalid_data("a chunk has no size"))?;
+        match size {
+            httparse::Status::Complete((from, 0)) => {
+                // Trailers end with an empty line and are ignored.
+                let rest = &self.input[from..];
+                let end = match rest.starts_with(b"\r\n") {
+                    true => Some(2),
+                    false => rest.windows(4).position(|window| window == b"\r\n\r\n").map(|at| at + 4),
+                };
+                if let Some(end) = end {
+                    self.input.drain(..from + end);
+                    self.framing = Framing::Length(0);
+                }
+                Ok(None)
+            }
+            httparse::Status::Complete((from, size)) => {
+                let size = usize::try_from(size).ok().filter(|size| *size <= MAX_PIECE_LENGTH);
+                let too_long = || invalid_data(format!("a chunk is longer than {MAX_PIECE_LENGTH} bytes"));
+                let to = from + size.ok_or_else(too_long)?;
+                if self.input.len() < to + 2 {
+                    return Ok(None);
+                }
+                let piece = self.input[from..to].to_vec();
+                self.input.drain(..to + 2);
+                Ok(Some(piece))
+            }
+            httparse::Status::Partial => Ok(None),
         }
     }
 

@@ -1,10 +1,12 @@
 //! The renewal of a grant: of its session, and the check of its key.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 
 use super::json::number;
 use super::record::is_at;
-use super::session::now;
+use super::session::{Session, now};
 use super::state::{ProcessState, session_of};
 use crate::base::error::StoreError;
 use crate::lease::store::lease_store::{Deadline, Grant, Renewal};
@@ -39,21 +41,11 @@ impl ProcessState {
                     None => return self.lost_or_unknown(grant, by),
                 },
             };
-            let names = session.keys_to_check(grant, began);
-            let keys: Vec<_> = names.iter().map(|(name, _)| self.keys.held(name)).collect();
-            let compare: Value = keys.iter().zip(&names).map(|(key, (_, token))| is_at(key, *token)).collect();
-            let read: Value = keys.iter().map(|key| json!({ "request_range": { "key": key } })).collect();
-            let sent = now();
-            let answer = self.transact(compare, json!([]), read, by)?;
-            let is_in_place = |at, token| answer.is_done() || number(&answer.read(at)["mod_revision"]) == token;
-            let found = names.into_iter().enumerate();
-            let found = found.map(|(at, (name, token))| (name, token, is_in_place(at, token)));
-            session.record_check(found, sent, now());
-            if !is_in_place(0, grant.token()) {
+            let Some(term) = self.check_keys(session, grant, began, by)? else {
                 return self.lost_or_unknown(grant, by);
-            }
+            };
             match keep_alive {
-                Some(keep_alive) if keep_alive.term != answer.term() => {}
+                Some(keep_alive) if keep_alive.term != term => {}
                 keep_alive => {
                     keep_alive.inspect(|keep_alive| session.record_keep_alive(keep_alive.sent));
                     return Ok(Renewal::Extended { ttl: session.left(began) });
@@ -61,6 +53,22 @@ impl ProcessState {
             }
         }
         Err(StoreError::not_applied("cannot renew the session: the leader of etcd changed repeatedly"))
+    }
+
+    /// Checks the keys of the session that are due for a check. Returns the leader's term if the grant's key is in
+    /// place.
+    fn check_keys(&self, session: &Session, grant: &Grant, began: Duration, by: Deadline) -> Result<Option<u64>> {
+        let names = session.keys_to_check(grant, began);
+        let keys: Vec<_> = names.iter().map(|(name, _)| self.keys.held(name)).collect();
+        let compare: Value = keys.iter().zip(&names).map(|(key, (_, token))| is_at(key, *token)).collect();
+        let read: Value = keys.iter().map(|key| json!({ "request_range": { "key": key } })).collect();
+        let sent = now();
+        let answer = self.transact(compare, json!([]), read, by)?;
+        let is_in_place = |at, token| answer.is_done() || number(&answer.read(at)["mod_revision"]) == token;
+        let found = names.into_iter().enumerate();
+        let found = found.map(|(at, (name, token))| (name, token, is_in_place(at, token)));
+        session.record_check(found, sent, now());
+        Ok(is_in_place(0, grant.token()).then(|| answer.term()))
     }
 
     /// Returns the result of a renewal that did not find the grant's key in place.
@@ -77,11 +85,9 @@ impl ProcessState {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
-    use std::time::Duration;
 
     use super::*;
     use crate::lease::store::etcd::config::Config;
-    use crate::lease::store::etcd::session::Session;
     use crate::lease::store::lease_store::{ClaimId, LeaseName};
 
     #[test]

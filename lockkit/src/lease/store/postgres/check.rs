@@ -1,5 +1,7 @@
 //! The check of a new connection: whether the server and its table are usable. It creates the table if there is none.
 
+use tokio_postgres::Row;
+
 use super::connection::{Connection, QueryError};
 use super::error::{self, ErrorContext, of_request};
 use super::schema::{CREATE, INSPECT, LAYOUT, LIMIT_STATEMENTS, MIN_VERSION};
@@ -12,21 +14,7 @@ pub(super) fn check(connection: &mut Connection, by: Deadline) -> Result<(), Sto
     /// The maximum number of tries: other processes may be creating the table, too.
     const MAX_TRIES: usize = 5;
     for _ in 0..MAX_TRIES {
-        let row = match connection.query_unprepared(&INSPECT, &[], by) {
-            Ok(rows) => rows
-                .into_iter()
-                .next()
-                .ok_or_else(|| StoreError::not_applied("cannot check the server: its answer is empty"))?,
-            Err(QueryError::Driver(error))
-                if error.code() == Some(&tokio_postgres::error::SqlState::UNDEFINED_FUNCTION) =>
-            {
-                return Err(StoreError::permanent(ErrorContext::new(error::too_old("this version"), error)));
-            }
-            // The statement has changed nothing.
-            Err(error) => {
-                return Err(StoreError::not_applied(ErrorContext::new("cannot check the server", of_request(error))));
-            }
-        };
+        let row = inspect(connection, by)?;
         let foreign =
             |error| StoreError::permanent(ErrorContext::new("cannot use the server: it is not PostgreSQL", error));
         let (server_process, version): (i32, i32) =
@@ -55,6 +43,23 @@ pub(super) fn check(connection: &mut Connection, by: Deadline) -> Result<(), Sto
         }
     }
     Err(StoreError::not_applied("cannot find the table lockkit_leases in the search_path after its creation"))
+}
+
+/// Returns what the server says of itself and of the table.
+fn inspect(connection: &mut Connection, by: Deadline) -> Result<Row, StoreError> {
+    match connection.query_unprepared(&INSPECT, &[], by) {
+        Ok(rows) => rows
+            .into_iter()
+            .next()
+            .ok_or_else(|| StoreError::not_applied("cannot check the server: its answer is empty")),
+        Err(QueryError::Driver(error))
+            if error.code() == Some(&tokio_postgres::error::SqlState::UNDEFINED_FUNCTION) =>
+        {
+            Err(StoreError::permanent(ErrorContext::new(error::too_old("this version"), error)))
+        }
+        // The statement has changed nothing.
+        Err(error) => Err(StoreError::not_applied(ErrorContext::new("cannot check the server", of_request(error)))),
+    }
 }
 
 /// Creates the table, unless another process creates it at the same time.

@@ -81,11 +81,8 @@ impl ServerConfig {
                 _ => other_parameters.push((key, value)),
             }
         }
-        // Without the TLS parameters; the others are escaped one by one for the builder below.
-        let escape = |text: &str| text.bytes().map(|byte| format!("%{byte:02X}")).collect::<String>();
-        let query: Vec<_> = other_parameters.iter().map(|(key, value)| format!("{key}={}", escape(value))).collect();
-        let without_tls = format!("postgres://{}{}?{}", parts.authority, parts.path, query.join("&"));
-        let mut config: Config = without_tls.parse().map_err(|error| wrong(&chain(&error)))?;
+        let mut config: Config =
+            without_tls(&parts, &other_parameters).parse().map_err(|error| wrong(&chain(&error)))?;
         config.ssl_mode(tls.ssl_mode().map_err(|problem| wrong(&problem))?);
         if config.get_application_name().is_none() {
             config.application_name("lockkit");
@@ -221,6 +218,13 @@ impl ServerConfig {
         }
         Ok(socket)
     }
+}
+
+/// Returns the URL without the TLS parameters. The others are escaped one by one for the client's own parser.
+fn without_tls(parts: &Parts<'_>, other_parameters: &[(&str, String)]) -> String {
+    let escape = |text: &str| text.bytes().map(|byte| format!("%{byte:02X}")).collect::<String>();
+    let query: Vec<_> = other_parameters.iter().map(|(key, value)| format!("{key}={}", escape(value))).collect();
+    format!("postgres://{}{}?{}", parts.authority, parts.path, query.join("&"))
 }
 
 fn socket(family: AddressFamily) -> io::Result<ForkGuarded<OwnedFd>> {

@@ -55,19 +55,7 @@ pub(super) fn of_connecting(
         }
         QueryError::Driver(error) => error,
     };
-    let Some(code) = error.code() else {
-        let source = std::error::Error::source(&error);
-        let io_error = source.and_then(|source| source.downcast_ref::<io::Error>());
-        let is_tls = io_error.and_then(io::Error::get_ref).is_some_and(|inner| inner.is::<rustls::Error>());
-        return match io_error {
-            Some(_) if is_tls => permanent(format!("cannot use TLS with {server}; check sslmode in the URL"), error),
-            Some(_) => not_applied(format!("cannot connect to {server}"), error),
-            None if error.is_closed() => not_applied(format!("cannot connect to {server}"), error),
-            None => {
-                permanent(format!("cannot log in to {server}; check the credentials and sslmode in the URL"), error)
-            }
-        };
-    };
+    let Some(code) = error.code() else { return without_code(error, server) };
     match *code {
         SqlState::INVALID_PASSWORD | SqlState::INVALID_AUTHORIZATION_SPECIFICATION => permanent(
             format!(
@@ -93,6 +81,23 @@ pub(super) fn of_connecting(
             not_applied(format!("cannot connect to {server}: it is starting, stopping or recovering"), error)
         }
         _ => not_applied(format!("cannot connect to {server}"), error),
+    }
+}
+
+/// Converts an error of connecting that is not the server's answer.
+fn without_code(error: tokio_postgres::Error, server: &str) -> StoreError {
+    let source = std::error::Error::source(&error);
+    let io_error = source.and_then(|source| source.downcast_ref::<io::Error>());
+    let is_tls = io_error.and_then(io::Error::get_ref).is_some_and(|inner| inner.is::<rustls::Error>());
+    let is_connection = io_error.is_some() || error.is_closed();
+    if is_tls {
+        let text = format!("cannot use TLS with {server}; check sslmode in the URL");
+        StoreError::permanent(ErrorContext::new(text, error))
+    } else if is_connection {
+        StoreError::not_applied(ErrorContext::new(format!("cannot connect to {server}"), error))
+    } else {
+        let text = format!("cannot log in to {server}; check the credentials and sslmode in the URL");
+        StoreError::permanent(ErrorContext::new(text, error))
     }
 }
 

@@ -33,22 +33,7 @@ pub(super) struct ServerConfig {
 impl ServerConfig {
     pub(super) fn parse(url: &str) -> error::Result<Self> {
         let wrong = |problem: &str| invalid(url, problem);
-        let [mut ca, mut certificate, mut key] = [const { None }; 3];
-        for (parameter, value) in Parts::of(url).parameters() {
-            let value = value.ok_or_else(|| {
-                wrong("the value of a parameter must be UTF-8, and two hexadecimal digits must follow each %")
-            })?;
-            let file = match parameter {
-                "ca" => &mut ca,
-                "cert" => &mut certificate,
-                "key" => &mut key,
-                "db" | "user" | "pass" if Parts::of(url).scheme.ends_with("unix") => continue,
-                _ => return Err(invalid(url, format!("unknown parameter `{parameter}`; use `ca`, `cert` or `key`"))),
-            };
-            if file.replace(PathBuf::from(value)).is_some() {
-                return Err(invalid(url, format!("the parameter `{parameter}` must be given once")));
-            }
-        }
+        let [ca, certificate, key] = tls_files(url)?;
         if url.contains('#') {
             return Err(wrong("a # is not allowed; write %23"));
         }
@@ -82,4 +67,27 @@ impl ServerConfig {
     pub(super) fn is_tls(&self) -> bool {
         matches!(self.address.addr(), ConnectionAddr::TcpTls { .. })
     }
+}
+
+/// Returns the files that the parameters of the URL name: `ca`, `cert` and `key`.
+fn tls_files(url: &str) -> error::Result<[Option<PathBuf>; 3]> {
+    let parts = Parts::of(url);
+    let mut files = [const { None }; 3];
+    for (parameter, value) in parts.parameters() {
+        let value = value.ok_or_else(|| {
+            invalid(url, "the value of a parameter must be UTF-8, and two hexadecimal digits must follow each %")
+        })?;
+        let [ca, certificate, key] = &mut files;
+        let file = match parameter {
+            "ca" => ca,
+            "cert" => certificate,
+            "key" => key,
+            "db" | "user" | "pass" if parts.scheme.ends_with("unix") => continue,
+            _ => return Err(invalid(url, format!("unknown parameter `{parameter}`; use `ca`, `cert` or `key`"))),
+        };
+        if file.replace(PathBuf::from(value)).is_some() {
+            return Err(invalid(url, format!("the parameter `{parameter}` must be given once")));
+        }
+    }
+    Ok(files)
 }
