@@ -192,11 +192,11 @@ type Found = Result<String, String>;
 type Try = fn(&Bench) -> Found;
 
 /// The time limit for a second process, for what should happen at once.
-const PATIENCE: Duration = Duration::from_secs(5);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// The number of races between two processes.
 const ROUNDS: u32 = 200;
 
-fn told(error: impl Into<io::Error>) -> String {
+fn as_text(error: impl Into<io::Error>) -> String {
     error.into().to_string()
 }
 
@@ -206,8 +206,8 @@ struct Second(Pid);
 impl Second {
     /// Starts it, and returns once it has reported that it is ready.
     fn start(work: impl FnOnce(&mut File) -> io::Result<()>) -> Result<Self, String> {
-        let (mut ready, mut word) = sys::pipe().map_err(told)?;
-        match sys::fork().map_err(told)? {
+        let (mut ready, mut word) = sys::pipe().map_err(as_text)?;
+        match sys::fork().map_err(as_text)? {
             None => {
                 drop(ready);
                 // It ends together with a killed doctor.
@@ -242,7 +242,7 @@ impl Drop for Second {
 
 /// Sleeps until it is killed.
 fn stay() -> io::Result<()> {
-    std::thread::sleep(PATIENCE * 4);
+    std::thread::sleep(ANSWER_TIMEOUT * 4);
     Ok(())
 }
 
@@ -310,38 +310,38 @@ impl Bench {
 
     fn flock(&self) -> Found {
         let _second = self.holder("flock", FlockOperation::NonBlockingLockExclusive)?;
-        let file = self.open("flock").map_err(told)?;
+        let file = self.open("flock").map_err(as_text)?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Err(Errno::WOULDBLOCK) => Ok("it was kept out".to_owned()),
-            Err(error) => Err(told(error)),
+            Err(error) => Err(as_text(error)),
             Ok(()) => Err("both had the lock at once".to_owned()),
         }
     }
 
     fn shared(&self) -> Found {
         let _second = self.holder("shared", FlockOperation::NonBlockingLockShared)?;
-        let file = self.open("shared").map_err(told)?;
-        flock(&file, FlockOperation::NonBlockingLockShared).map_err(told)?;
-        match flock(&self.open("shared").map_err(told)?, FlockOperation::NonBlockingLockExclusive) {
+        let file = self.open("shared").map_err(as_text)?;
+        flock(&file, FlockOperation::NonBlockingLockShared).map_err(as_text)?;
+        match flock(&self.open("shared").map_err(as_text)?, FlockOperation::NonBlockingLockExclusive) {
             Err(Errno::WOULDBLOCK) => Ok("and keep an exclusive one out".to_owned()),
-            Err(error) => Err(told(error)),
+            Err(error) => Err(as_text(error)),
             Ok(()) => Err("they do not keep an exclusive one out".to_owned()),
         }
     }
 
     fn kill(&self) -> Found {
         let second = self.holder("kill", FlockOperation::NonBlockingLockExclusive)?;
-        let file = self.open("kill").map_err(told)?;
+        let file = self.open("kill").map_err(as_text)?;
         let begun = Instant::now();
-        kill_process(second.0, Signal::KILL).map_err(told)?;
+        kill_process(second.0, Signal::KILL).map_err(as_text)?;
         loop {
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => return Ok(format!("after {} µs", begun.elapsed().as_micros())),
-                Err(Errno::WOULDBLOCK) if begun.elapsed() < PATIENCE => {
+                Err(Errno::WOULDBLOCK) if begun.elapsed() < ANSWER_TIMEOUT => {
                     std::thread::sleep(Duration::from_micros(100));
                 }
                 Err(Errno::WOULDBLOCK) => return Err("its lock was still there after 5 s".to_owned()),
-                Err(error) => return Err(told(error)),
+                Err(error) => return Err(as_text(error)),
             }
         }
     }
@@ -364,7 +364,7 @@ impl Bench {
             let won = wins(&self.0.join("second"))?;
             fs::write(self.0.join("won"), won.to_string())
         })?;
-        let won = wins(&self.0.join("first")).map_err(told)?;
+        let won = wins(&self.0.join("first")).map_err(as_text)?;
         if !second.ends_well() {
             return Err("the second process could not link".to_owned());
         }
@@ -379,7 +379,7 @@ impl Bench {
     fn rename(&self) -> Found {
         const TEXT: &str = "whole";
         let target = self.0.join("target");
-        fs::write(&target, TEXT).map_err(told)?;
+        fs::write(&target, TEXT).map_err(as_text)?;
         let second = Second::start(|word| {
             word.write_all(b"!")?;
             for _ in 0..ROUNDS {
@@ -404,19 +404,19 @@ impl Bench {
 
     fn nameless(&self) -> Found {
         let mut options = File::options();
-        let made = options.write(true).custom_flags(OFlags::TMPFILE.bits() as i32).open(&self.0).map_err(told)?;
+        let made = options.write(true).custom_flags(OFlags::TMPFILE.bits() as i32).open(&self.0).map_err(as_text)?;
         let own = format!("/proc/self/fd/{}", made.as_raw_fd());
-        linkat(CWD, own, CWD, self.0.join("named"), AtFlags::SYMLINK_FOLLOW).map_err(told)?;
+        linkat(CWD, own, CWD, self.0.join("named"), AtFlags::SYMLINK_FOLLOW).map_err(as_text)?;
         Ok("by O_TMPFILE and linkat".to_owned())
     }
 
     fn clock(&self) -> Found {
-        let file = self.open("clock").map_err(told)?;
+        let file = self.open("clock").map_err(as_text)?;
         let begun = Instant::now();
         let (mut last, mut finest) = (None, Duration::MAX);
         while begun.elapsed() < Duration::from_millis(60) {
-            (&file).write_all(b".").map_err(told)?;
-            let written = file.metadata().and_then(|found| found.modified()).map_err(told)?;
+            (&file).write_all(b".").map_err(as_text)?;
+            let written = file.metadata().and_then(|found| found.modified()).map_err(as_text)?;
             let step = last.replace(written).and_then(|last| written.duration_since(last).ok());
             finest = step.filter(|step| !step.is_zero()).map_or(finest, |step| step.min(finest));
         }
@@ -439,9 +439,9 @@ impl Bench {
 
     fn table(&self) -> Found {
         let path = self.0.join("table");
-        let said = |error: lockkit::Error| Failure::from(error).message().to_owned();
-        let table = ShmLockManager::create(&path, 64).map_err(said)?;
-        let lock = table.allocate().map_err(said)?;
+        let message = |error: lockkit::Error| Failure::from(error).message().to_owned();
+        let table = ShmLockManager::create(&path, 64).map_err(message)?;
+        let lock = table.allocate().map_err(message)?;
         let second = Second::start(|word| {
             let lock = ShmLockManager::open(&path).and_then(|table| table.retrieve(lock.id()));
             let _guard = lock.and_then(|lock| lock.try_lock())?;
@@ -450,11 +450,11 @@ impl Bench {
         })?;
         match lock.try_lock() {
             Err(error) if error.is_held() => {}
-            Err(error) => return Err(said(error)),
+            Err(error) => return Err(message(error)),
             Ok(_) => return Err("both had the lock at once".to_owned()),
         }
         drop(second);
-        let guard = lock.acquire(&Wait::at_most(PATIENCE)).map_err(said)?;
+        let guard = lock.acquire(&Wait::at_most(ANSWER_TIMEOUT)).map_err(message)?;
         match guard.recovered() {
             Some(_) => Ok("and a killed one's is handed on".to_owned()),
             None => Err("the death of its holder went unnoticed".to_owned()),
@@ -480,29 +480,37 @@ fn advise(filesystem: FileSystem, checks: &[Check]) -> Vec<Advice> {
     let one_machine = other_hosts.then_some("other hosts may have the file, too, and do not share this memory");
     let pids =
         other_hosts.then_some("a pid means nothing on another host: use a directory of this machine, such as /run");
-    let file_good = match filesystem.place {
-        Reach::Network => {
-            "flock works here; that it reaches other hosts, try with lockkit doctor's two processes there"
-        }
-        _ => "flock excludes and is released by a kill",
-    };
-    let lease_good = match filesystem.place {
-        Reach::Network => "what is held runs out by itself, also when a host is gone; give its token to what it guards",
-        Reach::Memory => "flock works here, but a restart forgets its tokens: keep it on a disk if they must grow",
-        _ => "each step is whole, and what is held runs out by itself",
-    };
     vec![
         Advice {
             lock: NAMED,
             usable: true,
             reason: "it needs no directory at all: the kernel of this machine keeps it".to_owned(),
         },
-        advice("file lock", &[FLOCK, SHARED, KILL], file_good, beyond),
+        advice("file lock", &[FLOCK, SHARED, KILL], file_reason(filesystem.place), beyond),
         advice("pidfile", &[FLOCK, KILL], "the lock and the identity of the owner both hold", pids),
-        advice("lease", &[FLOCK, KILL], lease_good, beyond),
+        advice("lease", &[FLOCK, KILL], lease_reason(filesystem.place), beyond),
         advice("table in shared memory", &[TABLE, NAMELESS], "locks of it take nanoseconds", one_machine),
         advice("table in a directory", &[FLOCK, KILL], "flock excludes and is released by a kill", one_machine),
     ]
+}
+
+/// Returns why file locks are usable.
+fn file_reason(reach: Reach) -> &'static str {
+    match reach {
+        Reach::Network => {
+            "flock works here; that it reaches other hosts, try with lockkit doctor's two processes there"
+        }
+        _ => "flock excludes and is released by a kill",
+    }
+}
+
+/// Returns why leases are usable.
+fn lease_reason(reach: Reach) -> &'static str {
+    match reach {
+        Reach::Network => "what is held runs out by itself, also when a host is gone; give its token to what it guards",
+        Reach::Memory => "flock works here, but a restart forgets its tokens: keep it on a disk if they must grow",
+        _ => "each step is whole, and what is held runs out by itself",
+    }
 }
 
 impl Report {

@@ -116,41 +116,47 @@ impl Run {
             Some(limit) => Wait::at_most(limit),
             None => Wait::forever(),
         };
-        if let Some(name) = &self.name {
-            let lock = target::named(name, self.scope.unwrap_or_default())?;
-            let looked = lock.clone();
-            let holders = move || looked.owner().ok().flatten().into_iter().collect();
-            let acquire = |wait: &Wait| lock.acquire(wait).map(HeldLock::Named);
-            return self.hold(&format!("the named lock {name:?}"), &wait, holders, acquire);
+        match (&self.name, &self.file, &self.pidfile, &self.lease) {
+            (Some(name), ..) => self.hold_name(name, &wait),
+            (_, Some(path), ..) => self.hold_file(path, &wait),
+            (_, _, Some(path), _) => self.hold_pidfile(path, &wait),
+            (.., Some(given)) => self.lead(given, &wait),
+            _ => Err(Failure::usage("a lock is missing").example("lockkit run --name backup -- CMD")),
         }
-        if let Some(path) = &self.file {
-            // The mode of flock(1), because both may be used on the same file.
-            let lock = FileLock::new(path).create_with_mode(self.mode.unwrap_or_else(|| less_the_umask(0o666)));
-            let lock = if self.create_parents { lock.create_parents() } else { lock };
-            let holders = || {
-                let on = FileLocks::read_table().on(path).unwrap_or_default();
-                on.flock.map(|locked| locked.pids).unwrap_or_default().into_iter().filter_map(Owner::of).collect()
-            };
-            let acquire = |wait: &Wait| if self.shared { lock.acquire_shared(wait) } else { lock.acquire(wait) };
-            let text = format!("the lock on {}", path.display());
-            return self.hold(&text, &wait, holders, |wait| acquire(wait).map(HeldLock::File));
-        }
-        if let Some(path) = &self.pidfile {
-            let path = target::absolute(path)?;
-            let lock = PidFile::new(&path)?;
-            let lock = if let Some(mode) = self.mode { lock.create_with_mode(mode) } else { lock };
-            let lock = if self.create_parents { lock.create_parents() } else { lock };
-            let text = format!("the pidfile {}", path.display());
-            let holders = move || match PidFile::inspect(&path) {
-                Ok(PidStatus::Running(owner)) => vec![owner],
-                _ => Vec::new(),
-            };
-            return self.hold(&text, &wait, holders, |wait| lock.acquire(wait).map(HeldLock::Pidfile));
-        }
-        if let Some(given) = &self.lease {
-            return self.lead(given, &wait);
-        }
-        Err(Failure::usage("a lock is missing").example("lockkit run --name backup -- CMD"))
+    }
+
+    fn hold_name(&self, name: &str, wait: &Wait) -> Outcome {
+        let lock = target::named(name, self.scope.unwrap_or_default())?;
+        let queried = lock.clone();
+        let holders = move || queried.owner().ok().flatten().into_iter().collect();
+        let acquire = |wait: &Wait| lock.acquire(wait).map(HeldLock::Named);
+        self.hold(&format!("the named lock {name:?}"), wait, holders, acquire)
+    }
+
+    fn hold_file(&self, path: &Path, wait: &Wait) -> Outcome {
+        // The mode of flock(1), because both may be used on the same file.
+        let lock = FileLock::new(path).create_with_mode(self.mode.unwrap_or_else(|| less_the_umask(0o666)));
+        let lock = if self.create_parents { lock.create_parents() } else { lock };
+        let holders = || {
+            let on = FileLocks::read_table().on(path).unwrap_or_default();
+            on.flock.map(|locked| locked.pids).unwrap_or_default().into_iter().filter_map(Owner::of).collect()
+        };
+        let acquire = |wait: &Wait| if self.shared { lock.acquire_shared(wait) } else { lock.acquire(wait) };
+        let text = format!("the lock on {}", path.display());
+        self.hold(&text, wait, holders, |wait| acquire(wait).map(HeldLock::File))
+    }
+
+    fn hold_pidfile(&self, path: &Path, wait: &Wait) -> Outcome {
+        let path = target::absolute(path)?;
+        let lock = PidFile::new(&path)?;
+        let lock = if let Some(mode) = self.mode { lock.create_with_mode(mode) } else { lock };
+        let lock = if self.create_parents { lock.create_parents() } else { lock };
+        let text = format!("the pidfile {}", path.display());
+        let holders = move || match PidFile::inspect(&path) {
+            Ok(PidStatus::Running(owner)) => vec![owner],
+            _ => Vec::new(),
+        };
+        self.hold(&text, wait, holders, |wait| lock.acquire(wait).map(HeldLock::Pidfile))
     }
 
     /// Rejects options without a meaning for the kind of lock. Clap's own `requires` accepts them if the required

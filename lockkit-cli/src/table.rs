@@ -107,16 +107,7 @@ impl Table {
                 ShmLockManager::create(path, capacity)?;
                 Ok(code::OK)
             }
-            Self::List { path, json } => {
-                // Distinguishes a file that is no table from a locked file.
-                drop(open(&path)?);
-                let sight = report::at(&Target::Path(path), Default::default(), FileLocks::read)?;
-                match json {
-                    true => report::json(&Form { version: report::VERSION, lock: &sight })?,
-                    false => report::say(|mut out| sight.show(&mut out))?,
-                }
-                Ok(code::OK)
-            }
+            Self::List { path, json } => list(path, json),
             Self::Allocate { path, at } => {
                 let table = open(&path)?;
                 let lock = match at {
@@ -145,6 +136,17 @@ impl Table {
     }
 }
 
+fn list(path: PathBuf, json: bool) -> Outcome {
+    // Distinguishes a file that is no table from a locked file.
+    drop(open(&path)?);
+    let report = report::at(&Target::Path(path), Default::default(), FileLocks::read)?;
+    match json {
+        true => report::json(&Form { version: report::VERSION, lock: &report })?,
+        false => report::say(|mut out| report.show(&mut out))?,
+    }
+    Ok(code::OK)
+}
+
 fn agreed(yes: bool, question: &str) -> Result<(), Failure> {
     match yes || confirmed(question)? {
         true => Ok(()),
@@ -155,45 +157,58 @@ fn agreed(yes: bool, question: &str) -> Result<(), Failure> {
 fn renumber(path: &Path, mut ids: Vec<u32>, yes: bool) -> Outcome {
     let table = open(path)?;
     if ids.is_empty() {
-        for line in std::io::stdin().lock().lines() {
-            let line = line.map_err(|error| Failure::io("read the numbers", error))?;
-            let wrong = |_| Failure::usage(format!("{line:?} is no number of a lock")).example("echo 17 | lockkit …");
-            ids.extend(line.split_whitespace().map(|id| id.parse().map_err(wrong)).collect::<Result<Vec<u32>, _>>()?);
-        }
+        ids = read_ids()?;
     }
     if let Some(held) = table.held()?.first() {
         let message = format!("lock {} of {} is held by {}", held.id(), path.display(), held.owner().describe());
         return Err(Failure::new(code::TEMPORARY, message));
     }
-    // Checked before any lock is freed: halfway through, the old numbers would be gone and the new ones not yet
-    // printed.
-    if !path.is_dir() {
-        let capacity = ShmLockManager::open(path)?.capacity();
-        if ids.len() > capacity as usize {
-            let message = format!("{} has room for {capacity} locks, and {} were given", path.display(), ids.len());
-            let example = format!("lockkit table create {}.new --capacity {}", path.display(), ids.len());
-            return Err(Failure::new(code::UNAVAILABLE, message).example(example));
-        }
-    }
+    check_capacity(path, ids.len())?;
     agreed(yes, &format!("Free all locks of {}, and give {} numbers anew?", path.display(), ids.len()))?;
-    // The first use of a number keeps it. Further uses get new numbers afterwards, so that none of them takes a kept
-    // number.
-    let mut uses = BTreeMap::new();
     table.free_all()?;
-    for id in &ids {
-        *uses.entry(*id).or_insert(0) += 1;
-    }
-    let mut kept = BTreeMap::new();
-    for id in uses.keys() {
-        // A number beyond the end of a new table is replaced.
-        kept.insert(*id, table.allocate_at(*id).is_ok());
-    }
-    let mut renumbered = Vec::with_capacity(ids.len());
-    for id in ids {
-        let first = kept.insert(id, false) == Some(true);
-        renumbered.push((id, if first { id } else { table.allocate()?.id() }));
-    }
+    let renumbered = allocate_all(&*table, ids)?;
     // Printed only now: a reader that stops reading ends this command, which must not happen halfway.
     report::say(|out| renumbered.iter().try_for_each(|(id, new)| writeln!(out, "{id} {new}")))?;
     Ok(code::OK)
+}
+
+fn read_ids() -> Result<Vec<u32>, Failure> {
+    let mut ids = Vec::new();
+    for line in std::io::stdin().lock().lines() {
+        let line = line.map_err(|error| Failure::io("read the numbers", error))?;
+        let wrong = |_| Failure::usage(format!("{line:?} is no number of a lock")).example("echo 17 | lockkit …");
+        ids.extend(line.split_whitespace().map(|id| id.parse().map_err(wrong)).collect::<Result<Vec<u32>, _>>()?);
+    }
+    Ok(ids)
+}
+
+/// Checks before any lock is freed that the table has room. Halfway through, the old numbers would be gone and the new
+/// ones not yet printed.
+fn check_capacity(path: &Path, count: usize) -> Result<(), Failure> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    let capacity = ShmLockManager::open(path)?.capacity();
+    if count > capacity as usize {
+        let message = format!("{} has room for {capacity} locks, and {count} were given", path.display());
+        let example = format!("lockkit table create {}.new --capacity {count}", path.display());
+        return Err(Failure::new(code::UNAVAILABLE, message).example(example));
+    }
+    Ok(())
+}
+
+/// Allocates a number for each use. Returns each number with its new one. The first use of a number keeps it. Further
+/// uses get new numbers afterwards, so that none of them takes a kept number.
+fn allocate_all(table: &dyn LockManager, ids: Vec<u32>) -> Result<Vec<(u32, u32)>, Failure> {
+    let mut kept: BTreeMap<u32, bool> = ids.iter().map(|id| (*id, false)).collect();
+    for (id, is_kept) in &mut kept {
+        // A number beyond the end of a new table is replaced.
+        *is_kept = table.allocate_at(*id).is_ok();
+    }
+    let mut renumbered = Vec::with_capacity(ids.len());
+    for id in ids {
+        let is_first = kept.insert(id, false) == Some(true);
+        renumbered.push((id, if is_first { id } else { table.allocate()?.id() }));
+    }
+    Ok(renumbered)
 }

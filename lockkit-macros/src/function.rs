@@ -88,26 +88,7 @@ impl Function {
             None => at_most(std, Duration::ZERO),
             Some(Wait::AtMost(limit)) => at_most(std, limit),
         };
-        let recovered = self.recovered(args);
-        // With `on_second` it comes first: the repair after the dead owner precedes every request.
-        let (enter, recovered) = match &args.on_second {
-            None => {
-                let enter = quote_spanned! {Span::mixed_site()=>
-                    #lockkit::instance::enter(#name, #lockkit::Scope::#scope, #wait)
-                };
-                (enter, recovered)
-            }
-            Some(_) if !self.is_main() => {
-                let message = "`on_second` is for `main`, whose second start ends when the first has answered it";
-                return Err(Error::new_spanned(&args.on_second, message));
-            }
-            Some(handler) => {
-                let enter = quote_spanned! {Span::mixed_site()=>
-                    #lockkit::instance::enter_or_activate(#name, #wait, |#guard| { #recovered }, #handler)
-                };
-                (enter, None)
-            }
-        };
+        let (enter, recovered) = self.enter(args, &scope, &wait)?;
         let refuse = self.refuse(args)?;
         Ok(quote_spanned! {Span::mixed_site()=>
             let #guard = {
@@ -124,6 +105,36 @@ impl Function {
                 }
             };
         })
+    }
+
+    /// Writes the acquisition of the name, and the report of a death that follows it. With `on_second` the report comes
+    /// first: the repair after the dead owner precedes every request.
+    fn enter(
+        &self,
+        args: &Args,
+        scope: &TokenStream,
+        wait: &TokenStream,
+    ) -> Result<(TokenStream, Option<TokenStream>)> {
+        let Names { lockkit, guard, name, .. } = &Names::of(args);
+        let recovered = self.recovered(args);
+        match &args.on_second {
+            None => {
+                let enter = quote_spanned! {Span::mixed_site()=>
+                    #lockkit::instance::enter(#name, #lockkit::Scope::#scope, #wait)
+                };
+                Ok((enter, recovered))
+            }
+            Some(_) if !self.is_main() => {
+                let message = "`on_second` is for `main`, whose second start ends when the first has answered it";
+                Err(Error::new_spanned(&args.on_second, message))
+            }
+            Some(handler) => {
+                let enter = quote_spanned! {Span::mixed_site()=>
+                    #lockkit::instance::enter_or_activate(#name, #wait, |#guard| { #recovered }, #handler)
+                };
+                Ok((enter, None))
+            }
+        }
     }
 
     /// Writes the report that the previous owner died.
@@ -155,7 +166,7 @@ impl Function {
     /// Writes the exit from the function if the name was not acquired.
     fn refuse(&self, args: &Args) -> Result<TokenStream> {
         let here = Span::mixed_site();
-        let Names { lockkit, error, returns, name, .. } = &Names::of(args);
+        let Names { lockkit, error, name, .. } = &Names::of(args);
         if let Some(handler) = &args.on_held {
             let (first, last) = ends(handler);
             let leave = quote_spanned!(first=> return);
@@ -174,6 +185,13 @@ impl Function {
             let message = "`exit_code` is for `main`; another function returns the error, or takes `on_held`";
             return Err(Error::new_spanned(&given.key, message));
         }
+        self.return_error(args)
+    }
+
+    /// Writes the return of the error from a function other than `main`.
+    fn return_error(&self, args: &Args) -> Result<TokenStream> {
+        let here = Span::mixed_site();
+        let Names { lockkit, error, returns, .. } = &Names::of(args);
         match (&self.signature.output, args.wait) {
             // See `Returns`: the first `return` lets it infer the type, the second one returns or gives up.
             (ReturnType::Type(_, kind), Some(Wait::Forever)) if !is_opaque(kind) => Ok(quote_spanned! {here=>

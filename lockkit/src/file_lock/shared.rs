@@ -55,15 +55,8 @@ impl Shared {
             };
             let is_new = std::mem::take(&mut open.is_new);
             if let Err(error) = self.lock(&open.file, mode, wait, &mut wait_state, subject) {
-                // On a file system without flock no process can hold the lock, and the new file serves no purpose.
-                // After any other error another process may hold it.
-                let cannot_lock = |error: &Error| match error.kind() {
-                    ErrorKind::Io { action: "lock", source, .. } => flock::is_unsupported(source),
-                    _ => false,
-                };
-                if is_new && cannot_lock(&error) && self.spec.leads_to(open.id).unwrap_or(false) {
-                    let _ = std::fs::remove_file(&self.spec.path);
-                    step("file without flock removed");
+                if is_new {
+                    self.remove_if_unlockable(&open, &error);
                 }
                 return Err(error);
             }
@@ -89,6 +82,20 @@ impl Shared {
             }
         }
         Err(ErrorKind::RogueDeletion { path: self.spec.path.clone() }.into())
+    }
+
+    /// Removes a new file after this error. On a file system without flock no process can hold the lock, and the file
+    /// serves no purpose. After any other error another process may hold it.
+    #[cold]
+    fn remove_if_unlockable(&self, open: &OpenFile, error: &Error) {
+        let cannot_lock = match error.kind() {
+            ErrorKind::Io { action: "lock", source, .. } => flock::is_unsupported(source),
+            _ => false,
+        };
+        if cannot_lock && self.spec.leads_to(open.id).unwrap_or(false) {
+            let _ = std::fs::remove_file(&self.spec.path);
+            step("file without flock removed");
+        }
     }
 
     fn open(&self) -> Result<Box<OpenFile>> {

@@ -60,6 +60,10 @@ impl Drop for TakerName {
     }
 }
 
+/// The taker file, and whether this process created it; or the fact that another taker is at work, with the error that
+/// shows it.
+type OpenedTakerFile = std::result::Result<(ForkGuarded<File>, bool), Option<Error>>;
+
 impl PidFile {
     /// Excludes all other takers. `action` is what the taker is about to do to the file, for errors.
     ///
@@ -70,22 +74,9 @@ impl PidFile {
         let shared = self.mode.unwrap_or_default() & 0o022;
         // A user that may write the pidfile may read and write the taker file.
         let mode = 0o600 | shared | shared << 1;
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create_new(true).mode(mode).custom_flags(files::NOFOLLOW | files::NONBLOCK);
-        let created = self.with_parents(|| ForkGuarded::new(|| files::create(&options, &path)));
-        let (file, is_new) = match created {
-            Ok(file) => {
-                step("taker file created");
-                (file, true)
-            }
-            Err(error) if error.kind() == Io::AlreadyExists => match self.open_taker_file(&path) {
-                Ok(Some(file)) => (file, false),
-                Ok(None) => return Ok(TakerLock::Busy(None)),
-                // The file belongs to another user's taker, which will finish soon or was killed.
-                Err(error) if error.is_io(Io::PermissionDenied) => return Ok(TakerLock::Busy(Some(error))),
-                Err(error) => return Err(error),
-            },
-            Err(error) => return Err(Error::io(action, &self.path, error)),
+        let (file, is_new) = match self.open_or_create_taker_file(action, &path, mode)? {
+            Ok(opened) => opened,
+            Err(why) => return Ok(TakerLock::Busy(why)),
         };
         match write_lock::try_lock(&file) {
             Ok(true) => {}
@@ -118,6 +109,27 @@ impl PidFile {
             step("taker file mode set");
         }
         Ok(TakerLock::Acquired(taker_file))
+    }
+
+    /// Opens the taker file, or creates it.
+    fn open_or_create_taker_file(&self, action: &'static str, path: &Path, mode: u32) -> Result<OpenedTakerFile> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true).mode(mode).custom_flags(files::NOFOLLOW | files::NONBLOCK);
+        let created = self.with_parents(|| ForkGuarded::new(|| files::create(&options, path)));
+        match created {
+            Ok(file) => {
+                step("taker file created");
+                Ok(Ok((file, true)))
+            }
+            Err(error) if error.kind() == Io::AlreadyExists => match self.open_taker_file(path) {
+                Ok(Some(file)) => Ok(Ok((file, false))),
+                Ok(None) => Ok(Err(None)),
+                // The file belongs to another user's taker, which will finish soon or was killed.
+                Err(error) if error.is_io(Io::PermissionDenied) => Ok(Err(Some(error))),
+                Err(error) => Err(error),
+            },
+            Err(error) => Err(Error::io(action, &self.path, error)),
+        }
     }
 
     /// Opens an existing taker file. Returns `None` if there is none.

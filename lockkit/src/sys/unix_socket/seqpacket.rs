@@ -176,32 +176,9 @@ fn receive_one(connection: &ForkGuarded) -> Result<Option<Received>> {
             failed = Some(last_error());
             return Err(());
         }
-        let mut socket = None;
-        // SAFETY: the kernel has written the headers, as long as the message header says, into `control`.
-        let mut next = unsafe { libc::CMSG_FIRSTHDR(&raw const header) };
-        while !next.is_null() {
-            // SAFETY: not null, so it points to a header in `control`, with as many bytes behind it as it says.
-            let (found, data) = unsafe { (&*next, libc::CMSG_DATA(next)) };
-            #[allow(clippy::unnecessary_cast)] // The type differs from library to library.
-            let length = found.cmsg_len as usize - (data as usize - next as usize);
-            match (found.cmsg_level, found.cmsg_type) {
-                (libc::SOL_SOCKET, libc::SCM_RIGHTS) => {
-                    for at in 0..length / size_of::<i32>() {
-                        // SAFETY: these are the numbers of descriptors that the kernel has just made for this process.
-                        let sent = unsafe { OwnedFd::from_raw_fd(ptr::read_unaligned(data.cast::<i32>().add(at))) };
-                        // Further descriptors, which no holder sends, are closed.
-                        socket.get_or_insert(sent);
-                    }
-                }
-                (libc::SOL_SOCKET, libc::SCM_CREDENTIALS) if length >= size_of::<libc::ucred>() => {
-                    // SAFETY: these are the bytes of a `ucred`, of which any are a value.
-                    sender = Some(unsafe { ptr::read_unaligned::<libc::ucred>(data.cast()) }.into());
-                }
-                _ => {}
-            }
-            // SAFETY: as for the first.
-            next = unsafe { libc::CMSG_NXTHDR(&raw const header, next) };
-        }
+        // SAFETY: the kernel has just filled in the header and `control`, and nothing has taken the descriptors out.
+        let (socket, credentials) = unsafe { take_control(&header) };
+        sender = credentials;
         socket.ok_or(())
     });
     match (socket, failed) {
@@ -209,6 +186,41 @@ fn receive_one(connection: &ForkGuarded) -> Result<Option<Received>> {
         (Err(()), None) => Ok(None),
         (Err(()), Some(error)) => Err(error),
     }
+}
+
+/// Takes the descriptor and the credentials out of a received message.
+///
+/// # Safety
+/// `recvmsg` has filled in the header and its control buffer. This is the first call for the message: it becomes the
+/// owner of the descriptors.
+unsafe fn take_control(header: &libc::msghdr) -> (Option<OwnedFd>, Option<Peer>) {
+    let (mut socket, mut sender) = (None, None);
+    // SAFETY: the kernel has written the headers, as long as the message header says, into the control buffer.
+    let mut next = unsafe { libc::CMSG_FIRSTHDR(header) };
+    while !next.is_null() {
+        // SAFETY: not null, so it points to a header in the buffer, with as many bytes behind it as it says.
+        let (found, data) = unsafe { (&*next, libc::CMSG_DATA(next)) };
+        #[allow(clippy::unnecessary_cast)] // The type differs from library to library.
+        let length = found.cmsg_len as usize - (data as usize - next as usize);
+        match (found.cmsg_level, found.cmsg_type) {
+            (libc::SOL_SOCKET, libc::SCM_RIGHTS) => {
+                for at in 0..length / size_of::<i32>() {
+                    // SAFETY: these are the numbers of descriptors that the kernel has just made for this process.
+                    let sent = unsafe { OwnedFd::from_raw_fd(ptr::read_unaligned(data.cast::<i32>().add(at))) };
+                    // Further descriptors, which no holder sends, are closed.
+                    socket.get_or_insert(sent);
+                }
+            }
+            (libc::SOL_SOCKET, libc::SCM_CREDENTIALS) if length >= size_of::<libc::ucred>() => {
+                // SAFETY: these are the bytes of a `ucred`, of which any are a value.
+                sender = Some(unsafe { ptr::read_unaligned::<libc::ucred>(data.cast()) }.into());
+            }
+            _ => {}
+        }
+        // SAFETY: as for the first.
+        next = unsafe { libc::CMSG_NXTHDR(header, next) };
+    }
+    (socket, sender)
 }
 
 /// Whether the socket has this address, or is a connection to the socket that has it, on which [`listen`] fails. A

@@ -244,6 +244,15 @@ pub(super) mod tests {
             let _ = writeln!(io::stderr(), "left out: under Wine: what another user is refused");
             return None;
         }
+        let restricted = restricted_token();
+        // SAFETY: the handle is open.
+        assert!(unsafe { ImpersonateLoggedOnUser(restricted.as_raw_handle()) } != 0, "{}", io::Error::last_os_error());
+        let _revert = Revert;
+        Some(act())
+    }
+
+    /// Returns a token of this user without the groups and rights by which it owns its files.
+    fn restricted_token() -> OwnedHandle {
         let mut token: HANDLE = ptr::null_mut();
         let access = TOKEN_QUERY | TOKEN_DUPLICATE | TOKEN_IMPERSONATE;
         // SAFETY: the answer has a place.
@@ -271,11 +280,7 @@ pub(super) mod tests {
         };
         assert!(done != 0, "{}", io::Error::last_os_error());
         // SAFETY: the call has just made the handle, and it has no other owner.
-        let made = unsafe { OwnedHandle::from_raw_handle(made) };
-        // SAFETY: the handle is open.
-        assert!(unsafe { ImpersonateLoggedOnUser(made.as_raw_handle()) } != 0, "{}", io::Error::last_os_error());
-        let _revert = Revert;
-        Some(act())
+        unsafe { OwnedHandle::from_raw_handle(made) }
     }
 
     struct Sid(Local);
