@@ -465,15 +465,8 @@ impl Bench {
 const NAMED: &str = "named lock";
 
 fn advise(filesystem: FileSystem, checks: &[Check]) -> Vec<Advice> {
-    let failed = |needed: &[&str]| checks.iter().find(|check| !check.passed && needed.contains(&check.name));
     let kind = filesystem.kind;
-    let advice = |lock, needed: &[&str], good: &str, elsewhere: Option<&str>| match (failed(needed), elsewhere) {
-        (Some(check), _) => {
-            Advice { lock, usable: false, reason: format!("not so: {} ({})", check.name, check.detail) }
-        }
-        (None, Some(why)) => Advice { lock, usable: false, reason: why.to_owned() },
-        (None, None) => Advice { lock, usable: true, reason: good.to_owned() },
-    };
+    let advice = |lock, needed: &[&str], good: &str, elsewhere| advice_on(lock, checks, needed, good, elsewhere);
     let foreign = format!("{kind} decides outside this kernel what a lock is, and may keep it on this host only");
     let beyond = (filesystem.place == Reach::Foreign).then_some(foreign.as_str());
     let other_hosts = matches!(filesystem.place, Reach::Network | Reach::Foreign);
@@ -492,6 +485,19 @@ fn advise(filesystem: FileSystem, checks: &[Check]) -> Vec<Advice> {
         advice("table in shared memory", &[TABLE, NAMELESS], "locks of it take nanoseconds", one_machine),
         advice("table in a directory", &[FLOCK, KILL], "flock excludes and is released by a kill", one_machine),
     ]
+}
+
+/// Returns the advice on a lock that needs these checks to pass. `good` is the reason for it, and `elsewhere` a reason
+/// against it that no check shows.
+fn advice_on(lock: &'static str, checks: &[Check], needed: &[&str], good: &str, elsewhere: Option<&str>) -> Advice {
+    let failed = checks.iter().find(|check| !check.passed && needed.contains(&check.name));
+    match (failed, elsewhere) {
+        (Some(check), _) => {
+            Advice { lock, usable: false, reason: format!("not so: {} ({})", check.name, check.detail) }
+        }
+        (None, Some(why)) => Advice { lock, usable: false, reason: why.to_owned() },
+        (None, None) => Advice { lock, usable: true, reason: good.to_owned() },
+    }
 }
 
 /// Returns why file locks are usable.
