@@ -225,18 +225,7 @@ pub(crate) fn run(mut hold: HeldLock, signals: Signals, job: Job<'_>) -> Outcome
     };
     drop(wait_at_gate);
     hold.name_holder(program.pid.as_raw_nonzero().get().unsigned_abs(), job.command)?;
-    let keeper = match descriptor {
-        Some(descriptor) => Some(Keeper::start(descriptor, in_flight.as_ref(), &program, gate)?),
-        None => {
-            if leads {
-                // From here on this process is a keeper, and continues when its parent is killed.
-                sys::rename_process(KEEPER);
-                let _ = set_parent_process_death_signal(None);
-            }
-            open_gate(gate);
-            None
-        }
-    };
+    let keeper = start_keeper(descriptor, in_flight.as_ref(), &program, gate, leads)?;
     let status = match &hold {
         HeldLock::Lease(_, loss) => attend(&program, &signals, Some(loss), job),
         _ => attend(&program, &signals, None, job),
@@ -252,6 +241,27 @@ pub(crate) fn run(mut hold: HeldLock, signals: Signals, job: Job<'_>) -> Outcome
         _ => {}
     }
     Ok(status)
+}
+
+/// Starts the keeper of a lock that is a descriptor, which opens the gate. For other locks opens the gate here. The
+/// holder of a lease (`leads`) is then its own keeper.
+fn start_keeper(
+    descriptor: Option<OwnedFd>,
+    in_flight: Option<&InFlightDescriptor>,
+    program: &Child,
+    gate: File,
+    leads: bool,
+) -> Result<Option<Keeper>, Failure> {
+    let Some(descriptor) = descriptor else {
+        if leads {
+            // From here on this process is a keeper, and continues when its parent is killed.
+            sys::rename_process(KEEPER);
+            let _ = set_parent_process_death_signal(None);
+        }
+        open_gate(gate);
+        return Ok(None);
+    };
+    Keeper::start(descriptor, in_flight, program, gate).map(Some)
 }
 
 /// Lets the program start. A failure means that the program is already gone, which shows later.

@@ -99,7 +99,7 @@ fn tls(ca: Option<&str>, cert: Option<&str>, key: Option<&str>) -> Result<Arc<Cl
             }
         }
         // System certificates that cannot be read are left out; a server that needs one of them is then not trusted.
-        None => drop(roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs)),
+        None => _ = roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs),
     }
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
